@@ -1,0 +1,321 @@
+"""The settings: every key, its default and its check, once; the only reader of ``app.config``."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any
+
+from flask import Flask
+
+from .errors import SettingError
+from .merge import POLICIES, MergeFunction, last, reject
+from .tokens import TokenFactory
+
+#: Read payloads written before encryption was turned on: the last of SESSION_ENCRYPTION_KEYS.
+PLAIN = "plain"
+
+_MAX_BYTES_LIMIT = 15 * 1024 * 1024  # a MongoDB document ends at 16 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The checked settings of one ``Session`` on one application. Durations are in seconds."""
+
+    store: object = None
+    cookie_name: str = "session"
+    key_prefix: str = "gsession:"
+    id_length: int = 32
+    token_factory: TokenFactory | None = None
+    token_header: str | None = None
+    idle_timeout: float = 7200.0
+    absolute_timeout: float = 31 * 86400.0
+    permanent_lifetime: float = 31 * 86400.0
+    renew_interval: float | None = None
+    rotation_grace: float = 10.0
+    store_timeout: float = 1.0
+    pool_max: int = 100
+    on_store_error: str = "fail"
+    max_bytes: int = 1024 * 1024
+    max_keys: int = 1000
+    max_depth: int = 64
+    encryption_keys: tuple[bytes, ...] = ()
+    read_plain: bool = False
+    conflict: MergeFunction = last
+    merge_policies: Mapping[str, MergeFunction] = field(default_factory=dict)
+    debug: bool = False
+
+    def __repr__(self) -> str:
+        """Never shows the store's URL or the encryption keys."""
+        hidden = {"store", "encryption_keys"}
+        names = [f.name for f in fields(self) if f.name not in hidden]
+        return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def renew_interval_for(self, idle: float) -> float:
+        """How long a session with this idle timeout may go without a renewal."""
+        if self.renew_interval is None:
+            return min(60.0, idle / 20)
+        return min(self.renew_interval, idle)
+
+
+def _seconds(low: float, high: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if isinstance(value, timedelta):
+            value = value.total_seconds()
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"a number of seconds or a timedelta, {low:g} to {high:g} seconds")
+        return float(value)
+
+    return check
+
+
+def _integer(low: int, high: int, unit: str) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"a whole number of {unit}, {low} to {high}")
+        return value
+
+    return check
+
+
+def _text(pattern: Callable[[str], bool], allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if type(value) is not str or not pattern(value):
+            raise ValueError(allowed)
+        return value
+
+    return check
+
+
+def _optional(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else inner(value)
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("True or False")
+    return value
+
+
+def _callable(value: Any) -> Any:
+    if not callable(value):
+        raise ValueError("a function that takes nothing and returns a new token")
+    return value
+
+
+def _policy(value: Any) -> MergeFunction:
+    if isinstance(value, str) and value in POLICIES:
+        return POLICIES[value]
+    if callable(value):
+        return value  # type: ignore[no-any-return]  # a function of base, theirs, mine
+    raise ValueError(f"one of {', '.join(POLICIES)}, or a function of base, theirs and mine")
+
+
+def _policies(value: Any) -> Mapping[str, MergeFunction]:
+    if not isinstance(value, Mapping) or not all(type(key) is str for key in value):
+        raise ValueError("a dict of session key to policy")
+    return MappingProxyType({key: _policy(policy) for key, policy in value.items()})
+
+
+def _conflict(value: Any) -> MergeFunction:
+    if value == "last":
+        return last
+    if value == "reject":
+        return reject
+    raise ValueError('"last" or "reject"')
+
+
+def _on_store_error(value: Any) -> str:
+    if value not in ("fail", "keep-response"):
+        raise ValueError('"fail" or "keep-response"')
+    return str(value)
+
+
+def _token_text(value: str) -> bool:
+    return value.isascii() and all(char.isalnum() or char in "!#$%&'*+-.^_`|~" for char in value)
+
+
+def _encryption_key(value: Any) -> bytes:
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
+        except (binascii.Error, ValueError):
+            value = None
+    if not isinstance(value, bytes) or len(value) != 32:
+        raise ValueError(
+            "a list of keys, the current one first; a key is 32 bytes, or their base64url text as "
+            "secrets.token_urlsafe(32) gives it (the value is not shown)"
+        )
+    return value
+
+
+def _encryption_keys(value: Any) -> tuple[bytes, ...]:
+    if isinstance(value, (str, bytes)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("a list of keys, the current one first")
+    return tuple(_encryption_key(key) for key in value)
+
+
+_PATTERN = set("{}*?[]")
+_DAY = 86400.0
+_FOREVER = 10 * 366 * _DAY
+
+# field of Settings -> (key in app.config, check). A check raises ValueError with what is allowed.
+_CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "store": ("SESSION_STORE", lambda value: value),
+    "cookie_name": (
+        "SESSION_COOKIE_NAME",
+        _text(lambda v: 0 < len(v) <= 200 and _token_text(v), "a cookie name (RFC 6265 token)"),
+    ),
+    "key_prefix": (
+        "SESSION_KEY_PREFIX",
+        _text(
+            lambda v: len(v) <= 200 and v.isascii() and v.isprintable() and not set(v) & _PATTERN,
+            "at most 200 printable ASCII characters without { } * ? [ ]",
+        ),
+    ),
+    "id_length": ("SESSION_ID_LENGTH", _integer(16, 64, "bytes of entropy")),
+    "token_factory": ("SESSION_TOKEN_FACTORY", _optional(_callable)),
+    "token_header": (
+        "SESSION_TOKEN_HEADER",
+        _optional(_text(lambda v: 0 < len(v) <= 100 and _token_text(v), "a header name, or None")),
+    ),
+    "idle_timeout": ("SESSION_IDLE_TIMEOUT", _seconds(1, _FOREVER)),
+    "absolute_timeout": ("SESSION_ABSOLUTE_TIMEOUT", _seconds(1, _FOREVER)),
+    "permanent_lifetime": ("PERMANENT_SESSION_LIFETIME", _seconds(1, _FOREVER)),
+    "renew_interval": ("SESSION_RENEW_INTERVAL", _optional(_seconds(0, _DAY))),
+    "rotation_grace": ("SESSION_ROTATION_GRACE", _seconds(0, 3600)),
+    "store_timeout": ("SESSION_STORE_TIMEOUT", _seconds(0.01, 60)),
+    "pool_max": ("SESSION_POOL_MAX", _integer(1, 10_000, "connections")),
+    "on_store_error": ("SESSION_ON_STORE_ERROR", _on_store_error),
+    "max_bytes": ("SESSION_MAX_BYTES", _integer(256, _MAX_BYTES_LIMIT, "bytes")),
+    "max_keys": ("SESSION_MAX_KEYS", _integer(1, 1_000_000, "keys")),
+    "max_depth": ("SESSION_MAX_DEPTH", _integer(1, 200, "levels")),
+    "encryption_keys": ("SESSION_ENCRYPTION_KEYS", _encryption_keys),
+    "conflict": ("SESSION_CONFLICT", _conflict),
+    "merge_policies": ("SESSION_MERGE_POLICIES", _policies),
+    "debug": ("SESSION_DEBUG", _flag),
+}
+_SECRET = {"SESSION_STORE", "SESSION_ENCRYPTION_KEYS"}
+
+_FLASKS_OWN = {
+    "SESSION_COOKIE_NAME",
+    "SESSION_COOKIE_DOMAIN",
+    "SESSION_COOKIE_PATH",
+    "SESSION_COOKIE_HTTPONLY",
+    "SESSION_COOKIE_SECURE",
+    "SESSION_COOKIE_PARTITIONED",
+    "SESSION_COOKIE_SAMESITE",
+    "SESSION_REFRESH_EACH_REQUEST",
+}
+_FLASK_SESSIONS = {
+    "SESSION_TYPE": "SESSION_STORE",
+    "SESSION_REDIS": "SESSION_STORE",
+    "SESSION_MONGODB": "SESSION_STORE",
+    "SESSION_SQLALCHEMY": "SESSION_STORE",
+    "SESSION_CACHELIB": "SESSION_STORE",
+    "SESSION_PERMANENT": "session.permanent",
+    "SESSION_USE_SIGNER": "nothing: tokens are always signed",
+    "SESSION_SERIALIZATION_FORMAT": "nothing: values keep their types",
+}
+
+
+def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
+    """The settings of ``app``, with ``overrides`` (field names) before ``app.config``.
+
+    Raises ``SettingError`` that names the key, the value (never of a secret one) and what is
+    allowed. Warns about unknown ``SESSION_*`` keys that look like a known one.
+    """
+    unknown = set(overrides) - set(_CHECKS)
+    if unknown:
+        name = min(unknown)
+        hint = _did_you_mean(name, _CHECKS)
+        raise SettingError(f"Session() got an unknown setting {name!r}{hint}")
+    values: dict[str, Any] = {"debug": app.debug}
+    for name, (key, check) in _CHECKS.items():
+        if name in overrides:
+            value = overrides[name]
+        elif key in app.config and not (name == "debug" and app.config[key] is None):
+            value = app.config[key]
+        else:
+            continue
+        if name == "encryption_keys":
+            if value is None:
+                continue
+            value, values["read_plain"] = _split_plain(value)
+        try:
+            values[name] = check(value)
+        except ValueError as error:
+            shown = type(value).__name__ if key in _SECRET else repr(value)[:80]
+            raise SettingError(f"{key} is {shown}; allowed: {error}") from None
+    settings = Settings(**values)
+    _check_cookie(app, settings.cookie_name)
+    _warn_unknown(app)
+    return settings
+
+
+def _split_plain(value: Any) -> tuple[Any, bool]:
+    if isinstance(value, (list, tuple)) and len(value) > 1 and value[-1] == PLAIN:
+        return value[:-1], True
+    return value, False
+
+
+def _check_cookie(app: Flask, name: str) -> None:
+    """Refuse or warn about cookie attributes that browsers would not accept together."""
+    config = app.config
+    samesite = config["SESSION_COOKIE_SAMESITE"]
+    policy = "" if samesite is None else str(samesite).lower()
+    if policy not in ("", "strict", "lax", "none") or samesite == "":
+        raise SettingError(
+            f"SESSION_COOKIE_SAMESITE is {samesite!r}; allowed: 'Strict', 'Lax', 'None' or None"
+        )
+    secure = bool(config["SESSION_COOKIE_SECURE"])
+    if name.startswith(("__Host-", "__Secure-")) and not secure:
+        raise SettingError(f"The cookie name {name} needs SESSION_COOKIE_SECURE = True")
+    if name.startswith("__Host-") and (
+        config["SESSION_COOKIE_DOMAIN"] or (config["SESSION_COOKIE_PATH"] or "/") != "/"
+    ):
+        raise SettingError(f"The cookie name {name} allows no domain and only the path '/'")
+    if not secure and (policy == "none" or config["SESSION_COOKIE_PARTITIONED"]):
+        warnings.warn(
+            "Browsers drop a SameSite=None or Partitioned session cookie without "
+            "SESSION_COOKIE_SECURE = True",
+            stacklevel=5,
+        )
+
+
+def _warn_unknown(app: Flask) -> None:
+    known = {key for key, _ in _CHECKS.values()} | _FLASKS_OWN
+    for key in app.config:
+        if not key.startswith("SESSION_") or key in known:
+            continue
+        if key in _FLASK_SESSIONS:
+            hint = f"; it is a Flask-Session setting, here use {_FLASK_SESSIONS[key]}"
+        else:
+            hint = _did_you_mean(key, known)
+        if hint:
+            warnings.warn(f"Unknown setting {key}{hint}", stacklevel=5)
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
+    """The keys that sign tokens, the current one first, then ``SECRET_KEY_FALLBACKS``."""
+    keys = (app.secret_key, *(app.config.get("SECRET_KEY_FALLBACKS") or ()))
+    return tuple(key for key in keys if key)
+
+
+def propagates_exceptions(app: Flask) -> bool:
+    """Whether Flask lets errors through to the server or the test client, by its own rule."""
+    propagate = app.config["PROPAGATE_EXCEPTIONS"]
+    return bool(app.testing or app.debug) if propagate is None else bool(propagate)

@@ -1,0 +1,564 @@
+"""``SessionData``: what ``flask.session`` is to a view."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+from flask.sessions import SessionMixin
+from msgspec import Raw
+
+from .codec import is_valid_text
+from .errors import (
+    Gone,
+    SessionClosed,
+    SessionConflict,
+    SessionEnded,
+    Stale,
+    StoreUnavailable,
+    UnreadableRecord,
+    UnsupportedType,
+    ValueRefused,
+)
+from .events import (
+    SessionCreated,
+    SessionDestroyed,
+    SessionRenewed,
+    SessionRotated,
+    SessionSaved,
+    WriteDropped,
+    logger,
+)
+from .keeper import PERMANENT, Keeper
+from .payload import Body
+from .stores.base import Record
+from .tokens import Checked, session_key
+from .tracking import TrackedValues
+
+_MAX_GRACE = 3600.0
+
+
+class Presented(NamedTuple):
+    """What the request brought: the checked token, None where it brought none."""
+
+    checked: Checked | None = None
+    by_header: bool = False
+
+
+class SessionData(SessionMixin):
+    """A session: a dict of str to values, loaded when first looked at, saved with the response.
+
+    Reading costs one round trip to the store for the first access and none after; a request that
+    changed something costs one more at its end. Values are decoded one by one. Changes inside
+    lists, dicts and sets are noticed. Methods that talk to the store at once say so; all of them
+    may raise ``StoreUnavailable`` (HTTP 503).
+
+    Names and types that can be kept are listed in ``flask_gsession.codec.SUPPORTED``.
+    """
+
+    def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
+        self.accessed = False
+        self._keeper = keeper
+        self._present = present
+        self._presented: Presented | None = None
+        self._lock = threading.RLock()
+        self._opened = False
+        self._closed = False
+        self._ended = False
+        self._failure: StoreUnavailable | None = None
+        self._cookie: Literal["keep", "set", "delete"] = "keep"
+        self._forget()
+
+    def _forget(self) -> None:
+        self._token: str | None = None  # None also where the client holds a newer one than we know
+        self._record: Record | None = None
+        self._values = TrackedValues(self._keeper.codec)
+        self._lifetime: int | None = None
+        self._restart_idle = False
+        self._rotation: float | None = None
+        self._forced = False
+        self._cleared = False
+
+    # -- the mapping
+
+    def __getitem__(self, key: str) -> Any:
+        values = self._open()
+        try:
+            return values[key]
+        except UnreadableRecord as error:
+            self._refuse(error.reason, str(error))
+            raise KeyError(key) from None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._check_key(key)
+        values = self._open_for_writing()
+        if self._keeper.settings.debug:
+            self._keeper.codec.encode(key, value)
+        values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._open_for_writing()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._open()))
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._open()
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self) | dict(other)
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(other) | dict(self)
+
+    def __ior__(self, other: Mapping[str, Any]) -> SessionData:
+        self.update(other)
+        return self
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self))
+
+    def __repr__(self) -> str:
+        if not self._opened:
+            return "<SessionData not loaded>"
+        handle = self._record.key if self._record else None
+        return f"<SessionData handle={handle!r} keys={len(self._values)}>"
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove and return the newest key and its value, as a dict does."""
+        for key in reversed(self):
+            return key, self.pop(key)
+        raise KeyError("popitem(): the session is empty")
+
+    def copy(self) -> dict[str, Any]:
+        """A plain dict of all values (shallow)."""
+        return dict(self)
+
+    def clear(self) -> None:
+        """Remove every key that is there.
+
+        A session left empty is removed from the store with the response, and its cookie with it.
+        A key that a parallel request adds meanwhile survives; to log out, use ``destroy``.
+        """
+        values = self._open_for_writing()
+        for key in list(values):
+            del values[key]
+        self._cleared = True
+
+    def set_many(self, values: Mapping[str, Any]) -> None:
+        """Set several keys, all or none: raises ``ValueRefused`` before anything is set."""
+        for key, value in values.items():
+            self._check_key(key)
+            self._keeper.codec.encode(key, value)
+        self.update(values)
+
+    def remove(self, *keys: str) -> int:
+        """Remove the keys that are there; how many were."""
+        values = self._open_for_writing()
+        present = [key for key in dict.fromkeys(keys) if key in values]
+        for key in present:
+            del values[key]
+        return len(present)
+
+    def get_or_set(self, key: str, default: Any) -> Any:
+        """The value of ``key``; where there is none, ``default`` (or what it returns) is set."""
+        if key not in self:
+            self[key] = default() if callable(default) else default
+        return self[key]
+
+    # -- what the session says of itself
+
+    @property
+    def new(self) -> bool:  # type: ignore[override]  # Flask has a class attribute
+        """Whether the store does not hold this session yet."""
+        self._open()
+        return self._record is None
+
+    @property
+    def modified(self) -> bool:
+        """Whether this request changed the session. Setting it to True forces a save."""
+        if self._forced or self._rotation is not None or self._restart_idle:
+            return True
+        try:
+            return bool(self._values.changes())
+        except ValueRefused:
+            return True
+
+    @modified.setter
+    def modified(self, value: bool) -> None:
+        if value:
+            self._open_for_writing()
+        self._forced = bool(value)
+
+    @property
+    def handle(self) -> str | None:
+        """The public name of the session, or None before it is stored.
+
+        It is the SHA-256 of the token: safe to show and to log, and no use as a token. It changes
+        when the session is rotated.
+        """
+        self._open()
+        return self._record.key if self._record else None
+
+    @property
+    def created_at(self) -> datetime | None:
+        """When the session was first stored (UTC); None before that."""
+        self._open()
+        return _utc(self._record.created_at) if self._record else None
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When the session ends if it is not used again (UTC); None before it is stored."""
+        self._open()
+        return _utc(self._record.idle_expires_at) if self._record else None
+
+    @property
+    def size(self) -> int:
+        """The bytes of the stored values and their keys; 0 before the session is stored."""
+        stored = self._open().stored
+        return sum(len(key.encode()) + len(memoryview(raw)) for key, raw in stored.items())
+
+    # -- the session's life
+
+    def rotate(self, grace: float | None = None) -> None:
+        """Give the session a new token and keep its data: call it wherever privileges change.
+
+        With the response, the old token becomes a pointer to the new session for ``grace`` seconds
+        (default ``SESSION_ROTATION_GRACE``), so that parallel requests that still carry it are
+        served; with 0 it ends at once, as at a login it should. Raises ``ValueError`` for a grace
+        outside 0 to 3600. Costs no round trip beside the save. Source: OWASP ASVS 7.2.4.
+        """
+        if grace is None:
+            grace = self._keeper.settings.rotation_grace
+        if isinstance(grace, bool) or not isinstance(grace, (int, float)):
+            raise ValueError("grace is a number of seconds, 0 to 3600")
+        if not 0 <= grace <= _MAX_GRACE:
+            raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
+        self._open_for_writing()
+        if self._record is not None:
+            earlier = self._rotation
+            self._rotation = grace if earlier is None else min(earlier, grace)
+
+    def destroy(self) -> None:
+        """End the session: it is gone from the store when this returns; the cookie goes with the
+        response. What is written afterwards starts a new session with a new token.
+
+        One round trip. A parallel request that is still running cannot bring it back.
+        """
+        self._check_open()
+        presented = self._look_at_request()
+        if self._failure is not None:
+            raise self._failure
+        key: str | None = None
+        if self._record is not None:
+            key = self._record.key
+        elif not self._opened and presented.checked is not None and presented.checked.token:
+            key = session_key(presented.checked.token)
+        if key is not None:
+            try:
+                ended = self._keeper.store.delete(key)
+            except UnreadableRecord as error:
+                self._keeper.refused(error.reason, key, str(error))
+                ended = False
+            if ended:
+                self._keeper.events.emit(SessionDestroyed(key))
+        self._forget()
+        self._opened = True
+        self._ended = False
+        if presented.checked is not None:
+            self._cookie = "delete"
+        elif self._cookie == "set":
+            self._cookie = "keep"
+
+    def reload(self) -> None:
+        """Discard what this request changed, and see what is stored now. One round trip."""
+        self._check_open()
+        self._failure = None
+        if self._record is None:
+            if not self._opened or self._cookie == "keep":
+                self._opened = False
+                self._forget()
+                self._open()
+            else:
+                self._values = TrackedValues(self._keeper.codec)
+            return
+        self._rotation = None
+        self._restart_idle = self._forced = self._cleared = False
+        self._values = TrackedValues(self._keeper.codec)
+        if not self._catch_up():
+            self._end("reload")
+
+    def set_lifetime(self, seconds: float) -> None:
+        """Let this session end ``seconds`` after its last use, instead of what the settings say.
+
+        It holds from the next save on, through rotations, and never past the absolute timeout.
+        Raises ``ValueError`` for anything but 1 second to ``SESSION_ABSOLUTE_TIMEOUT``.
+        """
+        longest = self._keeper.settings.absolute_timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise ValueError("the lifetime is a number of seconds")
+        if not 1 <= seconds <= longest:
+            raise ValueError(
+                f"the lifetime is {seconds} seconds; allowed are 1 to {longest:g} "
+                "(SESSION_ABSOLUTE_TIMEOUT)"
+            )
+        self._open_for_writing()
+        self._lifetime = int(seconds * 1000)
+        self._restart_idle = True
+
+    def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
+        """Replace the value of ``key`` by ``function(value)`` and store it now; the new value.
+
+        ``function`` gets a fresh copy of what is stored (of ``default`` where there is nothing) and
+        runs again when another request was faster, so it must have no side effects. Other changes
+        of this request stay pending; a pending change of this very key is stored first. In a
+        session that is not stored yet, the value is set and stored with the response.
+
+        Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
+        many lost races, ``ValueRefused`` for a result that cannot be kept. One round trip, two
+        more for each lost race.
+        """
+        self._check_key(key)
+        values = self._open_for_writing()
+        if self._record is not None and key in values.changes():
+            self._commit()
+        if self._record is None and not self._ended:
+            value = function(copy.deepcopy(self.get(key, default)))
+            self[key] = value
+            return value
+        codec = self._keeper.codec
+        for _ in self._keeper.attempts():
+            if self._record is None:
+                raise SessionEnded
+            values = self._values
+            stored = values.stored
+            raw = stored.get(key)
+            value = function(copy.deepcopy(default) if raw is None else codec.decode(raw))
+            changed = codec.encode(key, value)
+            if changed != raw:
+                stored = {**stored, key: changed}
+                try:
+                    self._record = self._keeper.save(self._record, Body(stored, self._lifetime))
+                except (Stale, Gone):
+                    if not self._catch_up():
+                        self._end("update_atomic")
+                    continue
+            values.follow(stored)
+            values.settle(key, value, changed)
+            return value
+        raise SessionConflict
+
+    # -- loading and saving
+
+    def _look_at_request(self) -> Presented:
+        if self._presented is None:
+            self.accessed = True
+            self._presented = self._present()
+        return self._presented
+
+    def _open(self) -> TrackedValues:
+        if not self._opened:
+            with self._lock:
+                if not self._opened:
+                    self._load()
+        return self._values
+
+    def _load(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        checked = self._look_at_request().checked
+        if checked is not None and checked.token is None:
+            self._keeper.refused(checked.reason, None)
+        elif checked is not None and checked.token is not None:
+            key = session_key(checked.token)
+            try:
+                loaded = self._keeper.find(key)
+            except UnreadableRecord as error:
+                self._keeper.refused(error.reason, key, str(error))
+            except StoreUnavailable as error:
+                self._failure = error
+                raise
+            else:
+                if loaded is None:
+                    self._keeper.refused("unknown", key)
+                else:
+                    self._record, body = loaded
+                    self._values = TrackedValues(self._keeper.codec, body.values)
+                    self._lifetime = body.lifetime
+                    if self._record.key == key:
+                        self._token = checked.token
+                        if checked.outdated:
+                            self._cookie = "set"
+        self._opened = True
+
+    def _open_for_writing(self) -> TrackedValues:
+        self._check_open()
+        return self._open()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed(
+                "The session was already saved with the response; this write would be lost. "
+                "Write to the session before a streamed body starts."
+            )
+
+    def _check_key(self, key: object) -> None:
+        if type(key) is not str:
+            raise UnsupportedType(
+                f"session[{ascii(key)[:60]}]",
+                f"session keys are str, not {type(key).__qualname__}",
+            )
+        if not is_valid_text(key):
+            raise UnsupportedType(
+                f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
+            )
+
+    def _refuse(self, reason: str, detail: str) -> None:
+        """What was loaded turned out unreadable: go on as a new anonymous session."""
+        self._keeper.refused(reason, self._record.key if self._record else None, detail)
+        self._forget()
+        self._cookie = "keep"
+
+    def _end(self, during: str) -> None:
+        """The session ended under this request: nothing of it is stored any more."""
+        handle = self._record.key if self._record else None
+        logger.info("Session %s ended while a request ran; its changes were dropped", handle)
+        self._keeper.events.emit(WriteDropped(handle, f"ended before {during}"))
+        self._forget()
+        self._ended = True
+        self._cookie = "keep"
+
+    def _catch_up(self) -> bool:
+        """See what other requests stored; False where the session is no more."""
+        assert self._record is not None
+        key = self._record.key
+        try:
+            loaded = self._keeper.find(key)
+        except UnreadableRecord as error:
+            self._keeper.refused(error.reason, key, str(error))
+            return False
+        if loaded is None:
+            return False
+        self._record, body = loaded
+        if self._record.key != key:
+            # Another request rotated the session. The client gets that token, not one of ours.
+            self._token = self._rotation = None
+            self._cookie = "keep"
+        self._values.follow(body.values)
+        if not self._restart_idle:
+            self._lifetime = body.lifetime
+        return True
+
+    def _save_and_close(self) -> None:
+        """Store what this request changed, and accept no more writes."""
+        if self._opened and not self._closed:
+            self._commit()
+            if self._cleared and self._record is None and self._look_at_request().checked:
+                self._cookie = "delete"
+        self._closed = True
+
+    def _commit(self) -> None:
+        values = self._values
+        changes = values.changes()
+        if self._ended:
+            if changes:
+                self._end("save")
+        elif self._record is None:
+            stored = {key: change.mine for key, change in changes.items() if change.mine}
+            if _worth_keeping(stored):
+                self._token, self._record = self._keeper.create(Body(stored, self._lifetime))
+                values.accept(stored, changes)
+                self._restart_idle = self._forced = False
+                self._rotation = None
+                self._cookie = "set"
+                self._keeper.events.emit(SessionCreated(self._record.key))
+        elif changes or self._restart_idle or self._forced or self._rotation is not None:
+            self._write(changes)
+        else:
+            self._renew_if_due()
+
+    def _write(self, changes: Mapping[str, Any]) -> None:
+        """Put ``changes`` onto what is stored, trying again when another request was faster."""
+        keeper, values = self._keeper, self._values
+        changes = dict(changes)
+        for conflicts, _ in enumerate(keeper.attempts()):
+            old = self._record
+            assert old is not None
+            if not (changes or self._restart_idle or self._forced or self._rotation is not None):
+                return
+            merged = keeper.merger.apply(values.stored, changes)
+            body = Body(merged, self._lifetime)
+            restart = self._restart_idle or (
+                keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
+            )
+            try:
+                if not _worth_keeping(merged):
+                    keeper.store.delete(old.key, old.version)
+                    keeper.events.emit(SessionDestroyed(old.key))
+                    self._forget()
+                    self._cookie = "delete"
+                    return
+                if self._rotation is not None:
+                    self._token, self._record = keeper.rotate(old, body, self._rotation)
+                    keeper.events.emit(SessionRotated(self._record.key, old.key))
+                    self._cookie = "set"
+                else:
+                    self._record = keeper.save(old, body, restart_idle=restart)
+            except (Stale, Gone):
+                if not self._catch_up():
+                    self._end("save")
+                    return
+                continue
+            moved = self._record.idle_expires_at != old.idle_expires_at
+            if restart or (moved and keeper.is_permanent(merged)):
+                self._set_cookie_if_known()
+            values.accept(merged, changes)
+            self._rotation = None
+            self._restart_idle = self._forced = False
+            keeper.events.emit(SessionSaved(self._record.key, len(self._record.payload), conflicts))
+            return
+        raise SessionConflict
+
+    def _renew_if_due(self) -> None:
+        assert self._record is not None
+        body = Body(self._values.stored, self._lifetime)
+        idle_end = self._keeper.due(self._record, body)
+        if idle_end is None:
+            return
+        try:
+            renewed = self._keeper.store.renew(self._record, idle_end)
+        except StoreUnavailable as error:
+            # What was read is right, and nothing was to be written: the next request renews.
+            logger.warning("A session could not be renewed: %s", error)
+            return
+        if renewed:
+            self._record = self._record._replace(idle_expires_at=idle_end)
+            self._keeper.events.emit(SessionRenewed(self._record.key))
+            if self._keeper.is_permanent(self._values.stored):
+                self._set_cookie_if_known()
+
+    def _set_cookie_if_known(self) -> None:
+        if self._token is not None:
+            self._cookie = "set"
+
+    def _late_changes(self) -> list[str]:
+        """The keys whose values were changed in place after the session was saved."""
+        try:
+            return list(self._values.changes())
+        except ValueRefused as error:
+            return [error.path]
+
+
+def _worth_keeping(values: Mapping[str, Raw]) -> bool:
+    """Whether a session with these values exists: Flask's permanent flag alone is nothing."""
+    return len(values) > (PERMANENT in values)
+
+
+def _utc(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)

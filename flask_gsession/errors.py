@@ -1,0 +1,119 @@
+"""The errors of Flask-GSession; each says what was wrong and what to do.
+
+::
+
+    GSessionError
+    ├── SettingError            a setting or a store URL is wrong (stops the app at init_app)
+    ├── ValueRefused            a value cannot be kept in a session
+    │   ├── UnsupportedType     ... because of its type
+    │   └── SessionTooLarge     ... because of its size, depth or number of keys
+    ├── SessionClosed           a write after the session was saved with the response
+    ├── SessionConflict         HTTP 409: parallel requests changed the same thing
+    │   └── SessionEnded        HTTP 409: the session ended while this request ran
+    └── StoreError              what a store tells the session
+        ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
+        ├── UnreadableRecord    what is stored under the key is not a record of that key
+        ├── KeyTaken            create: the key holds a record already
+        ├── Gone                save, replace, delete: no live record under the key
+        └── Stale               save, replace, delete: another version is stored
+
+No message holds a session token, a stored value or a password.
+"""
+
+from __future__ import annotations
+
+from werkzeug.exceptions import Conflict, ServiceUnavailable
+
+
+class GSessionError(Exception):
+    """The base of every error this package raises on purpose."""
+
+
+class SettingError(GSessionError, ValueError):
+    """A setting has a value it cannot have; the message names the key and what is allowed."""
+
+
+class ValueRefused(GSessionError):
+    """A value cannot be kept in a session.
+
+    ``path`` says where it is, for example ``session['cart'][0]['price']``.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class UnsupportedType(ValueRefused, TypeError):
+    """The value, or something inside it, is of a type that would not come back as it was."""
+
+
+class SessionTooLarge(ValueRefused, ValueError):
+    """The session has too many bytes, keys or levels; the stored state is left as it was."""
+
+
+class SessionClosed(GSessionError, RuntimeError):
+    """The session was written to after it had been saved with the response.
+
+    A streamed body runs after the save: write to the session before the body starts.
+    """
+
+
+class SessionConflict(GSessionError, Conflict):
+    """Parallel requests changed the same session and the changes cannot both stand (HTTP 409).
+
+    Raised for keys whose policy is ``"reject"``, and when a write lost the race too many times.
+    """
+
+    description = "Another request changed this session at the same time. Try again."
+
+
+class SessionEnded(SessionConflict):
+    """The session was logged out, revoked or expired while this request ran (HTTP 409)."""
+
+    description = "The session ended while this request ran."
+
+
+class StoreError(GSessionError):
+    """The base of what a store may raise."""
+
+
+class StoreUnavailable(StoreError, ServiceUnavailable):
+    """The store could not be reached, or did not answer within its time (HTTP 503).
+
+    ``detail`` is for logs: which operation failed and how. The client only sees
+    ``description`` and ``Retry-After``.
+    """
+
+    description = "The session store is not available at the moment. Try again shortly."
+
+    def __init__(self, detail: str, retry_after: int = 1) -> None:
+        super().__init__(retry_after=retry_after)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+class UnreadableRecord(StoreError):
+    """What is stored under a key is not a record of that key that this version can read.
+
+    ``reason`` is ``"corrupt"``, ``"newer format"`` or ``"unknown encryption key"``.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class KeyTaken(StoreError):
+    """``create`` found a record under the key."""
+
+
+class Gone(StoreError):
+    """There is no live record under the key: ended, expired, or rotated away."""
+
+
+class Stale(StoreError):
+    """The stored record has another version than the expected one."""

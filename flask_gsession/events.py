@@ -1,0 +1,104 @@
+"""What happened to a session, as frozen values; metrics, debugging and applications subscribe.
+
+No event holds a token or a stored value. ``handle`` is the public handle of the session.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+logger = logging.getLogger("flask_gsession")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """The base of all events."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCreated(Event):
+    """A session was stored for the first time."""
+
+    handle: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSaved(Event):
+    """A session's changes were stored; ``conflicts`` counts the lost races before it."""
+
+    handle: str
+    payload_bytes: int
+    conflicts: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRenewed(Event):
+    """The idle expiry of a session was moved."""
+
+    handle: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRotated(Event):
+    """A session got a new token; ``previous`` is the handle it had before."""
+
+    handle: str
+    previous: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDestroyed(Event):
+    """A session was ended by the application."""
+
+    handle: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRefused(Event):
+    """A presented token did not lead to a session.
+
+    ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"``, ``"unknown"`` (ended,
+    expired or never issued), ``"corrupt"``, ``"newer format"`` or ``"unknown encryption key"``.
+    ``handle`` is None where the token was not signed by this application.
+    """
+
+    reason: str
+    handle: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDropped(Event):
+    """Changes were not stored because the session had ended or the store was down."""
+
+    handle: str | None
+    reason: str
+
+
+E = TypeVar("E", bound=Event)
+
+
+class Events:
+    """Passes events on to those who asked for their type."""
+
+    def __init__(self) -> None:
+        self._subscribers: dict[type[Event], list[Callable[[Any], object]]] = {}
+
+    def subscribe(self, event: type[E], receiver: Callable[[E], object]) -> None:
+        """Call ``receiver`` with every event of this type, or of a type derived from it."""
+        if not (isinstance(event, type) and issubclass(event, Event)):
+            raise TypeError(f"{event!r} is not an event type; see flask_gsession.events")
+        self._subscribers.setdefault(event, []).append(receiver)
+
+    def emit(self, event: Event) -> None:
+        """Tell the subscribers. One that fails is logged and does not fail the request."""
+        if not self._subscribers:
+            return
+        for kind in type(event).__mro__:
+            for receiver in self._subscribers.get(kind, ()):
+                try:
+                    receiver(event)
+                except Exception:
+                    logger.exception("A subscriber to %s failed", type(event).__name__)

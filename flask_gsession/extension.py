@@ -1,0 +1,146 @@
+"""``Session``: puts server-side sessions into a Flask application."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from flask import Flask, current_app, has_request_context, request
+from flask import session as flask_session
+from werkzeug.local import LocalProxy
+
+from .config import read_settings
+from .data import SessionData
+from .errors import SettingError
+from .events import Event, Events
+from .interface import GSessionInterface
+from .keeper import Keeper
+from .stores import Store, StoreOptions, open_store
+from .stores.base import Clock
+
+NAME = "gsession"
+DEFAULT_STORE = "sqlite:///gsession.sqlite3"
+
+E = TypeVar("E", bound=Event)
+
+
+class Session:
+    """Server-side sessions for Flask.
+
+    ``app``: the application; or call ``init_app`` later, also for several applications.
+    ``settings``: each setting ``SESSION_X`` as the keyword ``x``; it goes before ``app.config``.
+    ``clock``: a function that gives the time in seconds since 1970, for tests.
+
+    The first ``Session`` of an application serves ``flask.session``. Further ones need another
+    ``cookie_name``; their session is ``ext.session``.
+    """
+
+    def __init__(
+        self, app: Flask | None = None, *, clock: Clock = time.time, **settings: Any
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._events = Events()
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Check the settings of ``app`` and replace its session interface. Asks no server.
+
+        Raises ``SettingError``, also when this ``Session``, or one with this cookie name, is on
+        the application already.
+        """
+        settings = read_settings(app, self._settings)
+        interfaces: dict[Session, GSessionInterface] = app.extensions.setdefault(NAME, {})
+        for other in interfaces.values():
+            if other.keeper.settings.cookie_name == settings.cookie_name:
+                raise SettingError(
+                    f"The application has a Session with the cookie {settings.cookie_name!r} "
+                    "already; give a second one another cookie_name"
+                )
+        options = StoreOptions(
+            prefix=settings.key_prefix,
+            timeout=settings.store_timeout,
+            pool_max=settings.pool_max,
+            clock=self._clock,
+        )
+        source = DEFAULT_STORE if settings.store is None else settings.store
+        store, owned = open_store(source, options, app.instance_path)
+        keeper = Keeper(settings, store, self._events, self._clock)
+        interface = GSessionInterface(keeper, owns_store=owned)
+        if not interfaces:
+            app.session_interface = interface
+            _rotate_at_login(app)
+        interfaces[self] = interface
+
+    @property
+    def session(self) -> SessionData:
+        """The session of this ``Session`` in the current request, as a proxy.
+
+        For an application's first ``Session`` it is ``flask.session``.
+        """
+        return LocalProxy(self._current)  # type: ignore[return-value]  # stands for a SessionData
+
+    def store(self, app: Flask | None = None) -> Store:
+        """The store of ``app``, by default of the current application."""
+        return self._interface(app).keeper.store
+
+    def on(
+        self, event: type[E], receiver: Callable[[E], object] | None = None
+    ) -> Callable[[Callable[[E], object]], Callable[[E], object]]:
+        """Call ``receiver`` with every such event; usable as a decorator: ``@ext.on(Event)``.
+
+        The events are in ``flask_gsession.events``. A receiver runs inside the request and should
+        be quick; one that fails is logged and does no harm.
+        """
+
+        def subscribe(function: Callable[[E], object]) -> Callable[[E], object]:
+            self._events.subscribe(event, function)
+            return function
+
+        if receiver is not None:
+            subscribe(receiver)
+        return subscribe
+
+    def close(self, app: Flask | None = None) -> None:
+        """Release the connections of the store, unless the store object was passed in."""
+        interface = self._interface(app)
+        if interface.owns_store:
+            interface.keeper.store.close()
+
+    def _interface(self, app: Flask | None) -> GSessionInterface:
+        target = app or current_app
+        interfaces: dict[Session, GSessionInterface] = target.extensions.get(NAME, {})
+        if self not in interfaces:
+            raise SettingError("This Session is not on the application: call init_app first")
+        return interfaces[self]
+
+    def _current(self) -> Any:
+        interface = self._interface(None)
+        if not has_request_context() or current_app.session_interface is interface:
+            return flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        return interface.open_further(app, request)
+
+
+def _rotate_at_login(app: Flask) -> None:
+    """Rotate the token when Flask-Login, where it is installed, logs a user in.
+
+    The old token ends at once: who planted it must not read the session of the user.
+    """
+    try:
+        from flask_login import (  # type: ignore[import-untyped]  # it ships no types
+            user_loaded_from_cookie,
+            user_logged_in,
+        )
+    except ImportError:
+        return
+    user_logged_in.connect(_rotate, app)
+    user_loaded_from_cookie.connect(_rotate, app)
+
+
+def _rotate(sender: Flask, **_: Any) -> None:
+    session = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    if isinstance(session, SessionData):
+        session.rotate(grace=0)

@@ -1,0 +1,183 @@
+"""Flask's session interface: opens sessions, saves them, and is the one place for cookies."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from flask import Flask, Request, Response, request
+from flask.sessions import SessionInterface, SessionMixin
+from flask.signals import got_request_exception
+from werkzeug.exceptions import HTTPException, InternalServerError
+
+from .config import propagates_exceptions, secret_keys
+from .data import Presented, SessionData
+from .errors import StoreUnavailable
+from .events import WriteDropped, logger
+from .keeper import Keeper
+from .tokens import Checked, TokenSigner
+
+#: Where a request keeps the sessions of an application's further ``Session`` objects.
+_FURTHER = "flask_gsession.further"
+
+
+class GSessionInterface(SessionInterface):
+    """Opens and saves the sessions of one ``Session`` on one application.
+
+    Opening does nothing but remember the request: Flask opens the session before routing, for
+    every request. Cookie attributes are Flask's own ``SESSION_COOKIE_*``.
+    """
+
+    session_class = SessionData
+
+    def __init__(self, keeper: Keeper, *, owns_store: bool = True) -> None:
+        self.keeper = keeper
+        self.owns_store = owns_store
+        self._signer: TokenSigner | None = None
+        self._signer_keys: tuple[str | bytes, ...] = ()
+
+    def get_cookie_name(self, app: Flask) -> str:
+        """The cookie's name: of this ``Session``, not of the application."""
+        return self.keeper.settings.cookie_name
+
+    def open_session(self, app: Flask, request: Request) -> SessionData | None:
+        """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
+        if not app.secret_key:
+            return None
+        return SessionData(self.keeper, lambda: self._present(app, request))
+
+    def open_further(self, app: Flask, request: Request) -> SessionMixin:
+        """The session of a second ``Session`` on the application, the same all request long."""
+        opened = request.environ.setdefault(_FURTHER, {})
+        if self not in opened:
+            opened[self] = self.open_session(app, request) or self.make_null_session(app)
+        session: SessionMixin = opened[self]
+        session.accessed = True
+        return session
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        """Store what the request changed; set or delete the cookie only where that is needed.
+
+        A failure becomes the application's own error response. Never raises, except for errors
+        in the program where the application lets exceptions through (tests, debug mode).
+        """
+        self._save(app, session, response)
+        for interface, further in request.environ.get(_FURTHER, {}).items():
+            interface._save(app, further, response)
+
+    def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        if not session.accessed or not isinstance(session, SessionData):
+            return
+        try:
+            session._save_and_close()
+        except Exception as error:
+            session._closed = True
+            self._failed(app, session, response, error)
+        else:
+            if session._failure is not None and response.status_code == 500:
+                # The application's page for the outage needed the session itself.
+                _turn_into(response, app.make_response(session._failure.get_response()))
+        presented = session._look_at_request()
+        response.vary.add(
+            str(self.keeper.settings.token_header) if presented.by_header else "Cookie"
+        )
+        if session._cookie != "keep":
+            response.cache_control.no_store = True
+            if presented.by_header:
+                self._write_header(app, session, response)
+            else:
+                self._write_cookie(app, session, response)
+        if response.is_streamed and session._values.looked_at():
+            response.call_on_close(lambda: _report_late_changes(session))
+
+    def _present(self, app: Flask, request: Request) -> Presented:
+        header = self.keeper.settings.token_header
+        if header is not None and header in request.headers:
+            value = request.headers[header].strip()
+            return Presented(self._check(app, value) if value else None, by_header=True)
+        values = set(request.cookies.getlist(self.get_cookie_name(app)))
+        if not values:
+            return Presented()
+        if len(values) > 1:
+            return Presented(Checked(None, "two cookies"))
+        return Presented(self._check(app, values.pop()))
+
+    def _check(self, app: Flask, presented: str) -> Checked:
+        return self._signer_of(app).check(presented)
+
+    def _signer_of(self, app: Flask) -> TokenSigner:
+        keys = secret_keys(app)
+        signer = self._signer
+        if signer is None or keys != self._signer_keys:
+            signer = TokenSigner(keys, self.get_cookie_name(app))
+            self._signer, self._signer_keys = signer, keys
+        return signer
+
+    def _write_header(self, app: Flask, session: SessionData, response: Response) -> None:
+        name = str(self.keeper.settings.token_header)
+        token = session._token if session._cookie == "set" else None
+        response.headers[name] = self._signer_of(app).sign(token) if token else ""
+
+    def _write_cookie(self, app: Flask, session: SessionData, response: Response) -> None:
+        attributes: dict[str, Any] = {
+            "domain": self.get_cookie_domain(app),
+            "path": self.get_cookie_path(app),
+            "secure": self.get_cookie_secure(app),
+            "httponly": self.get_cookie_httponly(app),
+            "samesite": self.get_cookie_samesite(app),
+            "partitioned": self.get_cookie_partitioned(app),
+        }
+        name = self.get_cookie_name(app)
+        token, record = session._token, session._record
+        if session._cookie == "delete" or token is None or record is None:
+            response.delete_cookie(name, **attributes)
+            return
+        expires = None
+        if self.keeper.is_permanent(session._values.stored):
+            expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
+        response.set_cookie(name, self._signer_of(app).sign(token), expires=expires, **attributes)
+
+    def _failed(
+        self, app: Flask, session: SessionData, response: Response, error: Exception
+    ) -> None:
+        """Answer with the application's error response instead: the changes were not stored."""
+        session._cookie = "keep"
+        if isinstance(error, StoreUnavailable):
+            logger.error("A session could not be saved: %s", error)
+            handle = session._record.key if session._record else None
+            self.keeper.events.emit(WriteDropped(handle, "store unavailable"))
+            if self.keeper.settings.on_store_error == "keep-response":
+                return
+        if not isinstance(error, HTTPException):
+            if propagates_exceptions(app):
+                raise error
+            app.log_exception(sys.exc_info())
+            got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
+            error = InternalServerError(original_exception=error)
+        try:
+            answer = app.make_response(app.handle_http_exception(error))
+        except Exception:
+            logger.exception("The error handler for %s failed", type(error).__name__)
+            answer = app.make_response(error.get_response())
+        _turn_into(response, answer)
+
+
+def _turn_into(response: Response, answer: Response) -> None:
+    """Make ``response``, which Flask already holds, say what ``answer`` says."""
+    close = getattr(response.response, "close", None)
+    if close is not None:
+        close()
+    response.status = answer.status
+    response.headers = answer.headers
+    response.response = answer.response
+    response.direct_passthrough = answer.direct_passthrough
+
+
+def _report_late_changes(session: SessionData) -> None:
+    for key in session._late_changes():
+        logger.error(
+            "session[%a] was changed while the response was streamed, after the session had been "
+            "saved: the change is lost. Write before the streamed body starts.",
+            key[:60],
+        )

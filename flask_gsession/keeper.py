@@ -1,0 +1,180 @@
+"""Between one application's sessions and their store: find, create, save, rotate, renew.
+
+Everything that every session of an application shares is here; what belongs to one request is in
+``data``.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from msgspec import Raw
+
+from .codec import Codec
+from .config import Settings
+from .encryption import Cipher
+from .errors import KeyTaken, SettingError, StoreError, UnreadableRecord
+from .events import Events, SessionRefused, logger
+from .merge import Merger
+from .payload import Body, PayloadFormat
+from .stores.base import Clock, Record, Store, milliseconds, new_version
+from .tokens import is_token, new_token, session_key
+
+PERMANENT = "_permanent"
+_TRUE = Raw(b"\xc3")
+_ATTEMPTS = 25
+_LONGEST_PAUSE = 0.05  # seconds
+_MAX_POINTERS = 8
+
+
+class Loaded(NamedTuple):
+    """A live record and what its payload holds."""
+
+    record: Record
+    body: Body
+
+
+class Keeper:
+    """Keeps the sessions of one ``Session`` on one application in their store."""
+
+    def __init__(self, settings: Settings, store: Store, events: Events, clock: Clock) -> None:
+        self.settings = settings
+        self.store = store
+        self.events = events
+        self.codec = Codec(settings.max_depth)
+        self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
+        keys = settings.encryption_keys
+        self._payloads = PayloadFormat(
+            max_bytes=settings.max_bytes,
+            max_keys=settings.max_keys,
+            cipher=Cipher(keys) if keys else None,
+            allow_plain=settings.read_plain,
+        )
+        self._clock = clock
+
+    def find(self, key: str) -> Loaded | None:
+        """The session under ``key``, or the one it was rotated to; None when there is none.
+
+        Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one more for each
+        rotation within the grace.
+        """
+        for _ in range(_MAX_POINTERS):
+            record = self.store.load(key)
+            if record is None:
+                return None
+            if not record.created_at <= record.idle_expires_at <= record.absolute_expires_at:
+                raise UnreadableRecord("corrupt", "times out of order")
+            if record.successor is None:
+                return Loaded(record, self._payloads.unpack(key, record.payload))
+            key = record.successor
+        raise UnreadableRecord("corrupt", "too many pointers")
+
+    def create(self, body: Body) -> tuple[str, Record]:
+        """Store a new session; its token and record. One round trip."""
+        now = milliseconds(self._clock)
+        absolute = now + int(self.settings.absolute_timeout * 1000)
+        for _ in range(3):
+            token, key = self._new_token()
+            record = Record(
+                key=key,
+                version=new_version(),
+                created_at=now,
+                idle_expires_at=min(self._idle_end(now, body), absolute),
+                absolute_expires_at=absolute,
+                payload=self._payloads.pack(key, body),
+            )
+            try:
+                self.store.create(record)
+            except KeyTaken:
+                continue
+            return token, record
+        raise StoreError(
+            "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
+        )
+
+    def save(self, old: Record, body: Body, *, restart_idle: bool = False) -> Record:
+        """Replace ``old``; its successor in time. Raises ``Gone`` or ``Stale``. One round trip.
+
+        The idle expiry moves where it is due, or anyhow with ``restart_idle``.
+        """
+        idle_end = self._idle_end_of(old, body) if restart_idle else self.due(old, body)
+        record = old._replace(
+            version=new_version(),
+            idle_expires_at=old.idle_expires_at if idle_end is None else idle_end,
+            payload=self._payloads.pack(old.key, body),
+        )
+        self.store.save(record, old.version)
+        return record
+
+    def rotate(self, old: Record, body: Body, grace: float) -> tuple[str, Record]:
+        """Move the session to a new token. Raises ``Gone`` or ``Stale``. One round trip."""
+        token, key = self._new_token()
+        record = old._replace(
+            key=key,
+            version=new_version(),
+            idle_expires_at=self._idle_end_of(old, body),
+            payload=self._payloads.pack(key, body),
+        )
+        grace_until = milliseconds(self._clock) + int(grace * 1000) if grace > 0 else None
+        self.store.replace(old.key, record, old.version, grace_until)
+        return token, record
+
+    def due(self, record: Record, body: Body) -> int | None:
+        """Where the idle expiry moves to, or None while it need not move yet."""
+        end = self._idle_end_of(record, body)
+        gain = end - record.idle_expires_at
+        step = self.settings.renew_interval_for(self._idle(body)) * 1000
+        if gain > 0 and (gain >= step or end == record.absolute_expires_at):
+            return end
+        return None
+
+    def is_permanent(self, values: Mapping[str, Raw]) -> bool:
+        """Whether Flask's ``session.permanent`` is set among these encoded values."""
+        return values.get(PERMANENT) == _TRUE
+
+    def attempts(self) -> Iterator[None]:
+        """One item per try of a write that may lose a race, with a growing random pause between."""
+        for number in range(_ATTEMPTS):
+            if number:
+                time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2**number)))
+            yield
+
+    def refused(self, reason: str, key: str | None, detail: str = "") -> None:
+        """Count and log that a presented token led to no session."""
+        if reason not in ("unknown", "malformed", "bad signature"):
+            logger.warning(
+                "Session %s refused: %s%s", key, reason, f" ({detail})" if detail else ""
+            )
+        self.events.emit(SessionRefused(reason, key))
+
+    def _idle(self, body: Body) -> float:
+        if body.lifetime is not None:
+            return body.lifetime / 1000
+        if self.is_permanent(body.values):
+            return self.settings.permanent_lifetime
+        return self.settings.idle_timeout
+
+    def _idle_end(self, now: int, body: Body) -> int:
+        # One interval beyond the idle timeout: the expiry is moved only once per interval, and
+        # must not come early for a session that was used just before a move was due.
+        idle = self._idle(body)
+        return now + int((idle + self.settings.renew_interval_for(idle)) * 1000)
+
+    def _idle_end_of(self, record: Record, body: Body) -> int:
+        return min(self._idle_end(milliseconds(self._clock), body), record.absolute_expires_at)
+
+    def _new_token(self) -> tuple[str, str]:
+        factory: Any = self.settings.token_factory
+        if factory is None:
+            token = new_token(self.settings.id_length)
+        else:
+            token = factory()
+            if not is_token(token):
+                raise SettingError(
+                    "SESSION_TOKEN_FACTORY must return 22 to 200 characters of A-Z a-z 0-9 - _ "
+                    f"(it returned a {type(token).__name__} that is not)"
+                )
+        return token, session_key(token)

@@ -1,0 +1,111 @@
+"""The payload of a record: all values of one session, as the store keeps them.
+
+::
+
+    byte 0      format version, 1
+    byte 1      0 plain, 1 sealed with AES-GCM
+    plain:      12 bytes BLAKE2b of the body keyed with the session key, then the body
+    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body
+
+The body is a MessagePack array: a map of key to encoded value, then what the session says about
+itself. The keyed digest (or the AES-GCM tag) binds the payload to its own record: another
+session's payload, a truncated or a foreign one does not open. New fields go at the array's end,
+so that older payloads stay readable.
+"""
+
+from __future__ import annotations
+
+import hmac
+from hashlib import blake2b
+
+from msgspec import DecodeError, Raw, Struct
+from msgspec.msgpack import Decoder, Encoder
+
+from .codec import is_valid_text
+from .encryption import Cipher
+from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType
+
+FORMAT = 1
+_PLAIN, _SEALED = bytes((FORMAT, 0)), bytes((FORMAT, 1))
+_DIGEST_BYTES = 12
+
+
+class Body(Struct, array_like=True, frozen=True):
+    """What a payload holds: the encoded values by key, and the session's own idle lifetime.
+
+    ``lifetime`` is in milliseconds; None means the application's setting.
+    """
+
+    values: dict[str, Raw]
+    lifetime: int | None = None
+
+
+class PayloadFormat:
+    """Packs bodies into payloads and back, within the limits on size and number of keys.
+
+    ``allow_plain`` lets payloads be read that were written before encryption was turned on.
+    """
+
+    def __init__(
+        self, *, max_bytes: int, max_keys: int, cipher: Cipher | None, allow_plain: bool = False
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._max_keys = max_keys
+        self._cipher = cipher
+        self._allow_plain = cipher is None or allow_plain
+        self._encode = Encoder().encode
+        self._decode = Decoder(Body).decode
+
+    def pack(self, session_key: str, body: Body) -> bytes:
+        """The payload of ``body`` under ``session_key``.
+
+        Raises ``SessionTooLarge`` or ``UnsupportedType`` (a key that is not valid text).
+        """
+        if len(body.values) > self._max_keys:
+            raise SessionTooLarge(
+                "session", f"{len(body.values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
+            )
+        try:
+            encoded = self._encode(body)
+        except UnicodeEncodeError:
+            bad = next(key for key in body.values if not is_valid_text(key))
+            raise UnsupportedType(
+                f"session[{ascii(bad)[:60]}]", "a key that holds lone surrogates is not valid text"
+            ) from None
+        if len(encoded) > self._max_bytes:
+            largest = max(body.values, key=lambda key: len(key) + len(bytes(body.values[key])))
+            raise SessionTooLarge(
+                "session",
+                f"{len(encoded)} bytes; SESSION_MAX_BYTES allows {self._max_bytes}; "
+                f"the largest key is {ascii(largest)[:60]}",
+            )
+        own = session_key.encode("ascii")
+        if self._cipher is not None:
+            return _SEALED + self._cipher.seal(encoded, own, _SEALED)
+        return _PLAIN + blake2b(encoded, key=own, digest_size=_DIGEST_BYTES).digest() + encoded
+
+    def unpack(self, session_key: str, payload: bytes) -> Body:
+        """The body of ``payload``, its values still encoded. Raises ``UnreadableRecord``."""
+        header = payload[:2]
+        own = session_key.encode("ascii")
+        if header == _PLAIN:
+            if not self._allow_plain:
+                raise UnreadableRecord(
+                    "corrupt", "not encrypted, and SESSION_ENCRYPTION_KEYS is set"
+                )
+            encoded = payload[2 + _DIGEST_BYTES :]
+            digest = blake2b(encoded, key=own, digest_size=_DIGEST_BYTES).digest()
+            if not hmac.compare_digest(digest, payload[2 : 2 + _DIGEST_BYTES]):
+                raise UnreadableRecord("corrupt", "not this session's own record, or altered")
+        elif header == _SEALED:
+            if self._cipher is None:
+                raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
+            encoded = self._cipher.open(payload[2:], own, header)
+        elif len(header) == 2 and header[0] > FORMAT:
+            raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {FORMAT}")
+        else:
+            raise UnreadableRecord("corrupt", "no record of this library")
+        try:
+            return self._decode(encoded)
+        except (DecodeError, ValueError, RecursionError):
+            raise UnreadableRecord("corrupt", "the body is no map of values") from None

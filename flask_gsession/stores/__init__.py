@@ -1,0 +1,101 @@
+"""From what ``SESSION_STORE`` says to a store; drivers are imported only when asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import unquote, urlsplit
+
+from ..errors import SettingError
+from .base import Record, Store, StoreOptions, Sweeps
+
+__all__ = ["Record", "Store", "StoreOptions", "Sweeps", "open_store"]
+
+T = TypeVar("T")
+
+_ALLOWED = (
+    "allowed are sqlite:///path, memory://, redis://host:port/db, rediss://..., unix:///socket, "
+    "mongodb://host:port/db, mongodb+srv://..., a redis.Redis client, a pymongo.MongoClient, "
+    "or a store object"
+)
+
+
+def open_store(source: object, options: StoreOptions, base_path: str = ".") -> tuple[Store, bool]:
+    """The store that ``source`` names, and whether closing it is ours to do.
+
+    A relative ``sqlite:`` path is taken from ``base_path``.
+    Raises ``SettingError``, never showing more of a URL than its scheme.
+    """
+    if isinstance(source, str):
+        return _from_url(source, options, base_path), True
+    for kind in type(source).__mro__:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name == "redis.client.Redis":
+            from .redis import RedisStore
+
+            return RedisStore(source, options), True  # type: ignore[arg-type]  # known by its name
+        if name == "pymongo.synchronous.mongo_client.MongoClient":
+            from .mongodb import MongoDBStore
+
+            return MongoDBStore(source, options), True  # type: ignore[arg-type]  # known by its name
+    if isinstance(source, Store) and not isinstance(source, type):
+        return source, False
+    raise SettingError(f"SESSION_STORE is a {type(source).__qualname__}; {_ALLOWED}")
+
+
+def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
+    scheme = url.partition(":")[0].lower() if ":" in url else ""
+    if scheme == "memory" and url in ("memory:", "memory://"):
+        from .memory import MemoryStore
+
+        return MemoryStore(options)
+    if scheme == "sqlite":
+        from .sqlite import SQLiteStore
+
+        return SQLiteStore(_sqlite_path(url, base_path), options)
+    if scheme in ("redis", "rediss", "unix"):
+        try:
+            from .redis import RedisStore
+        except ImportError as error:
+            raise _missing("redis", scheme, error) from None
+        return _checked(scheme, lambda: RedisStore(url, options))
+    if scheme in ("mongodb", "mongodb+srv"):
+        try:
+            from .mongodb import MongoDBStore, check_url
+        except ImportError as error:
+            raise _missing("mongodb", scheme, error) from None
+        _checked(scheme, lambda: check_url(url))
+        return MongoDBStore(url, options)
+    shown = f"a URL with the scheme {scheme!r}" if scheme.isalnum() else "no URL"
+    raise SettingError(f"SESSION_STORE is {shown}; {_ALLOWED}")
+
+
+def _checked(scheme: str, build: Callable[[], T]) -> T:
+    """What ``build`` returns; a driver's complaint about the URL without the URL."""
+    try:
+        return build()
+    except Exception as error:
+        raise SettingError(
+            f"SESSION_STORE is a {scheme} URL that the driver refuses "
+            f"({type(error).__name__}); check host, port, database and options"
+        ) from None
+
+
+def _missing(extra: str, scheme: str, error: ImportError) -> SettingError:
+    return SettingError(
+        f"SESSION_STORE is a {scheme} URL, and its driver is not installed ({error.name}): "
+        f"pip install 'flask-gsession[{extra}]'"
+    )
+
+
+def _sqlite_path(url: str, base_path: str) -> str:
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.netloc or parts.query or parts.fragment or not path.strip("/") or "\0" in path:
+        raise SettingError(
+            "SESSION_STORE is an sqlite URL without a usable path: write "
+            "sqlite:///sessions.sqlite3 for a file in the instance folder, or "
+            "sqlite:////var/lib/app/sessions.sqlite3 for one elsewhere"
+        )
+    return os.path.join(base_path, path[1:])

@@ -1,0 +1,122 @@
+"""What a store is: five verbs on opaque records, and nothing of Flask, cookies or values.
+
+A new store is an afternoon's work: implement ``Store``, then run the contract suite of
+``flask_gsession.testing`` on it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+Clock = Callable[[], float]
+
+
+class Record(NamedTuple):
+    """What a store holds under one session key. Times are milliseconds since 1970, UTC.
+
+    ``version`` is drawn at random for each write, so that a writer recognises its own.
+    ``idle_expires_at`` is never past ``absolute_expires_at``, so it is when the record ends.
+    A record with a ``successor`` is a pointer: the session was rotated to that key.
+    """
+
+    key: str
+    version: int
+    created_at: int
+    idle_expires_at: int
+    absolute_expires_at: int
+    payload: bytes
+    successor: str | None = None
+
+    def is_live(self, now: int) -> bool:
+        """Whether the record is neither expired at ``now`` nor a pointer."""
+        return self.successor is None and now < self.idle_expires_at
+
+    def pointer(self, successor: Record, until: int) -> Record:
+        """What stands under this record's key after the rotation to ``successor``."""
+        return self._replace(
+            version=successor.version,
+            idle_expires_at=min(until, self.absolute_expires_at),
+            payload=b"",
+            successor=successor.key,
+        )
+
+
+def new_version() -> int:
+    """A version for a write: 63 random bits, never 0."""
+    return secrets.randbits(63) or 1
+
+
+def milliseconds(clock: Clock) -> int:
+    """The clock's time in milliseconds."""
+    return int(clock() * 1000)
+
+
+@runtime_checkable
+class Store(Protocol):
+    """The contract. Each method is one atomic step and takes one total time budget.
+
+    Every method may raise ``StoreUnavailable``, never a driver's own error. All of them are safe
+    to repeat: a write that was applied although its answer got lost is recognised by its version.
+    """
+
+    def create(self, record: Record) -> None:
+        """Store ``record`` if its key is free, else raise ``KeyTaken``."""
+
+    def load(self, key: str) -> Record | None:
+        """The record, or a pointer; None when absent or expired by the record's own times.
+
+        Raises ``UnreadableRecord`` when something else is stored there. One round trip.
+        """
+
+    def save(self, record: Record, expected_version: int) -> None:
+        """Replace the live record of ``record.key``, its expiry included. Never creates.
+
+        Raises ``Gone`` if there is no live record, ``Stale`` if it has another version.
+        """
+
+    def renew(self, record: Record, idle_expires_at: int) -> bool:
+        """Move the idle expiry of ``record``, never past its absolute expiry; never creates.
+
+        The version stays. False if the record is not live any more, or has another version (the
+        write that made it has moved the expiry already).
+        """
+
+    def replace(
+        self, key: str, record: Record, expected_version: int, grace_until: int | None
+    ) -> None:
+        """Rotate: ``record`` lives under its own new key, the old ``key`` points to it.
+
+        The pointer answers until ``grace_until`` (milliseconds; None: no pointer at all).
+        Raises ``Gone``, ``Stale`` or ``KeyTaken``, and has then changed nothing.
+        """
+
+    def delete(self, key: str, expected_version: int | None = None) -> bool:
+        """End the session under ``key``; say whether there was one. Follows pointers.
+
+        With ``expected_version``, raises ``Stale`` or ``Gone`` unless that version is there.
+        """
+
+    def close(self) -> None:
+        """Release connections that the store opened itself."""
+
+
+@runtime_checkable
+class Sweeps(Protocol):
+    """A store that must remove expired records itself."""
+
+    def sweep(self, limit: int) -> int:
+        """Remove at most ``limit`` expired records; how many were removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What the settings say to a store that is made from a URL or a client."""
+
+    prefix: str = "gsession:"
+    timeout: float = 1.0  # seconds for one call, retries included
+    pool_max: int = 100  # connections
+    clock: Clock = time.time

@@ -1,0 +1,274 @@
+"""Sessions in MongoDB 5.0 or newer: one document per session, the payload as one binary field.
+
+Writes are acknowledged by a majority, reads go to the primary. A TTL index removes what has
+expired; since its sweep is up to a minute late, expiry is also checked on every read and write.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pymongo
+from bson import CodecOptions, Int64
+from bson.codec_options import DatetimeConversion
+from bson.datetime_ms import DatetimeMS
+from bson.errors import BSONError
+from pymongo import MongoClient, ReadPreference
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+from pymongo.read_concern import ReadConcern
+from pymongo.uri_parser import parse_uri
+from pymongo.write_concern import WriteConcern
+
+from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
+from ..events import logger
+from .base import Record, StoreOptions, milliseconds
+
+COLLECTION = "gsession"
+DATABASE = "gsession"
+
+_Document = dict[str, Any]
+_Client = MongoClient[_Document]
+
+
+def check_url(url: str) -> None:
+    """Raises what the driver raises for a URL it cannot read. Asks no server."""
+    if url.startswith("mongodb://"):  # mongodb+srv would ask the name server
+        parse_uri(url)
+
+
+def _close_in(pid: int, client: _Client) -> None:
+    if pid == os.getpid():
+        client.close()
+
+
+class MongoDBStore:
+    """Keeps records in the collection ``gsession`` of the URL's database (default ``gsession``).
+
+    ``url_or_client``: a URL, or an existing ``MongoClient``, which is then never closed. A client
+    made from a URL is made at first use, anew in each forked worker.
+    """
+
+    def __init__(self, url_or_client: str | _Client, options: StoreOptions | None = None):
+        options = options or StoreOptions()
+        self._clock = options.clock
+        self._timeout = options.timeout
+        self._prefix = options.prefix
+        self._pool_max = options.pool_max
+        self._source = url_or_client
+        self._close_client: weakref.finalize[..., MongoDBStore] | None = None
+        self._inherited: list[Any] = []
+        self._collection_of_client: Any = None
+        self._pid = 0
+        self._indexed = False
+        self._lock = threading.Lock()
+
+    def create(self, record: Record) -> None:
+        with self._collection("create") as collection:
+            self._ensure_index(collection)
+            for _ in range(2):
+                try:
+                    collection.insert_one(self._document(record))
+                    return
+                except DuplicateKeyError:
+                    there = self._read(record.key, collection)
+                    if there is None:
+                        continue
+                    if there.version == record.version:
+                        return
+                    if milliseconds(self._clock) < there.idle_expires_at:
+                        raise KeyTaken from None
+                    collection.delete_one(self._is_version(record.key, there.version))
+            raise KeyTaken
+
+    def load(self, key: str) -> Record | None:
+        with self._collection("load") as collection:
+            record = self._read(key, collection)
+        if record is None or milliseconds(self._clock) >= record.idle_expires_at:
+            return None
+        return record
+
+    def save(self, record: Record, expected_version: int) -> None:
+        with self._collection("save") as collection:
+            document = self._document(record)
+            del document["_id"]
+            either = {"$in": [Int64(expected_version), Int64(record.version)]}
+            done = collection.update_one(
+                {**self._live(record.key), "version": either}, {"$set": document}
+            )
+            if done.matched_count == 0:
+                self._explain(record.key, collection)
+
+    def renew(self, record: Record, idle_expires_at: int) -> bool:
+        later = min(idle_expires_at, record.absolute_expires_at)
+        with self._collection("renew") as collection:
+            done = collection.update_one(
+                {**self._live(record.key), "version": Int64(record.version)},
+                {"$max": {"idle_expires_at": DatetimeMS(later)}},
+            )
+            return bool(done.matched_count)
+
+    def replace(
+        self, key: str, record: Record, expected_version: int, grace_until: int | None
+    ) -> None:
+        # Two documents, two steps. Between them the new record cannot be reached by anybody: its
+        # token has not left the server. The second step decides, atomically, who succeeds.
+        with self._collection("replace") as collection:
+            repeated = False
+            try:
+                collection.insert_one(self._document(record))
+            except DuplicateKeyError:
+                there = self._read(record.key, collection)
+                if there is None or there.version != record.version:
+                    raise KeyTaken from None
+                repeated = True
+            old = {**self._live(key), "version": Int64(expected_version)}
+            if grace_until is None:
+                succeeded = collection.delete_one(old).deleted_count == 1
+            else:
+                pointer = self._document(
+                    record._replace(key=key).pointer(record, grace_until),
+                )
+                del pointer["_id"]
+                succeeded = collection.update_one(old, {"$set": pointer}).matched_count == 1
+            if succeeded:
+                return
+            there = self._read(key, collection)
+            if repeated and (there is None or there.successor == record.key):
+                return
+            collection.delete_one(self._is_version(record.key, record.version))
+            self._explain(key, collection)
+
+    def delete(self, key: str, expected_version: int | None = None) -> bool:
+        with self._collection("delete") as collection:
+            if expected_version is not None:
+                condition = {**self._live(key), "version": Int64(expected_version)}
+                if collection.delete_one(condition).deleted_count == 0:
+                    self._explain(key, collection)
+                return True
+            if collection.delete_one(self._live(key)).deleted_count:
+                return True
+            # Nothing live: perhaps a pointer. Its successor goes first, so that a repeat of this
+            # call after a failure still finds it.
+            there = self._read(key, collection)
+        if there is None:
+            return False
+        found = self.delete(there.successor) if there.successor else False
+        with self._collection("delete") as collection:
+            collection.delete_one(self._is_version(key, there.version))
+        return found
+
+    def close(self) -> None:
+        if self._close_client is not None and self._pid == os.getpid():
+            self._close_client()
+        self._pid = 0
+
+    def _live(self, key: str) -> _Document:
+        now = DatetimeMS(milliseconds(self._clock))
+        return {"_id": self._prefix + key, "successor": None, "idle_expires_at": {"$gt": now}}
+
+    def _is_version(self, key: str, version: int) -> _Document:
+        return {"_id": self._prefix + key, "version": Int64(version)}
+
+    def _explain(self, key: str, collection: Any) -> None:
+        there = self._read(key, collection)
+        if there is None or not there.is_live(milliseconds(self._clock)):
+            raise Gone
+        raise Stale
+
+    def _document(self, record: Record) -> _Document:
+        return {
+            "_id": self._prefix + record.key,
+            "version": Int64(record.version),
+            "created_at": DatetimeMS(record.created_at),
+            "idle_expires_at": DatetimeMS(record.idle_expires_at),
+            "absolute_expires_at": DatetimeMS(record.absolute_expires_at),
+            "payload": record.payload,
+            "successor": record.successor,
+        }
+
+    def _read(self, key: str, collection: Any) -> Record | None:
+        try:
+            document = collection.find_one({"_id": self._prefix + key})
+        except BSONError as error:
+            raise UnreadableRecord("corrupt", type(error).__name__) from None
+        if document is None:
+            return None
+        get: Callable[[str], Any] = document.get
+        version, payload, successor = get("version"), get("payload"), get("successor")
+        times = [get(name) for name in ("created_at", "idle_expires_at", "absolute_expires_at")]
+        if not (
+            get("_id") == self._prefix + key
+            and isinstance(version, int)
+            and isinstance(payload, bytes)
+            and (successor is None or isinstance(successor, str))
+            and all(isinstance(time, DatetimeMS) for time in times)
+        ):
+            raise UnreadableRecord("corrupt", "fields missing or of wrong types")
+        created, idle, absolute = (int(time) for time in times)
+        return Record(key, int(version), created, idle, absolute, payload, successor)
+
+    @contextmanager
+    def _collection(self, operation: str) -> Iterator[Any]:
+        """The collection, with one time budget around what is done with it."""
+        try:
+            collection = self._collection_of_client if self._pid == os.getpid() else self._connect()
+            with pymongo.timeout(self._timeout):
+                yield collection
+        except PyMongoError as error:
+            raise StoreUnavailable(f"mongodb: {operation}: {type(error).__name__}") from error
+
+    def _connect(self) -> Any:
+        with self._lock:
+            if self._pid == os.getpid():
+                return self._collection_of_client
+            if isinstance(self._source, str):
+                milliseconds_ = int(self._timeout * 1000)
+                client: _Client = MongoClient(
+                    self._source,
+                    maxPoolSize=self._pool_max,
+                    serverSelectionTimeoutMS=milliseconds_,
+                    connectTimeoutMS=milliseconds_,
+                )
+                self._keep_client(client)
+            else:
+                client = self._source
+            database = client.get_default_database(DATABASE)
+            self._collection_of_client = database.get_collection(
+                COLLECTION,
+                codec_options=CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_MS),
+                read_preference=ReadPreference.PRIMARY,
+                read_concern=ReadConcern("majority"),
+                write_concern=WriteConcern("majority"),
+            )
+            self._pid = os.getpid()
+            return self._collection_of_client
+
+    def _keep_client(self, client: _Client) -> None:
+        """Close ``client`` with this store, and only in the process that made it."""
+        if self._close_client is not None:
+            self._close_client.detach()
+            # A parent's client: neither used nor closed here, so not collected either.
+            self._inherited.append(self._collection_of_client)
+        self._close_client = weakref.finalize(self, _close_in, os.getpid(), client)
+
+    def _ensure_index(self, collection: Any) -> None:
+        if self._indexed:
+            return
+        self._indexed = True
+        try:
+            collection.create_index("idle_expires_at", expireAfterSeconds=0, name="gsession_expiry")
+        except OperationFailure as error:
+            logger.warning(
+                "MongoDB refused to create the TTL index of the sessions (%s, code %s): expired "
+                "sessions stay invalid, but are not removed. Let an administrator run: "
+                "db.%s.createIndex({idle_expires_at: 1}, {expireAfterSeconds: 0, "
+                "name: 'gsession_expiry'})",
+                type(error).__name__,
+                error.code,
+                collection.name,
+            )

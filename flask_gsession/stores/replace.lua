@@ -1,0 +1,20 @@
+-- Rotate: the new key holds the record, the old one points to it or goes.
+-- KEYS: old, new. ARGV: expected version (8 bytes), new value, its life in ms, now in ms,
+--       pointer (empty: none), its life in ms.
+local mine = ARGV[2]:sub(2, 9)
+local taken = redis.call('GETRANGE', KEYS[2], 0, 30)
+if #taken > 0 then
+  if taken:sub(2, 9) == mine then return 'K' .. mine end
+  return 'T'
+end
+local head = redis.call('GETRANGE', KEYS[1], 0, 30)
+if #head < 31 or head:byte(1) ~= 1 then return 'G' end
+if tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
+if head:sub(2, 9) ~= ARGV[1] then return 'S' end
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+if ARGV[5] == '' then
+  redis.call('DEL', KEYS[1])
+else
+  redis.call('SET', KEYS[1], ARGV[5], 'PX', ARGV[6])
+end
+return 'K' .. mine

@@ -1,0 +1,490 @@
+"""For tests: a clock to turn, a store that misbehaves on demand, and the store contract.
+
+Run the contract on a store of your own with pytest::
+
+    from flask_gsession.testing import StoreContract
+
+    class TestMyStore(StoreContract):
+        def open(self, clock):
+            return MyStore(clock=clock)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import Gone, KeyTaken, Stale
+from .stores.base import Clock, Record, Store, milliseconds, new_version
+from .tokens import new_token, session_key
+
+
+class FakeClock:
+    """A clock that stands still until it is turned: ``Session(app, clock=FakeClock())``."""
+
+    def __init__(self, start: float | None = None) -> None:
+        self.now = time.time() if start is None else start
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Turn the clock forward."""
+        self.now += seconds
+
+
+class HookedStore:
+    """Passes every call on to ``store``, and runs what was hooked before or after it.
+
+    ``calls`` lists the operations in order. A hook is called without arguments and once; one that
+    raises makes the call fail, after its effect if it was hooked after the call.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.calls: list[str] = []
+        self._hooks: dict[tuple[str, str], list[Callable[[], object]]] = {}
+
+    def before(self, operation: str, hook: Callable[[], object]) -> None:
+        """Run ``hook`` once, before the next call of ``operation``."""
+        self._hooks.setdefault(("before", operation), []).append(hook)
+
+    def after(self, operation: str, hook: Callable[[], object]) -> None:
+        """Run ``hook`` once, after the next call of ``operation``."""
+        self._hooks.setdefault(("after", operation), []).append(hook)
+
+    def create(self, record: Record) -> None:
+        with self._around("create"):
+            self.store.create(record)
+
+    def load(self, key: str) -> Record | None:
+        with self._around("load"):
+            return self.store.load(key)
+
+    def save(self, record: Record, expected_version: int) -> None:
+        with self._around("save"):
+            self.store.save(record, expected_version)
+
+    def renew(self, record: Record, idle_expires_at: int) -> bool:
+        with self._around("renew"):
+            return self.store.renew(record, idle_expires_at)
+
+    def replace(
+        self, key: str, record: Record, expected_version: int, grace_until: int | None
+    ) -> None:
+        with self._around("replace"):
+            self.store.replace(key, record, expected_version, grace_until)
+
+    def delete(self, key: str, expected_version: int | None = None) -> bool:
+        with self._around("delete"):
+            return self.store.delete(key, expected_version)
+
+    def close(self) -> None:
+        self.store.close()
+
+    @contextmanager
+    def _around(self, operation: str) -> Iterator[None]:
+        self.calls.append(operation)
+        self._run("before", operation)
+        yield
+        self._run("after", operation)
+
+    def _run(self, when: str, operation: str) -> None:
+        hooks = self._hooks.get((when, operation))
+        if hooks:
+            hooks.pop(0)()
+
+
+def a_record(clock: Clock, *, idle: float = 60, absolute: float = 3600, **fields: Any) -> Record:
+    """A live record under a random key, that idles out in ``idle`` seconds."""
+    now = milliseconds(clock)
+    values: dict[str, Any] = {
+        "key": session_key(new_token()),
+        "version": new_version(),
+        "created_at": now,
+        "idle_expires_at": now + int(idle * 1000),
+        "absolute_expires_at": now + int(absolute * 1000),
+        "payload": bytes(range(256)),
+    }
+    return Record(**{**values, **fields})
+
+
+def _changed(record: Record, payload: bytes = b"changed") -> Record:
+    return record._replace(version=new_version(), payload=payload)
+
+
+@contextmanager
+def _raises(error: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except error:
+        return
+    raise AssertionError(f"{error.__name__} was not raised")
+
+
+class StoreContract:
+    """The promises of ``flask_gsession.stores.base.Store``, one test each.
+
+    ``open`` returns a store that takes the time from ``clock``; it may share its records with
+    earlier ones, since every test uses keys of its own.
+    """
+
+    def open(self, clock: Clock) -> Store:
+        """The store under test."""
+        raise TypeError("override open() in your subclass")
+
+    @contextmanager
+    def _store(self) -> Iterator[tuple[Store, FakeClock]]:
+        clock = FakeClock()
+        store = self.open(clock)
+        try:
+            yield store, clock
+        finally:
+            store.close()
+
+    def test_is_a_store(self) -> None:
+        with self._store() as (store, _):
+            assert isinstance(store, Store)
+
+    def test_a_created_record_loads_as_it_was(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            assert store.load(record.key) == record
+
+    def test_an_empty_and_a_large_payload_load_as_they_were(self) -> None:
+        with self._store() as (store, clock):
+            for payload in (b"", b"\0", bytes(range(256)) * 4096):
+                record = a_record(clock, payload=payload)
+                store.create(record)
+                assert store.load(record.key) == record
+
+    def test_an_absent_record_is_none(self) -> None:
+        with self._store() as (store, clock):
+            assert store.load(a_record(clock).key) is None
+
+    def test_create_refuses_a_taken_key(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            with _raises(KeyTaken):
+                store.create(_changed(record))
+            assert store.load(record.key) == record
+
+    def test_create_takes_the_key_of_an_expired_record(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            clock.advance(10)
+            later = a_record(clock, key=record.key)
+            store.create(later)
+            assert store.load(record.key) == later
+
+    def test_create_may_be_repeated(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            store.create(record)
+            assert store.load(record.key) == record
+
+    def test_load_goes_by_the_times_of_the_record(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            clock.advance(9.5)
+            assert store.load(record.key) == record
+            clock.advance(0.5)
+            assert store.load(record.key) is None
+
+    def test_save_replaces_all_fields(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            saved = _changed(record)._replace(idle_expires_at=record.idle_expires_at + 5000)
+            store.save(saved, record.version)
+            assert store.load(record.key) == saved
+
+    def test_save_sets_the_expiry(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            store.save(
+                _changed(record)._replace(idle_expires_at=record.idle_expires_at + 20_000),
+                record.version,
+            )
+            clock.advance(29)
+            assert store.load(record.key) is not None
+            clock.advance(1)
+            assert store.load(record.key) is None
+
+    def test_save_refuses_another_version(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            first = _changed(record, b"first")
+            store.save(first, record.version)
+            with _raises(Stale):
+                store.save(_changed(record, b"second"), record.version)
+            assert store.load(record.key) == first
+
+    def test_save_may_be_repeated(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            saved = _changed(record)
+            store.save(saved, record.version)
+            store.save(saved, record.version)
+            assert store.load(record.key) == saved
+
+    def test_save_never_creates(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            with _raises(Gone):
+                store.save(_changed(record), record.version)
+            assert store.load(record.key) is None
+
+    def test_save_never_brings_back_the_deleted(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            store.delete(record.key)
+            with _raises(Gone):
+                store.save(_changed(record), record.version)
+            assert store.load(record.key) is None
+
+    def test_save_never_brings_back_the_expired(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            clock.advance(10)
+            later = _changed(record)._replace(idle_expires_at=record.idle_expires_at + 60_000)
+            with _raises(Gone):
+                store.save(later, record.version)
+            assert store.load(record.key) is None
+
+    def test_renew_moves_the_idle_expiry_only(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            assert store.renew(record, record.idle_expires_at + 5000)
+            renewed = record._replace(idle_expires_at=record.idle_expires_at + 5000)
+            assert store.load(record.key) == renewed
+            clock.advance(12)
+            assert store.load(record.key) == renewed
+
+    def test_renew_never_passes_the_absolute_expiry(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10, absolute=20)
+            store.create(record)
+            assert store.renew(record, record.idle_expires_at + 60_000)
+            clock.advance(19)
+            assert store.load(record.key) is not None
+            clock.advance(1)
+            assert store.load(record.key) is None
+
+    def test_renew_never_shortens(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            store.renew(record, record.idle_expires_at - 5000)
+            assert store.load(record.key) == record
+
+    def test_renew_never_creates(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            assert not store.renew(record, record.idle_expires_at + 1000)
+            assert store.load(record.key) is None
+
+    def test_renew_never_brings_back(self) -> None:
+        with self._store() as (store, clock):
+            deleted, expired = a_record(clock), a_record(clock, idle=10)
+            store.create(deleted)
+            store.create(expired)
+            store.delete(deleted.key)
+            clock.advance(10)
+            for record in (deleted, expired):
+                assert not store.renew(record, record.idle_expires_at + 60_000)
+                assert store.load(record.key) is None
+
+    def test_renew_leaves_a_newer_version_alone(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            saved = _changed(record)
+            store.save(saved, record.version)
+            assert not store.renew(record, record.idle_expires_at + 1000)
+            assert store.load(record.key) == saved
+
+    def test_save_after_renew_is_not_stale(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            store.renew(record, record.idle_expires_at + 1000)
+            store.save(_changed(record), record.version)
+
+    def test_replace_leaves_a_pointer_for_the_grace(self) -> None:
+        with self._store() as (store, clock):
+            old, new = a_record(clock), a_record(clock)
+            store.create(old)
+            store.replace(old.key, new, old.version, milliseconds(clock) + 10_000)
+            pointer = store.load(old.key)
+            assert pointer is not None
+            assert pointer.successor == new.key
+            assert pointer.payload == b""
+            assert store.load(new.key) == new
+            clock.advance(10)
+            assert store.load(old.key) is None
+            assert store.load(new.key) == new
+
+    def test_replace_without_grace_leaves_nothing(self) -> None:
+        with self._store() as (store, clock):
+            old, new = a_record(clock), a_record(clock)
+            store.create(old)
+            store.replace(old.key, new, old.version, None)
+            assert store.load(old.key) is None
+            assert store.load(new.key) == new
+
+    def test_replace_may_be_repeated(self) -> None:
+        with self._store() as (store, clock):
+            for grace in (10_000, None):
+                old, new = a_record(clock), a_record(clock)
+                store.create(old)
+                until = None if grace is None else milliseconds(clock) + grace
+                store.replace(old.key, new, old.version, until)
+                store.replace(old.key, new, old.version, until)
+                assert store.load(new.key) == new
+
+    def test_replace_refuses_another_version_and_changes_nothing(self) -> None:
+        with self._store() as (store, clock):
+            old, new = a_record(clock), a_record(clock)
+            store.create(old)
+            saved = _changed(old)
+            store.save(saved, old.version)
+            with _raises(Stale):
+                store.replace(old.key, new, old.version, milliseconds(clock) + 10_000)
+            assert store.load(old.key) == saved
+            assert store.load(new.key) is None
+
+    def test_replace_refuses_what_is_gone(self) -> None:
+        with self._store() as (store, clock):
+            old, new = a_record(clock, idle=10), a_record(clock)
+            with _raises(Gone):
+                store.replace(old.key, new, old.version, None)
+            store.create(old)
+            clock.advance(10)
+            with _raises(Gone):
+                store.replace(old.key, new, old.version, None)
+            assert store.load(new.key) is None
+
+    def test_a_race_of_replacements_has_one_successor(self) -> None:
+        with self._store() as (store, clock):
+            old = a_record(clock)
+            store.create(old)
+            rivals = [a_record(clock) for _ in range(8)]
+            won: list[str] = []
+            start = threading.Barrier(len(rivals))
+
+            def rotate(record: Record) -> None:
+                start.wait()
+                try:
+                    store.replace(old.key, record, old.version, milliseconds(clock) + 60_000)
+                except (Gone, Stale):
+                    return
+                won.append(record.key)
+
+            threads = [threading.Thread(target=rotate, args=(record,)) for record in rivals]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(won) == 1
+            pointer = store.load(old.key)
+            assert pointer is not None
+            assert pointer.successor == won[0]
+            assert [r.key for r in rivals if store.load(r.key) is not None] == won
+
+    def test_a_pointer_takes_no_write(self) -> None:
+        with self._store() as (store, clock):
+            old, new = a_record(clock), a_record(clock)
+            store.create(old)
+            store.replace(old.key, new, old.version, milliseconds(clock) + 10_000)
+            with _raises(Gone):
+                store.save(_changed(old), old.version)
+            with _raises(Gone):
+                store.save(_changed(old), new.version)
+            with _raises(Gone):
+                store.replace(old.key, a_record(clock), new.version, None)
+            assert not store.renew(old, old.idle_expires_at + 1000)
+            assert store.load(new.key) == new
+
+    def test_delete_says_whether_there_was_one(self) -> None:
+        with self._store() as (store, clock):
+            record, expired = a_record(clock), a_record(clock, idle=10)
+            assert store.delete(record.key) is False
+            store.create(record)
+            store.create(expired)
+            assert store.delete(record.key) is True
+            assert store.delete(record.key) is False
+            assert store.load(record.key) is None
+            clock.advance(10)
+            assert store.delete(expired.key) is False
+
+    def test_delete_follows_pointers(self) -> None:
+        with self._store() as (store, clock):
+            first, second, third = (a_record(clock) for _ in range(3))
+            store.create(first)
+            until = milliseconds(clock) + 10_000
+            store.replace(first.key, second, first.version, until)
+            store.replace(second.key, third, second.version, until)
+            assert store.delete(first.key) is True
+            for record in (first, second, third):
+                assert store.load(record.key) is None
+
+    def test_delete_of_a_version(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            with _raises(Gone):
+                store.delete(record.key, record.version)
+            store.create(record)
+            saved = _changed(record)
+            store.save(saved, record.version)
+            with _raises(Stale):
+                store.delete(record.key, record.version)
+            assert store.load(record.key) == saved
+            assert store.delete(record.key, saved.version) is True
+            assert store.load(record.key) is None
+
+    def test_of_parallel_saves_of_one_version_one_wins(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            rivals = [_changed(record, bytes([number])) for number in range(8)]
+            won: list[Record] = []
+            start = threading.Barrier(len(rivals))
+
+            def save(rival: Record) -> None:
+                start.wait()
+                try:
+                    store.save(rival, record.version)
+                except Stale:
+                    return
+                won.append(rival)
+
+            threads = [threading.Thread(target=save, args=(rival,)) for rival in rivals]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(won) == 1
+            assert store.load(record.key) == won[0]
+
+    def test_close_may_be_repeated_and_the_store_used_again(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.close()
+            store.close()
+            store.create(record)
+            assert store.load(record.key) == record

@@ -1,0 +1,90 @@
+"""Session tokens: make, sign, check, digest.
+
+A token is 256 random bits, base64url without padding. Only its signed form leaves the server, in
+the cookie or the token header; only its SHA-256 reaches a store. Source: OWASP Session Management
+Cheat Sheet (entropy, content); RFC 2104 (HMAC); RFC 4648 section 5 (base64url).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+TOKEN_BYTES = 32
+MAX_SIGNED_LENGTH = 256
+_SIGNATURE_BYTES = 16
+_SIGNED = re.compile(r"([A-Za-z0-9_-]{16,200})\.([A-Za-z0-9_-]{22})", re.ASCII)
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{22,200}", re.ASCII)
+
+
+def _b64(data: bytes) -> str:
+    return urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def new_token(nbytes: int = TOKEN_BYTES) -> str:
+    """A fresh token with ``nbytes`` bytes of entropy from the system's generator."""
+    return _b64(secrets.token_bytes(nbytes))
+
+
+def is_token(text: object) -> bool:
+    """Whether ``text`` can be a token: 22 to 200 characters of the base64url alphabet."""
+    return type(text) is str and _TOKEN.fullmatch(text) is not None
+
+
+def session_key(token: str) -> str:
+    """The store's key for a token: its SHA-256, base64url, 43 characters.
+
+    It is also the session's public handle: it cannot be turned back into the token.
+    """
+    return _b64(hashlib.sha256(token.encode("ascii")).digest())
+
+
+class Checked(NamedTuple):
+    """What became of a presented token: ``token`` or, where it was refused, the ``reason``."""
+
+    token: str | None
+    reason: str = ""
+    outdated: bool = False  # signed with a fallback key: sign it anew
+
+
+class TokenSigner:
+    """Signs tokens with the application's secret keys, the current one first.
+
+    ``purpose`` (the cookie's name) goes into the derived keys, so that a token of one cookie means
+    nothing in another, and so that no other signature of the application can pass for ours.
+    """
+
+    def __init__(self, secret_keys: Sequence[str | bytes], purpose: str) -> None:
+        label = f"flask-gsession token 1 {purpose}".encode()
+        self._keys = [
+            hmac.digest(key.encode() if isinstance(key, str) else key, label, "sha256")
+            for key in secret_keys
+        ]
+
+    def _signature(self, key: bytes, token: str) -> str:
+        return _b64(hmac.digest(key, token.encode("ascii"), "sha256")[:_SIGNATURE_BYTES])
+
+    def sign(self, token: str) -> str:
+        """The form of the token that may leave the server."""
+        return f"{token}.{self._signature(self._keys[0], token)}"
+
+    def check(self, presented: str) -> Checked:
+        """The token inside ``presented``, if one of our keys signed it (constant-time compare)."""
+        if len(presented) > MAX_SIGNED_LENGTH:
+            return Checked(None, "malformed")
+        match = _SIGNED.fullmatch(presented)
+        if match is None:
+            return Checked(None, "malformed")
+        token, signature = match.groups()
+        for number, key in enumerate(self._keys):
+            if hmac.compare_digest(self._signature(key, token), signature):
+                return Checked(token, outdated=number > 0)
+        return Checked(None, "bad signature")
+
+
+TokenFactory = Callable[[], str]
