@@ -202,13 +202,25 @@ def _mark_surrogates(value: Any, depth: int) -> Any:
         return _LoneSurrogates(value) if _has_surrogates(value) else value
     if depth < 0:
         raise _Refused(SessionTooLarge, "nested too deep, or contains itself (SESSION_MAX_DEPTH)")
-    if kind in (list, tuple, set, frozenset):
-        return kind(_mark_surrogates(item, depth - 1) for item in value)
     if kind is dict:
-        for key in value:
-            if type(key) is str and _has_surrogates(key):
-                raise _Refused(UnsupportedType, "a dict key holds lone surrogates: not valid text")
-        return {key: _mark_surrogates(item, depth - 1) for key, item in value.items()}
+        if any(type(key) is str and _has_surrogates(key) for key in value):
+            raise _Refused(UnsupportedType, "a dict key holds lone surrogates: not valid text")
+        items = [(f"[{_short(str(key))}]", item) for key, item in value.items()]
+    elif kind in (list, tuple, set, frozenset):
+        items = [(f"[{index}]", item) for index, item in enumerate(value)]
+    else:
+        items = []
+    marked = []
+    for step, item in items:
+        try:
+            marked.append(_mark_surrogates(item, depth - 1))
+        except _Refused as refused:
+            refused.path.append(step)
+            raise
+    if kind is dict:
+        return dict(zip(value, marked, strict=True))
+    if items:
+        return kind(marked)
     if kind is Markup and _has_surrogates(value):
         raise _Refused(UnsupportedType, "a Markup holds lone surrogates: not valid text")
     return value
@@ -246,7 +258,7 @@ def _from_time_text(kind: Callable[[str], Any], data: bytes) -> Any:
         value = value.replace(fold=int(fold))
         if name:
             # For a zone that this machine does not know the offset remains: the instant is right.
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 value = value.replace(tzinfo=ZoneInfo(name))
     return value
 

@@ -69,7 +69,7 @@ def _seconds(low: float, high: float) -> Callable[[Any], float]:
         if isinstance(value, timedelta):
             value = value.total_seconds()
         if type(value) not in (int, float) or not low <= value <= high:
-            raise ValueError(f"a number of seconds or a timedelta, {low:g} to {high:g} seconds")
+            raise ValueError(f"seconds as a number, or a timedelta: {low:g} to {high:.0f} seconds")
         return float(value)
 
     return check
@@ -277,12 +277,14 @@ def _check_cookie(app: Flask, name: str) -> None:
             f"SESSION_COOKIE_SAMESITE is {samesite!r}; allowed: 'Strict', 'Lax', 'None' or None"
         )
     secure = bool(config["SESSION_COOKIE_SECURE"])
-    if name.startswith(("__Host-", "__Secure-")) and not secure:
+    path = config["SESSION_COOKIE_PATH"] or config["APPLICATION_ROOT"] or "/"
+    if name.lower().startswith(("__host-", "__secure-")) and not secure:
         raise SettingError(f"The cookie name {name} needs SESSION_COOKIE_SECURE = True")
-    if name.startswith("__Host-") and (
-        config["SESSION_COOKIE_DOMAIN"] or (config["SESSION_COOKIE_PATH"] or "/") != "/"
-    ):
-        raise SettingError(f"The cookie name {name} allows no domain and only the path '/'")
+    if name.lower().startswith("__host-") and (config["SESSION_COOKIE_DOMAIN"] or path != "/"):
+        raise SettingError(
+            f"The cookie name {name} allows no SESSION_COOKIE_DOMAIN and only the path '/' "
+            "(SESSION_COOKIE_PATH, APPLICATION_ROOT)"
+        )
     if not secure and (policy == "none" or config["SESSION_COOKIE_PARTITIONED"]):
         warnings.warn(
             "Browsers drop a SameSite=None or Partitioned session cookie without "
@@ -311,8 +313,8 @@ def _did_you_mean(name: str, known: Any) -> str:
 
 def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
     """The keys that sign tokens, the current one first, then ``SECRET_KEY_FALLBACKS``."""
-    keys = (app.secret_key, *(app.config.get("SECRET_KEY_FALLBACKS") or ()))
-    return tuple(key for key in keys if key)
+    current, fallbacks = app.config["SECRET_KEY"], app.config.get("SECRET_KEY_FALLBACKS")
+    return (current, *fallbacks) if fallbacks else (current,)
 
 
 def propagates_exceptions(app: Flask) -> bool:

@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from flask.sessions import SessionMixin
-from msgspec import Raw
 
 from .codec import is_valid_text
 from .errors import (
     Gone,
-    SessionClosed,
     SessionConflict,
     SessionEnded,
     Stale,
-    StoreUnavailable,
     UnreadableRecord,
     UnsupportedType,
     ValueRefused,
 )
-from .events import (
-    SessionCreated,
-    SessionDestroyed,
-    SessionRenewed,
-    SessionRotated,
-    SessionSaved,
-    WriteDropped,
-    logger,
-)
-from .keeper import PERMANENT, Keeper
+from .lifecycle import Lifecycle
 from .payload import Body
-from .stores.base import Record
-from .tokens import Checked, session_key
 from .tracking import TrackedValues
 
 _MAX_GRACE = 3600.0
 
 
-class Presented(NamedTuple):
-    """What the request brought: the checked token, None where it brought none."""
-
-    checked: Checked | None = None
-    by_header: bool = False
-
-
-class SessionData(SessionMixin):
+class SessionData(Lifecycle, SessionMixin):
     """A session: a dict of str to values, loaded when first looked at, saved with the response.
 
     Reading costs one round trip to the store for the first access and none after; a request that
@@ -58,29 +36,6 @@ class SessionData(SessionMixin):
 
     Names and types that can be kept are listed in ``flask_gsession.codec.SUPPORTED``.
     """
-
-    def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
-        self.accessed = False
-        self._keeper = keeper
-        self._present = present
-        self._presented: Presented | None = None
-        self._lock = threading.RLock()
-        self._opened = False
-        self._closed = False
-        self._ended = False
-        self._failure: StoreUnavailable | None = None
-        self._cookie: Literal["keep", "set", "delete"] = "keep"
-        self._forget()
-
-    def _forget(self) -> None:
-        self._token: str | None = None  # None also where the client holds a newer one than we know
-        self._record: Record | None = None
-        self._values = TrackedValues(self._keeper.codec)
-        self._lifetime: int | None = None
-        self._restart_idle = False
-        self._rotation: float | None = None
-        self._forced = False
-        self._cleared = False
 
     # -- the mapping
 
@@ -251,30 +206,7 @@ class SessionData(SessionMixin):
 
         One round trip. A parallel request that is still running cannot bring it back.
         """
-        self._check_open()
-        presented = self._look_at_request()
-        if self._failure is not None:
-            raise self._failure
-        key: str | None = None
-        if self._record is not None:
-            key = self._record.key
-        elif not self._opened and presented.checked is not None and presented.checked.token:
-            key = session_key(presented.checked.token)
-        if key is not None:
-            try:
-                ended = self._keeper.store.delete(key)
-            except UnreadableRecord as error:
-                self._keeper.refused(error.reason, key, str(error))
-                ended = False
-            if ended:
-                self._keeper.events.emit(SessionDestroyed(key))
-        self._forget()
-        self._opened = True
-        self._ended = False
-        if presented.checked is not None:
-            self._cookie = "delete"
-        elif self._cookie == "set":
-            self._cookie = "keep"
+        self._destroy()
 
     def reload(self) -> None:
         """Discard what this request changed, and see what is stored now. One round trip."""
@@ -317,8 +249,9 @@ class SessionData(SessionMixin):
 
         ``function`` gets a fresh copy of what is stored (of ``default`` where there is nothing) and
         runs again when another request was faster, so it must have no side effects. Other changes
-        of this request stay pending; a pending change of this very key is stored first. In a
-        session that is not stored yet, the value is set and stored with the response.
+        of this request stay pending; a pending change of this very key is stored first. An object
+        got from the session under this key before is no part of it any more. In a session that is
+        not stored yet, the value is set and stored with the response.
 
         Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
         many lost races, ``ValueRefused`` for a result that cannot be kept. One round trip, two
@@ -339,7 +272,12 @@ class SessionData(SessionMixin):
             values = self._values
             stored = values.stored
             raw = stored.get(key)
-            value = function(copy.deepcopy(default) if raw is None else codec.decode(raw))
+            try:
+                current = copy.deepcopy(default) if raw is None else codec.decode(raw)
+            except UnreadableRecord as error:
+                self._refuse(error.reason, str(error))
+                raise SessionEnded from None
+            value = function(current)
             changed = codec.encode(key, value)
             if changed != raw:
                 stored = {**stored, key: changed}
@@ -354,59 +292,7 @@ class SessionData(SessionMixin):
             return value
         raise SessionConflict
 
-    # -- loading and saving
-
-    def _look_at_request(self) -> Presented:
-        if self._presented is None:
-            self.accessed = True
-            self._presented = self._present()
-        return self._presented
-
-    def _open(self) -> TrackedValues:
-        if not self._opened:
-            with self._lock:
-                if not self._opened:
-                    self._load()
-        return self._values
-
-    def _load(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        checked = self._look_at_request().checked
-        if checked is not None and checked.token is None:
-            self._keeper.refused(checked.reason, None)
-        elif checked is not None and checked.token is not None:
-            key = session_key(checked.token)
-            try:
-                loaded = self._keeper.find(key)
-            except UnreadableRecord as error:
-                self._keeper.refused(error.reason, key, str(error))
-            except StoreUnavailable as error:
-                self._failure = error
-                raise
-            else:
-                if loaded is None:
-                    self._keeper.refused("unknown", key)
-                else:
-                    self._record, body = loaded
-                    self._values = TrackedValues(self._keeper.codec, body.values)
-                    self._lifetime = body.lifetime
-                    if self._record.key == key:
-                        self._token = checked.token
-                        if checked.outdated:
-                            self._cookie = "set"
-        self._opened = True
-
-    def _open_for_writing(self) -> TrackedValues:
-        self._check_open()
-        return self._open()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionClosed(
-                "The session was already saved with the response; this write would be lost. "
-                "Write to the session before a streamed body starts."
-            )
+    # -- helpers
 
     def _check_key(self, key: object) -> None:
         if type(key) is not str:
@@ -418,146 +304,6 @@ class SessionData(SessionMixin):
             raise UnsupportedType(
                 f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
             )
-
-    def _refuse(self, reason: str, detail: str) -> None:
-        """What was loaded turned out unreadable: go on as a new anonymous session."""
-        self._keeper.refused(reason, self._record.key if self._record else None, detail)
-        self._forget()
-        self._cookie = "keep"
-
-    def _end(self, during: str) -> None:
-        """The session ended under this request: nothing of it is stored any more."""
-        handle = self._record.key if self._record else None
-        logger.info("Session %s ended while a request ran; its changes were dropped", handle)
-        self._keeper.events.emit(WriteDropped(handle, f"ended before {during}"))
-        self._forget()
-        self._ended = True
-        self._cookie = "keep"
-
-    def _catch_up(self) -> bool:
-        """See what other requests stored; False where the session is no more."""
-        assert self._record is not None
-        key = self._record.key
-        try:
-            loaded = self._keeper.find(key)
-        except UnreadableRecord as error:
-            self._keeper.refused(error.reason, key, str(error))
-            return False
-        if loaded is None:
-            return False
-        self._record, body = loaded
-        if self._record.key != key:
-            # Another request rotated the session. The client gets that token, not one of ours.
-            self._token = self._rotation = None
-            self._cookie = "keep"
-        self._values.follow(body.values)
-        if not self._restart_idle:
-            self._lifetime = body.lifetime
-        return True
-
-    def _save_and_close(self) -> None:
-        """Store what this request changed, and accept no more writes."""
-        if self._opened and not self._closed:
-            self._commit()
-            if self._cleared and self._record is None and self._look_at_request().checked:
-                self._cookie = "delete"
-        self._closed = True
-
-    def _commit(self) -> None:
-        values = self._values
-        changes = values.changes()
-        if self._ended:
-            if changes:
-                self._end("save")
-        elif self._record is None:
-            stored = {key: change.mine for key, change in changes.items() if change.mine}
-            if _worth_keeping(stored):
-                self._token, self._record = self._keeper.create(Body(stored, self._lifetime))
-                values.accept(stored, changes)
-                self._restart_idle = self._forced = False
-                self._rotation = None
-                self._cookie = "set"
-                self._keeper.events.emit(SessionCreated(self._record.key))
-        elif changes or self._restart_idle or self._forced or self._rotation is not None:
-            self._write(changes)
-        else:
-            self._renew_if_due()
-
-    def _write(self, changes: Mapping[str, Any]) -> None:
-        """Put ``changes`` onto what is stored, trying again when another request was faster."""
-        keeper, values = self._keeper, self._values
-        changes = dict(changes)
-        for conflicts, _ in enumerate(keeper.attempts()):
-            old = self._record
-            assert old is not None
-            if not (changes or self._restart_idle or self._forced or self._rotation is not None):
-                return
-            merged = keeper.merger.apply(values.stored, changes)
-            body = Body(merged, self._lifetime)
-            restart = self._restart_idle or (
-                keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
-            )
-            try:
-                if not _worth_keeping(merged):
-                    keeper.store.delete(old.key, old.version)
-                    keeper.events.emit(SessionDestroyed(old.key))
-                    self._forget()
-                    self._cookie = "delete"
-                    return
-                if self._rotation is not None:
-                    self._token, self._record = keeper.rotate(old, body, self._rotation)
-                    keeper.events.emit(SessionRotated(self._record.key, old.key))
-                    self._cookie = "set"
-                else:
-                    self._record = keeper.save(old, body, restart_idle=restart)
-            except (Stale, Gone):
-                if not self._catch_up():
-                    self._end("save")
-                    return
-                continue
-            moved = self._record.idle_expires_at != old.idle_expires_at
-            if restart or (moved and keeper.is_permanent(merged)):
-                self._set_cookie_if_known()
-            values.accept(merged, changes)
-            self._rotation = None
-            self._restart_idle = self._forced = False
-            keeper.events.emit(SessionSaved(self._record.key, len(self._record.payload), conflicts))
-            return
-        raise SessionConflict
-
-    def _renew_if_due(self) -> None:
-        assert self._record is not None
-        body = Body(self._values.stored, self._lifetime)
-        idle_end = self._keeper.due(self._record, body)
-        if idle_end is None:
-            return
-        try:
-            renewed = self._keeper.store.renew(self._record, idle_end)
-        except StoreUnavailable as error:
-            # What was read is right, and nothing was to be written: the next request renews.
-            logger.warning("A session could not be renewed: %s", error)
-            return
-        if renewed:
-            self._record = self._record._replace(idle_expires_at=idle_end)
-            self._keeper.events.emit(SessionRenewed(self._record.key))
-            if self._keeper.is_permanent(self._values.stored):
-                self._set_cookie_if_known()
-
-    def _set_cookie_if_known(self) -> None:
-        if self._token is not None:
-            self._cookie = "set"
-
-    def _late_changes(self) -> list[str]:
-        """The keys whose values were changed in place after the session was saved."""
-        try:
-            return list(self._values.changes())
-        except ValueRefused as error:
-            return [error.path]
-
-
-def _worth_keeping(values: Mapping[str, Raw]) -> bool:
-    """Whether a session with these values exists: Flask's permanent flag alone is nothing."""
-    return len(values) > (PERMANENT in values)
 
 
 def _utc(milliseconds: int) -> datetime:

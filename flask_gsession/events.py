@@ -92,13 +92,16 @@ class Events:
             raise TypeError(f"{event!r} is not an event type; see flask_gsession.events")
         self._subscribers.setdefault(event, []).append(receiver)
 
-    def emit(self, event: Event) -> None:
-        """Tell the subscribers. One that fails is logged and does not fail the request."""
+    def emit(self, event: type[Event], *details: object) -> None:
+        """Make the event and tell its subscribers; nothing where there are none.
+
+        A subscriber that fails is logged and does not fail the request.
+        """
         if not self._subscribers:
             return
-        for kind in type(event).__mro__:
+        for kind in event.__mro__:
             for receiver in self._subscribers.get(kind, ()):
                 try:
-                    receiver(event)
+                    receiver(event(*details))
                 except Exception:
-                    logger.exception("A subscriber to %s failed", type(event).__name__)
+                    logger.exception("A subscriber to %s failed", event.__name__)

@@ -69,7 +69,9 @@ class Session:
         store, owned = open_store(source, options, app.instance_path)
         keeper = Keeper(settings, store, self._events, self._clock)
         interface = GSessionInterface(keeper, owns_store=owned)
-        if not interfaces:
+        if interfaces:
+            next(iter(interfaces.values())).has_further = True
+        else:
             app.session_interface = interface
             _rotate_at_login(app)
         interfaces[self] = interface

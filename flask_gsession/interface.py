@@ -12,10 +12,11 @@ from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
 
 from .config import propagates_exceptions, secret_keys
-from .data import Presented, SessionData
+from .data import SessionData
 from .errors import StoreUnavailable
 from .events import WriteDropped, logger
 from .keeper import Keeper
+from .lifecycle import Presented
 from .tokens import Checked, TokenSigner
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects.
@@ -34,12 +35,14 @@ class GSessionInterface(SessionInterface):
     def __init__(self, keeper: Keeper, *, owns_store: bool = True) -> None:
         self.keeper = keeper
         self.owns_store = owns_store
-        self._signer: TokenSigner | None = None
-        self._signer_keys: tuple[str | bytes, ...] = ()
+        #: Whether the application has further ``Session`` objects beside this one.
+        self.has_further = False
+        self._cookie_name = keeper.settings.cookie_name
+        self._signer: tuple[tuple[str | bytes, ...], TokenSigner | None] = ((), None)
 
     def get_cookie_name(self, app: Flask) -> str:
         """The cookie's name: of this ``Session``, not of the application."""
-        return self.keeper.settings.cookie_name
+        return self._cookie_name
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
@@ -63,8 +66,9 @@ class GSessionInterface(SessionInterface):
         in the program where the application lets exceptions through (tests, debug mode).
         """
         self._save(app, session, response)
-        for interface, further in request.environ.get(_FURTHER, {}).items():
-            interface._save(app, further, response)
+        if self.has_further:
+            for interface, further in request.environ.get(_FURTHER, {}).items():
+                interface._save(app, further, response)
 
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not session.accessed or not isinstance(session, SessionData):
@@ -78,13 +82,14 @@ class GSessionInterface(SessionInterface):
             if session._failure is not None and response.status_code == 500:
                 # The application's page for the outage needed the session itself.
                 _turn_into(response, app.make_response(session._failure.get_response()))
-        presented = session._look_at_request()
-        response.vary.add(
-            str(self.keeper.settings.token_header) if presented.by_header else "Cookie"
-        )
+        header = self.keeper.settings.token_header
+        by_header = header is not None and session._look_at_request().by_header
+        _add_vary(response, "Cookie")
+        if header is not None:
+            _add_vary(response, header)
         if session._cookie != "keep":
             response.cache_control.no_store = True
-            if presented.by_header:
+            if by_header:
                 self._write_header(app, session, response)
             else:
                 self._write_cookie(app, session, response)
@@ -96,7 +101,7 @@ class GSessionInterface(SessionInterface):
         if header is not None and header in request.headers:
             value = request.headers[header].strip()
             return Presented(self._check(app, value) if value else None, by_header=True)
-        values = set(request.cookies.getlist(self.get_cookie_name(app)))
+        values = set(_cookie_values(request.environ.get("HTTP_COOKIE", ""), self._cookie_name))
         if not values:
             return Presented()
         if len(values) > 1:
@@ -108,10 +113,10 @@ class GSessionInterface(SessionInterface):
 
     def _signer_of(self, app: Flask) -> TokenSigner:
         keys = secret_keys(app)
-        signer = self._signer
-        if signer is None or keys != self._signer_keys:
-            signer = TokenSigner(keys, self.get_cookie_name(app))
-            self._signer, self._signer_keys = signer, keys
+        known, signer = self._signer
+        if signer is None or keys != known:
+            signer = TokenSigner(keys, self._cookie_name)
+            self._signer = (keys, signer)
         return signer
 
     def _write_header(self, app: Flask, session: SessionData, response: Response) -> None:
@@ -146,7 +151,7 @@ class GSessionInterface(SessionInterface):
         if isinstance(error, StoreUnavailable):
             logger.error("A session could not be saved: %s", error)
             handle = session._record.key if session._record else None
-            self.keeper.events.emit(WriteDropped(handle, "store unavailable"))
+            self.keeper.events.emit(WriteDropped, handle, "store unavailable")
             if self.keeper.settings.on_store_error == "keep-response":
                 return
         if not isinstance(error, HTTPException):
@@ -161,6 +166,24 @@ class GSessionInterface(SessionInterface):
             logger.exception("The error handler for %s failed", type(error).__name__)
             answer = app.make_response(error.get_response())
         _turn_into(response, answer)
+
+
+def _cookie_values(header: str, name: str) -> list[str]:
+    """All values of the cookie, as they were sent.
+
+    A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
+    """
+    start = name + "="
+    pairs = [pair.strip() for pair in header.split(";")]
+    return [pair[len(start) :].strip() for pair in pairs if pair.startswith(start)]
+
+
+def _add_vary(response: Response, header: str) -> None:
+    for name, _ in response.headers:
+        if name.lower() == "vary":
+            response.vary.add(header)
+            return
+    response.headers.add("Vary", header)
 
 
 def _turn_into(response: Response, answer: Response) -> None:

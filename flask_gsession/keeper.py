@@ -20,14 +20,16 @@ from .errors import KeyTaken, SettingError, StoreError, UnreadableRecord
 from .events import Events, SessionRefused, logger
 from .merge import Merger
 from .payload import Body, PayloadFormat
-from .stores.base import Clock, Record, Store, milliseconds, new_version
+from .stores.base import MAX_POINTERS, Clock, Record, Store, milliseconds, new_version
 from .tokens import is_token, new_token, session_key
 
 PERMANENT = "_permanent"
 _TRUE = Raw(b"\xc3")
 _ATTEMPTS = 25
 _LONGEST_PAUSE = 0.05  # seconds
-_MAX_POINTERS = 8
+_NEW_TOKENS = 3
+_END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
+_REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
 
 
 class Loaded(NamedTuple):
@@ -54,6 +56,8 @@ class Keeper:
             allow_plain=settings.read_plain,
         )
         self._clock = clock
+        self._usual_span = self._span(settings.idle_timeout)
+        self._permanent_span = self._span(settings.permanent_lifetime)
 
     def find(self, key: str) -> Loaded | None:
         """The session under ``key``, or the one it was rotated to; None when there is none.
@@ -61,14 +65,16 @@ class Keeper:
         Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one more for each
         rotation within the grace.
         """
-        for _ in range(_MAX_POINTERS):
+        for _ in range(MAX_POINTERS):
             record = self.store.load(key)
             if record is None:
                 return None
-            if not record.created_at <= record.idle_expires_at <= record.absolute_expires_at:
+            times = record[2:5]
+            if not (0 <= times[0] <= times[1] <= times[2] < _END_OF_TIME):
                 raise UnreadableRecord("corrupt", "times out of order")
             if record.successor is None:
                 return Loaded(record, self._payloads.unpack(key, record.payload))
+            self._payloads.check_pointer(key, record.successor, record.payload)
             key = record.successor
         raise UnreadableRecord("corrupt", "too many pointers")
 
@@ -76,13 +82,13 @@ class Keeper:
         """Store a new session; its token and record. One round trip."""
         now = milliseconds(self._clock)
         absolute = now + int(self.settings.absolute_timeout * 1000)
-        for _ in range(3):
+        for _ in range(_NEW_TOKENS):
             token, key = self._new_token()
             record = Record(
                 key=key,
                 version=new_version(),
                 created_at=now,
-                idle_expires_at=min(self._idle_end(now, body), absolute),
+                idle_expires_at=self._idle_end(body, absolute),
                 absolute_expires_at=absolute,
                 payload=self._payloads.pack(key, body),
             )
@@ -91,16 +97,16 @@ class Keeper:
             except KeyTaken:
                 continue
             return token, record
-        raise StoreError(
-            "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
-        )
+        raise StoreError(_REPEATS)
 
     def save(self, old: Record, body: Body, *, restart_idle: bool = False) -> Record:
         """Replace ``old``; its successor in time. Raises ``Gone`` or ``Stale``. One round trip.
 
         The idle expiry moves where it is due, or anyhow with ``restart_idle``.
         """
-        idle_end = self._idle_end_of(old, body) if restart_idle else self.due(old, body)
+        idle_end = (
+            self._idle_end(body, old.absolute_expires_at) if restart_idle else self.due(old, body)
+        )
         record = old._replace(
             version=new_version(),
             idle_expires_at=old.idle_expires_at if idle_end is None else idle_end,
@@ -111,25 +117,39 @@ class Keeper:
 
     def rotate(self, old: Record, body: Body, grace: float) -> tuple[str, Record]:
         """Move the session to a new token. Raises ``Gone`` or ``Stale``. One round trip."""
-        token, key = self._new_token()
-        record = old._replace(
-            key=key,
-            version=new_version(),
-            idle_expires_at=self._idle_end_of(old, body),
-            payload=self._payloads.pack(key, body),
+        for _ in range(_NEW_TOKENS):
+            token, key = self._new_token()
+            record = old._replace(
+                key=key,
+                version=new_version(),
+                idle_expires_at=self._idle_end(body, old.absolute_expires_at),
+                payload=self._payloads.pack(key, body),
+            )
+            try:
+                self.store.replace(old.key, record, old.version, self._pointer(old, record, grace))
+            except KeyTaken:
+                continue
+            return token, record
+        raise StoreError(_REPEATS)
+
+    def _pointer(self, old: Record, record: Record, grace: float) -> Record | None:
+        if grace == 0:
+            return None
+        end = milliseconds(self._clock) + int(grace * 1000)
+        return old._replace(
+            version=record.version,
+            idle_expires_at=min(end, old.absolute_expires_at),
+            payload=self._payloads.pack_pointer(old.key, record.key),
+            successor=record.key,
         )
-        grace_until = milliseconds(self._clock) + int(grace * 1000) if grace > 0 else None
-        self.store.replace(old.key, record, old.version, grace_until)
-        return token, record
 
     def due(self, record: Record, body: Body) -> int | None:
         """Where the idle expiry moves to, or None while it need not move yet."""
-        end = self._idle_end_of(record, body)
+        span, step = self._idle_span(body)
+        absolute = record.absolute_expires_at
+        end = min(milliseconds(self._clock) + span, absolute)
         gain = end - record.idle_expires_at
-        step = self.settings.renew_interval_for(self._idle(body)) * 1000
-        if gain > 0 and (gain >= step or end == record.absolute_expires_at):
-            return end
-        return None
+        return end if gain >= step or (end == absolute and gain > 0) else None
 
     def is_permanent(self, values: Mapping[str, Raw]) -> bool:
         """Whether Flask's ``session.permanent`` is set among these encoded values."""
@@ -148,23 +168,22 @@ class Keeper:
             logger.warning(
                 "Session %s refused: %s%s", key, reason, f" ({detail})" if detail else ""
             )
-        self.events.emit(SessionRefused(reason, key))
+        self.events.emit(SessionRefused, reason, key)
 
-    def _idle(self, body: Body) -> float:
+    def _idle_span(self, body: Body) -> tuple[int, int]:
+        """How far ahead the idle expiry is set, and by how much at least it moves; milliseconds."""
         if body.lifetime is not None:
-            return body.lifetime / 1000
-        if self.is_permanent(body.values):
-            return self.settings.permanent_lifetime
-        return self.settings.idle_timeout
+            return self._span(body.lifetime / 1000)
+        return self._permanent_span if self.is_permanent(body.values) else self._usual_span
 
-    def _idle_end(self, now: int, body: Body) -> int:
+    def _span(self, idle: float) -> tuple[int, int]:
         # One interval beyond the idle timeout: the expiry is moved only once per interval, and
         # must not come early for a session that was used just before a move was due.
-        idle = self._idle(body)
-        return now + int((idle + self.settings.renew_interval_for(idle)) * 1000)
+        step = self.settings.renew_interval_for(idle)
+        return int((idle + step) * 1000), max(1, int(step * 1000))
 
-    def _idle_end_of(self, record: Record, body: Body) -> int:
-        return min(self._idle_end(milliseconds(self._clock), body), record.absolute_expires_at)
+    def _idle_end(self, body: Body, absolute: int) -> int:
+        return min(milliseconds(self._clock) + self._idle_span(body)[0], absolute)
 
     def _new_token(self) -> tuple[str, str]:
         factory: Any = self.settings.token_factory

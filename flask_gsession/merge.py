@@ -8,6 +8,7 @@ A key that this request deletes is deleted, whatever the policy, except with ``"
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
 from msgspec import Raw
@@ -28,6 +29,8 @@ class _Missing:
 #: Stands for "no such key" in what a merge function receives as ``base`` or ``theirs``.
 MISSING: Final = _Missing()
 
+_ANY_DEPTH = Codec(max_depth=256)
+
 MergeFunction = Callable[[Any, Any, Any], Any]
 
 
@@ -43,24 +46,22 @@ def reject(base: Any, theirs: Any, mine: Any) -> Any:
 
 def counter(base: Any, theirs: Any, mine: Any) -> Any:
     """Numbers: both changes count. A missing number is 0."""
-    return (theirs or 0) + (mine - (base or 0))
+    before, stored, wanted = _all_of((int, float, Decimal), 0, base, theirs, mine)
+    return stored + (wanted - before)
 
 
 def set_union(base: Any, theirs: Any, mine: Any) -> Any:
     """Sets: what either added is in, what this request removed is out."""
-    before = frozenset(base or ())
-    return type(mine)((frozenset(theirs or ()) - (before - mine)) | (mine - before))
+    before, stored, wanted = _all_of((set, frozenset), frozenset(), base, theirs, mine)
+    return type(mine)((stored - (before - wanted)) | (wanted - before))
 
 
 def dict_by_key(base: Any, theirs: Any, mine: Any) -> Any:
     """Dicts: merged entry by entry; of two changes to one entry the later wins."""
-    before = base or {}
-    merged = dict(theirs or {})
-    for key in before:
-        if key not in mine:
-            merged.pop(key, None)
-    for key, value in mine.items():
-        if key not in before or before[key] != value or type(before[key]) is not type(value):
+    before, stored, wanted = _all_of((dict,), {}, base, theirs, mine)
+    merged = {key: value for key, value in stored.items() if key in wanted or key not in before}
+    for key, value in wanted.items():
+        if key not in before or not _same(before[key], value):
             merged[key] = value
     return merged
 
@@ -70,10 +71,23 @@ def append(base: Any, theirs: Any, mine: Any) -> Any:
 
     Raises ``SessionConflict`` where this request did more than append.
     """
-    before = base or []
-    if mine[: len(before)] != before:
+    before, stored, wanted = _all_of((list,), [], base, theirs, mine)
+    if not _same(wanted[: len(before)], before):
         raise SessionConflict
-    return (theirs or []) + mine[len(before) :]
+    return stored + wanted[len(before) :]
+
+
+def _all_of(kinds: tuple[type, ...], missing: Any, *values: Any) -> tuple[Any, ...]:
+    """The values with ``missing`` for those that are; TypeError for one of another kind."""
+    for value in values:
+        if value is not MISSING and type(value) not in kinds:
+            raise TypeError(f"{type(value).__name__} is none of {[k.__name__ for k in kinds]}")
+    return tuple(missing if value is MISSING else value for value in values)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are stored alike: equal and of equal types at every depth."""
+    return _ANY_DEPTH.encode("", one) == _ANY_DEPTH.encode("", other)
 
 
 #: The policies that settings name by a word.

@@ -10,12 +10,11 @@
 The body is a MessagePack array: a map of key to encoded value, then what the session says about
 itself. The keyed digest (or the AES-GCM tag) binds the payload to its own record: another
 session's payload, a truncated or a foreign one does not open. New fields go at the array's end,
-so that older payloads stay readable.
+so that older payloads stay readable. The body of a pointer is the key of its successor.
 """
 
 from __future__ import annotations
 
-import hmac
 from hashlib import blake2b
 
 from msgspec import DecodeError, Raw, Struct
@@ -79,33 +78,46 @@ class PayloadFormat:
                 f"{len(encoded)} bytes; SESSION_MAX_BYTES allows {self._max_bytes}; "
                 f"the largest key is {ascii(largest)[:60]}",
             )
-        own = session_key.encode("ascii")
-        if self._cipher is not None:
-            return _SEALED + self._cipher.seal(encoded, own, _SEALED)
-        return _PLAIN + blake2b(encoded, key=own, digest_size=_DIGEST_BYTES).digest() + encoded
+        return self._bind(session_key, encoded)
 
     def unpack(self, session_key: str, payload: bytes) -> Body:
         """The body of ``payload``, its values still encoded. Raises ``UnreadableRecord``."""
-        header = payload[:2]
-        own = session_key.encode("ascii")
-        if header == _PLAIN:
-            if not self._allow_plain:
-                raise UnreadableRecord(
-                    "corrupt", "not encrypted, and SESSION_ENCRYPTION_KEYS is set"
-                )
-            encoded = payload[2 + _DIGEST_BYTES :]
-            digest = blake2b(encoded, key=own, digest_size=_DIGEST_BYTES).digest()
-            if not hmac.compare_digest(digest, payload[2 : 2 + _DIGEST_BYTES]):
-                raise UnreadableRecord("corrupt", "not this session's own record, or altered")
-        elif header == _SEALED:
-            if self._cipher is None:
-                raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
-            encoded = self._cipher.open(payload[2:], own, header)
-        elif len(header) == 2 and header[0] > FORMAT:
-            raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {FORMAT}")
-        else:
-            raise UnreadableRecord("corrupt", "no record of this library")
+        encoded = self._unbind(session_key, payload)
         try:
             return self._decode(encoded)
         except (DecodeError, ValueError, RecursionError):
             raise UnreadableRecord("corrupt", "the body is no map of values") from None
+
+    def pack_pointer(self, session_key: str, successor: str) -> bytes:
+        """The payload of a pointer from ``session_key`` to ``successor``."""
+        return self._bind(session_key, successor.encode("ascii"))
+
+    def check_pointer(self, session_key: str, successor: str, payload: bytes) -> None:
+        """Raises ``UnreadableRecord`` unless the pointer is this key's own, to that successor."""
+        if self._unbind(session_key, payload) != successor.encode("utf-8", "replace"):
+            raise UnreadableRecord("corrupt", "a pointer to somewhere else")
+
+    def _bind(self, session_key: str, body: bytes) -> bytes:
+        own = session_key.encode("ascii")
+        if self._cipher is not None:
+            return _SEALED + self._cipher.seal(body, own, _SEALED)
+        return _PLAIN + blake2b(body, key=own, digest_size=_DIGEST_BYTES).digest() + body
+
+    def _unbind(self, session_key: str, payload: bytes) -> bytes:
+        header = payload[:2]
+        own = session_key.encode("ascii")
+        if header == _PLAIN:
+            if not self._allow_plain:
+                raise UnreadableRecord("corrupt", "not encrypted; SESSION_ENCRYPTION_KEYS is set")
+            body = payload[2 + _DIGEST_BYTES :]
+            digest = blake2b(body, key=own, digest_size=_DIGEST_BYTES).digest()
+            if digest != payload[2 : 2 + _DIGEST_BYTES]:
+                raise UnreadableRecord("corrupt", "not this session's own record, or altered")
+            return body
+        if header == _SEALED:
+            if self._cipher is None:
+                raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
+            return self._cipher.open(payload[2:], own, header)
+        if len(header) == 2 and header[0] > FORMAT:
+            raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {FORMAT}")
+        raise UnreadableRecord("corrupt", "no record of this library")

@@ -73,10 +73,10 @@ class HookedStore:
             return self.store.renew(record, idle_expires_at)
 
     def replace(
-        self, key: str, record: Record, expected_version: int, grace_until: int | None
+        self, key: str, record: Record, expected_version: int, pointer: Record | None
     ) -> None:
         with self._around("replace"):
-            self.store.replace(key, record, expected_version, grace_until)
+            self.store.replace(key, record, expected_version, pointer)
 
     def delete(self, key: str, expected_version: int | None = None) -> bool:
         with self._around("delete"):
@@ -114,6 +114,16 @@ def a_record(clock: Clock, *, idle: float = 60, absolute: float = 3600, **fields
 
 def _changed(record: Record, payload: bytes = b"changed") -> Record:
     return record._replace(version=new_version(), payload=payload)
+
+
+def a_pointer(old: Record, new: Record, grace: float = 10) -> Record:
+    """What a rotation from ``old`` to ``new`` leaves for ``grace`` seconds."""
+    return old._replace(
+        version=new.version,
+        idle_expires_at=new.created_at + int(grace * 1000),
+        payload=b"to " + new.payload,
+        successor=new.key,
+    )
 
 
 @contextmanager
@@ -329,11 +339,9 @@ class StoreContract:
         with self._store() as (store, clock):
             old, new = a_record(clock), a_record(clock)
             store.create(old)
-            store.replace(old.key, new, old.version, milliseconds(clock) + 10_000)
-            pointer = store.load(old.key)
-            assert pointer is not None
-            assert pointer.successor == new.key
-            assert pointer.payload == b""
+            pointer = a_pointer(old, new)
+            store.replace(old.key, new, old.version, pointer)
+            assert store.load(old.key) == pointer
             assert store.load(new.key) == new
             clock.advance(10)
             assert store.load(old.key) is None
@@ -349,12 +357,12 @@ class StoreContract:
 
     def test_replace_may_be_repeated(self) -> None:
         with self._store() as (store, clock):
-            for grace in (10_000, None):
+            for grace in (True, False):
                 old, new = a_record(clock), a_record(clock)
                 store.create(old)
-                until = None if grace is None else milliseconds(clock) + grace
-                store.replace(old.key, new, old.version, until)
-                store.replace(old.key, new, old.version, until)
+                pointer = a_pointer(old, new) if grace else None
+                store.replace(old.key, new, old.version, pointer)
+                store.replace(old.key, new, old.version, pointer)
                 assert store.load(new.key) == new
 
     def test_replace_refuses_another_version_and_changes_nothing(self) -> None:
@@ -364,7 +372,7 @@ class StoreContract:
             saved = _changed(old)
             store.save(saved, old.version)
             with _raises(Stale):
-                store.replace(old.key, new, old.version, milliseconds(clock) + 10_000)
+                store.replace(old.key, new, old.version, a_pointer(old, new))
             assert store.load(old.key) == saved
             assert store.load(new.key) is None
 
@@ -390,7 +398,12 @@ class StoreContract:
             def rotate(record: Record) -> None:
                 start.wait()
                 try:
-                    store.replace(old.key, record, old.version, milliseconds(clock) + 60_000)
+                    store.replace(
+                        old.key,
+                        record,
+                        old.version,
+                        a_pointer(old, record),
+                    )
                 except (Gone, Stale):
                     return
                 won.append(record.key)
@@ -410,7 +423,7 @@ class StoreContract:
         with self._store() as (store, clock):
             old, new = a_record(clock), a_record(clock)
             store.create(old)
-            store.replace(old.key, new, old.version, milliseconds(clock) + 10_000)
+            store.replace(old.key, new, old.version, a_pointer(old, new))
             with _raises(Gone):
                 store.save(_changed(old), old.version)
             with _raises(Gone):
@@ -436,12 +449,28 @@ class StoreContract:
         with self._store() as (store, clock):
             first, second, third = (a_record(clock) for _ in range(3))
             store.create(first)
-            until = milliseconds(clock) + 10_000
-            store.replace(first.key, second, first.version, until)
-            store.replace(second.key, third, second.version, until)
+            store.replace(first.key, second, first.version, a_pointer(first, second))
+            store.replace(second.key, third, second.version, a_pointer(second, third))
             assert store.delete(first.key) is True
             for record in (first, second, third):
                 assert store.load(record.key) is None
+
+    def test_delete_leaves_the_successor_of_an_expired_pointer(self) -> None:
+        with self._store() as (store, clock):
+            old, new = a_record(clock), a_record(clock)
+            store.create(old)
+            store.replace(old.key, new, old.version, a_pointer(old, new, 0.01))
+            clock.advance(1)
+            assert store.delete(old.key) is False
+            assert store.load(new.key) == new
+
+    def test_delete_ends_in_a_circle_of_pointers(self) -> None:
+        with self._store() as (store, clock):
+            first, second = a_record(clock), a_record(clock)
+            for one, other in ((first, second), (second, first)):
+                store.create(one)
+                store.replace(one.key, a_record(clock), one.version, a_pointer(one, other))
+            assert store.delete(first.key) is False
 
     def test_delete_of_a_version(self) -> None:
         with self._store() as (store, clock):

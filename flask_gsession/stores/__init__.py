@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
@@ -13,6 +14,8 @@ from .base import Record, Store, StoreOptions, Sweeps
 __all__ = ["Record", "Store", "StoreOptions", "Sweeps", "open_store"]
 
 T = TypeVar("T")
+
+_REDIS_DATABASE = re.compile(r"(/[0-9]*)?", re.ASCII)
 
 _ALLOWED = (
     "allowed are sqlite:///path, memory://, redis://host:port/db, rediss://..., unix:///socket, "
@@ -59,6 +62,12 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
             from .redis import RedisStore
         except ImportError as error:
             raise _missing("redis", scheme, error) from None
+        path = urlsplit(url).path
+        if not path if scheme == "unix" else not _REDIS_DATABASE.fullmatch(path):
+            raise SettingError(
+                "SESSION_STORE: a redis URL ends with the number of the database, as in "
+                "redis://localhost:6379/0; a unix URL names the socket, as in unix:///run/redis.sock"
+            )
         return _checked(scheme, lambda: RedisStore(url, options))
     if scheme in ("mongodb", "mongodb+srv"):
         try:
@@ -92,7 +101,8 @@ def _missing(extra: str, scheme: str, error: ImportError) -> SettingError:
 def _sqlite_path(url: str, base_path: str) -> str:
     parts = urlsplit(url)
     path = unquote(parts.path)
-    if parts.netloc or parts.query or parts.fragment or not path.strip("/") or "\0" in path:
+    usable = url[len("sqlite:") :].startswith("///") and not (parts.query or parts.fragment)
+    if not usable or not path.strip("/") or "\0" in path:
         raise SettingError(
             "SESSION_STORE is an sqlite URL without a usable path: write "
             "sqlite:///sessions.sqlite3 for a file in the instance folder, or "

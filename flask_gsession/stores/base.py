@@ -14,13 +14,16 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 Clock = Callable[[], float]
 
+MAX_POINTERS = 8
+
 
 class Record(NamedTuple):
     """What a store holds under one session key. Times are milliseconds since 1970, UTC.
 
     ``version`` is drawn at random for each write, so that a writer recognises its own.
     ``idle_expires_at`` is never past ``absolute_expires_at``, so it is when the record ends.
-    A record with a ``successor`` is a pointer: the session was rotated to that key.
+    A record with a ``successor`` is a pointer: the session was rotated to that key. A chain of
+    pointers is at most ``MAX_POINTERS`` long; what is longer leads nowhere.
     """
 
     key: str
@@ -34,15 +37,6 @@ class Record(NamedTuple):
     def is_live(self, now: int) -> bool:
         """Whether the record is neither expired at ``now`` nor a pointer."""
         return self.successor is None and now < self.idle_expires_at
-
-    def pointer(self, successor: Record, until: int) -> Record:
-        """What stands under this record's key after the rotation to ``successor``."""
-        return self._replace(
-            version=successor.version,
-            idle_expires_at=min(until, self.absolute_expires_at),
-            payload=b"",
-            successor=successor.key,
-        )
 
 
 def new_version() -> int:
@@ -86,16 +80,16 @@ class Store(Protocol):
         """
 
     def replace(
-        self, key: str, record: Record, expected_version: int, grace_until: int | None
+        self, key: str, record: Record, expected_version: int, pointer: Record | None
     ) -> None:
-        """Rotate: ``record`` lives under its own new key, the old ``key`` points to it.
+        """Rotate: ``record`` lives under its own new key, ``pointer`` under the old ``key``.
 
-        The pointer answers until ``grace_until`` (milliseconds; None: no pointer at all).
+        Without a pointer the old key is free. Of several racing rotations one succeeds.
         Raises ``Gone``, ``Stale`` or ``KeyTaken``, and has then changed nothing.
         """
 
     def delete(self, key: str, expected_version: int | None = None) -> bool:
-        """End the session under ``key``; say whether there was one. Follows pointers.
+        """End the session under ``key``; say whether there was one. Follows unexpired pointers.
 
         With ``expected_version``, raises ``Stale`` or ``Gone`` unless that version is there.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from ..errors import Gone, KeyTaken, Stale
-from .base import Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
 
 
 class MemoryStore:
@@ -44,33 +44,33 @@ class MemoryStore:
             return True
 
     def replace(
-        self, key: str, record: Record, expected_version: int, grace_until: int | None
+        self, key: str, record: Record, expected_version: int, pointer: Record | None
     ) -> None:
         with self._lock:
             taken = self._unexpired(record.key)
             if taken is not None and taken.version == record.version:
                 return
-            old = self._expect(key, expected_version)
+            self._expect(key, expected_version)
             if taken is not None:
                 raise KeyTaken
             self._records[record.key] = record
-            if grace_until is None:
+            if pointer is None:
                 del self._records[key]
             else:
-                self._records[key] = old.pointer(record, grace_until)
+                self._records[key] = pointer
 
     def delete(self, key: str, expected_version: int | None = None) -> bool:
         with self._lock:
             if expected_version is not None:
                 self._expect(key, expected_version)
-            found = False
-            target: str | None = key
-            while target is not None:
+            target = key
+            for _ in range(MAX_POINTERS):
                 record = self._unexpired(target)
                 self._records.pop(target, None)
-                found = found or (record is not None and record.successor is None)
-                target = record.successor if record is not None else None
-            return found
+                if record is None or record.successor is None:
+                    return record is not None
+                target = record.successor
+            return False
 
     def sweep(self, limit: int) -> int:
         """Remove expired records, oldest first, looking at no more than ``limit`` of them."""

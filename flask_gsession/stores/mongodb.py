@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import pymongo
 from bson import CodecOptions, Int64
@@ -19,14 +20,14 @@ from bson.codec_options import DatetimeConversion
 from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
 from pymongo import MongoClient, ReadPreference
-from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+from pymongo.errors import DuplicateKeyError, InvalidURI, OperationFailure, PyMongoError
 from pymongo.read_concern import ReadConcern
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from ..events import logger
-from .base import Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
 
 COLLECTION = "gsession"
 DATABASE = "gsession"
@@ -37,13 +38,28 @@ _Client = MongoClient[_Document]
 
 def check_url(url: str) -> None:
     """Raises what the driver raises for a URL it cannot read. Asks no server."""
-    if url.startswith("mongodb://"):  # mongodb+srv would ask the name server
+    if url.startswith("mongodb+srv:"):  # parsing it whole would ask the name server
+        parts = urlsplit(url)
+        if not parts.hostname or "," in parts.netloc or parts.port is not None:
+            raise InvalidURI("mongodb+srv takes one host and no port")
+    else:
         parse_uri(url)
 
 
 def _close_in(pid: int, client: _Client) -> None:
     if pid == os.getpid():
         client.close()
+
+
+_STORES: weakref.WeakSet[MongoDBStore] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for store in list(_STORES):
+        store._lock = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class MongoDBStore:
@@ -66,6 +82,7 @@ class MongoDBStore:
         self._pid = 0
         self._indexed = False
         self._lock = threading.Lock()
+        _STORES.add(self)
 
     def create(self, record: Record) -> None:
         with self._collection("create") as collection:
@@ -80,7 +97,7 @@ class MongoDBStore:
                         continue
                     if there.version == record.version:
                         return
-                    if milliseconds(self._clock) < there.idle_expires_at:
+                    if self._now() < there.idle_expires_at:
                         raise KeyTaken from None
                     collection.delete_one(self._is_version(record.key, there.version))
             raise KeyTaken
@@ -88,7 +105,7 @@ class MongoDBStore:
     def load(self, key: str) -> Record | None:
         with self._collection("load") as collection:
             record = self._read(key, collection)
-        if record is None or milliseconds(self._clock) >= record.idle_expires_at:
+        if record is None or self._now() >= record.idle_expires_at:
             return None
         return record
 
@@ -113,7 +130,7 @@ class MongoDBStore:
             return bool(done.matched_count)
 
     def replace(
-        self, key: str, record: Record, expected_version: int, grace_until: int | None
+        self, key: str, record: Record, expected_version: int, pointer: Record | None
     ) -> None:
         # Two documents, two steps. Between them the new record cannot be reached by anybody: its
         # token has not left the server. The second step decides, atomically, who succeeds.
@@ -127,14 +144,11 @@ class MongoDBStore:
                     raise KeyTaken from None
                 repeated = True
             old = {**self._live(key), "version": Int64(expected_version)}
-            if grace_until is None:
+            if pointer is None:
                 succeeded = collection.delete_one(old).deleted_count == 1
             else:
-                pointer = self._document(
-                    record._replace(key=key).pointer(record, grace_until),
-                )
-                del pointer["_id"]
-                succeeded = collection.update_one(old, {"$set": pointer}).matched_count == 1
+                document = self._document(pointer)
+                succeeded = collection.replace_one(old, document).matched_count == 1
             if succeeded:
                 return
             there = self._read(key, collection)
@@ -150,25 +164,32 @@ class MongoDBStore:
                 if collection.delete_one(condition).deleted_count == 0:
                     self._explain(key, collection)
                 return True
-            if collection.delete_one(self._live(key)).deleted_count:
-                return True
-            # Nothing live: perhaps a pointer. Its successor goes first, so that a repeat of this
-            # call after a failure still finds it.
-            there = self._read(key, collection)
-        if there is None:
-            return False
-        found = self.delete(there.successor) if there.successor else False
-        with self._collection("delete") as collection:
-            collection.delete_one(self._is_version(key, there.version))
-        return found
+            # What pointers lead to goes first, so that a repeat after a failure still finds it.
+            pointers: list[Record] = []
+            ended = False
+            for _ in range(MAX_POINTERS):
+                ended = collection.delete_one(self._live(key)).deleted_count == 1
+                there = None if ended else self._read(key, collection)
+                if there is None:
+                    break
+                pointers.append(there)
+                if there.successor is None or self._now() >= there.idle_expires_at:
+                    break
+                key = there.successor
+            for pointer in reversed(pointers):
+                collection.delete_one(self._is_version(pointer.key, pointer.version))
+            return ended
 
     def close(self) -> None:
         if self._close_client is not None and self._pid == os.getpid():
             self._close_client()
         self._pid = 0
 
+    def _now(self) -> int:
+        return milliseconds(self._clock)
+
     def _live(self, key: str) -> _Document:
-        now = DatetimeMS(milliseconds(self._clock))
+        now = DatetimeMS(self._now())
         return {"_id": self._prefix + key, "successor": None, "idle_expires_at": {"$gt": now}}
 
     def _is_version(self, key: str, version: int) -> _Document:
@@ -176,7 +197,7 @@ class MongoDBStore:
 
     def _explain(self, key: str, collection: Any) -> None:
         there = self._read(key, collection)
-        if there is None or not there.is_live(milliseconds(self._clock)):
+        if there is None or not there.is_live(self._now()):
             raise Gone
         raise Stale
 
@@ -203,7 +224,7 @@ class MongoDBStore:
         times = [get(name) for name in ("created_at", "idle_expires_at", "absolute_expires_at")]
         if not (
             get("_id") == self._prefix + key
-            and isinstance(version, int)
+            and type(version) in (int, Int64)
             and isinstance(payload, bytes)
             and (successor is None or isinstance(successor, str))
             and all(isinstance(time, DatetimeMS) for time in times)

@@ -1,9 +1,11 @@
 """Sessions in Redis 6.2 or newer (or Valkey): one string per session, one command per operation.
 
-The string is a header of 31 bytes, then the payload, or for a pointer the successor's key::
+The string is a header of 31 bytes, then the payload::
 
     1 kind: 1 record, 2 pointer     8 version     6 created     6 idle expiry     6 absolute expiry
     4 CRC-32 of the session key and the 27 bytes before (times: milliseconds since 1970, big endian)
+
+A pointer has its successor's key and a space before the payload.
 
 The key's own time to live is set in the same step as every write. The CRC shows an answer that
 belongs to another key, as a client connection gives that lost step after an interrupt.
@@ -32,9 +34,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
-from .base import Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
 
 _HEADER = 31
+_FIELDS = ((1, 9), (9, 15), (15, 21), (21, 27))
 _RECORD, _POINTER = 1, 2
 _RETRIES = 2
 _RETRY_PAUSE = 0.02  # seconds
@@ -72,96 +75,89 @@ class RedisStore:
                 socket_timeout=options.timeout / 4,
                 retry=Retry(NoBackoff(), 0),
             )
+            # Not connected: it only lets wrong options in the URL show now.
+            self._pool.connection_class(**self._pool.connection_kwargs)
         else:
             self._pool = url_or_client.connection_pool
 
     def create(self, record: Record) -> None:
+        deadline = self._deadline()
         command = ("SET", self._name(record.key), _pack(record), "NX", "PX", self._life(record))
-        if self._call(*command) is not None:
+        if self._call(deadline, *command) is not None:
             return
-        there = self.load(record.key)
+        there = self._load(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
-            self._call("DEL", self._name(record.key))
-            if self._call(*command) is not None:
+            self._call(deadline, "DEL", self._name(record.key))
+            if self._call(deadline, *command) is not None:
                 return
         if there is None or there.version != record.version:
             raise KeyTaken
 
     def load(self, key: str) -> Record | None:
-        value = self._call("GET", self._name(key))
-        if value is None:
-            return None
-        try:
-            record = _unpack(key, value)
-        except UnreadableRecord:
-            # The connections may be out of step: drop them, and ask once more.
-            self._pool.disconnect()
-            value = self._call("GET", self._name(key))
-            if value is None:
-                return None
-            record = _unpack(key, value)
-        if milliseconds(self._clock) >= record.idle_expires_at:
-            return None
-        return record
+        return self._load(key, self._deadline())
 
     def save(self, record: Record, expected_version: int) -> None:
         self._run(
+            self._deadline(),
             _SAVE,
             [self._name(record.key)],
-            [
-                expected_version.to_bytes(8, "big"),
-                _pack(record),
-                self._life(record),
-                milliseconds(self._clock),
-            ],
+            [_version(expected_version), _pack(record), self._life(record), self._now()],
             record,
         )
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
-        if not record.is_live(milliseconds(self._clock)):
+        if not record.is_live(self._now()):
             return False
         later = min(max(idle_expires_at, record.idle_expires_at), record.absolute_expires_at)
         renewed = record._replace(idle_expires_at=later)
+        headers = [_header(_RECORD, record), _header(_RECORD, renewed)]
         try:
             self._run(
+                self._deadline(),
                 _RENEW,
                 [self._name(record.key)],
-                [_header(_RECORD, record), _header(_RECORD, renewed), self._life(renewed)],
+                [*headers, self._life(renewed)],
             )
         except Gone:
             return False
         return True
 
     def replace(
-        self, key: str, record: Record, expected_version: int, grace_until: int | None
+        self, key: str, record: Record, expected_version: int, pointer: Record | None
     ) -> None:
-        pointer, pointer_life = b"", 0
-        if grace_until is not None:
-            old = record._replace(key=key).pointer(record, grace_until)
-            pointer, pointer_life = _pack(old), self._life(old)
+        left = (b"", 0) if pointer is None else (_pack(pointer), self._life(pointer))
         self._run(
+            self._deadline(),
             _REPLACE,
             [self._name(key), self._name(record.key)],
             [
-                expected_version.to_bytes(8, "big"),
+                _version(expected_version),
                 _pack(record),
                 self._life(record),
-                milliseconds(self._clock),
-                pointer,
-                pointer_life,
+                self._now(),
+                *left,
             ],
             record,
         )
 
     def delete(self, key: str, expected_version: int | None = None) -> bool:
-        expected = b"" if expected_version is None else expected_version.to_bytes(8, "big")
-        now = milliseconds(self._clock)
-        reply = self._run(_DELETE, [self._name(key)], [expected, now, 0])
-        if reply[:1] == b"P":
-            found = self.delete(reply[1:].decode("ascii"))
-            self._run(_DELETE, [self._name(key)], [b"", now, 1])
-            return found
-        return reply == b"K"
+        deadline = self._deadline()
+        if expected_version is not None:
+            arguments = [_version(expected_version), self._now(), 0]
+            return self._run(deadline, _DELETE, [self._name(key)], arguments) == b"K"
+        # What pointers lead to goes first, so that a repeat after a failure still finds it.
+        pointers: list[str] = []
+        ended = False
+        for _ in range(MAX_POINTERS):
+            reply = self._run(deadline, _DELETE, [self._name(key)], [b"", self._now(), 0])
+            ended = reply == b"K"
+            if reply[:1] != b"P":
+                break
+            pointers.append(key)
+            key = _unpack(key, reply[1:]).successor or ""
+        for pointer in reversed(pointers):
+            self._run(deadline, _DELETE, [self._name(pointer)], [b"", self._now(), 1])
+        return ended
 
     def close(self) -> None:
         if self._owns_pool:
@@ -170,11 +166,37 @@ class RedisStore:
     def _name(self, key: str) -> str:
         return f"{self._prefix}{{{key}}}"
 
+    def _now(self) -> int:
+        return milliseconds(self._clock)
+
     def _life(self, record: Record) -> int:
-        return max(1, record.idle_expires_at - milliseconds(self._clock))
+        return max(1, record.idle_expires_at - self._now())
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout
+
+    def _load(self, key: str, deadline: float) -> Record | None:
+        value = self._call(deadline, "GET", self._name(key))
+        if value is None:
+            return None
+        try:
+            record = _unpack(key, value)
+        except UnreadableRecord:
+            # The connections may be out of step: drop them, and ask once more.
+            self._pool.disconnect()
+            value = self._call(deadline, "GET", self._name(key))
+            if value is None:
+                return None
+            record = _unpack(key, value)
+        return None if self._now() >= record.idle_expires_at else record
 
     def _run(
-        self, script: _Script, keys: list[str], args: list[Any], record: Record | None = None
+        self,
+        deadline: float,
+        script: _Script,
+        keys: list[str],
+        arguments: list[Any],
+        record: Record | None = None,
     ) -> bytes:
         """Run a script; its first answering byte says how it went.
 
@@ -183,9 +205,9 @@ class RedisStore:
         """
         for _ in range(2):
             try:
-                reply = self._call("EVALSHA", script.sha, len(keys), *keys, *args)
+                reply = self._call(deadline, "EVALSHA", script.sha, len(keys), *keys, *arguments)
             except NoScriptError:
-                reply = self._call("EVAL", script.source, len(keys), *keys, *args)
+                reply = self._call(deadline, "EVAL", script.source, len(keys), *keys, *arguments)
             if type(reply) is bytes and reply[:1] in (b"K", b"G", b"S", b"T", b"P", b"N"):
                 if reply[:1] == b"G":
                     raise Gone
@@ -193,17 +215,16 @@ class RedisStore:
                     raise Stale
                 if reply[:1] == b"T":
                     raise KeyTaken
-                if record is None or reply[1:] == record.version.to_bytes(8, "big"):
+                if record is None or reply[1:] == _version(record.version):
                     return reply
             self._pool.disconnect()  # out of step; the scripts are safe to repeat
         raise StoreUnavailable("redis: answers do not belong to the commands sent")
 
-    def _call(self, *command: Any) -> Any:
-        """Send one command and return its answer, all within ``options.timeout``.
+    def _call(self, deadline: float, *command: Any) -> Any:
+        """Send one command and return its answer, all before ``deadline``.
 
         Repeats are safe: every command here recognises its own earlier effect.
         """
-        deadline = time.monotonic() + self._timeout
         retries = _RETRIES
         while True:
             try:
@@ -251,6 +272,10 @@ def _unavailable(command: tuple[Any, ...], error: Exception) -> StoreUnavailable
     return StoreUnavailable(f"redis: {command[0]}: {type(error).__name__}: {error}")
 
 
+def _version(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
 def _header(kind: int, record: Record) -> bytes:
     head = b"".join(
         (
@@ -267,7 +292,7 @@ def _header(kind: int, record: Record) -> bytes:
 def _pack(record: Record) -> bytes:
     if record.successor is None:
         return _header(_RECORD, record) + record.payload
-    return _header(_POINTER, record) + record.successor.encode("ascii")
+    return _header(_POINTER, record) + record.successor.encode("ascii") + b" " + record.payload
 
 
 def _unpack(key: str, value: bytes) -> Record:
@@ -276,15 +301,12 @@ def _unpack(key: str, value: bytes) -> Record:
         raise UnreadableRecord("newer format", f"record kind {kind}")
     if kind not in (_RECORD, _POINTER):
         raise UnreadableRecord("corrupt", "no record of this library")
-    record = Record(
-        key,
-        int.from_bytes(value[1:9], "big"),
-        int.from_bytes(value[9:15], "big"),
-        int.from_bytes(value[15:21], "big"),
-        int.from_bytes(value[21:27], "big"),
-        value[_HEADER:] if kind == _RECORD else b"",
-        value[_HEADER:].decode("ascii", "replace") if kind == _POINTER else None,
-    )
+    successor, payload = None, value[_HEADER:]
+    if kind == _POINTER:
+        text, _, payload = payload.partition(b" ")
+        successor = text.decode("ascii", "replace")
+    version, created, idle, absolute = (int.from_bytes(value[i:j], "big") for i, j in _FIELDS)
+    record = Record(key, version, created, idle, absolute, payload, successor)
     if _header(kind, record) != value[:_HEADER]:
         raise UnreadableRecord("corrupt", "not this session's own record, or altered")
     return record

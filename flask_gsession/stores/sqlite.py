@@ -12,13 +12,14 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import Gone, KeyTaken, SettingError, Stale, StoreUnavailable, UnreadableRecord
-from .base import Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
 
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 1
@@ -39,10 +40,30 @@ _LIVE = "successor IS NULL AND idle_expires_at > ?"
 _KEEP_IDLE = 16  # connections
 
 
+_STORES: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
+_FILES = threading.Lock()
+
+
+def _before_fork() -> None:
+    # SQLite counts a file's locks in the memory of the process: a child would inherit the count
+    # without the locks, and write into files that others believe unused.
+    for store in list(_STORES):
+        store.close()
+
+
+def _in_child() -> None:
+    global _FILES
+    _FILES = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+
+
 class SQLiteStore:
     """Keeps records in the file at ``path``, made with mode 0600; its folder is made if missing.
 
-    Safe with threads, gevent and several processes. A connection never crosses a fork.
+    Safe with threads, gevent and several processes. Idle connections are closed before a fork;
+    do not fork while another thread is in the middle of a call.
     Raises ``SettingError`` where the file is a database of something else.
     """
 
@@ -55,7 +76,7 @@ class SQLiteStore:
         self._pool: deque[sqlite3.Connection] = deque()
         self._pid = os.getpid()
         self._inherited: list[deque[sqlite3.Connection]] = []
-        self._lock = threading.Lock()
+        _STORES.add(self)
 
     def create(self, record: Record) -> None:
         now = milliseconds(self._clock)
@@ -109,22 +130,21 @@ class SQLiteStore:
             return done.rowcount == 1
 
     def replace(
-        self, key: str, record: Record, expected_version: int, grace_until: int | None
+        self, key: str, record: Record, expected_version: int, pointer: Record | None
     ) -> None:
         now = milliseconds(self._clock)
         with self._transaction(durable=True) as db:
             taken = self._select(db, record.key)
             if taken is not None and taken.version == record.version:
                 return
-            old = self._select(db, key)
-            old = self._expect(old, expected_version, now)
+            self._expect(self._select(db, key), expected_version, now)
             if taken is not None and now < taken.idle_expires_at:
                 raise KeyTaken
             self._insert(db, record)
-            if grace_until is None:
+            if pointer is None:
                 self._remove(db, key)
             else:
-                self._insert(db, old.pointer(record, grace_until))
+                self._insert(db, pointer)
 
     def delete(self, key: str, expected_version: int | None = None) -> bool:
         now = milliseconds(self._clock)
@@ -132,12 +152,14 @@ class SQLiteStore:
             record = self._select(db, key)
             if expected_version is not None:
                 self._expect(record, expected_version, now)
-            found = False
-            while record is not None:
-                found = found or record.is_live(now)
+            for _ in range(MAX_POINTERS):
+                if record is None:
+                    return False
                 self._remove(db, record.key)
-                record = self._select(db, record.successor) if record.successor else None
-            return found
+                if record.successor is None or now >= record.idle_expires_at:
+                    return record.is_live(now)
+                record = self._select(db, record.successor)
+            return False
 
     def sweep(self, limit: int) -> int:
         """Remove at most ``limit`` expired records in one short transaction."""
@@ -237,7 +259,7 @@ class SQLiteStore:
 
     def _leave_parent(self) -> None:
         """Forget connections opened before a fork: using or closing them here is unsafe."""
-        with self._lock:
+        with _FILES:
             if self._pid != os.getpid():
                 self._inherited.append(self._pool)
                 self._pool = deque()
@@ -246,7 +268,10 @@ class SQLiteStore:
     def _open(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            # Only ever on a file that no connection of this process has open: closing any
+            # descriptor of a file drops all locks that the process holds on it.
+            with _FILES, suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError as error:
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
         db = sqlite3.connect(
@@ -269,6 +294,8 @@ class SQLiteStore:
         if application_id != _APPLICATION_ID or schema_version != _SCHEMA_VERSION:
             self._create_schema(db)
         db.execute("PRAGMA synchronous=NORMAL")
+        # Text that is none must look like a corrupt record, not like a store that is down.
+        db.text_factory = lambda text: text.decode("utf-8", "replace")
 
     def _create_schema(self, db: sqlite3.Connection) -> None:
         self._switch_to_wal(db)

@@ -1,0 +1,74 @@
+# Everything here sets itself up: only Python 3.11 or newer and make are needed.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PORT ?= 5000
+
+# Arguments of pytest. Each of the two workers starts servers of its own.
+TEST_ARGS ?= -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench docs chromium clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+# The environment -----------------------------------------------------------------------------
+#
+# A stamp stands for one set of extras: `.venv/with-test` for `pip install -e .[test]`. It is
+# renewed when setup.cfg changes. Sets add up in the one environment.
+
+EXTRAS_core :=
+EXTRAS_redis := [redis]
+EXTRAS_mongodb := [mongodb]
+EXTRAS_test := [test]
+EXTRAS_bench := [test,bench]
+EXTRAS_docs := [docs]
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Flask-GSession needs Python 3.11 or newer, and '$(PYTHON)' is not that."; \
+	  echo "Name another one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: its venv or ensurepip is missing."; \
+	  echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/with-%: setup.cfg | $(PY)
+	@echo "Installing flask-gsession$(EXTRAS_$*) in $(VENV)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS_$*)'
+	@touch $@
+
+# What one does with it -----------------------------------------------------------------------
+
+# STORE is handed over by environment and unexpanded, because it may hold a password.
+DEMO_EXTRAS := $(if $(filter redis% unix%,$(STORE)),redis,$(if $(filter mongodb%,$(STORE)),mongodb,core))
+ifdef STORE
+demo: export SHOP_STORE = $(value STORE)
+endif
+demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379 or another
+	@$(PY) -m flask --app examples.shop.app run --host 127.0.0.1 --port $(PORT)
+
+test: $(VENV)/with-test chromium ## Run the tests; TEST_ARGS="-k redis -x" for some of them
+	$(PY) -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/with-test ## Check style and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy --strict flask_gsession
+
+bench: $(VENV)/with-bench ## Measure side by side with Flask-Session
+	$(PY) -m benchmarks
+
+docs: $(VENV)/with-docs ## Build the documentation in docs/_build
+	$(PY) -m sphinx -W --keep-going -b html docs docs/_build
+
+chromium:
+	@sh tests/setup_chromium.sh
+
+clean: ## Remove everything that make made
+	rm -rf $(VENV) build dist *.egg-info docs/_build
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,89 @@
+"""Fixtures shared by every test: servers, a store of the test's own, a clock to move by hand."""
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from pymongo import MongoClient
+from redis import Redis
+
+from flask_gsession.testing import FakeClock
+from tests.servers import MongoServer, RedisServer, mongo_server, redis_server, with_database
+
+# A deadline in milliseconds says nothing about code that waits for a real server.
+settings.register_profile("gsession", parent=settings(), deadline=None)
+settings.load_profile("gsession")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """A clock that stands still until the test calls `advance(seconds)`."""
+    return FakeClock()
+
+
+@pytest.fixture
+def store_prefix() -> str:
+    """A key prefix that no other test uses."""
+    return f"test-{secrets.token_hex(6)}:"
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis", "mongodb"])
+def store_url(request: pytest.FixtureRequest) -> str:
+    """A `SESSION_STORE` URL of each kind in turn; on Redis to be used with `store_prefix`."""
+    if request.param == "memory":
+        return "memory://"
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A SQLite file that does not exist yet."""
+    return f"sqlite:///{tmp_path}/sessions.sqlite3"
+
+
+@pytest.fixture
+def redis_url(redis_client: Redis, store_prefix: str) -> Iterator[str]:
+    """The Redis server; keys under `store_prefix` are deleted afterwards."""
+    yield redis_server().url
+    for key in redis_client.scan_iter(f"{store_prefix}*", count=1000):
+        redis_client.unlink(key)
+
+
+@pytest.fixture
+def mongodb_url(mongo_client: "MongoClient[dict[str, Any]]") -> Iterator[str]:
+    """A MongoDB database of the test's own, dropped afterwards."""
+    database = f"test_{secrets.token_hex(6)}"
+    yield with_database(mongo_server().url, database)
+    mongo_client.drop_database(database)
+
+
+@pytest.fixture(scope="session")
+def redis_client() -> Iterator[Redis]:
+    """A client of the shared Redis server, to look at what a store did."""
+    with Redis.from_url(redis_server().url, socket_timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def mongo_client() -> "Iterator[MongoClient[dict[str, Any]]]":
+    """A client of the shared MongoDB server, to look at what a store did."""
+    with MongoClient(mongo_server().url, timeoutMS=10_000) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis server of the test module's own, to pause and kill. Leave it running."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def own_mongo() -> Iterator[MongoServer]:
+    """A MongoDB server of the test module's own, to pause and kill. Leave it running."""
+    with MongoServer() as server:
+        yield server

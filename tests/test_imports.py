@@ -1,0 +1,142 @@
+"""The shape of the house: who may import whom, and what the package shows to its users."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import flask_gsession
+
+PACKAGE = Path(flask_gsession.__file__).parent
+
+# A file may import only from rows above its own. `stores` is stores/__init__.py.
+ROWS = [
+    ["errors", "events"],
+    ["tokens", "codec", "encryption", "stores.base"],
+    ["merge", "payload"],
+    ["config", "tracking"],
+    ["keeper"],
+    ["lifecycle"],
+    ["data"],
+    ["stores.memory", "stores.sqlite", "stores.redis", "stores.mongodb"],
+    ["stores", "locking", "cleanup", "health", "typed", "testing"],
+    ["interface"],
+    ["extension"],
+    ["cli", "contrib"],
+]
+RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
+
+# What an extra brings may be imported in one place only.
+PLACES = {
+    "redis": "stores.redis",
+    "pymongo": "stores.mongodb",
+    "bson": "stores.mongodb",
+    "cryptography": "encryption",
+    "marshmallow": "typed",
+    "flask_limiter": "contrib",
+    "limits": "contrib",
+    "prometheus_client": "contrib",
+    "prometheus_flask_exporter": "contrib",
+}
+
+
+def name_of(file: Path) -> str:
+    """`stores.redis` for stores/redis.py, `stores` for stores/__init__.py, "" for the package."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The entry of `ROWS` that a module belongs to; "" when there is none."""
+    if module.startswith("contrib."):
+        return "contrib"
+    return module if module in RANK else ""
+
+
+FILES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+INSIDE = [module for module in FILES if module]
+
+
+def imports(module: str) -> Iterator[str]:
+    """Absolute names of what a file imports, at its top or inside a function."""
+    file = FILES[module]
+    package = ["flask_gsession", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                # `from . import codec` names a file, `from .codec import Codec` does not.
+                inside = f"{source}.{alias.name}".removeprefix("flask_gsession.")
+                yield f"flask_gsession.{inside}" if inside in FILES else source
+
+
+def test_every_file_has_a_row() -> None:
+    assert [module for module in INSIDE if not room_of(module)] == []
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_imports_run_one_way(module: str) -> None:
+    rank = RANK[room_of(module)]
+    for name in imports(module):
+        top, _, target = name.partition(".")
+        if top == "flask_gsession":
+            assert target, f"{module} imports the package itself instead of the file it needs"
+            same_folder = room_of(target) == room_of(module) == "contrib"
+            assert same_folder or RANK[room_of(target)] < rank, f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", [module for module in INSIDE if module.startswith("stores.")])
+def test_a_store_knows_only_its_contract(module: str) -> None:
+    """Nothing of values, cookies or settings: what makes a new store an afternoon's work."""
+    ours = {name for name in imports(module) if name.startswith("flask_gsession")}
+    contract = ("errors", "events", "stores.base")
+    assert ours <= {f"flask_gsession.{name}" for name in contract}
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_extras_are_imported_in_their_one_place(module: str) -> None:
+    for name in imports(module):
+        place = PLACES.get(name.partition(".")[0])
+        assert place in (None, room_of(module)), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [module for module in INSIDE if module != "config"])
+def test_only_config_reads_app_config(module: str) -> None:
+    reads = [
+        node.lineno
+        for node in ast.walk(ast.parse(FILES[module].read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "config"
+    ]
+    assert reads == [], f"{module} reads app.config in lines {reads}"
+
+
+def test_all_is_what_is_exported() -> None:
+    borrowed = {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(FILES[""].read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level == 0
+        for alias in node.names
+    }
+    ours = {
+        name
+        for name, value in vars(flask_gsession).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert ours - borrowed == set(flask_gsession.__all__) - {"__version__"}
+
+
+def test_importing_the_package_loads_no_extra() -> None:
+    code = "import sys, flask_gsession; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    assert "flask_gsession" in loaded
+    assert loaded.isdisjoint(PLACES)
