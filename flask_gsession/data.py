@@ -98,8 +98,11 @@ class SessionData(Lifecycle, SessionMixin):
     def clear(self) -> None:
         """Remove every key that is there.
 
-        A session left empty is removed from the store with the response, and its cookie with it.
-        A key that a parallel request adds meanwhile survives; to log out, use ``destroy``.
+        If nothing is set afterwards, the session ends with the response: it leaves the store, its
+        cookie goes. Two exceptions follow from parallel requests: a key that one of them stored
+        meanwhile survives, and the session with it. To log out whatever happens, use ``destroy``.
+
+        Removing keys one by one never ends a session: a parallel request may be adding one.
         """
         values = self._open_for_writing()
         for key in list(values):
@@ -266,7 +269,9 @@ class SessionData(Lifecycle, SessionMixin):
             self[key] = value
             return value
         codec = self._keeper.codec
-        for _ in self._keeper.attempts():
+        for conflicts, _ in enumerate(self._keeper.attempts()):
+            if conflicts and not self._catch_up():
+                self._end("update_atomic")
             if self._record is None:
                 raise SessionEnded
             values = self._values
@@ -284,8 +289,6 @@ class SessionData(Lifecycle, SessionMixin):
                 try:
                     self._record = self._keeper.save(self._record, Body(stored, self._lifetime))
                 except (Stale, Gone):
-                    if not self._catch_up():
-                        self._end("update_atomic")
                     continue
             values.follow(stored)
             values.settle(key, value, changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +22,12 @@ from .tokens import Checked, TokenSigner
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects.
 _FURTHER = "flask_gsession.further"
+
+_OF_THE_BODY = re.compile(
+    "accept-ranges|age|cache-control|content-(?!security).*|etag|expires|last-modified|location"
+    "|refresh|set-cookie",
+    re.IGNORECASE,
+)
 
 
 class GSessionInterface(SessionInterface):
@@ -82,6 +89,8 @@ class GSessionInterface(SessionInterface):
             if session._failure is not None and response.status_code == 500:
                 # The application's page for the outage needed the session itself.
                 _turn_into(response, app.make_response(session._failure.get_response()))
+            elif response.is_streamed and session._values.looked_at():
+                response.call_on_close(lambda: _report_late_changes(session))
         header = self.keeper.settings.token_header
         by_header = header is not None and session._look_at_request().by_header
         _add_vary(response, "Cookie")
@@ -93,8 +102,6 @@ class GSessionInterface(SessionInterface):
                 self._write_header(app, session, response)
             else:
                 self._write_cookie(app, session, response)
-        if response.is_streamed and session._values.looked_at():
-            response.call_on_close(lambda: _report_late_changes(session))
 
     def _present(self, app: Flask, request: Request) -> Presented:
         header = self.keeper.settings.token_header
@@ -192,7 +199,14 @@ def _turn_into(response: Response, answer: Response) -> None:
     if close is not None:
         close()
     response.status = answer.status
-    response.headers = answer.headers
+    # Of the view's headers those stay that speak of the exchange (CORS, a request id), not those
+    # that speak of the body, or that act on what the view did.
+    for name in {name for name, _ in response.headers}:
+        if _OF_THE_BODY.fullmatch(name):
+            del response.headers[name]
+    for name, _ in answer.headers:
+        response.headers.pop(name, None)
+    response.headers.extend(answer.headers)
     response.response = answer.response
     response.direct_passthrough = answer.direct_passthrough
 

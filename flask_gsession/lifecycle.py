@@ -213,6 +213,9 @@ class Lifecycle:
         """Put ``changes`` onto what is stored, trying again when another request was faster."""
         keeper, values = self._keeper, self._values
         for conflicts, _ in enumerate(keeper.attempts()):
+            if conflicts and not self._catch_up():
+                self._end("save")
+                return
             old = self._record
             assert old is not None
             if not (changes or self._restart_idle or self._forced or self._rotation is not None):
@@ -225,7 +228,7 @@ class Lifecycle:
             body = Body(merged, self._lifetime)
             toggled = keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
             try:
-                if not _worth_keeping(merged):
+                if self._cleared and not _worth_keeping(merged):
                     keeper.store.delete(old.key, old.version)
                     keeper.events.emit(SessionDestroyed, old.key)
                     self._forget()
@@ -240,9 +243,6 @@ class Lifecycle:
                         old, body, restart_idle=toggled or self._restart_idle
                     )
             except (Stale, Gone):
-                if not self._catch_up():
-                    self._end("save")
-                    return
                 continue
             moved = self._record.idle_expires_at != old.idle_expires_at
             if toggled or (moved and keeper.is_permanent(merged)):

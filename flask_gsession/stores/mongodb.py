@@ -263,7 +263,9 @@ class MongoDBStore:
                 COLLECTION,
                 codec_options=CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_MS),
                 read_preference=ReadPreference.PRIMARY,
-                read_concern=ReadConcern("majority"),
+                # What is saved after a read is acknowledged by a majority, and so is what was
+                # read; the majority's view alone would lag and lose races it need not lose.
+                read_concern=ReadConcern("local"),
                 write_concern=WriteConcern("majority"),
             )
             self._pid = os.getpid()
