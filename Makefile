@@ -57,7 +57,7 @@ test: $(VENV)/with-test chromium ## Run the tests; TEST_ARGS="-k redis -x" for s
 lint: $(VENV)/with-test ## Check style and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m mypy --strict flask_gsession
+	$(PY) -m mypy --strict flask_gsession examples
 
 bench: $(VENV)/with-bench ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks

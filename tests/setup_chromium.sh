@@ -1,5 +1,5 @@
 #!/bin/sh
-# Brings Debian's chromium for tests/browser where that can be done without asking anyone.
+# Brings Debian's chromium for tests/test_shop_browser.py where that can be done without asking anyone.
 # Always succeeds: without a browser the browser test says so itself and the rest still runs.
 command -v chromium >/dev/null && exit 0
 [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0

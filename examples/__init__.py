@@ -1,0 +1,1 @@
+"""Applications that show Flask-GSession at work."""

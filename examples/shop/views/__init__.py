@@ -1,0 +1,7 @@
+"""The pages, one blueprint per part of the shop."""
+
+from flask import Blueprint
+
+from . import account, basket, goods, visit
+
+blueprints: tuple[Blueprint, ...] = (goods.pages, basket.pages, account.pages, visit.pages)
