@@ -59,7 +59,7 @@ class Codec:
         self._encode = Encoder().encode
         self._decode = Decoder(ext_hook=self._from_ext).decode
 
-    def encode(self, key: str, value: object) -> Raw:
+    def encode(self, key: str, value: object) -> bytes:
         """The bytes of ``session[key] = value``; equal values of equal type give equal bytes.
 
         Raises ``UnsupportedType`` or ``SessionTooLarge`` (too deep), naming the path.
@@ -67,19 +67,19 @@ class Codec:
         kind = type(value)
         try:
             if kind in _NATIVE:
-                return Raw(self._encode(value))
-            return Raw(self._encode(self._prepare(value, self._max_depth)))
+                return self._encode(value)
+            return self._encode(self._prepare(value, self._max_depth))
         except UnicodeEncodeError:
             pass
         except _Refused as refused:
             _raise_with_path(key, refused)
         try:
             marked = _mark_surrogates(value, self._max_depth)
-            return Raw(self._encode(self._prepare(marked, self._max_depth)))
+            return self._encode(self._prepare(marked, self._max_depth))
         except _Refused as refused:
             _raise_with_path(key, refused)
 
-    def decode(self, raw: Raw) -> Any:
+    def decode(self, raw: bytes) -> Any:
         """The value in ``raw``. Raises ``UnreadableRecord`` where there is none."""
         try:
             return self._decode(raw)

@@ -255,6 +255,11 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
         except ValueError as error:
             shown = type(value).__name__ if key in _SECRET else repr(value)[:80]
             raise SettingError(f"{key} is {shown}; allowed: {error}") from None
+    fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
+    if fallbacks is not None and not isinstance(fallbacks, (list, tuple)):
+        raise SettingError(
+            f"SECRET_KEY_FALLBACKS is {type(fallbacks).__name__}; allowed: a list of keys"
+        )
     settings = Settings(**values)
     _check_cookie(app, settings.cookie_name)
     _warn_unknown(app)
@@ -314,7 +319,7 @@ def _did_you_mean(name: str, known: Any) -> str:
 def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
     """The keys that sign tokens, the current one first, then ``SECRET_KEY_FALLBACKS``."""
     current, fallbacks = app.config["SECRET_KEY"], app.config.get("SECRET_KEY_FALLBACKS")
-    return (current, *fallbacks) if fallbacks else (current,)
+    return (current, *filter(None, fallbacks)) if fallbacks else (current,)
 
 
 def propagates_exceptions(app: Flask) -> bool:

@@ -19,6 +19,7 @@ from .errors import (
     UnsupportedType,
     ValueRefused,
 )
+from .keeper import ATTEMPTS
 from .lifecycle import Lifecycle
 from .payload import Body
 from .tracking import TrackedValues
@@ -44,7 +45,7 @@ class SessionData(Lifecycle, SessionMixin):
         try:
             return values[key]
         except UnreadableRecord as error:
-            self._refuse(error.reason, str(error))
+            self._refuse(error.reason, error.detail)
             raise KeyError(key) from None
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -58,7 +59,13 @@ class SessionData(Lifecycle, SessionMixin):
         del self._open_for_writing()[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._open()))
+        values = self._open()
+        try:
+            values.check()
+        except UnreadableRecord as error:
+            self._refuse(error.reason, error.detail)
+            return iter(())
+        return iter(list(values))
 
     def __len__(self) -> int:
         return len(self._open())
@@ -180,7 +187,7 @@ class SessionData(Lifecycle, SessionMixin):
     def size(self) -> int:
         """The bytes of the stored values and their keys; 0 before the session is stored."""
         stored = self._open().stored
-        return sum(len(key.encode()) + len(memoryview(raw)) for key, raw in stored.items())
+        return sum(len(key.encode()) + len(raw) for key, raw in stored.items())
 
     # -- the session's life
 
@@ -214,20 +221,16 @@ class SessionData(Lifecycle, SessionMixin):
     def reload(self) -> None:
         """Discard what this request changed, and see what is stored now. One round trip."""
         self._check_open()
-        self._failure = None
-        if self._record is None:
-            if not self._opened or self._cookie == "keep":
-                self._opened = False
-                self._forget()
-                self._open()
-            else:
-                self._values = TrackedValues(self._keeper.codec)
-            return
-        self._rotation = None
-        self._restart_idle = self._forced = self._cleared = False
-        self._values = TrackedValues(self._keeper.codec)
-        if not self._catch_up():
-            self._end("reload")
+        self._failure = self._in_doubt = None
+        if self._record is not None:
+            if not self._catch_up(afresh=True):
+                self._end("reload")
+        elif self._opened and self._cookie != "keep":
+            self._values = TrackedValues(self._keeper.codec)
+        else:
+            self._opened = False
+            self._forget()
+            self._open()
 
     def set_lifetime(self, seconds: float) -> None:
         """Let this session end ``seconds`` after its last use, instead of what the settings say.
@@ -269,8 +272,8 @@ class SessionData(Lifecycle, SessionMixin):
             self[key] = value
             return value
         codec = self._keeper.codec
-        for conflicts, _ in enumerate(self._keeper.attempts()):
-            if conflicts and not self._catch_up():
+        for losses in range(ATTEMPTS):
+            if losses and not self._catch_up_after(losses):
                 self._end("update_atomic")
             if self._record is None:
                 raise SessionEnded
@@ -280,7 +283,7 @@ class SessionData(Lifecycle, SessionMixin):
             try:
                 current = copy.deepcopy(default) if raw is None else codec.decode(raw)
             except UnreadableRecord as error:
-                self._refuse(error.reason, str(error))
+                self._refuse(error.reason, error.detail)
                 raise SessionEnded from None
             value = function(current)
             changed = codec.encode(key, value)
@@ -290,6 +293,9 @@ class SessionData(Lifecycle, SessionMixin):
                     self._record = self._keeper.save(self._record, Body(stored, self._lifetime))
                 except (Stale, Gone):
                     continue
+                except UnreadableRecord as error:
+                    self._refuse(error.reason, error.detail)
+                    raise SessionEnded from None
             values.follow(stored)
             values.settle(key, value, changed)
             return value

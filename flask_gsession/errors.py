@@ -105,6 +105,7 @@ class UnreadableRecord(StoreError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+        self.detail = detail
 
 
 class KeyTaken(StoreError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +21,8 @@ from .tokens import Checked, TokenSigner
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects.
 _FURTHER = "flask_gsession.further"
+
+_NOTHING = Presented()
 
 _OF_THE_BODY = re.compile(
     "accept-ranges|age|cache-control|content-(?!security).*|etag|expires|last-modified|location"
@@ -45,6 +46,8 @@ class GSessionInterface(SessionInterface):
         #: Whether the application has further ``Session`` objects beside this one.
         self.has_further = False
         self._cookie_name = keeper.settings.cookie_name
+        self._cookie_start = self._cookie_name + "="
+        self._token_header = keeper.settings.token_header
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner | None] = ((), None)
 
     def get_cookie_name(self, app: Flask) -> str:
@@ -59,12 +62,13 @@ class GSessionInterface(SessionInterface):
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""
-        opened = request.environ.setdefault(_FURTHER, {})
+        opened: dict[object, Any] = request.environ.setdefault(_FURTHER, {})
         if self not in opened:
-            opened[self] = self.open_session(app, request) or self.make_null_session(app)
-        session: SessionMixin = opened[self]
+            session = self.open_session(app, request)
+            opened[self] = self.make_null_session(app) if session is None else session
+        session = opened[self]
         session.accessed = True
-        return session
+        return session  # type: ignore[no-any-return]  # what was put in above
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Store what the request changed; set or delete the cookie only where that is needed.
@@ -91,7 +95,7 @@ class GSessionInterface(SessionInterface):
                 _turn_into(response, app.make_response(session._failure.get_response()))
             elif response.is_streamed and session._values.looked_at():
                 response.call_on_close(lambda: _report_late_changes(session))
-        header = self.keeper.settings.token_header
+        header = self._token_header
         by_header = header is not None and session._look_at_request().by_header
         _add_vary(response, "Cookie")
         if header is not None:
@@ -104,19 +108,25 @@ class GSessionInterface(SessionInterface):
                 self._write_cookie(app, session, response)
 
     def _present(self, app: Flask, request: Request) -> Presented:
-        header = self.keeper.settings.token_header
+        header = self._token_header
         if header is not None and header in request.headers:
             value = request.headers[header].strip()
-            return Presented(self._check(app, value) if value else None, by_header=True)
-        values = set(_cookie_values(request.environ.get("HTTP_COOKIE", ""), self._cookie_name))
+            return Presented(self._signer_of(app).check(value) if value else None, by_header=True)
+        cookies = request.environ.get("HTTP_COOKIE")
+        if not cookies:
+            return _NOTHING
+        # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
+        start = self._cookie_start
+        values = {
+            pair[len(start) :].rstrip()
+            for pair in map(str.lstrip, cookies.split(";"))
+            if pair.startswith(start)
+        }
         if not values:
-            return Presented()
+            return _NOTHING
         if len(values) > 1:
             return Presented(Checked(None, "two cookies"))
-        return Presented(self._check(app, values.pop()))
-
-    def _check(self, app: Flask, presented: str) -> Checked:
-        return self._signer_of(app).check(presented)
+        return Presented(self._signer_of(app).check(values.pop()))
 
     def _signer_of(self, app: Flask) -> TokenSigner:
         keys = secret_keys(app)
@@ -154,35 +164,32 @@ class GSessionInterface(SessionInterface):
         self, app: Flask, session: SessionData, response: Response, error: Exception
     ) -> None:
         """Answer with the application's error response instead: the changes were not stored."""
-        session._cookie = "keep"
         if isinstance(error, StoreUnavailable):
             logger.error("A session could not be saved: %s", error)
             handle = session._record.key if session._record else None
             self.keeper.events.emit(WriteDropped, handle, "store unavailable")
             if self.keeper.settings.on_store_error == "keep-response":
                 return
-        if not isinstance(error, HTTPException):
-            if propagates_exceptions(app):
-                raise error
-            app.log_exception(sys.exc_info())
-            got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
-            error = InternalServerError(original_exception=error)
         try:
-            answer = app.make_response(app.handle_http_exception(error))
-        except Exception:
-            logger.exception("The error handler for %s failed", type(error).__name__)
-            answer = app.make_response(error.get_response())
+            answer = app.make_response(app.handle_user_exception(error))
+        except Exception as raised:
+            if raised is error and propagates_exceptions(app):
+                raise
+            answer = _plain_error(app, error, handled=raised is not error)
         _turn_into(response, answer)
 
 
-def _cookie_values(header: str, name: str) -> list[str]:
-    """All values of the cookie, as they were sent.
-
-    A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
-    """
-    start = name + "="
-    pairs = [pair.strip() for pair in header.split(";")]
-    return [pair[len(start) :].strip() for pair in pairs if pair.startswith(start)]
+def _plain_error(app: Flask, error: Exception, *, handled: bool) -> Response:
+    """The answer to an error that has no handler, or whose handler failed too."""
+    if not isinstance(error, HTTPException):
+        assert error.__traceback__ is not None  # it was raised
+        app.log_exception((type(error), error, error.__traceback__))
+        got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
+        error = InternalServerError(original_exception=error)
+    if handled:
+        logger.error("The error handler for %s failed", type(error).__name__, exc_info=True)
+        return app.make_response(error.get_response())
+    return app.make_response(app.handle_http_exception(error))
 
 
 def _add_vary(response: Response, header: str) -> None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-from msgspec import Raw
 
 from .codec import Codec
 from .config import Settings
@@ -21,11 +19,11 @@ from .events import Events, SessionRefused, logger
 from .merge import Merger
 from .payload import Body, PayloadFormat
 from .stores.base import MAX_POINTERS, Clock, Record, Store, milliseconds, new_version
-from .tokens import is_token, new_token, session_key
+from .tokens import Token, is_token, new_token, session_key
 
 PERMANENT = "_permanent"
-_TRUE = Raw(b"\xc3")
-_ATTEMPTS = 25
+_TRUE = b"\xc3"
+ATTEMPTS = 25  # at a write that loses races
 _LONGEST_PAUSE = 0.05  # seconds
 _NEW_TOKENS = 3
 _END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
@@ -69,13 +67,13 @@ class Keeper:
             record = self.store.load(key)
             if record is None:
                 return None
-            times = record[2:5]
-            if not (0 <= times[0] <= times[1] <= times[2] < _END_OF_TIME):
+            _, _, created, idle, absolute, payload, successor = record
+            if not 0 <= created <= idle <= absolute < _END_OF_TIME:
                 raise UnreadableRecord("corrupt", "times out of order")
-            if record.successor is None:
-                return Loaded(record, self._payloads.unpack(key, record.payload))
-            self._payloads.check_pointer(key, record.successor, record.payload)
-            key = record.successor
+            if successor is None:
+                return Loaded(record, self._payloads.unpack(key, payload))
+            self._payloads.check_pointer(key, successor, payload)
+            key = successor
         raise UnreadableRecord("corrupt", "too many pointers")
 
     def create(self, body: Body) -> tuple[str, Record]:
@@ -107,10 +105,13 @@ class Keeper:
         idle_end = (
             self._idle_end(body, old.absolute_expires_at) if restart_idle else self.due(old, body)
         )
-        record = old._replace(
-            version=new_version(),
-            idle_expires_at=old.idle_expires_at if idle_end is None else idle_end,
-            payload=self._payloads.pack(old.key, body),
+        record = Record(
+            old.key,
+            new_version(),
+            old.created_at,
+            old.idle_expires_at if idle_end is None else idle_end,
+            old.absolute_expires_at,
+            self._payloads.pack(old.key, body),
         )
         self.store.save(record, old.version)
         return record
@@ -151,16 +152,13 @@ class Keeper:
         gain = end - record.idle_expires_at
         return end if gain >= step or (end == absolute and gain > 0) else None
 
-    def is_permanent(self, values: Mapping[str, Raw]) -> bool:
+    def is_permanent(self, values: Mapping[str, bytes]) -> bool:
         """Whether Flask's ``session.permanent`` is set among these encoded values."""
         return values.get(PERMANENT) == _TRUE
 
-    def attempts(self) -> Iterator[None]:
-        """One item per try of a write that may lose a race, with a growing random pause between."""
-        for number in range(_ATTEMPTS):
-            if number:
-                time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2**number)))
-            yield
+    def pause(self, losses: int) -> None:
+        """Wait a random while after a lost race, the longer the more were lost before."""
+        time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2**losses)))
 
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:
         """Count and log that a presented token led to no session."""
@@ -190,10 +188,11 @@ class Keeper:
         if factory is None:
             token = new_token(self.settings.id_length)
         else:
-            token = factory()
-            if not is_token(token):
+            made = factory()
+            token = Token(made)
+            if not isinstance(made, str) or not is_token(made):
                 raise SettingError(
                     "SESSION_TOKEN_FACTORY must return 22 to 200 characters of A-Z a-z 0-9 - _ "
-                    f"(it returned a {type(token).__name__} that is not)"
+                    f"(it returned a {type(made).__name__} that is not)"
                 )
         return token, session_key(token)

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-from msgspec import Raw
-
 from .errors import (
     Gone,
     SessionClosed,
@@ -26,7 +24,7 @@ from .events import (
     WriteDropped,
     logger,
 )
-from .keeper import PERMANENT, Keeper
+from .keeper import ATTEMPTS, PERMANENT, Keeper
 from .merge import Change
 from .payload import Body
 from .stores.base import Record
@@ -48,28 +46,34 @@ class Lifecycle:
     ``_cookie`` says what is to become of the client's cookie.
     """
 
+    # What a session starts with. Most requests never look at theirs, so nothing is made for them.
+    accessed = False
+    _presented: Presented | None = None
+    _opened = False
+    _closed = False
+    _ended = False
+    _failure: StoreUnavailable | None = None  # of loading
+    _in_doubt: StoreUnavailable | None = None  # of a write that may have been applied
+    _cookie: Literal["keep", "set", "delete"] = "keep"
+    _token: str | None = None  # None also where the client holds a newer one than we know
+    _record: Record | None = None
+    _lifetime: int | None = None
+    _restart_idle = False
+    _rotation: float | None = None
+    _forced = False
+    _cleared = False
+
     def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
-        self.accessed = False
         self._keeper = keeper
         self._present = present
-        self._presented: Presented | None = None
+        self._values = TrackedValues(keeper.codec)
         self._lock = threading.RLock()
-        self._opened = False
-        self._closed = False
-        self._ended = False
-        self._failure: StoreUnavailable | None = None
-        self._cookie: Literal["keep", "set", "delete"] = "keep"
-        self._forget()
 
     def _forget(self) -> None:
-        self._token: str | None = None  # None also where the client holds a newer one than we know
-        self._record: Record | None = None
+        """Hold no session: as at the start, but for what the client is to be told."""
         self._values = TrackedValues(self._keeper.codec)
-        self._lifetime: int | None = None
-        self._restart_idle = False
-        self._rotation: float | None = None
-        self._forced = False
-        self._cleared = False
+        self._token = self._record = self._lifetime = self._rotation = None
+        self._restart_idle = self._forced = self._cleared = False
 
     def _look_at_request(self) -> Presented:
         if self._presented is None:
@@ -95,7 +99,7 @@ class Lifecycle:
             try:
                 loaded = self._keeper.find(key)
             except UnreadableRecord as error:
-                self._keeper.refused(error.reason, key, str(error))
+                self._keeper.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 self._failure = error
                 raise
@@ -135,14 +139,14 @@ class Lifecycle:
             try:
                 ended = self._keeper.store.delete(key)
             except UnreadableRecord as error:
-                self._keeper.refused(error.reason, key, str(error))
+                self._keeper.refused(error.reason, key, error.detail)
                 ended = False
             if ended:
                 self._keeper.events.emit(SessionDestroyed, key)
         self._forget()
         self._opened = True
         self._ended = False
-        self._failure = None
+        self._failure = self._in_doubt = None
         self._cookie = "keep" if presented.checked is None else "delete"
 
     def _refuse(self, reason: str, detail: str) -> None:
@@ -160,23 +164,40 @@ class Lifecycle:
         self._ended = True
         self._cookie = "keep"
 
-    def _catch_up(self) -> bool:
-        """See what other requests stored; False where the session is no more."""
+    def _catch_up_after(self, losses: int) -> bool:
+        """After a lost race: wait a little, then see what is stored, for a try at once."""
+        self._keeper.pause(losses)
+        return self._catch_up()
+
+    def _catch_up(self, *, afresh: bool = False) -> bool:
+        """See what other requests stored; False where the session is no more.
+
+        What this request looked at or changed stays as it is, unless ``afresh``.
+        """
         assert self._record is not None
         key = self._record.key
         try:
             loaded = self._keeper.find(key)
         except UnreadableRecord as error:
-            self._keeper.refused(error.reason, key, str(error))
+            self._keeper.refused(error.reason, key, error.detail)
             return False
         if loaded is None:
             return False
         self._record, body = loaded
         if self._record.key != key:
             # Another request rotated the session. The client gets that token, not one of ours.
-            self._token = self._rotation = None
+            self._token = None
             self._cookie = "keep"
-        self._values.follow(body.values)
+            if self._rotation != 0:
+                self._rotation = None
+            # A rotation without grace, as at a login, is still done: whoever did the other one
+            # must not hold the session after it.
+        if afresh:
+            self._values = TrackedValues(self._keeper.codec, body.values)
+            self._rotation = None
+            self._restart_idle = self._forced = self._cleared = False
+        else:
+            self._values.follow(body.values)
         if not self._restart_idle:
             self._lifetime = body.lifetime
         return True
@@ -190,6 +211,8 @@ class Lifecycle:
         self._closed = True
 
     def _commit(self) -> None:
+        if self._in_doubt is not None:
+            raise self._in_doubt  # to write it again could apply it twice
         values = self._values
         changes = values.changes()
         if self._ended:
@@ -212,21 +235,26 @@ class Lifecycle:
     def _write(self, changes: Mapping[str, Change]) -> None:
         """Put ``changes`` onto what is stored, trying again when another request was faster."""
         keeper, values = self._keeper, self._values
-        for conflicts, _ in enumerate(keeper.attempts()):
-            if conflicts and not self._catch_up():
-                self._end("save")
-                return
+        for losses in range(ATTEMPTS):
+            if losses:
+                if not self._catch_up_after(losses):
+                    self._end("save")
+                    return
+                if not (
+                    changes or self._restart_idle or self._forced or self._rotation is not None
+                ):
+                    return
             old = self._record
             assert old is not None
-            if not (changes or self._restart_idle or self._forced or self._rotation is not None):
-                return
             try:
                 merged = keeper.merger.apply(values.stored, changes)
             except UnreadableRecord as error:
-                self._refuse(error.reason, str(error))
+                self._refuse(error.reason, error.detail)
                 return
             body = Body(merged, self._lifetime)
-            toggled = keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
+            toggled = PERMANENT in changes and (
+                keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
+            )
             try:
                 if self._cleared and not _worth_keeping(merged):
                     keeper.store.delete(old.key, old.version)
@@ -244,13 +272,21 @@ class Lifecycle:
                     )
             except (Stale, Gone):
                 continue
-            moved = self._record.idle_expires_at != old.idle_expires_at
-            if toggled or (moved and keeper.is_permanent(merged)):
+            except UnreadableRecord as error:
+                keeper.refused(error.reason, old.key, error.detail)
+                self._end("save")
+                return
+            except StoreUnavailable as error:
+                self._in_doubt = error
+                raise
+            if toggled or (
+                self._record.idle_expires_at != old.idle_expires_at and keeper.is_permanent(merged)
+            ):
                 self._set_cookie_if_known()
-            values.accept(merged, dict(changes))
+            values.accept(merged, changes)
             self._rotation = None
             self._restart_idle = self._forced = False
-            keeper.events.emit(SessionSaved, self._record.key, len(self._record.payload), conflicts)
+            keeper.events.emit(SessionSaved, self._record.key, len(self._record.payload), losses)
             return
         raise SessionConflict
 
@@ -262,7 +298,7 @@ class Lifecycle:
             return
         try:
             renewed = self._keeper.store.renew(self._record, idle_end)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, UnreadableRecord) as error:
             # What was read is right, and nothing was to be written: the next request renews.
             logger.warning("A session could not be renewed: %s", error)
             return
@@ -284,6 +320,6 @@ class Lifecycle:
             return [error.path]
 
 
-def _worth_keeping(values: Mapping[str, Raw]) -> bool:
+def _worth_keeping(values: Mapping[str, bytes]) -> bool:
     """Whether a session with these values exists: Flask's permanent flag alone is nothing."""
     return len(values) > (PERMANENT in values)

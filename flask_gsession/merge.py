@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
-from msgspec import Raw
 from werkzeug.exceptions import HTTPException
 
 from .codec import Codec
@@ -104,8 +103,8 @@ POLICIES: dict[str, MergeFunction] = {
 class Change(NamedTuple):
     """One changed key, in encoded form; None where there is or shall be no value."""
 
-    base: Raw | None
-    mine: Raw | None
+    base: bytes | None
+    mine: bytes | None
 
 
 class Merger:
@@ -118,7 +117,7 @@ class Merger:
         self._default = default
         self._policies = policies
 
-    def apply(self, stored: Mapping[str, Raw], changes: Mapping[str, Change]) -> dict[str, Raw]:
+    def apply(self, stored: Mapping[str, bytes], changes: Mapping[str, Change]) -> dict[str, bytes]:
         """The encoded values after the changes.
 
         Raises ``SessionConflict`` where a policy refuses, ``ValueRefused`` where one fails.
@@ -135,8 +134,8 @@ class Merger:
         return merged
 
     def _resolve(
-        self, key: str, base: Raw | None, theirs: Raw | None, mine: Raw | None
-    ) -> Raw | None:
+        self, key: str, base: bytes | None, theirs: bytes | None, mine: bytes | None
+    ) -> bytes | None:
         policy = self._policies.get(key, self._default)
         if policy is last or (mine is None and policy is not reject):
             return mine

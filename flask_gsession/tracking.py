@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-from msgspec import Raw
 
 from .codec import IMMUTABLE, Codec
 from .merge import Change
@@ -19,26 +17,28 @@ class TrackedValues:
     stays the same object until it is reloaded, whatever other requests save meanwhile.
     """
 
-    __slots__ = ("_assigned", "_base", "_codec", "_live", "stored")
+    __slots__ = ("_base", "_codec", "_live", "stored")
 
-    def __init__(self, codec: Codec, stored: dict[str, Raw] | None = None) -> None:
+    def __init__(self, codec: Codec, stored: dict[str, bytes] | None = None) -> None:
         self._codec = codec
         #: the encoded values as the store is known to hold them
-        self.stored: dict[str, Raw] = stored or {}
+        self.stored: dict[str, bytes] = stored or {}
         self._live: dict[str, Any] = {}
-        # What each key held when this request first looked at or changed it. Only keys that may
-        # differ from ``stored`` are here: mutable ones, assigned ones, deleted ones.
-        self._base: dict[str, Raw | None] = {}
-        self._assigned: set[str] = set()
+        # What each key held when this request first looked at or changed it; None: nothing. Only
+        # keys that may differ from ``stored`` are here: mutable, assigned, deleted, absent ones.
+        self._base: dict[str, bytes | None] = {}
 
     def __getitem__(self, key: str) -> Any:
         try:
             return self._live[key]
         except KeyError:
             pass
-        if key in self._base:  # deleted by this request
+        if key in self._base:  # deleted by this request, or not there when it looked
             raise KeyError(key)
-        raw = self.stored[key]
+        raw = self.stored.get(key)
+        if raw is None:
+            self._base[key] = None
+            raise KeyError(key)
         value = self._live[key] = self._codec.decode(raw)
         if type(value) not in IMMUTABLE:
             self._base[key] = raw
@@ -46,18 +46,24 @@ class TrackedValues:
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._base.setdefault(key, self.stored.get(key))
-        self._assigned.add(key)
         self._live[key] = value
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
             raise KeyError(key)
         self._base.setdefault(key, self.stored.get(key))
-        self._assigned.discard(key)
         self._live.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._live or (key in self.stored and key not in self._base)
+        if key in self._live:
+            return True
+        if key in self._base:
+            return False
+        if key in self.stored:
+            return True
+        if isinstance(key, str):
+            self._base[key] = None
+        return False
 
     def __iter__(self) -> Iterator[str]:
         live, base = self._live, self._base
@@ -70,6 +76,12 @@ class TrackedValues:
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def check(self) -> None:
+        """Raises ``UnreadableRecord`` unless every value can be decoded; keeps none of them."""
+        for key in self:
+            if key not in self._live:
+                self._codec.decode(self.stored[key])
 
     def changes(self) -> dict[str, Change]:
         """What this request changed, key by key.
@@ -87,28 +99,27 @@ class TrackedValues:
         """The values of this request that could have changed in place."""
         return {key: self._live[key] for key in self._base if key in self._live}
 
-    def accept(self, stored: dict[str, Raw], changes: dict[str, Change]) -> None:
-        """``stored`` is in the store now, ``changes`` included; what is live stays as it is."""
+    def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
+        """``stored`` is in the store now, ``changes`` included.
+
+        What this request holds stays as it is, also where its change was merged into something
+        else: its next change is then merged again.
+        """
         for key, change in changes.items():
-            if stored.get(key) != change.mine:  # merged into something else: decode it anew
-                self._live.pop(key, None)
-                self._base.pop(key, None)
-            elif change.mine is None:
-                self._base.pop(key, None)
+            if change.mine is None:
+                del self._base[key]
             else:
                 self._base[key] = change.mine
-            self._assigned.discard(key)
         self.follow(stored)
 
-    def follow(self, stored: dict[str, Raw]) -> None:
+    def follow(self, stored: dict[str, bytes]) -> None:
         """``stored`` is in the store now; what this request looked at or changed stays as it is."""
-        for key in [key for key in self._live if key not in self._base]:
-            if stored.get(key) != self.stored.get(key):
-                del self._live[key]
-        self.stored = stored
+        if stored is not self.stored:
+            for key in self._live:
+                self._base.setdefault(key, self.stored.get(key))
+            self.stored = stored
 
-    def settle(self, key: str, value: Any, raw: Raw) -> None:
+    def settle(self, key: str, value: Any, raw: bytes) -> None:
         """``key`` holds ``value`` in the store now."""
         self._live[key] = value
         self._base[key] = raw
-        self._assigned.discard(key)

@@ -62,7 +62,7 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
             from .redis import RedisStore
         except ImportError as error:
             raise _missing("redis", scheme, error) from None
-        path = urlsplit(url).path
+        path = _checked(scheme, lambda: urlsplit(url)).path
         if not path if scheme == "unix" else not _REDIS_DATABASE.fullmatch(path):
             raise SettingError(
                 "SESSION_STORE: a redis URL ends with the number of the database, as in "
@@ -99,7 +99,7 @@ def _missing(extra: str, scheme: str, error: ImportError) -> SettingError:
 
 
 def _sqlite_path(url: str, base_path: str) -> str:
-    parts = urlsplit(url)
+    parts = _checked("sqlite", lambda: urlsplit(url))
     path = unquote(parts.path)
     usable = url[len("sqlite:") :].startswith("///") and not (parts.query or parts.fragment)
     if not usable or not path.strip("/") or "\0" in path:

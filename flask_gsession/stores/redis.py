@@ -14,8 +14,10 @@ belongs to another key, as a client connection gives that lost step after an int
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from importlib.resources import files
+from struct import Struct
 from typing import Any
 from zlib import crc32
 
@@ -37,7 +39,8 @@ from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
 
 _HEADER = 31
-_FIELDS = ((1, 9), (9, 15), (15, 21), (21, 27))
+_HEAD = Struct(">BQHIHIHI")  # the times in six bytes each, upper two and lower four
+_LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
 _RETRIES = 2
 _RETRY_PAUSE = 0.02  # seconds
@@ -53,11 +56,58 @@ _SAVE, _RENEW = _Script("save"), _Script("renew")
 _REPLACE, _DELETE = _Script("replace"), _Script("delete")
 
 
+class _Deadline(threading.local):
+    at: float | None = None  # of time.monotonic, for the command that this thread sends
+
+
+_deadline = _Deadline()
+
+
+class _BoundedSocket:
+    """A socket on which sending and receiving together end at the thread's deadline.
+
+    The client's own timeout counts from each received piece, so that a slow trickle has no end.
+    """
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def recv(self, *arguments: Any) -> Any:
+        self._arm()
+        return self._socket.recv(*arguments)
+
+    def recv_into(self, *arguments: Any) -> Any:
+        self._arm()
+        return self._socket.recv_into(*arguments)
+
+    def sendall(self, *arguments: Any) -> None:
+        self._arm()
+        self._socket.sendall(*arguments)
+
+    def _arm(self) -> None:
+        if _deadline.at is not None:
+            left = _deadline.at - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the time for this command is over")
+            self._socket.settimeout(left)
+
+
+class _BoundedConnection:
+    """Mixed into the client's connection classes: puts their sockets under the deadline."""
+
+    def _connect(self) -> _BoundedSocket:
+        return _BoundedSocket(super()._connect())  # type: ignore[misc]  # of the connection class
+
+
 class RedisStore:
     """Keeps records in the Redis at ``url``, or behind an existing client, whose pool is used.
 
-    A client that was passed in is never closed. Its own settings bound the time to connect; the
-    wait for each answer is bounded by ``options.timeout`` either way.
+    One call takes at most ``options.timeout``. Of a client that was passed in the pool is used as
+    it is, and never closed: its own settings bound the time to connect, and ``options.timeout`` the
+    wait for each piece of an answer.
     """
 
     def __init__(self, url_or_client: str | redis.Redis, options: StoreOptions | None = None):
@@ -74,6 +124,10 @@ class RedisStore:
                 socket_connect_timeout=options.timeout / 4,
                 socket_timeout=options.timeout / 4,
                 retry=Retry(NoBackoff(), 0),
+            )
+            connection: Any = self._pool.connection_class
+            self._pool.connection_class = type(
+                connection.__name__, (_BoundedConnection, connection), {}
             )
             # Not connected: it only lets wrong options in the URL show now.
             self._pool.connection_class(**self._pool.connection_kwargs)
@@ -97,11 +151,13 @@ class RedisStore:
         return self._load(key, self._deadline())
 
     def save(self, record: Record, expected_version: int) -> None:
+        now = self._now()
+        life = max(1, record.idle_expires_at - now)
         self._run(
             self._deadline(),
             _SAVE,
             [self._name(record.key)],
-            [_version(expected_version), _pack(record), self._life(record), self._now()],
+            [_version(expected_version), _pack(record), life, now],
             record,
         )
 
@@ -248,24 +304,28 @@ class RedisStore:
             time.sleep(pause)
 
     def _attempt(self, command: tuple[Any, ...], deadline: float) -> Any:
-        connection: Any = self._pool.get_connection()
+        _deadline.at = deadline
         try:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RedisTimeoutError("no time left after waiting for a connection")
-            connection.send_command(*command)
-            return connection.read_response(disable_decoding=True, timeout=left)
-        except ReadOnlyError:
-            connection.disconnect()  # after a failover: look the primary up anew
-            raise
-        except ResponseError:
-            raise
-        except BaseException:
-            # Whatever interrupted us, the answer may still come: never reuse this connection.
-            connection.disconnect()
-            raise
+            connection: Any = self._pool.get_connection()
+            try:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise RedisTimeoutError("no time left after waiting for a connection")
+                connection.send_command(*command)
+                return connection.read_response(disable_decoding=True, timeout=left)
+            except ReadOnlyError:
+                connection.disconnect()  # after a failover: look the primary up anew
+                raise
+            except ResponseError:
+                raise
+            except BaseException:
+                # Whatever interrupted us, the answer may still come: never reuse this connection.
+                connection.disconnect()
+                raise
+            finally:
+                self._pool.release(connection)
         finally:
-            self._pool.release(connection)
+            _deadline.at = None
 
 
 def _unavailable(command: tuple[Any, ...], error: Exception) -> StoreUnavailable:
@@ -277,16 +337,22 @@ def _version(number: int) -> bytes:
 
 
 def _header(kind: int, record: Record) -> bytes:
-    head = b"".join(
-        (
-            kind.to_bytes(1, "big"),
-            record.version.to_bytes(8, "big"),
-            record.created_at.to_bytes(6, "big"),
-            record.idle_expires_at.to_bytes(6, "big"),
-            record.absolute_expires_at.to_bytes(6, "big"),
-        )
+    created, idle, absolute = record[2:5]
+    head = _HEAD.pack(
+        kind,
+        record.version,
+        created >> 32,
+        created & _LOW,
+        idle >> 32,
+        idle & _LOW,
+        absolute >> 32,
+        absolute & _LOW,
     )
-    return head + crc32(head, crc32(record.key.encode("ascii"))).to_bytes(4, "big")
+    return head + _crc(record.key, head)
+
+
+def _crc(key: str, head: bytes) -> bytes:
+    return crc32(head, crc32(key.encode("ascii"))).to_bytes(4, "big")
 
 
 def _pack(record: Record) -> bytes:
@@ -297,16 +363,23 @@ def _pack(record: Record) -> bytes:
 
 def _unpack(key: str, value: bytes) -> Record:
     kind = value[0] if len(value) >= _HEADER else 0
-    if kind > _POINTER and kind < 32:
+    if _POINTER < kind < 32:
         raise UnreadableRecord("newer format", f"record kind {kind}")
     if kind not in (_RECORD, _POINTER):
         raise UnreadableRecord("corrupt", "no record of this library")
+    if _crc(key, value[: _HEAD.size]) != value[_HEAD.size : _HEADER]:
+        raise UnreadableRecord("corrupt", "not this session's own record, or altered")
+    _, version, c, created, i, idle, a, absolute = _HEAD.unpack_from(value)
     successor, payload = None, value[_HEADER:]
     if kind == _POINTER:
         text, _, payload = payload.partition(b" ")
         successor = text.decode("ascii", "replace")
-    version, created, idle, absolute = (int.from_bytes(value[i:j], "big") for i, j in _FIELDS)
-    record = Record(key, version, created, idle, absolute, payload, successor)
-    if _header(kind, record) != value[:_HEADER]:
-        raise UnreadableRecord("corrupt", "not this session's own record, or altered")
-    return record
+    return Record(
+        key,
+        version,
+        c << 32 | created,
+        i << 32 | idle,
+        a << 32 | absolute,
+        payload,
+        successor,
+    )
