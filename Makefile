@@ -17,13 +17,13 @@ help: ## Show this list
 
 # The environment -----------------------------------------------------------------------------
 #
-# A stamp stands for one set of extras: `.venv/with-test` for `pip install -e .[test]`. It is
+# A stamp stands for one set of extras: `.venv/with-core` for `pip install -e .`. It is
 # renewed when setup.cfg changes. Sets add up in the one environment.
 
 EXTRAS_core :=
 EXTRAS_redis := [redis]
 EXTRAS_mongodb := [mongodb]
-EXTRAS_test := [test]
+EXTRAS_test := [test,bench]
 EXTRAS_bench := [test,bench]
 EXTRAS_docs := [docs]
 

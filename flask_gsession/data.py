@@ -133,7 +133,9 @@ class SessionData(Lifecycle, SessionMixin):
 
     def get_or_set(self, key: str, default: Any) -> Any:
         """The value of ``key``; where there is none, ``default`` (or what it returns) is set."""
-        if key not in self:
+        try:
+            return self[key]
+        except KeyError:
             self[key] = default() if callable(default) else default
         return self[key]
 

@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Flask, Request, Response, request
+from flask import Flask, Request, Response, after_this_request, has_request_context, request
 from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
@@ -21,6 +21,7 @@ from .tokens import Checked, TokenSigner
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects.
 _FURTHER = "flask_gsession.further"
+_SAVED = "flask_gsession.saved"
 
 _NOTHING = Presented()
 
@@ -58,7 +59,10 @@ class GSessionInterface(SessionInterface):
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
         if not app.secret_key:
             return None
-        return SessionData(self.keeper, lambda: self._present(app, request))
+        session = SessionData(self.keeper, lambda: self._present(app, request))
+        if has_request_context():
+            after_this_request(session._answer_begins)  # before all other hooks
+        return session
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""
@@ -66,6 +70,8 @@ class GSessionInterface(SessionInterface):
         if self not in opened:
             session = self.open_session(app, request)
             opened[self] = self.make_null_session(app) if session is None else session
+            if request.environ.get(_SAVED) and session is not None:
+                session._closed = True
         session = opened[self]
         session.accessed = True
         return session  # type: ignore[no-any-return]  # what was put in above
@@ -78,11 +84,15 @@ class GSessionInterface(SessionInterface):
         """
         self._save(app, session, response)
         if self.has_further:
+            request.environ[_SAVED] = True
             for interface, further in request.environ.get(_FURTHER, {}).items():
                 interface._save(app, further, response)
 
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
-        if not session.accessed or not isinstance(session, SessionData):
+        if not isinstance(session, SessionData):
+            return
+        if not session.accessed:
+            session._closed = True
             return
         try:
             session._save_and_close()
@@ -90,9 +100,11 @@ class GSessionInterface(SessionInterface):
             session._closed = True
             self._failed(app, session, response, error)
         else:
-            if session._failure is not None and response.status_code == 500:
-                # The application's page for the outage needed the session itself.
-                _turn_into(response, app.make_response(session._failure.get_response()))
+            failure = session._failure
+            if failure is not None and (session._failed_unseen or response.status_code == 500):
+                # Nobody was told, or the application's page for the outage needed the session.
+                logger.error("A session could not be loaded: %s", failure)
+                _turn_into(response, _answer_to(app, failure))
             elif response.is_streamed and session._values.looked_at():
                 response.call_on_close(lambda: _report_late_changes(session))
         header = self._token_header
@@ -170,13 +182,17 @@ class GSessionInterface(SessionInterface):
             self.keeper.events.emit(WriteDropped, handle, "store unavailable")
             if self.keeper.settings.on_store_error == "keep-response":
                 return
-        try:
-            answer = app.make_response(app.handle_user_exception(error))
-        except Exception as raised:
-            if raised is error and propagates_exceptions(app):
-                raise
-            answer = _plain_error(app, error, handled=raised is not error)
-        _turn_into(response, answer)
+        _turn_into(response, _answer_to(app, error))
+
+
+def _answer_to(app: Flask, error: Exception) -> Response:
+    """What the application answers when a view raises ``error``."""
+    try:
+        return app.make_response(app.handle_user_exception(error))
+    except Exception as raised:
+        if raised is error and propagates_exceptions(app):
+            raise
+        return _plain_error(app, error, handled=raised is not error)
 
 
 def _plain_error(app: Flask, error: Exception, *, handled: bool) -> Response:

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+from flask import Response
+
 from .errors import (
     Gone,
     SessionClosed,
@@ -53,6 +55,8 @@ class Lifecycle:
     _closed = False
     _ended = False
     _failure: StoreUnavailable | None = None  # of loading
+    _failed_unseen = False  # by everybody: it is for the answer to tell
+    _answering = False
     _in_doubt: StoreUnavailable | None = None  # of a write that may have been applied
     _cookie: Literal["keep", "set", "delete"] = "keep"
     _token: str | None = None  # None also where the client holds a newer one than we know
@@ -88,8 +92,15 @@ class Lifecycle:
                     self._load()
         return self._values
 
+    def _answer_begins(self, response: Response) -> Response:
+        """From now on a hook that raises would break the answer, whatever it says."""
+        self._answering = True
+        return response
+
     def _load(self) -> None:
         if self._failure is not None:
+            if self._answering:
+                return  # empty: the answer will not be one that was made from it
             raise self._failure
         checked = self._look_at_request().checked
         if checked is not None and checked.token is None:
@@ -102,6 +113,9 @@ class Lifecycle:
                 self._keeper.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 self._failure = error
+                if self._answering:
+                    self._failed_unseen = True
+                    return
                 raise
             else:
                 if loaded is None:
@@ -147,6 +161,7 @@ class Lifecycle:
         self._opened = True
         self._ended = False
         self._failure = self._in_doubt = None
+        self._failed_unseen = False
         self._cookie = "keep" if presented.checked is None else "delete"
 
     def _refuse(self, reason: str, detail: str) -> None:

@@ -11,6 +11,7 @@ from pymongo import MongoClient
 from redis import Redis
 
 from flask_gsession.testing import FakeClock
+from tests.apps import Site, SiteMaker
 from tests.servers import MongoServer, RedisServer, mongo_server, redis_server, with_database
 
 # A deadline in milliseconds says nothing about code that waits for a real server.
@@ -37,6 +38,19 @@ def store_url(request: pytest.FixtureRequest) -> str:
         return "memory://"
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
+
+
+@pytest.fixture
+def make_site(store_url: str, store_prefix: str, clock: FakeClock) -> Iterator[SiteMaker]:
+    """Makes applications with sessions on each store in turn; `make_site(**settings)`."""
+    with SiteMaker(store_url, store_prefix, clock) as make:
+        yield make
+
+
+@pytest.fixture
+def site(make_site: SiteMaker) -> Site:
+    """An application with sessions on each store in turn."""
+    return make_site()
 
 
 @pytest.fixture

@@ -85,6 +85,18 @@ class Server:
         """
         raise NotImplementedError
 
+    def _prepare(self) -> None:
+        """Write what the server reads at its start into `_directory`. Called once, when new."""
+
+    def _free_port(self) -> int:
+        """A port to listen at."""
+        return free_port()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process, be it paused."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start the server, after `kill` on the same port and with the same files.
 
@@ -105,12 +117,13 @@ class Server:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for pytest alone
             )
+            self._prepare()
         if self.port:
             self._launch(program)
             return
         # Somebody else may take a free port between our look and the server's.
         for last_try in (False, False, True):
-            self.port = free_port()
+            self.port = self._free_port()
             try:
                 return self._launch(program)
             except ServerFailed:
@@ -252,17 +265,20 @@ class MongoServer(Server):
             *("--setParameter", "disableLogicalSessionCacheRefresh=true"),
         ]
 
+    @property
+    def socket_path(self) -> str:
+        """The path of the unix socket in its directory at which the server listens."""
+        return f"{self._directory}/mongodb-{self.port}.sock"
+
+    def client(self, **options: Any) -> "MongoClient[dict[str, Any]]":
+        """A client of this very server, primary or not, by its unix socket."""
+        address = f"mongodb://{quote(self.socket_path, safe='')}"
+        return MongoClient(address, directConnection=True, serverSelectionTimeoutMS=2000, **options)
+
     def _answers(self) -> bool:
-        path = f"{self._directory}/mongodb-{self.port}.sock"
-        if not listens(path):
+        if not listens(self.socket_path):
             return False
-        client: MongoClient[dict[str, Any]]
-        client = MongoClient(
-            f"mongodb://{quote(path, safe='')}",
-            directConnection=True,
-            serverSelectionTimeoutMS=2000,
-        )
-        with client, suppress(PyMongoError):
+        with self.client() as client, suppress(PyMongoError):
             if client.admin.command("hello")["isWritablePrimary"]:
                 return True
             member = {"_id": 0, "host": f"127.0.0.1:{self.port}"}
