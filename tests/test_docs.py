@@ -1,0 +1,539 @@
+"""The documentation is true: its code runs, and it names everything there is."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from flask import Flask, session
+from flask.testing import FlaskClient
+
+import flask_gsession
+from flask_gsession import Session, StoreUnavailable, errors, events
+from flask_gsession.config import _CHECKS, Settings
+from flask_gsession.merge import POLICIES
+from flask_gsession.stores import Store
+from flask_gsession.stores.base import Clock
+from flask_gsession.testing import StoreContract
+from tests.servers import RedisServer
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+REDIS = "redis://localhost:6379/0"  # what the pages call their server
+
+Run = Callable[[str], SimpleNamespace]
+
+
+def pages() -> dict[str, str]:
+    """The text of each page, by its path from the top."""
+    paths = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in paths
+        if "_build" not in path.parts
+    }
+
+
+PAGES = pages()
+
+
+def python_of(page: str) -> str:
+    """The Python blocks of a page, each line where it stands in the page."""
+    lines = []
+    inside = False
+    for line in PAGES[page].splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            line = ""
+        lines.append(line if inside else "")
+    return "\n".join(lines) + "\n"
+
+
+WITH_CODE = [page for page in PAGES if python_of(page).strip()]
+
+
+def example(name: str) -> ModuleType:
+    """A module of docs/examples."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FOLDER_STORE = example("folder_store")
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Run]:
+    """Runs the code of a page in an empty folder, and gives the names that it left."""
+    left: list[SimpleNamespace] = []
+
+    def run_page(page: str) -> SimpleNamespace:
+        code = python_of(page)
+        if REDIS in code:
+            server: RedisServer = request.getfixturevalue("own_redis")
+            code = code.replace(REDIS, server.url)
+        names: dict[str, Any] = {"__name__": "app"}
+        exec(compile(code, ROOT / page, "exec", dont_inherit=True), names)
+        left.append(SimpleNamespace(**names))
+        return left[-1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "folder_store", FOLDER_STORE)
+    yield run_page
+    for namespace in left:
+        for value in list(vars(namespace).values()):
+            if isinstance(value, Flask):
+                for ext in value.extensions.get("gsession", {}):
+                    ext.close(value)
+
+
+def visitor(app: Flask, like: FlaskClient | None = None, cookie: str = "session") -> FlaskClient:
+    """A browser; with the session cookie of another where one is given."""
+    client = app.test_client()
+    if like is not None:
+        client.set_cookie(cookie, token_of(like, cookie))
+    return client
+
+
+def token_of(client: FlaskClient, cookie: str = "session") -> str:
+    found = client.get_cookie(cookie)
+    assert found is not None
+    return found.value
+
+
+def before_the_next(
+    operation: str, store: Store, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let `act` happen once, just before the store is next asked for `operation`."""
+    original = getattr(store, operation)
+
+    def once(*arguments: Any) -> Any:
+        monkeypatch.setattr(store, operation, original)
+        act()
+        return original(*arguments)
+
+    monkeypatch.setattr(store, operation, once)
+
+
+# -- what the code blocks do
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_a_page_runs(page: str, run: Run) -> None:
+    run(page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_python_escapes_the_test(page: str) -> None:
+    fences = re.findall(r"^\s*(`{3,}|~{3,}|:{3,})(.*)$", PAGES[page], re.MULTILINE)
+    for _, info in fences:
+        if "py" in info and "py:" not in info and "{literalinclude}" not in info:
+            assert info == "python"
+    assert "```python" not in PAGES[page].replace("\n```python\n", "\n")
+    ast.parse(python_of(page), page)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
+def test_the_first_application(page: str, run: Run) -> None:
+    names = run(page)
+    client = visitor(names.app)
+    assert client.post("/cart/mug").json == {"items": 1}
+    assert client.post("/cart/lamp").json == {"items": 2}
+    if page == "docs/index.md":
+        return
+    assert client.post("/logout").json == {}
+    assert client.post("/cart/mug").json == {"items": 1}
+
+
+def test_quickstart(run: Run) -> None:
+    names = run("docs/quickstart.md")
+    client = visitor(names.app)
+    assert client.get("/").json == {"cart": [], "session": None}
+    client.post("/cart/mug")
+    client.post("/cart/lamp")
+    answer = client.get("/").json
+    assert answer["cart"] == ["mug", "lamp"]
+    key = f"gsession:{{{answer['session']}}}"
+    assert names.client.type(key) == b"string"
+    assert 7200 <= names.client.ttl(key) <= 7260
+    names.client.connection_pool.disconnect()
+
+
+def test_log_in(run: Run) -> None:
+    names = run("docs/how-to/log-in.md")
+    client = visitor(names.app)
+    with client.session_transaction() as prepared:
+        prepared["cart"] = ["mug"]
+    planted = visitor(names.app, like=client)
+    assert client.post("/login", data={"name": "ada", "password": "wrong"}).status_code == 401
+    assert client.post("/login", data={"name": "ada", "password": "lovelace"}).status_code == 302
+    assert client.get("/").json == {"user": "ada", "cart": ["mug"]}
+    assert planted.get("/").json == {"user": None, "cart": []}
+
+    on_its_way = visitor(names.app, like=client)
+    client.post("/admin/enter")
+    assert token_of(client) != token_of(on_its_way)
+    assert on_its_way.get("/").json == {"user": "ada", "cart": ["mug"]}
+
+    assert client.get_cookie("session").expires is None  # type: ignore[union-attr]
+    client.post("/remember-me")
+    assert client.get_cookie("session").expires is not None  # type: ignore[union-attr]
+
+    client = visitor(names.app)
+    client.post("/kiosk")
+    with client.session_transaction() as kiosk:
+        life = kiosk.expires_at - kiosk.created_at
+        assert timedelta(seconds=300) <= life <= timedelta(seconds=330)
+
+
+def test_log_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("docs/how-to/log-out.md")
+    client = visitor(names.app)
+    client.post("/login/ada")
+    thief = visitor(names.app, like=client)
+    assert client.get("/").json == {"user": "ada"}
+    client.post("/logout")
+    assert thief.get("/").json == {"user": None}
+    with client.session_transaction() as farewell:
+        assert list(farewell) == ["_flashes"]
+
+    client = visitor(names.app)
+    client.post("/account/login/ada")
+    assert client.get_cookie("remember_token")
+    assert client.post("/account/logout").status_code == 302
+    assert not client.get_cookie("remember_token")
+    assert not client.get_cookie("session")
+    assert client.post("/account/logout").status_code == 401
+
+
+def test_counters_and_carts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("docs/how-to/counters-and-carts.md")
+
+    @names.app.post("/rewrite")
+    def rewrite() -> dict[str, Any]:
+        session["history"] = ["something else"]
+        return {}
+
+    store = names.ext.store(names.app)
+    one = visitor(names.app)
+    assert one.post("/tickets/take").json == {"ticket": 1}
+    other = visitor(names.app, like=one)
+    before_the_next("save", store, lambda: other.post("/tickets/take"), monkeypatch)
+    assert one.post("/tickets/take").json == {"ticket": 3}
+
+    for first, second in [
+        ("/click", "/click"),
+        ("/see/mug", "/see/lamp"),
+        ("/cart/mug/1", "/cart/lamp/2"),
+    ]:
+        before_the_next("save", store, lambda path=first: other.post(path), monkeypatch)
+        assert one.post(second).status_code == 200
+    with one.session_transaction() as stored:
+        assert stored["clicks"] == 2
+        assert stored["seen"] == {"mug", "lamp"}
+        assert stored["history"] == ["mug", "lamp"]
+        assert stored["cart"] == {"mug": 1, "lamp": 2}
+
+    before_the_next("save", store, lambda: other.post("/see/cup"), monkeypatch)
+    answer = one.post("/rewrite")
+    assert answer.status_code == 409
+    assert "Reload" in answer.json["error"]
+    assert names.highest(1, 5, 3) == 5
+    assert names.highest(1, flask_gsession.MISSING, 3) == 3
+
+
+def test_values(run: Run) -> None:
+    names = run("docs/how-to/values.md")
+    client = visitor(names.app)
+    client.post("/preferences/shop/theme", data={"value": "dark"})
+    client.post("/preferences/shop/sort", data={"value": "price"})
+    with client.session_transaction() as stored:
+        assert stored["preferences"] == {"shop": {"theme": "dark", "sort": "price"}}
+        stored["draft"] = "x"
+    assert client.post("/checkout").json == {"theme": "DARK", "city": "London"}
+    message = client.post("/wrong").json["error"]
+    shown, _, _ = PAGES["docs/how-to/values.md"].partition(" …\n```")
+    assert message.startswith(shown.rpartition("```text\n")[2])
+    answer = client.post("/profile", data={"name": "Ada"}).json
+    assert (answer["removed"], answer["token"]) == (1, "made once")
+    assert {"name", "steps", "form_token"} <= set(answer["keys"])
+
+
+def test_api_clients(run: Run) -> None:
+    names = run("docs/how-to/api-clients.md")
+    browser = visitor(names.app)
+    browser.post("/visit")
+    assert browser.post("/visit").json == {"visits": 2}
+    answer = browser.post("/visit", headers={"X-Session-Token": ""})
+    assert answer.json == {"visits": 1}
+    assert "Set-Cookie" not in answer.headers
+
+
+def test_encryption(run: Run) -> None:
+    names = run("docs/how-to/encryption.md")
+    client = visitor(names.app)
+    client.post("/iban/GB82-WEST")
+    files = list(Path("instance").iterdir())
+    assert files
+    assert not any(b"GB82-WEST" in file.read_bytes() for file in files)
+    assert visitor(names.changed, like=client).get("/iban").json == {"iban": "GB82-WEST"}
+
+    plain = Flask("app")
+    plain.secret_key = names.app.secret_key
+    ext = Session(plain)
+    client = visitor(plain)
+    with client.session_transaction() as stored:
+        stored["iban"] = "plain"
+    with visitor(names.changed, like=client).session_transaction() as refused:
+        assert not refused
+    with visitor(names.upgraded, like=client).session_transaction() as read:
+        assert read["iban"] == "plain"
+    ext.close(plain)
+
+
+def test_outages(run: Run, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("docs/how-to/outages.md")
+    client = visitor(names.app)
+    assert client.post("/visit").json == {"visits": 1}
+    own_redis.kill()
+    try:
+        answer = client.post("/visit")
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert "Your cart is safe" in answer.text
+        assert client.get("/health").json == {"alive": True}
+    finally:
+        own_redis.start()
+    assert client.post("/visit").json == {"visits": 1}  # the server keeps nothing on disk
+
+    def fail() -> None:
+        raise StoreUnavailable("by the test")
+
+    before_the_next("save", names.ext.store(names.app), fail, monkeypatch)
+    assert "Your cart is safe" in client.post("/visit").text
+    assert names.dropped == ["store unavailable"]
+    client.set_cookie("session", "nonsense")
+    names.refused.clear()
+    client.post("/visit")
+    assert names.refused == ["malformed"]
+
+
+def test_two_sessions(run: Run) -> None:
+    names = run("docs/how-to/two-sessions.md")
+    client = visitor(names.app)
+    client.post("/theme/dark")
+    assert client.get("/admin").status_code == 401
+    client.post("/admin/login/ada")
+    assert client.get("/admin").json == {"admin": "ada", "theme": "dark"}
+    crossed = visitor(names.app)
+    crossed.set_cookie("admin_session", token_of(client))
+    assert crossed.get("/admin").status_code == 401
+    client.post("/admin/logout")
+    assert client.get("/admin").status_code == 401
+    assert client.get_cookie("session")
+    assert not client.get_cookie("admin_session")
+    assert names.first is not names.second
+
+
+def test_events_page(run: Run) -> None:
+    names = run("docs/reference/events.md")
+    client = visitor(names.app)
+    client.post("/login")
+    with client.session_transaction() as stored:
+        handle = stored.handle
+    client.post("/logout")
+    assert "SessionCreated" in names.audit
+    assert names.audit[-2:] == [f"session {handle} was ended", "SessionDestroyed"]
+
+
+def test_deployment(run: Run) -> None:
+    names = run("docs/how-to/deployment.md")
+
+    @names.app.post("/")
+    def write() -> dict[str, Any]:
+        session["key"] = 1
+        return {}
+
+    cookie = visitor(names.app).post("/", base_url="https://localhost").headers["Set-Cookie"]
+    assert cookie.startswith("__Host-session=")
+    assert {"Secure", "HttpOnly", "Path=/", "SameSite=Lax"} <= set(cookie.split("; "))
+
+
+class TestFolderStore(StoreContract):
+    """The example of docs/writing-a-store.md keeps the contract."""
+
+    @pytest.fixture(autouse=True)
+    def _in_an_empty_folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path / "sessions"
+
+    def open(self, clock: Clock) -> Store:
+        store: Store = FOLDER_STORE.FolderStore(self.folder, clock=clock)
+        return store
+
+
+def test_the_folder_store_serves_sessions(run: Run) -> None:
+    names = run("docs/writing-a-store.md")
+
+    @names.app.post("/")
+    def count() -> dict[str, Any]:
+        session["visits"] = session.get("visits", 0) + 1
+        return {"visits": session["visits"]}
+
+    client = visitor(names.app)
+    client.post("/")
+    assert client.post("/").json == {"visits": 2}
+
+
+# -- what the reference names
+
+
+SETTING = re.compile(
+    r"^:::\{confval\} (?P<key>\w+)\n:type: (?P<type>[^\n]*)\n:default: (?P<default>[^\n]*)\n\n"
+    r"Keyword `(?P<keyword>\w+)`\. (?P<text>.*?)\n:::$",
+    re.MULTILINE | re.DOTALL,
+)
+SETTINGS = {found["keyword"]: found for found in SETTING.finditer(PAGES["docs/settings.md"])}
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    assert {name: found["key"] for name, found in SETTINGS.items()} == {
+        name: key for name, (key, _) in _CHECKS.items()
+    }
+    assert len(SETTINGS) == PAGES["docs/settings.md"].count("{confval} ")
+
+
+@pytest.mark.parametrize("name", _CHECKS)
+def test_a_setting_has_the_default_that_is_written(name: str) -> None:
+    written = re.match(r"`(.*?)`", SETTINGS[name]["default"])
+    assert written is not None
+    default = getattr(Settings(), name)
+    if name == "conflict":
+        assert POLICIES[ast.literal_eval(written[1])] is default
+    elif name == "debug":
+        assert written[1] == "app.debug"
+    elif written[1].startswith("timedelta"):
+        assert eval(written[1], {"timedelta": timedelta}).total_seconds() == default
+    else:
+        assert ast.literal_eval(written[1]) == default
+
+
+@pytest.mark.parametrize("name", _CHECKS)
+def test_a_setting_allows_what_is_written(name: str) -> None:
+    check = _CHECKS[name][1]
+    words = {"ten years": "316224000", "one day": "86400", "one hour": "3600"}
+    text = re.sub("|".join(words), lambda found: words[found[0]], SETTINGS[name]["type"])
+    bounds = re.search(r"([\d.,]*\d) to ([\d.,]*\d)", text)
+    if bounds is not None:
+        low, high = (ast.literal_eval(bound.replace(",", "")) for bound in bounds.groups())
+        assert (check(low), check(high)) == (low, high)
+        for beyond in (low - 1 if type(low) is int else low / 2, high + 1):
+            with pytest.raises(ValueError, match=re.escape(f"{low:g}")):
+                check(beyond)
+    for word in re.findall(r"`\"([\w-]+)\"`", text):
+        check({"key": word} if name == "merge_policies" else word)
+
+
+def test_every_policy_is_in_the_pages() -> None:
+    for page in ("docs/settings.md", "docs/how-to/counters-and-carts.md"):
+        for name in POLICIES:
+            assert f'`"{name}"`' in PAGES[page]
+
+
+DIRECTIVE = re.compile(r"^\.\. (?:auto\w+|py:data):: flask_gsession\.([\w.]+)$", re.MULTILINE)
+
+
+def documented() -> list[object]:
+    """What the reference has an entry for."""
+    found: list[object] = []
+    for page, text in PAGES.items():
+        if page.startswith("docs/reference/"):
+            for path in DIRECTIVE.findall(text):
+                module, _, name = f"flask_gsession.{path}".rpartition(".")
+                if module == "flask_gsession" and not hasattr(flask_gsession, name):
+                    continue  # a module of its own
+                found.append(getattr(importlib.import_module(module), name))
+    return found
+
+
+def subclasses(module: ModuleType, base: type) -> list[type]:
+    """The public classes of a module that derive from `base`, and `base` if it is one of them."""
+    return [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+
+
+@pytest.mark.parametrize("name", flask_gsession.__all__)
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    value = getattr(flask_gsession, name)
+    assert any(entry is value for entry in documented())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*subclasses(events, events.Event), *subclasses(errors, Exception), *POLICIES.values()],
+    ids=lambda value: value.__name__,
+)
+def test_every_event_error_and_policy_is_in_the_reference(value: object) -> None:
+    assert any(entry is value for entry in documented())
+
+
+@pytest.mark.parametrize("owner", [flask_gsession.Session, flask_gsession.SessionData])
+def test_every_public_method_says_what_it_is_for(owner: type) -> None:
+    for name, value in vars(owner).items():
+        if not name.startswith("_") and (callable(value) or isinstance(value, property)):
+            assert value.__doc__, f"{owner.__name__}.{name}"
+
+
+def test_every_reason_of_a_refusal_is_named() -> None:
+    """The reasons that the code gives are those that `SessionRefused` names."""
+    said = set(re.findall(r'``"([^"]+)"``', events.SessionRefused.__doc__ or ""))
+    package = Path(flask_gsession.__file__).parent
+    source = "".join(file.read_text(encoding="utf-8") for file in package.rglob("*.py"))
+    given = re.findall(r'(?:Checked\(None, |UnreadableRecord\(\s*|refused\()"([^"]+)"', source)
+    assert set(given) == said
+
+
+GSESSION = """
+    Id SetId SetIdFunc Data Size Contains Set SetMap Remove RemoveAll Get GetVar IsDirty Close
+    RegenerateId MustId MustGet MustSet MustSetMap MustContains MustData MustSize MustRemove
+    MustRegenerateId New SetStorage GetStorage SetTTL GetTTL GetSize GetSession SetSession UpdateTTL
+    StorageFile StorageMemory StorageRedis StorageRedisHashTable
+"""
+
+
+@pytest.mark.parametrize("name", GSESSION.split())
+def test_the_whole_of_gsession_is_in_its_table(name: str) -> None:
+    rows = [line for line in PAGES["docs/gsession.md"].splitlines() if line.startswith("| `")]
+    theirs = " ".join(row.split(" | ")[0] for row in rows)
+    assert re.search(rf"\b{name}\b", theirs)
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES["README.md"])
+    assert len(links) > 10
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_readme_names_commands_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"\bmake (\w+)", PAGES["README.md"].replace("and make.", ""))):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
