@@ -121,6 +121,7 @@ class Lifecycle:
                 if loaded is None:
                     self._keeper.refused("unknown", key)
                 else:
+                    self._ended = False
                     self._record, body = loaded
                     self._values = TrackedValues(self._keeper.codec, body.values)
                     self._lifetime = body.lifetime
@@ -147,7 +148,7 @@ class Lifecycle:
         key: str | None = None
         if self._record is not None:
             key = self._record.key
-        elif not self._opened and presented.checked is not None and presented.checked.token:
+        elif presented.checked is not None and presented.checked.token is not None:
             key = session_key(presented.checked.token)
         if key is not None:
             try:
@@ -221,7 +222,8 @@ class Lifecycle:
         """Store what this request changed, and accept no more writes."""
         if self._opened and not self._closed:
             self._commit()
-            if self._cleared and self._record is None and self._look_at_request().checked:
+            emptied = self._cleared and self._record is None and not self._ended
+            if emptied and self._look_at_request().checked is not None:
                 self._cookie = "delete"
         self._closed = True
 

@@ -1,0 +1,1 @@
+"""The stores the benchmarks run on, one file each."""

@@ -1,0 +1,239 @@
+"""The figures as text: tables on the terminal and in Markdown, and the data as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.candidates import CANDIDATES, OURS
+from benchmarks.footprint import Growth, Weight
+from benchmarks.matrix import Cell
+from benchmarks.measure import Effort, Spread
+from benchmarks.own_cpu import OwnCpu
+from benchmarks.targets import Target
+
+FORMAT = 1
+
+
+@dataclass
+class Results:
+    """Everything one run found out."""
+
+    effort: Effort
+    environment: dict[str, str]
+    cells: list[Cell]
+    own_cpu: list[OwnCpu] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+    growth: list[Growth] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        """The data, figures rounded to what they can be trusted for."""
+        return json.dumps(_rounded({"format": FORMAT, **asdict(self)}), indent=1) + "\n"
+
+    def sections(self) -> list[Section]:
+        """The data as titled tables."""
+        return [
+            *_matrix_sections(self.cells),
+            *_overview_sections(self.cells),
+            *_own_cpu_sections(self.own_cpu),
+            *_weight_sections(self.weights),
+            *_growth_sections(self.growth),
+            *_target_sections(self.targets),
+        ]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with a title and a note below it."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def as_text(self) -> str:
+        """Columns in line, numbers to the right."""
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        lines = [self.title, "=" * len(self.title)]
+        for row in (self.head, *self.rows):
+            first = row[0].ljust(widths[0])
+            rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            lines.append("  ".join((first, *rest)))
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines) + "\n"
+
+    def as_markdown(self) -> str:
+        """The same as a Markdown table under a heading."""
+        align = ["---", *["--:"] * (len(self.head) - 1)]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (self.head, align, *self.rows))
+        note = f"\n{self.note}\n" if self.note else ""
+        return f"## {self.title}\n\n{table}\n{note}"
+
+
+def markdown(results: Results) -> str:
+    """The tables, those that sum up before those with every figure."""
+    sections = results.sections()
+    summary = [section for section in sections if not _is_detail(section)]
+    details = [section for section in sections if _is_detail(section)]
+    measured_on = ", ".join(f"{name} {value}" for name, value in results.environment.items())
+    head = f"One run of {results.effort.rounds} rounds. Measured on: {measured_on}.\n"
+    tables = (section.as_markdown() for section in (*reversed(summary), *details))
+    return "\n".join((head, *tables))
+
+
+def _is_detail(section: Section) -> bool:
+    return section.head is _MATRIX_HEAD
+
+
+_MATRIX_HEAD = (
+    "payload, candidate",
+    "us/request",
+    "us added",
+    "trips",
+    "bytes in",
+    "bytes out",
+    "x Flask-Session",
+    "x bare driver",
+)
+
+
+_NOTES = {
+    "redis": "Trips are commands sent per request; bytes are as the server counts them.",
+    "mongodb": "Trips are commands sent per request; bytes are as the server counts them. "
+    "All write with w:majority.",
+    "sqlite": "Trips are statements per request. Each extension has its own defaults: "
+    "Flask-Session's rollback journal is flushed to the disk at each commit, our write-ahead "
+    "log is not for a save.",
+}
+
+
+def _matrix_sections(cells: Iterable[Cell]) -> Iterable[Section]:
+    by_table: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        by_table.setdefault((cell.store, cell.view), []).append(cell)
+    order = {name: place for place, name in enumerate(CANDIDATES)}
+    for (store, view), table in by_table.items():
+        sizes = list(dict.fromkeys(cell.size for cell in table))
+        table.sort(key=lambda cell: (sizes.index(cell.size), order[cell.candidate]))
+        yield Section(
+            f"{store}: {view}",
+            _MATRIX_HEAD,
+            [_matrix_row(cell) for cell in table],
+            f"Median [quartiles]. {_NOTES[store]}",
+        )
+
+
+def _overview_sections(cells: Iterable[Cell]) -> Iterable[Section]:
+    """Our overhead as a ratio, payloads side by side."""
+    ours = [cell for cell in cells if cell.candidate == OURS]
+    sizes = list(dict.fromkeys(cell.size for cell in ours))
+    for title, ratio in (
+        ("Overhead of Flask-GSession as a ratio of Flask-Session's", "to_flask_session"),
+        ("Overhead of Flask-GSession as a ratio of the bare driver's", "to_floor"),
+    ):
+        rows: dict[str, list[str]] = {}
+        for cell in ours:
+            rows.setdefault(f"{cell.store}, {cell.view}", []).append(
+                _spread(getattr(cell, ratio), 2) or "-"
+            )
+        if rows:
+            yield Section(
+                title,
+                ("store, view", *sizes),
+                [(name, *figures) for name, figures in rows.items()],
+                "Overhead is what a request takes longer than the same request without a session. "
+                "Median [quartiles] of the ratios of single rounds.",
+            )
+
+
+def _matrix_row(cell: Cell) -> list[str]:
+    traffic = cell.traffic
+    return [
+        f"{cell.size}, {cell.candidate}",
+        _spread(cell.us),
+        _spread(cell.overhead),
+        "" if traffic is None else f"{traffic.round_trips:.2f}",
+        "" if traffic is None or traffic.received is None else f"{traffic.received:,.0f}",
+        "" if traffic is None or traffic.sent is None else f"{traffic.sent:,.0f}",
+        _spread(cell.to_flask_session, 3),
+        _spread(cell.to_floor),
+    ]
+
+
+def _own_cpu_sections(rows: Sequence[OwnCpu]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Own time",
+            ("1 KB session", "us"),
+            [(f"{row.store}, {row.view}", _spread(row.us)) for row in rows],
+            "What a request takes longer than without a session when the driver costs nothing: "
+            "on the memory store, and on the Redis store with a client that answers at once.",
+        )
+
+
+def _weight_sections(rows: Sequence[Weight]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Redis memory",
+            ("200-byte session", "MEMORY USAGE", "used_memory per session"),
+            [(row.candidate, f"{row.key_bytes:.0f}", f"{row.used_memory:.0f}") for row in rows],
+        )
+
+
+def _growth_sections(rows: Sequence[Growth]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Growth",
+            ("200-byte session", "us added"),
+            [
+                (f"{row.store}, {row.view}, {row.sessions:,} sessions", _spread(row.overhead))
+                for row in rows
+            ],
+        )
+
+
+def _target_sections(targets: Sequence[Target]) -> Iterable[Section]:
+    if targets:
+        yield Section(
+            "Targets",
+            ("target", "at most", "worst", "worst at", "medians by payload", "met"),
+            [
+                (
+                    target.what,
+                    f"{target.limit:.3g} {target.unit}",
+                    _spread(target.measured, 3 if target.unit == "x" else 1),
+                    target.at,
+                    " / ".join(f"{median:.2f}" for median in target.medians.values()),
+                    "met" if target.met else "NOT MET",
+                )
+                for target in targets
+            ],
+            f"{sum(target.met for target in targets)} of {len(targets)} met. A ratio is met when "
+            "its median is within the limit at every payload, and for writes in both views that "
+            "write.",
+        )
+
+
+def _spread(figure: Spread | None, digits: int | None = None) -> str:
+    if figure is None:
+        return ""
+    if digits is None:
+        digits = 2 if abs(figure.median) < 10 else 0
+    low, high = f"{figure.q1:,.{digits}f}", f"{figure.q3:,.{digits}f}"
+    if low == high:
+        return f"{figure.median:,.{digits}f}"
+    return f"{figure.median:,.{digits}f} [{low} {high}]"
+
+
+def _rounded(data: Any) -> Any:
+    if isinstance(data, float):
+        return round(data, 3)
+    if isinstance(data, dict):
+        return {key: _rounded(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_rounded(value) for value in data]
+    return data

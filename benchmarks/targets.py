@@ -1,0 +1,156 @@
+"""What the project promised, each promise held against this run's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.candidates import FLOOR, OURS, THEIRS
+from benchmarks.footprint import Growth, Weight
+from benchmarks.matrix import Cell
+from benchmarks.measure import Spread
+from benchmarks.own_cpu import OwnCpu
+
+READS = ("read",)
+WRITES = ("write", "counter")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise. `measured` is the worst figure in its scope, `at` says where that was.
+
+    `medians` has the figure of each payload, where the promise is about several.
+    """
+
+    what: str
+    unit: str
+    limit: float
+    measured: Spread
+    at: str
+    met: bool
+    medians: dict[str, float] = field(default_factory=dict)
+
+
+def judge(
+    cells: Sequence[Cell],
+    own_cpu: Sequence[OwnCpu],
+    weights: Sequence[Weight],
+    growth: Sequence[Growth],
+) -> list[Target]:
+    """Returns the targets whose figures were measured in this run.
+
+    A ratio is met when its median is within the limit at every payload.
+    """
+    ours = [cell for cell in cells if cell.candidate == OURS]
+    found = [
+        *_untouched(cells),
+        *_ratio(ours, "redis", READS, "Flask-Session's", 0.4),
+        *_ratio(ours, "redis", WRITES, "Flask-Session's", 0.8),
+        *_ratio(ours, "redis", READS, "Flask-Session's", 0.3, size="200 KB"),
+        *_ratio(ours, "mongodb", READS, "Flask-Session's", 0.5),
+        *_ratio(ours, "mongodb", WRITES, "Flask-Session's", 1.0),
+        *_ratio(ours, "sqlite", READS, "Flask-Session's", 0.1),
+        *_ratio(ours, "sqlite", WRITES, "Flask-Session's", 0.1),
+    ]
+    for store in ("redis", "mongodb", "sqlite"):
+        found += _ratio(ours, store, READS, "the bare driver's", 1.4)
+        found += _ratio(ours, store, WRITES, "the bare driver's", 1.5)
+    for own in own_cpu:
+        limit = {"read": 20.0, "write": 40.0}[own.view]
+        met = own.us.median < limit
+        what = f"own time of a {own.view}, {own.store}"
+        found.append(Target(what, "us", limit, own.us, "1 KB", met))
+    return [*found, *_round_trips(ours), *_memory(weights), *_growth(growth)]
+
+
+def _ratio(
+    ours: Iterable[Cell],
+    store: str,
+    views: Sequence[str],
+    whose: str,
+    limit: float,
+    size: str | None = None,
+) -> Iterable[Target]:
+    """The worst ratio of overheads among the cells in scope."""
+    to = "to_floor" if "bare" in whose else "to_flask_session"
+    scope: list[tuple[Spread, Cell]] = [
+        (getattr(cell, to), cell)
+        for cell in ours
+        if cell.store == store
+        and cell.view in views
+        and size in (None, cell.size)
+        and getattr(cell, to) is not None
+    ]
+    if not scope:
+        return
+    worst, cell = max(scope, key=lambda pair: pair[0].median)
+    medians: dict[str, float] = {}
+    for spread, each in scope:
+        medians[each.size] = max(spread.median, medians.get(each.size, spread.median))
+    what = f"{views[0]} on {store}, of {whose}" + (f", {size}" if size else "")
+    met = worst.median <= limit
+    yield Target(what, "x", limit, worst, f"{cell.view}, {cell.size}", met, medians)
+
+
+def _untouched(cells: Iterable[Cell]) -> Iterable[Target]:
+    """Noise is what the same sessionless app shows against itself, timed in the same rounds."""
+    pairs: dict[str, dict[str, Spread]] = {}
+    for cell in cells:
+        if cell.store == "redis" and cell.view == "untouched":
+            pairs.setdefault(cell.size, {})[cell.candidate] = cell.overhead
+    worst = max(
+        ((pair[OURS], pair[FLOOR], size) for size, pair in pairs.items()),
+        key=lambda row: row[0].q1 - row[1].q3,
+        default=None,
+    )
+    if worst is not None:
+        ours, noise, size = worst
+        met = _overlap(ours, noise)
+        yield Target("untouched on redis, within noise", "us", noise.q3, ours, size, met)
+
+
+def _round_trips(ours: Iterable[Cell]) -> Iterable[Target]:
+    """For each view the payload that is furthest from what it should be."""
+    expected = {"untouched": 0.0, "read": 1.0, "write": 2.0, "counter": 2.0}
+    by_view: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for cell in ours:
+        if cell.store in ("redis", "mongodb") and cell.traffic is not None:
+            row = (cell.traffic.round_trips, cell.size)
+            by_view.setdefault((cell.store, cell.view), []).append(row)
+    for (store, view), rows in by_view.items():
+        limit = expected[view]
+        trips, size = max(rows, key=lambda row: abs(row[0] - limit))
+        spread = Spread(trips, trips, trips)
+        # A renewal may fall into the count: once a minute a read costs one more.
+        met = abs(trips - limit) <= 0.02
+        yield Target(f"round trips of {view} on {store}", "trips", limit, spread, size, met)
+
+
+def _memory(weights: Sequence[Weight]) -> Iterable[Target]:
+    used = {weight.candidate: weight.used_memory for weight in weights}
+    if used:
+        ratio = used[OURS] / used[THEIRS]
+        spread = Spread(ratio, ratio, ratio)
+        what = "Redis memory per session, of Flask-Session's"
+        yield Target(what, "x", 1.15, spread, "200 B", ratio <= 1.15)
+
+
+def _growth(growth: Sequence[Growth]) -> Iterable[Target]:
+    by_view: dict[str, list[Growth]] = {}
+    for row in growth:
+        by_view.setdefault(row.view, []).append(row)
+    for view, rows in by_view.items():
+        few, many = sorted(rows, key=lambda row: row.sessions)
+        yield Target(
+            f"{view} on {few.store} with many sessions, within noise of few",
+            "us",
+            few.overhead.q3,
+            many.overhead,
+            f"{many.sessions:,} sessions",
+            met=_overlap(many.overhead, few.overhead),
+        )
+
+
+def _overlap(mine: Spread, reference: Spread) -> bool:
+    """Whether the middle halves meet, or mine lies below."""
+    return mine.q1 <= reference.q3

@@ -1,0 +1,193 @@
+"""The benchmark harness, run very shortly: what it reports is checked, never how fast it was."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+pytest.importorskip("flask_session", reason="the benchmarks need the extra 'bench'")
+pytest.importorskip("matplotlib", reason="the benchmarks need the extra 'bench'")
+
+from benchmarks import __main__ as benchmarks
+from benchmarks.candidates import CANDIDATES, COOKIE, FLOOR, NONE, OURS, THEIRS
+from benchmarks.chart import draw
+from benchmarks.footprint import Growth, Weight
+from benchmarks.matrix import Cell
+from benchmarks.measure import Effort, Spread, interleave, ratios
+from benchmarks.own_cpu import OwnCpu
+from benchmarks.payloads import SIZES, content
+from benchmarks.report import Results
+from benchmarks.targets import judge
+from benchmarks.views import VIEWS
+
+TINY = Effort(rounds=2, batch_seconds=0.0005, counted_requests=3)
+SMALL, LARGE = "200 B", "20 KB"
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return benchmarks.measure(
+        stores=["sqlite", "redis"],
+        sizes=[SMALL, LARGE],
+        effort=TINY,
+        sessions=20,
+        many=1_500,
+        with_growth=True,
+        say=lambda line: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(results: Results) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(results.as_json())
+    return loaded
+
+
+def find(cells: list[dict[str, Any]], **wanted: str) -> list[dict[str, Any]]:
+    return [cell for cell in cells if wanted.items() <= cell.items()]
+
+
+def test_every_candidate_is_timed_in_every_view(data: dict[str, Any]) -> None:
+    for store in ("sqlite", "redis"):
+        for view in VIEWS:
+            small = find(data["cells"], store=store, view=view, size=SMALL)
+            large = find(data["cells"], store=store, view=view, size=LARGE)
+            assert {cell["candidate"] for cell in small} == set(CANDIDATES)
+            # A browser would not keep that cookie.
+            assert {cell["candidate"] for cell in large} == set(CANDIDATES) - {COOKIE}
+
+
+def test_figures_are_medians_between_quartiles(data: dict[str, Any]) -> None:
+    for cell in data["cells"]:
+        assert 0 < cell["us"]["q1"] <= cell["us"]["median"] <= cell["us"]["q3"]
+    for cell in find(data["cells"], candidate=NONE):
+        assert cell["overhead"]["median"] == 0
+        assert cell["to_flask_session"] is None
+        assert cell["traffic"] is None
+
+
+@pytest.mark.parametrize(
+    ("view", "trips"), [("untouched", 0), ("read", 1), ("write", 2), ("counter", 2)]
+)
+def test_the_server_counts_the_round_trips(data: dict[str, Any], view: str, trips: int) -> None:
+    for candidate in (OURS, FLOOR):
+        for cell in find(data["cells"], store="redis", view=view, candidate=candidate):
+            assert cell["traffic"]["round_trips"] == trips
+    for cell in find(data["cells"], store="redis", view=view, candidate=THEIRS):
+        assert cell["traffic"]["commands"] == {"get": 1, "set": 1}
+
+
+def test_the_server_counts_the_bytes(data: dict[str, Any]) -> None:
+    for candidate in (OURS, THEIRS, FLOOR):
+        (cell,) = find(data["cells"], store="redis", view="read", size=LARGE, candidate=candidate)
+        assert 0.85 * SIZES[LARGE] < cell["traffic"]["sent"] < 1.2 * SIZES[LARGE]
+    # Nothing but the record: the answers to the asking itself are not among it.
+    (cell,) = find(data["cells"], store="redis", view="read", size=SMALL, candidate=OURS)
+    assert 200 < cell["traffic"]["sent"] < 400
+    for cell in find(data["cells"], store="sqlite", candidate=OURS):
+        assert cell["traffic"]["sent"] is None
+
+
+def test_the_other_sections_are_there(data: dict[str, Any]) -> None:
+    assert {(row["store"], row["view"]) for row in data["own_cpu"]} == {
+        (store, view) for store in ("memory", "redis") for view in ("read", "write")
+    }
+    assert {row["candidate"] for row in data["weights"]} == {OURS, THEIRS}
+    assert all(row["key_bytes"] > 200 for row in data["weights"])
+    assert {row["sessions"] for row in data["growth"]} == {1_000, 1_500}
+    assert {"Python", "Flask", "Flask-Session", "Redis", "SQLite"} <= data["environment"].keys()
+
+
+def test_the_report_is_written(results: Results, tmp_path: Path) -> None:
+    benchmarks.write(results, tmp_path / "new")
+    json.loads((tmp_path / "new" / "results.json").read_text())
+    titles = re.findall("^## (.+)$", (tmp_path / "new" / "table.md").read_text(), re.M)
+    assert titles[0] == "Targets"
+    assert {f"{store}: {view}" for store in ("redis", "sqlite") for view in VIEWS} < set(titles)
+    assert ElementTree.parse(tmp_path / "new" / "overhead.svg").getroot().tag.endswith("svg")
+
+
+def test_the_same_figures_draw_the_same_chart(results: Results, tmp_path: Path) -> None:
+    draw(results.cells, tmp_path / "one.svg")
+    draw(results.cells, tmp_path / "two.svg")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def spread(figure: float) -> Spread:
+    return Spread(figure, figure, figure)
+
+
+def a_read(size: str, ratio: float) -> Cell:
+    figure = spread(ratio)
+    return Cell("redis", "read", size, OURS, figure, figure, None, figure, None)
+
+
+@pytest.mark.parametrize(("ratio", "met"), [(0.4, True), (0.41, False)])
+def test_a_ratio_is_judged_at_its_worst_payload(ratio: float, met: bool) -> None:
+    (target,) = judge([a_read(SMALL, 0.1), a_read(LARGE, ratio)], [], [], [])
+    assert (target.met, target.at, target.measured.median) == (met, f"read, {LARGE}", ratio)
+
+
+def test_untouched_is_judged_against_noise() -> None:
+    def untouched(candidate: str, overhead: Spread) -> Cell:
+        return Cell("redis", "untouched", SMALL, candidate, overhead, overhead, None, None, None)
+
+    noise = untouched(FLOOR, Spread(0.0, -1.0, 1.0))
+    (near,) = judge([noise, untouched(OURS, Spread(1.2, 0.9, 1.5))], [], [], [])
+    (far,) = judge([noise, untouched(OURS, Spread(1.4, 1.1, 1.5))], [], [], [])
+    assert (near.met, far.met) == (True, False)
+
+
+def test_the_other_targets_are_judged() -> None:
+    slow = judge(
+        [],
+        [OwnCpu("redis", "read", spread(20.1))],
+        [Weight(OURS, 300, 460), Weight(THEIRS, 300, 399)],
+        [
+            Growth("redis", "read", 1_000, Spread(50, 49, 51)),
+            Growth("redis", "read", 1_000_000, Spread(53, 52, 54)),
+        ],
+    )
+    assert [target.met for target in slow] == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ratio", "status"),
+    [(["--quick"], 9.0, 0), (["--quick", "--check"], 9.0, 1), (["--quick", "--check"], 0.1, 0)],
+)
+def test_check_turns_a_missed_target_into_the_exit_status(
+    results: Results,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: Sequence[str],
+    ratio: float,
+    status: int,
+) -> None:
+    judged = judge([a_read(SMALL, ratio)], [], [], [])
+    monkeypatch.setattr(benchmarks, "measure", lambda **settings: replace(results, targets=judged))
+    assert benchmarks.main(arguments) == status
+
+
+def test_candidates_take_turns() -> None:
+    turns: list[str] = []
+    calls = {name: (lambda name=name: turns.append(name)) for name in "ab"}
+    figures = interleave(calls, Effort(rounds=4, batch_seconds=0, counted_requests=0))
+    assert [len(figures[name]) for name in "ab"] == [4, 4]
+    # Batches of three calls each; who opens a round changes from round to round.
+    assert "".join(turns[-24:]) == "aaabbb" + "bbbaaa" + "aaabbb" + "bbbaaa"
+
+
+def test_a_round_without_a_divisor_is_left_out() -> None:
+    assert ratios([1.0, 1.0], [2.0, -1.0]) == [0.5]
+
+
+@pytest.mark.parametrize("size", SIZES.values())
+def test_payloads_are_as_large_as_they_say(size: int) -> None:
+    filled = content(size)
+    assert abs(len(msgspec.msgpack.encode(filled)) - size) < 0.15 * size
+    assert filled == content(size)
