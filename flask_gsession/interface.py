@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Flask, Request, Response, after_this_request, has_request_context, request
+from flask import Flask, Request, Response, request
 from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
@@ -59,10 +59,7 @@ class GSessionInterface(SessionInterface):
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
         if not app.secret_key:
             return None
-        session = SessionData(self.keeper, lambda: self._present(app, request))
-        if has_request_context():
-            after_this_request(session._answer_begins)  # before all other hooks
-        return session
+        return SessionData(self.keeper, lambda: self._present(app, request))
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-from flask import Response
+from flask import Flask
 
 from .errors import (
     Gone,
@@ -56,7 +57,6 @@ class Lifecycle:
     _ended = False
     _failure: StoreUnavailable | None = None  # of loading
     _failed_unseen = False  # by everybody: it is for the answer to tell
-    _answering = False
     _in_doubt: StoreUnavailable | None = None  # of a write that may have been applied
     _cookie: Literal["keep", "set", "delete"] = "keep"
     _token: str | None = None  # None also where the client holds a newer one than we know
@@ -92,14 +92,9 @@ class Lifecycle:
                     self._load()
         return self._values
 
-    def _answer_begins(self, response: Response) -> Response:
-        """From now on a hook that raises would break the answer, whatever it says."""
-        self._answering = True
-        return response
-
     def _load(self) -> None:
         if self._failure is not None:
-            if self._answering:
+            if _hooks_after_the_view_run():
                 return  # empty: the answer will not be one that was made from it
             raise self._failure
         checked = self._look_at_request().checked
@@ -113,7 +108,7 @@ class Lifecycle:
                 self._keeper.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 self._failure = error
-                if self._answering:
+                if _hooks_after_the_view_run():
                     self._failed_unseen = True
                     return
                 raise
@@ -335,6 +330,19 @@ class Lifecycle:
             return list(self._values.changes())
         except ValueRefused as error:
             return [error.path]
+
+
+def _hooks_after_the_view_run() -> bool:
+    """Whether Flask is past the view: a hook that raises there spoils whatever was answered.
+
+    Asked only when a load failed, so it may be slow.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is Flask.process_response.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _worth_keeping(values: Mapping[str, bytes]) -> bool:
