@@ -1,0 +1,663 @@
+"""G9: an outage is an outage: 503 in time, nobody is logged out, and recovery by itself."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Response, flash, render_template_string, session
+from pymongo import MongoClient
+from redis import Redis
+from werkzeug.test import TestResponse
+
+from flask_gsession.errors import GSessionError, StoreUnavailable
+from flask_gsession.events import WriteDropped
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.testing import FakeClock, HookedStore
+from tests.apps import Site, SiteMaker, Visitor
+from tests.servers import MongoServer, RedisServer, with_database
+
+BUDGET = 0.3  # seconds for a store call
+BOUND = 5 * BUDGET  # for a request with one such call, on a busy machine
+
+READ = dict
+WRITE: Callable[[Any], object] = lambda session: session.update(a=1)  # noqa: E731
+
+
+def visitor_with(site: Site, **values: Any) -> Visitor:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(values))
+    return visitor
+
+
+def assert_unavailable(response: TestResponse, what: str = "") -> None:
+    assert response.status_code == 503, what
+    assert int(response.headers["Retry-After"]) >= 1, what
+    assert "Set-Cookie" not in response.headers, what
+
+
+def fail() -> None:
+    raise StoreUnavailable("drill: the store is down")
+
+
+# Each operation ------------------------------------------------------------------------------
+
+FAILURES: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "read": ("load", READ),
+    "write": ("save", WRITE),
+    "nested change": ("save", lambda session: session["items"].append(1)),
+    "removal": ("save", lambda session: session.pop("a")),
+    "clear": ("delete", lambda session: session.clear()),
+    "rotation": ("replace", lambda session: session.rotate()),
+    "logout": ("delete", lambda session: session.destroy()),
+    "logout after a read": ("delete", lambda session: (dict(session), session.destroy())),
+    "atomic update": ("save", lambda session: session.update_atomic("a", lambda a: a + 1)),
+    "reload": ("load", lambda session: session.reload()),
+    "flash": ("save", lambda session: flash("hello")),
+    "lifetime": ("save", lambda session: session.set_lifetime(60)),
+}
+
+
+def test_a_failure_of_any_operation_is_503_and_logs_nobody_out(site: Site) -> None:
+    for what, (operation, request) in FAILURES.items():
+        visitor = visitor_with(site, a=0, items=[])
+        cookie = visitor.cookie
+        site.store.before(operation, fail)
+        response = visitor.ask(request)
+        assert_unavailable(response, what)
+        assert "drill" not in response.text, what
+        assert visitor.cookie == cookie, what
+        assert visitor.run(dict) == {"a": 0, "items": []}, what
+        if what not in ("read", "reload"):
+            visitor.run(request)
+            assert visitor.run(dict) != {"a": 0, "items": []} or what in ("rotation", "lifetime")
+            if what == "rotation":
+                assert visitor.cookie != cookie
+
+
+def test_a_new_session_that_cannot_be_stored_is_503(site: Site) -> None:
+    visitor = site.visitor()
+    site.store.before("create", fail)
+    assert_unavailable(visitor.ask(WRITE))
+    assert visitor.cookie is None
+    visitor.run(WRITE)
+    assert visitor.run(dict) == {"a": 1}
+
+
+def test_a_write_whose_answer_got_lost_is_503_too(site: Site) -> None:
+    """It may have been applied: the client may try again, and nothing is torn."""
+    for operation, request in (("save", WRITE), ("create", WRITE)):
+        visitor = visitor_with(site, a=0) if operation == "save" else site.visitor()
+        site.store.after(operation, fail)
+        assert_unavailable(visitor.ask(request))
+        visitor.run(request)
+        assert visitor.run(dict) == {"a": 1}
+
+
+def test_a_write_in_doubt_is_not_done_twice(make_site: SiteMaker) -> None:
+    site = make_site(merge_policies={"hits": "counter"})
+    visitor = visitor_with(site, hits=0)
+
+    def view(session: Any) -> None:
+        session["hits"] += 1
+        with pytest.raises(StoreUnavailable):
+            session.update_atomic("hits", lambda hits: hits)  # stores the pending change first
+
+    site.store.after("save", fail)
+    assert_unavailable(visitor.ask(view))
+    assert visitor.run(dict) == {"hits": 1}
+
+
+def test_a_renewal_that_fails_does_no_harm(site: Site) -> None:
+    visitor = visitor_with(site, a=0)
+    site.clock.advance(300)
+    site.store.before("renew", fail)
+    assert visitor.run(dict) == {"a": 0}
+    before = site.store.calls.count("renew")
+    assert visitor.run(dict) == {"a": 0}
+    assert site.store.calls.count("renew") == before + 1  # made up for by the next request
+
+
+def test_an_outage_during_a_lost_race_is_503(site: Site) -> None:
+    visitor = visitor_with(site, a=0)
+    tab = visitor.another_tab()
+    site.before_a_write(
+        lambda: (tab.run(lambda session: session.update(b=1)), site.store.before("load", fail))
+    )
+    assert_unavailable(visitor.ask(WRITE))
+    assert visitor.run(dict) == {"a": 0, "b": 1}
+
+
+def test_requests_that_leave_the_session_alone_are_served(site: Site) -> None:
+    visitor = visitor_with(site, a=0)
+    for operation in ("load", "create", "save", "renew", "replace", "delete"):
+        site.store.before(operation, fail)
+    assert visitor.get("/untouched").status_code == 200
+    assert visitor.get("/nowhere").status_code == 404
+    assert visitor.options("/untouched").status_code == 200
+    assert site.visitor().run(dict) == {}  # without a cookie there is nothing to ask for
+
+
+def test_a_request_asks_a_dead_store_once(site: Site) -> None:
+    visitor = visitor_with(site, a=0)
+
+    def view(session: Any) -> str:
+        for look in (lambda: session["a"], lambda: dict(session), lambda: session.update(a=1)):
+            with pytest.raises(StoreUnavailable):
+                look()
+        return "without the session"
+
+    site.store.before("load", fail)
+    with site.counted() as count:
+        visitor.run(view)
+    assert count.calls == ["load"]
+    assert visitor.run(dict) == {"a": 0}
+
+
+def test_a_view_may_wait_and_reload(site: Site) -> None:
+    visitor = visitor_with(site, a=0)
+
+    def view(session: Any) -> object:
+        with pytest.raises(StoreUnavailable):
+            session.get("a")
+        session.reload()
+        session["b"] = 1
+        return session["a"]
+
+    site.store.before("load", fail)
+    assert visitor.run(view) == 0
+    assert visitor.run(dict) == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize("where", ["url_value_preprocessor", "before_request", "template"])
+def test_an_outage_is_503_wherever_the_session_is_touched(make_site: SiteMaker, where: str) -> None:
+    site = make_site()
+    armed: list[bool] = []
+
+    def touch(*_: object) -> None:
+        if armed:
+            assert session.get("a") == 0
+
+    if where != "template":
+        getattr(site.app, where)(touch)
+    visitor = visitor_with(site, a=0)
+    page = lambda session: Response(  # noqa: E731
+        render_template_string("{{ session.a }}") if where == "template" else "view"
+    )
+    armed.append(True)
+    site.store.before("load", fail)
+    assert_unavailable(visitor.ask(page))
+    assert visitor.ask(page).status_code == 200
+
+
+def test_an_outage_first_met_after_the_view_is_503_too(make_site: SiteMaker) -> None:
+    """There, an error would break the answer: the session reads as empty, and the answer goes."""
+    site = make_site()
+
+    @site.app.after_request
+    def count(response: Response) -> Response:
+        session["hits"] = session.get("hits", 0) + 1
+        return response
+
+    visitor = visitor_with(site, a=0)
+    site.store.before("load", fail)
+    response = visitor.get("/untouched")
+    assert_unavailable(response)
+    assert "without the session" not in response.text
+    assert visitor.get("/untouched").status_code == 200
+    assert visitor.run(dict) == {"a": 0, "hits": 2}
+
+
+# The application's own pages -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("registered", [503, StoreUnavailable, GSessionError])
+def test_the_page_of_the_app_answers(make_site: SiteMaker, registered: Any) -> None:
+    site = make_site()
+
+    @site.app.errorhandler(registered)
+    def page(error: StoreUnavailable) -> Response:
+        response = Response("back in a minute", 503, {"Retry-After": "60"})
+        response.set_cookie("page", "ours")
+        return response
+
+    visitor = visitor_with(site, a=0)
+    for operation, request in (("load", READ), ("save", WRITE), ("delete", READ)):
+        site.store.before(operation, fail)
+        response = visitor.ask(request if operation != "delete" else lambda s: s.destroy())
+        assert (response.status_code, response.text) == (503, "back in a minute")
+        assert response.headers["Retry-After"] == "60"
+        assert [cookie.partition("=")[0] for cookie in response.headers.getlist("Set-Cookie")] == [
+            "page"
+        ]
+    assert visitor.run(dict) == {"a": 0}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda session: session.get("user"),
+        lambda session: render_template_string("{{ session.user }}"),
+        lambda session: session.update(seen=True),
+        lambda session: flash("we are sorry"),
+        lambda session: session.destroy(),
+        lambda session: session.rotate(),
+    ],
+)
+def test_a_page_that_needs_the_session_itself_is_503_all_the_same(
+    make_site: SiteMaker, use: Any
+) -> None:
+    site = make_site()
+
+    @site.app.errorhandler(503)
+    def page(error: StoreUnavailable) -> tuple[str, int]:
+        use(session)
+        return "back in a minute", 503
+
+    visitor = visitor_with(site, a=0)
+    for operation, request in (("load", READ), ("save", WRITE)):
+        for name in (operation, "delete", "replace", "create"):
+            site.store.before(name, fail)
+        response = visitor.ask(request)
+        assert response.status_code == 503
+        assert "Retry-After" in response.headers or response.text == "back in a minute"
+        assert "Set-Cookie" not in response.headers
+        site.store._hooks.clear()
+        assert visitor.run(dict) == {"a": 0}
+
+
+def test_the_view_s_cookies_and_body_do_not_survive_a_failed_save(site: Site) -> None:
+    closed: list[bool] = []
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"done"
+
+        def close(self) -> None:
+            closed.append(True)
+
+    def view(session: Any) -> Response:
+        session["a"] = 1
+        response = Response(Body(), headers={"Content-Type": "text/csv", "ETag": '"1"'})
+        response.set_cookie("view", "1")
+        return response
+
+    visitor = visitor_with(site, a=0)
+    site.store.before("save", fail)
+    response = visitor.ask(view)
+    assert_unavailable(response)
+    assert response.content_type == "text/html; charset=utf-8"
+    assert "ETag" not in response.headers
+    assert "done" not in response.text
+    assert closed
+
+
+# Keeping the response ------------------------------------------------------------------------
+
+
+def test_the_response_may_be_kept(make_site: SiteMaker, caplog: pytest.LogCaptureFixture) -> None:
+    site = make_site(on_store_error="keep-response")
+    visitor = visitor_with(site, a=0)
+    handle = visitor.run(lambda session: session.handle)
+
+    def view(session: Any) -> Response:
+        session["a"] = 1
+        return Response("ordered")
+
+    for operation, who in (("save", visitor), ("create", site.visitor())):
+        caplog.clear()
+        cookie = who.cookie
+        site.store.before(operation, fail)
+        response = who.ask(view)
+        assert (response.status_code, response.text) == (200, "ordered")
+        assert "Set-Cookie" not in response.headers
+        assert who.cookie == cookie
+        assert "drill" in caplog.text
+    assert [event.handle for event in site.happened(WriteDropped)] == [handle, None]
+    assert visitor.run(dict) == {"a": 0}
+
+
+def test_a_read_and_a_logout_fail_even_where_the_response_may_be_kept(
+    make_site: SiteMaker,
+) -> None:
+    """Nobody is taken for logged out, or told to be, because the store was down."""
+    site = make_site(on_store_error="keep-response")
+    visitor = visitor_with(site, a=0)
+    for operation, request in (("load", READ), ("delete", lambda session: session.destroy())):
+        site.store.before(operation, fail)
+        assert_unavailable(visitor.ask(request))
+    assert visitor.run(dict) == {"a": 0}
+
+
+# Real servers --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["redis", "mongodb"])
+def server(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue("own_redis" if request.param == "redis" else "own_mongo")
+
+
+@contextmanager
+def site_on(server: RedisServer | MongoServer, **settings: Any) -> Iterator[Site]:
+    url = server.url
+    if isinstance(server, MongoServer):
+        url = with_database(url, "outages")
+    with SiteMaker(url, "outages:", FakeClock()) as make:
+        yield make(timeout=BUDGET, **settings)
+
+
+def ask_in_time(visitor: Visitor, request: Callable[[Any], object]) -> TestResponse:
+    start = time.monotonic()
+    response = visitor.ask(request)
+    assert time.monotonic() - start < BOUND
+    return response
+
+
+def wait_for_recovery(visitor: Visitor) -> None:
+    deadline = time.monotonic() + 20
+    while visitor.ask(READ).status_code == 503 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def assert_outage(site: Site, visitor: Visitor) -> None:
+    cookie = visitor.cookie
+    for request in (READ, WRITE, lambda session: session.destroy()):
+        assert_unavailable(ask_in_time(visitor, request))
+    assert_unavailable(ask_in_time(site.visitor(), WRITE))
+    start = time.monotonic()
+    assert visitor.get("/untouched").status_code == 200
+    assert time.monotonic() - start < BUDGET
+    assert visitor.cookie == cookie
+
+
+def test_a_frozen_server(server: RedisServer | MongoServer) -> None:
+    with site_on(server) as site:
+        visitor = visitor_with(site, a=0)
+        with server.paused():
+            assert_outage(site, visitor)
+        wait_for_recovery(visitor)
+        # What the server was asked to while it was frozen, it may do when it wakes up.
+        assert visitor.run(dict) in ({"a": 0}, {"a": 1}, {})
+        visitor.run(WRITE)
+        assert visitor.run(dict) == {"a": 1}
+
+
+def test_a_server_that_freezes_between_load_and_save(server: RedisServer | MongoServer) -> None:
+    with site_on(server) as site:
+        visitor = visitor_with(site, a=0)
+        site.store.before("save", server.pause)
+        try:
+            assert_unavailable(ask_in_time(visitor, WRITE))
+        finally:
+            server.resume()
+        wait_for_recovery(visitor)
+        assert visitor.run(dict)["a"] in (0, 1)
+
+
+def test_a_frozen_server_behind_a_client_of_the_application(
+    server: RedisServer | MongoServer,
+) -> None:
+    """Its own settings would have it wait for ages."""
+    client: Any = (
+        Redis.from_url(server.url) if isinstance(server, RedisServer) else MongoClient(server.url)
+    )
+    options = StoreOptions(prefix="outages:", timeout=BUDGET)
+    with client, site_on(server, store=HookedStore(open_store(client, options)[0])) as site:
+        visitor = visitor_with(site, a=0)
+        with server.paused():
+            assert_unavailable(ask_in_time(visitor, READ))
+        wait_for_recovery(visitor)
+        assert visitor.run(dict) == {"a": 0}
+
+
+def test_a_killed_server(server: RedisServer | MongoServer) -> None:
+    """Also for an application that starts while the server is away."""
+    with site_on(server) as site, site_on(server) as late:
+        visitor = visitor_with(site, a=0)
+        server.kill()
+        try:
+            assert_outage(site, visitor)
+            assert_unavailable(ask_in_time(late.visitor(), WRITE))
+        finally:
+            server.start()
+        wait_for_recovery(visitor)
+        # Redis keeps nothing on disk here; what is on disk is still there.
+        assert visitor.run(dict) == ({"a": 0} if isinstance(server, MongoServer) else {})
+        visitor.run(WRITE)
+        assert visitor.run(dict) == {"a": 1}
+        late_visitor = late.visitor(visitor.cookie)
+        wait_for_recovery(late_visitor)
+        assert late_visitor.run(dict) == {"a": 1}
+
+
+@pytest.fixture
+def redis_admin(own_redis: RedisServer) -> Iterator[Any]:
+    with Redis.from_url(own_redis.url, socket_timeout=10) as client:
+        yield client
+
+
+def test_a_redis_that_became_a_replica(own_redis: RedisServer, redis_admin: Any) -> None:
+    with site_on(own_redis) as site:
+        visitor = visitor_with(site, a=0)
+        redis_admin.replicaof("127.0.0.1", 1)  # of nobody: reads go on, writes are refused
+        try:
+            assert visitor.run(dict) == {"a": 0}
+            assert_unavailable(ask_in_time(visitor, WRITE))
+            assert_unavailable(ask_in_time(visitor, lambda session: session.rotate()))
+            assert_unavailable(ask_in_time(visitor, lambda session: session.destroy()))
+            assert_unavailable(ask_in_time(site.visitor(), WRITE))
+        finally:
+            redis_admin.replicaof("NO", "ONE")
+        visitor.run(WRITE)
+        assert visitor.run(dict) == {"a": 1}
+
+
+def test_a_redis_without_enough_replicas(own_redis: RedisServer, redis_admin: Any) -> None:
+    with site_on(own_redis) as site:
+        visitor = visitor_with(site, a=0)
+        redis_admin.config_set("min-replicas-to-write", 1)
+        try:
+            assert visitor.run(dict) == {"a": 0}
+            assert_unavailable(ask_in_time(visitor, WRITE))
+            assert_unavailable(ask_in_time(site.visitor(), WRITE))
+        finally:
+            redis_admin.config_set("min-replicas-to-write", 0)
+        visitor.run(WRITE)
+
+
+def test_a_full_redis(own_redis: RedisServer, redis_admin: Any) -> None:
+    with site_on(own_redis) as site:
+        visitor = visitor_with(site, a=0)
+        redis_admin.config_set("maxmemory-policy", "noeviction")
+        redis_admin.config_set("maxmemory", "1mb")
+        try:
+            assert visitor.run(dict) == {"a": 0}
+            assert_unavailable(ask_in_time(visitor, WRITE))
+            assert_unavailable(ask_in_time(site.visitor(), WRITE))
+            assert visitor.run(dict) == {"a": 0}
+            assert visitor.ask(lambda session: session.destroy()).status_code == 200
+        finally:
+            redis_admin.config_set("maxmemory", 0)
+        visitor.run(WRITE)
+
+
+def test_a_redis_busy_with_a_script(own_redis: RedisServer, redis_admin: Any) -> None:
+    with site_on(own_redis) as site:
+        visitor = visitor_with(site, a=0)
+        redis_admin.config_set("lua-time-limit", 50)
+        endless = threading.Thread(
+            target=suppress_errors, args=(lambda: redis_admin.eval("while true do end", 0),)
+        )
+        endless.start()
+        time.sleep(0.1)
+        try:
+            assert_unavailable(ask_in_time(visitor, READ))
+        finally:
+            with Redis.from_url(own_redis.url, socket_timeout=10) as other:
+                other.script_kill()
+            endless.join()
+        assert visitor.run(dict) == {"a": 0}
+
+
+def suppress_errors(function: Callable[[], object]) -> None:
+    with suppress(Exception):
+        function()
+
+
+def test_a_redis_that_forgot_its_scripts(own_redis: RedisServer, redis_admin: Any) -> None:
+    """As after a restart or a failover."""
+    with site_on(own_redis) as site:
+        visitor = visitor_with(site, a=0)
+        visitor.run(WRITE)
+        redis_admin.script_flush()
+        visitor.run(lambda session: session.update(a=2))
+        assert visitor.run(dict) == {"a": 2}
+
+
+def test_a_redis_that_answers_byte_by_byte(own_redis: RedisServer) -> None:
+    """The budget is that of the whole call, not that of each byte."""
+    with site_on(own_redis) as site, slow_proxy(own_redis.port) as (port, slow):
+        visitor = visitor_with(site, a=0)
+        url = f"redis://127.0.0.1:{port}/0"
+        with SiteMaker(url, "outages:", site.clock) as make:
+            behind = make(timeout=BUDGET)
+            same = behind.visitor(visitor.cookie)
+            assert same.run(dict) == {"a": 0}
+            slow.set()
+            assert_unavailable(ask_in_time(same, READ))
+            assert_unavailable(ask_in_time(same, WRITE))
+            slow.clear()
+            assert same.run(dict) == {"a": 0}
+
+
+@contextmanager
+def slow_proxy(port: int) -> Iterator[tuple[int, threading.Event]]:
+    """A port that passes on to `port`; while the event is set, answers come by the byte."""
+    slow, ended = threading.Event(), threading.Event()
+    sockets: list[socket.socket] = []
+
+    def pump(source: socket.socket, target: socket.socket, answers: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                for byte in data if answers and slow.is_set() else ():
+                    target.sendall(bytes((byte,)))
+                    ended.wait(0.1)
+                if not (answers and slow.is_set()):
+                    target.sendall(data)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", port))
+                sockets.extend((client, server))
+                for arguments in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=pump, args=arguments, daemon=True).start()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    sockets.append(listener)
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1], slow
+    finally:
+        ended.set()
+        for each in list(sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        thread.join()
+
+
+def test_a_wrong_password_is_an_outage_and_is_never_shown(
+    own_redis: RedisServer,
+    own_mongo: MongoServer,
+    redis_admin: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "hunter2-canary"
+    mongo = with_database(own_mongo.url, "admin").replace("//", f"//user:{secret}@")
+    redis_admin.config_set("requirepass", "another one")
+    try:
+        for url in (own_redis.url.replace("//", f"//:{secret}@"), mongo):
+            with SiteMaker(url, "outages:", FakeClock()) as make:
+                site = make(timeout=1)
+                errors: list[Any] = []
+                site.app.register_error_handler(
+                    StoreUnavailable, lambda error, errors=errors: (errors.append(error), error)[1]
+                )
+                response = site.visitor().ask(WRITE)
+                assert_unavailable(response)
+                assert errors
+                shown = [response.text, str(errors), repr(errors[0].__dict__), str(errors[0])]
+                cause = errors[0].__cause__
+                shown += [caplog.text, repr(site.events), repr(cause), str(cause)]
+                assert not any(secret in text for text in shown)
+    finally:
+        redis_admin.config_set("requirepass", "")
+
+
+# SQLite --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sqlite_site(path: Path, timeout: float = BUDGET) -> Iterator[Site]:
+    with SiteMaker(f"sqlite:///{path}", "", FakeClock()) as make:
+        yield make(timeout=timeout)
+
+
+def test_a_locked_database(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite3"
+    with sqlite_site(path) as site:
+        visitor = visitor_with(site, a=0)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert visitor.run(dict) == {"a": 0}  # readers do not wait for a writer
+            assert_unavailable(ask_in_time(visitor, WRITE))
+            assert_unavailable(ask_in_time(visitor, lambda session: session.destroy()))
+            assert_unavailable(ask_in_time(site.visitor(), WRITE))
+            other.execute("ROLLBACK")
+        visitor.run(WRITE)
+        assert visitor.run(dict) == {"a": 1}
+
+
+def test_a_short_lock_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite3"
+    with sqlite_site(path, timeout=10) as site:
+        visitor = visitor_with(site, a=0)
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.1, lambda: other.execute("ROLLBACK"))
+        timer.start()
+        visitor.run(WRITE)
+        timer.join()
+        other.close()
+        assert visitor.run(dict) == {"a": 1}
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.write_text("in the way")
+    with sqlite_site(folder / "sessions.sqlite3") as site:
+        assert_unavailable(ask_in_time(site.visitor(), WRITE))
+        folder.unlink()
+        visitor = visitor_with(site, a=0)
+        assert visitor.run(dict) == {"a": 0}
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite3"
+    path.write_bytes(b"this is a text file, and not a short one" * 100)
+    with sqlite_site(path) as site:
+        assert_unavailable(ask_in_time(site.visitor(), WRITE))
+        path.unlink()
+        assert visitor_with(site, a=0).run(dict) == {"a": 0}
