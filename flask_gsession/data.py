@@ -150,7 +150,7 @@ class SessionData(Lifecycle, SessionMixin):
     @property
     def modified(self) -> bool:
         """Whether this request changed the session. Setting it to True forces a save."""
-        if self._forced or self._rotation is not None or self._restart_idle:
+        if self._something_to_save():
             return True
         try:
             return bool(self._values.changes())

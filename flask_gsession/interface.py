@@ -88,13 +88,10 @@ class GSessionInterface(SessionInterface):
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not isinstance(session, SessionData):
             return
-        if not session.accessed:
-            session._closed = True
-            return
+        streamed = response.is_streamed
         try:
             session._save_and_close()
         except Exception as error:
-            session._closed = True
             self._failed(app, session, response, error)
         else:
             failure = session._failure
@@ -102,8 +99,12 @@ class GSessionInterface(SessionInterface):
                 # Nobody was told, or the application's page for the outage needed the session.
                 logger.error("A session could not be loaded: %s", failure)
                 _turn_into(response, _answer_to(app, failure))
-            elif response.is_streamed and session._values.looked_at():
+            elif streamed:
                 response.call_on_close(lambda: _report_late_changes(session))
+        if session.accessed:
+            self._tell_client(app, session, response)
+
+    def _tell_client(self, app: Flask, session: SessionData, response: Response) -> None:
         header = self._token_header
         by_header = header is not None and session._look_at_request().by_header
         _add_vary(response, "Cookie")

@@ -215,12 +215,12 @@ class Lifecycle:
 
     def _save_and_close(self) -> None:
         """Store what this request changed, and accept no more writes."""
-        if self._opened and not self._closed:
+        closed, self._closed = self._closed, True
+        if self._opened and not closed:
             self._commit()
             emptied = self._cleared and self._record is None and not self._ended
             if emptied and self._look_at_request().checked is not None:
                 self._cookie = "delete"
-        self._closed = True
 
     def _commit(self) -> None:
         if self._in_doubt is not None:
@@ -239,7 +239,7 @@ class Lifecycle:
                 self._rotation = None
                 self._cookie = "set"
                 self._keeper.events.emit(SessionCreated, self._record.key)
-        elif changes or self._restart_idle or self._forced or self._rotation is not None:
+        elif changes or self._cleared or self._something_to_save():
             self._write(changes)
         else:
             self._renew_if_due()
@@ -252,9 +252,7 @@ class Lifecycle:
                 if not self._catch_up_after(losses):
                     self._end("save")
                     return
-                if not (
-                    changes or self._restart_idle or self._forced or self._rotation is not None
-                ):
+                if not (changes or self._something_to_save()):
                     return
             old = self._record
             assert old is not None
@@ -301,6 +299,10 @@ class Lifecycle:
             keeper.events.emit(SessionSaved, self._record.key, len(self._record.payload), losses)
             return
         raise SessionConflict
+
+    def _something_to_save(self) -> bool:
+        """Whether there is something to save although no value changed."""
+        return self._restart_idle or self._forced or self._rotation is not None
 
     def _renew_if_due(self) -> None:
         assert self._record is not None

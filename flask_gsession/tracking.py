@@ -95,10 +95,6 @@ class TrackedValues:
                 found[key] = Change(base, mine)
         return found
 
-    def looked_at(self) -> dict[str, Any]:
-        """The values of this request that could have changed in place."""
-        return {key: self._live[key] for key in self._base if key in self._live}
-
     def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
         """``stored`` is in the store now, ``changes`` included.
 

@@ -151,13 +151,11 @@ class RedisStore:
         return self._load(key, self._deadline())
 
     def save(self, record: Record, expected_version: int) -> None:
-        now = self._now()
-        life = max(1, record.idle_expires_at - now)
         self._run(
             self._deadline(),
             _SAVE,
             [self._name(record.key)],
-            [_version(expected_version), _pack(record), life, now],
+            [_version(expected_version), _pack(record), self._life(record), self._now_text()],
             record,
         )
 
@@ -181,7 +179,7 @@ class RedisStore:
     def replace(
         self, key: str, record: Record, expected_version: int, pointer: Record | None
     ) -> None:
-        left = (b"", 0) if pointer is None else (_pack(pointer), self._life(pointer))
+        left = (b"", b"0") if pointer is None else (_pack(pointer), self._life(pointer))
         self._run(
             self._deadline(),
             _REPLACE,
@@ -190,7 +188,7 @@ class RedisStore:
                 _version(expected_version),
                 _pack(record),
                 self._life(record),
-                self._now(),
+                self._now_text(),
                 *left,
             ],
             record,
@@ -199,20 +197,20 @@ class RedisStore:
     def delete(self, key: str, expected_version: int | None = None) -> bool:
         deadline = self._deadline()
         if expected_version is not None:
-            arguments = [_version(expected_version), self._now(), 0]
+            arguments = [_version(expected_version), self._now_text(), b"0"]
             return self._run(deadline, _DELETE, [self._name(key)], arguments) == b"K"
         # What pointers lead to goes first, so that a repeat after a failure still finds it.
         pointers: list[str] = []
         ended = False
         for _ in range(MAX_POINTERS):
-            reply = self._run(deadline, _DELETE, [self._name(key)], [b"", self._now(), 0])
+            reply = self._run(deadline, _DELETE, [self._name(key)], [b"", self._now_text(), b"0"])
             ended = reply == b"K"
             if reply[:1] != b"P":
                 break
             pointers.append(key)
             key = _unpack(key, reply[1:]).successor or ""
         for pointer in reversed(pointers):
-            self._run(deadline, _DELETE, [self._name(pointer)], [b"", self._now(), 1])
+            self._run(deadline, _DELETE, [self._name(pointer)], [b"", self._now_text(), b"1"])
         return ended
 
     def close(self) -> None:
@@ -225,8 +223,11 @@ class RedisStore:
     def _now(self) -> int:
         return milliseconds(self._clock)
 
-    def _life(self, record: Record) -> int:
-        return max(1, record.idle_expires_at - self._now())
+    def _now_text(self) -> bytes:
+        return b"%d" % self._now()
+
+    def _life(self, record: Record) -> bytes:
+        return b"%d" % max(1, record.idle_expires_at - self._now())
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout
@@ -259,11 +260,12 @@ class RedisStore:
         With ``record``, a success must name the version that was written: an answer to
         somebody else's command would not.
         """
+        count = b"%d" % len(keys)
         for _ in range(2):
             try:
-                reply = self._call(deadline, "EVALSHA", script.sha, len(keys), *keys, *arguments)
+                reply = self._call(deadline, "EVALSHA", script.sha, count, *keys, *arguments)
             except NoScriptError:
-                reply = self._call(deadline, "EVAL", script.source, len(keys), *keys, *arguments)
+                reply = self._call(deadline, "EVAL", script.source, count, *keys, *arguments)
             if type(reply) is bytes and reply[:1] in (b"K", b"G", b"S", b"T", b"P", b"N"):
                 if reply[:1] == b"G":
                     raise Gone
@@ -276,8 +278,10 @@ class RedisStore:
             self._pool.disconnect()  # out of step; the scripts are safe to repeat
         raise StoreUnavailable("redis: answers do not belong to the commands sent")
 
-    def _call(self, deadline: float, *command: Any) -> Any:
+    def _call(self, deadline: float, *command: str | bytes) -> Any:
         """Send one command and return its answer, all before ``deadline``.
+
+        Its parts are text already: hiredis crashes when a signal strikes while it writes a number.
 
         Repeats are safe: every command here recognises its own earlier effect.
         """
@@ -303,10 +307,20 @@ class RedisStore:
             retries -= 1
             time.sleep(pause)
 
+    def _connection(self) -> Any:
+        try:
+            return self._pool.get_connection()
+        except (RedisError, OSError):
+            raise
+        except BaseException:
+            # Interrupted while connecting: the pool keeps the half-made connection. Start anew.
+            self._pool.disconnect()
+            raise
+
     def _attempt(self, command: tuple[Any, ...], deadline: float) -> Any:
         _deadline.at = deadline
         try:
-            connection: Any = self._pool.get_connection()
+            connection = self._connection()
             try:
                 left = deadline - time.monotonic()
                 if left <= 0:
