@@ -14,11 +14,13 @@ from .errors import (
     SettingError,
     StoreError,
     StoreUnavailable,
+    TransactionMisused,
     UnsupportedType,
     ValueRefused,
 )
 from .extension import Session
 from .merge import MISSING
+from .transactions import session_transaction
 
 #: ``flask.session``, with the type that it has here.
 session = _cast(SessionData, flask.session)
@@ -35,7 +37,9 @@ __all__ = [
     "SettingError",
     "StoreError",
     "StoreUnavailable",
+    "TransactionMisused",
     "UnsupportedType",
     "ValueRefused",
     "session",
+    "session_transaction",
 ]

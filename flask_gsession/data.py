@@ -23,6 +23,7 @@ from .keeper import ATTEMPTS
 from .lifecycle import Lifecycle
 from .payload import Body
 from .tracking import TrackedValues
+from .transactions import Transaction
 
 _MAX_GRACE = 3600.0
 
@@ -207,6 +208,7 @@ class SessionData(Lifecycle, SessionMixin):
             raise ValueError("grace is a number of seconds, 0 to 3600")
         if not 0 <= grace <= _MAX_GRACE:
             raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
+        self._check_no_transaction("A rotation")
         self._open_for_writing()
         if self._record is not None:
             earlier = self._rotation
@@ -223,6 +225,7 @@ class SessionData(Lifecycle, SessionMixin):
     def reload(self) -> None:
         """Discard what this request changed, and see what is stored now. One round trip."""
         self._check_open()
+        self._check_no_transaction("A reload")
         self._failure = self._in_doubt = None
         if self._record is not None:
             if not self._catch_up(afresh=True):
@@ -252,6 +255,10 @@ class SessionData(Lifecycle, SessionMixin):
         self._lifetime = int(seconds * 1000)
         self._restart_idle = True
 
+    def transaction(self) -> Transaction[SessionData]:
+        """A piece of work that is stored whole, on the state it saw: see ``Transaction``."""
+        return Transaction(self)
+
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Replace the value of ``key`` by ``function(value)`` and store it now; the new value.
 
@@ -266,6 +273,7 @@ class SessionData(Lifecycle, SessionMixin):
         more for each lost race.
         """
         self._check_key(key)
+        self._check_no_transaction("update_atomic")
         values = self._open_for_writing()
         if self._record is not None and key in values.changes():
             self._commit()

@@ -8,6 +8,7 @@
     │   ├── UnsupportedType     ... because of its type
     │   └── SessionTooLarge     ... because of its size, depth or number of keys
     ├── SessionClosed           a write after the session was saved with the response
+    ├── TransactionMisused      something that cannot be done inside a transaction
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   └── SessionEnded        HTTP 409: the session ended while this request ran
     └── StoreError              what a store tells the session
@@ -58,6 +59,10 @@ class SessionClosed(GSessionError, RuntimeError):
 
     A streamed body runs after the save: write to the session before the body starts.
     """
+
+
+class TransactionMisused(GSessionError, RuntimeError):
+    """Inside a transaction: another one, a rotation, a logout, a reload or an atomic update."""
 
 
 class SessionConflict(GSessionError, Conflict):

@@ -13,8 +13,10 @@ from .errors import (
     Gone,
     SessionClosed,
     SessionConflict,
+    SessionEnded,
     Stale,
     StoreUnavailable,
+    TransactionMisused,
     UnreadableRecord,
     ValueRefused,
 )
@@ -42,6 +44,10 @@ class Presented(NamedTuple):
     by_header: bool = False
 
 
+class LostRace(SessionConflict):
+    """A transaction could not be stored: another request was faster."""
+
+
 class Lifecycle:
     """Loads a session when it is first looked at, and stores what a request did to it.
 
@@ -66,6 +72,7 @@ class Lifecycle:
     _rotation: float | None = None
     _forced = False
     _cleared = False
+    _in_transaction = False
 
     def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
         self._keeper = keeper
@@ -137,8 +144,50 @@ class Lifecycle:
                 "Write to the session before a streamed body starts."
             )
 
+    def _check_no_transaction(self, what: str) -> None:
+        if self._in_transaction:
+            raise TransactionMisused(
+                f"{what} cannot be done inside a transaction: it could not be undone or run again. "
+                "Do it before or after."
+            )
+
+    def _begin(self) -> None:
+        """Start a transaction on what is stored now."""
+        self._check_open()
+        self._check_no_transaction("A second transaction")
+        seen_before = self._opened
+        self._open()
+        if seen_before:
+            if self._something_to_save() or self._cleared or self._values.changes():
+                self._commit()
+            if self._record is not None and not self._catch_up(afresh=True):
+                self._end("a transaction")
+        if self._ended:
+            raise SessionEnded
+        self._in_transaction = True
+
+    def _commit_exactly(self) -> None:
+        """Store a transaction on the very state it saw. Raises ``LostRace``."""
+        try:
+            changes = self._values.changes()
+            if self._record is None:
+                self._commit()
+            elif changes or self._something_to_save():
+                self._write(changes, exactly=True)
+        except BaseException:
+            self._roll_back()
+            raise
+        self._in_transaction = False
+
+    def _roll_back(self) -> None:
+        """Forget what a transaction did."""
+        self._in_transaction = False
+        self._values = TrackedValues(self._keeper.codec, self._values.stored)
+        self._restart_idle = self._forced = self._cleared = False
+
     def _destroy(self) -> None:
         self._check_open()
+        self._check_no_transaction("Ending the session")
         presented = self._look_at_request()
         key: str | None = None
         if self._record is not None:
@@ -244,8 +293,11 @@ class Lifecycle:
         else:
             self._renew_if_due()
 
-    def _write(self, changes: Mapping[str, Change]) -> None:
-        """Put ``changes`` onto what is stored, trying again when another request was faster."""
+    def _write(self, changes: Mapping[str, Change], *, exactly: bool = False) -> None:
+        """Put ``changes`` onto what is stored, trying again when another request was faster.
+
+        With ``exactly`` it tries once, and raises ``LostRace``.
+        """
         keeper, values = self._keeper, self._values
         for losses in range(ATTEMPTS):
             if losses:
@@ -281,6 +333,8 @@ class Lifecycle:
                         old, body, restart_idle=toggled or self._restart_idle
                     )
             except (Stale, Gone):
+                if exactly:
+                    raise LostRace from None
                 continue
             except UnreadableRecord as error:
                 keeper.refused(error.reason, old.key, error.detail)

@@ -21,6 +21,7 @@ ROWS = [
     ["config", "tracking"],
     ["keeper"],
     ["lifecycle"],
+    ["transactions"],
     ["data"],
     ["stores.memory", "stores.sqlite", "stores.redis", "stores.mongodb"],
     ["stores", "locking", "cleanup", "health", "typed", "testing"],
