@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -47,6 +48,19 @@ def new_version() -> int:
 def milliseconds(clock: Clock) -> int:
     """The clock's time in milliseconds."""
     return int(clock() * 1000)
+
+
+def closing(owner: object, close: Callable[[], object]) -> weakref.finalize[..., object]:
+    """Call ``close`` once ``owner`` is collected, or the interpreter ends: in this process only.
+
+    A forked worker must not close what its parent opened. ``close`` must not hold ``owner``.
+    """
+    return weakref.finalize(owner, _close_in, os.getpid(), close)
+
+
+def _close_in(pid: int, close: Callable[[], object]) -> None:
+    if pid == os.getpid():
+        close()
 
 
 @runtime_checkable

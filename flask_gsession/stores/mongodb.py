@@ -27,7 +27,7 @@ from pymongo.write_concern import WriteConcern
 
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from ..events import logger
-from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
 
 COLLECTION = "gsession"
 DATABASE = "gsession"
@@ -44,11 +44,6 @@ def check_url(url: str) -> None:
             raise InvalidURI("mongodb+srv takes one host and no port")
     else:
         parse_uri(url)
-
-
-def _close_in(pid: int, client: _Client) -> None:
-    if pid == os.getpid():
-        client.close()
 
 
 _STORES: weakref.WeakSet[MongoDBStore] = weakref.WeakSet()
@@ -76,7 +71,7 @@ class MongoDBStore:
         self._prefix = options.prefix
         self._pool_max = options.pool_max
         self._source = url_or_client
-        self._close_client: weakref.finalize[..., MongoDBStore] | None = None
+        self._close_client: weakref.finalize[..., object] | None = None
         self._inherited: list[Any] = []
         self._collection_of_client: Any = None
         self._pid = 0
@@ -277,7 +272,7 @@ class MongoDBStore:
             self._close_client.detach()
             # A parent's client: neither used nor closed here, so not collected either.
             self._inherited.append(self._collection_of_client)
-        self._close_client = weakref.finalize(self, _close_in, os.getpid(), client)
+        self._close_client = closing(self, client.close)
 
     def _ensure_index(self, collection: Any) -> None:
         if self._indexed:

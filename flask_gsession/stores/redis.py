@@ -36,7 +36,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
-from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
 
 _HEADER = 31
 _HEAD = Struct(">BQHIHIHI")  # the times in six bytes each, upper two and lower four
@@ -131,6 +131,7 @@ class RedisStore:
             )
             # Not connected: it only lets wrong options in the URL show now.
             self._pool.connection_class(**self._pool.connection_kwargs)
+            closing(self, self._pool.disconnect)
         else:
             self._pool = url_or_client.connection_pool
 

@@ -16,10 +16,11 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from ..errors import Gone, KeyTaken, SettingError, Stale, StoreUnavailable, UnreadableRecord
-from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
 
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 1
@@ -38,6 +39,11 @@ CREATE INDEX IF NOT EXISTS gsession_expiry ON gsession (idle_expires_at);
 _COLUMNS = "version, created_at, idle_expires_at, absolute_expires_at, payload, successor"
 _LIVE = "successor IS NULL AND idle_expires_at > ?"
 _KEEP_IDLE = 16  # connections
+
+
+def _close_all(pool: deque[sqlite3.Connection]) -> None:
+    while pool:
+        pool.pop().close()
 
 
 _STORES: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
@@ -73,8 +79,7 @@ class SQLiteStore:
         self._clock = options.clock
         self._timeout = options.timeout
         self._prefix = options.prefix
-        self._pool: deque[sqlite3.Connection] = deque()
-        self._pid = os.getpid()
+        self._start_pool()
         self._inherited: list[deque[sqlite3.Connection]] = []
         _STORES.add(self)
 
@@ -172,8 +177,7 @@ class SQLiteStore:
             return done.rowcount
 
     def close(self) -> None:
-        while self._pool:
-            self._pool.pop().close()
+        _close_all(self._pool)
 
     def _select(self, db: sqlite3.Connection, key: str) -> Record | None:
         row = db.execute(
@@ -257,13 +261,17 @@ class SQLiteStore:
                 else:
                     db.close()
 
+    def _start_pool(self) -> None:
+        self._pool: deque[sqlite3.Connection] = deque()
+        closing(self, partial(_close_all, self._pool))
+        self._pid = os.getpid()
+
     def _leave_parent(self) -> None:
         """Forget connections opened before a fork: using or closing them here is unsafe."""
         with _FILES:
             if self._pid != os.getpid():
                 self._inherited.append(self._pool)
-                self._pool = deque()
-                self._pid = os.getpid()
+                self._start_pool()
 
     def _open(self) -> sqlite3.Connection:
         try:
