@@ -1,0 +1,623 @@
+"""What a session must be: plain dicts, plain rules, and no line of the code under test.
+
+The model is told of every effect on the store, in the order in which they happen, and checks each
+one against what the guarantees allow. Three kinds of things live here:
+
+- a `View`: what one request sees and changes,
+- a `Mirror`: what one request knows, and what it therefore may and must do,
+- a `Line`: one session through all its rotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from flask_gsession.stores.base import MAX_POINTERS, Record
+
+Values = dict[str, Any]
+
+
+class Violation(BaseException):
+    """A guarantee was broken. No `Exception`, so that the code under test cannot catch it."""
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING: Final = _Missing()
+
+
+# Merging ---------------------------------------------------------------------------------------
+
+
+class Conflict(Exception):
+    """The changes cannot both stand."""
+
+
+def _or(missing: Any, *values: Any) -> list[Any]:
+    return [missing if value is MISSING else value for value in values]
+
+
+def _counter(base: Any, theirs: Any, mine: Any) -> Any:
+    before, stored, wanted = _or(0, base, theirs, mine)
+    return stored + wanted - before
+
+
+def _set(base: Any, theirs: Any, mine: Any) -> Any:
+    before, stored, wanted = _or(set(), base, theirs, mine)
+    added, removed = wanted - before, before - wanted
+    return {item for item in stored if item not in removed} | added
+
+
+def _dict(base: Any, theirs: Any, mine: Any) -> Any:
+    before, stored, wanted = _or({}, base, theirs, mine)
+    merged = dict(stored)
+    for key in before.keys() | wanted.keys():
+        if before.get(key, MISSING) != wanted.get(key, MISSING):
+            if key in wanted:
+                merged[key] = wanted[key]
+            else:
+                merged.pop(key, None)
+    return merged
+
+
+def _append(base: Any, theirs: Any, mine: Any) -> Any:
+    before, stored, wanted = _or([], base, theirs, mine)
+    if wanted[: len(before)] != before:
+        raise Conflict
+    return stored + wanted[len(before) :]
+
+
+def _reject(base: Any, theirs: Any, mine: Any) -> Any:
+    raise Conflict
+
+
+def _last(base: Any, theirs: Any, mine: Any) -> Any:
+    return mine
+
+
+RULES: Final[dict[str, Callable[[Any, Any, Any], Any]]] = {
+    "counter": _counter,
+    "set": _set,
+    "dict": _dict,
+    "append": _append,
+    "reject": _reject,
+    "last": _last,
+}
+
+
+class View(MutableMapping[str, Any]):
+    """One request's own picture of its session.
+
+    What it looked at stays as it is for the whole request; what it did not look at is the newest
+    that it heard of. A change is a difference between what it first saw and what it has now.
+    """
+
+    def __init__(self) -> None:
+        self.known: Values = {}
+        self.base: Values = {}
+        self.live: Values = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.live:
+            if key in self.base:
+                raise KeyError(key)
+            self.base[key] = self.known.get(key, MISSING)
+            if self.base[key] is MISSING:
+                raise KeyError(key)
+            self.live[key] = copied(self.base[key])
+        return self.live[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.base.setdefault(key, self.known.get(key, MISSING))
+        self.live[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self.base.setdefault(key, self.known.get(key, MISSING))
+        self.live.pop(key, None)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.live or (key in self.known and key not in self.base)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([key for key in {**self.known, **self.live} if key in self])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """What each changed key was when first seen, and what it shall be."""
+        pairs = ((key, base, self.live.get(key, MISSING)) for key, base in self.base.items())
+        return {key: (base, mine) for key, base, mine in pairs if base != mine}
+
+    def committed(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """These changes are stored: what is changed from now on is a change of its own."""
+        for key, (_, mine) in changes.items():
+            self.base[key] = copied(mine)
+
+    def forget(self) -> None:
+        self.known, self.base, self.live = {}, {}, {}
+
+
+def shown(value: Any) -> str:
+    """A value as text that is the same in every process."""
+    if type(value) is dict:
+        return "{" + ", ".join(f"{key!r}: {shown(item)}" for key, item in value.items()) + "}"
+    return f"{{{str(sorted(value))[1:-1]}}}" if type(value) is set else repr(value)
+
+
+def copied(value: Any) -> Any:
+    """A copy with nothing in common."""
+    if type(value) is list:
+        return [copied(item) for item in value]
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    return set(value) if type(value) is set else value
+
+
+def worth_keeping(values: Mapping[str, Any]) -> bool:
+    """Whether a session with these values exists."""
+    return any(key != "_permanent" for key in values)
+
+
+# What is known of sessions and requests ----------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Line:
+    """One session, through all its rotations. Times are milliseconds."""
+
+    name: str
+    head: str
+    values: Values
+    shortest: int  # the shortest and the longest idle timeout that were ever asked for
+    longest: int
+    keys: list[str] = field(default_factory=list)
+    used: int = 0  # when the last request that was served without a fault loaded it
+    longest_flight: int = 0  # of a write: from when it was made up to when it landed
+
+
+@dataclass(eq=False)
+class Mirror:
+    """What one request knows of its session, and what it therefore may and must do."""
+
+    name: str
+    browser: str
+    presented: str | None  # the key that belongs to the token it brought
+    state: str = "unopened"  # then "none", "live" or "ended"
+    without: str = "none"  # its state where a load finds nothing
+    key: str | None = None
+    line: Line | None = None
+    view: View = field(default_factory=View)
+    #: counts the times that the session changed its identity under the request
+    epoch: int = 0
+    cleared: bool = False
+    rotation: float | None = None
+    timeouts: set[int] = field(default_factory=set)  # milliseconds
+    #: the update_atomic that is running: key, function, default
+    atomic: tuple[str, Callable[[Any], Any], Any] | None = None
+    atomic_result: Any = MISSING
+    destroying: bool = False
+    ended_itself: bool = False  # and so may have its cookie deleted
+    cookie_due: bool = False
+    made: set[str] = field(default_factory=set)
+    faulted: bool = False
+    crossed: bool = False
+    dropped: bool = False  # said that changes were dropped, because the session had ended
+    unsaved: bool = False  # said that changes were not stored, because the store failed
+    loaded: int = 0  # when it loaded or created its session; milliseconds
+    #: changes that were stored although the answer got lost, and the version they were stored with
+    in_doubt: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    doubtful_version: int = 0
+    lines: list[Line] = field(default_factory=list)
+
+    def become(self, state: str) -> None:
+        """Go on without what was known so far."""
+        self.epoch += self.state != "unopened"
+        self.state, self.key, self.line = state, None, None
+        self.view = View()
+        self.cleared = self.cookie_due = False
+        self.rotation = None
+        self.in_doubt = {}
+        self.timeouts = set()
+
+    def hold(self, line: Line) -> None:
+        """Go on with this session, whose newest state arrived just now."""
+        if line.head != self.key:
+            # A rotation without grace stands; another one is left to the request that was faster.
+            if self.rotation != 0:
+                self.rotation = None
+            self.cookie_due = False
+        self.state, self.key, self.line = "live", line.head, line
+        self.without = "none"
+        self.view.known = line.values
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+class Model:
+    """Keeps its own copy of what is stored, and judges each effect. Times are milliseconds."""
+
+    def __init__(
+        self,
+        *,
+        now: Callable[[], int],
+        decode: Callable[[Record], Values],
+        idle: int,
+        absolute: int,
+        slack: int,
+        policies: Mapping[str, str],
+        default_policy: str,
+        trace: Callable[[str], None] | None,
+    ) -> None:
+        self._now = now
+        self._decode = decode
+        self._idle, self._absolute = idle, absolute
+        self._slack = slack
+        self._policies, self._default_policy = policies, default_policy
+        self.tracing = trace is not None
+        self.trace = trace or (lambda line: None)
+        self.records: dict[str, Record | None] = {}  # None: dead, for ever
+        self.line_of: dict[str, Line] = {}
+        self.lines: list[Line] = []
+
+    # -- looking
+
+    def name(self, key: str | None) -> str:
+        """A short name of a key, for traces."""
+        if key is None:
+            return "nothing"
+        line = self.line_of.get(key)
+        return f"{line.name}.{line.keys.index(key)}" if line else "?"
+
+    def head_of(self, key: str | None) -> Record | None:
+        """The live record that a token with this key leads to now."""
+        for _ in range(MAX_POINTERS):
+            record = self._unexpired(key)
+            if record is None or record.successor is None:
+                return record
+            key = record.successor
+        return None
+
+    def line_behind(self, key: str | None) -> Line | None:
+        """The session that a token with this key leads to now."""
+        head = self.head_of(key)
+        return self.line_of[head.key] if head else None
+
+    def _unexpired(self, key: str | None) -> Record | None:
+        record = self.records.get(key) if key else None
+        if record is None:
+            return None
+        now = self._now()
+        if now < record.idle_expires_at:
+            return record
+        if record.successor is None and now < record.absolute_expires_at:
+            line = self.line_of[record.key]
+            early = line.used + line.shortest - line.longest_flight - now
+            if early > 0:
+                raise Violation(f"{line.name} idled out {early} ms early")
+        return None
+
+    # -- what arrives at a request
+
+    def loaded(self, mirror: Mirror, key: str, record: Record | None) -> None:
+        """The store read `record` under `key` for this request."""
+        self._own(mirror, key, "load")
+        expected = self._unexpired(key)
+        if record == expected:
+            return
+        if expected is None:
+            raise Violation(f"read {self.name(key)}, which had ended or expired")
+        raise Violation(f"read {self.name(key)} as {record}, and {expected} was stored")
+
+    def heard(self, mirror: Mirror, record: Record | None) -> None:
+        """The request got this answer to a load. A foreign record counts as none."""
+        if record is not None and record.successor is not None:
+            return  # it will ask for the successor
+        if mirror.state == "unopened":
+            mirror.loaded = self._now()
+            if record is None:
+                mirror.become(mirror.without)
+            else:
+                mirror.hold(self.line_of[record.key])
+        elif record is None:
+            mirror.without = "ended"
+            mirror.become("ended")
+        else:
+            if mirror.in_doubt and record.version == mirror.doubtful_version:
+                mirror.view.committed(mirror.in_doubt)
+                mirror.in_doubt = {}
+            mirror.hold(self.line_of[record.key])
+
+    # -- what a request does
+
+    def create(self, mirror: Mirror, record: Record, begun: int) -> Callable[[], None]:
+        """A session was stored for the first time. What to do when the answer arrives."""
+        changes = mirror.view.changes()
+        wanted = {key: mine for key, (_, mine) in changes.items() if mine is not MISSING}
+        if mirror.state != "none":
+            raise Violation(f"created, though its session is {mirror.state}")
+        if record.key in self.records:
+            raise Violation("created under a key that was used before")
+        self._check_once(mirror, changes)
+        if not worth_keeping(wanted):
+            raise Violation("created a session that holds nothing")
+        line = Line(f"S{len(self.lines) + 1}", record.key, wanted, self._idle, self._idle)
+        self.lines.append(line)
+        mirror.lines.append(line)
+        if record.absolute_expires_at != begun + self._absolute or record.created_at != begun:
+            raise Violation(f"created with the times of another moment than {begun}: {record}")
+        self._put(mirror, line, record, wanted, begun)
+        mirror.in_doubt = changes
+
+        def arrived() -> None:
+            mirror.hold(line)
+            mirror.view.committed(changes)
+            mirror.in_doubt = {}
+            mirror.loaded = begun
+            mirror.cookie_due = True
+            mirror.made.add(record.key)
+
+        return arrived
+
+    def save(self, mirror: Mirror, record: Record, expected: int, begun: int) -> Callable[[], None]:
+        """A session was replaced. What to do when the answer arrives."""
+        line, wanted, arrived = self._write(mirror, record.key, record, expected)
+        self._put(mirror, line, record, wanted, begun)
+        return arrived
+
+    def replace(
+        self,
+        mirror: Mirror,
+        key: str,
+        record: Record,
+        expected: int,
+        pointer: Record | None,
+        begun: int,
+    ) -> Callable[[], None]:
+        """A session got a new token. What to do when the answer arrives."""
+        grace = mirror.rotation
+        if grace is None:
+            raise Violation("rotated without having been asked to")
+        if record.key in self.records:
+            raise Violation("rotated to a key that was used before")
+        line, wanted, arrived = self._write(mirror, key, record, expected)
+        if grace == 0:
+            if pointer is not None:
+                raise Violation("a rotation without grace left a pointer")
+        elif pointer is None:
+            raise Violation("a rotation with grace left no pointer")
+        else:
+            self._check_pointer(pointer, key, record, begun + int(grace * 1000))
+        self.records[key] = pointer
+        line.head = record.key
+        self._put(mirror, line, record, wanted, begun)
+
+        def rotated() -> None:
+            mirror.key = record.key  # its own rotation is no surprise to it
+            arrived()
+            mirror.rotation = None
+            mirror.cookie_due = True
+            mirror.made.add(record.key)
+
+        return rotated
+
+    def renew(self, mirror: Mirror, record: Record, idle_end: int, done: bool, begun: int) -> None:
+        """A session's idle expiry was moved, or not."""
+        self._own(mirror, record.key, "renew")
+        there = self._unexpired(record.key)
+        right = there is not None and there.version == record.version
+        if done and not right:
+            raise Violation(f"renewed {self.name(record.key)}, which had ended or changed")
+        if right and not done:
+            raise Violation(f"did not renew {self.name(record.key)}, which was as it was loaded")
+        if there is not None and right:
+            later = min(max(idle_end, there.idle_expires_at), there.absolute_expires_at)
+            renewed = there._replace(idle_expires_at=later)
+            self._check_times(mirror, self.line_of[record.key], renewed, there, begun)
+            self.records[record.key] = renewed
+
+    def delete(
+        self, mirror: Mirror, key: str, expected: int | None, done: bool
+    ) -> Callable[[], None]:
+        """A session was ended. What to do when the answer arrives."""
+        self._own(mirror, key, "delete")
+        if not mirror.destroying:
+            if not mirror.cleared or expected is None:
+                raise Violation("deleted without having been asked to")
+            line = self._current(key, expected, "deleted")
+            if worth_keeping(self._merged(mirror, line)):
+                raise Violation("cleared away what another request had stored")
+        there = self.head_of(key) is not None
+        if done != there:
+            raise Violation(f"said {done} of the end of {self.name(key)}; it was {there}")
+        target: str | None = key
+        while target is not None:
+            record = self._unexpired(target)
+            self.records[target] = None
+            target = record.successor if record else None
+
+        def arrived() -> None:
+            if not mirror.destroying:
+                mirror.become("none")
+                mirror.ended_itself = True
+
+        return arrived
+
+    def refused(self, mirror: Mirror, key: str, expected: int | None, error: str) -> None:
+        """The store refused a write with this error."""
+        self._own(mirror, key, "write")
+        record = self._unexpired(key)
+        live = record is not None and record.successor is None
+        right = "Gone" if not live else "Stale" if record.version != expected else None  # type: ignore[union-attr]
+        if error != right:
+            raise Violation(f"the store answered {error} for {self.name(key)}, not {right}")
+
+    # -- rules for writes
+
+    def _own(self, mirror: Mirror, key: str, what: str) -> None:
+        line = self.line_of.get(key)
+        if key != mirror.presented and line not in mirror.lines:
+            theirs = self.line_of.get(mirror.presented or "")
+            if line is None or line is not theirs:
+                raise Violation(f"{what} of {self.name(key)}, which is not its own session")
+
+    def _current(self, key: str, expected: int, what: str) -> Line:
+        record = self._unexpired(key)
+        if record is None:
+            raise Violation(f"{what} {self.name(key)}, which had ended or expired")
+        line = self.line_of[key]
+        if record.successor is not None:
+            raise Violation(f"{what} {self.name(key)}, which was rotated to {self.name(line.head)}")
+        if record.version != expected:
+            raise Violation(f"{what} {self.name(key)} over a newer state: {shown(line.values)}")
+        return line
+
+    def _write(
+        self, mirror: Mirror, key: str, record: Record, expected: int
+    ) -> tuple[Line, Values, Callable[[], None]]:
+        """Check a write that replaces a state; the line, the values, what to do on the answer."""
+        self._own(mirror, key, "write")
+        line = self._current(key, expected, "wrote")
+        if mirror.state != "live":
+            raise Violation(f"wrote {self.name(key)}, though its session is {mirror.state}")
+        old = self.records[key]
+        assert old is not None
+        if (record.created_at, record.absolute_expires_at) != (
+            old.created_at,
+            old.absolute_expires_at,
+        ):
+            raise Violation("a write changed the creation or the absolute expiry")
+        changes = mirror.view.changes()
+        atomic = mirror.atomic
+        if atomic is not None and atomic[0] not in changes:
+            name, function, default = atomic
+            value = function(copied(line.values.get(name, default)))
+            wanted = {**line.values, name: value}
+
+            def arrived() -> None:
+                mirror.hold(line)
+                mirror.view.live[name], mirror.view.base[name] = copied(value), value
+                mirror.atomic_result = value
+        else:
+            wanted = self._merged(mirror, line)
+            mirror.in_doubt, mirror.doubtful_version = changes, record.version
+
+            def arrived() -> None:
+                mirror.hold(line)
+                mirror.view.committed(changes)
+                mirror.in_doubt = {}
+
+        return line, wanted, arrived
+
+    def _merged(self, mirror: Mirror, line: Line) -> Values:
+        """What the changes of a request make of what is stored."""
+        changes = mirror.view.changes()
+        self._check_once(mirror, changes)
+        try:
+            return self.merge(line.values, changes)
+        except Conflict:
+            raise Violation("stored what its policy refuses") from None
+
+    @staticmethod
+    def _check_once(mirror: Mirror, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        for key, change in changes.items():
+            if mirror.in_doubt.get(key) == change:
+                raise Violation(f"stored the change of {key!r} a second time")
+
+    def merge(self, stored: Values, changes: Mapping[str, tuple[Any, Any]]) -> Values:
+        """Changes put onto what is stored. Raises `Conflict`."""
+        merged = dict(stored)
+        for key, (base, mine) in changes.items():
+            theirs = stored.get(key, MISSING)
+            policy = self._policies.get(key, self._default_policy)
+            value = mine
+            if theirs != base and (mine is not MISSING or policy == "reject"):
+                value = RULES[policy](base, theirs, mine)
+            if value is MISSING:
+                merged.pop(key, None)
+            else:
+                merged[key] = value
+        return merged
+
+    def _put(self, mirror: Mirror, line: Line, record: Record, wanted: Values, begun: int) -> None:
+        """Take over what was stored, if it is what it should be."""
+        values = self._decode(record)
+        if values != wanted:
+            raise Violation(f"stored {difference(wanted, values)}")
+        self._check_times(mirror, line, record, self.records.get(record.key), begun)
+        self.records[record.key] = record
+        if record.key not in self.line_of:
+            self.line_of[record.key] = line
+            line.keys.append(record.key)
+        line.values = values
+
+    def _check_times(
+        self, mirror: Mirror, line: Line, record: Record, old: Record | None, begun: int
+    ) -> None:
+        line.shortest = min({line.shortest, *mirror.timeouts})
+        line.longest = max({line.longest, *mirror.timeouts})
+        line.longest_flight = max(line.longest_flight, self._now() - begun)
+        if not record.idle_expires_at <= record.absolute_expires_at:
+            raise Violation("a record would outlive its absolute expiry")
+        latest = begun + line.longest + self._slack
+        if old is not None:
+            latest = max(latest, old.idle_expires_at)
+        if record.idle_expires_at > latest:
+            raise Violation(f"a record would expire {record.idle_expires_at - latest} ms late")
+
+    def _check_pointer(self, pointer: Record, key: str, record: Record, end: int) -> None:
+        if pointer.key != key or pointer.successor != record.key:
+            raise Violation(f"a pointer to somewhere else: {pointer}")
+        if pointer.idle_expires_at != min(end, record.absolute_expires_at):
+            raise Violation("a pointer that does not end with the grace")
+
+    # -- at the end
+
+    def check_end(self, mirror: Mirror, status: int) -> None:
+        """A request was answered: it has done what it was told to, or said that it had not."""
+        if status != 200:
+            return
+        changes = mirror.view.changes()
+        if mirror.state == "live":
+            if changes:
+                raise Violation(f"answered 200, and has not stored {sorted(changes)}")
+            if mirror.rotation is not None:
+                raise Violation(f"answered 200, and has not rotated (grace {mirror.rotation:g})")
+        elif mirror.state == "ended":
+            if changes and not mirror.dropped:
+                raise Violation(f"dropped {sorted(changes)} and did not say so")
+        elif worth_keeping({key: 1 for key, (_, mine) in changes.items() if mine is not MISSING}):
+            raise Violation(f"answered 200, and has stored no session for {sorted(changes)}")
+
+    def check_store(self, stored: Mapping[str, Record]) -> None:
+        """At the end of a schedule: exactly the records that should be there, one line one head."""
+        for key in {**self.records, **stored}:
+            expected = self._unexpired(key)
+            record = stored.get(key)
+            if record is not None and not 0 < record.idle_expires_at <= record.absolute_expires_at:
+                raise Violation(f"{self.name(key)} is stored without a proper expiry")
+            if record is not None and record.idle_expires_at <= self._now():
+                record = None
+            if record != expected:
+                raise Violation(f"{self.name(key)} is stored as {record}, not as {expected}")
+        for line in self.lines:
+            heads = [key for key in line.keys if (r := stored.get(key)) and r.successor is None]
+            if len(heads) > 1:
+                raise Violation(f"{line.name} has {len(heads)} successors")
+
+
+def difference(wanted: Values, found: Values) -> str:
+    """How two states differ, in words."""
+    parts = [
+        f"{key!r} as {shown(found.get(key, MISSING))}, not {shown(wanted.get(key, MISSING))}"
+        for key in sorted(wanted.keys() | found.keys())
+        if wanted.get(key, MISSING) != found.get(key, MISSING)
+    ]
+    return "; ".join(parts)

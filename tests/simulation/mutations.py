@@ -1,0 +1,168 @@
+"""Ways to break the code, each of which the simulation must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from flask_gsession import payload
+from flask_gsession.errors import Gone
+from flask_gsession.keeper import Keeper
+from flask_gsession.lifecycle import Lifecycle
+from flask_gsession.merge import Change, Merger
+from flask_gsession.payload import Body
+from flask_gsession.stores.base import Record
+from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.tracking import TrackedValues
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to break the code: `broken` takes the place of an attribute."""
+
+    name: str
+    owner: Any
+    attribute: str
+    broken: Any
+
+    def apply(self) -> AbstractContextManager[Any]:
+        """Break the code for the length of the context."""
+        return mock.patch.object(self.owner, self.attribute, self.broken)
+
+
+_check = payload._check
+_save = MemoryStore.save
+_keeper_save = Keeper.save
+_apply = Merger.apply
+_catch_up = Lifecycle._catch_up
+_commit = Lifecycle._commit
+
+
+def _expect_any_version(self: MemoryStore, key: str, version: int) -> Record:
+    record = self._unexpired(key)
+    if record is None or record.successor is not None:
+        raise Gone
+    return record
+
+
+def _save_or_create(self: MemoryStore, record: Record, expected_version: int) -> None:
+    try:
+        _save(self, record, expected_version)
+    except Gone:
+        self._records[record.key] = record
+
+
+def _apply_without_deletes(
+    self: Merger, stored: Mapping[str, Any], changes: Mapping[str, Change]
+) -> Any:
+    if any(stored.get(key) != change.base for key, change in changes.items()):
+        changes = {key: change for key, change in changes.items() if change.mine is not None}
+    return _apply(self, stored, changes)
+
+
+def _renew_whatever_is_there(self: MemoryStore, record: Record, idle_expires_at: int) -> bool:
+    there = self._records.get(record.key, record)
+    self._records[record.key] = there._replace(idle_expires_at=idle_expires_at)
+    return True
+
+
+#: The five that were asked for.
+REQUIRED = (
+    Mutation("no version check", MemoryStore, "_expect", _expect_any_version),
+    Mutation("create on save", MemoryStore, "save", _save_or_create),
+    Mutation(
+        "no own-key check", payload, "_check", lambda own, body: bytes(len(_check(own, body)))
+    ),
+    Mutation("merge without deletes", Merger, "apply", _apply_without_deletes),
+    Mutation("late renewal", MemoryStore, "renew", _renew_whatever_is_there),
+)
+
+
+def _create_where_gone(self: Keeper, old: Record, body: Body, **how: Any) -> Record:
+    try:
+        return _keeper_save(self, old, body, **how)
+    except Gone:
+        return self.create(body)[1]
+
+
+def _replace_again(
+    self: MemoryStore, key: str, record: Record, expected_version: int, pointer: Record | None
+) -> None:
+    if self._unexpired(key) is None:
+        raise Gone
+    self._records[record.key] = record
+    if pointer is None:
+        del self._records[key]
+    else:
+        self._records[key] = pointer
+
+
+def _delete_the_pointer_only(
+    self: MemoryStore, key: str, expected_version: int | None = None
+) -> bool:
+    if expected_version is not None:
+        self._expect(key, expected_version)
+    record = self._unexpired(key)
+    self._records.pop(key, None)
+    return record is not None
+
+
+def _lasting_pointer(self: Keeper, old: Record, record: Record, grace: float) -> Record:
+    return old._replace(
+        version=record.version,
+        payload=self._payloads.pack_pointer(old.key, record.key),
+        successor=record.key,
+    )
+
+
+def _leave_rotations_to_others(self: Lifecycle, **how: Any) -> bool:
+    key = self._record.key if self._record else None
+    found = _catch_up(self, **how)
+    if self._record is not None and self._record.key != key:
+        self._rotation = None
+    return found
+
+
+def _commit_in_doubt(self: Lifecycle) -> None:
+    self._in_doubt = None
+    _commit(self)
+
+
+def _follow_and_forget(self: TrackedValues, stored: dict[str, Any]) -> None:
+    for key in self._live.keys() - self._base.keys():
+        del self._live[key]
+    self.stored = stored
+
+
+def _idle_end_alone(self: Keeper, body: Body, absolute: int) -> int:
+    return int(self._clock() * 1000) + self._idle_span(body)[0]
+
+
+def _drop_silently(self: Lifecycle, during: str) -> None:
+    self._forget()
+    self._ended = True
+
+
+def _destroy_the_cookie_only(self: Lifecycle) -> None:
+    self._forget()
+    self._opened = True
+    self._cookie = "delete"
+
+
+FURTHER = (
+    Mutation("a new session where one is gone", Keeper, "save", _create_where_gone),
+    Mutation("two successors", MemoryStore, "replace", _replace_again),
+    Mutation("logout of the pointer only", MemoryStore, "delete", _delete_the_pointer_only),
+    Mutation("pointers that last", Keeper, "_pointer", _lasting_pointer),
+    Mutation("login left to another rotation", Lifecycle, "_catch_up", _leave_rotations_to_others),
+    Mutation("doubtful write repeated", Lifecycle, "_commit", _commit_in_doubt),
+    Mutation("looked-at values forgotten", TrackedValues, "follow", _follow_and_forget),
+    Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
+    Mutation("never renewed", Keeper, "due", lambda *args: None),
+    Mutation("no absolute expiry", Keeper, "_idle_end", _idle_end_alone),
+    Mutation("dropped silently", Lifecycle, "_end", _drop_silently),
+    Mutation("logout of the cookie", Lifecycle, "_destroy", _destroy_the_cookie_only),
+)

@@ -1,0 +1,285 @@
+"""One simulated request: the same operations on the real session and on the model's view of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flask import Response
+from werkzeug.exceptions import HTTPException
+from werkzeug.http import parse_date
+
+from flask_gsession.data import SessionData
+from flask_gsession.errors import SessionConflict, SessionEnded, StoreUnavailable
+from flask_gsession.tokens import session_key
+
+from .audit import FAILED, OK, UNKNOWN, Done, Segment, Visit
+from .model import MISSING, Conflict, Mirror, View, Violation, copied, shown
+from .plan import GRACE, ON_MAPPINGS, PERMANENT, Held, Op, RequestPlan
+from .scheduler import VirtualClock
+from .site import Site, running
+
+
+class Serving:
+    """One request through `open_session`, a view and `save_session`."""
+
+    def __init__(
+        self,
+        site: Site,
+        clock: VirtualClock,
+        plan: RequestPlan,
+        visit: Visit,
+        cookie: str | None,
+    ) -> None:
+        self.site, self.clock, self.plan, self.visit = site, clock, plan, visit
+        self.model = site.store.model
+        visit.token = cookie.rpartition(".")[0] if cookie else None
+        key = session_key(visit.token) if visit.token else None
+        mirror = Mirror(plan.name, plan.browser, key)
+        if key is None:
+            mirror.state = "none"
+        self.mirror = mirror
+        request = running()
+        request.mirror, request.visit = mirror, visit
+        self.session: SessionData = site.open(cookie)
+        self.segment = Segment()
+        # What the view keeps in variables: of the real session's values, and of the model's.
+        self.held: Held = {}
+        self.held_by_model: Held = {}
+        self.model.trace(f"{plan.name:4} starts with {self.model.name(key)}")
+
+    def serve(self) -> Response:
+        """Run the view and save; the response."""
+        app, mirror = self.site.app, self.mirror
+        response = app.response_class()
+        response.status_code = self._view()
+        self.site.interface.save_session(app, self.session, response)
+        status = response.status_code
+        self.model.trace(f"{self.plan.name:4} answers {status}")
+        self._check_status(status)
+        self._check_cookie(response)
+        if not mirror.unsaved:
+            self.model.check_end(mirror, status)
+        served = status == 200 and not (mirror.faulted or mirror.dropped)
+        if served and mirror.line is not None and self.model.head_of(mirror.key) is not None:
+            mirror.line.used = max(mirror.line.used, mirror.loaded)
+        return response
+
+    def leave(self) -> None:
+        """The request is over, well or not."""
+        if self.segment.line is None and self.mirror.lines:
+            self.segment.line = self.mirror.lines[-1]
+
+    def _view(self) -> int:
+        for op in self.plan.ops:
+            failed = self._do(op)
+            if failed is not None and not self.plan.tolerant:
+                return failed
+        return 200
+
+    def _do(self, op: Op) -> int | None:
+        """Do one operation and note what came of it; the status where it failed."""
+        mirror, visit = self.mirror, self.visit
+        epoch = mirror.epoch
+        done = Done(op, self.segment)
+        visit.done.append(done)
+        failed: int | None = None
+        try:
+            done.result = self._operate(op)
+            done.outcome = "pending"
+        except HTTPException as error:
+            self._check_refusal(error)
+            unsure = isinstance(error, StoreUnavailable) and op.kind == "atomic"
+            done.outcome = UNKNOWN if unsure else FAILED
+            failed = error.code
+        if self.model.tracing:
+            self.model.trace(f"{self.plan.name:4} {op}: {failed or shown(done.result)}")
+        if mirror.epoch != epoch:
+            self.held.clear()
+            self.held_by_model.clear()
+            self.segment = Segment()
+        done.segment, done.at = self.segment, visit.tick()
+        done.on_live = mirror.state == "live"
+        if mirror.line is not None:
+            self.segment.line = mirror.line
+        if failed is None:
+            if op.kind == "destroy" or (op.kind == "atomic" and done.on_live):
+                done.outcome = OK
+            if op.kind in ("destroy", "reload"):
+                visit.discard_pending()
+            if visit.found is None and op.kind not in ("destroy", "think"):
+                visit.found = not self.session.new
+        return failed
+
+    # -- operations
+
+    def _operate(self, op: Op) -> Any:
+        on_mapping = ON_MAPPINGS.get(op.kind)
+        if on_mapping is None:
+            operate: Callable[[Op], Any] = getattr(self, f"_{op.kind}")
+            return operate(op)
+        result = on_mapping(self.session, self.held, op)
+        expected = on_mapping(self.mirror.view, self.held_by_model, op)
+        if result != expected:
+            raise Violation(f"{op} gave {shown(result)}, not {shown(expected)}")
+        if op.kind == "permanent":
+            self.mirror.timeouts.add(PERMANENT * 1000)
+        return copied(result)
+
+    def _atomic(self, op: Op) -> Any:
+        mirror, key = self.mirror, op.argument
+        function, default = _ATOMIC[key](op.tag)
+        mirror.atomic, mirror.atomic_result = (key, function, default), MISSING
+        try:
+            result = self.session.update_atomic(key, function, default)
+            expected = mirror.atomic_result
+            if expected is MISSING:
+                if mirror.state != "none":
+                    raise Violation(f"{op} stored nothing")
+                expected = mirror.view[key] = function(copied(mirror.view.get(key, default)))
+        finally:
+            mirror.atomic = None
+        if result != expected:
+            raise Violation(f"{op} gave {shown(result)}, not {shown(expected)}")
+        # What the view got from the session under this key before is no part of it any more.
+        self.held.pop(key, None)
+        self.held_by_model.pop(key, None)
+        return copied(result)
+
+    def _clear(self, op: Op) -> None:
+        self.session.clear()
+        for key in list(self.mirror.view):
+            del self.mirror.view[key]
+        self.mirror.cleared = True
+        self.held.clear()
+        self.held_by_model.clear()
+
+    def _rotate(self, op: Op) -> None:
+        self.session.rotate(op.argument)
+        mirror = self.mirror
+        if mirror.state == "live":
+            grace = GRACE if op.argument is None else op.argument
+            mirror.rotation = grace if mirror.rotation is None else min(mirror.rotation, grace)
+
+    def _destroy(self, op: Op) -> None:
+        mirror = self.mirror
+        mirror.destroying, key = True, mirror.key
+        try:
+            self.session.destroy()
+        finally:
+            mirror.destroying = False
+        for dead in (key, mirror.presented):
+            if self.model.head_of(dead) is not None:
+                raise Violation("destroyed its session, and it is alive")
+        mirror.without = "none"
+        mirror.become("none")
+        mirror.epoch += 1
+        mirror.ended_itself = True
+
+    def _reload(self, op: Op) -> None:
+        mirror = self.mirror
+        if mirror.state == "live":
+            self.session.reload()
+            if mirror.line is not None:
+                mirror.view = View()
+                mirror.view.known = mirror.line.values
+            mirror.cleared, mirror.rotation = False, None
+            mirror.timeouts, mirror.in_doubt = set(), {}
+        elif mirror.ended_itself and mirror.presented:
+            self.session.reload()
+            mirror.view = View()
+        else:
+            mirror.become("unopened" if mirror.presented else "none")
+            self.session.reload()
+        mirror.epoch += 1
+
+    def _lifetime(self, op: Op) -> None:
+        self.session.set_lifetime(op.argument)
+        self.mirror.timeouts.add(op.argument * 1000)
+
+    def _force(self, op: Op) -> None:
+        self.session.modified = True
+
+    def _think(self, op: Op) -> None:
+        running().pause("think")
+
+    # -- what a request may be told
+
+    def _check_refusal(self, error: HTTPException) -> None:
+        """Whether a request may fail in this way now."""
+        mirror = self.mirror
+        if isinstance(error, StoreUnavailable):
+            right = mirror.faulted
+        elif isinstance(error, SessionEnded):
+            right = mirror.state == "ended"
+        elif isinstance(error, SessionConflict):
+            right = self._in_conflict()
+        else:
+            right = False
+        if not right:
+            raise Violation(f"was refused without a reason: {error!r}")
+
+    def _in_conflict(self) -> bool:
+        view = self.mirror.view
+        try:
+            self.model.merge(view.known, view.changes())
+        except Conflict:
+            return True
+        return False
+
+    def _check_status(self, status: int) -> None:
+        """Whether the response may have this status."""
+        mirror = self.mirror
+        refused = any(done.outcome != "pending" for done in self.visit.done)
+        right = (
+            status == 200
+            or (status == 503 and mirror.faulted)
+            or (status == 409 and (refused or self._in_conflict()))
+        )
+        if not right:
+            raise Violation(f"was answered {status} without a reason")
+
+    def _check_cookie(self, response: Response) -> None:
+        """Whether the response sets the cookie that it should, and no other."""
+        mirror = self.mirror
+        sent = sent_cookie(response)
+        if sent is None:
+            if mirror.cookie_due:
+                raise Violation("was not told its new token")
+            return
+        cookie = sent[0]
+        if cookie is None:
+            if not (mirror.ended_itself or (mirror.cleared and mirror.state != "live")):
+                raise Violation("was told to forget its token")
+            return
+        key = session_key(cookie.rpartition(".")[0])
+        if mirror.state != "live" or key != mirror.key:
+            raise Violation("was given a token that is not of its session")
+        if key != mirror.presented and key not in mirror.made:
+            raise Violation("was given the token of another request")
+
+
+#: By key: the function of an update_atomic for a tag, and its default.
+_ATOMIC: dict[str, Callable[[str], tuple[Callable[[Any], Any], Any]]] = {
+    "atoms": lambda tag: (lambda count: count + 1, 0),
+    "hits": lambda tag: (lambda count: count + 1, 0),
+    "log": lambda tag: (lambda log: [*log, tag], []),
+    "a": lambda tag: (lambda before: tag, None),
+}
+
+
+def sent_cookie(response: Response) -> tuple[str | None, int | None] | None:
+    """The cookie that a response sets (None: deletes), and when it expires (milliseconds)."""
+    header = response.headers.get("Set-Cookie")
+    if header is None:
+        return None
+    pair, *attributes = header.split("; ")
+    if "Max-Age=0" in attributes:
+        return None, None
+    expires = None
+    for attribute in attributes:
+        if attribute.startswith("Expires="):
+            date = parse_date(attribute[8:])
+            assert date is not None
+            expires = int(date.timestamp() * 1000)
+    return pair.partition("=")[2], expires

@@ -1,0 +1,779 @@
+"""Settings: a wrong one stops the app at `init_app` and says what is allowed; no secret shows."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import secrets
+import subprocess
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, session
+
+from flask_gsession import Session, SettingError
+from flask_gsession.config import _CHECKS, Settings, read_settings
+from flask_gsession.merge import POLICIES
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.mongodb import MongoDBStore
+from flask_gsession.stores.redis import RedisStore
+from flask_gsession.stores.sqlite import SQLiteStore
+from flask_gsession.tokens import TokenSigner, new_token
+from tests.servers import mongo_server, redis_server
+
+DAY = 86400.0
+PASSWORD = "geheim-4711"
+
+
+def an_app(**config: Any) -> Flask:
+    app = Flask(__name__)
+    app.config.update({"SECRET_KEY": "a key", "SESSION_STORE": "memory://", **config})
+    return app
+
+
+def settings_of(**config: Any) -> Settings:
+    return read_settings(an_app(**config), {})
+
+
+def merge_function(base: Any, theirs: Any, mine: Any) -> Any:
+    return mine
+
+
+# What each setting takes ---------------------------------------------------------------------
+
+RIGHT: dict[str, list[tuple[Any, Any]]] = {
+    "SESSION_STORE": [(None, None), ("memory://", "memory://")],
+    "SESSION_COOKIE_NAME": [
+        ("session", "session"),
+        ("a.b-c_d~", "a.b-c_d~"),
+        ("x" * 200, "x" * 200),
+    ],
+    "SESSION_KEY_PREFIX": [("", ""), ("shop:", "shop:"), ("a b", "a b"), ("x" * 200, "x" * 200)],
+    "SESSION_ID_LENGTH": [(16, 16), (64, 64)],
+    "SESSION_TOKEN_FACTORY": [(None, None), (new_token, new_token)],
+    "SESSION_TOKEN_HEADER": [(None, None), ("X-Session", "X-Session")],
+    "SESSION_IDLE_TIMEOUT": [(1, 1.0), (0.5 + 1, 1.5), (timedelta(hours=2), 7200.0)],
+    "SESSION_ABSOLUTE_TIMEOUT": [(3600, 3600.0), (timedelta(days=366), 366 * DAY)],
+    "PERMANENT_SESSION_LIFETIME": [(60, 60.0), (timedelta(days=1), DAY)],
+    "SESSION_RENEW_INTERVAL": [(None, None), (0, 0.0), (DAY, DAY), (timedelta(minutes=1), 60.0)],
+    "SESSION_ROTATION_GRACE": [(0, 0.0), (3600, 3600.0)],
+    "SESSION_STORE_TIMEOUT": [(0.01, 0.01), (60, 60.0), (timedelta(seconds=2), 2.0)],
+    "SESSION_POOL_MAX": [(1, 1), (10_000, 10_000)],
+    "SESSION_ON_STORE_ERROR": [("fail", "fail"), ("keep-response", "keep-response")],
+    "SESSION_MAX_BYTES": [(256, 256), (15 * 1024 * 1024, 15 * 1024 * 1024)],
+    "SESSION_MAX_KEYS": [(1, 1), (1_000_000, 1_000_000)],
+    "SESSION_MAX_DEPTH": [(1, 1), (200, 200)],
+    "SESSION_ENCRYPTION_KEYS": [(None, ()), ([], ()), ([b"k" * 32], (b"k" * 32,))],
+    "SESSION_CONFLICT": [("last", POLICIES["last"]), ("reject", POLICIES["reject"])],
+    "SESSION_MERGE_POLICIES": [
+        ({}, {}),
+        *(({"key": name}, {"key": policy}) for name, policy in POLICIES.items()),
+        ({"key": merge_function}, {"key": merge_function}),
+    ],
+    "SESSION_DEBUG": [(True, True), (False, False), (None, False)],
+}
+
+NO_DURATION = ["60", "", b"60", True, [60], {}, Decimal(60), float("nan"), float("inf"), -1]
+NO_COUNT = ["10", 10.0, True, None, [10], -1, 0, 10**12, float("nan"), timedelta(1)]
+NO_TEXT = [7, True, b"bytes", ["text"]]
+
+WRONG: dict[str, list[Any]] = {
+    "SESSION_STORE": [
+        7,
+        True,
+        b"memory://",
+        ["memory://"],
+        {},
+        Path("a"),
+        object(),
+        MemoryStore,
+        "",
+    ],
+    "SESSION_COOKIE_NAME": [*NO_TEXT, None, "", "a b", "a=b", "a;b", "a\n", "ä", "x" * 201, "a,b"],
+    "SESSION_KEY_PREFIX": [*NO_TEXT, None, "{a}", "a*", "a?", "[a]", "a\n", "a\0", "ä", "x" * 201],
+    "SESSION_ID_LENGTH": [*NO_COUNT, 15, 65],
+    "SESSION_TOKEN_FACTORY": ["uuid4", 7, True, []],
+    "SESSION_TOKEN_HEADER": [*NO_TEXT, "", "X Session", "X:", "X\r\nEvil", "ä", "x" * 101],
+    "SESSION_IDLE_TIMEOUT": [*NO_DURATION, None, 0, 0.9, 10**12, timedelta(0), timedelta(-1)],
+    "SESSION_ABSOLUTE_TIMEOUT": [*NO_DURATION, None, 0, 10**12, timedelta.max],
+    "PERMANENT_SESSION_LIFETIME": [*NO_DURATION, None, 0, 10**12, timedelta.max],
+    "SESSION_RENEW_INTERVAL": [*NO_DURATION, DAY + 1],
+    "SESSION_ROTATION_GRACE": [*NO_DURATION, None, 3601, timedelta(hours=2)],
+    "SESSION_STORE_TIMEOUT": [*NO_DURATION, None, 0, 0.001, 61],
+    "SESSION_POOL_MAX": [*NO_COUNT, 10_001],
+    "SESSION_ON_STORE_ERROR": ["ignore", "", None, True, 1, ["fail"], {}],
+    "SESSION_MAX_BYTES": [*NO_COUNT, 255, 15 * 1024 * 1024 + 1],
+    "SESSION_MAX_KEYS": [*NO_COUNT, 1_000_001],
+    "SESSION_MAX_DEPTH": [*NO_COUNT, 201],
+    "SESSION_ENCRYPTION_KEYS": [
+        "",
+        "plain",
+        ["plain"],
+        ["plain", b"k" * 32],
+        [b"k" * 31],
+        [b"k" * 33],
+        [b"k" * 32, None],
+        [b"k" * 32, "plain", "plain"],
+        ["k" * 32],
+        ["*" * 43],
+        ["ä" * 43],
+        [secrets.token_hex(32)],
+        [bytearray(32)],
+        {"key": b"k" * 32},
+        7,
+        True,
+    ],
+    "SESSION_CONFLICT": ["merge", "", "LAST", None, True, 0, ["last"], merge_function],
+    "SESSION_MERGE_POLICIES": [
+        None,
+        "counter",
+        ["counter"],
+        {"key": "sum"},
+        {"key": None},
+        {"key": ["counter"]},
+        {7: "counter"},
+        {b"key": "counter"},
+    ],
+    "SESSION_DEBUG": ["yes", "", 1, 0, []],
+}
+
+SECRET = ("SESSION_STORE", "SESSION_ENCRYPTION_KEYS")
+FIELDS = {key: name for name, (key, _) in _CHECKS.items()}
+
+
+def cases(table: dict[str, list[Any]]) -> list[Any]:
+    """One test case for each entry of a table."""
+    return [
+        pytest.param(key, entry, id=f"{key}-{number}")
+        for key, entries in table.items()
+        for number, entry in enumerate(entries)
+    ]
+
+
+def test_every_setting_is_in_these_tables() -> None:
+    assert set(RIGHT) == set(WRONG) == set(FIELDS)
+
+
+@pytest.mark.parametrize(("key", "entry"), cases(RIGHT))
+def test_right_values_are_taken(key: str, entry: tuple[Any, Any]) -> None:
+    value, expected = entry
+    taken = getattr(settings_of(**{key: value}), FIELDS[key])
+    assert taken == expected
+    assert type(taken) is type(expected) or key == "SESSION_MERGE_POLICIES"
+    if not (key == "SESSION_DEBUG" and value is None):  # None only in app.config
+        assert getattr(read_settings(an_app(), {FIELDS[key]: value}), FIELDS[key]) == expected
+
+
+@pytest.mark.parametrize(("key", "value"), cases(WRONG))
+@pytest.mark.parametrize("by_keyword", [False, True], ids=["config", "keyword"])
+def test_wrong_values_stop_the_app(key: str, value: Any, by_keyword: bool) -> None:
+    app = an_app(**({} if by_keyword else {key: value}))
+    before = app.session_interface
+    with pytest.raises(SettingError) as error:
+        Session(app, **({FIELDS[key]: value} if by_keyword else {}))
+    message = str(error.value)
+    assert message.startswith(f"{key} is ")
+    assert "allowed" in message
+    shown = repr(value)[:80]
+    if key not in SECRET:
+        assert message.startswith(f"{key} is {shown}; allowed: ")
+    elif len(shown) > 6:
+        assert shown not in message
+    assert len(message) < 400
+    assert app.session_interface is before
+    assert not app.extensions.get("gsession")
+
+
+def test_the_defaults_are_what_the_documentation_says() -> None:
+    assert read_settings(Flask(__name__), {}) == Settings(
+        store=None,
+        cookie_name="session",
+        key_prefix="gsession:",
+        id_length=32,
+        token_factory=None,
+        token_header=None,
+        idle_timeout=7200,
+        absolute_timeout=31 * DAY,
+        permanent_lifetime=31 * DAY,
+        renew_interval=None,
+        rotation_grace=10,
+        store_timeout=1,
+        pool_max=100,
+        on_store_error="fail",
+        max_bytes=1024 * 1024,
+        max_keys=1000,
+        max_depth=64,
+        encryption_keys=(),
+        read_plain=False,
+        conflict=POLICIES["last"],
+        merge_policies={},
+        debug=False,
+    )
+
+
+def test_the_renew_interval_follows_the_idle_timeout() -> None:
+    default = settings_of()
+    assert [default.renew_interval_for(idle) for idle in (10, 100, 1200, 7200)] == [0.5, 5, 60, 60]
+    chosen = settings_of(SESSION_RENEW_INTERVAL=300)
+    assert [chosen.renew_interval_for(idle) for idle in (10, 300, 7200)] == [10, 300, 300]
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    policies = {"hits": "counter"}
+    settings = settings_of(SESSION_MERGE_POLICIES=policies)
+    policies["other"] = "set"
+    assert set(settings.merge_policies) == {"hits"}
+    with pytest.raises(AttributeError):
+        settings.idle_timeout = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        settings.merge_policies["other"] = merge_function  # type: ignore[index]
+
+
+def test_keywords_go_before_the_configuration() -> None:
+    app = an_app(SESSION_IDLE_TIMEOUT=100, SESSION_MAX_KEYS=7)
+    settings = read_settings(app, {"idle_timeout": 200})
+    assert settings.idle_timeout == 200
+    assert settings.max_keys == 7
+    # The configuration is not even looked at: it may be meant for another Session.
+    app.config["SESSION_IDLE_TIMEOUT"] = "wrong"
+    assert read_settings(app, {"idle_timeout": 200}).idle_timeout == 200
+    # None and False are values, not "unset".
+    app = an_app(SESSION_TOKEN_HEADER="X-Session", SESSION_DEBUG=True, SESSION_ROTATION_GRACE=5)
+    settings = read_settings(app, {"token_header": None, "debug": False, "rotation_grace": 0})
+    assert settings.token_header is None
+    assert settings.debug is False
+    assert settings.rotation_grace == 0
+
+
+@pytest.mark.parametrize(
+    ("keyword", "hint"),
+    [("idle_timout", "did you mean idle_timeout?"), ("stores", "did you mean store?"), ("xyz", "")],
+)
+def test_an_unknown_keyword_is_refused(keyword: str, hint: str) -> None:
+    with pytest.raises(SettingError, match=f"unknown setting '{keyword}'") as error:
+        Session(an_app(), **{keyword: 1})
+    assert str(error.value).endswith(hint or "'xyz'")
+
+
+def test_debug_follows_the_application() -> None:
+    for debug in (True, False):
+        app = an_app()
+        app.debug = debug
+        assert read_settings(app, {}).debug is debug
+        assert read_settings(app, {"debug": not debug}).debug is not debug
+    app.config["SESSION_DEBUG"] = True
+    assert read_settings(app, {}).debug is True
+
+
+def test_all_settings_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = secrets.token_urlsafe(32)
+    for name, value in {
+        "STORE": "memory://",
+        "COOKIE_NAME": "sid",
+        "KEY_PREFIX": "shop:",
+        "ID_LENGTH": "24",
+        "TOKEN_HEADER": "X-Session",
+        "IDLE_TIMEOUT": "600",
+        "ABSOLUTE_TIMEOUT": "86400",
+        "RENEW_INTERVAL": "null",
+        "ROTATION_GRACE": "2.5",
+        "STORE_TIMEOUT": "0.5",
+        "POOL_MAX": "7",
+        "ON_STORE_ERROR": "keep-response",
+        "MAX_BYTES": "4096",
+        "MAX_KEYS": "10",
+        "MAX_DEPTH": "5",
+        "ENCRYPTION_KEYS": f'["{key}", "plain"]',
+        "CONFLICT": "reject",
+        "MERGE_POLICIES__hits": "counter",
+        "MERGE_POLICIES__tags": "set",
+        "DEBUG": "true",
+    }.items():
+        monkeypatch.setenv(f"FLASK_SESSION_{name}", value)
+    monkeypatch.setenv("FLASK_PERMANENT_SESSION_LIFETIME", "1200")
+    app = Flask(__name__)
+    app.config.from_prefixed_env()
+    assert read_settings(app, {}) == Settings(
+        store="memory://",
+        cookie_name="sid",
+        key_prefix="shop:",
+        id_length=24,
+        token_header="X-Session",
+        idle_timeout=600,
+        absolute_timeout=86400,
+        permanent_lifetime=1200,
+        renew_interval=None,
+        rotation_grace=2.5,
+        store_timeout=0.5,
+        pool_max=7,
+        on_store_error="keep-response",
+        max_bytes=4096,
+        max_keys=10,
+        max_depth=5,
+        encryption_keys=(base64.urlsafe_b64decode(key + "="),),
+        read_plain=True,
+        conflict=POLICIES["reject"],
+        merge_policies={"hits": POLICIES["counter"], "tags": POLICIES["set"]},
+        debug=True,
+    )
+
+
+# Encryption keys -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "read_plain"),
+    [
+        ([b"a" * 32, b"b" * 32], (b"a" * 32, b"b" * 32), False),
+        ((b"a" * 32,), (b"a" * 32,), False),
+        (b"a" * 32, (b"a" * 32,), False),
+        ("YWFh" * 10 + "YWE", (b"a" * 32,), False),
+        (["YWFh" * 10 + "YWE="], (b"a" * 32,), False),
+        (["_-_-" * 10 + "_-8"], (base64.urlsafe_b64decode("_-_-" * 10 + "_-8="),), False),
+        ([b"a" * 32, "plain"], (b"a" * 32,), True),
+        ((b"a" * 32, b"b" * 32, "plain"), (b"a" * 32, b"b" * 32), True),
+    ],
+)
+def test_encryption_keys_of_every_form(
+    value: Any, keys: tuple[bytes, ...], read_plain: bool
+) -> None:
+    settings = settings_of(SESSION_ENCRYPTION_KEYS=value)
+    assert settings.encryption_keys == keys
+    assert settings.read_plain is read_plain
+
+
+@pytest.mark.parametrize("wrap", [lambda key: key, lambda key: [key], lambda key: [b"k" * 32, key]])
+@pytest.mark.parametrize("key", [PASSWORD, PASSWORD.encode(), f"{PASSWORD * 4}="])
+def test_an_encryption_key_is_never_shown(wrap: Any, key: Any) -> None:
+    with pytest.raises(SettingError) as error:
+        Session(an_app(SESSION_ENCRYPTION_KEYS=wrap(key)))
+    assert PASSWORD not in "".join(traceback.format_exception(error.value))
+    right = an_app(SESSION_ENCRYPTION_KEYS=[f"{PASSWORD:A<42}A".replace("-", "_")])
+    ext = Session(right)
+    settings = read_settings(right, {})
+    for shown in (settings, ext, right.extensions, right.session_interface.keeper):
+        assert "geheim" not in f"{shown!r} {shown!s}"
+
+
+# The store's URL -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("memory://", MemoryStore),
+        ("memory:", MemoryStore),
+        ("sqlite:///sessions.sqlite3", SQLiteStore),
+        ("sqlite:////tmp/sessions.sqlite3", SQLiteStore),
+        ("SQLite:///sessions.sqlite3", SQLiteStore),
+        ("redis://localhost:6379/0", RedisStore),
+        ("redis://localhost", RedisStore),
+        ("redis://", RedisStore),
+        ("rediss://user:password@redis.example:6380/2", RedisStore),
+        ("redis://localhost/?db=2&socket_keepalive=yes", RedisStore),
+        ("unix:///run/redis.sock?db=1", RedisStore),
+        ("unix://user:password@/run/redis.sock", RedisStore),
+        ("mongodb://localhost", MongoDBStore),
+        ("mongodb://user:p%40ss@a.example:27017,b.example/shop?replicaSet=x", MongoDBStore),
+        ("mongodb+srv://user:password@cluster.example.net/shop", MongoDBStore),
+    ],
+)
+def test_urls_of_every_kind_open_no_connection(url: str, kind: type) -> None:
+    store, ours = open_store(url, StoreOptions())
+    assert type(store) is kind
+    assert ours
+    assert "password" not in repr(store)
+    store.close()
+
+
+def test_a_relative_sqlite_path_is_in_the_instance_folder(tmp_path: Path) -> None:
+    def path_of(url: str) -> Path:
+        store, _ = open_store(url, StoreOptions(), str(tmp_path))
+        assert isinstance(store, SQLiteStore)
+        return store.path
+
+    assert path_of("sqlite:///a/b.sqlite3") == tmp_path / "a" / "b.sqlite3"
+    assert path_of("sqlite:////elsewhere/b.sqlite3") == Path("/elsewhere/b.sqlite3")
+    assert path_of("sqlite:///with%20space.db") == tmp_path / "with space.db"
+
+
+BAD_URLS = [
+    "",
+    " ",
+    "redis",
+    "localhost:6379",
+    "localhost",
+    "/run/redis.sock",
+    "http://localhost",
+    "postgresql://localhost",
+    "redis:/localhost",
+    "redis:localhost",
+    " redis://localhost",
+    "://localhost",
+    "redis://localhost:port/0",
+    "redis://localhost:99999/0",
+    "redis://[::1/0",
+    "redis://localhost/zero",
+    "redis://localhost/0?db=zero",
+    "redis://localhost/0?unknown_option=1",
+    "redis://localhost/0?socket_timeout=soon",
+    "unix://",
+    "unix://?db=1",
+    "unix:///run/redis.sock?unknown_option=1",
+    "mongodb://",
+    "mongodb:///shop",
+    "mongodb://localhost:port",
+    "mongodb://localhost:99999",
+    "mongodb://[::1",
+    "mongodb://localhost/?unknownOption=1",
+    "mongodb://localhost/?timeoutMS=soon",
+    "mongodb://localhost/sh op",
+    "mongodb+srv://",
+    "mongodb+srv://cluster.example.net:27017",
+    "mongodb+srv://a.example.net,b.example.net",
+    "sqlite:",
+    "sqlite://",
+    "sqlite:///",
+    "sqlite:////",
+    "sqlite:sessions.db",
+    "sqlite:/sessions.db",
+    "sqlite://host/sessions.db",
+    "sqlite://[::1/sessions.db",
+    "sqlite:///sessions.db?mode=ro",
+    "sqlite:///sessions.db#a",
+    "sqlite:///a%00b",
+    "memory://somewhere",
+    "memory:///",
+]
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_a_bad_url_stops_the_app(url: str) -> None:
+    app = an_app(SESSION_STORE=url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a driver's own, which not everybody turns into errors
+        with pytest.raises(SettingError, match="^SESSION_STORE") as error:
+            Session(app)
+    assert len(url) < 12 or url not in str(error.value)
+    assert "gsession" not in app.extensions or not app.extensions["gsession"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://ada:{}@localhost:port/0",
+        "redis://:{}@[::1/0",
+        "redis://ada:{}@localhost/0?db=zero",
+        "redis://ada:{}@host\u2100/0",  # urllib would show it in its complaint
+        "sqlite://ada:{}@host\u2100/path",
+        "redis://localhost/0?db=zero&password={}",
+        "rediss://ada:{}@localhost:99999",
+        "unix://ada:{}@?db=1",
+        "mongodb://ada:{}@localhost:port",
+        "mongodb://ada:{}@@localhost",
+        "mongodb://ada:{}/x@localhost",
+        "mongodb://ada:{}@localhost/?authMechanism=none",
+        "mongodb+srv://ada:{}@cluster.example.net:27017",
+        "sqlite://ada:{}@host/path",
+        "memory://ada:{}@host",
+        "postgresql://ada:{}@localhost",
+        "ada:{}@localhost",
+        "{}",
+        "{}:secret",
+        "//ada:{}@localhost",
+    ],
+)
+def test_a_password_in_a_bad_url_is_never_shown(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(SettingError) as error:
+            Session(an_app(SESSION_STORE=url.format(PASSWORD)))
+    assert PASSWORD not in "".join(traceback.format_exception(error.value))
+    assert PASSWORD not in caplog.text
+    assert not [warning for warning in warned if PASSWORD in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://ada:{PASSWORD}@127.0.0.1:1/0",
+        f"mongodb://ada:{PASSWORD}@127.0.0.1:1/shop",
+        f"unix://ada:{PASSWORD}@/nowhere/redis.sock",
+        "redis server that knows no such user",
+        "mongodb server that knows no such user",
+    ],
+)
+def test_a_password_is_never_shown_when_the_store_fails(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    if "server" in url:
+        server = redis_server() if url.startswith("redis") else mongo_server()
+        scheme, _, rest = server.url.partition("://")
+        url = f"{scheme}://ada:{PASSWORD}@{rest.rpartition('@')[2]}"
+    app = an_app()
+    ext = Session(app, store=url, store_timeout=0.3)
+
+    @app.get("/")
+    def view() -> str:
+        session["a"] = 1
+        return "stored"
+
+    response = app.test_client().get("/")
+    assert response.status_code == 503
+    assert PASSWORD not in response.get_data(as_text=True) + caplog.text
+    assert "flask_gsession" in caplog.text
+    assert PASSWORD not in repr(ext) + repr(app.extensions) + repr(ext.store(app))
+    ext.close(app)
+
+
+@pytest.mark.parametrize(
+    "source", [7, b"redis://", Path("a"), object(), MemoryStore, {"load": 1}, type, sys], ids=repr
+)
+def test_something_that_is_no_store_is_refused_by_its_type(source: Any) -> None:
+    with pytest.raises(SettingError, match=f"SESSION_STORE is a {type(source).__qualname__}"):
+        Session(an_app(), store=source)
+
+
+def test_an_object_with_all_verbs_but_one_is_no_store() -> None:
+    store = MemoryStore()
+
+    class NearlyAStore:
+        create, load, save, renew, replace, close = (
+            store.create,
+            store.load,
+            store.save,
+            store.renew,
+            store.replace,
+            store.close,
+        )
+
+    with pytest.raises(SettingError, match="NearlyAStore"):
+        Session(an_app(), store=NearlyAStore())
+    NearlyAStore.delete = store.delete  # type: ignore[attr-defined]
+    Session(an_app(), store=NearlyAStore())
+
+
+BLOCKED = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("redis", "pymongo", "bson", "cryptography"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+
+from flask import Flask, session
+from flask_gsession import Session, SettingError
+
+def attempt(**settings):
+    app = Flask("app", instance_path=sys.argv[1])
+    app.secret_key = "a key for tests"
+    Session(app, **settings)
+    app.add_url_rule("/", view_func=lambda: session.setdefault("user", "ada"))
+    return app.test_client().get("/").get_data(as_text=True)
+
+for settings in (
+    dict(store="redis://localhost"),
+    dict(store="rediss://ada:geheim@localhost"),
+    dict(store="unix:///run/redis.sock"),
+    dict(store="mongodb://localhost"),
+    dict(store="mongodb+srv://ada:geheim@cluster.example.net"),
+    dict(store="memory://", encryption_keys=[b"k" * 32]),
+    dict(store="memory://"),
+    dict(),
+):
+    try:
+        print(attempt(**settings))
+    except SettingError as error:
+        print(error)
+"""
+
+
+def test_a_missing_driver_is_named_with_its_extra(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", BLOCKED, tmp_path],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    lines = run.stdout.splitlines()
+    for line, scheme in zip(lines[:3], ("redis", "rediss", "unix"), strict=True):
+        assert line == (
+            f"SESSION_STORE is a {scheme} URL, and its driver is not installed (redis): "
+            "pip install 'flask-gsession[redis]'"
+        )
+    for line in lines[3:5]:
+        assert line.startswith("SESSION_STORE is a mongodb")
+        assert line.endswith("pip install 'flask-gsession[mongodb]'")
+    assert lines[5].startswith("SESSION_ENCRYPTION_KEYS")
+    assert lines[5].endswith("pip install 'flask-gsession[encryption]'")
+    assert lines[6:] == ["ada", "ada"]
+    assert "geheim" not in run.stdout + run.stderr
+
+
+# Keys that are not ours, or nearly -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("SESSION_IDLE_TIMOUT", "did you mean SESSION_IDLE_TIMEOUT?"),
+        ("SESSION_STORES", "did you mean SESSION_STORE?"),
+        ("SESSION_ENCRYPTION_KEY", "did you mean SESSION_ENCRYPTION_KEYS?"),
+        ("SESSION_COOKIE_SAMSITE", "did you mean SESSION_COOKIE_SAMESITE?"),
+        ("SESSION_TYPE", "Flask-Session setting, here use SESSION_STORE"),
+        ("SESSION_REDIS", "Flask-Session setting, here use SESSION_STORE"),
+        ("SESSION_MONGODB", "Flask-Session setting, here use SESSION_STORE"),
+        ("SESSION_PERMANENT", "Flask-Session setting, here use session.permanent"),
+        ("SESSION_USE_SIGNER", "Flask-Session setting, here use nothing"),
+    ],
+)
+def test_an_unknown_key_that_looks_like_a_known_one_is_warned_about(key: str, hint: str) -> None:
+    app = an_app(**{key: PASSWORD})
+    with pytest.warns(UserWarning, match=f"^Unknown setting {key};") as warned:
+        Session(app)
+    assert len(warned) == 1
+    message = str(warned[0].message)
+    assert hint in message
+    assert PASSWORD not in message
+    assert warned[0].filename == __file__
+
+
+def test_other_keys_are_nobodys_business() -> None:
+    Session(an_app(SESSION_OF_PARLIAMENT=1, SESSIONS=2, STORE=3, SESSION=4))
+
+
+def test_flasks_own_keys_are_known() -> None:
+    Session(
+        an_app(
+            SESSION_COOKIE_DOMAIN="example.com",
+            SESSION_COOKIE_PATH="/shop",
+            SESSION_COOKIE_HTTPONLY=True,
+            SESSION_COOKIE_SECURE=True,
+            SESSION_COOKIE_PARTITIONED=True,
+            SESSION_COOKIE_SAMESITE="None",
+            SESSION_REFRESH_EACH_REQUEST=False,
+        )
+    )
+
+
+# Cookies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"SESSION_COOKIE_NAME": "__Host-session"}, "SESSION_COOKIE_SECURE"),
+        ({"SESSION_COOKIE_NAME": "__Secure-session"}, "SESSION_COOKIE_SECURE"),
+        ({"SESSION_COOKIE_NAME": "__host-session"}, "SESSION_COOKIE_SECURE"),
+        (
+            {
+                "SESSION_COOKIE_NAME": "__Host-session",
+                "SESSION_COOKIE_SECURE": True,
+                "SESSION_COOKIE_DOMAIN": "example.com",
+            },
+            "SESSION_COOKIE_DOMAIN",
+        ),
+        (
+            {
+                "SESSION_COOKIE_NAME": "__Host-session",
+                "SESSION_COOKIE_SECURE": True,
+                "SESSION_COOKIE_PATH": "/shop",
+            },
+            "path",
+        ),
+        (
+            {
+                "SESSION_COOKIE_NAME": "__Host-session",
+                "SESSION_COOKIE_SECURE": True,
+                "APPLICATION_ROOT": "/shop",
+            },
+            "path",
+        ),
+        ({"SESSION_COOKIE_SAMESITE": "strickt"}, "SESSION_COOKIE_SAMESITE is 'strickt'; allowed"),
+        ({"SESSION_COOKIE_SAMESITE": ""}, "SESSION_COOKIE_SAMESITE is ''; allowed"),
+        ({"SESSION_COOKIE_SAMESITE": True}, "SESSION_COOKIE_SAMESITE is True; allowed"),
+        ({"SESSION_COOKIE_SAMESITE": False}, "SESSION_COOKIE_SAMESITE is False; allowed"),
+        ({"SESSION_COOKIE_SAMESITE": 1}, "SESSION_COOKIE_SAMESITE is 1; allowed"),
+    ],
+)
+def test_cookie_attributes_that_no_browser_takes_are_refused(
+    config: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(SettingError, match=named):
+        Session(an_app(**config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"SESSION_COOKIE_NAME": "__Host-session", "SESSION_COOKIE_SECURE": True},
+        {
+            "SESSION_COOKIE_NAME": "__Host-session",
+            "SESSION_COOKIE_SECURE": True,
+            "SESSION_COOKIE_PATH": "/",
+            "APPLICATION_ROOT": "/shop",
+        },
+        {
+            "SESSION_COOKIE_NAME": "__Secure-session",
+            "SESSION_COOKIE_SECURE": True,
+            "SESSION_COOKIE_DOMAIN": "example.com",
+            "SESSION_COOKIE_PATH": "/shop",
+        },
+        {"SESSION_COOKIE_SAMESITE": None},
+        {"SESSION_COOKIE_SAMESITE": "Strict"},
+        {"SESSION_COOKIE_SAMESITE": "lax"},
+        {"SESSION_COOKIE_SAMESITE": "None", "SESSION_COOKIE_SECURE": True},
+        {"SESSION_COOKIE_PARTITIONED": True, "SESSION_COOKIE_SECURE": True},
+    ],
+)
+def test_cookie_attributes_that_go_together_are_taken(config: dict[str, Any]) -> None:
+    Session(an_app(**config))
+
+
+@pytest.mark.parametrize(
+    "config", [{"SESSION_COOKIE_SAMESITE": "None"}, {"SESSION_COOKIE_PARTITIONED": True}]
+)
+def test_cookies_that_browsers_drop_without_https_are_warned_about(config: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="SESSION_COOKIE_SECURE = True") as warned:
+        Session(an_app(**config))
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+
+
+# SECRET_KEY_FALLBACKS ------------------------------------------------------------------------
+
+
+def test_empty_fallback_keys_are_no_keys() -> None:
+    """As `[os.environ.get("OLD_KEY")]` gives them where there was never an old key."""
+    app = an_app(SECRET_KEY_FALLBACKS=[None, "", b""])
+    ext = Session(app)
+
+    @app.get("/")
+    def view() -> dict[str, Any]:
+        return dict(session)
+
+    ext.store(app).load = None  # type: ignore[assignment]  # a look into the store would fail
+    client = app.test_client()
+    for key in ("", b""):
+        client.set_cookie("session", TokenSigner([key], "session").sign(new_token()))
+        assert client.get("/").get_json() == {}
+
+
+@pytest.mark.parametrize("fallbacks", ["older", b"older", 7])
+def test_fallback_keys_are_a_list(fallbacks: Any) -> None:
+    """A text would be taken apart into keys of one character, which anybody can guess."""
+    with pytest.raises(SettingError, match="SECRET_KEY_FALLBACKS") as error:
+        Session(an_app(SECRET_KEY_FALLBACKS=fallbacks))
+    assert "older" not in str(error.value)

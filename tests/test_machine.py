@@ -1,0 +1,484 @@
+"""G3, G4 and G5 at once: requests in any interleaving, on each store, against a plain model.
+
+The model knows of no versions, records or retries: a session is a dict, a list of its tokens and
+two times between which it ends. What a request saw and what it wants are dicts too, and saving is
+a merge of three dicts, key by key.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask, Request
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from werkzeug.http import parse_cookie
+from werkzeug.test import EnvironBuilder
+
+from flask_gsession import Session, SessionData
+from flask_gsession.events import WriteDropped
+from flask_gsession.stores import Store, StoreOptions, open_store
+from flask_gsession.testing import FakeClock
+from tests.test_codec import shape
+
+IDLE, STEP, ABSOLUTE = 100, 5, 400  # seconds
+MISSING: Any = object()
+
+number = st.integers(-3, 3)
+word = st.sampled_from(["", "a", "\ud800", "b"])
+small = st.one_of(number, word, st.none(), st.booleans(), st.sampled_from([0.0, -0.0, 2**70]))
+
+#: What the application keeps under each key.
+KINDS: dict[str, st.SearchStrategy[Any]] = {
+    "name": small,
+    "cart": st.lists(small, max_size=3),
+    "deep": st.fixed_dictionaries({"a": st.lists(small, max_size=2), "b": st.tuples(small)}),
+    "hits": number,
+    "tags": st.sets(number, max_size=3),
+    "log": st.lists(small, max_size=3),
+    "prefs": st.dictionaries(word.filter(str.isascii), small, max_size=3),
+    "only": number,
+}
+KEYS = sorted(KINDS)
+
+
+class Conflict(Exception):
+    """The merge refuses."""
+
+
+def merge_counter(base: Any, theirs: Any, mine: Any) -> Any:
+    return sum(0 if n is MISSING else n for n in (theirs, mine)) - (0 if base is MISSING else base)
+
+
+def merge_set(base: Any, theirs: Any, mine: Any) -> Any:
+    before = set() if base is MISSING else base
+    merged = set() if theirs is MISSING else set(theirs)
+    merged |= {item for item in mine if item not in before}
+    return merged - {item for item in before if item not in mine}
+
+
+def merge_append(base: Any, theirs: Any, mine: Any) -> Any:
+    before = [] if base is MISSING else base
+    if shape(mine[: len(before)]) != shape(before):
+        raise Conflict
+    return ([] if theirs is MISSING else theirs) + mine[len(before) :]
+
+
+def merge_dict(base: Any, theirs: Any, mine: Any) -> Any:
+    before = {} if base is MISSING else base
+    merged = {} if theirs is MISSING else dict(theirs)
+    for entry in before.keys() - mine.keys():
+        merged.pop(entry, None)
+    for entry, value in mine.items():
+        if entry not in before or shape(before[entry]) != shape(value):
+            merged[entry] = value
+    return merged
+
+
+def refuse(base: Any, theirs: Any, mine: Any) -> Any:
+    raise Conflict
+
+
+MERGES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "hits": merge_counter,
+    "tags": merge_set,
+    "log": merge_append,
+    "prefs": merge_dict,
+    "only": refuse,
+}
+POLICIES = {"hits": "counter", "tags": "set", "log": "append", "prefs": "dict", "only": "reject"}
+
+
+def differs(one: Any, other: Any) -> bool:
+    return one is not other and (one is MISSING or other is MISSING or shape(one) != shape(other))
+
+
+def merged(base: dict[str, Any], theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+    """What is stored after a request that saw `base` and wants `mine` met `theirs`."""
+    result = dict(theirs)
+    for key in KEYS:
+        before, now, wanted = (side.get(key, MISSING) for side in (base, theirs, mine))
+        if not differs(before, wanted):
+            continue
+        if differs(before, now) and (wanted is not MISSING or key == "only"):
+            wanted = MERGES.get(key, lambda before, now, wanted: wanted)(before, now, wanted)
+        if wanted is MISSING:
+            result.pop(key, None)
+        else:
+            result[key] = wanted
+    return copy.deepcopy(result)
+
+
+class Stored:
+    """A session as the model has it."""
+
+    def __init__(self, cookie: str, data: dict[str, Any], now: float) -> None:
+        self.data = data
+        # The session's tokens, each with the time from which it leads nowhere. The last is its own.
+        self.cookies: list[tuple[str, float | None]] = [(cookie, None)]
+        self.dead = False
+        self.end = now + ABSOLUTE
+        self.lives_until = self.ends_by = 0.0
+        self.used(now, now)
+
+    def used(self, opened: float, saved: float) -> None:
+        """A request that began at `opened` ended at `saved`."""
+        self.lives_until = max(self.lives_until, min(opened + IDLE, self.end))
+        self.ends_by = max(self.ends_by, min(saved + IDLE + STEP, self.end))
+
+    def leads_here(self, index: int, now: float) -> bool:
+        """Whether the session is reached by its token of that number, while it lives."""
+        return all(until is None or now < until for _, until in self.cookies[index:])
+
+
+class Open:
+    """A request that has begun."""
+
+    def __init__(self, real: SessionData, now: float, presented: bool) -> None:
+        self.real, self.began, self.presented = real, now, presented
+        self.session: Stored | None = None
+        self.index = 0
+        self.saw: dict[str, Any] = {}
+        self.wants: dict[str, Any] = {}
+        self.grace: float | None = None
+        self.ended = self.cleared = self.destroyed = False
+
+    def sees(self, session: Stored | None) -> None:
+        """It has loaded this session; None for an anonymous one."""
+        self.session = session
+        self.saw = copy.deepcopy(session.data) if session else {}
+        self.wants = copy.deepcopy(self.saw)
+        self.index = len(session.cookies) - 1 if session else 0
+        self.grace, self.cleared = None, False
+
+    @property
+    def changed(self) -> bool:
+        return any(differs(self.saw.get(k, MISSING), self.wants.get(k, MISSING)) for k in KEYS)
+
+    @property
+    def writes(self) -> bool:
+        return self.changed or self.cleared or self.grace is not None
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests that open, read, change, rotate, end and save in any order."""
+
+    def __init__(self, store: Store, clock: FakeClock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.app = Flask(__name__)
+        self.app.secret_key = "a key for tests"
+        ext = Session(
+            self.app,
+            store=store,
+            clock=clock,
+            idle_timeout=IDLE,
+            absolute_timeout=ABSOLUTE,
+            merge_policies=POLICIES,
+        )
+        self.dropped: list[WriteDropped] = []
+        ext.on(WriteDropped, self.dropped.append)
+        self.sessions: list[Stored] = []
+        self.requests: list[Open] = []
+        self.keys: st.SearchStrategy[str] = st.nothing()
+
+    # -- the real thing
+
+    def open_real(self, cookie: str | None) -> SessionData:
+        headers = {"Cookie": f"session={cookie}"} if cookie else {}
+        request = Request(EnvironBuilder(headers=headers).get_environ())
+        real = self.app.session_interface.open_session(self.app, request)
+        assert isinstance(real, SessionData)
+        return real
+
+    def save_real(self, real: SessionData) -> tuple[int, str | None]:
+        """The status, and the new cookie: None for no cookie, empty for one that is deleted."""
+        response = self.app.response_class()
+        with self.app.test_request_context():
+            self.app.session_interface.save_session(self.app, real, response)
+        cookies = [parse_cookie(line) for line in response.headers.getlist("Set-Cookie")]
+        assert len(cookies) <= 1
+        return response.status_code, cookies[0]["session"] if cookies else None
+
+    # -- the model
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    def lives(self, session: Stored) -> bool:
+        """Whether the session lives; between the two times of its end, the store decides."""
+        if not session.dead and self.now >= session.lives_until:
+            own, _ = session.cookies[-1]
+            session.dead = self.now >= session.ends_by or self.open_real(own).new
+        return not session.dead
+
+    def reached(self, session: Stored | None, index: int) -> bool:
+        return session is not None and self.lives(session) and session.leads_here(index, self.now)
+
+    # -- rules
+
+    @initialize(data=st.data())
+    def there_is_a_session(self, data: st.DataObject) -> None:
+        # Few keys, so that requests meet at them.
+        some = st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True)
+        self.keys = st.sampled_from(data.draw(some))
+        self.begin(None, 0)
+        for key in data.draw(st.sets(self.keys, min_size=1)):
+            self.assign(self.requests[0], key, data.draw(KINDS[key]))
+        self.end(self.requests[0])
+        for _ in range(3):
+            self.begin(self.sessions[0], 0)
+
+    def begin(self, session: Stored | None, index: int) -> None:
+        cookie = session.cookies[index][0] if session else None
+        request = Open(self.open_real(cookie), self.now, cookie is not None)
+        found = session if self.reached(session, index) else None
+        assert request.real.new is (found is None)
+        request.sees(found)
+        self.requests.append(request)
+
+    def pick(self, data: st.DataObject) -> Open:
+        request: Open = data.draw(st.sampled_from(self.requests))
+        return request
+
+    @rule(data=st.data())
+    def a_request_begins(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from([*self.sessions[-3:], None]))
+        index = data.draw(st.integers(0, len(session.cookies) - 1)) if session else 0
+        self.begin(session, index)
+        if len(self.requests) > 4:
+            self.end(self.requests[0])
+
+    @rule(data=st.data())
+    def it_looks(self, data: st.DataObject) -> None:
+        request, key = self.pick(data), data.draw(self.keys)
+        if data.draw(st.booleans()):
+            assert_same(dict(request.real), request.wants)
+        assert (key in request.real) is (key in request.wants)
+        if key in request.wants:
+            assert shape(request.real[key]) == shape(request.wants[key])
+
+    @rule(data=st.data())
+    def it_changes_something(self, data: st.DataObject) -> None:
+        self.change(data, self.pick(data))
+
+    @rule(data=st.data())
+    def some_change_something_and_end(self, data: st.DataObject) -> None:
+        racing = data.draw(st.permutations(self.requests))[: data.draw(st.integers(1, 3))]
+        for request in racing:
+            self.change(data, request)
+        for request in racing:
+            self.end(request)
+        self.another_begins()
+
+    def change(self, data: st.DataObject, request: Open) -> None:
+        for key in data.draw(st.lists(self.keys, min_size=1, max_size=2)):
+            way = data.draw(st.sampled_from(["inside", "inside", "assign", "delete"]))
+            if way == "delete":
+                there = request.wants.pop(key, MISSING)
+                assert not differs(request.real.pop(key, MISSING), there)
+            elif way == "assign" or key not in request.wants:
+                self.assign(request, key, data.draw(KINDS[key]))
+            else:
+                by, grow = data.draw(small), data.draw(st.booleans())
+                request.wants[key] = changed_inside(request.wants[key], by, grow)
+                value = request.real[key]
+                after = changed_inside(value, by, grow)
+                if after is not value:
+                    request.real[key] = after
+
+    def assign(self, request: Open, key: str, value: Any) -> None:
+        request.real[key], request.wants[key] = copy.deepcopy(value), copy.deepcopy(value)
+
+    @rule(data=st.data())
+    def it_clears(self, data: st.DataObject) -> None:
+        request = self.pick(data)
+        request.real.clear()
+        request.wants.clear()
+        request.cleared = True
+
+    @rule(data=st.data(), grace=st.sampled_from([None, 0, 20, 60]))
+    def it_rotates(self, data: st.DataObject, grace: float | None) -> None:
+        request = self.pick(data)
+        if request.session and len(request.session.cookies) > 5:
+            return  # longer chains of pointers are cut off
+        request.real.rotate(grace)
+        if request.session is not None:
+            chosen = 10 if grace is None else grace
+            request.grace = chosen if request.grace is None else min(chosen, request.grace)
+
+    @rule(data=st.data())
+    def it_logs_out(self, data: st.DataObject) -> None:
+        request = self.pick(data)
+        request.real.destroy()
+        if request.session is not None and self.reached(request.session, request.index):
+            request.session.dead = True
+        request.sees(None)
+        request.ended, request.destroyed = False, True
+
+    @rule(data=st.data())
+    def it_reloads(self, data: st.DataObject) -> None:
+        request = self.pick(data)
+        request.real.reload()
+        if request.session is None:
+            request.sees(None)
+        elif self.reached(request.session, request.index):
+            request.sees(request.session)
+        else:
+            request.sees(None)
+            request.ended = True
+
+    @rule(data=st.data())
+    def it_ends(self, data: st.DataObject) -> None:
+        self.end(self.pick(data))
+        self.another_begins()
+
+    def another_begins(self) -> None:
+        """Keep at least three requests open: on a session that lives, where there is one."""
+        while len(self.requests) < 3:
+            living = [session for session in self.sessions if self.lives(session)]
+            self.begin(living[-1], len(living[-1].cookies) - 1) if living else self.begin(None, 0)
+
+    def end(self, request: Open) -> None:
+        """Save the request, and hold what came of it against the model."""
+        self.requests.remove(request)
+        session, writes = request.session, request.writes
+        reached = self.reached(session, request.index)
+        drops = len(self.dropped)
+        status, cookie = self.save_real(request.real)
+        drop = request.changed if request.ended else session is not None and writes and not reached
+        assert len(self.dropped) - drops == drop
+        if request.ended:
+            assert (status, cookie) == (200, None)
+        elif session is None:
+            self.end_anonymous(request, status, cookie)
+        elif not reached:
+            assert (status, cookie) == (200, None)
+        elif not writes:
+            assert (status, cookie) == (200, None)
+            session.used(request.began, self.now)
+        else:
+            self.end_with_changes(request, session, status, cookie)
+
+    def end_anonymous(self, request: Open, status: int, cookie: str | None) -> None:
+        assert status == 200
+        if request.wants:
+            assert cookie
+            assert all(cookie != old for s in self.sessions for old, _ in s.cookies)
+            self.sessions.append(Stored(cookie, copy.deepcopy(request.wants), self.now))
+        elif request.presented and (request.destroyed or request.cleared):
+            assert cookie == ""
+        else:
+            assert cookie is None
+
+    def end_with_changes(
+        self, request: Open, session: Stored, status: int, cookie: str | None
+    ) -> None:
+        rotated_meanwhile = request.index != len(session.cookies) - 1
+        # A rotation beside another one is done already; unless the old token must end at once.
+        rotates = request.grace == 0 or (request.grace is not None and not rotated_meanwhile)
+        try:
+            data = merged(request.saw, session.data, request.wants)
+        except Conflict:
+            assert (status, cookie) == (409, None)
+            return
+        assert status == 200
+        if request.cleared and not data:
+            assert cookie == ""
+            session.dead = True
+            return
+        if not request.changed and not rotates:
+            assert cookie is None
+            session.used(0, self.now)  # or not: whether it had to be saved is the store's affair
+            return
+        session.data = data
+        session.used(request.began, self.now)
+        if rotates:
+            assert cookie
+            old, _ = session.cookies[-1]
+            session.cookies[-1] = (old, self.now + (request.grace or 0))
+            session.cookies.append((cookie, None))
+        else:
+            assert cookie is None
+
+    @rule(data=st.data(), by=number)
+    def a_counter_is_updated_at_once(self, data: st.DataObject, by: int) -> None:
+        session = data.draw(st.sampled_from([*self.sessions, None]))
+        index = data.draw(st.integers(0, len(session.cookies) - 1)) if session else 0
+        self.begin(session, index)
+        request = self.requests[-1]
+        value = request.real.update_atomic("hits", lambda hits: hits + by, 0)
+        before = request.wants.get("hits", 0)
+        assert value == before + by
+        if request.session is not None:
+            request.session.data["hits"] = value
+            request.session.used(self.now, self.now)
+            request.sees(request.session)
+        else:
+            request.wants["hits"] = value
+        self.end(request)
+
+    @rule(seconds=st.sampled_from([1, 6, 19, 20, 50, 99, 104, 105]))
+    def time_passes(self, seconds: int) -> None:
+        self.clock.advance(seconds)
+
+    @invariant()
+    def every_token_leads_where_it_should(self) -> None:
+        for session in self.sessions:
+            lives = self.lives(session)
+            for index, (cookie, _) in enumerate(session.cookies):
+                real = self.open_real(cookie)
+                if lives and session.leads_here(index, self.now):
+                    assert_same(dict(real), session.data)
+                else:
+                    assert real.new
+                    assert dict(real) == {}
+
+
+def changed_inside(value: Any, by: Any, grow: bool) -> Any:
+    """Change `value` where it is; what cannot be changed is given back changed."""
+    if type(value) is list:
+        if grow or not value:
+            value.append(by)
+        else:
+            value.pop()
+    elif type(value) is set:
+        value ^= {2 if grow else 3}
+    elif type(value) is not dict:
+        return value + 1 if type(value) is int else by
+    elif type(value.get("a")) is list:
+        value["a"].append(by)
+    elif grow or not value:
+        value["b"] = by
+    else:
+        value.popitem()
+    return value
+
+
+def assert_same(real: dict[str, Any], model: dict[str, Any]) -> None:
+    assert {k: shape(v) for k, v in real.items()} == {k: shape(v) for k, v in model.items()}
+
+
+def test_interleaved_requests_equal_the_model(store_url: str, store_prefix: str) -> None:
+    clock = FakeClock(float(int(FakeClock().now)))
+    store, _ = open_store(
+        store_url, StoreOptions(prefix=store_prefix, clock=clock, timeout=10, pool_max=10)
+    )
+    examples = 100 if store_url == "memory://" else 40
+    try:
+        run_state_machine_as_test(
+            lambda: Machine(store, clock),
+            settings=settings(max_examples=examples, stateful_step_count=25),
+        )
+    finally:
+        store.close()
