@@ -163,6 +163,7 @@ def _encryption_keys(value: Any) -> tuple[bytes, ...]:
     return tuple(_encryption_key(key) for key in value)
 
 
+_FLASKS_LIFETIME = 31 * 86400.0
 _PATTERN = set("{}*?[]")
 _DAY = 86400.0
 _FOREVER = 10 * 366 * _DAY
@@ -261,9 +262,21 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
             f"SECRET_KEY_FALLBACKS is {type(fallbacks).__name__}; allowed: a list of keys"
         )
     settings = Settings(**values)
+    _warn_of_lifetimes(settings, values)
     _check_cookie(app, settings.cookie_name)
     _warn_unknown(app)
     return settings
+
+
+def _warn_of_lifetimes(settings: Settings, given: Mapping[str, Any]) -> None:
+    for name, default in (("idle_timeout", None), ("permanent_lifetime", _FLASKS_LIFETIME)):
+        value = given.get(name, default)
+        if value not in (None, default) and value > settings.absolute_timeout:
+            warnings.warn(
+                f"{_CHECKS[name][0]} is {value:.0f} seconds, but SESSION_ABSOLUTE_TIMEOUT ends "
+                f"every session after {settings.absolute_timeout:.0f}",
+                stacklevel=5,
+            )
 
 
 def _split_plain(value: Any) -> tuple[Any, bool]:

@@ -199,8 +199,10 @@ class SessionData(Lifecycle, SessionMixin):
 
         With the response, the old token becomes a pointer to the new session for ``grace`` seconds
         (default ``SESSION_ROTATION_GRACE``), so that parallel requests that still carry it are
-        served; with 0 it ends at once, as at a login it should. Raises ``ValueError`` for a grace
-        outside 0 to 3600. Costs no round trip beside the save. Source: OWASP ASVS 7.2.4.
+        served; with 0 it ends at once, as at a login it should.
+
+        Raises ``ValueError`` for a grace outside 0 to 3600. Costs no round trip beside the save.
+        Source: OWASP ASVS 7.2.4.
         """
         if grace is None:
             grace = self._keeper.settings.rotation_grace
@@ -299,13 +301,15 @@ class SessionData(Lifecycle, SessionMixin):
             changed = codec.encode(key, value)
             if changed != raw:
                 stored = {**stored, key: changed}
+                old = self._record
                 try:
-                    self._record = self._keeper.save(self._record, Body(stored, self._lifetime))
+                    self._record = self._keeper.save(old, Body(stored, self._lifetime))
                 except (Stale, Gone):
                     continue
                 except UnreadableRecord as error:
                     self._refuse(error.reason, error.detail)
                     raise SessionEnded from None
+                self._saved(old, stored, losses)
             values.follow(stored)
             values.settle(key, value, changed)
             return value

@@ -79,11 +79,16 @@ class GSessionInterface(SessionInterface):
         A failure becomes the application's own error response. Never raises, except for errors
         in the program where the application lets exceptions through (tests, debug mode).
         """
-        self._save(app, session, response)
+        sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
         if self.has_further:
             request.environ[_SAVED] = True
-            for interface, further in request.environ.get(_FURTHER, {}).items():
-                interface._save(app, further, response)
+            sessions += request.environ.get(_FURTHER, {}).items()
+        for interface, opened in sessions:
+            interface._save(app, opened, response)
+        # Only now: a failure of one makes a new answer, and the others' cookies belong into it.
+        for interface, opened in sessions:
+            if isinstance(opened, SessionData) and opened.accessed:
+                interface._tell_client(app, opened, response)
 
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not isinstance(session, SessionData):
@@ -101,8 +106,6 @@ class GSessionInterface(SessionInterface):
                 _turn_into(response, _answer_to(app, failure))
             elif streamed:
                 response.call_on_close(lambda: _report_late_changes(session))
-        if session.accessed:
-            self._tell_client(app, session, response)
 
     def _tell_client(self, app: Flask, session: SessionData, response: Response) -> None:
         header = self._token_header

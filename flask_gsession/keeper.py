@@ -162,7 +162,7 @@ class Keeper:
 
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:
         """Count and log that a presented token led to no session."""
-        if reason not in ("unknown", "malformed", "bad signature"):
+        if key is not None and reason != "unknown":  # what anybody can send is no warning
             logger.warning(
                 "Session %s refused: %s%s", key, reason, f" ({detail})" if detail else ""
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -79,6 +80,7 @@ class Lifecycle:
         self._present = present
         self._values = TrackedValues(keeper.codec)
         self._lock = threading.RLock()
+        self._thread = threading.get_ident()
 
     def _forget(self) -> None:
         """Hold no session: as at the start, but for what the client is to be told."""
@@ -101,7 +103,7 @@ class Lifecycle:
 
     def _load(self) -> None:
         if self._failure is not None:
-            if _hooks_after_the_view_run():
+            if self._hooks_after_the_view_run():
                 return  # empty: the answer will not be one that was made from it
             raise self._failure
         checked = self._look_at_request().checked
@@ -115,7 +117,7 @@ class Lifecycle:
                 self._keeper.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 self._failure = error
-                if _hooks_after_the_view_run():
+                if self._hooks_after_the_view_run():
                     self._failed_unseen = True
                     return
                 raise
@@ -132,6 +134,20 @@ class Lifecycle:
                         if checked.outdated:
                             self._cookie = "set"
         self._opened = True
+
+    def _hooks_after_the_view_run(self) -> bool:
+        """Whether Flask is past the view: a hook that raises there spoils whatever was answered.
+
+        Asked only when a load failed, so it may be slow. An async hook runs in a thread of its
+        own, while that of the request waits for it.
+        """
+        stacks = (inspect.currentframe(), sys._current_frames().get(self._thread))
+        for frame in stacks:
+            while frame is not None:
+                if frame.f_code is Flask.process_response.__code__:
+                    return True
+                frame = frame.f_back
+        return False
 
     def _open_for_writing(self) -> TrackedValues:
         self._check_open()
@@ -288,7 +304,11 @@ class Lifecycle:
                 self._rotation = None
                 self._cookie = "set"
                 self._keeper.events.emit(SessionCreated, self._record.key)
-        elif changes or self._cleared or self._something_to_save():
+        elif (
+            changes
+            or self._something_to_save()
+            or (self._cleared and not _worth_keeping(values.stored))
+        ):
             self._write(changes)
         else:
             self._renew_if_due()
@@ -311,6 +331,7 @@ class Lifecycle:
             try:
                 merged = keeper.merger.apply(values.stored, changes)
             except UnreadableRecord as error:
+                keeper.events.emit(WriteDropped, old.key, error.reason)
                 self._refuse(error.reason, error.detail)
                 return
             body = Body(merged, self._lifetime)
@@ -343,16 +364,23 @@ class Lifecycle:
             except StoreUnavailable as error:
                 self._in_doubt = error
                 raise
-            if toggled or (
-                self._record.idle_expires_at != old.idle_expires_at and keeper.is_permanent(merged)
-            ):
+            if toggled:
                 self._set_cookie_if_known()
             values.accept(merged, changes)
             self._rotation = None
-            self._restart_idle = self._forced = False
-            keeper.events.emit(SessionSaved, self._record.key, len(self._record.payload), losses)
+            self._restart_idle = self._forced = self._cleared = False
+            self._saved(old, merged, losses)
             return
         raise SessionConflict
+
+    def _saved(self, old: Record, stored: Mapping[str, bytes], losses: int) -> None:
+        """The record replaced ``old``: tell the subscribers, and the client of a later expiry."""
+        record = self._record
+        assert record is not None
+        self._keeper.events.emit(SessionSaved, record.key, len(record.payload), losses)
+        moved = record.idle_expires_at != old.idle_expires_at
+        if moved and self._keeper.is_permanent(stored):
+            self._set_cookie_if_known()
 
     def _something_to_save(self) -> bool:
         """Whether there is something to save although no value changed."""
@@ -386,19 +414,6 @@ class Lifecycle:
             return list(self._values.changes())
         except ValueRefused as error:
             return [error.path]
-
-
-def _hooks_after_the_view_run() -> bool:
-    """Whether Flask is past the view: a hook that raises there spoils whatever was answered.
-
-    Asked only when a load failed, so it may be slow.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is Flask.process_response.__code__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _worth_keeping(values: Mapping[str, bytes]) -> bool:

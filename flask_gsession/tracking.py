@@ -67,10 +67,10 @@ class TrackedValues:
 
     def __iter__(self) -> Iterator[str]:
         live, base = self._live, self._base
-        for key in self.stored:
+        for key in list(self.stored):
             if key in live or key not in base:
                 yield key
-        for key in live:
+        for key in list(live):
             if key not in self.stored:
                 yield key
 

@@ -221,6 +221,10 @@ def test_what_we_did_not_sign_is_refused(presented: str) -> None:
         "a" * 220 + "." + SIGNATURE,
         "é" * 43 + "." + SIGNATURE,
         SIGNED[:-1] + "é",
+        SIGNED[:-1],
+        SIGNED + "A",
+        f"{TOKEN}.",
+        f".{SIGNATURE}",
         "",
     ],
 )

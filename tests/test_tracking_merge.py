@@ -192,12 +192,15 @@ def test_the_base_of_a_change_is_what_was_first_seen() -> None:
     del values["deleted"]
     assert values["number"] == 1
     assert "looked for" not in values
-    now = {"seen": [9], "unseen": [9], "assigned": 9, "number": 9, "new": 9, "looked for": 9}
-    values.follow(stored(now))
+    with pytest.raises(KeyError):
+        values["asked for"]
+    now = {"seen": [9], "unseen": [9], "assigned": 9, "number": 9, "new": 9}
+    values.follow(stored({**now, "looked for": 9, "asked for": 9}))
     # What was seen stays as it was seen, what was not is as it is now.
     assert values["seen"] == [1, "mine"]
     assert values["number"] == 1
     assert "looked for" not in values
+    assert "asked for" not in values
     assert values["unseen"] == [9]
     assert values["new"] == 9
     assert changed(values) == {

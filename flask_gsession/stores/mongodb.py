@@ -239,7 +239,9 @@ class MongoDBStore:
             raise StoreUnavailable(f"mongodb: {operation}: {type(error).__name__}") from error
 
     def _connect(self) -> Any:
-        with self._lock:
+        if not self._lock.acquire(timeout=self._timeout):
+            raise StoreUnavailable("mongodb: another thread is still connecting")
+        try:
             if self._pid == os.getpid():
                 return self._collection_of_client
             if isinstance(self._source, str):
@@ -265,6 +267,8 @@ class MongoDBStore:
             )
             self._pid = os.getpid()
             return self._collection_of_client
+        finally:
+            self._lock.release()
 
     def _keep_client(self, client: _Client) -> None:
         """Close ``client`` with this store, and only in the process that made it."""
@@ -277,7 +281,6 @@ class MongoDBStore:
     def _ensure_index(self, collection: Any) -> None:
         if self._indexed:
             return
-        self._indexed = True
         try:
             collection.create_index("idle_expires_at", expireAfterSeconds=0, name="gsession_expiry")
         except OperationFailure as error:
@@ -290,3 +293,4 @@ class MongoDBStore:
                 error.code,
                 collection.name,
             )
+        self._indexed = True

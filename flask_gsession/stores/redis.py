@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from struct import Struct
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 import redis
@@ -38,10 +39,14 @@ from redis.retry import Retry
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
 
+T = TypeVar("T")
+
 _HEADER = 31
 _HEAD = Struct(">BQHIHIHI")  # the times in six bytes each, upper two and lower four
 _LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
+_STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N")
+_WRONG_TYPE = "not a string"
 _RETRIES = 2
 _RETRY_PAUSE = 0.02  # seconds
 
@@ -138,12 +143,12 @@ class RedisStore:
     def create(self, record: Record) -> None:
         deadline = self._deadline()
         command = ("SET", self._name(record.key), _pack(record), "NX", "PX", self._life(record))
-        if self._call(deadline, *command) is not None:
+        if self._call(deadline, _as_it_is, *command) is not None:
             return
         there = self._load(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
-            self._call(deadline, "DEL", self._name(record.key))
-            if self._call(deadline, *command) is not None:
+            self._call(deadline, _as_it_is, "DEL", self._name(record.key))
+            if self._call(deadline, _as_it_is, *command) is not None:
                 return
         if there is None or there.version != record.version:
             raise KeyTaken
@@ -234,19 +239,11 @@ class RedisStore:
         return time.monotonic() + self._timeout
 
     def _load(self, key: str, deadline: float) -> Record | None:
-        value = self._call(deadline, "GET", self._name(key))
-        if value is None:
-            return None
-        try:
-            record = _unpack(key, value)
-        except UnreadableRecord:
-            # The connections may be out of step: drop them, and ask once more.
-            self._pool.disconnect()
-            value = self._call(deadline, "GET", self._name(key))
-            if value is None:
-                return None
-            record = _unpack(key, value)
-        return None if self._now() >= record.idle_expires_at else record
+        def parse(value: Any) -> Record | None:
+            return None if value is None else _unpack(key, value)
+
+        record = self._call(deadline, parse, "GET", self._name(key))
+        return None if record is None or self._now() >= record.idle_expires_at else record
 
     def _run(
         self,
@@ -261,40 +258,56 @@ class RedisStore:
         With ``record``, a success must name the version that was written: an answer to
         somebody else's command would not.
         """
-        count = b"%d" % len(keys)
-        for _ in range(2):
-            try:
-                reply = self._call(deadline, "EVALSHA", script.sha, count, *keys, *arguments)
-            except NoScriptError:
-                reply = self._call(deadline, "EVAL", script.source, count, *keys, *arguments)
-            if type(reply) is bytes and reply[:1] in (b"K", b"G", b"S", b"T", b"P", b"N"):
-                if reply[:1] == b"G":
-                    raise Gone
-                if reply[:1] == b"S":
-                    raise Stale
-                if reply[:1] == b"T":
-                    raise KeyTaken
-                if record is None or reply[1:] == _version(record.version):
+
+        def parse(reply: Any) -> bytes:
+            if type(reply) is bytes:
+                if reply[:1] == b"K" and record is not None:
+                    if reply[1:] == _version(record.version):
+                        return reply
+                elif reply[:1] in _STATUSES:
                     return reply
-            self._pool.disconnect()  # out of step; the scripts are safe to repeat
-        raise StoreUnavailable("redis: answers do not belong to the commands sent")
+            raise UnreadableRecord("corrupt", "an answer to another command")
 
-    def _call(self, deadline: float, *command: str | bytes) -> Any:
-        """Send one command and return its answer, all before ``deadline``.
+        parts = (b"%d" % len(keys), *keys, *arguments)
+        try:
+            try:
+                reply = self._call(deadline, parse, "EVALSHA", script.sha, *parts)
+            except NoScriptError:
+                reply = self._call(deadline, parse, "EVAL", script.source, *parts)
+        except UnreadableRecord as error:
+            if error.detail == _WRONG_TYPE:
+                raise
+            raise StoreUnavailable(f"redis: {error.detail}") from None
+        if reply == b"G":
+            raise Gone
+        if reply == b"S":
+            raise Stale
+        if reply == b"T":
+            raise KeyTaken
+        return reply
 
-        Its parts are text already: hiredis crashes when a signal strikes while it writes a number.
+    def _call(self, deadline: float, parse: Callable[[Any], T], *command: str | bytes) -> T:
+        """Send one command and return what ``parse`` makes of its answer, before ``deadline``.
 
-        Repeats are safe: every command here recognises its own earlier effect.
+        An answer that ``parse`` refuses is asked for once more, on another connection: this one
+        may be out of step. Repeats are safe: every command here recognises its own earlier effect.
+        The parts are text already: hiredis crashes when a signal strikes while it writes a number.
         """
         retries = _RETRIES
+        refused = False
         while True:
             try:
-                return self._attempt(command, deadline)
+                return self._attempt(command, parse, deadline)
             except NoScriptError:
                 raise
+            except UnreadableRecord:
+                if refused:
+                    raise
+                refused = True
+                continue
             except (AuthenticationError, ResponseError) as error:
                 if str(error).startswith("WRONGTYPE"):
-                    raise UnreadableRecord("corrupt", "not a string") from None
+                    raise UnreadableRecord("corrupt", _WRONG_TYPE) from None
                 if not isinstance(error, (ReadOnlyError, BusyLoadingError)):
                     raise _unavailable(command, error) from error
                 failure: Exception = error
@@ -315,10 +328,10 @@ class RedisStore:
             raise
         except BaseException:
             # Interrupted while connecting: the pool keeps the half-made connection. Start anew.
-            self._pool.disconnect()
+            self._pool.disconnect(inuse_connections=False)
             raise
 
-    def _attempt(self, command: tuple[Any, ...], deadline: float) -> Any:
+    def _attempt(self, command: tuple[Any, ...], parse: Callable[[Any], T], deadline: float) -> T:
         _deadline.at = deadline
         try:
             connection = self._connection()
@@ -327,20 +340,24 @@ class RedisStore:
                 if left <= 0:
                     raise RedisTimeoutError("no time left after waiting for a connection")
                 connection.send_command(*command)
-                return connection.read_response(disable_decoding=True, timeout=left)
+                return parse(connection.read_response(disable_decoding=True, timeout=left))
             except ReadOnlyError:
                 connection.disconnect()  # after a failover: look the primary up anew
                 raise
             except ResponseError:
                 raise
             except BaseException:
-                # Whatever interrupted us, the answer may still come: never reuse this connection.
+                # Interrupted, or given an answer that is not ours: never reuse this connection.
                 connection.disconnect()
                 raise
             finally:
                 self._pool.release(connection)
         finally:
             _deadline.at = None
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
 
 
 def _unavailable(command: tuple[Any, ...], error: Exception) -> StoreUnavailable:
