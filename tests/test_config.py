@@ -542,7 +542,9 @@ def test_a_password_is_never_shown_when_the_store_fails(
 
 
 @pytest.mark.parametrize(
-    "source", [7, b"redis://", Path("a"), object(), MemoryStore, {"load": 1}, type, sys], ids=repr
+    "source",
+    [7, b"redis://", Path("a"), object(), MemoryStore, {"load": 1}, type, sys],
+    ids=lambda source: getattr(source, "__name__", type(source).__name__),
 )
 def test_something_that_is_no_store_is_refused_by_its_type(source: Any) -> None:
     with pytest.raises(SettingError, match=f"SESSION_STORE is a {type(source).__qualname__}"):

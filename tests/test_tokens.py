@@ -227,6 +227,7 @@ def test_what_we_did_not_sign_is_refused(presented: str) -> None:
         f".{SIGNATURE}",
         "",
     ],
+    ids=[str(number) for number in range(9)],
 )
 def test_what_cannot_be_ours_is_malformed(presented: str) -> None:
     assert SIGNER.check(presented) == Checked(None, "malformed")
