@@ -344,7 +344,7 @@ def test_a_fork_while_another_thread_connects(
 
 def test_processes_that_start_together_make_one_file(tmp_path: Path) -> None:
     """No race for the file, its folder, its mode, its WAL or its table."""
-    for round_ in range(5):
+    for round_ in range(12):
         path = tmp_path / f"{round_}" / "instance" / "sessions.sqlite3"
         with gates(1) as (start,):
 
@@ -355,7 +355,7 @@ def test_processes_that_start_together_make_one_file(tmp_path: Path) -> None:
                 store.create(record)
                 return record.key
 
-            children = [Child(open_and_write) for _ in range(6)]
+            children = [Child(open_and_write) for _ in range(8)]
             for _ in children:
                 start.open()
             keys = [child.result() for child in children]
@@ -656,9 +656,12 @@ def eventually(condition: Callable[[], bool]) -> bool:
 @on_linux
 def test_close_leaves_no_descriptor_and_no_thread(shared_url: str, store_prefix: str) -> None:
 
+    sites = []  # kept: what is closed must not wait for the garbage collector
+
     def use_and_close() -> int:
         """How many files were open just before."""
         site = make_site(shared_url, store_prefix)
+        sites.append(site)
         with ThreadPoolExecutor(10) as pool:
             list(pool.map(site.log_in, "abcdefghij"))
         opened = len(open_files())

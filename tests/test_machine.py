@@ -166,7 +166,8 @@ class Open:
 
     @property
     def writes(self) -> bool:
-        return self.changed or self.cleared or self.grace is not None
+        empties = self.cleared and not self.wants
+        return self.changed or empties or self.grace is not None
 
 
 class Machine(RuleBasedStateMachine):
@@ -309,7 +310,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data(), grace=st.sampled_from([None, 0, 20, 60]))
     def it_rotates(self, data: st.DataObject, grace: float | None) -> None:
-        request = self.pick(data)
+        self.rotate(self.pick(data), grace)
+
+    def rotate(self, request: Open, grace: float | None) -> None:
         if request.session and len(request.session.cookies) > 5:
             return  # longer chains of pointers are cut off
         request.real.rotate(grace)
@@ -319,7 +322,17 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def it_logs_out(self, data: st.DataObject) -> None:
-        request = self.pick(data)
+        self.log_out(self.pick(data))
+
+    @rule(data=st.data(), grace=st.sampled_from([0, 20]))
+    def one_rotates_and_another_logs_out(self, data: st.DataObject, grace: float) -> None:
+        rotating, leaving = data.draw(st.permutations(self.requests))[:2]
+        self.rotate(rotating, grace)
+        self.end(rotating)
+        self.log_out(leaving)
+        self.another_begins()
+
+    def log_out(self, request: Open) -> None:
         request.real.destroy()
         if request.session is not None and self.reached(request.session, request.index):
             request.session.dead = True
@@ -393,11 +406,12 @@ class Machine(RuleBasedStateMachine):
             assert (status, cookie) == (409, None)
             return
         assert status == 200
-        if request.cleared and not data:
+        nothing_in_sum = not request.changed and not rotates
+        if request.cleared and not data and not (nothing_in_sum and request.wants):
             assert cookie == ""
             session.dead = True
             return
-        if not request.changed and not rotates:
+        if nothing_in_sum:
             assert cookie is None
             session.used(0, self.now)  # or not: whether it had to be saved is the store's affair
             return
