@@ -309,7 +309,7 @@ def test_nothing_is_reported_for_a_save_that_failed(
     visitor = memory_site.visitor()
     a_cart(visitor)
     memory_site.app.testing = False
-    response = visitor.ask(lambda session: session["cart"].append(object()))
+    response = whole(visitor, lambda session: session["cart"].append(object()))
     assert response.status_code == 500
     assert logged(caplog) == []
 
