@@ -35,7 +35,6 @@ from flask_gsession import Session, session
 from flask_gsession.events import SessionRefused
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.testing import a_record
-from tests.servers import RedisServer
 
 DEADLINE = 60  # seconds
 PATIENCE = 20  # seconds a store may take: slow is not wrong
@@ -367,22 +366,6 @@ def test_processes_that_start_together_make_one_file(tmp_path: Path) -> None:
         store = open_store(f"sqlite:///{path}", OPTIONS)[0]
         assert all(store.load(key) for key in keys)
         store.close()
-
-
-def test_making_the_file_waits_for_who_looks_into_it(sqlite_url: str) -> None:
-    """The switch to WAL mode needs the file for itself for a moment."""
-    store = open_store(sqlite_url, OPTIONS)[0]
-    record = a_record(time.time)
-    path = sqlite_url.removeprefix("sqlite:///")
-    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
-        other.execute("BEGIN")
-        other.execute("SELECT * FROM sqlite_master").fetchall()
-        looking = threading.Timer(0.3, other.execute, ["COMMIT"])
-        looking.start()
-        store.create(record)
-        looking.join()
-    assert store.load(record.key) == record
-    store.close()
 
 
 def test_a_second_connection_keeps_the_locks_of_the_first(sqlite_url: str) -> None:
