@@ -32,9 +32,12 @@ from redis import BlockingConnectionPool, Redis
 from redis.connection import AbstractConnection
 
 from flask_gsession import Session, session
+from flask_gsession.errors import Stale
 from flask_gsession.events import SessionRefused
 from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.base import new_version
 from flask_gsession.testing import a_record
+from tests.servers import RedisServer
 
 DEADLINE = 60  # seconds
 PATIENCE = 20  # seconds a store may take: slow is not wrong
@@ -368,6 +371,22 @@ def test_processes_that_start_together_make_one_file(tmp_path: Path) -> None:
         store.close()
 
 
+def test_making_the_file_waits_for_who_looks_into_it(sqlite_url: str) -> None:
+    """The switch to WAL mode needs the file for itself for a moment."""
+    store = open_store(sqlite_url, OPTIONS)[0]
+    record = a_record(time.time)
+    path = sqlite_url.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM sqlite_master").fetchall()
+        looking = threading.Timer(0.3, other.execute, ["COMMIT"])
+        looking.start()
+        store.create(record)
+        looking.join()
+    assert store.load(record.key) == record
+    store.close()
+
+
 def test_a_second_connection_keeps_the_locks_of_the_first(sqlite_url: str) -> None:
     """Another process that comes and goes must not take itself for the last one.
 
@@ -597,6 +616,74 @@ def test_interrupts_never_bring_up_another_session(
     assert answers >= 20 + 20  # those before the first interrupt, and those after the last
     assert not refused
     site.ext.close(site.app)
+
+
+@contextmanager
+def slow_to_answer(server: RedisServer) -> Iterator[None]:
+    """In the block the server takes commands; it answers a while after the block."""
+    server.pause()
+    try:
+        yield
+    finally:
+        threading.Timer(0.2, server.resume).start()
+
+
+def test_an_answer_that_nobody_waited_for_goes_to_nobody(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt strikes between a command and its answer; the next request comes at once."""
+    site = make_site(own_redis.url, "test:")
+    alice, bob = site.log_in("alice"), site.log_in("bob")
+
+    def interrupt(self: AbstractConnection, *args: Any, **options: Any) -> Any:
+        raise Interrupt
+
+    with slow_to_answer(own_redis), monkeypatch.context() as patch:
+        patch.setattr(AbstractConnection, "read_response", interrupt)
+        with pytest.raises(Interrupt):
+            get(site.client(alice), "/all")
+    assert get(site.client(bob), "/all") == {"user": "bob"}
+    assert get(site.client(alice), "/all") == {"user": "alice"}
+    site.ext.close(site.app)
+
+
+@pytest.mark.parametrize("path", ["/all", "/count", "/put/color"])
+def test_an_answer_to_somebody_else_is_seen_through(path: str, own_redis: RedisServer) -> None:
+    """Whoever shares the pool has left a connection out of step: a record knows whose it is."""
+    pool = BlockingConnectionPool.from_url(own_redis.url, socket_timeout=PATIENCE)
+    site = make_site(Redis(connection_pool=pool), f"test-{path}:")
+    alice = site.log_in("alice")
+    with Redis.from_url(own_redis.url) as client:
+        (name,) = client.scan_iter(f"test-{path}:*")
+    bob = site.log_in("bob")
+    with slow_to_answer(own_redis):
+        connection = pool.get_connection()
+        connection.send_command("GET", name)
+        pool.release(connection)
+    if path == "/all":
+        assert get(site.client(bob), path) == {"user": "bob"}
+    else:
+        assert post(site.client(bob), path)["user"] == "bob"
+        assert get(site.client(bob), "/all")["user"] == "bob"
+    assert get(site.client(alice), "/all") == {"user": "alice"}
+    pool.disconnect()
+
+
+def test_the_success_of_another_write_is_not_taken_for_ours(own_redis: RedisServer) -> None:
+    """Or a lost race would look like a stored session."""
+    pool = BlockingConnectionPool.from_url(own_redis.url, socket_timeout=PATIENCE)
+    store = open_store(Redis(connection_pool=pool), OPTIONS)[0]
+    record = a_record(time.time)
+    store.create(record)
+    mine = record._replace(version=new_version(), payload=b"mine")
+    with slow_to_answer(own_redis):
+        connection = pool.get_connection()
+        connection.send_command("ECHO", b"K" + new_version().to_bytes(8, "big"))
+        pool.release(connection)
+    with pytest.raises(Stale):
+        store.save(mine, new_version())
+    assert store.load(record.key) == record
+    pool.disconnect()
 
 
 def test_an_interrupt_while_connecting_harms_nobody_else(
