@@ -102,7 +102,6 @@ class GSessionInterface(SessionInterface):
             failure = session._failure
             if failure is not None and (session._failed_unseen or response.status_code == 500):
                 # Nobody was told, or the application's page for the outage needed the session.
-                logger.error("A session could not be loaded: %s", failure)
                 _turn_into(response, _answer_to(app, failure))
             elif streamed:
                 response.call_on_close(lambda: _report_late_changes(session))

@@ -117,6 +117,7 @@ class Lifecycle:
                 self._keeper.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 self._failure = error
+                logger.error("A session could not be loaded: %s", error)
                 if self._hooks_after_the_view_run():
                     self._failed_unseen = True
                     return
@@ -216,6 +217,9 @@ class Lifecycle:
             except UnreadableRecord as error:
                 self._keeper.refused(error.reason, key, error.detail)
                 ended = False
+            except StoreUnavailable as error:
+                logger.error("A session could not be ended: %s", error)
+                raise
             if ended:
                 self._keeper.events.emit(SessionDestroyed, key)
         self._forget()

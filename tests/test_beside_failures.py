@@ -75,6 +75,23 @@ def test_an_outage_first_met_in_a_hook_is_503(asynchronous: bool, site: Site) ->
     assert visitor.get("/untouched").status_code == 200
 
 
+@pytest.mark.parametrize("operation", ["load", "delete"])
+def test_an_outage_is_logged_whatever_met_it(
+    operation: str, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(user="ada"))
+
+    def down() -> None:
+        raise StoreUnavailable("the drill")
+
+    site.store.before(operation, down)
+    act = dict if operation == "load" else (lambda session: session.destroy())
+    with caplog.at_level(logging.ERROR):
+        assert visitor.ask(act).status_code == 503
+    assert caplog.text.count("the drill") == 1
+
+
 def test_an_unreadable_record_costs_one_connection_only(
     redis_url: str, store_prefix: str, redis_client: Any
 ) -> None:
