@@ -31,6 +31,19 @@ def test_an_atomic_update_refreshes_a_permanent_cookie(make_site: SiteMaker) -> 
     assert "Expires=" in response.headers["Set-Cookie"]
 
 
+def test_an_old_token_is_never_set_again_after_another_request_rotated(site: Site) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(user="ada"))
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        session.permanent = True
+        site.before_a_write(lambda: tab.run(lambda other: other.rotate()))
+
+    assert "Set-Cookie" not in visitor.ask(view).headers
+    assert tab.run(dict) == {"user": "ada", "_permanent": True}
+
+
 def test_a_failing_second_session_leaves_the_new_token_of_the_first(site: Site) -> None:
     further = Session(cookie_name="further", store="memory://")
     further.init_app(site.app)
