@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from decimal import Decimal
+from enum import Enum
 from typing import Any, NoReturn
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -31,6 +33,9 @@ _NATIVE = frozenset({str, bool, type(None), float, bytes})
 #: may hold a list.
 IMMUTABLE = _NATIVE | {int, frozenset, dt.datetime, dt.date, dt.time, dt.timedelta}
 IMMUTABLE |= {UUID, Decimal, Markup}
+
+#: Types that make one of theirs of a value of a subclass.
+_CONVERTING = {str, int, float, bytes, list, tuple, dict, set, frozenset, Decimal, Markup}
 
 SUPPORTED = (
     "str, int, float, bool, None, bytes, list, tuple, dict with str keys, set, frozenset, "
@@ -112,7 +117,7 @@ class Codec:
             raise _Refused(
                 UnsupportedType,
                 f"a value of type {kind.__module__}.{kind.__qualname__} cannot be kept in a "
-                f"session; allowed are {SUPPORTED}",
+                f"session{_instead_of(kind)}; allowed are {SUPPORTED}",
             )
         return to_ext(value)
 
@@ -169,6 +174,20 @@ class Codec:
         if from_ext is None:
             raise ValueError("unknown extension type")
         return from_ext(bytes(data))
+
+
+def _instead_of(kind: type) -> str:
+    """What to keep of a value that is nearly one of ours."""
+    if issubclass(kind, Enum):
+        return " (keep its .value)"
+    if is_dataclass(kind):
+        return " (keep dataclasses.asdict() of it)"
+    if hasattr(kind, "_asdict"):
+        return " (keep its ._asdict())"
+    for base in kind.__mro__:
+        if base in _CONVERTING:
+            return f" (keep {base.__name__}() of it)"
+    return ""
 
 
 def _raise_with_path(key: str, refused: _Refused) -> NoReturn:

@@ -149,8 +149,8 @@ def _encryption_key(value: Any) -> bytes:
             value = None
     if not isinstance(value, bytes) or len(value) != 32:
         raise ValueError(
-            "a list of keys, the current one first; a key is 32 bytes, or their base64url text as "
-            "secrets.token_urlsafe(32) gives it (the value is not shown)"
+            "a key, or a list of keys, the current one first; a key is 32 bytes, or their "
+            "base64url text as secrets.token_urlsafe(32) gives it (the value is not shown)"
         )
     return value
 
@@ -159,7 +159,7 @@ def _encryption_keys(value: Any) -> tuple[bytes, ...]:
     if isinstance(value, (str, bytes)):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise ValueError("a list of keys, the current one first")
+        raise ValueError("a key, or a list of keys, the current one first")
     return tuple(_encryption_key(key) for key in value)
 
 
@@ -237,7 +237,7 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
     unknown = set(overrides) - set(_CHECKS)
     if unknown:
         name = min(unknown)
-        hint = _did_you_mean(name, _CHECKS)
+        hint = _did_you_mean(name.lower().removeprefix("session_"), _CHECKS)
         raise SettingError(f"Session() got an unknown setting {name!r}{hint}")
     values: dict[str, Any] = {"debug": app.debug}
     for name, (key, check) in _CHECKS.items():
@@ -254,18 +254,22 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
         try:
             values[name] = check(value)
         except ValueError as error:
-            shown = type(value).__name__ if key in _SECRET else repr(value)[:80]
+            shown = _type_of(value) if key in _SECRET else repr(value)[:80]
             raise SettingError(f"{key} is {shown}; allowed: {error}") from None
     fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
     if fallbacks is not None and not isinstance(fallbacks, (list, tuple)):
         raise SettingError(
-            f"SECRET_KEY_FALLBACKS is {type(fallbacks).__name__}; allowed: a list of keys"
+            f"SECRET_KEY_FALLBACKS is {_type_of(fallbacks)}; allowed: a list of keys"
         )
     settings = Settings(**values)
     _warn_of_lifetimes(settings, values)
     _check_cookie(app, settings.cookie_name)
     _warn_unknown(app)
     return settings
+
+
+def _type_of(secret: object) -> str:
+    return f"of type {type(secret).__name__}"
 
 
 def _warn_of_lifetimes(settings: Settings, given: Mapping[str, Any]) -> None:

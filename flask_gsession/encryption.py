@@ -31,7 +31,7 @@ class Cipher:
         except ImportError:
             raise SettingError(
                 "SESSION_ENCRYPTION_KEYS needs the cryptography package: "
-                "pip install 'flask-gsession[encryption]'"
+                "install the encryption extra, flask-gsession[encryption]"
             ) from None
         self._aesgcm = AESGCM
         self._invalid = InvalidTag

@@ -51,6 +51,11 @@ class Session:
         Raises ``SettingError``, also when this ``Session``, or one with this cookie name, is on
         the application already.
         """
+        if not isinstance(app, Flask):
+            raise SettingError(
+                f"Session() takes the Flask application first, not a value of type "
+                f"{type(app).__name__}; settings are keywords, as in Session(app, store=...)"
+            )
         settings = read_settings(app, self._settings)
         interfaces: dict[Session, GSessionInterface] = app.extensions.setdefault(NAME, {})
         for other in interfaces.values():

@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 
 from .config import propagates_exceptions, secret_keys
 from .data import SessionData
-from .errors import StoreUnavailable
+from .errors import StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .keeper import Keeper
 from .lifecycle import Presented
@@ -176,6 +176,8 @@ class GSessionInterface(SessionInterface):
         self, app: Flask, session: SessionData, response: Response, error: Exception
     ) -> None:
         """Answer with the application's error response instead: the changes were not stored."""
+        if isinstance(error, UnsupportedType) and not self.keeper.settings.debug:
+            error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
         if isinstance(error, StoreUnavailable):
             logger.error("A session could not be saved: %s", error)
             handle = session._record.key if session._record else None

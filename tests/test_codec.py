@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
+import dataclasses
 import datetime as dt
 import enum
 import math
@@ -413,6 +414,33 @@ def test_other_types_are_refused_by_name(value: Any) -> None:
         assert str(refusal.value).startswith(f"{path}: ")
         assert name in str(refusal.value)
         assert SUPPORTED in str(refusal.value)
+
+
+@dataclasses.dataclass
+class Address:
+    street: str
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (Colour.RED, " (keep its .value)"),
+        (Weekday.MONDAY, " (keep its .value)"),
+        (Size.LARGE, " (keep its .value)"),
+        (Point(1), " (keep its ._asdict())"),
+        (Address("Larch Lane"), " (keep dataclasses.asdict() of it)"),
+        (Text("a"), " (keep str() of it)"),
+        (collections.OrderedDict(a=1), " (keep dict() of it)"),
+        (Moment(2024, 1, 1), ""),
+        (Money(), ""),
+        (Colour, ""),
+        (Address, ""),
+    ],
+)
+def test_a_refusal_says_what_to_keep_instead(value: Any, hint: str) -> None:
+    with pytest.raises(UnsupportedType) as refusal:
+        CODEC.encode("key", value)
+    assert f" cannot be kept in a session{hint}; allowed are " in str(refusal.value)
 
 
 @pytest.mark.parametrize("value", [Text("a"), Number(1), Weekday.MONDAY, Point(1), Money(), 1j])

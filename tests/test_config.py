@@ -256,7 +256,14 @@ def test_keywords_go_before_the_configuration() -> None:
 
 @pytest.mark.parametrize(
     ("keyword", "hint"),
-    [("idle_timout", "did you mean idle_timeout?"), ("stores", "did you mean store?"), ("xyz", "")],
+    [
+        ("idle_timout", "did you mean idle_timeout?"),
+        ("stores", "did you mean store?"),
+        ("SESSION_IDLE_TIMEOUT", "did you mean idle_timeout?"),
+        ("SESSION_STORES", "did you mean store?"),
+        ("PERMANENT_SESSION_LIFETIME", "did you mean permanent_lifetime?"),
+        ("xyz", ""),
+    ],
 )
 def test_an_unknown_keyword_is_refused(keyword: str, hint: str) -> None:
     with pytest.raises(SettingError, match=f"unknown setting '{keyword}'") as error:
@@ -327,6 +334,30 @@ def test_all_settings_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     )
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"SESSION_IDLE_TIMEOUT": 100, "SESSION_ABSOLUTE_TIMEOUT": 50},
+        {"PERMANENT_SESSION_LIFETIME": 3600, "SESSION_ABSOLUTE_TIMEOUT": 60},
+    ],
+    ids=["idle", "permanent"],
+)
+def test_a_lifetime_that_cannot_be_reached_is_warned_about(config: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=f"^{next(iter(config))} is .* SESSION_ABSOLUTE_TIMEOUT"):
+        Session(an_app(**config))
+
+
+def test_a_short_absolute_timeout_alone_is_no_mistake() -> None:
+    """The defaults beside it are nobody's wish."""
+    Session(an_app(SESSION_ABSOLUTE_TIMEOUT=60))
+
+
+@pytest.mark.parametrize("app", [5, "redis://localhost", Flask, object()])
+def test_what_is_no_application_is_refused(app: Any) -> None:
+    with pytest.raises(SettingError, match=f"not a value of type {type(app).__name__}"):
+        Session(app)
+
+
 # Encryption keys -----------------------------------------------------------------------------
 
 
@@ -380,6 +411,10 @@ def test_settings_show_no_secret() -> None:
         ("sqlite:///sessions.sqlite3", SQLiteStore),
         ("sqlite:////tmp/sessions.sqlite3", SQLiteStore),
         ("SQLite:///sessions.sqlite3", SQLiteStore),
+        ("MEMORY://", MemoryStore),
+        ("Redis://localhost:6379/0", RedisStore),
+        ("UNIX:///run/redis.sock", RedisStore),
+        ("MongoDB://localhost", MongoDBStore),
         ("redis://localhost:6379/0", RedisStore),
         ("redis://localhost", RedisStore),
         ("redis://", RedisStore),
@@ -547,7 +582,7 @@ def test_a_password_is_never_shown_when_the_store_fails(
     ids=lambda source: getattr(source, "__name__", type(source).__name__),
 )
 def test_something_that_is_no_store_is_refused_by_its_type(source: Any) -> None:
-    with pytest.raises(SettingError, match=f"SESSION_STORE is a {type(source).__qualname__}"):
+    with pytest.raises(SettingError, match=f"SESSION_STORE is of type {type(source).__qualname__}"):
         Session(an_app(), store=source)
 
 
@@ -620,13 +655,13 @@ def test_a_missing_driver_is_named_with_its_extra(tmp_path: Path) -> None:
     for line, scheme in zip(lines[:3], ("redis", "rediss", "unix"), strict=True):
         assert line == (
             f"SESSION_STORE is a {scheme} URL, and its driver is not installed (redis): "
-            "pip install 'flask-gsession[redis]'"
+            "install the redis extra, flask-gsession[redis]"
         )
     for line in lines[3:5]:
         assert line.startswith("SESSION_STORE is a mongodb")
-        assert line.endswith("pip install 'flask-gsession[mongodb]'")
+        assert line.endswith("install the mongodb extra, flask-gsession[mongodb]")
     assert lines[5].startswith("SESSION_ENCRYPTION_KEYS")
-    assert lines[5].endswith("pip install 'flask-gsession[encryption]'")
+    assert lines[5].endswith("install the encryption extra, flask-gsession[encryption]")
     assert lines[6:] == ["ada", "ada"]
     assert "geheim" not in run.stdout + run.stderr
 

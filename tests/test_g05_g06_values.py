@@ -204,6 +204,7 @@ def test_a_refused_value_stops_the_response(site: Site, caplog: pytest.LogCaptur
         assert type(error) is kind, what
         assert error.path.startswith(path), what
         assert path in caplog.text, what
+        assert ("With SESSION_DEBUG = True" in caplog.text) is (kind is UnsupportedType), what
         if kind is UnsupportedType and "keys" not in what and "None" not in what:
             assert error.path == path, what
 

@@ -598,6 +598,8 @@ def test_a_wrong_password_is_an_outage_and_is_never_shown(
                 response = site.visitor().ask(WRITE)
                 assert_unavailable(response)
                 assert errors
+                if url.startswith("redis"):
+                    assert "is the user or the password in SESSION_STORE" in str(errors[0])
                 shown = [response.text, str(errors), repr(errors[0].__dict__), str(errors[0])]
                 cause = errors[0].__cause__
                 shown += [caplog.text, repr(site.events), repr(cause), str(cause)]

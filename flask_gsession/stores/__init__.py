@@ -44,11 +44,13 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
             return MongoDBStore(source, options), True  # type: ignore[arg-type]  # known by its name
     if isinstance(source, Store) and not isinstance(source, type):
         return source, False
-    raise SettingError(f"SESSION_STORE is a {type(source).__qualname__}; {_ALLOWED}")
+    raise SettingError(f"SESSION_STORE is of type {type(source).__qualname__}; {_ALLOWED}")
 
 
 def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
-    scheme = url.partition(":")[0].lower() if ":" in url else ""
+    scheme, colon, rest = url.partition(":")
+    scheme = scheme.lower() if colon else ""
+    url = f"{scheme}:{rest}" if colon else url  # drivers know only small letters
     if scheme == "memory" and url in ("memory:", "memory://"):
         from .memory import MemoryStore
 
@@ -94,7 +96,7 @@ def _checked(scheme: str, build: Callable[[], T]) -> T:
 def _missing(extra: str, scheme: str, error: ImportError) -> SettingError:
     return SettingError(
         f"SESSION_STORE is a {scheme} URL, and its driver is not installed ({error.name}): "
-        f"pip install 'flask-gsession[{extra}]'"
+        f"install the {extra} extra, flask-gsession[{extra}]"
     )
 
 

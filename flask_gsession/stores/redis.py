@@ -361,7 +361,9 @@ def _as_it_is(answer: Any) -> Any:
 
 
 def _unavailable(command: tuple[Any, ...], error: Exception) -> StoreUnavailable:
-    return StoreUnavailable(f"redis: {command[0]}: {type(error).__name__}: {error}")
+    refused = isinstance(error, AuthenticationError)
+    hint = " (is the user or the password in SESSION_STORE missing or wrong?)" if refused else ""
+    return StoreUnavailable(f"redis: {command[0]}: {type(error).__name__}: {error}{hint}")
 
 
 def _version(number: int) -> bytes:
