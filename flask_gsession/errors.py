@@ -112,6 +112,11 @@ class UnreadableRecord(StoreError):
         self.reason = reason
         self.detail = detail
 
+    @property
+    def for_others(self) -> bool:
+        """Whether a worker of a newer version, or with other keys, may be able to read it."""
+        return self.reason in ("newer format", "unknown encryption key")
+
 
 class KeyTaken(StoreError):
     """``create`` found a record under the key."""

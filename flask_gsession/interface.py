@@ -112,7 +112,7 @@ class GSessionInterface(SessionInterface):
         _add_vary(response, "Cookie")
         if header is not None:
             _add_vary(response, header)
-        if session._cookie != "keep":
+        if session._cookie != "keep" or (by_header and session._leads_nowhere()):
             response.cache_control.no_store = True
             if by_header:
                 self._write_header(app, session, response)

@@ -64,6 +64,7 @@ class Lifecycle:
     _ended = False
     _failure: StoreUnavailable | None = None  # of loading
     _failed_unseen = False  # by everybody: it is for the answer to tell
+    _for_others = False  # what is stored may be readable for another worker
     _in_doubt: StoreUnavailable | None = None  # of a write that may have been applied
     _cookie: Literal["keep", "set", "delete"] = "keep"
     _token: str | None = None  # None also where the client holds a newer one than we know
@@ -114,6 +115,7 @@ class Lifecycle:
             try:
                 loaded = self._keeper.find(key)
             except UnreadableRecord as error:
+                self._for_others = error.for_others
                 self._keeper.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 self._failure = error
@@ -259,6 +261,7 @@ class Lifecycle:
         try:
             loaded = self._keeper.find(key)
         except UnreadableRecord as error:
+            self._for_others = error.for_others
             self._keeper.refused(error.reason, key, error.detail)
             return False
         if loaded is None:
@@ -411,6 +414,15 @@ class Lifecycle:
     def _set_cookie_if_known(self) -> None:
         if self._token is not None:
             self._cookie = "set"
+
+    def _leads_nowhere(self) -> bool:
+        """Whether there was a token, and no session is found by it, now or by another worker."""
+        return (
+            self._opened
+            and self._record is None
+            and not self._for_others
+            and self._look_at_request().checked is not None
+        )
 
     def _late_changes(self) -> list[str]:
         """The keys whose values were changed in place after the session was saved."""

@@ -8,6 +8,7 @@ import pytest
 from flask import request
 from werkzeug.test import TestResponse
 
+from flask_gsession import StoreUnavailable
 from flask_gsession.events import SessionRefused
 from flask_gsession.testing import FakeClock
 from flask_gsession.tokens import TokenSigner, new_token
@@ -118,6 +119,101 @@ def test_a_rotated_token_serves_for_its_grace(api: Site) -> None:
     api.clock.advance(11)
     assert late.run(whole) == {}
     assert client.run(whole) == {"user": "alice", "late": True}
+
+
+def log_out(session: Any) -> None:
+    session.destroy()
+
+
+@pytest.mark.parametrize("end", ["logged out", "rotated", "expired", "never issued"])
+def test_a_client_learns_that_its_token_leads_nowhere(end: str, api: Site) -> None:
+    """By an empty token, at the first look at the session, and at no cost."""
+    token = TokenSigner(["a key for tests"], "session").sign(TOKEN)
+    client, other = ApiClient(api, token), ApiClient(api)
+    if end != "never issued":
+        client.run(set_user("alice"))
+        other.token = token = client.token
+    if end == "logged out":
+        other.run(log_out)
+    elif end == "rotated":
+        other.run(lambda session: session.rotate(grace=0))
+    elif end == "expired":
+        api.clock.advance(8000)
+
+    untouched = api.visitor().get("/untouched", headers={HEADER: token})
+    assert HEADER not in untouched.headers
+    with api.counted() as count:
+        response = client.ask(whole)
+    assert count.calls == ["load"]
+    assert response.headers[HEADER] == ""
+    assert response.cache_control.no_store
+    assert client.token == ""
+    with api.counted() as count:
+        assert HEADER not in client.ask(whole).headers  # told once: it had no token now
+    assert not count.calls
+
+    # A cookie is left alone: the browser may hold a newer one when this response arrives.
+    response = api.visitor(token).ask(whole)
+    assert not response.headers.getlist("Set-Cookie")
+    assert HEADER not in response.headers
+
+
+@pytest.mark.parametrize("write", [set_user("bob"), whole], ids=["writing", "reading"])
+def test_a_client_learns_that_its_session_ended_meanwhile(write: Any, api: Site) -> None:
+    client, other = ApiClient(api), ApiClient(api)
+    client.run(set_user("alice"))
+    other.token = client.token
+
+    def view(session: Any) -> None:
+        whole(session)
+        other.run(log_out)
+        write(session)
+
+    response = client.ask(view)
+    if write is whole:  # nobody looked again
+        assert HEADER not in response.headers
+        response = client.ask(view)
+    assert response.headers[HEADER] == ""
+    assert api.stored() == {}
+
+
+def fail() -> None:
+    raise StoreUnavailable("by the test")
+
+
+def test_an_outage_says_nothing_of_the_token(api: Site) -> None:
+    client = ApiClient(api)
+    client.run(set_user("alice"))
+    token = client.token
+    for operation, view in (("load", whole), ("save", set_user("bob")), ("delete", log_out)):
+        api.store.before(operation, fail)
+        response = client.ask(view)
+        assert response.status_code == 503
+        assert client.token == token, operation
+    assert client.run(whole) == {"user": "alice"}
+
+
+def test_what_another_worker_may_read_is_not_called_ended(api: Site, make_site: SiteMaker) -> None:
+    """While encryption is turned on, one worker after the other."""
+    sealing = make_site(token_header=HEADER, store=api.store, encryption_keys=[b"k" * 32, "plain"])
+    client = ApiClient(sealing)
+    client.run(set_user("alice"))
+    early = ApiClient(api, client.token)
+    assert HEADER not in early.ask(whole).headers
+    assert early.run(whole) == {}
+    assert client.run(whole) == {"user": "alice"}
+
+    # The same where it is met at the save.
+    late = ApiClient(api)
+    late.run(set_user("bob"))
+    other = ApiClient(sealing, late.token)
+
+    def view(session: Any) -> None:
+        session["step"] = 1
+        other.run(lambda session: session.update(sealed=True))
+
+    assert HEADER not in late.ask(view).headers
+    assert other.run(whole) == {"user": "bob", "sealed": True}
 
 
 def test_a_permanent_session(api: Site) -> None:
@@ -381,7 +477,7 @@ def test_a_bad_token_is_a_new_client(value: str, one: Site) -> None:
         response = visitor.ask(lambda session: session.get("user"), environ_overrides=environ)
     assert response.status_code == 200
     assert not count.calls
-    assert HEADER not in response.headers
+    assert response.headers[HEADER] == ""
     (event,) = one.happened(SessionRefused)
     assert event.reason in ("malformed", "bad signature")
     assert event.handle is None
