@@ -220,6 +220,30 @@ def test_log_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.post("/account/logout").status_code == 401
 
 
+@pytest.mark.parametrize("kind", ["app", "members"])
+def test_log_out_everywhere(kind: str, run: Run) -> None:
+    names = run("docs/how-to/log-out-everywhere.md")
+    app = getattr(names, kind)
+    desk, phone = visitor(app), visitor(app)
+    desk.post("/login/ada")
+    phone.post("/login/ada")
+    back = visitor(app)  # with the remember-me cookie of the phone, where there is one
+    remembered = phone.get_cookie("remember_token")
+    assert (remembered is not None) is (kind == "members")
+    if remembered is not None:
+        back.set_cookie("remember_token", remembered.value)
+    assert [client.get("/").json for client in (desk, phone)] == [{"user": "ada"}] * 2
+
+    stolen = visitor(app, like=desk)
+    assert desk.post("/password").status_code == 200
+    assert desk.get("/").json == {"user": "ada"}
+    for client in (phone, back, stolen):
+        assert "ada" not in client.get("/").text
+        assert client.post("/password").status_code == 401
+    assert phone.post("/login/ada").status_code == 200
+    assert phone.get("/").json == {"user": "ada"}
+
+
 def test_counters_and_carts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("docs/how-to/counters-and-carts.md")
 
