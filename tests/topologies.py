@@ -820,6 +820,17 @@ class MongoAuthTLS(MongoServer):
         name = f"{quote(user)}:{self._password}"
         return f"mongodb://{name}@{HOST}:{self.port}/{self.DATABASE}?{urlencode(options)}"
 
+    def url_of_rights(self, actions: Sequence[str], collection: str) -> str:
+        """Where a new user signs in who may do just these actions on a collection of `DATABASE`."""
+        name = f"user{secrets.token_hex(4)}"
+        where = {"db": self.DATABASE, "collection": collection}
+        privileges = [{"resource": where, "actions": list(actions)}]
+        client: MongoClient[dict[str, Any]]
+        with MongoClient(self.url_of("admin"), timeoutMS=10_000) as client:
+            client.admin.command("createRole", name, privileges=privileges, roles=[])
+            client.admin.command("createUser", name, pwd=self._password, roles=[name])
+        return self.url_of("app").replace("//app:", f"//{name}:")
+
     def client(self, **options: Any) -> "MongoClient[dict[str, Any]]":
         """A client of this very server, by its unix socket, signed in as nobody."""
         files = {"tls": True, "tlsCAFile": str(self.certificates.ca)}

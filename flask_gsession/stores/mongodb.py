@@ -1,12 +1,14 @@
 """Sessions in MongoDB 5.0 or newer: one document per session, the payload as one binary field.
 
-Writes are acknowledged by a majority, reads go to the primary. A TTL index removes what has
-expired; since its sweep is up to a minute late, expiry is also checked on every read and write.
+Writes are acknowledged by a majority, loads ask the primary, by default for what it has itself. A
+TTL index removes what has expired; since its sweep is up to a minute late, expiry is also checked
+on every read and write.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +22,14 @@ from bson.codec_options import DatetimeConversion
 from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
 from pymongo import MongoClient, ReadPreference
-from pymongo.errors import DuplicateKeyError, InvalidURI, OperationFailure, PyMongoError
+from pymongo.errors import (
+    ConfigurationError,
+    DuplicateKeyError,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+    WriteConcernError,
+)
 from pymongo.read_concern import ReadConcern
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
@@ -31,6 +40,12 @@ from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
 
 COLLECTION = "gsession"
 DATABASE = "gsession"
+
+_READ_CONCERNS = ("local", "majority", "linearizable")
+_HINTS = {
+    13: ": the user lacks a right on the collection, or there is no user",
+    18: ": no such user, another password, or another authSource",
+}
 
 _Document = dict[str, Any]
 _Client = MongoClient[_Document]
@@ -43,7 +58,9 @@ def check_url(url: str) -> None:
         if not parts.hostname or "," in parts.netloc or parts.port is not None:
             raise InvalidURI("mongodb+srv takes one host and no port")
     else:
-        parse_uri(url)
+        level = parse_uri(url)["options"].get("readConcernLevel", "local")
+        if level not in _READ_CONCERNS:
+            raise ConfigurationError(f"readConcernLevel is one of {', '.join(_READ_CONCERNS)}")
 
 
 _STORES: weakref.WeakSet[MongoDBStore] = weakref.WeakSet()
@@ -74,6 +91,7 @@ class MongoDBStore:
         self._close_client: weakref.finalize[..., object] | None = None
         self._inherited: list[Any] = []
         self._collection_of_client: Any = None
+        self._collection_to_load: Any = None
         self._pid = 0
         self._indexed = False
         self._lock = threading.Lock()
@@ -81,10 +99,10 @@ class MongoDBStore:
 
     def create(self, record: Record) -> None:
         with self._collection("create") as collection:
-            self._ensure_index(collection)
             for _ in range(2):
                 try:
                     collection.insert_one(self._document(record))
+                    self._ensure_index(collection)
                     return
                 except DuplicateKeyError:
                     there = self._read(record.key, collection)
@@ -98,8 +116,8 @@ class MongoDBStore:
             raise KeyTaken
 
     def load(self, key: str) -> Record | None:
-        with self._collection("load") as collection:
-            record = self._read(key, collection)
+        with self._collection("load"):
+            record = self._read(key, self._collection_to_load)
         if record is None or self._now() >= record.idle_expires_at:
             return None
         return record
@@ -236,7 +254,9 @@ class MongoDBStore:
             with pymongo.timeout(self._timeout):
                 yield collection
         except PyMongoError as error:
-            raise StoreUnavailable(f"mongodb: {operation}: {type(error).__name__}") from error
+            raise StoreUnavailable(
+                f"mongodb: {operation}: {_reason(error, self._collection_of_client)}"
+            ) from error
 
     def _connect(self) -> Any:
         if not self._lock.acquire(timeout=self._timeout):
@@ -265,6 +285,11 @@ class MongoDBStore:
                 read_concern=ReadConcern("local"),
                 write_concern=WriteConcern("majority"),
             )
+            self._collection_to_load = self._collection_of_client
+            if client.read_concern.level is not None:
+                self._collection_to_load = self._collection_of_client.with_options(
+                    read_concern=client.read_concern
+                )
             self._pid = os.getpid()
             return self._collection_of_client
         finally:
@@ -279,18 +304,53 @@ class MongoDBStore:
         self._close_client = closing(self, client.close)
 
     def _ensure_index(self, collection: Any) -> None:
+        """Make the TTL index, once; after an outage the next session that is created tries again.
+
+        Called when a document was written: what fails now is about the index alone.
+        """
         if self._indexed:
             return
         try:
             collection.create_index("idle_expires_at", expireAfterSeconds=0, name="gsession_expiry")
         except OperationFailure as error:
             logger.warning(
-                "MongoDB refused to create the TTL index of the sessions (%s, code %s): expired "
+                "MongoDB refused to create the TTL index of the sessions (%s): expired "
                 "sessions stay invalid, but are not removed. Let an administrator run: "
                 "db.%s.createIndex({idle_expires_at: 1}, {expireAfterSeconds: 0, "
                 "name: 'gsession_expiry'})",
-                type(error).__name__,
-                error.code,
+                _code(error),
                 collection.name,
             )
+        except PyMongoError:
+            return
         self._indexed = True
+
+
+def _reason(error: PyMongoError, collection: Any) -> str:
+    """What went wrong and where, in one line, and nothing of what was sent."""
+    if not isinstance(error, OperationFailure):
+        text = str(error).partition(", Timeout: ")[0].partition(", full error: ")[0]
+        text = re.sub(r" \(configured timeouts: [^)]*\)", "", text)
+    elif isinstance(error, WriteConcernError):
+        text = f"not confirmed by a majority: {_code(error)}"
+    else:
+        # A server's own words can hold the whole command.
+        text = _code(error) + _HINTS.get(error.code or 0, "")
+    where = "" if collection is None else _addresses(collection.database.client)
+    if not where or any(address in text for address in where.split(",")):
+        return f"{type(error).__name__}: {text}"
+    return f"{where}: {type(error).__name__}: {text}"
+
+
+def _code(error: OperationFailure) -> str:
+    name = (error.details or {}).get("codeName", type(error).__name__)
+    return f"{name}, code {error.code}"
+
+
+def _addresses(client: _Client) -> str:
+    """The server that takes writes, as far as it is known, else all that the client knows of."""
+    servers = client.topology_description.server_descriptions()
+    writable = [address for address, server in servers.items() if server.is_writable]
+    return ",".join(
+        host if port is None else f"{host}:{port}" for host, port in writable or sorted(servers)
+    )

@@ -1,0 +1,247 @@
+"""MongoDB as production runs it: a replica set, a user of the least rights, TLS, and failures."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+
+from flask_gsession.errors import SettingError, StoreUnavailable
+from flask_gsession.stores import Store, StoreOptions, open_store
+from flask_gsession.stores.base import Clock, new_version
+from flask_gsession.stores.mongodb import MongoDBStore
+from flask_gsession.testing import FakeClock, StoreContract, a_record
+from tests.apps import Site, SiteMaker
+from tests.servers import with_database
+from tests.topologies import HOST, MongoAuthTLS, MongoReplicaSet
+
+pytest_plugins = ["tests.topologies"]
+
+DEPLOYMENT = Path(__file__).parent.parent / "docs" / "how-to" / "deployment.md"
+SHORT = 0.2  # seconds for a store call that is to fail
+
+
+def published_rights() -> list[str]:
+    """The actions of the role that the documentation tells administrators to make."""
+    actions = re.search(r"actions: \[(.+?)\]", DEPLOYMENT.read_text())
+    assert actions is not None
+    return re.findall(r'"(\w+)"', actions[1])
+
+
+@pytest.fixture
+def replica_set(mongo_replica_set: MongoReplicaSet) -> Iterator[MongoReplicaSet]:
+    """The replica set, made whole afterwards."""
+    yield mongo_replica_set
+    mongo_replica_set.start()
+
+
+@pytest.fixture(
+    params=["replica set", "majority reads", "linearizable reads", "least rights and TLS"]
+)
+def url(request: pytest.FixtureRequest, store_prefix: str) -> str:
+    """MongoDB in each manner in turn."""
+    if request.param == "least rights and TLS":
+        server: MongoAuthTLS = request.getfixturevalue("mongo_auth_tls")
+        return server.url_of_rights(published_rights(), collection="gsession")
+    replica_set: MongoReplicaSet = request.getfixturevalue("mongo_replica_set")
+    concern = request.param.partition(" reads")[0]
+    options = "" if request.param == "replica set" else f"&readConcernLevel={concern}"
+    return with_database(replica_set.url, store_prefix.strip(":")) + options
+
+
+class TestContract(StoreContract):
+    """The store contract in each manner."""
+
+    @pytest.fixture(autouse=True)
+    def _where(self, url: str, store_prefix: str) -> None:
+        self.url, self.prefix = url, store_prefix
+
+    def open(self, clock: Clock) -> Store:
+        return open_store(self.url, StoreOptions(self.prefix, timeout=10, clock=clock))[0]
+
+
+def add(session: Any) -> object:
+    return session.update_atomic("hits", lambda hits: hits + 1)
+
+
+def test_login_counter_and_logout(
+    url: str, store_prefix: str, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SiteMaker(url, store_prefix, clock) as make:
+        site = make()
+        visitor = site.visitor()
+        visitor.run(lambda session: session.update(hits=0))
+        tab = visitor.another_tab()
+        visitor.run(lambda session: (session.rotate(grace=0), session.update(user="ada")))
+        assert tab.run(dict) == {}
+        for hits in (1, 2, 3):
+            assert visitor.run(add) == hits
+        assert visitor.run(dict) == {"hits": 3, "user": "ada"}
+        left = visitor.another_tab()
+        visitor.run(lambda session: session.destroy())
+        assert left.run(dict) == {}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# A replica set ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def stores(*urls: str, timeout: float) -> Iterator[list[Store]]:
+    """A store of each URL, on the same records."""
+    opened = [open_store(url, StoreOptions("replicas:", timeout))[0] for url in urls]
+    try:
+        yield opened
+    finally:
+        for store in opened:
+            store.close()
+
+
+def paused_secondaries(replica_set: MongoReplicaSet) -> None:
+    """Freeze both: the primary stays one for about a second, and has no majority any more."""
+    for member in replica_set.secondaries():
+        member.pause()
+
+
+def test_reads_as_the_url_wants_them(replica_set: MongoReplicaSet) -> None:
+    options = ("", "&readConcernLevel=majority", "&readConcernLevel=linearizable")
+    with stores(*(replica_set.url + each for each in options), timeout=SHORT) as opened:
+        local, majority, linearizable = opened
+        record = a_record(time.time)
+        patient, _ = open_store(replica_set.url, StoreOptions("replicas:", timeout=10))
+        patient.create(record)
+        for store in opened:
+            assert store.load(record.key) == record
+        paused_secondaries(replica_set)
+        newer = record._replace(version=new_version(), payload=b"not confirmed")
+        with pytest.raises(StoreUnavailable, match="not confirmed by a majority"):
+            local.save(newer, record.version)
+        assert local.load(record.key) == newer
+        assert majority.load(record.key) == record
+        with pytest.raises(StoreUnavailable):
+            linearizable.load(record.key)
+        replica_set.start()
+        patient.save(newer, record.version)
+        for store in opened:
+            assert store.load(record.key) == newer
+        patient.close()
+
+
+def test_a_client_s_own_read_concern_is_kept(replica_set: MongoReplicaSet) -> None:
+    client: MongoClient[dict[str, Any]]
+    with MongoClient(replica_set.url, readConcernLevel="majority", w=1) as client:
+        store = MongoDBStore(client, StoreOptions("replicas:", timeout=10))
+        store.create(a_record(time.time))
+        assert store._collection_to_load.read_concern.level == "majority"
+        assert store._collection_of_client.read_concern.level == "local"
+        assert store._collection_of_client.write_concern.document == {"w": "majority"}
+
+
+def test_another_read_concern_is_refused() -> None:
+    with pytest.raises(SettingError):
+        open_store("mongodb://localhost/?readConcernLevel=available", StoreOptions())
+
+
+def test_a_logout_that_no_majority_confirmed_is_not_called_done(
+    replica_set: MongoReplicaSet, clock: FakeClock
+) -> None:
+    with SiteMaker(replica_set.url, "replicas:", clock) as make:
+        patient, hasty = make(), make(timeout=SHORT)
+        visitor = patient.visitor()
+        visitor.run(lambda session: session.update(user="ada"))
+        hasty_visitor = hasty.visitor(visitor.cookie)
+        hasty_visitor.run(dict)
+        paused_secondaries(replica_set)
+        # The second time there is nothing left to delete on the primary, and still it is not done.
+        for _ in range(2):
+            response = hasty_visitor.ask(lambda session: session.destroy())
+            assert response.status_code == 503
+            assert hasty_visitor.cookie == visitor.cookie
+        replica_set.start()
+        visitor.run(lambda session: session.destroy())
+        assert patient.visitor(hasty_visitor.cookie).run(dict) == {}
+
+
+def test_a_counter_goes_on_through_a_stepdown(
+    replica_set: MongoReplicaSet, clock: FakeClock
+) -> None:
+    with SiteMaker(replica_set.url, "replicas:", clock) as make:
+        visitor = make().visitor()
+        visitor.run(lambda session: session.update(hits=0))
+        old = replica_set.step_down()
+        for hits in (1, 2, 3):
+            assert visitor.run(add) == hits
+        assert replica_set.primary() is not old
+
+
+# Errors ----------------------------------------------------------------------------------------
+
+
+def failure_of(call: Callable[[], object]) -> StoreUnavailable:
+    with pytest.raises(StoreUnavailable) as caught:
+        call()
+    return caught.value
+
+
+def test_errors_say_where_and_why(
+    mongo_auth_tls: MongoAuthTLS, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = f"{HOST}:{mongo_auth_tls.port}"
+    password = mongo_auth_tls.url.partition("@")[0].rpartition(":")[2]
+    wrong = mongo_auth_tls.url.replace(password, "hunter2-canary")
+    direct = f"mongodb://{place}/?directConnection=true"
+    elsewhere = mongo_auth_tls.url.replace("/sessions?", "/elsewhere?")
+    for url, reasons in (
+        (wrong, (place, "AuthenticationFailed, code 18")),
+        (elsewhere, (place, "lacks a right", "Unauthorized, code 13")),
+        (mongo_auth_tls.url_of(None), (place, "Unauthorized, code 13")),
+        (direct, (place, "connection closed")),
+        (direct + "&tls=true", (place, "certificate verify failed")),
+        ("mongodb://nosuch.invalid/", ("nosuch.invalid:27017", "not known")),
+        (f"mongodb://ada:hunter2-canary@{HOST}:1/", (f"{HOST}:1", "refused")),
+        (mongo_auth_tls.url.replace("=gsession", "=other"), ('"other"',)),
+    ):
+        with stores(url, timeout=SHORT) as (store,):
+            for _ in range(5):  # on a busy machine a handshake may take longer than that
+                error = failure_of(lambda store=store: store.create(a_record(time.time)))
+                if reasons[-1] in error.detail:
+                    break
+        for reason in ("mongodb: create: ", *reasons):
+            assert reason in error.detail
+        assert "canary" not in f"{error.detail} {error.__cause__!r}"
+        assert len(error.detail) < 250
+    assert "index" not in caplog.text  # which is not what failed
+
+
+def test_a_primary_that_gave_way_is_named(replica_set: MongoReplicaSet) -> None:
+    old = replica_set.primary()
+    url = f"mongodb://{HOST}:{old.port}/?directConnection=true"
+    with stores(url, timeout=10) as (patient,), stores(url, timeout=SHORT) as (store,):
+        record = a_record(time.time)
+        patient.create(record)
+        store.load(record.key)
+        replica_set.step_down()
+        error = failure_of(lambda: store.save(record._replace(version=2), record.version))
+        assert f"{HOST}:{old.port}" in error.detail
+        assert "not primary" in error.detail
+
+
+def test_missing_rights_for_the_index_are_said(
+    mongo_auth_tls: MongoAuthTLS, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    rights = [right for right in published_rights() if right != "createIndex"]
+    url = mongo_auth_tls.url_of_rights(rights, collection="gsession")
+    with SiteMaker(url, "no-index:", clock) as make:
+        site: Site = make()
+        visitor = site.visitor()
+        visitor.run(lambda session: session.update(a=1))
+        assert visitor.run(dict) == {"a": 1}
+    assert caplog.text.count("Unauthorized, code 13") == 1
+    assert "db.gsession.createIndex" in caplog.text
