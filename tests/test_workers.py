@@ -59,12 +59,19 @@ class Gunicorn:
     :param options: of gunicorn's command line.
     :param workers: how many.
     :param environment: what tests/workers_app.py reads; the instance folder is added.
+    :param app: another application than that one.
     """
 
     def __init__(
-        self, folder: Path, *options: str, workers: int, environment: dict[str, str]
+        self,
+        folder: Path,
+        *options: str,
+        workers: int,
+        environment: dict[str, str],
+        app: str = "tests.workers_app:create_app()",
     ) -> None:
         self.workers = workers
+        self._app = app
         self.instance = folder / "instance"
         self._ready = folder / "ready"
         self._log = folder / "gunicorn.log"
@@ -90,10 +97,7 @@ class Gunicorn:
             self.port = listener.getsockname()[1]
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [
-                        *self._command,
-                        *("--bind", f"fd://{listener.fileno()}", "tests.workers_app:create_app()"),
-                    ],
+                    [*self._command, "--bind", f"fd://{listener.fileno()}", self._app],
                     env=self._environment,
                     pass_fds=[listener.fileno()],
                     stdin=subprocess.DEVNULL,
