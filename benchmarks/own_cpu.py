@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import hiredis
 import redis
 from flask import Flask
 
@@ -35,8 +36,9 @@ class InstantRedis(redis.ConnectionPool):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: dict[str, bytes] = {}
+        self._values: dict[bytes, bytes] = {}
         self._answer: Any = None
+        self._reader = hiredis.Reader()
 
     def get_connection(self, *_: Any, **__: Any) -> Any:
         return self
@@ -44,13 +46,15 @@ class InstantRedis(redis.ConnectionPool):
     def release(self, connection: Any) -> None:
         pass
 
-    def send_command(self, command: str, *args: Any, **options: Any) -> None:
-        if command == "GET":
+    def send_packed_command(self, requests: tuple[bytes], *_: Any) -> None:
+        self._reader.feed(requests[0])
+        command, *args = self._reader.gets()
+        if command == b"GET":
             self._answer = self._values.get(args[0])
-        elif command == "SET":
+        elif command == b"SET":
             self._values[args[0]] = args[1]
             self._answer = b"OK"
-        elif command == "EVALSHA":  # of the script that saves
+        elif command == b"EVALSHA":  # of the script that saves
             _, _, key, _, value, *_ = args
             self._values[key] = value
             self._answer = b"K" + value[1:9]

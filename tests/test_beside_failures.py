@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -111,12 +112,13 @@ def test_an_unreadable_record_costs_one_connection_only(
     store: Any = open_store(redis_url, StoreOptions(prefix=store_prefix))[0]
     record = a_record(FakeClock())
     store.create(record)
-    in_use = store._pool.get_connection()
+    slot = store._pool.take(time.monotonic() + 1)
+    slot.ask(b"PING\r\n")
     redis_client.set(store._name(record.key), b"\x07" * 40, px=60_000)
     with pytest.raises(UnreadableRecord):
         store.load(record.key)
-    assert in_use.is_connected
-    store._pool.release(in_use)
+    assert slot.connection.is_connected
+    store._pool.give(slot)
     store.close()
 
 

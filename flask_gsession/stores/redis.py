@@ -14,9 +14,9 @@ belongs to another key, as a client connection gives that lost step after an int
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from struct import Struct
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ from redis.retry import Retry
 
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
+from .redis_pool import ClientPool, ConnectionPool, bounded
 
 T = TypeVar("T")
 
@@ -47,64 +48,18 @@ _LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
 _STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N")
 _WRONG_TYPE = "not a string"
-_RETRIES = 2
+_RETRIES = 3
 _RETRY_PAUSE = 0.02  # seconds
 
 
 class _Script:
     def __init__(self, name: str) -> None:
         self.source = files(__package__).joinpath(f"{name}.lua").read_bytes()
-        self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
+        self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
 
 
 _SAVE, _RENEW = _Script("save"), _Script("renew")
 _REPLACE, _DELETE = _Script("replace"), _Script("delete")
-
-
-class _Deadline(threading.local):
-    at: float | None = None  # of time.monotonic, for the command that this thread sends
-
-
-_deadline = _Deadline()
-
-
-class _BoundedSocket:
-    """A socket on which sending and receiving together end at the thread's deadline.
-
-    The client's own timeout counts from each received piece, so that a slow trickle has no end.
-    """
-
-    def __init__(self, socket: Any) -> None:
-        self._socket = socket
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._socket, name)
-
-    def recv(self, *arguments: Any) -> Any:
-        self._arm()
-        return self._socket.recv(*arguments)
-
-    def recv_into(self, *arguments: Any) -> Any:
-        self._arm()
-        return self._socket.recv_into(*arguments)
-
-    def sendall(self, *arguments: Any) -> None:
-        self._arm()
-        self._socket.sendall(*arguments)
-
-    def _arm(self) -> None:
-        if _deadline.at is not None:
-            left = _deadline.at - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("the time for this command is over")
-            self._socket.settimeout(left)
-
-
-class _BoundedConnection:
-    """Mixed into the client's connection classes: puts their sockets under the deadline."""
-
-    def _connect(self) -> _BoundedSocket:
-        return _BoundedSocket(super()._connect())  # type: ignore[misc]  # of the connection class
 
 
 class RedisStore:
@@ -120,35 +75,31 @@ class RedisStore:
         self._clock = options.clock
         self._timeout = options.timeout
         self._prefix = options.prefix
-        self._owns_pool = isinstance(url_or_client, str)
+        self._pool: ConnectionPool | ClientPool
         if isinstance(url_or_client, str):
-            self._pool: redis.ConnectionPool = redis.BlockingConnectionPool.from_url(
+            made = redis.ConnectionPool.from_url(
                 url_or_client,
-                max_connections=options.pool_max,
-                timeout=options.timeout / 2,
                 socket_connect_timeout=options.timeout / 4,
                 socket_timeout=options.timeout / 4,
                 retry=Retry(NoBackoff(), 0),
             )
-            connection: Any = self._pool.connection_class
-            self._pool.connection_class = type(
-                connection.__name__, (_BoundedConnection, connection), {}
-            )
-            # Not connected: it only lets wrong options in the URL show now.
-            self._pool.connection_class(**self._pool.connection_kwargs)
-            closing(self, self._pool.disconnect)
+            make = partial(bounded(made.connection_class), **made.connection_kwargs)
+            make()  # Not connected: it only lets wrong options in the URL show now.
+            self._pool = ConnectionPool(make, options.pool_max)
+            closing(self, self._pool.close)
         else:
-            self._pool = url_or_client.connection_pool
+            self._pool = ClientPool(url_or_client)
 
     def create(self, record: Record) -> None:
         deadline = self._deadline()
-        command = ("SET", self._name(record.key), _pack(record), "NX", "PX", self._life(record))
-        if self._call(deadline, _as_it_is, *command) is not None:
+        name = self._name(record.key)
+        request = _packed(b"SET", name, _pack(record), b"NX", b"PX", self._life(record))
+        if self._call(deadline, _as_it_is, request) is not None:
             return
         there = self._load(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
-            self._call(deadline, _as_it_is, "DEL", self._name(record.key))
-            if self._call(deadline, _as_it_is, *command) is not None:
+            self._call(deadline, _as_it_is, _packed(b"DEL", name))
+            if self._call(deadline, _as_it_is, request) is not None:
                 return
         if there is None or there.version != record.version:
             raise KeyTaken
@@ -220,11 +171,10 @@ class RedisStore:
         return ended
 
     def close(self) -> None:
-        if self._owns_pool:
-            self._pool.disconnect()
+        self._pool.close()
 
-    def _name(self, key: str) -> str:
-        return f"{self._prefix}{{{key}}}"
+    def _name(self, key: str) -> bytes:
+        return f"{self._prefix}{{{key}}}".encode()
 
     def _now(self) -> int:
         return milliseconds(self._clock)
@@ -242,15 +192,15 @@ class RedisStore:
         def parse(value: Any) -> Record | None:
             return None if value is None else _unpack(key, value)
 
-        record = self._call(deadline, parse, "GET", self._name(key))
+        record = self._call(deadline, parse, _packed(b"GET", self._name(key)))
         return None if record is None or self._now() >= record.idle_expires_at else record
 
     def _run(
         self,
         deadline: float,
         script: _Script,
-        keys: list[str],
-        arguments: list[Any],
+        keys: list[bytes],
+        arguments: list[bytes],
         record: Record | None = None,
     ) -> bytes:
         """Run a script; its first answering byte says how it went.
@@ -271,9 +221,9 @@ class RedisStore:
         parts = (b"%d" % len(keys), *keys, *arguments)
         try:
             try:
-                reply = self._call(deadline, parse, "EVALSHA", script.sha, *parts)
+                reply = self._call(deadline, parse, _packed(b"EVALSHA", script.sha, *parts))
             except NoScriptError:
-                reply = self._call(deadline, parse, "EVAL", script.source, *parts)
+                reply = self._call(deadline, parse, _packed(b"EVAL", script.source, *parts))
         except UnreadableRecord as error:
             if error.detail == _WRONG_TYPE:
                 raise
@@ -286,18 +236,17 @@ class RedisStore:
             raise KeyTaken
         return reply
 
-    def _call(self, deadline: float, parse: Callable[[Any], T], *command: str | bytes) -> T:
+    def _call(self, deadline: float, parse: Callable[[Any], T], request: bytes) -> T:
         """Send one command and return what ``parse`` makes of its answer, before ``deadline``.
 
         An answer that ``parse`` refuses is asked for once more, on another connection: this one
         may be out of step. Repeats are safe: every command here recognises its own earlier effect.
-        The parts are text already: hiredis crashes when a signal strikes while it writes a number.
         """
         retries = _RETRIES
         refused = False
         while True:
             try:
-                return self._attempt(command, parse, deadline)
+                return self._attempt(request, parse, deadline)
             except NoScriptError:
                 raise
             except UnreadableRecord:
@@ -309,61 +258,57 @@ class RedisStore:
                 if str(error).startswith("WRONGTYPE"):
                     raise UnreadableRecord("corrupt", _WRONG_TYPE) from None
                 if not isinstance(error, (ReadOnlyError, BusyLoadingError)):
-                    raise _unavailable(command, error) from error
+                    raise _unavailable(request, error) from error
                 failure: Exception = error
-            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            except RedisConnectionError as error:
+                self._pool.distrust()
+                failure = error
+            except (RedisTimeoutError, OSError) as error:
                 failure = error
             except RedisError as error:
-                raise _unavailable(command, error) from error
-            pause = _RETRY_PAUSE * (_RETRIES - retries + 1)
+                raise _unavailable(request, error) from error
+            pause = _RETRY_PAUSE * (_RETRIES - retries)  # at first none: it may have been idle long
             if retries == 0 or time.monotonic() + pause >= deadline:
-                raise _unavailable(command, failure) from failure
+                raise _unavailable(request, failure) from failure
             retries -= 1
             time.sleep(pause)
 
-    def _connection(self) -> Any:
+    def _attempt(self, request: bytes, parse: Callable[[Any], T], deadline: float) -> T:
+        pool: Any = self._pool  # of either kind, with slots of its own kind
+        slot = pool.take(deadline)
         try:
-            return self._pool.get_connection()
-        except (RedisError, OSError):
-            raise
-        except BaseException:
-            # Interrupted while connecting: the pool keeps the half-made connection. Start anew.
-            self._pool.disconnect(inuse_connections=False)
-            raise
-
-    def _attempt(self, command: tuple[Any, ...], parse: Callable[[Any], T], deadline: float) -> T:
-        _deadline.at = deadline
-        try:
-            connection = self._connection()
             try:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise RedisTimeoutError("no time left after waiting for a connection")
-                connection.send_command(*command)
-                return parse(connection.read_response(disable_decoding=True, timeout=left))
+                return parse(slot.ask(request))
             except ReadOnlyError:
-                connection.disconnect()  # after a failover: look the primary up anew
+                slot.connection.disconnect()  # after a failover: look the primary up anew
                 raise
             except ResponseError:
                 raise
             except BaseException:
                 # Interrupted, or given an answer that is not ours: never reuse this connection.
-                connection.disconnect()
+                slot.connection.disconnect()
                 raise
-            finally:
-                self._pool.release(connection)
         finally:
-            _deadline.at = None
+            pool.give(slot)
+
+
+def _packed(*parts: bytes) -> bytes:
+    """A command as it is sent. Not by hiredis: it crashes when a signal strikes meanwhile."""
+    pieces = [b"*%d\r\n" % len(parts)]
+    for part in parts:
+        pieces.append(b"$%d\r\n%b\r\n" % (len(part), part))
+    return b"".join(pieces)
 
 
 def _as_it_is(answer: Any) -> Any:
     return answer
 
 
-def _unavailable(command: tuple[Any, ...], error: Exception) -> StoreUnavailable:
+def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
+    name = request.split(b"\r\n", 3)[2].decode()
     refused = isinstance(error, AuthenticationError)
     hint = " (is the user or the password in SESSION_STORE missing or wrong?)" if refused else ""
-    return StoreUnavailable(f"redis: {command[0]}: {type(error).__name__}: {error}{hint}")
+    return StoreUnavailable(f"redis: {name}: {type(error).__name__}: {error}{hint}")
 
 
 def _version(number: int) -> bytes:

@@ -1,0 +1,240 @@
+"""The connections of a process to one Redis: at most so many, the one used last taken first."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet, ref
+
+import redis
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+_LOOK_FOR_LOST = 0.1  # seconds
+
+
+class _Deadline:
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at: float | None = None  # of time.monotonic
+
+
+class _BoundedSocket:
+    """A socket on which sending and receiving together end at a deadline.
+
+    The client's own timeout counts from each received piece, so that a slow trickle has no end.
+    """
+
+    __slots__ = ("_deadline", "_socket")
+
+    def __init__(self, socket: Any, deadline: _Deadline) -> None:
+        self._socket = socket
+        self._deadline = deadline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def recv(self, *arguments: Any) -> Any:
+        self._arm()
+        return self._socket.recv(*arguments)
+
+    def recv_into(self, *arguments: Any) -> Any:
+        self._arm()
+        return self._socket.recv_into(*arguments)
+
+    def sendall(self, *arguments: Any) -> None:
+        self._arm()
+        self._socket.sendall(*arguments)
+
+    def _arm(self) -> None:
+        at = self._deadline.at
+        if at is not None:
+            left = at - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the time for this command is over")
+            self._socket.settimeout(left)
+
+
+class _Bounded:
+    """Mixed into the client's connection classes: puts their sockets under a deadline."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.deadline = _Deadline()
+
+    def _connect(self) -> _BoundedSocket:
+        return _BoundedSocket(super()._connect(), self.deadline)  # type: ignore[misc]
+
+
+def bounded(connection_class: type) -> type:
+    """That connection class of the client, with sockets that keep to a deadline."""
+    return type(connection_class.__name__, (_Bounded, connection_class), {})
+
+
+class Slot:
+    """The right to one connection, and the connection, once there is one."""
+
+    __slots__ = ("__weakref__", "connection", "generation")
+
+    def __init__(self, generation: object) -> None:
+        self.generation = generation
+        self.connection: Any = None
+
+    def __del__(self) -> None:
+        if self.connection is not None:
+            self.connection.disconnect()
+
+    def ask(self, request: bytes) -> Any:
+        """Send a packed command; its answer, as bytes."""
+        connection = self.connection
+        connection.send_packed_command((request,))
+        return connection.read_response(disable_decoding=True)
+
+
+class ConnectionPool:
+    """Lends connections that ``make`` makes, at most ``size`` at a time.
+
+    Connections are lent as they came back: whoever takes one may find that the server has closed
+    it, says so by ``distrust`` and tries again. Nothing is shared with a forked process.
+
+    An interrupt can make a thread lose its slot between any two steps. Who waits for one finds out,
+    as the slot is collected then, and makes another.
+    """
+
+    def __init__(self, make: Callable[[], Any], size: int) -> None:
+        self._make = make
+        self._size = size
+        self._start()
+        _pools.add(self)
+
+    def _start(self) -> None:
+        """Forget every connection: they are closed as they are collected or come back."""
+        self._generation = object()
+        self._returned = threading.Condition()
+        self._waiting = 0
+        self._idle = deque(Slot(self._generation) for _ in range(self._size))
+        self._slots = [ref(slot) for slot in self._idle]
+
+    def take(self, deadline: float) -> Slot:
+        """A slot, with a connection that need not be connected yet."""
+        try:
+            slot = self._idle.pop()
+        except IndexError:
+            slot = self._wait(deadline)
+        if slot.connection is None:
+            slot.connection = self._make()
+        slot.connection.deadline.at = deadline
+        return slot
+
+    def _wait(self, deadline: float) -> Slot:
+        with self._returned:
+            self._waiting += 1
+            try:
+                while True:
+                    try:
+                        return self._idle.pop()
+                    except IndexError:
+                        pass
+                    for number, slot in enumerate(self._slots):
+                        if slot() is None:
+                            made = Slot(self._generation)
+                            self._slots[number] = ref(made)
+                            return made
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise RedisTimeoutError(f"all {self._size} connections were in use")
+                    self._returned.wait(min(left, _LOOK_FOR_LOST))
+            finally:
+                self._waiting -= 1
+
+    def give(self, slot: Slot) -> None:
+        """Take back what ``take`` lent."""
+        if slot.generation is self._generation:
+            self._idle.append(slot)
+            if self._waiting:
+                with self._returned:
+                    self._returned.notify()
+        elif slot.connection is not None:
+            slot.connection.disconnect()
+
+    def distrust(self) -> None:
+        """The server closed a connection that was idle, so likely all of them: close them."""
+        idle = self._idle
+        for _ in range(len(idle)):
+            try:
+                slot = idle.popleft()
+            except IndexError:
+                return
+            if slot.connection is not None:
+                slot.connection.disconnect()
+            self.give(slot)
+
+    def close(self) -> None:
+        """Close what is idle now, and what is in use when it comes back."""
+        idle = self._idle
+        self._start()
+        for slot in idle:
+            if slot.connection is not None:
+                slot.connection.disconnect()
+
+
+class ClientSlot:
+    """A connection that an existing client's pool lent."""
+
+    __slots__ = ("connection", "deadline")
+
+    def __init__(self, connection: Any, deadline: float) -> None:
+        self.connection = connection
+        self.deadline = deadline
+
+    def ask(self, request: bytes) -> Any:
+        """Send a packed command; its answer, as bytes."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise RedisTimeoutError("no time left after waiting for a connection")
+        self.connection.send_packed_command((request,))
+        return self.connection.read_response(disable_decoding=True, timeout=left)
+
+
+class ClientPool:
+    """The pool of an existing client, lent in the same way; its settings bound the connecting."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._pool = client.connection_pool
+
+    def take(self, deadline: float) -> ClientSlot:
+        """A connection out of the client's pool."""
+        try:
+            return ClientSlot(self._pool.get_connection(), deadline)
+        except (redis.RedisError, OSError):
+            raise
+        except BaseException:
+            # Interrupted while connecting: the pool keeps the half-made connection. Start anew.
+            self._pool.disconnect(inuse_connections=False)
+            raise
+
+    def give(self, slot: ClientSlot) -> None:
+        """Take back what ``take`` lent."""
+        self._pool.release(slot.connection)
+
+    def distrust(self) -> None:
+        """Nothing: the client checks a connection before it lends it."""
+
+    def close(self) -> None:
+        """Nothing: the client belongs to the application."""
+
+
+_pools: WeakSet[ConnectionPool] = WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

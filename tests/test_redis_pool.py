@@ -1,0 +1,152 @@
+"""The connections of a Redis store: bounded, lent one at a time, and never lost."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from flask_gsession.errors import StoreUnavailable
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.testing import a_record
+from tests.servers import RedisServer
+
+SIZE = 4
+
+
+class Interrupt(BaseException):
+    """What a worker's time limit raises in the middle of anything."""
+
+
+@pytest.fixture
+def store(redis_url: str, store_prefix: str) -> Iterator[Any]:
+    options = StoreOptions(prefix=store_prefix, pool_max=SIZE, timeout=10)
+    store: Any = open_store(redis_url, options)[0]
+    yield store
+    store.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 0.05
+
+
+def test_no_more_connections_than_allowed_are_lent(store: Any) -> None:
+    pool = store._pool
+    slots = [pool.take(soon()) for _ in range(SIZE)]
+    with pytest.raises(RedisTimeoutError, match="all 4 connections were in use"):
+        pool.take(soon())
+    pool.give(slots[0])
+    assert pool.take(soon()) is slots[0]
+
+
+def test_the_connection_used_last_is_lent_first(store: Any) -> None:
+    record = a_record(time.time)
+    store.create(record)
+    for _ in range(20):
+        assert store.load(record.key) == record
+    assert sum(slot.connection is not None for slot in store._pool._idle) == 1
+
+
+def test_who_waits_gets_what_comes_back(store: Any) -> None:
+    pool = store._pool
+    slots = [pool.take(soon()) for _ in range(SIZE)]
+    got: list[Any] = []
+    waiting = threading.Thread(target=lambda: got.append(pool.take(time.monotonic() + 30)))
+    waiting.start()
+    while not pool._waiting:
+        time.sleep(0.001)
+    pool.give(slots.pop())
+    waiting.join(30)
+    assert len(got) == 1
+
+
+def test_a_slot_that_was_dropped_comes_back(store: Any) -> None:
+    pool = store._pool
+    slots = [pool.take(soon()) for _ in range(SIZE)]
+    slots[0].ask(b"PING\r\n")
+    connection = slots[0].connection
+    del slots[0]
+    assert not connection.is_connected
+    assert pool.take(soon()).connection is not connection
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a __del__
+def test_interrupts_lose_no_slot(store: Any) -> None:
+    """A thread is interrupted between any two steps, thousands of times."""
+    record = a_record(time.time)
+    store.create(record)
+    stopped = threading.Event()
+    wrong: list[object] = []
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                while not stopped.is_set():
+                    if (found := store.load(record.key)) != record:
+                        wrong.append(found)
+            except Interrupt:
+                continue
+
+    def survive() -> None:
+        while not stopped.is_set():
+            try:
+                work()
+            except Interrupt:
+                continue
+
+    threads = [threading.Thread(target=survive) for _ in range(2 * SIZE)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 1
+    sent = 0
+    while time.monotonic() < end:
+        for thread in threads:
+            sent += ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupt)
+            )
+        time.sleep(0.005)
+    stopped.set()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    assert sent > 100
+    slots = [store._pool.take(soon()) for _ in range(SIZE)]
+    assert [slot.ask(b"PING\r\n") for slot in slots] == [b"PONG"] * SIZE
+
+
+def test_connections_that_the_server_closed_cost_nobody_an_error(
+    own_redis: RedisServer, store_prefix: str
+) -> None:
+    """After a restart every idle connection is dead; the first request already succeeds."""
+    options = StoreOptions(prefix=store_prefix, pool_max=SIZE, timeout=10)
+    store: Any = open_store(own_redis.url, options)[0]
+    slots = [store._pool.take(time.monotonic() + 10) for _ in range(SIZE)]
+    for slot in slots:
+        slot.ask(b"PING\r\n")
+        store._pool.give(slot)
+    own_redis.kill()
+    with pytest.raises(StoreUnavailable):
+        store.load("A" * 43)
+    own_redis.start()
+    assert store.load("A" * 43) is None
+    store.close()
+
+
+def test_a_closed_store_keeps_no_connection_and_goes_on(store: Any) -> None:
+    record = a_record(time.time)
+    store.create(record)
+    lent = store._pool.take(time.monotonic() + 10)
+    idle = store._pool.take(time.monotonic() + 10)
+    for slot in (lent, idle):
+        slot.ask(b"PING\r\n")
+    store._pool.give(idle)
+    store.close()
+    assert not idle.connection.is_connected
+    store._pool.give(lent)
+    assert not lent.connection.is_connected
+    assert store.load(record.key) == record
