@@ -48,8 +48,8 @@ DEMO_EXTRAS := $(if $(filter redis% unix%,$(STORE)),redis,$(if $(filter mongodb%
 ifdef STORE
 demo: export SHOP_STORE = $(value STORE)
 endif
-demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379 or another
-	@$(PY) -m flask --app examples.shop.app run --host 127.0.0.1 --port $(PORT)
+demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379, PORT=5055
+	@$(PY) -m examples.shop --port $(PORT)
 
 test: $(VENV)/with-test chromium ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)
@@ -68,7 +68,7 @@ docs: $(VENV)/with-docs ## Build the documentation in docs/_build
 chromium:
 	@sh tests/setup_chromium.sh
 
-clean: ## Remove everything that make made
+clean: ## Remove everything that make made, the orders of the demo shop too
 	rm -rf $(VENV) build dist *.egg-info docs/_build
-	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache examples/shop/instance
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

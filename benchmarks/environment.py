@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from configparser import ConfigParser
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("Flask", "Werkzeug", "Flask-Session", "Flask-GSession", "msgspec", "hiredis")
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("Flask", "Werkzeug", "Flask-Session", "msgspec", "hiredis")
 
 
 def environment() -> dict[str, str]:
@@ -19,11 +23,28 @@ def environment() -> dict[str, str]:
         "cores": str(os.cpu_count()),
     }
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
+    found["Flask-GSession"] = _ours()
     return found
+
+
+def _ours() -> str:
+    """The version of the working tree, which is what is measured, and its commit."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    number = setup["metadata"]["version"]
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "flask_gsession")
+    except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
+        return number
+    return f"{number} ({commit}{', changed' if changed else ''})"
+
+
+def _git(*arguments: str) -> str:
+    git = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return git.stdout.strip()
 
 
 def _processor() -> str:

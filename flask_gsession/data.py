@@ -36,7 +36,7 @@ class SessionData(Lifecycle, SessionMixin):
     lists, dicts and sets are noticed. Methods that talk to the store at once say so; all of them
     may raise ``StoreUnavailable`` (HTTP 503).
 
-    Names and types that can be kept are listed in ``flask_gsession.codec.SUPPORTED``.
+    What can be kept in it: :doc:`/how-to/values`.
     """
 
     # -- the mapping

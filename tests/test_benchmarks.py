@@ -102,6 +102,8 @@ def test_the_other_sections_are_there(data: dict[str, Any]) -> None:
     assert all(row["key_bytes"] > 200 for row in data["weights"])
     assert {row["sessions"] for row in data["growth"]} == {1_000, 1_500}
     assert {"Python", "Flask", "Flask-Session", "Redis", "SQLite"} <= data["environment"].keys()
+    measured = data["environment"]["Flask-GSession"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+( \([0-9a-f]{7,}(, changed)?\))?", measured)
 
 
 def test_the_report_is_written(results: Results, tmp_path: Path) -> None:

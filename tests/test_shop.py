@@ -2,7 +2,9 @@
 
 import ast
 import re
+import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -886,6 +888,68 @@ def test_the_store_comes_from_the_environment(
     app = create_app(instance_path=tmp_path)
     assert "kept in memory" in Visitor(app).get("/").text
     assert not (tmp_path / "gsession.sqlite3").exists()
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Runs `make demo STORE=... PORT=...`, without make; gives what it says until a line."""
+    running = []
+
+    def run(store: str, port: int, until: str = "never said") -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "examples.shop", f"--port={port}", f"--instance={tmp_path}"],
+            env={"PYTHONPATH": ":".join(sys.path), "SHOP_STORE": store},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        running.append(process)
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if until in line:
+                break
+        return said
+
+    yield run
+    for process in running:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def test_the_demo_says_in_one_line_what_is_wrong_with_its_store(demo: Callable[..., str]) -> None:
+    said = demo("foo://bar", 0)
+    assert said.startswith("SESSION_STORE is a URL with the scheme 'foo'; allowed are ")
+    assert "make demo STORE=" in said
+    assert "Traceback" not in said
+
+
+def test_the_demo_says_that_its_store_is_not_there_yet(demo: Callable[..., str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    said = demo(f"redis://:geheim@127.0.0.1:{port}", 0, until="Running on")
+    assert "Sessions are kept in Redis\n * It does not answer yet: redis: " in said
+    assert "geheim" not in said
+    assert said.rstrip().rpartition("http://127.0.0.1:")[2].isdecimal()  # it opens all the same
+
+
+def test_the_demo_opens_without_a_word_where_all_is_well(demo: Callable[..., str]) -> None:
+    said = demo("", 0, until="Running on")
+    assert "Sessions are kept in SQLite\n" in said
+    assert "answer" not in said
+
+
+@pytest.mark.parametrize(
+    ("port", "why"), [(0, "Address already in use"), (99_999, "port must be 0-65535")]
+)
+def test_the_demo_says_how_to_take_another_port(
+    port: int, why: str, demo: Callable[..., str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = demo("", port or taken.getsockname()[1])
+    assert why in said
+    assert said.endswith("Take another one: make demo PORT=5055\n")
 
 
 @pytest.mark.parametrize("store", [None, ""])

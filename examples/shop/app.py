@@ -1,6 +1,6 @@
 """The demo shop. Run it from the root of the repository:
 
-    python -m flask --app examples.shop.app run
+    python -m examples.shop
 
 `SHOP_STORE` names the session store, for example `redis://localhost:6379/0`; without it sessions
 live in a SQLite file of the instance folder.
