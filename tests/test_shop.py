@@ -384,8 +384,10 @@ def test_the_cart_takes_no_more_than_there_is(app: Flask) -> None:
     assert visitor.add("DSK-203", "2").status_code == 303
     page = visitor.add("DSK-203", "1")
     assert page.status_code == 422
+    assert "Only 2 left in stock, and 2 are in your cart already." in page.text
+    page = visitor.post("/cart/DSK-203", quantity="3")
+    assert page.status_code == 422
     assert "Only 2 left in stock." in page.text
-    assert visitor.post("/cart/DSK-203", quantity="3").status_code == 422
     assert visitor.add("HOM-403").status_code == 422
     assert visitor.cart() == {"DSK-203": 2}
 
@@ -393,8 +395,46 @@ def test_the_cart_takes_no_more_than_there_is(app: Flask) -> None:
 def test_the_cart_takes_no_more_than_we_sell_at_once(app: Flask) -> None:
     visitor = Visitor(app)
     visitor.add("DSK-201", "20")
-    assert "at most 20" in visitor.add("DSK-201", "1").text
+    full = visitor.add("DSK-201", "1").text
+    assert "We sell at most 20 per order, and 20 are in your cart already." in full
     assert visitor.cart() == {"DSK-201": 20}
+
+
+@pytest.mark.parametrize(
+    ("inside", "wanted", "message"),
+    [
+        (0, "15", "Only 14 left in stock."),
+        (0, "99", "Only 14 left in stock."),
+        (0, "9" * 10_000, "Only 14 left in stock."),
+        (5, "10", "Only 14 left in stock, and 5 are in your cart already."),
+        (1, "99", "Only 14 left in stock, and 1 is in your cart already."),
+        (0, "0", "Choose a quantity of 1 or more."),
+        (0, "-1", "Give the quantity as a whole number."),
+    ],
+    ids=["one", "many", "absurd", "with 5", "with 1", "none", "less"],
+)
+def test_a_refused_quantity_names_the_limit_that_the_field_has(
+    inside: int, wanted: str, message: str, app: Flask
+) -> None:
+    visitor = Visitor(app)
+    if inside:
+        visitor.add("KIT-101", str(inside))
+    page = visitor.add("KIT-101", wanted)
+    assert page.status_code == 422
+    assert f'min="1" max="{14 - inside}"' in page.text
+    assert message in page.text
+    assert visitor.add("KIT-101", str(14 - inside)).status_code == 303
+    full = visitor.get("/product/KIT-101").text
+    assert "Only 14 left in stock, and 14 are in your cart already." in full
+    assert 'name="quantity"' not in full
+
+
+def test_the_field_in_the_cart_ends_at_the_stock(app: Flask) -> None:
+    visitor = Visitor(app)
+    visitor.add("DSK-203", "1")
+    assert 'min="0" max="2"' in visitor.get("/cart").text
+    visitor.add("DSK-201", "1")
+    assert 'min="0" max="20"' in visitor.get("/cart").text
 
 
 def test_quick_clicks_all_count(open_shop: Opener, store_url: str) -> None:

@@ -150,6 +150,7 @@ def test_a_visit(chromium: Browser, shop: str) -> None:
         assert signed_in not in (None, stranger)
         page.get_by_role("button", name="Place the order").click()
         expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(r"Order \d+"))
+        expect(page.get_by_role("status")).to_have_text("Thank you. Your order is placed.")
         expect(page.locator(".total")).to_contain_text("€174.00")
         expect(page.locator(".count")).to_have_text("0")
 
@@ -225,12 +226,28 @@ def test_a_phone_and_a_keyboard(
         page.get_by_label("Quantity").fill("99")
         page.keyboard.press("Enter")
         expect(page.get_by_label("Quantity")).to_have_accessible_description(
-            "Choose a quantity from 1 to 20."
+            "Only 14 left in stock."
         )
         page.get_by_label("Quantity").fill("1")
         page.keyboard.press("Enter")
         expect(page.get_by_role("heading", level=1)).to_have_text("Your cart")
         for path in ("/", "/product/DSK-203", "/cart", "/sign-in", "/preferences", "/session"):
             page.goto(path)
-            width: int = page.evaluate("document.documentElement.scrollWidth")
-            assert width <= phone["width"], path
+            assert_fits(page, path)
+        for width in (500, 720, 740, 1020, 1280):
+            page.set_viewport_size(ViewportSize(width=width, height=740))
+            assert_fits(page, f"{width} pixels")
+
+
+def assert_fits(page: Page, what: str) -> None:
+    """Nothing is wider than the window, and the cart ends the line that the shop's name begins."""
+    window: dict[str, int] = page.evaluate(
+        "({inner: innerWidth, scroll: document.documentElement.scrollWidth})"
+    )
+    assert window["scroll"] <= window["inner"], what
+    brand = page.locator(".brand").bounding_box()
+    cart = page.locator(".top .cart").bounding_box()
+    assert brand is not None
+    assert cart is not None
+    assert cart["y"] < brand["y"] + brand["height"], what
+    assert cart["x"] + cart["width"] > 0.9 * min(window["inner"], 72 * 16), what

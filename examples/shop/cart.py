@@ -41,15 +41,32 @@ def count() -> int:
 
 
 def quantity(text: str, least: int = 1) -> int:
-    """The whole number in a form field. Raises `CartError` when it is none, or out of range."""
+    """The whole number in a form field. Raises `CartError` when it is none, or below `least`."""
     text = text.strip()
-    # isdecimal() alone would let other scripts' digits through; the length keeps int() short.
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+    # isdecimal() alone would let other scripts' digits through.
+    if not (text.isascii() and text.isdecimal()):
         raise CartError("Give the quantity as a whole number.")
-    number = int(text)
-    if not least <= number <= MOST:
-        raise CartError(f"Choose a quantity from {least} to {MOST}.")
+    number = int(
+        text.lstrip("0")[:9] or 0
+    )  # nine digits are too many in any case, and int() stays short
+    if number < least:
+        raise CartError(f"Choose a quantity of {least} or more.")
     return number
+
+
+def room(inside: int, stock: int) -> int:
+    """How many more pieces of a product the cart may take, which holds `inside` already."""
+    return max(0, min(stock, MOST) - inside)
+
+
+def limit(inside: int, stock: int) -> str:
+    """Says which limit there is to a quantity, and what is in the cart already."""
+    if not stock:
+        return "This is sold out at the moment."
+    text = f"Only {stock} left in stock" if stock < MOST else f"We sell at most {MOST} per order"
+    if inside:
+        text += f", and {inside} {'is' if inside == 1 else 'are'} in your cart already"
+    return f"{text}."
 
 
 def add(sku: str, pieces: int, stock: int) -> None:
@@ -60,12 +77,10 @@ def add(sku: str, pieces: int, stock: int) -> None:
 
     def change(cart: Cart | None) -> Cart:
         cart = cart or _empty()
-        wanted = cart["lines"].get(sku, 0) + pieces
-        if wanted > stock:
-            raise CartError(_shortage(stock))
-        if wanted > MOST:
-            raise CartError(f"We sell at most {MOST} of one product per order.")
-        return Cart(token=cart["token"], lines={**cart["lines"], sku: wanted})
+        inside = cart["lines"].get(sku, 0)
+        if pieces > room(inside, stock):
+            raise CartError(limit(inside, stock))
+        return Cart(token=cart["token"], lines={**cart["lines"], sku: inside + pieces})
 
     session.update_atomic(KEY, change)
 
@@ -73,10 +88,10 @@ def add(sku: str, pieces: int, stock: int) -> None:
 def change_quantity(sku: str, pieces: int, stock: int) -> None:
     """Have exactly this many pieces of a product in the cart; 0 takes it out.
 
-    Raises `CartError`, and changes nothing, when there are not that many.
+    Raises `CartError`, and changes nothing, when that is more than `stock` or `MOST`.
     """
-    if pieces > stock:
-        raise CartError(_shortage(stock))
+    if pieces > room(0, stock):
+        raise CartError(limit(0, stock))
 
     def change(cart: Cart | None) -> Cart:
         cart = cart or _empty()
@@ -102,7 +117,3 @@ def settle(token: str, bought: Mapping[str, int]) -> None:
         return {**_empty(), "lines": {sku: pieces for sku, pieces in left.items() if pieces > 0}}
 
     session.update_atomic(KEY, change)
-
-
-def _shortage(stock: int) -> str:
-    return f"Only {stock} left in stock." if stock else "This is sold out at the moment."

@@ -102,6 +102,7 @@ def place() -> ResponseReturnValue:
             order = shop().orders.place(buyer, token, {line.sku: line.quantity for line in lines})
         except SoldOut as short:
             return _cart_page({sku: _too_late(left) for sku, left in short.left.items()}), 409
+        flash("Thank you. Your order is placed.", "success")
     return _placed(order)
 
 

@@ -56,12 +56,16 @@ def product_page(product: Product, quantity: str = "1", error: str | None = None
         seen.remove(product.sku)
     seen.insert(0, product.sku)
     del seen[REMEMBERED:]
+    stock = shop().orders.stock().get(product.sku, 0)
+    inside = cart.current()["lines"].get(product.sku, 0)
     return render_template(
         "product.html",
         product=product,
-        stock=shop().orders.stock().get(product.sku, 0),
+        stock=stock,
         seen=shop().catalogue.known(seen[1:]),
         quantity=quantity,
-        most=cart.MOST,
+        inside=inside,
+        room=cart.room(inside, stock),
+        limit=cart.limit(inside, stock),
         error=error,
     )
