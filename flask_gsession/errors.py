@@ -88,14 +88,16 @@ class StoreUnavailable(StoreError, ServiceUnavailable):
     """The store could not be reached, or did not answer within its time (HTTP 503).
 
     ``detail`` is for logs: which operation failed and how. The client only sees
-    ``description`` and ``Retry-After``.
+    ``description`` and ``Retry-After``. ``contention`` says that the store is well, and only
+    served others first: that is no reason to leave it alone.
     """
 
     description = "The session store is not available at the moment. Try again shortly."
 
-    def __init__(self, detail: str, retry_after: int = 1) -> None:
+    def __init__(self, detail: str, retry_after: int = 1, *, contention: bool = False) -> None:
         super().__init__(retry_after=retry_after)
         self.detail = detail
+        self.contention = contention
 
     def __str__(self) -> str:
         return self.detail

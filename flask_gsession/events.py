@@ -77,6 +77,25 @@ class WriteDropped(Event):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class CircuitOpened(Event):
+    """The store failed too often in a row: from now on it is only asked now and then.
+
+    ``operations``: ``"loads"`` or ``"writes"``. ``detail`` is that of the last failure.
+    """
+
+    operations: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitClosed(Event):
+    """The store answered again, after so many seconds."""
+
+    operations: str
+    seconds: float
+
+
 E = TypeVar("E", bound=Event)
 
 

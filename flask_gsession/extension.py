@@ -10,6 +10,7 @@ from flask import Flask, current_app, has_request_context, request
 from flask import session as flask_session
 from werkzeug.local import LocalProxy
 
+from .breaker import guarded
 from .config import read_settings
 from .data import SessionData
 from .errors import SettingError
@@ -72,8 +73,17 @@ class Session:
         )
         source = DEFAULT_STORE if settings.store is None else settings.store
         store, owned = open_store(source, options, app.instance_path)
-        keeper = Keeper(settings, store, self._events, self._clock)
-        interface = GSessionInterface(keeper, owns_store=owned)
+        calls = store
+        if settings.breaker_failures:
+            calls = guarded(
+                store,
+                settings.breaker_failures,
+                settings.breaker_pause,
+                settings.store_timeout,
+                self._events,
+            )
+        keeper = Keeper(settings, calls, self._events, self._clock)
+        interface = GSessionInterface(keeper, store, owns_store=owned)
         if interfaces:
             next(iter(interfaces.values())).has_further = True
         else:
@@ -91,7 +101,7 @@ class Session:
 
     def store(self, app: Flask | None = None) -> Store:
         """The store of ``app``, by default of the current application."""
-        return self._interface(app).keeper.store
+        return self._interface(app).store
 
     def on(
         self, event: type[E], receiver: Callable[[E], object] | None = None
@@ -114,7 +124,7 @@ class Session:
         """Release the connections of the store, unless the store object was passed in."""
         interface = self._interface(app)
         if interface.owns_store:
-            interface.keeper.store.close()
+            interface.store.close()
 
     def _interface(self, app: Flask | None) -> GSessionInterface:
         target = app or current_app

@@ -17,6 +17,7 @@ from .errors import StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .keeper import Keeper
 from .lifecycle import Presented
+from .stores.base import Store
 from .tokens import Checked, TokenSigner
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects.
@@ -41,8 +42,9 @@ class GSessionInterface(SessionInterface):
 
     session_class = SessionData
 
-    def __init__(self, keeper: Keeper, *, owns_store: bool = True) -> None:
+    def __init__(self, keeper: Keeper, store: Store, *, owns_store: bool = True) -> None:
         self.keeper = keeper
+        self.store = store
         self.owns_store = owns_store
         #: Whether the application has further ``Session`` objects beside this one.
         self.has_further = False

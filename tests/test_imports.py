@@ -19,7 +19,7 @@ ROWS = [
     ["tokens", "codec", "encryption", "stores.base"],
     ["merge", "payload"],
     ["config", "tracking"],
-    ["keeper"],
+    ["breaker", "keeper"],
     ["lifecycle"],
     ["transactions"],
     ["data"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -245,3 +246,22 @@ def test_missing_rights_for_the_index_are_said(
         assert visitor.run(dict) == {"a": 1}
     assert caplog.text.count("Unauthorized, code 13") == 1
     assert "db.gsession.createIndex" in caplog.text
+
+
+def test_a_pool_that_is_in_use_is_contention(mongodb_url: str) -> None:
+    store = MongoDBStore(mongodb_url, StoreOptions(timeout=SHORT, pool_max=1))
+    patient = MongoDBStore(mongodb_url, StoreOptions(timeout=10))
+    patient.create(a_record(time.time))
+    assert store.load("x") is None
+    collection = store._collection_of_client
+    slow = {"$where": f"sleep({SHORT * 3000}) || true"}
+    busy = threading.Thread(target=lambda: collection.find_one(slow))
+    busy.start()
+    pool_waits = [failure_of(lambda: store.load("x")) for _ in range(2)]
+    busy.join()
+    assert pool_waits[-1].contention
+    assert "WaitQueueTimeoutError" in pool_waits[-1].detail
+    with stores(f"mongodb://{HOST}:1/", timeout=SHORT) as (away,):
+        assert not failure_of(lambda: away.load("x")).contention
+    for each in (store, patient):
+        each.close()

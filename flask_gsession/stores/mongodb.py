@@ -28,6 +28,7 @@ from pymongo.errors import (
     InvalidURI,
     OperationFailure,
     PyMongoError,
+    WaitQueueTimeoutError,
     WriteConcernError,
 )
 from pymongo.read_concern import ReadConcern
@@ -255,7 +256,8 @@ class MongoDBStore:
                 yield collection
         except PyMongoError as error:
             raise StoreUnavailable(
-                f"mongodb: {operation}: {_reason(error, self._collection_of_client)}"
+                f"mongodb: {operation}: {_reason(error, self._collection_of_client)}",
+                contention=isinstance(error, WaitQueueTimeoutError),
             ) from error
 
     def _connect(self) -> Any:

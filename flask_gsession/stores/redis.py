@@ -38,7 +38,7 @@ from redis.retry import Retry
 
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
-from .redis_pool import ClientPool, ConnectionPool, bounded
+from .redis_pool import AllInUse, ClientPool, ConnectionPool, bounded
 
 T = TypeVar("T")
 
@@ -308,7 +308,10 @@ def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
     name = request.split(b"\r\n", 3)[2].decode()
     refused = isinstance(error, AuthenticationError)
     hint = " (is the user or the password in SESSION_STORE missing or wrong?)" if refused else ""
-    return StoreUnavailable(f"redis: {name}: {type(error).__name__}: {error}{hint}")
+    return StoreUnavailable(
+        f"redis: {name}: {type(error).__name__}: {error}{hint}",
+        contention=isinstance(error, AllInUse),
+    )
 
 
 def _version(number: int) -> bytes:

@@ -16,6 +16,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 _LOOK_FOR_LOST = 0.1  # seconds
 
 
+class AllInUse(RedisTimeoutError):
+    """No connection came back in time."""
+
+
 class _Deadline:
     __slots__ = ("at",)
 
@@ -146,7 +150,7 @@ class ConnectionPool:
                             return made
                     left = deadline - time.monotonic()
                     if left <= 0:
-                        raise RedisTimeoutError(f"all {self._size} connections were in use")
+                        raise AllInUse(f"all {self._size} connections were in use")
                     self._returned.wait(min(left, _LOOK_FOR_LOST))
             finally:
                 self._waiting -= 1

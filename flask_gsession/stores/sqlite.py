@@ -248,7 +248,8 @@ class SQLiteStore:
             if db is not None:
                 db.close()
             db = None
-            raise StoreUnavailable(f"sqlite: {error}") from error
+            busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+            raise StoreUnavailable(f"sqlite: {error}", contention=busy) from error
         except BaseException:
             if db is not None:
                 db.close()
