@@ -866,14 +866,18 @@ def test_several_workers_open_one_shop(tmp_path: Path) -> None:
 # When the session's store fails
 
 
-def test_an_outage_is_a_503_in_the_shops_style(open_shop: Opener) -> None:
+def test_an_outage_is_a_503_in_the_shops_style(
+    open_shop: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
     visitor = Visitor(open_shop(SECRET_KEY="k"))
     visitor.sign_in()
     away = open_shop("redis://127.0.0.1:1/0", SECRET_KEY="k", SESSION_STORE_TIMEOUT=0.2)
     caller = Visitor(away, visitor.cookie)
     for path in ("/", "/cart", "/orders", "/session"):
+        caplog.clear()
         page = caller.get(path)
         assert page.status_code == 503, path
+        assert caplog.text.count("Connection refused") == 1  # said once, and why
         assert "We will be right back" in page.text
         assert int(page.headers["Retry-After"]) > 0
         assert set_cookie(page) is None

@@ -37,7 +37,6 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(StoreUnavailable)
     def unavailable(error: StoreUnavailable) -> Response:
-        app.logger.error("The session store is unavailable: %s", error)
         return _page(
             error,
             "We cannot reach your cart at the moment. Please try again in a few seconds.",
