@@ -3,50 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import hiredis
-import redis
 from flask import Flask
 
 from benchmarks.candidates import NONE, OURS, sessionless, with_session
 from benchmarks.measure import Effort, Spread, interleave, paired
+from benchmarks.visitor import Visitor
 from flask_gsession import Session
+from flask_gsession.stores.redis import RedisStore
+from flask_gsession.stores.redis_pool import ConnectionPool
 
 SIZE = 1_000
 """Bytes in the session."""
 
+REQUEST, ALONE = "a whole request", "the session alone"
+
 
 @dataclass(frozen=True)
 class OwnCpu:
-    """Microseconds that one view takes longer than without a session."""
+    """Microseconds that one view takes longer than without a session.
+
+    ``around`` says what was timed: a whole request, or the session alone (opened, used by the view,
+    saved). Both count the same work; between two sessions a request runs a lot of Flask's code,
+    after which ours comes back to cold caches.
+    """
 
     store: str
     view: str
+    around: str
     us: Spread
 
 
-class InstantRedis(redis.ConnectionPool):
-    """A pool, and the one connection in it, that answers at once: a dict instead of a server.
+class InstantConnection:
+    """A connection that answers at once: a dict instead of a server.
 
     It knows the commands that a session costs. What remains is our own work, the Redis store's
     included, as it runs with warm caches; waiting for a real server cools them for everybody.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        self.deadline = SimpleNamespace(at=None)
         self._values: dict[bytes, bytes] = {}
         self._answer: Any = None
         self._reader = hiredis.Reader()
 
-    def get_connection(self, *_: Any, **__: Any) -> Any:
-        return self
-
-    def release(self, connection: Any) -> None:
-        pass
-
-    def send_packed_command(self, requests: tuple[bytes], *_: Any) -> None:
+    def send_packed_command(self, requests: tuple[bytes]) -> None:
         self._reader.feed(requests[0])
         command, *args = self._reader.gets()
         if command == b"GET":
@@ -64,6 +70,9 @@ class InstantRedis(redis.ConnectionPool):
     def read_response(self, *_: Any, **__: Any) -> Any:
         return self._answer
 
+    def disconnect(self) -> None:
+        pass
+
 
 def own_cpu(effort: Effort) -> list[OwnCpu]:
     """Times a read and a write of a 1 KB session."""
@@ -72,7 +81,9 @@ def own_cpu(effort: Effort) -> list[OwnCpu]:
         Session(app, store="memory://")
 
     def on_redis(app: Flask) -> None:
-        Session(app, store=redis.Redis(connection_pool=InstantRedis()))
+        store = RedisStore("redis://")
+        store._pool = ConnectionPool(InstantConnection, 1)
+        Session(app, store=store)
 
     return [*_measure("memory", on_memory, effort), *_measure("redis", on_redis, effort)]
 
@@ -81,7 +92,34 @@ def _measure(store: str, install: Callable[[Flask], None], effort: Effort) -> li
     visitors = {NONE: sessionless(SIZE), OURS: with_session(SIZE, install)}
     found: list[OwnCpu] = []
     for view in ("read", "write"):
-        calls = {name: visitor.prepare(f"/{view}") for name, visitor in visitors.items()}
-        figures = interleave(calls, effort)
-        found.append(OwnCpu(store, view, Spread.of(paired(figures, OURS, minus=NONE))))
+        for around in (ALONE, REQUEST):
+            with ExitStack() as requests:
+                calls = {
+                    name: _session_alone(visitor, view, requests)
+                    if around == ALONE
+                    else visitor.prepare(f"/{view}")
+                    for name, visitor in visitors.items()
+                }
+                figures = interleave(calls, effort)
+            found.append(OwnCpu(store, view, around, Spread.of(paired(figures, OURS, minus=NONE))))
     return found
+
+
+def _session_alone(visitor: Visitor, view: str, requests: ExitStack) -> Callable[[], object]:
+    """One view of an app, and before and after it what Flask asks of the session."""
+    app = visitor.app
+    context = requests.enter_context(app.request_context(visitor.environ(f"/{view}")))
+    function: Callable[[], str] = app.view_functions[view]  # type: ignore[assignment]
+    interface = app.session_interface
+
+    def call() -> object:
+        response = app.response_class("ok")
+        session = interface.open_session(app, context.request)
+        if session is not None:
+            context._session = session
+        function()
+        if session is not None:
+            interface.save_session(app, session, response)
+        return response
+
+    return call

@@ -39,10 +39,15 @@ class Visitor:
         """Returns a function that requests `path` with today's cookies and drops new ones."""
         return self._request(path, [])
 
-    def _request(self, path: str, headers: list[tuple[str, str]]) -> Call:
+    def environ(self, path: str) -> dict[str, Any]:
+        """What a server hands over for a request of `path` with today's cookies."""
         environ = create_environ(path, base_url="http://bench.example/")
         if self._cookies:
             environ["HTTP_COOKIE"] = self._cookie_header()
+        return environ
+
+    def _request(self, path: str, headers: list[tuple[str, str]]) -> Call:
+        environ = self.environ(path)
         application = self.app.wsgi_app
         status = ""
 

@@ -154,7 +154,7 @@ class SessionData(Lifecycle, SessionMixin):
         if self._something_to_save():
             return True
         try:
-            return bool(self._values.changes())
+            return self._opened and bool(self._values.changes())
         except ValueRefused:
             return True
 

@@ -81,10 +81,14 @@ class GSessionInterface(SessionInterface):
         A failure becomes the application's own error response. Never raises, except for errors
         in the program where the application lets exceptions through (tests, debug mode).
         """
+        if not self.has_further:
+            self._save(app, session, response)
+            if session.accessed and isinstance(session, SessionData):
+                self._tell_client(app, session, response)
+            return
+        request.environ[_SAVED] = True
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
-        if self.has_further:
-            request.environ[_SAVED] = True
-            sessions += request.environ.get(_FURTHER, {}).items()
+        sessions += request.environ.get(_FURTHER, {}).items()
         for interface, opened in sessions:
             interface._save(app, opened, response)
         # Only now: a failure of one makes a new answer, and the others' cookies belong into it.
@@ -96,6 +100,9 @@ class GSessionInterface(SessionInterface):
         if not isinstance(session, SessionData):
             return
         streamed = response.is_streamed
+        if not (session.accessed or streamed):
+            session._closed = True
+            return
         try:
             session._save_and_close()
         except Exception as error:
@@ -131,11 +138,10 @@ class GSessionInterface(SessionInterface):
             return _NOTHING
         # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
         start = self._cookie_start
-        values = {
-            pair[len(start) :].rstrip()
-            for pair in map(str.lstrip, cookies.split(";"))
-            if pair.startswith(start)
-        }
+        values = set()
+        for pair in cookies.split(";"):
+            if pair.lstrip().startswith(start):
+                values.add(pair.strip()[len(start) :])
         if not values:
             return _NOTHING
         if len(values) > 1:

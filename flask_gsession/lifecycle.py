@@ -75,12 +75,11 @@ class Lifecycle:
     _forced = False
     _cleared = False
     _in_transaction = False
+    _values: TrackedValues  # made when the session is looked at
 
     def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
         self._keeper = keeper
         self._present = present
-        self._values = TrackedValues(keeper.codec)
-        self._lock = threading.RLock()
         self._thread = threading.get_ident()
 
     def _forget(self) -> None:
@@ -97,12 +96,13 @@ class Lifecycle:
 
     def _open(self) -> TrackedValues:
         if not self._opened:
-            with self._lock:
+            with self.__dict__.setdefault("_opening", threading.RLock()):
                 if not self._opened:
                     self._load()
         return self._values
 
     def _load(self) -> None:
+        self._values = TrackedValues(self._keeper.codec)
         if self._failure is not None:
             if self._hooks_after_the_view_run():
                 return  # empty: the answer will not be one that was made from it
@@ -427,7 +427,7 @@ class Lifecycle:
     def _late_changes(self) -> list[str]:
         """The keys whose values were changed in place after the session was saved."""
         try:
-            return list(self._values.changes())
+            return list(self._values.changes()) if self._opened else []
         except ValueRefused as error:
             return [error.path]
 

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from base64 import urlsafe_b64encode
+from binascii import b2a_base64
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,11 +19,12 @@ TOKEN_BYTES = 32
 _SIGNATURE_BYTES = 16
 _SIGNATURE_LENGTH = 22  # characters
 _MAX_TOKEN_LENGTH = 200  # characters
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,200}", re.ASCII)
 
 
 def _b64(data: bytes) -> str:
-    return urlsafe_b64encode(data).decode("ascii").rstrip("=")
+    return b2a_base64(data, newline=False).translate(_URL_SAFE, b"=").decode("ascii")
 
 
 class Token(str):

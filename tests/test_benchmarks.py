@@ -20,7 +20,7 @@ from benchmarks.chart import draw
 from benchmarks.footprint import Growth, Weight
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread, interleave, ratios
-from benchmarks.own_cpu import OwnCpu
+from benchmarks.own_cpu import ALONE, REQUEST, OwnCpu
 from benchmarks.payloads import SIZES, content
 from benchmarks.report import Results
 from benchmarks.targets import judge
@@ -95,8 +95,11 @@ def test_the_server_counts_the_bytes(data: dict[str, Any]) -> None:
 
 
 def test_the_other_sections_are_there(data: dict[str, Any]) -> None:
-    assert {(row["store"], row["view"]) for row in data["own_cpu"]} == {
-        (store, view) for store in ("memory", "redis") for view in ("read", "write")
+    assert {(row["store"], row["view"], row["around"]) for row in data["own_cpu"]} == {
+        (store, view, around)
+        for store in ("memory", "redis")
+        for view in ("read", "write")
+        for around in (ALONE, REQUEST)
     }
     assert {row["candidate"] for row in data["weights"]} == {OURS, THEIRS}
     assert all(row["key_bytes"] > 200 for row in data["weights"])
@@ -149,7 +152,7 @@ def test_untouched_is_judged_against_noise() -> None:
 def test_the_other_targets_are_judged() -> None:
     slow = judge(
         [],
-        [OwnCpu("redis", "read", spread(20.1))],
+        [OwnCpu("redis", "read", ALONE, spread(20.1))],
         [Weight(OURS, 300, 460), Weight(THEIRS, 300, 399)],
         [
             Growth("redis", "read", 1_000, Spread(50, 49, 51)),
