@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import re
 import secrets
 import subprocess
 import sys
@@ -504,6 +505,14 @@ BAD_URLS = [
     "memory://somewhere",
     "memory:///",
 ]
+
+
+def test_an_unknown_scheme_is_named() -> None:
+    for scheme in ("http", "postgresql+psycopg", "foo"):
+        with pytest.raises(SettingError, match=re.escape(f"the scheme '{scheme}'")):
+            Session(an_app(SESSION_STORE=f"{scheme}://localhost"))
+    with pytest.raises(SettingError, match="SESSION_STORE is no URL"):
+        Session(an_app(SESSION_STORE="localhost:6379"))
 
 
 @pytest.mark.parametrize("url", BAD_URLS)

@@ -30,7 +30,6 @@ STORES = {
     "rediss": "Redis",
     "unix": "Redis",
     "mongodb": "MongoDB",
-    "mongodb+srv": "MongoDB",
     "memory": "memory",
 }
 
@@ -78,7 +77,7 @@ def create_app(
         orders=orders,
         accounts=accounts.Accounts(database),
         sessions=sessions,
-        sessions_in=STORES.get(urlsplit(store).scheme, "SQLite"),
+        sessions_in=STORES.get(urlsplit(store).scheme.partition("+")[0], "SQLite"),
     )
     for blueprint in blueprints:
         app.register_blueprint(blueprint)

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 _REDIS_DATABASE = re.compile(r"(/[0-9]*)?", re.ASCII)
 
+_SCHEME = re.compile("[a-z][a-z0-9+.-]*", re.ASCII)  # RFC 3986
+
 _ALLOWED = (
     "allowed are sqlite:///path, memory://, redis://host:port/db, rediss://..., unix:///socket, "
     "mongodb://host:port/db, mongodb+srv://..., a redis.Redis client, a pymongo.MongoClient, "
@@ -78,7 +80,8 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
             raise _missing("mongodb", scheme, error) from None
         _checked(scheme, lambda: check_url(url))
         return MongoDBStore(url, options)
-    shown = f"a URL with the scheme {scheme!r}" if scheme.isalnum() else "no URL"
+    named = rest.startswith("//") and _SCHEME.fullmatch(scheme)
+    shown = f"a URL with the scheme {scheme!r}" if named else "no URL"
     raise SettingError(f"SESSION_STORE is {shown}; {_ALLOWED}")
 
 
