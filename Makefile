@@ -10,7 +10,7 @@ TEST_ARGS ?= -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench docs chromium clean
+.PHONY: help demo test lint bench faults docs chromium clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,9 @@ lint: $(VENV)/with-test ## Check style and types
 
 bench: $(VENV)/with-bench ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks
+
+faults: $(VENV)/with-bench ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
+	$(PY) -m faults $(FAULTS_ARGS)
 
 docs: $(VENV)/with-docs ## Build the documentation in docs/_build
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build

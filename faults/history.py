@@ -1,0 +1,225 @@
+"""What the clients did and saw, and what of it must not be.
+
+An operation is `ok` when its answer said so, `failed` when it is known to have done nothing, and
+`unknown` when it may or may not have been applied, be it later: an error, a timeout, or no answer.
+
+A check never depends on what happened inside the servers, only on what their clients were told.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["login", "read", "put", "count", "move", "rotate", "logout"]
+Outcome = Literal["ok", "failed", "unknown"]
+
+WRITES = ("login", "put", "count", "move", "rotate", "logout")
+
+
+@dataclass(slots=True)
+class Operation:
+    """One request of a client. Times are seconds of the harness's monotonic clock."""
+
+    owner: str  # whose session it was sent for: no two sessions have the same
+    kind: Kind
+    token: int  # which of that session's tokens it carried: 0 from the login, 1 from a rotation...
+    start: float
+    end: float
+    outcome: Outcome
+    status: int = 0  # 0: no answer
+    seen: dict[str, Any] | None = None  # what the answer said of the session; None: nothing
+    key: str | None = None  # what a put wrote; its value is `value_of(owner, key)`
+    seconds: float | None = None  # as the worker measured it
+
+    @property
+    def latency(self) -> float:
+        """The time in the worker; where that is not known, the time until the client gave up."""
+        return self.end - self.start if self.seconds is None else self.seconds
+
+    @property
+    def alive(self) -> bool:
+        """Whether the answer came from a living session."""
+        return self.seen is not None and self.seen.get("owner") is not None
+
+
+def value_of(owner: str, key: str) -> str:
+    """What a put writes under a key: it says whose it is."""
+    return f"{owner} {key}"
+
+
+@dataclass
+class Verdict:
+    """The counts, each beside what it is out of."""
+
+    ok: int = 0
+    failed: int = 0
+    unknown: int = 0
+    errors: int = 0  # answers with a status of 500
+    answers: int = 0  # that named an owner
+    foreign: int = 0  # ... and that of another session
+    acknowledged: int = 0  # updates of sessions that were still there to be looked at
+    lost: int = 0
+    twice: int = 0  # applied more often than sent
+    torn: int = 0  # reads of half a transaction
+    stale: int = 0  # reads without an update that was acknowledged before they began
+    reads: int = 0
+    ended: int = 0  # tokens whose end was acknowledged
+    resurrected: int = 0  # ... that were answered from a living session later
+    adrift: int = 0  # sessions whose token got lost with the answer to a rotation
+    unchecked: int = 0  # sessions that could not be read at the end
+    worst: float = 0.0  # seconds
+    over: int = 0  # operations over the time budget
+    forever: int = 0  # stored keys without expiry
+    leaks: list[str] = field(default_factory=list)
+    recovery: float | None = None  # seconds until a login worked again; None: never
+    examples: list[str] = field(default_factory=list)  # of what must not be
+
+    @property
+    def broken(self) -> list[str]:
+        """What a store that promises must not have, as far as it happened."""
+        found = {
+            "lost updates": self.lost,
+            "updates applied twice": self.twice,
+            "torn transactions": self.torn,
+            "stale reads": self.stale,
+            "resurrected sessions": self.resurrected,
+            "answers of another session": self.foreign,
+            "keys without expiry": self.forever,
+        }
+        return [f"{count} {what}" for what, count in found.items() if count] + (
+            [] if self.recovery is not None else ["no recovery"]
+        )
+
+    def _note(self, what: str, operation: Operation) -> None:
+        if len(self.examples) < 20:
+            self.examples.append(f"{what}: {operation}")
+
+
+def check(operations: Iterable[Operation], *, budget: float, grace: float) -> Verdict:
+    """Judges a history, whose last operation on each session reads its final state.
+
+    :param budget: seconds that a request may take.
+    :param grace: seconds that an old token may still be used after an acknowledged rotation.
+    """
+    verdict = Verdict(recovery=0.0)
+    by_owner: dict[str, list[Operation]] = {}
+    for operation in operations:
+        by_owner.setdefault(operation.owner, []).append(operation)
+        _judge_alone(operation, budget, verdict)
+    for history in by_owner.values():
+        history.sort(key=lambda operation: operation.start)
+        _judge_deaths(history, grace, verdict)
+        _judge_updates(history, verdict)
+    return verdict
+
+
+def _judge_alone(operation: Operation, budget: float, verdict: Verdict) -> None:
+    """What one operation shows by itself."""
+    setattr(verdict, operation.outcome, getattr(verdict, operation.outcome) + 1)
+    verdict.errors += operation.status == 500
+    verdict.worst = max(verdict.worst, operation.latency)
+    verdict.over += operation.latency > budget
+    seen = operation.seen
+    if seen is None or seen.get("owner") is None:
+        return
+    verdict.answers += 1
+    strange = [
+        key
+        for key, value in seen.get("keys", {}).items()
+        if value != value_of(operation.owner, key)
+    ]
+    if seen["owner"] != operation.owner or strange:
+        verdict.foreign += 1
+        verdict._note("foreign", operation)
+    if seen.get("a", 0) + seen.get("b", 0) != 0:
+        verdict.torn += 1
+        verdict._note("torn", operation)
+
+
+def _judge_deaths(history: Sequence[Operation], grace: float, verdict: Verdict) -> None:
+    """Nothing may be answered from a session after its end was acknowledged."""
+    logouts = [op.end for op in history if op.kind == "logout" and op.outcome == "ok"]
+    over: dict[int, float] = {}  # token -> when it was certainly over
+    for operation in history:
+        if operation.outcome == "ok" and operation.kind == "rotate":
+            end = operation.end + grace
+            for token in range(operation.token + 1):
+                over[token] = min(over.get(token, end), end)
+        elif operation.status == 401:  # the store was asked, and there was no session
+            token = operation.token
+            over[token] = min(over.get(token, operation.end), operation.end)
+    if logouts:
+        end = min(logouts)
+        for token in {op.token for op in history}:
+            over[token] = min(over.get(token, end), end)
+    verdict.ended += len(over)
+    risen = set()
+    for operation in history:
+        if operation.alive and operation.start > over.get(operation.token, float("inf")):
+            if operation.token not in risen:
+                verdict._note("resurrected", operation)
+            risen.add(operation.token)
+    verdict.resurrected += len(risen)
+
+
+def _judge_updates(history: Sequence[Operation], verdict: Verdict) -> None:
+    """Every read must show what was acknowledged before it began, and the last one everything."""
+    counts = {
+        "n": [op for op in history if op.kind == "count"],
+        "b": [op for op in history if op.kind == "move"],
+    }
+    reads = [op for op in history if op.seen is not None and "keys" in op.seen and op.alive]
+    for name, updates in counts.items():
+        acknowledged = sorted(op.end for op in updates if op.outcome == "ok")
+        possible = sorted(op.start for op in updates if op.outcome != "failed")
+        excess = 0
+        for read in reads:
+            assert read.seen is not None
+            verdict.reads += 1
+            number = read.seen.get(name, 0)
+            if number < bisect_left(acknowledged, read.start):
+                verdict.stale += 1
+                verdict._note(f"stale {name}", read)
+            elif number - bisect_left(possible, read.end) > excess:
+                excess = number - bisect_left(possible, read.end)
+                verdict._note(f"too high {name}", read)
+        verdict.twice += excess
+    shown = reads[-1:]
+    for last in shown:
+        assert last.seen is not None
+        sure = [op for op in history if op.outcome == "ok" and op.end < last.start]
+        kinds = Counter(op.kind for op in sure)
+        missing = [op for op in sure if op.kind == "put" and op.key not in last.seen["keys"]]
+        for operation in missing:
+            verdict._note("lost", operation)
+        verdict.lost += len(missing)
+        verdict.lost += max(0, kinds["count"] - last.seen["n"])
+        verdict.lost += max(0, kinds["move"] - last.seen["b"])
+        verdict.acknowledged += sum(kinds[kind] for kind in ("login", "put", "count", "move"))
+    _judge_end(history, bool(shown), verdict)
+
+
+def _judge_end(history: Sequence[Operation], judged: bool, verdict: Verdict) -> None:
+    """A session that nobody ended must still be there."""
+    outcomes = Counter((op.kind, op.outcome) for op in history)
+    final = history[-1]
+    if (
+        not outcomes["login", "ok"]
+        or outcomes["logout", "ok"]
+        or outcomes["logout", "unknown"]
+        or (final.kind == "read" and final.alive)
+    ):
+        return
+    if outcomes["rotate", "unknown"]:
+        verdict.adrift += 1
+    elif any(op.status == 401 and op.token == final.token for op in history):
+        lost = sum(outcomes[kind, "ok"] for kind in ("login", "put", "count", "move"))
+        verdict.lost += lost
+        verdict.acknowledged += 0 if judged else lost
+        verdict._note("lost session", final)
+    else:
+        verdict.unchecked += 1

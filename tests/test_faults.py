@@ -1,0 +1,317 @@
+"""The fault harness: what its checker finds in a history, and short runs on real servers.
+
+`make faults` is the whole of it, with more faults, more stores and more time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flask_session", reason="the fault harness needs the extra 'bench'")
+
+from faults import __main__ as command
+from faults import report
+from faults.broken import BREAKS
+from faults.history import Kind, Operation, Outcome, Verdict, check, value_of
+from faults.inject import FAULTS, Fault
+from faults.modes import Mode, modes
+from faults.scenario import Outcome as Ran
+from faults.scenario import run
+
+GRACE = 2.0
+BUDGET = 3.0
+
+
+# The checker, on histories made up -------------------------------------------------------------
+
+
+class Story:
+    """A history of one session, told in order: each operation takes one second, then one passes."""
+
+    def __init__(self, owner: str = "alice") -> None:
+        self.owner = owner
+        self.operations: list[Operation] = []
+        self._time = count(0, 2)
+        self.did("login")
+
+    def did(self, kind: Kind, outcome: Outcome = "ok", token: int = 0, **more: Any) -> Operation:
+        """Something that was answered, from this session unless `seen` says otherwise."""
+        start = float(next(self._time))
+        status = more.pop("status", 200 if outcome == "ok" else 503)
+        seen = more.pop("seen", {"owner": self.owner} if status == 200 else None)
+        operation = Operation(
+            self.owner, kind, token, start, start + 1, outcome, status, seen, **more
+        )
+        self.operations.append(operation)
+        return operation
+
+    def saw(self, *keys: str, n: int = 0, b: int = 0, a: int | None = None, token: int = 0) -> None:
+        """A read of everything."""
+        values = {key: value_of(self.owner, key) for key in keys}
+        numbers = {"n": n, "b": b, "a": -b if a is None else a}
+        self.did("read", token=token, seen={"owner": self.owner, "keys": values, **numbers})
+
+    def found_nothing(self, token: int = 0) -> None:
+        """A read that was told that there is no session."""
+        self.did("read", "failed", token, status=401)
+
+    @property
+    def verdict(self) -> Verdict:
+        return check(self.operations, budget=BUDGET, grace=GRACE)
+
+
+def test_a_good_history_is_good() -> None:
+    story = Story()
+    story.did("count")
+    story.did("put", key="k1")
+    story.did("move")
+    story.did("rotate")
+    story.saw("k1", n=1, b=1)  # the old token, within the grace
+    story.saw("k1", n=1, b=1, token=1)
+    story.found_nothing()
+    story.did("logout", token=1, seen={"owner": "alice", "keys": {}, "n": 1, "a": -1, "b": 1})
+    story.operations[-1].seen = None  # of a store that does not tell
+    story.found_nothing(token=1)
+    verdict = story.verdict
+    assert verdict.broken == []
+    assert (verdict.ok, verdict.failed, verdict.unknown) == (8, 2, 0)
+    assert (verdict.acknowledged, verdict.ended, verdict.answers, verdict.over) == (4, 2, 7, 0)
+
+
+def test_what_is_unknown_may_be_there_or_not() -> None:
+    for n, keys in ((1, ()), (2, ("k1",))):
+        story = Story()
+        story.did("count")
+        story.did("count", "unknown")
+        story.did("put", "unknown", key="k1")
+        story.saw(*keys, n=n)
+        assert story.verdict.broken == []
+
+
+def test_a_counter_that_went_back() -> None:
+    story = Story()
+    story.did("count")
+    story.did("count")
+    story.saw(n=1)
+    assert (story.verdict.lost, story.verdict.stale) == (1, 1)
+    story.saw(n=2)  # it was there after all
+    assert (story.verdict.lost, story.verdict.stale) == (0, 1)
+
+
+@pytest.mark.parametrize("outcome", ["ok", "unknown", "failed"])
+def test_a_counter_that_counted_too_much(outcome: Outcome) -> None:
+    story = Story()
+    story.did("count", outcome)
+    story.saw(n=2 - (outcome == "failed"))
+    assert story.verdict.broken == ["1 updates applied twice"]
+
+
+def test_a_transaction_done_twice_or_by_half() -> None:
+    story = Story()
+    story.did("move")
+    story.saw(b=2)
+    assert story.verdict.twice == 1
+    story = Story()
+    story.did("move")
+    story.saw(b=1, a=0)
+    assert story.verdict.broken == ["1 torn transactions"]
+
+
+def test_a_key_that_is_not_there() -> None:
+    story = Story()
+    story.did("put", key="k1")
+    story.did("put", key="k2")
+    story.saw("k2")
+    assert story.verdict.lost == 1
+
+
+def test_a_session_that_is_not_there() -> None:
+    story = Story()
+    story.did("count")
+    story.did("put", key="k1")
+    story.found_nothing()
+    assert story.verdict.broken == ["3 lost updates"]
+    assert story.verdict.acknowledged == 3
+
+
+def test_a_session_whose_token_got_lost() -> None:
+    story = Story()
+    story.did("count")
+    story.did("rotate", "unknown")
+    story.found_nothing()
+    assert story.verdict.broken == []
+    assert story.verdict.adrift == 1
+
+
+def test_a_session_that_could_not_be_asked_for() -> None:
+    story = Story()
+    story.did("read", "failed")
+    assert (story.verdict.unchecked, story.verdict.lost) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["read", "put", "count"])
+def test_an_answer_after_the_logout(kind: Kind) -> None:
+    story = Story()
+    story.did("logout")
+    story.did(kind)
+    assert story.verdict.broken == ["1 resurrected sessions"]
+
+
+def test_a_logout_that_is_unknown_promises_nothing() -> None:
+    story = Story()
+    story.did("logout", "unknown")
+    story.saw()
+    assert story.verdict.broken == []
+
+
+def test_an_answer_beside_the_logout_is_no_answer_after_it() -> None:
+    story = Story()
+    beside = story.did("read")
+    logout = story.did("logout")
+    beside.start, beside.end = logout.start + 0.5, logout.end + 0.5
+    assert story.verdict.broken == []
+
+
+def test_an_old_token_beyond_the_grace() -> None:
+    story = Story()
+    story.did("rotate")
+    story.saw()
+    assert story.verdict.broken == []
+    story.saw()
+    assert story.verdict.broken == ["1 resurrected sessions"]
+
+
+def test_a_session_that_was_not_there_and_is_again() -> None:
+    story = Story()
+    story.found_nothing()
+    story.saw()
+    assert story.verdict.resurrected == 1
+
+
+def test_an_answer_of_another_session() -> None:
+    story = Story()
+    story.did("count", seen={"owner": "bob"})
+    story.did("read", seen={"owner": "alice", "keys": {"k1": "bob k1"}, "n": 1, "a": 0, "b": 0})
+    assert story.verdict.foreign == 2
+
+
+def test_a_request_that_took_too_long() -> None:
+    story = Story()
+    operation = story.did("read")
+    operation.end = operation.start + 4
+    assert (story.verdict.over, story.verdict.worst) == (1, 4)
+    operation.seconds = 0.5  # and 3.5 in the queue before the worker
+    assert story.verdict.over == 0
+
+
+# What the report makes of it --------------------------------------------------------------------
+
+
+def a_run(verdict: Verdict, **more: Any) -> Ran:
+    verdict.recovery = more.pop("recovery", 0.1)
+    return Ran(
+        more.pop("candidate", "ours"), "redis", "kill", more.pop("stated", False), verdict, 1
+    )
+
+
+def test_a_promise_is_broken_or_there_was_none() -> None:
+    lost = Verdict(lost=2, acknowledged=10)
+    assert a_run(lost).failures == ["2 lost updates"]
+    assert a_run(lost, stated=True).failures == []
+    assert report.verdict_of(a_run(lost, stated=True)) == "stated: 2 lost updates"
+    assert a_run(lost, candidate="flask-session").failures == []
+
+
+@pytest.mark.parametrize(
+    "verdict", [Verdict(foreign=1), Verdict(forever=1), Verdict(leaks=["9 threads, 3 before"])]
+)
+def test_some_things_are_never_right(verdict: Verdict) -> None:
+    assert a_run(verdict, stated=True).failures
+
+
+def test_no_recovery_is_never_right() -> None:
+    assert a_run(Verdict(), stated=True, recovery=None).failures == ["no recovery"]
+
+
+def test_the_tables_have_every_run() -> None:
+    runs = [
+        a_run(Verdict(ok=7, lost=2, acknowledged=9)),
+        a_run(Verdict(), candidate="flask-session"),
+    ]
+    text = report.text([report.row(each) for each in runs])
+    assert "2/9" in text
+    assert "BROKEN: 2 lost updates" in text
+    page = report.markdown(runs, 5, {"Redis": "7"})
+    assert "seed 5" in page
+    assert page.count("\n| Flask-") == 2
+    assert "2 of 9 acknowledged updates lost" in page
+
+
+def test_every_run_has_a_name_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line[:45] for line in lines}) == len(lines) > 50
+    assert command.main(["--list", "--only", "mongodb-set", "failover"]) == 0
+    assert "ours mongodb-set failover" in capsys.readouterr().out
+    assert command.main(["--only", "no such thing"]) == 2
+
+
+def test_every_fault_strikes_somewhere() -> None:
+    assert {name for fault in FAULTS for name in fault.modes} == set(modes())
+    assert all(set(fault.stated) <= set(fault.modes) for fault in FAULTS)
+
+
+# Short runs -------------------------------------------------------------------------------------
+
+SHORT = [
+    ("sqlite", "locked"),
+    ("sqlite", "worker"),
+    ("redis-always", "kill"),
+    ("redis-always", "stop-1"),
+    ("redis-always", "interrupt"),
+    ("mongodb-one", "kill"),
+    ("mongodb-one", "lose"),
+]
+
+
+@pytest.fixture(scope="module")
+def mode(request: pytest.FixtureRequest) -> Iterator[Mode]:
+    """A store of the kind that the test is parametrized with."""
+    made = modes()[request.param]()
+    yield made
+    made.stop()
+
+
+def fault_of(name: str) -> Fault:
+    return next(fault for fault in FAULTS if fault.name == name)
+
+
+@pytest.mark.parametrize(("mode", "fault"), SHORT, indirect=["mode"])
+def test_nothing_is_lost(mode: Mode, fault: str) -> None:
+    outcome = run(fault_of(fault), mode, seed=7, seconds=1.0, warm=0.4, grace=1.0)
+    verdict = outcome.verdict
+    assert outcome.failures == [], verdict
+    assert not outcome.stated
+    assert outcome.strikes or verdict.errors, "nothing happened"
+    assert verdict.ok > 50
+    assert verdict.acknowledged > 20
+    assert verdict.ended
+
+
+CAUGHT = {
+    "ignore versions": "lost updates",
+    "create on save": "resurrected sessions",
+    "answer from memory": "resurrected sessions",
+}
+
+
+@pytest.mark.parametrize("mode", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("broken", CAUGHT)
+def test_a_broken_store_is_found_out(mode: Mode, broken: str) -> None:
+    assert broken in BREAKS
+    outcome = run(fault_of("none"), mode, seed=7, seconds=0.8, warm=0.4, grace=0.5, broken=broken)
+    assert any(CAUGHT[broken] in failure for failure in outcome.failures), outcome.verdict
