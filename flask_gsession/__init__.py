@@ -7,9 +7,12 @@ import flask
 from .data import SessionData
 from .errors import (
     GSessionError,
+    LockLost,
+    LockMisused,
     SessionClosed,
     SessionConflict,
     SessionEnded,
+    SessionLocked,
     SessionTooLarge,
     SettingError,
     StoreError,
@@ -19,6 +22,7 @@ from .errors import (
     ValueRefused,
 )
 from .extension import Session
+from .locking import session_lock
 from .merge import MISSING
 from .transactions import session_transaction
 
@@ -28,11 +32,14 @@ session = _cast(SessionData, flask.session)
 __all__ = [
     "MISSING",
     "GSessionError",
+    "LockLost",
+    "LockMisused",
     "Session",
     "SessionClosed",
     "SessionConflict",
     "SessionData",
     "SessionEnded",
+    "SessionLocked",
     "SessionTooLarge",
     "SettingError",
     "StoreError",
@@ -41,5 +48,6 @@ __all__ = [
     "UnsupportedType",
     "ValueRefused",
     "session",
+    "session_lock",
     "session_transaction",
 ]

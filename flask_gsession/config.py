@@ -51,6 +51,10 @@ class Settings:
     read_plain: bool = False
     conflict: MergeFunction = last
     merge_policies: Mapping[str, MergeFunction] = field(default_factory=dict)
+    lock_timeout: float = 10.0
+    lock_wait: float = 5.0
+    lock_waiters: int = 10
+    lock_warn: float | None = 1.0
     debug: bool = False
 
     def __repr__(self) -> str:
@@ -165,6 +169,10 @@ def _encryption_keys(value: Any) -> tuple[bytes, ...]:
     return tuple(_encryption_key(key) for key in value)
 
 
+#: Checks of the times of a lock; they raise ``ValueError`` with what is allowed.
+lock_timeout = _seconds(0.1, 3600)
+lock_wait = _seconds(0, 3600)
+
 _FLASKS_LIFETIME = 31 * 86400.0
 _PATTERN = set("{}*?[]")
 _DAY = 86400.0
@@ -206,6 +214,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "encryption_keys": ("SESSION_ENCRYPTION_KEYS", _encryption_keys),
     "conflict": ("SESSION_CONFLICT", _conflict),
     "merge_policies": ("SESSION_MERGE_POLICIES", _policies),
+    "lock_timeout": ("SESSION_LOCK_TIMEOUT", lock_timeout),
+    "lock_wait": ("SESSION_LOCK_WAIT", lock_wait),
+    "lock_waiters": ("SESSION_LOCK_WAITERS", _integer(0, 10_000, "waiting requests")),
+    "lock_warn": ("SESSION_LOCK_WARN", _optional(_seconds(0, 3600))),
     "debug": ("SESSION_DEBUG", _flag),
 }
 _SECRET = {"SESSION_STORE", "SESSION_ENCRYPTION_KEYS"}

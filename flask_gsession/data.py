@@ -21,6 +21,7 @@ from .errors import (
 )
 from .keeper import ATTEMPTS
 from .lifecycle import Lifecycle
+from .locking import Lock
 from .payload import Body
 from .tracking import TrackedValues
 from .transactions import Transaction
@@ -197,9 +198,9 @@ class SessionData(Lifecycle, SessionMixin):
     def rotate(self, grace: float | None = None) -> None:
         """Give the session a new token and keep its data: call it wherever privileges change.
 
-        With the response, the old token becomes a pointer to the new session for ``grace`` seconds
-        (default ``SESSION_ROTATION_GRACE``), so that parallel requests that still carry it are
-        served; with 0 it ends at once, as at a login it should.
+        With the response, or at the end of a lock, the old token becomes a pointer to the new
+        session for ``grace`` seconds (default ``SESSION_ROTATION_GRACE``), so that parallel
+        requests that still carry it are served; with 0 it ends at once, as at a login it should.
 
         Raises ``ValueError`` for a grace outside 0 to 3600. Costs no round trip beside the save.
         Source: OWASP ASVS 7.2.4.
@@ -213,8 +214,10 @@ class SessionData(Lifecycle, SessionMixin):
         self._check_no_transaction("A rotation")
         self._open_for_writing()
         if self._record is not None:
-            earlier = self._rotation
-            self._rotation = grace if earlier is None else min(earlier, grace)
+            if self._lease is None:
+                self._rotation = _sooner(self._rotation, grace)
+            else:
+                self._rotation_later = _sooner(self._rotation_later, grace)
 
     def destroy(self) -> None:
         """End the session: it is gone from the store when this returns; the cookie goes with the
@@ -228,7 +231,7 @@ class SessionData(Lifecycle, SessionMixin):
         """Discard what this request changed, and see what is stored now. One round trip."""
         self._check_open()
         self._check_no_transaction("A reload")
-        self._failure = self._in_doubt = None
+        self._failure = self._in_doubt = self._rotation_later = None
         if self._record is not None:
             if not self._catch_up(afresh=True):
                 self._end("reload")
@@ -260,6 +263,22 @@ class SessionData(Lifecycle, SessionMixin):
     def transaction(self) -> Transaction[SessionData]:
         """A piece of work that is stored whole, on the state it saw: see ``Transaction``."""
         return Transaction(self)
+
+    def lock(self, timeout: float | None = None, wait: float | None = None) -> Lock[SessionData]:
+        """The lock of this session, for a ``with`` or ``async with`` block: see ``Lock``.
+
+        ``timeout``: seconds after which others go on if this process dies or is paused (default
+        ``SESSION_LOCK_TIMEOUT``; 0.1 to 3600); while it lives, the lock is held for as long as the
+        block runs. ``wait``: how many seconds to wait for it (default ``SESSION_LOCK_WAIT``; 0 to
+        3600).
+
+        Raises ``ValueError`` for other times. Entering raises ``SessionLocked`` (503) if it could
+        not be had in time, ``SessionEnded`` if the session ended, and ``LockMisused`` inside a lock
+        or a transaction, or where the session is not stored yet. Leaving raises ``LockLost`` (409)
+        if the lock ran out, ``SessionEnded`` if the session ended, and what a save raises; then
+        nothing of the block was stored.
+        """
+        return Lock(self, timeout, wait)
 
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Replace the value of ``key`` by ``function(value)`` and store it now; the new value.
@@ -303,7 +322,9 @@ class SessionData(Lifecycle, SessionMixin):
                 stored = {**stored, key: changed}
                 old = self._record
                 try:
-                    self._record = self._keeper.save(old, Body(stored, self._lifetime))
+                    self._record = self._keeper.save(
+                        old, Body(stored, self._lifetime), lease=self._lease
+                    )
                 except (Stale, Gone):
                     continue
                 except UnreadableRecord as error:
@@ -327,6 +348,10 @@ class SessionData(Lifecycle, SessionMixin):
             raise UnsupportedType(
                 f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
             )
+
+
+def _sooner(earlier: float | None, grace: float) -> float:
+    return grace if earlier is None else min(earlier, grace)
 
 
 def _utc(milliseconds: int) -> datetime:

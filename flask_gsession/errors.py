@@ -9,14 +9,19 @@
     │   └── SessionTooLarge     ... because of its size, depth or number of keys
     ├── SessionClosed           a write after the session was saved with the response
     ├── TransactionMisused      something that cannot be done inside a transaction
+    ├── LockMisused             a lock in a lock, in a transaction, or on no stored session
+    ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
-    │   └── SessionEnded        HTTP 409: the session ended while this request ran
+    │   ├── SessionEnded        HTTP 409: the session ended while this request ran
+    │   └── LockLost            HTTP 409: the lock ran out before its holder was done
     └── StoreError              what a store tells the session
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
         ├── UnreadableRecord    what is stored under the key is not a record of that key
         ├── KeyTaken            create: the key holds a record already
-        ├── Gone                save, replace, delete: no live record under the key
-        └── Stale               save, replace, delete: another version is stored
+        ├── Gone                save, replace, delete, acquire: no live record under the key
+        ├── Stale               save, replace, delete: another version is stored
+        ├── LeaseLost           save, replace, delete: the lease that they name is not held
+        └── QueueFull           acquire: enough others wait for the lease already
 
 No message holds a session token, a stored value or a password.
 """
@@ -65,6 +70,29 @@ class TransactionMisused(GSessionError, RuntimeError):
     """Inside a transaction: another one, a rotation, a logout, a reload or an atomic update."""
 
 
+class LockMisused(GSessionError, RuntimeError):
+    """A lock that cannot be: inside a lock or a transaction, on a session that is not stored, or
+    released by who does not hold it.
+    """
+
+
+class SessionLocked(GSessionError, ServiceUnavailable):
+    """Another request holds the lock of this session (HTTP 503).
+
+    ``detail`` says whether the wait ran out or whether too many waited already; the client only
+    sees ``description`` and ``Retry-After``.
+    """
+
+    description = "Another request is working on this session. Try again shortly."
+
+    def __init__(self, detail: str, retry_after: int = 1) -> None:
+        super().__init__(retry_after=retry_after)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
 class SessionConflict(GSessionError, Conflict):
     """Parallel requests changed the same session and the changes cannot both stand (HTTP 409).
 
@@ -78,6 +106,15 @@ class SessionEnded(SessionConflict):
     """The session was logged out, revoked or expired while this request ran (HTTP 409)."""
 
     description = "The session ended while this request ran."
+
+
+class LockLost(SessionConflict):
+    """The lock ran out before its holder was done, as when a process is paused (HTTP 409).
+
+    Somebody else may have worked on the session meanwhile: what was not stored yet is not stored.
+    """
+
+    description = "This request took too long, and lost its hold on the session. Try again."
 
 
 class StoreError(GSessionError):
@@ -130,3 +167,11 @@ class Gone(StoreError):
 
 class Stale(StoreError):
     """The stored record has another version than the expected one."""
+
+
+class LeaseLost(StoreError):
+    """The lease that a write names has run out, or is held by somebody else."""
+
+
+class QueueFull(StoreError):
+    """``acquire``: somebody holds the lease, and enough others wait for it."""

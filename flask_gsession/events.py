@@ -96,6 +96,42 @@ class CircuitClosed(Event):
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class LockAcquired(Event):
+    """A request got the lock of a session, after so many seconds."""
+
+    handle: str
+    waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class LockReleased(Event):
+    """A request gave the lock of a session back, after so many seconds."""
+
+    handle: str
+    held: float
+
+
+@dataclass(frozen=True, slots=True)
+class LockExpired(Event):
+    """A lock ran out before its holder was done; ``held`` is how long that had it, in seconds."""
+
+    handle: str
+    held: float
+
+
+@dataclass(frozen=True, slots=True)
+class LockRefused(Event):
+    """A request did not get the lock: ``"too many waiters"`` or ``"wait over"``.
+
+    ``waited`` is how long it waited, in seconds.
+    """
+
+    handle: str
+    reason: str
+    waited: float
+
+
 E = TypeVar("E", bound=Event)
 
 

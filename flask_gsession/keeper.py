@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .codec import Codec
 from .config import Settings
 from .encryption import Cipher
-from .errors import KeyTaken, SettingError, StoreError, UnreadableRecord
+from .errors import KeyTaken, LeaseLost, LockLost, SettingError, StoreError, UnreadableRecord
 from .events import Events, SessionRefused, logger
 from .merge import Merger
 from .payload import Body, PayloadFormat
-from .stores.base import MAX_POINTERS, Clock, Record, Store, milliseconds, new_version
+from .stores.base import (
+    MAX_POINTERS,
+    Clock,
+    Leases,
+    Record,
+    Store,
+    milliseconds,
+    new_version,
+)
 from .tokens import Token, is_token, new_token, session_key
 
 PERMANENT = "_permanent"
@@ -43,6 +52,7 @@ class Keeper:
     def __init__(self, settings: Settings, store: Store, events: Events, clock: Clock) -> None:
         self.settings = settings
         self.store = store
+        self.leases = store if isinstance(store, Leases) else None
         self.events = events
         self.codec = Codec(settings.max_depth)
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
@@ -97,10 +107,13 @@ class Keeper:
             return token, record
         raise StoreError(_REPEATS)
 
-    def save(self, old: Record, body: Body, *, restart_idle: bool = False) -> Record:
+    def save(
+        self, old: Record, body: Body, *, restart_idle: bool = False, lease: str | None = None
+    ) -> Record:
         """Replace ``old``; its successor in time. Raises ``Gone`` or ``Stale``. One round trip.
 
-        The idle expiry moves where it is due, or anyhow with ``restart_idle``.
+        The idle expiry moves where it is due, or anyhow with ``restart_idle``. With ``lease``,
+        raises ``LockLost`` unless that is held.
         """
         idle_end = (
             self._idle_end(body, old.absolute_expires_at) if restart_idle else self.due(old, body)
@@ -113,11 +126,25 @@ class Keeper:
             old.absolute_expires_at,
             self._payloads.pack(old.key, body),
         )
-        self.store.save(record, old.version)
+        if lease is None:
+            self.store.save(record, old.version)
+        else:
+            with self._under(lease) as store:
+                store.save(record, old.version, lease)
         return record
 
-    def rotate(self, old: Record, body: Body, grace: float) -> tuple[str, Record]:
-        """Move the session to a new token. Raises ``Gone`` or ``Stale``. One round trip."""
+    def end(self, old: Record, lease: str | None = None) -> None:
+        """Delete the session in this very version. Raises as ``save`` does. One round trip."""
+        if lease is None:
+            self.store.delete(old.key, old.version)
+        else:
+            with self._under(lease) as store:
+                store.delete(old.key, old.version, lease)
+
+    def rotate(
+        self, old: Record, body: Body, grace: float, lease: str | None = None
+    ) -> tuple[str, Record]:
+        """Move the session to a new token. Raises as ``save`` does. One round trip."""
         for _ in range(_NEW_TOKENS):
             token, key = self._new_token()
             record = old._replace(
@@ -126,12 +153,26 @@ class Keeper:
                 idle_expires_at=self._idle_end(body, old.absolute_expires_at),
                 payload=self._payloads.pack(key, body),
             )
+            pointer = self._pointer(old, record, grace)
             try:
-                self.store.replace(old.key, record, old.version, self._pointer(old, record, grace))
+                if lease is None:
+                    self.store.replace(old.key, record, old.version, pointer)
+                else:
+                    with self._under(lease) as store:
+                        store.replace(old.key, record, old.version, pointer, lease)
             except KeyTaken:
                 continue
             return token, record
         raise StoreError(_REPEATS)
+
+    @contextmanager
+    def _under(self, lease: str) -> Iterator[Leases]:
+        """The store, for a write that names a lease; what that may raise, translated."""
+        assert self.leases is not None  # it gave the lease
+        try:
+            yield self.leases
+        except LeaseLost:
+            raise LockLost from None
 
     def _pointer(self, old: Record, record: Record, grace: float) -> Record | None:
         if grace == 0:

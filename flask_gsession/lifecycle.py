@@ -76,6 +76,10 @@ class Lifecycle:
     _cleared = False
     _in_transaction = False
     _values: TrackedValues  # made when the session is looked at
+    _locked = False  # or about to be
+    _lease: str | None = None  # held by this request
+    _rotation_later: float | None = None  # at the end of the lock
+    _lifetime_before: int | None = None  # the transaction or the lock
 
     def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
         self._keeper = keeper
@@ -85,7 +89,7 @@ class Lifecycle:
     def _forget(self) -> None:
         """Hold no session: as at the start, but for what the client is to be told."""
         self._values = TrackedValues(self._keeper.codec)
-        self._token = self._record = self._lifetime = self._rotation = None
+        self._token = self._record = self._lifetime = self._rotation = self._lease = None
         self._restart_idle = self._forced = self._cleared = False
 
     def _look_at_request(self) -> Presented:
@@ -177,12 +181,13 @@ class Lifecycle:
         seen_before = self._opened
         self._open()
         if seen_before:
-            if self._something_to_save() or self._cleared or self._values.changes():
+            if self._has_changes():
                 self._commit()
             if self._record is not None and not self._catch_up(afresh=True):
                 self._end("a transaction")
         if self._ended:
             raise SessionEnded
+        self._lifetime_before = self._lifetime
         self._in_transaction = True
 
     def _commit_exactly(self) -> None:
@@ -199,8 +204,9 @@ class Lifecycle:
         self._in_transaction = False
 
     def _roll_back(self) -> None:
-        """Forget what a transaction did."""
+        """Forget what a transaction or a lock did."""
         self._in_transaction = False
+        self._lifetime = self._lifetime_before if self._record is not None else None
         self._values = TrackedValues(self._keeper.codec, self._values.stored)
         self._restart_idle = self._forced = self._cleared = False
 
@@ -347,18 +353,23 @@ class Lifecycle:
             )
             try:
                 if self._cleared and not _worth_keeping(merged):
-                    keeper.store.delete(old.key, old.version)
+                    keeper.end(old, self._lease)
                     keeper.events.emit(SessionDestroyed, old.key)
                     self._forget()
                     self._cookie = "delete"
                     return
                 if self._rotation is not None:
-                    self._token, self._record = keeper.rotate(old, body, self._rotation)
+                    self._token, self._record = keeper.rotate(
+                        old, body, self._rotation, self._lease
+                    )
                     keeper.events.emit(SessionRotated, self._record.key, old.key)
                     self._cookie = "set"
                 else:
                     self._record = keeper.save(
-                        old, body, restart_idle=toggled or self._restart_idle
+                        old,
+                        body,
+                        restart_idle=toggled or self._restart_idle,
+                        lease=self._lease,
                     )
             except (Stale, Gone):
                 if exactly:
@@ -392,6 +403,10 @@ class Lifecycle:
     def _something_to_save(self) -> bool:
         """Whether there is something to save although no value changed."""
         return self._restart_idle or self._forced or self._rotation is not None
+
+    def _has_changes(self) -> bool:
+        """Whether there is anything at all that this request did and that is not stored."""
+        return self._something_to_save() or self._cleared or bool(self._values.changes())
 
     def _renew_if_due(self) -> None:
         assert self._record is not None

@@ -17,8 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import Gone, KeyTaken, Stale
-from .stores.base import Clock, Record, Store, milliseconds, new_version
+from .errors import Gone, KeyTaken, LeaseLost, QueueFull, Stale
+from .stores.base import (
+    ASK_AGAIN,
+    WAITER_LIFE,
+    Clock,
+    Leases,
+    Record,
+    Store,
+    milliseconds,
+    new_version,
+)
 from .tokens import new_token, session_key
 
 
@@ -64,23 +73,51 @@ class HookedStore:
         with self._around("load"):
             return self.store.load(key)
 
-    def save(self, record: Record, expected_version: int) -> None:
+    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         with self._around("save"):
-            self.store.save(record, expected_version)
+            self.store.save(record, expected_version, *_given(lease))
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         with self._around("renew"):
             return self.store.renew(record, idle_expires_at)
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None = None,
     ) -> None:
         with self._around("replace"):
-            self.store.replace(key, record, expected_version, pointer)
+            self.store.replace(key, record, expected_version, pointer, *_given(lease))
 
-    def delete(self, key: str, expected_version: int | None = None) -> bool:
+    def delete(
+        self, key: str, expected_version: int | None = None, lease: str | None = None
+    ) -> bool:
         with self._around("delete"):
-            return self.store.delete(key, expected_version)
+            return self.store.delete(key, expected_version, *_given(lease))
+
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        with self._around("acquire"):
+            return self._leases.acquire(key, owner, lease_ms, max_waiters)
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        with self._around("extend"):
+            return self._leases.extend(key, owner, lease_ms)
+
+    def release(self, key: str, owner: str) -> bool:
+        with self._around("release"):
+            return self._leases.release(key, owner)
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        self._leases.wait_for_release(key, owner, seconds)
+
+    @property
+    def _leases(self) -> Leases:
+        if not isinstance(self.store, Leases):
+            raise TypeError(f"{type(self.store).__qualname__} has no leases")
+        return self.store
 
     def close(self) -> None:
         self.store.close()
@@ -96,6 +133,11 @@ class HookedStore:
         hooks = self._hooks.get((when, operation))
         if hooks:
             hooks.pop(0)()
+
+
+def _given(lease: str | None) -> tuple[str, ...]:
+    # A store without leases takes no such argument.
+    return () if lease is None else (lease,)
 
 
 def a_record(clock: Clock, *, idle: float = 60, absolute: float = 3600, **fields: Any) -> Record:
@@ -517,3 +559,279 @@ class StoreContract:
             store.close()
             store.create(record)
             assert store.load(record.key) == record
+
+    # -- of stores that have ``Leases``
+
+    @contextmanager
+    def _leasing(self) -> Iterator[tuple[Any, FakeClock, Record]]:
+        """A store and a stored record; no store where it keeps no leases: then nothing is asked."""
+        with self._store() as (store, clock):
+            record = a_record(clock)
+            store.create(record)
+            yield store if isinstance(store, Leases) else None, clock, record
+
+    def test_a_lease_is_held_by_one(self) -> None:
+        with self._leasing() as (store, _, record):
+            if store is None:
+                return
+            assert store.acquire(record.key, "one", 10_000, 10) == 0
+            assert 0 < store.acquire(record.key, "two", 10_000, 10) <= ASK_AGAIN
+            assert store.release(record.key, "one") is True
+            assert store.acquire(record.key, "two", 10_000, 10) == 0
+
+    def test_acquire_may_be_repeated(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            assert store.acquire(record.key, "one", 10_000, 10) == 0
+            assert store.acquire(record.key, "two", 10_000, 1) > 0
+            clock.advance(1)
+            assert store.acquire(record.key, "two", 10_000, 1) > 0
+            assert store.acquire(record.key, "one", 10_000, 10) == 0
+
+    def test_a_lease_runs_out(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            assert store.acquire(record.key, "one", 500, 10) == 0
+            assert store.acquire(record.key, "two", 500, 10) == 500
+            clock.advance(0.5)
+            assert store.acquire(record.key, "two", 500, 10) == 0
+            assert store.release(record.key, "one") is False
+            assert store.extend(record.key, "two", 500) is True
+
+    def test_extend_lets_a_lease_run_longer(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 5000, 10)
+            assert store.extend(record.key, "two", 5000) is False
+            clock.advance(4)
+            assert store.extend(record.key, "one", 5000) is True
+            clock.advance(4)
+            assert store.acquire(record.key, "two", 5000, 10) > 0
+            clock.advance(1)
+            assert store.extend(record.key, "one", 5000) is False
+            assert store.acquire(record.key, "two", 5000, 10) == 0
+
+    def test_only_the_holder_releases_and_once(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            assert store.release(record.key, "one") is False
+            store.acquire(record.key, "one", 5000, 10)
+            assert store.release(record.key, "two") is False
+            assert store.acquire(record.key, "two", 5000, 1) > 0
+            assert store.release(record.key, "one") is True
+            assert store.release(record.key, "one") is False
+            assert store.acquire(record.key, "two", 5000, 10) == 0
+            clock.advance(5)
+            assert store.release(record.key, "two") is False
+
+    def test_who_waits_comes_in_turn(self) -> None:
+        with self._leasing() as (store, _, record):
+            if store is None:
+                return
+            for owner in ("one", "two", "three", "two"):
+                store.acquire(record.key, owner, 5000, 10)
+            store.release(record.key, "one")
+            assert store.acquire(record.key, "three", 5000, 10) > 0
+            assert store.acquire(record.key, "new", 5000, 10) > 0
+            assert store.acquire(record.key, "two", 5000, 10) == 0
+            store.release(record.key, "two")
+            assert store.acquire(record.key, "new", 5000, 10) > 0
+            assert store.acquire(record.key, "three", 5000, 10) == 0
+
+    def test_who_is_not_seen_any_more_loses_his_place(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            for owner in ("one", "two", "three"):
+                store.acquire(record.key, owner, 60_000, 10)
+            clock.advance(WAITER_LIFE / 1000 - 0.5)
+            store.acquire(record.key, "three", 60_000, 10)
+            store.release(record.key, "one")
+            assert store.acquire(record.key, "three", 60_000, 10) == 500
+            clock.advance(0.5)
+            assert store.acquire(record.key, "three", 60_000, 10) == 0
+            assert store.acquire(record.key, "two", 60_000, 10) > 0
+
+    def test_a_full_queue_takes_nobody(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 60_000, 0)
+            with _raises(QueueFull):
+                store.acquire(record.key, "two", 60_000, 0)
+            for owner in ("two", "three", "three"):
+                assert store.acquire(record.key, owner, 60_000, 2) > 0
+            with _raises(QueueFull):
+                store.acquire(record.key, "four", 60_000, 2)
+            store.release(record.key, "two")
+            assert store.acquire(record.key, "four", 60_000, 2) > 0
+            clock.advance(WAITER_LIFE / 1000)
+            assert store.acquire(record.key, "five", 60_000, 2) > 0
+
+    def test_a_lease_needs_a_live_session(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            old, new, short = a_record(clock), a_record(clock), a_record(clock, idle=10)
+            with _raises(Gone):
+                store.acquire(old.key, "one", 5000, 10)
+            store.create(old)
+            store.create(short)
+            assert store.acquire(short.key, "one", 60_000, 10) == 0
+            store.replace(old.key, new, old.version, a_pointer(old, new))
+            with _raises(Gone):
+                store.acquire(old.key, "one", 5000, 10)
+            clock.advance(10)
+            with _raises(Gone):
+                store.acquire(short.key, "two", 5000, 10)
+            with _raises(Gone):
+                store.save(_changed(short), short.version, "one")
+            assert store.load(short.key) is None
+            store.delete(new.key)
+            store.extend(record.key, "one", 5000)
+            with _raises(Gone):
+                store.acquire(new.key, "one", 5000, 10)
+            assert store.load(new.key) is None
+
+    def test_a_lease_ends_with_its_session(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            old, new = a_record(clock), a_record(clock)
+            store.create(old)
+            store.acquire(old.key, "one", 5000, 10)
+            store.replace(old.key, new, old.version, a_pointer(old, new))
+            assert not store.extend(old.key, "one", 5000)
+            assert not store.release(old.key, "one")
+            assert store.acquire(new.key, "two", 5000, 10) == 0
+            store.acquire(record.key, "one", 5000, 10)
+            store.acquire(record.key, "two", 5000, 10)
+            store.delete(record.key)
+            assert not store.extend(record.key, "one", 5000)
+            store.create(record)
+            assert store.acquire(record.key, "three", 5000, 10) == 0
+
+    def test_a_write_under_the_lease(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 5000, 10)
+            saved = _changed(record)
+            store.save(saved, record.version, "one")
+            store.save(saved, record.version, "one")
+            assert store.load(record.key) == saved
+            with _raises(Stale):
+                store.save(_changed(record), record.version, "one")
+            new = a_record(clock)
+            store.replace(record.key, new, saved.version, None, "one")
+            store.replace(record.key, new, saved.version, None, "one")
+            assert store.load(new.key) == new
+            store.acquire(new.key, "one", 5000, 10)
+            assert store.delete(new.key, new.version, "one") is True
+
+    def test_no_write_without_the_lease_that_it_names(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+
+            def refused() -> None:
+                new = a_record(clock)
+                with _raises(LeaseLost):
+                    store.save(_changed(record), record.version, "one")
+                with _raises(LeaseLost):
+                    store.save(_changed(record), new_version(), "one")
+                with _raises(LeaseLost):
+                    store.replace(record.key, new, record.version, a_pointer(record, new), "one")
+                with _raises(LeaseLost):
+                    store.replace(record.key, new, record.version, None, "one")
+                with _raises(LeaseLost):
+                    store.delete(record.key, record.version, "one")
+                assert store.load(record.key) == record
+                assert store.load(new.key) is None
+
+            refused()  # never acquired
+            store.acquire(record.key, "one", 5000, 10)
+            clock.advance(5)
+            refused()  # run out, and nobody else has it
+            store.acquire(record.key, "two", 5000, 10)
+            refused()
+            store.acquire(record.key, "one", 5000, 10)
+            refused()  # waiting is not holding
+            store.release(record.key, "two")
+            refused()
+            store.acquire(record.key, "one", 5000, 10)
+            store.release(record.key, "one")
+            refused()
+            with _raises(Gone):
+                store.save(_changed(a_record(clock)), record.version, "one")
+
+    def test_a_write_that_landed_is_known_after_the_lease(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 5000, 10)
+            saved = _changed(record)
+            store.save(saved, record.version, "one")
+            clock.advance(5)
+            store.save(saved, record.version, "one")
+            assert store.load(record.key) == saved
+
+    def test_a_write_that_names_no_lease_asks_for_none(self) -> None:
+        with self._leasing() as (store, _, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 5000, 10)
+            saved = _changed(record)
+            store.save(saved, record.version)
+            assert store.renew(saved, saved.idle_expires_at + 1000)
+            store.save(_changed(saved), saved.version, "one")
+            assert store.delete(record.key) is True
+
+    def test_a_wait_ends_with_the_release(self) -> None:
+        with self._leasing() as (store, _, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 60_000, 10)
+            for _ in range(2):  # the first wait may have to get ready
+                assert store.acquire(record.key, "two", 60_000, 10) > 0
+                store.wait_for_release(record.key, "two", 0.01)
+            done: list[float] = []
+
+            def wait() -> None:
+                end = time.monotonic() + 30
+                while time.monotonic() < end:
+                    store.wait_for_release(record.key, "two", end - time.monotonic())
+                    if store.acquire(record.key, "two", 60_000, 10) == 0:
+                        done.append(time.monotonic())
+                        return
+
+            waiter = threading.Thread(target=wait)
+            waiter.start()
+            time.sleep(0.05)
+            assert not done
+            released = time.monotonic()
+            store.release(record.key, "one")
+            waiter.join()
+            assert done[0] - released < 20
+
+    def test_of_parallel_acquisitions_one_holds(self) -> None:
+        with self._leasing() as (store, _, record):
+            if store is None:
+                return
+            start = threading.Barrier(8)
+            answers: list[int] = []
+
+            def acquire(number: int) -> None:
+                start.wait()
+                answers.append(store.acquire(record.key, f"owner {number}", 60_000, 10))
+
+            threads = [threading.Thread(target=acquire, args=(n,)) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert answers.count(0) == 1

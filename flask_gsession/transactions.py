@@ -78,7 +78,7 @@ def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
 
         @functools.wraps(function)
         async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-            session = _current()
+            session = current_session("session_transaction")
             for losses in range(ATTEMPTS):
                 if losses:
                     session._keeper.pause(losses)
@@ -93,15 +93,15 @@ def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return Transaction(_current()).run(lambda _: function(*args, **kwargs))
+        session = current_session("session_transaction")
+        return Transaction(session).run(lambda _: function(*args, **kwargs))
 
     return run
 
 
-def _current() -> Lifecycle:
+def current_session(needed_by: str) -> Lifecycle:
+    """What ``flask.session`` stands for now. Raises ``SettingError`` where it is none of ours."""
     session = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
     if not isinstance(session, Lifecycle):
-        raise SettingError(
-            "session_transaction needs a Session(app) on the application and a SECRET_KEY"
-        )
+        raise SettingError(f"{needed_by} needs a Session(app) on the application and a SECRET_KEY")
     return session

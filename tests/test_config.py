@@ -80,6 +80,10 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
         *(({"key": name}, {"key": policy}) for name, policy in POLICIES.items()),
         ({"key": merge_function}, {"key": merge_function}),
     ],
+    "SESSION_LOCK_TIMEOUT": [(0.1, 0.1), (3600, 3600.0), (timedelta(seconds=5), 5.0)],
+    "SESSION_LOCK_WAIT": [(0, 0.0), (3600, 3600.0), (timedelta(seconds=5), 5.0)],
+    "SESSION_LOCK_WAITERS": [(0, 0), (10_000, 10_000)],
+    "SESSION_LOCK_WARN": [(None, None), (0, 0.0), (3600, 3600.0)],
     "SESSION_DEBUG": [(True, True), (False, False), (None, False)],
 }
 
@@ -148,6 +152,10 @@ WRONG: dict[str, list[Any]] = {
         {7: "counter"},
         {b"key": "counter"},
     ],
+    "SESSION_LOCK_TIMEOUT": [*NO_DURATION, None, 0, 0.05, 3601],
+    "SESSION_LOCK_WAIT": [*NO_DURATION, None, 3601],
+    "SESSION_LOCK_WAITERS": [*(wrong for wrong in NO_COUNT if wrong != 0), 10_001],
+    "SESSION_LOCK_WARN": [*NO_DURATION, 3601],
     "SESSION_DEBUG": ["yes", "", 1, 0, []],
 }
 

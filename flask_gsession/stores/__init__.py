@@ -9,9 +9,9 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SettingError
-from .base import Record, Store, StoreOptions, Sweeps
+from .base import Leases, Record, Store, StoreOptions, Sweeps
 
-__all__ = ["Record", "Store", "StoreOptions", "Sweeps", "open_store"]
+__all__ = ["Leases", "Record", "Store", "StoreOptions", "Sweeps", "open_store"]
 
 T = TypeVar("T")
 

@@ -10,12 +10,17 @@ import os
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
+
+from ..errors import QueueFull
 
 Clock = Callable[[], float]
 
 MAX_POINTERS = 8
+WAITER_LIFE = 2000  # milliseconds after which who waits for a lease and does not ask is dropped
+ASK_AGAIN = 700  # milliseconds, at most, between two times of asking
+_LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
 
 
 class Record(NamedTuple):
@@ -118,6 +123,116 @@ class Sweeps(Protocol):
 
     def sweep(self, limit: int) -> int:
         """Remove at most ``limit`` expired records; how many were removed."""
+
+
+@runtime_checkable
+class Leases(Store, Protocol):
+    """A store that can lend a live session to one ``owner`` at a time, for session locks.
+
+    An owner is a random text, drawn for each acquisition. A lease runs out by itself; it never
+    outlives its session, stays with the old key in a rotation, and is no part of the record: who
+    does not name a lease reads and writes as ever. Those who wait form a queue.
+    """
+
+    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+        """As ``Store.save``. With ``lease``, the same step raises ``LeaseLost`` unless that owner
+        holds the lease of the session, and it has not run out; ``Gone`` goes before ``LeaseLost``,
+        and ``Stale`` after it.
+        """
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None = None,
+    ) -> None:
+        """As ``Store.replace``, with ``lease`` (of ``key``) as in ``save``. The lease ends."""
+
+    def delete(
+        self, key: str, expected_version: int | None = None, lease: str | None = None
+    ) -> bool:
+        """As ``Store.delete``; with a version and ``lease`` as in ``save``. The lease ends."""
+
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        """Hold the lease for ``lease_ms`` from now, or wait in the queue for it.
+
+        0 when it is held now; else for how many milliseconds to ``wait_for_release`` before asking
+        again. Only the first in the queue gets a free lease. Who has not asked for ``WAITER_LIFE``
+        loses his place. Raises ``Gone`` unless ``key`` is that of a live record, and ``QueueFull``
+        if ``max_waiters`` others wait already.
+        """
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        """Let the lease run for ``lease_ms`` from now; False if this owner does not hold it."""
+
+    def release(self, key: str, owner: str) -> bool:
+        """Give the lease back, or leave the queue; whether this owner held it until now."""
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        """Return when it may be this owner's turn, after ``seconds`` at the latest.
+
+        It may be early for no reason. Holds no connection while it waits.
+        """
+
+
+@dataclass(slots=True)
+class Lease:
+    """Who holds a lease until when, and who waits; for stores that keep it as one value.
+
+    ``waiters``: when each asked last, in the order of their coming. Times are milliseconds.
+    """
+
+    owner: str = ""
+    until: int = 0
+    waiters: dict[str, int] = field(default_factory=dict)
+
+    def is_held_by(self, owner: str, now: int) -> bool:
+        """Whether this owner has the lease, and it has not run out."""
+        return self.owner == owner and now < self.until
+
+    def acquire(self, owner: str, now: int, lease_ms: int, max_waiters: int) -> int:
+        """As ``Leases.acquire``."""
+        self._drop_the_dead(owner, now)
+        if self.is_held_by(owner, now) or self.is_turn_of(owner, now):
+            self.waiters.pop(owner, None)
+            self.owner, self.until = owner, now + lease_ms
+            return 0
+        if owner not in self.waiters and len(self.waiters) >= max_waiters:
+            raise QueueFull
+        self.waiters[owner] = now
+        freed = self.until if now < self.until else next(iter(self.waiters.values())) + WAITER_LIFE
+        return max(1, min(freed - now, ASK_AGAIN))
+
+    def is_turn_of(self, owner: str, now: int) -> bool:
+        """Whether this owner may take the lease now."""
+        return now >= self.until and next(iter(self.waiters), owner) == owner
+
+    def release(self, owner: str, now: int) -> bool:
+        """As ``Leases.release``."""
+        held = self.is_held_by(owner, now)
+        if self.owner == owner:
+            self.owner, self.until = "", 0
+        self.waiters.pop(owner, None)
+        return held
+
+    def _drop_the_dead(self, owner: str, now: int) -> None:
+        for waiter, seen in list(self.waiters.items()):
+            if waiter != owner and now - seen >= WAITER_LIFE:
+                del self.waiters[waiter]
+
+
+def poll(ready: Callable[[], bool], seconds: float) -> None:
+    """Return when ``ready()`` is true, asking again after growing pauses, or after ``seconds``."""
+    end = time.monotonic() + seconds
+    pause = 0.002
+    while not ready():
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(pause, left))
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
 
 
 @dataclass(frozen=True, slots=True)

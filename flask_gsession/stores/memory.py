@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 
-from ..errors import Gone, KeyTaken, Stale
-from .base import MAX_POINTERS, Record, StoreOptions, milliseconds
+from ..errors import Gone, KeyTaken, LeaseLost, Stale
+from .base import MAX_POINTERS, Lease, Record, StoreOptions, milliseconds
+
+_NOBODYS = Lease()
 
 
 class MemoryStore:
@@ -14,7 +16,9 @@ class MemoryStore:
     def __init__(self, options: StoreOptions | None = None) -> None:
         self._clock = (options or StoreOptions()).clock
         self._records: dict[str, Record] = {}
+        self._leases: dict[str, Lease] = {}
         self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
 
     def create(self, record: Record) -> None:
         self.sweep(2)
@@ -22,16 +26,18 @@ class MemoryStore:
             there = self._unexpired(record.key)
             if there is not None and there.version != record.version:
                 raise KeyTaken
+            if there is None:
+                self._drop_lease(record.key)  # of an expired one
             self._records[record.key] = record
 
     def load(self, key: str) -> Record | None:
         return self._unexpired(key)
 
-    def save(self, record: Record, expected_version: int) -> None:
+    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         with self._lock:
             there = self._unexpired(record.key)
             if there is None or there.version != record.version:
-                self._expect(record.key, expected_version)
+                self._expect(record.key, expected_version, lease)
             self._records[record.key] = record
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
@@ -44,29 +50,38 @@ class MemoryStore:
             return True
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None = None,
     ) -> None:
         with self._lock:
             taken = self._unexpired(record.key)
             if taken is not None and taken.version == record.version:
                 return
-            self._expect(key, expected_version)
+            self._expect(key, expected_version, lease)
             if taken is not None:
                 raise KeyTaken
             self._records[record.key] = record
+            self._drop_lease(key)
             if pointer is None:
                 del self._records[key]
             else:
                 self._records[key] = pointer
 
-    def delete(self, key: str, expected_version: int | None = None) -> bool:
+    def delete(
+        self, key: str, expected_version: int | None = None, lease: str | None = None
+    ) -> bool:
         with self._lock:
             if expected_version is not None:
-                self._expect(key, expected_version)
+                self._expect(key, expected_version, lease)
             target = key
             for _ in range(MAX_POINTERS):
                 record = self._unexpired(target)
                 self._records.pop(target, None)
+                self._drop_lease(target)
                 if record is None or record.successor is None:
                     return record is not None
                 target = record.successor
@@ -82,8 +97,43 @@ class MemoryStore:
                 if now < record.idle_expires_at:
                     self._records[key] = record  # to the end: the next call looks at others
                 else:
+                    self._drop_lease(key)
                     removed += 1
         return removed
+
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        with self._lock:
+            record = self._unexpired(key)
+            if record is None or record.successor is not None:
+                raise Gone
+            lease = self._leases.setdefault(key, Lease())
+            return lease.acquire(owner, milliseconds(self._clock), lease_ms, max_waiters)
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        with self._lock:
+            held = self._is_held(key, owner)
+            if held:
+                self._leases[key].until = milliseconds(self._clock) + lease_ms
+            return held
+
+    def release(self, key: str, owner: str) -> bool:
+        with self._lock:
+            lease = self._leases.get(key)
+            if lease is None:
+                return False
+            held = lease.release(owner, milliseconds(self._clock))
+            if lease == _NOBODYS:
+                del self._leases[key]
+            self._freed.notify_all()
+            return held
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        def may_go_on() -> bool:
+            lease = self._leases.get(key)
+            return lease is None or lease.is_turn_of(owner, milliseconds(self._clock))
+
+        with self._freed:
+            self._freed.wait_for(may_go_on, seconds)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -94,10 +144,20 @@ class MemoryStore:
             return None
         return record
 
-    def _expect(self, key: str, version: int) -> Record:
+    def _is_held(self, key: str, owner: str) -> bool:
+        lease = self._leases.get(key, _NOBODYS)
+        return lease.is_held_by(owner, milliseconds(self._clock))
+
+    def _drop_lease(self, key: str) -> None:
+        if self._leases.pop(key, None) is not None:
+            self._freed.notify_all()
+
+    def _expect(self, key: str, version: int, lease: str | None = None) -> Record:
         record = self._unexpired(key)
         if record is None or record.successor is not None:
             raise Gone
+        if lease is not None and not self._is_held(key, lease):
+            raise LeaseLost
         if record.version != version:
             raise Stale
         return record

@@ -21,7 +21,7 @@ from bson import CodecOptions, Int64
 from bson.codec_options import DatetimeConversion
 from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
-from pymongo import MongoClient, ReadPreference
+from pymongo import MongoClient, ReadPreference, ReturnDocument
 from pymongo.errors import (
     ConfigurationError,
     DuplicateKeyError,
@@ -35,9 +35,26 @@ from pymongo.read_concern import ReadConcern
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
-from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
+from ..errors import (
+    Gone,
+    KeyTaken,
+    LeaseLost,
+    QueueFull,
+    Stale,
+    StoreUnavailable,
+    UnreadableRecord,
+)
 from ..events import logger
-from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
+from .base import (
+    MAX_POINTERS,
+    WAITER_LIFE,
+    Lease,
+    Record,
+    StoreOptions,
+    closing,
+    milliseconds,
+    poll,
+)
 
 COLLECTION = "gsession"
 DATABASE = "gsession"
@@ -123,16 +140,17 @@ class MongoDBStore:
             return None
         return record
 
-    def save(self, record: Record, expected_version: int) -> None:
+    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         with self._collection("save") as collection:
             document = self._document(record)
             del document["_id"]
             either = {"$in": [Int64(expected_version), Int64(record.version)]}
             done = collection.update_one(
-                {**self._live(record.key), "version": either}, {"$set": document}
+                {**self._live(record.key), "version": either, **self._held(lease)},
+                {"$set": document},
             )
             if done.matched_count == 0:
-                self._explain(record.key, collection)
+                self._explain(record.key, collection, lease, record.version)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         later = min(idle_expires_at, record.absolute_expires_at)
@@ -144,7 +162,12 @@ class MongoDBStore:
             return bool(done.matched_count)
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None = None,
     ) -> None:
         # Two documents, two steps. Between them the new record cannot be reached by anybody: its
         # token has not left the server. The second step decides, atomically, who succeeds.
@@ -157,7 +180,11 @@ class MongoDBStore:
                 if there is None or there.version != record.version:
                     raise KeyTaken from None
                 repeated = True
-            old = {**self._live(key), "version": Int64(expected_version)}
+            old = {
+                **self._live(key),
+                "version": Int64(expected_version),
+                **self._held(lease),
+            }
             if pointer is None:
                 succeeded = collection.delete_one(old).deleted_count == 1
             else:
@@ -169,14 +196,20 @@ class MongoDBStore:
             if repeated and (there is None or there.successor == record.key):
                 return
             collection.delete_one(self._is_version(record.key, record.version))
-            self._explain(key, collection)
+            self._explain(key, collection, lease)
 
-    def delete(self, key: str, expected_version: int | None = None) -> bool:
+    def delete(
+        self, key: str, expected_version: int | None = None, lease: str | None = None
+    ) -> bool:
         with self._collection("delete") as collection:
             if expected_version is not None:
-                condition = {**self._live(key), "version": Int64(expected_version)}
+                condition = {
+                    **self._live(key),
+                    "version": Int64(expected_version),
+                    **self._held(lease),
+                }
                 if collection.delete_one(condition).deleted_count == 0:
-                    self._explain(key, collection)
+                    self._explain(key, collection, lease)
                 return True
             # What pointers lead to goes first, so that a repeat after a failure still finds it.
             pointers: list[Record] = []
@@ -194,6 +227,48 @@ class MongoDBStore:
                 collection.delete_one(self._is_version(pointer.key, pointer.version))
             return ended
 
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        now = self._now()
+        with self._collection("acquire") as collection:
+            found = collection.find_one_and_update(
+                self._live(key),
+                _acquisition(owner, now, lease_ms, max_waiters),
+                projection=["lease"],
+                return_document=ReturnDocument.AFTER,
+            )
+        if found is None:
+            raise Gone
+        lease = _lease(found)
+        if lease.owner != owner and owner not in lease.waiters:
+            raise QueueFull
+        # The server has decided; asked again on the outcome, this says how long to wait.
+        return lease.acquire(owner, now, lease_ms, max_waiters)
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        until = Int64(self._now() + lease_ms)
+        with self._collection("extend") as collection:
+            done = collection.update_one(
+                {"_id": self._prefix + key, **self._held(owner)}, {"$set": {"lease.until": until}}
+            )
+            return bool(done.matched_count)
+
+    def release(self, key: str, owner: str) -> bool:
+        with self._collection("release") as collection:
+            before = collection.find_one_and_update(
+                {"_id": self._prefix + key, "lease": {"$exists": True}},
+                _release(owner),
+                projection=["lease"],
+            )
+        return before is not None and _lease(before).is_held_by(owner, self._now())
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        def may_go_on() -> bool:
+            with self._collection("wait_for_release") as collection:
+                found = collection.find_one({"_id": self._prefix + key}, ["lease"])
+            return found is None or _lease(found).is_turn_of(owner, self._now())
+
+        poll(may_go_on, seconds)
+
     def close(self) -> None:
         if self._close_client is not None and self._pid == os.getpid():
             self._close_client()
@@ -209,10 +284,25 @@ class MongoDBStore:
     def _is_version(self, key: str, version: int) -> _Document:
         return {"_id": self._prefix + key, "version": Int64(version)}
 
-    def _explain(self, key: str, collection: Any) -> None:
+    def _held(self, lease: str | None) -> _Document:
+        """The condition that this owner holds the lease; none where none is asked for."""
+        if lease is None:
+            return {}
+        return {"lease.owner": lease, "lease.until": {"$gt": self._now()}}
+
+    def _explain(
+        self, key: str, collection: Any, lease: str | None = None, mine: int | None = None
+    ) -> None:
+        """Why a write did nothing; returns if it was the repeat of one that had landed."""
         there = self._read(key, collection)
         if there is None or not there.is_live(self._now()):
             raise Gone
+        if there.version == mine:
+            return
+        if lease is not None:
+            condition = {"_id": self._prefix + key, **self._held(lease)}
+            if collection.find_one(condition, ["_id"]) is None:
+                raise LeaseLost
         raise Stale
 
     def _document(self, record: Record) -> _Document:
@@ -356,3 +446,104 @@ def _addresses(client: _Client) -> str:
     return ",".join(
         host if port is None else f"{host}:{port}" for host, port in writable or sorted(servers)
     )
+
+
+# The lease of a session and its queue are the field "lease" of the session's own document. It goes
+# with the document; a save does not touch it, and a rotation leaves it behind.
+#
+#   {"owner": "...", "until": 1700000000000, "waiters": [{"owner": "...", "seen": 1700000000000}]}
+
+
+def _lease(document: _Document) -> Lease:
+    lease = document.get("lease") or {}
+    waiters = {waiter["owner"]: int(waiter["seen"]) for waiter in lease.get("waiters", ())}
+    return Lease(lease.get("owner", ""), int(lease.get("until", 0)), waiters)
+
+
+def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[_Document]:
+    """The pipeline that does on the server what ``Lease.acquire`` says."""
+    me = {"$literal": owner}
+    mine = {"$eq": ["$$this.owner", me]}
+    seen = {"$gt": ["$$this.seen", Int64(now - WAITER_LIFE)]}
+    waiters = "$lease.waiters"
+    others = {"$filter": {"input": waiters, "cond": {"$ne": ["$$this.owner", me]}}}
+    first = {"$ifNull": [{"$first": {"$map": {"input": waiters, "in": "$$this.owner"}}}, me]}
+    held = {"$gt": ["$lease.until", Int64(now)]}
+    may_take = {
+        "$or": [
+            {"$and": [{"$eq": ["$lease.owner", me]}, held]},
+            {"$and": [{"$not": [held]}, {"$eq": [first, me]}]},
+        ]
+    }
+    entry = {"owner": me, "seen": Int64(now)}
+    queue = {
+        "$switch": {
+            "branches": [
+                {
+                    "case": {"$in": [me, {"$map": {"input": waiters, "in": "$$this.owner"}}]},
+                    "then": {"$map": {"input": waiters, "in": {"$cond": [mine, entry, "$$this"]}}},
+                },
+                {
+                    "case": {"$lt": [{"$size": waiters}, max_waiters]},
+                    "then": {"$concatArrays": [waiters, [entry]]},
+                },
+            ],
+            "default": waiters,
+        }
+    }
+    return [
+        {
+            "$set": {
+                "lease": {
+                    "owner": {"$ifNull": ["$lease.owner", ""]},
+                    "until": {"$ifNull": ["$lease.until", Int64(0)]},
+                    "waiters": {
+                        "$filter": {
+                            "input": {"$ifNull": [waiters, []]},
+                            "cond": {"$or": [mine, seen]},
+                        }
+                    },
+                }
+            }
+        },
+        {
+            "$set": {
+                "lease": {
+                    "$cond": [
+                        may_take,
+                        {"owner": me, "until": Int64(now + lease_ms), "waiters": others},
+                        {"owner": "$lease.owner", "until": "$lease.until", "waiters": queue},
+                    ]
+                }
+            }
+        },
+    ]
+
+
+def _release(owner: str) -> list[_Document]:
+    """The pipeline of ``Lease.release``; nothing is left where nobody holds or waits."""
+    me = {"$literal": owner}
+    mine = {"$eq": ["$lease.owner", me]}
+    others = {"$filter": {"input": "$lease.waiters", "cond": {"$ne": ["$$this.owner", me]}}}
+    return [
+        {
+            "$set": {
+                "lease": {
+                    "owner": {"$cond": [mine, "", "$lease.owner"]},
+                    "until": {"$cond": [mine, Int64(0), "$lease.until"]},
+                    "waiters": others,
+                }
+            }
+        },
+        {
+            "$set": {
+                "lease": {
+                    "$cond": [
+                        {"$and": [{"$eq": ["$lease.owner", ""]}, {"$eq": ["$lease.waiters", []]}]},
+                        "$$REMOVE",
+                        "$lease",
+                    ]
+                }
+            }
+        },
+    ]

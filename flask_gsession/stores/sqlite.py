@@ -8,6 +8,7 @@ so that the file does not grow with the sessions of the past.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
@@ -19,11 +20,20 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ..errors import Gone, KeyTaken, SettingError, Stale, StoreUnavailable, UnreadableRecord
-from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
+from ..errors import (
+    Gone,
+    KeyTaken,
+    LeaseLost,
+    QueueFull,
+    SettingError,
+    Stale,
+    StoreUnavailable,
+    UnreadableRecord,
+)
+from .base import MAX_POINTERS, Lease, Record, StoreOptions, closing, milliseconds, poll
 
 _APPLICATION_ID = 0x67536573  # "gSes"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS gsession (
     key TEXT PRIMARY KEY NOT NULL,
@@ -35,6 +45,16 @@ CREATE TABLE IF NOT EXISTS gsession (
     successor TEXT
 );
 CREATE INDEX IF NOT EXISTS gsession_expiry ON gsession (idle_expires_at);
+CREATE TABLE IF NOT EXISTS gsession_lease (
+    key TEXT PRIMARY KEY NOT NULL,
+    owner TEXT NOT NULL,
+    until INTEGER NOT NULL,
+    waiters TEXT NOT NULL
+);
+"""
+_TRIGGER = """
+CREATE TRIGGER IF NOT EXISTS gsession_lease_ends AFTER DELETE ON gsession
+BEGIN DELETE FROM gsession_lease WHERE key = old.key; END
 """
 _COLUMNS = "version, created_at, idle_expires_at, absolute_expires_at, payload, successor"
 _LIVE = "successor IS NULL AND idle_expires_at > ?"
@@ -94,8 +114,10 @@ class SQLiteStore:
             there = self._select(db, record.key)
             if there is not None and there.version == record.version:
                 return
-            if there is not None and now < there.idle_expires_at:
-                raise KeyTaken
+            if there is not None:
+                if now < there.idle_expires_at:
+                    raise KeyTaken
+                self._remove(db, record.key)
             self._insert(db, record)
 
     def load(self, key: str) -> Record | None:
@@ -105,9 +127,13 @@ class SQLiteStore:
             return None
         return record
 
-    def save(self, record: Record, expected_version: int) -> None:
+    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         now = milliseconds(self._clock)
-        with self._connection() as db:
+        with self._connection() if lease is None else self._transaction() as db:
+            if lease is not None:
+                there = self._select(db, record.key)
+                if there is None or there.version != record.version:
+                    self._expect(db, there, expected_version, lease)
             done = db.execute(
                 "UPDATE gsession SET version = ?, created_at = ?, idle_expires_at = ?, "
                 "absolute_expires_at = ?, payload = ? "
@@ -121,7 +147,7 @@ class SQLiteStore:
                 ),
             )
             if done.rowcount == 0:
-                self._expect(self._select(db, record.key), None, now)
+                self._expect(db, self._select(db, record.key), None, None)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         now = milliseconds(self._clock)
@@ -135,28 +161,34 @@ class SQLiteStore:
             return done.rowcount == 1
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None = None,
     ) -> None:
         now = milliseconds(self._clock)
         with self._transaction(durable=True) as db:
             taken = self._select(db, record.key)
             if taken is not None and taken.version == record.version:
                 return
-            self._expect(self._select(db, key), expected_version, now)
+            self._expect(db, self._select(db, key), expected_version, lease)
             if taken is not None and now < taken.idle_expires_at:
                 raise KeyTaken
             self._insert(db, record)
-            if pointer is None:
-                self._remove(db, key)
-            else:
+            self._remove(db, key)
+            if pointer is not None:
                 self._insert(db, pointer)
 
-    def delete(self, key: str, expected_version: int | None = None) -> bool:
+    def delete(
+        self, key: str, expected_version: int | None = None, lease: str | None = None
+    ) -> bool:
         now = milliseconds(self._clock)
         with self._transaction(durable=True) as db:
             record = self._select(db, key)
             if expected_version is not None:
-                self._expect(record, expected_version, now)
+                self._expect(db, record, expected_version, lease)
             for _ in range(MAX_POINTERS):
                 if record is None:
                     return False
@@ -176,8 +208,58 @@ class SQLiteStore:
             )
             return done.rowcount
 
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        with self._transaction() as db:
+            now = milliseconds(self._clock)  # after the wait for the database
+            record = self._select(db, key)
+            if record is None or not record.is_live(now):
+                raise Gone
+            lease = self._lease(db, key)
+            answer = lease.acquire(owner, now, lease_ms, max_waiters)
+            self._put_lease(db, key, lease)
+            return answer
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        now = milliseconds(self._clock)
+        with self._connection() as db:
+            done = db.execute(
+                "UPDATE gsession_lease SET until = ? WHERE key = ? AND owner = ? AND until > ?",
+                (now + lease_ms, self._prefix + key, owner, now),
+            )
+            return done.rowcount == 1
+
+    def release(self, key: str, owner: str) -> bool:
+        with self._transaction() as db:
+            lease = self._lease(db, key)
+            held = lease.release(owner, milliseconds(self._clock))
+            self._put_lease(db, key, lease)
+            return held
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        def may_go_on() -> bool:
+            with self._connection() as db:
+                return self._lease(db, key).is_turn_of(owner, milliseconds(self._clock))
+
+        poll(may_go_on, seconds)
+
     def close(self) -> None:
         _close_all(self._pool)
+
+    def _lease(self, db: sqlite3.Connection, key: str) -> Lease:
+        row = db.execute(
+            "SELECT owner, until, waiters FROM gsession_lease WHERE key = ?", (self._prefix + key,)
+        ).fetchone()
+        return Lease() if row is None else Lease(row[0], row[1], json.loads(row[2]))
+
+    def _put_lease(self, db: sqlite3.Connection, key: str, lease: Lease) -> None:
+        name = self._prefix + key
+        if lease == Lease():
+            db.execute("DELETE FROM gsession_lease WHERE key = ?", (name,))
+        else:
+            db.execute(
+                "INSERT OR REPLACE INTO gsession_lease VALUES (?, ?, ?, ?)",
+                (name, lease.owner, lease.until, json.dumps(lease.waiters)),
+            )
 
     def _select(self, db: sqlite3.Connection, key: str) -> Record | None:
         row = db.execute(
@@ -203,13 +285,16 @@ class SQLiteStore:
     def _remove(self, db: sqlite3.Connection, key: str) -> None:
         db.execute("DELETE FROM gsession WHERE key = ?", (self._prefix + key,))
 
-    @staticmethod
-    def _expect(record: Record | None, version: int | None, now: int) -> Record:
+    def _expect(
+        self, db: sqlite3.Connection, record: Record | None, version: int | None, lease: str | None
+    ) -> None:
+        now = milliseconds(self._clock)
         if record is None or not record.is_live(now):
             raise Gone
+        if lease is not None and not self._lease(db, record.key).is_held_by(lease, now):
+            raise LeaseLost
         if record.version != version:
             raise Stale
-        return record
 
     @contextmanager
     def _transaction(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
@@ -241,7 +326,7 @@ class SQLiteStore:
             except IndexError:
                 db = self._open()
             yield db
-        except (Gone, Stale, KeyTaken, UnreadableRecord):
+        except (Gone, Stale, KeyTaken, LeaseLost, QueueFull, UnreadableRecord):
             raise
         except sqlite3.Error as error:
             # A connection in an unknown state is not used again.
@@ -322,7 +407,7 @@ class SQLiteStore:
                 raise SettingError(
                     f"SESSION_STORE: {self.path} was written by a newer Flask-GSession"
                 )
-            for statement in _SCHEMA.split(";"):
+            for statement in (*_SCHEMA.split(";"), _TRIGGER):
                 db.execute(statement)
             db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
