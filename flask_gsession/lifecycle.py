@@ -76,7 +76,6 @@ class Lifecycle:
     _cleared = False
     _in_transaction = False
     _values: TrackedValues  # made when the session is looked at
-    _locked = False  # or about to be
     _lease: str | None = None  # held by this request
     _rotation_later: float | None = None  # at the end of the lock
     _lifetime_before: int | None = None  # the transaction or the lock

@@ -63,8 +63,8 @@ class Lock(Generic[S]):
         settings = keeper.settings
         if keeper.leases is None:
             raise SettingError(
-                f"The store ({type(keeper.store).__qualname__}) cannot keep session locks: it has "
-                "not what flask_gsession.stores.Leases asks for"
+                "The store of this Session cannot keep session locks: it lacks what "
+                "flask_gsession.stores.Leases asks for"
             )
         self._session = session
         self._store: Leases = keeper.leases
@@ -88,17 +88,16 @@ class Lock(Generic[S]):
                 "A lock cannot begin inside a transaction, which may run again. Take the lock "
                 "around the transaction."
             )
-        with session._lock:
-            if session._locked:
-                raise LockMisused(
-                    "This request has the lock of the session already; a lock inside a lock would "
-                    "wait for itself."
-                )
-            session._locked = True
+        claim = object()
+        if vars(session).setdefault("_locked", claim) is not claim:
+            raise LockMisused(
+                "This request has the lock of the session already; a lock inside a lock would wait "
+                "for itself."
+            )
         try:
             self._enter()
         except BaseException:
-            session._locked = False
+            del vars(session)["_locked"]
             raise
         return session
 
@@ -272,7 +271,7 @@ class Lock(Generic[S]):
         elif not self._give_back():
             self._lost = True
         session._lease = None
-        session._locked = False
+        del vars(session)["_locked"]
         held = time.monotonic() - self._since
         if self._lost:
             logger.warning(

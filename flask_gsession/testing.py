@@ -827,7 +827,7 @@ class StoreContract:
 
             def acquire(number: int) -> None:
                 start.wait()
-                answers.append(store.acquire(record.key, f"owner {number}", 60_000, 10))
+                answers.append(store.acquire(record.key, f"owner{number}", 60_000, 10))
 
             threads = [threading.Thread(target=acquire, args=(n,)) for n in range(8)]
             for thread in threads:

@@ -280,6 +280,23 @@ def test_counters_and_carts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names.highest(1, flask_gsession.MISSING, 3) == 3
 
 
+def test_locks(run: Run) -> None:
+    names = run("docs/how-to/locks.md")
+
+    @names.app.post("/both")
+    @flask_gsession.session_lock
+    def both() -> Any:
+        return visitor(names.app, like=client).post("/pay-later").json
+
+    client = visitor(names.app)
+    client.post("/cart/5")
+    for _ in range(2):
+        assert client.post("/pay").json == {"receipt": "receipt 1"}
+    assert names.charged == [5]
+    assert client.post("/both").json == {"error": "your payment is on its way"}
+    assert client.post("/pay-later").json == {"receipt": "receipt 2"}
+
+
 def test_values(run: Run) -> None:
     names = run("docs/how-to/values.md")
     client = visitor(names.app)

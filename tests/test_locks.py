@@ -377,7 +377,7 @@ def test_a_store_without_leases(clock: FakeClock) -> None:
         Session(app, store=Plain(site.store))
         with app.test_request_context():
             session["n"] = 1
-            with pytest.raises(SettingError, match=r"Plain.* cannot keep session locks"):
+            with pytest.raises(SettingError, match="cannot keep session locks"):
                 session.lock()
 
 

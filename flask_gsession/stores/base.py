@@ -129,7 +129,7 @@ class Sweeps(Protocol):
 class Leases(Store, Protocol):
     """A store that can lend a live session to one ``owner`` at a time, for session locks.
 
-    An owner is a random text, drawn for each acquisition. A lease runs out by itself; it never
+    An owner is a random word, drawn for each acquisition. A lease runs out by itself; it never
     outlives its session, stays with the old key in a rotation, and is no part of the record: who
     does not name a lease reads and writes as ever. Those who wait form a queue.
     """

@@ -1,14 +1,25 @@
--- Delete a record. A live pointer is returned and left where it is: its successor goes first.
--- KEYS: record. ARGV: expected version (8 bytes, empty: any), now in ms, 1 to delete a pointer.
+-- Delete a record and its lease. A live pointer is returned and left where it is: its successor
+-- goes first.
+-- KEYS: record, lease. ARGV: expected version (8 bytes, empty: any), now in ms, 1 to delete a
+--       pointer, who must hold the lease (empty: nobody), what the channels begin with.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 local unexpired = #head == 31 and tonumber(ARGV[2]) < struct.unpack('>I6', head, 16)
 local live = unexpired and head:byte(1) == 1
+local lease = redis.call('GET', KEYS[2])
 if ARGV[1] ~= '' then
   if not live then return 'G' end
+  if ARGV[4] ~= '' then
+    local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)\n')
+    if owner ~= ARGV[4] or tonumber(ARGV[2]) >= tonumber(till) then return 'L' end
+  end
   if head:sub(2, 9) ~= ARGV[1] then return 'S' end
 elseif unexpired and head:byte(1) == 2 and ARGV[3] ~= '1' then
   return 'P' .. redis.call('GET', KEYS[1])
 end
 redis.call('DEL', KEYS[1])
+if lease then
+  redis.call('DEL', KEYS[2])
+  for who, where in lease:gmatch('\n(%S+) %d+ (%S+)') do redis.call('PUBLISH', ARGV[5] .. where, who) end
+end
 if live then return 'K' end
 return 'N'

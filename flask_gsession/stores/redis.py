@@ -36,9 +36,28 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
-from .base import MAX_POINTERS, Record, StoreOptions, closing, milliseconds
+from ..errors import (
+    Gone,
+    KeyTaken,
+    LeaseLost,
+    QueueFull,
+    Stale,
+    StoreUnavailable,
+    UnreadableRecord,
+)
+from .base import (
+    ASK_AGAIN,
+    MAX_POINTERS,
+    WAITER_LIFE,
+    Lease,
+    Record,
+    StoreOptions,
+    closing,
+    milliseconds,
+    poll,
+)
 from .redis_pool import AllInUse, ClientPool, ConnectionPool, bounded
+from .redis_wakeup import WakeUps
 
 T = TypeVar("T")
 
@@ -46,7 +65,8 @@ _HEADER = 31
 _HEAD = Struct(">BQHIHIHI")  # the times in six bytes each, upper two and lower four
 _LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
-_STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N")
+_STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W")
+_ERRORS = {b"G": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
 _WRONG_TYPE = "not a string"
 _RETRIES = 3
 _RETRY_PAUSE = 0.02  # seconds
@@ -60,6 +80,7 @@ class _Script:
 
 _SAVE, _RENEW = _Script("save"), _Script("renew")
 _REPLACE, _DELETE = _Script("replace"), _Script("delete")
+_LEASE = _Script("lease")
 
 
 class RedisStore:
@@ -89,6 +110,13 @@ class RedisStore:
             closing(self, self._pool.close)
         else:
             self._pool = ClientPool(url_or_client)
+            theirs = url_or_client.connection_pool
+            make = partial(theirs.connection_class, **theirs.connection_kwargs)
+        self._channels = f"{self._prefix}wake:".encode()
+        # In the older protocol calls are answers, and come in order with others.
+        calls = partial(make, protocol=2)
+        self._wake_ups = WakeUps(calls, self._channels, options.timeout)
+        closing(self, self._wake_ups.close)
 
     def create(self, record: Record) -> None:
         deadline = self._deadline()
@@ -107,14 +135,18 @@ class RedisStore:
     def load(self, key: str) -> Record | None:
         return self._load(key, self._deadline())
 
-    def save(self, record: Record, expected_version: int) -> None:
-        self._run(
-            self._deadline(),
-            _SAVE,
-            [self._name(record.key)],
-            [_version(expected_version), _pack(record), self._life(record), self._now_text()],
-            record,
-        )
+    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+        keys = [self._name(record.key)]
+        arguments = [
+            _version(expected_version),
+            _pack(record),
+            self._life(record),
+            self._now_text(),
+        ]
+        if lease is not None:
+            keys.append(self._lease_name(record.key))
+            arguments.append(lease.encode())
+        self._run(self._deadline(), _SAVE, keys, arguments, _version(record.version))
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         if not record.is_live(self._now()):
@@ -134,47 +166,114 @@ class RedisStore:
         return True
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None = None,
     ) -> None:
         left = (b"", b"0") if pointer is None else (_pack(pointer), self._life(pointer))
         self._run(
             self._deadline(),
             _REPLACE,
-            [self._name(key), self._name(record.key)],
+            [self._name(key), self._name(record.key), self._lease_name(key)],
             [
                 _version(expected_version),
                 _pack(record),
                 self._life(record),
                 self._now_text(),
                 *left,
+                (lease or "").encode(),
+                self._channels,
             ],
-            record,
+            _version(record.version),
         )
 
-    def delete(self, key: str, expected_version: int | None = None) -> bool:
+    def delete(
+        self, key: str, expected_version: int | None = None, lease: str | None = None
+    ) -> bool:
         deadline = self._deadline()
         if expected_version is not None:
-            arguments = [_version(expected_version), self._now_text(), b"0"]
-            return self._run(deadline, _DELETE, [self._name(key)], arguments) == b"K"
+            return self._delete(key, deadline, _version(expected_version), lease=lease) == b"K"
         # What pointers lead to goes first, so that a repeat after a failure still finds it.
         pointers: list[str] = []
         ended = False
         for _ in range(MAX_POINTERS):
-            reply = self._run(deadline, _DELETE, [self._name(key)], [b"", self._now_text(), b"0"])
+            reply = self._delete(key, deadline)
             ended = reply == b"K"
             if reply[:1] != b"P":
                 break
             pointers.append(key)
             key = _unpack(key, reply[1:]).successor or ""
         for pointer in reversed(pointers):
-            self._run(deadline, _DELETE, [self._name(pointer)], [b"", self._now_text(), b"1"])
+            self._delete(pointer, deadline, pointers=b"1")
         return ended
 
+    def _delete(
+        self,
+        key: str,
+        deadline: float,
+        version: bytes = b"",
+        pointers: bytes = b"0",
+        lease: str | None = None,
+    ) -> bytes:
+        keys = [self._name(key), self._lease_name(key)]
+        owner = (lease or "").encode()
+        arguments = [version, self._now_text(), pointers, owner, self._channels]
+        return self._run(deadline, _DELETE, keys, arguments)
+
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        name = owner.encode()
+        self._wake_ups.expect(name)
+        waiting = False
+        try:
+            reply = self._ask_for_lease(
+                key, "acquire", owner, b"%d" % lease_ms, b"%d" % max_waiters, self._wake_ups.channel
+            )
+            waiting = reply[:1] == b"W"
+            return max(1, min(int(reply[1:].partition(b" ")[0]), ASK_AGAIN)) if waiting else 0
+        finally:
+            if not waiting:
+                self._wake_ups.forget(name)
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        return self._ask_for_lease(key, "extend", owner, b"%d" % lease_ms)[:1] == b"K"
+
+    def release(self, key: str, owner: str) -> bool:
+        self._wake_ups.forget(owner.encode())
+        return self._ask_for_lease(key, "release", owner)[:1] == b"K"
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        def may_go_on() -> bool:
+            name = self._lease_name(key)
+            text = self._call(self._deadline(), _as_it_is, _packed(b"GET", name))
+            return _lease(text).is_turn_of(owner, self._now())
+
+        end = time.monotonic() + seconds
+        if not self._wake_ups.wait(owner.encode(), seconds):
+            poll(may_go_on, end - time.monotonic())
+
+    def _ask_for_lease(self, key: str, operation: str, owner: str, *more: bytes) -> bytes:
+        name = owner.encode()
+        arguments = [operation.encode(), name, self._now_text(), b"%d" % WAITER_LIFE]
+        return self._run(
+            self._deadline(),
+            _LEASE,
+            [self._name(key), self._lease_name(key)],
+            [*arguments, self._channels, *more],
+            name,
+        )
+
     def close(self) -> None:
+        self._wake_ups.close()
         self._pool.close()
 
     def _name(self, key: str) -> bytes:
         return f"{self._prefix}{{{key}}}".encode()
+
+    def _lease_name(self, key: str) -> bytes:
+        return f"{self._prefix}{{{key}}}:lock".encode()
 
     def _now(self) -> int:
         return milliseconds(self._clock)
@@ -201,20 +300,18 @@ class RedisStore:
         script: _Script,
         keys: list[bytes],
         arguments: list[bytes],
-        record: Record | None = None,
+        echo: bytes = b"",
     ) -> bytes:
         """Run a script; its first answering byte says how it went.
 
-        With ``record``, a success must name the version that was written: an answer to
-        somebody else's command would not.
+        A success must end with ``echo``, as the version that was written: an answer to somebody
+        else's command would not.
         """
 
         def parse(reply: Any) -> bytes:
             if type(reply) is bytes:
-                if reply[:1] == b"K" and record is not None:
-                    if reply[1:] == _version(record.version):
-                        return reply
-                elif reply[:1] in _STATUSES:
+                status = reply[:1]
+                if status in _ERRORS or (status in _STATUSES and reply.endswith(echo)):
                     return reply
             raise UnreadableRecord("corrupt", "an answer to another command")
 
@@ -228,12 +325,8 @@ class RedisStore:
             if error.detail == _WRONG_TYPE:
                 raise
             raise StoreUnavailable(f"redis: {error.detail}") from None
-        if reply == b"G":
-            raise Gone
-        if reply == b"S":
-            raise Stale
-        if reply == b"T":
-            raise KeyTaken
+        if reply in _ERRORS:
+            raise _ERRORS[reply]
         return reply
 
     def _call(self, deadline: float, parse: Callable[[Any], T], request: bytes) -> T:
@@ -312,6 +405,15 @@ def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
         f"redis: {name}: {type(error).__name__}: {error}{hint}",
         contention=isinstance(error, AllInUse),
     )
+
+
+def _lease(text: bytes | None) -> Lease:
+    if text is None:
+        return Lease()
+    first, *lines = text.decode("ascii", "replace").splitlines()
+    owner, _, until = first.partition(" ")
+    waiters = (line.split(" ") for line in lines)
+    return Lease(owner, int(until), {who: int(seen) for who, seen, _ in waiters})
 
 
 def _version(number: int) -> bytes:

@@ -1,6 +1,7 @@
--- Rotate: the new key holds the record, the old one points to it or goes.
--- KEYS: old, new. ARGV: expected version (8 bytes), new value, its life in ms, now in ms,
---       pointer (empty: none), its life in ms.
+-- Rotate: the new key holds the record, the old one points to it or goes. The lease ends.
+-- KEYS: old, new, lease of the old. ARGV: expected version (8 bytes), new value, its life in ms,
+--       now in ms, pointer (empty: none), its life in ms, who must hold the lease (empty: nobody),
+--       what the channels begin with.
 local mine = ARGV[2]:sub(2, 9)
 local taken = redis.call('GETRANGE', KEYS[2], 0, 30)
 if #taken > 0 then
@@ -10,11 +11,20 @@ end
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 or head:byte(1) ~= 1 then return 'G' end
 if tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
+local lease = redis.call('GET', KEYS[3])
+if ARGV[7] ~= '' then
+  local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)\n')
+  if owner ~= ARGV[7] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
+end
 if head:sub(2, 9) ~= ARGV[1] then return 'S' end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 if ARGV[5] == '' then
   redis.call('DEL', KEYS[1])
 else
   redis.call('SET', KEYS[1], ARGV[5], 'PX', ARGV[6])
+end
+if lease then
+  redis.call('DEL', KEYS[3])
+  for who, where in lease:gmatch('\n(%S+) %d+ (%S+)') do redis.call('PUBLISH', ARGV[8] .. where, who) end
 end
 return 'K' .. mine

@@ -41,7 +41,9 @@ _catch_up = Lifecycle._catch_up
 _commit = Lifecycle._commit
 
 
-def _expect_any_version(self: MemoryStore, key: str, version: int) -> Record:
+def _expect_any_version(
+    self: MemoryStore, key: str, version: int, lease: str | None = None
+) -> Record:
     record = self._unexpired(key)
     if record is None or record.successor is not None:
         raise Gone

@@ -1,0 +1,59 @@
+-- The lease of a session, and the queue for it: one text, a line for who holds it until when, and
+-- one for each who waits: who, when he asked last, and where he is to be called (ms since 1970).
+-- KEYS: record, lease. ARGV: acquire | extend | release, owner, now in ms, the life of a waiter in
+--       ms, what the channels begin with; to acquire or extend: lease in ms; to acquire: the most
+--       waiters, the channel of this one.
+-- Answers with how it went, the owner, and to "W" for how many ms to wait.
+local operation, me, now, life = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+if operation == 'acquire' then
+  local head = redis.call('GETRANGE', KEYS[1], 0, 30)
+  if #head < 31 or head:byte(1) ~= 1 or now >= struct.unpack('>I6', head, 16) then return 'G' end
+end
+local owner, till, lines = (redis.call('GET', KEYS[2]) or ' 0\n'):match('^(%S*) (%d+)\n(.*)$')
+till = tonumber(till)
+local waiters, place = {}, nil
+for who, seen, where in lines:gmatch('(%S+) (%d+) (%S+)\n') do
+  if who == me or now - seen < life then
+    waiters[#waiters + 1] = {who, tonumber(seen), where}
+    if who == me then place = #waiters end
+  end
+end
+local held = owner == me and now < till
+local answer = held and 'K' or 'N'
+
+if operation == 'extend' then
+  if not held then return answer .. me end
+  till = now + ARGV[6]
+elseif operation == 'release' then
+  if owner == me then owner, till = '', 0 end
+  if place then table.remove(waiters, place) end
+  if now >= till and waiters[1] then
+    redis.call('PUBLISH', ARGV[5] .. waiters[1][3], waiters[1][1])
+  end
+else
+  local first = waiters[1] and waiters[1][1] or me
+  if held or (now >= till and first == me) then
+    if place then table.remove(waiters, place) end
+    owner, till, answer = me, now + ARGV[6], 'K'
+  else
+    if not place then
+      if #waiters >= tonumber(ARGV[7]) then return 'F' end
+      place = #waiters + 1
+    end
+    waiters[place] = {me, now, ARGV[8]}
+    local free = now < till and till or waiters[1][2] + life
+    answer = 'W' .. string.format('%.0f ', free - now)
+  end
+end
+
+if owner == '' and #waiters == 0 then
+  redis.call('DEL', KEYS[2])
+else
+  local text = {string.format('%s %.0f\n', owner, till)}
+  for _, waiter in ipairs(waiters) do
+    text[#text + 1] = string.format('%s %.0f %s\n', waiter[1], waiter[2], waiter[3])
+  end
+  local left = string.format('%.0f', math.max(till - now, life))
+  redis.call('SET', KEYS[2], table.concat(text), 'PX', left)
+end
+return answer .. me

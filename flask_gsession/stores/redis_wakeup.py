@@ -1,0 +1,178 @@
+"""Hears whose turn it is: one connection of a process, on which Redis calls those who wait."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import redis
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ..events import logger
+
+_LOOK_AROUND = 5.0  # seconds without a call: is the connection alive, does anybody wait?
+_TRY_AGAIN = 10.0  # seconds after a connection that failed
+
+
+class WakeUps:
+    """Calls for this process, on a channel of its own, heard by one thread while somebody waits.
+
+    ``make`` makes a connection, ``prefix`` is what channels begin with. Nothing is shared with a
+    forked process. Where there is no connection to be had, ``wait`` says so: then look yourself.
+    """
+
+    def __init__(self, make: Callable[[], Any], prefix: bytes, timeout: float) -> None:
+        self._make = make
+        self._prefix = prefix
+        self._timeout = timeout
+        self._start()
+        _all.add(self)
+
+    def _start(self) -> None:
+        self.channel = secrets.token_hex(8).encode()
+        self._lock = threading.Lock()
+        self._calls: dict[bytes, threading.Event] = {}
+        self._listener: _Listener | None = None
+        self._failed_at = float("-inf")
+
+    def expect(self, owner: bytes) -> None:
+        """From now on a call for this owner is kept until he waits; to be ended by ``forget``."""
+        if self._listener is not None:
+            self._calls.setdefault(owner, threading.Event())
+
+    def forget(self, owner: bytes) -> None:
+        """This owner waits no more."""
+        self._calls.pop(owner, None)
+
+    def wait(self, owner: bytes, seconds: float) -> bool:
+        """Wait for a call; returns early where one may have been missed. False: nobody listens."""
+        listener = self._listener
+        if listener is not None and listener.ready.is_set():
+            call = self._calls.setdefault(owner, threading.Event())
+            call.wait(seconds)
+            call.clear()
+            return True
+        with self._lock:
+            self._calls.setdefault(owner, threading.Event())
+            if self._listener is None:
+                if time.monotonic() - self._failed_at < _TRY_AGAIN:
+                    return False
+                self._listener = _Listener(self)
+                threading.Thread(
+                    target=self._listener.run, name="gsession-wakeup", daemon=True
+                ).start()
+            listener = self._listener
+        return listener.ready.wait(min(seconds, self._timeout))
+
+    def close(self) -> None:
+        """Close the connection; the thread ends."""
+        with self._lock:
+            listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.connection.disconnect()
+
+    def _call(self, owner: bytes) -> None:
+        call = self._calls.get(owner)
+        if call is not None:
+            call.set()
+
+    def _call_all(self) -> None:
+        for call in list(self._calls.values()):
+            call.set()
+
+    def _gone(self, listener: _Listener, error: Exception | None) -> None:
+        with self._lock:
+            if self._listener is listener:
+                self._listener = None
+                if error is not None:
+                    self._failed_at = time.monotonic()
+                    logger.warning(
+                        "Redis calls nobody who waits for a lock (%s: %s); looking instead",
+                        type(error).__name__,
+                        error,
+                    )
+        self._call_all()
+
+    def _ended_idle(self, listener: _Listener) -> bool:
+        with self._lock:
+            if self._calls and self._listener is listener:
+                return False
+            if self._listener is listener:
+                self._listener = None
+            return True
+
+
+class _Listener:
+    """The connection, and the thread that reads from it."""
+
+    def __init__(self, wake_ups: WakeUps) -> None:
+        self._wake_ups = wake_ups
+        self.connection = wake_ups._make()
+        self.ready = threading.Event()
+
+    def run(self) -> None:
+        wake_ups, failure = self._wake_ups, None
+        try:
+            self._listen()
+        except (redis.RedisError, OSError) as error:
+            failure = error
+        finally:
+            self.ready.clear()
+            self.connection.disconnect()
+            wake_ups._gone(self, failure)
+
+    def _listen(self) -> None:
+        wake_ups = self._wake_ups
+        channel = wake_ups._prefix + wake_ups.channel
+        self._send(b"SUBSCRIBE", channel)
+        asked = True
+        while True:
+            try:
+                message = self._read(wake_ups._timeout if asked else _LOOK_AROUND)
+            except RedisTimeoutError:
+                if asked:
+                    raise
+                if wake_ups._ended_idle(self):
+                    return
+                self._send(b"PING")
+                asked = True
+                continue
+            if message[0] == b"message":
+                wake_ups._call(message[2])
+            elif message[0] == b"subscribe":
+                asked = False
+                self.ready.set()
+            elif message[0] == b"pong":
+                asked = False
+
+    def _send(self, *command: bytes) -> None:
+        self._allow(self._wake_ups._timeout)
+        self.connection.send_command(*command)
+
+    def _read(self, seconds: float) -> Any:
+        self._allow(seconds)
+        return self.connection.read_response(
+            disable_decoding=True, timeout=seconds, disconnect_on_error=False
+        )
+
+    def _allow(self, seconds: float) -> None:
+        deadline = getattr(self.connection, "deadline", None)
+        if deadline is not None:
+            deadline.at = time.monotonic() + seconds
+
+
+_all: WeakSet[WakeUps] = WeakSet()
+
+
+def _after_fork() -> None:
+    for wake_ups in list(_all):
+        wake_ups._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
