@@ -301,6 +301,23 @@ def test_an_atomic_counter_counts_every_request(server: Gunicorn) -> None:
     assert server.get("/all", cookie).body == {"user": "alice", "count": len(answers)}
 
 
+def test_a_counter_under_a_lock_counts_every_request(server: Gunicorn) -> None:
+    """Eight clients that lock, and one that need not wait for them."""
+    cookie = server.log_in("alice")
+
+    def count() -> list[int]:
+        return [server.post("/count-locked", cookie).body["count"] for _ in range(4)]
+
+    def look() -> list[int]:
+        for _ in range(4):
+            assert server.get("/whoami", cookie).body["user"] == "alice"
+        return []
+
+    counts = sorted(chain(*in_parallel(look, *[count] * 8)))
+    assert counts == list(range(1, 33))
+    assert server.get("/all", cookie).body == {"user": "alice", "locked": 32}
+
+
 def test_keys_written_in_parallel_all_survive(server: Gunicorn) -> None:
     cookie = server.log_in("alice")
     per_thread = 15

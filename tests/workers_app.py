@@ -8,11 +8,12 @@
 """
 
 import os
+import time
 from typing import Any
 
 from flask import Flask, Response, abort
 
-from flask_gsession import Session, session
+from flask_gsession import Session, session, session_lock
 
 Answer = dict[str, Any]
 
@@ -27,6 +28,7 @@ def create_app() -> Flask:
         app.config["SESSION_STORE"] = store
     # What the tests ask for is right answers, from a machine that may be very slow.
     app.config["SESSION_STORE_TIMEOUT"] = 20
+    app.config.update(SESSION_LOCK_WAIT=60, SESSION_LOCK_TIMEOUT=60, SESSION_LOCK_WARN=None)
     Session(app)
 
     @app.after_request
@@ -50,6 +52,14 @@ def create_app() -> Flask:
     @app.post("/count")
     def count() -> Answer:
         return {"count": session.update_atomic("count", lambda count: count + 1, 0)}
+
+    @app.post("/count-locked")
+    @session_lock
+    def count_locked() -> Answer:
+        count = session.get("locked", 0)
+        time.sleep(0.002)
+        session["locked"] = count + 1
+        return {"count": count + 1}
 
     @app.post("/put/<key>/<int:value>")
     def put(key: str, value: int) -> Answer:

@@ -7,6 +7,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from socket import SHUT_RDWR
 from typing import Any
 from weakref import WeakSet
 
@@ -35,7 +37,7 @@ class WakeUps:
 
     def _start(self) -> None:
         self.channel = secrets.token_hex(8).encode()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may close in any thread, at any time
         self._calls: dict[bytes, threading.Event] = {}
         self._listener: _Listener | None = None
         self._failed_at = float("-inf")
@@ -62,19 +64,18 @@ class WakeUps:
             if self._listener is None:
                 if time.monotonic() - self._failed_at < _TRY_AGAIN:
                     return False
-                self._listener = _Listener(self)
-                threading.Thread(
-                    target=self._listener.run, name="gsession-wakeup", daemon=True
-                ).start()
+                listener = _Listener(self)
+                listener.thread.start()
+                self._listener = listener
             listener = self._listener
         return listener.ready.wait(min(seconds, self._timeout))
 
     def close(self) -> None:
-        """Close the connection; the thread ends."""
+        """End the thread, which closes the connection."""
         with self._lock:
             listener, self._listener = self._listener, None
         if listener is not None:
-            listener.connection.disconnect()
+            listener.stop()
 
     def _call(self, owner: bytes) -> None:
         call = self._calls.get(owner)
@@ -114,8 +115,18 @@ class _Listener:
         self._wake_ups = wake_ups
         self.connection = wake_ups._make()
         self.ready = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="gsession-wakeup", daemon=True)
 
-    def run(self) -> None:
+    def stop(self) -> None:
+        """Let the thread end: it finds its socket shut. The connection is its own to close."""
+        socket = self.connection._sock
+        if socket is not None:
+            with suppress(OSError):
+                socket.shutdown(SHUT_RDWR)
+        if threading.current_thread() is not self.thread:
+            self.thread.join(self._wake_ups._timeout)
+
+    def _run(self) -> None:
         wake_ups, failure = self._wake_ups, None
         try:
             self._listen()

@@ -1,0 +1,288 @@
+"""Session locks of processes that are killed, stopped or forked, and of many at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from flask_gsession import LockLost, LockMisused
+from flask_gsession.locking import _renewer
+from flask_gsession.stores import StoreOptions
+from flask_gsession.stores.redis import RedisStore
+from flask_gsession.testing import FakeClock, HookedStore, a_record
+from tests.apps import PATIENCE, Site, at_once
+from tests.servers import RedisServer
+from tests.test_fork_threads import Child, Gate, gates
+from tests.test_locks import Waiter, a_visitor, count, count_locked, is_free, until
+
+SHORT = 0.5  # seconds that a lock lasts without its holder, in real time
+
+
+@pytest.fixture(params=["sqlite", "redis", "mongodb"])
+def shared_url(request: pytest.FixtureRequest) -> str:
+    """A `SESSION_STORE` URL of each kind that several processes can share."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+class Holder:
+    """A process that takes the lock, counts, and waits for `go_on` before it leaves the block."""
+
+    def __init__(self, url: str, prefix: str, cookie: str, entered: Gate, go_on: Gate) -> None:
+        self._where = (url, prefix, cookie, entered, go_on)
+        self.process = Child(self._hold)
+        entered.wait()
+
+    def _hold(self) -> str:
+        url, prefix, cookie, entered, go_on = self._where
+        result: list[str] = []
+
+        def view(session: Any) -> None:
+            try:
+                with session.lock(timeout=SHORT):
+                    count(session)
+                    entered.open()
+                    go_on.wait()
+            except LockLost:
+                result.append("lost")
+            else:
+                result.append("stored")
+
+        with Site(url, prefix, time.time, lock_warn=None) as site:
+            site.visitor(cookie).run(view)
+        return result[0]
+
+    def send(self, number: int) -> None:
+        os.kill(self.process._pid, number)
+
+
+def count_patiently(session: Any) -> int:
+    with session.lock(wait=PATIENCE):
+        return count(session)
+
+
+def test_the_lock_of_a_process_that_is_killed(shared_url: str, store_prefix: str) -> None:
+    with Site(shared_url, store_prefix, time.time) as site, gates(2) as (entered, go_on):
+        visitor = a_visitor(site)
+        assert visitor.cookie is not None
+        holder = Holder(shared_url, store_prefix, visitor.cookie, entered, go_on)
+        assert not is_free(site, visitor)
+        time.sleep(1.5 * SHORT)
+        assert not is_free(site, visitor)  # it lives
+        holder.send(signal.SIGKILL)
+        os.waitpid(holder.process._pid, 0)
+        os.close(holder.process._reader)
+        assert visitor.run(count_patiently) == 1
+        assert visitor.run(dict) == {"n": 1}
+
+
+@pytest.mark.parametrize("somebody", [True, False], ids=["another holds it", "nobody holds it"])
+def test_the_lock_of_a_process_that_is_stopped(
+    somebody: bool, shared_url: str, store_prefix: str
+) -> None:
+    with Site(shared_url, store_prefix, time.time) as site, gates(2) as (entered, go_on):
+        visitor = a_visitor(site)
+        assert visitor.cookie is not None
+        holder = Holder(shared_url, store_prefix, visitor.cookie, entered, go_on)
+        holder.send(signal.SIGSTOP)
+        if somebody:
+            assert visitor.run(count_patiently) == 1
+        else:
+            time.sleep(1.2 * SHORT)
+        holder.send(signal.SIGCONT)
+        go_on.open()
+        assert holder.process.result() == "lost"
+        assert visitor.run(dict) == {"n": int(somebody)}
+
+
+def test_a_fork_inside_a_lock(shared_url: str, store_prefix: str) -> None:
+    """The lock stays with the parent, and the child is one of the others."""
+    with Site(shared_url, store_prefix, time.time) as site:
+        visitor = a_visitor(site)
+
+        def view(session: Any) -> None:
+            def child() -> list[str]:
+                with pytest.raises(LockMisused):
+                    lock.__exit__(None, None, None)
+                assert visitor.another_tab().ask(refused).status_code == 503
+                return [str(len(_renewer._locks))]
+
+            def refused(other: Any) -> None:
+                with other.lock(wait=0.01):
+                    raise AssertionError("two have the lock")
+
+            lock = session.lock()
+            with lock:
+                session["n"] += 1
+                assert Child(child).result() == ["0"]
+                assert not is_free(site, visitor)
+
+        visitor.run(view)
+        assert visitor.run(dict) == {"n": 1}
+        assert is_free(site, visitor)
+
+
+def test_parent_and_child_count_side_by_side(shared_url: str, store_prefix: str) -> None:
+    """Both had waited for locks before, so there is something to inherit wrongly."""
+    with Site(shared_url, store_prefix, time.time, lock_wait=PATIENCE) as site:
+        visitor = a_visitor(site)
+
+        def work() -> None:
+            def client() -> None:
+                tab = visitor.another_tab()
+                for _ in range(4):
+                    tab.run(count_locked)
+
+            at_once(*[client] * 4)
+
+        work()
+        child = Child(work)
+        work()
+        child.result()
+        assert visitor.run(dict) == {"n": 48}
+
+
+# How Redis calls who waits --------------------------------------------------------------------
+
+
+def listening(store: Any) -> bool:
+    listener = store._wake_ups._listener
+    return listener is not None and listener.ready.is_set()
+
+
+def wait_once(site: Site) -> Any:
+    """Let a request wait for a lock and get it; the store."""
+    visitor = a_visitor(site)
+
+    def view(session: Any) -> Waiter:
+        with session.lock():
+            return Waiter(visitor.another_tab(), count_locked)
+
+    assert visitor.run(view).end() == 200
+    return site.store.store
+
+
+def test_one_connection_hears_for_all_who_wait(
+    redis_url: str, store_prefix: str, clock: FakeClock, redis_client: Any
+) -> None:
+    def listeners() -> list[Any]:
+        return [client for client in redis_client.client_list() if client["sub"] != "0"]
+
+    before = len(listeners())
+    with Site(redis_url, store_prefix, clock, lock_wait=PATIENCE) as site:
+        visitor = a_visitor(site)
+        visitor.run(count_locked)
+        assert len(listeners()) == before  # nobody waited
+
+        def client() -> None:
+            visitor.another_tab().run(count_locked)
+
+        at_once(*[client] * 8)
+        store: Any = site.store.store
+        assert len(listeners()) == before + listening(store)
+        assert not store._wake_ups._calls
+        store.close()
+        assert len(listeners()) == before
+        assert wait_once(site) is store  # and again
+        assert listening(store)
+    assert len(listeners()) == before
+
+
+def test_the_next_one_is_called_and_nobody_else(
+    redis_url: str, store_prefix: str, clock: FakeClock
+) -> None:
+    with Site(redis_url, store_prefix, clock) as site:
+        store: Any = wait_once(site)
+        key = a_record(clock)
+        store.create(key)
+        for owner in ("one", "two", "three"):
+            store.acquire(key.key, owner, 60_000, 10)
+        calls = store._wake_ups._calls
+        store.release(key.key, "one")
+        until(lambda: calls[b"two"].is_set())
+        assert not calls[b"three"].is_set()
+        store.release(key.key, "two")
+        until(lambda: calls[b"three"].is_set())
+        store.release(key.key, "three")
+        assert not calls
+
+
+@pytest.mark.parametrize("end", ["delete", "replace"])
+def test_all_who_wait_are_called_at_the_end_of_a_session(
+    end: str, redis_url: str, store_prefix: str, clock: FakeClock
+) -> None:
+    with Site(redis_url, store_prefix, clock) as site:
+        store: Any = wait_once(site)
+        record = a_record(clock)
+        store.create(record)
+        for owner in ("one", "two", "three"):
+            store.acquire(record.key, owner, 60_000, 10)
+        calls = dict(store._wake_ups._calls)
+        if end == "delete":
+            store.delete(record.key)
+        else:
+            store.replace(record.key, a_record(clock), record.version, None)
+        for owner in ("two", "three"):
+            until(calls[owner.encode()].is_set)
+            store.release(record.key, owner)
+
+
+def test_who_is_not_called_looks(
+    store_prefix: str, own_redis: RedisServer, caplog: pytest.LogCaptureFixture, clock: FakeClock
+) -> None:
+    """Where the connection is lost, and until it is made anew."""
+    with Site(own_redis.url, store_prefix, clock, lock_wait=PATIENCE) as site:
+        client = site.inside.client  # type: ignore[attr-defined]  # of Redis
+        store: Any = wait_once(site)
+        assert listening(store)
+        client.client_kill_filter(_type="pubsub")
+        until(lambda: not listening(store))
+        assert "looking instead" in caplog.text
+        wait_once(site)
+        assert not listening(store)
+        store._wake_ups._failed_at -= 60
+        wait_once(site)
+        assert listening(store)
+
+
+def test_the_thread_that_listens_ends_when_nobody_waits(
+    redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
+    with Site(redis_url, store_prefix, clock) as site:
+        store: Any = wait_once(site)
+        until(lambda: store._wake_ups._listener is None)
+        until(lambda: "gsession-wakeup" not in [t.name for t in threading.enumerate()])
+        assert wait_once(site) is store
+
+
+def test_a_wait_outlives_a_silent_channel(
+    redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While somebody waits the connection is asked whether it is alive, and answers."""
+    monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
+    with Site(redis_url, store_prefix, clock) as site:
+        store: Any = wait_once(site)
+        record = a_record(clock)
+        store.create(record)
+        for owner in ("one", "two"):
+            store.acquire(record.key, owner, 60_000, 10)
+        store.wait_for_release(record.key, "two", 0.01)
+        listener = store._wake_ups._listener
+        store.wait_for_release(record.key, "two", 0.2)
+        assert store._wake_ups._listener is listener
+        assert listening(store)
+        store.release(record.key, "two")
+
+
+def test_a_client_that_was_passed_in_can_be_called(
+    redis_url: str, store_prefix: str, clock: FakeClock, redis_client: Any
+) -> None:
+    store = HookedStore(RedisStore(redis_client, StoreOptions(store_prefix, clock=clock)))
+    with Site(redis_url, store_prefix, clock, store=store) as site:
+        assert listening(wait_once(site))
