@@ -15,6 +15,7 @@ from .errors import (
     SessionConflict,
     SessionEnded,
     Stale,
+    StoreUnavailable,
     UnreadableRecord,
     UnsupportedType,
     ValueRefused,
@@ -295,6 +296,7 @@ class SessionData(Lifecycle, SessionMixin):
         """
         self._check_key(key)
         self._check_no_transaction("update_atomic")
+        self._check_store()
         values = self._open_for_writing()
         if self._record is not None and key in values.changes():
             self._commit()
@@ -327,6 +329,9 @@ class SessionData(Lifecycle, SessionMixin):
                     )
                 except (Stale, Gone):
                     continue
+                except StoreUnavailable as error:
+                    self._met_outage(error, "saved")
+                    raise
                 except UnreadableRecord as error:
                     self._refuse(error.reason, error.detail)
                     raise SessionEnded from None

@@ -187,7 +187,6 @@ class GSessionInterface(SessionInterface):
         if isinstance(error, UnsupportedType) and not self.keeper.settings.debug:
             error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
         if isinstance(error, StoreUnavailable):
-            logger.error("A session could not be saved: %s", error)
             handle = session._record.key if session._record else None
             self.keeper.events.emit(WriteDropped, handle, "store unavailable")
             if self.keeper.settings.on_store_error == "keep-response":

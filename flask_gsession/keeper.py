@@ -33,6 +33,7 @@ from .tokens import Token, is_token, new_token, session_key
 PERMANENT = "_permanent"
 _TRUE = b"\xc3"
 ATTEMPTS = 25  # at a write that loses races
+RACE_BUDGETS = 5  # times of a store call that it may go on losing them
 _LONGEST_PAUSE = 0.05  # seconds
 _NEW_TOKENS = 3
 _END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -30,7 +31,7 @@ from .events import (
     WriteDropped,
     logger,
 )
-from .keeper import ATTEMPTS, PERMANENT, Keeper
+from .keeper import ATTEMPTS, PERMANENT, RACE_BUDGETS, Keeper
 from .merge import Change
 from .payload import Body
 from .stores.base import Record
@@ -65,11 +66,12 @@ class Lifecycle:
     _failure: StoreUnavailable | None = None  # of loading
     _failed_unseen = False  # by everybody: it is for the answer to tell
     _for_others = False  # what is stored may be readable for another worker
-    _in_doubt: StoreUnavailable | None = None  # of a write that may have been applied
+    _in_doubt: StoreUnavailable | None = None  # of what came later: a write may have been applied
     _cookie: Literal["keep", "set", "delete"] = "keep"
     _token: str | None = None  # None also where the client holds a newer one than we know
     _record: Record | None = None
     _lifetime: int | None = None
+    _race_ends = 0.0  # of time.monotonic
     _restart_idle = False
     _rotation: float | None = None
     _forced = False
@@ -166,6 +168,19 @@ class Lifecycle:
                 "Write to the session before a streamed body starts."
             )
 
+    def _check_store(self) -> None:
+        """An outage that this request has met is not waited for again.
+
+        Nor is a write repeated that may have been applied: it could be applied twice.
+        """
+        if self._in_doubt is not None:
+            raise self._in_doubt
+
+    def _met_outage(self, error: StoreUnavailable, what: str) -> None:
+        if self._in_doubt is not error:
+            self._in_doubt = error
+            logger.error("A session could not be %s: %s", what, error)
+
     def _check_no_transaction(self, what: str) -> None:
         if self._in_transaction:
             raise TransactionMisused(
@@ -177,6 +192,7 @@ class Lifecycle:
         """Start a transaction on what is stored now."""
         self._check_open()
         self._check_no_transaction("A second transaction")
+        self._check_store()
         seen_before = self._opened
         self._open()
         if seen_before:
@@ -225,7 +241,9 @@ class Lifecycle:
                 self._keeper.refused(error.reason, key, error.detail)
                 ended = False
             except StoreUnavailable as error:
-                logger.error("A session could not be ended: %s", error)
+                self._met_outage(error, "ended")
+                if not self._opened:
+                    self._failure = error
                 raise
             if ended:
                 self._keeper.events.emit(SessionDestroyed, key)
@@ -253,8 +271,17 @@ class Lifecycle:
 
     def _catch_up_after(self, losses: int) -> bool:
         """After a lost race: wait a little, then see what is stored, for a try at once."""
-        self._keeper.pause(losses)
+        self._pause(losses)
         return self._catch_up()
+
+    def _pause(self, losses: int) -> None:
+        """Wait a little. Raises ``SessionConflict`` when losing has taken too long by now."""
+        now = time.monotonic()
+        if losses == 1:
+            self._race_ends = now + RACE_BUDGETS * self._keeper.settings.store_timeout
+        elif now >= self._race_ends:
+            raise SessionConflict
+        self._keeper.pause(losses)
 
     def _catch_up(self, *, afresh: bool = False) -> bool:
         """See what other requests stored; False where the session is no more.
@@ -269,6 +296,9 @@ class Lifecycle:
             self._for_others = error.for_others
             self._keeper.refused(error.reason, key, error.detail)
             return False
+        except StoreUnavailable as error:
+            self._met_outage(error, "loaded again")
+            raise
         if loaded is None:
             return False
         self._record, body = loaded
@@ -300,17 +330,23 @@ class Lifecycle:
                 self._cookie = "delete"
 
     def _commit(self) -> None:
-        if self._in_doubt is not None:
-            raise self._in_doubt  # to write it again could apply it twice
         values = self._values
         changes = values.changes()
+        if self._in_doubt is not None:
+            if changes or self._cleared or self._something_to_save():
+                raise self._in_doubt
+            return
         if self._ended:
             if changes:
                 self._end("save")
         elif self._record is None:
             stored = {key: change.mine for key, change in changes.items() if change.mine}
             if _worth_keeping(stored):
-                self._token, self._record = self._keeper.create(Body(stored, self._lifetime))
+                try:
+                    self._token, self._record = self._keeper.create(Body(stored, self._lifetime))
+                except StoreUnavailable as error:
+                    self._met_outage(error, "created")
+                    raise
                 values.accept(stored, changes)
                 self._restart_idle = self._forced = False
                 self._rotation = None
@@ -379,7 +415,7 @@ class Lifecycle:
                 self._end("save")
                 return
             except StoreUnavailable as error:
-                self._in_doubt = error
+                self._met_outage(error, "saved")
                 raise
             if toggled:
                 self._set_cookie_if_known()

@@ -151,6 +151,7 @@ class Lock(Generic[S]):
 
     def _enter(self) -> None:
         session = self._session
+        session._check_store()
         session._open()
         if session._has_changes():
             session._commit()
@@ -169,7 +170,9 @@ class Lock(Generic[S]):
             self._emit(LockRefused, reason, waited)
             logger.info("A request did not get a lock: %s", error)
             raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, StoreUnavailable):
+                session._met_outage(error, "locked")
             self._give_back()
             raise
         session._lease = self._owner

@@ -58,7 +58,7 @@ class Transaction(Generic[S]):
         """
         for losses in range(ATTEMPTS):
             if losses:
-                self._session._keeper.pause(losses)
+                self._session._pause(losses)
             try:
                 with self as session:
                     return function(session)
@@ -81,7 +81,7 @@ def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
             session = current_session("session_transaction")
             for losses in range(ATTEMPTS):
                 if losses:
-                    session._keeper.pause(losses)
+                    session._pause(losses)
                 try:
                     with Transaction(session):
                         return await function(*args, **kwargs)
