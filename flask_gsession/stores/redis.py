@@ -67,6 +67,7 @@ _LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
 _STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W")
 _ERRORS = {b"G": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
+_OVERTAKEN = (b"S", b"T", b"L")
 _WRONG_TYPE = "not a string"
 _RETRIES = 3
 _RETRY_PAUSE = 0.02  # seconds
@@ -317,10 +318,12 @@ class RedisStore:
 
         parts = (b"%d" % len(keys), *keys, *arguments)
         try:
-            try:
-                reply = self._call(deadline, parse, _packed(b"EVALSHA", script.sha, *parts))
-            except NoScriptError:
-                reply = self._call(deadline, parse, _packed(b"EVAL", script.source, *parts))
+            reply = self._call(
+                deadline,
+                parse,
+                _packed(b"EVALSHA", script.sha, *parts),
+                lambda: _packed(b"EVAL", script.source, *parts),
+            )
         except UnreadableRecord as error:
             if error.detail == _WRONG_TYPE:
                 raise
@@ -329,23 +332,38 @@ class RedisStore:
             raise _ERRORS[reply]
         return reply
 
-    def _call(self, deadline: float, parse: Callable[[Any], T], request: bytes) -> T:
+    def _call(
+        self,
+        deadline: float,
+        parse: Callable[[Any], T],
+        request: bytes,
+        with_source: Callable[[], bytes] | None = None,
+    ) -> T:
         """Send one command and return what ``parse`` makes of its answer, before ``deadline``.
 
+        Where the server does not know the script, ``with_source`` is the same command with it.
         An answer that ``parse`` refuses is asked for once more, on another connection: this one
         may be out of step. Repeats are safe: every command here recognises its own earlier effect.
+        Only where another writer came in between, a repeat cannot tell a write that was applied
+        and overwritten from one that was never applied: that is ``StoreUnavailable`` too.
         """
         retries = _RETRIES
-        refused = False
+        refused = in_doubt = False
         while True:
             try:
-                return self._attempt(request, parse, deadline)
+                answer = self._attempt(request, parse, deadline)
+                if in_doubt and answer in _OVERTAKEN:
+                    raise StoreUnavailable("redis: an answer was lost, then another write came")
+                return answer
             except NoScriptError:
-                raise
+                if with_source is None:
+                    raise
+                request, with_source = with_source(), None
+                continue
             except UnreadableRecord:
                 if refused:
                     raise
-                refused = True
+                refused = in_doubt = True
                 continue
             except (AuthenticationError, ResponseError) as error:
                 if str(error).startswith("WRONGTYPE"):
@@ -356,8 +374,10 @@ class RedisStore:
             except RedisConnectionError as error:
                 self._pool.distrust()
                 failure = error
+                in_doubt = True
             except (RedisTimeoutError, OSError) as error:
                 failure = error
+                in_doubt = True
             except RedisError as error:
                 raise _unavailable(request, error) from error
             pause = _RETRY_PAUSE * (_RETRIES - retries)  # at first none: it may have been idle long
