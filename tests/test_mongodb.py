@@ -232,6 +232,8 @@ def test_a_primary_that_gave_way_is_named(replica_set: MongoReplicaSet) -> None:
         error = failure_of(lambda: store.save(record._replace(version=2), record.version))
         assert f"{HOST}:{old.port}" in error.detail
         assert "not primary" in error.detail
+        error = failure_of(lambda: store.load(record.key))  # a direct connection asks secondaries
+        assert f"{HOST}:{old.port}: a secondary" in error.detail
 
 
 def test_missing_rights_for_the_index_are_said(

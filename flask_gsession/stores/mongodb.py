@@ -110,6 +110,7 @@ class MongoDBStore:
         self._inherited: list[Any] = []
         self._collection_of_client: Any = None
         self._collection_to_load: Any = None
+        self._direct = False
         self._pid = 0
         self._indexed = False
         self._lock = threading.Lock()
@@ -134,8 +135,10 @@ class MongoDBStore:
             raise KeyTaken
 
     def load(self, key: str) -> Record | None:
-        with self._collection("load"):
+        with self._collection("load") as collection:
             record = self._read(key, self._collection_to_load)
+            if self._direct:
+                _check_not_secondary(collection.database.client)
         if record is None or self._now() >= record.idle_expires_at:
             return None
         return record
@@ -378,6 +381,7 @@ class MongoDBStore:
                 write_concern=WriteConcern("majority"),
             )
             self._collection_to_load = self._collection_of_client
+            self._direct = bool(client.options.direct_connection)
             if client.read_concern.level is not None:
                 self._collection_to_load = self._collection_of_client.with_options(
                     read_concern=client.read_concern
@@ -432,6 +436,16 @@ def _reason(error: PyMongoError, collection: Any) -> str:
     if not where or any(address in text for address in where.split(",")):
         return f"{type(error).__name__}: {text}"
     return f"{where}: {type(error).__name__}: {text}"
+
+
+def _check_not_secondary(client: _Client) -> None:
+    """On a direct connection the driver lets secondaries answer, who may not know of a logout."""
+    for server in client.topology_description.server_descriptions().values():
+        if server.server_type_name == "RSSecondary":
+            raise StoreUnavailable(
+                f"mongodb: load: {_addresses(client)}: a secondary, which may be behind; name the "
+                "replica set in SESSION_STORE (replicaSet=...) instead of directConnection"
+            )
 
 
 def _code(error: OperationFailure) -> str:
