@@ -43,6 +43,7 @@ class Settings:
     pool_max: int = 100
     breaker_failures: int = 5
     breaker_pause: float = 1.0
+    logout_replicas: int = 0
     on_store_error: str = "fail"
     max_bytes: int = 1024 * 1024
     max_keys: int = 1000
@@ -207,6 +208,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "pool_max": ("SESSION_POOL_MAX", _integer(1, 10_000, "connections")),
     "breaker_failures": ("SESSION_BREAKER_FAILURES", _integer(0, 10_000, "failures")),
     "breaker_pause": ("SESSION_BREAKER_PAUSE", _seconds(0.01, 60)),
+    "logout_replicas": ("SESSION_LOGOUT_REPLICAS", _integer(0, 100, "replicas")),
     "on_store_error": ("SESSION_ON_STORE_ERROR", _on_store_error),
     "max_bytes": ("SESSION_MAX_BYTES", _integer(256, _MAX_BYTES_LIMIT, "bytes")),
     "max_keys": ("SESSION_MAX_KEYS", _integer(1, 1_000_000, "keys")),

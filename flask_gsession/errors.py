@@ -16,6 +16,7 @@
     │   └── LockLost            HTTP 409: the lock ran out before its holder was done
     └── StoreError              what a store tells the session
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
+        │   └── LogoutUnconfirmed   ... the session ended, and too few replicas have that yet
         ├── UnreadableRecord    what is stored under the key is not a record of that key
         ├── KeyTaken            create: the key holds a record already
         ├── Gone                save, replace, delete, acquire: no live record under the key
@@ -138,6 +139,19 @@ class StoreUnavailable(StoreError, ServiceUnavailable):
 
     def __str__(self) -> str:
         return self.detail
+
+
+class LogoutUnconfirmed(StoreUnavailable):
+    """The session is ended, but too few replicas said in time that they have that (HTTP 503).
+
+    Raised with ``SESSION_LOGOUT_REPLICAS``, by a logout and by a rotation without grace. The
+    primary has done it; if that is lost now, a replica that takes over may not know of it.
+    """
+
+    description = "The end of the session is not safely stored yet. Try again shortly."
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, contention=True)  # the store itself answers
 
 
 class UnreadableRecord(StoreError):

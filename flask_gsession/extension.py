@@ -70,6 +70,7 @@ class Session:
             timeout=settings.store_timeout,
             pool_max=settings.pool_max,
             clock=self._clock,
+            logout_replicas=settings.logout_replicas,
         )
         source = DEFAULT_STORE if settings.store is None else settings.store
         store, owned = open_store(source, options, app.instance_path)

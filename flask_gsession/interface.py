@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 
 from .config import propagates_exceptions, secret_keys
 from .data import SessionData
-from .errors import StoreUnavailable, UnsupportedType
+from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .keeper import Keeper
 from .lifecycle import Presented
@@ -187,8 +187,9 @@ class GSessionInterface(SessionInterface):
         if isinstance(error, UnsupportedType) and not self.keeper.settings.debug:
             error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
         if isinstance(error, StoreUnavailable):
-            handle = session._record.key if session._record else None
-            self.keeper.events.emit(WriteDropped, handle, "store unavailable")
+            if not isinstance(error, LogoutUnconfirmed):  # what was to be stored is
+                handle = session._record.key if session._record else None
+                self.keeper.events.emit(WriteDropped, handle, "store unavailable")
             if self.keeper.settings.on_store_error == "keep-response":
                 return
         _turn_into(response, _answer_to(app, error))

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 from .codec import Codec
 from .config import Settings
 from .encryption import Cipher
-from .errors import KeyTaken, LeaseLost, LockLost, SettingError, StoreError, UnreadableRecord
+from .errors import (
+    KeyTaken,
+    LeaseLost,
+    LockLost,
+    LogoutUnconfirmed,
+    SettingError,
+    StoreError,
+    UnreadableRecord,
+)
 from .events import Events, SessionRefused, logger
 from .merge import Merger
 from .payload import Body, PayloadFormat
@@ -144,8 +152,11 @@ class Keeper:
 
     def rotate(
         self, old: Record, body: Body, grace: float, lease: str | None = None
-    ) -> tuple[str, Record]:
-        """Move the session to a new token. Raises as ``save`` does. One round trip."""
+    ) -> tuple[str, Record, LogoutUnconfirmed | None]:
+        """Move the session to a new token. Raises as ``save`` does. One round trip.
+
+        The last of what it returns says that replicas may not know the end of the old one.
+        """
         for _ in range(_NEW_TOKENS):
             token, key = self._new_token()
             record = old._replace(
@@ -163,7 +174,9 @@ class Keeper:
                         store.replace(old.key, record, old.version, pointer, lease)
             except KeyTaken:
                 continue
-            return token, record
+            except LogoutUnconfirmed as error:
+                return token, record, error
+            return token, record, None
         raise StoreError(_REPEATS)
 
     @contextmanager

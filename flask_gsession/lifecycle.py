@@ -13,6 +13,7 @@ from flask import Flask
 
 from .errors import (
     Gone,
+    LogoutUnconfirmed,
     SessionClosed,
     SessionConflict,
     SessionEnded,
@@ -37,6 +38,8 @@ from .payload import Body
 from .stores.base import Record
 from .tokens import Checked, session_key
 from .tracking import TrackedValues
+
+_UNCONFIRMED = "A session ended, and that is not confirmed: %s"
 
 
 class Presented(NamedTuple):
@@ -234,12 +237,16 @@ class Lifecycle:
             key = self._record.key
         elif presented.checked is not None and presented.checked.token is not None:
             key = session_key(presented.checked.token)
+        unconfirmed: LogoutUnconfirmed | None = None
         if key is not None:
             try:
                 ended = self._keeper.store.delete(key)
             except UnreadableRecord as error:
                 self._keeper.refused(error.reason, key, error.detail)
                 ended = False
+            except LogoutUnconfirmed as error:
+                logger.error(_UNCONFIRMED, error)
+                unconfirmed, ended = error, True
             except StoreUnavailable as error:
                 self._met_outage(error, "ended")
                 if not self._opened:
@@ -253,6 +260,8 @@ class Lifecycle:
         self._failure = self._in_doubt = None
         self._failed_unseen = False
         self._cookie = "keep" if presented.checked is None else "delete"
+        if unconfirmed is not None:
+            raise unconfirmed
 
     def _refuse(self, reason: str, detail: str) -> None:
         """What was loaded turned out unreadable: go on as a new anonymous session."""
@@ -386,15 +395,22 @@ class Lifecycle:
             toggled = PERMANENT in changes and (
                 keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
             )
+            unconfirmed: LogoutUnconfirmed | None = None
             try:
                 if self._cleared and not _worth_keeping(merged):
-                    keeper.end(old, self._lease)
+                    try:
+                        keeper.end(old, self._lease)
+                    except LogoutUnconfirmed as error:
+                        logger.error(_UNCONFIRMED, error)
+                        unconfirmed = error
                     keeper.events.emit(SessionDestroyed, old.key)
                     self._forget()
                     self._cookie = "delete"
+                    if unconfirmed is not None:
+                        raise unconfirmed
                     return
                 if self._rotation is not None:
-                    self._token, self._record = keeper.rotate(
+                    self._token, self._record, unconfirmed = keeper.rotate(
                         old, body, self._rotation, self._lease
                     )
                     keeper.events.emit(SessionRotated, self._record.key, old.key)
@@ -414,6 +430,8 @@ class Lifecycle:
                 keeper.refused(error.reason, old.key, error.detail)
                 self._end("save")
                 return
+            except LogoutUnconfirmed:
+                raise
             except StoreUnavailable as error:
                 self._met_outage(error, "saved")
                 raise
@@ -423,6 +441,9 @@ class Lifecycle:
             self._rotation = None
             self._restart_idle = self._forced = self._cleared = False
             self._saved(old, merged, losses)
+            if unconfirmed is not None:
+                logger.error(_UNCONFIRMED, unconfirmed)
+                raise unconfirmed
             return
         raise SessionConflict
 

@@ -15,14 +15,29 @@ __all__ = ["Leases", "Record", "Store", "StoreOptions", "Sweeps", "open_store"]
 
 T = TypeVar("T")
 
-_REDIS_DATABASE = re.compile(r"(/[0-9]*)?", re.ASCII)
+_REDIS = {  # what may come after the hosts of a URL of each kind, and an example
+    "redis": (r"(/[0-9]*)?", "redis://localhost:6379/0, with the number of the database"),
+    "unix": (r".+", "unix:///run/redis.sock, with the path of the socket"),
+    "sentinel": (
+        r"/[^/]+(/[0-9]*)?",
+        "redis+sentinel://host1,host2,host3/service/0, with the name that the sentinels have for "
+        "the service, and the number of the database",
+    ),
+    "cluster": (r"/?0?", "redis+cluster://host1,host2, without a database: a cluster has only one"),
+}
+
+_REDIS_SCHEMES = [
+    *("redis", "rediss", "unix"),
+    *("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+]
 
 _SCHEME = re.compile("[a-z][a-z0-9+.-]*", re.ASCII)  # RFC 3986
 
 _ALLOWED = (
     "allowed are sqlite:///path, memory://, redis://host:port/db, rediss://..., unix:///socket, "
-    "mongodb://host:port/db, mongodb+srv://..., a redis.Redis client, a pymongo.MongoClient, "
-    "or a store object"
+    "redis+sentinel://host,host,host/service/db, redis+cluster://host,host, "
+    "mongodb://host:port/db, mongodb+srv://..., a client (redis.Redis, redis.cluster.RedisCluster, "
+    "pymongo.MongoClient), or a store object"
 )
 
 
@@ -40,6 +55,10 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
             from .redis import RedisStore
 
             return RedisStore(source, options), True  # type: ignore[arg-type]  # known by its name
+        if name == "redis.cluster.RedisCluster":
+            from .redis_cluster import RedisClusterStore
+
+            return RedisClusterStore(source, options), True  # type: ignore[arg-type]  # as above
         if name == "pymongo.synchronous.mongo_client.MongoClient":
             from .mongodb import MongoDBStore
 
@@ -61,18 +80,8 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
         from .sqlite import SQLiteStore
 
         return SQLiteStore(_sqlite_path(url, base_path), options)
-    if scheme in ("redis", "rediss", "unix"):
-        try:
-            from .redis import RedisStore
-        except ImportError as error:
-            raise _missing("redis", scheme, error) from None
-        path = _checked(scheme, lambda: urlsplit(url)).path
-        if not path if scheme == "unix" else not _REDIS_DATABASE.fullmatch(path):
-            raise SettingError(
-                "SESSION_STORE: a redis URL ends with the number of the database, as in "
-                "redis://localhost:6379/0; a unix URL names the socket, as in unix:///run/redis.sock"
-            )
-        return _checked(scheme, lambda: RedisStore(url, options))
+    if scheme in _REDIS_SCHEMES:
+        return _redis(url, scheme, options)
     if scheme in ("mongodb", "mongodb+srv"):
         try:
             from .mongodb import MongoDBStore, check_url
@@ -83,6 +92,20 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
     named = rest.startswith("//") and _SCHEME.fullmatch(scheme)
     shown = f"a URL with the scheme {scheme!r}" if named else "no URL"
     raise SettingError(f"SESSION_STORE is {shown}; {_ALLOWED}")
+
+
+def _redis(url: str, scheme: str, options: StoreOptions) -> Store:
+    kind = scheme.partition("+")[2] or scheme.replace("rediss", "redis")
+    try:
+        from .redis import RedisStore
+        from .redis_cluster import RedisClusterStore
+    except ImportError as error:
+        raise _missing("redis", scheme, error) from None
+    path, example = _REDIS[kind]
+    if not re.fullmatch(path, _checked(scheme, lambda: urlsplit(url)).path, re.ASCII):
+        raise SettingError(f"SESSION_STORE: a {kind} URL is written as {example}")
+    store = RedisClusterStore if kind == "cluster" else RedisStore
+    return _checked(scheme, lambda: store(url, options))
 
 
 def _checked(scheme: str, build: Callable[[], T]) -> T:

@@ -243,3 +243,4 @@ class StoreOptions:
     timeout: float = 1.0  # seconds for one call, retries included
     pool_max: int = 100  # connections
     clock: Clock = time.time
+    logout_replicas: int = 0  # that must have a logout before it is done, on Redis

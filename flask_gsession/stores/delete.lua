@@ -1,11 +1,11 @@
 -- Delete a record and its lease. A live pointer is returned and left where it is: its successor
 -- goes first.
--- KEYS: record, lease. ARGV: expected version (8 bytes, empty: any), now in ms, 1 to delete a
+-- KEYS: record, and its lease where that ends too. ARGV: expected version (8 bytes, empty: any), now in ms, 1 to delete a
 --       pointer, who must hold the lease (empty: nobody), what the channels begin with.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 local unexpired = #head == 31 and tonumber(ARGV[2]) < struct.unpack('>I6', head, 16)
 local live = unexpired and head:byte(1) == 1
-local lease = redis.call('GET', KEYS[2])
+local lease = KEYS[2] and redis.call('GET', KEYS[2])
 if ARGV[1] ~= '' then
   if not live then return 'G' end
   if ARGV[4] ~= '' then

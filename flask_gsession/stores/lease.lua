@@ -1,15 +1,16 @@
 -- The lease of a session, and the queue for it: one text, a line for who holds it until when, and
 -- one for each who waits: who, when he asked last, and where he is to be called (ms since 1970).
--- KEYS: record, lease. ARGV: acquire | extend | release, owner, now in ms, the life of a waiter in
---       ms, what the channels begin with; to acquire or extend: lease in ms; to acquire: the most
---       waiters, the channel of this one.
+-- KEYS: lease, and to acquire it the record, unless that was seen to live before.
+-- ARGV: acquire | extend | release | end, owner, now in ms, the life of a waiter in ms, what the
+--       channels begin with; to acquire or extend: lease in ms; to acquire: the most waiters, the
+--       channel of this one.
 -- Answers with how it went, the owner, and to "W" for how many ms to wait.
 local operation, me, now, life = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-if operation == 'acquire' then
-  local head = redis.call('GETRANGE', KEYS[1], 0, 30)
+if KEYS[2] then
+  local head = redis.call('GETRANGE', KEYS[2], 0, 30)
   if #head < 31 or head:byte(1) ~= 1 or now >= struct.unpack('>I6', head, 16) then return 'G' end
 end
-local owner, till, lines = (redis.call('GET', KEYS[2]) or ' 0\n'):match('^(%S*) (%d+)\n(.*)$')
+local owner, till, lines = (redis.call('GET', KEYS[1]) or ' 0\n'):match('^(%S*) (%d+)\n(.*)$')
 till = tonumber(till)
 local waiters, place = {}, nil
 for who, seen, where in lines:gmatch('(%S+) (%d+) (%S+)\n') do
@@ -17,6 +18,11 @@ for who, seen, where in lines:gmatch('(%S+) (%d+) (%S+)\n') do
     waiters[#waiters + 1] = {who, tonumber(seen), where}
     if who == me then place = #waiters end
   end
+end
+if operation == 'end' then
+  redis.call('DEL', KEYS[1])
+  for _, waiter in ipairs(waiters) do redis.call('PUBLISH', ARGV[5] .. waiter[3], waiter[1]) end
+  return 'N' .. me
 end
 local held = owner == me and now < till
 local answer = held and 'K' or 'N'
@@ -47,13 +53,13 @@ else
 end
 
 if owner == '' and #waiters == 0 then
-  redis.call('DEL', KEYS[2])
+  redis.call('DEL', KEYS[1])
 else
   local text = {string.format('%s %.0f\n', owner, till)}
   for _, waiter in ipairs(waiters) do
     text[#text + 1] = string.format('%s %.0f %s\n', waiter[1], waiter[2], waiter[3])
   end
   local left = string.format('%.0f', math.max(till - now, life))
-  redis.call('SET', KEYS[2], table.concat(text), 'PX', left)
+  redis.call('SET', KEYS[1], table.concat(text), 'PX', left)
 end
 return answer .. me

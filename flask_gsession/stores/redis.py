@@ -23,23 +23,25 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 import redis
-from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     BusyLoadingError,
+    ClusterDownError,
     NoScriptError,
     ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
 
 from ..errors import (
     Gone,
     KeyTaken,
     LeaseLost,
+    LogoutUnconfirmed,
     QueueFull,
     Stale,
     StoreUnavailable,
@@ -56,7 +58,8 @@ from .base import (
     milliseconds,
     poll,
 )
-from .redis_pool import AllInUse, ClientPool, ConnectionPool, bounded
+from .redis_pool import AllInUse, ClientPool, ConnectionPool, packed
+from .redis_servers import PrimaryPool, connections_of
 from .redis_wakeup import WakeUps
 
 T = TypeVar("T")
@@ -69,8 +72,10 @@ _STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W")
 _ERRORS = {b"G": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
 _OVERTAKEN = (b"S", b"T", b"L")
 _WRONG_TYPE = "not a string"
-_RETRIES = 3
 _RETRY_PAUSE = 0.02  # seconds
+_ASKING = packed(b"ASKING")
+# What a server says in passing: while it starts, and while the topology changes.
+_PASSING = (ReadOnlyError, BusyLoadingError, AskError, TryAgainError, ClusterDownError)
 
 
 class _Script:
@@ -92,43 +97,50 @@ class RedisStore:
     wait for each piece of an answer.
     """
 
+    _retries = 3
+    _apart = False  # whether leases end, and are taken, in steps of their own
+
     def __init__(self, url_or_client: str | redis.Redis, options: StoreOptions | None = None):
         options = options or StoreOptions()
         self._clock = options.clock
         self._timeout = options.timeout
         self._prefix = options.prefix
-        self._pool: ConnectionPool | ClientPool
-        if isinstance(url_or_client, str):
-            made = redis.ConnectionPool.from_url(
-                url_or_client,
-                socket_connect_timeout=options.timeout / 4,
-                socket_timeout=options.timeout / 4,
-                retry=Retry(NoBackoff(), 0),
-            )
-            make = partial(bounded(made.connection_class), **made.connection_kwargs)
-            make()  # Not connected: it only lets wrong options in the URL show now.
-            self._pool = ConnectionPool(make, options.pool_max)
-            closing(self, self._pool.close)
-        else:
-            self._pool = ClientPool(url_or_client)
-            theirs = url_or_client.connection_pool
-            make = partial(theirs.connection_class, **theirs.connection_kwargs)
+        self._logout_replicas = options.logout_replicas
+        self._pool, make = self._open(url_or_client, options)
         self._channels = f"{self._prefix}wake:".encode()
         # In the older protocol calls are answers, and come in order with others.
         calls = partial(make, protocol=2)
         self._wake_ups = WakeUps(calls, self._channels, options.timeout)
         closing(self, self._wake_ups.close)
 
+    def _open(
+        self, source: str | redis.Redis, options: StoreOptions
+    ) -> tuple[Any, Callable[..., Any]]:
+        """A pool of connections, of one kind or another, and what makes more of them."""
+        if not isinstance(source, str):
+            theirs = source.connection_pool
+            make = partial(theirs.connection_class, **theirs.connection_kwargs)
+            return ClientPool(source), make
+        if "+sentinel:" in source[: len("rediss+sentinel:")]:
+            pool: ConnectionPool = PrimaryPool(source, options.timeout, options.pool_max)
+        else:
+            kind, settings = connections_of(source, options.timeout)
+            pool = ConnectionPool(partial(kind, **settings), options.pool_max)
+        closing(self, pool.close)
+        return pool, pool.make
+
     def create(self, record: Record) -> None:
-        deadline = self._deadline()
+        self._create(record, self._deadline())
+
+    def _create(self, record: Record, deadline: float) -> None:
         name = self._name(record.key)
-        request = _packed(b"SET", name, _pack(record), b"NX", b"PX", self._life(record))
-        if self._call(deadline, _as_it_is, request) is not None:
+        request = packed(b"SET", name, _pack(record), b"NX", b"PX", self._life(record))
+        if self._call(deadline, _as_it_is, name, request) is not None:
             return
         there = self._load(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
-            self._call(deadline, _as_it_is, _packed(b"DEL", name))
-            if self._call(deadline, _as_it_is, request) is not None:
+            self._call(deadline, _as_it_is, name, packed(b"DEL", name))
+            if self._call(deadline, _as_it_is, name, request) is not None:
                 return
         if there is None or there.version != record.version:
             raise KeyTaken
@@ -189,6 +201,7 @@ class RedisStore:
                 self._channels,
             ],
             _version(record.version),
+            0 if pointer else self._logout_replicas,
         )
 
     def delete(
@@ -219,10 +232,13 @@ class RedisStore:
         pointers: bytes = b"0",
         lease: str | None = None,
     ) -> bytes:
-        keys = [self._name(key), self._lease_name(key)]
+        keys = [self._name(key)]
+        if lease is not None or not self._apart:
+            keys.append(self._lease_name(key))
         owner = (lease or "").encode()
         arguments = [version, self._now_text(), pointers, owner, self._channels]
-        return self._run(deadline, _DELETE, keys, arguments)
+        replicas = 0 if pointers == b"1" else self._logout_replicas
+        return self._run(deadline, _DELETE, keys, arguments, replicas=replicas)
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         name = owner.encode()
@@ -248,23 +264,23 @@ class RedisStore:
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
         def may_go_on() -> bool:
             name = self._lease_name(key)
-            text = self._call(self._deadline(), _as_it_is, _packed(b"GET", name))
+            text = self._call(self._deadline(), _as_it_is, name, packed(b"GET", name))
             return _lease(text).is_turn_of(owner, self._now())
 
         end = time.monotonic() + seconds
         if not self._wake_ups.wait(owner.encode(), seconds):
             poll(may_go_on, end - time.monotonic())
 
-    def _ask_for_lease(self, key: str, operation: str, owner: str, *more: bytes) -> bytes:
+    def _ask_for_lease(
+        self, key: str, operation: str, owner: str, *more: bytes, deadline: float | None = None
+    ) -> bytes:
         name = owner.encode()
+        keys = [self._lease_name(key)]
+        if operation == "acquire" and not self._apart:
+            keys.append(self._name(key))
         arguments = [operation.encode(), name, self._now_text(), b"%d" % WAITER_LIFE]
-        return self._run(
-            self._deadline(),
-            _LEASE,
-            [self._name(key), self._lease_name(key)],
-            [*arguments, self._channels, *more],
-            name,
-        )
+        deadline = deadline or self._deadline()
+        return self._run(deadline, _LEASE, keys, [*arguments, self._channels, *more], name)
 
     def close(self) -> None:
         self._wake_ups.close()
@@ -292,7 +308,8 @@ class RedisStore:
         def parse(value: Any) -> Record | None:
             return None if value is None else _unpack(key, value)
 
-        record = self._call(deadline, parse, _packed(b"GET", self._name(key)))
+        name = self._name(key)
+        record = self._call(deadline, parse, name, packed(b"GET", name))
         return None if record is None or self._now() >= record.idle_expires_at else record
 
     def _run(
@@ -302,11 +319,13 @@ class RedisStore:
         keys: list[bytes],
         arguments: list[bytes],
         echo: bytes = b"",
+        replicas: int = 0,
     ) -> bytes:
         """Run a script; its first answering byte says how it went.
 
         A success must end with ``echo``, as the version that was written: an answer to somebody
-        else's command would not.
+        else's command would not. So many ``replicas`` must have it then, or ``LogoutUnconfirmed``
+        is raised.
         """
 
         def parse(reply: Any) -> bytes:
@@ -321,8 +340,10 @@ class RedisStore:
             reply = self._call(
                 deadline,
                 parse,
-                _packed(b"EVALSHA", script.sha, *parts),
-                lambda: _packed(b"EVAL", script.source, *parts),
+                keys[0],
+                packed(b"EVALSHA", script.sha, *parts),
+                lambda: packed(b"EVAL", script.source, *parts),
+                replicas,
             )
         except UnreadableRecord as error:
             if error.detail == _WRONG_TYPE:
@@ -336,22 +357,25 @@ class RedisStore:
         self,
         deadline: float,
         parse: Callable[[Any], T],
+        name: bytes,
         request: bytes,
         with_source: Callable[[], bytes] | None = None,
+        replicas: int = 0,
     ) -> T:
         """Send one command and return what ``parse`` makes of its answer, before ``deadline``.
 
-        Where the server does not know the script, ``with_source`` is the same command with it.
-        An answer that ``parse`` refuses is asked for once more, on another connection: this one
-        may be out of step. Repeats are safe: every command here recognises its own earlier effect.
+        ``name`` is the key that it is about. Where the server does not know the script,
+        ``with_source`` is the same command with it. An answer that ``parse`` refuses is asked for
+        once more, on another connection: this one may be out of step. Repeats are safe: every
+        command here recognises its own earlier effect.
         Only where another writer came in between, a repeat cannot tell a write that was applied
         and overwritten from one that was never applied: that is ``StoreUnavailable`` too.
         """
-        retries = _RETRIES
+        tries = 0
         refused = in_doubt = False
         while True:
             try:
-                answer = self._attempt(request, parse, deadline)
+                answer = self._attempt(name, request, parse, deadline, replicas)
                 if in_doubt and answer in _OVERTAKEN:
                     raise StoreUnavailable("redis: an answer was lost, then another write came")
                 return answer
@@ -368,49 +392,76 @@ class RedisStore:
             except (AuthenticationError, ResponseError) as error:
                 if str(error).startswith("WRONGTYPE"):
                     raise UnreadableRecord("corrupt", _WRONG_TYPE) from None
-                if not isinstance(error, (ReadOnlyError, BusyLoadingError)):
+                if not isinstance(error, _PASSING):
                     raise _unavailable(request, error) from error
                 failure: Exception = error
-            except RedisConnectionError as error:
-                self._pool.distrust()
-                failure = error
-                in_doubt = True
-            except (RedisTimeoutError, OSError) as error:
+            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
                 failure = error
                 in_doubt = True
             except RedisError as error:
                 raise _unavailable(request, error) from error
-            pause = _RETRY_PAUSE * (_RETRIES - retries)  # at first none: it may have been idle long
-            if retries == 0 or time.monotonic() + pause >= deadline:
+            pause = _RETRY_PAUSE * tries  # at first none: the connection may have been idle long
+            if tries == self._retries or time.monotonic() + pause >= deadline:
                 raise _unavailable(request, failure) from failure
-            retries -= 1
+            tries += 1
             time.sleep(pause)
 
-    def _attempt(self, request: bytes, parse: Callable[[Any], T], deadline: float) -> T:
-        pool: Any = self._pool  # of either kind, with slots of its own kind
+    def _attempt(
+        self,
+        name: bytes,
+        request: bytes,
+        parse: Callable[[Any], T],
+        deadline: float,
+        replicas: int,
+        pool: Any = None,  # of any kind, with slots of its own kind
+        *,
+        asking: bool = False,
+    ) -> T:
+        if pool is None:
+            pool = self._pool
         slot = pool.take(deadline)
         try:
             try:
-                return parse(slot.ask(request))
+                if asking:
+                    slot.ask(_ASKING)
+                answer = parse(slot.ask(request))
+                if replicas:
+                    _confirm(slot, answer, replicas, deadline)
+                return answer
             except ReadOnlyError:
-                slot.connection.disconnect()  # after a failover: look the primary up anew
+                # After a failover: look the primary up anew, for every connection.
+                slot.connection.disconnect()
+                pool.distrust()
                 raise
             except ResponseError:
                 raise
-            except BaseException:
+            except BaseException as error:
                 # Interrupted, or given an answer that is not ours: never reuse this connection.
                 slot.connection.disconnect()
+                if isinstance(error, RedisConnectionError):
+                    pool.distrust()
+                elif isinstance(error, RedisTimeoutError):
+                    pool.timed_out()
                 raise
         finally:
             pool.give(slot)
 
 
-def _packed(*parts: bytes) -> bytes:
-    """A command as it is sent. Not by hiredis: it crashes when a signal strikes meanwhile."""
-    pieces = [b"*%d\r\n" % len(parts)]
-    for part in parts:
-        pieces.append(b"$%d\r\n%b\r\n" % (len(part), part))
-    return b"".join(pieces)
+def _confirm(slot: Any, answer: Any, replicas: int, deadline: float) -> None:
+    """Wait until so many replicas have what this connection did; see Redis' ``WAIT``.
+
+    It waits for all that the server was told before, so a repeat that found nothing left to do
+    waits for what was done.
+    """
+    if answer[:1] not in (b"K", b"N"):
+        return
+    span = b"%d" % max(1, int((deadline - time.monotonic()) * 800))
+    try:
+        confirmed = slot.ask(packed(b"WAIT", b"%d" % replicas, span))
+    except (RedisError, OSError) as error:
+        raise LogoutUnconfirmed(f"redis: WAIT: {type(error).__name__}: {error}") from error
+    if type(confirmed) is not int or confirmed < replicas:
+        raise LogoutUnconfirmed(f"redis: WAIT: {confirmed} of {replicas} replicas answered in time")
 
 
 def _as_it_is(answer: Any) -> Any:

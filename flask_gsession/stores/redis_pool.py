@@ -110,7 +110,7 @@ class ConnectionPool:
     """
 
     def __init__(self, make: Callable[[], Any], size: int) -> None:
-        self._make = make
+        self.make = make
         self._size = size
         self._start()
         _pools.add(self)
@@ -130,7 +130,7 @@ class ConnectionPool:
         except IndexError:
             slot = self._wait(deadline)
         if slot.connection is None:
-            slot.connection = self._make()
+            slot.connection = self.make()
         slot.connection.deadline.at = deadline
         return slot
 
@@ -164,6 +164,9 @@ class ConnectionPool:
                     self._returned.notify()
         elif slot.connection is not None:
             slot.connection.disconnect()
+
+    def timed_out(self) -> None:
+        """A connection gave no answer in time. The others may: they are kept."""
 
     def distrust(self) -> None:
         """The server closed a connection that was idle, so likely all of them: close them."""
@@ -225,11 +228,22 @@ class ClientPool:
         """Take back what ``take`` lent."""
         self._pool.release(slot.connection)
 
+    def timed_out(self) -> None:
+        """Nothing: the connection itself is closed."""
+
     def distrust(self) -> None:
         """Nothing: the client checks a connection before it lends it."""
 
     def close(self) -> None:
         """Nothing: the client belongs to the application."""
+
+
+def packed(*parts: bytes) -> bytes:
+    """A command as it is sent. Not by hiredis: it crashes when a signal strikes meanwhile."""
+    pieces = [b"*%d\r\n" % len(parts)]
+    for part in parts:
+        pieces.append(b"$%d\r\n%b\r\n" % (len(part), part))
+    return b"".join(pieces)
 
 
 _pools: WeakSet[ConnectionPool] = WeakSet()

@@ -1,0 +1,307 @@
+"""Sessions in a Redis Cluster: each in the node of its slot, which may move at any time.
+
+A rotation concerns two keys, and so two slots. The new record is put under its key first, and it
+is the old key that decides: of several rotations one gets there, and takes the others' records for
+what nobody has a token of. Who dies in between leaves such a record, with an expiry.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.crc import key_slot
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from ..errors import Gone, LeaseLost, LogoutUnconfirmed, Stale, StoreUnavailable, UnreadableRecord
+from .base import Record, StoreOptions, closing
+from .redis import RedisStore, _pack, _Script, _version
+from .redis_pool import AllInUse, ConnectionPool, bounded, packed
+from .redis_servers import Address, connections_of, servers_of
+
+T = TypeVar("T")
+
+_SLOTS = packed(b"CLUSTER", b"SLOTS")
+_ROTATE = _Script("rotate")
+_END_SHOWN = 10_000  # milliseconds for which an old key tells a repeat that it was rotated away
+# What a client's connections have beside that is of no use, or would read from a replica.
+_OF_THE_CLIENT = ("redis_connect_func", "himport_registry", "cache", "event_dispatcher")
+
+Owners = dict[int, Address]
+
+
+class Cluster:
+    """Which node serves a slot, and the connections to each.
+
+    ``make`` makes a connection to an address, ``size`` is the most to one node. There is no lock:
+    threads do not wait for one that asks a frozen node, and a fork finds none held.
+    """
+
+    def __init__(self, make: Callable[..., Any], seeds: list[Address], size: int) -> None:
+        self._make = make
+        self._seeds = seeds
+        self._size = size
+        self._pools: dict[Address, ConnectionPool] = {}
+        self._owners: Owners = {}
+        self._outdated = True
+        self._knowing: Address | None = None  # to be asked first,
+        self._silent: Address | None = None  # and last
+
+    def make(self, **options: Any) -> Any:
+        """A connection to one of the nodes: whichever it is, it hears what is published."""
+        host, port = random.choice([*(set(self._owners.values()) or self._seeds)])
+        return self._make(host=host, port=port, **options)
+
+    def pool(self, address: Address) -> ConnectionPool:
+        """The connections to one node."""
+        pool = self._pools.get(address)
+        if pool is None:
+            make = partial(self._make, host=address[0], port=address[1])
+            pool = self._pools.setdefault(address, ConnectionPool(make, self._size))
+        return pool
+
+    def owner(self, slot: int, deadline: float) -> Address:
+        """The node that serves a slot, as far as is known."""
+        if self._outdated:
+            self._look(deadline)
+        try:
+            return self._owners[slot]
+        except KeyError:
+            self._outdated = True
+            raise RedisConnectionError(f"no node of the cluster serves slot {slot}") from None
+
+    def failed(self, address: Address) -> None:
+        """This node did not answer: another may serve its slots by now."""
+        self._silent, self._outdated = address, True
+
+    def moved(self, slot: int, to: Address) -> None:
+        """A node named another for this slot, and more slots may have moved there."""
+        self._owners[slot] = to
+        self._knowing, self._outdated = to, True
+
+    def close(self) -> None:
+        """Close all connections."""
+        for pool in list(self._pools.values()):
+            pool.close()
+
+    def _look(self, deadline: float) -> None:
+        """Ask a node who serves what."""
+        known = list({*self._owners.values(), *self._seeds})
+        random.shuffle(known)
+        known.sort(key=lambda address: (address != self._knowing, address == self._silent))
+        last = ""
+        for address in known:
+            # A node that is frozen must leave time for the others.
+            share = time.monotonic() + (deadline - time.monotonic()) / 3
+            try:
+                owners = _owners_in(self._ask(address, share), address)
+            except ResponseError:
+                raise
+            except (RedisError, OSError) as error:
+                last = f"; {type(error).__name__}: {error}"
+                continue
+            if owners:
+                self._owners = owners
+                self._outdated = False
+                self._knowing = self._silent = None
+                for gone in self._pools.keys() - {*owners.values(), *self._seeds}:
+                    pool = self._pools.pop(gone, None)
+                    if pool is not None:
+                        pool.close()
+                return
+        raise RedisConnectionError(f"no node of the cluster answers{last}")
+
+    def _ask(self, address: Address, deadline: float) -> Any:
+        pool = self.pool(address)
+        slot = pool.take(deadline)
+        try:
+            return slot.ask(_SLOTS)
+        except BaseException:
+            slot.connection.disconnect()
+            raise
+        finally:
+            pool.give(slot)
+
+
+class RedisClusterStore(RedisStore):
+    """Keeps records in a Redis Cluster: at the nodes of ``url``, or where an existing client is.
+
+    One call takes at most ``options.timeout``. Of a client that was passed in the nodes and the
+    options of its connections are used, not the connections.
+    """
+
+    # A failover or a moving slot sends a request from node to node before it is served.
+    _retries = 6
+    # While a slot moves, a script with a key that is not there and one that is is refused.
+    _apart = True
+
+    def __init__(self, url_or_client: str | RedisCluster, options: StoreOptions | None = None):
+        super().__init__(url_or_client, options)  # type: ignore[arg-type]  # for `_open` below
+
+    def _open(self, source: Any, options: StoreOptions) -> tuple[Cluster, Callable[..., Any]]:
+        of = _of_url if isinstance(source, str) else _of_client
+        make, seeds = of(source, options.timeout)
+        cluster = Cluster(make, seeds, options.pool_max)
+        closing(self, cluster.close)
+        return cluster, cluster.make
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None = None,
+    ) -> None:
+        deadline = self._deadline()
+        self._create(record, deadline)
+        version = _version(record.version)
+        try:
+            self._run(
+                deadline,
+                _ROTATE,
+                [self._name(key), *([] if lease is None else [self._lease_name(key)])],
+                [
+                    _version(expected_version),
+                    _pack(pointer or self._end_of(key, record)),
+                    self._life(pointer) if pointer else b"%d" % _END_SHOWN,
+                    self._now_text(),
+                    version,
+                    (lease or "").encode(),
+                    self._channels,
+                ],
+                version,
+                0 if pointer else self._logout_replicas,
+            )
+        except (Gone, Stale, LeaseLost):
+            with suppress(Gone, Stale, StoreUnavailable):
+                super()._delete(record.key, deadline, version, b"1")
+            raise
+        except LogoutUnconfirmed:
+            self._end_lease(key, deadline)
+            raise
+        self._end_lease(key, deadline)
+
+    def _delete(
+        self,
+        key: str,
+        deadline: float,
+        version: bytes = b"",
+        pointers: bytes = b"0",
+        lease: str | None = None,
+    ) -> bytes:
+        try:
+            reply = super()._delete(key, deadline, version, pointers, lease)
+        except LogoutUnconfirmed:
+            self._end_lease(key, deadline)
+            raise
+        if reply == b"K":
+            self._end_lease(key, deadline)
+        return reply
+
+    def _end_lease(self, key: str, deadline: float) -> None:
+        # Without its session it has no effect, and it runs out; only those who wait would wait on.
+        with suppress(StoreUnavailable):
+            self._ask_for_lease(key, "end", "-", deadline=deadline)
+
+    def _ask_for_lease(
+        self, key: str, operation: str, owner: str, *more: bytes, deadline: float | None = None
+    ) -> bytes:
+        deadline = deadline or self._deadline()
+        if operation == "acquire":
+            try:
+                record = self._load(key, deadline)
+            except UnreadableRecord:
+                raise Gone from None
+            if record is None or record.successor is not None:
+                raise Gone
+        return super()._ask_for_lease(key, operation, owner, *more, deadline=deadline)
+
+    def _end_of(self, key: str, record: Record) -> Record:
+        """What stands under a key that ended, for a repeat to know it: an expired pointer."""
+        now = self._now()
+        return record._replace(
+            key=key, idle_expires_at=now, absolute_expires_at=now, payload=b"", successor=""
+        )
+
+    def _attempt(
+        self,
+        name: bytes,
+        request: bytes,
+        parse: Callable[[Any], T],
+        deadline: float,
+        replicas: int,
+        pool: Any = None,
+        *,
+        asking: bool = False,
+    ) -> T:
+        cluster: Cluster = self._pool
+        slot = key_slot(name)
+        address = cluster.owner(slot, deadline)
+
+        def attempt(address: Address, *, asking: bool = False) -> T:
+            pool = cluster.pool(address)
+            return super(RedisClusterStore, self)._attempt(
+                name, request, parse, deadline, replicas, pool, asking=asking
+            )
+
+        try:
+            return attempt(address)
+        except MovedError as error:
+            cluster.moved(slot, _named_by(error, address))
+            raise
+        except AskError as error:  # the slot is on its way, and this key has arrived
+            return attempt(_named_by(error, address), asking=True)
+        except AllInUse:
+            raise
+        except (RedisConnectionError, RedisTimeoutError, OSError):
+            cluster.failed(address)
+            raise
+
+
+def _of_url(url: str, timeout: float) -> tuple[Callable[..., Any], list[Address]]:
+    servers = servers_of(url, 6379)
+    kind, settings = connections_of(f"{servers.single}?{urlencode(servers.options)}", timeout)
+    if settings.get("db"):
+        raise ValueError("a cluster has one database")
+    return partial(kind, **settings), servers.addresses
+
+
+def _of_client(client: RedisCluster, timeout: float) -> tuple[Callable[..., Any], list[Address]]:
+    nodes: list[Any] = client.get_nodes()  # type: ignore[no-untyped-call]
+    pool: Any = client.get_redis_connection(nodes[0]).connection_pool
+    settings = {
+        name: value
+        for name, value in pool.connection_kwargs.items()
+        if name not in _OF_THE_CLIENT and "maint_notifications" not in name
+    }
+    settings |= {
+        "socket_connect_timeout": timeout / 4,
+        "socket_timeout": timeout / 4,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    kind = bounded(pool.connection_class)
+    return partial(kind, **settings), [(node.host, node.port) for node in nodes]
+
+
+def _named_by(error: AskError, asked: Address) -> Address:
+    return error.host or asked[0], error.port
+
+
+def _owners_in(answer: Any, asked: Address) -> Owners:
+    """Who serves what in an answer to ``CLUSTER SLOTS``; a node without a name is the one asked."""
+    owners: Owners = {}
+    for first, last, (host, port, *_), *_ in answer:
+        address = (host.decode() if host else asked[0], int(port))
+        owners.update(dict.fromkeys(range(first, last + 1), address))
+    return owners

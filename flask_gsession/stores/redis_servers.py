@@ -1,0 +1,173 @@
+"""Several Redis servers behind one URL: their addresses, and which of them is the primary.
+
+redis-py's own classes for this wait as long as they like, and may be asked by one thread only. The
+connections here are redis-py's, the time they take is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from .redis_pool import ConnectionPool, Slot, bounded, packed
+
+# A primary that was replaced on request takes writes for seconds, which are lost: so connections
+# that work are no proof, and the sentinels are asked again after so many seconds.
+LOOK_AGAIN = 1.0
+
+Address = tuple[str, int]
+Make = Callable[[], Any]  # a connection that is not connected yet
+
+
+class Servers(NamedTuple):
+    """What a URL with several hosts says."""
+
+    addresses: list[Address]
+    path: str
+    options: dict[str, str]  # of the query
+    single: str  # the URL with the first host only, and without path and query
+
+
+def servers_of(url: str, default_port: int) -> Servers:
+    """Take a URL apart that may name several hosts. Raises ``ValueError``."""
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    addresses = []
+    for host in hosts.split(","):
+        one = urlsplit(f"//{host}")
+        if not one.hostname or one.username is not None:
+            raise ValueError("a host is missing")
+        addresses.append((one.hostname, one.port or default_port))
+    scheme = parts.scheme.partition("+")[0]
+    return Servers(
+        addresses,
+        parts.path,
+        dict(parse_qsl(parts.query, keep_blank_values=True)),
+        f"{scheme}://{user}{at}{hosts.split(',')[0]}",
+    )
+
+
+def connections_of(url: str, timeout: float) -> tuple[type, dict[str, Any]]:
+    """The class and the options of the connections that a URL of redis-py's describes."""
+    made = redis.ConnectionPool.from_url(
+        url,
+        socket_connect_timeout=timeout / 4,
+        socket_timeout=timeout / 4,
+        retry=Retry(NoBackoff(), 0),
+    )
+    kind = bounded(made.connection_class)
+    kind(**made.connection_kwargs)  # Not connected: it only lets wrong options show now.
+    return kind, made.connection_kwargs
+
+
+def ask_once(make: Make, request: bytes, deadline: float) -> Any:
+    """The answer to one command, on a connection of its own."""
+    slot = Slot(None)
+    slot.connection = make()
+    slot.connection.deadline.at = deadline
+    try:
+        return slot.ask(request)
+    finally:
+        slot.connection.disconnect()
+
+
+class Sentinels:
+    """Knows who is the primary of a service. Any thread may ask, and nothing is kept open.
+
+    ``makes`` make connections to the sentinels.
+    """
+
+    def __init__(self, makes: list[Make], service: str) -> None:
+        self._makes = makes
+        self._service = service
+
+    def primary(self, deadline: float) -> Address:
+        """Its address, from the first sentinel that knows one."""
+        request = packed(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._service.encode())
+        last = ""
+        for make in self._makes:
+            # A sentinel that is frozen must leave time for the others.
+            share = time.monotonic() + (deadline - time.monotonic()) / 3
+            try:
+                answer = ask_once(make, request, share)
+            except (RedisError, OSError) as error:
+                last = f"; {type(error).__name__}: {error}"
+                continue
+            if isinstance(answer, list) and len(answer) == 2:
+                self._makes = [make, *(each for each in self._makes if each is not make)]
+                return answer[0].decode(), int(answer[1])
+        raise RedisConnectionError(f"no sentinel knows a primary of {self._service!r}{last}")
+
+
+class _ToPrimary:
+    """Mixed into the connection classes: connects to whoever is the primary now, and makes sure."""
+
+    def __init__(self, *, found: Callable[[float], Address], **options: Any) -> None:
+        super().__init__(**options)
+        self._found = found
+
+    def _connect(self) -> Any:
+        self.host, self.port = self._found(self.deadline.at)  # type: ignore[attr-defined]
+        return super()._connect()  # type: ignore[misc]
+
+    def on_connect_check_health(self, check_health: bool = True) -> None:
+        super().on_connect_check_health(check_health)  # type: ignore[misc]
+        self.send_command("ROLE", check_health=False)  # type: ignore[attr-defined]
+        role = self.read_response(disable_decoding=True)[0].decode()  # type: ignore[attr-defined]
+        if role != "master":
+            raise RedisConnectionError(f"{self.host}:{self.port} is to be the primary, and is not")
+
+
+class PrimaryPool(ConnectionPool):
+    """Connections to the primary of a service, wherever a failover takes it."""
+
+    def __init__(self, url: str, timeout: float, size: int) -> None:
+        servers = servers_of(url, 26379)
+        _, service, *database = servers.path.split("/")
+        options = servers.options
+        users = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+        kind, settings = connections_of(
+            f"{servers.single}/{''.join(database)}?{urlencode(options)}", timeout
+        )
+        watchers = {**settings, **users, "db": 0, "credential_provider": None}
+        self._sentinels = Sentinels(
+            [
+                partial(kind, **{**watchers, "host": host, "port": port})
+                for host, port in servers.addresses
+            ],
+            service,
+        )
+        self._primary: Address | None = None
+        self._look_at = 0.0  # of time.monotonic: when to ask the sentinels again
+        to_primary = type(kind.__name__, (_ToPrimary, kind), {})
+        super().__init__(partial(to_primary, found=self._find, **settings), size)
+
+    def take(self, deadline: float) -> Slot:
+        """A slot whose connection leads, or will lead, to the primary."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_AGAIN  # nobody else need ask meanwhile
+            before = self._primary
+            if before is not None:
+                with suppress(RedisConnectionError):  # without sentinels it goes on as it is
+                    if self._find(now + (deadline - now) / 4) != before:
+                        self.distrust()
+        return super().take(deadline)
+
+    def timed_out(self) -> None:
+        """The primary may be frozen, and replaced: ask before it is used again."""
+        self._look_at = 0.0
+
+    def _find(self, deadline: float) -> Address:
+        self._primary = self._sentinels.primary(deadline)
+        return self._primary

@@ -1,0 +1,348 @@
+"""What a Redis refuses, and why: each leads to the right behaviour, and says what it was."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from flask_gsession.errors import StoreUnavailable
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.testing import FakeClock, a_pointer, a_record
+from tests.apps import Site
+from tests.servers import RedisServer
+from tests.test_redis_servers import OnServers
+from tests.topologies import HOST, RedisACL, RedisCluster, RedisSentinels, until
+
+pytest_plugins = ["tests.topologies"]
+
+PAGE = (Path(__file__).parent.parent / "docs/how-to/deployment.md").read_text(encoding="utf-8")
+KEY = "A" * 43
+
+
+def a_store(url: str, prefix: str = "answers:", **options: Any) -> Any:
+    return open_store(url, StoreOptions(**{"prefix": prefix, "timeout": 10, **options}))[0]
+
+
+# Users of few rights ---------------------------------------------------------------------------
+
+
+def rights(prefix: str) -> str:
+    """The ACL that the page on deployment gives to the sessions' user, for another key prefix."""
+    found = re.search(r"^ACL SETUSER shop on >password (.+)$", PAGE, re.MULTILINE)
+    assert found is not None
+    return found[1].replace("~gsession:*", f"~{prefix}*")
+
+
+WORDS = rights("").split()[1:]
+
+
+def rights_to_lock(prefix: str) -> str:
+    """The further words that the page gives for session locks."""
+    words = ("+publish", "+subscribe +ping", "&gsession:wake:*")
+    assert all(f"`{word}`" in PAGE for word in words)
+    return " ".join(words).replace("gsession:", prefix)
+
+
+class TestWithThePublishedRights(OnServers):
+    @pytest.fixture(autouse=True)
+    def server(self, redis_acl: RedisACL, store_prefix: str) -> None:
+        redis_acl.allow(f"{rights(store_prefix)} {rights_to_lock(store_prefix)}")
+        self.url, self.prefix = redis_acl.url, store_prefix
+
+
+def live(store: Any) -> None:
+    """Everything that a store is asked, in the life of some sessions."""
+    clock = store._clock = FakeClock()
+    expired = a_record(clock, idle=10)
+    store.create(expired)
+    clock.advance(11)
+    first = a_record(clock, key=expired.key)
+    store.create(first)
+    assert store.load(first.key) == first
+    saved = first._replace(version=first.version + 1, payload=b"saved")
+    store.save(saved, first.version)
+    assert store.renew(saved, saved.idle_expires_at + 1000)
+    second, third = a_record(clock), a_record(clock)
+    store.replace(first.key, second, saved.version, a_pointer(saved, second))
+    store.replace(second.key, third, second.version, None)
+    assert store.delete(first.key) is False
+    assert store.delete(third.key, third.version)
+
+
+def test_the_published_rights_are_enough_and_nothing_else_is_tried(
+    redis_acl: RedisACL, store_prefix: str
+) -> None:
+    redis_acl.allow(rights(store_prefix))
+    redis_acl.denied()
+    store = a_store(redis_acl.url, store_prefix)
+    live(store)
+    store.close()
+    site = Site(redis_acl.url, store_prefix, time.time)
+    visitor = site.visitor()
+    visitor.run(lambda s: s.update(count=0, user="mira"))
+    visitor.run(lambda s: s.rotate(grace=0))
+    for _ in range(2):
+        visitor.run(lambda s: s.update_atomic("count", lambda n: n + 1))
+
+    def work(s: Any) -> None:
+        s["count"] += 1
+
+    visitor.run(lambda s: s.transaction().run(work))
+    visitor.run(lambda s: s.rotate())
+    assert visitor.run(dict) == {"count": 3, "user": "mira"}
+    visitor.run(lambda s: s.destroy())
+    assert visitor.run(dict) == {}
+    site.store.close()
+    assert set(redis_acl.denied()) <= {"command: client|setinfo", "command: client"}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_each_of_the_published_rights_is_needed(
+    redis_acl: RedisACL, store_prefix: str, word: str
+) -> None:
+    redis_acl.allow(" ".join(each for each in rights(store_prefix).split() if each != word))
+    with Redis.from_url(redis_acl.admin_url) as admin:
+        admin.script_flush()
+    store = a_store(redis_acl.url, store_prefix)
+    with pytest.raises(StoreUnavailable, match=r"(?i)permission|can't run this command"):
+        live(store)
+    store.close()
+
+
+def test_the_rights_for_locks(
+    redis_acl: RedisACL, store_prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_acl.allow(f"{rights(store_prefix)} {rights_to_lock(store_prefix)}")
+    redis_acl.denied()
+    with Site(redis_acl.url, store_prefix, time.time) as site:
+        visitor = site.visitor()
+        visitor.run(lambda s: s.update(count=0))
+
+        def count(_: int) -> None:
+            def work(s: Any) -> None:
+                with s.lock(wait=20):
+                    s["count"] += 1
+
+            visitor.another_tab().run(work)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(count, range(20)))
+        assert visitor.run(dict) == {"count": 20}
+    assert set(redis_acl.denied()) <= {"command: client|setinfo", "command: client"}
+    assert not caplog.records
+
+
+def test_another_prefix_is_out_of_reach(redis_acl: RedisACL, store_prefix: str) -> None:
+    redis_acl.allow(rights(store_prefix))
+    store = a_store(redis_acl.url, "other:")
+    with pytest.raises(StoreUnavailable, match="redis: GET: NoPermissionError"):
+        store.load(KEY)
+    store.close()
+
+
+def test_the_rights_for_another_database(redis_acl: RedisACL, store_prefix: str) -> None:
+    assert "`+select`" in PAGE
+    redis_acl.allow(rights(store_prefix))
+    store = a_store(redis_acl.url.replace("/0", "/1"), store_prefix)
+    with pytest.raises(StoreUnavailable, match="select"):
+        store.load(KEY)
+    redis_acl.allow(f"{rights(store_prefix)} +select")
+    live(store)
+    store.close()
+
+
+@pytest.fixture
+def least_with_sentinels(redis_sentinels: RedisSentinels, store_prefix: str) -> str:
+    """The URL of a user with the published rights, and no others."""
+    for member in redis_sentinels.data:
+        words = ("reset", "on", ">pw", *rights(store_prefix).split(), "+role", "+wait")
+        member.command("ACL", "SETUSER", "least", *words)
+    for sentinel in redis_sentinels.sentinels:
+        words = ("reset", "on", ">pw", "+sentinel|get-master-addr-by-name")
+        sentinel.command("ACL", "SETUSER", "watch", *words)
+    hosts = redis_sentinels.url.removeprefix("redis+sentinel://")
+    users = "sentinel_username=watch&sentinel_password=pw"
+    return f"redis+sentinel://least:pw@{hosts}?{users}"
+
+
+def test_the_rights_with_sentinels(least_with_sentinels: str, store_prefix: str) -> None:
+    assert all(f"`{word}`" in PAGE for word in ("+role", "+sentinel|get-master-addr-by-name"))
+    store = a_store(least_with_sentinels, store_prefix, logout_replicas=2)
+    live(store)
+    store.close()
+
+
+def test_the_rights_in_a_cluster(redis_cluster: RedisCluster, store_prefix: str) -> None:
+    assert "`+cluster|slots +asking`" in PAGE
+    for node in redis_cluster.nodes:
+        words = ("reset", "on", ">pw", *rights(store_prefix).split())
+        node.command("ACL", "SETUSER", "least", *words)
+    url = redis_cluster.url.replace("://", "://least:pw@")
+    store = a_store(url, store_prefix, logout_replicas=1)
+    with pytest.raises(StoreUnavailable, match="cluster"):
+        store.load(KEY)
+    for node in redis_cluster.nodes:
+        node.command("ACL", "SETUSER", "least", "+cluster|slots", "+asking", "+wait")
+    live(store)
+    slot = 1234
+    with redis_cluster.migrating(slot):
+        for _ in range(3):
+            live(store)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("user", "said"),
+    [("", "missing"), ("app:wrong@", "wrong"), ("nobody:wrong@", "wrong"), (":wrong@", "wrong")],
+    ids=["none", "wrong password", "unknown user", "password only"],
+)
+def test_a_missing_or_wrong_password_is_called_so(
+    redis_acl: RedisACL, user: str, said: str
+) -> None:
+    """The server's own words for it speak of HELLO."""
+    store = a_store(redis_acl.anonymous_url.replace("://", f"://{user}"))
+    begin = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=f"password in SESSION_STORE .*{said}") as raised:
+        store.load(KEY)
+    assert time.monotonic() - begin < 5  # not tried again for ten seconds
+    assert "wrong@" not in str(raised.value)
+    store.close()
+
+
+# Servers in trouble ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def admin(own_redis: RedisServer) -> Iterator[Any]:
+    with Redis.from_url(own_redis.url, socket_timeout=10) as client:
+        yield client
+
+
+def test_loading(store_prefix: str) -> None:
+    """A server that reads its file is asked again when it has."""
+    slowly = ("--key-load-delay", "500", "--loading-process-events-interval-bytes", "1024")
+    with RedisServer(*slowly) as server:
+        store = a_store(server.url, store_prefix)
+        record = a_record(time.time)
+        store.create(record)
+        with Redis.from_url(server.url) as client:
+            with client.pipeline(transaction=False) as pipe:
+                for number in range(3000):
+                    pipe.set(f"{store_prefix}{number}", "x" * 100)
+                pipe.execute()
+            client.save()
+        server.kill()
+        server.start()
+        with pytest.raises(StoreUnavailable, match="redis: GET: BusyLoadingError"):
+            store.load(record.key)
+        assert until(lambda: _loaded(store, record.key), "the file being read") == record
+        store.close()
+
+
+def _loaded(store: Any, key: str) -> Any:
+    try:
+        return store.load(key)
+    except StoreUnavailable:
+        return None
+
+
+def test_readonly(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
+    """Every connection leads to a former primary: none is used again, in case it is elsewhere."""
+    store = a_store(own_redis.url, store_prefix)
+    record = a_record(time.time)
+    store.create(record)
+    slots = [store._pool.take(time.monotonic() + 10) for _ in range(3)]
+    for slot in slots:
+        slot.ask(b"PING\r\n")
+        store._pool.give(slot)
+    before = [slot.connection for slot in slots]
+    assert all(connection.is_connected for connection in before)
+    admin.replicaof(HOST, 1)
+    try:
+        with pytest.raises(StoreUnavailable, match="redis: SET: ReadOnlyError"):
+            store.create(a_record(time.time))
+        assert not any(connection.is_connected for connection in before)
+    finally:
+        admin.replicaof("NO", "ONE")
+    assert store.delete(record.key)
+    store.close()
+
+
+def test_masterdown(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
+    store = a_store(own_redis.url, store_prefix)
+    record = a_record(time.time)
+    store.create(record)
+    admin.config_set("replica-serve-stale-data", "no")
+    admin.replicaof(HOST, 1)
+    try:
+        with pytest.raises(StoreUnavailable, match="redis: GET: MasterDownError"):
+            store.load(record.key)
+    finally:
+        admin.replicaof("NO", "ONE")
+        admin.config_set("replica-serve-stale-data", "yes")
+    assert store.load(record.key) == record
+    store.close()
+
+
+def test_misconf(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
+    """It cannot write its file, and so takes no change; reads go on."""
+    store = a_store(own_redis.url, store_prefix)
+    record = a_record(time.time)
+    store.create(record)
+    saved = record._replace(version=record.version + 1)
+    in_the_way = own_redis._directory / "dump.rdb"
+    in_the_way.mkdir()
+    (in_the_way / "file").touch()
+    admin.config_set("save", "3600 1")
+
+    def status() -> str:
+        return str(admin.info("persistence")["rdb_last_bgsave_status"])
+
+    try:
+        admin.bgsave()
+        until(lambda: status() == "err", "the failure of the file")
+        for change in (
+            lambda: store.create(a_record(time.time)),
+            lambda: store.save(saved, record.version),
+            lambda: store.delete(record.key),
+        ):
+            with pytest.raises(StoreUnavailable, match="MISCONF"):
+                change()
+        assert store.load(record.key) == record
+    finally:
+        (in_the_way / "file").unlink()
+        in_the_way.rmdir()
+        admin.bgsave()
+        until(lambda: status() == "ok", "the file being written")
+        admin.config_set("save", "")
+    store.save(saved, record.version)
+    assert store.delete(record.key)
+    store.close()
+
+
+def test_oom(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
+    """A full server still lets people log out."""
+    store = a_store(own_redis.url, store_prefix)
+    record = a_record(time.time)
+    store.create(record)
+    admin.config_set("maxmemory-policy", "noeviction")
+    admin.config_set("maxmemory", "1kb")
+    try:
+        for change in (
+            lambda: store.create(a_record(time.time)),
+            lambda: store.save(record._replace(version=record.version + 1), record.version),
+        ):
+            with pytest.raises(StoreUnavailable, match=r"OutOfMemoryError|OOM"):
+                change()
+        assert store.load(record.key) == record
+        assert store.delete(record.key)
+    finally:
+        admin.config_set("maxmemory", 0)
+    store.close()
