@@ -32,7 +32,7 @@ from redis import BlockingConnectionPool, Redis
 from redis.connection import AbstractConnection
 
 from flask_gsession import Session, session
-from flask_gsession.errors import Stale
+from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import SessionRefused
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
@@ -680,7 +680,7 @@ def test_the_success_of_another_write_is_not_taken_for_ours(own_redis: RedisServ
         connection = pool.get_connection()
         connection.send_command("ECHO", b"K" + new_version().to_bytes(8, "big"))
         pool.release(connection)
-    with pytest.raises(Stale):
+    with pytest.raises(StoreUnavailable, match="an answer was lost"):
         store.save(mine, new_version())
     assert store.load(record.key) == record
     pool.disconnect()
