@@ -10,8 +10,10 @@ import secrets
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
@@ -128,6 +130,7 @@ class Lock(Generic[S]):
 
     async def __aenter__(self) -> S:
         """As ``with``; the event loop does not wait."""
+        self._abandoned = False
         entering = asyncio.ensure_future(asyncio.to_thread(self.__enter__))
         try:
             return await asyncio.shield(entering)
@@ -159,7 +162,7 @@ class Lock(Generic[S]):
         self._place = _place(self._function)
         self._owner = secrets.token_hex(16)
         self._pid = os.getpid()
-        self._lost = self._moved = self._abandoned = False
+        self._lost = self._moved = False
         began = time.monotonic()
         try:
             self._take(began)
@@ -293,11 +296,11 @@ class Lock(Generic[S]):
         _renewer.discard(self)
         if self._key is None:
             return False
-        try:
-            return self._store.release(self._key, self._owner)
-        except StoreUnavailable as error:
-            logger.warning("A lock could not be given back, and will run out: %s", error)
-            return True  # as far as we know
+        if self._session._in_doubt is not None:
+            # This request has waited for the store already, and need not wait again.
+            _renewer.run(partial(_release, self._store, self._key, self._owner))
+            return True
+        return _release(self._store, self._key, self._owner)
 
     # -- meanwhile
 
@@ -341,6 +344,14 @@ class Lock(Generic[S]):
         self._session._keeper.events.emit(event, handle, *details)
 
 
+def _release(store: Leases, key: str, owner: str) -> bool:
+    try:
+        return store.release(key, owner)
+    except StoreUnavailable as error:
+        logger.warning("A lock could not be given back, and will run out: %s", error)
+        return True  # as far as we know
+
+
 class _Renewer:
     """Extends the leases that this process holds, in one thread, while there are any.
 
@@ -352,41 +363,60 @@ class _Renewer:
 
     def _start_anew(self) -> None:
         self._locks: weakref.WeakSet[Lock[Any]] = weakref.WeakSet()
+        self._errands: deque[Callable[[], object]] = deque()
         self._changed = threading.Condition()
         self._running = False
         self._wakes_at = 0.0
 
     def add(self, lock: Lock[Any]) -> None:
+        """Look after a lock from now on."""
         with self._changed:
             self._locks.add(lock)
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="gsession-locks", daemon=True).start()
-            elif lock._due() < self._wakes_at:
-                self._changed.notify()
+            self._wake(lock._due())
 
     def discard(self, lock: Lock[Any]) -> None:
+        """Look after it no more."""
         with self._changed:
             self._locks.discard(lock)
 
-    def _run(self) -> None:
+    def run(self, errand: Callable[[], object]) -> None:
+        """Do this once, soon."""
+        with self._changed:
+            self._errands.append(errand)
+            self._wake(0.0)
+
+    def _wake(self, due: float) -> None:
+        if not self._running:
+            self._running = True
+            threading.Thread(target=self._work, name="gsession-locks", daemon=True).start()
+        elif due < self._wakes_at:
+            self._changed.notify()
+
+    def _work(self) -> None:
         while True:
+            self._do_next()
             with self._changed:
-                locks = list(self._locks)
-                if not locks:
+                if not (self._locks or self._errands):
                     self._running = False
                     return
-                self._wakes_at = min(lock._due() for lock in locks)
-                del locks
+
+    def _do_next(self) -> None:
+        for errand in self._next():
+            try:
+                errand()
+            except Exception:
+                logger.exception("A lock could not be looked after")
+
+    def _next(self) -> list[Callable[[], object]]:
+        """What is to be done now, after a wait for it."""
+        with self._changed:
+            self._wakes_at = min((lock._due() for lock in self._locks), default=0.0)
+            if not self._errands:
                 self._changed.wait(max(0.001, self._wakes_at - time.monotonic()))
-                now = time.monotonic()
-                due = [lock for lock in self._locks if lock._due() <= now]
-            for lock in due:
-                try:
-                    lock._tend()
-                except Exception:
-                    logger.exception("A lock could not be looked after")
-            del due
+            now = time.monotonic()
+            errands = [*self._errands, *(lock._tend for lock in self._locks if lock._due() <= now)]
+            self._errands.clear()
+            return errands
 
 
 _renewer = _Renewer()

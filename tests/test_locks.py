@@ -79,10 +79,18 @@ class Waiter:
         self.result: Any = None
         self.status = 0
         self._ask = lambda: visitor._ask(function, {})
-        asked = visitor.site.store.calls.count("acquire")
+        self._store = visitor.site.store
         self._thread = threading.Thread(target=self._run)
+        self._asked = threading.Event()
+        self._store.after("acquire", self._note)
         self._thread.start()
-        until(lambda: visitor.site.store.calls.count("acquire") > asked or self.status)
+        until(lambda: self._asked.is_set() or self.status)
+
+    def _note(self) -> None:
+        if threading.current_thread() is self._thread:
+            self._asked.set()
+        else:
+            self._store.after("acquire", self._note)
 
     def _run(self) -> None:
         response, visit = self._ask()
@@ -698,10 +706,13 @@ def test_a_logout_inside_a_lock(site: Site) -> None:
             session.destroy()
             session["farewell"] = 1
             assert site.stored() == {}
+            with session.transaction():
+                session["again"] = 1
+            session["last"] = 1
         return waiter
 
     assert visitor.run(view).end() == 409
-    assert visitor.run(dict) == {"farewell": 1}
+    assert visitor.run(dict) == {"farewell": 1, "again": 1, "last": 1}
     assert is_free(site, visitor)
 
 
@@ -813,7 +824,7 @@ def test_the_answer_to_an_acquisition_is_lost(site: Site) -> None:
     visitor = a_visitor(site)
     site.store.after("acquire", lost_answer)
     assert visitor.ask(count_locked).status_code == 503
-    assert is_free(site, visitor)
+    until(lambda: is_free(site, visitor))  # given back without the request
 
 
 def test_the_answer_to_the_save_is_lost(site: Site) -> None:
@@ -821,7 +832,19 @@ def test_the_answer_to_the_save_is_lost(site: Site) -> None:
     site.store.after("save", lost_answer)
     assert visitor.ask(count_locked).status_code == 503
     assert visitor.run(dict) == {"n": 1}  # once
-    assert is_free(site, visitor)
+    until(lambda: is_free(site, visitor))
+
+
+def test_a_request_waits_for_an_outage_once(site: Site) -> None:
+    """The lock is given back by somebody else."""
+    visitor = a_visitor(site)
+    answered = threading.Event()
+    site.store.before("release", lambda: answered.wait(PATIENCE))
+    site.store.before("save", lost_answer)
+    assert visitor.ask(count_locked).status_code == 503
+    answered.set()
+    until(lambda: is_free(site, visitor))
+    assert visitor.run(dict) == {"n": 0}
 
 
 def test_a_release_that_fails_is_no_failure(site: Site) -> None:
@@ -951,7 +974,9 @@ def test_a_cancelled_wait_leaves_the_queue(site: Site) -> None:
 
     def holder(other: Any) -> None:
         with other.lock():
+            began = time.monotonic()
             assert visitor.another_tab().get("/impatient").status_code == 200
+            assert time.monotonic() - began < PATIENCE / 2
 
     visitor = a_visitor(site)
     visitor.run(holder)
