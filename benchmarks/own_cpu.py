@@ -49,26 +49,21 @@ class InstantConnection:
     def __init__(self) -> None:
         self.deadline = SimpleNamespace(at=None)
         self._values: dict[bytes, bytes] = {}
-        self._answer: Any = None
         self._reader = hiredis.Reader()
 
-    def send_packed_command(self, requests: tuple[bytes]) -> None:
-        self._reader.feed(requests[0])
+    def ask(self, request: bytes) -> Any:
+        self._reader.feed(request)
         command, *args = self._reader.gets()
         if command == b"GET":
-            self._answer = self._values.get(args[0])
-        elif command == b"SET":
+            return self._values.get(args[0])
+        if command == b"SET":
             self._values[args[0]] = args[1]
-            self._answer = b"OK"
-        elif command == b"EVALSHA":  # of the script that saves
+            return b"OK"
+        if command == b"EVALSHA":  # of the script that saves
             _, _, key, _, value, *_ = args
             self._values[key] = value
-            self._answer = b"K" + value[1:9]
-        else:
-            raise NotImplementedError(command)
-
-    def read_response(self, *_: Any, **__: Any) -> Any:
-        return self._answer
+            return b"K" + value[1:9]
+        raise NotImplementedError(command)
 
     def disconnect(self) -> None:
         pass

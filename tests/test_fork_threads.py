@@ -29,7 +29,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from pymongo import MongoClient
 from redis import BlockingConnectionPool, Redis
-from redis.connection import AbstractConnection
+from redis.connection import AbstractConnection, DefaultParser
 
 from flask_gsession import Session, session
 from flask_gsession.errors import StoreUnavailable
@@ -635,11 +635,11 @@ def test_an_answer_that_nobody_waited_for_goes_to_nobody(
     site = make_site(own_redis.url, "test:")
     alice, bob = site.log_in("alice"), site.log_in("bob")
 
-    def interrupt(self: AbstractConnection, *args: Any, **options: Any) -> Any:
+    def interrupt(self: object, *args: Any, **options: Any) -> Any:
         raise Interrupt
 
     with slow_to_answer(own_redis), monkeypatch.context() as patch:
-        patch.setattr(AbstractConnection, "read_response", interrupt)
+        patch.setattr(DefaultParser, "read_response", interrupt)
         with pytest.raises(Interrupt):
             get(site.client(alice), "/all")
     assert get(site.client(bob), "/all") == {"user": "bob"}

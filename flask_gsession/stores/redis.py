@@ -438,10 +438,10 @@ class RedisStore:
             except BaseException as error:
                 # Interrupted, or given an answer that is not ours: never reuse this connection.
                 slot.connection.disconnect()
-                if isinstance(error, RedisConnectionError):
-                    pool.distrust()
-                elif isinstance(error, RedisTimeoutError):
+                if isinstance(error, (RedisTimeoutError, TimeoutError)):
                     pool.timed_out()
+                elif isinstance(error, (RedisConnectionError, OSError)):
+                    pool.distrust()
                 raise
         finally:
             pool.give(slot)

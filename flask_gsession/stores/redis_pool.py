@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakSet, ref
 
 import redis
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _LOOK_FOR_LOST = 0.1  # seconds
@@ -33,11 +34,12 @@ class _BoundedSocket:
     The client's own timeout counts from each received piece, so that a slow trickle has no end.
     """
 
-    __slots__ = ("_deadline", "_socket")
+    __slots__ = ("_armed", "_deadline", "_socket")
 
     def __init__(self, socket: Any, deadline: _Deadline) -> None:
         self._socket = socket
         self._deadline = deadline
+        self._armed = False  # just now, to send: that holds for the first piece of the answer too
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
@@ -47,11 +49,15 @@ class _BoundedSocket:
         return self._socket.recv(*arguments)
 
     def recv_into(self, *arguments: Any) -> Any:
-        self._arm()
+        if self._armed:
+            self._armed = False
+        else:
+            self._arm()
         return self._socket.recv_into(*arguments)
 
     def sendall(self, *arguments: Any) -> None:
         self._arm()
+        self._armed = True
         self._socket.sendall(*arguments)
 
     def _arm(self) -> None:
@@ -72,6 +78,20 @@ class _Bounded:
 
     def _connect(self) -> _BoundedSocket:
         return _BoundedSocket(super()._connect(), self.deadline)  # type: ignore[misc]
+
+    def ask(self, request: bytes) -> Any:
+        """Send a packed command; its answer, as bytes.
+
+        The client's own two methods for it, without what they do for all that they can do else.
+        """
+        connection: Any = self
+        if connection._sock is None:
+            connection.connect_check_health(check_health=False)
+        connection._sock.sendall(request)
+        answer = connection._parser.read_response(disable_decoding=True)
+        if isinstance(answer, ResponseError):
+            raise answer
+        return answer
 
 
 def bounded(connection_class: type) -> type:
@@ -94,9 +114,7 @@ class Slot:
 
     def ask(self, request: bytes) -> Any:
         """Send a packed command; its answer, as bytes."""
-        connection = self.connection
-        connection.send_packed_command((request,))
-        return connection.read_response(disable_decoding=True)
+        return self.connection.ask(request)
 
 
 class ConnectionPool:
