@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from flask.sessions import SessionMixin
@@ -23,11 +24,13 @@ from .errors import (
 from .keeper import ATTEMPTS
 from .lifecycle import Lifecycle
 from .locking import Lock
-from .payload import Body
+from .marks import PLAIN, Mark, marked, split
 from .tracking import TrackedValues
 from .transactions import Transaction
 
 _MAX_GRACE = 3600.0
+_LONGEST_TTL = 10 * 366 * 86400.0
+_RAISE: Any = object()
 
 
 class SessionData(Lifecycle, SessionMixin):
@@ -57,6 +60,11 @@ class SessionData(Lifecycle, SessionMixin):
         if self._keeper.settings.debug:
             self._keeper.codec.encode(key, value)
         values[key] = value
+
+    def _set(self, key: str, value: Any, mark: Mark) -> None:
+        self[key] = value
+        if mark != PLAIN:
+            self._values.set(key, value, mark, self._keeper.now)
 
     def __delitem__(self, key: str) -> None:
         del self._open_for_writing()[key]
@@ -125,6 +133,37 @@ class SessionData(Lifecycle, SessionMixin):
             self._check_key(key)
             self._keeper.codec.encode(key, value)
         self.update(values)
+
+    def set(self, key: str, value: Any, ttl: float | timedelta | None = None) -> None:
+        """Set a key whose value expires by itself ``ttl`` seconds from now, or with the session.
+
+        ``ttl``: more than 0 seconds, at most ten years, or a ``timedelta``; None, the default, sets
+        the key as ``session[key] = value`` does. One beyond the end of the session is kept, and the
+        session ends first. A value that has expired is absent to every look at it, and leaves the
+        store with the next write. Whoever sets the key again without a ``ttl`` removes the expiry;
+        a change inside the value, and ``update_atomic``, leave it as it is.
+
+        Raises ``ValueError`` for any other ``ttl``. Costs no round trip beside the save.
+        """
+        if ttl is None:
+            self[key] = value
+        else:
+            self._set(key, value, Mark(self._keeper.now() + ttl_in_milliseconds(ttl)))
+
+    def ttl(self, key: str) -> float | None:
+        """The seconds until the value of ``key`` expires by itself; None where it does not.
+
+        It ends with the session, anyhow. Raises ``KeyError`` where there is no such key.
+        """
+        values = self._open()
+        if key not in values:
+            raise KeyError(key)
+        try:
+            end = values.mark(key).expires_at
+        except UnreadableRecord as error:
+            self._refuse(error.reason, error.detail)
+            raise KeyError(key) from None
+        return (end - self._keeper.now()) / 1000 if end else None
 
     def remove(self, *keys: str) -> int:
         """Remove the keys that are there; how many were."""
@@ -285,10 +324,11 @@ class SessionData(Lifecycle, SessionMixin):
         """Replace the value of ``key`` by ``function(value)`` and store it now; the new value.
 
         ``function`` gets a fresh copy of what is stored (of ``default`` where there is nothing) and
-        runs again when another request was faster, so it must have no side effects. Other changes
-        of this request stay pending; a pending change of this very key is stored first. An object
-        got from the session under this key before is no part of it any more. In a session that is
-        not stored yet, the value is set and stored with the response.
+        runs again when another request was faster, so it must have no side effects. An expiry that
+        the key has stays. Other changes of this request stay pending; a pending change of this very
+        key is stored first. An object got from the session under this key before is no part of it
+        any more. In a session that is not stored yet, the value is set and stored with the
+        response.
 
         Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
         many lost races, ``ValueRefused`` for a result that cannot be kept. One round trip, two
@@ -298,35 +338,87 @@ class SessionData(Lifecycle, SessionMixin):
         self._check_no_transaction("update_atomic")
         self._check_store()
         values = self._open_for_writing()
-        if self._record is not None and key in values.changes():
+        if self._record is not None and values.has_changed(key):
             self._commit()
         if self._record is None and not self._ended:
-            value = function(copy.deepcopy(self.get(key, default)))
-            self[key] = value
-            return value
+            first = function(copy.deepcopy(self.get(key, default)))
+            self._set(key, first, values.mark(key) if key in values else PLAIN)
+            return first
         codec = self._keeper.codec
+        value: Any = None
+
+        def rewrite(raw: bytes | None) -> bytes:
+            nonlocal value
+            mark, plain = (PLAIN, None) if raw is None else split(raw)
+            value = function(copy.deepcopy(default) if plain is None else codec.decode(plain))
+            return marked(codec.encode(key, value), mark)
+
+        changed = self._rewrite(key, rewrite, "update_atomic")
+        assert changed is not None
+        self._values.settle(key, value, changed)
+        return value
+
+    def take(self, key: str, default: Any = _RAISE) -> Any:
+        """Remove ``key`` and return its value, handed out once: of parallel requests one gets it.
+
+        It is removed from the store before this returns, whatever becomes of the request; other
+        changes of this request stay pending, except for one of this very key, which is stored
+        first. Where there is no value, ``default`` is returned, or ``KeyError`` raised.
+
+        Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
+        many lost races, ``StoreUnavailable`` if it is not known whether the value was removed: it
+        is not handed out then, and may be gone. One round trip, two more for each lost race; none
+        where there is no value, or the session is not stored yet.
+        """
+        self._check_no_transaction("take")
+        self._check_store()
+        values = self._open_for_writing()
+        if self._record is not None and values.has_changed(key):
+            self._commit()
+        if self._record is None:
+            return self.pop(key) if default is _RAISE else self.pop(key, default)
+        codec = self._keeper.codec
+        value: Any = default
+
+        def rewrite(raw: bytes | None) -> None:
+            nonlocal value
+            value = default if raw is None else codec.decode(split(raw)[1])
+
+        self._rewrite(key, rewrite, "take")
+        self._values.drop(key)
+        if value is _RAISE:
+            raise KeyError(key)
+        return value
+
+    def _rewrite(
+        self, key: str, rewrite: Callable[[bytes | None], bytes | None], what: str
+    ) -> bytes | None:
+        """Store ``rewrite(raw)`` in the place of the encoded value of ``key`` now, and return it.
+
+        ``rewrite`` runs again when another request was faster. None stands for no value.
+        """
         for losses in range(ATTEMPTS):
             if losses and not self._catch_up_after(losses):
-                self._end("update_atomic")
+                self._end(what)
             if self._record is None:
                 raise SessionEnded
             values = self._values
-            stored = values.stored
+            stored = values.unexpired()
             raw = stored.get(key)
             try:
-                current = copy.deepcopy(default) if raw is None else codec.decode(raw)
+                changed = rewrite(raw)
             except UnreadableRecord as error:
                 self._refuse(error.reason, error.detail)
                 raise SessionEnded from None
-            value = function(current)
-            changed = codec.encode(key, value)
             if changed != raw:
-                stored = {**stored, key: changed}
+                stored = dict(stored)
+                if changed is None:
+                    del stored[key]
+                else:
+                    stored[key] = changed
                 old = self._record
                 try:
-                    self._record = self._keeper.save(
-                        old, Body(stored, self._lifetime), lease=self._lease
-                    )
+                    self._record = self._keeper.save(old, self._body(stored), lease=self._lease)
                 except (Stale, Gone):
                     continue
                 except StoreUnavailable as error:
@@ -337,8 +429,7 @@ class SessionData(Lifecycle, SessionMixin):
                     raise SessionEnded from None
                 self._saved(old, stored, losses)
             values.follow(stored)
-            values.settle(key, value, changed)
-            return value
+            return changed
         raise SessionConflict
 
     # -- helpers
@@ -353,6 +444,18 @@ class SessionData(Lifecycle, SessionMixin):
             raise UnsupportedType(
                 f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
             )
+
+
+def ttl_in_milliseconds(ttl: object) -> int:
+    """Raises ``ValueError`` unless ``ttl`` is a time that a key can have."""
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise ValueError("ttl is a number of seconds, or a timedelta")
+    if not 0 < seconds <= _LONGEST_TTL:
+        raise ValueError(
+            f"ttl is {seconds} seconds; allowed are more than 0, and at most {_LONGEST_TTL:.0f}"
+        )
+    return math.ceil(seconds * 1000)
 
 
 def _sooner(earlier: float | None, grace: float) -> float:

@@ -68,7 +68,10 @@ class SessionClosed(GSessionError, RuntimeError):
 
 
 class TransactionMisused(GSessionError, RuntimeError):
-    """Inside a transaction: another one, a rotation, a logout, a reload or an atomic update."""
+    """Inside a transaction: another one, a rotation, a logout, a reload, or a write at once.
+
+    Writes at once are ``update_atomic`` and ``take``.
+    """
 
 
 class LockMisused(GSessionError, RuntimeError):

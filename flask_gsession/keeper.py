@@ -97,7 +97,7 @@ class Keeper:
 
     def create(self, body: Body) -> tuple[str, Record]:
         """Store a new session; its token and record. One round trip."""
-        now = milliseconds(self._clock)
+        now = self.now()
         absolute = now + int(self.settings.absolute_timeout * 1000)
         for _ in range(_NEW_TOKENS):
             token, key = self._new_token()
@@ -191,13 +191,17 @@ class Keeper:
     def _pointer(self, old: Record, record: Record, grace: float) -> Record | None:
         if grace == 0:
             return None
-        end = milliseconds(self._clock) + int(grace * 1000)
+        end = self.now() + int(grace * 1000)
         return old._replace(
             version=record.version,
             idle_expires_at=min(end, old.absolute_expires_at),
             payload=self._payloads.pack_pointer(old.key, record.key),
             successor=record.key,
         )
+
+    def now(self) -> int:
+        """The clock's time in milliseconds."""
+        return milliseconds(self._clock)
 
     def due(self, record: Record, body: Body) -> int | None:
         """Where the idle expiry moves to, or None while it need not move yet."""

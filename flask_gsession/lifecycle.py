@@ -33,6 +33,7 @@ from .events import (
     logger,
 )
 from .keeper import ATTEMPTS, PERMANENT, RACE_BUDGETS, Keeper
+from .marks import is_marked, unexpired
 from .merge import Change
 from .payload import Body
 from .stores.base import Record
@@ -110,9 +111,9 @@ class Lifecycle:
         return self._values
 
     def _load(self) -> None:
-        self._values = TrackedValues(self._keeper.codec)
         if self._failure is not None:
             if self._hooks_after_the_view_run():
+                self._values = TrackedValues(self._keeper.codec)
                 return  # empty: the answer will not be one that was made from it
             raise self._failure
         checked = self._look_at_request().checked
@@ -130,6 +131,7 @@ class Lifecycle:
                 logger.error("A session could not be loaded: %s", error)
                 if self._hooks_after_the_view_run():
                     self._failed_unseen = True
+                    self._values = TrackedValues(self._keeper.codec)
                     return
                 raise
             else:
@@ -138,13 +140,27 @@ class Lifecycle:
                 else:
                     self._ended = False
                     self._record, body = loaded
-                    self._values = TrackedValues(self._keeper.codec, body.values)
+                    if body.marked:
+                        self._values = self._track(body)
+                    else:
+                        self._values = TrackedValues(self._keeper.codec, body.values)
                     self._lifetime = body.lifetime
                     if self._record.key == key:
                         self._token = checked.token
                         if checked.outdated:
                             self._cookie = "set"
+        if self._record is None:
+            self._values = TrackedValues(self._keeper.codec)
         self._opened = True
+
+    def _track(self, body: Body) -> TrackedValues:
+        keeper = self._keeper
+        return TrackedValues(keeper.codec, body.values, keeper.now if body.marked else None)
+
+    def _body(self, stored: dict[str, bytes]) -> Body:
+        """What to store when these are the values."""
+        marked = self._values.now is not None and any(map(is_marked, stored.values()))
+        return Body(stored, self._lifetime, marked)
 
     def _hooks_after_the_view_run(self) -> bool:
         """Whether Flask is past the view: a hook that raises there spoils whatever was answered.
@@ -225,7 +241,8 @@ class Lifecycle:
         """Forget what a transaction or a lock did."""
         self._in_transaction = False
         self._lifetime = self._lifetime_before if self._record is not None else None
-        self._values = TrackedValues(self._keeper.codec, self._values.stored)
+        values = self._values
+        self._values = TrackedValues(self._keeper.codec, values.stored, values.now)
         self._restart_idle = self._forced = self._cleared = False
 
     def _destroy(self) -> None:
@@ -320,11 +337,11 @@ class Lifecycle:
             # A rotation without grace, as at a login, is still done: whoever did the other one
             # must not hold the session after it.
         if afresh:
-            self._values = TrackedValues(self._keeper.codec, body.values)
+            self._values = self._track(body)
             self._rotation = None
             self._restart_idle = self._forced = self._cleared = False
         else:
-            self._values.follow(body.values)
+            self._values.follow(body.values, self._keeper.now if body.marked else None)
         if not self._restart_idle:
             self._lifetime = body.lifetime
         return True
@@ -350,9 +367,11 @@ class Lifecycle:
                 self._end("save")
         elif self._record is None:
             stored = {key: change.mine for key, change in changes.items() if change.mine}
+            if values.now is not None:
+                stored = unexpired(stored, values.now())
             if _worth_keeping(stored):
                 try:
-                    self._token, self._record = self._keeper.create(Body(stored, self._lifetime))
+                    self._token, self._record = self._keeper.create(self._body(stored))
                 except StoreUnavailable as error:
                     self._met_outage(error, "created")
                     raise
@@ -386,12 +405,13 @@ class Lifecycle:
             old = self._record
             assert old is not None
             try:
-                merged = keeper.merger.apply(values.stored, changes)
+                now = values.now() if values.now is not None else None
+                merged = keeper.merger.apply(values.stored, changes, now)
             except UnreadableRecord as error:
                 keeper.events.emit(WriteDropped, old.key, error.reason)
                 self._refuse(error.reason, error.detail)
                 return
-            body = Body(merged, self._lifetime)
+            body = self._body(merged)
             toggled = PERMANENT in changes and (
                 keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
             )

@@ -15,6 +15,7 @@ from werkzeug.exceptions import HTTPException
 
 from .codec import Codec
 from .errors import GSessionError, SessionConflict, ValueRefused
+from .marks import PLAIN, expired, marked, split, unexpired
 
 
 class _Missing:
@@ -117,11 +118,20 @@ class Merger:
         self._default = default
         self._policies = policies
 
-    def apply(self, stored: Mapping[str, bytes], changes: Mapping[str, Change]) -> dict[str, bytes]:
+    def apply(
+        self, stored: Mapping[str, bytes], changes: Mapping[str, Change], now: int | None = None
+    ) -> dict[str, bytes]:
         """The encoded values after the changes.
+
+        With ``now``, in milliseconds, what has expired by then is as if it had never been there,
+        on all three sides: so a value that expired is dropped, a change to it is void, and what
+        another request stored in its place stays.
 
         Raises ``SessionConflict`` where a policy refuses, ``ValueRefused`` where one fails.
         """
+        if now is not None:
+            stored = unexpired(stored, now)
+            changes = _unexpired_changes(changes, now)
         merged = dict(stored)
         for key, (base, mine) in changes.items():
             theirs = stored.get(key)
@@ -139,9 +149,11 @@ class Merger:
         policy = self._policies.get(key, self._default)
         if policy is last or (mine is None and policy is not reject):
             return mine
-        values = (
-            MISSING if raw is None else self._codec.decode(raw) for raw in (base, theirs, mine)
-        )
+        values, marks = [], []
+        for raw in (base, theirs, mine):
+            mark, plain = (PLAIN, None) if raw is None else split(raw)
+            values.append(MISSING if plain is None else self._codec.decode(plain))
+            marks.append(mark)
         try:
             result = policy(*values)
         except (GSessionError, HTTPException):
@@ -152,4 +164,16 @@ class Merger:
                 f"its merge policy {getattr(policy, '__name__', policy)} failed with "
                 f"{type(error).__name__}: the values are not of the kind it merges",
             ) from error
-        return self._codec.encode(key, result)
+        # The mark is merged, too: mine where this request set it, or has the only value.
+        was, stored, wanted = marks
+        keeps = theirs is not None and wanted == was
+        return marked(self._codec.encode(key, result), stored if keeps else wanted)
+
+
+def _unexpired_changes(changes: Mapping[str, Change], now: int) -> dict[str, Change]:
+    found = {}
+    for key, sides in changes.items():
+        base, mine = (None if expired(raw, now) else raw for raw in sides)
+        if base != mine:
+            found[key] = Change(base, mine)
+    return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .codec import IMMUTABLE, Codec
+from .marks import PLAIN, Mark, expired, marked, split, unexpired
 from .merge import Change
 
 
@@ -15,20 +16,33 @@ class TrackedValues:
     A mutable value that was looked at is compared, in encoded form, with the bytes it came from;
     so nested changes are found, and only such values cost anything. A value that was looked at
     stays the same object until it is reloaded, whatever other requests save meanwhile.
+
+    A value that has expired is absent to every look at it from then on. ``now`` gives the time in
+    milliseconds; without it no value has a mark, and nothing is spent on looking for one.
     """
 
-    __slots__ = ("_base", "_codec", "_live", "stored")
+    __slots__ = ("_base", "_codec", "_live", "_marks", "now", "stored")
 
-    def __init__(self, codec: Codec, stored: dict[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        stored: dict[str, bytes] | None = None,
+        now: Callable[[], int] | None = None,
+    ) -> None:
         self._codec = codec
+        self.now = now
         #: the encoded values as the store is known to hold them
         self.stored: dict[str, bytes] = stored or {}
         self._live: dict[str, Any] = {}
         # What each key held when this request first looked at or changed it; None: nothing. Only
         # keys that may differ from ``stored`` are here: mutable, assigned, deleted, absent ones.
         self._base: dict[str, bytes | None] = {}
+        if now is not None:
+            self._marks: dict[str, Mark] = {}  # of what is in ``_live``
 
     def __getitem__(self, key: str) -> Any:
+        if self.now is not None and self._has_expired(key):
+            raise KeyError(key)
         try:
             return self._live[key]
         except KeyError:
@@ -39,7 +53,8 @@ class TrackedValues:
         if raw is None:
             self._base[key] = None
             raise KeyError(key)
-        value = self._live[key] = self._codec.decode(raw)
+        value = self._codec.decode(raw) if self.now is None else self._decode_marked(key, raw)
+        self._live[key] = value
         if type(value) not in IMMUTABLE:
             self._base[key] = raw
         return value
@@ -47,6 +62,15 @@ class TrackedValues:
     def __setitem__(self, key: str, value: Any) -> None:
         self._base.setdefault(key, self.stored.get(key))
         self._live[key] = value
+        if self.now is not None:
+            self._marks.pop(key, None)
+
+    def set(self, key: str, value: Any, mark: Mark, now: Callable[[], int]) -> None:
+        """Set a value with a mark."""
+        self._look_for_marks(now)
+        self[key] = value
+        if mark != PLAIN:
+            self._marks[key] = mark
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
@@ -55,6 +79,8 @@ class TrackedValues:
         self._live.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
+        if self.now is not None and self._has_expired(key):
+            return False
         if key in self._live:
             return True
         if key in self._base:
@@ -67,11 +93,10 @@ class TrackedValues:
 
     def __iter__(self) -> Iterator[str]:
         live, base = self._live, self._base
-        for key in list(self.stored):
-            if key in live or key not in base:
-                yield key
-        for key in list(live):
-            if key not in self.stored:
+        keys = [key for key in self.stored if key in live or key not in base]
+        keys += [key for key in live if key not in self.stored]
+        for key in keys:
+            if self.now is None or not self._has_expired(key):
                 yield key
 
     def __len__(self) -> int:
@@ -81,7 +106,19 @@ class TrackedValues:
         """Raises ``UnreadableRecord`` unless every value can be decoded; keeps none of them."""
         for key in self:
             if key not in self._live:
-                self._codec.decode(self.stored[key])
+                self._codec.decode(split(self.stored[key])[1])
+
+    def mark(self, key: str) -> Mark:
+        """The mark of a key that is there."""
+        if self.now is None:
+            return PLAIN
+        if key in self._live:
+            return self._marks.get(key, PLAIN)
+        return split(self.stored[key])[0]
+
+    def unexpired(self) -> dict[str, bytes]:
+        """``stored``, without what has expired."""
+        return self.stored if self.now is None else unexpired(self.stored, self.now())
 
     def changes(self) -> dict[str, Change]:
         """What this request changed, key by key.
@@ -90,10 +127,15 @@ class TrackedValues:
         """
         found: dict[str, Change] = {}
         for key, base in self._base.items():
-            mine = self._codec.encode(key, self._live[key]) if key in self._live else None
+            mine = self._encoded(key) if key in self._live else None
             if mine != base:
                 found[key] = Change(base, mine)
         return found
+
+    def has_changed(self, key: str) -> bool:
+        """Whether this request changed ``key``. Raises as ``changes`` does."""
+        mine = self._encoded(key) if key in self._live else None
+        return key in self._base and mine != self._base[key]
 
     def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
         """``stored`` is in the store now, ``changes`` included.
@@ -108,8 +150,10 @@ class TrackedValues:
                 self._base[key] = change.mine
         self.follow(stored)
 
-    def follow(self, stored: dict[str, bytes]) -> None:
+    def follow(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
         """``stored`` is in the store now; what this request looked at or changed stays as it is."""
+        if now is not None:
+            self._look_for_marks(now)
         if stored is not self.stored:
             for key in self._live:
                 self._base.setdefault(key, self.stored.get(key))
@@ -119,3 +163,31 @@ class TrackedValues:
         """``key`` holds ``value`` in the store now."""
         self._live[key] = value
         self._base[key] = raw
+        if self.now is not None:
+            self._marks[key] = split(raw)[0]
+
+    def drop(self, key: str) -> None:
+        """The store holds nothing under ``key`` any more, by what this request did."""
+        self._live.pop(key, None)
+        self._base[key] = None
+
+    def _look_for_marks(self, now: Callable[[], int]) -> None:
+        if self.now is None:
+            self.now, self._marks = now, {}
+
+    def _encoded(self, key: str) -> bytes:
+        raw = self._codec.encode(key, self._live[key])
+        return raw if self.now is None else marked(raw, self._marks.get(key, PLAIN))
+
+    def _has_expired(self, key: Any) -> bool:
+        assert self.now is not None
+        if key in self._live:
+            return 0 < self._marks.get(key, PLAIN).expires_at <= self.now()
+        return expired(self.stored.get(key), self.now())
+
+    def _decode_marked(self, key: str, raw: bytes) -> Any:
+        mark, plain = split(raw)
+        value = self._codec.decode(plain)
+        if mark != PLAIN:
+            self._marks[key] = mark
+        return value

@@ -314,6 +314,21 @@ def test_values(run: Run) -> None:
     assert {"name", "steps", "form_token"} <= set(answer["keys"])
 
 
+def test_expiring_values(run: Run) -> None:
+    names = run("docs/how-to/expiring-values.md")
+    client = visitor(names.app)
+    assert client.post("/code").json["minutes"] == pytest.approx(10, abs=0.1)
+    with client.session_transaction() as stored:
+        code = stored["code"]
+    assert client.post("/code/wrong").status_code == 403
+    assert client.post(f"/code/{code}").status_code == 403  # one try only
+    client.post("/code")
+    with client.session_transaction() as stored:
+        code = stored["code"]
+    assert client.post(f"/code/{code}").status_code == 200
+    assert client.post(f"/code/{code}").status_code == 403
+
+
 def test_api_clients(run: Run) -> None:
     names = run("docs/how-to/api-clients.md")
     browser = visitor(names.app)

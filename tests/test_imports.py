@@ -16,7 +16,7 @@ PACKAGE = Path(flask_gsession.__file__).parent
 # A file may import only from rows above its own. `stores` is stores/__init__.py.
 ROWS = [
     ["errors", "events"],
-    ["tokens", "codec", "encryption", "stores.base"],
+    ["tokens", "codec", "encryption", "marks", "stores.base"],
     ["merge", "payload"],
     ["config", "tracking"],
     ["breaker", "keeper"],

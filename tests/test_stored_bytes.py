@@ -509,6 +509,8 @@ USES: dict[str, Callable[[Any], object]] = {
     "get": lambda session: session.get("user"),
     "setdefault": lambda session: session.setdefault("user", "new"),
     "pop": lambda session: session.pop("user", None),
+    "ttl": lambda session: "user" in session and session.ttl("user"),
+    "set with a ttl": lambda session: session.set("user", "new", ttl=60),
     "get_or_set": lambda session: session.get_or_set("user", "new"),
     "count": lambda session: session.update(hits=session.get("hits", 0) + 1),
     "set": lambda session: session.update(user="new"),

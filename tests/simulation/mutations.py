@@ -58,11 +58,11 @@ def _save_or_create(self: MemoryStore, record: Record, expected_version: int) ->
 
 
 def _apply_without_deletes(
-    self: Merger, stored: Mapping[str, Any], changes: Mapping[str, Change]
+    self: Merger, stored: Mapping[str, Any], changes: Mapping[str, Change], *more: Any
 ) -> Any:
     if any(stored.get(key) != change.base for key, change in changes.items()):
         changes = {key: change for key, change in changes.items() if change.mine is not None}
-    return _apply(self, stored, changes)
+    return _apply(self, stored, changes, *more)
 
 
 def _renew_whatever_is_there(self: MemoryStore, record: Record, idle_expires_at: int) -> bool:
@@ -133,7 +133,7 @@ def _commit_in_doubt(self: Lifecycle) -> None:
     _commit(self)
 
 
-def _follow_and_forget(self: TrackedValues, stored: dict[str, Any]) -> None:
+def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = None) -> None:
     for key in self._live.keys() - self._base.keys():
         del self._live[key]
     self.stored = stored

@@ -1,0 +1,78 @@
+"""What can stand in front of an encoded value: when it expires, and the version of its schema.
+
+A marked value is an extension type of MessagePack, always with a length of four bytes, so that the
+mark is read without decoding the value::
+
+    byte 0          0xc9
+    bytes 1 to 4    how many bytes follow byte 5
+    byte 5          13
+    bytes 6 to 11   when it expires, in milliseconds since 1970; 0: with its session
+    bytes 12, 13    the version of the schema that checked it
+    then            the encoded value
+
+The mark is part of the value's bytes: whoever compares, merges or moves a value does so with its
+expiry. Most values have none; a payload says whether any of its values has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .errors import UnreadableRecord
+
+_EXT_32, _CODE = 0xC9, 13
+_VALUE = 14  # where it begins
+MAX_VERSION = 0xFFFF
+
+
+class Mark(NamedTuple):
+    """``expires_at`` is in milliseconds since 1970; 0: with the session."""
+
+    expires_at: int = 0
+    version: int = 1
+
+
+#: What values without a mark have.
+PLAIN = Mark()
+
+
+def marked(raw: bytes, mark: Mark) -> bytes:
+    """The encoded value ``raw``, which has no mark, with ``mark``."""
+    if mark == PLAIN:
+        return raw
+    return b"".join(
+        (
+            bytes((_EXT_32,)),
+            (len(raw) + _VALUE - 6).to_bytes(4, "big"),
+            bytes((_CODE,)),
+            mark.expires_at.to_bytes(6, "big"),
+            mark.version.to_bytes(2, "big"),
+            raw,
+        )
+    )
+
+
+def is_marked(raw: bytes) -> bool:
+    """Whether an encoded value has a mark."""
+    return raw[0] == _EXT_32 and raw[5:6] == b"\x0d"
+
+
+def split(raw: bytes) -> tuple[Mark, bytes]:
+    """The mark of an encoded value, and the value without it. Raises ``UnreadableRecord``."""
+    if not is_marked(raw):
+        return PLAIN, raw
+    if len(raw) <= _VALUE or int.from_bytes(raw[1:5], "big") != len(raw) - 6:
+        raise UnreadableRecord("corrupt", "the mark of a value is cut")
+    mark = Mark(int.from_bytes(raw[6:12], "big"), int.from_bytes(raw[12:_VALUE], "big"))
+    return mark, raw[_VALUE:]
+
+
+def expired(raw: bytes | None, now: int) -> bool:
+    """Whether an encoded value has expired by ``now``, in milliseconds."""
+    return raw is not None and is_marked(raw) and 0 < int.from_bytes(raw[6:12], "big") <= now
+
+
+def unexpired(stored: Mapping[str, bytes], now: int) -> dict[str, bytes]:
+    """The encoded values that have not expired by ``now``."""
+    return {key: raw for key, raw in stored.items() if not expired(raw, now)}
