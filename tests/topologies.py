@@ -1291,6 +1291,12 @@ def _shared_one(make: Callable[[], R]) -> R:
     return one
 
 
+def pytest_sessionfinish() -> None:
+    """Stop the servers of this process."""
+    while _shared:
+        _shared.popitem()[1].stop()
+
+
 @pytest.fixture(scope="module")
 def redis_sentinels() -> RedisSentinels:
     """A Redis primary with two replicas and three sentinels. Start it again after a kill."""
