@@ -81,7 +81,8 @@ class WriteDropped(Event):
 class CircuitOpened(Event):
     """The store failed too often in a row: from now on it is only asked now and then.
 
-    ``operations``: ``"loads"`` or ``"writes"``. ``detail`` is that of the last failure.
+    ``operations``: ``"loads"``, ``"writes"`` or ``"rate limits"``. ``detail`` is that of the last
+    failure.
     """
 
     operations: str

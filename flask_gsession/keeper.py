@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -63,6 +63,8 @@ class Keeper:
         self.store = store
         self.leases = store if isinstance(store, Leases) else None
         self.events = events
+        #: Called before a session is stored for the first time; what it raises prevents that.
+        self.before_create: Callable[[], object] | None = None
         self.codec = Codec(settings.max_depth)
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
         keys = settings.encryption_keys
@@ -97,6 +99,8 @@ class Keeper:
 
     def create(self, body: Body) -> tuple[str, Record]:
         """Store a new session; its token and record. One round trip."""
+        if self.before_create is not None:
+            self.before_create()
         now = self.now()
         absolute = now + int(self.settings.absolute_timeout * 1000)
         for _ in range(_NEW_TOKENS):

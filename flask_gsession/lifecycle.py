@@ -74,6 +74,7 @@ class Lifecycle:
     _cookie: Literal["keep", "set", "delete"] = "keep"
     _token: str | None = None  # None also where the client holds a newer one than we know
     _record: Record | None = None
+    _found = False  # by the token of the request
     _lifetime: int | None = None
     _race_ends = 0.0  # of time.monotonic
     _restart_idle = False
@@ -95,7 +96,7 @@ class Lifecycle:
         """Hold no session: as at the start, but for what the client is to be told."""
         self._values = TrackedValues(self._keeper.codec)
         self._token = self._record = self._lifetime = self._rotation = self._lease = None
-        self._restart_idle = self._forced = self._cleared = False
+        self._found = self._restart_idle = self._forced = self._cleared = False
 
     def _look_at_request(self) -> Presented:
         if self._presented is None:
@@ -139,6 +140,7 @@ class Lifecycle:
                     self._keeper.refused("unknown", key)
                 else:
                     self._ended = False
+                    self._found = True
                     self._record, body = loaded
                     if body.marked:
                         self._values = self._track(body)

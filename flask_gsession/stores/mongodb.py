@@ -12,7 +12,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -339,6 +339,14 @@ class MongoDBStore:
             raise UnreadableRecord("corrupt", "fields missing or of wrong types")
         created, idle, absolute = (int(time) for time in times)
         return Record(key, int(version), created, idle, absolute, payload, successor)
+
+    def lend_collection(self, operation: str) -> AbstractContextManager[Any]:
+        """The collection of the sessions, within the time of one call, for other packages.
+
+        What the driver raises in the ``with`` block becomes ``StoreUnavailable``, which names the
+        ``operation``.
+        """
+        return self._collection(operation)
 
     @contextmanager
     def _collection(self, operation: str) -> Iterator[Any]:

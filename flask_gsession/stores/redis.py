@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 import redis
+from redis.backoff import NoBackoff
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -36,6 +37,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
 
 from ..errors import (
     Gone,
@@ -107,6 +109,8 @@ class RedisStore:
         self._prefix = options.prefix
         self._logout_replicas = options.logout_replicas
         self._pool, make = self._open(url_or_client, options)
+        self._pool_max = options.pool_max
+        self._source = url_or_client
         self._channels = f"{self._prefix}wake:".encode()
         # In the older protocol calls are answers, and come in order with others.
         calls = partial(make, protocol=2)
@@ -281,6 +285,26 @@ class RedisStore:
         arguments = [operation.encode(), name, self._now_text(), b"%d" % WAITER_LIFE]
         deadline = deadline or self._deadline()
         return self._run(deadline, _LEASE, keys, [*arguments, self._channels, *more], name)
+
+    def lend_pool(self) -> redis.ConnectionPool | None:
+        """A pool of the driver's own to this server, for other packages; None where it is several.
+
+        That of the client that was passed in; else a new one, of as many connections as the
+        store's, whose waits are a quarter of what a call may take.
+        """
+        if isinstance(self._source, redis.Redis):
+            return self._source.connection_pool
+        if not isinstance(self._source, str) or "+" in self._source.partition(":")[0]:
+            return None
+        piece = self._timeout / 4
+        return redis.BlockingConnectionPool.from_url(
+            self._source,
+            max_connections=self._pool_max,
+            timeout=piece,
+            socket_connect_timeout=piece,
+            socket_timeout=piece,
+            retry=Retry(NoBackoff(), 1),
+        )
 
     def close(self) -> None:
         self._wake_ups.close()

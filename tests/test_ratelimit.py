@@ -1,0 +1,586 @@
+"""Rate limits: what gets through, whatever is done with cookies, and what fails closed."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from flask import Blueprint, Flask, Response, session
+from flask.views import MethodView
+from flask_limiter import Limiter
+from pymongo import MongoClient
+from redis import Redis
+
+from flask_gsession import Session, SettingError
+from flask_gsession.contrib.ratelimit import (
+    SessionLimitExceeded,
+    SessionLimits,
+    _storage_of,
+    network_of_client,
+    session_limit,
+)
+from flask_gsession.stores import Record
+from flask_gsession.stores.memory import MemoryStore
+from tests.servers import RedisServer, free_port
+
+HOUR = 3600
+Maker = Callable[..., Flask]
+
+
+@pytest.fixture
+def make_app(store_prefix: str) -> Iterator[Maker]:
+    """Makes applications with limits; `make_app(store, config, **options of SessionLimits)`."""
+    made: list[tuple[Session, Flask]] = []
+
+    def make(
+        store: object = "memory://", config: Any = None, breaker: int = 0, **options: Any
+    ) -> Flask:
+        app = Flask(__name__)
+        app.config.update(SECRET_KEY="a key for tests", **(config or {}))
+        ext = Session(app, store=store, key_prefix=store_prefix, breaker_failures=breaker)
+        made.append((ext, app))
+        SessionLimits(app, **{"proxies": 0, "creation": None, **options})
+
+        @app.get("/login/<user>")
+        def login(user: str) -> str:
+            session["_user_id"] = user
+            return ""
+
+        @app.get("/visit")
+        def visit() -> str:
+            session["visits"] = session.get("visits", 0) + 1
+            return ""
+
+        @app.get("/rotate")
+        def rotate() -> str:
+            session.rotate(grace=0)
+            return ""
+
+        return app
+
+    yield make
+    for ext, app in made:
+        ext.close(app)
+
+
+def limited(app: Flask, *arguments: Any, **options: Any) -> None:
+    """Give the application a limited page at `/`."""
+
+    @app.get("/")
+    @session_limit(*arguments, **options)
+    def page() -> str:
+        return "here"
+
+
+def through(app: Flask, times: int, client: Any = None, **options: Any) -> int:
+    """How many of so many requests were served; all others were refused for the limit."""
+    client = client or app.test_client()
+    statuses = [client.get("/", **options).status_code for _ in range(times)]
+    assert set(statuses) <= {200, 429}
+    return statuses.count(200)
+
+
+def from_address(address: str) -> dict[str, Any]:
+    return {"environ_base": {"REMOTE_ADDR": address}}
+
+
+# -- what gets through
+
+
+@pytest.fixture
+def app(make_app: Maker, store_url: str) -> Flask:
+    if store_url.startswith("sqlite"):
+        with pytest.warns(UserWarning, match="in each process for itself"):
+            return make_app(store_url)
+    return make_app(store_url)
+
+
+def test_a_limit_on_each_store(app: Flask) -> None:
+    limited(app, "3/hour")
+    assert through(app, 5) == 3
+
+
+def test_a_thousand_requests_with_every_trick_get_the_limit_through(
+    make_app: Maker, redis_url: str
+) -> None:
+    app = make_app(redis_url)
+    limited(app, "40/hour")
+    random.seed(5)
+    jars = [app.test_client() for _ in range(5)]
+    for jar in jars:
+        jar.get("/visit")
+    served = 0
+    for number in range(1000):
+        jar = random.choice(jars)
+        trick = number % 5
+        if trick == 0:  # drops the cookie
+            jar = app.test_client()
+        elif trick == 1:  # garbles it
+            jar = app.test_client()
+            jar.set_cookie("session", secrets.token_urlsafe(random.randint(1, 80)))
+        elif trick == 2:  # gets another token
+            jar.get("/rotate")
+        elif trick == 3:  # gets another session
+            jar = app.test_client()
+            jar.get("/visit")
+        served += jar.get("/").status_code == 200
+    assert served == 40
+
+
+def test_a_session_that_moves_is_limited_too(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "3/hour")
+    client = app.test_client()
+    client.get("/visit")
+    assert sum(through(app, 1, client, **from_address(f"10.0.0.{n}")) for n in range(9)) == 3
+
+
+def test_users_behind_one_address_have_a_limit_each(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "3/hour")
+    for user in ("ada", "bob", "cyd"):
+        client = app.test_client()
+        client.get(f"/login/{user}")
+        assert through(app, 5, client) == 3
+    assert through(app, 5) == 3  # nor did they use up what others there have
+
+
+def test_a_user_has_one_limit_for_all_sessions(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "4/hour")
+    served = 0
+    for _ in range(3):
+        client = app.test_client()
+        client.get("/login/ada")
+        served += through(app, 3, client)
+    assert served == 4
+
+
+def test_users_of_another_kind(make_app: Maker) -> None:
+    app = make_app(user=lambda: session.get("customer"))
+    limited(app, "1/hour")
+
+    @app.get("/become/<int:number>")
+    def become(number: int) -> str:
+        session["customer"] = number
+        return ""
+
+    for number in (0, 1):
+        client = app.test_client()
+        client.get(f"/become/{number}")
+        assert through(app, 2, client) == 1
+
+
+def test_a_wider_limit_for_the_network(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "2/hour", network="7/hour")
+    assert through(app, 9) == 2  # those without a session share one
+    for expected in (2, 2, 1, 0):
+        client = app.test_client()
+        client.get("/visit")
+        assert through(app, 3, client) == expected
+
+
+def test_a_session_made_in_this_request_is_nobodys(make_app: Maker) -> None:
+    app = make_app()
+
+    @app.before_request
+    def make_one() -> None:
+        if "visits" not in session:
+            with session.transaction():
+                session["visits"] = 1
+
+    limited(app, "2/hour", network="50/hour")
+    assert sum(through(app, 1) for _ in range(6)) == 2
+
+
+def test_sessions_per_network(make_app: Maker) -> None:
+    app = make_app(creation="3/hour")
+    codes = [app.test_client().get("/visit").status_code for _ in range(5)]
+    assert codes == [200, 200, 200, 429, 429]
+    refused = app.test_client().get("/visit")
+    assert 0 < int(refused.headers["Retry-After"]) <= HOUR
+    assert "Set-Cookie" not in refused.headers
+    assert app.test_client().get("/visit", **from_address("10.0.0.7")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", True),
+        ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
+        ("", "/run/socket", True),
+    ],
+)
+def test_networks(make_app: Maker, first: str, second: str, same: bool) -> None:
+    app = make_app()
+    limited(app, "1/hour")
+    assert through(app, 1, **from_address(first)) == 1
+    assert through(app, 1, **from_address(second)) == (0 if same else 1)
+
+
+@pytest.mark.parametrize(
+    ("proxies", "header", "network"),
+    [
+        (0, "192.0.2.1", "127.0.0.1"),
+        (1, "192.0.2.1", "192.0.2.1"),
+        (1, "203.0.113.9, 192.0.2.1", "192.0.2.1"),  # what the client says of itself
+        (2, "203.0.113.9, 192.0.2.1, 10.0.0.2", "192.0.2.1"),
+        (2, "192.0.2.1", "127.0.0.1"),  # not through both
+        (1, "nonsense", "127.0.0.1"),
+        (1, "192.0.2.1:4711", "192.0.2.1"),
+        (1, "[2001:db8::1]:4711", "2001:db8::/64"),
+    ],
+)
+def test_proxies(make_app: Maker, proxies: int, header: str, network: str) -> None:
+    headers = {"X-Forwarded-For": header}
+    with make_app().test_request_context(headers=headers, **from_address("127.0.0.1")):
+        assert network_of_client(proxies) == network
+
+
+# -- what can be said of a limit
+
+
+def test_the_answer_says_what_is_left(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "3/hour")
+    first, _, _, refused = (app.test_client().get("/") for _ in range(4))
+    assert first.headers["RateLimit-Limit"] == "3"
+    assert first.headers["RateLimit-Remaining"] == "2"
+    assert first.headers["RateLimit-Policy"] == "3;w=3600"
+    assert "Retry-After" not in first.headers
+    assert refused.status_code == 429
+    assert refused.headers.getlist("RateLimit-Remaining") == ["0"]
+    assert HOUR - 60 < int(refused.headers["Retry-After"]) <= HOUR
+    assert refused.headers["RateLimit-Reset"] == refused.headers["Retry-After"]
+
+
+def test_the_applications_own_page(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "1/hour")
+
+    @app.errorhandler(SessionLimitExceeded)
+    def slowly(error: SessionLimitExceeded) -> tuple[str, int]:
+        return f"{error.kind} {error.retry_after > 0} {error.limit.limit}", 429
+
+    assert through(app, 1) == 1
+    refused = app.test_client().get("/")
+    assert refused.text == "network True 1 per 1 hour"
+    assert refused.headers["RateLimit-Remaining"] == "0"
+
+
+def test_several_limits_in_one(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "100/day; 2/hour")
+    assert through(app, 3) == 2
+
+
+def test_a_cost_and_an_exemption(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "10/hour", cost=lambda: 4, exempt_when=lambda: "visits" in session)
+    assert through(app, 4) == 2
+    friend = app.test_client()
+    friend.get("/visit")
+    assert through(app, 4, friend) == 4
+
+
+def test_a_limit_that_is_looked_up(make_app: Maker) -> None:
+    app = make_app()
+    rates = iter(["1/hour", "1/hour", "nonsense", "", None])
+    limited(app, lambda: next(rates))
+    client = app.test_client()
+    assert [client.get("/").status_code for _ in range(5)] == [200, 429, 500, 500, 500]
+
+
+def test_views_count_for_themselves_and_shared_ones_together(make_app: Maker) -> None:
+    app = make_app()
+    shared = session_limit("2/hour", shared="api")
+    for number, decorate in enumerate([session_limit("2/hour"), shared, shared]):
+
+        def view() -> str:
+            return ""
+
+        view.__name__ = f"view{number}"
+        app.add_url_rule(f"/{number}", view_func=decorate(view))
+    get = app.test_client().get
+    assert [get(f"/{n}").status_code for n in (0, 1, 2, 1, 0)] == [200, 200, 200, 429, 200]
+
+
+def test_blueprints_applications_and_classes(make_app: Maker) -> None:
+    app = make_app()
+
+    class Page(MethodView):
+        decorators = (session_limit("1/hour"),)
+
+        def get(self) -> str:
+            return ""
+
+    blueprint = session_limit("2/hour")(Blueprint("api", __name__, url_prefix="/api"))
+    blueprint.add_url_rule("/a", view_func=lambda: "", endpoint="a")
+    blueprint.add_url_rule("/b", view_func=lambda: "", endpoint="b")
+    app.register_blueprint(blueprint)
+    app.add_url_rule("/class", view_func=Page.as_view("class"))
+    get = app.test_client().get
+    assert [get(f"/api/{name}").status_code for name in "aba"] == [200, 200, 429]
+    assert [get("/class").status_code for _ in range(2)] == [200, 429]
+
+
+def test_a_limit_for_all_of_an_application(make_app: Maker) -> None:
+    app = make_app()
+    session_limit("3/hour")(app)
+    assert [app.test_client().get(f"/{n}").status_code for n in range(4)] == [404, 404, 404, 429]
+
+
+def test_async_views(make_app: Maker) -> None:
+    app = make_app()
+
+    @app.get("/")
+    @session_limit("1/hour")
+    async def page() -> str:
+        return "here"
+
+    assert through(app, 2) == 1
+
+
+# -- what fails closed
+
+
+@pytest.mark.parametrize("limit", ["", "100", "100/fortnight", "0/minute", 7])
+def test_a_wrong_limit_stops_the_import(limit: Any) -> None:
+    with pytest.raises(SettingError, match=r"The rate limit is .*100/minute"):
+        session_limit(limit)
+    with pytest.raises(SettingError, match="The rate limit is"):
+        session_limit("1/hour", network=limit)
+
+
+@pytest.mark.parametrize("cost", [-1, True, 1.5, "2"])
+def test_a_wrong_cost_stops_the_import_or_the_request(make_app: Maker, cost: Any) -> None:
+    with pytest.raises(SettingError, match="The cost of a request"):
+        session_limit("1/hour", cost=cost)
+    app = make_app()
+    limited(app, "100/hour", cost=lambda: cost)
+    assert app.test_client().get("/").status_code == 500
+
+
+def test_the_wrong_order_stops_the_import(make_app: Maker) -> None:
+    app = make_app()
+    with pytest.raises(SettingError, match="session_limit stands above"):
+
+        @session_limit("1/hour")
+        @app.get("/")
+        def page() -> str:
+            return ""
+
+
+def test_the_wrong_order_stops_the_start() -> None:
+    app = Flask(__name__)
+    app.secret_key = "a key for tests"
+
+    @session_limit("1/hour")
+    @app.get("/")
+    def page() -> str:
+        return ""
+
+    Session(app, store="memory://")
+    with pytest.raises(SettingError, match="'page' is not limited"):
+        SessionLimits(app, proxies=0)
+
+
+def test_the_wrong_order_in_a_blueprint_is_not_served(make_app: Maker) -> None:
+    app = make_app()
+    blueprint = Blueprint("api", __name__)
+
+    @session_limit("1/hour")
+    @blueprint.get("/")
+    def page() -> str:
+        return ""
+
+    app.register_blueprint(blueprint)
+    assert app.test_client().get("/").status_code == 500
+
+
+def test_a_limit_without_anybody_to_count_is_not_served() -> None:
+    app = Flask(__name__)
+    limited(app, "1/hour")
+    assert app.test_client().get("/").status_code == 500
+
+
+def test_settings_that_cannot_be(make_app: Maker) -> None:
+    app = Flask(__name__)
+    with pytest.raises(SettingError, match="after Session"):
+        SessionLimits(app, proxies=0)
+    for options in (
+        {"proxies": -1},
+        {"strategy": "guess"},
+        {"on_storage_error": "ignore"},
+        {"creation": "few"},
+        {"storage": "carrier-pigeon://user:secret@host"},
+    ):
+        with pytest.raises(SettingError) as refused:
+            make_app(**options)
+        assert "secret" not in str(refused.value)
+    with pytest.raises(SettingError, match="already"):
+        SessionLimits(make_app(), proxies=0).init_app(make_app())
+    with pytest.raises(SettingError, match="not on the application"):
+        make_app(ext=Session())
+
+    class Wrapped:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(MemoryStore(), name)
+
+        def load(self, key: str) -> Record | None:
+            return None
+
+        create = save = renew = replace = delete = close = load
+
+    for store in (Wrapped(), "redis+sentinel://localhost/main/0", "redis+cluster://localhost"):
+        with pytest.raises(SettingError, match="cannot count in this session store"):
+            make_app(store)
+
+
+# -- storages
+
+
+def test_the_connections_of_a_client_are_used(make_app: Maker, redis_url: str) -> None:
+    with Redis.from_url(redis_url) as client:
+        app = make_app(client)
+        limited(app, "100/hour")
+        made: list[Any] = []
+        pool: Any = client.connection_pool
+        make_connection = pool.make_connection
+
+        def counting() -> Any:
+            made.append(make_connection())
+            return made[-1]
+
+        pool.make_connection = counting
+        visitor = app.test_client()
+        visitor.get("/visit")
+        assert through(app, 5, visitor) == 5
+        assert len(made) == 1
+
+
+def test_the_client_of_mongodb_is_used_and_stays_open(make_app: Maker, mongodb_url: str) -> None:
+    with MongoClient[dict[str, Any]](mongodb_url, timeoutMS=10_000) as client:
+        app = make_app(client)
+        limited(app, "2/hour")
+        assert through(app, 3) == 2
+        (interface,) = app.extensions["gsession"].values()
+        storage = _storage_of(interface.store, "")
+        storage.get("nothing")
+        storage.__del__()
+        database = client.get_default_database()
+        assert database["gsession_limits"].count_documents({}) == 1
+        assert "expireAt_1" in database["gsession_limits"].index_information()
+
+
+def test_several_processes_count_together(make_app: Maker, redis_url: str) -> None:
+    first, second = make_app(redis_url), make_app(redis_url)
+    for app in (first, second):
+        limited(app, "4/hour")
+    assert through(first, 3) + through(second, 3) == 4
+
+
+@pytest.fixture
+def dead_redis() -> str:
+    return f"redis://127.0.0.1:{free_port()}/0"
+
+
+def test_storage_that_is_down_refuses(make_app: Maker, dead_redis: str) -> None:
+    app = make_app(storage=dead_redis)
+    limited(app, "3/hour")
+    answer = app.test_client().get("/")
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "1"
+
+
+def test_storage_that_is_down_may_be_replaced(make_app: Maker, dead_redis: str) -> None:
+    app = make_app(storage=dead_redis, on_storage_error="local")
+    limited(app, "3/hour")
+    assert through(app, 5) == 3
+
+
+def test_a_session_store_that_is_down_is_no_reason_to_count_otherwise(
+    make_app: Maker, dead_redis: str
+) -> None:
+    app = make_app(dead_redis, storage="memory://", on_storage_error="local")
+    limited(app, "3/hour")
+    client = app.test_client()
+    (interface,) = app.extensions["gsession"].values()
+    client.set_cookie("session", interface._signer_of(app).sign(secrets.token_urlsafe(32)))
+    assert client.get("/").status_code == 503
+
+
+def test_a_frozen_server_costs_a_bounded_time(make_app: Maker, own_redis: RedisServer) -> None:
+    app = make_app(own_redis.url)
+    limited(app, "3/hour")
+    assert through(app, 1) == 1
+    with own_redis.paused():
+        assert app.test_client().get("/").status_code == 503
+    assert through(app, 1) == 1
+
+
+def test_a_frozen_server_is_left_alone_after_a_while(
+    make_app: Maker, own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(own_redis.url, breaker=1)
+    limited(app, "3/hour")
+    with own_redis.paused():
+        assert [app.test_client().get("/").status_code for _ in range(2)] == [503, 503]
+    assert "not asked: rate limits have failed" in caplog.text
+
+
+# -- what nobody may read, and whom we leave alone
+
+
+def test_no_token_and_no_name_in_keys_or_logs(
+    make_app: Maker, redis_url: str, redis_client: Redis, store_prefix: str, caplog: Any
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    app = make_app(redis_url)
+    limited(app, "1/hour")
+    client = app.test_client()
+    client.get("/visit")
+    anonymous = client.get_cookie("session")
+    assert anonymous is not None
+    through(app, 2, client)
+    client.get("/login/canary-user")
+    through(app, 2, client)
+    keys = [key.decode() for key in redis_client.scan_iter(f"{store_prefix}limits*")]
+    assert len(keys) == 3
+    token = anonymous.value.partition(".")[0]
+    for text in (*keys, caplog.text):
+        assert token not in text
+        assert "canary-user" not in text
+        assert "127.0.0.1" not in text
+    assert all(redis_client.ttl(key) > 0 for key in keys)
+
+
+def test_a_limiter_of_the_applications_own_is_not_disturbed(make_app: Maker) -> None:
+    app = make_app(config={"RATELIMIT_DEFAULT": "2/hour", "RATELIMIT_HEADERS_ENABLED": True})
+    limited(app, "100/hour")
+    Limiter(lambda: "all", app=app, storage_uri="memory://")
+    client = app.test_client()
+    answers: list[Response] = [client.get("/") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[0].headers.getlist("X-RateLimit-Limit") == ["2"]
+    assert answers[0].headers.getlist("RateLimit-Limit") == ["100"]
+
+
+def test_several_applications(make_app: Maker) -> None:
+    limits = SessionLimits(proxies=0)
+    apps = []
+    for _ in range(2):
+        app = Flask(__name__)
+        app.secret_key = "a key for tests"
+        Session(app, store="memory://")
+        limits.init_app(app)
+        limited(app, "2/hour")
+        apps.append(app)
+    assert [through(app, 3) for app in apps] == [2, 2]
