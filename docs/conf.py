@@ -16,7 +16,7 @@ copyright = f"2026, {author}"
 release = metadata["metadata"]["version"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build", "benchmarks/table.md"]
+exclude_patterns = ["_build", "benchmarks/table.md", "reliability-table.md"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

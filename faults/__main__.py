@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.environment import environment
 from faults import report
+from faults.broken import BREAKS
 from faults.inject import FAULTS, Fault
 from faults.modes import Mode, modes
 from faults.scenario import Candidate, Outcome, run
@@ -35,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = random.randrange(10**6) if options.seed is None else options.seed
     print(f"seed {seed}, {len(plan)} runs", file=sys.stderr, flush=True)
     outcomes: list[Outcome] = []
-    failed = _run(plan, seed, options.seconds, outcomes)
+    found = environment()
+    failed = _run(plan, seed, options, outcomes, found)
     print(report.text([report.row(outcome) for outcome in outcomes]))
     print()
     print(report.total(outcomes))
     print(f"seed {seed}")
     if options.write is not None:
-        options.write.write_text(report.markdown(outcomes, seed, environment()))
+        options.write.write_text(report.markdown(outcomes, seed, found))
     broken = [outcome for outcome in outcomes if outcome.failures]
     for outcome in broken:
         print(f"\nBROKEN: {outcome.candidate} {outcome.mode} {outcome.fault}")
@@ -65,10 +67,11 @@ def steps() -> Iterator[tuple[Candidate, str, Fault]]:
 def _run(
     plan: Sequence[tuple[Candidate, str, Fault]],
     seed: int,
-    seconds: float,
+    options: argparse.Namespace,
     outcomes: list[Outcome],
+    found: dict[str, str],
 ) -> list[str]:
-    """Adds what came of each; the names of those that could not be run."""
+    """Adds what came of each, and what it ran on; the names of those that could not be run."""
     failed = []
     mode: Mode | None = None
     try:
@@ -79,7 +82,14 @@ def _run(
                 mode = modes()[name]()
             began = time.monotonic()
             try:
-                outcome = run(fault, mode, seed=seed, seconds=seconds, candidate=candidate)
+                outcome = run(
+                    fault,
+                    mode,
+                    seed=seed,
+                    seconds=options.seconds,
+                    candidate=candidate,
+                    broken=options.broken if candidate == "ours" else None,
+                )
             except Exception:  # the others shall be run all the same
                 traceback.print_exc()
                 failed.append(_name(candidate, name, fault))
@@ -94,6 +104,7 @@ def _run(
                 flush=True,
             )
             outcomes.append(outcome)
+            found |= mode.versions()
     finally:
         if mode is not None:
             mode.stop()
@@ -119,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="say what would be run")
     parser.add_argument("--seconds", type=float, default=6.0, help="that a fault lasts (6)")
+    parser.add_argument("--broken", choices=BREAKS, help="break ours on purpose, to see it found")
     parser.add_argument("--write", type=Path, help="a Markdown file for the figures")
     return parser
 

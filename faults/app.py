@@ -10,6 +10,7 @@ Environment variables shape it:
 `FAULTS_TIMEOUT`    seconds for a store call
 `FAULTS_POOL`       connections
 `FAULTS_WARM`       any text: use a session before the workers are forked
+`FAULTS_REPLICAS`   that must confirm a logout
 `FAULTS_BROKEN`     a way of `faults.broken` in which ours is to be broken
 
 Each answer names the owner that the session holds. 401 says that there is no session.
@@ -34,6 +35,8 @@ from faults.control import Control
 
 Answer = dict[str, Any]
 
+LOCK_TIMEOUT = 2.0  # seconds that a dead holder blocks the others
+LOCK_WAIT = 1.0  # seconds that they wait
 TICK = 0.02  # seconds between two looks at the control
 DRIVERS = ("/redis/", "/pymongo/", "/flask_gsession/stores/", "/sqlite3/")
 
@@ -90,6 +93,8 @@ def _ours(app: Flask, control: Control) -> tuple[Callable[..., Any], ...]:
         skew = control["skew"] if os.getpid() % 2 else 0.0
         return time.time() + control["offset"] + skew
 
+    if replicas := int(os.environ["FAULTS_REPLICAS"]):
+        app.config["SESSION_LOGOUT_REPLICAS"] = replicas
     ext = Session(
         app,
         clock=clock,
@@ -107,7 +112,11 @@ def _ours(app: Flask, control: Control) -> tuple[Callable[..., Any], ...]:
     def count() -> int:
         return int(ours.update_atomic("n", lambda n: n + 1, 0))
 
-    return count, session_transaction(_move), lambda: ours.rotate(), lambda: ours.destroy()
+    def lock() -> None:
+        with ours.lock(timeout=LOCK_TIMEOUT, wait=LOCK_WAIT):
+            _add()
+
+    return count, session_transaction(_move), lock, lambda: ours.rotate(), lambda: ours.destroy()
 
 
 def _flask_session(app: Flask) -> tuple[Callable[..., Any], ...]:
@@ -132,7 +141,7 @@ def _flask_session(app: Flask) -> tuple[Callable[..., Any], ...]:
     def rotate() -> None:
         current_app.session_interface.regenerate(session)  # type: ignore[attr-defined]
 
-    return count, _move, rotate, lambda: session.clear()
+    return count, _move, _add, rotate, lambda: session.clear()
 
 
 def _move() -> None:
@@ -141,10 +150,16 @@ def _move() -> None:
     session["b"] = session.get("b", 0) + 1
 
 
+def _add() -> None:
+    """What needs a lock, where there are locks."""
+    session["l"] = session.get("l", 0) + 1
+
+
 def _add_views(
     app: Flask,
     count: Callable[[], int],
     move: Callable[[], None],
+    lock: Callable[[], None],
     rotate: Callable[[], None],
     log_out: Callable[[], None],
 ) -> None:
@@ -157,7 +172,7 @@ def _add_views(
     def everything(found: str) -> Answer:
         values = dict(session)
         keys = {key: value for key, value in values.items() if key[:1] == "k"}
-        numbers = {name: values.get(name, 0) for name in ("n", "a", "b")}
+        numbers = {name: values.get(name, 0) for name in ("n", "a", "b", "l")}
         return {"owner": found, "keys": keys, **numbers}
 
     @app.post("/login/<name>")
@@ -184,6 +199,12 @@ def _add_views(
     def move_() -> Answer:
         found = owner()
         move()
+        return {"owner": found}
+
+    @app.post("/lock")
+    def lock_() -> Answer:
+        found = owner()
+        lock()
         return {"owner": found}
 
     @app.post("/rotate")

@@ -14,9 +14,9 @@ def ignore_versions(keeper: Any) -> None:
     store = keeper.store
     save = store.save
 
-    def broken(record: Any, expected_version: int, *more: Any) -> None:
+    def broken(record: Any, expected_version: int, *more: Any, **options: Any) -> None:
         there = store.load(record.key)
-        save(record, expected_version if there is None else there.version, *more)
+        save(record, expected_version if there is None else there.version, *more, **options)
 
     store.save = broken
 
@@ -26,9 +26,9 @@ def create_on_save(keeper: Any) -> None:
     store = keeper.store
     save = store.save
 
-    def broken(record: Any, *more: Any) -> None:
+    def broken(record: Any, *more: Any, **options: Any) -> None:
         try:
-            save(record, *more)
+            save(record, *more, **options)
         except Gone:
             store.create(record)
 
@@ -58,9 +58,9 @@ def apply_twice(keeper: Any) -> None:
     save = store.save
     saves = 0
 
-    def broken(record: Any, *more: Any) -> None:
+    def broken(record: Any, *more: Any, **options: Any) -> None:
         nonlocal saves
-        save(record, *more)
+        save(record, *more, **options)
         saves += 1
         if saves % 10 == 0:
             raise Stale
@@ -90,9 +90,9 @@ def forget_rotation(keeper: Any) -> None:
     store = keeper.store
     replace = store.replace
 
-    def broken(key: str, record: Any, expected_version: int, *more: Any) -> None:
+    def broken(key: str, record: Any, expected_version: int, *more: Any, **options: Any) -> None:
         old = store.load(key)
-        replace(key, record, expected_version, *more)
+        replace(key, record, expected_version, *more, **options)
         if old is not None:
             store.delete(key)
             store.create(record)

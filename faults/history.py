@@ -14,10 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["login", "read", "put", "count", "move", "rotate", "logout"]
+Kind = Literal["login", "read", "put", "count", "move", "lock", "rotate", "logout"]
 Outcome = Literal["ok", "failed", "unknown"]
 
-WRITES = ("login", "put", "count", "move", "rotate", "logout")
+_NEVER = float("inf")
+UPDATES: tuple[Kind, ...] = ("login", "put", "count", "move", "lock")
+NUMBERS: dict[str, Kind] = {"n": "count", "b": "move", "l": "lock"}  # and what adds one to each
 
 
 @dataclass(slots=True)
@@ -69,6 +71,8 @@ class Verdict:
     reads: int = 0
     ended: int = 0  # tokens whose end was acknowledged
     resurrected: int = 0  # ... that were answered from a living session later
+    missing: int = 0  # tokens that were found to lead nowhere
+    reappeared: int = 0  # ... and that were answered from a living session later
     adrift: int = 0  # sessions whose token got lost with the answer to a rotation
     unchecked: int = 0  # sessions that could not be read at the end
     worst: float = 0.0  # seconds
@@ -87,6 +91,7 @@ class Verdict:
             "torn transactions": self.torn,
             "stale reads": self.stale,
             "resurrected sessions": self.resurrected,
+            "sessions gone and there again": self.reappeared,
             "answers of another session": self.foreign,
             "keys without expiry": self.forever,
         }
@@ -99,17 +104,25 @@ class Verdict:
             self.examples.append(f"{what}: {operation}")
 
 
-def check(operations: Iterable[Operation], *, budget: float, grace: float) -> Verdict:
+def check(
+    operations: Iterable[Operation],
+    *,
+    budget: float,
+    grace: float,
+    patience: float = 0.0,
+) -> Verdict:
     """Judges a history, whose last operation on each session reads its final state.
 
     :param budget: seconds that a request may take.
+    :param patience: seconds on top of that for a request that waits for a lock.
     :param grace: seconds that an old token may still be used after an acknowledged rotation.
     """
     verdict = Verdict(recovery=0.0)
     by_owner: dict[str, list[Operation]] = {}
     for operation in operations:
         by_owner.setdefault(operation.owner, []).append(operation)
-        _judge_alone(operation, budget, verdict)
+        most = budget + patience if operation.kind == "lock" else budget
+        _judge_alone(operation, most, verdict)
     for history in by_owner.values():
         history.sort(key=lambda operation: operation.start)
         _judge_deaths(history, grace, verdict)
@@ -141,39 +154,38 @@ def _judge_alone(operation: Operation, budget: float, verdict: Verdict) -> None:
 
 
 def _judge_deaths(history: Sequence[Operation], grace: float, verdict: Verdict) -> None:
-    """Nothing may be answered from a session after its end was acknowledged."""
+    """Nothing may be answered from a session whose end was acknowledged, or that was not there."""
     logouts = [op.end for op in history if op.kind == "logout" and op.outcome == "ok"]
-    over: dict[int, float] = {}  # token -> when it was certainly over
+    over = dict.fromkeys({op.token for op in history}, min(logouts)) if logouts else {}
+    missing: dict[int, float] = {}
     for operation in history:
-        if operation.outcome == "ok" and operation.kind == "rotate":
-            end = operation.end + grace
+        if operation.kind == "rotate" and operation.outcome == "ok":
             for token in range(operation.token + 1):
-                over[token] = min(over.get(token, end), end)
+                over[token] = min(over.get(token, _NEVER), operation.end + grace)
         elif operation.status == 401:  # the store was asked, and there was no session
             token = operation.token
-            over[token] = min(over.get(token, operation.end), operation.end)
-    if logouts:
-        end = min(logouts)
-        for token in {op.token for op in history}:
-            over[token] = min(over.get(token, end), end)
+            missing[token] = min(missing.get(token, _NEVER), operation.end)
     verdict.ended += len(over)
-    risen = set()
+    verdict.missing += len(missing)
+    risen, back = set(), set()
     for operation in history:
-        if operation.alive and operation.start > over.get(operation.token, float("inf")):
-            if operation.token not in risen:
-                verdict._note("resurrected", operation)
+        if not operation.alive:
+            continue
+        if operation.start > over.get(operation.token, _NEVER):
             risen.add(operation.token)
+            verdict._note("resurrected", operation)
+        elif operation.start > missing.get(operation.token, _NEVER):
+            back.add(operation.token)
+            verdict._note("there again", operation)
     verdict.resurrected += len(risen)
+    verdict.reappeared += len(back)
 
 
 def _judge_updates(history: Sequence[Operation], verdict: Verdict) -> None:
     """Every read must show what was acknowledged before it began, and the last one everything."""
-    counts = {
-        "n": [op for op in history if op.kind == "count"],
-        "b": [op for op in history if op.kind == "move"],
-    }
     reads = [op for op in history if op.seen is not None and "keys" in op.seen and op.alive]
-    for name, updates in counts.items():
+    for name, kind in NUMBERS.items():
+        updates = [op for op in history if op.kind == kind]
         acknowledged = sorted(op.end for op in updates if op.outcome == "ok")
         possible = sorted(op.start for op in updates if op.outcome != "failed")
         excess = 0
@@ -197,9 +209,9 @@ def _judge_updates(history: Sequence[Operation], verdict: Verdict) -> None:
         for operation in missing:
             verdict._note("lost", operation)
         verdict.lost += len(missing)
-        verdict.lost += max(0, kinds["count"] - last.seen["n"])
-        verdict.lost += max(0, kinds["move"] - last.seen["b"])
-        verdict.acknowledged += sum(kinds[kind] for kind in ("login", "put", "count", "move"))
+        for name, kind in NUMBERS.items():
+            verdict.lost += max(0, kinds[kind] - last.seen.get(name, 0))
+        verdict.acknowledged += sum(kinds[kind] for kind in UPDATES)
     _judge_end(history, bool(shown), verdict)
 
 
@@ -217,7 +229,7 @@ def _judge_end(history: Sequence[Operation], judged: bool, verdict: Verdict) -> 
     if outcomes["rotate", "unknown"]:
         verdict.adrift += 1
     elif any(op.status == 401 and op.token == final.token for op in history):
-        lost = sum(outcomes[kind, "ok"] for kind in ("login", "put", "count", "move"))
+        lost = sum(outcomes[kind, "ok"] for kind in UPDATES)
         verdict.lost += lost
         verdict.acknowledged += 0 if judged else lost
         verdict._note("lost session", final)

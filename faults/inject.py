@@ -307,14 +307,14 @@ def jump(scene: Scene) -> None:
 
 REDIS = ("redis-always", "redis-everysec")
 MONGO = ("mongodb-one", "mongodb-bare")
-SETS = ("redis-sentinel", "redis-cluster", "mongodb-set")
+ASYNCHRONOUS = ("redis-sentinel", "redis-confirmed", "redis-cluster")
+SETS = (*ASYNCHRONOUS, "mongodb-set")
 ALL = ("memory", "sqlite", *REDIS, *MONGO, *SETS)
 SOLID = ("sqlite", "redis-always", "mongodb-one")
-ASYNCHRONOUS = ("redis-sentinel", "redis-cluster")
 
 FAULTS = [
     Fault("none", "nothing at all", nothing, ALL),
-    Fault("kill", "kill -9 of the server", kill, (*REDIS, *MONGO), stated=("mongodb-bare",)),
+    Fault("kill", "kill -9 of the server", kill, (*REDIS, *MONGO), stated=(REDIS[1], MONGO[1])),
     Fault("stop-1", "SIGSTOP for 1 s", freeze(1), ("redis-always", "mongodb-one")),
     Fault(
         "stop-5",
@@ -333,8 +333,8 @@ FAULTS = [
         "handover",
         "a failover on demand",
         hand_over,
-        ("redis-sentinel", "mongodb-set"),
-        stated=ASYNCHRONOUS[:1],
+        (*ASYNCHRONOUS[:2], "mongodb-set"),
+        stated=ASYNCHRONOUS[:2],
     ),
     Fault("migrate", "slots move", migrate, ("redis-cluster",), ours_only=True),
     Fault("locked", "another process writes", locked, ("sqlite",)),

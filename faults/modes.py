@@ -26,12 +26,17 @@ class Mode:
     name: str
     promise: str  # in words, for the report
     hosts = 1  # that a worker may have connections to
+    logout_replicas = 0  # SESSION_LOGOUT_REPLICAS
 
     def start(self) -> None:
         """Start what is down, and wait until all is well."""
 
     def stop(self) -> None:
         """End the servers and delete their files."""
+
+    def versions(self) -> dict[str, str]:
+        """Of the servers, while they run."""
+        return {}
 
     def url(self, place: str) -> str:
         """`SESSION_STORE`, for a key prefix or database of that name."""
@@ -111,7 +116,7 @@ class OneRedis(Mode):
         self.promise = (
             "all that was acknowledged"
             if fsync == "always"
-            else "all but the last second, when the machine goes down"
+            else "a crash may lose the last second and undo the last logouts"
         )
         self.server = RedisServer(*options)
 
@@ -120,6 +125,10 @@ class OneRedis(Mode):
 
     def stop(self) -> None:
         self.server.stop()
+
+    def versions(self) -> dict[str, str]:
+        with Redis.from_url(self.server.url, socket_timeout=10) as client:
+            return {"Redis": client.info("server")["redis_version"]}
 
     def url(self, place: str) -> str:
         return self.server.url
@@ -155,6 +164,14 @@ class Sentinels(Mode):
     def forever(self, place: str) -> int:
         with Redis.from_url(self.servers.primary().url, socket_timeout=10) as client:
             return _without_expiry(client, place)
+
+
+class ConfirmedLogouts(Sentinels):
+    """The same, and a logout is called done when both replicas have it."""
+
+    name = "redis-confirmed"
+    promise = "a failover undoes no acknowledged logout; it may lose the last writes"
+    logout_replicas = 2
 
 
 class Cluster(Mode):
@@ -212,6 +229,11 @@ class OneMongo(Mode):
     def stop(self) -> None:
         self.server.stop()
 
+    def versions(self) -> dict[str, str]:
+        client: MongoClient[dict[str, Any]]
+        with MongoClient(self.server.url, timeoutMS=10_000) as client:
+            return {"MongoDB": client.server_info()["version"]}
+
     def url(self, place: str) -> str:
         return with_database(self.server.url, place)
 
@@ -267,6 +289,7 @@ def modes() -> dict[str, Callable[[], Mode]]:
         "redis-always": lambda: OneRedis("always"),
         "redis-everysec": lambda: OneRedis("everysec"),
         "redis-sentinel": Sentinels,
+        "redis-confirmed": ConfirmedLogouts,
         "redis-cluster": Cluster,
         "mongodb-one": lambda: OneMongo("mongodb-one", "all that was acknowledged", MongoServer()),
         "mongodb-bare": lambda: OneMongo(

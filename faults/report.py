@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from faults.modes import modes
 from faults.scenario import Outcome
 
 HEAD = (
@@ -20,6 +21,7 @@ HEAD = (
     "stale/reads",
     "torn",
     "risen/ended",
+    "back/gone",
     "foreign/answers",
     "adrift",
     "worst s",
@@ -47,6 +49,7 @@ def row(outcome: Outcome) -> tuple[str, ...]:
         f"{v.stale}/{v.reads}",
         str(v.torn),
         f"{v.resurrected}/{v.ended}",
+        f"{v.reappeared}/{v.missing}",
         f"{v.foreign}/{v.answers}",
         str(v.adrift + v.unchecked),
         f"{v.worst:.2f}",
@@ -62,7 +65,7 @@ def verdict_of(outcome: Outcome) -> str:
         return "BROKEN: " + ", ".join(outcome.failures)
     found = [*outcome.verdict.broken, *outcome.verdict.leaks]
     if not found:
-        return "kept"
+        return "kept, though not promised" if outcome.stated else "kept"
     return ("stated: " if outcome.candidate == "ours" else "") + ", ".join(found)
 
 
@@ -111,7 +114,14 @@ def markdown(outcomes: Sequence[Outcome], seed: int, environment: dict[str, str]
         "",
     ]
     for mode in dict.fromkeys(outcome.mode for outcome in outcomes):
-        lines += [f"## {mode}", "", _line(HEAD[:1] + HEAD[2:]), _line(["---"] * (len(HEAD) - 1))]
+        lines += [
+            f"### {mode}",
+            "",
+            f"Promised: {modes()[mode]().promise}.",
+            "",
+            _line(HEAD[:1] + HEAD[2:]),
+            _line(["---"] * (len(HEAD) - 1)),
+        ]
         for outcome in outcomes:
             if outcome.mode == mode:
                 cells = row(outcome)

@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from faults.history import Operation, Verdict, check
+from faults.app import LOCK_WAIT
+from faults.history import Kind, Operation, Verdict, check
 from faults.inject import Fault, Scene, small_disk
 from faults.load import Load
 from faults.modes import Mode, SQLite, count_forever, proxy_for
@@ -26,6 +27,7 @@ SLACK = 0.5  # seconds on top of the grace
 # A request loads and saves, with a budget for each. The rest is for a machine that is busy with
 # the servers, the workers and the clients.
 BUDGET = 2 * TIMEOUT + 1.0
+FAR_OVER = 2 * BUDGET  # seconds: no noise of the machine explains that
 RECOVERY = 30.0  # seconds until the workers must serve again
 CALM_DOWN = 5.0  # seconds until threads and sockets must be back to where they were
 
@@ -38,10 +40,15 @@ class Outcome:
     mode: str
     fault: str
     stated: bool  # whether losses are stated here, and not failed
+    logouts_hold: bool  # whether logouts are promised all the same
     verdict: Verdict
     strikes: int
     notes: list[str] = field(default_factory=list)
     history: list[Operation] = field(default_factory=list)
+
+    def _risen(self) -> list[str]:
+        count = self.verdict.resurrected if self.logouts_hold else 0
+        return [f"{count} resurrected sessions"] if count else []
 
     @property
     def failures(self) -> list[str]:
@@ -51,9 +58,11 @@ class Outcome:
         verdict = self.verdict
         promised = [] if self.stated else verdict.broken
         always = [
+            *self._risen(),
             *(f"{verdict.foreign} answers of another session" for _ in range(verdict.foreign > 0)),
             *(f"{verdict.forever} keys without expiry" for _ in range(verdict.forever > 0)),
             *(["no recovery"] if verdict.recovery is None else []),
+            *([f"a request took {verdict.worst:.1f} s"] if verdict.worst > FAR_OVER else []),
         ]
         return list(dict.fromkeys([*promised, *always, *verdict.leaks]))
 
@@ -89,6 +98,7 @@ def run(
             "FAULTS_PREFIX": place,
             "FAULTS_GRACE": str(grace),
             "FAULTS_TIMEOUT": str(TIMEOUT),
+            "FAULTS_REPLICAS": str(mode.logout_replicas),
             "FAULTS_POOL": str(fault.pool),
             "FAULTS_WARM": "yes" if fault.preload else "",
             "FAULTS_BROKEN": broken or "",
@@ -105,12 +115,14 @@ def run(
                 prefix=disk,
             )
         )
+        # Only a logout waits for replicas, a rotation that leaves the old token a grace does not.
+        without: tuple[Kind, ...] = ("rotate",) if mode.logout_replicas else ()
         load = Load(
             workers.port,
             clients=fault.clients,
             sessions=fault.sessions,
             seed=seed,
-            without=fault.without,
+            without=(*fault.without, *without),
         )
         stack.callback(load.finish)
         load.start()
@@ -130,7 +142,9 @@ def run(
         time.sleep(grace + SLACK + 0.1)  # until the last rotation must be over
         load.look_at_everything(rng)
         after = SLACK + (grace if candidate == "ours" else 0.0)
-        verdict = check(load.operations, budget=BUDGET, grace=after)
+        # A lock is taken and given back, beside the wait for it.
+        patience = LOCK_WAIT + 2 * TIMEOUT
+        verdict = check(load.operations, budget=BUDGET, grace=after, patience=patience)
         verdict.recovery = recovery
         verdict.leaks = _leaks(workers, before, fault.pool * mode.hosts)
         if disk:
@@ -151,6 +165,7 @@ def run(
         mode.name,
         fault.name,
         mode.name in fault.stated,
+        mode.logout_replicas > 0,
         verdict,
         scene.strikes,
         notes,

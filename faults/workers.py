@@ -145,7 +145,7 @@ class Workers:
         deadline = time.monotonic() + START_TIMEOUT
         while not done():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"gunicorn did not get there. Its log:\n{self.log[-4000:]}")
+                raise RuntimeError(f"gunicorn did not get there. Its log:\n{self.log[-1500:]}")
             time.sleep(0.02)
 
     def _kill(self) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -121,6 +122,18 @@ def test_a_transaction_done_twice_or_by_half() -> None:
     assert story.verdict.broken == ["1 torn transactions"]
 
 
+def test_a_lock_that_let_two_in() -> None:
+    story = Story()
+    story.did("lock")
+    story.did("lock", status=503, outcome="unknown")
+    story.did("lock")
+    seen = {"owner": "alice", "keys": {}, "n": 0, "a": 0, "b": 0}
+    story.did("read", seen={**seen, "l": 1})
+    assert story.verdict.lost == 1
+    story.did("read", seen={**seen, "l": 3})
+    assert story.verdict.lost == 0
+
+
 def test_a_key_that_is_not_there() -> None:
     story = Story()
     story.did("put", key="k1")
@@ -189,7 +202,7 @@ def test_a_session_that_was_not_there_and_is_again() -> None:
     story = Story()
     story.found_nothing()
     story.saw()
-    assert story.verdict.resurrected == 1
+    assert story.verdict.broken == ["1 sessions gone and there again"]
 
 
 def test_an_answer_of_another_session() -> None:
@@ -204,6 +217,9 @@ def test_a_request_that_took_too_long() -> None:
     operation = story.did("read")
     operation.end = operation.start + 4
     assert (story.verdict.over, story.verdict.worst) == (1, 4)
+    operation.kind = "lock"
+    assert check(story.operations, budget=BUDGET, grace=GRACE, patience=1.0).over == 0
+    operation.kind = "read"
     operation.seconds = 0.5  # and 3.5 in the queue before the worker
     assert story.verdict.over == 0
 
@@ -213,9 +229,9 @@ def test_a_request_that_took_too_long() -> None:
 
 def a_run(verdict: Verdict, **more: Any) -> Ran:
     verdict.recovery = more.pop("recovery", 0.1)
-    return Ran(
-        more.pop("candidate", "ours"), "redis", "kill", more.pop("stated", False), verdict, 1
-    )
+    candidate, stated = more.pop("candidate", "ours"), more.pop("stated", False)
+    logouts_hold = more.pop("logouts_hold", False)
+    return Ran(candidate, "redis-always", "kill", stated, logouts_hold, verdict, 1)
 
 
 def test_a_promise_is_broken_or_there_was_none() -> None:
@@ -224,6 +240,12 @@ def test_a_promise_is_broken_or_there_was_none() -> None:
     assert a_run(lost, stated=True).failures == []
     assert report.verdict_of(a_run(lost, stated=True)) == "stated: 2 lost updates"
     assert a_run(lost, candidate="flask-session").failures == []
+
+
+def test_logouts_may_be_promised_where_nothing_else_is() -> None:
+    undone = Verdict(lost=2, resurrected=1)
+    assert a_run(undone, stated=True).failures == []
+    assert a_run(undone, stated=True, logouts_hold=True).failures == ["1 resurrected sessions"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +257,11 @@ def test_some_things_are_never_right(verdict: Verdict) -> None:
 
 def test_no_recovery_is_never_right() -> None:
     assert a_run(Verdict(), stated=True, recovery=None).failures == ["no recovery"]
+
+
+def test_far_over_the_time_is_never_right() -> None:
+    assert a_run(Verdict(worst=2 * BUDGET, over=3), stated=True).failures == []
+    assert a_run(Verdict(worst=2 * BUDGET + 0.1)).failures == ["a request took 6.1 s"]
 
 
 def test_the_tables_have_every_run() -> None:
@@ -273,6 +300,7 @@ SHORT = [
     ("redis-always", "kill"),
     ("redis-always", "stop-1"),
     ("redis-always", "interrupt"),
+    ("redis-always", "lose"),
     ("mongodb-one", "kill"),
     ("mongodb-one", "lose"),
 ]
@@ -287,12 +315,13 @@ def mode(request: pytest.FixtureRequest) -> Iterator[Mode]:
 
 
 def fault_of(name: str) -> Fault:
-    return next(fault for fault in FAULTS if fault.name == name)
+    """The fault of that name, in an application of two workers."""
+    return replace(next(fault for fault in FAULTS if fault.name == name), workers=2)
 
 
 @pytest.mark.parametrize(("mode", "fault"), SHORT, indirect=["mode"])
 def test_nothing_is_lost(mode: Mode, fault: str) -> None:
-    outcome = run(fault_of(fault), mode, seed=7, seconds=1.0, warm=0.4, grace=1.0)
+    outcome = run(fault_of(fault), mode, seed=7, seconds=0.8, warm=0.3, grace=1.0)
     verdict = outcome.verdict
     assert outcome.failures == [], verdict
     assert not outcome.stated
