@@ -227,8 +227,9 @@ def test_who_is_no_primary_is_not_used(
 
 
 def test_without_sentinels_the_connections_that_are_there_go_on(
-    sentinels: RedisSentinels, open_shop: Opener
+    sentinels: RedisSentinels, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(redis_servers, "LOOK_AGAIN", 0.0)
     shop = open_shop(sentinels.url)
     assert shop.count() == 1
     for sentinel in sentinels.sentinels:
@@ -568,6 +569,28 @@ def test_a_server_that_is_no_cluster(own_redis: RedisServer, open_shop: Opener) 
     shop = open_shop(own_redis.url.replace("redis:", "redis+cluster:"))
     with pytest.raises(StoreUnavailable, match="cluster support disabled"):
         shop.store.load("A" * 43)
+
+
+# TLS --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme", "path", "said"),
+    [
+        ("rediss+cluster", "", "cluster support disabled"),
+        ("rediss+sentinel", "/sessions", r"unknown command .SENTINEL"),
+    ],
+)
+def test_tls_with_our_own_authority_reaches_the_servers(
+    redis_tls: RedisTLS, open_shop: Opener, scheme: str, path: str, said: str
+) -> None:
+    """This one is neither a sentinel nor in a cluster, and says so: over TLS."""
+    address = f"{scheme}://{HOST}:{redis_tls.tls_port}{path}"
+    options = redis_tls.url.partition("?")[2]
+    with pytest.raises(StoreUnavailable, match=said):
+        open_shop(f"{address}?{options}").store.load("A" * 43)
+    with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+        open_shop(address).store.load("A" * 43)
 
 
 # Both ------------------------------------------------------------------------------------------

@@ -462,9 +462,8 @@ class RedisStore:
             except BaseException as error:
                 # Interrupted, or given an answer that is not ours: never reuse this connection.
                 slot.connection.disconnect()
-                if isinstance(error, (RedisTimeoutError, TimeoutError)):
-                    pool.timed_out()
-                elif isinstance(error, (RedisConnectionError, OSError)):
+                timed_out = isinstance(error, TimeoutError)  # the others may be well
+                if isinstance(error, (RedisConnectionError, OSError)) and not timed_out:
                     pool.distrust()
                 raise
         finally:

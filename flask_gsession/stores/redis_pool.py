@@ -183,9 +183,6 @@ class ConnectionPool:
         elif slot.connection is not None:
             slot.connection.disconnect()
 
-    def timed_out(self) -> None:
-        """A connection gave no answer in time. The others may: they are kept."""
-
     def distrust(self) -> None:
         """The server closed a connection that was idle, so likely all of them: close them."""
         idle = self._idle
@@ -245,9 +242,6 @@ class ClientPool:
     def give(self, slot: ClientSlot) -> None:
         """Take back what ``take`` lent."""
         self._pool.release(slot.connection)
-
-    def timed_out(self) -> None:
-        """Nothing: the connection itself is closed."""
 
     def distrust(self) -> None:
         """Nothing: the client checks a connection before it lends it."""

@@ -164,10 +164,6 @@ class PrimaryPool(ConnectionPool):
                         self.distrust()
         return super().take(deadline)
 
-    def timed_out(self) -> None:
-        """The primary may be frozen, and replaced: ask before it is used again."""
-        self._look_at = 0.0
-
     def _find(self, deadline: float) -> Address:
         self._primary = self._sentinels.primary(deadline)
         return self._primary
