@@ -24,6 +24,7 @@ from .errors import (
     Gone,
     LockLost,
     LockMisused,
+    LogoutUnconfirmed,
     QueueFull,
     SessionEnded,
     SessionLocked,
@@ -130,7 +131,6 @@ class Lock(Generic[S]):
 
     async def __aenter__(self) -> S:
         """As ``with``; the event loop does not wait."""
-        self._abandoned = False
         entering = asyncio.ensure_future(asyncio.to_thread(self.__enter__))
         try:
             return await asyncio.shield(entering)
@@ -138,6 +138,7 @@ class Lock(Generic[S]):
             self._abandoned = True
             with suppress(Exception):
                 await entering
+            self._abandoned = False
             if self._held:
                 self.__exit__(type(error), error, None)
             raise
@@ -251,14 +252,17 @@ class Lock(Generic[S]):
             return True  # the block ended the session: what it did then is a new one's
         if session._lease is not None:
             session._rotation = later
-        wrote = session._has_changes()
         try:
+            wrote = session._has_changes()
             if wrote:
                 session._commit()
                 if session._ended:
                     raise SessionEnded
                 # The lease goes with the session, and stays behind with the key of a rotation.
                 self._moved = session._record is None or session._record.key != self._key
+        except LogoutUnconfirmed:
+            self._moved = True  # it was stored
+            raise
         except BaseException:
             self._roll_back()
             raise
@@ -272,7 +276,7 @@ class Lock(Generic[S]):
     def _leave(self) -> None:
         """Let the session go."""
         session = self._session
-        if self._moved:
+        if self._moved or session._record is None:
             _renewer.discard(self)
         elif not self._give_back():
             self._lost = True
