@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from flask_gsession.errors import StoreUnavailable
+from flask_gsession.errors import Stale, StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
 from flask_gsession.stores.redis_pool import Slot
@@ -39,9 +40,13 @@ def soon() -> float:
     return time.monotonic() + 0.05
 
 
+def in_time() -> float:
+    return time.monotonic() + 30
+
+
 def test_no_more_connections_than_allowed_are_lent(store: Any) -> None:
     pool = store._pool
-    slots = [pool.take(soon()) for _ in range(SIZE)]
+    slots = [pool.take(in_time()) for _ in range(SIZE)]
     with pytest.raises(RedisTimeoutError, match="all 4 connections were in use"):
         pool.take(soon())
     pool.give(slots[0])
@@ -58,7 +63,7 @@ def test_the_connection_used_last_is_lent_first(store: Any) -> None:
 
 def test_who_waits_gets_what_comes_back(store: Any) -> None:
     pool = store._pool
-    slots = [pool.take(soon()) for _ in range(SIZE)]
+    slots = [pool.take(in_time()) for _ in range(SIZE)]
     got: list[Any] = []
     waiting = threading.Thread(target=lambda: got.append(pool.take(time.monotonic() + 30)))
     waiting.start()
@@ -71,7 +76,7 @@ def test_who_waits_gets_what_comes_back(store: Any) -> None:
 
 def test_a_slot_that_was_dropped_comes_back(store: Any) -> None:
     pool = store._pool
-    slots = [pool.take(soon()) for _ in range(SIZE)]
+    slots = [pool.take(in_time()) for _ in range(SIZE)]
     slots[0].ask(b"PING\r\n")
     connection = slots[0].connection
     del slots[0]
@@ -119,7 +124,7 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
         thread.join(30)
     assert not wrong
     assert sent > 100
-    slots = [store._pool.take(soon()) for _ in range(SIZE)]
+    slots = [store._pool.take(in_time()) for _ in range(SIZE)]
     assert [slot.ask(b"PING\r\n") for slot in slots] == [b"PONG"] * SIZE
 
 
@@ -205,3 +210,19 @@ def test_a_repeat_after_a_restart_is_in_doubt_too(
     with pytest.raises(StoreUnavailable, match="an answer was lost"):
         store.save(mine, record.version)
     assert store.load(record.key) == theirs
+
+
+def test_a_connection_that_was_closed_while_idle_puts_no_write_in_doubt(
+    own_redis: RedisServer, store_prefix: str
+) -> None:
+    """The server never saw the first try: the write has lost an ordinary race."""
+    store: Any = open_store(own_redis.url, StoreOptions(prefix=store_prefix))[0]
+    record = a_record(time.time)
+    store.create(record)
+    (slot,) = (slot for slot in store._pool._idle if slot.connection is not None)
+    slot.connection.deadline.at -= 60  # a minute ago
+    with Redis.from_url(own_redis.url) as admin:
+        admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    with pytest.raises(Stale):
+        store.save(record._replace(version=new_version()), new_version())
+    store.close()

@@ -11,10 +11,12 @@ from typing import Any
 from weakref import WeakSet, ref
 
 import redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _LOOK_FOR_LOST = 0.1  # seconds
+_IDLE = 1.0  # seconds after which a server is likely to have closed a connection
 
 
 class AllInUse(RedisTimeoutError):
@@ -120,8 +122,9 @@ class Slot:
 class ConnectionPool:
     """Lends connections that ``make`` makes, at most ``size`` at a time.
 
-    Connections are lent as they came back: whoever takes one may find that the server has closed
-    it, says so by ``distrust`` and tries again. Nothing is shared with a forked process.
+    Connections are lent as they came back, and looked at only when they were idle for a while:
+    whoever takes one may find that the server has closed it, says so by ``distrust`` and tries
+    again. Nothing is shared with a forked process.
 
     An interrupt can make a thread lose its slot between any two steps. Who waits for one finds out,
     as the slot is collected then, and makes another.
@@ -147,9 +150,12 @@ class ConnectionPool:
             slot = self._idle.pop()
         except IndexError:
             slot = self._wait(deadline)
-        if slot.connection is None:
-            slot.connection = self.make()
-        slot.connection.deadline.at = deadline
+        connection = slot.connection
+        if connection is None:
+            connection = slot.connection = self.make()
+        elif deadline - connection.deadline.at > _IDLE:
+            _drop_if_closed(connection)
+        connection.deadline.at = deadline
         return slot
 
     def _wait(self, deadline: float) -> Slot:
@@ -202,6 +208,15 @@ class ConnectionPool:
         for slot in idle:
             if slot.connection is not None:
                 slot.connection.disconnect()
+
+
+def _drop_if_closed(connection: Any) -> None:
+    """A command that is sent to nobody would be in doubt."""
+    try:
+        if connection.is_connected and connection.can_read():
+            connection.disconnect()
+    except RedisConnectionError:
+        connection.disconnect()
 
 
 class ClientSlot:
