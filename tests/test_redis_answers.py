@@ -14,7 +14,7 @@ from redis import Redis
 
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.testing import FakeClock, a_pointer, a_record
+from flask_gsession.testing import FakeClock, HookedStore, a_pointer, a_record
 from tests.apps import Site
 from tests.servers import RedisServer
 from tests.test_redis_servers import OnServers
@@ -137,6 +137,47 @@ def test_the_rights_for_locks(
         assert visitor.run(dict) == {"count": 20}
     assert set(redis_acl.denied()) <= {"command: client|setinfo", "command: client"}
     assert not caplog.records
+
+
+@pytest.fixture(params=["sentinels", "cluster", "tls", "acl"])
+def site(request: pytest.FixtureRequest, store_prefix: str) -> Iterator[Site]:
+    """A site on each kind of servers in turn."""
+    servers: Any = request.getfixturevalue(f"redis_{request.param}")
+    if isinstance(servers, RedisACL):
+        servers.allow(rights(store_prefix))
+    store = HookedStore(a_store(servers.url, store_prefix))
+    yield Site("redis://unused", store_prefix, time.time, store=store)
+    store.close()
+
+
+def test_the_guarantees_hold_on_every_kind_of_servers(site: Site) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda s: s.update(user="mira", count=0))
+    tab = visitor.another_tab()
+    # No lost update.
+    site.before_a_write(lambda: tab.run(lambda s: s.update(theirs=1)))
+    visitor.run(lambda s: s.update(mine=2))
+    assert tab.run(dict) == {"user": "mira", "count": 0, "theirs": 1, "mine": 2}
+
+    def work(s: Any) -> int:
+        s["count"] += 1
+        return int(s["count"])
+
+    site.before_a_write(lambda: tab.run(lambda s: s.update(count=10)))
+    assert visitor.run(lambda s: s.transaction().run(work)) == 11
+    # A rotated token works for its grace, and without grace not at all.
+    visitor.run(lambda s: s.rotate())
+    assert visitor.token != tab.token
+    assert tab.run(dict)["count"] == 11
+    before = visitor.another_tab()
+    visitor.run(lambda s: s.rotate(grace=0))
+    assert before.run(dict) == {}
+    assert visitor.run(dict)["count"] == 11
+    # The dead stay dead.
+    tab = visitor.another_tab()
+    site.before_a_write(lambda: tab.run(lambda s: s.destroy()))
+    assert visitor.ask(lambda s: s.update(late=1)).status_code == 200
+    assert visitor.run(dict) == {}
 
 
 def test_another_prefix_is_out_of_reach(redis_acl: RedisACL, store_prefix: str) -> None:

@@ -483,6 +483,8 @@ def test_who_dies_in_a_rotation_leaves_the_session_as_it_was(
     store.replace(old.key, later, old.version, None)
     assert store.load(old.key) is None
     assert store.load(later.key) == later
+    name = store._name(old.key).decode()
+    assert 0 < cluster.primary(key_slot(name.encode())).command("PTTL", name) <= 10_000
 
 
 @pytest.mark.parametrize("grace", [True, False], ids=["grace", "no grace"])
@@ -555,6 +557,7 @@ def test_a_cluster_client_gives_its_nodes_and_options(
         assert shop.count() == 4
         made = [slot.connection for pool in shop.store._pool._pools.values() for slot in pool._idle]
         assert {each.username for each in made if each} == {"app"}
+        assert not any(each.redis_connect_func for each in made if each)  # it may ask for replicas
         shop.store.close()
         assert client.ping()  # it is not ours to close
 
