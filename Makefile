@@ -10,7 +10,7 @@ TEST_ARGS ?= -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench faults docs chromium clean
+.PHONY: help demo test lint bench faults rules docs chromium clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,10 @@ bench: $(VENV)/with-bench ## Measure side by side with Flask-Session
 
 faults: $(VENV)/with-bench ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
 	$(PY) -m faults $(FAULTS_ARGS)
+
+rules: ## Check the alert rules, with Prometheus' own promtool on PATH
+	promtool check rules flask_gsession/contrib/prometheus-rules.yml
+	promtool test rules tests/prometheus_rules_test.yml
 
 docs: $(VENV)/with-docs ## Build the documentation in docs/_build
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build

@@ -23,17 +23,24 @@ from weakref import WeakSet
 
 from flask import Blueprint, Flask, Response, current_app, has_request_context, request
 from flask import session as flask_session
-from flask_limiter import Limit, RateLimitExceeded
-from limits import RateLimitItem, parse_many
-from limits.errors import ConfigurationError
-from limits.storage import (
-    MemoryStorage,
-    MongoDBStorageBase,
-    RedisStorage,
-    Storage,
-    storage_from_string,
-)
-from limits.strategies import STRATEGIES
+
+try:
+    from flask_limiter import Limit, RateLimitExceeded
+    from limits import RateLimitItem, parse_many
+    from limits.errors import ConfigurationError
+    from limits.storage import (
+        MemoryStorage,
+        MongoDBStorageBase,
+        RedisStorage,
+        Storage,
+        storage_from_string,
+    )
+    from limits.strategies import STRATEGIES
+except ImportError as error:
+    raise ImportError(
+        f"flask_gsession.contrib.ratelimit needs the package {error.name}: install the extra, "
+        "flask-gsession[limits]"
+    ) from None
 
 from ..breaker import Circuit
 from ..data import SessionData

@@ -1,0 +1,353 @@
+"""Metrics for Prometheus: what the store was asked, how long that took, what happened to sessions.
+
+Every label has a closed set of values: a hundred thousand sessions are as many series as one.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from os import getpid
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from flask import Flask, current_app, request
+from werkzeug.serving import is_running_from_reloader
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_flask_exporter import (  # type: ignore[import-untyped]  # it ships no types
+        PrometheusMetrics,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"flask_gsession.contrib.metrics needs the package {error.name}: install the extra, "
+        "flask-gsession[metrics]"
+    ) from None
+
+from ..errors import (
+    Gone,
+    KeyTaken,
+    LeaseLost,
+    QueueFull,
+    SettingError,
+    Stale,
+    StoreUnavailable,
+    UnreadableRecord,
+)
+from ..events import (
+    CircuitClosed,
+    CircuitOpened,
+    Event,
+    Events,
+    LockAcquired,
+    LockExpired,
+    LockRefused,
+    LockReleased,
+    SessionCreated,
+    SessionDestroyed,
+    SessionRefused,
+    SessionRenewed,
+    SessionRotated,
+    SessionSaved,
+    WriteDropped,
+    logger,
+)
+from ..extension import NAME as EXTENSION
+from ..extension import Session
+from ..interface import GSessionInterface
+
+NAME = "gsession-metrics"
+
+_SECONDS = "flask_gsession.seconds"
+_TIMED = (
+    *("create", "load", "save", "renew", "replace", "delete"),
+    *("acquire", "extend", "release"),
+)
+_UNTIMED = ("close", "sweep", "wait_for_release")
+_STATUSES: dict[type[BaseException], str] = {
+    Gone: "gone",
+    Stale: "stale",
+    KeyTaken: "taken",
+    LeaseLost: "lease lost",
+    QueueFull: "queue full",
+    UnreadableRecord: "unreadable",
+    StoreUnavailable: "unavailable",
+}
+_LIFE: dict[type[Event], str] = {
+    SessionCreated: "created",
+    SessionSaved: "saved",
+    SessionRenewed: "renewed",
+    SessionRotated: "rotated",
+    SessionDestroyed: "destroyed",
+}
+_UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
+_REFUSALS = {"malformed", "bad signature", "two cookies", "unknown", *_UNREADABLE}
+_STORE_BUCKETS = (
+    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)
+_WAIT_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30)
+_SIZE_BUCKETS = tuple(256 * 4**power for power in range(9))  # to 16 MiB
+
+Count = Callable[..., object]
+
+
+class SessionMetrics:
+    """Counts what sessions do, for the metrics of prometheus-flask-exporter.
+
+    ``metrics``: the application's own ``PrometheusMetrics``; its page shows ours as well. Without
+    one, and without a ``registry`` of prometheus-client, the application gets one at ``path``.
+    ``ext``: the ``Session``, where the application has several.
+
+    Applications that share a registry share the figures.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        metrics: Any = None,
+        *,
+        registry: CollectorRegistry | None = None,
+        ext: Session | None = None,
+        path: str = "/metrics",
+    ) -> None:
+        self._metrics, self._registry, self._ext, self._path = metrics, registry, ext, path
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Begin to count on ``app``, which has its ``Session`` already.
+
+        Raises ``SettingError`` where it has not, or where it is counted already.
+        """
+        interfaces: dict[Session, GSessionInterface] = app.extensions.get(EXTENSION, {})
+        ext = self._ext or next(iter(interfaces), None)
+        if ext is None or ext not in interfaces:
+            raise SettingError("SessionMetrics comes after Session: call Session(app) first")
+        counted: list[Session] = app.extensions.setdefault(NAME, [])
+        if ext in counted:
+            raise SettingError("The application has SessionMetrics for this Session already")
+        figures = _figures(self._registry_for(app))
+        keeper = interfaces[ext].keeper
+        keeper.store = _TimedStore(keeper.store, figures)  # type: ignore[assignment]  # as a Store
+        if keeper.leases is not None:
+            keeper.leases = keeper.store  # type: ignore[assignment]  # it has their methods too
+        keeper.events = _CountedEvents(keeper.events, figures)
+        reference = weakref.ref(app)
+        for kind, is_open in ((CircuitOpened, 1), (CircuitClosed, 0)):
+            ext.on(kind, _circuit(reference, figures, is_open))
+        if not counted:
+            app.teardown_request(figures.observe_request)
+        counted.append(ext)
+
+    def _registry_for(self, app: Flask) -> CollectorRegistry:
+        if self._metrics is not None:
+            registry = self._metrics.registry
+        elif self._registry is not None:
+            return self._registry
+        else:
+            registry = CollectorRegistry()
+            PrometheusMetrics(app, path=self._path, group_by="url_rule", registry=registry)
+        if is_running_from_reloader() and not os.environ.get("DEBUG_METRICS"):
+            logger.warning(
+                "Under the reloader of the development server prometheus-flask-exporter has no "
+                "page of metrics; set DEBUG_METRICS=1 for one, or run without the reloader"
+            )
+        return registry  # type: ignore[no-any-return]  # untyped
+
+
+def _one_of(known: set[str], word: str) -> str:
+    """``word``, or a word for all others: a store of somebody else's may say anything."""
+    return word if word in known else "other"
+
+
+def _drop(reason: str) -> str:
+    if reason.startswith("ended before "):
+        return "ended"
+    return _one_of({"store unavailable", *_UNREADABLE}, reason)
+
+
+class _Figures:
+    """The metrics on one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"gsession_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, mode: Any, *labels: str) -> Gauge:
+            return Gauge(
+                f"gsession_{name}", text, labels, registry=registry, multiprocess_mode=mode
+            )
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"gsession_{name}", text, labels, registry=registry, buckets=buckets)
+
+        self.operations = counter("operations", "Calls of the session store", "operation", "status")
+        self.durations = histogram(
+            "operation_duration_seconds",
+            "Duration of the calls of the session store",
+            _STORE_BUCKETS,
+            "operation",
+        )
+        self._requests = histogram(
+            "request_seconds",
+            "Time that a request spent on the session store, for those that needed it",
+            _STORE_BUCKETS,
+            "endpoint",
+        )
+        self.up = gauge(
+            "store_up", "Whether the store answered the last call, in every process", "livemin"
+        )
+        self.circuits = gauge(
+            "circuits_open", "Processes that do not ask the store at present", "livesum",
+            "operations",
+        )  # fmt: skip
+        life = counter("sessions", "What happened to stored sessions", "event")
+        refused = counter("refused", "Tokens that led to no session", "reason")
+        dropped = counter("writes_dropped", "Changes that were not stored", "reason")
+        races = counter("retries", "Writes tried again because another request was faster")
+        merges = counter("merges", "Saves onto what another request had stored meanwhile")
+        sizes = histogram("payload_bytes", "Size of the saved payloads", _SIZE_BUCKETS)
+        locks = counter("locks", "What became of locks of sessions", "event")
+        waits = histogram(
+            "lock_wait_seconds", "Waiting time of those who got a lock", _WAIT_BUCKETS
+        )
+
+        def saved(_: str, payload_bytes: int, conflicts: int) -> None:
+            sizes.observe(payload_bytes)
+            if conflicts:
+                races.inc(conflicts)
+                merges.inc()
+
+        def acquired(_: str, waited: float) -> None:
+            waits.observe(waited)
+
+        def counts(child: Any) -> Count:
+            return lambda *_: child.inc()
+
+        self.receivers: dict[type[Event], list[Count]] = {
+            kind: [counts(life.labels(name))] for kind, name in _LIFE.items()
+        }
+        self.receivers[SessionSaved].append(saved)
+        self.receivers[LockAcquired] = [counts(locks.labels("acquired")), acquired]
+        self.receivers[LockReleased] = [counts(locks.labels("released"))]
+        self.receivers[LockExpired] = [counts(locks.labels("expired"))]
+        self.receivers[LockRefused] = [lambda _, reason, waited: locks.labels(reason).inc()]
+        self.receivers[SessionRefused] = [
+            lambda reason, _: refused.labels(_one_of(_REFUSALS, reason)).inc()
+        ]
+        self.receivers[WriteDropped] = [lambda _, reason: dropped.labels(_drop(reason)).inc()]
+        for operations in ("loads", "writes"):
+            self.circuits.labels(operations).set(0)
+        for reason in ("unknown", "bad signature"):
+            refused.labels(reason)
+        for reason in ("store unavailable", "ended"):
+            dropped.labels(reason)
+        for reason in ("too many waiters", "wait over"):
+            locks.labels(reason)
+        self.up.set(1)
+        self.is_up = True
+        self.pid = getpid()
+
+    def answered(self, up: bool) -> None:
+        """The store was asked, and did or did not answer."""
+        if up is not self.is_up or self.pid != getpid():
+            self.is_up, self.pid = up, getpid()
+            self.up.set(up)
+
+    def observe_request(self, error: BaseException | None) -> None:
+        """At the end of a request: what it spent on the store."""
+        seconds = request.environ.pop(_SECONDS, None)
+        if seconds is not None:
+            self._requests.labels(request.endpoint or "").observe(seconds)
+
+
+def _circuit(app: weakref.ref[Flask], figures: _Figures, is_open: int) -> Callable[[Any], None]:
+    def changed(event: Any) -> None:
+        if not current_app or current_app._get_current_object() is app():  # type: ignore[attr-defined]
+            figures.circuits.labels(event.operations).set(is_open)
+
+    return changed
+
+
+class _CountedEvents(Events):
+    """Counts events, and passes them on to those who had subscribed, or do so later."""
+
+    def __init__(self, events: Events, figures: _Figures) -> None:
+        self._events = events
+        self._receivers = figures.receivers
+
+    def emit(self, event: type[Event], *details: object) -> None:
+        for receiver in self._receivers.get(event, ()):
+            receiver(*details)
+        self._events.emit(event, *details)
+
+
+class _TimedStore:
+    """Has every method of the contract and of the capabilities that the store has."""
+
+    def __init__(self, store: object, figures: _Figures) -> None:
+        for name in _TIMED:
+            if hasattr(store, name):
+                setattr(self, name, _timed(getattr(store, name), name, figures))
+        for name in _UNTIMED:
+            if hasattr(store, name):
+                setattr(self, name, getattr(store, name))
+
+
+def _timed(call: Callable[..., Any], name: str, figures: _Figures) -> Callable[..., Any]:
+    observe = figures.durations.labels(name).observe
+    ok = figures.operations.labels(name, "ok").inc
+    absent = figures.operations.labels(name, "absent").inc if name == "load" else ok
+    figures.operations.labels(name, "unavailable")  # begins at 0, for rates
+    answered = figures.answered
+
+    def done(start: float) -> None:
+        seconds = perf_counter() - start
+        observe(seconds)
+        try:
+            environ = request.environ
+        except RuntimeError:  # outside of requests
+            return
+        environ[_SECONDS] = environ.get(_SECONDS, 0.0) + seconds
+
+    def timed(*arguments: Any) -> Any:
+        start = perf_counter()
+        try:
+            answer = call(*arguments)
+        except BaseException as error:
+            done(start)
+            status = _STATUSES.get(type(error), "error")
+            figures.operations.labels(name, status).inc()
+            if not getattr(error, "contention", False):
+                answered(status != "unavailable")
+            raise
+        done(start)
+        (absent if answer is None else ok)()
+        if not figures.is_up or figures.pid != getpid():
+            answered(True)
+        return answer
+
+    return timed
+
+
+_of_registries: WeakKeyDictionary[CollectorRegistry, _Figures] = WeakKeyDictionary()
+_of_process: list[_Figures] = []
+
+
+def _figures(registry: CollectorRegistry) -> _Figures:
+    """The metrics on that registry: one set, however many applications count in it.
+
+    With PROMETHEUS_MULTIPROC_DIR all registries of a process write to the same files, so there is
+    one set in the process.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        if not _of_process:
+            _of_process.append(_Figures(registry))
+        return _of_process[0]
+    if registry not in _of_registries:
+        _of_registries[registry] = _Figures(registry)
+    return _of_registries[registry]

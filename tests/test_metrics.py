@@ -1,0 +1,426 @@
+"""Metrics: what is counted, in how many series, by whom; and what is built on them."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from flask import Flask, session
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_flask_exporter import PrometheusMetrics
+
+from flask_gsession import Session, SettingError, StoreUnavailable
+from flask_gsession.contrib.metrics import SessionMetrics
+from flask_gsession.errors import UnreadableRecord
+from flask_gsession.events import CircuitClosed, CircuitOpened, SessionCreated
+from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.testing import HookedStore
+from tests.apps import Site, SiteMaker
+from tests.test_workers import Gunicorn
+
+Figures = dict[str, float]
+Read = Callable[[], Figures]
+
+RULES = files("flask_gsession.contrib") / "prometheus-rules.yml"
+DASHBOARD = files("flask_gsession.contrib") / "grafana-dashboard.json"
+
+
+def parsed(text: str) -> Figures:
+    """The figures of a page of metrics, by `name{label="value",...}`."""
+    return {
+        sample.name + str(dict(sorted(sample.labels.items())) or ""): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("gsession_") and not sample.name.endswith("_created")
+    }
+
+
+def read(app: Flask) -> Figures:
+    return parsed(app.test_client().get("/metrics").text)
+
+
+def figure(figures: Figures, name: str, **labels: str) -> float:
+    return figures.get(f"gsession_{name}{dict(sorted(labels.items())) or ''}", 0.0)
+
+
+@pytest.fixture
+def counted(site: Site) -> Site:
+    """A site on each store in turn, with metrics."""
+    SessionMetrics(site.app, ext=site.ext)
+    return site
+
+
+def test_what_happens_is_counted(counted: Site) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(cart=[1]))
+    visitor.run(lambda session: session["cart"].append(2))
+    visitor.run(lambda session: session.rotate())
+    visitor.run(lambda session: session.destroy())
+    counted.visitor("nonsense").run(dict)
+    visitor.run(dict)
+    figures = read(counted.app)
+    for event, times in {"created": 1, "saved": 2, "rotated": 1, "destroyed": 1}.items():
+        assert figure(figures, "sessions_total", event=event) == times, event
+    assert figure(figures, "refused_total", reason="malformed") == 1
+    assert figure(figures, "payload_bytes_count") == 2
+    assert figure(figures, "operations_total", operation="create", status="ok") == 1
+    assert figure(figures, "operations_total", operation="save", status="ok") == 1
+    assert figure(figures, "operations_total", operation="replace", status="ok") == 1
+    assert figure(figures, "operations_total", operation="delete", status="ok") == 1
+    assert figure(figures, "operations_total", operation="load", status="ok") == 2
+    assert figure(figures, "operation_duration_seconds_count", operation="load") == 2
+    assert figure(figures, "request_seconds_count", endpoint="_do") == 4  # two asked nothing
+    assert figure(figures, "store_up") == 1
+
+
+def test_an_expired_session_is_found_absent(counted: Site) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(cart=[1]))
+    counted.clock.advance(100 * 86400)
+    visitor.run(dict)
+    figures = read(counted.app)
+    assert figure(figures, "operations_total", operation="load", status="absent") == 1
+    assert figure(figures, "refused_total", reason="unknown") == 1
+
+
+def test_lost_races_are_counted(counted: Site) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    tab = visitor.another_tab()
+    counted.before_each("save", lambda: tab.run(lambda session: session.update(b=1)))
+    visitor.run(lambda session: session.update(c=1))
+    figures = read(counted.app)
+    assert figure(figures, "operations_total", operation="save", status="stale") == 1
+    assert figure(figures, "retries_total") == 1
+    assert figure(figures, "merges_total") == 1
+
+
+def test_an_ended_session_drops_writes(counted: Site) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    tab = visitor.another_tab()
+    counted.before_each("save", lambda: tab.run(lambda session: session.destroy()))
+    visitor.run(lambda session: session.update(c=1))
+    figures = read(counted.app)
+    assert figure(figures, "writes_dropped_total", reason="ended") == 1
+    assert figure(figures, "operations_total", operation="save", status="gone") == 1
+
+
+def test_locks_are_counted(counted: Site) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(a=1))
+
+    def lock(session: Any) -> None:
+        with session.lock():
+            assert visitor.another_tab().ask(lock_impatiently).status_code == 503
+
+    def lock_impatiently(session: Any) -> None:
+        with session.lock(wait=0.05):
+            pass
+
+    visitor.run(lock)
+    figures = read(counted.app)
+    for event in ("acquired", "released", "wait over"):
+        assert figure(figures, "locks_total", event=event) == 1, event
+    assert figure(figures, "lock_wait_seconds_count") == 1
+    assert figure(figures, "operations_total", operation="release", status="ok") >= 1
+
+
+@pytest.fixture
+def faulty() -> Iterator[tuple[Flask, HookedStore]]:
+    """An application with metrics, whose store fails on demand, and whose breaker is off."""
+    store = HookedStore(MemoryStore())
+    app = Flask(__name__)
+    app.secret_key = "a key for tests"
+    Session(app, store=store, breaker_failures=0)
+    SessionMetrics(app)
+
+    @app.get("/")
+    def visit() -> str:
+        session["visits"] = session.get("visits", 0) + 1
+        return ""
+
+    yield app, store
+    store.close()
+
+
+def test_an_outage_and_its_end(faulty: tuple[Flask, HookedStore]) -> None:
+    app, store = faulty
+    client = app.test_client()
+    client.get("/")
+
+    def fail() -> None:
+        raise StoreUnavailable("pulled the plug")
+
+    store.before("save", fail)
+    assert client.get("/").status_code == 503
+    figures = read(app)
+    assert figure(figures, "store_up") == 0
+    assert figure(figures, "operations_total", operation="save", status="unavailable") == 1
+    assert figure(figures, "operation_duration_seconds_count", operation="save") == 1
+    assert figure(figures, "writes_dropped_total", reason="store unavailable") == 1
+    store._hooks.clear()
+    assert client.get("/").status_code == 200
+    assert figure(read(app), "store_up") == 1
+
+
+def test_contention_is_no_outage(faulty: tuple[Flask, HookedStore]) -> None:
+    app, store = faulty
+
+    def fail() -> None:
+        raise StoreUnavailable("busy", contention=True)
+
+    store.before("create", fail)
+    assert app.test_client().get("/").status_code == 503
+    figures = read(app)
+    assert figure(figures, "store_up") == 1
+    assert figure(figures, "operations_total", operation="create", status="unavailable") == 1
+
+
+def test_words_of_a_foreign_store_make_no_series(faulty: tuple[Flask, HookedStore]) -> None:
+    app, store = faulty
+    client = app.test_client()
+    client.get("/")
+    for word in ("rotten", "moth-eaten"):
+
+        def fail(word: str = word) -> None:
+            store._hooks.clear()
+            raise UnreadableRecord(word)
+
+        store.before("load", fail)
+        client.get("/")
+        client.get("/")
+    figures = read(app)
+    assert figure(figures, "refused_total", reason="other") == 2
+    assert figure(figures, "operations_total", operation="load", status="unreadable") == 2
+
+
+def test_circuits(faulty: tuple[Flask, HookedStore]) -> None:
+    app, _ = faulty
+    (ext,) = app.extensions["gsession"]
+    assert figure(read(app), "circuits_open", operations="writes") == 0
+    ext._events.emit(CircuitOpened, "writes", "refused")
+    figures = read(app)
+    assert figure(figures, "circuits_open", operations="writes") == 1
+    assert figure(figures, "circuits_open", operations="loads") == 0
+    ext._events.emit(CircuitClosed, "writes", 1.5)
+    assert figure(read(app), "circuits_open", operations="writes") == 0
+
+
+def test_many_sessions_are_as_many_series_as_few(counted: Site) -> None:
+    def visit(cookie: str | None = None) -> None:
+        visitor = counted.visitor(cookie)
+        visitor.run(lambda session: session.update(a=1))
+        visitor.get(f"/{secrets.token_hex(4)}")
+
+    visit()
+    visit("x.y")
+    visit("x" * 43 + "." + "y" * 22)
+    before = read(counted.app)
+    for _ in range(40):
+        visit(secrets.token_hex(8))
+        visit(secrets.token_urlsafe(32) + "." + secrets.token_urlsafe(16))
+    assert set(read(counted.app)) == set(before)
+
+
+def test_no_secret_in_the_page(counted: Site) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(canary="canary-value"))
+    page = counted.app.test_client().get("/metrics").text
+    for secret in (visitor.token, "canary", visitor.run(lambda session: session.handle)):
+        assert secret not in page
+
+
+# -- whose metrics
+
+
+def test_the_subscribers_still_hear_of_events(counted: Site) -> None:
+    heard: list[SessionCreated] = []
+    counted.ext.on(SessionCreated, heard.append)
+    counted.visitor().run(lambda session: session.update(a=1))
+    assert len(heard) == len(counted.happened(SessionCreated)) == 1
+
+
+def application(**settings: Any) -> Flask:
+    app = Flask(__name__)
+    app.secret_key = "a key for tests"
+    Session(app, store="memory://", **settings)
+
+    @app.get("/")
+    def visit() -> str:
+        session["visits"] = 1
+        return ""
+
+    return app
+
+
+def test_the_metrics_of_the_application(make_site: SiteMaker) -> None:
+    app = application()
+    metrics = PrometheusMetrics(app, path="/own", registry=CollectorRegistry())
+    SessionMetrics(app, metrics)
+    app.test_client().get("/")
+    page = app.test_client().get("/own").text
+    assert "flask_http_request_total" in page
+    assert figure(parsed(page), "sessions_total", event="created") == 1
+    assert app.test_client().get("/metrics").status_code == 404
+
+
+def test_applications_with_registries_of_their_own() -> None:
+    first, second = application(), application()
+    for app in (first, second):
+        SessionMetrics(app)
+    first.test_client().get("/")
+    assert figure(read(first), "sessions_total", event="created") == 1
+    assert figure(read(second), "sessions_total", event="created") == 0
+
+
+def test_one_session_object_on_two_applications() -> None:
+    ext = Session(store="memory://")
+    metrics = SessionMetrics()
+    apps = []
+    for _ in range(2):
+        app = Flask(__name__)
+        app.secret_key = "a key for tests"
+        ext.init_app(app)
+        metrics.init_app(app)
+        app.add_url_rule("/", view_func=lambda: session.update(a=1) or "")
+        apps.append(app)
+    apps[0].test_client().get("/")
+    with apps[1].app_context():
+        ext._events.emit(CircuitOpened, "loads", "refused")
+    figures = [read(app) for app in apps]
+    assert [figure(f, "sessions_total", event="created") for f in figures] == [1, 0]
+    assert [figure(f, "circuits_open", operations="loads") for f in figures] == [0, 1]
+
+
+def test_applications_that_share_a_registry_add_up() -> None:
+    registry = CollectorRegistry()
+    apps = [application(), application()]
+    for app in apps:
+        SessionMetrics(app, registry=registry)
+        app.test_client().get("/")
+    assert registry.get_sample_value("gsession_sessions_total", {"event": "created"}) == 2
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(SettingError, match="after Session"):
+        SessionMetrics(Flask(__name__))
+    app = application()
+    SessionMetrics(app)
+    with pytest.raises(SettingError, match="already"):
+        SessionMetrics(app, registry=CollectorRegistry())
+    with pytest.raises(SettingError, match="after Session"):
+        SessionMetrics(application(), ext=Session())
+
+
+def test_the_reloader_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WERKZEUG_RUN_MAIN", "true")
+    app = application()
+    SessionMetrics(app)
+    assert app.test_client().get("/metrics").status_code == 404
+    assert "DEBUG_METRICS=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("metrics", "prometheus_flask_exporter", "metrics"), ("ratelimit", "flask_limiter", "limits")],
+)
+def test_a_missing_package_is_named(module: str, package: str, extra: str) -> None:
+    code = f"import sys; sys.modules['{package}'] = None\nimport flask_gsession.contrib.{module}\n"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.endswith(f"install the extra, flask-gsession[{extra}]")
+    assert package in last
+
+
+def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: str) -> None:
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    environment = {
+        "WORKERS_STORE": redis_url,
+        "WORKERS_PREFIX": store_prefix,
+        "PROMETHEUS_MULTIPROC_DIR": str(figures),
+    }
+    app = "tests.metrics_app:create_app()"
+    with Gunicorn(tmp_path, workers=2, environment=environment, app=app) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        workers = set()
+        made = 0
+        while len(workers) < 2 or made < 20:
+            answer = requests.post(f"{url}/login/ada", timeout=60)
+            workers.add(answer.headers["X-Worker"])
+            made += 1
+        page = parsed(requests.get(f"{url}/metrics", timeout=60).text)
+    assert figure(page, "sessions_total", event="created") == made
+    assert figure(page, "operations_total", operation="create", status="ok") == made
+    assert figure(page, "request_seconds_count", endpoint="login") == made
+    assert figure(page, "store_up") == 1
+    assert page["gsession_circuits_open{'operations': 'loads'}"] == 0
+
+
+# -- what is built on them
+
+
+def expressions() -> dict[str, str]:
+    """The queries of the alert rules and of the dashboard."""
+    found = {}
+    text = RULES.read_text(encoding="utf-8")
+    for alert, rule in re.findall(r"- alert: (\w+)\n(.*?)(?=- alert|\Z)", text, re.DOTALL):
+        found[alert] = rule.partition("labels:")[0]
+    for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
+        for target in panel["targets"]:
+            found[f"{panel['title']} {target['legendFormat']}"] = target["expr"]
+    return found
+
+
+@pytest.mark.parametrize("name", expressions())
+def test_a_query_asks_for_what_there_is(name: str) -> None:
+    registry = CollectorRegistry()
+    SessionMetrics(application(), registry=registry)
+    shown = {}
+    for family in registry.collect():
+        suffixes = {"counter": ["_total"], "gauge": [""]}.get(
+            family.type, ["_bucket", "_count", "_sum"]
+        )
+        shown.update({family.name + suffix: family for suffix in suffixes})
+    asked = re.findall(r"gsession_\w+", expressions()[name])
+    assert asked
+    assert set(asked) <= set(shown)
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    registry = CollectorRegistry()
+    SessionMetrics(application(), registry=registry)
+    queries = " ".join(expressions().values())
+    assert [family.name for family in registry.collect() if family.name not in queries] == []
+
+
+def test_every_alert_has_a_unit_test() -> None:
+    tests = (Path(__file__).parent / "prometheus_rules_test.yml").read_text(encoding="utf-8")
+    alerts = re.findall(r"- alert: (\w+)", RULES.read_text(encoding="utf-8"))
+    assert alerts
+    firing = re.findall(r"alertname: (\w+)\n\s+exp_alerts:", tests)
+    assert sorted(set(firing)) == sorted(alerts)
+
+
+def test_every_metric_is_in_the_reference() -> None:
+    registry = CollectorRegistry()
+    SessionMetrics(application(), registry=registry)
+    page = (Path(__file__).parent.parent / "docs/how-to/metrics.md").read_text(encoding="utf-8")
+    for family in registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert f"`{name}" in page, name
