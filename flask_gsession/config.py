@@ -56,6 +56,7 @@ class Settings:
     lock_wait: float = 5.0
     lock_waiters: int = 10
     lock_warn: float | None = 1.0
+    schema: object = None
     debug: bool = False
 
     def __repr__(self) -> str:
@@ -220,6 +221,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lock_wait": ("SESSION_LOCK_WAIT", lock_wait),
     "lock_waiters": ("SESSION_LOCK_WAITERS", _integer(0, 10_000, "waiting requests")),
     "lock_warn": ("SESSION_LOCK_WARN", _optional(_seconds(0, 3600))),
+    "schema": ("SESSION_SCHEMA", lambda value: value),
     "debug": ("SESSION_DEBUG", _flag),
 }
 _SECRET = {"SESSION_STORE", "SESSION_ENCRYPTION_KEYS"}

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from flask.sessions import SessionMixin
@@ -25,6 +26,7 @@ from .keeper import ATTEMPTS
 from .lifecycle import Lifecycle
 from .locking import Lock
 from .marks import PLAIN, Mark, marked, split
+from .merge import MergeFunction
 from .tracking import TrackedValues
 from .transactions import Transaction
 
@@ -57,14 +59,48 @@ class SessionData(Lifecycle, SessionMixin):
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
         values = self._open_for_writing()
+        if self._keeper.check is not None:
+            self._put(key, value, self._keeper.check(key, value))
+            return
         if self._keeper.settings.debug:
             self._keeper.codec.encode(key, value)
         values[key] = value
 
     def _set(self, key: str, value: Any, mark: Mark) -> None:
-        self[key] = value
-        if mark != PLAIN:
-            self._values.set(key, value, mark, self._keeper.now)
+        """Check and set a value, with a mark."""
+        if self._keeper.check is not None:
+            mark = mark._replace(version=self._keeper.check(key, value).version)
+        self._put(key, value, mark)
+
+    def _put(self, key: str, value: Any, mark: Mark) -> None:
+        """Set a value that was checked, with a mark."""
+        self._check_key(key)
+        values = self._open_for_writing()
+        keeper = self._keeper
+        if keeper.settings.debug:
+            keeper.codec.encode(key, value)
+        if mark == PLAIN:
+            values[key] = value
+        else:
+            values.set(key, value, mark, keeper.now)
+        if keeper.check is not None:
+            self._vetted[key] = keeper.codec.encode(key, value)
+
+    def _raw(self, key: str) -> bytes | None:
+        """The encoded value of a key, its mark included; None where there is none."""
+        return self._open().raw(key)
+
+    @cached_property
+    def _typed(self) -> dict[object, Any]:
+        """What typed keys know of this session."""
+        return {}
+
+    @property
+    def _merges(self) -> dict[str, MergeFunction]:
+        """The merge policies of typed keys that this request set."""
+        if self._policies is None:
+            self._policies = {}
+        return self._policies
 
     def __delitem__(self, key: str) -> None:
         del self._open_for_writing()[key]
@@ -132,6 +168,8 @@ class SessionData(Lifecycle, SessionMixin):
         for key, value in values.items():
             self._check_key(key)
             self._keeper.codec.encode(key, value)
+            if self._keeper.check is not None:
+                self._keeper.check(key, value)
         self.update(values)
 
     def set(self, key: str, value: Any, ttl: float | timedelta | None = None) -> None:
@@ -351,6 +389,8 @@ class SessionData(Lifecycle, SessionMixin):
             nonlocal value
             mark, plain = (PLAIN, None) if raw is None else split(raw)
             value = function(copy.deepcopy(default) if plain is None else codec.decode(plain))
+            if self._keeper.check is not None:
+                mark = mark._replace(version=self._keeper.check(key, value).version)
             return marked(codec.encode(key, value), mark)
 
         changed = self._rewrite(key, rewrite, "update_atomic")

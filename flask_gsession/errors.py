@@ -7,6 +7,8 @@
     ├── ValueRefused            a value cannot be kept in a session
     │   ├── UnsupportedType     ... because of its type
     │   └── SessionTooLarge     ... because of its size, depth or number of keys
+    ├── InvalidStoredValue      what is stored under a typed key is not valid
+    ├── SchemaFailed            the code of a schema raised something else than ValidationError
     ├── SessionClosed           a write after the session was saved with the response
     ├── TransactionMisused      something that cannot be done inside a transaction
     ├── LockMisused             a lock in a lock, in a transaction, or on no stored session
@@ -58,6 +60,27 @@ class UnsupportedType(ValueRefused, TypeError):
 
 class SessionTooLarge(ValueRefused, ValueError):
     """The session has too many bytes, keys or levels; the stored state is left as it was."""
+
+
+class InvalidStoredValue(GSessionError, ValueError):
+    """What is stored under a typed key with ``invalid="raise"`` is not valid.
+
+    ``key`` is its name, ``reason`` as in ``StoredValueInvalid``, ``messages`` those of marshmallow,
+    or None. The message shows neither data nor ``messages``.
+    """
+
+    def __init__(self, key: str, reason: str, messages: object = None) -> None:
+        super().__init__(f"session[{ascii(key)[:60]}]: {reason}")
+        self.key = key
+        self.reason = reason
+        self.messages = messages
+
+
+class SchemaFailed(GSessionError, RuntimeError):
+    """A validator, or other code of a schema, raised something else than ``ValidationError``.
+
+    The session is not changed. What was raised is the ``__cause__``.
+    """
 
 
 class SessionClosed(GSessionError, RuntimeError):

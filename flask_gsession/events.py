@@ -78,6 +78,19 @@ class WriteDropped(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StoredValueInvalid(Event):
+    """What is stored under a typed key was not used.
+
+    ``reason``: ``"invalid"``, ``"newer version"``, ``"no upgrader"``, or ``"upgrade failed with "``
+    and the type of the error.
+    """
+
+    key: str
+    reason: str
+    handle: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class CircuitOpened(Event):
     """The store failed too often in a row: from now on it is only asked now and then.
 

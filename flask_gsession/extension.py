@@ -84,6 +84,8 @@ class Session:
                 self._events,
             )
         keeper = Keeper(settings, calls, self._events, self._clock)
+        if settings.schema is not None:
+            _declare(settings.schema, keeper)
         interface = GSessionInterface(keeper, store, owns_store=owned)
         if interfaces:
             next(iter(interfaces.values())).has_further = True
@@ -140,6 +142,16 @@ class Session:
             return flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
         return interface.open_further(app, request)
+
+
+def _declare(schema: object, keeper: Keeper) -> None:
+    """Let ``schema`` check what is put into the sessions of ``keeper``."""
+    from .typed import SessionSchema  # which needs an extra
+
+    check = SessionSchema(schema, keeper.now)
+    keeper.check = check
+    keeper.typed_keys.update(check.typed)
+    keeper.merger.policies = {**keeper.merger.policies, **check.policies}
 
 
 def _rotate_at_login(app: Flask) -> None:

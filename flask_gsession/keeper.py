@@ -74,6 +74,9 @@ class Keeper:
             cipher=Cipher(keys) if keys else None,
             allow_plain=settings.read_plain,
         )
+        #: of the whole session: raises for what may not be set; gives the mark it is to have
+        self.check: Any = None
+        self.typed_keys: dict[str, Any] = {}
         self._clock = clock
         self._usual_span = self._span(settings.idle_timeout)
         self._permanent_span = self._span(settings.permanent_lifetime)

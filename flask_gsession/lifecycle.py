@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from flask import Flask
@@ -33,8 +34,8 @@ from .events import (
     logger,
 )
 from .keeper import ATTEMPTS, PERMANENT, RACE_BUDGETS, Keeper
-from .marks import is_marked, unexpired
-from .merge import Change
+from .marks import is_marked, split, unexpired
+from .merge import Change, MergeFunction
 from .payload import Body
 from .stores.base import Record
 from .tokens import Checked, session_key
@@ -84,6 +85,7 @@ class Lifecycle:
     _in_transaction = False
     _values: TrackedValues  # made when the session is looked at
     _lease: str | None = None  # held by this request
+    _policies: dict[str, MergeFunction] | None = None  # of keys that this request set
     _rotation_later: float | None = None  # at the end of the lock
     _lifetime_before: int | None = None  # the transaction or the lock
 
@@ -164,6 +166,24 @@ class Lifecycle:
         marked = self._values.now is not None and any(map(is_marked, stored.values()))
         return Body(stored, self._lifetime, marked)
 
+    def _checked_changes(self) -> dict[str, Change]:
+        """What this request changed. Raises what the schema of the session has to say of it."""
+        changes = self._values.changes()
+        check = self._keeper.check
+        if check is not None:
+            for key, change in changes.items():
+                if change.mine is not None:
+                    _, plain = split(change.mine)
+                    if self._vetted.get(key) != plain:
+                        check(key, self._keeper.codec.decode(plain))
+                        self._vetted[key] = plain
+        return changes
+
+    @cached_property
+    def _vetted(self) -> dict[str, bytes]:
+        """What the schema of the session found right, in encoded form."""
+        return {}
+
     def _hooks_after_the_view_run(self) -> bool:
         """Whether Flask is past the view: a hook that raises there spoils whatever was answered.
 
@@ -229,7 +249,7 @@ class Lifecycle:
     def _commit_exactly(self) -> None:
         """Store a transaction on the very state it saw. Raises ``LostRace``."""
         try:
-            changes = self._values.changes()
+            changes = self._checked_changes()
             if self._record is None:
                 self._commit()
             elif changes or self._something_to_save():
@@ -359,7 +379,7 @@ class Lifecycle:
 
     def _commit(self) -> None:
         values = self._values
-        changes = values.changes()
+        changes = self._checked_changes()
         if self._in_doubt is not None:
             if changes or self._cleared or self._something_to_save():
                 raise self._in_doubt
@@ -408,7 +428,7 @@ class Lifecycle:
             assert old is not None
             try:
                 now = values.now() if values.now is not None else None
-                merged = keeper.merger.apply(values.stored, changes, now)
+                merged = keeper.merger.apply(values.stored, changes, now, self._policies)
             except UnreadableRecord as error:
                 keeper.events.emit(WriteDropped, old.key, error.reason)
                 self._refuse(error.reason, error.detail)

@@ -116,12 +116,16 @@ class Merger:
     ) -> None:
         self._codec = codec
         self._default = default
-        self._policies = policies
+        self.policies = policies
 
     def apply(
-        self, stored: Mapping[str, bytes], changes: Mapping[str, Change], now: int | None = None
+        self,
+        stored: Mapping[str, bytes],
+        changes: Mapping[str, Change],
+        now: int | None = None,
+        policies: Mapping[str, MergeFunction] | None = None,
     ) -> dict[str, bytes]:
-        """The encoded values after the changes.
+        """The encoded values after the changes; ``policies`` go before those of the settings.
 
         With ``now``, in milliseconds, what has expired by then is as if it had never been there,
         on all three sides: so a value that expired is dropped, a change to it is void, and what
@@ -136,7 +140,10 @@ class Merger:
         for key, (base, mine) in changes.items():
             theirs = stored.get(key)
             if theirs != base:
-                mine = self._resolve(key, base, theirs, mine)
+                policy = self.policies.get(key, self._default)
+                if policies is not None:
+                    policy = policies.get(key, policy)
+                mine = self._resolve(policy, key, base, theirs, mine)
             if mine is None:
                 merged.pop(key, None)
             else:
@@ -144,9 +151,13 @@ class Merger:
         return merged
 
     def _resolve(
-        self, key: str, base: bytes | None, theirs: bytes | None, mine: bytes | None
+        self,
+        policy: MergeFunction,
+        key: str,
+        base: bytes | None,
+        theirs: bytes | None,
+        mine: bytes | None,
     ) -> bytes | None:
-        policy = self._policies.get(key, self._default)
         if policy is last or (mine is None and policy is not reject):
             return mine
         values, marks = [], []

@@ -21,7 +21,7 @@ class TrackedValues:
     milliseconds; without it no value has a mark, and nothing is spent on looking for one.
     """
 
-    __slots__ = ("_base", "_codec", "_live", "_marks", "now", "stored")
+    __slots__ = ("_base", "_codec", "_live", "_marks", "_seen", "now", "stored")
 
     def __init__(
         self,
@@ -108,6 +108,23 @@ class TrackedValues:
             if key not in self._live:
                 self._codec.decode(split(self.stored[key])[1])
 
+    def raw(self, key: str) -> bytes | None:
+        """A look at the encoded value, its mark included; None where there is none."""
+        if self.now is not None and self._has_expired(key):
+            return None
+        if key in self._live:
+            return self._encoded(key)
+        if key in self._base:
+            return None
+        raw = self.stored.get(key)
+        if raw is None:
+            self._base[key] = None
+        else:
+            if not hasattr(self, "_seen"):
+                self._seen: set[str] = set()  # what was looked at in encoded form only
+            self._seen.add(key)
+        return raw
+
     def mark(self, key: str) -> Mark:
         """The mark of a key that is there."""
         if self.now is None:
@@ -155,6 +172,9 @@ class TrackedValues:
         if now is not None:
             self._look_for_marks(now)
         if stored is not self.stored:
+            for key in self._seen if hasattr(self, "_seen") else ():
+                if key not in self._live and key not in self._base:
+                    self[key]  # in the old state
             for key in self._live:
                 self._base.setdefault(key, self.stored.get(key))
             self.stored = stored

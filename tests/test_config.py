@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from flask import Flask, session
+from marshmallow import Schema
+from marshmallow.fields import Field
 
 from flask_gsession import Session, SettingError
 from flask_gsession.config import _CHECKS, Settings, read_settings
@@ -85,6 +87,7 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "SESSION_LOCK_WAIT": [(0, 0.0), (3600, 3600.0), (timedelta(seconds=5), 5.0)],
     "SESSION_LOCK_WAITERS": [(0, 0), (10_000, 10_000)],
     "SESSION_LOCK_WARN": [(None, None), (0, 0.0), (3600, 3600.0)],
+    "SESSION_SCHEMA": [(None, None), (Schema, Schema), ([], [])],
     "SESSION_DEBUG": [(True, True), (False, False), (None, False)],
 }
 
@@ -158,6 +161,7 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_LOCK_WAIT": [*NO_DURATION, None, 3601],
     "SESSION_LOCK_WAITERS": [*(wrong for wrong in NO_COUNT if wrong != 0), 10_001],
     "SESSION_LOCK_WARN": [*NO_DURATION, 3601],
+    "SESSION_SCHEMA": [7, True, "schema", {}, dict, object(), ["preferences"], Field()],
     "SESSION_DEBUG": ["yes", "", 1, 0, []],
 }
 
@@ -234,6 +238,7 @@ def test_the_defaults_are_what_the_documentation_says() -> None:
         read_plain=False,
         conflict=POLICIES["last"],
         merge_policies={},
+        schema=None,
         debug=False,
     )
 

@@ -329,6 +329,29 @@ def test_expiring_values(run: Run) -> None:
     assert client.post(f"/code/{code}").status_code == 403
 
 
+def test_typed_keys(run: Run) -> None:
+    names = run("docs/how-to/typed-keys.md")
+    client = visitor(names.app)
+    assert client.post("/theme/dark").json == {"theme": "dark", "notifications": True}
+    answer = client.post("/theme/pink")
+    assert answer.status_code == 422
+    assert answer.json == {"errors": {"theme": ["Must be one of: light, dark, system."]}}
+    client.post("/hello/Ada")
+    assert client.post("/hello/Ada").json == {"name": "Ada", "visits": 2}
+    assert client.get("/account").status_code == 401
+    with client.session_transaction() as stored:
+        stored["user_id"] = 5
+        stored["address"] = "12 St James's Square, London"
+    assert client.get("/account").json == {"user": 5, "theme": "dark"}
+    answer = client.patch("/api/preferences", json={"notifications": False})
+    assert answer.json == client.get("/api/preferences").json
+    assert answer.json == {"theme": "dark", "notifications": False}
+    with names.shop.test_request_context():
+        with pytest.raises(names.ValidationError):
+            session["preferences"] = {"theme": "pink"}
+        session["preferences"] = {"theme": "dark"}
+
+
 def test_api_clients(run: Run) -> None:
     names = run("docs/how-to/api-clients.md")
     browser = visitor(names.app)

@@ -58,6 +58,8 @@ def room_of(module: str) -> str:
         return "contrib"
     if module.startswith("stores.redis_"):
         return "stores.redis"
+    if module.startswith("typed_"):
+        return "typed"
     return module if module in RANK else ""
 
 
