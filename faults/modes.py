@@ -27,6 +27,7 @@ class Mode:
     promise: str  # in words, for the report
     hosts = 1  # that a worker may have connections to
     logout_replicas = 0  # SESSION_LOGOUT_REPLICAS
+    pooled = True  # whether SESSION_POOL_MAX bounds the connections
 
     def start(self) -> None:
         """Start what is down, and wait until all is well."""
@@ -64,6 +65,7 @@ class SQLite(Mode):
     """A file for all workers."""
 
     name = "sqlite"
+    pooled = False  # SQLite keeps the files of closed connections until the last one is closed
     promise = "all that was acknowledged, on one machine"
 
     def __init__(self) -> None:

@@ -146,7 +146,8 @@ def run(
         patience = LOCK_WAIT + 2 * TIMEOUT
         verdict = check(load.operations, budget=BUDGET, grace=after, patience=patience)
         verdict.recovery = recovery
-        verdict.leaks = _leaks(workers, before, fault.pool * mode.hosts)
+        most = fault.pool if mode.pooled else fault.threads
+        verdict.leaks = _leaks(workers, before, mode.hosts * most)
         if disk:
             assert isinstance(mode, SQLite)
             inside = Path(f"/proc/{workers.pid}/root{mode.path(place).parent}")
