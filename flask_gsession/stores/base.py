@@ -125,6 +125,23 @@ class Sweeps(Protocol):
         """Remove at most ``limit`` expired records; how many were removed."""
 
 
+class Finding(NamedTuple):
+    """What a check found. ``severity`` is ``"ok"``, ``"warning"`` or ``"error"``."""
+
+    severity: str
+    check: str
+    found: str = ""
+    advice: str = ""
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A store that can say how its server is set up."""
+
+    def check(self) -> list[Finding]:
+        """What an administrator should know. Raises ``StoreUnavailable``."""
+
+
 @runtime_checkable
 class Leases(Store, Protocol):
     """A store that can lend a live session to one ``owner`` at a time, for session locks.

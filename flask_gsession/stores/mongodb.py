@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,6 +49,7 @@ from ..events import logger
 from .base import (
     MAX_POINTERS,
     WAITER_LIFE,
+    Finding,
     Lease,
     Record,
     StoreOptions,
@@ -339,6 +341,58 @@ class MongoDBStore:
             raise UnreadableRecord("corrupt", "fields missing or of wrong types")
         created, idle, absolute = (int(time) for time in times)
         return Record(key, int(version), created, idle, absolute, payload, successor)
+
+    def check(self) -> list[Finding]:
+        with self._collection("check") as collection:
+            database = collection.database
+            version = str(database.client.server_info()["version"])
+            hello = database.command("hello")
+            try:
+                indexes = collection.index_information()
+            except OperationFailure as error:
+                indexes = None
+                refusal = _code(error)
+        skew = hello["localTime"].replace(tzinfo=UTC).timestamp() - self._clock()
+        findings = [Finding("ok", "server version", version)]
+        if "setName" not in hello and hello.get("msg") != "isdbgrid":
+            findings.append(
+                Finding(
+                    "warning",
+                    "replicas",
+                    "none: a single server",
+                    "When it is lost, so are the sessions: run a replica set of three.",
+                )
+            )
+        if indexes is None:
+            findings.append(
+                Finding(
+                    "warning",
+                    "expiry index",
+                    f"this user may not list indexes ({refusal})",
+                    "Without the index expired sessions stay invalid, but are not removed.",
+                )
+            )
+        elif indexes.get("gsession_expiry", {}).get("expireAfterSeconds") != 0:
+            findings.append(
+                Finding(
+                    "error",
+                    "expiry index",
+                    "missing",
+                    "Expired sessions stay invalid, but are not removed. Let an administrator run: "
+                    f"db.{collection.name}.createIndex({{idle_expires_at: 1}}, "
+                    "{expireAfterSeconds: 0, name: 'gsession_expiry'})",
+                )
+            )
+        if abs(skew) > 1:
+            findings.append(
+                Finding(
+                    "error",
+                    "clock",
+                    f"the server's is {skew:+.1f} s from this machine's",
+                    "Sessions end early or late: let both follow a time server.",
+                )
+            )
+        return findings
 
     def lend_collection(self, operation: str) -> AbstractContextManager[Any]:
         """The collection of the sessions, within the time of one call, for other packages.

@@ -29,6 +29,7 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
+    NoPermissionError,
     NoScriptError,
     ReadOnlyError,
     RedisError,
@@ -53,6 +54,7 @@ from .base import (
     ASK_AGAIN,
     MAX_POINTERS,
     WAITER_LIFE,
+    Finding,
     Lease,
     Record,
     StoreOptions,
@@ -60,6 +62,7 @@ from .base import (
     milliseconds,
     poll,
 )
+from .redis_health import checked
 from .redis_pool import AllInUse, ClientPool, ConnectionPool, packed
 from .redis_servers import PrimaryPool, connections_of
 from .redis_wakeup import WakeUps
@@ -305,6 +308,30 @@ class RedisStore:
             socket_timeout=piece,
             retry=Retry(NoBackoff(), 1),
         )
+
+    def check(self) -> list[Finding]:
+        pool = self.lend_pool()
+        if pool is None:
+            return [Finding("ok", "server", "not looked at: there are several")]
+        client = redis.Redis(connection_pool=pool)
+        try:
+            about = dict(client.info("everything"))
+            seconds, micros = client.time()
+        except NoPermissionError:
+            return [
+                Finding(
+                    "warning",
+                    "server",
+                    "this user may not call INFO and TIME",
+                    "Its eviction policy, persistence and clock were not looked at.",
+                )
+            ]
+        except (RedisError, OSError) as error:
+            raise StoreUnavailable(f"redis: check: {type(error).__name__}: {error}") from error
+        finally:
+            if isinstance(self._source, str):
+                pool.disconnect()
+        return checked(about, seconds + micros / 1e6 - self._clock())
 
     def close(self) -> None:
         self._wake_ups.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import stat
 import threading
 import time
 import weakref
@@ -30,7 +31,7 @@ from ..errors import (
     StoreUnavailable,
     UnreadableRecord,
 )
-from .base import MAX_POINTERS, Lease, Record, StoreOptions, closing, milliseconds, poll
+from .base import MAX_POINTERS, Finding, Lease, Record, StoreOptions, closing, milliseconds, poll
 
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 2
@@ -241,6 +242,29 @@ class SQLiteStore:
                 return self._lease(db, key).is_turn_of(owner, milliseconds(self._clock))
 
         poll(may_go_on, seconds)
+
+    def check(self) -> list[Finding]:
+        with self._connection() as db:
+            (journal,) = db.execute("PRAGMA journal_mode").fetchone()
+            (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        mode = stat.S_IMODE(self.path.stat().st_mode)
+        return [
+            Finding("ok", "integrity")
+            if sound == "ok"
+            else Finding(
+                "error", "integrity", str(sound), "Stop the application; restore the file."
+            ),
+            Finding("ok", "journal", journal)
+            if journal == "wal"
+            else Finding(
+                "warning", "journal", journal, "Readers and writers wait: use a local disk."
+            ),
+            Finding("ok", "file rights", f"{mode:o}")
+            if not mode & 0o077
+            else Finding(
+                "error", "file rights", f"{mode:o}", f"Others may read it: chmod 600 {self.path}"
+            ),
+        ]
 
     def close(self) -> None:
         _close_all(self._pool)
