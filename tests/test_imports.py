@@ -28,7 +28,7 @@ ROWS = [
     ["stores", "cleanup", "health", "typed", "testing"],
     ["interface"],
     ["extension"],
-    ["cli", "contrib"],
+    ["cli", "contrib", "probes"],
 ]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 

@@ -1,0 +1,42 @@
+"""Pages for a load balancer: is the process alive, and can it serve requests with a session?"""
+
+from __future__ import annotations
+
+import secrets
+
+from flask import Blueprint, current_app
+from flask.typing import ResponseReturnValue
+
+from .errors import SettingError, StoreError, StoreUnavailable
+from .extension import NAME, Session
+from .interface import GSessionInterface
+
+
+def health_blueprint(url_prefix: str = "/health") -> Blueprint:
+    """A blueprint with the pages ``live`` and ``ready`` under ``url_prefix``, without the session.
+
+    ``live`` answers 200 as long as the process answers at all. ``ready`` answers 200, or 503 with
+    ``Retry-After`` while a store of the application does not answer. One round trip for each store;
+    none while its circuit is open.
+    """
+    blueprint = Blueprint("gsession_health", __name__, url_prefix=url_prefix)
+
+    @blueprint.get("/live")
+    def live() -> ResponseReturnValue:
+        return {"status": "alive"}
+
+    @blueprint.get("/ready")
+    def ready() -> ResponseReturnValue:
+        interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
+        if not interfaces:
+            raise SettingError("health_blueprint is for an application with a Session")
+        for interface in interfaces.values():
+            try:
+                interface.keeper.store.load(secrets.token_urlsafe(32))
+            except StoreUnavailable as error:
+                return {"status": "store unavailable"}, 503, {"Retry-After": str(error.retry_after)}
+            except StoreError:
+                return {"status": "store unreadable"}, 503, {"Retry-After": "1"}
+        return {"status": "ready"}
+
+    return blueprint
