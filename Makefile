@@ -17,12 +17,12 @@ help: ## Show this list
 
 # The environment -----------------------------------------------------------------------------
 #
-# A stamp stands for one set of extras: `.venv/with-core` for `pip install -e .`. It is
+# A stamp stands for one set of extras: `.venv/with-shop` for `pip install -e .[typed]`. It is
 # renewed when setup.cfg changes. Sets add up in the one environment.
 
-EXTRAS_core :=
-EXTRAS_redis := [redis]
-EXTRAS_mongodb := [mongodb]
+EXTRAS_shop := [typed]
+EXTRAS_shop-redis := [typed,redis]
+EXTRAS_shop-mongodb := [typed,mongodb]
 EXTRAS_test := [test,bench]
 EXTRAS_bench := [test,bench]
 EXTRAS_docs := [docs]
@@ -44,7 +44,7 @@ $(VENV)/with-%: setup.cfg | $(PY)
 # What one does with it -----------------------------------------------------------------------
 
 # STORE is handed over by environment and unexpanded, because it may hold a password.
-DEMO_EXTRAS := $(if $(filter redis% unix%,$(STORE)),redis,$(if $(filter mongodb%,$(STORE)),mongodb,core))
+DEMO_EXTRAS := $(if $(filter redis% unix%,$(STORE)),shop-redis,$(if $(filter mongodb%,$(STORE)),shop-mongodb,shop))
 ifdef STORE
 demo: export SHOP_STORE = $(value STORE)
 endif

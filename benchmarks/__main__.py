@@ -68,7 +68,9 @@ def measure(
     results = Results(effort, found, run_matrix(backends, sizes, effort, say))
     if "redis" in backends:
         _measure_on_redis(results, sessions, many if with_growth else None, say)
-    results.targets = judge(results.cells, results.own_cpu, results.weights, results.growth)
+    results.targets = judge(
+        results.cells, results.own_cpu, results.weights, results.growth, results.typed
+    )
     return results
 
 
@@ -77,10 +79,13 @@ def _measure_on_redis(
 ) -> None:
     from benchmarks import footprint
     from benchmarks.own_cpu import own_cpu
+    from benchmarks.typed_keys import typed_keys
 
     url = _redis_url()
     say("own time")
     results.own_cpu = own_cpu(results.effort)
+    say("typed keys")
+    results.typed = typed_keys(results.effort)
     say(f"memory of {sessions:,} sessions")
     results.weights = footprint.weights(url, sessions)
     if many is not None:

@@ -13,6 +13,7 @@ from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread
 from benchmarks.own_cpu import OwnCpu
 from benchmarks.targets import Target
+from benchmarks.typed_keys import TypedCost
 
 FORMAT = 1
 
@@ -27,6 +28,7 @@ class Results:
     own_cpu: list[OwnCpu] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
+    typed: list[TypedCost] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -39,6 +41,7 @@ class Results:
             *_matrix_sections(self.cells),
             *_overview_sections(self.cells),
             *_own_cpu_sections(self.own_cpu),
+            *_typed_sections(self.typed),
             *_weight_sections(self.weights),
             *_growth_sections(self.growth),
             *_target_sections(self.targets),
@@ -174,6 +177,19 @@ def _own_cpu_sections(rows: Sequence[OwnCpu]) -> Iterable[Section]:
             "Redis store with a client that answers at once. The session alone: opened, used by "
             "the view, saved, again and again. In a whole request the same work takes longer, as "
             "Flask's own code pushes it out of the processor's caches each time.",
+        )
+
+
+def _typed_sections(rows: Sequence[TypedCost]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Typed keys",
+            ("five fields", "us added", "to marshmallow's own time"),
+            [
+                (row.operation, _spread(row.us), f"{_spread(row.ratio)} of {row.per}")
+                for row in rows
+            ],
+            "What a typed key adds to a plain one, beside what marshmallow adds in its place.",
         )
 
 

@@ -10,6 +10,7 @@ from benchmarks.footprint import Growth, Weight
 from benchmarks.matrix import Cell
 from benchmarks.measure import Spread
 from benchmarks.own_cpu import OwnCpu
+from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost
 
 READS = ("read",)
 WRITES = ("write", "counter")
@@ -36,6 +37,7 @@ def judge(
     own_cpu: Sequence[OwnCpu],
     weights: Sequence[Weight],
     growth: Sequence[Growth],
+    typed: Sequence[TypedCost] = (),
 ) -> list[Target]:
     """Returns the targets whose figures were measured in this run.
 
@@ -60,7 +62,17 @@ def judge(
         met = own.us.median < limit
         what = f"own time of a {own.view}, {own.store}, {own.around}"
         found.append(Target(what, "us", limit, own.us, "1 KB", met))
-    return [*found, *_round_trips(ours), *_memory(weights), *_growth(growth)]
+    return [*found, *_round_trips(ours), *_memory(weights), *_growth(growth), *_typed(typed)]
+
+
+def _typed(rows: Iterable[TypedCost]) -> Iterable[Target]:
+    # "Nothing" for a value that was checked is not measurable: a tenth of a check.
+    limits = {GET: 2.0, AGAIN: 0.1, SET: 1.0}
+    for row in rows:
+        limit = limits[row.operation]
+        what = f"typed {row.operation}, to marshmallow's {row.per}"
+        met = row.ratio.median <= limit
+        yield Target(what, "x", limit, row.ratio, "five fields", met)
 
 
 def _ratio(

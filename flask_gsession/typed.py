@@ -60,17 +60,16 @@ class _SchemaForm:
         self._not_loaded = {
             field.data_key or name for name, field in schema.fields.items() if field.dump_only
         }
+        self.load: Callable[[Any], Any] = schema.load
+        self.dump: Callable[[Any], Any] = self._dump_some if self._not_loaded else schema.dump
 
     def given(self, value: Any) -> Any:
         """What ``load`` takes, for a value that a program may give."""
         return self.dump(value) if self.kind is not None and type(value) is self.kind else value
 
-    def load(self, data: Any) -> Any:
-        return self.schema.load(data)
-
-    def dump(self, value: Any) -> Any:
+    def _dump_some(self, value: Any) -> Any:
         data = self.schema.dump(value)
-        if self._not_loaded and isinstance(data, dict):
+        if isinstance(data, dict):
             data = {key: item for key, item in data.items() if key not in self._not_loaded}
         return data
 
@@ -264,6 +263,7 @@ class SessionKey(Generic[T]):
         self._invalid = invalid
         self._merge = merge
         self._target = session
+        self._lasting = Mark(0, version)
         self._upgraders: dict[int, Callable[[Any], Any]] = {}
         try:
             self._ttl = None if ttl is None else ttl_in_milliseconds(ttl)
@@ -423,8 +423,9 @@ class SessionKey(Generic[T]):
         return isinstance(self._form, _SchemaForm) and not self._form.schema.many
 
     def _mark(self, session: SessionData) -> Mark:
-        end = 0 if self._ttl is None else session._keeper.now() + self._ttl
-        return Mark(end, self.version)
+        if self._ttl is None:
+            return self._lasting
+        return Mark(session._keeper.now() + self._ttl, self.version)
 
     def _run(self, function: Callable[[Any], Any], data: Any) -> Any:
         try:
@@ -432,20 +433,29 @@ class SessionKey(Generic[T]):
         except (ValidationError, GSessionError, HTTPException):
             raise
         except Exception as error:
-            raise SchemaFailed(
-                f"The schema of session[{self.name!r}] failed with {type(error).__name__}; "
-                "validators say what is wrong by ValidationError"
-            ) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> SchemaFailed:
+        return SchemaFailed(
+            f"The schema of session[{self.name!r}] failed with {type(error).__name__}; "
+            "validators say what is wrong by ValidationError"
+        )
 
     def _checked(self, value: Any) -> tuple[Any, Any]:
         """The value as the schema makes it, and as it is stored. Raises ``ValidationError``."""
-        loaded = self._run(self._form.load, self._run(self._form.given, value))
-        return loaded, self._run(self._form.dump, loaded)
+        form = self._form
+        try:
+            loaded = form.load(form.given(value))
+            return loaded, form.dump(loaded)
+        except (ValidationError, GSessionError, HTTPException):
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
 
     def _as_is(self, data: Any) -> Any:
         """The value of ``data`` that need no conversion. Raises ``ValidationError``."""
         loaded = self._run(self._form.load, data)
-        if not (_agrees(data, self._run(self._form.dump, loaded)) or _agrees(data, loaded)):
+        if not (_agrees(data, loaded) or _agrees(data, self._run(self._form.dump, loaded))):
             raise ValidationError(["Not in the form in which the schema stores it."])
         return loaded
 

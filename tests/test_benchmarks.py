@@ -24,6 +24,7 @@ from benchmarks.own_cpu import ALONE, REQUEST, OwnCpu
 from benchmarks.payloads import SIZES, content
 from benchmarks.report import Results
 from benchmarks.targets import judge
+from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost
 from benchmarks.views import VIEWS
 
 TINY = Effort(rounds=2, batch_seconds=0.0005, counted_requests=3)
@@ -101,6 +102,7 @@ def test_the_other_sections_are_there(data: dict[str, Any]) -> None:
         for view in ("read", "write")
         for around in (ALONE, REQUEST)
     }
+    assert [row["operation"] for row in data["typed"]] == [GET, AGAIN, SET]
     assert {row["candidate"] for row in data["weights"]} == {OURS, THEIRS}
     assert all(row["key_bytes"] > 200 for row in data["weights"])
     assert {row["sessions"] for row in data["growth"]} == {1_000, 1_500}
@@ -137,6 +139,14 @@ def a_read(size: str, ratio: float) -> Cell:
 def test_a_ratio_is_judged_at_its_worst_payload(ratio: float, met: bool) -> None:
     (target,) = judge([a_read(SMALL, 0.1), a_read(LARGE, ratio)], [], [], [])
     assert (target.met, target.at, target.measured.median) == (met, f"read, {LARGE}", ratio)
+
+
+@pytest.mark.parametrize(("operation", "limit"), [(GET, 2.0), (AGAIN, 0.1), (SET, 1.0)])
+def test_typed_keys_are_judged(operation: str, limit: float) -> None:
+    for ratio in (limit, limit + 0.01):
+        row = TypedCost(operation, "load", spread(30), spread(ratio))
+        (target,) = judge([], [], [], [], [row])
+        assert target.met is (ratio == limit)
 
 
 def test_untouched_is_judged_against_noise() -> None:

@@ -343,6 +343,10 @@ def test_typed_keys(run: Run) -> None:
         stored["user_id"] = 5
         stored["address"] = "12 St James's Square, London"
     assert client.get("/account").json == {"user": 5, "theme": "dark"}
+    answer = client.post("/contact", json={"mail": "ada", "zone": "Mars/Base"})
+    assert list(answer.json["errors"]) == ["mail", "zone"]
+    contact = {"mail": "ada@example.org", "zone": "Europe/London"}
+    assert client.post("/contact", json=contact).json == {"zone": "Europe/London"}
     answer = client.patch("/api/preferences", json={"notifications": False})
     assert answer.json == client.get("/api/preferences").json
     assert answer.json == {"theme": "dark", "notifications": False}

@@ -1029,8 +1029,8 @@ def test_the_shop_keeps_its_stock_when_it_is_opened_again(open_shop: Opener) -> 
     assert stock_of(app, "KIT-101") == 14
 
 
-def test_the_demo_needs_flask_and_us_only() -> None:
-    wanted = {"examples", "flask", "flask_gsession", "markupsafe", "werkzeug"}
+def test_the_demo_needs_flask_marshmallow_and_us_only() -> None:
+    wanted = {"examples", "flask", "flask_gsession", "markupsafe", "marshmallow", "werkzeug"}
     for file in HERE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

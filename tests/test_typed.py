@@ -302,7 +302,7 @@ def test_a_dataclass_of_what_has_no_field() -> None:
 
 
 def test_a_typed_value_expires(site: Site, clock: FakeClock) -> None:
-    key = SessionKey("n", fields.Int(load_default=0), ttl=timedelta(minutes=1))
+    key = SessionKey("n", fields.Int(load_default=0), ttl=timedelta(minutes=1), version=2)
     visitor = site.visitor()
     visitor.run(lambda session: (key.set(5), session.update(user="ada")))
     clock.advance(59)
@@ -632,7 +632,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "update": lambda session: session.update(user="5"),
     "set": lambda session: session.set("user", "5"),
     "set with a ttl": lambda session: session.set("user", "5", ttl=5),
-    "set_many": lambda session: session.set_many({"other": 1, "user": "5"}),
+    "set_many": lambda session: session.set_many({"preferences": {}, "user": "5"}),
     "setdefault": lambda session: session.setdefault("user", "5"),
     "get_or_set": lambda session: session.get_or_set("user", "5"),
     "update_atomic": lambda session: session.update_atomic("user", lambda user: "5"),

@@ -66,8 +66,8 @@ def _page(error: HTTPException, text: str) -> Response:
 
 def _theme(error: HTTPException) -> str:
     if isinstance(error, (GSessionError, InternalServerError)):
-        return preferences.DEFAULTS["theme"]
+        return str(preferences.DEFAULTS["theme"])
     try:
-        return preferences.current()["theme"]
+        return str(preferences.current()["theme"])
     except GSessionError:  # a missing page stays a missing page while the store is away
-        return preferences.DEFAULTS["theme"]
+        return str(preferences.DEFAULTS["theme"])

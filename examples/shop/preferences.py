@@ -1,47 +1,59 @@
-"""What a visitor prefers: checked when it comes in, kept in the session."""
+"""What a visitor prefers: declared once, checked by its schema wherever it comes from."""
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any
 
-from flask_gsession import session
+from marshmallow import Schema, fields
+from marshmallow.validate import OneOf
+
+from flask_gsession.typed import SessionKey
 
 from .formats import LANGUAGES
 
 KEY = "preferences"
 THEMES = {"system": "Like my system", "light": "Light", "dark": "Dark"}
 
-
-class Preferences(TypedDict):
-    """The kept values."""
-
-    theme: str
-    language: str
-    notifications: bool
+Preferences = dict[str, Any]
 
 
-DEFAULTS = Preferences(theme="system", language="en", notifications=True)
+def _one_of(choices: Mapping[str, str]) -> OneOf:
+    return OneOf(choices, error=f"Choose one of: {', '.join(choices.values())}.")
+
+
+class PreferencesSchema(Schema):
+    """The preferences page, and what it keeps."""
+
+    theme = fields.Str(validate=_one_of(THEMES), load_default="system")
+    language = fields.Str(validate=_one_of(LANGUAGES), load_default="en")
+    notifications = fields.Bool(
+        truthy={True, "on"},
+        falsy={False, "off"},
+        load_default=True,
+        error_messages={"invalid": "Tick the box or leave it empty."},
+    )
+
+
+preferences = SessionKey(KEY, PreferencesSchema)
+DEFAULTS: Preferences = PreferencesSchema().load({})
 
 
 def current() -> Preferences:
-    """This visitor's preferences; the defaults where nothing is kept."""
-    return {**DEFAULTS, **session.get(KEY, {})}
+    """This visitor's preferences; the defaults where nothing is kept, or nothing valid."""
+    return preferences.get()
 
 
 def check(form: Mapping[str, str]) -> tuple[Preferences, dict[str, str]]:
     """The preferences that a form asks for, and a message for each field that is wrong."""
-    theme, language = form.get("theme", ""), form.get("language", "")
-    notifications = form.get("notifications", "off")
-    errors = {}
-    if theme not in THEMES:
-        errors["theme"] = f"Choose one of: {', '.join(THEMES.values())}."
-    if language not in LANGUAGES:
-        errors["language"] = f"Choose one of: {', '.join(LANGUAGES.values())}."
-    if notifications not in ("on", "off"):
-        errors["notifications"] = "Tick the box or leave it empty."
-    wanted = Preferences(theme=theme, language=language, notifications=notifications == "on")
-    return wanted, errors
+    wanted: Preferences = {
+        "theme": form.get("theme", ""),
+        "language": form.get("language", ""),
+        "notifications": form.get("notifications", "off"),  # browsers send nothing for no
+    }
+    problems = preferences.schema.validate(wanted)
+    errors = {name: str(messages[0]) for name, messages in problems.items()}
+    return wanted | {"notifications": wanted["notifications"] == "on"}, errors
 
 
 def keep(wanted: Preferences) -> None:
-    """Keep checked preferences in the session."""
-    session[KEY] = wanted
+    """Keep preferences in the session."""
+    preferences.set(wanted)
