@@ -18,7 +18,7 @@ from flask_gsession.errors import Stale, StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
 from flask_gsession.stores.redis_pool import Slot
-from flask_gsession.testing import a_record
+from flask_gsession.testing import a_pointer, a_record
 from tests.servers import RedisServer
 
 SIZE = 4
@@ -161,9 +161,9 @@ def test_a_closed_store_keeps_no_connection_and_goes_on(store: Any) -> None:
     assert store.load(record.key) == record
 
 
-@pytest.mark.parametrize("restarted", [False, True], ids=["the same server", "a restarted one"])
+@pytest.mark.parametrize("meanwhile", ["a write", "a rotation", "a write and a restart"])
 def test_a_repeat_that_meets_another_write_is_in_doubt(
-    restarted: bool, store: Any, redis_client: Any, monkeypatch: pytest.MonkeyPatch
+    meanwhile: str, store: Any, redis_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Applied, the answer lost, then overwritten: to merge and write again would apply it twice.
 
@@ -173,6 +173,7 @@ def test_a_repeat_that_meets_another_write_is_in_doubt(
     store.create(record)
     store.save(record, record.version)  # so the server has the script
     mine, theirs = (record._replace(version=new_version()) for _ in range(2))
+    rotated = a_record(time.time)
     ask, answers = Slot.ask, 0
 
     def lose_the_first_answer(self: Slot, request: bytes) -> Any:
@@ -180,8 +181,11 @@ def test_a_repeat_that_meets_another_write_is_in_doubt(
         answers += 1
         answer = ask(self, request)
         if answers == 1:
-            store.save(theirs, mine.version)
-            if restarted:
+            if meanwhile == "a rotation":
+                store.replace(record.key, rotated, mine.version, a_pointer(record, rotated))
+            else:
+                store.save(theirs, mine.version)
+            if "restart" in meanwhile:
                 redis_client.script_flush()
             raise RedisConnectionError("Connection closed by server.")
         return answer
@@ -189,7 +193,10 @@ def test_a_repeat_that_meets_another_write_is_in_doubt(
     monkeypatch.setattr(Slot, "ask", lose_the_first_answer)
     with pytest.raises(StoreUnavailable, match="an answer was lost"):
         store.save(mine, record.version)
-    assert store.load(record.key) == theirs
+    if meanwhile == "a rotation":
+        assert store.load(rotated.key) == rotated
+    else:
+        assert store.load(record.key) == theirs
 
 
 def test_a_connection_that_was_closed_while_idle_puts_no_write_in_doubt(
