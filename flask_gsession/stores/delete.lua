@@ -7,7 +7,10 @@ local unexpired = #head == 31 and tonumber(ARGV[2]) < struct.unpack('>I6', head,
 local live = unexpired and head:byte(1) == 1
 local lease = KEYS[2] and redis.call('GET', KEYS[2])
 if ARGV[1] ~= '' then
-  if not live then return 'G' end
+  if not live then
+    if unexpired then return 'G' end
+    return 'D'
+  end
   if ARGV[4] ~= '' then
     local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)\n')
     if owner ~= ARGV[4] or tonumber(ARGV[2]) >= tonumber(till) then return 'L' end

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from struct import Struct
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from zlib import crc32
 
 import redis
@@ -73,9 +73,12 @@ _HEADER = 31
 _HEAD = Struct(">BQHIHIHI")  # the times in six bytes each, upper two and lower four
 _LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
-_STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W")
-_ERRORS = {b"G": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
-_OVERTAKEN = (b"S", b"T", b"L", b"G")  # also gone: rotated, it lives on elsewhere
+_STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W", b"D")
+_ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
+# What a repeat may be answered although its first try was applied: others wrote since then, or
+# rotated the session, or there is nothing left to delete.
+_OVERTAKEN = (b"S", b"T", b"L", b"G")
+_DELETED = (b"D", b"N")
 _WRONG_TYPE = "not a string"
 _RETRY_PAUSE = 0.02  # seconds
 _ASKING = packed(b"ASKING")
@@ -429,6 +432,8 @@ class RedisStore:
                 answer = self._attempt(name, request, parse, deadline, replicas)
                 if in_doubt and answer in _OVERTAKEN:
                     raise StoreUnavailable("redis: an answer was lost, then another write came")
+                if in_doubt and answer in _DELETED:
+                    answer = cast(T, b"K")
                 return answer
             except NoScriptError:
                 if with_source is None:
