@@ -163,8 +163,9 @@ class Lifecycle:
 
     def _body(self, stored: dict[str, bytes]) -> Body:
         """What to store when these are the values."""
-        marked = self._values.now is not None and any(map(is_marked, stored.values()))
-        return Body(stored, self._lifetime, marked)
+        if self._values.now is None:
+            return Body(stored, self._lifetime)
+        return Body(stored, self._lifetime, any(map(is_marked, stored.values())))
 
     def _checked_changes(self) -> dict[str, Change]:
         """What this request changed. Raises what the schema of the session has to say of it."""

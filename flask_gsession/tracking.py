@@ -143,8 +143,12 @@ class TrackedValues:
         Raises ``ValueRefused`` for a value that cannot be kept.
         """
         found: dict[str, Change] = {}
+        # Written out: every write of every session comes by here.
+        live, encode, marks = self._live, self._codec.encode, self.now is not None
         for key, base in self._base.items():
-            mine = self._encoded(key) if key in self._live else None
+            mine = encode(key, live[key]) if key in live else None
+            if marks and mine is not None:
+                mine = marked(mine, self._marks.get(key, PLAIN))
             if mine != base:
                 found[key] = Change(base, mine)
         return found
