@@ -5,8 +5,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PORT ?= 5000
 
-# Arguments of pytest. Each of the two workers starts servers of its own.
-TEST_ARGS ?= -n 2 --dist worksteal
+# Arguments of pytest. Each worker starts servers of its own, and waits for them half of its time:
+# four keep two cores busy.
+TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
