@@ -122,7 +122,7 @@ def test_reads_as_the_url_wants_them(replica_set: MongoReplicaSet) -> None:
             assert store.load(record.key) == record
         paused_secondaries(replica_set)
         newer = record._replace(version=new_version(), payload=b"not confirmed")
-        with pytest.raises(StoreUnavailable, match="not confirmed by a majority|timed out"):
+        with pytest.raises(StoreUnavailable, match=r"not confirmed by a majority|timed out"):
             local.save(newer, record.version)
         assert local.load(record.key) == newer
         assert majority.load(record.key) == record
