@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import os
@@ -131,13 +132,17 @@ class Lock(Generic[S]):
 
     async def __aenter__(self) -> S:
         """As ``with``; the event loop does not wait."""
-        entering = asyncio.ensure_future(asyncio.to_thread(self.__enter__))
+        # No task: a loop that ends cancels those, and the thread would go on.
+        enter = partial(contextvars.copy_context().run, self.__enter__)
+        entering = asyncio.get_running_loop().run_in_executor(None, enter)
         try:
             return await asyncio.shield(entering)
         except asyncio.CancelledError as error:
             self._abandoned = True
-            with suppress(Exception):
-                await entering
+            while not entering.done():
+                with suppress(asyncio.CancelledError):  # once more
+                    await asyncio.wait([entering])
+            entering.exception()  # seen
             self._abandoned = False
             if self._held:
                 self.__exit__(type(error), error, None)
@@ -167,6 +172,9 @@ class Lock(Generic[S]):
         began = time.monotonic()
         try:
             self._take(began)
+            session._lease = self._owner
+            session._lifetime_before = session._lifetime
+            self._emit(LockAcquired, self._since - began)
         except SessionLocked as error:
             reason = "too many waiters" if self._key is None else "wait over"
             self._give_back()
@@ -177,11 +185,9 @@ class Lock(Generic[S]):
         except BaseException as error:
             if isinstance(error, StoreUnavailable):
                 session._met_outage(error, "locked")
+            session._lease = None
             self._give_back()
             raise
-        session._lease = self._owner
-        session._lifetime_before = session._lifetime
-        self._emit(LockAcquired, self._since - began)
 
     def _check_stored(self) -> None:
         if self._session._ended:
@@ -248,7 +254,6 @@ class Lock(Generic[S]):
         session = self._session
         later, session._rotation_later = session._rotation_later, None
         if session._lease is None and not session._ended:
-            self._moved = True
             return True  # the block ended the session: what it did then is a new one's
         if session._lease is not None:
             session._rotation = later
@@ -276,9 +281,10 @@ class Lock(Generic[S]):
     def _leave(self) -> None:
         """Let the session go."""
         session = self._session
-        if self._moved or session._record is None:
+        if self._moved:
             _renewer.discard(self)
-        elif not self._give_back():
+        elif not self._give_back() and session._lease is not None:
+            # Without a lease the session ended, and took it along; unless it was unreadable.
             self._lost = True
         session._lease = None
         del vars(session)["_locked"]
@@ -384,15 +390,15 @@ class _Renewer:
             self._locks.discard(lock)
 
     def run(self, errand: Callable[[], object]) -> None:
-        """Do this once, soon."""
-        with self._changed:
+        """Do this once, soon; where no thread can be had, when there is one again."""
+        with self._changed, suppress(RuntimeError):
             self._errands.append(errand)
             self._wake(0.0)
 
     def _wake(self, due: float) -> None:
         if not self._running:
-            self._running = True
             threading.Thread(target=self._work, name="gsession-locks", daemon=True).start()
+            self._running = True
         elif due < self._wakes_at:
             self._changed.notify()
 

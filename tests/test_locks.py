@@ -26,7 +26,8 @@ from flask_gsession import (
     session,
     session_lock,
 )
-from flask_gsession.errors import LogoutUnconfirmed
+from flask_gsession.codec import Codec
+from flask_gsession.errors import LogoutUnconfirmed, UnreadableRecord
 from flask_gsession.events import LockAcquired, LockExpired, LockRefused, LockReleased
 from flask_gsession.locking import Lock, _renewer
 from flask_gsession.stores import StoreOptions, open_store
@@ -680,7 +681,96 @@ def test_an_extension_that_fails_is_tried_again(store_prefix: str) -> None:
         assert visitor.run(dict) == {"n": 1}
 
 
+def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let no thread of this name start."""
+    start = threading.Thread.start
+
+    def fail(self: threading.Thread) -> None:
+        if self.name == name:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+
+
+def test_locks_are_extended_after_a_thread_could_not_start(
+    store_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Site("memory://", store_prefix, time.time) as site:
+        visitor = a_visitor(site)
+        until(lambda: not _renewer._running)
+        with monkeypatch.context() as short:
+            no_thread(short, "gsession-locks")
+            assert visitor.ask(count_locked).status_code == 500
+        assert is_free(site, visitor)
+
+        def view(session: Any) -> None:
+            with session.lock(timeout=0.3):
+                until(lambda: site.store.calls.count("extend") > 0)
+
+        visitor.run(view)
+
+
+def test_an_outage_where_no_thread_can_start(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gives the lock back then, and the answer is still that of the outage."""
+    visitor = a_visitor(site)
+    until(lambda: not _renewer._running)
+    no_thread(monkeypatch, "gsession-locks")
+    site.store.after("acquire", lost_answer)
+    assert visitor.ask(count_locked).status_code == 503
+
+
+class Interrupt(BaseException):
+    """As a worker's time limit strikes."""
+
+
+def test_an_interrupt_just_after_the_lock_was_got(site: Site) -> None:
+    visitor = a_visitor(site)
+
+    def strike(event: LockAcquired) -> None:
+        if not struck:
+            struck.append(event)
+            raise Interrupt
+
+    def view(session: Any) -> None:
+        with pytest.raises(Interrupt):
+            session.lock().__enter__()
+        assert session._lease is None
+        assert is_free(site, visitor)
+        count_locked(session)
+
+    struck: list[LockAcquired] = []
+    site.ext.on(LockAcquired, strike)
+    visitor.run(view)
+    assert visitor.run(dict) == {"n": 1}
+
+
 # Beside the end of the session ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrote", [True, False], ids=["something else", "nothing else"])
+def test_a_value_that_cannot_be_read_inside_a_lock(
+    wrote: bool, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request goes on as a new session, and the lock of the old one is given back."""
+    visitor = a_visitor(site, bad=[1])
+
+    def unreadable(*arguments: object) -> Any:
+        raise UnreadableRecord("newer format", "by the test")
+
+    def view(session: Any) -> None:
+        with session.lock():
+            with monkeypatch.context() as newer:
+                newer.setattr(Codec, "decode", unreadable)
+                assert session.get("bad") is None
+            if wrote:
+                session["n"] = 1
+                session.update_atomic("n", lambda n: n + 1)
+        assert is_free(site, visitor)
+
+    visitor.another_tab().run(view)
+    assert visitor.run(dict) == {"bad": [1]}
+    assert not site.happened(LockExpired)
 
 
 def test_a_logout_beside_a_lock(site: Site) -> None:
@@ -1014,6 +1104,68 @@ def cancel_a_wait(site: Site) -> None:
     visitor.run(holder)
     assert is_free(site, visitor)
     assert visitor.run(dict) == {"n": 0}
+
+
+def test_a_wait_that_is_cancelled_twice_gives_the_lock_back(clock: FakeClock) -> None:
+    """The second time while the thread that waits is just getting it."""
+    with Site("memory://", "", clock) as site:
+        visitor = a_visitor(site)
+
+        def view(session: Any) -> None:
+            async def lock() -> None:
+                async with session.lock():
+                    raise AssertionError("it was cancelled")
+
+            async def cancel() -> None:
+                task = asyncio.create_task(lock())
+                while not asked.is_set():
+                    await asyncio.sleep(0.001)
+                for _ in range(3):
+                    task.cancel()
+                    await asyncio.sleep(0)
+                go_on.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+            def ask() -> None:
+                asked.set()
+                go_on.wait(PATIENCE)
+
+            asked, go_on = threading.Event(), threading.Event()
+            site.store.after("acquire", ask)
+            asyncio.run(cancel())
+            assert is_free(site, visitor)
+
+        visitor.run(view)
+
+
+def test_an_event_loop_that_ends_waits_for_the_lock_to_be_given_back(clock: FakeClock) -> None:
+    """It cancels all its tasks."""
+    with Site("memory://", "", clock) as site:
+        visitor = a_visitor(site)
+
+        def view(session: Any) -> None:
+            async def lock() -> None:
+                async with session.lock():
+                    raise AssertionError("it was cancelled")
+
+            async def end() -> None:
+                tasks.append(asyncio.create_task(lock()))
+                while not asked.is_set():
+                    await asyncio.sleep(0.001)
+                asyncio.get_running_loop().call_later(0.05, go_on.set)
+
+            def ask() -> None:
+                asked.set()
+                go_on.wait(PATIENCE)
+
+            tasks: list[asyncio.Task[None]] = []
+            asked, go_on = threading.Event(), threading.Event()
+            site.store.after("acquire", ask)
+            asyncio.run(end())
+            assert is_free(site, visitor)
+
+        visitor.run(view)
 
 
 def test_a_thread_of_the_request(site: Site) -> None:
