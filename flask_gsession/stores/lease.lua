@@ -31,6 +31,8 @@ if operation == 'extend' then
   if not held then return answer .. me end
   till = now + ARGV[6]
 elseif operation == 'release' then
+  -- Alone where nothing was there to release: a repeat cannot tell whether it did it before.
+  if owner ~= me and not place then return 'L' end
   if owner == me then owner, till = '', 0 end
   if place then table.remove(waiters, place) end
   if now >= till and waiters[1] then

@@ -269,7 +269,10 @@ class RedisStore:
 
     def release(self, key: str, owner: str) -> bool:
         self._wake_ups.forget(owner.encode())
-        return self._ask_for_lease(key, "release", owner)[:1] == b"K"
+        try:
+            return self._ask_for_lease(key, "release", owner)[:1] == b"K"
+        except LeaseLost:
+            return False
 
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
         def may_go_on() -> bool:
