@@ -16,9 +16,11 @@ import redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..events import logger
+from .base import WAITER_LIFE
 
 _LOOK_AROUND = 5.0  # seconds without a call: is the connection alive, does anybody wait?
 _TRY_AGAIN = 10.0  # seconds after a connection that failed
+_FORGOTTEN = 3 * WAITER_LIFE / 1000  # seconds after which who does not ask waits no more
 
 
 class WakeUps:
@@ -38,14 +40,19 @@ class WakeUps:
     def _start(self) -> None:
         self.channel = secrets.token_hex(8).encode()
         self._lock = threading.RLock()  # a finalizer may close in any thread, at any time
-        self._calls: dict[bytes, threading.Event] = {}
+        self._calls: dict[bytes, _Call] = {}
         self._listener: _Listener | None = None
         self._failed_at = float("-inf")
 
     def expect(self, owner: bytes) -> None:
         """From now on a call for this owner is kept until he waits; to be ended by ``forget``."""
         if self._listener is not None:
-            self._calls.setdefault(owner, threading.Event())
+            self._expect(owner)
+
+    def _expect(self, owner: bytes, seconds: float = 0.0) -> _Call:
+        call = self._calls.setdefault(owner, _Call())
+        call.kept_until = time.monotonic() + seconds + _FORGOTTEN
+        return call
 
     def forget(self, owner: bytes) -> None:
         """This owner waits no more."""
@@ -55,17 +62,21 @@ class WakeUps:
         """Wait for a call; returns early where one may have been missed. False: nobody listens."""
         listener = self._listener
         if listener is not None and listener.ready.is_set():
-            call = self._calls.setdefault(owner, threading.Event())
+            call = self._expect(owner, seconds)
             call.wait(seconds)
             call.clear()
             return True
         with self._lock:
-            self._calls.setdefault(owner, threading.Event())
+            self._expect(owner, seconds)
             if self._listener is None:
                 if time.monotonic() - self._failed_at < _TRY_AGAIN:
                     return False
                 listener = _Listener(self)
-                listener.thread.start()
+                try:
+                    listener.thread.start()
+                except RuntimeError as error:
+                    self._failed(error)
+                    return False
                 self._listener = listener
             listener = self._listener
         return listener.ready.wait(min(seconds, self._timeout))
@@ -91,21 +102,33 @@ class WakeUps:
             if self._listener is listener:
                 self._listener = None
                 if error is not None:
-                    self._failed_at = time.monotonic()
-                    logger.warning(
-                        "Redis calls nobody who waits for a lock (%s: %s); looking instead",
-                        type(error).__name__,
-                        error,
-                    )
+                    self._failed(error)
         self._call_all()
 
+    def _failed(self, error: Exception) -> None:
+        self._failed_at = time.monotonic()
+        logger.warning(
+            "Redis calls nobody who waits for a lock (%s: %s); looking instead",
+            type(error).__name__,
+            error,
+        )
+
     def _ended_idle(self, listener: _Listener) -> bool:
+        now = time.monotonic()
         with self._lock:
+            # Those whose end was not told: an open circuit kept it from the store.
+            for owner, call in list(self._calls.items()):
+                if now >= call.kept_until:
+                    self.forget(owner)
             if self._calls and self._listener is listener:
                 return False
             if self._listener is listener:
                 self._listener = None
             return True
+
+
+class _Call(threading.Event):
+    kept_until = 0.0  # of time.monotonic
 
 
 class _Listener:
