@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from flask import Flask
 
 from .errors import (
     Gone,
+    LockMisused,
     LogoutUnconfirmed,
     SessionClosed,
     SessionConflict,
@@ -85,6 +87,7 @@ class Lifecycle:
     _in_transaction = False
     _values: TrackedValues  # made when the session is looked at
     _lease: str | None = None  # held by this request
+    _lease_pid = 0
     _policies: dict[str, MergeFunction] | None = None  # of keys that this request set
     _rotation_later: float | None = None  # at the end of the lock
     _lifetime_before: int | None = None  # the transaction or the lock
@@ -417,6 +420,8 @@ class Lifecycle:
 
         With ``exactly`` it tries once, and raises ``LostRace``.
         """
+        if self._lease is not None and self._lease_pid != os.getpid():
+            raise LockMisused("The lock is held by the process that entered it: not by its child.")
         keeper, values = self._keeper, self._values
         for losses in range(ATTEMPTS):
             if losses:

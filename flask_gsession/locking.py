@@ -172,7 +172,7 @@ class Lock(Generic[S]):
         began = time.monotonic()
         try:
             self._take(began)
-            session._lease = self._owner
+            session._lease, session._lease_pid = self._owner, self._pid
             session._lifetime_before = session._lifetime
             self._emit(LockAcquired, self._since - began)
         except SessionLocked as error:

@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
+from contextlib import closing
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
-from flask_gsession import LockLost, LockMisused
+from flask_gsession import LockLost, LockMisused, StoreUnavailable
 from flask_gsession.locking import _renewer
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.redis import RedisStore
@@ -18,7 +20,7 @@ from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import PATIENCE, Site, at_once
 from tests.servers import RedisServer
 from tests.test_fork_threads import Child, Gate, gates
-from tests.test_locks import Waiter, a_visitor, count, count_locked, is_free, until
+from tests.test_locks import Waiter, a_visitor, count, count_locked, is_free, no_thread, until
 
 SHORT = 0.5  # seconds that a lock lasts without its holder, in real time
 
@@ -114,10 +116,16 @@ def test_a_fork_inside_a_lock(shared_url: str, store_prefix: str) -> None:
                 with other.lock(wait=0.01):
                     raise AssertionError("two have the lock")
 
+            def write() -> str:
+                with pytest.raises(LockMisused):
+                    session.update_atomic("n", lambda n: n + 100)
+                return "refused"
+
             lock = session.lock()
             with lock:
                 session["n"] += 1
                 assert Child(child).result() == ["0"]
+                assert Child(write).result() == "refused"
                 assert not is_free(site, visitor)
 
         visitor.run(view)
@@ -283,3 +291,62 @@ def test_a_client_that_was_passed_in_can_be_called(
     store = HookedStore(RedisStore(redis_client, StoreOptions(store_prefix, clock=clock)))
     with Site(redis_url, store_prefix, clock, store=store) as site:
         assert listening(wait_once(site))
+
+
+def test_who_waits_where_no_thread_can_listen_looks(
+    redis_url: str,
+    store_prefix: str,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Site(redis_url, store_prefix, clock, lock_wait=PATIENCE) as site:
+        no_thread(monkeypatch, "gsession-wakeup")
+        assert not listening(wait_once(site))
+    assert "can't start new thread); looking instead" in caplog.text
+
+
+def test_who_is_heard_of_no_more_is_forgotten(
+    redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A waiter whose leaving the open circuit kept from the store: nobody listens for him."""
+    monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
+    with Site(redis_url, store_prefix, clock) as site:
+        store: Any = wait_once(site)
+        record = a_record(clock)
+        store.create(record)
+        for owner in ("one", "two"):
+            store.acquire(record.key, owner, 60_000, 10)
+        store.wait_for_release(record.key, "two", 0.01)
+        time.sleep(0.1)  # looks around
+        assert list(store._wake_ups._calls) == [b"two"]
+        store._wake_ups._calls[b"two"].kept_until -= 60
+        until(lambda: store._wake_ups._listener is None)
+        assert not store._wake_ups._calls
+
+
+@pytest.mark.parametrize("who", ["holder", "waiter", "nobody"])
+def test_the_answer_to_a_release_is_lost(
+    who: str,
+    redis_url: str,
+    store_prefix: str,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The repeat finds nothing to release, as does one whose lock was lost before."""
+    with closing(RedisStore(redis_url, StoreOptions(store_prefix, clock=clock))) as store:
+        record = a_record(clock)
+        store.create(record)
+        for owner in ("holder", "waiter"):
+            store.acquire(record.key, owner, 60_000, 10)
+        attempt = store._attempt
+
+        def lose(*arguments: Any) -> Any:
+            attempt(*arguments)
+            monkeypatch.setattr(store, "_attempt", attempt)
+            raise RedisConnectionError("by the test")
+
+        monkeypatch.setattr(store, "_attempt", lose)
+        with pytest.raises(StoreUnavailable):
+            store.release(record.key, who)
+        assert store.release(record.key, who) is False
