@@ -614,6 +614,33 @@ class StoreContract:
             assert store.extend(record.key, "one", 5000) is False
             assert store.acquire(record.key, "two", 5000, 10) == 0
 
+    def test_a_lease_ends_although_a_clock_was_set_back(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 5000, 10)
+            store.acquire(record.key, "gone", 5000, 10)
+            clock.advance(-4)  # clocks of several hosts differ: that frees nothing
+            assert store.acquire(record.key, "two", 5000, 10) > 0
+            clock.advance(-3600)
+            assert store.extend(record.key, "one", 5000) is True  # nobody took it
+            clock.advance(-3600)
+            assert store.acquire(record.key, "three", 5000, 10) == 0
+            with _raises(LeaseLost):
+                store.save(_changed(record), record.version, "one")
+            store.release(record.key, "three")
+
+    def test_extend_counts_the_length_anew(self) -> None:
+        with self._leasing() as (store, clock, record):
+            if store is None:
+                return
+            store.acquire(record.key, "one", 500, 10)
+            assert store.extend(record.key, "one", 60_000) is True
+            assert store.acquire(record.key, "two", 500, 10) > 0
+            assert store.extend(record.key, "one", 500) is True
+            clock.advance(-5)
+            assert store.acquire(record.key, "three", 500, 10) == 0
+
     def test_only_the_holder_releases_and_once(self) -> None:
         with self._leasing() as (store, clock, record):
             if store is None:

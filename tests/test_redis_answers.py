@@ -14,6 +14,7 @@ from redis import Redis
 
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.base import WAITER_LIFE
 from flask_gsession.testing import FakeClock, HookedStore, a_pointer, a_record
 from tests.apps import Site
 from tests.servers import RedisServer
@@ -28,6 +29,21 @@ KEY = "A" * 43
 
 def a_store(url: str, prefix: str = "answers:", **options: Any) -> Any:
     return open_store(url, StoreOptions(**{"prefix": prefix, "timeout": 10, **options}))[0]
+
+
+def test_the_key_of_a_lease_goes_although_a_clock_was_set_back(
+    redis_url: str, redis_client: Redis, store_prefix: str
+) -> None:
+    clock = FakeClock()
+    store = a_store(redis_url, store_prefix, clock=clock)
+    record = a_record(clock)
+    store.create(record)
+    store.acquire(record.key, "one", 1000, 10)
+    store.acquire(record.key, "two", 1000, 10)
+    clock.advance(-3600)
+    store.release(record.key, "two")  # its wait is over; the lease is written anew
+    assert 0 < redis_client.pttl(store._lease_name(record.key)) <= WAITER_LIFE
+    store.close()
 
 
 # Users of few rights ---------------------------------------------------------------------------

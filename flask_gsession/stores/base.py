@@ -177,8 +177,9 @@ class Leases(Store, Protocol):
 
         0 when it is held now; else for how many milliseconds to ``wait_for_release`` before asking
         again. Only the first in the queue gets a free lease. Who has not asked for ``WAITER_LIFE``
-        loses his place. Raises ``Gone`` unless ``key`` is that of a live record, and ``QueueFull``
-        if ``max_waiters`` others wait already.
+        loses his place. A lease that would run for more than twice its length from now was begun
+        before a clock was set back, or by one far ahead, and is free. Raises ``Gone`` unless
+        ``key`` is that of a live record, and ``QueueFull`` if ``max_waiters`` others wait already.
         """
 
     def extend(self, key: str, owner: str, lease_ms: int) -> bool:
@@ -198,11 +199,13 @@ class Leases(Store, Protocol):
 class Lease:
     """Who holds a lease until when, and who waits; for stores that keep it as one value.
 
-    ``waiters``: when each asked last, in the order of their coming. Times are milliseconds.
+    ``length``: for how long it was asked for. ``waiters``: when each asked last, in the order of
+    their coming. Times are milliseconds.
     """
 
     owner: str = ""
     until: int = 0
+    length: int = 0
     waiters: dict[str, int] = field(default_factory=dict)
 
     def is_held_by(self, owner: str, now: int) -> bool:
@@ -214,29 +217,38 @@ class Lease:
         self._drop_the_dead(owner, now)
         if self.is_held_by(owner, now) or self.is_turn_of(owner, now):
             self.waiters.pop(owner, None)
-            self.owner, self.until = owner, now + lease_ms
+            self.hold(owner, now, lease_ms)
             return 0
         if owner not in self.waiters and len(self.waiters) >= max_waiters:
             raise QueueFull
         self.waiters[owner] = now
-        freed = self.until if now < self.until else next(iter(self.waiters.values())) + WAITER_LIFE
+        oldest = next(iter(self.waiters.values()))
+        freed = oldest + WAITER_LIFE if self._is_free(now) else self.until
         return max(1, min(freed - now, ASK_AGAIN))
 
     def is_turn_of(self, owner: str, now: int) -> bool:
         """Whether this owner may take the lease now."""
-        return now >= self.until and next(iter(self.waiters), owner) == owner
+        return self._is_free(now) and next(iter(self.waiters), owner) == owner
+
+    def hold(self, owner: str, now: int, lease_ms: int) -> None:
+        """Let this owner have the lease for so long from now."""
+        self.owner, self.until, self.length = owner, now + lease_ms, lease_ms
 
     def release(self, owner: str, now: int) -> bool:
         """As ``Leases.release``."""
         held = self.is_held_by(owner, now)
         if self.owner == owner:
-            self.owner, self.until = "", 0
+            self.owner, self.until, self.length = "", 0, 0
         self.waiters.pop(owner, None)
         return held
 
+    def _is_free(self, now: int) -> bool:
+        # What ends so late was begun before a clock was set back, or by one far ahead.
+        return now >= self.until or self.until - now > 2 * self.length
+
     def _drop_the_dead(self, owner: str, now: int) -> None:
         for waiter, seen in list(self.waiters.items()):
-            if waiter != owner and now - seen >= WAITER_LIFE:
+            if waiter != owner and abs(now - seen) >= WAITER_LIFE:
                 del self.waiters[waiter]
 
 

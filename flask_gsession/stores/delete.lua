@@ -12,7 +12,7 @@ if ARGV[1] ~= '' then
     return 'D'
   end
   if ARGV[4] ~= '' then
-    local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)\n')
+    local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)')
     if owner ~= ARGV[4] or tonumber(ARGV[2]) >= tonumber(till) then return 'L' end
   end
   if head:sub(2, 9) ~= ARGV[1] then return 'S' end

@@ -1,5 +1,5 @@
 -- The lease of a session, and the queue for it: one text, a line for who holds it until when, and
--- one for each who waits: who, when he asked last, and where he is to be called (ms since 1970).
+-- for how long he asked (ms), and one for each who waits: who, when he asked last, and where he is to be called (ms since 1970).
 -- KEYS: lease, and to acquire it the record, unless that was seen to live before.
 -- ARGV: acquire | extend | release | end, owner, now in ms, the life of a waiter in ms, what the
 --       channels begin with; to acquire or extend: lease in ms; to acquire: the most waiters, the
@@ -10,11 +10,14 @@ if KEYS[2] then
   local head = redis.call('GETRANGE', KEYS[2], 0, 30)
   if #head < 31 or head:byte(1) ~= 1 or now >= struct.unpack('>I6', head, 16) then return 'G' end
 end
-local owner, till, lines = (redis.call('GET', KEYS[1]) or ' 0\n'):match('^(%S*) (%d+)\n(.*)$')
-till = tonumber(till)
+local stored = redis.call('GET', KEYS[1]) or ' 0 0\n'
+local owner, till, length, lines = stored:match('^(%S*) (%d+) (%d+)\n(.*)$')
+till, length = tonumber(till), tonumber(length)
+-- What ends so late was begun before a clock was set back, or by one far ahead.
+local free = now >= till or till - now > 2 * length
 local waiters, place = {}, nil
 for who, seen, where in lines:gmatch('(%S+) (%d+) (%S+)\n') do
-  if who == me or now - seen < life then
+  if who == me or math.abs(now - seen) < life then
     waiters[#waiters + 1] = {who, tonumber(seen), where}
     if who == me then place = #waiters end
   end
@@ -29,39 +32,39 @@ local answer = held and 'K' or 'N'
 
 if operation == 'extend' then
   if not held then return answer .. me end
-  till = now + ARGV[6]
+  till, length = now + ARGV[6], tonumber(ARGV[6])
 elseif operation == 'release' then
   -- Alone where nothing was there to release: a repeat cannot tell whether it did it before.
   if owner ~= me and not place then return 'L' end
-  if owner == me then owner, till = '', 0 end
+  if owner == me then owner, till, length, free = '', 0, 0, true end
   if place then table.remove(waiters, place) end
-  if now >= till and waiters[1] then
+  if free and waiters[1] then
     redis.call('PUBLISH', ARGV[5] .. waiters[1][3], waiters[1][1])
   end
 else
   local first = waiters[1] and waiters[1][1] or me
-  if held or (now >= till and first == me) then
+  if held or (free and first == me) then
     if place then table.remove(waiters, place) end
-    owner, till, answer = me, now + ARGV[6], 'K'
+    owner, till, length, answer = me, now + ARGV[6], tonumber(ARGV[6]), 'K'
   else
     if not place then
       if #waiters >= tonumber(ARGV[7]) then return 'F' end
       place = #waiters + 1
     end
     waiters[place] = {me, now, ARGV[8]}
-    local free = now < till and till or waiters[1][2] + life
-    answer = 'W' .. string.format('%.0f ', free - now)
+    local at = free and waiters[1][2] + life or till
+    answer = 'W' .. string.format('%.0f ', at - now)
   end
 end
 
 if owner == '' and #waiters == 0 then
   redis.call('DEL', KEYS[1])
 else
-  local text = {string.format('%s %.0f\n', owner, till)}
+  local text = {string.format('%s %.0f %.0f\n', owner, till, length)}
   for _, waiter in ipairs(waiters) do
     text[#text + 1] = string.format('%s %.0f %s\n', waiter[1], waiter[2], waiter[3])
   end
-  local left = string.format('%.0f', math.max(till - now, life))
+  local left = string.format('%.0f', math.max(math.min(till - now, 2 * length), life))
   redis.call('SET', KEYS[1], table.concat(text), 'PX', left)
 end
 return answer .. me

@@ -113,7 +113,7 @@ class MemoryStore:
         with self._lock:
             held = self._is_held(key, owner)
             if held:
-                self._leases[key].until = milliseconds(self._clock) + lease_ms
+                self._leases[key].hold(owner, milliseconds(self._clock), lease_ms)
             return held
 
     def release(self, key: str, owner: str) -> bool:

@@ -253,7 +253,8 @@ class MongoDBStore:
         until = Int64(self._now() + lease_ms)
         with self._collection("extend") as collection:
             done = collection.update_one(
-                {"_id": self._prefix + key, **self._held(owner)}, {"$set": {"lease.until": until}}
+                {"_id": self._prefix + key, **self._held(owner)},
+                {"$set": {"lease.until": until, "lease.length": Int64(lease_ms)}},
             )
             return bool(done.matched_count)
 
@@ -533,22 +534,27 @@ def _addresses(client: _Client) -> str:
 def _lease(document: _Document) -> Lease:
     lease = document.get("lease") or {}
     waiters = {waiter["owner"]: int(waiter["seen"]) for waiter in lease.get("waiters", ())}
-    return Lease(lease.get("owner", ""), int(lease.get("until", 0)), waiters)
+    until, length = int(lease.get("until", 0)), int(lease.get("length", 0))
+    return Lease(lease.get("owner", ""), until, length, waiters)
 
 
 def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[_Document]:
     """The pipeline that does on the server what ``Lease.acquire`` says."""
     me = {"$literal": owner}
     mine = {"$eq": ["$$this.owner", me]}
-    seen = {"$gt": ["$$this.seen", Int64(now - WAITER_LIFE)]}
+    age = {"$abs": {"$subtract": ["$$this.seen", Int64(now)]}}
+    seen = {"$lt": [age, WAITER_LIFE]}
     waiters = "$lease.waiters"
     others = {"$filter": {"input": waiters, "cond": {"$ne": ["$$this.owner", me]}}}
     first = {"$ifNull": [{"$first": {"$map": {"input": waiters, "in": "$$this.owner"}}}, me]}
-    held = {"$gt": ["$lease.until", Int64(now)]}
+    running = {"$gt": ["$lease.until", Int64(now)]}
+    # What ends later was begun before a clock was set back, or by one far ahead.
+    latest = {"$add": [Int64(now), {"$multiply": [2, "$lease.length"]}]}
+    free = {"$or": [{"$not": [running]}, {"$gt": ["$lease.until", latest]}]}
     may_take = {
         "$or": [
-            {"$and": [{"$eq": ["$lease.owner", me]}, held]},
-            {"$and": [{"$not": [held]}, {"$eq": [first, me]}]},
+            {"$and": [{"$eq": ["$lease.owner", me]}, running]},
+            {"$and": [free, {"$eq": [first, me]}]},
         ]
     }
     entry = {"owner": me, "seen": Int64(now)}
@@ -573,6 +579,7 @@ def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[
                 "lease": {
                     "owner": {"$ifNull": ["$lease.owner", ""]},
                     "until": {"$ifNull": ["$lease.until", Int64(0)]},
+                    "length": {"$ifNull": ["$lease.length", Int64(0)]},
                     "waiters": {
                         "$filter": {
                             "input": {"$ifNull": [waiters, []]},
@@ -587,8 +594,18 @@ def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[
                 "lease": {
                     "$cond": [
                         may_take,
-                        {"owner": me, "until": Int64(now + lease_ms), "waiters": others},
-                        {"owner": "$lease.owner", "until": "$lease.until", "waiters": queue},
+                        {
+                            "owner": me,
+                            "until": Int64(now + lease_ms),
+                            "length": Int64(lease_ms),
+                            "waiters": others,
+                        },
+                        {
+                            "owner": "$lease.owner",
+                            "until": "$lease.until",
+                            "length": "$lease.length",
+                            "waiters": queue,
+                        },
                     ]
                 }
             }
@@ -607,6 +624,7 @@ def _release(owner: str) -> list[_Document]:
                 "lease": {
                     "owner": {"$cond": [mine, "", "$lease.owner"]},
                     "until": {"$cond": [mine, Int64(0), "$lease.until"]},
+                    "length": {"$cond": [mine, Int64(0), "$lease.length"]},
                     "waiters": others,
                 }
             }

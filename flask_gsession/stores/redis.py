@@ -540,9 +540,9 @@ def _lease(text: bytes | None) -> Lease:
     if text is None:
         return Lease()
     first, *lines = text.decode("ascii", "replace").splitlines()
-    owner, _, until = first.partition(" ")
+    owner, until, length = first.split(" ")
     waiters = (line.split(" ") for line in lines)
-    return Lease(owner, int(until), {who: int(seen) for who, seen, _ in waiters})
+    return Lease(owner, int(until), int(length), {who: int(seen) for who, seen, _ in waiters})
 
 
 def _version(number: int) -> bytes:

@@ -13,7 +13,7 @@ if #head < 31 or head:byte(1) ~= 1 then return 'G' end
 if tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
 local lease = redis.call('GET', KEYS[3])
 if ARGV[7] ~= '' then
-  local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)\n')
+  local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)')
   if owner ~= ARGV[7] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
 end
 if head:sub(2, 9) ~= ARGV[1] then return 'S' end

@@ -7,7 +7,7 @@ if head:byte(1) == 2 and head == ARGV[2]:sub(1, 31) then return 'K' .. ARGV[5] e
 if head:byte(1) ~= 1 or tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
 local lease = KEYS[2] and redis.call('GET', KEYS[2])
 if ARGV[6] ~= '' then
-  local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)\n')
+  local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)')
   if owner ~= ARGV[6] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
 end
 if head:sub(2, 9) ~= ARGV[1] then return 'S' end

@@ -8,7 +8,7 @@ local mine = ARGV[2]:sub(2, 9)
 if version == mine then return 'K' .. mine end
 if tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
 if KEYS[2] then
-  local owner, till = (redis.call('GET', KEYS[2]) or ' 0\n'):match('^(%S*) (%d+)\n')
+  local owner, till = (redis.call('GET', KEYS[2]) or ' 0\n'):match('^(%S*) (%d+)')
   if owner ~= ARGV[5] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
 end
 if version ~= ARGV[1] then return 'S' end

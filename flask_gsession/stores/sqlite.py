@@ -34,7 +34,7 @@ from ..errors import (
 from .base import MAX_POINTERS, Finding, Lease, Record, StoreOptions, closing, milliseconds, poll
 
 _APPLICATION_ID = 0x67536573  # "gSes"
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS gsession (
     key TEXT PRIMARY KEY NOT NULL,
@@ -50,6 +50,7 @@ CREATE TABLE IF NOT EXISTS gsession_lease (
     key TEXT PRIMARY KEY NOT NULL,
     owner TEXT NOT NULL,
     until INTEGER NOT NULL,
+    length INTEGER NOT NULL,
     waiters TEXT NOT NULL
 );
 """
@@ -224,8 +225,9 @@ class SQLiteStore:
         now = milliseconds(self._clock)
         with self._connection() as db:
             done = db.execute(
-                "UPDATE gsession_lease SET until = ? WHERE key = ? AND owner = ? AND until > ?",
-                (now + lease_ms, self._prefix + key, owner, now),
+                "UPDATE gsession_lease SET until = ?, length = ? "
+                "WHERE key = ? AND owner = ? AND until > ?",
+                (now + lease_ms, lease_ms, self._prefix + key, owner, now),
             )
             return done.rowcount == 1
 
@@ -271,9 +273,10 @@ class SQLiteStore:
 
     def _lease(self, db: sqlite3.Connection, key: str) -> Lease:
         row = db.execute(
-            "SELECT owner, until, waiters FROM gsession_lease WHERE key = ?", (self._prefix + key,)
+            "SELECT owner, until, length, waiters FROM gsession_lease WHERE key = ?",
+            (self._prefix + key,),
         ).fetchone()
-        return Lease() if row is None else Lease(row[0], row[1], json.loads(row[2]))
+        return Lease() if row is None else Lease(row[0], row[1], row[2], json.loads(row[3]))
 
     def _put_lease(self, db: sqlite3.Connection, key: str, lease: Lease) -> None:
         name = self._prefix + key
@@ -281,8 +284,8 @@ class SQLiteStore:
             db.execute("DELETE FROM gsession_lease WHERE key = ?", (name,))
         else:
             db.execute(
-                "INSERT OR REPLACE INTO gsession_lease VALUES (?, ?, ?, ?)",
-                (name, lease.owner, lease.until, json.dumps(lease.waiters)),
+                "INSERT OR REPLACE INTO gsession_lease VALUES (?, ?, ?, ?, ?)",
+                (name, lease.owner, lease.until, lease.length, json.dumps(lease.waiters)),
             )
 
     def _select(self, db: sqlite3.Connection, key: str) -> Record | None:
@@ -431,6 +434,8 @@ class SQLiteStore:
                 raise SettingError(
                     f"SESSION_STORE: {self.path} was written by a newer Flask-GSession"
                 )
+            if schema_version < _SCHEMA_VERSION:
+                db.execute("DROP TABLE IF EXISTS gsession_lease")  # of no lasting value
             for statement in (*_SCHEMA.split(";"), _TRIGGER):
                 db.execute(statement)
             db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
