@@ -437,6 +437,7 @@ class SessionData(Lifecycle, SessionMixin):
 
         ``rewrite`` runs again when another request was faster. None stands for no value.
         """
+        self._check_lease()
         for losses in range(ATTEMPTS):
             if losses and not self._catch_up_after(losses):
                 self._end(what)

@@ -221,6 +221,11 @@ class Lifecycle:
         if self._in_doubt is not None:
             raise self._in_doubt
 
+    def _check_lease(self) -> None:
+        """A forked child does not write under the lock of its parent."""
+        if self._lease is not None and self._lease_pid != os.getpid():
+            raise LockMisused("This lock is held by the process that entered it: not by its child.")
+
     def _met_outage(self, error: StoreUnavailable, what: str) -> None:
         if self._in_doubt is not error:
             self._in_doubt = error
@@ -420,8 +425,7 @@ class Lifecycle:
 
         With ``exactly`` it tries once, and raises ``LostRace``.
         """
-        if self._lease is not None and self._lease_pid != os.getpid():
-            raise LockMisused("The lock is held by the process that entered it: not by its child.")
+        self._check_lease()
         keeper, values = self._keeper, self._values
         for losses in range(ATTEMPTS):
             if losses:

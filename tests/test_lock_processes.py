@@ -117,8 +117,9 @@ def test_a_fork_inside_a_lock(shared_url: str, store_prefix: str) -> None:
                     raise AssertionError("two have the lock")
 
             def write() -> str:
-                with pytest.raises(LockMisused):
-                    session.update_atomic("n", lambda n: n + 100)
+                for key in ("n", "other"):  # has changed, has not
+                    with pytest.raises(LockMisused):
+                        session.update_atomic(key, lambda _: 100)
                 return "refused"
 
             lock = session.lock()
