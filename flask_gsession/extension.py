@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface
 from .keeper import Keeper
-from .stores import Store, StoreOptions, open_store
+from .stores import Store, StoreOptions, heeds_logout_replicas, open_store
 from .stores.base import Clock
 
 NAME = "gsession"
@@ -74,6 +75,11 @@ class Session:
         )
         source = DEFAULT_STORE if settings.store is None else settings.store
         store, owned = open_store(source, options, app.instance_path)
+        if settings.logout_replicas and owned and not heeds_logout_replicas(store):
+            warnings.warn(
+                "SESSION_LOGOUT_REPLICAS has no effect on this store; only a Redis heeds it",
+                stacklevel=3,
+            )
         calls = store
         if settings.breaker_failures:
             calls = guarded(

@@ -456,6 +456,8 @@ def session_lock(
     without a lock. A streamed body is sent after the lock was given back.
     Raises what ``session.lock()`` and its block raise.
     """
+    if function is not None and not callable(function):
+        raise TypeError("session_lock takes timeout and wait by name: @session_lock(timeout=5)")
     _check_times(timeout, wait)
 
     def lock_of(called: Callable[..., Any]) -> Lock[Lifecycle] | None:

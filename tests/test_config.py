@@ -363,6 +363,21 @@ def test_all_settings_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     )
 
 
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///sessions.db", "mongodb://localhost/"])
+def test_logout_replicas_without_a_redis_are_warned_about(url: str) -> None:
+    app = an_app(SESSION_STORE=url, SESSION_LOGOUT_REPLICAS=1)
+    with pytest.warns(UserWarning, match="SESSION_LOGOUT_REPLICAS has no effect") as warned:
+        Session(app)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h", "redis+sentinel://h/service", "redis+cluster://h", "rediss+cluster://h"]
+)
+def test_logout_replicas_of_a_redis(url: str) -> None:
+    Session(an_app(SESSION_STORE=url, SESSION_LOGOUT_REPLICAS=1))
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -292,6 +292,12 @@ def test_a_timeout_of_nothing(clock: FakeClock) -> None:
     session_lock(wait=0)
 
 
+def test_a_timeout_without_its_name() -> None:
+    without: Any = session_lock
+    with pytest.raises(TypeError, match=r"@session_lock\(timeout=5\)"):
+        without(5)
+
+
 def refused(act: Callable[[Any], object]) -> Callable[[Any], None]:
     """A view in which `act` must raise `LockMisused`."""
 

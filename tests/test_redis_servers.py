@@ -839,6 +839,15 @@ def test_a_wrong_url_is_refused_without_its_password(url: str, secret: str) -> N
     assert secret not in text.replace(url, "")
 
 
+@pytest.mark.parametrize("kind", ["rediss", "redis+sentinel", "rediss+cluster"])
+def test_a_wrong_option_is_named(kind: str) -> None:
+    secret = "hunter2"
+    path = "/service" if "sentinel" in kind else ""
+    with pytest.raises(SettingError, match=r"check the option no_such_option$") as refused:
+        open_store(f"{kind}://u:{secret}@host{path}?no_such_option={secret}", StoreOptions())
+    assert secret not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("url", "addresses"),
     [

@@ -11,7 +11,15 @@ from urllib.parse import unquote, urlsplit
 from ..errors import SettingError
 from .base import Leases, Record, Store, StoreOptions, Sweeps
 
-__all__ = ["Leases", "Record", "Store", "StoreOptions", "Sweeps", "open_store"]
+__all__ = [
+    "Leases",
+    "Record",
+    "Store",
+    "StoreOptions",
+    "Sweeps",
+    "heeds_logout_replicas",
+    "open_store",
+]
 
 T = TypeVar("T")
 
@@ -68,6 +76,11 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
     raise SettingError(f"SESSION_STORE is of type {type(source).__qualname__}; {_ALLOWED}")
 
 
+def heeds_logout_replicas(store: Store) -> bool:
+    """Whether ``StoreOptions.logout_replicas`` means something to a store that was opened here."""
+    return hasattr(store, "_logout_replicas")
+
+
 def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
     scheme, colon, rest = url.partition(":")
     scheme = scheme.lower() if colon else ""
@@ -113,9 +126,12 @@ def _checked(scheme: str, build: Callable[[], T]) -> T:
     try:
         return build()
     except Exception as error:
+        # Of what a driver says only this, for the rest may hold a password.
+        option = re.search(r"unexpected keyword argument '([a-z_]{1,40})'$", str(error))
+        what = f"the option {option[1]}" if option else "host, port, database and options"
         raise SettingError(
             f"SESSION_STORE is a {scheme} URL that the driver refuses "
-            f"({type(error).__name__}); check host, port, database and options"
+            f"({type(error).__name__}); check {what}"
         ) from None
 
 
