@@ -292,8 +292,12 @@ def replica_set(mongo_replica_set: MongoReplicaSet) -> Iterator[MongoReplicaSet]
 
 @pytest.fixture
 def replica_set_client(replica_set: MongoReplicaSet) -> "Iterator[MongoClient[dict[str, Any]]]":
-    """A client of the whole set that writes to a majority."""
-    with mongo_client_of(replica_set.url, w="majority") as client:
+    """A client of the whole set that writes to a majority; `test.things` is empty.
+
+    It is patient: after an election the other member may need many seconds to find whom to follow.
+    """
+    with mongo_client_of(replica_set.url, w="majority", timeoutMS=60_000) as client:
+        client["test"]["things"].drop()
         yield client
 
 
