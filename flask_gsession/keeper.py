@@ -132,7 +132,9 @@ class Keeper:
         raises ``LockLost`` unless that is held.
         """
         idle_end = (
-            self._idle_end(body, old.absolute_expires_at) if restart_idle else self.due(old, body)
+            self._idle_end(body, old.absolute_expires_at)
+            if restart_idle
+            else self.due(old, body.values, body.lifetime)
         )
         record = Record(
             old.key,
@@ -210,9 +212,9 @@ class Keeper:
         """The clock's time in milliseconds."""
         return milliseconds(self._clock)
 
-    def due(self, record: Record, body: Body) -> int | None:
+    def due(self, record: Record, values: Mapping[str, bytes], lifetime: int | None) -> int | None:
         """Where the idle expiry moves to, or None while it need not move yet."""
-        span, step = self._idle_span(body)
+        span, step = self._idle_span(values, lifetime)
         absolute = record.absolute_expires_at
         end = min(milliseconds(self._clock) + span, absolute)
         gain = end - record.idle_expires_at
@@ -234,11 +236,11 @@ class Keeper:
             )
         self.events.emit(SessionRefused, reason, key)
 
-    def _idle_span(self, body: Body) -> tuple[int, int]:
+    def _idle_span(self, values: Mapping[str, bytes], lifetime: int | None) -> tuple[int, int]:
         """How far ahead the idle expiry is set, and by how much at least it moves; milliseconds."""
-        if body.lifetime is not None:
-            return self._span(body.lifetime / 1000)
-        return self._permanent_span if self.is_permanent(body.values) else self._usual_span
+        if lifetime is not None:
+            return self._span(lifetime / 1000)
+        return self._permanent_span if self.is_permanent(values) else self._usual_span
 
     def _span(self, idle: float) -> tuple[int, int]:
         # One interval beyond the idle timeout: the expiry is moved only once per interval, and
@@ -247,7 +249,9 @@ class Keeper:
         return int((idle + step) * 1000), max(1, int(step * 1000))
 
     def _idle_end(self, body: Body, absolute: int) -> int:
-        return min(milliseconds(self._clock) + self._idle_span(body)[0], absolute)
+        return min(
+            milliseconds(self._clock) + self._idle_span(body.values, body.lifetime)[0], absolute
+        )
 
     def _new_token(self) -> tuple[str, str]:
         factory: Any = self.settings.token_factory

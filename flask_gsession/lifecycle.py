@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from flask import Flask
+from msgspec import Struct
 
 from .errors import (
     Gone,
@@ -46,7 +47,7 @@ from .tracking import TrackedValues
 _UNCONFIRMED = "A session ended, and that is not confirmed: %s"
 
 
-class Presented(NamedTuple):
+class Presented(Struct, frozen=True, gc=False):
     """What the request brought: the checked token, None where it brought none."""
 
     checked: Checked | None = None
@@ -518,8 +519,7 @@ class Lifecycle:
 
     def _renew_if_due(self) -> None:
         assert self._record is not None
-        body = Body(self._values.stored, self._lifetime)
-        idle_end = self._keeper.due(self._record, body)
+        idle_end = self._keeper.due(self._record, self._values.stored, self._lifetime)
         if idle_end is None:
             return
         try:

@@ -13,7 +13,8 @@ import re
 import secrets
 from binascii import b2a_base64
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+
+from msgspec import Struct
 
 TOKEN_BYTES = 32
 _SIGNATURE_BYTES = 16
@@ -77,7 +78,7 @@ class _Mac:
         return _b64(outer.digest()[:_SIGNATURE_BYTES])
 
 
-class Checked(NamedTuple):
+class Checked(Struct, frozen=True, gc=False):
     """What became of a presented token: ``token`` or, where it was refused, the ``reason``."""
 
     token: str | None

@@ -9,6 +9,8 @@ from .codec import IMMUTABLE, Codec
 from .marks import PLAIN, Mark, expired, marked, split, unexpired
 from .merge import Change
 
+_ABSENT: Any = object()
+
 
 class TrackedValues:
     """Values decoded one by one, and what this request did to them.
@@ -43,10 +45,9 @@ class TrackedValues:
     def __getitem__(self, key: str) -> Any:
         if self.now is not None and self._has_expired(key):
             raise KeyError(key)
-        try:
-            return self._live[key]
-        except KeyError:
-            pass
+        value = self._live.get(key, _ABSENT)
+        if value is not _ABSENT:
+            return value
         if key in self._base:  # deleted by this request, or not there when it looked
             raise KeyError(key)
         raw = self.stored.get(key)
