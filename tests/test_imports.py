@@ -54,8 +54,8 @@ def name_of(file: Path) -> str:
 
 def room_of(module: str) -> str:
     """The entry of `ROWS` that a module belongs to; "" when there is none."""
-    if module.startswith("contrib."):
-        return "contrib"
+    if module.startswith(("contrib.", "cli.")):
+        return module.partition(".")[0]
     if module.startswith("stores.redis_"):
         return "stores.redis"
     if module.startswith("typed_"):

@@ -1,0 +1,15 @@
+"""``flask gsession``: what an administrator asks of the sessions of an application.
+
+A command is a file here, and a line below.
+"""
+
+from __future__ import annotations
+
+from flask.cli import AppGroup
+
+from .cleaning import cleanup
+from .doctor import doctor
+
+gsession = AppGroup("gsession", help="Look after the sessions of the application.")
+gsession.add_command(cleanup)
+gsession.add_command(doctor)

@@ -1,0 +1,46 @@
+"""``flask gsession doctor``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+from flask import current_app
+from flask.cli import with_appcontext
+
+from ..health import check_application, check_store
+from .common import interfaces
+
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON list instead of lines of text.")
+@with_appcontext
+def doctor(as_json: bool) -> None:
+    """Check the store, the cookie and the secret key.
+
+    Tries the store with throw-away keys; sessions are not touched. The exit status is 1 where
+    there is an error, else 0, also with warnings.
+    """
+    all_of_them = interfaces()
+    app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    rows = []
+    for interface in all_of_them.values():
+        found = check_application(app, interface) + check_store(
+            interface.store, interface.keeper._clock
+        )
+        cookie = interface.keeper.settings.cookie_name
+        rows += [{"session": cookie, **finding._asdict()} for finding in found]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            severity = click.style(f"{row['severity']:<8}", fg=_COLOURS[row["severity"]])
+            text = ": ".join(filter(None, [row["check"], row["found"]]))
+            where = f"[{row['session']}] " if len(all_of_them) > 1 else ""
+            click.echo(f"{severity} {where}{text}")
+            if row["advice"]:
+                click.echo(f"         {row['advice']}")
+    sys.exit(any(row["severity"] == "error" for row in rows))
