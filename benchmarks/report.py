@@ -172,11 +172,12 @@ def _own_cpu_sections(rows: Sequence[OwnCpu]) -> Iterable[Section]:
         yield Section(
             "Own time",
             ("1 KB session", "us"),
-            [(f"{row.store}, {row.view}, {row.around}", _spread(row.us)) for row in rows],
-            "What a session takes when the driver costs nothing: on the memory store, and on the "
-            "Redis store with a client that answers at once. The session alone: opened, used by "
-            "the view, saved, again and again. In a whole request the same work takes longer, as "
-            "Flask's own code pushes it out of the processor's caches each time.",
+            [(f"{row.where}, {row.view}, {row.around}", _spread(row.us)) for row in rows],
+            "What a session takes beside the driver's calls: on the memory store, which has "
+            "none, and on the Redis store beyond what redis-py takes for the same commands, on "
+            "connections that answer at once. The session alone: opened, used by the view, "
+            "saved, over and over. In a whole request the same work takes longer, as Flask's "
+            "own code pushes it out of the processor's caches each time.",
         )
 
 

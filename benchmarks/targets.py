@@ -60,7 +60,7 @@ def judge(
     for own in own_cpu:
         limit = {"read": 20.0, "write": 40.0}[own.view]
         met = own.us.median < limit
-        what = f"own time of a {own.view}, {own.store}, {own.around}"
+        what = f"own time of a {own.view}, {own.where}, {own.around}"
         found.append(Target(what, "us", limit, own.us, "1 KB", met))
     return [*found, *_round_trips(ours), *_memory(weights), *_growth(growth), *_typed(typed)]
 
