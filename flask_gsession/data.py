@@ -14,7 +14,6 @@ from flask.sessions import SessionMixin
 from .codec import is_valid_text
 from .errors import (
     Gone,
-    SessionConflict,
     SessionEnded,
     Stale,
     StoreUnavailable,
@@ -471,7 +470,7 @@ class SessionData(Lifecycle, SessionMixin):
                 self._saved(old, stored, losses)
             values.follow(stored)
             return changed
-        raise SessionConflict
+        raise self._too_many_races()
 
     # -- helpers
 

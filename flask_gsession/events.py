@@ -9,6 +9,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import ref
+
+from blinker import Signal
+from flask import Flask
+
+from . import signals
 
 logger = logging.getLogger("flask_gsession")
 
@@ -67,6 +73,19 @@ class SessionRefused(Event):
 
     reason: str
     handle: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConflicted(Event):
+    """Changes met those of a parallel request, and could not be stored onto them.
+
+    ``reason``: ``"refused"`` by the merge policy of a key, ``"transaction"``, which ``run`` and the
+    decorator then run again, or ``"too many races"``. Changes that were merged are no conflict:
+    ``SessionSaved.conflicts`` counts the races before them.
+    """
+
+    handle: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +167,28 @@ class LockRefused(Event):
 
 E = TypeVar("E", bound=Event)
 
+_SIGNALS: dict[type[Event], Signal] = {
+    SessionCreated: signals.session_created,
+    SessionRotated: signals.session_rotated,
+    SessionDestroyed: signals.session_destroyed,
+    SessionConflicted: signals.session_conflict,
+    SessionRefused: signals.session_refused,
+}
+
 
 class Events:
-    """Passes events on to those who asked for their type."""
+    """Passes events on to those who asked for their type, and sends the signals of blinker."""
 
     def __init__(self) -> None:
         self._subscribers: dict[type[Event], list[Callable[[Any], object]]] = {}
+        self._app: Callable[[], Flask | None] = lambda: None
+
+    def of(self, app: Flask) -> Events:
+        """The events of one application: the same subscribers, and signals in its name."""
+        events = Events()
+        events._subscribers = self._subscribers
+        events._app = ref(app)
+        return events
 
     def subscribe(self, event: type[E], receiver: Callable[[E], object]) -> None:
         """Call ``receiver`` with every event of this type, or of a type derived from it."""
@@ -166,6 +201,9 @@ class Events:
 
         A subscriber that fails is logged and does not fail the request.
         """
+        signal = _SIGNALS.get(event)
+        if signal is not None and signal.receivers:
+            self._send(signal, event, details)
         if not self._subscribers:
             return
         for kind in event.__mro__:
@@ -174,3 +212,11 @@ class Events:
                     receiver(event(*details))
                 except Exception:
                     logger.exception("A subscriber to %s failed", event.__name__)
+
+    def _send(self, signal: Signal, event: type[Event], details: tuple[object, ...]) -> None:
+        app = self._app()
+        if app is not None:
+            try:
+                signal.send(app, _async_wrapper=app.ensure_sync, event=event(*details))
+            except Exception:
+                logger.exception("A receiver of the signal for %s failed", event.__name__)

@@ -81,15 +81,16 @@ class Session:
                 stacklevel=3,
             )
         calls = store
+        events = self._events.of(app)
         if settings.breaker_failures:
             calls = guarded(
                 store,
                 settings.breaker_failures,
                 settings.breaker_pause,
                 settings.store_timeout,
-                self._events,
+                events,
             )
-        keeper = Keeper(settings, calls, self._events, self._clock)
+        keeper = Keeper(settings, calls, events, self._clock)
         if settings.schema is not None:
             _declare(settings.schema, keeper)
         interface = GSessionInterface(keeper, store, owns_store=owned)

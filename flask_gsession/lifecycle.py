@@ -28,6 +28,7 @@ from .errors import (
     ValueRefused,
 )
 from .events import (
+    SessionConflicted,
     SessionCreated,
     SessionDestroyed,
     SessionRenewed,
@@ -269,6 +270,14 @@ class Lifecycle:
             raise
         self._in_transaction = False
 
+    def _tell_conflict(self, reason: str) -> None:
+        assert self._record is not None
+        self._keeper.events.emit(SessionConflicted, self._record.key, reason)
+
+    def _too_many_races(self) -> SessionConflict:
+        self._tell_conflict("too many races")
+        return SessionConflict()
+
     def _roll_back(self) -> None:
         """Forget what a transaction or a lock did."""
         self._in_transaction = False
@@ -338,7 +347,7 @@ class Lifecycle:
         if losses == 1:
             self._race_ends = now + RACE_BUDGETS * self._keeper.settings.store_timeout
         elif now >= self._race_ends:
-            raise SessionConflict
+            raise self._too_many_races()
         self._keeper.pause(losses)
 
     def _catch_up(self, *, afresh: bool = False) -> bool:
@@ -440,6 +449,9 @@ class Lifecycle:
             try:
                 now = values.now() if values.now is not None else None
                 merged = keeper.merger.apply(values.stored, changes, now, self._policies)
+            except SessionConflict:
+                self._tell_conflict("refused")
+                raise
             except UnreadableRecord as error:
                 keeper.events.emit(WriteDropped, old.key, error.reason)
                 self._refuse(error.reason, error.detail)
@@ -477,6 +489,7 @@ class Lifecycle:
                     )
             except (Stale, Gone):
                 if exactly:
+                    self._tell_conflict("transaction")
                     raise LostRace from None
                 continue
             except UnreadableRecord as error:
@@ -498,7 +511,7 @@ class Lifecycle:
                 logger.error(_UNCONFIRMED, unconfirmed)
                 raise unconfirmed
             return
-        raise SessionConflict
+        raise self._too_many_races()
 
     def _saved(self, old: Record, stored: Mapping[str, bytes], losses: int) -> None:
         """The record replaced ``old``: tell the subscribers, and the client of a later expiry."""

@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from flask import session as flask_session
 
-from .errors import SessionConflict, SettingError
+from .errors import SettingError
 from .keeper import ATTEMPTS
 from .lifecycle import Lifecycle, LostRace
 
@@ -64,7 +64,7 @@ class Transaction(Generic[S]):
                     return function(session)
             except LostRace:
                 continue
-        raise SessionConflict
+        raise self._session._too_many_races()
 
 
 def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
@@ -87,7 +87,7 @@ def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
                         return await function(*args, **kwargs)
                 except LostRace:
                     continue
-            raise SessionConflict
+            raise session._too_many_races()
 
         return run_async  # type: ignore[return-value]  # the coroutine function that R stands for
 

@@ -437,6 +437,10 @@ def test_events_page(run: Run) -> None:
     client.post("/login")
     with client.session_transaction() as stored:
         handle = stored.handle
+    client.post("/sudo")
+    with client.session_transaction() as stored:
+        old, handle = handle, stored.handle
+    assert f"{old} is now {handle}" in names.audit
     client.post("/logout")
     assert "SessionCreated" in names.audit
     assert names.audit[-2:] == [f"session {handle} was ended", "SessionDestroyed"]

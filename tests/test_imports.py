@@ -15,7 +15,8 @@ PACKAGE = Path(flask_gsession.__file__).parent
 
 # A file may import only from rows above its own. `stores` is stores/__init__.py.
 ROWS = [
-    ["errors", "events"],
+    ["signals"],
+    ["errors", "events", "redaction"],
     ["tokens", "codec", "encryption", "marks", "stores.base"],
     ["merge", "payload"],
     ["config", "tracking"],

@@ -1,0 +1,85 @@
+"""What of a session's values may be shown to those who look for a fault: little.
+
+A value is shown where its key was declared, and what is in it is not a secret by its type or its
+name. Of all others only the type is.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Collection, Iterable
+from decimal import Decimal
+from itertools import islice
+from typing import Any
+from uuid import UUID
+
+HIDDEN = "<hidden>"
+
+_SECRET = re.compile(
+    "pass|pwd|token|secret|csrf|xsrf|key|cred|auth(?!ors?(?![a-z]))|bearer|cookie|jwt|nonce|otp|salt|hash"
+    "|signature|private|verifier|card|cvv|cvc|iban|ssn|(?<![a-z])(pin|sid)(?![a-z])",
+    re.IGNORECASE,
+)
+_RANDOM = re.compile(
+    r"(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{16,}|[A-Za-z0-9]{32,}",
+    re.ASCII,
+)
+_PLAIN = {int, float, bool, type(None), Decimal, UUID}
+_PLAIN |= {dt.datetime, dt.date, dt.time, dt.timedelta}
+_BRACKETS: dict[type, str] = {list: "[]", tuple: "()", set: "{}", frozenset: "{}"}
+_LONGEST_NAME, _LONGEST_TEXT, _MOST_ITEMS, _DEEPEST = 60, 100, 10, 4
+
+
+def is_secret(name: str) -> bool:
+    """Whether what has this name is never shown."""
+    return _SECRET.search(name) is not None
+
+
+def shown_name(key: str) -> str:
+    """A session key, for a log: in one line, not too long, without what looks drawn at random.
+
+    Some packages put a secret into the very key, as Authlib does with the state of a login.
+    """
+    name = _RANDOM.sub(lambda found: found[0][:4] + "...", key)
+    text = ascii(name)[1:-1]
+    return text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME] + "..."
+
+
+def shown_value(key: str, value: Any, declared: Collection[str]) -> str:
+    """A value as it may be shown: itself where its key is ``declared``, else ``HIDDEN``."""
+    if key not in declared or is_secret(key):
+        return HIDDEN
+    return _shown(value, _DEEPEST)
+
+
+def _shown(value: Any, depth: int) -> str:
+    kind = type(value)
+    if isinstance(value, str):
+        more = "..." if len(value) > _LONGEST_TEXT else ""
+        return ascii(str(value[:_LONGEST_TEXT])) + more
+    if kind in _PLAIN:
+        return str(value)[:_LONGEST_TEXT]
+    if kind is dict:
+        return _bracketed(
+            "{}",
+            value,
+            (
+                f"{shown_name(str(name))!r}: "
+                + (HIDDEN if is_secret(str(name)) else _deeper(item, depth))
+                for name, item in islice(value.items(), _MOST_ITEMS)
+            ),
+        )
+    if kind in _BRACKETS:
+        items = (_deeper(item, depth) for item in islice(value, _MOST_ITEMS))
+        return _bracketed(_BRACKETS[kind], value, items)
+    return HIDDEN
+
+
+def _deeper(value: Any, depth: int) -> str:
+    return _shown(value, depth - 1) if depth else "..."
+
+
+def _bracketed(brackets: str, value: Any, items: Iterable[str]) -> str:
+    more = ", ..." if len(value) > _MOST_ITEMS else ""
+    return f"{brackets[0]}{', '.join(items)}{more}{brackets[1]}"

@@ -1,0 +1,93 @@
+"""What of a session's values is shown to those who look for a fault."""
+
+from __future__ import annotations
+
+import datetime as dt
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from markupsafe import Markup
+
+from flask_gsession.redaction import HIDDEN, is_secret, shown_name, shown_value
+
+CANARY = "hidden canary"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("password", "user_password", "passwd", "pwd", "token", "access_token", "refreshToken"),
+        *("secret", "CLIENT_SECRET", "csrf_token", "_csrf", "xsrf", "key", "api_key", "apikey"),
+        *("credentials", "auth", "Authorization", "bearer", "cookie", "jwt", "nonce", "otp"),
+        *("salt", "pw_hash", "signature", "private", "code_verifier", "card", "cvv", "iban"),
+        *("ssn", "pin", "PIN", "user_pin", "sid"),
+    ],
+)
+def test_what_is_named_like_a_secret_is_never_shown(name: str) -> None:
+    assert is_secret(name)
+    assert shown_value(name, CANARY, {name}) == HIDDEN
+    assert CANARY not in shown_value("cart", {"deep": [{name: CANARY}]}, {"cart"})
+
+
+@pytest.mark.parametrize("name", ["cart", "theme", "user_id", "author", "shipping", "side"])
+def test_other_names_are_no_secrets(name: str) -> None:
+    assert not is_secret(name)
+    assert shown_value(name, "shown", {name}) == "'shown'"
+
+
+def test_what_was_not_declared_is_not_shown() -> None:
+    assert shown_value("cart", CANARY, ()) == HIDDEN
+    assert shown_value("cart", CANARY, {"theme"}) == HIDDEN
+
+
+@pytest.mark.parametrize(
+    "value", [CANARY.encode(), bytearray(CANARY.encode()), type(CANARY, (), {})]
+)
+def test_bytes_and_what_is_of_no_known_type_are_never_shown(value: Any) -> None:
+    for inside in (value, [value], {"photo": value}, (1, (value,))):
+        assert CANARY not in shown_value("cart", inside, {"cart"})
+        assert HIDDEN in shown_value("cart", inside, {"cart"})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": [1, 2.5, None], "b": (True,)}, "{'a': [1, 2.5, None], 'b': (True)}"),
+        ({7}, "{7}"),
+        (frozenset(), "{}"),
+        (Decimal("1.50"), "1.50"),
+        (dt.date(2026, 1, 2), "2026-01-02"),
+        (Markup("<b>"), "'<b>'"),
+        ("line\nbreak \u2028", "'line\\nbreak \\u2028'"),
+        ("x" * 101, "'" + "x" * 100 + "'..."),
+        (list(range(11)), "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...]"),
+        ([[[[[[1]]]]]], "[[[[[...]]]]]"),
+        ("\ud800", "'\\ud800'"),
+    ],
+)
+def test_a_value_is_shown_in_one_line_and_not_too_long(value: Any, text: str) -> None:
+    assert shown_value("cart", value, {"cart"}) == text
+
+
+def test_a_value_that_holds_itself_is_shown() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    assert shown_value("cart", loop, {"cart"}) == "[[[[[...]]]]]"
+
+
+def test_a_key_that_holds_a_secret_is_cut() -> None:
+    for secret in (
+        "Qm-3tR_9vLw0zXyBn5kHsUeDc7jGpAf2iOqVlT8bWxE",
+        "Y7nBqTz0sKc2mWvXf4hLgRj8aDeP1u",
+        "ab12" * 8,
+        "a" * 40,
+    ):
+        for name in (f"_state_google_{secret}", f"reset:{secret}", secret):
+            assert secret not in shown_name(name)
+            assert secret[8:] not in shown_name(name)
+    assert (
+        shown_name("preferences_of_the_user_in_the_shop") == "preferences_of_the_user_in_the_shop"
+    )
+    assert shown_name("line\nbreak") == "line\\nbreak"
+    assert len(shown_name("a b " * 100)) < 70
