@@ -9,5 +9,5 @@ from tests.workers_app import create_app as create_workers_app
 def create_app() -> Flask:
     """The application, as the environment describes it."""
     app = create_workers_app()
-    SessionMetrics(app)
+    SessionMetrics(app, count_every=0.2)
     return app

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import re
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +30,7 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 from tests.apps import Site, SiteMaker
 from tests.test_workers import Gunicorn
+from tests.topologies import until
 
 Figures = dict[str, float]
 Read = Callable[[], Figures]
@@ -103,6 +107,19 @@ def test_lost_races_are_counted(counted: Site) -> None:
     assert figure(figures, "operations_total", operation="save", status="stale") == 1
     assert figure(figures, "retries_total") == 1
     assert figure(figures, "merges_total") == 1
+
+
+def test_conflicts_are_counted(make_site: SiteMaker) -> None:
+    site = make_site(conflict="reject")
+    SessionMetrics(site.app, ext=site.ext)
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    tab = visitor.another_tab()
+    site.before_each("save", lambda: tab.run(lambda session: session.update(a=2)))
+    assert visitor.ask(lambda session: session.update(a=3)).status_code == 409
+    figures = read(site.app)
+    assert figure(figures, "conflicts_total", reason="refused") == 1
+    assert figures["gsession_conflicts_total{'reason': 'transaction'}"] == 0
 
 
 def test_an_ended_session_drops_writes(counted: Site) -> None:
@@ -241,6 +258,91 @@ def test_no_secret_in_the_page(counted: Site) -> None:
         assert secret not in page
 
 
+# -- how many sessions there are
+
+
+def live(app: Flask, cookie: str = "session") -> float:
+    """What the gauge says; -1 before the first count."""
+    return read(app).get(f"gsession_sessions_live{{'session': '{cookie}'}}", -1)
+
+
+def test_live_sessions_are_counted_in_the_background(store_url: str, store_prefix: str) -> None:
+    app = Flask(__name__)
+    app.secret_key = "a key for tests"
+    ext = Session(app, store=store_url, key_prefix=store_prefix)
+    SessionMetrics(app, count_every=0.05)
+    app.add_url_rule("/", view_func=lambda: session.update(a=1) or "")
+    assert live(app) == -1
+    clients = [app.test_client() for _ in range(3)]
+    for client in clients:
+        client.get("/")
+    until(lambda: live(app) == 3, "three sessions")
+    clients[0].get("/")
+    app.test_client().get("/")
+    until(lambda: live(app) == 4, "four sessions")
+    ext.close(app)
+
+
+def test_a_scrape_asks_no_store(counted: Site) -> None:
+    counted.visitor().run(lambda session: session.update(a=1))
+    with counted.counted() as count:
+        read(counted.app)
+    assert count.calls == []
+
+
+def test_a_store_that_cannot_be_counted(caplog: pytest.LogCaptureFixture) -> None:
+    class Uncountable(MemoryStore):
+        fails = True
+        tries = 0
+
+        def count(self) -> int:
+            self.tries += 1
+            if self.fails:
+                raise StoreUnavailable("not now")
+            return super().count()
+
+    store = Uncountable()
+    app = Flask(__name__)
+    app.secret_key = "a key for tests"
+    Session(app, store=store)
+    SessionMetrics(app, count_every=0.05)
+    app.add_url_rule("/", view_func=lambda: session.update(a=1) or "")
+    app.test_client().get("/")
+    until(lambda: store.tries > 2 and math.isnan(live(app)), "no figure")
+    store.fails = False
+    until(lambda: live(app) == 1, "a figure again")
+    assert caplog.text.count("could not be counted: ") == 1
+    assert figure(read(app), "store_up") == 1
+
+
+def test_the_counting_ends_with_the_application() -> None:
+    def counting() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "gsession-count"]
+
+    app = application()
+    SessionMetrics(app)
+    others = counting()
+    app.test_client().get("/")
+    (mine,) = set(counting()) - set(others)
+    del app
+    gc.collect()
+    mine.join(30)
+    assert not mine.is_alive()
+
+
+@pytest.mark.parametrize("every", [0, -1, 1e9, math.nan])
+def test_an_interval_that_cannot_be(every: float) -> None:
+    with pytest.raises(SettingError, match="count_every"):
+        SessionMetrics(count_every=every)
+
+
+def test_never_counted() -> None:
+    app = application()
+    SessionMetrics(app, count_every=None)
+    app.test_client().get("/")
+    assert live(app) == -1
+
+
 # -- whose metrics
 
 
@@ -365,6 +467,12 @@ def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: s
             workers.add(answer.headers["X-Worker"])
             made += 1
         page = parsed(requests.get(f"{url}/metrics", timeout=60).text)
+
+        def counted() -> bool:
+            text = requests.get(f"{url}/metrics", timeout=60).text
+            return parsed(text).get("gsession_sessions_live{'session': 'session'}") == made
+
+        until(counted, "a count of all sessions")
     assert figure(page, "sessions_total", event="created") == made
     assert figure(page, "operations_total", operation="create", status="ok") == made
     assert figure(page, "request_seconds_count", endpoint="login") == made

@@ -5,13 +5,16 @@ Every label has a closed set of values: a hundred thousand sessions are as many 
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from os import getpid
 from time import perf_counter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from flask import Flask, current_app, request
 from werkzeug.serving import is_running_from_reloader
@@ -46,6 +49,7 @@ from ..events import (
     LockExpired,
     LockRefused,
     LockReleased,
+    SessionConflicted,
     SessionCreated,
     SessionDestroyed,
     SessionRefused,
@@ -58,6 +62,7 @@ from ..events import (
 from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
+from ..stores import Counts
 
 NAME = "gsession-metrics"
 
@@ -85,11 +90,13 @@ _LIFE: dict[type[Event], str] = {
 }
 _UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
 _REFUSALS = {"malformed", "bad signature", "two cookies", "unknown", *_UNREADABLE}
+_CONFLICTS = ("refused", "transaction", "too many races")
 _STORE_BUCKETS = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
 )
 _WAIT_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30)
+_LONGEST_WAIT = 86_400 * 24  # seconds, that a thread can wait for
 _SIZE_BUCKETS = tuple(256 * 4**power for power in range(9))  # to 16 MiB
 
 Count = Callable[..., object]
@@ -101,6 +108,8 @@ class SessionMetrics:
     ``metrics``: the application's own ``PrometheusMetrics``; its page shows ours as well. Without
     one, and without a ``registry`` of prometheus-client, the application gets one at ``path``.
     ``ext``: the ``Session``, where the application has several.
+    ``count_every``: after how many seconds the live sessions are counted again, in a thread of its
+    own, from the first request on; None for never. Stores without ``count()`` are not counted.
 
     Applications that share a registry share the figures.
     """
@@ -113,8 +122,12 @@ class SessionMetrics:
         registry: CollectorRegistry | None = None,
         ext: Session | None = None,
         path: str = "/metrics",
+        count_every: float | None = 60.0,
     ) -> None:
+        if count_every is not None and not 0 < count_every < _LONGEST_WAIT:
+            raise SettingError("count_every is how many seconds, above 0, or None")
         self._metrics, self._registry, self._ext, self._path = metrics, registry, ext, path
+        self._count_every = count_every
         if app is not None:
             self.init_app(app)
 
@@ -127,7 +140,7 @@ class SessionMetrics:
         ext = self._ext or next(iter(interfaces), None)
         if ext is None or ext not in interfaces:
             raise SettingError("SessionMetrics comes after Session: call Session(app) first")
-        counted: list[Session] = app.extensions.setdefault(NAME, [])
+        counted: dict[Session, object] = app.extensions.setdefault(NAME, {})
         if ext in counted:
             raise SettingError("The application has SessionMetrics for this Session already")
         figures = _figures(self._registry_for(app))
@@ -141,7 +154,16 @@ class SessionMetrics:
             ext.on(kind, _circuit(reference, figures, is_open))
         if not counted:
             app.teardown_request(figures.observe_request)
-        counted.append(ext)
+        counted[ext] = self._count_live(interfaces[ext], figures)
+
+    def _count_live(self, interface: GSessionInterface, figures: _Figures) -> _LiveCount | None:
+        if self._count_every is None or not isinstance(interface.store, Counts):
+            return None
+        cookie = interface.keeper.settings.cookie_name
+        gauge = partial(figures.live.labels, cookie)  # no series before there is a figure
+        live = _LiveCount(interface.store, gauge, self._count_every)
+        figures.counting(live)
+        return live
 
     def _registry_for(self, app: Flask) -> CollectorRegistry:
         if self._metrics is not None:
@@ -201,6 +223,9 @@ class _Figures:
         self.up = gauge(
             "store_up", "Whether the store answered the last call, in every process", "livemin"
         )
+        self.live = gauge(
+            "sessions_live", "About how many sessions are live", "livemostrecent", "session"
+        )
         self.circuits = gauge(
             "circuits_open", "Processes that do not ask the store at present", "livesum",
             "operations",
@@ -208,6 +233,9 @@ class _Figures:
         life = counter("sessions", "What happened to stored sessions", "event")
         refused = counter("refused", "Tokens that led to no session", "reason")
         dropped = counter("writes_dropped", "Changes that were not stored", "reason")
+        conflicts = counter(
+            "conflicts", "Changes that were refused because of another request", "reason"
+        )
         races = counter("retries", "Writes tried again because another request was faster")
         merges = counter("merges", "Saves onto what another request had stored meanwhile")
         sizes = histogram("payload_bytes", "Size of the saved payloads", _SIZE_BUCKETS)
@@ -240,6 +268,9 @@ class _Figures:
             lambda reason, _: refused.labels(_one_of(_REFUSALS, reason)).inc()
         ]
         self.receivers[WriteDropped] = [lambda _, reason: dropped.labels(_drop(reason)).inc()]
+        self.receivers[SessionConflicted] = [lambda _, reason: conflicts.labels(reason).inc()]
+        for reason in _CONFLICTS:
+            conflicts.labels(reason)
         for operations in ("loads", "writes"):
             self.circuits.labels(operations).set(0)
         for reason in ("unknown", "bad signature"):
@@ -250,19 +281,81 @@ class _Figures:
             locks.labels(reason)
         self.up.set(1)
         self.is_up = True
-        self.pid = getpid()
+        self.pid = 0  # of the process that began to count
+        self._live: WeakSet[_LiveCount] = WeakSet()
+
+    def counting(self, live: _LiveCount) -> None:
+        """Let this begin with the next call of a store."""
+        self._live.add(live)
+        self.pid = 0
 
     def answered(self, up: bool) -> None:
         """The store was asked, and did or did not answer."""
-        if up is not self.is_up or self.pid != getpid():
-            self.is_up, self.pid = up, getpid()
+        if self.pid != getpid():
+            self.pid = getpid()
             self.up.set(up)
+            for live in list(self._live):
+                live.begin()
+        elif up is not self.is_up:
+            self.up.set(up)
+        self.is_up = up
 
     def observe_request(self, error: BaseException | None) -> None:
         """At the end of a request: what it spent on the store."""
         seconds = request.environ.pop(_SECONDS, None)
         if seconds is not None:
             self._requests.labels(request.endpoint or "").observe(seconds)
+
+
+class _LiveCount:
+    """Counts the live sessions of a store now and then, in a thread of each process that asks it.
+
+    The thread does not keep the store, and ends with it.
+    """
+
+    def __init__(self, store: Counts, gauge: Callable[[], Gauge], every: float) -> None:
+        self._store, self._gauge, self._every = store, gauge, every
+        self._pid = 0
+        self._fails = False
+
+    def begin(self) -> None:
+        """Count from now on, where this process does not yet."""
+        if self._pid == getpid():
+            return
+        self._pid = getpid()
+        stop = threading.Event()
+        arguments = (weakref.ref(self), stop, self._every)
+        thread = threading.Thread(
+            target=_keep_counting, args=arguments, name="gsession-count", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # no thread can be had: the request is more important
+            logger.warning("The live sessions are not counted: %s", error)
+            return
+        weakref.finalize(self, stop.set)
+
+    def count(self) -> None:
+        """Ask the store once; the gauge is NaN where that fails."""
+        try:
+            number: float = self._store.count()
+        except Exception as error:
+            number = math.nan
+            if not self._fails:
+                logger.warning("The live sessions could not be counted: %s", error)
+        self._fails = math.isnan(number)
+        self._gauge().set(number)
+
+
+def _keep_counting(live: weakref.ref[_LiveCount], stop: threading.Event, every: float) -> None:
+    while True:
+        counting = live()
+        if counting is None:
+            return
+        counting.count()
+        del counting
+        if stop.wait(every):
+            return
 
 
 def _circuit(app: weakref.ref[Flask], figures: _Figures, is_open: int) -> Callable[[Any], None]:

@@ -9,9 +9,10 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SettingError
-from .base import Leases, Record, Store, StoreOptions, Sweeps
+from .base import Counts, Leases, Record, Store, StoreOptions, Sweeps
 
 __all__ = [
+    "Counts",
     "Leases",
     "Record",
     "Store",

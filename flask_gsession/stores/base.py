@@ -20,6 +20,7 @@ Clock = Callable[[], float]
 MAX_POINTERS = 8
 WAITER_LIFE = 2000  # milliseconds after which who waits for a lease and does not ask is dropped
 ASK_AGAIN = 700  # milliseconds, at most, between two times of asking
+COUNT_ALL = 2000  # sessions up to which they are counted one by one
 _LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
 
 
@@ -123,6 +124,18 @@ class Sweeps(Protocol):
 
     def sweep(self, limit: int) -> int:
         """Remove at most ``limit`` expired records; how many were removed."""
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A store that can say how many sessions there are, without looking at all of them."""
+
+    def count(self) -> int:
+        """About how many sessions are live, in one step whose work is bounded.
+
+        It may count what ended within the last minute, and where there are many it may judge from
+        a sample. Raises ``StoreUnavailable``.
+        """
 
 
 class Finding(NamedTuple):

@@ -87,6 +87,11 @@ class MemoryStore:
                 target = record.successor
             return False
 
+    def count(self) -> int:
+        now = milliseconds(self._clock)
+        with self._lock:
+            return sum(record.is_live(now) for record in self._records.values())
+
     def sweep(self, limit: int) -> int:
         """Remove expired records, oldest first, looking at no more than ``limit`` of them."""
         now = milliseconds(self._clock)

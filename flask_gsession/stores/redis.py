@@ -52,6 +52,7 @@ from ..errors import (
 )
 from .base import (
     ASK_AGAIN,
+    COUNT_ALL,
     MAX_POINTERS,
     WAITER_LIFE,
     Finding,
@@ -80,6 +81,7 @@ _ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost,
 _OVERTAKEN = (b"S", b"T", b"L", b"G")
 _DELETED = (b"D", b"N")
 _WRONG_TYPE = "not a string"
+_SCANS = 4  # at most, to sample the keys of a server
 _RETRY_PAUSE = 0.02  # seconds
 _ASKING = packed(b"ASKING")
 # What a server says in passing: while it starts, and while the topology changes.
@@ -294,6 +296,36 @@ class RedisStore:
         arguments = [operation.encode(), name, self._now_text(), b"%d" % WAITER_LIFE]
         deadline = deadline or self._deadline()
         return self._run(deadline, _LEASE, keys, [*arguments, self._channels, *more], name)
+
+    def count(self) -> int:
+        """About how many sessions are live: of each server at most four short steps of SCAN."""
+        deadline = self._deadline()
+        try:
+            names = self._names(deadline)
+        except (RedisError, OSError) as error:
+            raise StoreUnavailable(f"redis: count: {type(error).__name__}: {error}") from error
+        return sum(self._count_at(name, deadline) for name in names)
+
+    def _names(self, deadline: float) -> list[bytes]:
+        """A name for each server that holds sessions: what is asked about it is asked there."""
+        return [b""]
+
+    def _count_at(self, name: bytes, deadline: float) -> int:
+        def ask(*words: bytes) -> Any:
+            return self._call(deadline, _as_it_is, name, packed(*words))
+
+        start = f"{self._prefix}{{".encode()
+        cursor = b"0"
+        seen = ours = 0
+        for _ in range(_SCANS):
+            cursor, keys = ask(b"SCAN", cursor, b"COUNT", b"%d" % (COUNT_ALL // _SCANS))
+            seen += len(keys)
+            ours += sum(key.startswith(start) and key.endswith(b"}") for key in keys)
+            if cursor == b"0":
+                return int(ours)
+        # What comes first in a scan is a fair sample: keys lie by their hash.
+        keys_in_all: int = ask(b"DBSIZE")
+        return int(keys_in_all * ours / max(1, seen))
 
     def lend_pool(self) -> redis.ConnectionPool | None:
         """A pool of the driver's own to this server, for other packages; None where it is several.

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _SLOTS = packed(b"CLUSTER", b"SLOTS")
 _ROTATE = _Script("rotate")
+_TRIED = 500  # names, to find one for each node
 _END_SHOWN = 10_000  # milliseconds for which an old key tells a repeat that it was rotated away
 # What a client's connections have beside that is of no use, or would read from a replica.
 _OF_THE_CLIENT = ("redis_connect_func", "himport_registry", "cache", "event_dispatcher")
@@ -191,6 +192,14 @@ class RedisClusterStore(RedisStore):
             self._end_lease(key, deadline)
             raise
         self._end_lease(key, deadline)
+
+    def _names(self, deadline: float) -> list[bytes]:
+        cluster: Cluster = self._pool
+        found: dict[Address, bytes] = {}
+        for slot in range(_TRIED):
+            name = b"%d" % slot
+            found.setdefault(cluster.owner(key_slot(name), deadline), name)
+        return list(found.values())
 
     def _delete(
         self,

@@ -31,7 +31,17 @@ from ..errors import (
     StoreUnavailable,
     UnreadableRecord,
 )
-from .base import MAX_POINTERS, Finding, Lease, Record, StoreOptions, closing, milliseconds, poll
+from .base import (
+    COUNT_ALL,
+    MAX_POINTERS,
+    Finding,
+    Lease,
+    Record,
+    StoreOptions,
+    closing,
+    milliseconds,
+    poll,
+)
 
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 3
@@ -199,6 +209,29 @@ class SQLiteStore:
                     return record.is_live(now)
                 record = self._select(db, record.successor)
             return False
+
+    def count(self) -> int:
+        """About how many sessions are live; 60 ms for a million, in which nobody waits."""
+        now = milliseconds(self._clock)
+        ours = (self._prefix, self._prefix + "\x7f")
+        with self._connection() as db:
+            (live,) = db.execute(
+                "SELECT count(*) FROM gsession WHERE idle_expires_at > ?", (now,)
+            ).fetchone()
+            if live <= COUNT_ALL:
+                # The unary plus keeps SQLite to the index of the expiry.
+                (live,) = db.execute(
+                    f"SELECT count(*) FROM gsession WHERE {_LIVE} AND +key > ? AND +key < ?",
+                    (now, *ours),
+                ).fetchone()
+                return int(live)
+            # Of each index alone, without a look at the rows: those under other prefixes are
+            # taken to live as long as ours.
+            (mine,) = db.execute(
+                "SELECT count(*) FROM gsession WHERE key > ? AND key < ?", ours
+            ).fetchone()
+            (everybodys,) = db.execute("SELECT count(*) FROM gsession").fetchone()
+        return int(live * mine / max(1, everybodys))
 
     def sweep(self, limit: int) -> int:
         """Remove at most ``limit`` expired records in one short transaction."""
