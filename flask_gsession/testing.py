@@ -24,7 +24,10 @@ from .stores.base import (
     Clock,
     Leases,
     Record,
+    Scans,
     Store,
+    Tidies,
+    is_session_key,
     milliseconds,
     new_version,
 )
@@ -175,6 +178,30 @@ def _raises(error: type[Exception]) -> Iterator[None]:
     except error:
         return
     raise AssertionError(f"{error.__name__} was not raised")
+
+
+def _scanned(store: Scans, limit: int, begins: str = "") -> dict[str, Record]:
+    """All records of a scan, by key."""
+    found: dict[str, Record] = {}
+    cursor = ""
+    while True:
+        records, _, seen, cursor = store.scan(cursor, limit, begins)
+        assert len(records) <= seen
+        found |= {record.key: record for record in records if is_session_key(record.key)}
+        if not cursor:
+            return found
+
+
+def _tidied(store: Tidies, dry_run: bool) -> dict[str, int]:
+    """What a whole clean-up found."""
+    found: dict[str, int] = {}
+    cursor = ""
+    while True:
+        step, _, cursor = store.tidy(cursor, 10, dry_run=dry_run)
+        for kind, number in step.items():
+            found[kind] = found.get(kind, 0) + number
+        if not cursor:
+            return found
 
 
 class StoreContract:
@@ -559,6 +586,87 @@ class StoreContract:
             store.close()
             store.create(record)
             assert store.load(record.key) == record
+
+    # -- of stores that have ``Scans``, or ``Tidies``
+
+    def test_a_scan_comes_to_every_record(self) -> None:
+        with self._store() as (store, clock):
+            if not isinstance(store, Scans):
+                return
+            records = [a_record(clock) for _ in range(30)]
+            old, new = a_record(clock), a_record(clock)
+            for record in (*records, old):
+                store.create(record)
+            pointer = a_pointer(old, new)
+            store.replace(old.key, new, old.version, pointer)
+            store.delete(records.pop().key)
+            found = _scanned(store, 7)
+            for record in (*records, new, pointer):
+                assert found[record.key] == record
+            assert store.estimate() >= 0
+
+    def test_a_scan_leaves_out_the_expired(self) -> None:
+        with self._store() as (store, clock):
+            if not isinstance(store, Scans):
+                return
+            short, long = a_record(clock, idle=10), a_record(clock)
+            store.create(short)
+            store.create(long)
+            clock.advance(10)
+            found = _scanned(store, 100)
+            assert long.key in found
+            assert short.key not in found
+
+    def test_a_scan_of_keys_that_begin_alike(self) -> None:
+        with self._store() as (store, clock):
+            if not isinstance(store, Scans):
+                return
+            record, other = a_record(clock), a_record(clock)
+            store.create(record)
+            store.create(other)
+            for length in (8, 43):
+                assert _scanned(store, 100, record.key[:length]) == {record.key: record}
+
+    def test_a_scan_goes_on_while_records_come_and_go(self) -> None:
+        with self._store() as (store, clock):
+            if not isinstance(store, Scans):
+                return
+            stay = [a_record(clock) for _ in range(20)]
+            leave = [a_record(clock) for _ in range(20)]
+            for record in (*stay, *leave):
+                store.create(record)
+            cursor, found = "", set()
+            while True:
+                page = store.scan(cursor, 3)
+                found |= {record.key for record in page.records}
+                if leave:
+                    store.delete(leave.pop().key)
+                    store.create(a_record(clock))
+                cursor = page.cursor
+                if not cursor:
+                    break
+            assert {record.key for record in stay} <= found
+
+    def test_tidying_leaves_the_living(self) -> None:
+        with self._store() as (store, clock):
+            if not isinstance(store, Tidies):
+                return
+            records = [a_record(clock) for _ in range(5)]
+            short, old, new = a_record(clock, idle=10), a_record(clock), a_record(clock)
+            for record in (*records, short, old):
+                store.create(record)
+            pointer = a_pointer(old, new, grace=30)
+            store.replace(old.key, new, old.version, pointer)
+            if isinstance(store, Leases):
+                store.acquire(new.key, "one", 60_000, 0)
+            clock.advance(10)
+            for dry_run in (True, False):
+                _tidied(store, dry_run)
+                for record in (*records, new, pointer):
+                    assert store.load(record.key) == record
+            assert store.load(short.key) is None
+            if isinstance(store, Leases):
+                assert store.extend(new.key, "one", 60_000)
 
     # -- of stores that have ``Leases``
 

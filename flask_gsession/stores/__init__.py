@@ -9,15 +9,17 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SettingError
-from .base import Counts, Leases, Record, Store, StoreOptions, Sweeps
+from .base import Counts, Leases, Record, Scans, Store, StoreOptions, Sweeps, Tidies
 
 __all__ = [
     "Counts",
     "Leases",
     "Record",
+    "Scans",
     "Store",
     "StoreOptions",
     "Sweeps",
+    "Tidies",
     "heeds_logout_replicas",
     "open_store",
 ]

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from string import ascii_letters, digits
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from ..errors import QueueFull
@@ -18,10 +19,12 @@ from ..errors import QueueFull
 Clock = Callable[[], float]
 
 MAX_POINTERS = 8
+KEY_LENGTH = 43  # of a session key
 WAITER_LIFE = 2000  # milliseconds after which who waits for a lease and does not ask is dropped
 ASK_AGAIN = 700  # milliseconds, at most, between two times of asking
 COUNT_ALL = 2000  # sessions up to which they are counted one by one
 _LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
+_NO_KEY_CHARACTERS = dict.fromkeys(map(ord, f"{ascii_letters}{digits}-_"))
 
 
 class Record(NamedTuple):
@@ -135,6 +138,62 @@ class Counts(Protocol):
 
         It may count what ended within the last minute, and where there are many it may judge from
         a sample. Raises ``StoreUnavailable``.
+        """
+
+
+class Page(NamedTuple):
+    """Some of a store's records, and the ``cursor`` that leads to the next; "" after the last.
+
+    ``unreadable``: the keys of what is no record. ``seen``: how many things the store looked at.
+    """
+
+    records: list[Record]
+    unreadable: list[str]
+    seen: int
+    cursor: str
+
+
+@runtime_checkable
+class Scans(Protocol):
+    """A store that can go through its records, whichever and however many it has."""
+
+    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+        """About ``limit`` of the unexpired records and pointers whose key starts with ``begins``.
+
+        With ``cursor`` those after the page that had it. A record that is there from the first page
+        to the last comes at least once, in no order; one that comes or goes meanwhile, perhaps.
+        A page may be empty. Records of other prefixes may be among them: see ``is_session_key``.
+        """
+
+    def estimate(self) -> int:
+        """About how many things a whole scan looks at."""
+
+
+def is_session_key(text: str) -> bool:
+    """Whether ``text`` can be a session's key: 43 characters of ``A-Z a-z 0-9 - _``."""
+    return len(text) == KEY_LENGTH and not text.translate(_NO_KEY_CHARACTERS)
+
+
+class Tidied(NamedTuple):
+    """What one step of a clean-up found and put right, by kind; the rest is as in ``Page``."""
+
+    found: dict[str, int]
+    seen: int
+    cursor: str
+
+
+#: The kinds of things in ``Tidied.found``. What has no expiry gets one, the others are removed.
+LEFTOVERS = ("expired sessions", "sessions without expiry", "unreadable records", "orphaned locks")
+
+
+@runtime_checkable
+class Tidies(Protocol):
+    """A store in which things can stay that nobody reads any more."""
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        """Look at about ``limit`` things, and put right what is found; only count, if ``dry_run``.
+
+        Live sessions stay, whoever writes to them meanwhile.
         """
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
-from .base import MAX_POINTERS, Lease, Record, StoreOptions, milliseconds
+from .base import MAX_POINTERS, Lease, Page, Record, StoreOptions, Tidied, milliseconds
 
 _NOBODYS = Lease()
 
@@ -105,6 +106,29 @@ class MemoryStore:
                     self._drop_lease(key)
                     removed += 1
         return removed
+
+    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+        now = milliseconds(self._clock)
+        with self._lock:
+            after = (key for key in self._records if key > cursor and key.startswith(begins))
+            keys = heapq.nsmallest(limit, after)
+            records = [self._records[key] for key in keys]
+        unexpired = [record for record in records if now < record.idle_expires_at]
+        return Page(unexpired, [], len(keys), keys[-1] if len(keys) == limit else "")
+
+    def estimate(self) -> int:
+        return len(self._records)
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        now = milliseconds(self._clock)
+        with self._lock:
+            keys = heapq.nsmallest(limit, (key for key in self._records if key > cursor))
+            expired = [key for key in keys if now >= self._records[key].idle_expires_at]
+            for key in [] if dry_run else expired:
+                del self._records[key]
+                self._drop_lease(key)
+        end = keys[-1] if len(keys) == limit else ""
+        return Tidied({"expired sessions": len(expired)}, len(keys), end)
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         with self._lock:

@@ -52,8 +52,10 @@ from .base import (
     WAITER_LIFE,
     Finding,
     Lease,
+    Page,
     Record,
     StoreOptions,
+    Tidied,
     closing,
     milliseconds,
     poll,
@@ -329,8 +331,9 @@ class MongoDBStore:
             document = collection.find_one({"_id": self._prefix + key})
         except BSONError as error:
             raise UnreadableRecord("corrupt", type(error).__name__) from None
-        if document is None:
-            return None
+        return None if document is None else self._record(key, document)
+
+    def _record(self, key: str, document: _Document) -> Record:
         get: Callable[[str], Any] = document.get
         version, payload, successor = get("version"), get("payload"), get("successor")
         times = [get(name) for name in ("created_at", "idle_expires_at", "absolute_expires_at")]
@@ -344,6 +347,57 @@ class MongoDBStore:
             raise UnreadableRecord("corrupt", "fields missing or of wrong types")
         created, idle, absolute = (int(time) for time in times)
         return Record(key, int(version), created, idle, absolute, payload, successor)
+
+    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+        now = self._now()
+        records, unreadable = [], []
+        with self._collection("scan") as collection:
+            ids, end = self._ids(collection, cursor, limit, begins)
+            try:
+                whole = list(collection.find({"_id": {"$in": ids}}))
+            except BSONError:  # one of them spoils the batch
+                whole = [{"_id": name} for name in ids]
+            for document in whole:
+                key = document["_id"][len(self._prefix) :]
+                try:
+                    alone = len(document) == 1
+                    record = self._read(key, collection) if alone else self._record(key, document)
+                except UnreadableRecord:
+                    unreadable.append(key)
+                else:
+                    if record is not None and now < record.idle_expires_at:
+                        records.append(record)
+        return Page(records, unreadable, len(ids), end)
+
+    def estimate(self) -> int:
+        with self._collection("estimate") as collection:
+            return int(collection.estimated_document_count())
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        """Removes what the TTL index leaves: what has no date, and all where there is no index."""
+        with self._collection("tidy") as collection:
+            ids, end = self._ids(collection, cursor, limit)
+            found = {}
+            for kind, expiry in (
+                ("expired sessions", {"$lte": DatetimeMS(self._now())}),
+                ("unreadable records", {"$not": {"$type": "date"}}),
+            ):
+                condition = {"_id": {"$in": ids}, "idle_expires_at": expiry}
+                if dry_run:
+                    found[kind] = collection.count_documents(condition)
+                else:
+                    found[kind] = collection.delete_many(condition).deleted_count
+        return Tidied(found, len(ids), end)
+
+    def _ids(
+        self, collection: Any, cursor: str, limit: int, begins: str = ""
+    ) -> tuple[list[str], str]:
+        """The ids behind ``cursor`` whose key starts with ``begins``; the cursor after them."""
+        start = self._prefix + begins
+        names = {"$gt": self._prefix + cursor, "$gte": start, "$lt": f"{start}\U0010ffff"}
+        found = collection.find({"_id": names}, ["_id"], sort=[("_id", 1)], limit=limit)
+        ids = [document["_id"] for document in found]
+        return ids, ids[-1][len(self._prefix) :] if len(ids) == limit else ""
 
     def check(self) -> list[Finding]:
         with self._collection("check") as collection:

@@ -57,14 +57,17 @@ from .base import (
     WAITER_LIFE,
     Finding,
     Lease,
+    Page,
     Record,
     StoreOptions,
+    Tidied,
     closing,
     milliseconds,
     poll,
 )
 from .redis_health import checked
 from .redis_pool import AllInUse, ClientPool, ConnectionPool, packed
+from .redis_scan import Node, Scanner
 from .redis_servers import PrimaryPool, connections_of
 from .redis_wakeup import WakeUps
 
@@ -96,7 +99,7 @@ class _Script:
 
 _SAVE, _RENEW = _Script("save"), _Script("renew")
 _REPLACE, _DELETE = _Script("replace"), _Script("delete")
-_LEASE = _Script("lease")
+_LEASE, _TIDY = _Script("lease"), _Script("tidy")
 
 
 class RedisStore:
@@ -124,6 +127,7 @@ class RedisStore:
         calls = partial(make, protocol=2)
         self._wake_ups = WakeUps(calls, self._channels, options.timeout)
         closing(self, self._wake_ups.close)
+        self._scanner = Scanner(self._prefix, _unpack, lambda: milliseconds(options.clock))
 
     def _open(
         self, source: str | redis.Redis, options: StoreOptions
@@ -326,6 +330,31 @@ class RedisStore:
         # What comes first in a scan is a fair sample: keys lie by their hash.
         keys_in_all: int = ask(b"DBSIZE")
         return int(keys_in_all * ours / max(1, seen))
+
+    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+        deadline = self._deadline()
+
+        def load(key: str) -> Record | None:
+            return self._load(key, deadline)
+
+        return self._scanner.scan(self._nodes(deadline), cursor, limit, begins, deadline, load)
+
+    def estimate(self) -> int:
+        deadline = self._deadline()
+        return self._scanner.estimate(self._nodes(deadline), deadline)
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        deadline = self._deadline()
+
+        def put_right(name: bytes, head: bytes, life: int) -> bool:
+            return self._run(deadline, _TIDY, [name], [head, b"%d" % life]) == b"K"
+
+        nodes = self._nodes(deadline)
+        return self._scanner.tidy(nodes, cursor, limit, deadline, None if dry_run else put_right)
+
+    def _nodes(self, deadline: float) -> list[Node]:
+        """The servers that have our keys."""
+        return [Node(0, self._pool, lambda: None)]
 
     def lend_pool(self) -> redis.ConnectionPool | None:
         """A pool of the driver's own to this server, for other packages; None where it is several.

@@ -27,6 +27,7 @@ from ..errors import Gone, LeaseLost, LogoutUnconfirmed, Stale, StoreUnavailable
 from .base import Record, StoreOptions, closing
 from .redis import RedisStore, _pack, _Script, _version
 from .redis_pool import AllInUse, ConnectionPool, bounded, packed
+from .redis_scan import Node
 from .redis_servers import Address, connections_of, servers_of
 
 T = TypeVar("T")
@@ -80,6 +81,18 @@ class Cluster:
         except KeyError:
             self._outdated = True
             raise RedisConnectionError(f"no node of the cluster serves slot {slot}") from None
+
+    def nodes(self, deadline: float) -> list[Node]:
+        """Those that serve slots, as far as is known."""
+        if self._outdated:
+            self._look(deadline)
+        first: dict[Address, int] = {}
+        for slot, address in sorted(self._owners.items()):
+            first.setdefault(address, slot)
+        return [
+            Node(slot, self.pool(address), partial(self.failed, address))
+            for address, slot in first.items()
+        ]
 
     def failed(self, address: Address) -> None:
         """This node did not answer: another may serve its slots by now."""
@@ -235,6 +248,10 @@ class RedisClusterStore(RedisStore):
             if record is None or record.successor is not None:
                 raise Gone
         return super()._ask_for_lease(key, operation, owner, *more, deadline=deadline)
+
+    def _nodes(self, deadline: float) -> list[Node]:
+        cluster: Cluster = self._pool
+        return cluster.nodes(deadline)
 
     def _end_of(self, key: str, record: Record) -> Record:
         """What stands under a key that ended, for a repeat to know it: an expired pointer."""

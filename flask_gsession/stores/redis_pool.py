@@ -95,6 +95,14 @@ class _Bounded:
             raise answer
         return answer
 
+    def ask_all(self, requests: bytes, count: int) -> list[Any]:
+        """Send so many packed commands at once; their answers, errors of the server among them."""
+        connection: Any = self
+        if connection._sock is None:
+            connection.connect_check_health(check_health=False)
+        connection._sock.sendall(requests)
+        return [connection._parser.read_response(disable_decoding=True) for _ in range(count)]
+
 
 def bounded(connection_class: type) -> type:
     """That connection class of the client, with sockets that keep to a deadline."""
@@ -117,6 +125,10 @@ class Slot:
     def ask(self, request: bytes) -> Any:
         """Send a packed command; its answer, as bytes."""
         return self.connection.ask(request)
+
+    def ask_all(self, requests: bytes, count: int) -> list[Any]:
+        """Send so many packed commands at once; their answers, errors of the server among them."""
+        return list(self.connection.ask_all(requests, count))
 
 
 class ConnectionPool:
@@ -235,6 +247,17 @@ class ClientSlot:
             raise RedisTimeoutError("no time left after waiting for a connection")
         self.connection.send_packed_command((request,))
         return self.connection.read_response(disable_decoding=True, timeout=left)
+
+    def ask_all(self, requests: bytes, count: int) -> list[Any]:
+        """Send so many packed commands at once; their answers, errors of the server among them."""
+        self.connection.send_packed_command((requests,))
+        return [self._answer() for _ in range(count)]
+
+    def _answer(self) -> Any:
+        try:
+            return self.connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            return error
 
 
 class ClientPool:

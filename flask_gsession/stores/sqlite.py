@@ -36,8 +36,10 @@ from .base import (
     MAX_POINTERS,
     Finding,
     Lease,
+    Page,
     Record,
     StoreOptions,
+    Tidied,
     closing,
     milliseconds,
     poll,
@@ -70,7 +72,19 @@ BEGIN DELETE FROM gsession_lease WHERE key = old.key; END
 """
 _COLUMNS = "version, created_at, idle_expires_at, absolute_expires_at, payload, successor"
 _LIVE = "successor IS NULL AND idle_expires_at > ?"
+_BETWEEN = "key > ? AND key >= ? AND key < ?"
+_ORPHANED = "NOT EXISTS (SELECT 1 FROM gsession WHERE gsession.key = gsession_lease.key)"
 _KEEP_IDLE = 16  # connections
+
+
+def _checked(record: Record) -> Record:
+    if not (
+        type(record.payload) is bytes
+        and all(type(number) is int for number in record[1:5])
+        and type(record.successor) in (str, type(None))
+    ):
+        raise UnreadableRecord("corrupt", "columns of wrong types")
+    return record
 
 
 def _close_all(pool: deque[sqlite3.Connection]) -> None:
@@ -243,6 +257,57 @@ class SQLiteStore:
             )
             return done.rowcount
 
+    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+        now = milliseconds(self._clock)
+        with self._connection() as db:
+            rows = db.execute(
+                f"SELECT key, {_COLUMNS} FROM gsession WHERE {_BETWEEN} ORDER BY key LIMIT ?",
+                (*self._range(cursor, begins), limit),
+            ).fetchall()
+        records, unreadable = [], []
+        keys = [row[0][len(self._prefix) :] for row in rows]
+        for key, row in zip(keys, rows, strict=True):
+            try:
+                record = _checked(Record(key, *row[1:]))
+            except UnreadableRecord:
+                unreadable.append(key)
+            else:
+                if now < record.idle_expires_at:
+                    records.append(record)
+        return Page(records, unreadable, len(rows), keys[-1] if len(keys) == limit else "")
+
+    def estimate(self) -> int:
+        with self._connection() as db:
+            (count,) = db.execute(
+                f"SELECT count(*) FROM gsession WHERE {_BETWEEN}", self._range()
+            ).fetchone()
+        return int(count)
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        """Takes the expired by their index, so that it sees no others; the cursor says nothing."""
+        now = milliseconds(self._clock)
+        found = {}
+        more = False
+        with self._connection() if dry_run else self._transaction() as db:
+            for kind, table, condition, arguments in (
+                ("expired sessions", "gsession", "idle_expires_at <= ?", (now,)),
+                # Text and blobs are behind every number.
+                ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
+                ("orphaned locks", "gsession_lease", _ORPHANED, ()),
+            ):
+                if dry_run:
+                    select = f"SELECT count(*) FROM {table} WHERE {condition}"
+                    (found[kind],) = db.execute(select, arguments).fetchone()
+                    continue
+                done = db.execute(
+                    f"DELETE FROM {table} WHERE rowid IN "
+                    f"(SELECT rowid FROM {table} WHERE {condition} LIMIT ?)",
+                    (*arguments, limit),
+                )
+                found[kind] = done.rowcount
+                more = more or done.rowcount == limit
+        return Tidied(found, sum(found.values()), "more" if more else "")
+
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         with self._transaction() as db:
             now = milliseconds(self._clock)  # after the wait for the database
@@ -327,14 +392,12 @@ class SQLiteStore:
         ).fetchone()
         if row is None:
             return None
-        record = Record(key, *row)
-        if not (
-            type(record.payload) is bytes
-            and all(type(number) is int for number in record[1:5])
-            and type(record.successor) in (str, type(None))
-        ):
-            raise UnreadableRecord("corrupt", "columns of wrong types")
-        return record
+        return _checked(Record(key, *row))
+
+    def _range(self, cursor: str = "", begins: str = "") -> tuple[str, str, str]:
+        """For ``_BETWEEN``: the names of keys behind ``cursor`` that start with ``begins``."""
+        start = self._prefix + begins
+        return self._prefix + cursor, start, f"{start}\U0010ffff"
 
     def _insert(self, db: sqlite3.Connection, record: Record) -> None:
         db.execute(

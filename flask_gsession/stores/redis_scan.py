@@ -1,0 +1,203 @@
+"""Going through all that a Redis holds for us, node by node, by SCAN and never by KEYS.
+
+A cursor is the first hash slot of a node (0 where there is only one), the run id of its server and
+the server's own cursor. That means nothing to another server, nor after a restart: where the run id
+is a new one, the node is begun anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+
+from ..errors import StoreUnavailable, UnreadableRecord
+from .base import Page, Record, Tidied
+from .redis_pool import packed
+
+_RUN_ID = re.compile(rb"run_id:(\w+)")
+_CURSOR = re.compile(r"(\d+):(\w*):(\d+)", re.ASCII)
+_HEAD = 31  # bytes
+
+
+class Node(NamedTuple):
+    """A server that takes writes: the first slot it serves, and the connections to it.
+
+    ``failed`` is to be called when it did not answer.
+    """
+
+    first: int
+    pool: Any
+    failed: Callable[[], object]
+
+
+class _Found(NamedTuple):
+    """Names that one SCAN found at a node, of how many, and the cursor that comes then."""
+
+    node: Node
+    names: list[bytes]
+    seen: int
+    cursor: str
+
+
+class Scanner:
+    """What ``RedisStore`` does for ``Scans`` and ``Tidies``, at the nodes that it names.
+
+    ``unpack`` makes a record of a key and a string.
+    """
+
+    def __init__(
+        self, prefix: str, unpack: Callable[[str, bytes], Record], now: Callable[[], int]
+    ) -> None:
+        self._unpack = unpack
+        self._now = now
+        self._start = prefix.encode()
+        self._name = re.compile(re.escape(self._start) + rb"\{([\w-]+)\}(:lock)?", re.ASCII)
+
+    def scan(
+        self,
+        nodes: list[Node],
+        cursor: str,
+        limit: int,
+        begins: str,
+        deadline: float,
+        load: Callable[[str], Record | None],
+    ) -> Page:
+        """As ``Scans.scan``; ``load`` is for a key that has moved to another node by now."""
+        found = self._find(nodes, cursor, limit, begins, deadline)
+        keys: list[str] = []
+        for name in found.names:
+            match = self._name.fullmatch(name)
+            if match and not match[2] and match[1].startswith(begins.encode()):
+                keys.append(match[1].decode())
+        values = self._ask(
+            found.node,
+            [packed(b"GET", self._start + f"{{{key}}}".encode()) for key in keys],
+            deadline,
+        )
+        records, unreadable = [], []
+        for key, value in zip(keys, values, strict=True):
+            if value is None:
+                continue
+            try:
+                if isinstance(value, bytes):
+                    record: Record | None = self._unpack(key, value)
+                else:  # no string, or in a cluster moving to another node
+                    record = load(key)
+            except UnreadableRecord:
+                unreadable.append(key)
+            else:
+                if record is not None and self._now() < record.idle_expires_at:
+                    records.append(record)
+        return Page(records, unreadable, found.seen, found.cursor)
+
+    def estimate(self, nodes: list[Node], deadline: float) -> int:
+        """As ``Scans.estimate``: also the keys of others in the same database."""
+        sizes = [self._ask(node, [packed(b"DBSIZE")], deadline)[0] for node in nodes]
+        return sum(_answered(size) for size in sizes)
+
+    def tidy(
+        self,
+        nodes: list[Node],
+        cursor: str,
+        limit: int,
+        deadline: float,
+        put_right: Callable[[bytes, bytes, int], bool] | None,
+    ) -> Tidied:
+        """As ``Tidies.tidy``; ``put_right`` runs ``tidy.lua``, and is None to change nothing."""
+        node, names, seen, end = self._find(nodes, cursor, limit, "", deadline)
+        matches = [match for name in names if (match := self._name.fullmatch(name))]
+        lives = self._ask(node, [packed(b"PTTL", match[0]) for match in matches], deadline)
+        locks = [match for match in matches if match[2]]
+        owners = [packed(b"EXISTS", match[0][: -len(":lock")]) for match in locks]
+        there = self._ask(node, owners, deadline)
+        found = {"sessions without expiry": 0, "unreadable records": 0, "orphaned locks": 0}
+        for lock, owned in zip(locks, there, strict=True):
+            if owned == 0 and (put_right is None or self._remove(node, lock[0], deadline)):
+                found["orphaned locks"] += 1
+        endless = [match for match, life in zip(matches, lives, strict=True) if life == -1]
+        values = self._ask(node, [packed(b"GET", match[0]) for match in endless], deadline)
+        for match, value in zip(endless, values, strict=True):
+            if not isinstance(value, bytes) or match[2]:  # a lock goes with its session
+                continue
+            kind, life = self._verdict(match[1].decode(), value)
+            if kind and (put_right is None or put_right(match[0], value[:_HEAD], life)):
+                found[kind] += 1
+        return Tidied(found, seen, end)
+
+    def _verdict(self, key: str, value: bytes) -> tuple[str, int]:
+        """What a key without expiry is, and for how many milliseconds it may stay."""
+        try:
+            record = self._unpack(key, value)
+        except UnreadableRecord as error:
+            return ("" if error.for_others else "unreadable records"), 0
+        return "sessions without expiry", max(0, record.idle_expires_at - self._now())
+
+    def _remove(self, node: Node, name: bytes, deadline: float) -> bool:
+        return self._ask(node, [packed(b"DEL", name)], deadline) == [1]
+
+    def _find(
+        self, nodes: list[Node], cursor: str, limit: int, begins: str, deadline: float
+    ) -> _Found:
+        """The next names of one node."""
+        match = _CURSOR.fullmatch(cursor or "0::0")
+        if match is None:
+            raise ValueError(f"no cursor of a Redis: {cursor!r}")
+        first, run, at = int(match[1]), match[2], match[3]
+        nodes = sorted(nodes, key=lambda node: node.first)
+        # A node that is not there any more handed its slots on to those before it or after it.
+        node = next((node for node in nodes if node.first >= first), nodes[-1])
+        if node.first != first:
+            run, at = "", "0"
+        about, answer = self._ask(
+            node, [packed(b"INFO", b"server"), self._scan(at, limit, begins)], deadline
+        )
+        known = _RUN_ID.search(about) if isinstance(about, bytes) else None  # it may be forbidden
+        now_runs = known[1].decode() if known else ""
+        if run not in ("", now_runs):
+            (answer,) = self._ask(node, [self._scan("0", limit, begins)], deadline)
+        then, names = _answered(answer)
+        if then != b"0":
+            end = f"{node.first}:{now_runs}:{then.decode()}"
+        else:
+            later = [other.first for other in nodes if other.first > node.first]
+            end = f"{later[0]}::0" if later else ""
+        return _Found(node, list(dict.fromkeys(names)), len(names), end)
+
+    def _scan(self, at: str, limit: int, begins: str) -> bytes:
+        parts = [b"SCAN", at.encode(), b"COUNT", b"%d" % limit]
+        if begins:  # else without: what is seen says how far the scan has come
+            start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._start)
+            parts += [b"MATCH", start + b"{" + begins.encode() + b"*"]
+        return packed(*parts)
+
+    def _ask(self, node: Node, requests: Sequence[bytes], deadline: float) -> list[Any]:
+        """Send these at once; their answers, what the server refuses as an error among them."""
+        if not requests:
+            return []
+        for last in (False, True):  # at first the connection may have been idle for long
+            try:
+                slot = node.pool.take(deadline)
+                try:
+                    return list(slot.ask_all(b"".join(requests), len(requests)))
+                except BaseException:
+                    slot.connection.disconnect()
+                    raise
+                finally:
+                    node.pool.give(slot)
+            except (RedisError, OSError) as error:
+                if last or not isinstance(error, RedisConnectionError):
+                    node.failed()
+                    detail = f"redis: SCAN: {type(error).__name__}: {error}"
+                    raise StoreUnavailable(detail) from error
+                node.pool.distrust()
+        raise AssertionError("not reached")
+
+
+def _answered(answer: Any) -> Any:
+    if isinstance(answer, ResponseError):
+        raise StoreUnavailable(f"redis: {type(answer).__name__}: {answer}") from answer
+    return answer
