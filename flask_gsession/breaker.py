@@ -21,7 +21,7 @@ from .stores.base import Clock, Store
 
 _LOADS = ("load",)
 _WRITES = ("create", "save", "renew", "replace", "delete", "acquire", "extend", "release")
-_UNGUARDED = ("close", "sweep", "scan", "estimate", "tidy", "wait_for_release")
+_UNGUARDED = ("close", "sweep", "scan", "tidy", "wait_for_release")
 _SLOW = 0.05  # seconds; what fails faster does no harm
 _JITTER = 0.1  # of the pause, either way
 

@@ -63,6 +63,11 @@ class SessionDestroyed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class SessionRevoked(SessionDestroyed):
+    """A session was ended from outside, by ``flask gsession revoke``."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionRefused(Event):
     """A presented token did not lead to a session.
 

@@ -185,8 +185,7 @@ def _scanned(store: Scans, limit: int, begins: str = "") -> dict[str, Record]:
     found: dict[str, Record] = {}
     cursor = ""
     while True:
-        records, _, seen, cursor = store.scan(cursor, limit, begins)
-        assert len(records) <= seen
+        records, _, cursor = store.scan(cursor, limit, begins)
         found |= {record.key: record for record in records if is_session_key(record.key)}
         if not cursor:
             return found
@@ -603,7 +602,6 @@ class StoreContract:
             found = _scanned(store, 7)
             for record in (*records, new, pointer):
                 assert found[record.key] == record
-            assert store.estimate() >= 0
 
     def test_a_scan_leaves_out_the_expired(self) -> None:
         with self._store() as (store, clock):

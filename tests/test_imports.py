@@ -40,6 +40,7 @@ PLACES = {
     "bson": "stores.mongodb",
     "cryptography": "encryption",
     "marshmallow": "typed",
+    "rich": "cli",
     "flask_limiter": "contrib",
     "limits": "contrib",
     "prometheus_client": "contrib",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+
 import click
 from flask.cli import with_appcontext
 
-from ..errors import StoreUnavailable
-from ..stores import Sweeps
-from .common import interfaces
+from ..cleanup import has_leftovers, steps
+from ..interface import GSessionInterface
+from ..stores import Tidies
+from ..stores.base import MORE
+from .common import about, chosen, interfaces, json_option, name_of, session_option, told
+from .output import progress
+
+_DONE = {"sessions without expiry": "given one"}  # of what is not removed
 
 
 @click.command()
@@ -16,33 +24,62 @@ from .common import interfaces
     type=click.IntRange(1, 100_000),
     default=1000,
     show_default=True,
-    help="How many to remove in one step.",
+    help="How many to look at in one step.",
 )
+@click.option("--dry-run", is_flag=True, help="Count what would be removed, and remove nothing.")
+@click.option("--cursor", default="", help="Go on where an earlier clean-up was interrupted.")
+@session_option
+@json_option
 @with_appcontext
-def cleanup(batch: int) -> None:
-    """Remove expired sessions, where the store does not do so itself.
+def cleanup(batch: int, dry_run: bool, cursor: str, cookie: str | None, as_json: bool) -> None:
+    """Remove what nobody reads any more: expired sessions, and what crashes left behind.
 
     Each batch is a step of its own: interrupted, it has removed what it says, and goes on when it
     is called again.
     """
-    for interface in interfaces().values():
-        name = interface.keeper.settings.cookie_name
-        store = interface.store
-        if not isinstance(store, Sweeps):
-            click.echo(f"{name}: nothing to do, this store lets go of expired sessions itself")
-            continue
-        removed = 0
-        try:
-            while True:
-                step = store.sweep(batch)
-                removed += step
-                if step < batch:
-                    break
-        except StoreUnavailable as error:
-            raise click.ClickException(
-                f"{name}: the store failed after {removed} sessions: {error}"
-            ) from None
-        except KeyboardInterrupt:
-            click.echo(f"{name}: interrupted, {removed} expired sessions removed so far", err=True)
-            raise
-        click.echo(f"{name}: {removed} expired sessions removed")
+    interfaces_ = [chosen(cookie)] if cookie or cursor else list(interfaces().values())
+    rows = [_clean(interface, batch, dry_run, cursor, as_json) for interface in interfaces_]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+
+
+def _clean(
+    interface: GSessionInterface, batch: int, dry_run: bool, cursor: str, quiet: bool
+) -> dict[str, object]:
+    name, store = name_of(interface), interface.store
+    found: Counter[str] = Counter()
+    if not has_leftovers(store):
+        text = "nothing to do, this store lets go of expired sessions itself"
+    elif dry_run and not isinstance(store, Tidies):
+        raise click.ClickException(f"{name}: {type(store).__name__} can only remove, not count")
+    else:
+
+        def so_far() -> str:
+            go_on = f" (--cursor {cursor} goes on from there)" if cursor not in ("", MORE) else ""
+            return f"{_text(found, dry_run)}{go_on}"
+
+        with (
+            told(interface, so_far),
+            progress(f"{name}: clean-up", about(interface)) as advance,
+        ):
+            try:
+                for step in steps(store, batch, cursor, dry_run=dry_run):
+                    found.update(step.found)
+                    cursor = step.cursor
+                    advance(step.seen)
+            except ValueError as error:  # of a cursor
+                raise click.UsageError(str(error)) from None
+        text = _text(found, dry_run)
+    if not quiet:
+        click.echo(f"{name}: {text}")
+    return {"session": name, "dry_run": dry_run, "found": dict(found)}
+
+
+def _text(found: Counter[str], dry_run: bool) -> str:
+    """What was found, in words; always how many expired sessions there were."""
+    parts = []
+    for kind, number in {"expired sessions": 0, **found}.items():
+        if number or kind == "expired sessions":
+            done = _DONE.get(kind, "removed")
+            parts.append(f"{number} {kind} {f'to be {done}' if dry_run else done}")
+    return ", ".join(parts)

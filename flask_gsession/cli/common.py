@@ -1,12 +1,32 @@
-"""What the commands have in common."""
+"""What the commands have in common: which session, what was found, and what went wrong."""
 
 from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import click
 from flask import current_app
 
+from ..errors import StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
+from ..stores import Counts, Record, Scans
+from ..stores.base import KEY_LENGTH, Page, is_session_key
+from ..stores.memory import MemoryStore
+
+INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells have it
+_SHORTEST = 8  # characters of a handle that one need type
+_PAUSES = (0.2, 1.0)  # seconds: a scan that is under way may meet a failover
+
+#: ``flask gsession`` is run with a session by this option, where the application has several.
+session_option = click.option(
+    "--session", "cookie", metavar="COOKIE", help="Which, by its cookie, where there are several."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
 def interfaces() -> dict[Session, GSessionInterface]:
@@ -15,3 +35,125 @@ def interfaces() -> dict[Session, GSessionInterface]:
     if not found:
         raise click.ClickException("The application has no Session: call Session(app) first.")
     return found
+
+
+def chosen(cookie: str | None) -> GSessionInterface:
+    """The one ``Session`` of the application, or the one with this cookie."""
+    by_name = {each.keeper.settings.cookie_name: each for each in interfaces().values()}
+    if cookie is None and len(by_name) == 1:
+        (cookie,) = by_name
+    if cookie not in by_name:
+        raise click.UsageError(f"Say which session: --session {' | '.join(by_name)}")
+    interface = by_name[cookie]
+    if isinstance(interface.store, MemoryStore):
+        click.echo("The memory store is this process's own: of others nothing is seen.", err=True)
+    return interface
+
+
+def name_of(interface: GSessionInterface) -> str:
+    """What messages call a ``Session``: its cookie."""
+    return interface.keeper.settings.cookie_name
+
+
+def scanned(interface: GSessionInterface) -> Scans:
+    """The store, which can go through its sessions; ends the command where it cannot."""
+    store = interface.store
+    if not isinstance(store, Scans):
+        raise click.ClickException(
+            f"{name_of(interface)}: {type(store).__name__} cannot list its sessions (no scan())"
+        )
+    return store
+
+
+def about(interface: GSessionInterface) -> int | None:
+    """How many sessions there are, more or less; None where the store cannot say."""
+    store = interface.store
+    return store.count() if isinstance(store, Counts) else None
+
+
+def pages(store: Scans, begins: str = "", limit: int = 200) -> Iterator[Page]:
+    """All of the store's sessions, page by page; see ``Scans``. Survives a short outage."""
+    cursor = ""
+    pauses: Iterator[float] = iter(())
+    while True:
+        try:
+            page = store.scan(cursor, limit, begins)
+        except StoreUnavailable:
+            pause = next(pauses, None)
+            if pause is None:
+                raise
+            time.sleep(pause)
+            continue
+        pauses = iter(_PAUSES)
+        records = [record for record in page.records if is_session_key(record.key)]
+        yield page._replace(records=records)
+        cursor = page.cursor
+        if not cursor:
+            return
+
+
+def key_of(interface: GSessionInterface, handle: str) -> str:
+    """The whole of a handle that may be cut off; ends the command where it is none, or several."""
+    if len(handle) == KEY_LENGTH and is_session_key(handle):
+        return handle
+    if len(handle) < _SHORTEST or not is_session_key(handle.ljust(KEY_LENGTH, "-")):
+        raise click.UsageError(
+            f"{handle!r} is no handle: {KEY_LENGTH} characters of A-Z a-z 0-9 - _, "
+            f"or the first {_SHORTEST} or more of them"
+        )
+    found = {record.key for page in pages(scanned(interface), handle) for record in page.records}
+    if len(found) > 1:
+        raise click.ClickException(f"{len(found)} handles begin with {handle}: type more of it")
+    return found.pop() if found else handle
+
+
+@contextmanager
+def told(interface: GSessionInterface, so_far: Callable[[], str] = str) -> Iterator[None]:
+    """Ends the command with a message where the store fails, or on Ctrl-C; ``so_far`` is in it."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        done = so_far()
+        raise click.ClickException(
+            f"{name_of(interface)}: the store failed{f' after {done}' if done else ''}: {error}"
+        ) from None
+    except KeyboardInterrupt:
+        done = so_far()
+        click.echo(f"{name_of(interface)}: interrupted{f' after {done}' if done else ''}", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def is_terminal() -> bool:
+    """Whether somebody reads what is printed, rather than something."""
+    return sys.stdout.isatty()
+
+
+def moment(milliseconds: int) -> str:
+    """A time as text, in UTC."""
+    time_ = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return time_.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def span(milliseconds: int) -> str:
+    """How long something is, in one or two units."""
+    seconds = max(0, milliseconds) // 1000
+    for unit, length, finer, part in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "min", 60),
+        ("min", 60, "s", 1),
+    ):
+        if seconds >= length:
+            rest = seconds % length // part
+            return f"{seconds // length} {unit}" + (f" {rest} {finer}" if rest else "")
+    return f"{seconds} s"
+
+
+def described(record: Record) -> dict[str, object]:
+    """A record, without what is in it."""
+    return {
+        "handle": record.key,
+        "created_at": moment(record.created_at),
+        "idle_expires_at": moment(record.idle_expires_at),
+        "absolute_expires_at": moment(record.absolute_expires_at),
+        "bytes": len(record.payload),
+    }

@@ -20,6 +20,7 @@ Clock = Callable[[], float]
 
 MAX_POINTERS = 8
 KEY_LENGTH = 43  # of a session key
+MORE = "more"  # the cursor of a clean-up that need not know where it was
 WAITER_LIFE = 2000  # milliseconds after which who waits for a lease and does not ask is dropped
 ASK_AGAIN = 700  # milliseconds, at most, between two times of asking
 COUNT_ALL = 2000  # sessions up to which they are counted one by one
@@ -144,12 +145,11 @@ class Counts(Protocol):
 class Page(NamedTuple):
     """Some of a store's records, and the ``cursor`` that leads to the next; "" after the last.
 
-    ``unreadable``: the keys of what is no record. ``seen``: how many things the store looked at.
+    ``unreadable``: the keys of what is no record.
     """
 
     records: list[Record]
     unreadable: list[str]
-    seen: int
     cursor: str
 
 
@@ -165,9 +165,6 @@ class Scans(Protocol):
         A page may be empty. Records of other prefixes may be among them: see ``is_session_key``.
         """
 
-    def estimate(self) -> int:
-        """About how many things a whole scan looks at."""
-
 
 def is_session_key(text: str) -> bool:
     """Whether ``text`` can be a session's key: 43 characters of ``A-Z a-z 0-9 - _``."""
@@ -175,7 +172,10 @@ def is_session_key(text: str) -> bool:
 
 
 class Tidied(NamedTuple):
-    """What one step of a clean-up found and put right, by kind; the rest is as in ``Page``."""
+    """What one step of a clean-up found and put right, by kind; ``cursor`` is as in ``Page``.
+
+    ``seen``: how many things it looked at.
+    """
 
     found: dict[str, int]
     seen: int

@@ -114,10 +114,7 @@ class MemoryStore:
             keys = heapq.nsmallest(limit, after)
             records = [self._records[key] for key in keys]
         unexpired = [record for record in records if now < record.idle_expires_at]
-        return Page(unexpired, [], len(keys), keys[-1] if len(keys) == limit else "")
-
-    def estimate(self) -> int:
-        return len(self._records)
+        return Page(unexpired, [], keys[-1] if len(keys) == limit else "")
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         now = milliseconds(self._clock)

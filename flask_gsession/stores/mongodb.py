@@ -367,11 +367,7 @@ class MongoDBStore:
                 else:
                     if record is not None and now < record.idle_expires_at:
                         records.append(record)
-        return Page(records, unreadable, len(ids), end)
-
-    def estimate(self) -> int:
-        with self._collection("estimate") as collection:
-            return int(collection.estimated_document_count())
+        return Page(records, unreadable, end)
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         """Removes what the TTL index leaves: what has no date, and all where there is no index."""

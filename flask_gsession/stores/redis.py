@@ -339,15 +339,11 @@ class RedisStore:
 
         return self._scanner.scan(self._nodes(deadline), cursor, limit, begins, deadline, load)
 
-    def estimate(self) -> int:
-        deadline = self._deadline()
-        return self._scanner.estimate(self._nodes(deadline), deadline)
-
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         deadline = self._deadline()
 
-        def put_right(name: bytes, head: bytes, life: int) -> bool:
-            return self._run(deadline, _TIDY, [name], [head, b"%d" % life]) == b"K"
+        def put_right(name: bytes, life: int) -> bool:
+            return self._run(deadline, _TIDY, [name], [b"%d" % life]) == b"K"
 
         nodes = self._nodes(deadline)
         return self._scanner.tidy(nodes, cursor, limit, deadline, None if dry_run else put_right)

@@ -8,6 +8,7 @@ is a new one, the node is begun anew.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from ..errors import StoreUnavailable, UnreadableRecord
-from .base import Page, Record, Tidied
+from .base import LEFTOVERS, Page, Record, Tidied
 from .redis_pool import packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
 _CURSOR = re.compile(r"(\d+):(\w*):(\d+)", re.ASCII)
-_HEAD = 31  # bytes
 
 
 class Node(NamedTuple):
@@ -35,11 +35,10 @@ class Node(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Names that one SCAN found at a node, of how many, and the cursor that comes then."""
+    """Names that one SCAN found at a node, and the cursor that comes then."""
 
     node: Node
     names: list[bytes]
-    seen: int
     cursor: str
 
 
@@ -92,12 +91,7 @@ class Scanner:
             else:
                 if record is not None and self._now() < record.idle_expires_at:
                     records.append(record)
-        return Page(records, unreadable, found.seen, found.cursor)
-
-    def estimate(self, nodes: list[Node], deadline: float) -> int:
-        """As ``Scans.estimate``: also the keys of others in the same database."""
-        sizes = [self._ask(node, [packed(b"DBSIZE")], deadline)[0] for node in nodes]
-        return sum(_answered(size) for size in sizes)
+        return Page(records, unreadable, found.cursor)
 
     def tidy(
         self,
@@ -105,16 +99,16 @@ class Scanner:
         cursor: str,
         limit: int,
         deadline: float,
-        put_right: Callable[[bytes, bytes, int], bool] | None,
+        put_right: Callable[[bytes, int], bool] | None,
     ) -> Tidied:
         """As ``Tidies.tidy``; ``put_right`` runs ``tidy.lua``, and is None to change nothing."""
-        node, names, seen, end = self._find(nodes, cursor, limit, "", deadline)
+        node, names, end = self._find(nodes, cursor, limit, "", deadline)
         matches = [match for name in names if (match := self._name.fullmatch(name))]
         lives = self._ask(node, [packed(b"PTTL", match[0]) for match in matches], deadline)
         locks = [match for match in matches if match[2]]
         owners = [packed(b"EXISTS", match[0][: -len(":lock")]) for match in locks]
         there = self._ask(node, owners, deadline)
-        found = {"sessions without expiry": 0, "unreadable records": 0, "orphaned locks": 0}
+        found = Counter(dict.fromkeys(LEFTOVERS, 0))
         for lock, owned in zip(locks, there, strict=True):
             if owned == 0 and (put_right is None or self._remove(node, lock[0], deadline)):
                 found["orphaned locks"] += 1
@@ -124,9 +118,9 @@ class Scanner:
             if not isinstance(value, bytes) or match[2]:  # a lock goes with its session
                 continue
             kind, life = self._verdict(match[1].decode(), value)
-            if kind and (put_right is None or put_right(match[0], value[:_HEAD], life)):
+            if kind and (put_right is None or put_right(match[0], life)):
                 found[kind] += 1
-        return Tidied(found, seen, end)
+        return Tidied(found, len(matches), end)
 
     def _verdict(self, key: str, value: bytes) -> tuple[str, int]:
         """What a key without expiry is, and for how many milliseconds it may stay."""
@@ -134,7 +128,8 @@ class Scanner:
             record = self._unpack(key, value)
         except UnreadableRecord as error:
             return ("" if error.for_others else "unreadable records"), 0
-        return "sessions without expiry", max(0, record.idle_expires_at - self._now())
+        life = record.idle_expires_at - self._now()
+        return ("sessions without expiry", life) if life > 0 else ("expired sessions", 0)
 
     def _remove(self, node: Node, name: bytes, deadline: float) -> bool:
         return self._ask(node, [packed(b"DEL", name)], deadline) == [1]
@@ -165,14 +160,12 @@ class Scanner:
         else:
             later = [other.first for other in nodes if other.first > node.first]
             end = f"{later[0]}::0" if later else ""
-        return _Found(node, list(dict.fromkeys(names)), len(names), end)
+        return _Found(node, list(dict.fromkeys(names)), end)
 
     def _scan(self, at: str, limit: int, begins: str) -> bytes:
         parts = [b"SCAN", at.encode(), b"COUNT", b"%d" % limit]
-        if begins:  # else without: what is seen says how far the scan has come
-            start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._start)
-            parts += [b"MATCH", start + b"{" + begins.encode() + b"*"]
-        return packed(*parts)
+        start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._start)
+        return packed(*parts, b"MATCH", start + b"{" + begins.encode() + b"*")
 
     def _ask(self, node: Node, requests: Sequence[bytes], deadline: float) -> list[Any]:
         """Send these at once; their answers, what the server refuses as an error among them."""

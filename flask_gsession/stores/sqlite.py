@@ -34,6 +34,7 @@ from ..errors import (
 from .base import (
     COUNT_ALL,
     MAX_POINTERS,
+    MORE,
     Finding,
     Lease,
     Page,
@@ -274,14 +275,7 @@ class SQLiteStore:
             else:
                 if now < record.idle_expires_at:
                     records.append(record)
-        return Page(records, unreadable, len(rows), keys[-1] if len(keys) == limit else "")
-
-    def estimate(self) -> int:
-        with self._connection() as db:
-            (count,) = db.execute(
-                f"SELECT count(*) FROM gsession WHERE {_BETWEEN}", self._range()
-            ).fetchone()
-        return int(count)
+        return Page(records, unreadable, keys[-1] if len(keys) == limit else "")
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         """Takes the expired by their index, so that it sees no others; the cursor says nothing."""
@@ -306,7 +300,7 @@ class SQLiteStore:
                 )
                 found[kind] = done.rowcount
                 more = more or done.rowcount == limit
-        return Tidied(found, sum(found.values()), "more" if more else "")
+        return Tidied(found, sum(found.values()), MORE if more else "")
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         with self._transaction() as db:
@@ -394,7 +388,7 @@ class SQLiteStore:
             return None
         return _checked(Record(key, *row))
 
-    def _range(self, cursor: str = "", begins: str = "") -> tuple[str, str, str]:
+    def _range(self, cursor: str, begins: str) -> tuple[str, str, str]:
         """For ``_BETWEEN``: the names of keys behind ``cursor`` that start with ``begins``."""
         start = self._prefix + begins
         return self._prefix + cursor, start, f"{start}\U0010ffff"

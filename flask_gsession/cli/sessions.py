@@ -1,0 +1,278 @@
+"""``flask gsession list``, ``show``, ``revoke`` and ``stats``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+
+import click
+from flask.cli import with_appcontext
+
+from ..errors import LogoutUnconfirmed, UnreadableRecord
+from ..events import SessionRevoked
+from ..interface import GSessionInterface
+from ..marks import split
+from ..stores import Record
+from .common import (
+    about,
+    chosen,
+    described,
+    is_terminal,
+    json_option,
+    key_of,
+    moment,
+    name_of,
+    pages,
+    scanned,
+    session_option,
+    span,
+    told,
+)
+from .output import progress, table
+
+_SHOWN = 100  # sessions, on a terminal
+_AGES = {"to 1 hour": 3600, "to 1 day": 86400, "to 7 days": 7 * 86400, "to 30 days": 30 * 86400}
+_OLDER = "older"
+_NO_SESSION = "no such session; it may have ended"
+_BAR = 40  # characters
+# A handle may begin with a hyphen.
+_HANDLES = {"ignore_unknown_options": True}
+
+
+@click.command("list")
+@click.option("--limit", type=click.IntRange(1), help="How many (100 on a terminal, else all).")
+@session_option
+@json_option
+@with_appcontext
+def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
+    """List the sessions there are: handle, times, size. With --json one object a line."""
+    interface = chosen(cookie)
+    if limit is None and is_terminal() and not as_json:
+        limit = _SHOWN
+    listed, unreadable = 0, 0
+
+    def records() -> Iterator[Record]:
+        nonlocal unreadable
+        for page in pages(scanned(interface)):
+            unreadable += len(page.unreadable)
+            yield from (record for record in page.records if record.successor is None)
+
+    with told(interface, lambda: f"{listed} sessions"):
+        found = records()
+        if as_json:
+            for record in islice(found, limit):
+                click.echo(json.dumps(described(record)))
+                listed += 1
+        elif is_terminal():
+            now = interface.keeper.now()
+            table(
+                ["handle", "age", "idles out in", "ends in", "bytes#"],
+                [_row(record, now) for record in islice(found, limit)],
+            )
+        else:
+            for record in islice(found, limit):
+                click.echo(" ".join(map(str, described(record).values())))
+                listed += 1
+        more = limit is not None and next(found, None) is not None
+    if more:
+        click.echo(f"There are more: --limit {limit}", err=True)
+    if unreadable:
+        click.echo(f"{unreadable} more could not be read", err=True)
+
+
+def _row(record: Record, now: int) -> tuple[str, ...]:
+    return (
+        record.key,
+        span(now - record.created_at),
+        span(record.idle_expires_at - now),
+        span(record.absolute_expires_at - now),
+        str(len(record.payload)),
+    )
+
+
+@click.command(context_settings=_HANDLES)
+@click.argument("handle")
+@session_option
+@json_option
+@with_appcontext
+def show(handle: str, cookie: str | None, as_json: bool) -> None:
+    """Show one session: its times, and the keys in it with their sizes. Never a value.
+
+    Of HANDLE the first eight or more characters are enough, where no other begins with them.
+    """
+    interface = chosen(cookie)
+    keeper = interface.keeper
+    loaded, problem = None, ""
+    with told(interface):
+        key = key_of(interface, handle)
+        try:
+            loaded = keeper.find(key)
+            record = loaded.record if loaded else None
+        except UnreadableRecord as error:
+            problem = f"{key}: what is in it cannot be read: {error}"
+            try:
+                record = interface.store.load(key)
+            except UnreadableRecord:
+                record = None
+    if record is None:
+        raise click.ClickException(problem or f"{key}: {_NO_SESSION}")
+    facts = described(record)
+    if record.key != key:
+        facts["rotated_from"] = key
+    contents: dict[str, dict[str, object]] = {}
+    if loaded is not None:
+        facts["permanent"] = keeper.is_permanent(loaded.body.values)
+        for name, raw in loaded.body.values.items():
+            expires_at = split(raw)[0].expires_at
+            contents[name] = {
+                "bytes": len(raw),
+                "expires_at": moment(expires_at) if expires_at else None,
+            }
+    if as_json:
+        click.echo(json.dumps({**facts, "keys": contents}, indent=2))
+    else:
+        _print(facts, contents, record, keeper.now())
+    if problem:
+        raise click.ClickException(problem)
+
+
+def _print(
+    facts: dict[str, object], contents: dict[str, dict[str, object]], record: Record, now: int
+) -> None:
+    notes = {
+        "created_at": f"{span(now - record.created_at)} ago",
+        "idle_expires_at": f"in {span(record.idle_expires_at - now)}",
+        "absolute_expires_at": f"in {span(record.absolute_expires_at - now)}",
+    }
+    for label, value in facts.items():
+        note = f" ({notes[label]})" if label in notes else ""
+        click.echo(f"{label:<20} {value}{note}")
+    if contents:
+        click.echo()
+        rows = [
+            (ascii(name)[1:-1], str(each["bytes"]), str(each["expires_at"] or "with the session"))
+            for name, each in contents.items()
+        ]
+        table(["key", "bytes#", "expires_at"], rows)
+
+
+@click.command(context_settings=_HANDLES)
+@click.argument("handles", metavar="HANDLE...", nargs=-1)
+@click.option("--all", "everybody", is_flag=True, help="Every session there is; asks first.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@session_option
+@with_appcontext
+def revoke(handles: tuple[str, ...], everybody: bool, yes: bool, cookie: str | None) -> None:
+    """End sessions from outside: their tokens lead nowhere from now on.
+
+    The exit status is 1 where a handle led to no session. A handle from before a rotation will do
+    for as long as its token does.
+    """
+    if everybody == bool(handles):
+        raise click.UsageError("Name the handles, or --all")
+    interface = chosen(cookie)
+    ended = 0
+    if everybody:
+        store = scanned(interface)
+        with told(interface, lambda: f"{ended} sessions ended"):
+            if not yes:
+                click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
+            with progress("ending sessions", about(interface)) as advance:
+                for page in pages(store):
+                    for record in page.records:
+                        ended += _end(interface, record.key)
+                    advance(len(page.records))
+        click.echo(f"{ended} sessions ended")
+        return
+    unknown = []
+    with told(interface, lambda: f"{ended} sessions ended"):
+        for handle in handles:
+            key = key_of(interface, handle)
+            if _end(interface, key):
+                ended += 1
+                click.echo(f"{key}: ended")
+            else:
+                unknown.append(key)
+    for key in unknown:
+        click.echo(f"Error: {key}: {_NO_SESSION}", err=True)
+    sys.exit(bool(unknown))
+
+
+def _end(interface: GSessionInterface, key: str) -> bool:
+    try:
+        ended = interface.store.delete(key)
+    except LogoutUnconfirmed as error:
+        raise click.ClickException(f"{key}: ended, but {error}") from None
+    if ended:
+        interface.keeper.events.emit(SessionRevoked, key)
+    return ended
+
+
+@click.command()
+@session_option
+@json_option
+@with_appcontext
+def stats(cookie: str | None, as_json: bool) -> None:
+    """Count the sessions there are, how large and how old they are."""
+    interface = chosen(cookie)
+    now = interface.keeper.now()
+    ages: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()
+    sessions = bytes_ = largest = pointers = unreadable = 0
+    with told(interface):
+        store = scanned(interface)
+        with progress("counting", about(interface)) as advance:
+            for page in pages(store):
+                advance(len(page.records))
+                unreadable += len(page.unreadable)
+                for record in page.records:
+                    if record.successor is not None:
+                        pointers += 1
+                        continue
+                    sessions += 1
+                    size, age = len(record.payload), (now - record.created_at) // 1000
+                    bytes_ += size
+                    largest = max(largest, size)
+                    sizes[max(6, (size - 1).bit_length())] += 1
+                    ages[next((name for name, end in _AGES.items() if age <= end), _OLDER)] += 1
+    figures = {
+        "sessions": sessions,
+        "bytes": bytes_,
+        "bytes_average": round(bytes_ / sessions) if sessions else 0,
+        "bytes_largest": largest,
+        "rotated_away": pointers,
+        "unreadable": unreadable,
+    }
+    histograms = {
+        "bytes": {f"to {_bytes(1 << power)}": sizes[power] for power in _between(sizes)},
+        "age": {name: ages[name] for name in (*_AGES, _OLDER)},
+    }
+    if as_json:
+        click.echo(json.dumps({**figures, "histograms": histograms}, indent=2))
+        return
+    for label, value in figures.items():
+        click.echo(f"{label.replace('_', ' '):<14} {value}")
+    for name, histogram in histograms.items():
+        click.echo()
+        highest = max(histogram.values(), default=0) or 1
+        table(
+            [name, "sessions#", ""],
+            [
+                (label, str(count), "#" * -(-count * _BAR // highest))
+                for label, count in histogram.items()
+            ],
+        )
+
+
+def _between(counts: Counter[int]) -> range:
+    return range(min(counts, default=0), max(counts, default=-1) + 1)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("MB", 1 << 20), ("KB", 1 << 10)):
+        if number >= size:
+            return f"{number // size} {unit}"
+    return f"{number} B"

@@ -1,0 +1,431 @@
+"""`flask gsession list, show, revoke, stats` on every store, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from flask import Flask
+
+from flask_gsession import Session, StoreUnavailable
+from flask_gsession.cli import gsession
+from flask_gsession.errors import LogoutUnconfirmed
+from flask_gsession.events import SessionDestroyed, SessionRevoked
+from flask_gsession.stores import Record, Store
+from flask_gsession.stores.base import Page
+from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.testing import HookedStore, a_record
+from tests.apps import Site
+from tests.servers import free_port
+from tests.test_docs import FOLDER_STORE
+
+ROOT = Path(__file__).parent.parent
+SECRET = "a canary that nobody may see"
+
+
+class Console:
+    """An administrator of an application on the store of a site, or on one given."""
+
+    def __init__(self, store: Store | str, **settings: Any) -> None:
+        self.app = Flask(__name__)
+        self.app.secret_key = "a key for tests"
+        self.ext = Session(self.app, store=store, **settings)
+        self.events: list[str] = []
+        self.ext.on(SessionDestroyed, lambda event: self.events.append(event.handle))
+
+    def run(self, *words: str, **options: Any) -> Result:
+        """What came of `flask gsession` with these words."""
+        return self.app.test_cli_runner().invoke(gsession, list(words), **options)
+
+    def done(self, *words: str, **options: Any) -> str:
+        """What it printed, and it ended with 0."""
+        result = self.run(*words, **options)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def failed(self, *words: str, status: int = 1, **options: Any) -> str:
+        """What it complained of."""
+        result = self.run(*words, **options)
+        assert result.exit_code == status, result.output
+        assert not isinstance(result.exception, Exception) or result.exception is None
+        return result.stderr
+
+
+@pytest.fixture
+def console(site: Site) -> Console:
+    return Console(site.store.store, clock=site.clock)
+
+
+def handles(site: Site, number: int) -> list[str]:
+    """The handles of so many new sessions."""
+    made = []
+    for _ in range(number):
+        visitor = site.visitor()
+        visitor.run(lambda session: session.update(a=1, secret=SECRET))
+        made.append(visitor.run(lambda session: session.handle))
+    return made
+
+
+# -- what there is
+
+
+def test_list(site: Site, console: Console) -> None:
+    assert console.done("list") == ""
+    made = handles(site, 5)
+    site.clock.advance(86400)
+    live = handles(site, 3)
+    lines = console.done("list").splitlines()
+    assert sorted(line.split(" ")[0] for line in lines) == sorted(live)
+    rows = [json.loads(line) for line in console.done("list", "--json").splitlines()]
+    assert {row["handle"] for row in rows} == set(live)
+    assert set(rows[0]) == {
+        *("handle", "created_at", "idle_expires_at", "absolute_expires_at", "bytes")
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows[0]["created_at"])
+    short = console.run("list", "--limit", "2")
+    assert len(short.stdout.splitlines()) == 2
+    assert "There are more" in short.stderr
+    assert not {*made} & {line.split(" ")[0] for line in lines}
+
+
+def test_more_sessions_than_a_page_has(console: Console, site: Site) -> None:
+    records = [a_record(site.clock) for _ in range(450)]
+    for record in records:
+        site.store.store.create(record)
+    listed = [line.split(" ")[0] for line in console.done("list").splitlines()]
+    assert sorted(listed) == sorted(record.key for record in records)
+    assert json.loads(console.done("stats", "--json"))["sessions"] == 450
+
+
+def test_show(site: Site, console: Console) -> None:
+    visitor = site.visitor()
+
+    def fill(session: Any) -> None:
+        session["cart"] = ["mug"]
+        session["pin"] = SECRET
+        session.set("code", SECRET, ttl=60)
+        session.permanent = True
+
+    visitor.run(fill)
+    handle = visitor.run(lambda session: session.handle)
+    text = console.done("show", handle)
+    assert re.search(r"^cart +\d+  with the session$", text, re.MULTILINE)
+    assert re.search(r"^code +\d+  20\d\d-", text, re.MULTILINE)
+    facts = json.loads(console.done("show", handle, "--json"))
+    assert facts["handle"] == handle
+    assert facts["permanent"] is True
+    assert set(facts["keys"]) == {"cart", "pin", "code", "_permanent"}
+    assert facts["keys"]["code"]["expires_at"] > facts["created_at"]
+    assert facts["keys"]["cart"]["expires_at"] is None
+    assert SECRET not in text + json.dumps(facts)
+    assert json.loads(console.done("show", handle[:8], "--json")) == facts
+
+
+def test_a_handle_from_before_a_rotation(site: Site, console: Console) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    old = visitor.run(lambda session: session.handle)
+    visitor.run(lambda session: session.rotate(grace=60))
+    new = visitor.run(lambda session: session.handle)
+    facts = json.loads(console.done("show", old, "--json"))
+    assert (facts["handle"], facts["rotated_from"]) == (new, old)
+    figures = json.loads(console.done("stats", "--json"))
+    assert (figures["sessions"], figures["rotated_away"]) == (1, 1)
+    assert [line.split(" ")[0] for line in console.done("list").splitlines()] == [new]
+    assert console.done("revoke", old) == f"{old}: ended\n"
+    assert visitor.run(dict) == {}
+    assert console.events == [old]
+
+
+def test_stats(site: Site, console: Console) -> None:
+    now = int(site.clock() * 1000)
+    day = 86_400_000
+    for size, age in ((10, 0), (100, 0), (1000, 2 * day), (5000, 20 * day), (70_000, 30.5 * day)):
+        record = a_record(site.clock, payload=bytes(size), absolute=31 * 86400)
+        site.store.store.create(record._replace(created_at=now - int(age)))
+    figures = json.loads(console.done("stats", "--json"))
+    histograms = figures.pop("histograms")
+    assert figures == {
+        "sessions": 5, "bytes": 76_110, "bytes_average": 15_222, "bytes_largest": 70_000,
+        "rotated_away": 0, "unreadable": 0,
+    }  # fmt: skip
+    assert {name: count for name, count in histograms["bytes"].items() if count} == {
+        "to 64 B": 1, "to 128 B": 1, "to 1 KB": 1, "to 8 KB": 1, "to 128 KB": 1,
+    }  # fmt: skip
+    assert list(histograms["age"].values()) == [2, 0, 1, 1, 1]
+    text = console.done("stats")
+    assert "bytes largest  70000" in text
+    assert re.search(r"^to 1 hour +2  #{40}$", text, re.MULTILINE)
+    assert re.search(r"^to 7 days +1  #{20}$", text, re.MULTILINE)
+
+
+# -- ending sessions
+
+
+def test_revoke(site: Site, console: Console) -> None:
+    one, two = site.visitor(), site.visitor()
+    for visitor in (one, two):
+        visitor.run(lambda session: session.update(a=1))
+    handle = one.run(lambda session: session.handle)
+    assert console.done("revoke", handle[:12]) == f"{handle}: ended\n"
+    assert one.run(dict) == {}
+    assert two.run(dict) == {"a": 1}
+    assert console.events == [handle]
+    assert "no such session" in console.failed("revoke", handle)
+    assert console.events == [handle]
+
+
+def test_revoke_ends_what_it_can(site: Site, console: Console) -> None:
+    first, last = handles(site, 2)
+    unknown = a_record(site.clock).key
+    result = console.run("revoke", first, unknown, last)
+    assert result.exit_code == 1
+    assert result.stdout == f"{first}: ended\n{last}: ended\n"
+    assert f"{unknown}: no such session" in result.stderr
+
+
+def test_revoke_all(site: Site, console: Console) -> None:
+    made = handles(site, 5)
+    assert console.run("revoke", "--all", input="n\n").exit_code == 1
+    assert console.run("revoke", "--all", input="").exit_code == 1  # nobody there to ask
+    assert len(site.stored()) == 5
+    assert "5 sessions ended" in console.done("revoke", "--all", input="y\n")
+    assert site.stored() == {}
+    assert sorted(console.events) == sorted(made)
+    assert console.done("revoke", "--all", "--yes") == "0 sessions ended\n"
+
+
+def test_revoked_is_a_kind_of_destroyed() -> None:
+    console = Console("memory://")
+    seen: list[Any] = []
+    console.ext.on(SessionRevoked, seen.append)
+    record = a_record(console.app.extensions["gsession"][console.ext].keeper._clock)
+    console.ext.store(console.app).create(record)
+    console.done("revoke", record.key)
+    assert seen == [SessionRevoked(record.key)]
+    assert console.events == [record.key]
+
+
+# -- handles
+
+
+def test_an_unknown_handle(site: Site, console: Console) -> None:
+    handles(site, 2)
+    unknown = a_record(site.clock).key
+    for handle in (unknown, unknown[:8]):
+        assert f"Error: {handle}: no such session" in console.failed("show", handle)
+        assert f"Error: {handle}: no such session" in console.failed("revoke", handle)
+
+
+@pytest.mark.parametrize(
+    "handle", ["short", "a b c d e f", "x" * 44, "../../../etc/passwd", "é" * 9]
+)
+def test_no_handle_at_all(handle: str) -> None:
+    console = Console("memory://")
+    for command in ("show", "revoke"):
+        assert "is no handle" in console.failed(command, handle, status=2)
+
+
+def test_an_ambiguous_handle(site: Site, console: Console) -> None:
+    one = a_record(site.clock)
+    other = one._replace(key=one.key[:20] + ("B" if one.key[20] == "A" else "A") + one.key[21:])
+    for record in (one, other):
+        site.store.store.create(record)
+    for command in ("show", "revoke"):
+        assert "2 handles begin with" in console.failed(command, one.key[:20])
+    assert "ended" in console.done("revoke", one.key[:21])
+    assert site.store.store.load(other.key) is not None
+
+
+@pytest.mark.parametrize("beginning", ["-yes-Aa1", "--all-Aa", "--json-A", "---------"])
+def test_a_handle_that_begins_like_an_option(site: Site, beginning: str) -> None:
+    console = Console(site.store.store, clock=site.clock)
+    record = a_record(site.clock, key=beginning.ljust(43, "x"))
+    site.store.store.create(record)
+    for handle in (record.key, beginning):
+        assert record.key in console.failed("show", handle)  # its payload is none of a session
+    assert console.done("revoke", beginning) == f"{record.key}: ended\n"
+
+
+# -- what is not well
+
+
+@pytest.fixture(params=["sqlite", "redis", "mongodb"])
+def down(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a store that cannot be reached."""
+    (tmp_path / "file").touch()
+    return {
+        "sqlite": f"sqlite:///{tmp_path}/file/sessions.sqlite3",
+        "redis": f"redis://user:{SECRET.split()[1]}@127.0.0.1:{free_port()}/0",
+        "mongodb": f"mongodb://127.0.0.1:{free_port()}/test",
+    }[request.param]
+
+
+COMMANDS = [
+    ("list",), ("show", "x" * 43), ("show", "x" * 8), ("revoke", "x" * 43),
+    ("revoke", "--all", "--yes"), ("stats",), ("cleanup",), ("cleanup", "--dry-run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] != "cleanup"])
+def test_a_store_that_is_down(down: str, words: tuple[str, ...]) -> None:
+    console = Console(down, store_timeout=0.2)
+    complaint = console.failed(*words)
+    assert "session: the store failed" in complaint
+    assert "canary" not in complaint
+    assert "Traceback" not in complaint
+
+
+def test_a_store_that_cannot_scan(tmp_path: Path) -> None:
+    console = Console(FOLDER_STORE.FolderStore(tmp_path))
+    record = a_record(console.app.extensions["gsession"][console.ext].keeper._clock)
+    console.ext.store(console.app).create(record)
+    for words in (("list",), ("stats",), ("show", "x" * 8), ("revoke", "--all", "--yes")):
+        assert "FolderStore cannot list its sessions" in console.failed(*words)
+    assert "cannot be read" in console.failed("show", record.key)
+    assert "ended" in console.done("revoke", record.key)
+
+
+class Failing(MemoryStore):
+    """Has three pages, and fails so often before the second one."""
+
+    def __init__(self, failures: int, error: BaseException) -> None:
+        super().__init__()
+        self.failures, self.error = failures, error
+
+    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+        if cursor and self.failures:
+            self.failures -= 1
+            raise self.error
+        return super().scan(cursor, 2, begins)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flask_gsession.cli.common._PAUSES", (0, 0))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("words", [("list",), ("stats",), ("revoke", "--all", "--yes")])
+def test_an_outage_on_the_way(words: tuple[str, ...]) -> None:
+    for failures, status in ((2, 0), (3, 1)):
+        store = Failing(failures, StoreUnavailable("pulled the plug"))
+        console = Console(store)
+        for _ in range(5):
+            store.create(a_record(store._clock))
+        result = console.run(*words)
+        assert result.exit_code == status, result.output
+        if status:
+            assert "the store failed" in result.stderr
+            assert "pulled the plug" in result.stderr
+
+
+def test_ctrl_c_on_the_way() -> None:
+    store = Failing(1, KeyboardInterrupt())
+    console = Console(store)
+    for _ in range(5):
+        store.create(a_record(store._clock))
+    complaint = console.failed("revoke", "--all", "--yes", status=130)
+    assert "interrupted after 2 sessions ended" in complaint
+    assert console.done("revoke", "--all", "--yes").endswith("3 sessions ended\n")
+
+
+def test_a_session_that_cannot_be_read(site: Site, console: Console) -> None:
+    record = a_record(site.clock)
+    site.store.store.create(record)
+    result = console.run("show", record.key)
+    assert result.exit_code == 1
+    assert record.key in result.stdout
+    assert "cannot be read: corrupt" in result.stderr
+
+
+def test_a_logout_that_is_not_confirmed() -> None:
+    store = HookedStore(MemoryStore())
+
+    def fail() -> None:
+        raise LogoutUnconfirmed("0 of 1 replicas")
+
+    store.after("delete", fail)
+    console = Console(store)
+    assert "ended, but 0 of 1 replicas" in console.failed("revoke", "x" * 43)
+
+
+def test_several_sessions() -> None:
+    console = Console("memory://")
+    Session(console.app, store="memory://", cookie_name="second")
+    assert "--session session | second" in console.failed("list", status=2)
+    assert console.done("list", "--session", "second") == ""
+    assert "--session session | second" in console.failed("list", "--session", "x", status=2)
+
+
+def test_memory_says_that_it_sees_only_itself() -> None:
+    assert "this process's own" in Console("memory://").run("list").stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("revoke",), ("revoke", "--all", "x" * 43), ("list", "--limit", "0")]
+)
+def test_wrong_use(words: tuple[str, ...]) -> None:
+    assert Console("memory://").run(*words).exit_code == 2
+
+
+# -- on a terminal
+
+
+def on_a_terminal(url: str, *words: str) -> str:
+    """What a real process prints on a terminal, and it ended with 0."""
+    code = (
+        "import sys\n"
+        "from tests.test_command import Console\n"
+        "console = Console(sys.argv.pop(1))\n"
+        "from flask_gsession.cli import gsession\n"
+        "with console.app.app_context():\n"
+        "    gsession()\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, url, *words],
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment, cwd=ROOT,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = b"".join(read_all(ours))
+        assert process.wait(60) == 0, shown
+    return shown.decode()
+
+
+def read_all(descriptor: int) -> Iterator[bytes]:
+    """What comes until the other end of a terminal is closed."""
+    with open(descriptor, "rb", buffering=0) as file:
+        while True:
+            try:
+                piece = file.read(4096)
+            except OSError:  # how Linux says so
+                return
+            if not piece:
+                return
+            yield piece
+
+
+def test_on_a_terminal(sqlite_url: str) -> None:
+    console = Console(sqlite_url)
+    store: Any = console.ext.store(console.app)
+    records: list[Record] = [a_record(store._clock) for _ in range(101)]
+    for record in records:
+        store.create(record)
+    shown = on_a_terminal(sqlite_url, "list")
+    listed = [record.key for record in records if record.key in shown]
+    assert len(listed) == 100
+    assert "idles out in" in shown
+    assert "There are more" in shown
+    assert "\x1b[" in shown  # rich
+    assert "\x1b[" in on_a_terminal(sqlite_url, "stats")
