@@ -11,7 +11,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench faults rules docs chromium clean
+.PHONY: help demo test lint bench faults rules dashboard docs chromium prometheus clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -52,7 +52,7 @@ endif
 demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379, PORT=5055
 	@$(PY) -m examples.shop --port $(PORT)
 
-test: $(VENV)/with-test chromium ## Run the tests; TEST_ARGS="-k redis -x" for some of them
+test: $(VENV)/with-test chromium prometheus ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)
 
 lint: $(VENV)/with-test ## Check style and types
@@ -66,8 +66,12 @@ bench: $(VENV)/with-bench ## Measure side by side with Flask-Session
 faults: $(VENV)/with-bench ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
 	$(PY) -m faults $(FAULTS_ARGS)
 
-rules: ## Check the alert rules, with Prometheus' own promtool on PATH
-	promtool check rules flask_gsession/contrib/prometheus-rules.yml
+dashboard: $(VENV)/with-bench prometheus ## Draw the dashboard's queries from a real Prometheus
+	$(PY) -m benchmarks.dashboard
+
+rules: prometheus ## Check the alert rules, with Prometheus' own promtool
+	@PATH=$$PATH:$(VENV)/prometheus; set -x; \
+	promtool check rules flask_gsession/contrib/prometheus-rules.yml && \
 	promtool test rules tests/prometheus_rules_test.yml
 
 docs: $(VENV)/with-docs ## Build the documentation in docs/_build
@@ -75,6 +79,9 @@ docs: $(VENV)/with-docs ## Build the documentation in docs/_build
 
 chromium:
 	@sh tests/setup_chromium.sh
+
+prometheus: | $(PY)
+	@sh tests/setup_prometheus.sh $(abspath $(VENV))/prometheus
 
 clean: ## Remove everything that make made, the orders of the demo shop too
 	rm -rf $(VENV) build dist *.egg-info docs/_build

@@ -74,6 +74,10 @@ class Server:
         """Where the server answers."""
         raise NotImplementedError
 
+    def _program(self) -> str:
+        """The path of the program. Raises `ServerMissing`."""
+        return find(self.binary, self.package, self.missing)
+
     def _arguments(self) -> list[str]:
         """The command line after the program's name, for `port` and `_directory`."""
         raise NotImplementedError
@@ -107,7 +111,7 @@ class Server:
         """
         if self._process is not None:
             return
-        program = find(self.binary, self.package, self.missing)
+        program = self._program()
         if self._guard is None:
             self._directory = Path(tempfile.mkdtemp(prefix=f"gsession-{self.binary}-"))
             self._guard = subprocess.Popen(
