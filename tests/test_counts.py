@@ -9,9 +9,6 @@ from flask_gsession import StoreUnavailable
 from flask_gsession.stores import Counts, StoreOptions, memory, mongodb, open_store, redis, sqlite
 from flask_gsession.testing import FakeClock, a_pointer, a_record
 from tests.servers import free_port
-from tests.topologies import RedisCluster
-
-pytest_plugins = ["tests.topologies"]
 
 
 class CountingStore(Counts, memory.MemoryStore):
@@ -72,16 +69,6 @@ def test_many_sessions_are_estimated(
             client.delete(*names)
     store.close()
     another.close()
-
-
-def test_a_cluster_is_counted_node_by_node(
-    redis_cluster: RedisCluster, store_prefix: str, clock: FakeClock
-) -> None:
-    store = open_at(redis_cluster.url, store_prefix, clock)
-    for _ in range(30):
-        store.create(a_record(clock))
-    assert store.count() == 30
-    store.close()
 
 
 @pytest.mark.parametrize("scheme", ["redis", "redis+cluster", "mongodb"])

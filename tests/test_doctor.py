@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from configparser import ConfigParser
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ from flask_gsession.health import check_store
 from flask_gsession.stores import Record
 from flask_gsession.stores.base import Finding
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.testing import HookedStore
+from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site
 from tests.servers import RedisServer, free_port
 
 SOUND = {
     "SECRET_KEY": "a key of some length, for tests",
+    "SESSION_COOKIE_NAME": "__Host-session",
     "SESSION_COOKIE_SECURE": True,
     "SESSION_COOKIE_SAMESITE": "Lax",
+    "SESSION_IDLE_TIMEOUT": 900,
+    "PERMANENT_SESSION_LIFETIME": 900,
+    "SESSION_ABSOLUTE_TIMEOUT": 12 * 3600,
 }
 
 
@@ -61,8 +66,10 @@ def test_a_store_that_is_well(site: Site) -> None:
     before = site.stored()
     found = check_store(site.store.store, site.clock)
     bad = {finding.check for finding in found if finding.severity != "ok"}
-    assert bad <= {"persistence", "clock"}  # of the test's own server and clock
-    assert {"writes", "keeps the dead dead", "latency"} <= {finding.check for finding in found}
+    assert bad <= {"persistence", "replicas", "clock"}  # of the test's own server and clock
+    assert {"writes", "keeps the dead dead", "latency", "write latency"} <= {
+        finding.check for finding in found
+    }
     assert site.stored() == before
 
 
@@ -84,8 +91,8 @@ def test_flask_finds_the_command() -> None:
 
 
 def test_warnings_are_no_failure() -> None:
-    app = application("memory://", SESSION_COOKIE_SECURE=False)
-    assert wrong(app) == {"SESSION_COOKIE_SECURE": "warning"}
+    app = application("memory://", SESSION_COOKIE_SAMESITE=None)
+    assert wrong(app) == {"SESSION_COOKIE_SAMESITE": "warning"}
     assert examine(app).exit_code == 0
 
 
@@ -101,27 +108,234 @@ def test_no_session_at_all() -> None:
     assert "call Session(app) first" in result.output
 
 
-# -- what is wrong with the application
+# -- what is wrong, each mistake made on purpose
+
+Need = Callable[[str], Any]  # the value of a fixture
 
 
-@pytest.mark.parametrize(
-    ("config", "check", "severity"),
-    [
-        ({"SECRET_KEY": None}, "SECRET_KEY", "error"),
-        ({"SECRET_KEY": "dev"}, "SECRET_KEY", "error"),
-        ({"SESSION_COOKIE_SECURE": False}, "SESSION_COOKIE_SECURE", "warning"),
-        ({"SESSION_COOKIE_HTTPONLY": False}, "SESSION_COOKIE_HTTPONLY", "error"),
-        ({"SESSION_COOKIE_SAMESITE": None}, "SESSION_COOKIE_SAMESITE", "warning"),
-        ({"SESSION_COOKIE_SAMESITE": "None"}, "SESSION_COOKIE_SAMESITE", "warning"),
-    ],
-)
-def test_the_application(config: dict[str, Any], check: str, severity: str) -> None:
-    assert wrong(application("memory://", **config)) == {check: severity}
+@contextmanager
+def plain(**config: Any) -> Iterator[Flask]:
+    """An application with these settings."""
+    yield application("memory://", **config)
 
 
-def test_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASK_DEBUG", "1")  # the command line reads nothing else
-    assert wrong(application("memory://")) == {"debug": "warning"}
+@contextmanager
+def in_debug_mode() -> Iterator[Flask]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASK_DEBUG", "1")  # the command line reads nothing else
+        yield application("memory://")
+
+
+@contextmanager
+def on_redis(need: Need, *, config: Any = None, **settings: str) -> Iterator[Flask]:
+    """An application on a Redis whose server has these settings."""
+    client = need("redis_client")
+    before = {name: client.config_get(name)[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            client.config_set(name, value)
+        yield application(need("redis_url"), **(config or {}))
+    finally:
+        for name, value in before.items():
+            client.config_set(name, value)
+
+
+@contextmanager
+def on_a_full_redis(need: Need) -> Iterator[Flask]:
+    used = need("redis_client").info("memory")["used_memory"]
+    with on_redis(need, maxmemory=str(int(used * 1.05))) as app:
+        yield app
+
+
+@contextmanager
+def on_a_redis_without_info(need: Need) -> Iterator[Flask]:
+    with RedisServer("--rename-command", "INFO", "") as server:
+        yield application(server.url)
+
+
+@contextmanager
+def on_a_replica(need: Need) -> Iterator[Flask]:
+    with RedisServer() as replica, Redis.from_url(replica.url) as client:
+        client.replicaof("127.0.0.1", need("own_redis").port)
+        yield application(replica.url)
+
+
+@contextmanager
+def on_a_redis_that_is_down(need: Need) -> Iterator[Flask]:
+    yield application(f"redis://127.0.0.1:{free_port()}/0")
+
+
+@contextmanager
+def without_the_index(need: Need) -> Iterator[Flask]:
+    app = application(need("mongodb_url"))
+    wrong(app)  # makes the index
+    need("mongo_client").get_database(app_database(app))["gsession"].drop_index("gsession_expiry")
+    yield app
+
+
+def app_database(app: Flask) -> str:
+    (interface,) = app.extensions["gsession"].values()
+    with interface.store.lend_collection("look") as collection:
+        return str(collection.database.name)
+
+
+@contextmanager
+def on_a_majority_in_memory(need: Need) -> Iterator[Flask]:
+    server = need("own_mongo")
+    with MongoClient[dict[str, Any]](server.url, timeoutMS=30_000) as client:
+
+        def configure(journal: bool) -> None:
+            config = client.admin.command("replSetGetConfig")["config"]
+            config["writeConcernMajorityJournalDefault"] = journal
+            config["version"] += 1
+            client.admin.command("replSetReconfig", config)
+
+        configure(False)
+        try:
+            yield application(server.url, SESSION_STORE_TIMEOUT=10)
+        finally:
+            configure(True)
+
+
+@contextmanager
+def on_a_file(need: Need, folder: int = 0o700, file: int = 0o600) -> Iterator[Flask]:
+    where = need("tmp_path") / "sessions"
+    where.mkdir()
+    app = application(f"sqlite:///{where}/sessions.sqlite3")
+    assert wrong(app) == {}
+    (where / "sessions.sqlite3").chmod(file)
+    where.chmod(folder)
+    yield app
+
+
+@contextmanager
+def on_a_damaged_file(need: Need) -> Iterator[Flask]:
+    with on_a_file(need) as app:
+        (interface,) = app.extensions["gsession"].values()
+        clock = FakeClock(time.time())
+        for _ in range(40):
+            interface.store.create(a_record(clock, idle=900, payload=bytes(2000)))
+        interface.store.close()
+        path = interface.store.path
+        content = bytearray(path.read_bytes())
+        content[40_960:61_440] = bytes(20_480)
+        path.write_bytes(content)
+        yield app
+
+
+@contextmanager
+def on_a_slow_store(need: Need) -> Iterator[Flask]:
+    class Slow(MemoryStore):
+        def load(self, key: str) -> Record | None:
+            time.sleep(0.06)
+            return super().load(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flask_gsession.health._LONGEST", 0.3)
+        yield application(Slow())
+
+
+MISTAKES: dict[str, tuple[Callable[[Need], Any], dict[str, str]]] = {
+    "no key": (lambda _: plain(SECRET_KEY=None), {"SECRET_KEY": "error"}),
+    "a short key": (lambda _: plain(SECRET_KEY="dev"), {"SECRET_KEY": "error"}),
+    "a placeholder": (
+        lambda _: plain(SECRET_KEY="please-change-me-in-production"),
+        {"SECRET_KEY": "error"},
+    ),
+    "a key that repeats itself": (
+        lambda _: plain(SECRET_KEY="abcabcabcabcabcabcabcabc"),
+        {"SECRET_KEY": "error"},
+    ),
+    "an old key that is short": (
+        lambda _: plain(SECRET_KEY_FALLBACKS=["old"]),
+        {"SECRET_KEY_FALLBACKS": "error"},
+    ),
+    "a cookie over plain HTTP": (
+        lambda _: plain(SESSION_COOKIE_SECURE=False, SESSION_COOKIE_NAME="session"),
+        {"SESSION_COOKIE_SECURE": "warning"},
+    ),
+    "a cookie for scripts": (
+        lambda _: plain(SESSION_COOKIE_HTTPONLY=False),
+        {"SESSION_COOKIE_HTTPONLY": "error"},
+    ),
+    "a cookie for other sites": (
+        lambda _: plain(SESSION_COOKIE_SAMESITE=None),
+        {"SESSION_COOKIE_SAMESITE": "warning"},
+    ),
+    "a cookie without a prefix": (
+        lambda _: plain(SESSION_COOKIE_NAME="session"),
+        {"cookie prefix": "warning"},
+    ),
+    "a cookie for a whole domain": (
+        lambda _: plain(
+            SESSION_COOKIE_NAME="__Secure-session", SESSION_COOKIE_DOMAIN="example.org"
+        ),
+        {"SESSION_COOKIE_DOMAIN": "warning"},
+    ),
+    "debug mode": (lambda _: in_debug_mode(), {"debug": "warning"}),
+    "debug dumps": (lambda _: plain(SESSION_DEBUG=True), {"SESSION_DEBUG": "warning"}),
+    "testing mode": (lambda _: plain(TESTING=True), {"TESTING": "warning"}),
+    "sessions for months": (
+        lambda _: plain(SESSION_ABSOLUTE_TIMEOUT=90 * 86400),
+        {"timeouts": "warning"},
+    ),
+    "a store that is down": (on_a_redis_that_is_down, {"answers": "error"}),
+    "a store that is slow": (on_a_slow_store, {"latency": "warning"}),
+    "a Redis that evicts": (
+        lambda need: on_redis(
+            need, **{"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"}, appendonly="no"
+        ),
+        {"eviction": "error", "persistence": "warning", "replicas": "warning"},
+    ),
+    "a Redis that may evict one day": (
+        lambda need: on_redis(need, **{"maxmemory-policy": "volatile-lru"}),
+        {"eviction": "warning", "persistence": "warning", "replicas": "warning"},
+    ),
+    "a Redis that is full": (
+        on_a_full_redis,
+        {"memory": "error", "persistence": "warning", "replicas": "warning"},
+    ),
+    "a Redis that refuses INFO": (on_a_redis_without_info, {"server": "warning"}),
+    "a Redis that is a replica": (
+        on_a_replica,
+        {"answers": "error", "role": "error", "persistence": "warning"},
+    ),
+    "too few replicas for a logout": (
+        lambda need: on_redis(
+            need, config={"SESSION_LOGOUT_REPLICAS": 1, "SESSION_STORE_TIMEOUT": 0.5}
+        ),
+        {"answers": "error", "replicas": "error", "persistence": "warning"},
+    ),
+    "a MongoDB without its index": (
+        without_the_index,
+        {"expiry index": "error", "replicas": "warning"},
+    ),
+    "a MongoDB whose majority forgets": (
+        on_a_majority_in_memory,
+        {"write concern": "warning", "replicas": "warning"},
+    ),
+    "an SQLite file for everybody": (
+        lambda need: on_a_file(need, file=0o644),
+        {"file rights": "error"},
+    ),
+    "an SQLite folder for everybody": (
+        lambda need: on_a_file(need, folder=0o777),
+        {"folder rights": "error"},
+    ),
+    "a damaged SQLite file": (on_a_damaged_file, {"integrity": "error"}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_mistake_is_found(mistake: str, request: pytest.FixtureRequest) -> None:
+    make, expected = MISTAKES[mistake]
+    with make(request.getfixturevalue) as app:
+        found = wrong(app)
+        failed = examine(app).exit_code
+    assert {check: found.get(check) for check in expected} == expected
+    assert failed == ("error" in found.values())
+    if "Mongo" not in mistake and "Redis" not in mistake and "SQLite" not in mistake:
+        assert found == expected
 
 
 def test_no_secret_is_shown() -> None:
@@ -133,12 +347,6 @@ def test_no_secret_is_shown() -> None:
 
 
 # -- what is wrong with the store
-
-
-def test_a_store_that_is_down() -> None:
-    app = application(f"redis://127.0.0.1:{free_port()}/0")
-    assert wrong(app) == {"answers": "error"}
-    assert examine(app).exit_code == 1
 
 
 class Forgetful(MemoryStore):
@@ -210,42 +418,6 @@ def test_an_outage_on_the_way_leaves_nothing_behind() -> None:
     assert inner._records == {}
 
 
-@pytest.fixture
-def server_says(redis_url: str, redis_client: Redis) -> Callable[..., dict[str, str]]:
-    """What is wrong with a Redis, while its settings are these."""
-
-    def says(**settings: str) -> dict[str, str]:
-        before = {name: redis_client.config_get(name)[name] for name in settings}
-        try:
-            for name, value in settings.items():
-                redis_client.config_set(name, value)
-            return wrong(application(redis_url))
-        finally:
-            for name, value in before.items():
-                redis_client.config_set(name, value)
-
-    return says
-
-
-def test_a_redis_that_evicts(server_says: Callable[..., dict[str, str]]) -> None:
-    policy = {"maxmemory-policy": "allkeys-lru"}
-    assert server_says(**policy)["eviction"] == "warning"
-    assert server_says(**policy, maxmemory="100mb")["eviction"] == "error"
-    assert "eviction" not in server_says()
-
-
-def test_a_redis_without_persistence(server_says: Callable[..., dict[str, str]]) -> None:
-    assert server_says(appendonly="no")["persistence"] == "warning"
-
-
-def test_a_redis_that_is_a_replica(own_redis: RedisServer) -> None:
-    with RedisServer() as replica, Redis.from_url(replica.url) as client:
-        app = application(replica.url)
-        client.replicaof("127.0.0.1", own_redis.port)
-        assert wrong(app) == {"answers": "error"}
-        assert "read" in examine(app).output.lower()
-
-
 def test_a_redis_whose_user_may_not_ask(redis_client: Redis, redis_url: str) -> None:
     redis_client.acl_setuser(
         "doctor-test", enabled=True, passwords=["+pass"], keys=["*"], channels=["*"],
@@ -268,15 +440,6 @@ def test_a_clock_that_is_off(site: Site) -> None:
         assert "clock" not in found
 
 
-def test_a_mongodb_without_its_index(mongodb_url: str) -> None:
-    app = application(mongodb_url)
-    wrong(app)  # makes the index
-    assert "expiry index" not in wrong(app)
-    with MongoClient[dict[str, Any]](mongodb_url, timeoutMS=10_000) as client:
-        client.get_default_database()["gsession"].drop_index("gsession_expiry")
-    assert wrong(app)["expiry index"] == "error"
-
-
 def test_a_mongodb_whose_user_may_not_ask(
     mongodb_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,12 +447,5 @@ def test_a_mongodb_whose_user_may_not_ask(
         raise OperationFailure("not authorized", 13, {"codeName": "Unauthorized"})
 
     monkeypatch.setattr(Collection, "index_information", refuse)
-    assert wrong(application(mongodb_url)) == {"expiry index": "warning"}
-
-
-def test_an_sqlite_file_for_everybody(tmp_path: Path) -> None:
-    path = tmp_path / "sessions.sqlite3"
-    app = application(f"sqlite:///{path}")
-    assert wrong(app) == {}
-    os.chmod(path, 0o644)
-    assert wrong(app) == {"file rights": "error"}
+    found = wrong(application(mongodb_url))
+    assert found == {"expiry index": "warning", "replicas": "warning"}

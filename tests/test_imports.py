@@ -58,10 +58,12 @@ def room_of(module: str) -> str:
     """The entry of `ROWS` that a module belongs to; "" when there is none."""
     if module.startswith(("contrib.", "cli.")):
         return module.partition(".")[0]
-    if module.startswith("stores.redis_"):
-        return "stores.redis"
-    if module.startswith("typed_"):
-        return "typed"
+    for store in ("stores.redis", "stores.mongodb"):
+        if module.startswith(f"{store}_"):
+            return store
+    for room in ("typed", "health"):
+        if module.startswith(f"{room}_"):
+            return room
     return module if module in RANK else ""
 
 

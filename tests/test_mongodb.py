@@ -9,19 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pymongo import MongoClient
 
 from flask_gsession.errors import SettingError, StoreUnavailable
-from flask_gsession.stores import Store, StoreOptions, open_store
-from flask_gsession.stores.base import Clock, new_version
+from flask_gsession.stores import Store, StoreOptions, mongodb_health, open_store
+from flask_gsession.stores.base import Checks, Clock, new_version
 from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.testing import FakeClock, StoreContract, a_record
 from tests.apps import Site, SiteMaker
 from tests.servers import with_database
-from tests.topologies import HOST, MongoAuthTLS, MongoReplicaSet
+from tests.topologies import HOST, MongoAuthTLS, MongoReplicaSet, until
 
 pytest_plugins = ["tests.topologies"]
 
@@ -267,3 +268,33 @@ def test_a_pool_that_is_in_use_is_contention(mongodb_url: str) -> None:
         assert not failure_of(lambda: away.load("x")).contention
     for each in (store, patient):
         each.close()
+
+
+def test_the_doctor_looks_at_the_members(replica_set: MongoReplicaSet) -> None:
+    store = open_store(replica_set.url, StoreOptions(timeout=10))[0]
+    assert isinstance(store, Checks)
+
+    def members() -> list[str]:
+        return [each.severity for each in store.check() if each.check == "replica"]
+
+    until(lambda: members() == ["ok", "ok"], "two well secondaries")
+    assert "replicas" not in {each.check for each in store.check()}
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "severity"),
+    [("RSSecondary", 95.0, "ok"), ("RSSecondary", 80.0, "warning"), ("Unknown", None, "warning")],
+)
+def test_a_member_that_is_late_or_away(kind: str, written: float | None, severity: str) -> None:
+    def member(kind: str, written: float | None, asked: float) -> Any:
+        return SimpleNamespace(
+            address=("db", 27017),
+            server_type_name=kind,
+            last_write_date=written,
+            last_update_time=asked,
+        )
+
+    primary = member("RSPrimary", 100.0, 7.0)
+    found = mongodb_health._member(member(kind, written, 5.0), primary)
+    assert found.severity == severity

@@ -29,6 +29,7 @@ from flask_gsession.errors import (
 )
 from flask_gsession.events import SessionDestroyed, WriteDropped
 from flask_gsession.stores import Record, Store, StoreOptions, open_store, redis_servers
+from flask_gsession.stores.base import Checks, Counts
 from flask_gsession.stores.redis_cluster import Cluster
 from flask_gsession.stores.redis_pool import Slot, packed
 from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_pointer, a_record
@@ -292,6 +293,30 @@ def test_a_client_made_by_a_sentinel(sentinels: RedisSentinels, open_shop: Opene
         watcher.close()
 
 
+def test_the_doctor_looks_at_replicas_and_sentinels(
+    sentinels: RedisSentinels, store_prefix: str
+) -> None:
+    store = open_store(sentinels.url, StoreOptions(store_prefix, timeout=3))[0]
+    assert isinstance(store, Checks)
+
+    def found(check: str) -> list[tuple[str, str]]:
+        return [(each.severity, each.found) for each in store.check() if each.check == check]
+
+    caught_up(sentinels)
+    until(lambda: [severity for severity, _ in found("replica")] == ["ok"] * 2, "two well replicas")
+    assert found("sentinels") == [("ok", "3 of 3 answer")]
+    with sentinels.sentinels[0].paused():
+        assert found("sentinels") == [("warning", "2 of 3 answer")]
+    service = sentinels.SERVICE
+    sentinels.sentinels[0].command("SENTINEL", "SET", service, "quorum", 5)
+    try:
+        ((severity, text),) = found("sentinels")
+        assert (severity, "NOQUORUM" in text) == ("error", True)
+    finally:
+        sentinels.sentinels[0].command("SENTINEL", "SET", service, "quorum", 2)
+    store.close()
+
+
 # A cluster -------------------------------------------------------------------------------------
 
 
@@ -300,6 +325,18 @@ def cluster(redis_cluster: RedisCluster) -> Iterator[RedisCluster]:
     """The cluster, made whole afterwards."""
     yield redis_cluster
     redis_cluster.start()
+
+
+def test_each_node_of_a_cluster_is_asked(cluster: RedisCluster, store_prefix: str) -> None:
+    store = open_store(cluster.url, StoreOptions(store_prefix, timeout=PATIENCE))[0]
+    assert isinstance(store, Checks)
+    assert isinstance(store, Counts)
+    versions = [each.found for each in store.check() if each.check == "server version"]
+    assert len({text.partition(": ")[0] for text in versions}) == 3
+    for _ in range(30):
+        store.create(a_record(time.time))
+    assert store.count() == 30
+    store.close()
 
 
 def names_on(node: RedisMember) -> list[str]:

@@ -9,7 +9,8 @@ import click
 from flask import current_app
 from flask.cli import with_appcontext
 
-from ..health import check_application, check_store
+from ..health import check_store
+from ..health_application import check_application
 from .common import interfaces
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -28,10 +29,12 @@ def doctor(as_json: bool) -> None:
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
     rows = []
     for interface in all_of_them.values():
-        found = check_application(app, interface) + check_store(
-            interface.store, interface.keeper._clock
-        )
-        cookie = interface.keeper.settings.cookie_name
+        settings = interface.keeper.settings
+        found = [
+            *check_application(app, interface, settings),
+            *check_store(interface.store, interface.keeper._clock),
+        ]
+        cookie = settings.cookie_name
         rows += [{"session": cookie, **finding._asdict()} for finding in found]
     if as_json:
         click.echo(json.dumps(rows, indent=2))

@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import UTC
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,6 +59,7 @@ from .base import (
     milliseconds,
     poll,
 )
+from .mongodb_health import checked
 
 COLLECTION = "gsession"
 DATABASE = "gsession"
@@ -397,55 +397,7 @@ class MongoDBStore:
 
     def check(self) -> list[Finding]:
         with self._collection("check") as collection:
-            database = collection.database
-            version = str(database.client.server_info()["version"])
-            hello = database.command("hello")
-            try:
-                indexes = collection.index_information()
-            except OperationFailure as error:
-                indexes = None
-                refusal = _code(error)
-        skew = hello["localTime"].replace(tzinfo=UTC).timestamp() - self._clock()
-        findings = [Finding("ok", "server version", version)]
-        if "setName" not in hello and hello.get("msg") != "isdbgrid":
-            findings.append(
-                Finding(
-                    "warning",
-                    "replicas",
-                    "none: a single server",
-                    "When it is lost, so are the sessions: run a replica set of three.",
-                )
-            )
-        if indexes is None:
-            findings.append(
-                Finding(
-                    "warning",
-                    "expiry index",
-                    f"this user may not list indexes ({refusal})",
-                    "Without the index expired sessions stay invalid, but are not removed.",
-                )
-            )
-        elif indexes.get("gsession_expiry", {}).get("expireAfterSeconds") != 0:
-            findings.append(
-                Finding(
-                    "error",
-                    "expiry index",
-                    "missing",
-                    "Expired sessions stay invalid, but are not removed. Let an administrator run: "
-                    f"db.{collection.name}.createIndex({{idle_expires_at: 1}}, "
-                    "{expireAfterSeconds: 0, name: 'gsession_expiry'})",
-                )
-            )
-        if abs(skew) > 1:
-            findings.append(
-                Finding(
-                    "error",
-                    "clock",
-                    f"the server's is {skew:+.1f} s from this machine's",
-                    "Sessions end early or late: let both follow a time server.",
-                )
-            )
-        return findings
+            return checked(collection, self._clock())
 
     def count(self) -> int:
         """About how many sessions are live: beyond a few, from the size and a random sample."""

@@ -29,7 +29,6 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
-    NoPermissionError,
     NoScriptError,
     ReadOnlyError,
     RedisError,
@@ -65,7 +64,7 @@ from .base import (
     milliseconds,
     poll,
 )
-from .redis_health import checked
+from .redis_health import checked, parsed
 from .redis_pool import AllInUse, ClientPool, ConnectionPool, packed
 from .redis_scan import Node, Scanner
 from .redis_servers import PrimaryPool, connections_of
@@ -303,18 +302,15 @@ class RedisStore:
 
     def count(self) -> int:
         """About how many sessions are live: of each server at most four short steps of SCAN."""
+        return sum(map(self._count_at, self._servers()))
+
+    def _servers(self) -> dict[bytes, str]:
+        """The address of each server that holds sessions, by a name that is asked about there."""
+        return {b"": ""}
+
+    def _count_at(self, name: bytes) -> int:
         deadline = self._deadline()
-        try:
-            names = self._names(deadline)
-        except (RedisError, OSError) as error:
-            raise StoreUnavailable(f"redis: count: {type(error).__name__}: {error}") from error
-        return sum(self._count_at(name, deadline) for name in names)
 
-    def _names(self, deadline: float) -> list[bytes]:
-        """A name for each server that holds sessions: what is asked about it is asked there."""
-        return [b""]
-
-    def _count_at(self, name: bytes, deadline: float) -> int:
         def ask(*words: bytes) -> Any:
             return self._call(deadline, _as_it_is, name, packed(*words))
 
@@ -373,28 +369,39 @@ class RedisStore:
         )
 
     def check(self) -> list[Finding]:
-        pool = self.lend_pool()
-        if pool is None:
-            return [Finding("ok", "server", "not looked at: there are several")]
-        client = redis.Redis(connection_pool=pool)
-        try:
-            about = dict(client.info("everything"))
-            seconds, micros = client.time()
-        except NoPermissionError:
+        nodes = self._servers()
+        findings = []
+        for name, address in nodes.items():
+            for finding in self._check_at(name):
+                where = f"{address}: " if len(nodes) > 1 else ""
+                findings.append(finding._replace(found=where + finding.found))
+        if isinstance(self._pool, PrimaryPool):
+            findings += self._pool.check(self._timeout)
+        return findings
+
+    def _check_at(self, name: bytes) -> list[Finding]:
+        def ask(*words: bytes) -> Any:
+            """The answer, None where the server refuses the command."""
+            try:
+                return self._call(self._deadline(), _as_it_is, name, packed(*words))
+            except StoreUnavailable as error:
+                if isinstance(error.__cause__, ResponseError):
+                    return None
+                raise
+
+        info = ask(b"INFO", b"everything")
+        if info is None:
             return [
                 Finding(
                     "warning",
                     "server",
-                    "this user may not call INFO and TIME",
-                    "Its eviction policy, persistence and clock were not looked at.",
+                    "it refuses INFO, or this user may not call it",
+                    "Its eviction policy, persistence and replicas were not looked at.",
                 )
             ]
-        except (RedisError, OSError) as error:
-            raise StoreUnavailable(f"redis: check: {type(error).__name__}: {error}") from error
-        finally:
-            if isinstance(self._source, str):
-                pool.disconnect()
-        return checked(about, seconds + micros / 1e6 - self._clock())
+        now = ask(b"TIME")
+        skew = None if now is None else int(now[0]) + int(now[1]) / 1e6 - self._clock()
+        return checked(parsed(info), skew, self._logout_replicas)
 
     def close(self) -> None:
         self._wake_ups.close()

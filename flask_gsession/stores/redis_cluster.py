@@ -206,13 +206,17 @@ class RedisClusterStore(RedisStore):
             raise
         self._end_lease(key, deadline)
 
-    def _names(self, deadline: float) -> list[bytes]:
+    def _servers(self) -> dict[bytes, str]:
         cluster: Cluster = self._pool
-        found: dict[Address, bytes] = {}
-        for slot in range(_TRIED):
-            name = b"%d" % slot
-            found.setdefault(cluster.owner(key_slot(name), deadline), name)
-        return list(found.values())
+        deadline = self._deadline()
+        names: dict[Address, bytes] = {}
+        try:
+            for number in range(_TRIED):
+                name = b"%d" % number
+                names.setdefault(cluster.owner(key_slot(name), deadline), name)
+        except (RedisError, OSError) as error:
+            raise StoreUnavailable(f"redis: {error}") from error
+        return {name: f"{host}:{port}" for (host, port), name in names.items()}
 
     def _delete(
         self,

@@ -3,52 +3,143 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from .base import Finding
 
 _OLDEST = (6, 2)
 _SKEW = 1.0  # seconds
+_LAG = 5  # seconds since a replica was last heard of; they speak once a second
+_FULL = 0.9  # of maxmemory
+
+About = Mapping[str, str]
 
 
-def checked(about: Mapping[str, Any], skew: float) -> list[Finding]:
-    """The findings; ``skew``: how many seconds the server's clock is ahead of ours."""
-    return list(_checked(about, skew))
+def parsed(info: bytes) -> dict[str, str]:
+    """What INFO answered, by name."""
+    lines = info.decode("utf-8", "replace").splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
-def _checked(about: Mapping[str, Any], skew: float) -> Iterator[Finding]:
-    version = str(about["redis_version"])
-    old = tuple(int(part) for part in version.split(".")[:2]) < _OLDEST
-    yield Finding(
-        "error" if old else "ok", "server version", version, "6.2 is the oldest." if old else ""
-    )
-    policy, limit = about["maxmemory_policy"], about["maxmemory"]
-    if policy == "noeviction":
+def checked(about: About, skew: float | None, logout_replicas: int) -> list[Finding]:
+    """The findings of one server.
+
+    ``skew``: how many seconds its clock is ahead of ours, None where it would not say.
+    ``logout_replicas``: how many must confirm a logout.
+    """
+    return [
+        _version(about),
+        *_memory(about),
+        *_persistence(about),
+        *_replicas(about, logout_replicas),
+        *_clock(skew),
+    ]
+
+
+def _version(about: About) -> Finding:
+    version = about.get("redis_version", "")
+    numbers = version.split(".")[:2]
+    if len(numbers) < 2 or not all(map(str.isdecimal, numbers)):
+        return Finding("warning", "server version", "not told", "6.2 is the oldest.")
+    if tuple(map(int, numbers)) < _OLDEST:
+        return Finding("error", "server version", version, "6.2 is the oldest.")
+    return Finding("ok", "server version", version)
+
+
+def _memory(about: About) -> Iterator[Finding]:
+    policy = about.get("maxmemory_policy")
+    used, limit = (int(about.get(name, 0)) for name in ("used_memory", "maxmemory"))
+    if policy is None:
+        yield Finding("warning", "eviction", "not told", "It must be noeviction.")
+    elif policy == "noeviction":
         yield Finding("ok", "eviction", policy)
     else:
         yield Finding(
             "error" if limit else "warning",
             "eviction",
-            f"{policy}, {'at ' + str(limit) + ' bytes' if limit else 'without a limit yet'}",
+            f"{policy}, {f'at {limit} bytes' if limit else 'without a limit yet'}",
             "A full server ends sessions at random: set maxmemory-policy to noeviction.",
         )
-    if about["role"] != "master":
-        yield Finding("error", "role", about["role"], "It takes no writes: name the primary.")
-    if about["rdb_last_bgsave_status"] != "ok":
+    if limit and used > _FULL * limit:
+        yield Finding(
+            "error",
+            "memory",
+            f"{used / limit:.0%} of {limit} bytes",
+            "A full server refuses writes, or drops sessions: raise maxmemory.",
+        )
+
+
+def _persistence(about: About) -> Iterator[Finding]:
+    if about.get("rdb_last_bgsave_status", "ok") != "ok":
         yield Finding(
             "error",
             "persistence",
             "the last snapshot failed",
             "Redis may refuse writes until one succeeds: look into its log and at its disk.",
         )
-    elif not about["aof_enabled"]:
+    elif about.get("aof_last_write_status", "ok") != "ok":
+        yield Finding(
+            "error",
+            "persistence",
+            "the append-only file cannot be written",
+            "Redis refuses writes until it can: look into its log and at its disk.",
+        )
+    elif about.get("aof_enabled") == "1":
+        yield Finding("ok", "persistence", "append-only file")
+    else:
         yield Finding(
             "warning",
             "persistence",
             "no append-only file",
             "A crash logs out everybody since the last snapshot: appendonly yes prevents it.",
         )
-    if abs(skew) > _SKEW:
+
+
+def _replicas(about: About, logout_replicas: int) -> Iterator[Finding]:
+    role = about.get("role", "master")
+    if role != "master":
+        yield Finding("error", "role", role, "It takes no writes: name the primary.")
+        return
+    count = int(about.get("connected_slaves", 0))
+    if count < logout_replicas:
+        yield Finding(
+            "error",
+            "replicas",
+            f"{count}, and SESSION_LOGOUT_REPLICAS is {logout_replicas}",
+            "No logout is confirmed: bring the replicas back, or set it to what there is.",
+        )
+    elif not count:
+        yield Finding(
+            "warning",
+            "replicas",
+            "none: a single server",
+            "While it is down nobody has a session: run replicas, and sentinels or a cluster.",
+        )
+    for number in range(count):
+        yield _replica(about, about.get(f"slave{number}", ""))
+
+
+def _replica(about: About, line: str) -> Finding:
+    told = dict(part.split("=", 1) for part in line.split(",") if "=" in part)
+    state, lag = told.get("state", "unknown"), int(told.get("lag", 0))
+    behind = int(about.get("master_repl_offset", 0)) - int(told.get("offset", 0))
+    where = f"{told.get('ip')}:{told.get('port')}"
+    found = f"{where} {state}, {behind} bytes behind, heard of {lag} s ago"
+    if state == "online" and lag <= _LAG:
+        return Finding("ok", "replica", found)
+    return Finding(
+        "warning",
+        "replica",
+        found,
+        "A failover to it brings ended sessions back, and loses new ones: look at it.",
+    )
+
+
+def _clock(skew: float | None) -> Iterator[Finding]:
+    if skew is None:
+        yield Finding(
+            "warning", "clock", "this user may not call TIME", "Whether it is right is not known."
+        )
+    elif abs(skew) > _SKEW:
         yield Finding(
             "error",
             "clock",

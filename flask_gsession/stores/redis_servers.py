@@ -16,14 +16,16 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
+from .base import Finding
 from .redis_pool import ConnectionPool, Slot, bounded, packed
 
 # A primary that was replaced on request takes writes for seconds, which are lost: so connections
 # that work are no proof, and the sentinels are asked again after so many seconds.
 LOOK_AGAIN = 1.0
+_NO_FAILOVER = "They could not replace the primary, should it die: start those that are down."
 
 Address = tuple[str, int]
 Make = Callable[[], Any]  # a connection that is not connected yet
@@ -108,6 +110,28 @@ class Sentinels:
                 return answer[0].decode(), int(answer[1])
         raise RedisConnectionError(f"no sentinel knows a primary of {self._service!r}{last}")
 
+    def check(self, timeout: float) -> list[Finding]:
+        """Which of them answer, and whether they could agree on another primary."""
+        makes = list(self._makes)
+        request = packed(b"SENTINEL", b"CKQUORUM", self._service.encode())
+        answering, refusal = 0, ""
+        for make in makes:
+            try:
+                ask_once(make, request, time.monotonic() + timeout)
+            except ResponseError as error:
+                refusal = str(error)
+            except (RedisError, OSError):
+                continue
+            answering += 1
+        found = f"{answering} of {len(makes)} answer"
+        if refusal:
+            return [Finding("error", "sentinels", f"{found}: {refusal}", _NO_FAILOVER)]
+        if answering < len(makes):
+            return [
+                Finding("warning", "sentinels", found, "Start those that are down, or name others.")
+            ]
+        return [Finding("ok", "sentinels", found)]
+
 
 class _ToPrimary:
     """Mixed into the connection classes: connects to whoever is the primary now, and makes sure."""
@@ -163,6 +187,10 @@ class PrimaryPool(ConnectionPool):
                     if self._find(now + (deadline - now) / 4) != before:
                         self.distrust()
         return super().take(deadline)
+
+    def check(self, timeout: float) -> list[Finding]:
+        """Whether the sentinels can replace the primary."""
+        return self._sentinels.check(timeout)
 
     def _find(self, deadline: float) -> Address:
         self._primary = self._sentinels.primary(deadline)

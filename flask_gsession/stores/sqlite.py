@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import stat
 import threading
@@ -76,6 +77,7 @@ _LIVE = "successor IS NULL AND idle_expires_at > ?"
 _BETWEEN = "key > ? AND key >= ? AND key < ?"
 _ORPHANED = "NOT EXISTS (SELECT 1 FROM gsession WHERE gsession.key = gsession_lease.key)"
 _KEEP_IDLE = 16  # connections
+_LITTLE_SPACE = 64 * 2**20  # bytes
 
 
 def _checked(record: Record) -> Record:
@@ -340,8 +342,16 @@ class SQLiteStore:
     def check(self) -> list[Finding]:
         with self._connection() as db:
             (journal,) = db.execute("PRAGMA journal_mode").fetchone()
-            (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        mode = stat.S_IMODE(self.path.stat().st_mode)
+            try:
+                (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:  # damaged beyond a list of what is damaged
+                sound = str(error)
+        folder = self.path.parent
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in (self.path, folder)]
+        shared = modes[1] & 0o022 and not modes[1] & stat.S_ISVTX
+        free = shutil.disk_usage(folder).free
         return [
             Finding("ok", "integrity")
             if sound == "ok"
@@ -353,10 +363,26 @@ class SQLiteStore:
             else Finding(
                 "warning", "journal", journal, "Readers and writers wait: use a local disk."
             ),
-            Finding("ok", "file rights", f"{mode:o}")
-            if not mode & 0o077
+            Finding("ok", "file rights", f"{modes[0]:o}")
+            if not modes[0] & 0o077
             else Finding(
-                "error", "file rights", f"{mode:o}", f"Others may read it: chmod 600 {self.path}"
+                "error",
+                "file rights",
+                f"{modes[0]:o}",
+                f"Others may read it: chmod 600 {self.path}",
+            ),
+            Finding("ok", "folder rights", f"{modes[1]:o}")
+            if not shared
+            else Finding(
+                "error",
+                "folder rights",
+                f"{modes[1]:o}",
+                f"Others may put another file in its place: chmod go-w {folder}",
+            ),
+            Finding("ok", "disk", f"{free >> 20} MiB free")
+            if free >= _LITTLE_SPACE
+            else Finding(
+                "error", "disk", f"{free >> 20} MiB free", "Soon nothing can be saved: make room."
             ),
         ]
 

@@ -1,0 +1,147 @@
+"""What ``flask gsession doctor`` says of an application: secret keys, mode, cookie and timeouts.
+
+What cannot be at all, such as a ``__Host-`` cookie with a domain, stops ``init_app`` already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from flask import Flask
+from flask.sessions import SessionInterface
+
+from .config import Settings, secret_keys
+from .stores.base import Finding
+
+_SHORT_SECRET = 16  # characters
+_FEW_BITS = 64
+_PLACEHOLDERS = ("change me", "changeme", "secret key", "secretkey", "your secret", "password")
+_MAKE_ONE = "Who guesses it can sign tokens: use secrets.token_urlsafe(32)."
+
+_DAY = 86_400
+# What OWASP ASVS 4.0.3 says of re-authentication in V3.3.2; 5.0 (V7.3) gives no figures.
+_LEVELS = (  # level, idle and absolute timeout in seconds
+    (3, 15 * 60, _DAY / 2),
+    (2, 30 * 60, _DAY / 2),
+    (1, math.inf, 30 * _DAY),
+)
+
+
+def check_application(app: Flask, interface: SessionInterface, settings: Settings) -> list[Finding]:
+    """What the application's secret keys, mode, cookie and timeouts are like."""
+    return [
+        *_keys(app),
+        *_mode(app, settings),
+        *_cookie(app, interface),
+        _timeouts(settings),
+    ]
+
+
+def _keys(app: Flask) -> Iterator[Finding]:
+    current, *older = secret_keys(app)
+    if not current:
+        yield Finding(
+            "error", "SECRET_KEY", "not set", "No session can be kept without: set a random one."
+        )
+        return
+    for name, key in (("SECRET_KEY", current), *(("SECRET_KEY_FALLBACKS", old) for old in older)):
+        weakness = _weakness(key)
+        if weakness:
+            yield Finding("error", name, weakness, _MAKE_ONE)
+
+
+def _weakness(key: str | bytes) -> str:
+    """Why the key can be guessed; nothing of what it is."""
+    text = key if isinstance(key, str) else key.decode("latin-1")
+    if len(text) < _SHORT_SECRET:
+        return f"{len(text)} characters"
+    if any(word in text.lower().replace("-", " ").replace("_", " ") for word in _PLACEHOLDERS):
+        return "a placeholder"
+    shares = [count / len(text) for count in Counter(text).values()]
+    if -sum(share * math.log2(share) for share in shares) * len(text) < _FEW_BITS:
+        return "repeats itself"
+    return ""
+
+
+def _mode(app: Flask, settings: Settings) -> Iterator[Finding]:
+    if app.debug:
+        yield Finding("warning", "debug", "on", "Never in production: it runs code for visitors.")
+    elif settings.debug:
+        yield Finding(
+            "warning",
+            "SESSION_DEBUG",
+            "on, without debug mode",
+            "It says more of each request than a log should keep: set it to False.",
+        )
+    if app.testing:
+        yield Finding(
+            "warning", "TESTING", "on", "Errors get past the error pages: not in production."
+        )
+
+
+def _cookie(app: Flask, interface: SessionInterface) -> Iterator[Finding]:
+    name = interface.get_cookie_name(app)
+    if not interface.get_cookie_secure(app):
+        yield Finding(
+            "warning",
+            "SESSION_COOKIE_SECURE",
+            "off",
+            "The cookie goes over plain HTTP, too: set it to True where the site has HTTPS.",
+        )
+    elif not name.startswith(("__Host-", "__Secure-")):
+        yield Finding(
+            "warning",
+            "cookie prefix",
+            "none",
+            "A sibling domain, or a page without TLS, can plant a cookie of this name: call it "
+            f"__Host-{name} (OWASP ASVS 5.0, V3.3.1).",
+        )
+    if not interface.get_cookie_httponly(app):
+        yield Finding(
+            "error", "SESSION_COOKIE_HTTPONLY", "off", "Scripts can read the token: set it to True."
+        )
+    samesite = interface.get_cookie_samesite(app)
+    if samesite not in ("Lax", "Strict"):
+        yield Finding(
+            "warning",
+            "SESSION_COOKIE_SAMESITE",
+            str(samesite),
+            'Other sites can send requests with the cookie: "Lax" prevents most.',
+        )
+    domain = interface.get_cookie_domain(app)
+    if domain:
+        yield Finding(
+            "warning",
+            "SESSION_COOKIE_DOMAIN",
+            domain,
+            "Every host below it gets the token: leave it out, if one host is enough.",
+        )
+
+
+def _timeouts(settings: Settings) -> Finding:
+    idle = max(settings.idle_timeout, settings.permanent_lifetime)
+    absolute = settings.absolute_timeout
+    found = (
+        f"idle {_span(settings.idle_timeout)}, if permanent {_span(settings.permanent_lifetime)}, "
+        f"absolute {_span(absolute)}"
+    )
+    for level, most_idle, most in _LEVELS:
+        if min(idle, absolute) <= most_idle and absolute <= most:
+            return Finding("ok", "timeouts", f"{found}: level {level} of OWASP ASVS 4.0.3, V3.3.2")
+    return Finding(
+        "warning",
+        "timeouts",
+        found,
+        "OWASP ASVS 4.0.3, V3.3.2 wants a new login after 30 days (level 1), after 12 hours or 30 "
+        "idle minutes (2), after 12 hours or 15 idle minutes (3); 5.0, V7.3 wants the decision "
+        "written down. See SESSION_ABSOLUTE_TIMEOUT and SESSION_IDLE_TIMEOUT.",
+    )
+
+
+def _span(seconds: float) -> str:
+    for unit, length in (("d", _DAY), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.4g} {unit}"
+    return f"{seconds:.4g} s"

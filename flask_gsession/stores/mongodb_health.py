@@ -1,0 +1,147 @@
+"""What a MongoDB says about its fitness for sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC
+from typing import Any
+
+from pymongo.errors import OperationFailure
+
+from .base import Finding
+
+_OLDEST = (5, 0)
+_SKEW = 1.0  # seconds
+_LAG = 10.0  # seconds
+_SAFE = 3  # members that bear data
+_OF_DATA = ("RSPrimary", "RSSecondary")
+
+
+def checked(collection: Any, now: float) -> list[Finding]:
+    """The findings on the server of this collection; ``now`` is our time in seconds since 1970.
+
+    Raises what the driver raises, but for a lack of rights.
+    """
+    client = collection.database.client
+    hello = collection.database.command("hello")
+    return [
+        _version(str(client.server_info()["version"])),
+        *_members(client, hello),
+        *_write_concern(client, hello),
+        *_index(collection),
+        *_clock(hello["localTime"].replace(tzinfo=UTC).timestamp() - now),
+    ]
+
+
+def _version(version: str) -> Finding:
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        return Finding("error", "server version", version, "5.0 is the oldest.")
+    return Finding("ok", "server version", version)
+
+
+def _members(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
+    if hello.get("msg") == "isdbgrid":
+        yield Finding("ok", "replicas", "not looked at: this is a mongos")
+        return
+    hosts = [*hello.get("hosts", ()), *hello.get("passives", ())]
+    if len(hosts) < 2:
+        yield Finding(
+            "warning",
+            "replicas",
+            "none: a single server",
+            "When it is lost, so are the sessions: run a replica set of three.",
+        )
+        return
+    if len(hosts) < _SAFE:
+        yield Finding(
+            "warning",
+            "replicas",
+            f"{len(hosts)} members with data, {len(hello.get('arbiters', ()))} without",
+            "When one is down there is no majority to write to: run three with data.",
+        )
+    seen = client.topology_description.server_descriptions().values()
+    primary = next((each for each in seen if each.server_type_name == "RSPrimary"), None)
+    for each in seen:
+        if each is not primary and each.server_type_name != "RSArbiter":
+            yield _member(each, primary)
+
+
+def _member(member: Any, primary: Any) -> Finding:
+    where = "{}:{}".format(*member.address)
+    if member.server_type_name not in _OF_DATA:
+        return Finding(
+            "warning",
+            "replica",
+            f"{where} does not answer, or is starting",
+            "One more that fails, and there may be no majority: look at it.",
+        )
+    lag = _lag(member, primary)
+    found = f"{where} is {max(0, lag):.0f} s behind"
+    if lag <= _LAG:
+        return Finding("ok", "replica", found)
+    return Finding(
+        "warning", "replica", found, "A majority may be late or missing: every write waits for one."
+    )
+
+
+def _lag(member: Any, primary: Any) -> float:
+    """How many seconds a member is behind, as far as the driver knows.
+
+    Each was asked at a time of its own, so what is compared is how long before that it had written.
+    """
+    if primary is None or member.last_write_date is None or primary.last_write_date is None:
+        return 0.0
+    ages = [each.last_update_time - each.last_write_date for each in (member, primary)]
+    return float(ages[0] - ages[1])
+
+
+def _write_concern(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
+    try:
+        config = client.admin.command("replSetGetConfig")["config"] if "setName" in hello else {}
+    except OperationFailure:  # it takes a right that sessions need not
+        config = {}
+    if config.get("writeConcernMajorityJournalDefault", True):
+        yield Finding("ok", "write concern", "majority")
+    else:
+        yield Finding(
+            "warning",
+            "write concern",
+            "majority, in memory",
+            "A power cut of all can bring ended sessions back: set "
+            "writeConcernMajorityJournalDefault to true.",
+        )
+
+
+def _index(collection: Any) -> Iterator[Finding]:
+    try:
+        indexes = collection.index_information()
+    except OperationFailure as error:
+        code = (error.details or {}).get("codeName", type(error).__name__)
+        yield Finding(
+            "warning",
+            "expiry index",
+            f"this user may not list indexes ({code}, code {error.code})",
+            "Without the index expired sessions stay invalid, but are not removed.",
+        )
+        return
+    if indexes.get("gsession_expiry", {}).get("expireAfterSeconds") == 0:
+        yield Finding("ok", "expiry index")
+    else:
+        yield Finding(
+            "error",
+            "expiry index",
+            "missing",
+            "Expired sessions stay invalid, but are not removed. Let an administrator run: "
+            f"db.{collection.name}.createIndex({{idle_expires_at: 1}}, "
+            "{expireAfterSeconds: 0, name: 'gsession_expiry'})",
+        )
+
+
+def _clock(skew: float) -> Iterator[Finding]:
+    if abs(skew) > _SKEW:
+        yield Finding(
+            "error",
+            "clock",
+            f"the server's is {skew:+.1f} s from this machine's",
+            "Sessions end early or late: let both follow a time server.",
+        )
