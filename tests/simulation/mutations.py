@@ -140,7 +140,7 @@ def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = N
 
 
 def _idle_end_alone(self: Keeper, body: Body, absolute: int) -> int:
-    return int(self._clock() * 1000) + self._idle_span(body)[0]
+    return int(self._clock() * 1000) + self._idle_span(body.values, body.lifetime)[0]
 
 
 def _drop_silently(self: Lifecycle, during: str) -> None:
