@@ -122,6 +122,21 @@ def test_an_unreadable_record_costs_one_connection_only(
     store.close()
 
 
+def test_a_socket_that_an_interrupt_left_closed_costs_one_call(
+    mongodb_url: str, store_prefix: str
+) -> None:
+    store: Any = open_store(mongodb_url, StoreOptions(prefix=store_prefix))[0]
+    record = a_record(FakeClock())
+    store.create(record)
+    (server,) = store._connect().database.client._topology._servers.values()
+    (connection,) = server.pool.conns
+    connection.close_conn(None)
+    with pytest.raises(StoreUnavailable, match="OSError"):
+        store.load(record.key)
+    assert store.load(record.key) == record
+    store.close()
+
+
 def test_the_expiry_index_is_tried_again_after_an_outage(
     mongodb_url: str, store_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -430,7 +430,7 @@ class MongoDBStore:
             collection = self._collection_of_client if self._pid == os.getpid() else self._connect()
             with pymongo.timeout(self._timeout):
                 yield collection
-        except PyMongoError as error:
+        except (PyMongoError, OSError) as error:  # of a socket that an interrupt left closed
             raise StoreUnavailable(
                 f"mongodb: {operation}: {_reason(error, self._collection_of_client)}",
                 contention=isinstance(error, WaitQueueTimeoutError),
@@ -505,7 +505,7 @@ class MongoDBStore:
         self._indexed = True
 
 
-def _reason(error: PyMongoError, collection: Any) -> str:
+def _reason(error: Exception, collection: Any) -> str:
     """What went wrong and where, in one line, and nothing of what was sent."""
     if not isinstance(error, OperationFailure):
         text = str(error).partition(", Timeout: ")[0].partition(", full error: ")[0]
