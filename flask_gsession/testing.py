@@ -133,9 +133,11 @@ class HookedStore:
         self._run("after", operation)
 
     def _run(self, when: str, operation: str) -> None:
-        hooks = self._hooks.get((when, operation))
-        if hooks:
-            hooks.pop(0)()
+        try:
+            hook = self._hooks[when, operation].pop(0)
+        except (KeyError, IndexError):  # none, or another thread was faster
+            return
+        hook()
 
 
 def _given(lease: str | None) -> tuple[str, ...]:

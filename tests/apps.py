@@ -18,11 +18,12 @@ import itertools
 import os
 import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import bson
@@ -39,8 +40,11 @@ from flask_gsession.stores.base import Clock
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 
+T = TypeVar("T")
+
 # A busy machine must not look like an outage.
 PATIENCE = 10.0  # seconds
+STUCK = 30.0  # seconds; nothing here takes that long unless it is stuck
 
 
 class Visitor(FlaskClient):
@@ -371,6 +375,40 @@ def look_inside(site: Site) -> Inside:
     if parts.scheme == "mongodb":
         return InsideMongoDB(site.url)
     return InsideRedis(site.url, site.prefix)
+
+
+def until(done: Callable[[], object]) -> None:
+    """Wait for what another thread, process or server is about to do."""
+    end = time.monotonic() + STUCK
+    while not done():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def within(seconds: float, act: Callable[[], T]) -> T:
+    """What ``act()`` gives, in less than so many seconds.
+
+    It may try again: a busy machine makes something slow once, what is wrong makes it slow always.
+    """
+    took: list[float] = []
+    while len(took) < 4:
+        began = time.monotonic()
+        result = act()
+        took.append(time.monotonic() - began)
+        if took[-1] < seconds:
+            return result
+        assert took[-1] < STUCK / 2, took
+    raise AssertionError(f"it never took less than {seconds} seconds, but {took}")
+
+
+@contextmanager
+def hasty(store: Any, seconds: float) -> Iterator[None]:
+    """For the length of the block a call of a Redis or MongoDB store may take this long only."""
+    before, store._timeout = store._timeout, seconds
+    try:
+        yield
+    finally:
+        store._timeout = before
 
 
 def at_once(*functions: Callable[[], object]) -> None:

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,43 @@ from hypothesis import settings
 from pymongo import MongoClient
 from redis import Redis
 
+from flask_gsession.config import Settings
+from flask_gsession.stores import StoreOptions
 from flask_gsession.testing import FakeClock
-from tests.apps import Site, SiteMaker
+from tests.apps import PATIENCE, Site, SiteMaker
 from tests.servers import MongoServer, RedisServer, mongo_server, redis_server, with_database
 
 # A deadline in milliseconds says nothing about code that waits for a real server.
 settings.register_profile("gsession", parent=settings(), deadline=None)
 settings.load_profile("gsession")
+
+PATIENT_WAITER = 50_000  # milliseconds
+SHIPPED = {kind: kind.__init__.__defaults__ for kind in (Settings, StoreOptions)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """A store call may take long, unless a test says how long: a busy machine is no outage."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, name in ((Settings, "store_timeout"), (StoreOptions, "timeout")):
+            values: list[Any] = list(SHIPPED[kind] or ())
+            values[[field.name for field in fields(kind)].index(name)] = PATIENCE
+            patch.setattr(kind.__init__, "__defaults__", tuple(values))
+        yield
+
+
+@pytest.fixture
+def shipped_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The defaults are those of the package."""
+    for kind, values in SHIPPED.items():
+        monkeypatch.setattr(kind.__init__, "__defaults__", values)
+
+
+@pytest.fixture
+def patient_waiters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a lock keeps his place however slow the machine is: Redis has its own clock."""
+    for module in ("base", "redis", "mongodb"):
+        monkeypatch.setattr(f"flask_gsession.stores.{module}.WAITER_LIFE", PATIENT_WAITER)
 
 
 @pytest.fixture

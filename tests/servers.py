@@ -33,7 +33,7 @@ from urllib.parse import quote, urlsplit
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-START_TIMEOUT = 30.0  # seconds until a server must answer
+START_TIMEOUT = 60.0  # seconds until a server must answer
 
 # Reads process ids from the pipe, the newest being the one to kill; an empty line means none.
 GUARD = """
@@ -66,6 +66,7 @@ class Server:
         self.options = options
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._paused = False
         self._guard: subprocess.Popen[bytes] | None = None
         self._directory = Path()
 
@@ -100,6 +101,11 @@ class Server:
     def running(self) -> bool:
         """Whether there is a process, be it paused."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def awake(self) -> bool:
+        """Whether there is a process that is not paused."""
+        return self.running and not self._paused
 
     def start(self) -> None:
         """Start the server, after `kill` on the same port and with the same files.
@@ -144,7 +150,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._process = process
+        self._process, self._paused = process, False
         self._tell_guard(str(process.pid))
         deadline = time.monotonic() + START_TIMEOUT
         while not self._answers():
@@ -175,10 +181,12 @@ class Server:
         process = self._running()
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        self._paused = True
 
     def resume(self) -> None:
         """Let a paused server go on (SIGCONT)."""
         self._running().send_signal(signal.SIGCONT)
+        self._paused = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -351,8 +359,11 @@ def free_port() -> int:
     It is below the range that outgoing connections take theirs from. There, a client that
     retries against a killed server could be given the server's port, and connect to itself.
     """
+    # Each worker of pytest has ports of its own: a killed server shall find its own still free.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        port = random.randrange(20000, 30000)
+        port = random.randrange(20000 + worker, 30000, workers)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

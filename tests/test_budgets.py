@@ -14,7 +14,7 @@ import pytest
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import SessionSaved
 from flask_gsession.testing import FakeClock
-from tests.apps import PATIENCE, Site, SiteMaker, Visitor
+from tests.apps import PATIENCE, Site, SiteMaker, Visitor, until, within
 from tests.servers import MongoServer, RedisServer, with_database
 from tests.topologies import TCPProxy
 
@@ -122,9 +122,7 @@ def test_a_lock_is_asked_for_once_and_given_back(site: Site) -> None:
     with site.counted() as counted:
         visitor.run(view)
     assert [call for call in counted.calls if call != "release"] == ["load", "acquire"]
-    deadline = time.monotonic() + PATIENCE
-    while "release" not in site.store.calls and time.monotonic() < deadline:
-        time.sleep(0.01)  # somebody else does it, at leisure
+    until(lambda: "release" in site.store.calls)  # somebody else does it, at leisure
     assert site.store.calls.count("release") == 1
 
 
@@ -232,26 +230,22 @@ def test_a_request_waits_for_one_call(fault: str, server: RedisServer | MongoSer
             request = REQUESTS[what]
             visitor = visitor_of(patient)
             behind = hasty.visitor(visitor.cookie)
-            for _ in range(100):  # what the fault before broke must be well again
-                if behind.ask(dict).status_code == 200:
-                    break
+
+            def ask(behind: Visitor = behind, request: Callable[[Any], object] = request) -> Any:
+                with ExitStack() as broken:
+
+                    def view(session: Any) -> None:
+                        session.get("hits")
+                        broken.enter_context(faults[fault]())
+                        request(session)
+
+                    return behind.ask(view)
+
+            # What the fault before broke must be well again.
+            until(lambda behind=behind: behind.ask(dict).status_code == 200)  # type: ignore[misc]
             patient.clock.advance(120)
-            with ExitStack() as broken:
-
-                def view(
-                    session: Any,
-                    broken: ExitStack = broken,
-                    request: Callable[[Any], object] = request,
-                ) -> None:
-                    session.get("hits")
-                    broken.enter_context(faults[fault]())
-                    request(session)
-
-                begin = time.monotonic()
-                response = behind.ask(view)
-                took = time.monotonic() - begin
+            response = within(BOUND, ask)
             assert response.status_code == 503 or what == "read", what
-            assert took < BOUND, (what, took)
 
 
 def test_a_locked_database_is_waited_for_once(tmp_path: Path, clock: FakeClock) -> None:
@@ -261,16 +255,17 @@ def test_a_locked_database_is_waited_for_once(tmp_path: Path, clock: FakeClock) 
         for what, request in REQUESTS.items():
             visitor = visitor_of(patient)
             behind = hasty.visitor(visitor.cookie)
+
+            def ask(behind: Visitor = behind, request: Callable[[Any], object] = request) -> Any:
+                with hasty.counted() as counted:
+                    response = behind.ask(lambda session: (dict(session), request(session)))
+                assert len([call for call in counted.calls if call != "load"]) == 1, counted.calls
+                return response
+
             with closing(sqlite3.connect(path, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
-                with hasty.counted() as counted:
-                    begin = time.monotonic()
-                    response = behind.ask(
-                        lambda session, request=request: (dict(session), request(session))
-                    )
-                    assert time.monotonic() - begin < BOUND, what
+                response = within(BOUND, ask)
                 other.execute("ROLLBACK")
-            assert len([call for call in counted.calls if call != "load"]) == 1, counted.calls
             assert response.status_code == 503 or what == "read", what
             assert visitor.run(dict) == {"hits": 0}, what
 
@@ -288,13 +283,13 @@ def test_a_write_whose_reply_is_lost_is_applied_once(
         for request in (count, count_in_transaction, count_with_the_response):
             visitor = visitor_of(patient)
             behind = site.visitor(visitor.cookie)
-            while behind.ask(count).status_code != 200:  # the server knows the script by now
-                pass
-            before = visitor.run(lambda session: session["hits"])
-            with proxy.lose_reply(match, None if always else 1):
-                cuts = proxy.cuts
-                response = behind.ask(request)
-                assert proxy.cuts > cuts
+            # The server knows the script by now.
+            until(lambda behind=behind: behind.ask(count).status_code == 200)  # type: ignore[misc]
+            cuts = proxy.cuts
+            while proxy.cuts == cuts:  # on a busy machine the write may not get that far
+                before = visitor.run(lambda session: session["hits"])
+                with proxy.lose_reply(match, None if always else 1):
+                    response = behind.ask(request)
             assert response.status_code == (503 if always else 200)
             assert visitor.run(dict) == {"hits": before + 1}
 

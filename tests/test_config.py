@@ -212,6 +212,7 @@ def test_wrong_values_stop_the_app(key: str, value: Any, by_keyword: bool) -> No
     assert not app.extensions.get("gsession")
 
 
+@pytest.mark.usefixtures("shipped_defaults")
 def test_the_defaults_are_what_the_documentation_says() -> None:
     assert read_settings(Flask(__name__), {}) == Settings(
         store=None,

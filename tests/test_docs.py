@@ -503,6 +503,7 @@ def test_every_setting_is_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("name", _CHECKS)
+@pytest.mark.usefixtures("shipped_defaults")
 def test_a_setting_has_the_default_that_is_written(name: str) -> None:
     written = re.match(r"`(.*?)`", SETTINGS[name]["default"])
     assert written is not None

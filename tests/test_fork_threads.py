@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -519,10 +520,7 @@ class Interrupter:
         self._kind = kind
         self._function = function
         self._armed = False
-        started = time.monotonic()
-        for _ in range(20):
-            function()
-        self._usual = (time.monotonic() - started) / 20
+        self._usual = median(self._timed() for _ in range(20))
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGALRM, self._strike)
@@ -548,6 +546,11 @@ class Interrupter:
         self._armed = False
         self.interrupts += 1
         raise self._kind
+
+    def _timed(self) -> float:
+        started = time.monotonic()
+        self._function()
+        return time.monotonic() - started
 
     def call(self) -> None:
         """Call the function once; an interrupt, and what it breaks in Flask, ends here."""
@@ -731,8 +734,8 @@ def open_files() -> dict[str, str]:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether a condition comes true within a generous time."""
-    deadline = time.monotonic() + DEADLINE
+    """Whether a condition comes true in some time."""
+    deadline = time.monotonic() + 10
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -745,20 +748,26 @@ def test_close_leaves_no_descriptor_and_no_thread(shared_url: str, store_prefix:
 
     sites = []  # kept: what is closed must not wait for the garbage collector
 
-    def use_and_close() -> int:
-        """How many files were open just before."""
+    def use_and_close() -> set[tuple[str, str]]:
+        """What was open just before."""
         site = make_site(shared_url, store_prefix)
         sites.append(site)
         with ThreadPoolExecutor(10) as pool:
             list(pool.map(site.log_in, "abcdefghij"))
-        opened = len(open_files())
+        opened = set(open_files().items())
         site.ext.close(site.app)
         return opened
 
     use_and_close()  # whatever is opened once per process is open now
-    gc.collect()
-    files, threads = open_files(), set(threading.enumerate())
-    for _ in range(3):
-        assert use_and_close() > len(files), "no connection was open: that shows nothing"
-    assert eventually(lambda: set(threading.enumerate()) <= threads)
-    assert eventually(lambda: open_files().items() <= files.items())
+    for last_try in (False, False, True):  # the fixtures' own clients may just open something
+        gc.collect()
+        files, threads = set(open_files().items()), set(threading.enumerate())
+
+        def is_as_before(files: Any = files, threads: Any = threads) -> bool:
+            return set(open_files().items()) <= files and set(threading.enumerate()) <= threads
+
+        for _ in range(3):
+            assert use_and_close() - files, "no connection was open: that shows nothing"
+        if eventually(is_as_before):
+            return
+        assert not last_try, "threads or files were left behind"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import secrets
 import signal
+import struct
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -17,12 +21,28 @@ from flask_gsession.locking import _renewer
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
-from tests.apps import PATIENCE, Site, at_once
+from tests.apps import PATIENCE, Site, Visitor, at_once
 from tests.servers import RedisServer
 from tests.test_fork_threads import Child, Gate, gates
 from tests.test_locks import Waiter, a_visitor, count, count_locked, is_free, no_thread, until
 
-SHORT = 0.5  # seconds that a lock lasts without its holder, in real time
+LEASE = 60  # seconds that a lock lasts without its holder
+
+
+class SharedClock:
+    """A `FakeClock` for this process and those that are forked from it."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+        self._memory[:] = struct.pack("d", time.time())
+
+    def __call__(self) -> float:
+        (now,) = struct.unpack("d", self._memory[:])
+        return float(now)
+
+    def advance(self, seconds: float) -> None:
+        """Turn the clock forward, for all."""
+        self._memory[:] = struct.pack("d", self() + seconds)
 
 
 @pytest.fixture(params=["sqlite", "redis", "mongodb"])
@@ -35,18 +55,20 @@ def shared_url(request: pytest.FixtureRequest) -> str:
 class Holder:
     """A process that takes the lock, counts, and waits for `go_on` before it leaves the block."""
 
-    def __init__(self, url: str, prefix: str, cookie: str, entered: Gate, go_on: Gate) -> None:
-        self._where = (url, prefix, cookie, entered, go_on)
+    def __init__(self, site: Site, visitor: Visitor, entered: Gate, go_on: Gate) -> None:
+        self._where = (site.url, site.prefix, site.clock, visitor.cookie)
+        self._gates = (entered, go_on)
         self.process = Child(self._hold)
         entered.wait()
 
     def _hold(self) -> str:
-        url, prefix, cookie, entered, go_on = self._where
+        url, prefix, clock, cookie = self._where
+        entered, go_on = self._gates
         result: list[str] = []
 
         def view(session: Any) -> None:
             try:
-                with session.lock(timeout=SHORT):
+                with session.lock(timeout=LEASE):
                     count(session)
                     entered.open()
                     go_on.wait()
@@ -55,12 +77,24 @@ class Holder:
             else:
                 result.append("stored")
 
-        with Site(url, prefix, time.time, lock_warn=None) as site:
+        with Site(url, prefix, clock, lock_warn=None) as site:
             site.visitor(cookie).run(view)
         return result[0]
 
-    def send(self, number: int) -> None:
-        os.kill(self.process._pid, number)
+    def kill(self) -> None:
+        os.kill(self.process._pid, signal.SIGKILL)
+        os.waitpid(self.process._pid, 0)
+        os.close(self.process._reader)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        pid = self.process._pid
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 def count_patiently(session: Any) -> int:
@@ -69,14 +103,12 @@ def count_patiently(session: Any) -> int:
 
 
 def test_the_lock_of_a_process_that_is_killed(shared_url: str, store_prefix: str) -> None:
-    with Site(shared_url, store_prefix, time.time) as site, gates(2) as (entered, go_on):
+    with Site(shared_url, store_prefix, SharedClock()) as site, gates(2) as (entered, go_on):
         visitor = a_visitor(site)
-        assert visitor.cookie is not None
-        holder = Holder(shared_url, store_prefix, visitor.cookie, entered, go_on)
+        holder = Holder(site, visitor, entered, go_on)
+        holder.kill()
         assert not is_free(site, visitor)
-        holder.send(signal.SIGKILL)
-        os.waitpid(holder.process._pid, 0)
-        os.close(holder.process._reader)
+        site.clock.advance(LEASE)
         assert visitor.run(count_patiently) == 1
         assert visitor.run(dict) == {"n": 1}
 
@@ -85,16 +117,13 @@ def test_the_lock_of_a_process_that_is_killed(shared_url: str, store_prefix: str
 def test_the_lock_of_a_process_that_is_stopped(
     somebody: bool, shared_url: str, store_prefix: str
 ) -> None:
-    with Site(shared_url, store_prefix, time.time) as site, gates(2) as (entered, go_on):
+    with Site(shared_url, store_prefix, SharedClock()) as site, gates(2) as (entered, go_on):
         visitor = a_visitor(site)
-        assert visitor.cookie is not None
-        holder = Holder(shared_url, store_prefix, visitor.cookie, entered, go_on)
-        holder.send(signal.SIGSTOP)
-        if somebody:
-            assert visitor.run(count_patiently) == 1
-        else:
-            time.sleep(1.2 * SHORT)
-        holder.send(signal.SIGCONT)
+        holder = Holder(site, visitor, entered, go_on)
+        with holder.stopped():
+            site.clock.advance(LEASE)
+            if somebody:
+                assert visitor.run(count_patiently) == 1
         go_on.open()
         assert holder.process.result() == "lost"
         assert visitor.run(dict) == {"n": int(somebody)}
@@ -174,37 +203,51 @@ def wait_once(site: Site) -> Any:
     return site.store.store
 
 
+def let_listen(site: Site) -> Any:
+    """Have somebody listen to Redis; the store."""
+    store: Any = site.store.store
+    until(lambda: wait_once(site) is store and listening(store))
+    return store
+
+
+def let_rest(store: Any) -> None:
+    """Wait until nobody listens, because nobody waits; the time for that is patched."""
+    until(lambda: store._wake_ups._listener is None)
+
+
 def test_one_connection_hears_for_all_who_wait(
     redis_url: str, store_prefix: str, clock: FakeClock, redis_client: Any
 ) -> None:
-    def listeners() -> list[Any]:
-        return [client for client in redis_client.client_list() if client["sub"] != "0"]
+    name = f"locks-{secrets.token_hex(4)}"
+    url = f"{redis_url}{'&' if '?' in redis_url else '?'}client_name={name}"
 
-    before = len(listeners())
-    with Site(redis_url, store_prefix, clock, lock_wait=PATIENCE) as site:
+    def listeners() -> int:
+        clients = redis_client.client_list()
+        return sum(client["name"] == name and client["sub"] != "0" for client in clients)
+
+    with Site(url, store_prefix, clock, lock_wait=PATIENCE) as site:
         visitor = a_visitor(site)
         visitor.run(count_locked)
-        assert len(listeners()) == before  # nobody waited
+        assert listeners() == 0  # nobody waited
 
         def client() -> None:
             visitor.another_tab().run(count_locked)
 
         at_once(*[client] * 8)
-        store: Any = site.store.store
-        assert len(listeners()) == before + listening(store)
+        store = let_listen(site)
+        until(lambda: listeners() == 1)
         assert not store._wake_ups._calls
         store.close()
-        until(lambda: len(listeners()) == before)  # the server sees it a moment later
-        assert wait_once(site) is store  # and again
-        assert listening(store)
-    until(lambda: len(listeners()) == before)
+        until(lambda: listeners() == 0)  # the server sees it a moment later
+        let_listen(site)  # and again
+    until(lambda: listeners() == 0)
 
 
 def test_the_next_one_is_called_and_nobody_else(
     redis_url: str, store_prefix: str, clock: FakeClock
 ) -> None:
     with Site(redis_url, store_prefix, clock) as site:
-        store: Any = wait_once(site)
+        store = let_listen(site)
         key = a_record(clock)
         store.create(key)
         for owner in ("one", "two", "three"):
@@ -224,7 +267,7 @@ def test_all_who_wait_are_called_at_the_end_of_a_session(
     end: str, redis_url: str, store_prefix: str, clock: FakeClock
 ) -> None:
     with Site(redis_url, store_prefix, clock) as site:
-        store: Any = wait_once(site)
+        store = let_listen(site)
         record = a_record(clock)
         store.create(record)
         for owner in ("one", "two", "three"):
@@ -245,15 +288,13 @@ def test_who_is_not_called_looks(
     """Where the connection is lost, and until it is made anew."""
     with Site(own_redis.url, store_prefix, clock, lock_wait=PATIENCE) as site:
         client = site.inside.client  # type: ignore[attr-defined]  # of Redis
-        store: Any = wait_once(site)
-        assert listening(store)
+        store = let_listen(site)
         client.client_kill_filter(_type="pubsub")
         until(lambda: "looking instead" in caplog.text)
         wait_once(site)
         assert not listening(store)
         store._wake_ups._failed_at -= 60
-        wait_once(site)
-        assert listening(store)
+        let_listen(site)
 
 
 def test_the_thread_that_listens_ends_when_nobody_waits(
@@ -262,7 +303,7 @@ def test_the_thread_that_listens_ends_when_nobody_waits(
     monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
     with Site(redis_url, store_prefix, clock) as site:
         store: Any = wait_once(site)
-        until(lambda: store._wake_ups._listener is None)
+        let_rest(store)
         until(lambda: "gsession-wakeup" not in [t.name for t in threading.enumerate()])
         assert wait_once(site) is store
 
@@ -274,11 +315,13 @@ def test_a_wait_outlives_a_silent_channel(
     monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
     with Site(redis_url, store_prefix, clock) as site:
         store: Any = wait_once(site)
+        let_rest(store)
         record = a_record(clock)
         store.create(record)
         for owner in ("one", "two"):
             store.acquire(record.key, owner, 60_000, 10)
         store.wait_for_release(record.key, "two", 0.01)
+        until(lambda: listening(store))
         listener = store._wake_ups._listener
         store.wait_for_release(record.key, "two", 0.2)
         assert store._wake_ups._listener is listener
@@ -291,7 +334,7 @@ def test_a_client_that_was_passed_in_can_be_called(
 ) -> None:
     store = HookedStore(RedisStore(redis_client, StoreOptions(store_prefix, clock=clock)))
     with Site(redis_url, store_prefix, clock, store=store) as site:
-        assert listening(wait_once(site))
+        let_listen(site)
 
 
 def test_who_waits_where_no_thread_can_listen_looks(
@@ -314,6 +357,7 @@ def test_who_is_heard_of_no_more_is_forgotten(
     monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
     with Site(redis_url, store_prefix, clock) as site:
         store: Any = wait_once(site)
+        let_rest(store)
         record = a_record(clock)
         store.create(record)
         for owner in ("one", "two"):

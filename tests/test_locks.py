@@ -32,17 +32,8 @@ from flask_gsession.events import LockAcquired, LockExpired, LockRefused, LockRe
 from flask_gsession.locking import Lock, _renewer
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.testing import FakeClock
-from tests.apps import Site, SiteMaker, Visitor, at_once
-
-PATIENCE = 30.0  # seconds; nothing here takes that long unless it is stuck
-
-
-def until(done: Callable[[], object]) -> None:
-    """Wait for what another thread is about to do."""
-    end = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)
+from tests.apps import STUCK as PATIENCE
+from tests.apps import Site, SiteMaker, Visitor, at_once, until
 
 
 def a_visitor(site: Site, **values: Any) -> Visitor:
@@ -426,6 +417,7 @@ def test_who_does_not_wait_is_refused_at_once(site: Site) -> None:
     assert event.handle == site.happened(LockAcquired)[0].handle
 
 
+@pytest.mark.usefixtures("patient_waiters")
 def test_one_waiter_too_many_is_refused_at_once(make_site: SiteMaker) -> None:
     site = make_site(lock_waiters=2, lock_wait=PATIENCE)
     visitor = a_visitor(site)
@@ -465,6 +457,7 @@ def test_a_wait_that_ran_out_leaves_the_queue(make_site: SiteMaker) -> None:
     assert is_free(site, visitor)
 
 
+@pytest.mark.usefixtures("patient_waiters")
 def test_those_who_wait_come_in_turn(site: Site) -> None:
     visitor = a_visitor(site, order=[])
 
@@ -518,7 +511,7 @@ def test_a_pool_of_two_connections_serves_ten_waiters(
     name: str, request: pytest.FixtureRequest, store_prefix: str, clock: FakeClock
 ) -> None:
     url = request.getfixturevalue(f"{name}_url")
-    store: Any = open_store(url, StoreOptions(store_prefix, 5.0, pool_max=2, clock=clock))[0]
+    store: Any = open_store(url, StoreOptions(store_prefix, PATIENCE, pool_max=2, clock=clock))[0]
     with Site(url, store_prefix, clock, store=store) as site:
         visitor = a_visitor(site)
 
@@ -624,6 +617,7 @@ def test_a_late_holder_does_not_disturb_who_holds_it_now(site: Site) -> None:
     assert visitor.run(dict) == {"n": 1}
 
 
+@pytest.mark.usefixtures("patient_waiters")
 def test_a_waiter_that_died_at_the_head_is_passed(site: Site) -> None:
     visitor = a_visitor(site)
     key = visitor.run(lambda session: session.handle)
@@ -632,28 +626,32 @@ def test_a_waiter_that_died_at_the_head_is_passed(site: Site) -> None:
         with session.lock():
             assert site.store.acquire(key, "dead", 10_000, 10) > 0
         assert not is_free(site, visitor)
-        site.clock.advance(2)
+        site.clock.advance(50)
         assert is_free(site, visitor)
 
     visitor.run(view)
 
 
-@pytest.mark.parametrize("store_url", ["memory", "redis"], indirect=True)
-def test_a_lock_is_held_as_long_as_its_holder_lives(store_url: str, store_prefix: str) -> None:
-    """In real time, and longer than a lock lasts without a holder."""
-    with Site(store_url, store_prefix, time.time, lock_warn=None) as site:
-        visitor = a_visitor(site)
+@pytest.mark.usefixtures("patient_waiters")
+def test_a_lock_is_held_as_long_as_its_holder_lives(make_site: SiteMaker) -> None:
+    """Longer than a lock lasts without a holder."""
+    site = make_site(lock_warn=None)
+    visitor = a_visitor(site)
 
-        def view(session: Any) -> None:
-            with session.lock(timeout=0.9):
-                end = time.monotonic() + 1.0
-                until(lambda: time.monotonic() > end and site.store.calls.count("extend") > 1)
-                assert not is_free(site, visitor)
-                session["n"] = 1
+    def view(session: Any) -> None:
+        with session.lock(timeout=0.3):
+            for _ in range(3):
+                extended = threading.Event()
+                site.store.after("extend", extended.set)
+                assert extended.wait(PATIENCE)
+                site.clock.advance(0.25)
+            assert not is_free(site, visitor)
+            session["n"] = 1
 
-        visitor.run(view)
-        assert is_free(site, visitor)
-        until(lambda: not _renewer._running)
+    visitor.run(view)
+    assert visitor.run(dict) == {"n": 1}
+    assert is_free(site, visitor)
+    until(lambda: not _renewer._running)
 
 
 def test_a_lock_that_was_forgotten_runs_out(clock: FakeClock) -> None:
@@ -670,8 +668,8 @@ def test_a_lock_that_was_forgotten_runs_out(clock: FakeClock) -> None:
         assert is_free(site, visitor)
 
 
-def test_an_extension_that_fails_is_tried_again(store_prefix: str) -> None:
-    with Site("memory://", store_prefix, time.time) as site:
+def test_an_extension_that_fails_is_tried_again(clock: FakeClock) -> None:
+    with Site("memory://", "", clock) as site:
         visitor = a_visitor(site)
 
         def fail() -> None:
@@ -679,12 +677,18 @@ def test_an_extension_that_fails_is_tried_again(store_prefix: str) -> None:
 
         def view(session: Any) -> None:
             site.store.before("extend", fail)
-            with session.lock(timeout=1.5):
+            with session.lock(timeout=0.3):
                 until(lambda: site.store.calls.count("extend") >= 2)
                 session["n"] = 1
 
         visitor.run(view)
         assert visitor.run(dict) == {"n": 1}
+
+
+def let_the_renewer_end() -> None:
+    """It would by itself, when it was time to extend the last lock."""
+    _renewer.run(lambda: None)
+    until(lambda: not _renewer._running)
 
 
 def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -700,11 +704,11 @@ def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def test_locks_are_extended_after_a_thread_could_not_start(
-    store_prefix: str, monkeypatch: pytest.MonkeyPatch
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Site("memory://", store_prefix, time.time) as site:
+    with Site("memory://", "", clock) as site:
         visitor = a_visitor(site)
-        until(lambda: not _renewer._running)
+        let_the_renewer_end()
         with monkeypatch.context() as short:
             no_thread(short, "gsession-locks")
             assert visitor.ask(count_locked).status_code == 500
@@ -720,7 +724,7 @@ def test_locks_are_extended_after_a_thread_could_not_start(
 def test_an_outage_where_no_thread_can_start(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody gives the lock back then, and the answer is still that of the outage."""
     visitor = a_visitor(site)
-    until(lambda: not _renewer._running)
+    let_the_renewer_end()
     no_thread(monkeypatch, "gsession-locks")
     site.store.after("acquire", lost_answer)
     assert visitor.ask(count_locked).status_code == 503

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pymongo import MongoClient
+from pymongo import CursorType, MongoClient
 
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.stores import Store, StoreOptions, mongodb_health, open_store
 from flask_gsession.stores.base import Checks, Clock, new_version
 from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.testing import FakeClock, StoreContract, a_record
-from tests.apps import Site, SiteMaker
+from tests.apps import Site, SiteMaker, hasty
 from tests.servers import with_database
 from tests.topologies import HOST, MongoAuthTLS, MongoReplicaSet, until
 
@@ -28,6 +27,7 @@ pytest_plugins = ["tests.topologies"]
 
 DEPLOYMENT = Path(__file__).parent.parent / "docs" / "how-to" / "deployment.md"
 SHORT = 0.2  # seconds for a store call that is to fail
+PATIENCE = 20.0  # seconds for one that is not
 
 
 def published_rights() -> list[str]:
@@ -106,34 +106,40 @@ def stores(*urls: str, timeout: float) -> Iterator[list[Store]]:
             store.close()
 
 
-def paused_secondaries(replica_set: MongoReplicaSet) -> None:
-    """Freeze both: the primary stays one for about a second, and has no majority any more."""
-    for member in replica_set.secondaries():
-        member.pause()
+@contextmanager
+def paused_secondaries(replica_set: MongoReplicaSet) -> Iterator[None]:
+    """For the length of the block both are frozen: the primary has no majority any more."""
+    with replica_set.without_elections():
+        for member in replica_set.secondaries():
+            member.pause()
+        yield
 
 
 def test_reads_as_the_url_wants_them(replica_set: MongoReplicaSet) -> None:
     options = ("", "&readConcernLevel=majority", "&readConcernLevel=linearizable")
-    with stores(*(replica_set.url + each for each in options), timeout=SHORT) as opened:
+    with stores(*(replica_set.url + each for each in options), timeout=PATIENCE) as opened:
         local, majority, linearizable = opened
         record = a_record(time.time)
-        patient, _ = open_store(replica_set.url, StoreOptions("replicas:", timeout=10))
-        patient.create(record)
+        local.create(record)
         for store in opened:
             assert store.load(record.key) == record
-        paused_secondaries(replica_set)
-        newer = record._replace(version=new_version(), payload=b"not confirmed")
-        with pytest.raises(StoreUnavailable, match=r"not confirmed by a majority|timed out"):
-            local.save(newer, record.version)
-        assert local.load(record.key) == newer
-        assert majority.load(record.key) == record
-        with pytest.raises(StoreUnavailable):
-            linearizable.load(record.key)
-        replica_set.start()
-        patient.save(newer, record.version)
+        with paused_secondaries(replica_set):
+            newer = record._replace(version=new_version(), payload=b"not confirmed")
+
+            def is_written() -> bool:
+                error = failure_of(lambda: local.save(newer, record.version))
+                assert re.search("not confirmed by a majority|timed out", error.detail)
+                with hasty(local, PATIENCE):
+                    return local.load(record.key) == newer
+
+            with hasty(local, 0.5):
+                until(is_written, "the write being applied")
+            assert majority.load(record.key) == record
+            with hasty(linearizable, SHORT):
+                failure_of(lambda: linearizable.load(record.key))
+        local.save(newer, record.version)
         for store in opened:
             assert store.load(record.key) == newer
-        patient.close()
 
 
 def test_a_client_s_own_read_concern_is_kept(replica_set: MongoReplicaSet) -> None:
@@ -155,20 +161,19 @@ def test_a_logout_that_no_majority_confirmed_is_not_called_done(
     replica_set: MongoReplicaSet, clock: FakeClock
 ) -> None:
     with SiteMaker(replica_set.url, "replicas:", clock) as make:
-        patient, hasty = make(), make(timeout=SHORT)
-        visitor = patient.visitor()
+        site = make(timeout=PATIENCE)
+        visitor = site.visitor()
         visitor.run(lambda session: session.update(user="ada"))
-        hasty_visitor = hasty.visitor(visitor.cookie)
-        hasty_visitor.run(dict)
-        paused_secondaries(replica_set)
-        # The second time there is nothing left to delete on the primary, and still it is not done.
-        for _ in range(2):
-            response = hasty_visitor.ask(lambda session: session.destroy())
-            assert response.status_code == 503
-            assert hasty_visitor.cookie == visitor.cookie
-        replica_set.start()
+        tab = visitor.another_tab()
+        with paused_secondaries(replica_set), hasty(site.store.store, SHORT):
+            # The second time there is nothing left to delete on the primary, and still it is not
+            # done.
+            for _ in range(2):
+                response = tab.ask(lambda session: session.destroy())
+                assert response.status_code == 503
+                assert tab.cookie == visitor.cookie
         visitor.run(lambda session: session.destroy())
-        assert patient.visitor(hasty_visitor.cookie).run(dict) == {}
+        assert tab.run(dict) == {}
 
 
 def test_a_counter_goes_on_through_a_stepdown(
@@ -225,16 +230,17 @@ def test_errors_say_where_and_why(
 def test_a_primary_that_gave_way_is_named(replica_set: MongoReplicaSet) -> None:
     old = replica_set.primary()
     url = f"mongodb://{HOST}:{old.port}/?directConnection=true"
-    with stores(url, timeout=10) as (patient,), stores(url, timeout=SHORT) as (store,):
+    with stores(url, timeout=PATIENCE) as (store,):
         record = a_record(time.time)
-        patient.create(record)
+        store.create(record)
         store.load(record.key)
         replica_set.step_down()
-        error = failure_of(lambda: store.save(record._replace(version=2), record.version))
-        assert f"{HOST}:{old.port}" in error.detail
-        assert "not primary" in error.detail
-        error = failure_of(lambda: store.load(record.key))  # a direct connection asks secondaries
-        assert f"{HOST}:{old.port}: a secondary" in error.detail
+        with hasty(store, 2.0):
+            error = failure_of(lambda: store.save(record._replace(version=2), record.version))
+            assert f"{HOST}:{old.port}" in error.detail
+            assert "not primary" in error.detail
+            error = failure_of(lambda: store.load(record.key))  # which it could do, as a secondary
+            assert f"{HOST}:{old.port}: a secondary" in error.detail
 
 
 def test_missing_rights_for_the_index_are_said(
@@ -252,22 +258,20 @@ def test_missing_rights_for_the_index_are_said(
 
 
 def test_a_pool_that_is_in_use_is_contention(mongodb_url: str) -> None:
-    store = MongoDBStore(mongodb_url, StoreOptions(timeout=SHORT, pool_max=1))
-    patient = MongoDBStore(mongodb_url, StoreOptions(timeout=10))
-    patient.create(a_record(time.time))
+    store = MongoDBStore(mongodb_url, StoreOptions(timeout=PATIENCE, pool_max=1))
+    for _ in range(3):
+        store.create(a_record(time.time))
     assert store.load("x") is None
-    collection = store._collection_of_client
-    slow = {"$where": f"sleep({SHORT * 3000}) || true"}
-    busy = threading.Thread(target=lambda: collection.find_one(slow))
-    busy.start()
-    pool_waits = [failure_of(lambda: store.load("x")) for _ in range(2)]
-    busy.join()
-    assert pool_waits[-1].contention
-    assert "WaitQueueTimeoutError" in pool_waits[-1].detail
+    # Its connection is its own until it is read to its end.
+    with store._collection_of_client.find(cursor_type=CursorType.EXHAUST, batch_size=1) as cursor:
+        next(cursor)
+        with hasty(store, SHORT):
+            error = failure_of(lambda: store.load("x"))
+    assert error.contention
+    assert "WaitQueueTimeoutError" in error.detail
     with stores(f"mongodb://{HOST}:1/", timeout=SHORT) as (away,):
         assert not failure_of(lambda: away.load("x")).contention
-    for each in (store, patient):
-        each.close()
+    store.close()
 
 
 def test_the_doctor_looks_at_the_members(replica_set: MongoReplicaSet) -> None:

@@ -12,7 +12,7 @@ from flask_gsession.errors import UnreadableRecord
 from flask_gsession.probes import health_blueprint
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
-from tests.apps import Site
+from tests.apps import Site, hasty
 from tests.servers import RedisServer, free_port
 
 
@@ -50,9 +50,11 @@ def test_a_store_that_is_down() -> None:
 
 
 def test_it_recovers_without_a_restart(own_redis: RedisServer) -> None:
-    get = application(own_redis.url, breaker_failures=0).test_client().get
+    app = application(own_redis.url, breaker_failures=0)
+    get = app.test_client().get
     assert get("/health/ready").status_code == 200
-    with own_redis.paused():
+    (ext,) = app.extensions["gsession"]
+    with own_redis.paused(), hasty(ext.store(app), 0.5):
         assert get("/health/ready").status_code == 503
     assert get("/health/ready").status_code == 200
 

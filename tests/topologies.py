@@ -64,8 +64,8 @@ from tests.servers import (
 )
 
 HOST = "127.0.0.1"
-SETTLE_TIMEOUT = 30.0  # seconds for a failover, an election, or getting well again
-ANSWER_TIMEOUT = 1.0  # seconds that a member has to answer a question about the others
+SETTLE_TIMEOUT = 60.0  # seconds for a failover, an election, or getting well again
+ANSWER_TIMEOUT = 10.0  # seconds that a member has to answer a question about the others
 
 S = TypeVar("S", bound=Server)
 T = TypeVar("T")
@@ -151,13 +151,13 @@ def _start(server: Server) -> None:
 
 
 def _most_said(ask: Callable[[S], T], members: Sequence[S]) -> T:
-    """What most of the running members answer; those that fail to answer do not count.
+    """What most of the members answer that are awake; those that fail to answer do not count.
 
     :raises ConnectionError: when none answers.
     """
     answers: Counter[T] = Counter()
     for member in members:
-        if member.running:
+        if member.awake:
             with suppress(RedisError, PyMongoError, OSError):
                 answers[ask(member)] += 1
     if not answers:
@@ -272,9 +272,9 @@ class RedisSentinels(Topology):
         """
 
         def new_primary() -> RedisMember | None:
-            ports = {self._named_by(each) for each in self.sentinels if each.running}
+            ports = {self._named_by(each) for each in self.sentinels if each.awake}
             primary = self.primary()
-            followers = [each for each in self.replicas() if each is not old and each.running]
+            followers = [each for each in self.replicas() if each is not old and each.awake]
             done = (
                 ports == {primary.port}
                 and primary is not old
@@ -421,7 +421,7 @@ class RedisCluster(Topology):
         """
 
         def over() -> bool:
-            alive = [node for node in self.nodes if node.running and node is not old]
+            alive = [node for node in self.nodes if node.awake and node is not old]
             return all(
                 self._state(node) == "ok" and old.port not in self._owners(node) for node in alive
             )
@@ -472,7 +472,7 @@ class RedisCluster(Topology):
         return {int(each[2][1]) for each in node.command("CLUSTER", "SLOTS")}
 
     def _replica_of(self, primary: ClusterNode) -> ClusterNode:
-        return next(node for node in self.nodes if node.running and node.replicates(primary))
+        return next(node for node in self.nodes if node.awake and node.replicates(primary))
 
     def _state(self, node: ClusterNode) -> str:
         lines = str(node.command("CLUSTER", "INFO")).splitlines()
@@ -714,7 +714,7 @@ class MongoReplicaSet(Topology):
         :raises ConnectionError: when there is none at the moment.
         """
         for server in self.servers:
-            if server.running:
+            if server.awake:
                 with suppress(PyMongoError):
                     if server.hello()["isWritablePrimary"]:
                         return server
@@ -731,7 +731,7 @@ class MongoReplicaSet(Topology):
         primary.kill()
         return primary
 
-    def step_down(self, seconds: int = 5) -> MongoMember:
+    def step_down(self, seconds: int = 20) -> MongoMember:
         """Make the primary give way and stand in no election for `seconds`, at least 2.
 
         Returns it, for `wait_for_primary`. It keeps its clients' connections and answers writes
@@ -747,6 +747,23 @@ class MongoReplicaSet(Topology):
         until(done, "the primary giving way")
         return primary
 
+    @contextmanager
+    def without_elections(self) -> Iterator[None]:
+        """For the length of a `with` block the primary stays one, be it cut off from the others."""
+        self._reconfigure(electionTimeoutMillis=600_000)
+        try:
+            yield
+        finally:
+            self.start()
+            self._reconfigure(electionTimeoutMillis=self.ELECTION_TIMEOUT)
+
+    def _reconfigure(self, **settings: int) -> None:
+        with self.primary().client() as client:
+            config = client.admin.command("replSetGetConfig")["config"]
+            config["version"] += 1
+            config["settings"].update(settings)
+            client.admin.command("replSetReconfig", config)
+
     def wait_for_primary(self, other_than: MongoMember | None = None) -> MongoMember:
         """Wait until a primary, other than one that went away, is known to all that live.
 
@@ -756,7 +773,7 @@ class MongoReplicaSet(Topology):
         def elected() -> MongoMember | None:
             primary = self.primary()
             address = f"{HOST}:{primary.port}"
-            alive = [each for each in self.servers if each.running and each is not other_than]
+            alive = [each for each in self.servers if each.awake and each is not other_than]
             known = all(each.hello().get("primary") == address for each in alive)
             return primary if known and primary is not other_than else None
 
