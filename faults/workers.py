@@ -17,7 +17,7 @@ from faults.control import Control
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT = 60.0  # seconds until all workers are up
-STOP_TIMEOUT = 20.0
+STOP_TIMEOUT = 60.0
 
 State = dict[str, int | None]
 

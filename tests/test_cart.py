@@ -23,6 +23,7 @@ from examples.cart.stock_redis import RedisStock
 from flask_gsession import StoreUnavailable, session
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.testing import HookedStore
+from tests.apps import until
 from tests.test_workers import GTHREAD, Gunicorn
 from tests.topologies import TCPProxy
 
@@ -156,7 +157,7 @@ def test_fifty_buyers_of_twenty_pieces_over_several_workers(
         with ThreadPoolExecutor(50) as pool:
             statuses = Counter(pool.map(buy, range(50)))
         assert statuses == {200: 20, 409: 30}, server.log
-        assert len(set(re.findall("served by .*", server.log))) == 2
+        until(lambda: server.get("/cart") and len(set(re.findall("served by .*", server.log))) == 2)
         assert stock.left()["mug"] == 0
         assert server.stop() == 0
 

@@ -603,10 +603,10 @@ def twice_in_itself_before_bad_text() -> Any:
 )
 def test_cycles_and_depth_are_refused_quickly(make: Any) -> None:
     value = make()
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(SessionTooLarge, match="SESSION_MAX_DEPTH") as refusal:
         CODEC.encode("key", value)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
     assert refusal.value.path.startswith("session['key']")
     assert len(str(refusal.value)) < 300
 

@@ -466,11 +466,16 @@ def test_mongodb_lets_go_in_real_time(store_prefix: str) -> None:
 
 
 def expires_in_real_time(site: Site) -> None:
-    visitor = visitor_with(site, a=0)
-    tab = visitor.another_tab()
-    visitor.run(lambda session: session.rotate(grace=0.5))
-    end = visitor.run(lambda session: session.expires_at)
-    assert visitor.run(dict) == {"a": 0}
+    end = None
+    while end is None:  # on a busy machine it may be over before it was looked at
+        visitor = visitor_with(site, a=0)
+        tab = visitor.another_tab()
+        began = time.monotonic()
+        visitor.run(lambda session: session.rotate(grace=0.5))
+        found = visitor.run(dict)
+        if time.monotonic() - began < 0.9:
+            assert found == {"a": 0}
+            end = visitor.run(lambda session: session.expires_at)
     time.sleep(max(0, end.timestamp() - time.time()) + 0.05)
     assert visitor.run(dict) == {}
     assert tab.run(dict) == {}

@@ -135,10 +135,10 @@ def test_the_limit_on_keys_is_exact(form: PayloadFormat) -> None:
 )
 def test_far_too_much_is_refused_quickly(items: dict[str, Any]) -> None:
     body = a_body(items)
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(SessionTooLarge) as refusal:
         a_format(max_bytes=500_000, max_keys=1000).pack(KEY, body)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
     assert len(str(refusal.value)) < 300
 
 

@@ -24,6 +24,7 @@ import examples
 from examples.shop.accounts import DEMO_PASSWORD
 
 ROOT = Path(examples.__file__).parents[1]
+PATIENCE = 60.0  # seconds until the browser must be there; nothing takes that long
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
     " --disable-background-networking --disable-component-update --disable-sync"
@@ -45,11 +46,12 @@ def serving(instance: Path, store: str, prefix: str) -> Iterator[str]:
         # take the port.
         application = (
             f"examples.shop.app:create_app({store!r}, instance_path={str(instance)!r}, "
-            f"SESSION_KEY_PREFIX={prefix!r})"
+            f"SESSION_KEY_PREFIX={prefix!r}, SESSION_STORE_TIMEOUT=20)"
         )
         gunicorn = [
             *(sys.executable, "-m", "gunicorn", "--workers", "2", "--threads", "4"),
-            *("--bind", f"fd://{listener.fileno()}", "--graceful-timeout", "1", application),
+            *("--bind", f"fd://{listener.fileno()}", "--timeout", "120"),
+            *("--graceful-timeout", "1", application),
         ]
         log = instance / "gunicorn.log"
         with log.open("wb") as output:
@@ -64,7 +66,7 @@ def serving(instance: Path, store: str, prefix: str) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            process.communicate(timeout=30)
+            process.communicate(timeout=PATIENCE)
     assert "Traceback" not in log.read_text(errors="replace")
 
 
@@ -77,7 +79,10 @@ def chromium(capfd: pytest.CaptureFixture[str]) -> Iterator[Browser]:
             print(f"\nWARNING: {MISSING}", file=sys.stderr)
         pytest.skip(MISSING)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
+        expect.set_options(timeout=1000 * PATIENCE)
+        browser = playwright.chromium.launch(
+            executable_path=program, args=FLAGS.split(), timeout=1000 * PATIENCE
+        )
         yield browser
         browser.close()
 
@@ -119,6 +124,7 @@ def watched(page: Page, shop: str) -> list[str]:
 def test_a_visit(chromium: Browser, shop: str) -> None:
     with chromium.new_context(color_scheme="light", base_url=shop) as context:
         page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
         complaints = watched(page, shop)
 
         # Looking around leaves no cookie; the first product does.
@@ -128,6 +134,7 @@ def test_a_visit(chromium: Browser, shop: str) -> None:
         expect(page.get_by_role("heading", level=1)).to_have_text("Desk")
         assert session_cookie(context) is None
         page.get_by_role("link", name="Brass fountain pen").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Brass fountain pen")
         stranger = session_cookie(context)
         assert stranger is not None
         assert page.evaluate("document.cookie") == ""
@@ -202,6 +209,7 @@ def test_a_visit(chromium: Browser, shop: str) -> None:
 
 
 def background(page: Page) -> str:
+    page.wait_for_load_state()
     colour: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
     return colour
 
@@ -224,6 +232,7 @@ def test_a_phone_and_a_keyboard(
         chromium.new_context(viewport=phone, color_scheme="dark", base_url=shop) as context,
     ):
         page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
         page.goto("/product/KIT-101")
         assert brightness(background(page)) < 60  # the system's taste, as none was chosen
         page.keyboard.press("Tab")
