@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from base64 import urlsafe_b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -55,6 +55,7 @@ NAME = "gsession-limits"
 
 _COUNTED = "flask_gsession.limits"
 _ALLOWED = 'allowed: a limit such as "100/minute", or several: "10/second; 1000/day"'
+_METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 _NETWORK_V6 = 64  # bits: what one customer of a provider has
 
 T = TypeVar("T")
@@ -89,6 +90,8 @@ class session_limit:
     and each blueprint counts for itself.
     ``network``: a wider limit for everybody of a network together who is not signed in. By default
     ``limit`` holds for them together.
+    ``methods``: the HTTP methods that are limited, all of them by default.
+    ``per_method``: whether each method counts for itself.
     ``cost``: what a request counts for, a whole number; or a function that returns it.
     ``exempt_when``: a function; where it returns true, the request is not counted.
 
@@ -102,6 +105,8 @@ class session_limit:
         *,
         shared: str | None = None,
         network: str | Callable[[], str] | None = None,
+        methods: Collection[str] | None = None,
+        per_method: bool = False,
         cost: int | Callable[[], int] = 1,
         exempt_when: Callable[[], object] | None = None,
     ) -> None:
@@ -111,6 +116,8 @@ class session_limit:
         if not callable(cost):
             _checked_cost(cost)
         self._limit, self._network, self._cost = limit, network, cost
+        self._methods = None if methods is None else _checked_methods(methods)
+        self._per_method = per_method
         self._exempt_when = exempt_when
         self._shared = shared
 
@@ -141,8 +148,12 @@ class session_limit:
             raise SettingError(
                 "session_limit needs SessionLimits on the application: SessionLimits(app, ...)"
             )
+        if self._methods is not None and request.method not in self._methods:
+            return
         if self._exempt_when is not None and self._exempt_when():
             return
+        if self._per_method:
+            scope = f"{scope} {request.method}"
         own = _parsed(_called(self._limit))
         network = None if self._network is None else _parsed(_called(self._network))
         cost = _checked_cost(_called(self._cost))
@@ -210,7 +221,7 @@ class SessionLimits:
         if ext not in interfaces:
             raise SettingError("The Session given to SessionLimits is not on the application")
         _apps.add(app)
-        _check_order(app)
+        app.view_functions = _ViewFunctions(app.view_functions)
         keeper = interfaces[ext].keeper
         storage = self._storage
         settings = keeper.settings
@@ -440,15 +451,35 @@ def _checked_cost(cost: object) -> int:
     return cost
 
 
+def _checked_methods(methods: Collection[str]) -> frozenset[str]:
+    named = frozenset(methods)
+    if isinstance(methods, str) or not named <= _METHODS:
+        raise SettingError(
+            f"methods is {methods!r}; allowed: a list of {', '.join(sorted(_METHODS))}"
+        )
+    return named | {"HEAD"} if "GET" in named else named
+
+
 # Views that were given to a session_limit. Where the application has one of them as it is, the
 # decorator stands above that of the route, and limits nothing.
 _undecorated: WeakSet[Callable[..., Any]] = WeakSet()
 _apps: WeakSet[Flask] = WeakSet()
 
 
-def _check_order(app: Flask) -> None:
-    for endpoint, view in app.view_functions.items():
+class _ViewFunctions(dict[str, Any]):
+    """The views of an application; refuses one that is not limited although it is to be.
+
+    So a blueprint whose decorators stand in the wrong order is refused when it is registered.
+    """
+
+    def __init__(self, views: dict[str, Any]) -> None:
+        super().__init__()
+        for endpoint, view in views.items():
+            self[endpoint] = view
+
+    def __setitem__(self, endpoint: str, view: Any) -> None:
         _check_view(endpoint, view)
+        super().__setitem__(endpoint, view)
 
 
 def _check_view(endpoint: str, view: Callable[..., Any]) -> None:
