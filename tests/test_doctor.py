@@ -23,7 +23,7 @@ from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.errors import StoreError
 from flask_gsession.health import check_store
-from flask_gsession.stores import Record
+from flask_gsession.stores import Record, redis
 from flask_gsession.stores.base import Finding
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
@@ -39,6 +39,14 @@ SOUND = {
     "PERMANENT_SESSION_LIFETIME": 900,
     "SESSION_ABSOLUTE_TIMEOUT": 12 * 3600,
 }
+
+
+@pytest.fixture(autouse=True)
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a busy machine adds to latencies and to clocks that are read one after the other."""
+    monkeypatch.setattr("flask_gsession.health._SLOW", 10_000.0)
+    for server in ("redis", "mongodb"):
+        monkeypatch.setattr(f"flask_gsession.stores.{server}_health._SKEW", 20.0)
 
 
 def application(store: object, **config: Any) -> Flask:
@@ -141,6 +149,19 @@ def on_redis(need: Need, *, config: Any = None, **settings: str) -> Iterator[Fla
 
 
 @contextmanager
+def with_too_few_replicas(need: Need) -> Iterator[Flask]:
+    confirm = redis._confirm
+
+    def confirm_soon(slot: Any, answer: Any, replicas: int, deadline: float) -> None:
+        confirm(slot, answer, replicas, time.monotonic() + 0.2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis, "_confirm", confirm_soon)
+        with on_redis(need, config={"SESSION_LOGOUT_REPLICAS": 1}) as app:
+            yield app
+
+
+@contextmanager
 def on_a_full_redis(need: Need) -> Iterator[Flask]:
     used = need("redis_client").info("memory")["used_memory"]
     with on_redis(need, maxmemory=str(int(used * 1.05))) as app:
@@ -232,6 +253,7 @@ def on_a_slow_store(need: Need) -> Iterator[Flask]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flask_gsession.health._LONGEST", 0.3)
+        patch.setattr("flask_gsession.health._SLOW", 50.0)
         yield application(Slow())
 
 
@@ -301,9 +323,7 @@ MISTAKES: dict[str, tuple[Callable[[Need], Any], dict[str, str]]] = {
         {"answers": "error", "role": "error", "persistence": "warning"},
     ),
     "too few replicas for a logout": (
-        lambda need: on_redis(
-            need, config={"SESSION_LOGOUT_REPLICAS": 1, "SESSION_STORE_TIMEOUT": 0.5}
-        ),
+        with_too_few_replicas,
         {"answers": "error", "replicas": "error", "persistence": "warning"},
     ),
     "a MongoDB without its index": (
