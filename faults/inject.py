@@ -18,7 +18,7 @@ from redis.crc import key_slot
 
 from faults.history import Kind
 from faults.load import Load
-from faults.modes import Cluster, Mode, ReplicaSet, Sentinels, SQLite
+from faults.modes import Cluster, Mode, ReplicaSet, Several, SQLite
 from faults.workers import Workers
 from tests.servers import Server
 from tests.topologies import TCPProxy
@@ -52,7 +52,7 @@ class Scene:
     @property
     def server(self) -> Any:
         """The one server, or the primary."""
-        if isinstance(self.mode, (Sentinels, Cluster, ReplicaSet)):
+        if isinstance(self.mode, Several):
             return self.mode.servers.primary()
         return self.mode.server  # type: ignore[attr-defined]  # the modes of one server have it
 

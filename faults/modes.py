@@ -144,15 +144,10 @@ def _without_expiry(client: Any, place: str) -> int:
     return sum(client.ttl(key) == -1 for key in client.scan_iter(f"{place}*", count=1000))
 
 
-class Sentinels(Mode):
-    """A primary, two replicas, three sentinels."""
+class Several(Mode):
+    """Servers that work as one."""
 
-    name = "redis-sentinel"
-    hosts = 6
-    promise = "a failover may lose the last writes and undo the last logouts"
-
-    def __init__(self) -> None:
-        self.servers = RedisSentinels()
+    servers: Any  # a Topology of its kind
 
     def start(self) -> None:
         self.servers.start()
@@ -161,7 +156,18 @@ class Sentinels(Mode):
         self.servers.stop()
 
     def url(self, place: str) -> str:
-        return self.servers.url
+        return str(self.servers.url)
+
+
+class Sentinels(Several):
+    """A primary, two replicas, three sentinels."""
+
+    name = "redis-sentinel"
+    hosts = 6
+    promise = "a failover may lose the last writes and undo the last logouts"
+
+    def __init__(self) -> None:
+        self.servers = RedisSentinels()
 
     def forever(self, place: str) -> int:
         with Redis.from_url(self.servers.primary().url, socket_timeout=10) as client:
@@ -176,7 +182,7 @@ class ConfirmedLogouts(Sentinels):
     logout_replicas = 2
 
 
-class Cluster(Mode):
+class Cluster(Several):
     """Three primaries, each with a replica."""
 
     name = "redis-cluster"
@@ -185,15 +191,6 @@ class Cluster(Mode):
 
     def __init__(self) -> None:
         self.servers = RedisCluster()
-
-    def start(self) -> None:
-        self.servers.start()
-
-    def stop(self) -> None:
-        self.servers.stop()
-
-    def url(self, place: str) -> str:
-        return self.servers.url
 
     def forever(self, place: str) -> int:
         count = 0
@@ -243,7 +240,7 @@ class OneMongo(Mode):
         return _mongo_forever(self.server.url, place)
 
 
-class ReplicaSet(Mode):
+class ReplicaSet(Several):
     """Three MongoDB servers that elect a primary."""
 
     name = "mongodb-set"
@@ -252,12 +249,6 @@ class ReplicaSet(Mode):
 
     def __init__(self) -> None:
         self.servers = MongoReplicaSet()
-
-    def start(self) -> None:
-        self.servers.start()
-
-    def stop(self) -> None:
-        self.servers.stop()
 
     def url(self, place: str) -> str:
         return with_database(self.servers.url, place)
