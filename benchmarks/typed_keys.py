@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from flask import Flask
@@ -90,7 +91,8 @@ def typed_keys(effort: Effort) -> list[TypedCost]:
     def row(operation: str, typed: str, plain: str, per: str) -> TypedCost:
         of_marshmallow = paired(figures, per, minus="plain set" if "dump" in per else "plain get")
         adds = paired(figures, typed, minus=plain)
-        return TypedCost(operation, per, Spread.of(adds), Spread.of(ratios(adds, of_marshmallow)))
+        found = ratios(adds, of_marshmallow) or [inf]  # all rounds drowned in noise
+        return TypedCost(operation, per, Spread.of(adds), Spread.of(found))
 
     return [
         row(GET, "typed get", "plain get", "load"),

@@ -24,7 +24,7 @@ from benchmarks.own_cpu import ALONE, REQUEST, OwnCpu
 from benchmarks.payloads import SIZES, content
 from benchmarks.report import Results
 from benchmarks.targets import judge
-from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost
+from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost, typed_keys
 from benchmarks.views import VIEWS
 
 TINY = Effort(rounds=2, batch_seconds=0.0005, counted_requests=3)
@@ -147,6 +147,14 @@ def test_typed_keys_are_judged(operation: str, limit: float) -> None:
         row = TypedCost(operation, "load", spread(30), spread(ratio))
         (target,) = judge([], [], [], [], [row])
         assert target.met is (ratio == limit)
+
+
+def test_typed_keys_that_drowned_in_noise_are_a_missed_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.typed_keys.ratios", lambda *_: [])
+    targets = judge([], [], [], [], typed_keys(TINY))
+    assert [target.met for target in targets] == [False] * 3
 
 
 def test_untouched_is_judged_against_noise() -> None:
