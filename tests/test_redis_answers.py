@@ -67,10 +67,18 @@ def rights_to_lock(prefix: str) -> str:
     return " ".join(words).replace("gsession:", prefix)
 
 
+def rights_to_scan() -> str:
+    """The further words that the page gives for the commands that go through all sessions."""
+    words = "+scan +dbsize +info|server +pttl +exists"
+    assert f"`{words}`" in PAGE
+    return words
+
+
 class TestWithThePublishedRights(OnServers):
     @pytest.fixture(autouse=True)
     def server(self, redis_acl: RedisACL, store_prefix: str) -> None:
-        redis_acl.allow(f"{rights(store_prefix)} {rights_to_lock(store_prefix)}")
+        words = (rights(store_prefix), rights_to_lock(store_prefix), rights_to_scan())
+        redis_acl.allow(" ".join(words))
         self.url, self.prefix = redis_acl.url, store_prefix
 
 
