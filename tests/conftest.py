@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from pymongo import MongoClient
 from redis import Redis
 
@@ -17,8 +17,11 @@ from flask_gsession.testing import FakeClock
 from tests.apps import PATIENCE, Site, SiteMaker
 from tests.servers import MongoServer, RedisServer, mongo_server, redis_server, with_database
 
-# A deadline in milliseconds says nothing about code that waits for a real server.
-settings.register_profile("gsession", parent=settings(), deadline=None)
+# A deadline in milliseconds says nothing about code that waits for a real server, nor does how long
+# it takes to draw an example, of a busy machine.
+settings.register_profile(
+    "gsession", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("gsession")
 
 PATIENT_WAITER = 50_000  # milliseconds

@@ -113,7 +113,7 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
         thread.start()
     end = time.monotonic() + 1
     sent = 0
-    while time.monotonic() < end:
+    while time.monotonic() < end or sent <= 100:
         for thread in threads:
             sent += ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupt)
@@ -123,7 +123,6 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
     for thread in threads:
         thread.join(30)
     assert not wrong
-    assert sent > 100
     slots = [store._pool.take(in_time()) for _ in range(SIZE)]
     assert [slot.ask(b"PING\r\n") for slot in slots] == [b"PONG"] * SIZE
 
