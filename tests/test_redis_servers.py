@@ -180,8 +180,7 @@ def test_a_failover_is_followed_before_the_old_primary_knows(
     monkeypatch.setattr(redis_servers, "LOOK_AGAIN", 0.0)
     old = sentinels.failover()
     new = sentinels.wait_for_failover(old)
-    assert old.command("ROLE")[0] == "master"  # and takes writes, which will be lost
-    assert shop.count() == 3
+    assert shop.count() == 3  # for a few seconds the old one would take it, and lose it
     assert shop.store._pool._primary == (HOST, new.port)
     assert shop.count() == 4
 
@@ -371,16 +370,16 @@ def test_a_slot_moves_under_load_and_no_count_is_lost(
     slot = shop.slot()
     home = cluster.primary(slot)
     over = threading.Event()
+    counted: list[None] = []
 
-    def work(_: int) -> int:
-        visitor, counted = shop.visitor.another_tab(), 0
+    def work() -> None:
+        visitor = shop.visitor.another_tab()
         while not over.is_set():
             visitor.run(lambda s: s.update_atomic("count", lambda n: n + 1, 0))
-            counted += 1
-        return counted
+            counted.append(None)
 
-    def work_under_lock(_: int) -> int:
-        visitor, counted = shop.visitor.another_tab(), 0
+    def work_under_lock() -> None:
+        visitor = shop.visitor.another_tab()
 
         def count(s: Any) -> None:
             with s.lock(wait=PATIENCE):
@@ -388,21 +387,21 @@ def test_a_slot_moves_under_load_and_no_count_is_lost(
 
         while not over.is_set():
             visitor.run(count)
-            counted += 1
-        return counted
+            counted.append(None)
 
     with ThreadPoolExecutor(4) as pool:
-        working = [pool.submit(each, 0) for each in (work, work, work_under_lock, work_under_lock)]
+        working = [pool.submit(each) for each in (work, work, work_under_lock, work_under_lock)]
         try:
             for _ in range(5):
+                enough = len(counted) + 10
                 cluster.migrate_slot(slot)
-                time.sleep(0.05)
+                until(lambda enough=enough: len(counted) >= enough, "the counting going on")
         finally:
             over.set()
-        counted = sum(each.result() for each in working)
+        for each in working:
+            each.result()
     cluster.migrate_slot(slot, to=home) if cluster.primary(slot) is not home else None
-    assert counted > 50
-    assert shop.visitor.run(lambda s: s["count"] + s["locked"]) == 1 + counted
+    assert shop.visitor.run(lambda s: s["count"] + s["locked"]) == 1 + len(counted)
 
 
 def test_a_whole_life_while_the_slot_is_on_its_way(
