@@ -91,14 +91,21 @@ class Keeper:
             record = self.store.load(key)
             if record is None:
                 return None
-            _, _, created, idle, absolute, payload, successor = record
-            if not 0 <= created <= idle <= absolute < _END_OF_TIME:
-                raise UnreadableRecord("corrupt", "times out of order")
-            if successor is None:
-                return Loaded(record, self._payloads.unpack(key, payload))
-            self._payloads.check_pointer(key, successor, payload)
-            key = successor
+            body = self.read(record)
+            if body is not None:
+                return Loaded(record, body)
+            key = record.successor or ""
         raise UnreadableRecord("corrupt", "too many pointers")
+
+    def read(self, record: Record) -> Body | None:
+        """What a record holds; None where it is a pointer. Raises ``UnreadableRecord``."""
+        key, _, created, idle, absolute, payload, successor = record
+        if not 0 <= created <= idle <= absolute < _END_OF_TIME:
+            raise UnreadableRecord("corrupt", "times out of order")
+        if successor is None:
+            return self._payloads.unpack(key, payload)
+        self._payloads.check_pointer(key, successor, payload)
+        return None
 
     def create(self, body: Body) -> tuple[str, Record]:
         """Store a new session; its token and record. One round trip."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 import click
 from flask import current_app
@@ -17,6 +18,8 @@ from ..interface import GSessionInterface
 from ..stores import Counts, Record, Scans
 from ..stores.base import KEY_LENGTH, Page, is_session_key
 from ..stores.memory import MemoryStore
+
+T = TypeVar("T")
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells have it
 _SHORTEST = 8  # characters of a handle that one need type
@@ -71,20 +74,28 @@ def about(interface: GSessionInterface) -> int | None:
     return store.count() if isinstance(store, Counts) else None
 
 
+class Patience:
+    """Calls what asks a store; again after a short outage, once that has answered at all."""
+
+    def __init__(self) -> None:
+        self._pauses: tuple[float, ...] = ()
+
+    def __call__(self, ask: Callable[..., T], *arguments: Any) -> T:
+        for pause in self._pauses:
+            try:
+                return ask(*arguments)
+            except StoreUnavailable:
+                time.sleep(pause)
+        answer = ask(*arguments)
+        self._pauses = _PAUSES
+        return answer
+
+
 def pages(store: Scans, begins: str = "", limit: int = 200) -> Iterator[Page]:
     """All of the store's sessions, page by page; see ``Scans``. Survives a short outage."""
-    cursor = ""
-    pauses: Iterator[float] = iter(())
+    cursor, patiently = "", Patience()
     while True:
-        try:
-            page = store.scan(cursor, limit, begins)
-        except StoreUnavailable:
-            pause = next(pauses, None)
-            if pause is None:
-                raise
-            time.sleep(pause)
-            continue
-        pauses = iter(_PAUSES)
+        page = patiently(store.scan, cursor, limit, begins)
         records = [record for record in page.records if is_session_key(record.key)]
         yield page._replace(records=records)
         cursor = page.cursor

@@ -1,0 +1,293 @@
+"""``flask gsession export`` and ``import``: sessions as lines of JSON, to move them between stores.
+
+The first line says what the file is; the last one how many records are between them, and the
+SHA-256 of all that is before it. A record keeps its key, version and times, and its payload as the
+store had it: an encrypted one stays encrypted, and is of use only where the same key is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+import msgspec
+from flask.cli import with_appcontext
+
+from ..errors import Gone, KeyTaken, Stale, UnreadableRecord
+from ..interface import GSessionInterface
+from ..keeper import Keeper
+from ..stores import Record
+from ..stores.base import is_session_key
+from .common import (
+    Patience,
+    about,
+    chosen,
+    json_option,
+    moment,
+    name_of,
+    pages,
+    scanned,
+    session_option,
+    told,
+)
+from .output import progress
+
+_FORMAT = 1
+_LONGEST = 32 * 1024 * 1024  # bytes of a line
+_LAST = b'{"records"'
+_PIPE = "-"
+
+
+class _First(msgspec.Struct):
+    flask_gsession: int
+    session: str
+    exported_at: str
+
+
+class _Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    key: str
+    version: int
+    created_at: int
+    idle_expires_at: int
+    absolute_expires_at: int
+    payload: bytes  # as base64
+    successor: str | None = None
+
+
+class _Last(msgspec.Struct, forbid_unknown_fields=True):
+    records: int
+    sha256: str
+
+
+_encode = msgspec.json.Encoder().encode
+_row = msgspec.json.Decoder(_Row).decode
+
+
+@click.command("export")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
+@click.option("--force", is_flag=True, help="Replace FILE where it exists.")
+@session_option
+@with_appcontext
+def export(file: Path, force: bool, cookie: str | None) -> None:
+    """Write all sessions to FILE, or to the standard output if it is "-".
+
+    FILE holds the data of your users: it can be read by its owner only, and appears when it is
+    complete. Sessions that are written meanwhile are in it as they were before or after.
+    """
+    interface = chosen(cookie)
+    to_pipe = str(file) == _PIPE
+    if not to_pipe and file.exists() and not (force and file.is_file()):
+        hint = "--force replaces it" if file.is_file() else "and is no file"
+        raise click.UsageError(f"{file} exists: {hint}")
+    written = unreadable = 0
+    with told(interface, lambda: f"{written} records; {file} was not written"):
+        store = scanned(interface)
+        with (
+            _output(None if to_pipe else file) as out,
+            progress("export", about(interface)) as advance,
+        ):
+            digest = hashlib.sha256()
+
+            def put(line: object) -> None:
+                data = _encode(line) + b"\n"
+                digest.update(data)
+                out.write(data)
+
+            put(_First(_FORMAT, name_of(interface), moment(interface.keeper.now())))
+            for page in pages(store):
+                unreadable += len(page.unreadable)
+                for record in page.records:
+                    put(_Row(*record))
+                written += len(page.records)
+                advance(len(page.records))
+            put(_Last(written, digest.hexdigest()))
+    click.echo(f"{name_of(interface)}: {written} records exported", err=to_pipe)
+    if unreadable:
+        click.echo(f"{unreadable} more could not be read, and are not in it", err=True)
+
+
+@contextmanager
+def _output(file: Path | None) -> Iterator[BinaryIO]:
+    """A file that appears under its name when all is in it; without one the standard output."""
+    if file is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    part = file.with_name(f"{file.name}.part")
+    try:
+        part.unlink(missing_ok=True)  # of an export that was killed
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(part, flags, 0o600), "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
+@click.option("--overwrite", is_flag=True, help="Also what was changed in this store since.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read here.")
+@click.option("--skip", type=click.IntRange(0), default=0, help="Begin after so many records.")
+@click.option("--dry-run", is_flag=True, help="Look at FILE and at the store, and write nothing.")
+@session_option
+@json_option
+@with_appcontext
+def import_(
+    file: Path,
+    overwrite: bool,
+    skip_unreadable: bool,
+    skip: int,
+    dry_run: bool,
+    cookie: str | None,
+    as_json: bool,
+) -> None:
+    """Put the sessions of FILE, or of the standard input if it is "-", into the store.
+
+    FILE is checked from beginning to end before anything is written. What has expired is left out.
+    A session that is there already stays as it is, so that a second import does no harm.
+    """
+    interface = chosen(cookie)
+    keeper, name = interface.keeper, name_of(interface)
+    done: Counter[str] = Counter()
+
+    def so_far() -> str:
+        number = skip + done.total()
+        return f"{number} records (--skip {number} goes on from there)" if done else ""
+
+    with told(interface, so_far), _input(file) as source:
+        total = _check(source, file, keeper, skip_unreadable)
+        patiently = Patience()
+        with progress("import", total) as advance:
+            advance(min(skip, total))
+            for number, record in enumerate(_records(source), 1):
+                if number > skip:
+                    done[patiently(_put, interface, record, overwrite, dry_run)] += 1
+                    advance(1)
+    if as_json:
+        click.echo(json.dumps({"session": name, "dry_run": dry_run, "records": done}, indent=2))
+    else:
+        would = "to be " if dry_run else ""
+        parts = [f"{done['imported']} {would}imported"]
+        parts += [f"{done[what]} {what}" for what in sorted(done) if what != "imported"]
+        click.echo(f"{name}: {', '.join(parts)}")
+
+
+def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run: bool) -> str:
+    """Import a record; what became of it."""
+    store, keeper = interface.store, interface.keeper
+    if _problem(keeper, record):
+        return "unreadable"
+    if keeper.now() >= record.idle_expires_at:
+        return "expired"
+    try:
+        there = store.load(record.key)
+        if there is None:
+            if not dry_run:
+                store.create(record)
+            return "imported"
+        if there.version == record.version:
+            return "there already"
+        if overwrite and record.successor is None:
+            if not dry_run:
+                store.save(record, there.version)
+            return "overwritten"
+    except (KeyTaken, Gone, Stale, UnreadableRecord):  # somebody was quicker, or it is no record
+        pass
+    return "kept as changed since"
+
+
+@contextmanager
+def _input(file: Path) -> Iterator[BinaryIO]:
+    """A file that can be read twice."""
+    try:
+        if str(file) == _PIPE:
+            with tempfile.TemporaryFile() as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+                yield copy
+        else:
+            with file.open("rb") as source:
+                yield source
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}") from None
+
+
+def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) -> int:
+    """How many records the file has; ends the command unless it is whole, and of use here."""
+    source.seek(0)
+    digest = hashlib.sha256()
+    problems: Counter[str] = Counter()
+    records = number = 0
+    last: _Last | None = None
+    problem = ""
+    while not problem and (line := source.readline(_LONGEST)):
+        number += 1
+        try:
+            if last is not None:
+                problem = "something follows the end"
+            elif not line.endswith(b"\n"):
+                problem = "the file is cut off"
+            elif number == 1:
+                version = msgspec.json.decode(line, type=_First).flask_gsession
+                problem = "" if version == _FORMAT else f"format {version}, and this is {_FORMAT}"
+            elif line.startswith(_LAST):
+                last = msgspec.json.decode(line, type=_Last)
+                if last != _Last(records, digest.hexdigest()):
+                    problem = "the file was altered"
+            else:
+                records += 1
+                unreadable = _problem(keeper, _record(line))
+                if unreadable:
+                    problems[unreadable] += 1
+        except msgspec.MsgspecError:
+            problem = "no line of an export"
+        digest.update(line)
+    if last is None and not problem:
+        problem = "the file is cut off"
+    if problem:
+        raise click.ClickException(f"{file}: line {number}: {problem}; nothing was imported")
+    if problems and not skip_unreadable:
+        reasons = ", ".join(f"{count} times {reason}" for reason, count in problems.items())
+        raise click.ClickException(
+            f"{file}: {problems.total()} of {records} records cannot be read by this application "
+            f"({reasons}); nothing was imported. Give it the key that is missing, or leave them "
+            "out with --skip-unreadable"
+        )
+    return records
+
+
+def _records(source: BinaryIO) -> Iterator[Record]:
+    """The records of a file that was checked."""
+    source.seek(0)
+    source.readline(_LONGEST)
+    while not (line := source.readline(_LONGEST)).startswith(_LAST):
+        yield _record(line)
+
+
+def _record(line: bytes) -> Record:
+    return Record(*msgspec.structs.astuple(_row(line)))
+
+
+def _problem(keeper: Keeper, record: Record) -> str:
+    """Why the application could not read a record; empty where it can."""
+    if not is_session_key(record.key) or not 0 < record.version < 1 << 63:
+        return "no key or version of a session"
+    try:
+        keeper.read(record)
+    except UnreadableRecord as error:
+        return error.reason
+    return ""
