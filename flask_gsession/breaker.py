@@ -19,7 +19,7 @@ from .errors import StoreError, StoreUnavailable
 from .events import CircuitClosed, CircuitOpened, Events, logger
 from .stores.base import Clock, Store
 
-_LOADS = ("load",)
+_LOADS = ("load", "peek")
 _WRITES = ("create", "save", "renew", "replace", "delete", "acquire", "extend", "release")
 _UNGUARDED = ("close", "sweep", "scan", "tidy", "wait_for_release")
 _SLOW = 0.05  # seconds; what fails faster does no harm

@@ -6,7 +6,7 @@ import base64
 import binascii
 import difflib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from types import MappingProxyType
@@ -58,6 +58,7 @@ class Settings:
     lock_warn: float | None = 1.0
     schema: object = None
     debug: bool = False
+    debug_show: Collection[str] = ()
 
     def __repr__(self) -> str:
         """Never shows the store's URL or the encryption keys."""
@@ -109,6 +110,14 @@ def _flag(value: Any) -> bool:
     if type(value) is not bool:
         raise ValueError("True or False")
     return value
+
+
+def _names(value: Any) -> frozenset[str]:
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(
+        type(name) is str for name in value
+    ):
+        raise ValueError("a list of session keys")
+    return frozenset(value)
 
 
 def _callable(value: Any) -> Any:
@@ -223,6 +232,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lock_warn": ("SESSION_LOCK_WARN", _optional(_seconds(0, 3600))),
     "schema": ("SESSION_SCHEMA", lambda value: value),
     "debug": ("SESSION_DEBUG", _flag),
+    "debug_show": ("SESSION_DEBUG_SHOW", _names),
 }
 _SECRET = {"SESSION_STORE", "SESSION_ENCRYPTION_KEYS"}
 

@@ -26,7 +26,6 @@ from .lifecycle import Lifecycle
 from .locking import Lock
 from .marks import PLAIN, Mark, marked, split
 from .merge import MergeFunction
-from .tracking import TrackedValues
 from .transactions import Transaction
 
 _MAX_GRACE = 3600.0
@@ -313,7 +312,7 @@ class SessionData(Lifecycle, SessionMixin):
             if not self._catch_up(afresh=True):
                 self._end("reload")
         elif self._opened and self._cookie != "keep":
-            self._values = TrackedValues(self._keeper.codec)
+            self._values = self._tracked(self._keeper.codec)
         else:
             self._opened = False
             self._forget()
@@ -467,6 +466,8 @@ class SessionData(Lifecycle, SessionMixin):
                 except UnreadableRecord as error:
                     self._refuse(error.reason, error.detail)
                     raise SessionEnded from None
+                if self._trace is not None:
+                    self._trace.stored(key, raw, changed)
                 self._saved(old, stored, losses)
             values.follow(stored)
             return changed

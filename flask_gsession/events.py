@@ -176,6 +176,7 @@ _SIGNALS: dict[type[Event], Signal] = {
     SessionCreated: signals.session_created,
     SessionRotated: signals.session_rotated,
     SessionDestroyed: signals.session_destroyed,
+    SessionRevoked: signals.session_destroyed,
     SessionConflicted: signals.session_conflict,
     SessionRefused: signals.session_refused,
 }

@@ -14,6 +14,7 @@ from werkzeug.local import LocalProxy
 from .breaker import guarded
 from .config import read_settings
 from .data import SessionData
+from .debug import prepare
 from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface
@@ -100,6 +101,8 @@ class Session:
             app.session_interface = interface
             _rotate_at_login(app)
         interfaces[self] = interface
+        if settings.debug:
+            prepare(app, settings.cookie_name, interface._present)
 
     @property
     def session(self) -> SessionData:

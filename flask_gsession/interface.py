@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 
 from .config import propagates_exceptions, secret_keys
 from .data import SessionData
+from .debug import begin, report
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .keeper import Keeper
@@ -51,6 +52,7 @@ class GSessionInterface(SessionInterface):
         self._cookie_name = keeper.settings.cookie_name
         self._cookie_start = self._cookie_name + "="
         self._token_header = keeper.settings.token_header
+        self._debug = keeper.settings.debug
         self._signer: tuple[tuple[str | bytes, ...], TokenSigner | None] = ((), None)
 
     def get_cookie_name(self, app: Flask) -> str:
@@ -61,7 +63,10 @@ class GSessionInterface(SessionInterface):
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
         if not app.secret_key:
             return None
-        return SessionData(self.keeper, lambda: self._present(app, request))
+        session = SessionData(self.keeper, lambda: self._present(app, request))
+        if self._debug:
+            begin(session, request)
+        return session
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""
@@ -127,6 +132,8 @@ class GSessionInterface(SessionInterface):
                 self._write_header(app, session, response)
             else:
                 self._write_cookie(app, session, response)
+        if session._trace is not None:
+            report(session, response)
 
     def _present(self, app: Flask, request: Request) -> Presented:
         header = self._token_header
@@ -184,12 +191,14 @@ class GSessionInterface(SessionInterface):
         self, app: Flask, session: SessionData, response: Response, error: Exception
     ) -> None:
         """Answer with the application's error response instead: the changes were not stored."""
+        if session._trace is not None:
+            session._trace.failure = type(error).__name__
         if isinstance(error, UnsupportedType) and not self.keeper.settings.debug:
             error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
         if isinstance(error, StoreUnavailable):
             if not isinstance(error, LogoutUnconfirmed):  # what was to be stored is
                 handle = session._record.key if session._record else None
-                self.keeper.events.emit(WriteDropped, handle, "store unavailable")
+                session._keeper.events.emit(WriteDropped, handle, "store unavailable")
             if self.keeper.settings.on_store_error == "keep-response":
                 return
         _turn_into(response, _answer_to(app, error))

@@ -16,11 +16,14 @@ from .codec import Codec
 from .config import Settings
 from .encryption import Cipher
 from .errors import (
+    Gone,
     KeyTaken,
     LeaseLost,
     LockLost,
     LogoutUnconfirmed,
+    SessionConflict,
     SettingError,
+    Stale,
     StoreError,
     UnreadableRecord,
 )
@@ -194,6 +197,30 @@ class Keeper:
                 return token, record, error
             return token, record, None
         raise StoreError(_REPEATS)
+
+    def debug(self, key: str, until: int | None) -> str | None:
+        """Let what requests do with the session be written to the log, until then in milliseconds.
+
+        ``until`` None ends that. Nothing else of the session changes; a request that is running
+        saves its changes onto it, as onto those of any other. Returns its handle, None where there
+        is no session. Raises ``SessionConflict`` after too many lost races. Two round trips, two
+        more for each lost race.
+        """
+        for losses in range(ATTEMPTS):
+            if losses:
+                self.pause(losses)
+            loaded = self.find(key)
+            if loaded is None:
+                return None
+            old, body = loaded
+            body.debug_until = until
+            payload = self._payloads.pack(old.key, body)
+            try:
+                self.store.save(old._replace(version=new_version(), payload=payload), old.version)
+            except (Stale, Gone):
+                continue
+            return old.key
+        raise SessionConflict
 
     @contextmanager
     def _under(self, lease: str) -> Iterator[Leases]:

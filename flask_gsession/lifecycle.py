@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from flask import Flask
@@ -43,6 +43,7 @@ from .merge import Change, MergeFunction
 from .payload import Body
 from .stores.base import Record
 from .tokens import Checked, session_key
+from .tracing import Call, Trace, TracedKeeper, TracedValues
 from .tracking import TrackedValues
 
 _UNCONFIRMED = "A session ended, and that is not confirmed: %s"
@@ -93,16 +94,36 @@ class Lifecycle:
     _policies: dict[str, MergeFunction] | None = None  # of keys that this request set
     _rotation_later: float | None = None  # at the end of the lock
     _lifetime_before: int | None = None  # the transaction or the lock
+    _trace: Trace | None = None  # of those who debug
+    _tracked: Callable[..., TrackedValues] = TrackedValues
+    _debug_until: int | None = None  # of this very session, in milliseconds
 
     def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
         self._keeper = keeper
         self._present = present
         self._thread = threading.get_ident()
 
+    def _start_trace(self, trace: Trace) -> None:
+        """Write down in ``trace`` what this request does from now on."""
+        self._trace = trace
+        self._keeper = TracedKeeper(self._keeper, trace)
+        self._tracked = partial(TracedValues, trace)
+
+    def _heed_order(self, until: int, seconds: float) -> None:
+        """The session that was loaded, in so many seconds, is to be debugged until then."""
+        if until <= self._keeper.now():
+            return
+        self._debug_until = until
+        if self._trace is None:
+            self._start_trace(Trace(by_order=True))
+            assert self._trace is not None
+            self._trace.calls.append(Call("load", seconds, None))
+
     def _forget(self) -> None:
         """Hold no session: as at the start, but for what the client is to be told."""
-        self._values = TrackedValues(self._keeper.codec)
+        self._values = self._tracked(self._keeper.codec)
         self._token = self._record = self._lifetime = self._rotation = self._lease = None
+        self._debug_until = None
         self._found = self._restart_idle = self._forced = self._cleared = False
 
     def _look_at_request(self) -> Presented:
@@ -121,7 +142,7 @@ class Lifecycle:
     def _load(self) -> None:
         if self._failure is not None:
             if self._hooks_after_the_view_run():
-                self._values = TrackedValues(self._keeper.codec)
+                self._values = self._tracked(self._keeper.codec)
                 return  # empty: the answer will not be one that was made from it
             raise self._failure
         checked = self._look_at_request().checked
@@ -129,6 +150,7 @@ class Lifecycle:
             self._keeper.refused(checked.reason, None)
         elif checked is not None and checked.token is not None:
             key = session_key(checked.token)
+            began = time.perf_counter()
             try:
                 loaded = self._keeper.find(key)
             except UnreadableRecord as error:
@@ -139,7 +161,7 @@ class Lifecycle:
                 logger.error("A session could not be loaded: %s", error)
                 if self._hooks_after_the_view_run():
                     self._failed_unseen = True
-                    self._values = TrackedValues(self._keeper.codec)
+                    self._values = self._tracked(self._keeper.codec)
                     return
                 raise
             else:
@@ -149,28 +171,31 @@ class Lifecycle:
                     self._ended = False
                     self._found = True
                     self._record, body = loaded
+                    if body.debug_until is not None:
+                        self._heed_order(body.debug_until, time.perf_counter() - began)
                     if body.marked:
                         self._values = self._track(body)
                     else:
-                        self._values = TrackedValues(self._keeper.codec, body.values)
+                        self._values = self._tracked(self._keeper.codec, body.values)
                     self._lifetime = body.lifetime
                     if self._record.key == key:
                         self._token = checked.token
                         if checked.outdated:
                             self._cookie = "set"
         if self._record is None:
-            self._values = TrackedValues(self._keeper.codec)
+            self._values = self._tracked(self._keeper.codec)
         self._opened = True
 
     def _track(self, body: Body) -> TrackedValues:
         keeper = self._keeper
-        return TrackedValues(keeper.codec, body.values, keeper.now if body.marked else None)
+        return self._tracked(keeper.codec, body.values, keeper.now if body.marked else None)
 
     def _body(self, stored: dict[str, bytes]) -> Body:
         """What to store when these are the values."""
         if self._values.now is None:
-            return Body(stored, self._lifetime)
-        return Body(stored, self._lifetime, any(map(is_marked, stored.values())))
+            return Body(stored, self._lifetime, False, self._debug_until)
+        marked = any(map(is_marked, stored.values()))
+        return Body(stored, self._lifetime, marked, self._debug_until)
 
     def _checked_changes(self) -> dict[str, Change]:
         """What this request changed. Raises what the schema of the session has to say of it."""
@@ -283,7 +308,7 @@ class Lifecycle:
         self._in_transaction = False
         self._lifetime = self._lifetime_before if self._record is not None else None
         values = self._values
-        self._values = TrackedValues(self._keeper.codec, values.stored, values.now)
+        self._values = self._tracked(self._keeper.codec, values.stored, values.now)
         self._restart_idle = self._forced = self._cleared = False
 
     def _destroy(self) -> None:
@@ -369,6 +394,7 @@ class Lifecycle:
         if loaded is None:
             return False
         self._record, body = loaded
+        self._debug_until = body.debug_until
         if self._record.key != key:
             # Another request rotated the session. The client gets that token, not one of ours.
             self._token = None

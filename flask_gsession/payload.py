@@ -9,7 +9,8 @@
     sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body
 
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
-                string; then the session's own idle lifetime, and whether any value has a mark
+                string; then the session's own idle lifetime, whether any value has a mark, and
+                until when the session is debugged
 
 So one value can be decoded without looking into the others. The check in front (or the
 AES-GCM tag) binds the payload to its own record: another session's payload, a truncated or a
@@ -40,12 +41,14 @@ class Body(Struct, array_like=True, gc=False):
     """What a payload holds: the encoded values by key, and the session's own idle lifetime.
 
     ``lifetime`` is in milliseconds; None means the application's setting. ``marked`` says whether
-    any value has a mark (see ``marks``); where none has, it takes no byte.
+    any value has a mark (see ``marks``); where none has, it takes no byte. ``debug_until``: until
+    then, in milliseconds since 1970, what requests do with the session is written to the log.
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
     lifetime: int | None = None
     marked: bool = False
+    debug_until: int | None = None
 
 
 class PayloadFormat:
@@ -75,7 +78,12 @@ class PayloadFormat:
                 "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
             )
         try:
-            encoded = self._encode(body if body.marked else (values, body.lifetime))
+            if body.debug_until is not None:
+                encoded = self._encode(body)
+            elif body.marked:
+                encoded = self._encode((values, body.lifetime, True))
+            else:
+                encoded = self._encode((values, body.lifetime))
         except UnicodeEncodeError:
             bad = next(key for key in values if not is_valid_text(key))
             raise UnsupportedType(

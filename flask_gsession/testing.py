@@ -23,6 +23,7 @@ from .stores.base import (
     WAITER_LIFE,
     Clock,
     Leases,
+    Peeks,
     Record,
     Scans,
     Store,
@@ -75,6 +76,11 @@ class HookedStore:
     def load(self, key: str) -> Record | None:
         with self._around("load"):
             return self.store.load(key)
+
+    def peek(self, key: str) -> Record | None:
+        """What a store tells of what has expired; nothing of a store that does not tell."""
+        with self._around("peek"):
+            return getattr(self.store, "peek", self.store.load)(key)
 
     def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         with self._around("save"):
@@ -587,6 +593,25 @@ class StoreContract:
             store.close()
             store.create(record)
             assert store.load(record.key) == record
+
+    # -- of stores that have ``Peeks``
+
+    def test_a_peek_tells_of_what_is_there(self) -> None:
+        with self._store() as (store, clock):
+            if not isinstance(store, Peeks):
+                return
+            record, new = a_record(clock), a_record(clock)
+            assert store.peek(record.key) is None
+            store.create(record)
+            assert store.peek(record.key) == record
+            pointer = a_pointer(record, new)
+            store.replace(record.key, new, record.version, pointer)
+            assert store.peek(record.key) == pointer
+            clock.advance(100_000_000)
+            assert store.peek(new.key) in (new, None)
+            assert store.load(new.key) is None
+            store.delete(new.key)
+            assert store.peek(new.key) is None
 
     # -- of stores that have ``Scans``, or ``Tidies``
 

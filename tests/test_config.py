@@ -89,6 +89,11 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "SESSION_LOCK_WARN": [(None, None), (0, 0.0), (3600, 3600.0)],
     "SESSION_SCHEMA": [(None, None), (Schema, Schema), ([], [])],
     "SESSION_DEBUG": [(True, True), (False, False), (None, False)],
+    "SESSION_DEBUG_SHOW": [
+        ((), frozenset()),
+        (["cart"], frozenset({"cart"})),
+        ({"a"}, frozenset({"a"})),
+    ],
 }
 
 NO_DURATION = ["60", "", b"60", True, [60], {}, Decimal(60), float("nan"), float("inf"), -1]
@@ -163,6 +168,7 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_LOCK_WARN": [*NO_DURATION, 3601],
     "SESSION_SCHEMA": [7, True, "schema", {}, dict, object(), ["preferences"], Field()],
     "SESSION_DEBUG": ["yes", "", 1, 0, []],
+    "SESSION_DEBUG_SHOW": ["cart", b"cart", None, True, 7, {"cart": 1}, [7], [b"cart"], [None]],
 }
 
 SECRET = ("SESSION_STORE", "SESSION_ENCRYPTION_KEYS")

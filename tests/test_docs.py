@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -444,6 +445,19 @@ def test_events_page(run: Run) -> None:
     client.post("/logout")
     assert "SessionCreated" in names.audit
     assert names.audit[-2:] == [f"session {handle} was ended", "SessionDestroyed"]
+
+
+def test_debugging(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flask_gsession.debug"), "handlers", [])
+    names = run("docs/how-to/debugging.md")
+    visitor(names.app).post("/cart/mug")
+    assert "POST /cart/<sku> -> 200: new" in caplog.text
+    assert "['mug']" in caplog.text
+    slow = {"gsession": {"request": "GET /", "ms": 51, "calls": []}}
+    names.SlowSessions().emit(logging.makeLogRecord(slow))
+    assert names.SlowSessions.slow == [("GET /", [])]
 
 
 def test_deployment(run: Run) -> None:

@@ -21,12 +21,13 @@ ROWS = [
     ["merge", "payload"],
     ["config", "tracking"],
     ["breaker", "keeper"],
+    ["tracing"],
     ["lifecycle"],
     ["transactions"],
     ["locking"],
     ["data"],
     ["stores.memory", "stores.sqlite", "stores.redis", "stores.mongodb"],
-    ["stores", "cleanup", "health", "typed", "testing"],
+    ["stores", "debug", "cleanup", "health", "typed", "testing"],
     ["interface"],
     ["extension"],
     ["cli", "contrib", "probes"],
@@ -45,6 +46,7 @@ PLACES = {
     "limits": "contrib",
     "prometheus_client": "contrib",
     "prometheus_flask_exporter": "contrib",
+    "flask_debugtoolbar": "contrib",
 }
 
 

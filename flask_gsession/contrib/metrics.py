@@ -71,7 +71,7 @@ _TIMED = (
     *("create", "load", "save", "renew", "replace", "delete"),
     *("acquire", "extend", "release"),
 )
-_UNTIMED = ("close", "sweep", "wait_for_release")
+_UNTIMED = ("close", "peek", "sweep", "wait_for_release")
 _STATUSES: dict[type[BaseException], str] = {
     Gone: "gone",
     Stale: "stale",

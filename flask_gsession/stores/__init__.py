@@ -9,11 +9,12 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SettingError
-from .base import Counts, Leases, Record, Scans, Store, StoreOptions, Sweeps, Tidies
+from .base import Counts, Leases, Peeks, Record, Scans, Store, StoreOptions, Sweeps, Tidies
 
 __all__ = [
     "Counts",
     "Leases",
+    "Peeks",
     "Record",
     "Scans",
     "Store",

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from string import ascii_letters, digits
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -139,6 +141,17 @@ class Counts(Protocol):
 
         It may count what ended within the last minute, and where there are many it may judge from
         a sample. Raises ``StoreUnavailable``.
+        """
+
+
+@runtime_checkable
+class Peeks(Protocol):
+    """A store that still tells of what has expired; for those who look for a fault."""
+
+    def peek(self, key: str) -> Record | None:
+        """The record under ``key``, also one that has expired, as long as it is there.
+
+        Raises ``StoreUnavailable`` and ``UnreadableRecord``.
         """
 
 
@@ -322,6 +335,38 @@ class Lease:
         for waiter, seen in list(self.waiters.items()):
             if waiter != owner and abs(now - seen) >= WAITER_LIFE:
                 del self.waiters[waiter]
+
+
+class Trips:
+    """How many round trips to its server a store has made; None where it counts none."""
+
+    count: int | None = None
+
+
+_trips: ContextVar[Trips | None] = ContextVar("flask_gsession.trips", default=None)
+
+
+@contextmanager
+def count_trips() -> Iterator[Trips]:
+    """Count the round trips that a store tells of while the block runs."""
+    trips = Trips()
+    before = _trips.set(trips)
+    try:
+        yield trips
+    finally:
+        _trips.reset(before)
+
+
+def trips_are_counted() -> bool:
+    """Whether somebody counts the round trips of this call."""
+    return _trips.get() is not None
+
+
+def tell_trip() -> None:
+    """For stores: a round trip to the server begins. Counted where a session is debugged."""
+    trips = _trips.get()
+    if trips is not None:
+        trips.count = (trips.count or 0) + 1
 
 
 def poll(ready: Callable[[], bool], seconds: float) -> None:

@@ -161,6 +161,9 @@ class MemoryStore:
         with self._freed:
             self._freed.wait_for(may_go_on, seconds)
 
+    def peek(self, key: str) -> Record | None:
+        return self._records.get(key)
+
     def close(self) -> None:
         """Nothing to release."""
 

@@ -7,6 +7,7 @@ on every read and write.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -60,6 +61,7 @@ from .base import (
     poll,
 )
 from .mongodb_health import checked
+from .mongodb_telling import NO_PAYLOADS, telling
 
 COLLECTION = "gsession"
 DATABASE = "gsession"
@@ -120,6 +122,7 @@ class MongoDBStore:
         self._pid = 0
         self._indexed = False
         self._lock = threading.Lock()
+        logging.getLogger("pymongo.command").addFilter(NO_PAYLOADS)
         _STORES.add(self)
 
     def create(self, record: Record) -> None:
@@ -142,7 +145,7 @@ class MongoDBStore:
 
     def load(self, key: str) -> Record | None:
         with self._collection("load") as collection:
-            record = self._read(key, self._collection_to_load)
+            record = self._read(key, telling(self._collection_to_load))
             if self._direct:
                 _check_not_secondary(collection.database.client)
         if record is None or self._now() >= record.idle_expires_at:
@@ -395,6 +398,10 @@ class MongoDBStore:
         ids = [document["_id"] for document in found]
         return ids, ids[-1][len(self._prefix) :] if len(ids) == limit else ""
 
+    def peek(self, key: str) -> Record | None:
+        with self._collection("load") as collection:
+            return self._read(key, collection)
+
     def check(self) -> list[Finding]:
         with self._collection("check") as collection:
             return checked(collection, self._clock())
@@ -429,7 +436,7 @@ class MongoDBStore:
         try:
             collection = self._collection_of_client if self._pid == os.getpid() else self._connect()
             with pymongo.timeout(self._timeout):
-                yield collection
+                yield telling(collection)
         except (PyMongoError, OSError) as error:  # of a socket that an interrupt left closed
             raise StoreUnavailable(
                 f"mongodb: {operation}: {_reason(error, self._collection_of_client)}",

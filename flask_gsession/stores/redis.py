@@ -63,6 +63,7 @@ from .base import (
     closing,
     milliseconds,
     poll,
+    tell_trip,
 )
 from .redis_health import checked, parsed
 from .redis_pool import AllInUse, ClientPool, ConnectionPool, packed
@@ -474,6 +475,11 @@ class RedisStore:
             raise _ERRORS[reply]
         return reply
 
+    def peek(self, key: str) -> Record | None:
+        name = self._name(key)
+        value = self._call(self._deadline(), _as_it_is, name, packed(b"GET", name))
+        return None if value is None else _unpack(key, value)
+
     def _call(
         self,
         deadline: float,
@@ -546,7 +552,9 @@ class RedisStore:
         try:
             try:
                 if asking:
+                    tell_trip()
                     slot.ask(_ASKING)
+                tell_trip()
                 answer = parse(slot.ask(request))
                 if replicas:
                     _confirm(slot, answer, replicas, deadline)
@@ -579,6 +587,7 @@ def _confirm(slot: Any, answer: Any, replicas: int, deadline: float) -> None:
         return
     span = b"%d" % max(1, int((deadline - time.monotonic()) * 800))
     try:
+        tell_trip()
         confirmed = slot.ask(packed(b"WAIT", b"%d" % replicas, span))
     except (RedisError, OSError) as error:
         raise LogoutUnconfirmed(f"redis: WAIT: {type(error).__name__}: {error}") from error

@@ -339,6 +339,10 @@ class SQLiteStore:
 
         poll(may_go_on, seconds)
 
+    def peek(self, key: str) -> Record | None:
+        with self._connection() as db:
+            return self._select(db, key)
+
     def check(self) -> list[Finding]:
         with self._connection() as db:
             (journal,) = db.execute("PRAGMA journal_mode").fetchone()

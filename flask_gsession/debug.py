@@ -1,0 +1,398 @@
+"""The debug dump: what a request found in its session, what it did to it, and why.
+
+One message of the logger ``flask_gsession.debug`` before a request and one after it. The same facts
+are in the log record's ``gsession``, for logs that are read by a program.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from datetime import timedelta
+from typing import Any
+
+from flask import Flask, Request, Response, current_app, request
+from flask.logging import default_handler, has_level_handler
+
+from .data import SessionData
+from .errors import UnreadableRecord
+from .events import Event, SessionCreated, SessionDestroyed, SessionRotated, WriteDropped, logger
+from .lifecycle import Presented
+from .marks import split
+from .redaction import HIDDEN, shown_name, shown_value
+from .tokens import session_key
+from .tracing import Trace
+
+log = logging.getLogger("flask_gsession.debug")
+
+#: Where an application that is debugged keeps its latest dumps, the newest last.
+RECENT = "gsession-debug"
+_KEEP_RECENT = 20
+_TRACED = "flask_gsession.traced"
+_MOST_KEYS = 30
+
+Facts = dict[str, Any]
+
+
+def _harmless(function: Callable[..., None]) -> Callable[..., None]:
+    """What looks for faults makes none."""
+
+    def call(*arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception:
+            logger.exception("A debug dump failed")
+
+    return call
+
+
+def prepare(app: Flask, cookie: str, present: Callable[[Flask, Request], Presented]) -> None:
+    """Dump what the requests of ``app`` do with the sessions of this cookie.
+
+    ``present`` reads the token of a request.
+    """
+
+    def before() -> None:
+        app: Any = current_app
+        if not app.secret_key:
+            return
+        presented = present(app._get_current_object(), request)
+        facts = {"request": _name_of_request(), "cookie_name": cookie, "found": _brought(presented)}
+        log_dump(logging.DEBUG, "Session before {request}: {found}".format(**facts), facts)
+
+    app.before_request_funcs.setdefault(None, []).insert(0, _harmless(before))
+    if RECENT not in app.extensions:
+        app.extensions[RECENT] = deque(maxlen=_KEEP_RECENT)
+        app.teardown_request(_finish)
+
+
+def begin(session: SessionData, request: Request) -> None:
+    """Trace a session from the start of its request."""
+    session._start_trace(Trace())
+    request.environ.setdefault(_TRACED, []).append(session)
+
+
+@_harmless
+def report(session: SessionData, response: Response | None, error: object = None) -> None:
+    """Dump what a request did with its session, once."""
+    trace = session._trace
+    if trace is None or trace.reported:
+        return
+    trace.reported = session.accessed
+    facts = facts_of(session, response, error)
+    text = f"Session after {as_text(facts)}"
+    if trace.by_order:
+        log_dump(logging.INFO, text, facts)
+        return
+    if response is not None:
+        response.headers.add("Server-Timing", _server_timing(trace))
+    current_app.extensions[RECENT].append(facts)
+    log_dump(logging.DEBUG, text, facts)
+
+
+def traced(request: Request) -> list[SessionData]:
+    """The sessions of a request that are traced from its start."""
+    sessions: list[SessionData] = request.environ.get(_TRACED, [])
+    return sessions
+
+
+@_harmless
+def _finish(error: BaseException | None) -> None:
+    """At the end of a request: its sessions that were not looked at, or could not be saved."""
+    for session in request.environ.pop(_TRACED, ()):
+        report(session, None, error)
+
+
+def log_dump(level: int, text: str, facts: Facts) -> None:
+    """Write a dump to the log: it is wanted, so it is made to get there, as Flask does."""
+    if not log.level:
+        log.setLevel(logging.DEBUG)
+    if not has_level_handler(log):
+        log.addHandler(default_handler)
+    log.log(level, "%s", text, extra={"gsession": facts})
+
+
+# -- the facts
+
+
+def facts_of(
+    session: SessionData, response: Response | None, error: object = None, *, saved: bool = True
+) -> Facts:
+    """What is known of a session now; times in seconds, sizes in bytes, nothing secret.
+
+    ``saved``: whether the request is over. Before that, nobody knows what becomes of its changes.
+    """
+    trace, keeper, record = session._trace, session._keeper, session._record
+    assert trace is not None
+    facts: Facts = {
+        "request": _name_of_request(),
+        "status": response.status_code if response is not None else None,
+        "error": type(error).__name__ if error is not None else None,
+        "cookie_name": keeper.settings.cookie_name,
+        "state": _state(session, trace),
+    }
+    if not session.accessed:
+        return facts
+    if record is not None:
+        now = keeper.now()
+        facts["handle"] = record.key
+        facts["bytes"] = len(record.payload)
+        facts["idle_left"] = (record.idle_expires_at - now) / 1000
+        facts["absolute_left"] = (record.absolute_expires_at - now) / 1000
+    facts["read"] = [
+        _about(session, key, trace.read[key], with_value=key not in trace.written)
+        for key in _some(trace.read)
+    ]
+    facts["absent"] = [shown_name(key) for key in _some(trace.absent)]
+    facts["written"] = [
+        _about(session, key, written.after, written.before)
+        for key, written in ((key, trace.written[key]) for key in _some(trace.written))
+    ]
+    facts["deleted"] = [shown_name(key) for key in _some(trace.deleted)]
+    facts["not_stored" if saved else "pending"] = [
+        shown_name(key) for key in _some(_not_stored(session, trace))
+    ]
+    facts["calls"] = [
+        {
+            "operation": call.operation,
+            "ms": round(call.seconds * 1000, 3),
+            "round_trips": call.trips,
+            "result": call.result,
+        }
+        for call in trace.calls
+    ]
+    facts["ms"] = round(sum(call.seconds for call in trace.calls) * 1000, 3)
+    facts["round_trips"] = sum(call.trips or 0 for call in trace.calls)
+    facts["events"] = [_of_event(event) for event in trace.events]
+    if trace.refusal is not None:
+        facts["refused"] = trace.refusal._asdict()
+    if trace.failure is not None:
+        facts["failure"] = trace.failure
+    if not saved:
+        return facts
+    by_header = session._presented is not None and session._presented.by_header
+    facts["header" if by_header else "cookie"] = _token(session, trace, error)
+    if response is not None:
+        facts["cache"] = {
+            name: response.headers[name]
+            for name in ("Vary", "Cache-Control")
+            if name in response.headers
+        }
+    return facts
+
+
+def _name_of_request() -> str:
+    """The method and the rule; not the path, which may hold a secret."""
+    rule = request.url_rule
+    return f"{ascii(request.method)[1:-1][:20]} {rule.rule if rule is not None else '(no route)'}"
+
+
+def _brought(presented: Presented) -> str:
+    """The token that a request brought."""
+    checked = presented.checked
+    where = "header" if presented.by_header else "cookie"
+    if checked is None:
+        return "no token"
+    if checked.token is None:
+        return f"a {where} that is refused: {checked.reason}"
+    signed = ", signed with a fallback key" if checked.outdated else ""
+    return f"a {where} for {session_key(checked.token)}{signed}"
+
+
+def _state(session: SessionData, trace: Trace) -> str:
+    """What became of the session."""
+    happened = {type(event) for event in trace.events}
+    if not session.accessed:
+        return "not looked at"
+    if session._failure is not None:
+        return "could not be loaded"
+    if session._ended:
+        return "ended by another request meanwhile"
+    record, presented = session._record, session._presented
+    if record is None:
+        if SessionDestroyed in happened:
+            return "ended"
+        return "none" if session._opened else "not loaded"
+    if SessionCreated in happened:
+        return "new"
+    if SessionRotated in happened:
+        return "loaded, and rotated"
+    checked = presented.checked if presented is not None else None
+    if (
+        checked is not None
+        and checked.token is not None
+        and session_key(checked.token) != record.key
+    ):
+        return "loaded, rotated by another request"
+    return "loaded"
+
+
+def _about(
+    session: SessionData,
+    key: str,
+    size: int,
+    before: int | None = None,
+    *,
+    with_value: bool = True,
+) -> Facts:
+    """A key and its value, as far as they may be shown."""
+    trace, values = session._trace, session._values
+    assert trace is not None
+    about: Facts = {"key": shown_name(key), "type": trace.types.get(key), "bytes": size}
+    if before is not None:
+        about["bytes_before"] = before
+    raw = values.stored.get(key)
+    try:
+        if raw is not None and values.now is not None:
+            end = split(raw)[0].expires_at
+            if end:
+                about["expires_in"] = (end - session._keeper.now()) / 1000
+        if raw is not None and with_value and key in session._keeper.settings.debug_show:
+            value = shown_value(
+                key,
+                session._keeper.codec.decode(split(raw)[1]),
+                session._keeper.settings.debug_show,
+            )
+            if value != HIDDEN:
+                about["value"] = value
+    except UnreadableRecord:
+        about["value"] = "(unreadable)"
+    return about
+
+
+def _not_stored(session: SessionData, trace: Trace) -> list[str]:
+    """What the request changed to no effect, or not yet."""
+    pending = []
+    if session._opened:
+        try:
+            pending = list(session._values.changes())
+        except Exception:  # a value that cannot be kept
+            pending = list(trace.touched)
+    dropped = any(isinstance(event, WriteDropped) for event in trace.events)
+    if dropped or trace.failure is not None:
+        pending += trace.touched
+    return [
+        key
+        for key in dict.fromkeys(pending)
+        if key not in trace.written and key not in trace.deleted
+    ]
+
+
+def _some(keys: Iterable[str]) -> list[str]:
+    return list(keys)[:_MOST_KEYS]
+
+
+def _of_event(event: Event) -> str:
+    details = {field.name: getattr(event, field.name) for field in fields(event)}
+    details.pop("handle", None)
+    known = (f"{name}={value!r}" for name, value in details.items())
+    return f"{type(event).__name__}({', '.join(known)})"
+
+
+def _token(session: SessionData, trace: Trace, error: object) -> str:
+    """Whether the client is sent a token, and why."""
+    if error is not None:
+        return "not sent: an error ended the request before the session was saved"
+    happened = {type(event) for event in trace.events}
+    presented, record = session._presented, session._record
+    checked = presented.checked if presented is not None else None
+    if session._cookie == "set":
+        if SessionCreated in happened:
+            return "set: the session is new"
+        if SessionRotated in happened:
+            return "set: the session has a new token"
+        if checked is not None and checked.outdated:
+            return "set: signed anew with the current SECRET_KEY"
+        return "set: its expiry moved"
+    if session._cookie == "delete":
+        return "deleted: the session ended"
+    if checked is None:
+        return "none: nothing is stored"
+    if session._ended:
+        return "kept: whoever ended the session deletes it"
+    if record is None:
+        if presented is not None and presented.by_header and session._leads_nowhere():
+            return "emptied: it leads to no session"
+        return "kept: it leads to no session, and nothing was put into a new one"
+    if session._token is None:
+        return "kept: another request rotated the session, and sends the new token"
+    return "kept: the client has it"
+
+
+def _server_timing(trace: Trace) -> str:
+    milliseconds = sum(call.seconds for call in trace.calls) * 1000
+    calls = "1 store call" if len(trace.calls) == 1 else f"{len(trace.calls)} store calls"
+    return f'gsession;dur={milliseconds:.2f};desc="{calls}"'
+
+
+# -- as text
+
+
+def as_text(facts: Facts) -> str:
+    """The facts, for people: the request first, then a line for each thing there is to say."""
+    request, state = facts["request"], facts["state"]
+    result = facts["error"] or facts["status"]
+    lines = [f"{request}{f' -> {result}' if result is not None else ''}: {state}"]
+
+    def line(name: str, text: str) -> None:
+        if text:
+            lines.append(f"  {name:<10} {text}")
+
+    if "handle" in facts:
+        line("handle", facts["handle"])
+        line(
+            "lifetime",
+            f"ends in {_span(facts['idle_left'])} unless it is used, "
+            f"in {_span(facts['absolute_left'])} anyhow",
+        )
+        line("size", _bytes(facts["bytes"]))
+    if "refused" in facts:
+        refused = facts["refused"]
+        line("refused", ": ".join(filter(None, [refused["reason"], refused["because"]])))
+    for name in ("read", "written"):
+        for about in facts.get(name, ()):
+            line(name, _as_words(about))
+    for name in ("absent", "deleted", "pending", "not_stored"):
+        line(name.replace("_", " "), ", ".join(facts.get(name, ())))
+    if facts.get("calls"):
+        line("store", f"{facts['ms']:.2f} ms: {', '.join(map(_as_call, facts['calls']))}")
+    line("failure", facts.get("failure", ""))
+    for event in facts.get("events", ()):
+        line("event", event)
+    for name in ("cookie", "header"):
+        line(name, facts.get(name, ""))
+    line("cache", ", ".join(f"{name}: {value}" for name, value in facts.get("cache", {}).items()))
+    return "\n".join(lines)
+
+
+def _as_words(about: Facts) -> str:
+    words = [about["type"] or "not decoded"]
+    if "bytes_before" in about:
+        words.append(f"{about['bytes_before']} to {_bytes(about['bytes'])}")
+    else:
+        words.append(_bytes(about["bytes"]))
+    if "expires_in" in about:
+        words.append(f"expires in {_span(about['expires_in'])}")
+    if "value" in about:
+        words.append(about["value"])
+    return f"{about['key']}: {', '.join(words)}"
+
+
+def _as_call(call: Facts) -> str:
+    words = [f"{call['operation']} {call['ms']:.2f} ms"]
+    trips = call["round_trips"]
+    if trips is not None:
+        words.append(f"in {trips} round trip{'s' if trips != 1 else ''}")
+    if call["result"] != "ok":
+        words.append(f"({call['result']})")
+    return " ".join(words)
+
+
+def _bytes(count: int) -> str:
+    return "1 byte" if count == 1 else f"{count} bytes"
+
+
+def _span(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))

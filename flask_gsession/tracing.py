@@ -1,0 +1,223 @@
+"""What one request does with its session, written down for those who look for a fault.
+
+Nothing here runs for a session that is not traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from .codec import Codec
+from .errors import StoreError
+from .events import Event, Events
+from .keeper import Keeper
+from .merge import Change
+from .stores.base import Store, count_trips
+from .tracking import TrackedValues
+
+
+class Call(NamedTuple):
+    """One call of the store; ``trips`` is None where nobody counted the round trips."""
+
+    operation: str
+    seconds: float
+    trips: int | None
+    result: str = "ok"
+
+
+class Written(NamedTuple):
+    """The bytes of an encoded value; ``before`` is None where there was none."""
+
+    before: int | None
+    after: int
+
+
+class Refusal(NamedTuple):
+    """Why a token led to no session; ``because`` says more than the reason of the event."""
+
+    reason: str
+    handle: str | None
+    because: str
+
+
+class Trace:
+    """What a session was asked, and what came of it.
+
+    ``by_order``: not the application is being debugged, but this very session, by its handle.
+    """
+
+    def __init__(self, *, by_order: bool = False) -> None:
+        self.by_order = by_order
+        self.reported = False
+        self.calls: list[Call] = []
+        self.events: list[Event] = []
+        self.refusal: Refusal | None = None
+        self.failure: str | None = None
+        # In the order in which the request came to them.
+        self.read: dict[str, int] = {}  # and the bytes
+        self.absent: dict[str, None] = {}
+        self.touched: dict[str, None] = {}  # set or removed by the request, stored or not
+        self.written: dict[str, Written] = {}
+        self.deleted: dict[str, None] = {}
+        self.types: dict[str, str] = {}
+
+    def stored(self, key: str, before: bytes | None, after: bytes | None) -> None:
+        """A change of this key is in the store."""
+        if after is None:
+            self.deleted[key] = None
+            self.written.pop(key, None)
+        else:
+            first = self.written.get(key)
+            was = None if before is None else len(before)
+            self.written[key] = Written(first.before if first else was, len(after))
+            self.deleted.pop(key, None)
+
+
+class TracedKeeper(Keeper):
+    """A keeper for one session: the application's, whose store and events are watched."""
+
+    def __init__(self, keeper: Keeper, trace: Trace) -> None:
+        vars(self).update(vars(keeper))
+        store: Any = TracedStore(keeper.store, trace)
+        for name, part in vars(keeper).items():
+            if part is keeper.store:  # under the name of each of its capabilities
+                setattr(self, name, store)
+        self.events = TracedEvents(keeper.events, trace)
+        self._trace = trace
+
+    def refused(self, reason: str, key: str | None, detail: str = "") -> None:
+        because = detail
+        if reason == "unknown" and key is not None:
+            because = self._why_unknown(key)
+        self._trace.refusal = Refusal(reason, key, because)
+        super().refused(reason, key, detail)
+
+    def _why_unknown(self, key: str) -> str:
+        """As far as it can be told: a store lets go of what has ended, now or later."""
+        peek = getattr(self.store, "peek", None)
+        if peek is None:
+            return "this store does not tell why"
+        try:
+            record = peek(key)
+        except StoreError:
+            return "the store did not say why"
+        if record is None:
+            return "not in the store: logged out, revoked, never issued, or expired and removed"
+        if record.successor is not None:
+            if self.now() < record.idle_expires_at:
+                return "rotated away, and its successor has ended"
+            return f"rotated away, and the grace is over; it went on as {record.successor}"
+        if record.idle_expires_at == record.absolute_expires_at:
+            return "expired: it reached its absolute timeout"
+        return "expired: it was not used for as long as its idle timeout"
+
+
+class TracedStore:
+    """Every method of a store, timed."""
+
+    def __init__(self, store: Store, trace: Trace) -> None:
+        self._store = store
+        self._trace = trace
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def call(*arguments: Any) -> Any:
+            result = "ok"
+            start = perf_counter()
+            with count_trips() as trips:
+                try:
+                    answer = method(*arguments)
+                    if answer is None and name == "load":
+                        result = "nothing"
+                    return answer
+                except BaseException as error:
+                    result = type(error).__name__
+                    raise
+                finally:
+                    seconds = perf_counter() - start
+                    self._trace.calls.append(Call(name, seconds, trips.count, result))
+
+        return call
+
+
+class TracedEvents(Events):
+    """Keeps the events of one session, and passes them on."""
+
+    def __init__(self, events: Events, trace: Trace) -> None:
+        self._events = events
+        self._trace = trace
+
+    def emit(self, event: type[Event], *details: object) -> None:
+        self._trace.events.append(event(*details))
+        self._events.emit(event, *details)
+
+
+class TracedValues(TrackedValues):
+    """Values that note which of them were looked at, and which were changed."""
+
+    __slots__ = ("_trace",)
+
+    def __init__(
+        self,
+        trace: Trace,
+        codec: Codec,
+        stored: dict[str, bytes] | None = None,
+        now: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__(codec, stored, now)
+        self._trace = trace
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            value = super().__getitem__(key)
+        except KeyError:
+            self._trace.absent[key] = None
+            raise
+        self._trace.types[key] = type(value).__name__
+        self._note_read(key)
+        return value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._trace.touched[key] = None
+        self._trace.types[key] = type(value).__name__
+
+    def __delitem__(self, key: str) -> None:
+        touched = key in self._trace.touched
+        self._trace.touched[key] = None  # so that looking whether it is there is no reading
+        try:
+            super().__delitem__(key)
+        except KeyError:
+            if not touched:
+                del self._trace.touched[key]
+            raise
+
+    def __contains__(self, key: object) -> bool:
+        there = super().__contains__(key)
+        if isinstance(key, str):
+            if there:
+                self._note_read(key)
+            else:
+                self._trace.absent[key] = None
+        return there
+
+    def raw(self, key: str) -> bytes | None:
+        raw = super().raw(key)
+        if raw is None:
+            self._trace.absent[key] = None
+        else:
+            self._note_read(key)
+        return raw
+
+    def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
+        for key, change in changes.items():
+            self._trace.stored(key, change.base, stored.get(key))
+        super().accept(stored, changes)
+
+    def _note_read(self, key: str) -> None:
+        # What the request put there itself is not read from the session.
+        if key not in self._trace.touched and key in self.stored:
+            self._trace.read.setdefault(key, len(self.stored[key]))
