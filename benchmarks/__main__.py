@@ -69,7 +69,12 @@ def measure(
     if "redis" in backends:
         _measure_on_redis(results, sessions, many if with_growth else None, say)
     results.targets = judge(
-        results.cells, results.own_cpu, results.weights, results.growth, results.typed
+        results.cells,
+        results.own_cpu,
+        results.weights,
+        results.growth,
+        results.typed,
+        results.counting,
     )
     return results
 
@@ -78,6 +83,7 @@ def _measure_on_redis(
     results: Results, sessions: int, many: int | None, say: Callable[[str], None]
 ) -> None:
     from benchmarks import footprint
+    from benchmarks.counting import counting
     from benchmarks.own_cpu import own_cpu
     from benchmarks.typed_keys import typed_keys
 
@@ -86,6 +92,8 @@ def _measure_on_redis(
     results.own_cpu = own_cpu(results.effort)
     say("typed keys")
     results.typed = typed_keys(results.effort)
+    say("metrics")
+    results.counting = counting(results.effort)
     say(f"memory of {sessions:,} sessions")
     results.weights = footprint.weights(url, sessions)
     if many is not None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.candidates import CANDIDATES, OURS
+from benchmarks.counting import CountingCost
 from benchmarks.footprint import Growth, Weight
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread
@@ -29,6 +30,7 @@ class Results:
     weights: list[Weight] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
     typed: list[TypedCost] = field(default_factory=list)
+    counting: list[CountingCost] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -42,6 +44,7 @@ class Results:
             *_overview_sections(self.cells),
             *_own_cpu_sections(self.own_cpu),
             *_typed_sections(self.typed),
+            *_counting_sections(self.counting),
             *_weight_sections(self.weights),
             *_growth_sections(self.growth),
             *_target_sections(self.targets),
@@ -191,6 +194,17 @@ def _typed_sections(rows: Sequence[TypedCost]) -> Iterable[Section]:
                 for row in rows
             ],
             "What a typed key adds to a plain one, beside what marshmallow adds in its place.",
+        )
+
+
+def _counting_sections(rows: Sequence[CountingCost]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Metrics",
+            ("operation", "figures for", "us added"),
+            [(row.operation, row.mode, _spread(row.us)) for row in rows],
+            "What the metrics for Prometheus add. With several workers the figures are in files, "
+            "so that the page of each shows those of all.",
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.candidates import FLOOR, OURS, THEIRS
+from benchmarks.counting import EVENT, CountingCost
 from benchmarks.footprint import Growth, Weight
 from benchmarks.matrix import Cell
 from benchmarks.measure import Spread
@@ -38,6 +39,7 @@ def judge(
     weights: Sequence[Weight],
     growth: Sequence[Growth],
     typed: Sequence[TypedCost] = (),
+    counting: Sequence[CountingCost] = (),
 ) -> list[Target]:
     """Returns the targets whose figures were measured in this run.
 
@@ -62,7 +64,14 @@ def judge(
         met = own.us.median < limit
         what = f"own time of a {own.view}, {own.where}, {own.around}"
         found.append(Target(what, "us", limit, own.us, "1 KB", met))
-    return [*found, *_round_trips(ours), *_memory(weights), *_growth(growth), *_typed(typed)]
+    return [
+        *found,
+        *_round_trips(ours),
+        *_memory(weights),
+        *_growth(growth),
+        *_typed(typed),
+        *_counting(counting),
+    ]
 
 
 def _typed(rows: Iterable[TypedCost]) -> Iterable[Target]:
@@ -73,6 +82,13 @@ def _typed(rows: Iterable[TypedCost]) -> Iterable[Target]:
         what = f"typed {row.operation}, to marshmallow's {row.per}"
         met = row.ratio.median <= limit
         yield Target(what, "x", limit, row.ratio, "five fields", met)
+
+
+def _counting(rows: Iterable[CountingCost]) -> Iterable[Target]:
+    for row in rows:
+        if row.operation != EVENT:
+            what = f"metrics of {row.operation}, {row.mode}"
+            yield Target(what, "us", 5.0, row.us, "a store call", row.us.median < 5.0)
 
 
 def _ratio(

@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks need the extra 'bench'"
 from benchmarks import __main__ as benchmarks
 from benchmarks.candidates import CANDIDATES, COOKIE, FLOOR, NONE, OURS, THEIRS
 from benchmarks.chart import draw
+from benchmarks.counting import EVENT, LOAD, ONE, SAVE, WORKERS, CountingCost
 from benchmarks.footprint import Growth, Weight
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread, interleave, ratios
@@ -103,6 +104,9 @@ def test_the_other_sections_are_there(data: dict[str, Any]) -> None:
         for around in (ALONE, REQUEST)
     }
     assert [row["operation"] for row in data["typed"]] == [GET, AGAIN, SET]
+    assert [(row["operation"], row["mode"]) for row in data["counting"]] == [
+        (operation, mode) for mode in (ONE, WORKERS) for operation in (LOAD, SAVE, EVENT)
+    ]
     assert {row["candidate"] for row in data["weights"]} == {OURS, THEIRS}
     assert all(row["key_bytes"] > 200 for row in data["weights"])
     assert {row["sessions"] for row in data["growth"]} == {1_000, 1_500}
@@ -155,6 +159,12 @@ def test_typed_keys_that_drowned_in_noise_are_a_missed_target(
     monkeypatch.setattr("benchmarks.typed_keys.ratios", lambda *_: [])
     targets = judge([], [], [], [], typed_keys(TINY))
     assert [target.met for target in targets] == [False] * 3
+
+
+def test_metrics_are_judged() -> None:
+    costs = ((LOAD, 4.9), (SAVE, 5.0), (EVENT, 9.0))
+    rows = [CountingCost(what, ONE, spread(us)) for what, us in costs]
+    assert [target.met for target in judge([], [], [], [], [], rows)] == [True, False]
 
 
 def test_untouched_is_judged_against_noise() -> None:
