@@ -165,6 +165,10 @@ def draw(panels: Sequence[Panel], outage: tuple[float, float], path: Path) -> No
     figure.tight_layout(rect=(0, 0.012, 1, 1))
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
+    # Six decimals of a point, and a list of fonts at each word, are half of the file.
+    text = re.sub(r"(\d+\.\d)\d{2,}", r"\1", path.read_text(encoding="utf-8"))
+    text = re.sub(r"font-family: [^;\"]*sans-serif", "font-family: sans-serif", text)
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
