@@ -94,15 +94,18 @@ class Keeper:
             record = self.store.load(key)
             if record is None:
                 return None
-            body = self.read(record)
+            body = self.read(key, record)
             if body is not None:
                 return Loaded(record, body)
             key = record.successor or ""
         raise UnreadableRecord("corrupt", "too many pointers")
 
-    def read(self, record: Record) -> Body | None:
-        """What a record holds; None where it is a pointer. Raises ``UnreadableRecord``."""
-        key, _, created, idle, absolute, payload, successor = record
+    def read(self, key: str, record: Record) -> Body | None:
+        """What the record under ``key`` holds; None where it is a pointer.
+
+        Raises ``UnreadableRecord``, also for a record that belongs to another key.
+        """
+        _, _, created, idle, absolute, payload, successor = record
         if not 0 <= created <= idle <= absolute < _END_OF_TIME:
             raise UnreadableRecord("corrupt", "times out of order")
         if successor is None:

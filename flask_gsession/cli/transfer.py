@@ -287,7 +287,7 @@ def _problem(keeper: Keeper, record: Record) -> str:
     if not is_session_key(record.key) or not 0 < record.version < 1 << 63:
         return "no key or version of a session"
     try:
-        keeper.read(record)
+        keeper.read(record.key, record)
     except UnreadableRecord as error:
         return error.reason
     return ""
