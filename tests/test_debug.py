@@ -20,7 +20,7 @@ from flask_gsession.cli import gsession
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.stores.base import Record, new_version
 from flask_gsession.testing import FakeClock
-from flask_gsession.tokens import session_key
+from flask_gsession.tokens import TokenSigner, session_key
 from tests.apps import Site, SiteMaker, Visitor
 
 Facts = dict[str, Any]
@@ -535,7 +535,8 @@ def test_one_session_is_debugged(
     make_site: SiteMaker, clock: FakeClock, log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
     site = make_site()
-    worker = make_site(store=site.store)
+    in_memory = site.url.startswith("memory")
+    worker = make_site(store=site.store) if in_memory else make_site()
     visitor, other = site.visitor(), site.visitor()
     visitor.run(fill)
     other.run(fill)
@@ -545,7 +546,7 @@ def test_one_session_is_debugged(
     assert after._replace(payload=b"", version=0) == before._replace(payload=b"", version=0)
 
     tab = worker.visitor(visitor.cookie)
-    with site.counted() as count:
+    with worker.counted() as count:
         assert tab.run(dict)["cart"] == ["mug"]
     assert len(count.calls) == 1
     (record,) = log.records()
@@ -766,6 +767,44 @@ def test_no_canary_is_heard(make_site: SiteMaker, everything: Everything, how: s
     for form in (*forms(TOKEN), *forms(SECRET)):
         found = [text for text in heard if form in text]
         assert found == []
+
+
+NOWHERE = {
+    "sqlite": "sqlite:////dev/null/sessions.sqlite3",
+    "redis": "redis://127.0.0.1:1/0",
+    "mongodb": "mongodb://127.0.0.1:1/sessions",
+}
+
+
+@pytest.mark.parametrize("kind", NOWHERE)
+def test_no_canary_is_heard_where_a_driver_fails(kind: str, everything: Everything) -> None:
+    app = Flask(__name__)
+    app.config.update(SECRET_KEY="a key for tests", SESSION_STORE=NOWHERE[kind])
+    ext = Session(app, debug=True, store_timeout=0.1, token_factory=lambda: f"{TOKEN}01234567")
+    statuses = []
+
+    @app.get("/write")
+    def write() -> str:
+        session["user"] = SECRET
+        return ""
+
+    @app.get("/read")
+    def read() -> str:
+        return str(session.get("user"))
+
+    client = app.test_client()
+    statuses.append(client.get("/write").status_code)
+    signed = TokenSigner(["a key for tests"], "session").sign(f"{TOKEN}01234567")
+    client.set_cookie("session", signed)
+    for path in ("/read", "/write"):
+        response = client.get(path)
+        statuses.append(response.status_code)
+        everything.heard += [str(response.headers), response.text]
+    assert statuses == [503, 503, 503]
+    assert sum("Session after" in text for text in everything.heard) == 3
+    for form in (*forms(TOKEN), *forms(SECRET)):
+        assert [text for text in everything.heard if form in text] == []
+    ext.close(app)
 
 
 # -- beside the page
