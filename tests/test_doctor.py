@@ -358,6 +358,14 @@ def test_each_mistake_is_found(mistake: str, request: pytest.FixtureRequest) -> 
         assert found == expected
 
 
+def test_what_is_wrong_with_a_key_is_said() -> None:
+    for key, what in {"dev": "3 characters", "abc" * 8: "repeats itself"}.items():
+        assert (
+            f"error    SECRET_KEY: {what}"
+            in examine(application("memory://", SECRET_KEY=key)).output
+        )
+
+
 def test_no_secret_is_shown() -> None:
     app = application(
         f"redis://user:canary-pass@127.0.0.1:{free_port()}/0", SECRET_KEY="canary-key"
