@@ -381,7 +381,7 @@ def test_wrong_use(words: tuple[str, ...]) -> None:
 # -- on a terminal
 
 
-def on_a_terminal(url: str, *words: str) -> str:
+def on_a_terminal(url: str, *words: str, **variables: str) -> str:
     """What a real process prints on a terminal, and it ended with 0."""
     code = (
         "import sys\n"
@@ -393,6 +393,7 @@ def on_a_terminal(url: str, *words: str) -> str:
     )
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
+    environment |= variables
     with subprocess.Popen(
         [sys.executable, "-c", code, url, *words],
         stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment, cwd=ROOT,
@@ -429,3 +430,16 @@ def test_on_a_terminal(sqlite_url: str) -> None:
     assert "There are more" in shown
     assert "\x1b[" in shown  # rich
     assert "\x1b[" in on_a_terminal(sqlite_url, "stats")
+
+
+def test_a_terminal_shows_keys_as_they_are(sqlite_url: str) -> None:
+    console = Console(sqlite_url)
+    names = ["[/b]", "[bold]pin", "a:star:b"]
+    with console.app.test_client().session_transaction() as session:
+        session.update(dict.fromkeys(names, 1))
+    (line,) = console.done("list").splitlines()
+    handle = line.split(" ")[0]
+    shown = on_a_terminal(sqlite_url, "show", handle)
+    assert [name for name in names if name in shown] == names
+    narrow = on_a_terminal(sqlite_url, "list", COLUMNS="40", PYTHONIOENCODING="latin-1")
+    assert handle in narrow

@@ -11,14 +11,14 @@ import click
 
 
 def console() -> Any:
-    """Rich's console, or None where nobody would see what it can do."""
-    if not sys.stdout.isatty():
+    """Rich's console, or None where nobody would see what it can do, or not all of its letters."""
+    if not sys.stdout.isatty() or not sys.stdout.encoding.lower().startswith("utf"):
         return None
     try:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)  # cells are of anybody's making
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "") -> None:
