@@ -118,7 +118,8 @@ def test_leftovers_on_redis(
     redis_client.set(name(corrupt), b"what is no record")
     redis_client.set(name(newer), b"\3" + bytes(60))
     redis_client.lpush(name(no_string), "no string")
-    redis_client.set(f"{store_prefix}of:others", b"stays")
+    of_others = [f"{store_prefix}{rest}" for rest in ("of:others", "{others}", "{others}:lock")]
+    redis_client.mset(dict.fromkeys(of_others, b"stays"))
     redis_client.set(f"{name(key())}:lock", b"one 1 1\n", px=60_000)
     clock.advance(10)
 
@@ -135,7 +136,7 @@ def test_leftovers_on_redis(
     left = {each.decode() for each in redis_client.scan_iter(f"{store_prefix}*")}
     assert left == {
         *(name(each) for each in (live.key, old.key, new.key, locked.key, newer, no_string)),
-        f"{name(locked.key)}:lock", f"{store_prefix}of:others",
+        f"{name(locked.key)}:lock", *of_others,
     }  # fmt: skip
     assert 0 < redis_client.pttl(name(live.key)) <= 590_000
     assert 0 < redis_client.pttl(name(old.key)) <= 290_000
@@ -173,13 +174,15 @@ def test_a_session_that_is_saved_meanwhile_stays(
 def test_leftovers_on_mongodb(mongodb_url: str, store_prefix: str, clock: FakeClock) -> None:
     store = MongoDBStore(mongodb_url, StoreOptions(prefix=store_prefix, clock=clock))
     live, ended, other = a_record(clock), a_record(clock, idle=10), a_record(clock)
+    of_others = ["of others", f"{store_prefix}of others"]
     store.create(live)
     with store.lend_collection("test") as collection:
         collection.drop_indexes()  # the sweep of the server must not be first
         wrong: list[Any] = ["tomorrow", 1.5, None, {"in": "hours"}]
         collection.insert_many(
             [{"_id": store_prefix + a_record(clock).key, "idle_expires_at": when} for when in wrong]
-            + [{"_id": store_prefix + a_record(clock).key}, {"_id": "of others"}]
+            + [{"_id": store_prefix + a_record(clock).key}]
+            + [{"_id": name} for name in of_others]
         )
     for record in (ended, other):
         store.create(record)
@@ -191,7 +194,7 @@ def test_leftovers_on_mongodb(mongodb_url: str, store_prefix: str, clock: FakeCl
         assert json.loads(text)[0]["found"] == expected
     with store.lend_collection("test") as collection:
         left = {document["_id"] for document in collection.find()}
-    assert left == {store_prefix + live.key, store_prefix + other.key, "of others"}
+    assert left == {store_prefix + live.key, store_prefix + other.key, *of_others}
     store.close()
 
 

@@ -6,9 +6,11 @@ import json
 import os
 import pty
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +350,23 @@ def test_a_session_that_cannot_be_read(site: Site, console: Console) -> None:
     assert "cannot be read: corrupt" in result.stderr
 
 
+def test_a_record_that_is_none(sqlite_url: str) -> None:
+    console = Console(sqlite_url)
+    store: Any = console.ext.store(console.app)
+    live, broken = a_record(store._clock), a_record(store._clock)
+    for record in (live, broken):
+        store.create(record)
+    with closing(sqlite3.connect(store.path)) as db, db:
+        of_broken = (f"%{broken.key}",)
+        db.execute("UPDATE gsession SET version = 'none' WHERE key LIKE ?", of_broken)
+    for words in (("show", broken.key), ("show", broken.key[:8]), ("revoke", broken.key[:8])):
+        assert f"{broken.key}: what is in it cannot be read" in console.failed(*words)
+    result = console.run("revoke", "--all", "--yes")
+    assert (result.exit_code, result.stdout) == (1, "1 sessions ended\n")
+    assert "1 times: what is in it cannot be read" in result.stderr
+    assert store.load(live.key) is None
+
+
 def test_a_logout_that_is_not_confirmed() -> None:
     store = HookedStore(MemoryStore())
 
@@ -357,6 +376,23 @@ def test_a_logout_that_is_not_confirmed() -> None:
     store.after("delete", fail)
     console = Console(store)
     assert "ended, but 0 of 1 replicas" in console.failed("revoke", "x" * 43)
+
+
+def test_all_logouts_are_made_where_none_is_confirmed() -> None:
+    class Unconfirmed(MemoryStore):
+        def delete(self, *arguments: Any) -> bool:
+            super().delete(*arguments)
+            raise LogoutUnconfirmed("0 of 1 replicas")
+
+    store = Unconfirmed()
+    console = Console(store)
+    made = [a_record(store._clock) for _ in range(3)]
+    for record in made:
+        store.create(record)
+    result = console.run("revoke", "--all", "--yes")
+    assert (result.exit_code, result.stdout) == (1, "3 sessions ended\n")
+    assert "3 times: ended, but 0 of 1 replicas" in result.stderr
+    assert sorted(console.events) == sorted(record.key for record in made)
 
 
 def test_several_sessions() -> None:

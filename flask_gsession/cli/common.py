@@ -97,7 +97,8 @@ def pages(store: Scans, begins: str = "", limit: int = 200) -> Iterator[Page]:
     while True:
         page = patiently(store.scan, cursor, limit, begins)
         records = [record for record in page.records if is_session_key(record.key)]
-        yield page._replace(records=records)
+        unreadable = [key for key in page.unreadable if is_session_key(key)]
+        yield page._replace(records=records, unreadable=unreadable)
         cursor = page.cursor
         if not cursor:
             return
@@ -112,7 +113,9 @@ def key_of(interface: GSessionInterface, handle: str) -> str:
             f"{handle!r} is no handle: {KEY_LENGTH} characters of A-Z a-z 0-9 - _, "
             f"or the first {_SHORTEST} or more of them"
         )
-    found = {record.key for page in pages(scanned(interface), handle) for record in page.records}
+    found: set[str] = set()
+    for page in pages(scanned(interface), handle):
+        found.update(page.unreadable, (record.key for record in page.records))
     if len(found) > 1:
         raise click.ClickException(f"{len(found)} handles begin with {handle}: type more of it")
     return found.pop() if found else handle

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from typing import NoReturn
 
 import click
 from flask.cli import with_appcontext
@@ -168,47 +169,63 @@ def _print(
 def revoke(handles: tuple[str, ...], everybody: bool, yes: bool, cookie: str | None) -> None:
     """End sessions from outside: their tokens lead nowhere from now on.
 
-    The exit status is 1 where a handle led to no session. A handle from before a rotation will do
-    for as long as its token does.
+    The exit status is 1 where a handle led to no session, or something else was not well. A handle
+    from before a rotation will do for as long as its token does.
     """
     if everybody == bool(handles):
         raise click.UsageError("Name the handles, or --all")
     interface = chosen(cookie)
-    ended = 0
     if everybody:
-        store = scanned(interface)
-        with told(interface, lambda: f"{ended} sessions ended"):
-            if not yes:
-                click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
-            with progress("ending sessions", about(interface)) as advance:
-                for page in pages(store):
-                    for record in page.records:
-                        ended += _end(interface, record.key)
-                    advance(len(page.records))
-        click.echo(f"{ended} sessions ended")
-        return
-    unknown = []
+        _revoke_all(interface, yes)
+    ended, problems = 0, []
     with told(interface, lambda: f"{ended} sessions ended"):
         for handle in handles:
             key = key_of(interface, handle)
-            if _end(interface, key):
-                ended += 1
-                click.echo(f"{key}: ended")
+            done, problem = _end(interface, key)
+            ended += done
+            if problem:
+                problems.append(f"{key}: {problem}")
             else:
-                unknown.append(key)
-    for key in unknown:
-        click.echo(f"Error: {key}: {_NO_SESSION}", err=True)
-    sys.exit(bool(unknown))
+                click.echo(f"{key}: ended")
+    for problem in problems:
+        click.echo(f"Error: {problem}", err=True)
+    sys.exit(bool(problems))
 
 
-def _end(interface: GSessionInterface, key: str) -> bool:
+def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
+    store = scanned(interface)
+    ended = 0
+    problems: Counter[str] = Counter()
+    with told(interface, lambda: f"{ended} sessions ended"):
+        if not yes:
+            click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
+        with progress("ending sessions", about(interface)) as advance:
+            for page in pages(store):
+                for key in (*page.unreadable, *(record.key for record in page.records)):
+                    done, problem = _end(interface, key)
+                    ended += done
+                    problems[problem] += 1
+                advance(len(page.records))
+    del problems[""], problems[_NO_SESSION]  # of a pointer whose session has ended
+    click.echo(f"{ended} sessions ended")
+    for problem, number in problems.items():
+        click.echo(f"Error: {number} times: {problem}", err=True)
+    sys.exit(bool(problems))
+
+
+def _end(interface: GSessionInterface, key: str) -> tuple[bool, str]:
+    """Whether there was a session, which has ended now; and what was not well."""
+    problem = ""
     try:
         ended = interface.store.delete(key)
     except LogoutUnconfirmed as error:
-        raise click.ClickException(f"{key}: ended, but {error}") from None
-    if ended:
-        interface.keeper.events.emit(SessionRevoked, key)
-    return ended
+        ended, problem = True, f"ended, but {error}"
+    except UnreadableRecord as error:
+        return False, f"what is in it cannot be read: {error}"
+    if not ended:
+        return False, _NO_SESSION
+    interface.keeper.events.emit(SessionRevoked, key)
+    return True, problem
 
 
 @click.command()

@@ -57,6 +57,7 @@ from .base import (
     StoreOptions,
     Tidied,
     closing,
+    is_session_key,
     milliseconds,
     poll,
 )
@@ -376,12 +377,13 @@ class MongoDBStore:
         """Removes what the TTL index leaves: what has no date, and all where there is no index."""
         with self._collection("tidy") as collection:
             ids, end = self._ids(collection, cursor, limit)
+            ours = [name for name in ids if is_session_key(name[len(self._prefix) :])]
             found = {}
             for kind, expiry in (
                 ("expired sessions", {"$lte": DatetimeMS(self._now())}),
                 ("unreadable records", {"$not": {"$type": "date"}}),
             ):
-                condition = {"_id": {"$in": ids}, "idle_expires_at": expiry}
+                condition = {"_id": {"$in": ours}, "idle_expires_at": expiry}
                 if dry_run:
                     found[kind] = collection.count_documents(condition)
                 else:

@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from ..errors import StoreUnavailable, UnreadableRecord
-from .base import LEFTOVERS, Page, Record, Tidied
+from .base import KEY_LENGTH, LEFTOVERS, Page, Record, Tidied
 from .redis_pool import packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
@@ -54,7 +54,9 @@ class Scanner:
         self._unpack = unpack
         self._now = now
         self._start = prefix.encode()
-        self._name = re.compile(re.escape(self._start) + rb"\{([\w-]+)\}(:lock)?", re.ASCII)
+        # What is not as long as a session key is not ours, and is left alone.
+        key = rb"\{([\w-]{%d})\}(:lock)?" % KEY_LENGTH
+        self._name = re.compile(re.escape(self._start) + key, re.ASCII)
 
     def scan(
         self,
