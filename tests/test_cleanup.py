@@ -147,6 +147,19 @@ def test_leftovers_on_redis(
     store.close()
 
 
+def test_no_step_holds_a_redis_up(
+    redis_url: str, redis_client: Redis, store_prefix: str, clock: FakeClock
+) -> None:
+    store = RedisStore(redis_url, StoreOptions(prefix=store_prefix, clock=clock))
+    names = [f"{store_prefix}{{{a_record(clock).key}}}" for _ in range(3000)]
+    redis_client.mset(dict.fromkeys(names, "x"))
+    step = store.tidy("", 100_000, dry_run=True)
+    assert step.seen < 2000
+    assert step.cursor
+    redis_client.delete(*names)
+    store.close()
+
+
 def test_a_session_that_is_saved_meanwhile_stays(
     redis_url: str, redis_client: Redis, store_prefix: str, clock: FakeClock
 ) -> None:

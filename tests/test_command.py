@@ -408,7 +408,11 @@ def test_memory_says_that_it_sees_only_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("revoke",), ("revoke", "--all", "x" * 43), ("list", "--limit", "0")]
+    "words",
+    [
+        *(("revoke",), ("revoke", "--all", "x" * 43)),
+        *(("list", "--limit", "0"), ("cleanup", "--batch", "10001")),
+    ],
 )
 def test_wrong_use(words: tuple[str, ...]) -> None:
     assert Console("memory://").run(*words).exit_code == 2

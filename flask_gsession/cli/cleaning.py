@@ -21,7 +21,7 @@ _DONE = {"sessions without expiry": "given one"}  # of what is not removed
 @click.command()
 @click.option(
     "--batch",
-    type=click.IntRange(1, 100_000),
+    type=click.IntRange(1, 10_000),
     default=1000,
     show_default=True,
     help="How many to look at in one step.",

@@ -20,6 +20,7 @@ from .base import KEY_LENGTH, LEFTOVERS, Page, Record, Tidied
 from .redis_pool import packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
+_AT_ONCE = 1000  # keys that one SCAN looks at, at most: it holds everybody up
 _CURSOR = re.compile(r"(\d+):(\w*):(\d+)", re.ASCII)
 
 
@@ -165,7 +166,7 @@ class Scanner:
         return _Found(node, list(dict.fromkeys(names)), end)
 
     def _scan(self, at: str, limit: int, begins: str) -> bytes:
-        parts = [b"SCAN", at.encode(), b"COUNT", b"%d" % limit]
+        parts = [b"SCAN", at.encode(), b"COUNT", b"%d" % min(limit, _AT_ONCE)]
         start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._start)
         return packed(*parts, b"MATCH", start + b"{" + begins.encode() + b"*")
 
