@@ -21,7 +21,8 @@ CANARY = "hidden canary"
         *("secret", "CLIENT_SECRET", "csrf_token", "_csrf", "xsrf", "key", "api_key", "apikey"),
         *("credentials", "auth", "Authorization", "bearer", "cookie", "jwt", "nonce", "otp"),
         *("salt", "pw_hash", "signature", "private", "code_verifier", "card", "cvv", "iban"),
-        *("ssn", "pin", "PIN", "user_pin", "sid"),
+        *("ssn", "pin", "PIN", "user_pin", "sid", "reset_code", "verificationCode", "backup_codes"),
+        *("sms_code", "2fa-code", "dsn", "database_dsn"),
     ],
 )
 def test_what_is_named_like_a_secret_is_never_shown(name: str) -> None:
@@ -30,7 +31,9 @@ def test_what_is_named_like_a_secret_is_never_shown(name: str) -> None:
     assert CANARY not in shown_value("cart", {"deep": [{name: CANARY}]}, {"cart"})
 
 
-@pytest.mark.parametrize("name", ["cart", "theme", "user_id", "author", "shipping", "side"])
+@pytest.mark.parametrize(
+    "name", ["cart", "theme", "user_id", "author", "shipping", "side", "country_code"]
+)
 def test_other_names_are_no_secrets(name: str) -> None:
     assert not is_secret(name)
     assert shown_value(name, "shown", {name}) == "'shown'"
