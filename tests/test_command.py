@@ -108,6 +108,23 @@ def test_more_sessions_than_a_page_has(console: Console, site: Site) -> None:
     assert json.loads(console.done("stats", "--json"))["sessions"] == 450
 
 
+def test_a_page_of_large_sessions_is_short() -> None:
+    pages: list[int] = []
+
+    class Noting(MemoryStore):
+        def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+            page = super().scan(cursor, limit, begins)
+            pages.append(sum(len(record.payload) for record in page.records))
+            return page
+
+    store = Noting()
+    payload = bytes(200_000)
+    for _ in range(100):
+        store.create(a_record(store._clock, payload=payload))
+    assert json.loads(Console(store).done("stats", "--json"))["bytes"] == 20_000_000
+    assert max(pages) <= 4_000_000
+
+
 def test_show(site: Site, console: Console) -> None:
     visitor = site.visitor()
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells have it
 _SHORTEST = 8  # characters of a handle that one need type
 _PAUSES = (0.2, 1.0)  # seconds: a scan that is under way may meet a failover
+_FIRST_PAGE, _LONGEST_PAGE = 10, 200  # records
+_PAGE_BYTES = 2 * 2**20  # of payloads, more or less: a page takes one call of the store
 
 #: ``flask gsession`` is run with a session by this option, where the application has several.
 session_option = click.option(
@@ -91,11 +93,17 @@ class Patience:
         return answer
 
 
-def pages(store: Scans, begins: str = "", limit: int = 200) -> Iterator[Page]:
-    """All of the store's sessions, page by page; see ``Scans``. Survives a short outage."""
+def pages(store: Scans, begins: str = "") -> Iterator[Page]:
+    """All of the store's sessions, page by page; see ``Scans``. Survives a short outage.
+
+    The larger the sessions are, the fewer are asked for at a time.
+    """
     cursor, patiently = "", Patience()
+    limit = _FIRST_PAGE
     while True:
         page = patiently(store.scan, cursor, limit, begins)
+        size = sum(len(record.payload) for record in page.records)
+        limit = max(1, min(2 * limit, _LONGEST_PAGE, limit * _PAGE_BYTES // max(1, size)))
         records = [record for record in page.records if is_session_key(record.key)]
         unreadable = [key for key in page.unreadable if is_session_key(key)]
         yield page._replace(records=records, unreadable=unreadable)
