@@ -19,8 +19,12 @@ from .errors import StoreError, StoreUnavailable
 from .events import CircuitClosed, CircuitOpened, Events, logger
 from .stores.base import Clock, Store
 
-_LOADS = ("load", "peek")
-_WRITES = ("create", "save", "renew", "replace", "delete", "acquire", "extend", "release")
+_LOADS = ("load", "peek", "read_frame")
+_WRITES = (
+    *("create", "save", "renew", "replace", "delete", "pop"),
+    *("acquire", "extend", "release"),
+    *("write_frame", "renew_blobs", "discard_blobs"),
+)
 _UNGUARDED = ("close", "sweep", "scan", "tidy", "wait_for_release")
 _SLOW = 0.05  # seconds; what fails faster does no harm
 _JITTER = 0.1  # of the pause, either way

@@ -26,6 +26,7 @@ from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType, ValueRef
 
 _BIG_INT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME = 1, 2, 3, 4, 5, 6, 7
 _TIMEDELTA, _UUID, _DECIMAL, _MARKUP, _SURROGATES = 8, 9, 10, 11, 12
+MARK, REFERENCE = 13, 14  # what stands in front of a value, and in the place of a large one
 
 _NATIVE = frozenset({str, bool, type(None), float, bytes})
 
@@ -61,6 +62,8 @@ class Codec:
 
     def __init__(self, max_depth: int) -> None:
         self._max_depth = max_depth
+        #: gives the value that a reference stands for
+        self.resolve: Callable[[bytes], Any] | None = None
         self._encode = Encoder().encode
         self._decode = Decoder(ext_hook=self._from_ext).decode
 
@@ -170,6 +173,8 @@ class Codec:
             return set(self._decode(data))
         if code == _FROZENSET:
             return frozenset(self._decode(data))
+        if code == REFERENCE and self.resolve is not None:
+            return self.resolve(bytes(data))
         from_ext = _FROM_EXT.get(code)
         if from_ext is None:
             raise ValueError("unknown extension type")

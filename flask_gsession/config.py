@@ -48,6 +48,9 @@ class Settings:
     max_bytes: int = 1024 * 1024
     max_keys: int = 1000
     max_depth: int = 64
+    spill_bytes: int | None = 16 * 1024
+    spill_store: object = None
+    max_value_bytes: int = 32 * 1024 * 1024
     encryption_keys: tuple[bytes, ...] = ()
     read_plain: bool = False
     conflict: MergeFunction = last
@@ -61,8 +64,8 @@ class Settings:
     debug_show: Collection[str] = ()
 
     def __repr__(self) -> str:
-        """Never shows the store's URL or the encryption keys."""
-        hidden = {"store", "encryption_keys"}
+        """Never shows the stores' URLs or the encryption keys."""
+        hidden = {"store", "spill_store", "encryption_keys"}
         names = [f.name for f in fields(self) if f.name not in hidden]
         return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
@@ -223,6 +226,12 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_bytes": ("SESSION_MAX_BYTES", _integer(256, _MAX_BYTES_LIMIT, "bytes")),
     "max_keys": ("SESSION_MAX_KEYS", _integer(1, 1_000_000, "keys")),
     "max_depth": ("SESSION_MAX_DEPTH", _integer(1, 200, "levels")),
+    "spill_bytes": (
+        "SESSION_SPILL_BYTES",
+        _optional(_integer(256, _MAX_BYTES_LIMIT, "bytes, or None")),
+    ),
+    "spill_store": ("SESSION_SPILL_STORE", lambda value: value),
+    "max_value_bytes": ("SESSION_MAX_VALUE_BYTES", _integer(256, 256 * 1024 * 1024, "bytes")),
     "encryption_keys": ("SESSION_ENCRYPTION_KEYS", _encryption_keys),
     "conflict": ("SESSION_CONFLICT", _conflict),
     "merge_policies": ("SESSION_MERGE_POLICIES", _policies),
@@ -234,7 +243,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "debug": ("SESSION_DEBUG", _flag),
     "debug_show": ("SESSION_DEBUG_SHOW", _names),
 }
-_SECRET = {"SESSION_STORE", "SESSION_ENCRYPTION_KEYS"}
+_SECRET = {"SESSION_STORE", "SESSION_SPILL_STORE", "SESSION_ENCRYPTION_KEYS"}
 
 _FLASKS_OWN = {
     "SESSION_COOKIE_NAME",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
@@ -13,19 +13,17 @@ from flask.sessions import SessionMixin
 
 from .codec import is_valid_text
 from .errors import (
-    Gone,
-    SessionEnded,
-    Stale,
-    StoreUnavailable,
     UnreadableRecord,
     UnsupportedType,
+    ValueLost,
     ValueRefused,
 )
-from .keeper import ATTEMPTS
-from .lifecycle import Lifecycle
+from .large import LargeValues
 from .locking import Lock
 from .marks import PLAIN, Mark, marked, split
 from .merge import MergeFunction
+from .references import reference_in, refers
+from .spill import ValueReader, reader_of
 from .transactions import Transaction
 
 _MAX_GRACE = 3600.0
@@ -33,7 +31,7 @@ _LONGEST_TTL = 10 * 366 * 86400.0
 _RAISE: Any = object()
 
 
-class SessionData(Lifecycle, SessionMixin):
+class SessionData(LargeValues, SessionMixin):
     """A session: a dict of str to values, loaded when first looked at, saved with the response.
 
     Reading costs one round trip to the store for the first access and none after; a request that
@@ -53,6 +51,11 @@ class SessionData(Lifecycle, SessionMixin):
         except UnreadableRecord as error:
             self._refuse(error.reason, error.detail)
             raise KeyError(key) from None
+        except ValueLost as error:
+            raw = values.held(key)
+            assert raw is not None  # or nothing could be lost
+            self._lost(key, raw, error)
+            return self[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
@@ -118,11 +121,19 @@ class SessionData(Lifecycle, SessionMixin):
     def __contains__(self, key: object) -> bool:
         return key in self._open()
 
+    def items(self) -> ItemsView[str, Any]:
+        """The keys and values; large values are read, and one that is lost is left out."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[Any]:
+        """The values; large ones are read, and one that is lost is left out."""
+        return _Values(self)
+
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(self) | dict(other)
+        return dict(self.items()) | dict(other)
 
     def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(other) | dict(self)
+        return dict(other) | dict(self.items())
 
     def __ior__(self, other: Mapping[str, Any]) -> SessionData:
         self.update(other)
@@ -145,7 +156,7 @@ class SessionData(Lifecycle, SessionMixin):
 
     def copy(self) -> dict[str, Any]:
         """A plain dict of all values (shallow)."""
-        return dict(self)
+        return dict(self.items())
 
     def clear(self) -> None:
         """Remove every key that is there.
@@ -185,6 +196,45 @@ class SessionData(Lifecycle, SessionMixin):
             self[key] = value
         else:
             self._set(key, value, Mark(self._keeper.now() + ttl_in_milliseconds(ttl)))
+
+    def attach(self, key: str, file: Any, ttl: float | timedelta | None = None) -> int:
+        """Set a key to the bytes of a binary file, from where it stands; how many those are.
+
+        The file is read and written to the store at once, 256 KB at a time, whatever its size. The
+        session has the value from its next save on, and ``session[key]`` gives all of it as bytes.
+        What is small stays in the record, as if it were assigned.
+
+        ``file``: anything with ``read(size)``, such as ``request.files["photo"]``. ``ttl`` as in
+        ``set``. Raises ``SessionTooLarge`` beyond ``SESSION_MAX_VALUE_BYTES``, ``SettingError``
+        where the store has no place for large values, ``TypeError`` for a text file. One round trip
+        for each 256 KB, and at most one more with the save.
+        """
+        self._check_key(key)
+        mark = PLAIN if ttl is None else Mark(self._keeper.now() + ttl_in_milliseconds(ttl))
+        written = self._attach(key, file, mark)
+        if isinstance(written, int):
+            return written
+        if mark == PLAIN:
+            self[key] = written
+        else:
+            self._set(key, written, mark)
+        return len(written)
+
+    def open(self, key: str) -> ValueReader:
+        """The bytes under ``key`` as a binary file to read, 256 KB at a time: see ``ValueReader``.
+
+        Raises ``KeyError`` where there is no such key, ``TypeError`` where its value is no bytes.
+        One round trip for each 256 KB, the first at once; none for what is in memory.
+        """
+        if key not in self._open():
+            raise KeyError(key)
+        reader = self._reader(key)
+        if reader is not None:
+            return reader
+        value = self[key]
+        if type(value) is not bytes:
+            raise TypeError(f"session[{ascii(key)[:60]}] holds no bytes: there is nothing to open")
+        return reader_of(value)
 
     def ttl(self, key: str) -> float | None:
         """The seconds until the value of ``key`` expires by itself; None where it does not.
@@ -265,9 +315,13 @@ class SessionData(Lifecycle, SessionMixin):
 
     @property
     def size(self) -> int:
-        """The bytes of the stored values and their keys; 0 before the session is stored."""
+        """The bytes of the stored values and their keys, those of large values included.
+
+        0 before the session is stored.
+        """
         stored = self._open().stored
-        return sum(len(key.encode()) + len(raw) for key, raw in stored.items())
+        large = sum(reference_in(raw).length for raw in stored.values() if refers(raw))
+        return large + sum(len(key.encode()) + len(raw) for key, raw in stored.items())
 
     # -- the session's life
 
@@ -428,51 +482,6 @@ class SessionData(Lifecycle, SessionMixin):
             raise KeyError(key)
         return value
 
-    def _rewrite(
-        self, key: str, rewrite: Callable[[bytes | None], bytes | None], what: str
-    ) -> bytes | None:
-        """Store ``rewrite(raw)`` in the place of the encoded value of ``key`` now, and return it.
-
-        ``rewrite`` runs again when another request was faster. None stands for no value.
-        """
-        self._check_lease()
-        for losses in range(ATTEMPTS):
-            if losses and not self._catch_up_after(losses):
-                self._end(what)
-            if self._record is None:
-                raise SessionEnded
-            values = self._values
-            stored = values.unexpired()
-            raw = stored.get(key)
-            try:
-                changed = rewrite(raw)
-            except UnreadableRecord as error:
-                self._refuse(error.reason, error.detail)
-                raise SessionEnded from None
-            if changed != raw:
-                stored = dict(stored)
-                if changed is None:
-                    del stored[key]
-                else:
-                    stored[key] = changed
-                old = self._record
-                try:
-                    self._record = self._keeper.save(old, self._body(stored), lease=self._lease)
-                except (Stale, Gone):
-                    continue
-                except StoreUnavailable as error:
-                    self._met_outage(error, "saved")
-                    raise
-                except UnreadableRecord as error:
-                    self._refuse(error.reason, error.detail)
-                    raise SessionEnded from None
-                if self._trace is not None:
-                    self._trace.stored(key, raw, changed)
-                self._saved(old, stored, losses)
-            values.follow(stored)
-            return changed
-        raise self._too_many_races()
-
     # -- helpers
 
     def _check_key(self, key: object) -> None:
@@ -485,6 +494,22 @@ class SessionData(Lifecycle, SessionMixin):
             raise UnsupportedType(
                 f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
             )
+
+
+class _Items(ItemsView[str, Any]):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        session: Any = self._mapping  # type: ignore[attr-defined]  # of the base class
+        for key in session:
+            try:
+                value = session[key]
+            except KeyError:
+                continue
+            yield key, value
+
+
+class _Values(ValuesView[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return (value for _, value in _Items(self._mapping))  # type: ignore[attr-defined]
 
 
 def ttl_in_milliseconds(ttl: object) -> int:

@@ -8,6 +8,7 @@
     │   ├── UnsupportedType     ... because of its type
     │   └── SessionTooLarge     ... because of its size, depth or number of keys
     ├── InvalidStoredValue      what is stored under a typed key is not valid
+    ├── ValueLost               a large value is not there any more, or was altered
     ├── SchemaFailed            the code of a schema raised something else than ValidationError
     ├── SessionClosed           a write after the session was saved with the response
     ├── TransactionMisused      something that cannot be done inside a transaction
@@ -81,6 +82,18 @@ class SchemaFailed(GSessionError, RuntimeError):
 
     The session is not changed. What was raised is the ``__cause__``.
     """
+
+
+class ValueLost(GSessionError):
+    """A large value, or the rest of it, is not in its place any more, or not as it was written.
+
+    ``reason`` as in ``LargeValueLost``. A view meets it only while it reads from what
+    ``session.open`` gave: before that, such a value is absent.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"a large value is lost: {reason}")
+        self.reason = reason
 
 
 class SessionClosed(GSessionError, RuntimeError):

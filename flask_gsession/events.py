@@ -115,6 +115,19 @@ class StoredValueInvalid(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class LargeValueLost(Event):
+    """A large value could not be read, and is absent from then on.
+
+    ``reason``: ``"missing"``, ``"truncated"``, ``"altered"``, ``"not encrypted"`` or
+    ``"unknown encryption key"``; with the last two it stays in the store, for who can read it.
+    """
+
+    key: str
+    reason: str
+    handle: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class CircuitOpened(Event):
     """The store failed too often in a row: from now on it is only asked now and then.
 

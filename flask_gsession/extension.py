@@ -19,7 +19,7 @@ from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface
 from .keeper import Keeper
-from .stores import Store, StoreOptions, heeds_logout_replicas, open_store
+from .stores import Store, StoreOptions, heeds_logout_replicas, open_blobs, open_store
 from .stores.base import Clock
 
 NAME = "gsession"
@@ -91,7 +91,10 @@ class Session:
                 settings.store_timeout,
                 events,
             )
-        keeper = Keeper(settings, calls, events, self._clock)
+        blobs = None
+        if settings.spill_store is not None:
+            blobs = open_blobs(settings.spill_store, calls, options)
+        keeper = Keeper(settings, calls, events, self._clock, blobs)
         if settings.schema is not None:
             _declare(settings.schema, keeper)
         interface = GSessionInterface(keeper, store, owns_store=owned)

@@ -6,9 +6,11 @@ Everything that every session of an application shares is here; what belongs to 
 
 from __future__ import annotations
 
+import hashlib
 import random
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,16 +28,23 @@ from .errors import (
     Stale,
     StoreError,
     UnreadableRecord,
+    ValueLost,
 )
 from .events import Events, SessionRefused, logger
+from .marks import marked, split
 from .merge import Merger
 from .payload import Body, PayloadFormat
+from .references import BYTES, Reference, content_of, names_in, reference_in, refers
+from .spill import Spill, pieces_of
 from .stores.base import (
     MAX_POINTERS,
+    Blobs,
+    BlobStore,
     Clock,
     Leases,
     Record,
     Store,
+    Tidies,
     milliseconds,
     new_version,
 )
@@ -46,6 +55,9 @@ _TRUE = b"\xc3"
 ATTEMPTS = 25  # at a write that loses races
 RACE_BUDGETS = 5  # times of a store call that it may go on losing them
 _LONGEST_PAUSE = 0.05  # seconds
+# How long a large value that was replaced stays for requests that loaded the session before.
+BLOB_GRACE = 60_000  # milliseconds
+_BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its session
 _NEW_TOKENS = 3
 _END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
 _REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
@@ -61,7 +73,14 @@ class Loaded(NamedTuple):
 class Keeper:
     """Keeps the sessions of one ``Session`` on one application in their store."""
 
-    def __init__(self, settings: Settings, store: Store, events: Events, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        events: Events,
+        clock: Clock,
+        blobs: Blobs | None = None,
+    ) -> None:
         self.settings = settings
         self.store = store
         self.leases = store if isinstance(store, Leases) else None
@@ -71,12 +90,30 @@ class Keeper:
         self.codec = Codec(settings.max_depth)
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
         keys = settings.encryption_keys
+        cipher = Cipher(keys) if keys else None
         self._payloads = PayloadFormat(
             max_bytes=settings.max_bytes,
             max_keys=settings.max_keys,
-            cipher=Cipher(keys) if keys else None,
+            cipher=cipher,
             allow_plain=settings.read_plain,
         )
+        self._pops = isinstance(store, BlobStore)
+        if blobs is None and isinstance(store, BlobStore):
+            blobs = store
+        #: None where the store has no place for large values
+        self.spill: Spill | None = None
+        if blobs is not None:
+            self.spill = Spill(
+                blobs,
+                max_bytes=settings.max_value_bytes,
+                cipher=cipher,
+                allow_plain=settings.read_plain,
+            )
+        #: where large values are files, which do not go by themselves: for a clean-up
+        self.files = blobs if isinstance(blobs, Tidies) and blobs is not store else None
+        limit = None if self.spill is None else settings.spill_bytes
+        self._inline = sys.maxsize if limit is None else limit
+        self.codec.resolve = self._resolve
         #: of the whole session: raises for what may not be set; gives the mark it is to have
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
@@ -139,7 +176,8 @@ class Keeper:
     def save(
         self, old: Record, body: Body, *, restart_idle: bool = False, lease: str | None = None
     ) -> Record:
-        """Replace ``old``; its successor in time. Raises ``Gone`` or ``Stale``. One round trip.
+        """Replace ``old``; its successor in time. Raises ``Gone`` or ``Stale``. One round trip,
+        one more where the session has large values and its idle expiry moves.
 
         The idle expiry moves where it is due, or anyhow with ``restart_idle``. With ``lease``,
         raises ``LockLost`` unless that is held.
@@ -157,6 +195,8 @@ class Keeper:
             old.absolute_expires_at,
             self._payloads.pack(old.key, body),
         )
+        if idle_end is not None:
+            self._renew_blobs(body, idle_end)
         if lease is None:
             self.store.save(record, old.version)
         else:
@@ -188,6 +228,7 @@ class Keeper:
                 payload=self._payloads.pack(key, body),
             )
             pointer = self._pointer(old, record, grace)
+            self._renew_blobs(body, record.idle_expires_at)
             try:
                 if lease is None:
                     self.store.replace(old.key, record, old.version, pointer)
@@ -224,6 +265,112 @@ class Keeper:
                 continue
             return old.key
         raise SessionConflict
+
+    def renew(self, record: Record, body: Body, idle_end: int) -> bool:
+        """As ``Store.renew``, of the large values too: theirs first, or one might be missed."""
+        self._renew_blobs(body, idle_end)
+        return self.store.renew(record, idle_end)
+
+    def delete(self, key: str) -> bool:
+        """End the session under ``key``, through pointers, and its large values with it.
+
+        Whether there was one. One round trip, one more where it had large values. Raises what
+        ``Store.delete`` raises.
+        """
+        if not self._pops:
+            return self.store.delete(key)
+        record = self.store.pop(key)  # type: ignore[attr-defined]  # by ``_pops``
+        if record is None:
+            return False
+        try:
+            body = self._payloads.unpack(record.key, record.payload)
+        except UnreadableRecord:
+            return True  # what it referred to, if anything, expires
+        if body.spilled:
+            self.discard(names_in(body.values.values()), 0)
+        return True
+
+    def any_large(self, values: Mapping[str, bytes]) -> bool:
+        """Whether one of the encoded values is to be in a place of its own."""
+        return any(len(raw) > self._inline for raw in values.values())
+
+    def put_away(
+        self,
+        values: dict[str, bytes],
+        expires_at: Callable[[], int],
+        placed: dict[tuple[int, bytes], Reference] | None = None,
+    ) -> dict[str, bytes]:
+        """``values``, with references instead of those that are large; these are written.
+
+        ``placed`` has what was written before, by kind and digest, and gets what is written now.
+        Raises ``SessionTooLarge`` before anything is written, and ``StoreUnavailable``.
+        """
+        large = [key for key, raw in values.items() if len(raw) > self._inline and not refers(raw)]
+        if not large:
+            return values
+        assert self.spill is not None  # or nothing is that large
+        placed = {} if placed is None else placed
+        parts = {key: split(values[key]) for key in large}
+        for key, (_, plain) in parts.items():
+            self.spill.check(f"session[{ascii(key)[:60]}]", len(content_of(plain)[1]))
+        values = dict(values)
+        for key, (mark, plain) in parts.items():
+            kind, content = content_of(plain)
+            same = (kind, hashlib.sha256(content).digest())
+            if same not in placed:
+                pieces = pieces_of(content, self.spill.frame_bytes)
+                placed[same] = self.spill.write(key, kind, pieces, expires_at)
+            values[key] = marked(placed[same].pack(), mark)
+        return values
+
+    def whole(self, values: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Encoded values without references: the large ones are read. Raises ``ValueLost``."""
+        return {key: self._whole(raw) if refers(raw) else raw for key, raw in values.items()}
+
+    def _whole(self, raw: bytes) -> bytes:
+        if self.spill is None:
+            raise ValueLost("missing")
+        reference = reference_in(raw)
+        content = self.spill.read(reference)
+        plain = self.codec.encode("", content) if reference.kind == BYTES else content
+        return marked(plain, split(raw)[0])
+
+    def _resolve(self, data: bytes) -> Any:
+        """The value of a reference. Raises ``ValueLost`` and ``StoreUnavailable``."""
+        if self.spill is None:
+            raise ValueLost("missing")
+        reference = Reference.of(data)
+        content = self.spill.read(reference)
+        if reference.kind == BYTES:
+            return content
+        try:
+            return self.codec.decode(content)
+        except UnreadableRecord:
+            raise ValueLost("altered") from None
+
+    def blobs_end(self, body: Body, absolute: int | None = None) -> int:
+        """Until when the large values of a session are kept that is stored now or a bit later.
+
+        In milliseconds. ``absolute`` is where the session ends; None: it is a new one.
+        """
+        if absolute is None:
+            absolute = self.now() + int(self.settings.absolute_timeout * 1000)
+        return self._idle_end(body, absolute) + _BLOB_MARGIN
+
+    def discard(self, names: Iterable[str], grace: int) -> None:
+        """Let blobs go in so many milliseconds. One round trip; never raises for an outage."""
+        if self.spill is not None and (all_of := sorted(names)):
+            self.spill.discard(all_of, self.now() + grace)
+
+    def renew_blobs(self, references: Iterable[Reference], end: int) -> None:
+        """Keep these until ``end``, in milliseconds. One round trip."""
+        if self.spill is not None:
+            self.spill.renew(sorted(reference.name for reference in references), end)
+
+    def _renew_blobs(self, body: Body, idle_end: int) -> None:
+        if body.spilled and self.spill is not None:
+            names = sorted(names_in(body.values.values()))
+            self.spill.renew(names, idle_end + _BLOB_MARGIN)
 
     @contextmanager
     def _under(self, lease: str) -> Iterator[Leases]:

@@ -37,10 +37,11 @@ from .events import (
     WriteDropped,
     logger,
 )
-from .keeper import ATTEMPTS, PERMANENT, RACE_BUDGETS, Keeper
+from .keeper import ATTEMPTS, BLOB_GRACE, PERMANENT, RACE_BUDGETS, Keeper
 from .marks import is_marked, split, unexpired
 from .merge import Change, MergeFunction
 from .payload import Body
+from .references import Reference, names_in, refers
 from .stores.base import Record
 from .tokens import Checked, session_key
 from .tracing import Call, Trace, TracedKeeper, TracedValues
@@ -97,6 +98,10 @@ class Lifecycle:
     _trace: Trace | None = None  # of those who debug
     _tracked: Callable[..., TrackedValues] = TrackedValues
     _debug_until: int | None = None  # of this very session, in milliseconds
+    _spilled = False  # whether a value may be a reference to a large one
+    # Large values that this request wrote and no record refers to yet, by kind and digest.
+    _placed: dict[tuple[int, bytes], Reference] | None = None
+    _placed_until = 0  # the first of them expires, in milliseconds
 
     def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
         self._keeper = keeper
@@ -178,6 +183,7 @@ class Lifecycle:
                     else:
                         self._values = self._tracked(self._keeper.codec, body.values)
                     self._lifetime = body.lifetime
+                    self._spilled = body.spilled
                     if self._record.key == key:
                         self._token = checked.token
                         if checked.outdated:
@@ -192,10 +198,15 @@ class Lifecycle:
 
     def _body(self, stored: dict[str, bytes]) -> Body:
         """What to store when these are the values."""
-        if self._values.now is None:
+        if self._values.now is None and not self._spilled:
             return Body(stored, self._lifetime, False, self._debug_until)
-        marked = any(map(is_marked, stored.values()))
-        return Body(stored, self._lifetime, marked, self._debug_until)
+        return Body(
+            stored,
+            self._lifetime,
+            self._values.now is not None and any(map(is_marked, stored.values())),
+            self._debug_until,
+            self._spilled and any(map(refers, stored.values())),
+        )
 
     def _checked_changes(self) -> dict[str, Change]:
         """What this request changed. Raises what the schema of the session has to say of it."""
@@ -203,7 +214,7 @@ class Lifecycle:
         check = self._keeper.check
         if check is not None:
             for key, change in changes.items():
-                if change.mine is not None:
+                if change.mine is not None and not refers(change.mine):
                     _, plain = split(change.mine)
                     if self._vetted.get(key) != plain:
                         check(key, self._keeper.codec.decode(plain))
@@ -323,13 +334,14 @@ class Lifecycle:
         unconfirmed: LogoutUnconfirmed | None = None
         if key is not None:
             try:
-                ended = self._keeper.store.delete(key)
+                ended = self._keeper.delete(key)
             except UnreadableRecord as error:
                 self._keeper.refused(error.reason, key, error.detail)
                 ended = False
             except LogoutUnconfirmed as error:
                 logger.error(_UNCONFIRMED, error)
                 unconfirmed, ended = error, True
+                self._let_go()
             except StoreUnavailable as error:
                 self._met_outage(error, "ended")
                 if not self._opened:
@@ -411,13 +423,18 @@ class Lifecycle:
             self._values.follow(body.values, self._keeper.now if body.marked else None)
         if not self._restart_idle:
             self._lifetime = body.lifetime
+        self._spilled = body.spilled or bool(self._placed)
         return True
 
     def _save_and_close(self) -> None:
         """Store what this request changed, and accept no more writes."""
         closed, self._closed = self._closed, True
         if self._opened and not closed:
-            self._commit()
+            try:
+                self._commit()
+            finally:
+                if self._placed:
+                    self._drop_placed()
             emptied = self._cleared and self._record is None and not self._ended
             if emptied and self._look_at_request().checked is not None:
                 self._cookie = "delete"
@@ -438,11 +455,13 @@ class Lifecycle:
                 stored = unexpired(stored, values.now())
             if _worth_keeping(stored):
                 try:
+                    merged, stored = stored, self._put_away(stored)
                     self._token, self._record = self._keeper.create(self._body(stored))
                 except StoreUnavailable as error:
                     self._met_outage(error, "created")
                     raise
-                values.accept(stored, changes)
+                values.accept(stored, _as_stored(changes, merged, stored))
+                self._let_go(after=stored)
                 self._restart_idle = self._forced = False
                 self._rotation = None
                 self._cookie = "set"
@@ -482,7 +501,6 @@ class Lifecycle:
                 keeper.events.emit(WriteDropped, old.key, error.reason)
                 self._refuse(error.reason, error.detail)
                 return
-            body = self._body(merged)
             toggled = PERMANENT in changes and (
                 keeper.is_permanent(merged) != keeper.is_permanent(values.stored)
             )
@@ -495,11 +513,14 @@ class Lifecycle:
                         logger.error(_UNCONFIRMED, error)
                         unconfirmed = error
                     keeper.events.emit(SessionDestroyed, old.key)
+                    self._let_go()
                     self._forget()
                     self._cookie = "delete"
                     if unconfirmed is not None:
                         raise unconfirmed
                     return
+                stored = self._put_away(merged)
+                body = self._body(stored)
                 if self._rotation is not None:
                     self._token, self._record, unconfirmed = keeper.rotate(
                         old, body, self._rotation, self._lease
@@ -529,10 +550,13 @@ class Lifecycle:
                 raise
             if toggled:
                 self._set_cookie_if_known()
-            values.accept(merged, changes)
+            before = values.stored
+            changes = _as_stored(changes, merged, stored)
+            values.accept(stored, changes)
             self._rotation = None
             self._restart_idle = self._forced = self._cleared = False
-            self._saved(old, merged, losses)
+            self._saved(old, stored, losses)
+            self._let_go(before, stored)
             if unconfirmed is not None:
                 logger.error(_UNCONFIRMED, unconfirmed)
                 raise unconfirmed
@@ -548,6 +572,63 @@ class Lifecycle:
         if moved and self._keeper.is_permanent(stored):
             self._set_cookie_if_known()
 
+    def _put_away(self, stored: dict[str, bytes]) -> dict[str, bytes]:
+        """``stored`` with references to the large values, which are written where they are not."""
+        keeper = self._keeper
+        if not self._placed and not keeper.any_large(stored):
+            return stored
+        body = Body(stored, self._lifetime)
+        absolute = self._record.absolute_expires_at if self._record else None
+        if self._placed is None:
+            self._placed = {}
+        known = len(self._placed)
+
+        def expires_at() -> int:
+            return keeper.blobs_end(body, absolute)
+
+        found = keeper.put_away(stored, expires_at, self._placed)
+        if self._placed:
+            self._spilled = True
+            end = expires_at()
+            if known and self._placed_until < end - BLOB_GRACE // 2:  # written long before
+                keeper.renew_blobs(self._placed.values(), end)
+                known = 0
+            if not known:
+                self._placed_until = end
+        return found
+
+    def _let_go(
+        self, before: Mapping[str, bytes] | None = None, after: Mapping[str, bytes] | None = None
+    ) -> None:
+        """A record with the values ``after`` replaced one with those ``before``.
+
+        What the new one does not refer to stays for a while, for requests that still read it. With
+        nothing after, the session ended, and nothing stays.
+        """
+        if not self._spilled:
+            return
+        needed = names_in((after or {}).values())
+        left = names_in((self._values.stored if before is None else before).values()) - needed
+        self._keeper.discard(left, 0 if after is None else BLOB_GRACE)
+        self._spilled = bool(needed)
+        if self._placed:
+            placed = self._placed.items()
+            self._placed = {same: ref for same, ref in placed if ref.name not in needed}
+            self._spilled = self._spilled or bool(self._placed)
+
+    def _place(self, reference: Reference, end: int) -> None:
+        """This request wrote a large value, which is kept until ``end``."""
+        if not self._placed:
+            self._placed, self._placed_until = {}, end
+        self._placed[reference.kind, reference.digest] = reference
+        self._spilled = True
+
+    def _drop_placed(self) -> None:
+        """Let go of what this request wrote and no record refers to."""
+        if self._in_doubt is None and self._placed:
+            self._keeper.discard([reference.name for reference in self._placed.values()], 0)
+        self._placed = None
+
     def _something_to_save(self) -> bool:
         """Whether there is something to save although no value changed."""
         return self._restart_idle or self._forced or self._rotation is not None
@@ -562,7 +643,8 @@ class Lifecycle:
         if idle_end is None:
             return
         try:
-            renewed = self._keeper.store.renew(self._record, idle_end)
+            body = self._body(self._values.stored)
+            renewed = self._keeper.renew(self._record, body, idle_end)
         except (StoreUnavailable, UnreadableRecord) as error:
             # What was read is right, and nothing was to be written: the next request renews.
             logger.warning("A session could not be renewed: %s", error)
@@ -592,6 +674,18 @@ class Lifecycle:
             return list(self._values.changes()) if self._opened else []
         except ValueRefused as error:
             return [error.path]
+
+
+def _as_stored(
+    changes: Mapping[str, Change], merged: Mapping[str, bytes], stored: Mapping[str, bytes]
+) -> Mapping[str, Change]:
+    """The changes, with the references that were stored for large values."""
+    if stored is merged:
+        return changes
+    return {
+        key: change if merged.get(key) is not change.mine else Change(change.base, stored.get(key))
+        for key, change in changes.items()
+    }
 
 
 def _worth_keeping(values: Mapping[str, bytes]) -> bool:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from .errors import UnreadableRecord
 
 _EXT_32, _CODE = 0xC9, 13
-_VALUE = 14  # where it begins
+MARK_BYTES = 14
 MAX_VERSION = 0xFFFF
 
 
@@ -44,7 +44,7 @@ def marked(raw: bytes, mark: Mark) -> bytes:
     return b"".join(
         (
             bytes((_EXT_32,)),
-            (len(raw) + _VALUE - 6).to_bytes(4, "big"),
+            (len(raw) + MARK_BYTES - 6).to_bytes(4, "big"),
             bytes((_CODE,)),
             mark.expires_at.to_bytes(6, "big"),
             mark.version.to_bytes(2, "big"),
@@ -62,10 +62,10 @@ def split(raw: bytes) -> tuple[Mark, bytes]:
     """The mark of an encoded value, and the value without it. Raises ``UnreadableRecord``."""
     if not is_marked(raw):
         return PLAIN, raw
-    if len(raw) <= _VALUE or int.from_bytes(raw[1:5], "big") != len(raw) - 6:
+    if len(raw) <= MARK_BYTES or int.from_bytes(raw[1:5], "big") != len(raw) - 6:
         raise UnreadableRecord("corrupt", "the mark of a value is cut")
-    mark = Mark(int.from_bytes(raw[6:12], "big"), int.from_bytes(raw[12:_VALUE], "big"))
-    return mark, raw[_VALUE:]
+    mark = Mark(int.from_bytes(raw[6:12], "big"), int.from_bytes(raw[12:MARK_BYTES], "big"))
+    return mark, raw[MARK_BYTES:]
 
 
 def expired(raw: bytes | None, now: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from werkzeug.exceptions import HTTPException
 
 from .codec import Codec
-from .errors import GSessionError, SessionConflict, ValueRefused
+from .errors import GSessionError, SessionConflict, ValueLost, ValueRefused
 from .marks import PLAIN, expired, marked, split, unexpired
 
 
@@ -163,7 +163,12 @@ class Merger:
         values, marks = [], []
         for raw in (base, theirs, mine):
             mark, plain = (PLAIN, None) if raw is None else split(raw)
-            values.append(MISSING if plain is None else self._codec.decode(plain))
+            try:
+                values.append(MISSING if plain is None else self._codec.decode(plain))
+            except ValueLost:
+                if raw is not theirs:
+                    raise SessionConflict from None
+                values.append(MISSING)
             marks.append(mark)
         try:
             result = policy(*values)

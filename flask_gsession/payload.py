@@ -2,15 +2,15 @@
 
 ::
 
-    byte 0      format version, 2
+    byte 0      format version, 2; 3 where a value is a reference
     byte 1      0 plain, 1 sealed with AES-GCM
-    plain:      4 first characters of the session key, 4 bytes CRC-32 of the whole session key and
-                the body, then the body
+    plain:      4 first characters of the session key, 4 bytes CRC-32 of the whole session key, of
+                the byte 3 in that format, and of the body, then the body
     sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body
 
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
                 string; then the session's own idle lifetime, whether any value has a mark, and
-                until when the session is debugged
+                until when the session is debugged, and whether any value is a reference
 
 So one value can be decoded without looking into the others. The check in front (or the
 AES-GCM tag) binds the payload to its own record: another session's payload, a truncated or a
@@ -31,8 +31,9 @@ from .codec import is_valid_text
 from .encryption import Cipher
 from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType
 
-FORMAT = 2
-_PLAIN, _SEALED = bytes((FORMAT, 0)), bytes((FORMAT, 1))
+FORMAT, NEWEST = 2, 3
+# What holds no reference stays in the format that versions from before them can read.
+_PLAIN, _SEALED = {False: b"\2\0", True: b"\3\0"}, {False: b"\2\1", True: b"\3\1"}
 _CHECK_BYTES = 8
 _BODY = 2 + _CHECK_BYTES
 
@@ -43,12 +44,14 @@ class Body(Struct, array_like=True, gc=False):
     ``lifetime`` is in milliseconds; None means the application's setting. ``marked`` says whether
     any value has a mark (see ``marks``); where none has, it takes no byte. ``debug_until``: until
     then, in milliseconds since 1970, what requests do with the session is written to the log.
+    ``spilled``: whether any value is a reference to a large one (see ``references``).
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
     lifetime: int | None = None
     marked: bool = False
     debug_until: int | None = None
+    spilled: bool = False
 
 
 class PayloadFormat:
@@ -78,8 +81,10 @@ class PayloadFormat:
                 "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
             )
         try:
-            if body.debug_until is not None:
+            if body.spilled:
                 encoded = self._encode(body)
+            elif body.debug_until is not None:
+                encoded = self._encode((values, body.lifetime, body.marked, body.debug_until))
             elif body.marked:
                 encoded = self._encode((values, body.lifetime, True))
             else:
@@ -96,7 +101,7 @@ class PayloadFormat:
                 f"{len(encoded)} bytes; SESSION_MAX_BYTES allows {self._max_bytes}; "
                 f"the largest key is {ascii(largest)[:60]}",
             )
-        return self._bind(session_key, encoded)
+        return self._bind(session_key, encoded, body.spilled)
 
     def unpack(self, session_key: str, payload: bytes) -> Body:
         """The body of ``payload``, its values still encoded. Raises ``UnreadableRecord``."""
@@ -114,33 +119,36 @@ class PayloadFormat:
         if self._unbind(session_key, payload) != successor.encode("utf-8", "replace"):
             raise UnreadableRecord("corrupt", "a pointer to somewhere else")
 
-    def _bind(self, session_key: str, body: bytes) -> bytes:
+    def _bind(self, session_key: str, body: bytes, spilled: bool = False) -> bytes:
         own = session_key.encode("ascii")
         if self._cipher is not None:
-            return _SEALED + self._cipher.seal(body, own, _SEALED)
-        return b"".join((_PLAIN, _check(own, body), body))
+            header = _SEALED[spilled]
+            return header + self._cipher.seal(body, own, header)
+        return b"".join((_PLAIN[spilled], _check(own, body, spilled), body))
 
     def _unbind(self, session_key: str, payload: bytes) -> bytes | memoryview:
         """The bytes of the body. Raises ``UnreadableRecord`` unless they are this session's own."""
         header = payload[:2]
         own = session_key.encode("ascii")
-        if header == _PLAIN:
+        if header in _PLAIN.values():
             if not self._allow_plain:
                 raise UnreadableRecord("corrupt", "not encrypted; SESSION_ENCRYPTION_KEYS is set")
             body = memoryview(payload)[_BODY:]
-            if _check(own, body) != payload[2:_BODY]:
+            if _check(own, body, header == _PLAIN[True]) != payload[2:_BODY]:
                 raise UnreadableRecord("corrupt", "not this session's own record, or altered")
             return body
-        if header == _SEALED:
+        if header in _SEALED.values():
             if self._cipher is None:
                 raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
             return self._cipher.open(payload[2:], own, header)
-        if len(header) == 2 and header[0] > FORMAT:
-            raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {FORMAT}")
+        if len(header) == 2 and header[0] > NEWEST:
+            raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {NEWEST}")
         if len(header) == 2 and header[0] == 1:
             raise UnreadableRecord("corrupt", "format 1, of a version before the first release")
         raise UnreadableRecord("corrupt", "no record of this library")
 
 
-def _check(own: bytes, body: bytes | memoryview) -> bytes:
-    return own[:4] + crc32(body, crc32(own)).to_bytes(4, "big")
+def _check(own: bytes, body: bytes | memoryview, spilled: bool) -> bytes:
+    # One format must not pass for the other: a single bit tells them apart.
+    start = crc32(b"\3", crc32(own)) if spilled else crc32(own)
+    return own[:4] + crc32(body, start).to_bytes(4, "big")

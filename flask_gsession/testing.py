@@ -11,16 +11,19 @@ Run the contract on a store of your own with pytest::
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .errors import Gone, KeyTaken, LeaseLost, QueueFull, Stale
 from .stores.base import (
     ASK_AGAIN,
     WAITER_LIFE,
+    Blobs,
+    BlobStore,
     Clock,
     Leases,
     Peeks,
@@ -107,6 +110,32 @@ class HookedStore:
         with self._around("delete"):
             return self.store.delete(key, expected_version, *_given(lease))
 
+    def pop(self, key: str) -> Record | None:
+        with self._around("delete"):
+            return self._blobs.pop(key)
+
+    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        with self._around("write_frame"):
+            self._blobs.write_frame(name, offset, frame, expires_at)
+
+    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        with self._around("read_frame"):
+            return self._blobs.read_frame(name, offset, size)
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        with self._around("renew_blobs"):
+            self._blobs.renew_blobs(names, expires_at)
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        with self._around("discard_blobs"):
+            self._blobs.discard_blobs(names, at)
+
+    @property
+    def _blobs(self) -> BlobStore:
+        if not isinstance(self.store, BlobStore):
+            raise TypeError(f"{type(self.store).__qualname__} has no place for large values")
+        return self.store
+
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         with self._around("acquire"):
             return self._leases.acquire(key, owner, lease_ms, max_waiters)
@@ -177,6 +206,11 @@ def a_pointer(old: Record, new: Record, grace: float = 10) -> Record:
         payload=b"to " + new.payload,
         successor=new.key,
     )
+
+
+def a_blob() -> str:
+    """A random name of a blob."""
+    return secrets.token_hex(16)
 
 
 @contextmanager
@@ -995,3 +1029,127 @@ class StoreContract:
             for thread in threads:
                 thread.join()
             assert answers.count(0) == 1
+
+    # -- of stores that have ``Blobs``
+
+    @contextmanager
+    def _with_blobs(self) -> Iterator[tuple[Any, FakeClock]]:
+        """A store; none where it has no place for large values: then nothing is asked."""
+        with self._store() as (store, clock):
+            yield store if isinstance(store, Blobs) else None, clock
+
+    def test_a_blob_reads_as_it_was_written(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None:
+                return
+            end = milliseconds(clock) + 60_000
+            frames = {0: bytes(range(256)) * 1024, 262_144: b"\0" * 262_144, 524_288: b"end"}
+            one, other = a_blob(), a_blob()
+            for offset, frame in frames.items():
+                store.write_frame(one, offset, frame, end)
+            store.write_frame(other, 0, b"\0", end)
+            for offset, frame in frames.items():
+                assert store.read_frame(one, offset, len(frame)) == frame
+            assert store.read_frame(other, 0, 1) == b"\0"
+
+    def test_what_was_not_written_is_none(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None:
+                return
+            name = a_blob()
+            assert store.read_frame(name, 0, 10) is None
+            store.write_frame(name, 0, b"0123456789", milliseconds(clock) + 60_000)
+            assert store.read_frame(name, 10, 10) is None
+            assert store.read_frame(a_blob(), 0, 10) is None
+
+    def test_a_frame_may_be_written_again(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None:
+                return
+            name, end = a_blob(), milliseconds(clock) + 60_000
+            for offset, frame in ((0, b"first"), (0, b"first"), (5, b"second"), (5, b"second")):
+                store.write_frame(name, offset, frame, end)
+            store.write_frame(name, 0, b"first", end)  # so late that it was overtaken
+            assert store.read_frame(name, 0, 5) == b"first"
+            assert store.read_frame(name, 5, 6) == b"second"
+
+    def test_a_later_frame_begins_no_blob(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None:
+                return
+            name = a_blob()
+            with suppress(Gone):
+                store.write_frame(name, 5, b"second", milliseconds(clock) + 60_000)
+            assert store.read_frame(name, 0, 5) is None
+
+    def test_a_blob_is_kept_until_its_end(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None:
+                return
+            names = [a_blob() for _ in range(3)]
+            for name in names:
+                store.write_frame(name, 0, b"frame", milliseconds(clock) + 10_000)
+            store.renew_blobs(names[1:], milliseconds(clock) + 60_000)
+            store.renew_blobs(names[2:], milliseconds(clock) + 20_000)  # which it has already
+            clock.advance(9)
+            assert [store.read_frame(name, 0, 5) for name in names] == [b"frame"] * 3
+            clock.advance(50)
+            assert [store.read_frame(name, 0, 5) for name in names[1:]] == [b"frame"] * 2
+
+    def test_renewing_makes_no_blob(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None:
+                return
+            name = a_blob()
+            store.renew_blobs([name], milliseconds(clock) + 60_000)
+            assert store.read_frame(name, 0, 5) is None
+
+    def test_discarded_blobs_go(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None:
+                return
+            now, names = milliseconds(clock), [a_blob() for _ in range(4)]
+            for name in names:
+                for offset in (0, 5):
+                    store.write_frame(name, offset, b"frame", now + 60_000)
+            store.discard_blobs(names[:2], now)
+            store.discard_blobs([names[2]], now + 30_000)
+            store.discard_blobs([names[2]], now + 90_000)  # it goes before, anyhow
+            store.discard_blobs([a_blob(), names[0]], now)
+            for offset in (0, 5):
+                found = [store.read_frame(name, offset, 5) for name in names]
+                assert found == [None, None, b"frame", b"frame"]
+
+    def test_pop_gives_what_it_deletes(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if not isinstance(store, BlobStore):
+                return
+            record, expired, old, new = (a_record(clock, idle=idle) for idle in (60, 1, 60, 60))
+            assert store.pop(record.key) is None
+            for each in (record, expired, old):
+                store.create(each)
+            store.replace(old.key, new, old.version, a_pointer(old, new))
+            clock.advance(1)
+            assert store.pop(record.key) == record
+            assert store.pop(record.key) is None
+            assert store.pop(expired.key) is None
+            assert store.pop(old.key) == new
+            assert [store.load(each.key) for each in (record, old, new)] == [None] * 3
+
+    def test_a_sweep_removes_expired_blobs(self) -> None:
+        with self._with_blobs() as (store, clock):
+            if store is None or not hasattr(store, "sweep"):
+                return
+            end = milliseconds(clock) + 10_000
+            short, long = a_blob(), a_blob()
+            for name in (short, long):
+                store.write_frame(name, 0, b"frame", end)
+                store.write_frame(name, 5, b"frame", end)
+            store.renew_blobs([long], end + 10_000)
+            clock.advance(10)
+            while store.sweep(1):
+                pass
+            clock.advance(-10)
+            assert store.read_frame(short, 0, 5) is None
+            assert store.read_frame(short, 5, 5) is None
+            assert store.read_frame(long, 5, 5) == b"frame"

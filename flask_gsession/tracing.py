@@ -84,6 +84,11 @@ class TracedKeeper(Keeper):
         for name, part in vars(keeper).items():
             if part is keeper.store:  # under the name of each of its capabilities
                 setattr(self, name, store)
+        spill: Any = keeper.spill
+        if spill is not None and spill.blobs is keeper.store:
+            self.spill = spill.through(store)
+            self.codec = Codec(keeper.settings.max_depth)
+            self.codec.resolve = self._resolve
         self.events = TracedEvents(keeper.events, trace)
         self._trace = trace
 

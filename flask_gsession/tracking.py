@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .codec import IMMUTABLE, Codec
-from .marks import PLAIN, Mark, expired, marked, split, unexpired
+from .marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
 from .merge import Change
+from .references import holds, refers
+
+_NOTHING: dict[str, bytes] = {}
 
 _ABSENT: Any = object()
 
@@ -21,9 +24,11 @@ class TrackedValues:
 
     A value that has expired is absent to every look at it from then on. ``now`` gives the time in
     milliseconds; without it no value has a mark, and nothing is spent on looking for one.
+
+    A large value is a reference here, which is as good as its bytes until somebody looks at it.
     """
 
-    __slots__ = ("_base", "_codec", "_live", "_marks", "_seen", "now", "stored")
+    __slots__ = ("_base", "_codec", "_given", "_live", "_marks", "_seen", "now", "stored")
 
     def __init__(
         self,
@@ -39,6 +44,8 @@ class TrackedValues:
         # What each key held when this request first looked at or changed it; None: nothing. Only
         # keys that may differ from ``stored`` are here: mutable, assigned, deleted, absent ones.
         self._base: dict[str, bytes | None] = {}
+        # What a key holds for this request in encoded form, where that is not what is stored.
+        self._given = _NOTHING
         if now is not None:
             self._marks: dict[str, Mark] = {}  # of what is in ``_live``
 
@@ -48,23 +55,35 @@ class TrackedValues:
         value = self._live.get(key, _ABSENT)
         if value is not _ABSENT:
             return value
-        if key in self._base:  # deleted by this request, or not there when it looked
-            raise KeyError(key)
-        raw = self.stored.get(key)
+        raw = self._given.get(key)
+        if raw is None:
+            if key in self._base:  # deleted by this request, or not there when it looked
+                raise KeyError(key)
+            raw = self.stored.get(key)
         if raw is None:
             self._base[key] = None
             raise KeyError(key)
         value = self._codec.decode(raw) if self.now is None else self._decode_marked(key, raw)
         self._live[key] = value
         if type(value) not in IMMUTABLE:
-            self._base[key] = raw
+            self._base.setdefault(key, raw)
         return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._base.setdefault(key, self.stored.get(key))
         self._live[key] = value
+        if self._given:
+            self._given.pop(key, None)
         if self.now is not None:
             self._marks.pop(key, None)
+
+    def give(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
+        """Set a value in encoded form, mark included."""
+        if is_marked(raw):
+            self._look_for_marks(now)
+        self._base.setdefault(key, self.stored.get(key))
+        self._live.pop(key, None)
+        self._hold(key, raw)
 
     def set(self, key: str, value: Any, mark: Mark, now: Callable[[], int]) -> None:
         """Set a value with a mark."""
@@ -78,11 +97,13 @@ class TrackedValues:
             raise KeyError(key)
         self._base.setdefault(key, self.stored.get(key))
         self._live.pop(key, None)
+        if self._given:
+            self._given.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
         if self.now is not None and self._has_expired(key):
             return False
-        if key in self._live:
+        if key in self._live or key in self._given:
             return True
         if key in self._base:
             return False
@@ -94,6 +115,8 @@ class TrackedValues:
 
     def __iter__(self) -> Iterator[str]:
         live, base = self._live, self._base
+        if self._given:
+            live = live | self._given
         keys = [key for key in self.stored if key in live or key not in base]
         keys += [key for key in live if key not in self.stored]
         for key in keys:
@@ -104,10 +127,15 @@ class TrackedValues:
         return sum(1 for _ in self)
 
     def check(self) -> None:
-        """Raises ``UnreadableRecord`` unless every value can be decoded; keeps none of them."""
+        """Raises ``UnreadableRecord`` unless every value can be decoded; keeps none of them.
+
+        Large ones are not looked at.
+        """
         for key in self:
             if key not in self._live:
-                self._codec.decode(split(self.stored[key])[1])
+                raw = self._given.get(key) or self.stored[key]
+                if not refers(raw):
+                    self._codec.decode(split(raw)[1])
 
     def raw(self, key: str) -> bytes | None:
         """A look at the encoded value, its mark included; None where there is none."""
@@ -115,6 +143,8 @@ class TrackedValues:
             return None
         if key in self._live:
             return self._encoded(key)
+        if key in self._given:
+            return self._given[key]
         if key in self._base:
             return None
         raw = self.stored.get(key)
@@ -132,7 +162,7 @@ class TrackedValues:
             return PLAIN
         if key in self._live:
             return self._marks.get(key, PLAIN)
-        return split(self.stored[key])[0]
+        return split(self._given.get(key) or self.stored[key])[0]
 
     def unexpired(self) -> dict[str, bytes]:
         """``stored``, without what has expired."""
@@ -150,14 +180,18 @@ class TrackedValues:
             mine = encode(key, live[key]) if key in live else None
             if marks and mine is not None:
                 mine = marked(mine, self._marks.get(key, PLAIN))
-            if mine != base:
+            if mine is None:
+                mine = self._given.get(key)
+            if mine != base and not holds(base, mine):
                 found[key] = Change(base, mine)
         return found
 
     def has_changed(self, key: str) -> bool:
         """Whether this request changed ``key``. Raises as ``changes`` does."""
-        mine = self._encoded(key) if key in self._live else None
-        return key in self._base and mine != self._base[key]
+        if key not in self._base:
+            return False
+        mine = self._encoded(key) if key in self._live else self._given.get(key)
+        return mine != self._base[key] and not holds(self._base[key], mine)
 
     def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
         """``stored`` is in the store now, ``changes`` included.
@@ -179,7 +213,7 @@ class TrackedValues:
         if stored is not self.stored:
             for key in self._seen if hasattr(self, "_seen") else ():
                 if key not in self._live and key not in self._base:
-                    self[key]  # in the old state
+                    self._look(key)  # in the old state
             for key in self._live:
                 self._base.setdefault(key, self.stored.get(key))
             self.stored = stored
@@ -187,6 +221,8 @@ class TrackedValues:
     def settle(self, key: str, value: Any, raw: bytes) -> None:
         """``key`` holds ``value`` in the store now."""
         self._live[key] = value
+        if self._given:
+            self._given.pop(key, None)
         self._base[key] = raw
         if self.now is not None:
             self._marks[key] = split(raw)[0]
@@ -194,7 +230,43 @@ class TrackedValues:
     def drop(self, key: str) -> None:
         """The store holds nothing under ``key`` any more, by what this request did."""
         self._live.pop(key, None)
+        if self._given:
+            self._given.pop(key, None)
         self._base[key] = None
+
+    def held(self, key: str) -> bytes | None:
+        """The encoded value of a key that was not decoded; None for any other."""
+        if key not in self or key in self._live:
+            return None
+        return self._given.get(key) or self.stored[key]
+
+    def correct(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
+        """What was to be under ``key`` is lost; this is stored there by now."""
+        self.hide(key)
+        del self._base[key]
+        if is_marked(raw):
+            self._look_for_marks(now)
+        self.stored = {**self.stored, key: raw}
+
+    def hide(self, key: str) -> None:
+        """What is under ``key`` is lost: it is absent, and nothing that this request did."""
+        self._live.pop(key, None)
+        if self._given:
+            self._given.pop(key, None)
+        self._base[key] = None
+
+    def _look(self, key: str) -> None:
+        raw = self.stored[key]
+        if refers(raw):
+            self._base[key] = raw
+            self._hold(key, raw)
+        else:
+            self[key]
+
+    def _hold(self, key: str, raw: bytes) -> None:
+        if self._given is _NOTHING:
+            self._given = {}
+        self._given[key] = raw
 
     def _look_for_marks(self, now: Callable[[], int]) -> None:
         if self.now is None:
@@ -208,7 +280,7 @@ class TrackedValues:
         assert self.now is not None
         if key in self._live:
             return 0 < self._marks.get(key, PLAIN).expires_at <= self.now()
-        return expired(self.stored.get(key), self.now())
+        return expired(self._given.get(key) or self.stored.get(key), self.now())
 
     def _decode_marked(self, key: str, raw: bytes) -> Any:
         mark, plain = split(raw)

@@ -28,7 +28,7 @@ from .errors import (
     UnreadableRecord,
 )
 from .events import StoredValueInvalid, logger
-from .marks import MAX_VERSION, Mark, split
+from .marks import MAX_VERSION, Mark
 from .merge import MISSING, POLICIES, MergeFunction, set_union
 
 try:
@@ -462,8 +462,9 @@ class SessionKey(Generic[T]):
     def _look(self, session: SessionData, raw: bytes | None) -> _Known:
         if raw is not None:
             try:
-                mark, plain = split(raw)
-                data = session._keeper.codec.decode(plain)
+                mark, data = session._decoded(self.name, raw)
+            except KeyError:
+                pass
             except UnreadableRecord as error:
                 session._refuse(error.reason, error.detail)
             else:

@@ -269,6 +269,14 @@ class Inside:
         """Raw contents by key."""
         raise NotImplementedError
 
+    def blobs(self) -> dict[str, list[bytes]]:
+        """The stored frames of the large values, by name."""
+        raise NotImplementedError
+
+    def spoil(self, name: str, frame: bytes | None) -> None:
+        """Put this in the place of the first frame of a large value; None: remove all of it."""
+        raise NotImplementedError
+
     def commands(self) -> tuple[Any, Counter[str]]:
         """Round trips until now, None where nobody counts them, and how many of which command."""
         return None, Counter()
@@ -286,6 +294,15 @@ class InsideMemory(Inside):
     def stored(self) -> dict[str, bytes]:
         return {key: repr(record).encode() for key, record in self._store._records.items()}
 
+    def blobs(self) -> dict[str, list[bytes]]:
+        return {name: [*blob.frames.values()] for name, blob in self._store._blobs.items()}
+
+    def spoil(self, name: str, frame: bytes | None) -> None:
+        if frame is None:
+            del self._store._blobs[name]
+        else:
+            self._store._blobs[name].frames[0] = frame
+
 
 class InsideSQLite(Inside):
     """The rows of a database file."""
@@ -296,13 +313,30 @@ class InsideSQLite(Inside):
     def stored(self) -> dict[str, bytes]:
         return {row[0]: repr(row).encode() for row in self.rows("*")}
 
-    def rows(self, columns: str) -> list[tuple[Any, ...]]:
+    def blobs(self) -> dict[str, list[bytes]]:
+        found: dict[str, list[bytes]] = {}
+        for name, _, frame in self.rows("*", "gsession_frame"):
+            found.setdefault(name.partition(":")[2], []).append(frame)
+        assert found.keys() == {row[0].partition(":")[2] for row in self.rows("*", "gsession_blob")}
+        return found
+
+    def spoil(self, name: str, frame: bytes | None) -> None:
+        with closing(sqlite3.connect(self._path)) as db, db:
+            if frame is None:
+                db.execute("DELETE FROM gsession_blob WHERE name LIKE ?", (f"%{name}",))
+            else:
+                db.execute(
+                    "UPDATE gsession_frame SET frame = ? WHERE name LIKE ? AND start = 0",
+                    (frame, f"%{name}"),
+                )
+
+    def rows(self, columns: str, table: str = "gsession") -> list[tuple[Any, ...]]:
         """These columns of all records."""
         with (
             suppress(sqlite3.OperationalError),  # no file, or no table yet
             closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)) as db,
         ):
-            return db.execute(f"SELECT {columns} FROM gsession").fetchall()
+            return db.execute(f"SELECT {columns} FROM {table}").fetchall()
         return []
 
 
@@ -314,8 +348,19 @@ class InsideRedis(Inside):
         self._prefix = prefix
 
     def stored(self) -> dict[str, bytes]:
-        keys = list(self.client.scan_iter(f"{self._prefix}*", count=1000))
+        keys = list(self.client.scan_iter(f"{self._prefix}{{*", count=1000))
         return {key.decode(): self.client.get(key) or b"" for key in keys}
+
+    def blobs(self) -> dict[str, list[bytes]]:
+        keys = list(self.client.scan_iter(f"{self._prefix}blob:*", count=1000))
+        return {key.decode()[-33:-1]: [self.client.get(key) or b""] for key in keys}
+
+    def spoil(self, name: str, frame: bytes | None) -> None:
+        key = f"{self._prefix}blob:{{{name}}}"
+        if frame is None:
+            self.client.delete(key)
+        else:
+            self.client.set(key, frame, keepttl=True)
 
     def commands(self) -> tuple[int | None, Counter[str]]:
         """Each command that is sent is one read event of the server; those of scripts are none."""
@@ -357,6 +402,19 @@ class InsideMongoDB(Inside):
         return {
             document["_id"]: bson.encode(document) for document in self.database["gsession"].find()
         }
+
+    def blobs(self) -> dict[str, list[bytes]]:
+        found: dict[str, list[bytes]] = {}
+        for document in self.database["gsession_blobs"].find(sort=["_id"]):
+            found.setdefault(document["_id"].split(":")[1], []).append(document["frame"])
+        return found
+
+    def spoil(self, name: str, frame: bytes | None) -> None:
+        wanted = {"_id": {"$regex": f":{name}:"}}
+        if frame is None:
+            self.database["gsession_blobs"].delete_many(wanted)
+        else:
+            self.database["gsession_blobs"].update_one(wanted, {"$set": {"frame": frame}})
 
     def commands(self) -> tuple[int, Counter[str]]:
         """Operations on the store's collection, as the profiler of its database wrote them."""

@@ -302,7 +302,7 @@ def test_a_write_whose_reply_is_lost_is_applied_once(
         ("rotation", "update"),
         ("login", "insert"),
         ("login", "delete"),
-        ("logout", "delete"),
+        ("logout", "findAndModify"),
         ("clear", "delete"),
     ],
 )

@@ -397,8 +397,8 @@ def test_a_logout_that_is_not_confirmed() -> None:
 
 def test_all_logouts_are_made_where_none_is_confirmed() -> None:
     class Unconfirmed(MemoryStore):
-        def delete(self, *arguments: Any) -> bool:
-            super().delete(*arguments)
+        def pop(self, key: str) -> Record | None:
+            super().pop(key)
             raise LogoutUnconfirmed("0 of 1 replicas")
 
     store = Unconfirmed()

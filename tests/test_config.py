@@ -76,6 +76,9 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "SESSION_MAX_BYTES": [(256, 256), (15 * 1024 * 1024, 15 * 1024 * 1024)],
     "SESSION_MAX_KEYS": [(1, 1), (1_000_000, 1_000_000)],
     "SESSION_MAX_DEPTH": [(1, 1), (200, 200)],
+    "SESSION_SPILL_BYTES": [(None, None), (256, 256), (15 * 1024 * 1024, 15 * 1024 * 1024)],
+    "SESSION_SPILL_STORE": [(None, None), ("s3://bucket", "s3://bucket")],
+    "SESSION_MAX_VALUE_BYTES": [(256, 256), (256 * 1024 * 1024, 256 * 1024 * 1024)],
     "SESSION_ENCRYPTION_KEYS": [(None, ()), ([], ()), ([b"k" * 32], (b"k" * 32,))],
     "SESSION_CONFLICT": [("last", POLICIES["last"]), ("reject", POLICIES["reject"])],
     "SESSION_MERGE_POLICIES": [
@@ -131,6 +134,9 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_MAX_BYTES": [*NO_COUNT, 255, 15 * 1024 * 1024 + 1],
     "SESSION_MAX_KEYS": [*NO_COUNT, 1_000_001],
     "SESSION_MAX_DEPTH": [*NO_COUNT, 201],
+    "SESSION_SPILL_BYTES": [*(value for value in NO_COUNT if value is not None), 255],
+    "SESSION_SPILL_STORE": [7, b"file:///large", {}, Path("a"), MemoryStore, "", "/large"],
+    "SESSION_MAX_VALUE_BYTES": [*NO_COUNT, 255, 256 * 1024 * 1024 + 1],
     "SESSION_ENCRYPTION_KEYS": [
         "",
         "plain",
@@ -171,7 +177,7 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_DEBUG_SHOW": ["cart", b"cart", None, True, 7, {"cart": 1}, [7], [b"cart"], [None]],
 }
 
-SECRET = ("SESSION_STORE", "SESSION_ENCRYPTION_KEYS")
+SECRET = ("SESSION_STORE", "SESSION_SPILL_STORE", "SESSION_ENCRYPTION_KEYS")
 FIELDS = {key: name for name, (key, _) in _CHECKS.items()}
 
 
@@ -241,6 +247,9 @@ def test_the_defaults_are_what_the_documentation_says() -> None:
         max_bytes=1024 * 1024,
         max_keys=1000,
         max_depth=64,
+        spill_bytes=16 * 1024,
+        spill_store=None,
+        max_value_bytes=32 * 1024 * 1024,
         encryption_keys=(),
         read_plain=False,
         conflict=POLICIES["last"],

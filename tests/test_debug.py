@@ -734,7 +734,7 @@ def test_no_canary_is_heard(make_site: SiteMaker, everything: Everything, how: s
         session["user"] = [SECRET, object()]
 
     def too_large(session: Any) -> None:
-        session["user"] = SECRET * 100_000
+        session.update({str(number): SECRET * 700 for number in range(100)})
 
     visitor = site.visitor()
     ask(visitor, log_in)

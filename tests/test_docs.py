@@ -330,6 +330,26 @@ def test_expiring_values(run: Run) -> None:
     assert client.post(f"/code/{code}").status_code == 403
 
 
+def test_large_values(run: Run) -> None:
+    names = run("docs/how-to/large-values.md")
+    client = visitor(names.app)
+    assert client.get("/import").status_code == 404
+    assert client.post("/import", json=[["a", 1]] * 10_000).json == {"rows": 10_000}
+    assert (client.get("/step").json, client.get("/import").json) == (
+        {"step": 1},
+        {"first": ["a", 1]},
+    )
+    assert client.get("/photo").status_code == 404
+    photo = bytes(range(256)) * 2500
+    assert client.put("/photo", data=photo).json == {"bytes": len(photo)}
+    whole = client.get("/photo")
+    assert (whole.data, whole.content_length) == (photo, len(photo))
+    part = client.get("/photo", headers={"Range": "bytes=300000-300009"})
+    assert (part.status_code, part.data) == (206, photo[300_000:300_010])
+    unchanged = client.get("/photo", headers={"If-None-Match": whole.headers["ETag"]})
+    assert (unchanged.status_code, unchanged.data) == (304, b"")
+
+
 def test_typed_keys(run: Run) -> None:
     names = run("docs/how-to/typed-keys.md")
     client = visitor(names.app)

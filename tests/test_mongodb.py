@@ -51,7 +51,7 @@ def url(request: pytest.FixtureRequest, store_prefix: str) -> str:
     """MongoDB in each manner in turn."""
     if request.param == "least rights and TLS":
         server: MongoAuthTLS = request.getfixturevalue("mongo_auth_tls")
-        return server.url_of_rights(published_rights(), collection="gsession")
+        return server.url_of_rights(published_rights(), "gsession", "gsession_blobs")
     replica_set: MongoReplicaSet = request.getfixturevalue("mongo_replica_set")
     concern = request.param.partition(" reads")[0]
     options = "" if request.param == "replica set" else f"&readConcernLevel={concern}"
@@ -247,7 +247,7 @@ def test_missing_rights_for_the_index_are_said(
     mongo_auth_tls: MongoAuthTLS, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     rights = [right for right in published_rights() if right != "createIndex"]
-    url = mongo_auth_tls.url_of_rights(rights, collection="gsession")
+    url = mongo_auth_tls.url_of_rights(rights, "gsession", "gsession_blobs")
     with SiteMaker(url, "no-index:", clock) as make:
         site: Site = make()
         visitor = site.visitor()

@@ -18,7 +18,7 @@ from msgspec.msgpack import encode
 from flask_gsession.codec import Codec
 from flask_gsession.encryption import Cipher
 from flask_gsession.errors import SessionTooLarge, UnreadableRecord, UnsupportedType
-from flask_gsession.payload import FORMAT, Body, PayloadFormat
+from flask_gsession.payload import FORMAT, NEWEST, Body, PayloadFormat
 from flask_gsession.tokens import new_token, session_key
 from tests.test_codec import shape, values
 
@@ -98,7 +98,7 @@ def test_the_format_is_what_the_documentation_says() -> None:
         ([{"a": b"\x01"}, 5000], 5000),
         ([{"a": b"\x01"}, 5000, True], 5000),
         ([{"a": b"\x01"}, 5000, False, 7000], 5000),
-        ([{"a": b"\x01"}, None, False, None, "of a later version"], None),
+        ([{"a": b"\x01"}, None, False, None, False, "of a later version"], None),
     ],
 )
 def test_older_and_extended_bodies_are_read(body: list[Any], lifetime: int | None) -> None:
@@ -182,7 +182,7 @@ def test_with_any_one_bit_flipped(form: PayloadFormat) -> None:
             flipped[position] ^= 1 << bit
             with pytest.raises(UnreadableRecord) as refusal:
                 form.unpack(KEY, bytes(flipped))
-            assert (refusal.value.reason == "newer format") == (flipped[0] > FORMAT)
+            assert (refusal.value.reason == "newer format") == (flipped[0] > NEWEST)
 
 
 @both
@@ -275,7 +275,7 @@ def test_a_pickle_is_never_executed(protocol: int, tmp_path: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize("version", [FORMAT + 1, 100, 255])
+@pytest.mark.parametrize("version", [NEWEST + 1, 100, 255])
 def test_a_newer_format_says_so(form: PayloadFormat, version: int) -> None:
     payload = form.pack(KEY, BODY)
     for newer in (bytes((version,)) + payload[1:], bytes((version, 7)), bytes((version, 0, 0))):

@@ -14,7 +14,7 @@ from redis import Redis
 
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.testing import FakeClock, HookedStore, a_pointer, a_record
+from flask_gsession.testing import FakeClock, HookedStore, a_blob, a_pointer, a_record
 from tests.apps import Site, within
 from tests.conftest import PATIENT_WAITER
 from tests.servers import RedisServer
@@ -99,6 +99,13 @@ def live(store: Any) -> None:
     store.replace(second.key, third, second.version, None)
     assert store.delete(first.key) is False
     assert store.delete(third.key, third.version)
+    blob = a_blob()
+    for offset in (0, 5):
+        store.write_frame(blob, offset, b"frame", saved.idle_expires_at)
+    store.renew_blobs([blob], saved.idle_expires_at + 1000)
+    assert store.read_frame(blob, 5, 5) == b"frame"
+    store.discard_blobs([blob], 0)
+    assert store.read_frame(blob, 0, 5) is None
 
 
 def test_the_published_rights_are_enough_and_nothing_else_is_tried(

@@ -837,11 +837,11 @@ class MongoAuthTLS(MongoServer):
         name = f"{quote(user)}:{self._password}"
         return f"mongodb://{name}@{HOST}:{self.port}/{self.DATABASE}?{urlencode(options)}"
 
-    def url_of_rights(self, actions: Sequence[str], collection: str) -> str:
-        """Where a new user signs in who may do just these actions on a collection of `DATABASE`."""
+    def url_of_rights(self, actions: Sequence[str], *collections: str) -> str:
+        """Where a new user signs in who may do just these on collections of `DATABASE`."""
         name = f"user{secrets.token_hex(4)}"
-        where = {"db": self.DATABASE, "collection": collection}
-        privileges = [{"resource": where, "actions": list(actions)}]
+        where = [{"db": self.DATABASE, "collection": collection} for collection in collections]
+        privileges = [{"resource": each, "actions": list(actions)} for each in where]
         client: MongoClient[dict[str, Any]]
         with MongoClient(self.url_of("admin"), timeoutMS=10_000) as client:
             client.admin.command("createRole", name, privileges=privileges, roles=[])

@@ -217,7 +217,7 @@ def _end(interface: GSessionInterface, key: str) -> tuple[bool, str]:
     """Whether there was a session, which has ended now; and what was not well."""
     problem = ""
     try:
-        ended = interface.store.delete(key)
+        ended = interface.keeper.delete(key)
     except LogoutUnconfirmed as error:
         ended, problem = True, f"ended, but {error}"
     except UnreadableRecord as error:

@@ -68,7 +68,8 @@ NAME = "gsession-metrics"
 
 _SECONDS = "flask_gsession.seconds"
 _TIMED = (
-    *("create", "load", "save", "renew", "replace", "delete"),
+    *("create", "load", "save", "renew", "replace", "delete", "pop"),
+    *("write_frame", "read_frame", "renew_blobs", "discard_blobs"),
     *("acquire", "extend", "release"),
 )
 _UNTIMED = ("close", "peek", "sweep", "wait_for_release")
@@ -148,9 +149,13 @@ class SessionMetrics:
             raise SettingError("The application has SessionMetrics for this Session already")
         figures = _figures(self._registry_for(app))
         keeper = interfaces[ext].keeper
-        keeper.store = _TimedStore(keeper.store, figures)  # type: ignore[assignment]  # as a Store
+        store: Any = keeper.store
+        timed: Any = _TimedStore(store, figures)
+        keeper.store = timed
+        if keeper.spill is not None and keeper.spill.blobs is store:
+            keeper.spill.blobs = timed
         if keeper.leases is not None:
-            keeper.leases = keeper.store  # type: ignore[assignment]  # it has their methods too
+            keeper.leases = timed
         keeper.events = _CountedEvents(keeper.events, figures)
         reference = weakref.ref(app)
         for kind, is_open in ((CircuitOpened, 1), (CircuitClosed, 0)):
@@ -388,7 +393,8 @@ class _TimedStore:
     def __init__(self, store: object, figures: _Figures) -> None:
         for name in _TIMED:
             if hasattr(store, name):
-                setattr(self, name, _timed(getattr(store, name), name, figures))
+                operation = "delete" if name == "pop" else name
+                setattr(self, name, _timed(getattr(store, name), operation, figures))
         for name in _UNTIMED:
             if hasattr(store, name):
                 setattr(self, name, getattr(store, name))

@@ -9,9 +9,23 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SettingError
-from .base import Counts, Leases, Peeks, Record, Scans, Store, StoreOptions, Sweeps, Tidies
+from .base import (
+    Blobs,
+    BlobStore,
+    Counts,
+    Leases,
+    Peeks,
+    Record,
+    Scans,
+    Store,
+    StoreOptions,
+    Sweeps,
+    Tidies,
+)
 
 __all__ = [
+    "BlobStore",
+    "Blobs",
     "Counts",
     "Leases",
     "Peeks",
@@ -22,6 +36,7 @@ __all__ = [
     "Sweeps",
     "Tidies",
     "heeds_logout_replicas",
+    "open_blobs",
     "open_store",
 ]
 
@@ -52,6 +67,11 @@ _ALLOWED = (
     "pymongo.MongoClient), or a store object"
 )
 
+_PLACES_ALLOWED = (
+    "allowed are a URL of fsspec, as file:///var/lib/shop/large or s3://bucket/folder, or an "
+    "object that keeps blobs"
+)
+
 
 def open_store(source: object, options: StoreOptions, base_path: str = ".") -> tuple[Store, bool]:
     """The store that ``source`` names, and whether closing it is ours to do.
@@ -78,6 +98,43 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
     if isinstance(source, Store) and not isinstance(source, type):
         return source, False
     raise SettingError(f"SESSION_STORE is of type {type(source).__qualname__}; {_ALLOWED}")
+
+
+def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
+    """The place for large values that ``source`` names; ``entries`` says which of its files live.
+
+    Raises ``SettingError``, never showing more of a URL than its scheme.
+    """
+    if not isinstance(source, str):
+        if isinstance(source, Blobs) and not isinstance(source, type):
+            return source
+        raise SettingError(
+            f"SESSION_SPILL_STORE is of type {type(source).__qualname__}; {_PLACES_ALLOWED}"
+        )
+    if not isinstance(entries, BlobStore):
+        raise SettingError(
+            "SESSION_SPILL_STORE needs a SESSION_STORE that can keep blobs: it says which files "
+            "are needed"
+        )
+    scheme = source.partition(":")[0]
+    named = "://" in source and _SCHEME.fullmatch(scheme)
+    shown = f"a URL with the scheme {scheme!r}" if named else "no URL"
+    try:
+        from .files import FileBlobs, check_url
+    except ImportError as error:
+        raise SettingError(
+            f"SESSION_SPILL_STORE is {shown}, and {error.name} is not installed: install the "
+            "fsspec extra, flask-gsession[fsspec]"
+        ) from None
+    try:
+        check_url(source)
+    except ImportError as error:
+        raise SettingError(
+            f"SESSION_SPILL_STORE is {shown}, whose file system is not installed: {error}"
+        ) from None
+    except ValueError:
+        raise SettingError(f"SESSION_SPILL_STORE is {shown}; {_PLACES_ALLOWED}") from None
+    return FileBlobs(source, entries, options)
 
 
 def heeds_logout_replicas(store: Store) -> bool:

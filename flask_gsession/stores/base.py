@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -207,6 +207,46 @@ class Tidies(Protocol):
         """Look at about ``limit`` things, and put right what is found; only count, if ``dry_run``.
 
         Live sessions stay, whoever writes to them meanwhile.
+        """
+
+
+@runtime_checkable
+class Blobs(Protocol):
+    """A place for large values: blobs under random names, written and read in frames.
+
+    A blob never changes once it is written, and its name is never used again. It ends by its own
+    expiry, whatever becomes of those who refer to it. Each call takes one total time budget, and
+    may raise ``StoreUnavailable``; all of them are safe to repeat.
+    """
+
+    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        """Add a frame at ``offset``, where the last one ended, and keep the blob until then.
+
+        It is kept for longer where it already was to be. ``frame`` is never empty. May raise
+        ``Gone`` for a later frame of a blob that is not there. One round trip.
+        """
+
+    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        """The frame of ``size`` bytes at ``offset``, less where less is there; None for nothing.
+
+        Asked for as it was written. One round trip.
+        """
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        """Keep those that are there until then, or as long as they are kept already."""
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        """Let these go at that time, or when they go already; at once where it is over."""
+
+
+@runtime_checkable
+class BlobStore(Store, Blobs, Protocol):
+    """A store that keeps large values beside its records."""
+
+    def pop(self, key: str) -> Record | None:
+        """As ``Store.delete(key)``; the record that ended, None where there was none.
+
+        Where only that is known, what it held is left out.
         """
 
 

@@ -1,5 +1,5 @@
--- Delete a record and its lease. A live pointer is returned and left where it is: its successor
--- goes first.
+-- Delete a record and its lease, and return it, unless a version is expected. A live pointer is
+-- returned and left where it is: its successor goes first.
 -- KEYS: record, and its lease where that ends too. ARGV: expected version (8 bytes, empty: any), now in ms, 1 to delete a
 --       pointer, who must hold the lease (empty: nobody), what the channels begin with.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
@@ -19,10 +19,11 @@ if ARGV[1] ~= '' then
 elseif unexpired and head:byte(1) == 2 and ARGV[3] ~= '1' then
   return 'P' .. redis.call('GET', KEYS[1])
 end
+local record = live and ARGV[1] == '' and redis.call('GET', KEYS[1]) or ''
 redis.call('DEL', KEYS[1])
 if lease then
   redis.call('DEL', KEYS[2])
   for who, where in lease:gmatch('\n(%S+) %d+ (%S+)') do redis.call('PUBLISH', ARGV[5] .. where, who) end
 end
-if live then return 'K' end
+if live then return 'K' .. record end
 return 'N'

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import heapq
 import threading
+from collections.abc import Iterable, Sequence
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
 from .base import MAX_POINTERS, Lease, Page, Record, StoreOptions, Tidied, milliseconds
 
 _NOBODYS = Lease()
+
+
+class _Blob:
+    def __init__(self, expires_at: int) -> None:
+        self.expires_at = expires_at
+        self.frames: dict[int, bytes] = {}
 
 
 class MemoryStore:
@@ -18,6 +25,7 @@ class MemoryStore:
         self._clock = (options or StoreOptions()).clock
         self._records: dict[str, Record] = {}
         self._leases: dict[str, Lease] = {}
+        self._blobs: dict[str, _Blob] = {}
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
 
@@ -78,15 +86,21 @@ class MemoryStore:
         with self._lock:
             if expected_version is not None:
                 self._expect(key, expected_version, lease)
-            target = key
-            for _ in range(MAX_POINTERS):
-                record = self._unexpired(target)
-                self._records.pop(target, None)
-                self._drop_lease(target)
-                if record is None or record.successor is None:
-                    return record is not None
-                target = record.successor
-            return False
+            return self._pop(key) is not None
+
+    def pop(self, key: str) -> Record | None:
+        with self._lock:
+            return self._pop(key)
+
+    def _pop(self, key: str) -> Record | None:
+        for _ in range(MAX_POINTERS):
+            record = self._unexpired(key)
+            self._records.pop(key, None)
+            self._drop_lease(key)
+            if record is None or record.successor is None:
+                return record
+            key = record.successor
+        return None
 
     def count(self) -> int:
         now = milliseconds(self._clock)
@@ -94,10 +108,19 @@ class MemoryStore:
             return sum(record.is_live(now) for record in self._records.values())
 
     def sweep(self, limit: int) -> int:
-        """Remove expired records, oldest first, looking at no more than ``limit`` of them."""
+        """Remove expired records, oldest first, looking at no more than ``limit`` of them.
+
+        Likewise blobs.
+        """
         now = milliseconds(self._clock)
         removed = 0
         with self._lock:
+            for name in list(_first(self._blobs, limit)):
+                blob = self._blobs.pop(name)
+                if now < blob.expires_at:
+                    self._blobs[name] = blob
+                else:
+                    removed += 1
             for key in list(_first(self._records, limit)):
                 record = self._records.pop(key)
                 if now < record.idle_expires_at:
@@ -124,8 +147,40 @@ class MemoryStore:
             for key in [] if dry_run else expired:
                 del self._records[key]
                 self._drop_lease(key)
+            blobs = [name for name, blob in self._blobs.items() if now >= blob.expires_at]
+            for name in [] if dry_run else blobs:
+                del self._blobs[name]
         end = keys[-1] if len(keys) == limit else ""
-        return Tidied({"expired sessions": len(expired)}, len(keys), end)
+        found = {"expired sessions": len(expired), "expired large values": len(blobs)}
+        return Tidied(found, len(keys), end)
+
+    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        with self._lock:
+            blob = self._unexpired_blob(name)
+            if blob is None:
+                if offset:
+                    raise Gone
+                blob = self._blobs[name] = _Blob(expires_at)
+            blob.frames[offset] = bytes(frame)
+            blob.expires_at = max(blob.expires_at, expires_at)
+
+    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        blob = self._unexpired_blob(name)
+        return None if blob is None else blob.frames.get(offset)
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        with self._lock:
+            for blob in filter(None, map(self._unexpired_blob, names)):
+                blob.expires_at = max(blob.expires_at, expires_at)
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        with self._lock:
+            for name in names:
+                blob = self._unexpired_blob(name)
+                if blob is not None:
+                    blob.expires_at = min(blob.expires_at, at)
+                    if self._unexpired_blob(name) is None:
+                        del self._blobs[name]
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         with self._lock:
@@ -173,6 +228,10 @@ class MemoryStore:
             return None
         return record
 
+    def _unexpired_blob(self, name: str) -> _Blob | None:
+        blob = self._blobs.get(name)
+        return None if blob is None or milliseconds(self._clock) >= blob.expires_at else blob
+
     def _is_held(self, key: str, owner: str) -> bool:
         lease = self._leases.get(key, _NOBODYS)
         return lease.is_held_by(owner, milliseconds(self._clock))
@@ -192,5 +251,5 @@ class MemoryStore:
         return record
 
 
-def _first(records: dict[str, Record], count: int) -> list[str]:
-    return [key for key, _ in zip(records, range(count), strict=False)]
+def _first(entries: Iterable[str], count: int) -> list[str]:
+    return [key for key, _ in zip(entries, range(count), strict=False)]

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,6 +65,7 @@ from .mongodb_health import checked
 from .mongodb_telling import NO_PAYLOADS, telling
 
 COLLECTION = "gsession"
+BLOBS = "gsession_blobs"
 DATABASE = "gsession"
 
 _SAMPLE = 500  # documents, whatever their number
@@ -119,9 +120,10 @@ class MongoDBStore:
         self._inherited: list[Any] = []
         self._collection_of_client: Any = None
         self._collection_to_load: Any = None
+        self._blobs_of_client: Any = None
         self._direct = False
         self._pid = 0
-        self._indexed = False
+        self._indexed: set[str] = set()
         self._lock = threading.Lock()
         logging.getLogger("pymongo.command").addFilter(NO_PAYLOADS)
         _STORES.add(self)
@@ -224,21 +226,74 @@ class MongoDBStore:
                 if collection.delete_one(condition).deleted_count == 0:
                     self._explain(key, collection, lease)
                 return True
-            # What pointers lead to goes first, so that a repeat after a failure still finds it.
-            pointers: list[Record] = []
-            ended = False
-            for _ in range(MAX_POINTERS):
-                ended = collection.delete_one(self._live(key)).deleted_count == 1
-                there = None if ended else self._read(key, collection)
-                if there is None:
-                    break
-                pointers.append(there)
-                if there.successor is None or self._now() >= there.idle_expires_at:
-                    break
-                key = there.successor
-            for pointer in reversed(pointers):
-                collection.delete_one(self._is_version(pointer.key, pointer.version))
-            return ended
+            return self._pop(key, collection)[1] is not None
+
+    def pop(self, key: str) -> Record | None:
+        with self._collection("delete") as collection:
+            key, document = self._pop(key, collection)
+            return None if document is None else self._record(key, document)
+
+    def _pop(self, key: str, collection: Any) -> tuple[str, _Document | None]:
+        """Delete a session, through pointers; where it was, and what was there."""
+        # What pointers lead to goes first, so that a repeat after a failure still finds it.
+        pointers: list[Record] = []
+        ended: _Document | None = None
+        for _ in range(MAX_POINTERS):
+            try:
+                ended = collection.find_one_and_delete(self._live(key))
+            except BSONError:
+                ended = {}
+            # That there is nothing must be known to a majority: only this waits for one.
+            if ended is None and collection.delete_one(self._live(key)).deleted_count:
+                ended = {}
+            there = None if ended is not None else self._read(key, collection)
+            if there is None:
+                break
+            pointers.append(there)
+            if there.successor is None or self._now() >= there.idle_expires_at:
+                break
+            key = there.successor
+        for pointer in reversed(pointers):
+            collection.delete_one(self._is_version(pointer.key, pointer.version))
+        return key, ended
+
+    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        end = DatetimeMS(expires_at)
+        document = {"_id": self._frame_id(name, offset), "expires_at": end, "frame": frame}
+        with self._collection("write_frame"):
+            blobs = telling(self._blobs_of_client)
+            blobs.replace_one({"_id": document["_id"]}, document, upsert=True)
+            self._ensure_index(blobs, "expires_at")
+
+    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        with self._collection("read_frame"):
+            now = DatetimeMS(self._now())
+            wanted = {"_id": self._frame_id(name, offset), "expires_at": {"$gt": now}}
+            found = telling(self._blobs_of_client).find_one(wanted, ["frame"])
+        frame = None if found is None else found.get("frame")
+        return frame if isinstance(frame, bytes) else None
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        self._move_expiry(names, {"$max": {"expires_at": DatetimeMS(expires_at)}})
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        if at > self._now():
+            self._move_expiry(names, {"$min": {"expires_at": DatetimeMS(at)}})
+        else:
+            with self._collection("discard_blobs"):
+                telling(self._blobs_of_client).delete_many(self._frames_of(names))
+
+    def _move_expiry(self, names: Sequence[str], update: _Document) -> None:
+        with self._collection("renew_blobs"):
+            live = {"expires_at": {"$gt": DatetimeMS(self._now())}}
+            telling(self._blobs_of_client).update_many({**self._frames_of(names), **live}, update)
+
+    def _frame_id(self, name: str, offset: int) -> str:
+        return f"{self._prefix}{name}:{offset:010}"
+
+    def _frames_of(self, names: Sequence[str]) -> _Document:
+        start = (f"{self._prefix}{name}" for name in names)
+        return {"$or": [{"_id": {"$gt": f"{each}:", "$lt": f"{each};"}} for each in start]}
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         now = self._now()
@@ -388,7 +443,20 @@ class MongoDBStore:
                     found[kind] = collection.count_documents(condition)
                 else:
                     found[kind] = collection.delete_many(condition).deleted_count
+            if not cursor:
+                found["expired large values"] = self._tidy_blobs(limit, dry_run)
         return Tidied(found, len(ids), end)
+
+    def _tidy_blobs(self, limit: int, dry_run: bool) -> int:
+        blobs, start = self._blobs_of_client, self._prefix
+        expired = {
+            "expires_at": {"$lte": DatetimeMS(self._now())},
+            "_id": {"$gt": start, "$lt": f"{start}\U0010ffff"},
+        }
+        ids = [document["_id"] for document in blobs.find(expired, ["_id"], limit=limit)]
+        if ids and not dry_run:
+            blobs.delete_many({"_id": {"$in": ids}})
+        return len({name.rpartition(":")[0] for name in ids})
 
     def _ids(
         self, collection: Any, cursor: str, limit: int, begins: str = ""
@@ -463,14 +531,17 @@ class MongoDBStore:
             else:
                 client = self._source
             database = client.get_default_database(DATABASE)
-            self._collection_of_client = database.get_collection(
-                COLLECTION,
-                codec_options=CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_MS),
-                read_preference=ReadPreference.PRIMARY,
-                # What is saved after a read is acknowledged by a majority, and so is what was
-                # read; the majority's view alone would lag and lose races it need not lose.
-                read_concern=ReadConcern("local"),
-                write_concern=WriteConcern("majority"),
+            self._collection_of_client, self._blobs_of_client = (
+                database.get_collection(
+                    name,
+                    codec_options=CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_MS),
+                    read_preference=ReadPreference.PRIMARY,
+                    # What is saved after a read is acknowledged by a majority, and so is what was
+                    # read; the majority's view alone would lag and lose races it need not lose.
+                    read_concern=ReadConcern("local"),
+                    write_concern=WriteConcern("majority"),
+                )
+                for name in (COLLECTION, BLOBS)
             )
             self._collection_to_load = self._collection_of_client
             self._direct = bool(client.options.direct_connection)
@@ -491,27 +562,28 @@ class MongoDBStore:
             self._inherited.append(self._collection_of_client)
         self._close_client = closing(self, client.close)
 
-    def _ensure_index(self, collection: Any) -> None:
+    def _ensure_index(self, collection: Any, field: str = "idle_expires_at") -> None:
         """Make the TTL index, once; after an outage the next session that is created tries again.
 
         Called when a document was written: what fails now is about the index alone.
         """
-        if self._indexed:
+        if collection.name in self._indexed:
             return
         try:
-            collection.create_index("idle_expires_at", expireAfterSeconds=0, name="gsession_expiry")
+            collection.create_index(field, expireAfterSeconds=0, name="gsession_expiry")
         except OperationFailure as error:
             logger.warning(
                 "MongoDB refused to create the TTL index of the sessions (%s): expired "
                 "sessions stay invalid, but are not removed. Let an administrator run: "
-                "db.%s.createIndex({idle_expires_at: 1}, {expireAfterSeconds: 0, "
+                "db.%s.createIndex({%s: 1}, {expireAfterSeconds: 0, "
                 "name: 'gsession_expiry'})",
                 _code(error),
                 collection.name,
+                field,
             )
         except PyMongoError:
             return
-        self._indexed = True
+        self._indexed.add(collection.name)
 
 
 def _reason(error: Exception, collection: Any) -> str:

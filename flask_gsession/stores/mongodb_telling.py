@@ -25,9 +25,11 @@ def _without_payloads(told: Any) -> Any:
         return [_without_payloads(item) for item in told]
     if not isinstance(told, Mapping):
         return told
-    ours = "absolute_expires_at" in told
+    hidden = {"payload"} if "absolute_expires_at" in told else set()
+    if "expires_at" in told or told.keys() == {"_id", "frame"}:
+        hidden = {"frame"}
     return {
-        name: "(hidden)" if ours and name == "payload" else _without_payloads(value)
+        name: "(hidden)" if name in hidden else _without_payloads(value)
         for name, value in told.items()
     }
 
@@ -41,7 +43,7 @@ class _TellingCollection:
     _commands = frozenset(
         {
             *("find_one", "insert_one", "update_one", "replace_one", "delete_one"),
-            "find_one_and_update",
+            *("find_one_and_update", "find_one_and_delete", "update_many", "delete_many"),
         }
     )
 

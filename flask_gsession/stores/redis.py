@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from struct import Struct
@@ -100,6 +100,7 @@ class _Script:
 _SAVE, _RENEW = _Script("save"), _Script("renew")
 _REPLACE, _DELETE = _Script("replace"), _Script("delete")
 _LEASE, _TIDY = _Script("lease"), _Script("tidy")
+_BLOB_WRITE, _BLOB_EXPIRE = _Script("blob_write"), _Script("blob_expire")
 
 
 class RedisStore:
@@ -223,22 +224,34 @@ class RedisStore:
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
     ) -> bool:
-        deadline = self._deadline()
         if expected_version is not None:
-            return self._delete(key, deadline, _version(expected_version), lease=lease) == b"K"
+            deadline = self._deadline()
+            self._delete(key, deadline, _version(expected_version), lease=lease)
+            return True
+        return self._pop(key)[1] is not None
+
+    def pop(self, key: str) -> Record | None:
+        key, value = self._pop(key)
+        if value == b"":  # an answer got lost, and with it what was there
+            return Record(key, 0, 0, 0, 0, b"")
+        return None if value is None else _unpack(key, value)
+
+    def _pop(self, key: str) -> tuple[str, bytes | None]:
+        """Delete a session, through pointers; where it was, and what was there."""
+        deadline = self._deadline()
         # What pointers lead to goes first, so that a repeat after a failure still finds it.
         pointers: list[str] = []
-        ended = False
+        ended = None
         for _ in range(MAX_POINTERS):
             reply = self._delete(key, deadline)
-            ended = reply == b"K"
             if reply[:1] != b"P":
+                ended = reply[1:] if reply[:1] == b"K" else None
                 break
             pointers.append(key)
             key = _unpack(key, reply[1:]).successor or ""
         for pointer in reversed(pointers):
             self._delete(pointer, deadline, pointers=b"1")
-        return ended
+        return key, ended
 
     def _delete(
         self,
@@ -255,6 +268,27 @@ class RedisStore:
         arguments = [version, self._now_text(), pointers, owner, self._channels]
         replicas = 0 if pointers == b"1" else self._logout_replicas
         return self._run(deadline, _DELETE, keys, arguments, replicas=replicas)
+
+    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        arguments = [b"%d" % offset, frame, b"%d" % max(1, expires_at - self._now())]
+        self._run(self._deadline(), _BLOB_WRITE, [self._blob_name(name)], arguments)
+
+    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        blob = self._blob_name(name)
+        request = packed(b"GETRANGE", blob, b"%d" % offset, b"%d" % (offset + size - 1))
+        return self._call(self._deadline(), _as_it_is, blob, request) or None
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        self._expire_blobs(names, b"later", expires_at)
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        self._expire_blobs(names, b"earlier", at)
+
+    def _expire_blobs(self, names: Sequence[str], which: bytes, at: int) -> None:
+        life = b"%d" % max(0, at - self._now())
+        blobs = [self._blob_name(name) for name in names]
+        for keys in [[blob] for blob in blobs] if self._apart else [blobs]:
+            self._run(self._deadline(), _BLOB_EXPIRE, keys, [which, life])
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         name = owner.encode()
@@ -414,6 +448,9 @@ class RedisStore:
     def _lease_name(self, key: str) -> bytes:
         return f"{self._prefix}{{{key}}}:lock".encode()
 
+    def _blob_name(self, name: str) -> bytes:
+        return f"{self._prefix}blob:{{{name}}}".encode()
+
     def _now(self) -> int:
         return milliseconds(self._clock)
 
@@ -506,7 +543,7 @@ class RedisStore:
                 if in_doubt and answer in _OVERTAKEN:
                     raise StoreUnavailable("redis: an answer was lost, then another write came")
                 if in_doubt and answer in _DELETED:
-                    answer = cast(T, b"K")
+                    answer = cast(T, b"K")  # what it was is not known any more
                 return answer
             except NoScriptError:
                 if with_source is None:

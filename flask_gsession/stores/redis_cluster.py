@@ -231,7 +231,7 @@ class RedisClusterStore(RedisStore):
         except LogoutUnconfirmed:
             self._end_lease(key, deadline)
             raise
-        if reply == b"K":
+        if reply[:1] == b"K":
             self._end_lease(key, deadline)
         return reply
 

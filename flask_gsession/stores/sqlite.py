@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from .base import (
 )
 
 _APPLICATION_ID = 0x67536573  # "gSes"
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS gsession (
     key TEXT PRIMARY KEY NOT NULL,
@@ -67,16 +67,34 @@ CREATE TABLE IF NOT EXISTS gsession_lease (
     length INTEGER NOT NULL,
     waiters TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS gsession_blob (
+    name TEXT PRIMARY KEY NOT NULL,
+    expires_at INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS gsession_blob_expiry ON gsession_blob (expires_at);
+CREATE TABLE IF NOT EXISTS gsession_frame (
+    name TEXT NOT NULL,
+    start INTEGER NOT NULL,
+    frame BLOB NOT NULL,
+    PRIMARY KEY (name, start)
+);
 """
-_TRIGGER = """
-CREATE TRIGGER IF NOT EXISTS gsession_lease_ends AFTER DELETE ON gsession
-BEGIN DELETE FROM gsession_lease WHERE key = old.key; END
-"""
+_TRIGGERS = (
+    """
+    CREATE TRIGGER IF NOT EXISTS gsession_lease_ends AFTER DELETE ON gsession
+    BEGIN DELETE FROM gsession_lease WHERE key = old.key; END
+    """,
+    """
+    CREATE TRIGGER IF NOT EXISTS gsession_blob_ends AFTER DELETE ON gsession_blob
+    BEGIN DELETE FROM gsession_frame WHERE name = old.name; END
+    """,
+)
 _COLUMNS = "version, created_at, idle_expires_at, absolute_expires_at, payload, successor"
 _LIVE = "successor IS NULL AND idle_expires_at > ?"
 _BETWEEN = "key > ? AND key >= ? AND key < ?"
 _ORPHANED = "NOT EXISTS (SELECT 1 FROM gsession WHERE gsession.key = gsession_lease.key)"
 _KEEP_IDLE = 16  # connections
+_BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
 _LITTLE_SPACE = 64 * 2**20  # bytes
 
 
@@ -218,14 +236,22 @@ class SQLiteStore:
             record = self._select(db, key)
             if expected_version is not None:
                 self._expect(db, record, expected_version, lease)
-            for _ in range(MAX_POINTERS):
-                if record is None:
-                    return False
-                self._remove(db, record.key)
-                if record.successor is None or now >= record.idle_expires_at:
-                    return record.is_live(now)
-                record = self._select(db, record.successor)
-            return False
+            return self._pop(db, record, now) is not None
+
+    def pop(self, key: str) -> Record | None:
+        now = milliseconds(self._clock)
+        with self._transaction(durable=True) as db:
+            return self._pop(db, self._select(db, key), now)
+
+    def _pop(self, db: sqlite3.Connection, record: Record | None, now: int) -> Record | None:
+        for _ in range(MAX_POINTERS):
+            if record is None:
+                return None
+            self._remove(db, record.key)
+            if record.successor is None or now >= record.idle_expires_at:
+                return record if record.is_live(now) else None
+            record = self._select(db, record.successor)
+        return None
 
     def count(self) -> int:
         """About how many sessions are live; 60 ms for a million, in which nobody waits."""
@@ -251,14 +277,80 @@ class SQLiteStore:
         return int(live * mine / max(1, everybodys))
 
     def sweep(self, limit: int) -> int:
-        """Remove at most ``limit`` expired records in one short transaction."""
+        """Remove at most ``limit`` expired records in one short transaction.
+
+        Then as many blobs, each in one of its own.
+        """
+        now = milliseconds(self._clock)
         with self._transaction() as db:
             done = db.execute(
                 "DELETE FROM gsession WHERE key IN "
                 "(SELECT key FROM gsession WHERE idle_expires_at <= ? LIMIT ?)",
-                (milliseconds(self._clock), limit),
+                (now, limit),
             )
-            return done.rowcount
+            removed = done.rowcount
+        for _ in range(limit):
+            with self._transaction() as db:
+                if not self._sweep_blobs(db, now, 1):
+                    break
+            removed += 1
+        return removed
+
+    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        now = milliseconds(self._clock)
+        name = self._prefix + name
+        with self._transaction() as db:
+            if offset == 0:
+                self._sweep_blobs(db, now, 2)
+                db.execute("INSERT OR IGNORE INTO gsession_blob VALUES (?, ?)", (name, expires_at))
+            done = db.execute(
+                "UPDATE gsession_blob SET expires_at = max(expires_at, ?) "
+                "WHERE name = ? AND expires_at > ?",
+                (expires_at, name, now),
+            )
+            if done.rowcount == 0:
+                raise Gone
+            db.execute(
+                "INSERT OR REPLACE INTO gsession_frame VALUES (?, ?, ?)", (name, offset, frame)
+            )
+
+    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        with self._connection() as db:
+            row = db.execute(
+                "SELECT frame FROM gsession_frame JOIN gsession_blob USING (name) "
+                "WHERE name = ? AND start = ? AND expires_at > ?",
+                (self._prefix + name, offset, milliseconds(self._clock)),
+            ).fetchone()
+        return row[0] if row is not None and type(row[0]) is bytes else None
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        now = milliseconds(self._clock)
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE gsession_blob SET expires_at = max(expires_at, ?) "
+                "WHERE name = ? AND expires_at > ?",
+                [(expires_at, self._prefix + name, now) for name in names],
+            )
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        now = milliseconds(self._clock)
+        with self._transaction() as db:
+            if at <= now:
+                statement = "DELETE FROM gsession_blob WHERE name = ?"
+                db.executemany(statement, [(self._prefix + name,) for name in names])
+            else:
+                statement = (
+                    "UPDATE gsession_blob SET expires_at = min(expires_at, ?) WHERE name = ?"
+                )
+                db.executemany(statement, [(at, self._prefix + name) for name in names])
+
+    def _sweep_blobs(self, db: sqlite3.Connection, now: int, limit: int) -> int:
+        done = db.execute(
+            "DELETE FROM gsession_blob WHERE name IN "
+            "(SELECT name FROM gsession_blob WHERE expires_at <= ? LIMIT ?)",
+            (now, limit),
+        )
+        return done.rowcount
 
     def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
         now = milliseconds(self._clock)
@@ -290,18 +382,20 @@ class SQLiteStore:
                 # Text and blobs are behind every number.
                 ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
                 ("orphaned locks", "gsession_lease", _ORPHANED, ()),
+                ("expired large values", "gsession_blob", "expires_at <= ?", (now,)),
             ):
                 if dry_run:
                     select = f"SELECT count(*) FROM {table} WHERE {condition}"
                     (found[kind],) = db.execute(select, arguments).fetchone()
                     continue
+                most = min(limit, _BLOBS_AT_ONCE) if table == "gsession_blob" else limit
                 done = db.execute(
                     f"DELETE FROM {table} WHERE rowid IN "
                     f"(SELECT rowid FROM {table} WHERE {condition} LIMIT ?)",
-                    (*arguments, limit),
+                    (*arguments, most),
                 )
                 found[kind] = done.rowcount
-                more = more or done.rowcount == limit
+                more = more or done.rowcount == most
         return Tidied(found, sum(found.values()), MORE if more else "")
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
@@ -556,7 +650,7 @@ class SQLiteStore:
                 )
             if schema_version < _SCHEMA_VERSION:
                 db.execute("DROP TABLE IF EXISTS gsession_lease")  # of no lasting value
-            for statement in (*_SCHEMA.split(";"), _TRIGGER):
+            for statement in (*_SCHEMA.split(";"), *_TRIGGERS):
                 db.execute(statement)
             db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
             db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")

@@ -75,9 +75,7 @@ def _renew_whatever_is_there(self: MemoryStore, record: Record, idle_expires_at:
 REQUIRED = (
     Mutation("no version check", MemoryStore, "_expect", _expect_any_version),
     Mutation("create on save", MemoryStore, "save", _save_or_create),
-    Mutation(
-        "no own-key check", payload, "_check", lambda own, body: bytes(len(_check(own, body)))
-    ),
+    Mutation("no own-key check", payload, "_check", lambda *own: bytes(len(_check(*own)))),
     Mutation("merge without deletes", Merger, "apply", _apply_without_deletes),
     Mutation("late renewal", MemoryStore, "renew", _renew_whatever_is_there),
 )

@@ -1,0 +1,106 @@
+"""What stands in the place of a large value: a reference to the blob that holds it.
+
+A reference is an extension type of MessagePack, as a mark is, and may have a mark::
+
+    byte 0      0xc9
+    bytes 1-4   how many bytes follow byte 5
+    byte 5      14
+    then        1 kind: 1 an encoded value, 2 bytes     1 how it is kept: 0 plain, 1 sealed
+                16 name of the blob      16 key of its frames, where they are plain
+                32 SHA-256 of the content     8 its length     4 that of all frames but the last
+
+The reference is the value's bytes: who compares, merges or moves a value does so with that. Equal
+content under another name is found by ``holds``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from struct import Struct
+from typing import NamedTuple
+
+from .codec import REFERENCE
+from .errors import UnreadableRecord
+from .marks import MARK_BYTES, is_marked, split
+
+_EXT_32 = 0xC9
+_DATA = Struct(">BB16s16s32sQI")
+_HEAD = bytes((_EXT_32,)) + _DATA.size.to_bytes(4, "big") + bytes((REFERENCE,))
+VALUE, BYTES = 1, 2
+_BYTES_HEADS = {0xC4: 2, 0xC5: 3, 0xC6: 5}  # of bytes in MessagePack, and how long they are
+
+
+class Reference(NamedTuple):
+    """Where a large value is, and what it is. ``frame`` and ``length`` are in bytes."""
+
+    kind: int
+    sealed: int
+    blob: bytes
+    key: bytes
+    digest: bytes
+    length: int
+    frame: int
+
+    @property
+    def name(self) -> str:
+        """The name of the blob."""
+        return self.blob.hex()
+
+    @property
+    def frames(self) -> int:
+        """How many there are; one of no bytes where there is no content."""
+        return max(1, -(-self.length // self.frame))
+
+    def pack(self) -> bytes:
+        """The reference as an encoded value, without a mark."""
+        return _HEAD + _DATA.pack(*self)
+
+    @classmethod
+    def of(cls, data: bytes) -> Reference:
+        """The reference in the data of the extension type. Raises ``UnreadableRecord``."""
+        if len(data) != _DATA.size:
+            raise UnreadableRecord("corrupt", "a reference is cut")
+        found = cls(*_DATA.unpack(data))
+        if found.kind not in (VALUE, BYTES) or found.sealed > 1 or not found.frame:
+            raise UnreadableRecord("corrupt", "a reference of no kind")
+        return found
+
+
+def refers(raw: bytes | None) -> bool:
+    """Whether an encoded value, with a mark or without, is a reference."""
+    if raw is None or raw[0] != _EXT_32:
+        return False
+    return raw.startswith(_HEAD, MARK_BYTES if is_marked(raw) else 0)
+
+
+def reference_in(raw: bytes) -> Reference:
+    """The reference that an encoded value is, with or without a mark."""
+    return Reference.of(split(raw)[1][len(_HEAD) :])
+
+
+def names_in(values: Iterable[bytes]) -> set[str]:
+    """The names of the blobs that these encoded values refer to."""
+    return {reference_in(raw).name for raw in values if refers(raw)}
+
+
+def content_of(plain: bytes) -> tuple[int, memoryview]:
+    """The kind and the content of an encoded value without a mark."""
+    head = _BYTES_HEADS.get(plain[0])
+    if head is None:
+        return VALUE, memoryview(plain)
+    return BYTES, memoryview(plain)[head:]
+
+
+def holds(reference: bytes | None, raw: bytes | None) -> bool:
+    """Whether ``reference`` is one to the very value that ``raw`` is, mark included."""
+    if reference is None or raw is None or not refers(reference) or refers(raw):
+        return False
+    (mark, _), (other, plain) = split(reference), split(raw)
+    kind, content = content_of(plain)
+    found = reference_in(reference)
+    return (
+        mark == other
+        and (found.kind, found.length) == (kind, len(content))
+        and found.digest == hashlib.sha256(content).digest()
+    )

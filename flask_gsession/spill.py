@@ -1,0 +1,264 @@
+"""Large values in places of their own: written, read and let go in frames, in bounded memory.
+
+A frame is as it is stored::
+
+    plain       16 bytes BLAKE2b, keyed, of the frame, then the frame
+    sealed      4 bytes key id, 12 bytes nonce, ciphertext and tag (AES-GCM)
+
+Either check is of the frame, of its place among the others, and of whether it is the last. The key
+of the plain one is random, for one blob, and stands in the session's record only: so what is cut,
+altered, exchanged or moved is found before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import hmac
+import io
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from .encryption import Cipher
+from .errors import Gone, SessionTooLarge, StoreUnavailable, UnreadableRecord, ValueLost
+from .events import logger
+from .references import BYTES, Reference
+from .stores.base import Blobs
+
+FRAME = 256 * 1024  # bytes
+_TAG = 16
+_OVERHEAD = (_TAG, 32)  # bytes of a frame beyond its content: plain, sealed
+
+
+class Spill:
+    """Writes and reads the large values of one application's sessions.
+
+    ``allow_plain`` lets values be read that were written before encryption was turned on.
+    """
+
+    def __init__(
+        self, blobs: Blobs, *, max_bytes: int, cipher: Cipher | None, allow_plain: bool = False
+    ) -> None:
+        self.blobs = blobs
+        #: the bytes of a frame, but for the last
+        self.frame_bytes: int = getattr(blobs, "frame_bytes", FRAME)
+        self._max_bytes = max_bytes
+        self._cipher = cipher
+        self._allow_plain = cipher is None or allow_plain
+
+    def through(self, blobs: Blobs) -> Spill:
+        """The same, by way of another object for the same blobs."""
+        other = copy.copy(self)
+        other.blobs = blobs
+        return other
+
+    def check(self, path: str, length: int) -> None:
+        """Raises ``SessionTooLarge`` for a value of so many bytes, or more."""
+        if length > self._max_bytes:
+            raise SessionTooLarge(
+                path, f"{length} bytes or more; SESSION_MAX_VALUE_BYTES allows {self._max_bytes}"
+            )
+
+    def write(
+        self, path: str, kind: int, pieces: Iterable[Any], expires_at: Callable[[], int]
+    ) -> Reference:
+        """Write ``pieces``, of ``frame_bytes`` each but for the last, into a blob of its own.
+
+        Raises ``SessionTooLarge``, ``StoreUnavailable`` and what ``pieces`` raises; what was
+        written until then is let go.
+        """
+        sealed, size = int(self._cipher is not None), self.frame_bytes
+        name, key = secrets.token_bytes(16), secrets.token_bytes(16)
+        blob = Reference(kind, sealed, name, key, b"", 0, size)
+        digest, length, number = hashlib.sha256(), 0, 0
+        try:
+            for number, (piece, last) in enumerate(_with_last(pieces)):
+                length += len(piece)
+                self.check(path, length)
+                digest.update(piece)
+                self.blobs.write_frame(
+                    blob.name,
+                    number * (size + _OVERHEAD[sealed]),
+                    self._close(blob, number, last, piece),
+                    expires_at(),
+                )
+        except BaseException as error:
+            if isinstance(error, Gone):
+                raise StoreUnavailable("a large value went while it was written") from None
+            if number and not isinstance(error, StoreUnavailable):  # else it expires
+                self.discard([blob.name], 0)
+            raise
+        return blob._replace(digest=digest.digest(), length=length)
+
+    def frame(self, reference: Reference, number: int) -> bytes:
+        """One frame of the content. Raises ``ValueLost`` and ``StoreUnavailable``."""
+        last = number == reference.frames - 1
+        size = reference.length - number * reference.frame if last else reference.frame
+        overhead = _OVERHEAD[reference.sealed]
+        stored = self.blobs.read_frame(
+            reference.name, number * (reference.frame + overhead), size + overhead
+        )
+        if stored is None:
+            raise ValueLost("truncated" if number else "missing")
+        if len(stored) != size + overhead:
+            raise ValueLost("truncated" if len(stored) < size + overhead else "altered")
+        return self._open(reference, number, last, stored)
+
+    def read(self, reference: Reference) -> bytes:
+        """The whole content. Raises ``ValueLost`` and ``StoreUnavailable``."""
+        return b"".join(self.frame(reference, number) for number in range(reference.frames))
+
+    def renew(self, names: Sequence[str], expires_at: int) -> None:
+        """Keep these blobs until then. Raises ``StoreUnavailable``."""
+        self.blobs.renew_blobs(names, expires_at)
+
+    def discard(self, names: Sequence[str], at: int) -> None:
+        """Let these blobs go at that time. Where that fails they go when they expire."""
+        try:
+            self.blobs.discard_blobs(names, at)
+        except StoreUnavailable as error:
+            logger.warning("Large values that are not needed stay until they expire: %s", error)
+
+    def _close(self, blob: Reference, number: int, last: bool, content: Any) -> bytes:
+        place = _place(number, last)
+        if self._cipher is not None:
+            return self._cipher.seal(content, b"blob " + blob.blob, place)
+        return b"".join((_check(blob.key, place, content), content))
+
+    def _open(self, blob: Reference, number: int, last: bool, stored: bytes) -> bytes:
+        place = _place(number, last)
+        if blob.sealed:
+            if self._cipher is None:
+                raise ValueLost("unknown encryption key")
+            try:
+                return self._cipher.open(stored, b"blob " + blob.blob, place)
+            except UnreadableRecord as error:
+                known = error.reason == "corrupt"
+                raise ValueLost("altered" if known else error.reason) from None
+        if not self._allow_plain:
+            raise ValueLost("not encrypted")
+        content: bytes = stored[_TAG:]
+        if not hmac.compare_digest(_check(blob.key, place, content), stored[:_TAG]):
+            raise ValueLost("altered")
+        return content
+
+
+def pieces_of(content: Any, size: int) -> Iterator[Any]:
+    """Bytes that are in memory, in pieces for ``Spill.write``."""
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
+
+
+def pieces_from(file: Any, size: int) -> Iterator[bytes]:
+    """What a binary file has from where it stands, in pieces for ``Spill.write``."""
+    while True:
+        parts, missing = [], size
+        while missing:
+            part = file.read(missing)
+            if not isinstance(part, (bytes, bytearray, memoryview)):
+                raise TypeError(
+                    f"attach() takes a binary file; read() gave a value of type "
+                    f"{type(part).__name__}, not bytes"
+                )
+            if len(part) > missing:
+                raise ValueError("read() gave more bytes than it was asked for")
+            if not part:
+                break
+            parts.append(part)
+            missing -= len(part)
+        if parts:
+            yield b"".join(parts)
+        if missing:
+            return
+
+
+class ValueReader(io.BufferedIOBase):
+    """A large value as a binary file to read, from ``session.open``. It can be sought in.
+
+    It holds one frame of the value at a time, 256 KB (4 MB where values are files), and needs its
+    session no more: it may be read while a response is streamed. Reading raises ``ValueLost`` where
+    the rest of the value is gone or altered, ``StoreUnavailable`` where its store does not answer;
+    what was read until then is right. One round trip for each frame.
+    """
+
+    def __init__(self, reference: Reference, frame: Callable[[int], bytes]) -> None:
+        self._reference = reference
+        self._read_frame = frame
+        self._position = 0
+        self._number, self._frame = 0, frame(0)
+
+    @property
+    def length(self) -> int:
+        """The bytes of the value."""
+        return self._reference.length
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the value, in hexadecimal digits: good as an ETag."""
+        return self._reference.digest.hex()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.length}[whence]
+        if start + offset < 0:
+            raise ValueError(f"cannot seek to {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self.length if size is None or size < 0 else self._position + size
+        parts = []
+        while part := self.read1(end - self._position):
+            parts.append(part)
+        return b"".join(parts)
+
+    def read1(self, size: int = -1) -> bytes:
+        if self.closed:
+            raise ValueError("this file is closed")
+        if self._position >= self.length or size == 0:
+            return b""
+        number, start = divmod(self._position, self._reference.frame)
+        if number != self._number:
+            self._number, self._frame = number, self._read_frame(number)
+        part = self._frame[start : start + size if size > 0 else None]
+        self._position += len(part)
+        return part
+
+    def readinto(self, buffer: Any) -> int:
+        part = self.read(len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def reader_of(content: bytes) -> ValueReader:
+    """Bytes that are in memory, as such a file."""
+    digest, length = hashlib.sha256(content).digest(), len(content)
+    reference = Reference(BYTES, 0, b"", b"", digest, length, max(1, length))
+    return ValueReader(reference, lambda number: content)
+
+
+def _place(number: int, last: bool) -> bytes:
+    return number.to_bytes(8, "big") + (b"\1" if last else b"\0")
+
+
+def _check(key: bytes, place: bytes, content: Any) -> bytes:
+    return hashlib.blake2b(content, digest_size=_TAG, key=key + place).digest()
+
+
+def _with_last(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each piece, and whether it is the last; an empty one where there is none."""
+    before: Any = None
+    for piece in pieces:
+        if before is not None:
+            yield before, False
+        before = piece
+    yield b"" if before is None else before, True

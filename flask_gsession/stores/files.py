@@ -1,0 +1,172 @@
+"""Large values as files, in a folder, a bucket or whatever else ``fsspec`` can write to.
+
+::
+
+    gsession                 says that this is the place, and not a mount point without its disk
+    3f/                      the first characters of the names
+        3f9a...c1/           a blob
+            000000000000     its frames, each under the number of the byte where it begins
+
+Files do not expire. So each blob has an entry in the session store, which does: ``tidy`` removes
+the files of those that have none any more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]  # it ships no types
+
+from ..errors import Gone, StoreUnavailable
+from .base import Blobs, StoreOptions, Tidied, milliseconds
+
+FRAME_BYTES = 4 * 1024 * 1024  # a file each, so fewer and larger ones than elsewhere
+_YOUNG = 3_600_000  # milliseconds: what is not older is left alone
+_ENTRY = b"\1"
+_NAME = re.compile("[0-9a-f]{32}")
+ORPHANS = "orphaned large values"
+
+
+def check_url(url: str) -> None:
+    """Raises what fsspec raises for a URL that it cannot serve. Connects to nothing."""
+    scheme, colon, _ = url.rpartition("::")[2].partition("://")
+    if not colon:
+        raise ValueError("not a URL")
+    fsspec.get_filesystem_class(scheme)
+
+
+class FileBlobs:
+    """Keeps blobs in the folder that ``url`` names, and in ``entries`` which of them live.
+
+    The times that a call may take are those of the file system. A folder of this machine is made
+    where it is missing, for its owner only.
+    """
+
+    frame_bytes = FRAME_BYTES
+
+    def __init__(self, url: str, entries: Blobs, options: StoreOptions | None = None) -> None:
+        self._url = url
+        self._entries = entries
+        self._clock = (options or StoreOptions()).clock
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._fs: Any = None
+        self._root = ""
+        self._marked = False
+
+    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        self._entries.write_frame(name, 0, _ENTRY, expires_at)
+        with self._place("write") as fs:
+            if not self._marked:
+                self._mark(fs)
+            folder = self._folder(name)
+            if offset == 0:
+                fs.makedirs(folder, exist_ok=True)
+            try:
+                fs.pipe_file(f"{folder}/{offset:012}", bytes(frame))
+            except FileNotFoundError:
+                raise Gone from None
+
+    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        with self._place("read") as fs:
+            try:
+                frame = fs.cat_file(f"{self._folder(name)}/{offset:012}")
+            except (FileNotFoundError, NotADirectoryError):
+                if not fs.exists(f"{self._root}/gsession"):
+                    raise StoreUnavailable("files: read: the place itself is not there") from None
+                return None
+            return bytes(frame)
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        self._entries.renew_blobs(names, expires_at)
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        if at <= milliseconds(self._clock):
+            for name in names:
+                self._remove(name)
+        self._entries.discard_blobs(names, at)
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        """Remove the files that are older than an hour and of no live blob."""
+        if cursor and not _NAME.fullmatch(cursor):
+            raise ValueError("this is no cursor of a clean-up of files")
+        orphans = seen = 0
+        last = cursor
+        for name in self._names(cursor):
+            if seen == limit:
+                return Tidied({ORPHANS: orphans}, seen, last)
+            seen, last = seen + 1, name
+            if self._entries.read_frame(name, 0, 1) is None and self._is_old(name):
+                orphans += 1
+                if not dry_run:
+                    self._remove(name)
+        return Tidied({ORPHANS: orphans}, seen, "")
+
+    def _names(self, after: str) -> Iterator[str]:
+        for part in self._list(self._root):
+            if re.fullmatch("[0-9a-f]{2}", part) and part >= after[:2]:
+                for name in self._list(f"{self._root}/{part}"):
+                    if _NAME.fullmatch(name) and name > after:
+                        yield name
+
+    def _list(self, folder: str) -> list[str]:
+        with self._place("list") as fs:
+            try:
+                found = fs.ls(folder, detail=False, refresh=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+
+    def _is_old(self, name: str) -> bool:
+        folder = self._folder(name)
+        with self._place("look at") as fs:
+            for file in self._list(folder):
+                try:
+                    changed: datetime = fs.modified(f"{folder}/{file}")
+                except (FileNotFoundError, NotImplementedError):
+                    continue
+                if changed.tzinfo is None:
+                    changed = changed.replace(tzinfo=UTC)
+                if changed.timestamp() * 1000 > milliseconds(self._clock) - _YOUNG:
+                    return False
+        return True
+
+    def _remove(self, name: str) -> None:
+        with self._place("remove") as fs, suppress(FileNotFoundError):
+            fs.rm(self._folder(name), recursive=True)
+
+    def _folder(self, name: str) -> str:
+        return f"{self._root}/{name[:2]}/{name}"
+
+    def _mark(self, fs: Any) -> None:
+        marker = f"{self._root}/gsession"
+        if not fs.exists(marker):
+            if "file" in fs.protocol:
+                os.makedirs(self._root, mode=0o700, exist_ok=True)
+            else:
+                fs.makedirs(self._root, exist_ok=True)
+            fs.pipe_file(marker, b"Large values of sessions: see flask-gsession.\n")
+        self._marked = True
+
+    @contextmanager
+    def _place(self, operation: str) -> Iterator[Any]:
+        """The file system of this process; its errors, translated."""
+        try:
+            if self._pid != os.getpid():
+                with self._lock:
+                    self._fs, root = fsspec.core.url_to_fs(self._url)
+                    self._root = root.rstrip("/")
+                    self._pid = os.getpid()
+            yield self._fs
+        except (Gone, StoreUnavailable):
+            raise
+        except Exception as error:  # each file system has errors of its own
+            said = getattr(error, "strerror", None)  # without paths and addresses
+            what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+            raise StoreUnavailable(f"files: {operation}: {what}") from error
