@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.backends.base import Backend
 from benchmarks.environment import environment
+from benchmarks.large_values import large_values
 from benchmarks.matrix import run_matrix
 from benchmarks.measure import Effort
 from benchmarks.payloads import SIZES
@@ -66,6 +67,8 @@ def measure(
         with closing(open_backend()) as backend:
             found |= backend.versions()
     results = Results(effort, found, run_matrix(backends, sizes, effort, say))
+    say("large values")
+    results.large = large_values(backends, effort)
     if "redis" in backends:
         _measure_on_redis(results, sessions, many if with_growth else None, say)
     results.targets = judge(
@@ -75,6 +78,7 @@ def measure(
         results.growth,
         results.typed,
         results.counting,
+        results.large,
     )
     return results
 

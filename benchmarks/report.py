@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.candidates import CANDIDATES, OURS
 from benchmarks.counting import CountingCost
 from benchmarks.footprint import Growth, Weight
+from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread
 from benchmarks.own_cpu import OwnCpu
@@ -31,6 +32,7 @@ class Results:
     growth: list[Growth] = field(default_factory=list)
     typed: list[TypedCost] = field(default_factory=list)
     counting: list[CountingCost] = field(default_factory=list)
+    large: list[LargeCost] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -45,6 +47,7 @@ class Results:
             *_own_cpu_sections(self.own_cpu),
             *_typed_sections(self.typed),
             *_counting_sections(self.counting),
+            *_large_sections(self.large),
             *_weight_sections(self.weights),
             *_growth_sections(self.growth),
             *_target_sections(self.targets),
@@ -205,6 +208,24 @@ def _counting_sections(rows: Sequence[CountingCost]) -> Iterable[Section]:
             [(row.operation, row.mode, _spread(row.us)) for row in rows],
             "What the metrics for Prometheus add. With several workers the figures are in files, "
             "so that the page of each shows those of all.",
+        )
+
+
+def _large_sections(rows: Sequence[LargeCost]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Large values",
+            ("reading another key", "us beside 1 KB", "us beside 10 MB", "ratio"),
+            [
+                (
+                    row.store,
+                    _spread(row.beside_small),
+                    _spread(row.beside_large),
+                    _spread(row.ratio),
+                )
+                for row in rows
+            ],
+            "A whole request that reads a small key of a session that also holds so much.",
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from benchmarks.candidates import FLOOR, OURS, THEIRS
 from benchmarks.counting import EVENT, CountingCost
 from benchmarks.footprint import Growth, Weight
+from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Spread
 from benchmarks.own_cpu import OwnCpu
@@ -40,6 +41,7 @@ def judge(
     growth: Sequence[Growth],
     typed: Sequence[TypedCost] = (),
     counting: Sequence[CountingCost] = (),
+    large: Sequence[LargeCost] = (),
 ) -> list[Target]:
     """Returns the targets whose figures were measured in this run.
 
@@ -71,6 +73,7 @@ def judge(
         *_growth(growth),
         *_typed(typed),
         *_counting(counting),
+        *_large(large),
     ]
 
 
@@ -82,6 +85,12 @@ def _typed(rows: Iterable[TypedCost]) -> Iterable[Target]:
         what = f"typed {row.operation}, to marshmallow's {row.per}"
         met = row.ratio.median <= limit
         yield Target(what, "x", limit, row.ratio, "five fields", met)
+
+
+def _large(rows: Iterable[LargeCost]) -> Iterable[Target]:
+    for row in rows:
+        what = f"reading another key beside 10 MB on {row.store}, to beside 1 KB"
+        yield Target(what, "x", 1.2, row.ratio, "10 MB", row.ratio.median <= 1.2)
 
 
 def _counting(rows: Iterable[CountingCost]) -> Iterable[Target]:

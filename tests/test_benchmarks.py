@@ -19,6 +19,7 @@ from benchmarks.candidates import CANDIDATES, COOKIE, FLOOR, NONE, OURS, THEIRS
 from benchmarks.chart import draw
 from benchmarks.counting import EVENT, LOAD, ONE, SAVE, WORKERS, CountingCost
 from benchmarks.footprint import Growth, Weight
+from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread, interleave, ratios
 from benchmarks.own_cpu import ALONE, REQUEST, OwnCpu
@@ -72,6 +73,16 @@ def test_figures_are_medians_between_quartiles(data: dict[str, Any]) -> None:
         assert cell["overhead"]["median"] == 0
         assert cell["to_flask_session"] is None
         assert cell["traffic"] is None
+
+
+def test_another_key_is_read_beside_10_mb(data: dict[str, Any]) -> None:
+    assert [row["store"] for row in data["large"]] == ["sqlite", "redis"]
+    for ratio, met in ((1.19, True), (1.21, False)):
+        spread = Spread(ratio, ratio, ratio)
+        row = LargeCost("redis", spread, spread, spread)
+        (target,) = judge([], [], [], [], large=[row])
+        assert (target.limit, target.met) == (1.2, met)
+        assert target.what == "reading another key beside 10 MB on redis, to beside 1 KB"
 
 
 @pytest.mark.parametrize(
