@@ -223,6 +223,26 @@ def test_revoke_all(site: Site, console: Console) -> None:
     assert console.done("revoke", "--all", "--yes") == "0 sessions ended\n"
 
 
+def test_revoke_all_ends_what_is_rotated_meanwhile_and_not_what_is_new() -> None:
+    class Busy(MemoryStore):
+        def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+            page = super().scan(cursor, 1, begins)
+            if not cursor and before in self._records.values():
+                self.replace(before.key, after, before.version, None)
+                self.create(new)
+            return page
+
+    store = Busy()
+    first, before = (a_record(store._clock, key=letter * 43) for letter in "bc")
+    after = before._replace(key="a" * 43, version=1)
+    new = a_record(store._clock, key="A" * 43)
+    new = new._replace(created_at=new.created_at + 60_000)
+    for record in (first, before):
+        store.create(record)
+    assert Console(store).done("revoke", "--all", "--yes") == "2 sessions ended\n"
+    assert list(store._records) == [new.key]
+
+
 def test_revoked_is_a_kind_of_destroyed() -> None:
     console = Console("memory://")
     seen: list[Any] = []

@@ -39,6 +39,7 @@ _AGES = {"to 1 hour": 3600, "to 1 day": 86400, "to 7 days": 7 * 86400, "to 30 da
 _OLDER = "older"
 _NO_SESSION = "no such session; it may have ended"
 _BAR = 40  # characters
+_ROUNDS = 20  # through the sessions, at most, to end them all
 # A handle may begin with a hyphen.
 _HANDLES = {"ignore_unknown_options": True}
 
@@ -196,16 +197,30 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
     store = scanned(interface)
     ended = 0
     problems: Counter[str] = Counter()
-    with told(interface, lambda: f"{ended} sessions ended"):
-        if not yes:
-            click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
-        with progress("ending sessions", about(interface)) as advance:
+    if not yes:
+        click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
+    begun = interface.keeper.now()
+    with (
+        told(interface, lambda: f"{ended} sessions ended"),
+        progress("ending sessions", about(interface)) as advance,
+    ):
+        for again in range(_ROUNDS):
+            before = ended
             for page in pages(store):
-                for key in (*page.unreadable, *(record.key for record in page.records)):
+                keys = [] if again else list(page.unreadable)
+                # Rotated meanwhile, a session may have got past: it is as old as it was.
+                keys += [
+                    record.key for record in page.records if not again or record.created_at <= begun
+                ]
+                for key in keys:
                     done, problem = _end(interface, key)
                     ended += done
                     problems[problem] += 1
-                advance(len(page.records))
+                advance(0 if again else len(page.records))
+            if ended == before:
+                break
+        else:
+            problems["sessions are rotated faster than they can be ended: call it again"] = 1
     del problems[""], problems[_NO_SESSION]  # of a pointer whose session has ended
     click.echo(f"{ended} sessions ended")
     for problem, number in problems.items():
