@@ -13,7 +13,7 @@ def has_leftovers(store: Store) -> bool:
 
 
 def steps(
-    store: Store, batch: int = 1000, cursor: str = "", *, dry_run: bool = False
+    store: Store | Tidies, batch: int = 1000, cursor: str = "", *, dry_run: bool = False
 ) -> Iterator[Tidied]:
     """Clean ``store`` up, and give what each step found; a step looks at about ``batch`` things.
 

@@ -14,6 +14,7 @@ import pytest
 from flask import Flask
 
 from flask_gsession import Session
+from flask_gsession.cli import gsession
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.events import LargeValueLost
 from flask_gsession.stores import Store, StoreOptions
@@ -147,6 +148,23 @@ def test_what_nobody_needs_is_cleaned_up(site: Site, folder: Path, clock: FakeCl
     assert len(files(folder)) == 4 - removed
     with pytest.raises(ValueError, match="no cursor"):
         place(site).tidy("of another place")
+
+
+def test_the_command_cleans_them_up(site: Site, folder: Path, clock: FakeClock) -> None:
+    with_rows(site)
+    site.visitor().run(put(rows=ROWS))
+    orphan = files(folder)[0]
+    site.inside.spoil(orphan.parent.name, None)
+    clock.advance(3700)
+    app = Flask("of the administrator")
+    Session(app, store=site.store.store, spill_store=f"file://{folder}", clock=clock)
+    run = app.test_cli_runner().invoke
+    for option, words, count in (("--dry-run", "to be removed", 2), ("--batch=1", "removed", 1)):
+        result = run(gsession, ["cleanup", option])
+        assert result.exit_code == 0, result.output
+        assert f"1 orphaned large values {words}" in result.output
+        assert len(files(folder)) == count
+    assert orphan not in files(folder)
 
 
 def test_one_that_is_lost_is_absent(site: Site, folder: Path) -> None:

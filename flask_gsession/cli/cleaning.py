@@ -46,9 +46,9 @@ def cleanup(batch: int, dry_run: bool, cursor: str, cookie: str | None, as_json:
 def _clean(
     interface: GSessionInterface, batch: int, dry_run: bool, cursor: str, quiet: bool
 ) -> dict[str, object]:
-    name, store = name_of(interface), interface.store
+    name, store, files = name_of(interface), interface.store, interface.keeper.files
     found: Counter[str] = Counter()
-    if not has_leftovers(store):
+    if not has_leftovers(store) and files is None:
         text = "nothing to do, this store lets go of expired sessions itself"
     elif dry_run and not isinstance(store, Tidies):
         raise click.ClickException(f"{name}: {type(store).__name__} can only remove, not count")
@@ -66,6 +66,9 @@ def _clean(
                 for step in steps(store, batch, cursor, dry_run=dry_run):
                     found.update(step.found)
                     cursor = step.cursor
+                    advance(step.seen)
+                for step in steps(files, batch, dry_run=dry_run) if files is not None else ():
+                    found.update(step.found)
                     advance(step.seen)
             except ValueError as error:  # of a cursor
                 raise click.UsageError(str(error)) from None

@@ -109,9 +109,11 @@ class FileBlobs:
         return Tidied({ORPHANS: orphans}, seen, "")
 
     def _names(self, after: str) -> Iterator[str]:
-        for part in self._list(self._root):
+        with self._place("list"):  # which may be the first to ask for it
+            root = self._root
+        for part in self._list(root):
             if re.fullmatch("[0-9a-f]{2}", part) and part >= after[:2]:
-                for name in self._list(f"{self._root}/{part}"):
+                for name in self._list(f"{root}/{part}"):
                     if _NAME.fullmatch(name) and name > after:
                         yield name
 
