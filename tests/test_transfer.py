@@ -140,6 +140,15 @@ def test_the_expired_are_left_out(site: Site, elsewhere: Site, file: Path) -> No
     assert site.stored() == {}
 
 
+def test_large_values_stay_behind_and_that_is_said(elsewhere: Site, file: Path) -> None:
+    elsewhere.visitor().run(lambda session: session.update(a=1))
+    for _ in range(2):
+        elsewhere.visitor().run(lambda session: session.update(a=1, large="x" * 100_000))
+    result = console_of(elsewhere).run("export", str(file))
+    assert (result.exit_code, result.stdout) == (1, "session: 3 records exported\n")
+    assert "the large values of 2 sessions are not in it" in result.stderr
+
+
 def test_a_dry_run(site: Site, elsewhere: Site, file: Path) -> None:
     for _ in range(2):
         elsewhere.visitor().run(lambda session: session.update(a=1))

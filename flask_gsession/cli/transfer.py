@@ -89,7 +89,7 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
     if not to_pipe and file.exists() and not (force and file.is_file()):
         hint = "--force replaces it" if file.is_file() else "and is no file"
         raise click.UsageError(f"{file} exists: {hint}")
-    written = unreadable = 0
+    written = unreadable = incomplete = 0
     with told(interface, lambda: f"{written} records; {file} was not written"):
         store = scanned(interface)
         with (
@@ -108,12 +108,23 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
                 unreadable += len(page.unreadable)
                 for record in page.records:
                     put(_Row(*record))
+                    incomplete += _has_large_values(interface.keeper, record)
                 written += len(page.records)
                 advance(len(page.records))
             put(_Last(written, digest.hexdigest()))
     click.echo(f"{name_of(interface)}: {written} records exported", err=to_pipe)
     if unreadable:
         click.echo(f"{unreadable} more could not be read, and are not in it", err=True)
+    if incomplete:
+        raise click.ClickException(f"the large values of {incomplete} sessions are not in it")
+
+
+def _has_large_values(keeper: Keeper, record: Record) -> bool:
+    try:
+        body = keeper.read(record.key, record)
+    except UnreadableRecord:
+        return False
+    return body is not None and body.spilled
 
 
 @contextmanager
