@@ -183,6 +183,24 @@ class LockRefused(Event):
     waited: float
 
 
+@dataclass(frozen=True, slots=True)
+class CleanedUp(Event):
+    """A ``CleanupWorker`` went through the store: what it found, by kind, and in how many seconds.
+
+    The kinds are those of ``flask_gsession.stores.base.LEFTOVERS``.
+    """
+
+    found: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupFailed(Event):
+    """A ``CleanupWorker`` could not go through the store, and will try again later."""
+
+    detail: str
+
+
 E = TypeVar("E", bound=Event)
 
 _SIGNALS: dict[type[Event], Signal] = {

@@ -3,9 +3,11 @@
 import os
 
 from flask import Flask, g, request
+from redis import Redis
 
 from examples.shop.app import create_app as create_demo
 from flask_gsession import session, session_lock, session_transaction
+from flask_gsession.cleanup import CleanupWorker
 from flask_gsession.contrib.metrics import SessionMetrics
 from tests.workers_app import create_app as create_workers_app
 
@@ -18,13 +20,17 @@ def create_app() -> Flask:
 
 
 def create_shop() -> Flask:
-    """The demo shop, counted, with pages for what it does not do itself: lost races and locks."""
+    """The demo shop, counted, with what it does not do itself: lost races, locks and clean-up."""
     app = create_demo(
         os.environ["WORKERS_STORE"],
         instance_path=os.environ["WORKERS_INSTANCE"],
         SESSION_KEY_PREFIX=os.environ["WORKERS_PREFIX"],
     )
     SessionMetrics(app, count_every=1)
+    with Redis.from_url(os.environ["WORKERS_STORE"], socket_timeout=10) as client:
+        lock = f"{os.environ['WORKERS_PREFIX']}{{{'x' * 43}}}:lock"
+        client.set(lock, "nobody 1 1\n", ex=3600)  # for the clean-up to find
+    CleanupWorker(app, interval=1)
 
     def second_window(number: int) -> None:
         """Another request of this browser, in the middle of one."""

@@ -28,9 +28,10 @@ ROWS = [
     ["locking"],
     ["data"],
     ["stores.memory", "stores.sqlite", "stores.redis", "stores.mongodb", "stores.files"],
-    ["stores", "debug", "cleanup", "health", "typed", "testing"],
+    ["stores", "debug", "health", "typed", "testing"],
     ["interface"],
     ["extension"],
+    ["cleanup"],
     ["cli", "contrib", "probes"],
 ]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}

@@ -14,9 +14,10 @@ import pytest
 from flask import Flask
 
 from flask_gsession import Session
+from flask_gsession.cleanup import CleanupWorker
 from flask_gsession.cli import gsession
 from flask_gsession.errors import SettingError, StoreUnavailable
-from flask_gsession.events import LargeValueLost
+from flask_gsession.events import CleanedUp, LargeValueLost
 from flask_gsession.stores import Store, StoreOptions
 from flask_gsession.stores.base import Clock
 from flask_gsession.stores.files import FRAME_BYTES, ORPHANS, FileBlobs
@@ -165,6 +166,22 @@ def test_the_command_cleans_them_up(site: Site, folder: Path, clock: FakeClock) 
         assert f"1 orphaned large values {words}" in result.output
         assert len(files(folder)) == count
     assert orphan not in files(folder)
+
+
+def test_the_worker_cleans_them_up(site: Site, folder: Path, clock: FakeClock) -> None:
+    with_rows(site)
+    site.visitor().run(put(rows=ROWS))
+    orphan = files(folder)[0]
+    site.inside.spoil(orphan.parent.name, None)
+    clock.advance(3700)
+    app = Flask("of a worker")
+    ext = Session(app, store=site.store.store, spill_store=f"file://{folder}", clock=clock)
+    found: list[dict[str, int]] = []
+    ext.on(CleanedUp, lambda event: found.append(event.found))
+    CleanupWorker(app).run(app)
+    assert [each["orphaned large values"] for each in found] == [1]
+    assert orphan not in files(folder)
+    assert len(files(folder)) == 1
 
 
 def test_one_that_is_lost_is_absent(site: Site, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from flask import Flask, Response, abort
 
 from flask_gsession import Session, session, session_lock
+from flask_gsession.cleanup import CleanupWorker
 
 Answer = dict[str, Any]
 
@@ -85,4 +86,11 @@ def create_app() -> Flask:
         cookie = client.get_cookie("session")
         assert cookie is not None
         app.config["WARM_COOKIE"] = cookie.value
+    return app
+
+
+def create_cleaned_app() -> Flask:
+    """The same, with a worker that cleans up in small steps."""
+    app = create_app()
+    CleanupWorker(app, batch=1)
     return app

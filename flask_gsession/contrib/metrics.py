@@ -43,6 +43,8 @@ from ..errors import (
 from ..events import (
     CircuitClosed,
     CircuitOpened,
+    CleanedUp,
+    CleanupFailed,
     Event,
     Events,
     LockAcquired,
@@ -54,6 +56,7 @@ from ..events import (
     SessionDestroyed,
     SessionRefused,
     SessionRenewed,
+    SessionRevoked,
     SessionRotated,
     SessionSaved,
     WriteDropped,
@@ -63,6 +66,7 @@ from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
 from ..stores import Counts
+from ..stores.base import LEFTOVERS
 
 NAME = "gsession-metrics"
 
@@ -72,7 +76,7 @@ _TIMED = (
     *("write_frame", "read_frame", "renew_blobs", "discard_blobs"),
     *("acquire", "extend", "release"),
 )
-_UNTIMED = ("close", "peek", "sweep", "wait_for_release")
+_UNTIMED = ("close", "peek", "sweep", "scan", "tidy", "wait_for_release")
 _STATUSES: dict[type[BaseException], str] = {
     Gone: "gone",
     Stale: "stale",
@@ -88,9 +92,11 @@ _LIFE: dict[type[Event], str] = {
     SessionRenewed: "renewed",
     SessionRotated: "rotated",
     SessionDestroyed: "destroyed",
+    SessionRevoked: "revoked",
 }
 _UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
 _REFUSALS = {"malformed", "bad signature", "two cookies", "unknown", *_UNREADABLE}
+_LEFTOVERS = set(LEFTOVERS)
 _CONFLICTS = ("refused", "transaction", "too many races")
 _STORE_BUCKETS = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
@@ -252,6 +258,14 @@ class _Figures:
             "lock_wait_seconds", "Waiting time of those who got a lock", _WAIT_BUCKETS
         )
 
+        runs = counter("cleanups", "What became of clean-ups by a worker", "status")
+        leftovers = counter("leftovers", "What clean-ups by a worker found", "kind")
+
+        def cleaned(found: dict[str, int], _: float) -> None:
+            runs.labels("done").inc()
+            for kind, number in found.items():
+                leftovers.labels(_one_of(_LEFTOVERS, kind)).inc(number)
+
         def saved(_: str, payload_bytes: int, conflicts: int) -> None:
             sizes.observe(payload_bytes)
             if conflicts:
@@ -276,6 +290,12 @@ class _Figures:
             lambda reason, _: refused.labels(_one_of(_REFUSALS, reason)).inc()
         ]
         self.receivers[WriteDropped] = [lambda _, reason: dropped.labels(_drop(reason)).inc()]
+        self.receivers[CleanedUp] = [cleaned]
+        self.receivers[CleanupFailed] = [counts(runs.labels("failed"))]
+        for leftover in LEFTOVERS:
+            leftovers.labels(leftover)
+        for status in ("done", "failed"):
+            runs.labels(status)
         self.receivers[SessionConflicted] = [lambda _, reason: conflicts.labels(reason).inc()]
         for reason in _CONFLICTS:
             conflicts.labels(reason)

@@ -196,7 +196,10 @@ class Tidied(NamedTuple):
 
 
 #: The kinds of things in ``Tidied.found``. What has no expiry gets one, the others are removed.
-LEFTOVERS = ("expired sessions", "sessions without expiry", "unreadable records", "orphaned locks")
+LEFTOVERS = (
+    *("expired sessions", "sessions without expiry", "unreadable records"),
+    *("orphaned locks", "orphaned large values"),
+)
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from ..errors import StoreUnavailable, UnreadableRecord
-from .base import KEY_LENGTH, LEFTOVERS, Page, Record, Tidied
+from .base import KEY_LENGTH, Page, Record, Tidied
 from .redis_pool import packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
@@ -111,7 +111,7 @@ class Scanner:
         locks = [match for match in matches if match[2]]
         owners = [packed(b"EXISTS", match[0][: -len(":lock")]) for match in locks]
         there = self._ask(node, owners, deadline)
-        found = Counter(dict.fromkeys(LEFTOVERS, 0))
+        found: Counter[str] = Counter()
         for lock, owned in zip(locks, there, strict=True):
             if owned == 0 and (put_right is None or self._remove(node, lock[0], deadline)):
                 found["orphaned locks"] += 1
