@@ -233,6 +233,20 @@ class ValueReader(io.BufferedIOBase):
         self._position += len(part)
         return part
 
+    def readline(self, size: int | None = -1) -> bytes:
+        """One line; in pieces of any length ``read`` and ``send_file`` are faster."""
+        limit = self.length if size is None or size < 0 else size
+        parts: list[bytes] = []
+        while limit and (part := self.read1(limit)):
+            end = part.find(b"\n") + 1
+            if end:
+                self._position -= len(part) - end
+                parts.append(part[:end])
+                break
+            parts.append(part)
+            limit -= len(part)
+        return b"".join(parts)
+
     def readinto(self, buffer: Any) -> int:
         part = self.read(len(buffer))
         buffer[: len(part)] = part

@@ -617,9 +617,9 @@ def test_what_the_command_refuses(make_site: SiteMaker, monkeypatch: pytest.Monk
         said = f"1: Error: {unknown}: no such session; it may have ended"
         assert order(site, unknown).startswith(said)
     assert "is no handle" in order(site, "nonsense!")
-    for time in ("0", "25h", "-1", "1.5h", "ten", "10 m"):
+    for time in ("0", "90", "25h", "-1", "1.5h", "ten", "10 m"):
         assert order(site, handle, "--for", time).startswith("2: ")
-    for time in ("90", "30s", "10m", "24h", "1d"):
+    for time in ("90s", "30s", "10m", "24h", "1d"):
         assert order(site, handle, "--for", time).startswith(f"{handle}: logged until ")
     failed = "1: Error: session: the store failed: injected\n"
     site.store.before("load", outage)

@@ -36,6 +36,7 @@ from flask_gsession.errors import (
     ValueLost,
 )
 from flask_gsession.events import LargeValueLost, SessionDestroyed, WriteDropped
+from flask_gsession.spill import ValueReader
 from flask_gsession.stores import Store
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock
@@ -815,6 +816,30 @@ def test_a_download_goes_on_after_the_session_was_saved(site: Site) -> None:
         return Response(iter(lambda: file.read(100_000), b""), mimetype="image/png")
 
     assert visitor.ask(download).data == PHOTO
+
+
+def test_a_large_file_has_lines(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    read1 = ValueReader.read1
+
+    def counted(self: ValueReader, size: int = -1) -> bytes:
+        nonlocal looks
+        looks += 1
+        return read1(self, size)
+
+    monkeypatch.setattr(ValueReader, "read1", counted)
+    lines = [b"x" * n + b"\n" for n in (0, 1, 300_000, 0, 5)] + [b"no end"]
+    visitor = site.visitor()
+    visitor.run(lambda session: session.attach("log", io.BytesIO(b"".join(lines))))
+
+    def read(session: Any) -> list[bytes]:
+        file = session.open("log")
+        assert [file.readline(2), file.readline(0), file.readline(1)] == [b"\n", b"", b"x"]
+        file.seek(0)
+        return list(file)
+
+    assert visitor.run(read) == lines
+    assert looks < 20  # and not one for each byte
 
 
 def test_a_download_breaks_off_where_the_rest_is_lost(site: Site) -> None:

@@ -23,8 +23,8 @@ class Span(click.ParamType[int]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """The seconds in ``value``."""
-        found = re.fullmatch(r"([0-9]{1,6})([smhd]?)", str(value))
-        seconds = int(found[1]) * _SECONDS[found[2] or "s"] if found else 0
+        found = re.fullmatch(r"([0-9]{1,6})([smhd])", str(value))
+        seconds = int(found[1]) * _SECONDS[found[2]] if found else 0
         if not 1 <= seconds <= _LONGEST:
             self.fail(f"{value!r} is no time from 1s to 1d, as 30s, 10m or 2h.", param, ctx)
         return seconds
