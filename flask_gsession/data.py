@@ -202,7 +202,8 @@ class SessionData(LargeValues, SessionMixin):
 
         The file is read and written to the store at once, 256 KB at a time, whatever its size. The
         session has the value from its next save on, and ``session[key]`` gives all of it as bytes.
-        What is small stays in the record, as if it were assigned.
+        What is small stays in the record, as if it were assigned. Of what is not, a schema of the
+        session is given the first piece.
 
         ``file``: anything with ``read(size)``, such as ``request.files["photo"]``. ``ttl`` as in
         ``set``. Raises ``SessionTooLarge`` beyond ``SESSION_MAX_VALUE_BYTES``, ``SettingError``

@@ -21,7 +21,7 @@ from .errors import (
 from .events import LargeValueLost, logger
 from .keeper import ATTEMPTS
 from .lifecycle import Lifecycle
-from .marks import Mark, expired, marked, split
+from .marks import PLAIN, Mark, expired, marked, split
 from .payload import Body
 from .references import BYTES, holds, reference_in, refers
 from .spill import ValueReader, pieces_from
@@ -55,7 +55,8 @@ class LargeValues(Lifecycle):
         ):
             return first
         if keeper.check is not None:
-            keeper.check(key, b"")  # of what is streamed no more is known than that it is bytes
+            checked = keeper.check(key, first)  # there is no more of it in memory
+            mark = checked if mark == PLAIN else mark._replace(version=checked.version)
         body = Body(values.stored, self._lifetime)
         absolute = self._record.absolute_expires_at if self._record else None
         end = keeper.blobs_end(body, absolute)
@@ -182,7 +183,9 @@ class LargeValues(Lifecycle):
                 old = self._record
                 try:
                     stored = self._put_away(stored)
-                    self._record = self._keeper.save(old, self._body(stored), lease=self._lease)
+                    body = self._body(stored)
+                    with self._storing():
+                        self._record = self._keeper.save(old, body, lease=self._lease)
                 except (Stale, Gone):
                     continue
                 except StoreUnavailable as error:

@@ -7,15 +7,18 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Literal
 
 from flask import Flask
 from msgspec import Struct
+from werkzeug.exceptions import HTTPException
 
 from .errors import (
     Gone,
+    GSessionError,
     LockMisused,
     LogoutUnconfirmed,
     SessionClosed,
@@ -102,6 +105,7 @@ class Lifecycle:
     # Large values that this request wrote and no record refers to yet, by kind and digest.
     _placed: dict[tuple[int, bytes], Reference] | None = None
     _placed_until = 0  # the first of them expires, in milliseconds
+    _unsure = False  # whether a record may refer to them all the same
 
     def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
         self._keeper = keeper
@@ -353,7 +357,7 @@ class Lifecycle:
         self._opened = True
         self._ended = False
         self._failure = self._in_doubt = None
-        self._failed_unseen = False
+        self._failed_unseen = self._unsure = False
         self._cookie = "keep" if presented.checked is None else "delete"
         if unconfirmed is not None:
             raise unconfirmed
@@ -456,7 +460,8 @@ class Lifecycle:
             if _worth_keeping(stored):
                 try:
                     merged, stored = stored, self._put_away(stored)
-                    self._token, self._record = self._keeper.create(self._body(stored))
+                    with self._storing():
+                        self._token, self._record = self._keeper.create(self._body(stored))
                 except StoreUnavailable as error:
                     self._met_outage(error, "created")
                     raise
@@ -522,18 +527,20 @@ class Lifecycle:
                 stored = self._put_away(merged)
                 body = self._body(stored)
                 if self._rotation is not None:
-                    self._token, self._record, unconfirmed = keeper.rotate(
-                        old, body, self._rotation, self._lease
-                    )
+                    with self._storing():
+                        self._token, self._record, unconfirmed = keeper.rotate(
+                            old, body, self._rotation, self._lease
+                        )
                     keeper.events.emit(SessionRotated, self._record.key, old.key)
                     self._cookie = "set"
                 else:
-                    self._record = keeper.save(
-                        old,
-                        body,
-                        restart_idle=toggled or self._restart_idle,
-                        lease=self._lease,
-                    )
+                    with self._storing():
+                        self._record = keeper.save(
+                            old,
+                            body,
+                            restart_idle=toggled or self._restart_idle,
+                            lease=self._lease,
+                        )
             except (Stale, Gone):
                 if exactly:
                     self._tell_conflict("transaction")
@@ -605,16 +612,34 @@ class Lifecycle:
         What the new one does not refer to stays for a while, for requests that still read it. With
         nothing after, the session ended, and nothing stays.
         """
+        self._unsure = False
         if not self._spilled:
             return
         needed = names_in((after or {}).values())
-        left = names_in((self._values.stored if before is None else before).values()) - needed
+        known = names_in((self._values.stored if before is None else before).values())
+        left = known - needed
         self._keeper.discard(left, 0 if after is None else BLOB_GRACE)
         self._spilled = bool(needed)
         if self._placed:
             placed = self._placed.items()
-            self._placed = {same: ref for same, ref in placed if ref.name not in needed}
+            known |= needed
+            self._placed = {same: ref for same, ref in placed if ref.name not in known}
             self._spilled = self._spilled or bool(self._placed)
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Around a write: unless it is known to have failed, what it refers to must stay.
+
+        So it is after an outage, and after an interrupt that came between the write and its answer.
+        """
+        before, self._unsure = self._unsure, True
+        try:
+            yield
+        except StoreUnavailable:
+            raise
+        except (GSessionError, HTTPException):
+            self._unsure = before
+            raise
 
     def _place(self, reference: Reference, end: int) -> None:
         """This request wrote a large value, which is kept until ``end``."""
@@ -625,7 +650,7 @@ class Lifecycle:
 
     def _drop_placed(self) -> None:
         """Let go of what this request wrote and no record refers to."""
-        if self._in_doubt is None and self._placed:
+        if self._placed and not self._unsure and self._in_doubt is None:
             self._keeper.discard([reference.name for reference in self._placed.values()], 0)
         self._placed = None
 

@@ -71,12 +71,13 @@ class Spill:
         sealed, size = int(self._cipher is not None), self.frame_bytes
         name, key = secrets.token_bytes(16), secrets.token_bytes(16)
         blob = Reference(kind, sealed, name, key, b"", 0, size)
-        digest, length, number = hashlib.sha256(), 0, 0
+        digest, length, begun = hashlib.sha256(), 0, False
         try:
             for number, (piece, last) in enumerate(_with_last(pieces)):
                 length += len(piece)
                 self.check(path, length)
                 digest.update(piece)
+                begun = True
                 self.blobs.write_frame(
                     blob.name,
                     number * (size + _OVERHEAD[sealed]),
@@ -86,7 +87,7 @@ class Spill:
         except BaseException as error:
             if isinstance(error, Gone):
                 raise StoreUnavailable("a large value went while it was written") from None
-            if number and not isinstance(error, StoreUnavailable):  # else it expires
+            if begun and not isinstance(error, StoreUnavailable):  # else it expires
                 self.discard([blob.name], 0)
             raise
         return blob._replace(digest=digest.digest(), length=length)

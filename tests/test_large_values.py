@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 from flask import Response
-from marshmallow import fields
+from marshmallow import ValidationError, fields
 
 from flask_gsession.errors import (
     SessionConflict,
@@ -430,6 +430,55 @@ def test_an_outage_at_each_step(site: Site) -> None:
 STEPS = ("write_frame", "save", "discard_blobs")
 
 
+class Interrupt(BaseException):
+    """As gevent's Timeout, or the SystemExit of a worker that took too long."""
+
+
+@pytest.mark.parametrize("kind", [StoreUnavailable, Interrupt])
+def test_a_save_whose_answer_is_lost_keeps_what_it_may_refer_to(
+    site: Site, kind: type[BaseException]
+) -> None:
+    def lost() -> None:
+        raise kind("drill")
+
+    def update(session: Any) -> None:
+        site.store.after("save", lost)
+        with pytest.raises(kind):
+            session.update_atomic("rows", lambda rows: [*rows, "one"])
+        if kind is StoreUnavailable:
+            session.reload()
+            assert session["rows"] == [*ROWS, "one"]
+
+    visitor = with_rows(site)
+    visitor.run(update)
+    assert visitor.run(get()) == [*ROWS, "one"]
+    site.store.after("save", lost)
+    if kind is StoreUnavailable:
+        assert visitor.ask(put(rows=[*ROWS, "two"])).status_code == 503
+    else:
+        with pytest.raises(Interrupt):
+            visitor.ask(put(rows=[*ROWS, "two"]))
+    assert visitor.run(get()) == [*ROWS, "two"]
+    assert site.happened(LargeValueLost) == []
+
+
+def test_what_was_in_doubt_goes_once_that_is_known(site: Site) -> None:
+    def down() -> None:
+        raise StoreUnavailable("drill")
+
+    def update(session: Any) -> None:
+        site.store.before("save", down)
+        with pytest.raises(StoreUnavailable):
+            session.update_atomic("rows", lambda rows: [*rows, "one"])
+        session.reload()
+        session["rows"] = OTHER_ROWS
+
+    visitor = with_rows(site)
+    visitor.run(update)
+    assert len(site.inside.blobs()) == 2  # what was replaced, for a while, and what is there now
+    assert visitor.run(get()) == OTHER_ROWS
+
+
 # Races -----------------------------------------------------------------------------------------
 
 
@@ -730,6 +779,9 @@ def test_what_comes_out_is_a_file(site: Site) -> None:
         assert file.read() == PHOTO[-3:]
         with pytest.raises(ValueError, match="cannot seek"):
             file.seek(-1)
+        file.seek(FRAME - 3)
+        model.seek(FRAME - 3)
+        assert [file.readline() for _ in range(3)] == [model.readline() for _ in range(3)]
         file.seek(0)
         buffer = bytearray(300_000)
         assert file.readinto(buffer) == 300_000
@@ -787,6 +839,44 @@ def test_what_cannot_be_attached(make_site: SiteMaker) -> None:
     visitor.run(refused)
     assert visitor.run(lambda session: session.open("photo").length) == FRAME + 10
     assert blob_of(site) == name
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_what_was_written_of_a_broken_upload_goes(site: Site, frames: int) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() >= frames * FRAME:
+                raise ConnectionResetError("the client went away")
+            return super().read(size)
+
+    def attach(session: Any) -> None:
+        with pytest.raises(ConnectionResetError):
+            session.attach("photo", Broken(PHOTO))
+
+    site.visitor().run(attach)
+    assert site.inside.blobs() == {}
+
+
+def test_a_schema_knows_what_is_attached(make_site: SiteMaker) -> None:
+    photo = SessionKey("photo", fields.Raw(validate=_is_photo), ttl=60, version=2)
+    site = make_site(schema=[photo])
+    visitor = site.visitor()
+
+    def attach(session: Any) -> tuple[float, float, bool]:
+        with pytest.raises(ValidationError, match="no photo"):
+            session.attach("photo", io.BytesIO(bytes(1_000_000)))
+        session.attach("photo", io.BytesIO(PHOTO))
+        usual = session.ttl("photo")
+        session.attach("photo", io.BytesIO(PHOTO), ttl=30)
+        return usual, session.ttl("photo"), photo.get() == PHOTO
+
+    assert visitor.run(attach) == (60, 30, True)
+    assert visitor.run(lambda session: photo.get()) == PHOTO
+
+
+def _is_photo(content: bytes) -> None:
+    if not content.startswith(PHOTO[:10]):
+        raise ValidationError("This is no photo.")
 
 
 def test_an_attached_file_can_expire(site: Site, clock: FakeClock) -> None:
