@@ -19,7 +19,7 @@ from flask_gsession.cli import gsession
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.events import CleanedUp, LargeValueLost
 from flask_gsession.stores import Store, StoreOptions
-from flask_gsession.stores.base import Clock
+from flask_gsession.stores.base import Clock, Tidied
 from flask_gsession.stores.files import FRAME_BYTES, ORPHANS, FileBlobs
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock, StoreContract, a_blob
@@ -149,6 +149,20 @@ def test_what_nobody_needs_is_cleaned_up(site: Site, folder: Path, clock: FakeCl
     assert len(files(folder)) == 4 - removed
     with pytest.raises(ValueError, match="no cursor"):
         place(site).tidy("of another place")
+
+
+def test_those_of_other_sessions_are_left_alone(folder: Path, clock: FakeClock) -> None:
+    places = []
+    for prefix in ("shop:", "admin:", ""):
+        options = StoreOptions(prefix=prefix, clock=clock)
+        blobs = FileBlobs(f"file://{folder}", MemoryStore(options), options)
+        blobs.write_frame(a_blob(), 0, b"frame", int(clock() * 1000) + 1_000_000_000)
+        places.append(blobs)
+    clock.advance(3700)
+    assert [blobs.tidy() for blobs in places] == [Tidied({ORPHANS: 0}, 1, "")] * 3
+    places[0].write_frame(a_blob(), 0, b"frame", int(clock() * 1000))
+    assert [blobs.tidy().found[ORPHANS] for blobs in places] == [1, 0, 0]
+    assert len(files(folder)) == 3
 
 
 def test_the_command_cleans_them_up(site: Site, folder: Path, clock: FakeClock) -> None:

@@ -3,12 +3,12 @@
 ::
 
     gsession                 says that this is the place, and not a mount point without its disk
-    3f/                      the first characters of the names
+    gsession%3A.3f/          the prefix of the store's keys, the first characters of the names
         3f9a...c1/           a blob
             000000000000     its frames, each under the number of the byte where it begins
 
 Files do not expire. So each blob has an entry in the session store, which does: ``tidy`` removes
-the files of those that have none any more.
+the files of those that have none any more, and leaves those of other prefixes alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 import fsspec  # type: ignore[import-untyped]  # it ships no types
 
@@ -29,6 +30,7 @@ from .base import Blobs, StoreOptions, Tidied, milliseconds
 FRAME_BYTES = 4 * 1024 * 1024  # a file each, so fewer and larger ones than elsewhere
 _YOUNG = 3_600_000  # milliseconds: what is not older is left alone
 _ENTRY = b"\1"
+_LONGEST_PREFIX = 200  # characters of a file's name
 _NAME = re.compile("[0-9a-f]{32}")
 ORPHANS = "orphaned large values"
 
@@ -53,7 +55,9 @@ class FileBlobs:
     def __init__(self, url: str, entries: Blobs, options: StoreOptions | None = None) -> None:
         self._url = url
         self._entries = entries
-        self._clock = (options or StoreOptions()).clock
+        options = options or StoreOptions()
+        self._clock = options.clock
+        self._begins = quote(options.prefix, safe="")[:_LONGEST_PREFIX] + "."
         self._lock = threading.Lock()
         self._pid = 0
         self._fs: Any = None
@@ -112,7 +116,9 @@ class FileBlobs:
         with self._place("list"):  # which may be the first to ask for it
             root = self._root
         for part in self._list(root):
-            if re.fullmatch("[0-9a-f]{2}", part) and part >= after[:2]:
+            start = part.removeprefix(self._begins)
+            ours = start != part and re.fullmatch("[0-9a-f]{2}", start)
+            if ours and start >= after[:2]:
                 for name in self._list(f"{root}/{part}"):
                     if _NAME.fullmatch(name) and name > after:
                         yield name
@@ -144,7 +150,7 @@ class FileBlobs:
             fs.rm(self._folder(name), recursive=True)
 
     def _folder(self, name: str) -> str:
-        return f"{self._root}/{name[:2]}/{name}"
+        return f"{self._root}/{self._begins}{name[:2]}/{name}"
 
     def _mark(self, fs: Any) -> None:
         marker = f"{self._root}/gsession"
