@@ -34,7 +34,7 @@ from .events import Events, SessionRefused, logger
 from .marks import marked, split
 from .merge import Merger
 from .payload import Body, PayloadFormat
-from .references import BYTES, Reference, content_of, names_in, reference_in, refers
+from .references import BYTES, Reference, content_of, names_in, refers
 from .spill import Spill, pieces_of
 from .stores.base import (
     MAX_POINTERS,
@@ -322,18 +322,6 @@ class Keeper:
                 placed[same] = self.spill.write(key, kind, pieces, expires_at)
             values[key] = marked(placed[same].pack(), mark)
         return values
-
-    def whole(self, values: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Encoded values without references: the large ones are read. Raises ``ValueLost``."""
-        return {key: self._whole(raw) if refers(raw) else raw for key, raw in values.items()}
-
-    def _whole(self, raw: bytes) -> bytes:
-        if self.spill is None:
-            raise ValueLost("missing")
-        reference = reference_in(raw)
-        content = self.spill.read(reference)
-        plain = self.codec.encode("", content) if reference.kind == BYTES else content
-        return marked(plain, split(raw)[0])
 
     def _resolve(self, data: bytes) -> Any:
         """The value of a reference. Raises ``ValueLost`` and ``StoreUnavailable``."""

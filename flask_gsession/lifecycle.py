@@ -589,19 +589,23 @@ class Lifecycle:
         if self._placed is None:
             self._placed = {}
         known = len(self._placed)
+        first: int | None = self._placed_until if known else None  # when the first of them expires
 
         def expires_at() -> int:
-            return keeper.blobs_end(body, absolute)
+            nonlocal first
+            end = keeper.blobs_end(body, absolute)
+            first = end if first is None else first
+            return end
 
         found = keeper.put_away(stored, expires_at, self._placed)
         if self._placed:
             self._spilled = True
             end = expires_at()
-            if known and self._placed_until < end - BLOB_GRACE // 2:  # written long before
+            assert first is not None
+            if first < end - BLOB_GRACE // 2:  # written long before
                 keeper.renew_blobs(self._placed.values(), end)
-                known = 0
-            if not known:
-                self._placed_until = end
+                first = end
+            self._placed_until = first
         return found
 
     def _let_go(

@@ -305,6 +305,15 @@ def test_a_slow_request_keeps_what_it_wrote(site: Site, clock: FakeClock) -> Non
     assert visitor.run(get("photo")) == PHOTO
 
 
+def test_slow_writing_keeps_what_was_written_first(site: Site, clock: FakeClock) -> None:
+    visitor = site.visitor()
+    site.store.after("write_frame", lambda: clock.advance(100))
+    visitor.run(put(rows=ROWS, photo=PHOTO))
+    end = visitor.run(lambda session: session.expires_at.timestamp())
+    clock.advance(end - clock() - 1)
+    assert visitor.run(lambda s: (s.get("rows"), s.get("photo"))) == (ROWS, PHOTO)
+
+
 def test_a_renewal_that_meets_a_save_keeps_both(site: Site, clock: FakeClock) -> None:
     visitor = with_rows(site)
     tab = visitor.another_tab()
