@@ -278,7 +278,10 @@ class Keeper:
         ``Store.delete`` raises.
         """
         if not self._pops:
-            return self.store.delete(key)
+            names = set() if self.spill is None else self._large_values_of(key)
+            ended = self.store.delete(key)
+            self.discard(names, 0)
+            return ended
         record = self.store.pop(key)  # type: ignore[attr-defined]  # by ``_pops``
         if record is None:
             return False
@@ -289,6 +292,14 @@ class Keeper:
         if body.spilled:
             self.discard(names_in(body.values.values()), 0)
         return True
+
+    def _large_values_of(self, key: str) -> set[str]:
+        """The names of the large values of a session, for a store that does not tell them."""
+        try:
+            loaded = self.find(key)
+            return set() if loaded is None else names_in(loaded.body.values.values())
+        except UnreadableRecord:
+            return set()
 
     def any_large(self, values: Mapping[str, bytes]) -> bool:
         """Whether one of the encoded values is to be in a place of its own."""

@@ -37,7 +37,7 @@ from flask_gsession.errors import (
 )
 from flask_gsession.events import LargeValueLost, SessionDestroyed, WriteDropped
 from flask_gsession.spill import ValueReader
-from flask_gsession.stores import Store
+from flask_gsession.stores import Store, StoreOptions
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock
 from flask_gsession.typed import SessionKey
@@ -1029,6 +1029,20 @@ def test_on_a_store_without_a_place_they_stay_in_the_record(
     assert len(record.payload) > LIMIT
     visitor.run(lambda _: site.ext.session.destroy())
     assert not store.load.__self__._records
+
+
+def test_a_logout_where_they_are_in_another_store(clock: FakeClock) -> None:
+    site = Site("memory://", "", clock)
+    store: Any = Plain(MemoryStore(StoreOptions(clock=clock)))
+    site.ext = type(site.ext)(
+        site.app, store=store, cookie_name="other", spill_store=site.store, clock=clock
+    )
+    visitor = site.visitor()
+    for look in (lambda _: None, lambda session: session["photo"]):
+        visitor.run(lambda _: site.ext.session.attach("photo", io.BytesIO(PHOTO)))
+        assert len(site.inside.blobs()) == 1
+        visitor.run(lambda _, look=look: (look(site.ext.session), site.ext.session.destroy()))
+        assert site.inside.blobs() == {}
 
 
 def test_a_conflict_over_a_large_value_can_be_refused(make_site: SiteMaker) -> None:
