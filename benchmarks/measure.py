@@ -99,7 +99,9 @@ def ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def _batch_size(call: Call, seconds: float) -> int:
-    """Warms `call` up and returns how many of it fill `seconds`."""
+    """Warms `call` up and returns how many of it fill `seconds`; for none, the least at once."""
+    if not seconds:
+        return 3
     for _ in range(5):
         call()
     once = min(time_batch(call, 5) for _ in range(3)) / 1e6

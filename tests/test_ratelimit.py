@@ -108,7 +108,7 @@ def test_a_limit_on_each_store(app: Flask) -> None:
 def test_a_thousand_requests_with_every_trick_get_the_limit_through(
     app: Flask, store_url: str
 ) -> None:
-    times = 300 if store_url.startswith("mongodb") else 1000  # whose writes take their time
+    times = 1000
     limited(app, "40/hour")
     random.seed(5)
     jars = [app.test_client() for _ in range(5)]
