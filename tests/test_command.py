@@ -149,6 +149,15 @@ def test_show(site: Site, console: Console) -> None:
     assert json.loads(console.done("show", handle[:8], "--json")) == facts
 
 
+def test_show_tells_how_large_a_large_value_is(site: Site, console: Console) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(large="x" * 100_000))
+    handle = visitor.run(lambda session: session.handle)
+    facts = json.loads(console.done("show", handle, "--json"))
+    assert facts["bytes"] < 1000
+    assert 100_000 <= facts["keys"]["large"]["bytes"] < 100_010
+
+
 def test_a_handle_from_before_a_rotation(site: Site, console: Console) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
@@ -252,6 +261,43 @@ def test_revoked_is_a_kind_of_destroyed() -> None:
     console.done("revoke", record.key)
     assert seen == [SessionRevoked(record.key)]
     assert console.events == [record.key]
+
+
+# -- which store
+
+
+def test_the_store_that_is_changed_is_named(site: Site, console: Console, tmp_path: Path) -> None:
+    file = str(tmp_path / "sessions.jsonl")
+    commands = [
+        *(("export", file), ("import", file, "--json"), ("cleanup", "--json"), ("stats", "--json")),
+        ("revoke", "--all", "--yes"),
+    ]
+    for words in commands:
+        result = console.run(*words)
+        assert "session: the store is " in result.stderr
+        assert "the store is" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:canary@127.0.0.1:1/3?client_name=canary", "redis://127.0.0.1:1/3"),
+        ("redis+cluster://:canary@127.0.0.1:1,127.0.0.1:2", "redis+cluster://127.0.0.1:1,"),
+        ("unix://:canary@/run/none.sock?db=1", "unix:///run/none.sock"),
+        ("mongodb://user:canary@127.0.0.1:1/shop?authSource=canary", "mongodb://127.0.0.1:1/shop"),
+        ("memory://", "memory://"),
+    ],
+    ids=["redis", "cluster", "unix", "mongodb", "memory"],
+)
+def test_the_store_is_named_without_a_password(url: str, shown: str) -> None:
+    said = Console(url, store_timeout=0.2).run("stats").stderr
+    assert f"session: the store is {shown}" in said
+    assert "canary" not in said
+
+
+def test_the_file_of_sqlite_is_named(tmp_path: Path) -> None:
+    said = Console(f"sqlite:///{tmp_path}/a.sqlite3").run("stats").stderr
+    assert f"session: the store is sqlite:///{tmp_path}/a.sqlite3\n" in said
 
 
 # -- handles
@@ -399,8 +445,8 @@ def test_a_record_that_is_none(sqlite_url: str) -> None:
     for words in (("show", broken.key), ("show", broken.key[:8]), ("revoke", broken.key[:8])):
         assert f"{broken.key}: what is in it cannot be read" in console.failed(*words)
     result = console.run("revoke", "--all", "--yes")
-    assert (result.exit_code, result.stdout) == (1, "1 sessions ended\n")
-    assert "1 times: what is in it cannot be read" in result.stderr
+    assert (result.exit_code, result.stdout) == (1, "1 session ended\n")
+    assert "1 time: what is in it cannot be read" in result.stderr
     assert store.load(live.key) is None
 
 

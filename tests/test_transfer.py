@@ -149,6 +149,16 @@ def test_large_values_stay_behind_and_that_is_said(elsewhere: Site, file: Path) 
     assert "the large values of 2 sessions are not in it" in result.stderr
 
 
+def test_what_cannot_be_read_is_said_and_ends_with_1(file: Path) -> None:
+    class Broken(MemoryStore):
+        def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+            return super().scan(cursor, limit, begins)._replace(unreadable=["x" * 43])
+
+    result = Console(Broken()).run("export", str(file))
+    assert (result.exit_code, result.stdout) == (1, "session: 0 records exported\n")
+    assert "1 more could not be read, and are not in it" in result.stderr
+
+
 def test_a_dry_run(site: Site, elsewhere: Site, file: Path) -> None:
     for _ in range(2):
         elsewhere.visitor().run(lambda session: session.update(a=1))
@@ -164,7 +174,7 @@ def test_a_dry_run(site: Site, elsewhere: Site, file: Path) -> None:
 def test_through_a_pipe(elsewhere: Site, make_site: SiteMaker) -> None:
     elsewhere.visitor().run(lambda session: session.update(a=1))
     result = console_of(elsewhere).run("export", "-")
-    assert result.stderr.endswith("session: 1 records exported\n")
+    assert result.stderr.endswith("session: 1 record exported\n")
     site = make_site()
     text = console_of(site).done("import", "-", input=result.stdout_bytes)
     assert text == "session: 1 imported\n"

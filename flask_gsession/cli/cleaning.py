@@ -12,7 +12,16 @@ from ..cleanup import has_leftovers, steps
 from ..interface import GSessionInterface
 from ..stores import Tidies
 from ..stores.base import MORE
-from .common import about, chosen, interfaces, json_option, name_of, session_option, told
+from .common import (
+    about,
+    chosen,
+    interfaces,
+    json_option,
+    name_of,
+    name_store,
+    session_option,
+    told,
+)
 from .output import progress
 
 _DONE = {"sessions without expiry": "given one"}  # of what is not removed
@@ -48,6 +57,7 @@ def _clean(
 ) -> dict[str, object]:
     name, store, files = name_of(interface), interface.store, interface.keeper.files
     found: Counter[str] = Counter()
+    name_store(interface)
     if not has_leftovers(store) and files is None:
         text = "nothing to do, this store lets go of expired sessions itself"
     elif dry_run and not isinstance(store, Tidies):

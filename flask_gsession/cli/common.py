@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
 from flask import current_app
@@ -59,6 +60,28 @@ def chosen(cookie: str | None) -> GSessionInterface:
 def name_of(interface: GSessionInterface) -> str:
     """What messages call a ``Session``: its cookie."""
     return interface.keeper.settings.cookie_name
+
+
+def name_store(interface: GSessionInterface) -> None:
+    """Say which store it is, on the error output: the settings may come from elsewhere."""
+    click.echo(f"{name_of(interface)}: the store is {_place(interface)}", err=True)
+
+
+def _place(interface: GSessionInterface) -> str:
+    """Where the store is, without what may be a secret: user, password and options."""
+    source, path = interface.keeper.settings.store, getattr(interface.store, "path", None)
+    if path is not None:
+        return f"sqlite:///{path}"
+    if not isinstance(source, str):
+        return f"a {type(source).__name__} of the application's own"
+    parts = urlsplit(source)
+    path = "" if "@" in parts.path else parts.path
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def scanned(interface: GSessionInterface) -> Scans:

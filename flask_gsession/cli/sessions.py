@@ -16,16 +16,19 @@ from ..errors import LogoutUnconfirmed, UnreadableRecord
 from ..events import SessionRevoked
 from ..interface import GSessionInterface
 from ..marks import split
+from ..references import reference_in, refers
 from ..stores import Record
 from .common import (
     about,
     chosen,
+    counted,
     described,
     is_terminal,
     json_option,
     key_of,
     moment,
     name_of,
+    name_store,
     pages,
     scanned,
     session_option,
@@ -62,7 +65,7 @@ def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
             unreadable += len(page.unreadable)
             yield from (record for record in page.records if record.successor is None)
 
-    with told(interface, lambda: f"{listed} sessions"):
+    with told(interface, lambda: counted(listed, "session")):
         found = records()
         if as_json:
             for record in islice(found, limit):
@@ -80,7 +83,7 @@ def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
                 listed += 1
         more = limit is not None and next(found, None) is not None
     if more:
-        click.echo(f"There are more: --limit {limit}", err=True)
+        click.echo(f"There are more than {limit}: --limit shows so many", err=True)
     if unreadable:
         click.echo(f"{unreadable} more could not be read", err=True)
 
@@ -130,7 +133,7 @@ def show(handle: str, cookie: str | None, as_json: bool) -> None:
         for name, raw in loaded.body.values.items():
             expires_at = split(raw)[0].expires_at
             contents[name] = {
-                "bytes": len(raw),
+                "bytes": reference_in(raw).length if refers(raw) else len(raw),
                 "expires_at": moment(expires_at) if expires_at else None,
             }
     if as_json:
@@ -162,7 +165,7 @@ def _print(
 
 
 @click.command(context_settings=_HANDLES)
-@click.argument("handles", metavar="HANDLE...", nargs=-1)
+@click.argument("handles", metavar="[HANDLE...]", nargs=-1)
 @click.option("--all", "everybody", is_flag=True, help="Every session there is; asks first.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @session_option
@@ -179,7 +182,7 @@ def revoke(handles: tuple[str, ...], everybody: bool, yes: bool, cookie: str | N
     if everybody:
         _revoke_all(interface, yes)
     ended, problems = 0, []
-    with told(interface, lambda: f"{ended} sessions ended"):
+    with told(interface, lambda: counted(ended, "session") + " ended"):
         for handle in handles:
             key = key_of(interface, handle)
             done, problem = _end(interface, key)
@@ -195,13 +198,14 @@ def revoke(handles: tuple[str, ...], everybody: bool, yes: bool, cookie: str | N
 
 def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
     store = scanned(interface)
+    name_store(interface)
     ended = 0
     problems: Counter[str] = Counter()
     if not yes:
         click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
     begun = interface.keeper.now()
     with (
-        told(interface, lambda: f"{ended} sessions ended"),
+        told(interface, lambda: counted(ended, "session") + " ended"),
         progress("ending sessions", about(interface)) as advance,
     ):
         for again in range(_ROUNDS):
@@ -222,9 +226,9 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
         else:
             problems["sessions are rotated faster than they can be ended: call it again"] = 1
     del problems[""], problems[_NO_SESSION]  # of a pointer whose session has ended
-    click.echo(f"{ended} sessions ended")
+    click.echo(f"{counted(ended, 'session')} ended")
     for problem, number in problems.items():
-        click.echo(f"Error: {number} times: {problem}", err=True)
+        click.echo(f"Error: {counted(number, 'time')}: {problem}", err=True)
     sys.exit(bool(problems))
 
 
@@ -250,6 +254,7 @@ def _end(interface: GSessionInterface, key: str) -> tuple[bool, str]:
 def stats(cookie: str | None, as_json: bool) -> None:
     """Count the sessions there are, how large and how old they are."""
     interface = chosen(cookie)
+    name_store(interface)
     now = interface.keeper.now()
     ages: Counter[str] = Counter()
     sizes: Counter[int] = Counter()

@@ -32,9 +32,11 @@ from .common import (
     Patience,
     about,
     chosen,
+    counted,
     json_option,
     moment,
     name_of,
+    name_store,
     pages,
     scanned,
     session_option,
@@ -89,8 +91,9 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
     if not to_pipe and file.exists() and not (force and file.is_file()):
         hint = "--force replaces it" if file.is_file() else "and is no file"
         raise click.UsageError(f"{file} exists: {hint}")
+    name_store(interface)
     written = unreadable = incomplete = 0
-    with told(interface, lambda: f"{written} records; {file} was not written"):
+    with told(interface, lambda: f"{counted(written, 'record')}; {file} was not written"):
         store = scanned(interface)
         with (
             _output(None if to_pipe else file) as out,
@@ -112,11 +115,13 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
                 written += len(page.records)
                 advance(len(page.records))
             put(_Last(written, digest.hexdigest()))
-    click.echo(f"{name_of(interface)}: {written} records exported", err=to_pipe)
+    click.echo(f"{name_of(interface)}: {counted(written, 'record')} exported", err=to_pipe)
     if unreadable:
-        click.echo(f"{unreadable} more could not be read, and are not in it", err=True)
+        click.echo(f"Error: {unreadable} more could not be read, and are not in it", err=True)
     if incomplete:
-        raise click.ClickException(f"the large values of {incomplete} sessions are not in it")
+        whose = counted(incomplete, "session")
+        click.echo(f"Error: the large values of {whose} are not in it", err=True)
+    sys.exit(bool(unreadable or incomplete))
 
 
 def _has_large_values(keeper: Keeper, record: Record) -> bool:
@@ -175,10 +180,11 @@ def import_(
     interface = chosen(cookie)
     keeper, name = interface.keeper, name_of(interface)
     done: Counter[str] = Counter()
+    name_store(interface)
 
     def so_far() -> str:
         number = skip + done.total()
-        return f"{number} records (--skip {number} goes on from there)" if done else ""
+        return f"{counted(number, 'record')} (--skip {number} goes on from there)" if done else ""
 
     with told(interface, so_far), _input(file) as source:
         total = _check(source, file, keeper, skip_unreadable)
@@ -258,7 +264,7 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
             elif line.startswith(_LAST):
                 last = msgspec.json.decode(line, type=_Last)
                 if last != _Last(records, digest.hexdigest()):
-                    problem = "the file was altered"
+                    problem = "the checksum of all before it is another: the file was altered"
             else:
                 records += 1
                 unreadable = _problem(keeper, _record(line))
