@@ -69,13 +69,13 @@ class SessionData(LargeValues, SessionMixin):
 
     def _set(self, key: str, value: Any, mark: Mark) -> None:
         """Check and set a value, with a mark."""
+        self._check_key(key)
         if self._keeper.check is not None:
             mark = mark._replace(version=self._keeper.check(key, value).version)
         self._put(key, value, mark)
 
     def _put(self, key: str, value: Any, mark: Mark) -> None:
-        """Set a value that was checked, with a mark."""
-        self._check_key(key)
+        """Set a value that was checked, as its key was, with a mark."""
         values = self._open_for_writing()
         keeper = self._keeper
         if keeper.settings.debug:

@@ -17,7 +17,7 @@ from flask import session as flask_session
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as BaseResponse
 
-from .codec import IMMUTABLE
+from .codec import IMMUTABLE, is_valid_text
 from .data import SessionData, ttl_in_milliseconds
 from .errors import (
     GSessionError,
@@ -243,7 +243,7 @@ class SessionKey(Generic[T]):
         invalid: str = "default",
         session: SessionData | None = None,
     ) -> None:
-        if type(name) is not str or not name:
+        if type(name) is not str or not name or not is_valid_text(name):
             raise SettingError(f"A SessionKey has a name, not {name!r}")
         if type(version) is not int or not 1 <= version <= MAX_VERSION:
             raise SettingError(f"SessionKey({name!r}): version is {version!r}; allowed: 1 to 65535")
@@ -577,9 +577,9 @@ class SessionSchema:
         """The declared keys that an application has at hand."""
         return dict(self.keys) if self._typed else {}
 
-    def is_by(self, key: object) -> bool:
+    def is_by(self, key: SessionKey[Any]) -> bool:
         """Whether ``key`` itself is what is declared under its name, so that it checks."""
-        return any(key is declared for declared in self.keys.values())
+        return self.keys.get(key.name) is key
 
     def __call__(self, name: str, value: Any) -> Mark:
         """Check ``session[name] = value``; the mark it is to have.

@@ -456,6 +456,7 @@ DECLARATIONS: dict[str, tuple[Callable[[], object], str]] = {
     "a field class": (lambda: SessionKey("x", fields.Int), r"give a field, as in fields\.Integer"),
     "a name": (lambda: SessionKey(cast(Any, 5), fields.Int()), "has a name, not 5"),
     "no name": (lambda: SessionKey("", fields.Int()), "has a name"),
+    "half a letter": (lambda: SessionKey("\ud800", fields.Int()), "has a name"),
     "ttl": (lambda: SessionKey("x", fields.Int(), ttl=0), "ttl is 0 seconds"),
     "ttl below": (lambda: SessionKey("x", fields.Int(), ttl=-1), "ttl is -1 seconds"),
     "ttl of words": (lambda: SessionKey("x", fields.Int(), ttl=cast(Any, "1h")), "ttl is a number"),
@@ -497,6 +498,10 @@ def test_two_keys_of_one_name(make_site: SiteMaker) -> None:
     site.visitor().run(use)
     with pytest.raises(SettingError, match="SESSION_SCHEMA has two keys named 'n'"):
         make_site(schema=[one, other])
+    declared = make_site(schema=[one])
+    declared.visitor().run(use)  # before the declared one was ever used
+    visitor = make_site(schema=[other]).visitor()  # another application knows nothing of it
+    assert visitor.run(lambda _: (other.set("5"), other.get())) == ("5", "5")
 
 
 def test_two_upgraders_from_one_version() -> None:
