@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from .errors import StoreError, StoreUnavailable
 from .events import CircuitClosed, CircuitOpened, Events, logger
-from .stores.base import Clock, Store
+from .stores.base import Clock, Store, pass_on
 
 _LOADS = ("load", "peek", "read_frame")
 _WRITES = (
@@ -25,7 +25,6 @@ _WRITES = (
     *("acquire", "extend", "release"),
     *("write_frame", "renew_blobs", "discard_blobs"),
 )
-_UNGUARDED = ("close", "sweep", "scan", "tidy", "wait_for_release")
 _SLOW = 0.05  # seconds; what fails faster does no harm
 _JITTER = 0.1  # of the pause, either way
 
@@ -50,8 +49,7 @@ class _GuardedStore:
             self.circuits.append(circuit)
             for name in filter(lambda name: hasattr(store, name), names):
                 setattr(self, name, circuit.guard(store, name))
-        for name in filter(lambda name: hasattr(store, name), _UNGUARDED):
-            setattr(self, name, getattr(store, name))
+        pass_on(self, store)
 
 
 class Circuit:

@@ -20,11 +20,8 @@ from .extension import NAME as EXTENSION
 from .extension import Session
 from .interface import GSessionInterface
 from .keeper import Keeper
-from .stores.base import MORE, Record, Store, Sweeps, Tidied, Tidies, closing, new_version
-from .tokens import session_key
+from .stores.base import MORE, TICKET, Record, Store, Sweeps, Tidied, Tidies, closing, new_version
 
-#: Under this key stands who cleans up until when, then that it was done. No token leads there.
-TICKET = session_key("flask-gsession clean-up")
 NAME = "gsession-cleanup"
 
 _LEASE = 60_000  # milliseconds, after which who died while cleaning up is replaced
@@ -105,10 +102,10 @@ class CleanupWorker:
 
     def start(self, app: Flask) -> None:
         """Begin in this process now, not with its first request."""
-        self._worker(app).begin()
+        self._worker(app).start()
 
     def stop(self, app: Flask) -> None:
-        """End in this process, after the step that is under way."""
+        """End in this process, after the step that is under way, until ``start``."""
         self._worker(app).end()
 
     def run(self, app: Flask) -> float:
@@ -153,16 +150,23 @@ class _Worker:
             return
         self._end = closing(self, partial(_end, self._stop, thread))
 
+    def start(self) -> None:
+        """As ``begin``, also after ``end``."""
+        if self._stop.is_set():
+            self._pid = 0
+        self.begin()
+
     def end(self) -> None:
-        """Stop the thread of this process."""
+        """Stop the thread of this process; no request begins it again."""
         if self._end is not None and self._pid == getpid():
             self._end()
-        self._pid = 0
+        self._pid = getpid()
+        self._stop.set()
 
-    def run(self) -> float:
-        """As ``CleanupWorker.run``."""
+    def run(self, stop: threading.Event | None = None) -> float:
+        """As ``CleanupWorker.run``; ``stop`` ends it after a step."""
         try:
-            wait = self._run()
+            wait = self._run(stop or threading.Event())
         except Exception as error:
             self._failures += 1
             wait = min(self._interval, _FIRST_RETRY * 2 ** min(self._failures - 1, 20))
@@ -173,7 +177,7 @@ class _Worker:
             self._failures = 0
         return wait * random.uniform(1, 1 + _JITTER)
 
-    def _run(self) -> float:
+    def _run(self, stop: threading.Event) -> float:
         ticket = self._take_ticket()
         if ticket is None:
             return self._until_due()
@@ -182,7 +186,7 @@ class _Worker:
         try:
             for step in self._steps():
                 found.update(step.found)
-                if self._stop.wait(_BREATH):
+                if stop.wait(_BREATH):
                     break  # somebody else shall go on
                 ticket = self._renewed(ticket)
             else:
@@ -240,7 +244,7 @@ def _work(reference: weakref.ref[_Worker], stop: threading.Event) -> None:
         worker = reference()
         if worker is None:
             return
-        wait = worker.run()
+        wait = worker.run(stop)
         del worker
 
 

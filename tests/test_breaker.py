@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from flask_gsession.breaker import Circuit, guarded
+from flask_gsession.contrib import metrics
 from flask_gsession.errors import Gone, Stale, StoreUnavailable, UnreadableRecord
 from flask_gsession.events import CircuitClosed, CircuitOpened, Event, Events
-from flask_gsession.stores import StoreOptions, Sweeps, open_store
+from flask_gsession.stores import StoreOptions, Sweeps, base, open_store
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_record
 from tests.apps import Site, SiteMaker, until, within
@@ -280,6 +282,25 @@ def test_it_keeps_the_capabilities_of_the_store(drill: Drill) -> None:
     assert isinstance(memory, Sweeps)
     assert memory.sweep(1) == 0
     assert not isinstance(drill.guarded, Sweeps)
+
+
+PROTOCOLS = [
+    each for each in vars(base).values()
+    if getattr(each, "_is_protocol", False) and each.__module__ == base.__name__
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.__name__)
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///x", "redis://x", "mongodb://x/y"])
+def test_a_wrapped_store_can_do_what_the_store_can(protocol: Any, url: str) -> None:
+    store = open_store(url, StoreOptions())[0]
+    circled = guarded(store, FAILURES, PAUSE, TIMEOUT, Events())
+    figures = metrics._figures(CollectorRegistry())
+    timed = metrics._TimedStore(circled, figures, metrics._Up(figures, "session", None))
+    for wrapped in (circled, timed):
+        assert isinstance(wrapped, protocol) == isinstance(store, protocol)
+        for name in filter(lambda name: hasattr(store, name), vars(protocol)):
+            assert hasattr(wrapped, name), name
 
 
 class TestGuardedStore(StoreContract):

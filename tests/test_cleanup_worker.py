@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sqlite3
 import subprocess
@@ -19,11 +20,11 @@ from flask import Flask
 from prometheus_client import CollectorRegistry
 
 from flask_gsession import Session, SettingError, StoreUnavailable
-from flask_gsession.cleanup import NAME, TICKET, CleanupWorker
+from flask_gsession.cleanup import NAME, CleanupWorker
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.events import CleanedUp, CleanupFailed
-from flask_gsession.stores import Store, StoreOptions
-from flask_gsession.stores.base import Tidied
+from flask_gsession.stores import Counts, Store, StoreOptions
+from flask_gsession.stores.base import TICKET, Tidied
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, a_record
@@ -105,6 +106,22 @@ def test_it_cleans(site: Site) -> None:
     assert "1 sessions ended" in process.console.done("revoke", "--all", "--yes")
     process.run()
     assert len(process.runs) == 1
+
+
+def test_the_ticket_is_no_session(site: Site, tmp_path: Path) -> None:
+    process = Process(site.store.store, site.clock)
+    process.run()
+    store, console = site.store.store, process.console
+    assert store.load(TICKET) is not None
+    assert isinstance(store, Counts)
+    assert store.count() == 0
+    assert console.done("list") == ""
+    assert json.loads(console.done("stats", "--json"))["sessions"] == 0
+    assert "0 records exported" in console.done("export", str(tmp_path / "sessions.jsonl"))
+    assert "0 sessions ended" in console.done("revoke", "--all", "--yes")
+    assert "is no handle" in console.failed("show", TICKET, status=2)
+    assert "is no handle" in console.failed("revoke", TICKET, status=2)
+    assert store.load(TICKET) is not None
 
 
 def test_of_processes_that_start_together_one_cleans(site: Site) -> None:
@@ -292,6 +309,23 @@ def test_it_begins_with_a_request_and_ends_when_told(clock: FakeClock) -> None:
     process.worker.start(process.app)
     until(lambda: len(process.runs) == 2, "the second one")
     process.worker.stop(process.app)
+
+
+def test_a_stop_lasts_until_a_start(clock: FakeClock) -> None:
+    process = Process(InSteps(clock), clock)
+    client = process.app.test_client()
+    process.worker.stop(process.app)  # before the first request
+    client.get("/")
+    assert not a_thread()
+    process.worker.start(process.app)
+    until(lambda: process.runs, "a clean-up")
+    process.worker.stop(process.app)
+    until(lambda: not a_thread(), "its end")
+    client.get("/")
+    assert not a_thread()
+    clock.advance(2 * HOUR)
+    process.run()  # by a scheduler: to its end all the same
+    assert len(process.runs) == 2
 
 
 def test_a_stop_in_the_middle(clock: FakeClock) -> None:

@@ -84,7 +84,7 @@ def test_what_happens_is_counted(counted: Site) -> None:
     assert figure(figures, "operations_total", operation="load", status="ok") == 2
     assert figure(figures, "operation_duration_seconds_count", operation="load") == 2
     assert figure(figures, "request_seconds_count", endpoint="_do") == 4  # two asked nothing
-    assert figure(figures, "store_up") == 1
+    assert figure(figures, "store_up", session="session") == 1
 
 
 def test_an_expired_session_is_found_absent(counted: Site) -> None:
@@ -182,13 +182,43 @@ def test_an_outage_and_its_end(faulty: tuple[Flask, HookedStore]) -> None:
     store.before("save", fail)
     assert client.get("/").status_code == 503
     figures = read(app)
-    assert figure(figures, "store_up") == 0
+    assert figure(figures, "store_up", session="session") == 0
     assert figure(figures, "operations_total", operation="save", status="unavailable") == 1
     assert figure(figures, "operation_duration_seconds_count", operation="save") == 1
     assert figure(figures, "writes_dropped_total", reason="store unavailable") == 1
     store._hooks.clear()
     assert client.get("/").status_code == 200
-    assert figure(read(app), "store_up") == 1
+    assert figure(read(app), "store_up", session="session") == 1
+
+
+def test_a_healthy_store_hides_no_dead_one() -> None:
+    registry = CollectorRegistry()
+    stores: list[HookedStore] = []
+
+    def counted_app(cookie: str) -> Flask:
+        app = Flask(__name__)
+        app.secret_key = "a key for tests"
+        stores.append(HookedStore(MemoryStore()))
+        Session(app, store=stores[-1], cookie_name=cookie)
+        SessionMetrics(app, registry=registry, count_every=None)
+        app.add_url_rule("/", view_func=lambda: session.update(a=1) or "")
+        return app
+
+    def up(cookie: str) -> float | None:
+        return registry.get_sample_value("gsession_store_up", {"session": cookie})
+
+    def fail() -> None:
+        raise StoreUnavailable("pulled the plug")
+
+    apps = [counted_app(cookie) for cookie in ("one", "one", "two")]
+    assert (up("one"), up("two")) == (1, 1)
+    stores[0].before("create", fail)
+    for app in apps:
+        app.test_client().get("/")
+    assert (up("one"), up("two")) == (0, 1)
+    stores[0]._hooks.clear()
+    apps[0].test_client().get("/")
+    assert (up("one"), up("two")) == (1, 1)
 
 
 def test_contention_is_no_outage(faulty: tuple[Flask, HookedStore]) -> None:
@@ -200,7 +230,7 @@ def test_contention_is_no_outage(faulty: tuple[Flask, HookedStore]) -> None:
     store.before("create", fail)
     assert app.test_client().get("/").status_code == 503
     figures = read(app)
-    assert figure(figures, "store_up") == 1
+    assert figure(figures, "store_up", session="session") == 1
     assert figure(figures, "operations_total", operation="create", status="unavailable") == 1
 
 
@@ -312,7 +342,7 @@ def test_a_store_that_cannot_be_counted(caplog: pytest.LogCaptureFixture) -> Non
     store.fails = False
     until(lambda: live(app) == 1, "a figure again")
     assert caplog.text.count("could not be counted: ") == 1
-    assert figure(read(app), "store_up") == 1
+    assert figure(read(app), "store_up", session="session") == 1
 
 
 def test_the_counting_ends_with_the_application() -> None:
@@ -476,7 +506,7 @@ def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: s
     assert figure(page, "sessions_total", event="created") == made
     assert figure(page, "operations_total", operation="create", status="ok") == made
     assert figure(page, "request_seconds_count", endpoint="login") == made
-    assert figure(page, "store_up") == 1
+    assert figure(page, "store_up", session="session") == 1
     assert page["gsession_circuits_open{'operations': 'loads'}"] == 0
 
 

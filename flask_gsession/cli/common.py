@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 import click
 from flask import current_app
 
-from ..cleanup import TICKET
 from ..errors import StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
@@ -128,7 +127,7 @@ def pages(store: Scans, begins: str = "") -> Iterator[Page]:
         page = patiently(store.scan, cursor, limit, begins)
         size = sum(len(record.payload) for record in page.records)
         limit = max(1, min(2 * limit, _LONGEST_PAGE, limit * _PAGE_BYTES // max(1, size)))
-        records = [each for each in page.records if is_session_key(each.key) and each.key != TICKET]
+        records = [each for each in page.records if is_session_key(each.key)]
         unreadable = [key for key in page.unreadable if is_session_key(key)]
         yield page._replace(records=records, unreadable=unreadable)
         cursor = page.cursor

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from os import getpid
@@ -66,7 +67,7 @@ from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
 from ..stores import Counts
-from ..stores.base import LEFTOVERS
+from ..stores.base import LEFTOVERS, pass_on
 
 NAME = "gsession-metrics"
 
@@ -76,7 +77,6 @@ _TIMED = (
     *("write_frame", "read_frame", "renew_blobs", "discard_blobs"),
     *("acquire", "extend", "release"),
 )
-_UNTIMED = ("close", "peek", "sweep", "scan", "tidy", "wait_for_release")
 _STATUSES: dict[type[BaseException], str] = {
     Gone: "gone",
     Stale: "stale",
@@ -156,7 +156,9 @@ class SessionMetrics:
         figures = _figures(self._registry_for(app))
         keeper = interfaces[ext].keeper
         store: Any = keeper.store
-        timed: Any = _TimedStore(store, figures)
+        live = self._live_count(interfaces[ext], figures)
+        up = _Up(figures, keeper.settings.cookie_name, live)
+        timed: Any = _TimedStore(store, figures, up)
         keeper.store = timed
         if keeper.spill is not None and keeper.spill.blobs is store:
             keeper.spill.blobs = timed
@@ -168,16 +170,14 @@ class SessionMetrics:
             ext.on(kind, _circuit(reference, figures, is_open))
         if not counted:
             app.teardown_request(figures.observe_request)
-        counted[ext] = self._count_live(interfaces[ext], figures)
+        counted[ext] = live
 
-    def _count_live(self, interface: GSessionInterface, figures: _Figures) -> _LiveCount | None:
+    def _live_count(self, interface: GSessionInterface, figures: _Figures) -> _LiveCount | None:
         if self._count_every is None or not isinstance(interface.store, Counts):
             return None
         cookie = interface.keeper.settings.cookie_name
         gauge = partial(figures.live.labels, cookie)  # no series before there is a figure
-        live = _LiveCount(interface.store, gauge, self._count_every)
-        figures.counting(live)
-        return live
+        return _LiveCount(interface.store, gauge, self._count_every)
 
     def _registry_for(self, app: Flask) -> CollectorRegistry:
         if self._metrics is not None:
@@ -235,8 +235,9 @@ class _Figures:
             "endpoint",
         )
         self.up = gauge(
-            "store_up", "Whether the store answered the last call, in every process", "livemin"
-        )
+            "store_up", "Whether the store answered the last call, in every process", "livemin",
+            "session",
+        )  # fmt: skip
         self.live = gauge(
             "sessions_live", "About how many sessions are live", "livemostrecent", "session"
         )
@@ -307,32 +308,39 @@ class _Figures:
             dropped.labels(reason)
         for reason in ("too many waiters", "wait over"):
             locks.labels(reason)
-        self.up.set(1)
-        self.is_up = True
-        self.pid = 0  # of the process that began to count
-        self._live: WeakSet[_LiveCount] = WeakSet()
-
-    def counting(self, live: _LiveCount) -> None:
-        """Let this begin with the next call of a store."""
-        self._live.add(live)
-        self.pid = 0
-
-    def answered(self, up: bool) -> None:
-        """The store was asked, and did or did not answer."""
-        if self.pid != getpid():
-            self.pid = getpid()
-            self.up.set(up)
-            for live in list(self._live):
-                live.begin()
-        elif up is not self.is_up:
-            self.up.set(up)
-        self.is_up = up
+        self.stores: dict[str, WeakSet[_Up]] = defaultdict(WeakSet)  # by the cookie
 
     def observe_request(self, error: BaseException | None) -> None:
         """At the end of a request: what it spent on the store."""
         seconds = request.environ.pop(_SECONDS, None)
         if seconds is not None:
             self._requests.labels(request.endpoint or "").observe(seconds)
+
+
+class _Up:
+    """Whether a store answers. The gauge is of all the stores of sessions with this cookie."""
+
+    def __init__(self, figures: _Figures, cookie: str, live: _LiveCount | None) -> None:
+        self._gauge = figures.up.labels(cookie)
+        self._stores = figures.stores[cookie]
+        self._live = live
+        self.pid = 0  # of the process that began to count
+        self.is_up = True
+        self._stores.add(self)
+        self._tell()
+
+    def answered(self, up: bool) -> None:
+        """The store was asked, and did or did not answer."""
+        begins = self.pid != getpid()
+        changes = up is not self.is_up
+        self.pid, self.is_up = getpid(), up
+        if begins or changes:
+            self._tell()
+        if begins and self._live is not None:
+            self._live.begin()
+
+    def _tell(self) -> None:
+        self._gauge.set(all(store.is_up for store in list(self._stores)))
 
 
 class _LiveCount:
@@ -410,22 +418,20 @@ class _CountedEvents(Events):
 class _TimedStore:
     """Has every method of the contract and of the capabilities that the store has."""
 
-    def __init__(self, store: object, figures: _Figures) -> None:
+    def __init__(self, store: object, figures: _Figures, up: _Up) -> None:
         for name in _TIMED:
             if hasattr(store, name):
                 operation = "delete" if name == "pop" else name
-                setattr(self, name, _timed(getattr(store, name), operation, figures))
-        for name in _UNTIMED:
-            if hasattr(store, name):
-                setattr(self, name, getattr(store, name))
+                setattr(self, name, _timed(getattr(store, name), operation, figures, up))
+        pass_on(self, store)
 
 
-def _timed(call: Callable[..., Any], name: str, figures: _Figures) -> Callable[..., Any]:
+def _timed(call: Callable[..., Any], name: str, figures: _Figures, up: _Up) -> Callable[..., Any]:
     observe = figures.durations.labels(name).observe
     ok = figures.operations.labels(name, "ok").inc
     absent = figures.operations.labels(name, "absent").inc if name == "load" else ok
     figures.operations.labels(name, "unavailable")  # begins at 0, for rates
-    answered = figures.answered
+    answered = up.answered
 
     def timed(*arguments: Any) -> Any:
         start = perf_counter()
@@ -443,7 +449,7 @@ def _timed(call: Callable[..., Any], name: str, figures: _Figures) -> Callable[.
             absent()
         else:
             ok()
-        if not figures.is_up or figures.pid != getpid():
+        if not up.is_up or up.pid != getpid():
             answered(True)
         return answer
 

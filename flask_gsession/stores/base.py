@@ -26,6 +26,9 @@ MORE = "more"  # the cursor of a clean-up that need not know where it was
 WAITER_LIFE = 2000  # milliseconds after which who waits for a lease and does not ask is dropped
 ASK_AGAIN = 700  # milliseconds, at most, between two times of asking
 COUNT_ALL = 2000  # sessions up to which they are counted one by one
+#: Under this key stands who cleans up until when, then that it was done. It is no session's: its
+#: last letter is none that a digest ends with.
+TICKET = "flask-gsession-clean-up".ljust(KEY_LENGTH, "-")
 _LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
 _NO_KEY_CHARACTERS = dict.fromkeys(map(ord, f"{ascii_letters}{digits}-_"))
 
@@ -181,7 +184,7 @@ class Scans(Protocol):
 
 def is_session_key(text: str) -> bool:
     """Whether ``text`` can be a session's key: 43 characters of ``A-Z a-z 0-9 - _``."""
-    return len(text) == KEY_LENGTH and not text.translate(_NO_KEY_CHARACTERS)
+    return len(text) == KEY_LENGTH and not text.translate(_NO_KEY_CHARACTERS) and text != TICKET
 
 
 class Tidied(NamedTuple):
@@ -410,6 +413,18 @@ def tell_trip() -> None:
     trips = _trips.get()
     if trips is not None:
         trips.count = (trips.count or 0) + 1
+
+
+def pass_on(wrapper: object, store: object) -> None:
+    """Give ``wrapper`` every public method of ``store`` that it has not: what the store can do.
+
+    As attributes of its own, by which ``isinstance`` knows a capability.
+    """
+    for name in dir(store):
+        if not name.startswith("_") and not hasattr(wrapper, name):
+            method = getattr(store, name)
+            if callable(method):
+                setattr(wrapper, name, method)
 
 
 def poll(ready: Callable[[], bool], seconds: float) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
-from .base import MAX_POINTERS, Lease, Page, Record, StoreOptions, Tidied, milliseconds
+from .base import MAX_POINTERS, TICKET, Lease, Page, Record, StoreOptions, Tidied, milliseconds
 
 _NOBODYS = Lease()
 
@@ -105,7 +105,8 @@ class MemoryStore:
     def count(self) -> int:
         now = milliseconds(self._clock)
         with self._lock:
-            return sum(record.is_live(now) for record in self._records.values())
+            live = sum(record.is_live(now) for record in self._records.values())
+            return live - (TICKET in self._records and self._records[TICKET].is_live(now))
 
     def sweep(self, limit: int) -> int:
         """Remove expired records, oldest first, looking at no more than ``limit`` of them.

@@ -49,6 +49,7 @@ from ..events import logger
 from .base import (
     COUNT_ALL,
     MAX_POINTERS,
+    TICKET,
     WAITER_LIFE,
     Finding,
     Lease,
@@ -68,6 +69,7 @@ COLLECTION = "gsession"
 BLOBS = "gsession_blobs"
 DATABASE = "gsession"
 
+_AT_ONCE = 1000  # documents that a step of a clean-up looks at, at most: it has one call's time
 _SAMPLE = 500  # documents, whatever their number
 _READ_CONCERNS = ("local", "majority", "linearizable")
 _HINTS = {
@@ -431,6 +433,7 @@ class MongoDBStore:
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         """Removes what the TTL index leaves: what has no date, and all where there is no index."""
         with self._collection("tidy") as collection:
+            limit = min(limit, _AT_ONCE)
             ids, end = self._ids(collection, cursor, limit)
             ours = [name for name in ids if is_session_key(name[len(self._prefix) :])]
             found = {}
@@ -480,7 +483,11 @@ class MongoDBStore:
         """About how many sessions are live: beyond a few, from the size and a random sample."""
         now = DatetimeMS(self._now())
         ours = {
-            "_id": {"$gt": self._prefix, "$lt": self._prefix + "\x7f"},
+            "_id": {
+                "$gt": self._prefix,
+                "$lt": self._prefix + "\x7f",
+                "$ne": self._prefix + TICKET,
+            },
             "successor": None,
             "idle_expires_at": {"$gt": now},
         }

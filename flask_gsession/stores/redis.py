@@ -53,6 +53,7 @@ from .base import (
     ASK_AGAIN,
     COUNT_ALL,
     MAX_POINTERS,
+    TICKET,
     WAITER_LIFE,
     Finding,
     Lease,
@@ -350,12 +351,15 @@ class RedisStore:
             return self._call(deadline, _as_it_is, name, packed(*words))
 
         start = f"{self._prefix}{{".encode()
+        ticket = start + f"{TICKET}}}".encode()
         cursor = b"0"
         seen = ours = 0
         for _ in range(_SCANS):
             cursor, keys = ask(b"SCAN", cursor, b"COUNT", b"%d" % (COUNT_ALL // _SCANS))
             seen += len(keys)
-            ours += sum(key.startswith(start) and key.endswith(b"}") for key in keys)
+            ours += sum(
+                key.startswith(start) and key.endswith(b"}") and key != ticket for key in keys
+            )
             if cursor == b"0":
                 return int(ours)
         # What comes first in a scan is a fair sample: keys lie by their hash.

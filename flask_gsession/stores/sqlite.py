@@ -36,6 +36,7 @@ from .base import (
     COUNT_ALL,
     MAX_POINTERS,
     MORE,
+    TICKET,
     Finding,
     Lease,
     Page,
@@ -264,8 +265,9 @@ class SQLiteStore:
             if live <= COUNT_ALL:
                 # The unary plus keeps SQLite to the index of the expiry.
                 (live,) = db.execute(
-                    f"SELECT count(*) FROM gsession WHERE {_LIVE} AND +key > ? AND +key < ?",
-                    (now, *ours),
+                    f"SELECT count(*) FROM gsession WHERE {_LIVE} "
+                    "AND +key > ? AND +key < ? AND +key <> ?",
+                    (now, *ours, self._prefix + TICKET),
                 ).fetchone()
                 return int(live)
             # Of each index alone, without a look at the rows: those under other prefixes are
