@@ -14,7 +14,7 @@ from redis import Redis
 
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
-from flask_gsession.stores import StoreOptions
+from flask_gsession.stores import StoreOptions, mongodb
 from flask_gsession.stores.base import Tidied
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import MongoDBStore
@@ -211,6 +211,19 @@ def test_leftovers_on_mongodb(mongodb_url: str, store_prefix: str, clock: FakeCl
     store.close()
 
 
+def test_no_step_takes_a_mongodb_too_long(
+    mongodb_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mongodb, "_AT_ONCE", 2)
+    store = MongoDBStore(mongodb_url, StoreOptions(prefix=store_prefix, clock=clock, timeout=10))
+    for _ in range(3):
+        store.create(a_record(clock))
+    step = store.tidy("", 10_000)
+    assert step.seen == 2
+    assert store.tidy(step.cursor, 10_000).seen == 1
+    store.close()
+
+
 def test_leftovers_on_sqlite(sqlite_url: str, clock: FakeClock) -> None:
     path = sqlite_url.removeprefix("sqlite:///")
     store = SQLiteStore(path, StoreOptions(clock=clock))
@@ -286,6 +299,33 @@ def test_all_sessions_of_an_application() -> None:
     assert console.done("cleanup", "--session", "second") == (
         "second: 0 expired sessions removed\n"
     )
+
+
+class Down(Counting):
+    """One that fails in its second step."""
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        if cursor:
+            raise StoreUnavailable("pulled the plug")
+        return Tidied({"orphaned locks": 3}, 3, "on")
+
+
+def test_one_that_is_down_keeps_no_other_from_it() -> None:
+    console = Console(Counting(1))
+    Session(console.app, store=Down(0), cookie_name="second")
+    Session(console.app, store=Counting(2), cookie_name="third")
+    result = console.run("cleanup")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "session: 1 expired sessions removed", "third: 2 expired sessions removed",
+    ]  # fmt: skip
+    assert "second: the store failed after 0 expired sessions removed, 3" in result.stderr
+    result = console.run("cleanup", "--json")
+    assert result.exit_code == 1
+    rows = json.loads(result.stdout)
+    assert [row["session"] for row in rows] == ["session", "second", "third"]
+    assert rows[1]["found"] == {"orphaned locks": 3}
+    assert ["pulled the plug" in row.get("error", "") for row in rows] == [False, True, False]
 
 
 # -- what cannot be

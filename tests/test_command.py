@@ -80,6 +80,41 @@ def handles(site: Site, number: int) -> list[str]:
 # -- what there is
 
 
+@pytest.mark.parametrize(("target", "why"), [("&-", "is closed"), ("/dev/full", "No space left")])
+def test_nobody_takes_what_it_prints(sqlite_url: str, target: str, why: str) -> None:
+    console = Console(sqlite_url)
+    with console.app.test_client().session_transaction() as session:
+        session["a"] = 1
+    code = (
+        "import sys; from flask.cli import ScriptInfo; "
+        "from tests.test_command import Console, gsession; "
+        "console = Console(sys.argv[1]); "
+        "info = ScriptInfo(create_app=lambda: console.app); "
+        "gsession.main(['list'], 'gsession', obj=info)"
+    )
+    run = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" "$2" >{target}', sys.executable, code, sqlite_url],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.returncode == 1, run.stderr
+    assert why in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_a_key_that_holds_a_secret(site: Site, console: Console) -> None:
+    visitor = site.visitor()
+    state = "Ab1" + "x9Y" * 10
+    names = [f"_state_google_{state}{last}" for last in "12"]
+    visitor.run(lambda session: session.update(dict.fromkeys(names, 1)))
+    handle = visitor.run(lambda session: session.handle)
+    for options in ((), ("--json",)):
+        assert state not in console.done("show", handle, *options)
+    keys = json.loads(console.done("show", handle, "--json"))["keys"]
+    assert len(keys) == 2
+    assert all(name.startswith("_state_google_"[:4]) for name in keys)
+
+
 def test_list(site: Site, console: Console) -> None:
     assert console.done("list") == ""
     made = handles(site, 5)

@@ -86,6 +86,15 @@ def test_from_each_store_and_to_each_store(site: Site, elsewhere: Site, file: Pa
     assert [visitor.run(lambda session: session.get("n")) for visitor in visitors] == [0, 1, 20]
 
 
+def test_what_else_is_in_the_folder_stays(elsewhere: Site, file: Path) -> None:
+    other = file.with_name(f"{file.name}.part")
+    other.write_text("somebody else's")
+    console_of(elsewhere).done("export", str(file))
+    assert other.read_text() == "somebody else's"
+    assert {path.name for path in file.parent.glob("*.part")} == {other.name}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
 def test_twice_is_as_good_as_once(site: Site, elsewhere: Site, file: Path) -> None:
     visitors = [elsewhere.visitor() for _ in range(3)]
     for visitor in visitors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 
 import click
@@ -47,16 +48,37 @@ def cleanup(batch: int, dry_run: bool, cursor: str, cookie: str | None, as_json:
     is called again.
     """
     interfaces_ = [chosen(cookie)] if cookie or cursor else list(interfaces().values())
-    rows = [_clean(interface, batch, dry_run, cursor, as_json) for interface in interfaces_]
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
+    rows: list[dict[str, object]] = []
+    failed = False
+    try:
+        for interface in interfaces_:
+            found: Counter[str] = Counter()
+            row = {"session": name_of(interface), "dry_run": dry_run, "found": found}
+            rows.append(row)
+            try:
+                _clean(interface, batch, dry_run, cursor, as_json, found)
+            except click.UsageError:
+                rows.clear()
+                raise
+            except click.ClickException as error:  # the others have nothing to do with it
+                error.show()
+                row["error"] = error.message
+                failed = True
+    finally:
+        if as_json and rows:
+            click.echo(json.dumps(rows, indent=2))
+    sys.exit(failed)
 
 
 def _clean(
-    interface: GSessionInterface, batch: int, dry_run: bool, cursor: str, quiet: bool
-) -> dict[str, object]:
+    interface: GSessionInterface,
+    batch: int,
+    dry_run: bool,
+    cursor: str,
+    quiet: bool,
+    found: Counter[str],
+) -> None:
     name, store, files = name_of(interface), interface.store, interface.keeper.files
-    found: Counter[str] = Counter()
     name_store(interface)
     if not has_leftovers(store) and files is None:
         text = "nothing to do, this store lets go of expired sessions itself"
@@ -85,7 +107,6 @@ def _clean(
         text = _text(found, dry_run)
     if not quiet:
         click.echo(f"{name}: {text}")
-    return {"session": name, "dry_run": dry_run, "found": dict(found)}
 
 
 def _text(found: Counter[str], dry_run: bool) -> str:

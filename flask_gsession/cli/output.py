@@ -52,7 +52,7 @@ def _plain(names: Sequence[str], numbers: Sequence[bool], rows: list[Sequence[st
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar on the terminal's error output; gives what is called with each further number done."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda number: None
         return
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import islice
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from ..errors import LogoutUnconfirmed, UnreadableRecord
 from ..events import SessionRevoked
 from ..interface import GSessionInterface
 from ..marks import split
+from ..redaction import shown_name
 from ..references import reference_in, refers
 from ..stores import Record
 from .common import (
@@ -132,7 +133,7 @@ def show(handle: str, cookie: str | None, as_json: bool) -> None:
         facts["permanent"] = keeper.is_permanent(loaded.body.values)
         for name, raw in loaded.body.values.items():
             expires_at = split(raw)[0].expires_at
-            contents[name] = {
+            contents[_label(name, contents)] = {
                 "bytes": reference_in(raw).length if refers(raw) else len(raw),
                 "expires_at": moment(expires_at) if expires_at else None,
             }
@@ -142,6 +143,16 @@ def show(handle: str, cookie: str | None, as_json: bool) -> None:
         _print(facts, contents, record, keeper.now())
     if problem:
         raise click.ClickException(problem)
+
+
+def _label(name: str, taken: Container[str]) -> str:
+    """What a key is called here: some packages put a secret into the very name."""
+    shown = label = shown_name(name)
+    number = 1
+    while label in taken:
+        number += 1
+        label = f"{shown} ({number})"
+    return label
 
 
 def _print(
@@ -158,7 +169,7 @@ def _print(
     if contents:
         click.echo()
         rows = [
-            (ascii(name)[1:-1], str(each["bytes"]), str(each["expires_at"] or "with the session"))
+            (name, str(each["bytes"]), str(each["expires_at"] or "with the session"))
             for name, each in contents.items()
         ]
         table(["key", "bytes#", "expires_at"], rows)

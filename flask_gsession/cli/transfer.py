@@ -139,11 +139,11 @@ def _output(file: Path | None) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    part = file.with_name(f"{file.name}.part")
+    part: Path | None = None
     try:
-        part.unlink(missing_ok=True)  # of an export that was killed
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with open(os.open(part, flags, 0o600), "wb") as out:
+        descriptor, name = tempfile.mkstemp(".part", f".{file.name[:40]}.", file.parent)  # 0600
+        part = Path(name)
+        with open(descriptor, "wb") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())
@@ -151,7 +151,8 @@ def _output(file: Path | None) -> Iterator[BinaryIO]:
     except OSError as error:
         raise click.ClickException(f"{file}: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 @click.command("import")
