@@ -65,6 +65,7 @@ bench: $(VENV)/with-bench ## Measure side by side with Flask-Session
 
 faults: $(VENV)/with-bench ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
 	$(PY) -m faults $(FAULTS_ARGS)
+	$(if $(FAULTS_ARGS),,$(PY) -m faults.cleaning)
 
 dashboard: $(VENV)/with-bench prometheus ## Draw the dashboard's queries from a real Prometheus
 	$(PY) -m benchmarks.dashboard

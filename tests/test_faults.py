@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("flask_session", reason="the fault harness needs the extra 'bench'")
 
 from faults import __main__ as command
-from faults import report
+from faults import cleaning, report
 from faults.broken import BREAKS
 from faults.history import Kind, Operation, Outcome, Verdict, check, value_of
 from faults.inject import FAULTS, Fault
@@ -330,6 +330,14 @@ def test_nothing_is_lost(mode: Mode, fault: str) -> None:
         if struck and verdict.ok > 50 and verdict.acknowledged > 20 and verdict.ended:
             return
     raise AssertionError(f"too little happened: {verdict}")
+
+
+def test_many_sessions_are_cleaned_up_in_small_steps() -> None:
+    """`python -m faults.cleaning` does it with a million, where nobody else needs the machine."""
+    figures = cleaning.measure(20_000)
+    assert cleaning.problems(figures, 20_000, longest_step=10_000) == []
+    assert "scan" in figures.commands
+    assert "it said KEYS" in cleaning.problems(figures._replace(commands={"keys"}), 20_000)
 
 
 CAUGHT = {
