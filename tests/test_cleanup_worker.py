@@ -103,7 +103,7 @@ def test_it_cleans(site: Site) -> None:
         assert len(site.stored()) == 2  # with the ticket
     # The ticket is no session.
     assert process.console.done("list").count("\n") == 1
-    assert "1 sessions ended" in process.console.done("revoke", "--all", "--yes")
+    assert "1 session ended" in process.console.done("revoke", "--all", "--yes")
     process.run()
     assert len(process.runs) == 1
 
