@@ -160,7 +160,7 @@ def _output(file: Path | None) -> Iterator[BinaryIO]:
 @click.option("--overwrite", is_flag=True, help="Also what was changed in this store since.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read here.")
 @click.option("--skip", type=click.IntRange(0), default=0, help="Begin after so many records.")
-@click.option("--dry-run", is_flag=True, help="Look at FILE and at the store, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Look at FILE and the store; import nothing.")
 @session_option
 @json_option
 @with_appcontext

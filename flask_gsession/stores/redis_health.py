@@ -90,7 +90,8 @@ def _persistence(about: About) -> Iterator[Finding]:
             "warning",
             "persistence",
             "no append-only file",
-            "A crash logs out everybody since the last snapshot: appendonly yes prevents it.",
+            "A crash logs out everybody who came after the last snapshot, if there is one: "
+            "appendonly yes prevents it.",
         )
 
 
