@@ -141,6 +141,10 @@ def facts_of(
         facts["bytes"] = len(record.payload)
         facts["idle_left"] = (record.idle_expires_at - now) / 1000
         facts["absolute_left"] = (record.absolute_expires_at - now) / 1000
+    else:
+        for event in trace.events:
+            if isinstance(event, SessionDestroyed):
+                facts["handle"] = event.handle
     facts["read"] = [
         _about(session, key, trace.read[key], with_value=key not in trace.written)
         for key in _some(trace.read)
@@ -342,6 +346,7 @@ def as_text(facts: Facts) -> str:
 
     if "handle" in facts:
         line("handle", facts["handle"])
+    if "bytes" in facts:
         line(
             "lifetime",
             f"ends in {_span(facts['idle_left'])} unless it is used, "

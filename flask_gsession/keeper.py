@@ -271,11 +271,12 @@ class Keeper:
         self._renew_blobs(body, idle_end)
         return self.store.renew(record, idle_end)
 
-    def delete(self, key: str) -> bool:
+    def delete(self, key: str, ordered: Callable[[int], None] | None = None) -> bool:
         """End the session under ``key``, through pointers, and its large values with it.
 
-        Whether there was one. One round trip, one more where it had large values. Raises what
-        ``Store.delete`` raises.
+        ``ordered`` is called with the end of an order to debug it, where it has one. Returns
+        whether there was a session. One round trip, one more where it had large values. Raises
+        what ``Store.delete`` raises.
         """
         if not self._pops:
             names = set() if self.spill is None else self._large_values_of(key)
@@ -289,6 +290,8 @@ class Keeper:
             body = self._payloads.unpack(record.key, record.payload)
         except UnreadableRecord:
             return True  # what it referred to, if anything, expires
+        if ordered is not None and body.debug_until is not None:
+            ordered(body.debug_until)
         if body.spilled:
             self.discard(names_in(body.values.values()), 0)
         return True

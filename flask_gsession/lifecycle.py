@@ -118,15 +118,15 @@ class Lifecycle:
         self._keeper = TracedKeeper(self._keeper, trace)
         self._tracked = partial(TracedValues, trace)
 
-    def _heed_order(self, until: int, seconds: float) -> None:
-        """The session that was loaded, in so many seconds, is to be debugged until then."""
+    def _heed_order(self, operation: str, began: float, until: int) -> None:
+        """The session that was met by this operation of the store is to be debugged until then."""
         if until <= self._keeper.now():
             return
         self._debug_until = until
         if self._trace is None:
             self._start_trace(Trace(by_order=True))
             assert self._trace is not None
-            self._trace.calls.append(Call("load", seconds, None))
+            self._trace.calls.append(Call(operation, time.perf_counter() - began, None))
 
     def _forget(self) -> None:
         """Hold no session: as at the start, but for what the client is to be told."""
@@ -181,7 +181,7 @@ class Lifecycle:
                     self._found = True
                     self._record, body = loaded
                     if body.debug_until is not None:
-                        self._heed_order(body.debug_until, time.perf_counter() - began)
+                        self._heed_order("load", began, body.debug_until)
                     if body.marked:
                         self._values = self._track(body)
                     else:
@@ -337,8 +337,9 @@ class Lifecycle:
             key = session_key(presented.checked.token)
         unconfirmed: LogoutUnconfirmed | None = None
         if key is not None:
+            ordered = partial(self._heed_order, "pop", time.perf_counter())
             try:
-                ended = self._keeper.delete(key)
+                ended = self._keeper.delete(key, ordered)
             except UnreadableRecord as error:
                 self._keeper.refused(error.reason, key, error.detail)
                 ended = False

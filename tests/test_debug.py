@@ -576,6 +576,28 @@ def test_one_session_is_debugged(
     assert found.body.debug_until is None
 
 
+@pytest.mark.parametrize("look", [True, False], ids=["loaded", "not-loaded"])
+def test_a_logout_is_logged_by_order(make_site: SiteMaker, log: Log, look: bool) -> None:
+    site = make_site()
+    visitor = site.visitor()
+    visitor.run(fill)
+    handle = record_of(site, visitor).key
+    order(site, handle)
+
+    def logout(session: Any) -> None:
+        if look:
+            session.get("cart")
+        session.destroy()
+
+    visitor.run(logout)
+    (record,) = log.records()
+    facts = log.facts()
+    assert (record.levelname, facts["state"], facts["handle"]) == ("INFO", "ended", handle)
+    assert [call["operation"] for call in facts["calls"]] == [*["load"] * look, "pop"]
+    assert f"  handle     {handle}\n" in record.getMessage()
+    assert site.stored() == {}
+
+
 def test_an_order_and_a_write_at_once_both_stand(make_site: SiteMaker, log: Log) -> None:
     site = make_site(encryption_keys="x" * 43)
     visitor = site.visitor()
