@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
 import sqlite3
@@ -488,6 +489,22 @@ def test_a_full_redis(own_redis: RedisServer, redis_admin: Any) -> None:
             assert_unavailable(ask_in_time(site.visitor(), WRITE))
             assert served(visitor, dict) == {"a": 0}
             assert visitor.ask(lambda session: session.destroy()).status_code == 200
+        finally:
+            redis_admin.config_set("maxmemory", 0)
+        served(visitor, WRITE)
+
+
+def test_a_large_value_in_a_full_redis(own_redis: RedisServer, redis_admin: Any) -> None:
+    with site_on(own_redis) as site:
+        visitor = served_with(site, a=0, photo=b"old" * 10_000)
+        redis_admin.config_set("maxmemory-policy", "noeviction")
+        redis_admin.config_set("maxmemory", "1mb")
+        try:
+            assert_unavailable(
+                ask_in_time(visitor, lambda s: s.attach("photo", io.BytesIO(b"new" * 200_000)))
+            )
+            assert_unavailable(ask_in_time(visitor, lambda s: s.update(photo=b"new" * 200_000)))
+            assert served(visitor, dict) == {"a": 0, "photo": b"old" * 10_000}
         finally:
             redis_admin.config_set("maxmemory", 0)
         served(visitor, WRITE)
