@@ -95,16 +95,23 @@ class Spill:
     def frame(self, reference: Reference, number: int) -> bytes:
         """One frame of the content. Raises ``ValueLost`` and ``StoreUnavailable``."""
         last = number == reference.frames - 1
+        return self._open(reference, number, last, self._stored(reference, number, last)[1])
+
+    def stored(self, reference: Reference) -> Iterator[tuple[int, bytes]]:
+        """The frames as they are kept, and the offset of each. Raises as ``frame``."""
+        for number in range(reference.frames):
+            yield self._stored(reference, number, number == reference.frames - 1)
+
+    def _stored(self, reference: Reference, number: int, last: bool) -> tuple[int, bytes]:
         size = reference.length - number * reference.frame if last else reference.frame
         overhead = _OVERHEAD[reference.sealed]
-        stored = self.blobs.read_frame(
-            reference.name, number * (reference.frame + overhead), size + overhead
-        )
+        offset = number * (reference.frame + overhead)
+        stored = self.blobs.read_frame(reference.name, offset, size + overhead)
         if stored is None:
             raise ValueLost("truncated" if number else "missing")
         if len(stored) != size + overhead:
             raise ValueLost("truncated" if len(stored) < size + overhead else "altered")
-        return self._open(reference, number, last, stored)
+        return offset, stored
 
     def read(self, reference: Reference) -> bytes:
         """The whole content. Raises ``ValueLost`` and ``StoreUnavailable``."""

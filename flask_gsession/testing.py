@@ -303,6 +303,17 @@ class StoreContract:
             store.create(later)
             assert store.load(record.key) == later
 
+    def test_create_takes_it_also_for_the_same_version(self) -> None:
+        """As an import may, of a record that has expired here and was used elsewhere."""
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            clock.advance(10)
+            store.create(record._replace(idle_expires_at=record.idle_expires_at + 20_000))
+            there = store.load(record.key)
+            assert there is not None
+            assert there.idle_expires_at == record.idle_expires_at + 20_000
+
     def test_create_may_be_repeated(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock)

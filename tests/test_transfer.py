@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -149,13 +150,36 @@ def test_the_expired_are_left_out(site: Site, elsewhere: Site, file: Path) -> No
     assert site.stored() == {}
 
 
-def test_large_values_stay_behind_and_that_is_said(elsewhere: Site, file: Path) -> None:
-    elsewhere.visitor().run(lambda session: session.update(a=1))
+def test_large_values_move_too(site: Site, elsewhere: Site, file: Path) -> None:
+    photo, rows = bytes(range(256)) * 2500, ["a row of many"] * 5000
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(rows=rows, a=1))
+    visitor.run(lambda session: session.attach("photo", io.BytesIO(photo)))  # three frames
+    assert moved(site, elsewhere, file) == "session: 1 imported\n"
+    guest = elsewhere.visitor(visitor.cookie)
+    assert guest.run(dict) == {"rows": rows, "a": 1, "photo": photo}
+    site.clock.advance(3600)
+    guest.run(lambda session: session.update(a=2))
+    for options, expected in ((), 2), (("--overwrite",), 1):
+        # None of them shortens the time of what is in use.
+        console_of(elsewhere).done("import", str(file), *options)
+        site.clock.advance(1000)
+        assert guest.run(lambda session: (session["a"], session["photo"])) == (expected, photo)
+    site.clock.advance(3600)
+    assert guest.run(dict) == {"rows": rows, "a": 1, "photo": photo}
+    console_of(site).done("revoke", "--all", "--yes")
+    assert moved(elsewhere, site, file) == "session: 1 imported\n"
+    assert visitor.run(dict) == {"rows": rows, "a": 1, "photo": photo}
+
+
+def test_a_large_value_that_is_lost_is_said_and_ends_with_1(elsewhere: Site, file: Path) -> None:
     for _ in range(2):
         elsewhere.visitor().run(lambda session: session.update(a=1, large="x" * 100_000))
+    store: Any = elsewhere.store.store
+    store.discard_blobs([next(iter(store._blobs))], 0)
     result = console_of(elsewhere).run("export", str(file))
-    assert (result.exit_code, result.stdout) == (1, "session: 3 records exported\n")
-    assert "the large values of 2 sessions are not in it" in result.stderr
+    assert (result.exit_code, result.stdout) == (1, "session: 2 records exported\n")
+    assert "large values of 1 session are lost, and not in it" in result.stderr
 
 
 def test_what_cannot_be_read_is_said_and_ends_with_1(file: Path) -> None:
@@ -435,7 +459,9 @@ class Slow(SQLiteStore):
     def create(self, record):
         super().create(record)
         print("created", flush=True)
-        time.sleep(0.02)
+        self.created = getattr(self, "created", 0) + 1
+        if self.created == 5:
+            time.sleep(120)  # until it is struck
 
 console = Console(Slow(sys.argv.pop(1)))
 from flask_gsession.cli import gsession

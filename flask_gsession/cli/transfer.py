@@ -2,7 +2,8 @@
 
 The first line says what the file is; the last one how many records are between them, and the
 SHA-256 of all that is before it. A record keeps its key, version and times, and its payload as the
-store had it: an encrypted one stays encrypted, and is of use only where the same key is known.
+store had it: an encrypted one stays encrypted, and is of use only where the same key is known. The
+frames of its large values are lines before it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import click
 import msgspec
 from flask.cli import with_appcontext
 
-from ..errors import Gone, KeyTaken, Stale, UnreadableRecord
+from ..errors import Gone, KeyTaken, Stale, UnreadableRecord, ValueLost
 from ..interface import GSessionInterface
-from ..keeper import Keeper
+from ..keeper import BLOB_GRACE, Keeper
+from ..references import reference_in, refers
 from ..stores import Record
 from ..stores.base import is_session_key
 from .common import (
@@ -46,7 +48,7 @@ from .output import progress
 
 _FORMAT = 1
 _LONGEST = 32 * 1024 * 1024  # bytes of a line
-_LAST = b'{"records"'
+_LAST, _FRAME = b'{"records"', b'{"blob"'
 _PIPE = "-"
 
 
@@ -66,6 +68,15 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     successor: str | None = None
 
 
+class _Frame(msgspec.Struct, forbid_unknown_fields=True):
+    blob: str
+    offset: int
+    frame: bytes  # as base64
+    key: str  # of the session, and its version
+    version: int
+    expires_at: int
+
+
 class _Last(msgspec.Struct, forbid_unknown_fields=True):
     records: int
     sha256: str
@@ -73,6 +84,7 @@ class _Last(msgspec.Struct, forbid_unknown_fields=True):
 
 _encode = msgspec.json.Encoder().encode
 _row = msgspec.json.Decoder(_Row).decode
+_frame = msgspec.json.Decoder(_Frame).decode
 
 
 @click.command("export")
@@ -110,8 +122,12 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
             for page in pages(store):
                 unreadable += len(page.unreadable)
                 for record in page.records:
+                    try:
+                        for frame in _frames(interface.keeper, record):
+                            put(frame)
+                    except ValueLost:
+                        incomplete += 1
                     put(_Row(*record))
-                    incomplete += _has_large_values(interface.keeper, record)
                 written += len(page.records)
                 advance(len(page.records))
             put(_Last(written, digest.hexdigest()))
@@ -120,16 +136,24 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
         click.echo(f"Error: {unreadable} more could not be read, and are not in it", err=True)
     if incomplete:
         whose = counted(incomplete, "session")
-        click.echo(f"Error: the large values of {whose} are not in it", err=True)
+        click.echo(f"Error: large values of {whose} are lost, and not in it", err=True)
     sys.exit(bool(unreadable or incomplete))
 
 
-def _has_large_values(keeper: Keeper, record: Record) -> bool:
+def _frames(keeper: Keeper, record: Record) -> Iterator[_Frame]:
+    """The large values of a record, as they are kept. Raises ``ValueLost``."""
     try:
         body = keeper.read(record.key, record)
+        values = body.values.values() if body is not None and body.spilled else ()
+        references = [reference_in(raw) for raw in values if refers(raw)]
     except UnreadableRecord:
-        return False
-    return body is not None and body.spilled
+        return
+    end = record.idle_expires_at + BLOB_GRACE
+    for reference in references:
+        if keeper.spill is None:
+            raise ValueLost("missing")
+        for offset, frame in keeper.spill.stored(reference):
+            yield _Frame(reference.name, offset, frame, record.key, record.version, end)
 
 
 @contextmanager
@@ -192,9 +216,14 @@ def import_(
         patiently = Patience()
         with progress("import", total) as advance:
             advance(min(skip, total))
-            for number, record in enumerate(_records(source), 1):
-                if number > skip:
-                    done[patiently(_put, interface, record, overwrite, dry_run)] += 1
+            number = 0
+            for item in _items(source):
+                number += isinstance(item, Record)
+                if isinstance(item, _Frame):
+                    if number >= skip and not dry_run:
+                        patiently(_put_frame, interface, item, overwrite)
+                elif number > skip:
+                    done[patiently(_put, interface, item, overwrite, dry_run)] += 1
                     advance(1)
     if as_json:
         click.echo(json.dumps({"session": name, "dry_run": dry_run, "records": done}, indent=2))
@@ -227,6 +256,24 @@ def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run:
     except (KeyTaken, Gone, Stale, UnreadableRecord):  # somebody was quicker, or it is no record
         pass
     return "kept as changed since"
+
+
+def _put_frame(interface: GSessionInterface, item: _Frame, overwrite: bool) -> None:
+    """Import a piece of a large value, where the session that it belongs to is to be imported."""
+    keeper, end = interface.keeper, item.expires_at
+    if keeper.now() >= end:
+        return
+    try:
+        there = interface.store.load(item.key)
+    except UnreadableRecord:
+        return
+    if there is not None:
+        if not overwrite or there.version == item.version or there.successor is not None:
+            return
+        # It may refer to the very same value, whose time must not become shorter.
+        end = max(end, there.absolute_expires_at + BLOB_GRACE)
+    assert keeper.spill is not None  # it was checked
+    keeper.spill.blobs.write_frame(item.blob, item.offset, item.frame, end)
 
 
 @contextmanager
@@ -266,6 +313,10 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
                 last = msgspec.json.decode(line, type=_Last)
                 if last != _Last(records, digest.hexdigest()):
                     problem = "the checksum of all before it is another: the file was altered"
+            elif line.startswith(_FRAME):
+                _frame(line)
+                if keeper.spill is None:
+                    problem = "a large value, and this store has no place for such"
             else:
                 records += 1
                 unreadable = _problem(keeper, _record(line))
@@ -288,12 +339,12 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
     return records
 
 
-def _records(source: BinaryIO) -> Iterator[Record]:
-    """The records of a file that was checked."""
+def _items(source: BinaryIO) -> Iterator[Record | _Frame]:
+    """The records of a file that was checked, and before each the frames of its large values."""
     source.seek(0)
     source.readline(_LONGEST)
     while not (line := source.readline(_LONGEST)).startswith(_LAST):
-        yield _record(line)
+        yield _frame(line) if line.startswith(_FRAME) else _record(line)
 
 
 def _record(line: bytes) -> Record:

@@ -141,9 +141,9 @@ class MongoDBStore:
                     there = self._read(record.key, collection)
                     if there is None:
                         continue
-                    if there.version == record.version:
-                        return
                     if self._now() < there.idle_expires_at:
+                        if there.version == record.version:
+                            return
                         raise KeyTaken from None
                     collection.delete_one(self._is_version(record.key, there.version))
             raise KeyTaken
