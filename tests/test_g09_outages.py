@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import resource
 import socket
 import sqlite3
 import threading
@@ -507,6 +508,49 @@ def test_a_large_value_in_a_full_redis(own_redis: RedisServer, redis_admin: Any)
             assert served(visitor, dict) == {"a": 0, "photo": b"old" * 10_000}
         finally:
             redis_admin.config_set("maxmemory", 0)
+        served(visitor, WRITE)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow beyond 200 KB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_large_value_on_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite3"
+    with sqlite_site(path) as site:
+        visitor = served_with(site, a=0, photo=b"old" * 10_000)
+        with full_disk():
+            assert_unavailable(
+                ask_in_time(visitor, lambda s: s.attach("photo", io.BytesIO(b"new" * 200_000)))
+            )
+            assert_unavailable(ask_in_time(visitor, lambda s: s.update(photo=b"new" * 200_000)))
+        assert served(visitor, dict) == {"a": 0, "photo": b"old" * 10_000}
+        served(visitor, WRITE)
+
+
+def test_a_large_value_in_a_full_mongodb() -> None:
+    with (
+        MongoServer("--setParameter", "enableTestCommands=1") as server,
+        site_on(server) as site,
+        closing(MongoClient[dict[str, Any]](server.url)) as client,
+    ):
+        visitor = served_with(site, a=0, photo=b"old" * 10_000)
+        fault: dict[str, Any] = {"configureFailPoint": "failCommand"}
+        data = {"failCommands": ["update"], "errorCode": 14031}  # OutOfDiskSpace
+        client.admin.command({**fault, "mode": "alwaysOn", "data": data})
+        assert_unavailable(
+            ask_in_time(visitor, lambda s: s.attach("photo", io.BytesIO(b"new" * 200_000)))
+        )
+        assert_unavailable(ask_in_time(visitor, lambda s: s.update(photo=b"new" * 200_000)))
+        client.admin.command({**fault, "mode": "off"})
+        assert served(visitor, dict) == {"a": 0, "photo": b"old" * 10_000}
         served(visitor, WRITE)
 
 
