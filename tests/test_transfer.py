@@ -451,7 +451,7 @@ def test_an_import_beside_a_request(exported: Path, clock: FakeClock) -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from tests.test_command import Console
 from flask_gsession.stores.sqlite import SQLiteStore
 
@@ -463,6 +463,7 @@ class Slow(SQLiteStore):
         if self.created == 5:
             time.sleep(120)  # until it is struck
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 console = Console(Slow(sys.argv.pop(1)))
 from flask_gsession.cli import gsession
 with console.app.app_context():
