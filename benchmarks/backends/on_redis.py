@@ -43,7 +43,8 @@ class RedisBackend:
         self._opened.callback(session.close, app)
 
     def floor(self) -> BareRedis:
-        (key,) = self.client.scan_iter(f"{self.our_prefix}*", count=1_000)
+        # Large values have keys of their own beside the record.
+        (key,) = self.client.scan_iter(f"{self.our_prefix}{{*", count=1_000)
         return BareRedis(self.client, key, self.place)
 
     def traffic(self, call: Call, times: int) -> Traffic:
