@@ -306,7 +306,7 @@ class Keeper:
 
     def any_large(self, values: Mapping[str, bytes]) -> bool:
         """Whether one of the encoded values is to be in a place of its own."""
-        return any(len(raw) > self._inline for raw in values.values())
+        return max(map(len, values.values()), default=0) > self._inline
 
     def put_away(
         self,

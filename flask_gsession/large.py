@@ -20,7 +20,7 @@ from .errors import (
 )
 from .events import LargeValueLost, logger
 from .keeper import ATTEMPTS
-from .lifecycle import Lifecycle
+from .lifecycle import Lifecycle, Storing
 from .marks import PLAIN, Mark, expired, marked, split
 from .payload import Body
 from .references import BYTES, holds, reference_in, refers
@@ -184,7 +184,7 @@ class LargeValues(Lifecycle):
                 try:
                     stored = self._put_away(stored)
                     body = self._body(stored)
-                    with self._storing():
+                    with Storing(self):
                         self._record = self._keeper.save(old, body, lease=self._lease)
                 except (Stale, Gone):
                     continue

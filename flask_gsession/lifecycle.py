@@ -7,8 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Literal
 
@@ -62,6 +61,28 @@ class Presented(Struct, frozen=True, gc=False):
 
 class LostRace(SessionConflict):
     """A transaction could not be stored: another request was faster."""
+
+
+class Storing:
+    """Around a write: unless it is known to have failed, what it refers to must stay.
+
+    So it is after an outage, and after an interrupt that came between the write and its answer.
+    """
+
+    __slots__ = ("_session", "_unsure")
+
+    def __init__(self, session: Lifecycle) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        self._unsure = self._session._unsure
+        self._session._unsure = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, StoreUnavailable):
+            return
+        if issubclass(kind, (GSessionError, HTTPException)):
+            self._session._unsure = self._unsure
 
 
 class Lifecycle:
@@ -461,7 +482,7 @@ class Lifecycle:
             if _worth_keeping(stored):
                 try:
                     merged, stored = stored, self._put_away(stored)
-                    with self._storing():
+                    with Storing(self):
                         self._token, self._record = self._keeper.create(self._body(stored))
                 except StoreUnavailable as error:
                     self._met_outage(error, "created")
@@ -528,14 +549,14 @@ class Lifecycle:
                 stored = self._put_away(merged)
                 body = self._body(stored)
                 if self._rotation is not None:
-                    with self._storing():
+                    with Storing(self):
                         self._token, self._record, unconfirmed = keeper.rotate(
                             old, body, self._rotation, self._lease
                         )
                     keeper.events.emit(SessionRotated, self._record.key, old.key)
                     self._cookie = "set"
                 else:
-                    with self._storing():
+                    with Storing(self):
                         self._record = keeper.save(
                             old,
                             body,
@@ -559,7 +580,8 @@ class Lifecycle:
             if toggled:
                 self._set_cookie_if_known()
             before = values.stored
-            changes = _as_stored(changes, merged, stored)
+            if stored is not merged:
+                changes = _as_stored(changes, merged, stored)
             values.accept(stored, changes)
             self._rotation = None
             self._restart_idle = self._forced = self._cleared = False
@@ -630,21 +652,6 @@ class Lifecycle:
             known |= needed
             self._placed = {same: ref for same, ref in placed if ref.name not in known}
             self._spilled = self._spilled or bool(self._placed)
-
-    @contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Around a write: unless it is known to have failed, what it refers to must stay.
-
-        So it is after an outage, and after an interrupt that came between the write and its answer.
-        """
-        before, self._unsure = self._unsure, True
-        try:
-            yield
-        except StoreUnavailable:
-            raise
-        except (GSessionError, HTTPException):
-            self._unsure = before
-            raise
 
     def _place(self, reference: Reference, end: int) -> None:
         """This request wrote a large value, which is kept until ``end``."""

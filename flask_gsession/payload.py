@@ -34,6 +34,7 @@ from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType
 FORMAT, NEWEST = 2, 3
 # What holds no reference stays in the format that versions from before them can read.
 _PLAIN, _SEALED = {False: b"\2\0", True: b"\3\0"}, {False: b"\2\1", True: b"\3\1"}
+_SPILLED_OF_PLAIN = {header: spilled for spilled, header in _PLAIN.items()}
 _CHECK_BYTES = 8
 _BODY = 2 + _CHECK_BYTES
 
@@ -130,11 +131,12 @@ class PayloadFormat:
         """The bytes of the body. Raises ``UnreadableRecord`` unless they are this session's own."""
         header = payload[:2]
         own = session_key.encode("ascii")
-        if header in _PLAIN.values():
+        spilled = _SPILLED_OF_PLAIN.get(header)
+        if spilled is not None:
             if not self._allow_plain:
                 raise UnreadableRecord("corrupt", "not encrypted; SESSION_ENCRYPTION_KEYS is set")
             body = memoryview(payload)[_BODY:]
-            if _check(own, body, header == _PLAIN[True]) != payload[2:_BODY]:
+            if _check(own, body, spilled) != payload[2:_BODY]:
                 raise UnreadableRecord("corrupt", "not this session's own record, or altered")
             return body
         if header in _SEALED.values():
