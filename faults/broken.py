@@ -74,12 +74,12 @@ def mix_up(keeper: Any) -> None:
     last: Any = None
     looks = 0
 
-    def broken(key: str) -> Any:
+    def broken(key: str, *more: Any) -> Any:
         nonlocal last, looks
         looks += 1
         if looks % 10 == 0 and last is not None:
             return last
-        last = find(key)
+        last = find(key, *more)
         return last
 
     keeper.find = broken

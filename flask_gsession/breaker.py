@@ -19,7 +19,7 @@ from .errors import StoreError, StoreUnavailable
 from .events import CircuitClosed, CircuitOpened, Events, logger
 from .stores.base import Clock, Store, pass_on
 
-_LOADS = ("load", "peek", "read_frame")
+_LOADS = ("load", "read_frame")
 _WRITES = (
     *("create", "save", "renew", "replace", "delete", "pop"),
     *("acquire", "extend", "release"),

@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from .errors import Gone, KeyTaken, SettingError, Stale, StoreError, StoreUnavailable
-from .stores.base import Checks, Clock, Finding, Record, Store, milliseconds, new_version
+from .stores.base import (
+    Checks,
+    Clock,
+    Finding,
+    Record,
+    Store,
+    milliseconds,
+    new_version,
+    unexpired,
+)
 
 _ROUNDS = 100
 _LONGEST = 1.0  # seconds, for all rounds together
@@ -50,7 +59,7 @@ def _contract(store: Store, clock: Clock) -> Iterator[Finding]:
         ("saves", lambda: store.save(changed, record.version)),
         ("refuses a stale save", _raises(Stale, lambda: store.save(other, record.version))),
         ("reads what was saved", lambda: store.load(record.key) == changed),
-        ("lets expire", lambda: _expires(store, past)),
+        ("lets expire", lambda: _expires(store, past, now)),
         ("deletes", lambda: store.delete(record.key)),
         ("keeps the dead dead", _raises(Gone, lambda: store.save(other, changed.version))),
     ]
@@ -107,9 +116,14 @@ def _latency(check: str, what: str, call: Callable[[], object]) -> Finding:
     return Finding("warning", check, found, "Every request with a session waits for it.")
 
 
-def _expires(store: Store, record: Record) -> bool:
+def _expires(store: Store, record: Record, now: int) -> bool:
     store.create(record)
-    return store.load(record.key) is None
+    if unexpired(store, record.key, now) is not None:
+        return False
+    back = record._replace(
+        version=new_version(), idle_expires_at=now + _LIFE, absolute_expires_at=now + _LIFE
+    )
+    return _raises(Gone, lambda: store.save(back, record.version))()
 
 
 def _record(clock: Clock) -> Record:

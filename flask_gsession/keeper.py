@@ -59,6 +59,7 @@ _LONGEST_PAUSE = 0.05  # seconds
 BLOB_GRACE = 60_000  # milliseconds
 _BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its session
 _NEW_TOKENS = 3
+_NO_WARNING = ("unknown", "expired")  # what anybody can send
 _END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
 _REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
 
@@ -121,20 +122,25 @@ class Keeper:
         self._usual_span = self._span(settings.idle_timeout)
         self._permanent_span = self._span(settings.permanent_lifetime)
 
-    def find(self, key: str) -> Loaded | None:
+    def find(self, key: str, presented: bool = False) -> Loaded | None:
         """The session under ``key``, or the one it was rotated to; None when there is none.
 
-        Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one more for each
-        rotation within the grace.
+        That is counted and logged where a client ``presented`` the key. Raises
+        ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one more for each rotation
+        within the grace.
         """
+        at = key
         for _ in range(MAX_POINTERS):
-            record = self.store.load(key)
-            if record is None:
+            record = self.store.load(at)
+            # Only here: a store may still have what has expired.
+            if record is None or self._clock() * 1000 >= record.idle_expires_at:
+                if presented:
+                    self._refuse_absent(key, record, rotated=at != key)
                 return None
-            body = self.read(key, record)
+            body = self.read(at, record)
             if body is not None:
                 return Loaded(record, body)
-            key = record.successor or ""
+            at = record.successor or ""
         raise UnreadableRecord("corrupt", "too many pointers")
 
     def read(self, key: str, record: Record) -> Body | None:
@@ -416,11 +422,29 @@ class Keeper:
 
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:
         """Count and log that a presented token led to no session."""
-        if key is not None and reason != "unknown":  # what anybody can send is no warning
+        if key is not None and reason not in _NO_WARNING:
             logger.warning(
                 "Session %s refused: %s%s", key, reason, f" ({detail})" if detail else ""
             )
         self.events.emit(SessionRefused, reason, key)
+
+    def _refuse_absent(self, key: str, record: Record | None, *, rotated: bool) -> None:
+        """There is no session, for a reason that is told as far as the store still knows.
+
+        ``record``: what has expired. ``rotated``: a pointer led to it.
+        """
+        if record is None:
+            why = "not in the store: logged out, revoked, never issued, or expired and removed"
+            self.refused(
+                "unknown", key, "rotated away, and its successor has ended" if rotated else why
+            )
+        elif record.successor is not None:
+            after = f"; it went on as {record.successor}" if record.successor else ""
+            self.refused("unknown", key, f"rotated away, and the grace is over{after}")
+        elif record.idle_expires_at == record.absolute_expires_at:
+            self.refused("expired", key, "it reached its absolute timeout")
+        else:
+            self.refused("expired", key, "it was not used for as long as its idle timeout")
 
     def _idle_span(self, values: Mapping[str, bytes], lifetime: int | None) -> tuple[int, int]:
         """How far ahead the idle expiry is set, and by how much at least it moves; milliseconds."""

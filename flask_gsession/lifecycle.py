@@ -182,7 +182,7 @@ class Lifecycle:
             key = session_key(checked.token)
             began = time.perf_counter()
             try:
-                loaded = self._keeper.find(key)
+                loaded = self._keeper.find(key, True)
             except UnreadableRecord as error:
                 self._for_others = error.for_others
                 self._keeper.refused(error.reason, key, error.detail)
@@ -195,9 +195,7 @@ class Lifecycle:
                     return
                 raise
             else:
-                if loaded is None:
-                    self._keeper.refused("unknown", key)
-                else:
+                if loaded is not None:
                     self._ended = False
                     self._found = True
                     self._record, body = loaded

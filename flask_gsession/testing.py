@@ -26,7 +26,6 @@ from .stores.base import (
     BlobStore,
     Clock,
     Leases,
-    Peeks,
     Record,
     Scans,
     Store,
@@ -34,6 +33,7 @@ from .stores.base import (
     is_session_key,
     milliseconds,
     new_version,
+    unexpired,
 )
 from .tokens import new_token, session_key
 
@@ -79,11 +79,6 @@ class HookedStore:
     def load(self, key: str) -> Record | None:
         with self._around("load"):
             return self.store.load(key)
-
-    def peek(self, key: str) -> Record | None:
-        """What a store tells of what has expired; nothing of a store that does not tell."""
-        with self._around("peek"):
-            return getattr(self.store, "peek", self.store.load)(key)
 
     def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         with self._around("save"):
@@ -196,6 +191,10 @@ def a_record(clock: Clock, *, idle: float = 60, absolute: float = 3600, **fields
 
 def _changed(record: Record, payload: bytes = b"changed") -> Record:
     return record._replace(version=new_version(), payload=payload)
+
+
+def _unexpired(store: Store, clock: Clock, record: Record) -> Record | None:
+    return unexpired(store, record.key, milliseconds(clock))
 
 
 def a_pointer(old: Record, new: Record, grace: float = 10) -> Record:
@@ -328,7 +327,19 @@ class StoreContract:
             clock.advance(9.5)
             assert store.load(record.key) == record
             clock.advance(0.5)
-            assert store.load(record.key) is None
+            assert _unexpired(store, clock, record) is None
+
+    def test_load_tells_of_the_expired_as_it_was_or_not_at_all(self) -> None:
+        with self._store() as (store, clock):
+            old, new = a_record(clock), a_record(clock, idle=20)
+            store.create(old)
+            pointer = a_pointer(old, new)
+            store.replace(old.key, new, old.version, pointer)
+            clock.advance(20)
+            assert store.load(old.key) in (pointer, None)
+            assert store.load(new.key) in (new, None)
+            store.delete(new.key)
+            assert _unexpired(store, clock, new) is None
 
     def test_save_replaces_all_fields(self) -> None:
         with self._store() as (store, clock):
@@ -349,7 +360,7 @@ class StoreContract:
             clock.advance(29)
             assert store.load(record.key) is not None
             clock.advance(1)
-            assert store.load(record.key) is None
+            assert _unexpired(store, clock, record) is None
 
     def test_save_refuses_another_version(self) -> None:
         with self._store() as (store, clock):
@@ -394,7 +405,7 @@ class StoreContract:
             later = _changed(record)._replace(idle_expires_at=record.idle_expires_at + 60_000)
             with _raises(Gone):
                 store.save(later, record.version)
-            assert store.load(record.key) is None
+            assert _unexpired(store, clock, record) is None
 
     def test_renew_moves_the_idle_expiry_only(self) -> None:
         with self._store() as (store, clock):
@@ -414,7 +425,7 @@ class StoreContract:
             clock.advance(19)
             assert store.load(record.key) is not None
             clock.advance(1)
-            assert store.load(record.key) is None
+            assert _unexpired(store, clock, record) is None
 
     def test_renew_never_shortens(self) -> None:
         with self._store() as (store, clock):
@@ -438,7 +449,7 @@ class StoreContract:
             clock.advance(10)
             for record in (deleted, expired):
                 assert not store.renew(record, record.idle_expires_at + 60_000)
-                assert store.load(record.key) is None
+                assert _unexpired(store, clock, record) is None
 
     def test_renew_leaves_a_newer_version_alone(self) -> None:
         with self._store() as (store, clock):
@@ -465,7 +476,7 @@ class StoreContract:
             assert store.load(old.key) == pointer
             assert store.load(new.key) == new
             clock.advance(10)
-            assert store.load(old.key) is None
+            assert _unexpired(store, clock, old) is None
             assert store.load(new.key) == new
 
     def test_replace_without_grace_leaves_nothing(self) -> None:
@@ -506,7 +517,7 @@ class StoreContract:
             clock.advance(10)
             with _raises(Gone):
                 store.replace(old.key, new, old.version, None)
-            assert store.load(new.key) is None
+            assert _unexpired(store, clock, new) is None
 
     def test_a_race_of_replacements_has_one_successor(self) -> None:
         with self._store() as (store, clock):
@@ -639,25 +650,6 @@ class StoreContract:
             store.create(record)
             assert store.load(record.key) == record
 
-    # -- of stores that have ``Peeks``
-
-    def test_a_peek_tells_of_what_is_there(self) -> None:
-        with self._store() as (store, clock):
-            if not isinstance(store, Peeks):
-                return
-            record, new = a_record(clock), a_record(clock)
-            assert store.peek(record.key) is None
-            store.create(record)
-            assert store.peek(record.key) == record
-            pointer = a_pointer(record, new)
-            store.replace(record.key, new, record.version, pointer)
-            assert store.peek(record.key) == pointer
-            clock.advance(100_000_000)
-            assert store.peek(new.key) in (new, None)
-            assert store.load(new.key) is None
-            store.delete(new.key)
-            assert store.peek(new.key) is None
-
     # -- of stores that have ``Scans``, or ``Tidies``
 
     def test_a_scan_comes_to_every_record(self) -> None:
@@ -734,7 +726,7 @@ class StoreContract:
                 _tidied(store, dry_run)
                 for record in (*records, new, pointer):
                     assert store.load(record.key) == record
-            assert store.load(short.key) is None
+            assert _unexpired(store, clock, short) is None
             if isinstance(store, Leases):
                 assert store.extend(new.key, "one", 60_000)
 
@@ -895,12 +887,12 @@ class StoreContract:
                 store.acquire(short.key, "two", 5000, 10)
             with _raises(Gone):
                 store.save(_changed(short), short.version, "one")
-            assert store.load(short.key) is None
+            assert _unexpired(store, clock, short) is None
             store.delete(new.key)
             store.extend(record.key, "one", 5000)
             with _raises(Gone):
                 store.acquire(new.key, "one", 5000, 10)
-            assert store.load(new.key) is None
+            assert _unexpired(store, clock, new) is None
 
     def test_a_lease_ends_with_its_session(self) -> None:
         with self._leasing() as (store, clock, record):

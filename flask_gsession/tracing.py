@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from .codec import Codec
-from .errors import StoreError
 from .events import Event, Events
 from .keeper import Keeper
 from .merge import Change
@@ -93,30 +92,8 @@ class TracedKeeper(Keeper):
         self._trace = trace
 
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:
-        because = detail
-        if reason == "unknown" and key is not None:
-            because = self._why_unknown(key)
-        self._trace.refusal = Refusal(reason, key, because)
+        self._trace.refusal = Refusal(reason, key, detail)
         super().refused(reason, key, detail)
-
-    def _why_unknown(self, key: str) -> str:
-        """As far as it can be told: a store lets go of what has ended, now or later."""
-        peek = getattr(self.store, "peek", None)
-        if peek is None:
-            return "this store does not tell why"
-        try:
-            record = peek(key)
-        except StoreError:
-            return "the store did not say why"
-        if record is None:
-            return "not in the store: logged out, revoked, never issued, or expired and removed"
-        if record.successor is not None:
-            if self.now() < record.idle_expires_at:
-                return "rotated away, and its successor has ended"
-            return f"rotated away, and the grace is over; it went on as {record.successor}"
-        if record.idle_expires_at == record.absolute_expires_at:
-            return "expired: it reached its absolute timeout"
-        return "expired: it was not used for as long as its idle timeout"
 
 
 class TracedStore:

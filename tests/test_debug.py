@@ -224,10 +224,10 @@ def test_why_a_token_is_refused(make_site: SiteMaker, clock: FakeClock, log: Log
 
     idle, absolute = stored(), stored(short)
     clock.advance(7261)
-    because = "expired: it was not used for as long as its idle timeout"
-    assert refused(idle, log) == ("unknown", because)
-    because = "expired: it reached its absolute timeout"
-    assert refused(absolute, log) == ("unknown", because)
+    because = "it was not used for as long as its idle timeout"
+    assert refused(idle, log) == ("expired", because)
+    assert refused(absolute, log) == ("expired", "it reached its absolute timeout")
+    assert [call["operation"] for call in log.facts()["calls"]] == ["load"]
 
 
 def test_why_a_cookie_is_refused_before_the_store_is_asked(in_memory: Any, log: Log) -> None:
@@ -240,29 +240,6 @@ def test_why_a_cookie_is_refused_before_the_store_is_asked(in_memory: Any, log: 
     visitor.site = site
     visitor.run(dict, headers={"Cookie": "session=one; session=two"})
     assert log.facts()["refused"]["reason"] == "two cookies"
-
-
-def test_a_store_that_does_not_tell_why_is_not_asked(in_memory: Any, log: Log) -> None:
-    site = in_memory()
-    visitor = site.visitor()
-    visitor.run(fill)
-    visitor.another_tab().run(lambda session: session.destroy())
-
-    def fail() -> None:
-        raise StoreUnavailable("injected")
-
-    site.store.before("peek", fail)
-    assert refused(visitor, log) == ("unknown", "the store did not say why")
-    site.ext._interface(site.app).keeper.store = Only(site.store)
-    assert refused(visitor, log) == ("unknown", "this store does not tell why")
-
-
-class Only:
-    """A store of the contract, and of nothing beyond it."""
-
-    def __init__(self, store: Any) -> None:
-        for name in ("create", "load", "save", "renew", "replace", "delete", "close"):
-            setattr(self, name, getattr(store, name))
 
 
 # -- what goes wrong

@@ -391,16 +391,15 @@ class Forgetful(MemoryStore):
         if self.fault == "reads what was written":
             self._records[record.key] = record._replace(payload=b"")
 
-    def load(self, key: str) -> Record | None:
-        record = self._records.get(key)
-        return record if self.fault == "lets expire" else super().load(key)
-
     def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         if self.fault == "saves":
             raise StoreError("not today")
         if self.fault == "refuses a stale save" and record.key in self._records:
             expected_version = self._records[record.key].version
         if self.fault == "keeps the dead dead" and record.key not in self._records:
+            return
+        there = self._records.get(record.key)
+        if self.fault == "lets expire" and there and self._unexpired(record.key) is None:
             return
         if self.fault == "reads what was saved":
             record = record._replace(payload=b"")

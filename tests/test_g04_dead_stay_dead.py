@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flask_gsession.events import SessionRotated, WriteDropped
+from flask_gsession.stores.base import milliseconds, unexpired
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock
 from tests.apps import InsideMongoDB, InsideRedis, InsideSQLite, Site, SiteMaker, Visitor
@@ -37,7 +38,9 @@ def set_key(key: str, value: object) -> Callable[[Any], object]:
 def live_and_pointers(site: Site) -> tuple[int, int]:
     """How many records live, and how many point to one."""
     keys = [key.removeprefix(site.prefix).strip("{}") for key in site.stored()]
-    records = [record for record in map(site.store.store.load, keys) if record is not None]
+    now = milliseconds(site.clock)
+    found = [unexpired(site.store.store, key, now) for key in keys]
+    records = [record for record in found if record is not None]
     pointers = [record for record in records if record.successor is not None]
     return len(records) - len(pointers), len(pointers)
 

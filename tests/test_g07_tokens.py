@@ -184,6 +184,32 @@ def test_an_unknown_token_is_looked_up_once_and_not_adopted(site: Site) -> None:
     assert site.visitor(cookie).run(dict) == {}
 
 
+def test_an_expired_token_is_told_apart_and_treated_as_an_unknown_one(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    visitors = {reason: visitor_with(site, a=1) for reason in ("expired", "unknown")}
+    handles = {reason: session_key(each.token) for reason, each in visitors.items()}
+    cookies = {reason: each.cookie for reason, each in visitors.items()}
+    site.store.store.delete(handles["unknown"])
+    site.clock.advance(32 * 86400)
+    caplog.clear()
+    headers = []
+    for reason, visitor in visitors.items():
+        site.events.clear()
+        with site.counted() as count:
+            headers.append(visitor.ask(look).headers)
+        assert count.calls == ["load"]
+        assert site.happened(SessionRefused) == [SessionRefused(reason, handles[reason])]
+        with site.counted() as count:
+            visitor.run(lambda session: session.update(b=2))
+        assert count.calls == ["load", "create"]
+        assert visitor.cookie != cookies[reason]
+        assert visitor.run(dict) == {"b": 2}
+        assert site.visitor(cookies[reason]).run(dict) == {}
+    assert headers[0] == headers[1]
+    assert not [line for line in caplog.records if line.levelno >= logging.WARNING]
+
+
 def test_tokens_are_256_random_bits(make_site: SiteMaker) -> None:
     for length, characters in ((None, 43), (16, 22), (64, 86)):
         site = make_site(**({} if length is None else {"id_length": length}))

@@ -28,6 +28,7 @@ from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import CircuitClosed, CircuitOpened, SessionCreated
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
+from flask_gsession.tokens import session_key
 from tests.apps import Site, SiteMaker
 from tests.test_workers import Gunicorn
 from tests.topologies import until
@@ -87,14 +88,19 @@ def test_what_happens_is_counted(counted: Site) -> None:
     assert figure(figures, "store_up", session="session") == 1
 
 
-def test_an_expired_session_is_found_absent(counted: Site) -> None:
-    visitor = counted.visitor()
-    visitor.run(lambda session: session.update(cart=[1]))
+def test_an_expired_session_is_a_figure_of_its_own(counted: Site) -> None:
+    visitor, forgotten = counted.visitor(), counted.visitor()
+    for each in (visitor, forgotten):
+        each.run(lambda session: session.update(cart=[1]))
+    counted.store.store.delete(session_key(forgotten.token))  # as a store does by itself
     counted.clock.advance(100 * 86400)
-    visitor.run(dict)
+    for each in (visitor, forgotten):
+        each.run(dict)
     figures = read(counted.app)
-    assert figure(figures, "operations_total", operation="load", status="absent") == 1
+    assert figure(figures, "refused_total", reason="expired") == 1
     assert figure(figures, "refused_total", reason="unknown") == 1
+    assert figure(figures, "operations_total", operation="load", status="ok") == 1
+    assert figure(figures, "operations_total", operation="load", status="absent") == 1
 
 
 def test_lost_races_are_counted(counted: Site) -> None:

@@ -19,6 +19,7 @@ from ..marks import split
 from ..redaction import shown_name
 from ..references import reference_in, refers
 from ..stores import Record
+from ..stores.base import unexpired
 from .common import (
     about,
     chosen,
@@ -120,7 +121,7 @@ def show(handle: str, cookie: str | None, as_json: bool) -> None:
         except UnreadableRecord as error:
             problem = f"{key}: what is in it cannot be read: {error}"
             try:
-                record = interface.store.load(key)
+                record = unexpired(interface.store, key, keeper.now())
             except UnreadableRecord:
                 record = None
     if record is None:

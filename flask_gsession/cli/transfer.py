@@ -29,7 +29,7 @@ from ..interface import GSessionInterface
 from ..keeper import BLOB_GRACE, Keeper
 from ..references import reference_in, refers
 from ..stores import Record
-from ..stores.base import is_session_key
+from ..stores.base import is_session_key, unexpired
 from .common import (
     Patience,
     about,
@@ -242,7 +242,7 @@ def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run:
     if keeper.now() >= record.idle_expires_at:
         return "expired"
     try:
-        there = store.load(record.key)
+        there = unexpired(store, record.key, keeper.now())
         if there is None:
             if not dry_run:
                 store.create(record)
@@ -264,7 +264,7 @@ def _put_frame(interface: GSessionInterface, item: _Frame, overwrite: bool) -> N
     if keeper.now() >= end:
         return
     try:
-        there = interface.store.load(item.key)
+        there = unexpired(interface.store, item.key, keeper.now())
     except UnreadableRecord:
         return
     if there is not None:

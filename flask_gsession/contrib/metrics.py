@@ -95,7 +95,7 @@ _LIFE: dict[type[Event], str] = {
     SessionRevoked: "revoked",
 }
 _UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
-_REFUSALS = {"malformed", "bad signature", "two cookies", "unknown", *_UNREADABLE}
+_REFUSALS = {"malformed", "bad signature", "two cookies", "unknown", "expired", *_UNREADABLE}
 _LEFTOVERS = set(LEFTOVERS)
 _CONFLICTS = ("refused", "transaction", "too many races")
 _STORE_BUCKETS = (
@@ -302,7 +302,7 @@ class _Figures:
             conflicts.labels(reason)
         for operations in ("loads", "writes"):
             self.circuits.labels(operations).set(0)
-        for reason in ("unknown", "bad signature"):
+        for reason in ("unknown", "expired", "bad signature"):
             refused.labels(reason)
         for reason in ("store unavailable", "ended"):
             dropped.labels(reason)

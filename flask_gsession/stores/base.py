@@ -90,7 +90,10 @@ class Store(Protocol):
         """Store ``record`` if its key is free, else raise ``KeyTaken``."""
 
     def load(self, key: str) -> Record | None:
-        """The record, or a pointer; None when absent or expired by the record's own times.
+        """The record, or a pointer, as it was stored; None when there is none.
+
+        One that has expired by its own times may come, too, or None: ``unexpired`` is for who asks
+        for sessions, and the path of the requests compares the times itself.
 
         Raises ``UnreadableRecord`` when something else is stored there. One round trip.
         """
@@ -127,6 +130,12 @@ class Store(Protocol):
         """Release connections that the store opened itself."""
 
 
+def unexpired(store: Store, key: str, now: int) -> Record | None:
+    """What ``store.load(key)`` gives, None where that has expired at ``now``, in milliseconds."""
+    record = store.load(key)
+    return None if record is None or now >= record.idle_expires_at else record
+
+
 @runtime_checkable
 class Sweeps(Protocol):
     """A store that must remove expired records itself."""
@@ -144,17 +153,6 @@ class Counts(Protocol):
 
         It may count what ended within the last minute, and where there are many it may judge from
         a sample. Raises ``StoreUnavailable``.
-        """
-
-
-@runtime_checkable
-class Peeks(Protocol):
-    """A store that still tells of what has expired; for those who look for a fault."""
-
-    def peek(self, key: str) -> Record | None:
-        """The record under ``key``, also one that has expired, as long as it is there.
-
-        Raises ``StoreUnavailable`` and ``UnreadableRecord``.
         """
 
 

@@ -40,7 +40,7 @@ class MemoryStore:
             self._records[record.key] = record
 
     def load(self, key: str) -> Record | None:
-        return self._unexpired(key)
+        return self._records.get(key)
 
     def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         with self._lock:
@@ -216,9 +216,6 @@ class MemoryStore:
 
         with self._freed:
             self._freed.wait_for(may_go_on, seconds)
-
-    def peek(self, key: str) -> Record | None:
-        return self._records.get(key)
 
     def close(self) -> None:
         """Nothing to release."""

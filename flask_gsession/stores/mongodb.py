@@ -153,8 +153,6 @@ class MongoDBStore:
             record = self._read(key, telling(self._collection_to_load))
             if self._direct:
                 _check_not_secondary(collection.database.client)
-        if record is None or self._now() >= record.idle_expires_at:
-            return None
         return record
 
     def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
@@ -470,10 +468,6 @@ class MongoDBStore:
         found = collection.find({"_id": names}, ["_id"], sort=[("_id", 1)], limit=limit)
         ids = [document["_id"] for document in found]
         return ids, ids[-1][len(self._prefix) :] if len(ids) == limit else ""
-
-    def peek(self, key: str) -> Record | None:
-        with self._collection("load") as collection:
-            return self._read(key, collection)
 
     def check(self) -> list[Finding]:
         with self._collection("check") as collection:

@@ -155,7 +155,7 @@ class RedisStore:
         request = packed(b"SET", name, _pack(record), b"NX", b"PX", self._life(record))
         if self._call(deadline, _as_it_is, name, request) is not None:
             return
-        there = self._load(record.key, deadline)
+        there = self._load_unexpired(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
             self._call(deadline, _as_it_is, name, packed(b"DEL", name))
             if self._call(deadline, _as_it_is, name, request) is not None:
@@ -472,7 +472,10 @@ class RedisStore:
             return None if value is None else _unpack(key, value)
 
         name = self._name(key)
-        record = self._call(deadline, parse, name, packed(b"GET", name))
+        return self._call(deadline, parse, name, packed(b"GET", name))
+
+    def _load_unexpired(self, key: str, deadline: float) -> Record | None:
+        record = self._load(key, deadline)
         return None if record is None or self._now() >= record.idle_expires_at else record
 
     def _run(
@@ -515,11 +518,6 @@ class RedisStore:
         if reply in _ERRORS:
             raise _ERRORS[reply]
         return reply
-
-    def peek(self, key: str) -> Record | None:
-        name = self._name(key)
-        value = self._call(self._deadline(), _as_it_is, name, packed(b"GET", name))
-        return None if value is None else _unpack(key, value)
 
     def _call(
         self,

@@ -240,13 +240,18 @@ class RedisClusterStore(RedisStore):
         with suppress(StoreUnavailable):
             self._ask_for_lease(key, "end", "-", deadline=deadline)
 
+    def _load(self, key: str, deadline: float) -> Record | None:
+        """Without what ``_end_of`` left: nobody stored that."""
+        record = super()._load(key, deadline)
+        return None if record is not None and record.successor == "" else record
+
     def _ask_for_lease(
         self, key: str, operation: str, owner: str, *more: bytes, deadline: float | None = None
     ) -> bytes:
         deadline = deadline or self._deadline()
         if operation == "acquire":
             try:
-                record = self._load(key, deadline)
+                record = self._load_unexpired(key, deadline)
             except UnreadableRecord:
                 raise Gone from None
             if record is None or record.successor is not None:

@@ -170,10 +170,7 @@ class SQLiteStore:
 
     def load(self, key: str) -> Record | None:
         with self._connection() as db:
-            record = self._select(db, key)
-        if record is None or milliseconds(self._clock) >= record.idle_expires_at:
-            return None
-        return record
+            return self._select(db, key)
 
     def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
         now = milliseconds(self._clock)
@@ -434,10 +431,6 @@ class SQLiteStore:
                 return self._lease(db, key).is_turn_of(owner, milliseconds(self._clock))
 
         poll(may_go_on, seconds)
-
-    def peek(self, key: str) -> Record | None:
-        with self._connection() as db:
-            return self._select(db, key)
 
     def check(self) -> list[Finding]:
         with self._connection() as db:

@@ -16,7 +16,7 @@ from flask_gsession.errors import Gone, Stale, StoreUnavailable
 from flask_gsession.events import WriteDropped
 from flask_gsession.interface import GSessionInterface
 from flask_gsession.stores import StoreOptions
-from flask_gsession.stores.base import Record
+from flask_gsession.stores.base import Record, milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.tokens import session_key
 
@@ -79,7 +79,7 @@ class SimulatedStore:
         request, fault, _ = self._arrive("load")
         record = self.inner.load(key)
         mirror = request.mirror
-        self.model.loaded(mirror, key, record)
+        self.model.loaded(mirror, key, self._unexpired(record))
         self._leave(request, fault, f"{self.model.name(key)} {self._shown(record)}")
         if fault is Fault.CROSSED:
             others = [other for name, other in self.records.items() if name != key]
@@ -87,8 +87,13 @@ class SimulatedStore:
                 mirror.crossed = True
                 self.model.heard(mirror, None)
                 return self.rng.choice(others)
-        self.model.heard(mirror, record)
+        self.model.heard(mirror, self._unexpired(record))
         return record
+
+    def _unexpired(self, record: Record | None) -> Record | None:
+        """What the request is to make of an answer to a load."""
+        now = milliseconds(self._clock)
+        return None if record is None or now >= record.idle_expires_at else record
 
     def save(self, record: Record, expected_version: int) -> None:
         request, fault, begun = self._arrive("save")
