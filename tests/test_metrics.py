@@ -25,7 +25,7 @@ from prometheus_flask_exporter import PrometheusMetrics
 from flask_gsession import Session, SettingError, StoreUnavailable
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.errors import UnreadableRecord
-from flask_gsession.events import CircuitClosed, CircuitOpened, SessionCreated
+from flask_gsession.events import CircuitClosed, CircuitOpened, LargeValueLost, SessionCreated
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 from flask_gsession.tokens import session_key
@@ -101,6 +101,20 @@ def test_an_expired_session_is_a_figure_of_its_own(counted: Site) -> None:
     assert figure(figures, "refused_total", reason="unknown") == 1
     assert figure(figures, "operations_total", operation="load", status="ok") == 1
     assert figure(figures, "operations_total", operation="load", status="absent") == 1
+
+
+def test_a_lost_large_value_is_counted(counted: Site) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(rows=secrets.token_bytes(20_000)))
+    for name in counted.inside.blobs():
+        counted.inside.spoil(name, None)
+    assert visitor.run(lambda session: session.get("rows")) is None
+    figures = read(counted.app)
+    reasons = re.findall(r'``"([^"]+)"``', LargeValueLost.__doc__ or "")
+    assert len(reasons) == 5
+    for reason in reasons:
+        name = f"gsession_large_values_lost_total{ {'reason': reason} }"
+        assert figures[name] == (reason == "missing"), reason
 
 
 def test_lost_races_are_counted(counted: Site) -> None:

@@ -48,6 +48,7 @@ from ..events import (
     CleanupFailed,
     Event,
     Events,
+    LargeValueLost,
     LockAcquired,
     LockExpired,
     LockRefused,
@@ -97,6 +98,7 @@ _LIFE: dict[type[Event], str] = {
 _UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
 _REFUSALS = {"malformed", "bad signature", "two cookies", "unknown", "expired", *_UNREADABLE}
 _LEFTOVERS = set(LEFTOVERS)
+_LOST = ("missing", "truncated", "altered", "not encrypted", "unknown encryption key")
 _CONFLICTS = ("refused", "transaction", "too many races")
 _STORE_BUCKETS = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
@@ -254,6 +256,7 @@ class _Figures:
         races = counter("retries", "Writes tried again because another request was faster")
         merges = counter("merges", "Saves onto what another request had stored meanwhile")
         sizes = histogram("payload_bytes", "Size of the saved payloads", _SIZE_BUCKETS)
+        lost = counter("large_values_lost", "Large values that could not be read", "reason")
         locks = counter("locks", "What became of locks of sessions", "event")
         waits = histogram(
             "lock_wait_seconds", "Waiting time of those who got a lock", _WAIT_BUCKETS
@@ -291,6 +294,9 @@ class _Figures:
             lambda reason, _: refused.labels(_one_of(_REFUSALS, reason)).inc()
         ]
         self.receivers[WriteDropped] = [lambda _, reason: dropped.labels(_drop(reason)).inc()]
+        self.receivers[LargeValueLost] = [
+            lambda key, reason, _: lost.labels(_one_of(set(_LOST), reason)).inc()
+        ]
         self.receivers[CleanedUp] = [cleaned]
         self.receivers[CleanupFailed] = [counts(runs.labels("failed"))]
         for leftover in LEFTOVERS:
@@ -300,6 +306,8 @@ class _Figures:
         self.receivers[SessionConflicted] = [lambda _, reason: conflicts.labels(reason).inc()]
         for reason in _CONFLICTS:
             conflicts.labels(reason)
+        for reason in _LOST:
+            lost.labels(reason)
         for operations in ("loads", "writes"):
             self.circuits.labels(operations).set(0)
         for reason in ("unknown", "expired", "bad signature"):
