@@ -248,13 +248,13 @@ class Keeper:
             return token, record, None
         raise StoreError(_REPEATS)
 
-    def debug(self, key: str, until: int | None) -> str | None:
+    def debug(self, key: str, until: int | None) -> tuple[str, bool] | None:
         """Let what requests do with the session be written to the log, until then in milliseconds.
 
         ``until`` None ends that. Nothing else of the session changes; a request that is running
-        saves its changes onto it, as onto those of any other. Returns its handle, None where there
-        is no session. Raises ``SessionConflict`` after too many lost races. Two round trips, two
-        more for each lost race.
+        saves its changes onto it, as onto those of any other. Returns its handle, and whether that
+        was so already; None where there is no session. Raises ``SessionConflict`` after too many
+        lost races. Two round trips, two more for each lost race.
         """
         for losses in range(ATTEMPTS):
             if losses:
@@ -263,13 +263,16 @@ class Keeper:
             if loaded is None:
                 return None
             old, body = loaded
+            before = body.debug_until is not None and body.debug_until > self.now()
+            if until is None and not before:
+                return old.key, False
             body.debug_until = until
             payload = self._payloads.pack(old.key, body)
             try:
                 self.store.save(old._replace(version=new_version(), payload=payload), old.version)
             except (Stale, Gone):
                 continue
-            return old.key
+            return old.key, before
         raise SessionConflict
 
     def renew(self, record: Record, body: Body, idle_end: int) -> bool:

@@ -37,7 +37,9 @@ try:
 
     from .typed_dataclasses import schema_of
 except ImportError as error:  # pragma: no cover
-    raise ImportError("Typed keys need marshmallow: pip install 'flask-gsession[typed]'") from error
+    raise ImportError(
+        f"Typed keys need the package {error.name}: install the extra, flask-gsession[typed]"
+    ) from None
 
 P = ParamSpec("P")
 R = TypeVar("R")

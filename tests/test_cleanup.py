@@ -294,7 +294,7 @@ def test_all_sessions_of_an_application() -> None:
     console = Console(Counting(1))
     Session(console.app, store=Counting(2), cookie_name="second")
     assert console.done("cleanup").splitlines() == [
-        "session: 1 expired sessions removed", "second: 2 expired sessions removed",
+        "session: 1 expired session removed", "second: 2 expired sessions removed",
     ]  # fmt: skip
     assert console.done("cleanup", "--session", "second") == (
         "second: 0 expired sessions removed\n"
@@ -317,7 +317,7 @@ def test_one_that_is_down_keeps_no_other_from_it() -> None:
     result = console.run("cleanup")
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
-        "session: 1 expired sessions removed", "third: 2 expired sessions removed",
+        "session: 1 expired session removed", "third: 2 expired sessions removed",
     ]  # fmt: skip
     assert "second: the store failed after 0 expired sessions removed, 3" in result.stderr
     result = console.run("cleanup", "--json")

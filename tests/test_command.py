@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 from flask import Flask
+from flask.cli import ScriptInfo
 
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
-from flask_gsession.errors import LogoutUnconfirmed
+from flask_gsession.codec import Codec
+from flask_gsession.contrib.ratelimit import SessionLimits
+from flask_gsession.errors import LogoutUnconfirmed, UnreadableRecord
 from flask_gsession.events import SessionDestroyed, SessionRevoked
 from flask_gsession.stores import Record, Store
 from flask_gsession.stores.base import Page
@@ -191,6 +194,75 @@ def test_show_tells_how_large_a_large_value_is(site: Site, console: Console) -> 
     facts = json.loads(console.done("show", handle, "--json"))
     assert facts["bytes"] < 1000
     assert 100_000 <= facts["keys"]["large"]["bytes"] < 100_010
+
+
+def test_show_values_as_the_debug_dump_does(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(
+        site.store.store, clock=site.clock, debug_show=["cart", "pin", "code", "large", "file"]
+    )
+
+    def fill(session: Any) -> None:
+        session.update(cart=["mug", {"sku": 7, "token": SECRET}], pin=SECRET, user=SECRET)
+        session.update(large=SECRET * 10_000, file=b"x" * 100_000)
+        session.set("code", 5, ttl=60)
+        session.set("gone", SECRET, ttl=10)
+
+    visitor = site.visitor()
+    visitor.run(fill)
+    site.clock.advance(20)
+    handle = visitor.run(lambda session: session.handle)
+    monkeypatch.setattr("flask_gsession.spill.Spill.frame", lambda *_: pytest.fail("it was loaded"))
+    facts = json.loads(console.done("show", handle, "--values", "--json"))
+    keys = {name: (each["type"], each["value"]) for name, each in facts["keys"].items()}
+    assert keys == {
+        "cart": ("list", "['mug', {'sku': 7, 'token': <hidden>}]"),
+        "pin": ("str", "<hidden>"),
+        "user": ("str", "<hidden>"),
+        "large": (None, "<large>"),
+        "file": ("bytes", "<large>"),
+        "code": ("int", "5"),
+    }
+    assert facts["keys"]["file"]["bytes"] == 100_000
+    text = console.done("show", handle, "--values")
+    assert re.search(r"^cart +\d+  with the session +list +\['mug', ", text, re.MULTILINE)
+    assert re.search(r"^large +\d+  with the session +<large>$", text, re.MULTILINE)
+    assert SECRET not in text + json.dumps(facts)
+    assert "value" not in console.done("show", handle) + console.done("show", handle, "--json")
+
+
+def test_show_a_value_that_cannot_be_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(codec: Codec, data: bytes) -> Any:
+        raise UnreadableRecord("corrupt")
+
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    handle = visitor.run(lambda session: session.handle)
+    monkeypatch.setattr(Codec, "decode", decode)
+    console = Console(site.store.store, clock=site.clock, debug_show=["a"])
+    facts = json.loads(console.done("show", handle, "--values", "--json"))
+    assert (facts["keys"]["a"]["type"], facts["keys"]["a"]["value"]) == (None, "<unreadable>")
+
+
+def test_show_tells_until_when_a_session_is_logged(site: Site, console: Console) -> None:
+    (handle,) = handles(site, 1)
+
+    def until() -> Any:
+        return json.loads(console.done("show", handle, "--json"))["logged_until"]
+
+    assert until() is None
+    assert "logged" not in console.done("show", handle)
+    before = site.store.store.load(handle)
+    assert console.done("debug", handle, "--off") == f"{handle}: was not logged\n"
+    assert site.store.store.load(handle) == before  # nothing was written
+    end = console.done("debug", handle).split()[-1]
+    assert until() == end
+    assert re.search(f"^logged_until +{end} \\(in 10 min\\)$", console.done("show", handle), re.M)
+    assert console.done("debug", handle, "--off") == f"{handle}: not logged any more\n"
+    assert until() is None
+    console.done("debug", handle)
+    site.clock.advance(601)
+    assert until() is None
+    assert console.done("debug", handle, "--off") == f"{handle}: was not logged\n"
 
 
 def test_a_handle_from_before_a_rotation(site: Site, console: Console) -> None:
@@ -521,6 +593,60 @@ def test_several_sessions() -> None:
     assert "--session session | second" in console.failed("list", "--session", "x", status=2)
 
 
+DRIVERS = """
+import sys
+from flask import Flask
+from flask.cli import ScriptInfo
+from flask_gsession import Session
+from flask_gsession.cli import gsession
+
+def create_app():
+    app = Flask("shop")
+    app.secret_key = "a key for tests"
+    Session(app, store=sys.argv[1])
+    return app
+
+sys.modules["redis"] = sys.modules["pymongo"] = None
+gsession.main(["list"], "gsession", obj=ScriptInfo(create_app=create_app))
+"""
+
+
+@pytest.mark.parametrize("kind", ["redis", "mongodb"])
+def test_a_driver_that_is_not_installed(kind: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", DRIVERS, f"{kind}://user:canary@localhost/0"],
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"Error: SESSION_STORE is a {kind} URL, and its driver is not installed")
+    assert line.endswith(f"install the {kind} extra, flask-gsession[{kind}]")
+    assert (run.returncode, run.stdout) == (1, "")
+
+
+def test_what_the_application_says_while_it_is_made(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def made(**settings: Any) -> Result:
+        def create_app() -> Flask:
+            app = Flask(__name__)
+            app.secret_key = "a key for tests"
+            Session(app, store=f"sqlite:///{tmp_path}/a.sqlite3", **settings)
+            SessionLimits(app, proxies=0)
+            return app
+
+        info = ScriptInfo(create_app=create_app)
+        return CliRunner().invoke(gsession, ["list"], obj=info, catch_exceptions=False)
+
+    assert (made().exit_code, made().output) == (0, "")
+    assert not recwarn.list
+    wrong = made(idle_timeout=-1)
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("Error: SESSION_IDLE_TIMEOUT ")
+    assert made(logout_replicas=1).exit_code == 0
+    assert "SESSION_LOGOUT_REPLICAS" in str(recwarn.pop(UserWarning).message)
+
+
 def test_memory_says_that_it_sees_only_itself() -> None:
     assert "this process's own" in Console("memory://").run("list").stderr
 
@@ -542,12 +668,15 @@ def test_wrong_use(words: tuple[str, ...]) -> None:
 def on_a_terminal(url: str, *words: str, **variables: str) -> str:
     """What a real process prints on a terminal, and it ended with 0."""
     code = (
-        "import sys\n"
+        "import json, os, sys\n"
         "from tests.test_command import Console\n"
-        "console = Console(sys.argv.pop(1))\n"
+        "settings = json.loads(os.environ.get('SETTINGS', '{}'))\n"
+        "console = Console(sys.argv.pop(1), **settings)\n"
         "from flask_gsession.cli import gsession\n"
-        "with console.app.app_context():\n"
-        "    gsession()\n"
+        "for width in os.environ.get('WIDTHS', os.environ['COLUMNS']).split():\n"
+        "    os.environ['COLUMNS'] = width\n"
+        "    with console.app.app_context():\n"
+        "        gsession(standalone_mode=False)\n"
     )
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
@@ -588,6 +717,54 @@ def test_on_a_terminal(sqlite_url: str) -> None:
     assert "There are more" in shown
     assert "\x1b[" in shown  # rich
     assert "\x1b[" in on_a_terminal(sqlite_url, "stats")
+
+
+def plain(shown: str) -> list[str]:
+    """The lines of what a terminal showed, without its colours."""
+    return [line.rstrip() for line in re.sub("\x1b\\[[^m]*m", "", shown).splitlines()]
+
+
+@pytest.mark.parametrize("letters", ["utf-8", "latin-1"], ids=["rich", "plain"])
+def test_the_list_on_narrow_terminals(sqlite_url: str, letters: str) -> None:
+    console = Console(sqlite_url)
+    store: Any = console.ext.store(console.app)
+    record = a_record(store._clock, absolute=31 * 86400)
+    record = record._replace(created_at=record.created_at - 3_599_000)
+    store.create(record)
+    columns = ["handle", "age", "idles out in", "ends in", "bytes"]
+    left = {
+        120: columns,
+        80: ["handle", "age", "idles out in", "bytes"],
+        70: ["handle", "idles out in", "bytes"],
+        52: ["handle", "bytes"],
+        45: ["handle"],
+    }
+    widths = " ".join(map(str, left))
+    lines = plain(on_a_terminal(sqlite_url, "list", WIDTHS=widths, PYTHONIOENCODING=letters))
+    assert len(lines) == 2 * len(left)
+    for (width, names), heads, row in zip(left.items(), lines[::2], lines[1::2], strict=True):
+        assert re.split("  +", heads) == names
+        assert row.startswith(record.key)
+        assert len(row) <= width
+
+
+def test_long_keys_and_values_take_several_lines(sqlite_url: str) -> None:
+    console = Console(sqlite_url)
+    name = "a-name" * 10
+    with console.app.test_client().session_transaction() as session:
+        session[name] = "a-word" * 15
+    (line,) = console.done("list").splitlines()
+    words = ("show", line.split(" ")[0], "--values")
+    settings = json.dumps({"debug_show": [name]})
+    lines = plain(on_a_terminal(sqlite_url, *words, COLUMNS="80", SETTINGS=settings))
+    assert max(map(len, lines)) <= 80
+    heads = next(line for line in lines if line.startswith("key "))
+    cells = [
+        (line[: heads.index(" bytes")], line[heads.index("value") :])
+        for line in lines[lines.index(heads) + 1 :]
+    ]
+    assert "".join(cell.strip() for cell, _ in cells) == name
+    assert "".join(value for _, value in cells) == repr("a-word" * 15)
 
 
 def test_a_terminal_shows_keys_as_they_are(sqlite_url: str) -> None:

@@ -229,7 +229,7 @@ def test_encrypted_sessions_need_their_key(
     for settings in ({}, {"encryption_keys": [OTHER_KEY]}):
         console = console_of(target, **settings)
         complaint = console.failed("import", str(file))
-        assert "1 of 1 records cannot be read" in complaint
+        assert "1 of 1 record cannot be read" in complaint
         assert "unknown encryption key" in complaint
         assert "nothing was imported" in complaint
         text = console.done("import", str(file), "--skip-unreadable")
@@ -306,7 +306,7 @@ def test_a_record_of_another_session(exported: Path, site: Site) -> None:
     text = json.dumps(end, separators=(",", ":")).encode() + b"\n"
     assert len(text) == len(last)
     exported.write_bytes(b"".join([*lines, text]))
-    assert "1 times corrupt" in console_of(site).failed("import", str(exported))
+    assert "1 time corrupt" in console_of(site).failed("import", str(exported))
     assert site.stored() == {}
 
 

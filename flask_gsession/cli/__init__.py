@@ -7,27 +7,39 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from contextlib import suppress
 from typing import Any
 
 import click
 from flask.cli import AppGroup
 
+from ..errors import SettingError
 from .cleaning import cleanup
 from .debug import debug
 from .doctor import doctor
 from .sessions import list_, revoke, show, stats
 from .transfer import export, import_
 
+# What is said of the workers of a server, and is none of a command's business.
+_OF_WORKERS = "Rate limits count in each process for itself"
+
 
 class _Group(AppGroup):
-    """Ends a command with a message where nobody takes what it prints."""
+    """Ends a command with a message where nobody takes what it prints, or a setting is wrong.
+
+    The application is made inside of it.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         if sys.stdout is None:  # >&-
             raise click.ClickException("the standard output is closed")
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", _OF_WORKERS)
+                return super().invoke(ctx)
+        except SettingError as error:
+            raise click.ClickException(str(error)) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # which click knows about
                 raise

@@ -23,7 +23,7 @@ from .common import (
     session_option,
     told,
 )
-from .output import progress
+from .output import counted, progress
 
 _DONE = {"sessions without expiry": "given one"}  # of what is not removed
 
@@ -115,5 +115,5 @@ def _text(found: Counter[str], dry_run: bool) -> str:
     for kind, number in {"expired sessions": 0, **found}.items():
         if number or kind == "expired sessions":
             done = _DONE.get(kind, "removed")
-            parts.append(f"{number} {kind} {f'to be {done}' if dry_run else done}")
+            parts.append(f"{counted(number, kind)} {f'to be {done}' if dry_run else done}")
     return ", ".join(parts)

@@ -78,11 +78,6 @@ def _place(interface: GSessionInterface) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things, in words."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def scanned(interface: GSessionInterface) -> Scans:
     """The store, which can go through its sessions; ends the command where it cannot."""
     store = interface.store

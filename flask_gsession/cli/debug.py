@@ -59,5 +59,7 @@ def debug(handle: str, span: int, off: bool, cookie: str | None) -> None:
             raise click.ClickException(f"{key}: not done: {error}") from None
     if found is None:
         raise click.ClickException(f"{key}: no such session; it may have ended")
-    name = found if found == key else f"{found} (rotated from {key})"
-    click.echo(f"{name}: {'not logged any more' if off else f'logged until {moment(end)}'}")
+    now, before = found
+    name = now if now == key else f"{now} (rotated from {key})"
+    ended = "not logged any more" if before else "was not logged"
+    click.echo(f"{name}: {ended if off else f'logged until {moment(end)}'}")

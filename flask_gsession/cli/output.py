@@ -1,13 +1,24 @@
-"""Tables and progress bars: by rich on a terminal, where that is installed, else plain."""
+"""Words, tables and progress bars: by rich on a terminal, where that is installed, else plain."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
+
+_GAP = 2  # characters between two columns
+
+
+def counted(number: int, things: str) -> str:
+    """A number of things, in words; of one the first word that ends in "s" loses it."""
+    if number == 1:
+        things = re.sub(r"(?<=[^s])s\b", "", things, count=1)
+    return f"{number} {things}"
 
 
 def console() -> Any:
@@ -21,32 +32,59 @@ def console() -> Any:
     return Console(highlight=False, markup=False, emoji=False)  # cells are of anybody's making
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "") -> None:
-    """Print a table; a column whose name ends in "#" is of numbers."""
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    wraps: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> None:
+    """Print a table; a column whose name ends in "#" is of numbers.
+
+    On a terminal that is too narrow the columns ``drop`` are left out, one after the other; then
+    what is in the columns ``wraps`` takes several lines.
+    """
     names = [name.rstrip("#") for name in columns]
     numbers = [name.endswith("#") for name in columns]
+    rows = [names, *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     shown = console()
+    left = list(range(len(names)))
+    for name in drop:
+        if sum(widths[column] + _GAP for column in left) - _GAP <= _room(shown):
+            break
+        left.remove(names.index(name))
     if shown is None:
-        _plain(names, numbers, [names, *rows])
+        for row in rows:
+            cells = (
+                row[column].rjust(widths[column])
+                if numbers[column]
+                else row[column].ljust(widths[column])
+                for column in left
+            )
+            click.echo((" " * _GAP).join(cells).rstrip())
         return
     from rich.table import Table
 
-    rich = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
-    for name, number in zip(names, numbers, strict=True):
-        rich.add_column(name, justify="right" if number else "left", no_wrap=name == "handle")
-    for row in rows:
-        rich.add_row(*row)
+    rich = Table(box=None, pad_edge=False)
+    for column in left:
+        name = names[column]
+        rich.add_column(
+            name,
+            justify="right" if numbers[column] else "left",
+            no_wrap=name not in wraps,
+            overflow="fold" if name in wraps else "ellipsis",
+        )
+    for row in rows[1:]:
+        rich.add_row(*(row[column] for column in left))
     shown.print(rich)
 
 
-def _plain(names: Sequence[str], numbers: Sequence[bool], rows: list[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, numbers, strict=True)
-        )
-        click.echo("  ".join(cells).rstrip())
+def _room(shown: Any) -> int:
+    """How many characters a line may have."""
+    if shown is not None:
+        return int(shown.width)
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 @contextmanager

@@ -15,15 +15,15 @@ from flask.cli import with_appcontext
 from ..errors import LogoutUnconfirmed, UnreadableRecord
 from ..events import SessionRevoked
 from ..interface import GSessionInterface
-from ..marks import split
-from ..redaction import shown_name
-from ..references import reference_in, refers
+from ..keeper import Keeper
+from ..marks import expired, split
+from ..redaction import shown_name, shown_value
+from ..references import BYTES, reference_in, refers
 from ..stores import Record
 from ..stores.base import unexpired
 from .common import (
     about,
     chosen,
-    counted,
     described,
     is_terminal,
     json_option,
@@ -37,12 +37,13 @@ from .common import (
     span,
     told,
 )
-from .output import progress, table
+from .output import counted, progress, table
 
 _SHOWN = 100  # sessions, on a terminal
 _AGES = {"to 1 hour": 3600, "to 1 day": 86400, "to 7 days": 7 * 86400, "to 30 days": 30 * 86400}
 _OLDER = "older"
 _NO_SESSION = "no such session; it may have ended"
+_LARGE = "<large>"  # a value that is not loaded
 _BAR = 40  # characters
 _ROUNDS = 20  # through the sessions, at most, to end them all
 # A handle may begin with a hyphen.
@@ -67,7 +68,7 @@ def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
             unreadable += len(page.unreadable)
             yield from (record for record in page.records if record.successor is None)
 
-    with told(interface, lambda: counted(listed, "session")):
+    with told(interface, lambda: counted(listed, "sessions")):
         found = records()
         if as_json:
             for record in islice(found, limit):
@@ -78,6 +79,7 @@ def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
             table(
                 ["handle", "age", "idles out in", "ends in", "bytes#"],
                 [_row(record, now) for record in islice(found, limit)],
+                drop=["ends in", "age", "idles out in", "bytes"],
             )
         else:
             for record in islice(found, limit):
@@ -102,13 +104,16 @@ def _row(record: Record, now: int) -> tuple[str, ...]:
 
 @click.command(context_settings=_HANDLES)
 @click.argument("handle")
+@click.option("--values", is_flag=True, help="Also the values of the keys in SESSION_DEBUG_SHOW.")
 @session_option
 @json_option
 @with_appcontext
-def show(handle: str, cookie: str | None, as_json: bool) -> None:
-    """Show one session: its times, and the keys in it with their sizes. Never a value.
+def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
+    """Show one session: its times, and the keys in it with their sizes.
 
-    Of HANDLE the first eight or more characters are enough, where no other begins with them.
+    Of HANDLE the first eight or more characters are enough, where no other begins with them. With
+    --values of each key the type too, and the value where SESSION_DEBUG_SHOW names the key and
+    neither it nor what is in it looks like a secret. Large values are not loaded.
     """
     interface = chosen(cookie)
     keeper = interface.keeper
@@ -130,20 +135,40 @@ def show(handle: str, cookie: str | None, as_json: bool) -> None:
     if record.key != key:
         facts["rotated_from"] = key
     contents: dict[str, dict[str, object]] = {}
+    now, until = keeper.now(), 0
     if loaded is not None:
         facts["permanent"] = keeper.is_permanent(loaded.body.values)
+        until = loaded.body.debug_until or 0
+        facts["logged_until"] = moment(until) if until > now else None
         for name, raw in loaded.body.values.items():
+            if expired(raw, now):
+                continue
             expires_at = split(raw)[0].expires_at
             contents[_label(name, contents)] = {
                 "bytes": reference_in(raw).length if refers(raw) else len(raw),
                 "expires_at": moment(expires_at) if expires_at else None,
+                **(_value(keeper, name, raw) if values else {}),
             }
     if as_json:
         click.echo(json.dumps({**facts, "keys": contents}, indent=2))
     else:
-        _print(facts, contents, record, keeper.now())
+        _print(facts, contents, record, until, now)
     if problem:
         raise click.ClickException(problem)
+
+
+def _value(keeper: Keeper, name: str, raw: bytes) -> dict[str, object]:
+    """The type of a value, None where it is not known; and itself, as far as it may be shown."""
+    if refers(raw):
+        return {"type": "bytes" if reference_in(raw).kind == BYTES else None, "value": _LARGE}
+    try:
+        value = keeper.codec.decode(split(raw)[1])
+    except UnreadableRecord:
+        return {"type": None, "value": "<unreadable>"}
+    return {
+        "type": type(value).__name__,
+        "value": shown_value(name, value, keeper.settings.debug_show),
+    }
 
 
 def _label(name: str, taken: Container[str]) -> str:
@@ -157,23 +182,35 @@ def _label(name: str, taken: Container[str]) -> str:
 
 
 def _print(
-    facts: dict[str, object], contents: dict[str, dict[str, object]], record: Record, now: int
+    facts: dict[str, object],
+    contents: dict[str, dict[str, object]],
+    record: Record,
+    until: int,
+    now: int,
 ) -> None:
     notes = {
         "created_at": f"{span(now - record.created_at)} ago",
         "idle_expires_at": f"in {span(record.idle_expires_at - now)}",
         "absolute_expires_at": f"in {span(record.absolute_expires_at - now)}",
+        "logged_until": f"in {span(until - now)}",
     }
     for label, value in facts.items():
         note = f" ({notes[label]})" if label in notes else ""
-        click.echo(f"{label:<20} {value}{note}")
+        if value is not None:
+            click.echo(f"{label:<20} {value}{note}")
     if contents:
         click.echo()
         rows = [
-            (name, str(each["bytes"]), str(each["expires_at"] or "with the session"))
+            (
+                name,
+                str(each["bytes"]),
+                str(each["expires_at"] or "with the session"),
+                *(str(each[fact] or "") for fact in ("type", "value") if fact in each),
+            )
             for name, each in contents.items()
         ]
-        table(["key", "bytes#", "expires_at"], rows)
+        columns = ["key", "bytes#", "expires_at", "type", "value"]
+        table(columns[: len(rows[0])], rows, wraps=["key", "value"])
 
 
 @click.command(context_settings=_HANDLES)
@@ -194,7 +231,7 @@ def revoke(handles: tuple[str, ...], everybody: bool, yes: bool, cookie: str | N
     if everybody:
         _revoke_all(interface, yes)
     ended, problems = 0, []
-    with told(interface, lambda: counted(ended, "session") + " ended"):
+    with told(interface, lambda: counted(ended, "sessions") + " ended"):
         for handle in handles:
             key = key_of(interface, handle)
             done, problem = _end(interface, key)
@@ -217,7 +254,7 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
         click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
     begun = interface.keeper.now()
     with (
-        told(interface, lambda: counted(ended, "session") + " ended"),
+        told(interface, lambda: counted(ended, "sessions") + " ended"),
         progress("ending sessions", about(interface)) as advance,
     ):
         for again in range(_ROUNDS):
@@ -238,9 +275,9 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
         else:
             problems["sessions are rotated faster than they can be ended: call it again"] = 1
     del problems[""], problems[_NO_SESSION]  # of a pointer whose session has ended
-    click.echo(f"{counted(ended, 'session')} ended")
+    click.echo(f"{counted(ended, 'sessions')} ended")
     for problem, number in problems.items():
-        click.echo(f"Error: {counted(number, 'time')}: {problem}", err=True)
+        click.echo(f"Error: {counted(number, 'times')}: {problem}", err=True)
     sys.exit(bool(problems))
 
 

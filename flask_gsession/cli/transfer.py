@@ -34,7 +34,6 @@ from .common import (
     Patience,
     about,
     chosen,
-    counted,
     json_option,
     moment,
     name_of,
@@ -44,7 +43,7 @@ from .common import (
     session_option,
     told,
 )
-from .output import progress
+from .output import counted, progress
 
 _FORMAT = 1
 _LONGEST = 32 * 1024 * 1024  # bytes of a line
@@ -105,7 +104,7 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
         raise click.UsageError(f"{file} exists: {hint}")
     name_store(interface)
     written = unreadable = incomplete = 0
-    with told(interface, lambda: f"{counted(written, 'record')}; {file} was not written"):
+    with told(interface, lambda: f"{counted(written, 'records')}; {file} was not written"):
         store = scanned(interface)
         with (
             _output(None if to_pipe else file) as out,
@@ -131,11 +130,11 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
                 written += len(page.records)
                 advance(len(page.records))
             put(_Last(written, digest.hexdigest()))
-    click.echo(f"{name_of(interface)}: {counted(written, 'record')} exported", err=to_pipe)
+    click.echo(f"{name_of(interface)}: {counted(written, 'records')} exported", err=to_pipe)
     if unreadable:
         click.echo(f"Error: {unreadable} more could not be read, and are not in it", err=True)
     if incomplete:
-        whose = counted(incomplete, "session")
+        whose = counted(incomplete, "sessions")
         click.echo(f"Error: large values of {whose} are lost, and not in it", err=True)
     sys.exit(bool(unreadable or incomplete))
 
@@ -209,7 +208,7 @@ def import_(
 
     def so_far() -> str:
         number = skip + done.total()
-        return f"{counted(number, 'record')} (--skip {number} goes on from there)" if done else ""
+        return f"{counted(number, 'records')} (--skip {number} goes on from there)" if done else ""
 
     with told(interface, so_far), _input(file) as source:
         total = _check(source, file, keeper, skip_unreadable)
@@ -330,9 +329,12 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
     if problem:
         raise click.ClickException(f"{file}: line {number}: {problem}; nothing was imported")
     if problems and not skip_unreadable:
-        reasons = ", ".join(f"{count} times {reason}" for reason, count in problems.items())
+        reasons = ", ".join(
+            f"{counted(count, 'times')} {reason}" for reason, count in problems.items()
+        )
+        whose = f"{problems.total()} of {counted(records, 'records')}"
         raise click.ClickException(
-            f"{file}: {problems.total()} of {records} records cannot be read by this application "
+            f"{file}: {whose} cannot be read by this application "
             f"({reasons}); nothing was imported. Give it the key that is missing, or leave them "
             "out with --skip-unreadable"
         )
