@@ -22,6 +22,7 @@ from .events import Event, SessionCreated, SessionDestroyed, SessionRotated, Wri
 from .lifecycle import Presented
 from .marks import split
 from .redaction import HIDDEN, shown_name, shown_value
+from .references import refers
 from .tokens import session_key
 from .tracing import Trace
 
@@ -248,12 +249,16 @@ def _about(
     if before is not None:
         about["bytes_before"] = before
     raw = values.stored.get(key)
+    large = refers(raw)  # not read to be shown
+    if large:
+        about["large"] = True
     try:
         if raw is not None and values.now is not None:
             end = split(raw)[0].expires_at
             if end:
                 about["expires_in"] = (end - session._keeper.now()) / 1000
-        if raw is not None and with_value and key in session._keeper.settings.debug_show:
+        shown = with_value and key in session._keeper.settings.debug_show
+        if raw is not None and shown and not large:
             value = shown_value(
                 key,
                 session._keeper.codec.decode(split(raw)[1]),
@@ -378,6 +383,8 @@ def _as_words(about: Facts) -> str:
         words.append(f"{about['bytes_before']} to {_bytes(about['bytes'])}")
     else:
         words.append(_bytes(about["bytes"]))
+    if "large" in about:
+        words.append("large: in a place of its own")
     if "expires_in" in about:
         words.append(f"expires in {_span(about['expires_in'])}")
     if "value" in about:

@@ -10,11 +10,21 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from .codec import Codec
+from .errors import UnreadableRecord
 from .events import Event, Events
 from .keeper import Keeper
 from .merge import Change
+from .references import reference_in, refers
 from .stores.base import Store, count_trips
 from .tracking import TrackedValues
+
+
+def size_of(raw: bytes) -> int:
+    """The bytes of an encoded value; of one in a place of its own those that are there."""
+    try:
+        return reference_in(raw).length if refers(raw) else len(raw)
+    except UnreadableRecord:
+        return len(raw)
 
 
 class Call(NamedTuple):
@@ -69,8 +79,8 @@ class Trace:
             self.written.pop(key, None)
         else:
             first = self.written.get(key)
-            was = None if before is None else len(before)
-            self.written[key] = Written(first.before if first else was, len(after))
+            was = None if before is None else size_of(before)
+            self.written[key] = Written(first.before if first else was, size_of(after))
             self.deleted.pop(key, None)
 
 
@@ -202,4 +212,4 @@ class TracedValues(TrackedValues):
     def _note_read(self, key: str) -> None:
         # What the request put there itself is not read from the session.
         if key not in self._trace.touched and key in self.stored:
-            self._trace.read.setdefault(key, len(self.stored[key]))
+            self._trace.read.setdefault(key, size_of(self.stored[key]))

@@ -124,6 +124,29 @@ def test_a_request_is_dumped_before_and_after(debugged: Site, log: Log) -> None:
     assert "  written    cart: list, 5 to 9 bytes, ['mug', 'pen']" in log.text()
 
 
+def test_a_large_value_is_told_by_its_own_size(debugged: Site, log: Log) -> None:
+    """And read no more often than the request reads it, though it may be shown."""
+    visitor = debugged.visitor()
+    visitor.run(lambda session: session.update(cart=b"x" * 30_000, user_id=7))
+    (cart, _) = log.facts()["written"]
+    assert cart == {"key": "cart", "type": "bytes", "bytes": 30_000, "large": True}
+    assert "  written    cart: bytes, 30000 bytes, large" in log.text()
+    visitor.run(lambda session: "cart" in session)
+    facts = log.facts()
+    assert facts["bytes"] < 300
+    assert facts["read"] == [{"key": "cart", "type": None, "bytes": 30_000, "large": True}]
+    assert [call["operation"] for call in facts["calls"]] == ["load"]
+    visitor.run(lambda session: session.set("cart", session["cart"] + b"y", ttl=60))
+    facts = log.facts()
+    (cart,) = facts["written"]
+    assert (cart["bytes_before"], cart["bytes"], cart["expires_in"]) == (30_000, 30_001, 60.0)
+    assert [call["operation"] for call in facts["calls"]].count("read_frame") == 1
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    (cart,) = log.facts()["written"]
+    assert cart["bytes_before"] == 30_001
+    assert "large" not in cart
+
+
 def test_the_round_trips_are_those_that_the_server_sees(debugged: Site, log: Log) -> None:
     visitor = debugged.visitor()
     visitor.run(fill)
