@@ -728,8 +728,9 @@ def plain(shown: str) -> list[str]:
 def test_the_list_on_narrow_terminals(sqlite_url: str, letters: str) -> None:
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
-    record = a_record(store._clock, absolute=31 * 86400)
-    record = record._replace(created_at=record.created_at - 3_599_000)
+    # As wide for some minutes as they are now.
+    record = a_record(store._clock, absolute=30 * 86400 + 20 * 3600 + 1800)
+    record = record._replace(created_at=record.created_at - 86_400_000 - 20 * 3_600_000)
     store.create(record)
     columns = ["handle", "age", "idles out in", "ends in", "bytes"]
     left = {
