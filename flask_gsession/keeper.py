@@ -313,9 +313,16 @@ class Keeper:
         except UnreadableRecord:
             return set()
 
-    def any_large(self, values: Mapping[str, bytes]) -> bool:
-        """Whether one of the encoded values is to be in a place of its own."""
-        return max(map(len, values.values()), default=0) > self._inline
+    def any_large(
+        self, values: Mapping[str, bytes], changed: Iterable[str], others: int = 0
+    ) -> bool:
+        """Whether one of the encoded values is to be in a place of its own.
+
+        Only ``changed`` are looked at, where no other can be longer than ``others``, in bytes.
+        """
+        if others > self._inline:
+            changed = values
+        return any(len(values.get(key, b"")) > self._inline for key in changed)
 
     def put_away(
         self,

@@ -544,7 +544,9 @@ class Lifecycle:
                     if unconfirmed is not None:
                         raise unconfirmed
                     return
-                stored = self._put_away(merged)
+                stored = merged
+                if self._placed or keeper.any_large(merged, changes, len(old.payload)):
+                    stored = self._put_away(merged)
                 body = self._body(stored)
                 if self._rotation is not None:
                     with Storing(self):
@@ -603,7 +605,7 @@ class Lifecycle:
     def _put_away(self, stored: dict[str, bytes]) -> dict[str, bytes]:
         """``stored`` with references to the large values, which are written where they are not."""
         keeper = self._keeper
-        if not self._placed and not keeper.any_large(stored):
+        if not self._placed and not keeper.any_large(stored, stored):
             return stored
         body = Body(stored, self._lifetime)
         absolute = self._record.absolute_expires_at if self._record else None

@@ -12,8 +12,8 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -395,17 +395,18 @@ class MongoDBStore:
     def _record(self, key: str, document: _Document) -> Record:
         get: Callable[[str], Any] = document.get
         version, payload, successor = get("version"), get("payload"), get("successor")
-        times = [get(name) for name in ("created_at", "idle_expires_at", "absolute_expires_at")]
+        created, idle, absolute = map(get, ("created_at", "idle_expires_at", "absolute_expires_at"))
         if not (
             get("_id") == self._prefix + key
             and type(version) in (int, Int64)
             and isinstance(payload, bytes)
             and (successor is None or isinstance(successor, str))
-            and all(isinstance(time, DatetimeMS) for time in times)
+            and isinstance(created, DatetimeMS)
+            and isinstance(idle, DatetimeMS)
+            and isinstance(absolute, DatetimeMS)
         ):
             raise UnreadableRecord("corrupt", "fields missing or of wrong types")
-        created, idle, absolute = (int(time) for time in times)
-        return Record(key, int(version), created, idle, absolute, payload, successor)
+        return Record(key, int(version), int(created), int(idle), int(absolute), payload, successor)
 
     def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
         now = self._now()
@@ -501,18 +502,9 @@ class MongoDBStore:
         """
         return self._collection(operation)
 
-    @contextmanager
-    def _collection(self, operation: str) -> Iterator[Any]:
+    def _collection(self, operation: str) -> _Call:
         """The collection, with one time budget around what is done with it."""
-        try:
-            collection = self._collection_of_client if self._pid == os.getpid() else self._connect()
-            with pymongo.timeout(self._timeout):
-                yield telling(collection)
-        except (PyMongoError, OSError) as error:  # of a socket that an interrupt left closed
-            raise StoreUnavailable(
-                f"mongodb: {operation}: {_reason(error, self._collection_of_client)}",
-                contention=isinstance(error, WaitQueueTimeoutError),
-            ) from error
+        return _Call(self, operation)
 
     def _connect(self) -> Any:
         if not self._lock.acquire(timeout=self._timeout):
@@ -585,6 +577,38 @@ class MongoDBStore:
         except PyMongoError:
             return
         self._indexed.add(collection.name)
+
+
+class _Call:
+    """One call of a store: its collection, and the time that all it does may take."""
+
+    __slots__ = ("_budget", "_operation", "_store")
+
+    def __init__(self, store: MongoDBStore, operation: str) -> None:
+        self._store = store
+        self._operation = operation
+
+    def __enter__(self) -> Any:
+        store = self._store
+        try:
+            if store._pid != os.getpid():
+                store._connect()
+        except (PyMongoError, OSError) as error:
+            raise self._failed(error) from error
+        self._budget = pymongo.timeout(store._timeout)
+        self._budget.__enter__()
+        return telling(store._collection_of_client)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
+        self._budget.__exit__(None, None, None)
+        if isinstance(error, (PyMongoError, OSError)):  # OSError: of a socket that was closed
+            raise self._failed(error) from error
+
+    def _failed(self, error: PyMongoError | OSError) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"mongodb: {self._operation}: {_reason(error, self._store._collection_of_client)}",
+            contention=isinstance(error, WaitQueueTimeoutError),
+        )
 
 
 def _reason(error: Exception, collection: Any) -> str:
