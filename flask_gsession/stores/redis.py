@@ -74,8 +74,9 @@ from .redis_wakeup import WakeUps
 
 T = TypeVar("T")
 
-_HEADER = 31
 _HEAD = Struct(">BQHIHIHI")  # the times in six bytes each, upper two and lower four
+_WHOLE_HEAD = Struct(_HEAD.format + "I")  # with the CRC
+_CHECKED, _HEADER = _HEAD.size, _WHOLE_HEAD.size
 _LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
 _STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W", b"D")
@@ -472,7 +473,9 @@ class RedisStore:
             return None if value is None else _unpack(key, value)
 
         name = self._name(key)
-        return self._call(deadline, parse, name, packed(b"GET", name))
+        # ``packed``, written out: every load comes by here.
+        request = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)
+        return self._call(deadline, parse, name, request)
 
     def _load_unexpired(self, key: str, deadline: float) -> Record | None:
         record = self._load(key, deadline)
@@ -673,11 +676,7 @@ def _header(kind: int, record: Record) -> bytes:
         absolute >> 32,
         absolute & _LOW,
     )
-    return head + _crc(record.key, head)
-
-
-def _crc(key: str, head: bytes) -> bytes:
-    return crc32(head, crc32(key.encode("ascii"))).to_bytes(4, "big")
+    return head + crc32(head, crc32(record.key.encode("ascii"))).to_bytes(4, "big")
 
 
 def _pack(record: Record) -> bytes:
@@ -687,14 +686,15 @@ def _pack(record: Record) -> bytes:
 
 
 def _unpack(key: str, value: bytes) -> Record:
-    kind = value[0] if len(value) >= _HEADER else 0
-    if _POINTER < kind < 32:
-        raise UnreadableRecord("newer format", f"record kind {kind}")
-    if kind not in (_RECORD, _POINTER):
+    if len(value) < _HEADER:
         raise UnreadableRecord("corrupt", "no record of this library")
-    if _crc(key, value[: _HEAD.size]) != value[_HEAD.size : _HEADER]:
+    kind, version, c, created, i, idle, a, absolute, check = _WHOLE_HEAD.unpack_from(value)
+    if kind != _RECORD and kind != _POINTER:
+        if _POINTER < kind < 32:
+            raise UnreadableRecord("newer format", f"record kind {kind}")
+        raise UnreadableRecord("corrupt", "no record of this library")
+    if crc32(value[:_CHECKED], crc32(key.encode("ascii"))) != check:
         raise UnreadableRecord("corrupt", "not this session's own record, or altered")
-    _, version, c, created, i, idle, a, absolute = _HEAD.unpack_from(value)
     successor, payload = None, value[_HEADER:]
     if kind == _POINTER:
         text, _, payload = payload.partition(b" ")

@@ -290,10 +290,8 @@ class ClientPool:
 
 def packed(*parts: bytes) -> bytes:
     """A command as it is sent. Not by hiredis: it crashes when a signal strikes meanwhile."""
-    pieces = [b"*%d\r\n" % len(parts)]
-    for part in parts:
-        pieces.append(b"$%d\r\n%b\r\n" % (len(part), part))
-    return b"".join(pieces)
+    pieces = [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]
+    return b"".join((b"*%d\r\n" % len(parts), *pieces))
 
 
 _pools: WeakSet[ConnectionPool] = WeakSet()
