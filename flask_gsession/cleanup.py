@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -187,11 +188,14 @@ class _Worker:
             for step in self._steps():
                 found.update(step.found)
                 if stop.wait(_BREATH):
+                    _tell("stopped", found, time.monotonic() - began)
                     break  # somebody else shall go on
                 ticket = self._renewed(ticket)
             else:
                 self._store.save(self._until(ticket, self._interval), ticket.version)
-                self._keeper.events.emit(CleanedUp, dict(found), time.monotonic() - began)
+                seconds = time.monotonic() - began
+                _tell("done", found, seconds)
+                self._keeper.events.emit(CleanedUp, dict(found), seconds)
                 return self._interval
         except (Gone, Stale):  # this process stood still, and another one took over
             return self._interval
@@ -236,6 +240,12 @@ class _Worker:
     def _until(self, ticket: Record, seconds: float) -> Record:
         end = min(self._keeper.now() + int(seconds * 1000), ticket.absolute_expires_at)
         return ticket._replace(version=new_version(), idle_expires_at=end)
+
+
+def _tell(what: str, found: Counter[str], seconds: float) -> None:
+    kinds = ", ".join(f"{kind}: {number}" for kind, number in found.items() if number)
+    level = logging.INFO if kinds else logging.DEBUG
+    logger.log(level, "Clean-up %s in %.1f s: %s", what, seconds, kinds or "nothing to do")
 
 
 def _work(reference: weakref.ref[_Worker], stop: threading.Event) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -106,6 +108,24 @@ def test_it_cleans(site: Site) -> None:
     assert "1 session ended" in process.console.done("revoke", "--all", "--yes")
     process.run()
     assert len(process.runs) == 1
+
+
+def test_it_says_what_it_did(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "flask_gsession")
+    store = MemoryStore(StoreOptions(clock=clock))
+    process = Process(store, clock)
+    process.run()
+    for _ in range(3):
+        store.create(a_record(clock, payload=b"canary"))
+    clock.advance(100 * 86400)
+    process.run()
+    (number,) = (each for each in process.runs[1].values() if each)
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    nothing, something = said
+    assert nothing[0] == "DEBUG"
+    assert re.fullmatch(r"Clean-up done in \d+\.\d s: nothing to do", nothing[1])
+    assert something[0] == "INFO"
+    assert re.fullmatch(rf"Clean-up done in \d+\.\d s: expired sessions: {number}", something[1])
 
 
 def test_the_ticket_is_no_session(site: Site, tmp_path: Path) -> None:

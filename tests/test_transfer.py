@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Any
 import pytest
 
 from flask_gsession import StoreUnavailable
+from flask_gsession.cli.transfer import _remove_leftovers
 from flask_gsession.stores import Record
 from flask_gsession.stores.base import Page, new_version
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.testing import FakeClock, HookedStore
+from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site, SiteMaker
 from tests.test_cleanup import FOLDER_STORE
 from tests.test_command import ROOT, Console, down
@@ -190,6 +192,18 @@ def test_what_cannot_be_read_is_said_and_ends_with_1(file: Path) -> None:
     result = Console(Broken()).run("export", str(file))
     assert (result.exit_code, result.stdout) == (1, "session: 0 records exported\n")
     assert "1 more could not be read, and are not in it" in result.stderr
+
+
+def test_a_dry_run_makes_no_file(elsewhere: Site, file: Path, tmp_path: Path) -> None:
+    visitor = elsewhere.visitor()
+    visitor.run(lambda session: session.update(a=1, large="x" * 100_000))
+    console_of(elsewhere).done("export", str(file))
+    path = tmp_path / "new" / "sessions.sqlite3"
+    console = Console(f"sqlite:///{path}", clock=elsewhere.clock)
+    assert console.done("import", str(file), "--dry-run") == "session: 1 to be imported\n"
+    assert not path.parent.exists()
+    assert console.done("import", str(file)) == "session: 1 imported\n"
+    assert console.done("import", str(file), "--dry-run").endswith(" 1 there already\n")
 
 
 def test_a_dry_run(site: Site, elsewhere: Site, file: Path) -> None:
@@ -448,6 +462,77 @@ def test_an_import_beside_a_request(exported: Path, clock: FakeClock) -> None:
     found = store.store.load(key)
     assert found is not None
     assert found.payload == b"quicker"
+
+
+EXPORT = """
+import sys, time
+from tests.test_command import Console
+from flask_gsession.stores.sqlite import SQLiteStore
+
+class Slow(SQLiteStore):
+    def scan(self, cursor="", limit=200, begins=""):
+        if cursor:
+            print("begun", flush=True)
+            time.sleep(120)  # until it is struck
+        return super().scan(cursor, 5, begins)
+
+console = Console(Slow(sys.argv.pop(1)))
+from flask_gsession.cli import gsession
+with console.app.app_context():
+    gsession()
+"""
+
+
+def test_what_a_killed_export_leaves(sqlite_url: str, file: Path) -> None:
+    console = Console(sqlite_url)
+    store: Any = console.ext.store(console.app)
+    for _ in range(10):
+        store.create(a_record(store._clock))
+    with subprocess.Popen(
+        [sys.executable, "-c", EXPORT, str(store.path), "export", str(file)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        parts = list(file.parent.glob(".*.part"))
+        beside = console.run("export", str(file))
+        left = list(file.parent.glob(".*.part"))
+        process.kill()
+    assert beside.exit_code == 0
+    assert left == parts  # somebody was at it
+    (part,) = parts
+    alike = [part.with_name(name) for name in (".sessions.jsonl.part", f"{part.name}.part")]
+    for path in alike:
+        path.write_bytes(file.read_bytes())
+    file.unlink()
+    alike.append(part.with_name(part.name[:-13] + "abcdefgh.part"))
+    alike[-1].write_text("somebody else's")
+    link = part.with_name(part.name[:-13] + "01234567.part")
+    link.symlink_to(file.parent / "nowhere")
+    result = console.run("export", str(file))
+    assert result.exit_code == 0
+    assert f"{part} was left by an export that was killed: removed\n" in result.stderr
+    assert set(file.parent.glob(".*.part")) == {*alike, link}
+
+
+def test_an_export_that_is_taken_for_a_leftover(
+    elsewhere: Site, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one looks at its file before that is locked."""
+    removed: list[str] = []
+    make = tempfile.mkstemp
+
+    def made(*arguments: Any) -> tuple[int, str]:
+        descriptor, name = make(*arguments)
+        if len(removed) < 2:
+            removed.append(name)
+            _remove_leftovers(file)
+        return descriptor, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", made)
+    console_of(elsewhere).done("export", str(file))
+    assert len(removed) == 2
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 SLOW = """

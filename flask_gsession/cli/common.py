@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -76,6 +77,12 @@ def _place(interface: GSessionInterface) -> str:
     parts = urlsplit(source)
     path = "" if "@" in parts.path else parts.path
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
+
+
+def not_there_yet(interface: GSessionInterface) -> bool:
+    """Whether the store is a file that the first session makes: to look into it would, too."""
+    path = getattr(interface.store, "path", None)
+    return isinstance(path, Path) and not path.exists()
 
 
 def scanned(interface: GSessionInterface) -> Scans:

@@ -8,15 +8,18 @@ frames of its large values are lines before it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +41,7 @@ from .common import (
     moment,
     name_of,
     name_store,
+    not_there_yet,
     pages,
     scanned,
     session_option,
@@ -47,8 +51,9 @@ from .output import counted, progress
 
 _FORMAT = 1
 _LONGEST = 32 * 1024 * 1024  # bytes of a line
-_LAST, _FRAME = b'{"records"', b'{"blob"'
+_BEGIN, _LAST, _FRAME = b'{"flask_gsession"', b'{"records"', b'{"blob"'
 _PIPE = "-"
+_PART = ".part"
 
 
 class _First(msgspec.Struct):
@@ -164,18 +169,51 @@ def _output(file: Path | None) -> Iterator[BinaryIO]:
         return
     part: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(".part", f".{file.name[:40]}.", file.parent)  # 0600
-        part = Path(name)
+        _remove_leftovers(file)
+        descriptor, part = _part_of(file)
         with open(descriptor, "wb") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())
-        part.replace(file)
+            part.replace(file)
     except OSError as error:
         raise click.ClickException(f"{file}: {error.strerror}") from None
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def _part_of(file: Path) -> tuple[int, Path]:
+    """A new file beside ``file``, which can be read by its owner only, and is locked."""
+    while True:
+        descriptor, name = tempfile.mkstemp(_PART, _beginning(file), file.parent)  # 0600
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else somebody took it for a leftover
+            return descriptor, Path(name)
+        os.close(descriptor)
+
+
+def _remove_leftovers(file: Path) -> None:
+    """Remove what exports to ``file`` left that were killed; those that run hold a lock."""
+    name = re.compile(re.escape(_beginning(file)) + r"\w{8}" + re.escape(_PART), re.ASCII)
+    for part in file.parent.iterdir():
+        if not name.fullmatch(part.name):
+            continue
+        with suppress(OSError):
+            descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                head = os.read(descriptor, len(_BEGIN))
+                if stat.S_ISREG(os.fstat(descriptor).st_mode) and _BEGIN.startswith(head):
+                    part.unlink()
+                    click.echo(f"{part} was left by an export that was killed: removed", err=True)
+            finally:
+                os.close(descriptor)
+
+
+def _beginning(file: Path) -> str:
+    return f".{file.name[:40]}."
 
 
 @click.command("import")
@@ -240,6 +278,8 @@ def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run:
         return "unreadable"
     if keeper.now() >= record.idle_expires_at:
         return "expired"
+    if dry_run and not_there_yet(interface):
+        return "imported"
     try:
         there = unexpired(store, record.key, keeper.now())
         if there is None:
