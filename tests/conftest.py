@@ -1,5 +1,6 @@
 """Fixtures shared by every test: servers, a store of the test's own, a clock to move by hand."""
 
+import gc
 import secrets
 from collections.abc import Iterator
 from dataclasses import fields
@@ -23,6 +24,16 @@ settings.register_profile(
     "gsession", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("gsession")
+
+# Collecting thousands of tests leaves much in memory and no garbage: do not look for any.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on the collector has nothing to do with the collected tests."""
+    gc.freeze()
+    gc.enable()
+
 
 PATIENT_WAITER = 50_000  # milliseconds
 SHIPPED = {kind: kind.__init__.__defaults__ for kind in (Settings, StoreOptions)}
@@ -119,7 +130,12 @@ def redis_client() -> Iterator[Redis]:
 @pytest.fixture(scope="session")
 def mongo_client() -> "Iterator[MongoClient[dict[str, Any]]]":
     """A client of the shared MongoDB server, to look at what a store did."""
-    with MongoClient(mongo_server().url, timeoutMS=10_000) as client:
+    server = mongo_server()
+    with MongoClient(server.url, timeoutMS=10_000) as client:
+        if isinstance(server, MongoServer):
+            # Making an index and dropping a database wait for the next flush of the journal, which
+            # is up to 100 ms away. A write that asks for the journal is flushed at once as ever.
+            client.admin.command("setParameter", 1, journalCommitInterval=10)
         yield client
 
 
