@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from redis import Redis
 
 from flask_gsession.errors import StoreUnavailable
@@ -18,6 +20,7 @@ from flask_gsession.testing import FakeClock, HookedStore, a_blob, a_pointer, a_
 from tests.apps import Site, within
 from tests.conftest import PATIENT_WAITER
 from tests.servers import RedisServer
+from tests.test_command import Console
 from tests.test_redis_servers import OnServers
 from tests.topologies import HOST, RedisACL, RedisCluster, RedisSentinels, until
 
@@ -169,6 +172,114 @@ def test_the_rights_for_locks(
         assert visitor.run(dict) == {"count": 20}
     assert set(redis_acl.denied()) <= {"command: client|setinfo", "command: client"}
     assert not caplog.records
+
+
+RIGHTS_OF_THE_DOCTOR = "+info +time"
+
+
+@pytest.fixture
+def few(redis_acl: RedisACL, store_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Few:
+    """An administrator of few rights."""
+    monkeypatch.setattr("flask_gsession.stores.redis.COUNT_ALL", 4)  # so that it asks for DBSIZE
+    return Few(redis_acl, store_prefix)
+
+
+class Few:
+    """Some sessions with leftovers beside them, and a command that may do what it is allowed."""
+
+    def __init__(self, server: RedisACL, prefix: str) -> None:
+        self.server = server
+        server.allow("~* &* +@all")
+        site = Site(server.url, prefix, time.time)
+        self.handles = []
+        for _ in range(20):
+            visitor = site.visitor()
+            visitor.run(lambda s: s.update(a=1))
+            self.handles.append(visitor.run(lambda s: s.handle))
+        visitor.run(lambda s: s.update(large="x" * 50_000))
+        site.store.close()
+        with Redis.from_url(server.admin_url) as admin:
+            admin.persist(f"{prefix}{{{self.handles[1]}}}")
+            admin.set(f"{prefix}{{{KEY}}}:lock", b"one 1 1\n", px=60_000)
+            admin.script_flush()
+        self.console = Console(server.url, key_prefix=prefix)
+
+    def run(self, rights: str, *words: str) -> Result:
+        """What `flask gsession` says to a user who may do only that."""
+        self.server.allow(rights)
+        self.server.denied()
+        return self.console.run(*words)
+
+
+def test_the_published_rights_are_enough_for_each_command(
+    few: Few, store_prefix: str, tmp_path: Path
+) -> None:
+    last, file = few.handles[-1], str(tmp_path / "sessions.jsonl")
+    commands = [
+        *[("list",), ("stats",), ("show", last), ("show", last[:9]), ("show", last, "--values")],
+        *[("export", file), ("debug", last), ("debug", last[:9], "--off")],
+        *[("revoke", last), ("revoke", few.handles[0][:9]), ("cleanup", "--dry-run"), ("cleanup",)],
+        *[("import", file, "--dry-run"), ("import", file), ("revoke", "--all", "--yes")],
+        *[("import", file)],
+    ]
+    of_command = f"{rights(store_prefix)} {rights_to_scan()}"
+    said = {}
+    for words in commands:
+        said[words] = few.run(of_command, *words)
+        assert said[words].exit_code == 0, (words, said[words].output)
+        assert set(few.server.denied()) <= {"command: client|setinfo", "command: client"}, words
+    for done in ("1 session without expiry given one", "1 orphaned lock removed"):
+        assert done in said["cleanup",].stdout
+    assert "20 records exported" in said["export", file].stdout
+    assert said["import", file].stdout == "session: 20 imported\n"
+    few.console.ext.close(few.console.app)
+
+
+def test_the_published_rights_are_enough_for_the_doctor(few: Few, store_prefix: str) -> None:
+    assert f"`{RIGHTS_OF_THE_DOCTOR}`" in PAGE
+    result = few.run(f"{rights(store_prefix)} {RIGHTS_OF_THE_DOCTOR}", "doctor", "--json")
+    found = {row["check"]: row["severity"] for row in json.loads(result.stdout)}
+    assert found["answers"] == found["server version"] == "ok"
+    assert "clock" not in found  # or something about it
+    assert set(few.server.denied()) <= {"command: client|setinfo", "command: client"}
+    result = few.run(f"{rights(store_prefix)} +time", "doctor", "--json")
+    found = {row["check"]: row["found"] for row in json.loads(result.stdout)}
+    assert found["server"] == "it refuses INFO, or this user may not call it"
+    few.console.ext.close(few.console.app)
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        *[("+scan", (name,)) for name in ("list", "stats", "cleanup")],
+        *[("+scan", ("export", "-")), ("+scan", ("revoke", "--all", "--yes"))],
+        *[("+scan", (name, "1" * 9)) for name in ("show", "revoke", "debug")],
+        *[("+dbsize", (name, *words)) for name, words in (("export", ["-"]), ("stats", []))],
+        *[("+get", ("list",)), ("+get", ("show", "")), ("+get", ("debug", ""))],
+        *[("+get", ("cleanup", "--dry-run")), ("+get", ("export", "-")), ("+get", ("revoke", ""))],
+        *[("+pttl", ("cleanup",)), ("+exists", ("cleanup", "--dry-run")), ("+del", ("cleanup",))],
+        *[("+pexpire", ("cleanup",)), ("+del", ("revoke", "")), ("+eval", ("revoke", ""))],
+        *[("+getrange", ("debug", "")), ("+set", ("debug", ""))],
+        *[("+pttl", ("revoke", "")), ("+get", ("doctor",)), ("+set", ("doctor",))],
+        *[("~", (name,)) for name in ("list", "cleanup", "doctor")],
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_a_right_that_a_command_lacks_is_named(
+    few: Few, store_prefix: str, word: str, words: tuple[str, ...], caplog: Any
+) -> None:
+    of_all = f"{rights(store_prefix)} {rights_to_scan()} {RIGHTS_OF_THE_DOCTOR}".split()
+    less = [each for each in of_all if not (each.startswith("~") if word == "~" else each == word)]
+    handle = few.handles[-1]
+    result = few.run(" ".join(less), *(each or handle for each in words))
+    right = word.removeprefix("+")
+    names = [f"the '{right}' command", f"lacks {word}", f"or {word})"]
+    if word == "~":
+        names = ["SESSION_KEY_PREFIX"]
+    assert any(name in result.output + caplog.text for name in names), result.output
+    of_large_values = (word, words[0]) == ("+pttl", "revoke")  # the session has ended all the same
+    assert result.exit_code == (0 if of_large_values else 1)
+    few.console.ext.close(few.console.app)
 
 
 @pytest.fixture(params=["sentinels", "cluster", "tls", "acl"])

@@ -14,6 +14,7 @@ belongs to another key, as a client connection gives that lost step after an int
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -67,7 +68,7 @@ from .base import (
     tell_trip,
 )
 from .redis_health import checked, parsed
-from .redis_pool import AllInUse, ClientPool, ConnectionPool, packed
+from .redis_pool import AllInUse, ClientPool, ConnectionPool, hint, packed
 from .redis_scan import Node, Scanner
 from .redis_servers import PrimaryPool, connections_of
 from .redis_wakeup import WakeUps
@@ -97,6 +98,14 @@ class _Script:
     def __init__(self, name: str) -> None:
         self.source = files(__package__).joinpath(f"{name}.lua").read_bytes()
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
+
+    def lacked(self, error: str) -> str:
+        """Which right the user lacks: Redis says only in which line; of two it may be either."""
+        line = re.search(r"@user_script: ?(\d+)", error)
+        if line is None or "can't run this command" not in error:
+            return ""
+        calls = self.source.decode().splitlines()[int(line[1]) - 1]
+        return " or ".join(f"+{name.lower()}" for name in re.findall(r"call\('(\w+)'", calls))
 
 
 _SAVE, _RENEW = _Script("save"), _Script("renew")
@@ -518,6 +527,11 @@ class RedisStore:
             if error.detail == _WRONG_TYPE:
                 raise
             raise StoreUnavailable(f"redis: {error.detail}") from None
+        except StoreUnavailable as error:
+            rights = script.lacked(error.detail)
+            if not rights:
+                raise
+            raise StoreUnavailable(f"{error.detail} (the user lacks {rights})") from error
         if reply in _ERRORS:
             raise _ERRORS[reply]
         return reply
@@ -643,10 +657,8 @@ def _as_it_is(answer: Any) -> Any:
 
 def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
     name = request.split(b"\r\n", 3)[2].decode()
-    refused = isinstance(error, AuthenticationError)
-    hint = " (is the user or the password in SESSION_STORE missing or wrong?)" if refused else ""
     return StoreUnavailable(
-        f"redis: {name}: {type(error).__name__}: {error}{hint}",
+        f"redis: {name}: {type(error).__name__}: {error}{hint(error)}",
         contention=isinstance(error, AllInUse),
     )
 

@@ -11,12 +11,21 @@ from typing import Any
 from weakref import WeakSet, ref
 
 import redis
+from redis.exceptions import AuthenticationError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _LOOK_FOR_LOST = 0.1  # seconds
 _IDLE = 1.0  # seconds after which a server is likely to have closed a connection
+
+
+def hint(error: Exception) -> str:
+    """What to look at, where a server refuses something and its words do not say that."""
+    if isinstance(error, AuthenticationError):
+        return " (is the user or the password in SESSION_STORE missing or wrong?)"
+    if "access one of the keys" in str(error):
+        return " (may it use those that begin with SESSION_KEY_PREFIX?)"
+    return ""
 
 
 class AllInUse(RedisTimeoutError):

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ..errors import StoreUnavailable, UnreadableRecord
 from .base import KEY_LENGTH, Page, Record, Tidied
-from .redis_pool import packed
+from .redis_pool import hint, packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
 _AT_ONCE = 1000  # keys that one SCAN looks at, at most: it holds everybody up
@@ -107,16 +107,16 @@ class Scanner:
         """As ``Tidies.tidy``; ``put_right`` runs ``tidy.lua``, and is None to change nothing."""
         node, names, end = self._find(nodes, cursor, limit, "", deadline)
         matches = [match for name in names if (match := self._name.fullmatch(name))]
-        lives = self._ask(node, [packed(b"PTTL", match[0]) for match in matches], deadline)
+        lives = self._ask(node, [packed(b"PTTL", match[0]) for match in matches], deadline, True)
         locks = [match for match in matches if match[2]]
         owners = [packed(b"EXISTS", match[0][: -len(":lock")]) for match in locks]
-        there = self._ask(node, owners, deadline)
+        there = self._ask(node, owners, deadline, True)
         found: Counter[str] = Counter()
         for lock, owned in zip(locks, there, strict=True):
             if owned == 0 and (put_right is None or self._remove(node, lock[0], deadline)):
                 found["orphaned locks"] += 1
         endless = [match for match, life in zip(matches, lives, strict=True) if life == -1]
-        values = self._ask(node, [packed(b"GET", match[0]) for match in endless], deadline)
+        values = self._ask(node, [packed(b"GET", match[0]) for match in endless], deadline, True)
         for match, value in zip(endless, values, strict=True):
             if not isinstance(value, bytes) or match[2]:  # a lock goes with its session
                 continue
@@ -135,7 +135,7 @@ class Scanner:
         return ("sessions without expiry", life) if life > 0 else ("expired sessions", 0)
 
     def _remove(self, node: Node, name: bytes, deadline: float) -> bool:
-        return self._ask(node, [packed(b"DEL", name)], deadline) == [1]
+        return self._ask(node, [packed(b"DEL", name)], deadline, True) == [1]
 
     def _find(
         self, nodes: list[Node], cursor: str, limit: int, begins: str, deadline: float
@@ -170,20 +170,29 @@ class Scanner:
         start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._start)
         return packed(*parts, b"MATCH", start + b"{" + begins.encode() + b"*")
 
-    def _ask(self, node: Node, requests: Sequence[bytes], deadline: float) -> list[Any]:
-        """Send these at once; their answers, what the server refuses as an error among them."""
+    def _ask(
+        self, node: Node, requests: Sequence[bytes], deadline: float, needed: bool = False
+    ) -> list[Any]:
+        """Send these at once; their answers, what the server refuses as an error among them.
+
+        Where they are ``needed``, raises ``StoreUnavailable`` if the user may not do that.
+        """
         if not requests:
             return []
         for last in (False, True):  # at first the connection may have been idle for long
             try:
                 slot = node.pool.take(deadline)
                 try:
-                    return list(slot.ask_all(b"".join(requests), len(requests)))
+                    answers = list(slot.ask_all(b"".join(requests), len(requests)))
                 except BaseException:
                     slot.connection.disconnect()
                     raise
                 finally:
                     node.pool.give(slot)
+                for answer in answers if needed else ():
+                    if isinstance(answer, NoPermissionError):
+                        _answered(answer)
+                return answers
             except (RedisError, OSError) as error:
                 if last or not isinstance(error, RedisConnectionError):
                     node.failed()
@@ -195,5 +204,7 @@ class Scanner:
 
 def _answered(answer: Any) -> Any:
     if isinstance(answer, ResponseError):
-        raise StoreUnavailable(f"redis: {type(answer).__name__}: {answer}") from answer
+        raise StoreUnavailable(
+            f"redis: {type(answer).__name__}: {answer}{hint(answer)}"
+        ) from answer
     return answer
