@@ -16,7 +16,17 @@ from uuid import UUID
 
 import pytest
 from flask import Flask
-from marshmallow import EXCLUDE, INCLUDE, Schema, ValidationError, fields, validate
+from marshmallow import (
+    EXCLUDE,
+    INCLUDE,
+    Schema,
+    ValidationError,
+    fields,
+    post_dump,
+    post_load,
+    pre_dump,
+    validate,
+)
 
 from flask_gsession import SettingError
 from flask_gsession.errors import InvalidStoredValue, SchemaFailed
@@ -427,6 +437,97 @@ def test_upgraders_that_are_missing_or_fail(site: Site) -> None:
     assert visitor.run(lambda _: key.get()) == 5
     reasons = [event.reason for event in site.happened(StoredValueInvalid)]
     assert reasons == ["no upgrader", "upgrade failed with ValueError", "no upgrader"]
+
+
+class Upper(fields.Str):
+    def _serialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._serialize(value, *args, **kwargs).upper()
+
+
+class WithHook(Schema):
+    a = fields.Str()
+
+    @post_dump
+    def wrap(self, data: Any, **_: Any) -> Any:
+        return {"a": data["a"] + "!"}
+
+
+class WithHookBefore(Schema):
+    a = fields.Str()
+
+    @pre_dump
+    def wrap(self, data: Any, **_: Any) -> Any:
+        return {"a": data["a"] + "!"}
+
+
+class WithAccess(Schema):
+    a = fields.Str()
+
+    def get_attribute(self, obj: Any, attr: str, default: Any) -> Any:
+        return obj[attr] + "!"
+
+
+class MadeByHook(Schema):
+    a = fields.Str()
+
+    @post_load
+    def make(self, data: Any, **_: Any) -> Any:
+        return {"a": 7}
+
+
+FLAT: dict[str, tuple[Schema, dict[str, Any], dict[str, Any]]] = {
+    "plain": (
+        Schema.from_dict({"b": fields.Str(), "a": fields.Int(), "c": fields.Bool()})(),
+        {"a": 1, "b": "x", "c": True},
+        {"b": "x", "a": 1, "c": True},
+    ),
+    "default": (Schema.from_dict({"a": fields.Str(load_default="x")})(), {}, {"a": "x"}),
+    "no default": (Schema.from_dict({"a": fields.Str()})(), {}, {}),
+    "default of dump": (Schema.from_dict({"a": fields.Str(dump_default="x")})(), {}, {"a": "x"}),
+    "none": (Schema.from_dict({"a": fields.Str(allow_none=True)})(), {"a": None}, {"a": None}),
+    "converted": (Schema.from_dict({"a": fields.Int()})(), {"a": "7"}, {"a": 7}),
+    "as a string": (Schema.from_dict({"a": fields.Int(as_string=True)})(), {"a": 7}, {"a": "7"}),
+    "of another name": (
+        Schema.from_dict({"a": fields.Str(data_key="A")})(),
+        {"A": "x"},
+        {"A": "x"},
+    ),
+    "of attributes": (
+        Schema.from_dict({"a": fields.Str(attribute="b"), "b": fields.Str(attribute="a")})(),
+        {"a": "x", "b": "y"},
+        {"a": "x", "b": "y"},
+    ),
+    "only loaded": (Schema.from_dict({"a": fields.Str(load_only=True)})(), {"a": "x"}, {}),
+    "only dumped": (
+        Schema.from_dict({"a": fields.Str(dump_only=True, dump_default="x")})(),
+        {},
+        {},
+    ),
+    "more": (
+        Schema.from_dict({"a": fields.Str()})(unknown=INCLUDE),
+        {"a": "x", "b": 1},
+        {"a": "x"},
+    ),
+    "own field": (Schema.from_dict({"a": Upper()})(), {"a": "x"}, {"a": "X"}),
+    "hook": (WithHook(), {"a": "x"}, {"a": "x!"}),
+    "hook before": (WithHookBefore(), {"a": "x"}, {"a": "x!"}),
+    "own access": (WithAccess(), {"a": "x"}, {"a": "x!"}),
+    "made by a hook": (MadeByHook(), {"a": "x"}, {"a": "7"}),
+}
+
+
+@pytest.mark.parametrize("what", FLAT)
+def test_what_is_stored_is_what_the_schema_dumps(clock: FakeClock, what: str) -> None:
+    schema, value, dumped = FLAT[what]
+    key = SessionKey("flat", schema)
+    with SiteMaker("memory://", "", clock) as make:
+        visitor = make().visitor()
+        loaded = visitor.run(lambda _: key.set(value))
+        stored = has(visitor)["flat"]
+    assert loaded == schema.load(value)
+    assert stored == dumped
+    assert list(stored) == list(dumped)
+    assert what == "only dumped" or stored == schema.dump(loaded)
 
 
 def test_a_validator_that_raises_something_else(site: Site) -> None:
