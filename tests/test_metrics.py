@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import re
 import secrets
 import subprocess
@@ -18,12 +19,14 @@ from typing import Any
 import pytest
 import requests
 from flask import Flask, session
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_flask_exporter import PrometheusMetrics
 
 from flask_gsession import Session, SettingError, StoreUnavailable
 from flask_gsession.contrib.metrics import SessionMetrics
+from flask_gsession.contrib.metrics_gathering import Gathering, observed
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import CircuitClosed, CircuitOpened, LargeValueLost, SessionCreated
 from flask_gsession.stores.memory import MemoryStore
@@ -516,18 +519,122 @@ def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: s
             answer = requests.post(f"{url}/login/ada", timeout=60)
             workers.add(answer.headers["X-Worker"])
             made += 1
-        page = parsed(requests.get(f"{url}/metrics", timeout=60).text)
+
+        def read_page() -> Figures:
+            return parsed(requests.get(f"{url}/metrics", timeout=60).text)
+
+        def all_there() -> bool:
+            page = read_page()
+            return (
+                figure(page, "sessions_total", event="created") == made
+                and figure(page, "operations_total", operation="create", status="ok") == made
+                and figure(page, "request_seconds_count", endpoint="login") == made
+            )
+
+        until(all_there, "the figures of all requests")
 
         def counted() -> bool:
-            text = requests.get(f"{url}/metrics", timeout=60).text
-            return parsed(text).get("gsession_sessions_live{'session': 'session'}") == made
+            return read_page().get("gsession_sessions_live{'session': 'session'}") == made
 
         until(counted, "a count of all sessions")
-    assert figure(page, "sessions_total", event="created") == made
-    assert figure(page, "operations_total", operation="create", status="ok") == made
-    assert figure(page, "request_seconds_count", endpoint="login") == made
-    assert figure(page, "store_up", session="session") == 1
-    assert page["gsession_circuits_open{'operations': 'loads'}"] == 0
+        page = read_page()
+        assert figure(page, "store_up", session="session") == 1
+        assert page["gsession_circuits_open{'operations': 'loads'}"] == 0
+        for _ in range(5):  # and no time to look at the figures
+            requests.post(f"{url}/login/ada", timeout=60)
+        server.stop()
+    assert in_files(figures, "sessions_total", event="created") == made + 5
+
+
+def in_files(folder: Path, name: str, **labels: str) -> float:
+    """What the workers left in their files."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(folder))
+    return figure(parsed(generate_latest(registry).decode()), name, **labels)
+
+
+# Four threads call the store and one forks, all at once. Then nobody calls it any more, and all
+# must get into the files all the same. What the children count is put there when they end.
+BUSY = """
+import os, sys, threading, time
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from flask import Flask
+from flask_gsession import Session
+from flask_gsession.contrib.metrics import SessionMetrics
+
+app = Flask(__name__)
+app.secret_key = "a key for tests"
+ext = Session(app, store="memory://")
+SessionMetrics(app, count_every=None)
+store = app.extensions["gsession"][ext].keeper.store
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+
+def call(times):
+    for _ in range(times):
+        store.load("x" * 43)
+
+def figure():
+    labels = {"operation": "load", "status": "absent"}
+    return registry.get_sample_value("gsession_operations_total", labels)
+
+call(1)
+threads = [threading.Thread(target=call, args=(5000,)) for _ in range(4)]
+for thread in threads:
+    thread.start()
+children = []
+for _ in range(10):
+    child = os.fork()
+    if not child:
+        call(100)
+        sys.exit()
+    children.append(child)
+for thread in threads:
+    thread.join()
+for child in children:
+    assert os.waitpid(child, 0)[1] == 0
+end = time.monotonic() + 60
+while figure() != 21_001 and time.monotonic() < end:
+    time.sleep(0.01)
+assert figure() == 21_001, figure()
+call(7)
+"""
+
+
+def test_no_figure_is_lost_or_counted_twice_by_threads_and_forks(tmp_path: Path) -> None:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", BUSY]
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    load = {"operation": "load"}
+    assert in_files(tmp_path, "operations_total", **load, status="absent") == 21_008
+    assert in_files(tmp_path, "operation_duration_seconds_count", **load) == 21_008
+
+
+def test_what_is_gathered_adds_up_as_if_observed_one_by_one() -> None:
+    registry = CollectorRegistry()
+    figures = [Histogram(name, name, buckets=(1, 2.5), registry=registry) for name in ("a", "b")]
+    amounts = [0, 0.5, 1, 1.5, 2.5, 2.6, 1e9]
+    observed(figures[0])(amounts)
+    for amount in amounts:
+        figures[1].observe(amount)
+    one, other = ([sample[1:3] for sample in each.collect()[0].samples][:-1] for each in figures)
+    assert one == other
+
+
+def test_figures_that_cannot_be_put_away(caplog: pytest.LogCaptureFixture) -> None:
+    """No request fails for them, nor are others lost."""
+    gathering, found = Gathering(), []
+    for put in (lambda _: 1 / 0, found.append):
+        gathering.add(put, 1.0)
+    gathering.flush()
+    until(lambda: found == [[1.0]], "the others")
+    gathering.add(lambda _: 1 / 0, 1.0)
+    gathering.flush()
+    assert caplog.text.count("Figures for Prometheus are lost: ZeroDivisionError") == 1
 
 
 # -- what is built on them

@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import getpid
 from time import perf_counter
@@ -69,6 +69,7 @@ from ..extension import Session
 from ..interface import GSessionInterface
 from ..stores import Counts
 from ..stores.base import LEFTOVERS, pass_on
+from .metrics_gathering import Gathering, counted, observed
 
 NAME = "gsession-metrics"
 
@@ -209,9 +210,12 @@ def _drop(reason: str) -> str:
 
 
 class _Figures:
-    """The metrics on one registry."""
+    """The metrics on one registry; with ``in_files`` they are those of several workers."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, in_files: bool = False) -> None:
+        self.gathering = Gathering() if in_files else None
+        self._endpoints: dict[str, Callable[[float], object]] = {}
+
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"gsession_{name}", text, labels, registry=registry)
 
@@ -270,8 +274,10 @@ class _Figures:
             for kind, number in found.items():
                 leftovers.labels(_one_of(_LEFTOVERS, kind)).inc(number)
 
+        observe_size = self.observing(sizes)
+
         def saved(_: str, payload_bytes: int, conflicts: int) -> None:
-            sizes.observe(payload_bytes)
+            observe_size(payload_bytes)
             if conflicts:
                 races.inc(conflicts)
                 merges.inc()
@@ -280,7 +286,8 @@ class _Figures:
             waits.observe(waited)
 
         def counts(child: Any) -> Count:
-            return lambda *_: child.inc()
+            count = self.counting(child)
+            return lambda *_: count()
 
         self.receivers: dict[type[Event], list[Count]] = {
             kind: [counts(life.labels(name))] for kind, name in _LIFE.items()
@@ -322,7 +329,41 @@ class _Figures:
         """At the end of a request: what it spent on the store."""
         seconds = request.environ.pop(_SECONDS, None)
         if seconds is not None:
-            self._requests.labels(request.endpoint or "").observe(seconds)
+            endpoint = request.endpoint or ""
+            if endpoint not in self._endpoints:
+                self._endpoints[endpoint] = self.observing(self._requests.labels(endpoint))
+            self._endpoints[endpoint](seconds)
+
+    def counting(self, counter: Counter) -> Callable[[], object]:
+        """What counts one more."""
+        if self.gathering is None:
+            return counter.inc
+        return partial(self.gathering.add, counted(counter), 1)
+
+    def observing(self, histogram: Histogram) -> Callable[[float], object]:
+        """What adds an amount."""
+        if self.gathering is None:
+            return histogram.observe
+        return partial(self.gathering.add, observed(histogram))
+
+    def timing(self, operation: str, status: str) -> Callable[[float, float], object]:
+        """What adds a store call: how long it took, and when it ended."""
+        observe = self.durations.labels(operation).observe
+        count = self.operations.labels(operation, status).inc
+        if self.gathering is None:
+
+            def add(seconds: float, now: float) -> None:
+                observe(seconds)
+                count()
+
+            return add
+        observe_all = observed(self.durations.labels(operation))
+
+        def put(amounts: Sequence[float]) -> None:
+            observe_all(amounts)
+            count(len(amounts))
+
+        return partial(self.gathering.add, put)
 
 
 class _Up:
@@ -435,9 +476,8 @@ class _TimedStore:
 
 
 def _timed(call: Callable[..., Any], name: str, figures: _Figures, up: _Up) -> Callable[..., Any]:
-    observe = figures.durations.labels(name).observe
-    ok = figures.operations.labels(name, "ok").inc
-    absent = figures.operations.labels(name, "absent").inc if name == "load" else ok
+    ok = figures.timing(name, "ok")
+    absent = figures.timing(name, "absent") if name == "load" else ok
     figures.operations.labels(name, "unavailable")  # begins at 0, for rates
     answered = up.answered
 
@@ -446,23 +486,20 @@ def _timed(call: Callable[..., Any], name: str, figures: _Figures, up: _Up) -> C
         try:
             answer = call(*arguments)
         except BaseException as error:
-            spent(perf_counter() - start)
             status = _STATUSES.get(type(error), "error")
-            figures.operations.labels(name, status).inc()
+            spent(figures.timing(name, status), start)
             if not getattr(error, "contention", False):
                 answered(status != "unavailable")
             raise
-        spent(perf_counter() - start)
-        if answer is None:
-            absent()
-        else:
-            ok()
+        spent(absent if answer is None else ok, start)
         if not up.is_up or up.pid != getpid():
             answered(True)
         return answer
 
-    def spent(seconds: float) -> None:
-        observe(seconds)
+    def spent(add: Callable[[float, float], object], start: float) -> None:
+        end = perf_counter()
+        seconds = end - start
+        add(seconds, end)
         try:
             environ = _current_request().environ
         except RuntimeError:  # outside of requests
@@ -484,7 +521,7 @@ def _figures(registry: CollectorRegistry) -> _Figures:
     """
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         if not _of_process:
-            _of_process.append(_Figures(registry))
+            _of_process.append(_Figures(registry, in_files=True))
         return _of_process[0]
     if registry not in _of_registries:
         _of_registries[registry] = _Figures(registry)
