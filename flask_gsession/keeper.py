@@ -289,21 +289,39 @@ class Keeper:
         """
         if not self._pops:
             names = set() if self.spill is None else self._large_values_of(key)
-            ended = self.store.delete(key)
+            try:
+                ended = self.store.delete(key)
+            except LogoutUnconfirmed:
+                self.discard(names, 0)
+                raise
             self.discard(names, 0)
             return ended
-        record = self.store.pop(key)  # type: ignore[attr-defined]  # by ``_pops``
+        try:
+            record = self.store.pop(key)  # type: ignore[attr-defined]  # by ``_pops``
+        except LogoutUnconfirmed as error:
+            record, error.ended = error.ended, None
+            if record is not None:
+                self._clear_away(record, ordered)
+            raise
         if record is None:
             return False
+        self._clear_away(record, ordered)
+        return True
+
+    def _clear_away(self, record: Record, ordered: Callable[[int], None] | None) -> None:
+        """This record ended: let go of its large values.
+
+        Also where replicas may not know yet that it ended. One that takes over with the session
+        has not heard of this either; where the values are elsewhere, they are absent from it.
+        """
         try:
             body = self._payloads.unpack(record.key, record.payload)
         except UnreadableRecord:
-            return True  # what it referred to, if anything, expires
+            return  # what it referred to, if anything, expires
         if ordered is not None and body.debug_until is not None:
             ordered(body.debug_until)
         if body.spilled:
             self.discard(names_in(body.values.values()), 0)
-        return True
 
     def _large_values_of(self, key: str) -> set[str]:
         """The names of the large values of a session, for a store that does not tell them."""

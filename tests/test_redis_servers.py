@@ -693,6 +693,7 @@ class Confirmed:
     """A visitor with a session, and the replicas that are to confirm its end."""
 
     def __init__(self, servers: RedisSentinels | RedisCluster, open_shop: Opener) -> None:
+        self.servers = servers
         self.count = 2 if isinstance(servers, RedisSentinels) else 1
         self.shop = open_shop(servers.url, logout_replicas=self.count)
         self.visitor = self.shop.visitor
@@ -711,6 +712,13 @@ class Confirmed:
         if member.command("ROLE")[0] == "master":
             return bool(member.command("EXISTS", name))
         return name in member.command("KEYS", "*")
+
+    def blobs(self) -> list[str]:
+        """The names of all large values, at those who take writes."""
+        one = isinstance(self.servers, RedisSentinels)
+        members = [self.primary] if one else self.servers.primaries()  # type: ignore[union-attr]
+        pattern = f"{self.shop.store._prefix}blob:*"
+        return [name for member in members for name in member.command("KEYS", pattern)]
 
     def old_token(self) -> Any:
         """A browser that still has the cookie of now."""
@@ -753,6 +761,28 @@ def test_a_logout_that_is_not_confirmed_says_so(
     assert [each.handle for each in ended] == [confirmed.key]
     assert "not confirmed" in caplog.text
     assert confirmed.shop.store.delete(confirmed.key) is False
+
+
+@pytest.mark.parametrize("how", ["unseen", "seen", "cleared"])
+def test_an_unconfirmed_logout_takes_the_large_values_along(confirmed: Confirmed, how: str) -> None:
+    """They are of no use to anybody: the session is over, as far as can be told.
+
+    A replica of the same primary that takes over has heard of the end of the session before that
+    of the values: so it has both, or the values only. Where the values are elsewhere, in a cluster,
+    a session that came back so would lack them.
+    """
+    confirmed.visitor.run(lambda s: s.update(rows=b"x" * 20_000))
+    assert len(confirmed.blobs()) == 1
+
+    def log_out(s: Any) -> None:
+        if how != "unseen":
+            assert s["rows"]
+        (s.clear if how == "cleared" else s.destroy)()
+
+    with all_paused(confirmed.replicas), confirmed.shop.hasty():
+        assert confirmed.visitor.ask(log_out).status_code == 503
+        assert not confirmed.has(confirmed.primary, confirmed.name)
+        assert confirmed.blobs() == []
 
 
 def test_a_cleared_session_is_confirmed_too(confirmed: Confirmed) -> None:

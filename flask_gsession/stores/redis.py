@@ -17,6 +17,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.resources import files
 from struct import Struct
@@ -242,10 +243,7 @@ class RedisStore:
         return self._pop(key)[1] is not None
 
     def pop(self, key: str) -> Record | None:
-        key, value = self._pop(key)
-        if value == b"":  # an answer got lost, and with it what was there
-            return Record(key, 0, 0, 0, 0, b"")
-        return None if value is None else _unpack(key, value)
+        return _ended(*self._pop(key))
 
     def _pop(self, key: str) -> tuple[str, bytes | None]:
         """Delete a session, through pointers; where it was, and what was there."""
@@ -278,7 +276,13 @@ class RedisStore:
         owner = (lease or "").encode()
         arguments = [version, self._now_text(), pointers, owner, self._channels]
         replicas = 0 if pointers == b"1" else self._logout_replicas
-        return self._run(deadline, _DELETE, keys, arguments, replicas=replicas)
+        try:
+            return self._run(deadline, _DELETE, keys, arguments, replicas=replicas)
+        except LogoutUnconfirmed as error:
+            reply, error.ended = error.ended, None
+            with suppress(UnreadableRecord):
+                error.ended = _ended(key, reply[1:] if reply[:1] == b"K" else None)
+            raise
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
         arguments = [b"%d" % offset, frame, b"%d" % max(1, expires_at - self._now())]
@@ -642,13 +646,25 @@ def _confirm(slot: Any, answer: Any, replicas: int, deadline: float) -> None:
     if answer[:1] not in (b"K", b"N"):
         return
     span = b"%d" % max(1, int((deadline - time.monotonic()) * 800))
+    cause = None
     try:
         tell_trip()
         confirmed = slot.ask(packed(b"WAIT", b"%d" % replicas, span))
+        if type(confirmed) is int and confirmed >= replicas:
+            return
+        why = f"{confirmed} of {replicas} replicas answered in time"
     except (RedisError, OSError) as error:
-        raise LogoutUnconfirmed(f"redis: WAIT: {type(error).__name__}: {error}") from error
-    if type(confirmed) is not int or confirmed < replicas:
-        raise LogoutUnconfirmed(f"redis: WAIT: {confirmed} of {replicas} replicas answered in time")
+        cause, why = error, f"{type(error).__name__}: {error}"
+    unconfirmed = LogoutUnconfirmed(f"redis: WAIT: {why}")
+    unconfirmed.ended = answer
+    raise unconfirmed from cause
+
+
+def _ended(key: str, value: bytes | None) -> Record | None:
+    """The record that ``_pop`` found; an answer may have got lost, and with it what was there."""
+    if value is None:
+        return None
+    return _unpack(key, value) if value else Record(key, 0, 0, 0, 0, b"")
 
 
 def _as_it_is(answer: Any) -> Any:
