@@ -15,13 +15,13 @@ from redis import Redis
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.stores import StoreOptions, mongodb
-from flask_gsession.stores.base import Tidied
+from flask_gsession.stores.base import Tidied, milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore
-from flask_gsession.testing import FakeClock, a_pointer, a_record
-from tests.apps import Site
+from flask_gsession.testing import FakeClock, a_blob, a_pointer, a_record
+from tests.apps import Site, SiteMaker
 from tests.test_command import Console, down
 from tests.test_docs import FOLDER_STORE
 
@@ -147,6 +147,35 @@ def test_leftovers_on_redis(
     store.close()
 
 
+def test_large_values_without_expiry_on_redis(
+    redis_url: str, redis_client: Redis, store_prefix: str, clock: FakeClock
+) -> None:
+    """They get one that is late enough for whoever they belong to."""
+    with SiteMaker(redis_url, store_prefix, clock) as make_site:
+        site = make_site()
+        visitor = site.visitor()
+        visitor.run(lambda session: session.update(rows=b"x" * 20_000, few=b"y" * 20_000))
+        pattern = f"{store_prefix}blob:*"
+        (one, other) = redis_client.scan_iter(pattern)
+        redis_client.persist(one)
+        life = redis_client.pttl(other)
+        of_others = f"{store_prefix}blob:{{others}}"
+        redis_client.set(of_others, b"stays")
+        console = console_of(site)
+        kind = "large values without expiry"
+        for dry_run in ("--dry-run",), ():
+            assert redis_client.pttl(one) == -1
+            text = console.done("cleanup", "--json", "--batch", "1", *dry_run)
+            assert json.loads(text)[0]["found"] == {kind: 1}
+        assert "large value" not in console.done("cleanup")
+        assert 31 * 86_400_000 < redis_client.pttl(one) <= 400 * 86_400_000
+        assert redis_client.pttl(other) <= life
+        assert redis_client.pttl(of_others) == -1
+        assert visitor.run(lambda session: session["rows"]) == b"x" * 20_000
+        visitor.run(lambda session: session.destroy())
+        assert list(redis_client.scan_iter(pattern)) == [of_others.encode()]
+
+
 def test_no_step_holds_a_redis_up(
     redis_url: str, redis_client: Redis, store_prefix: str, clock: FakeClock
 ) -> None:
@@ -201,13 +230,45 @@ def test_leftovers_on_mongodb(mongodb_url: str, store_prefix: str, clock: FakeCl
         store.create(record)
     clock.advance(10)
     console = Console(store, clock=clock)
-    expected = {"expired sessions": 1, "unreadable records": 5, "expired large values": 0}
+    expected = {"expired sessions": 1, "unreadable records": 5}
+    expected |= {"expired large values": 0, "orphaned large values": 0}
     for dry_run in ("--dry-run",), ():
         text = console.done("cleanup", "--json", "--batch", "2", *dry_run)
         assert json.loads(text)[0]["found"] == expected
     with store.lend_collection("test") as collection:
         left = {document["_id"] for document in collection.find()}
     assert left == {store_prefix + live.key, store_prefix + other.key, *of_others}
+    store.close()
+
+
+@pytest.mark.parametrize("batch", ["2", "1000"])
+def test_large_values_left_over_on_mongodb(
+    mongodb_url: str, store_prefix: str, clock: FakeClock, batch: str
+) -> None:
+    store = MongoDBStore(mongodb_url, StoreOptions(prefix=store_prefix, clock=clock))
+    now = milliseconds(clock)
+    live, *ended = (a_blob() for _ in range(4))
+    for name in (live, *ended):
+        store.write_frame(name, 0, b"large", now + (60_000 if name == live else 5_000))
+    blobs = store._blobs_of_client
+    blobs.drop_indexes()  # the sweep of the server must not be first
+    wrong: list[Any] = ["tomorrow", 1.5, None, {"in": "hours"}, [], True]
+    undated = [{"_id": f"{store_prefix}{a_blob()}:0", "expires_at": when} for when in wrong]
+    blobs.insert_many([*undated, {"_id": f"{store_prefix}{a_blob()}:0"}])
+    of_others = f"{store_prefix[:-1]}-others"
+    blobs.insert_one({"_id": of_others})
+    clock.advance(10)
+    console = Console(store, clock=clock)
+    for dry_run in ("--dry-run",), ():
+        text = console.done("cleanup", "--json", "--batch", batch, *dry_run)
+        found = json.loads(text)[0]["found"]
+        assert (found["expired large values"], found["orphaned large values"]) == (3, 7)
+    assert {each["_id"].partition(":0")[0] for each in blobs.find()} == {
+        store_prefix + live,
+        of_others,
+    }
+    assert store.read_frame(live, 0, 5) == b"large"
+    blobs.delete_one({"_id": of_others})
     store.close()
 
 
@@ -239,14 +300,20 @@ def test_leftovers_on_sqlite(sqlite_url: str, clock: FakeClock) -> None:
                 "UPDATE gsession SET idle_expires_at = ? WHERE key LIKE ?", (when, f"%{record.key}")
             )
         db.execute("INSERT INTO gsession_lease VALUES ('gsession:gone', 'one', 1, 1, '{}')")
+        db.execute("INSERT INTO gsession_blob VALUES ('gsession:one', 'tomorrow')")
+        db.execute("INSERT INTO gsession_frame VALUES ('gsession:one', 0, 'large')")
+    store.write_frame("live", 0, b"large", live.idle_expires_at)
+    store.write_frame("ended", 0, b"large", ended.idle_expires_at)
     clock.advance(10)
     console = Console(store, clock=clock)
     expected = {"expired sessions": 1, "unreadable records": 3, "orphaned locks": 1}
-    expected["expired large values"] = 0
+    expected |= {"expired large values": 1, "orphaned large values": 1}
     for dry_run in ("--dry-run",), ():
         text = console.done("cleanup", "--json", "--batch", "2", *dry_run)
         assert json.loads(text)[0]["found"] == expected
     assert [record.key for record in store.scan().records] == [live.key]
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT name FROM gsession_frame").fetchall() == [("gsession:live",)]
     assert store.extend(live.key, "one", 60_000)
     store.close()
 

@@ -177,7 +177,7 @@ def test_the_command_cleans_them_up(site: Site, folder: Path, clock: FakeClock) 
     for option, words, count in (("--dry-run", "to be removed", 2), ("--batch=1", "removed", 1)):
         result = run(gsession, ["cleanup", option])
         assert result.exit_code == 0, result.output
-        assert f"1 orphaned large values {words}" in result.output
+        assert f"1 orphaned large value {words}" in result.output
         assert len(files(folder)) == count
     assert orphan not in files(folder)
 

@@ -200,7 +200,11 @@ class Tidied(NamedTuple):
 LEFTOVERS = (
     *("expired sessions", "sessions without expiry", "unreadable records"),
     *("orphaned locks", "orphaned large values"),
+    *("expired large values", "large values without expiry"),
 )
+#: What a large value gets that has no expiry and does not say whose it is, in milliseconds:
+#: browsers keep no cookie for longer.
+LOST_EXPIRY = 400 * 86_400_000
 
 
 @runtime_checkable

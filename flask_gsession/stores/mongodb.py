@@ -70,6 +70,11 @@ BLOBS = "gsession_blobs"
 DATABASE = "gsession"
 
 _AT_ONCE = 1000  # documents that a step of a clean-up looks at, at most: it has one call's time
+_BLOBS_NEXT = "large-values:"  # begins the cursors of a clean-up after those that are keys
+_NO_DATES = [
+    *("number", "string", "object", "array", "binData", "objectId", "bool", "regex"),
+    *("javascript", "timestamp", "minKey", "maxKey"),
+]
 _SAMPLE = 500  # documents, whatever their number
 _READ_CONCERNS = ("local", "majority", "linearizable")
 _HINTS = {
@@ -433,6 +438,8 @@ class MongoDBStore:
         """Removes what the TTL index leaves: what has no date, and all where there is no index."""
         with self._collection("tidy") as collection:
             limit = min(limit, _AT_ONCE)
+            if cursor.startswith(_BLOBS_NEXT):
+                return self._tidy_blobs(cursor, limit, dry_run)
             ids, end = self._ids(collection, cursor, limit)
             ours = [name for name in ids if is_session_key(name[len(self._prefix) :])]
             found = {}
@@ -445,20 +452,35 @@ class MongoDBStore:
                     found[kind] = collection.count_documents(condition)
                 else:
                     found[kind] = collection.delete_many(condition).deleted_count
-            if not cursor:
-                found["expired large values"] = self._tidy_blobs(limit, dry_run)
-        return Tidied(found, len(ids), end)
+        return Tidied(found, len(ids), end or _BLOBS_NEXT)
 
-    def _tidy_blobs(self, limit: int, dry_run: bool) -> int:
+    def _tidy_blobs(self, cursor: str, limit: int, dry_run: bool) -> Tidied:
+        """The same for frames of large values; those without a date are not read any more.
+
+        The conditions are such that the TTL index finds them. What was found is gone at the next
+        step, unless it is only counted.
+        """
+        skip = int(cursor.removeprefix(_BLOBS_NEXT) or 0)
         blobs, start = self._blobs_of_client, self._prefix
-        expired = {
-            "expires_at": {"$lte": DatetimeMS(self._now())},
+        ended: _Document = {
+            "$or": [
+                {"expires_at": {"$lte": DatetimeMS(self._now())}},
+                {"expires_at": None},
+                {"expires_at": {"$type": _NO_DATES}},
+            ],
             "_id": {"$gt": start, "$lt": f"{start}\U0010ffff"},
         }
-        ids = [document["_id"] for document in blobs.find(expired, ["_id"], limit=limit)]
-        if ids and not dry_run:
-            blobs.delete_many({"_id": {"$in": ids}})
-        return len({name.rpartition(":")[0] for name in ids})
+        documents = list(blobs.find(ended, ["expires_at"], skip=skip, limit=limit))
+        names: dict[str, set[str]] = {"expired large values": set(), "orphaned large values": set()}
+        for document in documents:
+            dated = isinstance(document.get("expires_at"), DatetimeMS)
+            kind = "expired large values" if dated else "orphaned large values"
+            names[kind].add(document["_id"].rpartition(":")[0])
+        if documents and not dry_run:
+            ids = [document["_id"] for document in documents]
+            blobs.delete_many({**ended, "_id": {"$in": ids}})
+        end = f"{_BLOBS_NEXT}{skip + limit if dry_run else 0}" if len(documents) == limit else ""
+        return Tidied({kind: len(found) for kind, found in names.items()}, len(documents), end)
 
     def _ids(
         self, collection: Any, cursor: str, limit: int, begins: str = ""

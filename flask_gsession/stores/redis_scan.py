@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ..errors import StoreUnavailable, UnreadableRecord
-from .base import KEY_LENGTH, Page, Record, Tidied
+from .base import KEY_LENGTH, LOST_EXPIRY, Page, Record, Tidied
 from .redis_pool import hint, packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
@@ -58,6 +58,8 @@ class Scanner:
         # What is not as long as a session key is not ours, and is left alone.
         key = rb"\{([\w-]{%d})\}(:lock)?" % KEY_LENGTH
         self._name = re.compile(re.escape(self._start) + key, re.ASCII)
+        blob = rb"blob:\{[0-9a-f]{32}\}"
+        self._blob = re.compile(re.escape(self._start) + blob, re.ASCII)
 
     def scan(
         self,
@@ -69,7 +71,7 @@ class Scanner:
         load: Callable[[str], Record | None],
     ) -> Page:
         """As ``Scans.scan``; ``load`` is for a key that has moved to another node by now."""
-        found = self._find(nodes, cursor, limit, begins, deadline)
+        found = self._find(nodes, cursor, limit, b"{" + begins.encode(), deadline)
         keys: list[str] = []
         for name in found.names:
             match = self._name.fullmatch(name)
@@ -105,13 +107,18 @@ class Scanner:
         put_right: Callable[[bytes, int], bool] | None,
     ) -> Tidied:
         """As ``Tidies.tidy``; ``put_right`` runs ``tidy.lua``, and is None to change nothing."""
-        node, names, end = self._find(nodes, cursor, limit, "", deadline)
+        node, names, end = self._find(nodes, cursor, limit, b"", deadline)
+        blobs = [name for name in names if self._blob.fullmatch(name)]
         matches = [match for name in names if (match := self._name.fullmatch(name))]
         lives = self._ask(node, [packed(b"PTTL", match[0]) for match in matches], deadline, True)
         locks = [match for match in matches if match[2]]
         owners = [packed(b"EXISTS", match[0][: -len(":lock")]) for match in locks]
         there = self._ask(node, owners, deadline, True)
         found: Counter[str] = Counter()
+        ends = self._ask(node, [packed(b"PTTL", blob) for blob in blobs], deadline, True)
+        for blob, life in zip(blobs, ends, strict=True):
+            if life == -1 and (put_right is None or put_right(blob, LOST_EXPIRY)):
+                found["large values without expiry"] += 1
         for lock, owned in zip(locks, there, strict=True):
             if owned == 0 and (put_right is None or self._remove(node, lock[0], deadline)):
                 found["orphaned locks"] += 1
@@ -123,7 +130,7 @@ class Scanner:
             kind, life = self._verdict(match[1].decode(), value)
             if kind and (put_right is None or put_right(match[0], life)):
                 found[kind] += 1
-        return Tidied(found, len(matches), end)
+        return Tidied(found, len(matches) + len(blobs), end)
 
     def _verdict(self, key: str, value: bytes) -> tuple[str, int]:
         """What a key without expiry is, and for how many milliseconds it may stay."""
@@ -138,7 +145,7 @@ class Scanner:
         return self._ask(node, [packed(b"DEL", name)], deadline, True) == [1]
 
     def _find(
-        self, nodes: list[Node], cursor: str, limit: int, begins: str, deadline: float
+        self, nodes: list[Node], cursor: str, limit: int, begins: bytes, deadline: float
     ) -> _Found:
         """The next names of one node."""
         match = _CURSOR.fullmatch(cursor or "0::0")
@@ -165,10 +172,10 @@ class Scanner:
             end = f"{later[0]}::0" if later else ""
         return _Found(node, list(dict.fromkeys(names)), end)
 
-    def _scan(self, at: str, limit: int, begins: str) -> bytes:
+    def _scan(self, at: str, limit: int, begins: bytes) -> bytes:
         parts = [b"SCAN", at.encode(), b"COUNT", b"%d" % min(limit, _AT_ONCE)]
         start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._start)
-        return packed(*parts, b"MATCH", start + b"{" + begins.encode() + b"*")
+        return packed(*parts, b"MATCH", start + begins + b"*")
 
     def _ask(
         self, node: Node, requests: Sequence[bytes], deadline: float, needed: bool = False

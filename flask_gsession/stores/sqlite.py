@@ -382,6 +382,7 @@ class SQLiteStore:
                 ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
                 ("orphaned locks", "gsession_lease", _ORPHANED, ()),
                 ("expired large values", "gsession_blob", "expires_at <= ?", (now,)),
+                ("orphaned large values", "gsession_blob", "expires_at >= ''", ()),
             ):
                 if dry_run:
                     select = f"SELECT count(*) FROM {table} WHERE {condition}"
