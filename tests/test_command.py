@@ -118,11 +118,20 @@ def test_a_key_that_holds_a_secret(site: Site, console: Console) -> None:
     assert all(name.startswith("_state_google_"[:4]) for name in keys)
 
 
+def test_the_help_names_each_command_in_whole_sentences() -> None:
+    text = Console("memory://").done("--help")
+    for name in gsession.commands:
+        assert re.search(rf"^  {name} +[A-Z].*[a-z]\.$", text, re.MULTILINE), name
+
+
 def test_list(site: Site, console: Console) -> None:
-    assert console.done("list") == ""
+    nothing = console.run("list")
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert "session: no sessions in " in nothing.stderr
     made = handles(site, 5)
     site.clock.advance(86400)
     live = handles(site, 3)
+    assert "no sessions" not in console.run("list").stderr + console.run("list", "--json").stderr
     lines = console.done("list").splitlines()
     assert sorted(line.split(" ")[0] for line in lines) == sorted(live)
     rows = [json.loads(line) for line in console.done("list", "--json").splitlines()]
@@ -638,7 +647,9 @@ def test_what_the_application_says_while_it_is_made(
         info = ScriptInfo(create_app=create_app)
         return CliRunner().invoke(gsession, ["list"], obj=info, catch_exceptions=False)
 
-    assert (made().exit_code, made().output) == (0, "")
+    said = made()
+    assert (said.exit_code, said.stdout) == (0, "")
+    assert said.stderr == f"session: no sessions in sqlite:///{tmp_path}/a.sqlite3\n"
     assert not recwarn.list
     wrong = made(idle_timeout=-1)
     assert (wrong.exit_code, wrong.stdout) == (1, "")
@@ -672,6 +683,7 @@ def on_a_terminal(url: str, *words: str, **variables: str) -> str:
         "from tests.test_command import Console\n"
         "settings = json.loads(os.environ.get('SETTINGS', '{}'))\n"
         "console = Console(sys.argv.pop(1), **settings)\n"
+        "console.app.secret_key = os.environ.get('KEY', console.app.secret_key)\n"
         "from flask_gsession.cli import gsession\n"
         "for width in os.environ.get('WIDTHS', os.environ['COLUMNS']).split():\n"
         "    os.environ['COLUMNS'] = width\n"
@@ -747,6 +759,31 @@ def test_the_list_on_narrow_terminals(sqlite_url: str, letters: str) -> None:
         assert re.split("  +", heads) == names
         assert row.startswith(record.key)
         assert len(row) <= width
+
+
+def test_the_histograms_on_narrow_terminals(sqlite_url: str) -> None:
+    console = Console(sqlite_url)
+    with console.app.test_client().session_transaction() as session:
+        session["a"] = 1
+    lines = plain(on_a_terminal(sqlite_url, "stats", WIDTHS="80 50"))
+    rows = [line for line in lines if line.startswith("to 1 hour")]
+    assert [row.split() for row in rows] == [
+        ["to", "1", "hour", "1", "#" * 40], ["to", "1", "hour", "1"],
+    ]  # fmt: skip
+
+
+def test_the_doctor_tears_no_words_apart(sqlite_url: str) -> None:
+    secret = "ei4Xah0Oophaequ1eeb5Ahch8iexoo9k"
+    settings = json.dumps({"absolute_timeout": 86400 * 60})
+    narrow, wide = (
+        plain(on_a_terminal(sqlite_url, "doctor", COLUMNS=width, SETTINGS=settings, KEY=secret))
+        for width in ("80", "1000")
+    )
+    assert narrow[0].startswith("session: the store is ")
+    assert max(map(len, narrow[1:])) <= 80
+    advice = next(line for line in wide if "OWASP" in line)
+    assert len(advice) > 200
+    assert advice.strip() in " ".join(line.strip() for line in narrow)
 
 
 def test_long_keys_and_values_take_several_lines(sqlite_url: str) -> None:

@@ -62,7 +62,7 @@ def examine(app: Flask, *options: str) -> Result:
 
 def wrong(app: Flask) -> dict[str, str]:
     """What is found to be wrong: severity by check."""
-    rows = json.loads(examine(app, "--json").output)
+    rows = json.loads(examine(app, "--json").stdout)
     return {row["check"]: row["severity"] for row in rows if row["severity"] != "ok"}
 
 

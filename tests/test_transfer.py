@@ -278,7 +278,9 @@ def test_a_truncated_file(exported: Path, site: Site) -> None:
     for cut in lines_cut(exported.read_bytes()):
         exported.write_bytes(cut)
         complaint = console.failed("import", str(exported))
-        assert "cut off; nothing was imported" in complaint
+        problem = "cut off" if cut else f"{exported} is empty"
+        assert f"{problem}; nothing was imported" in complaint
+    assert "the standard input is empty" in console.failed("import", "-", input="")
     assert site.stored() == {}
 
 

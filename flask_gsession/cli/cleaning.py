@@ -29,7 +29,7 @@ from .output import counted, progress
 _DONE = dict.fromkeys(("sessions without expiry", "large values without expiry"), "given one")
 
 
-@click.command()
+@click.command(short_help="Remove expired sessions, and what crashes left behind.")
 @click.option(
     "--batch",
     type=click.IntRange(1, 10_000),

@@ -64,10 +64,10 @@ def name_of(interface: GSessionInterface) -> str:
 
 def name_store(interface: GSessionInterface) -> None:
     """Say which store it is, on the error output: the settings may come from elsewhere."""
-    click.echo(f"{name_of(interface)}: the store is {_place(interface)}", err=True)
+    click.echo(f"{name_of(interface)}: the store is {place(interface)}", err=True)
 
 
-def _place(interface: GSessionInterface) -> str:
+def place(interface: GSessionInterface) -> str:
     """Where the store is, without what may be a secret: user, password and options."""
     source, path = interface.keeper.settings.store, getattr(interface.store, "path", None)
     if path is not None:

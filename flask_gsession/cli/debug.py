@@ -31,7 +31,10 @@ class Span(click.ParamType[int]):
 
 
 # A handle may begin with a hyphen.
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    short_help="Log what requests do with one session for a while.",
+)
 @click.argument("handle")
 @click.option(
     "--for", "span", type=Span(), default="10m", show_default=True, help="For how long: 30s, 2h."

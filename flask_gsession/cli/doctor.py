@@ -11,8 +11,10 @@ from flask.cli import with_appcontext
 
 from ..health import check_store
 from ..health_application import check_application
-from .common import interfaces
+from .common import interfaces, name_store
+from .output import lines
 
+_INDENT = 9  # characters
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
@@ -29,6 +31,7 @@ def doctor(as_json: bool) -> None:
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
     rows = []
     for interface in all_of_them.values():
+        name_store(interface)
         settings = interface.keeper.settings
         found = [
             *check_application(app, interface, settings),
@@ -43,7 +46,7 @@ def doctor(as_json: bool) -> None:
             severity = click.style(f"{row['severity']:<8}", fg=_COLOURS[row["severity"]])
             text = ": ".join(filter(None, [row["check"], row["found"]]))
             where = f"[{row['session']}] " if len(all_of_them) > 1 else ""
-            click.echo(f"{severity} {where}{text}")
+            click.echo(f"{severity} {lines(where + text, _INDENT)}")
             if row["advice"]:
-                click.echo(f"         {row['advice']}")
+                click.echo(" " * _INDENT + lines(row["advice"], _INDENT))
     sys.exit(any(row["severity"] == "error" for row in rows))

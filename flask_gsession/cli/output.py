@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,13 @@ def table(
     for row in rows[1:]:
         rich.add_row(*(row[column] for column in left))
     shown.print(rich)
+
+
+def lines(text: str, indent: int) -> str:
+    """A text that begins at that column; on a terminal its words are not torn apart."""
+    room = max(20, _room(None) - indent)
+    parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return ("\n" + " " * indent).join(parts)
 
 
 def _room(shown: Any) -> int:

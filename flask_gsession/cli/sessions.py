@@ -32,6 +32,7 @@ from .common import (
     name_of,
     name_store,
     pages,
+    place,
     scanned,
     session_option,
     span,
@@ -50,7 +51,7 @@ _ROUNDS = 20  # through the sessions, at most, to end them all
 _HANDLES = {"ignore_unknown_options": True}
 
 
-@click.command("list")
+@click.command("list", short_help="List the sessions there are.")
 @click.option("--limit", type=click.IntRange(1), help="How many (100 on a terminal, else all).")
 @session_option
 @json_option
@@ -76,18 +77,20 @@ def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
                 listed += 1
         elif is_terminal():
             now = interface.keeper.now()
-            table(
-                ["handle", "age", "idles out in", "ends in", "bytes#"],
-                [_row(record, now) for record in islice(found, limit)],
-                drop=["ends in", "age", "idles out in", "bytes"],
-            )
+            rows = [_row(record, now) for record in islice(found, limit)]
+            listed = len(rows)
+            if rows:
+                columns = ["handle", "age", "idles out in", "ends in", "bytes#"]
+                table(columns, rows, drop=["ends in", "age", "idles out in", "bytes"])
         else:
             for record in islice(found, limit):
                 click.echo(" ".join(map(str, described(record).values())))
                 listed += 1
         more = limit is not None and next(found, None) is not None
     if more:
-        click.echo(f"There are more than {limit}: --limit shows so many", err=True)
+        click.echo(f"There are more than {limit}: --limit says how many to show", err=True)
+    if not listed and not unreadable:
+        click.echo(f"{name_of(interface)}: no sessions in {place(interface)}", err=True)
     if unreadable:
         click.echo(f"{unreadable} more could not be read", err=True)
 
@@ -102,7 +105,7 @@ def _row(record: Record, now: int) -> tuple[str, ...]:
     )
 
 
-@click.command(context_settings=_HANDLES)
+@click.command(context_settings=_HANDLES, short_help="Show one session, and what keys are in it.")
 @click.argument("handle")
 @click.option("--values", is_flag=True, help="Also the values of the keys in SESSION_DEBUG_SHOW.")
 @session_option
@@ -213,7 +216,7 @@ def _print(
         table(columns[: len(rows[0])], rows, wraps=["key", "value"])
 
 
-@click.command(context_settings=_HANDLES)
+@click.command(context_settings=_HANDLES, short_help="End sessions from outside.")
 @click.argument("handles", metavar="[HANDLE...]", nargs=-1)
 @click.option("--all", "everybody", is_flag=True, help="Every session there is; asks first.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -296,7 +299,7 @@ def _end(interface: GSessionInterface, key: str) -> tuple[bool, str]:
     return True, problem
 
 
-@click.command()
+@click.command(short_help="Count the sessions: how many, how large, how old.")
 @session_option
 @json_option
 @with_appcontext
@@ -350,6 +353,7 @@ def stats(cookie: str | None, as_json: bool) -> None:
                 (label, str(count), "#" * -(-count * _BAR // highest))
                 for label, count in histogram.items()
             ],
+            drop=[""],
         )
 
 

@@ -91,7 +91,7 @@ _row = msgspec.json.Decoder(_Row).decode
 _frame = msgspec.json.Decoder(_Frame).decode
 
 
-@click.command("export")
+@click.command("export", short_help="Write all sessions to a file.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
 @click.option("--force", is_flag=True, help="Replace FILE where it exists.")
 @session_option
@@ -216,7 +216,7 @@ def _beginning(file: Path) -> str:
     return f".{file.name[:40]}."
 
 
-@click.command("import")
+@click.command("import", short_help="Put the sessions of such a file into the store.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
 @click.option("--overwrite", is_flag=True, help="Also what was changed in this store since.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read here.")
@@ -364,17 +364,20 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
         except msgspec.MsgspecError:
             problem = "no line of an export"
         digest.update(line)
+    name = "the standard input" if str(file) == _PIPE else file
+    if not number:
+        raise click.ClickException(f"{name} is empty; nothing was imported")
     if last is None and not problem:
         problem = "the file is cut off"
     if problem:
-        raise click.ClickException(f"{file}: line {number}: {problem}; nothing was imported")
+        raise click.ClickException(f"{name}: line {number}: {problem}; nothing was imported")
     if problems and not skip_unreadable:
         reasons = ", ".join(
             f"{counted(count, 'times')} {reason}" for reason, count in problems.items()
         )
         whose = f"{problems.total()} of {counted(records, 'records')}"
         raise click.ClickException(
-            f"{file}: {whose} cannot be read by this application "
+            f"{name}: {whose} cannot be read by this application "
             f"({reasons}); nothing was imported. Give it the key that is missing, or leave them "
             "out with --skip-unreadable"
         )
