@@ -146,8 +146,8 @@ def own_redis() -> Iterator[RedisServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def own_mongo() -> Iterator[MongoServer]:
-    """A MongoDB server of the test module's own, to pause and kill. Leave it running."""
+    """A MongoDB server beside the shared one, to pause and kill. Leave it running and as it was."""
     with MongoServer() as server:
         yield server

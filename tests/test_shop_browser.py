@@ -29,6 +29,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
     " --disable-background-networking --disable-component-update --disable-sync"
 )
+PROGRAM = shutil.which("chromium")
 MISSING = (
     "NO CHROMIUM ON PATH: THE DEMO SHOP WAS NOT TRIED IN A BROWSER. "
     "Install it (Debian: apt-get install chromium) and run tests/test_shop_browser.py again."
@@ -71,17 +72,23 @@ def serving(instance: Path, store: str, prefix: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def chromium(capfd: pytest.CaptureFixture[str]) -> Iterator[Browser]:
+def chromium(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Browser:
     """A headless Chromium of this machine. Without one the test is skipped, loudly."""
-    program = shutil.which("chromium")
-    if program is None:
+    if PROGRAM is None:
         with capfd.disabled():
             print(f"\nWARNING: {MISSING}", file=sys.stderr)
         pytest.skip(MISSING)
+    browser: Browser = request.getfixturevalue("one_chromium")
+    return browser
+
+
+@pytest.fixture(scope="module")
+def one_chromium() -> Iterator[Browser]:
+    """The browser of all these tests, each in a context of its own: as if it were a new one."""
     with sync_playwright() as playwright:
         expect.set_options(timeout=1000 * PATIENCE)
         browser = playwright.chromium.launch(
-            executable_path=program, args=FLAGS.split(), timeout=1000 * PATIENCE
+            executable_path=PROGRAM, args=FLAGS.split(), timeout=1000 * PATIENCE
         )
         yield browser
         browser.close()
