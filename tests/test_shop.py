@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from jinja2.bccache import Bucket, BytecodeCache
 from werkzeug.security import generate_password_hash
 from werkzeug.test import TestResponse
 
@@ -30,8 +31,9 @@ from examples.shop.app import create_app
 from examples.shop.catalogue import Catalogue, Category, Product
 from examples.shop.database import Database
 from examples.shop.instance import create_once
-from examples.shop.orders import Orders, SoldOut
+from examples.shop.orders import Orders
 from examples.shop.services import Shop
+from tests.shop_buyer import open_and_buy
 
 HERE = Path(examples.shop.__file__).parent
 
@@ -45,6 +47,23 @@ def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("examples.shop.accounts.generate_password_hash", quick)
 
 
+class CompiledTemplates(BytecodeCache):
+    """Each template is compiled once for all the shops of these tests."""
+
+    def __init__(self) -> None:
+        self._code: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        if bucket.key in self._code:
+            bucket.bytecode_from_string(self._code[bucket.key])
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        self._code[bucket.key] = bucket.bytecode_to_string()
+
+
+TEMPLATES = CompiledTemplates()
+
+
 @pytest.fixture
 def open_shop(tmp_path: Path, store_prefix: str) -> Iterator[Opener]:
     """Opens shops in a folder of the test's own, and closes them at its end."""
@@ -53,6 +72,7 @@ def open_shop(tmp_path: Path, store_prefix: str) -> Iterator[Opener]:
     def opener(store: str = "memory://", **settings: object) -> Flask:
         settings = {"TESTING": True, "SESSION_KEY_PREFIX": store_prefix, **settings}
         app = create_app(store, instance_path=tmp_path / "instance", **settings)
+        app.jinja_env.bytecode_cache = TEMPLATES
         opened.append(app)
         return app
 
@@ -830,21 +850,6 @@ def test_a_file_that_could_not_be_filled_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         create_once(tmp_path / "file", fail)
     assert list(tmp_path.iterdir()) == []
-
-
-def open_and_buy(folder: str, worker: int) -> tuple[str, int]:
-    """What a worker process does: opens the shop and sells until there is nothing left."""
-    app = create_app(instance_path=folder)
-    orders = shop_of(app).orders
-    sold = 0
-    try:
-        for number in range(30):
-            orders.place("mira", f"{worker}-{number}", {"OUT-302": 1, "KIT-105": 1})
-            sold += 1
-    except SoldOut:
-        pass
-    shop_of(app).sessions.close(app)
-    return str(app.secret_key), sold
 
 
 def test_several_workers_open_one_shop(tmp_path: Path) -> None:
