@@ -29,6 +29,9 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site
 from tests.servers import RedisServer, free_port
+from tests.test_command import down
+
+__all__ = ["down"]
 
 SOUND = {
     "SECRET_KEY": "a key of some length, for tests",
@@ -356,6 +359,14 @@ def test_each_mistake_is_found(mistake: str, request: pytest.FixtureRequest) -> 
     assert failed == ("error" in found.values())
     if "Mongo" not in mistake and "Redis" not in mistake and "SQLite" not in mistake:
         assert found == expected
+
+
+def test_a_store_that_is_down(down: str) -> None:
+    result = examine(application(down, SESSION_STORE_TIMEOUT=0.2))
+    assert result.exit_code == 1
+    assert "error    answers: " in result.output
+    assert "canary" not in result.output
+    assert "Traceback" not in result.output
 
 
 def test_what_is_wrong_with_a_key_is_said() -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from flask import Blueprint, Flask, Response, session
+from flask.testing import FlaskClient
 from flask.views import MethodView
 from flask_limiter import Limiter
 from pymongo import MongoClient
@@ -24,7 +28,9 @@ from flask_gsession.contrib.ratelimit import (
     session_limit,
 )
 from flask_gsession.stores import Record
+from flask_gsession.stores.base import Clock
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.testing import FakeClock
 from tests.apps import until
 from tests.servers import RedisServer, free_port
 
@@ -38,11 +44,17 @@ def make_app(store_prefix: str) -> Iterator[Maker]:
     made: list[tuple[Session, Flask]] = []
 
     def make(
-        store: object = "memory://", config: Any = None, breaker: int = 0, **options: Any
+        store: object = "memory://",
+        config: Any = None,
+        breaker: int = 0,
+        clock: Clock = time.time,
+        **options: Any,
     ) -> Flask:
         app = Flask(__name__)
         app.config.update(SECRET_KEY="a key for tests", **(config or {}))
-        ext = Session(app, store=store, key_prefix=store_prefix, breaker_failures=breaker)
+        ext = Session(
+            app, store=store, key_prefix=store_prefix, breaker_failures=breaker, clock=clock
+        )
         made.append((ext, app))
         SessionLimits(app, **{"proxies": 0, "creation": None, **options})
 
@@ -54,6 +66,11 @@ def make_app(store_prefix: str) -> Iterator[Maker]:
         @app.get("/visit")
         def visit() -> str:
             session["visits"] = session.get("visits", 0) + 1
+            return ""
+
+        @app.get("/logout")
+        def logout() -> str:
+            session.destroy()
             return ""
 
         @app.get("/rotate")
@@ -92,12 +109,17 @@ def from_address(address: str) -> dict[str, Any]:
 # -- what gets through
 
 
-@pytest.fixture
-def app(make_app: Maker, store_url: str) -> Flask:
+def on(store_url: str, make_app: Maker, **options: Any) -> Flask:
+    """An application on this store, which on SQLite warns."""
     if store_url.startswith("sqlite"):
         with pytest.warns(UserWarning, match="in each process for itself"):
-            return make_app(store_url)
-    return make_app(store_url)
+            return make_app(store_url, **options)
+    return make_app(store_url, **options)
+
+
+@pytest.fixture
+def app(make_app: Maker, store_url: str) -> Flask:
+    return on(store_url, make_app)
 
 
 def test_a_limit_on_each_store(app: Flask) -> None:
@@ -130,6 +152,46 @@ def test_a_thousand_requests_with_every_trick_get_the_limit_through(
             jar.get("/visit")
         served += jar.get("/").status_code == 200
     assert served == 40
+
+
+def test_no_session_is_worth_a_bucket_of_its_own_unless_it_was_there(
+    make_app: Maker, store_url: str, clock: FakeClock
+) -> None:
+    app = on(store_url, make_app, clock=clock)
+    limited(app, "1/hour", network="1000/hour")
+    (interface,) = app.extensions["gsession"].values()
+    sign = interface._signer_of(app).sign
+
+    def came_with(token: str) -> FlaskClient:
+        client = app.test_client()
+        client.set_cookie("session", token)
+        return client
+
+    def stored(end: str = "/visit") -> FlaskClient:
+        client = app.test_client()
+        client.get("/visit")
+        cookie = client.get_cookie("session")
+        assert cookie is not None
+        client.get(end)
+        return came_with(cookie.value)
+
+    assert through(app, 1) == 1  # which uses up what all of those without a session share
+    expired, ended, rotated = stored(), stored("/logout"), stored("/rotate")
+    clock.advance(3 * HOUR)
+    for client in (
+        app.test_client(),  # none, or a new one
+        came_with(secrets.token_urlsafe(32)),  # forged
+        came_with(sign(secrets.token_urlsafe(32))),  # unknown
+        *(expired, ended, rotated),
+    ):
+        assert through(app, 1, client) == 0
+    assert through(app, 2, stored()) == 1
+
+
+def test_requests_at_the_same_time(app: Flask) -> None:
+    limited(app, "20/hour")
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(lambda _: through(app, 5), range(8))) == 20
 
 
 def test_a_session_that_moves_is_limited_too(make_app: Maker) -> None:
@@ -199,8 +261,8 @@ def test_a_session_made_in_this_request_is_nobodys(make_app: Maker) -> None:
     assert sum(through(app, 1) for _ in range(6)) == 2
 
 
-def test_sessions_per_network(make_app: Maker) -> None:
-    app = make_app(creation="3/hour")
+def test_sessions_per_network(make_app: Maker, store_url: str) -> None:
+    app = on(store_url, make_app, creation="3/hour")
     codes = [app.test_client().get("/visit").status_code for _ in range(5)]
     assert codes == [200, 200, 200, 429, 429]
     refused = app.test_client().get("/visit")
@@ -248,8 +310,7 @@ def test_proxies(make_app: Maker, proxies: int, header: str, network: str) -> No
 # -- what can be said of a limit
 
 
-def test_the_answer_says_what_is_left(make_app: Maker) -> None:
-    app = make_app()
+def test_the_answer_says_what_is_left(app: Flask) -> None:
     limited(app, "3/hour")
     first, _, _, refused = (app.test_client().get("/") for _ in range(4))
     assert first.headers["RateLimit-Limit"] == "3"
@@ -568,6 +629,18 @@ def test_storage_that_is_down_may_be_replaced(make_app: Maker, dead_redis: str) 
     assert through(app, 5) == 3
 
 
+@pytest.mark.parametrize("kind", ["redis", "mongodb"])
+def test_storage_on_the_server_of_the_sessions_that_is_down(make_app: Maker, kind: str) -> None:
+    url, config = f"{kind}://127.0.0.1:{free_port()}/0", {"SESSION_STORE_TIMEOUT": 0.2}
+    refusing = make_app(url, config)
+    limited(refusing, "1/hour")
+    answer = refusing.test_client().get("/")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    counting = make_app(url, config, on_storage_error="local")
+    limited(counting, "1/hour")
+    assert through(counting, 2) == 1
+
+
 def test_a_session_store_that_is_down_is_no_reason_to_count_otherwise(
     make_app: Maker, dead_redis: str
 ) -> None:
@@ -602,27 +675,40 @@ def test_a_frozen_server_is_left_alone_after_a_while(
 # -- what nobody may read, and whom we leave alone
 
 
+@pytest.mark.parametrize("store_url", ["redis", "mongodb"], indirect=True)
 def test_no_token_and_no_name_in_keys_or_logs(
-    make_app: Maker, redis_url: str, redis_client: Redis, store_prefix: str, caplog: Any
+    make_app: Maker,
+    store_url: str,
+    redis_client: Redis,
+    mongo_client: MongoClient[dict[str, Any]],
+    store_prefix: str,
+    caplog: Any,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    app = make_app(redis_url)
+    app = make_app(store_url)
     limited(app, "1/hour")
     client = app.test_client()
     client.get("/visit")
     anonymous = client.get_cookie("session")
     assert anonymous is not None
-    through(app, 2, client)
+    through(app, 2, client, **from_address("192.0.2.77"))
     client.get("/login/canary-user")
-    through(app, 2, client)
-    keys = [key.decode() for key in redis_client.scan_iter(f"{store_prefix}limits*")]
+    through(app, 2, client, **from_address("192.0.2.77"))
+    if store_url.startswith("redis"):
+        names = list(redis_client.scan_iter(f"{store_prefix}limits*"))
+        keys = [name.decode() for name in names]
+        assert all(redis_client.ttl(name) > 0 for name in names)
+    else:
+        database = mongo_client[urlsplit(store_url).path.strip("/")]
+        counted = list(database["gsession_limits"].find())
+        keys = [str(document) for document in counted]
+        assert all(document["expireAt"] for document in counted)
     assert len(keys) == 3
     token = anonymous.value.partition(".")[0]
     for text in (*keys, caplog.text):
         assert token not in text
         assert "canary-user" not in text
-        assert "127.0.0.1" not in text
-    assert all(redis_client.ttl(key) > 0 for key in keys)
+        assert "192.0.2.77" not in text
 
 
 def test_a_limiter_of_the_applications_own_is_not_disturbed(make_app: Maker) -> None:
