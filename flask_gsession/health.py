@@ -10,11 +10,14 @@ from contextlib import suppress
 
 from .errors import Gone, KeyTaken, SettingError, Stale, StoreError, StoreUnavailable
 from .stores.base import (
+    Blobs,
+    BlobStore,
     Checks,
     Clock,
     Finding,
     Record,
     Store,
+    Tidies,
     milliseconds,
     new_version,
     unexpired,
@@ -23,18 +26,30 @@ from .stores.base import (
 _ROUNDS = 100
 _LONGEST = 1.0  # seconds, for all rounds together
 _SLOW = 50.0  # milliseconds
+_FADING = 30  # milliseconds
+_NO_LARGE_VALUES = (
+    "What is larger than SESSION_SPILL_BYTES is refused with 503, or lost: look at the rights and "
+    "the room there."
+)
 _LIFE = 60_000  # milliseconds, of what a broken store does not delete again
 
 
-def check_store(store: Store, clock: Clock = time.time) -> list[Finding]:
+def check_store(
+    store: Store, clock: Clock = time.time, blobs: Blobs | None = None
+) -> list[Finding]:
     """Try what sessions need of ``store``, with throw-away keys, and ask its server.
 
-    ``clock``: the store's own, in seconds since 1970. Never raises for a store that is not well;
-    that is what the findings are for. About two hundred round trips, for some seconds at most.
+    ``clock``: the store's own, in seconds since 1970. ``blobs``: what keeps the large values, where
+    the store does not. Never raises for a store that is not well; that is what the findings are
+    for. About two hundred round trips, for some seconds at most.
     """
     try:
         findings = [*_contract(store, clock)]
         if all(finding.severity == "ok" for finding in findings):
+            if isinstance(store, BlobStore):
+                findings.append(_large_values("large values", store, clock))
+            if blobs is not None:
+                findings.append(_large_values("place of large values", blobs, clock))
             findings += _latencies(store, clock)
     except (StoreError, SettingError) as error:
         detail = getattr(error, "detail", "") or f"{type(error).__name__} {error}"
@@ -80,6 +95,70 @@ def _contract(store: Store, clock: Clock) -> Iterator[Finding]:
         for key in (record.key, past.key):
             with suppress(StoreError):  # then it expires within the minute
                 store.delete(key)
+
+
+def _large_values(check: str, blobs: Blobs, clock: Clock) -> Finding:
+    """Whether one can be written, read, kept for longer and let go."""
+    now = milliseconds(clock)
+    name, other = secrets.token_hex(16), secrets.token_hex(16)
+    frames = [secrets.token_bytes(1000), secrets.token_bytes(10)]
+
+    def write() -> None:
+        for offset, frame in zip((0, len(frames[0])), frames, strict=True):
+            blobs.write_frame(name, offset, frame, now + _LIFE // 2)
+        blobs.write_frame(other, 0, frames[1], now + _LIFE)
+
+    def is_there() -> bool:
+        first, second = frames
+        return (
+            blobs.read_frame(name, 0, len(first)) == first
+            and blobs.read_frame(name, len(first), len(second)) == second
+        )
+
+    def renew() -> bool:
+        blobs.renew_blobs([name], now + _LIFE)
+        return is_there()
+
+    steps: list[tuple[str, Callable[[], object]]] = [
+        ("written", write),
+        ("read", is_there),
+        ("kept for longer", renew),
+        ("let go", lambda: _is_gone(blobs, name, now)),
+        ("let go later", lambda: _fades(blobs, other, len(frames[1]), clock)),
+    ]
+    try:
+        for what, step in steps:
+            try:
+                done, found = step() is not False, ""
+            except StoreError as error:
+                done = False
+                found = f": {getattr(error, 'detail', '') or type(error).__name__}"
+            if not done:
+                return Finding("error", check, f"they cannot be {what}{found}", _NO_LARGE_VALUES)
+        return Finding("ok", check)
+    finally:
+        with suppress(StoreError):  # then they expire within the minute
+            blobs.discard_blobs([name, other], now)
+
+
+def _is_gone(blobs: Blobs, name: str, now: int) -> bool:
+    blobs.discard_blobs([name], now)
+    return blobs.read_frame(name, 0, 1) is None
+
+
+def _fades(blobs: Blobs, name: str, size: int, clock: Clock) -> bool:
+    """Whether a blob goes by itself. Files do not: a clean-up removes them."""
+    if isinstance(blobs, Tidies) and not isinstance(blobs, Store):
+        return True
+    now, start = milliseconds(clock), time.monotonic()
+    blobs.discard_blobs([name], now + _FADING)
+    while blobs.read_frame(name, 0, size) is not None:
+        waited = time.monotonic() - start
+        stopped = milliseconds(clock) == now  # as in a test: it lets nothing expire
+        if waited > (_FADING / 1000 if stopped else _LONGEST):
+            return stopped
+        time.sleep(_FADING / 2000)
+    return True
 
 
 def _latencies(store: Store, clock: Clock) -> Iterator[Finding]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import secrets
+import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from configparser import ConfigParser
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ SOUND = {
     "SESSION_IDLE_TIMEOUT": 900,
     "PERMANENT_SESSION_LIFETIME": 900,
     "SESSION_ABSOLUTE_TIMEOUT": 12 * 3600,
+    "SESSION_STORE_TIMEOUT": 10,
 }
 
 
@@ -78,10 +81,19 @@ def test_a_store_that_is_well(site: Site) -> None:
     found = check_store(site.store.store, site.clock)
     bad = {finding.check for finding in found if finding.severity != "ok"}
     assert bad <= {"persistence", "replicas", "clock"}  # of the test's own server and clock
-    assert {"writes", "keeps the dead dead", "latency", "write latency"} <= {
+    assert {*("writes", "keeps the dead dead", "large values", "latency", "write latency")} <= {
         finding.check for finding in found
     }
     assert site.stored() == before
+    assert site.inside.blobs() == {}
+
+
+def test_a_place_of_large_values_that_is_well(tmp_path: Path) -> None:
+    app = application("memory://", SESSION_SPILL_STORE=f"file://{tmp_path}/large")
+    assert wrong(app) == {}
+    assert "ok       place of large values" in examine(app).output
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"gsession"}
 
 
 def test_the_exit_status_and_the_text() -> None:
@@ -197,6 +209,57 @@ def without_the_index(need: Need) -> Iterator[Flask]:
     yield app
 
 
+@contextmanager
+def without_the_index_of_large_values(need: Need) -> Iterator[Flask]:
+    app = application(need("mongodb_url"))
+    wrong(app)  # makes the index
+    blobs = need("mongo_client").get_database(app_database(app))["gsession_blobs"]
+    blobs.drop_index("gsession_expiry")
+    yield app
+
+
+@contextmanager
+def without_setrange(need: Need) -> Iterator[Flask]:
+    client, user = need("redis_client"), f"doctor-{secrets.token_hex(4)}"
+    client.execute_command("ACL", "SETUSER", user, "on", ">pass", "~*", "&*", "+@all", "-setrange")
+    try:
+        yield application(need("redis_url").replace("redis://", f"redis://{user}:pass@"))
+    finally:
+        client.acl_deluser(user)
+
+
+@contextmanager
+def without_the_table_of_large_values(need: Need) -> Iterator[Flask]:
+    with on_a_file(need) as app:
+        (interface,) = app.extensions["gsession"].values()
+        with closing(sqlite3.connect(interface.store.path)) as db:
+            db.execute("DROP TABLE gsession_frame")
+        yield app
+
+
+@contextmanager
+def with_a_file_for_a_folder(need: Need) -> Iterator[Flask]:
+    taken = need("tmp_path") / "taken"
+    taken.write_text("no folder")
+    yield application("memory://", SESSION_SPILL_STORE=f"file://{taken}/large")
+
+
+@contextmanager
+def with_an_emptied_place(need: Need) -> Iterator[Flask]:
+    """Files that are gone as soon as they are written, as behind a mount that comes and goes."""
+    import fsspec
+
+    class Emptied(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]
+        protocol = "doctors-emptied"
+
+        def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+            if path.endswith("gsession"):
+                super().pipe_file(path, value, **options)
+
+    fsspec.register_implementation("doctors-emptied", Emptied, clobber=True)
+    yield application("memory://", SESSION_SPILL_STORE="doctors-emptied://large")
+
+
 def app_database(app: Flask) -> str:
     (interface,) = app.extensions["gsession"].values()
     with interface.store.lend_collection("look") as collection:
@@ -216,7 +279,7 @@ def on_a_majority_in_memory(need: Need) -> Iterator[Flask]:
 
         configure(False)
         try:
-            yield application(server.url, SESSION_STORE_TIMEOUT=10)
+            yield application(server.url)
         finally:
             configure(True)
 
@@ -333,6 +396,26 @@ MISTAKES: dict[str, tuple[Callable[[Need], Any], dict[str, str]]] = {
         without_the_index,
         {"expiry index": "error", "replicas": "warning"},
     ),
+    "a MongoDB without its index of large values": (
+        without_the_index_of_large_values,
+        {"expiry index of large values": "error", "replicas": "warning"},
+    ),
+    "a Redis user who may not write large values": (
+        without_setrange,
+        {"large values": "error"},
+    ),
+    "an SQLite file without its large values": (
+        without_the_table_of_large_values,
+        {"large values": "error"},
+    ),
+    "no folder for large values": (
+        with_a_file_for_a_folder,
+        {"place of large values": "error"},
+    ),
+    "a place that keeps no large values": (
+        with_an_emptied_place,
+        {"place of large values": "error"},
+    ),
     "a MongoDB whose majority forgets": (
         on_a_majority_in_memory,
         {"write concern": "warning", "replicas": "warning"},
@@ -422,6 +505,36 @@ class Forgetful(MemoryStore):
         return super().delete(key, expected_version, lease) and self.fault != "deletes"
 
 
+class Keeping(MemoryStore):
+    """Lets no large value go, or not when it is time."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.asked = False  # to let one go at once
+
+    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        if self.fault == "kept for longer":
+            self._blobs.clear()
+        super().renew_blobs(names, expires_at)
+
+    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        first, self.asked = not self.asked, True
+        if self.fault != ("let go" if first else "let go later"):
+            super().discard_blobs(names, at)
+
+
+@pytest.mark.parametrize("fault", ["kept for longer", "let go", "let go later"])
+def test_a_store_that_breaks_the_contract_of_large_values(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_gsession.health._LONGEST", 0.1)
+    found = [finding for finding in check_store(Keeping(fault)) if finding.severity != "ok"]
+    assert [finding[:3] for finding in found] == [
+        ("error", "large values", f"they cannot be {fault}")
+    ]
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -486,4 +599,5 @@ def test_a_mongodb_whose_user_may_not_ask(
 
     monkeypatch.setattr(Collection, "index_information", refuse)
     found = wrong(application(mongodb_url))
-    assert found == {"expiry index": "warning", "replicas": "warning"}
+    indexes = ("expiry index", "expiry index of large values")
+    assert found == dict.fromkeys((*indexes, "replicas"), "warning")

@@ -32,10 +32,12 @@ def doctor(as_json: bool) -> None:
     rows = []
     for interface in all_of_them.values():
         name_store(interface)
-        settings = interface.keeper.settings
+        keeper = interface.keeper
+        settings, spill = keeper.settings, keeper.spill
+        elsewhere = None if spill is None or settings.spill_store is None else spill.blobs
         found = [
             *check_application(app, interface, settings),
-            *check_store(interface.store, interface.keeper._clock),
+            *check_store(interface.store, keeper._clock, elsewhere),
         ]
         cookie = settings.cookie_name
         rows += [{"session": cookie, **finding._asdict()} for finding in found]

@@ -494,7 +494,7 @@ class MongoDBStore:
 
     def check(self) -> list[Finding]:
         with self._collection("check") as collection:
-            return checked(collection, self._clock())
+            return checked(collection, self._blobs_of_client, self._clock())
 
     def count(self) -> int:
         """About how many sessions are live: beyond a few, from the size and a random sample."""

@@ -17,8 +17,8 @@ _SAFE = 3  # members that bear data
 _OF_DATA = ("RSPrimary", "RSSecondary")
 
 
-def checked(collection: Any, now: float) -> list[Finding]:
-    """The findings on the server of this collection; ``now`` is our time in seconds since 1970.
+def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:
+    """The findings on the server of these collections; ``now`` is our time in seconds since 1970.
 
     Raises what the driver raises, but for a lack of rights.
     """
@@ -28,7 +28,8 @@ def checked(collection: Any, now: float) -> list[Finding]:
         _version(str(client.server_info()["version"])),
         *_members(client, hello),
         *_write_concern(client, hello),
-        *_index(collection),
+        *_index(collection, "expiry index", "idle_expires_at"),
+        *_index(blobs, "expiry index of large values", "expires_at"),
         *_clock(hello["localTime"].replace(tzinfo=UTC).timestamp() - now),
     ]
 
@@ -112,27 +113,29 @@ def _write_concern(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _index(collection: Any) -> Iterator[Finding]:
+def _index(collection: Any, check: str, field: str) -> Iterator[Finding]:
     try:
         indexes = collection.index_information()
     except OperationFailure as error:
         code = (error.details or {}).get("codeName", type(error).__name__)
         yield Finding(
             "warning",
-            "expiry index",
+            check,
             f"this user may not list indexes ({code}, code {error.code})",
-            "Without the index expired sessions stay invalid, but are not removed.",
+            "Without the index what expired stays invalid, but is not removed.",
         )
         return
+    if not indexes and field != "idle_expires_at":
+        return  # no large value was ever written
     if indexes.get("gsession_expiry", {}).get("expireAfterSeconds") == 0:
-        yield Finding("ok", "expiry index")
+        yield Finding("ok", check)
     else:
         yield Finding(
             "error",
-            "expiry index",
+            check,
             "missing",
-            "Expired sessions stay invalid, but are not removed. Let an administrator run: "
-            f"db.{collection.name}.createIndex({{idle_expires_at: 1}}, "
+            "What expired stays invalid, but is not removed. Let an administrator run: "
+            f"db.{collection.name}.createIndex({{{field}: 1}}, "
             "{expireAfterSeconds: 0, name: 'gsession_expiry'})",
         )
 
