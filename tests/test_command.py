@@ -427,6 +427,16 @@ def test_an_unknown_handle(site: Site, console: Console) -> None:
         assert f"Error: {handle}: no such session" in console.failed("revoke", handle)
 
 
+def test_an_expired_session_is_none(site: Site) -> None:
+    """Also while the store still has it."""
+    (handle,) = handles(site, 1)
+    site.clock.advance(100 * 86400)
+    console = Console(site.store.store, clock=site.clock)
+    for command in (["show"], ["revoke"], ["debug", "--for", "1m"]):
+        assert "no such session" in console.failed(*command, handle), command
+    assert handle not in console.done("list")
+
+
 @pytest.mark.parametrize(
     "handle", ["short", "a b c d e f", "x" * 44, "../../../etc/passwd", "é" * 9]
 )
