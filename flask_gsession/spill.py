@@ -106,7 +106,11 @@ class Spill:
         size = reference.length - number * reference.frame if last else reference.frame
         overhead = _OVERHEAD[reference.sealed]
         offset = number * (reference.frame + overhead)
-        stored = self.blobs.read_frame(reference.name, offset, size + overhead)
+        try:
+            stored = self.blobs.read_frame(reference.name, offset, size + overhead)
+        except StoreUnavailable as error:
+            logger.error("A large value could not be read: %s", error)
+            raise
         if stored is None:
             raise ValueLost("truncated" if number else "missing")
         if len(stored) != size + overhead:

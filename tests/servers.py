@@ -16,20 +16,24 @@ process ends, SIGKILL included, so no server outlives its tests.
 
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
 from urllib.parse import quote, urlsplit
+from urllib.request import Request, urlopen
 
+import botocore.session
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
@@ -297,6 +301,58 @@ class MongoServer(Server):
             with suppress(OperationFailure):  # has one already, after `kill` and `start`
                 client.admin.command("replSetInitiate", {"_id": "gsession", "members": [member]})
         return False
+
+
+class S3Server(Server):
+    """A server that speaks S3 over HTTP: moto. After `kill` and `start` it is empty."""
+
+    binary = "moto"
+    region = "us-east-1"
+
+    @property
+    def url(self) -> str:
+        """Where the server answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def _program(self) -> str:
+        return sys.executable
+
+    def _arguments(self) -> list[str]:
+        return ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
+    def _answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return self.running
+        return False
+
+    def client(self, service: str) -> Any:
+        """A client that may do everything, for `s3` or `iam`."""
+        session = botocore.session.Session()
+        session.set_credentials("tests", "tests")
+        return session.create_client(service, endpoint_url=self.url, region_name=self.region)
+
+    def new_user(self, policy: str) -> tuple[str, str]:
+        """The credentials of a new user with the rights of `policy`, as JSON."""
+        name = f"user-{secrets.token_hex(4)}"
+        with closing(self.client("iam")) as iam:
+            iam.create_user(UserName=name)
+            iam.put_user_policy(UserName=name, PolicyName="tests", PolicyDocument=policy)
+            key = iam.create_access_key(UserName=name)["AccessKey"]
+        return key["AccessKeyId"], key["SecretAccessKey"]
+
+    @contextmanager
+    def checking_rights(self) -> Iterator[None]:
+        """Refuse what its user has no right to, for the length of a `with` block."""
+        self._allow(b"0")
+        try:
+            yield
+        finally:
+            self._allow(b"inf")
+
+    def _allow(self, unchecked: bytes) -> None:
+        headers = {"Content-Type": "text/plain"}
+        request = Request(f"{self.url}/moto-api/reset-auth", unchecked, headers, method="POST")
+        urlopen(request, timeout=30).close()
 
 
 class UserServer:

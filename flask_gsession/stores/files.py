@@ -33,6 +33,8 @@ _ENTRY = b"\1"
 _LONGEST_PREFIX = 200  # characters of a file's name
 _NAME = re.compile("[0-9a-f]{32}")
 ORPHANS = "orphaned large values"
+# In a bucket a folder is a part of names. To make one would be to make the bucket, if need be.
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 
 
 def check_url(url: str) -> None:
@@ -54,6 +56,7 @@ class FileBlobs:
 
     def __init__(self, url: str, entries: Blobs, options: StoreOptions | None = None) -> None:
         self._url = url
+        self._bucket = url.rpartition("::")[2].partition("://")[0] in _BUCKETS
         self._entries = entries
         options = options or StoreOptions()
         self._clock = options.clock
@@ -65,16 +68,20 @@ class FileBlobs:
         self._marked = False
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        if self._bucket and offset and self._entries.read_frame(name, 0, 1) is None:
+            raise Gone
         self._entries.write_frame(name, 0, _ENTRY, expires_at)
         with self._place("write") as fs:
-            if not self._marked:
-                self._mark(fs)
-            folder = self._folder(name)
-            if offset == 0:
-                fs.makedirs(folder, exist_ok=True)
             try:
+                if not self._marked:
+                    self._mark(fs)
+                folder = self._folder(name)
+                if offset == 0 and not self._bucket:
+                    fs.makedirs(folder, exist_ok=True)
                 fs.pipe_file(f"{folder}/{offset:012}", bytes(frame))
             except FileNotFoundError:
+                if self._bucket:
+                    raise StoreUnavailable("files: write: there is no such bucket") from None
                 raise Gone from None
 
     def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
@@ -146,8 +153,13 @@ class FileBlobs:
         return True
 
     def _remove(self, name: str) -> None:
+        folder = self._folder(name)
         with self._place("remove") as fs, suppress(FileNotFoundError):
-            fs.rm(self._folder(name), recursive=True)
+            if not self._bucket:
+                fs.rm(folder, recursive=True)
+                return
+            for file in self._list(folder):  # one by one: s3fs tells no error of many at once
+                fs.rm_file(f"{folder}/{file}")
 
     def _folder(self, name: str) -> str:
         return f"{self._root}/{self._begins}{name[:2]}/{name}"
@@ -157,7 +169,7 @@ class FileBlobs:
         if not fs.exists(marker):
             if "file" in fs.protocol:
                 os.makedirs(self._root, mode=0o700, exist_ok=True)
-            else:
+            elif not self._bucket:
                 fs.makedirs(self._root, exist_ok=True)
             fs.pipe_file(marker, b"Large values of sessions: see flask-gsession.\n")
         self._marked = True
@@ -171,6 +183,7 @@ class FileBlobs:
                     self._fs, root = fsspec.core.url_to_fs(self._url)
                     self._root = root.rstrip("/")
                     self._pid = os.getpid()
+            self._fs.invalidate_cache()  # others write there too
             yield self._fs
         except (Gone, StoreUnavailable):
             raise
