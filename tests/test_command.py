@@ -416,6 +416,21 @@ def test_the_file_of_sqlite_is_named(tmp_path: Path) -> None:
     assert f"session: the store is sqlite:///{tmp_path}/a.sqlite3\n" in said
 
 
+def test_who_only_looks_makes_no_file(tmp_path: Path) -> None:
+    """It would be the file of who called the command, and the application could not write to it."""
+    path = tmp_path / "new" / "sessions.sqlite3"
+    console = Console(f"sqlite:///{path}")
+    for words in (("list",), ("cleanup", "--dry-run"), ("cleanup",)):
+        console.done(*words)
+    assert json.loads(console.done("stats", "--json"))["sessions"] == 0
+    assert console.done("revoke", "--all", "--yes") == "0 sessions ended\n"
+    assert console.done("export", str(tmp_path / "a")) == "session: 0 records exported\n"
+    for command in ("show", "revoke", "debug"):
+        for handle in ("x" * 43, "x" * 9):
+            assert f"{handle}: no such session" in console.failed(command, handle)
+    assert not path.parent.exists()
+
+
 # -- handles
 
 

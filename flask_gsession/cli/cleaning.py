@@ -20,6 +20,7 @@ from .common import (
     json_option,
     name_of,
     name_store,
+    not_there_yet,
     session_option,
     told,
 )
@@ -81,7 +82,9 @@ def _clean(
 ) -> None:
     name, store, files = name_of(interface), interface.store, interface.keeper.files
     name_store(interface)
-    if not has_leftovers(store) and files is None:
+    if not_there_yet(interface):
+        text = "nothing to do, its file is not there yet"
+    elif not has_leftovers(store) and files is None:
         text = "nothing to do, this store lets go of expired sessions itself"
     elif dry_run and not isinstance(store, Tidies):
         raise click.ClickException(f"{name}: {type(store).__name__} can only remove, not count")

@@ -24,6 +24,7 @@ from ..stores.memory import MemoryStore
 T = TypeVar("T")
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells have it
+NO_SESSION = "no such session; it may have ended"
 _SHORTEST = 8  # characters of a handle that one need type
 _PAUSES = (0.2, 1.0)  # seconds: a scan that is under way may meet a failover
 _FIRST_PAGE, _LONGEST_PAGE = 10, 200  # records
@@ -80,9 +81,19 @@ def place(interface: GSessionInterface) -> str:
 
 
 def not_there_yet(interface: GSessionInterface) -> bool:
-    """Whether the store is a file that the first session makes: to look into it would, too."""
+    """Whether the store is a file that the first session makes: to look into it would, too.
+
+    Who looks may be another user than the one who is to write to it.
+    """
     path = getattr(interface.store, "path", None)
-    return isinstance(path, Path) and not path.exists()
+    try:
+        if isinstance(path, Path):
+            path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # whether it is there cannot be known
+        pass
+    return False
 
 
 def scanned(interface: GSessionInterface) -> Scans:
@@ -92,12 +103,14 @@ def scanned(interface: GSessionInterface) -> Scans:
         raise click.ClickException(
             f"{name_of(interface)}: {type(store).__name__} cannot list its sessions (no scan())"
         )
-    return store
+    return MemoryStore() if not_there_yet(interface) else store
 
 
 def about(interface: GSessionInterface) -> int | None:
     """How many sessions there are, more or less; None where the store cannot say."""
     store = interface.store
+    if not_there_yet(interface):
+        return 0
     return store.count() if isinstance(store, Counts) else None
 
 
@@ -139,13 +152,16 @@ def pages(store: Scans, begins: str = "") -> Iterator[Page]:
 
 def key_of(interface: GSessionInterface, handle: str) -> str:
     """The whole of a handle that may be cut off; ends the command where it is none, or several."""
-    if len(handle) == KEY_LENGTH and is_session_key(handle):
-        return handle
-    if len(handle) < _SHORTEST or not is_session_key(handle.ljust(KEY_LENGTH, "-")):
+    whole = len(handle) == KEY_LENGTH and is_session_key(handle)
+    if not whole and (len(handle) < _SHORTEST or not is_session_key(handle.ljust(KEY_LENGTH, "-"))):
         raise click.UsageError(
             f"{handle!r} is no handle: {KEY_LENGTH} characters of A-Z a-z 0-9 - _, "
             f"or the first {_SHORTEST} or more of them"
         )
+    if not_there_yet(interface):
+        raise click.ClickException(f"{handle}: {NO_SESSION}")
+    if whole:
+        return handle
     found: set[str] = set()
     for page in pages(scanned(interface), handle):
         found.update(page.unreadable, (record.key for record in page.records))

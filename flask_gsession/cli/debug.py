@@ -8,7 +8,7 @@ import click
 from flask.cli import with_appcontext
 
 from ..errors import SessionConflict, SessionTooLarge, UnreadableRecord
-from .common import chosen, key_of, moment, session_option, told
+from .common import NO_SESSION, chosen, key_of, moment, session_option, told
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST = 86400
@@ -61,7 +61,7 @@ def debug(handle: str, span: int, off: bool, cookie: str | None) -> None:
         except (SessionConflict, SessionTooLarge, UnreadableRecord) as error:
             raise click.ClickException(f"{key}: not done: {error}") from None
     if found is None:
-        raise click.ClickException(f"{key}: no such session; it may have ended")
+        raise click.ClickException(f"{key}: {NO_SESSION}")
     now, before = found
     name = now if now == key else f"{now} (rotated from {key})"
     ended = "not logged any more" if before else "was not logged"

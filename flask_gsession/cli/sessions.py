@@ -22,6 +22,7 @@ from ..references import BYTES, reference_in, refers
 from ..stores import Record
 from ..stores.base import unexpired
 from .common import (
+    NO_SESSION,
     about,
     chosen,
     described,
@@ -43,7 +44,6 @@ from .output import counted, progress, table
 _SHOWN = 100  # sessions, on a terminal
 _AGES = {"to 1 hour": 3600, "to 1 day": 86400, "to 7 days": 7 * 86400, "to 30 days": 30 * 86400}
 _OLDER = "older"
-_NO_SESSION = "no such session; it may have ended"
 _LARGE = "<large>"  # a value that is not loaded
 _BAR = 40  # characters
 _ROUNDS = 20  # through the sessions, at most, to end them all
@@ -133,7 +133,7 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
             except UnreadableRecord:
                 record = None
     if record is None:
-        raise click.ClickException(problem or f"{key}: {_NO_SESSION}")
+        raise click.ClickException(problem or f"{key}: {NO_SESSION}")
     facts = described(record)
     if record.key != key:
         facts["rotated_from"] = key
@@ -277,7 +277,7 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
                 break
         else:
             problems["sessions are rotated faster than they can be ended: call it again"] = 1
-    del problems[""], problems[_NO_SESSION]  # of a pointer whose session has ended
+    del problems[""], problems[NO_SESSION]  # of a pointer whose session has ended
     click.echo(f"{counted(ended, 'sessions')} ended")
     for problem, number in problems.items():
         click.echo(f"Error: {counted(number, 'times')}: {problem}", err=True)
@@ -294,7 +294,7 @@ def _end(interface: GSessionInterface, key: str) -> tuple[bool, str]:
     except UnreadableRecord as error:
         return False, f"what is in it cannot be read: {error}"
     if not ended:
-        return False, _NO_SESSION
+        return False, NO_SESSION
     interface.keeper.events.emit(SessionRevoked, key)
     return True, problem
 
