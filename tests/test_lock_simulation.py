@@ -160,7 +160,7 @@ class Schedule:
         self.clock = VirtualClock()
         self.clock.now = 1_700_000_000_000
         self.store = JudgedStore(self.clock)
-        self.app = Flask("locks")
+        self.app = Flask("locks", static_folder=None)
         self.app.secret_key = "simulation"
         Session(
             self.app,

@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self, store: Store, clock: FakeClock) -> None:
         super().__init__()
         self.clock = clock
-        self.app = Flask(__name__)
+        self.app = Flask(__name__, static_folder=None)
         self.app.secret_key = "a key for tests"
         ext = Session(
             self.app,

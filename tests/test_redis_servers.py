@@ -452,7 +452,7 @@ def test_a_dead_node_is_an_outage_of_its_own_sessions_only(
     assert shop.count() == 1
     slot = shop.slot()
     shop.warm()
-    until(lambda: cluster.primary(slot).command("WAIT", 1, 1000) == 1, "the replica catching up")
+    cluster.wait_for_replica(slot)
     elsewhere = record_in(shop, (slot + RedisCluster.SLOTS // 2) % RedisCluster.SLOTS)
     shop.store.create(elsewhere)
     dead = cluster.kill_primary(slot)
@@ -473,7 +473,7 @@ def test_a_frozen_node_costs_nothing_once_it_is_replaced(
     assert shop.count() == 1
     slot = shop.slot()
     shop.warm(8)
-    until(lambda: cluster.primary(slot).command("WAIT", 1, 1000) == 1, "the replica catching up")
+    cluster.wait_for_replica(slot)
     frozen = cluster.primary(slot)
     with frozen.paused():
         with shop.hasty():

@@ -177,7 +177,7 @@ def test_a_replica_takes_over_from_a_dead_primary(
 ) -> None:
     slot = key_slot(b"key")
     cluster_client.set("key", "value")
-    until(lambda: cluster.primary(slot).command("WAIT", 1, 1000) == 1, "the replica catching up")
+    cluster.wait_for_replica(slot)
     dead = cluster.kill_primary(slot)
     cluster.wait_for_failover(dead)
     new = cluster.primary(slot)

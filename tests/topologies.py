@@ -439,6 +439,18 @@ class RedisCluster(Topology):
 
         until(over, "a replica taking over")
 
+    def wait_for_replica(self, slot: int) -> None:
+        """Wait until the replica of the node that serves `slot` has all that was written so far.
+
+        `WAIT` from another connection than the writer's would wait for nothing.
+
+        :raises ServerFailed: after `SETTLE_TIMEOUT`.
+        """
+        primary = self.primary(slot)
+        replica = self._replica_of(primary)
+        written = primary.command("ROLE")[1]
+        until(lambda: replica.command("ROLE")[4] >= written, "the replica catching up")
+
     def migrate_slot(self, slot: int, to: ClusterNode | None = None) -> ClusterNode:
         """Move `slot` and its keys to the primary `to`, by default any other; returns that."""
         with self.migrating(slot, to) as target:
