@@ -13,6 +13,7 @@ from flask.sessions import SessionMixin
 
 from .codec import is_valid_text
 from .errors import (
+    SessionEnded,
     UnreadableRecord,
     UnsupportedType,
     ValueLost,
@@ -468,6 +469,8 @@ class SessionData(LargeValues, SessionMixin):
         values = self._open_for_writing()
         if self._record is not None and values.has_changed(key):
             self._commit()
+        if self._ended:
+            raise SessionEnded
         if self._record is None:
             return self.pop(key) if default is _RAISE else self.pop(key, default)
         codec = self._keeper.codec

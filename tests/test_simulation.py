@@ -63,7 +63,7 @@ def test_schedules_meet_everything_that_can_happen() -> None:
     with Simulation() as simulation:
         plans = [simulation.run(seed).plan for seed in range(500)]
     kinds = {op.kind for plan in plans for request in plan.requests for op in request.ops}
-    assert kinds > ON_MAPPINGS.keys()
+    assert kinds > ON_MAPPINGS.keys() | {"fleeting", "ttl", "take"}
     for what in (
         *("create", "load", "save", "renew", "replace", "delete", "sleep", "Stale", "Gone"),
         *("BEFORE", "AFTER", "DIES_AFTER", "CROSSED"),
@@ -127,9 +127,10 @@ class History:
         visit = Visit(f"{browser}{len(self.visits)}", browser, lambda: next(self._ticks), now)
         visit.token, visit.found, visit.told_dropped = token, found, dropped
         for number, (kind, argument, result) in enumerate(ops):
-            at_once = kind in ("atomic", "destroy")
+            at_once = kind in ("atomic", "destroy", "take")
             done = Done(Op(kind, f"{visit.name}.{number}", argument), Segment(self.line))
             done.at, done.result, done.on_live = visit.tick(), result, True
+            done.began_at = done.ended_at = now
             done.outcome = (UNKNOWN if status is None else OK) if at_once else "pending"
             visit.done.append(done)
         if status is not None:
@@ -212,3 +213,20 @@ def test_audit_sees_what_another_browser_wrote(history: History) -> None:
     history.check()
     history.request(("read", None, {"log": ["B0.0"]}))
     assert "another browser" in history.wrong()
+
+
+def test_audit_sees_what_was_taken_twice(history: History) -> None:
+    history.request(("take", "a", "A0.0"), ("take", "b", None))
+    history.request(("take", "a", "A0.1"), ("take", "b", None))
+    history.check()
+    history.request(("take", "a", "A0.0"))
+    assert "'A0.0' was taken 2 times" in history.wrong()
+
+
+@pytest.mark.parametrize("kind", ["get", "take", "read"])
+def test_audit_sees_what_had_expired(history: History, kind: str) -> None:
+    history.request(("fleeting", ("a", 10), None), now=1000)
+    history.request(("get", "a", "A0.0"), now=10_999)
+    history.check()
+    history.request((kind, "a", {"a": "A0.0"} if kind == "read" else "A0.0"), now=11_000)
+    assert "had expired" in history.wrong()

@@ -31,6 +31,8 @@ class Done:
     op: Op
     segment: Segment
     at: int = 0  # place in the order of all events
+    began_at: int = 0  # milliseconds
+    ended_at: int = 0
     outcome: str = UNKNOWN
     result: Any = None
     on_live: bool = False  # there was a stored session
@@ -86,6 +88,8 @@ def check(visits: list[Visit], finals: Iterable[tuple[Line, dict[str, Any]]]) ->
                 _dead_to(visits, visit, done.at, "logged out")
             elif done.op.kind == "rotate" and done.outcome == OK and done.on_live:
                 _rotated(visits, visit, done)
+    _once(visits)
+    _in_time(visits)
     ops: dict[Line, list[Done]] = {}
     for visit in visits:
         for done in visit.done:
@@ -101,6 +105,35 @@ def _only_its_own(visit: Visit) -> None:
             for text in _texts(done.result):
                 if "." in text and not text.startswith(visit.browser):
                     raise Violation(f"{visit.name} read {text!r}, which another browser wrote")
+
+
+def _once(visits: list[Visit]) -> None:
+    taken = Counter(
+        done.result
+        for visit in visits
+        for done in visit.done
+        if done.op.kind == "take" and done.result is not None
+    )
+    for tag, times in taken.items():
+        if times > 1:
+            raise Violation(f"{tag!r} was taken {times} times")
+
+
+def _in_time(visits: list[Visit]) -> None:
+    """What expires by itself was read by nobody from then on."""
+    every = [(visit, done) for visit in visits for done in visit.done]
+    ends = {
+        done.op.tag: done.began_at + done.op.argument[1] * 1000
+        for _, done in every
+        if done.op.kind == "fleeting"
+    }
+    for visit, done in every if ends else ():
+        # A take is about what was there when it began to store that.
+        seen_at = done.began_at if done.op.kind == "take" else done.ended_at
+        if done.op.kind in ("read", "get", "take") and done.result is not None:
+            for text in _texts(done.result):
+                if text in ends and seen_at >= ends[text]:
+                    raise Violation(f"{visit.name} read {text!r}, which had expired")
 
 
 def _texts(value: Any) -> Iterable[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from flask_gsession.stores.base import MAX_POINTERS, Record
 
@@ -90,19 +90,49 @@ RULES: Final[dict[str, Callable[[Any, Any, Any], Any]]] = {
 }
 
 
+class Fleeting(NamedTuple):
+    """A value that expires by itself, as it is kept; in milliseconds."""
+
+    value: Any
+    end: int
+
+
+def unexpired(values: Mapping[str, Any], now: int) -> Values:
+    """The values without those that have expired."""
+    return {key: value for key, value in values.items() if not expired(value, now)}
+
+
+def expired(value: Any, now: int) -> bool:
+    return type(value) is Fleeting and value.end <= now
+
+
+def plain(value: Any) -> Any:
+    """The value itself, without its expiry."""
+    return value.value if type(value) is Fleeting else value
+
+
+def like(kept: Any, value: Any) -> Any:
+    """A value, with the expiry of another."""
+    return Fleeting(value, kept.end) if type(kept) is Fleeting else value
+
+
 class View(MutableMapping[str, Any]):
     """One request's own picture of its session.
 
     What it looked at stays as it is for the whole request; what it did not look at is the newest
-    that it heard of. A change is a difference between what it first saw and what it has now.
+    that it heard of. A change is a difference between what it first saw and what it has now. What
+    has expired is not there, and to look for it is to see nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], int]) -> None:
+        self.now = now
         self.known: Values = {}
         self.base: Values = {}
         self.live: Values = {}
 
     def __getitem__(self, key: str) -> Any:
+        if self._has_expired(key):
+            raise KeyError(key)
         if key not in self.live:
             if key in self.base:
                 raise KeyError(key)
@@ -110,7 +140,7 @@ class View(MutableMapping[str, Any]):
             if self.base[key] is MISSING:
                 raise KeyError(key)
             self.live[key] = copied(self.base[key])
-        return self.live[key]
+        return plain(self.live[key])
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.base.setdefault(key, self.known.get(key, MISSING))
@@ -123,7 +153,28 @@ class View(MutableMapping[str, Any]):
         self.live.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
+        if self._has_expired(key):
+            return False
         return key in self.live or (key in self.known and key not in self.base)
+
+    def ends(self, key: str) -> int | None:
+        """When the value of a key expires by itself. Raises `KeyError`."""
+        if key not in self:
+            if not self._has_expired(key):
+                self.base.setdefault(key, MISSING)
+            raise KeyError(key)
+        kept = self._kept(key)
+        return kept.end if type(kept) is Fleeting else None
+
+    def change(self, key: str, value: Any) -> None:
+        """Set a value in the place of another, whose expiry stays."""
+        self[key] = like(self._kept(key), value) if key in self else value
+
+    def _kept(self, key: Any) -> Any:
+        return self.live[key] if key in self.live else self.known.get(key)
+
+    def _has_expired(self, key: object) -> bool:
+        return expired(self._kept(key), self.now())
 
     def __iter__(self) -> Iterator[str]:
         return iter([key for key in {**self.known, **self.live} if key in self])
@@ -156,6 +207,8 @@ def copied(value: Any) -> Any:
     """A copy with nothing in common."""
     if type(value) is list:
         return [copied(item) for item in value]
+    if type(value) is Fleeting:
+        return Fleeting(copied(value.value), value.end)
     if type(value) is dict:
         return {key: copied(item) for key, item in value.items()}
     return set(value) if type(value) is set else value
@@ -190,18 +243,19 @@ class Mirror:
     name: str
     browser: str
     presented: str | None  # the key that belongs to the token it brought
+    now: Callable[[], int]
     state: str = "unopened"  # then "none", "live" or "ended"
     without: str = "none"  # its state where a load finds nothing
     key: str | None = None
     line: Line | None = None
-    view: View = field(default_factory=View)
+    view: View = field(init=False)
     #: counts the times that the session changed its identity under the request
     epoch: int = 0
     cleared: bool = False
     rotation: float | None = None
     timeouts: set[int] = field(default_factory=set)  # milliseconds
-    #: the update_atomic that is running: key, function, default
-    atomic: tuple[str, Callable[[Any], Any], Any] | None = None
+    #: the update_atomic that is running: key, function, default; None for the function: a take
+    atomic: tuple[str, Callable[[Any], Any] | None, Any] | None = None
     atomic_result: Any = MISSING
     destroying: bool = False
     ended_itself: bool = False  # and so may have its cookie deleted
@@ -217,11 +271,14 @@ class Mirror:
     doubtful_version: int = 0
     lines: list[Line] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.view = View(self.now)
+
     def become(self, state: str) -> None:
         """Go on without what was known so far."""
         self.epoch += self.state != "unopened"
         self.state, self.key, self.line = state, None, None
-        self.view = View()
+        self.view = View(self.now)
         self.cleared = self.cookie_due = False
         self.rotation = None
         self.in_doubt = {}
@@ -341,6 +398,7 @@ class Model:
         """A session was stored for the first time. What to do when the answer arrives."""
         changes = mirror.view.changes()
         wanted = {key: mine for key, (_, mine) in changes.items() if mine is not MISSING}
+        wanted = unexpired(wanted, begun)
         if mirror.state != "none":
             raise Violation(f"created, though its session is {mirror.state}")
         if record.key in self.records:
@@ -368,7 +426,7 @@ class Model:
 
     def save(self, mirror: Mirror, record: Record, expected: int, begun: int) -> Callable[[], None]:
         """A session was replaced. What to do when the answer arrives."""
-        line, wanted, arrived = self._write(mirror, record.key, record, expected)
+        line, wanted, arrived = self._write(mirror, record.key, record, expected, begun)
         self._put(mirror, line, record, wanted, begun)
         return arrived
 
@@ -387,7 +445,7 @@ class Model:
             raise Violation("rotated without having been asked to")
         if record.key in self.records:
             raise Violation("rotated to a key that was used before")
-        line, wanted, arrived = self._write(mirror, key, record, expected)
+        line, wanted, arrived = self._write(mirror, key, record, expected, begun)
         if grace == 0:
             if pointer is not None:
                 raise Violation("a rotation without grace left a pointer")
@@ -424,7 +482,7 @@ class Model:
             self.records[record.key] = renewed
 
     def delete(
-        self, mirror: Mirror, key: str, expected: int | None, done: bool
+        self, mirror: Mirror, key: str, expected: int | None, done: bool, begun: int
     ) -> Callable[[], None]:
         """A session was ended. What to do when the answer arrives."""
         self._own(mirror, key, "delete")
@@ -432,7 +490,7 @@ class Model:
             if not mirror.cleared or expected is None:
                 raise Violation("deleted without having been asked to")
             line = self._current(key, expected, "deleted")
-            if worth_keeping(self._merged(mirror, line)):
+            if worth_keeping(self._merged(mirror, line, begun)):
                 raise Violation("cleared away what another request had stored")
         there = self.head_of(key) is not None
         if done != there:
@@ -480,7 +538,7 @@ class Model:
         return line
 
     def _write(
-        self, mirror: Mirror, key: str, record: Record, expected: int
+        self, mirror: Mirror, key: str, record: Record, expected: int, begun: int
     ) -> tuple[Line, Values, Callable[[], None]]:
         """Check a write that replaces a state; the line, the values, what to do on the answer."""
         self._own(mirror, key, "write")
@@ -498,15 +556,27 @@ class Model:
         atomic = mirror.atomic
         if atomic is not None and atomic[0] not in changes:
             name, function, default = atomic
-            value = function(copied(line.values.get(name, default)))
-            wanted = {**line.values, name: value}
+            wanted = unexpired(line.values, begun)
+            kept = wanted.pop(name, MISSING)
+            value = plain(default if kept is MISSING else kept)
+            if function is None:
+                after: Any = MISSING
+                if kept is MISSING:
+                    raise Violation("wrote, and there was nothing to take")
+            else:
+                value = function(copied(value))
+                after = wanted[name] = like(kept, value)
 
             def arrived() -> None:
                 mirror.hold(line)
-                mirror.view.live[name], mirror.view.base[name] = copied(value), value
+                mirror.view.base[name] = after
+                if after is MISSING:
+                    mirror.view.live.pop(name, None)
+                else:
+                    mirror.view.live[name] = copied(after)
                 mirror.atomic_result = value
         else:
-            wanted = self._merged(mirror, line)
+            wanted = self._merged(mirror, line, begun)
             mirror.in_doubt, mirror.doubtful_version = changes, record.version
 
             def arrived() -> None:
@@ -516,12 +586,12 @@ class Model:
 
         return line, wanted, arrived
 
-    def _merged(self, mirror: Mirror, line: Line) -> Values:
+    def _merged(self, mirror: Mirror, line: Line, now: int) -> Values:
         """What the changes of a request make of what is stored."""
         changes = mirror.view.changes()
         self._check_once(mirror, changes)
         try:
-            return self.merge(line.values, changes)
+            return self.merge(line.values, changes, now)
         except Conflict:
             raise Violation("stored what its policy refuses") from None
 
@@ -531,10 +601,14 @@ class Model:
             if mirror.in_doubt.get(key) == change:
                 raise Violation(f"stored the change of {key!r} a second time")
 
-    def merge(self, stored: Values, changes: Mapping[str, tuple[Any, Any]]) -> Values:
-        """Changes put onto what is stored. Raises `Conflict`."""
+    def merge(self, stored: Values, changes: Mapping[str, tuple[Any, Any]], now: int) -> Values:
+        """Changes put onto what is stored. What has expired never was. Raises `Conflict`."""
+        stored = unexpired(stored, now)
         merged = dict(stored)
-        for key, (base, mine) in changes.items():
+        for key, sides in changes.items():
+            base, mine = (MISSING if expired(side, now) else side for side in sides)
+            if base == mine:
+                continue
             theirs = stored.get(key, MISSING)
             policy = self._policies.get(key, self._default_policy)
             value = mine
@@ -593,7 +667,13 @@ class Model:
         elif mirror.state == "ended":
             if changes and not mirror.dropped:
                 raise Violation(f"dropped {sorted(changes)} and did not say so")
-        elif worth_keeping({key: 1 for key, (_, mine) in changes.items() if mine is not MISSING}):
+        elif worth_keeping(
+            {
+                key: 1
+                for key, (_, mine) in changes.items()
+                if mine is not MISSING and not expired(mine, self._now())
+            }
+        ):
             raise Violation(f"answered 200, and has stored no session for {sorted(changes)}")
 
     def check_store(self, stored: Mapping[str, Record]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from msgspec import structs
+
 from flask_gsession import payload
+from flask_gsession.data import SessionData
 from flask_gsession.errors import Gone
 from flask_gsession.keeper import Keeper
 from flask_gsession.lifecycle import Lifecycle
+from flask_gsession.marks import split
 from flask_gsession.merge import Change, Merger
 from flask_gsession.payload import Body
 from flask_gsession.stores.base import Record
@@ -39,6 +43,8 @@ _keeper_save = Keeper.save
 _apply = Merger.apply
 _catch_up = Lifecycle._catch_up
 _commit = Lifecycle._commit
+_rotate = Keeper.rotate
+_rewrite = SessionData._rewrite
 
 
 def _expect_any_version(
@@ -132,6 +138,8 @@ def _commit_in_doubt(self: Lifecycle) -> None:
 
 
 def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = None) -> None:
+    if now is not None:
+        self._look_for_marks(now)
     for key in self._live.keys() - self._base.keys():
         del self._live[key]
     self.stored = stored
@@ -152,7 +160,38 @@ def _destroy_the_cookie_only(self: Lifecycle) -> None:
     self._cookie = "delete"
 
 
+def _take_with_the_response(self: SessionData, key: str, default: Any = None) -> Any:
+    return self.pop(key, default)
+
+
+def _take_what_was_seen_first(
+    self: SessionData, key: str, rewrite: Callable[[Any], Any], what: str
+) -> Any:
+    seen: list[Any] = []
+
+    def once(raw: Any) -> Any:
+        if what != "take" or not seen:
+            seen.append(rewrite(raw))
+        return seen[-1]
+
+    return _rewrite(self, key, once, what)
+
+
+def _apply_whatever_expired(self: Merger, stored: Any, changes: Any, *more: Any) -> Any:
+    return _apply(self, stored, changes, None, *more[1:])
+
+
+def _rotate_without_marks(self: Keeper, old: Record, body: Body, *more: Any) -> Any:
+    values = {key: split(raw)[1] for key, raw in body.values.items()}
+    return _rotate(self, old, structs.replace(body, values=values), *more)
+
+
 FURTHER = (
+    Mutation("taken with the response", SessionData, "take", _take_with_the_response),
+    Mutation("taken twice in a race", SessionData, "_rewrite", _take_what_was_seen_first),
+    Mutation("a merge revives the expired", Merger, "apply", _apply_whatever_expired),
+    Mutation("a ttl lost at a rotation", Keeper, "rotate", _rotate_without_marks),
+    Mutation("read after it expired", TrackedValues, "_has_expired", lambda *args: False),
     Mutation("a new session where one is gone", Keeper, "save", _create_where_gone),
     Mutation("two successors", MemoryStore, "replace", _replace_again),
     Mutation("logout of the pointer only", MemoryStore, "delete", _delete_the_pointer_only),

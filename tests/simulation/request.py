@@ -14,7 +14,7 @@ from flask_gsession.errors import SessionConflict, SessionEnded, StoreUnavailabl
 from flask_gsession.tokens import session_key
 
 from .audit import FAILED, OK, UNKNOWN, Done, Segment, Visit
-from .model import MISSING, Conflict, Mirror, View, Violation, copied, shown
+from .model import MISSING, Conflict, Fleeting, Mirror, View, Violation, copied, shown, unexpired
 from .plan import GRACE, ON_MAPPINGS, PERMANENT, Held, Op, RequestPlan
 from .scheduler import VirtualClock
 from .site import Site, running
@@ -35,7 +35,7 @@ class Serving:
         self.model = site.store.model
         visit.token = cookie.rpartition(".")[0] if cookie else None
         key = session_key(visit.token) if visit.token else None
-        mirror = Mirror(plan.name, plan.browser, key)
+        mirror = Mirror(plan.name, plan.browser, key, lambda: clock.now)
         if key is None:
             mirror.state = "none"
         self.mirror = mirror
@@ -81,7 +81,7 @@ class Serving:
         """Do one operation and note what came of it; the status where it failed."""
         mirror, visit = self.mirror, self.visit
         epoch = mirror.epoch
-        done = Done(op, self.segment)
+        done = Done(op, self.segment, began_at=self.clock.now)
         visit.done.append(done)
         failed: int | None = None
         try:
@@ -89,7 +89,7 @@ class Serving:
             done.outcome = "pending"
         except HTTPException as error:
             self._check_refusal(error)
-            unsure = isinstance(error, StoreUnavailable) and op.kind == "atomic"
+            unsure = isinstance(error, StoreUnavailable) and op.kind in ("atomic", "take")
             done.outcome = UNKNOWN if unsure else FAILED
             failed = error.code
         if self.model.tracing:
@@ -98,12 +98,12 @@ class Serving:
             self.held.clear()
             self.held_by_model.clear()
             self.segment = Segment()
-        done.segment, done.at = self.segment, visit.tick()
+        done.segment, done.at, done.ended_at = self.segment, visit.tick(), self.clock.now
         done.on_live = mirror.state == "live"
         if mirror.line is not None:
             self.segment.line = mirror.line
         if failed is None:
-            if op.kind == "destroy" or (op.kind == "atomic" and done.on_live):
+            if op.kind == "destroy" or (op.kind in ("atomic", "take") and done.on_live):
                 done.outcome = OK
             if op.kind in ("destroy", "reload"):
                 visit.discard_pending()
@@ -136,7 +136,8 @@ class Serving:
             if expected is MISSING:
                 if mirror.state != "none":
                     raise Violation(f"{op} stored nothing")
-                expected = mirror.view[key] = function(copied(mirror.view.get(key, default)))
+                expected = function(copied(mirror.view.get(key, default)))
+                mirror.view.change(key, expected)
         finally:
             mirror.atomic = None
         if result != expected:
@@ -145,6 +146,51 @@ class Serving:
         self.held.pop(key, None)
         self.held_by_model.pop(key, None)
         return copied(result)
+
+    def _fleeting(self, op: Op) -> None:
+        """Set a value that expires by itself."""
+        key, seconds = op.argument
+        kept = Fleeting(op.tag, self.clock.now + seconds * 1000)
+        self.session.set(key, op.tag, ttl=seconds)
+        self.mirror.view[key] = kept
+
+    def _ttl(self, op: Op) -> float | None:
+        """Ask for how long a value is kept."""
+        expected: float | None
+        try:
+            found = self.session.ttl(op.argument)
+        except KeyError:
+            found = -1
+        try:
+            end = self.mirror.view.ends(op.argument)
+            expected = None if end is None else (end - self.clock.now) / 1000
+        except KeyError:
+            expected = -1
+        if found != expected:
+            raise Violation(f"{op} gave {found}, not {expected}")
+        return found
+
+    def _take(self, op: Op) -> Any:
+        """Take a value out, which nobody else gets."""
+        mirror, key = self.mirror, op.argument
+        mirror.atomic, mirror.atomic_result = (key, None, None), MISSING
+        try:
+            result = self.session.take(key, None)
+            expected = mirror.atomic_result
+            if expected is MISSING:
+                expected = None
+                if mirror.state == "none":
+                    expected = mirror.view.pop(key, None)
+                else:
+                    if key in unexpired(mirror.view.known, self.clock.now):
+                        raise Violation(f"{op} stored nothing")
+                    mirror.view.live.pop(key, None)
+                    mirror.view.base[key] = MISSING
+        finally:
+            mirror.atomic = None
+        if result != expected:
+            raise Violation(f"{op} gave {shown(result)}, not {shown(expected)}")
+        return result
 
     def _clear(self, op: Op) -> None:
         self.session.clear()
@@ -181,13 +227,13 @@ class Serving:
         if mirror.state == "live":
             self.session.reload()
             if mirror.line is not None:
-                mirror.view = View()
+                mirror.view = View(mirror.now)
                 mirror.view.known = mirror.line.values
             mirror.cleared, mirror.rotation = False, None
             mirror.timeouts, mirror.in_doubt = set(), {}
         elif mirror.ended_itself and mirror.presented:
             self.session.reload()
-            mirror.view = View()
+            mirror.view = View(mirror.now)
         else:
             mirror.become("unopened" if mirror.presented else "none")
             self.session.reload()
@@ -222,7 +268,7 @@ class Serving:
     def _in_conflict(self) -> bool:
         view = self.mirror.view
         try:
-            self.model.merge(view.known, view.changes())
+            self.model.merge(view.known, view.changes(), self.clock.now)
         except Conflict:
             return True
         return False

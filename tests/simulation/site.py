@@ -15,13 +15,14 @@ from flask_gsession.data import SessionData
 from flask_gsession.errors import Gone, Stale, StoreUnavailable
 from flask_gsession.events import WriteDropped
 from flask_gsession.interface import GSessionInterface
+from flask_gsession.marks import split
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Record, milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.tokens import session_key
 
 from .audit import Visit
-from .model import Mirror, Model, Values, Violation, shown
+from .model import Fleeting, Mirror, Model, Values, Violation, shown
 from .plan import ABSOLUTE, GRACE, IDLE, PERMANENT, POLICIES, RENEW
 from .scheduler import Fault, Killed, Task, VirtualClock, current_task
 
@@ -122,10 +123,10 @@ class SimulatedStore:
         arrived()
 
     def delete(self, key: str, expected_version: int | None = None) -> bool:
-        request, fault, _ = self._arrive("delete")
+        request, fault, begun = self._arrive("delete")
         with self._judged(request, fault, key, expected_version):
             done = self.inner.delete(key, expected_version)
-        arrived = self.model.delete(request.mirror, key, expected_version, done)
+        arrived = self.model.delete(request.mirror, key, expected_version, done, begun)
         self._leave(request, fault, f"{self.model.name(key)} {done}")
         arrived()
         return done
@@ -220,7 +221,13 @@ class Site:
     def decode(self, record: Record) -> Values:
         """The values in a record."""
         body = self.keeper._payloads.unpack(record.key, record.payload)
-        return {key: self.keeper.codec.decode(raw) for key, raw in body.values.items()}
+        values = {}
+        for key, raw in body.values.items():
+            mark, plain = split(raw)
+            values[key] = value = self.keeper.codec.decode(plain)
+            if mark.expires_at:
+                values[key] = Fleeting(value, mark.expires_at)
+        return values
 
     def _new_token(self) -> str:
         token = f"{len(self.tokens):032d}"

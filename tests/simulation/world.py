@@ -16,7 +16,7 @@ from flask import Response
 from flask_gsession.tokens import session_key
 
 from . import audit
-from .model import Line, Model, Values, Violation
+from .model import Fleeting, Line, Model, Values, Violation
 from .plan import ABSOLUTE, IDLE, POLICIES, RENEW, Op, Plan, RequestPlan, make_plan
 from .request import Serving, sent_cookie
 from .scheduler import Fault, Killed, Scheduler, VirtualClock, simulated_surroundings
@@ -223,4 +223,10 @@ class _Run:
         return sorted(
             {record.idle_expires_at for record in records}
             | {record.absolute_expires_at for record in records}
+            | {
+                value.end
+                for line in self.model.lines
+                for value in line.values.values()
+                if type(value) is Fleeting
+            }
         )
