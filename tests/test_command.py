@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
 from flask.cli import ScriptInfo
+from redis import Redis
 
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
@@ -754,6 +756,26 @@ def test_on_a_terminal(sqlite_url: str) -> None:
     assert "There are more" in shown
     assert "\x1b[" in shown  # rich
     assert "\x1b[" in on_a_terminal(sqlite_url, "stats")
+
+
+def test_the_bar_of_a_clean_up(
+    sqlite_url: str, redis_url: str, redis_client: Redis, store_prefix: str
+) -> None:
+    console = Console(sqlite_url)
+    store: Any = console.ext.store(console.app)
+    for number in range(30):
+        store.create(a_record(store._clock, idle=1000 if number < 29 else 0.01))
+        redis_client.set(f"{store_prefix}{{{a_record(store._clock).key}}}:lock", "left behind")
+    time.sleep(0.02)
+    shown = on_a_terminal(sqlite_url, "cleanup")
+    assert "1 expired session removed" in shown
+    assert "100%" in shown  # of what has expired, not of the sessions
+    settings = json.dumps({"key_prefix": store_prefix})
+    console = Console(redis_url, key_prefix=store_prefix)
+    console.ext.store(console.app).create(a_record(store._clock, idle=1000))
+    shown = on_a_terminal(redis_url, "cleanup", "--batch", "5", SETTINGS=settings)
+    assert "30 orphaned locks removed" in shown
+    assert "100%" not in shown  # of how many things is not known: there is one session
 
 
 def plain(shown: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from functools import partial
 
 import click
 from flask.cli import with_appcontext
@@ -96,7 +97,7 @@ def _clean(
 
         with (
             told(interface, so_far),
-            progress(f"{name}: clean-up", about(interface)) as advance,
+            progress(f"{name}: clean-up", partial(_to_look_at, interface, batch)) as advance,
         ):
             try:
                 for step in steps(store, batch, cursor, dry_run=dry_run):
@@ -111,6 +112,17 @@ def _clean(
         text = _text(found, dry_run)
     if not quiet:
         click.echo(f"{name}: {text}")
+
+
+def _to_look_at(interface: GSessionInterface, batch: int) -> int | None:
+    """How many things a clean-up sees, more or less; None where the store cannot say.
+
+    Where one step counts them all, those that are found; else there are sessions among them.
+    """
+    first = next(steps(interface.store, batch, dry_run=True), None)
+    if first is not None and not first.cursor:
+        return first.seen
+    return about(interface)
 
 
 def _text(found: Counter[str], dry_run: bool) -> str:

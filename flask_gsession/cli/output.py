@@ -96,8 +96,11 @@ def _room(shown: Any) -> int:
 
 
 @contextmanager
-def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal's error output; gives what is called with each further number done."""
+def progress(label: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal's error output; gives what is called with each further number done.
+
+    ``total`` is asked only where there is a bar. None, or less than was done: it has no end.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda number: None
         return
@@ -105,9 +108,16 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        with click.progressbar(length=max(1, total or 1), label=label, file=sys.stderr) as bar:
+        with click.progressbar(length=max(1, total() or 1), label=label, file=sys.stderr) as bar:
             yield bar.update
         return
     with Progress(console=Console(stderr=True), transient=True) as rich:
-        task = rich.add_task(label, total=total)
-        yield lambda number: rich.advance(task, number)
+        task = rich.add_task(label, total=total())
+        (shown,) = rich.tasks
+
+        def advance(number: int) -> None:
+            rich.advance(task, number)
+            if shown.total is not None and shown.completed > shown.total:
+                shown.total = None
+
+        yield advance

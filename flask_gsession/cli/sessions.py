@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Container, Iterator
+from functools import partial
 from itertools import islice
 from typing import NoReturn
 
@@ -258,7 +259,7 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
     begun = interface.keeper.now()
     with (
         told(interface, lambda: counted(ended, "sessions") + " ended"),
-        progress("ending sessions", about(interface)) as advance,
+        progress("ending sessions", partial(about, interface)) as advance,
     ):
         for again in range(_ROUNDS):
             before = ended
@@ -313,7 +314,7 @@ def stats(cookie: str | None, as_json: bool) -> None:
     sessions = bytes_ = largest = pointers = unreadable = 0
     with told(interface):
         store = scanned(interface)
-        with progress("counting", about(interface)) as advance:
+        with progress("counting", partial(about, interface)) as advance:
             for page in pages(store):
                 advance(len(page.records))
                 unreadable += len(page.unreadable)

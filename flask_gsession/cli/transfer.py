@@ -20,6 +20,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -113,7 +114,7 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
         store = scanned(interface)
         with (
             _output(None if to_pipe else file) as out,
-            progress("export", about(interface)) as advance,
+            progress("export", partial(about, interface)) as advance,
         ):
             digest = hashlib.sha256()
 
@@ -251,7 +252,7 @@ def import_(
     with told(interface, so_far), _input(file) as source:
         total = _check(source, file, keeper, skip_unreadable)
         patiently = Patience()
-        with progress("import", total) as advance:
+        with progress("import", lambda: total) as advance:
             advance(min(skip, total))
             number = 0
             for item in _items(source):
