@@ -173,11 +173,11 @@ def caught_up(sentinels: RedisSentinels) -> None:
 def test_a_failover_is_followed_before_the_old_primary_knows(
     sentinels: RedisSentinels, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(redis_servers, "LOOK_AGAIN", 0.0)
     shop = open_shop(sentinels.url)
     assert [shop.count(), shop.count()] == [1, 2]
     shop.warm()
     caught_up(sentinels)
-    monkeypatch.setattr(redis_servers, "LOOK_AGAIN", 0.0)
     old = sentinels.failover()
     new = sentinels.wait_for_failover(old)
     assert shop.count() == 3  # for a few seconds the old one would take it, and lose it
