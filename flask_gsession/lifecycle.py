@@ -494,7 +494,7 @@ class Lifecycle:
         elif (
             changes
             or self._something_to_save()
-            or (self._cleared and not _worth_keeping(values.stored))
+            or (self._cleared and not _worth_keeping(values.unexpired()))
         ):
             self._write(changes)
         else:

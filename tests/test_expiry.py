@@ -165,6 +165,15 @@ def test_a_session_whose_values_all_expired_is_empty_and_goes_on(
     assert site.happened(SessionDestroyed) == []
 
 
+def test_who_clears_a_session_whose_values_all_expired_ends_it(
+    site: Site, clock: FakeClock
+) -> None:
+    visitor = with_code(site)
+    clock.advance(60)
+    visitor.run(lambda session: session.clear())
+    assert (visitor.cookie, len(site.happened(SessionDestroyed))) == (None, 1)
+
+
 @pytest.mark.parametrize(
     ("ttl", "left"),
     [(90, 90), (0.5, 0.5), (1e-9, 0.001), (timedelta(hours=1), 3600), (316224000, 316224000)],
