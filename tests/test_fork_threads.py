@@ -29,6 +29,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from pymongo import MongoClient
+from pymongo import _csot as pymongo_time
 from redis import BlockingConnectionPool, Redis
 from redis.connection import AbstractConnection, DefaultParser
 
@@ -741,6 +742,42 @@ def eventually(condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def test_an_interrupt_never_leaves_a_thread_without_time(mongodb_url: str) -> None:
+    """At the beginning of any function around the driver's call: the next call has all its time."""
+    store = open_store(mongodb_url, OPTIONS)[0]
+    record = a_record(time.time)
+    store.create(record)
+    store.load(record.key)
+    before = pymongo_time.DEADLINE.get()
+    due = calls = 0
+
+    def strike(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        module = frame.f_globals.get("__name__", "")
+        ours = module.startswith(("flask_gsession", "contextlib", "pymongo._csot"))
+        if event == "call" and ours and frame.f_code.co_name != "__del__":
+            calls += 1
+            if calls == due:
+                raise Interrupt
+
+    def load_and_look() -> None:
+        with suppress(Interrupt):
+            sys.setprofile(strike)
+            try:
+                store.load(record.key)
+            finally:
+                sys.setprofile(None)
+        assert pymongo_time.DEADLINE.get() == before, due
+
+    while calls >= due:
+        due, calls = due + 1, 0
+        contextvars.copy_context().run(load_and_look)
+    assert due > 5
+    assert store.load(record.key) == record
+    store.delete(record.key)
+    store.close()
 
 
 @on_linux

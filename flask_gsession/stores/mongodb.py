@@ -13,7 +13,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -609,6 +609,7 @@ class _Call:
     def __init__(self, store: MongoDBStore, operation: str) -> None:
         self._store = store
         self._operation = operation
+        self._budget: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Any:
         store = self._store
@@ -617,14 +618,26 @@ class _Call:
                 store._connect()
         except (PyMongoError, OSError) as error:
             raise self._failed(error) from error
+        collection = telling(store._collection_of_client)
         self._budget = pymongo.timeout(store._timeout)
         self._budget.__enter__()
-        return telling(store._collection_of_client)
+        return collection
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
-        self._budget.__exit__(None, None, None)
+        self._end()
         if isinstance(error, (PyMongoError, OSError)):  # OSError: of a socket that was closed
             raise self._failed(error) from error
+
+    def _end(self) -> None:
+        if self._budget is not None:
+            self._budget.__exit__(None, None, None)
+            self._budget = None
+
+    def __del__(self) -> None:
+        """Where an interrupt came before ``_end``: or this thread's time would be over for good."""
+        if getattr(self, "_budget", None) is not None:
+            with suppress(RuntimeError, ValueError):  # it was reset; or this is another thread
+                self._end()
 
     def _failed(self, error: PyMongoError | OSError) -> StoreUnavailable:
         return StoreUnavailable(
