@@ -841,15 +841,18 @@ def test_long_keys_and_values_take_several_lines(sqlite_url: str) -> None:
     (line,) = console.done("list").splitlines()
     words = ("show", line.split(" ")[0], "--values")
     settings = json.dumps({"debug_show": [name]})
-    lines = plain(on_a_terminal(sqlite_url, *words, COLUMNS="80", SETTINGS=settings))
-    assert max(map(len, lines)) <= 80
-    heads = next(line for line in lines if line.startswith("key "))
-    cells = [
-        (line[: heads.index(" bytes")], line[heads.index("value") :])
-        for line in lines[lines.index(heads) + 1 :]
-    ]
-    assert "".join(cell.strip() for cell, _ in cells) == name
-    assert "".join(value for _, value in cells) == repr("a-word" * 15)
+    lines = plain(on_a_terminal(sqlite_url, *words, WIDTHS="80 40", SETTINGS=settings))
+    wide, narrow = (at for at, line in enumerate(lines) if line.startswith("key "))
+    end = next(at for at in range(wide, len(lines)) if lines[at].startswith("handle "))
+    for width, table in ((80, lines[wide:end]), (40, lines[narrow:])):
+        assert max(map(len, table)) <= width
+        heads = table[0]
+        assert ("expires_at" in heads) is (width == 80)
+        cells = [
+            (line[: heads.index(" bytes")], line[heads.index("value") :]) for line in table[1:]
+        ]
+        assert "".join(cell.strip() for cell, _ in cells) == name
+        assert "".join(value.strip() for _, value in cells) == repr("a-word" * 15)
 
 
 def test_a_terminal_shows_keys_as_they_are(sqlite_url: str) -> None:

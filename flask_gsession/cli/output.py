@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 _GAP = 2  # characters between two columns
+_WRAPPED = 12  # characters that a column should have whose cells take several lines
 
 
 def counted(number: int, things: str) -> str:
@@ -50,9 +51,13 @@ def table(
     rows = [names, *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     shown = console()
+    least = [
+        min(width, _WRAPPED) if name in wraps else width
+        for name, width in zip(names, widths, strict=True)
+    ]
     left = list(range(len(names)))
     for name in drop:
-        if sum(widths[column] + _GAP for column in left) - _GAP <= _room(shown):
+        if sum(least[column] + _GAP for column in left) - _GAP <= _room(shown):
             break
         left.remove(names.index(name))
     if shown is None:

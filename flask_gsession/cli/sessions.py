@@ -214,7 +214,9 @@ def _print(
             for name, each in contents.items()
         ]
         columns = ["key", "bytes#", "expires_at", "type", "value"]
-        table(columns[: len(rows[0])], rows, wraps=["key", "value"])
+        columns = columns[: len(rows[0])]
+        drop = [name for name in ("expires_at", "type") if name in columns]
+        table(columns, rows, wraps=["key", "value"], drop=drop)
 
 
 @click.command(context_settings=_HANDLES, short_help="End sessions from outside.")
