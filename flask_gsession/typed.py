@@ -49,6 +49,7 @@ D = TypeVar("D")
 # Fields that dump values of these types as they are, and what of a schema decides how it dumps.
 _DUMPED_AS_IT_IS = {fields.String: str, fields.Integer: int, fields.Boolean: bool}
 _DUMPING = ("dump", "_serialize", "get_attribute", "dict_class")
+_DUMPING_OF_FIELDS = {"serialize", "_serialize", "get_value"}
 
 _NONE: Any = object()  # no value
 _OTHER: Any = object()  # a default that no value is
@@ -132,13 +133,18 @@ def _plain_fields(schema: Schema) -> list[tuple[str, type]]:
     marshmallow takes a third of the time of ``set`` to find that out anew each time.
     """
     kind = type(schema)
-    own = any(getattr(kind, name) is not getattr(Schema, name) for name in _DUMPING)
+    own = any(
+        getattr(kind, name) is not getattr(Schema, name) or name in vars(schema)
+        for name in _DUMPING
+    )
     if own or schema.many or any(kind._hooks[when] for when in ("pre_dump", "post_dump")):
         return []
     found = []
     for name, field in schema.fields.items():
         makes = _DUMPED_AS_IT_IS.get(type(field))
         if makes is None or getattr(field, "as_string", False):
+            return []
+        if not _DUMPING_OF_FIELDS.isdisjoint(vars(field)):
             return []
         if field.load_only or field.dump_only:
             return []

@@ -475,6 +475,13 @@ class MadeByHook(Schema):
         return {"a": 7}
 
 
+def patched(of_field: bool, name: str, function: Callable[..., Any]) -> Schema:
+    """A schema that dumps in another way only by what this one instance has."""
+    schema = Schema.from_dict({"a": fields.Str()})()
+    setattr(schema.fields["a"] if of_field else schema, name, function)
+    return schema
+
+
 FLAT: dict[str, tuple[Schema, dict[str, Any], dict[str, Any]]] = {
     "plain": (
         Schema.from_dict({"b": fields.Str(), "a": fields.Int(), "c": fields.Bool()})(),
@@ -512,6 +519,8 @@ FLAT: dict[str, tuple[Schema, dict[str, Any], dict[str, Any]]] = {
     "hook": (WithHook(), {"a": "x"}, {"a": "x!"}),
     "hook before": (WithHookBefore(), {"a": "x"}, {"a": "x!"}),
     "own access": (WithAccess(), {"a": "x"}, {"a": "x!"}),
+    "patched field": (patched(True, "serialize", lambda *_, **__: "y"), {"a": "x"}, {"a": "y"}),
+    "patched schema": (patched(False, "dump", lambda _: {"a": "y"}), {"a": "x"}, {"a": "y"}),
     "made by a hook": (MadeByHook(), {"a": "x"}, {"a": "7"}),
 }
 
