@@ -517,6 +517,18 @@ def test_what_a_killed_export_leaves(sqlite_url: str, file: Path) -> None:
     assert set(file.parent.glob(".*.part")) == {*alike, link}
 
 
+def test_an_export_into_a_folder_that_cannot_be_listed(
+    sqlite_url: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> Iterator[Path]:
+        raise PermissionError
+
+    console = Console(sqlite_url)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert console.run("export", str(file)).exit_code == 0
+    assert file.exists()
+
+
 def test_an_export_that_is_taken_for_a_leftover(
     elsewhere: Site, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,7 +198,11 @@ def _part_of(file: Path) -> tuple[int, Path]:
 def _remove_leftovers(file: Path) -> None:
     """Remove what exports to ``file`` left that were killed; those that run hold a lock."""
     name = re.compile(re.escape(_beginning(file)) + r"\w{8}" + re.escape(_PART), re.ASCII)
-    for part in file.parent.iterdir():
+    try:
+        beside = list(file.parent.iterdir())
+    except OSError:  # there may be folders that only take files
+        return
+    for part in beside:
         if not name.fullmatch(part.name):
             continue
         with suppress(OSError):
