@@ -18,7 +18,7 @@ HIDDEN = "<hidden>"
 
 _SECRET = re.compile(
     "pass|pwd|token|secret|csrf|xsrf|key|cred|auth(?!ors?(?![a-z]))|bearer|cookie|jwt|nonce|otp|salt|hash"
-    "|signature|private|verifier|card|cvv|cvc|iban|ssn|(?<![a-z])(pin|sid|dsn)(?![a-z])"
+    "|signature|private|verifier|card|cvv|cvc|iban|ssn|(?<![a-z])(pin|pw|sid|dsn)(?![a-z])"
     "|(verif[a-z]*|confirm[a-z]*|reset|backup|recovery|login|sms|mfa|2fa|access)[_ -]?codes?",
     re.IGNORECASE,
 )

@@ -778,6 +778,13 @@ def test_the_bar_of_a_clean_up(
     assert "100%" not in shown  # of how many things is not known: there is one session
 
 
+@pytest.mark.parametrize("words", ["stats", "cleanup", "export -", "revoke --all --yes"])
+def test_who_sees_no_bar_waits_for_no_count(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console("memory://")
+    monkeypatch.setattr(MemoryStore, "count", lambda self: pytest.fail("counted for nobody"))
+    console.done(*words.split())
+
+
 def plain(shown: str) -> list[str]:
     """The lines of what a terminal showed, without its colours."""
     return [line.rstrip() for line in re.sub("\x1b\\[[^m]*m", "", shown).splitlines()]

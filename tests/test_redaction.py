@@ -22,7 +22,7 @@ CANARY = "hidden canary"
         *("credentials", "auth", "Authorization", "bearer", "cookie", "jwt", "nonce", "otp"),
         *("salt", "pw_hash", "signature", "private", "code_verifier", "card", "cvv", "iban"),
         *("ssn", "pin", "PIN", "user_pin", "sid", "reset_code", "verificationCode", "backup_codes"),
-        *("sms_code", "2fa-code", "dsn", "database_dsn"),
+        *("sms_code", "2fa-code", "dsn", "database_dsn", "PW", "db_pw"),
     ],
 )
 def test_what_is_named_like_a_secret_is_never_shown(name: str) -> None:

@@ -254,7 +254,6 @@ def test_the_published_rights_are_enough_for_the_doctor(few: Few, store_prefix: 
         *[("+scan", (name,)) for name in ("list", "stats", "cleanup")],
         *[("+scan", ("export", "-")), ("+scan", ("revoke", "--all", "--yes"))],
         *[("+scan", (name, "1" * 9)) for name in ("show", "revoke", "debug")],
-        *[("+dbsize", (name, *words)) for name, words in (("export", ["-"]), ("stats", []))],
         *[("+get", ("list",)), ("+get", ("show", "")), ("+get", ("debug", ""))],
         *[("+get", ("cleanup", "--dry-run")), ("+get", ("export", "-")), ("+get", ("revoke", ""))],
         *[("+pttl", ("cleanup",)), ("+exists", ("cleanup", "--dry-run")), ("+del", ("cleanup",))],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,11 +107,13 @@ def scanned(interface: GSessionInterface) -> Scans:
 
 
 def about(interface: GSessionInterface) -> int | None:
-    """How many sessions there are, more or less; None where the store cannot say."""
+    """How many sessions there are, more or less; None where the store does not say."""
     store = interface.store
     if not_there_yet(interface):
         return 0
-    return store.count() if isinstance(store, Counts) else None
+    with suppress(StoreUnavailable):  # what cannot go on without it says so
+        return store.count() if isinstance(store, Counts) else None
+    return None
 
 
 class Patience:
