@@ -322,7 +322,7 @@ def fault_of(name: str) -> Fault:
 @pytest.mark.parametrize(("mode", "fault"), SHORT, indirect=["mode"])
 def test_nothing_is_lost(mode: Mode, fault: str) -> None:
     for seconds in (0.8, 4.0, 20.0):  # where little happens in the time, it takes more
-        outcome = run(fault_of(fault), mode, seed=7, seconds=seconds, warm=0.3, grace=1.0)
+        outcome = run(fault_of(fault), mode, seed=7, seconds=seconds, warm=0.3)
         verdict = outcome.verdict
         assert outcome.failures == [], verdict
         assert not outcome.stated
