@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import statistics
 import time
@@ -31,6 +32,7 @@ _NO_LARGE_VALUES = (
     "What is larger than SESSION_SPILL_BYTES is refused with 503, or lost: look at the rights and "
     "the room there."
 )
+_NO_RIGHT = re.compile("lacks|permission|Unauthorized", re.IGNORECASE)  # as each server says it
 _LIFE = 60_000  # milliseconds, of what a broken store does not delete again
 
 
@@ -53,7 +55,10 @@ def check_store(
             findings += _latencies(store, clock)
     except (StoreError, SettingError) as error:
         detail = getattr(error, "detail", "") or f"{type(error).__name__} {error}"
-        findings = [Finding("error", "answers", detail, "Is it running, and is its URL right?")]
+        advice = "Is it running, and is its URL right?"
+        if _NO_RIGHT.search(detail):
+            advice = "It answers: give its user that right, or name another one in its URL."
+        findings = [Finding("error", "answers", detail, advice)]
     if isinstance(store, Checks):
         with suppress(StoreError, SettingError):  # which was found above, or is new and passing
             findings += store.check()

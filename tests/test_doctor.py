@@ -25,9 +25,10 @@ from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.errors import StoreError
 from flask_gsession.health import check_store
-from flask_gsession.stores import Record, redis
+from flask_gsession.stores import Record, mongodb_health, redis, redis_health
 from flask_gsession.stores.base import Finding
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site
 from tests.servers import RedisServer, free_port
@@ -296,6 +297,14 @@ def on_a_file(need: Need, folder: int = 0o700, file: int = 0o600) -> Iterator[Fl
 
 
 @contextmanager
+def on_a_file_that_cannot_have_wal(need: Need) -> Iterator[Flask]:
+    """As on a file system without shared memory, where SQLite stays with what it had."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SQLiteStore, "_switch_to_wal", lambda *_: None)
+        yield application(need("sqlite_url"))
+
+
+@contextmanager
 def on_a_damaged_file(need: Need) -> Iterator[Flask]:
     with on_a_file(need) as app:
         (interface,) = app.extensions["gsession"].values()
@@ -427,6 +436,10 @@ MISTAKES: dict[str, tuple[Callable[[Need], Any], dict[str, str]]] = {
     "an SQLite folder for everybody": (
         lambda need: on_a_file(need, folder=0o777),
         {"folder rights": "error"},
+    ),
+    "an SQLite file without a journal beside it": (
+        on_a_file_that_cannot_have_wal,
+        {"journal": "warning"},
     ),
     "a damaged SQLite file": (on_a_damaged_file, {"integrity": "error"}),
 }
@@ -601,3 +614,96 @@ def test_a_mongodb_whose_user_may_not_ask(
     found = wrong(application(mongodb_url))
     indexes = ("expiry index", "expiry index of large values")
     assert found == dict.fromkeys((*indexes, "replicas"), "warning")
+
+
+def test_a_right_that_is_missing_is_no_matter_of_the_url(
+    redis_client: Redis, redis_url: str
+) -> None:
+    user = f"doctor-{secrets.token_hex(4)}"
+    redis_client.execute_command(
+        "ACL", "SETUSER", user, "on", ">pass", "~*", "&*", "+@all", "-get"
+    )  # fmt: skip
+    try:
+        rows = examine(application(redis_url.replace("//", f"//{user}:pass@")), "--json").stdout
+    finally:
+        redis_client.acl_deluser(user)
+    (answers,) = (row for row in json.loads(rows) if row["check"] == "answers")
+    assert answers["severity"] == "error"
+    assert answers["advice"].startswith("It answers: give its user that right")
+
+
+# -- what a server tells of itself
+
+WELL = {"redis_version": "7.0.15", "maxmemory_policy": "noeviction", "aof_enabled": "1"}
+SLAVE = "ip=db,port=1,state={},offset=90,lag={}"
+
+
+@pytest.mark.parametrize(
+    ("told", "severity", "check", "found"),
+    [
+        ({"redis_version": "6.0.20"}, "error", "server version", "6.0.20"),
+        ({"redis_version": "6.2.0"}, "ok", "server version", "6.2.0"),
+        ({"redis_version": "next"}, "warning", "server version", "not told"),
+        ({"rdb_last_bgsave_status": "err"}, "error", "persistence", "the last snapshot failed"),
+        (
+            {"aof_last_write_status": "err"},
+            "error",
+            "persistence",
+            "the append-only file cannot be written",
+        ),
+        (
+            {"slave0": SLAVE.format("online", 1)},
+            "ok",
+            "replica",
+            "db:1 online, 10 bytes behind, heard of 1 s ago",
+        ),
+        (
+            {"slave0": SLAVE.format("online", 6)},
+            "warning",
+            "replica",
+            "db:1 online, 10 bytes behind, heard of 6 s ago",
+        ),
+        (
+            {"slave0": SLAVE.format("wait_bgsave", 0)},
+            "warning",
+            "replica",
+            "db:1 wait_bgsave, 10 bytes behind, heard of 0 s ago",
+        ),
+    ],
+)
+def test_what_a_redis_tells(told: dict[str, str], severity: str, check: str, found: str) -> None:
+    about = {**WELL, **told, "connected_slaves": "1", "master_repl_offset": "100"}
+    rows = redis_health.checked(about, 0.0, 0)
+    assert [row[:3] for row in rows if row.check == check] == [(severity, check, found)]
+
+
+@pytest.mark.parametrize(("version", "severity"), [("4.4.29", "error"), ("5.0.0", "ok")])
+def test_how_old_a_mongodb_is(version: str, severity: str) -> None:
+    assert mongodb_health._version(version).severity == severity
+
+
+@pytest.mark.parametrize(
+    ("skew", "severity", "found"),
+    [(-0.04, "ok", "+0.0 s"), (0.26, "ok", "+0.3 s"), (-20.06, "error", "-20.1 s")],
+)
+def test_how_far_a_clock_is_off(skew: float, severity: str, found: str) -> None:
+    for rows in (redis_health._clock(skew), mongodb_health._clock(skew)):
+        (row,) = rows
+        assert row[:3] == (severity, "clock", f"the server's is {found} from this machine's")
+
+
+@pytest.mark.parametrize(
+    ("idle", "hours", "level"),
+    [(900, 12, 3), (901, 12, 2), (1800, 12, 2), (1801, 12, 1), (900, 13, 1), (900, 720, 1)],
+)
+def test_the_level_of_the_timeouts(idle: int, hours: int, level: int) -> None:
+    app = application(
+        "memory://",
+        SESSION_IDLE_TIMEOUT=900,
+        PERMANENT_SESSION_LIFETIME=idle,
+        SESSION_ABSOLUTE_TIMEOUT=hours * 3600,
+    )
+    rows = json.loads(examine(app, "--json").stdout)
+    (row,) = (row for row in rows if row["check"] == "timeouts")
+    assert row["severity"] == "ok"
+    assert row["found"].endswith(f": level {level} of OWASP ASVS 4.0.3, V3.3.2")

@@ -303,6 +303,28 @@ def test_many_sessions_are_as_many_series_as_few(counted: Site) -> None:
     assert set(read(counted.app)) == set(before)
 
 
+def test_a_hundred_thousand_sessions_are_as_many_series_as_one() -> None:
+    app = Flask(__name__)
+    app.secret_key = "a key for tests"
+    Session(app, store=MemoryStore())
+    SessionMetrics(app)
+    (interface,) = app.extensions["gsession"].values()
+    keeper = interface.keeper
+
+    def work(number: int) -> None:
+        for _ in range(number):
+            name = secrets.token_hex(16)
+            keeper.store.load(name)
+            keeper.events.emit(SessionCreated, name)
+
+    work(1)
+    before = read(app)
+    work(100_000)
+    after = read(app)
+    assert set(after) == set(before)
+    assert figure(after, "operations_total", operation="load", status="absent") == 100_001
+
+
 def test_no_secret_in_the_page(counted: Site) -> None:
     visitor = counted.visitor()
     visitor.run(lambda session: session.update(canary="canary-value"))

@@ -240,7 +240,7 @@ def test_the_published_rights_are_enough_for_the_doctor(few: Few, store_prefix: 
     result = few.run(f"{rights(store_prefix)} {RIGHTS_OF_THE_DOCTOR}", "doctor", "--json")
     found = {row["check"]: row["severity"] for row in json.loads(result.stdout)}
     assert found["answers"] == found["server version"] == "ok"
-    assert "clock" not in found  # or something about it
+    assert found["clock"] != "warning"  # it may ask for the time
     assert set(few.server.denied()) <= {"command: client|setinfo", "command: client"}
     result = few.run(f"{rights(store_prefix)} +time", "doctor", "--json")
     found = {row["check"]: row["found"] for row in json.loads(result.stdout)}

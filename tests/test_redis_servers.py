@@ -1,5 +1,6 @@
 """Redis as production runs it: sentinels, a cluster, TLS, a user of the least rights."""
 
+import json
 import os
 import threading
 import time
@@ -7,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ from flask_gsession.stores.redis_pool import Slot, packed
 from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_pointer, a_record
 from tests.apps import Site, hasty, within
 from tests.servers import RedisServer, free_port
+from tests.test_command import Console
 from tests.topologies import (
     HOST,
     RedisACL,
@@ -956,3 +959,34 @@ def test_the_nodes_of_a_url(url: str, addresses: list[tuple[str, int]]) -> None:
     assert (connection.host, connection.port) == ("n", 7)
     assert ("SSL" in type(connection).__name__) == url.startswith("rediss")
     assert connection.password == ("p" if "u:p@" in url else None)
+
+
+@pytest.mark.parametrize("kind", ["sentinels", "cluster"])
+def test_every_command(
+    kind: str, request: pytest.FixtureRequest, store_prefix: str, tmp_path: Path
+) -> None:
+    url = request.getfixturevalue(f"redis_{kind}").url
+    console = Console(url, key_prefix=store_prefix, store_timeout=PATIENCE)
+    for number in range(30):
+        with console.app.test_client().session_transaction() as visit:
+            visit["number"] = number
+    handles = {line.split(" ")[0] for line in console.done("list").splitlines()}
+    assert len(handles) == 30
+    first, second, *_ = sorted(handles)
+    assert first in console.done("show", first)
+    console.done("debug", first)
+    assert json.loads(console.done("stats", "--json"))["sessions"] == 30
+    console.done("cleanup")
+    console.done("revoke", second)
+    assert second in console.failed("show", second)
+    file = str(tmp_path / "sessions")
+    assert "29 records exported" in console.done("export", file)
+    console.done("revoke", "--all", "--yes")
+    assert first in console.failed("show", first)
+    assert "29 imported" in console.done("import", file)
+    assert first in console.done("show", first)
+    rows = json.loads(console.run("doctor", "--json").stdout)
+    found = {row["check"]: row["severity"] for row in rows}
+    assert {found[name] for name in ("answers", "keeps the dead dead", "large values")} == {"ok"}
+    assert "server version" in found
+    console.ext.close(console.app)

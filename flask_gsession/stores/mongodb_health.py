@@ -141,10 +141,13 @@ def _index(collection: Any, check: str, field: str) -> Iterator[Finding]:
 
 
 def _clock(skew: float) -> Iterator[Finding]:
+    found = f"the server's is {round(skew, 1) + 0:+.1f} s from this machine's"  # no -0.0
     if abs(skew) > _SKEW:
         yield Finding(
             "error",
             "clock",
-            f"the server's is {skew:+.1f} s from this machine's",
+            found,
             "Sessions end early or late: let both follow a time server.",
         )
+    else:
+        yield Finding("ok", "clock", found)

@@ -140,10 +140,14 @@ def _clock(skew: float | None) -> Iterator[Finding]:
         yield Finding(
             "warning", "clock", "this user may not call TIME", "Whether it is right is not known."
         )
-    elif abs(skew) > _SKEW:
+        return
+    found = f"the server's is {round(skew, 1) + 0:+.1f} s from this machine's"  # no -0.0
+    if abs(skew) > _SKEW:
         yield Finding(
             "error",
             "clock",
-            f"the server's is {skew:+.1f} s from this machine's",
+            found,
             "Sessions end early or late: let both follow a time server.",
         )
+    else:
+        yield Finding("ok", "clock", found)
