@@ -14,6 +14,7 @@ from typing import Any
 
 from flask import Flask
 
+from .codec import is_valid_text
 from .errors import SettingError
 from .merge import POLICIES, MergeFunction, last, reject
 from .tokens import TokenFactory
@@ -189,6 +190,7 @@ lock_wait = _seconds(0, 3600)
 
 _FLASKS_LIFETIME = 31 * 86400.0
 _PATTERN = set("{}*?[]")
+_NO_DOMAIN = {*" ,;=/\\", *map(chr, range(32)), "\x7f"}
 _DAY = 86400.0
 _FOREVER = 10 * 366 * _DAY
 
@@ -295,12 +297,8 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
         except ValueError as error:
             shown = _type_of(value) if key in _SECRET else repr(value)[:80]
             raise SettingError(f"{key} is {shown}; allowed: {error}") from None
-    fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
-    if fallbacks is not None and not isinstance(fallbacks, (list, tuple)):
-        raise SettingError(
-            f"SECRET_KEY_FALLBACKS is {_type_of(fallbacks)}; allowed: a list of keys"
-        )
     settings = Settings(**values)
+    _check_secret_keys(app)
     _warn_of_lifetimes(settings, values)
     _check_cookie(app, settings.cookie_name)
     _warn_unknown(app)
@@ -328,9 +326,35 @@ def _split_plain(value: Any) -> tuple[Any, bool]:
     return value, False
 
 
+def _check_secret_keys(app: Flask) -> None:
+    """Refuse keys that nothing could be signed with; there may be none yet."""
+    fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
+    if fallbacks is not None and not isinstance(fallbacks, (list, tuple)):
+        raise SettingError(
+            f"SECRET_KEY_FALLBACKS is {_type_of(fallbacks)}; allowed: a list of keys"
+        )
+    keys = [("SECRET_KEY", app.config["SECRET_KEY"])]
+    keys += [("A key of SECRET_KEY_FALLBACKS", key) for key in fallbacks or ()]
+    for what, key in keys:
+        if key is not None and not isinstance(key, (str, bytes)):
+            raise SettingError(f"{what} is {_type_of(key)}; allowed: text, or bytes")
+        if isinstance(key, str) and not is_valid_text(key):
+            raise SettingError(f"{what} holds lone surrogates: it is no text; give it as bytes")
+
+
 def _check_cookie(app: Flask, name: str) -> None:
-    """Refuse or warn about cookie attributes that browsers would not accept together."""
+    """Refuse cookie attributes that are none, or that browsers would not accept together."""
     config = app.config
+    for key in ("SESSION_COOKIE_SECURE", "SESSION_COOKIE_HTTPONLY", "SESSION_COOKIE_PARTITIONED"):
+        if type(config[key]) is not bool:
+            raise SettingError(f"{key} is {config[key]!r}; allowed: True or False")
+    domain, path = config["SESSION_COOKIE_DOMAIN"], config["SESSION_COOKIE_PATH"]
+    if domain and (type(domain) is not str or not set(domain).isdisjoint(_NO_DOMAIN)):
+        raise SettingError(
+            f"SESSION_COOKIE_DOMAIN is {domain!r}; allowed: a name as 'example.com', or None"
+        )
+    if path and (type(path) is not str or not path.startswith("/")):
+        raise SettingError(f"SESSION_COOKIE_PATH is {path!r}; allowed: a path as '/shop', or None")
     samesite = config["SESSION_COOKIE_SAMESITE"]
     policy = "" if samesite is None else str(samesite).lower()
     if policy not in ("", "strict", "lax", "none") or samesite == "":
@@ -338,7 +362,7 @@ def _check_cookie(app: Flask, name: str) -> None:
             f"SESSION_COOKIE_SAMESITE is {samesite!r}; allowed: 'Strict', 'Lax', 'None' or None"
         )
     secure = bool(config["SESSION_COOKIE_SECURE"])
-    path = config["SESSION_COOKIE_PATH"] or config["APPLICATION_ROOT"] or "/"
+    path = path or config["APPLICATION_ROOT"] or "/"
     if name.lower().startswith(("__host-", "__secure-")) and not secure:
         raise SettingError(f"The cookie name {name} needs SESSION_COOKIE_SECURE = True")
     if name.lower().startswith("__host-") and (config["SESSION_COOKIE_DOMAIN"] or path != "/"):

@@ -19,6 +19,8 @@ import pytest
 from flask import Flask, session
 from marshmallow import Schema
 from marshmallow.fields import Field
+from pymongo import AsyncMongoClient, MongoClient
+from redis.asyncio import Redis as AsyncRedis
 
 from flask_gsession import Session, SettingError
 from flask_gsession.config import _CHECKS, Settings, read_settings
@@ -654,6 +656,16 @@ def test_something_that_is_no_store_is_refused_by_its_type(source: Any) -> None:
         Session(an_app(), store=source)
 
 
+def test_other_objects_of_a_driver_are_no_stores() -> None:
+    """Those of PyMongo have an attribute of every name, as if they had each verb of a store."""
+    with MongoClient(connect=False) as client:
+        for source in (client["shop"], client["shop"]["sessions"], AsyncRedis()):
+            with pytest.raises(SettingError, match=f"of type {type(source).__name__}; allowed"):
+                Session(an_app(), store=source)
+    with pytest.raises(SettingError, match="of type AsyncMongoClient; allowed"):
+        Session(an_app(), store=AsyncMongoClient(connect=False))
+
+
 def test_an_object_with_all_verbs_but_one_is_no_store() -> None:
     store = MemoryStore()
 
@@ -783,6 +795,16 @@ def test_flasks_own_keys_are_known() -> None:
 # Cookies -------------------------------------------------------------------------------------
 
 
+NO_FLAG = ["no", "", 1, 0, None, []]
+WRONG_ATTRIBUTES: dict[str, list[Any]] = {
+    "SESSION_COOKIE_SECURE": NO_FLAG,
+    "SESSION_COOKIE_HTTPONLY": NO_FLAG,
+    "SESSION_COOKIE_PARTITIONED": NO_FLAG,
+    "SESSION_COOKIE_DOMAIN": [7, True, b"a.example", ["a.example"], "a;b", "a\r\nX: y", "a b", "/"],
+    "SESSION_COOKIE_PATH": [7, True, b"/shop", ["/shop"], "shop"],
+}
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -818,6 +840,11 @@ def test_flasks_own_keys_are_known() -> None:
         ({"SESSION_COOKIE_SAMESITE": True}, "SESSION_COOKIE_SAMESITE is True; allowed"),
         ({"SESSION_COOKIE_SAMESITE": False}, "SESSION_COOKIE_SAMESITE is False; allowed"),
         ({"SESSION_COOKIE_SAMESITE": 1}, "SESSION_COOKIE_SAMESITE is 1; allowed"),
+        *(
+            ({key: value}, f"{key} is {re.escape(repr(value))}; allowed")
+            for key, values in WRONG_ATTRIBUTES.items()
+            for value in values
+        ),
     ],
 )
 def test_cookie_attributes_that_no_browser_takes_are_refused(
@@ -843,6 +870,13 @@ def test_cookie_attributes_that_no_browser_takes_are_refused(
             "SESSION_COOKIE_DOMAIN": "example.com",
             "SESSION_COOKIE_PATH": "/shop",
         },
+        {"SESSION_COOKIE_DOMAIN": None, "SESSION_COOKIE_PATH": None},
+        {"SESSION_COOKIE_DOMAIN": "", "SESSION_COOKIE_PATH": ""},
+        {"SESSION_COOKIE_DOMAIN": False},
+        {"SESSION_COOKIE_DOMAIN": ".example.com", "SESSION_COOKIE_PATH": "/"},
+        {"SESSION_COOKIE_DOMAIN": "m\u00fcller.example"},
+        {"SESSION_COOKIE_DOMAIN": "localhost:5000"},
+        {"SESSION_COOKIE_HTTPONLY": False},
         {"SESSION_COOKIE_SAMESITE": None},
         {"SESSION_COOKIE_SAMESITE": "Strict"},
         {"SESSION_COOKIE_SAMESITE": "lax"},
@@ -851,7 +885,10 @@ def test_cookie_attributes_that_no_browser_takes_are_refused(
     ],
 )
 def test_cookie_attributes_that_go_together_are_taken(config: dict[str, Any]) -> None:
-    Session(an_app(**config))
+    app = an_app(**config)
+    Session(app)
+    app.add_url_rule("/", view_func=lambda: session.setdefault("user", "ada"))
+    assert "session=" in app.test_client().get("/").headers["Set-Cookie"]
 
 
 @pytest.mark.parametrize(
@@ -864,7 +901,25 @@ def test_cookies_that_browsers_drop_without_https_are_warned_about(config: dict[
     assert warned[0].filename == __file__
 
 
-# SECRET_KEY_FALLBACKS ------------------------------------------------------------------------
+# SECRET_KEY and SECRET_KEY_FALLBACKS ---------------------------------------------------------
+
+WRONG_KEYS = [4711, True, ["geheim"], {"geheim": 1}, 47.11, "geheim\udcff"]
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS, ids=lambda key: type(key).__name__)
+def test_keys_that_cannot_sign_stop_the_app(key: Any) -> None:
+    for config, named in (
+        ({"SECRET_KEY": key}, "^SECRET_KEY "),
+        ({"SECRET_KEY_FALLBACKS": ["older", key]}, "of SECRET_KEY_FALLBACKS "),
+    ):
+        with pytest.raises(SettingError, match=named) as error:
+            Session(an_app(**config))
+        assert not any(part in str(error.value) for part in ("geheim", "47", "older"))
+
+
+@pytest.mark.parametrize("key", [None, "", b""])
+def test_a_key_may_come_later(key: Any) -> None:
+    Session(an_app(SECRET_KEY=key))
 
 
 def test_empty_fallback_keys_are_no_keys() -> None:

@@ -93,8 +93,12 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
             from .mongodb import MongoDBStore
 
             return MongoDBStore(source, options), True  # type: ignore[arg-type]  # known by its name
-    if isinstance(source, Store) and not isinstance(source, type):
-        return source, False
+        if kind.__module__.partition(".")[0] in ("pymongo", "motor"):
+            # A database has an answer to every name, and would pass for a store.
+            break
+    else:
+        if isinstance(source, Store) and not isinstance(source, type):
+            return source, False
     raise SettingError(f"SESSION_STORE is of type {type(source).__qualname__}; {_ALLOWED}")
 
 
