@@ -729,6 +729,34 @@ def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
         assert visitor.run(dict) == {"a": 0}
 
 
+def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that turned read-only; the tests may run as root, who may write."""
+    connect = sqlite3.connect
+
+    def read_only(*args: Any, **options: Any) -> sqlite3.Connection:
+        db = connect(*args, **options)
+        db.execute("PRAGMA query_only=ON")
+        return db
+
+    path = tmp_path / "sessions.sqlite3"
+    with sqlite_site(path, timeout=10) as site, sqlite_site(path, timeout=10) as later:
+        visitor = visitor_with(site, a=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", read_only)
+            there = later.visitor(visitor.cookie)
+            assert there.run(dict) == {"a": 0}
+            for change in (
+                WRITE,
+                lambda session: session.rotate(),
+                lambda session: session.destroy(),
+            ):
+                assert_unavailable(there.ask(change))
+            assert_unavailable(later.visitor().ask(WRITE))
+        later.store.close()
+        there.run(WRITE)
+        assert visitor.run(dict) == {"a": 1}
+
+
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite3"
     path.write_bytes(b"this is a text file, and not a short one" * 100)

@@ -243,6 +243,27 @@ def test_a_primary_that_gave_way_is_named(replica_set: MongoReplicaSet) -> None:
             assert f"{HOST}:{old.port}: a secondary" in error.detail
 
 
+def test_a_user_who_may_only_read(mongo_auth_tls: MongoAuthTLS, clock: FakeClock) -> None:
+    rights = ["find", "insert"]
+    urls = [mongo_auth_tls.url_of_rights(each, "gsession") for each in (rights, rights[:1])]
+    with SiteMaker(urls[0], "read:", clock) as make, SiteMaker(urls[1], "read:", clock) as reader:
+        visitor = make().visitor()
+        visitor.run(lambda session: session.update(a=1))
+        site = reader()
+        there = site.visitor(visitor.cookie)
+        assert there.run(dict) == {"a": 1}
+        for change in (
+            lambda session: session.update(a=2),
+            lambda session: session.rotate(),
+            lambda session: session.destroy(),
+        ):
+            response = there.ask(change)
+            assert (response.status_code, response.headers.get("Set-Cookie")) == (503, None)
+            assert int(response.headers["Retry-After"]) >= 1
+        assert site.visitor().ask(lambda session: session.update(a=2)).status_code == 503
+        assert there.run(dict) == {"a": 1}
+
+
 def test_missing_rights_for_the_index_are_said(
     mongo_auth_tls: MongoAuthTLS, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -396,19 +396,14 @@ def test_a_pickle_is_never_executed(scene: Scene, tmp_path: Path) -> None:
     assert (tmp_path / "caught").exists()
 
 
-def step_of(scene: Scene) -> int:
-    """Every position where a look costs little, a sample where it costs more."""
-    return 7 if isinstance(scene.vault, MongoDBVault) else 1
-
-
 def test_truncated_at_every_length(scene: Scene) -> None:
-    for length in range(0, len(scene.whole), step_of(scene)):
+    for length in range(len(scene.whole)):
         scene.vault.write(scene.key, scene.whole[:length])
         assert scene.see() == "corrupt"
 
 
 def test_with_any_one_bit_flipped(scene: Scene) -> None:
-    for bit in range(0, len(scene.whole) * 8, step_of(scene)):
+    for bit in range(len(scene.whole) * 8):
         flipped = bytearray(scene.whole)
         flipped[bit // 8] ^= 1 << bit % 8
         scene.vault.write(scene.key, bytes(flipped))
