@@ -32,7 +32,7 @@ _NO_LARGE_VALUES = (
     "What is larger than SESSION_SPILL_BYTES is refused with 503, or lost: look at the rights and "
     "the room there."
 )
-_NO_RIGHT = re.compile("lacks|permission|Unauthorized", re.IGNORECASE)  # as each server says it
+_NO_RIGHT = re.compile("lacks|no ?permission|Unauthorized", re.IGNORECASE)  # as each server says it
 _LIFE = 60_000  # milliseconds, of what a broken store does not delete again
 
 

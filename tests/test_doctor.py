@@ -568,15 +568,17 @@ def test_a_store_that_breaks_its_contract(fault: str) -> None:
     assert store._records == {}
 
 
-def test_an_outage_on_the_way_leaves_nothing_behind() -> None:
+# The second is of a socket or a file: no server said that the user lacks a right.
+@pytest.mark.parametrize("detail", ["pulled the plug", "redis: GET: [Errno 13] Permission denied"])
+def test_an_outage_on_the_way_leaves_nothing_behind(detail: str) -> None:
     store = HookedStore(MemoryStore())
 
     def fail() -> None:
-        raise StoreUnavailable("pulled the plug")
+        raise StoreUnavailable(detail)
 
     store.before("save", fail)
     assert check_store(store) == [
-        Finding("error", "answers", "pulled the plug", "Is it running, and is its URL right?")
+        Finding("error", "answers", detail, "Is it running, and is its URL right?")
     ]
     inner: Any = store.store
     assert inner._records == {}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import secrets
-import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +23,7 @@ from flask_gsession.testing import FakeClock, StoreContract, a_blob
 from tests.apps import Site, SiteMaker
 from tests.servers import S3Server
 from tests.test_large_files import Both, place
-from tests.test_large_values import ENDS, PHOTO, ROWS, get, put, with_rows
+from tests.test_large_values import ENDS, PHOTO, ROWS, get, memory_of_streaming, put, with_rows
 
 GUIDE = (Path(__file__).parent.parent / "docs/how-to/large-values.md").read_text()
 MEGABYTE = 1024 * 1024
@@ -152,33 +150,10 @@ def test_they_live_and_end_with_their_session(
 
 def test_a_file_is_streamed_in_bounded_memory(clock: FakeClock, url: str, objects: Objects) -> None:
     size = 40 * MEGABYTE
-
-    class Zeros(io.RawIOBase):
-        left = size
-
-        def read(self, count: int = -1) -> bytes:
-            part = min(count, self.left)
-            self.left -= part
-            return bytes(part)
-
-    def most(work: Callable[[], int]) -> int:
-        tracemalloc.start(1)
-        try:
-            assert work() == size
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    def read(session: Any) -> int:
-        file = session.open("zeros")
-        return sum(len(part) for part in iter(lambda: file.read(1 << 16), b""))
-
     with SiteMaker("memory://", "", clock) as make:
         visitor = make(spill_store=url, max_value_bytes=size).visitor()
         visitor.run(put(photo=PHOTO))  # the client is there
-        writing = visitor.run(lambda s: most(lambda: s.attach("zeros", Zeros())))
-        reading = visitor.run(lambda s: most(lambda: read(s)))
-        assert max(writing, reading) < 9 * FRAME_BYTES
+        assert memory_of_streaming(visitor, size) < 9 * FRAME_BYTES
         assert len(objects()) == 1 + 10
         visitor.run(ENDS["a logout"])
         assert objects() == {}
