@@ -63,7 +63,7 @@ class GSessionInterface(SessionInterface):
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
         if not app.secret_key:
             return None
-        session = SessionData(self.keeper, lambda: self._present(app, request))
+        session = SessionData(self.keeper, self._present, app, request)
         if self._debug:
             begin(session, request)
         return session

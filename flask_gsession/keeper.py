@@ -340,7 +340,11 @@ class Keeper:
         """
         if others > self._inline:
             changed = values
-        return any(len(values.get(key, b"")) > self._inline for key in changed)
+        inline = self._inline
+        for key in changed:  # noqa: SIM110  # a generator takes longer than what it looks at
+            if key in values and len(values[key]) > inline:
+                return True
+        return False
 
     def put_away(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Literal
 
-from flask import Flask
+from flask import Flask, Request
 from msgspec import Struct
 from werkzeug.exceptions import HTTPException
 
@@ -88,7 +88,7 @@ class Storing:
 class Lifecycle:
     """Loads a session when it is first looked at, and stores what a request did to it.
 
-    ``present`` reads the token from the request; it is called once, at the first look.
+    ``present`` reads the token from the ``request``; it is called once, at the first look.
     ``_cookie`` says what is to become of the client's cookie.
     """
 
@@ -128,10 +128,19 @@ class Lifecycle:
     _placed_until = 0  # the first of them expires, in milliseconds
     _unsure = False  # whether a record may refer to them all the same
 
-    def __init__(self, keeper: Keeper, present: Callable[[], Presented]) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        present: Callable[[Flask, Request], Presented],
+        app: Flask,
+        request: Request,
+    ) -> None:
         self._keeper = keeper
         self._present = present
+        self._app = app
+        self._request = request
         self._thread = threading.get_ident()
+        self._opening = threading.RLock()
 
     def _start_trace(self, trace: Trace) -> None:
         """Write down in ``trace`` what this request does from now on."""
@@ -159,12 +168,12 @@ class Lifecycle:
     def _look_at_request(self) -> Presented:
         if self._presented is None:
             self.accessed = True
-            self._presented = self._present()
+            self._presented = self._present(self._app, self._request)
         return self._presented
 
     def _open(self) -> TrackedValues:
         if not self._opened:
-            with self.__dict__.setdefault("_opening", threading.RLock()):
+            with self._opening:
                 if not self._opened:
                     self._load()
         return self._values

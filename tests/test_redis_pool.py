@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 from redis import Redis
+from redis._parsers import _HiredisParser, _RESP2Parser
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from flask_gsession.errors import Stale, StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
-from flask_gsession.stores.redis_pool import Slot
+from flask_gsession.stores.redis_pool import Slot, _BoundedSocket, bounded
 from flask_gsession.testing import a_pointer, a_record
 from tests.servers import RedisServer
 
@@ -212,3 +215,75 @@ def test_a_connection_that_was_closed_while_idle_puts_no_write_in_doubt(
     with pytest.raises(Stale):
         store.save(record._replace(version=new_version()), new_version())
     store.close()
+
+
+class Pieces:
+    """A socket on which an answer arrives in these pieces."""
+
+    def __init__(self) -> None:
+        self.coming: list[bytes] = []
+
+    def settimeout(self, seconds: float) -> None: ...
+
+    def sendall(self, request: bytes) -> None: ...
+
+    def recv(self, size: int) -> bytes:
+        if not self.coming:
+            raise TimeoutError
+        piece, rest = self.coming[0][:size], self.coming[0][size:]
+        self.coming[:1] = [rest] if rest else []
+        return piece
+
+    def recv_into(self, buffer: bytearray) -> int:
+        piece = self.recv(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+LONG = bytes(range(256)) * 300
+
+ANSWERS: dict[bytes, Any] = {
+    b"$5\r\nhello\r\n": b"hello",
+    b"$0\r\n\r\n": b"",
+    b"$4\r\n\r\n\r\n\r\n": b"\r\n\r\n",
+    b"$8\r\n$2\r\nOK\r\n\r\n": b"$2\r\nOK\r\n",
+    b"$-1\r\n": None,
+    b"+OK\r\n": b"OK",
+    b":17\r\n": 17,
+    b"*2\r\n$1\r\na\r\n:1\r\n": [b"a", 1],
+    b"-ERR no\r\n": ResponseError,
+}
+
+
+@pytest.mark.parametrize("parser", [_HiredisParser, _RESP2Parser], ids=["hiredis", "plain"])
+def test_an_answer_in_any_pieces_is_the_same(parser: type) -> None:
+    connection: Any = bounded(redis.Connection)(parser_class=parser, protocol=2)
+    connection.set_parser(parser)
+    wire = Pieces()
+    connection._sock = _BoundedSocket(wire, connection.deadline)
+    connection._parser.on_connect(connection)
+
+    def ask(*pieces: bytes) -> Any:
+        wire.coming = [piece for piece in pieces if piece]
+        try:
+            answer = connection.ask(b"")
+        except ResponseError as error:
+            answer = type(error)
+        assert not wire.coming
+        return answer
+
+    for sent, answer in ANSWERS.items():
+        for cut in range(len(sent)):
+            assert ask(sent[:cut], sent[cut:]) == answer, (sent, cut)
+        assert ask(*(sent[at : at + 1] for at in range(len(sent)))) == answer, sent
+    for length in (16_370, 16_374, 16_375, 16_376, 16_384, 65_536, 70_000):
+        whole = b"$%d\r\n%b\r\n" % (length, LONG[:length])
+        assert ask(whole) == LONG[:length]
+        assert ask(whole[:-1], whole[-1:]) == LONG[:length]
+    # An answer too many stays in front of what comes later, as it does with the client.
+    assert ask(b"$3\r\none\r\n$3\r\ntwo\r\n") == b"one"
+    assert ask() == b"two"
+    assert ask(b"$5\r\nthree\r\n") == b"three"
+    # With nothing left to come it is a timeout, not half an answer.
+    with pytest.raises((RedisTimeoutError, TimeoutError)):
+        ask(b"$5\r\nhel")

@@ -11,10 +11,13 @@ from typing import Any
 from weakref import WeakSet, ref
 
 import redis
+from redis._parsers import _HiredisParser
 from redis.exceptions import AuthenticationError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+_PIECE = 16_384  # bytes received at once, where an answer is small
+_STRING = ord("$")
 _LOOK_FOR_LOST = 0.1  # seconds
 _IDLE = 1.0  # seconds after which a server is likely to have closed a connection
 
@@ -45,12 +48,11 @@ class _BoundedSocket:
     The client's own timeout counts from each received piece, so that a slow trickle has no end.
     """
 
-    __slots__ = ("_armed", "_deadline", "_socket")
+    __slots__ = ("_deadline", "_socket")
 
     def __init__(self, socket: Any, deadline: _Deadline) -> None:
         self._socket = socket
         self._deadline = deadline
-        self._armed = False  # just now, to send: that holds for the first piece of the answer too
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
@@ -60,16 +62,21 @@ class _BoundedSocket:
         return self._socket.recv(*arguments)
 
     def recv_into(self, *arguments: Any) -> Any:
-        if self._armed:
-            self._armed = False
-        else:
-            self._arm()
+        self._arm()
         return self._socket.recv_into(*arguments)
 
     def sendall(self, *arguments: Any) -> None:
         self._arm()
-        self._armed = True
         self._socket.sendall(*arguments)
+
+    def exchange(self, request: bytes) -> bytes:
+        """Send it; the first piece of the answer. The time that is left is set once for both."""
+        self._arm()
+        self._socket.sendall(request)
+        piece: bytes = self._socket.recv(_PIECE)
+        if not piece:
+            raise RedisConnectionError("the server closed the connection")
+        return piece
 
     def _arm(self) -> None:
         at = self._deadline.at
@@ -98,8 +105,18 @@ class _Bounded:
         connection: Any = self
         if connection._sock is None:
             connection.connect_check_health(check_health=False)
-        connection._sock.sendall(request)
-        answer = connection._parser.read_response(disable_decoding=True)
+        parser = connection._parser
+        if type(parser) is _HiredisParser and not parser._reader.has_data():
+            piece = connection._sock.exchange(request)
+            # A string that came alone and whole is taken as it is; the rest is the client's work.
+            if piece[0] == _STRING:
+                end = piece.find(b"\r\n")
+                if end > 1 and piece[1:end] == b"%d" % (len(piece) - end - 4):
+                    return piece[end + 2 : -2]
+            parser._reader.feed(piece)
+        else:
+            connection._sock.sendall(request)
+        answer = parser.read_response(disable_decoding=True)
         if isinstance(answer, ResponseError):
             raise answer
         return answer
