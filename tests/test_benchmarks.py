@@ -179,13 +179,20 @@ def test_metrics_are_judged() -> None:
 
 
 def test_untouched_is_judged_against_noise() -> None:
-    def untouched(candidate: str, overhead: Spread) -> Cell:
-        return Cell("redis", "untouched", SMALL, candidate, overhead, overhead, None, None, None)
+    def untouched(size: str, candidate: str, overhead: Spread) -> Cell:
+        return Cell("redis", "untouched", size, candidate, overhead, overhead, None, None, None)
 
-    noise = untouched(FLOOR, Spread(0.0, -1.0, 1.0))
-    (near,) = judge([noise, untouched(OURS, Spread(1.2, 0.9, 1.5))], [], [], [])
-    (far,) = judge([noise, untouched(OURS, Spread(1.4, 1.1, 1.5))], [], [], [])
-    assert (near.met, far.met) == (True, False)
+    noise = [
+        untouched(SMALL, FLOOR, Spread(0.0, -1.0, 0.5)),
+        untouched(LARGE, FLOOR, Spread(0.0, -1.0, 1.5)),
+    ]
+    for worst, met in ((1.1, True), (1.3, False)):  # at the other size it is 0.8
+        ours = [
+            untouched(SMALL, OURS, Spread(1.0, 0.8, 1.5)),
+            untouched(LARGE, OURS, Spread(2.0, worst, 3.0)),
+        ]
+        (target,) = judge(noise + ours, [], [], [])
+        assert (target.met, target.limit, target.measured.median) == (met, 1.0, 1.5)
 
 
 def test_the_other_targets_are_judged() -> None:
