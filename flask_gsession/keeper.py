@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
+
+from msgspec import Struct
 
 from .codec import Codec
 from .config import Settings
@@ -64,7 +66,7 @@ _END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
 _REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
 
 
-class Loaded(NamedTuple):
+class Loaded(Struct, frozen=True, gc=False):
     """A live record and what its payload holds."""
 
     record: Record
@@ -262,7 +264,7 @@ class Keeper:
             loaded = self.find(key)
             if loaded is None:
                 return None
-            old, body = loaded
+            old, body = loaded.record, loaded.body
             before = body.debug_until is not None and body.debug_until > self.now()
             if until is None and not before:
                 return old.key, False
@@ -438,7 +440,10 @@ class Keeper:
 
     def due(self, record: Record, values: Mapping[str, bytes], lifetime: int | None) -> int | None:
         """Where the idle expiry moves to, or None while it need not move yet."""
-        span, step = self._idle_span(values, lifetime)
+        if lifetime is None and PERMANENT not in values:  # every save comes by here
+            span, step = self._usual_span
+        else:
+            span, step = self._idle_span(values, lifetime)
         absolute = record.absolute_expires_at
         end = min(milliseconds(self._clock) + span, absolute)
         gain = end - record.idle_expires_at

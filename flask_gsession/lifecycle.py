@@ -207,7 +207,7 @@ class Lifecycle:
                 if loaded is not None:
                     self._ended = False
                     self._found = True
-                    self._record, body = loaded
+                    self._record, body = loaded.record, loaded.body
                     if body.debug_until is not None:
                         self._heed_order("load", began, body.debug_until)
                     if body.marked:
@@ -438,7 +438,7 @@ class Lifecycle:
             raise
         if loaded is None:
             return False
-        self._record, body = loaded
+        self._record, body = loaded.record, loaded.body
         self._debug_until = body.debug_until
         if self._record.key != key:
             # Another request rotated the session. The client gets that token, not one of ours.

@@ -94,7 +94,9 @@ def content_of(plain: bytes) -> tuple[int, memoryview]:
 
 def holds(reference: bytes | None, raw: bytes | None) -> bool:
     """Whether ``reference`` is one to the very value that ``raw`` is, mark included."""
-    if reference is None or raw is None or not refers(reference) or refers(raw):
+    if reference is None or raw is None or reference[0] != _EXT_32:
+        return False
+    if not refers(reference) or refers(raw):
         return False
     (mark, _), (other, plain) = split(reference), split(raw)
     kind, content = content_of(plain)

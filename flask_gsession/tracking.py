@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from .codec import IMMUTABLE, Codec
@@ -11,6 +11,7 @@ from .merge import Change
 from .references import holds, refers
 
 _NOTHING: dict[str, bytes] = {}
+_NO_KEYS: Collection[str] = ()
 
 _ABSENT: Any = object()
 
@@ -46,6 +47,7 @@ class TrackedValues:
         self._base: dict[str, bytes | None] = {}
         # What a key holds for this request in encoded form, where that is not what is stored.
         self._given = _NOTHING
+        self._seen = _NO_KEYS  # what was looked at in encoded form only
         if now is not None:
             self._marks: dict[str, Mark] = {}  # of what is in ``_live``
 
@@ -151,9 +153,7 @@ class TrackedValues:
         if raw is None:
             self._base[key] = None
         else:
-            if not hasattr(self, "_seen"):
-                self._seen: set[str] = set()  # what was looked at in encoded form only
-            self._seen.add(key)
+            self._seen = {*self._seen, key}
         return raw
 
     def mark(self, key: str) -> Mark:
@@ -211,7 +211,7 @@ class TrackedValues:
         if now is not None:
             self._look_for_marks(now)
         if stored is not self.stored:
-            for key in self._seen if hasattr(self, "_seen") else ():
+            for key in self._seen:
                 if key not in self._live and key not in self._base:
                     self._look(key)  # in the old state
             for key in self._live:
