@@ -31,13 +31,14 @@ from flask.testing import FlaskClient
 from pymongo import MongoClient
 from pymongo import _csot as pymongo_time
 from redis import BlockingConnectionPool, Redis
-from redis.connection import AbstractConnection, DefaultParser
+from redis.connection import AbstractConnection
 
 from flask_gsession import Session, session
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import SessionRefused
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
+from flask_gsession.stores.redis_pool import _BoundedSocket
 from flask_gsession.testing import a_record
 from tests.servers import RedisServer
 
@@ -639,11 +640,12 @@ def test_an_answer_that_nobody_waited_for_goes_to_nobody(
     site = make_site(own_redis.url, "test:")
     alice, bob = site.log_in("alice"), site.log_in("bob")
 
-    def interrupt(self: object, *args: Any, **options: Any) -> Any:
+    def interrupt(self: _BoundedSocket, request: bytes) -> bytes:
+        self.sendall(request)
         raise Interrupt
 
     with slow_to_answer(own_redis), monkeypatch.context() as patch:
-        patch.setattr(DefaultParser, "read_response", interrupt)
+        patch.setattr(_BoundedSocket, "exchange", interrupt)
         with pytest.raises(Interrupt):
             get(site.client(alice), "/all")
     assert get(site.client(bob), "/all") == {"user": "bob"}
