@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from .codec import Codec
 from .config import Settings
@@ -36,7 +37,7 @@ from .events import Events, SessionRefused, logger
 from .marks import marked, split
 from .merge import Merger
 from .payload import Body, PayloadFormat
-from .references import BYTES, Reference, content_of, names_in, refers
+from .references import BLANK, BYTES, Reference, content_of, names_in, refers
 from .spill import Spill, pieces_of
 from .stores.base import (
     MAX_POINTERS,
@@ -350,24 +351,28 @@ class Keeper:
 
     def put_away(
         self,
-        values: dict[str, bytes],
+        body: Body,
         expires_at: Callable[[], int],
-        placed: dict[tuple[int, bytes], Reference] | None = None,
+        placed: dict[tuple[int, bytes], Reference],
     ) -> dict[str, bytes]:
-        """``values``, with references instead of those that are large; these are written.
+        """The values of ``body``, with references instead of those that are large.
 
-        ``placed`` has what was written before, by kind and digest, and gets what is written now.
-        Raises ``SessionTooLarge`` before anything is written, and ``StoreUnavailable``.
+        These are written. ``placed`` has what was written before, by kind and digest, and gets what
+        is written now. Raises ``ValueRefused`` before anything is written, and
+        ``StoreUnavailable``.
         """
+        values = body.values
         large = [key for key, raw in values.items() if len(raw) > self._inline and not refers(raw)]
         if not large:
             return values
         assert self.spill is not None  # or nothing is that large
-        placed = {} if placed is None else placed
         parts = {key: split(values[key]) for key in large}
         for key, (_, plain) in parts.items():
             self.spill.check(f"session[{ascii(key)[:60]}]", len(content_of(plain)[1]))
         values = dict(values)
+        for key, (mark, _) in parts.items():
+            values[key] = marked(BLANK, mark)
+        self._payloads.check(replace(body, values=values))
         for key, (mark, plain) in parts.items():
             kind, content = content_of(plain)
             same = (kind, hashlib.sha256(content).digest())

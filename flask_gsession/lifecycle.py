@@ -242,7 +242,7 @@ class Lifecycle:
 
     def _checked_changes(self) -> dict[str, Change]:
         """What this request changed. Raises what the schema of the session has to say of it."""
-        changes = self._values.changes()
+        changes = self._values.changes(self._keeper.settings.max_keys)
         check = self._keeper.check
         if check is not None:
             for key, change in changes.items():
@@ -616,7 +616,7 @@ class Lifecycle:
         keeper = self._keeper
         if not self._placed and not keeper.any_large(stored, stored):
             return stored
-        body = Body(stored, self._lifetime)
+        body = Body(stored, self._lifetime, False, self._debug_until, True)
         absolute = self._record.absolute_expires_at if self._record else None
         if self._placed is None:
             self._placed = {}
@@ -629,7 +629,7 @@ class Lifecycle:
             first = end if first is None else first
             return end
 
-        found = keeper.put_away(stored, expires_at, self._placed)
+        found = keeper.put_away(body, expires_at, self._placed)
         if self._placed:
             self._spilled = True
             end = expires_at()

@@ -72,7 +72,11 @@ class PayloadFormat:
         self._decode = Decoder(Body).decode
 
     def pack(self, session_key: str, body: Body) -> bytes:
-        """The payload of ``body`` under ``session_key``.
+        """The payload of ``body`` under ``session_key``. Raises as ``check`` does."""
+        return self._bind(session_key, self.check(body), body.spilled)
+
+    def check(self, body: Body) -> bytes:
+        """The encoded body, which is within the limits.
 
         Raises ``SessionTooLarge`` or ``UnsupportedType`` (a key that is not valid text).
         """
@@ -102,7 +106,7 @@ class PayloadFormat:
                 f"{len(encoded)} bytes; SESSION_MAX_BYTES allows {self._max_bytes}; "
                 f"the largest key is {ascii(largest)[:60]}",
             )
-        return self._bind(session_key, encoded, body.spilled)
+        return encoded
 
     def unpack(self, session_key: str, payload: bytes) -> Body:
         """The body of ``payload``, its values still encoded. Raises ``UnreadableRecord``."""

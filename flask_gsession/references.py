@@ -67,6 +67,10 @@ class Reference(NamedTuple):
         return found
 
 
+#: One to nothing, as long as any other.
+BLANK = Reference(BYTES, 0, b"", b"", b"", 0, 1).pack()
+
+
 def refers(raw: bytes | None) -> bool:
     """Whether an encoded value, with a mark or without, is a reference."""
     if raw is None or raw[0] != _EXT_32:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from .codec import IMMUTABLE, Codec
+from .errors import SessionTooLarge
 from .marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
 from .merge import Change
 from .references import holds, refers
@@ -168,11 +170,19 @@ class TrackedValues:
         """``stored``, without what has expired."""
         return self.stored if self.now is None else unexpired(self.stored, self.now())
 
-    def changes(self) -> dict[str, Change]:
+    def changes(self, max_keys: int = sys.maxsize) -> dict[str, Change]:
         """What this request changed, key by key.
 
-        Raises ``ValueRefused`` for a value that cannot be kept.
+        Raises ``ValueRefused`` for a value that cannot be kept, and before it encodes any where
+        there are more new keys than ``max_keys``.
         """
+        if len(self._base) > max_keys:
+            new = (key for key, base in self._base.items() if base is None)
+            count = sum(1 for key in new if key in self._live or key in self._given)
+            if count > max_keys:
+                raise SessionTooLarge(
+                    "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
+                )
         found: dict[str, Change] = {}
         # Written out: every write of every session comes by here.
         live, encode, marks = self._live, self._codec.encode, self.now is not None

@@ -165,6 +165,21 @@ TOO_LARGE: dict[str, Any] = {
     "a hundred": lambda session: session.update({str(n): "x" * 16_000 for n in range(100)}),
     "a key of 1 MB": lambda session: session.update({"x" * 1_100_000: 1}),
     "many keys": lambda session: session.update({str(n): n for n in range(2000)}),
+    "a million keys": lambda session: session.update(dict.fromkeys(map(str, range(1_000_000)))),
+    "many keys, one of them large": lambda session: session.update(
+        {str(n): n for n in range(2000)}, key=b"x" * 100_000
+    ),
+    "a hundred and a large one": lambda session: session.update(
+        {str(n): "x" * 16_000 for n in range(100)}, key=b"x" * 100_000
+    ),
+}
+MAX_BYTES = 15 * 1024 * 1024  # the most that SESSION_MAX_BYTES may be
+
+# For a session whose large values have no place of their own.
+SEVENTEEN_MB: dict[str, Any] = {
+    "in one value": lambda session: session.update(key=b"x" * 17_000_000),
+    "in many values": lambda session: session.update({str(n): "x" * 17_500 for n in range(990)}),
+    "in a list": lambda session: session["kept"].extend(["x" * 1000] * 17_000),
 }
 
 
@@ -173,7 +188,7 @@ def refused_at_the_end(site: Site, assign: Any) -> ValueRefused:
     errors: list[Any] = []
     visitor = site.visitor()
     visitor.run(lambda session: session.update(kept=["as it was"]))
-    before = site.stored()
+    before, calls = site.stored(), len(site.store.calls)
     with flask.got_request_exception.connected_to(
         lambda sender, exception: errors.append(exception), site.app
     ):
@@ -185,6 +200,7 @@ def refused_at_the_end(site: Site, assign: Any) -> ValueRefused:
                 flask.Response("all is well", headers={"Content-Language": "en"}),
             )[-1]
         )
+    assert site.store.calls[calls:] == ["load"]
     assert response.status_code == 500
     assert "all is well" not in response.text
     assert "Set-Cookie" not in response.headers
@@ -222,8 +238,18 @@ def test_a_session_that_is_too_large_stops_the_response(site: Site) -> None:
     for what, assign in TOO_LARGE.items():
         error = refused_at_the_end(site, assign)
         assert type(error) is SessionTooLarge, what
-        limits = {"many keys": "MAX_KEYS", "a large value": "MAX_VALUE_BYTES"}
-        assert f"SESSION_{limits.get(what, 'MAX_BYTES')} allows" in str(error), what
+        limit = "MAX_VALUE_BYTES" if what == "a large value" else "MAX_BYTES"
+        limit = "MAX_KEYS" if " keys" in what else limit
+        assert f"SESSION_{limit} allows" in str(error), what
+        assert len(str(error)) < 500, what
+
+
+def test_a_session_of_17_mb_stops_the_response(make_site: SiteMaker) -> None:
+    site = make_site(spill_bytes=None, max_bytes=MAX_BYTES)
+    for what, assign in SEVENTEEN_MB.items():
+        error = refused_at_the_end(site, assign)
+        assert type(error) is SessionTooLarge, what
+        assert f"SESSION_MAX_BYTES allows {MAX_BYTES}" in str(error), what
         assert len(str(error)) < 500, what
 
 
