@@ -316,8 +316,10 @@ class ClientPool:
 
 def packed(*parts: bytes) -> bytes:
     """A command as it is sent. Not by hiredis: it crashes when a signal strikes meanwhile."""
-    pieces = [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]
-    return b"".join((b"*%d\r\n" % len(parts), *pieces))
+    pieces: list[int | bytes] = [len(parts)]
+    for part in parts:
+        pieces += (len(part), part)
+    return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(parts)) % tuple(pieces)
 
 
 _pools: WeakSet[ConnectionPool] = WeakSet()
