@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -20,6 +21,7 @@ from .errors import (
     ValueRefused,
 )
 from .large import LargeValues
+from .lifecycle import alone
 from .locking import Lock
 from .marks import PLAIN, Mark, marked, split
 from .merge import MergeFunction
@@ -359,6 +361,7 @@ class SessionData(LargeValues, SessionMixin):
         """
         self._destroy()
 
+    @alone
     def reload(self) -> None:
         """Discard what this request changed, and see what is stored now. One round trip."""
         self._check_open()
@@ -412,6 +415,7 @@ class SessionData(LargeValues, SessionMixin):
         """
         return Lock(self, timeout, wait)
 
+    @alone
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Replace the value of ``key`` by ``function(value)`` and store it now; the new value.
 
@@ -423,8 +427,9 @@ class SessionData(LargeValues, SessionMixin):
         response.
 
         Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
-        many lost races, ``ValueRefused`` for a result that cannot be kept. One round trip, two
-        more for each lost race.
+        many lost races, ``ValueRefused`` for a result that cannot be kept, ``TransactionMisused``
+        for what ``function`` does to the session and could not undo. One round trip, two more for
+        each lost race.
         """
         self._check_key(key)
         self._check_no_transaction("update_atomic")
@@ -433,7 +438,7 @@ class SessionData(LargeValues, SessionMixin):
         if self._record is not None and values.has_changed(key):
             self._commit()
         if self._record is None and not self._ended:
-            first = function(copy.deepcopy(self.get(key, default)))
+            first = self._call(function, copy.deepcopy(self.get(key, default)))
             self._set(key, first, values.mark(key) if key in values else PLAIN)
             return first
         codec = self._keeper.codec
@@ -442,7 +447,8 @@ class SessionData(LargeValues, SessionMixin):
         def rewrite(raw: bytes | None) -> bytes:
             nonlocal value
             mark, plain = (PLAIN, None) if raw is None else split(raw)
-            value = function(copy.deepcopy(default) if plain is None else codec.decode(plain))
+            before = copy.deepcopy(default) if plain is None else codec.decode(plain)
+            value = self._call(function, before)
             if self._keeper.check is not None:
                 mark = mark._replace(version=self._keeper.check(key, value).version)
             return marked(codec.encode(key, value), mark)
@@ -452,6 +458,7 @@ class SessionData(LargeValues, SessionMixin):
         self._values.settle(key, value, changed)
         return value
 
+    @alone
     def take(self, key: str, default: Any = _RAISE) -> Any:
         """Remove ``key`` and return its value, handed out once: of parallel requests one gets it.
 
@@ -487,6 +494,14 @@ class SessionData(LargeValues, SessionMixin):
         return value
 
     # -- helpers
+
+    def _call(self, function: Callable[[Any], Any], value: Any) -> Any:
+        """What the function of an update makes of ``value``."""
+        self._in_function = threading.get_ident()
+        try:
+            return function(value)
+        finally:
+            self._in_function = None
 
     def _check_key(self, key: object) -> None:
         if type(key) is not str:

@@ -108,13 +108,14 @@ class SessionClosed(GSessionError, RuntimeError):
 class TransactionMisused(GSessionError, RuntimeError):
     """Inside a transaction: another one, a rotation, a logout, a reload, or a write at once.
 
-    Writes at once are ``update_atomic`` and ``take``.
+    Likewise in the function that ``update_atomic`` calls, which may run again, too. Writes at once
+    are ``update_atomic`` and ``take``.
     """
 
 
 class LockMisused(GSessionError, RuntimeError):
-    """A lock that cannot be: inside a lock or a transaction, on a session that is not stored, or
-    released by who does not hold it.
+    """A lock that cannot be: inside a lock or what may run again, on a session that is not stored,
+    or released by who does not hold it.
     """
 
 

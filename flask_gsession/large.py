@@ -20,7 +20,7 @@ from .errors import (
 )
 from .events import LargeValueLost, logger
 from .keeper import ATTEMPTS
-from .lifecycle import Lifecycle, Storing
+from .lifecycle import Lifecycle, Storing, alone
 from .marks import PLAIN, Mark, expired, marked, split
 from .payload import Body
 from .references import BYTES, holds, reference_in, refers
@@ -143,6 +143,7 @@ class LargeValues(Lifecycle):
                 logger.warning("A lost value could not be removed: %s", failure)
         raise KeyError(key)
 
+    @alone
     def _rewrite(
         self, key: str, rewrite: Callable[[bytes | None], bytes | None], what: str
     ) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Literal
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from flask import Flask, Request
 from msgspec import Struct
@@ -49,7 +50,25 @@ from .tokens import Checked, session_key
 from .tracing import Call, Trace, TracedKeeper, TracedValues
 from .tracking import TrackedValues
 
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="Lifecycle")
+
 _UNCONFIRMED = "A session ended, and that is not confirmed: %s"
+
+
+def alone(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Of the threads that share the session of a request, one at a time does such a thing.
+
+    What is stored and what is known of it change together.
+    """
+
+    @functools.wraps(method)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class Presented(Struct, frozen=True, gc=False):
@@ -113,6 +132,7 @@ class Lifecycle:
     _forced = False
     _cleared = False
     _in_transaction = False
+    _in_function: int | None = None  # of update_atomic, in this thread
     _values: TrackedValues  # made when the session is looked at
     _lease: str | None = None  # held by this request
     _lease_pid = 0
@@ -140,7 +160,7 @@ class Lifecycle:
         self._app = app
         self._request = request
         self._thread = threading.get_ident()
-        self._opening = threading.RLock()
+        self._turn = threading.RLock()
 
     def _start_trace(self, trace: Trace) -> None:
         """Write down in ``trace`` what this request does from now on."""
@@ -173,7 +193,7 @@ class Lifecycle:
 
     def _open(self) -> TrackedValues:
         if not self._opened:
-            with self._opening:
+            with self._turn:
                 if not self._opened:
                     self._load()
         return self._values
@@ -301,13 +321,18 @@ class Lifecycle:
             self._in_doubt = error
             logger.error("A session could not be %s: %s", what, error)
 
+    def _may_run_again(self) -> bool:
+        """Whether this is called by what a lost race repeats."""
+        return self._in_transaction or self._in_function == threading.get_ident()
+
     def _check_no_transaction(self, what: str) -> None:
-        if self._in_transaction:
+        if self._may_run_again():
             raise TransactionMisused(
-                f"{what} cannot be done inside a transaction: it could not be undone or run again. "
-                "Do it before or after."
+                f"{what} cannot be done inside a transaction, or in the function of update_atomic: "
+                "it could not be undone or run again. Do it before or after."
             )
 
+    @alone
     def _begin(self) -> None:
         """Start a transaction on what is stored now."""
         self._check_open()
@@ -325,6 +350,7 @@ class Lifecycle:
         self._lifetime_before = self._lifetime
         self._in_transaction = True
 
+    @alone
     def _commit_exactly(self) -> None:
         """Store a transaction on the very state it saw. Raises ``LostRace``."""
         try:
@@ -354,6 +380,7 @@ class Lifecycle:
         self._values = self._tracked(self._keeper.codec, values.stored, values.now)
         self._restart_idle = self._forced = self._cleared = False
 
+    @alone
     def _destroy(self) -> None:
         self._check_open()
         self._check_no_transaction("Ending the session")
@@ -463,11 +490,12 @@ class Lifecycle:
         """Store what this request changed, and accept no more writes."""
         closed, self._closed = self._closed, True
         if self._opened and not closed:
-            try:
-                self._commit()
-            finally:
-                if self._placed:
-                    self._drop_placed()
+            with self._turn:
+                try:
+                    self._commit()
+                finally:
+                    if self._placed:
+                        self._drop_placed()
             emptied = self._cleared and self._record is None and not self._ended
             if emptied and self._look_at_request().checked is not None:
                 self._cookie = "delete"

@@ -87,10 +87,10 @@ class Lock(Generic[S]):
     def __enter__(self) -> S:
         session = self._session
         session._check_open()
-        if session._in_transaction:
+        if session._may_run_again():
             raise LockMisused(
-                "A lock cannot begin inside a transaction, which may run again. Take the lock "
-                "around the transaction."
+                "A lock cannot begin inside a transaction, or in the function of update_atomic: "
+                "these may run again. Take the lock around them."
             )
         claim = object()
         if vars(session).setdefault("_locked", claim) is not claim:

@@ -74,8 +74,8 @@ class TrackedValues:
         return value
 
     def __setitem__(self, key: str, value: Any) -> None:
+        self._live[key] = value  # first: what is in ``_base`` only was deleted
         self._base.setdefault(key, self.stored.get(key))
-        self._live[key] = value
         if self._given:
             self._given.pop(key, None)
         if self.now is not None:
@@ -122,7 +122,7 @@ class TrackedValues:
         if self._given:
             live = live | self._given
         keys = [key for key in self.stored if key in live or key not in base]
-        keys += [key for key in live if key not in self.stored]
+        keys += [key for key in live.copy() if key not in self.stored]
         for key in keys:
             if self.now is None or not self._has_expired(key):
                 yield key
@@ -137,8 +137,8 @@ class TrackedValues:
         """
         for key in self:
             if key not in self._live:
-                raw = self._given.get(key) or self.stored[key]
-                if not refers(raw):
+                raw = self._given.get(key) or self.stored.get(key)
+                if raw is not None and not refers(raw):
                     self._codec.decode(split(raw)[1])
 
     def raw(self, key: str) -> bytes | None:
@@ -184,9 +184,13 @@ class TrackedValues:
                     "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
                 )
         found: dict[str, Change] = {}
-        # Written out: every write of every session comes by here.
-        live, encode, marks = self._live, self._codec.encode, self.now is not None
-        for key, base in self._base.items():
+        if not self._base:
+            return found
+        # Written out: every write of every session comes by here. Of copies, since another thread
+        # of the request may look at further keys meanwhile; this one first, as they are written.
+        bases = self._base.copy()
+        live, encode, marks = self._live.copy(), self._codec.encode, self.now is not None
+        for key, base in bases.items():
             mine = encode(key, live[key]) if key in live else None
             if marks and mine is not None:
                 mine = marked(mine, self._marks.get(key, PLAIN))
@@ -224,7 +228,7 @@ class TrackedValues:
             for key in self._seen:
                 if key not in self._live and key not in self._base:
                     self._look(key)  # in the old state
-            for key in self._live:
+            for key in self._live.copy():
                 self._base.setdefault(key, self.stored.get(key))
             self.stored = stored
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import flask
 import pytest
 from flask import Response
 
@@ -531,6 +533,25 @@ def test_update_atomic_from_many_threads_is_exact(site: Site) -> None:
 
     at_once(*[lambda tab=tab: work(tab) for tab in tabs])
     assert visitor.run(dict) == {"n": 3 * THREADS}
+
+
+def test_update_atomic_from_the_threads_of_one_request_is_exact(site: Site) -> None:
+    visitor = visitor_with(site, n=0)
+
+    def view(session: Any) -> None:
+        def add(n: int) -> int:
+            if not other.ident:
+                other.start()
+                other.join(0.1)  # it has to wait
+            return n + 1
+
+        work = flask.copy_current_request_context(lambda: flask.session.update_atomic("n", add))
+        other = threading.Thread(target=work)
+        session.update_atomic("n", add)
+        other.join()
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"n": 2}
 
 
 def test_a_many_way_race_loses_nothing(make_site: SiteMaker) -> None:

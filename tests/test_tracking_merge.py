@@ -57,6 +57,19 @@ def changed(values: TrackedValues) -> dict[str, tuple[Any, Any]]:
 # TrackedValues -------------------------------------------------------------------------------
 
 
+def test_another_thread_of_the_request_may_look_while_it_is_saved() -> None:
+    class Looking(Codec):
+        def encode(self, key: str, value: object) -> bytes:
+            assert f"absent {key}" not in values
+            assert values["c"] == [3]
+            return super().encode(key, value)
+
+    values = TrackedValues(Looking(64), stored({"a": [1], "b": [2], "c": [3]}))
+    values["a"].append(0)
+    values["b"].append(0)
+    assert changed(values) == {"a": ([1], [1, 0]), "b": ([2], [2, 0])}
+
+
 def test_nothing_is_decoded_before_it_is_looked_at() -> None:
     values = TrackedValues(CODEC, {**stored({"good": 1}), "bad": BAD})
     assert values["good"] == 1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flask_gsession import (
+    LockMisused,
     SessionConflict,
     SessionEnded,
     StoreUnavailable,
@@ -223,13 +224,15 @@ def test_a_session_that_ended_meanwhile(site: Site) -> None:
         lambda session: session.rotate(),
         lambda session: session.destroy(),
         lambda session: session.reload(),
-        lambda session: session.update_atomic("a", lambda a: a),
+        lambda session: session.update_atomic("b", lambda b: b),
+        lambda session: session.take("b"),
+        lambda session: session.lock().__enter__(),
     ],
-    ids=["nested", "rotate", "destroy", "reload", "update_atomic"],
+    ids=["nested", "rotate", "destroy", "reload", "update_atomic", "take", "lock"],
 )
 def test_what_cannot_be_undone_is_refused(act: Any, site: Site) -> None:
     visitor = site.visitor()
-    visitor.run(lambda session: session.update(a=1))
+    visitor.run(lambda session: session.update(a=1, b=1))
 
     def view(session: Any) -> None:
         def block() -> None:
@@ -237,12 +240,13 @@ def test_what_cannot_be_undone_is_refused(act: Any, site: Site) -> None:
                 session["a"] = 2
                 act(session)
 
-        with pytest.raises(TransactionMisused):
-            block()
+        for run_again in (block, lambda: session.update_atomic("a", lambda _: act(session))):
+            with pytest.raises((TransactionMisused, LockMisused)):
+                run_again()
         session["after"] = 1
 
     visitor.run(view)
-    assert visitor.run(dict) == {"a": 1, "after": 1}
+    assert visitor.run(dict) == {"a": 1, "b": 1, "after": 1}
 
 
 def test_a_lost_answer_is_not_written_again(site: Site) -> None:
