@@ -438,7 +438,7 @@ def look_inside(site: Site) -> Inside:
         return InsideMemory(store)
     if parts.scheme == "sqlite":
         return InsideSQLite(parts.path[1:])
-    if parts.scheme == "mongodb":
+    if parts.scheme in ("mongodb", "mongodb+srv"):
         return InsideMongoDB(site.url)
     return InsideRedis(site.url, site.prefix)
 

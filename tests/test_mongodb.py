@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
+import socketserver
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
+import dns.message
+import dns.rdatatype
+import dns.resolver
+import dns.rrset
+import pymongo
 import pytest
 from pymongo import CursorType, MongoClient
 
@@ -276,6 +285,136 @@ def test_missing_rights_for_the_index_are_said(
         assert visitor.run(dict) == {"a": 1}
     assert caplog.text.count("Unauthorized, code 13") == 1
     assert "db.gsession.createIndex" in caplog.text
+
+
+# A name server ----------------------------------------------------------------------------------
+
+
+class NameServer:
+    """What the name server of `mongodb+srv://CLUSTER` is, for the length of a `with` block."""
+
+    CLUSTER = "cluster.example.test"
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        user, at, hosts = parts.netloc.rpartition("@")
+        nodes = [host.partition(":") for host in hosts.split(",")]
+        self.addresses = {f"node{n}.example.test": host for n, (host, *_) in enumerate(nodes)}
+        ports = [port or "27017" for *_, port in nodes]
+        records = [f"0 0 {port} {name}." for port, name in zip(ports, self.addresses, strict=True)]
+        options = dict(each.split("=") for each in parts.query.split("&") if each)
+        told = [f"{name}={options.pop(name)}" for name in ("replicaSet",) if name in options]
+        self.answers = {"SRV": records, "TXT": [f'"{each}"' for each in told]}
+        options.setdefault("tls", "false")
+        rest = "&".join(f"{name}={value}" for name, value in options.items())
+        self.url = f"mongodb+srv://{user}{at}{self.CLUSTER}{parts.path}?{rest}"
+        self.asked: list[str] = []
+        self.wait = 0.0  # seconds before each answer
+        self.silent = False
+        owner = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                data, asking = self.request
+                if not owner.silent:
+                    time.sleep(owner.wait)
+                    asking.sendto(owner.answer(data), self.client_address)
+
+        self._server = socketserver.UDPServer((HOST, 0), Handler)
+
+    def answer(self, data: bytes) -> bytes:
+        """The answer to a question."""
+        response = dns.message.make_response(dns.message.from_wire(data))
+        question = response.question[0]
+        name, kind = question.name.to_text(), dns.rdatatype.to_text(question.rdtype)
+        self.asked.append(f"{kind} {name}")
+        if name == {"SRV": "_mongodb._tcp."}.get(kind, "") + self.CLUSTER + "." and (
+            texts := self.answers[kind]
+        ):
+            response.answer.append(dns.rrset.from_text(name, 60, "IN", kind, *texts))
+        return response.to_wire()
+
+    def __enter__(self) -> NameServer:
+        self._patch = pytest.MonkeyPatch()
+        resolver = dns.resolver.Resolver(configure=False)
+        resolver.nameservers, resolver.port = [HOST], self._server.server_address[1]
+        self._patch.setattr(dns.resolver, "default_resolver", resolver)
+        real = socket.getaddrinfo
+
+        def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+            if host in self.addresses:
+                self.asked.append(f"A {host}.")
+            return real(self.addresses.get(host, host), *arguments, **options)
+
+        self._patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._patch.undo()
+
+
+@pytest.fixture
+def name_server(mongodb_url: str) -> Iterator[NameServer]:
+    """One that knows the shared MongoDB server, and the database of this test."""
+    with NameServer(mongodb_url) as server:
+        yield server
+
+
+def test_a_name_server_says_where_the_servers_are(
+    name_server: NameServer, store_prefix: str, clock: FakeClock
+) -> None:
+    with SiteMaker(name_server.url, store_prefix, clock) as make:
+        site = make()
+        visitor = site.visitor()
+        visitor.run(lambda session: session.update(hits=0))
+        visitor.run(lambda session: session.rotate(grace=0))
+        assert [visitor.run(add) for _ in range(3)] == [1, 2, 3]
+        assert len(site.stored()) == 1
+        visitor.run(lambda session: session.destroy())
+        assert not site.stored()
+    asked = {
+        f"SRV _mongodb._tcp.{NameServer.CLUSTER}.",
+        f"TXT {NameServer.CLUSTER}.",
+        "A node0.example.test.",
+    }
+    assert asked <= set(name_server.asked)
+
+
+def test_a_name_server_that_is_silent_is_an_outage(name_server: NameServer) -> None:
+    name_server.silent = True
+    url = name_server.url
+    if "@" not in url:
+        url = url.replace("//", "//ada:hunter2-canary@", 1)
+    with stores(url, timeout=SHORT) as (away,):
+        error = failure_of(lambda: away.load("x"))
+        found = re.search(r"expired after (.+) seconds.+DNS operation timed out", error.detail)
+        assert found is not None
+        assert float(found[1]) < PATIENCE / 2  # which is less than the driver's own
+        assert "canary" not in f"{error.detail} {error.__cause__!r}"
+    with stores(name_server.url, timeout=PATIENCE) as (store,):
+        with hasty(store, SHORT):
+            assert "DNS operation timed out" in failure_of(lambda: store.load("x")).detail
+        name_server.silent = False
+        assert store.load("x") is None
+
+
+def test_what_a_name_server_takes_is_taken_from_the_call(
+    name_server: NameServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[float] = []
+    timeout = pymongo.timeout
+    monkeypatch.setattr(pymongo, "timeout", lambda s: (left.append(s), timeout(s))[1])
+    name_server.wait = 0.05
+    with stores(name_server.url, timeout=PATIENCE) as (store,):
+        assert [store.load("x"), store.load("x")] == [None, None]
+    assert left[0] <= PATIENCE - 2 * name_server.wait
+    assert left[1] == PATIENCE
+
+
+# What else fails --------------------------------------------------------------------------------
 
 
 def test_a_pool_that_is_in_use_is_contention(mongodb_url: str) -> None:

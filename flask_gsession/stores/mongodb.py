@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -613,13 +614,17 @@ class _Call:
 
     def __enter__(self) -> Any:
         store = self._store
+        seconds = store._timeout
         try:
             if store._pid != os.getpid():
+                began = time.monotonic()
                 store._connect()
+                # Of mongodb+srv:// a name server was asked, and may have taken long.
+                seconds = max(seconds - (time.monotonic() - began), 0.001)  # 0 would be no limit
         except (PyMongoError, OSError) as error:
             raise self._failed(error) from error
         collection = telling(store._collection_of_client)
-        self._budget = pymongo.timeout(store._timeout)
+        self._budget = pymongo.timeout(seconds)
         self._budget.__enter__()
         return collection
 
