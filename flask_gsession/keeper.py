@@ -152,7 +152,8 @@ class Keeper:
         Raises ``UnreadableRecord``, also for a record that belongs to another key.
         """
         _, _, created, idle, absolute, payload, successor = record
-        if not 0 <= created <= idle <= absolute < _END_OF_TIME:
+        # A session may end before it began: where a clock was set back, or one is far behind.
+        if not (0 <= created <= absolute and 0 <= idle <= absolute < _END_OF_TIME):
             raise UnreadableRecord("corrupt", "times out of order")
         if successor is None:
             return self._payloads.unpack(key, payload)

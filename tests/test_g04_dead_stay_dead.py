@@ -262,6 +262,16 @@ def test_the_smaller_grace_of_two_holds(site: Site) -> None:
         assert visitor.run(dict) == {"a": 0}
 
 
+def test_a_clock_that_is_set_back_ends_nobody(site: Site) -> None:
+    visitor = visitor_with(site, a=1)
+    site.clock.advance(-3 * 3600)
+    for step in (lambda session: session.rotate(), lambda session: session.set_lifetime(60)):
+        visitor.run(step)
+        assert visitor.run(dict) == {"a": 1}
+    site.clock.advance(120)
+    assert visitor.run(dict) == {}
+
+
 def test_rotation_beside_a_write(site: Site) -> None:
     """Both orders: the write is in the one successor, and only the rotating request gets it."""
     rotate = lambda session: session.rotate()  # noqa: E731
