@@ -221,10 +221,17 @@ def _plain_error(app: Flask, error: Exception, *, handled: bool) -> Response:
         app.log_exception((type(error), error, error.__traceback__))
         got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
         error = InternalServerError(original_exception=error)
-    if handled:
-        logger.error("The error handler for %s failed", type(error).__name__, exc_info=True)
-        return app.make_response(error.get_response())
-    return app.make_response(app.handle_http_exception(error))
+    if not handled:
+        try:
+            return app.make_response(app.handle_http_exception(error))
+        except Exception:
+            return _bare_error(app, error)
+    return _bare_error(app, error)
+
+
+def _bare_error(app: Flask, error: HTTPException) -> Response:
+    logger.error("The error handler for %s failed", type(error).__name__, exc_info=True)
+    return app.make_response(error.get_response())
 
 
 def _add_vary(response: Response, header: str) -> None:

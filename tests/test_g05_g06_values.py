@@ -341,6 +341,21 @@ def test_the_app_may_have_a_page_for_refused_values(make_site: SiteMaker, regist
     assert (response.status_code, response.text) == (422, "cannot keep session['key']")
 
 
+@pytest.mark.parametrize("registered", [ValueRefused, 500, Exception])
+def test_a_page_for_refused_values_may_fail(make_site: SiteMaker, registered: Any) -> None:
+    site = make_site()
+
+    @site.app.errorhandler(registered)
+    def refused(error: Exception) -> str:
+        flask.flash("This cannot be kept")  # nor can this
+        return "never seen"
+
+    response = site.visitor().ask(lambda session: session.update(key=object()))
+    assert response.status_code == 500
+    assert "never seen" not in response.text
+    assert not site.stored()
+
+
 def test_where_errors_propagate_the_error_is_the_tests(make_site: SiteMaker) -> None:
     site = make_site(config={"TESTING": True})
     with pytest.raises(UnsupportedType, match=r"session\['key'\]"):
