@@ -31,7 +31,7 @@ log = logging.getLogger("flask_gsession.debug")
 #: Where an application that is debugged keeps its latest dumps, the newest last.
 RECENT = "gsession-debug"
 _KEEP_RECENT = 20
-_TRACED = "flask_gsession.traced"
+_TRACED = "_gsession_traced"  # a request's, and not of its environment: see ``interface``
 _MOST_KEYS = 30
 
 Facts = dict[str, Any]
@@ -72,7 +72,7 @@ def prepare(app: Flask, cookie: str, present: Callable[[Flask, Request], Present
 def begin(session: SessionData, request: Request) -> None:
     """Trace a session from the start of its request."""
     session._start_trace(Trace())
-    request.environ.setdefault(_TRACED, []).append(session)
+    vars(request).setdefault(_TRACED, []).append(session)
 
 
 @_harmless
@@ -95,14 +95,14 @@ def report(session: SessionData, response: Response | None, error: object = None
 
 def traced(request: Request) -> list[SessionData]:
     """The sessions of a request that are traced from its start."""
-    sessions: list[SessionData] = request.environ.get(_TRACED, [])
+    sessions: list[SessionData] = vars(request).get(_TRACED, [])
     return sessions
 
 
 @_harmless
 def _finish(error: BaseException | None) -> None:
     """At the end of a request: its sessions that were not looked at, or could not be saved."""
-    for session in request.environ.pop(_TRACED, ()):
+    for session in vars(request).pop(_TRACED, ()):
         report(session, None, error)
 
 

@@ -21,9 +21,10 @@ from .lifecycle import Presented
 from .stores.base import Store
 from .tokens import Checked, TokenSigner
 
-#: Where a request keeps the sessions of an application's further ``Session`` objects.
-_FURTHER = "flask_gsession.further"
-_SAVED = "flask_gsession.saved"
+#: Where a request keeps the sessions of an application's further ``Session`` objects. Not in its
+#: environment, which an application may hand on to another.
+_FURTHER = "_gsession_further"
+_SAVED = "_gsession_saved"
 
 _NOTHING = Presented()
 
@@ -70,11 +71,11 @@ class GSessionInterface(SessionInterface):
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""
-        opened: dict[object, Any] = request.environ.setdefault(_FURTHER, {})
+        opened: dict[object, Any] = vars(request).setdefault(_FURTHER, {})
         if self not in opened:
             session = self.open_session(app, request)
             opened[self] = self.make_null_session(app) if session is None else session
-            if request.environ.get(_SAVED) and session is not None:
+            if _SAVED in vars(request) and session is not None:
                 session._closed = True
         session = opened[self]
         session.accessed = True
@@ -91,9 +92,10 @@ class GSessionInterface(SessionInterface):
             if session.accessed and isinstance(session, SessionData):
                 self._tell_client(app, session, response)
             return
-        request.environ[_SAVED] = True
+        of_request = vars(request)
+        of_request[_SAVED] = True
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
-        sessions += request.environ.get(_FURTHER, {}).items()
+        sessions += of_request.get(_FURTHER, {}).items()
         for interface, opened in sessions:
             interface._save(app, opened, response)
         # Only now: a failure of one makes a new answer, and the others' cookies belong into it.

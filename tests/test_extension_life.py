@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from flask import Flask
+from flask import Flask, Response, request
 from pymongo import MongoClient
 from redis import Redis
 
@@ -410,6 +410,34 @@ def test_a_request_within_a_request_of_another_application() -> None:
     assert client.get("/both").json == {"inner": "inner", "outer": "outer"}
     assert client.get("/all").json == {"user": "outer"}
     assert look(inner, cookie) == {"user": "inner"}
+
+
+def test_a_request_that_hands_its_environment_on() -> None:
+    """Applications of two sessions each, in the same cookies."""
+    inner, outer = make_app(Session(store="memory://")), make_app(Session(store="memory://"))
+    first, second = (
+        Session(app, store="memory://", cookie_name="second") for app in (inner, outer)
+    )
+
+    @inner.get("/both")
+    def write() -> str:
+        first.session["user"] = "inner"
+        return ""
+
+    @outer.get("/both")
+    def both() -> Response:
+        second.session["step"] = 1
+        answer = Response.from_app(inner, request.environ)
+        second.session["step"] += 1
+        return answer
+
+    @outer.get("/second")
+    def look_at_second() -> dict[str, Any]:
+        return dict(second.session)
+
+    client = outer.test_client()
+    assert client.get("/both").status_code == 200
+    assert client.get("/second").json == {"step": 2}
 
 
 def test_requests_in_parallel_in_several_applications(store_url: str, store_prefix: str) -> None:
