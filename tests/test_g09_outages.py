@@ -400,6 +400,20 @@ def test_a_frozen_server(server: RedisServer | MongoServer) -> None:
         until(lambda: (served(visitor, WRITE), served(visitor, dict)) == (None, {"a": 1}))
 
 
+def test_a_process_that_ends_does_not_wait_for_a_frozen_server(own_mongo: MongoServer) -> None:
+    url = f"{with_database(own_mongo.url, 'outages')}&heartbeatFrequencyMS=30000"
+    store, _ = open_store(url, StoreOptions(timeout=BUDGET))
+
+    def answers() -> bool:
+        with suppress(StoreUnavailable):
+            return store.load("a" * 43) is None
+        return False
+
+    until(answers)
+    with own_mongo.paused():
+        within(STUCK, store.close)
+
+
 def test_a_server_that_freezes_between_load_and_save(server: RedisServer | MongoServer) -> None:
     with site_on(server) as site:
         visitor = served_with(site, a=0)

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -576,7 +577,7 @@ class MongoDBStore:
             self._close_client.detach()
             # A parent's client: neither used nor closed here, so not collected either.
             self._inherited.append(self._collection_of_client)
-        self._close_client = closing(self, client.close)
+        self._close_client = closing(self, partial(_close, client, self._timeout))
 
     def _ensure_index(self, collection: Any, field: str = "idle_expires_at") -> None:
         """Make the TTL index, once; after an outage the next session that is created tries again.
@@ -600,6 +601,12 @@ class MongoDBStore:
         except PyMongoError:
             return
         self._indexed.add(collection.name)
+
+
+def _close(client: _Client, seconds: float) -> None:
+    # The driver says goodbye, and waits for the answer until it thinks that the server is dead.
+    with pymongo.timeout(seconds):
+        client.close()
 
 
 class _Call:
