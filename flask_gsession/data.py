@@ -161,6 +161,11 @@ class SessionData(LargeValues, SessionMixin):
         """A plain dict of all values (shallow)."""
         return dict(self.items())
 
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self.copy(), memo)
+
     def clear(self) -> None:
         """Remove every key that is there.
 

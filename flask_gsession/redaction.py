@@ -30,6 +30,7 @@ _PLAIN = {int, float, bool, type(None), Decimal, UUID}
 _PLAIN |= {dt.datetime, dt.date, dt.time, dt.timedelta}
 _BRACKETS: dict[type, str] = {list: "[]", tuple: "()", set: "{}", frozenset: "{}"}
 _LONGEST_NAME, _LONGEST_TEXT, _MOST_ITEMS, _DEEPEST = 60, 100, 10, 4
+_MOST_BITS = 2000  # of a number that is shown in decimal: Python may refuse longer ones
 
 
 def is_secret(name: str) -> bool:
@@ -59,6 +60,8 @@ def _shown(value: Any, depth: int) -> str:
     if isinstance(value, str):
         more = "..." if len(value) > _LONGEST_TEXT else ""
         return ascii(str(value[:_LONGEST_TEXT])) + more
+    if kind is int and value.bit_length() > _MOST_BITS:
+        return hex(value)[:_LONGEST_TEXT]
     if kind in _PLAIN:
         return str(value)[:_LONGEST_TEXT]
     if kind is dict:

@@ -67,6 +67,7 @@ def test_bytes_and_what_is_of_no_known_type_are_never_shown(value: Any) -> None:
         (list(range(11)), "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...]"),
         ([[[[[[1]]]]]], "[[[[[...]]]]]"),
         ("\ud800", "'\\ud800'"),
+        ([16**9999], "[0x1" + "0" * 97 + "]"),
     ],
 )
 def test_a_value_is_shown_in_one_line_and_not_too_long(value: Any, text: str) -> None:

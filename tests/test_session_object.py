@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import logging
 import math
@@ -56,6 +57,8 @@ DICT_OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "equality": lambda d: (d == dict(d), d == {}, d != {}, dict(d) == d),
     "view operators": lambda d: (d.keys() & {"a", "x"}, ("a", 1) in d.items()),
     "copy": lambda d: (d.copy(), type(d.copy())),
+    "copy by module": lambda d: (a_copy := copy.copy(d), a_copy.update(a=9), type(a_copy)),
+    "deep copy": lambda d: (a_copy := copy.deepcopy(d), a_copy["b"].append(9), type(a_copy)),
     "or": lambda d: (d | {"a": 9, "z": 1}, {"a": 9, "z": 1} | d),
     "or in place": lambda d: d.__ior__({"a": 9, "z": 1}) is d,
     "unpacking": lambda d: ({**d}, [*d.items()]),
