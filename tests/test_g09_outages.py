@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import resource
 import socket
 import sqlite3
@@ -23,8 +24,8 @@ from werkzeug.test import TestResponse
 
 from flask_gsession.errors import GSessionError, StoreUnavailable
 from flask_gsession.events import WriteDropped
-from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.testing import FakeClock, HookedStore
+from flask_gsession.stores import StoreOptions, open_store, sqlite
+from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import STUCK, Site, SiteMaker, Visitor, until, within
 from tests.servers import MongoServer, RedisServer, with_database
 
@@ -769,6 +770,35 @@ def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Mo
         later.store.close()
         there.run(WRITE)
         assert visitor.run(dict) == {"a": 1}
+
+
+@pytest.mark.parametrize("left", [(), ("-wal", "-shm")], ids=["nothing", "wal and shm"])
+def test_a_file_that_was_deleted(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
+) -> None:
+    """Whoever held it open leaves it, and shares nothing with what stays beside it."""
+    monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
+    path = tmp_path / "sessions.sqlite3"
+    store, other = (sqlite.SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
+    before, after = a_record(clock), a_record(clock)
+    store.create(before)
+    assert other.load(before.key) == before
+    (idle,) = other._pool
+    with open(f"{path}-shm", "rb") as shared, store._connection():  # one is in use meanwhile
+        for end in {"", "-wal", "-shm"} - {*left}:
+            Path(f"{path}{end}").unlink()
+        assert store.load(before.key) is None
+        store.create(after)
+        assert not os.path.samestat(os.fstat(shared.fileno()), os.stat(f"{path}-shm"))
+    for each in (store, other):
+        assert (each.load(before.key), each.load(after.key)) == (None, after)
+        with each._connection(), each._connection():
+            assert (each.load(before.key), each.load(after.key)) == (None, after)
+        assert each.check()[0].severity == "ok"
+        each.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        idle.execute("SELECT 1")
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:

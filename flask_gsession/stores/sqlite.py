@@ -8,6 +8,7 @@ so that the file does not grow with the sessions of the past.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 from ..errors import (
     Gone,
@@ -97,6 +99,7 @@ _ORPHANED = "NOT EXISTS (SELECT 1 FROM gsession WHERE gsession.key = gsession_le
 _KEEP_IDLE = 16  # connections
 _BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
 _LITTLE_SPACE = 64 * 2**20  # bytes
+_LOOK_AGAIN = 1.0  # seconds after which to see whether the file is still the one at the path
 
 
 def _checked(record: Record) -> Record:
@@ -147,6 +150,8 @@ class SQLiteStore:
         self._clock = options.clock
         self._timeout = options.timeout
         self._prefix = options.prefix
+        self._file: tuple[int, int] | None = None
+        self._look_at = 0.0  # of time.monotonic
         self._start_pool()
         self._inherited: list[deque[sqlite3.Connection]] = []
         _STORES.add(self)
@@ -556,10 +561,13 @@ class SQLiteStore:
         """A connection of this process, translated errors, back in the pool afterwards."""
         if self._pid != os.getpid():
             self._leave_parent()
+        if time.monotonic() >= self._look_at:
+            self._look_for_file()
+        pool = self._pool
         db: sqlite3.Connection | None = None
         try:
             try:
-                db = self._pool.pop()
+                db = pool.pop()
             except IndexError:
                 db = self._open()
             yield db
@@ -579,8 +587,8 @@ class SQLiteStore:
             raise
         finally:
             if db is not None:
-                if len(self._pool) < _KEEP_IDLE:
-                    self._pool.append(db)
+                if pool is self._pool and len(pool) < _KEEP_IDLE:
+                    pool.append(db)
                 else:
                     db.close()
 
@@ -596,17 +604,33 @@ class SQLiteStore:
                 self._inherited.append(self._pool)
                 self._start_pool()
 
+    def _look_for_file(self) -> None:
+        """Leave a file that was deleted or replaced: others work on the one at the path by now."""
+        self._look_at = time.monotonic() + _LOOK_AGAIN
+        file = None
+        try:
+            there = os.stat(self.path)
+            file = there.st_dev, there.st_ino
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return
+        with _FILES:
+            pool, before = self._pool, self._file
+            self._file = file
+            if before not in (None, file):
+                self._start_pool()
+                _close_all(pool)
+
     def _open(self) -> sqlite3.Connection:
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Only ever on a file that no connection of this process has open: closing any
-            # descriptor of a file drops all locks that the process holds on it.
-            with _FILES, suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            if not self.path.exists():
+                self._make_file()
         except OSError as error:
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
         db = sqlite3.connect(
-            self.path,
+            f"file://{quote(os.fsencode(self.path.absolute()))}?mode=rw",
+            uri=True,
             timeout=self._timeout,
             isolation_level=None,
             check_same_thread=False,
@@ -617,7 +641,29 @@ class SQLiteStore:
         except BaseException:
             db.close()
             raise
+        self._look_for_file()
         return db
+
+    def _make_file(self) -> None:
+        """Make the file, and first remove what a deleted one left beside it.
+
+        SQLite would take that for its own, and cut the memory short that connections to the deleted
+        file still share: that ends their process.
+        """
+        folder = self.path.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of all processes one removes, and makes
+            # Only ever on a file that no connection of this process has open: closing any
+            # descriptor of a file drops all locks that the process holds on it.
+            with _FILES:
+                if not self.path.exists():
+                    for left in ("-wal", "-shm"):
+                        Path(f"{self.path}{left}").unlink(missing_ok=True)
+                    os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        finally:
+            os.close(lock)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         (application_id,) = db.execute("PRAGMA application_id").fetchone()
