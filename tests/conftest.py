@@ -2,6 +2,7 @@
 
 import gc
 import secrets
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from pymongo import MongoClient
+from pymongo.database import Database
 from redis import Redis
 
 from flask_gsession.config import Settings
@@ -36,6 +38,8 @@ def pytest_collection_finish() -> None:
 
 
 PATIENT_WAITER = 50_000  # milliseconds
+COLLECTIONS = ("gsession", "gsession_blobs")  # of a store in MongoDB
+USED_DATABASES = 4  # so many lie between two uses of one: who writes too late harms nobody
 SHIPPED = {kind: kind.__init__.__defaults__ for kind in (Settings, StoreOptions)}
 
 
@@ -81,7 +85,8 @@ def store_url(request: pytest.FixtureRequest) -> str:
     """A `SESSION_STORE` URL of each kind in turn; on Redis to be used with `store_prefix`."""
     if request.param == "memory":
         return "memory://"
-    url: str = request.getfixturevalue(f"{request.param}_url")
+    kind = {"mongodb": "emptied_mongodb"}.get(request.param, request.param)
+    url: str = request.getfixturevalue(f"{kind}_url")
     return url
 
 
@@ -120,6 +125,45 @@ def mongodb_url(mongo_client: "MongoClient[dict[str, Any]]") -> Iterator[str]:
     mongo_client.drop_database(database)
 
 
+@pytest.fixture
+def emptied_mongodb_url(
+    mongo_client: "MongoClient[dict[str, Any]]", used_databases: deque[str]
+) -> Iterator[str]:
+    """A MongoDB database of the test's own, empty, but with what a store made in it before.
+
+    Making and dropping a database takes more time than most tests do.
+    """
+    if len(used_databases) < USED_DATABASES:
+        name = f"test_{secrets.token_hex(6)}"
+    else:
+        name = used_databases.popleft()
+        for collection in COLLECTIONS:
+            mongo_client[name][collection].delete_many({})
+    yield with_database(mongo_server().url, name)
+    if as_a_store_makes_it(mongo_client[name]):
+        used_databases.append(name)
+    else:
+        mongo_client.drop_database(name)
+
+
+def as_a_store_makes_it(database: Database[dict[str, Any]]) -> bool:
+    """Whether there is nothing beside the collections of a store, with their indexes."""
+    return all(
+        name in COLLECTIONS
+        and database[name].index_information().keys() == {"_id_", "gsession_expiry"}
+        for name in database.list_collection_names()
+    )
+
+
+@pytest.fixture(scope="session")
+def used_databases(mongo_client: "MongoClient[dict[str, Any]]") -> Iterator[deque[str]]:
+    """Databases for `emptied_mongodb_url`; the one that was used last is the last to be taken."""
+    names: deque[str] = deque()
+    yield names
+    for name in names:
+        mongo_client.drop_database(name)
+
+
 @pytest.fixture(scope="session")
 def redis_client() -> Iterator[Redis]:
     """A client of the shared Redis server, to look at what a store did."""
@@ -135,7 +179,7 @@ def mongo_client() -> "Iterator[MongoClient[dict[str, Any]]]":
         if isinstance(server, MongoServer):
             # Making an index and dropping a database wait for the next flush of the journal, which
             # is up to 100 ms away. A write that asks for the journal is flushed at once as ever.
-            client.admin.command("setParameter", 1, journalCommitInterval=10)
+            client.admin.command("setParameter", 1, journalCommitInterval=50)
         yield client
 
 

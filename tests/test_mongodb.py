@@ -29,7 +29,6 @@ from flask_gsession.stores.base import Checks, Clock, new_version
 from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.testing import FakeClock, StoreContract, a_record
 from tests.apps import Site, SiteMaker, hasty
-from tests.servers import with_database
 from tests.topologies import HOST, MongoAuthTLS, MongoReplicaSet, until
 
 pytest_plugins = ["tests.topologies"]
@@ -56,7 +55,7 @@ def replica_set(mongo_replica_set: MongoReplicaSet) -> Iterator[MongoReplicaSet]
 @pytest.fixture(
     params=["replica set", "majority reads", "linearizable reads", "least rights and TLS"]
 )
-def url(request: pytest.FixtureRequest, store_prefix: str) -> str:
+def url(request: pytest.FixtureRequest) -> str:
     """MongoDB in each manner in turn."""
     if request.param == "least rights and TLS":
         server: MongoAuthTLS = request.getfixturevalue("mongo_auth_tls")
@@ -64,7 +63,7 @@ def url(request: pytest.FixtureRequest, store_prefix: str) -> str:
     replica_set: MongoReplicaSet = request.getfixturevalue("mongo_replica_set")
     concern = request.param.partition(" reads")[0]
     options = "" if request.param == "replica set" else f"&readConcernLevel={concern}"
-    return with_database(replica_set.url, store_prefix.strip(":")) + options
+    return replica_set.url + options
 
 
 class TestContract(StoreContract):
