@@ -22,7 +22,8 @@ from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, a_blob, a_pointer, a_record
 from tests.apps import Site, SiteMaker
-from tests.test_command import Console, down
+from tests.console import Console
+from tests.test_command import down
 from tests.test_docs import FOLDER_STORE
 
 __all__ = ["down"]

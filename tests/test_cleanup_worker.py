@@ -31,7 +31,7 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, a_record
 from tests.apps import Site
-from tests.test_command import ROOT, Console
+from tests.console import ROOT, Console
 from tests.test_docs import FOLDER_STORE
 from tests.test_workers import Gunicorn
 from tests.topologies import until

@@ -26,45 +26,17 @@ from flask_gsession.cli import gsession
 from flask_gsession.codec import Codec
 from flask_gsession.contrib.ratelimit import SessionLimits
 from flask_gsession.errors import LogoutUnconfirmed, UnreadableRecord
-from flask_gsession.events import SessionDestroyed, SessionRevoked
-from flask_gsession.stores import Record, Store
+from flask_gsession.events import SessionRevoked
+from flask_gsession.stores import Record
 from flask_gsession.stores.base import Page
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore, a_record
 from tests.apps import Site
+from tests.console import ROOT, Console
 from tests.servers import free_port
 from tests.test_docs import FOLDER_STORE
 
-ROOT = Path(__file__).parent.parent
 SECRET = "a canary that nobody may see"
-
-
-class Console:
-    """An administrator of an application on the store of a site, or on one given."""
-
-    def __init__(self, store: Store | str, **settings: Any) -> None:
-        self.app = Flask(__name__)
-        self.app.secret_key = "a key for tests"
-        self.ext = Session(self.app, store=store, **settings)
-        self.events: list[str] = []
-        self.ext.on(SessionDestroyed, lambda event: self.events.append(event.handle))
-
-    def run(self, *words: str, **options: Any) -> Result:
-        """What came of `flask gsession` with these words."""
-        return self.app.test_cli_runner().invoke(gsession, list(words), **options)
-
-    def done(self, *words: str, **options: Any) -> str:
-        """What it printed, and it ended with 0."""
-        result = self.run(*words, **options)
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    def failed(self, *words: str, status: int = 1, **options: Any) -> str:
-        """What it complained of."""
-        result = self.run(*words, **options)
-        assert result.exit_code == status, result.output
-        assert not isinstance(result.exception, Exception) or result.exception is None
-        return result.stderr
 
 
 @pytest.fixture
@@ -92,7 +64,7 @@ def test_nobody_takes_what_it_prints(sqlite_url: str, target: str, why: str) -> 
         session["a"] = 1
     code = (
         "import sys; from flask.cli import ScriptInfo; "
-        "from tests.test_command import Console, gsession; "
+        "from tests.console import Console, gsession; "
         "console = Console(sys.argv[1]); "
         "info = ScriptInfo(create_app=lambda: console.app); "
         "gsession.main(['list'], 'gsession', obj=info)"
@@ -707,7 +679,7 @@ def on_a_terminal(url: str, *words: str, **variables: str) -> str:
     """What a real process prints on a terminal, and it ended with 0."""
     code = (
         "import json, os, sys\n"
-        "from tests.test_command import Console\n"
+        "from tests.console import Console\n"
         "settings = json.loads(os.environ.get('SETTINGS', '{}'))\n"
         "console = Console(sys.argv.pop(1), **settings)\n"
         "console.app.secret_key = os.environ.get('KEY', console.app.secret_key)\n"

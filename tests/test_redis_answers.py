@@ -19,8 +19,8 @@ from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.testing import FakeClock, HookedStore, a_blob, a_pointer, a_record
 from tests.apps import Site, within
 from tests.conftest import PATIENT_WAITER
+from tests.console import Console
 from tests.servers import RedisServer
-from tests.test_command import Console
 from tests.test_redis_servers import OnServers
 from tests.topologies import HOST, RedisACL, RedisCluster, RedisSentinels, until
 

@@ -36,8 +36,8 @@ from flask_gsession.stores.redis_cluster import Cluster
 from flask_gsession.stores.redis_pool import Slot, packed
 from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_pointer, a_record
 from tests.apps import Site, hasty, within
+from tests.console import Console
 from tests.servers import RedisServer, free_port
-from tests.test_command import Console
 from tests.topologies import (
     HOST,
     RedisACL,

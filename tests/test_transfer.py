@@ -26,8 +26,9 @@ from flask_gsession.stores.base import Page, new_version
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site, SiteMaker
+from tests.console import ROOT, Console
 from tests.test_cleanup import FOLDER_STORE
-from tests.test_command import ROOT, Console, down
+from tests.test_command import down
 
 __all__ = ["down"]
 
@@ -468,7 +469,7 @@ def test_an_import_beside_a_request(exported: Path, clock: FakeClock) -> None:
 
 EXPORT = """
 import sys, time
-from tests.test_command import Console
+from tests.console import Console
 from flask_gsession.stores.sqlite import SQLiteStore
 
 class Slow(SQLiteStore):
@@ -551,7 +552,7 @@ def test_an_export_that_is_taken_for_a_leftover(
 
 SLOW = """
 import signal, sys, time
-from tests.test_command import Console
+from tests.console import Console
 from flask_gsession.stores.sqlite import SQLiteStore
 
 class Slow(SQLiteStore):
