@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -799,6 +800,20 @@ def test_a_file_that_was_deleted(
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         idle.execute("SELECT 1")
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_system_on_which_folders_cannot_be_locked(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EBADF, "as NFS does")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    store = sqlite.SQLiteStore(tmp_path / "new" / "sessions.sqlite3", StoreOptions(clock=clock))
+    record = a_record(clock)
+    store.create(record)
+    assert store.load(record.key) == record
+    store.close()
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -134,6 +134,25 @@ def _in_child() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Of all processes one at a time; False where this cannot be had."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # not on every file system
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)
 
 
 class SQLiteStore:
@@ -652,18 +671,15 @@ class SQLiteStore:
         """
         folder = self.path.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of all processes one removes, and makes
+        with _alone_in(folder) as alone, _FILES:
+            if self.path.exists():
+                return
+            for left in ("-wal", "-shm") if alone else ():
+                Path(f"{self.path}{left}").unlink(missing_ok=True)
             # Only ever on a file that no connection of this process has open: closing any
             # descriptor of a file drops all locks that the process holds on it.
-            with _FILES:
-                if not self.path.exists():
-                    for left in ("-wal", "-shm"):
-                        Path(f"{self.path}{left}").unlink(missing_ok=True)
-                    os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        finally:
-            os.close(lock)
+            with suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         (application_id,) = db.execute("PRAGMA application_id").fetchone()
