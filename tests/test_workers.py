@@ -230,7 +230,7 @@ GTHREAD = ("--worker-class", "gthread", "--threads", "4")
 GEVENT = ("--worker-class", "gevent")
 SETUPS = [
     *(Setup(store, workers) for workers in (2, 4) for store in STORES),
-    *(Setup(store, 2, GTHREAD) for store in ("sqlite", "redis")),
+    *(Setup(store, 2, GTHREAD) for store in STORES),
     *(Setup(store, 2, GEVENT) for store in STORES),
     *(Setup(store, 2, ("--preload",), warm=True) for store in STORES),
 ]
