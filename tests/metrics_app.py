@@ -3,6 +3,7 @@
 import os
 
 from flask import Flask, g, request
+from prometheus_flask_exporter.multiprocess import GunicornInternalPrometheusMetrics
 from redis import Redis
 
 from examples.shop.app import create_app as create_demo
@@ -13,9 +14,9 @@ from tests.workers_app import create_app as create_workers_app
 
 
 def create_app() -> Flask:
-    """The application of test_workers.py, counted."""
+    """The application of test_workers.py, counted beside what it counts itself."""
     app = create_workers_app()
-    SessionMetrics(app, count_every=0.2)
+    SessionMetrics(app, GunicornInternalPrometheusMetrics(app), count_every=0.2)
     return app
 
 

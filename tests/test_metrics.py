@@ -33,6 +33,7 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 from flask_gsession.tokens import session_key
 from tests.apps import Site, SiteMaker
+from tests.servers import free_port
 from tests.test_workers import Gunicorn
 from tests.topologies import until
 
@@ -524,6 +525,18 @@ def test_a_missing_package_is_named(module: str, package: str, extra: str) -> No
     assert package in last
 
 
+# The page of the application's own exporter beside that of its own server, and the hook.
+EXPORTER = """
+from prometheus_flask_exporter.multiprocess import GunicornPrometheusMetrics
+
+def when_ready(server):
+    GunicornPrometheusMetrics.start_http_server_when_ready({port}, "127.0.0.1")
+
+def child_exit(server, worker):
+    GunicornPrometheusMetrics.mark_process_dead_on_child_exit(worker.pid)
+"""
+
+
 def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: str) -> None:
     figures = tmp_path / "figures"
     figures.mkdir()
@@ -532,9 +545,13 @@ def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: s
         "WORKERS_PREFIX": store_prefix,
         "PROMETHEUS_MULTIPROC_DIR": str(figures),
     }
-    app = "tests.metrics_app:create_app()"
-    with Gunicorn(tmp_path, workers=2, environment=environment, app=app) as server:
+    app, port = "tests.metrics_app:create_app()", free_port()
+    exporter = EXPORTER.format(port=port)
+    with Gunicorn(
+        tmp_path, workers=2, environment=environment, app=app, configuration=exporter
+    ) as server:
         url = f"http://127.0.0.1:{server.port}"
+        pages = [f"{url}/metrics", f"http://127.0.0.1:{port}/"]
         workers = set()
         made = 0
         while len(workers) < 2 or made < 20:
@@ -542,18 +559,21 @@ def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: s
             workers.add(answer.headers["X-Worker"])
             made += 1
 
-        def read_page() -> Figures:
-            return parsed(requests.get(f"{url}/metrics", timeout=60).text)
+        def read_page(page: str = pages[0]) -> Figures:
+            return parsed(requests.get(page, timeout=60).text)
 
-        def all_there() -> bool:
-            page = read_page()
+        def all_there(where: str) -> bool:
+            page = read_page(where)
             return (
                 figure(page, "sessions_total", event="created") == made
                 and figure(page, "operations_total", operation="create", status="ok") == made
                 and figure(page, "request_seconds_count", endpoint="login") == made
             )
 
-        until(all_there, "the figures of all requests")
+        for where in pages:
+            until(lambda where=where: all_there(where), "the figures of all requests")
+            theirs = f'flask_http_request_total{{method="POST",status="200"}} {made}.0'
+            assert theirs in requests.get(where, timeout=60).text.splitlines()
 
         def counted() -> bool:
             return read_page().get("gsession_sessions_live{'session': 'session'}") == made

@@ -60,6 +60,7 @@ class Gunicorn:
     :param workers: how many.
     :param environment: what tests/workers_app.py reads; the instance folder is added.
     :param app: another application than that one.
+    :param configuration: more for gunicorn's configuration file.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Gunicorn:
         workers: int,
         environment: dict[str, str],
         app: str = "tests.workers_app:create_app()",
+        configuration: str = "",
     ) -> None:
         self.workers = workers
         self._app = app
@@ -76,7 +78,7 @@ class Gunicorn:
         self._ready = folder / "ready"
         self._log = folder / "gunicorn.log"
         config = folder / "gunicorn.conf.py"
-        config.write_text(CONFIGURATION.format(path=str(self._ready)))
+        config.write_text(CONFIGURATION.format(path=str(self._ready)) + configuration)
         self._command = [
             *(sys.executable, "-m", "gunicorn", "--config", str(config)),
             *("--chdir", str(ROOT), "--workers", str(workers), "--graceful-timeout", "30"),
