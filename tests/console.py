@@ -5,6 +5,10 @@ Such a process imports this file and what the command needs, and nothing that py
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +49,49 @@ class Console:
         assert result.exit_code == status, result.output
         assert not isinstance(result.exception, Exception) or result.exception is None
         return result.stderr
+
+
+SLOW = """
+import signal, sys, time
+from flask_gsession.cli import gsession
+from flask_gsession.stores import StoreOptions, open_store
+from tests.console import Console
+
+url, prefix, operation, calls = sys.argv[1:5]
+del sys.argv[1:5]
+store = open_store(url, StoreOptions(prefix, timeout=10))[0]
+call, left = getattr(store, operation), int(calls)
+
+def slow(*arguments, **options):
+    global left
+    if not left:
+        print("there", flush=True)
+        time.sleep(120)  # until it is struck
+    left -= 1
+    return call(*arguments, **options)
+
+setattr(store, operation, slow)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+with Console(store).app.app_context():
+    gsession()
+"""
+
+
+def struck(
+    url: str, prefix: str, how: signal.Signals, operation: str, calls: int, *words: str
+) -> str:
+    """What `flask gsession` with these words said in a process that a signal struck.
+
+    That is after so many calls of an operation of the store.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, url, prefix, operation, str(calls), *words],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(how)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == (130 if how is signal.SIGINT else -how)
+    return complaint

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -21,8 +23,8 @@ from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, a_blob, a_pointer, a_record
-from tests.apps import Site, SiteMaker
-from tests.console import Console
+from tests.apps import PATIENCE, Site, SiteMaker
+from tests.console import Console, struck
 from tests.test_command import down
 from tests.test_docs import FOLDER_STORE
 
@@ -345,6 +347,31 @@ def test_an_interrupted_one_goes_on(failure: BaseException, status: int) -> None
     store.at = -1
     assert "6 orphaned locks removed" in console.done("cleanup", "--cursor", "4")
     assert store.parts == list(range(10))
+
+
+def test_a_real_process_that_is_struck(
+    redis_client: Redis, redis_url: str, store_prefix: str
+) -> None:
+    for number in range(40):
+        redis_client.set(f"{store_prefix}{{{number:043}}}:lock", "nobody 1 1\n", ex=3600)
+    words = "cleanup", "--batch", "10"
+    complaint = struck(redis_url, store_prefix, signal.SIGINT, "tidy", 2, *words)
+    found = re.search(
+        r"interrupted after .+ (\d+) orphaned locks? removed \(--cursor (\S+) goes", complaint
+    )
+    assert found is not None, complaint
+    left = 40 - int(found[1])
+    assert len(list(redis_client.scan_iter(f"{store_prefix}*"))) == left
+    store: Any = RedisStore(redis_url, StoreOptions(store_prefix, timeout=PATIENCE))
+    tidy, cursors = store.tidy, []
+    store.tidy = lambda cursor, *rest, **more: (
+        cursors.append(cursor),
+        tidy(cursor, *rest, **more),
+    )[1]
+    assert f"{left} orphaned lock" in Console(store).done(*words, "--cursor", found[2])
+    assert cursors[0] == found[2]
+    assert not list(redis_client.scan_iter(f"{store_prefix}*"))
+    store.close()
 
 
 def test_a_cursor_that_is_none(redis_url: str) -> None:

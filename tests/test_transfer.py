@@ -26,7 +26,7 @@ from flask_gsession.stores.base import Page, new_version
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site, SiteMaker
-from tests.console import ROOT, Console
+from tests.console import ROOT, Console, struck
 from tests.test_cleanup import FOLDER_STORE
 from tests.test_command import down
 
@@ -550,49 +550,30 @@ def test_an_export_that_is_taken_for_a_leftover(
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-SLOW = """
-import signal, sys, time
-from tests.console import Console
-from flask_gsession.stores.sqlite import SQLiteStore
-
-class Slow(SQLiteStore):
-    def create(self, record):
-        super().create(record)
-        print("created", flush=True)
-        self.created = getattr(self, "created", 0) + 1
-        if self.created == 5:
-            time.sleep(120)  # until it is struck
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-console = Console(Slow(sys.argv.pop(1)))
-from flask_gsession.cli import gsession
-with console.app.app_context():
-    gsession()
-"""
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_real_process_that_is_struck(tmp_path: Path, file: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("to", "how"),
+    [
+        ("sqlite", signal.SIGINT),
+        ("sqlite", signal.SIGKILL),
+        ("redis", signal.SIGINT),
+        ("mongodb", signal.SIGINT),
+    ],
+)
+def test_a_real_process_that_is_struck(
+    request: pytest.FixtureRequest, store_prefix: str, file: Path, to: str, how: signal.Signals
+) -> None:
     source = Site("memory://", "", time.time)
     for number in range(100):
         source.visitor().run(lambda session, n=number: session.update(n=n))
     console_of(source).done("export", str(file))
-    path = tmp_path / "target.sqlite3"
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(path), "import", str(file)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        for _ in range(5):
-            assert process.stdout.readline() == b"created\n"
-        process.send_signal(how)
-        _, complaint = process.communicate(timeout=60)
+    url = request.getfixturevalue(f"{to}_url")
+    complaint = struck(url, store_prefix, how, "create", 5, "import", str(file))
     if how is signal.SIGINT:
-        assert process.returncode == 130
-        assert b"--skip" in complaint
-    console = Console(f"sqlite:///{path}")
-    report = json.loads(console.done("import", str(file), "--json"))["records"]
-    assert report["there already"] >= 5
-    assert report["imported"] + report["there already"] == 100
-    assert report["imported"] > 0
+        assert "--skip" in complaint
+    with SiteMaker(url, store_prefix, time.time) as make:
+        console = console_of(make())
+        report = json.loads(console.done("import", str(file), "--json"))["records"]
+        assert report["there already"] >= 5
+        assert report["imported"] + report["there already"] == 100
+        assert report["imported"] > 0
+        assert len(make().stored()) == 100
