@@ -489,7 +489,8 @@ class Lifecycle:
     def _save_and_close(self) -> None:
         """Store what this request changed, and accept no more writes."""
         closed, self._closed = self._closed, True
-        if self._opened and not closed:
+        # A transaction that another thread is in the middle of stores itself, or nothing.
+        if self._opened and not closed and not self._in_transaction:
             with self._turn:
                 try:
                     self._commit()

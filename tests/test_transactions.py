@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import flask
 import pytest
 
 from flask_gsession import (
@@ -247,6 +248,32 @@ def test_what_cannot_be_undone_is_refused(act: Any, site: Site) -> None:
 
     visitor.run(view)
     assert visitor.run(dict) == {"a": 1, "b": 1, "after": 1}
+
+
+def test_the_end_of_the_request_stores_no_half_of_a_transaction(site: Site) -> None:
+    """As one that another thread is in the middle of: it stores what it did itself, or nothing."""
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    begun, saved = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with flask.session.transaction():  # type: ignore[attr-defined]
+            flask.session["a"] = 2
+            begun.set()
+            assert saved.wait(30)
+
+    def view(session: Any) -> threading.Thread:
+        session["before"] = True
+        thread = threading.Thread(target=flask.copy_current_request_context(work))
+        thread.start()
+        assert begun.wait(30)
+        return thread
+
+    thread = visitor.run(view)
+    assert visitor.run(dict) == {"a": 1, "before": True}
+    saved.set()
+    thread.join()
+    assert visitor.run(dict) == {"a": 2, "before": True}
 
 
 def test_a_lost_answer_is_not_written_again(site: Site) -> None:
