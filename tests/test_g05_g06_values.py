@@ -18,6 +18,7 @@ import pytest
 from markupsafe import Markup
 
 from flask_gsession import SessionTooLarge, UnsupportedType, ValueRefused
+from flask_gsession.testing import FakeClock
 from tests.apps import Site, SiteMaker
 
 VALUES: dict[str, object] = {
@@ -165,7 +166,7 @@ TOO_LARGE: dict[str, Any] = {
     "a hundred": lambda session: session.update({str(n): "x" * 16_000 for n in range(100)}),
     "a key of 1 MB": lambda session: session.update({"x" * 1_100_000: 1}),
     "many keys": lambda session: session.update({str(n): n for n in range(2000)}),
-    "a million keys": lambda session: session.update(dict.fromkeys(map(str, range(1_000_000)))),
+    "very many keys": lambda session: session.update(dict.fromkeys(map(str, range(50_000)))),
     "many keys, one of them large": lambda session: session.update(
         {str(n): n for n in range(2000)}, key=b"x" * 100_000
     ),
@@ -242,6 +243,17 @@ def test_a_session_that_is_too_large_stops_the_response(site: Site) -> None:
         limit = "MAX_KEYS" if " keys" in what else limit
         assert f"SESSION_{limit} allows" in str(error), what
         assert len(str(error)) < 500, what
+
+
+def test_a_million_keys_stop_the_response(store_prefix: str, clock: FakeClock) -> None:
+    """They are counted before any store hears of them."""
+    with Site("memory://", store_prefix, clock) as site:
+        error = refused_at_the_end(
+            site, lambda session: session.update(dict.fromkeys(map(str, range(1_000_000))))
+        )
+    assert type(error) is SessionTooLarge
+    assert "SESSION_MAX_KEYS allows" in str(error)
+    assert len(str(error)) < 500
 
 
 def test_a_session_of_17_mb_stops_the_response(make_site: SiteMaker) -> None:
