@@ -343,7 +343,7 @@ class RedisSentinels(Topology):
 class ClusterNode(RedisMember):
     """A Redis server that is part of a cluster."""
 
-    NODE_TIMEOUT = 1000  # milliseconds without an answer until the others take it for dead
+    NODE_TIMEOUT = 2000  # milliseconds without an answer until the others take it for dead
 
     def _free_port(self) -> int:
         # The nodes talk to each other at the port plus 10000. That one must be free, and is
