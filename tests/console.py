@@ -66,7 +66,8 @@ def slow(*arguments, **options):
     global left
     if not left:
         print("there", flush=True)
-        time.sleep(120)  # until it is struck
+        while True:  # until it is struck; one long sleep would miss what strikes just before it
+            time.sleep(0.05)
     left -= 1
     return call(*arguments, **options)
 
