@@ -107,7 +107,13 @@ def _text(pattern: Callable[[str], bool], allowed: str) -> Callable[[Any], str]:
 
 
 def _optional(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else inner(value)
+    def check(value: Any) -> Any:
+        try:
+            return None if value is None else inner(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or None") from None
+
+    return check
 
 
 def _flag(value: Any) -> bool:
@@ -212,7 +218,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "token_factory": ("SESSION_TOKEN_FACTORY", _optional(_callable)),
     "token_header": (
         "SESSION_TOKEN_HEADER",
-        _optional(_text(lambda v: 0 < len(v) <= 100 and _token_text(v), "a header name, or None")),
+        _optional(_text(lambda v: 0 < len(v) <= 100 and _token_text(v), "a header name")),
     ),
     "idle_timeout": ("SESSION_IDLE_TIMEOUT", _seconds(1, _FOREVER)),
     "absolute_timeout": ("SESSION_ABSOLUTE_TIMEOUT", _seconds(1, _FOREVER)),
@@ -228,10 +234,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_bytes": ("SESSION_MAX_BYTES", _integer(256, _MAX_BYTES_LIMIT, "bytes")),
     "max_keys": ("SESSION_MAX_KEYS", _integer(1, 1_000_000, "keys")),
     "max_depth": ("SESSION_MAX_DEPTH", _integer(1, 200, "levels")),
-    "spill_bytes": (
-        "SESSION_SPILL_BYTES",
-        _optional(_integer(256, _MAX_BYTES_LIMIT, "bytes, or None")),
-    ),
+    "spill_bytes": ("SESSION_SPILL_BYTES", _optional(_integer(256, _MAX_BYTES_LIMIT, "bytes"))),
     "spill_store": ("SESSION_SPILL_STORE", lambda value: value),
     "max_value_bytes": ("SESSION_MAX_VALUE_BYTES", _integer(256, 256 * 1024 * 1024, "bytes")),
     "encryption_keys": ("SESSION_ENCRYPTION_KEYS", _encryption_keys),
@@ -261,8 +264,18 @@ _FLASK_SESSIONS = {
     "SESSION_TYPE": "SESSION_STORE",
     "SESSION_REDIS": "SESSION_STORE",
     "SESSION_MONGODB": "SESSION_STORE",
+    "SESSION_MONGODB_DB": "the database in the URL of SESSION_STORE",
+    "SESSION_MONGODB_COLLECT": "SESSION_KEY_PREFIX, to share a store",
+    "SESSION_MEMCACHED": "SESSION_STORE",
     "SESSION_SQLALCHEMY": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_TABLE": "SESSION_STORE",
+    "SESSION_DYNAMODB": "SESSION_STORE",
+    "SESSION_DYNAMODB_TABLE": "SESSION_STORE",
     "SESSION_CACHELIB": "SESSION_STORE",
+    "SESSION_FILE_DIR": "SESSION_STORE",
+    "SESSION_FILE_MODE": "nothing: files are readable for their owner only",
+    "SESSION_FILE_THRESHOLD": "nothing: what is live is never removed",
+    "SESSION_CLEANUP_N_REQUESTS": "CleanupWorker",
     "SESSION_PERMANENT": "session.permanent",
     "SESSION_USE_SIGNER": "nothing: tokens are always signed",
     "SESSION_SERIALIZATION_FORMAT": "nothing: values keep their types",
@@ -273,7 +286,8 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
     """The settings of ``app``, with ``overrides`` (field names) before ``app.config``.
 
     Raises ``SettingError`` that names the key, the value (never of a secret one) and what is
-    allowed. Warns about unknown ``SESSION_*`` keys that look like a known one.
+    allowed. Warns about unknown ``SESSION_*`` keys that look like a known one or are
+    Flask-Session's.
     """
     unknown = set(overrides) - set(_CHECKS)
     if unknown:
@@ -381,7 +395,7 @@ def _check_cookie(app: Flask, name: str) -> None:
 def _warn_unknown(app: Flask) -> None:
     known = {key for key, _ in _CHECKS.values()} | _FLASKS_OWN
     for key in app.config:
-        if not key.startswith("SESSION_") or key in known:
+        if not key.startswith(("SESSION_", "PERMANENT_SESSION_")) or key in known:
             continue
         if key in _FLASK_SESSIONS:
             hint = f"; it is a Flask-Session setting, here use {_FLASK_SESSIONS[key]}"

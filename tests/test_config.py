@@ -756,9 +756,12 @@ def test_a_missing_driver_is_named_with_its_extra(tmp_path: Path) -> None:
         ("SESSION_STORES", "did you mean SESSION_STORE?"),
         ("SESSION_ENCRYPTION_KEY", "did you mean SESSION_ENCRYPTION_KEYS?"),
         ("SESSION_COOKIE_SAMSITE", "did you mean SESSION_COOKIE_SAMESITE?"),
+        ("PERMANENT_SESSION_LIFETIM", "did you mean PERMANENT_SESSION_LIFETIME?"),
         ("SESSION_TYPE", "Flask-Session setting, here use SESSION_STORE"),
         ("SESSION_REDIS", "Flask-Session setting, here use SESSION_STORE"),
         ("SESSION_MONGODB", "Flask-Session setting, here use SESSION_STORE"),
+        ("SESSION_MONGODB_DB", "Flask-Session setting, here use the database in the URL"),
+        ("SESSION_FILE_DIR", "Flask-Session setting, here use SESSION_STORE"),
         ("SESSION_PERMANENT", "Flask-Session setting, here use session.permanent"),
         ("SESSION_USE_SIGNER", "Flask-Session setting, here use nothing"),
     ],
@@ -772,6 +775,11 @@ def test_an_unknown_key_that_looks_like_a_known_one_is_warned_about(key: str, hi
     assert hint in message
     assert PASSWORD not in message
     assert warned[0].filename == __file__
+
+
+def test_a_message_tells_that_none_is_allowed() -> None:
+    with pytest.raises(SettingError, match=r"0 to 3600 seconds, or None$"):
+        Session(an_app(SESSION_LOCK_WARN="x"))
 
 
 def test_other_keys_are_nobodys_business() -> None:

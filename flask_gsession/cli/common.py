@@ -51,7 +51,8 @@ def chosen(cookie: str | None) -> GSessionInterface:
     if cookie is None and len(by_name) == 1:
         (cookie,) = by_name
     if cookie not in by_name:
-        raise click.UsageError(f"Say which session: --session {' | '.join(by_name)}")
+        wrong = "Say which session" if cookie is None else f"No session has the cookie {cookie!r}"
+        raise click.UsageError(f"{wrong}: --session {' | '.join(by_name)}")
     interface = by_name[cookie]
     if isinstance(interface.store, MemoryStore):
         click.echo("The memory store is this process's own: of others nothing is seen.", err=True)

@@ -37,7 +37,12 @@ class Span(click.ParamType[int]):
 )
 @click.argument("handle")
 @click.option(
-    "--for", "span", type=Span(), default="10m", show_default=True, help="For how long: 30s, 2h."
+    "--for",
+    "span",
+    type=Span(),
+    default="10m",
+    show_default=True,
+    help="For how long: 30s, 2h, at most 1d.",
 )
 @click.option("--off", is_flag=True, help="End it now.")
 @session_option

@@ -58,7 +58,11 @@ _HANDLES = {"ignore_unknown_options": True}
 @json_option
 @with_appcontext
 def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
-    """List the sessions there are: handle, times, size. With --json one object a line."""
+    """List the sessions there are.
+
+    In a pipe each line has the handle, when the session was created, when its idle and its
+    absolute timeout end it, and its bytes. With --json it is an object.
+    """
     interface = chosen(cookie)
     if limit is None and is_terminal() and not as_json:
         limit = _SHOWN
