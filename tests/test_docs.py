@@ -7,8 +7,10 @@ import importlib
 import importlib.util
 import logging
 import re
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -348,6 +350,9 @@ def test_large_values(run: Run) -> None:
     assert (part.status_code, part.data) == (206, photo[300_000:300_010])
     unchanged = client.get("/photo", headers={"If-None-Match": whole.headers["ETag"]})
     assert (unchanged.status_code, unchanged.data) == (304, b"")
+    with closing(sqlite3.connect(Path(names.app.instance_path) / "gsession.sqlite3")) as file, file:
+        file.execute("DELETE FROM gsession_frame")
+    assert client.get("/photo").status_code == 404
 
 
 def test_typed_keys(run: Run) -> None:
