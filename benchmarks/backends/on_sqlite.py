@@ -6,8 +6,9 @@ import gc
 import shutil
 import sqlite3
 import tempfile
+import weakref
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -34,9 +35,11 @@ class SqliteBackend:
 
     def flask_session(self, app: Flask) -> None:
         app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{self._directory / 'theirs.sqlite3'}"
-        app.config["SESSION_SQLALCHEMY"] = SQLAlchemy(app)
+        app.config["SESSION_SQLALCHEMY"] = database = SQLAlchemy(app)
         app.config["SESSION_TYPE"] = "sqlalchemy"
         FlaskSession(app)
+        with app.app_context():
+            self._opened.callback(database.engine.dispose)
 
     def ours(self, app: Flask) -> None:
         session = Session(app, store=f"sqlite:///{self._directory / 'ours.sqlite3'}")
@@ -84,7 +87,8 @@ class BareSqlite:
 
     def __init__(self, ours: Path, copy: Path) -> None:
         self._database = sqlite3.connect(copy, isolation_level=None)
-        with sqlite3.connect(ours) as source:
+        weakref.finalize(self, self._database.close)
+        with closing(sqlite3.connect(ours)) as source:
             source.backup(self._database)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = NORMAL")

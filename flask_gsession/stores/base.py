@@ -78,8 +78,22 @@ def _close_in(pid: int, close: Callable[[], object]) -> None:
         close()
 
 
+class _Offer(type(Protocol)):  # type: ignore[misc]
+    """What ``isinstance`` says of a store: whether it has the methods, also those it passes on.
+
+    From Python 3.12 on, a ``runtime_checkable`` protocol does not see what ``__getattr__`` gives,
+    and a store inside a wrapper would silently lose all it can do.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if Protocol not in cls.__bases__:
+            return bool(super().__instancecheck__(instance))
+        names = {name for base in cls.__mro__[:-1] for name in vars(base) if name[0] != "_"}
+        return all(getattr(instance, name, None) is not None for name in names)
+
+
 @runtime_checkable
-class Store(Protocol):
+class Store(Protocol, metaclass=_Offer):
     """The contract. Each method is one atomic step and takes one total time budget.
 
     Every method may raise ``StoreUnavailable``, never a driver's own error. All of them are safe
@@ -137,7 +151,7 @@ def unexpired(store: Store, key: str, now: int) -> Record | None:
 
 
 @runtime_checkable
-class Sweeps(Protocol):
+class Sweeps(Protocol, metaclass=_Offer):
     """A store that must remove expired records itself."""
 
     def sweep(self, limit: int) -> int:
@@ -145,7 +159,7 @@ class Sweeps(Protocol):
 
 
 @runtime_checkable
-class Counts(Protocol):
+class Counts(Protocol, metaclass=_Offer):
     """A store that can say how many sessions there are, without looking at all of them."""
 
     def count(self) -> int:
@@ -168,7 +182,7 @@ class Page(NamedTuple):
 
 
 @runtime_checkable
-class Scans(Protocol):
+class Scans(Protocol, metaclass=_Offer):
     """A store that can go through its records, whichever and however many it has."""
 
     def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
@@ -208,7 +222,7 @@ LOST_EXPIRY = 400 * 86_400_000
 
 
 @runtime_checkable
-class Tidies(Protocol):
+class Tidies(Protocol, metaclass=_Offer):
     """A store in which things can stay that nobody reads any more."""
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
@@ -219,7 +233,7 @@ class Tidies(Protocol):
 
 
 @runtime_checkable
-class Blobs(Protocol):
+class Blobs(Protocol, metaclass=_Offer):
     """A place for large values: blobs under random names, written and read in frames.
 
     A blob never changes once it is written, and its name is never used again. It ends by its own
@@ -268,7 +282,7 @@ class Finding(NamedTuple):
 
 
 @runtime_checkable
-class Checks(Protocol):
+class Checks(Protocol, metaclass=_Offer):
     """A store that can say how its server is set up."""
 
     def check(self) -> list[Finding]:
