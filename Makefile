@@ -11,7 +11,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench faults rules dashboard docs redis chromium prometheus clean
+.PHONY: help demo test lint bench faults rules dashboard docs servers chromium prometheus clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,7 +25,6 @@ EXTRAS_shop := [typed]
 EXTRAS_shop-redis := [typed,redis]
 EXTRAS_shop-mongodb := [typed,mongodb]
 EXTRAS_test := [test,bench]
-EXTRAS_bench := [test,bench]
 EXTRAS_docs := [docs]
 
 $(PY):
@@ -52,7 +51,7 @@ endif
 demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379, PORT=5055
 	@$(PY) -m examples.shop --port $(PORT)
 
-test: $(VENV)/with-test redis chromium prometheus ## Run the tests; TEST_ARGS="-k redis -x" for some of them
+test: $(VENV)/with-test servers chromium prometheus ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)
 
 lint: $(VENV)/with-test ## Check style and types
@@ -60,14 +59,14 @@ lint: $(VENV)/with-test ## Check style and types
 	$(PY) -m ruff format --check
 	$(PY) -m mypy --strict flask_gsession examples
 
-bench: $(VENV)/with-bench redis ## Measure side by side with Flask-Session
+bench: $(VENV)/with-test servers ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks
 
-faults: $(VENV)/with-bench redis ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
+faults: $(VENV)/with-test servers ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
 	$(PY) -m faults $(FAULTS_ARGS)
 	$(if $(FAULTS_ARGS),,$(PY) -m faults.cleaning)
 
-dashboard: $(VENV)/with-bench redis prometheus ## Draw the dashboard's queries from a real Prometheus
+dashboard: $(VENV)/with-test servers prometheus ## Draw the dashboard's queries from a real Prometheus
 	$(PY) -m benchmarks.dashboard
 
 rules: prometheus ## Check the alert rules, with Prometheus' own promtool
@@ -78,8 +77,9 @@ rules: prometheus ## Check the alert rules, with Prometheus' own promtool
 docs: $(VENV)/with-docs ## Build the documentation in docs/_build
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build
 
-redis: | $(PY)
+servers: | $(VENV)/with-test
 	@sh tests/setup_redis.sh $(PY)
+	@sh tests/setup_mongodb.sh $(PY)
 
 chromium:
 	@sh tests/setup_chromium.sh

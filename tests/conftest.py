@@ -18,7 +18,14 @@ from flask_gsession.config import Settings
 from flask_gsession.stores import StoreOptions
 from flask_gsession.testing import FakeClock
 from tests.apps import PATIENCE, Site, SiteMaker
-from tests.servers import MongoServer, RedisServer, mongo_server, redis_server, with_database
+from tests.servers import (
+    MongoServer,
+    OldestRedisServer,
+    RedisServer,
+    mongo_server,
+    redis_server,
+    with_database,
+)
 
 # A deadline in milliseconds says nothing about code that waits for a real server, nor does how long
 # it takes to draw an example, of a busy machine.
@@ -187,6 +194,13 @@ def mongo_client() -> "Iterator[MongoClient[dict[str, Any]]]":
 def own_redis() -> Iterator[RedisServer]:
     """A Redis server of the test module's own, to pause and kill. Leave it running."""
     with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def oldest_redis() -> Iterator[OldestRedisServer]:
+    """As `own_redis`, of the oldest version that is supported."""
+    with OldestRedisServer() as server:
         yield server
 
 

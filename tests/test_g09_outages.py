@@ -488,7 +488,8 @@ def test_a_redis_without_enough_replicas(own_redis: RedisServer, redis_admin: An
         redis_admin.config_set("min-replicas-to-write", 1)
         try:
             assert served(visitor, dict) == {"a": 0}
-            assert_unavailable(ask_in_time(visitor, WRITE))
+            if int(redis_admin.info("server")["redis_version"].partition(".")[0]) >= 7:
+                assert_unavailable(ask_in_time(visitor, WRITE))  # before, scripts went unasked
             assert_unavailable(ask_in_time(site.visitor(), WRITE))
         finally:
             redis_admin.config_set("min-replicas-to-write", 0)
@@ -499,7 +500,7 @@ def test_a_full_redis(own_redis: RedisServer, redis_admin: Any) -> None:
     with site_on(own_redis) as site:
         visitor = served_with(site, a=0)
         redis_admin.config_set("maxmemory-policy", "noeviction")
-        redis_admin.config_set("maxmemory", "1mb")
+        redis_admin.config_set("maxmemory", "100kb")
         try:
             assert served(visitor, dict) == {"a": 0}
             assert_unavailable(ask_in_time(visitor, WRITE))
@@ -515,7 +516,7 @@ def test_a_large_value_in_a_full_redis(own_redis: RedisServer, redis_admin: Any)
     with site_on(own_redis) as site:
         visitor = served_with(site, a=0, photo=b"old" * 10_000)
         redis_admin.config_set("maxmemory-policy", "noeviction")
-        redis_admin.config_set("maxmemory", "1mb")
+        redis_admin.config_set("maxmemory", "100kb")
         try:
             assert_unavailable(
                 ask_in_time(visitor, lambda s: s.attach("photo", io.BytesIO(b"new" * 200_000)))

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 from redis import Redis
+from redis.exceptions import ResponseError
 
-from flask_gsession.errors import StoreUnavailable
+from flask_gsession.errors import StoreUnavailable, UnreadableRecord
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.testing import FakeClock, HookedStore, a_blob, a_pointer, a_record
 from tests.apps import Site, within
 from tests.conftest import PATIENT_WAITER
 from tests.console import Console
-from tests.servers import RedisServer
+from tests.servers import HAS_OLDEST_REDIS, OldestRedisServer, RedisServer
 from tests.test_redis_servers import OnServers
 from tests.topologies import HOST, RedisACL, RedisCluster, RedisSentinels, until
 
@@ -404,6 +406,15 @@ def test_a_missing_or_wrong_password_is_called_so(
 # Servers in trouble ----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=[RedisServer, OldestRedisServer])
+def own_redis(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """The one that most tests have, and the oldest, which words some errors otherwise."""
+    if request.param is OldestRedisServer and not HAS_OLDEST_REDIS:
+        pytest.skip("Redis 6.2 is packaged for Linux x86-64 only")
+    with request.param() as server:
+        yield server
+
+
 @pytest.fixture
 def admin(own_redis: RedisServer) -> Iterator[Any]:
     with Redis.from_url(own_redis.url, socket_timeout=10) as client:
@@ -412,23 +423,24 @@ def admin(own_redis: RedisServer) -> Iterator[Any]:
 
 def test_loading(store_prefix: str) -> None:
     """A server that reads its file is asked again when it has."""
-    slowly = ("--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
+    # It answers after each 2 MB that it read.
+    slowly = ("--key-load-delay", "80000", "--rdbcompression", "no")
     with RedisServer(*slowly) as server:
         store = a_store(server.url, store_prefix)
         record = a_record(time.time)
         store.create(record)
         with Redis.from_url(server.url) as client:
             with client.pipeline(transaction=False) as pipe:
-                for number in range(3000):
-                    pipe.set(f"{store_prefix}{number}", "x" * 100)
+                for number in range(40):
+                    pipe.set(f"{store_prefix}{number}", "x" * 1_000_000)
                 pipe.execute()
             client.save()
         server.kill()
         server.start()
         with pytest.raises(StoreUnavailable, match="redis: GET: BusyLoadingError"):
             store.load(record.key)
-        with Redis.from_url(server.url, protocol=2) as client:
-            client.config_set("key-load-delay", 0)
+        with Redis.from_url(server.url, protocol=2) as client, suppress(ResponseError):
+            client.config_set("key-load-delay", 0)  # before Redis 7 not while it reads
         assert until(lambda: _loaded(store, record.key), "the file being read") == record
         store.close()
 
@@ -440,7 +452,38 @@ def _loaded(store: Any, key: str) -> Any:
         return None
 
 
-def test_readonly(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
+def test_another_type(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
+    store = a_store(own_redis.url, store_prefix)
+    record = a_record(time.time)
+    store.create(record)
+    (name,) = admin.scan_iter(f"{store_prefix}*")
+    admin.delete(name)
+    admin.hset(name, "user", "ada")
+    for use in (
+        lambda: store.load(record.key),
+        lambda: store.save(record, record.version),
+        lambda: store.replace(record.key, a_record(time.time), record.version, None),
+        lambda: store.delete(record.key),
+    ):
+        with pytest.raises(UnreadableRecord):
+            use()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "change"),
+    [
+        ("SET", lambda store, record: store.create(a_record(time.time))),
+        ("EVALSHA", lambda store, record: store.save(record._replace(version=1), record.version)),
+    ],
+)
+def test_readonly(
+    own_redis: RedisServer,
+    admin: Any,
+    store_prefix: str,
+    command: str,
+    change: Callable[[Any, Any], object],
+) -> None:
     """Every connection leads to a former primary: none is used again, in case it is elsewhere."""
     store = a_store(own_redis.url, store_prefix)
     record = a_record(time.time)
@@ -453,8 +496,8 @@ def test_readonly(own_redis: RedisServer, admin: Any, store_prefix: str) -> None
     assert all(connection.is_connected for connection in before)
     admin.replicaof(HOST, 1)
     try:
-        with pytest.raises(StoreUnavailable, match="redis: SET: ReadOnlyError"):
-            store.create(a_record(time.time))
+        with pytest.raises(StoreUnavailable, match=f"redis: {command}: ReadOnlyError"):
+            change(store, record)
         assert not any(connection.is_connected for connection in before)
     finally:
         admin.replicaof("NO", "ONE")

@@ -37,7 +37,7 @@ from flask_gsession.stores.redis_pool import Slot, packed
 from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_pointer, a_record
 from tests.apps import Site, hasty, within
 from tests.console import Console
-from tests.servers import RedisServer, free_port
+from tests.servers import HAS_OLDEST_REDIS, OldestRedisServer, RedisServer, free_port
 from tests.topologies import (
     HOST,
     RedisACL,
@@ -62,6 +62,13 @@ class OnServers(StoreContract):
     def open(self, clock: FakeClock) -> Store:
         options = StoreOptions(prefix=self.prefix, timeout=PATIENCE, clock=clock)
         return open_store(self.url, options)[0]
+
+
+@pytest.mark.skipif(not HAS_OLDEST_REDIS, reason="Redis 6.2 is packaged for Linux x86-64 only")
+class TestOldestRedis(OnServers):
+    @pytest.fixture(autouse=True)
+    def servers(self, oldest_redis: OldestRedisServer, store_prefix: str) -> None:
+        self.url, self.prefix = oldest_redis.url, store_prefix
 
 
 class TestSentinels(OnServers):

@@ -30,7 +30,16 @@ from flask_gsession.events import (
     SessionRotated,
     SessionSaved,
 )
-from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores import (
+    BlobStore,
+    Counts,
+    Leases,
+    Scans,
+    StoreOptions,
+    Sweeps,
+    Tidies,
+    open_store,
+)
 from flask_gsession.testing import FakeClock
 from tests.apps import PATIENCE, Site, SiteMaker, Visitor, at_once
 
@@ -781,6 +790,10 @@ def test_a_store_object_is_used_and_never_closed(store_url: str, store_prefix: s
     watched = Watched(store)
     use_and_drop(watched, "")
     assert not watched.closed
+    for ability in (Leases, Sweeps, Counts, Scans, Tidies, BlobStore):
+        assert isinstance(watched, ability) is isinstance(store, ability)
+    watched.pop = None
+    assert not isinstance(watched, BlobStore)
     store.close()
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import click
 from flask import current_app
@@ -20,6 +19,7 @@ from ..interface import GSessionInterface
 from ..stores import Counts, Record, Scans
 from ..stores.base import KEY_LENGTH, Page, is_session_key
 from ..stores.memory import MemoryStore
+from ..stores.urls import without_hosts
 
 T = TypeVar("T")
 
@@ -76,9 +76,9 @@ def place(interface: GSessionInterface) -> str:
         return f"sqlite:///{path}"
     if not isinstance(source, str):
         return f"a {type(source).__name__} of the application's own"
-    parts = urlsplit(source)
+    parts, hosts = without_hosts(source)
     path = "" if "@" in parts.path else parts.path
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
+    return f"{parts.scheme}://{hosts.rpartition('@')[2]}{path}"
 
 
 def not_there_yet(interface: GSessionInterface) -> bool:

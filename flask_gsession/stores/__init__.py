@@ -21,6 +21,7 @@ from .base import (
     Sweeps,
     Tidies,
 )
+from .urls import without_hosts
 
 __all__ = [
     "BlobStore",
@@ -178,7 +179,7 @@ def _redis(url: str, scheme: str, options: StoreOptions) -> Store:
     except ImportError as error:
         raise _missing("redis", scheme, error) from None
     path, example = _REDIS[kind]
-    if not re.fullmatch(path, _checked(scheme, lambda: urlsplit(url)).path, re.ASCII):
+    if not re.fullmatch(path, without_hosts(url)[0].path, re.ASCII):
         raise SettingError(f"SESSION_STORE: a {kind} URL is written as {example}")
     store = RedisClusterStore if kind == "cluster" else RedisStore
     return _checked(scheme, lambda: store(url, options))

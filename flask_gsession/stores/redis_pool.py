@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -18,6 +19,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")
+#: Redis before 7.0 tells an error of a command in a script as one of the script.
+_IN_SCRIPT = re.compile(r"^Error running script .*@user_script: ?\d+: -?([A-Z]{2,} .*)", re.DOTALL)
 _LOOK_FOR_LOST = 0.1  # seconds
 _IDLE = 1.0  # seconds after which a server is likely to have closed a connection
 
@@ -118,7 +121,8 @@ class _Bounded:
             connection._sock.sendall(request)
         answer = parser.read_response(disable_decoding=True)
         if isinstance(answer, ResponseError):
-            raise answer
+            within = _IN_SCRIPT.search(str(answer))
+            raise parser.parse_error(within[1]) if within else answer
         return answer
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:

@@ -21,6 +21,7 @@ from redis.retry import Retry
 
 from .base import Finding
 from .redis_pool import ConnectionPool, Slot, bounded, packed
+from .urls import without_hosts
 
 # A primary that was replaced on request takes writes for seconds, which are lost: so connections
 # that work are no proof, and the sentinels are asked again after so many seconds.
@@ -42,8 +43,8 @@ class Servers(NamedTuple):
 
 def servers_of(url: str, default_port: int) -> Servers:
     """Take a URL apart that may name several hosts. Raises ``ValueError``."""
-    parts = urlsplit(url)
-    user, at, hosts = parts.netloc.rpartition("@")
+    parts, hosts = without_hosts(url)
+    user, at, hosts = hosts.rpartition("@")
     addresses = []
     for host in hosts.split(","):
         one = urlsplit(f"//{host}")

@@ -1,0 +1,16 @@
+"""URLs that may name several hosts."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import SplitResult, urlsplit
+
+
+def without_hosts(url: str) -> tuple[SplitResult, str]:
+    """A URL in its parts, and its user and hosts, as written; those are for the driver to check.
+
+    From Python 3.14 on, ``urlsplit`` refuses several hosts of which one is in brackets.
+    """
+    scheme, slashes, rest = url.partition("://")
+    hosts = re.split("[/?#]", rest, maxsplit=1)[0]
+    return urlsplit(scheme + slashes + rest[len(hosts) :]), hosts
