@@ -474,7 +474,7 @@ def test_another_type(own_redis: RedisServer, admin: Any, store_prefix: str) -> 
     ("command", "change"),
     [
         ("SET", lambda store, record: store.create(a_record(time.time))),
-        ("EVALSHA", lambda store, record: store.save(record._replace(version=1), record.version)),
+        ("EVAL", lambda store, record: store.save(record._replace(version=1), record.version)),
     ],
 )
 def test_readonly(
@@ -496,7 +496,7 @@ def test_readonly(
     assert all(connection.is_connected for connection in before)
     admin.replicaof(HOST, 1)
     try:
-        with pytest.raises(StoreUnavailable, match=f"redis: {command}: ReadOnlyError"):
+        with pytest.raises(StoreUnavailable, match=rf"redis: {command}\w*: ReadOnlyError"):
             change(store, record)
         assert not any(connection.is_connected for connection in before)
     finally:
