@@ -6,11 +6,11 @@ import base64
 import binascii
 import difflib
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from flask import Flask
 
@@ -75,6 +75,47 @@ class Settings:
         if self.renew_interval is None:
             return min(60.0, idle / 20)
         return min(self.renew_interval, idle)
+
+
+Seconds = float | timedelta
+
+
+class SettingKeywords(TypedDict, total=False):
+    """What ``Session`` takes as keywords, for editors and type checkers."""
+
+    store: object
+    cookie_name: str
+    key_prefix: str
+    id_length: int
+    token_factory: TokenFactory | None
+    token_header: str | None
+    idle_timeout: Seconds
+    absolute_timeout: Seconds
+    permanent_lifetime: Seconds
+    renew_interval: Seconds | None
+    rotation_grace: Seconds
+    store_timeout: Seconds
+    pool_max: int
+    breaker_failures: int
+    breaker_pause: Seconds
+    logout_replicas: int
+    on_store_error: Literal["fail", "keep-response"]
+    max_bytes: int
+    max_keys: int
+    max_depth: int
+    spill_bytes: int | None
+    spill_store: object
+    max_value_bytes: int
+    encryption_keys: str | bytes | Sequence[str | bytes] | None
+    conflict: Literal["last", "reject"]
+    merge_policies: Mapping[str, str | MergeFunction]
+    lock_timeout: Seconds
+    lock_wait: Seconds
+    lock_waiters: int
+    lock_warn: Seconds | None
+    schema: object
+    debug: bool
+    debug_show: Collection[str]
 
 
 def _seconds(low: float, high: float) -> Callable[[Any], float]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from flask import Flask, current_app, has_request_context, request
 from flask import session as flask_session
 from werkzeug.local import LocalProxy
 
 from .breaker import guarded
-from .config import read_settings
+from .config import SettingKeywords, read_settings
 from .data import SessionData
 from .debug import prepare
 from .errors import SettingError
@@ -33,6 +33,7 @@ class Session:
 
     ``app``: the application; or call ``init_app`` later, also for several applications.
     ``settings``: each setting ``SESSION_X`` as the keyword ``x``; it goes before ``app.config``.
+    ``help(flask_gsession.config.SettingKeywords)`` lists them.
     ``clock``: a function that gives the time in seconds since 1970, for tests.
 
     The first ``Session`` of an application serves ``flask.session``. Further ones need another
@@ -40,7 +41,11 @@ class Session:
     """
 
     def __init__(
-        self, app: Flask | None = None, *, clock: Clock = time.time, **settings: Any
+        self,
+        app: Flask | None = None,
+        *,
+        clock: Clock = time.time,
+        **settings: Unpack[SettingKeywords],
     ) -> None:
         self._settings = settings
         self._clock = clock

@@ -23,7 +23,7 @@ from pymongo import AsyncMongoClient, MongoClient
 from redis.asyncio import Redis as AsyncRedis
 
 from flask_gsession import Session, SettingError
-from flask_gsession.config import _CHECKS, Settings, read_settings
+from flask_gsession.config import _CHECKS, SettingKeywords, Settings, read_settings
 from flask_gsession.merge import POLICIES
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.memory import MemoryStore
@@ -775,6 +775,10 @@ def test_an_unknown_key_that_looks_like_a_known_one_is_warned_about(key: str, hi
     assert hint in message
     assert PASSWORD not in message
     assert warned[0].filename == __file__
+
+
+def test_type_checkers_know_every_keyword() -> None:
+    assert set(SettingKeywords.__annotations__) == set(_CHECKS)
 
 
 def test_a_message_tells_that_none_is_allowed() -> None:
