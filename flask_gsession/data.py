@@ -334,7 +334,7 @@ class SessionData(LargeValues, SessionMixin):
 
     # -- the session's life
 
-    def rotate(self, grace: float | None = None) -> None:
+    def rotate(self, grace: float | timedelta | None = None) -> None:
         """Give the session a new token and keep its data: call it wherever privileges change.
 
         With the response, or at the end of a lock, the old token becomes a pointer to the new
@@ -346,8 +346,10 @@ class SessionData(LargeValues, SessionMixin):
         """
         if grace is None:
             grace = self._keeper.settings.rotation_grace
+        if isinstance(grace, timedelta):
+            grace = grace.total_seconds()
         if isinstance(grace, bool) or not isinstance(grace, (int, float)):
-            raise ValueError("grace is a number of seconds, 0 to 3600")
+            raise ValueError("grace is a number of seconds, or a timedelta: 0 to 3600 seconds")
         if not 0 <= grace <= _MAX_GRACE:
             raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
         self._check_no_transaction("A rotation")
@@ -382,18 +384,20 @@ class SessionData(LargeValues, SessionMixin):
             self._forget()
             self._open()
 
-    def set_lifetime(self, seconds: float) -> None:
+    def set_lifetime(self, seconds: float | timedelta) -> None:
         """Let this session end ``seconds`` after its last use, instead of what the settings say.
 
         It holds from the next save on, through rotations, and never past the absolute timeout.
         Raises ``ValueError`` for anything but 1 second to ``SESSION_ABSOLUTE_TIMEOUT``.
         """
         longest = self._keeper.settings.absolute_timeout
+        if isinstance(seconds, timedelta):
+            seconds = seconds.total_seconds()
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            raise ValueError("the lifetime is a number of seconds")
+            raise ValueError("the lifetime is a number of seconds, or a timedelta")
         if not 1 <= seconds <= longest:
             raise ValueError(
-                f"the lifetime is {seconds} seconds; allowed are 1 to {longest:g} "
+                f"the lifetime is {seconds} seconds; allowed are 1 to {longest:.0f} "
                 "(SESSION_ABSOLUTE_TIMEOUT)"
             )
         self._open_for_writing()
@@ -404,7 +408,9 @@ class SessionData(LargeValues, SessionMixin):
         """A piece of work that is stored whole, on the state it saw: see ``Transaction``."""
         return Transaction(self)
 
-    def lock(self, timeout: float | None = None, wait: float | None = None) -> Lock[SessionData]:
+    def lock(
+        self, timeout: float | timedelta | None = None, wait: float | timedelta | None = None
+    ) -> Lock[SessionData]:
         """The lock of this session, for a ``with`` or ``async with`` block: see ``Lock``.
 
         ``timeout``: seconds after which others go on if this process dies or is paused (default

@@ -20,7 +20,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from flask import has_request_context, request
 
-from .config import lock_timeout, lock_wait
+from .config import Seconds, lock_timeout, lock_wait
 from .errors import (
     Gone,
     LockLost,
@@ -58,8 +58,8 @@ class Lock(Generic[S]):
     def __init__(
         self,
         session: S,
-        timeout: float | None = None,
-        wait: float | None = None,
+        timeout: Seconds | None = None,
+        wait: Seconds | None = None,
         function: str | None = None,
     ) -> None:
         _check_times(timeout, wait)
@@ -439,15 +439,15 @@ def session_lock(function: Callable[P, R]) -> Callable[P, R]: ...
 
 @overload
 def session_lock(
-    *, timeout: float | None = None, wait: float | None = None
+    *, timeout: Seconds | None = None, wait: Seconds | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
 def session_lock(
     function: Callable[..., Any] | None = None,
     *,
-    timeout: float | None = None,
-    wait: float | None = None,
+    timeout: Seconds | None = None,
+    wait: Seconds | None = None,
 ) -> Callable[..., Any]:
     """Run a view, or any function called in a request, under the lock of ``flask.session``.
 

@@ -164,6 +164,8 @@ def pieces_of(content: Any, size: int) -> Iterator[Any]:
 
 def pieces_from(file: Any, size: int) -> Iterator[bytes]:
     """What a binary file has from where it stands, in pieces for ``Spill.write``."""
+    if not hasattr(file, "read"):
+        raise TypeError(f"attach() takes a binary file, not a value of type {type(file).__name__}")
     while True:
         parts, missing = [], size
         while missing:

@@ -835,6 +835,7 @@ def test_what_cannot_be_attached(make_site: SiteMaker) -> None:
         for file, error, words in (
             (io.BytesIO(PHOTO[: FRAME + 11]), SessionTooLarge, "SESSION_MAX_VALUE_BYTES allows"),
             (io.StringIO("x" * FRAME), TypeError, "a binary file"),
+            ("photo.jpg", TypeError, "a binary file, not a value of type str"),
             (Trickle(PHOTO[: FRAME + 5], fails=True), ConnectionResetError, "went away"),
         ):
             with pytest.raises(error, match=words):

@@ -312,7 +312,7 @@ def test_reload_after_destroy_stays_empty(site: Site) -> None:
     assert visitor.run(dict) == {"b": 2}
 
 
-BAD_SECONDS = (-1, math.nan, math.inf, -math.inf, "60", None, True, [], timedelta(seconds=60))
+BAD_SECONDS = (-1, math.nan, math.inf, -math.inf, "60", None, True, [], timedelta(seconds=-1))
 
 
 def test_a_bad_lifetime_is_refused(site: Site) -> None:
@@ -322,9 +322,25 @@ def test_a_bad_lifetime_is_refused(site: Site) -> None:
         for seconds in (*BAD_SECONDS, 0, 0.5, 32 * 86400):
             with pytest.raises(ValueError, match="lifetime"):
                 session.set_lifetime(seconds)
+        with pytest.raises(ValueError, match="allowed are 1 to 2678400 "):
+            session.set_lifetime(0)
         assert not session.modified
 
     visitor.run(view)
+
+
+def test_a_duration_may_be_a_timedelta(site: Site) -> None:
+    visitor = visitor_with(site, a=1)
+    before = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        session.set_lifetime(timedelta(minutes=5))
+        session.rotate(timedelta(0))
+
+    visitor.run(view)
+    ends = visitor.run(lambda session: session.expires_at.timestamp()) - site.clock()
+    assert 300 <= ends <= 330
+    assert before.run(dict) == {}
 
 
 def test_a_bad_grace_is_refused(site: Site) -> None:
