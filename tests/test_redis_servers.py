@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -723,6 +725,11 @@ class Confirmed:
             return bool(member.command("EXISTS", name))
         return name in member.command("KEYS", "*")
 
+    def writes(self) -> int:
+        """How many values the primary was told to set: `WAIT` waits for what was written."""
+        stats = str(self.primary.command("INFO", "commandstats"))
+        return int(re.search(r"cmdstat_set:calls=(\d+)", stats)[1])  # type: ignore[index]
+
     def blobs(self) -> list[str]:
         """The names of all large values, at those who take writes."""
         one = isinstance(self.servers, RedisSentinels)
@@ -762,11 +769,13 @@ def test_a_logout_that_is_not_confirmed_says_so(
         assert confirmed.visitor.cookie is None  # it is over all the same
         assert not confirmed.has(confirmed.primary, confirmed.name)
         assert tab.run(dict) == {}
+        before = confirmed.writes()
         with (
             confirmed.shop.hasty(),
             pytest.raises(LogoutUnconfirmed, match=f"0 of {confirmed.count} replicas"),
         ):
             confirmed.shop.store.delete(confirmed.key)  # nothing to do, and still not confirmed
+        assert confirmed.writes() > before
     ended = [each for each in confirmed.site.events if isinstance(each, SessionDestroyed)]
     assert [each.handle for each in ended] == [confirmed.key]
     assert "not confirmed" in caplog.text
@@ -824,24 +833,31 @@ def test_what_is_no_logout_waits_for_nobody(confirmed: Confirmed) -> None:
         assert confirmed.shop.count() == 2
 
 
+@pytest.mark.parametrize("how", ["destroy", "clear", "rotate"])
 def test_a_repeat_on_another_connection_waits_for_what_was_done_before(
-    confirmed: Confirmed, monkeypatch: pytest.MonkeyPatch
+    confirmed: Confirmed, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
+    store: Any = confirmed.shop.store
     ask, lost = Slot.ask, []
 
     def lose_one(slot: Slot, request: bytes) -> Any:
         answer = ask(slot, request)  # raises where this node does not know the script yet
         if request.split(b"\r\n")[2].startswith(b"EVAL") and not lost:
-            lost.append(request)
+            lost.append(confirmed.writes())
             raise RedisConnectionError("for the test")
         return answer
 
     with monkeypatch.context() as patch, all_paused(confirmed.replicas):
         patch.setattr(Slot, "ask", lose_one)
+        record = store.load(confirmed.key)
+        if how == "rotate":
+            log_out = partial(store.replace, record.key, a_record(time.time), record.version, None)
+        else:
+            log_out = partial(store.delete, record.key, record.version if how == "clear" else None)
         with confirmed.shop.hasty(), pytest.raises(LogoutUnconfirmed):
-            confirmed.shop.store.delete(confirmed.key)
-        assert lost
-        assert not confirmed.has(confirmed.primary, confirmed.name)
+            log_out()
+        assert confirmed.writes() > lost[0]  # there is something for WAIT to wait for
+        assert store.load(confirmed.key) is None
 
 
 @pytest.mark.parametrize("several", ["sentinels"], indirect=True)

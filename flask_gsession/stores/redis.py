@@ -87,6 +87,7 @@ _ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost,
 # rotated the session, or there is nothing left to delete.
 _OVERTAKEN = (b"S", b"T", b"L", b"G")
 _DELETED = (b"D", b"N")
+_WRITE_SOMETHING = b"redis.call('SET', KEYS[1], '', 'PX', 1) return redis.call('DEL', KEYS[1])"
 _WRONG_TYPE = "not a string"
 _SCANS = 4  # at most, to sample the keys of a server
 _RETRY_PAUSE = 0.02  # seconds
@@ -562,7 +563,7 @@ class RedisStore:
         refused = in_doubt = False
         while True:
             try:
-                answer = self._attempt(name, request, parse, deadline, replicas)
+                answer = self._attempt(name, request, parse, deadline, replicas, in_doubt)
                 if in_doubt and answer in _OVERTAKEN:
                     raise StoreUnavailable("redis: an answer was lost, then another write came")
                 if in_doubt and answer in _DELETED:
@@ -602,6 +603,7 @@ class RedisStore:
         parse: Callable[[Any], T],
         deadline: float,
         replicas: int,
+        again: bool,
         pool: Any = None,  # of any kind, with slots of its own kind
         *,
         asking: bool = False,
@@ -617,7 +619,7 @@ class RedisStore:
                 tell_trip()
                 answer = parse(slot.ask(request))
                 if replicas:
-                    _confirm(slot, answer, replicas, deadline)
+                    _confirm(slot, name, answer, replicas, again, deadline)
                 return answer
             except ReadOnlyError:
                 # After a failover: look the primary up anew, for every connection.
@@ -637,17 +639,23 @@ class RedisStore:
             pool.give(slot)
 
 
-def _confirm(slot: Any, answer: Any, replicas: int, deadline: float) -> None:
-    """Wait until so many replicas have what this connection did; see Redis' ``WAIT``.
+def _confirm(
+    slot: Any, name: bytes, answer: Any, replicas: int, again: bool, deadline: float
+) -> None:
+    """Wait until so many replicas have what was done; see Redis' ``WAIT``.
 
-    It waits for all that the server was told before, so a repeat that found nothing left to do
-    waits for what was done.
+    It waits for the last write of this connection, and so for all before it. Who found that
+    nothing was left to do, or repeats what another connection may have done, has written nothing.
     """
-    if answer[:1] not in (b"K", b"N"):
+    status = answer[:1]
+    if status not in (b"K", b"N", b"D" if again else b"N"):
         return
     span = b"%d" % max(1, int((deadline - time.monotonic()) * 800))
     cause = None
     try:
+        if again or status != b"K":
+            tell_trip()
+            slot.ask(packed(b"EVAL", _WRITE_SOMETHING, b"1", name + b":wait"))
         tell_trip()
         confirmed = slot.ask(packed(b"WAIT", b"%d" % replicas, span))
         if type(confirmed) is int and confirmed >= replicas:

@@ -276,6 +276,7 @@ class RedisClusterStore(RedisStore):
         parse: Callable[[Any], T],
         deadline: float,
         replicas: int,
+        again: bool,
         pool: Any = None,
         *,
         asking: bool = False,
@@ -287,7 +288,7 @@ class RedisClusterStore(RedisStore):
         def attempt(address: Address, *, asking: bool = False) -> T:
             pool = cluster.pool(address)
             return super(RedisClusterStore, self)._attempt(
-                name, request, parse, deadline, replicas, pool, asking=asking
+                name, request, parse, deadline, replicas, again, pool, asking=asking
             )
 
         try:

@@ -29,7 +29,7 @@ def hint(error: Exception) -> str:
     """What to look at, where a server refuses something and its words do not say that."""
     if isinstance(error, AuthenticationError):
         return " (is the user or the password in SESSION_STORE missing or wrong?)"
-    if "access one of the keys" in str(error):
+    if re.search("access (one of the keys|a key)", str(error)):  # as Redis 7 and 8 put it
         return " (may it use those that begin with SESSION_KEY_PREFIX?)"
     return ""
 
