@@ -168,8 +168,8 @@ def on_redis(need: Need, *, config: Any = None, **settings: str) -> Iterator[Fla
 def with_too_few_replicas(need: Need) -> Iterator[Flask]:
     confirm = redis._confirm
 
-    def confirm_soon(slot: Any, answer: Any, replicas: int, deadline: float) -> None:
-        confirm(slot, answer, replicas, time.monotonic() + 0.2)
+    def confirm_soon(*asked: Any) -> None:
+        confirm(*asked[:-1], time.monotonic() + 0.2)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(redis, "_confirm", confirm_soon)

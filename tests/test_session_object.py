@@ -819,7 +819,8 @@ def test_a_redis_client_is_used_and_never_closed(
 ) -> None:
     name = store_prefix.strip(":")
     with Redis.from_url(redis_url, decode_responses=decode, client_name=name) as client:
-        client.ping()
+        use_and_drop(client, store_prefix)  # from here on the server knows the script
+        client.delete(*client.scan_iter(f"{store_prefix}*"))
         pool, taken = client.connection_pool, []
         take = pool.get_connection
         monkeypatch.setattr(pool, "get_connection", lambda *args: (taken.append(1), take(*args))[1])
