@@ -131,6 +131,7 @@ class Circuit:
             f"not asked: {self._operations} have failed for {since:.1f} s, the last one with: "
             f"{cause}",
             retry_after=max(1, math.ceil(min(wait, self._pause))),
+            asked=False,
         )
 
     def _failed(self, error: StoreUnavailable, start: float, *, probe: bool = False) -> None:

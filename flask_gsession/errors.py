@@ -32,6 +32,7 @@ No message holds a session token, a stored value or a password.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from werkzeug.exceptions import Conflict, ServiceUnavailable
@@ -169,15 +170,24 @@ class StoreUnavailable(StoreError, ServiceUnavailable):
 
     ``detail`` is for logs: which operation failed and how. The client only sees
     ``description`` and ``Retry-After``. ``contention`` says that the store is well, and only
-    served others first: that is no reason to leave it alone.
+    served others first: that is no reason to leave it alone. ``asked`` is False where the circuit
+    breaker left the store alone, which is logged once, and then not as an error for each request.
     """
 
     description = "The session store is not available at the moment. Try again shortly."
 
-    def __init__(self, detail: str, retry_after: int = 1, *, contention: bool = False) -> None:
+    def __init__(
+        self, detail: str, retry_after: int = 1, *, contention: bool = False, asked: bool = True
+    ) -> None:
         super().__init__(retry_after=retry_after)
         self.detail = detail
         self.contention = contention
+        self.asked = asked
+
+    @property
+    def log_level(self) -> int:
+        """At which it is logged that a request met this."""
+        return logging.ERROR if self.asked else logging.INFO
 
     def __str__(self) -> str:
         return self.detail

@@ -217,7 +217,7 @@ class Lifecycle:
                 self._keeper.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 self._failure = error
-                logger.error("A session could not be loaded: %s", error)
+                logger.log(error.log_level, "A session could not be loaded: %s", error)
                 if self._hooks_after_the_view_run():
                     self._failed_unseen = True
                     self._values = self._tracked(self._keeper.codec)
@@ -319,7 +319,7 @@ class Lifecycle:
     def _met_outage(self, error: StoreUnavailable, what: str) -> None:
         if self._in_doubt is not error:
             self._in_doubt = error
-            logger.error("A session could not be %s: %s", what, error)
+            logger.log(error.log_level, "A session could not be %s: %s", what, error)
 
     def _may_run_again(self) -> bool:
         """Whether this is called by what a lost race repeats."""

@@ -109,7 +109,7 @@ class Spill:
         try:
             stored = self.blobs.read_frame(reference.name, offset, size + overhead)
         except StoreUnavailable as error:
-            logger.error("A large value could not be read: %s", error)
+            logger.log(error.log_level, "A large value could not be read: %s", error)
             raise
         if stored is None:
             raise ValueLost("truncated" if number else "missing")

@@ -319,7 +319,7 @@ def circuits_of(site: Site) -> list[Circuit]:
     return circuits
 
 
-def test_the_application_has_it_by_default(site: Site) -> None:
+def test_the_application_has_it_by_default(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     def slow() -> None:
         clock.advance(0.06)
         raise StoreUnavailable("slow")
@@ -332,10 +332,14 @@ def test_the_application_has_it_by_default(site: Site) -> None:
         circuit.clock = clock
     for _ in range(6):
         site.store.before("load", slow)
-    with site.counted() as count:
+    with site.counted() as count, caplog.at_level(logging.INFO, "flask_gsession"):
         for _ in range(6):
             assert visitor.ask(dict).status_code == 503
     assert count.calls == ["load"] * 5
+    told = [record for record in caplog.records if record.name == "flask_gsession"]
+    assert [record.levelname for record in told] == ["ERROR"] * 6 + ["INFO"]
+    assert "until it answers, loads fail at once" in told[4].getMessage()
+    assert "not asked" in told[6].getMessage()
     assert [event.operations for event in site.happened(CircuitOpened)] == ["loads"]
 
 

@@ -667,7 +667,7 @@ def test_a_frozen_server_is_left_alone_after_a_while(
     config = {"SESSION_STORE_TIMEOUT": 1, "SESSION_BREAKER_PAUSE": 60}
     app = make_app(own_redis.url, config, breaker=1)
     limited(app, "3/hour")
-    with own_redis.paused():
+    with own_redis.paused(), caplog.at_level(logging.INFO, "flask_gsession"):
         assert [app.test_client().get("/").status_code for _ in range(2)] == [503, 503]
     assert "not asked: rate limits have failed" in caplog.text
 

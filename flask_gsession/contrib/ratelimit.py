@@ -355,7 +355,7 @@ class _Limits:
                 allowed, look = self.hit(item, key, cost), self.look
             except StoreUnavailable as error:
                 if self.local is None:
-                    logger.error("A request could not be counted: %s", error)
+                    logger.log(error.log_level, "A request could not be counted: %s", error)
                     raise
                 allowed, look = self.local.hit(item, key, cost), self.local.look
             if not allowed:
