@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flask import Flask, Request, Response, request
+from flask import session as flask_session
 from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
@@ -85,7 +86,8 @@ class GSessionInterface(SessionInterface):
         """Store what the request changed; set or delete the cookie only where that is needed.
 
         A failure becomes the application's own error response. Never raises, except for errors
-        in the program where the application lets exceptions through (tests, debug mode).
+        in the program where the application lets exceptions through (tests, debug mode), and
+        where ``session`` is not that of the request, whose response would be nobody's.
         """
         if not self.has_further:
             self._save(app, session, response)
@@ -197,12 +199,15 @@ class GSessionInterface(SessionInterface):
             session._trace.failure = type(error).__name__
         if isinstance(error, UnsupportedType) and not self.keeper.settings.debug:
             error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
-        if isinstance(error, StoreUnavailable):
-            if not isinstance(error, LogoutUnconfirmed):  # what was to be stored is
-                handle = session._record.key if session._record else None
-                session._keeper.events.emit(WriteDropped, handle, "store unavailable")
-            if self.keeper.settings.on_store_error == "keep-response":
-                return
+        outage = isinstance(error, StoreUnavailable)
+        if outage and not isinstance(error, LogoutUnconfirmed):  # what was to be stored is, there
+            handle = session._record.key if session._record else None
+            session._keeper.events.emit(WriteDropped, handle, "store unavailable")
+        of_request = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        if self is app.session_interface and of_request is not session:
+            raise error  # to who saves by hand, as the test client's session_transaction() does
+        if outage and self.keeper.settings.on_store_error == "keep-response":
+            return
         _turn_into(response, _answer_to(app, error))
 
 

@@ -529,11 +529,7 @@ class Lifecycle:
                 self._rotation = None
                 self._cookie = "set"
                 self._keeper.events.emit(SessionCreated, self._record.key)
-        elif (
-            changes
-            or self._something_to_save()
-            or (self._cleared and not _worth_keeping(values.unexpired()))
-        ):
+        elif changes or self._something_to_save():
             self._write(changes)
         else:
             self._renew_if_due()
@@ -705,8 +701,13 @@ class Lifecycle:
         self._placed = None
 
     def _something_to_save(self) -> bool:
-        """Whether there is something to save although no value changed."""
-        return self._restart_idle or self._forced or self._rotation is not None
+        """Whether there is something to save, or to end, although no value changed."""
+        return (
+            self._restart_idle
+            or self._forced
+            or self._rotation is not None
+            or (self._cleared and not _worth_keeping(self._values.unexpired()))
+        )
 
     def _has_changes(self) -> bool:
         """Whether there is anything at all that this request did and that is not stored."""

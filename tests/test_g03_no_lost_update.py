@@ -12,7 +12,7 @@ from flask import Response
 
 from flask_gsession import MISSING, SessionConflict, SessionEnded
 from flask_gsession.errors import GSessionError, Stale
-from flask_gsession.events import SessionSaved, WriteDropped
+from flask_gsession.events import SessionDestroyed, SessionSaved, WriteDropped
 from flask_gsession.stores.base import new_version
 from tests.apps import Site, SiteMaker, Visitor, at_once
 
@@ -173,6 +173,16 @@ def test_clear_ends_the_session_only_if_nothing_was_added(site: Site) -> None:
     assert len(site.happened(WriteDropped)) == 1
 
 
+def test_clear_ends_a_session_that_is_empty_already(site: Site) -> None:
+    """Whoever was faster, as long as there is nothing in it afterwards."""
+    for theirs in (lambda session: session.rotate(), lambda session: session.set_lifetime(50)):
+        visitor = visitor_with(site, a=0)
+        visitor.run(lambda session: session.pop("a"))
+        assert race(site, visitor, lambda session: session.clear(), theirs) == {}
+        assert visitor.cookie is None
+    assert len(site.happened(SessionDestroyed)) == 2
+
+
 def test_three_requests_at_three_points(site: Site) -> None:
     visitor = visitor_with(site, a=0, b=0, c=0, d=0)
     second, third = visitor.another_tab(), visitor.another_tab()
@@ -213,6 +223,15 @@ def test_two_open_sessions_in_one_thread(site: Site) -> None:
         first["a"] = first["a"] + 1
         second["b"] = second["b"] + 2
     assert visitor.run(dict) == {"a": 1, "b": 2}
+
+
+def test_a_session_transaction_that_conflicts_raises(make_site: SiteMaker) -> None:
+    visitor = visitor_with(make_site(conflict="reject"), a=0)
+    other = visitor.another_tab()
+    with pytest.raises(SessionConflict), visitor.session_transaction() as session:  # noqa: PT012
+        session["a"] = 1
+        other.run(set_key("a", 2))
+    assert visitor.run(dict) == {"a": 2}
 
 
 # Policies ------------------------------------------------------------------------------------

@@ -342,6 +342,18 @@ def test_a_read_and_a_logout_fail_even_where_the_response_may_be_kept(
     assert visitor.run(dict) == {"a": 0}
 
 
+@pytest.mark.parametrize("policy", ["fail", "keep-response"])
+def test_a_session_transaction_of_the_test_client_raises(make_site: SiteMaker, policy: str) -> None:
+    """There is no response that could say it."""
+    site = make_site(on_store_error=policy)
+    visitor = visitor_with(site, a=0)
+    site.store.before("save", fail)
+    with pytest.raises(StoreUnavailable, match="drill"), visitor.session_transaction() as session:
+        session["a"] = 1
+    assert len(site.happened(WriteDropped)) == 1
+    assert visitor.run(dict) == {"a": 0}
+
+
 # Real servers --------------------------------------------------------------------------------
 
 
