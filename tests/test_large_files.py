@@ -266,6 +266,8 @@ WRONG: dict[str, tuple[object, str]] = {
 def test_a_wrong_place_stops_the_application(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source, words = WRONG[what]
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    loaded = sys.modules["fsspec.registry"]._registry  # where another test has used it
+    monkeypatch.delitem(loaded, "s3", raising=False)
     app = Flask(__name__)
     with pytest.raises(SettingError, match="SESSION_SPILL_STORE is") as error:
         Session(app, store="memory://", spill_store=source)
