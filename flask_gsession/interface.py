@@ -87,7 +87,7 @@ class GSessionInterface(SessionInterface):
 
         A failure becomes the application's own error response. Never raises, except for errors
         in the program where the application lets exceptions through (tests, debug mode), and
-        where ``session`` is not that of the request, whose response would be nobody's.
+        where ``session`` was opened by hand, as the response is nobody's then.
         """
         if not self.has_further:
             self._save(app, session, response)
@@ -203,12 +203,19 @@ class GSessionInterface(SessionInterface):
         if outage and not isinstance(error, LogoutUnconfirmed):  # what was to be stored is, there
             handle = session._record.key if session._record else None
             session._keeper.events.emit(WriteDropped, handle, "store unavailable")
-        of_request = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
-        if self is app.session_interface and of_request is not session:
-            raise error  # to who saves by hand, as the test client's session_transaction() does
+        if self is app.session_interface and _opened_by_hand(session):
+            raise error
         if outage and self.keeper.settings.on_store_error == "keep-response":
             return
         _turn_into(response, _answer_to(app, error))
+
+
+def _opened_by_hand(session: SessionData) -> bool:
+    """Whether it was opened beside that of its request, as by the client's session_transaction."""
+    if session._request is not request._get_current_object():  # type: ignore[attr-defined]
+        return False
+    of_request = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    return of_request is not session
 
 
 def _answer_to(app: Flask, error: Exception) -> Response:
