@@ -130,8 +130,8 @@ def test_it_is_what_flask_expects(site: Site) -> None:
         assert isinstance(session, SessionMixin)
         assert isinstance(session, MutableMapping)
         assert isinstance(session, flask_gsession.SessionData)
-        assert session.accessed is True
         assert dict(session) == {}
+        assert session.accessed is True
 
     site.visitor().run(view)
     assert flask_gsession.session is flask.session
