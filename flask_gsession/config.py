@@ -447,8 +447,10 @@ def _warn_unknown(app: Flask) -> None:
 
 
 def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.75)
+    likeness = [difflib.SequenceMatcher(None, key, name).ratio() for key in close]
+    closest = [key for key, ratio in zip(close, likeness, strict=True) if ratio == likeness[0]]
+    return f"; did you mean {' or '.join(sorted(closest))}?" if closest else ""
 
 
 def secret_keys(app: Flask) -> tuple[str | bytes, ...]:

@@ -566,6 +566,18 @@ def test_an_unknown_scheme_is_named() -> None:
         Session(an_app(SESSION_STORE="localhost:6379"))
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://ada:love#lace@localhost",
+        "mongodb://ada:love@lace@localhost",
+    ],
+)
+def test_a_url_whose_password_is_not_encoded_gives_the_hint(url: str) -> None:
+    with pytest.raises(SettingError, match="in a user or password are percent-encoded"):
+        Session(an_app(SESSION_STORE=url))
+
+
 @pytest.mark.parametrize("url", BAD_URLS)
 def test_a_bad_url_stops_the_app(url: str) -> None:
     app = an_app(SESSION_STORE=url)
@@ -754,6 +766,7 @@ def test_a_missing_driver_is_named_with_its_extra(tmp_path: Path) -> None:
     [
         ("SESSION_IDLE_TIMOUT", "did you mean SESSION_IDLE_TIMEOUT?"),
         ("SESSION_STORES", "did you mean SESSION_STORE?"),
+        ("SESSION_TIMEOUT", "did you mean SESSION_IDLE_TIMEOUT or SESSION_LOCK_TIMEOUT?"),
         ("SESSION_ENCRYPTION_KEY", "did you mean SESSION_ENCRYPTION_KEYS?"),
         ("SESSION_COOKIE_SAMSITE", "did you mean SESSION_COOKIE_SAMESITE?"),
         ("PERMANENT_SESSION_LIFETIM", "did you mean PERMANENT_SESSION_LIFETIME?"),

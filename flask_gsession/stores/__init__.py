@@ -192,7 +192,12 @@ def _checked(scheme: str, build: Callable[[], T]) -> T:
     except Exception as error:
         # Of what a driver says only this, for the rest may hold a password.
         option = re.search(r"unexpected keyword argument '([a-z_]{1,40})'$", str(error))
-        what = f"the option {option[1]}" if option else "host, port, database and options"
+        what = (
+            f"the option {option[1]}"
+            if option
+            else "host, port, database and options, and that characters as @ : / # % in a user or "
+            "password are percent-encoded"
+        )
         raise SettingError(
             f"SESSION_STORE is a {scheme} URL that the driver refuses "
             f"({type(error).__name__}); check {what}"
