@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -210,17 +209,21 @@ def _token_text(value: str) -> bool:
 
 
 def _encryption_key(value: Any) -> bytes:
+    key, length = value, "bytes"
     if isinstance(value, str):
+        length = "bytes as base64url text"
         try:
-            value = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
-        except (binascii.Error, ValueError):
-            value = None
-    if not isinstance(value, bytes) or len(value) != 32:
-        raise ValueError(
-            "a key, or a list of keys, the current one first; a key is 32 bytes, or their "
-            "base64url text as secrets.token_urlsafe(32) gives it (the value is not shown)"
-        )
-    return value
+            key = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
+        except ValueError:
+            length = "characters, and no base64url text"
+            key = value
+    if isinstance(key, bytes) and len(key) == 32:
+        return key
+    given = f"{len(key)} {length}" if isinstance(key, (str, bytes)) else type(key).__name__
+    raise ValueError(
+        "a key, or a list of keys, the current one first; a key is 32 bytes, or their "
+        f"base64url text as secrets.token_urlsafe(32) gives it (not shown; given: {given})"
+    )
 
 
 def _encryption_keys(value: Any) -> tuple[bytes, ...]:

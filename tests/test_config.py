@@ -452,6 +452,21 @@ def test_an_encryption_key_is_never_shown(wrap: Any, key: Any) -> None:
     assert PASSWORD not in "".join(traceback.format_exception(error.value))
 
 
+@pytest.mark.parametrize(
+    ("keys", "given"),
+    [
+        ([b"k" * 33], "33 bytes"),
+        (secrets.token_urlsafe(31), "31 bytes as base64url text"),
+        ("ä" * 43, "43 characters, and no base64url text"),
+        ([b"k" * 32, None], "NoneType"),
+    ],
+    ids=["bytes", "text", "other text", "none"],
+)
+def test_a_wrong_encryption_key_is_told_by_its_length(keys: Any, given: str) -> None:
+    with pytest.raises(SettingError, match=rf"given: {given}\)$"):
+        Session(an_app(SESSION_ENCRYPTION_KEYS=keys))
+
+
 def test_settings_show_no_secret() -> None:
     key, url = f"{PASSWORD:k<32}".encode(), f"redis://ada:{PASSWORD}@localhost/0"
     app = an_app(SESSION_ENCRYPTION_KEYS=[key], SESSION_STORE=url)
