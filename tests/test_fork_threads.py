@@ -36,7 +36,7 @@ from redis.connection import AbstractConnection
 from flask_gsession import Session, session
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import SessionRefused
-from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores import StoreOptions, open_store, sqlite
 from flask_gsession.stores.base import new_version
 from flask_gsession.stores.redis_pool import _BoundedSocket
 from flask_gsession.testing import a_record
@@ -372,6 +372,20 @@ def test_processes_that_start_together_make_one_file(tmp_path: Path) -> None:
         store = open_store(f"sqlite:///{path}", OPTIONS)[0]
         assert all(store.load(key) for key in keys)
         store.close()
+
+
+def test_a_child_forked_while_the_file_is_made(tmp_path: Path) -> None:
+    """The lock of the folder ends with the making, not with the child, which has it open too."""
+    with gates(1) as (end,):
+        with sqlite._alone_in(tmp_path, 0.0) as alone:
+            assert alone
+            child = Child(end.wait)
+        try:
+            with sqlite._alone_in(tmp_path, 0.0) as alone:
+                assert alone
+        finally:
+            end.open()
+            child.result()
 
 
 def test_making_the_file_waits_for_who_looks_into_it(sqlite_url: str) -> None:

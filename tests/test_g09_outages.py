@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import logging
 import os
@@ -784,6 +785,69 @@ def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Mo
         later.store.close()
         there.run(WRITE)
         assert visitor.run(dict) == {"a": 1}
+
+
+def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: FakeClock) -> None:
+    """All that were opened while it could not be written go with the first that shows it."""
+    store = sqlite.SQLiteStore(tmp_path / "sessions.sqlite3", StoreOptions(clock=clock))
+    record = a_record(clock)
+    store.create(record)
+    connect = sqlite3.connect
+
+    def read_only(place: str, **options: Any) -> sqlite3.Connection:
+        return connect(place.replace("mode=rw", "mode=ro"), **options)
+
+    with store._connection(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", read_only)
+        with store._connection(), store._connection(), store._connection():
+            pass
+    store._pool.pop().close()  # it may write
+    assert len(store._pool) == 3
+    assert store.load(record.key) == record
+    with pytest.raises(StoreUnavailable, match="readonly"):
+        store.delete(record.key)
+    assert store.delete(record.key)
+    store.close()
+
+
+def test_a_link_to_a_file_that_is_not_there(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is made where the link leads, without what a deleted one left there."""
+    monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
+    link, path = tmp_path / "sessions.sqlite3", tmp_path / "volume" / "file"
+    link.symlink_to(path)
+    store = sqlite.SQLiteStore(link, StoreOptions(clock=clock))
+    before, after = a_record(clock), a_record(clock)
+    store.create(before)
+    with open(f"{path}-shm", "rb") as shared:
+        path.unlink()
+        store.create(after)
+        assert not os.path.samestat(os.fstat(shared.fileno()), os.stat(f"{path}-shm"))
+    assert (store.load(before.key), store.load(after.key)) == (None, after)
+    store.close()
+
+
+def test_a_folder_that_another_process_locks(tmp_path: Path, clock: FakeClock) -> None:
+    options = StoreOptions(clock=clock, timeout=0.05)
+    store = sqlite.SQLiteStore(tmp_path / "sessions.sqlite3", options)
+    record = a_record(clock)
+    lock = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        release = threading.Timer(STUCK, fcntl.flock, [lock, fcntl.LOCK_UN])
+        release.start()  # should it wait for that
+        try:
+            with pytest.raises(StoreUnavailable, match="locks its folder"):
+                store.create(record)
+        finally:
+            release.cancel()
+            release.join()
+    finally:
+        os.close(lock)
+    store.create(record)
+    assert store.load(record.key) == record
+    store.close()
 
 
 @pytest.mark.parametrize("left", [(), ("-wal", "-shm")], ids=["nothing", "wal and shm"])

@@ -8,6 +8,7 @@ so that the file does not grow with the sessions of the past.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -137,20 +138,34 @@ os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[bool]:
-    """Of all processes one at a time; False where this cannot be had."""
+def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
+    """Of all processes one at a time; False where this cannot be had.
+
+    Raises ``OSError`` where another one is in there for longer than ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
     try:
         lock = os.open(folder, os.O_RDONLY)
     except OSError:
         yield False
         return
     try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise OSError(errno.ETIMEDOUT, "another process locks its folder") from None
+                time.sleep(0.01)
+            except OSError:  # not on every file system
+                yield False
+                return
+            else:
+                break
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # not on every file system
-            yield False
-        else:
             yield True
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also where a child was forked, and has it open
     finally:
         os.close(lock)
 
@@ -597,7 +612,10 @@ class SQLiteStore:
             if db is not None:
                 db.close()
             db = None
-            busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_READONLY:
+                _close_all(pool)  # opened for reading only, they would stay so
+            busy = code == sqlite3.SQLITE_BUSY
             raise StoreUnavailable(f"sqlite: {error}", contention=busy) from error
         except BaseException:
             if db is not None:
@@ -669,17 +687,17 @@ class SQLiteStore:
         SQLite would take that for its own, and cut the memory short that connections to the deleted
         file still share: that ends their process.
         """
-        folder = self.path.parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone_in(folder) as alone, _FILES:
-            if self.path.exists():
+        path = Path(os.path.realpath(self.path))  # of a link SQLite uses the place it leads to
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _alone_in(path.parent, self._timeout) as alone, _FILES:
+            if path.exists():
                 return
             for left in ("-wal", "-shm") if alone else ():
-                Path(f"{self.path}{left}").unlink(missing_ok=True)
+                Path(f"{path}{left}").unlink(missing_ok=True)
             # Only ever on a file that no connection of this process has open: closing any
             # descriptor of a file drops all locks that the process holds on it.
             with suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         (application_id,) = db.execute("PRAGMA application_id").fetchone()
