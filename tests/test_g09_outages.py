@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -808,6 +809,28 @@ def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: Fa
         store.delete(record.key)
     assert store.delete(record.key)
     store.close()
+
+
+def test_an_interrupt_as_a_transaction_begins(tmp_path: Path, clock: FakeClock) -> None:
+    """A worker that is told to end does so; nothing makes an outage of it."""
+    path = tmp_path / "sessions.sqlite3"
+    store, other = (sqlite.SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
+    record = a_record(clock)
+    other.create(record)
+
+    class Struck(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+            done = super().execute(sql, *arguments)
+            if sql == "BEGIN IMMEDIATE":
+                raise SystemExit  # as the handler of a signal
+            return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Struck))
+        with pytest.raises(SystemExit):
+            store.delete(record.key)
+    assert other.delete(record.key)
+    other.close()
 
 
 def test_a_link_to_a_file_that_is_not_there(

@@ -489,7 +489,10 @@ class SQLiteStore:
             Finding("ok", "integrity")
             if sound == "ok"
             else Finding(
-                "error", "integrity", str(sound), "Stop the application; restore the file."
+                "error",
+                "integrity",
+                str(sound),
+                "Stop the application; restore the file, without -wal and -shm.",
             ),
             Finding("ok", "journal", journal)
             if journal == "wal"
@@ -579,13 +582,12 @@ class SQLiteStore:
                 db.execute("PRAGMA synchronous=FULL")
             try:
                 db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
+                yield db
                 db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
             finally:
                 if durable:
                     db.execute("PRAGMA synchronous=NORMAL")
