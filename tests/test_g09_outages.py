@@ -902,6 +902,29 @@ def test_a_file_that_was_deleted(
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_file_that_was_deleted_as_it_was_opened(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first connection of a process does not stay with it either."""
+    path = tmp_path / "sessions.sqlite3"
+    store, other = (sqlite.SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
+    record = a_record(clock)
+    prepare = store._prepare
+
+    def prepare_meanwhile(db: sqlite3.Connection) -> None:
+        prepare(db)
+        monkeypatch.undo()
+        for end in ("", "-wal", "-shm"):
+            Path(f"{path}{end}").unlink()
+        other.create(record)
+
+    monkeypatch.setattr(store, "_prepare", prepare_meanwhile)
+    store.load(record.key)
+    assert store.load(record.key) == record
+    store.close()
+    other.close()
+
+
 def test_a_file_system_on_which_folders_cannot_be_locked(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -667,6 +667,7 @@ class SQLiteStore:
                 self._make_file()
         except OSError as error:
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
+        self._look_for_file()  # and again afterwards: it may be deleted meanwhile
         db = sqlite3.connect(
             f"file://{quote(os.fsencode(self.path.absolute()))}?mode=rw",
             uri=True,
