@@ -939,6 +939,21 @@ def test_a_file_system_on_which_folders_cannot_be_locked(
     store.close()
 
 
+def test_the_log_of_a_large_removal_does_not_keep_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_LOG_BYTES", 2**20)
+    path, log = tmp_path / "sessions.sqlite3", tmp_path / "sessions.sqlite3-wal"
+    with closing(sqlite.SQLiteStore(path)) as store:
+        end = int(time.time() * 1000) + 60_000
+        for number in range(8):
+            store.write_frame("large", number * 2**20, bytes(2**20), end)
+        store.discard_blobs(["large"], 0)
+        assert log.stat().st_size > 6 * 2**20
+        store.write_frame("small", 0, b"1", end)
+        assert log.stat().st_size <= 2 * 2**20
+
+
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite3"
     path.write_bytes(b"this is a text file, and not a short one" * 100)

@@ -100,6 +100,7 @@ _ORPHANED = "NOT EXISTS (SELECT 1 FROM gsession WHERE gsession.key = gsession_le
 _KEEP_IDLE = 16  # connections
 _BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
 _LITTLE_SPACE = 64 * 2**20  # bytes
+_LOG_BYTES = 16 * 2**20  # of the write-ahead log that stay on the disk
 _LOOK_AGAIN = 1.0  # seconds after which to see whether the file is still the one at the path
 
 
@@ -708,6 +709,8 @@ class SQLiteStore:
         if application_id != _APPLICATION_ID or schema_version != _SCHEMA_VERSION:
             self._create_schema(db)
         db.execute("PRAGMA synchronous=NORMAL")
+        # What one large removal logs does not keep its place on the disk for good.
+        db.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
         # Text that is none must look like a corrupt record, not like a store that is down.
         db.text_factory = lambda text: text.decode("utf-8", "replace")
 
