@@ -299,6 +299,5 @@ class TrackedValues:
     def _decode_marked(self, key: str, raw: bytes) -> Any:
         mark, plain = split(raw)
         value = self._codec.decode(plain)
-        if mark != PLAIN:
-            self._marks[key] = mark
+        self._marks[key] = mark  # and not that of what was here before
         return value

@@ -907,6 +907,22 @@ def test_an_attached_file_can_expire(site: Site, clock: FakeClock) -> None:
     assert visitor.run(lambda session: (list(session), session.get("large"))) == ([], None)
 
 
+def test_a_file_attached_in_the_place_of_what_expires_does_not_expire(
+    site: Site, clock: FakeClock
+) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.set("photo", b"old", ttl=60))
+
+    def replace(session: Any) -> Any:
+        looked = session["photo"]
+        session.attach("photo", io.BytesIO(PHOTO))
+        return looked, len(session["photo"]), session.ttl("photo")
+
+    assert visitor.run(replace) == (b"old", len(PHOTO), None)
+    clock.advance(61)
+    assert visitor.run(lambda session: len(session.get("photo", b""))) == len(PHOTO)
+
+
 def test_a_download_goes_on_after_the_session_was_saved(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.attach("photo", io.BytesIO(PHOTO)))

@@ -22,6 +22,7 @@ from flask_gsession.errors import (
     UnsupportedType,
     ValueRefused,
 )
+from flask_gsession.marks import PLAIN, Mark
 from flask_gsession.merge import MISSING, POLICIES, Change, MergeFunction, Merger, last, reject
 from flask_gsession.tracking import TrackedValues
 from tests.test_codec import shape, values
@@ -271,6 +272,23 @@ def test_what_was_merged_into_something_else_is_merged_again_at_its_next_change(
         "hits": (2, 3),
         "tags": ({"a", "mine"}, {"a", "mine", "more"}),
     }
+
+
+@pytest.mark.parametrize("way", ["given", "stored by others"])
+def test_a_value_has_its_own_mark_and_not_that_of_what_was_there_before(way: str) -> None:
+    values, theirs = TrackedValues(CODEC), stored({"key": "theirs"})
+    values.set("key", "mine", Mark(expires_at=5000), lambda: 1000)
+    if way == "given":
+        values.give("key", theirs["key"], lambda: 1000)
+    else:
+        changes = values.changes()
+        values.accept({"key": changes["key"].mine or b""}, changes)
+        del values["key"]
+        values.accept({}, values.changes())
+        values.follow(theirs)
+    assert values["key"] == "theirs"
+    assert values.mark("key") == PLAIN
+    assert changed(values) == ({"key": (MISSING, "theirs")} if way == "given" else {})
 
 
 def test_a_settled_key_is_stored() -> None:
