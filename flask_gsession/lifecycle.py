@@ -200,7 +200,9 @@ class Lifecycle:
 
     def _load(self) -> None:
         if self._failure is not None:
-            if self._hooks_after_the_view_run():
+            late = self._past_the_view()
+            if late is not None:
+                self._failed_unseen |= late is Flask.handle_exception
                 self._values = self._tracked(self._keeper.codec)
                 return  # empty: the answer will not be one that was made from it
             raise self._failure
@@ -218,7 +220,7 @@ class Lifecycle:
             except StoreUnavailable as error:
                 self._failure = error
                 logger.log(error.log_level, "A session could not be loaded: %s", error)
-                if self._hooks_after_the_view_run():
+                if self._past_the_view() is not None:
                     self._failed_unseen = True
                     self._values = self._tracked(self._keeper.codec)
                     return
@@ -278,19 +280,21 @@ class Lifecycle:
         """What the schema of the session found right, in encoded form."""
         return {}
 
-    def _hooks_after_the_view_run(self) -> bool:
-        """Whether Flask is past the view: a hook that raises there spoils whatever was answered.
+    def _past_the_view(self) -> Callable[..., object] | None:
+        """What Flask does where it is past the view and its errors; None where it is not.
 
-        Asked only when a load failed, so it may be slow. An async hook runs in a thread of its
-        own, while that of the request waits for it.
+        A hook, or a page for all errors, that raises there spoils whatever was answered. Asked only
+        when a load failed, so it may be slow. What is async runs in a thread of its own, while that
+        of the request waits for it.
         """
         stacks = (inspect.currentframe(), sys._current_frames().get(self._thread))
         for frame in stacks:
             while frame is not None:
-                if frame.f_code is Flask.process_response.__code__:
-                    return True
+                for step in (Flask.process_response, Flask.handle_exception):
+                    if frame.f_code is step.__code__:
+                        return step
                 frame = frame.f_back
-        return False
+        return None
 
     def _open_for_writing(self) -> TrackedValues:
         self._check_open()

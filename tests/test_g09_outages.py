@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Response, flash, render_template_string, session
+from flask import Response, flash, render_template_string, request, session
 from pymongo import MongoClient
 from redis import Redis
 from redis.exceptions import ResponseError
@@ -279,6 +279,35 @@ def test_a_page_that_needs_the_session_itself_is_503_all_the_same(
         assert "Set-Cookie" not in response.headers
         site.store._hooks.clear()
         assert visitor.run(dict) == {"a": 0}
+
+
+@pytest.mark.parametrize(
+    ("registered", "path"),
+    [(Exception, "/untouched"), (Exception, "/missing"), (404, "/missing"), (500, "/broken")],
+)
+def test_a_page_for_all_errors_that_needs_the_session_is_503_too(
+    make_site: SiteMaker, registered: Any, path: str
+) -> None:
+    """Flask has nobody left to ask when such a page fails: the server would answer."""
+    site = make_site()
+    site.app.add_url_rule("/broken", "broken", lambda: str(1 / 0))
+
+    @site.app.before_request
+    def look() -> None:
+        if request.path == "/untouched":
+            assert session.get("user") is None
+
+    @site.app.errorhandler(registered)
+    @site.app.errorhandler(500)
+    def page(error: Exception) -> tuple[str, int]:
+        return render_template_string("{{ session.user }} sorry"), getattr(error, "code", 500)
+
+    visitor = visitor_with(site, a=0)
+    site.store.before("load", fail)
+    response = visitor.get(path)
+    assert response.status_code == 503
+    assert "Set-Cookie" not in response.headers
+    assert visitor.run(dict) == {"a": 0}
 
 
 def test_the_view_s_cookies_and_body_do_not_survive_a_failed_save(site: Site) -> None:
