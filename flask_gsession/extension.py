@@ -66,6 +66,8 @@ class Session:
             )
         settings = read_settings(app, self._settings)
         interfaces: dict[Session, GSessionInterface] = app.extensions.setdefault(NAME, {})
+        if self in interfaces:
+            raise SettingError("This Session is on the application already")
         for other in interfaces.values():
             if other.keeper.settings.cookie_name == settings.cookie_name:
                 raise SettingError(

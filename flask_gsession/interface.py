@@ -251,6 +251,8 @@ def _bare_error(app: Flask, error: HTTPException) -> Response:
 def _add_vary(response: Response, header: str) -> None:
     for name, _ in response.headers:
         if name.lower() == "vary":
+            # In one line: of several, ``vary`` sees the first, and puts what it makes for them all.
+            response.headers["Vary"] = ", ".join(response.headers.getlist("Vary"))
             response.vary.add(header)
             return
     response.headers.add("Vary", header)

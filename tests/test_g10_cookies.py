@@ -146,6 +146,17 @@ def test_every_answer_that_depends_on_the_session_says_so(make_site: SiteMaker) 
             response.close()
 
 
+def test_what_else_an_answer_depends_on_stays_told(site: Site) -> None:
+    """Also in several lines, as flask-cors adds one of its own."""
+
+    def look(session: Any) -> Response:
+        response = Response(headers=[("Vary", "Accept"), ("vary", "Origin")])
+        session.get("a")
+        return response
+
+    assert set(site.visitor().ask(look).vary) == {"Accept", "Origin", "Cookie"}
+
+
 def test_no_cache_keeps_an_answer_with_our_cookie(site: Site) -> None:
     visitor = site.visitor()
     for request in (

@@ -743,6 +743,9 @@ def test_an_application_takes_a_session_once() -> None:
         Session(app, store="memory://")
     with pytest.raises(SettingError, match="already"):
         Session().init_app(app)
+    app.config["SESSION_COOKIE_NAME"] = "another"
+    with pytest.raises(SettingError, match="already"):
+        ext.init_app(app)
     assert len(app.extensions["gsession"]) == 1
     with pytest.raises(SettingError, match="init_app"):
         Session().store(app)
