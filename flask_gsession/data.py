@@ -353,6 +353,10 @@ class SessionData(LargeValues, SessionMixin):
         if not 0 <= grace <= _MAX_GRACE:
             raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
         self._check_no_transaction("A rotation")
+        self._rotate_soon(grace)
+
+    def _rotate_soon(self, grace: float) -> None:
+        """Rotate with the next save; inside a transaction with what that stores, if it does."""
         self._open_for_writing()
         if self._record is not None:
             if self._lease is None:

@@ -193,4 +193,4 @@ def _rotate_at_login(app: Flask) -> None:
 def _rotate(sender: Flask, **_: Any) -> None:
     session = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
     if isinstance(session, SessionData):
-        session.rotate(grace=0)
+        session._rotate_soon(grace=0)

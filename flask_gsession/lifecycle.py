@@ -379,6 +379,7 @@ class Lifecycle:
     def _roll_back(self) -> None:
         """Forget what a transaction or a lock did."""
         self._in_transaction = False
+        self._rotation = None
         self._lifetime = self._lifetime_before if self._record is not None else None
         values = self._values
         self._values = self._tracked(self._keeper.codec, values.stored, values.now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -220,6 +221,46 @@ def test_remember_me_ends_the_token_of_before_at_once(members: Site) -> None:
     assert who(stranger) == "alice"
     assert who(planted) is None
     assert planted.run(whole) == {}
+
+
+def test_a_login_inside_a_transaction(members: Site) -> None:
+    """As by the remember-me cookie, where a view that is one looks at its user."""
+    visitor = members.visitor()
+    log_in(visitor, "alice", remember=True)
+    remember = visitor.get_cookie("remember_token")
+    assert remember is not None
+
+    def view(session: Any) -> Any:
+        with session.transaction():
+            session["seen"] = current_user.get_id()
+        return session["seen"]
+
+    fresh = members.visitor()
+    known = members.visitor()
+    known.run(lambda session: session.update(cart=[]))
+    planted = known.another_tab()
+    for visitor in (fresh, known):
+        visitor.set_cookie("remember_token", remember.value)
+        assert visitor.run(view) == "alice"
+        visitor.delete_cookie("remember_token")
+        assert who(visitor) == "alice"
+    assert planted.run(whole) == {}
+
+
+def test_a_login_inside_a_transaction_that_fails(members: Site) -> None:
+    visitor = members.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        with suppress(ZeroDivisionError), session.transaction():
+            login_user(User("alice"))
+            session["a"] = 1 // 0
+
+    visitor.run(view)
+    assert tab.run(dict) == visitor.run(dict)
+    assert visitor.run(dict)["a"] == 1
+    assert visitor.cookie == tab.cookie
 
 
 def test_a_stolen_cookie_in_another_browser(one_with_login: Site) -> None:
