@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Flask, Request, Response, request
+from flask import Flask, Request, Response, has_request_context, request
 from flask import session as flask_session
 from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import got_request_exception
@@ -212,6 +212,8 @@ class GSessionInterface(SessionInterface):
 
 def _opened_by_hand(session: SessionData) -> bool:
     """Whether it was opened beside that of its request, as by the client's session_transaction."""
+    if not has_request_context():
+        return True
     if session._request is not request._get_current_object():  # type: ignore[attr-defined]
         return False
     of_request = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy

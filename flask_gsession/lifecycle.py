@@ -139,6 +139,8 @@ class Lifecycle:
     _policies: dict[str, MergeFunction] | None = None  # of keys that this request set
     _rotation_later: float | None = None  # at the end of the lock
     _lifetime_before: int | None = None  # the transaction or the lock
+    # What was set before a transaction on a session that is not stored: no more than is no session.
+    _pending: dict[str, Change] | None = None
     _trace: Trace | None = None  # of those who debug
     _tracked: Callable[..., TrackedValues] = TrackedValues
     _debug_until: int | None = None  # of this very session, in milliseconds
@@ -352,6 +354,7 @@ class Lifecycle:
         if self._ended:
             raise SessionEnded
         self._lifetime_before = self._lifetime
+        self._pending = self._values.changes() if self._record is None else None
         self._in_transaction = True
 
     @alone
@@ -378,11 +381,16 @@ class Lifecycle:
 
     def _roll_back(self) -> None:
         """Forget what a transaction or a lock did."""
+        pending = self._pending if self._in_transaction else None
         self._in_transaction = False
         self._rotation = None
-        self._lifetime = self._lifetime_before if self._record is not None else None
+        known = self._record is not None or pending is not None
+        self._lifetime = self._lifetime_before if known else None
         values = self._values
         self._values = self._tracked(self._keeper.codec, values.stored, values.now)
+        for key, change in (pending or {}).items():
+            if change.mine is not None:
+                self._values.give(key, change.mine, self._keeper.now)
         self._restart_idle = self._forced = self._cleared = False
 
     @alone

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Response, flash, render_template_string, session
+from flask import Request, Response, flash, render_template_string, session
 from pymongo import MongoClient
 from redis import Redis
 from redis.exceptions import ResponseError
-from werkzeug.test import TestResponse
+from werkzeug.test import EnvironBuilder, TestResponse
 
-from flask_gsession.errors import GSessionError, StoreUnavailable
+from flask_gsession.errors import GSessionError, StoreUnavailable, UnsupportedType
 from flask_gsession.events import WriteDropped
 from flask_gsession.stores import StoreOptions, open_store, sqlite
 from flask_gsession.testing import FakeClock, HookedStore, a_record
@@ -379,6 +379,20 @@ def test_a_session_transaction_of_the_test_client_raises(make_site: SiteMaker, p
         session["a"] = 1
     assert len(site.happened(WriteDropped)) == 1
     assert visitor.run(dict) == {"a": 0}
+
+
+def test_a_session_that_is_opened_without_a_request_raises(site: Site) -> None:
+    """As by what serves web sockets beside the application."""
+    visitor = visitor_with(site, a=0)
+    interface = site.app.session_interface
+    environ = EnvironBuilder(headers={"Cookie": f"session={visitor.cookie}"}).get_environ()
+    for value, error in ((1, StoreUnavailable), (object(), UnsupportedType)):
+        opened = interface.open_session(site.app, Request(environ))
+        assert opened is not None
+        opened["a"] = value
+        site.store.before("save", fail)
+        with pytest.raises(error):
+            interface.save_session(site.app, opened, Response())
 
 
 # Real servers --------------------------------------------------------------------------------

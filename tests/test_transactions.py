@@ -165,6 +165,29 @@ def test_a_block_that_raises_stores_nothing(site: Site) -> None:
     assert visitor.run(dict) == {"cart": ["mug"], "before": 1, "after": 1}
 
 
+def test_a_block_that_raises_leaves_what_a_new_session_was_given(site: Site) -> None:
+    """What is not worth a session is not stored before a transaction, and must not get lost."""
+
+    def view(session: Any) -> None:
+        session.permanent = True
+        session.set_lifetime(600)
+
+        def block() -> None:
+            with session.transaction():
+                session.permanent = False
+                session["half"] = 1 // 0
+
+        with pytest.raises(ZeroDivisionError):
+            block()
+        session["after"] = 1
+
+    visitor = site.visitor()
+    visitor.run(view)
+    assert visitor.run(dict) == {"_permanent": True, "after": 1}
+    lifetime = visitor.run(lambda session: session.expires_at - session.created_at)
+    assert 600 <= lifetime.total_seconds() <= 660
+
+
 def test_a_refused_value_stores_nothing(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
