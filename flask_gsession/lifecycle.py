@@ -502,8 +502,9 @@ class Lifecycle:
     def _save_and_close(self) -> None:
         """Store what this request changed, and accept no more writes."""
         closed, self._closed = self._closed, True
-        # A transaction that another thread is in the middle of stores itself, or nothing.
-        if self._opened and not closed and not self._in_transaction:
+        # A transaction or a lock that another thread is in the middle of stores itself, or nothing.
+        within = self._in_transaction or self._lease is not None
+        if self._opened and not closed and not within:
             with self._turn:
                 try:
                     self._commit()

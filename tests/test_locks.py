@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -175,6 +176,31 @@ def test_a_block_that_raises_stores_nothing(site: Site) -> None:
     assert visitor.run(dict) == {"cart": ["mug"], "before": 1, "after": 1}
     assert visitor.run(lambda session: session.handle) == handle
     assert visitor.run(lambda session: session.expires_at) == expiry
+
+
+def test_the_end_of_the_request_stores_no_half_of_a_block(site: Site) -> None:
+    """As one that another thread is in the middle of: it stores what it did itself, or nothing."""
+    visitor = a_visitor(site, a=1)
+    begun, saved = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with suppress(ZeroDivisionError), session.lock():
+            session["a"] = 2
+            begun.set()
+            assert saved.wait(PATIENCE)
+            session["a"] = 1 // 0
+
+    def view(session: Any) -> threading.Thread:
+        session["before"] = True
+        thread = threading.Thread(target=copy_current_request_context(work))
+        thread.start()
+        assert begun.wait(PATIENCE)
+        return thread
+
+    thread = visitor.run(view)
+    saved.set()
+    thread.join()
+    assert visitor.run(dict) == {"a": 1, "before": True}
 
 
 def test_a_transaction_that_raises_leaves_the_lifetime(site: Site) -> None:
