@@ -539,7 +539,7 @@ class Lifecycle:
                     raise
                 values.accept(stored, _as_stored(changes, merged, stored))
                 self._let_go(after=stored)
-                self._restart_idle = self._forced = False
+                self._restart_idle = self._forced = self._cleared = False
                 self._rotation = None
                 self._cookie = "set"
                 self._keeper.events.emit(SessionCreated, self._record.key)
