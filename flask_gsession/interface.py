@@ -89,7 +89,7 @@ class GSessionInterface(SessionInterface):
         in the program where the application lets exceptions through (tests, debug mode), and
         where ``session`` was opened by hand, as the response is nobody's then.
         """
-        if not self.has_further:
+        if not (self.has_further and has_request_context()):
             self._save(app, session, response)
             if session.accessed and isinstance(session, SessionData):
                 self._tell_client(app, session, response)

@@ -25,6 +25,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from werkzeug.test import EnvironBuilder, TestResponse
 
+from flask_gsession import Session
 from flask_gsession.errors import GSessionError, StoreUnavailable, UnsupportedType
 from flask_gsession.events import WriteDropped
 from flask_gsession.stores import StoreOptions, open_store, sqlite
@@ -382,7 +383,7 @@ def test_a_session_transaction_of_the_test_client_raises(make_site: SiteMaker, p
 
 
 def test_a_session_that_is_opened_without_a_request_raises(site: Site) -> None:
-    """As by what serves web sockets beside the application."""
+    """As by what serves web sockets beside the application. What can be stored is stored."""
     visitor = visitor_with(site, a=0)
     interface = site.app.session_interface
     environ = EnvironBuilder(headers={"Cookie": f"session={visitor.cookie}"}).get_environ()
@@ -393,6 +394,13 @@ def test_a_session_that_is_opened_without_a_request_raises(site: Site) -> None:
         site.store.before("save", fail)
         with pytest.raises(error):
             interface.save_session(site.app, opened, Response())
+    Session(site.app, store="memory://", cookie_name="further")
+    opened = interface.open_session(site.app, Request(environ))
+    assert opened is not None
+    opened["a"] = 1
+    site.store._hooks.clear()
+    interface.save_session(site.app, opened, Response())
+    assert visitor.run(dict) == {"a": 1}
 
 
 # Real servers --------------------------------------------------------------------------------
