@@ -161,7 +161,8 @@ class Session:
         if not has_request_context() or current_app.session_interface is interface:
             return flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
-        return interface.open_further(app, request)
+        now = request._get_current_object()  # type: ignore[attr-defined]  # another one later
+        return interface.open_further(app, now)
 
 
 def _declare(schema: object, keeper: Keeper) -> None:

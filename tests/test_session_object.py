@@ -665,6 +665,16 @@ def test_two_sessions_on_one_application(make_site: SiteMaker) -> None:
     assert visitor.run(lambda session: site.ext.session == session) is True
 
 
+def test_a_further_session_is_that_of_its_own_request(make_site: SiteMaker) -> None:
+    """Also where it is kept, and first looked at in the request of somebody else."""
+    site = make_site()
+    further = Session(site.app, store="memory://", cookie_name="further")
+    visitor, other = site.visitor(), site.visitor()
+    other.run(lambda session: further.session.update(mine=1))
+    kept: Any = visitor.run(lambda session: further.session._get_current_object())  # type: ignore[attr-defined]
+    assert other.run(lambda session: (dict(kept), dict(further.session))) == ({}, {"mine": 1})
+
+
 def test_a_token_of_one_session_means_nothing_in_the_other(make_site: SiteMaker) -> None:
     site = make_site()
     admin = Session(site.app, cookie_name="admin", store=site.store, clock=site.clock)
