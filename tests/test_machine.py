@@ -2,15 +2,19 @@
 
 The model knows of no versions, records or retries: a session is a dict, a list of its tokens and
 two times between which it ends. What a request saw and what it wants are dicts too, and saving is
-a merge of three dicts, key by key.
+a merge of three dicts, key by key. Each value may have a time at which it expires.
 """
 
 from __future__ import annotations
 
 import copy
+import io
+import math
 from collections.abc import Callable
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
+import pytest
 from flask import Flask, Request
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -25,13 +29,15 @@ from werkzeug.http import parse_cookie
 from werkzeug.test import EnvironBuilder
 
 from flask_gsession import Session, SessionData
+from flask_gsession.errors import SessionConflict, SessionEnded
 from flask_gsession.events import WriteDropped
+from flask_gsession.merge import MISSING
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.testing import FakeClock
 from tests.test_codec import shape
 
 IDLE, STEP, ABSOLUTE = 100, 5, 400  # seconds
-MISSING: Any = object()
+SPILL_BYTES = 1000
 
 number = st.integers(-3, 3)
 word = st.sampled_from(["", "a", "\ud800", "b"])
@@ -47,8 +53,30 @@ KINDS: dict[str, st.SearchStrategy[Any]] = {
     "log": st.lists(small, max_size=3),
     "prefs": st.dictionaries(word.filter(str.isascii), small, max_size=3),
     "only": number,
+    "file": st.sampled_from([b"", b"x", b"x"]),
 }
 KEYS = sorted(KINDS)
+
+
+#: What is done to the stored value of a key at once, and to what where there is none.
+UPDATES: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "cart": (lambda cart: [*cart, 7], []),
+    "hits": (lambda hits: hits + 1, 0),
+    "tags": (lambda tags: tags ^ {2}, set()),
+    "log": (lambda log: [*log, 7], []),
+    "only": (lambda only: only + 1, 0),
+}
+
+
+class Kept(NamedTuple):
+    """A value, and when it expires."""
+
+    value: Any
+    end: float | None = None
+
+
+def unexpired(data: dict[str, Kept], now: float) -> dict[str, Kept]:
+    return {key: kept for key, kept in data.items() if kept.end is None or now < kept.end}
 
 
 class Conflict(Exception):
@@ -99,18 +127,25 @@ POLICIES = {"hits": "counter", "tags": "set", "log": "append", "prefs": "dict", 
 
 
 def differs(one: Any, other: Any) -> bool:
-    return one is not other and (one is MISSING or other is MISSING or shape(one) != shape(other))
+    """Whether two values differ, or their ends do."""
+    if one is MISSING or other is MISSING:
+        return one is not other
+    return shape(one.value) != shape(other.value) or one.end != other.end
 
 
-def merged(base: dict[str, Any], theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+def merged(
+    base: dict[str, Kept], theirs: dict[str, Kept], mine: dict[str, Kept]
+) -> dict[str, Kept]:
     """What is stored after a request that saw `base` and wants `mine` met `theirs`."""
     result = dict(theirs)
     for key in KEYS:
         before, now, wanted = (side.get(key, MISSING) for side in (base, theirs, mine))
         if not differs(before, wanted):
             continue
-        if differs(before, now) and (wanted is not MISSING or key == "only"):
-            wanted = MERGES.get(key, lambda before, now, wanted: wanted)(before, now, wanted)
+        if differs(before, now) and key in MERGES and (wanted is not MISSING or key == "only"):
+            value = MERGES[key](*(kept and kept.value for kept in (before, now, wanted)))
+            was = before.end if before else None
+            wanted = Kept(value, now.end if now and wanted.end == was else wanted.end)
         if wanted is MISSING:
             result.pop(key, None)
         else:
@@ -121,7 +156,7 @@ def merged(base: dict[str, Any], theirs: dict[str, Any], mine: dict[str, Any]) -
 class Stored:
     """A session as the model has it."""
 
-    def __init__(self, cookie: str, data: dict[str, Any], now: float) -> None:
+    def __init__(self, cookie: str, data: dict[str, Kept], now: float) -> None:
         self.data = data
         # The session's tokens, each with the time from which it leads nowhere. The last is its own.
         self.cookies: list[tuple[str, float | None]] = [(cookie, None)]
@@ -147,8 +182,13 @@ class Open:
         self.real, self.began, self.presented = real, now, presented
         self.session: Stored | None = None
         self.index = 0
-        self.saw: dict[str, Any] = {}
-        self.wants: dict[str, Any] = {}
+        self.saw: dict[str, Kept] = {}
+        self.wants: dict[str, Kept] = {}
+        self.stored: dict[str, Kept] = {}  # when it last looked at all
+        self.attached = math.inf
+        # What expired since it looked. To remove it, or what it was replaced by, is no change; but
+        # it may be taken for one.
+        self.expired: set[str] = set()
         self.grace: float | None = None
         self.ended = self.cleared = self.destroyed = False
 
@@ -156,17 +196,39 @@ class Open:
         """It has loaded this session; None for an anonymous one."""
         self.session = session
         self.saw = copy.deepcopy(session.data) if session else {}
-        self.wants = copy.deepcopy(self.saw)
+        self.wants, self.stored = copy.deepcopy(self.saw), copy.deepcopy(self.saw)
         self.index = len(session.cookies) - 1 if session else 0
-        self.grace, self.cleared = None, False
+        self.grace, self.cleared, self.expired = None, False, set()
+
+    def expire(self, now: float) -> None:
+        seen = {*self.saw, *self.wants}
+        self.saw, self.wants = unexpired(self.saw, now), unexpired(self.wants, now)
+        self.stored = unexpired(self.stored, now)
+        self.expired |= seen - {*self.saw, *self.wants}
+
+    @property
+    def void(self) -> bool:
+        """Whether it may be taken to have changed something, although it did not."""
+        return not self.expired <= self.wants.keys()
+
+    def has_changed(self, key: str) -> bool:
+        return differs(self.saw.get(key, MISSING), self.wants.get(key, MISSING))
 
     @property
     def changed(self) -> bool:
-        return any(differs(self.saw.get(k, MISSING), self.wants.get(k, MISSING)) for k in KEYS)
+        return any(map(self.has_changed, KEYS))
+
+    def conflicts(self) -> bool:
+        """Whether it need not look at the store once more to know that it cannot be merged."""
+        try:
+            merged(self.saw, self.stored, self.wants)
+        except Conflict:
+            return True
+        return False
 
     @property
     def writes(self) -> bool:
-        empties = self.cleared and not self.wants
+        empties = self.cleared and not self.stored
         return self.changed or empties or self.grace is not None
 
 
@@ -185,11 +247,13 @@ class Machine(RuleBasedStateMachine):
             idle_timeout=IDLE,
             absolute_timeout=ABSOLUTE,
             merge_policies=POLICIES,
+            spill_bytes=SPILL_BYTES,
         )
         self.dropped: list[WriteDropped] = []
         ext.on(WriteDropped, self.dropped.append)
         self.sessions: list[Stored] = []
         self.requests: list[Open] = []
+        self.lengths = count(SPILL_BYTES + 1)
         self.keys: st.SearchStrategy[str] = st.nothing()
 
     # -- the real thing
@@ -225,6 +289,19 @@ class Machine(RuleBasedStateMachine):
 
     def reached(self, session: Stored | None, index: int) -> bool:
         return session is not None and self.lives(session) and session.leads_here(index, self.now)
+
+    def may_look(self, request: Open, key: str) -> bool:
+        """Whether it is promised that the request finds what it saw under a key.
+
+        A large value may be gone that another request replaced, or ended the session of.
+        """
+        if key != "file" or key not in request.wants:
+            return True
+        session = request.session
+        if session is None or not self.reached(session, request.index):
+            return session is None
+        theirs = session.data.get(key, MISSING)
+        return request.has_changed(key) or not differs(request.wants[key], theirs)
 
     # -- rules
 
@@ -263,11 +340,14 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def it_looks(self, data: st.DataObject) -> None:
         request, key = self.pick(data), data.draw(self.keys)
-        if data.draw(st.booleans()):
+        if data.draw(st.booleans()) and self.may_look(request, "file"):
             assert_same(dict(request.real), request.wants)
         assert (key in request.real) is (key in request.wants)
         if key in request.wants:
-            assert shape(request.real[key]) == shape(request.wants[key])
+            value, end = request.wants[key]
+            if self.may_look(request, key):
+                assert shape(request.real[key]) == shape(value)
+            assert request.real.ttl(key) == (end and end - self.now)
 
     @rule(data=st.data())
     def it_changes_something(self, data: st.DataObject) -> None:
@@ -285,21 +365,94 @@ class Machine(RuleBasedStateMachine):
     def change(self, data: st.DataObject, request: Open) -> None:
         for key in data.draw(st.lists(self.keys, min_size=1, max_size=2)):
             way = data.draw(st.sampled_from(["inside", "inside", "assign", "delete"]))
-            if way == "delete":
-                there = request.wants.pop(key, MISSING)
-                assert not differs(request.real.pop(key, MISSING), there)
-            elif way == "assign" or key not in request.wants:
-                self.assign(request, key, data.draw(KINDS[key]))
+            unsure = not self.may_look(request, key)
+            if way == "delete" and unsure:
+                del request.real[key], request.wants[key]
+            elif way == "delete":
+                there = request.wants.pop(key, Kept(MISSING))
+                assert shape(request.real.pop(key, MISSING)) == shape(there.value)
+            elif way == "assign" or unsure or key not in request.wants:
+                ttl = data.draw(st.sampled_from([None, None, 6, 25]))
+                self.assign(request, key, data.draw(KINDS[key]), ttl)
             else:
                 by, grow = data.draw(small), data.draw(st.booleans())
-                request.wants[key] = changed_inside(request.wants[key], by, grow)
+                value, end = request.wants[key]
+                request.wants[key] = Kept(changed_inside(value, by, grow), end)
                 value = request.real[key]
                 after = changed_inside(value, by, grow)
                 if after is not value:
-                    request.real[key] = after
+                    request.real.set(key, after, ttl=end and end - self.now)
 
-    def assign(self, request: Open, key: str, value: Any) -> None:
-        request.real[key], request.wants[key] = copy.deepcopy(value), copy.deepcopy(value)
+    def assign(self, request: Open, key: str, value: Any, ttl: int | None = None) -> None:
+        if key == "file":  # each another one; most are large
+            value *= next(self.lengths)
+            request.attached = min(request.attached, self.now)
+            request.real.attach(key, io.BytesIO(value), ttl=ttl)
+        else:
+            request.real.set(key, copy.deepcopy(value), ttl=ttl)
+        request.wants[key] = Kept(copy.deepcopy(value), ttl and self.now + ttl)
+
+    @rule(data=st.data(), way=st.sampled_from(["update", "take"]))
+    def it_does_something_at_once(self, data: st.DataObject, way: str) -> None:
+        request = self.pick(data)
+        if request.cleared or request.void or request.grace is not None:
+            return  # what was changed before is stored first, which is for other rules
+        if not self.may_look(request, "file"):
+            return
+        for key in KEYS:
+            request.real.get(key)  # what it did not look at would be as it is stored by then
+        key = data.draw(self.keys)
+        if way == "update" and key in UPDATES:
+            function, default = UPDATES[key]
+            self.at_once(request, lambda: request.real.update_atomic(key, function, default), key)
+        else:
+            self.at_once(request, lambda: request.real.take(key, MISSING), key, takes=True)
+
+    def at_once(
+        self, request: Open, act: Callable[[], Any], key: str, *, takes: bool = False
+    ) -> None:
+        """A key is taken or updated in the store itself, after what is pending where it is, too."""
+        session, drops = request.session, len(self.dropped)
+        pending = request.has_changed(key)
+        looks = pending or not takes or key in request.stored
+        if session is None and not request.ended:
+            result = done(request.wants, key, takes)
+            assert shape(act()) == shape(result)
+            return
+        if pending and not request.ended and request.conflicts():
+            with pytest.raises(SessionConflict):
+                act()
+            return
+        if request.ended or (looks and not self.reached(session, request.index)):
+            with pytest.raises(SessionEnded):
+                act()
+            assert len(self.dropped) - drops == (not request.ended)
+            if not request.ended:
+                request.sees(None)
+                request.ended = True
+            return
+        assert session is not None
+        if pending:
+            try:
+                session.data = merged(request.saw, session.data, request.wants)
+            except Conflict:
+                with pytest.raises(SessionConflict):
+                    act()
+                request.index, request.stored = len(session.cookies) - 1, dict(session.data)
+                return
+            request.saw = copy.deepcopy(request.wants)
+        result = MISSING
+        if looks:
+            result = done(session.data, key, takes)
+            request.index = len(session.cookies) - 1
+            request.stored = dict(session.data)
+            if pending or result is not MISSING:
+                session.used(request.began, self.now)
+        assert shape(act()) == shape(result)
+        for side in (request.saw, request.wants):
+            side.pop(key, None)
+            if not takes:
+                side[key] = copy.deepcopy(session.data[key])
 
     @rule(data=st.data())
     def it_clears(self, data: st.DataObject) -> None:
@@ -369,12 +522,18 @@ class Machine(RuleBasedStateMachine):
         reached = self.reached(session, request.index)
         drops = len(self.dropped)
         status, cookie = self.save_real(request.real)
-        drop = request.changed if request.ended else session is not None and writes and not reached
-        assert len(self.dropped) - drops == drop
+        conflict = not request.ended and request.conflicts()
+        if request.ended:
+            drop = request.changed
+        else:
+            drop = session is not None and writes and not reached and not conflict
+        assert request.void or len(self.dropped) - drops == drop
         if request.ended:
             assert (status, cookie) == (200, None)
         elif session is None:
             self.end_anonymous(request, status, cookie)
+        elif conflict:
+            assert (status, cookie) == (409, None)
         elif not reached:
             assert (status, cookie) == (200, None)
         elif not writes:
@@ -432,19 +591,27 @@ class Machine(RuleBasedStateMachine):
         self.begin(session, index)
         request = self.requests[-1]
         value = request.real.update_atomic("hits", lambda hits: hits + by, 0)
-        before = request.wants.get("hits", 0)
+        before, end = request.wants.get("hits", Kept(0))
         assert value == before + by
         if request.session is not None:
-            request.session.data["hits"] = value
+            request.session.data["hits"] = Kept(value, end)
             request.session.used(self.now, self.now)
             request.sees(request.session)
         else:
-            request.wants["hits"] = value
+            request.wants["hits"] = Kept(value, end)
         self.end(request)
 
     @rule(seconds=st.sampled_from([1, 6, 19, 20, 50, 99, 104, 105]))
     def time_passes(self, seconds: int) -> None:
+        for request in list(self.requests):
+            if request.attached + IDLE <= self.now + seconds:
+                self.end(request)  # what it attached is not kept longer
+        self.another_begins()
         self.clock.advance(seconds)
+        for session in self.sessions:
+            session.data = unexpired(session.data, self.now)
+        for request in self.requests:
+            request.expire(self.now)
 
     @invariant()
     def every_token_leads_where_it_should(self) -> None:
@@ -457,6 +624,17 @@ class Machine(RuleBasedStateMachine):
                 else:
                     assert real.new
                     assert dict(real) == {}
+
+
+def done(data: dict[str, Kept], key: str, takes: bool) -> Any:
+    """Take or update a key; what was there, or is there now."""
+    there = data.pop(key, Kept(MISSING))
+    if takes:
+        return there.value
+    function, default = UPDATES[key]
+    value = function(default if there.value is MISSING else there.value)
+    data[key] = Kept(value, there.end)
+    return value
 
 
 def changed_inside(value: Any, by: Any, grow: bool) -> Any:
@@ -479,8 +657,8 @@ def changed_inside(value: Any, by: Any, grow: bool) -> Any:
     return value
 
 
-def assert_same(real: dict[str, Any], model: dict[str, Any]) -> None:
-    assert {k: shape(v) for k, v in real.items()} == {k: shape(v) for k, v in model.items()}
+def assert_same(real: dict[str, Any], model: dict[str, Kept]) -> None:
+    assert {k: shape(v) for k, v in real.items()} == {k: shape(v.value) for k, v in model.items()}
 
 
 def test_interleaved_requests_equal_the_model(store_url: str, store_prefix: str) -> None:
