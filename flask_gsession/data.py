@@ -436,9 +436,9 @@ class SessionData(LargeValues, SessionMixin):
 
         ``function`` gets a fresh copy of what is stored (of ``default`` where there is nothing) and
         runs again when another request was faster, so it must have no side effects. An expiry that
-        the key has stays. Other changes of this request stay pending; a pending change of this very
-        key is stored first. An object got from the session under this key before is no part of it
-        any more. In a session that is not stored yet, the value is set and stored with the
+        the key has stays. Other changes of this request stay pending, unless this very key has one:
+        then all are stored first. An object got from the session under this key before is no part
+        of it any more. In a session that is not stored yet, the value is set and stored with the
         response.
 
         Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
@@ -478,7 +478,7 @@ class SessionData(LargeValues, SessionMixin):
         """Remove ``key`` and return its value, handed out once: of parallel requests one gets it.
 
         It is removed from the store before this returns, whatever becomes of the request; other
-        changes of this request stay pending, except for one of this very key, which is stored
+        changes of this request stay pending, unless this very key has one: then all are stored
         first. Where there is no value, ``default`` is returned, or ``KeyError`` raised.
 
         Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
