@@ -2,7 +2,8 @@
 
 Each session has a key of its own, derived with HMAC-SHA256 from the application's encryption key
 and the session's key, so that random nonces stay safe however many sessions are written, and a
-payload moved under another session's key does not open. Source: NIST SP 800-38D, section 8.3.
+payload moved under another session's key does not open. Nor does one whose record's times were
+moved: ``payload`` hands them over in the header. Source: NIST SP 800-38D, section 8.3.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ class Keeper:
         if not (0 <= created <= absolute and 0 <= idle <= absolute < _END_OF_TIME):
             raise UnreadableRecord("corrupt", "times out of order")
         if successor is None:
-            return self._payloads.unpack(key, payload)
-        self._payloads.check_pointer(key, successor, payload)
+            return self._payloads.unpack(key, payload, created, absolute)
+        self._payloads.check_pointer(key, successor, payload, created, absolute, idle)
         return None
 
     def create(self, body: Body) -> tuple[str, Record]:
@@ -174,7 +174,7 @@ class Keeper:
                 created_at=now,
                 idle_expires_at=self._idle_end(body, absolute),
                 absolute_expires_at=absolute,
-                payload=self._payloads.pack(key, body),
+                payload=self._payloads.pack(key, body, now, absolute),
             )
             try:
                 self.store.create(record)
@@ -203,7 +203,7 @@ class Keeper:
             old.created_at,
             old.idle_expires_at if idle_end is None else idle_end,
             old.absolute_expires_at,
-            self._payloads.pack(old.key, body),
+            self._payloads.pack(old.key, body, old.created_at, old.absolute_expires_at),
         )
         if idle_end is not None:
             self._renew_blobs(body, idle_end)
@@ -235,7 +235,7 @@ class Keeper:
                 key=key,
                 version=new_version(),
                 idle_expires_at=self._idle_end(body, old.absolute_expires_at),
-                payload=self._payloads.pack(key, body),
+                payload=self._payloads.pack(key, body, old.created_at, old.absolute_expires_at),
             )
             pointer = self._pointer(old, record, grace)
             self._renew_blobs(body, record.idle_expires_at)
@@ -271,7 +271,7 @@ class Keeper:
             if until is None and not before:
                 return old.key, False
             body.debug_until = until
-            payload = self._payloads.pack(old.key, body)
+            payload = self._payloads.pack(old.key, body, old.created_at, old.absolute_expires_at)
             try:
                 self.store.save(old._replace(version=new_version(), payload=payload), old.version)
             except (Stale, Gone):
@@ -319,7 +319,9 @@ class Keeper:
         has not heard of this either; where the values are elsewhere, they are absent from it.
         """
         try:
-            body = self._payloads.unpack(record.key, record.payload)
+            body = self._payloads.unpack(
+                record.key, record.payload, record.created_at, record.absolute_expires_at
+            )
         except UnreadableRecord:
             return  # what it referred to, if anything, expires
         if ordered is not None and body.debug_until is not None:
@@ -432,11 +434,12 @@ class Keeper:
     def _pointer(self, old: Record, record: Record, grace: float) -> Record | None:
         if grace == 0:
             return None
-        end = self.now() + int(grace * 1000)
+        absolute = old.absolute_expires_at
+        end = min(self.now() + int(grace * 1000), absolute)
         return old._replace(
             version=record.version,
-            idle_expires_at=min(end, old.absolute_expires_at),
-            payload=self._payloads.pack_pointer(old.key, record.key),
+            idle_expires_at=end,
+            payload=self._payloads.pack_pointer(old.key, record.key, old.created_at, absolute, end),
             successor=record.key,
         )
 

@@ -3,10 +3,12 @@
 ::
 
     byte 0      format version, 2; 3 where a value is a reference
-    byte 1      0 plain, 1 sealed with AES-GCM
+    byte 1      0 plain, 2 sealed with AES-GCM
     plain:      4 first characters of the session key, 4 bytes CRC-32 of the whole session key, of
                 the byte 3 in that format, and of the body, then the body
-    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body
+    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body; authenticated with
+                it are both bytes in front, the session key, and the times that never change:
+                created_at and absolute_expires_at, for a pointer also the end of its grace
 
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
                 string; then the session's own idle lifetime, whether any value has a mark, and
@@ -16,7 +18,8 @@ So one value can be decoded without looking into the others. The check in front 
 AES-GCM tag) binds the payload to its own record: another session's payload, a truncated or a
 foreign one does not open. It is no protection against those who may write to the store;
 encryption is. New fields go at the array's end, so that older payloads stay readable. The body of
-a pointer is the key of its successor.
+a pointer is the key of its successor. Earlier versions sealed with a 1 in byte 1, without the
+times; such a payload is refused, since anybody who can write to the store could prolong it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType
 
 FORMAT, NEWEST = 2, 3
 # What holds no reference stays in the format that versions from before them can read.
-_PLAIN, _SEALED = {False: b"\2\0", True: b"\3\0"}, {False: b"\2\1", True: b"\3\1"}
+_PLAIN, _SEALED = {False: b"\2\0", True: b"\3\0"}, {False: b"\2\2", True: b"\3\2"}
+_SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
 _SPILLED_OF_PLAIN = {header: spilled for spilled, header in _PLAIN.items()}
 _CHECK_BYTES = 8
 _BODY = 2 + _CHECK_BYTES
@@ -71,9 +75,12 @@ class PayloadFormat:
         self._encode = Encoder().encode
         self._decode = Decoder(Body).decode
 
-    def pack(self, session_key: str, body: Body) -> bytes:
-        """The payload of ``body`` under ``session_key``. Raises as ``check`` does."""
-        return self._bind(session_key, self.check(body), body.spilled)
+    def pack(self, session_key: str, body: Body, *times: int) -> bytes:
+        """The payload of ``body`` under ``session_key``. Raises as ``check`` does.
+
+        ``times``: those of its record that never change, created_at and absolute_expires_at.
+        """
+        return self._bind(session_key, self.check(body), times, body.spilled)
 
     def check(self, body: Body) -> bytes:
         """The encoded body, which is within the limits.
@@ -108,30 +115,38 @@ class PayloadFormat:
             )
         return encoded
 
-    def unpack(self, session_key: str, payload: bytes) -> Body:
+    def unpack(self, session_key: str, payload: bytes, *times: int) -> Body:
         """The body of ``payload``, its values still encoded. Raises ``UnreadableRecord``."""
         try:
-            return self._decode(self._unbind(session_key, payload))
+            return self._decode(self._unbind(session_key, payload, times))
         except (DecodeError, ValueError, RecursionError):
             raise UnreadableRecord("corrupt", "the body is none") from None
 
-    def pack_pointer(self, session_key: str, successor: str) -> bytes:
-        """The payload of a pointer from ``session_key`` to ``successor``."""
-        return self._bind(session_key, successor.encode("ascii"))
+    def pack_pointer(self, session_key: str, successor: str, *times: int) -> bytes:
+        """The payload of a pointer from ``session_key`` to ``successor``.
 
-    def check_pointer(self, session_key: str, successor: str, payload: bytes) -> None:
+        ``times``: created_at, absolute_expires_at and, since no pointer is ever renewed,
+        idle_expires_at.
+        """
+        return self._bind(session_key, successor.encode("ascii"), times)
+
+    def check_pointer(self, session_key: str, successor: str, payload: bytes, *times: int) -> None:
         """Raises ``UnreadableRecord`` unless the pointer is this key's own, to that successor."""
-        if self._unbind(session_key, payload) != successor.encode("utf-8", "replace"):
+        if self._unbind(session_key, payload, times) != successor.encode("utf-8", "replace"):
             raise UnreadableRecord("corrupt", "a pointer to somewhere else")
 
-    def _bind(self, session_key: str, body: bytes, spilled: bool = False) -> bytes:
+    def _bind(
+        self, session_key: str, body: bytes, times: tuple[int, ...], spilled: bool = False
+    ) -> bytes:
         own = session_key.encode("ascii")
         if self._cipher is not None:
             header = _SEALED[spilled]
-            return header + self._cipher.seal(body, own, header)
+            return header + self._cipher.seal(body, own, header + _as_text(times))
         return b"".join((_PLAIN[spilled], _check(own, body, spilled), body))
 
-    def _unbind(self, session_key: str, payload: bytes) -> bytes | memoryview:
+    def _unbind(
+        self, session_key: str, payload: bytes, times: tuple[int, ...]
+    ) -> bytes | memoryview:
         """The bytes of the body. Raises ``UnreadableRecord`` unless they are this session's own."""
         header = payload[:2]
         own = session_key.encode("ascii")
@@ -146,12 +161,20 @@ class PayloadFormat:
         if header in _SEALED.values():
             if self._cipher is None:
                 raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
-            return self._cipher.open(payload[2:], own, header)
+            return self._cipher.open(payload[2:], own, header + _as_text(times))
+        if header in _SEALED_WITHOUT_TIMES:
+            raise UnreadableRecord(
+                "corrupt", "sealed by a version before the first release, without its times"
+            )
         if len(header) == 2 and header[0] > NEWEST:
             raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {NEWEST}")
         if len(header) == 2 and header[0] == 1:
             raise UnreadableRecord("corrupt", "format 1, of a version before the first release")
         raise UnreadableRecord("corrupt", "no record of this library")
+
+
+def _as_text(times: tuple[int, ...]) -> bytes:
+    return b"".join(b"%d " % time for time in times)
 
 
 def _check(own: bytes, body: bytes | memoryview, spilled: bool) -> bytes:

@@ -25,6 +25,7 @@ from tests.test_codec import shape, values
 
 CODEC = Codec(64)
 KEY, OTHER_KEY = session_key(new_token()), session_key(new_token())
+TIMES = 1_000, 2_000
 OLD, NEW = secrets.token_bytes(32), secrets.token_bytes(32)
 
 
@@ -51,7 +52,7 @@ def content(body: Body) -> tuple[Any, int | None]:
 
 def bound(data: bytes, key: str = KEY) -> bytes:
     """A plain payload of the session `key`, around any bytes instead of a body."""
-    return PLAIN._bind(key, data)
+    return PLAIN._bind(key, data, ())
 
 
 PLAIN, SEALED = a_format(), a_format(NEW)
@@ -88,7 +89,7 @@ def test_the_format_is_what_the_documentation_says() -> None:
     items = {"a": 1, "b": [2, 3]}
     assert PLAIN.pack(KEY, a_body(items)) == bytes((FORMAT, 0)) + check + body
     sealed = SEALED.pack(KEY, a_body(items))
-    assert sealed[:2] == bytes((FORMAT, 1))
+    assert sealed[:2] == bytes((FORMAT, 2))
     assert len(sealed) == 2 + 4 + 12 + len(body) + 16
 
 
@@ -355,7 +356,7 @@ def test_plain_payloads_are_read_only_where_that_is_allowed() -> None:
     assert_refused(SEALED, plain)
     turning_on = a_format(NEW, allow_plain=True)
     assert content(turning_on.unpack(KEY, plain)) == content(BODY)
-    assert turning_on.pack(KEY, BODY)[:2] == bytes((FORMAT, 1))
+    assert turning_on.pack(KEY, BODY)[:2] == bytes((FORMAT, 2))
     assert_refused(turning_on, PLAIN.pack(OTHER_KEY, BODY))
 
 
@@ -363,7 +364,7 @@ def test_a_sealed_payload_does_not_pass_for_a_plain_one() -> None:
     payload = SEALED.pack(KEY, BODY)
     for form in (PLAIN, SEALED, a_format(NEW, allow_plain=True)):
         assert_refused(form, bytes((FORMAT, 0)) + payload[2:])
-        assert_refused(form, bytes((FORMAT, 2)) + payload[2:])
+        assert_refused(form, bytes((FORMAT, 3)) + payload[2:])
 
 
 def test_moved_under_another_key_it_does_not_open() -> None:
