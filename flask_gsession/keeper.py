@@ -63,7 +63,7 @@ BLOB_GRACE = 60_000  # milliseconds
 _BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its session
 _NEW_TOKENS = 3
 _NO_WARNING = ("unknown", "expired")  # what anybody can send
-_END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
+END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
 _REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
 
 
@@ -153,19 +153,32 @@ class Keeper:
         """
         _, _, created, idle, absolute, payload, successor = record
         # A session may end before it began: where a clock was set back, or one is far behind.
-        if not (0 <= created <= absolute and 0 <= idle <= absolute < _END_OF_TIME):
+        if not (0 <= created <= absolute and 0 <= idle <= absolute < END_OF_TIME):
             raise UnreadableRecord("corrupt", "times out of order")
         if successor is None:
             return self._payloads.unpack(key, payload, created, absolute)
         self._payloads.check_pointer(key, successor, payload, created, absolute, idle)
         return None
 
+    def latest_end(self) -> int:
+        """When a session ends at the latest that is created now, in milliseconds."""
+        return self.now() + int(self.settings.absolute_timeout * 1000)
+
+    def with_times(self, record: Record, other: Record) -> Record:
+        """``other``, which is ``record`` with other times, with a payload that is bound to them."""
+
+        def times(of: Record) -> tuple[int, ...]:
+            fixed = of.created_at, of.absolute_expires_at
+            return fixed if of.successor is None else (*fixed, of.idle_expires_at)
+
+        payload = self._payloads.bind_again(record.key, record.payload, times(record), times(other))
+        return other._replace(payload=payload)
+
     def create(self, body: Body) -> tuple[str, Record]:
         """Store a new session; its token and record. One round trip."""
         if self.before_create is not None:
             self.before_create()
-        now = self.now()
-        absolute = now + int(self.settings.absolute_timeout * 1000)
+        now, absolute = self.now(), self.latest_end()
         for _ in range(_NEW_TOKENS):
             token, key = self._new_token()
             record = Record(
@@ -404,7 +417,7 @@ class Keeper:
         In milliseconds. ``absolute`` is where the session ends; None: it is a new one.
         """
         if absolute is None:
-            absolute = self.now() + int(self.settings.absolute_timeout * 1000)
+            absolute = self.latest_end()
         return self._idle_end(body, absolute) + _BLOB_MARGIN
 
     def discard(self, names: Iterable[str], grace: int) -> None:

@@ -39,6 +39,7 @@ FORMAT, NEWEST = 2, 3
 _PLAIN, _SEALED = {False: b"\2\0", True: b"\3\0"}, {False: b"\2\2", True: b"\3\2"}
 _SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
 _SPILLED_OF_PLAIN = {header: spilled for spilled, header in _PLAIN.items()}
+NOT_ENCRYPTED = "not encrypted"
 _CHECK_BYTES = 8
 _BODY = 2 + _CHECK_BYTES
 
@@ -122,6 +123,13 @@ class PayloadFormat:
         except (DecodeError, ValueError, RecursionError):
             raise UnreadableRecord("corrupt", "the body is none") from None
 
+    def bind_again(
+        self, session_key: str, payload: bytes, before: tuple[int, ...], after: tuple[int, ...]
+    ) -> bytes:
+        """The same payload for a record with other times. Raises ``UnreadableRecord``."""
+        body = bytes(self._unbind(session_key, payload, before))
+        return self._bind(session_key, body, after, spilled=payload[0] == NEWEST)
+
     def pack_pointer(self, session_key: str, successor: str, *times: int) -> bytes:
         """The payload of a pointer from ``session_key`` to ``successor``.
 
@@ -153,7 +161,9 @@ class PayloadFormat:
         spilled = _SPILLED_OF_PLAIN.get(header)
         if spilled is not None:
             if not self._allow_plain:
-                raise UnreadableRecord("corrupt", "not encrypted; SESSION_ENCRYPTION_KEYS is set")
+                raise UnreadableRecord(
+                    "corrupt", f"{NOT_ENCRYPTED}; SESSION_ENCRYPTION_KEYS is set"
+                )
             body = memoryview(payload)[_BODY:]
             if _check(own, body, spilled) != payload[2:_BODY]:
                 raise UnreadableRecord("corrupt", "not this session's own record, or altered")

@@ -156,6 +156,11 @@ class Spill:
         return content
 
 
+def stored_length(reference: Reference) -> int:
+    """How many bytes the frames of a large value take where they are kept."""
+    return reference.length + reference.frames * _OVERHEAD[reference.sealed]
+
+
 def pieces_of(content: Any, size: int) -> Iterator[Any]:
     """Bytes that are in memory, in pieces for ``Spill.write``."""
     for start in range(0, len(content), size):

@@ -295,7 +295,7 @@ def test_a_truncated_file(exported: Path, site: Site) -> None:
         (lambda data: data.replace(b'gsession":1', b'gsession":2'), "format 2"),
         (lambda data: b"PK\3\4 what is this?\n", "no line of an export"),
         (lambda data: b"\0" * 5000 + b"\n", "no line of an export"),
-        (lambda data: data.replace(b'"key":"', b'"key":"../../', 1), "cannot be read"),
+        (lambda data: data.replace(b'"key":"', b'"key":"../../', 1), "no line of an export"),
         (lambda data: data.replace(b'"created_at":1', b'"created_at":"x1', 1), "no line of"),
         (lambda data: data.replace(b'"key"', b'"payload"', 1), "no line of an export"),
     ],
@@ -305,8 +305,6 @@ def test_an_altered_file(
     exported: Path, site: Site, alter: Callable[[bytes], bytes], complaint: str
 ) -> None:
     exported.write_bytes(alter(exported.read_bytes()))
-    if complaint == "cannot be read":  # the checksum is first
-        complaint = "was altered"
     said = console_of(site).failed("import", str(exported))
     assert complaint in said
     assert "nothing was imported" in said

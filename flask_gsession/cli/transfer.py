@@ -4,6 +4,10 @@ The first line says what the file is; the last one how many records are between 
 SHA-256 of all that is before it. A record keeps its key, version and times, and its payload as the
 store had it: an encrypted one stays encrypted, and is of use only where the same key is known. The
 frames of its large values are lines before it.
+
+``import`` checks each line as if a stranger had written it: names and keys have their usual form,
+sessions end where this application's own would, and a large value belongs to the session behind it.
+It can't check the values of a session: whoever could write the file chose them.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import click
 import msgspec
@@ -30,8 +34,10 @@ from flask.cli import with_appcontext
 
 from ..errors import Gone, KeyTaken, Stale, UnreadableRecord, ValueLost
 from ..interface import GSessionInterface
-from ..keeper import BLOB_GRACE, Keeper
+from ..keeper import BLOB_GRACE, END_OF_TIME, Keeper
+from ..payload import NOT_ENCRYPTED, Body
 from ..references import reference_in, refers
+from ..spill import stored_length
 from ..stores import Record
 from ..stores.base import is_session_key, unexpired
 from .common import (
@@ -63,23 +69,30 @@ class _First(msgspec.Struct):
     exported_at: str
 
 
+# A pattern of msgspec is searched for; "$" would let a line break pass.
+_Key = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{43}\Z")]
+_Blob = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+_Version = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+_Time = Annotated[int, msgspec.Meta(ge=0, lt=END_OF_TIME)]
+
+
 class _Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    key: str
-    version: int
-    created_at: int
-    idle_expires_at: int
-    absolute_expires_at: int
-    payload: bytes  # as base64
-    successor: str | None = None
+    key: _Key
+    version: _Version
+    created_at: _Time
+    idle_expires_at: _Time
+    absolute_expires_at: _Time
+    payload: Annotated[bytes, msgspec.Meta(max_length=16 * 1024 * 1024)]  # as base64
+    successor: _Key | None = None
 
 
 class _Frame(msgspec.Struct, forbid_unknown_fields=True):
-    blob: str
-    offset: int
-    frame: bytes  # as base64
-    key: str  # of the session, and its version
-    version: int
-    expires_at: int
+    blob: _Blob
+    offset: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+    frame: Annotated[bytes, msgspec.Meta(min_length=1)]  # as base64
+    key: _Key  # of the session, and its version
+    version: _Version
+    expires_at: _Time
 
 
 class _Last(msgspec.Struct, forbid_unknown_fields=True):
@@ -243,6 +256,8 @@ def import_(
 
     FILE is checked from beginning to end before anything is written. What has expired is left out.
     A session that is there already stays as it is, so that a second import does no harm.
+
+    Trust FILE as you trust the store: whoever wrote it chose who is logged in.
     """
     interface = chosen(cookie)
     keeper, name = interface.keeper, name_of(interface)
@@ -254,15 +269,15 @@ def import_(
         return f"{counted(number, 'records')} (--skip {number} goes on from there)" if done else ""
 
     with told(interface, so_far), _input(file) as source:
-        total = _check(source, file, keeper, skip_unreadable)
+        total, unreadable = _check(source, file, keeper, skip_unreadable)
         patiently = Patience()
         with progress("import", lambda: total) as advance:
             advance(min(skip, total))
             number = 0
-            for item in _items(source):
+            for item in _items(source, file):
                 number += isinstance(item, Record)
                 if isinstance(item, _Frame):
-                    if number >= skip and not dry_run:
+                    if number >= skip and not dry_run and item.key not in unreadable:
                         patiently(_put_frame, interface, item, overwrite)
                 elif number > skip:
                     done[patiently(_put, interface, item, overwrite, dry_run)] += 1
@@ -279,8 +294,9 @@ def import_(
 def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run: bool) -> str:
     """Import a record; what became of it."""
     store, keeper = interface.store, interface.keeper
-    if _problem(keeper, record):
+    if _read(keeper, record)[0]:
         return "unreadable"
+    record = _capped(keeper, record)
     if keeper.now() >= record.idle_expires_at:
         return "expired"
     if dry_run and not_there_yet(interface):
@@ -302,9 +318,22 @@ def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run:
     return "kept as changed since"
 
 
+def _capped(keeper: Keeper, record: Record) -> Record:
+    """The record, which ends no later than one that this application creates now."""
+    now = keeper.now()
+    absolute = min(record.absolute_expires_at, keeper.latest_end())
+    capped = record._replace(
+        created_at=min(record.created_at, now, absolute),
+        idle_expires_at=min(record.idle_expires_at, absolute),
+        absolute_expires_at=absolute,
+    )
+    return record if capped == record else keeper.with_times(record, capped)
+
+
 def _put_frame(interface: GSessionInterface, item: _Frame, overwrite: bool) -> None:
     """Import a piece of a large value, where the session that it belongs to is to be imported."""
-    keeper, end = interface.keeper, item.expires_at
+    keeper = interface.keeper
+    end = min(item.expires_at, keeper.latest_end() + BLOB_GRACE)
     if keeper.now() >= end:
         return
     try:
@@ -317,7 +346,8 @@ def _put_frame(interface: GSessionInterface, item: _Frame, overwrite: bool) -> N
         # It may refer to the very same value, whose time must not become shorter.
         end = max(end, there.absolute_expires_at + BLOB_GRACE)
     assert keeper.spill is not None  # it was checked
-    keeper.spill.blobs.write_frame(item.blob, item.offset, item.frame, end)
+    with suppress(Gone):  # it was removed meanwhile: the session says that its value is lost
+        keeper.spill.blobs.write_frame(item.blob, item.offset, item.frame, end)
 
 
 @contextmanager
@@ -335,11 +365,56 @@ def _input(file: Path) -> Iterator[BinaryIO]:
         raise click.ClickException(f"{file}: {error.strerror}") from None
 
 
-def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) -> int:
-    """How many records the file has; ends the command unless it is whole, and of use here."""
+class _Values:
+    """The frames of large values since the last record, which the next record must refer to."""
+
+    def __init__(self) -> None:
+        self._owner: tuple[str, int] | None = None
+        self._ends: dict[str, int] = {}
+
+    def add(self, frame: _Frame) -> str:
+        """What is wrong with the next frame; empty where nothing is."""
+        owner = frame.key, frame.version
+        if self._owner not in (None, owner):
+            return "a large value without its session"
+        if frame.offset != self._ends.get(frame.blob, 0):
+            return "a piece of a large value in the wrong place"
+        self._owner = owner
+        self._ends[frame.blob] = frame.offset + len(frame.frame)
+        return ""
+
+    def close(self, record: Record | None, body: Body | None) -> str:
+        """What is wrong with them, where this is the record behind them; None: it is the end.
+
+        Without a body the record can't be read, and its large values are left out with it.
+        """
+        owner, ends = self._owner, self._ends
+        self._owner, self._ends = None, {}
+        if owner is None:
+            return ""
+        if record is None or owner != (record.key, record.version):
+            return "a large value without its session"
+        if body is not None:
+            references = [reference_in(raw) for raw in body.values.values() if refers(raw)]
+            lengths = {each.name: stored_length(each) for each in references}
+            for name, end in ends.items():
+                if end > lengths.get(name, 0):
+                    return "a large value that its session does not have, or a longer one"
+        return ""
+
+
+def _check(
+    source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool
+) -> tuple[int, set[str]]:
+    """How many records the file has, and the keys of the unreadable ones.
+
+    Ends the command unless the file is whole, and of use here.
+    """
     source.seek(0)
     digest = hashlib.sha256()
     problems: Counter[str] = Counter()
+    unreadable: set[str] = set()
+    large = _Values()
     records = number = 0
     last: _Last | None = None
     problem = ""
@@ -349,7 +424,7 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
             if last is not None:
                 problem = "something follows the end"
             elif not line.endswith(b"\n"):
-                problem = "the file is cut off"
+                problem = "the file is cut off" if len(line) < _LONGEST else "the line is too long"
             elif number == 1:
                 version = msgspec.json.decode(line, type=_First).flask_gsession
                 problem = "" if version == _FORMAT else f"format {version}, and this is {_FORMAT}"
@@ -357,16 +432,21 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
                 last = msgspec.json.decode(line, type=_Last)
                 if last != _Last(records, digest.hexdigest()):
                     problem = "the checksum of all before it is another: the file was altered"
+                else:
+                    problem = large.close(None, None)
             elif line.startswith(_FRAME):
-                _frame(line)
+                problem = large.add(_frame(line))
                 if keeper.spill is None:
                     problem = "a large value, and this store has no place for such"
             else:
                 records += 1
-                unreadable = _problem(keeper, _record(line))
-                if unreadable:
-                    problems[unreadable] += 1
-        except msgspec.MsgspecError:
+                record = _record(line)
+                why, body = _read(keeper, record)
+                if why:
+                    problems[why] += 1
+                    unreadable.add(record.key)
+                problem = large.close(record, body)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
             problem = "no line of an export"
         digest.update(line)
     name = "the standard input" if str(file) == _PIPE else file
@@ -381,32 +461,49 @@ def _check(source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool) 
             f"{counted(count, 'times')} {reason}" for reason, count in problems.items()
         )
         whose = f"{problems.total()} of {counted(records, 'records')}"
+        plain = any(NOT_ENCRYPTED in reason for reason in problems)
+        advice = (
+            'Add "plain" at the end of SESSION_ENCRYPTION_KEYS to read sessions that are not '
+            "encrypted"
+            if plain
+            else "Give it the key that is missing"
+        )
         raise click.ClickException(
             f"{name}: {whose} cannot be read by this application "
-            f"({reasons}); nothing was imported. Give it the key that is missing, or leave them "
+            f"({reasons}); nothing was imported. {advice}, or leave them "
             "out with --skip-unreadable"
         )
-    return records
+    return records, unreadable
 
 
-def _items(source: BinaryIO) -> Iterator[Record | _Frame]:
+def _items(source: BinaryIO, file: Path) -> Iterator[Record | _Frame]:
     """The records of a file that was checked, and before each the frames of its large values."""
     source.seek(0)
     source.readline(_LONGEST)
-    while not (line := source.readline(_LONGEST)).startswith(_LAST):
-        yield _frame(line) if line.startswith(_FRAME) else _record(line)
+    try:
+        while not (line := source.readline(_LONGEST)).startswith(_LAST):
+            yield _frame(line) if line.startswith(_FRAME) else _record(line)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise click.ClickException(
+            f"{file} was changed while it was imported: import it again"
+        ) from None
 
 
 def _record(line: bytes) -> Record:
     return Record(*msgspec.structs.astuple(_row(line)))
 
 
-def _problem(keeper: Keeper, record: Record) -> str:
-    """Why the application could not read a record; empty where it can."""
-    if not is_session_key(record.key) or not 0 < record.version < 1 << 63:
-        return "no key or version of a session"
+def _read(keeper: Keeper, record: Record) -> tuple[str, Body | None]:
+    """Why the application can't read a record, empty where it can; and what the record holds."""
+    if not is_session_key(record.key):
+        return "no key of a session", None
     try:
-        keeper.read(record.key, record)
+        body = keeper.read(record.key, record)
+        if body is not None:
+            for raw in body.values.values():
+                if refers(raw):
+                    reference_in(raw)
     except UnreadableRecord as error:
-        return error.reason
-    return ""
+        known = NOT_ENCRYPTED in error.detail
+        return f"{error.reason} ({error.detail})" if known else error.reason, None
+    return "", Body({}) if body is None else body

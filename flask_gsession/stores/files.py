@@ -45,6 +45,13 @@ def check_url(url: str) -> None:
     fsspec.get_filesystem_class(scheme)
 
 
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "the name of a large value becomes part of a path: only 32 hexadecimal digits are safe"
+        )
+
+
 class FileBlobs:
     """Keeps blobs in the folder that ``url`` names, and in ``entries`` which of them live.
 
@@ -68,6 +75,7 @@ class FileBlobs:
         self._marked = False
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+        _check_name(name)
         if self._bucket and offset and self._entries.read_frame(name, 0, 1) is None:
             raise Gone
         self._entries.write_frame(name, 0, _ENTRY, expires_at)
@@ -85,6 +93,7 @@ class FileBlobs:
                 raise Gone from None
 
     def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
+        _check_name(name)
         with self._place("read") as fs:
             try:
                 frame = fs.cat_file(f"{self._folder(name)}/{offset:012}")
@@ -95,9 +104,13 @@ class FileBlobs:
             return bytes(frame)
 
     def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+        for name in names:
+            _check_name(name)
         self._entries.renew_blobs(names, expires_at)
 
     def discard_blobs(self, names: Sequence[str], at: int) -> None:
+        for name in names:
+            _check_name(name)
         if at <= milliseconds(self._clock):
             for name in names:
                 self._remove(name)
