@@ -71,9 +71,10 @@ class SessionRevoked(SessionDestroyed):
 class SessionRefused(Event):
     """A presented token did not lead to a session.
 
-    ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"``, ``"expired"`` (the store
-    has it yet), ``"unknown"`` (ended, never issued, or expired and removed), ``"corrupt"``,
-    ``"newer format"`` or ``"unknown encryption key"``.
+    ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"`` (both signed by us),
+    ``"too many cookies"``, ``"expired"`` (the store has it yet), ``"unknown"`` (ended, never
+    issued, or expired and removed), ``"corrupt"``, ``"newer format"`` or ``"unknown encryption
+    key"``.
     ``handle`` is None where the token was not signed by this application.
     """
 

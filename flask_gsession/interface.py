@@ -20,7 +20,7 @@ from .events import WriteDropped, logger
 from .keeper import Keeper
 from .lifecycle import Presented
 from .stores.base import Store
-from .tokens import Checked, TokenSigner
+from .tokens import TokenSigner
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects. Not in its
 #: environment, which an application may hand on to another.
@@ -28,6 +28,11 @@ _FURTHER = "_gsession_further"
 _SAVED = "_gsession_saved"
 
 _NOTHING = Presented()
+
+#: Around a cookie and a header (RFC 6265, 4.2.1; RFC 9110, 5.5). A WSGI server hands bytes on as
+#: Latin-1, where ``str.strip`` would also remove 0x85 and 0xA0: with such a byte in front, a
+#: sibling domain could plant a cookie of a ``__Host-`` name.
+_BLANKS = " \t"
 
 _OF_THE_BODY = re.compile(
     "accept-ranges|age|cache-control|content-(?!security).*|etag|expires|last-modified|location"
@@ -142,22 +147,23 @@ class GSessionInterface(SessionInterface):
     def _present(self, app: Flask, request: Request) -> Presented:
         header = self._token_header
         if header is not None and header in request.headers:
-            value = request.headers[header].strip()
+            value = request.headers[header].strip(_BLANKS)
             return Presented(self._signer_of(app).check(value) if value else None, by_header=True)
         cookies = request.environ.get("HTTP_COOKIE")
         if not cookies:
             return _NOTHING
-        # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
         start = self._cookie_start
+        if start not in cookies:
+            return _NOTHING
+        # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
         values = set()
         for pair in cookies.split(";"):
-            if pair.lstrip().startswith(start):
-                values.add(pair.strip()[len(start) :])
+            stripped = pair.strip(_BLANKS)
+            if stripped.startswith(start):
+                values.add(stripped[len(start) :])
         if not values:
             return _NOTHING
-        if len(values) > 1:
-            return Presented(Checked(None, "two cookies"))
-        return Presented(self._signer_of(app).check(values.pop()))
+        return Presented(self._signer_of(app).check_all(values))
 
     def _signer_of(self, app: Flask) -> TokenSigner:
         keys = secret_keys(app)

@@ -12,11 +12,14 @@ import hmac
 import re
 import secrets
 from binascii import b2a_base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from msgspec import Struct
 
 TOKEN_BYTES = 32
+#: Of how many cookies of one name the signature is checked: more than a browser keeps for a site
+#: (Chromium 180), so that nobody can crowd ours out; about a millisecond for each secret key.
+MAX_SIGNATURES = 200
 _SIGNATURE_BYTES = 16
 _SIGNATURE_LENGTH = 22  # characters
 _MAX_TOKEN_LENGTH = 200  # characters
@@ -117,6 +120,31 @@ class TokenSigner:
             if hmac.compare_digest(mac.signature(token), signature):
                 return Checked(token, "", number > 0)
         return Checked(None, "bad signature")
+
+    def check_all(self, presented: Collection[str]) -> Checked:
+        """The one token among ``presented``, the values of all cookies of one name.
+
+        What we did not sign is ignored: another application on the host, or a sibling domain, may
+        have set it, and it must not lock the visitor out. Two tokens that we did sign are both
+        refused: one may be planted, and to pick one would be a guess.
+        """
+        ours, refused, signatures = None, Checked(None, "malformed"), 0
+        for value in presented:
+            checked = self.check(value)
+            if checked.reason == "malformed":
+                continue
+            signatures += 1
+            if signatures > MAX_SIGNATURES:
+                return Checked(None, "too many cookies")
+            if checked.token is None:
+                refused = checked
+            elif ours is None:
+                ours = checked
+            elif ours.token != checked.token:
+                return Checked(None, "two cookies")
+            elif ours.outdated:
+                ours = checked  # the same token, signed with the current key
+        return refused if ours is None else ours
 
 
 TokenFactory = Callable[[], str]

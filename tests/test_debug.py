@@ -253,6 +253,12 @@ def test_why_a_token_is_refused(make_site: SiteMaker, clock: FakeClock, log: Log
     assert [call["operation"] for call in log.facts()["calls"]] == ["load"]
 
 
+def a_cookie_of(site: Any) -> Any:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    return visitor.cookie
+
+
 def test_why_a_cookie_is_refused_before_the_store_is_asked(in_memory: Any, log: Log) -> None:
     site = in_memory()
     assert refused(site.visitor("nonsense"), log) == ("malformed", "")
@@ -261,7 +267,8 @@ def test_why_a_cookie_is_refused_before_the_store_is_asked(in_memory: Any, log: 
     assert log.facts()["calls"] == []
     visitor = site.app.test_client(use_cookies=False)
     visitor.site = site
-    visitor.run(dict, headers={"Cookie": "session=one; session=two"})
+    one, two = (a_cookie_of(site) for _ in range(2))
+    visitor.run(dict, headers={"Cookie": f"session={one}; session={two}"})
     assert log.facts()["refused"]["reason"] == "two cookies"
 
 

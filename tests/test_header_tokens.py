@@ -531,3 +531,20 @@ def test_the_test_clients_session_transaction(one: Site) -> None:
         session["step"] = 1
     assert visitor.cookie is None
     assert client.run(whole) == {"user": "alice", "step": 1}
+
+
+@pytest.mark.parametrize("blank", ["\xa0", "\x85", "\x1c", "\x0b", "\0"])
+def test_only_space_and_tab_go_around_a_token(one: Site, blank: str) -> None:
+    client = ApiClient(one)
+    client.run(set_user("alice"))
+    for header, expected in (
+        (f" \t{client.token}\t ", {"user": "alice"}),
+        (f"{blank}{client.token}", {}),
+        (f"{client.token}{blank}", {}),
+    ):
+        seen: list[Any] = []
+        one.visitor().ask(
+            lambda session, seen=seen: seen.append(whole(session)),
+            environ_overrides={"HTTP_X_SESSION": header},
+        )
+        assert seen == [expected], header

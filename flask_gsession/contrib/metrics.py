@@ -97,7 +97,8 @@ _LIFE: dict[type[Event], str] = {
     SessionRevoked: "revoked",
 }
 _UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
-_REFUSALS = {"malformed", "bad signature", "two cookies", "unknown", "expired", *_UNREADABLE}
+_UNSIGNED = {"malformed", "bad signature", "two cookies", "too many cookies"}
+_REFUSALS = {*_UNSIGNED, "unknown", "expired", *_UNREADABLE}
 _LEFTOVERS = set(LEFTOVERS)
 _LOST = ("missing", "truncated", "altered", "not encrypted", "unknown encryption key")
 _CONFLICTS = ("refused", "transaction", "too many races")
