@@ -33,7 +33,7 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 from flask_gsession.tokens import session_key
 from tests.apps import Site, SiteMaker
-from tests.servers import free_port
+from tests.servers import RedisServer, free_port
 from tests.test_workers import Gunicorn
 from tests.topologies import until
 
@@ -200,17 +200,14 @@ def test_an_outage_and_its_end(faulty: tuple[Flask, HookedStore]) -> None:
     client = app.test_client()
     client.get("/")
 
-    def fail() -> None:
-        raise StoreUnavailable("pulled the plug")
-
-    store.before("save", fail)
+    recover = keep_failing(store, "save", "renew")  # the latter is asked in the background
     assert client.get("/").status_code == 503
     figures = read(app)
     assert figure(figures, "store_up", session="session") == 0
     assert figure(figures, "operations_total", operation="save", status="unavailable") == 1
     assert figure(figures, "operation_duration_seconds_count", operation="save") == 1
     assert figure(figures, "writes_dropped_total", reason="store unavailable") == 1
-    store._hooks.clear()
+    recover()
     assert client.get("/").status_code == 200
     assert figure(read(app), "store_up", session="session") == 1
 
@@ -231,18 +228,95 @@ def test_a_healthy_store_hides_no_dead_one() -> None:
     def up(cookie: str) -> float | None:
         return registry.get_sample_value("gsession_store_up", {"session": cookie})
 
-    def fail() -> None:
-        raise StoreUnavailable("pulled the plug")
-
     apps = [counted_app(cookie) for cookie in ("one", "one", "two")]
     assert (up("one"), up("two")) == (1, 1)
-    stores[0].before("create", fail)
+    recover = keep_failing(stores[0], "create", "renew")
     for app in apps:
         app.test_client().get("/")
     assert (up("one"), up("two")) == (0, 1)
-    stores[0]._hooks.clear()
+    recover()
     apps[0].test_client().get("/")
     assert (up("one"), up("two")) == (1, 1)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is down is asked again within a moment."""
+    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._EVERY", 0.02)
+
+
+def fail() -> None:
+    raise StoreUnavailable("pulled the plug")
+
+
+def keep_failing(
+    store: HookedStore, *operations: str, how: Callable[[], object] = fail
+) -> Callable[[], None]:
+    """Have each call of these operations fail, until what this returns is called."""
+    over = threading.Event()
+
+    def arm(operation: str) -> None:
+        def hook() -> None:
+            if not over.is_set():
+                arm(operation)
+                how()
+
+        store.before(operation, hook)
+
+    for operation in operations:
+        arm(operation)
+    return over.set
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("broken", ["load", "renew"])
+def test_a_recovery_shows_without_a_request(counted: Site, broken: str) -> None:
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    asked = threading.Semaphore(0)
+
+    def refuse() -> None:
+        asked.release()
+        fail()
+
+    recover = keep_failing(counted.store, broken, how=refuse)
+    if broken == "renew":
+        counted.store.before("load", fail)
+    assert visitor.ask(dict).status_code == 503
+    for _ in range(3):
+        assert asked.acquire(timeout=60)
+    before = read(counted.app)
+    assert figure(before, "store_up", session="session") == 0
+    recover()
+    until(lambda: figure(read(counted.app), "store_up", session="session") == 1, "the recovery")
+    calls = "gsession_operations_total"
+    assert {name: before[name] for name in before if name.startswith(calls)} == {
+        name: figure_ for name, figure_ in read(counted.app).items() if name.startswith(calls)
+    }
+
+
+@pytest.mark.usefixtures("impatient")
+def test_circuits_close_without_a_request(make_site: SiteMaker) -> None:
+    site = make_site(breaker_failures=1, breaker_pause=0.02)
+    SessionMetrics(site.app, ext=site.ext)
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+
+    def fail_slowly() -> None:
+        threading.Event().wait(0.06)
+        fail()
+
+    recover = keep_failing(site.store, "load", "create", "renew", how=fail_slowly)
+    assert visitor.ask(dict).status_code == 503
+    assert site.visitor().ask(lambda session: session.update(a=1)).status_code == 503
+    for operations in ("loads", "writes"):
+        assert figure(read(site.app), "circuits_open", operations=operations) == 1
+    recover()
+    for operations in ("loads", "writes"):
+        until(
+            lambda of=operations: figure(read(site.app), "circuits_open", operations=of) == 0,
+            operations,
+        )
 
 
 def test_contention_is_no_outage(faulty: tuple[Flask, HookedStore]) -> None:
@@ -393,7 +467,7 @@ def test_a_store_that_cannot_be_counted(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_the_counting_ends_with_the_application() -> None:
     def counting() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name == "gsession-count"]
+        return [thread for thread in threading.enumerate() if thread.name == "gsession-watch"]
 
     app = application()
     SessionMetrics(app)
@@ -453,6 +527,64 @@ def test_the_metrics_of_the_application(make_site: SiteMaker) -> None:
     assert app.test_client().get("/metrics").status_code == 404
 
 
+def test_an_exporter_that_is_not_given_is_refused() -> None:
+    for options in ({}, {"path": "/own"}, {"path": None}):
+        app = application()
+        PrometheusMetrics(app, registry=CollectorRegistry(), **options)
+        with pytest.raises(SettingError, match=r"SessionMetrics\(app, metrics\)"):
+            SessionMetrics(app)
+    app = application()
+    PrometheusMetrics.for_app_factory(registry=CollectorRegistry()).init_app(app)
+    with pytest.raises(SettingError, match=r"SessionMetrics\(app, metrics\)"):
+        SessionMetrics(app)
+    SessionMetrics(app, registry=CollectorRegistry())  # makes no page
+
+
+def test_an_exporter_that_comes_later_is_an_error_on_the_page(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for path in ("/metrics", "/own"):
+        app = application()
+        SessionMetrics(app)
+        PrometheusMetrics(app, path=path, registry=CollectorRegistry())
+        caplog.clear()
+        assert app.test_client().get("/metrics").status_code == 500
+        assert "make it before, and call SessionMetrics(app, metrics)" in caplog.text
+
+
+def test_a_page_of_the_applications_own(caplog: pytest.LogCaptureFixture) -> None:
+    app = application()
+    app.add_url_rule("/metrics", "mine", lambda: "mine")
+    with pytest.raises(SettingError, match=r"view at '/metrics' already \('mine'\).*path="):
+        SessionMetrics(app)
+    SessionMetrics(app, path="/session-metrics")
+    assert app.test_client().get("/metrics").text == "mine"
+    assert "gsession_store_up" in app.test_client().get("/session-metrics").text
+    app = application()
+    SessionMetrics(app)
+    app.add_url_rule("/metrics", "mine", lambda: "mine")
+    assert app.test_client().get("/metrics").status_code == 500
+    assert "'mine' at '/metrics' is never reached" in caplog.text
+
+
+def test_several_sessions_share_a_page() -> None:
+    app = application()
+    further = Session(app, store="memory://", cookie_name="further", key_prefix="further:")
+    SessionMetrics(app)
+    SessionMetrics(app, ext=further)
+    figures = read(app)
+    assert figure(figures, "store_up", session="session") == 1
+    assert figure(figures, "store_up", session="further") == 1
+
+
+def test_some_metrics_by_name() -> None:
+    app = application()
+    SessionMetrics(app)
+    page = app.test_client().get("/metrics?name[]=gsession_store_up")
+    assert page.content_type.startswith("text/plain")
+    assert parsed(page.text).keys() == {"gsession_store_up{'session': 'session'}"}
+
+
 def test_applications_with_registries_of_their_own() -> None:
     first, second = application(), application()
     for app in (first, second):
@@ -499,6 +631,15 @@ def test_settings_that_cannot_be() -> None:
         SessionMetrics(app, registry=CollectorRegistry())
     with pytest.raises(SettingError, match="after Session"):
         SessionMetrics(application(), ext=Session())
+    for options in (
+        {"registry": "default"},
+        {"registry": CollectorRegistry(), "metrics": PrometheusMetrics},
+        {"metrics": CollectorRegistry()},
+        {"path": "metrics"},
+        {"path": None},
+    ):
+        with pytest.raises(SettingError, match=f"{next(iter(options))} is "):
+            SessionMetrics(**options)
 
 
 def test_the_reloader_is_warned_of(
@@ -586,6 +727,42 @@ def test_all_workers_in_one_page(tmp_path: Path, redis_url: str, store_prefix: s
             requests.post(f"{url}/login/ada", timeout=60)
         server.stop()
     assert in_files(figures, "sessions_total", event="created") == made + 5
+
+
+def test_a_recovery_shows_in_all_workers(
+    tmp_path: Path, own_redis: RedisServer, store_prefix: str
+) -> None:
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    environment = {
+        "WORKERS_STORE": own_redis.url,
+        "WORKERS_PREFIX": store_prefix,
+        "PROMETHEUS_MULTIPROC_DIR": str(figures),
+    }
+    app = "tests.metrics_app:create_app()"
+    with Gunicorn(tmp_path, workers=2, environment=environment, app=app) as server:
+        url = f"http://127.0.0.1:{server.port}"
+
+        def up() -> float:
+            page = parsed(requests.get(f"{url}/metrics", timeout=60).text)
+            return figure(page, "store_up", session="session")
+
+        def is_seen_by_both(status: int) -> bool:
+            answer = requests.post(f"{url}/login/ada", timeout=60)
+            if answer.status_code == status:
+                seen.add(answer.headers["X-Worker"])
+            return len(seen) == 2
+
+        seen: set[str] = set()
+        until(lambda: is_seen_by_both(200), "two workers")
+        own_redis.kill()
+        try:
+            seen.clear()
+            until(lambda: is_seen_by_both(503), "an outage in both")
+            assert up() == 0
+        finally:
+            own_redis.start()
+        until(lambda: up() == 1, "the recovery, with no request but those for the page")
 
 
 def in_files(folder: Path, name: str, **labels: str) -> float:
@@ -714,6 +891,18 @@ def test_every_metric_is_on_the_dashboard() -> None:
     SessionMetrics(application(), registry=registry)
     queries = " ".join(expressions().values())
     assert [family.name for family in registry.collect() if family.name not in queries] == []
+
+
+def test_the_dashboard_can_be_narrowed_to_a_job_and_explains_itself() -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    assert [each["name"] for each in dashboard["templating"]["list"]] == [
+        *("datasource", "job", "instance"),
+    ]
+    for panel in dashboard["panels"]:
+        assert len(panel["description"]) > 60, panel["title"]
+        for target in panel["targets"]:
+            selectors = re.findall(r"gsession_\w+(?:{(.*?)})?", target["expr"])
+            assert all('job=~"$job", instance=~"$instance"' in each for each in selectors)
 
 
 def test_every_alert_has_a_unit_test() -> None:

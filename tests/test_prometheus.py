@@ -70,7 +70,10 @@ def queries() -> list[str]:
     """Those of the dashboard, with a span for that Grafana would put in."""
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     return [
-        target["expr"].replace("$instance", ".+").replace("$__rate_interval", "1m")
+        target["expr"]
+        .replace("$job", ".+")
+        .replace("$instance", ".+")
+        .replace("$__rate_interval", "1m")
         for panel in panels
         for target in panel["targets"]
     ]

@@ -1,0 +1,266 @@
+"""The figures for Prometheus, and what each event of a session adds to them."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from flask import request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from ..events import (
+    CleanedUp,
+    CleanupFailed,
+    Event,
+    LargeValueLost,
+    LockAcquired,
+    LockExpired,
+    LockRefused,
+    LockReleased,
+    SessionConflicted,
+    SessionCreated,
+    SessionDestroyed,
+    SessionRefused,
+    SessionRenewed,
+    SessionRevoked,
+    SessionRotated,
+    SessionSaved,
+    WriteDropped,
+)
+from ..stores.base import LEFTOVERS
+from .metrics_gathering import Gathering, counted, observed
+from .metrics_watch import StoreWatch
+
+SECONDS = "flask_gsession.seconds"  # in the environ: what a request has spent on the store
+
+_LIFE: dict[type[Event], str] = {
+    SessionCreated: "created",
+    SessionSaved: "saved",
+    SessionRenewed: "renewed",
+    SessionRotated: "rotated",
+    SessionDestroyed: "destroyed",
+    SessionRevoked: "revoked",
+}
+_UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
+_UNSIGNED = {"malformed", "bad signature", "two cookies", "too many cookies"}
+_REFUSALS = {*_UNSIGNED, "unknown", "expired", *_UNREADABLE}
+_LEFTOVERS = set(LEFTOVERS)
+_LOST = ("missing", "truncated", "altered", "not encrypted", "unknown encryption key")
+_CONFLICTS = ("refused", "transaction", "too many races")
+_STORE_BUCKETS = (
+    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)
+_WAIT_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30)
+_SIZE_BUCKETS = tuple(256 * 4**power for power in range(9))  # to 16 MiB
+
+Count = Callable[..., object]
+
+
+class Figures:
+    """The metrics on one registry; with ``in_files`` they are shared by several workers.
+
+    ``receivers``: what to call with the details of each event.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, in_files: bool = False) -> None:
+        self.gathering = Gathering() if in_files else None
+        self.receivers: defaultdict[type[Event], list[Count]] = defaultdict(list)
+        self.stores: dict[str, WeakSet[StoreWatch]] = defaultdict(WeakSet)  # by the cookie
+        self._registry = registry
+        self._endpoints: dict[str, Callable[[float], object]] = {}
+        self._add_store()
+        self._add_sessions()
+        self._add_writes()
+        self._add_locks()
+        self._add_cleanups()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"gsession_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, mode: Any, label: str) -> Gauge:
+        return Gauge(
+            f"gsession_{name}", text, [label], registry=self._registry, multiprocess_mode=mode
+        )
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return Histogram(f"gsession_{name}", text, labels, registry=self._registry, buckets=buckets)
+
+    def _add_store(self) -> None:
+        self.operations = self._counter(
+            "operations", "Calls of the session store", "operation", "status"
+        )
+        self.durations = self._histogram(
+            "operation_duration_seconds",
+            "Duration of the calls of the session store",
+            _STORE_BUCKETS,
+            "operation",
+        )
+        self._requests = self._histogram(
+            "request_seconds",
+            "Time that a request spent on the session store, for those that needed it",
+            _STORE_BUCKETS,
+            "endpoint",
+        )
+        self.up = self._gauge(
+            "store_up", "Whether the store answers, in every process", "livemin", "session"
+        )
+        self.live = self._gauge(
+            "sessions_live", "About how many sessions are live", "livemostrecent", "session"
+        )
+        self.circuits = self._gauge(
+            "circuits_open", "Processes that do not ask the store at present", "livesum",
+            "operations",
+        )  # fmt: skip
+        for operations in ("loads", "writes"):
+            self.circuits.labels(operations).set(0)
+
+    def _add_sessions(self) -> None:
+        life = self._counter("sessions", "What happened to stored sessions", "event")
+        for kind, name in _LIFE.items():
+            self._counts(kind, life.labels(name))
+        refused = self._counter("refused", "Tokens that led to no session", "reason")
+        for reason in ("unknown", "expired", "bad signature"):
+            refused.labels(reason)
+        self.receivers[SessionRefused].append(
+            lambda reason, _: refused.labels(_one_of(_REFUSALS, reason)).inc()
+        )
+        lost = self._counter("large_values_lost", "Large values that could not be read", "reason")
+        for reason in _LOST:
+            lost.labels(reason)
+        self.receivers[LargeValueLost].append(
+            lambda key, reason, _: lost.labels(_one_of(set(_LOST), reason)).inc()
+        )
+
+    def _add_writes(self) -> None:
+        races = self._counter("retries", "Writes tried again because another request was faster")
+        merges = self._counter("merges", "Saves onto what another request had stored")
+        observe_size = self.observing(
+            self._histogram("payload_bytes", "Size of the saved payloads", _SIZE_BUCKETS)
+        )
+
+        def saved(_: str, payload_bytes: int, conflicts: int) -> None:
+            observe_size(payload_bytes)
+            if conflicts:
+                races.inc(conflicts)
+                merges.inc()
+
+        self.receivers[SessionSaved].append(saved)
+        dropped = self._counter("writes_dropped", "Changes that were not stored", "reason")
+        for reason in ("store unavailable", "ended"):
+            dropped.labels(reason)
+        self.receivers[WriteDropped].append(lambda _, reason: dropped.labels(_drop(reason)).inc())
+        conflicts = self._counter(
+            "conflicts", "Changes that were refused because of another request", "reason"
+        )
+        for reason in _CONFLICTS:
+            conflicts.labels(reason)
+        self.receivers[SessionConflicted].append(lambda _, reason: conflicts.labels(reason).inc())
+
+    def _add_locks(self) -> None:
+        locks = self._counter("locks", "What became of locks of sessions", "event")
+        waits = self._histogram(
+            "lock_wait_seconds", "How long requests waited that got a lock", _WAIT_BUCKETS
+        )
+        self._counts(LockAcquired, locks.labels("acquired"))
+        self._counts(LockReleased, locks.labels("released"))
+        self._counts(LockExpired, locks.labels("expired"))
+        for reason in ("too many waiters", "wait over"):
+            locks.labels(reason)
+        self.receivers[LockAcquired].append(lambda _, waited: waits.observe(waited))
+        self.receivers[LockRefused].append(lambda _, reason, waited: locks.labels(reason).inc())
+
+    def _add_cleanups(self) -> None:
+        runs = self._counter("cleanups", "What became of clean-ups by a worker", "status")
+        leftovers = self._counter("leftovers", "What clean-ups by a worker found", "kind")
+        done = runs.labels("done")
+        for leftover in LEFTOVERS:
+            leftovers.labels(leftover)
+
+        def cleaned(found: dict[str, int], _: float) -> None:
+            done.inc()
+            for kind, number in found.items():
+                leftovers.labels(_one_of(_LEFTOVERS, kind)).inc(number)
+
+        self.receivers[CleanedUp].append(cleaned)
+        self._counts(CleanupFailed, runs.labels("failed"))
+
+    def _counts(self, kind: type[Event], child: Any) -> None:
+        count = self.counting(child)
+        self.receivers[kind].append(lambda *_: count())
+
+    def observe_request(self, error: BaseException | None) -> None:
+        """At the end of a request: what it spent on the store."""
+        seconds = request.environ.pop(SECONDS, None)
+        if seconds is not None:
+            endpoint = request.endpoint or ""
+            if endpoint not in self._endpoints:
+                self._endpoints[endpoint] = self.observing(self._requests.labels(endpoint))
+            self._endpoints[endpoint](seconds)
+
+    def counting(self, counter: Counter) -> Callable[[], object]:
+        """What counts one more."""
+        if self.gathering is None:
+            return counter.inc
+        return partial(self.gathering.add, counted(counter), 1)
+
+    def observing(self, histogram: Histogram) -> Callable[[float], object]:
+        """What adds an amount."""
+        if self.gathering is None:
+            return histogram.observe
+        return partial(self.gathering.add, observed(histogram))
+
+    def timing(self, operation: str, status: str) -> Callable[[float, float], object]:
+        """What adds a store call: how long it took, and when it ended."""
+        observe = self.durations.labels(operation).observe
+        count = self.operations.labels(operation, status).inc
+        if self.gathering is None:
+
+            def add(seconds: float, now: float) -> None:
+                observe(seconds)
+                count()
+
+            return add
+        observe_all = observed(self.durations.labels(operation))
+
+        def put(amounts: Sequence[float]) -> None:
+            observe_all(amounts)
+            count(len(amounts))
+
+        return partial(self.gathering.add, put)
+
+
+def _one_of(known: set[str], word: str) -> str:
+    """``word``, or a word for all others: a third-party store may say anything."""
+    return word if word in known else "other"
+
+
+def _drop(reason: str) -> str:
+    if reason.startswith("ended before "):
+        return "ended"
+    return _one_of({"store unavailable", *_UNREADABLE}, reason)
+
+
+_of_registries: WeakKeyDictionary[CollectorRegistry, Figures] = WeakKeyDictionary()
+_of_process: list[Figures] = []
+
+
+def figures_of(registry: CollectorRegistry) -> Figures:
+    """The metrics on that registry: one set, however many applications count in it.
+
+    With PROMETHEUS_MULTIPROC_DIR all registries of a process write to the same files, so there is
+    one set in the process.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        if not _of_process:
+            _of_process.append(Figures(registry, in_files=True))
+        return _of_process[0]
+    if registry not in _of_registries:
+        _of_registries[registry] = Figures(registry)
+    return _of_registries[registry]
