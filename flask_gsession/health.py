@@ -59,9 +59,10 @@ def check_store(
         if _NO_RIGHT.search(detail):
             advice = "It answers: give its user that right, or name another one in its URL."
         findings = [Finding("error", "answers", detail, advice)]
-    if isinstance(store, Checks):
-        with suppress(StoreError, SettingError):  # which was found above, or is new and passing
-            findings += store.check()
+    for each in (store, blobs):
+        if isinstance(each, Checks):
+            with suppress(StoreError, SettingError):  # which was found above, or is new and passing
+                findings += each.check()
     return findings
 
 

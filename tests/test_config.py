@@ -20,6 +20,7 @@ from flask import Flask, session
 from marshmallow import Schema
 from marshmallow.fields import Field
 from pymongo import AsyncMongoClient, MongoClient
+from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from flask_gsession import Session, SettingError
@@ -675,12 +676,63 @@ def test_a_password_is_never_shown_when_the_store_fails(
 
 @pytest.mark.parametrize(
     "source",
-    [7, b"redis://", Path("a"), object(), MemoryStore, {"load": 1}, type, sys],
+    [7, b"redis://", Path("a"), object(), {"load": 1}, sys],
     ids=lambda source: getattr(source, "__name__", type(source).__name__),
 )
 def test_something_that_is_no_store_is_refused_by_its_type(source: Any) -> None:
     with pytest.raises(SettingError, match=f"SESSION_STORE is of type {type(source).__qualname__}"):
         Session(an_app(), store=source)
+
+
+@pytest.mark.parametrize("source", [MemoryStore, Redis, MongoClient, type])
+def test_a_class_is_no_store(source: Any) -> None:
+    said = f"SESSION_STORE is the class {source.__qualname__}, not an object of it; allowed"
+    with pytest.raises(SettingError, match=said):
+        Session(an_app(), store=source)
+    with pytest.raises(SettingError, match="SESSION_SPILL_STORE is the class"):
+        Session(an_app(), store="memory://", spill_store=source)
+
+
+@pytest.mark.parametrize("package", ["fakeredis._connection", "mongomock.mongo_client"])
+def test_an_imitation_of_a_driver_is_refused(package: str) -> None:
+    imitation: Any = type("FakeRedis", (Redis,), {"__module__": package})
+    connection = type("FakeConnection", (), {"__module__": package})
+    answers: Any = type("Any", (), {"__module__": package, "__getattr__": lambda *_: print})
+    real = Redis()
+    real.connection_pool.connection_class = connection  # type: ignore[assignment]
+    for source in (imitation(), real, answers()):
+        with pytest.raises(SettingError, match=r"is not supported: .* use memory://"):
+            Session(an_app(), store=source)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///:memory:",
+        "sqlite://:memory:",
+        "sqlite:////:memory:",
+        "sqlite:///file::memory:",
+        "sqlite:///file::memory:?cache=shared",
+        "sqlite:///x?mode=memory",
+        "sqlite:///%3Amemory%3A",
+        "SQLite:///:memory:",
+        "sqlite://",
+    ],
+)
+def test_sqlite_in_memory_is_refused(url: str, tmp_path: Path) -> None:
+    app = Flask(__name__, instance_path=str(tmp_path))
+    with pytest.raises(SettingError, match="no two workers would share: write memory://"):
+        Session(app, store=url)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file://large", "file://", "file://./large", "local://large", "dir::file://large", "file://~"],
+)
+def test_a_relative_place_of_large_values_is_refused(url: str) -> None:
+    with pytest.raises(SettingError, match=r"relative path, .* absolute path, as file:///var"):
+        Session(an_app(), store="memory://", spill_store=url)
 
 
 def test_other_objects_of_a_driver_are_no_stores() -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(flask_gsession.__file__).parent
 ROWS = [
     ["signals"],
     ["errors", "events", "redaction"],
-    ["tokens", "codec", "encryption", "marks", "stores.base", "stores.urls"],
+    ["tokens", "codec", "encryption", "marks", "stores.base", "stores.urls", "stores.rights"],
     ["references"],
     ["merge", "payload", "spill"],
     ["config", "tracking"],
@@ -112,7 +112,7 @@ def test_a_store_knows_only_its_contract(module: str) -> None:
     """Nothing of values, cookies or settings: what makes a new store an afternoon's work."""
     ours = {name for name in imports(module) if name.startswith("flask_gsession")}
     same_room = [name for name in INSIDE if room_of(name) == room_of(module)]
-    contract = ("errors", "events", "stores.base", "stores.urls", *same_room)
+    contract = ("errors", "events", "stores.base", "stores.urls", "stores.rights", *same_room)
     assert ours <= {f"flask_gsession.{name}" for name in contract}
 
 

@@ -239,13 +239,12 @@ def test_a_full_disk_is_an_outage(
 ) -> None:
     visitor = with_rows(site)
 
-    def full(self: object, path: str, value: bytes, **_: Any) -> None:
-        Path(path).write_bytes(value[:100])
+    def full(fs: object, path: str, data: bytes) -> None:
+        Path(path).write_bytes(data[:100])
         raise OSError(errno.ENOSPC, "No space left on device", path)
 
-    local = fsspec.get_filesystem_class("file")
     with monkeypatch.context() as patch:
-        patch.setattr(local, "pipe_file", full)
+        patch.setattr("flask_gsession.stores.files._write", full)
         response = visitor.ask(put(rows=ROWS[1:]))
         assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
         assert "files: write: OSError: No space left on device" in caplog.text
@@ -257,7 +256,7 @@ WRONG: dict[str, tuple[object, str]] = {
     "no url": ("/var/lib/shop", "no URL; allowed are a URL of fsspec, as file:///var/lib"),
     "unknown": ("nosuch://secret@host", "a URL with the scheme 'nosuch'; allowed are"),
     "type": (7, "of type int; allowed are a URL of fsspec"),
-    "class": (MemoryStore, "of type type; allowed are"),
+    "class": (MemoryStore, "the class MemoryStore, not an object of it; allowed are"),
     "not installed": ("s3://key:secret@bucket", "scheme 's3', whose file system is not installed"),
 }
 

@@ -57,6 +57,8 @@ _REDIS_SCHEMES = [
     *("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
 ]
 
+_IMITATIONS = ("fakeredis", "mongomock", "mockredis", "birdisle")
+
 _SCHEME = re.compile("[a-z][a-z0-9+.-]*", re.ASCII)  # RFC 3986
 
 _ALLOWED = (
@@ -80,6 +82,7 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
     """
     if isinstance(source, str):
         return _from_url(source, options, base_path), True
+    _refuse_imitation(source)
     for kind in type(source).__mro__:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name == "redis.client.Redis":
@@ -100,7 +103,26 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
     else:
         if isinstance(source, Store) and not isinstance(source, type):
             return source, False
-    raise SettingError(f"SESSION_STORE is of type {type(source).__qualname__}; {_ALLOWED}")
+    raise SettingError(f"SESSION_STORE is {_kind_of(source)}; {_ALLOWED}")
+
+
+def _kind_of(source: object) -> str:
+    if isinstance(source, type):
+        return f"the class {source.__qualname__}, not an object of it"
+    return f"of type {type(source).__qualname__}"
+
+
+def _refuse_imitation(source: object) -> None:
+    """Refuse what passes for a driver's client, and lacks what the stores need of one."""
+    pool = getattr(source, "connection_pool", None)
+    for kind in (*type(source).__mro__, getattr(pool, "connection_class", None)):
+        package = str(getattr(kind, "__module__", "")).partition(".")[0]
+        if package in _IMITATIONS:
+            raise SettingError(
+                f"SESSION_STORE is a client of {package}, which is not supported: it lacks what "
+                "the guarantees need of a server. In tests use memory://, which keeps all of "
+                "them, or a real server"
+            )
 
 
 def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
@@ -111,9 +133,7 @@ def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
     if not isinstance(source, str):
         if isinstance(source, Blobs) and not isinstance(source, type):
             return source
-        raise SettingError(
-            f"SESSION_SPILL_STORE is of type {type(source).__qualname__}; {_PLACES_ALLOWED}"
-        )
+        raise SettingError(f"SESSION_SPILL_STORE is {_kind_of(source)}; {_PLACES_ALLOWED}")
     if not isinstance(entries, BlobStore):
         raise SettingError(
             "SESSION_SPILL_STORE needs a SESSION_STORE that can keep blobs: it says which files "
@@ -123,7 +143,7 @@ def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
     named = "://" in source and _SCHEME.fullmatch(scheme)
     shown = f"a URL with the scheme {scheme!r}" if named else "no URL"
     try:
-        from .files import FileBlobs, check_url
+        from .files import FileBlobs, check_url, is_relative
     except ImportError as error:
         raise SettingError(
             f"SESSION_SPILL_STORE is {shown}, and {error.name} is not installed: install the "
@@ -137,6 +157,12 @@ def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
         ) from None
     except ValueError:
         raise SettingError(f"SESSION_SPILL_STORE is {shown}; {_PLACES_ALLOWED}") from None
+    if is_relative(source):
+        raise SettingError(
+            "SESSION_SPILL_STORE is a file URL with a relative path, which would depend on the "
+            "folder that each process is started in: write three slashes and an absolute path, as "
+            "file:///var/lib/shop/large"
+        )
     return FileBlobs(source, entries, options)
 
 
@@ -214,6 +240,16 @@ def _missing(extra: str, scheme: str, error: ImportError) -> SettingError:
 def _sqlite_path(url: str, base_path: str) -> str:
     parts = _checked("sqlite", lambda: urlsplit(url))
     path = unquote(parts.path)
+    if (
+        ":memory:" in unquote(url)
+        or "mode=memory" in parts.query
+        or url in ("sqlite:", "sqlite://")
+    ):
+        raise SettingError(
+            "SESSION_STORE is an sqlite URL for a database in memory, which no two workers would "
+            "share: write memory:// for sessions in the memory of this process, or "
+            "sqlite:///sessions.sqlite3 for a file in the instance folder"
+        )
     usable = url[len("sqlite:") :].startswith("///") and not (parts.query or parts.fragment)
     if not usable or not path.strip("/") or "\0" in path:
         raise SettingError(

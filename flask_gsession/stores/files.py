@@ -9,12 +9,16 @@
 
 Files do not expire. So each blob has an entry in the session store, which does: ``tidy`` removes
 the files of those that have none any more, and leaves those of other prefixes alone.
+
+In a folder of this machine everything that is made here is for its owner only (0700 and 0600),
+whatever the rights of the folder itself.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +29,8 @@ from urllib.parse import quote
 import fsspec  # type: ignore[import-untyped]  # it ships no types
 
 from ..errors import Gone, StoreUnavailable
-from .base import Blobs, StoreOptions, Tidied, milliseconds
+from .base import Blobs, Finding, StoreOptions, Tidied, milliseconds
+from .rights import OTHERS, others_may_replace, secure
 
 FRAME_BYTES = 4 * 1024 * 1024  # a file each, so fewer and larger ones than elsewhere
 _YOUNG = 3_600_000  # milliseconds: what is not older is left alone
@@ -45,11 +50,44 @@ def check_url(url: str) -> None:
     fsspec.get_filesystem_class(scheme)
 
 
+def is_relative(url: str) -> bool:
+    """Whether the URL names a folder of this machine, and not by an absolute path."""
+    scheme, _, path = url.rpartition("::")[2].partition("://")
+    return scheme in ("file", "local") and not path.startswith("/")
+
+
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(
             "the name of a large value becomes part of a path: only 32 hexadecimal digits are safe"
         )
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in fs.protocol
+
+
+def _make_folder(fs: Any, folder: str) -> None:
+    """Make the folder of a blob, and that of the prefix around it."""
+    if not _is_local(fs):
+        fs.makedirs(folder, exist_ok=True)
+        return
+    for path in (os.path.dirname(folder), folder):
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            problem = secure(path)
+            if problem:
+                raise StoreUnavailable(f"files: write: a folder {problem}") from None
+
+
+def _write(fs: Any, path: str, data: bytes) -> None:
+    if not _is_local(fs):
+        fs.pipe_file(path, data)
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(data)
 
 
 class FileBlobs:
@@ -85,8 +123,8 @@ class FileBlobs:
                     self._mark(fs)
                 folder = self._folder(name)
                 if offset == 0 and not self._bucket:
-                    fs.makedirs(folder, exist_ok=True)
-                fs.pipe_file(f"{folder}/{offset:012}", bytes(frame))
+                    _make_folder(fs, folder)
+                _write(fs, f"{folder}/{offset:012}", bytes(frame))
             except FileNotFoundError:
                 if self._bucket:
                     raise StoreUnavailable("files: write: there is no such bucket") from None
@@ -131,6 +169,30 @@ class FileBlobs:
                 if not dry_run:
                     self._remove(name)
         return Tidied({ORPHANS: orphans}, seen, "")
+
+    def check(self) -> list[Finding]:
+        """Whether others on this machine can read the files, or put others in their place."""
+        with self._place("look at") as fs:
+            if not _is_local(fs) or not os.path.isdir(self._root):
+                return []
+            root = self._root
+            if others_may_replace(root):
+                mode = stat.S_IMODE(os.stat(root).st_mode)
+                advice = f"Others may put other files in it: chmod go-w {root}"
+                return [Finding("error", "folder of large values", f"{mode:o}", advice)]
+            with os.scandir(root) as entries:
+                shared = [
+                    entry.name
+                    for entry in entries
+                    if entry.name.startswith(self._begins)
+                    and entry.stat(follow_symlinks=False).st_mode & OTHERS
+                ]
+            # A folder that nobody else may pass protects what is in it.
+            if shared and os.stat(root).st_mode & OTHERS:
+                found = f"{len(shared)} folders are open to others, as {shared[0]}"
+                advice = f"Others may read large values: chmod -R go-rwx {root}/{self._begins}*"
+                return [Finding("error", "folder of large values", found, advice)]
+            return [Finding("ok", "folder of large values")]
 
     def _names(self, after: str) -> Iterator[str]:
         with self._place("list"):  # which may be the first to ask for it
@@ -180,11 +242,11 @@ class FileBlobs:
     def _mark(self, fs: Any) -> None:
         marker = f"{self._root}/gsession"
         if not fs.exists(marker):
-            if "file" in fs.protocol:
+            if _is_local(fs):
                 os.makedirs(self._root, mode=0o700, exist_ok=True)
             elif not self._bucket:
                 fs.makedirs(self._root, exist_ok=True)
-            fs.pipe_file(marker, b"Large values of sessions: see flask-gsession.\n")
+            _write(fs, marker, b"Large values of sessions: see flask-gsession.\n")
         self._marked = True
 
     @contextmanager

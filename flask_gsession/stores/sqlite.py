@@ -35,6 +35,7 @@ from ..errors import (
     StoreUnavailable,
     UnreadableRecord,
 )
+from ..events import logger
 from .base import (
     COUNT_ALL,
     MAX_POINTERS,
@@ -50,6 +51,7 @@ from .base import (
     milliseconds,
     poll,
 )
+from .rights import OTHERS, is_foreign_link, others_may_replace, secure
 
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 4
@@ -174,9 +176,11 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
 class SQLiteStore:
     """Keeps records in the file at ``path``, made with mode 0600; its folder is made if missing.
 
+    A file that was there before loses the rights of others, with a warning in the log.
+
     Safe with threads, gevent and several processes. Idle connections are closed before a fork;
     do not fork while another thread is in the middle of a call.
-    Raises ``SettingError`` where the file is a database of something else.
+    Raises ``SettingError`` where the file is a database of something else, or is another user's.
     """
 
     def __init__(self, path: str | os.PathLike[str], options: StoreOptions | None = None) -> None:
@@ -187,6 +191,7 @@ class SQLiteStore:
         self._prefix = options.prefix
         self._file: tuple[int, int] | None = None
         self._look_at = 0.0  # of time.monotonic
+        self._warned_of_folder = False
         self._start_pool()
         self._inherited: list[deque[sqlite3.Connection]] = []
         _STORES.add(self)
@@ -484,7 +489,10 @@ class SQLiteStore:
                 sound = str(error)
         folder = self.path.parent
         modes = [stat.S_IMODE(path.stat().st_mode) for path in (self.path, folder)]
-        shared = modes[1] & 0o022 and not modes[1] & stat.S_ISVTX
+        for beside in ("-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                modes[0] |= stat.S_IMODE(os.stat(f"{os.path.realpath(self.path)}{beside}").st_mode)
+        shared = others_may_replace(folder)
         free = shutil.disk_usage(folder).free
         return [
             Finding("ok", "integrity")
@@ -501,12 +509,12 @@ class SQLiteStore:
                 "warning", "journal", journal, "Readers and writers wait: use a local disk."
             ),
             Finding("ok", "file rights", f"{modes[0]:o}")
-            if not modes[0] & 0o077
+            if not modes[0] & OTHERS
             else Finding(
                 "error",
                 "file rights",
                 f"{modes[0]:o}",
-                f"Others may read it: chmod 600 {self.path}",
+                f"Others may read it: chmod 600 {self.path}*",
             ),
             Finding("ok", "folder rights", f"{modes[1]:o}")
             if not shared
@@ -666,6 +674,7 @@ class SQLiteStore:
         try:
             if not self.path.exists():
                 self._make_file()
+            self._secure_files()
         except OSError as error:
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
         self._look_for_file()  # and again afterwards: it may be deleted meanwhile
@@ -702,6 +711,25 @@ class SQLiteStore:
             # descriptor of a file drops all locks that the process holds on it.
             with suppress(FileExistsError):
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+    def _secure_files(self) -> None:
+        """Let nobody else read or write the file, or what SQLite keeps beside it."""
+        if is_foreign_link(self.path):
+            raise SettingError(f"SESSION_STORE: {self.path} is a symbolic link of another user's")
+        path = os.path.realpath(self.path)
+        for part in (path, f"{path}-wal", f"{path}-shm"):
+            with suppress(FileNotFoundError):
+                problem = secure(part)
+                if problem:
+                    raise SettingError(f"SESSION_STORE: {part} {problem}")
+        folder = os.path.dirname(path)
+        if not self._warned_of_folder and others_may_replace(folder, 0o002):
+            self._warned_of_folder = True
+            logger.warning(
+                "Everybody on this machine may put another file in the place of %s: chmod o-w %s",
+                path,
+                folder,
+            )
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         (application_id,) = db.execute("PRAGMA application_id").fetchone()

@@ -1,0 +1,66 @@
+"""Who may read the files that hold sessions: their owner, and nobody else on the machine."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ..events import logger
+
+OTHERS = 0o077  # the rights of everybody but the owner
+
+
+def secure(path: str | os.PathLike[str]) -> str:
+    """Take the rights of others to a file or folder away; why that can't be, or an empty text.
+
+    Root may look after files of any user, and files of root count as ours. The file itself is not
+    opened: closing it would drop the locks that SQLite holds on it in this process.
+    Raises ``OSError``.
+    """
+    there = os.stat(path, follow_symlinks=False)
+    if stat.S_ISLNK(there.st_mode):
+        return "is a symbolic link"
+    user = os.geteuid()
+    if _is_foreign(there):
+        return (
+            f"belongs to another user (uid {there.st_uid}; this process runs as uid {user}), who "
+            "could read and alter sessions: remove it, or give it to the user of the application"
+        )
+    mode = stat.S_IMODE(there.st_mode)
+    if not mode & OTHERS:
+        return ""
+    if user not in (0, there.st_uid):
+        return (
+            f"is open to others (mode {mode:o}) and belongs to root: give it to the user of the "
+            "application, or take the rights away with chmod go-rwx"
+        )
+    os.chmod(path, mode & ~OTHERS)
+    if stat.S_IMODE(os.stat(path).st_mode) & OTHERS:
+        logger.warning(
+            "%s is open to others (mode %o), and its file system keeps no rights", path, mode
+        )
+    else:
+        logger.warning(
+            "%s was open to others (mode %o) and holds sessions: its rights are %o now",
+            path,
+            mode,
+            mode & ~OTHERS,
+        )
+    return ""
+
+
+def is_foreign_link(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a symbolic link that another user made, and could lead elsewhere."""
+    there = os.stat(path, follow_symlinks=False)
+    return stat.S_ISLNK(there.st_mode) and _is_foreign(there)
+
+
+def others_may_replace(folder: str | os.PathLike[str], rights: int = 0o022) -> bool:
+    """Whether others with these rights may put another file in the place of one in ``folder``."""
+    mode = os.stat(folder).st_mode
+    return bool(mode & rights) and not mode & stat.S_ISVTX
+
+
+def _is_foreign(there: os.stat_result) -> bool:
+    user = os.geteuid()
+    return user != 0 and there.st_uid not in (0, user)
