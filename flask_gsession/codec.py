@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-from collections.abc import Callable, Iterable
+import errno
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -23,23 +25,29 @@ from msgspec import DecodeError, Raw
 from msgspec.msgpack import Decoder, Encoder, Ext
 
 from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType, ValueRefused
+from .plain import NO_PLAIN_VALUE, TIMES, plain_key, plain_value
 
 _BIG_INT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME = 1, 2, 3, 4, 5, 6, 7
 _TIMEDELTA, _UUID, _DECIMAL, _MARKUP, _SURROGATES = 8, 9, 10, 11, 12
 MARK, REFERENCE = 13, 14  # what stands in front of a value, and in the place of a large one
+_PAIRS = 15  # a dict with other keys than str: its keys and values in turn
+_NESTING = (_TUPLE, _SET, _FROZENSET, _PAIRS)  # they hold one value, which is an array
 
+_DATETIME_TYPE, _DATE_TYPE = TIMES
 _NATIVE = frozenset({str, bool, type(None), float, bytes})
+_NATIVE_IN_UTF8 = _NATIVE - {str}
+#: The types of the keys of a dict. What equals two of them, as 1 and True do, is one key in Python.
+_KEYS = frozenset({str, int, bool, type(None), float})
+#: How many containers may stand inside each other whatever the settings say.
+DEEPEST = 200
 
 #: Types whose values cannot change after they were looked at. Tuples are not among them: a tuple
 #: may hold a list.
-IMMUTABLE = _NATIVE | {int, frozenset, dt.datetime, dt.date, dt.time, dt.timedelta}
+IMMUTABLE = _NATIVE | {int, frozenset, _DATETIME_TYPE, _DATE_TYPE, dt.time, dt.timedelta}
 IMMUTABLE |= {UUID, Decimal, Markup}
 
-#: Types that make one of theirs of a value of a subclass.
-_CONVERTING = {str, int, float, bytes, list, tuple, dict, set, frozenset, Decimal, Markup}
-
 SUPPORTED = (
-    "str, int, float, bool, None, bytes, list, tuple, dict with str keys, set, frozenset, "
+    "str, int, float, bool, None, bytes, list, tuple, dict, set, frozenset, "
     "datetime, date, time, timedelta, UUID, Decimal and Markup"
 )
 
@@ -64,40 +72,58 @@ class Codec:
         self._max_depth = max_depth
         #: gives the value that a reference stands for
         self.resolve: Callable[[bytes], Any] | None = None
+        self._native = _NATIVE
         self._encode = Encoder().encode
         self._decode = Decoder(ext_hook=self._from_ext).decode
+        self._for_surrogates: Codec | None = None
+        self._for_deep: Codec | None = None
 
-    def encode(self, key: str, value: object) -> bytes:
+    def encode(self, key: str, value: object, stored: bytes | None = None) -> bytes:
         """The bytes of ``session[key] = value``; equal values of equal type give equal bytes.
 
-        Raises ``UnsupportedType`` or ``SessionTooLarge`` (too deep), naming the path.
+        A value that is nested too deep passes where it is no longer than ``stored``, its bytes in
+        the store: the limit may have been lowered since. Raises ``UnsupportedType`` or
+        ``SessionTooLarge`` (too deep), naming the path.
         """
-        kind = type(value)
         try:
-            if kind in _NATIVE:
+            if type(value) in _NATIVE:
                 return self._encode(value)
             return self._encode(self._prepare(value, self._max_depth))
         except UnicodeEncodeError:
             pass
         except _Refused as refused:
-            _raise_with_path(key, refused)
-        try:
-            marked = _mark_surrogates(value, self._max_depth)
-            return self._encode(self._prepare(marked, self._max_depth))
-        except _Refused as refused:
-            _raise_with_path(key, refused)
+            return self._encode_deep(key, value, stored, refused)
+        if self._for_surrogates is None:
+            self._for_surrogates = _SurrogateCodec(self._max_depth)
+        return self._for_surrogates.encode(key, value, stored)
+
+    def _encode_deep(
+        self, key: str, value: object, stored: bytes | None, refused: _Refused
+    ) -> bytes:
+        """The bytes of a refused value, where it is only nested too deep by now and did not grow.
+
+        Raises the error for any other.
+        """
+        if stored is not None and refused.error is SessionTooLarge and self._max_depth < DEEPEST:
+            if self._for_deep is None:
+                self._for_deep = type(self)(DEEPEST)
+            with contextlib.suppress(SessionTooLarge):
+                raw = self._for_deep.encode(key, value)
+                if len(raw) <= len(stored):
+                    return raw
+        _raise_with_path(key, refused)
 
     def decode(self, raw: bytes) -> Any:
         """The value in ``raw``. Raises ``UnreadableRecord`` where there is none."""
         try:
             return self._decode(raw)
-        except (DecodeError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            raise UnreadableRecord("corrupt", type(error).__name__) from None
+        except OF_DATA as error:
+            check_damage(self._decode, raw, error)
 
     def _prepare(self, value: Any, depth: int) -> Any:
         """A value that MessagePack keeps as it is; the very same object where it does already."""
         kind = type(value)
-        if kind in _NATIVE:
+        if kind in self._native:
             return value
         if kind is int:
             if -(2**63) <= value < 2**64:
@@ -113,23 +139,24 @@ class Codec:
             # Sorted, because the order of a set differs between processes.
             items = sorted(self._encode(item) for item in self._prepare_list(value, depth))
             return Ext(_SET if kind is set else _FROZENSET, self._encode([Raw(i) for i in items]))
-        if kind is _LoneSurrogates:
-            return Ext(_SURROGATES, value.encode("utf-8", "surrogatepass"))
         to_ext = _TO_EXT.get(kind)
-        if to_ext is None:
+        if to_ext is not None:
+            return to_ext(value)
+        plain = plain_value(value)
+        if plain is NO_PLAIN_VALUE:
             raise _Refused(
                 UnsupportedType,
                 f"a value of type {kind.__module__}.{kind.__qualname__} cannot be kept in a "
                 f"session{_instead_of(kind)}; allowed are {SUPPORTED}",
             )
-        return to_ext(value)
+        return self._prepare(plain, depth)
 
     def _prepare_list(self, value: Iterable[Any], depth: int) -> Any:
         if depth == 0:
             _too_deep(self._max_depth)
-        prepared = value
+        prepared, native = value, self._native
         for index, item in enumerate(value):
-            if type(item) in _NATIVE:
+            if type(item) in native:
                 continue
             try:
                 changed = self._prepare(item, depth - 1)
@@ -142,18 +169,14 @@ class Codec:
                 prepared[index] = changed  # type: ignore[index]  # it is the list made above
         return prepared
 
-    def _prepare_dict(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
+    def _prepare_dict(self, value: dict[Any, Any], depth: int) -> Any:
         if depth == 0:
             _too_deep(self._max_depth)
-        prepared = value
+        prepared, native = value, self._native
         for key, item in value.items():
             if type(key) is not str:
-                raise _Refused(
-                    UnsupportedType,
-                    f"dict keys must be str, not {type(key).__qualname__}; "
-                    "convert them before you store the dict",
-                )
-            if type(item) in _NATIVE:
+                return self._prepare_pairs(value, depth)
+            if type(item) in native:
                 continue
             try:
                 changed = self._prepare(item, depth - 1)
@@ -166,6 +189,22 @@ class Codec:
                 prepared[key] = changed
         return prepared
 
+    def _prepare_pairs(self, value: dict[Any, Any], depth: int) -> Any:
+        """A dict with a key that is no plain str."""
+        plain = {_plain_key(key): item for key, item in value.items()}
+        if len(plain) != len(value):
+            raise _Refused(UnsupportedType, "two keys of a dict are one where they are plain")
+        if all(type(key) is str for key in plain):
+            return self._prepare_dict(plain, depth)
+        pairs: list[Any] = []
+        for key, item in plain.items():
+            try:
+                pairs += (self._prepare(key, depth), self._prepare(item, depth - 1))
+            except _Refused as refused:
+                refused.path.append(f"[{_short(key)}]")
+                raise
+        return Ext(_PAIRS, self._encode(pairs))
+
     def _from_ext(self, code: int, data: memoryview) -> Any:
         if code == _TUPLE:
             return tuple(self._decode(data))
@@ -173,12 +212,126 @@ class Codec:
             return set(self._decode(data))
         if code == _FROZENSET:
             return frozenset(self._decode(data))
+        if code == _PAIRS:
+            pairs = self._decode(data)
+            return dict(zip(pairs[::2], pairs[1::2], strict=True))
         if code == REFERENCE and self.resolve is not None:
             return self.resolve(bytes(data))
         from_ext = _FROM_EXT.get(code)
         if from_ext is None:
             raise ValueError("unknown extension type")
         return from_ext(bytes(data))
+
+
+class _SurrogateCodec(Codec):
+    """Encodes what holds a text with lone surrogates, which UTF-8 cannot express."""
+
+    def __init__(self, max_depth: int) -> None:
+        super().__init__(max_depth)
+        self._native = _NATIVE_IN_UTF8
+
+    def encode(self, key: str, value: object, stored: bytes | None = None) -> bytes:
+        try:
+            return self._encode(self._prepare(value, self._max_depth))
+        except _Refused as refused:
+            return self._encode_deep(key, value, stored, refused)
+
+    def _prepare(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if kind is str:
+            if is_valid_text(value):
+                return value
+            return Ext(_SURROGATES, value.encode("utf-8", "surrogatepass"))
+        if kind is Markup and not is_valid_text(value):
+            raise _Refused(UnsupportedType, "a Markup holds lone surrogates: not valid text")
+        return super()._prepare(value, depth)
+
+    def _prepare_dict(self, value: dict[Any, Any], depth: int) -> Any:
+        if any(type(key) is str and not is_valid_text(key) for key in value):
+            raise _Refused(UnsupportedType, "a dict key holds lone surrogates: not valid text")
+        return super()._prepare_dict(value, depth)
+
+
+#: What decoding raises for bytes that are no value, beside what this process may run into.
+OF_DATA = (DecodeError, ValueError, TypeError, ArithmeticError, RecursionError)
+
+
+def check_damage(
+    decode: Callable[[Any], Any], raw: bytes | memoryview, error: Exception
+) -> NoReturn:
+    """``decode(raw)`` raised ``error``. Raises ``UnreadableRecord`` if ``raw`` is to blame.
+
+    Where it is not, ``error`` itself is raised: the stack of this process was almost used up, or a
+    signal handler raised it. What is damaged cannot be decoded at the second try either, and what
+    no limit allows is nested too deep for any stack.
+    """
+    if isinstance(error, RecursionError):
+        if not _is_nested_beyond(raw, 2 * DEEPEST):
+            raise error
+    else:
+        try:
+            decode(raw)
+        except OF_DATA as again:
+            if isinstance(again, RecursionError):
+                raise
+        else:
+            raise error
+    raise UnreadableRecord("corrupt", type(error).__name__) from None
+
+
+def _is_nested_beyond(raw: bytes | memoryview, limit: int) -> bool:
+    """Whether more than so many containers stand inside each other in these encoded values."""
+    data = memoryview(raw)
+    at, left = 0, [1]  # how many values are still to come, at each level
+    while at < len(data):
+        while not left[-1]:
+            left.pop()
+            if not left:
+                return False
+        if len(left) - 1 > limit:
+            return True
+        left[-1] -= 1
+        head = data[at]
+        at += 1
+        if head in _SIZES:  # as many bytes for a length or a count, each of so many bytes or values
+            digits, each, nesting = _SIZES[head]
+            count = each * int.from_bytes(data[at : at + digits], "big")
+            at += digits
+        elif 0x80 <= head < 0xA0:
+            count, nesting = (head & 15) * (1 if head & 0x10 else 2), True
+        else:
+            count = head & 31 if 0xA0 <= head < 0xC0 else _FIXED.get(head, 0)
+            nesting = False
+        if 0xC7 <= head <= 0xC9 or 0xD4 <= head <= 0xD8:
+            code = data[at] if at < len(data) else 0
+            at += 1
+            count, nesting = (1, True) if code in _NESTING else (count, False)
+        if nesting:
+            left.append(count)
+        else:
+            at += count
+    return False
+
+
+# Of MessagePack: the first byte of what has a length or a count after it, and of what is that long.
+_SIZES = {
+    **{first + n: (2**n, 1, False) for first in (0xC4, 0xC7, 0xD9) for n in range(3)},
+    **{first + n: (2 << n, each, True) for first, each in ((0xDC, 1), (0xDE, 2)) for n in (0, 1)},
+}
+_FIXED = {0xCA: 4, 0xCB: 8} | {first + n: 2**n for first in (0xCC, 0xD0) for n in range(4)}
+_FIXED |= {0xD4 + n: 2**n for n in range(5)}
+
+
+def _plain_key(key: Any) -> Any:
+    """A key of a dict, as it is kept."""
+    plain = key if type(key) in _KEYS else plain_key(key)
+    if plain is NO_PLAIN_VALUE or plain != plain:
+        raise _Refused(
+            UnsupportedType,
+            f"dict keys must be str, int, float, bool or None, not {type(key).__qualname__}"
+            f"{' NaN' if plain != plain else ''}; convert them before you store the dict",
+        )
+    return plain
 
 
 def _instead_of(kind: type) -> str:
@@ -189,8 +342,10 @@ def _instead_of(kind: type) -> str:
         return " (keep dataclasses.asdict() of it)"
     if hasattr(kind, "_asdict"):
         return " (keep its ._asdict())"
-    for base in kind.__mro__:
-        if base in _CONVERTING:
+    if issubclass(kind, Mapping):
+        return " (keep dict() of it)"
+    for base in (list, tuple, set, frozenset, bytes):
+        if issubclass(kind, base):
             return f" (keep {base.__name__}() of it)"
     return ""
 
@@ -209,55 +364,23 @@ def _too_deep(limit: int) -> NoReturn:
     )
 
 
-def _short(key: str) -> str:
-    return ascii(key) if len(key) <= 60 else ascii(key[:57] + "...")
-
-
-class _LoneSurrogates(str):
-    """Marks a text that UTF-8 cannot express, so that it travels as an extension type."""
-
-    __slots__ = ()
-
-
-def _mark_surrogates(value: Any, depth: int) -> Any:
-    """A copy of ``value`` with its texts that hold lone surrogates marked. The slow, rare path."""
-    kind = type(value)
-    if kind is str:
-        return _LoneSurrogates(value) if _has_surrogates(value) else value
-    if depth < 0:
-        raise _Refused(SessionTooLarge, "nested too deep, or contains itself (SESSION_MAX_DEPTH)")
-    if kind is dict:
-        if any(type(key) is str and _has_surrogates(key) for key in value):
-            raise _Refused(UnsupportedType, "a dict key holds lone surrogates: not valid text")
-        items = [(f"[{_short(str(key))}]", item) for key, item in value.items()]
-    elif kind in (list, tuple, set, frozenset):
-        ordered = kind in (list, tuple)
-        items = [(f"[{i}]" if ordered else "{...}", item) for i, item in enumerate(value)]
-    else:
-        items = []
-    marked = []
-    for step, item in items:
-        try:
-            marked.append(_mark_surrogates(item, depth - 1))
-        except _Refused as refused:
-            refused.path.append(step)
-            raise
-    if kind is dict:
-        return dict(zip(value, marked, strict=True))
-    if items:
-        return kind(marked)
-    if kind is Markup and _has_surrogates(value):
-        raise _Refused(UnsupportedType, "a Markup holds lone surrogates: not valid text")
-    return value
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)
+def _short(key: object) -> str:
+    if isinstance(key, str):
+        return ascii(key) if len(key) <= 60 else ascii(key[:57] + "...")
+    if isinstance(key, int) and key.bit_length() > 64:  # Python may refuse to write it in decimal
+        return hex(key)[:60]
+    return ascii(key)
 
 
 def is_valid_text(text: str) -> bool:
     """Whether UTF-8 can express ``text``: it holds no lone surrogates."""
-    return text.isascii() or not _has_surrogates(text)
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _time_text(value: dt.datetime | dt.time) -> bytes:
@@ -285,11 +408,21 @@ def _from_time_text(kind: Callable[[str], Any], data: bytes) -> Any:
     if rest:
         fold, _, name = rest.partition(";")
         value = value.replace(fold=int(fold))
-        if name:
-            # For a zone that this machine does not know the offset remains: the instant is right.
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                value = value.replace(tzinfo=ZoneInfo(name))
+        if name and (zone := _zone(name)) is not None:
+            value = value.replace(tzinfo=zone)
     return value
+
+
+def _zone(name: str) -> ZoneInfo | None:
+    """None for one that this machine does not know: the offset remains, the instant is right."""
+    try:
+        return ZoneInfo(name)
+    except (ValueError, KeyError):
+        return None
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR):
+            raise  # it may know the zone, and could not look
+        return None
 
 
 def _timedelta_text(value: dt.timedelta) -> bytes:
@@ -302,8 +435,8 @@ def _from_timedelta_text(data: bytes) -> dt.timedelta:
 
 
 _TO_EXT: dict[type, Callable[[Any], Ext]] = {
-    dt.datetime: lambda value: Ext(_DATETIME, _time_text(value)),
-    dt.date: lambda value: Ext(_DATE, value.isoformat().encode()),
+    _DATETIME_TYPE: lambda value: Ext(_DATETIME, _time_text(value)),
+    _DATE_TYPE: lambda value: Ext(_DATE, value.isoformat().encode()),
     dt.time: lambda value: Ext(_TIME, _time_text(value)),
     dt.timedelta: lambda value: Ext(_TIMEDELTA, _timedelta_text(value)),
     UUID: lambda value: Ext(_UUID, value.bytes),
@@ -311,11 +444,12 @@ _TO_EXT: dict[type, Callable[[Any], Ext]] = {
     Markup: lambda value: Ext(_MARKUP, value.encode()),
 }
 
+_date_of = _DATE_TYPE.fromisoformat
 _FROM_EXT: dict[int, Callable[[bytes], Any]] = {
     _BIG_INT: lambda data: int.from_bytes(data, "big", signed=True),
-    _DATETIME: lambda data: _from_time_text(dt.datetime.fromisoformat, data),
-    _DATE: lambda data: dt.date.fromisoformat(data.decode()),
-    _TIME: lambda data: _from_time_text(dt.time.fromisoformat, data),
+    _DATETIME: partial(_from_time_text, _DATETIME_TYPE.fromisoformat),
+    _DATE: lambda data: _date_of(data.decode()),
+    _TIME: partial(_from_time_text, dt.time.fromisoformat),
     _TIMEDELTA: _from_timedelta_text,
     _UUID: lambda data: UUID(bytes=data),
     _DECIMAL: lambda data: Decimal(data.decode()),

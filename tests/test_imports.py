@@ -17,7 +17,8 @@ PACKAGE = Path(flask_gsession.__file__).parent
 ROWS = [
     ["signals"],
     ["errors", "events", "redaction"],
-    ["tokens", "codec", "encryption", "marks", "stores.base", "stores.urls", "stores.rights"],
+    ["tokens", "plain", "stores.rights"],
+    ["codec", "encryption", "marks", "stores.base", "stores.urls"],
     ["references"],
     ["merge", "payload", "spill"],
     ["config", "tracking"],
