@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from .errors import StoreError, StoreUnavailable
@@ -90,22 +91,22 @@ class Circuit:
     def guard(self, store: object, name: str) -> Callable[..., Any]:
         """The method ``name`` of ``store``, within this circuit."""
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             if not self._well:
-                return self._call_warily(getattr(store, name), arguments)
+                return self._call_warily(partial(getattr(store, name), *arguments, **named))
             start = self.clock()
             try:
-                return getattr(store, name)(*arguments)
+                return getattr(store, name)(*arguments, **named)
             except StoreUnavailable as error:
                 self._failed(error, start)
                 raise
 
         return call
 
-    def _call_warily(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def _call_warily(self, function: Callable[[], Any]) -> Any:
         start, probe = self._admit()
         try:
-            answer = function(*arguments)
+            answer = function()
         except StoreUnavailable as error:
             self._failed(error, start, probe=probe)
             raise

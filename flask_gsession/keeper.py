@@ -63,6 +63,9 @@ BLOB_GRACE = 60_000  # milliseconds
 _BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its session
 _NEW_TOKENS = 3
 _NO_WARNING = ("unknown", "expired")  # what anybody can send
+# For the store: the idle expiry may move back. Only named where it may.
+_SHORTEN = {"shorten": True}
+_NOTHING_MORE: dict[str, bool] = {}
 END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
 _REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
 
@@ -220,11 +223,12 @@ class Keeper:
         )
         if idle_end is not None:
             self._renew_blobs(body, idle_end)
+        more = _SHORTEN if restart_idle else _NOTHING_MORE
         if lease is None:
-            self.store.save(record, old.version)
+            self.store.save(record, old.version, **more)
         else:
             with self._under(lease) as store:
-                store.save(record, old.version, lease)
+                store.save(record, old.version, lease, **more)
         return record
 
     def end(self, old: Record, lease: str | None = None) -> None:
@@ -236,28 +240,40 @@ class Keeper:
                 store.delete(old.key, old.version, lease)
 
     def rotate(
-        self, old: Record, body: Body, grace: float, lease: str | None = None
+        self,
+        old: Record,
+        body: Body,
+        grace: float,
+        lease: str | None = None,
+        *,
+        restart_idle: bool = False,
     ) -> tuple[str, Record, LogoutUnconfirmed | None]:
         """Move the session to a new token. Raises as ``save`` does. One round trip.
 
-        The last of what it returns says that replicas may not know the end of the old one.
+        With ``restart_idle`` the idle expiry may come earlier than before. The last of what it
+        returns says that replicas may not know the end of the old one.
         """
         for _ in range(_NEW_TOKENS):
             token, key = self._new_token()
+            idle_end = self._idle_end(body, old.absolute_expires_at)
+            # More than a renewal beyond what is usual now: by settings that were changed since.
+            beyond = old.idle_expires_at - idle_end
+            unusual = beyond > self._idle_span(body.values, body.lifetime)[1]
+            more = _SHORTEN if restart_idle or unusual else _NOTHING_MORE
             record = old._replace(
                 key=key,
                 version=new_version(),
-                idle_expires_at=self._idle_end(body, old.absolute_expires_at),
+                idle_expires_at=idle_end,
                 payload=self._payloads.pack(key, body, old.created_at, old.absolute_expires_at),
             )
             pointer = self._pointer(old, record, grace)
             self._renew_blobs(body, record.idle_expires_at)
             try:
                 if lease is None:
-                    self.store.replace(old.key, record, old.version, pointer)
+                    self.store.replace(old.key, record, old.version, pointer, **more)
                 else:
                     with self._under(lease) as store:
-                        store.replace(old.key, record, old.version, pointer, lease)
+                        store.replace(old.key, record, old.version, pointer, lease, **more)
             except KeyTaken:
                 continue
             except LogoutUnconfirmed as error:

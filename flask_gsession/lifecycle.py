@@ -599,7 +599,11 @@ class Lifecycle:
                 if self._rotation is not None:
                     with Storing(self):
                         self._token, self._record, unconfirmed = keeper.rotate(
-                            old, body, self._rotation, self._lease
+                            old,
+                            body,
+                            self._rotation,
+                            self._lease,
+                            restart_idle=toggled or self._restart_idle,
                         )
                     keeper.events.emit(SessionRotated, self._record.key, old.key)
                     self._cookie = "set"

@@ -80,9 +80,16 @@ class HookedStore:
         with self._around("load"):
             return self.store.load(key)
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
         with self._around("save"):
-            self.store.save(record, expected_version, *_given(lease))
+            self.store.save(record, expected_version, *_given(lease), shorten=shorten)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         with self._around("renew"):
@@ -95,9 +102,12 @@ class HookedStore:
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
         with self._around("replace"):
-            self.store.replace(key, record, expected_version, pointer, *_given(lease))
+            given = _given(lease)
+            self.store.replace(key, record, expected_version, pointer, *given, shorten=shorten)
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
@@ -244,6 +254,144 @@ def _tidied(store: Tidies, dry_run: bool) -> dict[str, int]:
             return found
 
 
+_Written = tuple[list[str], Record, Callable[[], object]]
+
+
+def _created(store: Store, clock: FakeClock) -> _Written:
+    """A write: the keys it is about, the session that it leaves, and the same write again."""
+    record = a_record(clock)
+    store.create(record)
+    return [record.key], record, lambda: store.create(record)
+
+
+def _saved(store: Store, clock: FakeClock) -> _Written:
+    record = a_record(clock)
+    saved = _changed(record)
+    store.create(record)
+    store.save(saved, record.version)
+    return [record.key], saved, lambda: store.save(saved, record.version)
+
+
+def _shortened(store: Store, clock: FakeClock) -> _Written:
+    record = a_record(clock)
+    saved = _changed(record)._replace(idle_expires_at=record.idle_expires_at - 5000)
+    store.create(record)
+    store.save(saved, record.version, shorten=True)
+    return [record.key], saved, lambda: store.save(saved, record.version, shorten=True)
+
+
+def _renewed(store: Store, clock: FakeClock) -> _Written:
+    record = a_record(clock)
+    later = record.idle_expires_at + 5000
+    store.create(record)
+    store.renew(record, later)
+    session = record._replace(idle_expires_at=later)
+    return [record.key], session, lambda: store.renew(record, later)
+
+
+def _rotated(store: Store, clock: FakeClock) -> _Written:
+    old, new = a_record(clock), a_record(clock)
+    pointer = a_pointer(old, new)
+    store.create(old)
+    store.replace(old.key, new, old.version, pointer)
+    return [new.key, old.key], new, lambda: store.replace(old.key, new, old.version, pointer)
+
+
+def _rotated_without_grace(store: Store, clock: FakeClock) -> _Written:
+    old, new = a_record(clock), a_record(clock)
+    store.create(old)
+    store.replace(old.key, new, old.version, None)
+    return [new.key, old.key], new, lambda: store.replace(old.key, new, old.version, None)
+
+
+def _deleted(store: Store, clock: FakeClock) -> _Written:
+    old, new = a_record(clock), a_record(clock)
+    store.create(old)
+    store.replace(old.key, new, old.version, a_pointer(old, new))
+    store.delete(old.key)
+    return [new.key, old.key], new, lambda: store.delete(old.key)
+
+
+def _deleted_in_a_version(store: Store, clock: FakeClock) -> _Written:
+    record = a_record(clock)
+    store.create(record)
+    store.delete(record.key, record.version)
+    return [record.key], record, lambda: store.delete(record.key, record.version)
+
+
+_WRITES = (
+    *(_created, _saved, _shortened, _renewed, _rotated, _rotated_without_grace),
+    *(_deleted, _deleted_in_a_version),
+)
+
+
+def _nothing(store: Store, clock: FakeClock, keys: list[str], session: Record) -> list[str]:
+    """An event: others do something to a session that was under these keys; what keys it adds."""
+    return []
+
+
+def _a_logout(store: Store, clock: FakeClock, keys: list[str], session: Record) -> list[str]:
+    store.delete(session.key)
+    return []
+
+
+def _a_logout_by_the_old_token(
+    store: Store, clock: FakeClock, keys: list[str], session: Record
+) -> list[str]:
+    store.delete(keys[-1])
+    return []
+
+
+def _a_rotation(
+    store: Store, clock: FakeClock, keys: list[str], session: Record, grace: bool = True
+) -> list[str]:
+    new = a_record(clock)
+    with suppress(Gone):
+        pointer = a_pointer(session, new) if grace else None
+        store.replace(session.key, new, session.version, pointer)
+    return [new.key]
+
+
+def _a_rotation_without_grace(
+    store: Store, clock: FakeClock, keys: list[str], session: Record
+) -> list[str]:
+    return _a_rotation(store, clock, keys, session, grace=False)
+
+
+def _a_rotation_and_a_logout(
+    store: Store, clock: FakeClock, keys: list[str], session: Record
+) -> list[str]:
+    (new,) = _a_rotation(store, clock, keys, session)
+    store.delete(new)
+    return [new]
+
+
+def _a_later_save(store: Store, clock: FakeClock, keys: list[str], session: Record) -> list[str]:
+    with suppress(Gone):
+        store.save(_changed(session, b"later"), session.version)
+    return []
+
+
+def _a_renewal(store: Store, clock: FakeClock, keys: list[str], session: Record) -> list[str]:
+    store.renew(session, session.idle_expires_at + 60_000)
+    return []
+
+
+def _its_end(store: Store, clock: FakeClock, keys: list[str], session: Record) -> list[str]:
+    clock.advance(600)
+    return []
+
+
+_EVENTS = (
+    *(_nothing, _a_logout, _a_logout_by_the_old_token, _a_rotation, _a_rotation_without_grace),
+    *(_a_rotation_and_a_logout, _a_later_save, _a_renewal, _its_end),
+)
+
+
+def _all_unexpired(store: Store, clock: FakeClock, keys: list[str]) -> list[Record | None]:
+    return [unexpired(store, key, milliseconds(clock)) for key in keys]
+
+
 class StoreContract:
     """The promises of ``flask_gsession.stores.base.Store``, one test each.
 
@@ -331,7 +479,7 @@ class StoreContract:
 
     def test_load_tells_of_the_expired_as_it_was_or_not_at_all(self) -> None:
         with self._store() as (store, clock):
-            old, new = a_record(clock), a_record(clock, idle=20)
+            old, new = a_record(clock, idle=20), a_record(clock, idle=20)
             store.create(old)
             pointer = a_pointer(old, new)
             store.replace(old.key, new, old.version, pointer)
@@ -407,6 +555,37 @@ class StoreContract:
                 store.save(later, record.version)
             assert _unexpired(store, clock, record) is None
 
+    def test_save_keeps_a_later_idle_expiry(self) -> None:
+        """Another request has renewed the session since it was loaded."""
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            later = record.idle_expires_at + 5000
+            store.create(record)
+            store.renew(record, later)
+            saved = _changed(record)
+            store.save(saved, record.version)
+            assert store.load(record.key) == saved._replace(idle_expires_at=later)
+            clock.advance(14)
+            earlier = record.absolute_expires_at - 3_590_000 + 4500  # half a second from now
+            short = _changed(saved)._replace(absolute_expires_at=earlier, idle_expires_at=earlier)
+            store.save(short, saved.version)
+            assert store.load(record.key) == short
+
+    def test_save_shortens_where_it_may(self) -> None:
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            shorter = _changed(record)._replace(idle_expires_at=record.idle_expires_at - 5000)
+            store.save(shorter, record.version, shorten=True)
+            assert store.load(record.key) == shorter
+            longer = _changed(shorter)._replace(idle_expires_at=record.idle_expires_at + 5000)
+            store.save(longer, shorter.version, shorten=True)
+            assert store.load(record.key) == longer
+            clock.advance(14)
+            assert _unexpired(store, clock, record) == longer
+            clock.advance(1)
+            assert _unexpired(store, clock, record) is None
+
     def test_renew_moves_the_idle_expiry_only(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
@@ -451,6 +630,18 @@ class StoreContract:
                 assert not store.renew(record, record.idle_expires_at + 60_000)
                 assert _unexpired(store, clock, record) is None
 
+    def test_renew_goes_by_what_is_stored(self) -> None:
+        """And not by what was loaded: another request may have renewed the session since."""
+        with self._store() as (store, clock):
+            record = a_record(clock, idle=10)
+            store.create(record)
+            for later, kept in ((5000, 5000), (3000, 5000), (8000, 8000)):
+                assert store.renew(record, record.idle_expires_at + later)
+                there = store.load(record.key)
+                assert there == record._replace(idle_expires_at=record.idle_expires_at + kept)
+            clock.advance(12)
+            assert store.renew(record, record.idle_expires_at + 9000)
+
     def test_renew_leaves_a_newer_version_alone(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock)
@@ -487,6 +678,20 @@ class StoreContract:
             assert store.load(old.key) is None
             assert store.load(new.key) == new
 
+    def test_replace_keeps_a_later_idle_expiry(self) -> None:
+        with self._store() as (store, clock):
+            for grace in (True, False):
+                for shorten in (False, True):
+                    old, new = a_record(clock, idle=10), a_record(clock, idle=5)
+                    later = old.idle_expires_at + 5000
+                    pointer = a_pointer(old, new) if grace else None
+                    store.create(old)
+                    store.renew(old, later)
+                    store.replace(old.key, new, old.version, pointer, shorten=shorten)
+                    kept = new.idle_expires_at if shorten else later
+                    assert store.load(new.key) == new._replace(idle_expires_at=kept)
+                    assert store.load(old.key) == pointer
+
     def test_replace_may_be_repeated(self) -> None:
         with self._store() as (store, clock):
             for grace in (True, False):
@@ -496,6 +701,36 @@ class StoreContract:
                 store.replace(old.key, new, old.version, pointer)
                 store.replace(old.key, new, old.version, pointer)
                 assert store.load(new.key) == new
+
+    def test_a_repeat_undoes_nothing_that_came_after(self) -> None:
+        """The answer to a write was lost; until the repeat others came: it finds what they left."""
+        with self._store() as (store, clock):
+            for write in _WRITES:
+                for event in _EVENTS:
+                    keys, session, repeat = write(store, clock)
+                    keys = [*keys, *event(store, clock, keys, session)]
+                    before = _all_unexpired(store, clock, keys)
+                    with suppress(Gone, Stale, KeyTaken):
+                        repeat()
+                    after = _all_unexpired(store, clock, keys)
+                    if write is _created and before[0] is None:
+                        # As if it had come a bit later: nobody had its token.
+                        after[0] = None
+                    assert after == before, (write.__name__, event.__name__)
+
+    def test_a_repeated_rotation_is_known_for_a_while(self) -> None:
+        with self._store() as (store, clock):
+            for pause in (0.001, 5):
+                old, new = a_record(clock), a_record(clock)
+                store.create(old)
+                store.replace(old.key, new, old.version, None)
+                clock.advance(pause)
+                store.replace(old.key, new, old.version, None)
+                assert store.load(new.key) == new
+                assert store.load(old.key) is None
+                assert store.delete(old.key) is False
+                store.create(old)  # its key is free
+                assert store.load(old.key) == old
 
     def test_replace_refuses_another_version_and_changes_nothing(self) -> None:
         with self._store() as (store, clock):
@@ -758,6 +993,26 @@ class StoreContract:
             clock.advance(1)
             assert store.acquire(record.key, "two", 10_000, 1) > 0
             assert store.acquire(record.key, "one", 10_000, 10) == 0
+
+    def test_a_repeat_takes_no_lease_from_others(self) -> None:
+        with self._leasing() as (store, _, record):
+            if store is None:
+                return
+            key = record.key
+            store.acquire(key, "one", 10_000, 10)
+            store.extend(key, "one", 10_000)
+            store.release(key, "one")
+            assert store.acquire(key, "two", 10_000, 10) == 0
+            assert store.acquire(key, "one", 10_000, 10) > 0
+            assert store.extend(key, "one", 10_000) is False
+            assert store.release(key, "one") is False
+            assert store.extend(key, "two", 10_000) is True
+            store.delete(key)
+            with _raises(Gone):
+                store.acquire(key, "two", 10_000, 10)
+            assert store.extend(key, "two", 10_000) is False
+            assert store.release(key, "two") is False
+            assert store.load(key) is None
 
     def test_a_lease_runs_out(self) -> None:
         with self._leasing() as (store, clock, record):

@@ -116,12 +116,12 @@ class TracedStore:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             result = "ok"
             start = perf_counter()
             with count_trips() as trips:
                 try:
-                    answer = method(*arguments)
+                    answer = method(*arguments, **named)
                     if answer is None and name == "load":
                         result = "nothing"
                     return answer

@@ -37,21 +37,22 @@ class FolderStore:
     def create(self, record: Record) -> None:
         with self._writing():
             there = self._unexpired(record.key)
-            if there is not None and there.version != record.version:
+            if there is None:
+                self._write(record)
+            elif there.version != record.version:
                 raise KeyTaken
-            self._write(record)
 
     def load(self, key: str) -> Record | None:
         with _translated():
             return self._unexpired(key)
 
-    def save(self, record: Record, expected_version: int) -> None:
+    def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
         with self._writing():
             there = self._unexpired(record.key)
             # A repeat after a lost answer finds its own version: done already.
             if there is None or there.version != record.version:
-                self._expect(there, expected_version)
-            self._write(record)
+                old = self._expect(there, expected_version)
+                self._write(record if shorten else record.kept_as_long_as(old))
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         with self._writing():
@@ -64,18 +65,24 @@ class FolderStore:
             return True
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        *,
+        shorten: bool = False,
     ) -> None:
         with self._writing():
             taken = self._unexpired(record.key)
             if taken is not None and taken.version == record.version:
                 return
-            self._expect(self._unexpired(key), expected_version)
+            old = self._expect(self._unexpired(key), expected_version)
             if taken is not None:
                 raise KeyTaken
             # The new record first: a crash in between leaves one that nobody can reach,
             # since its token has not left the server.
-            self._write(record)
+            self._write(record if shorten else record.kept_as_long_as(old))
             if pointer is None:
                 self._remove(key)
             else:
@@ -139,11 +146,12 @@ class FolderStore:
         (self._folder / key).unlink(missing_ok=True)
 
     @staticmethod
-    def _expect(record: Record | None, version: int) -> None:
+    def _expect(record: Record | None, version: int) -> Record:
         if record is None or record.successor is not None:
             raise Gone
         if record.version != version:
             raise Stale
+        return record
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

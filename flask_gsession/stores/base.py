@@ -54,6 +54,11 @@ class Record(NamedTuple):
         """Whether the record is neither expired at ``now`` nor a pointer."""
         return self.successor is None and now < self.idle_expires_at
 
+    def kept_as_long_as(self, other: Record) -> Record:
+        """This record with the later idle expiry of both, but none past its own absolute one."""
+        later = min(other.idle_expires_at, self.absolute_expires_at)
+        return self if later <= self.idle_expires_at else self._replace(idle_expires_at=later)
+
 
 def new_version() -> int:
     """A version for a write: 63 random bits, never 0."""
@@ -97,7 +102,8 @@ class Store(Protocol, metaclass=_Offer):
     """The contract. Each method is one atomic step and takes one total time budget.
 
     Every method may raise ``StoreUnavailable``, never a driver's own error. All of them are safe
-    to repeat: a write that was applied although its answer got lost is recognised by its version.
+    to repeat: a write that was applied although its answer got lost is recognised by its version,
+    and what came after it (a logout, a rotation, a later write) is not undone.
     """
 
     def create(self, record: Record) -> None:
@@ -112,10 +118,15 @@ class Store(Protocol, metaclass=_Offer):
         Raises ``UnreadableRecord`` when something else is stored there. One round trip.
         """
 
-    def save(self, record: Record, expected_version: int) -> None:
-        """Replace the live record of ``record.key``, its expiry included. Never creates.
+    def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
+        """Replace the live record of ``record.key``. Never creates.
 
-        Raises ``Gone`` if there is no live record, ``Stale`` if it has another version.
+        The idle expiry becomes the later one of the stored record's and ``record``'s, but not later
+        than ``record``'s absolute expiry: another request may have renewed the session since it
+        was loaded. With ``shorten`` it becomes ``record``'s, also where that is earlier.
+
+        Raises ``Gone`` if there is no live record, ``Stale`` if it has another version. A repeat
+        changes nothing.
         """
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
@@ -126,11 +137,19 @@ class Store(Protocol, metaclass=_Offer):
         """
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        *,
+        shorten: bool = False,
     ) -> None:
         """Rotate: ``record`` lives under its own new key, ``pointer`` under the old ``key``.
 
-        Without a pointer the old key is free. Of several racing rotations one succeeds.
+        Without a pointer the old key is free. Of several racing rotations one succeeds. The idle
+        expiry of ``record`` becomes that of the record under ``key`` where that is later, and with
+        ``shorten`` not, as in ``save``.
         Raises ``Gone``, ``Stale`` or ``KeyTaken``, and has then changed nothing.
         """
 
@@ -298,7 +317,14 @@ class Leases(Store, Protocol):
     does not name a lease reads and writes as ever. Those who wait form a queue.
     """
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
         """As ``Store.save``. With ``lease``, the same step raises ``LeaseLost`` unless that owner
         holds the lease of the session, and it has not run out; ``Gone`` goes before ``LeaseLost``,
         and ``Stale`` after it.
@@ -311,6 +337,8 @@ class Leases(Store, Protocol):
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
         """As ``Store.replace``, with ``lease`` (of ``key``) as in ``save``. The lease ends."""
 

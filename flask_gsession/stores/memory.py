@@ -33,21 +33,29 @@ class MemoryStore:
         self.sweep(2)
         with self._lock:
             there = self._unexpired(record.key)
-            if there is not None and there.version != record.version:
-                raise KeyTaken
-            if there is None:
-                self._drop_lease(record.key)  # of an expired one
+            if there is not None:
+                if there.version != record.version:
+                    raise KeyTaken
+                return
+            self._drop_lease(record.key)  # of an expired one
             self._records[record.key] = record
 
     def load(self, key: str) -> Record | None:
         return self._records.get(key)
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
         with self._lock:
             there = self._unexpired(record.key)
             if there is None or there.version != record.version:
-                self._expect(record.key, expected_version, lease)
-            self._records[record.key] = record
+                there = self._expect(record.key, expected_version, lease)
+                self._records[record.key] = record if shorten else record.kept_as_long_as(there)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         with self._lock:
@@ -65,15 +73,17 @@ class MemoryStore:
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
         with self._lock:
             taken = self._unexpired(record.key)
             if taken is not None and taken.version == record.version:
                 return
-            self._expect(key, expected_version, lease)
+            old = self._expect(key, expected_version, lease)
             if taken is not None:
                 raise KeyTaken
-            self._records[record.key] = record
+            self._records[record.key] = record if shorten else record.kept_as_long_as(old)
             self._drop_lease(key)
             if pointer is None:
                 del self._records[key]

@@ -7,6 +7,7 @@ on every read and write.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -14,9 +15,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
+from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import pymongo
@@ -40,6 +42,7 @@ from pymongo.write_concern import WriteConcern
 
 from ..errors import (
     Gone,
+    GSessionError,
     KeyTaken,
     LeaseLost,
     QueueFull,
@@ -64,13 +67,16 @@ from .base import (
     milliseconds,
     poll,
 )
+from .interrupts import interruption
 from .mongodb_health import checked
-from .mongodb_telling import NO_PAYLOADS, telling
+from .mongodb_telling import NO_PAYLOADS, SessionCollection
 
 COLLECTION = "gsession"
 BLOBS = "gsession_blobs"
 DATABASE = "gsession"
 
+_ENDED = ""  # the successor in what a rotation without a pointer leaves
+_END_SHOWN = 10_000  # milliseconds for which that tells a repeat that it was done
 _AT_ONCE = 1000  # documents that a step of a clean-up looks at, at most: it has one call's time
 _BLOBS_NEXT = "large-values:"  # begins the cursors of a clean-up after those that are keys
 _NO_DATES = [
@@ -83,6 +89,9 @@ _HINTS = {
     13: ": the user lacks a right on the collection, or there is no user",
     18: ": no such user, another password, or another authSource",
 }
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _Document = dict[str, Any]
 _Client = MongoClient[_Document]
@@ -111,6 +120,44 @@ def _in_child() -> None:
 os.register_at_fork(after_in_child=_in_child)
 
 
+def _call(
+    operation: str,
+) -> Callable[
+    [Callable[Concatenate[MongoDBStore, SessionCollection, P], T]],
+    Callable[Concatenate[MongoDBStore, P], T],
+]:
+    """One call of a store: the method gets the collection, and the call's time for all it does.
+
+    It runs in a context and a driver session of its own. An interrupt can strike the driver between
+    any two steps; whatever state that leaves behind, no later call meets it: neither a deadline
+    that is over, nor a server session that two threads use, one of whose writes would be taken for
+    a repeat of the other's and do nothing.
+    """
+
+    def decorate(
+        method: Callable[Concatenate[MongoDBStore, SessionCollection, P], T],
+    ) -> Callable[Concatenate[MongoDBStore, P], T]:
+        def within(store: MongoDBStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            with _Call(store, operation) as collection:
+                session = collection.database.client.start_session(causal_consistency=False)
+                try:
+                    answer = method(store, SessionCollection(collection, session), *args, **kwargs)
+                except (GSessionError, PyMongoError):
+                    session.end_session()
+                    raise
+                session.end_session()  # not after an interrupt: it may be in the pool already
+                return answer
+
+        @functools.wraps(method)
+        def call(store: MongoDBStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            return copy_context().run(within, store, *args, **kwargs)
+
+        del call.__wrapped__  # it has another signature
+        return call
+
+    return decorate
+
+
 class MongoDBStore:
     """Keeps records in the collection ``gsession`` of the URL's database (default ``gsession``).
 
@@ -137,110 +184,153 @@ class MongoDBStore:
         logging.getLogger("pymongo.command").addFilter(NO_PAYLOADS)
         _STORES.add(self)
 
-    def create(self, record: Record) -> None:
-        with self._collection("create") as collection:
-            for _ in range(2):
-                try:
-                    collection.insert_one(self._document(record))
-                    self._ensure_index(collection)
-                    return
-                except DuplicateKeyError:
-                    there = self._read(record.key, collection)
-                    if there is None:
-                        continue
-                    if self._now() < there.idle_expires_at:
-                        if there.version == record.version:
-                            return
-                        raise KeyTaken from None
-                    collection.delete_one(self._is_version(record.key, there.version))
-            raise KeyTaken
+    @_call("create")
+    def create(self, collection: SessionCollection, record: Record) -> None:
+        for _ in range(2):
+            try:
+                collection.insert_one(self._document(record))
+                self._ensure_index(collection)
+                return
+            except DuplicateKeyError:
+                there = self._read(record.key, collection)
+                if there is None:
+                    continue
+                if self._now() < there.idle_expires_at and there.successor != _ENDED:
+                    if there.version == record.version:
+                        return
+                    raise KeyTaken from None
+                collection.delete_one(self._is_version(record.key, there.version))
+        raise KeyTaken
 
-    def load(self, key: str) -> Record | None:
-        with self._collection("load") as collection:
-            record = self._read(key, telling(self._collection_to_load))
-            if self._direct:
-                _check_not_secondary(collection.database.client)
-        return record
+    @_call("load")
+    def load(self, collection: SessionCollection, key: str) -> Record | None:
+        record = self._read(key, collection.of(self._collection_to_load))
+        if self._direct:
+            _check_not_secondary(collection.database.client)
+        return None if record is not None and record.successor == _ENDED else record
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
-        with self._collection("save") as collection:
-            document = self._document(record)
-            del document["_id"]
-            either = {"$in": [Int64(expected_version), Int64(record.version)]}
-            done = collection.update_one(
-                {**self._live(record.key), "version": either, **self._held(lease)},
-                {"$set": document},
-            )
-            if done.matched_count == 0:
-                self._explain(record.key, collection, lease, record.version)
+    @_call("save")
+    def save(
+        self,
+        collection: SessionCollection,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
+        document = self._document(record)
+        del document["_id"]
+        given, end = document["idle_expires_at"], document["absolute_expires_at"]
+        if not shorten:
+            later = {"$max": ["$idle_expires_at", given]}
+            document["idle_expires_at"] = {"$min": [later, end]}
+        # As a pipeline, for the comparison: a payload that is bytes needs no quotes there.
+        done = collection.update_one(
+            {
+                **self._live(record.key),
+                "version": Int64(expected_version),
+                **self._held(lease),
+            },
+            [{"$set": document}],
+        )
+        if done.matched_count == 0:
+            self._explain(record.key, collection, lease, record.version)
 
-    def renew(self, record: Record, idle_expires_at: int) -> bool:
+    @_call("renew")
+    def renew(self, collection: SessionCollection, record: Record, idle_expires_at: int) -> bool:
         later = min(idle_expires_at, record.absolute_expires_at)
-        with self._collection("renew") as collection:
-            done = collection.update_one(
-                {**self._live(record.key), "version": Int64(record.version)},
-                {"$max": {"idle_expires_at": DatetimeMS(later)}},
-            )
-            return bool(done.matched_count)
+        done = collection.update_one(
+            {**self._live(record.key), "version": Int64(record.version)},
+            {"$max": {"idle_expires_at": DatetimeMS(later)}},
+        )
+        return bool(done.matched_count)
 
+    @_call("replace")
     def replace(
         self,
+        collection: SessionCollection,
         key: str,
         record: Record,
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
         # Two documents, two steps. Between them the new record cannot be reached by anybody: its
-        # token has not left the server. The second step decides, atomically, who succeeds.
-        with self._collection("replace") as collection:
-            repeated = False
-            try:
-                collection.insert_one(self._document(record))
-            except DuplicateKeyError:
-                there = self._read(record.key, collection)
-                if there is None or there.version != record.version:
-                    raise KeyTaken from None
-                repeated = True
+        # token has not left the server. The second step decides, atomically, who succeeds. It
+        # always leaves a pointer, by which a repeat knows that it was this rotation, and not a
+        # logout, that ended the session under the old key.
+        repeated = False
+        try:
+            collection.insert_one(self._document(record))
+        except DuplicateKeyError:
+            there = self._read(record.key, collection)
+            if there is None or there.version != record.version:
+                raise KeyTaken from None
+            repeated = True
+        left = self._document(pointer or self._end_of(key, record))
+        while True:
             old = {
                 **self._live(key),
                 "version": Int64(expected_version),
                 **self._held(lease),
             }
-            if pointer is None:
-                succeeded = collection.delete_one(old).deleted_count == 1
-            else:
-                document = self._document(pointer)
-                succeeded = collection.replace_one(old, document).matched_count == 1
-            if succeeded:
+            if not shorten:
+                old["idle_expires_at"]["$lte"] = DatetimeMS(record.idle_expires_at)
+            if collection.replace_one(old, left).matched_count == 1:
                 return
             there = self._read(key, collection)
-            if repeated and (there is None or there.successor == record.key):
-                return
-            collection.delete_one(self._is_version(record.key, record.version))
-            self._explain(key, collection, lease)
+            if shorten or there is None or there.idle_expires_at <= record.idle_expires_at:
+                break
+            # Somebody renewed the session meanwhile: what the new record has must not be earlier.
+            later = min(there.idle_expires_at, record.absolute_expires_at)
+            shorten = later < there.idle_expires_at
+            record = record._replace(idle_expires_at=later)
+            if there.version != expected_version or there.successor is not None:
+                break
+            collection.update_one(
+                self._is_version(record.key, record.version),
+                {"$max": {"idle_expires_at": DatetimeMS(later)}},
+            )
+        if (
+            repeated
+            and there is not None
+            and there.version == left["version"]
+            and there.successor == left["successor"]
+        ):
+            return
+        collection.delete_one(self._is_version(record.key, record.version))
+        self._explain(key, collection, lease)
 
+    @_call("delete")
     def delete(
-        self, key: str, expected_version: int | None = None, lease: str | None = None
+        self,
+        collection: SessionCollection,
+        key: str,
+        expected_version: int | None = None,
+        lease: str | None = None,
     ) -> bool:
-        with self._collection("delete") as collection:
-            if expected_version is not None:
-                condition = {
-                    **self._live(key),
-                    "version": Int64(expected_version),
-                    **self._held(lease),
-                }
-                if collection.delete_one(condition).deleted_count == 0:
-                    self._explain(key, collection, lease)
-                return True
-            return self._pop(key, collection)[1] is not None
+        if expected_version is not None:
+            condition = {
+                **self._live(key),
+                "version": Int64(expected_version),
+                **self._held(lease),
+            }
+            if collection.delete_one(condition).deleted_count == 0:
+                self._explain(key, collection, lease)
+            return True
+        return self._pop(key, collection)[1] is not None
 
-    def pop(self, key: str) -> Record | None:
-        with self._collection("delete") as collection:
-            key, document = self._pop(key, collection)
-            return None if document is None else self._record(key, document)
+    @_call("delete")
+    def pop(self, collection: SessionCollection, key: str) -> Record | None:
+        key, document = self._pop(key, collection)
+        if not document:  # nothing, or it is only known that there was something
+            return None if document is None else Record(key, 0, 0, 0, 0, b"")
+        return self._record(key, document)
 
-    def _pop(self, key: str, collection: Any) -> tuple[str, _Document | None]:
+    def _pop(self, key: str, collection: SessionCollection) -> tuple[str, _Document | None]:
         """Delete a session, through pointers; where it was, and what was there."""
         # What pointers lead to goes first, so that a repeat after a failure still finds it.
         pointers: list[Record] = []
@@ -248,35 +338,42 @@ class MongoDBStore:
         for _ in range(MAX_POINTERS):
             try:
                 ended = collection.find_one_and_delete(self._live(key))
-            except BSONError:
+            except BSONError as error:
+                struck = interruption(error)
+                if struck is not None:
+                    raise struck from None
                 ended = {}
             # That there is nothing must be known to a majority: only this waits for one.
             if ended is None and collection.delete_one(self._live(key)).deleted_count:
                 ended = {}
             there = None if ended is not None else self._read(key, collection)
-            if there is None:
+            if there is None or there.successor == _ENDED:
                 break
             pointers.append(there)
-            if there.successor is None or self._now() >= there.idle_expires_at:
+            if not there.successor or self._now() >= there.idle_expires_at:
                 break
             key = there.successor
         for pointer in reversed(pointers):
             collection.delete_one(self._is_version(pointer.key, pointer.version))
         return key, ended
 
-    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+    @_call("write_frame")
+    def write_frame(
+        self, collection: SessionCollection, name: str, offset: int, frame: bytes, expires_at: int
+    ) -> None:
         end = DatetimeMS(expires_at)
         document = {"_id": self._frame_id(name, offset), "expires_at": end, "frame": frame}
-        with self._collection("write_frame"):
-            blobs = telling(self._blobs_of_client)
-            blobs.replace_one({"_id": document["_id"]}, document, upsert=True)
-            self._ensure_index(blobs, "expires_at")
+        blobs = collection.of(self._blobs_of_client)
+        blobs.replace_one({"_id": document["_id"]}, document, upsert=True)
+        self._ensure_index(blobs, "expires_at")
 
-    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
-        with self._collection("read_frame"):
-            now = DatetimeMS(self._now())
-            wanted = {"_id": self._frame_id(name, offset), "expires_at": {"$gt": now}}
-            found = telling(self._blobs_of_client).find_one(wanted, ["frame"])
+    @_call("read_frame")
+    def read_frame(
+        self, collection: SessionCollection, name: str, offset: int, size: int
+    ) -> bytes | None:
+        now = DatetimeMS(self._now())
+        wanted = {"_id": self._frame_id(name, offset), "expires_at": {"$gt": now}}
+        found = collection.of(self._blobs_of_client).find_one(wanted, ["frame"])
         frame = None if found is None else found.get("frame")
         return frame if isinstance(frame, bytes) else None
 
@@ -287,13 +384,18 @@ class MongoDBStore:
         if at > self._now():
             self._move_expiry(names, {"$min": {"expires_at": DatetimeMS(at)}})
         else:
-            with self._collection("discard_blobs"):
-                telling(self._blobs_of_client).delete_many(self._frames_of(names))
+            self._delete_blobs(names)
 
-    def _move_expiry(self, names: Sequence[str], update: _Document) -> None:
-        with self._collection("renew_blobs"):
-            live = {"expires_at": {"$gt": DatetimeMS(self._now())}}
-            telling(self._blobs_of_client).update_many({**self._frames_of(names), **live}, update)
+    @_call("discard_blobs")
+    def _delete_blobs(self, collection: SessionCollection, names: Sequence[str]) -> None:
+        collection.of(self._blobs_of_client).delete_many(self._frames_of(names))
+
+    @_call("renew_blobs")
+    def _move_expiry(
+        self, collection: SessionCollection, names: Sequence[str], update: _Document
+    ) -> None:
+        live = {"expires_at": {"$gt": DatetimeMS(self._now())}}
+        collection.of(self._blobs_of_client).update_many({**self._frames_of(names), **live}, update)
 
     def _frame_id(self, name: str, offset: int) -> str:
         return f"{self._prefix}{name}:{offset:010}"
@@ -302,15 +404,17 @@ class MongoDBStore:
         start = (f"{self._prefix}{name}" for name in names)
         return {"$or": [{"_id": {"$gt": f"{each}:", "$lt": f"{each};"}} for each in start]}
 
-    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+    @_call("acquire")
+    def acquire(
+        self, collection: SessionCollection, key: str, owner: str, lease_ms: int, max_waiters: int
+    ) -> int:
         now = self._now()
-        with self._collection("acquire") as collection:
-            found = collection.find_one_and_update(
-                self._live(key),
-                _acquisition(owner, now, lease_ms, max_waiters),
-                projection=["lease"],
-                return_document=ReturnDocument.AFTER,
-            )
+        found = collection.find_one_and_update(
+            self._live(key),
+            _acquisition(owner, now, lease_ms, max_waiters),
+            projection=["lease"],
+            return_document=ReturnDocument.AFTER,
+        )
         if found is None:
             raise Gone
         lease = _lease(found)
@@ -319,31 +423,31 @@ class MongoDBStore:
         # The server has decided; asked again on the outcome, this says how long to wait.
         return lease.acquire(owner, now, lease_ms, max_waiters)
 
-    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+    @_call("extend")
+    def extend(self, collection: SessionCollection, key: str, owner: str, lease_ms: int) -> bool:
         until = Int64(self._now() + lease_ms)
-        with self._collection("extend") as collection:
-            done = collection.update_one(
-                {"_id": self._prefix + key, **self._held(owner)},
-                {"$set": {"lease.until": until, "lease.length": Int64(lease_ms)}},
-            )
-            return bool(done.matched_count)
+        done = collection.update_one(
+            {"_id": self._prefix + key, **self._held(owner)},
+            {"$set": {"lease.until": until, "lease.length": Int64(lease_ms)}},
+        )
+        return bool(done.matched_count)
 
-    def release(self, key: str, owner: str) -> bool:
-        with self._collection("release") as collection:
-            before = collection.find_one_and_update(
-                {"_id": self._prefix + key, "lease": {"$exists": True}},
-                _release(owner),
-                projection=["lease"],
-            )
+    @_call("release")
+    def release(self, collection: SessionCollection, key: str, owner: str) -> bool:
+        before = collection.find_one_and_update(
+            {"_id": self._prefix + key, "lease": {"$exists": True}},
+            _release(owner),
+            projection=["lease"],
+        )
         return before is not None and _lease(before).is_held_by(owner, self._now())
 
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
-        def may_go_on() -> bool:
-            with self._collection("wait_for_release") as collection:
-                found = collection.find_one({"_id": self._prefix + key}, ["lease"])
-            return found is None or _lease(found).is_turn_of(owner, self._now())
+        poll(lambda: self._is_turn_of(key, owner), seconds)
 
-        poll(may_go_on, seconds)
+    @_call("wait_for_release")
+    def _is_turn_of(self, collection: SessionCollection, key: str, owner: str) -> bool:
+        found = collection.find_one({"_id": self._prefix + key}, ["lease"])
+        return found is None or _lease(found).is_turn_of(owner, self._now())
 
     def close(self) -> None:
         if self._close_client is not None and self._pid == os.getpid():
@@ -367,7 +471,11 @@ class MongoDBStore:
         return {"lease.owner": lease, "lease.until": {"$gt": self._now()}}
 
     def _explain(
-        self, key: str, collection: Any, lease: str | None = None, mine: int | None = None
+        self,
+        key: str,
+        collection: SessionCollection,
+        lease: str | None = None,
+        mine: int | None = None,
     ) -> None:
         """Why a write did nothing; returns if it was the repeat of one that had landed."""
         there = self._read(key, collection)
@@ -381,6 +489,17 @@ class MongoDBStore:
                 raise LeaseLost
         raise Stale
 
+    def _end_of(self, key: str, record: Record) -> Record:
+        """What stands for a while under a key that ended by a rotation; nobody loads it."""
+        end = self._now() + _END_SHOWN
+        return record._replace(
+            key=key,
+            idle_expires_at=end,
+            absolute_expires_at=end,
+            payload=b"",
+            successor=_ENDED,
+        )
+
     def _document(self, record: Record) -> _Document:
         return {
             "_id": self._prefix + record.key,
@@ -392,11 +511,20 @@ class MongoDBStore:
             "successor": record.successor,
         }
 
-    def _read(self, key: str, collection: Any) -> Record | None:
+    def _read(self, key: str, collection: SessionCollection) -> Record | None:
+        find = partial(collection.find_one, {"_id": self._prefix + key})
         try:
-            document = collection.find_one({"_id": self._prefix + key})
+            document = find()
         except BSONError as error:
-            raise UnreadableRecord("corrupt", type(error).__name__) from None
+            struck = interruption(error)
+            if struck is not None:
+                raise struck from None
+            # The driver says so of any exception that strikes while it decodes, and of a full
+            # stack. Where neither can be, what it says is about the document.
+            try:
+                document = _undisturbed(find)
+            except BSONError as again:
+                raise UnreadableRecord("corrupt", type(again).__name__) from None
         return None if document is None else self._record(key, document)
 
     def _record(self, key: str, document: _Document) -> Record:
@@ -415,55 +543,66 @@ class MongoDBStore:
             raise UnreadableRecord("corrupt", "fields missing or of wrong types")
         return Record(key, int(version), int(created), int(idle), int(absolute), payload, successor)
 
-    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+    @_call("scan")
+    def scan(
+        self, collection: SessionCollection, cursor: str = "", limit: int = 200, begins: str = ""
+    ) -> Page:
         now = self._now()
         records, unreadable = [], []
-        with self._collection("scan") as collection:
-            ids, end = self._ids(collection, cursor, limit, begins)
+        ids, end = self._ids(collection, cursor, limit, begins)
+        try:
+            whole = list(collection.find({"_id": {"$in": ids}}))
+        except BSONError:  # one of them spoils the batch
+            whole = [{"_id": name} for name in ids]
+        for document in whole:
+            key = document["_id"][len(self._prefix) :]
             try:
-                whole = list(collection.find({"_id": {"$in": ids}}))
-            except BSONError:  # one of them spoils the batch
-                whole = [{"_id": name} for name in ids]
-            for document in whole:
-                key = document["_id"][len(self._prefix) :]
-                try:
-                    alone = len(document) == 1
-                    record = self._read(key, collection) if alone else self._record(key, document)
-                except UnreadableRecord:
-                    unreadable.append(key)
-                else:
-                    if record is not None and now < record.idle_expires_at:
-                        records.append(record)
+                alone = len(document) == 1
+                record = self._read(key, collection) if alone else self._record(key, document)
+            except UnreadableRecord:
+                unreadable.append(key)
+            else:
+                if record is not None and now < record.idle_expires_at:
+                    records.append(record)
         return Page(records, unreadable, end)
 
-    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+    @_call("tidy")
+    def tidy(
+        self,
+        collection: SessionCollection,
+        cursor: str = "",
+        limit: int = 1000,
+        *,
+        dry_run: bool = False,
+    ) -> Tidied:
         """Removes what the TTL index leaves: what has no date, and all where there is no index."""
-        with self._collection("tidy") as collection:
-            limit = min(limit, _AT_ONCE)
-            if cursor.startswith(_BLOBS_NEXT):
-                return self._tidy_blobs(cursor, limit, dry_run)
-            ids, end = self._ids(collection, cursor, limit)
-            ours = [name for name in ids if is_session_key(name[len(self._prefix) :])]
-            found = {}
-            for kind, expiry in (
-                ("expired sessions", {"$lte": DatetimeMS(self._now())}),
-                ("unreadable records", {"$not": {"$type": "date"}}),
-            ):
-                condition = {"_id": {"$in": ours}, "idle_expires_at": expiry}
-                if dry_run:
-                    found[kind] = collection.count_documents(condition)
-                else:
-                    found[kind] = collection.delete_many(condition).deleted_count
+        limit = min(limit, _AT_ONCE)
+        if cursor.startswith(_BLOBS_NEXT):
+            return self._tidy_blobs(collection, cursor, limit, dry_run)
+        ids, end = self._ids(collection, cursor, limit)
+        ours = [name for name in ids if is_session_key(name[len(self._prefix) :])]
+        found = {}
+        for kind, expiry in (
+            ("expired sessions", {"$lte": DatetimeMS(self._now())}),
+            ("unreadable records", {"$not": {"$type": "date"}}),
+        ):
+            condition = {"_id": {"$in": ours}, "idle_expires_at": expiry}
+            if dry_run:
+                found[kind] = collection.count_documents(condition)
+            else:
+                found[kind] = collection.delete_many(condition).deleted_count
         return Tidied(found, len(ids), end or _BLOBS_NEXT)
 
-    def _tidy_blobs(self, cursor: str, limit: int, dry_run: bool) -> Tidied:
+    def _tidy_blobs(
+        self, collection: SessionCollection, cursor: str, limit: int, dry_run: bool
+    ) -> Tidied:
         """The same for frames of large values; those without a date are not read any more.
 
         The conditions are such that the TTL index finds them. What was found is gone at the next
         step, unless it is only counted.
         """
         skip = int(cursor.removeprefix(_BLOBS_NEXT) or 0)
-        blobs, start = self._blobs_of_client, self._prefix
+        blobs, start = collection.of(self._blobs_of_client), self._prefix
         ended: _Document = {
             "$or": [
                 {"expires_at": {"$lte": DatetimeMS(self._now())}},
@@ -485,7 +624,7 @@ class MongoDBStore:
         return Tidied({kind: len(found) for kind, found in names.items()}, len(documents), end)
 
     def _ids(
-        self, collection: Any, cursor: str, limit: int, begins: str = ""
+        self, collection: SessionCollection, cursor: str, limit: int, begins: str = ""
     ) -> tuple[list[str], str]:
         """The ids behind ``cursor`` whose key starts with ``begins``; the cursor after them."""
         start = self._prefix + begins
@@ -494,11 +633,12 @@ class MongoDBStore:
         ids = [document["_id"] for document in found]
         return ids, ids[-1][len(self._prefix) :] if len(ids) == limit else ""
 
-    def check(self) -> list[Finding]:
-        with self._collection("check") as collection:
-            return checked(collection, self._blobs_of_client, self._clock())
+    @_call("check")
+    def check(self, collection: SessionCollection) -> list[Finding]:
+        return checked(collection, self._blobs_of_client, self._clock())
 
-    def count(self) -> int:
+    @_call("count")
+    def count(self, collection: SessionCollection) -> int:
         """About how many sessions are live: beyond a few, from the size and a random sample."""
         now = DatetimeMS(self._now())
         ours = {
@@ -510,24 +650,20 @@ class MongoDBStore:
             "successor": None,
             "idle_expires_at": {"$gt": now},
         }
-        with self._collection("count") as collection:
-            size = collection.estimated_document_count()
-            if size <= COUNT_ALL:
-                return int(collection.count_documents(ours))
-            sample = [{"$sample": {"size": _SAMPLE}}, {"$match": ours}, {"$count": "live"}]
-            found = list(collection.aggregate(sample))
+        size = collection.estimated_document_count()
+        if size <= COUNT_ALL:
+            return int(collection.count_documents(ours))
+        sample = [{"$sample": {"size": _SAMPLE}}, {"$match": ours}, {"$count": "live"}]
+        found = list(collection.aggregate(sample))
         return int(size * found[0]["live"] / _SAMPLE) if found else 0
 
     def lend_collection(self, operation: str) -> AbstractContextManager[Any]:
         """The collection of the sessions, within the time of one call, for other packages.
 
         What the driver raises in the ``with`` block becomes ``StoreUnavailable``, which names the
-        ``operation``.
+        ``operation``. An interrupt may leave the time of the block to this context: run it in one
+        of its own (``contextvars.copy_context``).
         """
-        return self._collection(operation)
-
-    def _collection(self, operation: str) -> _Call:
-        """The collection, with one time budget around what is done with it."""
         return _Call(self, operation)
 
     def _connect(self) -> Any:
@@ -579,7 +715,7 @@ class MongoDBStore:
             self._inherited.append(self._collection_of_client)
         self._close_client = closing(self, partial(_close, client, self._timeout))
 
-    def _ensure_index(self, collection: Any, field: str = "idle_expires_at") -> None:
+    def _ensure_index(self, collection: SessionCollection, field: str = "idle_expires_at") -> None:
         """Make the TTL index, once; after an outage the next session that is created tries again.
 
         Called when a document was written: what fails now is about the index alone.
@@ -609,8 +745,27 @@ def _close(client: _Client, seconds: float) -> None:
         client.close()
 
 
+def _undisturbed(find: Callable[[], T]) -> T:
+    """What ``find`` returns in a thread of its own: no signal strikes there, the stack is empty."""
+    outcome: list[T | BaseException] = []
+    context = copy_context()
+
+    def run() -> None:
+        try:
+            outcome.append(context.run(find))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="gsession-read", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
 class _Call:
-    """One call of a store: its collection, and the time that all it does may take."""
+    """The time that a call may take, and what the driver raises meanwhile, translated."""
 
     __slots__ = ("_budget", "_operation", "_store")
 
@@ -629,36 +784,29 @@ class _Call:
                 # Of mongodb+srv:// a name server was asked, and may have taken long.
                 seconds = max(seconds - (time.monotonic() - began), 0.001)  # 0 would be no limit
         except (PyMongoError, OSError) as error:
-            raise self._failed(error) from error
-        collection = telling(store._collection_of_client)
+            self._fail(error)
         self._budget = pymongo.timeout(seconds)
         self._budget.__enter__()
-        return collection
+        return store._collection_of_client
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
-        self._end()
-        if isinstance(error, (PyMongoError, OSError)):  # OSError: of a socket that was closed
-            raise self._failed(error) from error
-
-    def _end(self) -> None:
         if self._budget is not None:
             self._budget.__exit__(None, None, None)
-            self._budget = None
+        # OSError: of a socket that was closed. BSONError: of an answer to a write.
+        if isinstance(error, (PyMongoError, OSError, BSONError)):
+            self._fail(error)
 
-    def __del__(self) -> None:
-        """Where an interrupt came before ``_end``: or this thread's time would be over for good."""
-        if getattr(self, "_budget", None) is not None:
-            with suppress(RuntimeError, ValueError):  # it was reset; or this is another thread
-                self._end()
-
-    def _failed(self, error: PyMongoError | OSError) -> StoreUnavailable:
-        return StoreUnavailable(
+    def _fail(self, error: PyMongoError | OSError | BSONError) -> NoReturn:
+        struck = interruption(error)
+        if struck is not None:
+            raise struck
+        raise StoreUnavailable(
             f"mongodb: {self._operation}: {_reason(error, self._store._collection_of_client)}",
             contention=isinstance(error, WaitQueueTimeoutError),
-        )
+        ) from error
 
 
-def _reason(error: Exception, collection: Any) -> str:
+def _reason(error: Exception, collection: SessionCollection) -> str:
     """What went wrong and where, in one line, and nothing of what was sent."""
     if not isinstance(error, OperationFailure):
         text = str(error).partition(", Timeout: ")[0].partition(", full error: ")[0]

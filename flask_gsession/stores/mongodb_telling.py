@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from .base import tell_trip, trips_are_counted
+from .base import tell_trip
 
 
 class _NoPayloads(logging.Filter):
@@ -37,8 +38,8 @@ def _without_payloads(told: Any) -> Any:
 NO_PAYLOADS = _NoPayloads()
 
 
-class _TellingCollection:
-    """A collection that tells of its round trips."""
+class SessionCollection:
+    """A collection whose commands run in one driver session, and tell of their round trips."""
 
     _commands = frozenset(
         {
@@ -46,16 +47,22 @@ class _TellingCollection:
             *("find_one_and_update", "find_one_and_delete", "update_many", "delete_many"),
         }
     )
+    _more = frozenset({"find", "aggregate", "count_documents", "create_index"})
 
-    def __init__(self, collection: Any) -> None:
+    __slots__ = ("_collection", "_session")
+
+    def __init__(self, collection: Any, session: Any) -> None:
         self._collection = collection
+        self._session = session
 
     def __getattr__(self, name: str) -> Any:
+        found = getattr(self._collection, name)
         if name in self._commands:
             tell_trip()
-        return getattr(self._collection, name)
+        elif name not in self._more:
+            return found
+        return partial(found, session=self._session)
 
-
-def telling(collection: Any) -> Any:
-    """The collection; where somebody counts round trips, one that tells of them."""
-    return _TellingCollection(collection) if trips_are_counted() else collection
+    def of(self, collection: Any) -> SessionCollection:
+        """Another collection, in the same session."""
+        return SessionCollection(collection, self._session)

@@ -81,7 +81,7 @@ _WHOLE_HEAD = Struct(_HEAD.format + "I")  # with the CRC
 _CHECKED, _HEADER = _HEAD.size, _WHOLE_HEAD.size
 _LOW = 0xFFFF_FFFF
 _RECORD, _POINTER = 1, 2
-_STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W", b"D")
+_STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W", b"D", b"R")
 _ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
 # What a repeat may be answered although its first try was applied: others wrote since then, or
 # rotated the session, or there is nothing left to delete.
@@ -162,51 +162,65 @@ class RedisStore:
     def create(self, record: Record) -> None:
         self._create(record, self._deadline())
 
-    def _create(self, record: Record, deadline: float) -> None:
+    def _create(self, record: Record, deadline: float) -> bool:
+        """As ``create``; whether it was not there yet."""
         name = self._name(record.key)
         request = packed(b"SET", name, _pack(record), b"NX", b"PX", self._life(record))
         if self._call(deadline, _as_it_is, name, request) is not None:
-            return
+            return True
         there = self._load_unexpired(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
             self._call(deadline, _as_it_is, name, packed(b"DEL", name))
             if self._call(deadline, _as_it_is, name, request) is not None:
-                return
+                return True
         if there is None or there.version != record.version:
             raise KeyTaken
+        return False
 
     def load(self, key: str) -> Record | None:
         return self._load(key, self._deadline())
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
+        deadline = self._deadline()
         keys = [self._name(record.key)]
-        arguments = [
-            _version(expected_version),
-            _pack(record),
-            self._life(record),
-            self._now_text(),
-        ]
+        holder = []
         if lease is not None:
             keys.append(self._lease_name(record.key))
-            arguments.append(lease.encode())
-        self._run(self._deadline(), _SAVE, keys, arguments, _version(record.version))
+            holder.append(lease.encode())
+        version = _version(record.version)
+        later: Record | None = record
+        while later is not None:
+            record = later
+            arguments = [
+                _version(expected_version),
+                _pack(record),
+                self._life(record),
+                self._now_text(),
+                b"" if shorten else b"%d" % record.idle_expires_at,
+                *holder,
+            ]
+            reply = self._run(deadline, _SAVE, keys, arguments, version)
+            later, shorten = _renewed_meanwhile(record, reply)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
-        if not record.is_live(self._now()):
-            return False
-        later = min(max(idle_expires_at, record.idle_expires_at), record.absolute_expires_at)
-        renewed = record._replace(idle_expires_at=later)
-        headers = [_header(_RECORD, record), _header(_RECORD, renewed)]
         try:
-            self._run(
-                self._deadline(),
-                _RENEW,
-                [self._name(record.key)],
-                [*headers, self._life(renewed)],
-            )
+            self._renew(record, idle_expires_at, self._deadline())
         except Gone:
             return False
         return True
+
+    def _renew(self, record: Record, idle_expires_at: int, deadline: float) -> None:
+        later = min(max(idle_expires_at, record.idle_expires_at), record.absolute_expires_at)
+        renewed = record._replace(idle_expires_at=later)
+        arguments = [_header(_RECORD, renewed), self._life(renewed), self._now_text()]
+        self._run(deadline, _RENEW, [self._name(record.key)], arguments)
 
     def replace(
         self,
@@ -215,13 +229,16 @@ class RedisStore:
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
-        left = (b"", b"0") if pointer is None else (_pack(pointer), self._life(pointer))
-        self._run(
-            self._deadline(),
-            _REPLACE,
-            [self._name(key), self._name(record.key), self._lease_name(key)],
-            [
+        deadline = self._deadline()
+        keys = [self._name(key), self._name(record.key), self._lease_name(key)]
+        later: Record | None = record
+        while later is not None:
+            record = later
+            left = (b"", b"0") if pointer is None else (_pack(pointer), self._life(pointer))
+            arguments = [
                 _version(expected_version),
                 _pack(record),
                 self._life(record),
@@ -229,10 +246,12 @@ class RedisStore:
                 *left,
                 (lease or "").encode(),
                 self._channels,
-            ],
-            _version(record.version),
-            0 if pointer else self._logout_replicas,
-        )
+                b"" if shorten else b"%d" % record.idle_expires_at,
+            ]
+            replicas = 0 if pointer else self._logout_replicas
+            version = _version(record.version)
+            reply = self._run(deadline, _REPLACE, keys, arguments, version, replicas)
+            later, shorten = _renewed_meanwhile(record, reply)
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
@@ -503,18 +522,21 @@ class RedisStore:
         arguments: list[bytes],
         echo: bytes = b"",
         replicas: int = 0,
+        also: bytes | None = None,
     ) -> bytes:
         """Run a script; its first answering byte says how it went.
 
-        A success must end with ``echo``, as the version that was written: an answer to somebody
-        else's command would not. So many ``replicas`` must have it then, or ``LogoutUnconfirmed``
-        is raised.
+        A success must end with ``echo``, as the version that was written, or be ``also``: an answer
+        to somebody else's command would not. So many ``replicas`` must have it then, or
+        ``LogoutUnconfirmed`` is raised.
         """
 
         def parse(reply: Any) -> bytes:
             if type(reply) is bytes:
                 status = reply[:1]
                 if status in _ERRORS or (status in _STATUSES and reply.endswith(echo)):
+                    return reply
+                if reply == also:
                     return reply
             raise UnreadableRecord("corrupt", "an answer to another command")
 
@@ -673,6 +695,18 @@ def _ended(key: str, value: bytes | None) -> Record | None:
     if value is None:
         return None
     return _unpack(key, value) if value else Record(key, 0, 0, 0, 0, b"")
+
+
+def _renewed_meanwhile(record: Record, reply: bytes) -> tuple[Record | None, bool]:
+    """What to store instead where ``reply`` says that the session is kept for longer by now.
+
+    And whether that may be less than the stored expiry, for it is limited by the absolute one.
+    """
+    if reply[:1] != b"R":
+        return None, False
+    stored = int(reply[1:].partition(b" ")[0])
+    end = record.absolute_expires_at
+    return record._replace(idle_expires_at=min(stored, end)), stored > end
 
 
 def _as_it_is(answer: Any) -> Any:

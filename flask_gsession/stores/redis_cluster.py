@@ -25,7 +25,7 @@ from redis.retry import Retry
 
 from ..errors import Gone, LeaseLost, LogoutUnconfirmed, Stale, StoreUnavailable, UnreadableRecord
 from .base import Record, StoreOptions, closing
-from .redis import RedisStore, _pack, _Script, _version
+from .redis import RedisStore, _pack, _renewed_meanwhile, _Script, _version
 from .redis_pool import AllInUse, ConnectionPool, bounded, packed
 from .redis_scan import Node
 from .redis_servers import Address, connections_of, servers_of
@@ -176,27 +176,35 @@ class RedisClusterStore(RedisStore):
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
         deadline = self._deadline()
-        self._create(record, deadline)
+        first = self._create(record, deadline)
         version = _version(record.version)
+        keys = [self._name(key), *([] if lease is None else [self._lease_name(key)])]
+        left = pointer or self._end_of(key, record)
+        replicas = 0 if pointer else self._logout_replicas
+        later: Record | None = record
         try:
-            self._run(
-                deadline,
-                _ROTATE,
-                [self._name(key), *([] if lease is None else [self._lease_name(key)])],
-                [
+            while later is not None:
+                if later is not record:
+                    self._renew(later, later.idle_expires_at, deadline)
+                    record = later
+                arguments = [
                     _version(expected_version),
-                    _pack(pointer or self._end_of(key, record)),
+                    _pack(left),
                     self._life(pointer) if pointer else b"%d" % _END_SHOWN,
                     self._now_text(),
                     version,
                     (lease or "").encode(),
                     self._channels,
-                ],
-                version,
-                0 if pointer else self._logout_replicas,
-            )
+                    b"" if shorten else b"%d" % record.idle_expires_at,
+                ]
+                reply = self._run(deadline, _ROTATE, keys, arguments, version, replicas, b"N")
+                if reply == b"N" and first:
+                    raise Gone  # rotated before, and ended since: not to be brought back
+                later, shorten = _renewed_meanwhile(record, reply)
         except (Gone, Stale, LeaseLost):
             with suppress(Gone, Stale, StoreUnavailable):
                 super()._delete(record.key, deadline, version, b"1")

@@ -1,7 +1,9 @@
 -- Rotate: the new key holds the record, the old one points to it or goes. The lease ends.
 -- KEYS: old, new, lease of the old. ARGV: expected version (8 bytes), new value, its life in ms,
 --       now in ms, pointer (empty: none), its life in ms, who must hold the lease (empty: nobody),
---       what the channels begin with.
+--       what the channels begin with, the idle expiry of the new value if that may not be earlier
+--       than the old one's (else empty).
+-- Answers "R" with the old idle expiry, and does nothing, where that is later.
 local mine = ARGV[2]:sub(2, 9)
 local taken = redis.call('GETRANGE', KEYS[2], 0, 30)
 if #taken > 0 then
@@ -10,13 +12,15 @@ if #taken > 0 then
 end
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 or head:byte(1) ~= 1 then return 'G' end
-if tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
+local idle = struct.unpack('>I6', head, 16)
+if tonumber(ARGV[4]) >= idle then return 'G' end
 local lease = redis.call('GET', KEYS[3])
 if ARGV[7] ~= '' then
   local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)')
   if owner ~= ARGV[7] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
 end
 if head:sub(2, 9) ~= ARGV[1] then return 'S' end
+if idle > (tonumber(ARGV[9]) or idle) then return 'R' .. string.format('%.0f ', idle) .. mine end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 if ARGV[5] == '' then
   redis.call('DEL', KEYS[1])

@@ -1,16 +1,21 @@
 -- Rotate in a cluster: the old key points to the new record, which is there already. The lease ends.
 -- KEYS: old, and its lease where that must be held. ARGV: expected version (8 bytes), pointer, its life in ms, now in ms, new
---       version, who must hold the lease (empty: nobody), what the channels begin with.
+--       version, who must hold the lease (empty: nobody), what the channels begin with, the idle
+--       expiry of the new record if that may not be earlier than the old one's (else empty).
+-- Answers "R" with the old idle expiry, and does nothing, where that is later; "N" alone where it
+-- was done before.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 then return 'G' end
-if head:byte(1) == 2 and head == ARGV[2]:sub(1, 31) then return 'K' .. ARGV[5] end
-if head:byte(1) ~= 1 or tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
+if head:sub(1, 9) == ARGV[2]:sub(1, 9) then return 'N' end
+local idle = struct.unpack('>I6', head, 16)
+if head:byte(1) ~= 1 or tonumber(ARGV[4]) >= idle then return 'G' end
 local lease = KEYS[2] and redis.call('GET', KEYS[2])
 if ARGV[6] ~= '' then
   local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)')
   if owner ~= ARGV[6] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
 end
 if head:sub(2, 9) ~= ARGV[1] then return 'S' end
+if idle > (tonumber(ARGV[8]) or idle) then return 'R' .. string.format('%.0f ', idle) .. ARGV[5] end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 if lease then
   redis.call('DEL', KEYS[2])

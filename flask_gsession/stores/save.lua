@@ -1,16 +1,20 @@
 -- Replace a live record of the expected version; never create one.
 -- KEYS: record, and its lease where that must be held.
--- ARGV: expected version (8 bytes), new value, its life in ms, now in ms, who must hold the lease.
+-- ARGV: expected version (8 bytes), new value, its life in ms, now in ms, its idle expiry if that
+--       may not be earlier than the stored one (else empty), who must hold the lease.
+-- Answers "R" with the stored idle expiry, and does nothing, where that is later.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 or head:byte(1) ~= 1 then return 'G' end
 local version = head:sub(2, 9)
 local mine = ARGV[2]:sub(2, 9)
 if version == mine then return 'K' .. mine end
-if tonumber(ARGV[4]) >= struct.unpack('>I6', head, 16) then return 'G' end
+local idle = struct.unpack('>I6', head, 16)
+if tonumber(ARGV[4]) >= idle then return 'G' end
 if KEYS[2] then
   local owner, till = (redis.call('GET', KEYS[2]) or ' 0\n'):match('^(%S*) (%d+)')
-  if owner ~= ARGV[5] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
+  if owner ~= ARGV[6] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
 end
 if version ~= ARGV[1] then return 'S' end
+if idle > (tonumber(ARGV[5]) or idle) then return 'R' .. string.format('%.0f ', idle) .. mine end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return 'K' .. mine

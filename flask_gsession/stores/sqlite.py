@@ -217,27 +217,42 @@ class SQLiteStore:
         with self._connection() as db:
             return self._select(db, key)
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
         now = milliseconds(self._clock)
+        _, version, created, idle, absolute, payload, _ = record
         with self._connection() if lease is None else self._transaction() as db:
             if lease is not None:
                 there = self._select(db, record.key)
                 if there is None or there.version != record.version:
                     self._expect(db, there, expected_version, lease)
             done = db.execute(
-                "UPDATE gsession SET version = ?, created_at = ?, idle_expires_at = ?, "
+                "UPDATE gsession SET version = ?, created_at = ?, "
+                "idle_expires_at = max(?, min(idle_expires_at, ?)), "
                 "absolute_expires_at = ?, payload = ? "
-                f"WHERE key = ? AND version IN (?, ?) AND {_LIVE}",
+                f"WHERE key = ? AND version = ? AND {_LIVE}",
                 (
-                    *record[1:6],
+                    version,
+                    created,
+                    idle,
+                    idle if shorten else absolute,  # of the stored one, what counts at most
+                    absolute,
+                    payload,
                     self._prefix + record.key,
                     expected_version,
-                    record.version,
                     now,
                 ),
             )
             if done.rowcount == 0:
-                self._expect(db, self._select(db, record.key), None, None)
+                there = self._select(db, record.key)
+                if there is None or there.version != record.version:
+                    self._expect(db, there, None, None)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         now = milliseconds(self._clock)
@@ -257,16 +272,18 @@ class SQLiteStore:
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
         now = milliseconds(self._clock)
         with self._transaction(durable=True) as db:
             taken = self._select(db, record.key)
             if taken is not None and taken.version == record.version:
                 return
-            self._expect(db, self._select(db, key), expected_version, lease)
+            old = self._expect(db, self._select(db, key), expected_version, lease)
             if taken is not None and now < taken.idle_expires_at:
                 raise KeyTaken
-            self._insert(db, record)
+            self._insert(db, record if shorten else record.kept_as_long_as(old))
             self._remove(db, key)
             if pointer is not None:
                 self._insert(db, pointer)
@@ -575,7 +592,7 @@ class SQLiteStore:
 
     def _expect(
         self, db: sqlite3.Connection, record: Record | None, version: int | None, lease: str | None
-    ) -> None:
+    ) -> Record:
         now = milliseconds(self._clock)
         if record is None or not record.is_live(now):
             raise Gone
@@ -583,6 +600,7 @@ class SQLiteStore:
             raise LeaseLost
         if record.version != version:
             raise Stale
+        return record
 
     @contextmanager
     def _transaction(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
