@@ -498,7 +498,14 @@ class Forgetful(MemoryStore):
         if self.fault == "reads what was written":
             self._records[record.key] = record._replace(payload=b"")
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
         if self.fault == "saves":
             raise StoreError("not today")
         if self.fault == "refuses a stale save" and record.key in self._records:
@@ -510,7 +517,7 @@ class Forgetful(MemoryStore):
             return
         if self.fault == "reads what was saved":
             record = record._replace(payload=b"")
-        super().save(record, expected_version, lease)
+        super().save(record, expected_version, lease, shorten=shorten)
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None

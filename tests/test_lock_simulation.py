@@ -98,9 +98,16 @@ class JudgedStore(MemoryStore):
         with self.call("load"):
             return super().load(key)
 
-    def save(self, record: Record, expected_version: int, lease: str | None = None) -> None:
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
         with self.call("save"):
-            super().save(record, expected_version, lease)
+            super().save(record, expected_version, lease, shorten=shorten)
             self.judge(record.key, lease)
 
     def replace(
@@ -110,9 +117,11 @@ class JudgedStore(MemoryStore):
         expected_version: int,
         pointer: Record | None,
         lease: str | None = None,
+        *,
+        shorten: bool = False,
     ) -> None:
         with self.call("replace"):
-            super().replace(key, record, expected_version, pointer, lease)
+            super().replace(key, record, expected_version, pointer, lease, shorten=shorten)
             self.judge(key, lease)
             self.holder.pop(key, None)
             self.ended.add(key)

@@ -552,6 +552,10 @@ class Model:
             old.absolute_expires_at,
         ):
             raise Violation("a write changed the creation or the absolute expiry")
+        if record.idle_expires_at < old.idle_expires_at and not mirror.timeouts:
+            before, after = (bool(v.get("_permanent")) for v in (line.values, self._decode(record)))
+            if before == after:
+                raise Violation("the idle expiry moved back, and nobody had asked for that")
         changes = mirror.view.changes()
         atomic = mirror.atomic
         if atomic is not None and atomic[0] not in changes:

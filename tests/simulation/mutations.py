@@ -56,9 +56,9 @@ def _expect_any_version(
     return record
 
 
-def _save_or_create(self: MemoryStore, record: Record, expected_version: int) -> None:
+def _save_or_create(self: MemoryStore, record: Record, expected_version: int, **how: Any) -> None:
     try:
-        _save(self, record, expected_version)
+        _save(self, record, expected_version, **how)
     except Gone:
         self._records[record.key] = record
 
@@ -95,7 +95,12 @@ def _create_where_gone(self: Keeper, old: Record, body: Body, **how: Any) -> Rec
 
 
 def _replace_again(
-    self: MemoryStore, key: str, record: Record, expected_version: int, pointer: Record | None
+    self: MemoryStore,
+    key: str,
+    record: Record,
+    expected_version: int,
+    pointer: Record | None,
+    **how: Any,
 ) -> None:
     if self._unexpired(key) is None:
         raise Gone
@@ -181,9 +186,9 @@ def _apply_whatever_expired(self: Merger, stored: Any, changes: Any, *more: Any)
     return _apply(self, stored, changes, None, *more[1:])
 
 
-def _rotate_without_marks(self: Keeper, old: Record, body: Body, *more: Any) -> Any:
+def _rotate_without_marks(self: Keeper, old: Record, body: Body, *more: Any, **how: Any) -> Any:
     values = {key: split(raw)[1] for key, raw in body.values.items()}
-    return _rotate(self, old, structs.replace(body, values=values), *more)
+    return _rotate(self, old, structs.replace(body, values=values), *more, **how)
 
 
 FURTHER = (
@@ -200,6 +205,7 @@ FURTHER = (
     Mutation("doubtful write repeated", Lifecycle, "_commit", _commit_in_doubt),
     Mutation("looked-at values forgotten", TrackedValues, "follow", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
+    Mutation("an idle expiry put back", Record, "kept_as_long_as", lambda record, other: record),
     Mutation("never renewed", Keeper, "due", lambda *args: None),
     Mutation("no absolute expiry", Keeper, "_idle_end", _idle_end_alone),
     Mutation("dropped silently", Lifecycle, "_end", _drop_silently),

@@ -96,10 +96,11 @@ class SimulatedStore:
         now = milliseconds(self._clock)
         return None if record is None or now >= record.idle_expires_at else record
 
-    def save(self, record: Record, expected_version: int) -> None:
+    def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
         request, fault, begun = self._arrive("save")
         with self._judged(request, fault, record.key, expected_version):
-            self.inner.save(record, expected_version)
+            self.inner.save(record, expected_version, shorten=shorten)
+        record = self.records[record.key]
         arrived = self.model.save(request.mirror, record, expected_version, begun)
         self._leave(request, fault, f"{self.model.name(record.key)} {self._shown(record)}")
         arrived()
@@ -112,11 +113,18 @@ class SimulatedStore:
         return done
 
     def replace(
-        self, key: str, record: Record, expected_version: int, pointer: Record | None
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        *,
+        shorten: bool = False,
     ) -> None:
         request, fault, begun = self._arrive("replace")
         with self._judged(request, fault, key, expected_version):
-            self.inner.replace(key, record, expected_version, pointer)
+            self.inner.replace(key, record, expected_version, pointer, shorten=shorten)
+        record = self.records[record.key]
         arrived = self.model.replace(request.mirror, key, record, expected_version, pointer, begun)
         names = f"{self.model.name(key)} by {self.model.name(record.key)}"
         self._leave(request, fault, f"{names} {self._shown(record)}")
