@@ -17,7 +17,7 @@ PACKAGE = Path(flask_gsession.__file__).parent
 ROWS = [
     ["signals"],
     ["errors", "events", "redaction"],
-    ["tokens", "plain", "stores.rights"],
+    ["tokens", "plain", "stores.rights", "stores.interrupts"],
     ["codec", "encryption", "marks", "stores.base", "stores.urls"],
     ["references"],
     ["merge", "payload", "spill"],
@@ -113,7 +113,8 @@ def test_a_store_knows_only_its_contract(module: str) -> None:
     """Nothing of values, cookies or settings: what makes a new store an afternoon's work."""
     ours = {name for name in imports(module) if name.startswith("flask_gsession")}
     same_room = [name for name in INSIDE if room_of(name) == room_of(module)]
-    contract = ("errors", "events", "stores.base", "stores.urls", "stores.rights", *same_room)
+    means = [f"stores.{name}" for name in ("base", "interrupts", "rights", "urls")]
+    contract = ("errors", "events", *means, *same_room)
     assert ours <= {f"flask_gsession.{name}" for name in contract}
 
 
