@@ -172,7 +172,7 @@ def _declare(schema: object, keeper: Keeper) -> None:
     check = SessionSchema(schema, keeper.now)
     keeper.check = check
     keeper.typed_keys.update(check.typed)
-    keeper.merger.policies = {**keeper.merger.policies, **check.policies}
+    keeper.merger.policies = check.policies(keeper.merger.policies)
 
 
 def _rotate_at_login(app: Flask) -> None:

@@ -62,14 +62,13 @@ def name_of(file: Path) -> str:
 
 def room_of(module: str) -> str:
     """The entry of `ROWS` that a module belongs to; "" when there is none."""
-    if module.startswith(("contrib.", "cli.")):
+    if module.startswith(("contrib.", "cli.", "typed.")):
         return module.partition(".")[0]
     for store in ("stores.redis", "stores.mongodb"):
         if module.startswith(f"{store}_"):
             return store
-    for room in ("typed", "health"):
-        if module.startswith(f"{room}_"):
-            return room
+    if module.startswith("health_"):
+        return "health"
     return module if module in RANK else ""
 
 

@@ -187,13 +187,13 @@ def test_defaults_in_their_order(site: Site) -> None:
     of_field = SessionKey("a", fields.Int(load_default=1))
     of_key = SessionKey("b", fields.Int(load_default=1), default=2)
     made = SessionKey("c", fields.List(fields.Int(), load_default=list))
-    of_schema = SessionKey("d", PreferencesSchema, default={"theme": "dark"})
+    of_schema = SessionKey("d", PreferencesSchema, default={"theme": "dark"})  # as set takes it
 
     def look(_: Any) -> tuple[Any, ...]:
         made.get().append(1)
         return of_field.get(), of_key.get(), of_key.get(3), made.get(), of_schema.get()
 
-    assert site.visitor().run(look) == (1, 2, 3, [], {"theme": "dark"})
+    assert site.visitor().run(look) == (1, 2, 3, [], DEFAULTS | {"theme": "dark"})
 
 
 class Colour(Enum):
@@ -472,7 +472,7 @@ class MadeByHook(Schema):
 
     @post_load
     def make(self, data: Any, **_: Any) -> Any:
-        return {"a": 7}
+        return {"a": 7} if data["a"] == "x" else {"a": int(data["a"])}
 
 
 def patched(of_field: bool, name: str, function: Callable[..., Any]) -> Schema:
@@ -482,61 +482,119 @@ def patched(of_field: bool, name: str, function: Callable[..., Any]) -> Schema:
     return schema
 
 
-FLAT: dict[str, tuple[Schema, dict[str, Any], dict[str, Any]]] = {
+# What is set, what `set` and `get` give, and what is stored.
+FLAT: dict[str, tuple[Schema, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "plain": (
         Schema.from_dict({"b": fields.Str(), "a": fields.Int(), "c": fields.Bool()})(),
         {"a": 1, "b": "x", "c": True},
         {"b": "x", "a": 1, "c": True},
+        {"b": "x", "a": 1, "c": True},
     ),
-    "default": (Schema.from_dict({"a": fields.Str(load_default="x")})(), {}, {"a": "x"}),
-    "no default": (Schema.from_dict({"a": fields.Str()})(), {}, {}),
-    "default of dump": (Schema.from_dict({"a": fields.Str(dump_default="x")})(), {}, {"a": "x"}),
-    "none": (Schema.from_dict({"a": fields.Str(allow_none=True)})(), {"a": None}, {"a": None}),
-    "converted": (Schema.from_dict({"a": fields.Int()})(), {"a": "7"}, {"a": 7}),
-    "as a string": (Schema.from_dict({"a": fields.Int(as_string=True)})(), {"a": 7}, {"a": "7"}),
+    "default": (
+        Schema.from_dict({"a": fields.Str(load_default="x")})(),
+        {},
+        {"a": "x"},
+        {"a": "x"},
+    ),
+    "no default": (Schema.from_dict({"a": fields.Str()})(), {}, {}, {}),
+    "default of dump": (
+        Schema.from_dict({"a": fields.Str(dump_default="x")})(),
+        {},
+        {"a": "x"},
+        {"a": "x"},
+    ),
+    "default that isn't valid": (
+        Schema.from_dict({"a": fields.Str(load_default="", validate=validate.Length(min=1))})(),
+        {},
+        {"a": ""},
+        {},
+    ),
+    "none": (
+        Schema.from_dict({"a": fields.Str(allow_none=True)})(),
+        {"a": None},
+        {"a": None},
+        {"a": None},
+    ),
+    "converted": (Schema.from_dict({"a": fields.Int()})(), {"a": "7"}, {"a": 7}, {"a": 7}),
+    "words for booleans": (
+        Schema.from_dict({"a": fields.Bool(truthy={"yes", "y"}, falsy={"no"})})(),
+        {"a": "y"},
+        {"a": True},
+        {"a": "y"},
+    ),
+    "as a string": (
+        Schema.from_dict({"a": fields.Int(as_string=True)})(),
+        {"a": 7},
+        {"a": 7},
+        {"a": "7"},
+    ),
     "of another name": (
         Schema.from_dict({"a": fields.Str(data_key="A")})(),
         {"A": "x"},
+        {"a": "x"},
         {"A": "x"},
     ),
     "of attributes": (
         Schema.from_dict({"a": fields.Str(attribute="b"), "b": fields.Str(attribute="a")})(),
         {"a": "x", "b": "y"},
+        {"b": "x", "a": "y"},
         {"a": "x", "b": "y"},
     ),
-    "only loaded": (Schema.from_dict({"a": fields.Str(load_only=True)})(), {"a": "x"}, {}),
     "only dumped": (
         Schema.from_dict({"a": fields.Str(dump_only=True, dump_default="x")})(),
+        {},
         {},
         {},
     ),
     "more": (
         Schema.from_dict({"a": fields.Str()})(unknown=INCLUDE),
         {"a": "x", "b": 1},
-        {"a": "x"},
+        {"a": "x", "b": 1},
+        {"a": "x", "b": 1},
     ),
-    "own field": (Schema.from_dict({"a": Upper()})(), {"a": "x"}, {"a": "X"}),
-    "hook": (WithHook(), {"a": "x"}, {"a": "x!"}),
-    "hook before": (WithHookBefore(), {"a": "x"}, {"a": "x!"}),
-    "own access": (WithAccess(), {"a": "x"}, {"a": "x!"}),
-    "patched field": (patched(True, "serialize", lambda *_, **__: "y"), {"a": "x"}, {"a": "y"}),
-    "patched schema": (patched(False, "dump", lambda _: {"a": "y"}), {"a": "x"}, {"a": "y"}),
-    "made by a hook": (MadeByHook(), {"a": "x"}, {"a": "7"}),
+    "hook": (WithHook(), {"a": "x"}, {"a": "x"}, {"a": "x"}),
+    "hook before": (WithHookBefore(), {"a": "x"}, {"a": "x"}, {"a": "x"}),
+    "made by a hook": (MadeByHook(), {"a": "x"}, {"a": 7}, {"a": "7"}),
 }
 
 
 @pytest.mark.parametrize("what", FLAT)
 def test_what_is_stored_is_what_the_schema_dumps(clock: FakeClock, what: str) -> None:
-    schema, value, dumped = FLAT[what]
+    schema, value, loaded, stored = FLAT[what]
     key = SessionKey("flat", schema)
     with SiteMaker("memory://", "", clock) as make:
-        visitor = make().visitor()
-        loaded = visitor.run(lambda _: key.set(value))
-        stored = has(visitor)["flat"]
-    assert loaded == schema.load(value)
-    assert stored == dumped
-    assert list(stored) == list(dumped)
-    assert what == "only dumped" or stored == schema.dump(loaded)
+        site = make()
+        visitor = site.visitor()
+        assert visitor.run(lambda _: key.set(value)) == loaded
+        assert visitor.run(lambda _: key.get()) == loaded
+        found = has(visitor)["flat"]
+        assert site.happened(StoredValueInvalid) == []
+    assert found == stored
+    assert list(found) == list(stored)
+
+
+LOSSY: dict[str, tuple[Schema, dict[str, Any]]] = {
+    "only loaded": (Schema.from_dict({"a": fields.Str(load_only=True)})(), {"a": "x"}),
+    "own field": (Schema.from_dict({"a": Upper()})(), {"a": "x"}),
+    "own access": (WithAccess(), {"a": "x"}),
+    "patched field": (patched(True, "serialize", lambda *_, **__: "y"), {"a": "x"}),
+    "patched schema": (patched(False, "dump", lambda _: {"a": "y"}), {"a": "x"}),
+}
+
+
+@pytest.mark.parametrize("what", LOSSY)
+def test_what_would_come_back_changed_is_refused(clock: FakeClock, what: str) -> None:
+    schema, value = LOSSY[what]
+    key = SessionKey("flat", schema)
+
+    def refuse(session: Any) -> None:
+        with pytest.raises(ValidationError) as refused:
+            key.set(value)
+        assert list(cast(Any, refused.value.messages)) == ["a"]
+        assert "flat" not in session
+
+    with SiteMaker("memory://", "", clock) as make:
+        make().visitor().run(refuse)
 
 
 def test_a_validator_that_raises_something_else(site: Site) -> None:

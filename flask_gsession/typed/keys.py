@@ -1,0 +1,421 @@
+"""``SessionKey``: a key of the session whose values have a schema."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from enum import Enum
+from typing import Any, Generic, TypeVar, overload
+
+from flask import abort, jsonify, request
+from flask import session as flask_session
+from marshmallow import Schema, ValidationError
+from marshmallow.fields import Field
+from werkzeug.exceptions import HTTPException
+
+from ..codec import IMMUTABLE, is_valid_text
+from ..data import SessionData, ttl_in_milliseconds
+from ..errors import (
+    GSessionError,
+    InvalidStoredValue,
+    SchemaFailed,
+    SettingError,
+    UnreadableRecord,
+)
+from ..events import StoredValueInvalid, logger
+from ..marks import MAX_VERSION, Mark
+from ..merge import POLICIES, MergeFunction
+from .merging import merge_of_stored, policy_of
+from .schemas import FieldForm, SchemaForm, form_of
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+_NONE: Any = object()  # no value
+_HANDED_OUT = 32  # values that a request may change and give back
+
+
+class _Known:
+    """What a request found: ``value`` is the default, or nothing, where it is not ``there``."""
+
+    __slots__ = ("handed_out", "looked", "raw", "there", "value")
+
+    def __init__(self) -> None:
+        self.raw: bytes | None = None
+        self.value: Any = _NONE
+        self.there = False
+        self.looked = False
+        #: what ``get`` and ``set`` gave the program, newest last
+        self.handed_out: deque[Any] = deque(maxlen=_HANDED_OUT)
+
+
+class SessionKey(Generic[T]):
+    """A key of the session whose values are checked, on the way in and on the way out.
+
+    ``schema``: a marshmallow ``Schema`` (class or instance), a field, or a dataclass; values of a
+    schema are dicts, those of a dataclass its instances.
+    ``ttl``: seconds, or a ``timedelta``, after which a value expires; None: with the session.
+    ``default``: what ``get`` gives where there is no valid value; otherwise the schema's defaults.
+    ``merge``: what is stored when two requests changed the key: a word of
+    ``SESSION_MERGE_POLICIES``, or a function of base, theirs and mine, which gets and returns what
+    ``get`` does. The result is checked; one that is not valid raises ``SessionConflict``.
+    ``version``: of the schema, 1 to 65535; it is stored with each value. What is stored without one
+    has version 1.
+    ``invalid``: what ``get`` does when the stored value is not valid: ``"default"``, or
+    ``"raise"`` for ``InvalidStoredValue``. Both log it, without the data, and emit
+    ``StoredValueInvalid``.
+    ``session``: the ``ext.session`` of a second ``Session``; None: ``flask.session``.
+
+    Raises ``SettingError`` for any other argument. A read costs what a read of the session costs;
+    a value that was checked is not checked again in the same request while it is unchanged.
+    """
+
+    @overload
+    def __init__(
+        self: SessionKey[dict[str, Any]],
+        name: str,
+        schema: type[Schema] | Schema,
+        *,
+        default: dict[str, Any] = ...,
+        ttl: float | timedelta | None = ...,
+        merge: str | MergeFunction | None = ...,
+        version: int = ...,
+        invalid: str = ...,
+        session: SessionData | None = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        name: str,
+        schema: Field[T],
+        *,
+        default: T = ...,
+        ttl: float | timedelta | None = ...,
+        merge: str | MergeFunction | None = ...,
+        version: int = ...,
+        invalid: str = ...,
+        session: SessionData | None = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        name: str,
+        schema: type[T],
+        *,
+        default: T = ...,
+        ttl: float | timedelta | None = ...,
+        merge: str | MergeFunction | None = ...,
+        version: int = ...,
+        invalid: str = ...,
+        session: SessionData | None = ...,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        name: str,
+        schema: Any,
+        *,
+        default: Any = _NONE,
+        ttl: float | timedelta | None = None,
+        merge: str | MergeFunction | None = None,
+        version: int = 1,
+        invalid: str = "default",
+        session: SessionData | None = None,
+    ) -> None:
+        if type(name) is not str or not name or not is_valid_text(name):
+            raise SettingError(f"A SessionKey has a name, not {name!r}")
+        if type(version) is not int or not 1 <= version <= MAX_VERSION:
+            raise SettingError(f"SessionKey({name!r}): version is {version!r}; allowed: 1 to 65535")
+        if invalid not in ("default", "raise"):
+            raise SettingError(
+                f"SessionKey({name!r}): invalid is {invalid!r}; allowed: 'default' or 'raise'"
+            )
+        if merge is not None and not callable(merge) and merge not in POLICIES:
+            raise SettingError(
+                f"SessionKey({name!r}): merge is {merge!r}; allowed: {', '.join(POLICIES)}, or a "
+                "function of base, theirs and mine"
+            )
+        self.name = name
+        self.version = version
+        self._form: SchemaForm | FieldForm = form_of(name, schema)
+        self._default = _NONE
+        self._invalid = invalid
+        self._merge = None if merge is None else policy_of(merge, self._form, self._run)
+        self._merges_of_settings: dict[MergeFunction, MergeFunction] = {}
+        self._target = session
+        self._lasting = Mark(0, version)
+        self._upgraders: dict[int, Callable[[Any], Any]] = {}
+        try:
+            self._ttl = None if ttl is None else ttl_in_milliseconds(ttl)
+            if default is not _NONE:
+                self._default, _ = self._run(self._form.accept, default)
+        except ValidationError as error:
+            raise SettingError(f"SessionKey({name!r}): its default is not valid: {error}") from None
+        except (ValueError, GSessionError) as error:
+            raise SettingError(f"SessionKey({name!r}): {error}") from None
+
+    def __repr__(self) -> str:
+        return f"<SessionKey {self.name!r} version={self.version}>"
+
+    @property
+    def schema(self) -> Schema:
+        """The marshmallow schema; for a field, one with the single field ``value``."""
+        return self._form.schema
+
+    @overload
+    def get(self) -> T: ...
+
+    @overload
+    def get(self, default: D) -> T | D: ...
+
+    def get(self, default: Any = _NONE) -> Any:
+        """The checked value, a copy of your own: write changes with ``set`` or ``update``.
+
+        Where there is none, or none that is valid: ``default``, else the default of the key, else
+        that of the schema; ``KeyError`` where there is none of these either.
+
+        Raises ``InvalidStoredValue`` where the key was declared so, ``SchemaFailed`` where a
+        validator raises something else than ``ValidationError``.
+        """
+        session = self._session()
+        raw = session._raw(self.name)
+        known = session._typed.get(self) or self._known(session)
+        if known.raw != raw or not known.looked:
+            self._look(session, raw, known)
+        if not known.there and default is not _NONE:
+            return default
+        if known.value is _NONE:
+            raise KeyError(
+                f"session[{self.name!r}] holds no valid value, and its schema has no default: "
+                "use get(default), or @require_session"
+            )
+        value = _fresh(known.value)
+        if not self._form.is_plain:
+            known.handed_out.append(value)
+        return value
+
+    def set(self, value: Any) -> T:
+        """Check ``value`` and put it into the session, with the ttl and version of the key.
+
+        ``value`` is what the schema loads, or what ``get`` gives. What is stored is what the schema
+        dumps, without computed fields. Returns the value as ``get`` does: where the schema is not a
+        plain one, what is stored is loaded once more to prove that.
+
+        Raises marshmallow's ``ValidationError`` with its messages, also for a value that would not
+        come back; ``UnsupportedType`` for one that no session can keep. Nothing is changed then.
+        """
+        session = self._session()
+        if self._form.is_plain:
+            return self._put(session, self._run(self._form.accept, value))
+        given = any(value is one for one in self._known(session).handed_out)
+        return self._put(
+            session, self._run(lambda value: self._form.accept(value, handed_out=given), value)
+        )
+
+    def update(self, changes: Mapping[str, Any] | None = None, /, **more: Any) -> T:
+        """Change some fields, by the names that the schema loads; the whole is checked and set.
+
+        Fields that are not named keep their values; where there is no valid value, their defaults.
+        Raises what ``set`` and ``get`` raise, ``TypeError`` for a key that has no fields.
+        """
+        form = self._form
+        if isinstance(form, FieldForm) or not form.has_fields:
+            raise TypeError(f"session[{self.name!r}] has no fields: use set()")
+        sent = {**(changes or {}), **more}
+        try:
+            before = self.get()
+        except KeyError:
+            return self._put(self._session(), self._run(form.accept_sent, sent))
+        return self._put(
+            self._session(), self._run(lambda changes: form.accept_changes(before, changes), sent)
+        )
+
+    def delete(self) -> bool:
+        """Remove the value; whether there was one."""
+        return self._session().remove(self.name) == 1
+
+    def exists(self) -> bool:
+        """Whether the session has a value under this key. It may be one that is not valid."""
+        return self.name in self._session()
+
+    def upgrade(self, *, from_version: int) -> Callable[[Callable[[Any], Any]], Any]:
+        """Declare what makes of stored data of ``from_version`` such of the version after it.
+
+        A decorator for a function of the stored data that returns the new ones. Upgraders run one
+        after the other when the value is read; the result is checked, and stored with the next
+        ``set`` or ``update``. Raises ``SettingError`` for a version that is not an older one, or
+        has an upgrader.
+        """
+        if type(from_version) is not int or not 1 <= from_version < self.version:
+            raise SettingError(
+                f"SessionKey({self.name!r}) has version {self.version}; there is nothing to "
+                f"upgrade from {from_version!r}"
+            )
+        if from_version in self._upgraders:
+            raise SettingError(
+                f"SessionKey({self.name!r}) has an upgrader from version {from_version} already"
+            )
+
+        def declare(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            self._upgraders[from_version] = function
+            return function
+
+        return declare
+
+    def view(self) -> Callable[[], Any]:
+        """A view for the value as JSON: ``app.add_url_rule("/x", view_func=key.view())``.
+
+        GET answers the value, computed fields included. PATCH takes an object with the fields to
+        change and answers the new value, or 422 with ``{"errors": messages}``. Where there is no
+        value, GET is a 404. Raises ``SettingError`` for a key that has no fields.
+        """
+        if not self._form.has_fields:
+            raise SettingError(f"SessionKey({self.name!r}) has no fields: write a view of your own")
+
+        def view() -> Any:
+            try:
+                value = self._patched() if request.method == "PATCH" else self.get()
+            except ValidationError as error:
+                return jsonify(errors=error.messages), 422
+            except KeyError:
+                abort(404)
+            return jsonify(self._run(self._form.show, value))
+
+        view.__name__ = f"session_{self.name}"
+        view.methods = ["GET", "PATCH"]  # type: ignore[attr-defined]  # for add_url_rule
+        return view
+
+    # -- helpers
+
+    def _session(self) -> SessionData:
+        proxy: Any = flask_session if self._target is None else self._target
+        session = proxy._get_current_object()
+        if not isinstance(session, SessionData):
+            raise SettingError(
+                "A SessionKey needs a Session(app) on the application and a SECRET_KEY"
+            )
+        if session._keeper.typed_keys.setdefault(self.name, self) is not self:
+            raise SettingError(f"Two SessionKeys are named {self.name!r}: declare each once")
+        return session
+
+    def _patched(self) -> T:
+        changes = request.get_json()
+        if not isinstance(changes, dict):
+            raise ValidationError({"_schema": [self.schema.error_messages["type"]]})
+        return self.update(changes)
+
+    def _known(self, session: SessionData) -> _Known:
+        known: _Known | None = session._typed.get(self)
+        if known is None:
+            known = session._typed.setdefault(self, _Known())
+        return known
+
+    def _put(self, session: SessionData, accepted: tuple[Any, Any]) -> T:
+        value, stored = accepted
+        keeper = session._keeper
+        check = keeper.check
+        if check is not None and not check.is_by(self):
+            check(self.name, stored)
+        session._put(self.name, stored, self.mark(keeper.now))
+        if self._merge is not None or keeper.merger.policies:
+            merge = self.merge_function(keeper.merger.policies.get(self.name))
+            if merge is not None:
+                session._merges[self.name] = merge
+        if not self._form.is_plain:
+            self._known(session).handed_out.append(value)
+        return value  # type: ignore[no-any-return]  # by the schema
+
+    def _run(self, function: Callable[[Any], Any], data: Any) -> Any:
+        try:
+            return function(data)
+        except (ValidationError, GSessionError, HTTPException):
+            raise
+        except Exception as error:
+            raise SchemaFailed(
+                f"The schema of session[{self.name!r}] failed with {type(error).__name__}; "
+                "validators say what is wrong by ValidationError"
+            ) from error
+
+    def _look(self, session: SessionData, raw: bytes | None, known: _Known) -> None:
+        value, there = _NONE, False
+        if raw is not None:
+            try:
+                mark, data = session._decoded(self.name, raw)
+            except KeyError:
+                pass
+            except UnreadableRecord as error:
+                session._refuse(error.reason, error.detail)
+            else:
+                value = self._loaded(session, mark.version, data)
+                there = value is not _NONE
+        if not there:
+            value = self._default
+        if value is _NONE:
+            with contextlib.suppress(ValidationError):
+                value = self._run(lambda _: self._form.default(), None)
+        known.raw, known.value, known.there, known.looked = raw, value, there, True
+
+    def _loaded(self, session: SessionData, version: int, data: Any) -> Any:
+        """The value of stored data; ``_NONE`` where they are not valid."""
+        messages: Any = None
+        reason = "newer version" if version > self.version else ""
+        while not reason and version < self.version:
+            upgrade = self._upgraders.get(version)
+            if upgrade is None:
+                reason = "no upgrader"
+                break
+            try:
+                data = upgrade(data)
+            except Exception as error:
+                reason = f"upgrade failed with {type(error).__name__}"
+            version += 1
+        if not reason:
+            try:
+                return self._run(self._form.read, data)
+            except ValidationError as error:
+                reason, messages = "invalid", error.messages
+        handle = session.handle
+        logger.warning(
+            "Session %s: what is stored under %a is not used: %s", handle, self.name[:60], reason
+        )
+        session._keeper.events.emit(StoredValueInvalid, self.name, reason, handle)
+        if self._invalid == "raise":
+            raise InvalidStoredValue(self.name, reason, messages)
+        return _NONE
+
+    # -- for the schema of a whole session
+
+    def check_stored(self, data: Any) -> None:
+        """Raise ``ValidationError`` unless ``data`` have the form in which the key is stored."""
+        self._run(self._form.read, data)
+
+    def mark(self, now: Callable[[], int]) -> Mark:
+        """The expiry and version that a value of this key is to have."""
+        return self._lasting if self._ttl is None else Mark(now() + self._ttl, self.version)
+
+    def merge_function(self, of_settings: MergeFunction | None) -> MergeFunction | None:
+        """The merge policy of the key, or else that of the settings, with its result checked."""
+        if self._merge is not None or of_settings is None:
+            return self._merge
+        merge = self._merges_of_settings.get(of_settings)
+        if merge is None:
+            merge = merge_of_stored(self._form, of_settings, self._run)
+            self._merges_of_settings[of_settings] = merge
+        return merge
+
+
+def _fresh(value: Any) -> Any:
+    """A copy that its receiver may change."""
+    kind = type(value)
+    if (kind in IMMUTABLE and kind is not frozenset) or isinstance(value, Enum):
+        return value
+    if kind is dict:
+        return {key: _fresh(item) for key, item in value.items()}
+    if kind is list:
+        return [_fresh(item) for item in value]
+    return copy.deepcopy(value)

@@ -1,0 +1,74 @@
+"""Merge policies of keys with a schema: what they make of two changes is checked.
+
+A result that the schema refuses raises ``SessionConflict``, for the request that came later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from marshmallow import ValidationError
+
+from ..errors import SessionConflict
+from ..merge import MISSING, POLICIES, MergeFunction, last, reject, set_union
+from .schemas import Form
+from .stored import from_stored, to_stored
+
+Run = Callable[[Callable[[Any], Any], Any], Any]
+
+
+def merge_of_values(form: Form, merge: MergeFunction, run: Run) -> MergeFunction:
+    """A policy for stored values by a function that gets and returns what ``get`` does."""
+
+    def merged(base: Any, theirs: Any, mine: Any) -> Any:
+        try:
+            base = _read(form, base, run)
+        except ValidationError:  # for which this request saw the default
+            base = MISSING
+        try:
+            result = merge(base, _read(form, theirs, run), _read(form, mine, run))
+            return run(lambda value: form.accept(value, handed_out=True), result)[1]
+        except ValidationError as error:
+            raise SessionConflict from error
+
+    return merged
+
+
+def merge_of_stored(form: Form, merge: MergeFunction, run: Run) -> MergeFunction:
+    """A policy for stored values by a function that gets and returns these, as they are dumped."""
+    if merge is last or merge is reject:
+        return merge
+
+    def merged(base: Any, theirs: Any, mine: Any) -> Any:
+        sides = [side if side is MISSING else from_stored(side) for side in (base, theirs, mine)]
+        if merge is set_union and list in map(type, sides):
+            result = _list_union(*sides)
+        else:
+            result = merge(*sides)
+        stored = to_stored(form.name, result)
+        try:
+            run(form.read, stored)
+        except ValidationError as error:
+            raise SessionConflict from error
+        return stored
+
+    return merged
+
+
+def policy_of(name: str | MergeFunction, form: Form, run: Run) -> MergeFunction:
+    """The checked policy of a key that names one by a word or gives a function."""
+    if isinstance(name, str):
+        return merge_of_stored(form, POLICIES[name], run)
+    return merge_of_values(form, name, run)
+
+
+def _read(form: Form, side: Any, run: Run) -> Any:
+    return side if side is MISSING else run(form.read, side)
+
+
+def _list_union(base: Any, theirs: Any, mine: Any) -> list[Any]:
+    """``set_union`` for lists, as which schemas store sets: their order, then what is new."""
+    before, stored, wanted = ([] if side is MISSING else side for side in (base, theirs, mine))
+    kept = [item for item in stored if item in wanted or item not in before]
+    return kept + [item for item in wanted if item not in before and item not in kept]

@@ -1,0 +1,410 @@
+"""How what a key was declared by loads, dumps and proves its values.
+
+A value has three forms: as it is sent (what the schema loads), as the program uses it (what the
+schema makes of that), and as it is stored (what the schema dumps, without computed fields).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from marshmallow import Schema, ValidationError, fields, missing
+from marshmallow.decorators import PRE_LOAD
+from marshmallow.fields import Field
+from werkzeug.exceptions import HTTPException
+
+from ..codec import IMMUTABLE
+from ..errors import GSessionError, SettingError
+from .comparison import Path, common, covers, difference, drops_keys, without
+from .dataclasses import schema_of
+from .dumping import (
+    SHOWN,
+    STORED,
+    copy_for_dumping,
+    field_for_dumping,
+    without_computed,
+    without_computed_in_field,
+)
+from .plain import NOT_PLAIN, is_plain_field, is_plain_schema, plain_copy
+from .stored import from_stored, to_stored
+
+_CHANGED = "The session can't keep this value: it would come back changed."
+_NOT_DUMPED = "The session can't keep this value: the schema can't dump it."
+_NOT_LOADED = "The session can't keep this value: what the schema stores of it doesn't load. "
+# The types of what may be sent; the program makes others.
+_SENT: Any = (Mapping, list, tuple, type(None), *IMMUTABLE)
+
+
+class Form:
+    """What schemas and fields have in common. All methods raise ``ValidationError``.
+
+    They may also raise whatever the hooks and validators of an application do.
+    """
+
+    has_fields = False
+
+    def __init__(self, name: str, schema: Schema, load: Callable[[Any], Any]) -> None:
+        #: of the key, for messages
+        self.name = name
+        self.schema = schema
+        self.load = load
+
+    # -- what differs
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the schema dumps plain values as they are, and runs no code that could differ."""
+        raise NotImplementedError
+
+    @property
+    def show(self) -> Callable[[Any], Any]:
+        """Dumps what a client may see, computed fields included."""
+        raise NotImplementedError
+
+    @property
+    def dumps(self) -> Sequence[Callable[[Any], Any]]:
+        """In which ways what is stored may be dumped."""
+        raise NotImplementedError
+
+    def default(self) -> Any:
+        """The default of the schema."""
+        raise NotImplementedError
+
+    # -- what is the same
+
+    def accept(self, value: Any, *, handed_out: bool = False) -> tuple[Any, Any]:
+        """A value as ``get`` gives it, and as it is stored, proven by loading what is stored.
+
+        ``value``: as it is sent or as ``get`` gives it. Where both readings are possible, what was
+        ``handed_out`` is the latter; any other is the former, unless keys would be lost by that.
+        """
+        if handed_out or not isinstance(value, _SENT):
+            try:
+                return self._proven(value)
+            except Exception as error:
+                try:
+                    return self.accept_sent(value)
+                except ValidationError:
+                    if isinstance(error, ValidationError):
+                        raise error from None
+                    raise
+        try:
+            made = self.accept_sent(value)
+        except Exception as error:
+            try:
+                return self._proven(value)
+            except Exception:
+                raise error from None
+        if not self.is_plain and drops_keys(from_stored(made[1]), value):
+            try:
+                return self._proven(value)
+            except Exception:  # so it is what is sent, with fields that the schema excludes
+                return made
+        return made
+
+    def accept_sent(self, value: Any) -> tuple[Any, Any]:
+        """As ``accept``, of a value that was sent."""
+        loaded = self.load(value)
+        if self.is_plain:
+            copied = plain_copy(value, loaded)
+            if copied is not NOT_PLAIN:
+                return loaded, copied  # what is stored is what was just loaded: that is the proof
+        return self._proven(loaded, was_loaded=True)
+
+    def read(self, data: Any) -> Any:
+        """The value of stored data, which must be in the form in which the schema stores them."""
+        data = from_stored(data)
+        loaded = self.load(data)
+        if self.is_plain and covers(loaded, data):
+            return loaded
+        for stored in self._all_stored(loaded):
+            dumped = from_stored(stored)
+            if covers(dumped, data) and covers(data, dumped):
+                return loaded
+            # There may be fields that the schema excludes by now, and not yet all that it has.
+            known = common(dumped, data)
+            if covers(dumped, known) and (known == data or self._is_loaded_from(known, loaded)):
+                return self._proven(loaded)[0]
+        raise ValidationError(["Not in the form in which the schema stores it."])
+
+    def dumped(self, value: Any) -> Any:
+        """What the schema loads, of a value that ``get`` gives."""
+        try:
+            return self.dumps[0](value)
+        except (ValidationError, GSessionError, HTTPException):
+            raise
+        except Exception as error:
+            message = f"{_NOT_DUMPED} ({type(error).__name__})"
+            raise ValidationError(self._messages(self._not_dumped(value), message)) from error
+
+    def _proven(self, value: Any, *, was_loaded: bool = False) -> tuple[Any, Any]:
+        """What is loaded from what is stored of ``value``, if that is all of it.
+
+        Defaults may come in by that, which must then stay as they are in their turn.
+        """
+        for _ in range(2):
+            again, stored = self._kept(value, was_loaded)
+            path = difference(again, value)
+            if path is None:
+                return again, stored
+            value, was_loaded = again, True
+        raise ValidationError(self._messages(path or ()))
+
+    def _kept(self, value: Any, was_loaded: bool) -> tuple[Any, Any]:
+        """What is loaded from what is stored of ``value``, which may be more than that."""
+        failures = []
+        for stored in self._all_stored(value):
+            try:
+                again, stored = self._reloaded(stored)
+            except ValidationError as error:
+                failures.append(_reworded(error.messages) if was_loaded else error.messages)
+                continue
+            path = difference(value, again)
+            if path is None:
+                return again, stored
+            failures.append(self._messages(path))
+        if not failures:
+            self.dumped(value)  # which raises
+        raise ValidationError(failures[0])
+
+    def _all_stored(self, value: Any) -> Iterator[Any]:
+        """What may be stored of ``value``: what each way to dump makes, if it can."""
+        refused: GSessionError | None = None
+        found = False
+        for dump in self.dumps:
+            try:
+                stored = to_stored(self.name, dump(value))
+            except HTTPException:
+                raise
+            except GSessionError as error:
+                refused = refused or error
+            except Exception:
+                continue
+            else:
+                found = True
+                yield stored
+        if refused is not None and not found:
+            raise refused
+
+    def _is_loaded_from(self, data: Any, loaded: Any) -> bool:
+        try:
+            again = self.load(data)
+        except Exception:  # a hook may need what isn't there
+            return False
+        return difference(loaded, again) is None and difference(again, loaded) is None
+
+    def _reloaded(self, stored: Any) -> tuple[Any, Any]:
+        """What is loaded from ``stored``, and from which part of it.
+
+        Defaults are not validated: one that wouldn't load is left out, for the schema to put it in.
+        """
+        data = from_stored(stored)
+        try:
+            return self.load(data), stored
+        except ValidationError as error:
+            loadable = without(data, error.messages)
+            if loadable == data:
+                raise
+            try:
+                return self.load(loadable), to_stored(self.name, loadable)
+            except ValidationError:
+                raise error from None
+
+    def _not_dumped(self, value: Any) -> Path:
+        """Where a value can't be dumped."""
+        return ()
+
+    def _messages(self, path: Path, message: str = _CHANGED) -> Any:
+        messages: Any = [message]
+        for step in reversed(self._names(path)):
+            messages = {step: messages}
+        return messages
+
+    def _names(self, path: Path) -> Path:
+        return path
+
+
+class SchemaForm(Form):
+    """Values by a schema: dicts, lists of them, or objects that it makes."""
+
+    def __init__(self, name: str, schema: Schema) -> None:
+        super().__init__(name, schema, schema.load)
+        self.has_fields = not schema.many
+
+    @cached_property
+    def is_plain(self) -> bool:
+        return is_plain_schema(self.schema)
+
+    @cached_property
+    def show(self) -> Callable[[Any], Any]:
+        return copy_for_dumping(self.schema, SHOWN).dump
+
+    @cached_property
+    def dumps(self) -> Sequence[Callable[[Any], Any]]:
+        if self.is_plain:
+            return [self.schema.dump]
+        ways = [copy_for_dumping(self.schema, dumping).dump for dumping in STORED]
+        # Hooks may ask for computed fields.
+        return [*ways, lambda value: without_computed(self.show(value), self.schema)]
+
+    def default(self) -> Any:
+        try:
+            return self.load([] if self.schema.many else {})
+        except ValidationError:
+            raise
+        except Exception as error:
+            if self.schema._hooks[PRE_LOAD]:  # which may need what isn't there
+                raise ValidationError("no default") from error
+            raise
+
+    def accept_changes(self, before: Any, changes: Mapping[str, Any]) -> tuple[Any, Any]:
+        """As ``accept``, of a value with changes, by the names that the schema loads."""
+        sent = self._changed(before, changes)
+        try:
+            return self.accept_sent(sent)
+        except ValidationError as error:
+            # A default that isn't valid itself needn't be sent, if it stays what it is.
+            loadable = without(sent, error.messages)
+            if not isinstance(before, dict) or any(
+                key not in loadable or loadable[key] != item for key, item in changes.items()
+            ):
+                raise
+            try:
+                made = self.accept_sent(loadable)
+            except ValidationError:
+                raise error from None
+            stays = {key: item for key, item in before.items() if key not in changes}
+            if difference(stays, made[0]) is not None:
+                raise
+            return made
+
+    def _changed(self, value: Any, changes: Mapping[str, Any]) -> Any:
+        """What is to be loaded so that ``changes`` are made to ``value``."""
+        sent = from_stored(self._kept(value, True)[1]) if not self.is_plain else self.dumped(value)
+        names = {
+            field.data_key if field.data_key is not None else name: (field.attribute or name, field)
+            for name, field in self.schema.load_fields.items()
+        }
+        if isinstance(sent, Mapping) and sent and names.keys().isdisjoint(sent):
+            # Hooks put what is sent into another shape: change the fields before they do.
+            inner = {key for key in changes if key in names and key not in sent}
+            if inner and not isinstance(value, dict):
+                raise TypeError(
+                    f"session[{self.name!r}]: hooks of its schema change the names of fields: "
+                    "use set()"
+                )
+            for key in inner:
+                attribute, field = names[key]
+                value = {**value, attribute: field.deserialize(changes[key], key, changes)}
+            sent = self.dumped(value) if inner else sent
+            changes = {key: item for key, item in changes.items() if key not in inner}
+        return {**sent, **changes}
+
+    def _not_dumped(self, value: Any) -> Path:
+        for index, one in enumerate(value) if self.schema.many else [(0, value)]:
+            for name, field in self.schema.load_fields.items():
+                try:
+                    field.serialize(name, one, accessor=self.schema.get_attribute)
+                except Exception:
+                    at = (index,) if self.schema.many else ()
+                    return (*at, field.attribute or name)
+        return ()
+
+    def _names(self, path: Path) -> Path:
+        if not path:
+            return ("_schema",)
+        at = 1 if self.schema.many else 0
+        for name, field in self.schema.fields.items():
+            if path[at : at + 1] == (field.attribute or name,):
+                key = field.data_key if field.data_key is not None else name
+                return (*path[:at], key, *path[at + 1 :])
+        return path
+
+
+class FieldForm(Form):
+    """Values by a single field."""
+
+    def __init__(self, name: str, field: Field[Any]) -> None:
+        if field.parent is None:
+            try:
+                schema = Schema.from_dict({"value": field})()  # which binds inner fields
+            except AttributeError as error:
+                raise SettingError(
+                    f"SessionKey({name!r}): fields.{type(field).__name__} needs a schema with its "
+                    f"methods ({error})"
+                ) from None
+            self._field = schema.fields["value"]
+        else:  # a field of a schema stays bound to that
+            schema = Schema.from_dict({"value": fields.Raw()})()
+            self._field = schema.fields["value"] = field
+        super().__init__(name, schema, self._load)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        return is_plain_field(self._field)
+
+    @cached_property
+    def show(self) -> Callable[[Any], Any]:
+        return _serializer(field_for_dumping(self._field, SHOWN))
+
+    @cached_property
+    def dumps(self) -> Sequence[Callable[[Any], Any]]:
+        field = self._field
+        if self.is_plain:
+            return [_serializer(field)]
+        ways = [_serializer(field_for_dumping(field, dumping)) for dumping in STORED]
+        return [*ways, lambda value: without_computed_in_field(self.show(value), field)]
+
+    def default(self) -> Any:
+        default = self.load(missing)
+        if default is missing:
+            raise ValidationError("no default")
+        return default
+
+    def _load(self, data: Any) -> Any:
+        return self._field.deserialize(data, "value", {"value": data})
+
+
+def form_of(name: str, declared: Any) -> SchemaForm | FieldForm:
+    """The form of what a key was declared by. Raises ``SettingError`` for anything else."""
+    if isinstance(declared, type):
+        if issubclass(declared, Schema):
+            try:
+                return SchemaForm(name, declared())
+            except TypeError as error:
+                raise SettingError(
+                    f"SessionKey({name!r}): {declared.__name__}() failed ({error}); "
+                    "give an instance of the schema"
+                ) from error
+        if issubclass(declared, Field):
+            raise SettingError(
+                f"SessionKey({name!r}) got the class {declared.__name__}; give a field, as in "
+                f"fields.{declared.__name__}()"
+            )
+        if dataclasses.is_dataclass(declared):
+            return SchemaForm(name, schema_of(declared)())
+    elif isinstance(declared, Schema):
+        return SchemaForm(name, declared)
+    elif isinstance(declared, Field):
+        return FieldForm(name, declared)
+    shown = declared.__name__ if isinstance(declared, type) else f"a {type(declared).__name__}"
+    raise SettingError(
+        f"SessionKey({name!r}) got {shown}; it takes a marshmallow Schema (class or instance), a "
+        "field, or a dataclass"
+    )
+
+
+def _serializer(field: Field[Any]) -> Callable[[Any], Any]:
+    return lambda value: field.serialize("value", {"value": value}, accessor=lambda *_: value)
+
+
+def _reworded(messages: Any) -> Any:
+    """The messages of a second load, which speak of what the program never sent."""
+    if isinstance(messages, dict):
+        return {key: _reworded(inner) for key, inner in messages.items()}
+    if isinstance(messages, list):
+        return [_reworded(inner) for inner in messages]
+    return f"{_NOT_LOADED}({messages})"

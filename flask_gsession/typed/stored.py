@@ -1,0 +1,56 @@
+"""From what a schema dumps to what a session keeps, and back.
+
+A session keeps dicts with text as keys. A ``Dict`` field may have other keys, such as numbers;
+such a dict is kept as one with a single key of ours, under which its pairs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..codec import Codec
+
+_PAIRS = "\0pairs"
+_FLAT = {str, int, bool, float, bytes, type(None)}
+_CODEC = Codec(max_depth=256)  # the limit of the settings holds when the session is saved
+
+
+def to_stored(name: str, dumped: Any) -> Any:
+    """What the session keeps of what a schema dumped; it shares nothing with that.
+
+    Raises ``ValueRefused`` for what no session can keep.
+    """
+    return _CODEC.decode(_CODEC.encode(name, _pack(dumped)))
+
+
+def from_stored(data: Any) -> Any:
+    """What the schema loads, of what the session keeps."""
+    kind = type(data)
+    if kind is dict:
+        if len(data) != 1 and _FLAT.issuperset(map(type, data.values())):
+            return data
+        pairs = data.get(_PAIRS)
+        if type(pairs) is list and len(data) == 1:
+            try:
+                return {from_stored(key): from_stored(item) for key, item in pairs}
+            except (TypeError, ValueError):
+                return data  # not made by us
+        return {key: from_stored(item) for key, item in data.items()}
+    if kind is list:
+        return [from_stored(item) for item in data]
+    if kind is tuple:
+        return tuple(from_stored(item) for item in data)
+    return data
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if all(type(key) is str for key in value) and list(value) != [_PAIRS]:
+            return {key: _pack(item) for key, item in value.items()}
+        return {_PAIRS: [[_pack(key), _pack(item)] for key, item in value.items()]}
+    if type(value) is list:
+        return [_pack(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_pack(item) for item in value)
+    return value
