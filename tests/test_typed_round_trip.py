@@ -262,6 +262,8 @@ KEPT: dict[str, tuple[Any, Any, Any]] = {
     "keys of numbers": (fields.Dict(fields.Int(), fields.Nested(Item)), {"1": MUG}, {1: MUG}),
     "keys of dates": (fields.Dict(fields.Date()), {"2030-01-02": 1}, {date(2030, 1, 2): 1}),
     "keys of any kind": (fields.Dict(), {1: {None: 1}, "1": {"\0pairs": []}, 1.5: 2}, ...),
+    "keys of decimals": (fields.Dict(fields.Decimal()), {"1.5": 1}, {Decimal("1.5"): 1}),
+    "keys of tuples": (fields.Dict(), {(1, 2): 1, date(2030, 1, 2): {b"3": 4}}, ...),
     "enum": (fields.Enum(Colour), "RED", Colour.RED),
     "timestamp": (fields.DateTime("timestamp"), datetime(2030, 1, 2, 3, 4, 5), ...),
     "rfc": (fields.DateTime("rfc"), datetime(2030, 1, 2, tzinfo=UTC), ...),

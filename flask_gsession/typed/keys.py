@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
@@ -49,7 +48,13 @@ class _Known:
         self.there = False
         self.looked = False
         #: what ``get`` and ``set`` gave the program, newest last
-        self.handed_out: deque[Any] = deque(maxlen=_HANDED_OUT)
+        self.handed_out: list[Any] = []
+
+    def hand_out(self, value: Any) -> Any:
+        self.handed_out.append(value)
+        if len(self.handed_out) > _HANDED_OUT:
+            del self.handed_out[0]
+        return value
 
 
 class SessionKey(Generic[T]):
@@ -195,9 +200,7 @@ class SessionKey(Generic[T]):
                 "use get(default), or @require_session"
             )
         value = _fresh(known.value)
-        if not self._form.is_plain:
-            known.handed_out.append(value)
-        return value
+        return value if self._form.is_plain else known.hand_out(value)
 
     def set(self, value: Any) -> T:
         """Check ``value`` and put it into the session, with the ttl and version of the key.
@@ -327,7 +330,7 @@ class SessionKey(Generic[T]):
             if merge is not None:
                 session._merges[self.name] = merge
         if not self._form.is_plain:
-            self._known(session).handed_out.append(value)
+            self._known(session).hand_out(value)
         return value  # type: ignore[no-any-return]  # by the schema
 
     def _run(self, function: Callable[[Any], Any], data: Any) -> Any:

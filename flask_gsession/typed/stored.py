@@ -1,7 +1,8 @@
 """From what a schema dumps to what a session keeps, and back.
 
-A session keeps dicts with text as keys. A ``Dict`` field may have other keys, such as numbers;
-such a dict is kept as one with a single key of ours, under which its pairs are.
+A session keeps dicts with text and numbers as keys. A ``Dict`` field may have other keys, such as
+``Decimal`` or tuples; such a dict is kept as one with a single key of ours, under which its pairs
+are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from ..codec import Codec
 
 _PAIRS = "\0pairs"
+_KEYS = {str, int, bool, float, type(None)}  # as a session keeps them
 _FLAT = {str, int, bool, float, bytes, type(None)}
 _CODEC = Codec(max_depth=256)  # the limit of the settings holds when the session is saved
 
@@ -46,7 +48,7 @@ def from_stored(data: Any) -> Any:
 
 def _pack(value: Any) -> Any:
     if isinstance(value, Mapping):
-        if all(type(key) is str for key in value) and list(value) != [_PAIRS]:
+        if _KEYS.issuperset(map(type, value)) and list(value) != [_PAIRS]:
             return {key: _pack(item) for key, item in value.items()}
         return {_PAIRS: [[_pack(key), _pack(item)] for key, item in value.items()]}
     if type(value) is list:
