@@ -7,17 +7,16 @@ at the others is asked for what it can do.
 from __future__ import annotations
 
 import math
-import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from .errors import StoreError, StoreUnavailable
 from .events import CircuitClosed, CircuitOpened, Events, logger
+from .processes import process
 from .stores.base import Clock, Store, pass_on
 
 _LOADS = ("load", "read_frame")
@@ -77,9 +76,10 @@ class Circuit:
         self._probe_time = 2 * timeout + pause  # after which a probe is given up
         self._events = events
         self._start()
-        _circuits.add(self)
+        process.register(self._start)
 
     def _start(self) -> None:
+        # Also in a forked process: a parent's thread may have held the lock, or been the probe.
         self._lock = threading.Lock()
         self._well = True  # the only thing that a call looks at, as long as it is
         self._failures = 0
@@ -104,6 +104,7 @@ class Circuit:
         return call
 
     def _call_warily(self, function: Callable[[], Any]) -> Any:
+        process.notice()
         start, probe = self._admit()
         try:
             answer = function()
@@ -136,6 +137,7 @@ class Circuit:
         )
 
     def _failed(self, error: StoreUnavailable, start: float, *, probe: bool = False) -> None:
+        process.notice()
         opened = False
         with self._lock:
             now = self.clock()
@@ -173,14 +175,3 @@ class Circuit:
         if since is not None:
             logger.warning("The session store answers %s again", self._operations)
             self._events.emit(CircuitClosed, self._operations, now - since)
-
-
-_circuits: weakref.WeakSet[Circuit] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    for circuit in list(_circuits):
-        circuit._start()  # another thread of the parent may have held the lock, or been the probe
-
-
-os.register_at_fork(after_in_child=_in_child)

@@ -21,6 +21,7 @@ from .extension import NAME as EXTENSION
 from .extension import Session
 from .interface import GSessionInterface
 from .keeper import Keeper
+from .processes import is_before_fork, runs_threads, warn_without_threads
 from .stores.base import MORE, TICKET, Record, Store, Sweeps, Tidied, Tidies, closing, new_version
 
 NAME = "gsession-cleanup"
@@ -100,6 +101,7 @@ class CleanupWorker:
         worker = _Worker(interface.keeper, interface.store, self._interval, self._batch)
         workers[ext] = worker
         request_started.connect(worker.begin, app)
+        warn_without_threads("CleanupWorker does nothing; have cron run flask gsession cleanup")
 
     def start(self, app: Flask) -> None:
         """Begin in this process now, not with its first request."""
@@ -139,6 +141,8 @@ class _Worker:
         """Start the thread of this process, where there is none."""
         if self._pid == getpid() or not (has_leftovers(self._store) or self._keeper.files):
             return
+        if is_before_fork() or not runs_threads():
+            return  # this process would be forked, or stand still, in the middle of a step
         self._pid = getpid()
         self._stop = threading.Event()
         thread = threading.Thread(
@@ -161,7 +165,8 @@ class _Worker:
         """Stop the thread of this process; no request begins it again."""
         if self._end is not None and self._pid == getpid():
             self._end()
-        self._pid = getpid()
+        if self._pid != getpid():
+            self._pid, self._stop = getpid(), threading.Event()
         self._stop.set()
 
     def run(self, stop: threading.Event | None = None) -> float:

@@ -19,6 +19,7 @@ from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .keeper import Keeper
 from .lifecycle import Presented
+from .processes import process
 from .stores.base import Store
 from .tokens import TokenSigner
 
@@ -68,6 +69,7 @@ class GSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
+        process.notice()
         if not app.secret_key:
             return None
         session = SessionData(self.keeper, self._present, app, request)

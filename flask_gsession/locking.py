@@ -34,6 +34,7 @@ from .errors import (
 )
 from .events import LockAcquired, LockExpired, LockRefused, LockReleased, logger
 from .lifecycle import Lifecycle
+from .processes import process
 from .stores.base import MAX_POINTERS, Leases
 from .transactions import current_session
 
@@ -369,9 +370,10 @@ class _Renewer:
     """
 
     def __init__(self) -> None:
-        self._start_anew()
+        self._start()
+        process.register(self._start)
 
-    def _start_anew(self) -> None:
+    def _start(self) -> None:
         self._locks: weakref.WeakSet[Lock[Any]] = weakref.WeakSet()
         self._errands: deque[Callable[[], object]] = deque()
         self._changed = threading.Condition()
@@ -380,17 +382,20 @@ class _Renewer:
 
     def add(self, lock: Lock[Any]) -> None:
         """Look after a lock from now on."""
+        process.notice()
         with self._changed:
             self._locks.add(lock)
             self._wake(lock._due())
 
     def discard(self, lock: Lock[Any]) -> None:
         """Look after it no more."""
+        process.notice()
         with self._changed:
             self._locks.discard(lock)
 
     def run(self, errand: Callable[[], object]) -> None:
         """Do this once, soon; where no thread can be had, when there is one again."""
+        process.notice()
         with self._changed, suppress(RuntimeError):
             self._errands.append(errand)
             self._wake(0.0)
@@ -430,7 +435,6 @@ class _Renewer:
 
 
 _renewer = _Renewer()
-os.register_at_fork(after_in_child=_renewer._start_anew)
 
 
 @overload

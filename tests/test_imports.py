@@ -17,6 +17,7 @@ PACKAGE = Path(flask_gsession.__file__).parent
 ROWS = [
     ["signals"],
     ["errors", "events", "redaction"],
+    ["processes"],
     ["tokens", "plain", "stores.rights", "stores.interrupts"],
     ["codec", "encryption", "marks", "stores.base", "stores.urls"],
     ["references"],
@@ -113,7 +114,7 @@ def test_a_store_knows_only_its_contract(module: str) -> None:
     ours = {name for name in imports(module) if name.startswith("flask_gsession")}
     same_room = [name for name in INSIDE if room_of(name) == room_of(module)]
     means = [f"stores.{name}" for name in ("base", "interrupts", "rights", "urls")]
-    contract = ("errors", "events", *means, *same_room)
+    contract = ("errors", "events", "processes", *means, *same_room)
     assert ours <= {f"flask_gsession.{name}" for name in contract}
 
 

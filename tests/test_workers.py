@@ -99,7 +99,7 @@ class Gunicorn:
             self.port = listener.getsockname()[1]
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [*self._command, "--bind", f"fd://{listener.fileno()}", self._app],
+                    [*self._command, *self._listen_at(f"fd://{listener.fileno()}")],
                     env=self._environment,
                     pass_fds=[listener.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -113,6 +113,9 @@ class Gunicorn:
             self._kill()
             raise
         return self
+
+    def _listen_at(self, socket: str) -> list[str]:
+        return ["--bind", socket, self._app]
 
     def __exit__(self, *_: object) -> None:
         self._kill()

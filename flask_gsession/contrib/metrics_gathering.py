@@ -19,6 +19,7 @@ from time import perf_counter
 from prometheus_client import Counter, Histogram
 
 from ..events import logger
+from ..processes import is_before_fork, process, runs_threads
 
 _EVERY = 0.1  # seconds
 _PATIENCE = 1.0  # seconds, after which a thread is not waited for any more
@@ -54,9 +55,8 @@ class Gathering:
     def __init__(self) -> None:
         self._queue: deque[tuple[Put, float]] = deque()  # whose ends threads may share
         self._begin()
-        os.register_at_fork(
-            before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._begin
-        )
+        process.register(self._begin)
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork)
         atexit.register(self.flush)
 
     def _begin(self) -> None:
@@ -77,12 +77,14 @@ class Gathering:
 
     def add(self, put: Put, amount: float, now: float | None = None) -> None:
         """Have ``put`` called with the amount, among others, soon. ``now``: by the same clock."""
+        process.notice()
         self._queue.append((put, amount))
         if (perf_counter() if now is None else now) >= self._due:
             self._see_to_it()
 
     def flush(self) -> None:
         """Put away what was gathered until now. Never raises: it is only about figures."""
+        process.notice()
         with self._lock:
             found: defaultdict[Put, list[float]] = defaultdict(list)
             for _ in range(len(self._queue)):
@@ -106,7 +108,9 @@ class Gathering:
             self.flush()
 
     def _start(self) -> bool:
-        """Whether there is a thread now."""
+        """Whether there is a thread now. It must not be halfway through a file in a fork in C."""
+        if is_before_fork() or not runs_threads():
+            return False
         if self._thread is None:
             with self._starting:
                 if self._thread is None:

@@ -20,6 +20,7 @@ from prometheus_client import Gauge
 
 from ..errors import StoreUnavailable
 from ..events import CircuitClosed, CircuitOpened, Event, logger
+from ..processes import is_before_fork, runs_threads, warn_without_threads
 from ..stores import Counts, Record, Store
 
 LIMITS = "gsession-limits"  # the extension whose circuit this asks about, where there is one
@@ -61,14 +62,19 @@ class StoreWatch:
         self.is_up = True
         peers.add(self)
         self._show()
+        warn_without_threads(
+            "the metrics do not count the live sessions, and show the recovery of a store only at "
+            "the next request"
+        )
 
     def answered(self, up: bool) -> None:
         """The store was asked, and did or did not answer."""
-        begins = self.pid != getpid()
+        begins = self.pid != getpid() and not is_before_fork()
         changes = up is not self.is_up
         if begins:
             self._open.clear()  # those were of the parent process
-        self.pid, self.is_up = getpid(), up
+            self.pid = getpid()
+        self.is_up = up
         if begins or changes:
             self._show()
         if not up:
@@ -158,7 +164,7 @@ class StoreWatch:
 
     def _begin(self) -> None:
         """Start the thread, where this process has none yet."""
-        if self._thread_pid == getpid():
+        if self._thread_pid == getpid() or is_before_fork() or not runs_threads():
             return
         self._thread_pid = getpid()
         if self._end is not None:

@@ -19,16 +19,19 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import fsspec  # type: ignore[import-untyped]  # it ships no types
 
 from ..errors import Gone, StoreUnavailable
+from ..processes import process
 from .base import Blobs, Finding, StoreOptions, Tidied, milliseconds
 from .rights import OTHERS, others_may_replace, secure
 
@@ -106,11 +109,15 @@ class FileBlobs:
         options = options or StoreOptions()
         self._clock = options.clock
         self._begins = quote(options.prefix, safe="")[:_LONGEST_PREFIX] + "."
-        self._lock = threading.Lock()
-        self._pid = 0
-        self._fs: Any = None
         self._root = ""
+        self._begin()
+        process.register(self._begin)
         self._marked = False
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._fs: Any = None  # made at first use
+        _leave_parents_loop()
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
         _check_name(name)
@@ -253,16 +260,29 @@ class FileBlobs:
     def _place(self, operation: str) -> Iterator[Any]:
         """The file system of this process; its errors, translated."""
         try:
-            if self._pid != os.getpid():
+            process.notice()
+            fs = self._fs
+            if fs is None:
                 with self._lock:
-                    self._fs, root = fsspec.core.url_to_fs(self._url)
+                    fs, root = fsspec.core.url_to_fs(self._url)
                     self._root = root.rstrip("/")
-                    self._pid = os.getpid()
-            self._fs.invalidate_cache()  # others write there too
-            yield self._fs
+                    self._fs = fs
+            fs.invalidate_cache()  # others write there too
+            yield fs
         except (Gone, StoreUnavailable):
             raise
         except Exception as error:  # each file system has errors of its own
             said = getattr(error, "strerror", None)  # without paths and addresses
             what = f"{type(error).__name__}: {said}" if said else type(error).__name__
             raise StoreUnavailable(f"files: {operation}: {what}") from error
+
+
+def _leave_parents_loop() -> None:
+    """Let fsspec start the thread for its event loop again, where this process has none.
+
+    It does so by itself only after a fork that Python sees; calls would wait for ever.
+    """
+    asyn = sys.modules.get("fsspec.asyn")
+    thread = None if asyn is None else asyn.iothread[0]
+    if asyn and thread and not Path(f"/proc/self/task/{thread.native_id}").exists():
+        asyn.reset_lock()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
+from ..processes import process
 from .base import MAX_POINTERS, TICKET, Lease, Page, Record, StoreOptions, Tidied, milliseconds
 
 _NOBODYS = Lease()
@@ -26,7 +27,11 @@ class MemoryStore:
         self._records: dict[str, Record] = {}
         self._leases: dict[str, Lease] = {}
         self._blobs: dict[str, _Blob] = {}
-        self._lock = threading.Lock()
+        self._begin()
+        process.register(self._begin)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
         self._freed = threading.Condition(self._lock)
 
     def create(self, record: Record) -> None:

@@ -51,6 +51,7 @@ from ..errors import (
     UnreadableRecord,
 )
 from ..events import logger
+from ..processes import process, warn_without_threads
 from .base import (
     COUNT_ALL,
     MAX_POINTERS,
@@ -107,17 +108,6 @@ def check_url(url: str) -> None:
         level = parse_uri(url)["options"].get("readConcernLevel", "local")
         if level not in _READ_CONCERNS:
             raise ConfigurationError(f"readConcernLevel is one of {', '.join(_READ_CONCERNS)}")
-
-
-_STORES: weakref.WeakSet[MongoDBStore] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    for store in list(_STORES):
-        store._lock = threading.Lock()  # another thread of the parent may have held it
-
-
-os.register_at_fork(after_in_child=_in_child)
 
 
 def _call(
@@ -180,9 +170,10 @@ class MongoDBStore:
         self._direct = False
         self._pid = 0
         self._indexed: set[str] = set()
-        self._lock = threading.Lock()
+        self._begin()
+        process.register(self._begin)
+        warn_without_threads("PyMongo notices late that a server went down or came back")
         logging.getLogger("pymongo.command").addFilter(NO_PAYLOADS)
-        _STORES.add(self)
 
     @_call("create")
     def create(self, collection: SessionCollection, record: Record) -> None:
@@ -666,7 +657,11 @@ class MongoDBStore:
         """
         return _Call(self, operation)
 
+    def _begin(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+
     def _connect(self) -> Any:
+        process.notice()
         if not self._lock.acquire(timeout=self._timeout):
             raise StoreUnavailable("mongodb: another thread is still connecting")
         try:

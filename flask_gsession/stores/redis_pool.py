@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import ref
 
 import redis
 from redis._parsers import _HiredisParser
 from redis.exceptions import AuthenticationError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ..processes import process
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")
@@ -176,7 +177,7 @@ class ConnectionPool:
         self.make = make
         self._size = size
         self._start()
-        _pools.add(self)
+        process.register(self._start)
 
     def _start(self) -> None:
         """Forget every connection: they are closed as they are collected or come back."""
@@ -188,6 +189,7 @@ class ConnectionPool:
 
     def take(self, deadline: float) -> Slot:
         """A slot, with a connection that need not be connected yet."""
+        process.notice()
         try:
             slot = self._idle.pop()
         except IndexError:
@@ -245,6 +247,7 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Close what is idle now, and what is in use when it comes back."""
+        process.notice()
         idle = self._idle
         self._start()
         for slot in idle:
@@ -324,15 +327,3 @@ def packed(*parts: bytes) -> bytes:
     for part in parts:
         pieces += (len(part), part)
     return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(parts)) % tuple(pieces)
-
-
-_pools: WeakSet[ConnectionPool] = WeakSet()
-
-
-def _after_fork() -> None:
-    for pool in list(_pools):
-        pool._start()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

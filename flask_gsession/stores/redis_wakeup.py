@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -10,12 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from socket import SHUT_RDWR
 from typing import Any
-from weakref import WeakSet
 
 import redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..events import logger
+from ..processes import process
 from .base import WAITER_LIFE
 
 _LOOK_AROUND = 5.0  # seconds without a call: is the connection alive, does anybody wait?
@@ -35,7 +34,7 @@ class WakeUps:
         self._prefix = prefix
         self._timeout = timeout
         self._start()
-        _all.add(self)
+        process.register(self._start)
 
     def _start(self) -> None:
         self.channel = secrets.token_hex(8).encode()
@@ -46,6 +45,7 @@ class WakeUps:
 
     def expect(self, owner: bytes) -> None:
         """From now on a call for this owner is kept until he waits; to be ended by ``forget``."""
+        process.notice()
         if self._listener is not None:
             self._expect(owner)
 
@@ -56,10 +56,12 @@ class WakeUps:
 
     def forget(self, owner: bytes) -> None:
         """This owner waits no more."""
+        process.notice()
         self._calls.pop(owner, None)
 
     def wait(self, owner: bytes, seconds: float) -> bool:
         """Wait for a call; returns early where one may have been missed. False: nobody listens."""
+        process.notice()
         listener = self._listener
         if listener is not None and listener.ready.is_set():
             call = self._expect(owner, seconds)
@@ -83,6 +85,7 @@ class WakeUps:
 
     def close(self) -> None:
         """End the thread, which closes the connection."""
+        process.notice()
         with self._lock:
             listener, self._listener = self._listener, None
         if listener is not None:
@@ -198,15 +201,3 @@ class _Listener:
         deadline = getattr(self.connection, "deadline", None)
         if deadline is not None:
             deadline.at = time.monotonic() + seconds
-
-
-_all: WeakSet[WakeUps] = WeakSet()
-
-
-def _after_fork() -> None:
-    for wake_ups in list(_all):
-        wake_ups._start()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

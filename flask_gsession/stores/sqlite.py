@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from ..errors import (
@@ -36,6 +37,7 @@ from ..errors import (
     UnreadableRecord,
 )
 from ..events import logger
+from ..processes import is_at_work, process
 from .base import (
     COUNT_ALL,
     MAX_POINTERS,
@@ -104,6 +106,9 @@ _BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
 _LITTLE_SPACE = 64 * 2**20  # bytes
 _LOG_BYTES = 16 * 2**20  # of the write-ahead log that stay on the disk
 _LOOK_AGAIN = 1.0  # seconds after which to see whether the file is still the one at the path
+_WAIT_TO_FORK = 1.0  # seconds, for calls that are under way in other threads
+
+_File = tuple[int, int]  # device and inode
 
 
 def _checked(record: Record) -> Record:
@@ -116,28 +121,77 @@ def _checked(record: Record) -> Record:
     return record
 
 
-def _close_all(pool: deque[sqlite3.Connection]) -> None:
+def _close_all(pool: deque[_Connection]) -> None:
     while pool:
         pool.pop().close()
 
 
-_STORES: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
-_FILES = threading.Lock()
+class _Connection(sqlite3.Connection):
+    """A connection of this package's, with the file that it has open."""
+
+    def __init__(self, file: _File | None, *arguments: Any, **options: Any) -> None:
+        self.files = {file}  # more than one where it is replaced meanwhile
+        _opened.connections.add(self)
+        super().__init__(*arguments, **options)
+
+    def close(self) -> None:
+        super().close()
+        _opened.connections.discard(self)
 
 
-def _before_fork() -> None:
-    # SQLite counts a file's locks in the memory of the process: a child would inherit the count
-    # without the locks, and write into files that others believe unused.
-    for store in list(_STORES):
-        store.close()
+class _Opened:
+    """The connections of this process to all files, and the files that it must leave alone.
+
+    SQLite counts a file's locks in the memory of the process. A child that is forked while a file
+    is open inherits the count without the locks, and would write into a file that others believe
+    unused. Nothing repairs that: neither a new connection nor closing the inherited ones.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # around what makes or changes files
+        self.forking = threading.RLock()  # held while a fork that Python sees is under way
+        self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self.inherited: set[_File] = set()
+        self.stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
+        process.register(self.begin)
+        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork)
+
+    def begin(self) -> None:
+        """In a forked process: what is open is its parent's, and must not even be closed."""
+        self.lock = threading.Lock()
+        self.forking = threading.RLock()
+        for connection in list(self.connections):
+            self.inherited.update(filter(None, connection.files))
+            _keep_for_ever(connection)
+        self.connections.clear()
+        for store in list(self.stores):
+            store._start_pool()
+
+    def before_fork(self) -> None:
+        """Close all connections; those that are in use as they come back, if they do so soon."""
+        self.forking.acquire()
+        over = time.monotonic() + _WAIT_TO_FORK
+        while True:
+            for store in list(self.stores):
+                store.close()
+            if not self.connections or time.monotonic() >= over:
+                return
+            time.sleep(0.001)
+
+    def after_fork(self) -> None:
+        """In the parent."""
+        self.forking.release()
 
 
-def _in_child() -> None:
-    global _FILES
-    _FILES = threading.Lock()  # another thread of the parent may have held it
+def _keep_for_ever(connection: _Connection) -> None:
+    """Or it would be closed at the end of the interpreter, which could write what is outdated."""
+    with suppress(ImportError):
+        import ctypes
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+_opened = _Opened()
 
 
 @contextmanager
@@ -178,8 +232,9 @@ class SQLiteStore:
 
     A file that was there before loses the rights of others, with a warning in the log.
 
-    Safe with threads, gevent and several processes. Idle connections are closed before a fork;
-    do not fork while another thread is in the middle of a call.
+    Safe with threads, gevent and several processes. Connections are closed before a fork by
+    ``os.fork``, and after use outside a request. A process that is forked while one is open, as in
+    C after a request, is refused with ``StoreUnavailable``: SQLite would damage the file.
     Raises ``SettingError`` where the file is a database of something else, or is another user's.
     """
 
@@ -189,12 +244,11 @@ class SQLiteStore:
         self._clock = options.clock
         self._timeout = options.timeout
         self._prefix = options.prefix
-        self._file: tuple[int, int] | None = None
+        self._file: _File | None = None
         self._look_at = 0.0  # of time.monotonic
         self._warned_of_folder = False
         self._start_pool()
-        self._inherited: list[deque[sqlite3.Connection]] = []
-        _STORES.add(self)
+        _opened.stores.add(self)
 
     def create(self, record: Record) -> None:
         now = milliseconds(self._clock)
@@ -622,16 +676,17 @@ class SQLiteStore:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """A connection of this process, translated errors, back in the pool afterwards."""
-        if self._pid != os.getpid():
-            self._leave_parent()
+        process.notice()
         if time.monotonic() >= self._look_at:
             self._look_for_file()
         pool = self._pool
-        db: sqlite3.Connection | None = None
+        db: _Connection | None = None
+        keep = True
         try:
             try:
                 db = pool.pop()
             except IndexError:
+                keep = is_at_work()  # else the process may be forked without a hook of Python's
                 db = self._open()
             yield db
         except (Gone, Stale, KeyTaken, LeaseLost, QueueFull, UnreadableRecord):
@@ -653,22 +708,14 @@ class SQLiteStore:
             raise
         finally:
             if db is not None:
-                if pool is self._pool and len(pool) < _KEEP_IDLE:
+                if keep and pool is self._pool and len(pool) < _KEEP_IDLE:
                     pool.append(db)
                 else:
                     db.close()
 
     def _start_pool(self) -> None:
-        self._pool: deque[sqlite3.Connection] = deque()
+        self._pool: deque[_Connection] = deque()
         closing(self, partial(_close_all, self._pool))
-        self._pid = os.getpid()
-
-    def _leave_parent(self) -> None:
-        """Forget connections opened before a fork: using or closing them here is unsafe."""
-        with _FILES:
-            if self._pid != os.getpid():
-                self._inherited.append(self._pool)
-                self._start_pool()
 
     def _look_for_file(self) -> None:
         """Leave a file that was deleted or replaced: others work on the one at the path by now."""
@@ -681,14 +728,14 @@ class SQLiteStore:
             pass
         except OSError:
             return
-        with _FILES:
+        with _opened.lock:
             pool, before = self._pool, self._file
             self._file = file
             if before not in (None, file):
                 self._start_pool()
                 _close_all(pool)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> _Connection:
         try:
             if not self.path.exists():
                 self._make_file()
@@ -696,20 +743,30 @@ class SQLiteStore:
         except OSError as error:
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
         self._look_for_file()  # and again afterwards: it may be deleted meanwhile
-        db = sqlite3.connect(
-            f"file://{quote(os.fsencode(self.path.absolute()))}?mode=rw",
-            uri=True,
-            timeout=self._timeout,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=32,
-        )
+        before = self._file
+        if before in _opened.inherited:
+            raise StoreUnavailable(
+                f"sqlite: {self.path} was open when this process was forked, and SQLite cannot use "
+                "it safely here. Fork before the first request, or call Session.close(app) before "
+                "the fork; with uWSGI, set lazy-apps = true"
+            )
+        with _opened.forking:
+            db = _Connection(
+                before,
+                f"file://{quote(os.fsencode(self.path.absolute()))}?mode=rw",
+                uri=True,
+                timeout=self._timeout,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=32,
+            )
         try:
             self._prepare(db)
         except BaseException:
             db.close()
             raise
         self._look_for_file()
+        db.files.add(self._file)
         return db
 
     def _make_file(self) -> None:
@@ -720,7 +777,7 @@ class SQLiteStore:
         """
         path = Path(os.path.realpath(self.path))  # of a link SQLite uses the place it leads to
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone_in(path.parent, self._timeout) as alone, _FILES:
+        with _alone_in(path.parent, self._timeout) as alone, _opened.lock:
             if path.exists():
                 return
             for left in ("-wal", "-shm") if alone else ():
