@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import base64
 import difflib
+import re
+import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from flask import Flask
+from flask.sessions import SessionInterface
 
 from .codec import is_valid_text
 from .errors import SettingError
+from .events import logger
 from .merge import POLICIES, MergeFunction, last, reject
 from .tokens import TokenFactory
+
+T = TypeVar("T")
 
 #: Read payloads written before encryption was turned on: the last of SESSION_ENCRYPTION_KEYS.
 PLAIN = "plain"
@@ -240,7 +247,24 @@ lock_wait = _seconds(0, 3600)
 
 _FLASKS_LIFETIME = 31 * 86400.0
 _PATTERN = set("{}*?[]")
+# Headers of requests, and of answers: the token is in both. A proxy removes or changes some.
+_STANDARD_HEADER = re.compile(
+    "(accept|access-control|cf|content|cross-origin|if|proxy|sec|x-forwarded)-.+"
+    "|accept|age|allow|alt-svc|alt-used|authentication-info|authorization|cache-control|connection"
+    "|cookie2?|date|dnt|early-data|etag|expect|expires|forwarded|from|host|http2-settings"
+    "|keep-alive|last-modified|link|location|max-forwards|origin|pragma|prefer|priority|range"
+    "|referer|referrer-policy|refresh|retry-after|server|server-timing|set-cookie2?"
+    "|strict-transport-security|te|trailer|transfer-encoding|upgrade|upgrade-insecure-requests"
+    "|user-agent|vary|via|warning|www-authenticate|x-content-type-options|x-frame-options"
+    "|x-real-ip|x-request-id|x-requested-with",
+    re.IGNORECASE,
+)
 _NO_DOMAIN = {*" ,;=/\\", *map(chr, range(32)), "\x7f"}
+_DROPPED = (
+    "Browsers drop a SameSite=None or Partitioned session cookie without "
+    "SESSION_COOKIE_SECURE = True"
+)
+_PREFIXES = ("__host-", "__secure-", "__http-")  # RFC 6265bis
 _DAY = 86400.0
 _FOREVER = 10 * 366 * _DAY
 
@@ -262,7 +286,15 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "token_factory": ("SESSION_TOKEN_FACTORY", _optional(_callable)),
     "token_header": (
         "SESSION_TOKEN_HEADER",
-        _optional(_text(lambda v: 0 < len(v) <= 100 and _token_text(v), "a header name")),
+        _optional(
+            _text(
+                lambda v: (
+                    0 < len(v) <= 100 and _token_text(v) and not _STANDARD_HEADER.fullmatch(v)
+                ),
+                "a header name of your own, as 'X-Session'; not one that means something to HTTP, "
+                "a proxy or a browser",
+            )
+        ),
     ),
     "idle_timeout": ("SESSION_IDLE_TIMEOUT", _seconds(1, _FOREVER)),
     "absolute_timeout": ("SESSION_ABSOLUTE_TIMEOUT", _seconds(1, _FOREVER)),
@@ -324,6 +356,19 @@ _FLASK_SESSIONS = {
     "SESSION_USE_SIGNER": "nothing: tokens are always signed",
     "SESSION_SERIALIZATION_FORMAT": "nothing: values keep their types",
 }
+# Those of Flask-Session's settings that say where sessions are kept, and what says it here.
+_A_URL = 'the URL of a Redis or MongoDB, or "sqlite:///gsession.sqlite3" for a file on this machine'
+_PLACES = {
+    "SESSION_REDIS": "a redis:// URL, or the client that SESSION_REDIS holds",
+    "SESSION_MONGODB": "a mongodb:// URL, or the client that SESSION_MONGODB holds",
+    "SESSION_MEMCACHED": _A_URL,
+    "SESSION_SQLALCHEMY": _A_URL,
+    "SESSION_DYNAMODB": _A_URL,
+    "SESSION_CACHELIB": _A_URL,
+    "SESSION_FILE_DIR": _A_URL,
+    "SESSION_TYPE": _A_URL,
+}
+_OF_OTHERS = {"SESSION_PROTECTION"}  # Flask-Login's
 
 
 def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
@@ -339,42 +384,72 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
         hint = _did_you_mean(name.lower().removeprefix("session_"), _CHECKS)
         raise SettingError(f"Session() got an unknown setting {name!r}{hint}")
     values: dict[str, Any] = {"debug": app.debug}
-    for name, (key, check) in _CHECKS.items():
+    for name, (key, _) in _CHECKS.items():
         if name in overrides:
             value = overrides[name]
         elif key in app.config and not (name == "debug" and app.config[key] is None):
             value = app.config[key]
+            if name == "permanent_lifetime" and _has_own_lifetime(app):
+                try:
+                    value = app.permanent_session_lifetime
+                except Exception:  # it may need a request, and is read again where there is one
+                    continue
         else:
             continue
         if name == "encryption_keys":
             if value is None:
                 continue
             value, values["read_plain"] = _split_plain(value)
-        try:
-            values[name] = check(value)
-        except ValueError as error:
-            shown = _type_of(value) if key in _SECRET else repr(value)[:80]
-            raise SettingError(f"{key} is {shown}; allowed: {error}") from None
+        values[name] = _check(name, value)
     settings = Settings(**values)
-    _check_secret_keys(app)
+    if settings.store is None:
+        _refuse_places(app)
+    _check_secret_keys(_keys_at_start(app))
     _warn_of_lifetimes(settings, values)
-    _check_cookie(app, settings.cookie_name)
+    if _is_dropped(_check_cookie((settings.cookie_name, *cookie_attributes(app)))):
+        warn(_DROPPED)
     _warn_unknown(app)
     return settings
+
+
+def _check(name: str, value: Any) -> Any:
+    """A setting in the form that ``Settings`` has it. Raises ``SettingError``."""
+    key, check = _CHECKS[name]
+    try:
+        return check(value)
+    except ValueError as error:
+        shown = _type_of(value) if key in _SECRET else repr(value)[:80]
+        raise SettingError(f"{key} is {shown}; allowed: {error}") from None
+
+
+def _has_own_lifetime(app: Flask) -> bool:
+    """Whether a subclass of Flask has a ``permanent_session_lifetime`` of its own."""
+    kinds: tuple[Any, Any] = type(app), Flask
+    own, flasks = (kind.permanent_session_lifetime for kind in kinds)
+    return own is not flasks
 
 
 def _type_of(secret: object) -> str:
     return f"of type {type(secret).__name__}"
 
 
+def warn(message: str) -> None:
+    """Warn whoever sets the application up, and the log of a running server too."""
+    logger.warning("%s", message)
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("flask_gsession."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def _warn_of_lifetimes(settings: Settings, given: Mapping[str, Any]) -> None:
     for name, default in (("idle_timeout", None), ("permanent_lifetime", _FLASKS_LIFETIME)):
         value = given.get(name, default)
         if value not in (None, default) and value > settings.absolute_timeout:
-            warnings.warn(
+            warn(
                 f"{_CHECKS[name][0]} is {value:.0f} seconds, but SESSION_ABSOLUTE_TIMEOUT ends "
-                f"every session after {settings.absolute_timeout:.0f}",
-                stacklevel=5,
+                f"every session after {settings.absolute_timeout:.0f}"
             )
 
 
@@ -384,82 +459,256 @@ def _split_plain(value: Any) -> tuple[Any, bool]:
     return value, False
 
 
-def _check_secret_keys(app: Flask) -> None:
+def _check_secret_keys(keys: tuple[object, object]) -> tuple[str | bytes, ...]:
     """Refuse keys that nothing could be signed with; there may be none yet."""
-    fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
+    current, fallbacks = keys
     if fallbacks is not None and not isinstance(fallbacks, (list, tuple)):
         raise SettingError(
             f"SECRET_KEY_FALLBACKS is {_type_of(fallbacks)}; allowed: a list of keys"
         )
-    keys = [("SECRET_KEY", app.config["SECRET_KEY"])]
-    keys += [("A key of SECRET_KEY_FALLBACKS", key) for key in fallbacks or ()]
-    for what, key in keys:
+    named = [("SECRET_KEY", current)]
+    named += [("A key of SECRET_KEY_FALLBACKS", key) for key in fallbacks or ()]
+    for what, key in named:
         if key is not None and not isinstance(key, (str, bytes)):
             raise SettingError(f"{what} is {_type_of(key)}; allowed: text, or bytes")
         if isinstance(key, str) and not is_valid_text(key):
             raise SettingError(f"{what} holds lone surrogates: it is no text; give it as bytes")
+    return (current, *filter(None, fallbacks or ()))
 
 
-def _check_cookie(app: Flask, name: str) -> None:
-    """Refuse cookie attributes that are none, or that browsers would not accept together."""
-    config = app.config
-    for key in ("SESSION_COOKIE_SECURE", "SESSION_COOKIE_HTTPONLY", "SESSION_COOKIE_PARTITIONED"):
-        if type(config[key]) is not bool:
-            raise SettingError(f"{key} is {config[key]!r}; allowed: True or False")
-    domain, path = config["SESSION_COOKIE_DOMAIN"], config["SESSION_COOKIE_PATH"]
+def _check_cookie(cookie: tuple[Any, ...]) -> dict[str, Any]:
+    """The attributes of a cookie: its name, and its attributes in the order of ``_ATTRIBUTES``.
+
+    Refuses those that do not exist, or that browsers would not accept together.
+    """
+    name, attributes = cookie[0], dict(zip(_ATTRIBUTES, cookie[1:], strict=True))
+    for attribute in ("secure", "httponly", "partitioned"):
+        value = attributes[attribute]
+        if type(value) is not bool:
+            raise SettingError(
+                f"SESSION_COOKIE_{attribute.upper()} is {value!r}; allowed: True or False"
+            )
+    domain, path = attributes["domain"], attributes["path"]
     if domain and (type(domain) is not str or not set(domain).isdisjoint(_NO_DOMAIN)):
         raise SettingError(
             f"SESSION_COOKIE_DOMAIN is {domain!r}; allowed: a name as 'example.com', or None"
         )
-    if path and (type(path) is not str or not path.startswith("/")):
+    if type(path) is not str or not path.startswith("/"):
         raise SettingError(f"SESSION_COOKIE_PATH is {path!r}; allowed: a path as '/shop', or None")
-    samesite = config["SESSION_COOKIE_SAMESITE"]
+    samesite = attributes["samesite"]
     policy = "" if samesite is None else str(samesite).lower()
     if policy not in ("", "strict", "lax", "none") or samesite == "":
         raise SettingError(
             f"SESSION_COOKIE_SAMESITE is {samesite!r}; allowed: 'Strict', 'Lax', 'None' or None"
         )
-    secure = bool(config["SESSION_COOKIE_SECURE"])
-    path = path or config["APPLICATION_ROOT"] or "/"
-    if name.lower().startswith(("__host-", "__secure-")) and not secure:
+    secure, lower = attributes["secure"], name.lower()
+    if lower.startswith(_PREFIXES) and not secure:
         raise SettingError(f"The cookie name {name} needs SESSION_COOKIE_SECURE = True")
-    if name.lower().startswith("__host-") and (config["SESSION_COOKIE_DOMAIN"] or path != "/"):
+    if lower.startswith(("__http-", "__host-http-")) and not attributes["httponly"]:
+        raise SettingError(f"The cookie name {name} needs SESSION_COOKIE_HTTPONLY = True")
+    if lower.startswith("__host-") and (domain or path != "/"):
         raise SettingError(
             f"The cookie name {name} allows no SESSION_COOKIE_DOMAIN and only the path '/' "
             "(SESSION_COOKIE_PATH, APPLICATION_ROOT)"
         )
-    if not secure and (policy == "none" or config["SESSION_COOKIE_PARTITIONED"]):
-        warnings.warn(
-            "Browsers drop a SameSite=None or Partitioned session cookie without "
-            "SESSION_COOKIE_SECURE = True",
-            stacklevel=5,
-        )
+    return attributes
+
+
+def _is_dropped(attributes: Mapping[str, Any]) -> bool:
+    """Whether browsers drop a cookie with these attributes."""
+    elsewhere = str(attributes["samesite"]).lower() == "none" and attributes["samesite"] is not None
+    return not attributes["secure"] and (elsewhere or attributes["partitioned"])
+
+
+def _refuse_places(app: Flask) -> None:
+    """Flask-Session's settings name a store, ours name none: do not fall back to a file."""
+    for key, place in _PLACES.items():
+        if app.config.get(key) is not None:
+            raise SettingError(
+                f"{key} is a setting of Flask-Session that has no effect here, and SESSION_STORE "
+                "is not set: sessions would be in a file on this machine. Set SESSION_STORE to "
+                f"{place}"
+            )
 
 
 def _warn_unknown(app: Flask) -> None:
-    known = {key for key, _ in _CHECKS.values()} | _FLASKS_OWN
+    known = {key for key, _ in _CHECKS.values()} | _FLASKS_OWN | _OF_OTHERS
     for key in app.config:
         if not key.startswith(("SESSION_", "PERMANENT_SESSION_")) or key in known:
             continue
         if key in _FLASK_SESSIONS:
             hint = f"; it is a Flask-Session setting, here use {_FLASK_SESSIONS[key]}"
         else:
-            hint = _did_you_mean(key, known)
+            # Without what all of them begin with: only then is a likeness one.
+            hint = _did_you_mean(key, known, key.partition("SESSION_")[0] + "SESSION_", 0.73)
         if hint:
-            warnings.warn(f"Unknown setting {key}{hint}", stacklevel=5)
+            warn(f"Unknown setting {key}{hint}")
 
 
-def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.75)
+def _did_you_mean(name: str, known: Any, start: str = "", cutoff: float = 0.75) -> str:
+    """A hint at those of ``known`` names that are most like ``name``, their ``start`` apart."""
+    name = name.removeprefix(start)
+    ends = [each.removeprefix(start) for each in known if each.startswith(start)]
+    close = difflib.get_close_matches(name, ends, n=3, cutoff=cutoff)
     likeness = [difflib.SequenceMatcher(None, key, name).ratio() for key in close]
     closest = [key for key, ratio in zip(close, likeness, strict=True) if ratio == likeness[0]]
-    return f"; did you mean {' or '.join(sorted(closest))}?" if closest else ""
+    names = " or ".join(start + key for key in sorted(closest))
+    return f"; did you mean {names}?" if names else ""
+
+
+class Live(Generic[T]):
+    """One of Flask's own settings, which may change while the application runs.
+
+    A new value is checked. A wrong one is an error in the log, once; the last right one stays in
+    force, so that nobody's session breaks.
+    """
+
+    __slots__ = ("_check", "_known")
+
+    def __init__(self, check: Callable[[Any], T], given: object, value: T) -> None:
+        self._check = check
+        self._known = (given, value)
+
+    def of(self, given: object) -> T:
+        """What ``given`` means, or meant when it was last right."""
+        seen, value = self._known
+        if given is seen or given == seen:
+            return value
+        try:
+            value = self._check(given)
+        except SettingError as error:
+            logger.error("%s. The value from before stays in force.", error)
+        self._known = (given, value)
+        return value
+
+
+_FLASKS_FIELDS = ("cookie_name", "permanent_lifetime")
+_ATTRIBUTES = ("domain", "path", "secure", "httponly", "samesite", "partitioned")
+
+
+def cookie_attributes(app: Flask) -> Iterator[Any]:
+    """The cookie's attributes in the configuration, in the order of ``_ATTRIBUTES``."""
+    for attribute in _ATTRIBUTES:
+        value = app.config[f"SESSION_COOKIE_{attribute.upper()}"]
+        yield value or app.config["APPLICATION_ROOT"] or "/" if attribute == "path" else value
+
+
+class LiveSettings:
+    """Those of Flask's own settings that one ``Session`` reads anew: see ``Live``.
+
+    ``given``: the keywords of the ``Session``, which hold whatever the application says later.
+    ``is_taken``: whether another ``Session`` of the application has a cookie of this name.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        settings: Settings,
+        given: Collection[str],
+        is_taken: Callable[[str], bool],
+    ) -> None:
+        self._app = app
+        self._is_taken = is_taken
+        self._given = {key: getattr(settings, key) for key in given if key in _FLASKS_FIELDS}
+        name, lifetime = settings.cookie_name, settings.permanent_lifetime
+        cookie = (name, *cookie_attributes(app))
+        keys = _keys_at_start(app)
+        self._name = Live(self._check_name, name, name)
+        self._lifetime = Live(partial(_check, "permanent_lifetime"), lifetime, lifetime)
+        self._cookie = Live(self._check_cookie, cookie, _check_cookie(cookie))
+        self._keys = Live(_check_secret_keys, keys, _check_secret_keys(keys))
+
+    def cookie_name(self) -> str:
+        """``SESSION_COOKIE_NAME``."""
+        given: str | None = self._given.get("cookie_name")
+        return self._name.of(self._app.config["SESSION_COOKIE_NAME"]) if given is None else given
+
+    def permanent_lifetime(self) -> float:
+        """``app.permanent_session_lifetime`` in seconds."""
+        given: float | None = self._given.get("permanent_lifetime")
+        return self._lifetime.of(_given_lifetime(self._app)) if given is None else given
+
+    def cookie(self, name: str, interface: SessionInterface) -> dict[str, Any]:
+        """The attributes of the cookie, which Flask asks the interface for."""
+        app = self._app
+        return self._cookie.of(
+            (
+                name,
+                interface.get_cookie_domain(app),
+                interface.get_cookie_path(app) or "/",
+                interface.get_cookie_secure(app),
+                interface.get_cookie_httponly(app),
+                interface.get_cookie_samesite(app),
+                interface.get_cookie_partitioned(app),
+            )
+        )
+
+    def secret_keys(self) -> tuple[str | bytes, ...]:
+        """As the function of this name."""
+        return self._keys.of(_given_keys(self._app))
+
+    def _check_cookie(self, cookie: tuple[Any, ...]) -> dict[str, Any]:
+        attributes = _check_cookie(cookie)
+        if _is_dropped(attributes):
+            logger.warning("%s", _DROPPED)
+        return attributes
+
+    def _check_name(self, name: object) -> str:
+        checked: str = _check("cookie_name", name)
+        if self._is_taken(checked):
+            raise SettingError(
+                f"SESSION_COOKIE_NAME is {checked!r}, and another Session of the application has "
+                "that cookie; allowed: another name"
+            )
+        _check_cookie((checked, *cookie_attributes(self._app)))
+        return checked
+
+
+def _given_lifetime(app: Flask) -> object:
+    """As Flask does, by the attribute: a subclass may have a property of its own there."""
+    try:
+        return app.permanent_session_lifetime
+    except Exception as error:
+        if _has_own_lifetime(app):
+            return f"not readable ({type(error).__name__})"
+        return app.config["PERMANENT_SESSION_LIFETIME"]
+
+
+def _given_keys(app: Flask) -> tuple[object, object]:
+    """As Flask does, the current key by the attribute: a subclass may have it on the class."""
+    fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
+    return app.secret_key, tuple(fallbacks) if isinstance(fallbacks, list) else fallbacks
+
+
+def _keys_at_start(app: Flask) -> tuple[object, object]:
+    """As ``_given_keys``; a property that cannot be read yet is read again by each request."""
+    try:
+        return _given_keys(app)
+    except Exception:
+        return None, None
 
 
 def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
-    """The keys that sign tokens, the current one first, then ``SECRET_KEY_FALLBACKS``."""
-    current, fallbacks = app.config["SECRET_KEY"], app.config.get("SECRET_KEY_FALLBACKS")
-    return (current, *filter(None, fallbacks)) if fallbacks else (current,)
+    """The keys that sign tokens, the current one first, then ``SECRET_KEY_FALLBACKS``.
+
+    The first may be None. Raises ``SettingError``.
+    """
+    return _check_secret_keys(_given_keys(app))
+
+
+def warn_without_secret_key(app: Flask) -> None:
+    """The key may come until the first request; without one the application seems to work."""
+    try:
+        missing = not app.secret_key
+    except Exception:  # see ``_keys_at_start``
+        return
+    if missing:
+        logger.warning(
+            "The application %r has no SECRET_KEY yet. Until it has one, its sessions are empty "
+            "and cannot be written to: set it before the first request, to "
+            "secrets.token_urlsafe(32), and keep it out of the source code.",
+            app.name,
+        )
 
 
 def propagates_exceptions(app: Flask) -> bool:

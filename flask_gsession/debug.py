@@ -49,7 +49,9 @@ def _harmless(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def prepare(app: Flask, cookie: str, present: Callable[[Flask, Request], Presented]) -> None:
+def prepare(
+    app: Flask, cookie: Callable[[], str], present: Callable[[Flask, Request], Presented]
+) -> None:
     """Dump what the requests of ``app`` do with the sessions of this cookie.
 
     ``present`` reads the token of a request.
@@ -60,7 +62,11 @@ def prepare(app: Flask, cookie: str, present: Callable[[Flask, Request], Present
         if not app.secret_key:
             return
         presented = present(app._get_current_object(), request)
-        facts = {"request": _name_of_request(), "cookie_name": cookie, "found": _brought(presented)}
+        facts = {
+            "request": _name_of_request(),
+            "cookie_name": cookie(),
+            "found": _brought(presented),
+        }
         log_dump(logging.DEBUG, "Session before {request}: {found}".format(**facts), facts)
 
     app.before_request_funcs.setdefault(None, []).insert(0, _harmless(before))
@@ -131,7 +137,7 @@ def facts_of(
         "request": _name_of_request(),
         "status": response.status_code if response is not None else None,
         "error": type(error).__name__ if error is not None else None,
-        "cookie_name": keeper.settings.cookie_name,
+        "cookie_name": keeper.live.cookie_name(),
         "state": _state(session, trace),
     }
     if not session.accessed:

@@ -73,8 +73,8 @@ class SessionRefused(Event):
 
     ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"`` (both signed by us),
     ``"too many cookies"``, ``"expired"`` (the store has it yet), ``"unknown"`` (ended, never
-    issued, or expired and removed), ``"corrupt"``, ``"newer format"`` or ``"unknown encryption
-    key"``.
+    issued, or expired and removed), ``"corrupt"``, ``"newer format"`` or
+    ``"unknown encryption key"``.
     ``handle`` is None where the token was not signed by this application.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, Unpack
 
@@ -12,7 +11,7 @@ from flask import session as flask_session
 from werkzeug.local import LocalProxy
 
 from .breaker import guarded
-from .config import SettingKeywords, read_settings
+from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_without_secret_key
 from .data import SessionData
 from .debug import prepare
 from .errors import SettingError
@@ -68,12 +67,16 @@ class Session:
         interfaces: dict[Session, GSessionInterface] = app.extensions.setdefault(NAME, {})
         if self in interfaces:
             raise SettingError("This Session is on the application already")
-        for other in interfaces.values():
-            if other.keeper.settings.cookie_name == settings.cookie_name:
-                raise SettingError(
-                    f"The application has a Session with the cookie {settings.cookie_name!r} "
-                    "already; give a second one another cookie_name"
-                )
+
+        def is_taken(cookie: str) -> bool:
+            others = (interface for ext, interface in interfaces.items() if ext is not self)
+            return any(other.get_cookie_name(app) == cookie for other in others)
+
+        if is_taken(settings.cookie_name):
+            raise SettingError(
+                f"The application has a Session with the cookie {settings.cookie_name!r} "
+                "already; give a second one another cookie_name"
+            )
         options = StoreOptions(
             prefix=settings.key_prefix,
             timeout=settings.store_timeout,
@@ -84,10 +87,7 @@ class Session:
         source = DEFAULT_STORE if settings.store is None else settings.store
         store, owned = open_store(source, options, app.instance_path)
         if settings.logout_replicas and owned and not heeds_logout_replicas(store):
-            warnings.warn(
-                "SESSION_LOGOUT_REPLICAS has no effect on this store; only a Redis heeds it",
-                stacklevel=3,
-            )
+            warn("SESSION_LOGOUT_REPLICAS has no effect on this store; only a Redis heeds it")
         calls = store
         events = self._events.of(app)
         if settings.breaker_failures:
@@ -101,7 +101,8 @@ class Session:
         blobs = None
         if settings.spill_store is not None:
             blobs = open_blobs(settings.spill_store, calls, options)
-        keeper = Keeper(settings, calls, events, self._clock, blobs)
+        live = LiveSettings(app, settings, self._settings, is_taken)
+        keeper = Keeper(settings, live, calls, events, self._clock, blobs)
         if settings.schema is not None:
             _declare(settings.schema, keeper)
         interface = GSessionInterface(keeper, store, owns_store=owned)
@@ -109,10 +110,11 @@ class Session:
             next(iter(interfaces.values())).has_further = True
         else:
             app.session_interface = interface
+            warn_without_secret_key(app)
             _rotate_at_login(app)
         interfaces[self] = interface
         if settings.debug:
-            prepare(app, settings.cookie_name, interface._present)
+            prepare(app, live.cookie_name, interface._present)
 
     @property
     def session(self) -> SessionData:

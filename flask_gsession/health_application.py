@@ -29,13 +29,18 @@ _LEVELS = (  # level, idle and absolute timeout in seconds
 )
 
 
-def check_application(app: Flask, interface: SessionInterface, settings: Settings) -> list[Finding]:
-    """What the application's secret keys, mode, cookie and timeouts are like."""
+def check_application(
+    app: Flask, interface: SessionInterface, settings: Settings, lifetime: float
+) -> list[Finding]:
+    """What the application's secret keys, mode, cookie and timeouts are like.
+
+    ``lifetime``: of permanent sessions, in seconds.
+    """
     return [
         *_keys(app),
         *_mode(app, settings),
         *_cookie(app, interface),
-        _timeouts(settings),
+        _timeouts(settings, lifetime),
     ]
 
 
@@ -120,11 +125,11 @@ def _cookie(app: Flask, interface: SessionInterface) -> Iterator[Finding]:
         )
 
 
-def _timeouts(settings: Settings) -> Finding:
-    idle = max(settings.idle_timeout, settings.permanent_lifetime)
+def _timeouts(settings: Settings, lifetime: float) -> Finding:
+    idle = max(settings.idle_timeout, lifetime)
     absolute = settings.absolute_timeout
     found = (
-        f"idle {_span(settings.idle_timeout)}, if permanent {_span(settings.permanent_lifetime)}, "
+        f"idle {_span(settings.idle_timeout)}, if permanent {_span(lifetime)}, "
         f"absolute {_span(absolute)}"
     )
     for level, most_idle, most in _LEVELS:

@@ -57,20 +57,27 @@ class GSessionInterface(SessionInterface):
         self.owns_store = owns_store
         #: Whether the application has further ``Session`` objects beside this one.
         self.has_further = False
-        self._cookie_name = keeper.settings.cookie_name
-        self._cookie_start = self._cookie_name + "="
+        self._live = keeper.live
+        self._misses_key = False
         self._token_header = keeper.settings.token_header
         self._debug = keeper.settings.debug
-        self._signer: tuple[tuple[str | bytes, ...], TokenSigner | None] = ((), None)
+        self._signer: tuple[object, object, TokenSigner | None] = ((), "", None)
 
     def get_cookie_name(self, app: Flask) -> str:
         """The cookie's name: of this ``Session``, not of the application."""
-        return self._cookie_name
+        return self._live.cookie_name()
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
         process.notice()
         if not app.secret_key:
+            if not self._misses_key:
+                self._misses_key = True
+                logger.error(
+                    "The application %r has no SECRET_KEY: its sessions are empty and cannot be "
+                    "written to. Set SECRET_KEY.",
+                    app.name,
+                )
             return None
         session = SessionData(self.keeper, self._present, app, request)
         if self._debug:
@@ -154,7 +161,7 @@ class GSessionInterface(SessionInterface):
         cookies = request.environ.get("HTTP_COOKIE")
         if not cookies:
             return _NOTHING
-        start = self._cookie_start
+        start = self.get_cookie_name(app) + "="
         if start not in cookies:
             return _NOTHING
         # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
@@ -168,11 +175,13 @@ class GSessionInterface(SessionInterface):
         return Presented(self._signer_of(app).check_all(values))
 
     def _signer_of(self, app: Flask) -> TokenSigner:
-        keys = secret_keys(app)
-        known, signer = self._signer
-        if signer is None or keys != known:
-            signer = TokenSigner(keys, self._cookie_name)
-            self._signer = (keys, signer)
+        keys, name = self._live.secret_keys(), self.get_cookie_name(app)
+        if not keys[0]:
+            keys = secret_keys(app)  # says what is wrong with the first key that there is
+        known_keys, known_name, signer = self._signer
+        if signer is None or keys is not known_keys or name != known_name:
+            signer = TokenSigner(keys, name)
+            self._signer = (keys, name, signer)
         return signer
 
     def _write_header(self, app: Flask, session: SessionData, response: Response) -> None:
@@ -181,15 +190,8 @@ class GSessionInterface(SessionInterface):
         response.headers[name] = self._signer_of(app).sign(token) if token else ""
 
     def _write_cookie(self, app: Flask, session: SessionData, response: Response) -> None:
-        attributes: dict[str, Any] = {
-            "domain": self.get_cookie_domain(app),
-            "path": self.get_cookie_path(app),
-            "secure": self.get_cookie_secure(app),
-            "httponly": self.get_cookie_httponly(app),
-            "samesite": self.get_cookie_samesite(app),
-            "partitioned": self.get_cookie_partitioned(app),
-        }
         name = self.get_cookie_name(app)
+        attributes = self._live.cookie(name, self)
         token, record = session._token, session._record
         if session._cookie == "delete" or token is None or record is None:
             response.delete_cookie(name, **attributes)

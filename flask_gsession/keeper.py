@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from .codec import Codec
-from .config import Settings
+from .config import LiveSettings, Settings
 from .encryption import Cipher
 from .errors import (
     Gone,
@@ -83,12 +83,14 @@ class Keeper:
     def __init__(
         self,
         settings: Settings,
+        live: LiveSettings,
         store: Store,
         events: Events,
         clock: Clock,
         blobs: Blobs | None = None,
     ) -> None:
         self.settings = settings
+        self.live = live
         self.store = store
         self.leases = store if isinstance(store, Leases) else None
         self.events = events
@@ -126,7 +128,7 @@ class Keeper:
         self.typed_keys: dict[str, Any] = {}
         self._clock = clock
         self._usual_span = self._span(settings.idle_timeout)
-        self._permanent_span = self._span(settings.permanent_lifetime)
+        self._permanent_span = (0.0, (0, 0))
 
     def find(self, key: str, presented: bool = False) -> Loaded | None:
         """The session under ``key``, or the one it was rotated to; None when there is none.
@@ -525,7 +527,14 @@ class Keeper:
         """How far ahead the idle expiry is set, and by how much at least it moves; milliseconds."""
         if lifetime is not None:
             return self._span(lifetime / 1000)
-        return self._permanent_span if self.is_permanent(values) else self._usual_span
+        if not self.is_permanent(values):
+            return self._usual_span
+        known, span = self._permanent_span
+        idle = self.live.permanent_lifetime()
+        if idle != known:
+            span = self._span(idle)
+            self._permanent_span = (idle, span)
+        return span
 
     def _span(self, idle: float) -> tuple[int, int]:
         # One interval beyond the idle timeout: the expiry is moved only once per interval, and

@@ -64,7 +64,10 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "SESSION_KEY_PREFIX": [("", ""), ("shop:", "shop:"), ("a b", "a b"), ("x" * 200, "x" * 200)],
     "SESSION_ID_LENGTH": [(16, 16), (64, 64)],
     "SESSION_TOKEN_FACTORY": [(None, None), (new_token, new_token)],
-    "SESSION_TOKEN_HEADER": [(None, None), ("X-Session", "X-Session")],
+    "SESSION_TOKEN_HEADER": [
+        (None, None),
+        *((name, name) for name in ("X-Session", "Session-Token", "X-Auth-Token", "Shop-Cookie")),
+    ],
     "SESSION_IDLE_TIMEOUT": [(1, 1.0), (0.5 + 1, 1.5), (timedelta(hours=2), 7200.0)],
     "SESSION_ABSOLUTE_TIMEOUT": [(3600, 3600.0), (timedelta(days=366), 366 * DAY)],
     "PERMANENT_SESSION_LIFETIME": [(60, 60.0), (timedelta(days=1), DAY)],
@@ -122,7 +125,15 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_KEY_PREFIX": [*NO_TEXT, None, "{a}", "a*", "a?", "[a]", "a\n", "a\0", "ä", "x" * 201],
     "SESSION_ID_LENGTH": [*NO_COUNT, 15, 65],
     "SESSION_TOKEN_FACTORY": ["uuid4", 7, True, []],
-    "SESSION_TOKEN_HEADER": [*NO_TEXT, "", "X Session", "X:", "X\r\nEvil", "ä", "x" * 101],
+    "SESSION_TOKEN_HEADER": [
+        *NO_TEXT,
+        *("", "X Session", "X:", "X\r\nEvil", "ä", "x" * 101),
+        *("Cookie", "Set-Cookie", "cookie", "Host", "HOST", "Authorization", "Content-Type"),
+        *("Content-Length", "Connection", "Keep-Alive", "Proxy-Authorization", "Proxy-Connection"),
+        *("TE", "Trailer", "Transfer-Encoding", "Upgrade", "Accept", "Accept-Language", "Origin"),
+        *("If-None-Match", "Range", "Referer", "User-Agent", "Vary", "Cache-Control", "Expires"),
+        *("X-Forwarded-For", "Forwarded", "Via", "Sec-Fetch-Site", "Access-Control-Allow-Origin"),
+    ],
     "SESSION_IDLE_TIMEOUT": [*NO_DURATION, None, 0, 0.9, 10**12, timedelta(0), timedelta(-1)],
     "SESSION_ABSOLUTE_TIMEOUT": [*NO_DURATION, None, 0, 10**12, timedelta.max],
     "PERMANENT_SESSION_LIFETIME": [*NO_DURATION, None, 0, 10**12, timedelta.max],
@@ -857,6 +868,91 @@ def test_an_unknown_key_that_looks_like_a_known_one_is_warned_about(key: str, hi
     assert warned[0].filename == __file__
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "SESSION_PROTECTION",  # Flask-Login
+        *("SESSION_DB_PATH", "SESSION_SKIP_PATHS", "SESSION_DIGEST_METHOD"),  # pgAdmin
+        "SESSION_EXPIRATION_TIME",
+        *("SESSION_KEY_BITS", "SESSION_RANDOM_SOURCE", "SESSION_SET_TTL"),  # Flask-KVSession
+        "SESSION_SERVER_SIDE",  # Superset
+        *("SESSION_ENGINE", "SESSION_SECRET", "SESSION_LIFETIME"),
+    ],
+)
+def test_a_setting_of_another_extension_is_no_misspelt_one(key: str) -> None:
+    Session(an_app(**{key: "strong"}))
+
+
+PLACES = {
+    "SESSION_TYPE": "redis",
+    "SESSION_REDIS": object(),
+    "SESSION_MONGODB": object(),
+    "SESSION_MEMCACHED": object(),
+    "SESSION_SQLALCHEMY": object(),
+    "SESSION_DYNAMODB": object(),
+    "SESSION_CACHELIB": object(),
+    "SESSION_FILE_DIR": "/srv/my-sessions",
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_a_store_of_flask_session_is_not_exchanged_for_a_file(key: str, tmp_path: Path) -> None:
+    app = Flask(__name__, instance_path=str(tmp_path))
+    app.config.update({"SECRET_KEY": "a key", key: PLACES[key]})
+    for settings in ({}, {"store": None}):
+        with pytest.raises(SettingError, match=f"^{key} is .* Set SESSION_STORE to ") as error:
+            Session(app, **settings)
+        assert str(PLACES[key]) not in str(error.value).removeprefix(key)[:100]
+    assert not app.extensions.get("gsession")
+    with pytest.warns(UserWarning, match=f"^Unknown setting {key};"):
+        Session(app, store="memory://")
+
+
+def test_a_store_of_flask_session_that_is_none_is_not_set(tmp_path: Path) -> None:
+    app = Flask(__name__, instance_path=str(tmp_path))
+    app.config.update(dict.fromkeys(PLACES), SECRET_KEY="a key")
+    with pytest.warns(UserWarning, match="^Unknown setting SESSION_"):
+        Session(app)
+
+
+def test_every_warning_is_in_the_log_too(caplog: pytest.LogCaptureFixture) -> None:
+    """A running server shows its log, and not always the warnings of Python."""
+    config: dict[str, Any] = {
+        "SESSION_IDLE_TIMOUT": 1,
+        "SESSION_COOKIE_SAMESITE": "None",
+        "PERMANENT_SESSION_LIFETIME": 3600,
+        "SESSION_ABSOLUTE_TIMEOUT": 60,
+        "SESSION_LOGOUT_REPLICAS": 1,
+    }
+    with pytest.warns(UserWarning, match="SESSION_") as warned:
+        Session(an_app(**config))
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 4
+    records = [each for each in caplog.records if each.name == "flask_gsession"]
+    assert [(each.levelname, each.message) for each in records] == [
+        ("WARNING", message) for message in messages
+    ]
+    assert {warning.filename for warning in warned} == {__file__}
+
+
+@pytest.mark.parametrize("key", [None, "", b""])
+def test_a_missing_secret_key_is_in_the_log(key: Any, caplog: pytest.LogCaptureFixture) -> None:
+    app = an_app(SECRET_KEY=key)
+    Session(app)
+    Session(app, cookie_name="second")
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("flask_gsession", "WARNING")
+    assert "has no SECRET_KEY" in record.message
+    caplog.clear()
+
+    app.add_url_rule("/", view_func=lambda: "hello")
+    for _ in range(3):
+        assert app.test_client().get("/").text == "hello"
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "has no SECRET_KEY" in record.message
+
+
 def test_type_checkers_know_every_keyword() -> None:
     assert set(SettingKeywords.__annotations__) == set(_CHECKS)
 
@@ -903,6 +999,27 @@ WRONG_ATTRIBUTES: dict[str, list[Any]] = {
         ({"SESSION_COOKIE_NAME": "__Host-session"}, "SESSION_COOKIE_SECURE"),
         ({"SESSION_COOKIE_NAME": "__Secure-session"}, "SESSION_COOKIE_SECURE"),
         ({"SESSION_COOKIE_NAME": "__host-session"}, "SESSION_COOKIE_SECURE"),
+        ({"SESSION_COOKIE_NAME": "__Http-session"}, "SESSION_COOKIE_SECURE"),
+        ({"SESSION_COOKIE_NAME": "__Host-Http-session"}, "SESSION_COOKIE_SECURE"),
+        *(
+            (
+                {
+                    "SESSION_COOKIE_NAME": name,
+                    "SESSION_COOKIE_SECURE": True,
+                    "SESSION_COOKIE_HTTPONLY": False,
+                },
+                "SESSION_COOKIE_HTTPONLY",
+            )
+            for name in ("__Http-session", "__Host-Http-session", "__host-HTTP-session")
+        ),
+        (
+            {
+                "SESSION_COOKIE_NAME": "__Host-Http-session",
+                "SESSION_COOKIE_SECURE": True,
+                "SESSION_COOKIE_PATH": "/shop",
+            },
+            "path",
+        ),
         (
             {
                 "SESSION_COOKIE_NAME": "__Host-session",
@@ -961,6 +1078,18 @@ def test_cookie_attributes_that_no_browser_takes_are_refused(
             "SESSION_COOKIE_SECURE": True,
             "SESSION_COOKIE_DOMAIN": "example.com",
             "SESSION_COOKIE_PATH": "/shop",
+        },
+        {
+            "SESSION_COOKIE_NAME": "__Http-session",
+            "SESSION_COOKIE_SECURE": True,
+            "SESSION_COOKIE_DOMAIN": "example.com",
+            "SESSION_COOKIE_PATH": "/shop",
+        },
+        {"SESSION_COOKIE_NAME": "__Host-Http-session", "SESSION_COOKIE_SECURE": True},
+        {
+            "SESSION_COOKIE_NAME": "__Host-session",
+            "SESSION_COOKIE_SECURE": True,
+            "SESSION_COOKIE_HTTPONLY": False,
         },
         {"SESSION_COOKIE_DOMAIN": None, "SESSION_COOKIE_PATH": None},
         {"SESSION_COOKIE_DOMAIN": "", "SESSION_COOKIE_PATH": ""},

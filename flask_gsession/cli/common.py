@@ -47,7 +47,7 @@ def interfaces() -> dict[Session, GSessionInterface]:
 
 def chosen(cookie: str | None) -> GSessionInterface:
     """The one ``Session`` of the application, or the one with this cookie."""
-    by_name = {each.keeper.settings.cookie_name: each for each in interfaces().values()}
+    by_name = {each.keeper.live.cookie_name(): each for each in interfaces().values()}
     if cookie is None and len(by_name) == 1:
         (cookie,) = by_name
     if cookie not in by_name:
@@ -61,7 +61,7 @@ def chosen(cookie: str | None) -> GSessionInterface:
 
 def name_of(interface: GSessionInterface) -> str:
     """What messages call a ``Session``: its cookie."""
-    return interface.keeper.settings.cookie_name
+    return interface.keeper.live.cookie_name()
 
 
 def name_store(interface: GSessionInterface) -> None:

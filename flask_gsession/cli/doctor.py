@@ -36,10 +36,10 @@ def doctor(as_json: bool) -> None:
         settings, spill = keeper.settings, keeper.spill
         elsewhere = None if spill is None or settings.spill_store is None else spill.blobs
         found = [
-            *check_application(app, interface, settings),
+            *check_application(app, interface, settings, keeper.live.permanent_lifetime()),
             *check_store(interface.store, keeper._clock, elsewhere),
         ]
-        cookie = settings.cookie_name
+        cookie = keeper.live.cookie_name()
         rows += [{"session": cookie, **finding._asdict()} for finding in found]
     if as_json:
         click.echo(json.dumps(rows, indent=2))

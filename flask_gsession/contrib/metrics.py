@@ -136,7 +136,7 @@ class SessionMetrics:
         counted[ext] = watch
 
     def _watch(self, app: Flask, interface: GSessionInterface, figures: Figures) -> StoreWatch:
-        cookie = interface.keeper.settings.cookie_name
+        cookie = interface.keeper.live.cookie_name()
         every, store = self._count_every, interface.store
         counts = store if every is not None and isinstance(store, Counts) else None
         return StoreWatch(

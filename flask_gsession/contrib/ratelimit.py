@@ -11,7 +11,6 @@ from __future__ import annotations
 import hmac
 import math
 import time
-import warnings
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +42,7 @@ except ImportError as error:
     ) from None
 
 from ..breaker import Circuit
+from ..config import warn
 from ..data import SessionData
 from ..errors import SettingError, StoreUnavailable
 from ..events import logger
@@ -509,11 +509,10 @@ def _storage_of(store: Store, prefix: str) -> Storage:
             'storage="redis://localhost:6379/1"'
         )
     if type(store).__name__ == "SQLiteStore":
-        warnings.warn(
+        warn(
             "Rate limits count in each process for itself where sessions are in SQLite: several "
             "workers let through several times as much. Give SessionLimits a storage, or say "
-            'storage="memory://"',
-            stacklevel=4,
+            'storage="memory://"'
         )
     return MemoryStorage()
 
