@@ -25,6 +25,7 @@ KEY_LENGTH = 43  # of a session key
 MORE = "more"  # the cursor of a clean-up that need not know where it was
 WAITER_LIFE = 2000  # milliseconds after which who waits for a lease and does not ask is dropped
 ASK_AGAIN = 700  # milliseconds, at most, between two times of asking
+LONGEST_LEASE = 3_600_000  # milliseconds; one that claims to be longer is junk, and free
 COUNT_ALL = 2000  # sessions up to which they are counted one by one
 #: Under this key stands who cleans up until when, then that it was done. It is no session's: its
 #: last letter is none that a digest ends with.
@@ -383,6 +384,20 @@ class Lease:
     length: int = 0
     waiters: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, owner: object, until: object, length: object, waiters: object) -> Lease:
+        """A lease as a store has it. Junk counts as none, so that it can't lock a session."""
+        if (
+            isinstance(owner, str)
+            and isinstance(until, int)
+            and isinstance(length, int)
+            and isinstance(waiters, dict)
+            and all(isinstance(name, str) for name in waiters)
+            and all(isinstance(seen, int) for seen in waiters.values())
+        ):
+            return cls(owner, int(until), int(length), waiters)
+        return cls()
+
     def is_held_by(self, owner: str, now: int) -> bool:
         """Whether this owner has the lease, and it has not run out."""
         return self.owner == owner and now < self.until
@@ -419,7 +434,7 @@ class Lease:
 
     def _is_free(self, now: int) -> bool:
         # What ends so late was begun before a clock was set back, or by one far ahead.
-        return now >= self.until or self.until - now > 2 * self.length
+        return now >= self.until or self.until - now > 2 * min(self.length, LONGEST_LEASE)
 
     def _drop_the_dead(self, owner: str, now: int) -> None:
         for waiter, seen in list(self.waiters.items()):

@@ -7,7 +7,11 @@ local unexpired = #head == 31 and tonumber(ARGV[2]) < struct.unpack('>I6', head,
 local live = unexpired and head:byte(1) == 1
 -- What a rotation in a cluster leaves is for its repeat: it goes by itself.
 if head:byte(1) == 2 and redis.call('GETRANGE', KEYS[1], 31, 31) == ' ' then return 'N' end
-local lease = KEYS[2] and redis.call('GET', KEYS[2])
+local lease = KEYS[2] and redis.pcall('GET', KEYS[2])
+if type(lease) == 'table' then
+  if not lease.err:find('WRONGTYPE', 1, true) then return lease end
+  lease = ''  -- junk
+end
 if ARGV[1] ~= '' then
   if not live then
     if unexpired then return 'G' end

@@ -10,9 +10,15 @@ if KEYS[2] then
   local head = redis.call('GETRANGE', KEYS[2], 0, 30)
   if #head < 31 or head:byte(1) ~= 1 or now >= struct.unpack('>I6', head, 16) then return 'G' end
 end
-local stored = redis.call('GET', KEYS[1]) or ' 0 0\n'
+local stored = redis.pcall('GET', KEYS[1]) or ' 0 0\n'
+if type(stored) == 'table' then
+  if not stored.err:find('WRONGTYPE', 1, true) then return stored end
+  stored = ''
+end
 local owner, till, length, lines = stored:match('^(%S*) (%d+) (%d+)\n(.*)$')
-till, length = tonumber(till), tonumber(length)
+-- Junk is no lease: it is replaced.
+if not owner then owner, till, length, lines = '', 0, 0, '' end
+till, length = tonumber(till), math.min(tonumber(length), 3600000)
 -- What ends so late was begun before a clock was set back, or by one far ahead.
 local free = now >= till or till - now > 2 * length
 local waiters, place = {}, nil

@@ -54,6 +54,7 @@ from ..events import logger
 from ..processes import process, warn_without_threads
 from .base import (
     COUNT_ALL,
+    LONGEST_LEASE,
     MAX_POINTERS,
     TICKET,
     WAITER_LIFE,
@@ -848,10 +849,45 @@ def _addresses(client: _Client) -> str:
 
 
 def _lease(document: _Document) -> Lease:
-    lease = document.get("lease") or {}
-    waiters = {waiter["owner"]: int(waiter["seen"]) for waiter in lease.get("waiters", ())}
-    until, length = int(lease.get("until", 0)), int(lease.get("length", 0))
-    return Lease(lease.get("owner", ""), until, length, waiters)
+    lease = document.get("lease")
+    if not isinstance(lease, dict):
+        return Lease()
+    try:
+        waiters = {waiter["owner"]: waiter["seen"] for waiter in lease.get("waiters", ())}
+    except (TypeError, KeyError):
+        return Lease()  # junk, which the next to acquire it replaces
+    return Lease.of(lease.get("owner", ""), lease.get("until", 0), lease.get("length", 0), waiters)
+
+
+def _is(kind: list[str], field: str) -> _Document:
+    return {"$in": [{"$type": field}, kind]}
+
+
+def _cleaned(keep: _Document | bool) -> list[_Document]:
+    """The stages that make the field a lease where it is missing or junk, with the waiters that
+    are to be kept. Else junk would make each later step fail.
+    """
+    text, number = ["string"], ["int", "long"]
+    is_waiter = {"$and": [_is(text, "$$this.owner"), _is(number, "$$this.seen"), keep]}
+    waiters = "$lease.waiters"
+    return [
+        {"$set": {"lease": {"$cond": [_is(["object"], "$lease"), "$lease", "$$REMOVE"]}}},
+        {
+            "$set": {
+                "lease": {
+                    "owner": {"$cond": [_is(text, "$lease.owner"), "$lease.owner", ""]},
+                    "until": {"$cond": [_is(number, "$lease.until"), "$lease.until", Int64(0)]},
+                    "length": {"$cond": [_is(number, "$lease.length"), "$lease.length", Int64(0)]},
+                    "waiters": {
+                        "$filter": {
+                            "input": {"$cond": [{"$isArray": [waiters]}, waiters, []]},
+                            "cond": is_waiter,
+                        }
+                    },
+                }
+            }
+        },
+    ]
 
 
 def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[_Document]:
@@ -865,7 +901,8 @@ def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[
     first = {"$ifNull": [{"$first": {"$map": {"input": waiters, "in": "$$this.owner"}}}, me]}
     running = {"$gt": ["$lease.until", Int64(now)]}
     # What ends later was begun before a clock was set back, or by one far ahead.
-    latest = {"$add": [Int64(now), {"$multiply": [2, "$lease.length"]}]}
+    length = {"$min": ["$lease.length", LONGEST_LEASE]}
+    latest = {"$add": [Int64(now), {"$multiply": [2, length]}]}
     free = {"$or": [{"$not": [running]}, {"$gt": ["$lease.until", latest]}]}
     may_take = {
         "$or": [
@@ -890,21 +927,7 @@ def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[
         }
     }
     return [
-        {
-            "$set": {
-                "lease": {
-                    "owner": {"$ifNull": ["$lease.owner", ""]},
-                    "until": {"$ifNull": ["$lease.until", Int64(0)]},
-                    "length": {"$ifNull": ["$lease.length", Int64(0)]},
-                    "waiters": {
-                        "$filter": {
-                            "input": {"$ifNull": [waiters, []]},
-                            "cond": {"$or": [mine, seen]},
-                        }
-                    },
-                }
-            }
-        },
+        *_cleaned({"$or": [mine, seen]}),
         {
             "$set": {
                 "lease": {
@@ -935,6 +958,7 @@ def _release(owner: str) -> list[_Document]:
     mine = {"$eq": ["$lease.owner", me]}
     others = {"$filter": {"input": "$lease.waiters", "cond": {"$ne": ["$$this.owner", me]}}}
     return [
+        *_cleaned(True),
         {
             "$set": {
                 "lease": {

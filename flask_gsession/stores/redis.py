@@ -724,10 +724,13 @@ def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
 def _lease(text: bytes | None) -> Lease:
     if text is None:
         return Lease()
-    first, *lines = text.decode("ascii", "replace").splitlines()
-    owner, until, length = first.split(" ")
-    waiters = (line.split(" ") for line in lines)
-    return Lease(owner, int(until), int(length), {who: int(seen) for who, seen, _ in waiters})
+    try:
+        first, *lines = text.decode("ascii", "replace").splitlines()
+        owner, until, length = first.split(" ")
+        waiters = (line.split(" ") for line in lines)
+        return Lease(owner, int(until), int(length), {who: int(seen) for who, seen, _ in waiters})
+    except ValueError:
+        return Lease()  # junk, which the next to acquire it replaces
 
 
 def _version(number: int) -> bytes:

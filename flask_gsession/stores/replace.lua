@@ -14,7 +14,11 @@ local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 or head:byte(1) ~= 1 then return 'G' end
 local idle = struct.unpack('>I6', head, 16)
 if tonumber(ARGV[4]) >= idle then return 'G' end
-local lease = redis.call('GET', KEYS[3])
+local lease = redis.pcall('GET', KEYS[3])
+if type(lease) == 'table' then
+  if not lease.err:find('WRONGTYPE', 1, true) then return lease end
+  lease = ''  -- junk
+end
 if ARGV[7] ~= '' then
   local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)')
   if owner ~= ARGV[7] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end

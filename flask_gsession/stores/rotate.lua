@@ -9,7 +9,11 @@ if #head < 31 then return 'G' end
 if head:sub(1, 9) == ARGV[2]:sub(1, 9) then return 'N' end
 local idle = struct.unpack('>I6', head, 16)
 if head:byte(1) ~= 1 or tonumber(ARGV[4]) >= idle then return 'G' end
-local lease = KEYS[2] and redis.call('GET', KEYS[2])
+local lease = KEYS[2] and redis.pcall('GET', KEYS[2])
+if type(lease) == 'table' then
+  if not lease.err:find('WRONGTYPE', 1, true) then return lease end
+  lease = ''  -- junk
+end
 if ARGV[6] ~= '' then
   local owner, till = (lease or ' 0\n'):match('^(%S*) (%d+)')
   if owner ~= ARGV[6] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end

@@ -11,7 +11,12 @@ if version == mine then return 'K' .. mine end
 local idle = struct.unpack('>I6', head, 16)
 if tonumber(ARGV[4]) >= idle then return 'G' end
 if KEYS[2] then
-  local owner, till = (redis.call('GET', KEYS[2]) or ' 0\n'):match('^(%S*) (%d+)')
+  local lease = redis.pcall('GET', KEYS[2]) or ''
+  if type(lease) == 'table' then
+    if not lease.err:find('WRONGTYPE', 1, true) then return lease end
+    lease = ''  -- junk
+  end
+  local owner, till = lease:match('^(%S*) (%d+)')
   if owner ~= ARGV[6] or tonumber(ARGV[4]) >= tonumber(till) then return 'L' end
 end
 if version ~= ARGV[1] then return 'S' end

@@ -610,7 +610,12 @@ class SQLiteStore:
             "SELECT owner, until, length, waiters FROM gsession_lease WHERE key = ?",
             (self._prefix + key,),
         ).fetchone()
-        return Lease() if row is None else Lease(row[0], row[1], row[2], json.loads(row[3]))
+        if row is None:
+            return Lease()
+        try:
+            return Lease.of(row[0], row[1], row[2], json.loads(row[3]))
+        except (ValueError, TypeError, RecursionError):
+            return Lease()  # junk
 
     def _put_lease(self, db: sqlite3.Connection, key: str, lease: Lease) -> None:
         name = self._prefix + key
