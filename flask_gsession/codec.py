@@ -8,7 +8,6 @@ compared with what was loaded, without touching the others. Never pickle.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import errno
 from collections.abc import Callable, Iterable, Mapping
@@ -78,12 +77,10 @@ class Codec:
         self._for_surrogates: Codec | None = None
         self._for_deep: Codec | None = None
 
-    def encode(self, key: str, value: object, stored: bytes | None = None) -> bytes:
+    def encode(self, key: str, value: object) -> bytes:
         """The bytes of ``session[key] = value``; equal values of equal type give equal bytes.
 
-        A value that is nested too deep passes where it is no longer than ``stored``, its bytes in
-        the store: the limit may have been lowered since. Raises ``UnsupportedType`` or
-        ``SessionTooLarge`` (too deep), naming the path.
+        Raises ``UnsupportedType`` or ``SessionTooLarge`` (too deep), naming the path.
         """
         try:
             if type(value) in _NATIVE:
@@ -92,26 +89,16 @@ class Codec:
         except UnicodeEncodeError:
             pass
         except _Refused as refused:
-            return self._encode_deep(key, value, stored, refused)
+            _raise_with_path(key, refused)
         if self._for_surrogates is None:
             self._for_surrogates = _SurrogateCodec(self._max_depth)
-        return self._for_surrogates.encode(key, value, stored)
+        return self._for_surrogates.encode(key, value)
 
-    def _encode_deep(
-        self, key: str, value: object, stored: bytes | None, refused: _Refused
-    ) -> bytes:
-        """The bytes of a refused value, where it is only nested too deep by now and did not grow.
-
-        Raises the error for any other.
-        """
-        if stored is not None and refused.error is SessionTooLarge and self._max_depth < DEEPEST:
-            if self._for_deep is None:
-                self._for_deep = type(self)(DEEPEST)
-            with contextlib.suppress(SessionTooLarge):
-                raw = self._for_deep.encode(key, value)
-                if len(raw) <= len(stored):
-                    return raw
-        _raise_with_path(key, refused)
+    def encode_deeper(self, key: str, value: object) -> bytes:
+        """The bytes of a value that may be nested as deep as the setting can allow at most."""
+        if self._for_deep is None:
+            self._for_deep = Codec(DEEPEST)
+        return self._for_deep.encode(key, value)
 
     def decode(self, raw: bytes) -> Any:
         """The value in ``raw``. Raises ``UnreadableRecord`` where there is none."""
@@ -230,11 +217,11 @@ class _SurrogateCodec(Codec):
         super().__init__(max_depth)
         self._native = _NATIVE_IN_UTF8
 
-    def encode(self, key: str, value: object, stored: bytes | None = None) -> bytes:
+    def encode(self, key: str, value: object) -> bytes:
         try:
             return self._encode(self._prepare(value, self._max_depth))
         except _Refused as refused:
-            return self._encode_deep(key, value, stored, refused)
+            _raise_with_path(key, refused)
 
     def _prepare(self, value: Any, depth: int) -> Any:
         kind = type(value)

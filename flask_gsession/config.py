@@ -21,14 +21,13 @@ from .codec import is_valid_text
 from .errors import SettingError
 from .events import logger
 from .merge import POLICIES, MergeFunction, last, reject
+from .payload import MOST_BYTES
 from .tokens import TokenFactory
 
 T = TypeVar("T")
 
 #: Read payloads written before encryption was turned on: the last of SESSION_ENCRYPTION_KEYS.
 PLAIN = "plain"
-
-_MAX_BYTES_LIMIT = 15 * 1024 * 1024  # a MongoDB document ends at 16 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,10 +306,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "breaker_pause": ("SESSION_BREAKER_PAUSE", _seconds(0.01, 60)),
     "logout_replicas": ("SESSION_LOGOUT_REPLICAS", _integer(0, 100, "replicas")),
     "on_store_error": ("SESSION_ON_STORE_ERROR", _on_store_error),
-    "max_bytes": ("SESSION_MAX_BYTES", _integer(256, _MAX_BYTES_LIMIT, "bytes")),
+    "max_bytes": ("SESSION_MAX_BYTES", _integer(256, MOST_BYTES, "bytes")),
     "max_keys": ("SESSION_MAX_KEYS", _integer(1, 1_000_000, "keys")),
     "max_depth": ("SESSION_MAX_DEPTH", _integer(1, 200, "levels")),
-    "spill_bytes": ("SESSION_SPILL_BYTES", _optional(_integer(256, _MAX_BYTES_LIMIT, "bytes"))),
+    "spill_bytes": ("SESSION_SPILL_BYTES", _optional(_integer(256, MOST_BYTES, "bytes"))),
     "spill_store": ("SESSION_SPILL_STORE", lambda value: value),
     "max_value_bytes": ("SESSION_MAX_VALUE_BYTES", _integer(256, 256 * 1024 * 1024, "bytes")),
     "encryption_keys": ("SESSION_ENCRYPTION_KEYS", _encryption_keys),

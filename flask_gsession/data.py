@@ -24,7 +24,7 @@ from .large import LargeValues
 from .lifecycle import alone
 from .locking import Lock
 from .marks import PLAIN, Mark, marked, split
-from .merge import MergeFunction
+from .merge import MergeFunction, encode_within
 from .references import reference_in, refers
 from .spill import ValueReader, reader_of
 from .transactions import Transaction
@@ -67,7 +67,7 @@ class SessionData(LargeValues, SessionMixin):
             self._put(key, value, self._keeper.check(key, value))
             return
         if self._keeper.settings.debug:
-            self._keeper.codec.encode(key, value)
+            values.encode(key, value)
         values[key] = value
 
     def _set(self, key: str, value: Any, mark: Mark) -> None:
@@ -82,13 +82,13 @@ class SessionData(LargeValues, SessionMixin):
         values = self._open_for_writing()
         keeper = self._keeper
         if keeper.settings.debug:
-            keeper.codec.encode(key, value)
+            values.encode(key, value)
         if mark == PLAIN:
             values[key] = value
         else:
             values.set(key, value, mark, keeper.now)
         if keeper.check is not None:
-            self._vetted[key] = keeper.codec.encode(key, value)
+            self._vetted[key] = values.encode(key, value)
 
     def _raw(self, key: str) -> bytes | None:
         """The encoded value of a key, its mark included; None where there is none."""
@@ -184,7 +184,7 @@ class SessionData(LargeValues, SessionMixin):
         """Set several keys, all or none: raises ``ValueRefused`` before anything is set."""
         for key, value in values.items():
             self._check_key(key)
-            self._keeper.codec.encode(key, value)
+            self._open().encode(key, value)
             if self._keeper.check is not None:
                 self._keeper.check(key, value)
         self.update(values)
@@ -466,7 +466,7 @@ class SessionData(LargeValues, SessionMixin):
             value = self._call(function, before)
             if self._keeper.check is not None:
                 mark = mark._replace(version=self._keeper.check(key, value).version)
-            return marked(codec.encode(key, value), mark)
+            return marked(encode_within(codec, key, value, raw), mark)
 
         changed = self._rewrite(key, rewrite, "update_atomic")
         assert changed is not None

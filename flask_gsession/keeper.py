@@ -27,6 +27,7 @@ from .errors import (
     LockLost,
     LogoutUnconfirmed,
     SessionConflict,
+    SessionTooLarge,
     SettingError,
     Stale,
     StoreError,
@@ -34,10 +35,10 @@ from .errors import (
     ValueLost,
 )
 from .events import Events, SessionRefused, logger
-from .marks import marked, split
+from .marks import END_OF_TIME, marked, split
 from .merge import Merger
 from .payload import Body, PayloadFormat
-from .references import BLANK, BYTES, Reference, content_of, names_in, refers
+from .references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .spill import Spill, pieces_of
 from .stores.base import (
     MAX_POINTERS,
@@ -66,7 +67,6 @@ _NO_WARNING = ("unknown", "expired")  # what anybody can send
 # For the store: the idle expiry may move back. Only named where it may.
 _SHORTEN = {"shorten": True}
 _NOTHING_MORE: dict[str, bool] = {}
-END_OF_TIME = 253_402_300_800_000  # the year 10000, in milliseconds
 _REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
 
 
@@ -221,7 +221,7 @@ class Keeper:
             old.created_at,
             old.idle_expires_at if idle_end is None else idle_end,
             old.absolute_expires_at,
-            self._payloads.pack(old.key, body, old.created_at, old.absolute_expires_at),
+            self._pack(old.key, body, old),
         )
         if idle_end is not None:
             self._renew_blobs(body, idle_end)
@@ -232,6 +232,15 @@ class Keeper:
             with self._under(lease) as store:
                 store.save(record, old.version, lease, **more)
         return record
+
+    def _pack(self, key: str, body: Body, old: Record) -> bytes:
+        """The payload of ``body``, which replaces that of ``old``: no limit forbids to shrink."""
+        times = old.created_at, old.absolute_expires_at
+        try:
+            return self._payloads.pack(key, body, *times)
+        except SessionTooLarge:
+            before = self._payloads.unpack(old.key, old.payload, *times)
+            return self._payloads.pack(key, body, *times, before=before.values)
 
     def end(self, old: Record, lease: str | None = None) -> None:
         """Delete the session in this very version. Raises as ``save`` does. One round trip."""
@@ -266,7 +275,7 @@ class Keeper:
                 key=key,
                 version=new_version(),
                 idle_expires_at=idle_end,
-                payload=self._payloads.pack(key, body, old.created_at, old.absolute_expires_at),
+                payload=self._pack(key, body, old),
             )
             pointer = self._pointer(old, record, grace)
             self._renew_blobs(body, record.idle_expires_at)
@@ -302,7 +311,7 @@ class Keeper:
             if until is None and not before:
                 return old.key, False
             body.debug_until = until
-            payload = self._payloads.pack(old.key, body, old.created_at, old.absolute_expires_at)
+            payload = self._pack(old.key, body, old)
             try:
                 self.store.save(old._replace(version=new_version(), payload=payload), old.version)
             except (Stale, Gone):
@@ -388,31 +397,41 @@ class Keeper:
         body: Body,
         expires_at: Callable[[], int],
         placed: dict[tuple[int, bytes], Reference],
+        before: Mapping[str, bytes],
     ) -> dict[str, bytes]:
         """The values of ``body``, with references instead of those that are large.
 
         These are written. ``placed`` has what was written before, by kind and digest, and gets what
-        is written now. Raises ``ValueRefused`` before anything is written, and
-        ``StoreUnavailable``.
+        is written now. ``before`` is what the session holds: a value there that is longer than a
+        limit of now stays as it is, or is replaced by one that is no longer. Raises
+        ``ValueRefused`` before anything is written, and ``StoreUnavailable``.
         """
         values = body.values
         large = [key for key, raw in values.items() if len(raw) > self._inline and not refers(raw)]
         if not large:
             return values
-        assert self.spill is not None  # or nothing is that large
-        parts = {key: split(values[key]) for key in large}
-        for key, (_, plain) in parts.items():
-            self.spill.check(f"session[{ascii(key)[:60]}]", len(content_of(plain)[1]))
+        spill = self.spill
+        assert spill is not None  # or nothing is that large
+        parts = {}
+        for key in large:
+            raw, stored = values[key], before.get(key)
+            mark, plain = split(raw)
+            length = len(content_of(plain)[1])
+            if length > spill.max_bytes and raw == stored:
+                continue
+            if length > length_of(stored):
+                spill.check(f"session[{ascii(key)[:60]}]", length)
+            parts[key] = mark, plain
         values = dict(values)
         for key, (mark, _) in parts.items():
             values[key] = marked(BLANK, mark)
-        self._payloads.check(replace(body, values=values))
+        self._payloads.check(replace(body, values=values), before)
         for key, (mark, plain) in parts.items():
             kind, content = content_of(plain)
             same = (kind, hashlib.sha256(content).digest())
             if same not in placed:
-                pieces = pieces_of(content, self.spill.frame_bytes)
-                placed[same] = self.spill.write(key, kind, pieces, expires_at)
+                pieces = pieces_of(content, spill.frame_bytes)
+                placed[same] = spill.write(key, kind, pieces, expires_at, len(content))
             values[key] = marked(placed[same].pack(), mark)
         return values
 

@@ -672,7 +672,7 @@ class Lifecycle:
             first = end if first is None else first
             return end
 
-        found = keeper.put_away(body, expires_at, self._placed)
+        found = keeper.put_away(body, expires_at, self._placed, self._values.stored)
         if self._placed:
             self._spilled = True
             end = expires_at()

@@ -19,11 +19,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .errors import UnreadableRecord
-
 _EXT_32, _CODE = 0xC9, 13
 MARK_BYTES = 14
+#: The year 10000, in milliseconds since 1970: no time of ours is as late.
+END_OF_TIME = 253_402_300_800_000
 MAX_VERSION = 0xFFFF
+_NO_TIME = END_OF_TIME.to_bytes(6, "big")
 
 
 class Mark(NamedTuple):
@@ -54,16 +55,20 @@ def marked(raw: bytes, mark: Mark) -> bytes:
 
 
 def is_marked(raw: bytes) -> bool:
-    """Whether an encoded value has a mark."""
-    return raw[0] == _EXT_32 and raw[5:6] == b"\x0d"
+    """Whether an encoded value has a mark. A malformed one is no mark, and cannot be decoded."""
+    return (
+        raw[0] == _EXT_32
+        and raw[5:6] == b"\x0d"
+        and len(raw) > MARK_BYTES
+        and int.from_bytes(raw[1:5], "big") == len(raw) - 6
+        and raw[6:12] < _NO_TIME
+    )
 
 
 def split(raw: bytes) -> tuple[Mark, bytes]:
-    """The mark of an encoded value, and the value without it. Raises ``UnreadableRecord``."""
+    """The mark of an encoded value, and the value without it."""
     if not is_marked(raw):
         return PLAIN, raw
-    if len(raw) <= MARK_BYTES or int.from_bytes(raw[1:5], "big") != len(raw) - 6:
-        raise UnreadableRecord("corrupt", "the mark of a value is cut")
     mark = Mark(int.from_bytes(raw[6:12], "big"), int.from_bytes(raw[12:MARK_BYTES], "big"))
     return mark, raw[MARK_BYTES:]
 

@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 from werkzeug.exceptions import HTTPException
 
 from .codec import Codec
-from .errors import GSessionError, SessionConflict, ValueLost, ValueRefused
+from .errors import GSessionError, SessionConflict, SessionTooLarge, ValueLost, ValueRefused
 from .marks import PLAIN, expired, marked, split, unexpired
+from .references import content_of, length_of
 
 
 class _Missing:
@@ -101,11 +102,32 @@ POLICIES: dict[str, MergeFunction] = {
 }
 
 
+def encode_within(codec: Codec, key: str, value: object, *known: bytes | None) -> bytes:
+    """The encoded value, for the place of one of those that are ``known``.
+
+    What is nested too deep passes where it is no longer than the longest of them, since the limit
+    may have been lowered while they were stored. Raises as ``Codec.encode``.
+    """
+    try:
+        return codec.encode(key, value)
+    except SessionTooLarge:
+        longest = max(map(length_of, known))
+        if longest:
+            raw = codec.encode_deeper(key, value)
+            if len(content_of(raw)[1]) <= longest:
+                return raw
+        raise
+
+
 class Change(NamedTuple):
     """One changed key, in encoded form; None where there is or shall be no value."""
 
     base: bytes | None
     mine: bytes | None
+
+    def __repr__(self) -> str:
+        sizes = (None if raw is None else f"{len(raw)} bytes" for raw in self)
+        return f"<Change: {' to '.join(map(str, sizes))}>"
 
 
 class Merger:
@@ -183,7 +205,8 @@ class Merger:
         # The mark is merged, too: mine where this request set it, or has the only value.
         was, stored, wanted = marks
         keeps = theirs is not None and wanted == was
-        return marked(self._codec.encode(key, result), stored if keeps else wanted)
+        encoded = encode_within(self._codec, key, result, base, theirs, mine)
+        return marked(encoded, stored if keeps else wanted)
 
 
 def _unexpired_changes(changes: Mapping[str, Change], now: int) -> dict[str, Change]:

@@ -24,15 +24,18 @@ times; such a payload is refused, since anybody who can write to the store could
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 from zlib import crc32
 
-from msgspec import DecodeError, Meta, Struct
+from msgspec import Meta, Struct
 from msgspec.msgpack import Decoder, Encoder
 
-from .codec import is_valid_text
+from .codec import OF_DATA, check_damage, is_valid_text
 from .encryption import Cipher
 from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType
+from .marks import END_OF_TIME
+from .references import length_of
 
 FORMAT, NEWEST = 2, 3
 # What holds no reference stays in the format that versions from before them can read.
@@ -40,8 +43,13 @@ _PLAIN, _SEALED = {False: b"\2\0", True: b"\3\0"}, {False: b"\2\2", True: b"\3\2
 _SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
 _SPILLED_OF_PLAIN = {header: spilled for spilled, header in _PLAIN.items()}
 NOT_ENCRYPTED = "not encrypted"
+#: Whatever the settings say: MongoDB takes no document of 16 MiB.
+MOST_BYTES = 15 * 1024 * 1024
 _CHECK_BYTES = 8
 _BODY = 2 + _CHECK_BYTES
+
+
+_Milliseconds = Annotated[int, Meta(ge=0, lt=END_OF_TIME)]
 
 
 class Body(Struct, array_like=True, gc=False):
@@ -54,10 +62,14 @@ class Body(Struct, array_like=True, gc=False):
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
-    lifetime: int | None = None
+    lifetime: _Milliseconds | None = None
     marked: bool = False
-    debug_until: int | None = None
+    debug_until: _Milliseconds | None = None
     spilled: bool = False
+
+    def __repr__(self) -> str:
+        size = sum(map(len, self.values.values()))
+        return f"<Body: {len(self.values)} keys, {size} bytes>"
 
 
 class PayloadFormat:
@@ -76,20 +88,27 @@ class PayloadFormat:
         self._encode = Encoder().encode
         self._decode = Decoder(Body).decode
 
-    def pack(self, session_key: str, body: Body, *times: int) -> bytes:
+    def pack(
+        self,
+        session_key: str,
+        body: Body,
+        *times: int,
+        before: Mapping[str, bytes] | None = None,
+    ) -> bytes:
         """The payload of ``body`` under ``session_key``. Raises as ``check`` does.
 
         ``times``: those of its record that never change, created_at and absolute_expires_at.
         """
-        return self._bind(session_key, self.check(body), times, body.spilled)
+        return self._bind(session_key, self.check(body, before), times, body.spilled)
 
-    def check(self, body: Body) -> bytes:
-        """The encoded body, which is within the limits.
+    def check(self, body: Body, before: Mapping[str, bytes] | None = None) -> bytes:
+        """The encoded body, which is within the limits, or no larger than the values ``before``.
 
-        Raises ``SessionTooLarge`` or ``UnsupportedType`` (a key that is not valid text).
+        Those are stored already: limits may have been lowered since. Raises ``SessionTooLarge`` or
+        ``UnsupportedType`` (a key that is not valid text).
         """
         values = body.values
-        if len(values) > self._max_keys:
+        if len(values) > self._max_keys and (before is None or len(values) > len(before)):
             raise SessionTooLarge(
                 "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
             )
@@ -107,7 +126,9 @@ class PayloadFormat:
             raise UnsupportedType(
                 f"session[{ascii(bad)[:60]}]", "a key that holds lone surrogates is not valid text"
             ) from None
-        if len(encoded) > self._max_bytes:
+        if len(encoded) > self._max_bytes and (
+            before is None or len(encoded) > MOST_BYTES or _size(values) > _size(before)
+        ):
             largest = max(values, key=lambda key: len(key) + len(values[key]))
             raise SessionTooLarge(
                 "session",
@@ -118,10 +139,11 @@ class PayloadFormat:
 
     def unpack(self, session_key: str, payload: bytes, *times: int) -> Body:
         """The body of ``payload``, its values still encoded. Raises ``UnreadableRecord``."""
+        body = self._unbind(session_key, payload, times)
         try:
-            return self._decode(self._unbind(session_key, payload, times))
-        except (DecodeError, ValueError, RecursionError):
-            raise UnreadableRecord("corrupt", "the body is none") from None
+            return self._decode(body)
+        except OF_DATA as error:
+            check_damage(self._decode, body, error)
 
     def bind_again(
         self, session_key: str, payload: bytes, before: tuple[int, ...], after: tuple[int, ...]
@@ -181,6 +203,11 @@ class PayloadFormat:
         if len(header) == 2 and header[0] == 1:
             raise UnreadableRecord("corrupt", "format 1, of a version before the first release")
         raise UnreadableRecord("corrupt", "no record of this library")
+
+
+def _size(values: Mapping[str, bytes]) -> int:
+    """The bytes of these keys and values, large ones in places of their own included."""
+    return sum(len(key.encode()) + length_of(raw) for key, raw in values.items())
 
 
 def _as_text(times: tuple[int, ...]) -> bytes:

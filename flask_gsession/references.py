@@ -28,6 +28,7 @@ _EXT_32 = 0xC9
 _DATA = Struct(">BB16s16s32sQI")
 _HEAD = bytes((_EXT_32,)) + _DATA.size.to_bytes(4, "big") + bytes((REFERENCE,))
 VALUE, BYTES = 1, 2
+_LONGEST = 2**40  # bytes, far beyond what SESSION_MAX_VALUE_BYTES may be
 _BYTES_HEADS = {0xC4: 2, 0xC5: 3, 0xC6: 5}  # of bytes in MessagePack, and how long they are
 
 
@@ -59,23 +60,39 @@ class Reference(NamedTuple):
     @classmethod
     def of(cls, data: bytes) -> Reference:
         """The reference in the data of the extension type. Raises ``UnreadableRecord``."""
-        if len(data) != _DATA.size:
-            raise UnreadableRecord("corrupt", "a reference is cut")
-        found = cls(*_DATA.unpack(data))
-        if found.kind not in (VALUE, BYTES) or found.sealed > 1 or not found.frame:
-            raise UnreadableRecord("corrupt", "a reference of no kind")
-        return found
+        if not _is_well_formed(data):
+            raise UnreadableRecord("corrupt", "a malformed reference")
+        return cls(*_DATA.unpack(data))
 
 
 #: One to nothing, as long as any other.
 BLANK = Reference(BYTES, 0, b"", b"", b"", 0, 1).pack()
 
 
+def _is_well_formed(data: bytes) -> bool:
+    if len(data) != _DATA.size:
+        return False
+    kind, sealed, _, _, _, length, frame = _DATA.unpack(data)
+    return kind in (VALUE, BYTES) and sealed <= 1 and frame > 0 and length <= _LONGEST
+
+
 def refers(raw: bytes | None) -> bool:
-    """Whether an encoded value, with a mark or without, is a reference."""
+    """Whether an encoded value, with a mark or without, is a reference.
+
+    A malformed one is no reference, and cannot be decoded.
+    """
     if raw is None or raw[0] != _EXT_32:
         return False
-    return raw.startswith(_HEAD, MARK_BYTES if is_marked(raw) else 0)
+    start = MARK_BYTES if is_marked(raw) else 0
+    return raw.startswith(_HEAD, start) and _is_well_formed(raw[start + len(_HEAD) :])
+
+
+def length_of(raw: bytes | None) -> int:
+    """The bytes of an encoded value without its mark, wherever they are; 0 for none."""
+    if raw is None:
+        return 0
+    plain = split(raw)[1]
+    return reference_in(raw).length if refers(raw) else len(plain)
 
 
 def reference_in(raw: bytes) -> Reference:

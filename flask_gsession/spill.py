@@ -43,7 +43,7 @@ class Spill:
         self.blobs = blobs
         #: the bytes of a frame, but for the last
         self.frame_bytes: int = getattr(blobs, "frame_bytes", FRAME)
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._cipher = cipher
         self._allow_plain = cipher is None or allow_plain
 
@@ -55,15 +55,22 @@ class Spill:
 
     def check(self, path: str, length: int) -> None:
         """Raises ``SessionTooLarge`` for a value of so many bytes, or more."""
-        if length > self._max_bytes:
+        if length > self.max_bytes:
             raise SessionTooLarge(
-                path, f"{length} bytes or more; SESSION_MAX_VALUE_BYTES allows {self._max_bytes}"
+                path, f"{length} bytes or more; SESSION_MAX_VALUE_BYTES allows {self.max_bytes}"
             )
 
     def write(
-        self, path: str, kind: int, pieces: Iterable[Any], expires_at: Callable[[], int]
+        self,
+        path: str,
+        kind: int,
+        pieces: Iterable[Any],
+        expires_at: Callable[[], int],
+        allowed: int = 0,
     ) -> Reference:
         """Write ``pieces``, of ``frame_bytes`` each but for the last, into a blob of its own.
+
+        It may have so many bytes as are ``allowed`` whatever the setting says.
 
         Raises ``SessionTooLarge``, ``StoreUnavailable`` and what ``pieces`` raises; what was
         written until then is let go.
@@ -75,7 +82,8 @@ class Spill:
         try:
             for number, (piece, last) in enumerate(_with_last(pieces)):
                 length += len(piece)
-                self.check(path, length)
+                if length > allowed:
+                    self.check(path, length)
                 digest.update(piece)
                 begun = True
                 self.blobs.write_frame(

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from .codec import Codec
-from .errors import UnreadableRecord
 from .events import Event, Events
 from .keeper import Keeper
 from .merge import Change
@@ -21,10 +20,7 @@ from .tracking import TrackedValues
 
 def size_of(raw: bytes) -> int:
     """The bytes of an encoded value; of one in a place of its own those that are there."""
-    try:
-        return reference_in(raw).length if refers(raw) else len(raw)
-    except UnreadableRecord:
-        return len(raw)
+    return reference_in(raw).length if refers(raw) else len(raw)
 
 
 class Call(NamedTuple):

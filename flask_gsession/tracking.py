@@ -9,7 +9,7 @@ from typing import Any
 from .codec import IMMUTABLE, Codec
 from .errors import SessionTooLarge
 from .marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
-from .merge import Change
+from .merge import Change, encode_within
 from .references import holds, refers
 
 _NOTHING: dict[str, bytes] = {}
@@ -176,6 +176,7 @@ class TrackedValues:
         Raises ``ValueRefused`` for a value that cannot be kept, and before it encodes any where
         there are more new keys than ``max_keys``.
         """
+        max_keys = max(max_keys, len(self.stored))
         if len(self._base) > max_keys:
             new = (key for key, base in self._base.items() if base is None)
             count = sum(1 for key in new if key in self._live or key in self._given)
@@ -191,7 +192,10 @@ class TrackedValues:
         bases = self._base.copy()
         live, encode, marks = self._live.copy(), self._codec.encode, self.now is not None
         for key, base in bases.items():
-            mine = encode(key, live[key]) if key in live else None
+            try:
+                mine = encode(key, live[key]) if key in live else None
+            except SessionTooLarge:
+                mine = encode_within(self._codec, key, live[key], base)
             if marks and mine is not None:
                 mine = marked(mine, self._marks.get(key, PLAIN))
             if mine is None:
@@ -199,6 +203,10 @@ class TrackedValues:
             if mine != base and not holds(base, mine):
                 found[key] = Change(base, mine)
         return found
+
+    def encode(self, key: str, value: Any) -> bytes:
+        """The encoded value, without a mark, as ``key`` may hold it. Raises ``ValueRefused``."""
+        return encode_within(self._codec, key, value, self._base.get(key), self.stored.get(key))
 
     def has_changed(self, key: str) -> bool:
         """Whether this request changed ``key``. Raises as ``changes`` does."""
@@ -287,7 +295,7 @@ class TrackedValues:
             self.now, self._marks = now, {}
 
     def _encoded(self, key: str) -> bytes:
-        raw = self._codec.encode(key, self._live[key])
+        raw = self.encode(key, self._live[key])
         return raw if self.now is None else marked(raw, self._marks.get(key, PLAIN))
 
     def _has_expired(self, key: Any) -> bool:

@@ -19,6 +19,7 @@ from msgspec.msgpack import encode
 from flask_gsession.codec import Codec
 from flask_gsession.encryption import Cipher
 from flask_gsession.errors import SessionTooLarge, UnreadableRecord, UnsupportedType
+from flask_gsession.marks import END_OF_TIME
 from flask_gsession.payload import FORMAT, NEWEST, Body, PayloadFormat
 from flask_gsession.tokens import new_token, session_key
 from tests.test_codec import shape, values
@@ -67,7 +68,7 @@ BODY = a_body({"user": "ada", "cart": ["mug", ("pen", 2)]})
 @settings(max_examples=40)
 @given(
     items=st.dictionaries(st.text(), values, max_size=4),
-    lifetime=st.none() | st.integers(0, 2**63 - 1),
+    lifetime=st.none() | st.integers(0, END_OF_TIME - 1),
 )
 def test_a_body_comes_back_as_it_was(
     form: PayloadFormat, items: dict[str, Any], lifetime: int | None

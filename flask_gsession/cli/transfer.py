@@ -34,7 +34,8 @@ from flask.cli import with_appcontext
 
 from ..errors import Gone, KeyTaken, Stale, UnreadableRecord, ValueLost
 from ..interface import GSessionInterface
-from ..keeper import BLOB_GRACE, END_OF_TIME, Keeper
+from ..keeper import BLOB_GRACE, Keeper
+from ..marks import END_OF_TIME
 from ..payload import NOT_ENCRYPTED, Body
 from ..references import reference_in, refers
 from ..spill import stored_length
