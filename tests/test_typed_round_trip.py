@@ -209,6 +209,18 @@ class Measure:
     ids: dict[date, UUID] = field(default_factory=dict)
 
 
+def passes_once() -> Callable[[Any], None]:
+    """A validator, as of a code that can be used once."""
+    used: list[Any] = []
+
+    def check(value: Any) -> None:
+        if value in used:
+            raise ValidationError("Used.")
+        used.append(value)
+
+    return check
+
+
 MUG = {"article": "mug"}
 CAMERA = timedelta(days=200_000, seconds=4881, microseconds=871_461)
 
@@ -393,6 +405,12 @@ REFUSED: dict[str, tuple[Any, Any, str | int | None]] = {
     ),
     "stamp": (Stamps, {"page": "/"}, "at"),
     "stamp of no field": (StampsUndeclared, {"page": "/"}, "at"),
+    "validator that differs": (of(a=fields.Int(validate=passes_once())), {"a": 1}, "a"),
+    "validators that differ": (
+        of(a=fields.Int(validate=validate.And(validate.Range(0), passes_once()))),
+        {"a": 1},
+        "a",
+    ),
     "object that differs": (MakesCounted, {"n": 1}, "serial"),
     "dataclass that grows": (Labels, Labels(["new"]), "names"),
     "subclass of the dataclass": (Folder, Measure(), None),

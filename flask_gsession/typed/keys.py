@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 from flask import abort, jsonify, request
 from flask import session as flask_session
@@ -37,23 +37,26 @@ _NONE: Any = object()  # no value
 _HANDED_OUT = 32  # values that a request may change and give back
 
 
-class _Known:
-    """What a request found: ``value`` is the default, or nothing, where it is not ``there``."""
+class _Found(NamedTuple):
+    """What a look found: ``value`` is the default, or nothing, where it is not ``there``."""
 
-    __slots__ = ("handed_out", "looked", "raw", "there", "value")
+    raw: bytes | None
+    value: Any
+    there: bool
+
+
+class _Known:
+    """What a request knows of a key: swapped in one assignment, since threads may share it."""
+
+    __slots__ = ("found", "handed_out")
 
     def __init__(self) -> None:
-        self.raw: bytes | None = None
-        self.value: Any = _NONE
-        self.there = False
-        self.looked = False
+        self.found: _Found | None = None
         #: what ``get`` and ``set`` gave the program, newest last
         self.handed_out: list[Any] = []
 
     def hand_out(self, value: Any) -> Any:
-        self.handed_out.append(value)
-        if len(self.handed_out) > _HANDED_OUT:
-            del self.handed_out[0]
+        self.handed_out = [*self.handed_out[1 - _HANDED_OUT :], value]
         return value
 
 
@@ -190,16 +193,17 @@ class SessionKey(Generic[T]):
         session = self._session()
         raw = session._raw(self.name)
         known = session._typed.get(self) or self._known(session)
-        if known.raw != raw or not known.looked:
-            self._look(session, raw, known)
-        if not known.there and default is not _NONE:
+        found = known.found
+        if found is None or found.raw != raw:
+            found = known.found = self._look(session, raw)
+        if not found.there and default is not _NONE:
             return default
-        if known.value is _NONE:
+        if found.value is _NONE:
             raise KeyError(
                 f"session[{self.name!r}] holds no valid value, and its schema has no default: "
                 "use get(default), or @require_session"
             )
-        value = _fresh(known.value)
+        value = _fresh(found.value)
         return value if self._form.is_plain else known.hand_out(value)
 
     def set(self, value: Any) -> T:
@@ -344,7 +348,7 @@ class SessionKey(Generic[T]):
                 "validators say what is wrong by ValidationError"
             ) from error
 
-    def _look(self, session: SessionData, raw: bytes | None, known: _Known) -> None:
+    def _look(self, session: SessionData, raw: bytes | None) -> _Found:
         value, there = _NONE, False
         if raw is not None:
             try:
@@ -361,7 +365,7 @@ class SessionKey(Generic[T]):
         if value is _NONE:
             with contextlib.suppress(ValidationError):
                 value = self._run(lambda _: self._form.default(), None)
-        known.raw, known.value, known.there, known.looked = raw, value, there, True
+        return _Found(raw, value, there)
 
     def _loaded(self, session: SessionData, version: int, data: Any) -> Any:
         """The value of stored data; ``_NONE`` where they are not valid."""

@@ -32,7 +32,7 @@ def merge_of_values(form: Form, merge: MergeFunction, run: Run) -> MergeFunction
         except ValidationError as error:
             raise SessionConflict from error
 
-    return merged
+    return _named_as(merge, merged)
 
 
 def merge_of_stored(form: Form, merge: MergeFunction, run: Run) -> MergeFunction:
@@ -53,7 +53,7 @@ def merge_of_stored(form: Form, merge: MergeFunction, run: Run) -> MergeFunction
             raise SessionConflict from error
         return stored
 
-    return merged
+    return _named_as(merge, merged)
 
 
 def policy_of(name: str | MergeFunction, form: Form, run: Run) -> MergeFunction:
@@ -61,6 +61,11 @@ def policy_of(name: str | MergeFunction, form: Form, run: Run) -> MergeFunction:
     if isinstance(name, str):
         return merge_of_stored(form, POLICIES[name], run)
     return merge_of_values(form, name, run)
+
+
+def _named_as(merge: MergeFunction, merged: MergeFunction) -> MergeFunction:
+    merged.__name__ = getattr(merge, "__name__", repr(merge))  # for messages
+    return merged
 
 
 def _read(form: Form, side: Any, run: Run) -> Any:

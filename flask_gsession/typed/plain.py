@@ -10,7 +10,7 @@ from typing import Any
 
 from marshmallow import INCLUDE, Schema, fields, missing
 from marshmallow.fields import Field
-from marshmallow.validate import Validator
+from marshmallow.validate import And
 
 from .dataclasses import StrictBoolean, StrictFloat, StrictString
 from .dumping import loads_booleans
@@ -78,12 +78,12 @@ def is_plain_field(field: Field[Any], above: tuple[type, ...] = ()) -> bool:
         return False
     if getattr(field, "pre_load", None) or getattr(field, "post_load", None):
         return False
+    if not all(map(_is_from_marshmallow, field.validators)):
+        return False  # another one may pass a value once only, or change it
     if kind in _SCALARS:
         if isinstance(field, fields.Boolean):
             return loads_booleans(field)
         return not getattr(field, "as_string", False)
-    if not all(isinstance(validator, Validator) for validator in field.validators):
-        return False  # which could change what it looks at
     if kind is fields.Raw:
         return True
     if isinstance(field, fields.List):
@@ -102,6 +102,11 @@ def is_plain_field(field: Field[Any], above: tuple[type, ...] = ()) -> bool:
             and (value is None or is_plain_field(value, above))
         )
     return False
+
+
+def _is_from_marshmallow(validator: Any) -> bool:
+    inner = validator.validators if isinstance(validator, And) else ()
+    return type(validator).__module__ == And.__module__ and all(map(_is_from_marshmallow, inner))
 
 
 def plain_copy(value: Any, loaded: Any) -> Any:
