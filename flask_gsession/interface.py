@@ -231,7 +231,18 @@ def _opened_by_hand(session: SessionData) -> bool:
 
 
 def _answer_to(app: Flask, error: Exception) -> Response:
-    """What the application answers when a view raises ``error``."""
+    """What the application answers when a view raises ``error``.
+
+    Its hooks have run already, so a page of its own for the error gets ``Retry-After`` here.
+    """
+    response = _page_for(app, error)
+    wait = getattr(error, "retry_after", None)
+    if isinstance(wait, int) and response.status_code >= 300:
+        response.headers.setdefault("Retry-After", str(wait))
+    return response
+
+
+def _page_for(app: Flask, error: Exception) -> Response:
     try:
         return app.make_response(app.handle_user_exception(error))
     except Exception as raised:

@@ -486,6 +486,27 @@ def test_debugging(
     assert names.SlowSessions.slow == [("GET /", [])]
 
 
+def test_rate_limits(run: Run) -> None:
+    app = run("docs/how-to/rate-limits.md").app
+
+    def sign_in(name: str, password: str, address: str = "192.0.2.1") -> int:
+        answer = app.test_client().post(
+            "/sign-in",
+            data={"name": name, "password": password},
+            headers={"X-Forwarded-For": address},
+        )
+        return int(answer.status_code)
+
+    for person in range(6):  # of one office
+        assert sign_in(f"user{person}", "mistyped") == 401
+        assert sign_in(f"user{person}", "open sesame") == 200
+    guesses = [sign_in(" Ada", "guess", f"192.0.3.{number}") for number in range(12)]
+    assert guesses == [401] * 10 + [429] * 2
+    guesses = [sign_in(f"name{number}", "guess") for number in range(95)]
+    assert guesses == [401] * 94 + [429]
+    assert app.test_client().get("/search").headers["RateLimit-Remaining"] == "99"
+
+
 def test_deployment(run: Run) -> None:
     names = run("docs/how-to/deployment.md")
 

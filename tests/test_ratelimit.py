@@ -8,25 +8,30 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import pytest
-from flask import Blueprint, Flask, Response, session
+from flask import Blueprint, Flask, Response, abort, request, session
 from flask.testing import FlaskClient
 from flask.views import MethodView
 from flask_limiter import Limiter
+from limits.aio.storage import MemoryStorage as AsyncStorage
+from limits.storage import MemoryStorage
 from pymongo import MongoClient
 from redis import Redis
+from werkzeug.local import LocalProxy
 
 from flask_gsession import Session, SettingError
 from flask_gsession.contrib.ratelimit import (
     SessionLimitExceeded,
     SessionLimits,
-    _storage_of,
     network_of_client,
     session_limit,
 )
+from flask_gsession.contrib.ratelimit_storages import storage_of
 from flask_gsession.stores import Record
 from flask_gsession.stores.base import Clock
 from flask_gsession.stores.memory import MemoryStore
@@ -232,10 +237,90 @@ def test_users_of_another_kind(make_app: Maker) -> None:
         session["customer"] = number
         return ""
 
-    for number in (0, 1):
+    for number in (1, 2):
         client = app.test_client()
         client.get(f"/become/{number}")
         assert through(app, 2, client) == 1
+
+
+class Customer:
+    def __init__(self, name: object) -> None:
+        self.name = name
+
+    def get_id(self) -> object:
+        return self.name
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        *("ada", 7, uuid4(), b"ada", Customer("ada"), Customer(7)),
+        LocalProxy(lambda: Customer("ada")),
+        LocalProxy(lambda: "ada"),
+    ],
+)
+def test_a_user_is_known_by_an_id(make_app: Maker, user: object) -> None:
+    app = make_app(user=lambda: user)
+    limited(app, "2/hour", network="100/hour")
+    for number in range(2):  # wherever the requests come from
+        assert through(app, 2, **from_address(f"10.0.0.{number}")) == (2 if number == 0 else 0)
+
+
+@pytest.mark.parametrize(
+    "nobody", [None, "", 0, False, Customer(None), LocalProxy(lambda: Customer(None))]
+)
+def test_nobody_is_no_user_of_everybody(make_app: Maker, nobody: object) -> None:
+    app = make_app(user=lambda: nobody)
+    limited(app, "2/hour")
+    for number in range(2):
+        assert through(app, 3, **from_address(f"10.0.0.{number}")) == 2
+
+
+@pytest.mark.parametrize("user", [object(), True, 1.5, ["ada"], {"id": 7}, Customer(object())])
+def test_a_user_without_an_id_is_refused(
+    make_app: Maker, user: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(user=lambda: user)
+    limited(app, "2/hour")
+    assert app.test_client().get("/").status_code == 500
+    assert "user= of the rate limits returned a " in caplog.text
+
+
+def test_accounts_of_a_network_have_a_ceiling(app: Flask) -> None:
+    limited(app, "2/hour", network="5/hour")
+    served = []
+    for user in range(4):
+        client = app.test_client()
+        client.get(f"/login/{user}")
+        served.append(through(app, 3, client))
+    assert served == [2, 2, 1, 0]
+    assert through(app, 2) == 0
+    assert through(app, 2, **from_address("10.0.0.7")) == 2
+    assert through(app, 2, client, **from_address("10.0.0.7")) == 2  # what was refused is free
+
+
+def test_the_ceiling_is_ten_times_the_limit_by_default(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "2/hour")
+    served = 0
+    for user in range(12):
+        client = app.test_client()
+        client.get(f"/login/{user}")
+        served += through(app, 3, client)
+    assert served == 20
+
+
+def test_all_networks_of_an_ipv6_site_have_a_ceiling(make_app: Maker) -> None:
+    app = make_app(creation="1/hour")
+    limited(app, "2/hour")
+
+    def of_site(number: int, site: str = "2001:db8:1") -> dict[str, Any]:
+        return from_address(f"{site}:{number:x}::1")
+
+    assert sum(through(app, 1, **of_site(number)) for number in range(30)) == 20
+    assert through(app, 3, **of_site(1, "2001:db8:2")) == 2
+    made = [app.test_client().get("/visit", **of_site(number)) for number in range(30)]
+    assert [answer.status_code for answer in made].count(200) == 10
 
 
 def test_a_wider_limit_for_the_network(make_app: Maker) -> None:
@@ -333,8 +418,9 @@ def test_the_applications_own_page(make_app: Maker) -> None:
 
     assert through(app, 1) == 1
     refused = app.test_client().get("/")
-    assert refused.text == "network True 1 per 1 hour"
+    assert refused.text == "visitors True 1 per 1 hour"
     assert refused.headers["RateLimit-Remaining"] == "0"
+    assert HOUR - 60 < int(refused.headers["Retry-After"]) <= HOUR
 
 
 def test_several_limits_in_one(make_app: Maker) -> None:
@@ -443,10 +529,264 @@ def test_async_views(make_app: Maker) -> None:
     assert through(app, 2) == 1
 
 
+def test_each_view_of_a_factory_counts_for_itself(make_app: Maker) -> None:
+    app = make_app()
+
+    def add(name: str) -> None:
+        @session_limit("1/hour")
+        def index() -> str:
+            return name
+
+        app.add_url_rule(f"/{name}", name, index)
+        app.add_url_rule(f"/{name}/again", f"{name}-again", index)  # the same view
+
+        class Page(MethodView):
+            @session_limit("1/hour")
+            def get(self) -> str:
+                return name
+
+        app.add_url_rule(f"/{name}/class", f"{name}-class", Page.as_view(name))
+        blueprint = Blueprint("part", __name__, url_prefix=f"/{name}/part")
+        outer = Blueprint(f"{name}-outer", __name__)
+        session_limit("1/hour")(blueprint).add_url_rule("/", "part", lambda: name)
+        outer.register_blueprint(blueprint)
+        app.register_blueprint(outer)
+
+    for name in ("users", "orders"):
+        add(name)
+    get = app.test_client().get
+    for name in ("users", "orders"):
+        for path in ("", "/class", "/part/"):
+            answers = [get(f"/{name}{path}").status_code for _ in range(2)]
+            assert answers == [200, 429], (name, path)
+        assert get(f"/{name}/again").status_code == 429
+
+
+def test_a_class_has_a_count_for_each_of_its_views(make_app: Maker) -> None:
+    app = make_app()
+
+    class Page(MethodView):
+        @session_limit("1/hour")
+        def get(self) -> str:
+            return ""
+
+    class Further(Page):
+        pass
+
+    for name, kind in (("one", Page), ("two", Page), ("three", Further)):
+        app.add_url_rule(f"/{name}", view_func=kind.as_view(name))
+    get = app.test_client().get
+    for name in ("one", "two", "three"):
+        assert [get(f"/{name}").status_code for _ in range(2)] == [200, 429]
+
+
+def test_a_function_that_views_call_counts_once(make_app: Maker) -> None:
+    app = make_app()
+
+    @session_limit("2/hour")
+    def search() -> str:
+        return ""
+
+    app.add_url_rule("/a", "a", lambda: search())
+    app.add_url_rule("/b", "b", lambda: search())
+    get = app.test_client().get
+    assert [get(path).status_code for path in ("/a", "/b", "/a")] == [200, 200, 429]
+
+
+class Answer:
+    """A view that is an object; it has no hash, and nothing can refer to it weakly."""
+
+    __slots__ = ("text",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __call__(self) -> str:
+        return self.text
+
+
+def say(text: str) -> str:
+    return text
+
+
+async def say_later(text: str) -> str:
+    return text
+
+
+def test_whatever_can_be_a_view_can_be_limited(make_app: Maker) -> None:
+    app = make_app()
+    views = {
+        "partial": partial(say, "partial"),
+        "further": partial(say, "further"),
+        "later": partial(say_later, "later"),
+        "object": Answer("object"),
+        "method": Answer("method").__call__,
+        "function": staticmethod(partial(say, "function")),
+    }
+    for name, view in views.items():
+        app.add_url_rule(f"/{name}", name, session_limit("1/hour")(view))
+    app.add_url_rule("/free", "free", Answer("free"))
+    get = app.test_client().get
+    for name in views:
+        answers = [get(f"/{name}") for _ in range(2)]
+        assert answers[0].text == name
+        assert [answer.status_code for answer in answers] == [200, 429]
+    assert get("/free").text == "free"
+
+
+@pytest.mark.parametrize("view", ["index", 5, MethodView, classmethod(say)])
+def test_what_is_no_view_is_refused(view: Any) -> None:
+    with pytest.raises(SettingError, match="session_limit is for a function"):
+        session_limit("1/hour")(view)
+
+
+def test_an_object_in_the_wrong_order_stops_the_start(make_app: Maker) -> None:
+    for view in (Answer("here"), partial(say, "here")):
+        session_limit("1/hour")(view)
+        with pytest.raises(SettingError, match="'page' is not limited"):
+            make_app().add_url_rule("/", "page", view)
+
+
+# -- signing in: an account and a network, of which only failures count
+
+
+@pytest.fixture
+def sign_in(make_app: Maker, store_url: str) -> Callable[..., int]:
+    """Signs in on an application with the limits that docs/how-to/rate-limits.md gives."""
+    app = on(store_url, make_app)
+
+    @app.post("/sign-in")
+    @session_limit(
+        "3/hour",
+        key=lambda: request.form["name"].strip().casefold(),
+        network="8/hour",
+        deduct_when=lambda response: response.status_code == 401,
+    )
+    def sign_in() -> str:
+        if request.form["password"] != "right":
+            abort(401)
+        session["_user_id"] = request.form["name"]
+        return ""
+
+    def ask(name: str, password: str, address: str = "192.0.2.1") -> int:
+        form = {"name": name, "password": password}
+        answer = app.test_client().post("/sign-in", data=form, **from_address(address))
+        return int(answer.status_code)
+
+    return ask
+
+
+def test_an_office_of_six_signs_in(sign_in: Callable[..., int]) -> None:
+    for person in range(6):
+        assert sign_in(f"user{person}", "mistyped") == 401
+        for _ in range(4):
+            assert sign_in(f"user{person}", "right") == 200
+
+
+def test_guesses_for_an_account_from_everywhere(sign_in: Callable[..., int]) -> None:
+    answers = [sign_in("Ada ", "guess", f"192.0.2.{number}") for number in range(5)]
+    assert answers == [401, 401, 401, 429, 429]
+    assert sign_in("ada", "right", "192.0.2.77") == 429
+    assert sign_in("bob", "right", "192.0.2.1") == 200
+
+
+def test_guesses_of_a_network_for_many_accounts(sign_in: Callable[..., int]) -> None:
+    answers = [sign_in(f"user{number}", "guess") for number in range(10)]
+    assert answers == [401] * 8 + [429] * 2
+    assert sign_in("mallory", "right") == 429  # nor does a success give anything back
+    assert sign_in("ada", "right", "192.0.2.77") == 200
+
+
+def test_what_was_refused_costs_neither_account_nor_network(sign_in: Callable[..., int]) -> None:
+    for _ in range(9):
+        sign_in("ada", "guess")
+    assert [sign_in("bob", "guess") for _ in range(3)] == [401] * 3  # of the network: 3 and 3
+    assert [sign_in("cyd", "guess") for _ in range(3)] == [401, 401, 429]
+    assert [sign_in("dan", "guess") for _ in range(3)] == [429] * 3
+    assert [sign_in("dan", "guess", "192.0.2.7") for _ in range(4)] == [401, 401, 401, 429]
+
+
+def test_guesses_at_the_same_time(sign_in: Callable[..., int]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: sign_in("ada", "guess"), range(24)))
+    assert answers.count(401) == 3
+
+
+def test_a_request_without_a_key_counts_as_any_other(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "2/hour", key=lambda: request.args.get("name"))
+    assert through(app, 3) == 2
+    assert through(app, 3, query_string={"name": ""}) == 0
+    assert through(app, 3, query_string={"name": "ada"}) == 2
+    app = make_app()
+    limited(app, "2/hour", key=object)
+    assert app.test_client().get("/").status_code == 500
+
+
+def test_a_blueprint_of_which_failures_count(make_app: Maker) -> None:
+    app = make_app()
+    blueprint = Blueprint("api", __name__)
+    blueprint.add_url_rule("/<int:status>", view_func=lambda status: ("", status), endpoint="page")
+    session_limit("2/hour", deduct_when=lambda response: response.status_code >= 400)(blueprint)
+    app.register_blueprint(blueprint)
+    get = app.test_client().get
+    statuses = [get(f"/{status}").status_code for status in (200, 404, 200, 400, 200)]
+    assert statuses == [200, 404, 200, 400, 429]
+
+
+def test_the_headers_know_of_what_was_taken_back(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "3/hour", deduct_when=lambda response: False)
+    for _ in range(5):
+        assert app.test_client().get("/").headers["RateLimit-Remaining"] == "3"
+
+
+@pytest.mark.parametrize("name", ["key", "deduct_when", "exempt_when"])
+def test_what_is_no_function_stops_the_import(name: str) -> None:
+    arguments: Any = {name: "ada"}
+    with pytest.raises(SettingError, match=f"{name} is 'ada'; allowed: a function"):
+        session_limit("1/hour", **arguments)
+
+
+# -- the application's own pages
+
+
+def test_retry_after_stays_with_a_page_of_the_applications_own(make_app: Maker) -> None:
+    for headers in (True, False):
+        app = make_app(creation="1/hour", headers=headers)
+        limited(app, "1/hour")
+        app.register_error_handler(429, lambda error: ("slowly", 429))
+        app.register_error_handler(503, lambda error: ("later", 503))
+        assert through(app, 1) == 1
+        app.test_client().get("/visit")
+        for path in ("/", "/visit"):
+            refused = app.test_client().get(path)
+            assert HOUR - 60 < int(refused.headers["Retry-After"]) <= HOUR
+        assert ("RateLimit-Limit" in app.test_client().get("/").headers) is headers
+
+
+def test_an_answer_of_the_applications_own(make_app: Maker, dead_redis: str) -> None:
+    app = make_app()
+    limited(app, "1/hour")
+    answers = iter([("", 429, {"Retry-After": "7"}), ("never mind", 200), ("elsewhere", 302)])
+    app.register_error_handler(SessionLimitExceeded, lambda error: next(answers))
+    get = app.test_client().get
+    get("/")
+    assert get("/").headers.getlist("Retry-After") == ["7"]
+    assert "Retry-After" not in get("/").headers
+    assert "Retry-After" in get("/").headers
+    down = make_app(storage=dead_redis)
+    limited(down, "1/hour")
+    down.register_error_handler(503, lambda error: ("later", 503))
+    answer = down.test_client().get("/")
+    assert (answer.text, answer.headers["Retry-After"]) == ("later", "1")
+
+
 # -- what fails closed
 
 
-@pytest.mark.parametrize("limit", ["", "100", "100/fortnight", "0/minute", 7])
+@pytest.mark.parametrize("limit", ["", "100", "100/fortnight", "0/minute", 7, ["1/hour"]])
 def test_a_wrong_limit_stops_the_import(limit: Any) -> None:
     with pytest.raises(SettingError, match=r"The rate limit is .*100/minute"):
         session_limit(limit)
@@ -543,11 +883,22 @@ def test_settings_that_cannot_be(make_app: Maker) -> None:
         {"strategy": "guess"},
         {"on_storage_error": "ignore"},
         {"creation": "few"},
+        {"creation": 60},
+        {"user": "ada"},
+        {"storage": MemoryStorage},
+        {"storage": 5},
+        {"storage": AsyncStorage()},
+        {"storage": "async+memory://"},
+        {"storage": "memcached://localhost:11211"},
+        {"storage": "redis+cluster://user:secret@localhost"},
+        {"storage": "mongodb://user:secret@"},
+        {"storage": ""},
         {"storage": "carrier-pigeon://user:secret@host"},
     ):
         with pytest.raises(SettingError) as refused:
             make_app(**options)
         assert "secret" not in str(refused.value)
+        assert str(refused.value)
     with pytest.raises(SettingError, match="already"):
         SessionLimits(make_app(), proxies=0).init_app(make_app())
     with pytest.raises(SettingError, match="not on the application"):
@@ -595,11 +946,11 @@ def test_the_client_of_mongodb_is_used_and_stays_open(make_app: Maker, mongodb_u
         limited(app, "2/hour")
         assert through(app, 3) == 2
         (interface,) = app.extensions["gsession"].values()
-        storage = _storage_of(interface.store, "")
+        storage = storage_of(interface.store, "")
         storage.get("nothing")
         storage.__del__()
         database = client.get_default_database()
-        assert database["gsession_limits"].count_documents({}) == 1
+        assert database["gsession_limits"].count_documents({}) == 2
         assert "expireAt_1" in database["gsession_limits"].index_information()
 
 
@@ -703,7 +1054,7 @@ def test_no_token_and_no_name_in_keys_or_logs(
         counted = list(database["gsession_limits"].find())
         keys = [str(document) for document in counted]
         assert all(document["expireAt"] for document in counted)
-    assert len(keys) == 3
+    assert len(keys) == 4
     token = anonymous.value.partition(".")[0]
     for text in (*keys, caplog.text):
         assert token not in text

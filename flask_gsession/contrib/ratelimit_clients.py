@@ -1,0 +1,71 @@
+"""Whom a rate limit counts: networks, users and other names of a request."""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Address, ip_address, ip_network
+from uuid import UUID
+
+from flask import request
+
+from ..errors import SettingError
+
+_NETWORK_V6 = 64  # bits: what one customer of a provider has at least
+_SITE_V6 = 48  # bits: what one customer of a provider has at most
+
+
+def network_of_client(proxies: int) -> str:
+    """The network that the current request comes from: an IPv4 address, or an IPv6 /64.
+
+    ``proxies``: as for ``SessionLimits``. A request that did not come through all of them counts
+    for the address that it came from. What is no address, as of a socket, is one network.
+    """
+    address = request.remote_addr or ""
+    if proxies:
+        hops = ",".join(request.headers.getlist("X-Forwarded-For")).split(",")
+        if len(hops) >= proxies and _network(hops[-proxies]):
+            address = hops[-proxies]
+    return _network(address) or "unknown"
+
+
+def site_of(network: str) -> str:
+    """The widest network of one customer that this network belongs to: of IPv6 its /48."""
+    if ":" not in network:
+        return network
+    return str(ip_network(network).supernet(new_prefix=_SITE_V6))
+
+
+def _network(text: str) -> str | None:
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    if not isinstance(address, IPv6Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ip_network((address, _NETWORK_V6), strict=False))
+
+
+def name_of(value: object, source: str) -> str | None:
+    """What to count this value of the function ``source`` by; None for nobody.
+
+    Nobody are also ``""``, ``0`` and ``False``: they would be one bucket for everybody. Raises
+    ``SettingError`` for what has no text that stays the same, such as most objects.
+    """
+    get_id = getattr(value, "get_id", None)  # of Flask-Login's users
+    if callable(get_id):
+        value = get_id()
+    if not value:
+        return None
+    if isinstance(value, (str, int, bytes, UUID)) and not isinstance(value, bool):
+        return str(value)
+    raise SettingError(
+        f"{source} of the rate limits returned a {value.__class__.__name__}; allowed: an id as "
+        "text, bytes, a whole number or a UUID, a user with Flask-Login's get_id(), or None for "
+        "nobody"
+    )
