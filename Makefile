@@ -11,7 +11,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench faults rules dashboard docs servers chromium prometheus clean
+.PHONY: help demo test contract lint bench faults rules dashboard docs servers chromium prometheus clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:
 
 test: $(VENV)/with-test servers chromium prometheus ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)
+
+contract: $(VENV)/with-test servers ## Run the store contract on each wrapper around each store
+	$(PY) -m pytest -m contract $(TEST_ARGS)
 
 lint: $(VENV)/with-test ## Check style and types
 	$(PY) -m ruff check

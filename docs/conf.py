@@ -37,7 +37,7 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 # Nobody calls these: Flask makes a SessionData, and the rest is raised or inherited.
-UNCALLED = {"SessionData", "SessionConflict", "SessionEnded", "Store", "Sweeps"}
+UNCALLED = {"SessionData", "SessionConflict", "SessionEnded", "Store"}
 
 
 def setup(app):

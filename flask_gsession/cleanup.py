@@ -22,7 +22,9 @@ from .extension import Session
 from .interface import GSessionInterface
 from .keeper import Keeper
 from .processes import is_before_fork, runs_threads, warn_without_threads
-from .stores.base import MORE, TICKET, Record, Store, Sweeps, Tidied, Tidies, closing, new_version
+from .stores.base import TICKET, Record, Store, new_version
+from .stores.parts import Tidied, Upkeep, parts_of
+from .stores.support import closing
 
 NAME = "gsession-cleanup"
 
@@ -34,29 +36,18 @@ _FAREWELL = 10.0  # seconds that the end of the process waits for a step to end
 _YEAR = 366 * 86_400_000  # milliseconds
 
 
-def has_leftovers(store: Store) -> bool:
-    """Whether there is anything to be done at a store of this kind."""
-    return isinstance(store, Tidies | Sweeps)
-
-
 def steps(
-    store: Store | Tidies, batch: int = 1000, cursor: str = "", *, dry_run: bool = False
+    upkeep: Upkeep | None, batch: int = 1000, cursor: str = "", *, dry_run: bool = False
 ) -> Iterator[Tidied]:
-    """Clean ``store`` up, and give what each step found; a step looks at about ``batch`` things.
+    """Clean a store up, and give what each step found; a step looks at about ``batch`` things.
 
-    Can be left after any step; ``cursor`` is that of the step to go on after.
-    A store that only ``Sweeps`` cannot be asked what it would remove.
+    Can be left after any step; ``cursor`` is that of the step to go on after. No steps where the
+    store has no such part.
     """
-    while isinstance(store, Tidies):
-        step = store.tidy(cursor, batch, dry_run=dry_run)
+    while upkeep is not None:
+        step = upkeep.tidy(cursor, batch, dry_run=dry_run)
         yield step
         cursor = step.cursor
-        if not cursor:
-            return
-    while isinstance(store, Sweeps) and not dry_run:
-        removed = store.sweep(batch)
-        cursor = MORE if removed >= batch else ""
-        yield Tidied({"expired sessions": removed}, removed, cursor)
         if not cursor:
             return
 
@@ -139,7 +130,7 @@ class _Worker:
 
     def begin(self, *_: object, **__: object) -> None:
         """Start the thread of this process, where there is none."""
-        if self._pid == getpid() or not (has_leftovers(self._store) or self._keeper.files):
+        if self._pid == getpid() or not (parts_of(self._store).upkeep or self._keeper.files):
             return
         if is_before_fork() or not runs_threads():
             return  # this process would be forked, or stand still, in the middle of a step
@@ -212,7 +203,7 @@ class _Worker:
         return self._interval
 
     def _steps(self) -> Iterator[Tidied]:
-        yield from steps(self._store, self._batch)
+        yield from steps(parts_of(self._store).upkeep, self._batch)
         if self._keeper.files is not None:
             yield from steps(self._keeper.files, self._batch)
 

@@ -33,7 +33,6 @@ No message holds a session token, a stored value or a password.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from werkzeug.exceptions import Conflict, ServiceUnavailable
 
@@ -201,8 +200,6 @@ class LogoutUnconfirmed(StoreUnavailable):
     """
 
     description = "The end of the session is not safely stored yet. Try again shortly."
-    #: for ``Keeper``: what a store would have returned
-    ended: Any = None
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, contention=True)  # the store itself answers

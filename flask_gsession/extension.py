@@ -10,7 +10,6 @@ from flask import Flask, current_app, has_request_context, request
 from flask import session as flask_session
 from werkzeug.local import LocalProxy
 
-from .breaker import guarded
 from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_without_secret_key
 from .data import SessionData
 from .debug import prepare
@@ -18,8 +17,9 @@ from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface
 from .keeper import Keeper
-from .stores import Store, StoreOptions, heeds_logout_replicas, open_blobs, open_store
+from .stores import Store, StoreOptions, open_blobs, open_store
 from .stores.base import Clock
+from .stores.wrappers import Breaker, compose
 
 NAME = "gsession"
 DEFAULT_STORE = "sqlite:///gsession.sqlite3"
@@ -86,18 +86,15 @@ class Session:
         )
         source = DEFAULT_STORE if settings.store is None else settings.store
         store, owned = open_store(source, options, app.instance_path)
-        if settings.logout_replicas and owned and not heeds_logout_replicas(store):
+        if settings.logout_replicas and owned and not store.confirms_logouts:
             warn("SESSION_LOGOUT_REPLICAS has no effect on this store; only a Redis heeds it")
-        calls = store
         events = self._events.of(app)
+        breaker = None
         if settings.breaker_failures:
-            calls = guarded(
-                store,
-                settings.breaker_failures,
-                settings.breaker_pause,
-                settings.store_timeout,
-                events,
+            breaker = Breaker(
+                settings.breaker_failures, settings.breaker_pause, settings.store_timeout, events
             )
+        calls = compose(store, breaker=breaker)
         blobs = None
         if settings.spill_store is not None:
             blobs = open_blobs(settings.spill_store, calls, options)

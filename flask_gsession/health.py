@@ -9,20 +9,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from .errors import Gone, KeyTaken, SettingError, Stale, StoreError, StoreUnavailable
+from .errors import (
+    Gone,
+    KeyTaken,
+    LogoutUnconfirmed,
+    SettingError,
+    Stale,
+    StoreError,
+    StoreUnavailable,
+)
 from .stores.base import (
-    Blobs,
-    BlobStore,
-    Checks,
     Clock,
-    Finding,
+    Deleted,
     Record,
     Store,
-    Tidies,
+    is_store,
     milliseconds,
     new_version,
     unexpired,
 )
+from .stores.parts import Blobs, Finding, parts_of
 
 _ROUNDS = 100
 _LONGEST = 1.0  # seconds, for all rounds together
@@ -45,11 +51,12 @@ def check_store(
     the store does not. Never raises for a store that is not well; that is what the findings are
     for. About two hundred round trips, for some seconds at most.
     """
+    parts = parts_of(store)
     try:
         findings = [*_contract(store, clock)]
         if all(finding.severity == "ok" for finding in findings):
-            if isinstance(store, BlobStore):
-                findings.append(_large_values("large values", store, clock))
+            if parts.blobs is not None:
+                findings.append(_large_values("large values", parts.blobs, clock))
             if blobs is not None:
                 findings.append(_large_values("place of large values", blobs, clock))
             findings += _latencies(store, clock)
@@ -59,10 +66,10 @@ def check_store(
         if _NO_RIGHT.search(detail):
             advice = "It answers: give its user that right, or name another one in its URL."
         findings = [Finding("error", "answers", detail, advice)]
-    for each in (store, blobs):
-        if isinstance(each, Checks):
+    for checks in (parts.checks, parts_of(blobs).checks):
+        if checks is not None:
             with suppress(StoreError, SettingError):  # which was found above, or is new and passing
-                findings += each.check()
+                findings += checks.check()
     return findings
 
 
@@ -81,7 +88,7 @@ def _contract(store: Store, clock: Clock) -> Iterator[Finding]:
         ("refuses a stale save", _raises(Stale, lambda: store.save(other, record.version))),
         ("reads what was saved", lambda: store.load(record.key) == changed),
         ("lets expire", lambda: _expires(store, past, now)),
-        ("deletes", lambda: store.delete(record.key)),
+        ("deletes", lambda: _deletes(store, record.key)),
         ("keeps the dead dead", _raises(Gone, lambda: store.save(other, changed.version))),
     ]
     try:
@@ -154,7 +161,7 @@ def _is_gone(blobs: Blobs, name: str, now: int) -> bool:
 
 def _fades(blobs: Blobs, name: str, size: int, clock: Clock) -> bool:
     """Whether a blob goes by itself. Files do not: a clean-up removes them."""
-    if isinstance(blobs, Tidies) and not isinstance(blobs, Store):
+    if parts_of(blobs).upkeep is not None and not is_store(blobs):
         return True
     now, start = milliseconds(clock), time.monotonic()
     blobs.discard_blobs([name], now + _FADING)
@@ -209,6 +216,13 @@ def _expires(store: Store, record: Record, now: int) -> bool:
         version=new_version(), idle_expires_at=now + _LIFE, absolute_expires_at=now + _LIFE
     )
     return _raises(Gone, lambda: store.save(back, record.version))()
+
+
+def _deletes(store: Store, key: str) -> bool:
+    deleted = store.delete(key)
+    if isinstance(deleted, Deleted) and deleted.unconfirmed:
+        raise LogoutUnconfirmed(deleted.unconfirmed)
+    return bool(deleted)
 
 
 def _record(clock: Clock) -> Record:

@@ -13,7 +13,7 @@ from flask import Flask
 from flask.sessions import SessionInterface
 
 from .config import Settings, secret_keys
-from .stores.base import Finding
+from .stores.parts import Finding
 
 _SHORT_SECRET = 16  # characters
 _FEW_BITS = 64

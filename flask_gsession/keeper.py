@@ -40,18 +40,8 @@ from .merge import Merger
 from .payload import Body, PayloadFormat
 from .references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .spill import Spill, pieces_of
-from .stores.base import (
-    MAX_POINTERS,
-    Blobs,
-    BlobStore,
-    Clock,
-    Leases,
-    Record,
-    Store,
-    Tidies,
-    milliseconds,
-    new_version,
-)
+from .stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds, new_version
+from .stores.parts import Blobs, Leases, parts_of
 from .tokens import Token, is_token, new_token, session_key
 
 PERMANENT = "_permanent"
@@ -91,8 +81,10 @@ class Keeper:
     ) -> None:
         self.settings = settings
         self.live = live
-        self.store = store
-        self.leases = store if isinstance(store, Leases) else None
+        #: None where the store has no place for large values
+        self.spill: Spill | None = None
+        self._own_blobs: Blobs | None = None
+        self.use_store(store)
         self.events = events
         #: Called before a session is stored for the first time; what it raises prevents that.
         self.before_create: Callable[[], object] | None = None
@@ -106,20 +98,16 @@ class Keeper:
             cipher=cipher,
             allow_plain=settings.read_plain,
         )
-        self._pops = isinstance(store, BlobStore)
-        if blobs is None and isinstance(store, BlobStore):
-            blobs = store
-        #: None where the store has no place for large values
-        self.spill: Spill | None = None
-        if blobs is not None:
+        places = self._own_blobs if blobs is None else blobs
+        if places is not None:
             self.spill = Spill(
-                blobs,
+                places,
                 max_bytes=settings.max_value_bytes,
                 cipher=cipher,
                 allow_plain=settings.read_plain,
             )
         #: where large values are files, which do not go by themselves: for a clean-up
-        self.files = blobs if isinstance(blobs, Tidies) and blobs is not store else None
+        self.files = None if blobs is None else parts_of(blobs).upkeep
         limit = None if self.spill is None else settings.spill_bytes
         self._inline = sys.maxsize if limit is None else limit
         self.codec.resolve = self._resolve
@@ -129,6 +117,14 @@ class Keeper:
         self._clock = clock
         self._usual_span = self._span(settings.idle_timeout)
         self._permanent_span = (0.0, (0, 0))
+
+    def use_store(self, store: Store) -> None:
+        """Ask this store from now on: the one of before, within a wrapper more."""
+        before = self._own_blobs
+        parts = parts_of(store)
+        self.store, self.leases, self._own_blobs = store, parts.leases, parts.blobs
+        if self.spill is not None and self.spill.blobs is before and parts.blobs is not None:
+            self.spill = self.spill.through(parts.blobs)
 
     def find(self, key: str, presented: bool = False) -> Loaded | None:
         """The session under ``key``, or the one it was rotated to; None when there is none.
@@ -229,8 +225,8 @@ class Keeper:
         if lease is None:
             self.store.save(record, old.version, **more)
         else:
-            with self._under(lease) as store:
-                store.save(record, old.version, lease, **more)
+            with self._under(lease) as leases:
+                leases.save(record, old.version, lease, **more)
         return record
 
     def _pack(self, key: str, body: Body, old: Record) -> bytes:
@@ -245,10 +241,12 @@ class Keeper:
     def end(self, old: Record, lease: str | None = None) -> None:
         """Delete the session in this very version. Raises as ``save`` does. One round trip."""
         if lease is None:
-            self.store.delete(old.key, old.version)
+            deleted = self.store.delete(old.key, old.version)
         else:
-            with self._under(lease) as store:
-                store.delete(old.key, old.version, lease)
+            with self._under(lease) as leases:
+                deleted = leases.delete(old.key, old.version, lease)
+        if isinstance(deleted, Deleted) and deleted.unconfirmed:
+            raise LogoutUnconfirmed(deleted.unconfirmed)
 
     def rotate(
         self,
@@ -281,14 +279,16 @@ class Keeper:
             self._renew_blobs(body, record.idle_expires_at)
             try:
                 if lease is None:
-                    self.store.replace(old.key, record, old.version, pointer, **more)
+                    replaced = self.store.replace(old.key, record, old.version, pointer, **more)
                 else:
-                    with self._under(lease) as store:
-                        store.replace(old.key, record, old.version, pointer, lease, **more)
+                    with self._under(lease) as leases:
+                        replaced = leases.replace(
+                            old.key, record, old.version, pointer, lease, **more
+                        )
             except KeyTaken:
                 continue
-            except LogoutUnconfirmed as error:
-                return token, record, error
+            if replaced is not None and replaced.unconfirmed:
+                return token, record, LogoutUnconfirmed(replaced.unconfirmed)
             return token, record, None
         raise StoreError(_REPEATS)
 
@@ -331,26 +331,14 @@ class Keeper:
         whether there was a session. One round trip, one more where it had large values. Raises
         what ``Store.delete`` raises.
         """
-        if not self._pops:
-            names = set() if self.spill is None else self._large_values_of(key)
-            try:
-                ended = self.store.delete(key)
-            except LogoutUnconfirmed:
-                self.discard(names, 0)
-                raise
-            self.discard(names, 0)
-            return ended
-        try:
-            record = self.store.pop(key)  # type: ignore[attr-defined]  # by ``_pops``
-        except LogoutUnconfirmed as error:
-            record, error.ended = error.ended, None
-            if record is not None:
-                self._clear_away(record, ordered)
-            raise
-        if record is None:
-            return False
-        self._clear_away(record, ordered)
-        return True
+        deleted = self.store.delete(key)
+        if not isinstance(deleted, Deleted):
+            deleted = Deleted(deleted)
+        if deleted.record is not None:
+            self._clear_away(deleted.record, ordered)
+        if deleted.unconfirmed:
+            raise LogoutUnconfirmed(deleted.unconfirmed)
+        return deleted.found
 
     def _clear_away(self, record: Record, ordered: Callable[[int], None] | None) -> None:
         """This record ended: let go of its large values.
@@ -368,14 +356,6 @@ class Keeper:
             ordered(body.debug_until)
         if body.spilled:
             self.discard(names_in(body.values.values()), 0)
-
-    def _large_values_of(self, key: str) -> set[str]:
-        """The names of the large values of a session, for a store that does not tell them."""
-        try:
-            loaded = self.find(key)
-            return set() if loaded is None else names_in(loaded.body.values.values())
-        except UnreadableRecord:
-            return set()
 
     def any_large(
         self, values: Mapping[str, bytes], changed: Iterable[str], others: int = 0
@@ -474,7 +454,7 @@ class Keeper:
 
     @contextmanager
     def _under(self, lease: str) -> Iterator[Leases]:
-        """The store, for a write that names a lease; what that may raise, translated."""
+        """The leases, for a write that names one; what that may raise, translated."""
         assert self.leases is not None  # it gave the lease
         try:
             yield self.leases

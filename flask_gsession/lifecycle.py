@@ -46,8 +46,9 @@ from .merge import Change, MergeFunction
 from .payload import Body
 from .references import Reference, names_in, refers
 from .stores.base import Record
+from .stores.wrappers import Call
 from .tokens import Checked, session_key
-from .tracing import Call, Trace, TracedKeeper, TracedValues
+from .tracing import Trace, TracedKeeper, TracedValues
 from .tracking import TrackedValues
 
 P = ParamSpec("P")
@@ -405,7 +406,7 @@ class Lifecycle:
             key = session_key(presented.checked.token)
         unconfirmed: LogoutUnconfirmed | None = None
         if key is not None:
-            ordered = partial(self._heed_order, "pop", time.perf_counter())
+            ordered = partial(self._heed_order, "delete", time.perf_counter())
             try:
                 ended = self._keeper.delete(key, ordered)
             except UnreadableRecord as error:

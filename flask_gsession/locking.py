@@ -35,7 +35,8 @@ from .errors import (
 from .events import LockAcquired, LockExpired, LockRefused, LockReleased, logger
 from .lifecycle import Lifecycle
 from .processes import process
-from .stores.base import MAX_POINTERS, Leases
+from .stores.base import MAX_POINTERS
+from .stores.parts import Leases
 from .transactions import current_session
 
 P = ParamSpec("P")

@@ -24,7 +24,7 @@ from .encryption import Cipher
 from .errors import Gone, SessionTooLarge, StoreUnavailable, UnreadableRecord, ValueLost
 from .events import logger
 from .references import BYTES, Reference
-from .stores.base import Blobs
+from .stores.parts import Blobs
 
 FRAME = 256 * 1024  # bytes
 _TAG = 16

@@ -6,7 +6,6 @@ Nothing here runs for a session that is not traced.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from time import perf_counter
 from typing import Any, NamedTuple
 
 from .codec import Codec
@@ -14,22 +13,13 @@ from .events import Event, Events
 from .keeper import Keeper
 from .merge import Change
 from .references import reference_in, refers
-from .stores.base import Store, count_trips
+from .stores.wrappers import Call, compose
 from .tracking import TrackedValues
 
 
 def size_of(raw: bytes) -> int:
     """The bytes of an encoded value; of one in a place of its own those that are there."""
     return reference_in(raw).length if refers(raw) else len(raw)
-
-
-class Call(NamedTuple):
-    """One call of the store; ``trips`` is None where nobody counted the round trips."""
-
-    operation: str
-    seconds: float
-    trips: int | None
-    result: str = "ok"
 
 
 class Written(NamedTuple):
@@ -85,13 +75,8 @@ class TracedKeeper(Keeper):
 
     def __init__(self, keeper: Keeper, trace: Trace) -> None:
         vars(self).update(vars(keeper))
-        store: Any = TracedStore(keeper.store, trace)
-        for name, part in vars(keeper).items():
-            if part is keeper.store:  # under the name of each of its capabilities
-                setattr(self, name, store)
-        spill: Any = keeper.spill
-        if spill is not None and spill.blobs is keeper.store:
-            self.spill = spill.through(store)
+        self.use_store(compose(keeper.store, trace=trace.calls))
+        if self.spill is not keeper.spill:
             self.codec = Codec(keeper.settings.max_depth)
             self.codec.resolve = self._resolve
         self.events = TracedEvents(keeper.events, trace)
@@ -100,35 +85,6 @@ class TracedKeeper(Keeper):
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:
         self._trace.refusal = Refusal(reason, key, detail)
         super().refused(reason, key, detail)
-
-
-class TracedStore:
-    """Every method of a store, timed."""
-
-    def __init__(self, store: Store, trace: Trace) -> None:
-        self._store = store
-        self._trace = trace
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._store, name)
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            result = "ok"
-            start = perf_counter()
-            with count_trips() as trips:
-                try:
-                    answer = method(*arguments, **named)
-                    if answer is None and name == "load":
-                        result = "nothing"
-                    return answer
-                except BaseException as error:
-                    result = type(error).__name__
-                    raise
-                finally:
-                    seconds = perf_counter() - start
-                    self._trace.calls.append(Call(name, seconds, trips.count, result))
-
-        return call
 
 
 class TracedEvents(Events):

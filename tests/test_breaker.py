@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from flask_gsession.breaker import Circuit, guarded
-from flask_gsession.contrib import metrics
 from flask_gsession.errors import Gone, Stale, StoreUnavailable, UnreadableRecord
 from flask_gsession.events import CircuitClosed, CircuitOpened, Event, Events
-from flask_gsession.stores import StoreOptions, Sweeps, base, open_store
+from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_record
+from flask_gsession.stores.wrappers.breaker import Circuit, GuardedStore
+from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site, SiteMaker, until, within
 from tests.servers import MongoServer, RedisServer, with_database
 from tests.test_fork_threads import Child
@@ -41,8 +39,8 @@ class Drill(HookedStore):
         self.happened: list[Event] = []
         events = Events()
         events.subscribe(Event, self.happened.append)
-        self.guarded: Any = guarded(self, FAILURES, PAUSE, TIMEOUT, events)
-        for circuit in self.guarded.circuits:
+        self.guarded = GuardedStore(self, FAILURES, PAUSE, TIMEOUT, events)
+        for circuit in (self.guarded.loads, self.guarded.writes):
             circuit.clock = self.clock
 
     def will(self, operation: str, error: Exception | None, seconds: float = TIMEOUT) -> None:
@@ -174,7 +172,7 @@ def test_a_store_that_answers_is_asked_again(error: Exception, drill: Drill) -> 
     drill.will("delete", error, seconds=0)
     with pytest.raises(type(error)):
         drill.act("delete")
-    assert drill.act("delete") is False
+    assert not drill.act("delete")
 
 
 def test_a_probe_in_contention_proves_nothing(drill: Drill) -> None:
@@ -271,52 +269,18 @@ def time_out_slowly(drill: Drill) -> Callable[[], None]:
 
 def test_a_forked_process_starts_with_a_closed_one(drill: Drill) -> None:
     drill.fail(FAILURES)
-    with drill.guarded.circuits[0]._lock:  # as another thread may have it at that moment
+    with drill.guarded.loads._lock:  # as another thread may have it at that moment
         child = Child(lambda: drill.act())
     assert child.result() is None
     drill.refused()
-
-
-def test_it_keeps_the_capabilities_of_the_store(drill: Drill) -> None:
-    memory = guarded(MemoryStore(), FAILURES, PAUSE, TIMEOUT, Events())
-    assert isinstance(memory, Sweeps)
-    assert memory.sweep(1) == 0
-    assert not isinstance(drill.guarded, Sweeps)
-
-
-PROTOCOLS = [
-    each for each in vars(base).values()
-    if getattr(each, "_is_protocol", False) and each.__module__ == base.__name__
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.__name__)
-@pytest.mark.parametrize("url", ["memory://", "sqlite:///x", "redis://x", "mongodb://x/y"])
-def test_a_wrapped_store_can_do_what_the_store_can(protocol: Any, url: str) -> None:
-    store = open_store(url, StoreOptions())[0]
-    circled = guarded(store, FAILURES, PAUSE, TIMEOUT, Events())
-    figures = metrics._figures(CollectorRegistry())
-    timed = metrics._TimedStore(circled, figures, metrics._Up(figures, "session", None))
-    for wrapped in (circled, timed):
-        assert isinstance(wrapped, protocol) == isinstance(store, protocol)
-        for name in filter(lambda name: hasattr(store, name), vars(protocol)):
-            assert hasattr(wrapped, name), name
-
-
-class TestGuardedStore(StoreContract):
-    """The breaker keeps the contract of the store behind it."""
-
-    def open(self, clock: Any) -> Any:
-        memory = open_store("memory://", StoreOptions(clock=clock))[0]
-        return guarded(memory, FAILURES, PAUSE, TIMEOUT, Events())
 
 
 # In an application -----------------------------------------------------------------------------
 
 
 def circuits_of(site: Site) -> list[Circuit]:
-    circuits: list[Circuit] = site.app.extensions["gsession"][site.ext].keeper.store.circuits
-    return circuits
+    store: GuardedStore = site.app.extensions["gsession"][site.ext].keeper.store
+    return [store.loads, store.writes]
 
 
 def test_the_application_has_it_by_default(site: Site, caplog: pytest.LogCaptureFixture) -> None:

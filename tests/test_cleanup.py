@@ -17,9 +17,10 @@ from redis import Redis
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.stores import StoreOptions, mongodb
-from flask_gsession.stores.base import Tidied, milliseconds
+from flask_gsession.stores.base import milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import MongoDBStore
+from flask_gsession.stores.parts import MORE, Tidied
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, a_blob, a_pointer, a_record
@@ -32,22 +33,22 @@ __all__ = ["down"]
 
 
 class Counting(MemoryStore):
-    """Only sweeps: has so many expired sessions, and fails where it is told to."""
-
-    tidy: Any = None
+    """Has so many expired sessions, and fails where it is told to."""
 
     def __init__(self, expired: int, failure: BaseException | None = None, at: int = -1) -> None:
         super().__init__()
         self.left, self.failure, self.at = expired, failure, at
         self.limits: list[int] = []
 
-    def sweep(self, limit: int) -> int:
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        if dry_run:
+            return Tidied({"expired sessions": self.left}, self.left, "")
         if self.failure is not None and len(self.limits) == self.at:
             raise self.failure
         self.limits.append(limit)
         step = min(limit, self.left)
         self.left -= step
-        return step
+        return Tidied({"expired sessions": step}, step, MORE if self.left else "")
 
 
 class InParts(MemoryStore):
@@ -114,7 +115,7 @@ def test_leftovers_on_redis(
     for record in (live, old, locked, ended):
         store.create(record)
     store.replace(old.key, new, old.version, a_pointer(old, new, grace=300))
-    store.acquire(locked.key, "one", 60_000, 0)
+    store.leases.acquire(locked.key, "one", 60_000, 0)
     for record in (live, old, ended):
         redis_client.persist(name(record.key))
     corrupt, newer, no_string = key(), key(), key()
@@ -144,7 +145,7 @@ def test_leftovers_on_redis(
     assert 0 < redis_client.pttl(name(live.key)) <= 590_000
     assert 0 < redis_client.pttl(name(old.key)) <= 290_000
     assert store.load(live.key) == live
-    assert store.extend(locked.key, "one", 60_000)
+    assert store.leases.extend(locked.key, "one", 60_000)
     again = json.loads(console.done("cleanup", *options))[0]["found"]
     assert not any(again.values())
     store.close()
@@ -185,7 +186,7 @@ def test_no_step_holds_a_redis_up(
     store = RedisStore(redis_url, StoreOptions(prefix=store_prefix, clock=clock))
     names = [f"{store_prefix}{{{a_record(clock).key}}}" for _ in range(3000)]
     redis_client.mset(dict.fromkeys(names, "x"))
-    step = store.tidy("", 100_000, dry_run=True)
+    step = store.upkeep.tidy("", 100_000, dry_run=True)
     assert step.seen < 2000
     assert step.cursor
     redis_client.delete(*names)
@@ -211,7 +212,7 @@ def test_a_session_that_is_saved_meanwhile_stays(
 
     clock.advance(10)
     store._scanner._verdict = verdict_and_save  # type: ignore[method-assign]
-    assert not any(store.tidy("", 1000).found.values())
+    assert not any(store.upkeep.tidy("", 1000).found.values())
     assert store.load(record.key) == saved
     store.close()
 
@@ -252,7 +253,7 @@ def test_large_values_left_over_on_mongodb(
     now = milliseconds(clock)
     live, *ended = (a_blob() for _ in range(4))
     for name in (live, *ended):
-        store.write_frame(name, 0, b"large", now + (60_000 if name == live else 5_000))
+        store.blobs.write_frame(name, 0, b"large", now + (60_000 if name == live else 5_000))
     blobs = store._blobs_of_client
     blobs.drop_indexes()  # the sweep of the server must not be first
     wrong: list[Any] = ["tomorrow", 1.5, None, {"in": "hours"}, [], True]
@@ -270,7 +271,7 @@ def test_large_values_left_over_on_mongodb(
         store_prefix + live,
         of_others,
     }
-    assert store.read_frame(live, 0, 5) == b"large"
+    assert store.blobs.read_frame(live, 0, 5) == b"large"
     blobs.delete_one({"_id": of_others})
     store.close()
 
@@ -282,9 +283,9 @@ def test_no_step_takes_a_mongodb_too_long(
     store = MongoDBStore(mongodb_url, StoreOptions(prefix=store_prefix, clock=clock, timeout=10))
     for _ in range(3):
         store.create(a_record(clock))
-    step = store.tidy("", 10_000)
+    step = store.upkeep.tidy("", 10_000)
     assert step.seen == 2
-    assert store.tidy(step.cursor, 10_000).seen == 1
+    assert store.upkeep.tidy(step.cursor, 10_000).seen == 1
     store.close()
 
 
@@ -296,7 +297,7 @@ def test_leftovers_on_sqlite(sqlite_url: str, clock: FakeClock) -> None:
     for record in (live, *broken):
         store.create(record)
     store.create(ended)
-    store.acquire(live.key, "one", 60_000, 0)
+    store.leases.acquire(live.key, "one", 60_000, 0)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         for record, when in zip(broken, ("tomorrow", b"\0", ""), strict=True):
             db.execute(
@@ -305,8 +306,8 @@ def test_leftovers_on_sqlite(sqlite_url: str, clock: FakeClock) -> None:
         db.execute("INSERT INTO gsession_lease VALUES ('gsession:gone', 'one', 1, 1, '{}')")
         db.execute("INSERT INTO gsession_blob VALUES ('gsession:one', 'tomorrow')")
         db.execute("INSERT INTO gsession_frame VALUES ('gsession:one', 0, 'large')")
-    store.write_frame("live", 0, b"large", live.idle_expires_at)
-    store.write_frame("ended", 0, b"large", ended.idle_expires_at)
+    store.blobs.write_frame("live", 0, b"large", live.idle_expires_at)
+    store.blobs.write_frame("ended", 0, b"large", ended.idle_expires_at)
     clock.advance(10)
     console = Console(store, clock=clock)
     expected = {"expired sessions": 1, "unreadable records": 3, "orphaned locks": 1}
@@ -314,10 +315,10 @@ def test_leftovers_on_sqlite(sqlite_url: str, clock: FakeClock) -> None:
     for dry_run in ("--dry-run",), ():
         text = console.done("cleanup", "--json", "--batch", "2", *dry_run)
         assert json.loads(text)[0]["found"] == expected
-    assert [record.key for record in store.scan().records] == [live.key]
+    assert [record.key for record in store.scans.scan().records] == [live.key]
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT name FROM gsession_frame").fetchall() == [("gsession:live",)]
-    assert store.extend(live.key, "one", 60_000)
+    assert store.leases.extend(live.key, "one", 60_000)
     store.close()
 
 
@@ -426,18 +427,25 @@ def test_one_that_is_down_keeps_no_other_from_it() -> None:
 # -- what cannot be
 
 
-def test_a_store_that_only_sweeps(tmp_path: Path) -> None:
-    console = Console(FOLDER_STORE.FolderStore(tmp_path))
+def test_the_store_of_the_documentation(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = FOLDER_STORE.FolderStore(tmp_path, clock=clock)
+    console = Console(store, clock=clock)
+    for idle in (10, 10, 10, 60):
+        store.create(a_record(clock, idle=idle))
     assert "0 expired sessions removed" in console.done("cleanup")
-    assert "FolderStore can only remove, not count" in console.failed("cleanup", "--dry-run")
+    clock.advance(10)
+    assert "3 expired sessions to be removed" in console.done("cleanup", "--dry-run")
+    assert "3 expired sessions removed" in console.done("cleanup", "--batch", "2")
+    assert "0 expired sessions removed" in console.done("cleanup")
 
 
-class Neither(Counting):
-    sweep: Any = None
+class Neither(MemoryStore):
+    upkeep = None
 
 
 def test_a_store_that_needs_none() -> None:
-    assert "nothing to do" in Console(Neither(0)).done("cleanup")
+    assert "nothing to do" in Console(Neither()).done("cleanup")
 
 
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])

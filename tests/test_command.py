@@ -25,11 +25,12 @@ from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.codec import Codec
 from flask_gsession.contrib.ratelimit import SessionLimits
-from flask_gsession.errors import LogoutUnconfirmed, UnreadableRecord
+from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import SessionRevoked
 from flask_gsession.stores import Record
-from flask_gsession.stores.base import Page
+from flask_gsession.stores.base import Deleted
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.parts import Page
 from flask_gsession.testing import HookedStore, a_record
 from tests.apps import Site
 from tests.console import ROOT, Console
@@ -568,19 +569,15 @@ def test_a_record_that_is_none(sqlite_url: str) -> None:
 def test_a_logout_that_is_not_confirmed() -> None:
     store = HookedStore(MemoryStore())
 
-    def fail() -> None:
-        raise LogoutUnconfirmed("0 of 1 replicas")
-
-    store.after("delete", fail)
+    store.after("delete", lambda: Deleted(True, None, "0 of 1 replicas"))
     console = Console(store)
     assert "ended, but 0 of 1 replicas" in console.failed("revoke", "x" * 43)
 
 
 def test_all_logouts_are_made_where_none_is_confirmed() -> None:
     class Unconfirmed(MemoryStore):
-        def pop(self, key: str) -> Record | None:
-            super().pop(key)
-            raise LogoutUnconfirmed("0 of 1 replicas")
+        def delete(self, *arguments: Any) -> Deleted:
+            return super().delete(*arguments)._replace(unconfirmed="0 of 1 replicas")
 
     store = Unconfirmed()
     console = Console(store)

@@ -600,7 +600,7 @@ def test_a_logout_is_logged_by_order(make_site: SiteMaker, log: Log, look: bool)
     (record,) = log.records()
     facts = log.facts()
     assert (record.levelname, facts["state"], facts["handle"]) == ("INFO", "ended", handle)
-    assert [call["operation"] for call in facts["calls"]] == [*["load"] * look, "pop"]
+    assert [call["operation"] for call in facts["calls"]] == [*["load"] * look, "delete"]
     assert f"  handle     {handle}\n" in record.getMessage()
     assert site.stored() == {}
 

@@ -532,6 +532,18 @@ class TestFolderStore(StoreContract):
         return store
 
 
+class TestSlowLoads(StoreContract):
+    """The wrapper of docs/writing-a-store.md keeps the contract."""
+
+    @pytest.fixture(autouse=True)
+    def _names(self, run: Run, tmp_path: Path) -> None:
+        self.names, self.folder = run("docs/writing-a-store.md"), tmp_path / "sessions"
+
+    def open(self, clock: Clock) -> Store:
+        store: Store = self.names.SlowLoads(FOLDER_STORE.FolderStore(self.folder, clock=clock))
+        return store
+
+
 def test_the_folder_store_serves_sessions(run: Run) -> None:
     names = run("docs/writing-a-store.md")
 

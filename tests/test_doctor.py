@@ -26,8 +26,9 @@ from flask_gsession.cli import gsession
 from flask_gsession.errors import StoreError
 from flask_gsession.health import check_store
 from flask_gsession.stores import Record, mongodb_health, redis, redis_health
-from flask_gsession.stores.base import Finding
+from flask_gsession.stores.base import Deleted
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.parts import Finding
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site
@@ -166,13 +167,13 @@ def on_redis(need: Need, *, config: Any = None, **settings: str) -> Iterator[Fla
 
 @contextmanager
 def with_too_few_replicas(need: Need) -> Iterator[Flask]:
-    confirm = redis._confirm
+    ask = redis.Confirmation.ask
 
-    def confirm_soon(*asked: Any) -> None:
-        confirm(*asked[:-1], time.monotonic() + 0.2)
+    def ask_soon(*asked: Any) -> None:
+        ask(*asked[:-1], time.monotonic() + 0.2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redis, "_confirm", confirm_soon)
+        patch.setattr(redis.Confirmation, "ask", ask_soon)
         with on_redis(need, config={"SESSION_LOGOUT_REPLICAS": 1}) as app:
             yield app
 
@@ -521,8 +522,9 @@ class Forgetful(MemoryStore):
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
-    ) -> bool:
-        return super().delete(key, expected_version, lease) and self.fault != "deletes"
+    ) -> Deleted:
+        deleted = super().delete(key, expected_version, lease)
+        return deleted._replace(found=deleted.found and self.fault != "deletes")
 
 
 class Keeping(MemoryStore):

@@ -994,10 +994,10 @@ def test_the_log_of_a_large_removal_does_not_keep_the_disk(
     with closing(sqlite.SQLiteStore(path)) as store:
         end = int(time.time() * 1000) + 60_000
         for number in range(8):
-            store.write_frame("large", number * 2**20, bytes(2**20), end)
-        store.discard_blobs(["large"], 0)
+            store.blobs.write_frame("large", number * 2**20, bytes(2**20), end)
+        store.blobs.discard_blobs(["large"], 0)
         assert log.stat().st_size > 6 * 2**20
-        store.write_frame("small", 0, b"1", end)
+        store.blobs.write_frame("small", 0, b"1", end)
         assert log.stat().st_size <= 2 * 2**20
 
 

@@ -19,9 +19,11 @@ from flask_gsession.cli import gsession
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.events import CleanedUp, LargeValueLost
 from flask_gsession.stores import Store, StoreOptions
-from flask_gsession.stores.base import Clock, Tidied
+from flask_gsession.stores.base import Clock
 from flask_gsession.stores.files import FRAME_BYTES, ORPHANS, FileBlobs
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.parts import Tidied
+from flask_gsession.stores.wrappers import Wrapper
 from flask_gsession.testing import FakeClock, StoreContract, a_blob
 from tests.apps import Site, SiteMaker
 from tests.test_large_values import ENDS, PHOTO, ROWS, get, put, with_rows
@@ -51,14 +53,12 @@ def place(site: Site) -> FileBlobs:
     return found
 
 
-class Both:
+class Both(Wrapper):
     """A store whose large values are files."""
 
     def __init__(self, store: MemoryStore, blobs: FileBlobs) -> None:
-        for name in ("create", "load", "save", "renew", "replace", "delete", "close", "pop"):
-            setattr(self, name, getattr(store, name))
-        for name in ("write_frame", "read_frame", "renew_blobs", "discard_blobs"):
-            setattr(self, name, getattr(blobs, name))
+        super().__init__(store)
+        self.blobs, self.upkeep = blobs, None
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
@@ -75,11 +75,10 @@ class TestContract(StoreContract):
 
     def open(self, clock: Clock) -> Store:
         options = StoreOptions(clock=clock)
-        store: Any = MemoryStore(options)
-        blobs = FileBlobs(self.url, store, options)
+        store = MemoryStore(options)
+        blobs = FileBlobs(self.url, store.blobs, options)
         blobs.write_frame(a_blob(), 0, b"the first", int(clock() * 1000) + 60_000)
-        both: Any = Both(store, blobs)
-        return both  # type: ignore[no-any-return]  # it has the methods
+        return Both(store, blobs)
 
 
 def test_they_are_files_and_the_session_is_not(site: Site, folder: Path) -> None:

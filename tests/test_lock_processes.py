@@ -251,14 +251,14 @@ def test_the_next_one_is_called_and_nobody_else(
         key = a_record(clock)
         store.create(key)
         for owner in ("one", "two", "three"):
-            store.acquire(key.key, owner, 60_000, 10)
+            store.leases.acquire(key.key, owner, 60_000, 10)
         calls = store._wake_ups._calls
-        store.release(key.key, "one")
+        store.leases.release(key.key, "one")
         until(lambda: calls[b"two"].is_set())
         assert not calls[b"three"].is_set()
-        store.release(key.key, "two")
+        store.leases.release(key.key, "two")
         until(lambda: calls[b"three"].is_set())
-        store.release(key.key, "three")
+        store.leases.release(key.key, "three")
         assert not calls
 
 
@@ -271,7 +271,7 @@ def test_all_who_wait_are_called_at_the_end_of_a_session(
         record = a_record(clock)
         store.create(record)
         for owner in ("one", "two", "three"):
-            store.acquire(record.key, owner, 60_000, 10)
+            store.leases.acquire(record.key, owner, 60_000, 10)
         calls = dict(store._wake_ups._calls)
         if end == "delete":
             store.delete(record.key)
@@ -279,7 +279,7 @@ def test_all_who_wait_are_called_at_the_end_of_a_session(
             store.replace(record.key, a_record(clock), record.version, None)
         for owner in ("two", "three"):
             until(calls[owner.encode()].is_set)
-            store.release(record.key, owner)
+            store.leases.release(record.key, owner)
 
 
 def test_who_is_not_called_looks(
@@ -319,14 +319,14 @@ def test_a_wait_outlives_a_silent_channel(
         record = a_record(clock)
         store.create(record)
         for owner in ("one", "two"):
-            store.acquire(record.key, owner, 60_000, 10)
-        store.wait_for_release(record.key, "two", 0.01)
+            store.leases.acquire(record.key, owner, 60_000, 10)
+        store.leases.wait_for_release(record.key, "two", 0.01)
         until(lambda: listening(store))
         listener = store._wake_ups._listener
-        store.wait_for_release(record.key, "two", 0.2)
+        store.leases.wait_for_release(record.key, "two", 0.2)
         assert store._wake_ups._listener is listener
         assert listening(store)
-        store.release(record.key, "two")
+        store.leases.release(record.key, "two")
 
 
 def test_a_client_that_was_passed_in_can_be_called(
@@ -361,8 +361,8 @@ def test_who_is_heard_of_no_more_is_forgotten(
         record = a_record(clock)
         store.create(record)
         for owner in ("one", "two"):
-            store.acquire(record.key, owner, 60_000, 10)
-        store.wait_for_release(record.key, "two", 0.01)
+            store.leases.acquire(record.key, owner, 60_000, 10)
+        store.leases.wait_for_release(record.key, "two", 0.01)
         time.sleep(0.1)  # looks around
         assert list(store._wake_ups._calls) == [b"two"]
         store._wake_ups._calls[b"two"].kept_until -= 60
@@ -383,7 +383,7 @@ def test_the_answer_to_a_release_is_lost(
         record = a_record(clock)
         store.create(record)
         for owner in ("holder", "waiter"):
-            store.acquire(record.key, owner, 60_000, 10)
+            store.leases.acquire(record.key, owner, 60_000, 10)
         attempt = store._attempt
 
         def lose(*arguments: Any) -> Any:
@@ -393,5 +393,5 @@ def test_the_answer_to_a_release_is_lost(
 
         monkeypatch.setattr(store, "_attempt", lose)
         with pytest.raises(StoreUnavailable):
-            store.release(record.key, who)
-        assert store.release(record.key, who) is False
+            store.leases.release(record.key, who)
+        assert store.leases.release(record.key, who) is False

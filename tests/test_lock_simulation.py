@@ -23,7 +23,8 @@ from flask_gsession.data import SessionData
 from flask_gsession.errors import Gone, LeaseLost, Stale
 from flask_gsession.interface import GSessionInterface
 from flask_gsession.stores import StoreOptions
-from flask_gsession.stores.base import Lease, Record
+from flask_gsession.stores.base import Record
+from flask_gsession.stores.lease import Lease
 from flask_gsession.stores.memory import MemoryStore
 from tests.simulation.scheduler import (
     Fault,

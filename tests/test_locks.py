@@ -28,10 +28,11 @@ from flask_gsession import (
     session_lock,
 )
 from flask_gsession.codec import Codec
-from flask_gsession.errors import LogoutUnconfirmed, UnreadableRecord
+from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import LockAcquired, LockExpired, LockRefused, LockReleased
 from flask_gsession.locking import Lock, _renewer
 from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.base import Replaced
 from flask_gsession.testing import FakeClock
 from tests.apps import STUCK as PATIENCE
 from tests.apps import Site, SiteMaker, Visitor, at_once, until
@@ -650,7 +651,7 @@ def test_a_waiter_that_died_at_the_head_is_passed(site: Site) -> None:
 
     def view(session: Any) -> None:
         with session.lock():
-            assert site.store.acquire(key, "dead", 10_000, 10) > 0
+            assert site.store.leases.acquire(key, "dead", 10_000, 10) > 0
         assert not is_free(site, visitor)
         site.clock.advance(50)
         assert is_free(site, visitor)
@@ -985,15 +986,12 @@ def test_a_request_waits_for_an_outage_once(site: Site) -> None:
 def test_a_rotation_that_replicas_have_not_confirmed(site: Site) -> None:
     visitor = a_visitor(site)
 
-    def unconfirmed() -> None:
-        raise LogoutUnconfirmed("by the test")
-
     def view(session: Any) -> None:
         with session.lock():
             session["n"] = 1
             session.rotate(grace=0)
 
-    site.store.after("replace", unconfirmed)
+    site.store.after("replace", lambda: Replaced("by the test"))
     assert visitor.ask(view).status_code == 503
     assert visitor.run(dict) == {"n": 1}  # with the new token
     assert is_free(site, visitor)

@@ -25,7 +25,7 @@ from pymongo import CursorType, MongoClient
 
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.stores import Store, StoreOptions, mongodb_health, open_store
-from flask_gsession.stores.base import Checks, Clock, new_version
+from flask_gsession.stores.base import Clock, new_version
 from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.testing import FakeClock, StoreContract, a_record
 from tests.apps import Site, SiteMaker, hasty
@@ -435,13 +435,12 @@ def test_a_pool_that_is_in_use_is_contention(mongodb_url: str) -> None:
 
 def test_the_doctor_looks_at_the_members(replica_set: MongoReplicaSet) -> None:
     store = open_store(replica_set.url, StoreOptions(timeout=10))[0]
-    assert isinstance(store, Checks)
 
     def members() -> list[str]:
-        return [each.severity for each in store.check() if each.check == "replica"]
+        return [each.severity for each in store.checks.check() if each.check == "replica"]
 
     until(lambda: members() == ["ok", "ok"], "two well secondaries")
-    assert "replicas" not in {each.check for each in store.check()}
+    assert "replicas" not in {each.check for each in store.checks.check()}
     store.close()
 
 

@@ -44,10 +44,10 @@ def test_the_key_of_a_lease_goes_although_a_clock_was_set_back(
     store = a_store(redis_url, store_prefix, clock=clock)
     record = a_record(clock)
     store.create(record)
-    store.acquire(record.key, "one", 1000, 10)
-    store.acquire(record.key, "two", 1000, 10)
+    store.leases.acquire(record.key, "one", 1000, 10)
+    store.leases.acquire(record.key, "two", 1000, 10)
     clock.advance(-3600)
-    store.release(record.key, "two")  # its wait is over; the lease is written anew
+    store.leases.release(record.key, "two")  # its wait is over; the lease is written anew
     assert 0 < redis_client.pttl(store._lease_name(record.key)) <= PATIENT_WAITER
     store.close()
 
@@ -102,15 +102,15 @@ def live(store: Any) -> None:
     second, third = a_record(clock), a_record(clock)
     store.replace(first.key, second, saved.version, a_pointer(saved, second))
     store.replace(second.key, third, second.version, None)
-    assert store.delete(first.key) is False
+    assert not store.delete(first.key)
     assert store.delete(third.key, third.version)
     blob = a_blob()
     for offset in (0, 5):
-        store.write_frame(blob, offset, b"frame", saved.idle_expires_at)
-    store.renew_blobs([blob], saved.idle_expires_at + 1000)
-    assert store.read_frame(blob, 5, 5) == b"frame"
-    store.discard_blobs([blob], 0)
-    assert store.read_frame(blob, 0, 5) is None
+        store.blobs.write_frame(blob, offset, b"frame", saved.idle_expires_at)
+    store.blobs.renew_blobs([blob], saved.idle_expires_at + 1000)
+    assert store.blobs.read_frame(blob, 5, 5) == b"frame"
+    store.blobs.discard_blobs([blob], 0)
+    assert store.blobs.read_frame(blob, 0, 5) is None
 
 
 def test_the_published_rights_are_enough_and_nothing_else_is_tried(

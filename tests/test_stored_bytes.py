@@ -25,9 +25,10 @@ from pymongo import MongoClient
 from redis import Redis
 
 from flask_gsession.events import SessionRefused
-from flask_gsession.stores.base import Record, StoreOptions
+from flask_gsession.stores.base import Record
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.sqlite import SQLiteStore
+from flask_gsession.stores.support import StoreOptions
 from flask_gsession.testing import FakeClock, a_record
 from flask_gsession.tokens import new_token, session_key
 from tests.apps import Site, SiteMaker, Visitor, within
@@ -700,14 +701,14 @@ def test_a_file_of_before_leases_had_a_length(tmp_path: Path, clock: FakeClock) 
     record = a_record(clock)
     store = SQLiteStore(path, StoreOptions(clock=clock))
     store.create(record)
-    store.acquire(record.key, "one", 5000, 10)
+    store.leases.acquire(record.key, "one", 5000, 10)
     store.close()
     with closing(sqlite3.connect(path)) as db:
         db.execute("ALTER TABLE gsession_lease DROP COLUMN length")
         db.execute("PRAGMA user_version=2")
     store = SQLiteStore(path, StoreOptions(clock=clock))
     assert store.load(record.key) == record
-    assert store.acquire(record.key, "two", 5000, 10) == 0
+    assert store.leases.acquire(record.key, "two", 5000, 10) == 0
     store.close()
 
 

@@ -22,8 +22,9 @@ import pytest
 from flask_gsession import StoreUnavailable
 from flask_gsession.cli.transfer import _remove_leftovers
 from flask_gsession.stores import Record
-from flask_gsession.stores.base import Page, new_version
+from flask_gsession.stores.base import new_version
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.parts import Page
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site, SiteMaker
 from tests.console import ROOT, Console, struck
@@ -60,7 +61,7 @@ def moved(source: Site, target: Site, file: Path) -> str:
 def records(site: Site) -> dict[str, Record]:
     """What a store has, by key."""
     store: Any = site.store.store
-    return {record.key: record for record in store.scan(limit=1000).records}
+    return {record.key: record for record in store.scans.scan(limit=1000).records}
 
 
 # -- there and back
@@ -179,7 +180,7 @@ def test_a_large_value_that_is_lost_is_said_and_ends_with_1(elsewhere: Site, fil
     for _ in range(2):
         elsewhere.visitor().run(lambda session: session.update(a=1, large="x" * 100_000))
     store: Any = elsewhere.store.store
-    store.discard_blobs([next(iter(store._blobs))], 0)
+    store.blobs.discard_blobs([next(iter(store._blobs))], 0)
     result = console_of(elsewhere).run("export", str(file))
     assert (result.exit_code, result.stdout) == (1, "session: 2 records exported\n")
     assert "large values of 1 session are lost, and not in it" in result.stderr

@@ -12,16 +12,19 @@ from pathlib import Path
 import msgspec
 
 from flask_gsession.errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
-from flask_gsession.stores.base import MAX_POINTERS, Clock, Record, milliseconds
+from flask_gsession.stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds
+from flask_gsession.stores.parts import MORE, Tidied, itself
 
 
-class FolderStore:
+class FolderStore(Store):
     """Keeps each record in a file of ``folder`` that is named by its key.
 
     Readers never wait: a record is replaced by renaming a finished file over it. Writers
     take turns at a lock file, and wait for it at most ``timeout`` seconds. Nothing is
     forced to the disk: a power cut may undo the last writes, a logout included.
     """
+
+    upkeep = itself
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class FolderStore:
             else:
                 self._write(pointer)
 
-    def delete(self, key: str, expected_version: int | None = None) -> bool:
+    def delete(self, key: str, expected_version: int | None = None) -> Deleted:
         with self._writing():
             record = self._unexpired(key)
             if expected_version is not None:
@@ -96,28 +99,30 @@ class FolderStore:
             chain = [key]
             while record is not None and record.successor is not None:
                 if len(chain) == MAX_POINTERS:
-                    return False
+                    return Deleted(False)
                 chain.append(record.successor)
                 record = self._unexpired(chain[-1])
             # The pointers last: after a crash in between, a repeat finds the session.
             for link in reversed(chain):
                 self._remove(link)
-            return record is not None
+            return Deleted(record is not None, record)
 
-    def sweep(self, limit: int) -> int:
-        """Remove at most ``limit`` expired records; how many were removed."""
-        removed = 0
-        with self._writing():
-            for entry in os.scandir(self._folder):
-                if removed == limit:
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        """The part ``upkeep``: remove about ``limit`` expired records, or count them all."""
+        expired = 0
+        with self._writing(), os.scandir(self._folder) as entries:
+            for entry in entries:
+                if expired == limit and not dry_run:
                     break
                 if entry.name.startswith("."):
                     continue
                 with suppress(UnreadableRecord):
                     if self._unexpired(entry.name) is None:
-                        self._remove(entry.name)
-                        removed += 1
-        return removed
+                        expired += 1
+                        if not dry_run:
+                            self._remove(entry.name)
+        more = MORE if expired == limit and not dry_run else ""
+        return Tidied({"expired sessions": expired}, expired, more)
 
     def close(self) -> None:
         """Nothing stays open between two calls."""

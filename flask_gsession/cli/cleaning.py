@@ -10,10 +10,9 @@ from functools import partial
 import click
 from flask.cli import with_appcontext
 
-from ..cleanup import has_leftovers, steps
+from ..cleanup import steps
 from ..interface import GSessionInterface
-from ..stores import Tidies
-from ..stores.base import MORE
+from ..stores.parts import MORE, parts_of
 from .common import (
     about,
     chosen,
@@ -81,14 +80,13 @@ def _clean(
     quiet: bool,
     found: Counter[str],
 ) -> None:
-    name, store, files = name_of(interface), interface.store, interface.keeper.files
+    name, files = name_of(interface), interface.keeper.files
+    upkeep = parts_of(interface.store).upkeep
     name_store(interface)
     if not_there_yet(interface):
         text = "nothing to do, its file is not there yet"
-    elif not has_leftovers(store) and files is None:
+    elif upkeep is None and files is None:
         text = "nothing to do, this store lets go of expired sessions itself"
-    elif dry_run and not isinstance(store, Tidies):
-        raise click.ClickException(f"{name}: {type(store).__name__} can only remove, not count")
     else:
 
         def so_far() -> str:
@@ -100,11 +98,11 @@ def _clean(
             progress(f"{name}: clean-up", partial(_to_look_at, interface, batch)) as advance,
         ):
             try:
-                for step in steps(store, batch, cursor, dry_run=dry_run):
+                for step in steps(upkeep, batch, cursor, dry_run=dry_run):
                     found.update(step.found)
                     cursor = step.cursor
                     advance(step.seen)
-                for step in steps(files, batch, dry_run=dry_run) if files is not None else ():
+                for step in steps(files, batch, dry_run=dry_run):
                     found.update(step.found)
                     advance(step.seen)
             except ValueError as error:  # of a cursor
@@ -119,7 +117,7 @@ def _to_look_at(interface: GSessionInterface, batch: int) -> int | None:
 
     Where one step counts them all, those that are found; else there are sessions among them.
     """
-    first = next(steps(interface.store, batch, dry_run=True), None)
+    first = next(steps(parts_of(interface.store).upkeep, batch, dry_run=True), None)
     if first is not None and not first.cursor:
         return first.seen
     return about(interface)

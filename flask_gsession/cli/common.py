@@ -16,9 +16,10 @@ from flask import current_app
 from ..errors import StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
-from ..stores import Counts, Record, Scans
-from ..stores.base import KEY_LENGTH, Page, is_session_key
+from ..stores import Record, Scans
+from ..stores.base import KEY_LENGTH, is_session_key
 from ..stores.memory import MemoryStore
+from ..stores.parts import Page, parts_of
 from ..stores.urls import without_hosts
 
 T = TypeVar("T")
@@ -99,21 +100,22 @@ def not_there_yet(interface: GSessionInterface) -> bool:
 
 def scanned(interface: GSessionInterface) -> Scans:
     """The store, which can go through its sessions; ends the command where it cannot."""
-    store = interface.store
-    if not isinstance(store, Scans):
+    scans = parts_of(interface.store).scans
+    if scans is None:
         raise click.ClickException(
-            f"{name_of(interface)}: {type(store).__name__} cannot list its sessions (no scan())"
+            f"{name_of(interface)}: {type(interface.store).__name__} cannot list its sessions "
+            "(it has no part `scans`)"
         )
-    return MemoryStore() if not_there_yet(interface) else store
+    return MemoryStore() if not_there_yet(interface) else scans
 
 
 def about(interface: GSessionInterface) -> int | None:
     """How many sessions there are, more or less; None where the store does not say."""
-    store = interface.store
+    counts = parts_of(interface.store).counts
     if not_there_yet(interface):
         return 0
     with suppress(StoreUnavailable):  # what cannot go on without it says so
-        return store.count() if isinstance(store, Counts) else None
+        return None if counts is None else counts.count()
     return None
 
 

@@ -40,8 +40,8 @@ from ..events import Event, Events, logger
 from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
-from ..stores import Counts
-from ..stores.base import pass_on
+from ..stores.parts import parts_of
+from ..stores.wrappers import compose
 from .metrics_figures import SECONDS, Figures, figures_of
 from .metrics_watch import StoreWatch
 
@@ -49,7 +49,7 @@ NAME = "gsession-metrics"
 _PAGE = "gsession_metrics"  # the endpoint of our own page, and the extension that has its registry
 
 _TIMED = (
-    *("create", "load", "save", "renew", "replace", "delete", "pop"),
+    *("create", "load", "save", "renew", "replace", "delete"),
     *("write_frame", "read_frame", "renew_blobs", "discard_blobs"),
     *("acquire", "extend", "release"),
 )
@@ -121,14 +121,8 @@ class SessionMetrics:
         figures = figures_of(self._registry_for(app))
         interface = interfaces[ext]
         keeper = interface.keeper
-        store: Any = keeper.store
         watch = self._watch(app, interface, figures)
-        timed: Any = _TimedStore(store, figures, watch)
-        keeper.store = timed
-        if keeper.spill is not None and keeper.spill.blobs is store:
-            keeper.spill.blobs = timed
-        if keeper.leases is not None:
-            keeper.leases = timed
+        keeper.use_store(compose(keeper.store, timer=Timer(figures, watch).call))
         keeper.events = _CountedEvents(keeper.events, figures)
         watch.listen(ext.on)
         if not counted:
@@ -137,8 +131,8 @@ class SessionMetrics:
 
     def _watch(self, app: Flask, interface: GSessionInterface, figures: Figures) -> StoreWatch:
         cookie = interface.keeper.live.cookie_name()
-        every, store = self._count_every, interface.store
-        counts = store if every is not None and isinstance(store, Counts) else None
+        every = self._count_every
+        counts = None if every is None else parts_of(interface.store).counts
         return StoreWatch(
             app,
             interface.keeper.store,
@@ -234,48 +228,41 @@ class _CountedEvents(Events):
         self._events.emit(event, *details)
 
 
-class _TimedStore:
-    """Has every method of the contract and of the capabilities that the store has."""
+class Timer:
+    """Makes the calls of a store, and counts how long they took and how they ended."""
 
-    def __init__(self, store: object, figures: Figures, up: StoreWatch) -> None:
-        for name in _TIMED:
-            if hasattr(store, name):
-                operation = "delete" if name == "pop" else name
-                setattr(self, name, _timed(getattr(store, name), operation, figures, up))
-        pass_on(self, store)
+    def __init__(self, figures: Figures, watch: StoreWatch) -> None:
+        self._figures = figures
+        self._watch = watch
+        self._ok = {operation: figures.timing(operation, "ok") for operation in _TIMED}
+        self._absent = figures.timing("load", "absent")
+        for operation in _TIMED:
+            figures.operations.labels(operation, "unavailable")  # begins at 0, for rates
 
-
-def _timed(
-    call: Callable[..., Any], name: str, figures: Figures, up: StoreWatch
-) -> Callable[..., Any]:
-    ok = figures.timing(name, "ok")
-    absent = figures.timing(name, "absent") if name == "load" else ok
-    figures.operations.labels(name, "unavailable")  # begins at 0, for rates
-    answered = up.answered
-
-    def timed(*arguments: Any) -> Any:
+    def call(self, operation: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        watch = self._watch
         start = perf_counter()
         try:
-            answer = call(*arguments)
+            answer = method(*arguments)
         except BaseException as error:
             status = _STATUSES.get(type(error), "error")
-            spent(figures.timing(name, status), start)
+            _spent(self._figures.timing(operation, status), start)
             if not getattr(error, "contention", False):
-                answered(status != "unavailable")
+                watch.answered(status != "unavailable")
             raise
-        spent(absent if answer is None else ok, start)
-        if not up.is_up or up.pid != getpid():
-            answered(True)
+        absent = answer is None and operation == "load"
+        _spent(self._absent if absent else self._ok[operation], start)
+        if not watch.is_up or watch.pid != getpid():
+            watch.answered(True)
         return answer
 
-    def spent(add: Callable[[float, float], object], start: float) -> None:
-        end = perf_counter()
-        seconds = end - start
-        add(seconds, end)
-        try:
-            environ = _current_request().environ
-        except RuntimeError:  # outside of requests
-            return
-        environ[SECONDS] = environ.get(SECONDS, 0.0) + seconds
 
-    return timed
+def _spent(add: Callable[[float, float], object], start: float) -> None:
+    end = perf_counter()
+    seconds = end - start
+    add(seconds, end)
+    try:
+        environ = _current_request().environ
+    except RuntimeError:  # outside of requests
+        return
+    environ[SECONDS] = environ.get(SECONDS, 0.0) + seconds

@@ -31,7 +31,7 @@ from ..events import (
     SessionSaved,
     WriteDropped,
 )
-from ..stores.base import LEFTOVERS
+from ..stores.parts import LEFTOVERS
 from .metrics_gathering import Gathering, counted, observed
 from .metrics_watch import StoreWatch
 

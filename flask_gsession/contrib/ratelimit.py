@@ -14,7 +14,7 @@ import math
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary
 
@@ -40,7 +40,6 @@ except ImportError as error:
         "flask-gsession[limits]"
     ) from None
 
-from ..breaker import Circuit
 from ..data import SessionData
 from ..errors import SettingError, StoreUnavailable
 from ..events import logger
@@ -48,6 +47,7 @@ from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
 from ..stores import StoreOptions
+from ..stores.wrappers.breaker import Circuit
 from .ratelimit_clients import name_of, network_of_client, site_of
 from .ratelimit_storages import Backend, storage_at, storage_of
 
@@ -295,7 +295,7 @@ class SessionLimits:
                 settings.store_timeout,
                 keeper.events,
             )
-            hit, probe = circuit.guard(backend, "hit"), circuit.guard(backend, "look")
+            hit, probe = partial(circuit.call, backend.hit), partial(circuit.call, backend.look)
         limits = _Limits(
             backend=backend,
             hit=hit,

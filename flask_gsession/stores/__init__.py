@@ -9,32 +9,23 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SettingError
-from .base import (
-    Blobs,
-    BlobStore,
-    Counts,
-    Leases,
-    Record,
-    Scans,
-    Store,
-    StoreOptions,
-    Sweeps,
-    Tidies,
-)
+from .base import Deleted, Record, Replaced, Store, is_store
+from .parts import Blobs, Checks, Counts, Leases, Scans, Upkeep, is_place, parts_of
+from .support import StoreOptions
 from .urls import without_hosts
 
 __all__ = [
-    "BlobStore",
     "Blobs",
+    "Checks",
     "Counts",
+    "Deleted",
     "Leases",
     "Record",
+    "Replaced",
     "Scans",
     "Store",
     "StoreOptions",
-    "Sweeps",
-    "Tidies",
-    "heeds_logout_replicas",
+    "Upkeep",
     "open_blobs",
     "open_store",
 ]
@@ -101,8 +92,8 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
             # A database has an answer to every name, and would pass for a store.
             break
     else:
-        if isinstance(source, Store) and not isinstance(source, type):
-            return source, False
+        if is_store(source):
+            return source, False  # type: ignore[return-value]  # it has the verbs
     raise SettingError(f"SESSION_STORE is {_kind_of(source)}; {_ALLOWED}")
 
 
@@ -131,10 +122,11 @@ def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
     Raises ``SettingError``, never showing more of a URL than its scheme.
     """
     if not isinstance(source, str):
-        if isinstance(source, Blobs) and not isinstance(source, type):
-            return source
+        if is_place(source):
+            return source  # type: ignore[return-value]  # it has the methods
         raise SettingError(f"SESSION_SPILL_STORE is {_kind_of(source)}; {_PLACES_ALLOWED}")
-    if not isinstance(entries, BlobStore):
+    places = parts_of(entries).blobs
+    if places is None:
         raise SettingError(
             "SESSION_SPILL_STORE needs a SESSION_STORE that can keep blobs: it says which files "
             "are needed"
@@ -163,12 +155,7 @@ def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
             "folder that each process is started in: write three slashes and an absolute path, as "
             "file:///var/lib/shop/large"
         )
-    return FileBlobs(source, entries, options)
-
-
-def heeds_logout_replicas(store: Store) -> bool:
-    """Whether ``StoreOptions.logout_replicas`` means something to a store that was opened here."""
-    return hasattr(store, "_logout_replicas")
+    return FileBlobs(source, places, options)
 
 
 def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:

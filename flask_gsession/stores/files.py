@@ -32,8 +32,10 @@ import fsspec  # type: ignore[import-untyped]  # it ships no types
 
 from ..errors import Gone, StoreUnavailable
 from ..processes import process
-from .base import Blobs, Finding, StoreOptions, Tidied, milliseconds
+from .base import milliseconds
+from .parts import Blobs, Finding, Tidied, itself
 from .rights import OTHERS, others_may_replace, secure
+from .support import StoreOptions
 
 FRAME_BYTES = 4 * 1024 * 1024  # a file each, so fewer and larger ones than elsewhere
 _YOUNG = 3_600_000  # milliseconds: what is not older is left alone
@@ -93,7 +95,7 @@ def _write(fs: Any, path: str, data: bytes) -> None:
         file.write(data)
 
 
-class FileBlobs:
+class FileBlobs(Blobs):
     """Keeps blobs in the folder that ``url`` names, and in ``entries`` which of them live.
 
     The times that a call may take are those of the file system. A folder of this machine is made
@@ -101,6 +103,7 @@ class FileBlobs:
     """
 
     frame_bytes = FRAME_BYTES
+    upkeep = checks = itself
 
     def __init__(self, url: str, entries: Blobs, options: StoreOptions | None = None) -> None:
         self._url = url

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
 from ..processes import process
-from .base import MAX_POINTERS, TICKET, Lease, Page, Record, StoreOptions, Tidied, milliseconds
+from .base import MAX_POINTERS, TICKET, Deleted, Record, Store, milliseconds
+from .lease import Lease
+from .parts import Page, Tidied, itself
+from .support import StoreOptions
 
 _NOBODYS = Lease()
 
@@ -19,8 +22,10 @@ class _Blob:
         self.frames: dict[int, bytes] = {}
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Keeps records in a dict. Records are immutable, so nothing is shared with the caller."""
+
+    leases = blobs = scans = upkeep = counts = itself
 
     def __init__(self, options: StoreOptions | None = None) -> None:
         self._clock = (options or StoreOptions()).clock
@@ -97,15 +102,12 @@ class MemoryStore:
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
-    ) -> bool:
+    ) -> Deleted:
         with self._lock:
             if expected_version is not None:
                 self._expect(key, expected_version, lease)
-            return self._pop(key) is not None
-
-    def pop(self, key: str) -> Record | None:
-        with self._lock:
-            return self._pop(key)
+            record = self._pop(key)
+        return Deleted(record is not None, record)
 
     def _pop(self, key: str) -> Record | None:
         for _ in range(MAX_POINTERS):

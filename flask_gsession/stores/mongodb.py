@@ -53,25 +53,20 @@ from ..errors import (
 from ..events import logger
 from ..processes import process, warn_without_threads
 from .base import (
-    COUNT_ALL,
-    LONGEST_LEASE,
     MAX_POINTERS,
     TICKET,
-    WAITER_LIFE,
-    Finding,
-    Lease,
-    Page,
+    Deleted,
     Record,
-    StoreOptions,
-    Tidied,
-    closing,
+    Store,
     is_session_key,
     milliseconds,
-    poll,
 )
 from .interrupts import interruption
+from .lease import LONGEST_LEASE, WAITER_LIFE, Lease, poll
 from .mongodb_health import checked
 from .mongodb_telling import NO_PAYLOADS, SessionCollection
+from .parts import COUNT_ALL, Finding, Page, Tidied, itself
+from .support import StoreOptions, closing
 
 COLLECTION = "gsession"
 BLOBS = "gsession_blobs"
@@ -149,12 +144,14 @@ def _call(
     return decorate
 
 
-class MongoDBStore:
+class MongoDBStore(Store):
     """Keeps records in the collection ``gsession`` of the URL's database (default ``gsession``).
 
     ``url_or_client``: a URL, or an existing ``MongoClient``, which is then never closed. A client
     made from a URL is made at first use, anew in each forked worker.
     """
+
+    leases = blobs = scans = upkeep = counts = checks = itself
 
     def __init__(self, url_or_client: str | _Client, options: StoreOptions | None = None):
         options = options or StoreOptions()
@@ -303,7 +300,7 @@ class MongoDBStore:
         key: str,
         expected_version: int | None = None,
         lease: str | None = None,
-    ) -> bool:
+    ) -> Deleted:
         if expected_version is not None:
             condition = {
                 **self._live(key),
@@ -312,15 +309,11 @@ class MongoDBStore:
             }
             if collection.delete_one(condition).deleted_count == 0:
                 self._explain(key, collection, lease)
-            return True
-        return self._pop(key, collection)[1] is not None
-
-    @_call("delete")
-    def pop(self, collection: SessionCollection, key: str) -> Record | None:
+            return Deleted(True)
         key, document = self._pop(key, collection)
         if not document:  # nothing, or it is only known that there was something
-            return None if document is None else Record(key, 0, 0, 0, 0, b"")
-        return self._record(key, document)
+            return Deleted(document is not None)
+        return Deleted(True, self._record(key, document))
 
     def _pop(self, key: str, collection: SessionCollection) -> tuple[str, _Document | None]:
         """Delete a session, through pointers; where it was, and what was there."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from .base import tell_trip
+from .support import count_round_trip
 
 
 class _NoPayloads(logging.Filter):
@@ -58,7 +58,7 @@ class SessionCollection:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._collection, name)
         if name in self._commands:
-            tell_trip()
+            count_round_trip()
         elif name not in self._more:
             return found
         return partial(found, session=self._session)

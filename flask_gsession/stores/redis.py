@@ -17,7 +17,6 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from importlib.resources import files
 from struct import Struct
@@ -45,34 +44,20 @@ from ..errors import (
     Gone,
     KeyTaken,
     LeaseLost,
-    LogoutUnconfirmed,
     QueueFull,
     Stale,
     StoreUnavailable,
     UnreadableRecord,
 )
-from .base import (
-    ASK_AGAIN,
-    COUNT_ALL,
-    MAX_POINTERS,
-    TICKET,
-    WAITER_LIFE,
-    Finding,
-    Lease,
-    Page,
-    Record,
-    StoreOptions,
-    Tidied,
-    closing,
-    milliseconds,
-    poll,
-    tell_trip,
-)
+from .base import MAX_POINTERS, TICKET, Deleted, Record, Replaced, Store, milliseconds
+from .lease import ASK_AGAIN, WAITER_LIFE, Lease, poll
+from .parts import COUNT_ALL, Finding, Page, Tidied, itself
 from .redis_health import checked, parsed
 from .redis_pool import AllInUse, ClientPool, ConnectionPool, hint, packed
 from .redis_scan import Node, Scanner
 from .redis_servers import PrimaryPool, connections_of
 from .redis_wakeup import WakeUps
+from .support import StoreOptions, closing, count_round_trip
 
 T = TypeVar("T")
 
@@ -116,13 +101,48 @@ _LEASE, _TIDY = _Script("lease"), _Script("tidy")
 _BLOB_WRITE, _BLOB_EXPIRE = _Script("blob_write"), _Script("blob_expire")
 
 
-class RedisStore:
+class Confirmation:
+    """Whether ``replicas`` have the end of a session; ``missing`` says why too few have it."""
+
+    def __init__(self, replicas: int) -> None:
+        self.replicas = replicas
+        self.missing = ""
+
+    def ask(self, slot: Any, name: bytes, answer: Any, again: bool, deadline: float) -> None:
+        """Wait until the replicas have what was done; see Redis' ``WAIT``.
+
+        It waits for the last write of this connection, and so for all before it. A call that found
+        nothing left to do, or repeats what another connection may have done, has written nothing.
+        """
+        status = answer[:1]
+        if status not in (b"K", b"N", b"D" if again else b"N"):
+            return
+        span = b"%d" % max(1, int((deadline - time.monotonic()) * 800))
+        self.missing = ""
+        try:
+            if again or status != b"K":
+                count_round_trip()
+                slot.ask(packed(b"EVAL", _WRITE_SOMETHING, b"1", name + b":wait"))
+            count_round_trip()
+            confirmed = slot.ask(packed(b"WAIT", b"%d" % self.replicas, span))
+            if type(confirmed) is not int or confirmed < self.replicas:
+                why = f"{confirmed} of {self.replicas} replicas answered in time"
+                self.missing = f"redis: WAIT: {why}"
+        except (RedisError, OSError) as error:
+            slot.connection.disconnect()
+            self.missing = f"redis: WAIT: {type(error).__name__}: {error}"
+
+
+class RedisStore(Store):
     """Keeps records in the Redis at ``url``, or behind an existing client, whose pool is used.
 
     One call takes at most ``options.timeout``. Of a client that was passed in the pool is used as
     it is, and never closed: its own settings bound the time to connect, and ``options.timeout`` the
     wait for each piece of an answer.
     """
+
+    leases = blobs = scans = upkeep = counts = checks = itself
+    confirms_logouts = True
 
     _retries = 3
     _apart = False  # whether leases end, and are taken, in steps of their own
@@ -231,8 +251,9 @@ class RedisStore:
         lease: str | None = None,
         *,
         shorten: bool = False,
-    ) -> None:
+    ) -> Replaced:
         deadline = self._deadline()
+        confirmation = Confirmation(0 if pointer else self._logout_replicas)
         keys = [self._name(key), self._name(record.key), self._lease_name(key)]
         later: Record | None = record
         while later is not None:
@@ -248,31 +269,33 @@ class RedisStore:
                 self._channels,
                 b"" if shorten else b"%d" % record.idle_expires_at,
             ]
-            replicas = 0 if pointer else self._logout_replicas
             version = _version(record.version)
-            reply = self._run(deadline, _REPLACE, keys, arguments, version, replicas)
+            reply = self._run(deadline, _REPLACE, keys, arguments, version, confirmation)
             later, shorten = _renewed_meanwhile(record, reply)
+        return Replaced(confirmation.missing)
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
-    ) -> bool:
+    ) -> Deleted:
+        deadline, confirmation = self._deadline(), Confirmation(self._logout_replicas)
         if expected_version is not None:
-            deadline = self._deadline()
-            self._delete(key, deadline, _version(expected_version), lease=lease)
-            return True
-        return self._pop(key)[1] is not None
+            version = _version(expected_version)
+            self._delete(key, deadline, version, lease=lease, confirmation=confirmation)
+            return Deleted(True, None, confirmation.missing)
+        key, ended = self._pop(key, deadline, confirmation)
+        # An answer may have got lost, and with it what was there.
+        record = _unpack(key, ended) if ended else None
+        return Deleted(ended is not None, record, confirmation.missing)
 
-    def pop(self, key: str) -> Record | None:
-        return _ended(*self._pop(key))
-
-    def _pop(self, key: str) -> tuple[str, bytes | None]:
+    def _pop(
+        self, key: str, deadline: float, confirmation: Confirmation
+    ) -> tuple[str, bytes | None]:
         """Delete a session, through pointers; where it was, and what was there."""
-        deadline = self._deadline()
         # What pointers lead to goes first, so that a repeat after a failure still finds it.
         pointers: list[str] = []
         ended = None
         for _ in range(MAX_POINTERS):
-            reply = self._delete(key, deadline)
+            reply = self._delete(key, deadline, confirmation=confirmation)
             if reply[:1] != b"P":
                 ended = reply[1:] if reply[:1] == b"K" else None
                 break
@@ -289,20 +312,14 @@ class RedisStore:
         version: bytes = b"",
         pointers: bytes = b"0",
         lease: str | None = None,
+        confirmation: Confirmation | None = None,
     ) -> bytes:
         keys = [self._name(key)]
         if lease is not None or not self._apart:
             keys.append(self._lease_name(key))
         owner = (lease or "").encode()
         arguments = [version, self._now_text(), pointers, owner, self._channels]
-        replicas = 0 if pointers == b"1" else self._logout_replicas
-        try:
-            return self._run(deadline, _DELETE, keys, arguments, replicas=replicas)
-        except LogoutUnconfirmed as error:
-            reply, error.ended = error.ended, None
-            with suppress(UnreadableRecord):
-                error.ended = _ended(key, reply[1:] if reply[:1] == b"K" else None)
-            raise
+        return self._run(deadline, _DELETE, keys, arguments, confirmation=confirmation)
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
         arguments = [b"%d" % offset, frame, b"%d" % max(1, expires_at - self._now())]
@@ -521,14 +538,13 @@ class RedisStore:
         keys: list[bytes],
         arguments: list[bytes],
         echo: bytes = b"",
-        replicas: int = 0,
+        confirmation: Confirmation | None = None,
         also: bytes | None = None,
     ) -> bytes:
         """Run a script; its first answering byte says how it went.
 
         A success must end with ``echo``, as the version that was written, or be ``also``: an answer
-        to somebody else's command would not. So many ``replicas`` must have it then, or
-        ``LogoutUnconfirmed`` is raised.
+        to somebody else's command would not. Then replicas are asked for their ``confirmation``.
         """
 
         def parse(reply: Any) -> bytes:
@@ -548,7 +564,7 @@ class RedisStore:
                 keys[0],
                 packed(b"EVALSHA", script.sha, *parts),
                 lambda: packed(b"EVAL", script.source, *parts),
-                replicas,
+                confirmation,
             )
         except UnreadableRecord as error:
             if error.detail == _WRONG_TYPE:
@@ -570,7 +586,7 @@ class RedisStore:
         name: bytes,
         request: bytes,
         with_source: Callable[[], bytes] | None = None,
-        replicas: int = 0,
+        confirmation: Confirmation | None = None,
     ) -> T:
         """Send one command and return what ``parse`` makes of its answer, before ``deadline``.
 
@@ -585,7 +601,7 @@ class RedisStore:
         refused = in_doubt = False
         while True:
             try:
-                answer = self._attempt(name, request, parse, deadline, replicas, in_doubt)
+                answer = self._attempt(name, request, parse, deadline, confirmation, in_doubt)
                 if in_doubt and answer in _OVERTAKEN:
                     raise StoreUnavailable("redis: an answer was lost, then another write came")
                 if in_doubt and answer in _DELETED:
@@ -624,7 +640,7 @@ class RedisStore:
         request: bytes,
         parse: Callable[[Any], T],
         deadline: float,
-        replicas: int,
+        confirmation: Confirmation | None,
         again: bool,
         pool: Any = None,  # of any kind, with slots of its own kind
         *,
@@ -636,12 +652,12 @@ class RedisStore:
         try:
             try:
                 if asking:
-                    tell_trip()
+                    count_round_trip()
                     slot.ask(_ASKING)
-                tell_trip()
+                count_round_trip()
                 answer = parse(slot.ask(request))
-                if replicas:
-                    _confirm(slot, name, answer, replicas, again, deadline)
+                if confirmation is not None and confirmation.replicas:
+                    confirmation.ask(slot, name, answer, again, deadline)
                 return answer
             except ReadOnlyError:
                 # After a failover: look the primary up anew, for every connection.
@@ -659,42 +675,6 @@ class RedisStore:
                 raise
         finally:
             pool.give(slot)
-
-
-def _confirm(
-    slot: Any, name: bytes, answer: Any, replicas: int, again: bool, deadline: float
-) -> None:
-    """Wait until so many replicas have what was done; see Redis' ``WAIT``.
-
-    It waits for the last write of this connection, and so for all before it. Who found that
-    nothing was left to do, or repeats what another connection may have done, has written nothing.
-    """
-    status = answer[:1]
-    if status not in (b"K", b"N", b"D" if again else b"N"):
-        return
-    span = b"%d" % max(1, int((deadline - time.monotonic()) * 800))
-    cause = None
-    try:
-        if again or status != b"K":
-            tell_trip()
-            slot.ask(packed(b"EVAL", _WRITE_SOMETHING, b"1", name + b":wait"))
-        tell_trip()
-        confirmed = slot.ask(packed(b"WAIT", b"%d" % replicas, span))
-        if type(confirmed) is int and confirmed >= replicas:
-            return
-        why = f"{confirmed} of {replicas} replicas answered in time"
-    except (RedisError, OSError) as error:
-        cause, why = error, f"{type(error).__name__}: {error}"
-    unconfirmed = LogoutUnconfirmed(f"redis: WAIT: {why}")
-    unconfirmed.ended = answer
-    raise unconfirmed from cause
-
-
-def _ended(key: str, value: bytes | None) -> Record | None:
-    """The record that ``_pop`` found; an answer may have got lost, and with it what was there."""
-    if value is None:
-        return None
-    return _unpack(key, value) if value else Record(key, 0, 0, 0, 0, b"")
 
 
 def _renewed_meanwhile(record: Record, reply: bytes) -> tuple[Record | None, bool]:

@@ -23,12 +23,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from ..errors import Gone, LeaseLost, LogoutUnconfirmed, Stale, StoreUnavailable, UnreadableRecord
-from .base import Record, StoreOptions, closing
-from .redis import RedisStore, _pack, _renewed_meanwhile, _Script, _version
+from ..errors import Gone, LeaseLost, Stale, StoreUnavailable, UnreadableRecord
+from .base import Record, Replaced
+from .redis import Confirmation, RedisStore, _pack, _renewed_meanwhile, _Script, _version
 from .redis_pool import AllInUse, ConnectionPool, bounded, packed
 from .redis_scan import Node
 from .redis_servers import Address, connections_of, servers_of
+from .support import StoreOptions, closing
 
 T = TypeVar("T")
 
@@ -178,13 +179,13 @@ class RedisClusterStore(RedisStore):
         lease: str | None = None,
         *,
         shorten: bool = False,
-    ) -> None:
+    ) -> Replaced:
         deadline = self._deadline()
         first = self._create(record, deadline)
         version = _version(record.version)
         keys = [self._name(key), *([] if lease is None else [self._lease_name(key)])]
         left = pointer or self._end_of(key, record)
-        replicas = 0 if pointer else self._logout_replicas
+        confirmation = Confirmation(0 if pointer else self._logout_replicas)
         later: Record | None = record
         try:
             while later is not None:
@@ -201,7 +202,7 @@ class RedisClusterStore(RedisStore):
                     self._channels,
                     b"" if shorten else b"%d" % record.idle_expires_at,
                 ]
-                reply = self._run(deadline, _ROTATE, keys, arguments, version, replicas, b"N")
+                reply = self._run(deadline, _ROTATE, keys, arguments, version, confirmation, b"N")
                 if reply == b"N" and first:
                     raise Gone  # rotated before, and ended since: not to be brought back
                 later, shorten = _renewed_meanwhile(record, reply)
@@ -209,10 +210,8 @@ class RedisClusterStore(RedisStore):
             with suppress(Gone, Stale, StoreUnavailable):
                 super()._delete(record.key, deadline, version, b"1")
             raise
-        except LogoutUnconfirmed:
-            self._end_lease(key, deadline)
-            raise
         self._end_lease(key, deadline)
+        return Replaced(confirmation.missing)
 
     def _servers(self) -> dict[bytes, str]:
         cluster: Cluster = self._pool
@@ -233,12 +232,9 @@ class RedisClusterStore(RedisStore):
         version: bytes = b"",
         pointers: bytes = b"0",
         lease: str | None = None,
+        confirmation: Confirmation | None = None,
     ) -> bytes:
-        try:
-            reply = super()._delete(key, deadline, version, pointers, lease)
-        except LogoutUnconfirmed:
-            self._end_lease(key, deadline)
-            raise
+        reply = super()._delete(key, deadline, version, pointers, lease, confirmation)
         if reply[:1] == b"K":
             self._end_lease(key, deadline)
         return reply
@@ -283,7 +279,7 @@ class RedisClusterStore(RedisStore):
         request: bytes,
         parse: Callable[[Any], T],
         deadline: float,
-        replicas: int,
+        confirmation: Confirmation | None,
         again: bool,
         pool: Any = None,
         *,
@@ -296,7 +292,7 @@ class RedisClusterStore(RedisStore):
         def attempt(address: Address, *, asking: bool = False) -> T:
             pool = cluster.pool(address)
             return super(RedisClusterStore, self)._attempt(
-                name, request, parse, deadline, replicas, again, pool, asking=asking
+                name, request, parse, deadline, confirmation, again, pool, asking=asking
             )
 
         try:

@@ -16,7 +16,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ..errors import StoreUnavailable, UnreadableRecord
-from .base import KEY_LENGTH, LOST_EXPIRY, Page, Record, Tidied
+from .base import KEY_LENGTH, Record
+from .parts import LOST_EXPIRY, Page, Tidied
 from .redis_pool import hint, packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
@@ -44,7 +45,7 @@ class _Found(NamedTuple):
 
 
 class Scanner:
-    """What ``RedisStore`` does for ``Scans`` and ``Tidies``, at the nodes that it names.
+    """What ``RedisStore`` does for ``Scans`` and ``Upkeep``, at the nodes that it names.
 
     ``unpack`` makes a record of a key and a string.
     """
@@ -106,7 +107,7 @@ class Scanner:
         deadline: float,
         put_right: Callable[[bytes, int], bool] | None,
     ) -> Tidied:
-        """As ``Tidies.tidy``; ``put_right`` runs ``tidy.lua``, and is None to change nothing."""
+        """As ``Upkeep.tidy``; ``put_right`` runs ``tidy.lua``, and is None to change nothing."""
         node, names, end = self._find(nodes, cursor, limit, b"", deadline)
         blobs = [name for name in names if self._blob.fullmatch(name)]
         matches = [match for name in names if (match := self._name.fullmatch(name))]

@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
-from .base import Finding
+from .parts import Finding
 from .redis_pool import ConnectionPool, Slot, bounded, packed
 from .urls import without_hosts
 

@@ -38,22 +38,11 @@ from ..errors import (
 )
 from ..events import logger
 from ..processes import is_at_work, process
-from .base import (
-    COUNT_ALL,
-    MAX_POINTERS,
-    MORE,
-    TICKET,
-    Finding,
-    Lease,
-    Page,
-    Record,
-    StoreOptions,
-    Tidied,
-    closing,
-    milliseconds,
-    poll,
-)
+from .base import MAX_POINTERS, TICKET, Deleted, Record, Store, milliseconds
+from .lease import Lease, poll
+from .parts import COUNT_ALL, MORE, Finding, Page, Tidied, itself
 from .rights import OTHERS, is_foreign_link, others_may_replace, secure
+from .support import StoreOptions, closing
 
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 4
@@ -227,7 +216,7 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
         os.close(lock)
 
 
-class SQLiteStore:
+class SQLiteStore(Store):
     """Keeps records in the file at ``path``, made with mode 0600; its folder is made if missing.
 
     A file that was there before loses the rights of others, with a warning in the log.
@@ -237,6 +226,8 @@ class SQLiteStore:
     C after a request, is refused with ``StoreUnavailable``: SQLite would damage the file.
     Raises ``SettingError`` where the file is a database of something else, or is another user's.
     """
+
+    leases = blobs = scans = upkeep = counts = checks = itself
 
     def __init__(self, path: str | os.PathLike[str], options: StoreOptions | None = None) -> None:
         options = options or StoreOptions()
@@ -344,18 +335,14 @@ class SQLiteStore:
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
-    ) -> bool:
+    ) -> Deleted:
         now = milliseconds(self._clock)
         with self._transaction(durable=True) as db:
             record = self._select(db, key)
             if expected_version is not None:
                 self._expect(db, record, expected_version, lease)
-            return self._pop(db, record, now) is not None
-
-    def pop(self, key: str) -> Record | None:
-        now = milliseconds(self._clock)
-        with self._transaction(durable=True) as db:
-            return self._pop(db, self._select(db, key), now)
+            record = self._pop(db, record, now)
+        return Deleted(record is not None, record)
 
     def _pop(self, db: sqlite3.Connection, record: Record | None, now: int) -> Record | None:
         for _ in range(MAX_POINTERS):
@@ -390,26 +377,6 @@ class SQLiteStore:
             ).fetchone()
             (everybodys,) = db.execute("SELECT count(*) FROM gsession").fetchone()
         return int(live * mine / max(1, everybodys))
-
-    def sweep(self, limit: int) -> int:
-        """Remove at most ``limit`` expired records in one short transaction.
-
-        Then as many blobs, each in one of its own.
-        """
-        now = milliseconds(self._clock)
-        with self._transaction() as db:
-            done = db.execute(
-                "DELETE FROM gsession WHERE key IN "
-                "(SELECT key FROM gsession WHERE idle_expires_at <= ? LIMIT ?)",
-                (now, limit),
-            )
-            removed = done.rowcount
-        for _ in range(limit):
-            with self._transaction() as db:
-                if not self._sweep_blobs(db, now, 1):
-                    break
-            removed += 1
-        return removed
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
         now = milliseconds(self._clock)

@@ -12,44 +12,64 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from .errors import StoreError, StoreUnavailable
-from .events import CircuitClosed, CircuitOpened, Events, logger
-from .processes import process
-from .stores.base import Clock, Store, pass_on
+from ...errors import StoreError, StoreUnavailable
+from ...events import CircuitClosed, CircuitOpened, Events, logger
+from ...processes import process
+from ..base import Clock, Record, Store
+from .wrapper import CallWrapper
 
 _LOADS = ("load", "read_frame")
-_WRITES = (
-    *("create", "save", "renew", "replace", "delete", "pop"),
-    *("acquire", "extend", "release"),
-    *("write_frame", "renew_blobs", "discard_blobs"),
-)
 _SLOW = 0.05  # seconds; what fails faster does no harm
 _JITTER = 0.1  # of the pause, either way
 
 
-def guarded(store: Store, failures: int, pause: float, timeout: float, events: Events) -> Store:
-    """``store``, whose calls fail at once while its circuit is open.
+class GuardedStore(CallWrapper):
+    """``store``, whose calls fail at once while their circuit is open.
 
-    It opens after ``failures`` slow failures in a row; ``timeout`` is what a call may take.
+    A circuit opens after ``failures`` slow failures in a row. It lets a probe through every
+    ``pause`` seconds. ``timeout``: the seconds that a call may take.
     """
-    return cast(Store, _GuardedStore(store, failures, pause, timeout, events))
-
-
-class _GuardedStore:
-    """Has every method of the contract and of the capabilities that the store has."""
 
     def __init__(
         self, store: Store, failures: int, pause: float, timeout: float, events: Events
     ) -> None:
-        self.circuits: list[Circuit] = []
-        for operations, names in (("loads", _LOADS), ("writes", _WRITES)):
-            circuit = Circuit(operations, failures, pause, timeout, events)
-            self.circuits.append(circuit)
-            for name in filter(lambda name: hasattr(store, name), names):
-                setattr(self, name, circuit.guard(store, name))
-        pass_on(self, store)
+        self.loads = Circuit("loads", failures, pause, timeout, events)
+        self.writes = Circuit("writes", failures, pause, timeout, events)
+        super().__init__(store, partial(_guarded, self.loads, self.writes))
+
+    # Every request comes by the next two: they are ``Circuit.call``, written out.
+
+    def load(self, key: str) -> Record | None:
+        circuit = self.loads
+        if not circuit.is_well:
+            return circuit.call_warily(self.store.load, key)  # type: ignore[no-any-return]
+        start = circuit.clock()
+        try:
+            return self.store.load(key)
+        except StoreUnavailable as error:
+            circuit.failed(error, start)
+            raise
+
+    def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
+        circuit = self.writes
+        if shorten or not circuit.is_well:
+            super().save(record, expected_version, shorten=shorten)
+            return
+        start = circuit.clock()
+        try:
+            self.store.save(record, expected_version)
+        except StoreUnavailable as error:
+            circuit.failed(error, start)
+            raise
+
+
+def _guarded(
+    loads: Circuit, writes: Circuit, operation: str, method: Callable[..., Any], *arguments: Any
+) -> Any:
+    circuit = loads if operation in _LOADS else writes
+    return circuit.call(method, *arguments)
 
 
 class Circuit:
@@ -81,35 +101,32 @@ class Circuit:
     def _start(self) -> None:
         # Also in a forked process: a parent's thread may have held the lock, or been the probe.
         self._lock = threading.Lock()
-        self._well = True  # the only thing that a call looks at, as long as it is
+        self.is_well = True  # the only thing that a call looks at, as long as it is
         self._failures = 0
         self._cause = ""
         self._open_since: float | None = None
         self._ask_at = 0.0
         self._answered_at = -math.inf
 
-    def guard(self, store: object, name: str) -> Callable[..., Any]:
-        """The method ``name`` of ``store``, within this circuit."""
+    def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``method`` returns, within this circuit."""
+        if not self.is_well:
+            return self.call_warily(method, *arguments)
+        start = self.clock()
+        try:
+            return method(*arguments)
+        except StoreUnavailable as error:
+            self.failed(error, start)
+            raise
 
-        def call(*arguments: Any, **named: Any) -> Any:
-            if not self._well:
-                return self._call_warily(partial(getattr(store, name), *arguments, **named))
-            start = self.clock()
-            try:
-                return getattr(store, name)(*arguments, **named)
-            except StoreUnavailable as error:
-                self._failed(error, start)
-                raise
-
-        return call
-
-    def _call_warily(self, function: Callable[[], Any]) -> Any:
+    def call_warily(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """As ``call``, after a failure: a call that is admitted may be the probe."""
         process.notice()
         start, probe = self._admit()
         try:
-            answer = function()
+            answer = method(*arguments)
         except StoreUnavailable as error:
-            self._failed(error, start, probe=probe)
+            self.failed(error, start, probe=probe)
             raise
         except StoreError:
             self._answered()
@@ -136,7 +153,8 @@ class Circuit:
             asked=False,
         )
 
-    def _failed(self, error: StoreUnavailable, start: float, *, probe: bool = False) -> None:
+    def failed(self, error: StoreUnavailable, start: float, *, probe: bool = False) -> None:
+        """A call that began at ``start`` failed."""
         process.notice()
         opened = False
         with self._lock:
@@ -147,7 +165,7 @@ class Circuit:
                 return
             slow = now - start >= self._slow
             if slow:
-                self._well = False
+                self.is_well = False
                 self._failures += 1
                 self._cause = error.detail
                 opened = self._open_since is None and self._failures >= self._limit
@@ -171,7 +189,7 @@ class Circuit:
             since, self._open_since = self._open_since, None
             self._failures = 0
             self._answered_at = now
-            self._well = True
+            self.is_well = True
         if since is not None:
             logger.warning("The session store answers %s again", self._operations)
             self._events.emit(CircuitClosed, self._operations, now - since)

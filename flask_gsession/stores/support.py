@@ -1,0 +1,69 @@
+"""For those who write a store: its options, how it closes, and round trips for the debug dump."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from .base import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What the settings say to a store that is made from a URL or a client."""
+
+    prefix: str = "gsession:"
+    timeout: float = 1.0  # seconds for one call, retries included
+    pool_max: int = 100  # connections
+    clock: Clock = time.time
+    logout_replicas: int = 0  # that must have a logout before it is done, on Redis
+
+
+def closing(owner: object, close: Callable[[], object]) -> weakref.finalize[..., object]:
+    """Call ``close`` once ``owner`` is collected, or the interpreter ends: in this process only.
+
+    A forked worker must not close what its parent opened. ``close`` must not hold ``owner``.
+    """
+    return weakref.finalize(owner, _close_in, os.getpid(), close)
+
+
+def _close_in(pid: int, close: Callable[[], object]) -> None:
+    if pid == os.getpid():
+        close()
+
+
+class RoundTrips:
+    """How many round trips to its server a store has made; None where it counts none."""
+
+    count: int | None = None
+
+
+_trips: ContextVar[RoundTrips | None] = ContextVar("flask_gsession.trips", default=None)
+
+
+@contextmanager
+def count_round_trips() -> Iterator[RoundTrips]:
+    """Count the round trips of stores while the block runs."""
+    trips = RoundTrips()
+    before = _trips.set(trips)
+    try:
+        yield trips
+    finally:
+        _trips.reset(before)
+
+
+def round_trips_are_counted() -> bool:
+    """Whether the round trips of this call are counted."""
+    return _trips.get() is not None
+
+
+def count_round_trip() -> None:
+    """For stores: a round trip to the server begins. Counted only while a session is debugged."""
+    trips = _trips.get()
+    if trips is not None:
+        trips.count = (trips.count or 0) + 1
