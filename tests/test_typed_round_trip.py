@@ -27,6 +27,7 @@ from marshmallow import (
     fields,
     post_dump,
     post_load,
+    pre_dump,
     pre_load,
     validate,
 )
@@ -174,13 +175,24 @@ class UsesComputed(Schema):
         return {**data, "total": data["total"] + 1}
 
 
-class StampsOnce(Schema):
-    page = fields.Str()
-    at = fields.DateTime()
+class InPlace(Schema):
+    n = fields.Int()
+    on = fields.Date()
 
-    @post_load
-    def stamp(self, data: Any, **_: Any) -> Any:
-        return {"at": datetime.now(UTC), **data}
+    @pre_load
+    def rename(self, data: Any, **_: Any) -> Any:
+        data["n"] = data.pop("N")
+        return data
+
+    @pre_dump
+    def note(self, value: Any, **_: Any) -> Any:
+        value["noted"] = True
+        return value
+
+    @post_dump
+    def rename_back(self, data: Any, **_: Any) -> Any:
+        data["N"] = data.pop("n")
+        return data
 
 
 class Node(Schema):
@@ -262,6 +274,12 @@ KEPT: dict[str, tuple[Any, Any, Any]] = {
         {"theme": "dark", "size": 1},
     ),
     "many in an envelope": (ManyInEnvelope(many=True), {"rows": [{"N": 1}]}, [{"n": 1}]),
+    "hooks that change what they get": (
+        InPlace,
+        {"N": 1, "on": "2030-01-02"},
+        {"n": 1, "on": date(2030, 1, 2)},
+    ),
+    "such hooks in a list": (fields.List(fields.Nested(InPlace)), [{"N": 1}], [{"n": 1}]),
     "hook that drops": (Drops, {"company": None}, ...),
     "hook that adds": (Adds, {"n": 1}, ...),
     "hook that uses a computed field": (fields.Nested(UsesComputed), {"n": 1}, ...),

@@ -154,7 +154,7 @@ class SessionKey(Generic[T]):
         self._default = _NONE
         self._invalid = invalid
         self._merge = None if merge is None else policy_of(merge, self._form, self._run)
-        self._merges_of_settings: dict[MergeFunction, MergeFunction] = {}
+        self._merge_of_settings: tuple[MergeFunction, MergeFunction] | None = None
         self._target = session
         self._lasting = Mark(0, version)
         self._upgraders: dict[int, Callable[[Any], Any]] = {}
@@ -409,11 +409,11 @@ class SessionKey(Generic[T]):
         """The merge policy of the key, or else that of the settings, with its result checked."""
         if self._merge is not None or of_settings is None:
             return self._merge
-        merge = self._merges_of_settings.get(of_settings)
-        if merge is None:
-            merge = merge_of_stored(self._form, of_settings, self._run)
-            self._merges_of_settings[of_settings] = merge
-        return merge
+        known = self._merge_of_settings
+        if known is None or known[0] is not of_settings:
+            known = (of_settings, merge_of_stored(self._form, of_settings, self._run))
+            self._merge_of_settings = known
+        return known[1]
 
 
 def _fresh(value: Any) -> Any:

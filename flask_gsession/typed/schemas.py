@@ -29,7 +29,7 @@ from .dumping import (
     without_computed_in_field,
 )
 from .plain import NOT_PLAIN, is_plain_field, is_plain_schema, plain_copy
-from .stored import from_stored, to_stored
+from .stored import copy_of_containers, from_stored, to_stored
 
 _CHANGED = "The session can't keep this value: it would come back changed."
 _NOT_DUMPED = "The session can't keep this value: the schema can't dump it."
@@ -50,7 +50,7 @@ class Form:
         #: of the key, for messages
         self.name = name
         self.schema = schema
-        self.load = load
+        self._load = load
 
     # -- what differs
 
@@ -74,6 +74,10 @@ class Form:
         raise NotImplementedError
 
     # -- what is the same
+
+    def load(self, data: Any) -> Any:
+        """The value that the schema makes of ``data``, which its hooks can't change."""
+        return self._load(data if self.is_plain else copy_of_containers(data))
 
     def accept(self, value: Any, *, handed_out: bool = False) -> tuple[Any, Any]:
         """A value as ``get`` gives it, and as it is stored, proven by loading what is stored.
@@ -133,7 +137,7 @@ class Form:
     def dumped(self, value: Any) -> Any:
         """What the schema loads, of a value that ``get`` gives."""
         try:
-            return self.dumps[0](value)
+            return self.dumps[0](value if self.is_plain else copy_of_containers(value))
         except (ValidationError, GSessionError, HTTPException):
             raise
         except Exception as error:
@@ -176,7 +180,8 @@ class Form:
         found = False
         for dump in self.dumps:
             try:
-                stored = to_stored(self.name, dump(value))
+                copied = value if self.is_plain else copy_of_containers(value)
+                stored = to_stored(self.name, dump(copied))
             except HTTPException:
                 raise
             except GSessionError as error:
@@ -340,7 +345,7 @@ class FieldForm(Form):
         else:  # a field of a schema stays bound to that
             schema = Schema.from_dict({"value": fields.Raw()})()
             self._field = schema.fields["value"] = field
-        super().__init__(name, schema, self._load)
+        super().__init__(name, schema, self._deserialize)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -364,7 +369,7 @@ class FieldForm(Form):
             raise ValidationError("no default")
         return default
 
-    def _load(self, data: Any) -> Any:
+    def _deserialize(self, data: Any) -> Any:
         return self._field.deserialize(data, "value", {"value": data})
 
 

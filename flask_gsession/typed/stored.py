@@ -46,6 +46,16 @@ def from_stored(data: Any) -> Any:
     return data
 
 
+def copy_of_containers(value: Any) -> Any:
+    """A copy of dicts, lists and tuples, with the very same values in them."""
+    kind = type(value)
+    if kind is dict:
+        return {key: copy_of_containers(item) for key, item in value.items()}
+    if kind is list:
+        return [copy_of_containers(item) for item in value]
+    return tuple(map(copy_of_containers, value)) if kind is tuple else value
+
+
 def _pack(value: Any) -> Any:
     if isinstance(value, Mapping):
         if _KEYS.issuperset(map(type, value)) and list(value) != [_PAIRS]:
