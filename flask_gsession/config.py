@@ -29,6 +29,8 @@ T = TypeVar("T")
 #: Read payloads written before encryption was turned on: the last of SESSION_ENCRYPTION_KEYS.
 PLAIN = "plain"
 
+_TOTAL_BYTES = 32 * 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -57,6 +59,7 @@ class Settings:
     spill_bytes: int | None = 16 * 1024
     spill_store: object = None
     max_value_bytes: int = 32 * 1024 * 1024
+    max_total_bytes: int | None = None
     encryption_keys: tuple[bytes, ...] = ()
     read_plain: bool = False
     conflict: MergeFunction = last
@@ -74,6 +77,13 @@ class Settings:
         hidden = {"store", "spill_store", "encryption_keys"}
         names = [f.name for f in fields(self) if f.name not in hidden]
         return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    @property
+    def total_limit(self) -> int:
+        """How many bytes all large values of a session may have together."""
+        if self.max_total_bytes is None:
+            return max(_TOTAL_BYTES, self.max_value_bytes)
+        return self.max_total_bytes
 
     def renew_interval_for(self, idle: float) -> float:
         """How long a session with this idle timeout may go without a renewal."""
@@ -111,6 +121,7 @@ class SettingKeywords(TypedDict, total=False):
     spill_bytes: int | None
     spill_store: object
     max_value_bytes: int
+    max_total_bytes: int | None
     encryption_keys: str | bytes | Sequence[str | bytes] | None
     conflict: Literal["last", "reject"]
     merge_policies: Mapping[str, str | MergeFunction]
@@ -312,6 +323,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "spill_bytes": ("SESSION_SPILL_BYTES", _optional(_integer(256, MOST_BYTES, "bytes"))),
     "spill_store": ("SESSION_SPILL_STORE", lambda value: value),
     "max_value_bytes": ("SESSION_MAX_VALUE_BYTES", _integer(256, 256 * 1024 * 1024, "bytes")),
+    "max_total_bytes": (
+        "SESSION_MAX_TOTAL_BYTES",
+        _optional(_integer(256, 1024 * 1024 * 1024, "bytes")),
+    ),
     "encryption_keys": ("SESSION_ENCRYPTION_KEYS", _encryption_keys),
     "conflict": ("SESSION_CONFLICT", _conflict),
     "merge_policies": ("SESSION_MERGE_POLICIES", _policies),

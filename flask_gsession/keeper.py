@@ -388,6 +388,7 @@ class Keeper:
         """
         values = body.values
         large = [key for key, raw in values.items() if len(raw) > self._inline and not refers(raw)]
+        self._check_total(values, before)
         if not large:
             return values
         spill = self.spill
@@ -414,6 +415,35 @@ class Keeper:
                 placed[same] = spill.write(key, kind, pieces, expires_at, len(content))
             values[key] = marked(placed[same].pack(), mark)
         return values
+
+    def room_for(self, key: str, stored: Mapping[str, bytes]) -> int:
+        """How many bytes a large value under ``key`` may have, beside the others in ``stored``."""
+        there = self._large_lengths(stored)
+        own, total, limit = there.pop(key, 0), sum(there.values()), self.settings.total_limit
+        return max(limit - total, own)
+
+    def _check_total(self, values: Mapping[str, bytes], before: Mapping[str, bytes]) -> None:
+        """Raises ``SessionTooLarge`` where all large values of a session are too large together.
+
+        Those ``before`` may have been more, under a setting that was lowered since.
+        """
+        lengths = self._large_lengths(values)
+        total, limit = sum(lengths.values()), self.settings.total_limit
+        if total > limit and total > sum(self._large_lengths(before).values()):
+            largest = max(lengths, key=lambda key: lengths[key])
+            raise SessionTooLarge(
+                "session",
+                f"{total} bytes in large values; SESSION_MAX_TOTAL_BYTES allows {limit}; "
+                f"the largest key is {ascii(largest)[:60]}",
+            )
+
+    def _large_lengths(self, values: Mapping[str, bytes]) -> dict[str, int]:
+        """The bytes of each value that has, or is to have, a place of its own."""
+        return {
+            key: length_of(raw) if refers(raw) else len(content_of(split(raw)[1])[1])
+            for key, raw in values.items()
+            if refers(raw) or len(raw) > self._inline
+        }
 
     def _resolve(self, data: bytes) -> Any:
         """The value of a reference. Raises ``ValueLost`` and ``StoreUnavailable``."""

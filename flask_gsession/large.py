@@ -66,6 +66,7 @@ class LargeValues(Lifecycle):
                 BYTES,
                 chain([first], pieces),
                 lambda: keeper.blobs_end(body, absolute),
+                room=keeper.room_for(key, values.stored),
             )
         except StoreUnavailable as error:
             self._met_outage(error, "written to")

@@ -67,10 +67,12 @@ class Spill:
         pieces: Iterable[Any],
         expires_at: Callable[[], int],
         allowed: int = 0,
+        room: int | None = None,
     ) -> Reference:
         """Write ``pieces``, of ``frame_bytes`` each but for the last, into a blob of its own.
 
         It may have so many bytes as are ``allowed`` whatever the setting says.
+        ``room``: the bytes that the large values of the session may have more.
 
         Raises ``SessionTooLarge``, ``StoreUnavailable`` and what ``pieces`` raises; what was
         written until then is let go.
@@ -84,6 +86,12 @@ class Spill:
                 length += len(piece)
                 if length > allowed:
                     self.check(path, length)
+                if room is not None and length > room:
+                    raise SessionTooLarge(
+                        path,
+                        f"{length} bytes or more, and the large values of the session may have "
+                        f"{room} more; see SESSION_MAX_TOTAL_BYTES",
+                    )
                 digest.update(piece)
                 begun = True
                 self.blobs.write_frame(

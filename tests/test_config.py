@@ -84,6 +84,7 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "SESSION_MAX_DEPTH": [(1, 1), (200, 200)],
     "SESSION_SPILL_BYTES": [(None, None), (256, 256), (15 * 1024 * 1024, 15 * 1024 * 1024)],
     "SESSION_SPILL_STORE": [(None, None), ("s3://bucket", "s3://bucket")],
+    "SESSION_MAX_TOTAL_BYTES": [(None, None), (256, 256), (2**30, 2**30)],
     "SESSION_MAX_VALUE_BYTES": [(256, 256), (256 * 1024 * 1024, 256 * 1024 * 1024)],
     "SESSION_ENCRYPTION_KEYS": [(None, ()), ([], ()), ([b"k" * 32], (b"k" * 32,))],
     "SESSION_CONFLICT": [("last", POLICIES["last"]), ("reject", POLICIES["reject"])],
@@ -150,6 +151,7 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_MAX_DEPTH": [*NO_COUNT, 201],
     "SESSION_SPILL_BYTES": [*(value for value in NO_COUNT if value is not None), 255],
     "SESSION_SPILL_STORE": [7, b"file:///large", {}, Path("a"), MemoryStore, "", "/large"],
+    "SESSION_MAX_TOTAL_BYTES": [*(bad for bad in NO_COUNT if bad is not None), 255, 2**30 + 1],
     "SESSION_MAX_VALUE_BYTES": [*NO_COUNT, 255, 256 * 1024 * 1024 + 1],
     "SESSION_ENCRYPTION_KEYS": [
         "",
@@ -264,6 +266,7 @@ def test_the_defaults_are_what_the_documentation_says() -> None:
         spill_bytes=16 * 1024,
         spill_store=None,
         max_value_bytes=32 * 1024 * 1024,
+        max_total_bytes=None,
         encryption_keys=(),
         read_plain=False,
         conflict=POLICIES["last"],

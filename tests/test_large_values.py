@@ -1081,3 +1081,73 @@ def test_a_conflict_over_a_large_value_can_be_refused(make_site: SiteMaker) -> N
     site.before_a_write(lambda: tab.run(lambda session: session["rows"].append("theirs")))
     assert visitor.ask(lambda session: session["rows"].pop()).status_code == SessionConflict.code
     assert visitor.run(get())[-1] == "theirs"
+
+
+# The bound of all of them together -------------------------------------------------------------
+
+
+def test_the_large_values_of_a_session_have_a_bound_together(make_site: SiteMaker) -> None:
+    site = make_site(max_total_bytes=500_000)
+    visitor = site.visitor()
+    visitor.run(put(photo=PHOTO[:300_000], small="x"))
+    name = blob_of(site)
+
+    def attach(session: Any) -> None:
+        with pytest.raises(SessionTooLarge, match="may have 200000 more; see SESSION_MAX_TOTAL"):
+            session.attach("other", io.BytesIO(PHOTO[:200_001]))
+
+    def too_much(session: Any) -> None:
+        session["other"] = PHOTO[300_000:510_000]
+
+    def one_by_one(session: Any) -> None:
+        with pytest.raises(SessionTooLarge, match="500001 bytes in large values"):
+            session.update_atomic("other", lambda _: PHOTO[:200_001], default=b"")
+
+    visitor.run(attach)
+    assert visitor.ask(too_much).status_code == 500
+    visitor.run(one_by_one)
+    assert blob_of(site) == name
+    visitor.run(lambda session: session.attach("other", io.BytesIO(PHOTO[:200_000])))
+    visitor.run(put(photo=PHOTO[1:300_001]))  # another of the same length
+    visitor.run(lambda session: session.attach("photo", io.BytesIO(PHOTO[2:300_002])))
+    assert visitor.ask(put(photo=PHOTO[:300_001])).status_code == 500
+    visitor.run(lambda session: session.pop("other"))
+    visitor.run(put(photo=PHOTO[:400_000]))
+    assert visitor.run(get("photo")) == PHOTO[:400_000]
+
+
+def test_parallel_requests_share_the_bound(make_site: SiteMaker) -> None:
+    site = make_site(max_total_bytes=500_000)
+    visitor = site.visitor()
+    visitor.run(put(n=0))
+    tab = visitor.another_tab()
+    site.before_a_write(lambda: tab.run(put(one=PHOTO[:300_000])))
+    assert visitor.ask(put(other=PHOTO[:300_000])).status_code == 500
+    assert visitor.run(lambda session: sorted(session)) == ["n", "one"]
+    assert blob_of(site)
+
+
+def test_a_lowered_bound_lets_a_session_shrink(make_site: SiteMaker) -> None:
+    before = make_site()
+    visitor = before.visitor()
+    visitor.run(put(photo=PHOTO[:300_000], other=PHOTO[:200_000]))
+    after = make_site(store=before.store, max_total_bytes=100_000)
+    guest = after.visitor(visitor.cookie)
+    guest.run(put(small=1))
+    assert guest.run(get("photo")) == PHOTO[:300_000]
+    assert guest.ask(put(more=PHOTO[:20_000])).status_code == 500
+    guest.run(put(photo=PHOTO[:299_999]))
+    guest.run(lambda session: session.pop("other"))
+    assert guest.run(lambda session: sorted(session)) == ["photo", "small"]
+
+
+def test_the_default_bound_follows_that_of_one_value(make_site: SiteMaker) -> None:
+    for settings, limit in (
+        ({}, 32 << 20),
+        ({"max_value_bytes": 1 << 20}, 32 << 20),
+        ({"max_value_bytes": 64 << 20}, 64 << 20),
+        ({"max_value_bytes": 64 << 20, "max_total_bytes": 1 << 20}, 1 << 20),
+    ):
+        site = make_site(**settings)
+        keeper = site.app.extensions["gsession"][site.ext].keeper
+        assert keeper.settings.total_limit == limit
