@@ -19,7 +19,7 @@ from benchmarks.measure import Effort, Spread, interleave, paired
 from benchmarks.visitor import Visitor
 from flask_gsession import Session
 from flask_gsession.stores.redis import RedisStore
-from flask_gsession.stores.redis_pool import ConnectionPool
+from flask_gsession.stores.redis.pool import ConnectionPool
 
 SIZE = 1_000
 """Bytes in the session."""

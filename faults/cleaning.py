@@ -19,7 +19,7 @@ from typing import NamedTuple
 from redis import Redis
 
 from flask_gsession.stores.base import Record, new_version
-from flask_gsession.stores.redis import _pack
+from flask_gsession.stores.redis.store import _pack
 from tests.servers import RedisServer
 
 ENDLESS = 100  # of so many keys one has no expiry, as crashes of other programs leave it

@@ -16,10 +16,11 @@ from redis import Redis
 
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
-from flask_gsession.stores import StoreOptions, mongodb
+from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import MongoDBStore
+from flask_gsession.stores.mongodb import store as mongodb
 from flask_gsession.stores.parts import MORE, Tidied
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore

@@ -25,10 +25,13 @@ from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.errors import StoreError
 from flask_gsession.health import check_store
-from flask_gsession.stores import Record, mongodb_health, redis, redis_health
+from flask_gsession.stores import Record
 from flask_gsession.stores.base import Deleted
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.mongodb import health as mongodb_health
 from flask_gsession.stores.parts import Finding
+from flask_gsession.stores.redis import health as redis_health
+from flask_gsession.stores.redis import store as redis
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site

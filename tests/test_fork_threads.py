@@ -36,9 +36,10 @@ from redis.connection import AbstractConnection
 from flask_gsession import Session, session
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import SessionRefused
-from flask_gsession.stores import StoreOptions, open_store, sqlite
+from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
-from flask_gsession.stores.redis_pool import _BoundedSocket
+from flask_gsession.stores.redis.pool import _BoundedSocket
+from flask_gsession.stores.sqlite import store as sqlite
 from flask_gsession.testing import a_record
 from tests.servers import RedisServer
 
@@ -334,7 +335,7 @@ def test_a_fork_while_another_thread_connects(
             assert go_on.wait(DEADLINE)
         return MongoClient(*args, **options)
 
-    monkeypatch.setattr("flask_gsession.stores.mongodb.MongoClient", slow_client)
+    monkeypatch.setattr("flask_gsession.stores.mongodb.store.MongoClient", slow_client)
     site = make_site(mongodb_url, store_prefix)
     with ThreadPoolExecutor(1) as pool:
         thread = pool.submit(site.log_in, "parent")

@@ -28,7 +28,8 @@ from werkzeug.test import EnvironBuilder, TestResponse
 from flask_gsession import Session
 from flask_gsession.errors import GSessionError, StoreUnavailable, UnsupportedType
 from flask_gsession.events import WriteDropped
-from flask_gsession.stores import StoreOptions, open_store, sqlite
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.sqlite import store as sqlite
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import STUCK, Site, SiteMaker, Visitor, until, within
 from tests.servers import MongoServer, RedisServer, with_database

@@ -70,8 +70,8 @@ def room_of(module: str) -> str:
         return "stores.wrappers"
     if module in CONTRACT:
         return "stores.base"
-    for store in ("stores.redis", "stores.mongodb"):
-        if module.startswith(f"{store}_"):
+    for store in ("stores.redis", "stores.mongodb", "stores.sqlite"):
+        if module.startswith(f"{store}."):
             return store
     if module.startswith("health_"):
         return "health"

@@ -300,7 +300,7 @@ def test_who_is_not_called_looks(
 def test_the_thread_that_listens_ends_when_nobody_waits(
     redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
+    monkeypatch.setattr("flask_gsession.stores.redis.wakeup._LOOK_AROUND", 0.02)
     with Site(redis_url, store_prefix, clock) as site:
         store: Any = wait_once(site)
         let_rest(store)
@@ -312,7 +312,7 @@ def test_a_wait_outlives_a_silent_channel(
     redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While somebody waits the connection is asked whether it is alive, and answers."""
-    monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
+    monkeypatch.setattr("flask_gsession.stores.redis.wakeup._LOOK_AROUND", 0.02)
     with Site(redis_url, store_prefix, clock) as site:
         store: Any = wait_once(site)
         let_rest(store)
@@ -354,7 +354,7 @@ def test_who_is_heard_of_no_more_is_forgotten(
     redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A waiter whose leaving the open circuit kept from the store: nobody listens for him."""
-    monkeypatch.setattr("flask_gsession.stores.redis_wakeup._LOOK_AROUND", 0.02)
+    monkeypatch.setattr("flask_gsession.stores.redis.wakeup._LOOK_AROUND", 0.02)
     with Site(redis_url, store_prefix, clock) as site:
         store: Any = wait_once(site)
         let_rest(store)

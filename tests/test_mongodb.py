@@ -24,9 +24,10 @@ import pytest
 from pymongo import CursorType, MongoClient
 
 from flask_gsession.errors import SettingError, StoreUnavailable
-from flask_gsession.stores import Store, StoreOptions, mongodb_health, open_store
+from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.stores.base import Clock, new_version
 from flask_gsession.stores.mongodb import MongoDBStore
+from flask_gsession.stores.mongodb import health as mongodb_health
 from flask_gsession.testing import FakeClock, StoreContract, a_record
 from tests.apps import Site, SiteMaker, hasty
 from tests.topologies import HOST, MongoAuthTLS, MongoReplicaSet, until

@@ -182,7 +182,9 @@ RIGHTS_OF_THE_DOCTOR = "+info +time"
 @pytest.fixture
 def few(redis_acl: RedisACL, store_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Few:
     """An administrator of few rights."""
-    monkeypatch.setattr("flask_gsession.stores.redis.COUNT_ALL", 4)  # so that it asks for DBSIZE
+    monkeypatch.setattr(
+        "flask_gsession.stores.redis.store.COUNT_ALL", 4
+    )  # so that it asks for DBSIZE
     return Few(redis_acl, store_prefix)
 
 

@@ -20,7 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from flask_gsession.errors import Stale, StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
-from flask_gsession.stores.redis_pool import Slot, _BoundedSocket, bounded
+from flask_gsession.stores.redis.pool import Slot, _BoundedSocket, bounded
 from flask_gsession.testing import a_pointer, a_record
 from tests.servers import RedisServer
 

@@ -31,10 +31,11 @@ from flask_gsession.errors import (
     StoreUnavailable,
 )
 from flask_gsession.events import SessionDestroyed, WriteDropped
-from flask_gsession.stores import Record, Store, StoreOptions, open_store, redis_servers
+from flask_gsession.stores import Record, Store, StoreOptions, open_store
 from flask_gsession.stores.base import Deleted
-from flask_gsession.stores.redis_cluster import Cluster
-from flask_gsession.stores.redis_pool import Slot, packed
+from flask_gsession.stores.redis import servers as redis_servers
+from flask_gsession.stores.redis.cluster import Cluster
+from flask_gsession.stores.redis.pool import Slot, packed
 from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_pointer, a_record
 from tests.apps import Site, hasty, within
 from tests.console import Console

@@ -81,7 +81,7 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
 
             return RedisStore(source, options), True  # type: ignore[arg-type]  # known by its name
         if name == "redis.cluster.RedisCluster":
-            from .redis_cluster import RedisClusterStore
+            from .redis import RedisClusterStore
 
             return RedisClusterStore(source, options), True  # type: ignore[arg-type]  # as above
         if name == "pymongo.synchronous.mongo_client.MongoClient":
@@ -187,8 +187,7 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
 def _redis(url: str, scheme: str, options: StoreOptions) -> Store:
     kind = scheme.partition("+")[2] or scheme.replace("rediss", "redis")
     try:
-        from .redis import RedisStore
-        from .redis_cluster import RedisClusterStore
+        from .redis import RedisClusterStore, RedisStore
     except ImportError as error:
         raise _missing("redis", scheme, error) from None
     path, example = _REDIS[kind]

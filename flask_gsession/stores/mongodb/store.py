@@ -40,7 +40,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
-from ..errors import (
+from ...errors import (
     Gone,
     GSessionError,
     KeyTaken,
@@ -50,9 +50,9 @@ from ..errors import (
     StoreUnavailable,
     UnreadableRecord,
 )
-from ..events import logger
-from ..processes import process, warn_without_threads
-from .base import (
+from ...events import logger
+from ...processes import process, warn_without_threads
+from ..base import (
     MAX_POINTERS,
     TICKET,
     Deleted,
@@ -61,12 +61,12 @@ from .base import (
     is_session_key,
     milliseconds,
 )
-from .interrupts import interruption
-from .lease import LONGEST_LEASE, WAITER_LIFE, Lease, poll
-from .mongodb_health import checked
-from .mongodb_telling import NO_PAYLOADS, SessionCollection
-from .parts import COUNT_ALL, Finding, Page, Tidied, itself
-from .support import StoreOptions, closing
+from ..interrupts import interruption
+from ..lease import LONGEST_LEASE, WAITER_LIFE, Lease, poll
+from ..parts import COUNT_ALL, Finding, Page, Tidied, itself
+from ..support import StoreOptions, closing
+from .health import checked
+from .round_trips import NO_PAYLOADS, SessionCollection
 
 COLLECTION = "gsession"
 BLOBS = "gsession_blobs"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import (
+from ...errors import (
     Gone,
     KeyTaken,
     LeaseLost,
@@ -36,13 +36,13 @@ from ..errors import (
     StoreUnavailable,
     UnreadableRecord,
 )
-from ..events import logger
-from ..processes import is_at_work, process
-from .base import MAX_POINTERS, TICKET, Deleted, Record, Store, milliseconds
-from .lease import Lease, poll
-from .parts import COUNT_ALL, MORE, Finding, Page, Tidied, itself
-from .rights import OTHERS, is_foreign_link, others_may_replace, secure
-from .support import StoreOptions, closing
+from ...events import logger
+from ...processes import is_at_work, process
+from ..base import MAX_POINTERS, TICKET, Deleted, Record, Store, milliseconds
+from ..lease import Lease, poll
+from ..parts import COUNT_ALL, MORE, Finding, Page, Tidied, itself
+from ..rights import OTHERS, is_foreign_link, others_may_replace, secure
+from ..support import StoreOptions, closing
 
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 4

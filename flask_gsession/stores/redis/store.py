@@ -40,7 +40,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from ..errors import (
+from ...errors import (
     Gone,
     KeyTaken,
     LeaseLost,
@@ -49,15 +49,15 @@ from ..errors import (
     StoreUnavailable,
     UnreadableRecord,
 )
-from .base import MAX_POINTERS, TICKET, Deleted, Record, Replaced, Store, milliseconds
-from .lease import ASK_AGAIN, WAITER_LIFE, Lease, poll
-from .parts import COUNT_ALL, Finding, Page, Tidied, itself
-from .redis_health import checked, parsed
-from .redis_pool import AllInUse, ClientPool, ConnectionPool, hint, packed
-from .redis_scan import Node, Scanner
-from .redis_servers import PrimaryPool, connections_of
-from .redis_wakeup import WakeUps
-from .support import StoreOptions, closing, count_round_trip
+from ..base import MAX_POINTERS, TICKET, Deleted, Record, Replaced, Store, milliseconds
+from ..lease import ASK_AGAIN, WAITER_LIFE, Lease, poll
+from ..parts import COUNT_ALL, Finding, Page, Tidied, itself
+from ..support import StoreOptions, closing, count_round_trip
+from .health import checked, parsed
+from .pool import AllInUse, ClientPool, ConnectionPool, hint, packed
+from .scans import Node, Scanner
+from .servers import PrimaryPool, connections_of
+from .wakeup import WakeUps
 
 T = TypeVar("T")
 

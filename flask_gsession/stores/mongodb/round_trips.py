@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from .support import count_round_trip
+from ..support import count_round_trip
 
 
 class _NoPayloads(logging.Filter):

@@ -16,7 +16,7 @@ from redis.exceptions import AuthenticationError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from ..processes import process
+from ...processes import process
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pymongo.errors import OperationFailure
 
-from .parts import Finding
+from ..parts import Finding
 
 _OLDEST = (5, 0)
 _SKEW = 1.0  # seconds

@@ -19,9 +19,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
-from .parts import Finding
-from .redis_pool import ConnectionPool, Slot, bounded, packed
-from .urls import without_hosts
+from ..parts import Finding
+from ..urls import without_hosts
+from .pool import ConnectionPool, Slot, bounded, packed
 
 # A primary that was replaced on request takes writes for seconds, which are lost: so connections
 # that work are no proof, and the sentinels are asked again after so many seconds.

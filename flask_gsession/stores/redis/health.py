@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from .parts import Finding
+from ..parts import Finding
 
 _OLDEST = (6, 2)
 _SKEW = 1.0  # seconds

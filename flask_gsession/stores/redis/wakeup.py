@@ -13,9 +13,9 @@ from typing import Any
 import redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from ..events import logger
-from ..processes import process
-from .lease import WAITER_LIFE
+from ...events import logger
+from ...processes import process
+from ..lease import WAITER_LIFE
 
 _LOOK_AROUND = 5.0  # seconds without a call: is the connection alive, does anybody wait?
 _TRY_AGAIN = 10.0  # seconds after a connection that failed

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from ..errors import StoreUnavailable, UnreadableRecord
-from .base import KEY_LENGTH, Record
-from .parts import LOST_EXPIRY, Page, Tidied
-from .redis_pool import hint, packed
+from ...errors import StoreUnavailable, UnreadableRecord
+from ..base import KEY_LENGTH, Record
+from ..parts import LOST_EXPIRY, Page, Tidied
+from .pool import hint, packed
 
 _RUN_ID = re.compile(rb"run_id:(\w+)")
 _AT_ONCE = 1000  # keys that one SCAN looks at, at most: it holds everybody up

@@ -23,13 +23,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from ..errors import Gone, LeaseLost, Stale, StoreUnavailable, UnreadableRecord
-from .base import Record, Replaced
-from .redis import Confirmation, RedisStore, _pack, _renewed_meanwhile, _Script, _version
-from .redis_pool import AllInUse, ConnectionPool, bounded, packed
-from .redis_scan import Node
-from .redis_servers import Address, connections_of, servers_of
-from .support import StoreOptions, closing
+from ...errors import Gone, LeaseLost, Stale, StoreUnavailable, UnreadableRecord
+from ..base import Record, Replaced
+from ..support import StoreOptions, closing
+from .pool import AllInUse, ConnectionPool, bounded, packed
+from .scans import Node
+from .servers import Address, connections_of, servers_of
+from .store import Confirmation, RedisStore, _pack, _renewed_meanwhile, _Script, _version
 
 T = TypeVar("T")
 

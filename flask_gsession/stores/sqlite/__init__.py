@@ -1,0 +1,5 @@
+"""Sessions in an SQLite file: the embedded default."""
+
+from .store import SQLiteStore
+
+__all__ = ["SQLiteStore"]
