@@ -658,6 +658,26 @@ def test_a_view_shows_computed_fields_at_every_level(site: Site) -> None:
     assert visitor.get("/shelf").json == shown | {"note": "new"}
 
 
+def test_a_view_of_dicts_with_other_keys(site: Site) -> None:
+    schema = of(
+        days=fields.Dict(fields.Date(), fields.Int()),
+        prices=fields.Dict(fields.Decimal(), fields.Int()),
+        mixed=fields.Dict(),
+    )
+    key = SessionKey("key", schema)
+    site.app.add_url_rule("/key", view_func=key.view())
+    visitor = site.visitor()
+    value = {"days": {date(2030, 1, 2): 1}, "prices": {"1.5": 1}, "mixed": {1: 1, "a": {None: 2}}}
+    visitor.run(lambda _: key.set(value))
+    assert visitor.get("/key").json == {
+        "days": {"2030-01-02": 1},
+        "prices": {"1.5": 1},
+        "mixed": {"1": 1, "a": {"null": 2}},
+    }
+    answer = visitor.patch("/key", json={"prices": {"2.5": 3}})
+    assert answer.json == {**visitor.get("/key").json, "prices": {"2.5": 3}}
+
+
 # Stored data ---------------------------------------------------------------------------------
 
 CONVERTED: dict[str, tuple[Any, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
@@ -291,7 +292,7 @@ class SessionKey(Generic[T]):
                 return jsonify(errors=error.messages), 422
             except KeyError:
                 abort(404)
-            return jsonify(self._run(self._form.show, value))
+            return jsonify(_with_text_as_keys(self._run(self._form.show, value)))
 
         view.__name__ = f"session_{self.name}"
         view.methods = ["GET", "PATCH"]  # type: ignore[attr-defined]  # for add_url_rule
@@ -426,3 +427,17 @@ def _fresh(value: Any) -> Any:
     if kind is list:
         return [_fresh(item) for item in value]
     return copy.deepcopy(value)
+
+
+def _with_text_as_keys(shown: Any) -> Any:
+    """What JSON can express of dicts whose keys are of several kinds, or of others than its own."""
+    if isinstance(shown, dict):
+        plain = all(type(key) is str for key in shown)
+        return {
+            key if plain else _as_text(key): _with_text_as_keys(item) for key, item in shown.items()
+        }
+    return list(map(_with_text_as_keys, shown)) if isinstance(shown, (list, tuple)) else shown
+
+
+def _as_text(key: Any) -> str:
+    return json.dumps(key) if isinstance(key, (bool, int, float)) or key is None else str(key)
