@@ -833,6 +833,41 @@ def test_no_figure_is_lost_or_counted_twice_by_threads_and_forks(tmp_path: Path)
     assert in_files(tmp_path, "operation_duration_seconds_count", **load) == 21_008
 
 
+# A worker meets an outage and is killed; the next one finds the store well.
+WORKER = """
+import os, sys
+from flask import Flask, session
+from flask_gsession import Session, StoreUnavailable
+from flask_gsession.contrib.metrics import SessionMetrics
+from flask_gsession.stores.memory import MemoryStore
+
+class Failing(MemoryStore):
+    def create(self, record):
+        if sys.argv[1] == "fails":
+            raise StoreUnavailable("pulled the plug")
+        super().create(record)
+
+app = Flask(__name__)
+app.secret_key = "a key for tests"
+Session(app, store=Failing())
+SessionMetrics(app, count_every=None)
+app.add_url_rule("/", view_func=lambda: session.update(a=1) or "")
+app.test_client().get("/")
+print(app.test_client().get("/metrics?name[]=gsession_store_up").text, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_worker_that_was_killed_in_an_outage_leaves_no_trace(tmp_path: Path) -> None:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for store, up in (("fails", 0), ("answers", 1)):
+        command = [sys.executable, "-c", WORKER, store]
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert figure(parsed(run.stdout), "store_up", session="session") == up
+
+
 def test_what_is_gathered_adds_up_as_if_observed_one_by_one() -> None:
     registry = CollectorRegistry()
     figures = [Histogram(name, name, buckets=(1, 2.5), registry=registry) for name in ("a", "b")]

@@ -735,6 +735,24 @@ def test_a_blueprint_of_which_failures_count(make_app: Maker) -> None:
     assert statuses == [200, 404, 200, 400, 429]
 
 
+def test_a_view_that_breaks_counts_as_its_answer(make_app: Maker) -> None:
+    for counts, expected in ((500, [500, 500, 429]), (401, [500, 500, 500])):
+        app = make_app()
+
+        @app.get("/")
+        @session_limit("2/hour", deduct_when=lambda response, of=counts: response.status_code == of)
+        def page() -> str:
+            raise LookupError
+
+        assert [app.test_client().get("/").status_code for _ in range(3)] == expected
+
+
+def test_a_name_may_be_any_text(make_app: Maker) -> None:
+    app = make_app()
+    limited(app, "1/hour", key=lambda: "\ud800\0" * 10_000)
+    assert through(app, 2) == 1
+
+
 def test_the_headers_know_of_what_was_taken_back(make_app: Maker) -> None:
     app = make_app()
     limited(app, "3/hour", deduct_when=lambda response: False)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from flask import Flask, request, session
 from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage, Storage
+from limits.storage import MemoryStorage, RedisStorage, Storage
 from pymongo import MongoClient
 from redis import Redis
+from redis.exceptions import RedisClusterException
 
 from flask_gsession import Session, SettingError, StoreUnavailable
 from flask_gsession.contrib.metrics import SessionMetrics
@@ -165,7 +166,7 @@ def test_a_storage_that_does_not_know_when(
     app = make_app(storage=Silent())
     assert statuses(app) == [200, 200, 200, 429, 429]
     answer = app.test_client().get("/")
-    assert int(answer.headers["Retry-After"]) == HOUR
+    assert int(answer.headers["Retry-After"]) == HOUR  # at the latest
     monkeypatch.setattr(Silent, "get_moving_window", lambda *_: (reset, 3))
     answer = app.test_client().get("/")
     assert answer.status_code == 429
@@ -360,6 +361,24 @@ def test_a_cluster_that_is_down(make_app: Maker) -> None:
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert statuses(app, "/failures", 1) == [503]
     counts(make_app(storage=url, on_storage_error="local"))
+
+
+def test_a_cluster_that_loses_its_nodes(make_app: Maker, redis_url: str) -> None:
+    """What its driver raises then is none of its errors' base class."""
+    storage = RedisStorage(redis_url)
+
+    def fail(*_: object) -> None:
+        raise RedisClusterException("no node can be reached")
+
+    storage.lua_acquire_moving_window = fail  # type: ignore[assignment]
+    assert statuses(make_app(storage=storage), times=1) == [503]
+    local = make_app(storage=storage, on_storage_error="local")
+    assert statuses(local) == [200, 200, 200, 429, 429]
+    storage = RedisStorage(redis_url, wrap_exceptions=True)
+    storage.get_connection().connection_pool.disconnect()
+    storage.storage = Redis(port=free_port())
+    storage.initialize_storage("")
+    assert statuses(make_app(storage=storage), times=1) == [503]
 
 
 # -- what the metrics show

@@ -194,7 +194,8 @@ def _make_page(app: Flask, path: str) -> CollectorRegistry:
                 f"The view {others[0]!r} at {path!r} is never reached, because SessionMetrics has "
                 "its page there: give SessionMetrics another path=, or a registry="
             )
-        names = request.args.getlist("name[]") or None
+        in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # where the exporter cannot choose
+        names = None if in_files else request.args.getlist("name[]") or None
         text, kind = exporter.generate_metrics(request.headers.get("Accept"), names)
         return Response(text, content_type=kind)
 

@@ -7,16 +7,19 @@ request, however long the store has been well again.
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import threading
 import weakref
 from collections.abc import Callable
 from os import getpid
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from flask import Flask, current_app
 from prometheus_client import Gauge
+from prometheus_client.multiprocess import mark_process_dead
 
 from ..errors import StoreUnavailable
 from ..events import CircuitClosed, CircuitOpened, Event, logger
@@ -73,6 +76,7 @@ class StoreWatch:
         changes = up is not self.is_up
         if begins:
             self._open.clear()  # those were of the parent process
+            _forget_dead_workers()
             self.pid = getpid()
         self.is_up = up
         if begins or changes:
@@ -204,4 +208,31 @@ def _answers(ask: Callable[[], object]) -> bool:
         return False
     except Exception as error:  # an answer, although a wrong one
         logger.debug("The metrics' question to the store: %r", error)
+    return True
+
+
+def _forget_dead_workers() -> None:
+    """Remove the gauges of workers that ended, in case no hook of the server does.
+
+    Or a worker that was killed in an outage would show it for ever.
+    """
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if not folder or os.name != "posix":
+        return
+    for file in Path(folder).glob("gauge_live*_*.db"):
+        pid = file.stem.rpartition("_")[2]
+        try:
+            if pid.isdigit() and not _is_running(int(pid)):
+                mark_process_dead(int(pid), folder)  # type: ignore[no-untyped-call]
+        except OSError:  # another worker has just done it
+            continue
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
     return True

@@ -416,7 +416,9 @@ class _Limits:
 
     def _key(self, scope: str, bucket: _Bucket) -> str:
         secret = current_app.secret_key or b""
-        text = "\0".join((self.label, scope, bucket.kind, bucket.who)).encode()
+        text = "\0".join((self.label, scope, bucket.kind, bucket.who)).encode(
+            "utf-8", "surrogatepass"
+        )
         digest = hmac.digest(secret.encode() if isinstance(secret, str) else secret, text, "sha256")
         return f"{bucket.kind}/{urlsafe_b64encode(digest[:16]).decode().rstrip('=')}"
 

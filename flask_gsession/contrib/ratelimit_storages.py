@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -95,8 +94,7 @@ class Backend:
     def look(self, item: RateLimitItem, key: str) -> tuple[float, int]:
         """In how many seconds the limit is next wider, and what is left of it."""
         reset, remaining = self._ask(lambda: self._limiter.get_window_stats(item, key))
-        wait, longest = reset - time.time(), item.get_expiry()
-        return (min(max(0.0, wait), longest) if math.isfinite(wait) else longest), remaining
+        return min(max(0.0, reset - time.time()), item.get_expiry()), remaining
 
     def take_back(self, item: RateLimitItem, key: str, cost: int) -> None:
         """Undo a hit, as far as it is still in its window."""
@@ -296,23 +294,27 @@ class _MongoDBCounts(MongoDBStorageBase):
                 write_concern=self.lib.WriteConcern(1),
             )
             client = sessions.database.client
-            if self._prepared.get(kind) is not client:
-                self._ensure_index(collection)
+            if self._prepared.get(kind) is not client and self._ensure_index(collection):
                 self._prepared[kind] = client
             return collection
 
-    def _ensure_index(self, collection: Any) -> None:
-        """See to it that old counts are removed. They do not count without it either."""
+    def _ensure_index(self, collection: Any) -> bool:
+        """See to it that old counts are removed; say whether that is settled, one way or other.
+
+        They do not count without the index either.
+        """
         try:
             collection.create_index(_EXPIRY, expireAfterSeconds=0)
         except self.lib_errors.OperationFailure as error:
+            if error.timeout:
+                return False
             try:
                 found = collection.index_information()
             except self.lib_errors.OperationFailure:
                 found = {}
             ours = {name: each for name, each in found.items() if each["key"] == [(_EXPIRY, 1)]}
             if any("expireAfterSeconds" in each for each in ours.values()):
-                return
+                return True
             drops = "".join(f"db.{collection.name}.dropIndex({name!r}); " for name in ours)
             logger.warning(
                 "MongoDB refused to create the TTL index of the rate limits (code %s): old counts "
@@ -323,6 +325,7 @@ class _MongoDBCounts(MongoDBStorageBase):
                 collection.name,
                 _EXPIRY,
             )
+        return True
 
     def _init_mongo_client(self, uri: str | None, **options: Any) -> Any:
         raise NotImplementedError  # the store has one
