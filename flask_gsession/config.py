@@ -47,6 +47,7 @@ class Settings:
     permanent_lifetime: float = 31 * 86400.0
     renew_interval: float | None = None
     rotation_grace: float = 10.0
+    renew_csrf: bool = False
     store_timeout: float = 1.0
     pool_max: int = 100
     breaker_failures: int = 5
@@ -109,6 +110,7 @@ class SettingKeywords(TypedDict, total=False):
     permanent_lifetime: Seconds
     renew_interval: Seconds | None
     rotation_grace: Seconds
+    renew_csrf: bool
     store_timeout: Seconds
     pool_max: int
     breaker_failures: int
@@ -311,6 +313,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "permanent_lifetime": ("PERMANENT_SESSION_LIFETIME", _seconds(1, _FOREVER)),
     "renew_interval": ("SESSION_RENEW_INTERVAL", _optional(_seconds(0, _DAY))),
     "rotation_grace": ("SESSION_ROTATION_GRACE", _seconds(0, 3600)),
+    "renew_csrf": ("SESSION_RENEW_CSRF", _flag),
     "store_timeout": ("SESSION_STORE_TIMEOUT", _seconds(0.01, 60)),
     "pool_max": ("SESSION_POOL_MAX", _integer(1, 10_000, "connections")),
     "breaker_failures": ("SESSION_BREAKER_FAILURES", _integer(0, 10_000, "failures")),
@@ -723,6 +726,20 @@ def warn_without_secret_key(app: Flask) -> None:
             "secrets.token_urlsafe(32), and keep it out of the source code.",
             app.name,
         )
+
+
+def remember_cookie(app: Flask) -> dict[str, Any]:
+    """Flask-Login's cookie, for ``delete_cookie``: its name, path and domain, by its settings."""
+    return {
+        "key": app.config.get("REMEMBER_COOKIE_NAME", "remember_token"),
+        "path": app.config.get("REMEMBER_COOKIE_PATH", "/"),
+        "domain": app.config.get("REMEMBER_COOKIE_DOMAIN"),
+    }
+
+
+def csrf_field(app: Flask) -> str:
+    """The session key under which Flask-WTF keeps its token, by its setting."""
+    return str(app.config.get("WTF_CSRF_FIELD_NAME", "csrf_token"))
 
 
 def propagates_exceptions(app: Flask) -> bool:

@@ -10,6 +10,7 @@ from flask import Flask, current_app, has_request_context, request
 from flask import session as flask_session
 from werkzeug.local import LocalProxy
 
+from .authentication import rotate_at_sign_in
 from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_without_secret_key
 from .data import SessionData
 from .debug import prepare
@@ -108,7 +109,7 @@ class Session:
         else:
             app.session_interface = interface
             warn_without_secret_key(app)
-            _rotate_at_login(app)
+            rotate_at_sign_in(app)
         interfaces[self] = interface
         if settings.debug:
             prepare(app, live.cookie_name, interface._present)
@@ -172,25 +173,3 @@ def _declare(schema: object, keeper: Keeper) -> None:
     keeper.check = check
     keeper.typed_keys.update(check.typed)
     keeper.merger.policies = check.policies(keeper.merger.policies)
-
-
-def _rotate_at_login(app: Flask) -> None:
-    """Rotate the token when Flask-Login, where it is installed, logs a user in.
-
-    The old token ends at once: who planted it must not read the session of the user.
-    """
-    try:
-        from flask_login import (  # type: ignore[import-untyped]  # it ships no types
-            user_loaded_from_cookie,
-            user_logged_in,
-        )
-    except ImportError:
-        return
-    user_logged_in.connect(_rotate, app)
-    user_loaded_from_cookie.connect(_rotate, app)
-
-
-def _rotate(sender: Flask, **_: Any) -> None:
-    session = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
-    if isinstance(session, SessionData):
-        session._rotate_soon(grace=0)

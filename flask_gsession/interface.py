@@ -12,6 +12,7 @@ from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
 
+from .authentication import forget_remembered, rotate_after_a_step
 from .config import propagates_exceptions, secret_keys
 from .data import SessionData
 from .debug import begin, report
@@ -126,6 +127,8 @@ class GSessionInterface(SessionInterface):
         if not (session.accessed or streamed):
             session._closed = True
             return
+        if "security" in app.extensions:
+            rotate_after_a_step(session)
         try:
             session._save_and_close()
         except Exception as error:
@@ -150,6 +153,7 @@ class GSessionInterface(SessionInterface):
                 self._write_header(app, session, response)
             else:
                 self._write_cookie(app, session, response)
+        forget_remembered(app, session._request, response)
         if session._trace is not None:
             report(session, response)
 

@@ -187,10 +187,14 @@ def test_log_in(run: Run) -> None:
     assert client.get("/").json == {"user": "ada", "cart": ["mug"]}
     assert planted.get("/").json == {"user": None, "cart": []}
 
-    on_its_way = visitor(names.app, like=client)
-    client.post("/admin/enter")
-    assert token_of(client) != token_of(on_its_way)
-    assert on_its_way.get("/").json == {"user": "ada", "cart": ["mug"]}
+    copied = visitor(names.app, like=client)
+    assert client.post("/admin/enter", data={"password": "wrong"}).status_code == 403
+    assert token_of(client) == token_of(copied)
+    assert client.post("/admin/enter", data={"password": "lovelace"}).status_code == 302
+    assert token_of(client) != token_of(copied)
+    assert client.get("/").json == {"user": "ada", "cart": ["mug"]}
+    assert copied.get("/").json == {"user": None, "cart": []}
+    assert copied.post("/admin/enter", data={"password": "lovelace"}).status_code == 403
 
     assert client.get_cookie("session").expires is None  # type: ignore[union-attr]
     client.post("/remember-me")

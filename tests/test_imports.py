@@ -31,6 +31,7 @@ ROWS = [
     ["data"],
     ["stores.memory", "stores.sqlite", "stores.redis", "stores.mongodb", "stores.files"],
     ["stores", "debug", "health", "typed", "testing"],
+    ["authentication"],
     ["interface"],
     ["extension"],
     ["cleanup"],

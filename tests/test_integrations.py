@@ -275,7 +275,7 @@ def test_a_stolen_cookie_in_another_browser(one_with_login: Site) -> None:
 
 
 def test_a_password_change_rotates(one_with_login: Site) -> None:
-    """`confirm_login` does not; the application says so itself."""
+    """Flask-Login has no signal for it; the application says so itself."""
     visitor = one_with_login.visitor()
     log_in(visitor, "alice")
     tab = visitor.another_tab()

@@ -1,0 +1,85 @@
+"""What Flask-Login and Flask-Security do at a sign-in and a sign-out, seen from the session.
+
+Each step of authentication gives the session a new token, and the old one ends at once: whoever
+planted or copied it must not have what the step opened. Source: OWASP ASVS 5.0, 7.2.4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Flask, Request, Response, g, request
+from flask import session as flask_session
+
+from .config import csrf_field, remember_cookie
+from .data import SessionData
+
+# What Flask-Security sets in the session at each step of authentication, also at those that send
+# no signal: the time of the last one ("verify" of all kinds), and the user who has to give a
+# second factor.
+_STEPS = ("fs_paa", "tf_user_id")
+# In a request: Flask-Login wants its remember-me cookie to go.
+_FORGOTTEN = "_gsession_remember_me_ended"
+
+
+def rotate_at_sign_in(app: Flask) -> None:
+    """Follow Flask-Login's signals, where it is installed."""
+    try:
+        import flask_login.signals as signals  # type: ignore[import-untyped]  # it ships no types
+    except ImportError:
+        return
+    signals.user_logged_in.connect(_signed_in, app)
+    signals.user_login_confirmed.connect(_signed_in, app)
+    signals.user_loaded_from_cookie.connect(_rotate, app)
+    signals.user_logged_out.connect(_signed_out, app)
+    signals.session_protected.connect(_signed_out, app)
+
+
+def rotate_after_a_step(session: SessionData) -> None:
+    """Before a save: rotate if Flask-Security has just let the user pass a step."""
+    if session._opened and not session._closed:
+        values = session._values
+        if any(key in values and values.has_changed(key) for key in _STEPS):
+            session._rotate_soon(grace=0)
+
+
+def forget_remembered(app: Flask, request: Request, response: Response) -> None:
+    """Delete the remember-me cookie if ``logout_user`` wanted that in this request.
+
+    Flask-Login keeps that wish in the session until its ``after_request`` function. By then it may
+    be gone with the session, and the cookie would sign in again at the next request.
+    """
+    if _FORGOTTEN not in vars(request):
+        return
+    cookie = remember_cookie(app)
+    start = f"{cookie['key']}="
+    if not any(line.startswith(start) for line in response.headers.getlist("Set-Cookie")):
+        response.delete_cookie(**cookie)
+
+
+def _session() -> SessionData | None:
+    session = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    return session if isinstance(session, SessionData) else None
+
+
+def _rotate(sender: Flask, **_: Any) -> None:
+    session = _session()
+    if session is not None:
+        session._rotate_soon(grace=0)
+
+
+def _signed_in(sender: Flask, **_: Any) -> None:
+    session = _session()
+    if session is not None:
+        session._rotate_soon(grace=0)
+        if session._keeper.settings.renew_csrf:
+            # Flask-WTF keeps the signed form of the token for the rest of the request.
+            name = csrf_field(sender)
+            session.pop(name, None)
+            g.pop(name, None)
+
+
+def _signed_out(sender: Flask, **_: Any) -> None:
+    session = _session()
+    if session is not None and session.get("_remember") == "clear":
+        vars(request)[_FORGOTTEN] = True
