@@ -4,12 +4,10 @@ from typing import cast as _cast
 
 import flask
 
-from .data import SessionData
 from .errors import (
     GSessionError,
     LockLost,
     LockMisused,
-    SessionClosed,
     SessionConflict,
     SessionEnded,
     SessionLocked,
@@ -22,9 +20,9 @@ from .errors import (
     ValueRefused,
 )
 from .extension import Session
-from .locking import session_lock
 from .merge import MISSING
-from .transactions import session_transaction
+from .request.decorators import session_lock, session_transaction
+from .request.session import SessionData
 
 #: ``flask.session``, with the type that it has here.
 session = _cast(SessionData, flask.session)
@@ -35,7 +33,6 @@ __all__ = [
     "LockLost",
     "LockMisused",
     "Session",
-    "SessionClosed",
     "SessionConflict",
     "SessionData",
     "SessionEnded",

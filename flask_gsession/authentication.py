@@ -12,7 +12,8 @@ from flask import Flask, Request, Response, g, request
 from flask import session as flask_session
 
 from .config import csrf_field, remember_cookie
-from .data import SessionData
+from .request.lifecycle import Lifecycle
+from .request.session import SessionData, life_of
 
 # What Flask-Security sets in the session at each step of authentication, also at those that send
 # no signal: the time of the last one ("verify" of all kinds), and the user who has to give a
@@ -35,12 +36,12 @@ def rotate_at_sign_in(app: Flask) -> None:
     signals.session_protected.connect(_signed_out, app)
 
 
-def rotate_after_a_step(session: SessionData) -> None:
+def rotate_after_a_step(life: Lifecycle) -> None:
     """Before a save: rotate if Flask-Security has just let the user pass a step."""
-    if session._opened and not session._closed:
-        values = session._values
+    if life.opened:
+        values = life.values
         if any(key in values and values.has_changed(key) for key in _STEPS):
-            session._rotate_soon(grace=0)
+            life.rotate_soon(grace=0)
 
 
 def forget_remembered(app: Flask, request: Request, response: Response) -> None:
@@ -62,17 +63,22 @@ def _session() -> SessionData | None:
     return session if isinstance(session, SessionData) else None
 
 
+def _rotate_now(session: SessionData) -> None:
+    session.accessed = True
+    life_of(session).rotate_soon(grace=0)
+
+
 def _rotate(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
-        session._rotate_soon(grace=0)
+        _rotate_now(session)
 
 
 def _signed_in(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
-        session._rotate_soon(grace=0)
-        if session._keeper.settings.renew_csrf:
+        _rotate_now(session)
+        if life_of(session).keeper.settings.renew_csrf:
             # Flask-WTF keeps the signed form of the token for the rest of the request.
             name = csrf_field(sender)
             session.pop(name, None)

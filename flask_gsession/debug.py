@@ -16,13 +16,14 @@ from typing import Any
 from flask import Flask, Request, Response, current_app, request
 from flask.logging import default_handler, has_level_handler
 
-from .data import SessionData
 from .errors import UnreadableRecord
 from .events import Event, SessionCreated, SessionDestroyed, SessionRotated, WriteDropped, logger
-from .lifecycle import Presented
 from .marks import split
 from .redaction import HIDDEN, shown_name, shown_value
 from .references import refers
+from .request.lifecycle import Lifecycle
+from .request.session import SessionData, life_of
+from .request.state import Presented
 from .tokens import session_key
 from .tracing import Trace
 
@@ -77,14 +78,14 @@ def prepare(
 
 def begin(session: SessionData, request: Request) -> None:
     """Trace a session from the start of its request."""
-    session._start_trace(Trace())
+    life_of(session).start_trace(Trace())
     vars(request).setdefault(_TRACED, []).append(session)
 
 
 @_harmless
 def report(session: SessionData, response: Response | None, error: object = None) -> None:
     """Dump what a request did with its session, once."""
-    trace = session._trace
+    trace = life_of(session).trace
     if trace is None or trace.reported:
         return
     trace.reported = session.accessed
@@ -131,14 +132,15 @@ def facts_of(
 
     ``saved``: whether the request is over. Before that, nobody knows what becomes of its changes.
     """
-    trace, keeper, record = session._trace, session._keeper, session._record
+    life = life_of(session)
+    trace, keeper, record = life.trace, life.keeper, life.seen.record
     assert trace is not None
     facts: Facts = {
         "request": _name_of_request(),
         "status": response.status_code if response is not None else None,
         "error": type(error).__name__ if error is not None else None,
         "cookie_name": keeper.live.cookie_name(),
-        "state": _state(session, trace),
+        "state": _state(life, trace) if session.accessed else "not looked at",
     }
     if not session.accessed:
         return facts
@@ -153,17 +155,17 @@ def facts_of(
             if isinstance(event, SessionDestroyed):
                 facts["handle"] = event.handle
     facts["read"] = [
-        _about(session, key, trace.read[key], with_value=key not in trace.written)
+        _about(life, key, trace.read[key], with_value=key not in trace.written)
         for key in _some(trace.read)
     ]
     facts["absent"] = [shown_name(key) for key in _some(trace.absent)]
     facts["written"] = [
-        _about(session, key, written.after, written.before)
+        _about(life, key, written.after, written.before)
         for key, written in ((key, trace.written[key]) for key in _some(trace.written))
     ]
     facts["deleted"] = [shown_name(key) for key in _some(trace.deleted)]
     facts["not_stored" if saved else "pending"] = [
-        shown_name(key) for key in _some(_not_stored(session, trace))
+        shown_name(key) for key in _some(_not_stored(life, trace))
     ]
     facts["calls"] = [
         {
@@ -183,8 +185,8 @@ def facts_of(
         facts["failure"] = trace.failure
     if not saved:
         return facts
-    by_header = session._presented is not None and session._presented.by_header
-    facts["header" if by_header else "cookie"] = _token(session, trace, error)
+    by_header = life.presented().by_header
+    facts["header" if by_header else "cookie"] = _token(life, trace, error)
     if response is not None:
         facts["cache"] = {
             name: response.headers[name]
@@ -212,25 +214,22 @@ def _brought(presented: Presented) -> str:
     return f"a {where} for {session_key(checked.token)}{signed}"
 
 
-def _state(session: SessionData, trace: Trace) -> str:
+def _state(life: Lifecycle, trace: Trace) -> str:
     """What became of the session."""
     happened = {type(event) for event in trace.events}
-    if not session.accessed:
-        return "not looked at"
-    if session._failure is not None:
+    if life.trouble is not None and life.trouble.loading:
         return "could not be loaded"
-    if session._ended:
+    if life.ended:
         return "ended by another request meanwhile"
-    record, presented = session._record, session._presented
+    record, checked = life.seen.record, life.presented().checked
     if record is None:
         if SessionDestroyed in happened:
             return "ended"
-        return "none" if session._opened else "not loaded"
+        return "none" if life.opened else "not loaded"
     if SessionCreated in happened:
         return "new"
     if SessionRotated in happened:
         return "loaded, and rotated"
-    checked = presented.checked if presented is not None else None
     if (
         checked is not None
         and checked.token is not None
@@ -241,7 +240,7 @@ def _state(session: SessionData, trace: Trace) -> str:
 
 
 def _about(
-    session: SessionData,
+    life: Lifecycle,
     key: str,
     size: int,
     before: int | None = None,
@@ -249,7 +248,7 @@ def _about(
     with_value: bool = True,
 ) -> Facts:
     """A key and its value, as far as they may be shown."""
-    trace, values = session._trace, session._values
+    trace, values = life.trace, life.values
     assert trace is not None
     about: Facts = {"key": shown_name(key), "type": trace.types.get(key), "bytes": size}
     if before is not None:
@@ -262,13 +261,13 @@ def _about(
         if raw is not None and values.now is not None:
             end = split(raw)[0].expires_at
             if end:
-                about["expires_in"] = (end - session._keeper.now()) / 1000
-        shown = with_value and key in session._keeper.settings.debug_show
+                about["expires_in"] = (end - life.keeper.now()) / 1000
+        shown = with_value and key in life.keeper.settings.debug_show
         if raw is not None and shown and not large:
             value = shown_value(
                 key,
-                session._keeper.codec.decode(split(raw)[1]),
-                session._keeper.settings.debug_show,
+                life.keeper.codec.decode(split(raw)[1]),
+                life.keeper.settings.debug_show,
             )
             if value != HIDDEN:
                 about["value"] = value
@@ -277,12 +276,12 @@ def _about(
     return about
 
 
-def _not_stored(session: SessionData, trace: Trace) -> list[str]:
+def _not_stored(life: Lifecycle, trace: Trace) -> list[str]:
     """What the request changed to no effect, or not yet."""
     pending = []
-    if session._opened:
+    if life.opened:
         try:
-            pending = list(session._values.changes())
+            pending = list(life.values.changes())
         except Exception:  # a value that cannot be kept
             pending = list(trace.touched)
     dropped = any(isinstance(event, WriteDropped) for event in trace.events)
@@ -306,14 +305,13 @@ def _of_event(event: Event) -> str:
     return f"{type(event).__name__}({', '.join(known)})"
 
 
-def _token(session: SessionData, trace: Trace, error: object) -> str:
+def _token(life: Lifecycle, trace: Trace, error: object) -> str:
     """Whether the client is sent a token, and why."""
     if error is not None:
         return "not sent: an error ended the request before the session was saved"
     happened = {type(event) for event in trace.events}
-    presented, record = session._presented, session._record
-    checked = presented.checked if presented is not None else None
-    if session._cookie == "set":
+    record, checked = life.seen.record, life.presented().checked
+    if life.cookie == "set":
         if SessionCreated in happened:
             return "set: the session is new"
         if SessionRotated in happened:
@@ -321,17 +319,17 @@ def _token(session: SessionData, trace: Trace, error: object) -> str:
         if checked is not None and checked.outdated:
             return "set: signed anew with the current SECRET_KEY"
         return "set: its expiry moved"
-    if session._cookie == "delete":
+    if life.cookie == "delete":
         return "deleted: the session ended"
     if checked is None:
         return "none: nothing is stored"
-    if session._ended:
+    if life.ended:
         return "kept: whoever ended the session deletes it"
     if record is None:
-        if presented is not None and presented.by_header and session._leads_nowhere():
+        if life.presented().by_header and life.leads_nowhere():
             return "emptied: it leads to no session"
         return "kept: it leads to no session, and nothing was put into a new one"
-    if session._token is None:
+    if life.seen.token is None:
         return "kept: another request rotated the session, and sends the new token"
     return "kept: the client has it"
 

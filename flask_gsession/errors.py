@@ -10,7 +10,6 @@
     ├── InvalidStoredValue      what is stored under a typed key is not valid
     ├── ValueLost               a large value is not there any more, or was altered
     ├── SchemaFailed            the code of a schema raised something else than ValidationError
-    ├── SessionClosed           a write after the session was saved with the response
     ├── TransactionMisused      something that cannot be done inside a transaction
     ├── LockMisused             a lock in a lock, in a transaction, or on no stored session
     ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
@@ -96,13 +95,6 @@ class ValueLost(GSessionError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"a large value is lost: {reason}")
         self.reason = reason
-
-
-class SessionClosed(GSessionError, RuntimeError):
-    """The session was written to after it had been saved with the response.
-
-    A streamed body runs after the save: write to the session before the body starts.
-    """
 
 
 class TransactionMisused(GSessionError, RuntimeError):

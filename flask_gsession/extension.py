@@ -8,16 +8,18 @@ from typing import Any, TypeVar, Unpack
 
 from flask import Flask, current_app, has_request_context, request
 from flask import session as flask_session
+from flask.signals import got_request_exception
 from werkzeug.local import LocalProxy
 
 from .authentication import rotate_at_sign_in
 from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_without_secret_key
-from .data import SessionData
 from .debug import prepare
 from .errors import SettingError
 from .events import Event, Events
-from .interface import GSessionInterface
+from .interface import GSessionInterface, note_error_page, session_of_request
 from .keeper import Keeper
+from .request.session import SessionData
+from .request.template import prepare_templates
 from .stores import Store, StoreOptions, open_blobs, open_store
 from .stores.base import Clock
 from .stores.wrappers import Breaker, compose
@@ -109,6 +111,8 @@ class Session:
         else:
             app.session_interface = interface
             warn_without_secret_key(app)
+            got_request_exception.connect(note_error_page, app, weak=False)
+            prepare_templates(app)
             rotate_at_sign_in(app)
         interfaces[self] = interface
         if settings.debug:
@@ -158,7 +162,11 @@ class Session:
 
     def _current(self) -> Any:
         interface = self._interface(None)
-        if not has_request_context() or current_app.session_interface is interface:
+        if not has_request_context():
+            return flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        # Asked of the session as well, since the application may have wrapped the interface.
+        own = current_app.session_interface is interface
+        if own or interface.has_opened(session_of_request()):
             return flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
         now = request._get_current_object()  # type: ignore[attr-defined]  # another one later

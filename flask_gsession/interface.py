@@ -7,20 +7,30 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flask import Flask, Request, Response, has_request_context, request
-from flask import session as flask_session
+from flask.globals import request_ctx
 from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
 
 from .authentication import forget_remembered, rotate_after_a_step
 from .config import propagates_exceptions, secret_keys
-from .data import SessionData
 from .debug import begin, report
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .keeper import Keeper
-from .lifecycle import Presented
 from .processes import process
+from .request.lifecycle import Lifecycle
+from .request.session import (
+    SessionData,
+    begin_error_page,
+    close_unused,
+    life_of,
+    life_so_far,
+    opened_with,
+    watch_response,
+)
+from .request.state import Phase, Presented
+from .request.writing import end_request
 from .stores.base import Store
 from .tokens import TokenSigner
 
@@ -81,9 +91,15 @@ class GSessionInterface(SessionInterface):
                 )
             return None
         session = SessionData(self.keeper, self._present, app, request)
+        if app.after_request_funcs:  # one may be the first to look at the session
+            watch_response(session, request)
         if self._debug:
             begin(session, request)
         return session
+
+    def has_opened(self, session: object) -> bool:
+        """Whether ``session`` is one of this interface."""
+        return isinstance(session, SessionData) and opened_with(session) is self.keeper
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""
@@ -92,17 +108,25 @@ class GSessionInterface(SessionInterface):
             session = self.open_session(app, request)
             opened[self] = self.make_null_session(app) if session is None else session
             if _SAVED in vars(request) and session is not None:
-                session._closed = True
+                close_unused(session)
         session = opened[self]
         session.accessed = True
         return session  # type: ignore[no-any-return]  # what was put in above
 
+    def regenerate(self, session: SessionMixin) -> None:
+        """Give the session a new token, for code that was written for Flask-Session.
+
+        As ``session.rotate(grace=0)``: the old token ends at once.
+        """
+        if isinstance(session, SessionData):
+            session.rotate(grace=0)
+
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Store what the request changed; set or delete the cookie only where that is needed.
 
-        A failure becomes the application's own error response. Never raises, except for errors
-        in the program where the application lets exceptions through (tests, debug mode), and
-        where ``session`` was opened by hand, as the response is nobody's then.
+        Called by Flask, a failure becomes the application's own error response. It raises only for
+        errors in the program where the application lets exceptions through (tests, debug mode).
+        Called by hand, it raises whatever could not be stored, since nobody may send the response.
         """
         if not (self.has_further and has_request_context()):
             self._save(app, session, response)
@@ -110,9 +134,13 @@ class GSessionInterface(SessionInterface):
                 self._tell_client(app, session, response)
             return
         of_request = vars(request)
-        of_request[_SAVED] = True
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
         sessions += of_request.get(_FURTHER, {}).items()
+        by_flask = any(
+            isinstance(opened, SessionData) and not _is_by_hand(opened) for _, opened in sessions
+        )
+        if by_flask:
+            of_request[_SAVED] = True
         for interface, opened in sessions:
             interface._save(app, opened, response)
         # Only now: a failure of one makes a new answer, and the others' cookies belong into it.
@@ -123,38 +151,46 @@ class GSessionInterface(SessionInterface):
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not isinstance(session, SessionData):
             return
-        streamed = response.is_streamed
-        if not (session.accessed or streamed):
-            session._closed = True
+        if not session.accessed:
+            close_unused(session)
+            if response.is_streamed:
+                response.call_on_close(lambda: _report_late_changes(session))
+            return
+        life = life_of(session)
+        by_hand = _is_by_hand(session)
+        if life.phase is Phase.SAVED:
             return
         if "security" in app.extensions:
-            rotate_after_a_step(session)
+            rotate_after_a_step(life)
         try:
-            session._save_and_close()
+            end_request(life, by_hand=by_hand and _is_of_request(session))
         except Exception as error:
-            self._failed(app, session, response, error)
-        else:
-            failure = session._failure
-            if failure is not None and (session._failed_unseen or response.status_code == 500):
-                # Nobody was told, or the application's page for the outage needed the session.
-                _turn_into(response, _answer_to(app, failure))
-            elif streamed:
-                response.call_on_close(lambda: _report_late_changes(session))
+            self._failed(app, life, response, error, by_hand=by_hand)
+            return
+        trouble = life.trouble
+        if trouble is not None and trouble.loading and (trouble.unseen or life.error_page):
+            # Nobody was told, or the application's page for the outage needed the session.
+            if by_hand:
+                raise trouble.error
+            _turn_into(response, _answer_to(app, trouble.error))
+        elif response.is_streamed:
+            response.call_on_close(lambda: _report_late_changes(session))
 
     def _tell_client(self, app: Flask, session: SessionData, response: Response) -> None:
+        life = life_of(session)
         header = self._token_header
-        by_header = header is not None and session._look_at_request().by_header
+        by_header = header is not None and life.presented().by_header
         _add_vary(response, "Cookie")
         if header is not None:
             _add_vary(response, header)
-        if session._cookie != "keep" or (by_header and session._leads_nowhere()):
+        if life.cookie != "keep" or (by_header and life.leads_nowhere()):
             response.cache_control.no_store = True
             if by_header:
-                self._write_header(app, session, response)
+                self._write_header(app, life, response)
             else:
-                self._write_cookie(app, session, response)
-        forget_remembered(app, session._request, response)
-        if session._trace is not None:
+                self._write_cookie(app, life, response)
+        forget_remembered(app, life.request, response)
+        if life.trace is not None:
             report(session, response)
 
     def _present(self, app: Flask, request: Request) -> Presented:
@@ -188,50 +224,67 @@ class GSessionInterface(SessionInterface):
             self._signer = (keys, name, signer)
         return signer
 
-    def _write_header(self, app: Flask, session: SessionData, response: Response) -> None:
+    def _write_header(self, app: Flask, life: Lifecycle, response: Response) -> None:
         name = str(self.keeper.settings.token_header)
-        token = session._token if session._cookie == "set" else None
+        token = life.seen.token if life.cookie == "set" else None
         response.headers[name] = self._signer_of(app).sign(token) if token else ""
 
-    def _write_cookie(self, app: Flask, session: SessionData, response: Response) -> None:
+    def _write_cookie(self, app: Flask, life: Lifecycle, response: Response) -> None:
         name = self.get_cookie_name(app)
         attributes = self._live.cookie(name, self)
-        token, record = session._token, session._record
-        if session._cookie == "delete" or token is None or record is None:
+        token, record = life.seen.token, life.seen.record
+        if life.cookie == "delete" or token is None or record is None:
             response.delete_cookie(name, **attributes)
             return
         expires = None
-        if self.keeper.is_permanent(session._values.stored):
+        if self.keeper.is_permanent(life.values.stored):
             expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
         response.set_cookie(name, self._signer_of(app).sign(token), expires=expires, **attributes)
 
     def _failed(
-        self, app: Flask, session: SessionData, response: Response, error: Exception
+        self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
     ) -> None:
         """Answer with the application's error response instead: the changes were not stored."""
-        if session._trace is not None:
-            session._trace.failure = type(error).__name__
+        if life.trace is not None:
+            life.trace.failure = type(error).__name__
         if isinstance(error, UnsupportedType) and not self.keeper.settings.debug:
             error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
         outage = isinstance(error, StoreUnavailable)
         if outage and not isinstance(error, LogoutUnconfirmed):  # what was to be stored is, there
-            handle = session._record.key if session._record else None
-            session._keeper.events.emit(WriteDropped, handle, "store unavailable")
-        if self is app.session_interface and _opened_by_hand(session):
+            life.keeper.events.emit(WriteDropped, life.handle, "store unavailable")
+        if by_hand:
             raise error
         if outage and self.keeper.settings.on_store_error == "keep-response":
             return
         _turn_into(response, _answer_to(app, error))
 
 
-def _opened_by_hand(session: SessionData) -> bool:
-    """Whether it was opened beside that of its request, as by the client's session_transaction."""
-    if not has_request_context():
-        return True
-    if session._request is not request._get_current_object():  # type: ignore[attr-defined]
-        return False
-    of_request = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
-    return of_request is not session
+def _is_by_hand(session: SessionData) -> bool:
+    """Whether the application saves the session, and not Flask with the response it sends."""
+    life = life_so_far(session)
+    return life is not None and life.phase is Phase.VIEW
+
+
+def _is_of_request(session: SessionData) -> bool:
+    """Whether it is ``flask.session``, and not one opened beside it, as by a test client."""
+    return has_request_context() and session_of_request() is session
+
+
+def session_of_request() -> object:
+    """What ``flask.session`` stands for now; looking at it doesn't count as using it."""
+    context = request_ctx._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    try:
+        return context._session
+    except AttributeError:  # before Flask 3.1.3
+        return context.session
+
+
+def note_error_page(app: Flask, **_: Any) -> None:
+    """Flask makes a page for an error that nobody handled: its sessions must not raise now."""
+    if has_request_context():
+        for session in (session_of_request(), *vars(request).get(_FURTHER, {}).values()):
+            if isinstance(session, SessionData):
+                begin_error_page(session)
 
 
 def _answer_to(app: Flask, error: Exception) -> Response:
@@ -304,9 +357,7 @@ def _turn_into(response: Response, answer: Response) -> None:
 
 
 def _report_late_changes(session: SessionData) -> None:
-    for key in session._late_changes():
-        logger.error(
-            "session[%a] was changed while the response was streamed, after the session had been "
-            "saved: the change is lost. Write before the streamed body starts.",
-            key[:60],
-        )
+    life = life_so_far(session)
+    if life is not None:
+        for key in life.late_changes():
+            life.report_late(f"session[{key[:60]!a}]")

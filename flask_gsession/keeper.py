@@ -22,7 +22,6 @@ from .config import LiveSettings, Settings
 from .encryption import Cipher
 from .errors import (
     Gone,
-    KeyTaken,
     LeaseLost,
     LockLost,
     LogoutUnconfirmed,
@@ -30,7 +29,6 @@ from .errors import (
     SessionTooLarge,
     SettingError,
     Stale,
-    StoreError,
     UnreadableRecord,
     ValueLost,
 )
@@ -52,12 +50,10 @@ _LONGEST_PAUSE = 0.05  # seconds
 # How long a large value that was replaced stays for requests that loaded the session before.
 BLOB_GRACE = 60_000  # milliseconds
 _BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its session
-_NEW_TOKENS = 3
 _NO_WARNING = ("unknown", "expired")  # what anybody can send
 # For the store: the idle expiry may move back. Only named where it may.
 _SHORTEN = {"shorten": True}
 _NOTHING_MORE: dict[str, bool] = {}
-_REPEATS = "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
 
 
 class Loaded(Struct, frozen=True, gc=False):
@@ -175,43 +171,37 @@ class Keeper:
         payload = self._payloads.bind_again(record.key, record.payload, times(record), times(other))
         return other._replace(payload=payload)
 
-    def create(self, body: Body) -> tuple[str, Record]:
-        """Store a new session; its token and record. One round trip."""
+    def draft_new(self, body: Body) -> tuple[str, Record]:
+        """The token and the record of a new session, which is not stored yet."""
+        now, absolute = self.now(), self.latest_end()
+        token, key = self._new_token()
+        record = Record(
+            key=key,
+            version=new_version(),
+            created_at=now,
+            idle_expires_at=self._idle_end(body, absolute),
+            absolute_expires_at=absolute,
+            payload=self._payloads.pack(key, body, now, absolute),
+        )
+        return token, record
+
+    def create(self, record: Record) -> None:
+        """Store a new session. Raises ``KeyTaken``. One round trip."""
         if self.before_create is not None:
             self.before_create()
-        now, absolute = self.now(), self.latest_end()
-        for _ in range(_NEW_TOKENS):
-            token, key = self._new_token()
-            record = Record(
-                key=key,
-                version=new_version(),
-                created_at=now,
-                idle_expires_at=self._idle_end(body, absolute),
-                absolute_expires_at=absolute,
-                payload=self._payloads.pack(key, body, now, absolute),
-            )
-            try:
-                self.store.create(record)
-            except KeyTaken:
-                continue
-            return token, record
-        raise StoreError(_REPEATS)
+        self.store.create(record)
 
-    def save(
-        self, old: Record, body: Body, *, restart_idle: bool = False, lease: str | None = None
-    ) -> Record:
-        """Replace ``old``; its successor in time. Raises ``Gone`` or ``Stale``. One round trip,
-        one more where the session has large values and its idle expiry moves.
+    def draft_next(self, old: Record, body: Body, *, restart_idle: bool = False) -> Record:
+        """The record that is to replace ``old``, which is not stored yet.
 
-        The idle expiry moves where it is due, or anyhow with ``restart_idle``. With ``lease``,
-        raises ``LockLost`` unless that is held.
+        The idle expiry moves where it is due, or anyhow with ``restart_idle``.
         """
         idle_end = (
             self._idle_end(body, old.absolute_expires_at)
             if restart_idle
             else self.due(old, body.values, body.lifetime)
         )
-        record = Record(
+        return Record(
             old.key,
             new_version(),
             old.created_at,
@@ -219,15 +209,30 @@ class Keeper:
             old.absolute_expires_at,
             self._pack(old.key, body, old),
         )
-        if idle_end is not None:
-            self._renew_blobs(body, idle_end)
-        more = _SHORTEN if restart_idle else _NOTHING_MORE
+
+    def save(
+        self,
+        old: Record,
+        record: Record,
+        body: Body,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
+        """Replace ``old`` by ``record``. Raises ``Gone`` or ``Stale``. One round trip, one more
+        where the session has large values and its idle expiry moves.
+
+        With ``lease``, raises ``LockLost`` unless that is held. With ``shorten`` the idle
+        expiry may come earlier than before.
+        """
+        if record.idle_expires_at != old.idle_expires_at:
+            self._renew_blobs(body, record.idle_expires_at)
+        more = _SHORTEN if shorten else _NOTHING_MORE
         if lease is None:
             self.store.save(record, old.version, **more)
         else:
             with self._under(lease) as leases:
                 leases.save(record, old.version, lease, **more)
-        return record
 
     def _pack(self, key: str, body: Body, old: Record) -> bytes:
         """The payload of ``body``, which replaces that of ``old``: no limit forbids to shrink."""
@@ -248,49 +253,47 @@ class Keeper:
         if isinstance(deleted, Deleted) and deleted.unconfirmed:
             raise LogoutUnconfirmed(deleted.unconfirmed)
 
+    def draft_rotated(self, old: Record, body: Body) -> tuple[str, Record]:
+        """A new token for the session of ``old``, and its record, which is not stored yet."""
+        token, key = self._new_token()
+        record = old._replace(
+            key=key,
+            version=new_version(),
+            idle_expires_at=self._idle_end(body, old.absolute_expires_at),
+            payload=self._pack(key, body, old),
+        )
+        return token, record
+
     def rotate(
         self,
         old: Record,
+        record: Record,
         body: Body,
         grace: float,
         lease: str | None = None,
         *,
-        restart_idle: bool = False,
-    ) -> tuple[str, Record, LogoutUnconfirmed | None]:
-        """Move the session to a new token. Raises as ``save`` does. One round trip.
+        shorten: bool = False,
+    ) -> LogoutUnconfirmed | None:
+        """Move the session to the new key. Raises as ``save`` does, and ``KeyTaken``. One round
+        trip, one more where the session has large values.
 
-        With ``restart_idle`` the idle expiry may come earlier than before. The last of what it
-        returns says that replicas may not know the end of the old one.
+        With ``shorten`` the idle expiry may come earlier than before. What it returns says that
+        replicas may not know the end of the old key yet.
         """
-        for _ in range(_NEW_TOKENS):
-            token, key = self._new_token()
-            idle_end = self._idle_end(body, old.absolute_expires_at)
-            # More than a renewal beyond what is usual now: by settings that were changed since.
-            beyond = old.idle_expires_at - idle_end
-            unusual = beyond > self._idle_span(body.values, body.lifetime)[1]
-            more = _SHORTEN if restart_idle or unusual else _NOTHING_MORE
-            record = old._replace(
-                key=key,
-                version=new_version(),
-                idle_expires_at=idle_end,
-                payload=self._pack(key, body, old),
-            )
-            pointer = self._pointer(old, record, grace)
-            self._renew_blobs(body, record.idle_expires_at)
-            try:
-                if lease is None:
-                    replaced = self.store.replace(old.key, record, old.version, pointer, **more)
-                else:
-                    with self._under(lease) as leases:
-                        replaced = leases.replace(
-                            old.key, record, old.version, pointer, lease, **more
-                        )
-            except KeyTaken:
-                continue
-            if replaced is not None and replaced.unconfirmed:
-                return token, record, LogoutUnconfirmed(replaced.unconfirmed)
-            return token, record, None
-        raise StoreError(_REPEATS)
+        idle_end = record.idle_expires_at
+        # More than a renewal beyond what is usual now: by settings that were changed since.
+        unusual = old.idle_expires_at - idle_end > self._idle_span(body.values, body.lifetime)[1]
+        more = _SHORTEN if shorten or unusual else _NOTHING_MORE
+        pointer = self._pointer(old, record, grace)
+        self._renew_blobs(body, record.idle_expires_at)
+        if lease is None:
+            replaced = self.store.replace(old.key, record, old.version, pointer, **more)
+        else:
+            with self._under(lease) as leases:
+                replaced = leases.replace(old.key, record, old.version, pointer, lease, **more)
+        if replaced is not None and replaced.unconfirmed:
+            return LogoutUnconfirmed(replaced.unconfirmed)
+        return None
 
     def debug(self, key: str, until: int | None) -> tuple[str, bool] | None:
         """Let what requests do with the session be written to the log, until then in milliseconds.

@@ -78,6 +78,15 @@ def append(base: Any, theirs: Any, mine: Any) -> Any:
     return stored + wanted[len(before) :]
 
 
+def flashes(base: Any, theirs: Any, mine: Any) -> Any:
+    """Flashed messages: those of both requests stay, but for the ones that either has shown."""
+    before, stored, wanted = _all_of((list,), [], base, theirs, mine)
+    shown_by_them = not _same(stored[: len(before)], before)
+    if _same(wanted[: len(before)], before):
+        return stored + wanted[len(before) :]
+    return (stored if shown_by_them else stored[len(before) :]) + wanted
+
+
 def _all_of(kinds: tuple[type, ...], missing: Any, *values: Any) -> tuple[Any, ...]:
     """The values with ``missing`` for those that are; TypeError for one of another kind."""
     for value in values:
@@ -119,6 +128,10 @@ def encode_within(codec: Codec, key: str, value: object, *known: bytes | None) -
         raise
 
 
+#: Policies that are asked even where this request removes the key.
+_SEE_REMOVALS = (reject, flashes)
+
+
 class Change(NamedTuple):
     """One changed key, in encoded form; None where there is or shall be no value."""
 
@@ -138,7 +151,7 @@ class Merger:
     ) -> None:
         self._codec = codec
         self._default = default
-        self.policies = policies
+        self.policies = {"_flashes": flashes, **policies}
 
     def apply(
         self,
@@ -162,15 +175,20 @@ class Merger:
         for key, (base, mine) in changes.items():
             theirs = stored.get(key)
             if theirs != base:
-                policy = self.policies.get(key, self._default)
-                if policies is not None:
-                    policy = policies.get(key, policy)
-                mine = self._resolve(policy, key, base, theirs, mine)
+                mine = self._resolve(self.policy_of(key, policies), key, base, theirs, mine)
             if mine is None:
                 merged.pop(key, None)
             else:
                 merged[key] = mine
         return merged
+
+    def policy_of(
+        self, key: str, policies: Mapping[str, MergeFunction] | None = None
+    ) -> MergeFunction:
+        """The policy of a key; ``policies`` override those in the settings."""
+        if policies is not None and key in policies:
+            return policies[key]
+        return self.policies.get(key, self._default)
 
     def _resolve(
         self,
@@ -180,7 +198,7 @@ class Merger:
         theirs: bytes | None,
         mine: bytes | None,
     ) -> bytes | None:
-        if policy is last or (mine is None and policy is not reject):
+        if policy is last or (mine is None and policy not in _SEE_REMOVALS):
             return mine
         values, marks = [], []
         for raw in (base, theirs, mine):
@@ -202,6 +220,8 @@ class Merger:
                 f"its merge policy {getattr(policy, '__name__', policy)} failed with "
                 f"{type(error).__name__}: the values are not of the kind it merges",
             ) from error
+        if policy is flashes and not result:
+            return None
         # The mark is merged, too: mine where this request set it, or has the only value.
         was, stored, wanted = marks
         keeps = theirs is not None and wanted == was

@@ -13,8 +13,8 @@ from .events import Event, Events
 from .keeper import Keeper
 from .merge import Change
 from .references import reference_in, refers
+from .request.tracking import TrackedValues
 from .stores.wrappers import Call, compose
-from .tracking import TrackedValues
 
 
 def size_of(raw: bytes) -> int:
@@ -110,8 +110,10 @@ class TracedValues(TrackedValues):
         codec: Codec,
         stored: dict[str, bytes] | None = None,
         now: Callable[[], int] | None = None,
+        *,
+        turn: Any = None,
     ) -> None:
-        super().__init__(codec, stored, now)
+        super().__init__(codec, stored, now, turn=turn)
         self._trace = trace
 
     def __getitem__(self, key: str) -> Any:

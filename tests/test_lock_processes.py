@@ -17,7 +17,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from flask_gsession import LockLost, LockMisused, StoreUnavailable
-from flask_gsession.locking import _renewer
+from flask_gsession.request.locking import _renewer
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record

@@ -19,9 +19,9 @@ import pytest
 from flask import Flask
 
 from flask_gsession import LockMisused, Session, SessionConflict, StoreUnavailable
-from flask_gsession.data import SessionData
 from flask_gsession.errors import Gone, LeaseLost, Stale
 from flask_gsession.interface import GSessionInterface
+from flask_gsession.request.session import SessionData
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Record
 from flask_gsession.stores.lease import Lease
@@ -288,7 +288,7 @@ def search(seeds: range) -> tuple[int, str, Counter[str]]:
     counts: Counter[str] = Counter()
     with (
         simulated_surroundings(),
-        mock.patch("flask_gsession.locking._renewer", NoRenewer()),
+        mock.patch("flask_gsession.request.locking._renewer", NoRenewer()),
         mock.patch("logging.Logger.isEnabledFor", return_value=False),
     ):
         for seed in seeds:

@@ -22,7 +22,7 @@ from pymongo import MongoClient, monitoring
 from redis import Redis
 
 import flask_gsession
-from flask_gsession import Session, SessionClosed, SessionEnded, SettingError, ValueRefused
+from flask_gsession import Session, SessionEnded, SettingError, ValueRefused
 from flask_gsession.events import (
     SessionCreated,
     SessionDestroyed,
@@ -455,32 +455,30 @@ def test_a_stream_may_read_what_was_loaded(site: Site) -> None:
     assert visitor.run(dict) == {"words": ["a", "b"], "more": 1}
 
 
-WRITES: dict[str, Callable[[Any], object]] = {
+LOST: dict[str, Callable[[Any], object]] = {
     "assignment": lambda session: session.update(a=2),
     "deletion": lambda session: session.pop("a"),
     "clear": lambda session: session.clear(),
     "rotate": lambda session: session.rotate(),
-    "destroy": lambda session: session.destroy(),
-    "reload": lambda session: session.reload(),
     "lifetime": lambda session: session.set_lifetime(60),
-    "atomic update": lambda session: session.update_atomic("a", lambda a: a + 1),
     "permanent": lambda session: setattr(session, "permanent", True),
     "modified": lambda session: setattr(session, "modified", True),
     "flash": lambda session: flask.flash("too late"),
 }
 
 
-def test_a_stream_that_writes_gets_a_clear_error(site: Site) -> None:
+def test_a_write_in_a_stream_is_lost_and_logged(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The page is whole all the same."""
     visitor = visitor_with(site, a=1)
+    before = site.stored()
     for look in (lambda session: session["a"], lambda session: None):
-        for what, write in WRITES.items():
-            refused: list[SessionClosed] = []
+        for what, write in LOST.items():
+            caplog.clear()
 
-            def body(write: Any = write, refused: list[Any] = refused) -> Iterator[str]:
-                try:
-                    write(flask.session)
-                except SessionClosed as error:
-                    refused.append(error)
+            def body(write: Any = write) -> Iterator[str]:
+                write(flask.session)
                 yield "the end"
 
             response = visitor.ask(
@@ -490,8 +488,10 @@ def test_a_stream_that_writes_gets_a_clear_error(site: Site) -> None:
                 )[1]
             )
             assert response.text == "the end", what
-            assert len(refused) == 1, what
-            assert "before a streamed body" in str(refused[0])
+            (record,) = [record for record in caplog.records if record.name == "flask_gsession"]
+            assert record.levelno == logging.ERROR, what
+            assert "before a streamed body" in record.getMessage(), what
+            assert site.stored() == before, what
             assert visitor.run(dict) == {"a": 1}, what
 
 
@@ -518,20 +518,45 @@ def test_a_nested_change_in_a_stream_is_reported(
     assert "session['items']" in record.getMessage()
 
 
-def test_a_write_at_teardown_gets_a_clear_error(make_site: SiteMaker) -> None:
+def test_what_a_stream_stores_at_once_is_stored(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    visitor = visitor_with(site, a=1, b=2)
+
+    def body() -> Iterator[str]:
+        session: Any = flask.session
+        yield str(session.update_atomic("a", lambda a: a + 1))
+        yield str(session.take("b"))
+        with session.transaction():
+            session["c"] = 3
+        with session.lock():
+            session["d"] = 4
+
+    with visitor.ask(lambda _: Response(flask.stream_with_context(body()))) as response:
+        assert response.text == "22"
+    assert visitor.run(dict) == {"a": 2, "c": 3, "d": 4}
+
+    def logout() -> Iterator[str]:
+        flask.session.destroy()  # type: ignore[attr-defined]
+        yield "bye"
+
+    with visitor.ask(lambda _: Response(flask.stream_with_context(logout()))) as response:
+        assert response.text == "bye"
+    assert not site.stored()
+
+
+def test_a_write_at_teardown_is_lost_and_logged(
+    make_site: SiteMaker, caplog: pytest.LogCaptureFixture
+) -> None:
     site = make_site()
-    errors: list[Exception] = []
 
     @site.app.teardown_request
     def late(error: BaseException | None) -> None:
-        try:
-            flask.session["late"] = 1
-        except SessionClosed as refused:
-            errors.append(refused)
+        flask.session["late"] = 1
 
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
-    assert len(errors) == 1
+    assert caplog.text.count("session['late'] was changed after") == 1
     assert visitor.run(dict) == {"a": 1}
 
 
@@ -599,8 +624,8 @@ def test_session_transactions(site: Site) -> None:
         session["a"].append(2)
         flask_session = session
     assert visitor.run(dict) == {"a": [1, 2]}
-    with pytest.raises(SessionClosed):
-        flask_session["late"] = 1
+    flask_session["late"] = 1  # logged as lost
+    assert visitor.run(dict) == {"a": [1, 2]}
     with visitor.session_transaction() as session:
         assert session["a"] == [1, 2]
         session.destroy()

@@ -24,7 +24,7 @@ from flask_gsession.errors import (
 )
 from flask_gsession.marks import PLAIN, Mark
 from flask_gsession.merge import MISSING, POLICIES, Change, MergeFunction, Merger, last, reject
-from flask_gsession.tracking import TrackedValues
+from flask_gsession.request.tracking import TrackedValues
 from tests.test_codec import shape, values
 
 CODEC = Codec(64)

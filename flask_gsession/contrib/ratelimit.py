@@ -40,12 +40,12 @@ except ImportError as error:
         "flask-gsession[limits]"
     ) from None
 
-from ..data import SessionData
 from ..errors import SettingError, StoreUnavailable
 from ..events import logger
 from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
+from ..request.session import SessionData, life_of
 from ..stores import StoreOptions
 from ..stores.wrappers.breaker import Circuit
 from .ratelimit_clients import name_of, network_of_client, site_of
@@ -396,7 +396,7 @@ class _Limits:
         if not isinstance(session, SessionData):
             return None, None
         handle = session.handle  # loads the session
-        return handle if session._found else None, name_of(self.user(), "user=")
+        return handle if life_of(session).seen.presented else None, name_of(self.user(), "user=")
 
     def _spend(
         self, scope: str, buckets: Sequence[_Bucket], cost: int, *, tell: bool = True

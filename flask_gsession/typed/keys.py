@@ -17,7 +17,6 @@ from marshmallow.fields import Field
 from werkzeug.exceptions import HTTPException
 
 from ..codec import IMMUTABLE, is_valid_text
-from ..data import SessionData, ttl_in_milliseconds
 from ..errors import (
     GSessionError,
     InvalidStoredValue,
@@ -28,6 +27,7 @@ from ..errors import (
 from ..events import StoredValueInvalid, logger
 from ..marks import MAX_VERSION, Mark
 from ..merge import POLICIES, MergeFunction
+from ..request.session import SessionData, ttl_in_milliseconds
 from .merging import merge_of_stored, policy_of
 from .schemas import FieldForm, SchemaForm, form_of
 

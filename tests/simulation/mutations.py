@@ -11,16 +11,16 @@ from unittest import mock
 from msgspec import structs
 
 from flask_gsession import payload
-from flask_gsession.data import SessionData
 from flask_gsession.errors import Gone
 from flask_gsession.keeper import Keeper
-from flask_gsession.lifecycle import Lifecycle
 from flask_gsession.marks import split
 from flask_gsession.merge import Change, Merger
 from flask_gsession.payload import Body
+from flask_gsession.request.lifecycle import Lifecycle
+from flask_gsession.request.session import SessionData
+from flask_gsession.request.tracking import TrackedValues
 from flask_gsession.stores.base import Record
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.tracking import TrackedValues
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from flask import Response
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_date
 
-from flask_gsession.data import SessionData
 from flask_gsession.errors import SessionConflict, SessionEnded, StoreUnavailable
+from flask_gsession.request.session import SessionData
 from flask_gsession.tokens import session_key
 
 from .audit import FAILED, OK, UNKNOWN, Done, Segment, Visit

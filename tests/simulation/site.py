@@ -11,11 +11,11 @@ from typing import Any
 from flask import Flask
 
 from flask_gsession import Session
-from flask_gsession.data import SessionData
 from flask_gsession.errors import Gone, Stale, StoreUnavailable
 from flask_gsession.events import WriteDropped
 from flask_gsession.interface import GSessionInterface
 from flask_gsession.marks import split
+from flask_gsession.request.session import SessionData
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Record, milliseconds
 from flask_gsession.stores.memory import MemoryStore

@@ -10,31 +10,30 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
+from flask import Flask, Request, after_this_request
 from flask.sessions import SessionMixin
 
-from .codec import is_valid_text
-from .errors import (
-    SessionEnded,
-    UnreadableRecord,
-    UnsupportedType,
-    ValueLost,
-    ValueRefused,
-)
+from ..codec import is_valid_text
+from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
+from ..keeper import Keeper
+from ..marks import PLAIN, Mark, marked, split
+from ..merge import MergeFunction, encode_within
+from ..references import reference_in, refers
+from ..spill import ValueReader, reader_of
 from .large import LargeValues
-from .lifecycle import alone
+from .lifecycle import Lifecycle, is_current
 from .locking import Lock
-from .marks import PLAIN, Mark, marked, split
-from .merge import MergeFunction, encode_within
-from .references import reference_in, refers
-from .spill import ValueReader, reader_of
+from .state import Phase, Presented
+from .tracking import TrackedValues
 from .transactions import Transaction
+from .writing import is_modified, rewrite
 
 _MAX_GRACE = 3600.0
 _LONGEST_TTL = 10 * 366 * 86400.0
 _RAISE: Any = object()
 
 
-class SessionData(LargeValues, SessionMixin):
+class SessionData(SessionMixin):
     """A session: a dict of str to values, loaded when first looked at, saved with the response.
 
     Reading costs one round trip to the store for the first access and none after; a request that
@@ -45,6 +44,40 @@ class SessionData(LargeValues, SessionMixin):
     What can be kept in it: :doc:`/how-to/values`.
     """
 
+    def __init__(
+        self,
+        keeper: Keeper,
+        present: Callable[[Flask, Request], Presented],
+        app: Flask,
+        request: Request,
+    ) -> None:
+        self._start = (keeper, present, app, request)
+        self._phase = Phase.VIEW  # where the request is while nobody has looked at the session
+        self._made: Lifecycle | None = None
+        self._turn = threading.RLock()
+
+    @property
+    def _life(self) -> Lifecycle:
+        life = self._made
+        if life is None:
+            # Most requests never look at their session, so nothing is made for them before.
+            with self._turn:
+                life = self._made
+                if life is None:
+                    life = self._made = Lifecycle(*self._start, self._turn, self._phase)
+        return life
+
+    def _open(self) -> TrackedValues:
+        life = self._made
+        if life is not None and life.opened:
+            return life.values
+        self.accessed = True
+        return self._life.open()
+
+    def _open_for_writing(self, what: str) -> TrackedValues:
+        self.accessed = True
+        return self._life.open_for_writing(what)
+
     # -- the mapping
 
     def __getitem__(self, key: str) -> Any:
@@ -52,35 +85,38 @@ class SessionData(LargeValues, SessionMixin):
         try:
             return values[key]
         except UnreadableRecord as error:
-            self._refuse(error.reason, error.detail)
+            self._life.refuse(error.reason, error.detail)
             raise KeyError(key) from None
         except ValueLost as error:
             raw = values.held(key)
-            assert raw is not None  # or nothing could be lost
-            self._lost(key, raw, error)
+            if raw is not None:  # else another thread has found it
+                self._large.lost(key, raw, error)
             return self[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
-        values = self._open_for_writing()
-        if self._keeper.check is not None:
-            self._put(key, value, self._keeper.check(key, value))
+        life = self._life
+        values = self._open_for_writing(_named(key))
+        if life.keeper.check is not None:
+            self._put(key, value, life.keeper.check(key, value))
             return
-        if self._keeper.settings.debug:
+        if life.keeper.settings.debug:
             values.encode(key, value)
         values[key] = value
 
     def _set(self, key: str, value: Any, mark: Mark) -> None:
         """Check and set a value, with a mark."""
         self._check_key(key)
-        if self._keeper.check is not None:
-            mark = mark._replace(version=self._keeper.check(key, value).version)
+        check = self._life.keeper.check
+        if check is not None:
+            mark = mark._replace(version=check(key, value).version)
         self._put(key, value, mark)
 
     def _put(self, key: str, value: Any, mark: Mark) -> None:
         """Set a value that was checked, as its key was, with a mark."""
-        values = self._open_for_writing()
-        keeper = self._keeper
+        values = self._open_for_writing(_named(key))
+        life = self._life
+        keeper = life.keeper
         if keeper.settings.debug:
             values.encode(key, value)
         if mark == PLAIN:
@@ -88,7 +124,7 @@ class SessionData(LargeValues, SessionMixin):
         else:
             values.set(key, value, mark, keeper.now)
         if keeper.check is not None:
-            self._vetted[key] = values.encode(key, value)
+            life.vetted[key] = values.encode(key, value)
 
     def _raw(self, key: str) -> bytes | None:
         """The encoded value of a key, its mark included; None where there is none."""
@@ -99,22 +135,27 @@ class SessionData(LargeValues, SessionMixin):
         """What typed keys know of this session."""
         return {}
 
+    @cached_property
+    def _large(self) -> LargeValues:
+        return LargeValues(self._life)
+
     @property
     def _merges(self) -> dict[str, MergeFunction]:
         """The merge policies of typed keys that this request set."""
-        if self._policies is None:
-            self._policies = {}
-        return self._policies
+        life = self._life
+        if life.policies is None:
+            life.policies = {}
+        return life.policies
 
     def __delitem__(self, key: str) -> None:
-        del self._open_for_writing()[key]
+        del self._open_for_writing(_named(key))[key]
 
     def __iter__(self) -> Iterator[str]:
         values = self._open()
         try:
             values.check()
         except UnreadableRecord as error:
-            self._refuse(error.reason, error.detail)
+            self._life.refuse(error.reason, error.detail)
             return iter(())
         return iter(list(values))
 
@@ -146,10 +187,10 @@ class SessionData(LargeValues, SessionMixin):
         return reversed(list(self))
 
     def __repr__(self) -> str:
-        if not self._opened:
+        life = self._made
+        if life is None or not life.opened:
             return "<SessionData not loaded>"
-        handle = self._record.key if self._record else None
-        return f"<SessionData handle={handle!r} keys={len(self._values)}>"
+        return f"<SessionData handle={life.handle!r} keys={len(life.values)}>"
 
     def popitem(self) -> tuple[str, Any]:
         """Remove and return the newest key and its value, as a dict does."""
@@ -170,23 +211,25 @@ class SessionData(LargeValues, SessionMixin):
         """Remove every key that is there.
 
         If nothing is set afterwards, the session ends with the response: it leaves the store, its
-        cookie goes. Two exceptions follow from parallel requests: a key that one of them stored
-        meanwhile survives, and the session with it. To log out whatever happens, use ``destroy``.
-
-        Removing keys one by one never ends a session: a parallel request may be adding one.
+        cookie goes. Removing all keys one by one does the same. A key that a parallel request
+        stores meanwhile survives, and the session with it: to log out whatever happens, use
+        ``destroy``.
         """
-        values = self._open_for_writing()
-        for key in list(values):
-            del values[key]
-        self._cleared = True
+        values = self._open_for_writing("The session")
+        life = self._life
+        with life.turn:
+            for key in list(values):
+                del values[key]
+            life.wish(cleared=True)
 
     def set_many(self, values: Mapping[str, Any]) -> None:
         """Set several keys, all or none: raises ``ValueRefused`` before anything is set."""
+        keeper = self._life.keeper
         for key, value in values.items():
             self._check_key(key)
             self._open().encode(key, value)
-            if self._keeper.check is not None:
-                self._keeper.check(key, value)
+            if keeper.check is not None:
+                keeper.check(key, value)
         self.update(values)
 
     def set(self, key: str, value: Any, ttl: float | timedelta | None = None) -> None:
@@ -203,7 +246,7 @@ class SessionData(LargeValues, SessionMixin):
         if ttl is None:
             self[key] = value
         else:
-            self._set(key, value, Mark(self._keeper.now() + ttl_in_milliseconds(ttl)))
+            self._set(key, value, Mark(self._life.keeper.now() + ttl_in_milliseconds(ttl)))
 
     def attach(self, key: str, file: Any, ttl: float | timedelta | None = None) -> int:
         """Set a key to the bytes of a binary file, from where it stands; how many those are.
@@ -219,8 +262,9 @@ class SessionData(LargeValues, SessionMixin):
         for each 256 KB, and at most one more with the save.
         """
         self._check_key(key)
-        mark = PLAIN if ttl is None else Mark(self._keeper.now() + ttl_in_milliseconds(ttl))
-        written = self._attach(key, file, mark)
+        mark = PLAIN if ttl is None else Mark(self._life.keeper.now() + ttl_in_milliseconds(ttl))
+        self.accessed = True
+        written = self._large.attach(key, file, mark)
         if isinstance(written, int):
             return written
         if mark == PLAIN:
@@ -237,7 +281,7 @@ class SessionData(LargeValues, SessionMixin):
         """
         if key not in self._open():
             raise KeyError(key)
-        reader = self._reader(key)
+        reader = self._large.reader(key)
         if reader is not None:
             return reader
         value = self[key]
@@ -256,16 +300,16 @@ class SessionData(LargeValues, SessionMixin):
         try:
             end = values.mark(key).expires_at
         except UnreadableRecord as error:
-            self._refuse(error.reason, error.detail)
+            self._life.refuse(error.reason, error.detail)
             raise KeyError(key) from None
-        return (end - self._keeper.now()) / 1000 if end else None
+        return (end - self._life.keeper.now()) / 1000 if end else None
 
     def remove(self, *keys: str) -> int:
         """Remove the keys that are there; how many were."""
-        values = self._open_for_writing()
+        values = self._open()
         present = [key for key in dict.fromkeys(keys) if key in values]
         for key in present:
-            del values[key]
+            del self[key]
         return len(present)
 
     def get_or_set(self, key: str, default: Any) -> Any:
@@ -282,23 +326,22 @@ class SessionData(LargeValues, SessionMixin):
     def new(self) -> bool:  # type: ignore[override]  # Flask has a class attribute
         """Whether the store does not hold this session yet."""
         self._open()
-        return self._record is None
+        return self._life.seen.record is None
 
     @property
     def modified(self) -> bool:
         """Whether this request changed the session. Setting it to True forces a save."""
-        if self._something_to_save():
-            return True
-        try:
-            return self._opened and bool(self._values.changes())
-        except ValueRefused:
-            return True
+        life = self._made
+        if life is None:
+            return False
+        return life.was_modified if life.is_late else is_modified(life)
 
     @modified.setter
     def modified(self, value: bool) -> None:
         if value:
-            self._open_for_writing()
-        self._forced = bool(value)
+            self._open_for_writing("session.modified")
+        if value or self._made is not None:
+            self._life.wish(forced=bool(value))
 
     @property
     def handle(self) -> str | None:
@@ -308,19 +351,26 @@ class SessionData(LargeValues, SessionMixin):
         when the session is rotated.
         """
         self._open()
-        return self._record.key if self._record else None
+        return self._life.handle
+
+    @property
+    def sid(self) -> str | None:
+        """The same as ``handle``, under the name that Flask-Session gives it."""
+        return self.handle
 
     @property
     def created_at(self) -> datetime | None:
         """When the session was first stored (UTC); None before that."""
         self._open()
-        return _utc(self._record.created_at) if self._record else None
+        record = self._life.seen.record
+        return _utc(record.created_at) if record else None
 
     @property
     def expires_at(self) -> datetime | None:
         """When the session ends if it is not used again (UTC); None before it is stored."""
         self._open()
-        return _utc(self._record.idle_expires_at) if self._record else None
+        record = self._life.seen.record
+        return _utc(record.idle_expires_at) if record else None
 
     @property
     def size(self) -> int:
@@ -345,24 +395,16 @@ class SessionData(LargeValues, SessionMixin):
         Source: OWASP ASVS 7.2.4.
         """
         if grace is None:
-            grace = self._keeper.settings.rotation_grace
+            grace = self._life.keeper.settings.rotation_grace
         if isinstance(grace, timedelta):
             grace = grace.total_seconds()
         if isinstance(grace, bool) or not isinstance(grace, (int, float)):
             raise ValueError("grace is a number of seconds, or a timedelta: 0 to 3600 seconds")
         if not 0 <= grace <= _MAX_GRACE:
             raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
-        self._check_no_transaction("A rotation")
-        self._rotate_soon(grace)
-
-    def _rotate_soon(self, grace: float) -> None:
-        """Rotate with the next save; inside a transaction with what that stores, if it does."""
-        self._open_for_writing()
-        if self._record is not None:
-            if self._lease is None:
-                self._rotation = _sooner(self._rotation, grace)
-            else:
-                self._rotation_later = _sooner(self._rotation_later, grace)
+        self.accessed = True
+        self._life.check_may_not_repeat("A rotation")
+        self._life.rotate_soon(grace)
 
     def destroy(self) -> None:
         """End the session: it is gone from the store when this returns; the cookie goes with the
@@ -370,23 +412,16 @@ class SessionData(LargeValues, SessionMixin):
 
         One round trip. A parallel request that is still running cannot bring it back.
         """
-        self._destroy()
+        self.accessed = True
+        self._life.destroy()
 
-    @alone
     def reload(self) -> None:
         """Discard what this request changed, and see what is stored now. One round trip."""
-        self._check_open()
-        self._check_no_transaction("A reload")
-        self._failure = self._in_doubt = self._rotation_later = None
-        if self._record is not None:
-            if not self._catch_up(afresh=True):
-                self._end("reload")
-        elif self._opened and self._cookie != "keep":
-            self._values = self._tracked(self._keeper.codec)
-        else:
-            self._opened = False
-            self._forget()
-            self._open()
+        self.accessed = True
+        life = self._life
+        with life.turn:
+            life.check_may_not_repeat("A reload")
+            life.reload()
 
     def set_lifetime(self, seconds: float | timedelta) -> None:
         """Let this session end ``seconds`` after its last use, instead of what the settings say.
@@ -394,7 +429,8 @@ class SessionData(LargeValues, SessionMixin):
         It holds from the next save on, through rotations, and never past the absolute timeout.
         Raises ``ValueError`` for anything but 1 second to ``SESSION_ABSOLUTE_TIMEOUT``.
         """
-        longest = self._keeper.settings.absolute_timeout
+        life = self._life
+        longest = life.keeper.settings.absolute_timeout
         if isinstance(seconds, timedelta):
             seconds = seconds.total_seconds()
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
@@ -404,13 +440,13 @@ class SessionData(LargeValues, SessionMixin):
                 f"the lifetime is {seconds} seconds; allowed are 1 to {longest:.0f} "
                 "(SESSION_ABSOLUTE_TIMEOUT)"
             )
-        self._open_for_writing()
-        self._lifetime = int(seconds * 1000)
-        self._restart_idle = True
+        self._open_for_writing("The lifetime of the session")
+        life.wish(lifetime=int(seconds * 1000))
 
     def transaction(self) -> Transaction[SessionData]:
         """A piece of work that is stored whole, on the state it saw: see ``Transaction``."""
-        return Transaction(self)
+        self.accessed = True
+        return Transaction(self, self._life)
 
     def lock(
         self, timeout: float | timedelta | None = None, wait: float | timedelta | None = None
@@ -428,9 +464,9 @@ class SessionData(LargeValues, SessionMixin):
         if the lock ran out, ``SessionEnded`` if the session ended, and what a save raises; then
         nothing of the block was stored.
         """
-        return Lock(self, timeout, wait)
+        self.accessed = True
+        return Lock(self, self._life, timeout, wait)
 
-    @alone
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         """Replace the value of ``key`` by ``function(value)`` and store it now; the new value.
 
@@ -447,33 +483,44 @@ class SessionData(LargeValues, SessionMixin):
         each lost race.
         """
         self._check_key(key)
-        self._check_no_transaction("update_atomic")
-        self._check_store()
-        values = self._open_for_writing()
-        if self._record is not None and values.has_changed(key):
-            self._commit()
-        if self._record is None and not self._ended:
-            first = self._call(function, copy.deepcopy(self.get(key, default)))
-            self._set(key, first, values.mark(key) if key in values else PLAIN)
-            return first
-        codec = self._keeper.codec
+        life = self._life
+        life.check_may_not_repeat("update_atomic")
+        values = self._open()
+        life.check_store()
+        codec, check = life.keeper.codec, life.keeper.check
         value: Any = None
 
-        def rewrite(raw: bytes | None) -> bytes:
+        def replace(raw: bytes | None) -> bytes:
             nonlocal value
             mark, plain = (PLAIN, None) if raw is None else split(raw)
             before = copy.deepcopy(default) if plain is None else codec.decode(plain)
-            value = self._call(function, before)
-            if self._keeper.check is not None:
-                mark = mark._replace(version=self._keeper.check(key, value).version)
+            value = life.call(function, before)
+            if check is not None:
+                mark = mark._replace(version=check(key, value).version)
             return marked(encode_within(codec, key, value, raw), mark)
 
-        changed = self._rewrite(key, rewrite, "update_atomic")
-        assert changed is not None
-        self._values.settle(key, value, changed)
+        if life.seen.record is None and not life.ended:
+            return self._update_unstored(key, function, default)
+
+        def settle(raw: bytes | None) -> None:
+            assert raw is not None
+            values.settle(key, value, raw)
+
+        recover = self._large.recover(key)
+        rewrite(life, key, replace, "update_atomic", settle=settle, recover=recover)
         return value
 
-    @alone
+    def _update_unstored(self, key: str, function: Callable[[Any], Any], default: Any) -> Any:
+        """``update_atomic`` on a session that is stored with the response."""
+        life, values = self._life, self._open_for_writing(_named(key))
+        while True:
+            before = values.raw(key)
+            value = life.call(function, copy.deepcopy(self.get(key, default)))
+            with life.turn:
+                if values.raw(key) == before:  # else another thread has set it
+                    self._set(key, value, values.mark(key) if key in values else PLAIN)
+                    return value
+
     def take(self, key: str, default: Any = _RAISE) -> Any:
         """Remove ``key`` and return its value, handed out once: of parallel requests one gets it.
 
@@ -486,37 +533,39 @@ class SessionData(LargeValues, SessionMixin):
         is not handed out then, and may be gone. One round trip, two more for each lost race; none
         where there is no value, or the session is not stored yet.
         """
-        self._check_no_transaction("take")
-        self._check_store()
-        values = self._open_for_writing()
-        if self._record is not None and values.has_changed(key):
-            self._commit()
-        if self._ended:
+        life = self._life
+        life.check_may_not_repeat("take")
+        values = self._open()
+        life.check_store()
+        if life.ended:
             raise SessionEnded
-        if self._record is None:
-            return self.pop(key) if default is _RAISE else self.pop(key, default)
-        codec = self._keeper.codec
+        if life.seen.record is None:
+            with life.turn:
+                return self.pop(key) if default is _RAISE else self.pop(key, default)
+        codec = life.keeper.codec
         value: Any = default
 
-        def rewrite(raw: bytes | None) -> None:
+        def replace(raw: bytes | None) -> None:
             nonlocal value
             value = default if raw is None else codec.decode(split(raw)[1])
 
-        self._rewrite(key, rewrite, "take")
-        self._values.drop(key)
+        recover = self._large.recover(key)
+        rewrite(life, key, replace, "take", settle=lambda _: values.drop(key), recover=recover)
         if value is _RAISE:
             raise KeyError(key)
         return value
 
-    # -- helpers
+    # -- for the rest of the package
 
-    def _call(self, function: Callable[[Any], Any], value: Any) -> Any:
-        """What the function of an update makes of ``value``."""
-        self._in_function = threading.get_ident()
-        try:
-            return function(value)
-        finally:
-            self._in_function = None
+    @property
+    def _keeper(self) -> Keeper:
+        return self._life.keeper
+
+    def _decoded(self, key: str, raw: bytes) -> tuple[Mark, Any]:
+        return self._large.decoded(key, raw)
+
+    def _refuse(self, reason: str, detail: str) -> None:
+        self._life.refuse(reason, detail)
 
     def _check_key(self, key: object) -> None:
         if type(key) is not str:
@@ -528,6 +577,49 @@ class SessionData(LargeValues, SessionMixin):
             raise UnsupportedType(
                 f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
             )
+
+
+def life_of(session: SessionData) -> Lifecycle:
+    """The life of the request with this session, for the other rooms of the package."""
+    return session._life
+
+
+def opened_with(session: SessionData) -> Keeper:
+    """The keeper of the interface that opened the session."""
+    return session._start[0]
+
+
+def life_so_far(session: SessionData) -> Lifecycle | None:
+    """The same; None while nobody has looked at the session."""
+    return session._made
+
+
+def begin_error_page(session: SessionData) -> None:
+    """Flask makes a page for an error that nobody handled."""
+    session._phase = Phase.RESPONSE
+    if session._made is not None:
+        session._made.begin_error_page()
+
+
+def watch_response(session: SessionData, request: Request) -> None:
+    """Notice when Flask begins to process the response of the request, before any hook."""
+
+    def begin_response(response: Any) -> Any:
+        session._phase = Phase.RESPONSE
+        life = session._made
+        if life is not None and life.phase is Phase.VIEW:
+            life.phase = Phase.RESPONSE
+        return response
+
+    if is_current(request):
+        after_this_request(begin_response)
+
+
+def close_unused(session: SessionData) -> None:
+    """The response is sent, and nobody has looked at the session."""
+    session._phase = Phase.SAVED
+    if session._made is not None:
+        session._made.phase = Phase.SAVED
 
 
 class _Items(ItemsView[str, Any]):
@@ -558,8 +650,8 @@ def ttl_in_milliseconds(ttl: object) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _sooner(earlier: float | None, grace: float) -> float:
-    return grace if earlier is None else min(earlier, grace)
+def _named(key: str) -> str:
+    return f"session[{key[:60]!a}]"
 
 
 def _utc(milliseconds: int) -> datetime:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
-import inspect
 import os
 import secrets
 import threading
@@ -16,12 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 from flask import has_request_context, request
 
-from .config import Seconds, lock_timeout, lock_wait
-from .errors import (
+from ..config import Seconds, lock_timeout, lock_wait
+from ..errors import (
     Gone,
     LockLost,
     LockMisused,
@@ -32,16 +30,15 @@ from .errors import (
     SettingError,
     StoreUnavailable,
 )
-from .events import LockAcquired, LockExpired, LockRefused, LockReleased, logger
+from ..events import LockAcquired, LockExpired, LockRefused, LockReleased, logger
+from ..processes import process
+from ..stores.base import MAX_POINTERS
+from ..stores.parts import Leases
 from .lifecycle import Lifecycle
-from .processes import process
-from .stores.base import MAX_POINTERS
-from .stores.parts import Leases
-from .transactions import current_session
+from .state import Block, current_block
+from .writing import commit
 
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound=Lifecycle)
+S = TypeVar("S")
 
 _NEVER = float("inf")
 
@@ -60,12 +57,13 @@ class Lock(Generic[S]):
     def __init__(
         self,
         session: S,
+        life: Lifecycle,
         timeout: Seconds | None = None,
         wait: Seconds | None = None,
         function: str | None = None,
     ) -> None:
-        _check_times(timeout, wait)
-        keeper = session._keeper
+        check_times(timeout, wait)
+        keeper = life.keeper
         settings = keeper.settings
         if keeper.leases is None:
             raise SettingError(
@@ -73,6 +71,8 @@ class Lock(Generic[S]):
                 "flask_gsession.stores.Leases asks for"
             )
         self._session = session
+        self._life = life
+        self._block: Block | None = None
         self._store: Leases = keeper.leases
         self._timeout = lock_timeout(settings.lock_timeout if timeout is None else timeout)
         self._wait = lock_wait(settings.lock_wait if wait is None else wait)
@@ -87,25 +87,29 @@ class Lock(Generic[S]):
         self._since = self._extend_at = self._warn_at = 0.0  # of time.monotonic
 
     def __enter__(self) -> S:
-        session = self._session
-        session._check_open()
-        if session._may_run_again():
+        self._claim()
+        current_block.set(self._block)
+        return self._session
+
+    def _claim(self) -> None:
+        life = self._life
+        if life.may_repeat():
             raise LockMisused(
                 "A lock cannot begin inside a transaction, or in the function of update_atomic: "
                 "these may run again. Take the lock around them."
             )
-        claim = object()
-        if vars(session).setdefault("_locked", claim) is not claim:
-            raise LockMisused(
-                "This request has the lock of the session already; a lock inside a lock would wait "
-                "for itself."
-            )
+        with life.turn:
+            if life.locked is not None:
+                raise LockMisused(
+                    "This request has the lock of the session already; a lock inside a lock would "
+                    "wait for itself."
+                )
+            life.locked = self
         try:
             self._enter()
         except BaseException:
-            del vars(session)["_locked"]
+            life.locked = None
             raise
-        return session
 
     def __exit__(
         self,
@@ -116,7 +120,9 @@ class Lock(Generic[S]):
         if not self._held:
             raise LockMisused("This lock is not held: it was released before, or never entered.")
         if self._pid != os.getpid():
-            raise LockMisused("This lock is held by the process that entered it: not by its child.")
+            raise LockMisused(
+                "The process that entered this lock holds it. A forked child can't release it."
+            )
         self._held = False
         wrote = True
         try:
@@ -135,10 +141,10 @@ class Lock(Generic[S]):
     async def __aenter__(self) -> S:
         """As ``with``; the event loop does not wait."""
         # No task: a loop that ends cancels those, and the thread would go on.
-        enter = partial(contextvars.copy_context().run, self.__enter__)
+        enter = partial(contextvars.copy_context().run, self._claim)
         entering = asyncio.get_running_loop().run_in_executor(None, enter)
         try:
-            return await asyncio.shield(entering)
+            await asyncio.shield(entering)
         except asyncio.CancelledError as error:
             self._abandoned = True
             while not entering.done():
@@ -149,6 +155,8 @@ class Lock(Generic[S]):
             if self._held:
                 self.__exit__(type(error), error, None)
             raise
+        current_block.set(self._block)
+        return self._session
 
     async def __aexit__(
         self,
@@ -161,11 +169,10 @@ class Lock(Generic[S]):
     # -- entering
 
     def _enter(self) -> None:
-        session = self._session
-        session._check_store()
-        session._open()
-        if session._has_changes():
-            session._commit()
+        life = self._life
+        life.check_store()
+        life.open()
+        commit(life)
         self._check_stored()
         self._place = _place(self._function)
         self._owner = secrets.token_hex(16)
@@ -174,8 +181,6 @@ class Lock(Generic[S]):
         began = time.monotonic()
         try:
             self._take(began)
-            session._lease, session._lease_pid = self._owner, self._pid
-            session._lifetime_before = session._lifetime
             self._emit(LockAcquired, self._since - began)
         except SessionLocked as error:
             reason = "too many waiters" if self._key is None else "wait over"
@@ -186,15 +191,18 @@ class Lock(Generic[S]):
             raise
         except BaseException as error:
             if isinstance(error, StoreUnavailable):
-                session._met_outage(error, "locked")
-            session._lease = None
+                life.met_outage(error, "locked")
+            with life.turn:
+                life.lease = None
+                if self._block is not None:
+                    life.leave_block(self._block)
             self._give_back()
             raise
 
     def _check_stored(self) -> None:
-        if self._session._ended:
+        if self._life.ended:
             raise SessionEnded
-        if self._session._record is None:
+        if self._life.seen.record is None:
             raise LockMisused(
                 "This session is not stored yet, so nobody else can have it, and there is nothing "
                 "to lock. Use @session_lock, which then runs without a lock, or lock where "
@@ -203,25 +211,36 @@ class Lock(Generic[S]):
 
     def _take(self, began: float) -> None:
         """Get the lease of the session, wherever it is rotated to, and see what is stored then."""
-        session = self._session
+        life = self._life
         for _ in range(MAX_POINTERS):
-            assert session._record is not None
-            key = session._record.key
+            key = life.handle
+            if key is None:
+                raise SessionEnded
             held = self._stand_in_line(key, began + self._wait)
             if held:
                 self._held = True
                 _renewer.add(self)
-            if not session._catch_up(afresh=True):
-                session._end("a lock")
-                raise SessionEnded
-            if held and session._record.key == key:
-                return
+            with life.turn:
+                # What threads and tasks of this request wrote while this one waited is no part of
+                # the block, and is not lost with it.
+                commit(life, rotating=not held)
+                rotation = life.wishes.rotation
+                if life.seen.record is None or not life.catch_up(afresh=True):
+                    if not life.ended:
+                        life.end("a lock")
+                    raise SessionEnded
+                if rotation is not None:
+                    life.wish(rotation=rotation)
+                if held and life.handle == key:
+                    life.lease, life.lease_pid = self._owner, self._pid
+                    self._block = life.begin_block("lock")
+                    return
             self._give_back()
         raise SessionLocked("The session is rotated again and again")
 
     def _stand_in_line(self, key: str, until: float) -> bool:
         """Whether the lease is held now; False where the session is under ``key`` no more."""
-        waiters = self._session._keeper.settings.lock_waiters if self._wait else 0
+        waiters = self._life.keeper.settings.lock_waiters if self._wait else 0
         self._key = key
         while True:
             asked = time.monotonic()
@@ -253,20 +272,17 @@ class Lock(Generic[S]):
 
     def _commit(self) -> bool:
         """Store what the block did; whether there was something."""
-        session = self._session
-        later, session._rotation_later = session._rotation_later, None
-        if session._lease is None and not session._ended:
+        life = self._life
+        if life.lease is None and not life.ended:
             return True  # the block ended the session: what it did then is a new one's
-        if session._lease is not None:
-            session._rotation = later
         try:
-            wrote = session._has_changes()
-            if wrote:
-                session._commit()
-                if session._ended:
+            with life.turn:
+                wrote = commit(life, rotating=True)
+                if life.ended:
                     raise SessionEnded
                 # The lease goes with the session, and stays behind with the key of a rotation.
-                self._moved = session._record is None or session._record.key != self._key
+                own = life.lease is None and life.handle is not None  # by an old token
+                self._moved = wrote and life.handle != self._key and not own
         except LogoutUnconfirmed:
             self._moved = True  # it was stored
             raise
@@ -276,20 +292,23 @@ class Lock(Generic[S]):
         return wrote
 
     def _roll_back(self) -> None:
-        session = self._session
-        session._rotation = session._rotation_later = None
-        session._roll_back()
+        if self._block is not None:
+            self._life.roll_back(self._block)
 
     def _leave(self) -> None:
         """Let the session go."""
-        session = self._session
+        life = self._life
         if self._moved:
             _renewer.discard(self)
-        elif not self._give_back() and session._lease is not None:
+        elif not self._give_back() and life.lease is not None:
             # Without a lease the session ended, and took it along; unless it was unreadable.
             self._lost = True
-        session._lease = None
-        del vars(session)["_locked"]
+        with life.turn:
+            life.lease = None
+            life.locked = None
+            if self._block is not None:
+                life.leave_block(self._block)
+                self._block = None
         held = time.monotonic() - self._since
         if self._lost:
             logger.warning(
@@ -308,7 +327,7 @@ class Lock(Generic[S]):
         _renewer.discard(self)
         if self._key is None:
             return False
-        if self._session._in_doubt is not None:
+        if self._life.trouble is not None:
             # This request has waited for the store already, and need not wait again.
             _renewer.run(partial(_release, self._store, self._key, self._owner))
             return True
@@ -351,9 +370,7 @@ class Lock(Generic[S]):
         )
 
     def _emit(self, event: type, *details: object) -> None:
-        record = self._session._record
-        handle = self._key or (record.key if record else None)
-        self._session._keeper.events.emit(event, handle, *details)
+        self._life.keeper.events.emit(event, self._key or self._life.handle, *details)
 
 
 def _release(store: Leases, key: str, owner: str) -> bool:
@@ -438,67 +455,7 @@ class _Renewer:
 _renewer = _Renewer()
 
 
-@overload
-def session_lock(function: Callable[P, R]) -> Callable[P, R]: ...
-
-
-@overload
-def session_lock(
-    *, timeout: Seconds | None = None, wait: Seconds | None = None
-) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-
-
-def session_lock(
-    function: Callable[..., Any] | None = None,
-    *,
-    timeout: Seconds | None = None,
-    wait: Seconds | None = None,
-) -> Callable[..., Any]:
-    """Run a view, or any function called in a request, under the lock of ``flask.session``.
-
-    ``timeout`` and ``wait`` are those of ``session.lock()``. Works on async functions too. Put it
-    below ``@app.route``. A session that is not stored yet is nobody else's: the function then runs
-    without a lock. A streamed body is sent after the lock was given back.
-    Raises what ``session.lock()`` and its block raise.
-    """
-    if function is not None and not callable(function):
-        raise TypeError("session_lock takes timeout and wait by name: @session_lock(timeout=5)")
-    _check_times(timeout, wait)
-
-    def lock_of(called: Callable[..., Any]) -> Lock[Lifecycle] | None:
-        session = current_session("session_lock")
-        session._open()
-        if session._record is None and not session._ended:
-            return None
-        return Lock(session, timeout, wait, f"{called.__module__}.{called.__qualname__}")
-
-    def decorate(called: Callable[..., Any]) -> Callable[..., Any]:
-        if inspect.iscoroutinefunction(called):
-
-            @functools.wraps(called)
-            async def run_async(*args: Any, **kwargs: Any) -> Any:
-                lock = lock_of(called)
-                if lock is None:
-                    return await called(*args, **kwargs)
-                async with lock:
-                    return await called(*args, **kwargs)
-
-            return run_async
-
-        @functools.wraps(called)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            lock = lock_of(called)
-            if lock is None:
-                return called(*args, **kwargs)
-            with lock:
-                return called(*args, **kwargs)
-
-        return run
-
-    return decorate if function is None else decorate(function)
-
-
-def _check_times(timeout: object, wait: object) -> None:
+def check_times(timeout: object, wait: object) -> None:
     for name, value, check in (("timeout", timeout, lock_timeout), ("wait", wait, lock_wait)):
         if value is not None:
             try:

@@ -1,0 +1,179 @@
+"""Large values of a session: streamed in and out, and what is done where one is lost."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from ..errors import (
+    GSessionError,
+    SessionConflict,
+    SettingError,
+    StoreUnavailable,
+    UnreadableRecord,
+    ValueLost,
+)
+from ..events import LargeValueLost, logger
+from ..marks import PLAIN, Mark, expired, marked, split
+from ..payload import Body
+from ..references import BYTES, reference_in, refers
+from ..spill import ValueReader, pieces_from
+from .lifecycle import Lifecycle
+from .writing import rewrite
+
+_SMALL = 16 * 1024  # bytes of an attached file that stays in the record
+# These stay where they are, for a worker that can read them.
+_FOR_OTHERS = ("unknown encryption key", "not encrypted")
+
+
+class LargeValues:
+    """What a session does with values that have a place of their own."""
+
+    __slots__ = ("_life", "_lost_once")
+
+    def __init__(self, life: Lifecycle) -> None:
+        self._life = life
+        self._lost_once: dict[str, bytes] = {}
+
+    def attach(self, key: str, file: Any, mark: Mark) -> int | bytes:
+        """Write a file away as the value of ``key``; its length, or all of it where it is small."""
+        life, keeper = self._life, self._life.keeper
+        values = life.open_for_writing(f"session[{ascii(key)[:60]}]")
+        life.check_store()
+        if keeper.spill is None:
+            raise SettingError(
+                f"session.attach({ascii(key)[:60]}) needs a place for large values: this "
+                "SESSION_STORE has none"
+            )
+        pieces = pieces_from(file, keeper.spill.frame_bytes)
+        first = next(pieces, b"")
+        limit = keeper.settings.spill_bytes
+        if (
+            len(first) <= (_SMALL if limit is None else limit)
+            and len(first) < keeper.spill.frame_bytes
+        ):
+            return first
+        if keeper.check is not None:
+            checked = keeper.check(key, first)  # there is no more of it in memory
+            mark = checked if mark == PLAIN else mark._replace(version=checked.version)
+        body = Body(values.stored, life.lifetime)
+        absolute = life.seen.record.absolute_expires_at if life.seen.record else None
+        end = keeper.blobs_end(body, absolute)
+        try:
+            reference = keeper.spill.write(
+                f"session[{ascii(key)[:60]}]",
+                BYTES,
+                chain([first], pieces),
+                lambda: keeper.blobs_end(body, absolute),
+                room=keeper.room_for(key, values.stored),
+            )
+        except StoreUnavailable as error:
+            life.met_outage(error, "written to")
+            raise
+        with life.turn:
+            life.placed.add(reference, end)
+            values.give(key, marked(reference.pack(), mark), keeper.now)
+        return reference.length
+
+    def reader(self, key: str) -> ValueReader | None:
+        """A reader of the large bytes under ``key``; None where its value is in memory."""
+        life = self._life
+        while True:
+            raw = life.open().held(key)
+            if raw is None or not refers(raw):
+                return None
+            try:
+                reference = reference_in(raw)
+            except UnreadableRecord as error:
+                life.refuse(error.reason, error.detail)
+                raise KeyError(key) from None
+            if reference.kind != BYTES:
+                raise TypeError(
+                    f"session[{ascii(key)[:60]}] holds no bytes: there is nothing to open"
+                )
+            spill = life.keeper.spill
+            try:
+                if spill is None:
+                    raise ValueLost("missing")
+                return ValueReader(reference, partial(spill.frame, reference))
+            except ValueLost as error:
+                self.lost(key, raw, error)
+
+    def decoded(self, key: str, raw: bytes) -> tuple[Mark, Any]:
+        """The value of a key, and its mark; of what is there by now if that one was lost.
+
+        Raises ``KeyError`` where nothing is, and ``UnreadableRecord``.
+        """
+        while True:
+            mark, plain = split(raw)
+            try:
+                return mark, self._life.keeper.codec.decode(plain)
+            except ValueLost as error:
+                self.lost(key, raw, error)
+            newer = self._life.values.raw(key)
+            if newer is None:
+                raise KeyError(key)
+            raw = newer
+
+    def lost(self, key: str, raw: bytes, error: ValueLost) -> None:
+        """The large value that ``raw`` refers to could not be read.
+
+        Another request may have replaced it, a while ago. Returns where it is worth another try;
+        else the key is absent from now on, and ``KeyError`` is raised.
+        """
+        life, values = self._life, self._life.values
+        if self._lost_once.get(key) != raw:
+            self._lost_once[key] = raw
+            newer = raw if values.has_changed(key) else self._stored_now(key)
+            if newer is None:  # it went with its session, or was removed
+                values.hide(key)
+                raise KeyError(key)
+            if newer != raw:
+                values.correct(key, newer, life.keeper.now)
+            return
+        handle = life.handle
+        logger.warning(
+            "Session %s: the large value under %a is lost: %s", handle, key[:60], error.reason
+        )
+        life.keeper.events.emit(LargeValueLost, key, error.reason, handle)
+        values.hide(key)
+        kept = error.reason in _FOR_OTHERS or life.may_repeat()
+        if life.seen.record is not None and not kept:
+            try:
+                rewrite(
+                    life,
+                    key,
+                    lambda there: None if there == raw else there,
+                    "a repair",
+                    settle=lambda _: None,
+                    recover=self.recover(key),
+                )
+            except GSessionError as failure:
+                logger.warning("A lost value could not be removed: %s", failure)
+        raise KeyError(key)
+
+    def recover(self, key: str) -> Any:
+        """What ``rewrite`` calls where the large value under ``key`` is lost."""
+
+        def lost(raw: bytes, error: ValueLost) -> None:
+            with suppress(KeyError):
+                self.lost(key, raw, error)
+                return
+            if self._life.values.stored.get(key) == raw:
+                raise SessionConflict from None  # others may be able to read it
+
+        return lost
+
+    def _stored_now(self, key: str) -> bytes | None:
+        """What the store holds under ``key`` by now; None where that, or the session, is gone."""
+        life = self._life
+        if life.seen.record is None:
+            return None
+        try:
+            loaded = life.keeper.find(life.seen.record.key)
+        except UnreadableRecord:
+            return None
+        raw = None if loaded is None else loaded.body.values.get(key)
+        return None if expired(raw, life.keeper.now()) else raw

@@ -1,0 +1,670 @@
+"""One request's life with one session: loaded when first needed, caught up with, ended."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from flask import Flask, Request, after_this_request, has_request_context, request
+
+from ..errors import (
+    LockMisused,
+    LogoutUnconfirmed,
+    SessionConflict,
+    StoreUnavailable,
+    TransactionMisused,
+    UnreadableRecord,
+    ValueRefused,
+)
+from ..events import SessionConflicted, SessionDestroyed, WriteDropped, logger
+from ..keeper import PERMANENT, RACE_BUDGETS, Keeper, Loaded
+from ..marks import is_marked, split
+from ..merge import Change, MergeFunction, last
+from ..payload import Body
+from ..references import refers
+from ..stores.wrappers import Call
+from ..tokens import session_key
+from ..tracing import Trace, TracedKeeper, TracedValues
+from .placing import Placed
+from .state import (
+    NO_WISHES,
+    Attempt,
+    Block,
+    Phase,
+    Presented,
+    Seen,
+    Trouble,
+    Wishes,
+    current_block,
+    without_rotation,
+)
+from .tracking import TrackedValues
+
+UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
+
+
+class Lifecycle:
+    """Holds what a request knows of its session, and what it wishes to happen to it.
+
+    ``present`` reads the token from the ``request``; it is called once, at the first look.
+    ``turn`` is held wherever the values, ``seen`` and ``wishes`` change, so that the threads of a
+    request never separate the values from the version that guards them. It is never held while
+    code of the application runs or while a lock is waited for.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        present: Callable[[Flask, Request], Presented],
+        app: Flask,
+        request: Request,
+        turn: Any,
+        phase: Phase,
+    ) -> None:
+        self.keeper = keeper
+        self.app = app
+        self.request = request
+        self.turn = turn
+        self.phase = phase
+        #: whether Flask makes a page for an error that nobody handled
+        self.error_page = False
+        self.seen = Seen()
+        self.wishes = NO_WISHES
+        self.cookie: Literal["keep", "set", "delete"] = "keep"
+        self.opened = False
+        #: another request ended the session under this one
+        self.ended = False
+        self.trouble: Trouble | None = None
+        #: writes whose outcome is unknown, by the version they were to store
+        self.attempts: dict[int, Attempt] = {}
+        self.block: Block | None = None
+        #: the lock that is entered or waited for
+        self.locked: object = None
+        #: the lock that this request holds
+        self.lease: str | None = None
+        self.lease_pid = 0
+        #: the merge policies of keys that this request set
+        self.policies: dict[str, MergeFunction] | None = None
+        self.trace: Trace | None = None
+        #: whether the request had changed the session when it was saved
+        self.was_modified = False
+        self._present = present
+        self._presented: Presented | None = None
+        self._placed: Placed | None = None
+        self._race_ends = 0.0  # of time.monotonic
+        self._in_function: set[int] = set()  # threads in the function of update_atomic
+        self._vetted: dict[str, bytes] | None = None
+        self._reported: set[str] = set()
+        self.values = self._no_values()
+
+    def _no_values(self) -> TrackedValues:
+        if self.trace is not None:
+            return TracedValues(self.trace, self.keeper.codec, turn=self.turn)
+        return TrackedValues(self.keeper.codec, turn=self.turn)
+
+    # -- phases
+
+    def presented(self) -> Presented:
+        """What the request brought."""
+        if self._presented is None:
+            if is_current(self.request):
+                after_this_request(self._begin_response)
+            self._presented = self._present(self.app, self.request)
+        return self._presented
+
+    def _begin_response(self, response: Any) -> Any:
+        if self.phase is Phase.VIEW:
+            self.phase = Phase.RESPONSE
+        return response
+
+    def begin_error_page(self) -> None:
+        """Nobody handled an exception of the view: Flask makes a page for it now."""
+        self.error_page = True
+        if self.phase is Phase.VIEW:
+            self.phase = Phase.RESPONSE
+
+    # -- loading
+
+    def open(self) -> TrackedValues:
+        """The values, loaded at the first look. Raises ``StoreUnavailable``."""
+        if not self.opened:
+            with self.turn:
+                if not self.opened:
+                    self._load()
+        return self.values
+
+    def open_for_writing(self, what: str) -> TrackedValues:
+        """The values, for a change of ``what``; the log says so where that comes too late."""
+        values = self.open()
+        if self.phase is Phase.SAVED:
+            self.report_late(what)
+        return values
+
+    def report_late(self, what: str) -> None:
+        """Log, once, that a change is lost because the session was saved already.
+
+        Not while a test looks at a request that is over: Flask's own session is forgiving there.
+        """
+        preserved = "werkzeug.debug.preserve_context" in self.request.environ
+        if what not in self._reported and not preserved:
+            self._reported.add(what)
+            logger.error(
+                "%s was changed after the session had been saved with the response: the change is "
+                "lost. Write to the session before the response is returned, and before a streamed "
+                "body starts.",
+                what,
+            )
+
+    def _load(self) -> None:
+        if self.trouble is not None and self.trouble.loading:
+            self._go_on_without(self.trouble.error)
+            return
+        checked = self.presented().checked
+        if checked is None:
+            pass
+        elif checked.token is None:
+            self.keeper.refused(checked.reason, None)
+        else:
+            key = session_key(checked.token)
+            began = time.perf_counter()
+            try:
+                loaded = self.keeper.find(key, True)
+            except UnreadableRecord as error:
+                self.seen = Seen(for_others=error.for_others)
+                self.keeper.refused(error.reason, key, error.detail)
+            except StoreUnavailable as error:
+                logger.log(error.log_level, "A session could not be loaded: %s", error)
+                self._go_on_without(error)
+                return
+            else:
+                if loaded is not None:
+                    self._take(key, checked.token, loaded, began)
+                    if checked.outdated and self.seen.token is not None:
+                        self.cookie = "set"
+        self.opened = True
+
+    def _take(self, key: str, token: str, loaded: Loaded, began: float) -> None:
+        record, body = loaded.record, loaded.body
+        if body.debug_until is not None:
+            self.heed_debug_switch("load", began, body.debug_until)
+        self.values.restart(body.values, self.keeper.now if body.marked else None)
+        self.ended = False
+        self.seen = Seen(token if record.key == key else None, record, body, presented=True)
+
+    def _go_on_without(self, error: StoreUnavailable) -> None:
+        """The session can't be loaded: raise that, or leave it to the response to say so.
+
+        A hook or an error page that raises while Flask processes the response would spoil it.
+        """
+        unseen = self.phase is not Phase.VIEW
+        known = self.trouble is not None and self.trouble.unseen
+        self.trouble = Trouble(error, loading=True, unseen=unseen or known)
+        if not unseen:
+            raise error
+        self.values.clear()
+
+    def catch_up(self, *, afresh: bool = False) -> bool:
+        """See what other requests stored; False where the session is no more.
+
+        What this request looked at or changed stays as it is, unless ``afresh``. A write of its
+        own whose outcome was unknown is recognised. Raises ``SessionConflict`` where it can't be
+        known whether such a write is part of what is stored, and would do harm if repeated.
+        """
+        seen = self.seen
+        assert seen.record is not None
+        key = seen.record.key
+        try:
+            loaded = self.keeper.find(key)
+            if loaded is None:
+                loaded = self._find_attempted(but=key)
+        except UnreadableRecord as error:
+            self.seen = Seen(record=seen.record, for_others=error.for_others)
+            self.keeper.refused(error.reason, key, error.detail)
+            return False
+        except StoreUnavailable as error:
+            self.met_outage(error, "loaded again")
+            raise
+        if loaded is None:
+            return False
+        record, body = loaded.record, loaded.body
+        token = seen.token if record.key == key else None
+        wishes = self.wishes
+        for attempt in self.attempts.values():
+            if attempt.record.key == record.key and attempt.token is not None:
+                token = attempt.token
+                self.cookie = "set"
+        own = self._settle_attempts(record.version, seen.record.version)
+        if own is not None:
+            self.values.accept(own.body.values, own.changes)
+            if wishes is own.wishes:
+                wishes = NO_WISHES
+        elif token is None and seen.token is not None:
+            # Another request rotated the session. The client gets that token, not one of ours.
+            self.cookie = "keep"
+            if wishes.rotation != 0:
+                wishes = without_rotation(wishes)
+        now = self.keeper.now if body.marked else None
+        if afresh:
+            self.values.restart(body.values, now)
+            wishes = NO_WISHES
+        else:
+            self.values.follow(body.values, now)
+        self.wishes = wishes
+        self.seen = Seen(token, record, body, presented=seen.presented)
+        return True
+
+    def _find_attempted(self, but: str = "") -> Loaded | None:
+        """The session that one of the attempts may have stored under another key."""
+        for attempt in list(self.attempts.values()):
+            if attempt.record.key != but:
+                loaded = self.keeper.find(attempt.record.key)
+                if loaded is not None:
+                    return loaded
+        return None
+
+    def _settle_attempts(self, version: int, before: int | None) -> Attempt | None:
+        """Every attempt's outcome is known with this ``version``; the one that it shows."""
+        attempts, self.attempts = self.attempts, {}
+        attempt = attempts.get(version)
+        if attempt is None and version != before:
+            # Somebody else's write: over one of ours, or instead of it.
+            policy_of = self.keeper.merger.policy_of
+            for other in attempts.values():
+                if any(policy_of(key, self.policies) is not last for key in other.changes):
+                    raise self.conflict("unknown outcome")
+        return attempt
+
+    def resolve_attempts(self) -> None:
+        """Find out what became of writes that were interrupted. No round trip without any."""
+        if not self.attempts or self.ended:
+            return
+        if self.seen.record is not None:
+            if not self.catch_up():
+                self.end("save")
+            return
+        try:
+            loaded = self._find_attempted()
+        except UnreadableRecord:
+            loaded = None
+        attempts, self.attempts = self.attempts, {}
+        for attempt in attempts.values():
+            if loaded is not None and attempt.record.key == loaded.record.key:
+                self.values.accept(attempt.body.values, attempt.changes)
+                self.values.follow(loaded.body.values)
+                self.wishes = NO_WISHES
+                self.cookie = "set"
+                self.seen = Seen(attempt.token, loaded.record, loaded.body)
+
+    # -- what is to be stored
+
+    @property
+    def lifetime(self) -> int | None:
+        """The session's own idle timeout in milliseconds; None: as the settings say."""
+        if self.wishes.lifetime is not None:
+            return self.wishes.lifetime
+        return None if self.seen.body is None else self.seen.body.lifetime
+
+    @property
+    def has_large(self) -> bool:
+        """Whether a value may be a reference to a large one."""
+        body = self.seen.body
+        return (body is not None and body.spilled) or self.has_placed
+
+    @property
+    def has_placed(self) -> bool:
+        """Whether this request wrote a large value that no record is known to refer to."""
+        return self._placed is not None and bool(self._placed.references)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the session was saved with the response already."""
+        return self.phase is Phase.SAVED
+
+    @property
+    def placed(self) -> Placed:
+        """The large values that this request wrote."""
+        if self._placed is None:
+            self._placed = Placed(self.keeper)
+        return self._placed
+
+    def drop_placed(self) -> None:
+        """Release the large values that this request wrote and no record refers to."""
+        if self._placed is not None:
+            self._placed.drop(unsure=bool(self.attempts) or self.trouble is not None)
+
+    def body(self, stored: dict[str, bytes]) -> Body:
+        """What to store when these are the values."""
+        debug_until = None if self.seen.body is None else self.seen.body.debug_until
+        if self.values.now is None and not self.has_large:
+            return Body(stored, self.lifetime, False, debug_until)
+        return Body(
+            stored,
+            self.lifetime,
+            self.values.now is not None and any(map(is_marked, stored.values())),
+            debug_until,
+            self.has_large and any(map(refers, stored.values())),
+        )
+
+    def changes(self) -> dict[str, Change]:
+        """What this request changed. Raises what the schema of the session has to say of it."""
+        changes = self.values.changes(self.keeper.settings.max_keys)
+        check = self.keeper.check
+        if check is not None:
+            for key, change in changes.items():
+                if change.mine is not None and not refers(change.mine):
+                    _, plain = split(change.mine)
+                    if self.vetted.get(key) != plain:
+                        check(key, self.keeper.codec.decode(plain))
+                        self.vetted[key] = plain
+        return changes
+
+    @property
+    def vetted(self) -> dict[str, bytes]:
+        """What the schema of the session found right, in encoded form."""
+        if self._vetted is None:
+            self._vetted = {}
+        return self._vetted
+
+    def has_wishes(self, *, rotating: bool = True) -> bool:
+        """Whether there is something to save, or to end, although no value changed."""
+        wishes = self.wishes
+        if wishes is NO_WISHES:
+            return False
+        return (
+            wishes.lifetime is not None
+            or wishes.forced
+            or (rotating and wishes.rotation is not None)
+            or (wishes.cleared and not worth_keeping(self.values.unexpired()))
+        )
+
+    def wish(self, **wanted: Any) -> None:
+        """Let the next save do this as well."""
+        wishes = self.wishes
+        self.wishes = Wishes(
+            wanted.get("rotation", wishes.rotation),
+            wanted.get("lifetime", wishes.lifetime),
+            wanted.get("forced", wishes.forced),
+            wanted.get("cleared", wishes.cleared),
+        )
+
+    def rotate_soon(self, grace: float) -> None:
+        """Rotate with the next save; at the end of a lock; with what a transaction stores.
+
+        An old token never leads to a new one for the same session: with such a token only a
+        sign-in (no ``grace``) does something, and it starts a session of its own.
+        """
+        self.open()
+        if self.phase is Phase.SAVED:
+            self.report_late("The token of the session")
+            return
+        with self.turn:
+            if self.seen.record is None and not self.attempts:
+                return
+            if self.seen.is_old_token and grace > 0:
+                logger.info(
+                    "Session %s was not rotated: the request holds an old token of it",
+                    self.handle,
+                )
+                return
+            earlier = self.wishes.rotation
+            self.wish(rotation=grace if earlier is None else min(earlier, grace))
+            if self.seen.is_old_token and self.block is None:
+                self.start_own_session()
+
+    def start_own_session(self) -> None:
+        """Sign-in with an old token: go on with a new session, and take nothing over.
+
+        What this request assigned stays, so that the sign-in itself does. The session behind the
+        old token stays as it is.
+        """
+        values = self.values
+        changes = values.changes()
+        kept = {key: values.raw(key) for key in changes if values.was_assigned(key)}
+        logger.info(
+            "A sign-in with an old token of session %s started a session of its own", self.handle
+        )
+        values.clear()
+        self.seen = Seen(presented=True)
+        self.wishes = NO_WISHES
+        self.attempts = {}
+        self.lease = None
+        for key, raw in kept.items():
+            if raw is not None:
+                values.give(key, raw, self.keeper.now)
+
+    # -- ending
+
+    @property
+    def handle(self) -> str | None:
+        """The key of the stored session, which is its public name."""
+        return self.seen.record.key if self.seen.record else None
+
+    def destroy(self) -> None:
+        """End the session in the store now; see ``SessionData.destroy``."""
+        with self.turn:
+            self.check_may_not_repeat("Ending the session")
+            presented = self.presented()
+            keys = [attempt.record.key for attempt in self.attempts.values()]
+            if self.seen.record is not None:
+                keys.insert(0, self.seen.record.key)
+            elif presented.checked is not None and presented.checked.token is not None:
+                keys.insert(0, session_key(presented.checked.token))
+            unconfirmed: LogoutUnconfirmed | None = None
+            emitted = []
+            for key in dict.fromkeys(keys):
+                heed = partial(self.heed_debug_switch, "delete", time.perf_counter())
+                try:
+                    ended = self.keeper.delete(key, heed)
+                except UnreadableRecord as error:
+                    self.keeper.refused(error.reason, key, error.detail)
+                    continue
+                except LogoutUnconfirmed as error:
+                    logger.error(UNCONFIRMED, error)
+                    unconfirmed, ended = error, True
+                except StoreUnavailable as error:
+                    self.met_outage(error, "ended")
+                    if not self.opened:
+                        self.trouble = Trouble(error, loading=True)
+                    raise
+                if ended:
+                    emitted.append(key)
+            known = self.values.stored if self.has_large else None
+            self.forget()
+            if unconfirmed is not None and known is not None:
+                self.placed.replaced(known, None)
+            self.opened = True
+            self.ended = False
+            self.trouble = None
+            self.cookie = "keep" if presented.checked is None else "delete"
+            for key in emitted[:1]:
+                self.keeper.events.emit(SessionDestroyed, key)
+            if unconfirmed is not None:
+                raise unconfirmed
+
+    def reload(self) -> None:
+        """Discard what this request changed, and load again. The caller holds the turn."""
+        self.trouble = None
+        if self.seen.record is not None:
+            self.attempts = {}
+            if not self.catch_up(afresh=True):
+                self.end("reload")
+        elif self.opened and self.cookie != "keep":
+            self.values.clear()
+        else:
+            self.opened = False
+            self.forget()
+            self.open()
+
+    def forget(self) -> None:
+        """Hold no session: as at the start, but for what the client is to be sent."""
+        traced = self.trace is not None and not isinstance(self.values, TracedValues)
+        if traced:
+            self.values = self._no_values()
+        else:
+            self.values.clear()
+        self.wishes = NO_WISHES
+        self.attempts = {}
+        self.lease = None
+        self.seen = Seen(for_others=self.seen.for_others)
+
+    def refuse(self, reason: str, detail: str) -> None:
+        """What was loaded turned out unreadable: go on as a new anonymous session."""
+        with self.turn:
+            self.keeper.refused(reason, self.handle, detail)
+            self.forget()
+            self.cookie = "delete"  # or the next request would meet the same
+
+    def end(self, during: str) -> None:
+        """The session ended under this request: nothing of it is stored any more."""
+        with self.turn:
+            handle = self.handle
+            logger.info("Session %s ended while a request ran; its changes were dropped", handle)
+            self.forget()
+            self.ended = True
+            self.cookie = "keep"
+            self.keeper.events.emit(WriteDropped, handle, f"ended before {during}")
+
+    def leads_nowhere(self) -> bool:
+        """Whether there was a token, and no session is found by it, now or by another worker."""
+        return (
+            self.opened
+            and self.seen.record is None
+            and not self.seen.for_others
+            and self.presented().checked is not None
+        )
+
+    # -- what may be done now
+
+    def check_store(self) -> None:
+        """Raises the outage that this request has met: it is not waited for again."""
+        if self.trouble is not None:
+            raise self.trouble.error
+
+    def check_lease(self) -> None:
+        """A forked child does not write under the lock of its parent."""
+        if self.lease is not None and self.lease_pid != os.getpid():
+            raise LockMisused(
+                "The process that entered this lock holds it. A forked child can't write under it."
+            )
+
+    def met_outage(self, error: StoreUnavailable, what: str) -> None:
+        """Remember and log, once, that the session could not be saved, or the like."""
+        if self.trouble is None or self.trouble.error is not error:
+            self.trouble = Trouble(error)
+            logger.log(error.log_level, "A session could not be %s: %s", what, error)
+
+    def may_repeat(self) -> bool:
+        """Whether this is called by what a lost race repeats."""
+        if self.block is not None and self.block.kind == "transaction":
+            return True
+        return threading.get_ident() in self._in_function
+
+    def check_may_not_repeat(self, what: str) -> None:
+        """Raises ``TransactionMisused`` inside what a lost race repeats."""
+        if self.may_repeat():
+            raise TransactionMisused(
+                f"{what} cannot be done inside a transaction, or in the function of update_atomic: "
+                "it could not be undone or run again. Do it before or after."
+            )
+
+    def call(self, function: Callable[[Any], Any], value: Any) -> Any:
+        """What the function of an ``update_atomic`` makes of ``value``."""
+        thread = threading.get_ident()
+        self._in_function.add(thread)
+        try:
+            return function(value)
+        finally:
+            self._in_function.discard(thread)
+
+    # -- races
+
+    def pause(self, losses: int) -> None:
+        """Wait a little. Raises ``SessionConflict`` when losing has taken too long by now."""
+        now = time.monotonic()
+        if losses == 1:
+            self._race_ends = now + RACE_BUDGETS * self.keeper.settings.store_timeout
+        elif now >= self._race_ends:
+            raise self.conflict("too many races")
+        self.keeper.pause(losses)
+
+    def conflict(self, reason: str) -> SessionConflict:
+        """The error of a lost race, which is counted."""
+        self.keeper.events.emit(SessionConflicted, self.handle or "", reason)
+        return SessionConflict()
+
+    # -- blocks
+
+    def begin_block(self, kind: Literal["transaction", "lock"]) -> Block:
+        """From now on changes belong to a transaction or a lock. The caller holds the turn."""
+        pending = self.values.changes() if self.seen.record is None else None
+        block = Block(kind, self.seen, self.wishes, self.block, pending)
+        self.block = self.values.block = block
+        return block
+
+    def leave_block(self, block: Block) -> None:
+        """What comes now is no part of this block."""
+        with self.turn:
+            if self.block is block:
+                self.block = self.values.block = block.outer
+        if current_block.get() is block:
+            current_block.set(block.outer)
+
+    def roll_back(self, block: Block) -> None:
+        """Forget what a transaction or a lock did, and leave it."""
+        with self.turn:
+            rotation = self.wishes.rotation
+            self.wishes = block.before
+            if rotation is not None and block.outside:
+                self.wish(rotation=rotation)  # of a sign-in beside the block
+            for key in self.values.roll_back(block):
+                logger.error(
+                    "session[%a] was changed inside and beside a block that failed: both changes "
+                    "are lost",
+                    key[:60],
+                )
+            if self.seen.record is None and block.pending is not None:
+                for key, change in block.pending.items():
+                    if change.mine is not None and key not in self.values:
+                        self.values.give(key, change.mine, self.keeper.now)
+            self.leave_block(block)
+
+    # -- debugging
+
+    def start_trace(self, trace: Trace) -> None:
+        """Write down in ``trace`` what this request does from now on."""
+        self.trace = trace
+        self.keeper = TracedKeeper(self.keeper, trace)
+        if not self.opened:
+            self.values = self._no_values()
+
+    def heed_debug_switch(self, operation: str, began: float, until: int) -> None:
+        """This operation of the store met a session that is to be debugged until then."""
+        if until <= self.keeper.now():
+            return
+        if self.trace is None:
+            self.start_trace(Trace(by_order=True))
+            assert self.trace is not None
+            self.trace.calls.append(Call(operation, time.perf_counter() - began, None))
+
+    def late_changes(self) -> list[str]:
+        """The keys whose values were changed in place after the session was saved."""
+        if not self.opened:
+            return []
+        try:
+            return list(self.values.changes())
+        except ValueRefused as error:
+            return [error.path]
+
+
+def is_current(of: Request) -> bool:
+    """Whether the current request context, if there is one, is of this request."""
+    return has_request_context() and request._get_current_object() is of  # type: ignore[attr-defined]  # a proxy
+
+
+def worth_keeping(values: dict[str, bytes]) -> bool:
+    """Whether a session with these values exists: Flask's permanent flag alone is nothing."""
+    return len(values) > (PERMANENT in values)

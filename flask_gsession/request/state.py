@@ -1,0 +1,137 @@
+"""The small values that a session's life consists of; each is replaced whole, in one assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from enum import Enum
+
+from msgspec import Struct
+
+from ..errors import StoreUnavailable
+from ..merge import Change
+from ..payload import Body
+from ..stores.base import Record
+from ..tokens import Checked
+
+
+class Phase(Enum):
+    """Where the request is, as far as its session is concerned."""
+
+    #: Before or in the view: a response with a new token can still follow.
+    VIEW = "view"
+    #: Flask processes the response, or makes an error page: an exception would spoil it.
+    RESPONSE = "response"
+    #: The session was saved with the response: no token can be sent any more.
+    SAVED = "saved"
+
+
+class Presented(Struct, frozen=True, gc=False):
+    """The checked token that the request brought; None if it brought none."""
+
+    checked: Checked | None = None
+    by_header: bool = False
+
+
+class Seen(Struct, frozen=True):
+    """What this request knows of the stored session; the version guards exactly these values.
+
+    ``token`` is None while the client holds no current token: it has none, or an old one within
+    its grace. ``presented`` says that the token of the request led here. ``for_others``: the
+    record can't be read here, but perhaps by a worker of another version or with other keys.
+    """
+
+    token: str | None = None
+    record: Record | None = None
+    body: Body | None = None
+    presented: bool = False
+    for_others: bool = False
+
+    @property
+    def is_old_token(self) -> bool:
+        """Whether a stored session was found, but by a token that isn't its current one."""
+        return self.record is not None and self.token is None
+
+
+class Wishes(Struct, frozen=True):
+    """What the next save is to do, besides storing changed values.
+
+    ``rotation`` is the grace in seconds, ``lifetime`` the session's own idle timeout in
+    milliseconds.
+    """
+
+    rotation: float | None = None
+    lifetime: int | None = None
+    forced: bool = False
+    cleared: bool = False
+
+
+NO_WISHES = Wishes()
+
+
+def without_rotation(wishes: Wishes) -> Wishes:
+    """The same, but for the rotation."""
+    if wishes.rotation is None:
+        return wishes
+    return Wishes(None, wishes.lifetime, wishes.forced, wishes.cleared)
+
+
+class Trouble(Struct, frozen=True):
+    """An outage that this request met. It is not waited for a second time.
+
+    ``loading``: the session couldn't be loaded; else a later write may have been applied.
+    ``unseen``: the request went on with an empty session, so the response must report it.
+    """
+
+    error: StoreUnavailable
+    loading: bool = False
+    unseen: bool = False
+
+
+class Attempt(Struct, frozen=True):
+    """A write that was sent. It stays noted until its outcome is known.
+
+    ``changes`` are the request's own among its values, which stay pending until then.
+    """
+
+    record: Record
+    token: str | None
+    body: Body
+    changes: Mapping[str, Change]
+    wishes: Wishes
+
+
+class Block:
+    """A transaction or a lock that is open: its changes are stored at its end, or not at all.
+
+    Threads and tasks that work on the session beside it are not part of it. ``inside`` and
+    ``outside`` are the keys that either side looked at or changed.
+    """
+
+    __slots__ = ("before", "inside", "kind", "outer", "outside", "pending", "version")
+
+    def __init__(
+        self,
+        kind: str,
+        seen: Seen,
+        before: Wishes,
+        outer: Block | None,
+        pending: Mapping[str, Change] | None = None,
+    ) -> None:
+        self.kind = kind
+        #: the version that a transaction starts on; None for a session that isn't stored
+        self.version = seen.record.version if seen.record else None
+        self.before = before
+        self.outer = outer
+        #: what a session that isn't stored was given before the block
+        self.pending = pending
+        self.inside: set[str] = set()
+        self.outside: set[str] = set()
+
+    def note(self, key: str) -> None:
+        """``key`` is looked at or changed now, by the block or beside it."""
+        (self.inside if current_block.get() is self else self.outside).add(key)
+
+
+#: The innermost block that this thread or task is in.
+current_block: ContextVar[Block | None] = ContextVar("gsession_block", default=None)

@@ -1,0 +1,458 @@
+"""The values of one session: decoded when looked at, compared when saved."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from ..codec import IMMUTABLE, Codec
+from ..errors import SessionTooLarge, ValueRefused
+from ..marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
+from ..merge import Change, encode_within
+from ..references import holds, refers
+from .state import Block
+
+_NOTHING: dict[str, bytes] = {}
+_NO_KEYS: Collection[str] = ()
+
+_ABSENT: Any = object()
+
+
+class TrackedValues:
+    """Values decoded one by one, and what this request did to them.
+
+    A mutable value that was looked at is compared, in encoded form, with the bytes it came from;
+    so nested changes are found, and only such values cost anything. A value that was looked at
+    stays the same object until it is reloaded, whatever other requests save meanwhile.
+
+    A value that has expired is absent to every look at it from then on. ``now`` gives the time in
+    milliseconds; without it no value has a mark, and nothing is spent on looking for one.
+
+    A large value is a reference here, which is as good as its bytes until somebody looks at it.
+
+    Threads of a request share these values: ``turn`` is held for every first look and change.
+    """
+
+    __slots__ = (
+        *("_abandoned", "_base", "_codec", "_given", "_live", "_marks", "_seen", "_turn"),
+        *("block", "now", "stored"),
+    )
+
+    def __init__(
+        self,
+        codec: Codec,
+        stored: dict[str, bytes] | None = None,
+        now: Callable[[], int] | None = None,
+        *,
+        turn: Any = None,
+    ) -> None:
+        self._codec = codec
+        self._turn: Any = threading.RLock() if turn is None else turn
+        self.now = now
+        #: the encoded values as the store is known to hold them
+        self.stored: dict[str, bytes] = stored or {}
+        #: the open transaction or lock
+        self.block: Block | None = None
+        self._live: dict[str, Any] = {}
+        # What each key held when this request first looked at or changed it; None: nothing. Only
+        # keys that may differ from ``stored`` are here: mutable, assigned, deleted, absent ones.
+        self._base: dict[str, bytes | None] = {}
+        # What a key holds for this request in encoded form, where that is not what is stored.
+        self._given = _NOTHING
+        self._seen = _NO_KEYS  # what was looked at in encoded form only
+        # Mutable objects that were handed out and are no part of the session any more, each with
+        # its key and what it was in encoded form.
+        self._abandoned: list[tuple[str, Any, bytes]] | None = None
+        if now is not None:
+            self._marks: dict[str, Mark] = {}  # of what is in ``_live``
+
+    # -- the mapping
+
+    def __getitem__(self, key: str) -> Any:
+        if self.now is not None and self._has_expired(key):
+            raise KeyError(key)
+        if self.block is not None:
+            self.block.note(key)
+        value = self._live.get(key, _ABSENT)
+        if value is not _ABSENT:
+            return value
+        with self._turn:
+            value = self._live.get(key, _ABSENT)  # by now, through another thread
+            if value is not _ABSENT:
+                return value
+            raw = self._given.get(key)
+            if raw is None:
+                if key in self._base:  # deleted by this request, or not there when it looked
+                    raise KeyError(key)
+                raw = self.stored.get(key)
+            if raw is None:
+                self._base[key] = None
+                raise KeyError(key)
+            value = self._codec.decode(raw) if self.now is None else self._decode_marked(key, raw)
+            if type(value) not in IMMUTABLE:
+                self._base.setdefault(key, raw)
+            self._live[key] = value
+            return value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        with self._turn:
+            if self.block is not None:
+                self.block.note(key)
+            self._live[key] = value  # first: what is in ``_base`` only was deleted
+            self._base.setdefault(key, self.stored.get(key))
+            if self._given:
+                self._given.pop(key, None)
+            if self.now is not None:
+                self._marks.pop(key, None)
+
+    def give(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
+        """Set a value in encoded form, mark included."""
+        with self._turn:
+            if self.block is not None:
+                self.block.note(key)
+            if is_marked(raw):
+                self._look_for_marks(now)
+            self._base.setdefault(key, self.stored.get(key))
+            self._hold(key, raw)
+            self._live.pop(key, None)
+
+    def set(self, key: str, value: Any, mark: Mark, now: Callable[[], int]) -> None:
+        """Set a value with a mark."""
+        with self._turn:
+            self._look_for_marks(now)
+            self[key] = value
+            if mark != PLAIN:
+                self._marks[key] = mark
+
+    def __delitem__(self, key: str) -> None:
+        with self._turn:
+            if key not in self:
+                raise KeyError(key)
+            self._base.setdefault(key, self.stored.get(key))
+            self._live.pop(key, None)
+            if self._given:
+                self._given.pop(key, None)
+
+    def __contains__(self, key: object) -> bool:
+        if self.now is not None and self._has_expired(key):
+            return False
+        if self.block is not None and isinstance(key, str):
+            self.block.note(key)
+        if key in self._live or key in self._given:
+            return True
+        with self._turn:
+            if key in self._live or key in self._given:
+                return True
+            if key in self._base:
+                return False
+            if key in self.stored:
+                return True
+            if isinstance(key, str):
+                self._base[key] = None
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        with self._turn:
+            live, base = self._live, self._base
+            if self._given:
+                live = live | self._given
+            keys = [key for key in self.stored if key in live or key not in base]
+            keys += [key for key in live if key not in self.stored]
+        for key in keys:
+            if self.now is None or not self._has_expired(key):
+                yield key
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def check(self) -> None:
+        """Raises ``UnreadableRecord`` unless every value can be decoded; keeps none of them.
+
+        Large ones are not looked at.
+        """
+        for key in self:
+            if key not in self._live:
+                raw = self._given.get(key) or self.stored.get(key)
+                if raw is not None and not refers(raw):
+                    self._codec.decode(split(raw)[1])
+
+    def raw(self, key: str) -> bytes | None:
+        """A look at the encoded value, its mark included; None where there is none."""
+        with self._turn:
+            if self.now is not None and self._has_expired(key):
+                return None
+            if key in self._live:
+                return self._encoded(key)
+            if key in self._given:
+                return self._given[key]
+            if key in self._base:
+                return None
+            raw = self.stored.get(key)
+            if raw is None:
+                self._base[key] = None
+            else:
+                self._seen = {*self._seen, key}
+            return raw
+
+    def mark(self, key: str) -> Mark:
+        """The mark of a key that is there."""
+        if self.now is None:
+            return PLAIN
+        with self._turn:
+            if key in self._live:
+                return self._marks.get(key, PLAIN)
+            return split(self._given.get(key) or self.stored[key])[0]
+
+    def unexpired(self) -> dict[str, bytes]:
+        """``stored``, without what has expired."""
+        return self.stored if self.now is None else unexpired(self.stored, self.now())
+
+    # -- what this request changed
+
+    def changes(self, max_keys: int = sys.maxsize) -> dict[str, Change]:
+        """What this request changed, key by key.
+
+        Raises ``ValueRefused`` for a value that cannot be kept, and before it encodes any where
+        there are more new keys than ``max_keys``.
+        """
+        max_keys = max(max_keys, len(self.stored))
+        if len(self._base) > max_keys:
+            new = (key for key, base in self._base.copy().items() if base is None)
+            count = sum(1 for key in new if key in self._live or key in self._given)
+            if count > max_keys:
+                raise SessionTooLarge(
+                    "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
+                )
+        found: dict[str, Change] = {}
+        if not self._base:
+            return found
+        # Written out: every write of every session comes by here.
+        with self._turn:
+            bases = self._base.copy()
+            live, given = self._live.copy(), self._given
+        encode, marks = self._codec.encode, self.now is not None
+        for key, base in bases.items():
+            try:
+                mine = encode(key, live[key]) if key in live else None
+            except SessionTooLarge:
+                mine = encode_within(self._codec, key, live[key], base)
+            if marks and mine is not None:
+                mine = marked(mine, self._marks.get(key, PLAIN))
+            if mine is None:
+                mine = given.get(key)
+            if mine != base and not holds(base, mine):
+                found[key] = Change(base, mine)
+        return found
+
+    def encode(self, key: str, value: Any) -> bytes:
+        """The encoded value, without a mark, as ``key`` may hold it. Raises ``ValueRefused``."""
+        return encode_within(self._codec, key, value, self._base.get(key), self.stored.get(key))
+
+    def has_changed(self, key: str) -> bool:
+        """Whether this request changed ``key``. Raises as ``changes`` does."""
+        with self._turn:
+            if key not in self._base:
+                return False
+            mine = self._encoded(key) if key in self._live else self._given.get(key)
+            return mine != self._base[key] and not holds(self._base[key], mine)
+
+    def was_assigned(self, key: str) -> bool:
+        """Whether a changed ``key`` can only have been assigned: nothing stored is in its value."""
+        return self._base.get(key) is None or type(self._live.get(key)) in IMMUTABLE
+
+    # -- what the store holds by now
+
+    def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
+        """``stored`` is in the store now, ``changes`` included. Does no harm if repeated.
+
+        What this request holds stays as it is, also where its change was merged into something
+        else: its next change is then merged again.
+        """
+        with self._turn:
+            base = self._base
+            for key, change in changes.items():
+                if change.mine is not None:
+                    base[key] = change.mine
+                elif key not in self._live:  # or it was set again since
+                    base.pop(key, None)
+                else:
+                    base[key] = None
+            self.follow(stored)
+
+    def follow(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
+        """``stored`` is in the store now; what this request looked at or changed stays as it is."""
+        with self._turn:
+            if now is not None:
+                self._look_for_marks(now)
+            if stored is not self.stored:
+                for key in self._seen:
+                    if key not in self._live and key not in self._base:
+                        self._look(key)  # in the old state
+                for key in self._live:
+                    self._base.setdefault(key, self.stored.get(key))
+                self.stored = stored
+
+    def settle(self, key: str, value: Any, raw: bytes) -> None:
+        """``key`` holds ``value`` in the store now."""
+        with self._turn:
+            self._abandon(key)
+            self._live[key] = value
+            if self._given:
+                self._given.pop(key, None)
+            self._base[key] = raw
+            if self.now is not None:
+                self._marks[key] = split(raw)[0]
+
+    def drop(self, key: str) -> None:
+        """The store holds nothing under ``key`` any more, by what this request did."""
+        with self._turn:
+            self._abandon(key)
+            self.hide(key)
+
+    def restart(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
+        """Begin again with ``stored``, without anything that was looked at or changed."""
+        with self._turn:
+            for key in self._live:
+                self._abandon(key)
+            self._begin(stored, now)
+
+    def clear(self) -> None:
+        """Begin again with nothing."""
+        with self._turn:
+            self._begin({}, None)
+
+    def roll_back(self, block: Block) -> list[str]:
+        """Forget what ``block`` changed; keep what threads and tasks beside it changed.
+
+        Returns the keys that both changed, which are forgotten too.
+        """
+        with self._turn:
+            beside = [key for key in block.outside if key in self._base]
+            kept = [key for key in beside if key not in block.inside]
+            both = [key for key in beside if key in block.inside and self._may_have_changed(key)]
+            live, base, given = self._live, self._base, self._given
+            for key in live:
+                if key not in kept:
+                    self._abandon(key, as_it_is=True)
+            marks = self._marks if self.now is not None else {}
+            self._begin(self.stored, self.now)
+            for key in kept:
+                self._base[key] = base[key]
+                if key in live:
+                    self._live[key] = live[key]
+                if key in given:
+                    self._hold(key, given[key])
+                if key in marks:
+                    self._marks[key] = marks[key]
+            return both
+
+    def changed_after_they_were_abandoned(self) -> list[str]:
+        """The keys of objects that are no part of the session any more, and were changed since."""
+        changed: dict[str, None] = {}
+        for key, value, raw in self._abandoned or ():
+            if value is self._live.get(key):  # it was put back
+                continue
+            try:
+                now = self._codec.encode(key, value)
+                lost = now != raw and now != split(self.raw(key) or raw)[1]
+            except ValueRefused:
+                lost = True
+            if lost:
+                changed[key] = None
+        return list(changed)
+
+    # -- large values
+
+    def held(self, key: str) -> bytes | None:
+        """The encoded value of a key that was not decoded; None for any other."""
+        with self._turn:
+            if key not in self or key in self._live:
+                return None
+            return self._given.get(key) or self.stored[key]
+
+    def correct(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
+        """What was to be under ``key`` is lost; this is stored there by now."""
+        with self._turn:
+            self.hide(key)
+            del self._base[key]
+            if is_marked(raw):
+                self._look_for_marks(now)
+            self.stored = {**self.stored, key: raw}
+
+    def hide(self, key: str) -> None:
+        """What is under ``key`` is lost: it is absent, and nothing that this request did."""
+        with self._turn:
+            self._base[key] = None
+            self._live.pop(key, None)
+            if self._given:
+                self._given.pop(key, None)
+
+    # -- helpers; the caller holds the turn
+
+    def _begin(self, stored: dict[str, bytes], now: Callable[[], int] | None) -> None:
+        self._live, self._base = {}, {}
+        self._given, self._seen = _NOTHING, _NO_KEYS
+        if now is not None:
+            self._marks = {}
+        self.now, self.stored = now, stored
+
+    def _abandon(self, key: str, *, as_it_is: bool = False) -> None:
+        """The object under ``key``, if one was handed out, is no part of the session any more.
+
+        It was last stored as what is in ``_base``, or is to be compared ``as_it_is`` now.
+        """
+        value = self._live.get(key)
+        raw = self._base.get(key)
+        if type(value) in IMMUTABLE or value is None:
+            return
+        if as_it_is:
+            try:
+                raw = self._codec.encode(key, value)
+            except ValueRefused:
+                return
+        if raw is not None:
+            if self._abandoned is None:
+                self._abandoned = []
+            self._abandoned.append((key, value, split(raw)[1]))
+
+    def _may_have_changed(self, key: str) -> bool:
+        try:
+            return self.has_changed(key)
+        except ValueRefused:
+            return True
+
+    def _look(self, key: str) -> None:
+        raw = self.stored[key]
+        if refers(raw):
+            self._base[key] = raw
+            self._hold(key, raw)
+        else:
+            self[key]
+
+    def _hold(self, key: str, raw: bytes) -> None:
+        if self._given is _NOTHING:
+            self._given = {}
+        self._given[key] = raw
+
+    def _look_for_marks(self, now: Callable[[], int]) -> None:
+        if self.now is None:
+            self._marks = {}
+            self.now = now
+
+    def _encoded(self, key: str) -> bytes:
+        raw = self.encode(key, self._live[key])
+        return raw if self.now is None else marked(raw, self._marks.get(key, PLAIN))
+
+    def _has_expired(self, key: Any) -> bool:
+        assert self.now is not None
+        if key in self._live:
+            return 0 < self._marks.get(key, PLAIN).expires_at <= self.now()
+        return expired(self._given.get(key) or self.stored.get(key), self.now())
+
+    def _decode_marked(self, key: str, raw: bytes) -> Any:
+        mark, plain = split(raw)
+        value = self._codec.decode(plain)
+        self._marks[key] = mark  # and not that of what was here before
+        return value

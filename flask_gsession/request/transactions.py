@@ -1,0 +1,97 @@
+"""Transactions: a piece of work on the session that is stored whole, on the state it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from ..errors import SessionEnded
+from ..keeper import ATTEMPTS
+from .lifecycle import Lifecycle
+from .state import Block, current_block
+from .writing import LostRace, commit
+
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+class Transaction(Generic[S]):
+    """One transaction on a session, from ``session.transaction()``.
+
+    As a context manager it runs its block once: the block starts on what is stored, its changes
+    are stored at its end and not with the response. ``SessionConflict`` says that another request
+    stored something meanwhile: then nothing of the block was stored. A block that raises stores
+    nothing either. ``run`` and the decorator ``session_transaction`` run the work again instead.
+
+    Changes that the request made before are stored first. Two round trips, one more where there
+    was something to store first.
+    """
+
+    def __init__(self, session: S, life: Lifecycle) -> None:
+        self._session = session
+        self._life = life
+        self._block: Block | None = None
+
+    def __enter__(self) -> S:
+        try:
+            self._begin()
+        except BaseException:  # a signal's exception, too, leaves no block open
+            self._leave(self._life.roll_back)
+            raise
+        return self._session
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._leave(self._life.roll_back)
+            return
+        try:
+            commit(self._life, transaction=self._block)
+        except BaseException:
+            self._leave(self._life.roll_back)
+            raise
+        self._leave(self._life.leave_block)
+
+    def _begin(self) -> None:
+        """Store what is pending, and start on what is stored now."""
+        life = self._life
+        life.check_may_not_repeat("A second transaction")
+        life.check_store()
+        seen_before = life.opened
+        life.open()
+        with life.turn:
+            if seen_before:
+                commit(life)
+                if life.seen.record is not None and not life.catch_up(afresh=True):
+                    life.end("a transaction")
+            if life.ended:
+                raise SessionEnded
+            self._block = life.begin_block("transaction")
+        current_block.set(self._block)
+
+    def _leave(self, leave: Callable[[Block], None]) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            leave(block)
+
+    def run(self, function: Callable[[S], R]) -> R:
+        """Call ``function(session)`` until what it did could be stored; what it returned last.
+
+        ``function`` sees a fresh state on each run, and must have no side effects outside the
+        session: it may run many times. Raises ``SessionConflict`` after too many lost races, and
+        what ``function`` raises.
+        """
+        for losses in range(ATTEMPTS):
+            if losses:
+                self._life.pause(losses)
+            try:
+                with self as session:
+                    return function(session)
+            except LostRace:
+                continue
+        raise self._life.conflict("too many races")

@@ -1,0 +1,469 @@
+"""The one place that writes a session: what a request did is put onto what is stored.
+
+Whatever loses a race and tries again comes through ``store``: the save with the response, a
+transaction, ``update_atomic``, ``take``, a rotation, the removal of a lost value. A write is noted
+before it is sent, and recognised by its version, so that nothing is applied twice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from werkzeug.exceptions import HTTPException
+
+from ..errors import (
+    Gone,
+    GSessionError,
+    KeyTaken,
+    LogoutUnconfirmed,
+    SessionConflict,
+    SessionEnded,
+    Stale,
+    StoreError,
+    StoreUnavailable,
+    UnreadableRecord,
+    ValueLost,
+    ValueRefused,
+)
+from ..events import (
+    Event,
+    SessionCreated,
+    SessionDestroyed,
+    SessionRenewed,
+    SessionRotated,
+    SessionSaved,
+    WriteDropped,
+    logger,
+)
+from ..keeper import ATTEMPTS, PERMANENT
+from ..marks import unexpired
+from ..merge import Change
+from ..payload import Body
+from ..references import holds
+from ..stores.base import Record
+from .lifecycle import UNCONFIRMED, Lifecycle, worth_keeping
+from .state import NO_WISHES, Attempt, Block, Phase, Seen, Wishes, current_block, without_rotation
+
+_NO_CHANGES: dict[str, Change] = {}
+_TOKENS_TAKEN = 3
+
+
+class LostRace(SessionConflict):
+    """A transaction could not be stored: another request was faster."""
+
+
+@dataclass(slots=True)
+class Edit:
+    """What is to be stored over what was ``seen``.
+
+    ``values`` are all values in encoded form, ``changes`` are the request's own among them, which
+    stay pending until they are stored. ``settle`` is called, with the turn held, once they are.
+    """
+
+    seen: Seen
+    values: dict[str, bytes]
+    changes: Mapping[str, Change]
+    wishes: Wishes = NO_WISHES
+    settle: Callable[[], None] | None = None
+
+
+@dataclass(slots=True)
+class Told:
+    """An event of a write, to be emitted when everything is in its place."""
+
+    event: type[Event]
+    details: tuple[object, ...]
+
+
+def commit(
+    life: Lifecycle,
+    *,
+    transaction: Block | None = None,
+    rotating: bool | None = None,
+) -> bool:
+    """Store what the request changed and wishes; whether there was something.
+
+    ``transaction``: it is stored on the very version it began on, or ``LostRace`` is raised.
+    ``rotating``: whether a wished rotation is due. It is not inside a lock, which stays with the
+    key of the session, unless that is being left.
+    """
+    if rotating is None:
+        rotating = life.lease is None
+    with life.turn:
+        life.resolve_attempts()
+        changes = life.changes()
+        if not changes and not life.wishes.cleared and not life.has_wishes(rotating=rotating):
+            if life.trouble is None and life.seen.record is not None:
+                _renew_if_due(life)
+            return False
+        if life.trouble is not None:
+            raise life.trouble.error
+        if life.ended:
+            if changes:
+                life.end("save")
+            return bool(changes)
+        if life.wishes.rotation is not None and life.seen.is_old_token:
+            life.start_own_session()
+        seen = life.seen
+        if transaction is not None and transaction.version != (seen.record and seen.record.version):
+            life.conflict("transaction")
+            raise LostRace
+        merge = _new if seen.record is None else _merged
+        return store(life, lambda: merge(life, rotating), "save", exactly=transaction is not None)
+
+
+def rewrite(
+    life: Lifecycle,
+    key: str,
+    replace: Callable[[bytes | None], bytes | None],
+    what: str,
+    *,
+    settle: Callable[[bytes | None], None],
+    recover: Callable[[bytes, ValueLost], None],
+) -> None:
+    """Store ``replace(raw)`` in the place of the encoded value of ``key`` now; None: no value.
+
+    ``replace`` runs again when another request was faster, and may call the application. Changes
+    of this request stay pending, but for one of this very key, which is stored first. ``settle``
+    gets what is stored then. ``recover`` is called where the value is large and lost. Raises
+    ``SessionEnded`` where there is no session any more.
+    """
+
+    def edit() -> Edit | None:
+        while True:
+            with life.turn:
+                beside = life.block is not None and current_block.get() is not life.block
+                if not beside and life.seen.record is not None and life.values.has_changed(key):
+                    commit(life)
+                seen, values = life.seen, life.values
+                if seen.record is None:
+                    raise SessionEnded
+                stored = values.unexpired()
+                raw = stored.get(key)
+            try:
+                changed = replace(raw)
+            except UnreadableRecord as error:
+                life.refuse(error.reason, error.detail)
+                raise SessionEnded from None
+            except ValueLost as error:
+                assert raw is not None  # or nothing could be lost
+                recover(raw, error)
+                continue
+            if holds(raw, changed):
+                changed = raw
+            if changed != raw:
+                stored = dict(stored)
+                if changed is None:
+                    del stored[key]
+                else:
+                    stored[key] = changed
+
+            if changed != raw:
+                change = {key: Change(raw, changed)}
+                return Edit(seen, stored, change, settle=partial(settle, changed))
+            with life.turn:
+                if life.seen is seen:
+                    if not values.has_changed(key):
+                        settle(changed)
+                    return None
+
+    store(life, edit, what)
+    if life.seen.record is None:
+        raise SessionEnded
+
+
+def store(
+    life: Lifecycle, edit: Callable[[], Edit | None], what: str, *, exactly: bool = False
+) -> bool:
+    """Store what ``edit`` makes of the values, again where another request was faster.
+
+    ``edit`` returns None where there is nothing to store. With ``exactly``, a lost race raises
+    ``LostRace``. False where there was nothing to store, or the session ended.
+    """
+    life.check_lease()
+    lost = taken = 0
+    for _ in range(ATTEMPTS):
+        step = edit()
+        if step is None:
+            return False
+        with life.turn:
+            if life.seen is not step.seen:  # another thread of this request was faster
+                continue
+            try:
+                told, unconfirmed = _send(life, step)
+            except (Stale, Gone):
+                if exactly:
+                    life.conflict("transaction")
+                    raise LostRace from None
+            except KeyTaken:
+                taken += 1
+                if taken == _TOKENS_TAKEN:
+                    raise StoreError(
+                        "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
+                    ) from None
+                continue
+            except UnreadableRecord as error:
+                life.keeper.refused(error.reason, life.handle, error.detail)
+                life.end(what)
+                return False
+            except LogoutUnconfirmed:
+                raise
+            except StoreUnavailable as error:
+                life.met_outage(error, "created" if step.seen.record is None else "saved")
+                raise
+            else:
+                break
+        lost += 1
+        life.pause(lost)
+        with life.turn:
+            if life.seen is step.seen and not life.catch_up():
+                life.end(what)
+                return False
+    else:
+        raise life.conflict("too many races")
+    for happened in told:
+        if happened.event is SessionSaved:
+            happened.details += (lost,)
+        life.keeper.events.emit(happened.event, *happened.details)
+    if unconfirmed is not None:
+        logger.error(UNCONFIRMED, unconfirmed)
+        raise unconfirmed
+    return True
+
+
+def _merged(life: Lifecycle, rotating: bool) -> Edit | None:
+    """The changes of the request, on what is stored. The caller holds the turn."""
+    changes, values, keeper = life.changes(), life.values, life.keeper
+    if not changes and not life.has_wishes(rotating=rotating):
+        return None
+    try:
+        now = values.now() if values.now is not None else None
+        merged = keeper.merger.apply(values.stored, changes, now, life.policies)
+    except SessionConflict:
+        life.conflict("refused")
+        raise
+    except UnreadableRecord as error:
+        keeper.events.emit(WriteDropped, life.handle, error.reason)
+        life.refuse(error.reason, error.detail)
+        return None
+    return Edit(
+        life.seen, merged, changes, life.wishes if rotating else without_rotation(life.wishes)
+    )
+
+
+def _new(life: Lifecycle, _: bool) -> Edit | None:
+    """What a session that isn't stored yet was given; None where that is nothing.
+
+    After the response has left, no token can be sent for it.
+    """
+    changes, values = life.changes(), life.values
+    stored = {key: change.mine for key, change in changes.items() if change.mine}
+    if values.now is not None:
+        stored = unexpired(stored, values.now())
+    if not worth_keeping(stored) or life.is_late:
+        return None
+    return Edit(life.seen, stored, changes, life.wishes)
+
+
+def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | None]:
+    """Send one write, and take over what is stored then. The caller holds the turn."""
+    keeper, wishes, old = life.keeper, step.wishes, step.seen.record
+    merged = step.values
+    if old is not None and step.settle is None and not worth_keeping(merged):
+        return _end(life, old)
+    stored = merged
+    others = sys.maxsize if old is None else len(old.payload)
+    if life.has_placed or keeper.any_large(merged, step.changes, others):
+        body = Body(merged, life.lifetime, spilled=True)
+        stored = life.placed.put_away(
+            body, old.absolute_expires_at if old else None, life.values.stored
+        )
+    body = life.body(stored)
+    before = life.values.stored
+    toggled = PERMANENT in step.changes and (
+        keeper.is_permanent(merged) != keeper.is_permanent(before)
+    )
+    restart = toggled or wishes.lifetime is not None
+    token: str | None = None
+    if old is None:
+        token, record = keeper.draft_new(body)
+    elif wishes.rotation is not None:
+        token, record = keeper.draft_rotated(old, body)
+    else:
+        record = keeper.draft_next(old, body, restart_idle=restart)
+    changes = _as_stored(step.changes, merged, stored)
+    pending = step.settle is None
+    attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
+    life.attempts[record.version] = attempt
+    unconfirmed = None
+    try:
+        if old is None:
+            keeper.create(record)
+        elif wishes.rotation is not None:
+            unconfirmed = keeper.rotate(
+                old, record, body, wishes.rotation, life.lease, shorten=restart
+            )
+        else:
+            keeper.save(old, record, body, life.lease, shorten=restart)
+    except (GSessionError, HTTPException) as error:
+        # Of anything else, a signal's exception included, the outcome is unknown.
+        if not isinstance(error, StoreUnavailable):
+            del life.attempts[record.version]
+        raise
+    moved = old is not None and record.idle_expires_at != old.idle_expires_at
+    if pending:
+        life.values.accept(stored, changes)
+    else:
+        _take_over(life, step, stored, changes)
+    if token is not None:
+        life.cookie = "set"
+        current: str | None = token
+    else:
+        current = step.seen.token
+        if current is not None and (toggled or (moved and keeper.is_permanent(stored))):
+            life.cookie = "set"
+    life.seen = Seen(current, record, body, presented=step.seen.presented)
+    if pending and life.wishes is not NO_WISHES:
+        done = wishes.rotation is not None or life.wishes.rotation is None
+        life.wishes = NO_WISHES if done else Wishes(rotation=life.wishes.rotation)
+    del life.attempts[record.version]
+    if body.spilled or life.has_placed or (step.seen.body is not None and step.seen.body.spilled):
+        life.placed.replaced(before, stored)
+    if old is None:
+        return [Told(SessionCreated, (record.key,))], None
+    told = [Told(SessionSaved, (record.key, len(record.payload)))]
+    if token is not None:
+        told.insert(0, Told(SessionRotated, (record.key, old.key)))
+    return told, unconfirmed
+
+
+def _take_over(
+    life: Lifecycle, step: Edit, stored: dict[str, bytes], changes: Mapping[str, Change]
+) -> None:
+    """One value was replaced in the store; the others' changes stay pending."""
+    values = life.values
+    if life.trace is not None:
+        for key, change in changes.items():
+            life.trace.stored(key, change.base, change.mine)
+    changed = {key: values.has_changed(key) for key in changes}
+    values.follow(stored)
+    assert step.settle is not None
+    if not any(changed.values()):
+        step.settle()
+    if not worth_keeping(stored):
+        life.wish(cleared=True)  # it ends with the response, if it is empty then
+
+
+def _end(life: Lifecycle, old: Record) -> tuple[list[Told], LogoutUnconfirmed | None]:
+    """The request emptied the session: end it in the very version it saw."""
+    unconfirmed: LogoutUnconfirmed | None = None
+    try:
+        life.keeper.end(old, life.lease)
+    except LogoutUnconfirmed as error:
+        unconfirmed = error
+    before = life.values.stored if life.has_large else None
+    life.forget()
+    life.cookie = "delete"
+    if before is not None:
+        life.placed.replaced(before, None)
+    return [Told(SessionDestroyed, (old.key,))], unconfirmed
+
+
+def _renew_if_due(life: Lifecycle) -> None:
+    """Move the idle expiry if it is time to."""
+    keeper, seen, values = life.keeper, life.seen, life.values
+    assert seen.record is not None
+    idle_end = keeper.due(seen.record, values.stored, life.lifetime)
+    if idle_end is None:
+        return
+    try:
+        renewed = keeper.renew(seen.record, life.body(values.stored), idle_end)
+    except (StoreUnavailable, UnreadableRecord) as error:
+        # What was read is right, and nothing was to be written: the next request renews.
+        logger.warning("A session could not be renewed: %s", error)
+        return
+    if renewed:
+        record = seen.record._replace(idle_expires_at=idle_end)
+        life.seen = Seen(seen.token, record, seen.body, presented=seen.presented)
+        if seen.token is not None and keeper.is_permanent(values.stored):
+            life.cookie = "set"
+        keeper.events.emit(SessionRenewed, record.key)
+
+
+def _as_stored(
+    changes: Mapping[str, Change], merged: Mapping[str, bytes], stored: Mapping[str, bytes]
+) -> Mapping[str, Change]:
+    """The changes, with the references that were stored for large values."""
+    if stored is merged:
+        return changes
+    return {
+        key: change if merged.get(key) is not change.mine else Change(change.base, stored.get(key))
+        for key, change in changes.items()
+    }
+
+
+def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
+    """Store what the request changed, as its response is sent.
+
+    ``by_hand``: the application saves the session of the request, and Flask may or may not do so
+    later. Nobody knows whether this response is sent, so a token that is in use stays.
+    """
+    life.was_modified = life.was_modified or is_modified(life)
+    try:
+        if life.block is not None:
+            logger.error(
+                "A %s was still open when the session was saved: nothing of its block is stored",
+                life.block.kind,
+            )
+        elif life.opened:
+            _save(life, by_hand)
+    finally:
+        if not by_hand:
+            life.phase = Phase.SAVED
+
+
+def _save(life: Lifecycle, by_hand: bool) -> None:
+    if by_hand and life.wishes.rotation is not None:
+        _keep_token(life)
+    with life.turn:
+        cleared = life.wishes.cleared
+        try:
+            commit(life, rotating=False if by_hand else None)
+        finally:
+            life.drop_placed()
+        emptied = cleared and life.seen.record is None and not life.ended
+        if emptied and life.presented().checked is not None:
+            life.cookie = "delete"
+    for key in life.values.changed_after_they_were_abandoned():
+        logger.error(
+            "session[%a] was changed through an object from before a transaction, a lock, a reload "
+            "or an update: the change is lost. Get it from the session again after that.",
+            key[:60],
+        )
+
+
+def _keep_token(life: Lifecycle) -> None:
+    """A rotation is due, and no response is known to carry a new token."""
+    if life.seen.is_old_token:
+        raise SessionConflict(
+            "A sign-in with an old token needs a session of its own, and no response can carry its "
+            "token here. Sign in through an ordinary view."
+        )
+    logger.warning(
+        "Session %s keeps its token although it was to be rotated: it was saved by hand, so no "
+        "response is known to carry a new one. Sign in through an ordinary view.",
+        life.handle,
+    )
+
+
+def is_modified(life: Lifecycle) -> bool:
+    """Whether the request changed the session, or wishes something of it."""
+    if life.has_wishes():
+        return True
+    try:
+        return life.opened and bool(life.values.changes())
+    except ValueRefused:
+        return True
