@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -45,7 +44,6 @@ class Backend:
 
     def __init__(self, storage: Storage | Callable[[], Storage], strategy: str) -> None:
         self._strategy = strategy
-        self._opening = threading.Lock()
         self._make = storage if not isinstance(storage, Storage) else None
         self._storage: Storage
         self._errors: tuple[type[Exception], ...]
@@ -70,15 +68,13 @@ class Backend:
         self._make = None
 
     def _ready(self) -> None:
-        if self._make is None:
-            return
-        with self._opening:
-            if self._make is not None:
-                try:
-                    storage = self._make()
-                except Exception as error:
-                    raise _unavailable(error) from error
-                self._open(storage)
+        make = self._make
+        if make is not None:  # two threads may make one each, which does less harm than a lock
+            try:
+                storage = make()
+            except Exception as error:
+                raise _unavailable(error) from error
+            self._open(storage)
 
     def hit(self, item: RateLimitItem, key: str, cost: int) -> bool:
         """Count ``cost``; False, and nothing counted, where that is more than is left."""
