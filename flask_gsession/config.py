@@ -46,6 +46,8 @@ class Settings:
     absolute_timeout: float = 31 * 86400.0
     permanent_lifetime: float = 31 * 86400.0
     renew_interval: float | None = None
+    newcomers_per_minute: int | None = 600
+    newcomer_timeout: float = 300.0
     rotation_grace: float = 10.0
     renew_csrf: bool = False
     store_timeout: float = 1.0
@@ -109,6 +111,8 @@ class SettingKeywords(TypedDict, total=False):
     absolute_timeout: Seconds
     permanent_lifetime: Seconds
     renew_interval: Seconds | None
+    newcomers_per_minute: int | None
+    newcomer_timeout: Seconds
     rotation_grace: Seconds
     renew_csrf: bool
     store_timeout: Seconds
@@ -312,6 +316,11 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "absolute_timeout": ("SESSION_ABSOLUTE_TIMEOUT", _seconds(1, _FOREVER)),
     "permanent_lifetime": ("PERMANENT_SESSION_LIFETIME", _seconds(1, _FOREVER)),
     "renew_interval": ("SESSION_RENEW_INTERVAL", _optional(_seconds(0, _DAY))),
+    "newcomers_per_minute": (
+        "SESSION_NEWCOMERS_PER_MINUTE",
+        _optional(_integer(1, 1_000_000, "new sessions a minute")),
+    ),
+    "newcomer_timeout": ("SESSION_NEWCOMER_TIMEOUT", _seconds(1, _DAY)),
     "rotation_grace": ("SESSION_ROTATION_GRACE", _seconds(0, 3600)),
     "renew_csrf": ("SESSION_RENEW_CSRF", _flag),
     "store_timeout": ("SESSION_STORE_TIMEOUT", _seconds(0.01, 60)),

@@ -35,6 +35,7 @@ from .errors import (
 from .events import Events, SessionRefused, logger
 from .marks import END_OF_TIME, marked, split
 from .merge import Merger
+from .newcomers import Newcomers
 from .payload import Body, PayloadFormat
 from .references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .spill import Spill, pieces_of
@@ -111,6 +112,8 @@ class Keeper:
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
         self._clock = clock
+        self._newcomers = Newcomers(settings.newcomers_per_minute, settings.newcomer_timeout)
+        self._unseen = self._newcomers.unseen
         self._usual_span = self._span(settings.idle_timeout)
         self._permanent_span = (0.0, (0, 0))
 
@@ -139,6 +142,8 @@ class Keeper:
                 return None
             body = self.read(at, record)
             if body is not None:
+                if presented and self._unseen:
+                    self._unseen.pop(at, None)
                 return Loaded(record, body)
             at = record.successor or ""
         raise UnreadableRecord("corrupt", "too many pointers")
@@ -179,7 +184,7 @@ class Keeper:
             key=key,
             version=new_version(),
             created_at=now,
-            idle_expires_at=self._idle_end(body, absolute),
+            idle_expires_at=self._newcomers.first_end(key, now, self._idle_end(body, absolute)),
             absolute_expires_at=absolute,
             payload=self._payloads.pack(key, body, now, absolute),
         )
@@ -512,6 +517,8 @@ class Keeper:
 
     def due(self, record: Record, values: Mapping[str, bytes], lifetime: int | None) -> int | None:
         """Where the idle expiry moves to, or None while it need not move yet."""
+        if self._unseen and record.key in self._unseen:
+            return None
         if lifetime is None and PERMANENT not in values:  # every save comes by here
             span, step = self._usual_span
         else:

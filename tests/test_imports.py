@@ -22,7 +22,7 @@ ROWS = [
     ["codec", "encryption", "marks", "stores.base", "stores.urls"],
     ["references", "stores.wrappers"],
     ["merge", "payload", "spill"],
-    ["config"],
+    ["config", "newcomers"],
     ["request.state"],
     ["request.tracking"],
     ["keeper"],

@@ -48,7 +48,9 @@ class MongoBackend:
         FlaskSession(app)
 
     def ours(self, app: Flask) -> None:
-        session = Session(app, store=with_database(self._url, f"{self._place}_ours"))
+        session = Session(
+            app, store=with_database(self._url, f"{self._place}_ours"), newcomers_per_minute=None
+        )
         self._opened.callback(session.close, app)
 
     def floor(self) -> BareMongo:

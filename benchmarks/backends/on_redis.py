@@ -39,7 +39,9 @@ class RedisBackend:
         FlaskSession(app)
 
     def ours(self, app: Flask) -> None:
-        session = Session(app, store=self.url, key_prefix=self.our_prefix)
+        session = Session(
+            app, store=self.url, key_prefix=self.our_prefix, newcomers_per_minute=None
+        )
         self._opened.callback(session.close, app)
 
     def floor(self) -> BareRedis:

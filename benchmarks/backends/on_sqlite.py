@@ -42,7 +42,9 @@ class SqliteBackend:
             self._opened.callback(database.engine.dispose)
 
     def ours(self, app: Flask) -> None:
-        session = Session(app, store=f"sqlite:///{self._directory / 'ours.sqlite3'}")
+        session = Session(
+            app, store=f"sqlite:///{self._directory / 'ours.sqlite3'}", newcomers_per_minute=None
+        )
         self._opened.callback(session.close, app)
 
     def floor(self) -> BareSqlite:
