@@ -32,6 +32,7 @@ from .request.session import (
 from .request.state import Phase, Presented
 from .request.writing import end_request
 from .stores.base import Store
+from .streams import can_read_session
 from .tokens import TokenSigner
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects. Not in its
@@ -130,8 +131,11 @@ class GSessionInterface(SessionInterface):
         """
         if not (self.has_further and has_request_context()):
             self._save(app, session, response)
-            if session.accessed and isinstance(session, SessionData):
-                self._tell_client(app, session, response)
+            if isinstance(session, SessionData):
+                if session.accessed:
+                    self._tell_client(app, session, response)
+                elif can_read_session(response):
+                    self._tell_caches(response)
             return
         of_request = vars(request)
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
@@ -145,8 +149,11 @@ class GSessionInterface(SessionInterface):
             interface._save(app, opened, response)
         # Only now: a failure of one makes a new answer, and the others' cookies belong into it.
         for interface, opened in sessions:
-            if isinstance(opened, SessionData) and opened.accessed:
-                interface._tell_client(app, opened, response)
+            if isinstance(opened, SessionData):
+                if opened.accessed:
+                    interface._tell_client(app, opened, response)
+                elif can_read_session(response):
+                    interface._tell_caches(response)
 
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not isinstance(session, SessionData):
@@ -176,13 +183,16 @@ class GSessionInterface(SessionInterface):
         elif response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
 
+    def _tell_caches(self, response: Response) -> None:
+        _add_vary(response, "Cookie")
+        if self._token_header is not None:
+            _add_vary(response, self._token_header)
+
     def _tell_client(self, app: Flask, session: SessionData, response: Response) -> None:
         life = life_of(session)
         header = self._token_header
         by_header = header is not None and life.presented().by_header
-        _add_vary(response, "Cookie")
-        if header is not None:
-            _add_vary(response, header)
+        self._tell_caches(response)
         if life.cookie != "keep" or (by_header and life.leads_nowhere()):
             response.cache_control.no_store = True
             if by_header:

@@ -34,7 +34,7 @@ ROWS = [
     ["request.decorators", "request.template", "request"],
     ["stores.memory", "stores.sqlite", "stores.redis", "stores.mongodb", "stores.files"],
     ["stores", "debug", "health", "typed", "testing"],
-    ["authentication"],
+    ["authentication", "streams"],
     ["interface"],
     ["extension"],
     ["cleanup"],

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Response, copy_current_request_context, flash, stream_with_context
+from flask import (
+    Response,
+    copy_current_request_context,
+    current_app,
+    flash,
+    request,
+    send_file,
+    stream_template_string,
+    stream_with_context,
+)
 from werkzeug.test import TestResponse
+from werkzeug.wsgi import ClosingIterator
 
+from flask_gsession import Session as FurtherSession
 from flask_gsession import SessionData, session
 from tests.apps import Site, SiteMaker, Visitor
 
@@ -188,6 +202,199 @@ def test_an_anonymous_stream_cannot_start_a_session(memory_site: Site) -> None:
     assert response.get_data(as_text=True) == "done"
     assert "Set-Cookie" not in response.headers
     assert memory_site.stored() == {}
+
+
+# Caches: the headers are made before the body reads ---------------------------------------------
+
+
+def page() -> Iterator[str]:
+    yield "<h1>Orders of "
+    yield str(session.get("user"))
+    yield "</h1>"
+
+
+class Chunks:
+    """An iterator of somebody's own around another."""
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.body)
+
+
+class Page:
+    """A body that makes its iterator when it is asked for it."""
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+
+    def __iter__(self) -> Any:
+        yield from self.body
+
+
+def delegating(body: Any) -> Iterator[str]:
+    yield from body
+
+
+def closure() -> Iterator[str]:
+    body = stream_with_context(page())
+
+    def outer() -> Iterator[str]:
+        yield from body
+
+    return outer()
+
+
+def copied_context() -> Iterator[str]:
+    """A generator that reads in another thread, in a copy of the context."""
+    read = copy_current_request_context(lambda: str(session.get("user")))
+
+    def body() -> Iterator[str]:
+        found: list[str] = []
+        thread = threading.Thread(target=lambda: found.append(read()))
+        thread.start()
+        thread.join()
+        yield from found
+
+    return body()
+
+
+class OwnResponse(Response):
+    """A response class of an application."""
+
+
+READERS: dict[str, Callable[[], Any]] = {
+    "stream_with_context": lambda: Response(stream_with_context(page())),
+    "the generator itself": lambda: stream_with_context(page()),
+    "of the generator function": lambda: stream_with_context(page)(),  # type: ignore[operator]
+    "an own response class": lambda: OwnResponse(stream_with_context(page())),
+    "stream_template_string": lambda: stream_template_string("Orders of {{ session.user }}"),
+    "chained": lambda: Response(itertools.chain(["a"], stream_with_context(page()))),
+    "mapped": lambda: Response(map(str.upper, stream_with_context(page()))),
+    "generator expression": lambda: Response(each for each in stream_with_context(page())),
+    "generator around it": lambda: Response(delegating(stream_with_context(page()))),
+    "generator around two": lambda: Response(delegating(delegating(stream_with_context(page())))),
+    "closure": lambda: Response(closure()),
+    "iterator of a class": lambda: Response(Chunks(stream_with_context(page()))),
+    "iterable of a class": lambda: Response(Page(stream_with_context(page()))),
+    "ClosingIterator": lambda: Response(ClosingIterator(stream_with_context(page()))),
+    "around a response": lambda: Response(
+        delegating(Response(stream_with_context(page())).iter_encoded())
+    ),
+    "copied context": lambda: Response(copied_context()),
+    "direct_passthrough": lambda: Response(
+        (each.encode() for each in stream_with_context(page())), direct_passthrough=True
+    ),
+}
+
+
+@pytest.mark.parametrize("make", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_body_that_can_read_the_session_says_so_to_caches(
+    make: Callable[[], Any], method: str, clock: Any
+) -> None:
+    with SiteMaker("memory://", "", clock) as make_site:
+        site = make_site(token_header="X-Session")
+        visitor = site.visitor()
+        a_cart(visitor)
+
+        def view(_: Any) -> Response:
+            response = current_app.make_response(make())
+            response.headers["Cache-Control"] = "max-age=60"
+            return response
+
+        response = visitor.ask(view, method=method, buffered=True)
+        if method == "GET":
+            assert "alice" in response.text.lower()
+        assert set(response.vary) == {"Cookie", "X-Session"}
+        assert "Set-Cookie" not in response.headers
+        assert "no-store" not in response.headers["Cache-Control"]
+
+
+def test_a_body_that_can_read_the_session_says_so_on_each_store(site: Site) -> None:
+    for visitor in (site.visitor(), site.visitor("x")):
+        with site.counted() as count:
+            response = visitor.ask(lambda _: Response(stream_with_context(iter("abc"))))
+        assert not count.calls
+        assert set(response.vary) == {"Cookie"}
+        response.close()
+
+
+def test_not_modified_says_so_too(memory_site: Site) -> None:
+    """RFC 9110, 15.4.5: with the headers that a 200 would have."""
+    visitor = memory_site.visitor()
+    a_cart(visitor)
+
+    def view(_: Any) -> Response:
+        response = Response(stream_with_context(page()))
+        response.set_etag("1")
+        return response.make_conditional(request)
+
+    response = visitor.ask(view, headers={"If-None-Match": '"1"'})
+    assert response.status_code == 304
+    assert set(response.vary) == {"Cookie"}
+
+
+def test_a_further_session_can_be_read_as_well(memory_site: Site) -> None:
+    further = FurtherSession(memory_site.app, store="memory://", cookie_name="further")
+
+    def body() -> Iterator[str]:
+        yield str(further.session.get("user"))
+
+    response = whole(memory_site.visitor(), streaming(body))
+    assert set(response.vary) == {"Cookie"}
+
+
+def late_failure() -> Iterator[str]:
+    yield "a"
+    yield str(session.get("user"))  # outside the context: it raises
+
+
+def test_what_cannot_read_the_session_says_nothing(memory_site: Site, tmp_path: Path) -> None:
+    """A request that does not touch the session has no Vary: files, and other streams."""
+    file = tmp_path / "file.txt"
+    file.write_text("0123456789")
+
+    class Rows:
+        def __init__(self, app: Any) -> None:
+            self.app, self.session = app, session  # the proxy, which nobody looks at
+
+        def __iter__(self) -> Iterator[str]:
+            yield "row"
+
+    def with_locals() -> Iterator[str]:
+        proxies = (session, request, current_app)
+        yield "a"
+        assert len(proxies) == 3
+
+    started = with_locals()
+    bodies: dict[str, Callable[[], Any]] = {
+        "send_file": lambda: send_file(file),
+        "send_file, conditional": lambda: send_file(file, conditional=True, etag=True),
+        "send_file of bytes": lambda: send_file(io.BytesIO(b"abc"), mimetype="text/plain"),
+        "list": lambda: Response(["a", "b"]),
+        "tuple": lambda: Response(("a", "b")),
+        "text": lambda: Response("a"),
+        "plain generator": lambda: Response(delegating(["a", "b"])),
+        "iterator": lambda: Response(iter(["a", "b"])),
+        "iterable": lambda: Response(Rows(current_app)),
+        "generator with proxies": lambda: Response(with_locals()),
+        "started generator": lambda: Response(itertools.chain([next(started)], started)),
+        "generator that fails": lambda: Response(late_failure()),
+        "map": lambda: Response(map(str, range(3))),
+        "nothing": lambda: Response(status=204),
+    }
+    visitor = memory_site.visitor()
+    a_cart(visitor)
+    for name, make in bodies.items():
+        for headers in ({}, {"Range": "bytes=2-4"}):
+            response = visitor.ask(lambda _, make=make: make(), headers=headers)
+            assert "Vary" not in response.headers, name
+            response.close()
 
 
 # Changes in place are found when the response closes --------------------------------
