@@ -195,6 +195,16 @@ class InPlace(Schema):
         return data
 
 
+class Stripped(fields.Str):
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._deserialize(value, *args, **kwargs).strip()
+
+
+class Counting(fields.Int):
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._deserialize(value, *args, **kwargs) + 1
+
+
 class Node(Schema):
     name = fields.Str(data_key="Name")
     inside = fields.List(fields.Nested(lambda: Node()), load_default=list)
@@ -283,7 +293,7 @@ KEPT: dict[str, tuple[Any, Any, Any]] = {
     "hook that drops": (Drops, {"company": None}, ...),
     "hook that adds": (Adds, {"n": 1}, ...),
     "hook that uses a computed field": (fields.Nested(UsesComputed), {"n": 1}, ...),
-    "field hooks": (of(a=fields.Str(post_load=str.strip)), {"a": " x "}, {"a": "x"}),
+    "field of one's own": (of(a=Stripped()), {"a": " x "}, {"a": "x"}),
     "recursive": (
         Node,
         {"Name": "a", "inside": [{"Name": "b"}]},
@@ -348,6 +358,24 @@ def test_an_instant_in_a_zone_keeps_its_offset() -> None:
         there = datetime(2030, 1, 2, tzinfo=ZoneInfo("Europe/Vienna"))
         got = SessionKey("at", fields.DateTime()).set(there)
         assert (got, got.utcoffset()) == (there, there.utcoffset())
+
+
+def hooked(field: fields.Field[Any], hook: Callable[[Any], Any]) -> type[Schema]:
+    """A schema of a field with a hook of its own, which marshmallow has since 4.3."""
+    vars(field).setdefault("post_load", []).append(hook)
+    return of(a=field)
+
+
+def test_hooks_of_fields() -> None:
+    kept = SessionKey("kept", hooked(fields.Str(), str.strip))
+    lost = SessionKey("lost", hooked(fields.Int(), lambda n: n + 1))
+    with in_request():
+        assert kept.set({"a": " x "}) == kept.get() == kept.schema.load({"a": " x "})
+        if lost.schema.load({"a": 1}) == {"a": 2}:
+            with pytest.raises(ValidationError):
+                lost.set({"a": 1})
+        else:
+            assert lost.set({"a": 1}) == lost.get()
 
 
 # What is refused -----------------------------------------------------------------------------
@@ -432,7 +460,7 @@ REFUSED: dict[str, tuple[Any, Any, str | int | None]] = {
     "object that differs": (MakesCounted, {"n": 1}, "serial"),
     "dataclass that grows": (Labels, Labels(["new"]), "names"),
     "subclass of the dataclass": (Folder, Measure(), None),
-    "field hook": (of(a=fields.Int(post_load=lambda n: n + 1)), {"a": 1}, "a"),
+    "field of one's own": (of(a=Counting()), {"a": 1}, "a"),
     "function": (of(a=fields.Function(lambda _: 5, lambda n: n)), {"a": 1}, "a"),
     "nan": (of(a=NAN_ALLOWED), {"a": math.nan}, "a"),
     "nan as text": (of(a=NAN_ALLOWED), {"a": "nan"}, "a"),
@@ -675,7 +703,8 @@ def test_a_view_of_dicts_with_other_keys(site: Site) -> None:
         "mixed": {"1": 1, "a": {"null": 2}},
     }
     answer = visitor.patch("/key", json={"prices": {"2.5": 3}})
-    assert answer.json == {**visitor.get("/key").json, "prices": {"2.5": 3}}
+    assert answer.json == visitor.get("/key").json
+    assert answer.json["prices"] == {"2.5": 3}  # type: ignore[index]  # it is there
 
 
 # Stored data ---------------------------------------------------------------------------------

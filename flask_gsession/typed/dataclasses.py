@@ -44,7 +44,7 @@ class StrictBoolean(fields.Boolean):
         return value
 
 
-class _StrictEnum(fields.Enum[Any]):
+class _StrictEnum(fields.Enum):  # type: ignore[type-arg]  # not generic before 4.0
     """Members by value, which must have the type of that."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:

@@ -344,9 +344,11 @@ class SessionKey(Generic[T]):
         except (ValidationError, GSessionError, HTTPException):
             raise
         except Exception as error:
+            hint = "validators say what is wrong by ValidationError"
+            if isinstance(error, RecursionError):
+                hint = "a value is nested too deep, or contains itself"
             raise SchemaFailed(
-                f"The schema of session[{self.name!r}] failed with {type(error).__name__}; "
-                "validators say what is wrong by ValidationError"
+                f"The schema of session[{self.name!r}] failed with {type(error).__name__}; {hint}"
             ) from error
 
     def _look(self, session: SessionData, raw: bytes | None) -> _Found:

@@ -171,8 +171,8 @@ class Form:
                 return again, stored
             failures.append(self._messages(path))
         if not failures:
-            self.dumped(value)  # which raises
-        raise ValidationError(failures[0])
+            self.dumped(value)  # which says where it fails
+        raise ValidationError(failures[0] if failures else self._messages((), _NOT_DUMPED))
 
     def _all_stored(self, value: Any) -> Iterator[Any]:
         """What may be stored of ``value``: what each way to dump makes, if it can."""
