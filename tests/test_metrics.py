@@ -295,6 +295,20 @@ def test_a_recovery_shows_without_a_request(counted: Site, broken: str) -> None:
     }
 
 
+def test_a_recovery_shows_on_the_page_where_no_thread_runs(
+    counted: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_gsession.contrib.metrics_watch.runs_threads", lambda: False)
+    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._EVERY", 0)
+    visitor = counted.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    recover = keep_failing(counted.store, "load")
+    assert visitor.ask(dict).status_code == 503
+    assert figure(read(counted.app), "store_up", session="session") == 0
+    recover()
+    assert figure(read(counted.app), "store_up", session="session") == 1
+
+
 @pytest.mark.usefixtures("impatient")
 def test_circuits_close_without_a_request(make_site: SiteMaker) -> None:
     site = make_site(breaker_failures=1, breaker_pause=0.02)

@@ -115,7 +115,7 @@ class SessionMetrics:
         ext = self._ext or next(iter(interfaces), None)
         if ext is None or ext not in interfaces:
             raise SettingError("SessionMetrics comes after Session: call Session(app) first")
-        counted: dict[Session, object] = app.extensions.setdefault(NAME, {})
+        counted: dict[Session, StoreWatch] = app.extensions.setdefault(NAME, {})
         if ext in counted:
             raise SettingError("The application has SessionMetrics for this Session already")
         figures = figures_of(self._registry_for(app))
@@ -194,6 +194,9 @@ def _make_page(app: Flask, path: str) -> CollectorRegistry:
                 f"The view {others[0]!r} at {path!r} is never reached, because SessionMetrics has "
                 "its page there: give SessionMetrics another path=, or a registry="
             )
+        watches: dict[Session, StoreWatch] = app.extensions[NAME]
+        for watch in watches.values():
+            watch.before_page()
         in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # where the exporter cannot choose
         names = None if in_files else request.args.getlist("name[]") or None
         text, kind = exporter.generate_metrics(request.headers.get("Accept"), names)

@@ -107,6 +107,11 @@ class StoreWatch:
             self._open.discard(operations)
         self._circuits.labels(operations).set(kind is CircuitOpened)
 
+    def before_page(self) -> None:
+        """The metrics are about to be shown. Where no thread can ask the store, ask it here."""
+        if self._in_trouble() and monotonic() >= self._ask_at and not runs_threads():
+            self._ask()
+
     def turn(self) -> float | None:
         """Do what is due; return the seconds until something is due again, None for never."""
         counted = self._count()
