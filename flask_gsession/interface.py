@@ -215,11 +215,11 @@ class GSessionInterface(SessionInterface):
         if start not in cookies:
             return _NOTHING
         # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
-        values = set()
+        values: dict[str, None] = {}  # each once, in order
         for pair in cookies.split(";"):
             stripped = pair.strip(_BLANKS)
             if stripped.startswith(start):
-                values.add(stripped[len(start) :])
+                values[stripped[len(start) :]] = None
         if not values:
             return _NOTHING
         return Presented(self._signer_of(app).check_all(values))

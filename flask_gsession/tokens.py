@@ -12,7 +12,7 @@ import hmac
 import re
 import secrets
 from binascii import b2a_base64
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import Struct
 
@@ -121,7 +121,7 @@ class TokenSigner:
                 return Checked(token, "", number > 0)
         return Checked(None, "bad signature")
 
-    def check_all(self, presented: Collection[str]) -> Checked:
+    def check_all(self, presented: Iterable[str]) -> Checked:
         """The one token among ``presented``, the values of all cookies of one name.
 
         What we did not sign is ignored: another application on the host, or a sibling domain, may

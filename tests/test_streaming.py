@@ -21,6 +21,7 @@ from flask import (
     stream_template_string,
     stream_with_context,
 )
+from werkzeug.local import LocalProxy
 from werkzeug.test import TestResponse
 from werkzeug.wsgi import ClosingIterator
 
@@ -367,11 +368,14 @@ def test_what_cannot_read_the_session_says_nothing(memory_site: Site, tmp_path: 
             yield "row"
 
     def with_locals() -> Iterator[str]:
-        proxies = (session, request, current_app)
+        proxies = (session, request, LocalProxy(lambda: 1 // 0))
         yield "a"
         assert len(proxies) == 3
 
-    started = with_locals()
+    def started() -> Any:
+        body = with_locals()
+        return itertools.chain([next(body)], body)
+
     bodies: dict[str, Callable[[], Any]] = {
         "send_file": lambda: send_file(file),
         "send_file, conditional": lambda: send_file(file, conditional=True, etag=True),
@@ -383,7 +387,7 @@ def test_what_cannot_read_the_session_says_nothing(memory_site: Site, tmp_path: 
         "iterator": lambda: Response(iter(["a", "b"])),
         "iterable": lambda: Response(Rows(current_app)),
         "generator with proxies": lambda: Response(with_locals()),
-        "started generator": lambda: Response(itertools.chain([next(started)], started)),
+        "started generator": lambda: Response(started()),
         "generator that fails": lambda: Response(late_failure()),
         "map": lambda: Response(map(str, range(3))),
         "nothing": lambda: Response(status=204),
@@ -393,6 +397,7 @@ def test_what_cannot_read_the_session_says_nothing(memory_site: Site, tmp_path: 
     for name, make in bodies.items():
         for headers in ({}, {"Range": "bytes=2-4"}):
             response = visitor.ask(lambda _, make=make: make(), headers=headers)
+            assert response.status_code in (200, 204, 206), name
             assert "Vary" not in response.headers, name
             response.close()
 
