@@ -333,7 +333,7 @@ def test_a_merged_value_has_the_expiry_that_was_set(make_site: SiteMaker) -> Non
 
     def both(mine: Callable[[Any], object], theirs: Callable[[Any], object]) -> tuple[Any, Any]:
         visitor = site.visitor()
-        visitor.run(lambda session: session.set("tags", {"a"}, ttl=60))
+        visitor.run(lambda session: (session.update(other=1), session.set("tags", {"a"}, ttl=60)))
         other = visitor.another_tab()
         visitor.run(lambda session: (mine(session), other.run(theirs)))
         return visitor.run(lambda session: (session["tags"], session.ttl("tags")))

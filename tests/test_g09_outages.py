@@ -257,7 +257,6 @@ def test_the_page_of_the_app_answers(make_site: SiteMaker, registered: Any) -> N
         lambda session: render_template_string("{{ session.user }}"),
         lambda session: session.update(seen=True),
         lambda session: flash("we are sorry"),
-        lambda session: session.destroy(),
         lambda session: session.rotate(),
     ],
 )

@@ -21,7 +21,8 @@ from flask import Flask
 from flask_gsession import LockMisused, Session, SessionConflict, StoreUnavailable
 from flask_gsession.errors import Gone, LeaseLost, Stale
 from flask_gsession.interface import GSessionInterface
-from flask_gsession.request.session import SessionData
+from flask_gsession.request.session import SessionData, life_of
+from flask_gsession.request.writing import end_request
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Record
 from flask_gsession.stores.lease import Lease
@@ -223,7 +224,7 @@ class Schedule:
         session = self.open(self.token)
         try:
             work(session)
-            session._save_and_close()
+            end_request(life_of(session))
         except StoreUnavailable:
             outcome = "unknown"
         except (SessionConflict, LockMisused, KeyError):  # lost, ended, or no session any more

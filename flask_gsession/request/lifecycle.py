@@ -82,8 +82,8 @@ class Lifecycle:
         #: writes whose outcome is unknown, by the version they were to store
         self.attempts: dict[int, Attempt] = {}
         self.block: Block | None = None
-        #: the lock that is entered or waited for
-        self.locked: object = None
+        #: whether a lock is entered, or waited for
+        self.locked = False
         #: the lock that this request holds
         self.lease: str | None = None
         self.lease_pid = 0
@@ -112,11 +112,12 @@ class Lifecycle:
         """What the request brought."""
         if self._presented is None:
             if is_current(self.request):
-                after_this_request(self._begin_response)
+                after_this_request(self.begin_response)
             self._presented = self._present(self.app, self.request)
         return self._presented
 
-    def _begin_response(self, response: Any) -> Any:
+    def begin_response(self, response: Any) -> Any:
+        """Flask begins to process the response."""
         if self.phase is Phase.VIEW:
             self.phase = Phase.RESPONSE
         return response
@@ -250,9 +251,11 @@ class Lifecycle:
         now = self.keeper.now if body.marked else None
         if afresh:
             self.values.restart(body.values, now)
-            wishes = NO_WISHES
+            wishes = NO_WISHES if wishes.rotation is None else Wishes(rotation=wishes.rotation)
         else:
             self.values.follow(body.values, now)
+        if self._placed is not None:
+            self._placed.stored(body.values)
         self.wishes = wishes
         self.seen = Seen(token, record, body, presented=seen.presented)
         return True
@@ -298,6 +301,8 @@ class Lifecycle:
                 self.wishes = NO_WISHES
                 self.cookie = "set"
                 self.seen = Seen(attempt.token, loaded.record, loaded.body)
+                if self._placed is not None:
+                    self._placed.stored(loaded.body.values)
 
     # -- what is to be stored
 
@@ -339,6 +344,8 @@ class Lifecycle:
     def body(self, stored: dict[str, bytes]) -> Body:
         """What to store when these are the values."""
         debug_until = None if self.seen.body is None else self.seen.body.debug_until
+        if debug_until is not None and debug_until <= self.keeper.now():
+            debug_until = None
         if self.values.now is None and not self.has_large:
             return Body(stored, self.lifetime, False, debug_until)
         return Body(
@@ -488,6 +495,7 @@ class Lifecycle:
     def reload(self) -> None:
         """Discard what this request changed, and load again. The caller holds the turn."""
         self.trouble = None
+        self.wishes = NO_WISHES
         if self.seen.record is not None:
             self.attempts = {}
             if not self.catch_up(afresh=True):

@@ -99,16 +99,16 @@ class Lock(Generic[S]):
                 "these may run again. Take the lock around them."
             )
         with life.turn:
-            if life.locked is not None:
+            if life.locked:
                 raise LockMisused(
                     "This request has the lock of the session already; a lock inside a lock would "
                     "wait for itself."
                 )
-            life.locked = self
+            life.locked = True
         try:
             self._enter()
         except BaseException:
-            life.locked = None
+            life.locked = False
             raise
 
     def __exit__(
@@ -224,13 +224,10 @@ class Lock(Generic[S]):
                 # What threads and tasks of this request wrote while this one waited is no part of
                 # the block, and is not lost with it.
                 commit(life, rotating=not held)
-                rotation = life.wishes.rotation
                 if life.seen.record is None or not life.catch_up(afresh=True):
                     if not life.ended:
                         life.end("a lock")
                     raise SessionEnded
-                if rotation is not None:
-                    life.wish(rotation=rotation)
                 if held and life.handle == key:
                     life.lease, life.lease_pid = self._owner, self._pid
                     self._block = life.begin_block("lock")
@@ -305,7 +302,7 @@ class Lock(Generic[S]):
             self._lost = True
         with life.turn:
             life.lease = None
-            life.locked = None
+            life.locked = False
             if self._block is not None:
                 life.leave_block(self._block)
                 self._block = None

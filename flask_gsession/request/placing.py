@@ -68,10 +68,15 @@ class Placed:
         known = names_in((before or {}).values())
         self._keeper.discard(known - needed, 0 if after is None else BLOB_GRACE)
         if self.references:
-            known |= needed
-            self.references = {
-                same: ref for same, ref in self.references.items() if ref.name not in known
-            }
+            self.stored(before or {})
+            self.stored(after or {})
+
+    def stored(self, values: Mapping[str, bytes]) -> None:
+        """A record with these values was found: what it refers to is no longer this request's."""
+        known = names_in(values.values())
+        self.references = {
+            same: ref for same, ref in self.references.items() if ref.name not in known
+        }
 
     def drop(self, *, unsure: bool) -> None:
         """Release what no record refers to; nothing if that is ``unsure``."""

@@ -47,6 +47,10 @@ class Seen(Struct, frozen=True):
     presented: bool = False
     for_others: bool = False
 
+    def __repr__(self) -> str:
+        """Without the token, since error trackers show local variables."""
+        return f"<Seen handle={self.record.key if self.record else None!r}>"
+
     @property
     def is_old_token(self) -> bool:
         """Whether a stored session was found, but by a token that isn't its current one."""
@@ -99,6 +103,10 @@ class Attempt(Struct, frozen=True):
     body: Body
     changes: Mapping[str, Change]
     wishes: Wishes
+
+    def __repr__(self) -> str:
+        """Without the token, since error trackers show local variables."""
+        return f"<Attempt handle={self.record.key!r}>"
 
 
 class Block:

@@ -93,7 +93,8 @@ def commit(
     if rotating is None:
         rotating = life.lease is None
     with life.turn:
-        life.resolve_attempts()
+        if life.trouble is None:
+            life.resolve_attempts()
         changes = life.changes()
         if not changes and not life.wishes.cleared and not life.has_wishes(rotating=rotating):
             if life.trouble is None and life.seen.record is not None:

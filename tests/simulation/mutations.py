@@ -16,8 +16,10 @@ from flask_gsession.keeper import Keeper
 from flask_gsession.marks import split
 from flask_gsession.merge import Change, Merger
 from flask_gsession.payload import Body
+from flask_gsession.request import session, writing
 from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.request.session import SessionData
+from flask_gsession.request.state import NO_WISHES
 from flask_gsession.request.tracking import TrackedValues
 from flask_gsession.stores.base import Record
 from flask_gsession.stores.memory import MemoryStore
@@ -41,10 +43,10 @@ _check = payload._check
 _save = MemoryStore.save
 _keeper_save = Keeper.save
 _apply = Merger.apply
-_catch_up = Lifecycle._catch_up
-_commit = Lifecycle._commit
-_rotate = Keeper.rotate
-_rewrite = SessionData._rewrite
+_catch_up = Lifecycle.catch_up
+_commit = writing.commit
+_draft_rotated = Keeper.draft_rotated
+_rewrite = writing.rewrite
 
 
 def _expect_any_version(
@@ -87,11 +89,11 @@ REQUIRED = (
 )
 
 
-def _create_where_gone(self: Keeper, old: Record, body: Body, **how: Any) -> Record:
+def _create_where_gone(self: Keeper, old: Record, record: Record, body: Body, *more: Any) -> None:
     try:
-        return _keeper_save(self, old, body, **how)
+        _keeper_save(self, old, record, body, *more)
     except Gone:
-        return self.create(body)[1]
+        self.create(self.draft_new(body)[1])
 
 
 def _replace_again(
@@ -130,16 +132,17 @@ def _lasting_pointer(self: Keeper, old: Record, record: Record, grace: float) ->
 
 
 def _leave_rotations_to_others(self: Lifecycle, **how: Any) -> bool:
-    key = self._record.key if self._record else None
+    key = self.handle
     found = _catch_up(self, **how)
-    if self._record is not None and self._record.key != key:
-        self._rotation = None
+    if self.handle != key:
+        self.wishes = NO_WISHES
     return found
 
 
-def _commit_in_doubt(self: Lifecycle) -> None:
-    self._in_doubt = None
-    _commit(self)
+def _commit_in_doubt(life: Lifecycle, **how: Any) -> bool:
+    life.trouble = None
+    life.attempts = {}
+    return _commit(life, **how)
 
 
 def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = None) -> None:
@@ -155,14 +158,14 @@ def _idle_end_alone(self: Keeper, body: Body, absolute: int) -> int:
 
 
 def _drop_silently(self: Lifecycle, during: str) -> None:
-    self._forget()
-    self._ended = True
+    self.forget()
+    self.ended = True
 
 
 def _destroy_the_cookie_only(self: Lifecycle) -> None:
-    self._forget()
-    self._opened = True
-    self._cookie = "delete"
+    self.forget()
+    self.opened = True
+    self.cookie = "delete"
 
 
 def _take_with_the_response(self: SessionData, key: str, default: Any = None) -> Any:
@@ -170,44 +173,44 @@ def _take_with_the_response(self: SessionData, key: str, default: Any = None) ->
 
 
 def _take_what_was_seen_first(
-    self: SessionData, key: str, rewrite: Callable[[Any], Any], what: str
-) -> Any:
+    life: Lifecycle, key: str, replace: Callable[[Any], Any], what: str, **how: Any
+) -> None:
     seen: list[Any] = []
 
     def once(raw: Any) -> Any:
         if what != "take" or not seen:
-            seen.append(rewrite(raw))
+            seen.append(replace(raw))
         return seen[-1]
 
-    return _rewrite(self, key, once, what)
+    _rewrite(life, key, once, what, **how)
 
 
 def _apply_whatever_expired(self: Merger, stored: Any, changes: Any, *more: Any) -> Any:
     return _apply(self, stored, changes, None, *more[1:])
 
 
-def _rotate_without_marks(self: Keeper, old: Record, body: Body, *more: Any, **how: Any) -> Any:
+def _rotate_without_marks(self: Keeper, old: Record, body: Body) -> Any:
     values = {key: split(raw)[1] for key, raw in body.values.items()}
-    return _rotate(self, old, structs.replace(body, values=values), *more, **how)
+    return _draft_rotated(self, old, structs.replace(body, values=values))
 
 
 FURTHER = (
     Mutation("taken with the response", SessionData, "take", _take_with_the_response),
-    Mutation("taken twice in a race", SessionData, "_rewrite", _take_what_was_seen_first),
+    Mutation("taken twice in a race", session, "rewrite", _take_what_was_seen_first),
     Mutation("a merge revives the expired", Merger, "apply", _apply_whatever_expired),
-    Mutation("a ttl lost at a rotation", Keeper, "rotate", _rotate_without_marks),
+    Mutation("a ttl lost at a rotation", Keeper, "draft_rotated", _rotate_without_marks),
     Mutation("read after it expired", TrackedValues, "_has_expired", lambda *args: False),
     Mutation("a new session where one is gone", Keeper, "save", _create_where_gone),
     Mutation("two successors", MemoryStore, "replace", _replace_again),
     Mutation("logout of the pointer only", MemoryStore, "delete", _delete_the_pointer_only),
     Mutation("pointers that last", Keeper, "_pointer", _lasting_pointer),
-    Mutation("login left to another rotation", Lifecycle, "_catch_up", _leave_rotations_to_others),
-    Mutation("doubtful write repeated", Lifecycle, "_commit", _commit_in_doubt),
+    Mutation("login left to another rotation", Lifecycle, "catch_up", _leave_rotations_to_others),
+    Mutation("doubtful write repeated", writing, "commit", _commit_in_doubt),
     Mutation("looked-at values forgotten", TrackedValues, "follow", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
     Mutation("an idle expiry put back", Record, "kept_as_long_as", lambda record, other: record),
     Mutation("never renewed", Keeper, "due", lambda *args: None),
     Mutation("no absolute expiry", Keeper, "_idle_end", _idle_end_alone),
-    Mutation("dropped silently", Lifecycle, "_end", _drop_silently),
-    Mutation("logout of the cookie", Lifecycle, "_destroy", _destroy_the_cookie_only),
+    Mutation("dropped silently", Lifecycle, "end", _drop_silently),
+    Mutation("logout of the cookie", Lifecycle, "destroy", _destroy_the_cookie_only),
 )
