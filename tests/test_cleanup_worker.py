@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -423,8 +424,7 @@ def test_under_gunicorn(tmp_path: Path) -> None:
     past = FakeClock(time.time() - 86400)
     for _ in range(3000):  # of which each takes a step, and a breath
         record = a_record(past)
-        with store._connection() as db:
-            store._insert(db, record)
+        store._within(partial(store._insert, record=record))
 
     def rows(condition: str = "TRUE") -> int:
         with closing(sqlite3.connect(path, timeout=30)) as db:

@@ -835,19 +835,29 @@ def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Mo
         assert visitor.run(dict) == {"a": 1}
 
 
+@contextmanager
+def in_use(store: sqlite.SQLiteStore) -> Iterator[None]:
+    """One of its connections is, as in the middle of a call."""
+    db = store._pool.pop() if store._pool else store._open()
+    try:
+        yield
+    finally:
+        store._give_back(db, store._pool)
+
+
 def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: FakeClock) -> None:
     """All that were opened while it could not be written go with the first that shows it."""
     store = sqlite.SQLiteStore(tmp_path / "sessions.sqlite3", StoreOptions(clock=clock))
     record = a_record(clock)
     store.create(record)
-    connect = sqlite3.connect
 
-    def read_only(place: str, **options: Any) -> sqlite3.Connection:
-        return connect(place.replace("mode=rw", "mode=ro"), **options)
+    class ReadOnly(sqlite._Connection):
+        def __init__(self, file: Any, place: str, **options: Any) -> None:
+            super().__init__(file, place.replace("mode=rw", "mode=ro"), **options)
 
-    with store._connection(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sqlite3, "connect", read_only)
-        with store._connection(), store._connection(), store._connection():
+    with in_use(store), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite, "_Connection", ReadOnly)
+        with in_use(store), in_use(store), in_use(store):
             pass
     store._pool.pop().close()  # it may write
     assert len(store._pool) == 3
@@ -932,7 +942,7 @@ def test_a_file_that_was_deleted(
     store.create(before)
     assert other.load(before.key) == before
     (idle,) = other._pool
-    with open(f"{path}-shm", "rb") as shared, store._connection():  # one is in use meanwhile
+    with open(f"{path}-shm", "rb") as shared, in_use(store):  # one is in use meanwhile
         for end in {"", "-wal", "-shm"} - {*left}:
             Path(f"{path}{end}").unlink()
         assert store.load(before.key) is None
@@ -940,7 +950,7 @@ def test_a_file_that_was_deleted(
         assert not os.path.samestat(os.fstat(shared.fileno()), os.stat(f"{path}-shm"))
     for each in (store, other):
         assert (each.load(before.key), each.load(after.key)) == (None, after)
-        with each._connection(), each._connection():
+        with in_use(each), in_use(each):
             assert (each.load(before.key), each.load(after.key)) == (None, after)
         assert each.check()[0].severity == "ok"
         each.close()

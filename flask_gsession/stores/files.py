@@ -33,6 +33,7 @@ import fsspec  # type: ignore[import-untyped]  # it ships no types
 from ..errors import Gone, StoreUnavailable
 from ..processes import process
 from .base import milliseconds
+from .interrupts import signal_interruption
 from .parts import Blobs, Finding, Tidied, itself
 from .rights import OTHERS, others_may_replace, secure
 from .support import StoreOptions
@@ -275,6 +276,9 @@ class FileBlobs(Blobs):
         except (Gone, StoreUnavailable):
             raise
         except Exception as error:  # each file system has errors of its own
+            struck = signal_interruption(error)
+            if struck is not None:
+                raise struck from None
             said = getattr(error, "strerror", None)  # without paths and addresses
             what = f"{type(error).__name__}: {said}" if said else type(error).__name__
             raise StoreUnavailable(f"files: {operation}: {what}") from error

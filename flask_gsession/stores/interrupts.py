@@ -22,6 +22,13 @@ def interruption(error: BaseException) -> BaseException | None:
     return None
 
 
+def reraise_interruption(error: BaseException) -> None:
+    """Raise what ``interruption`` finds; return where ``error`` is the driver's own."""
+    struck = interruption(error)
+    if struck is not None:
+        raise struck
+
+
 def signal_interruption(error: BaseException) -> BaseException | None:
     """As ``interruption``, of signal handlers only: for libraries with threads of their own."""
     return next((one for one in _chain(error) if _by_signal(one.__traceback__)), None)

@@ -61,7 +61,7 @@ from ..base import (
     is_session_key,
     milliseconds,
 )
-from ..interrupts import interruption
+from ..interrupts import reraise_interruption
 from ..lease import LONGEST_LEASE, WAITER_LIFE, Lease, poll
 from ..parts import COUNT_ALL, Finding, Page, Tidied, itself
 from ..support import StoreOptions, closing
@@ -324,9 +324,7 @@ class MongoDBStore(Store):
             try:
                 ended = collection.find_one_and_delete(self._live(key))
             except BSONError as error:
-                struck = interruption(error)
-                if struck is not None:
-                    raise struck from None
+                reraise_interruption(error)
                 ended = {}
             # That there is nothing must be known to a majority: only this waits for one.
             if ended is None and collection.delete_one(self._live(key)).deleted_count:
@@ -501,9 +499,7 @@ class MongoDBStore(Store):
         try:
             document = find()
         except BSONError as error:
-            struck = interruption(error)
-            if struck is not None:
-                raise struck from None
+            reraise_interruption(error)
             # The driver says so of any exception that strikes while it decodes, and of a full
             # stack. Where neither can be, what it says is about the document.
             try:
@@ -786,9 +782,7 @@ class _Call:
             self._fail(error)
 
     def _fail(self, error: PyMongoError | OSError | BSONError) -> NoReturn:
-        struck = interruption(error)
-        if struck is not None:
-            raise struck
+        reraise_interruption(error)
         raise StoreUnavailable(
             f"mongodb: {self._operation}: {_reason(error, self._store._collection_of_client)}",
             contention=isinstance(error, WaitQueueTimeoutError),

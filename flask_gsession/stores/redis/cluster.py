@@ -25,6 +25,7 @@ from redis.retry import Retry
 
 from ...errors import Gone, LeaseLost, Stale, StoreUnavailable, UnreadableRecord
 from ..base import Record, Replaced
+from ..interrupts import reraise_interruption
 from ..support import StoreOptions, closing
 from .pool import AllInUse, ConnectionPool, bounded, packed
 from .scans import Node
@@ -123,6 +124,7 @@ class Cluster:
             except ResponseError:
                 raise
             except (RedisError, OSError) as error:
+                reraise_interruption(error)
                 last = f"; {type(error).__name__}: {error}"
                 continue
             if owners:
@@ -222,6 +224,7 @@ class RedisClusterStore(RedisStore):
                 name = b"%d" % number
                 names.setdefault(cluster.owner(key_slot(name), deadline), name)
         except (RedisError, OSError) as error:
+            reraise_interruption(error)
             raise StoreUnavailable(f"redis: {error}") from error
         return {name: f"{host}:{port}" for (host, port), name in names.items()}
 
@@ -304,7 +307,8 @@ class RedisClusterStore(RedisStore):
             return attempt(_named_by(error, address), asking=True)
         except AllInUse:
             raise
-        except (RedisConnectionError, RedisTimeoutError, OSError):
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            reraise_interruption(error)
             cluster.failed(address)
             raise
 

@@ -17,6 +17,7 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ...errors import StoreUnavailable, UnreadableRecord
 from ..base import KEY_LENGTH, Record
+from ..interrupts import reraise_interruption
 from ..parts import LOST_EXPIRY, Page, Tidied
 from .pool import hint, packed
 
@@ -202,6 +203,7 @@ class Scanner:
                         _answered(answer)
                 return answers
             except (RedisError, OSError) as error:
+                reraise_interruption(error)
                 if last or not isinstance(error, RedisConnectionError):
                     node.failed()
                     detail = f"redis: SCAN: {type(error).__name__}: {error}"

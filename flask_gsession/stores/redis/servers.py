@@ -19,6 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
+from ..interrupts import reraise_interruption
 from ..parts import Finding
 from ..urls import without_hosts
 from .pool import ConnectionPool, Slot, bounded, packed
@@ -104,6 +105,7 @@ class Sentinels:
             try:
                 answer = ask_once(make, request, share)
             except (RedisError, OSError) as error:
+                reraise_interruption(error)
                 last = f"; {type(error).__name__}: {error}"
                 continue
             if isinstance(answer, list) and len(answer) == 2:
@@ -121,7 +123,8 @@ class Sentinels:
                 ask_once(make, request, time.monotonic() + timeout)
             except ResponseError as error:
                 refusal = str(error)
-            except (RedisError, OSError):
+            except (RedisError, OSError) as error:
+                reraise_interruption(error)
                 continue
             answering += 1
         found = f"{answering} of {len(makes)} answer"

@@ -50,6 +50,7 @@ from ...errors import (
     UnreadableRecord,
 )
 from ..base import MAX_POINTERS, TICKET, Deleted, Record, Replaced, Store, milliseconds
+from ..interrupts import reraise_interruption
 from ..lease import ASK_AGAIN, WAITER_LIFE, Lease, poll
 from ..parts import COUNT_ALL, Finding, Page, Tidied, itself
 from ..support import StoreOptions, closing, count_round_trip
@@ -130,6 +131,7 @@ class Confirmation:
                 self.missing = f"redis: WAIT: {why}"
         except (RedisError, OSError) as error:
             slot.connection.disconnect()
+            reraise_interruption(error)
             self.missing = f"redis: WAIT: {type(error).__name__}: {error}"
 
 
@@ -624,9 +626,11 @@ class RedisStore(Store):
                     raise _unavailable(request, error) from error
                 failure: Exception = error
             except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+                reraise_interruption(error)
                 failure = error
                 in_doubt = True
             except RedisError as error:
+                reraise_interruption(error)
                 raise _unavailable(request, error) from error
             pause = _RETRY_PAUSE * tries  # at first none: the connection may have been idle long
             if tries == self._retries or time.monotonic() + pause >= deadline:

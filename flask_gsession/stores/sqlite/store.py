@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -19,11 +20,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from ...errors import (
@@ -39,11 +40,17 @@ from ...errors import (
 from ...events import logger
 from ...processes import is_at_work, process
 from ..base import MAX_POINTERS, TICKET, Deleted, Record, Store, milliseconds
+from ..interrupts import reraise_interruption
 from ..lease import Lease, poll
 from ..parts import COUNT_ALL, MORE, Finding, Page, Tidied, itself
 from ..rights import OTHERS, is_foreign_link, others_may_replace, secure
 from ..support import StoreOptions, closing
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Answers of a method; the connection is well.
+_REFUSALS = (Gone, Stale, KeyTaken, LeaseLost, QueueFull, UnreadableRecord)
 _APPLICATION_ID = 0x67536573  # "gSes"
 _SCHEMA_VERSION = 4
 _SCHEMA = """
@@ -192,7 +199,8 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
     deadline = time.monotonic() + seconds
     try:
         lock = os.open(folder, os.O_RDONLY)
-    except OSError:
+    except OSError as error:
+        reraise_interruption(error)
         yield False
         return
     try:
@@ -203,7 +211,8 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
                 if time.monotonic() >= deadline:
                     raise OSError(errno.ETIMEDOUT, "another process locks its folder") from None
                 time.sleep(0.01)
-            except OSError:  # not on every file system
+            except OSError as error:  # not on every file system
+                reraise_interruption(error)
                 yield False
                 return
             else:
@@ -214,6 +223,34 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # also where a child was forked, and has it open
     finally:
         os.close(lock)
+
+
+def _on_connection(
+    method: Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T],
+) -> Callable[Concatenate[SQLiteStore, P], T]:
+    """The method, on a connection of the pool."""
+    return _decorated(method)
+
+
+def _in_transaction(
+    *, durable: bool = False
+) -> Callable[
+    [Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T]],
+    Callable[Concatenate[SQLiteStore, P], T],
+]:
+    """The method, in a transaction of its own that writes; ``durable``: forced to the disk."""
+    return partial(_decorated, transaction=True, durable=durable)
+
+
+def _decorated(
+    method: Callable[Concatenate[SQLiteStore, sqlite3.Connection, P], T], **how: bool
+) -> Callable[Concatenate[SQLiteStore, P], T]:
+    @functools.wraps(method)
+    def call(store: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return store._within(lambda db: method(store, db, *args, **kwargs), **how)
+
+    del call.__wrapped__  # it has another signature
+    return call
 
 
 class SQLiteStore(Store):
@@ -241,26 +278,26 @@ class SQLiteStore(Store):
         self._start_pool()
         _opened.stores.add(self)
 
-    def create(self, record: Record) -> None:
+    @_in_transaction()
+    def create(self, db: sqlite3.Connection, record: Record) -> None:
         now = milliseconds(self._clock)
-        with self._transaction() as db:
-            db.execute(
-                "DELETE FROM gsession WHERE key IN "
-                "(SELECT key FROM gsession WHERE idle_expires_at <= ? LIMIT 2)",
-                (now,),
-            )
-            there = self._select(db, record.key)
-            if there is not None and there.version == record.version:
-                return
-            if there is not None:
-                if now < there.idle_expires_at:
-                    raise KeyTaken
-                self._remove(db, record.key)
-            self._insert(db, record)
+        db.execute(
+            "DELETE FROM gsession WHERE key IN "
+            "(SELECT key FROM gsession WHERE idle_expires_at <= ? LIMIT 2)",
+            (now,),
+        )
+        there = self._select(db, record.key)
+        if there is not None and there.version == record.version:
+            return
+        if there is not None:
+            if now < there.idle_expires_at:
+                raise KeyTaken
+            self._remove(db, record.key)
+        self._insert(db, record)
 
-    def load(self, key: str) -> Record | None:
-        with self._connection() as db:
-            return self._select(db, key)
+    @_on_connection
+    def load(self, db: sqlite3.Connection, key: str) -> Record | None:
+        return self._select(db, key)
 
     def save(
         self,
@@ -270,13 +307,13 @@ class SQLiteStore(Store):
         *,
         shorten: bool = False,
     ) -> None:
-        now = milliseconds(self._clock)
-        _, version, created, idle, absolute, payload, _ = record
-        with self._connection() if lease is None else self._transaction() as db:
+        def save(db: sqlite3.Connection) -> None:
+            now = milliseconds(self._clock)
             if lease is not None:
                 there = self._select(db, record.key)
                 if there is None or there.version != record.version:
                     self._expect(db, there, expected_version, lease)
+            _, version, created, idle, absolute, payload, _ = record
             done = db.execute(
                 "UPDATE gsession SET version = ?, created_at = ?, "
                 "idle_expires_at = max(?, min(idle_expires_at, ?)), "
@@ -299,19 +336,23 @@ class SQLiteStore(Store):
                 if there is None or there.version != record.version:
                     self._expect(db, there, None, None)
 
-    def renew(self, record: Record, idle_expires_at: int) -> bool:
-        now = milliseconds(self._clock)
-        with self._connection() as db:
-            done = db.execute(
-                "UPDATE gsession SET idle_expires_at = "
-                "min(max(idle_expires_at, ?), absolute_expires_at) "
-                f"WHERE key = ? AND version = ? AND {_LIVE}",
-                (idle_expires_at, self._prefix + record.key, record.version, now),
-            )
-            return done.rowcount == 1
+        self._within(save, transaction=lease is not None)
 
+    @_on_connection
+    def renew(self, db: sqlite3.Connection, record: Record, idle_expires_at: int) -> bool:
+        now = milliseconds(self._clock)
+        done = db.execute(
+            "UPDATE gsession SET idle_expires_at = "
+            "min(max(idle_expires_at, ?), absolute_expires_at) "
+            f"WHERE key = ? AND version = ? AND {_LIVE}",
+            (idle_expires_at, self._prefix + record.key, record.version, now),
+        )
+        return done.rowcount == 1
+
+    @_in_transaction(durable=True)
     def replace(
         self,
+        db: sqlite3.Connection,
         key: str,
         record: Record,
         expected_version: int,
@@ -321,27 +362,30 @@ class SQLiteStore(Store):
         shorten: bool = False,
     ) -> None:
         now = milliseconds(self._clock)
-        with self._transaction(durable=True) as db:
-            taken = self._select(db, record.key)
-            if taken is not None and taken.version == record.version:
-                return
-            old = self._expect(db, self._select(db, key), expected_version, lease)
-            if taken is not None and now < taken.idle_expires_at:
-                raise KeyTaken
-            self._insert(db, record if shorten else record.kept_as_long_as(old))
-            self._remove(db, key)
-            if pointer is not None:
-                self._insert(db, pointer)
+        taken = self._select(db, record.key)
+        if taken is not None and taken.version == record.version:
+            return
+        old = self._expect(db, self._select(db, key), expected_version, lease)
+        if taken is not None and now < taken.idle_expires_at:
+            raise KeyTaken
+        self._insert(db, record if shorten else record.kept_as_long_as(old))
+        self._remove(db, key)
+        if pointer is not None:
+            self._insert(db, pointer)
 
+    @_in_transaction(durable=True)
     def delete(
-        self, key: str, expected_version: int | None = None, lease: str | None = None
+        self,
+        db: sqlite3.Connection,
+        key: str,
+        expected_version: int | None = None,
+        lease: str | None = None,
     ) -> Deleted:
         now = milliseconds(self._clock)
-        with self._transaction(durable=True) as db:
-            record = self._select(db, key)
-            if expected_version is not None:
-                self._expect(db, record, expected_version, lease)
-            record = self._pop(db, record, now)
+        record = self._select(db, key)
+        if expected_version is not None:
+            self._expect(db, record, expected_version, lease)
+        record = self._pop(db, record, now)
         return Deleted(record is not None, record)
 
     def _pop(self, db: sqlite3.Connection, record: Record | None, now: int) -> Record | None:
@@ -354,77 +398,75 @@ class SQLiteStore(Store):
             record = self._select(db, record.successor)
         return None
 
-    def count(self) -> int:
+    @_on_connection
+    def count(self, db: sqlite3.Connection) -> int:
         """About how many sessions are live; 60 ms for a million, in which nobody waits."""
         now = milliseconds(self._clock)
         ours = (self._prefix, self._prefix + "\x7f")
-        with self._connection() as db:
+        (live,) = db.execute(
+            "SELECT count(*) FROM gsession WHERE idle_expires_at > ?", (now,)
+        ).fetchone()
+        if live <= COUNT_ALL:
+            # The unary plus keeps SQLite to the index of the expiry.
             (live,) = db.execute(
-                "SELECT count(*) FROM gsession WHERE idle_expires_at > ?", (now,)
+                f"SELECT count(*) FROM gsession WHERE {_LIVE} "
+                "AND +key > ? AND +key < ? AND +key <> ?",
+                (now, *ours, self._prefix + TICKET),
             ).fetchone()
-            if live <= COUNT_ALL:
-                # The unary plus keeps SQLite to the index of the expiry.
-                (live,) = db.execute(
-                    f"SELECT count(*) FROM gsession WHERE {_LIVE} "
-                    "AND +key > ? AND +key < ? AND +key <> ?",
-                    (now, *ours, self._prefix + TICKET),
-                ).fetchone()
-                return int(live)
-            # Of each index alone, without a look at the rows: those under other prefixes are
-            # taken to live as long as ours.
-            (mine,) = db.execute(
-                "SELECT count(*) FROM gsession WHERE key > ? AND key < ?", ours
-            ).fetchone()
-            (everybodys,) = db.execute("SELECT count(*) FROM gsession").fetchone()
+            return int(live)
+        # Of each index alone, without a look at the rows: those under other prefixes are
+        # taken to live as long as ours.
+        (mine,) = db.execute(
+            "SELECT count(*) FROM gsession WHERE key > ? AND key < ?", ours
+        ).fetchone()
+        (everybodys,) = db.execute("SELECT count(*) FROM gsession").fetchone()
         return int(live * mine / max(1, everybodys))
 
-    def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
+    @_in_transaction()
+    def write_frame(
+        self, db: sqlite3.Connection, name: str, offset: int, frame: bytes, expires_at: int
+    ) -> None:
         now = milliseconds(self._clock)
         name = self._prefix + name
-        with self._transaction() as db:
-            if offset == 0:
-                self._sweep_blobs(db, now, 2)
-                db.execute("INSERT OR IGNORE INTO gsession_blob VALUES (?, ?)", (name, expires_at))
-            done = db.execute(
-                "UPDATE gsession_blob SET expires_at = max(expires_at, ?) "
-                "WHERE name = ? AND expires_at > ?",
-                (expires_at, name, now),
-            )
-            if done.rowcount == 0:
-                raise Gone
-            db.execute(
-                "INSERT OR REPLACE INTO gsession_frame VALUES (?, ?, ?)", (name, offset, frame)
-            )
+        if offset == 0:
+            self._sweep_blobs(db, now, 2)
+            db.execute("INSERT OR IGNORE INTO gsession_blob VALUES (?, ?)", (name, expires_at))
+        done = db.execute(
+            "UPDATE gsession_blob SET expires_at = max(expires_at, ?) "
+            "WHERE name = ? AND expires_at > ?",
+            (expires_at, name, now),
+        )
+        if done.rowcount == 0:
+            raise Gone
+        db.execute("INSERT OR REPLACE INTO gsession_frame VALUES (?, ?, ?)", (name, offset, frame))
 
-    def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
-        with self._connection() as db:
-            row = db.execute(
-                "SELECT frame FROM gsession_frame JOIN gsession_blob USING (name) "
-                "WHERE name = ? AND start = ? AND expires_at > ?",
-                (self._prefix + name, offset, milliseconds(self._clock)),
-            ).fetchone()
+    @_on_connection
+    def read_frame(self, db: sqlite3.Connection, name: str, offset: int, size: int) -> bytes | None:
+        row = db.execute(
+            "SELECT frame FROM gsession_frame JOIN gsession_blob USING (name) "
+            "WHERE name = ? AND start = ? AND expires_at > ?",
+            (self._prefix + name, offset, milliseconds(self._clock)),
+        ).fetchone()
         return row[0] if row is not None and type(row[0]) is bytes else None
 
-    def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
+    @_in_transaction()
+    def renew_blobs(self, db: sqlite3.Connection, names: Sequence[str], expires_at: int) -> None:
         now = milliseconds(self._clock)
-        with self._transaction() as db:
-            db.executemany(
-                "UPDATE gsession_blob SET expires_at = max(expires_at, ?) "
-                "WHERE name = ? AND expires_at > ?",
-                [(expires_at, self._prefix + name, now) for name in names],
-            )
+        db.executemany(
+            "UPDATE gsession_blob SET expires_at = max(expires_at, ?) "
+            "WHERE name = ? AND expires_at > ?",
+            [(expires_at, self._prefix + name, now) for name in names],
+        )
 
-    def discard_blobs(self, names: Sequence[str], at: int) -> None:
+    @_in_transaction()
+    def discard_blobs(self, db: sqlite3.Connection, names: Sequence[str], at: int) -> None:
         now = milliseconds(self._clock)
-        with self._transaction() as db:
-            if at <= now:
-                statement = "DELETE FROM gsession_blob WHERE name = ?"
-                db.executemany(statement, [(self._prefix + name,) for name in names])
-            else:
-                statement = (
-                    "UPDATE gsession_blob SET expires_at = min(expires_at, ?) WHERE name = ?"
-                )
-                db.executemany(statement, [(at, self._prefix + name) for name in names])
+        if at <= now:
+            statement = "DELETE FROM gsession_blob WHERE name = ?"
+            db.executemany(statement, [(self._prefix + name,) for name in names])
+        else:
+            statement = "UPDATE gsession_blob SET expires_at = min(expires_at, ?) WHERE name = ?"
+            db.executemany(statement, [(at, self._prefix + name) for name in names])
 
     def _sweep_blobs(self, db: sqlite3.Connection, now: int, limit: int) -> int:
         done = db.execute(
@@ -434,13 +476,15 @@ class SQLiteStore(Store):
         )
         return done.rowcount
 
-    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+    @_on_connection
+    def scan(
+        self, db: sqlite3.Connection, cursor: str = "", limit: int = 200, begins: str = ""
+    ) -> Page:
         now = milliseconds(self._clock)
-        with self._connection() as db:
-            rows = db.execute(
-                f"SELECT key, {_COLUMNS} FROM gsession WHERE {_BETWEEN} ORDER BY key LIMIT ?",
-                (*self._range(cursor, begins), limit),
-            ).fetchall()
+        rows = db.execute(
+            f"SELECT key, {_COLUMNS} FROM gsession WHERE {_BETWEEN} ORDER BY key LIMIT ?",
+            (*self._range(cursor, begins), limit),
+        ).fetchall()
         records, unreadable = [], []
         keys = [row[0][len(self._prefix) :] for row in rows]
         for key, row in zip(keys, rows, strict=True):
@@ -455,76 +499,82 @@ class SQLiteStore(Store):
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         """Takes the expired by their index, so that it sees no others; the cursor says nothing."""
+        return self._within(
+            lambda db: self._tidied(db, limit, dry_run=dry_run), transaction=not dry_run
+        )
+
+    def _tidied(self, db: sqlite3.Connection, limit: int, *, dry_run: bool) -> Tidied:
         now = milliseconds(self._clock)
         found = {}
         more = False
-        with self._connection() if dry_run else self._transaction() as db:
-            for kind, table, condition, arguments in (
-                ("expired sessions", "gsession", "idle_expires_at <= ?", (now,)),
-                # Text and blobs are behind every number.
-                ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
-                ("orphaned locks", "gsession_lease", _ORPHANED, ()),
-                ("expired large values", "gsession_blob", "expires_at <= ?", (now,)),
-                ("orphaned large values", "gsession_blob", "expires_at >= ''", ()),
-            ):
-                if dry_run:
-                    select = f"SELECT count(*) FROM {table} WHERE {condition}"
-                    (found[kind],) = db.execute(select, arguments).fetchone()
-                    continue
-                most = min(limit, _BLOBS_AT_ONCE) if table == "gsession_blob" else limit
-                done = db.execute(
-                    f"DELETE FROM {table} WHERE rowid IN "
-                    f"(SELECT rowid FROM {table} WHERE {condition} LIMIT ?)",
-                    (*arguments, most),
-                )
-                found[kind] = done.rowcount
-                more = more or done.rowcount == most
+        for kind, table, condition, arguments in (
+            ("expired sessions", "gsession", "idle_expires_at <= ?", (now,)),
+            # Text and blobs are behind every number.
+            ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
+            ("orphaned locks", "gsession_lease", _ORPHANED, ()),
+            ("expired large values", "gsession_blob", "expires_at <= ?", (now,)),
+            ("orphaned large values", "gsession_blob", "expires_at >= ''", ()),
+        ):
+            if dry_run:
+                select = f"SELECT count(*) FROM {table} WHERE {condition}"
+                (found[kind],) = db.execute(select, arguments).fetchone()
+                continue
+            most = min(limit, _BLOBS_AT_ONCE) if table == "gsession_blob" else limit
+            done = db.execute(
+                f"DELETE FROM {table} WHERE rowid IN "
+                f"(SELECT rowid FROM {table} WHERE {condition} LIMIT ?)",
+                (*arguments, most),
+            )
+            found[kind] = done.rowcount
+            more = more or done.rowcount == most
         return Tidied(found, sum(found.values()), MORE if more else "")
 
-    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
-        with self._transaction() as db:
-            now = milliseconds(self._clock)  # after the wait for the database
-            record = self._select(db, key)
-            if record is None or not record.is_live(now):
-                raise Gone
-            lease = self._lease(db, key)
-            answer = lease.acquire(owner, now, lease_ms, max_waiters)
-            self._put_lease(db, key, lease)
-            return answer
+    @_in_transaction()
+    def acquire(
+        self, db: sqlite3.Connection, key: str, owner: str, lease_ms: int, max_waiters: int
+    ) -> int:
+        now = milliseconds(self._clock)  # after the wait for the database
+        record = self._select(db, key)
+        if record is None or not record.is_live(now):
+            raise Gone
+        lease = self._lease(db, key)
+        answer = lease.acquire(owner, now, lease_ms, max_waiters)
+        self._put_lease(db, key, lease)
+        return answer
 
-    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+    @_on_connection
+    def extend(self, db: sqlite3.Connection, key: str, owner: str, lease_ms: int) -> bool:
         now = milliseconds(self._clock)
-        with self._connection() as db:
-            done = db.execute(
-                "UPDATE gsession_lease SET until = ?, length = ? "
-                "WHERE key = ? AND owner = ? AND until > ?",
-                (now + lease_ms, lease_ms, self._prefix + key, owner, now),
-            )
-            return done.rowcount == 1
+        done = db.execute(
+            "UPDATE gsession_lease SET until = ?, length = ? "
+            "WHERE key = ? AND owner = ? AND until > ?",
+            (now + lease_ms, lease_ms, self._prefix + key, owner, now),
+        )
+        return done.rowcount == 1
 
-    def release(self, key: str, owner: str) -> bool:
-        with self._transaction() as db:
-            lease = self._lease(db, key)
-            held = lease.release(owner, milliseconds(self._clock))
-            self._put_lease(db, key, lease)
-            return held
+    @_in_transaction()
+    def release(self, db: sqlite3.Connection, key: str, owner: str) -> bool:
+        lease = self._lease(db, key)
+        held = lease.release(owner, milliseconds(self._clock))
+        self._put_lease(db, key, lease)
+        return held
 
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
-        def may_go_on() -> bool:
-            with self._connection() as db:
-                return self._lease(db, key).is_turn_of(owner, milliseconds(self._clock))
+        poll(lambda: self._is_turn_of(key, owner), seconds)
 
-        poll(may_go_on, seconds)
+    @_on_connection
+    def _is_turn_of(self, db: sqlite3.Connection, key: str, owner: str) -> bool:
+        return self._lease(db, key).is_turn_of(owner, milliseconds(self._clock))
 
-    def check(self) -> list[Finding]:
-        with self._connection() as db:
-            (journal,) = db.execute("PRAGMA journal_mode").fetchone()
-            try:
-                (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:  # damaged beyond a list of what is damaged
-                sound = str(error)
+    @_on_connection
+    def check(self, db: sqlite3.Connection) -> list[Finding]:
+        (journal,) = db.execute("PRAGMA journal_mode").fetchone()
+        try:
+            (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:  # damaged beyond a list of what is damaged
+            sound = str(error)
         folder = self.path.parent
         modes = [stat.S_IMODE(path.stat().st_mode) for path in (self.path, folder)]
         for beside in ("-wal", "-shm"):
@@ -628,26 +678,19 @@ class SQLiteStore(Store):
             raise Stale
         return record
 
-    @contextmanager
-    def _transaction(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
-        with self._connection() as db:
-            if durable:
-                db.execute("PRAGMA synchronous=FULL")
-            try:
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            finally:
-                if durable:
-                    db.execute("PRAGMA synchronous=NORMAL")
+    def _within(
+        self,
+        work: Callable[[sqlite3.Connection], T],
+        *,
+        transaction: bool = False,
+        durable: bool = False,
+    ) -> T:
+        """What ``work`` makes of a connection of this process; errors translated.
 
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection of this process, translated errors, back in the pool afterwards."""
+        One function, and no context manager, for those that an interrupt strikes: where one is left
+        in the middle, a finalizer goes on with it later, and may be struck itself. A connection
+        goes back into the pool only when all is done, and is closed otherwise.
+        """
         process.notice()
         if time.monotonic() >= self._look_at:
             self._look_for_file()
@@ -660,14 +703,30 @@ class SQLiteStore(Store):
             except IndexError:
                 keep = is_at_work()  # else the process may be forked without a hook of Python's
                 db = self._open()
-            yield db
-        except (Gone, Stale, KeyTaken, LeaseLost, QueueFull, UnreadableRecord):
+            try:
+                if durable:
+                    db.execute("PRAGMA synchronous=FULL")
+                if transaction:
+                    db.execute("BEGIN IMMEDIATE")
+                answer = work(db)
+                if transaction:
+                    db.execute("COMMIT")
+                if durable:
+                    db.execute("PRAGMA synchronous=NORMAL")
+            except _REFUSALS:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                if durable:
+                    db.execute("PRAGMA synchronous=NORMAL")
+                raise
+        except _REFUSALS:
+            if db is not None:
+                self._give_back(db, pool if keep else None)
             raise
         except sqlite3.Error as error:
             # A connection in an unknown state is not used again.
             if db is not None:
                 db.close()
-            db = None
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_READONLY:
                 _close_all(pool)  # opened for reading only, they would stay so
@@ -676,14 +735,15 @@ class SQLiteStore(Store):
         except BaseException:
             if db is not None:
                 db.close()
-            db = None
             raise
-        finally:
-            if db is not None:
-                if keep and pool is self._pool and len(pool) < _KEEP_IDLE:
-                    pool.append(db)
-                else:
-                    db.close()
+        self._give_back(db, pool if keep else None)
+        return answer
+
+    def _give_back(self, db: _Connection, pool: deque[_Connection] | None) -> None:
+        if pool is self._pool and len(pool) < _KEEP_IDLE:
+            pool.append(db)
+        else:
+            db.close()
 
     def _start_pool(self) -> None:
         self._pool: deque[_Connection] = deque()
@@ -698,7 +758,8 @@ class SQLiteStore(Store):
             file = there.st_dev, there.st_ino
         except FileNotFoundError:
             pass
-        except OSError:
+        except OSError as error:
+            reraise_interruption(error)
             return
         with _opened.lock:
             pool, before = self._pool, self._file
@@ -713,6 +774,7 @@ class SQLiteStore(Store):
                 self._make_file()
             self._secure_files()
         except OSError as error:
+            reraise_interruption(error)
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
         self._look_for_file()  # and again afterwards: it may be deleted meanwhile
         before = self._file
