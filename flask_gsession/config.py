@@ -608,7 +608,6 @@ class Live(Generic[T]):
         return value
 
 
-_FLASKS_FIELDS = ("cookie_name", "permanent_lifetime")
 _ATTRIBUTES = ("domain", "path", "secure", "httponly", "samesite", "partitioned")
 
 
@@ -635,7 +634,9 @@ class LiveSettings:
     ) -> None:
         self._app = app
         self._is_taken = is_taken
-        self._given = {key: getattr(settings, key) for key in given if key in _FLASKS_FIELDS}
+        self._name_given = "cookie_name" in given
+        self._lifetime_given = "permanent_lifetime" in given
+        self._settings = settings
         name, lifetime = settings.cookie_name, settings.permanent_lifetime
         cookie = (name, *cookie_attributes(app))
         keys = _keys_at_start(app)
@@ -646,13 +647,15 @@ class LiveSettings:
 
     def cookie_name(self) -> str:
         """``SESSION_COOKIE_NAME``."""
-        given: str | None = self._given.get("cookie_name")
-        return self._name.of(self._app.config["SESSION_COOKIE_NAME"]) if given is None else given
+        if self._name_given:
+            return self._settings.cookie_name
+        return self._name.of(self._app.config["SESSION_COOKIE_NAME"])
 
     def permanent_lifetime(self) -> float:
         """``app.permanent_session_lifetime`` in seconds."""
-        given: float | None = self._given.get("permanent_lifetime")
-        return self._lifetime.of(_given_lifetime(self._app)) if given is None else given
+        if self._lifetime_given:
+            return self._settings.permanent_lifetime
+        return self._lifetime.of(_given_lifetime(self._app))
 
     def cookie(self, name: str, interface: SessionInterface) -> dict[str, Any]:
         """The attributes of the cookie, which Flask asks the interface for."""

@@ -211,7 +211,8 @@ class GSessionInterface(SessionInterface):
         cookies = request.environ.get("HTTP_COOKIE")
         if not cookies:
             return _NOTHING
-        start = self.get_cookie_name(app) + "="
+        name = self.get_cookie_name(app)
+        start = name + "="
         if start not in cookies:
             return _NOTHING
         # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
@@ -222,10 +223,11 @@ class GSessionInterface(SessionInterface):
                 values[stripped[len(start) :]] = None
         if not values:
             return _NOTHING
-        return Presented(self._signer_of(app).check_all(values))
+        return Presented(self._signer_of(app, name).check_all(values))
 
-    def _signer_of(self, app: Flask) -> TokenSigner:
-        keys, name = self._live.secret_keys(), self.get_cookie_name(app)
+    def _signer_of(self, app: Flask, name: str | None = None) -> TokenSigner:
+        keys = self._live.secret_keys()
+        name = name or self.get_cookie_name(app)
         if not keys[0]:
             keys = secret_keys(app)  # says what is wrong with the first key that there is
         known_keys, known_name, signer = self._signer
