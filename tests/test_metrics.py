@@ -385,6 +385,7 @@ def test_many_sessions_are_as_many_series_as_few(counted: Site) -> None:
     visit()
     visit("x.y")
     visit("x" * 43 + "." + "y" * 22)
+    until(lambda: live(counted.app) >= 0, "the first count of live sessions")
     before = read(counted.app)
     for _ in range(40):
         visit(secrets.token_hex(8))
@@ -407,6 +408,7 @@ def test_a_hundred_thousand_sessions_are_as_many_series_as_one() -> None:
             keeper.events.emit(SessionCreated, name)
 
     work(1)
+    until(lambda: live(app) >= 0, "the first count of live sessions")
     before = read(app)
     work(100_000)
     after = read(app)
