@@ -204,6 +204,46 @@ def test_no_server_session_is_in_two_hands(mongodb_url: str, store_prefix: str) 
     store.close()
 
 
+def test_what_strikes_the_decoder_corrupts_nothing(mongodb_url: str, store_prefix: str) -> None:
+    """The driver calls it invalid BSON: the record is read again, where nothing strikes."""
+    store: Any = open_store(mongodb_url, StoreOptions(store_prefix, timeout=PATIENCE))[0]
+    record = a_record(time.time)
+    store.create(record)
+    number, struck = 0, True
+    with handler(TooLong):
+        while struck:
+            number += 1
+            with suppress(TooLong):
+                files = ("bson/__init__.py", "bson/datetime_ms.py")
+                struck = struck_at(number, files, lambda: store.load(record.key))
+            assert store.load(record.key) == record
+    assert number > 2
+    store.delete(record.key)
+    store.close()
+
+
+def test_a_full_stack_corrupts_nothing(mongodb_url: str, store_prefix: str) -> None:
+    """Nor does the decoder's own recursion, where hardly anything of the stack is left."""
+    store: Any = open_store(mongodb_url, StoreOptions(store_prefix, timeout=PATIENCE))[0]
+    record = a_record(time.time)
+    store.create(record)
+
+    def load(depth: int) -> object:
+        return load(depth - 1) if depth else store.load(record.key)
+
+    outcomes = set()
+    for depth in range(sys.getrecursionlimit() - 300, sys.getrecursionlimit()):
+        try:
+            outcomes.add(load(depth))
+        except (RecursionError, StoreUnavailable) as error:
+            outcomes.add(type(error))
+    assert record in outcomes
+    assert RecursionError in outcomes
+    assert store.load(record.key) == record
+    store.delete(record.key)
+    store.close()
+
+
 def test_a_storm_of_signals_leaves_sqlite_open(sqlite_url: str) -> None:
     """Some strike what an earlier one left in the middle, whenever that is collected."""
     store: Any = open_store(sqlite_url, StoreOptions())[0]

@@ -16,10 +16,11 @@ def interruption(error: BaseException) -> BaseException | None:
 
     Another thread raises a class, so without arguments, as no driver does.
     """
-    for one in _chain(error):
+    struck = None
+    for one in _chain(error):  # the first one is the last of them
         if _by_signal(one.__traceback__) or (isinstance(one, OSError) and not one.args):
-            return one
-    return None
+            struck = one
+    return struck
 
 
 def reraise_interruption(error: BaseException) -> None:

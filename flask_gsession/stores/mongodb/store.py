@@ -61,7 +61,7 @@ from ..base import (
     is_session_key,
     milliseconds,
 )
-from ..interrupts import reraise_interruption
+from ..interrupts import interruption
 from ..lease import LONGEST_LEASE, WAITER_LIFE, Lease, poll
 from ..parts import COUNT_ALL, Finding, Page, Tidied, itself
 from ..support import StoreOptions, closing
@@ -324,7 +324,7 @@ class MongoDBStore(Store):
             try:
                 ended = collection.find_one_and_delete(self._live(key))
             except BSONError as error:
-                reraise_interruption(error)
+                _reraise_interruption(error)
                 ended = {}
             # That there is nothing must be known to a majority: only this waits for one.
             if ended is None and collection.delete_one(self._live(key)).deleted_count:
@@ -499,7 +499,7 @@ class MongoDBStore(Store):
         try:
             document = find()
         except BSONError as error:
-            reraise_interruption(error)
+            _reraise_interruption(error)
             # The driver says so of any exception that strikes while it decodes, and of a full
             # stack. Where neither can be, what it says is about the document.
             try:
@@ -730,6 +730,13 @@ def _close(client: _Client, seconds: float) -> None:
         client.close()
 
 
+def _reraise_interruption(error: Exception) -> None:
+    struck = interruption(error)
+    # Of what struck the decoder, the driver may have kept only the words.
+    if struck is not None and not isinstance(struck, BSONError):
+        raise struck
+
+
 def _undisturbed(find: Callable[[], T]) -> T:
     """What ``find`` returns in a thread of its own: no signal strikes there, the stack is empty."""
     outcome: list[T | BaseException] = []
@@ -782,7 +789,7 @@ class _Call:
             self._fail(error)
 
     def _fail(self, error: PyMongoError | OSError | BSONError) -> NoReturn:
-        reraise_interruption(error)
+        _reraise_interruption(error)
         raise StoreUnavailable(
             f"mongodb: {self._operation}: {_reason(error, self._store._collection_of_client)}",
             contention=isinstance(error, WaitQueueTimeoutError),
