@@ -312,6 +312,9 @@ KEPT: dict[str, tuple[Any, Any, Any]] = {
     "decimal": (fields.Decimal(as_string=True), Decimal("1.10"), ...),
     "infinite": (fields.Float(allow_nan=True), math.inf, ...),
     "words": (fields.Bool(truthy={"yes"}, falsy={"no"}), "no", False),
+    "iterator": (fields.List(fields.Int()), iter([1, 2]), [1, 2]),
+    "iterator inside": (of(a=fields.List(fields.Nested(Item))), {"a": iter([MUG])}, {"a": [MUG]}),
+    "set": (fields.List(fields.Int()), {1}, [1]),
     "raw": (fields.Raw(), [(1, {2: b"3"}), {4}], ...),
     "dataclass": (Folder, {"name": "a", "inside": [{}]}, Folder("a", [Folder()])),
     "recursive dataclass": (
@@ -330,10 +333,11 @@ KEPT: dict[str, tuple[Any, Any, Any]] = {
 
 def test_every_kind_comes_back(site: Site) -> None:
     keys = {what: SessionKey(what, schema) for what, (schema, _, _) in KEPT.items()}
+    sent = copy.deepcopy({what: sent for what, (_, sent, _) in KEPT.items()})
     visitor = site.visitor()
 
     def put(_: Any) -> dict[str, Any]:
-        returned = {what: key.set(copy.deepcopy(KEPT[what][1])) for what, key in keys.items()}
+        returned = {what: key.set(sent[what]) for what, key in keys.items()}
         assert alike(returned, {what: key.get() for what, key in keys.items()})
         return returned
 
@@ -521,6 +525,13 @@ def test_what_no_session_keeps_is_refused_by_set() -> None:
         with pytest.raises(ValueRefused, match=r"session\['key'\]\['a'\]"):
             key.set({"a": object()})
         assert "key" not in session
+    with in_request(max_depth=3):
+        deep = {"plain": of(a=fields.Raw()), "other": of(a=fields.Raw(), b=fields.Date())}
+        for name, schema in deep.items():
+            key = SessionKey(name, schema)
+            with pytest.raises(ValueRefused, match="SESSION_MAX_DEPTH"):
+                key.set({"a": [[[1]]]})
+            assert name not in session
 
 
 def test_a_computed_field_is_no_key() -> None:

@@ -329,6 +329,8 @@ class SessionKey(Generic[T]):
         check = keeper.check
         if check is not None and not check.is_by(self):
             check(self.name, stored)
+        if type(stored) is not dict or not IMMUTABLE.issuperset(map(type, stored.values())):
+            session._open().encode(self.name, stored)  # raises for what is nested too deep
         session._put(self.name, stored, self.mark(keeper.now))
         if self._merge is not None or keeper.merger.policies:
             merge = self.merge_function(keeper.merger.policies.get(self.name))

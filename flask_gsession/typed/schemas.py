@@ -34,8 +34,8 @@ from .stored import copy_of_containers, from_stored, to_stored
 _CHANGED = "The session can't keep this value: it would come back changed."
 _NOT_DUMPED = "The session can't keep this value: the schema can't dump it."
 _NOT_LOADED = "The session can't keep this value: what the schema stores of it doesn't load. "
-# The types of what may be sent; the program makes others.
-_SENT: Any = (Mapping, list, tuple, type(None), *IMMUTABLE)
+# The types of what may be sent; the program makes others. An iterator can be read only once.
+_SENT: Any = (Mapping, list, tuple, Iterator, type(None), *IMMUTABLE)
 
 
 class Form:
