@@ -133,7 +133,7 @@ class SimulatedStore:
     def delete(self, key: str, expected_version: int | None = None) -> bool:
         request, fault, begun = self._arrive("delete")
         with self._judged(request, fault, key, expected_version):
-            done = self.inner.delete(key, expected_version)
+            done = bool(self.inner.delete(key, expected_version))
         arrived = self.model.delete(request.mirror, key, expected_version, done, begun)
         self._leave(request, fault, f"{self.model.name(key)} {done}")
         arrived()
