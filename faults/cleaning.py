@@ -19,7 +19,7 @@ from typing import NamedTuple
 from redis import Redis
 
 from flask_gsession.stores.base import Record, new_version
-from flask_gsession.stores.redis.store import _pack
+from flask_gsession.stores.redis.layout import pack
 from tests.servers import RedisServer
 
 ENDLESS = 100  # of so many keys one has no expiry, as crashes of other programs leave it
@@ -94,7 +94,7 @@ def fill(client: Redis, sessions: int) -> None:
         pipe = client.pipeline(transaction=False)
         for number in range(start, min(start + 10_000, sessions)):
             key = secrets.token_urlsafe(32)
-            value = _pack(Record(key, new_version(), now, end, end, b"x" * 100))
+            value = pack(Record(key, new_version(), now, end, end, b"x" * 100))
             endless = number % ENDLESS == 0
             pipe.set(f"gsession:{{{key}}}", value, pxat=None if endless else end)
         pipe.execute()

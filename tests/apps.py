@@ -470,11 +470,15 @@ def within(seconds: float, act: Callable[[], T]) -> T:
 @contextmanager
 def hasty(store: Any, seconds: float) -> Iterator[None]:
     """For the length of the block a call of a Redis or MongoDB store may take this long only."""
-    before, store._timeout = store._timeout, seconds
+    timed, name = (
+        (store._commands, "timeout") if hasattr(store, "_commands") else (store, "_timeout")
+    )
+    before = getattr(timed, name)
+    setattr(timed, name, seconds)
     try:
         yield
     finally:
-        store._timeout = before
+        setattr(timed, name, before)
 
 
 def at_once(*functions: Callable[[], object]) -> None:

@@ -60,7 +60,8 @@ from tests.console import Console
 url, prefix, operation, calls = sys.argv[1:5]
 del sys.argv[1:5]
 store = open_store(url, StoreOptions(prefix, timeout=10))[0]
-call, left = getattr(store, operation), int(calls)
+asked = store.upkeep if operation == "tidy" else store
+call, left = getattr(asked, operation), int(calls)
 
 def slow(*arguments, **options):
     global left
@@ -71,7 +72,7 @@ def slow(*arguments, **options):
     left -= 1
     return call(*arguments, **options)
 
-setattr(store, operation, slow)
+setattr(asked, operation, slow)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 with Console(store).app.app_context():
     gsession()

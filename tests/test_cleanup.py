@@ -203,7 +203,7 @@ def test_a_session_that_is_saved_meanwhile_stays(
     name = f"{store_prefix}{{{record.key}}}"
     redis_client.persist(name)
     saved = record._replace(version=1, idle_expires_at=record.idle_expires_at + 600_000)
-    verdict = store._scanner._verdict
+    verdict = store.upkeep._verdict
 
     def verdict_and_save(key: str, value: bytes) -> tuple[str, int]:
         given = verdict(key, value)
@@ -212,7 +212,7 @@ def test_a_session_that_is_saved_meanwhile_stays(
         return given
 
     clock.advance(10)
-    store._scanner._verdict = verdict_and_save  # type: ignore[method-assign]
+    store.upkeep._verdict = verdict_and_save
     assert not any(store.upkeep.tidy("", 1000).found.values())
     assert store.load(record.key) == saved
     store.close()
@@ -365,8 +365,8 @@ def test_a_real_process_that_is_struck(
     left = 40 - int(found[1])
     assert len(list(redis_client.scan_iter(f"{store_prefix}*"))) == left
     store: Any = RedisStore(redis_url, StoreOptions(store_prefix, timeout=PATIENCE))
-    tidy, cursors = store.tidy, []
-    store.tidy = lambda cursor, *rest, **more: (
+    tidy, cursors = store.upkeep.tidy, []
+    store.upkeep.tidy = lambda cursor, *rest, **more: (
         cursors.append(cursor),
         tidy(cursor, *rest, **more),
     )[1]

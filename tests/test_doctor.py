@@ -31,7 +31,7 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import health as mongodb_health
 from flask_gsession.stores.parts import Finding
 from flask_gsession.stores.redis import health as redis_health
-from flask_gsession.stores.redis import store as redis
+from flask_gsession.stores.redis.commands import Confirmation
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site
@@ -57,7 +57,7 @@ def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a busy machine adds to latencies and to clocks that are read one after the other."""
     monkeypatch.setattr("flask_gsession.health._SLOW", 10_000.0)
     for server in ("redis", "mongodb"):
-        monkeypatch.setattr(f"flask_gsession.stores.{server}_health._SKEW", 20.0)
+        monkeypatch.setattr(f"flask_gsession.stores.{server}.health._SKEW", 20.0)
 
 
 def application(store: object, **config: Any) -> Flask:
@@ -170,13 +170,13 @@ def on_redis(need: Need, *, config: Any = None, **settings: str) -> Iterator[Fla
 
 @contextmanager
 def with_too_few_replicas(need: Need) -> Iterator[Flask]:
-    ask = redis.Confirmation.ask
+    ask = Confirmation.ask
 
     def ask_soon(*asked: Any) -> None:
         ask(*asked[:-1], time.monotonic() + 0.2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redis.Confirmation, "ask", ask_soon)
+        patch.setattr(Confirmation, "ask", ask_soon)
         with on_redis(need, config={"SESSION_LOGOUT_REPLICAS": 1}) as app:
             yield app
 

@@ -296,10 +296,10 @@ def test_a_deadline_while_redis_is_slow_comes_out(
         lambda: store.load(record.key),
         lambda: store.save(changed(record), record.version),
         lambda: store.renew(record, record.idle_expires_at + 1000),
-        lambda: store.acquire(record.key, "one", 1000, 1),
-        lambda: store.read_frame("0" * 32, 0, 10),
-        store.scan,
-        store.count,
+        lambda: store.leases.acquire(record.key, "one", 1000, 1),
+        lambda: store.blobs.read_frame("0" * 32, 0, 10),
+        store.scans.scan,
+        store.counts.count,
         lambda: store.delete(record.key),
     ]
     with handler(kind) as raised:

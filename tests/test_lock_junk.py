@@ -12,8 +12,9 @@ import pytest
 from pymongo import MongoClient
 from redis import Redis
 
+from flask_gsession.errors import QueueFull
 from flask_gsession.events import SessionRefused
-from flask_gsession.stores.base import LONGEST_LEASE, Lease, QueueFull
+from flask_gsession.stores.lease import LONGEST_LEASE, Lease
 from flask_gsession.testing import FakeClock, a_record
 from flask_gsession.tokens import session_key
 from tests.apps import Site
@@ -26,7 +27,7 @@ def redis_with(site: Site, junk: Any) -> Plant:
     def plant(key: str) -> None:
         store: Any = site.store.store
         with Redis.from_url(site.url) as client:
-            name = store._lease_name(key)
+            name = store._commands.names.lease(key)
             client.delete(name)
             junk(client, name)
 
@@ -176,15 +177,15 @@ def test_the_steps_of_a_store_over_junk(site: Site, plants: list[Plant], clock: 
         record = a_record(clock)
         store.create(record)
         plant(record.key)
-        assert store.extend(record.key, "me", 1000) is False
-        assert store.release(record.key, "me") is False
+        assert store.leases.extend(record.key, "me", 1000) is False
+        assert store.leases.release(record.key, "me") is False
         plant(record.key)
-        assert store.acquire(record.key, "me", 1000, 0) == 0
+        assert store.leases.acquire(record.key, "me", 1000, 0) == 0
         with pytest.raises(QueueFull):
-            store.acquire(record.key, "other", 1000, 0)
-        assert store.release(record.key, "me") is True
+            store.leases.acquire(record.key, "other", 1000, 0)
+        assert store.leases.release(record.key, "me") is True
         plant(record.key)
-        store.wait_for_release(record.key, "me", 0.01)
+        store.leases.wait_for_release(record.key, "me", 0.01)
         store.delete(record.key)
 
 

@@ -384,14 +384,14 @@ def test_the_answer_to_a_release_is_lost(
         store.create(record)
         for owner in ("holder", "waiter"):
             store.leases.acquire(record.key, owner, 60_000, 10)
-        attempt = store._attempt
+        attempt = store._commands.attempt
 
         def lose(*arguments: Any) -> Any:
             attempt(*arguments)
-            monkeypatch.setattr(store, "_attempt", attempt)
+            monkeypatch.setattr(store._commands, "attempt", attempt)
             raise RedisConnectionError("by the test")
 
-        monkeypatch.setattr(store, "_attempt", lose)
+        monkeypatch.setattr(store._commands, "attempt", lose)
         with pytest.raises(StoreUnavailable):
             store.leases.release(record.key, who)
         assert store.leases.release(record.key, who) is False

@@ -48,7 +48,7 @@ def test_the_key_of_a_lease_goes_although_a_clock_was_set_back(
     store.leases.acquire(record.key, "two", 1000, 10)
     clock.advance(-3600)
     store.leases.release(record.key, "two")  # its wait is over; the lease is written anew
-    assert 0 < redis_client.pttl(store._lease_name(record.key)) <= PATIENT_WAITER
+    assert 0 < redis_client.pttl(store._commands.names.lease(record.key)) <= PATIENT_WAITER
     store.close()
 
 
@@ -89,7 +89,7 @@ class TestWithThePublishedRights(OnServers):
 
 def live(store: Any) -> None:
     """Everything that a store is asked, in the life of some sessions."""
-    clock = store._clock = FakeClock()
+    clock = store._commands.clock = FakeClock()
     expired = a_record(clock, idle=10)
     store.create(expired)
     clock.advance(11)
@@ -183,7 +183,7 @@ RIGHTS_OF_THE_DOCTOR = "+info +time"
 def few(redis_acl: RedisACL, store_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Few:
     """An administrator of few rights."""
     monkeypatch.setattr(
-        "flask_gsession.stores.redis.store.COUNT_ALL", 4
+        "flask_gsession.stores.redis.scans.COUNT_ALL", 4
     )  # so that it asks for DBSIZE
     return Few(redis_acl, store_prefix)
 
@@ -490,10 +490,10 @@ def test_readonly(
     store = a_store(own_redis.url, store_prefix)
     record = a_record(time.time)
     store.create(record)
-    slots = [store._pool.take(time.monotonic() + 10) for _ in range(3)]
+    slots = [store._commands.pool.take(time.monotonic() + 10) for _ in range(3)]
     for slot in slots:
         slot.ask(b"PING\r\n")
-        store._pool.give(slot)
+        store._commands.pool.give(slot)
     before = [slot.connection for slot in slots]
     assert all(connection.is_connected for connection in before)
     admin.replicaof(HOST, 1)

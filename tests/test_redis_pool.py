@@ -48,7 +48,7 @@ def in_time() -> float:
 
 
 def test_no_more_connections_than_allowed_are_lent(store: Any) -> None:
-    pool = store._pool
+    pool = store._commands.pool
     slots = [pool.take(in_time()) for _ in range(SIZE)]
     with pytest.raises(RedisTimeoutError, match="all 4 connections were in use"):
         pool.take(soon())
@@ -61,11 +61,11 @@ def test_the_connection_used_last_is_lent_first(store: Any) -> None:
     store.create(record)
     for _ in range(20):
         assert store.load(record.key) == record
-    assert sum(slot.connection is not None for slot in store._pool._idle) == 1
+    assert sum(slot.connection is not None for slot in store._commands.pool._idle) == 1
 
 
 def test_who_waits_gets_what_comes_back(store: Any) -> None:
-    pool = store._pool
+    pool = store._commands.pool
     slots = [pool.take(in_time()) for _ in range(SIZE)]
     got: list[Any] = []
     waiting = threading.Thread(target=lambda: got.append(pool.take(time.monotonic() + 30)))
@@ -78,7 +78,7 @@ def test_who_waits_gets_what_comes_back(store: Any) -> None:
 
 
 def test_a_slot_that_was_dropped_comes_back(store: Any) -> None:
-    pool = store._pool
+    pool = store._commands.pool
     slots = [pool.take(in_time()) for _ in range(SIZE)]
     slots[0].ask(b"PING\r\n")
     connection = slots[0].connection
@@ -126,7 +126,7 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
     for thread in threads:
         thread.join(30)
     assert not wrong
-    slots = [store._pool.take(in_time()) for _ in range(SIZE)]
+    slots = [store._commands.pool.take(in_time()) for _ in range(SIZE)]
     assert [slot.ask(b"PING\r\n") for slot in slots] == [b"PONG"] * SIZE
 
 
@@ -136,10 +136,10 @@ def test_connections_that_the_server_closed_cost_nobody_an_error(
     """After a restart every idle connection is dead; the first request already succeeds."""
     options = StoreOptions(prefix=store_prefix, pool_max=SIZE, timeout=10)
     store: Any = open_store(own_redis.url, options)[0]
-    slots = [store._pool.take(time.monotonic() + 10) for _ in range(SIZE)]
+    slots = [store._commands.pool.take(time.monotonic() + 10) for _ in range(SIZE)]
     for slot in slots:
         slot.ask(b"PING\r\n")
-        store._pool.give(slot)
+        store._commands.pool.give(slot)
     own_redis.kill()
     with pytest.raises(StoreUnavailable):
         store.load("A" * 43)
@@ -151,14 +151,14 @@ def test_connections_that_the_server_closed_cost_nobody_an_error(
 def test_a_closed_store_keeps_no_connection_and_goes_on(store: Any) -> None:
     record = a_record(time.time)
     store.create(record)
-    lent = store._pool.take(time.monotonic() + 10)
-    idle = store._pool.take(time.monotonic() + 10)
+    lent = store._commands.pool.take(time.monotonic() + 10)
+    idle = store._commands.pool.take(time.monotonic() + 10)
     for slot in (lent, idle):
         slot.ask(b"PING\r\n")
-    store._pool.give(idle)
+    store._commands.pool.give(idle)
     store.close()
     assert not idle.connection.is_connected
-    store._pool.give(lent)
+    store._commands.pool.give(lent)
     assert not lent.connection.is_connected
     assert store.load(record.key) == record
 
@@ -208,7 +208,7 @@ def test_a_connection_that_was_closed_while_idle_puts_no_write_in_doubt(
     store: Any = open_store(own_redis.url, StoreOptions(prefix=store_prefix))[0]
     record = a_record(time.time)
     store.create(record)
-    (slot,) = (slot for slot in store._pool._idle if slot.connection is not None)
+    (slot,) = (slot for slot in store._commands.pool._idle if slot.connection is not None)
     slot.connection.deadline.at -= 60  # a minute ago
     with Redis.from_url(own_redis.url) as admin:
         admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")

@@ -119,11 +119,11 @@ class Shop:
 
     def slot(self) -> int:
         """Where a cluster keeps the visitor's session."""
-        return key_slot(self.store._name(self.key()))
+        return key_slot(self.store._commands.names.record(self.key()))
 
     def warm(self, connections: int = 4) -> None:
         """Have so many connections at once, idle afterwards."""
-        pool = self.store._pool
+        pool = self.store._commands.pool
         if isinstance(pool, Cluster):
             pool = pool.pool(pool.owner(self.slot(), time.monotonic() + PATIENCE))
         slots = [pool.take(time.monotonic() + PATIENCE) for _ in range(connections)]
@@ -193,7 +193,7 @@ def test_a_failover_is_followed_before_the_old_primary_knows(
     old = sentinels.failover()
     new = sentinels.wait_for_failover(old)
     assert shop.count() == 3  # for a few seconds the old one would take it, and lose it
-    assert shop.store._pool._primary == (HOST, new.port)
+    assert shop.store._commands.pool._primary == (HOST, new.port)
     assert shop.count() == 4
 
 
@@ -233,7 +233,9 @@ def test_who_is_no_primary_is_not_used(
     """A sentinel may name one that was the primary; reads would be old, and nobody would notice."""
     shop = open_shop(sentinels.url)
     replica = sentinels.replicas()[0]
-    monkeypatch.setattr(shop.store._pool._sentinels, "primary", lambda _: (HOST, replica.port))
+    monkeypatch.setattr(
+        shop.store._commands.pool._sentinels, "primary", lambda _: (HOST, replica.port)
+    )
     with pytest.raises(StoreUnavailable, match=f"{replica.port} is to be the primary, and is not"):
         shop.store.load("A" * 43)
 
@@ -356,7 +358,7 @@ def record_in(shop: Shop, slot: int) -> Record:
     """A new record, whose key is in this slot."""
     while True:
         record = a_record(time.time)
-        if key_slot(shop.store._name(record.key)) == slot:
+        if key_slot(shop.store._commands.names.record(record.key)) == slot:
             return record
 
 
@@ -366,8 +368,11 @@ def test_sessions_are_shared_out_among_the_nodes(cluster: RedisCluster, open_sho
     for record in records:
         shop.store.create(record)
     assert all(shop.store.load(record.key) == record for record in records)
-    owners = {cluster.primary(key_slot(shop.store._name(each.key))).port for each in records}
-    assert {port for _, port in shop.store._pool._pools} >= owners
+    owners = {
+        cluster.primary(key_slot(shop.store._commands.names.record(each.key))).port
+        for each in records
+    }
+    assert {port for _, port in shop.store._commands.pool._pools} >= owners
     assert len(owners) == 3
 
 
@@ -429,7 +434,7 @@ def test_a_whole_life_while_the_slot_is_on_its_way(
         saved = old._replace(version=old.version + 1, payload=b"saved")
         store.save(saved, old.version)
         assert store.leases.acquire(old.key, "me", 10_000, 10) == 0
-        store.save(saved, saved.version, "me")
+        store.leases.save(saved, saved.version, "me")
         assert store.leases.release(old.key, "me")
         assert store.renew(saved, saved.idle_expires_at + 1000)
         new = record_in(shop, slot)
@@ -451,7 +456,10 @@ def test_a_replica_that_takes_over_is_found(cluster: RedisCluster, open_shop: Op
     old = cluster.failover(shop.slot())
     cluster.wait_for_failover(old)
     assert shop.count() == 2
-    assert shop.store._pool.owner(shop.slot(), 0) == (HOST, cluster.primary(shop.slot()).port)
+    assert shop.store._commands.pool.owner(shop.slot(), 0) == (
+        HOST,
+        cluster.primary(shop.slot()).port,
+    )
 
 
 def test_a_dead_node_is_an_outage_of_its_own_sessions_only(
@@ -521,18 +529,20 @@ def test_who_dies_in_a_rotation_leaves_the_session_as_it_was(
     old, new, later = (a_record(time.time) for _ in range(3))
     store.create(old)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_run", lambda *_: 1 / 0)
+        patch.setattr(store._commands, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.replace(old.key, new, old.version, None)
     assert store.load(old.key) == old
     (node,) = [
-        node for node in cluster.primaries() if store._name(new.key).decode() in names_on(node)
+        node
+        for node in cluster.primaries()
+        if store._commands.names.record(new.key).decode() in names_on(node)
     ]
-    assert node.command("PTTL", store._name(new.key).decode()) > 0
+    assert node.command("PTTL", store._commands.names.record(new.key).decode()) > 0
     store.replace(old.key, later, old.version, None)
     assert store.load(old.key) is None
     assert store.load(later.key) == later
-    name = store._name(old.key).decode()
+    name = store._commands.names.record(old.key).decode()
     assert 0 < cluster.primary(key_slot(name.encode())).command("PTTL", name) <= 10_000
 
 
@@ -604,7 +614,11 @@ def test_a_cluster_client_gives_its_nodes_and_options(
         shop.visitor.run(lambda s: s.rotate(grace=0))
         assert shop.store.load(key) is None
         assert shop.count() == 4
-        made = [slot.connection for pool in shop.store._pool._pools.values() for slot in pool._idle]
+        made = [
+            slot.connection
+            for pool in shop.store._commands.pool._pools.values()
+            for slot in pool._idle
+        ]
         assert {each.username for each in made if each} == {"app"}
         assert not any(each.redis_connect_func for each in made if each)  # it may ask for replicas
         shop.store.close()
@@ -709,7 +723,7 @@ class Confirmed:
         self.site = self.shop.site
         assert self.shop.count() == 1
         self.key = self.shop.key()
-        self.name = self.shop.store._name(self.key).decode()
+        self.name = self.shop.store._commands.names.record(self.key).decode()
         if isinstance(servers, RedisSentinels):
             self.primary: RedisMember = servers.primary()
             self.replicas: Sequence[RedisMember] = servers.replicas()
@@ -731,7 +745,7 @@ class Confirmed:
         """The names of all large values, at those who take writes."""
         one = isinstance(self.servers, RedisSentinels)
         members = [self.primary] if one else self.servers.primaries()  # type: ignore[union-attr]
-        pattern = f"{self.shop.store._prefix}blob:*"
+        pattern = f"{self.shop.store._commands.names.prefix}blob:*"
         return [name for member in members for name in member.command("KEYS", pattern)]
 
     def old_token(self) -> Any:
@@ -954,10 +968,10 @@ def test_a_wrong_option_is_named(kind: str) -> None:
 )
 def test_the_sentinels_of_a_url(url: str, addresses: list[tuple[str, int]]) -> None:
     store: Any = open_store(url, StoreOptions())[0]
-    made = [make() for make in store._pool._sentinels._makes]
+    made = [make() for make in store._commands.pool._sentinels._makes]
     assert [(each.host, each.port) for each in made] == addresses
     assert all(each.password is None for each in made)
-    connection = store._pool.make()
+    connection = store._commands.pool.make()
     assert connection.password == ("p@ss" if "p%40ss" in url else None)
     assert (connection.db, "SSL" in type(connection).__name__) == (
         (2, True) if url.startswith("rediss") else (0, False)
@@ -974,8 +988,8 @@ def test_the_sentinels_of_a_url(url: str, addresses: list[tuple[str, int]]) -> N
 )
 def test_the_nodes_of_a_url(url: str, addresses: list[tuple[str, int]]) -> None:
     store: Any = open_store(url, StoreOptions())[0]
-    assert store._pool._seeds == addresses
-    connection = store._pool._make(host="n", port=7)
+    assert store._commands.pool._seeds == addresses
+    connection = store._commands.pool._make(host="n", port=7)
     assert (connection.host, connection.port) == ("n", 7)
     assert ("SSL" in type(connection).__name__) == url.startswith("rediss")
     assert connection.password == ("p" if "u:p@" in url else None)

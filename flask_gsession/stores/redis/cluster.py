@@ -27,15 +27,19 @@ from ...errors import Gone, LeaseLost, Stale, StoreUnavailable, UnreadableRecord
 from ..base import Record, Replaced
 from ..interrupts import reraise_interruption
 from ..support import StoreOptions, closing
-from .pool import AllInUse, ConnectionPool, bounded, packed
-from .scans import Node
+from .blobs import RedisBlobs
+from .commands import Commands, Confirmation, Script
+from .layout import pack, version
+from .leases import RedisLeases, ask_for_lease
+from .pool import AllInUse, ConnectionPool, Node, bounded, packed
+from .records import Records, renewed_meanwhile
 from .servers import Address, connections_of, servers_of
-from .store import Confirmation, RedisStore, _pack, _renewed_meanwhile, _Script, _version
+from .store import RedisStore
 
 T = TypeVar("T")
 
 _SLOTS = packed(b"CLUSTER", b"SLOTS")
-_ROTATE = _Script("rotate")
+_ROTATE = Script("rotate")
 _TRIED = 500  # names, to find one for each node
 _END_SHOWN = 10_000  # milliseconds for which an old key tells a repeat that it was rotated away
 # What a client's connections have beside that is of no use, or would read from a replica.
@@ -150,133 +154,30 @@ class Cluster:
             pool.give(slot)
 
 
-class RedisClusterStore(RedisStore):
-    """Keeps records in a Redis Cluster: at the nodes of ``url``, or where an existing client is.
+class ClusterCommands(Commands):
+    """Sends each command to the node of its key's slot, wherever that moves."""
 
-    One call takes at most ``options.timeout``. Of a client that was passed in the nodes and the
-    options of its connections are used, not the connections.
-    """
+    def __init__(self, cluster: Cluster, options: StoreOptions) -> None:
+        # A failover or a moving slot sends a request from node to node before it is served.
+        super().__init__(cluster, options, retries=6)
+        self._cluster = cluster
 
-    # A failover or a moving slot sends a request from node to node before it is served.
-    _retries = 6
-    # While a slot moves, a script with a key that is not there and one that is is refused.
-    _apart = True
-
-    def __init__(self, url_or_client: str | RedisCluster, options: StoreOptions | None = None):
-        super().__init__(url_or_client, options)  # type: ignore[arg-type]  # for `_open` below
-
-    def _open(self, source: Any, options: StoreOptions) -> tuple[Cluster, Callable[..., Any]]:
-        of = _of_url if isinstance(source, str) else _of_client
-        make, seeds = of(source, options.timeout)
-        cluster = Cluster(make, seeds, options.pool_max)
-        closing(self, cluster.close)
-        return cluster, cluster.make
-
-    def replace(
-        self,
-        key: str,
-        record: Record,
-        expected_version: int,
-        pointer: Record | None,
-        lease: str | None = None,
-        *,
-        shorten: bool = False,
-    ) -> Replaced:
-        deadline = self._deadline()
-        first = self._create(record, deadline)
-        version = _version(record.version)
-        keys = [self._name(key), *([] if lease is None else [self._lease_name(key)])]
-        left = pointer or self._end_of(key, record)
-        confirmation = Confirmation(0 if pointer else self._logout_replicas)
-        later: Record | None = record
-        try:
-            while later is not None:
-                if later is not record:
-                    self._renew(later, later.idle_expires_at, deadline)
-                    record = later
-                arguments = [
-                    _version(expected_version),
-                    _pack(left),
-                    self._life(pointer) if pointer else b"%d" % _END_SHOWN,
-                    self._now_text(),
-                    version,
-                    (lease or "").encode(),
-                    self._channels,
-                    b"" if shorten else b"%d" % record.idle_expires_at,
-                ]
-                reply = self._run(deadline, _ROTATE, keys, arguments, version, confirmation, b"N")
-                if reply == b"N" and first:
-                    raise Gone  # rotated before, and ended since: not to be brought back
-                later, shorten = _renewed_meanwhile(record, reply)
-        except (Gone, Stale, LeaseLost):
-            with suppress(Gone, Stale, StoreUnavailable):
-                super()._delete(record.key, deadline, version, b"1")
-            raise
-        self._end_lease(key, deadline)
-        return Replaced(confirmation.missing)
-
-    def _servers(self) -> dict[bytes, str]:
-        cluster: Cluster = self._pool
-        deadline = self._deadline()
+    def servers(self) -> dict[bytes, str]:
+        deadline = self.deadline()
         names: dict[Address, bytes] = {}
         try:
             for number in range(_TRIED):
                 name = b"%d" % number
-                names.setdefault(cluster.owner(key_slot(name), deadline), name)
+                names.setdefault(self._cluster.owner(key_slot(name), deadline), name)
         except (RedisError, OSError) as error:
             reraise_interruption(error)
             raise StoreUnavailable(f"redis: {error}") from error
         return {name: f"{host}:{port}" for (host, port), name in names.items()}
 
-    def _delete(
-        self,
-        key: str,
-        deadline: float,
-        version: bytes = b"",
-        pointers: bytes = b"0",
-        lease: str | None = None,
-        confirmation: Confirmation | None = None,
-    ) -> bytes:
-        reply = super()._delete(key, deadline, version, pointers, lease, confirmation)
-        if reply[:1] == b"K":
-            self._end_lease(key, deadline)
-        return reply
+    def nodes(self, deadline: float) -> list[Node]:
+        return self._cluster.nodes(deadline)
 
-    def _end_lease(self, key: str, deadline: float) -> None:
-        # Without its session it has no effect, and it runs out; only those who wait would wait on.
-        with suppress(StoreUnavailable):
-            self._ask_for_lease(key, "end", "-", deadline=deadline)
-
-    def _load(self, key: str, deadline: float) -> Record | None:
-        """Without what ``_end_of`` left: nobody stored that."""
-        record = super()._load(key, deadline)
-        return None if record is not None and record.successor == "" else record
-
-    def _ask_for_lease(
-        self, key: str, operation: str, owner: str, *more: bytes, deadline: float | None = None
-    ) -> bytes:
-        deadline = deadline or self._deadline()
-        if operation == "acquire":
-            try:
-                record = self._load_unexpired(key, deadline)
-            except UnreadableRecord:
-                raise Gone from None
-            if record is None or record.successor is not None:
-                raise Gone
-        return super()._ask_for_lease(key, operation, owner, *more, deadline=deadline)
-
-    def _nodes(self, deadline: float) -> list[Node]:
-        cluster: Cluster = self._pool
-        return cluster.nodes(deadline)
-
-    def _end_of(self, key: str, record: Record) -> Record:
-        """What stands under a key that ended, for a repeat to know it: an expired pointer."""
-        now = self._now()
-        return record._replace(
-            key=key, idle_expires_at=now, absolute_expires_at=now, payload=b"", successor=""
-        )
-
-    def _attempt(
+    def attempt(
         self,
         name: bytes,
         request: bytes,
@@ -288,13 +189,13 @@ class RedisClusterStore(RedisStore):
         *,
         asking: bool = False,
     ) -> T:
-        cluster: Cluster = self._pool
+        cluster = self._cluster
         slot = key_slot(name)
         address = cluster.owner(slot, deadline)
 
         def attempt(address: Address, *, asking: bool = False) -> T:
             pool = cluster.pool(address)
-            return super(RedisClusterStore, self)._attempt(
+            return super(ClusterCommands, self).attempt(
                 name, request, parse, deadline, confirmation, again, pool, asking=asking
             )
 
@@ -311,6 +212,133 @@ class RedisClusterStore(RedisStore):
             reraise_interruption(error)
             cluster.failed(address)
             raise
+
+
+# While a slot moves, a script with a key that is not there and one that is is refused: so leases
+# are taken, and end, in steps of their own.
+
+
+class ClusterRecords(Records):
+    """Keeps records, of which a rotation concerns two, in two slots."""
+
+    def load(self, key: str, deadline: float) -> Record | None:
+        """Without what ``_end_of`` left: nobody stored that."""
+        record = super().load(key, deadline)
+        return None if record is not None and record.successor == "" else record
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None,
+        shorten: bool,
+    ) -> Replaced:
+        commands = self.commands
+        deadline = commands.deadline()
+        first = self.create(record, deadline)
+        mine = version(record.version)
+        keys = self._keys_to_remove(key, lease)
+        left = pointer or self._end_of(key, record)
+        confirmation = Confirmation(0 if pointer else self.logout_replicas)
+        later: Record | None = record
+        try:
+            while later is not None:
+                if later is not record:
+                    self.renew(later, later.idle_expires_at, deadline)
+                    record = later
+                arguments = [
+                    version(expected_version),
+                    pack(left),
+                    commands.life(pointer) if pointer else b"%d" % _END_SHOWN,
+                    commands.now_text(),
+                    mine,
+                    (lease or "").encode(),
+                    self.names.channels,
+                    b"" if shorten else b"%d" % record.idle_expires_at,
+                ]
+                reply = commands.run(deadline, _ROTATE, keys, arguments, mine, confirmation, b"N")
+                if reply == b"N" and first:
+                    raise Gone  # rotated before, and ended since: not to be brought back
+                later, shorten = renewed_meanwhile(record, reply)
+        except (Gone, Stale, LeaseLost):
+            with suppress(Gone, Stale, StoreUnavailable):
+                super().remove(record.key, deadline, mine, b"1")
+            raise
+        self._end_lease(key, deadline)
+        return Replaced(confirmation.missing)
+
+    def remove(
+        self,
+        key: str,
+        deadline: float,
+        wanted: bytes = b"",
+        pointers: bytes = b"0",
+        lease: str | None = None,
+        confirmation: Confirmation | None = None,
+    ) -> bytes:
+        reply = super().remove(key, deadline, wanted, pointers, lease, confirmation)
+        if reply[:1] == b"K":
+            self._end_lease(key, deadline)
+        return reply
+
+    def _keys_to_remove(self, key: str, lease: str | None) -> list[bytes]:
+        return [self.names.record(key), *([] if lease is None else [self.names.lease(key)])]
+
+    def _end_lease(self, key: str, deadline: float) -> None:
+        # Without its session it has no effect, and it runs out; only waiters would wait on.
+        keys = [self.names.lease(key)]
+        with suppress(StoreUnavailable):
+            ask_for_lease(self.commands, keys, b"end", b"-", deadline=deadline)
+
+    def _end_of(self, key: str, record: Record) -> Record:
+        """What stands under a key that ended, for a repeat to know it: an expired pointer."""
+        now = self.commands.now()
+        return record._replace(
+            key=key, idle_expires_at=now, absolute_expires_at=now, payload=b"", successor=""
+        )
+
+
+class ClusterLeases(RedisLeases):
+    """Lends sessions; whether there is one is asked first."""
+
+    def _keys_to_acquire(self, key: str, deadline: float) -> list[bytes]:
+        try:
+            record = self._records.load_unexpired(key, deadline)
+        except UnreadableRecord:
+            raise Gone from None
+        if record is None or record.successor is not None:
+            raise Gone
+        return [self._names.lease(key)]
+
+
+class ClusterBlobs(RedisBlobs):
+    """Keeps large values, each in a slot of its own."""
+
+    def _batches(self, blobs: list[bytes]) -> list[list[bytes]]:
+        return [[blob] for blob in blobs]
+
+
+class RedisClusterStore(RedisStore):
+    """Keeps records in a Redis Cluster: at the nodes of ``url``, or where an existing client is.
+
+    One call takes at most ``options.timeout``. Of a client that was passed in the nodes and the
+    options of its connections are used, not the connections.
+    """
+
+    def __init__(self, url_or_client: str | RedisCluster, options: StoreOptions | None = None):
+        options = options or StoreOptions()
+        if isinstance(url_or_client, str):
+            make, seeds = _of_url(url_or_client, options.timeout)
+        else:
+            make, seeds = _of_client(url_or_client, options.timeout)
+        cluster = Cluster(make, seeds, options.pool_max)
+        closing(self, cluster.close)
+        records = ClusterRecords(ClusterCommands(cluster, options), options.logout_replicas)
+        self._begin(url_or_client, options, records, cluster.make)
+        self.leases = ClusterLeases(records, self._wake_ups)
+        self.blobs = ClusterBlobs(records.commands)
 
 
 def _of_url(url: str, timeout: float) -> tuple[Callable[..., Any], list[Address]]:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from ..parts import Finding
+from redis.exceptions import ResponseError
+
+from ...errors import StoreUnavailable
+from ..parts import Checks, Finding
+from .commands import Commands, as_it_is
+from .pool import packed
+from .servers import PrimaryPool
 
 _OLDEST = (6, 2)
 _SKEW = 1.0  # seconds
@@ -12,6 +19,51 @@ _LAG = 5  # seconds since a replica was last heard of; they speak once a second
 _FULL = 0.9  # of maxmemory
 
 About = Mapping[str, str]
+
+
+class RedisChecks(Checks):
+    """The part ``checks`` of a Redis store. ``logout_replicas``: how many must confirm a logout."""
+
+    def __init__(self, commands: Commands, logout_replicas: int) -> None:
+        self._commands = commands
+        self._logout_replicas = logout_replicas
+
+    def check(self) -> list[Finding]:
+        nodes = self._commands.servers()
+        findings = []
+        for name, address in nodes.items():
+            for finding in self._check_at(name):
+                where = f"{address}: " if len(nodes) > 1 else ""
+                findings.append(finding._replace(found=where + finding.found))
+        if isinstance(self._commands.pool, PrimaryPool):
+            findings += self._commands.pool.check(self._commands.timeout)
+        return findings
+
+    def _check_at(self, name: bytes) -> list[Finding]:
+        commands = self._commands
+
+        def ask(*words: bytes) -> Any:
+            """The answer, None where the server refuses the command."""
+            try:
+                return commands.call(commands.deadline(), as_it_is, name, packed(*words))
+            except StoreUnavailable as error:
+                if isinstance(error.__cause__, ResponseError):
+                    return None
+                raise
+
+        info = ask(b"INFO", b"everything")
+        if info is None:
+            return [
+                Finding(
+                    "warning",
+                    "server",
+                    "it refuses INFO, or this user may not call it",
+                    "Its eviction policy, persistence and replicas were not looked at.",
+                )
+            ]
+        now = ask(b"TIME")
+        skew = None if now is None else int(now[0]) + int(now[1]) / 1e6 - commands.clock()
+        return checked(parsed(info), skew, self._logout_replicas)
 
 
 def parsed(info: bytes) -> dict[str, str]:

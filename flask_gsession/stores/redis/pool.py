@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import redis
@@ -327,3 +327,14 @@ def packed(*parts: bytes) -> bytes:
     for part in parts:
         pieces += (len(part), part)
     return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(parts)) % tuple(pieces)
+
+
+class Node(NamedTuple):
+    """A server that takes writes: the first slot it serves, and the connections to it.
+
+    ``failed`` is to be called when it did not answer.
+    """
+
+    first: int
+    pool: Any
+    failed: Callable[[], object]

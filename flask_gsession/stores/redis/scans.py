@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ...errors import StoreUnavailable, UnreadableRecord
-from ..base import KEY_LENGTH, Record
+from ..base import KEY_LENGTH, TICKET, Record
 from ..interrupts import reraise_interruption
-from ..parts import LOST_EXPIRY, Page, Tidied
-from .pool import hint, packed
+from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
+from .commands import Script, as_it_is
+from .layout import unpack
+from .pool import Node, hint, packed
+from .records import Records
 
+_TIDY = Script("tidy")
+_SCANS = 4  # at most, to sample the keys of a server
 _RUN_ID = re.compile(rb"run_id:(\w+)")
 _AT_ONCE = 1000  # keys that one SCAN looks at, at most: it holds everybody up
 _CURSOR = re.compile(r"(\d+):(\w*):(\d+)", re.ASCII)
-
-
-class Node(NamedTuple):
-    """A server that takes writes: the first slot it serves, and the connections to it.
-
-    ``failed`` is to be called when it did not answer.
-    """
-
-    first: int
-    pool: Any
-    failed: Callable[[], object]
 
 
 class _Found(NamedTuple):
@@ -45,34 +39,22 @@ class _Found(NamedTuple):
     cursor: str
 
 
-class Scanner:
-    """What ``RedisStore`` does for ``Scans`` and ``Upkeep``, at the nodes that it names.
+class RedisScans(Scans, Upkeep, Counts):
+    """The parts ``scans``, ``upkeep`` and ``counts`` of a Redis store."""
 
-    ``unpack`` makes a record of a key and a string.
-    """
-
-    def __init__(
-        self, prefix: str, unpack: Callable[[str, bytes], Record], now: Callable[[], int]
-    ) -> None:
-        self._unpack = unpack
-        self._now = now
-        self._start = prefix.encode()
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._commands = records.commands
+        self._start = records.names.prefix.encode()
         # What is not as long as a session key is not ours, and is left alone.
         key = rb"\{([\w-]{%d})\}(:lock)?" % KEY_LENGTH
         self._name = re.compile(re.escape(self._start) + key, re.ASCII)
         blob = rb"blob:\{[0-9a-f]{32}\}"
         self._blob = re.compile(re.escape(self._start) + blob, re.ASCII)
 
-    def scan(
-        self,
-        nodes: list[Node],
-        cursor: str,
-        limit: int,
-        begins: str,
-        deadline: float,
-        load: Callable[[str], Record | None],
-    ) -> Page:
-        """As ``Scans.scan``; ``load`` is for a key that has moved to another node by now."""
+    def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
+        deadline = self._commands.deadline()
+        nodes = self._commands.nodes(deadline)
         found = self._find(nodes, cursor, limit, b"{" + begins.encode(), deadline)
         keys: list[str] = []
         for name in found.names:
@@ -90,25 +72,50 @@ class Scanner:
                 continue
             try:
                 if isinstance(value, bytes):
-                    record: Record | None = self._unpack(key, value)
+                    record: Record | None = unpack(key, value)
                 else:  # no string, or in a cluster moving to another node
-                    record = load(key)
+                    record = self._records.load(key, deadline)
             except UnreadableRecord:
                 unreadable.append(key)
             else:
-                if record is not None and self._now() < record.idle_expires_at:
+                if record is not None and self._commands.now() < record.idle_expires_at:
                     records.append(record)
         return Page(records, unreadable, found.cursor)
 
-    def tidy(
-        self,
-        nodes: list[Node],
-        cursor: str,
-        limit: int,
-        deadline: float,
-        put_right: Callable[[bytes, int], bool] | None,
-    ) -> Tidied:
-        """As ``Upkeep.tidy``; ``put_right`` runs ``tidy.lua``, and is None to change nothing."""
+    def count(self) -> int:
+        """About how many sessions are live: of each server at most four short steps of SCAN."""
+        return sum(map(self._count_at, self._commands.servers()))
+
+    def _count_at(self, name: bytes) -> int:
+        deadline = self._commands.deadline()
+
+        def ask(*words: bytes) -> Any:
+            return self._commands.call(deadline, as_it_is, name, packed(*words))
+
+        start = self._start + b"{"
+        ticket = start + f"{TICKET}}}".encode()
+        cursor = b"0"
+        seen = ours = 0
+        for _ in range(_SCANS):
+            cursor, keys = ask(b"SCAN", cursor, b"COUNT", b"%d" % (COUNT_ALL // _SCANS))
+            seen += len(keys)
+            ours += sum(
+                key.startswith(start) and key.endswith(b"}") and key != ticket for key in keys
+            )
+            if cursor == b"0":
+                return int(ours)
+        # What comes first in a scan is a fair sample: keys lie by their hash.
+        keys_in_all: int = ask(b"DBSIZE")
+        return int(keys_in_all * ours / max(1, seen))
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        deadline = self._commands.deadline()
+        nodes = self._commands.nodes(deadline)
+
+        def put_right(name: bytes, life: int) -> bool:
+            """Whether it was still as it was found, as far as that may be tried."""
+            return dry_run or self._commands.run(deadline, _TIDY, [name], [b"%d" % life]) == b"K"
+
         node, names, end = self._find(nodes, cursor, limit, b"", deadline)
         blobs = [name for name in names if self._blob.fullmatch(name)]
         matches = [match for name in names if (match := self._name.fullmatch(name))]
@@ -119,10 +126,10 @@ class Scanner:
         found: Counter[str] = Counter()
         ends = self._ask(node, [packed(b"PTTL", blob) for blob in blobs], deadline, True)
         for blob, life in zip(blobs, ends, strict=True):
-            if life == -1 and (put_right is None or put_right(blob, LOST_EXPIRY)):
+            if life == -1 and put_right(blob, LOST_EXPIRY):
                 found["large values without expiry"] += 1
         for lock, owned in zip(locks, there, strict=True):
-            if owned == 0 and (put_right is None or self._remove(node, lock[0], deadline)):
+            if owned == 0 and (dry_run or self._remove(node, lock[0], deadline)):
                 found["orphaned locks"] += 1
         endless = [match for match, life in zip(matches, lives, strict=True) if life == -1]
         values = self._ask(node, [packed(b"GET", match[0]) for match in endless], deadline, True)
@@ -130,17 +137,17 @@ class Scanner:
             if not isinstance(value, bytes) or match[2]:  # a lock goes with its session
                 continue
             kind, life = self._verdict(match[1].decode(), value)
-            if kind and (put_right is None or put_right(match[0], life)):
+            if kind and put_right(match[0], life):
                 found[kind] += 1
         return Tidied(found, len(matches) + len(blobs), end)
 
     def _verdict(self, key: str, value: bytes) -> tuple[str, int]:
         """What a key without expiry is, and for how many milliseconds it may stay."""
         try:
-            record = self._unpack(key, value)
+            record = unpack(key, value)
         except UnreadableRecord as error:
             return ("" if error.for_others else "unreadable records"), 0
-        life = record.idle_expires_at - self._now()
+        life = record.idle_expires_at - self._commands.now()
         return ("sessions without expiry", life) if life > 0 else ("expired sessions", 0)
 
     def _remove(self, node: Node, name: bytes, deadline: float) -> bool:

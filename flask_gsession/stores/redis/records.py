@@ -1,0 +1,179 @@
+"""The verbs on records in Redis, each of them one command; a write may name a lease."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import KeyTaken
+from ..base import MAX_POINTERS, Deleted, Record, Replaced
+from .commands import Commands, Confirmation, Script, as_it_is
+from .layout import RECORD, header, pack, unpack, version
+from .pool import packed
+
+_SAVE, _RENEW = Script("save"), Script("renew")
+_REPLACE, _DELETE = Script("replace"), Script("delete")
+
+
+class Records:
+    """Keeps records. ``logout_replicas``: how many must have the end of a session."""
+
+    def __init__(self, commands: Commands, logout_replicas: int) -> None:
+        self.commands = commands
+        self.names = commands.names
+        self.logout_replicas = logout_replicas
+
+    def create(self, record: Record, deadline: float) -> bool:
+        """As ``Store.create``; whether it was not there yet."""
+        call, name = self.commands.call, self.names.record(record.key)
+        life = self.commands.life(record)
+        request = packed(b"SET", name, pack(record), b"NX", b"PX", life)
+        if call(deadline, as_it_is, name, request) is not None:
+            return True
+        there = self.load_unexpired(record.key, deadline)
+        if there is None:  # expired by its own times, though not by the server's yet
+            call(deadline, as_it_is, name, packed(b"DEL", name))
+            if call(deadline, as_it_is, name, request) is not None:
+                return True
+        if there is None or there.version != record.version:
+            raise KeyTaken
+        return False
+
+    def load(self, key: str, deadline: float) -> Record | None:
+        """As ``Store.load``."""
+
+        def parse(value: Any) -> Record | None:
+            return None if value is None else unpack(key, value)
+
+        name = self.names.record(key)
+        # ``packed``, written out: every load comes by here.
+        request = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)
+        return self.commands.call(deadline, parse, name, request)
+
+    def load_unexpired(self, key: str, deadline: float) -> Record | None:
+        """As ``load``, and None for what has expired by its own times."""
+        record = self.load(key, deadline)
+        expired = record is None or self.commands.now() >= record.idle_expires_at
+        return None if expired else record
+
+    def save(self, record: Record, expected_version: int, lease: str | None, shorten: bool) -> None:
+        """As ``Store.save``, under a lease or not."""
+        commands = self.commands
+        deadline = commands.deadline()
+        keys = [self.names.record(record.key)]
+        holder = []
+        if lease is not None:
+            keys.append(self.names.lease(record.key))
+            holder.append(lease.encode())
+        mine = version(record.version)
+        later: Record | None = record
+        while later is not None:
+            record = later
+            arguments = [
+                version(expected_version),
+                pack(record),
+                commands.life(record),
+                commands.now_text(),
+                b"" if shorten else b"%d" % record.idle_expires_at,
+                *holder,
+            ]
+            reply = commands.run(deadline, _SAVE, keys, arguments, mine)
+            later, shorten = renewed_meanwhile(record, reply)
+
+    def renew(self, record: Record, idle_expires_at: int, deadline: float) -> None:
+        """As ``Store.renew``; raises ``Gone`` instead of returning False."""
+        later = min(max(idle_expires_at, record.idle_expires_at), record.absolute_expires_at)
+        renewed = record._replace(idle_expires_at=later)
+        commands = self.commands
+        arguments = [header(RECORD, renewed), commands.life(renewed), commands.now_text()]
+        commands.run(deadline, _RENEW, [self.names.record(record.key)], arguments)
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None,
+        shorten: bool,
+    ) -> Replaced:
+        """As ``Store.replace``, under a lease or not."""
+        commands = self.commands
+        deadline = commands.deadline()
+        confirmation = Confirmation(0 if pointer else self.logout_replicas)
+        names = self.names
+        keys = [names.record(key), names.record(record.key), names.lease(key)]
+        later: Record | None = record
+        while later is not None:
+            record = later
+            left = (b"", b"0") if pointer is None else (pack(pointer), commands.life(pointer))
+            arguments = [
+                version(expected_version),
+                pack(record),
+                commands.life(record),
+                commands.now_text(),
+                *left,
+                (lease or "").encode(),
+                names.channels,
+                b"" if shorten else b"%d" % record.idle_expires_at,
+            ]
+            mine = version(record.version)
+            reply = commands.run(deadline, _REPLACE, keys, arguments, mine, confirmation)
+            later, shorten = renewed_meanwhile(record, reply)
+        return Replaced(confirmation.missing)
+
+    def delete(self, key: str) -> Deleted:
+        """As ``Store.delete`` of any version."""
+        deadline = self.commands.deadline()
+        confirmation = Confirmation(self.logout_replicas)
+        # What pointers lead to goes first, so that a repeat after a failure still finds it.
+        pointers: list[str] = []
+        ended = None
+        for _ in range(MAX_POINTERS):
+            reply = self.remove(key, deadline, confirmation=confirmation)
+            if reply[:1] != b"P":
+                ended = reply[1:] if reply[:1] == b"K" else None
+                break
+            pointers.append(key)
+            key = unpack(key, reply[1:]).successor or ""
+        for pointer in reversed(pointers):
+            self.remove(pointer, deadline, pointers=b"1")
+        # An answer may have got lost, and with it what was there.
+        record = unpack(key, ended) if ended else None
+        return Deleted(ended is not None, record, confirmation.missing)
+
+    def delete_version(self, key: str, expected_version: int, lease: str | None) -> Deleted:
+        """As ``Store.delete`` of a version, under a lease or not."""
+        confirmation = Confirmation(self.logout_replicas)
+        wanted = version(expected_version)
+        self.remove(key, self.commands.deadline(), wanted, lease=lease, confirmation=confirmation)
+        return Deleted(True, None, confirmation.missing)
+
+    def remove(
+        self,
+        key: str,
+        deadline: float,
+        wanted: bytes = b"",
+        pointers: bytes = b"0",
+        lease: str | None = None,
+        confirmation: Confirmation | None = None,
+    ) -> bytes:
+        """Run the script that deletes: the version ``wanted``, or any; ``pointers``, or none."""
+        keys = self._keys_to_remove(key, lease)
+        now, owner = self.commands.now_text(), (lease or "").encode()
+        arguments = [wanted, now, pointers, owner, self.names.channels]
+        return self.commands.run(deadline, _DELETE, keys, arguments, confirmation=confirmation)
+
+    def _keys_to_remove(self, key: str, lease: str | None) -> list[bytes]:
+        return [self.names.record(key), self.names.lease(key)]
+
+
+def renewed_meanwhile(record: Record, reply: bytes) -> tuple[Record | None, bool]:
+    """What to store instead where ``reply`` says that the session is kept for longer by now.
+
+    And whether that may be less than the stored expiry, for it is limited by the absolute one.
+    """
+    if reply[:1] != b"R":
+        return None, False
+    stored = int(reply[1:].partition(b" ")[0])
+    end = record.absolute_expires_at
+    return record._replace(idle_expires_at=min(stored, end)), stored > end
