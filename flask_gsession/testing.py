@@ -724,6 +724,19 @@ class StoreContract:
             for record in (first, second, third):
                 assert store.load(record.key) is None
 
+    def test_delete_follows_many_pointers(self) -> None:
+        """As of a session that was rotated again and again within the grace of its first token."""
+        with self._store() as (store, clock):
+            first = last = a_record(clock)
+            store.create(first)
+            for _ in range(20):
+                rotated = a_record(clock)
+                store.replace(last.key, rotated, last.version, a_pointer(last, rotated))
+                last = rotated
+            assert store.delete(first.key)
+            assert store.load(first.key) is None
+            assert store.load(last.key) is None
+
     def test_delete_may_say_what_ended(self) -> None:
         with self._store() as (store, clock):
             record, expired, old, new = (a_record(clock, idle=idle) for idle in (60, 1, 60, 60))

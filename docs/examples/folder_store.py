@@ -12,7 +12,15 @@ from pathlib import Path
 import msgspec
 
 from flask_gsession.errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
-from flask_gsession.stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds
+from flask_gsession.stores.base import (
+    MAX_POINTERS,
+    Clock,
+    Deleted,
+    Record,
+    Store,
+    milliseconds,
+    too_many_pointers,
+)
 from flask_gsession.stores.parts import MORE, Tidied, itself
 
 
@@ -99,9 +107,10 @@ class FolderStore(Store):
             chain = [key]
             while record is not None and record.successor is not None:
                 if len(chain) == MAX_POINTERS:
-                    return Deleted(False)
-                chain.append(record.successor)
-                record = self._unexpired(chain[-1])
+                    raise too_many_pointers()
+                successor = record.successor
+                record = None if successor in chain else self._unexpired(successor)
+                chain.append(successor)
             # The pointers last: after a crash in between, a repeat finds the session.
             for link in reversed(chain):
                 self._remove(link)

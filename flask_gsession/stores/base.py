@@ -12,12 +12,15 @@ from collections.abc import Callable
 from string import ascii_letters, digits
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import StoreUnavailable
+
 if TYPE_CHECKING:
     from .parts import Blobs, Checks, Counts, Leases, Scans, Upkeep
 
 Clock = Callable[[], float]
 
-MAX_POINTERS = 8
+#: So many rotations may lie within the grace of the first one.
+MAX_POINTERS = 1000
 KEY_LENGTH = 43  # of a session key
 #: The key of the record that says which process cleans up until when, and then that it was done.
 #: It is no session's key: its last character is one that no digest ends with.
@@ -31,7 +34,7 @@ class Record(NamedTuple):
     ``version`` is drawn at random for each write, so that a writer recognises its own.
     ``idle_expires_at`` is never past ``absolute_expires_at``, so it is when the record ends.
     A record with a ``successor`` is a pointer: the session was rotated to that key. A chain of
-    pointers is at most ``MAX_POINTERS`` long; what is longer leads nowhere.
+    pointers is at most ``MAX_POINTERS`` long; a longer one can't be followed.
     """
 
     key: str
@@ -177,6 +180,13 @@ def unexpired(store: Store, key: str, now: int) -> Record | None:
 def new_version() -> int:
     """A version for a write: 63 random bits, never 0."""
     return int.from_bytes(os.urandom(8), "big") >> 1 or 1
+
+
+def too_many_pointers() -> StoreUnavailable:
+    """What ``delete`` raises, before it has deleted anything, for a chain that is too long."""
+    return StoreUnavailable(
+        f"more than {MAX_POINTERS} rotations within their grace: this token can't be followed"
+    )
 
 
 def milliseconds(clock: Clock) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
 from ..processes import process
-from .base import MAX_POINTERS, TICKET, Deleted, Record, Store, milliseconds
+from .base import TICKET, Deleted, Record, Store, milliseconds
 from .lease import Lease
 from .parts import Page, Tidied, itself
 from .support import StoreOptions
@@ -110,14 +110,13 @@ class MemoryStore(Store):
         return Deleted(record is not None, record)
 
     def _pop(self, key: str) -> Record | None:
-        for _ in range(MAX_POINTERS):
+        while True:  # each pointer goes, so there is an end
             record = self._unexpired(key)
             self._records.pop(key, None)
             self._drop_lease(key)
             if record is None or record.successor is None:
                 return record
             key = record.successor
-        return None
 
     def count(self) -> int:
         now = milliseconds(self._clock)

@@ -60,6 +60,7 @@ from ..base import (
     Store,
     is_session_key,
     milliseconds,
+    too_many_pointers,
 )
 from ..interrupts import interruption
 from ..lease import LONGEST_LEASE, WAITER_LIFE, Lease, poll
@@ -318,7 +319,7 @@ class MongoDBStore(Store):
     def _pop(self, key: str, collection: SessionCollection) -> tuple[str, _Document | None]:
         """Delete a session, through pointers; where it was, and what was there."""
         # What pointers lead to goes first, so that a repeat after a failure still finds it.
-        pointers: list[Record] = []
+        pointers: dict[str, Record] = {}
         ended: _Document | None = None
         for _ in range(MAX_POINTERS):
             try:
@@ -332,11 +333,15 @@ class MongoDBStore(Store):
             there = None if ended is not None else self._read(key, collection)
             if there is None or there.successor == _ENDED:
                 break
-            pointers.append(there)
+            pointers[key] = there
             if not there.successor or self._now() >= there.idle_expires_at:
                 break
             key = there.successor
-        for pointer in reversed(pointers):
+            if key in pointers:
+                break
+        else:
+            raise too_many_pointers()
+        for pointer in reversed(pointers.values()):
             collection.delete_one(self._is_version(pointer.key, pointer.version))
         return key, ended
 

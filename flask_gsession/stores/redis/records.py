@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import KeyTaken
-from ..base import MAX_POINTERS, Deleted, Record, Replaced
+from ..base import MAX_POINTERS, Deleted, Record, Replaced, too_many_pointers
 from .commands import Commands, Confirmation, Script, as_it_is
 from .layout import RECORD, header, pack, unpack, version
 from .pool import packed
@@ -126,15 +126,19 @@ class Records:
         deadline = self.commands.deadline()
         confirmation = Confirmation(self.logout_replicas)
         # What pointers lead to goes first, so that a repeat after a failure still finds it.
-        pointers: list[str] = []
+        pointers: dict[str, None] = {}
         ended = None
         for _ in range(MAX_POINTERS):
             reply = self.remove(key, deadline, confirmation=confirmation)
             if reply[:1] != b"P":
                 ended = reply[1:] if reply[:1] == b"K" else None
                 break
-            pointers.append(key)
+            pointers[key] = None
             key = unpack(key, reply[1:]).successor or ""
+            if key in pointers:
+                break
+        else:
+            raise too_many_pointers()
         for pointer in reversed(pointers):
             self.remove(pointer, deadline, pointers=b"1")
         # An answer may have got lost, and with it what was there.

@@ -39,7 +39,7 @@ from ...errors import (
 )
 from ...events import logger
 from ...processes import is_at_work, process
-from ..base import MAX_POINTERS, TICKET, Deleted, Record, Store, milliseconds
+from ..base import TICKET, Deleted, Record, Store, milliseconds
 from ..interrupts import reraise_interruption
 from ..lease import Lease, poll
 from ..parts import COUNT_ALL, MORE, Finding, Page, Tidied, itself
@@ -389,14 +389,13 @@ class SQLiteStore(Store):
         return Deleted(record is not None, record)
 
     def _pop(self, db: sqlite3.Connection, record: Record | None, now: int) -> Record | None:
-        for _ in range(MAX_POINTERS):
+        while True:  # each pointer goes, so there is an end
             if record is None:
                 return None
             self._remove(db, record.key)
             if record.successor is None or now >= record.idle_expires_at:
                 return record if record.is_live(now) else None
             record = self._select(db, record.successor)
-        return None
 
     @_on_connection
     def count(self, db: sqlite3.Connection) -> int:
