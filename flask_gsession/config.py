@@ -70,6 +70,7 @@ class Settings:
     lock_timeout: float = 10.0
     lock_wait: float = 5.0
     lock_waiters: int = 10
+    lock_client_waiters: int | None = 10
     lock_warn: float | None = 1.0
     schema: object = None
     debug: bool = False
@@ -134,6 +135,7 @@ class SettingKeywords(TypedDict, total=False):
     lock_timeout: Seconds
     lock_wait: Seconds
     lock_waiters: int
+    lock_client_waiters: int | None
     lock_warn: Seconds | None
     schema: object
     debug: bool
@@ -345,6 +347,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lock_timeout": ("SESSION_LOCK_TIMEOUT", lock_timeout),
     "lock_wait": ("SESSION_LOCK_WAIT", lock_wait),
     "lock_waiters": ("SESSION_LOCK_WAITERS", _integer(0, 10_000, "waiting requests")),
+    "lock_client_waiters": (
+        "SESSION_LOCK_CLIENT_WAITERS",
+        _optional(_integer(0, 10_000, "waiting requests")),
+    ),
     "lock_warn": ("SESSION_LOCK_WARN", _optional(_seconds(0, 3600))),
     "schema": ("SESSION_SCHEMA", lambda value: value),
     "debug": ("SESSION_DEBUG", _flag),

@@ -26,7 +26,7 @@ ROWS = [
     ["request.state"],
     ["request.tracking"],
     ["keeper"],
-    ["tracing", "request.placing"],
+    ["tracing", "request.placing", "request.waiting"],
     ["request.lifecycle"],
     ["request.writing"],
     ["request.large", "request.transactions", "request.locking"],

@@ -36,6 +36,7 @@ from ..stores.base import MAX_POINTERS
 from ..stores.parts import Leases
 from .lifecycle import Lifecycle
 from .state import Block, current_block
+from .waiting import client, may_wait, stop_waiting
 from .writing import commit
 
 S = TypeVar("S")
@@ -237,6 +238,14 @@ class Lock(Generic[S]):
 
     def _stand_in_line(self, key: str, until: float) -> bool:
         """Whether the lease is held now; False where the session is under ``key`` no more."""
+        address = client()
+        try:
+            return self._wait_in_line(key, until, address)
+        finally:
+            stop_waiting(address, self._owner)
+
+    def _wait_in_line(self, key: str, until: float, address: str) -> bool:
+        most = self._life.keeper.settings.lock_client_waiters
         waiters = self._life.keeper.settings.lock_waiters if self._wait else 0
         self._key = key
         while True:
@@ -262,6 +271,13 @@ class Lock(Generic[S]):
             if left <= 0 or self._abandoned:
                 raise SessionLocked(
                     f"The lock of the session was not free within {self._wait:g} seconds"
+                )
+            if not may_wait(address, self._owner, most):
+                self._give_back()
+                self._key = None
+                raise SessionLocked(
+                    f"{most} requests of this client wait for locks in this process already "
+                    "(SESSION_LOCK_CLIENT_WAITERS)"
                 )
             self._store.wait_for_release(key, self._owner, min(left, pause / 1000))
 
