@@ -156,7 +156,7 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_MAX_DEPTH": [*NO_COUNT, 201],
     "SESSION_SPILL_BYTES": [*(value for value in NO_COUNT if value is not None), 255],
     "SESSION_SPILL_STORE": [7, b"file:///large", {}, Path("a"), MemoryStore, "", "/large"],
-    "SESSION_LOCK_CLIENT_WAITERS": [*(bad for bad in NO_COUNT if bad is not None), 10_001],
+    "SESSION_LOCK_CLIENT_WAITERS": ["5", 5.0, True, [5], -1, 10_001],
     "SESSION_NEWCOMERS_PER_MINUTE": [*(bad for bad in NO_COUNT if bad is not None), 0, 1_000_001],
     "SESSION_NEWCOMER_TIMEOUT": [*NO_DURATION, None, 0, 86_401],
     "SESSION_MAX_TOTAL_BYTES": [*(bad for bad in NO_COUNT if bad is not None), 255, 2**30 + 1],
