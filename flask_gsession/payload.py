@@ -25,7 +25,7 @@ times; such a payload is refused, since anybody who can write to the store could
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 from zlib import crc32
 
 from msgspec import Meta, Struct
@@ -70,6 +70,9 @@ class Body(Struct, array_like=True, gc=False):
     def __repr__(self) -> str:
         size = sum(map(len, self.values.values()))
         return f"<Body: {len(self.values)} keys, {size} bytes>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("keys", len(self.values))]
 
 
 class PayloadFormat:

@@ -43,6 +43,9 @@ class Reference(NamedTuple):
     length: int
     frame: int
 
+    def __repr__(self) -> str:
+        return f"<Reference to {self.name}: {self.length} bytes>"
+
     @property
     def name(self) -> str:
         """The name of the blob."""

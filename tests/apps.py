@@ -292,7 +292,7 @@ class InsideMemory(Inside):
         self._store = store
 
     def stored(self) -> dict[str, bytes]:
-        return {key: repr(record).encode() for key, record in self._store._records.items()}
+        return {key: repr(tuple(record)).encode() for key, record in self._store._records.items()}
 
     def blobs(self) -> dict[str, list[bytes]]:
         return {name: [*blob.frames.values()] for name, blob in self._store._blobs.items()}

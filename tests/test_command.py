@@ -7,11 +7,12 @@ import os
 import pty
 import re
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.codec import Codec
 from flask_gsession.contrib.ratelimit import SessionLimits
-from flask_gsession.errors import UnreadableRecord
+from flask_gsession.errors import StoreError, UnreadableRecord
 from flask_gsession.events import SessionRevoked
 from flask_gsession.stores import Record
 from flask_gsession.stores.base import Deleted
@@ -119,6 +120,43 @@ def test_list(site: Site, console: Console) -> None:
     assert len(short.stdout.splitlines()) == 2
     assert "There are more" in short.stderr
     assert not {*made} & {line.split(" ")[0] for line in lines}
+
+
+def test_a_record_with_times_of_no_calendar_hides_no_other(site: Site, console: Console) -> None:
+    """A bug, a broken clock, or somebody who can write to the store."""
+    made, store = handles(site, 3), site.store.store
+    (record,) = (found for found in [store.load(made[0])] if found is not None)
+    bad = {}
+    for letter, created, end in (
+        ("A", 2**48 - 1, 2**48 - 1),
+        ("B", -1, 2**45),
+        ("C", 0, 2**48 - 1),
+    ):
+        bad[letter * 43] = record._replace(
+            key=letter * 43,
+            version=record.version + len(bad) + 1,
+            created_at=created,
+            idle_expires_at=end,
+            absolute_expires_at=end,
+        )
+        with suppress(
+            StoreError, OverflowError, struct.error
+        ):  # what a store refuses is not stored
+            store.create(bad[letter * 43])
+    for words in (("list",), ("list", "--json")):
+        listed = console.done(*words)
+        assert all(handle in listed for handle in made)
+        assert ("A" * 43 in listed) is ("(no-date)" in listed)
+    for key in bad:
+        shown = console.run("show", key)
+        assert shown.exit_code == 1
+        assert isinstance(shown.exception, SystemExit)
+        assert key in shown.stderr
+    console.done("show", made[1])
+    console.done("stats")
+    console.done("export", "-")
+    console.run("revoke", "--all", "--yes")
+    assert console.done("list") == ""
 
 
 def test_more_sessions_than_a_page_has(console: Console, site: Site) -> None:

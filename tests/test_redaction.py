@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
+import time
 from decimal import Decimal
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from markupsafe import Markup
 
 from flask_gsession.redaction import HIDDEN, is_secret, shown_name, shown_value
@@ -95,3 +99,38 @@ def test_a_key_that_holds_a_secret_is_cut() -> None:
     )
     assert shown_name("line\nbreak") == "line\\nbreak"
     assert len(shown_name("a b " * 100)) < 70
+
+
+# Clients choose names -------------------------------------------------------------------------
+
+BEFORE = re.compile(  # the pattern that was simple, and slow
+    r"(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{16,}|[A-Za-z0-9]{32,}",
+    re.ASCII,
+)
+
+
+@given(
+    st.text(st.sampled_from("aZ0_- é"), max_size=80) | st.text(st.sampled_from("aB3"), max_size=80)
+)
+def test_what_looks_random_is_cut(name: str) -> None:
+    expected = ascii(BEFORE.sub(lambda found: found[0][:4] + "...", name))[1:-1]
+    shown = shown_name(name)
+    assert shown == expected or shown == expected[:60] + "..."
+
+
+@pytest.mark.parametrize(
+    "piece", ["ab-", "verif", "confirm", "a", "A-", "Z", "0_", "verification code", "auth", "pin"]
+)
+@pytest.mark.parametrize("look", [shown_name, is_secret])
+def test_a_long_name_takes_no_longer_than_its_length(look: Any, piece: str) -> None:
+    """Ten times as long, about ten times as much: not a hundred times."""
+
+    def fastest(length: int) -> float:
+        name, times = piece * (length // len(piece)), []
+        for _ in range(3):
+            begin = time.thread_time()
+            look(name)
+            times.append(time.thread_time() - begin)
+        return min(times)
+
+    assert fastest(200_000) < max(0.1, 40 * fastest(20_000))

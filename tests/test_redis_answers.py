@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import InvalidResponse, ResponseError
 
 from flask_gsession.errors import StoreUnavailable, UnreadableRecord
 from flask_gsession.stores import StoreOptions, open_store
@@ -22,7 +22,7 @@ from flask_gsession.testing import FakeClock, HookedStore, a_blob, a_pointer, a_
 from tests.apps import Site, within
 from tests.conftest import PATIENT_WAITER
 from tests.console import Console
-from tests.servers import HAS_OLDEST_REDIS, OldestRedisServer, RedisServer
+from tests.servers import HAS_OLDEST_REDIS, OldestRedisServer, RedisServer, redis_server
 from tests.test_redis_servers import OnServers
 from tests.topologies import HOST, RedisACL, RedisCluster, RedisSentinels, until
 
@@ -578,3 +578,55 @@ def test_oom(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
     finally:
         admin.config_set("maxmemory", 0)
     store.close()
+
+
+class Refusing:
+    """A server that answers each write with an error that quotes what it was sent."""
+
+    def __init__(self, quote: str) -> None:
+        self.quote = quote
+
+    def __call__(self, request: bytes) -> Exception:
+        kind = InvalidResponse if self.quote.startswith("Protocol") else ResponseError
+        return kind(self.quote % repr(request))
+
+
+@pytest.mark.parametrize(
+    "quote",
+    [
+        "unknown command `EVALSHA`, with args beginning with: %s",
+        "unknown command 'EVALSHA', with args beginning with: 'f1' 'x:' %s",
+        "ERR of a proxy: %s",
+        "Protocol Error: %s",
+    ],
+)
+def test_an_error_of_the_server_shows_no_value(
+    store_prefix: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, quote: str
+) -> None:
+    """Neither what is raised, nor its causes, nor the log."""
+    with Site(redis_server().url, store_prefix, time.time) as site:
+        errors: list[BaseException] = []
+        site.app.errorhandler(StoreUnavailable)(lambda error: (errors.append(error), ("", 503))[1])
+        store: Any = site.store.store
+        slot, refuse = store._pool.take(time.monotonic() + 10), Refusing(quote)
+        store._pool.give(slot)
+        ask = type(slot).ask
+
+        def asked(slot: Any, request: bytes) -> Any:
+            if b"plague" in request:
+                raise refuse(request)
+            return ask(slot, request)
+
+        monkeypatch.setattr(type(slot), "ask", asked)
+        caplog.set_level("DEBUG")
+        visitor = site.visitor()
+        response = visitor.ask(lambda session: session.update(note="diagnosis: plague"))
+        assert response.status_code == 503
+        assert errors
+        chain, said = list(errors), [caplog.text, response.text]
+        while chain:
+            error = chain.pop()
+            said += [str(error), repr(error), repr(error.args)]
+            chain += [each for each in (error.__cause__, error.__context__) if each is not None]
+        assert not [text for text in said if "plague" in text]
+        assert any(quote.split(":")[0][:11] in text for text in said)

@@ -16,6 +16,7 @@ from flask import current_app
 from ..errors import StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
+from ..marks import END_OF_TIME
 from ..stores import Record, Scans
 from ..stores.base import KEY_LENGTH, is_session_key
 from ..stores.memory import MemoryStore
@@ -197,7 +198,9 @@ def is_terminal() -> bool:
 
 
 def moment(milliseconds: int) -> str:
-    """A time as text, in UTC."""
+    """A time as text, in UTC. A record of somebody else's making may have one that is none."""
+    if not 0 <= milliseconds < END_OF_TIME:
+        return "(no-date)"
     time_ = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return time_.isoformat(timespec="seconds").replace("+00:00", "Z")
 

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import click
 import msgspec
@@ -86,6 +86,12 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     payload: Annotated[bytes, msgspec.Meta(max_length=16 * 1024 * 1024)]  # as base64
     successor: _Key | None = None
 
+    def __repr__(self) -> str:
+        return f"<_Row {self.key}: {len(self.payload)} bytes>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("key", self.key)]
+
 
 class _Frame(msgspec.Struct, forbid_unknown_fields=True):
     blob: _Blob
@@ -94,6 +100,12 @@ class _Frame(msgspec.Struct, forbid_unknown_fields=True):
     key: _Key  # of the session, and its version
     version: _Version
     expires_at: _Time
+
+    def __repr__(self) -> str:
+        return f"<_Frame of {self.blob}: {len(self.frame)} bytes>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("blob", self.blob)]
 
 
 class _Last(msgspec.Struct, forbid_unknown_fields=True):

@@ -357,7 +357,7 @@ class TrackedValues:
             if value is self._live.get(key):  # it was put back
                 continue
             try:
-                now = self._codec.encode(key, value)
+                now = self.encode(key, value)
                 lost = now != raw and now != split(self.raw(key) or raw)[1]
             except ValueRefused:
                 lost = True
@@ -411,7 +411,7 @@ class TrackedValues:
             return
         if as_it_is:
             try:
-                raw = self._codec.encode(key, value)
+                raw = self.encode(key, value)
             except ValueRefused:
                 return
         if raw is not None:

@@ -45,6 +45,11 @@ class Record(NamedTuple):
     payload: bytes
     successor: str | None = None
 
+    def __repr__(self) -> str:
+        """Without the payload: logs and error trackers keep what they are shown."""
+        what = f"{len(self.payload)} bytes" if self.successor is None else f"to {self.successor}"
+        return f"<Record {self.key}, version {self.version}: {what}>"
+
     def is_live(self, now: int) -> bool:
         """Whether the record is neither expired at ``now`` nor a pointer."""
         return self.successor is None and now < self.idle_expires_at

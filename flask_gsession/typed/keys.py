@@ -45,6 +45,9 @@ class _Found(NamedTuple):
     value: Any
     there: bool
 
+    def __repr__(self) -> str:
+        return f"<_Found: {'a value' if self.there else 'none'}>"
+
 
 class _Known:
     """What a request knows of a key: swapped in one assignment, since threads may share it."""

@@ -809,8 +809,9 @@ def _reason(error: Exception, collection: SessionCollection) -> str:
     elif isinstance(error, WriteConcernError):
         text = f"not confirmed by a majority: {_code(error)}"
     else:
-        # A server's own words can hold the whole command.
+        # A server's own words can hold the whole command; whoever logs the cause would show them.
         text = _code(error) + _HINTS.get(error.code or 0, "")
+        error.args = (text,)
     where = "" if collection is None else _addresses(collection.database.client)
     if not where or any(address in text for address in where.split(",")):
         return f"{type(error).__name__}: {text}"

@@ -31,7 +31,7 @@ from .blobs import RedisBlobs
 from .commands import Commands, Confirmation, Script
 from .layout import pack, version
 from .leases import RedisLeases, ask_for_lease
-from .pool import AllInUse, ConnectionPool, Node, bounded, packed
+from .pool import AllInUse, ConnectionPool, Node, bounded, packed, said
 from .records import Records, renewed_meanwhile
 from .servers import Address, connections_of, servers_of
 from .store import RedisStore
@@ -129,7 +129,7 @@ class Cluster:
                 raise
             except (RedisError, OSError) as error:
                 reraise_interruption(error)
-                last = f"; {type(error).__name__}: {error}"
+                last = f"; {said(error)}"
                 continue
             if owners:
                 self._owners = owners
@@ -171,7 +171,7 @@ class ClusterCommands(Commands):
                 names.setdefault(self._cluster.owner(key_slot(name), deadline), name)
         except (RedisError, OSError) as error:
             reraise_interruption(error)
-            raise StoreUnavailable(f"redis: {error}") from error
+            raise StoreUnavailable(f"redis: {said(error)}") from error
         return {name: f"{host}:{port}" for (host, port), name in names.items()}
 
     def nodes(self, deadline: float) -> list[Node]:

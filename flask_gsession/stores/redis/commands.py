@@ -36,7 +36,7 @@ from ..base import Record, milliseconds
 from ..interrupts import reraise_interruption
 from ..support import StoreOptions, count_round_trip
 from .layout import Names
-from .pool import AllInUse, Node, hint, packed
+from .pool import AllInUse, Node, hint, packed, said
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Confirmation:
         except (RedisError, OSError) as error:
             slot.connection.disconnect()
             reraise_interruption(error)
-            self.missing = f"redis: WAIT: {type(error).__name__}: {error}"
+            self.missing = f"redis: WAIT: {said(error)}"
 
 
 class Commands:
@@ -294,8 +294,8 @@ def as_it_is(answer: Any) -> Any:
 
 
 def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
-    name = request.split(b"\r\n", 3)[2].decode()
+    name, advice = request.split(b"\r\n", 3)[2].decode(), hint(error)
     return StoreUnavailable(
-        f"redis: {name}: {type(error).__name__}: {error}{hint(error)}",
+        f"redis: {name}: {said(error)}{advice}",
         contention=isinstance(error, AllInUse),
     )

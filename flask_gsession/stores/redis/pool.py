@@ -12,7 +12,7 @@ from weakref import ref
 
 import redis
 from redis._parsers import _HiredisParser
-from redis.exceptions import AuthenticationError, ResponseError
+from redis.exceptions import AuthenticationError, InvalidResponse, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -22,6 +22,11 @@ _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")
 #: Redis before 7.0 tells an error of a command in a script as one of the script.
 _IN_SCRIPT = re.compile(r"^Error running script .*@user_script: ?\d+: -?([A-Z]{2,} .*)", re.DOTALL)
+#: In one line of ASCII, with no quotation marks but those around the name of a command. An
+#: apostrophe within a word is none.
+_WORDS = re.compile(
+    r"(?:[ !#-&(-_a-~]|(?<=[a-z])'(?=[a-z])|(?<=command |run the )(['`])[A-Za-z|]{1,40}\1){0,300}"
+)
 _LOOK_FOR_LOST = 0.1  # seconds
 _IDLE = 1.0  # seconds after which a server is likely to have closed a connection
 
@@ -33,6 +38,18 @@ def hint(error: Exception) -> str:
     if re.search("access (one of the keys|a key)", str(error)):  # as Redis 7 and 8 put it
         return " (may it use those that begin with SESSION_KEY_PREFIX?)"
     return ""
+
+
+def said(error: Exception) -> str:
+    """An error in words, up to anything that a server may quote in it; the error is cut, too.
+
+    Its answer can hold the arguments of the command that it refuses, values included, and whoever
+    logs the error with its causes would show them.
+    """
+    if isinstance(error, (ResponseError, InvalidResponse)):
+        words = _WORDS.match(str(error))
+        error.args = (words[0].strip() if words else "",)
+    return f"{type(error).__name__}: {error}"
 
 
 class AllInUse(RedisTimeoutError):

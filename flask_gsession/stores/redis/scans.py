@@ -21,7 +21,7 @@ from ..interrupts import reraise_interruption
 from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
 from .commands import Script, as_it_is
 from .layout import unpack
-from .pool import Node, hint, packed
+from .pool import Node, hint, packed, said
 from .records import Records
 
 _TIDY = Script("tidy")
@@ -213,7 +213,7 @@ class RedisScans(Scans, Upkeep, Counts):
                 reraise_interruption(error)
                 if last or not isinstance(error, RedisConnectionError):
                     node.failed()
-                    detail = f"redis: SCAN: {type(error).__name__}: {error}"
+                    detail = f"redis: SCAN: {said(error)}"
                     raise StoreUnavailable(detail) from error
                 node.pool.distrust()
         raise AssertionError("not reached")
@@ -221,7 +221,6 @@ class RedisScans(Scans, Upkeep, Counts):
 
 def _answered(answer: Any) -> Any:
     if isinstance(answer, ResponseError):
-        raise StoreUnavailable(
-            f"redis: {type(answer).__name__}: {answer}{hint(answer)}"
-        ) from answer
+        advice = hint(answer)
+        raise StoreUnavailable(f"redis: {said(answer)}{advice}") from answer
     return answer

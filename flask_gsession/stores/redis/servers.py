@@ -22,7 +22,7 @@ from redis.retry import Retry
 from ..interrupts import reraise_interruption
 from ..parts import Finding
 from ..urls import without_hosts
-from .pool import ConnectionPool, Slot, bounded, packed
+from .pool import ConnectionPool, Slot, bounded, packed, said
 
 # A primary that was replaced on request takes writes for seconds, which are lost: so connections
 # that work are no proof, and the sentinels are asked again after so many seconds.
@@ -106,7 +106,7 @@ class Sentinels:
                 answer = ask_once(make, request, share)
             except (RedisError, OSError) as error:
                 reraise_interruption(error)
-                last = f"; {type(error).__name__}: {error}"
+                last = f"; {said(error)}"
                 continue
             if isinstance(answer, list) and len(answer) == 2:
                 self._makes = [make, *(each for each in self._makes if each is not make)]
