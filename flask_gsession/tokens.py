@@ -13,6 +13,7 @@ import re
 import secrets
 from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from msgspec import Struct
 
@@ -90,6 +91,9 @@ class Checked(Struct, frozen=True, gc=False):
 
     def __repr__(self) -> str:
         return f"Checked(reason={self.reason!r}, outdated={self.outdated})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("reason", self.reason), ("outdated", self.outdated)]
 
 
 class TokenSigner:

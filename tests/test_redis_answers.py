@@ -608,8 +608,8 @@ def test_an_error_of_the_server_shows_no_value(
         errors: list[BaseException] = []
         site.app.errorhandler(StoreUnavailable)(lambda error: (errors.append(error), ("", 503))[1])
         store: Any = site.store.store
-        slot, refuse = store._pool.take(time.monotonic() + 10), Refusing(quote)
-        store._pool.give(slot)
+        slot, refuse = store._commands.pool.take(time.monotonic() + 10), Refusing(quote)
+        store._commands.pool.give(slot)
         ask = type(slot).ask
 
         def asked(slot: Any, request: bytes) -> Any:

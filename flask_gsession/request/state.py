@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import ContextVar
 from enum import Enum
+from typing import Any
 
 from msgspec import Struct
 
@@ -33,7 +34,17 @@ class Presented(Struct, frozen=True, gc=False):
     by_header: bool = False
 
 
-class Seen(Struct, frozen=True):
+class _Discreet(Struct, frozen=True):
+    """Shows no fields: error trackers keep what they are shown."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
+
+
+class Seen(_Discreet, frozen=True):
     """What this request knows of the stored session; the version guards exactly these values.
 
     ``token`` is None while the client holds no current token: it has none, or an old one within
@@ -92,7 +103,7 @@ class Trouble(Struct, frozen=True):
     unseen: bool = False
 
 
-class Attempt(Struct, frozen=True):
+class Attempt(_Discreet, frozen=True):
     """A write that was sent. It stays noted until its outcome is known.
 
     ``changes`` are the request's own among its values, which stay pending until then.

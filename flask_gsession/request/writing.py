@@ -55,7 +55,7 @@ class LostRace(SessionConflict):
     """A transaction could not be stored: another request was faster."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # which would show the values
 class Edit:
     """What is to be stored over what was ``seen``.
 
