@@ -1,5 +1,6 @@
 """Redis as production runs it: sentinels, a cluster, TLS, a user of the least rights."""
 
+import ctypes
 import json
 import os
 import re
@@ -669,12 +670,13 @@ def several(request: pytest.FixtureRequest) -> RedisSentinels | RedisCluster:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("fork", [os.fork, ctypes.PyDLL(None).fork], ids=["Python's", "C's"])
 def test_a_fork_shares_no_connection(
-    several: RedisSentinels | RedisCluster, open_shop: Opener
+    fork: Callable[[], int], several: RedisSentinels | RedisCluster, open_shop: Opener
 ) -> None:
     shop = open_shop(several.url)
     assert shop.count() == 1
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:

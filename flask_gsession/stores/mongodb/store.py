@@ -169,7 +169,7 @@ class MongoDBStore(Store):
         self._direct = False
         self._pid = 0
         self._indexed: set[str] = set()
-        self._begin()
+        self._lock = threading.Lock()
         process.register(self._begin)
         warn_without_threads("PyMongo notices late that a server went down or came back")
         logging.getLogger("pymongo.command").addFilter(NO_PAYLOADS)
@@ -653,7 +653,12 @@ class MongoDBStore(Store):
         return _Call(self, operation)
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()  # another thread of the parent may have held it
+        """In a forked process: leave what another thread of the parent may have held or used."""
+        self._lock = threading.Lock()
+        if not isinstance(self._source, str) and hasattr(self._source, "_after_fork"):
+            # PyMongo's own hook, which a fork in C doesn't run. Without it the client has no
+            # monitors, and shares the server's sessions: of two writes one is taken for a repeat.
+            self._source._after_fork()
 
     def _connect(self) -> Any:
         process.notice()
