@@ -181,29 +181,6 @@ def test_a_strike_at_any_line_harms_no_later_call(
     assert held
 
 
-def test_no_server_session_is_in_two_hands(mongodb_url: str, store_prefix: str) -> None:
-    """Of two threads that use one, MongoDB takes the second write for a repeat of the first."""
-    store: Any = open_store(mongodb_url, StoreOptions(store_prefix, timeout=PATIENCE))[0]
-    record = a_record(time.time)
-    store.create(record)
-    pool = store._collection_of_client.database.client._topology._session_pool
-    files = ("pymongo/synchronous/client_session.py", "pymongo/synchronous/mongo_client.py")
-    number, struck = 0, True
-    with handler(TooLong):
-        while struck:
-            number += 1
-            call, _ = saving(store, record)
-            with suppress(TooLong):
-                struck = contextvars.copy_context().run(struck_at, number, files, call)
-            assert len({id(session) for session in pool}) == len(pool)
-            there = store.load(record.key)
-            assert there is not None
-            record = there
-    assert number > 20
-    store.delete(record.key)
-    store.close()
-
-
 def test_what_strikes_the_decoder_corrupts_nothing(mongodb_url: str, store_prefix: str) -> None:
     """The driver calls it invalid BSON: the record is read again, where nothing strikes."""
     store: Any = open_store(mongodb_url, StoreOptions(store_prefix, timeout=PATIENCE))[0]
