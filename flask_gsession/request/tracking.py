@@ -194,7 +194,7 @@ class TrackedValues:
             raw = self.stored.get(key)
             if raw is None:
                 self._base[key] = None
-            else:
+            elif key not in self._seen:
                 self._seen = {*self._seen, key}
             return raw
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 _NONE: Any = object()  # no value
+_SHARED = IMMUTABLE - {frozenset}  # needn't be copied; a frozenset may hold an object that must
 _HANDED_OUT = 32  # values that a request may change and give back
 
 
@@ -335,10 +336,11 @@ class SessionKey(Generic[T]):
         if type(stored) is not dict or not IMMUTABLE.issuperset(map(type, stored.values())):
             session._open().encode(self.name, stored)  # raises for what is nested too deep
         session._put(self.name, stored, self.mark(keeper.now))
-        if self._merge is not None or keeper.merger.policies:
-            merge = self.merge_function(keeper.merger.policies.get(self.name))
-            if merge is not None:
-                session._merges[self.name] = merge
+        policy = keeper.merger.policies.get(self.name)
+        if self._merge is not None or policy is not None:
+            merge = self.merge_function(policy)
+            assert merge is not None  # since there is one
+            session._merges[self.name] = merge
         if not self._form.is_plain:
             self._known(session).hand_out(value)
         return value  # type: ignore[no-any-return]  # by the schema
@@ -427,9 +429,11 @@ class SessionKey(Generic[T]):
 def _fresh(value: Any) -> Any:
     """A copy that its receiver may change."""
     kind = type(value)
-    if (kind in IMMUTABLE and kind is not frozenset) or isinstance(value, Enum):
+    if kind in _SHARED or isinstance(value, Enum):
         return value
     if kind is dict:
+        if _SHARED.issuperset(map(type, value.values())):
+            return value.copy()
         return {key: _fresh(item) for key, item in value.items()}
     if kind is list:
         return [_fresh(item) for item in value]

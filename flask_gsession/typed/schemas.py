@@ -85,7 +85,7 @@ class Form:
         ``value``: as it is sent or as ``get`` gives it. Where both readings are possible, what was
         ``handed_out`` is the latter; any other is the former, unless keys would be lost by that.
         """
-        if handed_out or not isinstance(value, _SENT):
+        if handed_out or not (type(value) is dict or isinstance(value, _SENT)):
             try:
                 return self._proven(value)
             except Exception as error:
