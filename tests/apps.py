@@ -470,15 +470,12 @@ def within(seconds: float, act: Callable[[], T]) -> T:
 @contextmanager
 def hasty(store: Any, seconds: float) -> Iterator[None]:
     """For the length of the block a call of a Redis or MongoDB store may take this long only."""
-    timed, name = (
-        (store._commands, "timeout") if hasattr(store, "_commands") else (store, "_timeout")
-    )
-    before = getattr(timed, name)
-    setattr(timed, name, seconds)
+    timed = store._commands if hasattr(store, "_commands") else store.driver
+    before, timed.timeout = timed.timeout, seconds
     try:
         yield
     finally:
-        setattr(timed, name, before)
+        timed.timeout = before
 
 
 def at_once(*functions: Callable[[], object]) -> None:

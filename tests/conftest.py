@@ -71,7 +71,7 @@ def shipped_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def patient_waiters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for a lock keeps his place however slow the machine is: Redis has its own clock."""
-    for module in ("lease", "redis.leases", "mongodb.store"):
+    for module in ("lease", "redis.leases", "mongodb.leases"):
         monkeypatch.setattr(f"flask_gsession.stores.{module}.WAITER_LIFE", PATIENT_WAITER)
 
 

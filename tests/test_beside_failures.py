@@ -128,7 +128,7 @@ def test_a_socket_that_an_interrupt_left_closed_costs_one_call(
     store: Any = open_store(mongodb_url, StoreOptions(prefix=store_prefix))[0]
     record = a_record(FakeClock())
     store.create(record)
-    (server,) = store._connect().database.client._topology._servers.values()
+    (server,) = store.driver.connect().database.client._topology._servers.values()
     (connection,) = server.pool.conns
     connection.close_conn(None)
     with pytest.raises(StoreUnavailable, match="OSError"):
@@ -149,9 +149,9 @@ def test_the_expiry_index_is_tried_again_after_an_outage(
 
     monkeypatch.setattr(Collection, "create_index", down)
     store.create(a_record(FakeClock()))
-    assert "gsession_expiry" not in store._connect().index_information()
+    assert "gsession_expiry" not in store.driver.connect().index_information()
     store.create(a_record(FakeClock()))
-    assert "gsession_expiry" in store._connect().index_information()
+    assert "gsession_expiry" in store.driver.connect().index_information()
     store.close()
 
 

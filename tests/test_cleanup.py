@@ -20,7 +20,7 @@ from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import MongoDBStore
-from flask_gsession.stores.mongodb import store as mongodb
+from flask_gsession.stores.mongodb import scans as mongodb
 from flask_gsession.stores.parts import MORE, Tidied
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore
@@ -255,7 +255,7 @@ def test_large_values_left_over_on_mongodb(
     live, *ended = (a_blob() for _ in range(4))
     for name in (live, *ended):
         store.blobs.write_frame(name, 0, b"large", now + (60_000 if name == live else 5_000))
-    blobs = store._blobs_of_client
+    blobs = store.driver.blobs
     blobs.drop_indexes()  # the sweep of the server must not be first
     wrong: list[Any] = ["tomorrow", 1.5, None, {"in": "hours"}, [], True]
     undated = [{"_id": f"{store_prefix}{a_blob()}:0", "expires_at": when} for when in wrong]

@@ -9,7 +9,7 @@ from redis import Redis
 
 from flask_gsession import StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.stores.mongodb import store as mongodb
+from flask_gsession.stores.mongodb import scans as mongodb
 from flask_gsession.stores.redis import scans as redis
 from flask_gsession.stores.sqlite import store as sqlite
 from flask_gsession.testing import FakeClock, a_pointer, a_record

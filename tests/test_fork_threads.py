@@ -341,7 +341,7 @@ def test_a_fork_while_another_thread_connects(
             assert go_on.wait(DEADLINE)
         return MongoClient(*args, **options)
 
-    monkeypatch.setattr("flask_gsession.stores.mongodb.store.MongoClient", slow_client)
+    monkeypatch.setattr("flask_gsession.stores.mongodb.driver.MongoClient", slow_client)
     site = make_site(mongodb_url, store_prefix)
     with ThreadPoolExecutor(1) as pool:
         thread = pool.submit(site.log_in, "parent")

@@ -105,9 +105,9 @@ def store(store_url: str, store_prefix: str) -> Iterator[Any]:
 FILES = {
     "memory": ("stores/memory.py",),
     "sqlite": ("stores/sqlite/store.py",),
-    "redis": ("stores/redis/store.py", "stores/redis/pool.py"),
+    "redis": tuple(f"stores/redis/{name}.py" for name in ("store", "records", "commands", "pool")),
     "mongodb": (
-        "stores/mongodb/store.py",
+        *(f"stores/mongodb/{name}.py" for name in ("store", "records", "layout", "driver")),
         "pymongo/_csot.py",
         "pymongo/synchronous/client_session.py",
     ),

@@ -156,9 +156,9 @@ def test_a_client_s_own_read_concern_is_kept(replica_set: MongoReplicaSet) -> No
     with MongoClient(replica_set.url, readConcernLevel="majority", w=1) as client:
         store = MongoDBStore(client, StoreOptions("replicas:", timeout=10))
         store.create(a_record(time.time))
-        assert store._collection_to_load.read_concern.level == "majority"
-        assert store._collection_of_client.read_concern.level == "local"
-        assert store._collection_of_client.write_concern.document == {"w": "majority"}
+        assert store.driver.collection_to_load.read_concern.level == "majority"
+        assert store.driver.collection.read_concern.level == "local"
+        assert store.driver.collection.write_concern.document == {"w": "majority"}
 
 
 def test_another_read_concern_is_refused() -> None:
@@ -423,7 +423,7 @@ def test_a_pool_that_is_in_use_is_contention(mongodb_url: str) -> None:
         store.create(a_record(time.time))
     assert store.load("x") is None
     # Its connection is its own until it is read to its end.
-    with store._collection_of_client.find(cursor_type=CursorType.EXHAUST, batch_size=1) as cursor:
+    with store.driver.collection.find(cursor_type=CursorType.EXHAUST, batch_size=1) as cursor:
         next(cursor)
         with hasty(store, SHORT):
             error = failure_of(lambda: store.load("x"))

@@ -1,5 +1,10 @@
-"""Sessions in MongoDB."""
+"""Sessions in MongoDB.
 
-from .store import MongoDBStore, check_url
+``driver`` has the client and what each call of it needs, ``layout`` the documents, ``records`` the
+verbs. ``leases``, ``blobs``, ``scans`` and ``health`` are the parts of ``store``.
+"""
+
+from .driver import check_url
+from .store import MongoDBStore
 
 __all__ = ["MongoDBStore", "check_url"]

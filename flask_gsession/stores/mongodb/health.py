@@ -8,13 +8,28 @@ from typing import Any
 
 from pymongo.errors import OperationFailure
 
-from ..parts import Finding
+from ..parts import Checks, Finding
+from .driver import Driver, call
+from .layout import Layout
+from .round_trips import SessionCollection
 
 _OLDEST = (5, 0)
 _SKEW = 1.0  # seconds
 _LAG = 10.0  # seconds
 _SAFE = 3  # members that bear data
 _OF_DATA = ("RSPrimary", "RSSecondary")
+
+
+class MongoDBChecks(Checks):
+    """The part ``checks`` of a MongoDB store."""
+
+    def __init__(self, driver: Driver, layout: Layout) -> None:
+        self.driver = driver
+        self._layout = layout
+
+    @call("check")
+    def check(self, collection: SessionCollection) -> list[Finding]:
+        return checked(collection, self.driver.blobs, self._layout.clock())
 
 
 def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:

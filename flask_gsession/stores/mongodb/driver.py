@@ -1,0 +1,337 @@
+"""The MongoDB driver: a client per process, and each call in a context and a session of its own."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import copy_context
+from functools import partial
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import pymongo
+from bson import CodecOptions
+from bson.codec_options import DatetimeConversion
+from bson.errors import BSONError
+from pymongo import MongoClient, ReadPreference
+from pymongo.errors import (
+    ConfigurationError,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+    WaitQueueTimeoutError,
+    WriteConcernError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.uri_parser import parse_uri
+from pymongo.write_concern import WriteConcern
+
+from ...errors import GSessionError, StoreUnavailable
+from ...events import logger
+from ...processes import process, warn_without_threads
+from ..interrupts import interruption
+from ..support import StoreOptions, closing
+from .round_trips import NO_PAYLOADS, SessionCollection
+
+COLLECTION = "gsession"
+BLOBS = "gsession_blobs"
+DATABASE = "gsession"
+
+_READ_CONCERNS = ("local", "majority", "linearizable")
+_HINTS = {
+    13: ": the user lacks a right on the collection, or there is no user",
+    18: ": no such user, another password, or another authSource",
+}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Document = dict[str, Any]
+_Client = MongoClient[Document]
+
+
+def check_url(url: str) -> None:
+    """Raises what the driver raises for a URL it cannot read. Asks no server."""
+    if url.startswith("mongodb+srv:"):  # parsing it whole would ask the name server
+        parts = urlsplit(url)
+        if not parts.hostname or "," in parts.netloc or parts.port is not None:
+            raise InvalidURI("mongodb+srv takes one host and no port")
+    else:
+        level = parse_uri(url)["options"].get("readConcernLevel", "local")
+        if level not in _READ_CONCERNS:
+            raise ConfigurationError(f"readConcernLevel is one of {', '.join(_READ_CONCERNS)}")
+
+
+class HasDriver(Protocol):
+    """What calls are made of: a part of the store, or the records."""
+
+    @property
+    def driver(self) -> Driver: ...
+
+
+H = TypeVar("H", bound=HasDriver)
+
+
+def call(
+    operation: str,
+) -> Callable[
+    [Callable[Concatenate[H, SessionCollection, P], T]],
+    Callable[Concatenate[H, P], T],
+]:
+    """One call of a store: the method gets the collection, and the call's time for all it does.
+
+    It runs in a context and a driver session of its own. An interrupt can strike the driver between
+    any two steps; whatever state that leaves behind, no later call meets it: neither a deadline
+    that is over, nor a server session that two threads use, one of whose writes would be taken for
+    a repeat of the other's and do nothing.
+    """
+
+    def decorate(
+        method: Callable[Concatenate[H, SessionCollection, P], T],
+    ) -> Callable[Concatenate[H, P], T]:
+        def within(caller: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            with Call(caller.driver, operation) as collection:
+                session = collection.database.client.start_session(causal_consistency=False)
+                try:
+                    answer = method(caller, SessionCollection(collection, session), *args, **kwargs)
+                except (GSessionError, PyMongoError):
+                    session.end_session()
+                    raise
+                session.end_session()  # not after an interrupt: it may be in the pool already
+                return answer
+
+        @functools.wraps(method)
+        def call(caller: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            return copy_context().run(within, caller, *args, **kwargs)
+
+        del call.__wrapped__  # it has another signature
+        return call
+
+    return decorate
+
+
+class Driver:
+    """The collections of ``url_or_client``. A client made from a URL is one of each process."""
+
+    def __init__(self, url_or_client: str | _Client, options: StoreOptions) -> None:
+        self.timeout = options.timeout
+        self._pool_max = options.pool_max
+        self._source = url_or_client
+        self._close_client: weakref.finalize[..., object] | None = None
+        self._inherited: list[Any] = []
+        self.collection: Any = None
+        self.collection_to_load: Any = None
+        self.blobs: Any = None
+        self.direct = False
+        self.pid = 0
+        self._indexed: set[str] = set()
+        self._lock = threading.Lock()
+        process.register(self._begin)
+        warn_without_threads("PyMongo notices late that a server went down or came back")
+        logging.getLogger("pymongo.command").addFilter(NO_PAYLOADS)
+
+    def _begin(self) -> None:
+        """In a forked process: leave what another thread of the parent may have held or used."""
+        self._lock = threading.Lock()
+        if not isinstance(self._source, str) and hasattr(self._source, "_after_fork"):
+            # PyMongo's own hook, which a fork in C doesn't run. Without it the client has no
+            # monitors, and shares the server's sessions: of two writes one is taken for a repeat.
+            self._source._after_fork()
+
+    def connect(self) -> Any:
+        process.notice()
+        if not self._lock.acquire(timeout=self.timeout):
+            raise StoreUnavailable("mongodb: another thread is still connecting")
+        try:
+            if self.pid == os.getpid():
+                return self.collection
+            if isinstance(self._source, str):
+                milliseconds_ = int(self.timeout * 1000)
+                client: _Client = MongoClient(
+                    self._source,
+                    maxPoolSize=self._pool_max,
+                    serverSelectionTimeoutMS=milliseconds_,
+                    connectTimeoutMS=milliseconds_,
+                )
+                self._keep_client(client)
+            else:
+                client = self._source
+            database = client.get_default_database(DATABASE)
+            self.collection, self.blobs = (
+                database.get_collection(
+                    name,
+                    codec_options=CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_MS),
+                    read_preference=ReadPreference.PRIMARY,
+                    # What is saved after a read is acknowledged by a majority, and so is what was
+                    # read; the majority's view alone would lag and lose races it need not lose.
+                    read_concern=ReadConcern("local"),
+                    write_concern=WriteConcern("majority"),
+                )
+                for name in (COLLECTION, BLOBS)
+            )
+            self.collection_to_load = self.collection
+            self.direct = bool(client.options.direct_connection)
+            if client.read_concern.level is not None:
+                self.collection_to_load = self.collection.with_options(
+                    read_concern=client.read_concern
+                )
+            self.pid = os.getpid()
+            return self.collection
+        finally:
+            self._lock.release()
+
+    def _keep_client(self, client: _Client) -> None:
+        """Close ``client`` with this store, and only in the process that made it."""
+        if self._close_client is not None:
+            self._close_client.detach()
+            # A parent's client: neither used nor closed here, so not collected either.
+            self._inherited.append(self.collection)
+        self._close_client = closing(self, partial(_close, client, self.timeout))
+
+    def ensure_index(self, collection: SessionCollection, field: str = "idle_expires_at") -> None:
+        """Make the TTL index, once; after an outage the next session that is created tries again.
+
+        Called when a document was written: what fails now is about the index alone.
+        """
+        if collection.name in self._indexed:
+            return
+        try:
+            collection.create_index(field, expireAfterSeconds=0, name="gsession_expiry")
+        except OperationFailure as error:
+            logger.warning(
+                "MongoDB refused to create the TTL index of the sessions (%s): expired "
+                "sessions stay invalid, but are not removed. Let an administrator run: "
+                "db.%s.createIndex({%s: 1}, {expireAfterSeconds: 0, "
+                "name: 'gsession_expiry'})",
+                _code(error),
+                collection.name,
+                field,
+            )
+        except PyMongoError:
+            return
+        self._indexed.add(collection.name)
+
+    def close(self) -> None:
+        if self._close_client is not None and self.pid == os.getpid():
+            self._close_client()
+        self.pid = 0
+
+
+def _close(client: _Client, seconds: float) -> None:
+    # The driver says goodbye, and waits for the answer until it thinks that the server is dead.
+    with pymongo.timeout(seconds):
+        client.close()
+
+
+def reraise_interruption(error: Exception) -> None:
+    struck = interruption(error)
+    # Of what struck the decoder, the driver may have kept only the words.
+    if struck is not None and not isinstance(struck, BSONError):
+        raise struck
+
+
+def undisturbed(find: Callable[[], T]) -> T:
+    """What ``find`` returns in a thread of its own: no signal strikes there, the stack is empty."""
+    outcome: list[T | BaseException] = []
+    context = copy_context()
+
+    def run() -> None:
+        try:
+            outcome.append(context.run(find))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="gsession-read", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+class Call:
+    """The time that a call may take, and what the driver raises meanwhile, translated."""
+
+    __slots__ = ("_budget", "_driver", "_operation")
+
+    def __init__(self, driver: Driver, operation: str) -> None:
+        self._driver = driver
+        self._operation = operation
+        self._budget: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> Any:
+        driver = self._driver
+        seconds = driver.timeout
+        try:
+            if driver.pid != os.getpid():
+                began = time.monotonic()
+                driver.connect()
+                # Of mongodb+srv:// a name server was asked, and may have taken long.
+                seconds = max(seconds - (time.monotonic() - began), 0.001)  # 0 would be no limit
+        except (PyMongoError, OSError) as error:
+            self._fail(error)
+        self._budget = pymongo.timeout(seconds)
+        self._budget.__enter__()
+        return driver.collection
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
+        if self._budget is not None:
+            self._budget.__exit__(None, None, None)
+        # OSError: of a socket that was closed. BSONError: of an answer to a write.
+        if isinstance(error, (PyMongoError, OSError, BSONError)):
+            self._fail(error)
+
+    def _fail(self, error: PyMongoError | OSError | BSONError) -> NoReturn:
+        reraise_interruption(error)
+        raise StoreUnavailable(
+            f"mongodb: {self._operation}: {_reason(error, self._driver.collection)}",
+            contention=isinstance(error, WaitQueueTimeoutError),
+        ) from error
+
+
+def _reason(error: Exception, collection: SessionCollection) -> str:
+    """What went wrong and where, in one line, and nothing of what was sent."""
+    if not isinstance(error, OperationFailure):
+        text = str(error).partition(", Timeout: ")[0].partition(", full error: ")[0]
+        text = re.sub(r" \(configured timeouts: [^)]*\)", "", text)
+    elif isinstance(error, WriteConcernError):
+        text = f"not confirmed by a majority: {_code(error)}"
+    else:
+        # A server's own words can hold the whole command; whoever logs the cause would show them.
+        text = _code(error) + _HINTS.get(error.code or 0, "")
+        error.args = (text,)
+    where = "" if collection is None else _addresses(collection.database.client)
+    if not where or any(address in text for address in where.split(",")):
+        return f"{type(error).__name__}: {text}"
+    return f"{where}: {type(error).__name__}: {text}"
+
+
+def check_not_secondary(client: _Client) -> None:
+    """On a direct connection the driver lets secondaries answer, who may not know of a logout."""
+    for server in client.topology_description.server_descriptions().values():
+        if server.server_type_name == "RSSecondary":
+            raise StoreUnavailable(
+                f"mongodb: load: {_addresses(client)}: a secondary, which may be behind; name the "
+                "replica set in SESSION_STORE (replicaSet=...) instead of directConnection"
+            )
+
+
+def _code(error: OperationFailure) -> str:
+    name = (error.details or {}).get("codeName", type(error).__name__)
+    return f"{name}, code {error.code}"
+
+
+def _addresses(client: _Client) -> str:
+    """The server that takes writes, as far as it is known, else all that the client knows of."""
+    servers = client.topology_description.server_descriptions()
+    writable = [address for address, server in servers.items() if server.is_writable]
+    return ",".join(
+        host if port is None else f"{host}:{port}" for host, port in writable or sorted(servers)
+    )
