@@ -424,7 +424,7 @@ def test_under_gunicorn(tmp_path: Path) -> None:
     past = FakeClock(time.time() - 86400)
     for _ in range(3000):  # of which each takes a step, and a breath
         record = a_record(past)
-        store._within(partial(store._insert, record=record))
+        store.file.within(partial(store._records.layout.insert, record=record))
 
     def rows(condition: str = "TRUE") -> int:
         with closing(sqlite3.connect(path, timeout=30)) as db:

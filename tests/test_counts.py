@@ -11,7 +11,7 @@ from flask_gsession import StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.mongodb import scans as mongodb
 from flask_gsession.stores.redis import scans as redis
-from flask_gsession.stores.sqlite import store as sqlite
+from flask_gsession.stores.sqlite import scans as sqlite
 from flask_gsession.testing import FakeClock, a_pointer, a_record
 from tests.servers import free_port
 

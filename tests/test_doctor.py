@@ -32,7 +32,7 @@ from flask_gsession.stores.mongodb import health as mongodb_health
 from flask_gsession.stores.parts import Finding
 from flask_gsession.stores.redis import health as redis_health
 from flask_gsession.stores.redis.commands import Confirmation
-from flask_gsession.stores.sqlite import SQLiteStore
+from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import Site
 from tests.servers import RedisServer, free_port
@@ -304,7 +304,7 @@ def on_a_file(need: Need, folder: int = 0o700, file: int = 0o600) -> Iterator[Fl
 def on_a_file_that_cannot_have_wal(need: Need) -> Iterator[Flask]:
     """As on a file system without shared memory, where SQLite stays with what it had."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SQLiteStore, "_switch_to_wal", lambda *_: None)
+        patch.setattr(SQLiteFile, "_switch_to_wal", lambda *_: None)
         yield application(need("sqlite_url"))
 
 

@@ -39,7 +39,7 @@ from flask_gsession.events import SessionRefused
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
 from flask_gsession.stores.redis.pool import _BoundedSocket
-from flask_gsession.stores.sqlite import store as sqlite
+from flask_gsession.stores.sqlite import file as sqlite
 from flask_gsession.testing import a_record
 from tests.servers import RedisServer
 

@@ -29,7 +29,8 @@ from flask_gsession import Session
 from flask_gsession.errors import GSessionError, StoreUnavailable, UnsupportedType
 from flask_gsession.events import WriteDropped
 from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.stores.sqlite import store as sqlite
+from flask_gsession.stores.sqlite import SQLiteStore
+from flask_gsession.stores.sqlite import file as sqlite
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.apps import STUCK, Site, SiteMaker, Visitor, until, within
 from tests.servers import MongoServer, RedisServer, with_database
@@ -836,18 +837,18 @@ def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @contextmanager
-def in_use(store: sqlite.SQLiteStore) -> Iterator[None]:
+def in_use(store: SQLiteStore) -> Iterator[None]:
     """One of its connections is, as in the middle of a call."""
-    db = store._pool.pop() if store._pool else store._open()
+    db = store.file._pool.pop() if store.file._pool else store.file._open()
     try:
         yield
     finally:
-        store._give_back(db, store._pool)
+        store.file._give_back(db, store.file._pool)
 
 
 def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: FakeClock) -> None:
     """All that were opened while it could not be written go with the first that shows it."""
-    store = sqlite.SQLiteStore(tmp_path / "sessions.sqlite3", StoreOptions(clock=clock))
+    store = SQLiteStore(tmp_path / "sessions.sqlite3", StoreOptions(clock=clock))
     record = a_record(clock)
     store.create(record)
 
@@ -859,8 +860,8 @@ def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: Fa
         patch.setattr(sqlite, "_Connection", ReadOnly)
         with in_use(store), in_use(store), in_use(store):
             pass
-    store._pool.pop().close()  # it may write
-    assert len(store._pool) == 3
+    store.file._pool.pop().close()  # it may write
+    assert len(store.file._pool) == 3
     assert store.load(record.key) == record
     with pytest.raises(StoreUnavailable, match="readonly"):
         store.delete(record.key)
@@ -871,7 +872,7 @@ def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: Fa
 def test_an_interrupt_as_a_transaction_begins(tmp_path: Path, clock: FakeClock) -> None:
     """A worker that is told to end does so; nothing makes an outage of it."""
     path = tmp_path / "sessions.sqlite3"
-    store, other = (sqlite.SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
+    store, other = (SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
     record = a_record(clock)
     other.create(record)
 
@@ -897,7 +898,7 @@ def test_a_link_to_a_file_that_is_not_there(
     monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
     link, path = tmp_path / "sessions.sqlite3", tmp_path / "volume" / "file"
     link.symlink_to(path)
-    store = sqlite.SQLiteStore(link, StoreOptions(clock=clock))
+    store = SQLiteStore(link, StoreOptions(clock=clock))
     before, after = a_record(clock), a_record(clock)
     store.create(before)
     with open(f"{path}-shm", "rb") as shared:
@@ -910,7 +911,7 @@ def test_a_link_to_a_file_that_is_not_there(
 
 def test_a_folder_that_another_process_locks(tmp_path: Path, clock: FakeClock) -> None:
     options = StoreOptions(clock=clock, timeout=0.05)
-    store = sqlite.SQLiteStore(tmp_path / "sessions.sqlite3", options)
+    store = SQLiteStore(tmp_path / "sessions.sqlite3", options)
     record = a_record(clock)
     lock = os.open(tmp_path, os.O_RDONLY)
     try:
@@ -937,11 +938,11 @@ def test_a_file_that_was_deleted(
     """Whoever held it open leaves it, and shares nothing with what stays beside it."""
     monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
     path = tmp_path / "sessions.sqlite3"
-    store, other = (sqlite.SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
+    store, other = (SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
     before, after = a_record(clock), a_record(clock)
     store.create(before)
     assert other.load(before.key) == before
-    (idle,) = other._pool
+    (idle,) = other.file._pool
     with open(f"{path}-shm", "rb") as shared, in_use(store):  # one is in use meanwhile
         for end in {"", "-wal", "-shm"} - {*left}:
             Path(f"{path}{end}").unlink()
@@ -964,9 +965,9 @@ def test_a_file_that_was_deleted_as_it_was_opened(
 ) -> None:
     """The first connection of a process does not stay with it either."""
     path = tmp_path / "sessions.sqlite3"
-    store, other = (sqlite.SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
+    store, other = (SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
     record = a_record(clock)
-    prepare = store._prepare
+    prepare = store.file._prepare
 
     def prepare_meanwhile(db: sqlite3.Connection) -> None:
         prepare(db)
@@ -975,7 +976,7 @@ def test_a_file_that_was_deleted_as_it_was_opened(
             Path(f"{path}{end}").unlink()
         other.create(record)
 
-    monkeypatch.setattr(store, "_prepare", prepare_meanwhile)
+    monkeypatch.setattr(store.file, "_prepare", prepare_meanwhile)
     store.load(record.key)
     assert store.load(record.key) == record
     store.close()
@@ -989,7 +990,7 @@ def test_a_file_system_on_which_folders_cannot_be_locked(
         raise OSError(errno.EBADF, "as NFS does")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    store = sqlite.SQLiteStore(tmp_path / "new" / "sessions.sqlite3", StoreOptions(clock=clock))
+    store = SQLiteStore(tmp_path / "new" / "sessions.sqlite3", StoreOptions(clock=clock))
     record = a_record(clock)
     store.create(record)
     assert store.load(record.key) == record
@@ -1001,7 +1002,7 @@ def test_the_log_of_a_large_removal_does_not_keep_the_disk(
 ) -> None:
     monkeypatch.setattr(sqlite, "_LOG_BYTES", 2**20)
     path, log = tmp_path / "sessions.sqlite3", tmp_path / "sessions.sqlite3-wal"
-    with closing(sqlite.SQLiteStore(path)) as store:
+    with closing(SQLiteStore(path)) as store:
         end = int(time.time() * 1000) + 60_000
         for number in range(8):
             store.blobs.write_frame("large", number * 2**20, bytes(2**20), end)

@@ -18,7 +18,7 @@ from flask_gsession.cleanup import CleanupWorker
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.contrib.metrics_gathering import Gathering
 from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.stores.sqlite import store as sqlite
+from flask_gsession.stores.sqlite import file as sqlite
 from flask_gsession.testing import a_record
 from tests.test_fork_threads import Child, make_site
 
@@ -176,7 +176,7 @@ def test_a_fork_waits_for_calls_that_are_under_way(
     within, leave = threading.Event(), threading.Event()
 
     def use() -> None:
-        store._within(lambda db: (within.set(), leave.wait(60)))
+        store.file.within(lambda db: (within.set(), leave.wait(60)))
 
     thread = threading.Thread(target=use)
     thread.start()
@@ -203,7 +203,7 @@ def test_a_call_that_outlasts_the_wait_is_refused_in_the_child(
             return str(error)
         return "loaded"
 
-    said = store._within(lambda db: Child(child).result())
+    said = store.file.within(lambda db: Child(child).result())
     assert "was open when this process was forked" in said
     assert "lazy-apps" in said
     assert store.load(record.key) == record

@@ -1,0 +1,430 @@
+"""The SQLite file: its connections in this process, forks, and who may read it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from urllib.parse import quote
+
+from ...errors import (
+    Gone,
+    KeyTaken,
+    LeaseLost,
+    QueueFull,
+    SettingError,
+    Stale,
+    StoreUnavailable,
+    UnreadableRecord,
+)
+from ...events import logger
+from ...processes import is_at_work, process
+from ..interrupts import reraise_interruption
+from ..rights import is_foreign_link, others_may_replace, secure
+from ..support import closing
+from .layout import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, TRIGGERS
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Answers of a method; the connection is well.
+_REFUSALS = (Gone, Stale, KeyTaken, LeaseLost, QueueFull, UnreadableRecord)
+_KEEP_IDLE = 16  # connections
+_LOG_BYTES = 16 * 2**20  # of the write-ahead log that stay on the disk
+_LOOK_AGAIN = 1.0  # seconds after which to see whether the file is still the one at the path
+_WAIT_TO_FORK = 1.0  # seconds, for calls that are under way in other threads
+
+_File = tuple[int, int]  # device and inode
+
+
+def _close_all(pool: deque[_Connection]) -> None:
+    while pool:
+        pool.pop().close()
+
+
+class _Connection(sqlite3.Connection):
+    """A connection of this package's, with the file that it has open."""
+
+    def __init__(self, file: _File | None, *arguments: Any, **options: Any) -> None:
+        self.files = {file}  # more than one where it is replaced meanwhile
+        _opened.connections.add(self)
+        super().__init__(*arguments, **options)
+
+    def close(self) -> None:
+        super().close()
+        _opened.connections.discard(self)
+
+
+class _Opened:
+    """The connections of this process to all files, and the files that it must leave alone.
+
+    SQLite counts a file's locks in the memory of the process. A child that is forked while a file
+    is open inherits the count without the locks, and would write into a file that others believe
+    unused. Nothing repairs that: neither a new connection nor closing the inherited ones.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # around what makes or changes files
+        self.forking = threading.RLock()  # held while a fork that Python sees is under way
+        self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self.inherited: set[_File] = set()
+        self.files: weakref.WeakSet[SQLiteFile] = weakref.WeakSet()
+        process.register(self.begin)
+        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork)
+
+    def begin(self) -> None:
+        """In a forked process: what is open is its parent's, and must not even be closed."""
+        self.lock = threading.Lock()
+        self.forking = threading.RLock()
+        for connection in list(self.connections):
+            self.inherited.update(filter(None, connection.files))
+            _keep_for_ever(connection)
+        self.connections.clear()
+        for file in list(self.files):
+            file._start_pool()
+
+    def before_fork(self) -> None:
+        """Close all connections; those that are in use as they come back, if they do so soon."""
+        self.forking.acquire()
+        over = time.monotonic() + _WAIT_TO_FORK
+        while True:
+            for file in list(self.files):
+                file.close()
+            if not self.connections or time.monotonic() >= over:
+                return
+            time.sleep(0.001)
+
+    def after_fork(self) -> None:
+        """In the parent."""
+        self.forking.release()
+
+
+def _keep_for_ever(connection: _Connection) -> None:
+    """Or it would be closed at the end of the interpreter, which could write what is outdated."""
+    with suppress(ImportError):
+        import ctypes
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+_opened = _Opened()
+
+
+@contextmanager
+def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
+    """Of all processes one at a time; False where this cannot be had.
+
+    Raises ``OSError`` where another one is in there for longer than ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        reraise_interruption(error)
+        yield False
+        return
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise OSError(errno.ETIMEDOUT, "another process locks its folder") from None
+                time.sleep(0.01)
+            except OSError as error:  # not on every file system
+                reraise_interruption(error)
+                yield False
+                return
+            else:
+                break
+        try:
+            yield True
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also where a child was forked, and has it open
+    finally:
+        os.close(lock)
+
+
+class HasFile(Protocol):
+    """What calls are made of: a part of the store, or the records."""
+
+    @property
+    def file(self) -> SQLiteFile: ...
+
+
+H = TypeVar("H", bound=HasFile)
+
+
+def on_connection(
+    method: Callable[Concatenate[H, sqlite3.Connection, P], T],
+) -> Callable[Concatenate[H, P], T]:
+    """The method, on a connection of the pool."""
+    return _decorated(method)
+
+
+def in_transaction(
+    *, durable: bool = False
+) -> Callable[
+    [Callable[Concatenate[H, sqlite3.Connection, P], T]],
+    Callable[Concatenate[H, P], T],
+]:
+    """The method, in a transaction of its own that writes; ``durable``: forced to the disk."""
+
+    def decorate(
+        method: Callable[Concatenate[H, sqlite3.Connection, P], T],
+    ) -> Callable[Concatenate[H, P], T]:
+        return _decorated(method, transaction=True, durable=durable)
+
+    return decorate
+
+
+def _decorated(
+    method: Callable[Concatenate[H, sqlite3.Connection, P], T], **how: bool
+) -> Callable[Concatenate[H, P], T]:
+    @functools.wraps(method)
+    def call(caller: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return caller.file.within(lambda db: method(caller, db, *args, **kwargs), **how)
+
+    del call.__wrapped__  # it has another signature
+    return call
+
+
+class SQLiteFile:
+    """The file at ``path``; a call waits for other writers at most ``timeout`` seconds."""
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
+        self.path = Path(path)
+        self._timeout = timeout
+        self._file: _File | None = None
+        self._look_at = 0.0  # of time.monotonic
+        self._warned_of_folder = False
+        self._start_pool()
+        _opened.files.add(self)
+
+    def within(
+        self,
+        work: Callable[[sqlite3.Connection], T],
+        *,
+        transaction: bool = False,
+        durable: bool = False,
+    ) -> T:
+        """What ``work`` makes of a connection of this process; errors translated.
+
+        One function, and no context manager, for those that an interrupt strikes: where one is left
+        in the middle, a finalizer goes on with it later, and may be struck itself. A connection
+        goes back into the pool only when all is done, and is closed otherwise.
+        """
+        process.notice()
+        if time.monotonic() >= self._look_at:
+            self._look_for_file()
+        pool = self._pool
+        db: _Connection | None = None
+        keep = True
+        try:
+            try:
+                db = pool.pop()
+            except IndexError:
+                keep = is_at_work()  # else the process may be forked without a hook of Python's
+                db = self._open()
+            try:
+                if durable:
+                    db.execute("PRAGMA synchronous=FULL")
+                if transaction:
+                    db.execute("BEGIN IMMEDIATE")
+                answer = work(db)
+                if transaction:
+                    db.execute("COMMIT")
+                if durable:
+                    db.execute("PRAGMA synchronous=NORMAL")
+            except _REFUSALS:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                if durable:
+                    db.execute("PRAGMA synchronous=NORMAL")
+                raise
+        except _REFUSALS:
+            if db is not None:
+                self._give_back(db, pool if keep else None)
+            raise
+        except sqlite3.Error as error:
+            # A connection in an unknown state is not used again.
+            if db is not None:
+                db.close()
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_READONLY:
+                _close_all(pool)  # opened for reading only, they would stay so
+            busy = code == sqlite3.SQLITE_BUSY
+            raise StoreUnavailable(f"sqlite: {error}", contention=busy) from error
+        except BaseException:
+            if db is not None:
+                db.close()
+            raise
+        self._give_back(db, pool if keep else None)
+        return answer
+
+    def _give_back(self, db: _Connection, pool: deque[_Connection] | None) -> None:
+        if pool is self._pool and len(pool) < _KEEP_IDLE:
+            pool.append(db)
+        else:
+            db.close()
+
+    def _start_pool(self) -> None:
+        self._pool: deque[_Connection] = deque()
+        closing(self, partial(_close_all, self._pool))
+
+    def _look_for_file(self) -> None:
+        """Leave a file that was deleted or replaced: others work on the one at the path by now."""
+        self._look_at = time.monotonic() + _LOOK_AGAIN
+        file = None
+        try:
+            there = os.stat(self.path)
+            file = there.st_dev, there.st_ino
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            reraise_interruption(error)
+            return
+        with _opened.lock:
+            pool, before = self._pool, self._file
+            self._file = file
+            if before not in (None, file):
+                self._start_pool()
+                _close_all(pool)
+
+    def _open(self) -> _Connection:
+        try:
+            if not self.path.exists():
+                self._make_file()
+            self._secure_files()
+        except OSError as error:
+            reraise_interruption(error)
+            raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
+        self._look_for_file()  # and again afterwards: it may be deleted meanwhile
+        before = self._file
+        if before in _opened.inherited:
+            raise StoreUnavailable(
+                f"sqlite: {self.path} was open when this process was forked, and SQLite cannot use "
+                "it safely here. Fork before the first request, or call Session.close(app) before "
+                "the fork; with uWSGI, set lazy-apps = true"
+            )
+        with _opened.forking:
+            db = _Connection(
+                before,
+                f"file://{quote(os.fsencode(self.path.absolute()))}?mode=rw",
+                uri=True,
+                timeout=self._timeout,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=32,
+            )
+        try:
+            self._prepare(db)
+        except BaseException:
+            db.close()
+            raise
+        self._look_for_file()
+        db.files.add(self._file)
+        return db
+
+    def _make_file(self) -> None:
+        """Make the file, and first remove what a deleted one left beside it.
+
+        SQLite would take that for its own, and cut the memory short that connections to the deleted
+        file still share: that ends their process.
+        """
+        path = Path(os.path.realpath(self.path))  # of a link SQLite uses the place it leads to
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _alone_in(path.parent, self._timeout) as alone, _opened.lock:
+            if path.exists():
+                return
+            for left in ("-wal", "-shm") if alone else ():
+                Path(f"{path}{left}").unlink(missing_ok=True)
+            # Only ever on a file that no connection of this process has open: closing any
+            # descriptor of a file drops all locks that the process holds on it.
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+    def _secure_files(self) -> None:
+        """Let nobody else read or write the file, or what SQLite keeps beside it."""
+        if is_foreign_link(self.path):
+            raise SettingError(f"SESSION_STORE: {self.path} is a symbolic link of another user's")
+        path = os.path.realpath(self.path)
+        for part in (path, f"{path}-wal", f"{path}-shm"):
+            with suppress(FileNotFoundError):
+                problem = secure(part)
+                if problem:
+                    raise SettingError(f"SESSION_STORE: {part} {problem}")
+        folder = os.path.dirname(path)
+        if not self._warned_of_folder and others_may_replace(folder, 0o002):
+            self._warned_of_folder = True
+            logger.warning(
+                "Everybody on this machine may put another file in the place of %s: chmod o-w %s",
+                path,
+                folder,
+            )
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        (application_id,) = db.execute("PRAGMA application_id").fetchone()
+        (schema_version,) = db.execute("PRAGMA user_version").fetchone()
+        if application_id != APPLICATION_ID or schema_version != SCHEMA_VERSION:
+            self._create_schema(db)
+        db.execute("PRAGMA synchronous=NORMAL")
+        # What one large removal logs does not keep its place on the disk for good.
+        db.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
+        # Text that is none must look like a corrupt record, not like a store that is down.
+        db.text_factory = lambda text: text.decode("utf-8", "replace")
+
+    def _create_schema(self, db: sqlite3.Connection) -> None:
+        self._switch_to_wal(db)
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            (application_id,) = db.execute("PRAGMA application_id").fetchone()
+            (schema_version,) = db.execute("PRAGMA user_version").fetchone()
+            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if application_id != APPLICATION_ID and tables:
+                raise SettingError(
+                    f"SESSION_STORE: {self.path} is an SQLite database of another program; "
+                    "give the sessions a file of their own"
+                )
+            if schema_version > SCHEMA_VERSION:
+                raise SettingError(
+                    f"SESSION_STORE: {self.path} was written by a newer Flask-GSession"
+                )
+            if schema_version < SCHEMA_VERSION:
+                db.execute("DROP TABLE IF EXISTS gsession_lease")  # of no lasting value
+            for statement in (*SCHEMA.split(";"), *TRIGGERS):
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def _switch_to_wal(self, db: sqlite3.Connection) -> None:
+        # SQLite does not apply its busy timeout to this switch, and workers start together.
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        _close_all(self._pool)

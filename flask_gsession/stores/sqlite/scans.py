@@ -1,0 +1,98 @@
+"""The parts ``scans``, ``upkeep`` and ``counts`` of an SQLite store."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from ...errors import UnreadableRecord
+from ..base import TICKET, Record
+from ..parts import COUNT_ALL, MORE, Counts, Page, Scans, Tidied, Upkeep
+from .file import SQLiteFile, on_connection
+from .layout import BETWEEN, COLUMNS, LIVE, ORPHANED, Layout, checked
+
+_BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
+
+
+class SQLiteScans(Scans, Upkeep, Counts):
+    """Goes through the tables by their indexes."""
+
+    def __init__(self, file: SQLiteFile, layout: Layout) -> None:
+        self.file = file
+        self.layout = layout
+
+    @on_connection
+    def scan(
+        self, db: sqlite3.Connection, cursor: str = "", limit: int = 200, begins: str = ""
+    ) -> Page:
+        now = self.layout.now()
+        rows = db.execute(
+            f"SELECT key, {COLUMNS} FROM gsession WHERE {BETWEEN} ORDER BY key LIMIT ?",
+            (*self.layout.range_of(cursor, begins), limit),
+        ).fetchall()
+        records, unreadable = [], []
+        keys = [row[0][len(self.layout.prefix) :] for row in rows]
+        for key, row in zip(keys, rows, strict=True):
+            try:
+                record = checked(Record(key, *row[1:]))
+            except UnreadableRecord:
+                unreadable.append(key)
+            else:
+                if now < record.idle_expires_at:
+                    records.append(record)
+        return Page(records, unreadable, keys[-1] if len(keys) == limit else "")
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        """Takes the expired by their index, so that it sees no others; the cursor says nothing."""
+        return self.file.within(
+            lambda db: self._tidied(db, limit, dry_run=dry_run), transaction=not dry_run
+        )
+
+    def _tidied(self, db: sqlite3.Connection, limit: int, *, dry_run: bool) -> Tidied:
+        now = self.layout.now()
+        found = {}
+        more = False
+        for kind, table, condition, arguments in (
+            ("expired sessions", "gsession", "idle_expires_at <= ?", (now,)),
+            # Text and blobs are behind every number.
+            ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
+            ("orphaned locks", "gsession_lease", ORPHANED, ()),
+            ("expired large values", "gsession_blob", "expires_at <= ?", (now,)),
+            ("orphaned large values", "gsession_blob", "expires_at >= ''", ()),
+        ):
+            if dry_run:
+                select = f"SELECT count(*) FROM {table} WHERE {condition}"
+                (found[kind],) = db.execute(select, arguments).fetchone()
+                continue
+            most = min(limit, _BLOBS_AT_ONCE) if table == "gsession_blob" else limit
+            done = db.execute(
+                f"DELETE FROM {table} WHERE rowid IN "
+                f"(SELECT rowid FROM {table} WHERE {condition} LIMIT ?)",
+                (*arguments, most),
+            )
+            found[kind] = done.rowcount
+            more = more or done.rowcount == most
+        return Tidied(found, sum(found.values()), MORE if more else "")
+
+    @on_connection
+    def count(self, db: sqlite3.Connection) -> int:
+        """About how many sessions are live; 60 ms for a million, in which nobody waits."""
+        now = self.layout.now()
+        ours = (self.layout.prefix, self.layout.prefix + "\x7f")
+        (live,) = db.execute(
+            "SELECT count(*) FROM gsession WHERE idle_expires_at > ?", (now,)
+        ).fetchone()
+        if live <= COUNT_ALL:
+            # The unary plus keeps SQLite to the index of the expiry.
+            (live,) = db.execute(
+                f"SELECT count(*) FROM gsession WHERE {LIVE} "
+                "AND +key > ? AND +key < ? AND +key <> ?",
+                (now, *ours, self.layout.prefix + TICKET),
+            ).fetchone()
+            return int(live)
+        # Of each index alone, without a look at the rows: those under other prefixes are
+        # taken to live as long as ours.
+        (mine,) = db.execute(
+            "SELECT count(*) FROM gsession WHERE key > ? AND key < ?", ours
+        ).fetchone()
+        (everybodys,) = db.execute("SELECT count(*) FROM gsession").fetchone()
+        return int(live * mine / max(1, everybodys))
