@@ -84,10 +84,11 @@ class SessionRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionConflicted(Event):
-    """Changes met those of a parallel request, and could not be stored onto them.
+    """Changes met those of a parallel request, and could not be merged with them.
 
-    ``reason``: ``"refused"`` by the merge policy of a key, ``"transaction"``, which ``run`` and the
-    decorator then run again, or ``"too many races"``. Changes that were merged are no conflict:
+    ``reason``: ``"refused"`` by the merge policy of a key, ``"transaction"`` (which ``run`` and the
+    decorator then run again), ``"too many races"``, or ``"unknown outcome"`` of an interrupted
+    write that another request wrote over. Changes that were merged are no conflict:
     ``SessionSaved.conflicts`` counts the races before them.
     """
 

@@ -676,6 +676,27 @@ def test_every_reason_of_a_refusal_is_named() -> None:
     assert set(given) == said
 
 
+def test_every_reason_of_a_conflict_is_named() -> None:
+    said = set(re.findall(r'``"([^"]+)"``', events.SessionConflicted.__doc__ or ""))
+    package = Path(flask_gsession.__file__).parent
+    source = "".join(file.read_text(encoding="utf-8") for file in package.rglob("*.py"))
+    assert set(re.findall(r'\bconflict\(\s*"([^"]+)"', source)) == said
+
+
+def test_the_architecture_page_names_every_file() -> None:
+    """A file that is renamed, or new at the top, changes the map of the house as well."""
+    package = Path(flask_gsession.__file__).parent
+    table = re.findall(r"^\| (`.*?`) \|", PAGES["docs/architecture.md"], re.MULTILINE)
+    picture = (DOCS / "images/request-path.svg").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", " ".join(table)))
+    shown = set(re.findall(r"\w+\.py", picture + PAGES["docs/architecture.md"]))
+    files = {file.name for file in package.rglob("*.py")}
+    folders = {f"{file.name}/" for file in package.rglob("*") if file.is_dir()}
+    assert named | shown <= files | folders
+    room = {file.name for file in (*package.glob("*.py"), *package.glob("request/*.py"))}
+    assert room - {"__init__.py"} <= named
+
+
 GSESSION = """
     Id SetId SetIdFunc Data Size Contains Set SetMap Remove RemoveAll Get GetVar IsDirty Close
     RegenerateId MustId MustGet MustSet MustSetMap MustContains MustData MustSize MustRemove
