@@ -11,6 +11,7 @@ from flask.globals import request_ctx
 from flask.sessions import SessionInterface, SessionMixin
 from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.local import LocalProxy
 
 from .authentication import forget_remembered, rotate_after_a_step
 from .config import propagates_exceptions, secret_keys
@@ -22,6 +23,7 @@ from .processes import process
 from .request.lifecycle import Lifecycle
 from .request.session import (
     SessionData,
+    accompany,
     begin_error_page,
     close_unused,
     life_of,
@@ -108,8 +110,12 @@ class GSessionInterface(SessionInterface):
         if self not in opened:
             session = self.open_session(app, request)
             opened[self] = self.make_null_session(app) if session is None else session
-            if _SAVED in vars(request) and session is not None:
-                close_unused(session)
+            if session is not None:
+                if _SAVED in vars(request):
+                    close_unused(session)
+                of_request = session_of_request()
+                if isinstance(of_request, SessionData):
+                    accompany(of_request, session)
         session = opened[self]
         session.accessed = True
         return session  # type: ignore[no-any-return]  # what was put in above
@@ -129,6 +135,8 @@ class GSessionInterface(SessionInterface):
         errors in the program where the application lets exceptions through (tests, debug mode).
         Called by hand, it raises whatever could not be stored, since nobody may send the response.
         """
+        if isinstance(session, LocalProxy):  # flask.session, by hand
+            session = session._get_current_object()
         if not (self.has_further and has_request_context()):
             self._save(app, session, response)
             if isinstance(session, SessionData):

@@ -54,6 +54,7 @@ class SessionData(SessionMixin):
         self._start = (keeper, present, app, request)
         self._phase = Phase.VIEW  # where the request is while nobody has looked at the session
         self._made: Lifecycle | None = None
+        self._further: list[SessionData] = []
         self._turn = threading.RLock()
 
     @property
@@ -162,6 +163,13 @@ class SessionData(SessionMixin):
     def __len__(self) -> int:
         return len(self._open())
 
+    def __bool__(self) -> bool:
+        try:
+            self._open().newest()
+        except KeyError:
+            return False
+        return True
+
     def __contains__(self, key: object) -> bool:
         return key in self._open()
 
@@ -194,9 +202,8 @@ class SessionData(SessionMixin):
 
     def popitem(self) -> tuple[str, Any]:
         """Remove and return the newest key and its value, as a dict does."""
-        for key in reversed(self):
-            return key, self.pop(key)
-        raise KeyError("popitem(): the session is empty")
+        key = self._open().newest()
+        return key, self.pop(key)
 
     def copy(self) -> dict[str, Any]:
         """A plain dict of all values (shallow)."""
@@ -330,7 +337,13 @@ class SessionData(SessionMixin):
 
     @property
     def modified(self) -> bool:
-        """Whether this request changed the session. Setting it to True forces a save."""
+        """Whether this request changed the session. Setting it to True forces a save.
+
+        Code that saves by hand, as Flask-SocketIO does, asks only ``flask.session``. So that one
+        also answers for the sessions of further ``Session`` objects, which are saved with it.
+        """
+        if any(session.modified for session in self._further):
+            return True
         life = self._made
         if life is None:
             return False
@@ -599,6 +612,11 @@ def begin_error_page(session: SessionData) -> None:
     session._phase = Phase.RESPONSE
     if session._made is not None:
         session._made.begin_error_page()
+
+
+def accompany(session: SessionData, further: SessionData) -> None:
+    """The session of a further ``Session`` is saved with this one."""
+    session._further.append(further)
 
 
 def watch_response(session: SessionData, request: Request) -> None:

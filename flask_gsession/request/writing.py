@@ -24,6 +24,7 @@ from ..errors import (
     Stale,
     StoreError,
     StoreUnavailable,
+    TransactionMisused,
     UnreadableRecord,
     ValueLost,
     ValueRefused,
@@ -106,14 +107,26 @@ def commit(
             if changes:
                 life.end("save")
             return bool(changes)
-        if life.wishes.rotation is not None and life.seen.is_old_token:
-            life.start_own_session()
-        seen = life.seen
-        if transaction is not None and transaction.version != (seen.record and seen.record.version):
-            life.conflict("transaction")
-            raise LostRace
-        merge = _new if seen.record is None else _merged
-        return store(life, lambda: merge(life, rotating), "save", exactly=transaction is not None)
+        if transaction is not None and not _needs_own_session(life, rotating):
+            seen = life.seen
+            if transaction.version != (seen.record and seen.record.version):
+                life.conflict("transaction")
+                raise LostRace
+        else:
+            transaction = None
+        return store(life, lambda: _edit(life, rotating), "save", exactly=transaction is not None)
+
+
+def _edit(life: Lifecycle, rotating: bool) -> Edit | None:
+    """What the request changed, as the session stands now. The caller holds the turn."""
+    if _needs_own_session(life, rotating):
+        life.start_own_session()
+    return _new(life) if life.seen.record is None else _merged(life, rotating)
+
+
+def _needs_own_session(life: Lifecycle, rotating: bool) -> bool:
+    """Whether a sign-in is due that holds an old token, perhaps since another request rotated."""
+    return rotating and life.wishes.rotation is not None and life.seen.is_old_token
 
 
 def rewrite(
@@ -255,7 +268,7 @@ def _merged(life: Lifecycle, rotating: bool) -> Edit | None:
     )
 
 
-def _new(life: Lifecycle, _: bool) -> Edit | None:
+def _new(life: Lifecycle) -> Edit | None:
     """What a session that isn't stored yet was given; None where that is nothing.
 
     After the response has left, no token can be sent for it.
@@ -415,10 +428,13 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     life.was_modified = life.was_modified or is_modified(life)
     try:
         if life.block is not None:
-            logger.error(
-                "A %s was still open when the session was saved: nothing of its block is stored",
-                life.block.kind,
+            still_open = (
+                f"A {life.block.kind} was still open when the session was saved: nothing of its "
+                "block is stored"
             )
+            if by_hand:
+                raise TransactionMisused(still_open)
+            logger.error("%s", still_open)
         elif life.opened:
             _save(life, by_hand)
     finally:
@@ -427,7 +443,7 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
 
 
 def _save(life: Lifecycle, by_hand: bool) -> None:
-    if by_hand and life.wishes.rotation is not None:
+    if by_hand:
         _keep_token(life)
     with life.turn:
         cleared = life.wishes.cleared
@@ -447,17 +463,20 @@ def _save(life: Lifecycle, by_hand: bool) -> None:
 
 
 def _keep_token(life: Lifecycle) -> None:
-    """A rotation is due, and no response is known to carry a new token."""
-    if life.seen.is_old_token:
+    """No response is known to carry a new token."""
+    seen = life.seen
+    signs_in = life.wishes.rotation is not None and seen.is_old_token
+    if signs_in or (seen.presented and seen.record is None and life.values.changes()):
         raise SessionConflict(
             "A sign-in with an old token needs a session of its own, and no response can carry its "
             "token here. Sign in through an ordinary view."
         )
-    logger.warning(
-        "Session %s keeps its token although it was to be rotated: it was saved by hand, so no "
-        "response is known to carry a new one. Sign in through an ordinary view.",
-        life.handle,
-    )
+    if life.wishes.rotation is not None:
+        logger.warning(
+            "Session %s keeps its token although it was to be rotated: it was saved by hand, so no "
+            "response is known to carry a new one. Sign in through an ordinary view.",
+            life.handle,
+        )
 
 
 def is_modified(life: Lifecycle) -> bool:
