@@ -15,7 +15,7 @@ author = metadata["metadata"]["author"]
 copyright = f"2026, {author}"
 release = metadata["metadata"]["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build", "benchmarks/table.md", "reliability-table.md"]
 
 myst_enable_extensions = ["colon_fence"]

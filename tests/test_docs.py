@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import logging
 import re
+import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from flask import Flask, session
 from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
 
 import flask_gsession
 from flask_gsession import Session, StoreUnavailable, errors, events
@@ -205,6 +207,82 @@ def test_log_in(run: Run) -> None:
     with client.session_transaction() as kiosk:
         life = kiosk.expires_at - kiosk.created_at
         assert timedelta(seconds=300) <= life <= timedelta(seconds=330)
+
+
+def csrf_field(page: str) -> str:
+    """The CSRF token in the first form of a page."""
+    found = re.search(r'name="csrf_token"[^>]* value="([^"]+)"', page)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture
+def login_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
+    """The app of docs/examples/login_app.py, saved in an empty folder."""
+    shutil.copy(DOCS / "examples" / "login_app.py", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    app: Flask = importlib.import_module("login_app").app
+    yield app
+    del sys.modules["login_app"]
+    for ext in app.extensions["gsession"]:
+        ext.close(app)
+
+
+def test_login_app(login_app: Flask) -> None:
+    client = visitor(login_app)
+
+    def send(path: str, browser: FlaskClient = client, **form: str) -> TestResponse:
+        data = {**form, "csrf_token": csrf_field(browser.get(path).text)}
+        return browser.post(path, data=data, follow_redirects=True)
+
+    assert client.get("/", follow_redirects=True).request.path == "/login"
+    assert client.post("/register", data={"name": "ada", "password": "x" * 8}).status_code == 400
+    planted = visitor(login_app, like=client)
+    assert "visit number 1" in send("/register", name="ada", password="lovelace").text
+    assert planted.get("/").status_code == 302
+    assert (
+        "name is taken"
+        in send("/register", visitor(login_app), name="ada", password="12345678").text
+    )
+
+    copied = visitor(login_app, like=client)
+    assert "visit number 2" in client.get("/").text
+    token = csrf_field(client.get("/").text)
+    assert client.post("/logout", data={}).status_code == 400
+    answer = client.post("/logout", data={"csrf_token": token}, follow_redirects=True)
+    assert answer.request.path == "/login"
+    assert copied.get("/").status_code == 302
+
+    wrong = send("/login", name="ada", password="lovelorn").text
+    assert wrong.count("Wrong name or password.") == 1
+    assert "Wrong name or password." in send("/login", name="bob", password="lovelace").text
+    elsewhere = "/login?next=https://example.org/"
+    answer = send(elsewhere, name="ada", password="lovelace", remember="y")
+    assert answer.request.path == "/"
+    assert "Hello ada. This is visit number 1." in answer.text
+    cookie = client.get_cookie("session")
+    assert cookie is not None
+    assert cookie.expires is not None
+
+
+def test_csrf(run: Run) -> None:
+    names = run("docs/how-to/csrf.md")
+    client = visitor(names.app)
+    assert client.post("/mail").status_code == 400
+    token = csrf_field(client.get("/mail").text)
+    assert client.post("/mail", data={"csrf_token": token}).json == {"saved": True}
+    assert client.post("/mail", headers={"X-CSRFToken": token}).json == {"saved": True}
+    answer = visitor(names.app).post("/mail", data={"csrf_token": token})
+    assert (answer.status_code, "out of date" in answer.text) == (400, True)
+
+    browser = visitor(names.api)
+    answer = browser.post("/visit", headers={"X-Session-Token": ""})
+    header = {"X-Session-Token": answer.headers["X-Session-Token"]}
+    assert browser.post("/visit", headers=header).json == {"visits": 2}
+    browser.set_cookie("session", header["X-Session-Token"])
+    assert browser.post("/visit").status_code == 400
+    # The cookie of a forged request with the header is not looked at.
+    assert browser.post("/visit", headers={"X-Session-Token": ""}).json == {"visits": 1}
 
 
 def test_log_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
