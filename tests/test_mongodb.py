@@ -34,14 +34,14 @@ from tests.topologies import HOST, MongoAuthTLS, MongoReplicaSet, until
 
 pytest_plugins = ["tests.topologies"]
 
-DEPLOYMENT = Path(__file__).parent.parent / "docs" / "how-to" / "deployment.md"
+GUIDE = Path(__file__).parent.parent / "docs" / "how-to" / "mongodb.md"
 SHORT = 0.2  # seconds for a store call that is to fail
 PATIENCE = 20.0  # seconds for one that is not
 
 
 def published_rights() -> list[str]:
     """The actions of the role that the documentation tells administrators to make."""
-    actions = re.search(r"actions: \[(.+?)\]", DEPLOYMENT.read_text())
+    actions = re.search(r"actions: \[(.+?)\]", GUIDE.read_text())
     assert actions is not None
     return re.findall(r'"(\w+)"', actions[1])
 

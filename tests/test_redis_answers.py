@@ -28,7 +28,7 @@ from tests.topologies import HOST, RedisACL, RedisCluster, RedisSentinels, until
 
 pytest_plugins = ["tests.topologies"]
 
-PAGE = (Path(__file__).parent.parent / "docs/how-to/deployment.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs/how-to/redis.md").read_text(encoding="utf-8")
 KEY = "A" * 43
 
 
@@ -56,7 +56,7 @@ def test_the_key_of_a_lease_goes_although_a_clock_was_set_back(
 
 
 def rights(prefix: str) -> str:
-    """The ACL that the page on deployment gives to the sessions' user, for another key prefix."""
+    """The ACL that the page on Redis gives to the sessions' user, for another key prefix."""
     found = re.search(r"^ACL SETUSER shop on >password (.+)$", PAGE, re.MULTILINE)
     assert found is not None
     return found[1].replace("~gsession:*", f"~{prefix}*")
