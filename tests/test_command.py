@@ -13,8 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from click.testing import CliRunner, Result
@@ -24,6 +27,7 @@ from redis import Redis
 
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
+from flask_gsession.cli.common import place
 from flask_gsession.codec import Codec
 from flask_gsession.contrib.ratelimit import SessionLimits
 from flask_gsession.errors import StoreError, UnreadableRecord
@@ -31,7 +35,7 @@ from flask_gsession.events import SessionRevoked
 from flask_gsession.stores import Record
 from flask_gsession.stores.base import Deleted
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.stores.parts import Page
+from flask_gsession.stores.parts import Page, parts_of
 from flask_gsession.testing import HookedStore, a_record
 from tests.apps import Site
 from tests.console import ROOT, Console
@@ -120,6 +124,197 @@ def test_list(site: Site, console: Console) -> None:
     assert len(short.stdout.splitlines()) == 2
     assert "There are more" in short.stderr
     assert not {*made} & {line.split(" ")[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("newest", "CBA"), ("oldest", "ABC"), ("idle", "BAC"), ("end", "CAB"), ("bytes", "BCA"),
+        ("handle", "ABC"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("limit", [None, 2])
+def test_list_is_sorted(
+    site: Site, console: Console, order: str, expected: str, limit: int | None
+) -> None:
+    now = int(site.clock() * 1000)
+    for letter, created, idle, end, size in (
+        ("A", 3, 200, 600, 10), ("B", 2, 100, 700, 30), ("C", 1, 300, 500, 20),
+    ):  # fmt: skip
+        times = now - created * 1000, now + idle * 1000, now + end * 1000
+        site.store.store.create(Record(letter * 43, 1, *times, b"x" * size))
+    words = ["list", "--sort", order, *(["--limit", str(limit)] if limit else [])]
+    result = console.run(*words)
+    assert "".join(line[0] for line in result.stdout.splitlines()) == expected[:limit]
+    assert ("There are more" in result.stderr) == (limit is not None)
+
+
+def test_what_is_sorted_takes_no_more_room_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console("memory://")
+    store: Any = console.ext.store(console.app)
+    for _ in range(5):
+        store.create(a_record(store._clock))
+    held: list[int | None] = []
+
+    def nsmallest(number: int, rows: Iterator[Any], key: Any) -> list[Any]:
+        held.append(number)
+        return sorted(rows, key=key)[:number]
+
+    monkeypatch.setattr("flask_gsession.cli.sessions.nsmallest", nsmallest)
+    console.done("list", "--sort", "newest", "--limit", "2")
+    assert held == [3]
+
+
+MANY_TYPES = {
+    "user": "42",
+    "age": 42,
+    "price": Decimal("9.50"),
+    "rate": 0.5,
+    "admin": True,
+    "one": 1,
+    "nothing": None,
+    "empty": "",
+    "day": date(2026, 3, 1),
+    "login": datetime(2026, 3, 1, 12, tzinfo=UTC),
+    "id": UUID(int=7),
+    "took": timedelta(seconds=90),
+    "tags": ["a", "b"],
+    "pair": (1, 2),
+    "prefs": {"theme": "dark", "a.b": {"c": 1}, "rows": [{"sku": "mug"}]},
+    "by_number": {7: "seven"},
+    "dotted.key": {"x": "y"},
+    "equals": "a=b",
+}
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "user=42", 'user="42"', "age=42", "price=9.50", "rate=0.5", "admin=true", "one=1",
+        "nothing=null", "empty=", "day=2026-03-01", "login=2026-03-01T12:00:00+00:00",
+        f"id={UUID(int=7)}", "took=0:01:30", 'tags=["a", "b"]', "tags.1=b", "pair=[1,2]",
+        "prefs.theme=dark", "prefs.a.b.c=1", "prefs.rows.0.sku=mug", "by_number.7=seven",
+        "dotted.key.x=y", 'dotted.key={"x": "y"}', "equals=a=b",
+    ],
+)  # fmt: skip
+def test_a_condition_that_is_met(condition: str) -> None:
+    assert listed_where(condition) == "a match"
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "user=4", "age=043", "admin=1", "admin=True", "one=true", "nothing=", "nothing=None",
+        "missing=null", "missing.deeper=1", "user.0=4", "tags.2=c", "tags.-1=b", "pair=[1]",
+        "prefs.theme=", "prefs.rows.x.sku=mug", "price=NaN", "tags=[", "by_number.8=seven",
+        "age=" + "9" * 5000, "tags=" + "[" * 100_000, "tags." + "9" * 5000 + "=b",
+    ],
+)  # fmt: skip
+def test_a_condition_that_is_not_met(condition: str) -> None:
+    assert listed_where(condition) == "no match"
+
+
+def listed_where(*conditions: str) -> str:
+    """Whether the list has a session with many types of values."""
+    console = Console("memory://")
+    app = console.app
+    with app.test_client() as client, client.session_transaction() as session:
+        session.update(MANY_TYPES)
+    words = [word for condition in conditions for word in ("--where", condition)]
+    result = console.run("list", *words)
+    assert result.exit_code == 0, result.output
+    if result.stdout:
+        return "a match"
+    assert "no such sessions in memory:" in result.stderr
+    return "no match"
+
+
+def test_list_where(site: Site, console: Console) -> None:
+    made = []
+    for name, theme in (("mira", "dark"), ("jonas", "dark"), ("mira", "light")):
+        visitor = site.visitor()
+        visitor.run(
+            lambda session, name=name, theme=theme: session.update(
+                user=name, prefs={"theme": theme}
+            )
+        )
+        made.append(visitor.run(lambda session: session.handle))
+
+    def found(*words: str) -> set[str]:
+        return {line.split(" ")[0] for line in console.done("list", *words).splitlines()}
+
+    assert found("--where", "user=mira") == {made[0], made[2]}
+    assert found("--where", "user=mira", "--where", "prefs.theme=dark") == {made[0]}
+    short = console.run("list", "--where", "user=mira", "--limit", "1")
+    assert len(short.stdout.splitlines()) == 1
+    assert "There are more" in short.stderr
+    row = json.loads(console.done("list", "--where", "user=jonas", "--json"))
+    assert row["handle"] == made[1]
+
+
+def test_a_condition_looks_at_nothing_that_has_expired(site: Site, console: Console) -> None:
+    site.visitor().run(lambda session: session.set("code", "1234", ttl=60))
+    assert console.done("list", "--where", "code=1234")
+    site.clock.advance(61)
+    assert not console.done("list", "--where", "code=1234")
+
+
+def test_a_condition_on_a_large_value(site: Site, console: Console) -> None:
+    site.visitor().run(lambda session: session.update(large="x" * 100_000, user="mira"))
+    result = console.run("list", "--where", "large=x")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "1 more have a large value under that key, which is not compared" in result.stderr
+    assert console.done("list", "--where", "user=mira")
+    assert console.run("list", "--where", "large=x", "--where", "user=jonas").stderr.endswith(
+        f"no such sessions in {console_place(console)}\n"
+    )
+
+
+def console_place(console: Console) -> str:
+    """How the command names the store of this console."""
+    interface = console.app.extensions["gsession"][console.ext]
+    with console.app.app_context():
+        return place(interface)
+
+
+def test_conditions_on_encrypted_sessions(site: Site) -> None:
+    key, other = b"k" * 32, b"o" * 32
+    store = site.store.store
+    console = Console(store, clock=site.clock, encryption_keys=[key])
+    with console.app.test_client() as client, client.session_transaction() as session:
+        session["user"] = "mira"
+    assert console.done("list", "--where", "user=mira")
+    stranger = Console(store, clock=site.clock, encryption_keys=[other])
+    result = stranger.run("list", "--where", "user=mira")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "1 more could not be read" in result.stderr
+    assert stranger.done("list")  # for which nothing is decrypted
+
+
+def test_a_condition_decodes_only_the_key_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console("memory://")
+    with console.app.test_client() as client, client.session_transaction() as session:
+        session.update(user="mira", cart=["mug"])
+    decoded: list[Any] = []
+    decode = Codec.decode
+    monkeypatch.setattr(
+        Codec, "decode", lambda codec, raw: decoded.append(decode(codec, raw)) or decoded[-1]
+    )
+    assert console.done("list", "--where", "user=mira")
+    assert decoded == ["mira"]
+
+
+def test_a_whole_handle_is_found_without_a_scan(
+    site: Site, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (handle,) = handles(site, 1)
+    scanning = type(parts_of(site.store.store).scans)
+    monkeypatch.setattr(scanning, "scan", lambda *arguments: pytest.fail("scanned"))
+    with pytest.raises(pytest.fail.Exception, match="scanned"):
+        console.run("show", handle[:8], catch_exceptions=False)
+    console.done("show", handle)
+    console.done("debug", handle)
+    console.done("revoke", handle)
 
 
 def test_a_record_with_times_of_no_calendar_hides_no_other(site: Site, console: Console) -> None:
@@ -269,22 +464,24 @@ def test_show_tells_until_when_a_session_is_logged(site: Site, console: Console)
     (handle,) = handles(site, 1)
 
     def until() -> Any:
-        return json.loads(console.done("show", handle, "--json"))["logged_until"]
+        return json.loads(console.done("show", handle, "--json"))["debug_log_until"]
 
     assert until() is None
     assert "logged" not in console.done("show", handle)
     before = site.store.store.load(handle)
-    assert console.done("debug", handle, "--off") == f"{handle}: was not logged\n"
+    assert console.done("debug", handle, "--off") == f"{handle}: requests were not logged\n"
     assert site.store.store.load(handle) == before  # nothing was written
     end = console.done("debug", handle).split()[-1]
     assert until() == end
-    assert re.search(f"^logged_until +{end} \\(in 10 min\\)$", console.done("show", handle), re.M)
-    assert console.done("debug", handle, "--off") == f"{handle}: not logged any more\n"
+    assert re.search(
+        f"^debug_log_until +{end} \\(in 10 min\\)$", console.done("show", handle), re.M
+    )
+    assert console.done("debug", handle, "--off") == f"{handle}: requests are no longer logged\n"
     assert until() is None
     console.done("debug", handle)
     site.clock.advance(601)
     assert until() is None
-    assert console.done("debug", handle, "--off") == f"{handle}: was not logged\n"
+    assert console.done("debug", handle, "--off") == f"{handle}: requests were not logged\n"
 
 
 def test_a_handle_from_before_a_rotation(site: Site, console: Console) -> None:
@@ -354,11 +551,15 @@ def test_revoke_all(site: Site, console: Console) -> None:
     made = handles(site, 5)
     assert console.run("revoke", "--all", input="n\n").exit_code == 1
     assert console.run("revoke", "--all", input="").exit_code == 1  # nobody there to ask
+    asked = console.run("revoke", "--all", input="n\n").output
+    assert f"End about 5 sessions of 'session' in {console_place(console)}? [y/N]" in asked
     assert len(site.stored()) == 5
     assert "5 sessions ended" in console.done("revoke", "--all", input="y\n")
     assert site.stored() == {}
     assert sorted(console.events) == sorted(made)
-    assert console.done("revoke", "--all", "--yes") == "0 sessions ended\n"
+    result = console.run("revoke", "--all", "--yes")
+    assert (result.exit_code, result.stdout) == (0, "0 sessions ended\n")
+    assert f"the store is {console_place(console)}" in result.stderr
 
 
 def test_revoke_all_ends_what_is_rotated_meanwhile_and_not_what_is_new() -> None:
@@ -643,6 +844,7 @@ from flask import Flask
 from flask.cli import ScriptInfo
 from flask_gsession import Session
 from flask_gsession.cli import gsession
+from flask_gsession.cli.common import place
 
 def create_app():
     app = Flask("shop")
@@ -701,6 +903,7 @@ def test_memory_says_that_it_sees_only_itself() -> None:
     "words",
     [
         *(("revoke",), ("revoke", "--all", "x" * 43)),
+        *(("list", "--where", "user"), ("list", "--where", "=mira"), ("list", "--sort", "size")),
         *(("list", "--limit", "0"), ("cleanup", "--batch", "10001")),
     ],
 )
@@ -815,7 +1018,8 @@ def test_the_list_on_narrow_terminals(sqlite_url: str, letters: str) -> None:
         45: ["handle"],
     }
     widths = " ".join(map(str, left))
-    lines = plain(on_a_terminal(sqlite_url, "list", WIDTHS=widths, PYTHONIOENCODING=letters))
+    words = ("list", "--sort", "none")  # without a progress bar
+    lines = plain(on_a_terminal(sqlite_url, *words, WIDTHS=widths, PYTHONIOENCODING=letters))
     assert len(lines) == 2 * len(left)
     for (width, names), heads, row in zip(left.items(), lines[::2], lines[1::2], strict=True):
         assert re.split("  +", heads) == names

@@ -548,7 +548,7 @@ def test_one_session_is_debugged(
     visitor.run(fill)
     other.run(fill)
     before = record_of(site, visitor)
-    assert order(site, before.key).startswith(f"{before.key}: logged until ")
+    assert order(site, before.key).startswith(f"{before.key}: requests are logged until ")
     after = record_of(site, visitor)
     assert after._replace(payload=b"", version=0) == before._replace(payload=b"", version=0)
 
@@ -614,20 +614,20 @@ def test_an_order_and_a_write_at_once_both_stand(make_site: SiteMaker, log: Log)
     said: list[str] = []
     site.before_a_write(lambda: said.append(order(site, handle)))
     visitor.run(lambda session: session.update(user_id=8))
-    assert said[0].startswith(f"{handle}: logged until")
+    assert said[0].startswith(f"{handle}: requests are logged until")
     assert visitor.run(dict)["user_id"] == 8
     assert len(log.records()) == 1
 
     tab = visitor.another_tab()
     site.before_a_write(lambda: tab.run(lambda session: session.update(user_id=9)))
-    assert order(site, handle, "--off") == f"{handle}: not logged any more\n"
+    assert order(site, handle, "--off") == f"{handle}: requests are no longer logged\n"
     logged = len(log.records())
     assert visitor.run(dict)["user_id"] == 9
     assert len(log.records()) == logged
 
     site.before_a_write(lambda: tab.run(lambda session: session.rotate()))
     assert order(site, handle).startswith(
-        f"{session_key(tab.token)} (rotated from {handle}): logged until "
+        f"{session_key(tab.token)} (rotated from {handle}): requests are logged until "
     )
     assert tab.run(dict)["user_id"] == 9
     assert len(log.records()) == logged + 1
@@ -649,7 +649,9 @@ def test_what_the_command_refuses(make_site: SiteMaker, monkeypatch: pytest.Monk
     for time in ("0", "90", "25h", "-1", "1.5h", "ten", "10 m"):
         assert order(site, handle, "--for", time).startswith("2: ")
     for time in ("90s", "30s", "10m", "24h", "1d"):
-        assert order(site, handle, "--for", time).startswith(f"{handle}: logged until ")
+        assert order(site, handle, "--for", time).startswith(
+            f"{handle}: requests are logged until "
+        )
     failed = "1: Error: session: the store failed: injected\n"
     site.store.before("load", outage)
     assert order(site, handle) == failed
@@ -669,7 +671,7 @@ def test_the_session_of_one_of_several_cookies(in_memory: Any, clock: FakeClock,
     handle = visitor.run(lambda _: admin.session.handle)
     assert "Say which session: --session session | admin" in order(site, handle)
     assert "no such session" in order(site, handle, "--session", "session")
-    assert f"{handle}: logged until" in order(site, handle, "--session", "admin")
+    assert f"{handle}: requests are logged until" in order(site, handle, "--session", "admin")
 
 
 def test_nothing_is_traced_without_debug(site: Site, log: Log) -> None:

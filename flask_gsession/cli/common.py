@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 from flask import current_app
@@ -30,6 +30,7 @@ NO_SESSION = "no such session; it may have ended"
 _SHORTEST = 8  # characters of a handle that one need type
 _PAUSES = (0.2, 1.0)  # seconds: a scan that is under way may meet a failover
 _FIRST_PAGE, _LONGEST_PAGE = 10, 200  # records
+_FEW_MATCH = 2000  # keys looked at in a step, where few of them begin as they should
 _PAGE_BYTES = 2 * 2**20  # of payloads, more or less: a page takes one call of the store
 
 #: ``flask gsession`` is run with a session by this option, where the application has several.
@@ -143,11 +144,11 @@ def pages(store: Scans, begins: str = "") -> Iterator[Page]:
     The larger the sessions are, the fewer are asked for at a time.
     """
     cursor, patiently = "", Patience()
-    limit = _FIRST_PAGE
+    limit, longest = _FIRST_PAGE, _FEW_MATCH if begins else _LONGEST_PAGE
     while True:
         page = patiently(store.scan, cursor, limit, begins)
         size = sum(len(record.payload) for record in page.records)
-        limit = max(1, min(2 * limit, _LONGEST_PAGE, limit * _PAGE_BYTES // max(1, size)))
+        limit = max(1, min(2 * limit, longest, limit * _PAGE_BYTES // max(1, size)))
         records = [each for each in page.records if is_session_key(each.key)]
         unreadable = [key for key in page.unreadable if is_session_key(key)]
         yield page._replace(records=records, unreadable=unreadable)
@@ -219,12 +220,31 @@ def span(milliseconds: int) -> str:
     return f"{seconds} s"
 
 
-def described(record: Record) -> dict[str, object]:
-    """A record, without what is in it."""
-    return {
-        "handle": record.key,
-        "created_at": moment(record.created_at),
-        "idle_expires_at": moment(record.idle_expires_at),
-        "absolute_expires_at": moment(record.absolute_expires_at),
-        "bytes": len(record.payload),
+class Facts(NamedTuple):
+    """What is known of a session without what is in it."""
+
+    handle: str
+    created_at: int  # milliseconds, as the others
+    idle_expires_at: int
+    absolute_expires_at: int
+    bytes: int
+
+
+def facts_of(record: Record) -> Facts:
+    """What is known of a record without its payload."""
+    return Facts(
+        record.key,
+        record.created_at,
+        record.idle_expires_at,
+        record.absolute_expires_at,
+        len(record.payload),
+    )
+
+
+def described(facts: Facts) -> dict[str, object]:
+    """The facts as they are printed: times as text."""
+    times = {
+        name: moment(getattr(facts, name))
+        for name in ("created_at", "idle_expires_at", "absolute_expires_at")
     }
+    return {"handle": facts.handle, **times, "bytes": facts.bytes}

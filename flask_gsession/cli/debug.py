@@ -69,5 +69,10 @@ def debug(handle: str, span: int, off: bool, cookie: str | None) -> None:
         raise click.ClickException(f"{key}: {NO_SESSION}")
     now, before = found
     name = now if now == key else f"{now} (rotated from {key})"
-    ended = "not logged any more" if before else "was not logged"
-    click.echo(f"{name}: {ended if off else f'logged until {moment(end)}'}")
+    if not off:
+        done = f"requests are logged until {moment(end)}"
+    elif before:
+        done = "requests are no longer logged"
+    else:
+        done = "requests were not logged"
+    click.echo(f"{name}: {done}")

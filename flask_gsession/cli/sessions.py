@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
+from heapq import nsmallest
 from itertools import islice
 from typing import NoReturn
 
@@ -24,9 +25,11 @@ from ..stores import Record
 from ..stores.base import unexpired
 from .common import (
     NO_SESSION,
+    Facts,
     about,
     chosen,
     described,
+    facts_of,
     is_terminal,
     json_option,
     key_of,
@@ -41,6 +44,7 @@ from .common import (
     told,
 )
 from .output import counted, progress, table
+from .where import Condition, NotCompared, Where, all_hold
 
 _SHOWN = 100  # sessions, on a terminal
 _AGES = {"to 1 hour": 3600, "to 1 day": 86400, "to 7 days": 7 * 86400, "to 30 days": 30 * 86400}
@@ -48,65 +52,134 @@ _OLDER = "older"
 _LARGE = "<large>"  # a value that is not loaded
 _BAR = 40  # characters
 _ROUNDS = 20  # through the sessions, at most, to end them all
+_UNREADABLE = "could not be read"
+UNSORTED = "none"
+_ORDERS: dict[str, Callable[[Facts], tuple[int | str, ...]]] = {
+    "newest": lambda facts: (-facts.created_at, facts.handle),
+    "oldest": lambda facts: (facts.created_at, facts.handle),
+    "idle": lambda facts: (facts.idle_expires_at, facts.handle),
+    "end": lambda facts: (facts.absolute_expires_at, facts.handle),
+    "bytes": lambda facts: (-facts.bytes, facts.handle),
+    "handle": lambda facts: (facts.handle,),
+}
 # A handle may begin with a hyphen.
 _HANDLES = {"ignore_unknown_options": True}
 
 
 @click.command("list", short_help="List the sessions there are.")
 @click.option("--limit", type=click.IntRange(1), help="How many (100 on a terminal, else all).")
+@click.option(
+    "--where",
+    "conditions",
+    type=Where(),
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Only sessions with this value; repeat it for sessions that meet all conditions.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice([*_ORDERS, UNSORTED]),
+    help="By what: the newest, largest or first to end comes first "
+    f'("newest" on a terminal, else "{UNSORTED}").',
+)
 @session_option
 @json_option
 @with_appcontext
-def list_(limit: int | None, cookie: str | None, as_json: bool) -> None:
+def list_(
+    limit: int | None,
+    conditions: tuple[Condition, ...],
+    sort: str | None,
+    cookie: str | None,
+    as_json: bool,
+) -> None:
     """List the sessions there are.
 
     In a pipe each line has the handle, when the session was created, when its idle and its
     absolute timeout end it, and its bytes. With --json it is an object.
+
+    KEY is a key of the session, or leads into it: prefs.theme, cart.0.sku. VALUE is the text of a
+    string, number, date or UUID, or JSON: 42, true, null, '["mug"]'.
     """
     interface = chosen(cookie)
-    if limit is None and is_terminal() and not as_json:
+    on_terminal = is_terminal() and not as_json
+    if limit is None and on_terminal:
         limit = _SHOWN
-    listed, unreadable = 0, 0
-
-    def records() -> Iterator[Record]:
-        nonlocal unreadable
-        for page in pages(scanned(interface)):
-            unreadable += len(page.unreadable)
-            yield from (record for record in page.records if record.successor is None)
+    if sort is None:
+        sort = "newest" if on_terminal else UNSORTED
+    listed = 0
+    skipped: Counter[str] = Counter()
 
     with told(interface, lambda: counted(listed, "sessions")):
-        found = records()
-        if as_json:
-            for record in islice(found, limit):
-                click.echo(json.dumps(described(record)))
-                listed += 1
-        elif is_terminal():
+        # One more than is shown tells whether there are more.
+        most = None if limit is None else limit + 1
+        found = _found(interface, conditions, skipped)
+        if sort != UNSORTED:
+            found = iter(_sorted(interface, found, sort, most))
+        shown = islice(found, limit)
+        if on_terminal:
             now = interface.keeper.now()
-            rows = [_row(record, now) for record in islice(found, limit)]
-            listed = len(rows)
-            if rows:
+            cells = [_row(facts, now) for facts in shown]
+            listed = len(cells)
+            if cells:
                 columns = ["handle", "age", "idles out in", "ends in", "bytes#"]
-                table(columns, rows, drop=["ends in", "age", "idles out in", "bytes"])
+                table(columns, cells, drop=["ends in", "age", "idles out in", "bytes"])
         else:
-            for record in islice(found, limit):
-                click.echo(" ".join(map(str, described(record).values())))
+            for facts in shown:
+                fields = described(facts)
+                text = json.dumps(fields) if as_json else " ".join(map(str, fields.values()))
+                click.echo(text)
                 listed += 1
         more = limit is not None and next(found, None) is not None
     if more:
         click.echo(f"There are more than {limit}: --limit says how many to show", err=True)
-    if not listed and not unreadable:
-        click.echo(f"{name_of(interface)}: no sessions in {place(interface)}", err=True)
-    if unreadable:
-        click.echo(f"{unreadable} more could not be read", err=True)
+    if not listed and not skipped:
+        none = "no such sessions" if conditions else "no sessions"
+        click.echo(f"{name_of(interface)}: {none} in {place(interface)}", err=True)
+    for why, number in skipped.items():
+        click.echo(f"{number} more {why}", err=True)
 
 
-def _row(record: Record, now: int) -> tuple[str, ...]:
+def _found(
+    interface: GSessionInterface, conditions: tuple[Condition, ...], skipped: Counter[str]
+) -> Iterator[Facts]:
+    """The sessions that meet all conditions; counts those that cannot be judged."""
+    for page in pages(scanned(interface)):
+        if page.unreadable:
+            skipped[_UNREADABLE] += len(page.unreadable)
+        for record in page.records:
+            if record.successor is not None:
+                continue
+            try:
+                if all_hold(interface.keeper, record, conditions):
+                    yield facts_of(record)
+            except UnreadableRecord:
+                skipped[_UNREADABLE] += 1
+            except NotCompared:
+                skipped["have a large value under that key, which is not compared"] += 1
+
+
+def _sorted(
+    interface: GSessionInterface, found: Iterator[Facts], sort: str, most: int | None
+) -> list[Facts]:
+    """The first of all sessions in this order. Holds no more than ``most`` of them in memory."""
+    order = _ORDERS[sort]
+    with progress("reading sessions", partial(about, interface)) as advance:
+
+        def counting() -> Iterator[Facts]:
+            for facts in found:
+                advance(1)
+                yield facts
+
+        return sorted(counting(), key=order) if most is None else nsmallest(most, counting(), order)
+
+
+def _row(facts: Facts, now: int) -> tuple[str, ...]:
     return (
-        record.key,
-        span(now - record.created_at),
-        span(record.idle_expires_at - now),
-        span(record.absolute_expires_at - now),
-        str(len(record.payload)),
+        facts.handle,
+        span(now - facts.created_at),
+        span(facts.idle_expires_at - now),
+        span(facts.absolute_expires_at - now),
+        str(facts.bytes),
     )
 
 
@@ -139,7 +212,7 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
                 record = None
     if record is None:
         raise click.ClickException(problem or f"{key}: {NO_SESSION}")
-    facts = described(record)
+    facts = described(facts_of(record))
     if record.key != key:
         facts["rotated_from"] = key
     contents: dict[str, dict[str, object]] = {}
@@ -147,7 +220,7 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
     if loaded is not None:
         facts["permanent"] = keeper.is_permanent(loaded.body.values)
         until = loaded.body.debug_until or 0
-        facts["logged_until"] = moment(until) if until > now else None
+        facts["debug_log_until"] = moment(until) if until > now else None
         for name, raw in loaded.body.values.items():
             if expired(raw, now):
                 continue
@@ -200,7 +273,7 @@ def _print(
         "created_at": f"{span(now - record.created_at)} ago",
         "idle_expires_at": f"in {span(record.idle_expires_at - now)}",
         "absolute_expires_at": f"in {span(record.absolute_expires_at - now)}",
-        "logged_until": f"in {span(until - now)}",
+        "debug_log_until": f"in {span(until - now)}",
     }
     for label, value in facts.items():
         note = f" ({notes[label]})" if label in notes else ""
@@ -260,8 +333,11 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
     name_store(interface)
     ended = 0
     problems: Counter[str] = Counter()
+    where = f"of {name_of(interface)!r} in {place(interface)}"
     if not yes:
-        click.confirm(f"End every session of {name_of(interface)!r}?", abort=True)
+        number = about(interface)
+        whose = "every session" if number is None else f"about {counted(number, 'sessions')}"
+        click.confirm(f"End {whose} {where}?", abort=True)
     begun = interface.keeper.now()
     with (
         told(interface, lambda: counted(ended, "sessions") + " ended"),
