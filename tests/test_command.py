@@ -153,7 +153,7 @@ def test_what_is_sorted_takes_no_more_room_than_is_shown(monkeypatch: pytest.Mon
     console = Console("memory://")
     store: Any = console.ext.store(console.app)
     for _ in range(5):
-        store.create(a_record(store._clock))
+        store.create(a_record(time.time))
     held: list[int | None] = []
 
     def nsmallest(number: int, rows: Iterator[Any], key: Any) -> list[Any]:
@@ -375,7 +375,7 @@ def test_a_page_of_large_sessions_is_short() -> None:
     store = Noting()
     payload = bytes(200_000)
     for _ in range(100):
-        store.create(a_record(store._clock, payload=payload))
+        store.create(a_record(time.time, payload=payload))
     assert json.loads(Console(store).done("stats", "--json"))["bytes"] == 20_000_000
     assert max(pages) <= 4_000_000
 
@@ -572,9 +572,9 @@ def test_revoke_all_ends_what_is_rotated_meanwhile_and_not_what_is_new() -> None
             return page
 
     store = Busy()
-    first, before = (a_record(store._clock, key=letter * 43) for letter in "bc")
+    first, before = (a_record(time.time, key=letter * 43) for letter in "bc")
     after = before._replace(key="a" * 43, version=1)
-    new = a_record(store._clock, key="A" * 43)
+    new = a_record(time.time, key="A" * 43)
     new = new._replace(created_at=new.created_at + 60_000)
     for record in (first, before):
         store.create(record)
@@ -761,7 +761,7 @@ def test_an_outage_on_the_way(words: tuple[str, ...]) -> None:
         store = Failing(failures, StoreUnavailable("pulled the plug"))
         console = Console(store)
         for _ in range(5):
-            store.create(a_record(store._clock))
+            store.create(a_record(time.time))
         result = console.run(*words)
         assert result.exit_code == status, result.output
         if status:
@@ -773,7 +773,7 @@ def test_ctrl_c_on_the_way() -> None:
     store = Failing(1, KeyboardInterrupt())
     console = Console(store)
     for _ in range(5):
-        store.create(a_record(store._clock))
+        store.create(a_record(time.time))
     complaint = console.failed("revoke", "--all", "--yes", status=130)
     assert "interrupted after 2 sessions ended" in complaint
     assert console.done("revoke", "--all", "--yes").endswith("3 sessions ended\n")
@@ -791,7 +791,7 @@ def test_a_session_that_cannot_be_read(site: Site, console: Console) -> None:
 def test_a_record_that_is_none(sqlite_url: str) -> None:
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
-    live, broken = a_record(store._clock), a_record(store._clock)
+    live, broken = a_record(time.time), a_record(time.time)
     for record in (live, broken):
         store.create(record)
     with closing(sqlite3.connect(store.path)) as db, db:
@@ -820,7 +820,7 @@ def test_all_logouts_are_made_where_none_is_confirmed() -> None:
 
     store = Unconfirmed()
     console = Console(store)
-    made = [a_record(store._clock) for _ in range(3)]
+    made = [a_record(time.time) for _ in range(3)]
     for record in made:
         store.create(record)
     result = console.run("revoke", "--all", "--yes")
@@ -957,7 +957,7 @@ def read_all(descriptor: int) -> Iterator[bytes]:
 def test_on_a_terminal(sqlite_url: str) -> None:
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
-    records: list[Record] = [a_record(store._clock) for _ in range(101)]
+    records: list[Record] = [a_record(time.time) for _ in range(101)]
     for record in records:
         store.create(record)
     shown = on_a_terminal(sqlite_url, "list")
@@ -975,15 +975,15 @@ def test_the_bar_of_a_clean_up(
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
     for number in range(30):
-        store.create(a_record(store._clock, idle=1000 if number < 29 else 0.01))
-        redis_client.set(f"{store_prefix}{{{a_record(store._clock).key}}}:lock", "left behind")
+        store.create(a_record(time.time, idle=1000 if number < 29 else 0.01))
+        redis_client.set(f"{store_prefix}{{{a_record(time.time).key}}}:lock", "left behind")
     time.sleep(0.02)
     shown = on_a_terminal(sqlite_url, "cleanup")
     assert "1 expired session removed" in shown
     assert "100%" in shown  # of what has expired, not of the sessions
     settings = json.dumps({"key_prefix": store_prefix})
     console = Console(redis_url, key_prefix=store_prefix)
-    console.ext.store(console.app).create(a_record(store._clock, idle=1000))
+    console.ext.store(console.app).create(a_record(time.time, idle=1000))
     shown = on_a_terminal(redis_url, "cleanup", "--batch", "5", SETTINGS=settings)
     assert "30 orphaned locks removed" in shown
     assert "100%" not in shown  # of how many things is not known: there is one session
@@ -1006,7 +1006,7 @@ def test_the_list_on_narrow_terminals(sqlite_url: str, letters: str) -> None:
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
     # As wide for some minutes as they are now.
-    record = a_record(store._clock, absolute=30 * 86400 + 20 * 3600 + 1800)
+    record = a_record(time.time, absolute=30 * 86400 + 20 * 3600 + 1800)
     record = record._replace(created_at=record.created_at - 86_400_000 - 20 * 3_600_000)
     store.create(record)
     columns = ["handle", "age", "idles out in", "ends in", "bytes"]
