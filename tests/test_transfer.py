@@ -489,7 +489,7 @@ def test_what_a_killed_export_leaves(sqlite_url: str, file: Path) -> None:
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
     for _ in range(10):
-        store.create(a_record(store._clock))
+        store.create(a_record(time.time))
     with subprocess.Popen(
         [sys.executable, "-c", EXPORT, str(store.path), "export", str(file)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,

@@ -113,7 +113,7 @@ class BareRedis:
         self._client = client
         self._key = f"{place}floor:{'k' * 43}"
         self._fresh = count(1)
-        source = files("flask_gsession.stores").joinpath("save.lua").read_text()
+        source = files("flask_gsession.stores.redis").joinpath("save.lua").read_text()
         self._script = client.script_load(source)
         client.set(self._key, client.get(key), px=self.LIFE)
 
