@@ -471,14 +471,17 @@ import sys, time
 from tests.console import Console
 from flask_gsession.stores.sqlite import SQLiteStore
 
-class Slow(SQLiteStore):
-    def scan(self, cursor="", limit=200, begins=""):
-        if cursor:
-            print("begun", flush=True)
-            time.sleep(120)  # until it is struck
-        return super().scan(cursor, 5, begins)
+store = SQLiteStore(sys.argv.pop(1))
+scan = store.scans.scan
 
-console = Console(Slow(sys.argv.pop(1)))
+def slow(cursor="", limit=200, begins=""):
+    if cursor:
+        print("begun", flush=True)
+        time.sleep(120)  # until it is struck
+    return scan(cursor, 5, begins)
+
+store.scans.scan = slow
+console = Console(store)
 from flask_gsession.cli import gsession
 with console.app.app_context():
     gsession()
