@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -810,18 +809,17 @@ def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file system that turned read-only; the tests may run as root, who may write."""
-    connect = sqlite3.connect
 
-    def read_only(*args: Any, **options: Any) -> sqlite3.Connection:
-        db = connect(*args, **options)
-        db.execute("PRAGMA query_only=ON")
-        return db
+    class ReadOnly(sqlite._Connection):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.execute("PRAGMA query_only=ON")
 
     path = tmp_path / "sessions.sqlite3"
     with sqlite_site(path, timeout=10) as site, sqlite_site(path, timeout=10) as later:
         visitor = visitor_with(site, a=0)
         with monkeypatch.context() as patch:
-            patch.setattr(sqlite3, "connect", read_only)
+            patch.setattr(sqlite, "_Connection", ReadOnly)
             there = later.visitor(visitor.cookie)
             assert there.run(dict) == {"a": 0}
             for change in (
@@ -839,11 +837,12 @@ def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Mo
 @contextmanager
 def in_use(store: SQLiteStore) -> Iterator[None]:
     """One of its connections is, as in the middle of a call."""
-    db = store.file._pool.pop() if store.file._pool else store.file._open()
+    pool = store.file._pool
+    db = pool.pop() if pool else store.file._open()
     try:
         yield
     finally:
-        store.file._give_back(db, store.file._pool)
+        store.file._give_back(db, pool)
 
 
 def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: FakeClock) -> None:
@@ -876,7 +875,7 @@ def test_an_interrupt_as_a_transaction_begins(tmp_path: Path, clock: FakeClock) 
     record = a_record(clock)
     other.create(record)
 
-    class Struck(sqlite3.Connection):
+    class Struck(sqlite._Connection):
         def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
             done = super().execute(sql, *arguments)
             if sql == "BEGIN IMMEDIATE":
@@ -884,17 +883,23 @@ def test_an_interrupt_as_a_transaction_begins(tmp_path: Path, clock: FakeClock) 
             return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Struck))
+        patch.setattr(sqlite, "_Connection", Struck)
         with pytest.raises(SystemExit):
             store.delete(record.key)
     assert other.delete(record.key)
     other.close()
 
 
+def keep_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As within a request; outside, a connection is closed after use."""
+    monkeypatch.setattr(sqlite, "is_at_work", lambda: True)
+
+
 def test_a_link_to_a_file_that_is_not_there(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is made where the link leads, without what a deleted one left there."""
+    keep_connections(monkeypatch)
     monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
     link, path = tmp_path / "sessions.sqlite3", tmp_path / "volume" / "file"
     link.symlink_to(path)
@@ -936,6 +941,7 @@ def test_a_file_that_was_deleted(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
 ) -> None:
     """Whoever held it open leaves it, and shares nothing with what stays beside it."""
+    keep_connections(monkeypatch)
     monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
     path = tmp_path / "sessions.sqlite3"
     store, other = (SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
@@ -1000,6 +1006,7 @@ def test_a_file_system_on_which_folders_cannot_be_locked(
 def test_the_log_of_a_large_removal_does_not_keep_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    keep_connections(monkeypatch)
     monkeypatch.setattr(sqlite, "_LOG_BYTES", 2**20)
     path, log = tmp_path / "sessions.sqlite3", tmp_path / "sessions.sqlite3-wal"
     with closing(SQLiteStore(path)) as store:
