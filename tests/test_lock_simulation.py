@@ -24,11 +24,12 @@ from flask_gsession.interface import GSessionInterface
 from flask_gsession.request.session import SessionData, life_of
 from flask_gsession.request.writing import end_request
 from flask_gsession.stores import StoreOptions
-from flask_gsession.stores.base import Record
+from flask_gsession.stores.base import Deleted, Record
 from flask_gsession.stores.lease import Lease
 from flask_gsession.stores.memory import MemoryStore
 from tests.simulation.scheduler import (
     Fault,
+    Interrupted,
     Killed,
     Scheduler,
     Task,
@@ -82,6 +83,8 @@ class JudgedStore(MemoryStore):
             raise
         if fault is Fault.AFTER:
             raise StoreUnavailable("simulated: the answer is lost")
+        if fault is Fault.STRUCK_AFTER:
+            raise Interrupted
         if fault is Fault.DIES_AFTER:
             assert task is not None
             task.killed = True
@@ -130,7 +133,7 @@ class JudgedStore(MemoryStore):
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
-    ) -> bool:
+    ) -> Deleted:
         with self.call("delete"):
             for name in [name for name, _ in self._records.items()]:
                 self.ended.add(name)  # there is one session: each key leads to it
@@ -188,11 +191,13 @@ class Schedule:
         self.environ = dict(self.app.test_request_context("/").request.environ)
         self.outcomes: Counter[str] = Counter()
         self.logged_out = False
+        self.struck = 0
         first = self.open(None)
         first["n"] = 0
-        first._save_and_close()
-        assert first._token is not None
-        self.token = first._token
+        end_request(life_of(first))
+        token = life_of(first).seen.token
+        assert token is not None
+        self.token = token
 
     def open(self, token: str | None) -> SessionData:
         environ = dict(self.environ)
@@ -223,9 +228,15 @@ class Schedule:
         outcome = "unknown"
         session = self.open(self.token)
         try:
-            work(session)
+            try:
+                work(session)
+            except Interrupted:  # which a view may catch, and go on
+                outcome = "unknown"
+                self.struck += 1
+                end_request(life_of(session))
+                raise
             end_request(life_of(session))
-        except StoreUnavailable:
+        except (StoreUnavailable, Interrupted):
             outcome = "unknown"
         except (SessionConflict, LockMisused, KeyError):  # lost, ended, or no session any more
             outcome = "refused"

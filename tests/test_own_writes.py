@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flask_gsession import SessionConflict
 from flask_gsession.events import SessionSaved
 from tests.apps import Site, SiteMaker, Visitor
 
@@ -144,6 +145,85 @@ def test_another_request_on_top_makes_it_a_conflict(clicks: Site) -> None:
 
     assert visitor.ask(view).status_code == 409
     assert visitor.run(dict) == {**ONCE, "theirs": 1}
+
+
+def test_a_conflict_that_the_view_catches_makes_it_no_safer_to_repeat(clicks: Site) -> None:
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.after("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        tab.run(lambda session: session.update(theirs=1))
+        with pytest.raises(SessionConflict):
+            transaction(session)
+
+    assert visitor.ask(view).status_code == 409
+    assert visitor.run(dict) == {**ONCE, "theirs": 1}
+
+
+def test_another_request_on_top_is_no_conflict_after_a_rotation(clicks: Site) -> None:
+    """Nobody else makes the new key, so the rotation is there, below what is on top."""
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        session.rotate(grace=60)
+        clicks.store.after("replace", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        tab.run(lambda session: session.update(theirs=1))
+
+    visitor.run(view)
+    assert visitor.cookie != tab.cookie
+    assert visitor.run(dict) == {**ONCE, "theirs": 1}
+
+
+def test_a_lifetime_that_is_set_after_the_strike_is_not_forgotten(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        session["a"] = 1
+        clicks.store.after("create", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        session.set_lifetime(50)
+
+    visitor = clicks.visitor()
+    visitor.run(view)
+    assert visitor.run(lambda session: (session["a"], session._life.lifetime)) == (1, 50_000)
+
+
+def test_another_key_that_was_stored_shows_that_the_struck_write_was_not(clicks: Site) -> None:
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.before("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        session.update_atomic("other", lambda _: 1)
+        tab.run(lambda session: session.update(theirs=1))
+
+    visitor.run(view)
+    assert visitor.run(dict) == {**ONCE, "theirs": 1, "other": 1}
+
+
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_a_session_that_was_emptied_takes_an_update(site: Site, key: str) -> None:
+    """It ended by what this very request did, so the update begins another one."""
+
+    def view(session: Any) -> None:
+        session.clear()
+        assert session.update_atomic(key, lambda count: count + 1, 0) == 1
+        assert session.take("b" if key == "a" else "a", None) is None
+
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=5, b=5))
+    visitor.run(view)
+    assert visitor.run(dict) == {key: 1}
 
 
 def test_another_request_on_top_is_no_conflict_where_the_later_wins(site: Site) -> None:

@@ -26,6 +26,7 @@ from ..marks import is_marked, split
 from ..merge import Change, MergeFunction, last
 from ..payload import Body
 from ..references import refers
+from ..stores.base import Record
 from ..stores.wrappers import Call
 from ..tokens import session_key
 from ..tracing import Trace, TracedKeeper, TracedValues
@@ -39,6 +40,7 @@ from .state import (
     Seen,
     Trouble,
     Wishes,
+    beyond,
     current_block,
     without_rotation,
 )
@@ -234,15 +236,13 @@ class Lifecycle:
         record, body = loaded.record, loaded.body
         token = seen.token if record.key == key else None
         wishes = self.wishes
-        for attempt in self.attempts.values():
-            if attempt.record.key == record.key and attempt.token is not None:
-                token = attempt.token
-                self.cookie = "set"
-        own = self._settle_attempts(record.version, seen.record.version)
+        own = self._settle_attempts(record, seen.record)
         if own is not None:
             self.values.accept(own.body.values, own.changes)
-            if wishes is own.wishes:
-                wishes = NO_WISHES
+            wishes = beyond(own.wishes, wishes)
+            if own.token is not None:
+                token = own.token
+                self.cookie = "set"
         elif token is None and seen.token is not None:
             # Another request rotated the session. The client gets that token, not one of ours.
             self.cookie = "keep"
@@ -269,17 +269,22 @@ class Lifecycle:
                     return loaded
         return None
 
-    def _settle_attempts(self, version: int, before: int | None) -> Attempt | None:
-        """Every attempt's outcome is known with this ``version``; the one that it shows."""
-        attempts, self.attempts = self.attempts, {}
-        attempt = attempts.get(version)
-        if attempt is None and version != before:
-            # Somebody else's write: over one of ours, or instead of it.
+    def _settle_attempts(self, there: Record, before: Record) -> Attempt | None:
+        """Every attempt's outcome is known with what is ``there``; the one that it shows."""
+        own = self.attempts.get(there.version)
+        for attempt in self.attempts.values():
+            # Nobody else makes its key, so this is stored, whatever others made of it since.
+            if attempt.record.key == there.key != before.key:
+                own = attempt
+        if own is None and there.version != before.version:
+            # Somebody else's write: over one of ours, or instead of it. The attempts stay noted,
+            # so that it is never found to be safe to repeat them.
             policy_of = self.keeper.merger.policy_of
-            for other in attempts.values():
+            for other in self.attempts.values():
                 if any(policy_of(key, self.policies) is not last for key in other.changes):
                     raise self.conflict("unknown outcome")
-        return attempt
+        self.attempts = {}
+        return own
 
     def resolve_attempts(self) -> None:
         """Find out what became of writes that were interrupted. No round trip without any."""
@@ -293,12 +298,15 @@ class Lifecycle:
             loaded = self._find_attempted()
         except UnreadableRecord:
             loaded = None
+        except StoreUnavailable as error:
+            self.met_outage(error, "loaded again")
+            raise
         attempts, self.attempts = self.attempts, {}
         for attempt in attempts.values():
             if loaded is not None and attempt.record.key == loaded.record.key:
                 self.values.accept(attempt.body.values, attempt.changes)
                 self.values.follow(loaded.body.values)
-                self.wishes = NO_WISHES
+                self.wishes = beyond(attempt.wishes, self.wishes)
                 self.cookie = "set"
                 self.seen = Seen(attempt.token, loaded.record, loaded.body)
                 if self._placed is not None:
@@ -458,8 +466,10 @@ class Lifecycle:
             keys = [attempt.record.key for attempt in self.attempts.values()]
             if self.seen.record is not None:
                 keys.insert(0, self.seen.record.key)
-            elif presented.checked is not None and presented.checked.token is not None:
-                keys.insert(0, session_key(presented.checked.token))
+            is_its = self.seen.record is not None and self.seen.presented
+            if not is_its and presented.checked is not None and presented.checked.token is not None:
+                # Also where that was refused, and this request made another session since.
+                keys.append(session_key(presented.checked.token))
             unconfirmed: LogoutUnconfirmed | None = None
             emitted = []
             for key in dict.fromkeys(keys):

@@ -26,7 +26,7 @@ from .locking import Lock
 from .state import Phase, Presented
 from .tracking import TrackedValues
 from .transactions import Transaction
-from .writing import is_modified, rewrite
+from .writing import NotStored, is_modified, rewrite
 
 _MAX_GRACE = 3600.0
 _LONGEST_TTL = 10 * 366 * 86400.0
@@ -520,7 +520,10 @@ class SessionData(SessionMixin):
             values.settle(key, value, raw)
 
         recover = self._large.recover(key)
-        rewrite(life, key, replace, "update_atomic", settle=settle, recover=recover)
+        try:
+            rewrite(life, key, replace, "update_atomic", settle=settle, recover=recover)
+        except NotStored:
+            return self._update_unstored(key, function, default)
         return value
 
     def _update_unstored(self, key: str, function: Callable[[Any], Any], default: Any) -> Any:
@@ -553,8 +556,7 @@ class SessionData(SessionMixin):
         if life.ended:
             raise SessionEnded
         if life.seen.record is None:
-            with life.turn:
-                return self.pop(key) if default is _RAISE else self.pop(key, default)
+            return self._take_unstored(key, default)
         codec = life.keeper.codec
         value: Any = default
 
@@ -563,10 +565,18 @@ class SessionData(SessionMixin):
             value = default if raw is None else codec.decode(split(raw)[1])
 
         recover = self._large.recover(key)
-        rewrite(life, key, replace, "take", settle=lambda _: values.drop(key), recover=recover)
+        try:
+            rewrite(life, key, replace, "take", settle=lambda _: values.drop(key), recover=recover)
+        except NotStored:
+            return self._take_unstored(key, default)
         if value is _RAISE:
             raise KeyError(key)
         return value
+
+    def _take_unstored(self, key: str, default: Any) -> Any:
+        """``take`` from a session that is stored with the response."""
+        with self._life.turn:
+            return self.pop(key) if default is _RAISE else self.pop(key, default)
 
     # -- for the rest of the package
 

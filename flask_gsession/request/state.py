@@ -91,6 +91,19 @@ def without_rotation(wishes: Wishes) -> Wishes:
     return Wishes(None, wishes.lifetime, wishes.forced, wishes.cleared)
 
 
+def beyond(done: Wishes, wishes: Wishes) -> Wishes:
+    """What is left of the wishes when what was ``done`` is stored."""
+    if wishes is done:
+        return NO_WISHES
+    left = Wishes(
+        None if wishes.rotation == done.rotation else wishes.rotation,
+        None if wishes.lifetime == done.lifetime else wishes.lifetime,
+        wishes.forced and not done.forced,
+        wishes.cleared and not done.cleared,
+    )
+    return NO_WISHES if left == NO_WISHES else left
+
+
 class Trouble(Struct, frozen=True):
     """An outage that this request met. It is not waited for a second time.
 

@@ -56,6 +56,10 @@ class LostRace(SessionConflict):
     """A transaction could not be stored: another request was faster."""
 
 
+class NotStored(SessionEnded):
+    """This very request has ended the session, or emptied it."""
+
+
 @dataclass(slots=True, repr=False)  # which would show the values
 class Edit:
     """What is to be stored over what was ``seen``.
@@ -143,18 +147,20 @@ def rewrite(
     ``replace`` runs again when another request was faster, and may call the application. Changes
     of this request stay pending, but for one of this very key, which is stored first. ``settle``
     gets what is stored then. ``recover`` is called where the value is large and lost. Raises
-    ``SessionEnded`` where there is no session any more.
+    ``SessionEnded`` where there is no session any more, ``NotStored`` where this request ended it.
     """
 
     def edit() -> Edit | None:
         while True:
             with life.turn:
+                if _needs_own_session(life, rotating=True):  # also inside a lock
+                    life.start_own_session()
                 beside = life.block is not None and current_block.get() is not life.block
                 if not beside and life.seen.record is not None and life.values.has_changed(key):
                     commit(life)
                 seen, values = life.seen, life.values
                 if seen.record is None:
-                    raise SessionEnded
+                    raise SessionEnded if life.ended else NotStored
                 stored = values.unexpired()
                 raw = stored.get(key)
             try:
@@ -343,7 +349,7 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
     if pending and life.wishes is not NO_WISHES:
         done = wishes.rotation is not None or life.wishes.rotation is None
         life.wishes = NO_WISHES if done else Wishes(rotation=life.wishes.rotation)
-    del life.attempts[record.version]
+    life.attempts = {}  # one before it would have made this one stale
     if body.spilled or life.has_placed or (step.seen.body is not None and step.seen.body.spilled):
         life.placed.replaced(before, stored)
     if old is None:
@@ -446,12 +452,11 @@ def _save(life: Lifecycle, by_hand: bool) -> None:
     if by_hand:
         _keep_token(life)
     with life.turn:
-        cleared = life.wishes.cleared
         try:
             commit(life, rotating=False if by_hand else None)
         finally:
             life.drop_placed()
-        emptied = cleared and life.seen.record is None and not life.ended
+        emptied = life.wishes.cleared and life.seen.record is None and not life.ended
         if emptied and life.presented().checked is not None:
             life.cookie = "delete"
     for key in life.values.changed_after_they_were_abandoned():

@@ -234,6 +234,18 @@ class Line:
     keys: list[str] = field(default_factory=list)
     used: int = 0  # when the last request that was served without a fault loaded it
     longest_flight: int = 0  # of a write: from when it was made up to when it landed
+    #: It began with what another session was given, or nobody knows of it: not for the audit.
+    apart: bool = False
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A write whose outcome its request does not know, or not yet."""
+
+    key: str
+    changes: dict[str, tuple[Any, Any]]
+    rotation: float | None
+    line: Line | None = None  # where it was applied
 
 
 @dataclass(eq=False)
@@ -252,23 +264,30 @@ class Mirror:
     #: counts the times that the session changed its identity under the request
     epoch: int = 0
     cleared: bool = False
+    emptied: bool = False  # a take left an empty session
     rotation: float | None = None
     timeouts: set[int] = field(default_factory=set)  # milliseconds
     #: the update_atomic that is running: key, function, default; None for the function: a take
     atomic: tuple[str, Callable[[Any], Any] | None, Any] | None = None
     atomic_result: Any = MISSING
+    stores_first: bool = False  # all that is pending, since its own key is
     destroying: bool = False
     ended_itself: bool = False  # and so may have its cookie deleted
     cookie_due: bool = False
     made: set[str] = field(default_factory=set)
     faulted: bool = False
+    interrupted: bool = False
+    unsure: bool = False  # cannot know whether what it wrote is part of what is stored
+    is_apart: bool = False  # it signed in with an old token
     crossed: bool = False
     dropped: bool = False  # said that changes were dropped, because the session had ended
     unsaved: bool = False  # said that changes were not stored, because the store failed
     loaded: int = 0  # when it loaded or created its session; milliseconds
-    #: changes that were stored although the answer got lost, and the version they were stored with
-    in_doubt: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    doubtful_version: int = 0
+    #: whether it holds the newest token of its session, and no old one
+    has_token: bool = True
+    version: int = 0  # of what it knows
+    #: what it sent and got no answer to, by version
+    attempts: dict[int, Attempt] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -279,23 +298,87 @@ class Mirror:
         self.epoch += self.state != "unopened"
         self.state, self.key, self.line = state, None, None
         self.view = View(self.now)
-        self.cleared = self.cookie_due = False
+        self.cleared = self.emptied = self.cookie_due = False
         self.rotation = None
-        self.in_doubt = {}
+        self.attempts = {}
         self.timeouts = set()
 
-    def hold(self, line: Line) -> None:
+    def hold(self, line: Line, version: int) -> None:
         """Go on with this session, whose newest state arrived just now."""
-        if line.head != self.key:
-            # A rotation without grace stands; another one is left to the request that was faster.
+        if line.head != (self.presented if self.state == "unopened" else self.key):
+            # What it holds is an old token now, which never leads to a new one. A sign-in stands,
+            # and begins a session of its own.
+            self.has_token = self.cookie_due = False
             if self.rotation != 0:
                 self.rotation = None
-            self.cookie_due = False
+        elif self.state == "unopened":
+            self.has_token = True
+        self.version = version
         self.state, self.key, self.line = "live", line.head, line
         self.without = "none"
         self.view.known = line.values
         if line not in self.lines:
             self.lines.append(line)
+
+    def own(self, key: str) -> None:
+        """The newest token of its session is of its own making, and is to be sent."""
+        self.key, self.has_token, self.cookie_due = key, True, True
+        self.made.add(key)
+
+    def part(self) -> None:
+        """If it signs in with an old token: go on with a session of its own.
+
+        That has what this request assigned, and no more; the other one is left alone.
+        """
+        if self.state != "live" or self.has_token or self.rotation != 0:
+            return
+        kept = {
+            key: mine
+            for key, (base, mine) in self.view.changes().items()
+            if mine is not MISSING
+            and (base is MISSING or type(plain(mine)) not in (list, set, dict))
+        }
+        for attempt in self.attempts.values():
+            if attempt.line is not None:
+                attempt.line.apart = True
+        self.become("none")
+        for key, value in kept.items():
+            self.view[key] = copied(value)
+        self.is_apart = True
+
+    def send(self, record: Record) -> None:
+        """It sends a write that stores this record."""
+        if self.key != record.key:
+            self.part()
+        changes = self.view.changes()
+        if self.state != "none" and self.rewrites(changes) is not None:
+            self.attempts[record.version] = Attempt(record.key, {}, None)
+        else:
+            self.attempts[record.version] = Attempt(
+                record.key,
+                {key: (copied(base), copied(mine)) for key, (base, mine) in changes.items()},
+                self.rotation,
+            )
+
+    def begin_atomic(self, key: str, function: Callable[[Any], Any] | None, default: Any) -> None:
+        """An update_atomic or a take begins."""
+        self.atomic, self.atomic_result = (key, function, default), MISSING
+        self.stores_first = key in self.view.changes()
+
+    def rewrites(
+        self, changes: Mapping[str, Any]
+    ) -> tuple[str, Callable[[Any], Any] | None, Any] | None:
+        """The update_atomic that writes now, and not what is stored before it."""
+        if self.atomic is None or self.atomic[0] in changes or (self.stores_first and changes):
+            return None
+        return self.atomic
+
+    def fulfilled(self, attempt: Attempt) -> None:
+        """This write is known to have been applied."""
+        self.view.committed(attempt.changes)
+        if attempt.rotation == self.rotation:
+            self.rotation = None
+        self.attempts = {}
 
 
 class Model:
@@ -373,8 +456,10 @@ class Model:
             raise Violation(f"read {self.name(key)}, which had ended or expired")
         raise Violation(f"read {self.name(key)} as {record}, and {expected} was stored")
 
-    def heard(self, mirror: Mirror, record: Record | None) -> None:
-        """The request got this answer to a load. A foreign record counts as none."""
+    def heard(
+        self, mirror: Mirror, key: str, record: Record | None, *, foreign: bool = False
+    ) -> None:
+        """The request got this answer to a load; ``foreign``: one that it can't use."""
         if record is not None and record.successor is not None:
             return  # it will ask for the successor
         if mirror.state == "unopened":
@@ -382,15 +467,46 @@ class Model:
             if record is None:
                 mirror.become(mirror.without)
             else:
-                mirror.hold(self.line_of[record.key])
+                mirror.hold(self.line_of[record.key], record.version)
         elif record is None:
-            mirror.without = "ended"
-            mirror.become("ended")
+            asked = {version for version, sent in mirror.attempts.items() if sent.key == key}
+            elsewhere = {
+                version: sent
+                for version, sent in mirror.attempts.items()
+                if version not in asked and sent.key != mirror.key
+            }
+            if elsewhere and not foreign:
+                mirror.attempts = elsewhere  # it looks there next
+                return
+            for sent in mirror.attempts.values():
+                if sent.line is not None:
+                    sent.line.apart = True
+            if mirror.state == "none":
+                mirror.attempts = {}
+            else:
+                mirror.without = "ended"
+                mirror.become("ended")
         else:
-            if mirror.in_doubt and record.version == mirror.doubtful_version:
-                mirror.view.committed(mirror.in_doubt)
-                mirror.in_doubt = {}
-            mirror.hold(self.line_of[record.key])
+            self._recognise(mirror, record)
+
+    def _recognise(self, mirror: Mirror, record: Record) -> None:
+        """A request caught up with its session; its own writes are no surprise to it."""
+        line, moved = self.line_of[record.key], record.key != mirror.key
+        own = mirror.attempts.get(record.version)
+        for attempt in mirror.attempts.values():
+            if moved and attempt.key == record.key:  # only its own write has made that key
+                own = attempt
+        if own is not None:
+            mirror.fulfilled(own)
+            if moved:
+                mirror.own(record.key)
+        elif record.version != mirror.version:
+            for attempt in mirror.attempts.values():
+                if any(self.policy_of(name) != "last" for name in attempt.changes):
+                    mirror.unsure = True
+                    return
+        mirror.attempts = {}
+        mirror.hold(line, record.version)
 
     # -- what a request does
 
@@ -407,20 +523,21 @@ class Model:
         if not worth_keeping(wanted):
             raise Violation("created a session that holds nothing")
         line = Line(f"S{len(self.lines) + 1}", record.key, wanted, self._idle, self._idle)
+        line.apart = mirror.is_apart
         self.lines.append(line)
         mirror.lines.append(line)
         if record.absolute_expires_at != begun + self._absolute or record.created_at != begun:
             raise Violation(f"created with the times of another moment than {begun}: {record}")
         self._put(mirror, line, record, wanted, begun)
-        mirror.in_doubt = changes
+        attempt = mirror.attempts[record.version]
+        attempt.line = line
 
         def arrived() -> None:
-            mirror.hold(line)
-            mirror.view.committed(changes)
-            mirror.in_doubt = {}
+            mirror.own(record.key)
+            mirror.hold(line, record.version)
+            mirror.fulfilled(attempt)
+            mirror.rotation = None
             mirror.loaded = begun
-            mirror.cookie_due = True
-            mirror.made.add(record.key)
 
         return arrived
 
@@ -443,6 +560,8 @@ class Model:
         grace = mirror.rotation
         if grace is None:
             raise Violation("rotated without having been asked to")
+        if not mirror.has_token:
+            raise Violation("an old token was rotated into one that lasts")
         if record.key in self.records:
             raise Violation("rotated to a key that was used before")
         line, wanted, arrived = self._write(mirror, key, record, expected, begun)
@@ -453,16 +572,14 @@ class Model:
             raise Violation("a rotation with grace left no pointer")
         else:
             self._check_pointer(pointer, key, record, begun + int(grace * 1000))
-        self.records[key] = pointer
+        old, self.records[key] = self.records[key], pointer
         line.head = record.key
-        self._put(mirror, line, record, wanted, begun)
+        self._put(mirror, line, record, wanted, begun, old)
 
         def rotated() -> None:
-            mirror.key = record.key  # its own rotation is no surprise to it
+            mirror.own(record.key)  # its own rotation is no surprise to it
             arrived()
             mirror.rotation = None
-            mirror.cookie_due = True
-            mirror.made.add(record.key)
 
         return rotated
 
@@ -487,11 +604,11 @@ class Model:
         """A session was ended. What to do when the answer arrives."""
         self._own(mirror, key, "delete")
         if not mirror.destroying:
-            if not mirror.cleared or expected is None:
+            if expected is None:
                 raise Violation("deleted without having been asked to")
             line = self._current(key, expected, "deleted")
             if worth_keeping(self._merged(mirror, line, begun)):
-                raise Violation("cleared away what another request had stored")
+                raise Violation("ended a session that still holds something")
         there = self.head_of(key) is not None
         if done != there:
             raise Violation(f"said {done} of the end of {self.name(key)}; it was {there}")
@@ -521,6 +638,8 @@ class Model:
 
     def _own(self, mirror: Mirror, key: str, what: str) -> None:
         line = self.line_of.get(key)
+        if any(key == attempt.key for attempt in mirror.attempts.values()):
+            return
         if key != mirror.presented and line not in mirror.lines:
             theirs = self.line_of.get(mirror.presented or "")
             if line is None or line is not theirs:
@@ -557,8 +676,8 @@ class Model:
             if before == after:
                 raise Violation("the idle expiry moved back, and nobody had asked for that")
         changes = mirror.view.changes()
-        atomic = mirror.atomic
-        if atomic is not None and atomic[0] not in changes:
+        atomic = mirror.rewrites(changes)
+        if atomic is not None:
             name, function, default = atomic
             wanted = unexpired(line.values, begun)
             kept = wanted.pop(name, MISSING)
@@ -572,21 +691,26 @@ class Model:
                 after = wanted[name] = like(kept, value)
 
             def arrived() -> None:
-                mirror.hold(line)
+                mirror.attempts = {}
+                mirror.hold(line, record.version)
                 mirror.view.base[name] = after
                 if after is MISSING:
                     mirror.view.live.pop(name, None)
                 else:
                     mirror.view.live[name] = copied(after)
                 mirror.atomic_result = value
+                mirror.emptied = not worth_keeping(wanted)
         else:
             wanted = self._merged(mirror, line, begun)
-            mirror.in_doubt, mirror.doubtful_version = changes, record.version
+            if not worth_keeping(wanted):
+                raise Violation("kept a session that holds nothing any more")
+            attempt = mirror.attempts[record.version]
+            attempt.line = line
 
             def arrived() -> None:
-                mirror.hold(line)
-                mirror.view.committed(changes)
-                mirror.in_doubt = {}
+                mirror.hold(line, record.version)
+                mirror.fulfilled(attempt)
+                mirror.cleared = mirror.emptied = mirror.stores_first = False
 
         return line, wanted, arrived
 
@@ -602,7 +726,8 @@ class Model:
     @staticmethod
     def _check_once(mirror: Mirror, changes: Mapping[str, tuple[Any, Any]]) -> None:
         for key, change in changes.items():
-            if mirror.in_doubt.get(key) == change:
+            stored = (sent.changes for sent in mirror.attempts.values() if sent.line is not None)
+            if any(before.get(key) == change for before in stored):
                 raise Violation(f"stored the change of {key!r} a second time")
 
     def merge(self, stored: Values, changes: Mapping[str, tuple[Any, Any]], now: int) -> Values:
@@ -614,7 +739,7 @@ class Model:
             if base == mine:
                 continue
             theirs = stored.get(key, MISSING)
-            policy = self._policies.get(key, self._default_policy)
+            policy = self.policy_of(key)
             value = mine
             if theirs != base and (mine is not MISSING or policy == "reject"):
                 value = RULES[policy](base, theirs, mine)
@@ -624,12 +749,23 @@ class Model:
                 merged[key] = value
         return merged
 
-    def _put(self, mirror: Mirror, line: Line, record: Record, wanted: Values, begun: int) -> None:
+    def policy_of(self, key: str) -> str:
+        return self._policies.get(key, self._default_policy)
+
+    def _put(
+        self,
+        mirror: Mirror,
+        line: Line,
+        record: Record,
+        wanted: Values,
+        begun: int,
+        old: Record | None = None,
+    ) -> None:
         """Take over what was stored, if it is what it should be."""
         values = self._decode(record)
         if values != wanted:
             raise Violation(f"stored {difference(wanted, values)}")
-        self._check_times(mirror, line, record, self.records.get(record.key), begun)
+        self._check_times(mirror, line, record, old or self.records.get(record.key), begun)
         self.records[record.key] = record
         if record.key not in self.line_of:
             self.line_of[record.key] = line
@@ -662,8 +798,11 @@ class Model:
         """A request was answered: it has done what it was told to, or said that it had not."""
         if status != 200:
             return
+        mirror.part()
         changes = mirror.view.changes()
         if mirror.state == "live":
+            if mirror.emptied and not worth_keeping(unexpired(mirror.view.known, self._now())):
+                raise Violation("answered 200, and left an empty session")
             if changes:
                 raise Violation(f"answered 200, and has not stored {sorted(changes)}")
             if mirror.rotation is not None:

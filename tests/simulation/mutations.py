@@ -21,7 +21,7 @@ from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.request.session import SessionData
 from flask_gsession.request.state import NO_WISHES
 from flask_gsession.request.tracking import TrackedValues
-from flask_gsession.stores.base import Record
+from flask_gsession.stores.base import Deleted, Record
 from flask_gsession.stores.memory import MemoryStore
 
 
@@ -45,6 +45,7 @@ _keeper_save = Keeper.save
 _apply = Merger.apply
 _catch_up = Lifecycle.catch_up
 _commit = writing.commit
+_settle_attempts = Lifecycle._settle_attempts
 _draft_rotated = Keeper.draft_rotated
 _rewrite = writing.rewrite
 
@@ -89,9 +90,11 @@ REQUIRED = (
 )
 
 
-def _create_where_gone(self: Keeper, old: Record, record: Record, body: Body, *more: Any) -> None:
+def _create_where_gone(
+    self: Keeper, old: Record, record: Record, body: Body, *more: Any, **how: Any
+) -> None:
     try:
-        _keeper_save(self, old, record, body, *more)
+        _keeper_save(self, old, record, body, *more, **how)
     except Gone:
         self.create(self.draft_new(body)[1])
 
@@ -115,18 +118,24 @@ def _replace_again(
 
 def _delete_the_pointer_only(
     self: MemoryStore, key: str, expected_version: int | None = None
-) -> bool:
+) -> Deleted:
     if expected_version is not None:
         self._expect(key, expected_version)
     record = self._unexpired(key)
     self._records.pop(key, None)
-    return record is not None
+    return Deleted(record is not None, record)
 
 
 def _lasting_pointer(self: Keeper, old: Record, record: Record, grace: float) -> Record:
     return old._replace(
         version=record.version,
-        payload=self._payloads.pack_pointer(old.key, record.key),
+        payload=self._payloads.pack_pointer(
+            old.key,
+            record.key,
+            old.created_at,
+            old.absolute_expires_at,
+            old.idle_expires_at,
+        ),
         successor=record.key,
     )
 
@@ -141,8 +150,25 @@ def _leave_rotations_to_others(self: Lifecycle, **how: Any) -> bool:
 
 def _commit_in_doubt(life: Lifecycle, **how: Any) -> bool:
     life.trouble = None
+    return _commit_without_attempts(life, **how)
+
+
+def _commit_without_attempts(life: Lifecycle, **how: Any) -> bool:
     life.attempts = {}
     return _commit(life, **how)
+
+
+def _settle_and_forget(self: Lifecycle, *seen: Any) -> Any:
+    try:
+        return _settle_attempts(self, *seen)
+    finally:
+        self.attempts = {}
+
+
+def _rotate_with_any_token(self: Lifecycle, grace: float) -> None:
+    self.open()
+    if self.seen.record is not None:
+        self.wish(rotation=grace)
 
 
 def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = None) -> None:
@@ -206,6 +232,13 @@ FURTHER = (
     Mutation("pointers that last", Keeper, "_pointer", _lasting_pointer),
     Mutation("login left to another rotation", Lifecycle, "catch_up", _leave_rotations_to_others),
     Mutation("doubtful write repeated", writing, "commit", _commit_in_doubt),
+    Mutation("attempts forgotten", writing, "commit", _commit_without_attempts),
+    Mutation("attempts forgotten at a refusal", Lifecycle, "_settle_attempts", _settle_and_forget),
+    Mutation(
+        "an old token that rotates", writing, "_needs_own_session", lambda *life, **how: False
+    ),
+    Mutation("an old token that is asked to", Lifecycle, "rotate_soon", _rotate_with_any_token),
+    Mutation("an emptied session kept", writing, "worth_keeping", lambda values: True),
     Mutation("looked-at values forgotten", TrackedValues, "follow", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
     Mutation("an idle expiry put back", Record, "kept_as_long_as", lambda record, other: record),

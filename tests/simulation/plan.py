@@ -151,6 +151,7 @@ _CHOICES: dict[str, tuple[int, tuple[Any, ...]]] = {
     "fleeting": (4, (("a", 1), ("a", 10), ("a", 60), ("b", 10))),
     "ttl": (2, ("a", "a", "b")),
     "take": (4, ("a", "a", "b", "c")),
+    "transact": (3, (None,)),
     "clear": (2, (None,)),
     "rotate": (4, (None, None, 0, 0, 30)),
     "destroy": (3, (None,)),
@@ -168,6 +169,11 @@ _THEMES = (
     ("rotate", "count", "atomic"),
     ("append", "atomic"),
     ("take", "assign", "read"),
+    ("count", "append", "transact", "atomic", "rotate"),
+    ("count", "append", "atomic"),
+    ("count", "transact", "append"),
+    ("assign_own", "pop", "take", "clear", "transact"),
+    ("rotate", "assign", "transact", "nested", "destroy"),
     ("fleeting", "take", "atomic", "ttl"),
     ("fleeting", "read", "assign", "pop", "rotate", "ttl"),
     ("count", "atomic"),
@@ -203,12 +209,14 @@ class Plan:
     fault_rate: float
     clock_rate: float
     stay: float  # that the request that ran last goes on
+    strikes: bool  # nothing goes wrong but interrupts, which every view catches
     together: bool  # all of them look at their sessions before any goes on
 
     def __str__(self) -> str:
         lines = [
             f"seed {self.seed}, site {self.site}, faults {self.fault_rate:g}, "
-            f"clock {self.clock_rate:g}, stay {self.stay:g}{', together' if self.together else ''}"
+            f"clock {self.clock_rate:g}, stay {self.stay:g}{', strikes' if self.strikes else ''}"
+            f"{', together' if self.together else ''}"
         ]
         for request in (*self.opening, *self.requests):
             notes = [
@@ -229,7 +237,10 @@ def make_plan(seed: int, sites: tuple[str, ...]) -> tuple[Plan, Random]:
     rng = Random(seed)
     browsers = ("A", "B") if rng.random() < 0.4 else ("A",)
     # Each schedule uses few operations and arguments, so that rare ones meet each other.
-    if rng.random() < 0.7:
+    strikes = rng.random() < 0.1
+    if strikes:
+        kinds = ["count", "append", "transact", "transact", "atomic", rng.choice(sorted(_CHOICES))]
+    elif rng.random() < 0.7:
         kinds = list(rng.choice(_THEMES))
     else:
         kinds = rng.sample(sorted(_CHOICES), rng.randint(2, 7))
@@ -278,8 +289,8 @@ def make_plan(seed: int, sites: tuple[str, ...]) -> tuple[Plan, Random]:
             request(
                 f"{browser}{number}",
                 browser,
-                rng.choice((1, 2, 2, 3, 4, 5)),
-                tolerant=rng.random() < 0.3,
+                rng.choice((3, 4, 5) if strikes else (1, 2, 2, 3, 4, 5)),
+                tolerant=rng.random() < 0.3 or strikes,
                 stale_token=rng.random() < 0.1,
             )
         )
@@ -288,9 +299,10 @@ def make_plan(seed: int, sites: tuple[str, ...]) -> tuple[Plan, Random]:
         rng.choice(sites),
         opening,
         tuple(requests),
-        fault_rate=rng.choice((0, 0, 0.1, 0.2, 0.35)),
+        fault_rate=0.2 if strikes else rng.choice((0, 0, 0.1, 0.2, 0.35)),
         clock_rate=rng.choice((0, 0, 0.04, 0.15)),
         stay=rng.choice((0, 0, 0.3, 0.6)),
+        strikes=strikes,
         together=rng.random() < 0.4,
     )
     return plan, rng

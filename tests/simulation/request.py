@@ -16,7 +16,7 @@ from flask_gsession.tokens import session_key
 from .audit import FAILED, OK, UNKNOWN, Done, Segment, Visit
 from .model import MISSING, Conflict, Fleeting, Mirror, View, Violation, copied, shown, unexpired
 from .plan import GRACE, ON_MAPPINGS, PERMANENT, Held, Op, RequestPlan
-from .scheduler import VirtualClock
+from .scheduler import Interrupted, VirtualClock
 from .site import Site, running
 
 
@@ -54,6 +54,7 @@ class Serving:
         response = app.response_class()
         response.status_code = self._view()
         life_of(self.session).begin_response(response)  # as Flask, before it saves
+        epoch = mirror.epoch
         self.site.interface.save_session(app, self.session, response)
         status = response.status_code
         self.model.trace(f"{self.plan.name:4} answers {status}")
@@ -61,14 +62,16 @@ class Serving:
         self._check_cookie(response)
         if not mirror.unsaved:
             self.model.check_end(mirror, status)
+        if mirror.epoch != epoch and mirror.is_apart:
+            self.visit.discard_pending()  # it is stored in another session
         served = status == 200 and not (mirror.faulted or mirror.dropped)
         if served and mirror.line is not None and self.model.head_of(mirror.key) is not None:
             mirror.line.used = max(mirror.line.used, mirror.loaded)
         return response
 
     def leave(self) -> None:
-        """The request is over, well or not."""
-        if self.segment.line is None and self.mirror.lines:
+        """The request is over with its session, well or not."""
+        if self.segment.line is None and self.mirror.lines and not self.mirror.is_apart:
             self.segment.line = self.mirror.lines[-1]
 
     def _view(self) -> int:
@@ -93,14 +96,23 @@ class Serving:
             unsure = isinstance(error, StoreUnavailable) and op.kind in ("atomic", "take")
             done.outcome = UNKNOWN if unsure else FAILED
             failed = error.code
+        except Interrupted:
+            done.outcome = UNKNOWN if op.kind in ("atomic", "take", "transact") else FAILED
+            failed = 500
         if self.model.tracing:
             self.model.trace(f"{self.plan.name:4} {op}: {failed or shown(done.result)}")
         if mirror.epoch != epoch:
             self.held.clear()
             self.held_by_model.clear()
+            self.leave()
             self.segment = Segment()
+            if mirror.is_apart:
+                visit.discard_pending()
         done.segment, done.at, done.ended_at = self.segment, visit.tick(), self.clock.now
         done.on_live = mirror.state == "live"
+        if op.kind == "rotate":  # and not one that it made itself
+            presented = self.model.line_of.get(mirror.presented or "")
+            done.on_live = done.on_live and mirror.line is presented
         if mirror.line is not None:
             self.segment.line = mirror.line
         if failed is None:
@@ -108,6 +120,8 @@ class Serving:
                 done.outcome = OK
             if op.kind in ("destroy", "reload"):
                 visit.discard_pending()
+            if op.kind == "transact" and done.on_live:
+                visit.confirm_pending()
             if visit.found is None and op.kind not in ("destroy", "think"):
                 visit.found = not self.session.new
         return failed
@@ -130,10 +144,11 @@ class Serving:
     def _atomic(self, op: Op) -> Any:
         mirror, key = self.mirror, op.argument
         function, default = _ATOMIC[key](op.tag)
-        mirror.atomic, mirror.atomic_result = (key, function, default), MISSING
+        mirror.begin_atomic(key, function, default)
         try:
             result = self.session.update_atomic(key, function, default)
             expected = mirror.atomic_result
+            mirror.part()
             if expected is MISSING:
                 if mirror.state != "none":
                     raise Violation(f"{op} stored nothing")
@@ -174,10 +189,11 @@ class Serving:
     def _take(self, op: Op) -> Any:
         """Take a value out, which nobody else gets."""
         mirror, key = self.mirror, op.argument
-        mirror.atomic, mirror.atomic_result = (key, None, None), MISSING
+        mirror.begin_atomic(key, None, None)
         try:
             result = self.session.take(key, None)
             expected = mirror.atomic_result
+            mirror.part()
             if expected is MISSING:
                 expected = None
                 if mirror.state == "none":
@@ -204,18 +220,23 @@ class Serving:
     def _rotate(self, op: Op) -> None:
         self.session.rotate(op.argument)
         mirror = self.mirror
-        if mirror.state == "live":
-            grace = GRACE if op.argument is None else op.argument
+        grace = GRACE if op.argument is None else op.argument
+        if mirror.state == "live" and not mirror.has_token and grace > 0:
+            return  # an old token never leads to a new one
+        if mirror.state == "live" or (mirror.state == "none" and mirror.attempts):
             mirror.rotation = grace if mirror.rotation is None else min(mirror.rotation, grace)
+        mirror.part()
 
     def _destroy(self, op: Op) -> None:
         mirror = self.mirror
         mirror.destroying, key = True, mirror.key
+        attempted = [attempt.key for attempt in mirror.attempts.values()]
         try:
             self.session.destroy()
         finally:
             mirror.destroying = False
-        for dead in (key, mirror.presented):
+        own_only = mirror.is_apart and key is not None
+        for dead in (key, *attempted, None if own_only else mirror.presented):
             if self.model.head_of(dead) is not None:
                 raise Violation("destroyed its session, and it is alive")
         mirror.without = "none"
@@ -226,12 +247,11 @@ class Serving:
     def _reload(self, op: Op) -> None:
         mirror = self.mirror
         if mirror.state == "live":
+            mirror.attempts = {}
+            mirror.rotation, mirror.timeouts = None, set()
             self.session.reload()
-            if mirror.line is not None:
-                mirror.view = View(mirror.now)
-                mirror.view.known = mirror.line.values
-            mirror.cleared, mirror.rotation = False, None
-            mirror.timeouts, mirror.in_doubt = set(), {}
+            self._start_afresh()
+            mirror.emptied = False
         elif mirror.ended_itself and mirror.presented:
             self.session.reload()
             mirror.view = View(mirror.now)
@@ -239,6 +259,25 @@ class Serving:
             mirror.become("unopened" if mirror.presented else "none")
             self.session.reload()
         mirror.epoch += 1
+
+    def _start_afresh(self) -> None:
+        """See what is stored, without anything that was looked at or changed."""
+        mirror = self.mirror
+        if mirror.line is not None:
+            mirror.view = View(mirror.now)
+            mirror.view.known = mirror.line.values
+            mirror.cleared = False
+
+    def _transact(self, op: Op) -> None:
+        """Store what is pending now, and start on what is stored."""
+        mirror, opened = self.mirror, self.mirror.state != "unopened"
+        with self.session.transaction():
+            mirror.part()
+            # What the view got from the session before is no part of it any more.
+            self.held.clear()
+            self.held_by_model.clear()
+            if opened:
+                self._start_afresh()
 
     def _lifetime(self, op: Op) -> None:
         self.session.set_lifetime(op.argument)
@@ -260,7 +299,7 @@ class Serving:
         elif isinstance(error, SessionEnded):
             right = mirror.state == "ended"
         elif isinstance(error, SessionConflict):
-            right = self._in_conflict()
+            right = mirror.unsure or self._in_conflict()
         else:
             right = False
         if not right:
@@ -281,6 +320,8 @@ class Serving:
         right = (
             status == 200
             or (status == 503 and mirror.faulted)
+            or (status == 500 and running().struck)
+            or (status == 409 and mirror.unsure)
             or (status == 409 and (refused or self._in_conflict()))
         )
         if not right:

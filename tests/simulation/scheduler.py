@@ -24,6 +24,10 @@ class Killed(BaseException):
     """The process of a request died. No `Exception`: nothing may catch it."""
 
 
+class Interrupted(Exception):
+    """What a signal raises wherever a request is, such as a worker's timeout."""
+
+
 class Fault(Enum):
     """What goes wrong at a pause."""
 
@@ -32,6 +36,8 @@ class Fault(Enum):
     AFTER = "unavailable, done: the answer is lost"
     DIES_BEFORE = "the process dies, nothing done"
     DIES_AFTER = "the process dies, done"
+    STRUCK_BEFORE = "interrupted, nothing done"
+    STRUCK_AFTER = "interrupted, done"
     CROSSED = "the answer to another request"
     LOST = "the response is lost"
 
@@ -44,6 +50,9 @@ _WRITE = (
     Fault.AFTER,
     Fault.AFTER,
     Fault.AFTER,
+    Fault.STRUCK_BEFORE,
+    Fault.STRUCK_AFTER,
+    Fault.STRUCK_AFTER,
     Fault.DIES_BEFORE,
     Fault.DIES_AFTER,
 )
@@ -51,9 +60,16 @@ _WRITE = (
 #: What may go wrong, by what the request waits for.
 _POSSIBLE = {
     "start": _NONE,
-    "sleep": (*_NONE, *_NONE, *_DIES),
+    "sleep": (*_NONE, *_NONE, *_DIES, Fault.STRUCK_BEFORE),
     "think": (*_NONE, *_NONE, *_DIES),
-    "load": (Fault.BEFORE, Fault.BEFORE, Fault.CROSSED, Fault.CROSSED, Fault.DIES_BEFORE),
+    "load": (
+        Fault.BEFORE,
+        Fault.BEFORE,
+        Fault.CROSSED,
+        Fault.CROSSED,
+        Fault.STRUCK_BEFORE,
+        Fault.DIES_BEFORE,
+    ),
     "create": _WRITE,
     "save": _WRITE,
     "renew": _WRITE,
@@ -61,6 +77,12 @@ _POSSIBLE = {
     "delete": _WRITE,
     "response": (Fault.LOST, Fault.DIES_BEFORE),
 }
+
+
+def _struck(possible: tuple[Fault, ...]) -> tuple[Fault, ...]:
+    """The interrupts among these."""
+    strikes = (Fault.STRUCK_BEFORE, Fault.STRUCK_AFTER)
+    return tuple(fault for fault in possible if fault in strikes) or _NONE
 
 
 class Task(greenlet):
@@ -77,6 +99,7 @@ class Task(greenlet):
         self.waits_for = "start"
         self.killed = False
         self.given_up = False
+        self.struck = False
 
     def pause(self, waits_for: str) -> Fault:
         """Let others go first. Raises `Killed` where the process dies here."""
@@ -88,6 +111,9 @@ class Task(greenlet):
         if fault is Fault.DIES_BEFORE:
             self.killed = True
             raise Killed
+        if fault is Fault.STRUCK_BEFORE:
+            self.struck = True
+            raise Interrupted
         return fault
 
     def end(self) -> None:
@@ -130,6 +156,7 @@ class Scheduler:
         fault_rate: float = 0,
         clock_rate: float = 0,
         stay: float = 0,
+        strikes: bool = False,
         together: bool = False,
     ) -> None:
         """Run all tasks to their ends. What a task raises comes out, and ends the others."""
@@ -150,7 +177,8 @@ class Scheduler:
                 assert task is not None
                 fault = Fault.NONE
                 if fault_rate and rng.random() < fault_rate:
-                    fault = rng.choice(_POSSIBLE[task.waits_for])
+                    possible = _POSSIBLE[task.waits_for]
+                    fault = rng.choice(_struck(possible) if strikes else possible)
                     if fault is not Fault.NONE:
                         self._trace(f"{task.name:4} !! {fault.value} ({task.waits_for})")
                 self.steps[task.waits_for] += 1

@@ -17,14 +17,14 @@ from flask_gsession.interface import GSessionInterface
 from flask_gsession.marks import split
 from flask_gsession.request.session import SessionData
 from flask_gsession.stores import StoreOptions
-from flask_gsession.stores.base import Record, milliseconds
+from flask_gsession.stores.base import Deleted, Record, milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.tokens import session_key
 
 from .audit import Visit
 from .model import Fleeting, Mirror, Model, Values, Violation, shown
 from .plan import ABSOLUTE, GRACE, IDLE, PERMANENT, POLICIES, RENEW
-from .scheduler import Fault, Killed, Task, VirtualClock, current_task
+from .scheduler import Fault, Interrupted, Killed, Task, VirtualClock, current_task
 
 CALLS = ("create", "load", "save", "renew", "replace", "delete")
 
@@ -70,6 +70,7 @@ class SimulatedStore:
         return self.inner._records
 
     def create(self, record: Record) -> None:
+        running().mirror.send(record)
         request, fault, begun = self._arrive("create")
         self.inner.create(record)
         arrived = self.model.create(request.mirror, record, begun)
@@ -86,9 +87,11 @@ class SimulatedStore:
             others = [other for name, other in self.records.items() if name != key]
             if others:
                 mirror.crossed = True
-                self.model.heard(mirror, None)
-                return self.rng.choice(others)
-        self.model.heard(mirror, self._unexpired(record))
+                other = self.rng.choice(others)
+                unusable = self._unexpired(other) is not None  # else it is as good as none
+                self.model.heard(mirror, key, None, foreign=unusable)
+                return other
+        self.model.heard(mirror, key, self._unexpired(record))
         return record
 
     def _unexpired(self, record: Record | None) -> Record | None:
@@ -97,8 +100,10 @@ class SimulatedStore:
         return None if record is None or now >= record.idle_expires_at else record
 
     def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
+        running().mirror.send(record)
         request, fault, begun = self._arrive("save")
-        with self._judged(request, fault, record.key, expected_version):
+        sent = record.version
+        with self._judged(request, fault, record.key, expected_version, sent):
             self.inner.save(record, expected_version, shorten=shorten)
         record = self.records[record.key]
         arrived = self.model.save(request.mirror, record, expected_version, begun)
@@ -121,8 +126,9 @@ class SimulatedStore:
         *,
         shorten: bool = False,
     ) -> None:
+        running().mirror.send(record)
         request, fault, begun = self._arrive("replace")
-        with self._judged(request, fault, key, expected_version):
+        with self._judged(request, fault, key, expected_version, record.version):
             self.inner.replace(key, record, expected_version, pointer, shorten=shorten)
         record = self.records[record.key]
         arrived = self.model.replace(request.mirror, key, record, expected_version, pointer, begun)
@@ -130,12 +136,12 @@ class SimulatedStore:
         self._leave(request, fault, f"{names} {self._shown(record)}")
         arrived()
 
-    def delete(self, key: str, expected_version: int | None = None) -> bool:
+    def delete(self, key: str, expected_version: int | None = None) -> Deleted:
         request, fault, begun = self._arrive("delete")
         with self._judged(request, fault, key, expected_version):
-            done = bool(self.inner.delete(key, expected_version))
-        arrived = self.model.delete(request.mirror, key, expected_version, done, begun)
-        self._leave(request, fault, f"{self.model.name(key)} {done}")
+            done = self.inner.delete(key, expected_version)
+        arrived = self.model.delete(request.mirror, key, expected_version, done.found, begun)
+        self._leave(request, fault, f"{self.model.name(key)} {done.found}")
         arrived()
         return done
 
@@ -149,7 +155,8 @@ class SimulatedStore:
         if fault is not Fault.NONE:
             self.counts["faults"] += 1
             self.counts[fault.name] += 1
-            request.mirror.faulted = True
+            if fault is not Fault.STRUCK_AFTER:
+                request.mirror.faulted = True
         if fault is Fault.BEFORE:
             raise StoreUnavailable("simulated: nothing done")
         return request, fault, begun
@@ -158,13 +165,21 @@ class SimulatedStore:
         self.model.trace(f"{request.name:4} {request.waits_for} {what}")
         if fault is Fault.AFTER:
             raise StoreUnavailable("simulated: the answer is lost")
+        if fault is Fault.STRUCK_AFTER:
+            request.struck = True
+            raise Interrupted
         if fault is Fault.DIES_AFTER:
             request.killed = True
             raise Killed
 
     @contextlib.contextmanager
     def _judged(
-        self, request: Request, fault: Fault, key: str, expected: int | None
+        self,
+        request: Request,
+        fault: Fault,
+        key: str,
+        expected: int | None,
+        sent: int | None = None,
     ) -> Iterator[None]:
         try:
             yield
@@ -173,6 +188,7 @@ class SimulatedStore:
             self.counts[name] += 1
             self.model.refused(request.mirror, key, expected, name)
             self._leave(request, fault, f"{self.model.name(key)} {name}")
+            request.mirror.attempts.pop(sent or 0, None)
             raise
 
     def _shown(self, record: Record | None) -> str:
@@ -193,6 +209,7 @@ class Site:
         self.app.secret_key = "simulation"
         self.app.config["PROPAGATE_EXCEPTIONS"] = True
         self.app.config["PERMANENT_SESSION_LIFETIME"] = PERMANENT
+        self.app.register_error_handler(Interrupted, lambda error: ("interrupted", 500))
         ext = Session(
             self.app,
             clock=clock,
@@ -228,7 +245,9 @@ class Site:
 
     def decode(self, record: Record) -> Values:
         """The values in a record."""
-        body = self.keeper._payloads.unpack(record.key, record.payload)
+        body = self.keeper._payloads.unpack(
+            record.key, record.payload, record.created_at, record.absolute_expires_at
+        )
         values = {}
         for key, raw in body.values.items():
             mark, plain = split(raw)

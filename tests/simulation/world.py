@@ -161,6 +161,7 @@ class _Run:
             fault_rate=self.plan.fault_rate,
             clock_rate=self.plan.clock_rate,
             stay=self.plan.stay,
+            strikes=self.plan.strikes,
             together=self.plan.together,
         )
         finals = self._probe()
