@@ -11,7 +11,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test contract lint bench faults rules dashboard docs servers chromium prometheus clean
+.PHONY: help demo test contract lint bench faults rules dashboard docs dist servers chromium prometheus clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,7 @@ EXTRAS_shop-redis := [typed,redis]
 EXTRAS_shop-mongodb := [typed,mongodb]
 EXTRAS_test := [test,bench]
 EXTRAS_docs := [docs]
+EXTRAS_dist := [dist]
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -79,6 +80,11 @@ rules: prometheus ## Check the alert rules, with Prometheus' own promtool
 
 docs: $(VENV)/with-docs ## Build the documentation in docs/_build
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build
+
+dist: $(VENV)/with-dist ## Build the wheel and the source distribution in dist/
+	@rm -rf dist
+	$(PY) -m build --outdir dist
+	$(PY) -m twine check --strict dist/*
 
 servers: | $(VENV)/with-test
 	@sh tests/setup_redis.sh $(PY)
