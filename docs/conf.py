@@ -27,12 +27,15 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
 
+# A copied line of a shell comes without its prompt, and without what was printed.
+copybutton_prompt_text = "$ "
+
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
 html_show_sourcelink = False
 html_static_path = ["static"]
-html_css_files = ["tables.css"]
+html_css_files = ["code.css", "tables.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 
