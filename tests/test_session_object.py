@@ -535,6 +535,7 @@ def test_what_a_stream_stores_at_once_is_stored(
     with visitor.ask(lambda _: Response(flask.stream_with_context(body()))) as response:
         assert response.text == "22"
     assert visitor.run(dict) == {"a": 2, "c": 3, "d": 4}
+    assert "is lost" not in caplog.text
 
     def logout() -> Iterator[str]:
         flask.session.destroy()  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ _UNSIGNED = {"malformed", "bad signature", "two cookies", "too many cookies"}
 _REFUSALS = {*_UNSIGNED, "unknown", "expired", *_UNREADABLE}
 _LEFTOVERS = set(LEFTOVERS)
 _LOST = ("missing", "truncated", "altered", "not encrypted", "unknown encryption key")
-_CONFLICTS = ("refused", "transaction", "too many races")
+_CONFLICTS = ("refused", "transaction", "too many races", "unknown outcome")
 _STORE_BUCKETS = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),

@@ -141,9 +141,14 @@ class Lifecycle:
         return self.values
 
     def open_for_writing(self, what: str) -> TrackedValues:
-        """The values, for a change of ``what``; the log says so where that comes too late."""
+        """The values, for a change of ``what``; the log says so if that comes too late.
+
+        A transaction or a lock stores its changes itself, also after the response.
+        """
         values = self.open()
-        if self.phase is Phase.SAVED:
+        if self.phase is Phase.SAVED and (
+            self.block is None or current_block.get() is not self.block
+        ):
             self.report_late(what)
         return values
 
