@@ -25,7 +25,7 @@ from tests.servers import S3Server
 from tests.test_large_files import Both, place
 from tests.test_large_values import ENDS, PHOTO, ROWS, get, memory_of_streaming, put, with_rows
 
-GUIDE = (Path(__file__).parent.parent / "docs/how-to/large-values.md").read_text()
+GUIDE = (Path(__file__).parent.parent / "docs/how-to/buckets.md").read_text()
 MEGABYTE = 1024 * 1024
 
 
@@ -151,7 +151,7 @@ def test_they_live_and_end_with_their_session(
 def test_a_file_is_streamed_in_bounded_memory(clock: FakeClock, url: str, objects: Objects) -> None:
     size = 40 * MEGABYTE
     with SiteMaker("memory://", "", clock) as make:
-        visitor = make(spill_store=url, max_value_bytes=size).visitor()
+        visitor = make(spill_store=url, max_value_bytes=size, max_total_bytes=2 * size).visitor()
         visitor.run(put(photo=PHOTO))  # the client is there
         assert memory_of_streaming(visitor, size) < 9 * FRAME_BYTES
         assert len(objects()) == 1 + 10
@@ -279,12 +279,12 @@ def test_the_rights_of_the_guide_are_enough_and_needed(
             ("s3:PutObject", put(rows=ROWS[2:])),
         ):
             sign_in(monkeypatch, fewer[right])
-            monkeypatch.setattr(place(one_site), "_pid", 0)
+            place(one_site)._begin()
             assert visitor.ask(work).status_code == 503, right
             assert "PermissionError" in caplog.text
             caplog.clear()
         sign_in(monkeypatch, fewer["s3:DeleteObject"])
-        monkeypatch.setattr(place(one_site), "_pid", 0)
+        place(one_site)._begin()
         visitor.run(ENDS["a logout"])
         assert "files: remove: PermissionError" in caplog.text
     assert len(objects()) == 1
@@ -308,7 +308,7 @@ def test_a_server_that_is_frozen_or_gone_is_an_outage(
 ) -> None:
     def anew() -> None:
         forget_clients()
-        monkeypatch.setattr(place(one_site), "_pid", 0)
+        place(one_site)._begin()
 
     visitor = with_rows(one_site)
     timeouts = fsspec.config.conf["s3"]["config_kwargs"]
