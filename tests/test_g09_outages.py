@@ -959,7 +959,7 @@ def test_a_file_that_was_deleted(
         assert (each.load(before.key), each.load(after.key)) == (None, after)
         with in_use(each), in_use(each):
             assert (each.load(before.key), each.load(after.key)) == (None, after)
-        assert each.check()[0].severity == "ok"
+        assert each.checks.check()[0].severity == "ok"
         each.close()
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         idle.execute("SELECT 1")
