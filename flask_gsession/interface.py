@@ -219,7 +219,7 @@ class GSessionInterface(SessionInterface):
         cookies = request.environ.get("HTTP_COOKIE")
         if not cookies:
             return _NOTHING
-        name = self.get_cookie_name(app)
+        name = self._live.cookie_name()
         start = name + "="
         if start not in cookies:
             return _NOTHING
@@ -231,7 +231,9 @@ class GSessionInterface(SessionInterface):
                 values[stripped[len(start) :]] = None
         if not values:
             return _NOTHING
-        return Presented(self._signer_of(app, name).check_all(values))
+        signer = self._signer_of(app, name)
+        checked = signer.check_all(values) if len(values) > 1 else signer.check(*values)
+        return Presented(checked)
 
     def _signer_of(self, app: Flask, name: str | None = None) -> TokenSigner:
         keys = self._live.secret_keys()

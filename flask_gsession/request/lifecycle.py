@@ -33,6 +33,7 @@ from ..tracing import Trace, TracedKeeper, TracedValues
 from .placing import Placed
 from .state import (
     NO_WISHES,
+    NOTHING_SEEN,
     Attempt,
     Block,
     Phase,
@@ -46,6 +47,8 @@ from .state import (
 )
 from .tracking import TrackedValues
 
+NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
+_NO_BODY = Body({})
 UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 
 
@@ -74,7 +77,7 @@ class Lifecycle:
         self.phase = phase
         #: whether Flask makes a page for an error that nobody handled
         self.error_page = False
-        self.seen = Seen()
+        self.seen = NOTHING_SEEN
         self.wishes = NO_WISHES
         self.cookie: Literal["keep", "set", "delete"] = "keep"
         self.opened = False
@@ -82,7 +85,7 @@ class Lifecycle:
         self.ended = False
         self.trouble: Trouble | None = None
         #: writes whose outcome is unknown, by the version they were to store
-        self.attempts: dict[int, Attempt] = {}
+        self.attempts = NO_ATTEMPTS
         self.block: Block | None = None
         #: whether a lock is entered, or waited for
         self.locked = False
@@ -98,15 +101,17 @@ class Lifecycle:
         self._presented: Presented | None = None
         self._placed: Placed | None = None
         self._race_ends = 0.0  # of time.monotonic
-        self._in_function: set[int] = set()  # threads in the function of update_atomic
+        self._in_function: set[int] | None = None  # threads in the function of update_atomic
         self._vetted: dict[str, bytes] | None = None
-        self._reported: set[str] = set()
-        self.values = self._no_values()
+        self._reported: set[str] | None = None
+        #: made when the session is loaded
+        self.values: TrackedValues
 
-    def _no_values(self) -> TrackedValues:
+    def _new_values(self, body: Body = _NO_BODY) -> TrackedValues:
+        codec, now = self.keeper.codec, self.keeper.now if body.marked else None
         if self.trace is not None:
-            return TracedValues(self.trace, self.keeper.codec, turn=self.turn)
-        return TrackedValues(self.keeper.codec, turn=self.turn)
+            return TracedValues(self.trace, codec, body.values, now, turn=self.turn)
+        return TrackedValues(codec, body.values, now, turn=self.turn)
 
     # -- phases
 
@@ -137,7 +142,10 @@ class Lifecycle:
         if not self.opened:
             with self.turn:
                 if not self.opened:
-                    self._load()
+                    if self.trouble is not None and self.trouble.loading:
+                        self._go_on_without(self.trouble.error)
+                    else:
+                        self._load()
         return self.values
 
     def open_for_writing(self, what: str) -> TrackedValues:
@@ -157,6 +165,8 @@ class Lifecycle:
 
         Not while a test looks at a request that is over: Flask's own session is forgiving there.
         """
+        if self._reported is None:
+            self._reported = set()
         preserved = "werkzeug.debug.preserve_context" in self.request.environ
         if what not in self._reported and not preserved:
             self._reported.add(what)
@@ -168,15 +178,11 @@ class Lifecycle:
             )
 
     def _load(self) -> None:
-        if self.trouble is not None and self.trouble.loading:
-            self._go_on_without(self.trouble.error)
-            return
         checked = self.presented().checked
-        if checked is None:
-            pass
-        elif checked.token is None:
+        found = _NO_BODY
+        if checked is not None and checked.token is None:
             self.keeper.refused(checked.reason, None)
-        else:
+        elif checked is not None and checked.token is not None:
             key = session_key(checked.token)
             began = time.perf_counter()
             try:
@@ -190,18 +196,16 @@ class Lifecycle:
                 return
             else:
                 if loaded is not None:
-                    self._take(key, checked.token, loaded, began)
-                    if checked.outdated and self.seen.token is not None:
+                    record, found = loaded.record, loaded.body
+                    if found.debug_until is not None:
+                        self.heed_debug_switch("load", began, found.debug_until)
+                    current = record.key == key
+                    if current and checked.outdated:
                         self.cookie = "set"
+                    self.ended = False
+                    self.seen = Seen(checked.token if current else None, record, found, True)
+        self.values = self._new_values(found)
         self.opened = True
-
-    def _take(self, key: str, token: str, loaded: Loaded, began: float) -> None:
-        record, body = loaded.record, loaded.body
-        if body.debug_until is not None:
-            self.heed_debug_switch("load", began, body.debug_until)
-        self.values.restart(body.values, self.keeper.now if body.marked else None)
-        self.ended = False
-        self.seen = Seen(token if record.key == key else None, record, body, presented=True)
 
     def _go_on_without(self, error: StoreUnavailable) -> None:
         """The session can't be loaded: raise that, or leave it to the response to say so.
@@ -213,7 +217,7 @@ class Lifecycle:
         self.trouble = Trouble(error, loading=True, unseen=unseen or known)
         if not unseen:
             raise error
-        self.values.clear()
+        self.values = self._new_values()
 
     def catch_up(self, *, afresh: bool = False) -> bool:
         """See what other requests stored; False where the session is no more.
@@ -288,7 +292,7 @@ class Lifecycle:
             for other in self.attempts.values():
                 if any(policy_of(key, self.policies) is not last for key in other.changes):
                     raise self.conflict("unknown outcome")
-        self.attempts = {}
+        self.attempts = NO_ATTEMPTS
         return own
 
     def resolve_attempts(self) -> None:
@@ -306,7 +310,7 @@ class Lifecycle:
         except StoreUnavailable as error:
             self.met_outage(error, "loaded again")
             raise
-        attempts, self.attempts = self.attempts, {}
+        attempts, self.attempts = self.attempts, NO_ATTEMPTS
         for attempt in attempts.values():
             if loaded is not None and attempt.record.key == loaded.record.key:
                 self.values.accept(attempt.body.values, attempt.changes)
@@ -450,7 +454,7 @@ class Lifecycle:
         values.clear()
         self.seen = Seen(presented=True)
         self.wishes = NO_WISHES
-        self.attempts = {}
+        self.attempts = NO_ATTEMPTS
         self.lease = None
         for key, raw in kept.items():
             if raw is not None:
@@ -512,7 +516,7 @@ class Lifecycle:
         self.trouble = None
         self.wishes = NO_WISHES
         if self.seen.record is not None:
-            self.attempts = {}
+            self.attempts = NO_ATTEMPTS
             if not self.catch_up(afresh=True):
                 self.end("reload")
         elif self.opened and self.cookie != "keep":
@@ -524,13 +528,14 @@ class Lifecycle:
 
     def forget(self) -> None:
         """Hold no session: as at the start, but for what the client is to be sent."""
-        traced = self.trace is not None and not isinstance(self.values, TracedValues)
-        if traced:
-            self.values = self._no_values()
+        if not self.opened or (
+            self.trace is not None and not isinstance(self.values, TracedValues)
+        ):
+            self.values = self._new_values()
         else:
             self.values.clear()
         self.wishes = NO_WISHES
-        self.attempts = {}
+        self.attempts = NO_ATTEMPTS
         self.lease = None
         self.seen = Seen(for_others=self.seen.for_others)
 
@@ -584,7 +589,7 @@ class Lifecycle:
         """Whether this is called by what a lost race repeats."""
         if self.block is not None and self.block.kind == "transaction":
             return True
-        return threading.get_ident() in self._in_function
+        return self._in_function is not None and threading.get_ident() in self._in_function
 
     def check_may_not_repeat(self, what: str) -> None:
         """Raises ``TransactionMisused`` inside what a lost race repeats."""
@@ -597,11 +602,13 @@ class Lifecycle:
     def call(self, function: Callable[[Any], Any], value: Any) -> Any:
         """What the function of an ``update_atomic`` makes of ``value``."""
         thread = threading.get_ident()
-        self._in_function.add(thread)
+        with self.turn:
+            self._in_function = {*(self._in_function or ()), thread}
         try:
             return function(value)
         finally:
-            self._in_function.discard(thread)
+            with self.turn:
+                self._in_function = self._in_function - {thread}
 
     # -- races
 
@@ -661,8 +668,6 @@ class Lifecycle:
         """Write down in ``trace`` what this request does from now on."""
         self.trace = trace
         self.keeper = TracedKeeper(self.keeper, trace)
-        if not self.opened:
-            self.values = self._no_values()
 
     def heed_debug_switch(self, operation: str, began: float, until: int) -> None:
         """This operation of the store met a session that is to be debugged until then."""

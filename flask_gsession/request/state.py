@@ -68,6 +68,9 @@ class Seen(_Discreet, frozen=True):
         return self.record is not None and self.token is None
 
 
+NOTHING_SEEN = Seen()
+
+
 class Wishes(Struct, frozen=True):
     """What the next save is to do, besides storing changed values.
 

@@ -367,6 +367,11 @@ class TrackedValues:
                     self._marks[key] = marks[key]
             return both
 
+    @property
+    def has_abandoned(self) -> bool:
+        """Whether an object was handed out that is no part of the session any more."""
+        return self._abandoned is not None
+
     def changed_after_they_were_abandoned(self) -> list[str]:
         """The keys of objects that are no part of the session any more, and were changed since."""
         changed: dict[str, None] = {}

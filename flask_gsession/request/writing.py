@@ -45,7 +45,7 @@ from ..merge import Change
 from ..payload import Body
 from ..references import holds
 from ..stores.base import Record
-from .lifecycle import UNCONFIRMED, Lifecycle, worth_keeping
+from .lifecycle import NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
 from .state import NO_WISHES, Attempt, Block, Phase, Seen, Wishes, current_block, without_rotation
 
 _NO_CHANGES: dict[str, Change] = {}
@@ -98,13 +98,17 @@ def commit(
     if rotating is None:
         rotating = life.lease is None
     with life.turn:
-        if life.trouble is None:
+        if life.attempts and life.trouble is None:
             life.resolve_attempts()
         changes = life.changes()
-        if not changes and not life.wishes.cleared and not life.has_wishes(rotating=rotating):
+        if not changes and (
+            life.wishes is NO_WISHES
+            or not (life.wishes.cleared or life.has_wishes(rotating=rotating))
+        ):
             if life.trouble is None and life.seen.record is not None:
                 _renew_if_due(life)
             return False
+        life.was_modified = True
         if life.trouble is not None:
             raise life.trouble.error
         if life.ended:
@@ -118,14 +122,18 @@ def commit(
                 raise LostRace
         else:
             transaction = None
-        return store(life, lambda: _edit(life, rotating), "save", exactly=transaction is not None)
+        known = [changes]  # for the first try
 
+        def edit() -> Edit | None:
+            if _needs_own_session(life, rotating):
+                life.start_own_session()
+                known.clear()
+            changes = known.pop() if known else life.changes()
+            if life.seen.record is None:
+                return _new(life, changes)
+            return _merged(life, changes, rotating)
 
-def _edit(life: Lifecycle, rotating: bool) -> Edit | None:
-    """What the request changed, as the session stands now. The caller holds the turn."""
-    if _needs_own_session(life, rotating):
-        life.start_own_session()
-    return _new(life) if life.seen.record is None else _merged(life, rotating)
+        return store(life, edit, "save", exactly=transaction is not None)
 
 
 def _needs_own_session(life: Lifecycle, rotating: bool) -> bool:
@@ -254,9 +262,9 @@ def store(
     return True
 
 
-def _merged(life: Lifecycle, rotating: bool) -> Edit | None:
+def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> Edit | None:
     """The changes of the request, on what is stored. The caller holds the turn."""
-    changes, values, keeper = life.changes(), life.values, life.keeper
+    values, keeper = life.values, life.keeper
     if not changes and not life.has_wishes(rotating=rotating):
         return None
     try:
@@ -274,12 +282,12 @@ def _merged(life: Lifecycle, rotating: bool) -> Edit | None:
     )
 
 
-def _new(life: Lifecycle) -> Edit | None:
+def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
     """What a session that isn't stored yet was given; None where that is nothing.
 
     After the response has left, no token can be sent for it.
     """
-    changes, values = life.changes(), life.values
+    values = life.values
     stored = {key: change.mine for key, change in changes.items() if change.mine}
     if values.now is not None:
         stored = unexpired(stored, values.now())
@@ -317,7 +325,7 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
     changes = _as_stored(step.changes, merged, stored)
     pending = step.settle is None
     attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
-    life.attempts[record.version] = attempt
+    life.attempts = {**life.attempts, record.version: attempt}
     unconfirmed = None
     try:
         if old is None:
@@ -331,7 +339,9 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
     except (GSessionError, HTTPException) as error:
         # Of anything else, a signal's exception included, the outcome is unknown.
         if not isinstance(error, StoreUnavailable):
-            del life.attempts[record.version]
+            attempts = life.attempts.copy()
+            del attempts[record.version]
+            life.attempts = attempts
         raise
     moved = old is not None and record.idle_expires_at != old.idle_expires_at
     if pending:
@@ -349,7 +359,8 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
     if pending and life.wishes is not NO_WISHES:
         done = wishes.rotation is not None or life.wishes.rotation is None
         life.wishes = NO_WISHES if done else Wishes(rotation=life.wishes.rotation)
-    life.attempts = {}  # one before it would have made this one stale
+    # This version was over the one that earlier attempts were to replace: they came to nothing.
+    life.attempts = NO_ATTEMPTS
     if body.spilled or life.has_placed or (step.seen.body is not None and step.seen.body.spilled):
         life.placed.replaced(before, stored)
     if old is None:
@@ -431,9 +442,9 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     ``by_hand``: the application saves the session of the request, and Flask may or may not do so
     later. Nobody knows whether this response is sent, so a token that is in use stays.
     """
-    life.was_modified = life.was_modified or is_modified(life)
     try:
         if life.block is not None:
+            life.was_modified = is_modified(life)
             still_open = (
                 f"A {life.block.kind} was still open when the session was saved: nothing of its "
                 "block is stored"
@@ -442,23 +453,26 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
                 raise TransactionMisused(still_open)
             logger.error("%s", still_open)
         elif life.opened:
-            _save(life, by_hand)
+            if by_hand:
+                _keep_token(life)
+            try:
+                commit(life, rotating=False if by_hand else None)
+            finally:
+                life.drop_placed()
+            emptied = life.wishes.cleared and life.seen.record is None and not life.ended
+            if emptied and life.presented().checked is not None:
+                life.cookie = "delete"
+            if life.values.has_abandoned:
+                _report_abandoned(life)
+    except ValueRefused:
+        life.was_modified = True
+        raise
     finally:
         if not by_hand:
             life.phase = Phase.SAVED
 
 
-def _save(life: Lifecycle, by_hand: bool) -> None:
-    if by_hand:
-        _keep_token(life)
-    with life.turn:
-        try:
-            commit(life, rotating=False if by_hand else None)
-        finally:
-            life.drop_placed()
-        emptied = life.wishes.cleared and life.seen.record is None and not life.ended
-        if emptied and life.presented().checked is not None:
-            life.cookie = "delete"
+def _report_abandoned(life: Lifecycle) -> None:
     for key in life.values.changed_after_they_were_abandoned():
         logger.error(
             "session[%a] was changed through an object from before a transaction, a lock, a reload "
