@@ -22,13 +22,14 @@ from tests.prometheus import SHOP, Prometheus, visitors
 from tests.servers import RedisServer
 from tests.test_workers import Gunicorn
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "dashboard.svg"
+PICTURES = Path(__file__).parent.parent / "docs" / "images"
 CONTRIB = files("flask_gsession.contrib")
 SCRAPES = 1  # seconds between two of them
 STEP = 2  # seconds between two points of the picture
-SPAN = "10s"  # what Grafana puts in for $__rate_interval, at this rate of scrapes
+# What Grafana puts in for the variables, at this rate of scrapes.
+VARIABLES = {"$job": ".+", "$instance": ".+", "$__rate_interval": "10s"}
 ALERTS = {
-    "title": "Alerts that fire (not a panel of the dashboard)",
+    "title": "Alerts that fire (not in the dashboard)",
     "fieldConfig": {"defaults": {"unit": "none"}},
     "targets": [
         {
@@ -51,13 +52,14 @@ class Panel(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the shop for three times ``--seconds``, and writes the picture."""
+    """Runs the shop for three times ``--seconds``, and writes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=PICTURE)
+    parser.add_argument("--out", type=Path, default=PICTURES, help="folder of the pictures")
     options = parser.parse_args(arguments)
     panels, outage = watch(options.seconds)
-    draw(panels, outage, options.out)
+    draw(panels, outage, options.out / "dashboard.svg", columns=2)
+    draw(panels, outage, options.out / "dashboard-phone.svg", columns=1)
 
 
 def watch(seconds: float) -> tuple[list[Panel], tuple[float, float]]:
@@ -100,7 +102,10 @@ def _ask(prometheus: Prometheus, panel: Mapping[str, Any], begin: float, end: fl
     points = int((end - begin) / STEP) + 1
     series: list[Series] = []
     for target in panel["targets"]:
-        query = target["expr"].replace("$instance", ".+").replace("$__rate_interval", SPAN)
+        query = target["expr"]
+        for variable, meaning in VARIABLES.items():
+            query = query.replace(variable, meaning)
+        assert "$" not in query, query  # Prometheus would answer with nothing
         for found in prometheus.query_range(query, begin, end, STEP):
             values = {round((at - begin) / STEP): float(value) for at, value in found["values"]}
             if any(value > 0 for value in values.values()):
@@ -114,8 +119,8 @@ def _label(form: str, labels: Mapping[str, str]) -> str:
     return re.sub(r"{{\s*(\w+)\s*}}", lambda found: labels.get(found[1], ""), form)
 
 
-def draw(panels: Sequence[Panel], outage: tuple[float, float], path: Path) -> None:
-    """Writes the frames, two in a row."""
+def draw(panels: Sequence[Panel], outage: tuple[float, float], path: Path, *, columns: int) -> None:
+    """Writes the frames, with text that can be read where a row of them fills the page."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -124,18 +129,27 @@ def draw(panels: Sequence[Panel], outage: tuple[float, float], path: Path) -> No
     )
     from matplotlib import pyplot
 
-    rows = (len(panels) + 1) // 2
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    # In inches: the plot with its title, and two labels in each line of the legend.
+    heights = [2.0 + 0.15 * max((len(panel.series) + 1) // 2 for panel in row) for row in rows]
     total = max(len(line) for panel in panels for _, line in panel.series) * STEP / 60
-    figure, grid = pyplot.subplots(rows, 2, figsize=(11, 2.3 * rows), squeeze=False)
+    figure, grid = pyplot.subplots(
+        len(rows),
+        columns,
+        figsize=(4 * columns, sum(heights) + 0.3),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
     for axes, panel in zip(grid.flat, panels, strict=False):
         for number, (label, values) in enumerate(panel.series):
             minutes = [index * STEP / 60 for index in range(len(values))]
             if panel.title == ALERTS["title"]:
                 values = [value - number * 0.3 for value in values]  # not one upon the other
             axes.plot(minutes, values, label=label, linewidth=1.2)
-        axes.axvspan(*outage, color="#d55e00", alpha=0.08, linewidth=0)
-        axes.set_title(panel.title, fontsize=9, fontweight="bold", loc="left")
-        axes.set_ylabel(panel.unit, fontsize=7)
+        axes.axvspan(*outage, color="#d55e00", alpha=0.12, linewidth=0)
+        title = f"{panel.title}, {panel.unit}" if panel.unit not in panel.title else panel.title
+        axes.set_title(title.rstrip(", "), fontsize=9, fontweight="bold", loc="left", x=-0.1)
         axes.set_xlim(0, total)
         if panel.unit == UNITS["s"]:
             axes.set_yscale("log")
@@ -144,25 +158,24 @@ def draw(panels: Sequence[Panel], outage: tuple[float, float], path: Path) -> No
         if panel.title == ALERTS["title"]:
             axes.set_yticks([])
         axes.grid(visible=True, color="#e6e6e6", linewidth=0.6)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=8)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if panel.series:
             axes.legend(
-                fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1
+                fontsize=8,
+                frameon=False,
+                loc="upper left",
+                bbox_to_anchor=(-0.1, -0.12),
+                ncols=2,
+                borderaxespad=0,
+                labelspacing=0.2,
+                handlelength=1.2,
             )
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    figure.text(
-        0.5,
-        0.003,
-        "Minutes. In the shaded one the Redis was frozen.",
-        ha="center",
-        fontsize=8,
-        color="#555555",
-    )
-    figure.tight_layout(rect=(0, 0.012, 1, 1))
+    figure.supxlabel("Minutes. In the shaded one the Redis was frozen.", fontsize=8)
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     # Six decimals of a point, and a list of fonts at each word, are half of the file.

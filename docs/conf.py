@@ -35,7 +35,7 @@ html_title = f"{project} {release}"
 html_copy_source = False
 html_show_sourcelink = False
 html_static_path = ["static"]
-html_css_files = ["code.css", "tables.css"]
+html_css_files = ["charts.css", "code.css", "tables.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 
