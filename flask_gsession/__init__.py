@@ -20,9 +20,9 @@ from .errors import (
     ValueRefused,
 )
 from .extension import Session
-from .merge import MISSING
 from .request.decorators import session_lock, session_transaction
 from .request.session import SessionData
+from .values.merge import MISSING
 
 #: ``flask.session``, with the type that it has here.
 session = _cast(SessionData, flask.session)

@@ -17,12 +17,12 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 from flask import Flask
 from flask.sessions import SessionInterface
 
-from .codec import is_valid_text
 from .errors import SettingError
 from .events import logger
-from .merge import POLICIES, MergeFunction, last, reject
-from .payload import MOST_BYTES
 from .tokens import TokenFactory
+from .values.codec import is_valid_text
+from .values.merge import POLICIES, MergeFunction, last, reject
+from .values.payload import MOST_BYTES
 
 T = TypeVar("T")
 

@@ -18,14 +18,14 @@ from flask.logging import default_handler, has_level_handler
 
 from .errors import UnreadableRecord
 from .events import Event, SessionCreated, SessionDestroyed, SessionRotated, WriteDropped, logger
-from .marks import split
 from .redaction import HIDDEN, shown_name, shown_value
-from .references import refers
 from .request.lifecycle import Lifecycle
 from .request.session import SessionData, life_of
 from .request.state import Presented
 from .tokens import session_key
 from .tracing import Trace
+from .values.marks import split
+from .values.references import refers
 
 log = logging.getLogger("flask_gsession.debug")
 

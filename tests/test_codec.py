@@ -32,8 +32,8 @@ from msgspec.msgpack import Ext, encode
 from werkzeug.datastructures import CombinedMultiDict, ImmutableMultiDict, MultiDict
 from werkzeug.local import LocalProxy
 
-from flask_gsession.codec import IMMUTABLE, SUPPORTED, Codec
 from flask_gsession.errors import SessionTooLarge, UnreadableRecord, UnsupportedType
+from flask_gsession.values.codec import IMMUTABLE, SUPPORTED, Codec
 
 CODEC = Codec(max_depth=64)
 
@@ -304,7 +304,7 @@ def test_the_order_of_a_set_does_not_matter(value: set[Any]) -> None:
 def test_sets_have_the_same_bytes_in_every_process() -> None:
     """Python orders a set of texts anew in each process; that is no change to a session."""
     code = (
-        "from flask_gsession.codec import Codec\n"
+        "from flask_gsession.values.codec import Codec\n"
         "words = {'w%d' % n for n in range(50)}\n"
         "value = [words, frozenset(words), {(w, frozenset({w, w + w})) for w in words}]\n"
         "print([*words][:5]); print(Codec(64).encode('key', value).hex())"
@@ -508,7 +508,7 @@ def test_freezegun_changes_nothing() -> None:
         "import datetime as real; kinds = real.datetime, real.date\n"
         "from freezegun import freeze_time\n"
         "frozen = freeze_time('2030-01-02'); frozen.start()\n"
-        "from flask_gsession.codec import Codec\n"
+        "from flask_gsession.values.codec import Codec\n"
         "import datetime as dt; codec = Codec(64)\n"
         "for value in dt.datetime.now(), dt.date.today(), [dt.datetime.now(dt.timezone.utc)]:\n"
         "    assert type(value) not in kinds\n"
@@ -953,7 +953,7 @@ def test_a_zone_that_cannot_be_looked_up_now_is_not_unknown(monkeypatch: Any) ->
     def no_more_files(name: str) -> Any:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("flask_gsession.codec.ZoneInfo", no_more_files)
+    monkeypatch.setattr("flask_gsession.values.codec.ZoneInfo", no_more_files)
     with pytest.raises(OSError, match="Too many"):
         CODEC.decode(raw)
 

@@ -28,7 +28,6 @@ from redis import Redis
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.cli.common import place
-from flask_gsession.codec import Codec
 from flask_gsession.contrib.ratelimit import SessionLimits
 from flask_gsession.errors import StoreError, UnreadableRecord
 from flask_gsession.events import SessionRevoked
@@ -37,6 +36,7 @@ from flask_gsession.stores.base import Deleted
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.parts import Page, parts_of
 from flask_gsession.testing import HookedStore, a_record
+from flask_gsession.values.codec import Codec
 from tests.apps import Site
 from tests.console import ROOT, Console
 from tests.servers import free_port
@@ -428,7 +428,9 @@ def test_show_values_as_the_debug_dump_does(site: Site, monkeypatch: pytest.Monk
     visitor.run(fill)
     site.clock.advance(20)
     handle = visitor.run(lambda session: session.handle)
-    monkeypatch.setattr("flask_gsession.spill.Spill.frame", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "flask_gsession.values.large_values.Spill.frame", lambda *_: pytest.fail("it was loaded")
+    )
     facts = json.loads(console.done("show", handle, "--values", "--json"))
     keys = {name: (each["type"], each["value"]) for name, each in facts["keys"].items()}
     assert keys == {

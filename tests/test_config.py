@@ -25,13 +25,13 @@ from redis.asyncio import Redis as AsyncRedis
 
 from flask_gsession import Session, SettingError
 from flask_gsession.config import _CHECKS, SettingKeywords, Settings, read_settings
-from flask_gsession.merge import POLICIES
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.tokens import TokenSigner, new_token
+from flask_gsession.values.merge import POLICIES
 from tests.servers import mongo_server, redis_server
 
 DAY = 86400.0

@@ -25,10 +25,10 @@ from werkzeug.test import TestResponse
 import flask_gsession
 from flask_gsession import Session, StoreUnavailable, errors, events
 from flask_gsession.config import _CHECKS, Settings
-from flask_gsession.merge import POLICIES
 from flask_gsession.stores import Store
 from flask_gsession.stores.base import Clock
 from flask_gsession.testing import StoreContract
+from flask_gsession.values.merge import POLICIES
 from tests.servers import RedisServer
 
 ROOT = Path(__file__).parent.parent

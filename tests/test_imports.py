@@ -18,10 +18,9 @@ ROWS = [
     ["signals"],
     ["errors", "events", "redaction"],
     ["processes"],
-    ["tokens", "plain", "stores.rights", "stores.interrupts"],
-    ["codec", "encryption", "marks", "stores.base", "stores.urls"],
-    ["references", "stores.wrappers"],
-    ["merge", "payload", "spill"],
+    ["tokens", "stores.rights", "stores.interrupts"],
+    ["stores.base", "stores.urls"],
+    ["values", "stores.wrappers"],
     ["config", "newcomers"],
     ["request.state"],
     ["request.tracking"],
@@ -49,7 +48,7 @@ PLACES = {
     "pymongo": "stores.mongodb",
     "bson": "stores.mongodb",
     "fsspec": "stores.files",
-    "cryptography": "encryption",
+    "cryptography": "values",
     "marshmallow": "typed",
     "rich": "cli",
     "flask_limiter": "contrib",
@@ -68,18 +67,13 @@ def name_of(file: Path) -> str:
 
 def room_of(module: str) -> str:
     """The entry of `ROWS` that a module belongs to; "" when there is none."""
-    if module.startswith(("contrib.", "cli.", "typed.")):
-        return module.partition(".")[0]
-    if module.startswith("stores.wrappers."):
-        return "stores.wrappers"
     if module in CONTRACT:
         return "stores.base"
-    for store in ("stores.redis", "stores.mongodb", "stores.sqlite"):
-        if module.startswith(f"{store}."):
-            return store
     if module.startswith("health_"):
         return "health"
-    return module if module in RANK else ""
+    while module and module not in RANK:
+        module = module.rpartition(".")[0]
+    return module
 
 
 FILES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}

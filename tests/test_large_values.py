@@ -36,11 +36,11 @@ from flask_gsession.errors import (
     ValueLost,
 )
 from flask_gsession.events import LargeValueLost, SessionDestroyed, WriteDropped
-from flask_gsession.spill import ValueReader
 from flask_gsession.stores import Store, StoreOptions
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock
 from flask_gsession.typed import SessionKey
+from flask_gsession.values.large_values import ValueReader
 from tests.apps import Inside, InsideRedis, Site, SiteMaker, Visitor
 
 LIMIT = 16 * 1024

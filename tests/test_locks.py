@@ -26,7 +26,6 @@ from flask_gsession import (
     session,
     session_lock,
 )
-from flask_gsession.codec import Codec
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import LockAcquired, LockExpired, LockRefused, LockReleased
 from flask_gsession.request.locking import Lock, _renewer
@@ -34,6 +33,7 @@ from flask_gsession.request.session import life_of
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import Replaced
 from flask_gsession.testing import FakeClock
+from flask_gsession.values.codec import Codec
 from tests.apps import STUCK as PATIENCE
 from tests.apps import Site, SiteMaker, Visitor, at_once, until
 

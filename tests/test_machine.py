@@ -31,9 +31,9 @@ from werkzeug.test import EnvironBuilder
 from flask_gsession import Session, SessionData
 from flask_gsession.errors import SessionConflict, SessionEnded
 from flask_gsession.events import WriteDropped
-from flask_gsession.merge import MISSING
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.testing import FakeClock
+from flask_gsession.values.merge import MISSING
 from tests.test_codec import shape
 
 IDLE, STEP, ABSOLUTE = 100, 5, 400  # seconds

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import encode
 
-from flask_gsession.codec import Codec
-from flask_gsession.encryption import Cipher
 from flask_gsession.errors import SessionTooLarge, UnreadableRecord, UnsupportedType
-from flask_gsession.marks import END_OF_TIME
-from flask_gsession.payload import FORMAT, NEWEST, Body, PayloadFormat
 from flask_gsession.tokens import new_token, session_key
+from flask_gsession.values.codec import Codec
+from flask_gsession.values.encryption import Cipher
+from flask_gsession.values.marks import END_OF_TIME
+from flask_gsession.values.payload import FORMAT, NEWEST, Body, PayloadFormat
 from tests.test_codec import shape, values
 
 CODEC = Codec(64)

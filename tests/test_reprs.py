@@ -109,7 +109,10 @@ def test_no_object_of_a_request_shows_a_value(site: Site) -> None:
 
     site.store.before("save", look)
     visitor.run(view)
-    assert {"flask_gsession.merge.Change", "flask_gsession.stores.base.Record"} <= shown.keys()
+    assert {
+        "flask_gsession.values.merge.Change",
+        "flask_gsession.stores.base.Record",
+    } <= shown.keys()
     told = [name for name, text in shown.items() if any(word in text for word in WORDS)]
     assert told == []
     assert not [name for name, text in shown.items() if visitor.token in text]

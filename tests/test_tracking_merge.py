@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from werkzeug.exceptions import ImATeapot
 
-from flask_gsession.codec import Codec
 from flask_gsession.errors import (
     SessionConflict,
     SessionTooLarge,
@@ -22,9 +21,18 @@ from flask_gsession.errors import (
     UnsupportedType,
     ValueRefused,
 )
-from flask_gsession.marks import PLAIN, Mark
-from flask_gsession.merge import MISSING, POLICIES, Change, MergeFunction, Merger, last, reject
 from flask_gsession.request.tracking import TrackedValues
+from flask_gsession.values.codec import Codec
+from flask_gsession.values.marks import PLAIN, Mark
+from flask_gsession.values.merge import (
+    MISSING,
+    POLICIES,
+    Change,
+    MergeFunction,
+    Merger,
+    last,
+    reject,
+)
 from tests.test_codec import shape, values
 
 CODEC = Codec(64)

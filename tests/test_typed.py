@@ -31,9 +31,9 @@ from marshmallow import (
 from flask_gsession import SettingError
 from flask_gsession.errors import InvalidStoredValue, SchemaFailed
 from flask_gsession.events import StoredValueInvalid
-from flask_gsession.merge import MISSING
 from flask_gsession.testing import FakeClock
 from flask_gsession.typed import SessionKey, require_session, use_session
+from flask_gsession.values.merge import MISSING
 from tests.apps import Site, SiteMaker, Visitor
 
 

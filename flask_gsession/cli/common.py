@@ -16,12 +16,12 @@ from flask import current_app
 from ..errors import StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
-from ..marks import END_OF_TIME
 from ..stores import Record, Scans
 from ..stores.base import KEY_LENGTH, is_session_key
 from ..stores.memory import MemoryStore
 from ..stores.parts import Page, parts_of
 from ..stores.urls import without_hosts
+from ..values.marks import END_OF_TIME
 
 T = TypeVar("T")
 

@@ -18,11 +18,11 @@ from ..errors import LogoutUnconfirmed, UnreadableRecord
 from ..events import SessionRevoked
 from ..interface import GSessionInterface
 from ..keeper import Keeper
-from ..marks import expired, split
 from ..redaction import shown_name, shown_value
-from ..references import BYTES, reference_in, refers
 from ..stores import Record
 from ..stores.base import unexpired
+from ..values.marks import expired, split
+from ..values.references import BYTES, reference_in, refers
 from .common import (
     NO_SESSION,
     Facts,

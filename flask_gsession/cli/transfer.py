@@ -35,12 +35,12 @@ from flask.cli import with_appcontext
 from ..errors import Gone, KeyTaken, Stale, UnreadableRecord, ValueLost
 from ..interface import GSessionInterface
 from ..keeper import BLOB_GRACE, Keeper
-from ..marks import END_OF_TIME
-from ..payload import NOT_ENCRYPTED, Body
-from ..references import reference_in, refers
-from ..spill import stored_length
 from ..stores import Record
 from ..stores.base import is_session_key, unexpired
+from ..values.large_values import stored_length
+from ..values.marks import END_OF_TIME
+from ..values.payload import NOT_ENCRYPTED, Body
+from ..values.references import reference_in, refers
 from .common import (
     Patience,
     about,

@@ -12,9 +12,9 @@ from uuid import UUID
 import click
 
 from ..keeper import Keeper
-from ..marks import expired, split
-from ..references import refers
 from ..stores import Record
+from ..values.marks import expired, split
+from ..values.references import refers
 
 _NOTHING = object()  # no value has it; JSON's null has None
 

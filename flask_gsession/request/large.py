@@ -16,10 +16,10 @@ from ..errors import (
     ValueLost,
 )
 from ..events import LargeValueLost, logger
-from ..marks import PLAIN, Mark, expired, marked, split
-from ..payload import Body
-from ..references import BYTES, reference_in, refers
-from ..spill import ValueReader, pieces_from
+from ..values.large_values import ValueReader, pieces_from
+from ..values.marks import PLAIN, Mark, expired, marked, split
+from ..values.payload import Body
+from ..values.references import BYTES, reference_in, refers
 from .lifecycle import Lifecycle
 from .writing import rewrite
 

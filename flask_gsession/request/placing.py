@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..keeper import BLOB_GRACE, Keeper
-from ..payload import Body
-from ..references import Reference, names_in
+from ..values.payload import Body
+from ..values.references import Reference, names_in
 
 
 class Placed:

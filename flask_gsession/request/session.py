@@ -13,13 +13,13 @@ from typing import Any
 from flask import Flask, Request, after_this_request
 from flask.sessions import SessionMixin
 
-from ..codec import is_valid_text
 from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
 from ..keeper import Keeper
-from ..marks import PLAIN, Mark, marked, split
-from ..merge import MergeFunction, encode_within
-from ..references import reference_in, refers
-from ..spill import ValueReader, reader_of
+from ..values.codec import is_valid_text
+from ..values.large_values import ValueReader, reader_of
+from ..values.marks import PLAIN, Mark, marked, split
+from ..values.merge import MergeFunction, encode_within
+from ..values.references import reference_in, refers
 from .large import LargeValues
 from .lifecycle import Lifecycle, is_current
 from .locking import Lock

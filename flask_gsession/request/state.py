@@ -10,10 +10,10 @@ from typing import Any
 from msgspec import Struct
 
 from ..errors import StoreUnavailable
-from ..merge import Change
-from ..payload import Body
 from ..stores.base import Record
 from ..tokens import Checked
+from ..values.merge import Change
+from ..values.payload import Body
 
 
 class Phase(Enum):

@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..codec import IMMUTABLE, Codec
 from ..errors import SessionTooLarge, ValueLost, ValueRefused
-from ..marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
-from ..merge import Change, encode_within
-from ..references import holds, refers
+from ..values.codec import IMMUTABLE, Codec
+from ..values.marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
+from ..values.merge import Change, encode_within
+from ..values.references import holds, refers
 from .state import Block
 
 _NOTHING: dict[str, bytes] = {}

@@ -40,11 +40,11 @@ from ..events import (
     logger,
 )
 from ..keeper import ATTEMPTS, PERMANENT
-from ..marks import unexpired
-from ..merge import Change
-from ..payload import Body
-from ..references import holds
 from ..stores.base import Record
+from ..values.marks import unexpired
+from ..values.merge import Change
+from ..values.payload import Body
+from ..values.references import holds
 from .lifecycle import NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
 from .state import NO_WISHES, Attempt, Block, Phase, Seen, Wishes, current_block, without_rotation
 

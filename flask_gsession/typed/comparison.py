@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from ..codec import IMMUTABLE
+from ..values.codec import IMMUTABLE
 
 _NOTHING: Any = object()
 

@@ -16,7 +16,6 @@ from marshmallow import Schema, ValidationError
 from marshmallow.fields import Field
 from werkzeug.exceptions import HTTPException
 
-from ..codec import IMMUTABLE, is_valid_text
 from ..errors import (
     GSessionError,
     InvalidStoredValue,
@@ -25,9 +24,10 @@ from ..errors import (
     UnreadableRecord,
 )
 from ..events import StoredValueInvalid, logger
-from ..marks import MAX_VERSION, Mark
-from ..merge import POLICIES, MergeFunction
 from ..request.session import SessionData, ttl_in_milliseconds
+from ..values.codec import IMMUTABLE, is_valid_text
+from ..values.marks import MAX_VERSION, Mark
+from ..values.merge import POLICIES, MergeFunction
 from .merging import merge_of_stored, policy_of
 from .schemas import FieldForm, SchemaForm, form_of
 

@@ -11,7 +11,7 @@ from typing import Any
 from marshmallow import ValidationError
 
 from ..errors import SessionConflict
-from ..merge import MISSING, POLICIES, MergeFunction, last, reject, set_union
+from ..values.merge import MISSING, POLICIES, MergeFunction, last, reject, set_union
 from .schemas import Form
 from .stored import from_stored, to_stored
 

@@ -16,8 +16,8 @@ from marshmallow.decorators import PRE_LOAD
 from marshmallow.fields import Field
 from werkzeug.exceptions import HTTPException
 
-from ..codec import IMMUTABLE
 from ..errors import GSessionError, SettingError
+from ..values.codec import IMMUTABLE
 from .comparison import Path, common, covers, difference, drops_keys, without
 from .dataclasses import schema_of
 from .dumping import (

@@ -8,8 +8,8 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError
 
 from ..errors import SettingError
-from ..marks import Mark
-from ..merge import MergeFunction
+from ..values.marks import Mark
+from ..values.merge import MergeFunction
 from .keys import SessionKey
 
 

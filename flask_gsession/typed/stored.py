@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..codec import Codec
+from ..values.codec import Codec
 
 _PAIRS = "\0pairs"
 _KEYS = {str, int, bool, float, type(None)}  # as a session keeps them

@@ -10,12 +10,8 @@ from unittest import mock
 
 from msgspec import structs
 
-from flask_gsession import payload
 from flask_gsession.errors import Gone
 from flask_gsession.keeper import Keeper
-from flask_gsession.marks import split
-from flask_gsession.merge import Change, Merger
-from flask_gsession.payload import Body
 from flask_gsession.request import session, writing
 from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.request.session import SessionData
@@ -23,6 +19,10 @@ from flask_gsession.request.state import NO_WISHES
 from flask_gsession.request.tracking import TrackedValues
 from flask_gsession.stores.base import Deleted, Record
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.values import payload
+from flask_gsession.values.marks import split
+from flask_gsession.values.merge import Change, Merger
+from flask_gsession.values.payload import Body
 
 
 @dataclass(frozen=True)

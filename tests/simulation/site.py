@@ -14,12 +14,12 @@ from flask_gsession import Session
 from flask_gsession.errors import Gone, Stale, StoreUnavailable
 from flask_gsession.events import WriteDropped
 from flask_gsession.interface import GSessionInterface
-from flask_gsession.marks import split
 from flask_gsession.request.session import SessionData
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Deleted, Record, milliseconds
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.tokens import session_key
+from flask_gsession.values.marks import split
 
 from .audit import Visit
 from .model import Fleeting, Mirror, Model, Values, Violation, shown

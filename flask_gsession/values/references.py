@@ -20,8 +20,8 @@ from collections.abc import Iterable
 from struct import Struct
 from typing import NamedTuple
 
+from ..errors import UnreadableRecord
 from .codec import REFERENCE
-from .errors import UnreadableRecord
 from .marks import MARK_BYTES, is_marked, split
 
 _EXT_32 = 0xC9

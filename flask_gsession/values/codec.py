@@ -23,7 +23,7 @@ from markupsafe import Markup
 from msgspec import DecodeError, Raw
 from msgspec.msgpack import Decoder, Encoder, Ext
 
-from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType, ValueRefused
+from ..errors import SessionTooLarge, UnreadableRecord, UnsupportedType, ValueRefused
 from .plain import NO_PLAIN_VALUE, TIMES, plain_key, plain_value
 
 _BIG_INT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME = 1, 2, 3, 4, 5, 6, 7

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 from werkzeug.exceptions import HTTPException
 
+from ..errors import GSessionError, SessionConflict, SessionTooLarge, ValueLost, ValueRefused
 from .codec import Codec
-from .errors import GSessionError, SessionConflict, SessionTooLarge, ValueLost, ValueRefused
 from .marks import PLAIN, expired, marked, split, unexpired
 from .references import content_of, length_of
 

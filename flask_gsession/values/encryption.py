@@ -13,7 +13,7 @@ import hmac
 import secrets
 from collections.abc import Sequence
 
-from .errors import SettingError, UnreadableRecord
+from ..errors import SettingError, UnreadableRecord
 
 _KEY_ID_BYTES = 4
 _NONCE_BYTES = 12

@@ -31,9 +31,9 @@ from zlib import crc32
 from msgspec import Meta, Struct
 from msgspec.msgpack import Decoder, Encoder
 
+from ..errors import SessionTooLarge, UnreadableRecord, UnsupportedType
 from .codec import OF_DATA, check_damage, is_valid_text
 from .encryption import Cipher
-from .errors import SessionTooLarge, UnreadableRecord, UnsupportedType
 from .marks import END_OF_TIME
 from .references import length_of
 

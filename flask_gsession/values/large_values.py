@@ -20,11 +20,11 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..errors import Gone, SessionTooLarge, StoreUnavailable, UnreadableRecord, ValueLost
+from ..events import logger
+from ..stores.parts import Blobs
 from .encryption import Cipher
-from .errors import Gone, SessionTooLarge, StoreUnavailable, UnreadableRecord, ValueLost
-from .events import logger
 from .references import BYTES, Reference
-from .stores.parts import Blobs
 
 FRAME = 256 * 1024  # bytes
 _TAG = 16
