@@ -105,8 +105,6 @@ def commit(
             life.wishes is NO_WISHES
             or not (life.wishes.cleared or life.has_wishes(rotating=rotating))
         ):
-            if life.trouble is None and life.seen.record is not None:
-                _renew_if_due(life)
             return False
         life.was_modified = True
         if life.trouble is not None:
@@ -455,13 +453,8 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
         elif life.opened:
             if by_hand:
                 _keep_token(life)
-            try:
-                commit(life, rotating=False if by_hand else None)
-            finally:
-                life.drop_placed()
-            emptied = life.wishes.cleared and life.seen.record is None and not life.ended
-            if emptied and life.presented().checked is not None:
-                life.cookie = "delete"
+            with life.turn:
+                _commit_and_renew(life, rotating=False if by_hand else None)
             if life.values.has_abandoned:
                 _report_abandoned(life)
     except ValueRefused:
@@ -470,6 +463,19 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     finally:
         if not by_hand:
             life.phase = Phase.SAVED
+
+
+def _commit_and_renew(life: Lifecycle, *, rotating: bool | None) -> None:
+    """Store the last of the request. The caller holds the turn."""
+    try:
+        stored = commit(life, rotating=rotating)
+    finally:
+        life.drop_placed()
+    if not stored and life.trouble is None and life.seen.record is not None:
+        _renew_if_due(life)
+    emptied = life.wishes.cleared and life.seen.record is None and not life.ended
+    if emptied and life.presented().checked is not None:
+        life.cookie = "delete"
 
 
 def _report_abandoned(life: Lifecycle) -> None:
