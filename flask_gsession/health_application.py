@@ -39,6 +39,7 @@ def check_application(
     return [
         *_keys(app),
         *_mode(app, settings),
+        *_place(app, settings),
         *_cookie(app, interface),
         _timeouts(settings, lifetime),
     ]
@@ -86,8 +87,32 @@ def _mode(app: Flask, settings: Settings) -> Iterator[Finding]:
         )
 
 
+def _place(app: Flask, settings: Settings) -> Iterator[Finding]:
+    if settings.store is None and not app.debug and not app.testing:
+        yield Finding(
+            "warning",
+            "SESSION_STORE",
+            "not set: sessions are in a file in the instance folder",
+            "A second machine, or a container that is replaced, has a file of its own: name a "
+            "server, or say sqlite:////path/to/a/file if one file is meant.",
+        )
+
+
 def _cookie(app: Flask, interface: SessionInterface) -> Iterator[Finding]:
     name = interface.get_cookie_name(app)
+    domain, path = interface.get_cookie_domain(app), interface.get_cookie_path(app)
+    samesite = interface.get_cookie_samesite(app)
+    prefix = "__Secure-" if domain or path != "/" else "__Host-"
+    attributes = {
+        name: True,
+        "Secure": interface.get_cookie_secure(app),
+        "HttpOnly": interface.get_cookie_httponly(app),
+        f"SameSite={samesite}": samesite,
+        "Partitioned": interface.get_cookie_partitioned(app),
+        f"Domain={domain}": domain,
+        f"Path={path}": True,
+    }
+    yield Finding("ok", "cookie", "; ".join(text for text, there in attributes.items() if there))
     if not interface.get_cookie_secure(app):
         yield Finding(
             "warning",
@@ -95,27 +120,25 @@ def _cookie(app: Flask, interface: SessionInterface) -> Iterator[Finding]:
             "off",
             "The cookie goes over plain HTTP, too: set it to True where the site has HTTPS.",
         )
-    elif not name.startswith(("__Host-", "__Secure-")):
+    elif not name.lower().startswith(("__host-", "__secure-")):
         yield Finding(
             "warning",
             "cookie prefix",
             "none",
             "A sibling domain, or a page without TLS, can plant a cookie of this name: call it "
-            f"__Host-{name} (OWASP ASVS 5.0, V3.3.1).",
+            f"{prefix}{name} (OWASP ASVS 5.0, V3.3.1).",
         )
     if not interface.get_cookie_httponly(app):
         yield Finding(
             "error", "SESSION_COOKIE_HTTPONLY", "off", "Scripts can read the token: set it to True."
         )
-    samesite = interface.get_cookie_samesite(app)
-    if samesite not in ("Lax", "Strict"):
+    if str(samesite).lower() not in ("lax", "strict"):
         yield Finding(
             "warning",
             "SESSION_COOKIE_SAMESITE",
             str(samesite),
             'Other sites can send requests with the cookie: "Lax" prevents most.',
         )
-    domain = interface.get_cookie_domain(app)
     if domain:
         yield Finding(
             "warning",

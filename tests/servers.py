@@ -260,8 +260,13 @@ class RedisServer(Server):
             *("--dir", str(self._directory), "--save", "", "--appendonly", "no"),
         ]
 
+    @property
+    def socket_path(self) -> str:
+        """The unix socket at which it can be reached, too."""
+        return f"{self._directory}/redis.sock"
+
     def _answers(self) -> bool:
-        return listens(f"{self._directory}/redis.sock")
+        return listens(self.socket_path)
 
 
 class OldestRedisServer(RedisServer):

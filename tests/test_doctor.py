@@ -52,6 +52,10 @@ SOUND = {
 }
 
 
+# They are open, and not the newest; see test_doctor_exposure.py.
+OF_TEST_SERVERS = {"password", "known fault"}
+
+
 @pytest.fixture(autouse=True)
 def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a busy machine adds to latencies and to clocks that are read one after the other."""
@@ -72,9 +76,13 @@ def examine(app: Flask, *options: str) -> Result:
 
 
 def wrong(app: Flask) -> dict[str, str]:
-    """What is found to be wrong: severity by check."""
+    """What is found to be wrong: severity by check. Not what is wrong with all servers of tests."""
     rows = json.loads(examine(app, "--json").stdout)
-    return {row["check"]: row["severity"] for row in rows if row["severity"] != "ok"}
+    return {
+        row["check"]: row["severity"]
+        for row in rows
+        if row["severity"] != "ok" and row["check"] not in OF_TEST_SERVERS
+    }
 
 
 # -- what is well
@@ -85,7 +93,11 @@ def test_a_store_that_is_well(site: Site) -> None:
     before = site.stored()
     found = check_store(site.store.store, site.clock)
     bad = {finding.check for finding in found if finding.severity != "ok"}
-    assert bad <= {"persistence", "replicas", "clock"}  # of the test's own server and clock
+    assert bad - OF_TEST_SERVERS <= {
+        "persistence",
+        "replicas",
+        "clock",
+    }  # of the test's own server and clock
     assert {*("writes", "keeps the dead dead", "large values", "latency", "write latency")} <= {
         finding.check for finding in found
     }

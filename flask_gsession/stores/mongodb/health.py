@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Mapping
 from datetime import UTC
 from typing import Any
 
 from pymongo.errors import OperationFailure
 
+from ..exposure import door, known_faults, unchecked
 from ..parts import Checks, Finding
 from .driver import Driver, call
 from .layout import Layout
 from .round_trips import SessionCollection
 
 _OLDEST = (5, 0)
+# The first releases without these faults.
+_FIXED_WRITES = {(5, 0): 3}
+_FIXED_LEAK = {(5, 0): 32, (6, 0): 27, (7, 0): 28, (8, 0): 17, (8, 2): 3}
 _SKEW = 1.0  # seconds
 _LAG = 10.0  # seconds
 _SAFE = 3  # members that bear data
@@ -39,8 +44,11 @@ def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:
     """
     client = collection.database.client
     hello = collection.database.command("hello")
+    version = str(client.server_info()["version"])
     return [
-        _version(str(client.server_info()["version"])),
+        _version(version),
+        *_known_faults(version),
+        *_door(client),
         *_members(client, hello),
         *_write_concern(client, hello),
         *_index(collection, "expiry index", "idle_expires_at"),
@@ -53,6 +61,43 @@ def _version(version: str) -> Finding:
     if tuple(map(int, version.split(".")[:2])) < _OLDEST:
         return Finding("error", "server version", version, "5.0 is the oldest.")
     return Finding("ok", "server version", version)
+
+
+def _known_faults(version: str) -> Iterator[Finding]:
+    yield from known_faults(
+        version, _FIXED_WRITES, "WT-7995: after a crash, data can be damaged or missing", "error"
+    )
+    yield from known_faults(
+        version, _FIXED_LEAK, "CVE-2025-14847: whoever reaches it can read its memory"
+    )
+
+
+def _door(client: Any) -> Iterator[Finding]:
+    """Whether strangers get in, and whether they can listen."""
+    is_open = not _asks_for_a_password(client)
+    host = (client.address or ("",))[0]
+    if host.startswith("/"):
+        yield from door(is_open, tls=None, host="")
+        return
+    # A client has no public way to say so.
+    context = getattr(client.options.pool_options, "_ssl_context", None)
+    yield from door(is_open, tls=context is not None, host=host)
+    if context is not None and context.verify_mode == ssl.CERT_NONE:
+        yield unchecked("tlsAllowInvalidCertificates or tlsInsecure")
+
+
+def _asks_for_a_password(client: Any) -> bool:
+    status = client.admin.command("connectionStatus")
+    if not status["authInfo"]["authenticatedUsers"]:
+        return False
+    try:
+        parsed = client.admin.command("getCmdLineOpts")["parsed"]
+    except OperationFailure:  # rights are enforced, so it does
+        return True
+    security = parsed.get("security", {})
+    return security.get("authorization") == "enabled" or bool(
+        security.keys() & {"keyFile", "clusterAuthMode"}
+    )
 
 
 def _members(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from redis.exceptions import ResponseError
+import redis
+from redis.connection import UnixDomainSocketConnection
+from redis.exceptions import RedisError, ResponseError
 
 from ...errors import StoreUnavailable
+from ..exposure import door, known_faults, unchecked
+from ..interrupts import reraise_interruption
 from ..parts import Checks, Finding
 from .commands import Commands, as_it_is
 from .pool import packed
-from .servers import PrimaryPool
+from .servers import PrimaryPool, ask_once
 
 _OLDEST = (6, 2)
+# The first releases with the fix of CVE-2025-49844. Redis 7.0 has none.
+_FIXED_REDIS = {(6, 2): 20, (7, 2): 11, (7, 4): 6, (8, 0): 4, (8, 2): 2}
+_FIXED_VALKEY = {(7, 2): 11, (8, 0): 6, (8, 1): 4}
 _SKEW = 1.0  # seconds
 _LAG = 5  # seconds since a replica was last heard of; they speak once a second
 _FULL = 0.9  # of maxmemory
@@ -35,9 +44,20 @@ class RedisChecks(Checks):
             for finding in self._check_at(name):
                 where = f"{address}: " if len(nodes) > 1 else ""
                 findings.append(finding._replace(found=where + finding.found))
+        findings += self._doors()
         if isinstance(self._commands.pool, PrimaryPool):
             findings += self._commands.pool.check(self._commands.timeout)
         return findings
+
+    def _doors(self) -> list[Finding]:
+        """Whether strangers get in, and whether they can listen; each finding once."""
+        commands = self._commands
+        found = [
+            finding
+            for node in commands.nodes(commands.deadline())
+            for finding in _door(node.pool.make, commands.timeout)
+        ]
+        return list(dict.fromkeys(found))
 
     def _check_at(self, name: bytes) -> list[Finding]:
         commands = self._commands
@@ -66,6 +86,25 @@ class RedisChecks(Checks):
         return checked(parsed(info), skew, self._logout_replicas)
 
 
+def _door(make: Callable[[], Any], timeout: float) -> Iterator[Finding]:
+    """The findings on the password and on TLS of the server that ``make`` connects to."""
+    stranger = make()
+    stranger.username = stranger.password = stranger.credential_provider = None
+    try:
+        ask_once(lambda: stranger, packed(b"PING"), time.monotonic() + timeout)
+        is_open = True
+    except (RedisError, OSError) as error:  # most likely NOAUTH, of whatever was sent first
+        reraise_interruption(error)
+        is_open = False
+    if isinstance(stranger, UnixDomainSocketConnection):
+        yield from door(is_open, tls=None, host="")
+    else:
+        is_tls = isinstance(stranger, redis.SSLConnection)
+        yield from door(is_open, tls=is_tls, host=stranger.host)
+        if is_tls and stranger.cert_reqs == ssl.CERT_NONE:
+            yield unchecked("ssl_cert_reqs=none")
+
+
 def parsed(info: bytes) -> dict[str, str]:
     """What INFO answered, by name."""
     lines = info.decode("utf-8", "replace").splitlines()
@@ -80,6 +119,7 @@ def checked(about: About, skew: float | None, logout_replicas: int) -> list[Find
     """
     return [
         _version(about),
+        *_known_faults(about),
         *_memory(about),
         *_persistence(about),
         *_replicas(about, logout_replicas),
@@ -95,6 +135,16 @@ def _version(about: About) -> Finding:
     if tuple(map(int, numbers)) < _OLDEST:
         return Finding("error", "server version", version, "6.2 is the oldest.")
     return Finding("ok", "server version", version)
+
+
+def _known_faults(about: About) -> Iterator[Finding]:
+    is_valkey = about.get("server_name") == "valkey"
+    version = about.get("valkey_version" if is_valkey else "redis_version", "")
+    yield from known_faults(
+        version,
+        _FIXED_VALKEY if is_valkey else _FIXED_REDIS,
+        "CVE-2025-49844: whoever may run scripts can run any code on the server",
+    )
 
 
 def _memory(about: About) -> Iterator[Finding]:

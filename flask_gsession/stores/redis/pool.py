@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -315,6 +316,9 @@ class ClientPool:
 
     def __init__(self, client: redis.Redis) -> None:
         self._pool = client.connection_pool
+        self.make: Callable[[], Any] = partial(
+            bounded(self._pool.connection_class), **self._pool.connection_kwargs
+        )
 
     def take(self, deadline: float) -> ClientSlot:
         """A connection out of the client's pool."""

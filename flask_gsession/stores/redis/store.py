@@ -36,11 +36,11 @@ class RedisStore(Store):
 
     def __init__(self, url_or_client: str | redis.Redis, options: StoreOptions | None = None):
         options = options or StoreOptions()
-        pool, make = _pool_of(url_or_client, options)
+        pool = _pool_of(url_or_client, options)
         if isinstance(url_or_client, str):
             closing(self, pool.close)
         records = Records(Commands(pool, options), options.logout_replicas)
-        self._begin(url_or_client, options, records, make)
+        self._begin(url_or_client, options, records, pool.make)
         self.leases = RedisLeases(records, self._wake_ups)
         self.blobs = RedisBlobs(records.commands)
 
@@ -114,15 +114,11 @@ class RedisStore(Store):
         )
 
 
-def _pool_of(source: str | redis.Redis, options: StoreOptions) -> tuple[Any, Callable[..., Any]]:
-    """A pool of connections, of one kind or another, and what makes more of them."""
+def _pool_of(source: str | redis.Redis, options: StoreOptions) -> Any:
+    """A pool of connections, of one kind or another; its ``make`` makes more of them."""
     if not isinstance(source, str):
-        theirs = source.connection_pool
-        make = partial(theirs.connection_class, **theirs.connection_kwargs)
-        return ClientPool(source), make
+        return ClientPool(source)
     if "+sentinel:" in source[: len("rediss+sentinel:")]:
-        pool: ConnectionPool = PrimaryPool(source, options.timeout, options.pool_max)
-    else:
-        kind, settings = connections_of(source, options.timeout)
-        pool = ConnectionPool(partial(kind, **settings), options.pool_max)
-    return pool, pool.make
+        return PrimaryPool(source, options.timeout, options.pool_max)
+    kind, settings = connections_of(source, options.timeout)
+    return ConnectionPool(partial(kind, **settings), options.pool_max)

@@ -1,0 +1,98 @@
+"""What the checks of database servers have in common: who gets in, and which versions are bad."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+
+from .parts import Finding
+
+_SESSIONS = "can read sessions, end them and forge their data"
+
+
+def is_local(host: str) -> bool:
+    """Whether this is a name or an address of this machine alone. Asks no name server."""
+    if host.lower() in ("", "localhost"):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def door(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]:
+    """The findings on a server that lets strangers in or not, with TLS or without.
+
+    ``tls`` is None for a socket in the file system, which has rights of its own.
+    """
+    local = is_local(host)
+    if not is_open:
+        yield Finding("ok", "password", "needed")
+    elif tls is None:
+        yield Finding("ok", "password", "none, behind the rights of a socket file")
+    elif local:
+        yield Finding(
+            "warning",
+            "password",
+            "none, on this machine",
+            f"Every program of this machine {_SESSIONS}: let the server ask for a password.",
+        )
+    else:
+        yield Finding(
+            "error",
+            "password",
+            "none",
+            f"Whoever reaches the server {_SESSIONS}: let it ask for a password.",
+        )
+    if tls or tls is None or local:
+        yield Finding("ok", "TLS", "on" if tls else "off, on this machine")
+    else:
+        yield Finding(
+            "warning",
+            "TLS",
+            "off",
+            "Whoever is on the way can read and change sessions, and sees the password: use TLS, "
+            "or a network that encrypts.",
+        )
+
+
+def unchecked(option: str) -> Finding:
+    """The finding on TLS that takes any certificate; ``option`` made it so."""
+    return Finding(
+        "warning",
+        "certificate",
+        "not checked",
+        f"Anyone on the way can pose as the server: leave out {option}.",
+    )
+
+
+def known_faults(
+    version: str, fixed: Mapping[tuple[int, int], int], fault: str, severity: str = "warning"
+) -> Iterator[Finding]:
+    """A finding where the version has that fault.
+
+    ``fixed``: by major and minor number the first patch release without it. Versions between those
+    were never fixed; later ones never had it.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if numbers is None:
+        return
+    major, minor, patch = map(int, numbers.groups())
+    if (major, minor) > max(fixed) or patch >= fixed.get((major, minor), 1 << 30):
+        return
+    releases = [f"{line[0]}.{line[1]}.{first}" for line, first in sorted(fixed.items())]
+    better = next(
+        (
+            release
+            for line, release in zip(sorted(fixed), releases, strict=True)
+            if line >= (major, minor)
+        ),
+        releases[-1],
+    )
+    yield Finding(
+        severity,
+        "known fault",
+        f"{version} has {fault}",
+        f"Update to {better} or newer, unless your distribution has put the fix into {version}.",
+    )
