@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from flask import Flask, Request, Response, has_request_context, request
@@ -25,11 +27,11 @@ from .request.session import (
     SessionData,
     accompany,
     begin_error_page,
+    begin_response,
     close_unused,
     life_of,
     life_so_far,
     opened_with,
-    watch_response,
 )
 from .request.state import Phase, Presented
 from .request.writing import end_request
@@ -93,9 +95,16 @@ class GSessionInterface(SessionInterface):
                     app.name,
                 )
             return None
-        session = SessionData(self.keeper, self._present, app, request)
-        if app.after_request_funcs:  # one may be the first to look at the session
-            watch_response(session, request)
+        try:
+            context = request_ctx._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        except RuntimeError:
+            context = None
+        if context is not None and context.request is request:
+            session = SessionData(self.keeper, self._present, app, request, weakref.ref(context))
+            if app.after_request_funcs:  # one may be the first to look at the session
+                context._after_request_functions.append(partial(begin_response, session))
+        else:
+            session = SessionData(self.keeper, self._present, app, request)
         if self._debug:
             begin(session, request)
         return session

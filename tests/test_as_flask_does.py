@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from flask import (
     Flask,
     Response,
     after_this_request,
+    copy_current_request_context,
     flash,
     get_flashed_messages,
     render_template_string,
@@ -345,6 +347,28 @@ def test_an_outage_that_only_a_hook_meets_is_a_503(site: Site) -> None:
     site.store.before("load", fail)
     response = visitor.get("/untouched")
     assert (response.status_code, "Retry-After" in response.headers) == (503, True)
+
+
+def test_a_thread_may_be_the_first_to_look_at_the_session(site: Site) -> None:
+    """With a copy of the request's context, which Flask does not process the response in."""
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    before = visitor.cookie
+
+    def view(_: Any) -> None:
+        @copy_current_request_context
+        def sign_in() -> None:
+            session["user"] = "ada"
+            regenerate: Any = site.app.session_interface
+            regenerate.regenerate(session._get_current_object())  # type: ignore[attr-defined]
+
+        thread = threading.Thread(target=sign_in)
+        thread.start()
+        thread.join()
+
+    visitor.run(view)
+    assert visitor.cookie != before
+    assert visitor.run(dict) == {"a": 1, "user": "ada"}
 
 
 # What became of an object ------------------------------------------------------------------------

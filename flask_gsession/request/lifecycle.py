@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from flask import Flask, Request, after_this_request, has_request_context, request
+from flask import Flask, Request
 
 from ..errors import (
     LockMisused,
@@ -67,6 +68,7 @@ class Lifecycle:
         present: Callable[[Flask, Request], Presented],
         app: Flask,
         request: Request,
+        context: weakref.ref[Any] | None,
         turn: Any,
         phase: Phase,
     ) -> None:
@@ -98,6 +100,7 @@ class Lifecycle:
         #: whether the request had changed the session when it was saved
         self.was_modified = False
         self._present = present
+        self._context = context
         self._presented: Presented | None = None
         self._placed: Placed | None = None
         self._race_ends = 0.0  # of time.monotonic
@@ -118,8 +121,10 @@ class Lifecycle:
     def presented(self) -> Presented:
         """What the request brought."""
         if self._presented is None:
-            if is_current(self.request):
-                after_this_request(self.begin_response)
+            # The context in which the session was opened, not a copy of it for another thread.
+            context = self._context() if self._context is not None else None
+            if context is not None:
+                context._after_request_functions.append(self.begin_response)
             self._presented = self._present(self.app, self.request)
         return self._presented
 
@@ -686,11 +691,6 @@ class Lifecycle:
             return list(self.values.changes())
         except ValueRefused as error:
             return [error.path]
-
-
-def is_current(of: Request) -> bool:
-    """Whether the current request context, if there is one, is of this request."""
-    return has_request_context() and request._get_current_object() is of  # type: ignore[attr-defined]  # a proxy
 
 
 def worth_keeping(values: dict[str, bytes]) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import weakref
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from flask import Flask, Request, after_this_request
+from flask import Flask, Request
 from flask.sessions import SessionMixin
 
 from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
@@ -21,7 +22,7 @@ from ..values.marks import PLAIN, Mark, marked, split
 from ..values.merge import MergeFunction, encode_within
 from ..values.references import reference_in, refers
 from .large import LargeValues
-from .lifecycle import Lifecycle, is_current
+from .lifecycle import Lifecycle
 from .locking import Lock
 from .state import Phase, Presented
 from .tracking import TrackedValues
@@ -50,8 +51,9 @@ class SessionData(SessionMixin):
         present: Callable[[Flask, Request], Presented],
         app: Flask,
         request: Request,
+        context: weakref.ref[Any] | None = None,
     ) -> None:
-        self._start = (keeper, present, app, request)
+        self._start = (keeper, present, app, request, context)
         self._phase = Phase.VIEW  # where the request is while nobody has looked at the session
         self._made: Lifecycle | None = None
         self._further: list[SessionData] = []
@@ -629,18 +631,12 @@ def accompany(session: SessionData, further: SessionData) -> None:
     session._further.append(further)
 
 
-def watch_response(session: SessionData, request: Request) -> None:
-    """Notice when Flask begins to process the response of the request, before any hook."""
-
-    def begin_response(response: Any) -> Any:
-        session._phase = Phase.RESPONSE
-        life = session._made
-        if life is not None and life.phase is Phase.VIEW:
-            life.phase = Phase.RESPONSE
-        return response
-
-    if is_current(request):
-        after_this_request(begin_response)
+def begin_response(session: SessionData, response: Any) -> Any:
+    """Flask begins to process the response; called before any hook, as ``after_this_request``."""
+    session._phase = Phase.RESPONSE
+    if session._made is not None:
+        session._made.begin_response(response)
+    return response
 
 
 def close_unused(session: SessionData) -> None:
