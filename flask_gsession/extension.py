@@ -13,16 +13,16 @@ from werkzeug.local import LocalProxy
 
 from .authentication import rotate_at_sign_in
 from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_without_secret_key
-from .debug import prepare
 from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface, note_error_page, session_of_request
-from .keeper import Keeper
+from .repository.repository import Keeper
 from .request.session import SessionData
 from .request.template import prepare_templates
 from .stores import Store, StoreOptions, open_blobs, open_store
 from .stores.base import Clock
 from .stores.wrappers import Breaker, compose
+from .watching.debug import prepare
 
 NAME = "gsession"
 DEFAULT_STORE = "sqlite:///gsession.sqlite3"

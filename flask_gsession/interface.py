@@ -17,11 +17,10 @@ from werkzeug.local import LocalProxy
 
 from .authentication import forget_remembered, rotate_after_a_step
 from .config import propagates_exceptions, secret_keys
-from .debug import begin, report
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
-from .keeper import Keeper
 from .processes import process
+from .repository.repository import Keeper
 from .request.lifecycle import Lifecycle
 from .request.session import (
     SessionData,
@@ -38,6 +37,7 @@ from .request.writing import end_request
 from .stores.base import Store
 from .streams import can_read_session
 from .tokens import TokenSigner
+from .watching.debug import begin, report
 
 #: Where a request keeps the sessions of an application's further ``Session`` objects. Not in its
 #: environment, which an application may hand on to another.

@@ -19,9 +19,9 @@ from typing import Any
 from flask import Flask
 
 from flask_gsession import Session, session
-from flask_gsession.cleanup import CleanupWorker
 from flask_gsession.errors import LockMisused, StoreUnavailable
 from flask_gsession.events import CleanedUp, Events
+from flask_gsession.operate.cleanup import CleanupWorker
 from flask_gsession.processes import process
 from flask_gsession.stores.wrappers.breaker import Circuit
 from flask_gsession.testing import a_record

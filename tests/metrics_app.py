@@ -8,8 +8,8 @@ from redis import Redis
 
 from examples.shop.app import create_app as create_demo
 from flask_gsession import session, session_lock, session_transaction
-from flask_gsession.cleanup import CleanupWorker
 from flask_gsession.contrib.metrics import SessionMetrics
+from flask_gsession.operate.cleanup import CleanupWorker
 from tests.workers_app import create_app as create_workers_app
 
 

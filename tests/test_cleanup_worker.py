@@ -23,9 +23,9 @@ from flask import Flask
 from prometheus_client import CollectorRegistry
 
 from flask_gsession import Session, SettingError, StoreUnavailable
-from flask_gsession.cleanup import NAME, CleanupWorker
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.events import CleanedUp, CleanupFailed
+from flask_gsession.operate.cleanup import NAME, CleanupWorker
 from flask_gsession.stores import Store, StoreOptions
 from flask_gsession.stores.base import TICKET
 from flask_gsession.stores.memory import MemoryStore
@@ -382,7 +382,7 @@ FORK = """
 import os, sys, threading
 from flask import Flask
 from flask_gsession import Session
-from flask_gsession.cleanup import NAME, CleanupWorker
+from flask_gsession.operate.cleanup import NAME, CleanupWorker
 from flask_gsession.events import CleanedUp
 
 app = Flask(__name__)

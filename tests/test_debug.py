@@ -500,8 +500,8 @@ def test_a_dump_that_fails_does_no_harm(
         raise RuntimeError("of the dump")
 
     site = in_memory()
-    monkeypatch.setattr("flask_gsession.debug.facts_of", fail)
-    monkeypatch.setattr("flask_gsession.debug._brought", fail)
+    monkeypatch.setattr("flask_gsession.watching.debug.facts_of", fail)
+    monkeypatch.setattr("flask_gsession.watching.debug._brought", fail)
     site.visitor().run(fill)
     assert caplog.text.count("A debug dump failed") == 2
 
@@ -657,7 +657,7 @@ def test_what_the_command_refuses(make_site: SiteMaker, monkeypatch: pytest.Monk
     assert order(site, handle) == failed
     site.store.after("save", outage)
     assert order(site, handle) == failed
-    monkeypatch.setattr("flask_gsession.keeper.ATTEMPTS", 1)
+    monkeypatch.setattr("flask_gsession.repository.repository.ATTEMPTS", 1)
     tab = visitor.another_tab()
     site.before_a_write(lambda: tab.run(lambda session: session.update(user_id=9)))
     assert "not done: 409 Conflict: Another request changed" in order(site, handle)

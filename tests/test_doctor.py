@@ -24,7 +24,7 @@ from redis import Redis
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
 from flask_gsession.errors import StoreError
-from flask_gsession.health import check_store
+from flask_gsession.operate.health import check_store
 from flask_gsession.stores import Record
 from flask_gsession.stores.base import Deleted
 from flask_gsession.stores.memory import MemoryStore
@@ -59,7 +59,7 @@ OF_TEST_SERVERS = {"password", "known fault"}
 @pytest.fixture(autouse=True)
 def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a busy machine adds to latencies and to clocks that are read one after the other."""
-    monkeypatch.setattr("flask_gsession.health._SLOW", 10_000.0)
+    monkeypatch.setattr("flask_gsession.operate.health._SLOW", 10_000.0)
     for server in ("redis", "mongodb"):
         monkeypatch.setattr(f"flask_gsession.stores.{server}.health._SKEW", 20.0)
 
@@ -343,8 +343,8 @@ def on_a_slow_store(need: Need) -> Iterator[Flask]:
             return super().load(key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flask_gsession.health._LONGEST", 0.3)
-        patch.setattr("flask_gsession.health._SLOW", 50.0)
+        patch.setattr("flask_gsession.operate.health._LONGEST", 0.3)
+        patch.setattr("flask_gsession.operate.health._SLOW", 50.0)
         yield application(Slow())
 
 
@@ -565,7 +565,7 @@ class Keeping(MemoryStore):
 def test_a_store_that_breaks_the_contract_of_large_values(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_gsession.health._LONGEST", 0.1)
+    monkeypatch.setattr("flask_gsession.operate.health._LONGEST", 0.1)
     found = [finding for finding in check_store(Keeping(fault)) if finding.severity != "ok"]
     assert [finding[:3] for finding in found] == [
         ("error", "large values", f"they cannot be {fault}")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flask_gsession.errors import SettingError, StoreUnavailable
-from flask_gsession.health import check_store
+from flask_gsession.operate.health import check_store
 from flask_gsession.stores.files import FileBlobs
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.sqlite import SQLiteStore

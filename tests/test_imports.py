@@ -16,28 +16,28 @@ PACKAGE = Path(flask_gsession.__file__).parent
 # A file may import only from rows above its own. `stores` is stores/__init__.py.
 ROWS = [
     ["signals"],
-    ["errors", "events", "redaction"],
+    ["errors", "events", "watching.redaction"],
     ["processes"],
     ["tokens", "stores.rights", "stores.interrupts"],
     ["stores.base", "stores.urls"],
     ["values", "stores.wrappers"],
-    ["config", "newcomers"],
+    ["config"],
     ["request.state"],
     ["request.tracking"],
-    ["keeper"],
-    ["tracing", "request.placing", "request.waiting"],
+    ["repository"],
+    ["watching.tracing", "request.placing", "request.waiting"],
     ["request.lifecycle"],
     ["request.writing"],
     ["request.large", "request.transactions", "request.locking"],
     ["request.session"],
     ["request.decorators", "request.template", "request"],
     ["stores.memory", "stores.sqlite", "stores.redis", "stores.mongodb", "stores.files"],
-    ["stores", "debug", "health", "typed", "testing"],
+    ["stores", "watching", "operate.health", "operate.health_application", "typed", "testing"],
     ["authentication", "streams"],
     ["interface"],
     ["extension"],
-    ["cleanup"],
-    ["cli", "contrib", "probes"],
+    ["operate"],
+    ["cli", "contrib", "pages"],
 ]
 CONTRACT = ["stores.base", "stores.parts", "stores.lease", "stores.support"]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
@@ -69,8 +69,6 @@ def room_of(module: str) -> str:
     """The entry of `ROWS` that a module belongs to; "" when there is none."""
     if module in CONTRACT:
         return "stores.base"
-    if module.startswith("health_"):
-        return "health"
     while module and module not in RANK:
         module = module.rpartition(".")[0]
     return module

@@ -14,10 +14,10 @@ import pytest
 from flask import Flask
 
 from flask_gsession import Session
-from flask_gsession.cleanup import CleanupWorker
 from flask_gsession.cli import gsession
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.events import CleanedUp, LargeValueLost
+from flask_gsession.operate.cleanup import CleanupWorker
 from flask_gsession.stores import Store, StoreOptions
 from flask_gsession.stores.base import Clock
 from flask_gsession.stores.files import FRAME_BYTES, ORPHANS, FileBlobs

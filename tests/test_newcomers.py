@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flask_gsession.newcomers import Newcomers
+from flask_gsession.repository.newcomers import Newcomers
 from tests.apps import Site, SiteMaker, Visitor
 
 

@@ -9,7 +9,7 @@ from flask import Flask
 
 from flask_gsession import Session
 from flask_gsession.errors import UnreadableRecord
-from flask_gsession.probes import health_blueprint
+from flask_gsession.pages.health import health_blueprint
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 from tests.apps import Site, hasty

@@ -14,9 +14,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from flask_gsession import processes
-from flask_gsession.cleanup import CleanupWorker
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.contrib.metrics_gathering import Gathering
+from flask_gsession.operate.cleanup import CleanupWorker
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.sqlite import file as sqlite
 from flask_gsession.testing import a_record

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from flask_gsession.redaction import HIDDEN, is_secret, shown_name, shown_value
+from flask_gsession.watching.redaction import HIDDEN, is_secret, shown_name, shown_value
 
 CANARY = "hidden canary"
 

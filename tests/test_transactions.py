@@ -17,7 +17,7 @@ from flask_gsession import (
     UnsupportedType,
     session_transaction,
 )
-from flask_gsession.keeper import ATTEMPTS
+from flask_gsession.repository.repository import ATTEMPTS
 from tests.apps import Site
 
 

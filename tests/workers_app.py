@@ -14,7 +14,7 @@ from typing import Any
 from flask import Flask, Response, abort
 
 from flask_gsession import Session, session, session_lock
-from flask_gsession.cleanup import CleanupWorker
+from flask_gsession.operate.cleanup import CleanupWorker
 
 Answer = dict[str, Any]
 

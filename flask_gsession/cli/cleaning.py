@@ -10,8 +10,8 @@ from functools import partial
 import click
 from flask.cli import with_appcontext
 
-from ..cleanup import steps
 from ..interface import GSessionInterface
+from ..operate.cleanup import steps
 from ..stores.parts import MORE, parts_of
 from .common import (
     about,

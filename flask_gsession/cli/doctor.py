@@ -9,8 +9,8 @@ import click
 from flask import current_app
 from flask.cli import with_appcontext
 
-from ..health import check_store
-from ..health_application import check_application
+from ..operate.health import check_store
+from ..operate.health_application import check_application
 from .common import interfaces, name_store
 from .output import lines
 

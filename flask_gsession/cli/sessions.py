@@ -17,12 +17,12 @@ from flask.cli import with_appcontext
 from ..errors import LogoutUnconfirmed, UnreadableRecord
 from ..events import SessionRevoked
 from ..interface import GSessionInterface
-from ..keeper import Keeper
-from ..redaction import shown_name, shown_value
+from ..repository.repository import Keeper
 from ..stores import Record
 from ..stores.base import unexpired
 from ..values.marks import expired, split
 from ..values.references import BYTES, reference_in, refers
+from ..watching.redaction import shown_name, shown_value
 from .common import (
     NO_SESSION,
     Facts,

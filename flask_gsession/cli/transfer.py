@@ -34,7 +34,7 @@ from flask.cli import with_appcontext
 
 from ..errors import Gone, KeyTaken, Stale, UnreadableRecord, ValueLost
 from ..interface import GSessionInterface
-from ..keeper import BLOB_GRACE, Keeper
+from ..repository.repository import BLOB_GRACE, Keeper
 from ..stores import Record
 from ..stores.base import is_session_key, unexpired
 from ..values.large_values import stored_length

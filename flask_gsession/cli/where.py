@@ -11,7 +11,7 @@ from uuid import UUID
 
 import click
 
-from ..keeper import Keeper
+from ..repository.repository import Keeper
 from ..stores import Record
 from ..values.marks import expired, split
 from ..values.references import refers

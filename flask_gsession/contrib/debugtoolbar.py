@@ -14,7 +14,7 @@ except ImportError as error:
         "flask-gsession[debugtoolbar]"
     ) from None
 
-from ..debug import RECENT, as_text, facts_of, traced
+from ..watching.debug import RECENT, as_text, facts_of, traced
 
 _PAGE = """
 {% for text in now %}<pre>{{ text }}</pre>{% else %}

@@ -11,7 +11,7 @@ from flask import session as flask_session
 
 from ..config import Seconds
 from ..errors import SettingError
-from ..keeper import ATTEMPTS
+from ..repository.repository import ATTEMPTS
 from .locking import Lock, check_times
 from .session import SessionData, life_of
 from .writing import LostRace

@@ -22,15 +22,15 @@ from ..errors import (
     ValueRefused,
 )
 from ..events import SessionConflicted, SessionDestroyed, WriteDropped, logger
-from ..keeper import PERMANENT, RACE_BUDGETS, Keeper, Loaded
+from ..repository.repository import PERMANENT, RACE_BUDGETS, Keeper, Loaded
 from ..stores.base import Record
 from ..stores.wrappers import Call
 from ..tokens import session_key
-from ..tracing import Trace, TracedKeeper, TracedValues
 from ..values.marks import is_marked, split
 from ..values.merge import Change, MergeFunction, last
 from ..values.payload import Body
 from ..values.references import refers
+from ..watching.tracing import Trace, TracedKeeper, TracedValues
 from .placing import Placed
 from .state import (
     NO_WISHES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..keeper import BLOB_GRACE, Keeper
+from ..repository.repository import BLOB_GRACE, Keeper
 from ..values.payload import Body
 from ..values.references import Reference, names_in
 

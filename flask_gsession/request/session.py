@@ -15,7 +15,7 @@ from flask import Flask, Request
 from flask.sessions import SessionMixin
 
 from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
-from ..keeper import Keeper
+from ..repository.repository import Keeper
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
 from ..values.marks import PLAIN, Mark, marked, split

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from ..errors import SessionEnded
-from ..keeper import ATTEMPTS
+from ..repository.repository import ATTEMPTS
 from .lifecycle import Lifecycle
 from .state import Block, current_block
 from .writing import LostRace, commit

@@ -39,7 +39,7 @@ from ..events import (
     WriteDropped,
     logger,
 )
-from ..keeper import ATTEMPTS, PERMANENT
+from ..repository.repository import ATTEMPTS, PERMANENT
 from ..stores.base import Record
 from ..values.marks import unexpired
 from ..values.merge import Change

@@ -11,7 +11,7 @@ from unittest import mock
 from msgspec import structs
 
 from flask_gsession.errors import Gone
-from flask_gsession.keeper import Keeper
+from flask_gsession.repository.repository import Keeper
 from flask_gsession.request import session, writing
 from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.request.session import SessionData

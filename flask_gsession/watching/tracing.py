@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .events import Event, Events
-from .keeper import Keeper
-from .request.tracking import TrackedValues
-from .stores.wrappers import Call, compose
-from .values.codec import Codec
-from .values.merge import Change
-from .values.references import reference_in, refers
+from ..events import Event, Events
+from ..repository.repository import Keeper
+from ..request.tracking import TrackedValues
+from ..stores.wrappers import Call, compose
+from ..values.codec import Codec
+from ..values.merge import Change
+from ..values.references import reference_in, refers
 
 
 def size_of(raw: bytes) -> int:

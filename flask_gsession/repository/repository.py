@@ -17,8 +17,8 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from .config import LiveSettings, Settings
-from .errors import (
+from ..config import LiveSettings, Settings
+from ..errors import (
     Gone,
     LeaseLost,
     LockLost,
@@ -30,18 +30,18 @@ from .errors import (
     UnreadableRecord,
     ValueLost,
 )
-from .events import Events, SessionRefused, logger
+from ..events import Events, SessionRefused, logger
+from ..stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds, new_version
+from ..stores.parts import Blobs, Leases, parts_of
+from ..tokens import Token, is_token, new_token, session_key
+from ..values.codec import Codec
+from ..values.encryption import Cipher
+from ..values.large_values import Spill, pieces_of
+from ..values.marks import END_OF_TIME, marked, split
+from ..values.merge import Merger
+from ..values.payload import Body, PayloadFormat
+from ..values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .newcomers import Newcomers
-from .stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds, new_version
-from .stores.parts import Blobs, Leases, parts_of
-from .tokens import Token, is_token, new_token, session_key
-from .values.codec import Codec
-from .values.encryption import Cipher
-from .values.large_values import Spill, pieces_of
-from .values.marks import END_OF_TIME, marked, split
-from .values.merge import Merger
-from .values.payload import Body, PayloadFormat
-from .values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 
 PERMANENT = "_permanent"
 _TRUE = b"\xc3"

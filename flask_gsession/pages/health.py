@@ -7,9 +7,9 @@ import secrets
 from flask import Blueprint, current_app
 from flask.typing import ResponseReturnValue
 
-from .errors import SettingError, StoreError, StoreUnavailable
-from .extension import NAME, Session
-from .interface import GSessionInterface
+from ..errors import SettingError, StoreError, StoreUnavailable
+from ..extension import NAME, Session
+from ..interface import GSessionInterface
 
 
 def health_blueprint(url_prefix: str = "/health") -> Blueprint:

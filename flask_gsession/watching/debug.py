@@ -16,16 +16,16 @@ from typing import Any
 from flask import Flask, Request, Response, current_app, request
 from flask.logging import default_handler, has_level_handler
 
-from .errors import UnreadableRecord
-from .events import Event, SessionCreated, SessionDestroyed, SessionRotated, WriteDropped, logger
+from ..errors import UnreadableRecord
+from ..events import Event, SessionCreated, SessionDestroyed, SessionRotated, WriteDropped, logger
+from ..request.lifecycle import Lifecycle
+from ..request.session import SessionData, life_of
+from ..request.state import Presented
+from ..tokens import session_key
+from ..values.marks import split
+from ..values.references import refers
 from .redaction import HIDDEN, shown_name, shown_value
-from .request.lifecycle import Lifecycle
-from .request.session import SessionData, life_of
-from .request.state import Presented
-from .tokens import session_key
 from .tracing import Trace
-from .values.marks import split
-from .values.references import refers
 
 log = logging.getLogger("flask_gsession.debug")
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from .errors import (
+from ..errors import (
     Gone,
     KeyTaken,
     LogoutUnconfirmed,
@@ -18,7 +18,7 @@ from .errors import (
     StoreError,
     StoreUnavailable,
 )
-from .stores.base import (
+from ..stores.base import (
     Clock,
     Deleted,
     Record,
@@ -28,7 +28,7 @@ from .stores.base import (
     new_version,
     unexpired,
 )
-from .stores.parts import Blobs, Finding, parts_of
+from ..stores.parts import Blobs, Finding, parts_of
 
 _ROUNDS = 100
 _LONGEST = 1.0  # seconds, for all rounds together

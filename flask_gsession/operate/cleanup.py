@@ -15,16 +15,16 @@ from os import getpid
 
 from flask import Flask, request_started
 
-from .errors import Gone, KeyTaken, SettingError, Stale, StoreError, StoreUnavailable
-from .events import CleanedUp, CleanupFailed, logger
-from .extension import NAME as EXTENSION
-from .extension import Session
-from .interface import GSessionInterface
-from .keeper import Keeper
-from .processes import is_before_fork, runs_threads, warn_without_threads
-from .stores.base import TICKET, Record, Store, new_version
-from .stores.parts import Tidied, Upkeep, parts_of
-from .stores.support import closing
+from ..errors import Gone, KeyTaken, SettingError, Stale, StoreError, StoreUnavailable
+from ..events import CleanedUp, CleanupFailed, logger
+from ..extension import NAME as EXTENSION
+from ..extension import Session
+from ..interface import GSessionInterface
+from ..processes import is_before_fork, runs_threads, warn_without_threads
+from ..repository.repository import Keeper
+from ..stores.base import TICKET, Record, Store, new_version
+from ..stores.parts import Tidied, Upkeep, parts_of
+from ..stores.support import closing
 
 NAME = "gsession-cleanup"
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from flask import Flask
 from flask.sessions import SessionInterface
 
-from .config import Settings, secret_keys
-from .stores.parts import Finding
+from ..config import Settings, secret_keys
+from ..stores.parts import Finding
 
 _SHORT_SECRET = 16  # characters
 _FEW_BITS = 64

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from .events import logger
+from ..events import logger
 
 _MINUTE = 60_000  # milliseconds
 _REMEMBERED = 1000  # sessions

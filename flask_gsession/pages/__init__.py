@@ -1,0 +1,1 @@
+"""Blueprints with pages."""

@@ -1,0 +1,1 @@
+"""What all sessions of an application share: find, create, save, rotate, expire, large values."""
