@@ -250,7 +250,7 @@ class Lifecycle:
         record, body = loaded.record, loaded.body
         token = seen.token if record.key == key else None
         wishes = self.wishes
-        own = self._settle_attempts(record, seen.record)
+        own = self._settle_attempts(record, seen.record, repeats=not afresh)
         if own is not None:
             self.values.accept(own.body.values, own.changes)
             wishes = beyond(own.wishes, wishes)
@@ -283,14 +283,17 @@ class Lifecycle:
                     return loaded
         return None
 
-    def _settle_attempts(self, there: Record, before: Record) -> Attempt | None:
-        """Every attempt's outcome is known with what is ``there``; the one that it shows."""
+    def _settle_attempts(self, there: Record, before: Record, *, repeats: bool) -> Attempt | None:
+        """Every attempt's outcome is known with what is ``there``; the one that it shows.
+
+        ``repeats``: what is pending will be stored, whether or not one of them did that.
+        """
         own = self.attempts.get(there.version)
         for attempt in self.attempts.values():
             # Nobody else makes its key, so this is stored, whatever others made of it since.
             if attempt.record.key == there.key != before.key:
                 own = attempt
-        if own is None and there.version != before.version:
+        if own is None and repeats and there.version != before.version:
             # Somebody else's write: over one of ours, or instead of it. The attempts stay noted,
             # so that it is never found to be safe to repeat them.
             policy_of = self.keeper.merger.policy_of
@@ -518,15 +521,18 @@ class Lifecycle:
 
     def reload(self) -> None:
         """Discard what this request changed, and load again. The caller holds the turn."""
-        self.trouble = None
-        self.wishes = NO_WISHES
         if self.seen.record is not None:
-            self.attempts = NO_ATTEMPTS
+            # Only then is forgotten what was there: the load may fail, or be interrupted.
             if not self.catch_up(afresh=True):
                 self.end("reload")
+            self.trouble = None
+            self.wishes = NO_WISHES
         elif self.opened and self.cookie != "keep":
+            self.trouble = None
+            self.wishes = NO_WISHES
             self.values.clear()
         else:
+            self.trouble = None
             self.opened = False
             self.forget()
             self.open()
@@ -643,10 +649,15 @@ class Lifecycle:
     def leave_block(self, block: Block) -> None:
         """What comes now is no part of this block."""
         with self.turn:
-            if self.block is block:
+            inner = self.block
+            if inner is block:
                 self.block = self.values.block = block.outer
+            while inner is not None:  # one of another thread may have begun since
+                if inner.outer is block:
+                    inner.outer = block.outer
+                inner = inner.outer
         if current_block.get() is block:
-            current_block.set(block.outer)
+            current_block.set(block.within)
 
     def roll_back(self, block: Block) -> None:
         """Forget what a transaction or a lock did, and leave it."""

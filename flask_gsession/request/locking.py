@@ -94,12 +94,12 @@ class Lock(Generic[S]):
 
     def _claim(self) -> None:
         life = self._life
-        if life.may_repeat():
-            raise LockMisused(
-                "A lock cannot begin inside a transaction, or in the function of update_atomic: "
-                "these may run again. Take the lock around them."
-            )
         with life.turn:
+            if life.may_repeat():
+                raise LockMisused(
+                    "A lock cannot begin inside a transaction, or in the function of "
+                    "update_atomic: these may run again. Take the lock around them."
+                )
             if life.locked:
                 raise LockMisused(
                     "This request has the lock of the session already; a lock inside a lock would "

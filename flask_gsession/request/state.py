@@ -143,7 +143,7 @@ class Block:
     ``outside`` are the keys that either side looked at or changed.
     """
 
-    __slots__ = ("before", "inside", "kind", "outer", "outside", "pending", "version")
+    __slots__ = ("before", "inside", "kind", "outer", "outside", "pending", "version", "within")
 
     def __init__(
         self,
@@ -157,15 +157,26 @@ class Block:
         #: the version that a transaction starts on; None for a session that isn't stored
         self.version = seen.record.version if seen.record else None
         self.before = before
+        #: the one that was open before, perhaps of another thread
         self.outer = outer
+        #: the one that this thread or task is in
+        self.within = current_block.get()
         #: what a session that isn't stored was given before the block
         self.pending = pending
         self.inside: set[str] = set()
         self.outside: set[str] = set()
 
     def note(self, key: str) -> None:
-        """``key`` is looked at or changed now, by the block or beside it."""
-        (self.inside if current_block.get() is self else self.outside).add(key)
+        """``key`` is looked at or changed now, by the block or beside it, and all before it."""
+        mine = set()
+        within = current_block.get()
+        while within is not None:
+            mine.add(within)
+            within = within.within
+        block: Block | None = self
+        while block is not None:
+            (block.inside if block in mine else block.outside).add(key)
+            block = block.outer
 
 
 #: The innermost block that this thread or task is in.

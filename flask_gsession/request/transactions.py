@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from ..errors import SessionEnded
+from ..errors import SessionEnded, TransactionMisused
 from ..repository.repository import ATTEMPTS
 from .lifecycle import Lifecycle
 from .state import Block, current_block
@@ -60,11 +60,17 @@ class Transaction(Generic[S]):
     def _begin(self) -> None:
         """Store what is pending, and start on what is stored now."""
         life = self._life
-        life.check_may_not_repeat("A second transaction")
         life.check_store()
         seen_before = life.opened
         life.open()
         with life.turn:
+            life.check_may_not_repeat("A second transaction")
+            if life.locked and (life.block is None or current_block.get() is not life.block):
+                # The two could not be stored, or forgotten, each by itself.
+                raise TransactionMisused(
+                    "Another thread or task of this request has the lock of the session, or waits "
+                    "for it. A transaction begins before that, after it, or inside its block."
+                )
             if seen_before:
                 commit(life)
                 if life.seen.record is not None and not life.catch_up(afresh=True):

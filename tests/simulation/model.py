@@ -272,6 +272,7 @@ class Mirror:
     atomic_result: Any = MISSING
     stores_first: bool = False  # all that is pending, since its own key is
     destroying: bool = False
+    reloading: bool = False
     ended_itself: bool = False  # and so may have its cookie deleted
     cookie_due: bool = False
     made: set[str] = field(default_factory=set)
@@ -300,8 +301,15 @@ class Mirror:
         self.view = View(self.now)
         self.cleared = self.emptied = self.cookie_due = False
         self.rotation = None
-        self.attempts = {}
+        self.forget_attempts()
         self.timeouts = set()
+
+    def forget_attempts(self) -> None:
+        """It will never know what became of its last writes."""
+        for attempt in self.attempts.values():
+            if attempt.line is not None:
+                attempt.line.apart = True
+        self.attempts = {}
 
     def hold(self, line: Line, version: int) -> None:
         """Go on with this session, whose newest state arrived just now."""
@@ -338,10 +346,9 @@ class Mirror:
             if mine is not MISSING
             and (base is MISSING or type(plain(mine)) not in (list, set, dict))
         }
-        for attempt in self.attempts.values():
-            if attempt.line is not None:
-                attempt.line.apart = True
+        timeouts = self.timeouts
         self.become("none")
+        self.timeouts = timeouts if "_permanent" in kept else set()
         for key, value in kept.items():
             self.view[key] = copied(value)
         self.is_apart = True
@@ -478,11 +485,8 @@ class Model:
             if elsewhere and not foreign:
                 mirror.attempts = elsewhere  # it looks there next
                 return
-            for sent in mirror.attempts.values():
-                if sent.line is not None:
-                    sent.line.apart = True
             if mirror.state == "none":
-                mirror.attempts = {}
+                mirror.forget_attempts()
             else:
                 mirror.without = "ended"
                 mirror.become("ended")
@@ -500,7 +504,7 @@ class Model:
             mirror.fulfilled(own)
             if moved:
                 mirror.own(record.key)
-        elif record.version != mirror.version:
+        elif record.version != mirror.version and not mirror.reloading:
             for attempt in mirror.attempts.values():
                 if any(self.policy_of(name) != "last" for name in attempt.changes):
                     mirror.unsure = True

@@ -158,9 +158,9 @@ def _commit_without_attempts(life: Lifecycle, **how: Any) -> bool:
     return _commit(life, **how)
 
 
-def _settle_and_forget(self: Lifecycle, *seen: Any) -> Any:
+def _settle_and_forget(self: Lifecycle, *seen: Any, **how: Any) -> Any:
     try:
-        return _settle_attempts(self, *seen)
+        return _settle_attempts(self, *seen, **how)
     finally:
         self.attempts = {}
 

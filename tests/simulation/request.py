@@ -247,9 +247,12 @@ class Serving:
     def _reload(self, op: Op) -> None:
         mirror = self.mirror
         if mirror.state == "live":
-            mirror.attempts = {}
+            mirror.reloading = True
+            try:
+                self.session.reload()
+            finally:
+                mirror.reloading = False
             mirror.rotation, mirror.timeouts = None, set()
-            self.session.reload()
             self._start_afresh()
             mirror.emptied = False
         elif mirror.ended_itself and mirror.presented:

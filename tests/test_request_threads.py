@@ -1,0 +1,321 @@
+"""Threads and tasks of one request share its session: nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+from flask import copy_current_request_context
+
+from flask_gsession import LockMisused, SessionConflict, TransactionMisused
+from flask_gsession.testing import FakeClock
+from tests.apps import STUCK, Site, SiteMaker, Visitor
+
+THREADS = 4
+ROUNDS = 40
+REFUSALS = (LockMisused, TransactionMisused, SessionConflict)
+
+
+@pytest.fixture(autouse=True)
+def threads_switch_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def memory(clock: FakeClock) -> Iterator[Site]:
+    """The threads meet in the request, so the fastest store shows most."""
+    with SiteMaker("memory://", "", clock) as make:
+        yield make(merge_policies={"clicks": "counter"})
+
+
+def side_by_side(*work: Callable[[], None]) -> None:
+    """Run each in a thread of its own, in the context of this request; raise what one raises."""
+    begin = threading.Barrier(len(work))
+    errors: list[BaseException] = []
+
+    def running(function: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            begin.wait(STUCK)
+            try:
+                function()
+            except BaseException as error:
+                errors.append(error)
+
+        return copy_current_request_context(run)
+
+    threads = [threading.Thread(target=running(function), daemon=True) for function in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(STUCK)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def a_visitor(site: Site, values: dict[str, Any]) -> Visitor:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(values))
+    return visitor
+
+
+def test_threads_that_look_first_get_the_same_object(memory: Site) -> None:
+    keys = [f"key{number}" for number in range(200)]
+    visitor = a_visitor(memory, {key: [key] for key in keys})
+    looks: list[dict[str, Any]] = [{} for _ in range(THREADS)]
+
+    def view(session: Any) -> None:
+        def look(number: int) -> None:
+            for key in keys:
+                value = session[key] if number % 2 else session.get(key)
+                looks[number][key] = value
+                value.append(number)
+
+        def add() -> None:
+            for number in range(50):
+                session[f"more{number}"] = number
+                session.update_atomic("count", lambda count: count + 1, 0)
+
+        side_by_side(*(lambda n=n: look(n) for n in range(THREADS)), add)  # type: ignore[misc]
+        for key in keys:
+            assert all(look[key] is session[key] for look in looks)
+
+    visitor.run(view)
+    stored = visitor.run(dict)
+    assert stored["count"] == 50
+    assert all(stored[f"more{number}"] == number for number in range(50))
+    for key in keys:
+        assert sorted(stored[key][1:]) == list(range(THREADS))
+
+
+class Work:
+    """What the threads of one request do, at random, and what came of it."""
+
+    def __init__(self, seed: int, session: Any, tab: Visitor) -> None:
+        self.seed, self.session, self.tab = seed, session, tab
+        self.done: Counter[str] = Counter()
+        self.own: dict[str, int] = {}
+        self.taken: list[str] = []
+
+    def thread(self, number: int) -> Callable[[], None]:
+        rng = Random(f"{self.seed} {number}")
+        ways = [
+            self.assign,
+            self.update,
+            self.click,
+            self.take,
+            self.look,
+            self.lock,
+            self.transact,
+        ]
+
+        def run() -> None:
+            for step in range(ROUNDS):
+                way = rng.choice(ways)
+                try:
+                    way(f"{number}.{step}")
+                except REFUSALS:
+                    self.done["refused"] += 1
+
+        return run
+
+    def beside(self) -> None:
+        """Other requests of the visitor."""
+        for number in range(ROUNDS // 2):
+            self.tab.run(lambda session: session.update_atomic("hits", lambda hits: hits + 1))
+            self.tab.run(lambda session, key=f"tab{number}": session.update({key: 1}))
+
+    def assign(self, name: str) -> None:
+        self.session[name] = 1
+        self.own[name] = 1
+
+    def update(self, name: str) -> None:
+        self.session.update_atomic("log", lambda log: [*log, name])
+        self.done["log"] += 1
+
+    def click(self, name: str) -> None:
+        self.session.update_atomic("hits", lambda hits: hits + 1)
+        self.done["hits"] += 1
+
+    def take(self, name: str) -> None:
+        for number in range(5):
+            found = self.session.take(f"once{number}", None)
+            if found is not None:
+                self.taken.append(found)
+
+    def look(self, name: str) -> None:
+        assert self.session["there"] == ["a"]
+        assert "there" in self.session
+
+    def lock(self, name: str) -> None:
+        with self.session.lock():
+            self.session["locked"] += 1
+        self.done["locked"] += 1
+
+    def transact(self, name: str) -> None:
+        with self.session.transaction():
+            self.session["transacted"] += 1
+        self.done["transacted"] += 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_threads_of_a_request_were_told_is_stored(memory: Site, seed: int) -> None:
+    onces = {f"once{number}": f"value {number}" for number in range(5)}
+    counts = {"hits": 0, "log": [], "locked": 0, "transacted": 0, "there": ["a"]}
+    visitor = a_visitor(memory, {**counts, **onces})
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> Work:
+        work = Work(seed, session, tab)
+        side_by_side(*map(work.thread, range(THREADS)), work.beside)
+        return work
+
+    work = visitor.run(view)
+    stored = visitor.run(dict)
+    assert stored["hits"] == work.done["hits"] + ROUNDS // 2
+    assert len(stored["log"]) == len(set(stored["log"])) == work.done["log"]
+    assert stored["locked"] == work.done["locked"]
+    assert stored["transacted"] == work.done["transacted"]
+    assert [key for key in work.own if key not in stored] == []
+    assert all(stored[f"tab{number}"] == 1 for number in range(ROUNDS // 2))
+    left = [stored[key] for key in onces if key in stored]
+    assert sorted([*work.taken, *left]) == sorted(onces.values())
+
+
+def test_a_transaction_beside_a_lock_of_another_thread_is_refused(memory: Site) -> None:
+    """The end of either would store half of the other."""
+    visitor = a_visitor(memory, {"a": 0})
+
+    def view(session: Any) -> None:
+        entered, tried = threading.Event(), threading.Event()
+
+        def lock() -> None:
+            with session.lock():
+                session["a"] = 1
+                entered.set()
+                assert tried.wait(STUCK)
+
+        def transact() -> None:
+            assert entered.wait(STUCK)
+            with pytest.raises(TransactionMisused), session.transaction():
+                session["b"] = 1
+            tried.set()
+
+        side_by_side(lock, transact)
+        with session.lock(), session.transaction():  # in one thread there is no question
+            session["c"] = 1
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"a": 1, "c": 1}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_blocks_of_two_threads_end_in_any_order(memory: Site, fails: bool) -> None:
+    """A receiver, or a thread, may be inside a block that began later and ends later."""
+    visitor = a_visitor(memory, {"a": 0})
+
+    def view(session: Any) -> None:
+        life = session._life
+        life.open()
+        first = life.begin_block("lock")
+        second = life.begin_block("lock")
+        session["beside"] = 1
+        life.leave_block(first)
+        (life.roll_back if fails else life.leave_block)(second)
+        assert life.block is None
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"a": 0, "beside": 1}
+
+
+def test_the_first_look_may_come_from_a_thread(site: Site) -> None:
+    """Flask doesn't call what a thread notes in its copy of the context, to be done at the end."""
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    before = visitor.cookie
+
+    def view(session: Any) -> None:
+        side_by_side(lambda: session.rotate(grace=0), lambda: session.update(b=1))
+
+    visitor.run(view)
+    assert visitor.cookie != before
+    assert visitor.run(dict) == {"a": 1, "b": 1}
+
+
+def test_a_task_that_fails_under_a_lock_takes_nothing_of_the_others(site: Site) -> None:
+    visitor = a_visitor(site, {"shared": [0]})
+
+    async def work(session: Any) -> None:
+        inside, written = asyncio.Event(), asyncio.Event()
+
+        async def failing() -> None:
+            async with session.lock():
+                session["inside"] = 1
+                inside.set()
+                await written.wait()
+                raise RuntimeError
+
+        async def writing() -> None:
+            session["before"] = 1
+            await inside.wait()
+            session["during"] = 1
+            session["list"] = [1]
+            session["list"].append(2)
+            session.update_atomic("count", lambda count: count + 1, 0)
+            written.set()
+
+        outcomes = await asyncio.gather(failing(), writing(), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [RuntimeError, type(None)]
+        session["after"] = 1
+
+    visitor.run(lambda session: asyncio.run(work(session)))
+    expected = {"before": 1, "during": 1, "list": [1, 2], "count": 1, "after": 1}
+    assert visitor.run(dict) == {"shared": [0], **expected}
+
+
+def test_what_tasks_write_while_others_wait_for_a_lock_is_stored(site: Site) -> None:
+    visitor = a_visitor(site, {"locked": 0})
+    tab = visitor.another_tab()
+
+    async def work(session: Any) -> None:
+        async def locking(name: str) -> None:
+            while True:
+                try:
+                    async with session.lock():
+                        before = session["locked"]
+                        await asyncio.sleep(0)
+                        session["locked"] = before + 1
+                    return
+                except LockMisused:  # a sibling is in, or waits
+                    await asyncio.sleep(0)
+
+        async def writing(name: str) -> None:
+            for number in range(10):
+                session[f"{name}.{number}"] = number
+                await asyncio.sleep(0)
+
+        def other() -> None:
+            def lock(session: Any) -> None:
+                with session.lock():
+                    session["locked"] += 1
+
+            for _ in range(5):
+                tab.run(lock)
+
+        names = "abc"
+        beside = asyncio.to_thread(other)
+        await asyncio.gather(beside, *map(locking, names), *map(writing, names))
+
+    visitor.run(lambda session: asyncio.run(work(session)))
+    stored = visitor.run(dict)
+    assert stored.pop("locked") == 8
+    assert stored == {f"{name}.{number}": number for name in "abc" for number in range(10)}
