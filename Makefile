@@ -14,7 +14,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 .PHONY: help demo test contract lint bench faults rules dashboard docs dist servers chromium prometheus clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 # The environment -----------------------------------------------------------------------------
 #
