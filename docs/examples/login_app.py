@@ -21,9 +21,11 @@ from flask_gsession import Session, StoreUnavailable, session
 
 app = Flask(__name__)
 app.secret_key = os.environ.get("SECRET_KEY", "change me")
-app.config["SESSION_RENEW_CSRF"] = True  # a form from before the login is not valid after it
-app.config["USE_SESSION_FOR_NEXT"] = True  # Flask-Login keeps the page to return to in the session
-app.config["WTF_CSRF_TIME_LIMIT"] = None  # a form is valid as long as the session
+# A form from before the login is not valid after it, and otherwise as long as the session.
+app.config["SESSION_RENEW_CSRF"] = True
+app.config["WTF_CSRF_TIME_LIMIT"] = None
+# Flask-Login keeps the page to return to in the session, not in the address of the form.
+app.config["USE_SESSION_FOR_NEXT"] = True
 Session(app)  # sessions in instance/gsession.sqlite3
 CSRFProtect(app)
 logins = LoginManager(app)
