@@ -8,23 +8,23 @@
     │   ├── UnsupportedType     ... because of its type
     │   └── SessionTooLarge     ... because of its size, depth or number of keys
     ├── InvalidStoredValue      what is stored under a typed key is not valid
-    ├── ValueLost               a large value is not there any more, or was altered
+    ├── ValueLost               a large value is gone, or was altered
     ├── SchemaFailed            the code of a schema raised something else than ValidationError
-    ├── TransactionMisused      something that cannot be done inside a transaction
-    ├── LockMisused             a lock in a lock, in a transaction, or on no stored session
+    ├── TransactionMisused      this can't be done inside a transaction
+    ├── LockMisused             a lock inside a lock or a transaction, or without a stored session
     ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   ├── SessionEnded        HTTP 409: the session ended while this request ran
     │   └── LockLost            HTTP 409: the lock ran out before its holder was done
-    └── StoreError              what a store tells the session
+    └── StoreError              the errors that a store raises
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
-        │   └── LogoutUnconfirmed   ... the session ended, and too few replicas have that yet
-        ├── UnreadableRecord    what is stored under the key is not a record of that key
+        │   └── LogoutUnconfirmed   ... the logout is not confirmed by enough replicas
+        ├── UnreadableRecord    the key holds no valid record of its own
         ├── KeyTaken            create: the key holds a record already
         ├── Gone                save, replace, delete, acquire: no live record under the key
         ├── Stale               save, replace, delete: another version is stored
-        ├── LeaseLost           save, replace, delete: the lease that they name is not held
-        └── QueueFull           acquire: enough others wait for the lease already
+        ├── LeaseLost           save, replace, delete: the lease they name is not held
+        └── QueueFull           acquire: too many others wait for the lease
 
 No message holds a session token, a stored value or a password.
 """
@@ -41,7 +41,7 @@ class GSessionError(Exception):
 
 
 class SettingError(GSessionError, ValueError):
-    """A setting has a value it cannot have; the message names the key and what is allowed."""
+    """A setting has a wrong value. The message names the key and what is allowed."""
 
 
 class ValueRefused(GSessionError):
@@ -57,18 +57,18 @@ class ValueRefused(GSessionError):
 
 
 class UnsupportedType(ValueRefused, TypeError):
-    """The value, or something inside it, is of a type that would not come back as it was."""
+    """The value, or something inside it, has a type that would not come back unchanged."""
 
 
 class SessionTooLarge(ValueRefused, ValueError):
-    """The session has too many bytes, keys or levels; the stored state is left as it was."""
+    """The session has too many bytes, keys or levels. What is stored stays as it was."""
 
 
 class InvalidStoredValue(GSessionError, ValueError):
-    """What is stored under a typed key with ``invalid="raise"`` is not valid.
+    """A typed key with ``invalid="raise"`` has an invalid stored value.
 
-    ``key`` is its name, ``reason`` as in ``StoredValueInvalid``, ``messages`` those of marshmallow,
-    or None. The message shows neither data nor ``messages``.
+    ``key`` is its name. ``reason`` is the one of the event ``StoredValueInvalid``. ``messages`` are
+    marshmallow's, or None. The text of the error shows neither data nor ``messages``.
     """
 
     def __init__(self, key: str, reason: str, messages: object = None) -> None:
@@ -79,17 +79,17 @@ class InvalidStoredValue(GSessionError, ValueError):
 
 
 class SchemaFailed(GSessionError, RuntimeError):
-    """A validator, or other code of a schema, raised something else than ``ValidationError``.
+    """A validator, or other code of a schema, raised something other than ``ValidationError``.
 
-    The session is not changed. What was raised is the ``__cause__``.
+    The session is unchanged. The original error is the ``__cause__``.
     """
 
 
 class ValueLost(GSessionError):
-    """A large value, or the rest of it, is not in its place any more, or not as it was written.
+    """A large value is missing, truncated or altered.
 
-    ``reason`` as in ``LargeValueLost``. A view meets it only while it reads from what
-    ``session.open`` gave: before that, such a value is absent.
+    ``reason`` is the one of the event ``LargeValueLost``. A view meets this error only while it
+    reads the file from ``session.open``. Everywhere else, such a value is absent.
     """
 
     def __init__(self, reason: str) -> None:
@@ -98,24 +98,26 @@ class ValueLost(GSessionError):
 
 
 class TransactionMisused(GSessionError, RuntimeError):
-    """Inside a transaction: another one, a rotation, a logout, a reload, or a write at once.
+    """You can't do this inside a transaction, or in the function that ``update_atomic`` calls.
 
-    Likewise in the function that ``update_atomic`` calls, which may run again, too. Writes at once
-    are ``update_atomic`` and ``take``.
+    Both may run again, so they allow no second transaction, rotation, logout or reload, and neither
+    ``update_atomic`` nor ``take``, which write at once. Do it before or after.
     """
 
 
 class LockMisused(GSessionError, RuntimeError):
-    """A lock that cannot be: inside a lock or what may run again, on a session that is not stored,
-    or released by who does not hold it.
+    """A lock was requested where none can be taken, or released where it isn't held.
+
+    You can't take a lock inside a lock, inside a transaction or the function of ``update_atomic``
+    (which may run again), or on a session that isn't stored.
     """
 
 
 class SessionLocked(GSessionError, ServiceUnavailable):
     """Another request holds the lock of this session (HTTP 503).
 
-    ``detail`` says whether the wait ran out or whether too many waited already; the client only
-    sees ``description`` and ``Retry-After``.
+    ``detail`` says whether the wait was over or too many were waiting. The client only sees
+    ``description`` and ``Retry-After``.
     """
 
     description = "Another request is working on this session. Try again shortly."
@@ -129,9 +131,10 @@ class SessionLocked(GSessionError, ServiceUnavailable):
 
 
 class SessionConflict(GSessionError, Conflict):
-    """Parallel requests changed the same session and the changes cannot both stand (HTTP 409).
+    """Parallel requests changed the same session, and the changes can't be merged (HTTP 409).
 
-    Raised for keys whose policy is ``"reject"``, and when a write lost the race too many times.
+    Raised for a key whose policy is ``"reject"``, for a write that lost too many races, and for an
+    interrupted write of unknown outcome that another request has written over.
     """
 
     description = "Another request changed this session at the same time. Try again."
@@ -144,25 +147,25 @@ class SessionEnded(SessionConflict):
 
 
 class LockLost(SessionConflict):
-    """The lock ran out before its holder was done, as when a process is paused (HTTP 409).
+    """The lock ran out before its holder was done, for example in a paused process (HTTP 409).
 
-    Somebody else may have worked on the session meanwhile: what was not stored yet is not stored.
+    Another request may have changed the session since, so the changes of the block are not stored.
     """
 
     description = "This request took too long, and lost its hold on the session. Try again."
 
 
 class StoreError(GSessionError):
-    """The base of what a store may raise."""
+    """The base of the errors that a store may raise."""
 
 
 class StoreUnavailable(StoreError, ServiceUnavailable):
-    """The store could not be reached, or did not answer within its time (HTTP 503).
+    """The store could not be reached, or did not answer in time (HTTP 503).
 
-    ``detail`` is for logs: which operation failed and how. The client only sees
-    ``description`` and ``Retry-After``. ``contention`` says that the store is well, and only
-    served others first: that is no reason to leave it alone. ``asked`` is False where the circuit
-    breaker left the store alone, which is logged once, and then not as an error for each request.
+    ``detail`` is for logs: which operation failed, and how. The client only sees ``description``
+    and ``Retry-After``. ``contention`` says that the store is healthy, but served others first:
+    such a failure doesn't open the circuit breaker. ``asked`` is False if an open circuit breaker
+    stopped the call. That is logged once as an error, and not again for each request.
     """
 
     description = "The session store is not available at the moment. Try again shortly."
@@ -177,7 +180,7 @@ class StoreUnavailable(StoreError, ServiceUnavailable):
 
     @property
     def log_level(self) -> int:
-        """At which it is logged that a request met this."""
+        """The level at which a request that met this error logs it."""
         return logging.ERROR if self.asked else logging.INFO
 
     def __str__(self) -> str:
@@ -185,10 +188,11 @@ class StoreUnavailable(StoreError, ServiceUnavailable):
 
 
 class LogoutUnconfirmed(StoreUnavailable):
-    """The session is ended, but too few replicas said in time that they have that (HTTP 503).
+    """The session has ended, but too few replicas confirmed it in time (HTTP 503).
 
-    Raised with ``SESSION_LOGOUT_REPLICAS``, by a logout and by a rotation without grace. The
-    primary has done it; if that is lost now, a replica that takes over may not know of it.
+    With ``SESSION_LOGOUT_REPLICAS``, a logout and a rotation without grace raise this. The primary
+    has ended the session. If the primary is lost now, the replica that takes over may still hold
+    the session.
     """
 
     description = "The end of the session is not safely stored yet. Try again shortly."
@@ -198,7 +202,7 @@ class LogoutUnconfirmed(StoreUnavailable):
 
 
 class UnreadableRecord(StoreError):
-    """What is stored under a key is not a record of that key that this version can read.
+    """The key holds something that isn't a record of that key, or that this version can't read.
 
     ``reason`` is ``"corrupt"``, ``"newer format"`` or ``"unknown encryption key"``.
     """
@@ -215,7 +219,7 @@ class UnreadableRecord(StoreError):
 
 
 class KeyTaken(StoreError):
-    """``create`` found a record under the key."""
+    """``create`` found a live record under the key."""
 
 
 class Gone(StoreError):
@@ -227,8 +231,8 @@ class Stale(StoreError):
 
 
 class LeaseLost(StoreError):
-    """The lease that a write names has run out, or is held by somebody else."""
+    """The lease that a write names has run out, or somebody else holds it."""
 
 
 class QueueFull(StoreError):
-    """``acquire``: somebody holds the lease, and enough others wait for it."""
+    """``acquire``: somebody holds the lease, and too many others wait for it."""

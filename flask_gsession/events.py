@@ -1,4 +1,4 @@
-"""What happened to a session, as frozen values; metrics, debugging and applications subscribe.
+"""Events: what happened to a session. Metrics, debugging and applications subscribe to them.
 
 No event holds a token or a stored value. ``handle`` is the public handle of the session.
 """
@@ -33,7 +33,7 @@ class SessionCreated(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionSaved(Event):
-    """A session's changes were stored; ``conflicts`` counts the lost races before it."""
+    """A session's changes were stored. ``conflicts`` counts the races that were lost before."""
 
     handle: str
     payload_bytes: int
@@ -49,7 +49,7 @@ class SessionRenewed(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionRotated(Event):
-    """A session got a new token; ``previous`` is the handle it had before."""
+    """A session got a new token. ``previous`` is its earlier handle."""
 
     handle: str
     previous: str
@@ -57,25 +57,24 @@ class SessionRotated(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionDestroyed(Event):
-    """A session was ended by the application."""
+    """The application ended a session."""
 
     handle: str
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRevoked(SessionDestroyed):
-    """A session was ended from outside, by ``flask gsession revoke``."""
+    """``flask gsession revoke`` ended a session."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRefused(Event):
-    """A presented token did not lead to a session.
+    """A request's token did not lead to a session.
 
     ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"`` (both signed by us),
-    ``"too many cookies"``, ``"expired"`` (the store has it yet), ``"unknown"`` (ended, never
+    ``"too many cookies"``, ``"expired"`` (but still in the store), ``"unknown"`` (ended, never
     issued, or expired and removed), ``"corrupt"``, ``"newer format"`` or
-    ``"unknown encryption key"``.
-    ``handle`` is None where the token was not signed by this application.
+    ``"unknown encryption key"``. ``handle`` is None if this application did not sign the token.
     """
 
     reason: str
@@ -106,7 +105,7 @@ class WriteDropped(Event):
 
 @dataclass(frozen=True, slots=True)
 class StoredValueInvalid(Event):
-    """What is stored under a typed key was not used.
+    """A typed key ignored its stored value.
 
     ``reason``: ``"invalid"``, ``"newer version"``, ``"no upgrader"``, or ``"upgrade failed with "``
     and the type of the error.
@@ -122,7 +121,8 @@ class LargeValueLost(Event):
     """A large value could not be read, and is absent from then on.
 
     ``reason``: ``"missing"``, ``"truncated"``, ``"altered"``, ``"not encrypted"`` or
-    ``"unknown encryption key"``; with the last two it stays in the store, for who can read it.
+    ``"unknown encryption key"``. With the last two, it stays in the store for workers with other
+    settings.
     """
 
     key: str
@@ -132,9 +132,10 @@ class LargeValueLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class CircuitOpened(Event):
-    """The store failed too often in a row: from now on it is only asked now and then.
+    """The circuit breaker opened: the store failed too often in a row.
 
-    ``operations``: ``"loads"``, ``"writes"`` or ``"rate limits"``. ``detail`` is that of the last
+    From now on, one call per ``SESSION_BREAKER_PAUSE`` is tried, and the others fail at once.
+    ``operations``: ``"loads"``, ``"writes"`` or ``"rate limits"``. ``detail`` comes from the last
     failure.
     """
 
@@ -144,7 +145,7 @@ class CircuitOpened(Event):
 
 @dataclass(frozen=True, slots=True)
 class CircuitClosed(Event):
-    """The store answered again, after so many seconds."""
+    """The circuit breaker closed: the store answers again, after ``seconds``."""
 
     operations: str
     seconds: float
@@ -152,7 +153,7 @@ class CircuitClosed(Event):
 
 @dataclass(frozen=True, slots=True)
 class LockAcquired(Event):
-    """A request got the lock of a session, after so many seconds."""
+    """A request got the lock of a session. ``waited`` is in seconds."""
 
     handle: str
     waited: float
@@ -160,7 +161,7 @@ class LockAcquired(Event):
 
 @dataclass(frozen=True, slots=True)
 class LockReleased(Event):
-    """A request gave the lock of a session back, after so many seconds."""
+    """A request released the lock of a session. ``held`` is in seconds."""
 
     handle: str
     held: float
@@ -168,7 +169,7 @@ class LockReleased(Event):
 
 @dataclass(frozen=True, slots=True)
 class LockExpired(Event):
-    """A lock ran out before its holder was done; ``held`` is how long that had it, in seconds."""
+    """A lock ran out before its holder was done. ``held`` is in seconds."""
 
     handle: str
     held: float
@@ -176,9 +177,9 @@ class LockExpired(Event):
 
 @dataclass(frozen=True, slots=True)
 class LockRefused(Event):
-    """A request did not get the lock: ``"too many waiters"`` or ``"wait over"``.
+    """A request did not get the lock. ``waited`` is in seconds.
 
-    ``waited`` is how long it waited, in seconds.
+    ``reason``: ``"too many waiters"`` or ``"wait over"``.
     """
 
     handle: str
@@ -188,7 +189,7 @@ class LockRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class CleanedUp(Event):
-    """A ``CleanupWorker`` went through the store: what it found, by kind, and in how many seconds.
+    """A ``CleanupWorker`` went through the store: what it removed, by kind, in ``seconds``.
 
     The kinds are those of ``flask_gsession.stores.base.LEFTOVERS``.
     """
@@ -217,7 +218,7 @@ _SIGNALS: dict[type[Event], Signal] = {
 
 
 class Events:
-    """Passes events on to those who asked for their type, and sends the signals of blinker."""
+    """Passes events on to the subscribers of their type, and sends blinker signals."""
 
     def __init__(self) -> None:
         self._subscribers: dict[type[Event], list[Callable[[Any], object]]] = {}
@@ -237,9 +238,9 @@ class Events:
         self._subscribers.setdefault(event, []).append(receiver)
 
     def emit(self, event: type[Event], *details: object) -> None:
-        """Make the event and tell its subscribers; nothing where there are none.
+        """Make the event and call its subscribers. Costs nothing without subscribers.
 
-        A subscriber that fails is logged and does not fail the request.
+        If a subscriber raises, the error is logged and the request goes on.
         """
         signal = _SIGNALS.get(event)
         if signal is not None and signal.receivers:

@@ -1,8 +1,8 @@
 """Three-way merge of session changes, key by key, and the ready-made policies.
 
-``base`` is what this request saw, ``theirs`` what is stored now, ``mine`` what this request wants.
-A key that nobody else changed takes mine. Where both changed it, the key's policy decides.
-A key that this request deletes is deleted, whatever the policy, except with ``"reject"``.
+``base`` is the value that this request saw, ``theirs`` the value that is stored now, ``mine`` the
+value that this request wants. If nobody else changed the key, mine is stored. If both changed it,
+the key's policy decides. If this request deletes the key, it is deleted, except with ``"reject"``.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def counter(base: Any, theirs: Any, mine: Any) -> Any:
 
 
 def set_union(base: Any, theirs: Any, mine: Any) -> Any:
-    """Sets: what either added is in, what this request removed is out."""
+    """Sets: keeps the entries that either request added, without those that this one removed."""
     before, stored, wanted = _all_of((set, frozenset), frozenset(), base, theirs, mine)
     return type(mine)((stored - (before - wanted)) | (wanted - before))
 
 
 def dict_by_key(base: Any, theirs: Any, mine: Any) -> Any:
-    """Dicts: merged entry by entry; of two changes to one entry the later wins."""
+    """Dicts: merged entry by entry. If both changed one entry, the later change wins."""
     before, stored, wanted = _all_of((dict,), {}, base, theirs, mine)
     merged = {key: value for key, value in stored.items() if key in wanted or key not in before}
     for key, value in wanted.items():
@@ -68,9 +68,9 @@ def dict_by_key(base: Any, theirs: Any, mine: Any) -> Any:
 
 
 def append(base: Any, theirs: Any, mine: Any) -> Any:
-    """Lists that only grow: both additions stay, theirs first.
+    """Lists that only grow: keeps both additions, theirs first.
 
-    Raises ``SessionConflict`` where this request did more than append.
+    Raises ``SessionConflict`` if this request did more than append.
     """
     before, stored, wanted = _all_of((list,), [], base, theirs, mine)
     if not _same(wanted[: len(before)], before):
@@ -79,7 +79,7 @@ def append(base: Any, theirs: Any, mine: Any) -> Any:
 
 
 def flashes(base: Any, theirs: Any, mine: Any) -> Any:
-    """Flashed messages: those of both requests stay, but for the ones that either has shown."""
+    """Flashed messages: keeps both requests' messages, except the ones that either has shown."""
     before, stored, wanted = _all_of((list,), [], base, theirs, mine)
     shown_by_them = not _same(stored[: len(before)], before)
     if _same(wanted[: len(before)], before):
