@@ -38,6 +38,7 @@ from ...events import logger
 from ...processes import process, warn_without_threads
 from ..interrupts import interruption
 from ..support import StoreOptions, closing
+from .indexes import NAME, look_at_expiry_index
 from .round_trips import NO_PAYLOADS, SessionCollection
 
 COLLECTION = "gsession"
@@ -203,17 +204,18 @@ class Driver:
         if collection.name in self._indexed:
             return
         try:
-            collection.create_index(field, expireAfterSeconds=0, name="gsession_expiry")
-        except OperationFailure as error:
-            logger.warning(
-                "MongoDB refused to create the TTL index of the sessions (%s): expired "
-                "sessions stay invalid, but are not removed. Let an administrator run: "
-                "db.%s.createIndex({%s: 1}, {expireAfterSeconds: 0, "
-                "name: 'gsession_expiry'})",
-                _code(error),
-                collection.name,
-                field,
-            )
+            try:
+                collection.create_index(field, expireAfterSeconds=0, name=NAME)
+            except OperationFailure as error:
+                # An administrator may have made it, under another name.
+                advice = look_at_expiry_index(collection, field)
+                if advice:
+                    logger.warning(
+                        "MongoDB refused to create the TTL index of the sessions (%s): expired "
+                        "sessions stay invalid, but are not removed. Let an administrator run: %s",
+                        _code(error),
+                        advice,
+                    )
         except PyMongoError:
             return
         self._indexed.add(collection.name)

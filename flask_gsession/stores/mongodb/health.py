@@ -12,6 +12,7 @@ from pymongo.errors import OperationFailure
 from ..exposure import door, known_faults, unchecked
 from ..parts import Checks, Finding
 from .driver import Driver, call
+from .indexes import expiry_index_advice
 from .layout import Layout
 from .round_trips import SessionCollection
 
@@ -187,17 +188,17 @@ def _index(collection: Any, check: str, field: str) -> Iterator[Finding]:
         return
     if not indexes and field != "idle_expires_at":
         return  # no large value was ever written
-    if indexes.get("gsession_expiry", {}).get("expireAfterSeconds") == 0:
+    advice = expiry_index_advice(indexes, collection.name, field)
+    if not advice:
         yield Finding("ok", check)
-    else:
-        yield Finding(
-            "error",
-            check,
-            "missing",
-            "What expired stays invalid, but is not removed. Let an administrator run: "
-            f"db.{collection.name}.createIndex({{{field}: 1}}, "
-            "{expireAfterSeconds: 0, name: 'gsession_expiry'})",
-        )
+        return
+    found = "missing" if advice.startswith("db." + collection.name + ".create") else "not right"
+    yield Finding(
+        "error",
+        check,
+        found,
+        f"What expired stays invalid, but is not removed. Let an administrator run: {advice}",
+    )
 
 
 def _clock(skew: float) -> Iterator[Finding]:

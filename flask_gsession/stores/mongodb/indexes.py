@@ -1,0 +1,49 @@
+"""The TTL index that removes what has expired: whether there is a right one, and how to get it.
+
+An administrator may have made it under any name, so indexes are compared by their keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pymongo.errors import OperationFailure
+
+NAME = "gsession_expiry"
+
+
+def expiry_index_advice(
+    indexes: Mapping[str, Mapping[str, Any]], collection: str, field: str
+) -> str:
+    """The commands of mongosh that make the TTL index on ``field``; empty where it is right.
+
+    ``indexes`` is what ``index_information`` says of the collection.
+    """
+    create = (
+        f"db.{collection}.createIndex({{{field}: 1}}, {{expireAfterSeconds: 0, name: '{NAME}'}})"
+    )
+    in_the_way = []
+    for name, index in indexes.items():
+        keys = [*map(tuple, index["key"])]
+        if keys in ([(field, 1)], [(field, -1)]):
+            seconds = index.get("expireAfterSeconds")
+            is_whole = not index.get("unique") and "partialFilterExpression" not in index
+            if is_whole and seconds == 0:
+                return ""
+            if is_whole and seconds is not None and keys == [(field, 1)]:
+                options = f"{{name: {json.dumps(name)}, expireAfterSeconds: 0}}"
+                return f"db.runCommand({{collMod: '{collection}', index: {options}}})"
+        if keys == [(field, 1)] or name == NAME:
+            in_the_way.append(f"db.{collection}.dropIndex({json.dumps(name)})")
+    return "; ".join([*in_the_way, create])
+
+
+def look_at_expiry_index(collection: Any, field: str) -> str:
+    """The same, for a collection; where its indexes may not be listed, as if there were none."""
+    try:
+        indexes = collection.index_information()
+    except OperationFailure:
+        indexes = {}
+    return expiry_index_advice(indexes, collection.name, field)
