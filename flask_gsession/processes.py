@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from os import getpid
+from typing import Any
 
 from click import get_current_context
 from flask import has_request_context
@@ -25,24 +26,27 @@ try:
 except ImportError:
     _uwsgi = None
 
-Begin = Callable[[], object]
-
 
 class Process:
     """The process that what is registered belongs to."""
 
     def __init__(self) -> None:
         self._pid = getpid()
-        self._begins: set[weakref.WeakMethod[Begin]] = set()
+        # No WeakMethod: at the end of the interpreter its callback can fail, which is printed.
+        self._begins: weakref.WeakKeyDictionary[object, Callable[[Any], object]] = (
+            weakref.WeakKeyDictionary()
+        )
         # By process id: a lock of the parent may be held for good in the child.
         self._locks: dict[int, threading.RLock] = {}
 
-    def register(self, begin: Begin) -> None:
+    def register(self, begin: Callable[[], object]) -> None:
         """Call the method ``begin`` in each process forked from this one, before the next use.
 
-        Its object is referred to weakly. ``begin`` must not raise, and may be called twice.
+        Its object is referred to weakly, and has one such method. ``begin`` must not raise, and may
+        be called twice.
         """
-        self._begins.add(weakref.WeakMethod(begin, self._begins.discard))
+        method: Any = begin
+        self._begins[method.__self__] = method.__func__
 
     def notice(self) -> None:
         """Begin again where this process is a forked one that has not done so yet."""
@@ -54,16 +58,20 @@ class Process:
         with self._locks.setdefault(pid, threading.RLock()):
             if pid == self._pid:
                 return  # another thread was faster
-            for reference in list(self._begins):
-                begin = reference()
-                if begin is not None:
-                    begin()
+            for owner, begin in list(self._begins.items()):
+                begin(owner)
             random.seed()  # as Python does in a fork it sees: pauses at random must differ
             self._pid = pid
 
 
+def at_fork(**hooks: Callable[[], object]) -> None:
+    """Register ``hooks`` of ``os.register_at_fork``, where the system forks: Windows does not."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(**hooks)
+
+
 process = Process()
-os.register_at_fork(after_in_child=process.notice)
+at_fork(after_in_child=process.notice)
 
 
 def is_before_fork() -> bool:

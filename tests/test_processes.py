@@ -4,6 +4,7 @@ import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,3 +208,19 @@ def test_a_call_that_outlasts_the_wait_is_refused_in_the_child(
     assert "was open when this process was forked" in said
     assert "lazy-apps" in said
     assert store.load(record.key) == record
+
+
+def test_what_is_registered_may_outlive_the_registry() -> None:
+    # As at the end of the interpreter, where an error in a callback would be printed.
+    class Owner:
+        def begin(self) -> None: ...
+
+    owner, registry = Owner(), processes.Process()
+    registry.register(owner.begin)
+    callbacks = [reference.__callback__ for reference in weakref.getweakrefs(owner)]
+    del registry
+    gc.collect()
+    assert callbacks
+    for callback in callbacks:
+        assert callback is not None
+        callback(weakref.ref(owner))
