@@ -12,7 +12,6 @@ It can't check the values of a session: whoever could write the file chose them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,8 +34,9 @@ from flask.cli import with_appcontext
 from ..errors import Gone, KeyTaken, Stale, UnreadableRecord, ValueLost
 from ..interface import GSessionInterface
 from ..repository.repository import BLOB_GRACE, Keeper
-from ..stores import Record
+from ..stores import Record, file_locks
 from ..stores.base import is_session_key, unexpired
+from ..stores.rights import NO_FOLLOW, NO_WAIT
 from ..values.large_values import stored_length
 from ..values.marks import END_OF_TIME
 from ..values.payload import NOT_ENCRYPTED, Body
@@ -215,7 +215,7 @@ def _part_of(file: Path) -> tuple[int, Path]:
     while True:
         descriptor, name = tempfile.mkstemp(_PART, _beginning(file), file.parent)  # 0600
         with suppress(OSError):  # not every file system has locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            file_locks.lock(descriptor)
         if os.fstat(descriptor).st_nlink:  # else somebody took it for a leftover
             return descriptor, Path(name)
         os.close(descriptor)
@@ -232,9 +232,9 @@ def _remove_leftovers(file: Path) -> None:
         if not name.fullmatch(part.name):
             continue
         with suppress(OSError):
-            descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = os.open(part, os.O_RDWR | NO_FOLLOW | NO_WAIT)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file_locks.lock(descriptor, wait=False)
                 head = os.read(descriptor, len(_BEGIN))
                 if stat.S_ISREG(os.fstat(descriptor).st_mode) and _BEGIN.startswith(head):
                     part.unlink()

@@ -8,7 +8,6 @@ queue, and a thread adds the queue up.
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 from bisect import bisect_left
 from collections import Counter as Tally
@@ -19,7 +18,7 @@ from time import perf_counter
 from prometheus_client import Counter, Histogram
 
 from ..events import logger
-from ..processes import is_before_fork, process, runs_threads
+from ..processes import at_fork, is_before_fork, process, runs_threads
 
 _EVERY = 0.1  # seconds
 _PATIENCE = 1.0  # seconds, after which a thread is not waited for any more
@@ -56,7 +55,7 @@ class Gathering:
         self._queue: deque[tuple[Put, float]] = deque()  # whose ends threads may share
         self._begin()
         process.register(self._begin)
-        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork)
+        at_fork(before=self._before_fork, after_in_parent=self._after_fork)
         atexit.register(self.flush)
 
     def _begin(self) -> None:

@@ -35,7 +35,7 @@ from ..processes import process
 from .base import milliseconds
 from .interrupts import signal_interruption
 from .parts import Blobs, Finding, Tidied, itself
-from .rights import OTHERS, others_may_replace, secure
+from .rights import NO_FOLLOW, OTHERS, others_may_replace, secure
 from .support import StoreOptions
 
 FRAME_BYTES = 4 * 1024 * 1024  # a file each, so fewer and larger ones than elsewhere
@@ -91,7 +91,7 @@ def _write(fs: Any, path: str, data: bytes) -> None:
     if not _is_local(fs):
         fs.pipe_file(path, data)
         return
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_FOLLOW, 0o600)
     with open(descriptor, "wb") as file:
         file.write(data)
 

@@ -7,19 +7,26 @@ import stat
 
 from ..events import logger
 
-OTHERS = 0o077  # the rights of everybody but the owner
+# Windows has neither these flags nor user ids; its rights are those of the folder.
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+_HAS_USERS = hasattr(os, "geteuid")
+OTHERS = 0o077 if _HAS_USERS else 0  # the rights of everybody but the owner
 
 
 def secure(path: str | os.PathLike[str]) -> str:
     """Take the rights of others to a file or folder away; why that can't be, or an empty text.
 
     Root may look after files of any user, and files of root count as ours. The file itself is not
-    opened: closing it would drop the locks that SQLite holds on it in this process.
+    opened: closing it would drop the locks that SQLite holds on it in this process. On Windows
+    nothing is looked at but links.
     Raises ``OSError``.
     """
     there = os.stat(path, follow_symlinks=False)
     if stat.S_ISLNK(there.st_mode):
         return "is a symbolic link"
+    if not _HAS_USERS:
+        return ""
     user = os.geteuid()
     if _is_foreign(there):
         return (
@@ -58,9 +65,11 @@ def is_foreign_link(path: str | os.PathLike[str]) -> bool:
 def others_may_replace(folder: str | os.PathLike[str], rights: int = 0o022) -> bool:
     """Whether others with these rights may put another file in the place of one in ``folder``."""
     mode = os.stat(folder).st_mode
-    return bool(mode & rights) and not mode & stat.S_ISVTX
+    return _HAS_USERS and bool(mode & rights) and not mode & stat.S_ISVTX
 
 
 def _is_foreign(there: os.stat_result) -> bool:
+    if not _HAS_USERS:
+        return False
     user = os.geteuid()
     return user != 0 and there.st_uid not in (0, user)

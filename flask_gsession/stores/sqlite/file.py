@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import os
 import sqlite3
@@ -29,7 +28,8 @@ from ...errors import (
     UnreadableRecord,
 )
 from ...events import logger
-from ...processes import is_at_work, process
+from ...processes import at_fork, is_at_work, process
+from .. import file_locks
 from ..interrupts import reraise_interruption
 from ..rights import is_foreign_link, others_may_replace, secure
 from ..support import closing
@@ -81,7 +81,7 @@ class _Opened:
         self.inherited: set[_File] = set()
         self.files: weakref.WeakSet[SQLiteFile] = weakref.WeakSet()
         process.register(self.begin)
-        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork)
+        at_fork(before=self.before_fork, after_in_parent=self.after_fork)
 
     def begin(self) -> None:
         """In a forked process: what is open is its parent's, and must not even be closed."""
@@ -137,12 +137,12 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
     try:
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file_locks.lock(lock, wait=False)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise OSError(errno.ETIMEDOUT, "another process locks its folder") from None
                 time.sleep(0.01)
-            except OSError as error:  # not on every file system
+            except OSError as error:  # not on every file system, nor on Windows
                 reraise_interruption(error)
                 yield False
                 return
@@ -151,7 +151,7 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
         try:
             yield True
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # also where a child was forked, and has it open
+            file_locks.unlock(lock)
     finally:
         os.close(lock)
 

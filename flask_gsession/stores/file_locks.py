@@ -1,0 +1,30 @@
+"""Locks of open files between processes, where the system has them: Windows does not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from types import ModuleType
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+
+def lock(descriptor: int, *, wait: bool = True) -> None:
+    """Lock the open file for this process alone, until it is closed or unlocked.
+
+    Raises ``BlockingIOError`` where another process has the lock and ``wait`` is false, and another
+    ``OSError`` where there are no such locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def unlock(descriptor: int) -> None:
+    """Give the lock back, also where a child was forked and has the file open."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
