@@ -39,6 +39,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -51,7 +52,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 from redis import Redis
-from redis.connection import UnixDomainSocketConnection
+from redis.connection import AbstractConnection, UnixDomainSocketConnection
 from redis.exceptions import RedisError
 
 from tests.servers import (
@@ -66,6 +67,12 @@ from tests.servers import (
 
 HOST = "127.0.0.1"
 SETTLE_TIMEOUT = 60.0  # seconds for a failover, an election, or getting well again
+# So that a connection does not introduce itself.
+NO_INFO: dict[str, Any] = (
+    {"driver_info": None}
+    if "driver_info" in signature(AbstractConnection).parameters
+    else {"lib_name": None, "lib_version": None}  # in redis-py before 7.2
+)
 ANSWER_TIMEOUT = 10.0  # seconds that a member has to answer a question about the others
 
 S = TypeVar("S", bound=Server)
@@ -187,7 +194,7 @@ class RedisMember(RedisServer):
             protocol=2,
             decode_responses=True,
             socket_timeout=ANSWER_TIMEOUT,
-            driver_info=None,
+            **NO_INFO,
         )
         try:
             connection.send_command(*words)

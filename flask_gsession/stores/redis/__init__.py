@@ -1,9 +1,11 @@
 """Sessions in Redis, Valkey or a Redis Cluster.
 
 ``store`` has the verbs, ``cluster`` what is different in a Cluster. ``pool``, ``servers`` and
-``wakeup`` connect, ``scans`` goes through the keys, ``health`` is for the doctor.
+``wakeup`` connect, ``scans`` goes through the keys, ``health`` is for the doctor. ``driver`` knows
+what differs between the versions of redis-py, and refuses those that don't work.
 """
 
+from . import driver  # noqa: F401  # first: others import what an unusable version may lack
 from .cluster import RedisClusterStore
 from .store import RedisStore
 

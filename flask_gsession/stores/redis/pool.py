@@ -18,6 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ...processes import process
+from .driver import LENDS_CLOSED, connect, is_closed_or_unread, lend, named, read_within
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")
@@ -126,7 +127,7 @@ class _Bounded:
         """
         connection: Any = self
         if connection._sock is None:
-            connection.connect_check_health(check_health=False)
+            connect(connection)
         parser = connection._parser
         if type(parser) is _HiredisParser and not parser._reader.has_data():
             piece = connection._sock.exchange(request)
@@ -141,16 +142,17 @@ class _Bounded:
         answer = parser.read_response(disable_decoding=True)
         if isinstance(answer, ResponseError):
             within = _IN_SCRIPT.search(str(answer))
-            raise parser.parse_error(within[1]) if within else answer
+            raise named(parser.parse_error(within[1]) if within else answer)
         return answer
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
         """Send so many packed commands at once; their answers, errors of the server among them."""
         connection: Any = self
         if connection._sock is None:
-            connection.connect_check_health(check_health=False)
+            connect(connection)
         connection._sock.sendall(requests)
-        return [connection._parser.read_response(disable_decoding=True) for _ in range(count)]
+        read = connection._parser.read_response
+        return [named(read(disable_decoding=True)) for _ in range(count)]
 
 
 def bounded(connection_class: type) -> type:
@@ -215,8 +217,8 @@ class ConnectionPool:
         connection = slot.connection
         if connection is None:
             connection = slot.connection = self.make()
-        elif deadline - connection.deadline.at > _IDLE:
-            _drop_if_closed(connection)
+        elif deadline - connection.deadline.at > _IDLE and is_closed_or_unread(connection):
+            connection.disconnect()  # a command that is sent to nobody would be in doubt
         connection.deadline.at = deadline
         return slot
 
@@ -273,15 +275,6 @@ class ConnectionPool:
                 slot.connection.disconnect()
 
 
-def _drop_if_closed(connection: Any) -> None:
-    """A command that is sent to nobody would be in doubt."""
-    try:
-        if connection.is_connected and connection.can_read():
-            connection.disconnect()
-    except RedisConnectionError:
-        connection.disconnect()
-
-
 class ClientSlot:
     """A connection that an existing client's pool lent."""
 
@@ -297,7 +290,10 @@ class ClientSlot:
         if left <= 0:
             raise RedisTimeoutError("no time left after waiting for a connection")
         self.connection.send_packed_command((request,))
-        return self.connection.read_response(disable_decoding=True, timeout=left)
+        try:
+            return read_within(self.connection, left)
+        except ResponseError as error:
+            raise named(error) from None
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
         """Send so many packed commands at once; their answers, errors of the server among them."""
@@ -308,7 +304,7 @@ class ClientSlot:
         try:
             return self.connection.read_response(disable_decoding=True)
         except ResponseError as error:
-            return error
+            return named(error)
 
 
 class ClientPool:
@@ -323,13 +319,16 @@ class ClientPool:
     def take(self, deadline: float) -> ClientSlot:
         """A connection out of the client's pool."""
         try:
-            return ClientSlot(self._pool.get_connection(), deadline)
+            connection = lend(self._pool)
         except (redis.RedisError, OSError):
             raise
         except BaseException:
             # Interrupted while connecting: the pool keeps the half-made connection. Start anew.
             self._pool.disconnect(inuse_connections=False)
             raise
+        if LENDS_CLOSED and is_closed_or_unread(connection):
+            connection.disconnect()
+        return ClientSlot(connection, deadline)
 
     def give(self, slot: ClientSlot) -> None:
         """Take back what ``take`` lent."""

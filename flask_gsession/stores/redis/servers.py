@@ -22,6 +22,7 @@ from redis.retry import Retry
 from ..interrupts import reraise_interruption
 from ..parts import Finding
 from ..urls import without_hosts
+from .driver import HAS_HEALTH_HOOK
 from .pool import ConnectionPool, Slot, bounded, packed, said
 
 # A primary that was replaced on request takes writes for seconds, which are lost: so connections
@@ -148,8 +149,16 @@ class _ToPrimary:
         self.host, self.port = self._found(self.deadline.at)  # type: ignore[attr-defined]
         return super()._connect()  # type: ignore[misc]
 
+    def on_connect(self) -> None:
+        super().on_connect()  # type: ignore[misc]
+        if not HAS_HEALTH_HOOK:
+            self._make_sure()
+
     def on_connect_check_health(self, check_health: bool = True) -> None:
         super().on_connect_check_health(check_health)  # type: ignore[misc]
+        self._make_sure()
+
+    def _make_sure(self) -> None:
         self.send_command("ROLE", check_health=False)  # type: ignore[attr-defined]
         role = self.read_response(disable_decoding=True)[0].decode()  # type: ignore[attr-defined]
         if role != "master":

@@ -16,6 +16,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from ...events import logger
 from ...processes import process
 from ..lease import WAITER_LIFE
+from .driver import read_within
 
 _LOOK_AROUND = 5.0  # seconds without a call: is the connection alive, does anybody wait?
 _TRY_AGAIN = 10.0  # seconds after a connection that failed
@@ -193,9 +194,7 @@ class _Listener:
 
     def _read(self, seconds: float) -> Any:
         self._allow(seconds)
-        return self.connection.read_response(
-            disable_decoding=True, timeout=seconds, disconnect_on_error=False
-        )
+        return read_within(self.connection, seconds, disconnect_on_error=False)
 
     def _allow(self, seconds: float) -> None:
         deadline = getattr(self.connection, "deadline", None)

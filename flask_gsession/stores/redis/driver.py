@@ -1,0 +1,115 @@
+"""What differs between the versions of redis-py: 5.0 is the oldest that works."""
+
+from __future__ import annotations
+
+import inspect
+import select
+from typing import Any
+
+import redis
+
+from ...errors import SettingError
+
+_OLDEST = (5, 0)
+_BROKEN = {"8.0.0": "it cannot look at connections with a file descriptor of 1024 or more"}
+
+
+def check_version(version: str) -> None:
+    """Raise ``SettingError`` where this version of redis-py doesn't work."""
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if number >= _OLDEST and version not in _BROKEN:
+        return
+    why = f": {_BROKEN[version]}" if version in _BROKEN else ""
+    raise SettingError(
+        f"SESSION_STORE names a Redis, and redis-py {version} is installed, which does not "
+        f"work{why}. Needed is 5.0 or newer, and not {', '.join(_BROKEN)}: "
+        "pip install --upgrade 'flask-gsession[redis]'"
+    )
+
+
+check_version(redis.__version__)
+
+from redis.connection import AbstractConnection, ConnectionPool  # noqa: E402  # after the check
+from redis.exceptions import (  # noqa: E402
+    AskError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    ResponseError,
+    TryAgainError,
+)
+
+_OF_A_TOPOLOGY = {
+    "ASK": AskError,
+    "CLUSTERDOWN": ClusterDownError,
+    "MASTERDOWN": MasterDownError,
+    "MOVED": MovedError,
+    "TRYAGAIN": TryAgainError,
+}
+
+#: Whether a new connection calls ``on_connect_check_health``, not only ``on_connect``.
+HAS_HEALTH_HOOK = hasattr(AbstractConnection, "on_connect_check_health")  # from 6.0 on
+_CAN_SKIP_CHECK = hasattr(AbstractConnection, "connect_check_health")  # from 6.0 on
+_TAKES_TIMEOUT = "timeout" in inspect.signature(AbstractConnection.read_response).parameters  # 8.0
+#: Whether the driver's own pools lend connections that the server has closed: with hiredis, 8.0.1.
+LENDS_CLOSED = redis.__version__.startswith("8.0.")
+_NAMES_COMMAND = (  # before 5.3
+    inspect.signature(ConnectionPool.get_connection).parameters["command_name"].default
+    is inspect.Parameter.empty
+)
+
+
+def named(answer: Any) -> Any:
+    """The answer; an error of a server as the class that the driver has for it.
+
+    Before 6.0 it knew those about a topology only in the connections of its own cluster client.
+    """
+    if type(answer) is ResponseError:
+        code, _, rest = str(answer).partition(" ")
+        kind = _OF_A_TOPOLOGY.get(code)
+        if kind is not None:
+            return kind(rest)
+    return answer
+
+
+def connect(connection: Any) -> None:
+    """Connect, without asking for the server's health."""
+    if _CAN_SKIP_CHECK:
+        connection.connect_check_health(check_health=False)
+    else:
+        connection.connect()
+
+
+def lend(pool: Any) -> Any:
+    """A connection of a pool of the driver's own, which is to be released."""
+    return pool.get_connection("_") if _NAMES_COMMAND else pool.get_connection()
+
+
+def read_within(connection: Any, seconds: float, **options: Any) -> Any:
+    """An answer, as bytes, whose next piece comes within that time."""
+    if _TAKES_TIMEOUT:
+        return connection.read_response(disable_decoding=True, timeout=seconds, **options)
+    socket = connection._sock
+    socket.settimeout(seconds)
+    try:
+        return connection.read_response(disable_decoding=True, **options)
+    finally:
+        if connection._sock is socket:
+            socket.settimeout(connection.socket_timeout)
+
+
+def is_closed_or_unread(connection: Any) -> bool:
+    """Whether the server has closed an idle connection, or something unread is in it.
+
+    Versions differ in what ``can_read`` of a connection says of one that was closed.
+    """
+    socket = connection._sock
+    if socket is None:
+        return False
+    if hasattr(socket, "pending") and socket.pending():  # decrypted already
+        return True
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([socket], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(socket, select.POLLIN)
+    return bool(poll.poll(0))
