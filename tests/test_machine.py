@@ -31,6 +31,7 @@ from werkzeug.test import EnvironBuilder
 from flask_gsession import Session, SessionData
 from flask_gsession.errors import SessionConflict, SessionEnded
 from flask_gsession.events import WriteDropped
+from flask_gsession.request.session import life_of
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.testing import FakeClock
 from flask_gsession.values.merge import MISSING
@@ -190,7 +191,8 @@ class Open:
         # it may be taken for one.
         self.expired: set[str] = set()
         self.grace: float | None = None
-        self.ended = self.cleared = self.destroyed = False
+        self.ended = self.cleared = self.destroyed = self.took_last = False
+        self.old = False  # its token is not the newest of its session
 
     def sees(self, session: Stored | None) -> None:
         """It has loaded this session; None for an anonymous one."""
@@ -199,6 +201,18 @@ class Open:
         self.wants, self.stored = copy.deepcopy(self.saw), copy.deepcopy(self.saw)
         self.index = len(session.cookies) - 1 if session else 0
         self.grace, self.cleared, self.expired = None, False, set()
+        self.took_last = False
+
+    def parts(self) -> None:
+        """It signs in with an old token: what it assigned, and no more, is in a new session."""
+        kept = {
+            key: kept
+            for key, kept in self.wants.items()
+            if self.has_changed(key)
+            and (key not in self.saw or type(kept.value) not in (list, set, dict))
+        }
+        self.sees(None)
+        self.wants, self.old = kept, False
 
     def expire(self, now: float) -> None:
         seen = {*self.saw, *self.wants}
@@ -228,7 +242,7 @@ class Open:
 
     @property
     def writes(self) -> bool:
-        empties = self.cleared and not self.stored
+        empties = (self.cleared or self.took_last) and not self.stored
         return self.changed or empties or self.grace is not None
 
 
@@ -268,6 +282,7 @@ class Machine(RuleBasedStateMachine):
     def save_real(self, real: SessionData) -> tuple[int, str | None]:
         """The status, and the new cookie: None for no cookie, empty for one that is deleted."""
         response = self.app.response_class()
+        life_of(real).begin_response(response)  # as Flask, before it saves
         with self.app.test_request_context():
             self.app.session_interface.save_session(self.app, real, response)
         cookies = [parse_cookie(line) for line in response.headers.getlist("Set-Cookie")]
@@ -323,6 +338,7 @@ class Machine(RuleBasedStateMachine):
         found = session if self.reached(session, index) else None
         assert request.real.new is (found is None)
         request.sees(found)
+        request.old = found is not None and index != request.index
         self.requests.append(request)
 
     def pick(self, data: st.DataObject) -> Open:
@@ -438,16 +454,25 @@ class Machine(RuleBasedStateMachine):
             except Conflict:
                 with pytest.raises(SessionConflict):
                     act()
+                request.old = request.old or request.index != len(session.cookies) - 1
                 request.index, request.stored = len(session.cookies) - 1, dict(session.data)
                 return
             request.saw = copy.deepcopy(request.wants)
+            if not session.data:  # what was pending has emptied the session, and ended it
+                session.dead = request.destroyed = True
+                request.sees(None)
+                result = done(request.wants, key, takes)
+                assert shape(act()) == shape(result)
+                return
         result = MISSING
         if looks:
             result = done(session.data, key, takes)
+            request.old = request.old or request.index != len(session.cookies) - 1
             request.index = len(session.cookies) - 1
             request.stored = dict(session.data)
             if pending or result is not MISSING:
                 session.used(request.began, self.now)
+            request.took_last = takes and not session.data
         assert shape(act()) == shape(result)
         for side in (request.saw, request.wants):
             side.pop(key, None)
@@ -469,7 +494,9 @@ class Machine(RuleBasedStateMachine):
         if request.session and len(request.session.cookies) > 5:
             return  # longer chains of pointers are cut off
         request.real.rotate(grace)
-        if request.session is not None:
+        if request.old and grace == 0:
+            request.parts()
+        elif request.session is not None and not request.old:
             chosen = 10 if grace is None else grace
             request.grace = chosen if request.grace is None else min(chosen, request.grace)
 
@@ -499,6 +526,7 @@ class Machine(RuleBasedStateMachine):
         if request.session is None:
             request.sees(None)
         elif self.reached(request.session, request.index):
+            request.old = request.old or request.index != len(request.session.cookies) - 1
             request.sees(request.session)
         else:
             request.sees(None)
@@ -559,6 +587,10 @@ class Machine(RuleBasedStateMachine):
         rotated_meanwhile = request.index != len(session.cookies) - 1
         # A rotation beside another one is done already; unless the old token must end at once.
         rotates = request.grace == 0 or (request.grace is not None and not rotated_meanwhile)
+        if rotates and rotated_meanwhile:  # a sign-in, whose token is an old one by now
+            request.parts()
+            self.end_anonymous(request, status, cookie)
+            return
         try:
             data = merged(request.saw, session.data, request.wants)
         except Conflict:
@@ -566,7 +598,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert status == 200
         nothing_in_sum = not request.changed and not rotates
-        if request.cleared and not data and not (nothing_in_sum and request.wants):
+        if not data and not (nothing_in_sum and request.wants):
             assert cookie == ""
             session.dead = True
             return
