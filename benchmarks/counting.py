@@ -64,17 +64,17 @@ def counting(effort: Effort) -> list[CountingCost]:
 
 
 def _timed(effort: Effort, mode: str) -> list[CountingCost]:
-    keepers = []
+    repositories = []
     for counted in (False, True):
         app = Flask(__name__)
         app.secret_key = "benchmark"
         ext = Session(app, store=Instant(), breaker_failures=0)
         if counted:
             SessionMetrics(app)
-        keepers.append(app.extensions["gsession"][ext].keeper)
+        repositories.append(app.extensions["gsession"][ext].repository)
     calls: dict[str, Callable[[], object]] = {}
-    for name, keeper in zip(("plain ", ""), keepers, strict=True):
-        store, emit = keeper.store, keeper.events.emit
+    for name, repository in zip(("plain ", ""), repositories, strict=True):
+        store, emit = repository.store, repository.events.emit
         calls[f"{name}{LOAD}"] = partial(store.load, "key")
         calls[f"{name}{SAVE}"] = partial(store.save, None, 1)
         calls[f"{name}{EVENT}"] = partial(emit, SessionSaved, "handle", 1000, 0)

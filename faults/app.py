@@ -106,7 +106,7 @@ def _ours(app: Flask, control: Control) -> tuple[Callable[..., Any], ...]:
     if broken := os.environ.get("FAULTS_BROKEN"):
         from faults.broken import BREAKS
 
-        BREAKS[broken](app.session_interface.keeper)  # type: ignore[attr-defined]  # ours
+        BREAKS[broken](app.session_interface.repository)  # type: ignore[attr-defined]  # ours
     app.extensions["faults"] = ext.store(app)
 
     def count() -> int:

@@ -9,9 +9,9 @@ from typing import Any
 from flask_gsession.errors import Gone, Stale
 
 
-def ignore_versions(keeper: Any) -> None:
+def ignore_versions(repository: Any) -> None:
     """A save goes over whatever is there."""
-    store = keeper.store
+    store = repository.store
     save = store.save
 
     def broken(record: Any, expected_version: int, *more: Any, **options: Any) -> None:
@@ -21,9 +21,9 @@ def ignore_versions(keeper: Any) -> None:
     store.save = broken
 
 
-def create_on_save(keeper: Any) -> None:
+def create_on_save(repository: Any) -> None:
     """A save creates what is not there."""
-    store = keeper.store
+    store = repository.store
     save = store.save
 
     def broken(record: Any, *more: Any, **options: Any) -> None:
@@ -35,9 +35,9 @@ def create_on_save(keeper: Any) -> None:
     store.save = broken
 
 
-def answer_from_memory(keeper: Any) -> None:
+def answer_from_memory(repository: Any) -> None:
     """Each worker remembers what it loaded, and never hears of a logout elsewhere."""
-    store = keeper.store
+    store = repository.store
     load = store.load
     cache: dict[str, tuple[float, Any]] = {}
 
@@ -52,9 +52,9 @@ def answer_from_memory(keeper: Any) -> None:
     store.load = broken
 
 
-def apply_twice(keeper: Any) -> None:
+def apply_twice(repository: Any) -> None:
     """Some saves are applied and called stale, so that they are done again."""
-    store = keeper.store
+    store = repository.store
     save = store.save
     saves = 0
 
@@ -68,9 +68,9 @@ def apply_twice(keeper: Any) -> None:
     store.save = broken
 
 
-def mix_up(keeper: Any) -> None:
+def mix_up(repository: Any) -> None:
     """Some requests get the session that was asked for before."""
-    find = keeper.find
+    find = repository.find
     last: Any = None
     looks = 0
 
@@ -82,12 +82,12 @@ def mix_up(keeper: Any) -> None:
         last = find(key, *more)
         return last
 
-    keeper.find = broken
+    repository.find = broken
 
 
-def forget_rotation(keeper: Any) -> None:
+def forget_rotation(repository: Any) -> None:
     """A rotation leaves the old session where it was."""
-    store = keeper.store
+    store = repository.store
     replace = store.replace
 
     def broken(key: str, record: Any, expected_version: int, *more: Any, **options: Any) -> None:
@@ -101,9 +101,9 @@ def forget_rotation(keeper: Any) -> None:
     store.replace = broken
 
 
-def dawdle(keeper: Any) -> None:
+def dawdle(repository: Any) -> None:
     """Some loads take their time."""
-    store = keeper.store
+    store = repository.store
     load = store.load
 
     def broken(key: str) -> Any:

@@ -78,7 +78,7 @@ def _signed_in(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
         _rotate_now(session)
-        if life_of(session).keeper.settings.renew_csrf:
+        if life_of(session).repository.settings.renew_csrf:
             # Flask-WTF keeps the signed form of the token for the rest of the request.
             name = csrf_field(sender)
             session.pop(name, None)

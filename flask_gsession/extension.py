@@ -16,7 +16,7 @@ from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_wit
 from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface, note_error_page, session_of_request
-from .repository.repository import Keeper
+from .repository.repository import Repository
 from .request.session import SessionData
 from .request.template import prepare_templates
 from .stores import Store, StoreOptions, open_blobs, open_store
@@ -102,10 +102,10 @@ class Session:
         if settings.spill_store is not None:
             blobs = open_blobs(settings.spill_store, calls, options)
         live = LiveSettings(app, settings, self._settings, is_taken)
-        keeper = Keeper(settings, live, calls, events, self._clock, blobs)
+        repository = Repository(settings, live, calls, events, self._clock, blobs)
         if settings.schema is not None:
-            _declare(settings.schema, keeper)
-        interface = GSessionInterface(keeper, store, owns_store=owned)
+            _declare(settings.schema, repository)
+        interface = GSessionInterface(repository, store, owns_store=owned)
         if interfaces:
             next(iter(interfaces.values())).has_further = True
         else:
@@ -173,11 +173,11 @@ class Session:
         return interface.open_further(app, now)
 
 
-def _declare(schema: object, keeper: Keeper) -> None:
-    """Let ``schema`` check what is put into the sessions of ``keeper``."""
+def _declare(schema: object, repository: Repository) -> None:
+    """Let ``schema`` check what is put into the sessions of ``repository``."""
     from .typed import SessionSchema  # which needs an extra
 
-    check = SessionSchema(schema, keeper.now)
-    keeper.check = check
-    keeper.typed_keys.update(check.typed)
-    keeper.merger.policies = check.policies(keeper.merger.policies)
+    check = SessionSchema(schema, repository.now)
+    repository.check = check
+    repository.typed_keys.update(check.typed)
+    repository.merger.policies = check.policies(repository.merger.policies)

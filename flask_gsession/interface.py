@@ -20,7 +20,7 @@ from .config import propagates_exceptions, secret_keys
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .processes import process
-from .repository.repository import Keeper
+from .repository.repository import Repository
 from .request.lifecycle import Lifecycle
 from .request.session import (
     SessionData,
@@ -67,16 +67,16 @@ class GSessionInterface(SessionInterface):
 
     session_class = SessionData
 
-    def __init__(self, keeper: Keeper, store: Store, *, owns_store: bool = True) -> None:
-        self.keeper = keeper
+    def __init__(self, repository: Repository, store: Store, *, owns_store: bool = True) -> None:
+        self.repository = repository
         self.store = store
         self.owns_store = owns_store
         #: Whether the application has further ``Session`` objects beside this one.
         self.has_further = False
-        self._live = keeper.live
+        self._live = repository.live
         self._misses_key = False
-        self._token_header = keeper.settings.token_header
-        self._debug = keeper.settings.debug
+        self._token_header = repository.settings.token_header
+        self._debug = repository.settings.debug
         self._signer: tuple[object, object, TokenSigner | None] = ((), "", None)
 
     def get_cookie_name(self, app: Flask) -> str:
@@ -100,18 +100,20 @@ class GSessionInterface(SessionInterface):
         except RuntimeError:
             context = None
         if context is not None and context.request is request:
-            session = SessionData(self.keeper, self._present, app, request, weakref.ref(context))
+            session = SessionData(
+                self.repository, self._present, app, request, weakref.ref(context)
+            )
             if app.after_request_funcs:  # one may be the first to look at the session
                 context._after_request_functions.append(partial(begin_response, session))
         else:
-            session = SessionData(self.keeper, self._present, app, request)
+            session = SessionData(self.repository, self._present, app, request)
         if self._debug:
             begin(session, request)
         return session
 
     def has_opened(self, session: object) -> bool:
         """Whether ``session`` is one of this interface."""
-        return isinstance(session, SessionData) and opened_with(session) is self.keeper
+        return isinstance(session, SessionData) and opened_with(session) is self.repository
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""
@@ -256,7 +258,7 @@ class GSessionInterface(SessionInterface):
         return signer
 
     def _write_header(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        name = str(self.keeper.settings.token_header)
+        name = str(self.repository.settings.token_header)
         token = life.seen.token if life.cookie == "set" else None
         response.headers[name] = self._signer_of(app).sign(token) if token else ""
 
@@ -268,7 +270,7 @@ class GSessionInterface(SessionInterface):
             response.delete_cookie(name, **attributes)
             return
         expires = None
-        if self.keeper.is_permanent(life.values.stored):
+        if self.repository.is_permanent(life.values.stored):
             expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
         response.set_cookie(name, self._signer_of(app).sign(token), expires=expires, **attributes)
 
@@ -278,14 +280,14 @@ class GSessionInterface(SessionInterface):
         """Answer with the application's error response instead: the changes were not stored."""
         if life.trace is not None:
             life.trace.failure = type(error).__name__
-        if isinstance(error, UnsupportedType) and not self.keeper.settings.debug:
+        if isinstance(error, UnsupportedType) and not self.repository.settings.debug:
             error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
         outage = isinstance(error, StoreUnavailable)
         if outage and not isinstance(error, LogoutUnconfirmed):  # what was to be stored is, there
-            life.keeper.events.emit(WriteDropped, life.handle, "store unavailable")
+            life.repository.events.emit(WriteDropped, life.handle, "store unavailable")
         if by_hand:
             raise error
-        if outage and self.keeper.settings.on_store_error == "keep-response":
+        if outage and self.repository.settings.on_store_error == "keep-response":
             return
         _turn_into(response, _answer_to(app, error))
 

@@ -140,7 +140,7 @@ class Site:
     @property
     def cookie_name(self) -> str:
         """The session cookie's name."""
-        return str(self.app.extensions["gsession"][self.ext].keeper.live.cookie_name())
+        return str(self.app.extensions["gsession"][self.ext].repository.live.cookie_name())
 
     def visitor(self, cookie: str | None = None) -> Visitor:
         """A new browser; with the session cookie `cookie`, where one is given."""

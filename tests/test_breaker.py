@@ -279,7 +279,7 @@ def test_a_forked_process_starts_with_a_closed_one(drill: Drill) -> None:
 
 
 def circuits_of(site: Site) -> list[Circuit]:
-    store: GuardedStore = site.app.extensions["gsession"][site.ext].keeper.store
+    store: GuardedStore = site.app.extensions["gsession"][site.ext].repository.store
     return [store.loads, store.writes]
 
 
@@ -309,8 +309,8 @@ def test_the_application_has_it_by_default(site: Site, caplog: pytest.LogCapture
 
 def test_it_can_be_switched_off(make_site: Callable[..., Site]) -> None:
     site = make_site(breaker_failures=0)
-    keeper: Any = site.app.extensions["gsession"][site.ext].keeper
-    assert keeper.store is site.store
+    repository: Any = site.app.extensions["gsession"][site.ext].repository
+    assert repository.store is site.store
 
 
 @pytest.fixture(params=["redis", "mongodb"])

@@ -27,7 +27,7 @@ from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.events import CleanedUp, CleanupFailed
 from flask_gsession.operate.cleanup import NAME, CleanupWorker
 from flask_gsession.stores import Store, StoreOptions
-from flask_gsession.stores.base import TICKET
+from flask_gsession.stores.base import CLEANUP_KEY
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.parts import Tidied
 from flask_gsession.stores.sqlite import SQLiteStore
@@ -135,15 +135,15 @@ def test_the_ticket_is_no_session(site: Site, tmp_path: Path) -> None:
     process = Process(site.store.store, site.clock)
     process.run()
     store, console = site.store.store, process.console
-    assert store.load(TICKET) is not None
+    assert store.load(CLEANUP_KEY) is not None
     assert store.counts.count() == 0
     assert console.done("list") == ""
     assert json.loads(console.done("stats", "--json"))["sessions"] == 0
     assert "0 records exported" in console.done("export", str(tmp_path / "sessions.jsonl"))
     assert "0 sessions ended" in console.done("revoke", "--all", "--yes")
-    assert "is no handle" in console.failed("show", TICKET, status=2)
-    assert "is no handle" in console.failed("revoke", TICKET, status=2)
-    assert store.load(TICKET) is not None
+    assert "is no handle" in console.failed("show", CLEANUP_KEY, status=2)
+    assert "is no handle" in console.failed("revoke", CLEANUP_KEY, status=2)
+    assert store.load(CLEANUP_KEY) is not None
 
 
 def test_of_processes_that_start_together_one_cleans(site: Site) -> None:
@@ -311,7 +311,7 @@ def test_each_session_has_its_own() -> None:
     second = Session(app, store=stores[1], cookie_name="second")
     workers = [CleanupWorker(app, ext=first), CleanupWorker(app, ext=second)]
     workers[1].run(app)
-    assert stores[1].load(TICKET) is not None
+    assert stores[1].load(CLEANUP_KEY) is not None
 
 
 # -- the thread
@@ -440,10 +440,10 @@ def test_under_gunicorn(tmp_path: Path) -> None:
         cookie = gunicorn.log_in("ada")
         until(lambda: rows() < 2990, "the clean-up")
         assert gunicorn.get("/whoami", cookie).body["user"] == "ada"
-        assert rows(f"key = '{prefix}{TICKET}'") == 1
+        assert rows(f"key = '{prefix}{CLEANUP_KEY}'") == 1
         assert gunicorn.stop() == 0, gunicorn.log
         assert "Traceback" not in gunicorn.log
-    assert rows(f"key = '{prefix}{TICKET}'") == 0
+    assert rows(f"key = '{prefix}{CLEANUP_KEY}'") == 0
     assert rows() > 100
     process = Process(store, time.time)
     process.run()

@@ -578,7 +578,7 @@ def test_one_session_is_debugged(
     caplog.clear()
     tab.run(lambda session: session.update(user_id=9))
     assert log.records() == []
-    found = site.ext._interface(site.app).keeper.find(session_key(tab.token))
+    found = site.ext._interface(site.app).repository.find(session_key(tab.token))
     assert found is not None
     assert found.body.debug_until is None
 
@@ -755,7 +755,7 @@ def test_no_canary_is_heard(make_site: SiteMaker, everything: Everything, how: s
         heard.extend(
             [
                 repr(session),
-                repr(session._keeper.settings),
+                repr(session._repository.settings),
                 repr(session._presented),
             ]
         )

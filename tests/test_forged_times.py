@@ -68,8 +68,8 @@ def test_each_kind_of_write_keeps_the_times(sealed: Site) -> None:
     visitor.run(lambda session: session.update(n=1))
     visitor.run(lambda session: session.rotate())
     key = session_key(visitor.token)
-    keeper = sealed.app.extensions["gsession"][sealed.ext].keeper
-    assert keeper.debug(key, keeper.now() + 1000)
+    repository = sealed.app.extensions["gsession"][sealed.ext].repository
+    assert repository.debug(key, repository.now() + 1000)
     visitor.run(lambda session: session.update(large="x" * 100_000))
     now = record_of(sealed, key)
     assert (now.created_at, now.absolute_expires_at) == (

@@ -78,8 +78,8 @@ def test_nor_does_an_order_to_debug(site: Site) -> None:
     visitor.run(lambda session: session.update(user="ada"))
     handle = visitor.run(lambda session: session.handle)
     used_meanwhile(site, visitor)
-    keeper = site.app.extensions["gsession"][site.ext].keeper
-    assert keeper.debug(handle, keeper.now() + 60_000) is not None
+    repository = site.app.extensions["gsession"][site.ext].repository
+    assert repository.debug(handle, repository.now() + 60_000) is not None
     site.clock.advance(IDLE - 0.5)
     assert visitor.run(lambda session: session.get("user")) == "ada"
 

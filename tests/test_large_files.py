@@ -48,7 +48,7 @@ def files(folder: Path) -> list[Path]:
 
 def place(site: Site) -> FileBlobs:
     """The place of the large values."""
-    found = site.app.extensions["gsession"][site.ext].keeper.files
+    found = site.app.extensions["gsession"][site.ext].repository.files
     assert isinstance(found, FileBlobs)
     return found
 

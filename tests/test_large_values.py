@@ -1149,5 +1149,5 @@ def test_the_default_bound_follows_that_of_one_value(make_site: SiteMaker) -> No
         ({"max_value_bytes": 64 << 20, "max_total_bytes": 1 << 20}, 1 << 20),
     ):
         site = make_site(**settings)
-        keeper = site.app.extensions["gsession"][site.ext].keeper
-        assert keeper.settings.total_limit == limit
+        repository = site.app.extensions["gsession"][site.ext].repository
+        assert repository.settings.total_limit == limit

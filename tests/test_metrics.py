@@ -399,13 +399,13 @@ def test_a_hundred_thousand_sessions_are_as_many_series_as_one() -> None:
     Session(app, store=MemoryStore())
     SessionMetrics(app)
     (interface,) = app.extensions["gsession"].values()
-    keeper = interface.keeper
+    repository = interface.repository
 
     def work(number: int) -> None:
         for _ in range(number):
             name = secrets.token_hex(16)
-            keeper.store.load(name)
-            keeper.events.emit(SessionCreated, name)
+            repository.store.load(name)
+            repository.events.emit(SessionCreated, name)
 
     work(1)
     until(lambda: live(app) >= 0, "the first count of live sessions")
@@ -802,7 +802,7 @@ app = Flask(__name__)
 app.secret_key = "a key for tests"
 ext = Session(app, store="memory://")
 SessionMetrics(app, count_every=None)
-store = app.extensions["gsession"][ext].keeper.store
+store = app.extensions["gsession"][ext].repository.store
 registry = CollectorRegistry()
 MultiProcessCollector(registry)
 

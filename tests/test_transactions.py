@@ -130,8 +130,8 @@ def test_run_gives_up_in_the_end(site: Site, monkeypatch: pytest.MonkeyPatch) ->
     visitor = site.visitor()
     visitor.run(lambda session: session.update(n=0))
     tab = visitor.another_tab()
-    keeper = site.app.extensions["gsession"][site.ext].keeper
-    monkeypatch.setattr(type(keeper), "pause", lambda *_: None)
+    repository = site.app.extensions["gsession"][site.ext].repository
+    monkeypatch.setattr(type(repository), "pause", lambda *_: None)
     runs: list[int] = []
 
     def work(session: Any) -> None:

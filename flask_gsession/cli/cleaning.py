@@ -80,7 +80,7 @@ def _clean(
     quiet: bool,
     found: Counter[str],
 ) -> None:
-    name, files = name_of(interface), interface.keeper.files
+    name, files = name_of(interface), interface.repository.files
     upkeep = parts_of(interface.store).upkeep
     name_store(interface)
     if not_there_yet(interface):

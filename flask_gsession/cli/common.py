@@ -50,7 +50,7 @@ def interfaces() -> dict[Session, GSessionInterface]:
 
 def chosen(cookie: str | None) -> GSessionInterface:
     """The one ``Session`` of the application, or the one with this cookie."""
-    by_name = {each.keeper.live.cookie_name(): each for each in interfaces().values()}
+    by_name = {each.repository.live.cookie_name(): each for each in interfaces().values()}
     if cookie is None and len(by_name) == 1:
         (cookie,) = by_name
     if cookie not in by_name:
@@ -64,7 +64,7 @@ def chosen(cookie: str | None) -> GSessionInterface:
 
 def name_of(interface: GSessionInterface) -> str:
     """What messages call a ``Session``: its cookie."""
-    return interface.keeper.live.cookie_name()
+    return interface.repository.live.cookie_name()
 
 
 def name_store(interface: GSessionInterface) -> None:
@@ -74,7 +74,7 @@ def name_store(interface: GSessionInterface) -> None:
 
 def place(interface: GSessionInterface) -> str:
     """Where the store is, without what may be a secret: user, password and options."""
-    source, path = interface.keeper.settings.store, getattr(interface.store, "path", None)
+    source, path = interface.repository.settings.store, getattr(interface.store, "path", None)
     if path is not None:
         return f"sqlite:///{path}"
     if not isinstance(source, str):

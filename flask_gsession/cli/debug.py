@@ -57,12 +57,12 @@ def debug(handle: str, span: int, off: bool, cookie: str | None) -> None:
     Of HANDLE the first eight or more characters are enough, where no other begins with them.
     """
     interface = chosen(cookie)
-    keeper = interface.keeper
+    repository = interface.repository
     with told(interface):
         key = key_of(interface, handle)
-        end = keeper.now() + span * 1000
+        end = repository.now() + span * 1000
         try:
-            found = keeper.debug(key, None if off else end)
+            found = repository.debug(key, None if off else end)
         except (SessionConflict, SessionTooLarge, UnreadableRecord) as error:
             raise click.ClickException(f"{key}: not done: {error}") from None
     if found is None:

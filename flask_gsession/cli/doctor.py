@@ -32,14 +32,14 @@ def doctor(as_json: bool) -> None:
     rows = []
     for interface in all_of_them.values():
         name_store(interface)
-        keeper = interface.keeper
-        settings, spill = keeper.settings, keeper.spill
+        repository = interface.repository
+        settings, spill = repository.settings, repository.spill
         elsewhere = None if spill is None or settings.spill_store is None else spill.blobs
         found = [
-            *check_application(app, interface, settings, keeper.live.permanent_lifetime()),
-            *check_store(interface.store, keeper._clock, elsewhere),
+            *check_application(app, interface, settings, repository.live.permanent_lifetime()),
+            *check_store(interface.store, repository._clock, elsewhere),
         ]
-        cookie = keeper.live.cookie_name()
+        cookie = repository.live.cookie_name()
         rows += [{"session": cookie, **finding._asdict()} for finding in found]
     if as_json:
         click.echo(json.dumps(rows, indent=2))

@@ -17,7 +17,7 @@ from flask.cli import with_appcontext
 from ..errors import LogoutUnconfirmed, UnreadableRecord
 from ..events import SessionRevoked
 from ..interface import GSessionInterface
-from ..repository.repository import Keeper
+from ..repository.repository import Repository
 from ..stores import Record
 from ..stores.base import unexpired
 from ..values.marks import expired, split
@@ -117,7 +117,7 @@ def list_(
             found = iter(_sorted(interface, found, sort, most))
         shown = islice(found, limit)
         if on_terminal:
-            now = interface.keeper.now()
+            now = interface.repository.now()
             cells = [_row(facts, now) for facts in shown]
             listed = len(cells)
             if cells:
@@ -150,7 +150,7 @@ def _found(
             if record.successor is not None:
                 continue
             try:
-                if all_hold(interface.keeper, record, conditions):
+                if all_hold(interface.repository, record, conditions):
                     yield facts_of(record)
             except UnreadableRecord:
                 skipped[_UNREADABLE] += 1
@@ -197,17 +197,17 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
     neither it nor what is in it looks like a secret. Large values are not loaded.
     """
     interface = chosen(cookie)
-    keeper = interface.keeper
+    repository = interface.repository
     loaded, problem = None, ""
     with told(interface):
         key = key_of(interface, handle)
         try:
-            loaded = keeper.find(key)
+            loaded = repository.find(key)
             record = loaded.record if loaded else None
         except UnreadableRecord as error:
             problem = f"{key}: what is in it cannot be read: {error}"
             try:
-                record = unexpired(interface.store, key, keeper.now())
+                record = unexpired(interface.store, key, repository.now())
             except UnreadableRecord:
                 record = None
     if record is None:
@@ -216,9 +216,9 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
     if record.key != key:
         facts["rotated_from"] = key
     contents: dict[str, dict[str, object]] = {}
-    now, until = keeper.now(), 0
+    now, until = repository.now(), 0
     if loaded is not None:
-        facts["permanent"] = keeper.is_permanent(loaded.body.values)
+        facts["permanent"] = repository.is_permanent(loaded.body.values)
         until = loaded.body.debug_until or 0
         facts["debug_log_until"] = moment(until) if until > now else None
         for name, raw in loaded.body.values.items():
@@ -228,7 +228,7 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
             contents[_label(name, contents)] = {
                 "bytes": reference_in(raw).length if refers(raw) else len(raw),
                 "expires_at": moment(expires_at) if expires_at else None,
-                **(_value(keeper, name, raw) if values else {}),
+                **(_value(repository, name, raw) if values else {}),
             }
     if as_json:
         click.echo(json.dumps({**facts, "keys": contents}, indent=2))
@@ -238,17 +238,17 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
         raise click.ClickException(problem)
 
 
-def _value(keeper: Keeper, name: str, raw: bytes) -> dict[str, object]:
+def _value(repository: Repository, name: str, raw: bytes) -> dict[str, object]:
     """The type of a value, None where it is not known; and itself, as far as it may be shown."""
     if refers(raw):
         return {"type": "bytes" if reference_in(raw).kind == BYTES else None, "value": _LARGE}
     try:
-        value = keeper.codec.decode(split(raw)[1])
+        value = repository.codec.decode(split(raw)[1])
     except UnreadableRecord:
         return {"type": None, "value": "<unreadable>"}
     return {
         "type": type(value).__name__,
-        "value": shown_value(name, value, keeper.settings.debug_show),
+        "value": shown_value(name, value, repository.settings.debug_show),
     }
 
 
@@ -338,7 +338,7 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
         number = about(interface)
         whose = "every session" if number is None else f"about {counted(number, 'sessions')}"
         click.confirm(f"End {whose} {where}?", abort=True)
-    begun = interface.keeper.now()
+    begun = interface.repository.now()
     with (
         told(interface, lambda: counted(ended, "sessions") + " ended"),
         progress("ending sessions", partial(about, interface)) as advance,
@@ -371,14 +371,14 @@ def _end(interface: GSessionInterface, key: str) -> tuple[bool, str]:
     """Whether there was a session, which has ended now; and what was not well."""
     problem = ""
     try:
-        ended = interface.keeper.delete(key)
+        ended = interface.repository.delete(key)
     except LogoutUnconfirmed as error:
         ended, problem = True, f"ended, but {error}"
     except UnreadableRecord as error:
         return False, f"what is in it cannot be read: {error}"
     if not ended:
         return False, NO_SESSION
-    interface.keeper.events.emit(SessionRevoked, key)
+    interface.repository.events.emit(SessionRevoked, key)
     return True, problem
 
 
@@ -390,7 +390,7 @@ def stats(cookie: str | None, as_json: bool) -> None:
     """Count the sessions there are, how large and how old they are."""
     interface = chosen(cookie)
     name_store(interface)
-    now = interface.keeper.now()
+    now = interface.repository.now()
     ages: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
     sessions = bytes_ = largest = pointers = unreadable = 0

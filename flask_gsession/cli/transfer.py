@@ -33,7 +33,7 @@ from flask.cli import with_appcontext
 
 from ..errors import Gone, KeyTaken, Stale, UnreadableRecord, ValueLost
 from ..interface import GSessionInterface
-from ..repository.repository import BLOB_GRACE, Keeper
+from ..repository.repository import BLOB_GRACE, Repository
 from ..stores import Record, file_locks
 from ..stores.base import is_session_key, unexpired
 from ..stores.rights import NO_FOLLOW, NO_WAIT
@@ -149,12 +149,12 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
                 digest.update(data)
                 out.write(data)
 
-            put(_First(_FORMAT, name_of(interface), moment(interface.keeper.now())))
+            put(_First(_FORMAT, name_of(interface), moment(interface.repository.now())))
             for page in pages(store):
                 unreadable += len(page.unreadable)
                 for record in page.records:
                     try:
-                        for frame in _frames(interface.keeper, record):
+                        for frame in _frames(interface.repository, record):
                             put(frame)
                     except ValueLost:
                         incomplete += 1
@@ -171,19 +171,19 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
     sys.exit(bool(unreadable or incomplete))
 
 
-def _frames(keeper: Keeper, record: Record) -> Iterator[_Frame]:
+def _frames(repository: Repository, record: Record) -> Iterator[_Frame]:
     """The large values of a record, as they are kept. Raises ``ValueLost``."""
     try:
-        body = keeper.read(record.key, record)
+        body = repository.read(record.key, record)
         values = body.values.values() if body is not None and body.spilled else ()
         references = [reference_in(raw) for raw in values if refers(raw)]
     except UnreadableRecord:
         return
     end = record.idle_expires_at + BLOB_GRACE
     for reference in references:
-        if keeper.spill is None:
+        if repository.spill is None:
             raise ValueLost("missing")
-        for offset, frame in keeper.spill.stored(reference):
+        for offset, frame in repository.spill.stored(reference):
             yield _Frame(reference.name, offset, frame, record.key, record.version, end)
 
 
@@ -273,7 +273,7 @@ def import_(
     Trust FILE as you trust the store: whoever wrote it chose who is logged in.
     """
     interface = chosen(cookie)
-    keeper, name = interface.keeper, name_of(interface)
+    repository, name = interface.repository, name_of(interface)
     done: Counter[str] = Counter()
     name_store(interface)
 
@@ -282,7 +282,7 @@ def import_(
         return f"{counted(number, 'records')} (--skip {number} goes on from there)" if done else ""
 
     with told(interface, so_far), _input(file) as source:
-        total, unreadable = _check(source, file, keeper, skip_unreadable)
+        total, unreadable = _check(source, file, repository, skip_unreadable)
         patiently = Patience()
         with progress("import", lambda: total) as advance:
             advance(min(skip, total))
@@ -306,16 +306,16 @@ def import_(
 
 def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run: bool) -> str:
     """Import a record; what became of it."""
-    store, keeper = interface.store, interface.keeper
-    if _read(keeper, record)[0]:
+    store, repository = interface.store, interface.repository
+    if _read(repository, record)[0]:
         return "unreadable"
-    record = _capped(keeper, record)
-    if keeper.now() >= record.idle_expires_at:
+    record = _capped(repository, record)
+    if repository.now() >= record.idle_expires_at:
         return "expired"
     if dry_run and not_there_yet(interface):
         return "imported"
     try:
-        there = unexpired(store, record.key, keeper.now())
+        there = unexpired(store, record.key, repository.now())
         if there is None:
             if not dry_run:
                 store.create(record)
@@ -331,26 +331,26 @@ def _put(interface: GSessionInterface, record: Record, overwrite: bool, dry_run:
     return "kept as changed since"
 
 
-def _capped(keeper: Keeper, record: Record) -> Record:
+def _capped(repository: Repository, record: Record) -> Record:
     """The record, which ends no later than one that this application creates now."""
-    now = keeper.now()
-    absolute = min(record.absolute_expires_at, keeper.latest_end())
+    now = repository.now()
+    absolute = min(record.absolute_expires_at, repository.latest_end())
     capped = record._replace(
         created_at=min(record.created_at, now, absolute),
         idle_expires_at=min(record.idle_expires_at, absolute),
         absolute_expires_at=absolute,
     )
-    return record if capped == record else keeper.with_times(record, capped)
+    return record if capped == record else repository.with_times(record, capped)
 
 
 def _put_frame(interface: GSessionInterface, item: _Frame, overwrite: bool) -> None:
     """Import a piece of a large value, where the session that it belongs to is to be imported."""
-    keeper = interface.keeper
-    end = min(item.expires_at, keeper.latest_end() + BLOB_GRACE)
-    if keeper.now() >= end:
+    repository = interface.repository
+    end = min(item.expires_at, repository.latest_end() + BLOB_GRACE)
+    if repository.now() >= end:
         return
     try:
-        there = unexpired(interface.store, item.key, keeper.now())
+        there = unexpired(interface.store, item.key, repository.now())
     except UnreadableRecord:
         return
     if there is not None:
@@ -358,9 +358,9 @@ def _put_frame(interface: GSessionInterface, item: _Frame, overwrite: bool) -> N
             return
         # It may refer to the very same value, whose time must not become shorter.
         end = max(end, there.absolute_expires_at + BLOB_GRACE)
-    assert keeper.spill is not None  # it was checked
+    assert repository.spill is not None  # it was checked
     with suppress(Gone):  # it was removed meanwhile: the session says that its value is lost
-        keeper.spill.blobs.write_frame(item.blob, item.offset, item.frame, end)
+        repository.spill.blobs.write_frame(item.blob, item.offset, item.frame, end)
 
 
 @contextmanager
@@ -417,7 +417,7 @@ class _Values:
 
 
 def _check(
-    source: BinaryIO, file: Path, keeper: Keeper, skip_unreadable: bool
+    source: BinaryIO, file: Path, repository: Repository, skip_unreadable: bool
 ) -> tuple[int, set[str]]:
     """How many records the file has, and the keys of the unreadable ones.
 
@@ -449,12 +449,12 @@ def _check(
                     problem = large.close(None, None)
             elif line.startswith(_FRAME):
                 problem = large.add(_frame(line))
-                if keeper.spill is None:
+                if repository.spill is None:
                     problem = "a large value, and this store has no place for such"
             else:
                 records += 1
                 record = _record(line)
-                why, body = _read(keeper, record)
+                why, body = _read(repository, record)
                 if why:
                     problems[why] += 1
                     unreadable.add(record.key)
@@ -506,12 +506,12 @@ def _record(line: bytes) -> Record:
     return Record(*msgspec.structs.astuple(_row(line)))
 
 
-def _read(keeper: Keeper, record: Record) -> tuple[str, Body | None]:
+def _read(repository: Repository, record: Record) -> tuple[str, Body | None]:
     """Why the application can't read a record, empty where it can; and what the record holds."""
     if not is_session_key(record.key):
         return "no key of a session", None
     try:
-        body = keeper.read(record.key, record)
+        body = repository.read(record.key, record)
         if body is not None:
             for raw in body.values.values():
                 if refers(raw):

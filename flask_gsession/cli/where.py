@@ -11,7 +11,7 @@ from uuid import UUID
 
 import click
 
-from ..repository.repository import Keeper
+from ..repository.repository import Repository
 from ..stores import Record
 from ..values.marks import expired, split
 from ..values.references import refers
@@ -59,17 +59,17 @@ class Where(click.ParamType[Condition]):
             return Condition(path, text, _NOTHING)
 
 
-def all_hold(keeper: Keeper, record: Record, conditions: tuple[Condition, ...]) -> bool:
+def all_hold(repository: Repository, record: Record, conditions: tuple[Condition, ...]) -> bool:
     """Whether a session meets all conditions. Decodes the values that these name, and no other.
 
     Raises ``UnreadableRecord``, and ``NotCompared`` where all depends on a large value.
     """
     if not conditions:
         return True
-    body = keeper.read(record.key, record)
+    body = repository.read(record.key, record)
     if body is None:
         return False
-    now, large = keeper.now(), False
+    now, large = repository.now(), False
     decoded: dict[str, object] = {}
     for condition in conditions:
         met = unknown = False
@@ -81,7 +81,7 @@ def all_hold(keeper: Keeper, record: Record, conditions: tuple[Condition, ...]) 
                 unknown = True
                 continue
             if name not in decoded:
-                decoded[name] = keeper.codec.decode(split(raw)[1])
+                decoded[name] = repository.codec.decode(split(raw)[1])
             met = met or any(map(condition.holds, _inside(decoded[name], rest)))
         if not met and not unknown:
             return False

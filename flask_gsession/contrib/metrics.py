@@ -120,22 +120,22 @@ class SessionMetrics:
             raise SettingError("The application has SessionMetrics for this Session already")
         figures = figures_of(self._registry_for(app))
         interface = interfaces[ext]
-        keeper = interface.keeper
+        repository = interface.repository
         watch = self._watch(app, interface, figures)
-        keeper.use_store(compose(keeper.store, timer=Timer(figures, watch).call))
-        keeper.events = _CountedEvents(keeper.events, figures)
+        repository.use_store(compose(repository.store, timer=Timer(figures, watch).call))
+        repository.events = _CountedEvents(repository.events, figures)
         watch.listen(ext.on)
         if not counted:
             app.teardown_request(figures.observe_request)
         counted[ext] = watch
 
     def _watch(self, app: Flask, interface: GSessionInterface, figures: Figures) -> StoreWatch:
-        cookie = interface.keeper.live.cookie_name()
+        cookie = interface.repository.live.cookie_name()
         every = self._count_every
         counts = None if every is None else parts_of(interface.store).counts
         return StoreWatch(
             app,
-            interface.keeper.store,
+            interface.repository.store,
             up=figures.up.labels(cookie),
             peers=figures.stores[cookie],
             circuits=figures.circuits,

@@ -272,8 +272,8 @@ class SessionLimits:
             raise SettingError("The Session given to SessionLimits is not on the application")
         _apps.add(app)
         app.view_functions = _ViewFunctions(app.view_functions)
-        keeper = interfaces[ext].keeper
-        settings = keeper.settings
+        repository = interfaces[ext].repository
+        settings = repository.settings
         storage: Storage | Callable[[], Storage]
         if self._storage is None:
             storage = storage_of(interfaces[ext].store, settings.key_prefix)
@@ -293,7 +293,7 @@ class SessionLimits:
                 settings.breaker_failures,
                 settings.breaker_pause,
                 settings.store_timeout,
-                keeper.events,
+                repository.events,
             )
             hit, probe = partial(circuit.call, backend.hit), partial(circuit.call, backend.look)
         limits = _Limits(
@@ -312,7 +312,7 @@ class SessionLimits:
         app.after_request(limits.tell)
         creation = self._creation
         if creation is not None:
-            keeper.before_create = lambda: limits.count_creation(creation)
+            repository.before_create = lambda: limits.count_creation(creation)
 
 
 class _Rates(NamedTuple):

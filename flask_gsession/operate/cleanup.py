@@ -21,8 +21,8 @@ from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
 from ..processes import is_before_fork, runs_threads, warn_without_threads
-from ..repository.repository import Keeper
-from ..stores.base import TICKET, Record, Store, new_version
+from ..repository.repository import Repository
+from ..stores.base import CLEANUP_KEY, Record, Store, new_version
 from ..stores.parts import Tidied, Upkeep, parts_of
 from ..stores.support import closing
 
@@ -89,7 +89,7 @@ class CleanupWorker:
         if ext in workers:
             raise SettingError("The application has a CleanupWorker for this Session already")
         interface = interfaces[ext]
-        worker = _Worker(interface.keeper, interface.store, self._interval, self._batch)
+        worker = _Worker(interface.repository, interface.store, self._interval, self._batch)
         workers[ext] = worker
         request_started.connect(worker.begin, app)
         warn_without_threads("CleanupWorker does nothing; have cron run flask gsession cleanup")
@@ -120,8 +120,8 @@ class CleanupWorker:
 class _Worker:
     """The worker of one ``Session``. Its thread does not keep it."""
 
-    def __init__(self, keeper: Keeper, store: Store, interval: float, batch: int) -> None:
-        self._keeper, self._store = keeper, store
+    def __init__(self, repository: Repository, store: Store, interval: float, batch: int) -> None:
+        self._repository, self._store = repository, store
         self._interval, self._batch = interval, batch
         self._failures = 0
         self._pid = 0
@@ -130,7 +130,7 @@ class _Worker:
 
     def begin(self, *_: object, **__: object) -> None:
         """Start the thread of this process, where there is none."""
-        if self._pid == getpid() or not (parts_of(self._store).upkeep or self._keeper.files):
+        if self._pid == getpid() or not (parts_of(self._store).upkeep or self._repository.files):
             return
         if is_before_fork() or not runs_threads():
             return  # this process would be forked, or stand still, in the middle of a step
@@ -169,7 +169,7 @@ class _Worker:
             wait = min(self._interval, _FIRST_RETRY * 2 ** min(self._failures - 1, 20))
             detail = error.detail if isinstance(error, StoreUnavailable) else repr(error)
             logger.warning("The clean-up failed, and is tried again in %.0f s: %s", wait, detail)
-            self._keeper.events.emit(CleanupFailed, detail)
+            self._repository.events.emit(CleanupFailed, detail)
         else:
             self._failures = 0
         return wait * random.uniform(1, 1 + _JITTER)
@@ -191,29 +191,29 @@ class _Worker:
                 self._store.save(self._until(ticket, self._interval), ticket.version)
                 seconds = time.monotonic() - began
                 _tell("done", found, seconds)
-                self._keeper.events.emit(CleanedUp, dict(found), seconds)
+                self._repository.events.emit(CleanedUp, dict(found), seconds)
                 return self._interval
         except (Gone, Stale):  # this process stood still, and another one took over
             return self._interval
         except BaseException:
             with suppress(StoreError):
-                self._store.delete(TICKET, ticket.version)
+                self._store.delete(CLEANUP_KEY, ticket.version)
             raise
-        self._store.delete(TICKET, ticket.version)
+        self._store.delete(CLEANUP_KEY, ticket.version)
         return self._interval
 
     def _steps(self) -> Iterator[Tidied]:
         yield from steps(parts_of(self._store).upkeep, self._batch)
-        if self._keeper.files is not None:
-            yield from steps(self._keeper.files, self._batch)
+        if self._repository.files is not None:
+            yield from steps(self._repository.files, self._batch)
 
     def _take_ticket(self) -> Record | None:
         """Be the one who cleans up; None where another is, or was a while ago.
 
         The promise of ``create`` is enough for it: of many one succeeds, until the record expires.
         """
-        now = self._keeper.now()
-        ticket = Record(TICKET, new_version(), now, now + _LEASE, now + _YEAR, b"clean-up")
+        now = self._repository.now()
+        ticket = Record(CLEANUP_KEY, new_version(), now, now + _LEASE, now + _YEAR, b"clean-up")
         try:
             self._store.create(ticket)
         except KeyTaken:
@@ -221,12 +221,12 @@ class _Worker:
         return ticket
 
     def _until_due(self) -> float:
-        there = self._store.load(TICKET)
-        left = there.idle_expires_at - self._keeper.now() if there else 0
+        there = self._store.load(CLEANUP_KEY)
+        left = there.idle_expires_at - self._repository.now() if there else 0
         return min(max(left / 1000, 1.0), self._interval)
 
     def _renewed(self, ticket: Record) -> Record:
-        now = self._keeper.now()
+        now = self._repository.now()
         if ticket.idle_expires_at - now > _LEASE * 2 // 3:
             return ticket
         if not self._store.renew(ticket, now + _LEASE):
@@ -234,7 +234,7 @@ class _Worker:
         return ticket._replace(idle_expires_at=now + _LEASE)
 
     def _until(self, ticket: Record, seconds: float) -> Record:
-        end = min(self._keeper.now() + int(seconds * 1000), ticket.absolute_expires_at)
+        end = min(self._repository.now() + int(seconds * 1000), ticket.absolute_expires_at)
         return ticket._replace(version=new_version(), idle_expires_at=end)
 
 

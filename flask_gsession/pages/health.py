@@ -32,7 +32,7 @@ def health_blueprint(url_prefix: str = "/health") -> Blueprint:
             raise SettingError("health_blueprint is for an application with a Session")
         for interface in interfaces.values():
             try:
-                interface.keeper.store.load(secrets.token_urlsafe(32))
+                interface.repository.store.load(secrets.token_urlsafe(32))
             except StoreUnavailable as error:
                 return {"status": "store unavailable"}, 503, {"Retry-After": str(error.retry_after)}
             except StoreError:

@@ -64,7 +64,7 @@ class Loaded(Struct, frozen=True, gc=False):
     body: Body
 
 
-class Keeper:
+class Repository:
     """Keeps the sessions of one ``Session`` on one application in their store."""
 
     def __init__(

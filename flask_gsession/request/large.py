@@ -39,42 +39,42 @@ class LargeValues:
 
     def attach(self, key: str, file: Any, mark: Mark) -> int | bytes:
         """Write a file away as the value of ``key``; its length, or all of it where it is small."""
-        life, keeper = self._life, self._life.keeper
+        life, repository = self._life, self._life.repository
         values = life.open_for_writing(f"session[{ascii(key)[:60]}]")
         life.check_store()
-        if keeper.spill is None:
+        if repository.spill is None:
             raise SettingError(
                 f"session.attach({ascii(key)[:60]}) needs a place for large values: this "
                 "SESSION_STORE has none"
             )
-        pieces = pieces_from(file, keeper.spill.frame_bytes)
+        pieces = pieces_from(file, repository.spill.frame_bytes)
         first = next(pieces, b"")
-        limit = keeper.settings.spill_bytes
+        limit = repository.settings.spill_bytes
         if (
             len(first) <= (_SMALL if limit is None else limit)
-            and len(first) < keeper.spill.frame_bytes
+            and len(first) < repository.spill.frame_bytes
         ):
             return first
-        if keeper.check is not None:
-            checked = keeper.check(key, first)  # there is no more of it in memory
+        if repository.check is not None:
+            checked = repository.check(key, first)  # there is no more of it in memory
             mark = checked if mark == PLAIN else mark._replace(version=checked.version)
         body = Body(values.stored, life.lifetime)
         absolute = life.seen.record.absolute_expires_at if life.seen.record else None
-        end = keeper.blobs_end(body, absolute)
+        end = repository.blobs_end(body, absolute)
         try:
-            reference = keeper.spill.write(
+            reference = repository.spill.write(
                 f"session[{ascii(key)[:60]}]",
                 BYTES,
                 chain([first], pieces),
-                lambda: keeper.blobs_end(body, absolute),
-                room=keeper.room_for(key, values.stored),
+                lambda: repository.blobs_end(body, absolute),
+                room=repository.room_for(key, values.stored),
             )
         except StoreUnavailable as error:
             life.met_outage(error, "written to")
             raise
         with life.turn:
             life.placed.add(reference, end)
-            values.give(key, marked(reference.pack(), mark), keeper.now)
+            values.give(key, marked(reference.pack(), mark), repository.now)
         return reference.length
 
     def reader(self, key: str) -> ValueReader | None:
@@ -93,7 +93,7 @@ class LargeValues:
                 raise TypeError(
                     f"session[{ascii(key)[:60]}] holds no bytes: there is nothing to open"
                 )
-            spill = life.keeper.spill
+            spill = life.repository.spill
             try:
                 if spill is None:
                     raise ValueLost("missing")
@@ -109,7 +109,7 @@ class LargeValues:
         while True:
             mark, plain = split(raw)
             try:
-                return mark, self._life.keeper.codec.decode(plain)
+                return mark, self._life.repository.codec.decode(plain)
             except ValueLost as error:
                 self.lost(key, raw, error)
             newer = self._life.values.raw(key)
@@ -131,13 +131,13 @@ class LargeValues:
                 values.hide(key)
                 raise KeyError(key)
             if newer != raw:
-                values.correct(key, newer, life.keeper.now)
+                values.correct(key, newer, life.repository.now)
             return
         handle = life.handle
         logger.warning(
             "Session %s: the large value under %a is lost: %s", handle, key[:60], error.reason
         )
-        life.keeper.events.emit(LargeValueLost, key, error.reason, handle)
+        life.repository.events.emit(LargeValueLost, key, error.reason, handle)
         values.hide(key)
         kept = error.reason in _FOR_OTHERS or life.may_repeat()
         if life.seen.record is not None and not kept:
@@ -172,8 +172,8 @@ class LargeValues:
         if life.seen.record is None:
             return None
         try:
-            loaded = life.keeper.find(life.seen.record.key)
+            loaded = life.repository.find(life.seen.record.key)
         except UnreadableRecord:
             return None
         raw = None if loaded is None else loaded.body.values.get(key)
-        return None if expired(raw, life.keeper.now()) else raw
+        return None if expired(raw, life.repository.now()) else raw

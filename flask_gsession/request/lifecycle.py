@@ -22,7 +22,7 @@ from ..errors import (
     ValueRefused,
 )
 from ..events import SessionConflicted, SessionDestroyed, WriteDropped, logger
-from ..repository.repository import PERMANENT, RACE_BUDGETS, Keeper, Loaded
+from ..repository.repository import PERMANENT, RACE_BUDGETS, Loaded, Repository
 from ..stores.base import Record
 from ..stores.wrappers import Call
 from ..tokens import session_key
@@ -30,7 +30,7 @@ from ..values.marks import is_marked, split
 from ..values.merge import Change, MergeFunction, last
 from ..values.payload import Body
 from ..values.references import refers
-from ..watching.tracing import Trace, TracedKeeper, TracedValues
+from ..watching.tracing import Trace, TracedRepository, TracedValues
 from .placing import Placed
 from .state import (
     NO_WISHES,
@@ -64,7 +64,7 @@ class Lifecycle:
 
     def __init__(
         self,
-        keeper: Keeper,
+        repository: Repository,
         present: Callable[[Flask, Request], Presented],
         app: Flask,
         request: Request,
@@ -72,7 +72,7 @@ class Lifecycle:
         turn: Any,
         phase: Phase,
     ) -> None:
-        self.keeper = keeper
+        self.repository = repository
         self.app = app
         self.request = request
         self.turn = turn
@@ -111,7 +111,7 @@ class Lifecycle:
         self.values: TrackedValues
 
     def _new_values(self, body: Body = _NO_BODY) -> TrackedValues:
-        codec, now = self.keeper.codec, self.keeper.now if body.marked else None
+        codec, now = self.repository.codec, self.repository.now if body.marked else None
         if self.trace is not None:
             return TracedValues(self.trace, codec, body.values, now, turn=self.turn)
         return TrackedValues(codec, body.values, now, turn=self.turn)
@@ -186,15 +186,15 @@ class Lifecycle:
         checked = self.presented().checked
         found = _NO_BODY
         if checked is not None and checked.token is None:
-            self.keeper.refused(checked.reason, None)
+            self.repository.refused(checked.reason, None)
         elif checked is not None and checked.token is not None:
             key = session_key(checked.token)
             began = time.perf_counter()
             try:
-                loaded = self.keeper.find(key, True)
+                loaded = self.repository.find(key, True)
             except UnreadableRecord as error:
                 self.seen = Seen(for_others=error.for_others)
-                self.keeper.refused(error.reason, key, error.detail)
+                self.repository.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 logger.log(error.log_level, "A session could not be loaded: %s", error)
                 self._go_on_without(error)
@@ -235,12 +235,12 @@ class Lifecycle:
         assert seen.record is not None
         key = seen.record.key
         try:
-            loaded = self.keeper.find(key)
+            loaded = self.repository.find(key)
             if loaded is None:
                 loaded = self._find_attempted(but=key)
         except UnreadableRecord as error:
             self.seen = Seen(record=seen.record, for_others=error.for_others)
-            self.keeper.refused(error.reason, key, error.detail)
+            self.repository.refused(error.reason, key, error.detail)
             return False
         except StoreUnavailable as error:
             self.met_outage(error, "loaded again")
@@ -262,7 +262,7 @@ class Lifecycle:
             self.cookie = "keep"
             if wishes.rotation != 0:
                 wishes = without_rotation(wishes)
-        now = self.keeper.now if body.marked else None
+        now = self.repository.now if body.marked else None
         if afresh:
             self.values.restart(body.values, now)
             wishes = NO_WISHES if wishes.rotation is None else Wishes(rotation=wishes.rotation)
@@ -278,7 +278,7 @@ class Lifecycle:
         """The session that one of the attempts may have stored under another key."""
         for attempt in list(self.attempts.values()):
             if attempt.record.key != but:
-                loaded = self.keeper.find(attempt.record.key)
+                loaded = self.repository.find(attempt.record.key)
                 if loaded is not None:
                     return loaded
         return None
@@ -296,7 +296,7 @@ class Lifecycle:
         if own is None and repeats and there.version != before.version:
             # Somebody else's write: over one of ours, or instead of it. The attempts stay noted,
             # so that it is never found to be safe to repeat them.
-            policy_of = self.keeper.merger.policy_of
+            policy_of = self.repository.merger.policy_of
             for other in self.attempts.values():
                 if any(policy_of(key, self.policies) is not last for key in other.changes):
                     raise self.conflict("unknown outcome")
@@ -358,7 +358,7 @@ class Lifecycle:
     def placed(self) -> Placed:
         """The large values that this request wrote."""
         if self._placed is None:
-            self._placed = Placed(self.keeper)
+            self._placed = Placed(self.repository)
         return self._placed
 
     def drop_placed(self) -> None:
@@ -369,7 +369,7 @@ class Lifecycle:
     def body(self, stored: dict[str, bytes]) -> Body:
         """What to store when these are the values."""
         debug_until = None if self.seen.body is None else self.seen.body.debug_until
-        if debug_until is not None and debug_until <= self.keeper.now():
+        if debug_until is not None and debug_until <= self.repository.now():
             debug_until = None
         if self.values.now is None and not self.has_large:
             return Body(stored, self.lifetime, False, debug_until)
@@ -383,14 +383,14 @@ class Lifecycle:
 
     def changes(self) -> dict[str, Change]:
         """What this request changed. Raises what the schema of the session has to say of it."""
-        changes = self.values.changes(self.keeper.settings.max_keys)
-        check = self.keeper.check
+        changes = self.values.changes(self.repository.settings.max_keys)
+        check = self.repository.check
         if check is not None:
             for key, change in changes.items():
                 if change.mine is not None and not refers(change.mine):
                     _, plain = split(change.mine)
                     if self.vetted.get(key) != plain:
-                        check(key, self.keeper.codec.decode(plain))
+                        check(key, self.repository.codec.decode(plain))
                         self.vetted[key] = plain
         return changes
 
@@ -466,7 +466,7 @@ class Lifecycle:
         self.lease = None
         for key, raw in kept.items():
             if raw is not None:
-                values.give(key, raw, self.keeper.now)
+                values.give(key, raw, self.repository.now)
 
     # -- ending
 
@@ -492,9 +492,9 @@ class Lifecycle:
             for key in dict.fromkeys(keys):
                 heed = partial(self.heed_debug_switch, "delete", time.perf_counter())
                 try:
-                    ended = self.keeper.delete(key, heed)
+                    ended = self.repository.delete(key, heed)
                 except UnreadableRecord as error:
-                    self.keeper.refused(error.reason, key, error.detail)
+                    self.repository.refused(error.reason, key, error.detail)
                     continue
                 except LogoutUnconfirmed as error:
                     logger.error(UNCONFIRMED, error)
@@ -515,7 +515,7 @@ class Lifecycle:
             self.trouble = None
             self.cookie = "keep" if presented.checked is None else "delete"
             for key in emitted[:1]:
-                self.keeper.events.emit(SessionDestroyed, key)
+                self.repository.events.emit(SessionDestroyed, key)
             if unconfirmed is not None:
                 raise unconfirmed
 
@@ -553,7 +553,7 @@ class Lifecycle:
     def refuse(self, reason: str, detail: str) -> None:
         """What was loaded turned out unreadable: go on as a new anonymous session."""
         with self.turn:
-            self.keeper.refused(reason, self.handle, detail)
+            self.repository.refused(reason, self.handle, detail)
             self.forget()
             self.cookie = "delete"  # or the next request would meet the same
 
@@ -565,7 +565,7 @@ class Lifecycle:
             self.forget()
             self.ended = True
             self.cookie = "keep"
-            self.keeper.events.emit(WriteDropped, handle, f"ended before {during}")
+            self.repository.events.emit(WriteDropped, handle, f"ended before {during}")
 
     def leads_nowhere(self) -> bool:
         """Whether there was a token, and no session is found by it, now or by another worker."""
@@ -627,14 +627,14 @@ class Lifecycle:
         """Wait a little. Raises ``SessionConflict`` when losing has taken too long by now."""
         now = time.monotonic()
         if losses == 1:
-            self._race_ends = now + RACE_BUDGETS * self.keeper.settings.store_timeout
+            self._race_ends = now + RACE_BUDGETS * self.repository.settings.store_timeout
         elif now >= self._race_ends:
             raise self.conflict("too many races")
-        self.keeper.pause(losses)
+        self.repository.pause(losses)
 
     def conflict(self, reason: str) -> SessionConflict:
         """The error of a lost race, which is counted."""
-        self.keeper.events.emit(SessionConflicted, self.handle or "", reason)
+        self.repository.events.emit(SessionConflicted, self.handle or "", reason)
         return SessionConflict()
 
     # -- blocks
@@ -675,7 +675,7 @@ class Lifecycle:
             if self.seen.record is None and block.pending is not None:
                 for key, change in block.pending.items():
                     if change.mine is not None and key not in self.values:
-                        self.values.give(key, change.mine, self.keeper.now)
+                        self.values.give(key, change.mine, self.repository.now)
             self.leave_block(block)
 
     # -- debugging
@@ -683,11 +683,11 @@ class Lifecycle:
     def start_trace(self, trace: Trace) -> None:
         """Write down in ``trace`` what this request does from now on."""
         self.trace = trace
-        self.keeper = TracedKeeper(self.keeper, trace)
+        self.repository = TracedRepository(self.repository, trace)
 
     def heed_debug_switch(self, operation: str, began: float, until: int) -> None:
         """This operation of the store met a session that is to be debugged until then."""
-        if until <= self.keeper.now():
+        if until <= self.repository.now():
             return
         if self.trace is None:
             self.start_trace(Trace(by_order=True))

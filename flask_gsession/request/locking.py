@@ -64,9 +64,9 @@ class Lock(Generic[S]):
         function: str | None = None,
     ) -> None:
         check_times(timeout, wait)
-        keeper = life.keeper
-        settings = keeper.settings
-        if keeper.leases is None:
+        repository = life.repository
+        settings = repository.settings
+        if repository.leases is None:
             raise SettingError(
                 "The store of this Session cannot keep session locks: it lacks what "
                 "flask_gsession.stores.Leases asks for"
@@ -74,7 +74,7 @@ class Lock(Generic[S]):
         self._session = session
         self._life = life
         self._block: Block | None = None
-        self._store: Leases = keeper.leases
+        self._store: Leases = repository.leases
         self._timeout = lock_timeout(settings.lock_timeout if timeout is None else timeout)
         self._wait = lock_wait(settings.lock_wait if wait is None else wait)
         self._function = function
@@ -245,8 +245,8 @@ class Lock(Generic[S]):
             stop_waiting(address, self._owner)
 
     def _wait_in_line(self, key: str, until: float, address: str) -> bool:
-        most = self._life.keeper.settings.lock_client_waiters
-        waiters = self._life.keeper.settings.lock_waiters if self._wait else 0
+        most = self._life.repository.settings.lock_client_waiters
+        waiters = self._life.repository.settings.lock_waiters if self._wait else 0
         self._key = key
         while True:
             asked = time.monotonic()
@@ -383,7 +383,7 @@ class Lock(Generic[S]):
         )
 
     def _emit(self, event: type, *details: object) -> None:
-        self._life.keeper.events.emit(event, self._key or self._life.handle, *details)
+        self._life.repository.events.emit(event, self._key or self._life.handle, *details)
 
 
 def _release(store: Leases, key: str, owner: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..repository.repository import BLOB_GRACE, Keeper
+from ..repository.repository import BLOB_GRACE, Repository
 from ..values.payload import Body
 from ..values.references import Reference, names_in
 
@@ -12,10 +12,10 @@ from ..values.references import Reference, names_in
 class Placed:
     """The large values of one request: put in places of their own, released when not needed."""
 
-    __slots__ = ("_keeper", "_until", "references")
+    __slots__ = ("_repository", "_until", "references")
 
-    def __init__(self, keeper: Keeper) -> None:
-        self._keeper = keeper
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
         #: by kind and digest; no record is known to refer to them
         self.references: dict[tuple[int, bytes], Reference] = {}
         self._until = 0  # the first of them expires, in milliseconds
@@ -34,24 +34,24 @@ class Placed:
         ``absolute`` is where the session ends, None for a new one; ``before`` are the values as
         they are stored.
         """
-        keeper = self._keeper
+        repository = self._repository
         values = body.values
-        if not self.references and not keeper.any_large(values, values):
+        if not self.references and not repository.any_large(values, values):
             return values
         first: int | None = self._until if self.references else None
 
         def expires_at() -> int:
             nonlocal first
-            end = keeper.blobs_end(body, absolute)
+            end = repository.blobs_end(body, absolute)
             first = end if first is None else first
             return end
 
-        found = keeper.put_away(body, expires_at, self.references, before)
+        found = repository.put_away(body, expires_at, self.references, before)
         if self.references:
             end = expires_at()
             assert first is not None
             if first < end - BLOB_GRACE // 2:  # written long before
-                keeper.renew_blobs(self.references.values(), end)
+                repository.renew_blobs(self.references.values(), end)
                 first = end
             self._until = first
         return found
@@ -66,7 +66,7 @@ class Placed:
         """
         needed = names_in((after or {}).values())
         known = names_in((before or {}).values())
-        self._keeper.discard(known - needed, 0 if after is None else BLOB_GRACE)
+        self._repository.discard(known - needed, 0 if after is None else BLOB_GRACE)
         if self.references:
             self.stored(before or {})
             self.stored(after or {})
@@ -81,5 +81,5 @@ class Placed:
     def drop(self, *, unsure: bool) -> None:
         """Release what no record refers to; nothing if that is ``unsure``."""
         if self.references and not unsure:
-            self._keeper.discard([reference.name for reference in self.references.values()], 0)
+            self._repository.discard([reference.name for reference in self.references.values()], 0)
         self.references = {}

@@ -15,7 +15,7 @@ from flask import Flask, Request
 from flask.sessions import SessionMixin
 
 from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
-from ..repository.repository import Keeper
+from ..repository.repository import Repository
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
 from ..values.marks import PLAIN, Mark, marked, split
@@ -47,13 +47,13 @@ class SessionData(SessionMixin):
 
     def __init__(
         self,
-        keeper: Keeper,
+        repository: Repository,
         present: Callable[[Flask, Request], Presented],
         app: Flask,
         request: Request,
         context: weakref.ref[Any] | None = None,
     ) -> None:
-        self._start = (keeper, present, app, request, context)
+        self._start = (repository, present, app, request, context)
         self._phase = Phase.VIEW  # where the request is while nobody has looked at the session
         self._made: Lifecycle | None = None
         self._further: list[SessionData] = []
@@ -100,17 +100,17 @@ class SessionData(SessionMixin):
         self._check_key(key)
         life = self._life
         values = self._open_for_writing(_named(key))
-        if life.keeper.check is not None:
-            self._put(key, value, life.keeper.check(key, value))
+        if life.repository.check is not None:
+            self._put(key, value, life.repository.check(key, value))
             return
-        if life.keeper.settings.debug:
+        if life.repository.settings.debug:
             values.encode(key, value)
         values[key] = value
 
     def _set(self, key: str, value: Any, mark: Mark) -> None:
         """Check and set a value, with a mark."""
         self._check_key(key)
-        check = self._life.keeper.check
+        check = self._life.repository.check
         if check is not None:
             mark = mark._replace(version=check(key, value).version)
         self._put(key, value, mark)
@@ -119,14 +119,14 @@ class SessionData(SessionMixin):
         """Set a value that was checked, as its key was, with a mark."""
         values = self._open_for_writing(_named(key))
         life = self._life
-        keeper = life.keeper
-        if keeper.settings.debug:
+        repository = life.repository
+        if repository.settings.debug:
             values.encode(key, value)
         if mark == PLAIN:
             values[key] = value
         else:
-            values.set(key, value, mark, keeper.now)
-        if keeper.check is not None:
+            values.set(key, value, mark, repository.now)
+        if repository.check is not None:
             life.vetted[key] = values.encode(key, value)
 
     def _raw(self, key: str) -> bytes | None:
@@ -233,12 +233,12 @@ class SessionData(SessionMixin):
 
     def set_many(self, values: Mapping[str, Any]) -> None:
         """Set several keys, all or none: raises ``ValueRefused`` before anything is set."""
-        keeper = self._life.keeper
+        repository = self._life.repository
         for key, value in values.items():
             self._check_key(key)
             self._open().encode(key, value)
-            if keeper.check is not None:
-                keeper.check(key, value)
+            if repository.check is not None:
+                repository.check(key, value)
         self.update(values)
 
     def set(self, key: str, value: Any, ttl: float | timedelta | None = None) -> None:
@@ -255,7 +255,7 @@ class SessionData(SessionMixin):
         if ttl is None:
             self[key] = value
         else:
-            self._set(key, value, Mark(self._life.keeper.now() + ttl_in_milliseconds(ttl)))
+            self._set(key, value, Mark(self._life.repository.now() + ttl_in_milliseconds(ttl)))
 
     def attach(self, key: str, file: Any, ttl: float | timedelta | None = None) -> int:
         """Set a key to the bytes of a binary file, from where it stands; how many those are.
@@ -271,7 +271,9 @@ class SessionData(SessionMixin):
         for each 256 KB, and at most one more with the save.
         """
         self._check_key(key)
-        mark = PLAIN if ttl is None else Mark(self._life.keeper.now() + ttl_in_milliseconds(ttl))
+        mark = (
+            PLAIN if ttl is None else Mark(self._life.repository.now() + ttl_in_milliseconds(ttl))
+        )
         self.accessed = True
         written = self._large.attach(key, file, mark)
         if isinstance(written, int):
@@ -311,7 +313,7 @@ class SessionData(SessionMixin):
         except UnreadableRecord as error:
             self._life.refuse(error.reason, error.detail)
             raise KeyError(key) from None
-        return (end - self._life.keeper.now()) / 1000 if end else None
+        return (end - self._life.repository.now()) / 1000 if end else None
 
     def remove(self, *keys: str) -> int:
         """Remove the keys that are there; how many were."""
@@ -410,7 +412,7 @@ class SessionData(SessionMixin):
         Source: OWASP ASVS 7.2.4.
         """
         if grace is None:
-            grace = self._life.keeper.settings.rotation_grace
+            grace = self._life.repository.settings.rotation_grace
         if isinstance(grace, timedelta):
             grace = grace.total_seconds()
         if isinstance(grace, bool) or not isinstance(grace, (int, float)):
@@ -445,7 +447,7 @@ class SessionData(SessionMixin):
         Raises ``ValueError`` for anything but 1 second to ``SESSION_ABSOLUTE_TIMEOUT``.
         """
         life = self._life
-        longest = life.keeper.settings.absolute_timeout
+        longest = life.repository.settings.absolute_timeout
         if isinstance(seconds, timedelta):
             seconds = seconds.total_seconds()
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
@@ -502,7 +504,7 @@ class SessionData(SessionMixin):
         life.check_may_not_repeat("update_atomic")
         values = self._open()
         life.check_store()
-        codec, check = life.keeper.codec, life.keeper.check
+        codec, check = life.repository.codec, life.repository.check
         value: Any = None
 
         def replace(raw: bytes | None) -> bytes:
@@ -559,7 +561,7 @@ class SessionData(SessionMixin):
             raise SessionEnded
         if life.seen.record is None:
             return self._take_unstored(key, default)
-        codec = life.keeper.codec
+        codec = life.repository.codec
         value: Any = default
 
         def replace(raw: bytes | None) -> None:
@@ -583,8 +585,8 @@ class SessionData(SessionMixin):
     # -- for the rest of the package
 
     @property
-    def _keeper(self) -> Keeper:
-        return self._life.keeper
+    def _repository(self) -> Repository:
+        return self._life.repository
 
     def _decoded(self, key: str, raw: bytes) -> tuple[Mark, Any]:
         return self._large.decoded(key, raw)
@@ -609,8 +611,8 @@ def life_of(session: SessionData) -> Lifecycle:
     return session._life
 
 
-def opened_with(session: SessionData) -> Keeper:
-    """The keeper of the interface that opened the session."""
+def opened_with(session: SessionData) -> Repository:
+    """The repository of the interface that opened the session."""
     return session._start[0]
 
 

@@ -232,7 +232,7 @@ def store(
                     ) from None
                 continue
             except UnreadableRecord as error:
-                life.keeper.refused(error.reason, life.handle, error.detail)
+                life.repository.refused(error.reason, life.handle, error.detail)
                 life.end(what)
                 return False
             except LogoutUnconfirmed:
@@ -253,7 +253,7 @@ def store(
     for happened in told:
         if happened.event is SessionSaved:
             happened.details += (lost,)
-        life.keeper.events.emit(happened.event, *happened.details)
+        life.repository.events.emit(happened.event, *happened.details)
     if unconfirmed is not None:
         logger.error(UNCONFIRMED, unconfirmed)
         raise unconfirmed
@@ -262,17 +262,17 @@ def store(
 
 def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> Edit | None:
     """The changes of the request, on what is stored. The caller holds the turn."""
-    values, keeper = life.values, life.keeper
+    values, repository = life.values, life.repository
     if not changes and not life.has_wishes(rotating=rotating):
         return None
     try:
         now = values.now() if values.now is not None else None
-        merged = keeper.merger.apply(values.stored, changes, now, life.policies)
+        merged = repository.merger.apply(values.stored, changes, now, life.policies)
     except SessionConflict:
         life.conflict("refused")
         raise
     except UnreadableRecord as error:
-        keeper.events.emit(WriteDropped, life.handle, error.reason)
+        repository.events.emit(WriteDropped, life.handle, error.reason)
         life.refuse(error.reason, error.detail)
         return None
     return Edit(
@@ -296,13 +296,13 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
 
 def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | None]:
     """Send one write, and take over what is stored then. The caller holds the turn."""
-    keeper, wishes, old = life.keeper, step.wishes, step.seen.record
+    repository, wishes, old = life.repository, step.wishes, step.seen.record
     merged = step.values
     if old is not None and step.settle is None and not worth_keeping(merged):
         return _end(life, old)
     stored = merged
     others = sys.maxsize if old is None else len(old.payload)
-    if life.has_placed or keeper.any_large(merged, step.changes, others):
+    if life.has_placed or repository.any_large(merged, step.changes, others):
         body = Body(merged, life.lifetime, spilled=True)
         stored = life.placed.put_away(
             body, old.absolute_expires_at if old else None, life.values.stored
@@ -310,16 +310,16 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
     body = life.body(stored)
     before = life.values.stored
     toggled = PERMANENT in step.changes and (
-        keeper.is_permanent(merged) != keeper.is_permanent(before)
+        repository.is_permanent(merged) != repository.is_permanent(before)
     )
     restart = toggled or wishes.lifetime is not None
     token: str | None = None
     if old is None:
-        token, record = keeper.draft_new(body)
+        token, record = repository.draft_new(body)
     elif wishes.rotation is not None:
-        token, record = keeper.draft_rotated(old, body)
+        token, record = repository.draft_rotated(old, body)
     else:
-        record = keeper.draft_next(old, body, restart_idle=restart)
+        record = repository.draft_next(old, body, restart_idle=restart)
     changes = _as_stored(step.changes, merged, stored)
     pending = step.settle is None
     attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
@@ -327,13 +327,13 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
     unconfirmed = None
     try:
         if old is None:
-            keeper.create(record)
+            repository.create(record)
         elif wishes.rotation is not None:
-            unconfirmed = keeper.rotate(
+            unconfirmed = repository.rotate(
                 old, record, body, wishes.rotation, life.lease, shorten=restart
             )
         else:
-            keeper.save(old, record, body, life.lease, shorten=restart)
+            repository.save(old, record, body, life.lease, shorten=restart)
     except (GSessionError, HTTPException) as error:
         # Of anything else, a signal's exception included, the outcome is unknown.
         if not isinstance(error, StoreUnavailable):
@@ -351,7 +351,7 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
         current: str | None = token
     else:
         current = step.seen.token
-        if current is not None and (toggled or (moved and keeper.is_permanent(stored))):
+        if current is not None and (toggled or (moved and repository.is_permanent(stored))):
             life.cookie = "set"
     life.seen = Seen(current, record, body, presented=step.seen.presented)
     if pending and life.wishes is not NO_WISHES:
@@ -390,7 +390,7 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Told], LogoutUnconfirmed | 
     """The request emptied the session: end it in the very version it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
     try:
-        life.keeper.end(old, life.lease)
+        life.repository.end(old, life.lease)
     except LogoutUnconfirmed as error:
         unconfirmed = error
     before = life.values.stored if life.has_large else None
@@ -403,13 +403,13 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Told], LogoutUnconfirmed | 
 
 def _renew_if_due(life: Lifecycle) -> None:
     """Move the idle expiry if it is time to."""
-    keeper, seen, values = life.keeper, life.seen, life.values
+    repository, seen, values = life.repository, life.seen, life.values
     assert seen.record is not None
-    idle_end = keeper.due(seen.record, values.stored, life.lifetime)
+    idle_end = repository.due(seen.record, values.stored, life.lifetime)
     if idle_end is None:
         return
     try:
-        renewed = keeper.renew(seen.record, life.body(values.stored), idle_end)
+        renewed = repository.renew(seen.record, life.body(values.stored), idle_end)
     except (StoreUnavailable, UnreadableRecord) as error:
         # What was read is right, and nothing was to be written: the next request renews.
         logger.warning("A session could not be renewed: %s", error)
@@ -417,9 +417,9 @@ def _renew_if_due(life: Lifecycle) -> None:
     if renewed:
         record = seen.record._replace(idle_expires_at=idle_end)
         life.seen = Seen(seen.token, record, seen.body, presented=seen.presented)
-        if seen.token is not None and keeper.is_permanent(values.stored):
+        if seen.token is not None and repository.is_permanent(values.stored):
             life.cookie = "set"
-        keeper.events.emit(SessionRenewed, record.key)
+        repository.events.emit(SessionRenewed, record.key)
 
 
 def _as_stored(

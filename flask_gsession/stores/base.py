@@ -24,7 +24,7 @@ MAX_POINTERS = 1000
 KEY_LENGTH = 43  # of a session key
 #: The key of the record that says which process cleans up until when, and then that it was done.
 #: It is no session's key: its last character is one that no digest ends with.
-TICKET = "flask-gsession-clean-up".ljust(KEY_LENGTH, "-")
+CLEANUP_KEY = "flask-gsession-clean-up".ljust(KEY_LENGTH, "-")
 _NO_KEY_CHARACTERS = dict.fromkeys(map(ord, f"{ascii_letters}{digits}-_"))
 
 
@@ -201,4 +201,6 @@ def milliseconds(clock: Clock) -> int:
 
 def is_session_key(text: str) -> bool:
     """Whether ``text`` can be a session's key: 43 characters of ``A-Z a-z 0-9 - _``."""
-    return len(text) == KEY_LENGTH and not text.translate(_NO_KEY_CHARACTERS) and text != TICKET
+    return (
+        len(text) == KEY_LENGTH and not text.translate(_NO_KEY_CHARACTERS) and text != CLEANUP_KEY
+    )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
 from ..processes import process
-from .base import TICKET, Deleted, Record, Store, milliseconds
+from .base import CLEANUP_KEY, Deleted, Record, Store, milliseconds
 from .lease import Lease
 from .parts import Page, Tidied, itself
 from .support import StoreOptions
@@ -122,7 +122,7 @@ class MemoryStore(Store):
         now = milliseconds(self._clock)
         with self._lock:
             live = sum(record.is_live(now) for record in self._records.values())
-            return live - (TICKET in self._records and self._records[TICKET].is_live(now))
+            return live - (CLEANUP_KEY in self._records and self._records[CLEANUP_KEY].is_live(now))
 
     def sweep(self, limit: int) -> int:
         """Remove expired records, oldest first, looking at no more than ``limit`` of them.

@@ -311,7 +311,7 @@ class SessionKey(Generic[T]):
             raise SettingError(
                 "A SessionKey needs a Session(app) on the application and a SECRET_KEY"
             )
-        if session._keeper.typed_keys.setdefault(self.name, self) is not self:
+        if session._repository.typed_keys.setdefault(self.name, self) is not self:
             raise SettingError(f"Two SessionKeys are named {self.name!r}: declare each once")
         return session
 
@@ -329,14 +329,14 @@ class SessionKey(Generic[T]):
 
     def _put(self, session: SessionData, accepted: tuple[Any, Any]) -> T:
         value, stored = accepted
-        keeper = session._keeper
-        check = keeper.check
+        repository = session._repository
+        check = repository.check
         if check is not None and not check.is_by(self):
             check(self.name, stored)
         if type(stored) is not dict or not IMMUTABLE.issuperset(map(type, stored.values())):
             session._open().encode(self.name, stored)  # raises for what is nested too deep
-        session._put(self.name, stored, self.mark(keeper.now))
-        policy = keeper.merger.policies.get(self.name)
+        session._put(self.name, stored, self.mark(repository.now))
+        policy = repository.merger.policies.get(self.name)
         if self._merge is not None or policy is not None:
             merge = self.merge_function(policy)
             assert merge is not None  # since there is one
@@ -400,7 +400,7 @@ class SessionKey(Generic[T]):
         logger.warning(
             "Session %s: what is stored under %a is not used: %s", handle, self.name[:60], reason
         )
-        session._keeper.events.emit(StoredValueInvalid, self.name, reason, handle)
+        session._repository.events.emit(StoredValueInvalid, self.name, reason, handle)
         if self._invalid == "raise":
             raise InvalidStoredValue(self.name, reason, messages)
         return _NONE

@@ -133,19 +133,19 @@ def facts_of(
     ``saved``: whether the request is over. Before that, nobody knows what becomes of its changes.
     """
     life = life_of(session)
-    trace, keeper, record = life.trace, life.keeper, life.seen.record
+    trace, repository, record = life.trace, life.repository, life.seen.record
     assert trace is not None
     facts: Facts = {
         "request": _name_of_request(),
         "status": response.status_code if response is not None else None,
         "error": type(error).__name__ if error is not None else None,
-        "cookie_name": keeper.live.cookie_name(),
+        "cookie_name": repository.live.cookie_name(),
         "state": _state(life, trace) if session.accessed else "not looked at",
     }
     if not session.accessed:
         return facts
     if record is not None:
-        now = keeper.now()
+        now = repository.now()
         facts["handle"] = record.key
         facts["bytes"] = len(record.payload)
         facts["idle_left"] = (record.idle_expires_at - now) / 1000
@@ -261,13 +261,13 @@ def _about(
         if raw is not None and values.now is not None:
             end = split(raw)[0].expires_at
             if end:
-                about["expires_in"] = (end - life.keeper.now()) / 1000
-        shown = with_value and key in life.keeper.settings.debug_show
+                about["expires_in"] = (end - life.repository.now()) / 1000
+        shown = with_value and key in life.repository.settings.debug_show
         if raw is not None and shown and not large:
             value = shown_value(
                 key,
-                life.keeper.codec.decode(split(raw)[1]),
-                life.keeper.settings.debug_show,
+                life.repository.codec.decode(split(raw)[1]),
+                life.repository.settings.debug_show,
             )
             if value != HIDDEN:
                 about["value"] = value

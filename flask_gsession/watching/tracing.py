@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..events import Event, Events
-from ..repository.repository import Keeper
+from ..repository.repository import Repository
 from ..request.tracking import TrackedValues
 from ..stores.wrappers import Call, compose
 from ..values.codec import Codec
@@ -70,16 +70,16 @@ class Trace:
             self.deleted.pop(key, None)
 
 
-class TracedKeeper(Keeper):
-    """A keeper for one session: the application's, whose store and events are watched."""
+class TracedRepository(Repository):
+    """A repository for one session: the application's, whose store and events are watched."""
 
-    def __init__(self, keeper: Keeper, trace: Trace) -> None:
-        vars(self).update(vars(keeper))
-        self.use_store(compose(keeper.store, trace=trace.calls))
-        if self.spill is not keeper.spill:
-            self.codec = Codec(keeper.settings.max_depth)
+    def __init__(self, repository: Repository, trace: Trace) -> None:
+        vars(self).update(vars(repository))
+        self.use_store(compose(repository.store, trace=trace.calls))
+        if self.spill is not repository.spill:
+            self.codec = Codec(repository.settings.max_depth)
             self.codec.resolve = self._resolve
-        self.events = TracedEvents(keeper.events, trace)
+        self.events = TracedEvents(repository.events, trace)
         self._trace = trace
 
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:

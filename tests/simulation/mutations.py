@@ -11,7 +11,7 @@ from unittest import mock
 from msgspec import structs
 
 from flask_gsession.errors import Gone
-from flask_gsession.repository.repository import Keeper
+from flask_gsession.repository.repository import Repository
 from flask_gsession.request import session, writing
 from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.request.session import SessionData
@@ -41,12 +41,12 @@ class Mutation:
 
 _check = payload._check
 _save = MemoryStore.save
-_keeper_save = Keeper.save
+_repository_save = Repository.save
 _apply = Merger.apply
 _catch_up = Lifecycle.catch_up
 _commit = writing.commit
 _settle_attempts = Lifecycle._settle_attempts
-_draft_rotated = Keeper.draft_rotated
+_draft_rotated = Repository.draft_rotated
 _rewrite = writing.rewrite
 
 
@@ -91,10 +91,10 @@ REQUIRED = (
 
 
 def _create_where_gone(
-    self: Keeper, old: Record, record: Record, body: Body, *more: Any, **how: Any
+    self: Repository, old: Record, record: Record, body: Body, *more: Any, **how: Any
 ) -> None:
     try:
-        _keeper_save(self, old, record, body, *more, **how)
+        _repository_save(self, old, record, body, *more, **how)
     except Gone:
         self.create(self.draft_new(body)[1])
 
@@ -126,7 +126,7 @@ def _delete_the_pointer_only(
     return Deleted(record is not None, record)
 
 
-def _lasting_pointer(self: Keeper, old: Record, record: Record, grace: float) -> Record:
+def _lasting_pointer(self: Repository, old: Record, record: Record, grace: float) -> Record:
     return old._replace(
         version=record.version,
         payload=self._payloads.pack_pointer(
@@ -179,7 +179,7 @@ def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = N
     self.stored = stored
 
 
-def _idle_end_alone(self: Keeper, body: Body, absolute: int) -> int:
+def _idle_end_alone(self: Repository, body: Body, absolute: int) -> int:
     return int(self._clock() * 1000) + self._idle_span(body.values, body.lifetime)[0]
 
 
@@ -215,7 +215,7 @@ def _apply_whatever_expired(self: Merger, stored: Any, changes: Any, *more: Any)
     return _apply(self, stored, changes, None, *more[1:])
 
 
-def _rotate_without_marks(self: Keeper, old: Record, body: Body) -> Any:
+def _rotate_without_marks(self: Repository, old: Record, body: Body) -> Any:
     values = {key: split(raw)[1] for key, raw in body.values.items()}
     return _draft_rotated(self, old, structs.replace(body, values=values))
 
@@ -224,12 +224,12 @@ FURTHER = (
     Mutation("taken with the response", SessionData, "take", _take_with_the_response),
     Mutation("taken twice in a race", session, "rewrite", _take_what_was_seen_first),
     Mutation("a merge revives the expired", Merger, "apply", _apply_whatever_expired),
-    Mutation("a ttl lost at a rotation", Keeper, "draft_rotated", _rotate_without_marks),
+    Mutation("a ttl lost at a rotation", Repository, "draft_rotated", _rotate_without_marks),
     Mutation("read after it expired", TrackedValues, "_has_expired", lambda *args: False),
-    Mutation("a new session where one is gone", Keeper, "save", _create_where_gone),
+    Mutation("a new session where one is gone", Repository, "save", _create_where_gone),
     Mutation("two successors", MemoryStore, "replace", _replace_again),
     Mutation("logout of the pointer only", MemoryStore, "delete", _delete_the_pointer_only),
-    Mutation("pointers that last", Keeper, "_pointer", _lasting_pointer),
+    Mutation("pointers that last", Repository, "_pointer", _lasting_pointer),
     Mutation("login left to another rotation", Lifecycle, "catch_up", _leave_rotations_to_others),
     Mutation("doubtful write repeated", writing, "commit", _commit_in_doubt),
     Mutation("attempts forgotten", writing, "commit", _commit_without_attempts),
@@ -242,8 +242,8 @@ FURTHER = (
     Mutation("looked-at values forgotten", TrackedValues, "follow", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
     Mutation("an idle expiry put back", Record, "kept_as_long_as", lambda record, other: record),
-    Mutation("never renewed", Keeper, "due", lambda *args: None),
-    Mutation("no absolute expiry", Keeper, "_idle_end", _idle_end_alone),
+    Mutation("never renewed", Repository, "due", lambda *args: None),
+    Mutation("no absolute expiry", Repository, "_idle_end", _idle_end_alone),
     Mutation("dropped silently", Lifecycle, "end", _drop_silently),
     Mutation("logout of the cookie", Lifecycle, "destroy", _destroy_the_cookie_only),
 )

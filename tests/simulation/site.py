@@ -226,7 +226,7 @@ class Site:
         interface = self.app.session_interface
         assert isinstance(interface, GSessionInterface)
         self.interface = interface
-        self.keeper = interface.keeper
+        self.repository = interface.repository
         self.default_policy = settings.get("conflict", "last")
         self._environ = dict(self.app.test_request_context("/").request.environ)
 
@@ -245,13 +245,13 @@ class Site:
 
     def decode(self, record: Record) -> Values:
         """The values in a record."""
-        body = self.keeper._payloads.unpack(
+        body = self.repository._payloads.unpack(
             record.key, record.payload, record.created_at, record.absolute_expires_at
         )
         values = {}
         for key, raw in body.values.items():
             mark, plain = split(raw)
-            values[key] = value = self.keeper.codec.decode(plain)
+            values[key] = value = self.repository.codec.decode(plain)
             if mark.expires_at:
                 values[key] = Fleeting(value, mark.expires_at)
         return values

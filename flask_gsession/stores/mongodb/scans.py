@@ -6,7 +6,7 @@ from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
 
 from ...errors import UnreadableRecord
-from ..base import TICKET, is_session_key
+from ..base import CLEANUP_KEY, is_session_key
 from ..parts import COUNT_ALL, Counts, Page, Scans, Tidied, Upkeep
 from .driver import Document, Driver, call
 from .layout import Layout
@@ -130,7 +130,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
             "_id": {
                 "$gt": self.layout.prefix,
                 "$lt": self.layout.prefix + "\x7f",
-                "$ne": self.layout.prefix + TICKET,
+                "$ne": self.layout.prefix + CLEANUP_KEY,
             },
             "successor": None,
             "idle_expires_at": {"$gt": now},

@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ...errors import StoreUnavailable, UnreadableRecord
-from ..base import KEY_LENGTH, TICKET, Record
+from ..base import CLEANUP_KEY, KEY_LENGTH, Record
 from ..interrupts import reraise_interruption
 from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
 from .commands import Script, as_it_is
@@ -93,7 +93,7 @@ class RedisScans(Scans, Upkeep, Counts):
             return self._commands.call(deadline, as_it_is, name, packed(*words))
 
         start = self._start + b"{"
-        ticket = start + f"{TICKET}}}".encode()
+        ticket = start + f"{CLEANUP_KEY}}}".encode()
         cursor = b"0"
         seen = ours = 0
         for _ in range(_SCANS):

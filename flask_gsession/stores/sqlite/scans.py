@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from ...errors import UnreadableRecord
-from ..base import TICKET, Record
+from ..base import CLEANUP_KEY, Record
 from ..parts import COUNT_ALL, MORE, Counts, Page, Scans, Tidied, Upkeep
 from .file import SQLiteFile, on_connection
 from .layout import BETWEEN, COLUMNS, LIVE, ORPHANED, Layout, checked
@@ -86,7 +86,7 @@ class SQLiteScans(Scans, Upkeep, Counts):
             (live,) = db.execute(
                 f"SELECT count(*) FROM gsession WHERE {LIVE} "
                 "AND +key > ? AND +key < ? AND +key <> ?",
-                (now, *ours, self.layout.prefix + TICKET),
+                (now, *ours, self.layout.prefix + CLEANUP_KEY),
             ).fetchone()
             return int(live)
         # Of each index alone, without a look at the rows: those under other prefixes are
