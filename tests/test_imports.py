@@ -38,6 +38,7 @@ ROWS = [
     ["extension"],
     ["operate"],
     ["cli", "contrib", "pages"],
+    ["health", "cleanup", "probes"],
 ]
 CONTRACT = ["stores.base", "stores.parts", "stores.lease", "stores.support"]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
@@ -159,3 +160,14 @@ def test_importing_the_package_loads_no_extra() -> None:
     loaded = {name.partition(".")[0] for name in run.stdout.split()}
     assert "flask_gsession" in loaded
     assert loaded.isdisjoint(PLACES)
+    assert loaded.isdisjoint(PLACES)
+
+
+def test_a_clock_for_tests_does_not_load_the_store_contract() -> None:
+    code = "import sys; from flask_gsession.testing import FakeClock; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = run.stdout.split()
+    assert "flask_gsession.testing.clock" in loaded
+    assert "flask_gsession.testing.contract" not in loaded

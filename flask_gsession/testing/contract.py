@@ -1,29 +1,18 @@
-"""For tests: a clock to turn, a store that misbehaves on demand, and the store contract.
-
-Run the contract on a store of your own with pytest::
-
-    from flask_gsession.testing import StoreContract
-
-    class TestMyStore(StoreContract):
-        def open(self, clock):
-            return MyStore(clock=clock)
-"""
+"""The contract that every store is tested with."""
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .errors import Gone, KeyTaken, LeaseLost, QueueFull, Stale
-from .stores.base import (
+from ..errors import Gone, KeyTaken, LeaseLost, QueueFull, Stale
+from ..stores.base import (
     Clock,
     Deleted,
     Record,
-    Replaced,
     Store,
     is_session_key,
     is_store,
@@ -31,74 +20,10 @@ from .stores.base import (
     new_version,
     unexpired,
 )
-from .stores.lease import ASK_AGAIN, WAITER_LIFE
-from .stores.parts import Scans, Upkeep, parts_of
-from .stores.wrappers import CallWrapper
-from .tokens import new_token, session_key
-
-
-class FakeClock:
-    """A clock that stands still until it is turned: ``Session(app, clock=FakeClock())``."""
-
-    def __init__(self, start: float | None = None) -> None:
-        self.now = time.time() if start is None else start
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        """Turn the clock forward."""
-        self.now += seconds
-
-
-class HookedStore(CallWrapper):
-    """Passes every call on to ``store``, and runs what was hooked before or after it.
-
-    ``calls`` lists the operations in order. A hook is called without arguments and once; one that
-    raises makes the call fail, after its effect if it was hooked after the call. A ``Deleted`` or
-    ``Replaced`` that a hook returns after a call replaces the answer.
-    """
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(store, self._around)
-        self.calls: list[str] = []
-        self._hooks: dict[tuple[str, str], list[Callable[[], object]]] = {}
-
-    def before(self, operation: str, hook: Callable[[], object]) -> None:
-        """Run ``hook`` once, before the next call of ``operation``."""
-        self._hooks.setdefault(("before", operation), []).append(hook)
-
-    def after(self, operation: str, hook: Callable[[], object]) -> None:
-        """Run ``hook`` once, after the next call of ``operation``."""
-        self._hooks.setdefault(("after", operation), []).append(hook)
-
-    def _around(self, operation: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        self.calls.append(operation)
-        self._run("before", operation)
-        answer = method(*arguments)
-        other = self._run("after", operation)
-        return other if isinstance(other, Deleted | Replaced) else answer
-
-    def _run(self, when: str, operation: str) -> object:
-        try:
-            hook = self._hooks[when, operation].pop(0)
-        except (KeyError, IndexError):  # none, or another thread was faster
-            return None
-        return hook()
-
-
-def a_record(clock: Clock, *, idle: float = 60, absolute: float = 3600, **fields: Any) -> Record:
-    """A live record under a random key, that idles out in ``idle`` seconds."""
-    now = milliseconds(clock)
-    values: dict[str, Any] = {
-        "key": session_key(new_token()),
-        "version": new_version(),
-        "created_at": now,
-        "idle_expires_at": now + int(idle * 1000),
-        "absolute_expires_at": now + int(absolute * 1000),
-        "payload": bytes(range(256)),
-    }
-    return Record(**{**values, **fields})
+from ..stores.lease import ASK_AGAIN, WAITER_LIFE
+from ..stores.parts import Scans, Upkeep, parts_of
+from .clock import FakeClock
+from .records import a_blob, a_pointer, a_record
 
 
 def _changed(record: Record, payload: bytes = b"changed") -> Record:
@@ -107,21 +32,6 @@ def _changed(record: Record, payload: bytes = b"changed") -> Record:
 
 def _unexpired(store: Store, clock: Clock, record: Record) -> Record | None:
     return unexpired(store, record.key, milliseconds(clock))
-
-
-def a_pointer(old: Record, new: Record, grace: float = 10) -> Record:
-    """What a rotation from ``old`` to ``new`` leaves for ``grace`` seconds."""
-    return old._replace(
-        version=new.version,
-        idle_expires_at=new.created_at + int(grace * 1000),
-        payload=b"to " + new.payload,
-        successor=new.key,
-    )
-
-
-def a_blob() -> str:
-    """A random name of a blob."""
-    return secrets.token_hex(16)
 
 
 @contextmanager
