@@ -48,11 +48,11 @@ class Lock(Generic[S]):
     """The lock of a session, from ``session.lock()``: for ``with`` and ``async with``.
 
     The block starts on what is stored. Its changes are stored at its end, in a step that checks
-    that the lock is still held, and then the lock is given back. A block that raises stores
-    nothing. Only those who lock wait for each other.
+    that the lock is still held. Then the lock is released. A block that raises stores nothing. Only
+    requests that lock wait for each other.
 
-    Changes that the request made before are stored first. Four round trips, one more where there
-    was something to store first.
+    Earlier changes of the request are stored first. Four round trips, one more if there was
+    something to store first.
     """
 
     def __init__(

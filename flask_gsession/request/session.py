@@ -37,12 +37,12 @@ _RAISE: Any = object()
 class SessionData(SessionMixin):
     """A session: a dict of str to values, loaded when first looked at, saved with the response.
 
-    Reading costs one round trip to the store for the first access and none after; a request that
-    changed something costs one more at its end. Values are decoded one by one. Changes inside
-    lists, dicts and sets are noticed. Methods that talk to the store at once say so; all of them
-    may raise ``StoreUnavailable`` (HTTP 503).
+    The first look costs one round trip to the store, and later looks cost none. If the request
+    changed something, the save costs one more. Changes inside lists, dicts and sets are noticed.
+    Methods that talk to the store at once say so; all of them may raise ``StoreUnavailable`` (HTTP
+    503).
 
-    What can be kept in it: :doc:`/how-to/values`.
+    Which values you can keep: :doc:`/how-to/values`.
     """
 
     def __init__(
@@ -176,11 +176,11 @@ class SessionData(SessionMixin):
         return key in self._open()
 
     def items(self) -> ItemsView[str, Any]:
-        """The keys and values; large values are read, and one that is lost is left out."""
+        """The keys and values. Reads large values, and leaves out lost ones."""
         return _Items(self)
 
     def values(self) -> ValuesView[Any]:
-        """The values; large ones are read, and one that is lost is left out."""
+        """The values. Reads large values, and leaves out lost ones."""
         return _Values(self)
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,11 +217,11 @@ class SessionData(SessionMixin):
         return copy.deepcopy(self.copy(), memo)
 
     def clear(self) -> None:
-        """Remove every key that is there.
+        """Remove every key.
 
-        If nothing is set afterwards, the session ends with the response: it leaves the store, its
-        cookie goes. Removing all keys one by one does the same. A key that a parallel request
-        stores meanwhile survives, and the session with it: to log out whatever happens, use
+        If you set nothing afterwards, the session ends with the response: it leaves the store, and
+        its cookie is deleted. Removing all keys one by one does the same. If a parallel request
+        stores a key before that, the key and the session survive. To log a user out, use
         ``destroy``.
         """
         values = self._open_for_writing("The session")
@@ -232,7 +232,7 @@ class SessionData(SessionMixin):
             life.wish(cleared=True)
 
     def set_many(self, values: Mapping[str, Any]) -> None:
-        """Set several keys, all or none: raises ``ValueRefused`` before anything is set."""
+        """Set several keys, all or none. Raises ``ValueRefused`` before it sets anything."""
         repository = self._life.repository
         for key, value in values.items():
             self._check_key(key)
@@ -242,13 +242,12 @@ class SessionData(SessionMixin):
         self.update(values)
 
     def set(self, key: str, value: Any, ttl: float | timedelta | None = None) -> None:
-        """Set a key whose value expires by itself ``ttl`` seconds from now, or with the session.
+        """Set a key whose value expires after ``ttl`` seconds, or with the session.
 
-        ``ttl``: more than 0 seconds, at most ten years, or a ``timedelta``; None, the default, sets
-        the key as ``session[key] = value`` does. One beyond the end of the session is kept, and the
-        session ends first. A value that has expired is absent to every look at it, and leaves the
-        store with the next write. Whoever sets the key again without a ``ttl`` removes the expiry;
-        a change inside the value, and ``update_atomic``, leave it as it is.
+        ``ttl``: more than 0 seconds, at most ten years, or a ``timedelta``. None, the default, sets
+        the key as ``session[key] = value`` does. From its expiry on, the value is absent, and it
+        leaves the store with the next write. If you set the key again without a ``ttl``, the expiry
+        is gone. A change inside the value, or ``update_atomic``, keeps it.
 
         Raises ``ValueError`` for any other ``ttl``. Costs no round trip beside the save.
         """
@@ -258,17 +257,18 @@ class SessionData(SessionMixin):
             self._set(key, value, Mark(self._life.repository.now() + ttl_in_milliseconds(ttl)))
 
     def attach(self, key: str, file: Any, ttl: float | timedelta | None = None) -> int:
-        """Set a key to the bytes of a binary file, from where it stands; how many those are.
+        """Set a key to the bytes of a binary file, read from its current position.
 
-        The file is read and written to the store at once, 256 KB at a time, whatever its size. The
-        session has the value from its next save on, and ``session[key]`` gives all of it as bytes.
-        What is small stays in the record, as if it were assigned. Of what is not, a schema of the
-        session is given the first piece.
+        The file is written to the store at once, 256 KB at a time, so it need not fit into memory.
+        The session has the value from its next save on, and ``session[key]`` returns all of it as
+        bytes. A small file stays in the record, as if you had assigned its bytes. If the session
+        has a schema, it checks the first piece of a large file.
 
         ``file``: anything with ``read(size)``, such as ``request.files["photo"]``. ``ttl`` as in
-        ``set``. Raises ``SessionTooLarge`` beyond ``SESSION_MAX_VALUE_BYTES``, ``SettingError``
-        where the store has no place for large values, ``TypeError`` for a text file. One round trip
-        for each 256 KB, and at most one more with the save.
+        ``set``. Returns the number of bytes. Raises ``SessionTooLarge`` beyond
+        ``SESSION_MAX_VALUE_BYTES``, ``SettingError`` if the store has no place for large values,
+        ``TypeError`` for a text file. One round trip for each 256 KB, and at most one more with the
+        save.
         """
         self._check_key(key)
         mark = (
@@ -285,10 +285,10 @@ class SessionData(SessionMixin):
         return len(written)
 
     def open(self, key: str) -> ValueReader:
-        """The bytes under ``key`` as a binary file to read, 256 KB at a time: see ``ValueReader``.
+        """The bytes under ``key`` as a binary file, read 256 KB at a time: see ``ValueReader``.
 
-        Raises ``KeyError`` where there is no such key, ``TypeError`` where its value is no bytes.
-        One round trip for each 256 KB, the first at once; none for what is in memory.
+        Raises ``KeyError`` if there is no such key, ``TypeError`` if its value isn't bytes. One
+        round trip for each 256 KB, the first at once; none for a value in memory.
         """
         if key not in self._open():
             raise KeyError(key)
@@ -301,9 +301,9 @@ class SessionData(SessionMixin):
         return reader_of(value)
 
     def ttl(self, key: str) -> float | None:
-        """The seconds until the value of ``key`` expires by itself; None where it does not.
+        """The seconds until the value of ``key`` expires by itself, or None if it doesn't.
 
-        It ends with the session, anyhow. Raises ``KeyError`` where there is no such key.
+        Every value ends with the session. Raises ``KeyError`` if there is no such key.
         """
         values = self._open()
         if key not in values:
@@ -316,7 +316,7 @@ class SessionData(SessionMixin):
         return (end - self._life.repository.now()) / 1000 if end else None
 
     def remove(self, *keys: str) -> int:
-        """Remove the keys that are there; how many were."""
+        """Remove these keys, and return how many there were."""
         values = self._open()
         present = [key for key in dict.fromkeys(keys) if key in values]
         for key in present:
@@ -324,7 +324,7 @@ class SessionData(SessionMixin):
         return len(present)
 
     def get_or_set(self, key: str, default: Any) -> Any:
-        """The value of ``key``; where there is none, ``default`` (or what it returns) is set."""
+        """The value of ``key``. If there is none, sets ``default``, or its result if callable."""
         try:
             return self[key]
         except KeyError:
@@ -335,7 +335,7 @@ class SessionData(SessionMixin):
 
     @property
     def new(self) -> bool:  # type: ignore[override]  # Flask has a class attribute
-        """Whether the store does not hold this session yet."""
+        """Whether the store doesn't hold this session yet."""
         self._open()
         return self._life.seen.record is None
 
@@ -391,7 +391,7 @@ class SessionData(SessionMixin):
 
     @property
     def size(self) -> int:
-        """The bytes of the stored values and their keys, those of large values included.
+        """The number of bytes of the stored keys and values, large values included.
 
         0 before the session is stored.
         """
@@ -402,14 +402,15 @@ class SessionData(SessionMixin):
     # -- the session's life
 
     def rotate(self, grace: float | timedelta | None = None) -> None:
-        """Give the session a new token and keep its data: call it wherever privileges change.
+        """Give the session a new token and keep its data. Call it wherever privileges change.
 
-        With the response, or at the end of a lock, the old token becomes a pointer to the new
-        session for ``grace`` seconds (default ``SESSION_ROTATION_GRACE``), so that parallel
-        requests that still carry it are served; with 0 it ends at once, as at a login it should.
+        The rotation happens with the response, or at the end of a lock. For ``grace`` seconds
+        (default ``SESSION_ROTATION_GRACE``), the old token still leads to the session, so that
+        parallel requests are served. With 0 it ends at once: use that at every login.
 
-        Raises ``ValueError`` for a grace outside 0 to 3600. Costs no round trip beside the save.
-        Source: OWASP ASVS 7.2.4.
+        With an old token, only ``grace=0`` does something: it starts a session of its own, with the
+        keys that this request assigned. Raises ``ValueError`` for a grace outside 0 to 3600. Costs
+        no round trip beside the save. Source: OWASP ASVS 7.2.4.
         """
         if grace is None:
             grace = self._life.repository.settings.rotation_grace
@@ -424,16 +425,16 @@ class SessionData(SessionMixin):
         self._life.rotate_soon(grace)
 
     def destroy(self) -> None:
-        """End the session: it is gone from the store when this returns; the cookie goes with the
-        response. What is written afterwards starts a new session with a new token.
+        """End the session. When this returns, it is gone from the store.
 
-        One round trip. A parallel request that is still running cannot bring it back.
+        The response deletes the cookie. If you write afterwards, a new session starts with a new
+        token. One round trip. No parallel request can bring the session back.
         """
         self.accessed = True
         self._life.destroy()
 
     def reload(self) -> None:
-        """Discard what this request changed, and see what is stored now. One round trip."""
+        """Discard this request's changes, and load what is stored now. One round trip."""
         self.accessed = True
         life = self._life
         with life.turn:
@@ -441,9 +442,9 @@ class SessionData(SessionMixin):
             life.reload()
 
     def set_lifetime(self, seconds: float | timedelta) -> None:
-        """Let this session end ``seconds`` after its last use, instead of what the settings say.
+        """End this session ``seconds`` after its last use, whatever the settings say.
 
-        It holds from the next save on, through rotations, and never past the absolute timeout.
+        This holds from the next save on, through rotations, and never past the absolute timeout.
         Raises ``ValueError`` for anything but 1 second to ``SESSION_ABSOLUTE_TIMEOUT``.
         """
         life = self._life
@@ -461,7 +462,7 @@ class SessionData(SessionMixin):
         life.wish(lifetime=int(seconds * 1000))
 
     def transaction(self) -> Transaction[SessionData]:
-        """A piece of work that is stored whole, on the state it saw: see ``Transaction``."""
+        """A block that is stored whole, on the state it saw, or not at all: see ``Transaction``."""
         self.accessed = True
         return Transaction(self, self._life)
 
@@ -470,34 +471,33 @@ class SessionData(SessionMixin):
     ) -> Lock[SessionData]:
         """The lock of this session, for a ``with`` or ``async with`` block: see ``Lock``.
 
-        ``timeout``: seconds after which others go on if this process dies or is paused (default
-        ``SESSION_LOCK_TIMEOUT``; 0.1 to 3600); while it lives, the lock is held for as long as the
-        block runs. ``wait``: how many seconds to wait for it (default ``SESSION_LOCK_WAIT``; 0 to
-        3600).
+        ``timeout``: the seconds after which others get the lock if this process dies or is paused
+        (default ``SESSION_LOCK_TIMEOUT``; 0.1 to 3600). While the process lives, it holds the lock
+        for as long as the block runs. ``wait``: how many seconds to wait for the lock (default
+        ``SESSION_LOCK_WAIT``; 0 to 3600).
 
-        Raises ``ValueError`` for other times. Entering raises ``SessionLocked`` (503) if it could
-        not be had in time, ``SessionEnded`` if the session ended, and ``LockMisused`` inside a lock
-        or a transaction, or where the session is not stored yet. Leaving raises ``LockLost`` (409)
-        if the lock ran out, ``SessionEnded`` if the session ended, and what a save raises; then
-        nothing of the block was stored.
+        Raises ``ValueError`` for other times. Entering raises ``SessionLocked`` (503) if the lock
+        isn't free in time, ``SessionEnded`` if the session ended, and ``LockMisused`` inside a lock
+        or a transaction, or if the session isn't stored yet. Leaving raises ``LockLost`` (409) if
+        the lock ran out, ``SessionEnded`` if the session ended, and whatever a save raises; then
+        nothing of the block is stored.
         """
         self.accessed = True
         return Lock(self, self._life, timeout, wait)
 
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
-        """Replace the value of ``key`` by ``function(value)`` and store it now; the new value.
+        """Replace the value of ``key`` by ``function(value)``, store it now, and return it.
 
-        ``function`` gets a fresh copy of what is stored (of ``default`` where there is nothing) and
-        runs again when another request was faster, so it must have no side effects. An expiry that
-        the key has stays. Other changes of this request stay pending, unless this very key has one:
-        then all are stored first. An object got from the session under this key before is no part
-        of it any more. In a session that is not stored yet, the value is set and stored with the
-        response.
+        ``function`` gets a fresh copy of the stored value, or of ``default`` if there is none. It
+        runs again if another request was faster, so it must have no side effects. The key keeps its
+        expiry. This request's other changes stay pending, unless it changed this very key: then all
+        of them are stored first. An object that you got from this key before is no longer part of
+        the session. If the session isn't stored yet, the value is stored with the response.
 
-        Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
-        many lost races, ``ValueRefused`` for a result that cannot be kept, ``TransactionMisused``
-        for what ``function`` does to the session and could not undo. One round trip, two more for
-        each lost race.
+        Raises ``SessionEnded`` if the session has ended, ``SessionConflict`` after too many lost
+        races, ``ValueRefused`` for a result that can't be kept, ``TransactionMisused`` if
+        ``function`` does something to the session that could not be undone. One round trip, two
+        more for each lost race.
         """
         self._check_key(key)
         life = self._life
@@ -542,16 +542,16 @@ class SessionData(SessionMixin):
                     return value
 
     def take(self, key: str, default: Any = _RAISE) -> Any:
-        """Remove ``key`` and return its value, handed out once: of parallel requests one gets it.
+        """Remove ``key`` and return its value, once: only one of several parallel requests gets it.
 
-        It is removed from the store before this returns, whatever becomes of the request; other
-        changes of this request stay pending, unless this very key has one: then all are stored
-        first. Where there is no value, ``default`` is returned, or ``KeyError`` raised.
+        The value has left the store when this returns, whatever happens to the request. This
+        request's other changes stay pending, unless it changed this very key: then all of them are
+        stored first. If there is no value, returns ``default`` or raises ``KeyError``.
 
-        Raises ``SessionEnded`` if the session was ended meanwhile, ``SessionConflict`` after too
-        many lost races, ``StoreUnavailable`` if it is not known whether the value was removed: it
-        is not handed out then, and may be gone. One round trip, two more for each lost race; none
-        where there is no value, or the session is not stored yet.
+        Raises ``SessionEnded`` if the session has ended, ``SessionConflict`` after too many lost
+        races, ``StoreUnavailable`` if nobody knows whether the value was removed: it may be gone
+        then. One round trip, two more for each lost race; none if there is no value, or the session
+        isn't stored yet.
         """
         life = self._life
         life.check_may_not_repeat("take")

@@ -1,4 +1,4 @@
-"""Transactions: a piece of work on the session that is stored whole, on the state it saw."""
+"""Transactions: blocks that are stored whole, on the state they saw, or not at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ S = TypeVar("S")
 class Transaction(Generic[S]):
     """One transaction on a session, from ``session.transaction()``.
 
-    As a context manager it runs its block once: the block starts on what is stored, its changes
-    are stored at its end and not with the response. ``SessionConflict`` says that another request
-    stored something meanwhile: then nothing of the block was stored. A block that raises stores
+    As a context manager it runs its block once. The block starts on what is stored, and its changes
+    are stored at its end, not with the response. If another request has stored something by then,
+    ``SessionConflict`` is raised, and nothing of the block is stored. A block that raises stores
     nothing either. ``run`` and the decorator ``session_transaction`` run the work again instead.
 
-    Changes that the request made before are stored first. Two round trips, one more where there
-    was something to store first.
+    Earlier changes of the request are stored first. Two round trips, one more if there was
+    something to store first.
     """
 
     def __init__(self, session: S, life: Lifecycle) -> None:
@@ -86,11 +86,11 @@ class Transaction(Generic[S]):
             leave(block)
 
     def run(self, function: Callable[[S], R]) -> R:
-        """Call ``function(session)`` until what it did could be stored; what it returned last.
+        """Call ``function(session)`` until its changes are stored, and return its last result.
 
-        ``function`` sees a fresh state on each run, and must have no side effects outside the
-        session: it may run many times. Raises ``SessionConflict`` after too many lost races, and
-        what ``function`` raises.
+        ``function`` sees a fresh state on each run. It may run many times, so it must have no side
+        effects outside the session. Raises ``SessionConflict`` after too many lost races, and
+        whatever ``function`` raises.
         """
         for losses in range(ATTEMPTS):
             if losses:
