@@ -21,7 +21,7 @@ from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .processes import process
 from .repository.repository import Repository
-from .request.lifecycle import Lifecycle
+from .request.lifecycle import ONE_KEY, Lifecycle
 from .request.session import (
     SessionData,
     accompany,
@@ -150,11 +150,7 @@ class GSessionInterface(SessionInterface):
             session = session._get_current_object()
         if not (self.has_further and has_request_context()):
             self._save(app, session, response)
-            if isinstance(session, SessionData):
-                if session.accessed:
-                    self._tell_client(app, session, response)
-                elif can_read_session(response):
-                    self._tell_caches(response)
+            self._tell_client(app, session, response)
             return
         of_request = vars(request)
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
@@ -168,11 +164,7 @@ class GSessionInterface(SessionInterface):
             interface._save(app, opened, response)
         # Only now: a failure of one makes a new answer, and the others' cookies belong into it.
         for interface, opened in sessions:
-            if isinstance(opened, SessionData):
-                if opened.accessed:
-                    interface._tell_client(app, opened, response)
-                elif can_read_session(response):
-                    interface._tell_caches(response)
+            interface._tell_client(app, opened, response)
 
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not isinstance(session, SessionData):
@@ -183,9 +175,9 @@ class GSessionInterface(SessionInterface):
                 response.call_on_close(lambda: _report_late_changes(session))
             return
         life = life_of(session)
-        by_hand = _is_by_hand(session)
         if life.phase is Phase.SAVED:
             return
+        by_hand = life.phase is Phase.VIEW
         if "security" in app.extensions:
             rotate_after_a_step(life)
         try:
@@ -202,16 +194,18 @@ class GSessionInterface(SessionInterface):
         elif response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
 
-    def _tell_caches(self, response: Response) -> None:
-        _add_vary(response, "Cookie")
-        if self._token_header is not None:
-            _add_vary(response, self._token_header)
-
-    def _tell_client(self, app: Flask, session: SessionData, response: Response) -> None:
-        life = life_of(session)
+    def _tell_client(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        if not isinstance(session, SessionData):
+            return
         header = self._token_header
+        if session.accessed or can_read_session(response):
+            _add_vary(response, "Cookie")
+            if header is not None:
+                _add_vary(response, header)
+        if not session.accessed:
+            return
+        life = life_of(session)
         by_header = header is not None and life.presented().by_header
-        self._tell_caches(response)
         if life.cookie != "keep" or (by_header and life.leads_nowhere()):
             response.cache_control.no_store = True
             if by_header:
@@ -393,4 +387,4 @@ def _report_late_changes(session: SessionData) -> None:
     life = life_so_far(session)
     if life is not None:
         for key in life.late_changes():
-            life.report_late(f"session[{key[:60]!a}]")
+            life.report_late(ONE_KEY, key)

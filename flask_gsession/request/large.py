@@ -20,7 +20,7 @@ from ..values.large_values import ValueReader, pieces_from
 from ..values.marks import PLAIN, Mark, expired, marked, split
 from ..values.payload import Body
 from ..values.references import BYTES, reference_in, refers
-from .lifecycle import Lifecycle
+from .lifecycle import ONE_KEY, Lifecycle
 from .writing import rewrite
 
 _SMALL = 16 * 1024  # bytes of an attached file that stays in the record
@@ -40,7 +40,7 @@ class LargeValues:
     def attach(self, key: str, file: Any, mark: Mark) -> int | bytes:
         """Write a file away as the value of ``key``; its length, or all of it where it is small."""
         life, repository = self._life, self._life.repository
-        values = life.open_for_writing(f"session[{ascii(key)[:60]}]")
+        values = life.open_for_writing(ONE_KEY, key)
         life.check_store()
         if repository.spill is None:
             raise SettingError(

@@ -50,6 +50,7 @@ from .tracking import TrackedValues
 
 NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
 _NO_BODY = Body({})
+ONE_KEY = "session[%a]"  # in the log
 UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 
 
@@ -153,25 +154,26 @@ class Lifecycle:
                         self._load()
         return self.values
 
-    def open_for_writing(self, what: str) -> TrackedValues:
-        """The values, for a change of ``what``; the log says so if that comes too late.
+    def open_for_writing(self, what: str, *details: str) -> TrackedValues:
+        """The values, for a change of ``what % details``; the log says so if it comes too late.
 
         A transaction or a lock stores its changes itself, also after the response.
         """
-        values = self.open()
+        values = self.values if self.opened else self.open()
         if self.phase is Phase.SAVED and (
             self.block is None or current_block.get() is not self.block
         ):
-            self.report_late(what)
+            self.report_late(what, *details)
         return values
 
-    def report_late(self, what: str) -> None:
+    def report_late(self, what: str, *details: str) -> None:
         """Log, once, that a change is lost because the session was saved already.
 
         Not while a test looks at a request that is over: Flask's own session is forgiving there.
         """
         if self._reported is None:
             self._reported = set()
+        what %= tuple(detail[:60] for detail in details)
         preserved = "werkzeug.debug.preserve_context" in self.request.environ
         if what not in self._reported and not preserved:
             self._reported.add(what)

@@ -22,7 +22,7 @@ from ..values.marks import PLAIN, Mark, marked, split
 from ..values.merge import MergeFunction, encode_within
 from ..values.references import reference_in, refers
 from .large import LargeValues
-from .lifecycle import Lifecycle
+from .lifecycle import ONE_KEY, Lifecycle
 from .locking import Lock
 from .state import Phase, Presented
 from .tracking import TrackedValues
@@ -77,9 +77,9 @@ class SessionData(SessionMixin):
         self.accessed = True
         return self._life.open()
 
-    def _open_for_writing(self, what: str) -> TrackedValues:
+    def _open_for_writing(self, what: str, *details: str) -> TrackedValues:
         self.accessed = True
-        return self._life.open_for_writing(what)
+        return self._life.open_for_writing(what, *details)
 
     # -- the mapping
 
@@ -98,12 +98,12 @@ class SessionData(SessionMixin):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
-        life = self._life
-        values = self._open_for_writing(_named(key))
-        if life.repository.check is not None:
-            self._put(key, value, life.repository.check(key, value))
+        values = self._open_for_writing(ONE_KEY, key)
+        repository = self._life.repository
+        if repository.check is not None:
+            self._put(key, value, repository.check(key, value))
             return
-        if life.repository.settings.debug:
+        if repository.settings.debug:
             values.encode(key, value)
         values[key] = value
 
@@ -117,7 +117,7 @@ class SessionData(SessionMixin):
 
     def _put(self, key: str, value: Any, mark: Mark) -> None:
         """Set a value that was checked, as its key was, with a mark."""
-        values = self._open_for_writing(_named(key))
+        values = self._open_for_writing(ONE_KEY, key)
         life = self._life
         repository = life.repository
         if repository.settings.debug:
@@ -151,7 +151,7 @@ class SessionData(SessionMixin):
         return life.policies
 
     def __delitem__(self, key: str) -> None:
-        del self._open_for_writing(_named(key))[key]
+        del self._open_for_writing(ONE_KEY, key)[key]
 
     def __iter__(self) -> Iterator[str]:
         values = self._open()
@@ -532,7 +532,7 @@ class SessionData(SessionMixin):
 
     def _update_unstored(self, key: str, function: Callable[[Any], Any], default: Any) -> Any:
         """``update_atomic`` on a session that is stored with the response."""
-        life, values = self._life, self._open_for_writing(_named(key))
+        life, values = self._life, self._open_for_writing(ONE_KEY, key)
         while True:
             before = values.raw(key)
             value = life.call(function, copy.deepcopy(self.get(key, default)))
@@ -674,10 +674,6 @@ def ttl_in_milliseconds(ttl: object) -> int:
             f"ttl is {seconds} seconds; allowed are more than 0, and at most {_LONGEST_TTL:.0f}"
         )
     return math.ceil(seconds * 1000)
-
-
-def _named(key: str) -> str:
-    return f"session[{key[:60]!a}]"
 
 
 def _utc(milliseconds: int) -> datetime:
