@@ -115,7 +115,7 @@ class Lifecycle:
         codec, now = self.repository.codec, self.repository.now if body.marked else None
         if self.trace is not None:
             return TracedValues(self.trace, codec, body.values, now, turn=self.turn)
-        return TrackedValues(codec, body.values, now, turn=self.turn)
+        return TrackedValues(codec, body.values, now, self.turn)
 
     # -- phases
 
@@ -343,13 +343,10 @@ class Lifecycle:
     @property
     def has_large(self) -> bool:
         """Whether a value may be a reference to a large one."""
-        body = self.seen.body
-        return (body is not None and body.spilled) or self.has_placed
-
-    @property
-    def has_placed(self) -> bool:
-        """Whether this request wrote a large value that no record is known to refer to."""
-        return self._placed is not None and bool(self._placed.references)
+        body, placed = self.seen.body, self._placed
+        return (body is not None and body.spilled) or (
+            placed is not None and bool(placed.references)
+        )
 
     @property
     def is_late(self) -> bool:
@@ -368,19 +365,19 @@ class Lifecycle:
         if self._placed is not None:
             self._placed.drop(unsure=bool(self.attempts) or self.trouble is not None)
 
-    def body(self, stored: dict[str, bytes]) -> Body:
+    def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
         """What to store when these are the values."""
         debug_until = None if self.seen.body is None else self.seen.body.debug_until
         if debug_until is not None and debug_until <= self.repository.now():
             debug_until = None
-        if self.values.now is None and not self.has_large:
+        if self.values.now is None and not has_large:
             return Body(stored, self.lifetime, False, debug_until)
         return Body(
             stored,
             self.lifetime,
             self.values.now is not None and any(map(is_marked, stored.values())),
             debug_until,
-            self.has_large and any(map(refers, stored.values())),
+            has_large and any(map(refers, stored.values())),
         )
 
     def changes(self) -> dict[str, Change]:

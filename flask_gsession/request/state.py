@@ -34,7 +34,7 @@ class Presented(Struct, frozen=True, gc=False):
     by_header: bool = False
 
 
-class _Discreet(Struct, frozen=True):
+class Discreet(Struct, frozen=True):
     """Shows no fields: error trackers keep what they are shown."""
 
     def __repr__(self) -> str:
@@ -44,7 +44,7 @@ class _Discreet(Struct, frozen=True):
         return []
 
 
-class Seen(_Discreet, frozen=True):
+class Seen(Discreet, frozen=True):
     """What this request knows of the stored session; the version guards exactly these values.
 
     ``token`` is None while the client holds no current token: it has none, or an old one within
@@ -119,7 +119,7 @@ class Trouble(Struct, frozen=True):
     unseen: bool = False
 
 
-class Attempt(_Discreet, frozen=True):
+class Attempt(Discreet, frozen=True):
     """A write that was sent. It stays noted until its outcome is known.
 
     ``changes`` are the request's own among its values, which stay pending until then.

@@ -46,7 +46,6 @@ class TrackedValues:
         codec: Codec,
         stored: dict[str, bytes] | None = None,
         now: Callable[[], int] | None = None,
-        *,
         turn: Any = None,
     ) -> None:
         self._codec = codec

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from werkzeug.exceptions import HTTPException
 
@@ -30,7 +30,6 @@ from ..errors import (
     ValueRefused,
 )
 from ..events import (
-    Event,
     SessionCreated,
     SessionDestroyed,
     SessionRenewed,
@@ -46,7 +45,17 @@ from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
 from .lifecycle import NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
-from .state import NO_WISHES, Attempt, Block, Phase, Seen, Wishes, current_block, without_rotation
+from .state import (
+    NO_WISHES,
+    Attempt,
+    Block,
+    Discreet,
+    Phase,
+    Seen,
+    Wishes,
+    current_block,
+    without_rotation,
+)
 
 _NO_CHANGES: dict[str, Change] = {}
 _TOKENS_TAKEN = 3
@@ -60,8 +69,7 @@ class NotStored(SessionEnded):
     """This very request has ended the session, or emptied it."""
 
 
-@dataclass(slots=True, repr=False)  # which would show the values
-class Edit:
+class Edit(Discreet, frozen=True):
     """What is to be stored over what was ``seen``.
 
     ``values`` are all values in encoded form, ``changes`` are the request's own among them, which
@@ -75,12 +83,8 @@ class Edit:
     settle: Callable[[], None] | None = None
 
 
-@dataclass(slots=True)
-class Told:
-    """An event of a write, to be emitted when everything is in its place."""
-
-    event: type[Event]
-    details: tuple[object, ...]
+#: The type of an event of a write and its details, to be emitted when everything is in its place.
+Happened = tuple[Any, ...]
 
 
 def commit(
@@ -219,7 +223,7 @@ def store(
             if life.seen is not step.seen:  # another thread of this request was faster
                 continue
             try:
-                told, unconfirmed = _send(life, step)
+                happened, unconfirmed = _send(life, step, lost)
             except (Stale, Gone):
                 if exactly:
                     life.conflict("transaction")
@@ -250,10 +254,8 @@ def store(
                 return False
     else:
         raise life.conflict("too many races")
-    for happened in told:
-        if happened.event is SessionSaved:
-            happened.details += (lost,)
-        life.repository.events.emit(happened.event, *happened.details)
+    for event in happened:
+        life.repository.events.emit(*event)
     if unconfirmed is not None:
         logger.error(UNCONFIRMED, unconfirmed)
         raise unconfirmed
@@ -294,21 +296,25 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
     return Edit(life.seen, stored, changes, life.wishes)
 
 
-def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | None]:
-    """Send one write, and take over what is stored then. The caller holds the turn."""
+def _send(
+    life: Lifecycle, step: Edit, lost: int
+) -> tuple[list[Happened], LogoutUnconfirmed | None]:
+    """Send one write, and take over what is stored then. The caller holds the turn.
+
+    ``lost``: how many races this write has lost before.
+    """
     repository, wishes, old = life.repository, step.wishes, step.seen.record
     merged = step.values
     if old is not None and step.settle is None and not worth_keeping(merged):
         return _end(life, old)
     stored = merged
     others = sys.maxsize if old is None else len(old.payload)
-    if life.has_placed or repository.any_large(merged, step.changes, others):
+    before, has_large = life.values.stored, life.has_large
+    if has_large or repository.any_large(merged, step.changes, others):
         body = Body(merged, life.lifetime, spilled=True)
-        stored = life.placed.put_away(
-            body, old.absolute_expires_at if old else None, life.values.stored
-        )
-    body = life.body(stored)
-    before = life.values.stored
+        stored = life.placed.put_away(body, old.absolute_expires_at if old else None, before)
+        has_large = life.has_large
+    body = life.body(stored, has_large=has_large)
     toggled = PERMANENT in step.changes and (
         repository.is_permanent(merged) != repository.is_permanent(before)
     )
@@ -320,7 +326,7 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
         token, record = repository.draft_rotated(old, body)
     else:
         record = repository.draft_next(old, body, restart_idle=restart)
-    changes = _as_stored(step.changes, merged, stored)
+    changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
     pending = step.settle is None
     attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
     life.attempts = {**life.attempts, record.version: attempt}
@@ -359,14 +365,14 @@ def _send(life: Lifecycle, step: Edit) -> tuple[list[Told], LogoutUnconfirmed | 
         life.wishes = NO_WISHES if done else Wishes(rotation=life.wishes.rotation)
     # This version was over the one that earlier attempts were to replace: they came to nothing.
     life.attempts = NO_ATTEMPTS
-    if body.spilled or life.has_placed or (step.seen.body is not None and step.seen.body.spilled):
+    if has_large:
         life.placed.replaced(before, stored)
     if old is None:
-        return [Told(SessionCreated, (record.key,))], None
-    told = [Told(SessionSaved, (record.key, len(record.payload)))]
+        return [(SessionCreated, record.key)], None
+    happened: list[Happened] = [(SessionSaved, record.key, len(record.payload), lost)]
     if token is not None:
-        told.insert(0, Told(SessionRotated, (record.key, old.key)))
-    return told, unconfirmed
+        happened.insert(0, (SessionRotated, record.key, old.key))
+    return happened, unconfirmed
 
 
 def _take_over(
@@ -386,7 +392,7 @@ def _take_over(
         life.wish(cleared=True)  # it ends with the response, if it is empty then
 
 
-def _end(life: Lifecycle, old: Record) -> tuple[list[Told], LogoutUnconfirmed | None]:
+def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirmed | None]:
     """The request emptied the session: end it in the very version it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
     try:
@@ -398,7 +404,7 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Told], LogoutUnconfirmed | 
     life.cookie = "delete"
     if before is not None:
         life.placed.replaced(before, None)
-    return [Told(SessionDestroyed, (old.key,))], unconfirmed
+    return [(SessionDestroyed, old.key)], unconfirmed
 
 
 def _renew_if_due(life: Lifecycle) -> None:
@@ -409,7 +415,9 @@ def _renew_if_due(life: Lifecycle) -> None:
     if idle_end is None:
         return
     try:
-        renewed = repository.renew(seen.record, life.body(values.stored), idle_end)
+        renewed = repository.renew(
+            seen.record, life.body(values.stored, has_large=life.has_large), idle_end
+        )
     except (StoreUnavailable, UnreadableRecord) as error:
         # What was read is right, and nothing was to be written: the next request renews.
         logger.warning("A session could not be renewed: %s", error)
@@ -426,8 +434,6 @@ def _as_stored(
     changes: Mapping[str, Change], merged: Mapping[str, bytes], stored: Mapping[str, bytes]
 ) -> Mapping[str, Change]:
     """The changes, with the references that were stored for large values."""
-    if stored is merged:
-        return changes
     return {
         key: change if merged.get(key) is not change.mine else Change(change.base, stored.get(key))
         for key, change in changes.items()
