@@ -149,6 +149,9 @@ class GSessionInterface(SessionInterface):
         if isinstance(session, LocalProxy):  # flask.session, by hand
             session = session._get_current_object()
         if not (self.has_further and has_request_context()):
+            if isinstance(session, SessionData) and not session.accessed and response.is_sequence:
+                close_unused(session)  # and nothing of the response can look at it later
+                return
             self._save(app, session, response)
             self._tell_client(app, session, response)
             return

@@ -98,8 +98,9 @@ class SessionData(SessionMixin):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
-        values = self._open_for_writing(ONE_KEY, key)
-        repository = self._life.repository
+        self.accessed = True
+        life = self._life
+        values, repository = life.open_for_writing(ONE_KEY, key), life.repository
         if repository.check is not None:
             self._put(key, value, repository.check(key, value))
             return
@@ -608,7 +609,7 @@ class SessionData(SessionMixin):
 
 def life_of(session: SessionData) -> Lifecycle:
     """The life of the request with this session, for the other rooms of the package."""
-    return session._life
+    return session._made or session._life
 
 
 def opened_with(session: SessionData) -> Repository:
