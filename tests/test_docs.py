@@ -791,6 +791,27 @@ def test_the_whole_of_gsession_is_in_its_table(name: str) -> None:
     assert re.search(rf"\b{name}\b", theirs)
 
 
+def anchors(page: str) -> set[str]:
+    """What a link to a heading of the page may say after the ``#``."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#{1,3} (.*)$", text, re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", title.strip().lower()) for title in titles)
+    return {title.replace(" ", "-") for title in words}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.relative_to(ROOT).as_posix()), link
+
+
 def test_the_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES["README.md"])
     assert len(links) > 10
