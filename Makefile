@@ -11,7 +11,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test contract lint bench faults rules dashboard docs dist servers chromium prometheus clean
+.PHONY: help demo test oldest contract lint bench faults rules dashboard docs dist servers chromium prometheus clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ help: ## Show this list
 EXTRAS_shop := [typed]
 EXTRAS_shop-redis := [typed,redis]
 EXTRAS_shop-mongodb := [typed,mongodb]
+# In front of the environment's own packages: its tools need newer ones than some of these.
+OLDEST := $(VENV)/oldest
+
 EXTRAS_test := [test,bench]
 EXTRAS_docs := [docs]
 EXTRAS_dist := [dist]
@@ -52,8 +55,27 @@ endif
 demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379, PORT=5055
 	@$(PY) -m examples.shop --port $(PORT)
 
-test: $(VENV)/with-test servers chromium prometheus ## Run the tests; TEST_ARGS="-k redis -x" for some of them
+test: $(VENV)/with-test $(OLDEST)/ready servers chromium prometheus ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest $(TEST_ARGS) $(OLDEST_SMOKE)
+
+OLDEST_SMOKE := tests/test_redis_pool.py tests/test_store_contract.py -k "TestStores or redis_pool"
+OLDEST_TESTS := $(addprefix tests/test_,authentication.py codec.py encryption.py large_values.py \
+  locks.py metrics.py payload.py ratelimit.py redis_answers.py redis_pool.py redis_servers.py \
+  session_object.py store_contract.py topologies.py typed.py typed_round_trip.py)
+
+$(OLDEST)/ready: tests/oldest.txt setup.cfg | $(VENV)/with-test
+	@rm -rf $(OLDEST)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) \
+	  --requirement tests/oldest.txt
+	@touch $@
+
+oldest: $(OLDEST)/ready servers ## Run many tests with the oldest packages that are supported
+	@for pin in 'redis<6' 'redis==8.0.1'; do echo "Beside $$pin"; \
+	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
+	  '.[redis]' "$$pin" || exit 1; done
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest $(TEST_ARGS) $(wildcard $(OLDEST_TESTS)) \
+	  --deselect tests/test_typed.py::test_mypy_infers_the_types
 
 contract: $(VENV)/with-test servers ## Run the store contract on each wrapper around each store
 	$(PY) -m pytest -m contract $(TEST_ARGS)

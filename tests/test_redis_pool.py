@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 import time
@@ -83,6 +84,7 @@ def test_a_slot_that_was_dropped_comes_back(store: Any) -> None:
     slots[0].ask(b"PING\r\n")
     connection = slots[0].connection
     del slots[0]
+    gc.collect()  # redis-py 5 leaves a cycle where an older server refuses CLIENT SETINFO
     assert connection._sock is None
     assert pool.take(soon()).connection is not connection
 
