@@ -26,6 +26,7 @@ app.config["SESSION_RENEW_CSRF"] = True
 app.config["WTF_CSRF_TIME_LIMIT"] = None
 # Flask-Login keeps the page to return to in the session, not in the address of the form.
 app.config["USE_SESSION_FOR_NEXT"] = True
+app.config["SESSION_COOKIE_SAMESITE"] = "Lax"
 Session(app)  # sessions in instance/gsession.sqlite3
 CSRFProtect(app)
 logins = LoginManager(app)
