@@ -680,7 +680,7 @@ class LiveSettings:
 
     def secret_keys(self) -> tuple[str | bytes, ...]:
         """As the function of this name."""
-        return self._keys.of(_given_keys(self._app))
+        return self._keys.of(given_keys(self._app))
 
     def _check_cookie(self, cookie: tuple[Any, ...]) -> dict[str, Any]:
         attributes = _check_cookie(cookie)
@@ -709,16 +709,16 @@ def _given_lifetime(app: Flask) -> object:
         return app.config["PERMANENT_SESSION_LIFETIME"]
 
 
-def _given_keys(app: Flask) -> tuple[object, object]:
+def given_keys(app: Flask) -> tuple[object, object]:
     """As Flask does, the current key by the attribute: a subclass may have it on the class."""
     fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
     return app.secret_key, tuple(fallbacks) if isinstance(fallbacks, list) else fallbacks
 
 
 def _keys_at_start(app: Flask) -> tuple[object, object]:
-    """As ``_given_keys``; a property that cannot be read yet is read again by each request."""
+    """As ``given_keys``; a property that cannot be read yet is read again by each request."""
     try:
-        return _given_keys(app)
+        return given_keys(app)
     except Exception:
         return None, None
 
@@ -728,7 +728,7 @@ def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
 
     The first may be None. Raises ``SettingError``.
     """
-    return _check_secret_keys(_given_keys(app))
+    return _check_secret_keys(given_keys(app))
 
 
 def warn_without_secret_key(app: Flask) -> None:

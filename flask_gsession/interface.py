@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.local import LocalProxy
 
 from .authentication import forget_remembered, rotate_after_a_step
-from .config import propagates_exceptions, secret_keys
+from .config import given_keys, propagates_exceptions, secret_keys
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .processes import process
@@ -244,14 +244,14 @@ class GSessionInterface(SessionInterface):
         return Presented(checked)
 
     def _signer_of(self, app: Flask, name: str | None = None) -> TokenSigner:
-        keys = self._live.secret_keys()
-        name = name or self.get_cookie_name(app)
-        if not keys[0]:
-            keys = secret_keys(app)  # says what is wrong with the first key that there is
-        known_keys, known_name, signer = self._signer
-        if signer is None or keys is not known_keys or name != known_name:
+        given, name = given_keys(app), name or self.get_cookie_name(app)
+        known, known_name, signer = self._signer
+        if signer is None or given != known or name != known_name:
+            keys = self._live.secret_keys()
+            if not keys[0]:
+                keys = secret_keys(app)  # says what is wrong with the first key that there is
             signer = TokenSigner(keys, name)
-            self._signer = (keys, name, signer)
+            self._signer = (given, name, signer)
         return signer
 
     def _write_header(self, app: Flask, life: Lifecycle, response: Response) -> None:

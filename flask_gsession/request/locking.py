@@ -173,7 +173,8 @@ class Lock(Generic[S]):
         life = self._life
         life.check_store()
         life.open()
-        commit(life)
+        with life.turn:
+            commit(life)
         self._check_stored()
         self._place = _place(self._function)
         self._owner = secrets.token_hex(16)

@@ -51,7 +51,8 @@ class Transaction(Generic[S]):
             self._leave(self._life.roll_back)
             return
         try:
-            commit(self._life, transaction=self._block)
+            with self._life.turn:
+                commit(self._life, transaction=self._block)
         except BaseException:
             self._leave(self._life.roll_back)
             raise

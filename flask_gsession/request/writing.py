@@ -95,47 +95,47 @@ def commit(
 ) -> bool:
     """Store what the request changed and wishes; whether there was something.
 
+    The caller holds the turn.
+
     ``transaction``: it is stored on the very version it began on, or ``LostRace`` is raised.
     ``rotating``: whether a wished rotation is due. It is not inside a lock, which stays with the
     key of the session, unless that is being left.
     """
     if rotating is None:
         rotating = life.lease is None
-    with life.turn:
-        if life.attempts and life.trouble is None:
-            life.resolve_attempts()
-        changes = life.changes()
-        if not changes and (
-            life.wishes is NO_WISHES
-            or not (life.wishes.cleared or life.has_wishes(rotating=rotating))
-        ):
-            return False
-        life.was_modified = True
-        if life.trouble is not None:
-            raise life.trouble.error
-        if life.ended:
-            if changes:
-                life.end("save")
-            return bool(changes)
-        if transaction is not None and not _needs_own_session(life, rotating):
-            seen = life.seen
-            if transaction.version != (seen.record and seen.record.version):
-                life.conflict("transaction")
-                raise LostRace
-        else:
-            transaction = None
-        known = [changes]  # for the first try
+    if life.attempts and life.trouble is None:
+        life.resolve_attempts()
+    changes = life.changes()
+    if not changes and (
+        life.wishes is NO_WISHES or not (life.wishes.cleared or life.has_wishes(rotating=rotating))
+    ):
+        return False
+    life.was_modified = True
+    if life.trouble is not None:
+        raise life.trouble.error
+    if life.ended:
+        if changes:
+            life.end("save")
+        return bool(changes)
+    if transaction is not None and not _needs_own_session(life, rotating):
+        seen = life.seen
+        if transaction.version != (seen.record and seen.record.version):
+            life.conflict("transaction")
+            raise LostRace
+    else:
+        transaction = None
+    known = [changes]  # for the first try
 
-        def edit() -> Edit | None:
-            if _needs_own_session(life, rotating):
-                life.start_own_session()
-                known.clear()
-            changes = known.pop() if known else life.changes()
-            if life.seen.record is None:
-                return _new(life, changes)
-            return _merged(life, changes, rotating)
+    def edit() -> Edit | None:
+        if _needs_own_session(life, rotating):
+            life.start_own_session()
+            known.clear()
+        changes = known.pop() if known else life.changes()
+        if life.seen.record is None:
+            return _new(life, changes)
+        return _merged(life, changes, rotating)
 
-        return store(life, edit, "save", exactly=transaction is not None)
+    return store(life, edit, "save", exactly=transaction is not None)
 
 
 def _needs_own_session(life: Lifecycle, rotating: bool) -> bool:
