@@ -209,6 +209,7 @@ def test_a_visit(chromium: Browser, shop: str) -> None:
 
         page.goto("/product/KIT-101")
         page.get_by_role("link", name="Session", exact=True).click()
+        page.get_by_role("link", name="Forget everything").click()
         page.get_by_role("button", name="Forget everything").click()
         expect(page.get_by_role("heading", level=1)).to_have_text("Everything is forgotten")
         assert session_cookie(context) is None

@@ -69,13 +69,16 @@ class Accounts:
         return tuple(row) if row else None
 
 
-def sign_in(person: Person) -> None:
+def sign_in(person: Person, keep: bool = False) -> None:
     """Make this visitor's session the person's.
+
+    With `keep` it outlives the browser window, for `PERMANENT_SESSION_LIFETIME`.
 
     The token changes, and without grace: whoever knew the one from before, perhaps because they
     planted it, must not be signed in as well (OWASP, session fixation).
     """
     session.rotate(grace=0)
+    session.permanent = keep
     session["user"] = person.name
     session["signed_in_at"] = datetime.now(UTC)
     csrf.renew()

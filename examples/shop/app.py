@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from flask import Flask, request
 from werkzeug.wrappers import Response
 
-from flask_gsession import Session, session
+from flask_gsession import Session
 
-from . import accounts, cart, csrf, errors, formats, preferences
+from . import accounts, csrf, errors, formats, limits, visitor
 from .catalogue import Catalogue
 from .database import Database
 from .instance import secret_key
@@ -85,6 +85,7 @@ def create_app(
     csrf.protect(app)
     errors.register(app)
     _dress(app)
+    limits.start(app)
     app.cli.command("restock", help="Fill the shop's shelves again.")(orders.restock)
     return app
 
@@ -97,13 +98,14 @@ def _dress(app: Flask) -> None:
         # Functions, because a page that does not call them does not touch the session.
         return {
             "shop": shop,
-            "person": _person,
-            "prefs": preferences.current,
-            "cart_count": cart.count,
+            "known": visitor.known,
+            "person": visitor.person,
+            "prefs": visitor.prefs,
+            "cart_count": visitor.cart_count,
             "csrf_token": csrf.token,
             "csrf_field": csrf.FIELD,
-            "money": lambda cents: formats.money(cents, preferences.current()["language"]),
-            "moment": lambda when: formats.moment(when, preferences.current()["language"]),
+            "money": lambda cents: formats.money(cents, visitor.prefs()["language"]),
+            "moment": lambda when: formats.moment(when, visitor.prefs()["language"]),
             "duration": formats.duration,
             "size_of": formats.size,
         }
@@ -115,8 +117,3 @@ def _dress(app: Flask) -> None:
         if request.endpoint != "static":  # a page shows whose it is, so no one else may keep it
             response.headers.setdefault("Cache-Control", "private, no-cache")
         return response
-
-
-def _person() -> accounts.Person | None:
-    name = session.get("user")
-    return shop().accounts.find(name) if name else None

@@ -1,4 +1,6 @@
-"""Error pages in the shop's style. They work without the session, and so without its store."""
+"""Error pages in the shop's style. They work without the session store."""
+
+from urllib.parse import urlsplit
 
 from flask import Flask, render_template, request
 from werkzeug.exceptions import HTTPException, InternalServerError
@@ -6,19 +8,22 @@ from werkzeug.wrappers import Response
 
 from flask_gsession import GSessionError, SessionConflict, StoreUnavailable
 
-from . import preferences
+from . import visitor
 
 TITLES = {
     400: "That form did not come through",
     404: "This shelf is empty",
     405: "That does not work here",
     409: "Two things happened at once",
+    429: "That was too often",
     500: "Something broke on our side",
     503: "We will be right back",
 }
+TRY_AGAIN = (409, 503)
 TEXTS = {
     404: "There is nothing at this address.",
     405: "This address takes no such request. Please go back and try it from the page itself.",
+    429: "There were too many attempts to sign in. Please wait a while before the next one.",
     413: "That was more than a form of ours can hold.",
 }
 
@@ -56,18 +61,27 @@ def register(app: Flask) -> None:
 def _page(error: HTTPException, text: str) -> Response:
     # Keeps the headers of the error, Retry-After among them.
     response = Response(status=error.code, headers=error.get_headers(request.environ))
+    if isinstance(error, (GSessionError, InternalServerError)):
+        visitor.forget()  # the page must not fail as well
     code = error.code or 500
-    title = TITLES.get(code, error.name)
-    page = render_template("error.html", code=code, title=title, text=text, theme=_theme(error))
+    page = render_template(
+        "error.html",
+        code=code,
+        title=TITLES.get(code, error.name),
+        text=text,
+        again=_again() if code in TRY_AGAIN else None,
+    )
     response.set_data(page)
     response.mimetype = "text/html"
     return response
 
 
-def _theme(error: HTTPException) -> str:
-    if isinstance(error, (GSessionError, InternalServerError)):
-        return str(preferences.DEFAULTS["theme"])
-    try:
-        return str(preferences.current()["theme"])
-    except GSessionError:  # a missing page stays a missing page while the store is away
-        return str(preferences.DEFAULTS["theme"])
+def _again() -> str | None:
+    """Where the same can be tried once more: this page, or the one with the form."""
+    if request.method in ("GET", "HEAD"):
+        return request.full_path.rstrip("?")
+    form = urlsplit(request.referrer or "")
+    if form.netloc == request.host and form.path.startswith("/"):
+        # Without the host, so that it stays in the shop whatever the path looks like.
+        return f"/{form.path.lstrip('/')}"
+    return None

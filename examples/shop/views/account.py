@@ -7,12 +7,22 @@ from flask_gsession import session
 
 from .. import accounts, preferences
 from ..formats import LANGUAGES
+from ..limits import WRONG_PASSWORD, limit_sign_in
 from ..services import shop
 
 pages = Blueprint("account", __name__)
 
 #: Where the sign-in page may send someone afterwards: never to an address from outside.
-RETURN_TO = {"checkout": "basket.checkout", "orders": "basket.orders"}
+RETURN_TO = {
+    "checkout": "basket.checkout",
+    "place": "basket.checkout",
+    "orders": "basket.orders",
+    "order": "basket.orders",
+}
+REASONS = {
+    "basket.checkout": "To order, please sign in. Your cart comes with you.",
+    "basket.orders": "To see your orders, please sign in.",
+}
 
 
 @pages.get("/sign-in")
@@ -24,6 +34,7 @@ def sign_in() -> ResponseReturnValue:
 
 
 @pages.post("/sign-in")
+@limit_sign_in
 def check() -> ResponseReturnValue:
     """Sign in with name and password."""
     name, password = request.form.get("name", "").strip(), request.form.get("password", "")
@@ -34,10 +45,11 @@ def check() -> ResponseReturnValue:
         errors["password"] = "Give your password."
     person = None if errors else shop().accounts.check(name.lower(), password)
     if person is None:
+        if errors:
+            return _sign_in_page(name, errors), 422
         # One message for both, so that it does not tell which names exist.
-        errors = errors or {"password": "Name and password do not belong together."}
-        return _sign_in_page(name, errors), 422
-    accounts.sign_in(person)
+        return _sign_in_page(name, {"password": "Wrong name or password."}), WRONG_PASSWORD
+    accounts.sign_in(person, keep="keep" in request.form)
     flash(f"Welcome, {person.first_name}.", "success")
     wanted = RETURN_TO.get(request.form.get("next", ""), "goods.catalogue")
     return redirect(url_for(wanted), 303)
@@ -49,6 +61,8 @@ def _sign_in_page(name: str, errors: dict[str, str]) -> str:
         name=name,
         errors=errors,
         next=request.values.get("next", ""),
+        reason=REASONS.get(RETURN_TO.get(request.values.get("next", ""), "")),
+        keep="keep" in request.form,
         people=accounts.DEMO_PEOPLE,
         password=accounts.DEMO_PASSWORD,
     )

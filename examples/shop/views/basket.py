@@ -32,7 +32,8 @@ def show() -> ResponseReturnValue:
     return _cart_page({})
 
 
-def _cart_page(errors: Mapping[str, str]) -> str:
+def _cart_page(errors: Mapping[str, str], typed: Mapping[str, str] | None = None) -> str:
+    """The cart, with what is wrong with its lines, and what was typed there."""
     lines = _lines(cart.current()["lines"])
     return render_template(
         "cart.html",
@@ -42,6 +43,7 @@ def _cart_page(errors: Mapping[str, str]) -> str:
         products=shop().catalogue.products,
         most=cart.MOST,
         errors=errors,
+        typed=typed or {},
     )
 
 
@@ -67,7 +69,7 @@ def change(sku: str) -> ResponseReturnValue:
         pieces = cart.quantity(typed, least=0)
         cart.change_quantity(sku, pieces, shop().orders.stock().get(sku, 0))
     except cart.CartError as error:
-        return _cart_page({sku: str(error)}), 422
+        return _cart_page({sku: str(error)}, {sku: typed}), 422
     if not pieces:
         flash(f"{product.name} is out of your cart.", "info")
     return _to_cart()

@@ -12,6 +12,7 @@ from flask_gsession import session
 pages = Blueprint("visit", __name__)
 
 PURPOSES = {
+    "_permanent": "Whether to keep you signed in",
     "_flashes": "A message for the next page",
     "cart": "What you mean to buy",
     "csrf_token": "Proves that a form came from this shop",
@@ -74,6 +75,14 @@ def rotate() -> ResponseReturnValue:
     session.rotate()
     flash("Your session has a new token and a new handle. Everything in it is still there.", "info")
     return redirect(url_for("visit.show"), 303)
+
+
+@pages.get("/session/forget")
+def ask_to_forget() -> ResponseReturnValue:
+    """The question before everything goes."""
+    if session.handle is None:
+        return redirect(url_for("visit.show"), 303)
+    return render_template("forget.html")
 
 
 @pages.post("/session/forget")
