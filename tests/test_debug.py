@@ -657,7 +657,7 @@ def test_what_the_command_refuses(make_site: SiteMaker, monkeypatch: pytest.Monk
     assert order(site, handle) == failed
     site.store.after("save", outage)
     assert order(site, handle) == failed
-    monkeypatch.setattr("flask_gsession.repository.repository.ATTEMPTS", 1)
+    monkeypatch.setattr("flask_gsession.repository.races.ATTEMPTS", 1)
     tab = visitor.another_tab()
     site.before_a_write(lambda: tab.run(lambda session: session.update(user_id=9)))
     assert "not done: 409 Conflict: Another request changed" in order(site, handle)

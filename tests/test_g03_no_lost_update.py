@@ -394,7 +394,7 @@ def test_a_conflict_goes_through_the_error_handlers_of_the_app(
 
 def test_too_many_lost_races_are_a_conflict(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the view and at its end; what the others wrote stands."""
-    monkeypatch.setattr("flask_gsession.repository.repository._LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr("flask_gsession.repository.races._LONGEST_PAUSE", 0.001)
 
     @site.app.errorhandler(SessionConflict)
     def conflict(error: SessionConflict) -> tuple[str, int]:

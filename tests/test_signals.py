@@ -104,8 +104,7 @@ def test_a_transaction_that_lost_tells_so_once_for_each_loss(site: Site) -> None
 def test_who_loses_too_many_races_tells_so(
     make_site: SiteMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("writing", "transactions"):
-        monkeypatch.setattr(f"flask_gsession.request.{module}.ATTEMPTS", 1)
+    monkeypatch.setattr("flask_gsession.repository.races.ATTEMPTS", 1)
     site = make_site()
     ask = parallel(site, lambda session: session.update(stock=5))
     assert ask(lambda session: session.update(stock=3)) == 409

@@ -7,9 +7,7 @@ Everything that every session of an application shares is here; what belongs to 
 from __future__ import annotations
 
 import hashlib
-import random
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -42,12 +40,10 @@ from ..values.merge import Merger
 from ..values.payload import Body, PayloadFormat
 from ..values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .newcomers import Newcomers
+from .races import tries
 
 PERMANENT = "_permanent"
 _TRUE = b"\xc3"
-ATTEMPTS = 25  # at a write that loses races
-RACE_BUDGETS = 5  # times of a store call that it may go on losing them
-_LONGEST_PAUSE = 0.05  # seconds
 # How long a large value that was replaced stays for requests that loaded the session before.
 BLOB_GRACE = 60_000  # milliseconds
 _BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its session
@@ -308,9 +304,7 @@ class Repository:
         was so already; None where there is no session. Raises ``SessionConflict`` after too many
         lost races. Two round trips, two more for each lost race.
         """
-        for losses in range(ATTEMPTS):
-            if losses:
-                self.pause(losses)
+        for _ in tries(self.settings.store_timeout, SessionConflict):
             loaded = self.find(key)
             if loaded is None:
                 return None
@@ -325,7 +319,7 @@ class Repository:
             except (Stale, Gone):
                 continue
             return old.key, before
-        raise SessionConflict
+        raise AssertionError("the tries end with a return or an error")
 
     def renew(self, record: Record, body: Body, idle_end: int) -> bool:
         """As ``Store.renew``, of the large values too: theirs first, or one might be missed."""
@@ -531,10 +525,6 @@ class Repository:
     def is_permanent(self, values: Mapping[str, bytes]) -> bool:
         """Whether Flask's ``session.permanent`` is set among these encoded values."""
         return values.get(PERMANENT) == _TRUE
-
-    def pause(self, losses: int) -> None:
-        """Wait a random while after a lost race, the longer the more were lost before."""
-        time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2**losses)))
 
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:
         """Count and log that a presented token led to no session."""

@@ -11,7 +11,6 @@ from flask import session as flask_session
 
 from ..config import Seconds
 from ..errors import SettingError
-from ..repository.repository import ATTEMPTS
 from .locking import Lock, check_times
 from .session import SessionData, life_of
 from .writing import LostRace
@@ -32,16 +31,13 @@ def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
             session = current_session("session_transaction")
-            life = life_of(session)
-            for losses in range(ATTEMPTS):
-                if losses:
-                    life.pause(losses)
+            for _ in life_of(session).tries():
                 try:
                     with session.transaction():
                         return await function(*args, **kwargs)
                 except LostRace:
                     continue
-            raise life.conflict("too many races")
+            raise AssertionError("the tries end with a return or an error")
 
         return run_async  # type: ignore[return-value]  # the coroutine function that R stands for
 

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from ..errors import (
     ValueRefused,
 )
 from ..events import SessionConflicted, SessionDestroyed, WriteDropped, logger
-from ..repository.repository import PERMANENT, RACE_BUDGETS, Loaded, Repository
+from ..repository.races import tries
+from ..repository.repository import PERMANENT, Loaded, Repository
 from ..stores.base import Record
 from ..stores.wrappers import Call
 from ..tokens import session_key
@@ -104,7 +105,6 @@ class Lifecycle:
         self._context = context
         self._presented: Presented | None = None
         self._placed: Placed | None = None
-        self._race_ends = 0.0  # of time.monotonic
         self._in_function: set[int] | None = None  # threads in the function of update_atomic
         self._vetted: dict[str, bytes] | None = None
         self._reported: set[str] | None = None
@@ -622,14 +622,10 @@ class Lifecycle:
 
     # -- races
 
-    def pause(self, losses: int) -> None:
-        """Wait a little. Raises ``SessionConflict`` when losing has taken too long by now."""
-        now = time.monotonic()
-        if losses == 1:
-            self._race_ends = now + RACE_BUDGETS * self.repository.settings.store_timeout
-        elif now >= self._race_ends:
-            raise self.conflict("too many races")
-        self.repository.pause(losses)
+    def tries(self) -> Iterator[int]:
+        """Count the races that a write loses. Raises ``SessionConflict`` after too many."""
+        timeout = self.repository.settings.store_timeout
+        return tries(timeout, partial(self.conflict, "too many races"))
 
     def conflict(self, reason: str) -> SessionConflict:
         """The error of a lost race, which is counted."""

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from ..errors import SessionEnded, TransactionMisused
-from ..repository.repository import ATTEMPTS
 from .lifecycle import Lifecycle
 from .state import Block, current_block
 from .writing import LostRace, commit
@@ -93,12 +92,10 @@ class Transaction(Generic[S]):
         effects outside the session. Raises ``SessionConflict`` after too many lost races, and
         whatever ``function`` raises.
         """
-        for losses in range(ATTEMPTS):
-            if losses:
-                self._life.pause(losses)
+        for _ in self._life.tries():
             try:
                 with self as session:
                     return function(session)
             except LostRace:
                 continue
-        raise self._life.conflict("too many races")
+        raise AssertionError("the tries end with a return or an error")

@@ -38,7 +38,7 @@ from ..events import (
     WriteDropped,
     logger,
 )
-from ..repository.repository import ATTEMPTS, PERMANENT
+from ..repository.repository import PERMANENT
 from ..stores.base import Record
 from ..values.marks import unexpired
 from ..values.merge import Change
@@ -214,8 +214,15 @@ def store(
     ``LostRace``. False where there was nothing to store, or the session ended.
     """
     life.check_lease()
-    lost = taken = 0
-    for _ in range(ATTEMPTS):
+    taken = 0
+    stale: Seen | None = None
+    for lost in life.tries():
+        if stale is not None:
+            with life.turn:
+                if life.seen is stale and not life.catch_up():
+                    life.end(what)
+                    return False
+        stale = None
         step = edit()
         if step is None:
             return False
@@ -228,13 +235,13 @@ def store(
                 if exactly:
                     life.conflict("transaction")
                     raise LostRace from None
+                stale = step.seen
             except KeyTaken:
                 taken += 1
                 if taken == _TOKENS_TAKEN:
                     raise StoreError(
                         "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
                     ) from None
-                continue
             except UnreadableRecord as error:
                 life.repository.refused(error.reason, life.handle, error.detail)
                 life.end(what)
@@ -246,14 +253,6 @@ def store(
                 raise
             else:
                 break
-        lost += 1
-        life.pause(lost)
-        with life.turn:
-            if life.seen is step.seen and not life.catch_up():
-                life.end(what)
-                return False
-    else:
-        raise life.conflict("too many races")
     for event in happened:
         life.repository.events.emit(*event)
     if unconfirmed is not None:
