@@ -6,6 +6,7 @@ planted or copied it must not have what the step opened. Source: OWASP ASVS 5.0,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from flask import Flask, Request, Response, g, request
@@ -19,6 +20,8 @@ from .request.session import SessionData, life_of
 # no signal: the time of the last one ("verify" of all kinds), and the user who has to give a
 # second factor.
 _STEPS = ("fs_paa", "tf_user_id")
+# What Flask-Login sets in the session at a sign-in.
+_SIGNED_IN = ("_user_id", "_fresh", "_id")
 # In a request: Flask-Login wants its remember-me cookie to go.
 _FORGOTTEN = "_gsession_remember_me_ended"
 
@@ -30,8 +33,8 @@ def rotate_at_sign_in(app: Flask) -> None:
     except ImportError:
         return
     signals.user_logged_in.connect(_signed_in, app)
-    signals.user_login_confirmed.connect(_signed_in, app)
-    signals.user_loaded_from_cookie.connect(_rotate, app)
+    signals.user_login_confirmed.connect(_confirmed, app)
+    signals.user_loaded_from_cookie.connect(_loaded_from_cookie, app)
     signals.user_logged_out.connect(_signed_out, app)
     signals.session_protected.connect(_signed_out, app)
 
@@ -63,26 +66,35 @@ def _session() -> SessionData | None:
     return session if isinstance(session, SessionData) else None
 
 
-def _rotate_now(session: SessionData) -> None:
-    session.accessed = True
-    life_of(session).rotate_soon(grace=0)
-
-
-def _rotate(sender: Flask, **_: Any) -> None:
+def _loaded_from_cookie(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
-        _rotate_now(session)
+        _rotate(session, _SIGNED_IN)
 
 
 def _signed_in(sender: Flask, **_: Any) -> None:
+    _pass_a_step(sender, _SIGNED_IN)
+
+
+def _confirmed(sender: Flask, **_: Any) -> None:
+    # The user is known by the session only: with an old token, that is not enough to stay.
+    _pass_a_step(sender, ())
+
+
+def _pass_a_step(app: Flask, signed_in: Collection[str]) -> None:
     session = _session()
     if session is not None:
-        _rotate_now(session)
+        _rotate(session, signed_in)
         if life_of(session).repository.settings.renew_csrf:
             # Flask-WTF keeps the signed form of the token for the rest of the request.
-            name = csrf_field(sender)
+            name = csrf_field(app)
             session.pop(name, None)
             g.pop(name, None)
+
+
+def _rotate(session: SessionData, signed_in: Collection[str]) -> None:
+    session.accessed = True
+    life_of(session).rotate_soon(0, signed_in)
 
 
 def _signed_out(sender: Flask, **_: Any) -> None:

@@ -120,6 +120,83 @@ def test_a_confirmation_inside_a_lock_or_a_transaction(members: Site) -> None:
         assert who(thief) is None
 
 
+# Old tokens ---------------------------------------------------------------------------------------
+
+
+def with_an_old_token(site: Site) -> tuple[Visitor, Visitor]:
+    """A visitor who is remembered, and the tab that still has the token of before a rotation."""
+    visitor = remembered(site)
+    tab = visitor.another_tab()
+    remember = visitor.get_cookie("remember_token")
+    assert remember is not None
+    tab.set_cookie("remember_token", remember.value)
+    visitor.run(lambda session: session.rotate(grace=60))
+    visitor.delete_cookie("remember_token")
+    assert who(tab) == "ada"
+    return visitor, tab
+
+
+def test_signing_in_as_the_same_user_with_an_old_token(members: Site) -> None:
+    """What it sets is what the other session holds, and is part of the new one all the same."""
+    for block in (None, lambda session: session.lock(), lambda session: session.transaction()):
+        visitor, tab = with_an_old_token(members)
+        old = tab.cookie
+
+        def log_in(session: Any, block: Any = block) -> None:
+            if block is None:
+                login_user(User("ada"))
+            else:
+                with block(session):
+                    login_user(User("ada"))
+
+        tab.run(log_in)
+        assert tab.cookie not in (old, visitor.cookie)
+        tab.delete_cookie("remember_token")
+        assert who(tab) == who(visitor) == "ada"
+        assert "cart" not in tab.run(dict)
+        assert visitor.run(dict)["cart"] == ["mug"]
+
+
+def test_confirming_with_an_old_token_keeps_nobody_signed_in(members: Site) -> None:
+    """Only the other session knows the user."""
+    visitor, tab = with_an_old_token(members)
+    tab.delete_cookie("remember_token")
+    visitor.run(lambda session: session.update(_fresh=False))
+    tab.run(lambda session: confirm_login())
+    assert who(tab) is None
+    assert who(visitor) == "ada"
+
+
+def pop_all(session: Any) -> None:
+    for key in list(session):
+        session.pop(key)
+
+
+def clear_in_a_lock(session: Any) -> None:
+    with session.lock():
+        session.clear()
+
+
+@pytest.mark.parametrize("empty", [lambda session: session.clear(), pop_all, clear_in_a_lock])
+@pytest.mark.parametrize("asks_before", [False, True])
+def test_emptying_with_an_old_token_before_a_sign_out(
+    members: Site, empty: Act, asks_before: bool
+) -> None:
+    """In between, Flask-Login signs in by the remember-me cookie; the sign-out ends it all."""
+    visitor, tab = with_an_old_token(members)
+
+    def log_out(session: Any) -> None:
+        if asks_before:
+            assert current_user.get_id() == "ada"
+        empty(session)
+        logout_user()
+
+    tab.run(log_out)
+    assert tab.cookie is None
+    assert tab.get_cookie("remember_token") is None
+    assert who(tab) is who(visitor) is None
+
+
 # Sign-outs ----------------------------------------------------------------------------------------
 
 

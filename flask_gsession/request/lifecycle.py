@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -101,6 +101,8 @@ class Lifecycle:
         self.trace: Trace | None = None
         #: whether the request had changed the session when it was saved
         self.was_modified = False
+        #: the keys that a library has signed in with
+        self.signed_in: Collection[str] = ()
         self._present = present
         self._context = context
         self._presented: Presented | None = None
@@ -422,11 +424,12 @@ class Lifecycle:
             wanted.get("cleared", wishes.cleared),
         )
 
-    def rotate_soon(self, grace: float) -> None:
+    def rotate_soon(self, grace: float, signed_in: Collection[str] = ()) -> None:
         """Rotate with the next save; at the end of a lock; with what a transaction stores.
 
         An old token never leads to a new one for the same session: with such a token only a
-        sign-in (no ``grace``) does something, and it starts a session of its own.
+        sign-in (no ``grace``) does something, and it starts a session of its own. ``signed_in``
+        are the keys that a library has just set for a user it knows by more than this session.
         """
         self.open()
         if self.phase is Phase.SAVED:
@@ -441,6 +444,7 @@ class Lifecycle:
                     self.handle,
                 )
                 return
+            self.signed_in = signed_in
             earlier = self.wishes.rotation
             self.wish(rotation=grace if earlier is None else min(earlier, grace))
             if self.seen.is_old_token and self.block is None:
@@ -449,18 +453,22 @@ class Lifecycle:
     def start_own_session(self) -> None:
         """Sign-in with an old token: go on with a new session, and take nothing over.
 
-        What this request assigned stays, so that the sign-in itself does. The session behind the
-        old token stays as it is.
+        What this request changed by assigning it stays, so that the sign-in itself does; what it
+        assigned again as it was may be taken from the old session, unless a library has just
+        signed in with it. The session behind the old token stays as it is.
         """
         values = self.values
         changes = values.changes()
         kept = {key: values.raw(key) for key in changes if values.was_assigned(key)}
+        kept.update((key, values.raw(key)) for key in self.signed_in if key in values)
+        # Where nothing else is left, and it goes as well, this was a logout and no sign-in.
+        emptied = kept.keys() >= set(values)
         logger.info(
             "A sign-in with an old token of session %s started a session of its own", self.handle
         )
         values.clear()
         self.seen = Seen(presented=True)
-        self.wishes = NO_WISHES
+        self.wishes = Wishes(cleared=True) if emptied else NO_WISHES
         self.attempts = NO_ATTEMPTS
         self.lease = None
         for key, raw in kept.items():

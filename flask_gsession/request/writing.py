@@ -479,7 +479,9 @@ def _commit_and_renew(life: Lifecycle, *, rotating: bool | None) -> None:
     if not stored and life.trouble is None and life.seen.record is not None:
         _renew_if_due(life)
     emptied = life.wishes.cleared and life.seen.record is None and not life.ended
-    if emptied and life.presented().checked is not None:
+    if emptied and life.seen.presented:
+        life.destroy()  # begun with an old token: what it led to is to end as well
+    elif emptied and life.presented().checked is not None:
         life.cookie = "delete"
 
 
