@@ -136,14 +136,14 @@ def locks(url: str, _: Path) -> Any:
     """A lock that is held across the fork, and one that the child takes and has extended."""
     site = make_site(url, "forks:", lock_timeout=1, lock_wait=DEADLINE, lock_warn=None)
     extended = threading.Event()
-    store = site.ext.store(site.app)
-    extend = store.extend
+    leases: Any = site.ext.store(site.app).leases
+    extend = leases.extend
 
     def tell(*arguments: Any) -> bool:
         extended.set()
         return bool(extend(*arguments))
 
-    store.extend = tell  # type: ignore[method-assign]
+    leases.extend = tell
 
     @site.app.post("/hold")
     def hold() -> Any:
