@@ -21,6 +21,8 @@ TOKEN_BYTES = 32
 #: Of how many cookies of one name the signature is checked: more than a browser keeps for a site
 #: (Chromium 180), so that nobody can crowd ours out; about a millisecond for each secret key.
 MAX_SIGNATURES = 200
+#: How many sessions a logout ends where several of our tokens were presented: a round trip each.
+MAX_REFUSED = 8
 _SIGNATURE_BYTES = 16
 _SIGNATURE_LENGTH = 22  # characters
 _MAX_TOKEN_LENGTH = 200  # characters
@@ -83,11 +85,20 @@ class _Mac:
 
 
 class Checked(Struct, frozen=True, gc=False):
-    """What became of a presented token: ``token`` or, where it was refused, the ``reason``."""
+    """What became of a presented token: ``token`` or, where it was refused, the ``reason``.
+
+    ``refused``: tokens that we signed, of which none is used; a logout ends them all.
+    """
 
     token: str | None
     reason: str = ""
     outdated: bool = False  # signed with a fallback key: sign it anew
+    refused: tuple[str, ...] = ()
+
+    @property
+    def signed(self) -> tuple[str, ...]:
+        """All tokens that we signed, used or not."""
+        return self.refused if self.token is None else (self.token,)
 
     def __repr__(self) -> str:
         return f"Checked(reason={self.reason!r}, outdated={self.outdated})"
@@ -133,6 +144,7 @@ class TokenSigner:
         refused: one may be planted, and to pick one would be a guess.
         """
         ours, refused, signatures = None, Checked(None, "malformed"), 0
+        tokens: dict[str, None] = {}  # each once, in order
         for value in presented:
             checked = self.check(value)
             if checked.reason == "malformed":
@@ -142,12 +154,14 @@ class TokenSigner:
                 return Checked(None, "too many cookies")
             if checked.token is None:
                 refused = checked
-            elif ours is None:
-                ours = checked
-            elif ours.token != checked.token:
-                return Checked(None, "two cookies")
-            elif ours.outdated:
-                ours = checked  # the same token, signed with the current key
+                continue
+            tokens[checked.token] = None
+            if len(tokens) == MAX_REFUSED:
+                break
+            if ours is None or ours.outdated:
+                ours = checked  # perhaps the same token, signed with the current key
+        if len(tokens) > 1:
+            return Checked(None, "two cookies", refused=tuple(tokens))
         return refused if ours is None else ours
 
 

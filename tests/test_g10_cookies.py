@@ -209,6 +209,26 @@ def test_two_different_cookies_of_ours_are_both_refused(site: Site) -> None:
     assert site.visitor(mine).run(dict) == {"who": "me"}
 
 
+@pytest.mark.parametrize(
+    "log_out", [lambda session: session.destroy(), lambda session: session.clear()]
+)
+def test_a_logout_ends_both_of_two_sessions(site: Site, log_out: Any) -> None:
+    """Or it would answer that it had ended one, and a planted cookie would keep it alive."""
+    mine, theirs = visitor_with(site, who="me").cookie, visitor_with(site, who="them").cookie
+    response = send(site, f"session={mine}; session=x; session={theirs}", log_out)
+    assert the_cookie(response)[0] == ""
+    assert not site.stored()
+
+
+def test_a_logout_ends_no_more_than_eight_sessions(site: Site) -> None:
+    """Each costs a round trip, and a client can send many cookies."""
+    cookies = [visitor_with(site, number=number).cookie for number in range(10)]
+    with site.counted() as count:
+        header = "; ".join(f"session={cookie}" for cookie in cookies)
+        send(site, header, lambda session: session.destroy())
+    assert count.calls == ["delete"] * 8
+
+
 def test_a_cookie_that_we_did_not_sign_locks_nobody_out(make_site: SiteMaker) -> None:
     """Another application on the host may have set it, or a page of a sibling domain."""
     site, other = make_site(), make_site(config={"SECRET_KEY": "of another application"})

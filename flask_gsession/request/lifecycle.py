@@ -491,9 +491,10 @@ class Lifecycle:
             if self.seen.record is not None:
                 keys.insert(0, self.seen.record.key)
             is_its = self.seen.record is not None and self.seen.presented
-            if not is_its and presented.checked is not None and presented.checked.token is not None:
+            checked = presented.checked
+            if not is_its and checked is not None:
                 # Also where that was refused, and this request made another session since.
-                keys.append(session_key(presented.checked.token))
+                keys.extend(map(session_key, checked.signed))
             unconfirmed: LogoutUnconfirmed | None = None
             emitted = []
             for key in dict.fromkeys(keys):

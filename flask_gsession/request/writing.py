@@ -478,10 +478,13 @@ def _commit_and_renew(life: Lifecycle, *, rotating: bool | None) -> None:
         life.drop_placed()
     if not stored and life.trouble is None and life.seen.record is not None:
         _renew_if_due(life)
-    emptied = life.wishes.cleared and life.seen.record is None and not life.ended
-    if emptied and life.seen.presented:
-        life.destroy()  # begun with an old token: what it led to is to end as well
-    elif emptied and life.presented().checked is not None:
+    if not life.wishes.cleared or life.seen.record is not None or life.ended:
+        return
+    checked = life.presented().checked
+    if life.seen.presented or (checked is not None and checked.refused):
+        # Begun with an old token, or with several: what they lead to is to end as well.
+        life.destroy()
+    elif checked is not None:
         life.cookie = "delete"
 
 
