@@ -301,7 +301,7 @@ def test_a_write_whose_reply_is_lost_is_applied_once(
         ("rotation", "insert"),
         ("rotation", "update"),
         ("login", "insert"),
-        ("login", "delete"),
+        ("login", "update"),
         ("logout", "findAndModify"),
         ("clear", "delete"),
     ],

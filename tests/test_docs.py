@@ -759,7 +759,7 @@ def test_every_reason_of_a_conflict_is_named() -> None:
     said = set(re.findall(r'``"([^"]+)"``', events.SessionConflicted.__doc__ or ""))
     package = Path(flask_gsession.__file__).parent
     source = "".join(file.read_text(encoding="utf-8") for file in package.rglob("*.py"))
-    assert set(re.findall(r'\bconflict\(\s*"([^"]+)"', source)) == said
+    assert set(re.findall(r'\bconflict[(,]\s*"([^"]+)"', source)) == said
 
 
 def test_the_architecture_page_names_every_file() -> None:

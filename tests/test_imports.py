@@ -20,6 +20,7 @@ ROWS = [
     ["processes"],
     ["tokens", "stores.rights", "stores.file_locks", "stores.interrupts"],
     ["stores.base", "stores.urls"],
+    ["stores.exposure"],
     ["values", "stores.wrappers"],
     ["config"],
     ["request.state"],
@@ -115,7 +116,8 @@ def test_a_store_knows_only_its_contract(module: str) -> None:
     """Nothing of values, cookies or settings: what makes a new store an afternoon's work."""
     ours = {name for name in imports(module) if name.startswith("flask_gsession")}
     same_room = [name for name in INSIDE if room_of(name) == room_of(module)]
-    means = [f"stores.{name}" for name in ("interrupts", "rights", "file_locks", "urls")]
+    names = ("exposure", "interrupts", "rights", "file_locks", "urls")
+    means = [f"stores.{name}" for name in names]
     contract = ("errors", "events", "processes", *CONTRACT, *means, *same_room)
     assert ours <= {f"flask_gsession.{name}" for name in contract}
 

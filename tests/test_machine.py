@@ -588,7 +588,11 @@ class Machine(RuleBasedStateMachine):
         # A rotation beside another one is done already; unless the old token must end at once.
         rotates = request.grace == 0 or (request.grace is not None and not rotated_meanwhile)
         if rotates and rotated_meanwhile:  # a sign-in, whose token is an old one by now
+            emptied = not request.wants
             request.parts()
+            if emptied:  # a logout, then
+                request.cleared = True
+                session.dead = session.dead or self.reached(session, request.index)
             self.end_anonymous(request, status, cookie)
             return
         try:

@@ -184,7 +184,7 @@ class Records:
             if not there.successor or self.layout.now() >= there.idle_expires_at:
                 break
             key = there.successor
-            if key in pointers:
+            if type(key) is not str or key in pointers:  # a forged one, or a circle
                 break
         else:
             raise too_many_pointers()
