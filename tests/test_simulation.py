@@ -51,7 +51,7 @@ def test_broken_code_is_found(
     mutation: Mutation, record_property: Callable[[str, object], None]
 ) -> None:
     with Simulation() as simulation, mutation.apply():
-        found = simulation.search(range(5000))
+        found = simulation.search(range(20_000))
     assert found is not None
     taken = found.plan.seed + 1
     record_property("schedules until found", taken)
