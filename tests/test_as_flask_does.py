@@ -240,7 +240,12 @@ def test_signing_in_over_a_socket(store: str, tmp_path: Any) -> None:
             "note": further.session.get("note"),
         }
 
+    def log_in_with_a_block(kind: str) -> None:
+        with session.lock() if kind == "lock" else session.transaction():
+            login_user(User())
+
     socketio.on_event("login", lambda _: login_user(User()) and None)
+    socketio.on_event("login with a block", log_in_with_a_block)
     socketio.on_event("note", lambda text: further.session.update(note=text))
 
     client = app.test_client()
@@ -248,6 +253,9 @@ def test_signing_in_over_a_socket(store: str, tmp_path: Any) -> None:
     socket = socketio.test_client(app, flask_test_client=client)
     socket.emit("login", {})
     assert client.get("/").json == {"user": "ada", "cart": "mug", "note": "mug"}
+    for kind in ("lock", "transaction"):
+        socket.emit("login with a block", kind)
+        assert client.get("/").json == {"user": "ada", "cart": "mug", "note": "mug"}
     socket.emit("note", "of the further session alone")
     assert client.get("/").json["note"] == "of the further session alone"
     ext.close(app)

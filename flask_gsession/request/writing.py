@@ -103,6 +103,8 @@ def commit(
     """
     if rotating is None:
         rotating = life.lease is None
+    if life.phase is Phase.VIEW and life.request.routing_exception is not None:
+        rotating = False  # no view runs, but a socket handler, whose response nobody may send
     if life.attempts and life.trouble is None:
         life.resolve_attempts()
     changes = life.changes()
