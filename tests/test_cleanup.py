@@ -376,10 +376,8 @@ def test_a_real_process_that_is_struck(
     store.close()
 
 
-def test_a_cursor_that_is_none(redis_url: str) -> None:
-    assert "no cursor of a Redis" in Console(redis_url).failed(
-        "cleanup", "--cursor", "what?", status=2
-    )
+def test_a_malformed_cursor(redis_url: str) -> None:
+    assert "malformed cursor" in Console(redis_url).failed("cleanup", "--cursor", "what?", status=2)
 
 
 @pytest.mark.parametrize("batch", ["0", "many"])

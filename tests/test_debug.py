@@ -243,7 +243,7 @@ def test_why_a_token_is_refused(make_site: SiteMaker, clock: FakeClock, log: Log
     assert record is not None
     broken = record._replace(payload=record.payload[:-1] + b"?", version=new_version())
     site.store.store.save(broken, record.version)
-    assert refused(visitor, log) == ("corrupt", "not this session's own record, or altered")
+    assert refused(visitor, log) == ("corrupt", "checksum mismatch")
 
     idle, absolute = stored(), stored(short)
     clock.advance(7261)

@@ -669,7 +669,7 @@ SLAVE = "ip=db,port=1,state={},offset=90,lag={}"
     [
         ({"redis_version": "6.0.20"}, "error", "server version", "6.0.20"),
         ({"redis_version": "6.2.0"}, "ok", "server version", "6.2.0"),
-        ({"redis_version": "next"}, "warning", "server version", "not told"),
+        ({"redis_version": "next"}, "warning", "server version", "unknown"),
         ({"rdb_last_bgsave_status": "err"}, "error", "persistence", "the last snapshot failed"),
         (
             {"aof_last_write_status": "err"},

@@ -198,11 +198,11 @@ def _redis(url: str, scheme: str, options: StoreOptions) -> Store:
 
 
 def _checked(scheme: str, build: Callable[[], T]) -> T:
-    """What ``build`` returns; a driver's complaint about the URL without the URL."""
+    """Call ``build``; reports a driver's complaint about the URL without showing the URL."""
     try:
         return build()
     except Exception as error:
-        # Of what a driver says only this, for the rest may hold a password.
+        # Quote nothing else from the driver's message: the rest may hold a password.
         option = re.search(r"unexpected keyword argument '([a-z_]{1,40})'$", str(error))
         what = (
             f"the option {option[1]}"

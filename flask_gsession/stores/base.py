@@ -1,8 +1,7 @@
-"""What a store is: seven verbs on opaque records, and nothing of Flask, cookies or values.
+"""The store contract: seven verbs on opaque records. A store knows no Flask, cookies or values.
 
-A new store is an afternoon's work: implement ``Store``, then run the contract suite of
-``flask_gsession.testing`` on it. What more a store can do is in ``parts``; a store around another
-one starts from ``wrappers.Wrapper``.
+To write a store, implement ``Store`` and run the contract suite of ``flask_gsession.testing`` on
+it. Optional abilities are in ``parts``; a store around another one extends ``wrappers.Wrapper``.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ if TYPE_CHECKING:
 
 Clock = Callable[[], float]
 
-#: So many rotations may lie within the grace of the first one.
+#: The most rotations within the grace of the first one.
 MAX_POINTERS = 1000
 KEY_LENGTH = 43  # of a session key
-#: The key of the record that says which process cleans up until when, and then that it was done.
-#: It is no session's key: its last character is one that no digest ends with.
+#: The key of the clean-up ticket: a process holds it while it cleans up, then marks it done. It
+#: cannot collide with a session key: no digest ends with its last character.
 CLEANUP_KEY = "flask-gsession-clean-up".ljust(KEY_LENGTH, "-")
 _NO_KEY_CHARACTERS = dict.fromkeys(map(ord, f"{ascii_letters}{digits}-_"))
 
 
 class Record(NamedTuple):
-    """What a store holds under one session key. Times are milliseconds since 1970, UTC.
+    """The value that a store holds under one session key. Times: milliseconds since 1970, UTC.
 
     ``version`` is drawn at random for each write, so that a writer recognises its own.
     ``idle_expires_at`` is never past ``absolute_expires_at``, so it is when the record ends.
@@ -46,7 +45,7 @@ class Record(NamedTuple):
     successor: str | None = None
 
     def __repr__(self) -> str:
-        """Without the payload: logs and error trackers keep what they are shown."""
+        """Without the payload, so that logs and error trackers never hold session values."""
         what = f"{len(self.payload)} bytes" if self.successor is None else f"to {self.successor}"
         return f"<Record {self.key}, version {self.version}: {what}>"
 
@@ -61,10 +60,10 @@ class Record(NamedTuple):
 
 
 class Deleted(NamedTuple):
-    """What ``Store.delete`` did. It counts as true where there was a session.
+    """The result of ``Store.delete``; true if there was a session.
 
-    ``record``: what ended, where the store still knows it. ``unconfirmed``: why too few replicas
-    have said that they know of the end; empty where they have, or where none are asked.
+    ``record``: the deleted record, if the store still knows it. ``unconfirmed``: why too few
+    replicas confirmed the logout; empty if they did, or if none are asked.
     """
 
     found: bool
@@ -76,20 +75,20 @@ class Deleted(NamedTuple):
 
 
 class Replaced(NamedTuple):
-    """What ``Store.replace`` did. ``unconfirmed``: as in ``Deleted``, of the end of the old key."""
+    """The result of ``Store.replace``. ``unconfirmed``: as in ``Deleted``, for the old key."""
 
     unconfirmed: str = ""
 
 
 class Store:
-    """The contract: seven verbs, and what more the store can do, as parts.
+    """The contract: seven verbs, and optional parts.
 
     Each verb is one atomic step and takes one total time budget. Every one may raise
     ``StoreUnavailable``, never a driver's own error. All of them are safe to repeat: a write that
     was applied although its answer got lost is recognised by its version, and what came after it
     (a logout, a rotation, a later write) is not undone.
 
-    A part is an object, ``itself`` where the store has the methods, or None where it can't do that.
+    A part is an object, ``itself`` if the store has the methods, or None if it can't do that.
     """
 
     leases: Leases | None = None
@@ -98,7 +97,7 @@ class Store:
     upkeep: Upkeep | None = None
     counts: Counts | None = None
     checks: Checks | None = None
-    #: Whether ``StoreOptions.logout_replicas`` means something to the store.
+    #: Whether the store honours ``StoreOptions.logout_replicas``.
     confirms_logouts = False
 
     def create(self, record: Record) -> None:
@@ -109,7 +108,7 @@ class Store:
         """The record, or a pointer, as it was stored; None when there is none.
 
         May return an expired record instead of None: requests compare the times themselves, and
-        ``unexpired`` does it for everybody else.
+        ``unexpired`` does it for other callers.
 
         Raises ``UnreadableRecord`` when something else is stored there. One round trip.
         """
@@ -146,11 +145,11 @@ class Store:
     ) -> Replaced | None:
         """Rotate: ``record`` lives under its own new key, ``pointer`` under the old ``key``.
 
-        Without a pointer the old key is free. Of several racing rotations one succeeds. The idle
-        expiry of ``record`` becomes that of the record under ``key`` where that is later, and with
-        ``shorten`` not, as in ``save``.
-        Raises ``Gone``, ``Stale`` or ``KeyTaken``, and has then changed nothing. A store without
-        replicas need not return anything.
+        Without a pointer the old key becomes free. Of several racing rotations one succeeds. As in
+        ``save``, the record under ``key`` passes on its idle expiry if that is later, unless
+        ``shorten``.
+        Raises ``Gone``, ``Stale`` or ``KeyTaken`` before it changes anything. A store without
+        replicas may return None.
         """
         raise NotImplementedError
 
@@ -177,7 +176,7 @@ def is_store(thing: object) -> bool:
 
 
 def unexpired(store: Store, key: str, now: int) -> Record | None:
-    """What ``store.load(key)`` gives, None where that has expired at ``now``, in milliseconds."""
+    """``store.load(key)``, or None if that has expired at ``now`` (milliseconds)."""
     record = store.load(key)
     return None if record is None or now >= record.idle_expires_at else record
 
@@ -188,7 +187,7 @@ def new_version() -> int:
 
 
 def too_many_pointers() -> StoreUnavailable:
-    """What ``delete`` raises, before it has deleted anything, for a chain that is too long."""
+    """The error of ``delete`` for a chain that is too long; raised before anything is deleted."""
     return StoreUnavailable(
         f"more than {MAX_POINTERS} rotations within their grace: this token can't be followed"
     )

@@ -1,4 +1,4 @@
-"""What the checks of database servers have in common: who gets in, and which versions are bad."""
+"""Checks shared by the database servers: access without a password, TLS and known faults."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def door(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]:
             "error",
             "password",
             "none",
-            f"Whoever reaches the server {_SESSIONS}: let it ask for a password.",
+            f"Anyone who reaches the server {_SESSIONS}: let it ask for a password.",
         )
     if tls or tls is None or local:
         yield Finding("ok", "TLS", "on" if tls else "off, on this machine")
@@ -52,8 +52,8 @@ def door(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]:
             "warning",
             "TLS",
             "off",
-            "Whoever is on the way can read and change sessions, and sees the password: use TLS, "
-            "or a network that encrypts.",
+            "Anyone on the network path can read and change sessions, and sees the password: use "
+            "TLS, or a network that encrypts.",
         )
 
 
@@ -63,7 +63,7 @@ def unchecked(option: str) -> Finding:
         "warning",
         "certificate",
         "not checked",
-        f"Anyone on the way can pose as the server: leave out {option}.",
+        f"Anyone on the network path can pose as the server: leave out {option}.",
     )
 
 

@@ -8,7 +8,7 @@
             000000000000     its frames, each under the number of the byte where it begins
 
 Files do not expire. So each blob has an entry in the session store, which does: ``tidy`` removes
-the files of those that have none any more, and leaves those of other prefixes alone.
+the files whose entry has expired, and leaves the files of other prefixes alone.
 
 In a folder of this machine everything that is made here is for its owner only (0700 and 0600),
 whatever the rights of the folder itself.
@@ -74,7 +74,7 @@ def _is_local(fs: Any) -> bool:
 
 
 def _make_folder(fs: Any, folder: str) -> None:
-    """Make the folder of a blob, and that of the prefix around it."""
+    """Make the folder of a blob, and the prefix's folder around it."""
     if not _is_local(fs):
         fs.makedirs(folder, exist_ok=True)
         return
@@ -99,8 +99,8 @@ def _write(fs: Any, path: str, data: bytes) -> None:
 class FileBlobs(Blobs):
     """Keeps blobs in the folder that ``url`` names, and in ``entries`` which of them live.
 
-    The times that a call may take are those of the file system. A folder of this machine is made
-    where it is missing, for its owner only.
+    The file system's own timeouts apply. A missing folder on this machine is made, for its owner
+    only.
     """
 
     frame_bytes = FRAME_BYTES
@@ -168,7 +168,7 @@ class FileBlobs(Blobs):
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         """Remove the files that are older than an hour and of no live blob."""
         if cursor and not _NAME.fullmatch(cursor):
-            raise ValueError("this is no cursor of a clean-up of files")
+            raise ValueError("malformed cursor of a clean-up of files")
         orphans = seen = 0
         last = cursor
         for name in self._names(cursor):
@@ -244,7 +244,7 @@ class FileBlobs(Blobs):
             if not self._bucket:
                 fs.rm(folder, recursive=True)
                 return
-            for file in self._list(folder):  # one by one: s3fs tells no error of many at once
+            for file in self._list(folder):  # one by one: s3fs reports no errors of a batch
                 fs.rm_file(f"{folder}/{file}")
 
     def _folder(self, name: str) -> str:

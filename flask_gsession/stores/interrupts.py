@@ -48,7 +48,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(one))
         yield one
         one = one.__cause__ or one.__context__
-        # What is handled further out, as by an error page that reads the session, is over.
+        # An exception handled further out, as by an error page that reads the session, is over.
         if one is not None and one.__traceback__ and one.__traceback__.tb_frame in outer:
             return
 

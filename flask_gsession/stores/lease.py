@@ -16,7 +16,7 @@ _LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
 
 @dataclass(slots=True)
 class Lease:
-    """Who holds a lease until when, and who waits; for stores that keep it as one value.
+    """A lease's holder, its end and its queue; for stores that keep them as one value.
 
     ``length``: for how long it was asked for. ``waiters``: when each asked last, in the order of
     their coming. Times are milliseconds.
@@ -29,7 +29,7 @@ class Lease:
 
     @classmethod
     def of(cls, owner: object, until: object, length: object, waiters: object) -> Lease:
-        """A lease as a store has it. Junk counts as none, so that it can't lock a session."""
+        """Parse a stored lease. Malformed text counts as no lease, so it can't lock a session."""
         if (
             isinstance(owner, str)
             and isinstance(until, int)
@@ -76,7 +76,7 @@ class Lease:
         return held
 
     def _is_free(self, now: int) -> bool:
-        # What ends so late was begun before a clock was set back, or by one far ahead.
+        # Such a late end comes from a clock that was far ahead, or has been set back.
         return now >= self.until or self.until - now > 2 * min(self.length, LONGEST_LEASE)
 
     def _drop_the_dead(self, owner: str, now: int) -> None:

@@ -125,7 +125,7 @@ class MemoryStore(Store):
             return live - (CLEANUP_KEY in self._records and self._records[CLEANUP_KEY].is_live(now))
 
     def sweep(self, limit: int) -> int:
-        """Remove expired records, oldest first, looking at no more than ``limit`` of them.
+        """Remove expired records, oldest first, examining at most ``limit`` of them.
 
         Likewise blobs.
         """

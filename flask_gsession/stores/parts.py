@@ -1,4 +1,4 @@
-"""What a store can do beside the seven verbs: its parts.
+"""Parts: the optional abilities of a store, beside the seven verbs.
 
 Each part is an attribute of the store (``leases``, ``blobs``, ``scans``, ``upkeep``, ``counts``,
 ``checks``): an object with the methods below, or None where the store can't do that.
@@ -27,8 +27,8 @@ class Leases(Protocol):
         self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
     ) -> None:
         """As ``Store.save``. The same step raises ``LeaseLost`` unless the owner ``lease`` holds
-        the lease of the session, and it has not run out; ``Gone`` goes before ``LeaseLost``, and
-        ``Stale`` after it.
+        an unexpired lease of the session. ``Gone`` is checked first, then ``LeaseLost``, then
+        ``Stale``.
         """
 
     def replace(
@@ -49,10 +49,10 @@ class Leases(Protocol):
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         """Hold the lease for ``lease_ms`` from now, or wait in the queue for it.
 
-        0 when it is held now; else for how many milliseconds to ``wait_for_release`` before asking
-        again. Only the first in the queue gets a free lease. An owner that has not asked for
-        ``WAITER_LIFE`` loses its place. A lease that would run for more than twice its length from
-        now was begun before a clock was set back, or by one far ahead, and is free. Raises ``Gone``
+        Returns 0 if it is held now, else how many milliseconds to ``wait_for_release`` before
+        asking again. Only the first in the queue gets a free lease. An owner that has not asked for
+        ``WAITER_LIFE`` loses its place. A lease with more than twice its length left comes from a
+        clock that was far ahead or has been set back, and counts as free. Raises ``Gone``
         unless there is a live record under ``key``, and ``QueueFull`` if ``max_waiters`` others
         wait already.
         """
@@ -74,7 +74,7 @@ class Blobs(Protocol):
     """A place for large values: blobs under random names, written and read in frames.
 
     A blob never changes once it is written, and its name is never used again. It ends by its own
-    expiry, whatever becomes of those who refer to it. Each call takes one total time budget, and
+    expiry, even while a session still refers to it. Each call takes one total time budget, and
     may raise ``StoreUnavailable``; all of them are safe to repeat.
     """
 
@@ -92,16 +92,16 @@ class Blobs(Protocol):
         """
 
     def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
-        """Keep those that are there until then, or as long as they are kept already."""
+        """Keep the existing blobs until ``expires_at``, or longer if they already expire later."""
 
     def discard_blobs(self, names: Sequence[str], at: int) -> None:
-        """Let these go at that time, or when they go already; at once where it is over."""
+        """Expire these blobs at ``at`` unless they expire earlier; at once if ``at`` is past."""
 
 
 class Page(NamedTuple):
     """Some of a store's records, and the ``cursor`` that leads to the next; "" after the last.
 
-    ``unreadable``: the keys of what is no record.
+    ``unreadable``: the keys of values that are not records.
     """
 
     records: list[Record]
@@ -124,15 +124,15 @@ class Scans(Protocol):
         """About ``limit`` of the unexpired records and pointers whose key starts with ``begins``.
 
         With ``cursor`` those after the page that had it. A record that is there from the first page
-        to the last comes at least once, in no order; one that comes or goes meanwhile, perhaps.
+        to the last comes at least once, in no order; one created or deleted during the scan may.
         A page may be empty. Records of other prefixes may be among them: see ``is_session_key``.
         """
 
 
 class Tidied(NamedTuple):
-    """What one step of a clean-up found and put right, by kind; ``cursor`` is as in ``Page``.
+    """The counts of one clean-up step, by kind of leftover; ``cursor`` is as in ``Page``.
 
-    ``seen``: how many things it looked at.
+    ``seen``: how many items it examined.
     """
 
     found: dict[str, int]
@@ -140,24 +140,24 @@ class Tidied(NamedTuple):
     cursor: str
 
 
-#: The kinds of things in ``Tidied.found``. What has no expiry gets one, the others are removed.
+#: The kinds in ``Tidied.found``. Items without an expiry get one; all others are removed.
 LEFTOVERS = (
     *("expired sessions", "sessions without expiry", "unreadable records"),
     *("orphaned locks", "orphaned large values"),
     *("expired large values", "large values without expiry"),
 )
-#: What a large value gets that has no expiry and does not say whose it is, in milliseconds:
-#: browsers keep no cookie for longer.
+#: Lifetime in milliseconds for a large value with no expiry and no known session: browsers keep
+#: no cookie longer.
 LOST_EXPIRY = 400 * 86_400_000
 
 
 class Upkeep(Protocol):
-    """For a store in which things can stay that nobody reads any more, expired records included."""
+    """For a store that can accumulate leftovers, such as expired records."""
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
-        """Look at about ``limit`` things, and put right what is found; only count, if ``dry_run``.
+        """Examine about ``limit`` items and repair or remove leftovers; ``dry_run`` only counts.
 
-        Live sessions stay, whatever is written to them meanwhile.
+        Live sessions stay, even if they are written to at the same time.
         """
 
 
@@ -167,13 +167,13 @@ class Counts(Protocol):
     def count(self) -> int:
         """About how many sessions are live, in one step whose work is bounded.
 
-        It may count what ended within the last minute, and where there are many it may judge from
+        May include sessions that ended within the last minute, and may estimate large numbers from
         a sample. Raises ``StoreUnavailable``.
         """
 
 
 class Finding(NamedTuple):
-    """What a check found. ``severity`` is ``"ok"``, ``"warning"`` or ``"error"``."""
+    """The result of a check. ``severity`` is ``"ok"``, ``"warning"`` or ``"error"``."""
 
     severity: str
     check: str
@@ -185,7 +185,7 @@ class Checks(Protocol):
     """For a store that can say how its server is set up."""
 
     def check(self) -> list[Finding]:
-        """What an administrator should know. Raises ``StoreUnavailable``."""
+        """Findings for an administrator. Raises ``StoreUnavailable``."""
 
 
 class Parts(NamedTuple):
@@ -200,7 +200,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(store: object) -> Parts:
-    """The parts that ``store`` has. One that is no ``Store`` and names none has none."""
+    """The parts that ``store`` has; all None if it defines none."""
     return Parts(*(getattr(store, name, None) for name in Parts._fields))
 
 

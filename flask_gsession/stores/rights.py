@@ -1,4 +1,4 @@
-"""Who may read the files that hold sessions: their owner, and nobody else on the machine."""
+"""File rights: only their owner may read the files that hold sessions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import stat
 
 from ..events import logger
 
-# Windows has neither these flags nor user ids; its rights are those of the folder.
+# Windows has neither these flags nor user ids; the folder's rights apply.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _HAS_USERS = hasattr(os, "geteuid")

@@ -1,4 +1,4 @@
-"""For those who write a store: its options, how it closes, and round trips for the debug dump."""
+"""Helpers for store authors: options, closing, and counting round trips for the debug dump."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Clock
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """What the settings say to a store that is made from a URL or a client."""
+    """The settings passed to a store that is made from a URL or a client."""
 
     prefix: str = "gsession:"
     timeout: float = 1.0  # seconds for one call, retries included

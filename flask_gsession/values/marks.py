@@ -1,4 +1,4 @@
-"""What can stand in front of an encoded value: when it expires, and the version of its schema.
+"""The header in front of an encoded value: when it expires, and the version of its schema.
 
 A marked value is an extension type of MessagePack, always with a length of four bytes, so that the
 mark is read without decoding the value::
@@ -10,7 +10,7 @@ mark is read without decoding the value::
     bytes 12, 13    the version of the schema that checked it
     then            the encoded value
 
-The mark is part of the value's bytes: whoever compares, merges or moves a value does so with its
+The mark is part of the value's bytes: code that compares, merges or moves a value includes its
 expiry. Most values have none; a payload says whether any of its values has.
 """
 
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
     version: int = 1
 
 
-#: What values without a mark have.
+#: The mark of values that carry none.
 PLAIN = Mark()
 
 

@@ -16,10 +16,11 @@
 
 So one value can be decoded without looking into the others. The check in front (or the
 AES-GCM tag) binds the payload to its own record: another session's payload, a truncated or a
-foreign one does not open. It is no protection against those who may write to the store;
-encryption is. New fields go at the array's end, so that older payloads stay readable. The body of
-a pointer is the key of its successor. Earlier versions sealed with a 1 in byte 1, without the
-times; such a payload is refused, since anybody who can write to the store could prolong it.
+foreign one does not open. It does not protect against anyone who can write to the
+store; encryption does. New fields go at the array's end, so that older payloads stay readable.
+The body of a pointer is the key of its successor. Earlier versions sealed with a 1
+in byte 1, without the times; such a payload is refused, since anybody who can write to the store
+could prolong it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _Milliseconds = Annotated[int, Meta(ge=0, lt=END_OF_TIME)]
 
 
 class Body(Struct, array_like=True, gc=False):
-    """What a payload holds: the encoded values by key, and the session's own idle lifetime.
+    """The contents of a payload: the encoded values by key, and the session's own idle lifetime.
 
     ``lifetime`` is in milliseconds; None means the application's setting. ``marked`` says whether
     any value has a mark (see ``marks``); where none has, it takes no byte. ``debug_until``: until
@@ -166,7 +167,7 @@ class PayloadFormat:
     def check_pointer(self, session_key: str, successor: str, payload: bytes, *times: int) -> None:
         """Raises ``UnreadableRecord`` unless the pointer is this key's own, to that successor."""
         if self._unbind(session_key, payload, times) != successor.encode("utf-8", "replace"):
-            raise UnreadableRecord("corrupt", "a pointer to somewhere else")
+            raise UnreadableRecord("corrupt", "pointer mismatch")
 
     def _bind(
         self, session_key: str, body: bytes, times: tuple[int, ...], spilled: bool = False
@@ -191,7 +192,7 @@ class PayloadFormat:
                 )
             body = memoryview(payload)[_BODY:]
             if _check(own, body, spilled) != payload[2:_BODY]:
-                raise UnreadableRecord("corrupt", "not this session's own record, or altered")
+                raise UnreadableRecord("corrupt", "checksum mismatch")
             return body
         if header in _SEALED.values():
             if self._cipher is None:
@@ -205,7 +206,7 @@ class PayloadFormat:
             raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {NEWEST}")
         if len(header) == 2 and header[0] == 1:
             raise UnreadableRecord("corrupt", "format 1, of a version before the first release")
-        raise UnreadableRecord("corrupt", "no record of this library")
+        raise UnreadableRecord("corrupt", "malformed payload")
 
 
 def _size(values: Mapping[str, bytes]) -> int:

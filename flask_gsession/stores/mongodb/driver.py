@@ -71,7 +71,7 @@ def check_url(url: str) -> None:
 
 
 class HasDriver(Protocol):
-    """What calls are made of: a part of the store, or the records."""
+    """An object whose methods can be calls: a part of the store, or the records."""
 
     @property
     def driver(self) -> Driver: ...
@@ -170,8 +170,8 @@ class Driver:
                     name,
                     codec_options=CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_MS),
                     read_preference=ReadPreference.PRIMARY,
-                    # What is saved after a read is acknowledged by a majority, and so is what was
-                    # read; the majority's view alone would lag and lose races it need not lose.
+                    # A majority acknowledges each save, and with it the data read before; reading
+                    # at "majority" would lag, and lose races that it need not lose.
                     read_concern=ReadConcern("local"),
                     write_concern=WriteConcern("majority"),
                 )
@@ -240,7 +240,7 @@ def reraise_interruption(error: Exception) -> None:
 
 
 def undisturbed(find: Callable[[], T]) -> T:
-    """What ``find`` returns in a thread of its own: no signal strikes there, the stack is empty."""
+    """Run ``find`` in a thread of its own: no signal arrives there, and its stack is empty."""
     outcome: list[T | BaseException] = []
     context = copy_context()
 
@@ -259,7 +259,7 @@ def undisturbed(find: Callable[[], T]) -> T:
 
 
 class Call:
-    """The time that a call may take, and what the driver raises meanwhile, translated."""
+    """Bounds the time of a call, and translates the driver's errors."""
 
     __slots__ = ("_budget", "_driver", "_operation")
 
@@ -299,14 +299,14 @@ class Call:
 
 
 def _reason(error: Exception, collection: SessionCollection) -> str:
-    """What went wrong and where, in one line, and nothing of what was sent."""
+    """The error and its server in one line, without anything that was sent."""
     if not isinstance(error, OperationFailure):
         text = str(error).partition(", Timeout: ")[0].partition(", full error: ")[0]
         text = re.sub(r" \(configured timeouts: [^)]*\)", "", text)
     elif isinstance(error, WriteConcernError):
         text = f"not confirmed by a majority: {_code(error)}"
     else:
-        # A server's own words can hold the whole command; whoever logs the cause would show them.
+        # A server's message can quote the whole command, which would end up in logs.
         text = _code(error) + _HINTS.get(error.code or 0, "")
         error.args = (text,)
     where = "" if collection is None else _addresses(collection.database.client)

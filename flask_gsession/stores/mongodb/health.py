@@ -1,4 +1,4 @@
-"""What a MongoDB says about its fitness for sessions."""
+"""Doctor checks for MongoDB: whether its version and settings suit sessions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:
 
 def _version(version: str) -> Finding:
     if tuple(map(int, version.split(".")[:2])) < _OLDEST:
-        return Finding("error", "server version", version, "5.0 is the oldest.")
+        return Finding("error", "server version", version, "5.0 or newer is required.")
     return Finding("ok", "server version", version)
 
 
@@ -69,7 +69,7 @@ def _known_faults(version: str) -> Iterator[Finding]:
         version, _FIXED_WRITES, "WT-7995: after a crash, data can be damaged or missing", "error"
     )
     yield from known_faults(
-        version, _FIXED_LEAK, "CVE-2025-14847: whoever reaches it can read its memory"
+        version, _FIXED_LEAK, "CVE-2025-14847: anyone who reaches it can read its memory"
     )
 
 
@@ -183,7 +183,7 @@ def _index(collection: Any, check: str, field: str) -> Iterator[Finding]:
             "warning",
             check,
             f"this user may not list indexes ({code}, code {error.code})",
-            "Without the index what expired stays invalid, but is not removed.",
+            "Without the index expired sessions stay invalid, but are not removed.",
         )
         return
     if not indexes and field != "idle_expires_at":
@@ -197,7 +197,7 @@ def _index(collection: Any, check: str, field: str) -> Iterator[Finding]:
         "error",
         check,
         found,
-        f"What expired stays invalid, but is not removed. Let an administrator run: {advice}",
+        f"Expired sessions stay invalid, but are not removed. Let an administrator run: {advice}",
     )
 
 

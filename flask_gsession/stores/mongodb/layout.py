@@ -25,7 +25,7 @@ from .driver import Document, reraise_interruption, undisturbed
 from .round_trips import SessionCollection
 
 ENDED = ""  # the successor in what a rotation without a pointer leaves
-_END_SHOWN = 10_000  # milliseconds for which that tells a repeat that it was done
+_END_SHOWN = 10_000  # milliseconds for which a repeat can see that it was done
 
 
 class Layout:
@@ -53,7 +53,7 @@ class Layout:
         return {"lease.owner": lease, "lease.until": {"$gt": self.now()}}
 
     def end_of(self, key: str, record: Record) -> Record:
-        """What stands for a while under a key that ended by a rotation; nobody loads it."""
+        """A short-lived marker under a key that ended by a rotation; ``load`` ignores it."""
         end = self.now() + _END_SHOWN
         return record._replace(
             key=key,
@@ -101,7 +101,7 @@ class Layout:
             and isinstance(idle, DatetimeMS)
             and isinstance(absolute, DatetimeMS)
         ):
-            raise UnreadableRecord("corrupt", "fields missing or of wrong types")
+            raise UnreadableRecord("corrupt", "missing fields or wrong types")
         return Record(key, int(version), int(created), int(idle), int(absolute), payload, successor)
 
 

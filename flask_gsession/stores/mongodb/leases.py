@@ -130,7 +130,7 @@ def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[
     others = {"$filter": {"input": waiters, "cond": {"$ne": ["$$this.owner", me]}}}
     first = {"$ifNull": [{"$first": {"$map": {"input": waiters, "in": "$$this.owner"}}}, me]}
     running = {"$gt": ["$lease.until", Int64(now)]}
-    # What ends later was begun before a clock was set back, or by one far ahead.
+    # A later end comes from a clock that was far ahead, or has been set back.
     length = {"$min": ["$lease.length", LONGEST_LEASE]}
     latest = {"$add": [Int64(now), {"$multiply": [2, length]}]}
     free = {"$or": [{"$not": [running]}, {"$gt": ["$lease.until", latest]}]}

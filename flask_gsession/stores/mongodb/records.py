@@ -121,7 +121,7 @@ class Records:
             there = self.layout.read(key, collection)
             if shorten or there is None or there.idle_expires_at <= record.idle_expires_at:
                 break
-            # Somebody renewed the session meanwhile: what the new record has must not be earlier.
+            # Another request renewed the session: the new record must not expire earlier.
             later = min(there.idle_expires_at, record.absolute_expires_at)
             shorten = later < there.idle_expires_at
             record = record._replace(idle_expires_at=later)
@@ -165,7 +165,7 @@ class Records:
 
     def _pop(self, key: str, collection: SessionCollection) -> tuple[str, Document | None]:
         """Delete a session, through pointers; where it was, and what was there."""
-        # What pointers lead to goes first, so that a repeat after a failure still finds it.
+        # Successors are deleted before their pointers, so that a repeat still finds them.
         pointers: dict[str, Record] = {}
         ended: Document | None = None
         for _ in range(MAX_POINTERS):
@@ -174,7 +174,7 @@ class Records:
             except BSONError as error:
                 reraise_interruption(error)
                 ended = {}
-            # That there is nothing must be known to a majority: only this waits for one.
+            # A majority must know that there is nothing: only this read waits for one.
             if ended is None and collection.delete_one(self.layout.live(key)).deleted_count:
                 ended = {}
             there = None if ended is not None else self.layout.read(key, collection)

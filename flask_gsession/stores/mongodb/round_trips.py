@@ -1,4 +1,4 @@
-"""What the MongoDB store tells those who look for a fault: round trips, and no contents."""
+"""Diagnostics of the MongoDB store: it counts round trips, and keeps contents out of logs."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ class _NoPayloads(logging.Filter):
     """Keeps the contents of sessions out of the log that the driver itself writes at DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        told = getattr(record.msg, "_kwargs", None)
-        if isinstance(told, dict):
-            for name in told.keys() & {"command", "reply"}:
-                told[name] = _without_payloads(told[name])
+        fields = getattr(record.msg, "_kwargs", None)
+        if isinstance(fields, dict):
+            for name in fields.keys() & {"command", "reply"}:
+                fields[name] = _without_payloads(fields[name])
         return True
 
 
-def _without_payloads(told: Any) -> Any:
-    if isinstance(told, list):
-        return [_without_payloads(item) for item in told]
-    if not isinstance(told, Mapping):
-        return told
-    hidden = {"payload"} if "absolute_expires_at" in told else set()
-    if "expires_at" in told or told.keys() == {"_id", "frame"}:
+def _without_payloads(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_without_payloads(item) for item in content]
+    if not isinstance(content, Mapping):
+        return content
+    hidden = {"payload"} if "absolute_expires_at" in content else set()
+    if "expires_at" in content or content.keys() == {"_id", "frame"}:
         hidden = {"frame"}
     return {
         name: "(hidden)" if name in hidden else _without_payloads(value)
-        for name, value in told.items()
+        for name, value in content.items()
     }
 
 
@@ -39,7 +39,7 @@ NO_PAYLOADS = _NoPayloads()
 
 
 class SessionCollection:
-    """A collection whose commands run in one driver session, and tell of their round trips."""
+    """A collection whose commands run in one driver session and are counted as round trips."""
 
     _commands = frozenset(
         {

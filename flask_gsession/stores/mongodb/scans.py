@@ -87,8 +87,8 @@ class MongoDBScans(Scans, Upkeep, Counts):
     ) -> Tidied:
         """The same for frames of large values; those without a date are not read any more.
 
-        The conditions are such that the TTL index finds them. What was found is gone at the next
-        step, unless it is only counted.
+        The TTL index serves these conditions. Items found are gone at the next step, unless
+        ``dry_run``.
         """
         skip = int(cursor.removeprefix(_BLOBS_NEXT) or 0)
         blobs, start = collection.of(self.driver.blobs), self.layout.prefix

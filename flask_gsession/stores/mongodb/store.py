@@ -27,7 +27,7 @@ class MongoDBStore(Store):
     """Keeps records in the collection ``gsession`` of the URL's database (default ``gsession``).
 
     ``url_or_client``: a URL, or an existing ``MongoClient``, which is then never closed. A client
-    made from a URL is made at first use, anew in each forked worker.
+    made from a URL is made at first use, once per worker process.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MongoDBStore(Store):
     def lend_collection(self, operation: str) -> AbstractContextManager[Any]:
         """The collection of the sessions, within the time of one call, for other packages.
 
-        What the driver raises in the ``with`` block becomes ``StoreUnavailable``, which names the
+        The driver's errors in the ``with`` block become ``StoreUnavailable``, which names the
         ``operation``. An interrupt may leave the time of the block to this context: run it in one
         of its own (``contextvars.copy_context``).
         """

@@ -1,6 +1,6 @@
 """Sessions in Redis, Valkey or a Redis Cluster.
 
-``store`` has the verbs, ``cluster`` what is different in a Cluster. ``pool``, ``servers`` and
+``store`` has the verbs, ``cluster`` the differences in a Cluster. ``pool``, ``servers`` and
 ``wakeup`` connect, ``scans`` goes through the keys, ``health`` is for the doctor. ``driver`` knows
 what differs between the versions of redis-py, and refuses those that don't work.
 """

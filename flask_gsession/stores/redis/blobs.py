@@ -40,5 +40,5 @@ class RedisBlobs(Blobs):
             commands.run(commands.deadline(), _EXPIRE, keys, [which, life])
 
     def _batches(self, blobs: list[bytes]) -> list[list[bytes]]:
-        """Those that one command can be about."""
+        """Group keys that one command can handle."""
         return [blobs]

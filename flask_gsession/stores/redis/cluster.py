@@ -1,8 +1,8 @@
 """Sessions in a Redis Cluster: each in the node of its slot, which may move at any time.
 
 A rotation concerns two keys, and so two slots. The new record is put under its key first, and it
-is the old key that decides: of several rotations one gets there, and takes the others' records for
-what nobody has a token of. Who dies in between leaves such a record, with an expiry.
+is the old key that decides: of several rotations one wins, and nobody holds a token for the records
+of the others. A process that dies in between leaves such a record, which expires.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ T = TypeVar("T")
 _SLOTS = packed(b"CLUSTER", b"SLOTS")
 _ROTATE = Script("rotate")
 _TRIED = 500  # names, to find one for each node
-_END_SHOWN = 10_000  # milliseconds for which an old key tells a repeat that it was rotated away
-# What a client's connections have beside that is of no use, or would read from a replica.
+_END_SHOWN = 10_000  # milliseconds for which an old key shows a repeat that it was rotated away
+# Other options of a client's connections are useless here, or would read from a replica.
 _OF_THE_CLIENT = ("redis_connect_func", "himport_registry", "cache", "event_dispatcher")
 
 Owners = dict[int, Address]
 
 
 class Cluster:
-    """Which node serves a slot, and the connections to each.
+    """Maps slots to nodes, and holds the connections to each.
 
     ``make`` makes a connection to an address, ``size`` is the most to one node. There is no lock:
     threads do not wait for one that asks a frozen node, and a fork finds none held.
@@ -79,7 +79,7 @@ class Cluster:
         return pool
 
     def owner(self, slot: int, deadline: float) -> Address:
-        """The node that serves a slot, as far as is known."""
+        """The node that serves a slot, according to the last answer."""
         if self._outdated:
             self._look(deadline)
         try:
@@ -89,7 +89,7 @@ class Cluster:
             raise RedisConnectionError(f"no node of the cluster serves slot {slot}") from None
 
     def nodes(self, deadline: float) -> list[Node]:
-        """Those that serve slots, as far as is known."""
+        """The known nodes that serve slots."""
         if self._outdated:
             self._look(deadline)
         first: dict[Address, int] = {}
@@ -101,7 +101,7 @@ class Cluster:
         ]
 
     def failed(self, address: Address) -> None:
-        """This node did not answer: another may serve its slots by now."""
+        """This node did not answer: a failover may have moved its slots."""
         self._silent, self._outdated = address, True
 
     def moved(self, slot: int, to: Address) -> None:
@@ -115,7 +115,7 @@ class Cluster:
             pool.close()
 
     def _look(self, deadline: float) -> None:
-        """Ask a node who serves what."""
+        """Ask a node for the slot table."""
         known = list({*self._owners.values(), *self._seeds})
         random.shuffle(known)
         known.sort(key=lambda address: (address != self._knowing, address == self._silent))
@@ -293,7 +293,7 @@ class ClusterRecords(Records):
             ask_for_lease(self.commands, keys, b"end", b"-", deadline=deadline)
 
     def _end_of(self, key: str, record: Record) -> Record:
-        """What stands under a key that ended, for a repeat to know it: an expired pointer."""
+        """An expired pointer under a key that ended, by which a repeat recognises its own work."""
         now = self.commands.now()
         return record._replace(
             key=key, idle_expires_at=now, absolute_expires_at=now, payload=b"", successor=""
@@ -371,7 +371,7 @@ def _named_by(error: AskError, asked: Address) -> Address:
 
 
 def _owners_in(answer: Any, asked: Address) -> Owners:
-    """Who serves what in an answer to ``CLUSTER SLOTS``; a node without a name is the one asked."""
+    """Parse ``CLUSTER SLOTS``; an entry without a host means the node that was asked."""
     owners: Owners = {}
     for first, last, (host, port, *_), *_ in answer:
         address = (host.decode() if host else asked[0], int(port))

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 _STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W", b"D", b"R")
 _ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
-# What a repeat may be answered although its first try was applied: others wrote since then, or
+# Replies that a repeat may get although its first try was applied: others wrote since then, or
 # rotated the session, or there is nothing left to delete.
 _OVERTAKEN = (b"S", b"T", b"L", b"G")
 _DELETED = (b"D", b"N")
@@ -50,7 +50,7 @@ _WRITE_SOMETHING = b"redis.call('SET', KEYS[1], '', 'PX', 1) return redis.call('
 _WRONG_TYPE = "not a string"
 _RETRY_PAUSE = 0.02  # seconds
 _ASKING = packed(b"ASKING")
-# What a server says in passing: while it starts, and while the topology changes.
+# Temporary errors, while a server starts or the topology changes.
 _PASSING = (ReadOnlyError, BusyLoadingError, AskError, TryAgainError, ClusterDownError)
 
 
@@ -62,7 +62,7 @@ class Script:
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
 
     def lacked(self, error: str) -> str:
-        """Which right the user lacks: Redis says only in which line; of two it may be either."""
+        """The right that the user lacks. Redis only names the line, which may need two rights."""
         line = re.search(r"@user_script: ?(\d+)", error)
         if line is None or "can't run this command" not in error:
             return ""
@@ -163,7 +163,7 @@ class Commands:
                     return reply
                 if reply == also:
                     return reply
-            raise UnreadableRecord("corrupt", "an answer to another command")
+            raise UnreadableRecord("corrupt", "reply to another command")
 
         parts = (b"%d" % len(keys), *keys, *arguments)
         try:
@@ -203,8 +203,8 @@ class Commands:
         ``with_source`` is the same command with it. An answer that ``parse`` refuses is asked for
         once more, on another connection: this one may be out of step. Repeats are safe: every
         command here recognises its own earlier effect.
-        Only where another writer came in between, a repeat cannot tell a write that was applied
-        and overwritten from one that was never applied: that is ``StoreUnavailable`` too.
+        If another writer came in between, a repeat can't distinguish a write that was applied and
+        overwritten from one that was never applied: that raises ``StoreUnavailable`` too.
         """
         tries = 0
         refused = in_doubt = False
@@ -271,7 +271,7 @@ class Commands:
                     confirmation.ask(slot, name, answer, again, deadline)
                 return answer
             except ReadOnlyError:
-                # After a failover: look the primary up anew, for every connection.
+                # After a failover: look the primary up again, for every connection.
                 slot.connection.disconnect()
                 pool.distrust()
                 raise

@@ -1,4 +1,4 @@
-"""What differs between the versions of redis-py: 5.0 is the oldest that works."""
+"""Differences between the versions of redis-py: 5.0 is the oldest that works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_version(version: str) -> None:
     why = f": {_BROKEN[version]}" if version in _BROKEN else ""
     raise SettingError(
         f"SESSION_STORE names a Redis, and redis-py {version} is installed, which does not "
-        f"work{why}. Needed is 5.0 or newer, and not {', '.join(_BROKEN)}: "
+        f"work{why}. Install 5.0 or newer, except {', '.join(_BROKEN)}: "
         "pip install --upgrade 'flask-gsession[redis]'"
     )
 

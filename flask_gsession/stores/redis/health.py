@@ -1,4 +1,4 @@
-"""What the INFO of a Redis says about its fitness for sessions."""
+"""Doctor checks for Redis: whether its version and settings suit sessions."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _door(make: Callable[[], Any], timeout: float) -> Iterator[Finding]:
 
 
 def parsed(info: bytes) -> dict[str, str]:
-    """What INFO answered, by name."""
+    """Parse the reply to INFO."""
     lines = info.decode("utf-8", "replace").splitlines()
     return dict(line.split(":", 1) for line in lines if ":" in line)
 
@@ -131,9 +131,9 @@ def _version(about: About) -> Finding:
     version = about.get("redis_version", "")
     numbers = version.split(".")[:2]
     if len(numbers) < 2 or not all(map(str.isdecimal, numbers)):
-        return Finding("warning", "server version", "not told", "6.2 is the oldest.")
+        return Finding("warning", "server version", "unknown", "6.2 or newer is required.")
     if tuple(map(int, numbers)) < _OLDEST:
-        return Finding("error", "server version", version, "6.2 is the oldest.")
+        return Finding("error", "server version", version, "6.2 or newer is required.")
     return Finding("ok", "server version", version)
 
 
@@ -143,7 +143,7 @@ def _known_faults(about: About) -> Iterator[Finding]:
     yield from known_faults(
         version,
         _FIXED_VALKEY if is_valkey else _FIXED_REDIS,
-        "CVE-2025-49844: whoever may run scripts can run any code on the server",
+        "CVE-2025-49844: anyone who may run scripts can run any code on the server",
     )
 
 
@@ -151,7 +151,7 @@ def _memory(about: About) -> Iterator[Finding]:
     policy = about.get("maxmemory_policy")
     used, limit = (int(about.get(name, 0)) for name in ("used_memory", "maxmemory"))
     if policy is None:
-        yield Finding("warning", "eviction", "not told", "It must be noeviction.")
+        yield Finding("warning", "eviction", "unknown", "It must be noeviction.")
     elif policy == "noeviction":
         yield Finding("ok", "eviction", policy)
     else:
@@ -222,10 +222,10 @@ def _replicas(about: About, logout_replicas: int) -> Iterator[Finding]:
 
 
 def _replica(about: About, line: str) -> Finding:
-    told = dict(part.split("=", 1) for part in line.split(",") if "=" in part)
-    state, lag = told.get("state", "unknown"), int(told.get("lag", 0))
-    behind = int(about.get("master_repl_offset", 0)) - int(told.get("offset", 0))
-    where = f"{told.get('ip')}:{told.get('port')}"
+    fields = dict(part.split("=", 1) for part in line.split(",") if "=" in part)
+    state, lag = fields.get("state", "unknown"), int(fields.get("lag", 0))
+    behind = int(about.get("master_repl_offset", 0)) - int(fields.get("offset", 0))
+    where = f"{fields.get('ip')}:{fields.get('port')}"
     found = f"{where} {state}, {behind} bytes behind, heard of {lag} s ago"
     if state == "online" and lag <= _LAG:
         return Finding("ok", "replica", found)

@@ -28,7 +28,7 @@ RECORD, _POINTER = 1, 2
 
 
 class Names:
-    """The keys of one prefix. What is in braces decides the slot in a Cluster."""
+    """The keys of one prefix. The part in braces decides the slot in a Cluster."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -74,14 +74,14 @@ def pack(record: Record) -> bytes:
 
 def unpack(key: str, value: bytes) -> Record:
     if len(value) < _HEADER:
-        raise UnreadableRecord("corrupt", "no record of this library")
+        raise UnreadableRecord("corrupt", "malformed record")
     kind, version, c, created, i, idle, a, absolute, check = _WHOLE_HEAD.unpack_from(value)
     if kind != RECORD and kind != _POINTER:
         if _POINTER < kind < 32:
             raise UnreadableRecord("newer format", f"record kind {kind}")
-        raise UnreadableRecord("corrupt", "no record of this library")
+        raise UnreadableRecord("corrupt", "malformed record")
     if crc32(value[:_CHECKED], crc32(key.encode("ascii"))) != check:
-        raise UnreadableRecord("corrupt", "not this session's own record, or altered")
+        raise UnreadableRecord("corrupt", "checksum mismatch")
     successor, payload = None, value[_HEADER:]
     if kind == _POINTER:
         text, _, payload = payload.partition(b" ")

@@ -19,7 +19,7 @@ local owner, till, length, lines = stored:match('^(%S*) (%d+) (%d+)\n(.*)$')
 -- Junk is no lease: it is replaced.
 if not owner then owner, till, length, lines = '', 0, 0, '' end
 till, length = tonumber(till), math.min(tonumber(length), 3600000)
--- What ends so late was begun before a clock was set back, or by one far ahead.
+-- Such a late end comes from a clock that was far ahead, or has been set back.
 local free = now >= till or till - now > 2 * length
 local waiters, place = {}, nil
 for who, seen, where in lines:gmatch('(%S+) (%d+) (%S+)\n') do

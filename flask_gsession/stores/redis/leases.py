@@ -32,7 +32,7 @@ def ask_for_lease(
 
 
 class RedisLeases(Leases):
-    """Lends sessions. ``wake_ups`` tells those who wait that a lease is free."""
+    """Lends sessions. ``wake_ups`` notifies waiters when a lease becomes free."""
 
     def __init__(self, records: Records, wake_ups: WakeUps) -> None:
         self._records = records

@@ -22,10 +22,10 @@ from .driver import LENDS_CLOSED, connect, is_closed_or_unread, lend, named, rea
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")
-#: Redis before 7.0 tells an error of a command in a script as one of the script.
+#: Redis before 7.0 reports an error of a command in a script as an error of the script.
 _IN_SCRIPT = re.compile(r"^Error running script .*@user_script: ?\d+: -?([A-Z]{2,} .*)", re.DOTALL)
 #: In one line of ASCII, with no quotation marks but those around the name of a command. An
-#: apostrophe within a word is none.
+#: apostrophe within a word is not a quotation mark.
 _WORDS = re.compile(
     r"(?:[ !#-&(-_a-~]|(?<=[a-z])'(?=[a-z])|(?<=command |run the )(['`])[A-Za-z|]{1,40}\1){0,300}"
 )
@@ -34,7 +34,7 @@ _IDLE = 1.0  # seconds after which a server is likely to have closed a connectio
 
 
 def hint(error: Exception) -> str:
-    """What to look at, where a server refuses something and its words do not say that."""
+    """A hint for an error of the server that doesn't name the setting to check."""
     if isinstance(error, AuthenticationError):
         return " (is the user or the password in SESSION_STORE missing or wrong?)"
     if re.search("access (one of the keys|a key)", str(error)):  # as Redis 7 and 8 put it
@@ -45,8 +45,8 @@ def hint(error: Exception) -> str:
 def said(error: Exception) -> str:
     """An error in words, up to anything that a server may quote in it; the error is cut, too.
 
-    Its answer can hold the arguments of the command that it refuses, values included, and whoever
-    logs the error with its causes would show them.
+    The server's message can quote the arguments of the refused command, values included, and they
+    would end up in logs.
     """
     if isinstance(error, (ResponseError, InvalidResponse)):
         words = _WORDS.match(str(error))
@@ -186,11 +186,11 @@ class ConnectionPool:
     """Lends connections that ``make`` makes, at most ``size`` at a time.
 
     Connections are lent as they came back, and looked at only when they were idle for a while:
-    whoever takes one may find that the server has closed it, says so by ``distrust`` and tries
-    again. Nothing is shared with a forked process.
+    a caller may find that the server has closed one, and then calls ``distrust`` and tries again.
+    Nothing is shared with a forked process.
 
-    An interrupt can make a thread lose its slot between any two steps. Who waits for one finds out,
-    as the slot is collected then, and makes another.
+    An interrupt can make a thread lose its slot between any two steps. The lost slot is then
+    collected; a waiting thread notices that and makes another.
     """
 
     def __init__(self, make: Callable[[], Any], size: int) -> None:
@@ -323,7 +323,7 @@ class ClientPool:
         except (redis.RedisError, OSError):
             raise
         except BaseException:
-            # Interrupted while connecting: the pool keeps the half-made connection. Start anew.
+            # Interrupted while connecting: the pool keeps the half-made connection. Drop it.
             self._pool.disconnect(inuse_connections=False)
             raise
         if LENDS_CLOSED and is_closed_or_unread(connection):
@@ -342,7 +342,7 @@ class ClientPool:
 
 
 def packed(*parts: bytes) -> bytes:
-    """A command as it is sent. Not by hiredis: it crashes when a signal strikes meanwhile."""
+    """Pack a command. Not with hiredis: it crashes if a signal arrives while it packs."""
     pieces: list[int | bytes] = [len(parts)]
     for part in parts:
         pieces += (len(part), part)

@@ -125,7 +125,7 @@ class Records:
         """As ``Store.delete`` of any version."""
         deadline = self.commands.deadline()
         confirmation = Confirmation(self.logout_replicas)
-        # What pointers lead to goes first, so that a repeat after a failure still finds it.
+        # Successors are deleted before their pointers, so that a repeat still finds them.
         pointers: dict[str, None] = {}
         ended = None
         for _ in range(MAX_POINTERS):
@@ -141,7 +141,7 @@ class Records:
             raise too_many_pointers()
         for pointer in reversed(pointers):
             self.remove(pointer, deadline, pointers=b"1")
-        # An answer may have got lost, and with it what was there.
+        # A lost answer takes with it whether there was a record.
         record = unpack(key, ended) if ended else None
         return Deleted(ended is not None, record, confirmation.missing)
 
@@ -172,7 +172,7 @@ class Records:
 
 
 def renewed_meanwhile(record: Record, reply: bytes) -> tuple[Record | None, bool]:
-    """What to store instead where ``reply`` says that the session is kept for longer by now.
+    """The value to store instead if ``reply`` says that another request renewed the session.
 
     And whether that may be less than the stored expiry, for it is limited by the absolute one.
     """

@@ -2,7 +2,7 @@
 
 A cursor is the first hash slot of a node (0 where there is only one), the run id of its server and
 the server's own cursor. That means nothing to another server, nor after a restart: where the run id
-is a new one, the node is begun anew.
+is a new one, the node is scanned from the start.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RedisScans(Scans, Upkeep, Counts):
         self._records = records
         self._commands = records.commands
         self._start = records.names.prefix.encode()
-        # What is not as long as a session key is not ours, and is left alone.
+        # Keys of another length than a session key are not ours, and are left alone.
         key = rb"\{([\w-]{%d})\}(:lock)?" % KEY_LENGTH
         self._name = re.compile(re.escape(self._start) + key, re.ASCII)
         blob = rb"blob:\{[0-9a-f]{32}\}"
@@ -104,7 +104,7 @@ class RedisScans(Scans, Upkeep, Counts):
             )
             if cursor == b"0":
                 return int(ours)
-        # What comes first in a scan is a fair sample: keys lie by their hash.
+        # The first keys of a scan are a fair sample: they are ordered by their hash.
         keys_in_all: int = ask(b"DBSIZE")
         return int(keys_in_all * ours / max(1, seen))
 
@@ -142,7 +142,7 @@ class RedisScans(Scans, Upkeep, Counts):
         return Tidied(found, len(matches) + len(blobs), end)
 
     def _verdict(self, key: str, value: bytes) -> tuple[str, int]:
-        """What a key without expiry is, and for how many milliseconds it may stay."""
+        """The kind of a key without expiry, and for how many milliseconds it may stay."""
         try:
             record = unpack(key, value)
         except UnreadableRecord as error:
@@ -159,7 +159,7 @@ class RedisScans(Scans, Upkeep, Counts):
         """The next names of one node."""
         match = _CURSOR.fullmatch(cursor or "0::0")
         if match is None:
-            raise ValueError(f"no cursor of a Redis: {cursor!r}")
+            raise ValueError(f"malformed cursor: {cursor!r}")
         first, run, at = int(match[1]), match[2], match[3]
         nodes = sorted(nodes, key=lambda node: node.first)
         # A node that is not there any more handed its slots on to those before it or after it.

@@ -35,7 +35,7 @@ Make = Callable[[], Any]  # a connection that is not connected yet
 
 
 class Servers(NamedTuple):
-    """What a URL with several hosts says."""
+    """The parts of a URL with several hosts."""
 
     addresses: list[Address]
     path: str
@@ -87,7 +87,7 @@ def ask_once(make: Make, request: bytes, deadline: float) -> Any:
 
 
 class Sentinels:
-    """Knows who is the primary of a service. Any thread may ask, and nothing is kept open.
+    """Finds the primary of a service. Safe with threads; keeps no connection open.
 
     ``makes`` make connections to the sentinels.
     """
@@ -115,7 +115,7 @@ class Sentinels:
         raise RedisConnectionError(f"no sentinel knows a primary of {self._service!r}{last}")
 
     def check(self, timeout: float) -> list[Finding]:
-        """Which of them answer, and whether they could agree on another primary."""
+        """Whether enough sentinels answer to agree on another primary."""
         makes = list(self._makes)
         request = packed(b"SENTINEL", b"CKQUORUM", self._service.encode())
         answering, refusal = 0, ""
@@ -139,7 +139,7 @@ class Sentinels:
 
 
 class _ToPrimary:
-    """Mixed into the connection classes: connects to whoever is the primary now, and makes sure."""
+    """Mixed into the connection classes: connects to the current primary, and checks its role."""
 
     def __init__(self, *, found: Callable[[float], Address], **options: Any) -> None:
         super().__init__(**options)
@@ -193,7 +193,7 @@ class PrimaryPool(ConnectionPool):
         """A slot whose connection leads, or will lead, to the primary."""
         now = time.monotonic()
         if now >= self._look_at:
-            self._look_at = now + LOOK_AGAIN  # nobody else need ask meanwhile
+            self._look_at = now + LOOK_AGAIN  # other threads need not ask at the same time
             before = self._primary
             if before is not None:
                 with suppress(RedisConnectionError):  # without sentinels it goes on as it is

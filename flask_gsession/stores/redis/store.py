@@ -47,7 +47,7 @@ class RedisStore(Store):
     def _begin(
         self, source: object, options: StoreOptions, records: Records, make: Callable[..., Any]
     ) -> None:
-        """What all stores of this kind have; ``make`` makes connections for the wake-ups."""
+        """Set up what Redis and Cluster stores share; ``make`` makes wake-up connections."""
         self._source, self._options = source, options
         self._records, self._commands = records, records.commands
         # In the older protocol calls are answers, and come in order with others.
@@ -96,8 +96,8 @@ class RedisStore(Store):
     def lend_pool(self) -> redis.ConnectionPool | None:
         """A pool of the driver's own to this server, for other packages; None where it is several.
 
-        That of the client that was passed in; else a new one, of as many connections as the
-        store's, whose waits are a quarter of what a call may take.
+        The pool of the client that was passed in; else a new one of the same size as the store's,
+        with a quarter of the time budget of a call as its timeout.
         """
         if isinstance(self._source, redis.Redis):
             return self._source.connection_pool

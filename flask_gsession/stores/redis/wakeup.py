@@ -1,4 +1,4 @@
-"""Hears whose turn it is: one connection of a process, on which Redis calls those who wait."""
+"""Wake-ups for waiting lock owners: one connection per process, on which Redis publishes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .driver import read_within
 
 _LOOK_AROUND = 5.0  # seconds without a call: is the connection alive, does anybody wait?
 _TRY_AGAIN = 10.0  # seconds after a connection that failed
-_FORGOTTEN = 3 * WAITER_LIFE / 1000  # seconds after which who does not ask waits no more
+_FORGOTTEN = 3 * WAITER_LIFE / 1000  # seconds after which a silent waiter is dropped
 
 
 class WakeUps:
@@ -45,7 +45,7 @@ class WakeUps:
         self._failed_at = float("-inf")
 
     def expect(self, owner: bytes) -> None:
-        """From now on a call for this owner is kept until he waits; to be ended by ``forget``."""
+        """Keep wake-ups for this owner from now on, until ``forget``."""
         process.notice()
         if self._listener is not None:
             self._expect(owner)
@@ -112,7 +112,7 @@ class WakeUps:
     def _failed(self, error: Exception) -> None:
         self._failed_at = time.monotonic()
         logger.warning(
-            "Redis calls nobody who waits for a lock (%s: %s); looking instead",
+            "Redis can't wake up requests that wait for a lock (%s: %s): polling instead",
             type(error).__name__,
             error,
         )
@@ -120,7 +120,7 @@ class WakeUps:
     def _ended_idle(self, listener: _Listener) -> bool:
         now = time.monotonic()
         with self._lock:
-            # Those whose end was not told: an open circuit kept it from the store.
+            # Waiters whose end never reached the store because a circuit was open.
             for owner, call in list(self._calls.items()):
                 if now >= call.kept_until:
                     self.forget(owner)

@@ -57,7 +57,7 @@ class _Connection(sqlite3.Connection):
     """A connection of this package's, with the file that it has open."""
 
     def __init__(self, file: _File | None, *arguments: Any, **options: Any) -> None:
-        self.files = {file}  # more than one where it is replaced meanwhile
+        self.files = {file}  # more than one if it is replaced while it is open
         _opened.connections.add(self)
         super().__init__(*arguments, **options)
 
@@ -157,7 +157,7 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
 
 
 class HasFile(Protocol):
-    """What calls are made of: a part of the store, or the records."""
+    """An object whose methods can be calls: a part of the store, or the records."""
 
     @property
     def file(self) -> SQLiteFile: ...
@@ -219,7 +219,7 @@ class SQLiteFile:
         transaction: bool = False,
         durable: bool = False,
     ) -> T:
-        """What ``work`` makes of a connection of this process; errors translated.
+        """Run ``work`` on a connection of this process, and translate its errors.
 
         One function, and no context manager, for those that an interrupt strikes: where one is left
         in the middle, a finalizer goes on with it later, and may be struck itself. A connection
@@ -284,7 +284,7 @@ class SQLiteFile:
         closing(self, partial(_close_all, self._pool))
 
     def _look_for_file(self) -> None:
-        """Leave a file that was deleted or replaced: others work on the one at the path by now."""
+        """Leave a file that was deleted or replaced: other processes use the one at the path."""
         self._look_at = time.monotonic() + _LOOK_AGAIN
         file = None
         try:
@@ -310,7 +310,7 @@ class SQLiteFile:
         except OSError as error:
             reraise_interruption(error)
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
-        self._look_for_file()  # and again afterwards: it may be deleted meanwhile
+        self._look_for_file()  # and again afterwards: it may be deleted in between
         before = self._file
         if before in _opened.inherited:
             raise StoreUnavailable(
@@ -358,7 +358,7 @@ class SQLiteFile:
     def _secure_files(self) -> None:
         """Let nobody else read or write the file, or what SQLite keeps beside it."""
         if is_foreign_link(self.path):
-            raise SettingError(f"SESSION_STORE: {self.path} is a symbolic link of another user's")
+            raise SettingError(f"SESSION_STORE: {self.path} is another user's symbolic link")
         path = os.path.realpath(self.path)
         for part in (path, f"{path}-wal", f"{path}-shm"):
             with suppress(FileNotFoundError):
@@ -380,9 +380,9 @@ class SQLiteFile:
         if application_id != APPLICATION_ID or schema_version != SCHEMA_VERSION:
             self._create_schema(db)
         db.execute("PRAGMA synchronous=NORMAL")
-        # What one large removal logs does not keep its place on the disk for good.
+        # Otherwise the log of one large removal would keep its disk space forever.
         db.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
-        # Text that is none must look like a corrupt record, not like a store that is down.
+        # Malformed text must look like a corrupt record, not like a store that is down.
         db.text_factory = lambda text: text.decode("utf-8", "replace")
 
     def _create_schema(self, db: sqlite3.Connection) -> None:

@@ -1,4 +1,4 @@
-"""What the doctor says of an SQLite file."""
+"""Doctor checks for an SQLite file."""
 
 from __future__ import annotations
 

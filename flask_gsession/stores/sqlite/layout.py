@@ -1,4 +1,4 @@
-"""The tables of the SQLite file, and how records and leases stand in them."""
+"""The tables of the SQLite file, and how they hold records and leases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part ``leases`` of an SQLite store: a table beside that of the records."""
+"""The part ``leases`` of an SQLite store: a table beside the records."""
 
 from __future__ import annotations
 

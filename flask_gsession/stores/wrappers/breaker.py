@@ -109,7 +109,7 @@ class Circuit:
         self._answered_at = -math.inf
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        """What ``method`` returns, within this circuit."""
+        """Call ``method`` within this circuit."""
         if not self.is_well:
             return self.call_warily(method, *arguments)
         start = self.clock()
