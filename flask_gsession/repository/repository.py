@@ -129,6 +129,7 @@ class Repository:
         within the grace.
         """
         at = key
+        passed: list[str] = []
         for _ in range(MAX_POINTERS):
             record = self.store.load(at)
             # Only here: a store may still have what has expired.
@@ -141,7 +142,10 @@ class Repository:
                 if presented and self._unseen:
                     self._unseen.pop(at, None)
                 return Loaded(record, body)
+            passed.append(at)
             at = record.successor or ""
+            if at in passed:
+                break
         raise UnreadableRecord("corrupt", "too many pointers")
 
     def read(self, key: str, record: Record) -> Body | None:
