@@ -100,7 +100,7 @@ def test_no_object_of_a_request_shows_a_value(site: Site) -> None:
     def look() -> None:
         for alive in gc.get_objects():
             kind = type(alive)
-            if kind.__module__.startswith("flask_gsession"):
+            if str(kind.__module__).startswith("flask_gsession"):
                 shown[f"{kind.__module__}.{kind.__qualname__}"] = repr(alive)
 
     def view(session: Any) -> None:

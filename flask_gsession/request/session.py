@@ -198,7 +198,7 @@ class SessionData(SessionMixin):
         return reversed(list(self))
 
     def __repr__(self) -> str:
-        life = self._made
+        life: Lifecycle | None = vars(self).get("_made")  # an interrupt may strike in __init__
         if life is None or not life.opened:
             return "<SessionData not loaded>"
         return f"<SessionData handle={life.handle!r} keys={len(life.values)}>"
