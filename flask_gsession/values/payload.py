@@ -16,11 +16,10 @@
 
 So one value can be decoded without looking into the others. The check in front (or the
 AES-GCM tag) binds the payload to its own record: another session's payload, a truncated or a
-foreign one does not open. It does not protect against anyone who can write to the
-store; encryption does. New fields go at the array's end, so that older payloads stay readable.
-The body of a pointer is the key of its successor. Earlier versions sealed with a 1
-in byte 1, without the times; such a payload is refused, since anybody who can write to the store
-could prolong it.
+foreign one does not open. It does not protect against anyone who can write to the store; encryption
+does. New fields go at the array's end, so that older payloads stay readable. The body of a pointer
+is the key of its successor. Earlier versions sealed with a 1 in byte 1, without the times; such a
+payload is refused, since anybody who can write to the store could prolong it.
 """
 
 from __future__ import annotations
