@@ -146,7 +146,7 @@ def test_what_nobody_needs_is_cleaned_up(site: Site, folder: Path, clock: FakeCl
     assert removed == 3 * expired
     assert visitor.run(get()) == ROWS[1:]
     assert len(files(folder)) == 4 - removed
-    with pytest.raises(ValueError, match="no cursor"):
+    with pytest.raises(ValueError, match="malformed cursor"):
         place(site).tidy("of another place")
 
 
