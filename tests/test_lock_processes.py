@@ -347,7 +347,7 @@ def test_who_waits_where_no_thread_can_listen_looks(
     with Site(redis_url, store_prefix, clock, lock_wait=PATIENCE) as site:
         no_thread(monkeypatch, "gsession-wakeup")
         assert not listening(wait_once(site))
-    assert "can't start new thread); polling instead" in caplog.text
+    assert "can't start new thread): polling instead" in caplog.text
 
 
 def test_who_is_heard_of_no_more_is_forgotten(
