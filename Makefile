@@ -89,8 +89,8 @@ bench: $(VENV)/with-test servers ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks
 
 faults: $(VENV)/with-test servers ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
-	$(PY) -m faults $(FAULTS_ARGS)
-	$(if $(FAULTS_ARGS),,$(PY) -m faults.cleaning)
+	$(PY) -m tests.faults $(FAULTS_ARGS)
+	$(if $(FAULTS_ARGS),,$(PY) -m tests.faults.cleaning)
 
 dashboard: $(VENV)/with-test servers prometheus ## Draw the dashboard's queries from a real Prometheus
 	$(PY) -m benchmarks.dashboard
@@ -98,7 +98,7 @@ dashboard: $(VENV)/with-test servers prometheus ## Draw the dashboard's queries 
 rules: prometheus ## Check the alert rules, with Prometheus' own promtool
 	@PATH=$$PATH:$(VENV)/prometheus; set -x; \
 	promtool check rules flask_gsession/contrib/prometheus-rules.yml && \
-	promtool test rules tests/prometheus_rules_test.yml
+	promtool test rules tests/harness/prometheus_rules_test.yml
 
 docs: $(VENV)/with-docs ## Build the documentation in docs/_build
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build
@@ -109,14 +109,14 @@ dist: $(VENV)/with-dist ## Build the wheel and the source distribution in dist/
 	$(PY) -m twine check --strict dist/*
 
 servers: | $(VENV)/with-test
-	@sh tests/setup_redis.sh $(PY)
-	@sh tests/setup_mongodb.sh $(PY)
+	@sh tests/harness/setup_redis.sh $(PY)
+	@sh tests/harness/setup_mongodb.sh $(PY)
 
 chromium:
-	@sh tests/setup_chromium.sh
+	@sh tests/harness/setup_chromium.sh
 
 prometheus: | $(PY)
-	@sh tests/setup_prometheus.sh $(abspath $(VENV))/prometheus
+	@sh tests/harness/setup_prometheus.sh $(abspath $(VENV))/prometheus
 
 clean: ## Remove everything that make made, the orders of the demo shop too
 	rm -rf $(VENV) build dist *.egg-info docs/_build

@@ -123,7 +123,7 @@ def _opener(store: str) -> Callable[[], Backend]:
         return partial(RedisBackend, _redis_url())
     if store == "mongodb":
         from benchmarks.backends.on_mongodb import MongoBackend
-        from tests.servers import mongo_server
+        from tests.harness.servers import mongo_server
 
         return partial(MongoBackend, mongo_server().url)
     from benchmarks.backends.on_sqlite import SqliteBackend
@@ -132,7 +132,7 @@ def _opener(store: str) -> Callable[[], Backend]:
 
 
 def _redis_url() -> str:
-    from tests.servers import redis_server
+    from tests.harness.servers import redis_server
 
     return redis_server().url
 

@@ -17,8 +17,8 @@ from redis import Redis
 from flask_gsession.config import Settings
 from flask_gsession.stores import StoreOptions
 from flask_gsession.testing import FakeClock
-from tests.apps import PATIENCE, Site, SiteMaker
-from tests.servers import (
+from tests.harness.apps import PATIENCE, Site, SiteMaker
+from tests.harness.servers import (
     MongoServer,
     OldestRedisServer,
     RedisServer,

@@ -26,7 +26,7 @@ from flask_socketio import SocketIO
 from flask_gsession import Session, StoreUnavailable, TransactionMisused, UnsupportedType
 from flask_gsession.errors import SessionConflict
 from flask_gsession.events import SessionRotated
-from tests.apps import Site, SiteMaker
+from tests.harness.apps import Site, SiteMaker
 
 # After the request, in a test's block ------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from flask_wtf import CSRFProtect
 from flask_wtf.csrf import generate_csrf
 
 from flask_gsession.testing import FakeClock
-from tests.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker, Visitor
 
 Act = Callable[[Any], object]
 

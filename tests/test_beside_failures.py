@@ -15,7 +15,7 @@ from flask_gsession import Session, StoreUnavailable
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.testing import FakeClock, a_record
-from tests.apps import Site, SiteMaker
+from tests.harness.apps import Site, SiteMaker
 
 
 def test_an_atomic_update_refreshes_a_permanent_cookie(make_site: SiteMaker) -> None:

@@ -14,9 +14,9 @@ import pytest
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import SessionSaved
 from flask_gsession.testing import FakeClock
-from tests.apps import PATIENCE, Site, SiteMaker, Visitor, until, within
-from tests.servers import MongoServer, RedisServer, with_database
-from tests.topologies import TCPProxy
+from tests.harness.apps import PATIENCE, Site, SiteMaker, Visitor, until, within
+from tests.harness.servers import MongoServer, RedisServer, with_database
+from tests.harness.topologies import TCPProxy
 
 BUDGET = 0.15  # seconds for a store call
 BOUND = 6 * BUDGET  # for a request of one failing call, on a busy machine

@@ -32,7 +32,7 @@ from flask_gsession.stores.redis import RedisStore
 from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.tokens import TokenSigner, new_token
 from flask_gsession.values.merge import POLICIES
-from tests.servers import mongo_server, redis_server
+from tests.harness.servers import mongo_server, redis_server
 
 DAY = 86400.0
 PASSWORD = "geheim-4711"

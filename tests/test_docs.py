@@ -29,7 +29,7 @@ from flask_gsession.stores import Store
 from flask_gsession.stores.base import Clock
 from flask_gsession.testing import StoreContract
 from flask_gsession.values.merge import POLICIES
-from tests.servers import RedisServer
+from tests.harness.servers import RedisServer
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -28,7 +28,7 @@ import pytest
 from flask_gsession.errors import SessionEnded, StoreUnavailable, TransactionMisused
 from flask_gsession.events import SessionDestroyed
 from flask_gsession.testing import FakeClock
-from tests.apps import Site, SiteMaker, Visitor, at_once
+from tests.harness.apps import Site, SiteMaker, Visitor, at_once
 
 
 def with_code(site: Site, ttl: float = 60, **others: Any) -> Visitor:

@@ -22,7 +22,7 @@ from redis import Redis
 from flask_gsession import Session, session
 from flask_gsession.events import SessionCreated, logger
 from flask_gsession.stores import StoreOptions, open_store
-from tests.apps import PATIENCE, until
+from tests.harness.apps import PATIENCE, until
 
 DEADLINE = 60  # seconds
 

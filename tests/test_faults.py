@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("flask_session", reason="the fault harness needs the extra 'bench'")
 
-from faults import __main__ as command
-from faults import cleaning, report
-from faults.broken import BREAKS
-from faults.history import Kind, Operation, Outcome, Verdict, check, value_of
-from faults.inject import FAULTS, Fault
-from faults.modes import Mode, modes
-from faults.scenario import Outcome as Ran
-from faults.scenario import run
+from tests.faults import __main__ as command
+from tests.faults import cleaning, report
+from tests.faults.broken import BREAKS
+from tests.faults.history import Kind, Operation, Outcome, Verdict, check, value_of
+from tests.faults.inject import FAULTS, Fault
+from tests.faults.modes import Mode, modes
+from tests.faults.scenario import Outcome as Ran
+from tests.faults.scenario import run
 
 GRACE = 2.0
 BUDGET = 3.0
@@ -333,7 +333,7 @@ def test_nothing_is_lost(mode: Mode, fault: str) -> None:
 
 
 def test_many_sessions_are_cleaned_up_in_small_steps() -> None:
-    """`python -m faults.cleaning` does it with a million, where nobody else needs the machine."""
+    """`python -m tests.faults.cleaning` does it with a million, on a free machine."""
     figures = cleaning.measure(20_000)
     assert cleaning.problems(figures, 20_000, longest_step=10_000) == []
     assert "scan" in figures.commands

@@ -12,7 +12,7 @@ from flask_gsession import StoreUnavailable
 from flask_gsession.events import SessionRefused
 from flask_gsession.testing import FakeClock
 from flask_gsession.tokens import TokenSigner, new_token
-from tests.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker, Visitor
 
 HEADER = "X-Session"
 

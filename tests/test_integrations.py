@@ -34,7 +34,7 @@ from wtforms.validators import DataRequired
 
 from flask_gsession.events import SessionRotated
 from flask_gsession.testing import FakeClock
-from tests.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker, Visitor
 
 
 def whole(session: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from flask import Flask, has_request_context, request, session
 
 from flask_gsession import Session, SettingError
 from flask_gsession.testing import FakeClock
-from tests.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker, Visitor
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.servers import RedisServer
+from tests.harness.servers import RedisServer
 
 ROOT = Path(__file__).parent.parent
 # The wheel is made of the source distribution, so that has all of it, too.

@@ -15,7 +15,7 @@ from flask import copy_current_request_context
 
 from flask_gsession import LockMisused, SessionConflict, TransactionMisused
 from flask_gsession.testing import FakeClock
-from tests.apps import STUCK, Site, SiteMaker, Visitor
+from tests.harness.apps import STUCK, Site, SiteMaker, Visitor
 
 THREADS = 4
 ROUNDS = 40

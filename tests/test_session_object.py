@@ -36,7 +36,7 @@ from flask_gsession.stores import (
 )
 from flask_gsession.stores.parts import parts_of
 from flask_gsession.testing import FakeClock
-from tests.apps import PATIENCE, Site, SiteMaker, Visitor, at_once
+from tests.harness.apps import PATIENCE, Site, SiteMaker, Visitor, at_once
 
 
 def visitor_with(site: Site, **values: Any) -> Visitor:

@@ -18,7 +18,7 @@ from flask_gsession.events import (
     SessionRotated,
     SessionSaved,
 )
-from tests.apps import Site, SiteMaker, at_once
+from tests.harness.apps import Site, SiteMaker, at_once
 
 SIGNALS: dict[type, Signal] = {
     SessionCreated: signals.session_created,

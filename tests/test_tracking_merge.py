@@ -33,7 +33,7 @@ from flask_gsession.values.merge import (
     last,
     reject,
 )
-from tests.test_codec import shape, values
+from tests.values.test_codec import shape, values
 
 CODEC = Codec(64)
 BAD = b"\xc1"

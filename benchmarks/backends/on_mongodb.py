@@ -19,7 +19,7 @@ from pymongo.write_concern import WriteConcern
 from benchmarks.backends.base import Traffic
 from benchmarks.measure import Call
 from flask_gsession import Session
-from tests.servers import with_database
+from tests.harness.servers import with_database
 
 DATA_COMMANDS = ("find", "insert", "update", "delete", "findAndModify", "getMore", "aggregate")
 """What a request can cause. The driver's own heartbeats are other commands and are not counted."""

@@ -1,0 +1,278 @@
+"""The demo shop in a real browser: headless Chromium, against gunicorn with two workers."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Page,
+    Request,
+    ViewportSize,
+    expect,
+    sync_playwright,
+)
+
+import examples
+from examples.shop.accounts import DEMO_PASSWORD
+
+ROOT = Path(examples.__file__).parents[1]
+PATIENCE = 60.0  # seconds until the browser must be there; nothing takes that long
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    " --disable-background-networking --disable-component-update --disable-sync"
+)
+PROGRAM = shutil.which("chromium")
+MISSING = (
+    "NO CHROMIUM ON PATH: THE DEMO SHOP WAS NOT TRIED IN A BROWSER. "
+    "Install it (Debian: apt-get install chromium) and run "
+    "tests/examples/test_shop_browser.py again."
+)
+
+# Runs its arguments until its standard input closes, which the kernel sees to however we end.
+UNTIL_WE_END = '"$@" & read -r end; kill $!; wait'
+
+
+@contextmanager
+def serving(instance: Path, store: str, prefix: str) -> Iterator[str]:
+    """The shop under gunicorn on a free port; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # The listener exists before the server does: requests wait for it, and nobody else can
+        # take the port.
+        application = (
+            f"examples.shop.app:create_app({store!r}, instance_path={str(instance)!r}, "
+            f"SESSION_KEY_PREFIX={prefix!r}, SESSION_STORE_TIMEOUT=20)"
+        )
+        gunicorn = [
+            *(sys.executable, "-m", "gunicorn", "--workers", "2", "--threads", "4"),
+            *("--bind", f"fd://{listener.fileno()}", "--timeout", "120"),
+            *("--graceful-timeout", "1", application),
+        ]
+        log = instance / "gunicorn.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["sh", "-c", UNTIL_WE_END, "sh", *gunicorn],
+                cwd=ROOT,
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            process.communicate(timeout=PATIENCE)
+    assert "Traceback" not in log.read_text(errors="replace")
+
+
+@pytest.fixture
+def chromium(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Browser:
+    """A headless Chromium of this machine. Without one the test is skipped, loudly."""
+    if PROGRAM is None:
+        with capfd.disabled():
+            print(f"\nWARNING: {MISSING}", file=sys.stderr)
+        pytest.skip(MISSING)
+    browser: Browser = request.getfixturevalue("one_chromium")
+    return browser
+
+
+@pytest.fixture(scope="module")
+def one_chromium() -> Iterator[Browser]:
+    """The browser of all these tests, each in a context of its own: as if it were a new one."""
+    with sync_playwright() as playwright:
+        expect.set_options(timeout=1000 * PATIENCE)
+        browser = playwright.chromium.launch(
+            executable_path=PROGRAM, args=FLAGS.split(), timeout=1000 * PATIENCE
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def shop(store_url: str, store_prefix: str, tmp_path: Path) -> Iterator[str]:
+    """The address of a shop on the store."""
+    with serving(tmp_path, store_url, store_prefix) as address:
+        yield address
+
+
+def session_cookie(context: BrowserContext) -> str | None:
+    found = [cookie for cookie in context.cookies() if cookie.get("name") == "session"]
+    assert all(cookie.get("httpOnly") and cookie.get("sameSite") == "Lax" for cookie in found)
+    return found[0].get("value") if found else None
+
+
+def watched(page: Page, shop: str) -> list[str]:
+    """What the browser complains about from now on, requests to other places included."""
+    complaints: list[str] = []
+
+    def look_at_request(request: Request) -> None:
+        if not request.url.startswith(shop):
+            complaints.append(f"elsewhere: {request.url}")
+
+    def look_at_failure(request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # the page was left before it came
+            complaints.append(f"{request.failure}: {request.url}")
+
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", look_at_request)
+    page.on("requestfailed", look_at_failure)
+    return complaints
+
+
+# Each store that two workers can share.
+@pytest.mark.parametrize("store_url", ["sqlite", "redis", "mongodb"], indirect=True)
+def test_a_visit(chromium: Browser, shop: str) -> None:
+    with chromium.new_context(color_scheme="light", base_url=shop) as context:
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        complaints = watched(page, shop)
+
+        # Looking around leaves no cookie; the first product does.
+        page.goto("/")
+        expect(page).to_have_title(re.compile("Larch & Linen"))
+        page.get_by_role("navigation", name="Categories").get_by_text("Desk").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Desk")
+        assert session_cookie(context) is None
+        page.get_by_role("link", name="Brass fountain pen").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Brass fountain pen")
+        stranger = session_cookie(context)
+        assert stranger is not None
+        assert page.evaluate("document.cookie") == ""
+
+        page.get_by_label("Quantity").fill("2")
+        page.get_by_role("button", name="Add to cart").click()
+        expect(page.get_by_role("status")).to_have_text("Brass fountain pen is in your cart.")
+        expect(page.locator(".count")).to_have_text("2")
+        page.get_by_label("Brass fountain pen: Quantity").fill("3")
+        page.get_by_role("button", name="Update Brass fountain pen").click()
+        expect(page.locator("#total")).to_have_text("€174.00")
+
+        # Signing in on the way changes the token and keeps the cart.
+        page.get_by_role("link", name="To the checkout").click()
+        page.get_by_label("Name").fill("mira")
+        page.get_by_label("Password").fill(DEMO_PASSWORD)
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Checkout")
+        signed_in = session_cookie(context)
+        assert signed_in not in (None, stranger)
+        page.get_by_role("button", name="Place the order").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(r"Order \d+"))
+        expect(page.get_by_role("status")).to_have_text("Thank you. Your order is placed.")
+        expect(page.locator(".total")).to_contain_text("€174.00")
+        expect(page.locator(".count")).to_have_text("0")
+
+        # Dark, whatever the system likes.
+        light = background(page)
+        page.get_by_role("link", name="Preferences").click()
+        page.get_by_label("Dark").evaluate("input => input.value = 'pink'")  # by no page of ours
+        page.get_by_label("Dark").check()
+        page.get_by_role("button", name="Save").click()
+        themes = page.get_by_role("group", name="Theme")
+        expect(themes).to_have_accessible_description("Choose one of: Like my system, Light, Dark.")
+        expect(page.locator("html")).to_have_attribute("data-theme", "system")
+        complaints.clear()  # the browser's, of the status 422
+        page.get_by_label("Dark").check()
+        page.get_by_label("Language").select_option("Deutsch")
+        page.get_by_role("button", name="Save").click()
+        expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+        assert brightness(background(page)) < 60 < 200 < brightness(light)
+        page.goto("/product/DSK-202")
+        expect(page.locator(".price").first).to_have_text("58,00\N{NO-BREAK SPACE}€")
+
+        # The session page shows the public side and not the token.
+        page.get_by_role("link", name="Session", exact=True).click()
+        handle = page.locator("#handle").inner_text()
+        assert re.fullmatch(r"[\w-]{43}", handle)
+        token = str(signed_in).partition(".")[0]
+        assert token not in page.content()
+        page.get_by_role("button", name="Rotate the token").click()
+        expect(page.locator("#handle")).not_to_have_text(handle)
+        expect(page.get_by_text("as Mira Holm")).to_be_visible()
+        rotated = session_cookie(context)
+        assert rotated not in (None, signed_in)
+
+        # Signed out: the old cookie is worth nothing, the theme stays.
+        page.get_by_role("navigation", name="You").get_by_text("Sign out").click()
+        expect(page.get_by_role("status")).to_have_text("You are signed out.")
+        expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+        assert session_cookie(context) not in (None, rotated)
+        context.add_cookies([{"name": "session", "value": str(rotated), "url": shop}])
+        page.goto("/orders")
+        expect(page.get_by_role("heading", level=1)).to_have_text("Sign in")
+
+        page.goto("/product/KIT-101")
+        page.get_by_role("link", name="Session", exact=True).click()
+        page.get_by_role("link", name="Forget everything").click()
+        page.get_by_role("button", name="Forget everything").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Everything is forgotten")
+        assert session_cookie(context) is None
+        assert complaints == []
+
+
+def background(page: Page) -> str:
+    page.wait_for_load_state()
+    colour: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return colour
+
+
+def brightness(colour: str) -> float:
+    """The mean of red, green and blue in `rgb(...)`, 0 to 255."""
+    parts = [float(part) for part in re.findall(r"[\d.]+", colour)[:3]]
+    return sum(parts) / 3
+
+
+def test_a_phone_and_a_keyboard(
+    chromium: Browser,
+    sqlite_url: str,
+    tmp_path: Path,
+    store_prefix: str,
+) -> None:
+    phone = ViewportSize(width=360, height=740)
+    with (
+        serving(tmp_path, sqlite_url, store_prefix) as shop,
+        chromium.new_context(viewport=phone, color_scheme="dark", base_url=shop) as context,
+    ):
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        page.goto("/product/KIT-101")
+        assert brightness(background(page)) < 60  # the system's taste, as none was chosen
+        page.keyboard.press("Tab")
+        expect(page.get_by_text("Skip to the content")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.locator("main")).to_be_focused()
+        page.get_by_label("Quantity").fill("99")
+        page.keyboard.press("Enter")
+        expect(page.get_by_label("Quantity")).to_have_accessible_description(
+            "Only 14 left in stock."
+        )
+        page.get_by_label("Quantity").fill("1")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", level=1)).to_have_text("Your cart")
+        for path in ("/", "/product/DSK-203", "/cart", "/sign-in", "/preferences", "/session"):
+            page.goto(path)
+            assert_fits(page, path)
+        for width in (500, 720, 740, 1020, 1280):
+            page.set_viewport_size(ViewportSize(width=width, height=740))
+            assert_fits(page, f"{width} pixels")
+
+
+def assert_fits(page: Page, what: str) -> None:
+    """Nothing is wider than the window, and the cart ends the line that the shop's name begins."""
+    window: dict[str, int] = page.evaluate(
+        "({inner: innerWidth, scroll: document.documentElement.scrollWidth})"
+    )
+    assert window["scroll"] <= window["inner"], what
+    brand = page.locator(".brand").bounding_box()
+    cart = page.locator(".top .cart").bounding_box()
+    assert brand is not None
+    assert cart is not None
+    assert cart["y"] < brand["y"] + brand["height"], what
+    assert cart["x"] + cart["width"] > 0.9 * min(window["inner"], 72 * 16), what

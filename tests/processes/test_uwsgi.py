@@ -1,0 +1,120 @@
+"""Sessions under a real uWSGI, which forks its workers in C, so that Python runs no fork hooks."""
+
+import re
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.processes.test_workers import ROOT, THREADS, Answer, Gunicorn, in_parallel
+
+UWSGI = Path(sys.executable).with_name("uwsgi")
+WORKERS = 2
+STORES = ["sqlite", "redis", "mongodb"]
+MODULE = "from tests.harness.workers_app import create_app\n\napp = create_app()\n"
+
+
+def documented() -> str:
+    """The configuration that docs/how-to/deployment.md recommends."""
+    page = (ROOT / "docs" / "how-to" / "deployment.md").read_text()
+    block = re.search(r"^```ini\n(\[uwsgi\]\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert block, "the page has no configuration of uWSGI"
+    return block[1]
+
+
+PREFORKED = (
+    f"[uwsgi]\nmodule = wsgi:app\nmaster = true\nprocesses = {WORKERS}\ndie-on-term = true\n"
+)
+CONFIGURATIONS = {
+    "documented": documented(),
+    "lazy": f"{PREFORKED}lazy-apps = true\n",
+    "threads": f"{PREFORKED}enable-threads = true\nthreads = 4\n",
+    "plain": PREFORKED,
+}
+
+
+class Uwsgi(Gunicorn):
+    """As `Gunicorn`, with uWSGI and one of its configurations."""
+
+    def __init__(self, folder: Path, configuration: str, environment: dict[str, str]) -> None:
+        found = re.search(r"^processes = (\d+)$", configuration, re.MULTILINE)
+        assert found
+        super().__init__(folder, workers=int(found[1]), environment=environment)
+        self._lazy = "lazy-apps" in configuration
+        file = folder / "uwsgi.ini"
+        file.write_text(configuration)
+        (folder / "wsgi.py").write_text(MODULE)
+        self._log = folder / "uwsgi.log"
+        self._command = [str(UWSGI), "--ini", str(file), "--chdir", str(folder)]
+
+    def _listen_at(self, socket: str) -> list[str]:
+        return ["--http-socket", socket]
+
+    def wait_for_workers(self, count: int) -> None:
+        """Return when so many workers were forked in all, and have the application."""
+        apps = count if self._lazy else 1
+        self._wait(
+            lambda: (
+                self.log.count("spawned uWSGI worker") >= count
+                and self.log.count("WSGI app 0 ") >= apps
+            )
+        )
+
+
+class Setup(NamedTuple):
+    """One way to run uWSGI."""
+
+    store: str
+    configuration: str
+
+    def __str__(self) -> str:
+        return f"{self.store}-{self.configuration}"
+
+
+SETUPS = [Setup(store, name) for store in STORES for name in CONFIGURATIONS]
+
+
+@pytest.fixture(params=SETUPS, ids=str)
+def server(request: pytest.FixtureRequest, tmp_path: Path, store_prefix: str) -> Iterator[Uwsgi]:
+    """A server whose application logs somebody in while it is loaded."""
+    setup: Setup = request.param
+    environment = {
+        "WORKERS_STORE": request.getfixturevalue(f"{setup.store}_url"),
+        "WORKERS_PREFIX": store_prefix,
+        "WORKERS_WARM": "yes",
+    }
+    with Uwsgi(tmp_path, CONFIGURATIONS[setup.configuration], environment) as uwsgi:
+        yield uwsgi
+
+
+def test_workers_share_sessions_and_no_connection(server: Uwsgi) -> None:
+    """Of those from before the fork and new ones; nobody gets the answer of another visitor."""
+    early = server.get("/warm-cookie").body["cookie"]
+    shared = server.log_in("shared")
+    each = 8
+
+    def work(thread: int) -> list[Answer]:
+        mine = server.log_in(f"visitor-{thread}")
+        answers = []
+        for _ in range(each):
+            answers += [server.get("/whoami", early), server.post("/count", shared)]
+            answers.append(server.post("/count-locked", shared))
+            found = server.get("/whoami", mine)
+            assert found.body["user"] == f"visitor-{thread}"
+        return answers
+
+    answers = list(chain(*in_parallel(*(lambda t=t: work(t) for t in range(THREADS)))))
+    users = {answer.body["user"] for answer in answers if "user" in answer.body}
+    assert users == {"early"}
+    assert server.get("/all", shared).body == {
+        "user": "shared",
+        "count": THREADS * each,
+        "locked": THREADS * each,
+    }
+    assert len({answer.worker for answer in answers}) > 1
+    assert server.stop() == 0
+    assert "Traceback" not in server.log, server.log
+    assert "503" not in server.log, server.log

@@ -1,0 +1,446 @@
+"""Sessions under gunicorn: several processes, of each kind of worker, hammered in parallel.
+
+Nothing here measures time. What the machine is slow at takes longer; what is wrong stays wrong.
+"""
+
+import http.client
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.cookies import SimpleCookie
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import pytest
+from pymongo import MongoClient
+from redis import Redis
+
+from tests.harness.servers import mongo_server, redis_server, with_database
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 60.0  # seconds until gunicorn is up, an answer is there, or gunicorn is down
+THREADS = 4
+
+CONFIGURATION = """
+control_socket_disable = True  # newer versions put one into the user's home
+
+def post_worker_init(worker):
+    with open({path!r}, "a") as ready:
+        ready.write(f"{{worker.pid}}\\n")
+"""
+
+
+class Answer(NamedTuple):
+    """What came back: `cookie` is None unless the response sets or deletes one."""
+
+    status: int
+    body: dict[str, Any]
+    cookie: str | None
+    worker: int
+
+
+class Gunicorn:
+    """A gunicorn that serves tests/harness/workers_app.py on a loopback port. A context manager.
+
+    :param folder: for its files; made for it alone.
+    :param options: of gunicorn's command line.
+    :param workers: how many.
+    :param environment: what tests/harness/workers_app.py reads; the instance folder is added.
+    :param app: another application than that one.
+    :param configuration: more for gunicorn's configuration file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        workers: int,
+        environment: dict[str, str],
+        app: str = "tests.harness.workers_app:create_app()",
+        configuration: str = "",
+    ) -> None:
+        self.workers = workers
+        self._app = app
+        self.instance = folder / "instance"
+        self._ready = folder / "ready"
+        self._log = folder / "gunicorn.log"
+        config = folder / "gunicorn.conf.py"
+        config.write_text(CONFIGURATION.format(path=str(self._ready)) + configuration)
+        self._command = [
+            *(sys.executable, "-m", "gunicorn", "--config", str(config)),
+            *("--chdir", str(ROOT), "--workers", str(workers), "--graceful-timeout", "30"),
+            *("--timeout", "120", "--worker-tmp-dir", str(folder), *options),
+        ]
+        self._environment = {
+            **os.environ,
+            **environment,
+            "WORKERS_INSTANCE": str(self.instance),
+            "PYTHONPATH": str(ROOT),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        # Gunicorn gets a socket that listens already: nobody can take the port in between.
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+            self.port = listener.getsockname()[1]
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*self._command, *self._listen_at(f"fd://{listener.fileno()}")],
+                    env=self._environment,
+                    pass_fds=[listener.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        try:
+            self.wait_for_workers(self.workers)
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def _listen_at(self, socket: str) -> list[str]:
+        return ["--bind", socket, self._app]
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+
+    @property
+    def log(self) -> str:
+        """What gunicorn and the application wrote so far."""
+        return self._log.read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """The workers that were ever ready."""
+        return [int(line) for line in self._ready.read_text().split()]
+
+    def wait_for_workers(self, count: int) -> None:
+        """Return when `count` workers in all have been ready since the start."""
+        self._wait(lambda: self._ready.exists() and len(self.pids()) >= count)
+
+    def reload(self) -> None:
+        """Replace all workers by new ones, as after a deployment; return when that is done."""
+        assert self._process is not None
+        before = self.pids()
+        self._process.send_signal(signal.SIGHUP)
+        self.wait_for_workers(len(before) + self.workers)
+        self._wait(lambda: not any(is_alive(pid) for pid in before))
+
+    def stop(self) -> int:
+        """Ask gunicorn to end (SIGTERM), wait for it, and return its exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(DEADLINE)
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + DEADLINE
+        while not done():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"gunicorn did not get there. Its log:\n{self.log}")
+            time.sleep(0.02)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def ask(self, method: str, path: str, cookie: str | None = None) -> Answer:
+        """One request, on a connection of its own: any worker may take it."""
+        headers = {"Connection": "close"}
+        if cookie is not None:
+            headers["Cookie"] = f"session={cookie}"
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
+        with closing(connection):
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            text = response.read()
+        morsel = SimpleCookie(response.headers.get("Set-Cookie", "")).get("session")
+        return Answer(
+            response.status,
+            json.loads(text) if response.headers.get_content_subtype() == "json" else {},
+            None if morsel is None else morsel.value,
+            int(response.headers.get("X-Worker", "0")),
+        )
+
+    def post(self, path: str, cookie: str | None = None) -> Answer:
+        """A POST that must succeed."""
+        answer = self.ask("POST", path, cookie)
+        assert answer.status == 200, (answer, self.log)
+        return answer
+
+    def get(self, path: str, cookie: str | None = None) -> Answer:
+        """A GET that must succeed."""
+        answer = self.ask("GET", path, cookie)
+        assert answer.status == 200, (answer, self.log)
+        return answer
+
+    def log_in(self, user: str) -> str:
+        """The cookie of a new session of `user`."""
+        cookie = self.post(f"/login/{user}").cookie
+        assert cookie
+        return cookie
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def in_parallel(*tasks: Callable[[], Any]) -> list[Any]:
+    """What the tasks return, each run in a thread of its own, all started at one moment."""
+    start = threading.Barrier(len(tasks))
+
+    def run(task: Callable[[], Any]) -> Any:
+        start.wait(DEADLINE)
+        return task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return [running.result() for running in [pool.submit(run, task) for task in tasks]]
+
+
+class Setup(NamedTuple):
+    """One way to run gunicorn."""
+
+    store: str
+    workers: int
+    options: tuple[str, ...] = ()
+    warm: bool = False
+
+    def __str__(self) -> str:
+        kind = "-".join(option.lstrip("-") for option in self.options) or "sync"
+        return f"{self.store}-{self.workers}-{kind}"
+
+
+STORES = ["sqlite", "redis", "mongodb"]
+GTHREAD = ("--worker-class", "gthread", "--threads", "4")
+GEVENT = ("--worker-class", "gevent")
+SETUPS = [
+    *(Setup(store, workers) for workers in (2, 4) for store in STORES),
+    *(Setup(store, 2, GTHREAD) for store in STORES),
+    *(Setup(store, 2, GEVENT) for store in STORES),
+    *(Setup(store, 2, ("--preload",), warm=True) for store in STORES),
+]
+PRELOADED = [setup for setup in SETUPS if setup.warm]
+
+
+@pytest.fixture(scope="module", params=SETUPS, ids=str)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gunicorn]:
+    """A gunicorn of each setup in turn; at its end it must stop cleanly, with a clean log."""
+    setup: Setup = request.param
+    folder = tmp_path_factory.mktemp("gunicorn")
+    name = secrets.token_hex(6)
+    environment = {"WORKERS_PREFIX": f"test-{name}:"}
+    if setup.store == "sqlite":
+        environment["WORKERS_STORE"] = f"sqlite:///{folder}/sessions.sqlite3"
+    elif setup.store == "redis":
+        environment["WORKERS_STORE"] = redis_server().url
+    else:
+        environment["WORKERS_STORE"] = with_database(mongo_server().url, f"test_{name}")
+    if setup.warm:
+        environment["WORKERS_WARM"] = "yes"
+    try:
+        with Gunicorn(
+            folder, *setup.options, workers=setup.workers, environment=environment
+        ) as gunicorn:
+            yield gunicorn
+            must_stop_cleanly(gunicorn)
+    finally:
+        forget(setup.store, name)
+
+
+def must_stop_cleanly(server: Gunicorn) -> None:
+    """Gunicorn ends by itself with all its workers, and nothing worrying was ever logged."""
+    assert server.stop() == 0, server.log
+    assert not any(is_alive(pid) for pid in server.pids())
+    for word in ("Traceback", "ERROR", "WARNING", "Warning", "Exception ignored", "CRITICAL"):
+        assert word not in server.log, server.log
+
+
+def forget(store: str, name: str) -> None:
+    """Remove what the workers stored on a server that may be the user's."""
+    if store == "redis":
+        with Redis.from_url(redis_server().url, socket_timeout=10) as client:
+            for key in client.scan_iter(f"test-{name}:*", count=1000):
+                client.unlink(key)
+    elif store == "mongodb":
+        with MongoClient(mongo_server().url, timeoutMS=10_000) as mongo:
+            mongo.drop_database(f"test_{name}")
+
+
+def test_an_atomic_counter_counts_every_request(server: Gunicorn) -> None:
+    cookie = server.log_in("alice")
+    answers: list[Answer] = []
+
+    def count() -> list[Answer]:
+        return [server.post("/count", cookie) for _ in range(40)]
+
+    for _ in range(10):
+        answers += chain(*in_parallel(*[count] * THREADS))
+        if len({answer.worker for answer in answers}) > 1:
+            break
+    else:
+        pytest.fail("one worker answered everything: that shows nothing")
+    counts = sorted(answer.body["count"] for answer in answers)
+    assert counts == list(range(1, len(answers) + 1))
+    assert server.get("/all", cookie).body == {"user": "alice", "count": len(answers)}
+
+
+def test_a_counter_under_a_lock_counts_every_request(server: Gunicorn) -> None:
+    """Eight clients that lock, and one that need not wait for them."""
+    cookie = server.log_in("alice")
+
+    def count() -> list[int]:
+        return [server.post("/count-locked", cookie).body["count"] for _ in range(4)]
+
+    def look() -> list[int]:
+        for _ in range(4):
+            assert server.get("/whoami", cookie).body["user"] == "alice"
+        return []
+
+    counts = sorted(chain(*in_parallel(look, *[count] * 8)))
+    assert counts == list(range(1, 33))
+    assert server.get("/all", cookie).body == {"user": "alice", "locked": 32}
+
+
+def test_keys_written_in_parallel_all_survive(server: Gunicorn) -> None:
+    cookie = server.log_in("alice")
+    per_thread = 15
+
+    def write(thread: int) -> dict[str, int]:
+        mine = {f"{thread}-{number}": thread * 1000 + number for number in range(per_thread)}
+        for key, value in mine.items():
+            server.post(f"/put/{key}/{value}", cookie)
+        return mine
+
+    written = in_parallel(*(lambda thread=thread: write(thread) for thread in range(THREADS)))
+    expected = {"user": "alice"}
+    for mine in written:
+        expected |= mine
+    assert server.get("/all", cookie).body == expected
+
+
+def test_an_answer_is_always_about_the_owner_of_its_cookie(server: Gunicorn) -> None:
+    users = [f"user{number}" for number in range(12)]
+
+    def browse(mine: list[str], seed: int) -> None:
+        cookies = {user: server.log_in(user) for user in mine}
+        order = random.Random(seed)
+        for number in range(20):
+            user = order.choice(mine)
+            if number % 2:
+                assert server.post(f"/put/{user}/{number}", cookies[user]).body == {"user": user}
+            else:
+                assert server.get("/whoami", cookies[user]).body["user"] == user
+        for user in mine:
+            assert set(server.get("/all", cookies[user]).body) <= {"user", user}
+
+    in_parallel(*(lambda part=part: browse(users[part::THREADS], part) for part in range(THREADS)))
+
+
+def test_a_logout_in_the_middle_of_writes_is_the_end(server: Gunicorn) -> None:
+    cookie = server.log_in("alice")
+    logged_out = threading.Event()
+
+    def write(thread: int) -> None:
+        """Write until the logout was answered, and a little longer."""
+        deadline = time.monotonic() + DEADLINE
+        number = refused = 0
+        while refused < 5:
+            assert time.monotonic() < deadline
+            ended = logged_out.is_set()
+            answer = server.ask("POST", f"/put/{thread}-{number % 20}/{number}", cookie)
+            # Beside the logout, either is fine: to find no session, or that the write is dropped.
+            assert answer.status == 401 or (answer.status == 200 and not ended), answer
+            assert not answer.cookie, "a cookie for a session that has ended"
+            number += 1
+            refused += ended
+
+    def log_out() -> None:
+        try:
+            for number in range(10):
+                server.post(f"/put/leaver-{number}/1", cookie)
+            assert server.post("/logout", cookie).cookie == ""
+        finally:
+            logged_out.set()
+
+    in_parallel(log_out, *(lambda t=t: write(t) for t in range(THREADS - 1)))
+    assert server.get("/whoami", cookie).body == {"user": None, "handle": None}
+    assert server.get("/all", cookie).body == {}
+
+
+@pytest.mark.parametrize("server", PRELOADED, ids=str, indirect=True)
+def test_a_session_from_before_the_fork_is_everywhere(server: Gunicorn) -> None:
+    cookie = server.get("/warm-cookie").body["cookie"]
+    assert cookie
+
+    def look() -> list[Answer]:
+        return [server.get("/whoami", cookie) for _ in range(10)]
+
+    answers = list(chain(*in_parallel(*[look] * THREADS)))
+    assert {answer.body["user"] for answer in answers} == {"early"}
+
+
+# The default: no setting at all ---------------------------------------------------------------
+
+
+@pytest.fixture
+def default_server(tmp_path: Path) -> Iterator[Gunicorn]:
+    """Four workers with threads that all make and open the default store as they start."""
+    environment = {"WORKERS_PREFIX": "gsession:", "WORKERS_WARM": "yes"}
+    with Gunicorn(tmp_path, *GTHREAD, workers=4, environment=environment) as gunicorn:
+        yield gunicorn
+
+
+def test_the_default_store_is_a_file_for_all_workers(default_server: Gunicorn) -> None:
+    """Made without a race, private, in WAL mode; and a reload under load loses nothing."""
+    server = default_server
+    path = server.instance / "gsession.sqlite3"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        # Each worker stored its own session as it started.
+        assert db.execute("SELECT count(*) FROM gsession").fetchone() == (4,)
+
+    shared = server.log_in("alice")
+
+    def work(thread: int) -> list[str]:
+        cookies = []
+        for number in range(25):
+            cookies.append(server.log_in(f"{thread}-{number}"))
+            server.post("/count", shared)
+        return cookies
+
+    def reload() -> list[str]:
+        server.reload()
+        return []
+
+    made = in_parallel(*(lambda t=t: work(t) for t in range(THREADS)), reload)
+    assert server.get("/all", shared).body["count"] == THREADS * 25
+    for thread, cookies in enumerate(made):
+        for number, cookie in enumerate(cookies):
+            assert server.get("/whoami", cookie).body["user"] == f"{thread}-{number}"
+    must_stop_cleanly(server)
+    for file in path.parent.glob("gsession.sqlite3*"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600

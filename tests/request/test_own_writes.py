@@ -1,0 +1,349 @@
+"""A request recognises each write that it sent, whatever struck before the answer was noted."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flask_gsession import SessionConflict
+from flask_gsession.events import SessionSaved
+from tests.harness.apps import Site, SiteMaker, Visitor
+
+POLICIES = {"clicks": "counter", "history": "append", "tags": "set"}
+
+
+class TooLong(Exception):
+    """As the handler of a signal raises that bounds the time of a view."""
+
+
+class Killed(BaseException):
+    """As gevent's Timeout, or the SystemExit of a worker."""
+
+
+def click(session: Any) -> None:
+    session["clicks"] += 1
+    session["history"].append("mug")
+    session["tags"].add("new")
+
+
+ONCE = {"clicks": 1, "history": ["mug"], "tags": {"new"}}
+
+
+def a_visitor(site: Site) -> Visitor:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(clicks=0, history=[], tags=set()))
+    return visitor
+
+
+def strike(kind: type[BaseException]) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise kind
+
+    return raise_it
+
+
+def transaction(session: Any) -> None:
+    with session.transaction():
+        session["step"] = 1
+
+
+def lock(session: Any) -> None:
+    with session.lock():
+        session["step"] = 1
+
+
+def update(session: Any) -> None:
+    session.update_atomic("clicks", lambda clicks: clicks)  # its pending change goes first
+
+
+STORES_FIRST: dict[str, Callable[[Any], None]] = {
+    "transaction": transaction,
+    "lock": lock,
+    "update_atomic": update,
+    "take": lambda session: session.take("clicks"),
+}
+
+
+@pytest.fixture
+def clicks(make_site: SiteMaker) -> Site:
+    site = make_site(merge_policies=POLICIES)
+    site.app.config["PROPAGATE_EXCEPTIONS"] = False
+    return site
+
+
+@pytest.mark.parametrize("way", ["transaction", "lock", "update_atomic"])
+@pytest.mark.parametrize("kind", [TooLong, Killed])
+def test_a_write_that_was_struck_counts_once(
+    clicks: Site, way: str, kind: type[BaseException]
+) -> None:
+    """The exception comes when the store has written and the session does not know it yet."""
+
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.after("save", strike(kind))
+        with pytest.raises(kind):
+            STORES_FIRST[way](session)
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    stored = visitor.run(dict)
+    stored.pop("step", None)
+    assert stored == ONCE
+
+
+def test_a_write_that_was_struck_counts_once_beside_an_error_page(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.after("save", strike(TooLong))
+        transaction(session)
+
+    visitor = a_visitor(clicks)
+    assert visitor.ask(view).status_code == 500
+    assert visitor.run(dict) == ONCE
+
+
+def test_a_write_that_never_came_is_made_up_for(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.before("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    assert visitor.run(dict) == ONCE
+
+
+def test_what_changes_after_the_strike_is_added(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.after("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        session["clicks"] += 10
+        session["history"].append("pen")
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    assert visitor.run(dict) == {"clicks": 11, "history": ["mug", "pen"], "tags": {"new"}}
+
+
+def test_another_request_on_top_makes_it_a_conflict(clicks: Site) -> None:
+    """Nobody knows then whether the first write is below: a count could count twice."""
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.after("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        tab.run(lambda session: session.update(theirs=1))
+
+    assert visitor.ask(view).status_code == 409
+    assert visitor.run(dict) == {**ONCE, "theirs": 1}
+
+
+def test_a_conflict_that_the_view_catches_makes_it_no_safer_to_repeat(clicks: Site) -> None:
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.after("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        tab.run(lambda session: session.update(theirs=1))
+        with pytest.raises(SessionConflict):
+            transaction(session)
+
+    assert visitor.ask(view).status_code == 409
+    assert visitor.run(dict) == {**ONCE, "theirs": 1}
+
+
+def test_another_request_on_top_is_no_conflict_after_a_rotation(clicks: Site) -> None:
+    """Nobody else makes the new key, so the rotation is there, below what is on top."""
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        session.rotate(grace=60)
+        clicks.store.after("replace", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        tab.run(lambda session: session.update(theirs=1))
+
+    visitor.run(view)
+    assert visitor.cookie != tab.cookie
+    assert visitor.run(dict) == {**ONCE, "theirs": 1}
+
+
+def test_a_lifetime_that_is_set_after_the_strike_is_not_forgotten(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        session["a"] = 1
+        clicks.store.after("create", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        session.set_lifetime(50)
+
+    visitor = clicks.visitor()
+    visitor.run(view)
+    assert visitor.run(lambda session: (session["a"], session._life.lifetime)) == (1, 50_000)
+
+
+def test_another_key_that_was_stored_shows_that_the_struck_write_was_not(clicks: Site) -> None:
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.before("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        session.update_atomic("other", lambda _: 1)
+        tab.run(lambda session: session.update(theirs=1))
+
+    visitor.run(view)
+    assert visitor.run(dict) == {**ONCE, "theirs": 1, "other": 1}
+
+
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_a_session_that_was_emptied_takes_an_update(site: Site, key: str) -> None:
+    """It ended by what this very request did, so the update begins another one."""
+
+    def view(session: Any) -> None:
+        session.clear()
+        assert session.update_atomic(key, lambda count: count + 1, 0) == 1
+        assert session.take("b" if key == "a" else "a", None) is None
+
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=5, b=5))
+    visitor.run(view)
+    assert visitor.run(dict) == {key: 1}
+
+
+def test_another_request_on_top_is_no_conflict_where_the_later_wins(site: Site) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=0))
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        session["a"] = 1
+        site.store.after("save", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        tab.run(lambda session: session.update(theirs=1))
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"a": 1, "theirs": 1}
+
+
+def test_a_session_that_was_created_is_the_one_that_goes_on(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        session.update(clicks=1)
+        clicks.store.after("create", strike(TooLong))
+        with pytest.raises(TooLong), session.transaction():
+            session["step"] = 1
+        session["clicks"] += 1
+
+    visitor = clicks.visitor()
+    visitor.run(view)
+    stored = visitor.run(dict)
+    stored.pop("step", None)
+    assert stored == {"clicks": 2}
+    assert len(clicks.stored()) == 1
+
+
+@pytest.mark.parametrize("grace", [0, 60])
+def test_a_rotation_that_was_struck_is_followed(clicks: Site, grace: int) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        session.rotate(grace=grace)
+        clicks.store.after("replace", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        session["after"] = True
+
+    visitor = a_visitor(clicks)
+    old = visitor.another_tab()
+    visitor.run(view)
+    assert visitor.cookie != old.cookie
+    assert visitor.run(dict) == {**ONCE, "after": True}
+    assert old.run(dict) == ({} if grace == 0 else {**ONCE, "after": True})
+
+
+@pytest.mark.parametrize("grace", [0, 60])
+def test_a_logout_after_a_rotation_that_was_struck(clicks: Site, grace: int) -> None:
+    def view(session: Any) -> None:
+        session.rotate(grace=grace)
+        clicks.store.after("replace", strike(TooLong))
+        with pytest.raises(TooLong):
+            transaction(session)
+        session.destroy()
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    assert visitor.cookie is None
+    assert not clicks.stored()
+
+
+def test_a_receiver_that_writes_undoes_nothing(site: Site) -> None:
+    """Events come when what they are about is in its place."""
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(tickets=0))
+    counting = [True]
+
+    def view(session: Any) -> int:
+        def saved(event: SessionSaved) -> None:
+            if counting and counting.pop():
+                session.update_atomic("saves", lambda saves: saves + 1, 0)
+
+        site.ext.on(SessionSaved, saved)
+        number: int = session.update_atomic("tickets", lambda tickets: tickets + 1)
+        return number
+
+    assert visitor.run(view) == 1
+    assert visitor.run(dict) == {"tickets": 1, "saves": 1}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_real_signals_count_once(make_site: SiteMaker) -> None:
+    """A timer strikes somewhere in the save, a hundred times: each click counts once, or is lost
+    with the exception that the view saw."""
+    site = make_site(merge_policies=POLICIES)
+    visitor = a_visitor(site)
+
+    def raise_it(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    lost = 0
+    try:
+        for number in range(100):
+
+            def view(session: Any, number: int = number) -> bool:
+                session["clicks"] += 1
+                session["history"].append(number)
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + number % 25 * 4e-5)
+                try:
+                    transaction(session)
+                except TooLong:
+                    return True
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                return False
+
+            try:
+                visitor.ask(view)
+            except TooLong:  # it came between the lines that stop the timer
+                lost += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    stored = visitor.run(dict)
+    assert stored["clicks"] == len(stored["history"]) == len(set(stored["history"]))
+    assert stored["clicks"] >= 100 - lost
