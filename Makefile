@@ -59,10 +59,14 @@ test: $(VENV)/with-test $(OLDEST)/ready servers chromium prometheus ## Run the t
 	$(PY) -m pytest $(TEST_ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest $(TEST_ARGS) $(OLDEST_SMOKE)
 
-OLDEST_SMOKE := tests/test_redis_pool.py tests/test_store_contract.py -k "TestStores or redis_pool"
-OLDEST_TESTS := $(addprefix tests/test_,authentication.py codec.py encryption.py large_values.py \
-  locks.py metrics.py payload.py ratelimit.py redis_answers.py redis_pool.py redis_servers.py \
-  session_object.py store_contract.py topologies.py typed.py typed_round_trip.py)
+OLDEST_SMOKE := tests/stores/test_redis_pool.py tests/stores/test_store_contract.py \
+  -k "TestStores or redis_pool"
+OLDEST_TESTS := $(addprefix tests/,test_authentication.py contrib/test_metrics.py \
+  contrib/test_ratelimit.py request/test_locks.py request/test_session_object.py \
+  stores/test_redis_answers.py stores/test_redis_pool.py stores/test_redis_servers.py \
+  stores/test_store_contract.py stores/test_topologies.py typed/test_typed.py \
+  typed/test_typed_round_trip.py values/test_codec.py values/test_large_values.py \
+  values/test_payload.py)
 
 $(OLDEST)/ready: tests/oldest.txt setup.cfg | $(VENV)/with-test
 	@rm -rf $(OLDEST)
@@ -74,8 +78,8 @@ oldest: $(OLDEST)/ready servers ## Run many tests with the oldest packages that 
 	@for pin in 'redis<6' 'redis==8.0.1'; do echo "Beside $$pin"; \
 	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
 	  '.[redis]' "$$pin" || exit 1; done
-	PYTHONPATH=$(OLDEST) $(PY) -m pytest $(TEST_ARGS) $(wildcard $(OLDEST_TESTS)) \
-	  --deselect tests/test_typed.py::test_mypy_infers_the_types
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest $(TEST_ARGS) $(OLDEST_TESTS) \
+	  --deselect tests/typed/test_typed.py::test_mypy_infers_the_types
 
 contract: $(VENV)/with-test servers ## Run the store contract on each wrapper around each store
 	$(PY) -m pytest -m contract $(TEST_ARGS)

@@ -18,9 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.harness.gunicorn import Gunicorn
 from tests.harness.prometheus import SHOP, Prometheus, visitors
 from tests.harness.servers import RedisServer
-from tests.processes.test_workers import Gunicorn
 
 PICTURES = Path(__file__).parent.parent / "docs" / "images"
 CONTRIB = files("flask_gsession.contrib")

@@ -173,3 +173,15 @@ def test_a_clock_for_tests_does_not_load_the_store_contract() -> None:
     loaded = run.stdout.split()
     assert "flask_gsession.testing.clock" in loaded
     assert "flask_gsession.testing.contract" not in loaded
+
+
+def test_benchmarks_and_helpers_import_no_test_module() -> None:
+    """What a benchmark shares with the tests is in `tests/harness`."""
+    top = PACKAGE.parent
+    files = [*top.glob("benchmarks/**/*.py"), *top.glob("tests/harness/*.py")]
+    for file in files:
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["from"], ["import"]):
+                assert ".test_" not in words[1], f"{file.name}: {line.strip()}"
+    assert len(files) > 20

@@ -33,9 +33,9 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 from flask_gsession.tokens import session_key
 from tests.harness.apps import Site, SiteMaker
+from tests.harness.gunicorn import Gunicorn
 from tests.harness.servers import RedisServer, free_port
 from tests.harness.topologies import until
-from tests.processes.test_workers import Gunicorn
 
 Figures = dict[str, float]
 Read = Callable[[], Figures]

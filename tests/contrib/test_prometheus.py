@@ -16,10 +16,10 @@ from prometheus_client import CollectorRegistry
 
 from flask_gsession import Session
 from flask_gsession.contrib.metrics import SessionMetrics
+from tests.harness.gunicorn import Gunicorn
 from tests.harness.prometheus import SHOP, Prometheus, program, visitors
 from tests.harness.servers import RedisServer, ServerMissing
 from tests.harness.topologies import until
-from tests.processes.test_workers import Gunicorn
 
 ROOT = Path(__file__).parents[2]
 RULES = files("flask_gsession.contrib") / "prometheus-rules.yml"

@@ -24,8 +24,8 @@ from flask_gsession import StoreUnavailable, session
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.testing import HookedStore
 from tests.harness.apps import until
+from tests.harness.gunicorn import GTHREAD, Gunicorn
 from tests.harness.topologies import TCPProxy
-from tests.processes.test_workers import GTHREAD, Gunicorn
 
 
 class Place:

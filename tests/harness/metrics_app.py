@@ -14,7 +14,7 @@ from tests.harness.workers_app import create_app as create_workers_app
 
 
 def create_app() -> Flask:
-    """The application of test_workers.py, counted beside what it counts itself."""
+    """The application of workers_app.py, counted beside what it counts itself."""
     app = create_workers_app()
     SessionMetrics(app, GunicornInternalPrometheusMetrics(app), count_every=0.2)
     return app

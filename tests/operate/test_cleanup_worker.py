@@ -34,8 +34,8 @@ from flask_gsession.stores.sqlite import SQLiteStore
 from flask_gsession.testing import FakeClock, a_record
 from tests.harness.apps import Site
 from tests.harness.console import ROOT, Console
+from tests.harness.gunicorn import Gunicorn
 from tests.harness.topologies import until
-from tests.processes.test_workers import Gunicorn
 from tests.test_docs import FOLDER_STORE
 
 HOUR = 3600.0

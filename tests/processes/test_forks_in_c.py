@@ -38,7 +38,7 @@ def run(url: str, tmp_path: Path, log: list[str]) -> Run:
     def run(name: str) -> Any:
         folder = tmp_path / "folder"
         folder.mkdir()
-        command = [sys.executable, "-W", "ignore", "-m", "tests.harness.forking_in_c"]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.processes.forking_in_c"]
         ran = subprocess.run(
             [*command, name, url, str(folder)],
             cwd=ROOT,

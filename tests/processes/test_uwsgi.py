@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.processes.test_workers import ROOT, THREADS, Answer, Gunicorn, in_parallel
+from tests.harness.gunicorn import ROOT, THREADS, Answer, Gunicorn, in_parallel
 
 UWSGI = Path(sys.executable).with_name("uwsgi")
 WORKERS = 2
