@@ -15,11 +15,11 @@ import click
 from flask.cli import AppGroup
 
 from ..errors import SettingError
+from .archive import export, import_
 from .cleaning import cleanup
 from .debug import debug
 from .doctor import doctor
 from .sessions import list_, revoke, show, stats
-from .transfer import export, import_
 
 # What is said of the workers of a server, and is none of a command's business.
 _OF_WORKERS = "Rate limits count in each process for itself"

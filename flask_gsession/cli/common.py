@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import click
 from flask import current_app
@@ -16,22 +15,17 @@ from flask import current_app
 from ..errors import StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
+from ..repository.scanning import all_pages
 from ..stores import Record, Scans
 from ..stores.base import KEY_LENGTH, is_session_key
 from ..stores.memory import MemoryStore
-from ..stores.parts import Page, parts_of
+from ..stores.parts import parts_of
 from ..stores.urls import without_hosts
 from ..values.marks import END_OF_TIME
-
-T = TypeVar("T")
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells have it
 NO_SESSION = "no such session; it may have ended"
 _SHORTEST = 8  # characters of a handle that one need type
-_PAUSES = (0.2, 1.0)  # seconds: a scan that is under way may meet a failover
-_FIRST_PAGE, _LONGEST_PAGE = 10, 200  # records
-_FEW_MATCH = 2000  # keys looked at in a step, where few of them begin as they should
-_PAGE_BYTES = 2 * 2**20  # of payloads, more or less: a page takes one call of the store
 
 #: ``flask gsession`` is run with a session by this option, where the application has several.
 session_option = click.option(
@@ -121,42 +115,6 @@ def about(interface: GSessionInterface) -> int | None:
     return None
 
 
-class Patience:
-    """Calls what asks a store; again after a short outage, once that has answered at all."""
-
-    def __init__(self) -> None:
-        self._pauses: tuple[float, ...] = ()
-
-    def __call__(self, ask: Callable[..., T], *arguments: Any) -> T:
-        for pause in self._pauses:
-            try:
-                return ask(*arguments)
-            except StoreUnavailable:
-                time.sleep(pause)
-        answer = ask(*arguments)
-        self._pauses = _PAUSES
-        return answer
-
-
-def pages(store: Scans, begins: str = "") -> Iterator[Page]:
-    """All of the store's sessions, page by page; see ``Scans``. Survives a short outage.
-
-    The larger the sessions are, the fewer are asked for at a time.
-    """
-    cursor, patiently = "", Patience()
-    limit, longest = _FIRST_PAGE, _FEW_MATCH if begins else _LONGEST_PAGE
-    while True:
-        page = patiently(store.scan, cursor, limit, begins)
-        size = sum(len(record.payload) for record in page.records)
-        limit = max(1, min(2 * limit, longest, limit * _PAGE_BYTES // max(1, size)))
-        records = [each for each in page.records if is_session_key(each.key)]
-        unreadable = [key for key in page.unreadable if is_session_key(key)]
-        yield page._replace(records=records, unreadable=unreadable)
-        cursor = page.cursor
-        if not cursor:
-            return
-
-
 def key_of(interface: GSessionInterface, handle: str) -> str:
     """The whole of a handle that may be cut off; ends the command where it is none, or several."""
     whole = len(handle) == KEY_LENGTH and is_session_key(handle)
@@ -170,7 +128,7 @@ def key_of(interface: GSessionInterface, handle: str) -> str:
     if whole:
         return handle
     found: set[str] = set()
-    for page in pages(scanned(interface), handle):
+    for page in all_pages(scanned(interface), handle):
         found.update(page.unreadable, (record.key for record in page.records))
     if len(found) > 1:
         raise click.ClickException(f"{len(found)} handles begin with {handle}: type more of it")

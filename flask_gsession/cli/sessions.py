@@ -18,6 +18,7 @@ from ..errors import LogoutUnconfirmed, UnreadableRecord
 from ..events import SessionRevoked
 from ..interface import GSessionInterface
 from ..repository.repository import Repository
+from ..repository.scanning import all_pages
 from ..stores import Record
 from ..stores.base import unexpired
 from ..values.marks import expired, split
@@ -36,7 +37,6 @@ from .common import (
     moment,
     name_of,
     name_store,
-    pages,
     place,
     scanned,
     session_option,
@@ -143,7 +143,7 @@ def _found(
     interface: GSessionInterface, conditions: tuple[Condition, ...], skipped: Counter[str]
 ) -> Iterator[Facts]:
     """The sessions that meet all conditions; counts those that cannot be judged."""
-    for page in pages(scanned(interface)):
+    for page in all_pages(scanned(interface)):
         if page.unreadable:
             skipped[_UNREADABLE] += len(page.unreadable)
         for record in page.records:
@@ -345,7 +345,7 @@ def _revoke_all(interface: GSessionInterface, yes: bool) -> NoReturn:
     ):
         for again in range(_ROUNDS):
             before = ended
-            for page in pages(store):
+            for page in all_pages(store):
                 keys = [] if again else list(page.unreadable)
                 # Rotated meanwhile, a session may have got past: it is as old as it was.
                 keys += [
@@ -397,7 +397,7 @@ def stats(cookie: str | None, as_json: bool) -> None:
     with told(interface):
         store = scanned(interface)
         with progress("counting", partial(about, interface)) as advance:
-            for page in pages(store):
+            for page in all_pages(store):
                 advance(len(page.records))
                 unreadable += len(page.unreadable)
                 for record in page.records:

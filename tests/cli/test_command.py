@@ -753,7 +753,7 @@ class Failing(MemoryStore):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_gsession.cli.common._PAUSES", (0, 0))
+    monkeypatch.setattr("flask_gsession.repository.scanning._PAUSES", (0, 0))
 
 
 @pytest.mark.usefixtures("quick")

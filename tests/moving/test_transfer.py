@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from flask_gsession import StoreUnavailable
-from flask_gsession.cli.transfer import _remove_leftovers
+from flask_gsession.moving.archive import BEGINNING
+from flask_gsession.moving.private_file import remove_leftovers
 from flask_gsession.stores import Record
 from flask_gsession.stores.base import new_version
 from flask_gsession.stores.memory import MemoryStore
@@ -111,7 +112,7 @@ def test_twice_is_as_good_as_once(site: Site, elsewhere: Site, file: Path) -> No
     renewed.run(dict)
     before = records(site)
     text = console_of(site).done("import", str(file))
-    assert text == "session: 0 imported, 1 kept as changed since, 2 there already\n"
+    assert text == "session: 0 imported, 1 changed since and kept, 2 there already\n"
     assert records(site) == before
     text = console_of(site).done("import", str(file), "--overwrite")
     assert text == "session: 0 imported, 1 overwritten, 2 there already\n"
@@ -127,7 +128,7 @@ def test_a_session_that_was_rotated_away_is_not_overwritten(
     guest = site.visitor(visitor.cookie)
     guest.run(lambda session: session.rotate(grace=60))
     text = console_of(site).done("import", str(file), "--overwrite")
-    assert text == "session: 0 imported, 1 kept as changed since\n"
+    assert text == "session: 0 imported, 1 changed since and kept\n"
     assert site.visitor(visitor.cookie).run(lambda session: session.handle) == guest.run(
         lambda session: session.handle
     )
@@ -141,7 +142,7 @@ def test_a_pointer_overwrites_no_session(site: Site, elsewhere: Site, file: Path
     visitor.run(lambda session: session.rotate(grace=60))
     console_of(elsewhere).done("export", str(file), "--force")
     text = console_of(site).done("import", str(file), "--overwrite")
-    assert text == "session: 1 imported, 1 kept as changed since\n"
+    assert text == "session: 1 imported, 1 changed since and kept\n"
     for cookie in (old.cookie, visitor.cookie):
         assert site.visitor(cookie).run(dict) == {"a": 1}
 
@@ -183,7 +184,7 @@ def test_a_large_value_that_is_lost_is_said_and_ends_with_1(elsewhere: Site, fil
     store.blobs.discard_blobs([next(iter(store._blobs))], 0)
     result = console_of(elsewhere).run("export", str(file))
     assert (result.exit_code, result.stdout) == (1, "session: 2 records exported\n")
-    assert "large values of 1 session are lost, and not in it" in result.stderr
+    assert "1 session exported without a large value that is lost" in result.stderr
 
 
 def test_what_cannot_be_read_is_said_and_ends_with_1(file: Path) -> None:
@@ -193,7 +194,7 @@ def test_what_cannot_be_read_is_said_and_ends_with_1(file: Path) -> None:
 
     result = Console(Broken()).run("export", str(file))
     assert (result.exit_code, result.stdout) == (1, "session: 0 records exported\n")
-    assert "1 more could not be read, and are not in it" in result.stderr
+    assert "could not read 1 record; left out of the export" in result.stderr
 
 
 def test_a_dry_run_makes_no_file(elsewhere: Site, file: Path, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_encrypted_sessions_need_their_key(
     for settings in ({}, {"encryption_keys": [OTHER_KEY]}):
         console = console_of(target, **settings)
         complaint = console.failed("import", str(file))
-        assert "1 of 1 record cannot be read" in complaint
+        assert "can't read 1 of 1 record" in complaint
         assert "unknown encryption key" in complaint
         assert "nothing was imported" in complaint
         text = console.done("import", str(file), "--skip-unreadable")
@@ -280,25 +281,25 @@ def test_a_truncated_file(exported: Path, site: Site) -> None:
     for cut in lines_cut(exported.read_bytes()):
         exported.write_bytes(cut)
         complaint = console.failed("import", str(exported))
-        problem = "cut off" if cut else f"{exported} is empty"
+        problem = "truncated" if cut else "the file is empty"
         assert f"{problem}; nothing was imported" in complaint
-    assert "the standard input is empty" in console.failed("import", "-", input="")
+    assert "standard input: the file is empty" in console.failed("import", "-", input="")
     assert site.stored() == {}
 
 
 @pytest.mark.parametrize(
     ("alter", "complaint"),
     [
-        (lambda data: data.replace(b'"version":', b'"version": '), "was altered"),
-        (lambda data: b"".join(data.splitlines(True)[:2] + data.splitlines(True)[3:]), "altered"),
-        (lambda data: data + b"\n", "something follows the end"),
-        (lambda data: data * 2, "something follows the end"),
+        (lambda data: data.replace(b'"version":', b'"version": '), "checksum mismatch"),
+        (lambda data: b"".join(data.splitlines(True)[:2] + data.splitlines(True)[3:]), "checksum"),
+        (lambda data: data + b"\n", "data after the last line"),
+        (lambda data: data * 2, "data after the last line"),
         (lambda data: data.replace(b'gsession":1', b'gsession":2'), "format 2"),
-        (lambda data: b"PK\3\4 what is this?\n", "no line of an export"),
-        (lambda data: b"\0" * 5000 + b"\n", "no line of an export"),
-        (lambda data: data.replace(b'"key":"', b'"key":"../../', 1), "no line of an export"),
-        (lambda data: data.replace(b'"created_at":1', b'"created_at":"x1', 1), "no line of"),
-        (lambda data: data.replace(b'"key"', b'"payload"', 1), "no line of an export"),
+        (lambda data: b"PK\3\4 what is this?\n", "not a line of an export"),
+        (lambda data: b"\0" * 5000 + b"\n", "not a line of an export"),
+        (lambda data: data.replace(b'"key":"', b'"key":"../../', 1), "not a line of an export"),
+        (lambda data: data.replace(b'"created_at":1', b'"created_at":"x1', 1), "not a line of"),
+        (lambda data: data.replace(b'"key"', b'"payload"', 1), "not a line of an export"),
     ],
     ids=["space", "line", "after", "twice", "format", "foreign", "zeros", "key", "type", "field"],
 )
@@ -322,7 +323,7 @@ def test_a_record_of_another_session(exported: Path, site: Site) -> None:
     text = json.dumps(end, separators=(",", ":")).encode() + b"\n"
     assert len(text) == len(last)
     exported.write_bytes(b"".join([*lines, text]))
-    assert "1 time corrupt" in console_of(site).failed("import", str(exported))
+    assert "corrupt: 1" in console_of(site).failed("import", str(exported))
     assert site.stored() == {}
 
 
@@ -334,12 +335,12 @@ def test_files_that_cannot_be(
     assert "No such file" in console.failed("export", str(tmp_path / "no" / "folder"))
     assert console.run("import", str(tmp_path)).exit_code == 2
     file.write_text("mine")
-    assert "--force replaces it" in console.failed("export", str(file), status=2)
+    assert "use --force to replace it" in console.failed("export", str(file), status=2)
     assert file.read_text() == "mine"
     file.chmod(0o644)
     console.done("export", str(file), "--force")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert "is no file" in console.failed("export", "/dev/null", "--force", status=2)
+    assert "is not a regular file" in console.failed("export", "/dev/null", "--force", status=2)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -384,7 +385,7 @@ def test_an_interrupted_export(
     exported: Path, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     failure: BaseException, times: int, status: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("flask_gsession.cli.common._PAUSES", (0, 0))
+    monkeypatch.setattr("flask_gsession.repository.scanning._PAUSES", (0, 0))
     store = Unsteady()
     console = Console(store, clock=clock)
     console.done("import", str(exported))
@@ -395,7 +396,7 @@ def test_an_interrupted_export(
     assert target.exists() is (status == 0)
     assert not list(tmp_path.glob("*.part"))
     if status:
-        assert f"after 3 records; {target} was not written" in result.stderr
+        assert f"after 3 records; {target} not written" in result.stderr
         store.failure = None
         console.done("export", str(target))
     assert "5 " in console.done("import", str(target), "--dry-run")
@@ -410,14 +411,14 @@ def test_an_interrupted_import(
     exported: Path, clock: FakeClock, elsewhere: Site, monkeypatch: pytest.MonkeyPatch,
     failure: BaseException, times: int, status: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("flask_gsession.cli.common._PAUSES", (0, 0))
+    monkeypatch.setattr("flask_gsession.repository.scanning._PAUSES", (0, 0))
     store = Unsteady()
     store.failure, store.times = failure, times
     console = Console(store, clock=clock)
     result = console.run("import", str(exported))
     assert result.exit_code == status
     if status:
-        assert "after 3 records (--skip 3 goes on from there)" in result.stderr
+        assert "after 3 records (continue with --skip 3)" in result.stderr
         assert len(store._records) == 3
         store.failure = None
         ended = next(iter(store._records))
@@ -460,7 +461,7 @@ def test_an_import_beside_a_request(exported: Path, clock: FakeClock) -> None:
 
     store.before("create", be_quicker)
     text = console.done("import", str(exported))
-    assert text == "session: 4 imported, 1 kept as changed since\n"
+    assert text == "session: 4 imported, 1 changed since and kept\n"
     found = store.store.load(key)
     assert found is not None
     assert found.payload == b"quicker"
@@ -516,7 +517,7 @@ def test_what_a_killed_export_leaves(sqlite_url: str, file: Path) -> None:
     link.symlink_to(file.parent / "nowhere")
     result = console.run("export", str(file))
     assert result.exit_code == 0
-    assert f"{part} was left by an export that was killed: removed\n" in result.stderr
+    assert f"Removed {part}, left behind by an export that was killed\n" in result.stderr
     assert set(file.parent.glob(".*.part")) == {*alike, link}
 
 
@@ -543,7 +544,7 @@ def test_an_export_that_is_taken_for_a_leftover(
         descriptor, name = make(*arguments)
         if len(removed) < 2:
             removed.append(name)
-            _remove_leftovers(file)
+            remove_leftovers(file, BEGINNING, print)
         return descriptor, name
 
     monkeypatch.setattr(tempfile, "mkstemp", made)

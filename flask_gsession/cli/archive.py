@@ -1,0 +1,184 @@
+"""``flask gsession export`` and ``import``: move sessions between stores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+from flask.cli import with_appcontext
+
+from ..moving.archive import BEGINNING, ArchiveError, read_items
+from ..moving.exporting import Exporter
+from ..moving.importing import Importer
+from ..moving.private_file import private_file
+from ..repository.scanning import Retry, all_pages
+from ..stores import Record
+from ..stores.memory import MemoryStore
+from ..values.payload import NOT_ENCRYPTED
+from .common import (
+    about,
+    chosen,
+    json_option,
+    name_of,
+    name_store,
+    not_there_yet,
+    scanned,
+    session_option,
+    told,
+)
+from .output import counted, progress
+
+_PIPE = Path("-")
+
+
+@click.command("export", short_help="Write all sessions to a file.")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@session_option
+@with_appcontext
+def export(file: Path, force: bool, cookie: str | None) -> None:
+    """Write all sessions to FILE, or to standard output if FILE is "-".
+
+    FILE holds the data of your users. Only its owner can read it, and it appears once it is
+    complete. A session that changes during the export is in it with its old or its new values.
+    """
+    interface = chosen(cookie)
+    if file != _PIPE and file.exists() and not (force and file.is_file()):
+        hint = "use --force to replace it" if file.is_file() else "it is not a regular file"
+        raise click.UsageError(f"{file} exists: {hint}")
+    name_store(interface)
+    exporter = Exporter(interface.repository)
+    with told(interface, lambda: f"{counted(exporter.records, 'records')}; {file} not written"):
+        pages = all_pages(scanned(interface))
+        with _output(file) as out, progress("export", partial(about, interface)) as advance:
+            for number in exporter.write(pages, out):
+                advance(number)
+    written = counted(exporter.records, "records")
+    click.echo(f"{name_of(interface)}: {written} exported", err=file == _PIPE)
+    if exporter.unreadable:
+        unreadable = counted(exporter.unreadable, "records")
+        click.echo(f"Error: could not read {unreadable}; left out of the export", err=True)
+    if exporter.incomplete:
+        incomplete = counted(exporter.incomplete, "sessions")
+        click.echo(f"Error: {incomplete} exported without a large value that is lost", err=True)
+    sys.exit(bool(exporter.unreadable or exporter.incomplete))
+
+
+@contextmanager
+def _output(file: Path) -> Iterator[BinaryIO]:
+    if file == _PIPE:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with private_file(file, BEGINNING, _report_leftover) as out:
+            yield out
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}") from None
+
+
+def _report_leftover(file: Path) -> None:
+    click.echo(f"Removed {file}, left behind by an export that was killed", err=True)
+
+
+@click.command("import", short_help="Import the sessions of an export.")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
+@click.option("--overwrite", is_flag=True, help="Replace sessions that changed since the export.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave out unreadable sessions.")
+@click.option("--skip", type=click.IntRange(0), default=0, help="Skip this many records.")
+@click.option("--dry-run", is_flag=True, help="Check FILE and the store, but import nothing.")
+@session_option
+@json_option
+@with_appcontext
+def import_(
+    file: Path,
+    overwrite: bool,
+    skip_unreadable: bool,
+    skip: int,
+    dry_run: bool,
+    cookie: str | None,
+    as_json: bool,
+) -> None:
+    """Import the sessions in FILE, or from standard input if FILE is "-".
+
+    The whole of FILE is checked before anything is written. Expired sessions are left out. A
+    session that the store already holds stays as it is, so you can repeat an import safely.
+
+    Trust FILE as much as the store: whoever can write it can log in as anybody.
+    """
+    interface = chosen(cookie)
+    name = name_of(interface)
+    done: Counter[str] = Counter()
+    name_store(interface)
+    # Even a read would create a missing SQLite file.
+    store = MemoryStore() if dry_run and not_there_yet(interface) else interface.store
+    importer = Importer(interface.repository, store, overwrite=overwrite, dry_run=dry_run)
+
+    def so_far() -> str:
+        number = skip + done.total()
+        return f"{counted(number, 'records')} (continue with --skip {number})" if done else ""
+
+    with told(interface, so_far), _input(file) as source:
+        try:
+            total = importer.check(source)
+        except ArchiveError as error:
+            raise ArchiveError(f"{error}; nothing was imported") from None
+        if importer.problems and not skip_unreadable:
+            raise ArchiveError(_summary(importer.problems, total))
+        retry, number = Retry(), 0
+        with progress("import", lambda: total) as advance:
+            advance(min(skip, total))
+            for item in read_items(source):
+                if isinstance(item, Record):
+                    number += 1
+                    if number > skip:
+                        done[retry(importer.put, item)] += 1
+                        advance(1)
+                elif number >= skip:
+                    retry(importer.put_frame, item)
+    if as_json:
+        click.echo(json.dumps({"session": name, "dry_run": dry_run, "records": done}, indent=2))
+    else:
+        would = "to be " if dry_run else ""
+        parts = [f"{done['imported']} {would}imported"]
+        parts += [f"{done[what]} {what}" for what in sorted(done) if what != "imported"]
+        click.echo(f"{name}: {', '.join(parts)}")
+
+
+@contextmanager
+def _input(file: Path) -> Iterator[BinaryIO]:
+    """A file that can be read twice; an ``ArchiveError`` in the block ends the command."""
+    try:
+        if file == _PIPE:
+            with tempfile.TemporaryFile() as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+                yield copy
+        else:
+            with file.open("rb") as source:
+                yield source
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}") from None
+    except ArchiveError as error:
+        name = "standard input" if file == _PIPE else file
+        raise click.ClickException(f"{name}: {error}") from None
+
+
+def _summary(problems: Counter[str], total: int) -> str:
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in problems.items())
+    if any(NOT_ENCRYPTED in reason for reason in problems):
+        advice = 'To accept unencrypted sessions, end SESSION_ENCRYPTION_KEYS with "plain"'
+    else:
+        advice = "Add the missing key to SESSION_ENCRYPTION_KEYS"
+    return (
+        f"can't read {problems.total()} of {counted(total, 'records')} ({reasons}); nothing was "
+        f"imported. {advice}, or use --skip-unreadable to leave them out"
+    )

@@ -1,0 +1,1 @@
+"""Moving sessions: between stores, and in from other libraries."""

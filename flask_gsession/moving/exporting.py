@@ -1,0 +1,62 @@
+"""Writing all sessions of a store to an archive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import BinaryIO
+
+from ..errors import UnreadableRecord, ValueLost
+from ..repository.repository import BLOB_GRACE, Repository
+from ..stores.base import Record
+from ..stores.parts import Page
+from ..values.references import reference_in, refers
+from .archive import ArchiveWriter, Frame
+
+
+class Exporter:
+    """Writes pages of records, as ``all_pages`` yields them, to an archive."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        #: records written
+        self.records = 0
+        #: keys that hold no valid record; they are not in the archive
+        self.unreadable = 0
+        #: sessions in the archive that lack a large value
+        self.incomplete = 0
+
+    def write(self, pages: Iterable[Page], out: BinaryIO) -> Iterator[int]:
+        """Write the archive; yields the number of records in each page written."""
+        repository = self._repository
+        now = datetime.fromtimestamp(repository.now() // 1000, UTC)
+        name = repository.live.cookie_name()
+        archive = ArchiveWriter(out, name, now.isoformat().replace("+00:00", "Z"))
+        for page in pages:
+            self.unreadable += len(page.unreadable)
+            for record in page.records:
+                try:
+                    for frame in self._frames(record):
+                        archive.write_frame(frame)
+                except ValueLost:
+                    self.incomplete += 1
+                archive.write_record(record)
+            self.records += len(page.records)
+            yield len(page.records)
+        archive.close()
+
+    def _frames(self, record: Record) -> Iterator[Frame]:
+        """The large values of a record as stored. Raises ``ValueLost``."""
+        repository = self._repository
+        try:
+            body = repository.read(record.key, record)
+            values = body.values.values() if body is not None and body.spilled else ()
+            references = [reference_in(raw) for raw in values if refers(raw)]
+        except UnreadableRecord:  # for the application that imports it to judge
+            return
+        end = record.idle_expires_at + BLOB_GRACE
+        for reference in references:
+            if repository.spill is None:
+                raise ValueLost("missing")
+            for offset, frame in repository.spill.stored(reference):
+                yield Frame(reference.name, offset, frame, record.key, record.version, end)

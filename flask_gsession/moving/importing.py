@@ -1,0 +1,127 @@
+"""Putting the sessions of an archive into a store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import suppress
+from typing import BinaryIO
+
+from ..errors import Gone, KeyTaken, Stale, UnreadableRecord
+from ..repository.repository import BLOB_GRACE, Repository
+from ..stores.base import Record, Store, is_session_key, unexpired
+from ..values.payload import NOT_ENCRYPTED, Body
+from ..values.references import reference_in, refers
+from .archive import Frame, check_archive
+
+
+class Importer:
+    """Puts records and frames into ``store``, which is the repository's own or a stand-in."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        store: Store,
+        *,
+        overwrite: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        self._repository = repository
+        self._store = store
+        self._overwrite = overwrite
+        self._dry_run = dry_run
+        #: why records can't be read here, with how often each reason occurs
+        self.problems: Counter[str] = Counter()
+        self._unreadable: set[str] = set()
+
+    def check(self, source: BinaryIO) -> int:
+        """Check a whole archive and return its number of records; collects ``problems``.
+
+        Raises ``ArchiveError``.
+        """
+        large_values = self._repository.spill is not None
+        return check_archive(source, self._check_record, large_values=large_values)
+
+    def _check_record(self, record: Record) -> Body | None:
+        problem, body = self._read(record)
+        if problem:
+            self.problems[problem] += 1
+            self._unreadable.add(record.key)
+        return body
+
+    def put(self, record: Record) -> str:
+        """Import a record; returns what was done, in words.
+
+        A session never ends later than one that is created now. If an imported session has the
+        same key, it stays as it is, unless ``overwrite`` is set.
+        """
+        if self._read(record)[0]:
+            return "unreadable"
+        record, store, now = self._capped(record), self._store, self._repository.now()
+        if now >= record.idle_expires_at:
+            return "expired"
+        try:
+            there = unexpired(store, record.key, now)
+            if there is None:
+                if not self._dry_run:
+                    store.create(record)
+                return "imported"
+            if there.version == record.version:
+                return "there already"
+            if self._overwrite and record.successor is None:
+                if not self._dry_run:
+                    store.save(record, there.version)
+                return "overwritten"
+        except (KeyTaken, Gone, Stale, UnreadableRecord):  # another process was first, or no record
+            pass
+        return "changed since and kept"
+
+    def put_frame(self, frame: Frame) -> None:
+        """Import a piece of a large value if ``put`` will import the session it belongs to."""
+        repository = self._repository
+        now, end = repository.now(), min(frame.expires_at, repository.latest_end() + BLOB_GRACE)
+        if self._dry_run or frame.key in self._unreadable or now >= end:
+            return
+        try:
+            there = unexpired(self._store, frame.key, now)
+        except UnreadableRecord:
+            return
+        if there is not None:
+            same = there.version == frame.version
+            if not self._overwrite or same or there.successor is not None:
+                return
+            # The stored session may refer to this very value: never shorten its life.
+            end = max(end, there.absolute_expires_at + BLOB_GRACE)
+        assert repository.spill is not None  # check_archive refuses frames without one
+        with suppress(Gone):  # removed by another process: the session reports its value as lost
+            repository.spill.blobs.write_frame(frame.blob, frame.offset, frame.frame, end)
+
+    def _read(self, record: Record) -> tuple[str, Body | None]:
+        """Why the application can't read a record ("" if it can), and the record's body.
+
+        The body of a pointer is an empty one.
+        """
+        if not is_session_key(record.key):
+            return "not the key of a session", None
+        try:
+            body = self._repository.read(record.key, record)
+            if body is None:
+                return "", Body({})
+            for raw in body.values.values():
+                if refers(raw):
+                    reference_in(raw)
+        except UnreadableRecord as error:
+            known = NOT_ENCRYPTED in error.detail
+            return f"{error.reason} ({error.detail})" if known else error.reason, None
+        return "", body
+
+    def _capped(self, record: Record) -> Record:
+        """The record, ending no later than a session that this application creates now."""
+        repository = self._repository
+        now = repository.now()
+        absolute = min(record.absolute_expires_at, repository.latest_end())
+        capped = record._replace(
+            created_at=min(record.created_at, now, absolute),
+            idle_expires_at=min(record.idle_expires_at, absolute),
+            absolute_expires_at=absolute,
+        )
+        return record if capped == record else repository.with_times(record, capped)
