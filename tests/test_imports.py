@@ -1,6 +1,7 @@
 """The shape of the house: who may import whom, and what the package shows to its users."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,31 @@ def test_only_config_reads_app_config(module: str) -> None:
         if isinstance(node, ast.Attribute) and node.attr == "config"
     ]
     assert reads == [], f"{module} reads app.config in lines {reads}"
+
+
+# Mutable values at the top of a file, each with the reason why no application owns it.
+OF_THE_PROCESS = {
+    "contrib.metrics_figures": {
+        "_of_registries",  # a registry of prometheus-client may serve several applications
+        "_of_process",  # so may the files of its multiprocess mode
+    },
+    "contrib.ratelimit": {"_apps"},  # decorators run before there is an application
+    "request.waiting": {"_waiting"},  # threads belong to the process: decision 27
+}
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_state_lives_in_app_extensions(module: str) -> None:
+    """No dict, list or set that is filled at run time at the top of a file."""
+    found = set()
+    for node in ast.parse(FILES[module].read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            value, name = ast.unparse(node.value), ast.unparse(target)
+            containers = r"\[\]|\{\}|(\w+\.)?(set|dict|list|deque|defaultdict|Weak\w+|local)\(.*"
+            if re.fullmatch(containers, value, re.DOTALL) and name.strip("_").islower():
+                found.add(name)
+    assert found <= OF_THE_PROCESS.get(module, set())
 
 
 def test_all_is_what_is_exported() -> None:
