@@ -1,0 +1,51 @@
+"""The take-over protocol, in every interleaving; each deliberate break is caught."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.importing import MODEL
+
+#: The states and endings of each scenario: fewer would mean that something is not explored.
+EXPLORED = {
+    "three first requests": (12747, 1050),
+    "two first requests, time": (954, 88),
+    "two first requests, logout": (49588, 5466),
+    "two logouts": (1301, 235),
+    "first request, two logouts": (14150, 757),
+    "two late requests, logout": (4320, 483),
+    "rotation, late request, write": (3058, 194),
+    "rotation, late request, logout": (2458, 174),
+    "sign-in, late request, write": (766, 57),
+    "sign-in in a first request": (4821, 247),
+    "idle expiry, two late requests": (535, 80),
+    "old worker, first request, logout": (5097, 698),
+    "old worker, logout, time": (8974, 527),
+    "user: two first requests, revoke all": (7847, 898),
+    "user: first request, revoke all, time": (3318, 229),
+    "old logout": (1013, 146),
+    "old logout, watching": (2490, 386),
+}
+LIMITS = {
+    "rotation, late request, write": {"late answer"},
+    "sign-in, late request, write": {"late answer"},
+    "sign-in in a first request": {"late answer"},
+    "old worker, first request, logout": {"written back"},
+    "old worker, logout, time": {"written back"},
+    "user: first request, revoke all, time": {"written back"},
+    "old logout": {"old logout"},
+}
+
+
+@pytest.mark.parametrize("name", MODEL.names())
+def test_the_protocol_holds(name: str) -> None:
+    explored = MODEL.explore(name)
+    assert explored.faults == {}
+    assert (explored.states, explored.endings) == EXPLORED[name]
+    assert set(explored.limits) == LIMITS.get(name, set())
+
+
+@pytest.mark.parametrize("name", MODEL.breaks)
+def test_a_break_is_caught(name: str) -> None:
+    broken = MODEL.breaks[name]
+    assert MODEL.explore(broken.scenario, frozenset({name})).faults, broken.meaning
