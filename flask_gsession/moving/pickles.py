@@ -1,0 +1,250 @@
+"""Reads pickles of plain data, without unpickling: nothing is imported and nothing is called.
+
+``pickletools.genops`` takes a pickle apart; the few operations that build plain data are done here.
+An operation that names a class, calls something or sets attributes is refused, and with it the
+whole pickle. So a datetime, a Decimal or an object is refused, too. Source: PEP 3154, PEP 574, and
+the comments of ``pickletools``.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+from collections.abc import Callable, Iterable
+from typing import Any
+
+MAX_BYTES = 32 * 1024 * 1024
+#: Operations, and so values, keys and containers together.
+MAX_OPERATIONS = 200_000
+MAX_MEMO = 100_000
+#: Values with everything inside them, each counted wherever it appears.
+MAX_VALUES = 200_000
+MAX_DEPTH = 200
+
+_MARK: Any = object()
+_SCALARS = (str, bytes, int, float, bool, type(None))
+_MALFORMED = (ValueError, TypeError, KeyError, IndexError, OverflowError, EOFError, struct.error)
+
+
+class RefusedPickle(Exception):
+    """The pickle holds more than plain data, is malformed, or exceeds a limit."""
+
+
+def read_pickle(data: bytes) -> Any:
+    """The plain data in ``data``: None, bool, numbers, text, bytes, and containers of these.
+
+    Protocols 0 to 5. Raises ``RefusedPickle``, whose text never holds a value.
+    """
+    if len(data) > MAX_BYTES:
+        raise RefusedPickle(f"more than {MAX_BYTES} bytes")
+    machine = _Machine()
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count >= MAX_OPERATIONS:
+                raise RefusedPickle(f"more than {MAX_OPERATIONS} operations")
+            if opcode.name == "STOP":
+                break
+            operation = _OPERATIONS.get(opcode.name)
+            if operation is None:
+                raise RefusedPickle(f"operation {opcode.name}")
+            operation(machine, argument)
+        value = machine.pop()
+        if machine.stack:
+            raise RefusedPickle("malformed")
+    except _MALFORMED:
+        raise RefusedPickle("malformed") from None
+    check_extent(value)
+    return value
+
+
+def check_extent(value: Any) -> None:
+    """Raises ``RefusedPickle`` if ``value`` is nested too deep or holds too many values.
+
+    A value counts wherever it appears, so that shared and circular ones have no way around.
+    """
+    count = 0
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        count += len(level)
+        if count > MAX_VALUES:
+            raise RefusedPickle(f"more than {MAX_VALUES} values")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, (list, tuple)):
+                below += item
+            if len(below) > MAX_VALUES:
+                raise RefusedPickle(f"more than {MAX_VALUES} values")
+        level = below
+        if not level:
+            return
+    raise RefusedPickle(f"nested more than {MAX_DEPTH} deep")
+
+
+class _Machine:
+    """The stack and the memo of a pickle."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if value is _MARK:
+            raise RefusedPickle("malformed")
+        return value
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def since_mark(self) -> list[Any]:
+        """The items down to the last mark, which are taken from the stack with it."""
+        stack = self.stack
+        at = len(stack) - 1
+        while stack[at] is not _MARK:  # an IndexError for none, in the end
+            at -= 1
+            if at < 0:
+                raise RefusedPickle("malformed")
+        items = stack[at + 1 :]
+        del stack[at:]
+        return items
+
+    def memoize(self, index: int) -> None:
+        if len(self.memo) >= MAX_MEMO:
+            raise RefusedPickle(f"more than {MAX_MEMO} memo entries")
+        value = self.stack[-1]
+        if value is _MARK:
+            raise RefusedPickle("malformed")
+        self.memo[index] = value
+
+    def top(self, kind: type) -> Any:
+        """The container on the top, which is of this very type."""
+        value = self.stack[-1]
+        if type(value) is not kind:
+            raise RefusedPickle("malformed")
+        return value
+
+
+def _check_hashable(item: Any) -> None:
+    """Refuse nested keys and members: hashing a deep one would overflow the interpreter's stack."""
+    if isinstance(item, (tuple, frozenset)):
+        if all(isinstance(inner, _SCALARS) for inner in item):
+            return
+    elif isinstance(item, _SCALARS):
+        return
+    raise RefusedPickle(f"a {type(item).__name__} as a key or in a set")
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    if len(items) % 2:
+        raise RefusedPickle("malformed")
+    for key in items[::2]:
+        _check_hashable(key)
+    return dict(zip(items[::2], items[1::2], strict=True))
+
+
+def _members(items: Iterable[Any]) -> list[Any]:
+    members = list(items)
+    for item in members:
+        _check_hashable(item)
+    return members
+
+
+def _nothing(machine: _Machine, argument: Any) -> None:
+    pass
+
+
+def _push_argument(machine: _Machine, argument: Any) -> None:
+    machine.push(argument)
+
+
+def _push_ascii(machine: _Machine, argument: str) -> None:
+    if not argument.isascii():  # text or bytes of Python 2
+        raise RefusedPickle("bytes of Python 2")
+    machine.push(argument)
+
+
+def _pushes(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
+    return lambda machine, argument: machine.push(make())
+
+
+def _tuple_of(size: int) -> Callable[[_Machine, Any], None]:
+    def build(machine: _Machine, argument: Any) -> None:
+        items = [machine.pop() for _ in range(size)]
+        machine.push(tuple(reversed(items)))
+
+    return build
+
+
+def _append(machine: _Machine, argument: Any) -> None:
+    item = machine.pop()
+    machine.top(list).append(item)
+
+
+def _appends(machine: _Machine, argument: Any) -> None:
+    items = machine.since_mark()
+    machine.top(list).extend(items)
+
+
+def _set_item(machine: _Machine, argument: Any) -> None:
+    value, key = machine.pop(), machine.pop()
+    machine.top(dict).update(_pairs([key, value]))
+
+
+def _set_items(machine: _Machine, argument: Any) -> None:
+    items = machine.since_mark()
+    machine.top(dict).update(_pairs(items))
+
+
+def _add_items(machine: _Machine, argument: Any) -> None:
+    items = machine.since_mark()
+    machine.top(set).update(_members(items))
+
+
+def _get(machine: _Machine, argument: int) -> None:
+    machine.push(machine.memo[argument])
+
+
+def _put(machine: _Machine, argument: int) -> None:
+    machine.memoize(argument)
+
+
+_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), _nothing),
+    **dict.fromkeys(
+        (
+            *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
+            *("FLOAT", "BINFLOAT"),
+            *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+            *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+        ),
+        _push_argument,
+    ),
+    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _push_ascii),
+    "NONE": _pushes(lambda: None),
+    "NEWTRUE": _pushes(lambda: True),
+    "NEWFALSE": _pushes(lambda: False),
+    "MARK": _pushes(lambda: _MARK),
+    "EMPTY_LIST": _pushes(list),
+    "EMPTY_DICT": _pushes(dict),
+    "EMPTY_SET": _pushes(set),
+    "EMPTY_TUPLE": _pushes(tuple),
+    "LIST": lambda machine, _: machine.push(machine.since_mark()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "DICT": lambda machine, _: machine.push(_pairs(machine.since_mark())),
+    "FROZENSET": lambda machine, _: machine.push(frozenset(_members(machine.since_mark()))),
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "APPEND": _append,
+    "APPENDS": _appends,
+    "SETITEM": _set_item,
+    "SETITEMS": _set_items,
+    "ADDITEMS": _add_items,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _get),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _put),
+    "MEMOIZE": lambda machine, _: machine.memoize(len(machine.memo)),
+    "POP": lambda machine, _: machine.stack.pop() and None,
+    "POP_MARK": lambda machine, _: machine.since_mark() and None,
+}
