@@ -16,7 +16,7 @@ PACKAGE = Path(flask_gsession.__file__).parent
 
 # A file may import only from rows above its own. `stores` is stores/__init__.py.
 ROWS = [
-    ["signals"],
+    ["signals", "users.roster"],
     ["errors", "events", "watching.redaction"],
     ["processes"],
     ["tokens", "stores.rights", "stores.file_locks", "stores.interrupts"],
@@ -42,6 +42,7 @@ ROWS = [
     ["watching"],
     ["authentication", "streams"],
     ["interface"],
+    ["users"],
     ["extension"],
     ["operate"],
     ["pages", "contrib"],
