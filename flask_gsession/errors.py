@@ -11,6 +11,7 @@
     ├── ValueLost               a large value is gone, or was altered
     ├── SchemaFailed            the code of a schema raised something else than ValidationError
     ├── TransactionMisused      this can't be done inside a transaction
+    ├── RotationRefused         a rotation or sign-in where no response can carry a new token
     ├── LockMisused             a lock inside a lock or a transaction, or without a stored session
     ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
@@ -105,6 +106,14 @@ class TransactionMisused(GSessionError, RuntimeError):
     """
 
 
+class RotationRefused(GSessionError, RuntimeError):
+    """A session from ``ext.open()`` was to be rotated, or a user was to sign in to it.
+
+    No response can carry the new token there, so the session would be lost to its visitor. Rotate
+    it, and sign users in, in an ordinary view.
+    """
+
+
 class LockMisused(GSessionError, RuntimeError):
     """A lock was requested where none can be taken, or released where it isn't held.
 
@@ -141,7 +150,10 @@ class SessionConflict(GSessionError, Conflict):
 
 
 class SessionEnded(SessionConflict):
-    """The session was logged out, revoked or expired while this request ran (HTTP 409)."""
+    """The session was logged out, revoked or expired while this request ran (HTTP 409).
+
+    ``ext.open()`` raises it also where the session had ended before.
+    """
 
     description = "The session ended while this request ran."
 

@@ -16,6 +16,7 @@ from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_wit
 from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface, note_error_page, session_of_request
+from .opening import OpenSession, SessionPeek, peek
 from .repository.repository import Repository
 from .request.session import SessionData
 from .request.template import prepare_templates
@@ -125,6 +126,29 @@ class Session:
         For an application's first ``Session`` it is ``flask.session``.
         """
         return LocalProxy(self._current)  # type: ignore[return-value]  # stands for a SessionData
+
+    def open(self, handle: str | None, *, renew: bool = True) -> OpenSession:
+        """The session with this handle, as a block: ``with ext.open(handle) as session:``.
+
+        For jobs, socket handlers and administration, in an application context, and inside a
+        request for another session. ``async with`` works too. ``handle``: from ``session.handle``,
+        the log or ``flask gsession list``. An earlier handle works for as long as its token does.
+        ``renew``: False lets the block not count as use, so the idle expiry stays where it is.
+
+        Raises ``ValueError`` for what can't be a handle. What the block raises, and what it costs:
+        see ``OpenSession``.
+        """
+        app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        return OpenSession(self._interface(app).repository, app, handle, renew)
+
+    def peek(self, handle: str | None) -> SessionPeek | None:
+        """What the session with this handle holds now, read-only, or None if there is none.
+
+        It doesn't count as use of the session: nothing is written, and the idle expiry stays where
+        it is. Needs an application context. Raises ``ValueError`` for what can't be a handle. One
+        round trip.
+        """
+        return peek(self._interface(None).repository, handle)
 
     def store(self, app: Flask | None = None) -> Store:
         """The store of ``app``, by default of the current application."""

@@ -215,7 +215,8 @@ class GSessionInterface(SessionInterface):
                 self._write_header(app, life, response)
             else:
                 self._write_cookie(app, life, response)
-        forget_remembered(app, life.request, response)
+        if life.request is not None:
+            forget_remembered(app, life.request, response)
         if life.trace is not None:
             report(session, response)
 

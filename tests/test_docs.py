@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import importlib.util
 import logging
@@ -28,6 +29,7 @@ from flask_gsession.config import _CHECKS, Settings
 from flask_gsession.stores import Store
 from flask_gsession.stores.base import Clock
 from flask_gsession.testing import StoreContract
+from flask_gsession.tokens import session_key
 from flask_gsession.values.merge import POLICIES
 from tests.harness.servers import RedisServer
 
@@ -538,6 +540,23 @@ def test_two_sessions(run: Run) -> None:
     assert client.get_cookie("session")
     assert not client.get_cookie("admin_session")
     assert names.first is not names.second
+
+
+def test_outside_requests(run: Run) -> None:
+    names = run("docs/how-to/outside-requests.md")
+    client = visitor(names.app)
+    client.post("/cart/mug")
+    assert client.post("/export").status_code == 202
+    names.pool.shutdown()
+    answer = {"export": "1 items, ready to download"}
+    assert client.get("/export").json == answer
+    assert client.get("/notifications").json == answer
+    handle = session_key(token_of(client).partition(".")[0])
+    assert names.is_signed_in(handle) is False
+    with names.app.app_context():
+        asyncio.run(names.send_message(handle, "Your order has left"))
+        assert names.ext.peek(handle)["messages"] == ["Your order has left"]
+    names.export("A" * 43)
 
 
 def test_events_page(run: Run) -> None:

@@ -40,7 +40,7 @@ ROWS = [
     ["moving"],
     ["sharing"],
     ["watching"],
-    ["authentication", "streams"],
+    ["authentication", "opening", "streams"],
     ["interface"],
     ["users"],
     ["extension"],

@@ -196,16 +196,18 @@ class Repository:
             self.before_create()
         self.store.create(record)
 
-    def draft_next(self, old: Record, body: Body, *, restart_idle: bool = False) -> Record:
+    def draft_next(
+        self, old: Record, body: Body, *, restart_idle: bool = False, renew: bool = True
+    ) -> Record:
         """The record that is to replace ``old``, which is not stored yet.
 
-        The idle expiry moves where it is due, or anyhow with ``restart_idle``.
+        The idle expiry moves where it is due, unless ``renew`` is false, or anyhow with
+        ``restart_idle``.
         """
-        idle_end = (
-            self._idle_end(body, old.absolute_expires_at)
-            if restart_idle
-            else self.due(old, body.values, body.lifetime)
-        )
+        if restart_idle:
+            idle_end: int | None = self._idle_end(body, old.absolute_expires_at)
+        else:
+            idle_end = self.due(old, body.values, body.lifetime) if renew else None
         return Record(
             old.key,
             new_version(),
@@ -258,13 +260,17 @@ class Repository:
         if isinstance(deleted, Deleted) and deleted.unconfirmed:
             raise LogoutUnconfirmed(deleted.unconfirmed)
 
-    def draft_rotated(self, old: Record, body: Body) -> tuple[str, Record]:
-        """A new token for the session of ``old``, and its record, which is not stored yet."""
+    def draft_rotated(self, old: Record, body: Body, *, renew: bool = True) -> tuple[str, Record]:
+        """A new token for the session of ``old``, and its record, which is not stored yet.
+
+        The idle expiry moves, unless ``renew`` is false.
+        """
         token, key = self._new_token()
+        idle_end = self._idle_end(body, old.absolute_expires_at) if renew else old.idle_expires_at
         record = old._replace(
             key=key,
             version=new_version(),
-            idle_expires_at=self._idle_end(body, old.absolute_expires_at),
+            idle_expires_at=idle_end,
             payload=self._pack(key, body, old),
         )
         return token, record

@@ -15,6 +15,7 @@ from flask import Flask, Request
 from ..errors import (
     LockMisused,
     LogoutUnconfirmed,
+    RotationRefused,
     SessionConflict,
     StoreUnavailable,
     TransactionMisused,
@@ -52,6 +53,14 @@ from .tracking import TrackedValues
 NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
 _NO_BODY = Body({})
 ONE_KEY = "session[%a]"  # in the log
+_TOO_LATE = (
+    "%s was changed after the session had been saved with the response: the change is lost. Write "
+    "to the session before the response is returned, and before a streamed body starts."
+)
+_AFTER_THE_BLOCK = (
+    "%s was changed after the block of ext.open() had saved the session: the change is lost. Write "
+    "to the session inside the block."
+)
 UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 
 
@@ -67,9 +76,9 @@ class Lifecycle:
     def __init__(
         self,
         repository: Repository,
-        present: Callable[[Flask, Request], Presented],
+        present: Callable[[Flask, Any], Presented],
         app: Flask,
-        request: Request,
+        request: Request | None,
         context: weakref.ref[Any] | None,
         turn: Any,
         phase: Phase,
@@ -99,6 +108,8 @@ class Lifecycle:
         #: the merge policies of keys that this request set
         self.policies: dict[str, MergeFunction] | None = None
         self.trace: Trace | None = None
+        #: whether this request counts as use of the session, and moves its idle expiry
+        self.renews = True
         #: whether the request had changed the session when it was saved
         self.was_modified = False
         #: the keys that a library has signed in with
@@ -176,26 +187,25 @@ class Lifecycle:
         if self._reported is None:
             self._reported = set()
         what %= tuple(detail[:60] for detail in details)
-        preserved = "werkzeug.debug.preserve_context" in self.request.environ
-        if what not in self._reported and not preserved:
+        environ = {} if self.request is None else self.request.environ
+        if what not in self._reported and "werkzeug.debug.preserve_context" not in environ:
             self._reported.add(what)
-            logger.error(
-                "%s was changed after the session had been saved with the response: the change is "
-                "lost. Write to the session before the response is returned, and before a streamed "
-                "body starts.",
-                what,
-            )
+            logger.error(_TOO_LATE if self.request is not None else _AFTER_THE_BLOCK, what)
 
     def _load(self) -> None:
-        checked = self.presented().checked
+        presented = self.presented()
+        checked, key = presented.checked, presented.handle
+        token = None if checked is None else checked.token
         found = _NO_BODY
-        if checked is not None and checked.token is None:
-            self.repository.refused(checked.reason, None)
-        elif checked is not None and checked.token is not None:
-            key = session_key(checked.token)
+        if checked is not None:
+            if token is None:
+                self.repository.refused(checked.reason, None)
+            else:
+                key = session_key(token)
+        if key is not None:
             began = time.perf_counter()
             try:
-                loaded = self.repository.find(key, True)
+                loaded = self.repository.find(key, token is not None)
             except UnreadableRecord as error:
                 self.seen = Seen(for_others=error.for_others)
                 self.repository.refused(error.reason, key, error.detail)
@@ -208,11 +218,12 @@ class Lifecycle:
                     record, found = loaded.record, loaded.body
                     if found.debug_until is not None:
                         self.heed_debug_switch("load", began, found.debug_until)
-                    current = record.key == key
-                    if current and checked.outdated:
+                    if record.key != key:
+                        token = None
+                    elif checked is not None and checked.outdated:
                         self.cookie = "set"
                     self.ended = False
-                    self.seen = Seen(checked.token if current else None, record, found, True)
+                    self.seen = Seen(token, record, found, presented=checked is not None)
         self.values = self._new_values(found)
         self.opened = True
 
@@ -432,6 +443,11 @@ class Lifecycle:
         are the keys that a library has just set for a user it knows by more than this session.
         """
         self.open()
+        if self.presented().handle is not None:
+            raise RotationRefused(
+                "A session from ext.open() can't be rotated, and nobody can sign in to it: no "
+                "response would carry the new token. Do that in a view."
+            )
         if self.phase is Phase.SAVED:
             self.report_late("The token of the session")
             return

@@ -48,9 +48,9 @@ class SessionData(SessionMixin):
     def __init__(
         self,
         repository: Repository,
-        present: Callable[[Flask, Request], Presented],
+        present: Callable[[Flask, Any], Presented],
         app: Flask,
-        request: Request,
+        request: Request | None,
         context: weakref.ref[Any] | None = None,
     ) -> None:
         self._start = (repository, present, app, request, context)
@@ -461,6 +461,15 @@ class SessionData(SessionMixin):
             )
         self._open_for_writing("The lifetime of the session")
         life.wish(lifetime=int(seconds * 1000))
+
+    def skip_renewal(self) -> None:
+        """Let this request not count as use of the session: its idle expiry stays where it is.
+
+        For requests that a page sends by itself, such as polling. What the request changes is
+        saved as always. Call it before anything writes to the store. ``set_lifetime`` and a change
+        of ``permanent`` still set the expiry. Costs no round trip. Source: OWASP ASVS 7.3.1.
+        """
+        self._life.renews = False
 
     def transaction(self) -> Transaction[SessionData]:
         """A block that is stored whole, on the state it saw, or not at all: see ``Transaction``."""

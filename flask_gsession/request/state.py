@@ -28,10 +28,14 @@ class Phase(Enum):
 
 
 class Presented(Struct, frozen=True, gc=False):
-    """The checked token that the request brought; None if it brought none."""
+    """The checked token that the request brought; None if it brought none.
+
+    ``handle``: of a session that the application opened by it. No response can carry its token.
+    """
 
     checked: Checked | None = None
     by_header: bool = False
+    handle: str | None = None
 
 
 class Discreet(Struct, frozen=True):

@@ -103,7 +103,8 @@ def commit(
     """
     if rotating is None:
         rotating = life.lease is None
-    if life.phase is Phase.VIEW and life.request.routing_exception is not None:
+    request = life.request
+    if life.phase is Phase.VIEW and request is not None and request.routing_exception is not None:
         rotating = False  # no view runs, but a socket handler, whose response nobody may send
     if life.attempts and life.trouble is None:
         life.resolve_attempts()
@@ -294,6 +295,8 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
         stored = unexpired(stored, values.now())
     if not worth_keeping(stored) or life.is_late:
         return None
+    if life.presented().handle is not None:
+        raise SessionEnded  # in this block, and nobody would have the token of a new one
     return Edit(life.seen, stored, changes, life.wishes)
 
 
@@ -324,9 +327,9 @@ def _send(
     if old is None:
         token, record = repository.draft_new(body)
     elif wishes.rotation is not None:
-        token, record = repository.draft_rotated(old, body)
+        token, record = repository.draft_rotated(old, body, renew=restart or life.renews)
     else:
-        record = repository.draft_next(old, body, restart_idle=restart)
+        record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
     changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
     pending = step.settle is None
     attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
@@ -410,6 +413,8 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
 
 def _renew_if_due(life: Lifecycle) -> None:
     """Move the idle expiry if it is time to."""
+    if not life.renews:
+        return
     repository, seen, values = life.repository, life.seen, life.values
     assert seen.record is not None
     idle_end = repository.due(seen.record, values.stored, life.lifetime)

@@ -161,6 +161,7 @@ class SessionKey(Generic[T]):
         self._merge = None if merge is None else policy_of(merge, self._form, self._run)
         self._merge_of_settings: tuple[MergeFunction, MergeFunction] | None = None
         self._target = session
+        self._declared = self  # what `of` made a copy of
         self._lasting = Mark(0, version)
         self._upgraders: dict[int, Callable[[Any], Any]] = {}
         try:
@@ -197,7 +198,7 @@ class SessionKey(Generic[T]):
         """
         session = self._session()
         raw = session._raw(self.name)
-        known = session._typed.get(self) or self._known(session)
+        known = session._typed.get(self._declared) or self._known(session)
         found = known.found
         if found is None or found.raw != raw:
             found = known.found = self._look(session, raw)
@@ -246,6 +247,12 @@ class SessionKey(Generic[T]):
         return self._put(
             self._session(), self._run(lambda changes: form.accept_changes(before, changes), sent)
         )
+
+    def of(self, session: SessionData) -> SessionKey[T]:
+        """This key of ``session``, as of one from ``ext.open``: ``cart.of(opened).get()``."""
+        key = copy.copy(self)
+        key._target = session
+        return key
 
     def delete(self) -> bool:
         """Remove the value; whether there was one."""
@@ -305,13 +312,14 @@ class SessionKey(Generic[T]):
     # -- helpers
 
     def _session(self) -> SessionData:
-        proxy: Any = flask_session if self._target is None else self._target
-        session = proxy._get_current_object()
+        target: Any = flask_session if self._target is None else self._target
+        session = target if type(target) is SessionData else target._get_current_object()
         if not isinstance(session, SessionData):
             raise SettingError(
                 "A SessionKey needs a Session(app) on the application and a SECRET_KEY"
             )
-        if session._repository.typed_keys.setdefault(self.name, self) is not self:
+        declared = self._declared
+        if session._repository.typed_keys.setdefault(self.name, declared) is not declared:
             raise SettingError(f"Two SessionKeys are named {self.name!r}: declare each once")
         return session
 
@@ -322,16 +330,16 @@ class SessionKey(Generic[T]):
         return self.update(changes)
 
     def _known(self, session: SessionData) -> _Known:
-        known: _Known | None = session._typed.get(self)
+        known: _Known | None = session._typed.get(self._declared)
         if known is None:
-            known = session._typed.setdefault(self, _Known())
+            known = session._typed.setdefault(self._declared, _Known())
         return known
 
     def _put(self, session: SessionData, accepted: tuple[Any, Any]) -> T:
         value, stored = accepted
         repository = session._repository
         check = repository.check
-        if check is not None and not check.is_by(self):
+        if check is not None and not check.is_by(self._declared):
             check(self.name, stored)
         if type(stored) is not dict or not IMMUTABLE.issuperset(map(type, stored.values())):
             session._open().encode(self.name, stored)  # raises for what is nested too deep

@@ -13,7 +13,7 @@ from dataclasses import fields
 from datetime import timedelta
 from typing import Any
 
-from flask import Flask, Request, Response, current_app, request
+from flask import Flask, Request, Response, current_app, has_request_context, request
 from flask.logging import default_handler, has_level_handler
 
 from ..errors import UnreadableRecord
@@ -183,7 +183,7 @@ def facts_of(
         facts["refused"] = trace.refusal._asdict()
     if trace.failure is not None:
         facts["failure"] = trace.failure
-    if not saved:
+    if not saved or life.presented().handle is not None:
         return facts
     by_header = life.presented().by_header
     facts["header" if by_header else "cookie"] = _token(life, trace, error)
@@ -198,6 +198,8 @@ def facts_of(
 
 def _name_of_request() -> str:
     """The method and the rule; not the path, which may hold a secret."""
+    if not has_request_context():
+        return "outside a request"
     rule = request.url_rule
     return f"{ascii(request.method)[1:-1][:20]} {rule.rule if rule is not None else '(no route)'}"
 

@@ -1,0 +1,223 @@
+"""Sessions by their handle: for jobs, socket handlers and administration."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar
+
+from flask import Flask
+
+from .errors import (
+    LogoutUnconfirmed,
+    SessionEnded,
+    StoreUnavailable,
+    TransactionMisused,
+    UnreadableRecord,
+)
+from .events import WriteDropped
+from .processes import process
+from .repository.repository import Loaded, Repository
+from .request.lifecycle import Lifecycle
+from .request.session import SessionData, life_of
+from .request.state import Phase, Presented
+from .request.writing import end_request
+from .stores.base import is_session_key
+from .values.marks import split, unexpired
+from .watching.debug import report
+from .watching.tracing import Trace
+
+T = TypeVar("T")
+
+_NOT_THERE = (
+    "There is no session under this handle: it has ended or expired, or was rotated away, and the "
+    "grace of its old token is over."
+)
+
+
+class OpenSession:
+    """A session by its handle, from ``ext.open(handle)``: for ``with`` and ``async with``.
+
+    The block gets what ``flask.session`` is to a view. Its changes are stored at its end, merged
+    with those of parallel requests. A block that raises stores nothing but what it had stored at
+    once, as by ``update_atomic`` or a transaction. Use it again, and the session is loaded again.
+
+    Entering raises ``SessionEnded`` if there is no such session. Leaving raises ``SessionEnded`` if
+    the session ended before the changes could be stored, ``TransactionMisused`` if a transaction or
+    lock is still open, and whatever a save raises. In the block, a rotation and a sign-in raise
+    ``RotationRefused``. One round trip, one more for changes or a renewal that is due.
+    """
+
+    def __init__(self, repository: Repository, app: Flask, handle: str | None, renew: bool) -> None:
+        self._repository = repository
+        self._app = app
+        self._handle = checked_handle(handle)
+        self._renew = renew
+        self._session: SessionData | None = None
+
+    def __enter__(self) -> SessionData:
+        if self._session is not None:
+            raise TransactionMisused("This block is open already: call ext.open() for each block")
+        process.notice()
+        presented = Presented(handle=self._handle)
+        session = SessionData(self._repository, lambda *_: presented, self._app, None)
+        life = life_of(session)
+        if self._repository.settings.debug:
+            life.start_trace(Trace())
+        session.accessed = True
+        life.renews = self._renew
+        life.open()
+        if life.seen.record is None:
+            raise SessionEnded(_NOT_THERE)
+        self._session = session
+        return session
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        session, self._session = self._session, None
+        assert session is not None  # it was entered
+        life = life_of(session)
+        try:
+            if kind is None:
+                _save(life)
+        except Exception as raised:
+            error = raised
+            raise
+        finally:
+            with life.turn:
+                life.phase = Phase.SAVED
+                life.drop_placed()
+            report(session, None, error)
+
+    async def __aenter__(self) -> SessionData:
+        """As ``with``; the event loop does not wait for the store."""
+        return await _in_a_thread(self.__enter__)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await _in_a_thread(partial(self.__exit__, kind, error, traceback))
+
+
+def _save(life: Lifecycle) -> None:
+    try:
+        end_request(life, by_hand=True)
+    except StoreUnavailable as error:
+        if not isinstance(error, LogoutUnconfirmed):  # then everything is stored
+            life.repository.events.emit(WriteDropped, life.handle, "store unavailable")
+        raise
+    if life.ended and life.was_modified:
+        raise SessionEnded
+
+
+async def _in_a_thread(function: Callable[[], T]) -> T:
+    """What ``function()`` returns. A task that is cancelled waits for it first.
+
+    Else a session would be saved while its task is told that it was not, or the reverse.
+    """
+    run: Callable[[], T] = partial(contextvars.copy_context().run, function)
+    running = asyncio.get_running_loop().run_in_executor(None, run)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):  # once more
+                await asyncio.wait([running])
+        running.exception()  # seen
+        raise
+
+
+def peek(repository: Repository, handle: str | None) -> SessionPeek | None:
+    """See ``Session.peek``."""
+    process.notice()
+    key = checked_handle(handle)
+    try:
+        loaded = repository.find(key)
+    except UnreadableRecord as error:
+        repository.refused(error.reason, key, error.detail)
+        return None
+    return None if loaded is None else SessionPeek(repository, loaded)
+
+
+def checked_handle(handle: object) -> str:
+    """Raises ``ValueError`` unless ``handle`` can be one. It is not shown: it may be a token."""
+    if handle is None:
+        raise ValueError(
+            "handle is None: a session has a handle once it is stored, with the response of the "
+            "request that creates it, or at the end of a session.transaction()"
+        )
+    if not isinstance(handle, str) or not is_session_key(handle):
+        raise ValueError(
+            "This is not the handle of a session: 43 characters of A-Z a-z 0-9 - _, from "
+            "session.handle, the log or `flask gsession list`"
+        )
+    return handle
+
+
+class SessionPeek(Mapping[str, Any]):
+    """What a session held at one moment, from ``ext.peek(handle)``: a mapping that can't change.
+
+    Each look at a value gives a fresh copy. A large value is loaded at each look, which costs round
+    trips, and raises ``ValueLost`` if it is gone.
+    """
+
+    def __init__(self, repository: Repository, loaded: Loaded) -> None:
+        self._repository = repository
+        self._record = loaded.record
+        self._at = repository.now()
+        self._values = unexpired(loaded.body.values, self._at)
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return self._repository.codec.decode(split(self._values[key])[1])
+        except UnreadableRecord:  # of a newer version
+            raise KeyError(key) from None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        """Without the values, since error trackers show local variables."""
+        return f"<SessionPeek handle={self.handle!r} keys={len(self)}>"
+
+    def ttl(self, key: str) -> float | None:
+        """The seconds from the peek until the value of ``key`` expires by itself, or None."""
+        end = split(self._values[key])[0].expires_at
+        return (end - self._at) / 1000 if end else None
+
+    @property
+    def handle(self) -> str:
+        """The handle that the session has now. It is another one after a rotation."""
+        return self._record.key
+
+    @property
+    def created_at(self) -> datetime:
+        """When the session was first stored (UTC)."""
+        return _utc(self._record.created_at)
+
+    @property
+    def expires_at(self) -> datetime:
+        """When the session ends if it is not used again (UTC)."""
+        return _utc(self._record.idle_expires_at)
+
+
+def _utc(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
