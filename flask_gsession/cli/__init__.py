@@ -1,6 +1,6 @@
-"""``flask gsession``: what an administrator asks of the sessions of an application.
+"""``flask gsession``: look after the sessions of an application.
 
-A command is a file here, and a line below.
+To add a command, add a file here and a line at the end of this one.
 """
 
 from __future__ import annotations
@@ -19,37 +19,39 @@ from .archive import export, import_
 from .cleaning import cleanup
 from .debug import debug
 from .doctor import doctor
-from .sessions import list_, revoke, show, stats
+from .revoke import revoke
+from .sessions import list_, show
+from .stats import stats
 
-# What is said of the workers of a server, and is none of a command's business.
-_OF_WORKERS = "Rate limits count in each process for itself"
+# This warning concerns server workers; a command is a process of its own.
+_WORKER_WARNING = "Rate limits count in each process for itself"
 
 
 class _Group(AppGroup):
-    """Ends a command with a message where nobody takes what it prints, or a setting is wrong.
+    """Reports a wrong setting or unwritable output as a message instead of a traceback.
 
-    The application is made inside of it.
+    The application is created inside ``invoke``.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         if sys.stdout is None:  # >&-
-            raise click.ClickException("the standard output is closed")
+            raise click.ClickException("standard output is closed")
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", _OF_WORKERS)
+                warnings.filterwarnings("ignore", _WORKER_WARNING)
                 return super().invoke(ctx)
         except SettingError as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:
-            if error.errno == errno.EPIPE:  # which click knows about
+            if error.errno == errno.EPIPE:  # click handles it
                 raise
             if sys.__stdout__ is sys.stdout and sys.__stdout__ is not None:
                 with suppress(OSError):
-                    sys.__stdout__.close()  # or Python tries again at its end, and complains
+                    sys.__stdout__.close()  # or Python flushes it again at exit and prints an error
             raise click.ClickException(f"{error.strerror or error}") from None
 
 
-gsession = _Group("gsession", help="Look after the sessions of the application.")
+gsession = _Group("gsession", help="Inspect, end, move and clean up sessions.")
 gsession.add_command(cleanup)
 gsession.add_command(debug)
 gsession.add_command(doctor)

@@ -25,17 +25,17 @@ from ..stores import Record
 from ..stores.memory import MemoryStore
 from ..values.payload import NOT_ENCRYPTED
 from .common import (
-    about,
-    chosen,
+    choose_interface,
+    estimate_count,
+    file_is_missing,
     json_option,
-    name_of,
-    name_store,
-    not_there_yet,
-    scanned,
+    print_store,
+    report_failures,
+    require_scans,
+    session_name,
     session_option,
-    told,
 )
-from .output import counted, progress
+from .output import pluralize, progress
 
 _PIPE = Path("-")
 
@@ -51,24 +51,29 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
     FILE holds the data of your users. Only its owner can read it, and it appears once it is
     complete. A session that changes during the export is in it with its old or its new values.
     """
-    interface = chosen(cookie)
+    interface = choose_interface(cookie)
     if file != _PIPE and file.exists() and not (force and file.is_file()):
         hint = "use --force to replace it" if file.is_file() else "it is not a regular file"
         raise click.UsageError(f"{file} exists: {hint}")
-    name_store(interface)
+    print_store(interface)
     exporter = Exporter(interface.repository)
-    with told(interface, lambda: f"{counted(exporter.records, 'records')}; {file} not written"):
-        pages = all_pages(scanned(interface))
-        with _output(file) as out, progress("export", partial(about, interface)) as advance:
+    with report_failures(
+        interface, lambda: f"{pluralize(exporter.records, 'records')}; {file} not written"
+    ):
+        pages = all_pages(require_scans(interface))
+        with (
+            _output(file) as out,
+            progress("export", partial(estimate_count, interface)) as advance,
+        ):
             for number in exporter.write(pages, out):
                 advance(number)
-    written = counted(exporter.records, "records")
-    click.echo(f"{name_of(interface)}: {written} exported", err=file == _PIPE)
+    written = pluralize(exporter.records, "records")
+    click.echo(f"{session_name(interface)}: {written} exported", err=file == _PIPE)
     if exporter.unreadable:
-        unreadable = counted(exporter.unreadable, "records")
+        unreadable = pluralize(exporter.unreadable, "records")
         click.echo(f"Error: could not read {unreadable}; left out of the export", err=True)
     if exporter.incomplete:
-        incomplete = counted(exporter.incomplete, "sessions")
+        incomplete = pluralize(exporter.incomplete, "sessions")
         click.echo(f"Error: {incomplete} exported without a large value that is lost", err=True)
     sys.exit(bool(exporter.unreadable or exporter.incomplete))
 
@@ -115,19 +120,19 @@ def import_(
 
     Trust FILE as much as the store: whoever can write it can log in as anybody.
     """
-    interface = chosen(cookie)
-    name = name_of(interface)
+    interface = choose_interface(cookie)
+    name = session_name(interface)
     done: Counter[str] = Counter()
-    name_store(interface)
+    print_store(interface)
     # Even a read would create a missing SQLite file.
-    store = MemoryStore() if dry_run and not_there_yet(interface) else interface.store
+    store = MemoryStore() if dry_run and file_is_missing(interface) else interface.store
     importer = Importer(interface.repository, store, overwrite=overwrite, dry_run=dry_run)
 
     def so_far() -> str:
         number = skip + done.total()
-        return f"{counted(number, 'records')} (continue with --skip {number})" if done else ""
+        return f"{pluralize(number, 'records')} (continue with --skip {number})" if done else ""
 
-    with told(interface, so_far), _input(file) as source:
+    with report_failures(interface, so_far), _input(file) as source:
         try:
             total = importer.check(source)
         except ArchiveError as error:
@@ -179,6 +184,6 @@ def _summary(problems: Counter[str], total: int) -> str:
     else:
         advice = "Add the missing key to SESSION_ENCRYPTION_KEYS"
     return (
-        f"can't read {problems.total()} of {counted(total, 'records')} ({reasons}); nothing was "
+        f"can't read {problems.total()} of {pluralize(total, 'records')} ({reasons}); nothing was "
         f"imported. {advice}, or use --skip-unreadable to leave them out"
     )

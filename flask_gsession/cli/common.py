@@ -1,4 +1,4 @@
-"""What the commands have in common: which session, what was found, and what went wrong."""
+"""Shared by the commands: options, handles, and the output of facts and errors."""
 
 from __future__ import annotations
 
@@ -23,65 +23,70 @@ from ..stores.parts import parts_of
 from ..stores.urls import without_hosts
 from ..values.marks import END_OF_TIME
 
-INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells have it
+INTERRUPTED = 130  # the exit status after Ctrl-C, as in shells
 NO_SESSION = "no such session; it may have ended"
-_SHORTEST = 8  # characters of a handle that one need type
+_MIN_HANDLE = 8  # characters
 
-#: ``flask gsession`` is run with a session by this option, where the application has several.
+#: Selects a ``Session`` if the application has several.
 session_option = click.option(
-    "--session", "cookie", metavar="COOKIE", help="Which, by its cookie, where there are several."
+    "--session", "cookie", metavar="COOKIE", help="The cookie name, if there are several sessions."
 )
+#: Settings of a command with handles as arguments, since a handle may begin with a hyphen.
+HANDLE_ARGUMENT = {"ignore_unknown_options": True}
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
 def interfaces() -> dict[Session, GSessionInterface]:
-    """Every ``Session`` of the application; ends the command where there is none."""
+    """Every ``Session`` of the application. Fails if it has none."""
     found: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
     if not found:
         raise click.ClickException("The application has no Session: call Session(app) first.")
     return found
 
 
-def chosen(cookie: str | None) -> GSessionInterface:
-    """The one ``Session`` of the application, or the one with this cookie."""
+def choose_interface(cookie: str | None) -> GSessionInterface:
+    """The only ``Session`` of the application, or the one with this cookie."""
     by_name = {each.repository.live.cookie_name(): each for each in interfaces().values()}
     if cookie is None and len(by_name) == 1:
         (cookie,) = by_name
     if cookie not in by_name:
-        wrong = "Say which session" if cookie is None else f"No session has the cookie {cookie!r}"
-        raise click.UsageError(f"{wrong}: --session {' | '.join(by_name)}")
+        problem = "Choose a session" if cookie is None else f"No session has the cookie {cookie!r}"
+        raise click.UsageError(f"{problem}: --session {' | '.join(by_name)}")
     interface = by_name[cookie]
     if isinstance(interface.store, MemoryStore):
-        click.echo("The memory store is this process's own: of others nothing is seen.", err=True)
+        click.echo(
+            "Each process has its own memory store: this command can't see your server's sessions.",
+            err=True,
+        )
     return interface
 
 
-def name_of(interface: GSessionInterface) -> str:
-    """What messages call a ``Session``: its cookie."""
+def session_name(interface: GSessionInterface) -> str:
+    """The name of a ``Session`` in messages: its cookie."""
     return interface.repository.live.cookie_name()
 
 
-def name_store(interface: GSessionInterface) -> None:
-    """Say which store it is, on the error output: the settings may come from elsewhere."""
-    click.echo(f"{name_of(interface)}: the store is {place(interface)}", err=True)
+def print_store(interface: GSessionInterface) -> None:
+    """Print the store's location to standard error, so you notice settings from elsewhere."""
+    click.echo(f"{session_name(interface)}: the store is {store_location(interface)}", err=True)
 
 
-def place(interface: GSessionInterface) -> str:
-    """Where the store is, without what may be a secret: user, password and options."""
+def store_location(interface: GSessionInterface) -> str:
+    """The location of the store, without user, password and options."""
     source, path = interface.repository.settings.store, getattr(interface.store, "path", None)
     if path is not None:
         return f"sqlite:///{path}"
     if not isinstance(source, str):
-        return f"a {type(source).__name__} of the application's own"
+        return f"a {type(source).__name__} object"
     parts, hosts = without_hosts(source)
     path = "" if "@" in parts.path else parts.path
     return f"{parts.scheme}://{hosts.rpartition('@')[2]}{path}"
 
 
-def not_there_yet(interface: GSessionInterface) -> bool:
-    """Whether the store is a file that the first session makes: to look into it would, too.
+def file_is_missing(interface: GSessionInterface) -> bool:
+    """Whether the store is an SQLite file that doesn't exist yet.
 
-    Who looks may be another user than the one who is to write to it.
+    Even a read would create it, possibly owned by the wrong user.
     """
     path = getattr(interface.store, "path", None)
     try:
@@ -89,83 +94,89 @@ def not_there_yet(interface: GSessionInterface) -> bool:
             path.stat()
     except FileNotFoundError:
         return True
-    except OSError:  # whether it is there cannot be known
+    except OSError:  # unknown
         pass
     return False
 
 
-def scanned(interface: GSessionInterface) -> Scans:
-    """The store, which can go through its sessions; ends the command where it cannot."""
+def require_scans(interface: GSessionInterface) -> Scans:
+    """The store's part for listing sessions. Fails if it has none."""
     scans = parts_of(interface.store).scans
     if scans is None:
         raise click.ClickException(
-            f"{name_of(interface)}: {type(interface.store).__name__} cannot list its sessions "
-            "(it has no part `scans`)"
+            f"{session_name(interface)}: {type(interface.store).__name__} can't list its sessions "
+            "(it has no `scans` part)"
         )
-    return MemoryStore() if not_there_yet(interface) else scans
+    return MemoryStore() if file_is_missing(interface) else scans
 
 
-def about(interface: GSessionInterface) -> int | None:
-    """How many sessions there are, more or less; None where the store does not say."""
+def estimate_count(interface: GSessionInterface) -> int | None:
+    """Roughly how many sessions there are, or None if the store can't estimate it."""
     counts = parts_of(interface.store).counts
-    if not_there_yet(interface):
+    if file_is_missing(interface):
         return 0
-    with suppress(StoreUnavailable):  # what cannot go on without it says so
+    with suppress(StoreUnavailable):  # the command itself will report it
         return None if counts is None else counts.count()
     return None
 
 
-def key_of(interface: GSessionInterface, handle: str) -> str:
-    """The whole of a handle that may be cut off; ends the command where it is none, or several."""
+def resolve_handle(interface: GSessionInterface, handle: str) -> str:
+    """The complete handle for its first characters. Fails if several sessions match."""
     whole = len(handle) == KEY_LENGTH and is_session_key(handle)
-    if not whole and (len(handle) < _SHORTEST or not is_session_key(handle.ljust(KEY_LENGTH, "-"))):
+    valid = is_session_key(handle.ljust(KEY_LENGTH, "-"))
+    if not whole and (len(handle) < _MIN_HANDLE or not valid):
         raise click.UsageError(
-            f"{handle!r} is no handle: {KEY_LENGTH} characters of A-Z a-z 0-9 - _, "
-            f"or the first {_SHORTEST} or more of them"
+            f"{handle!r} is not a handle: type {KEY_LENGTH} characters of A-Z a-z 0-9 - _, "
+            f"or at least the first {_MIN_HANDLE}"
         )
-    if not_there_yet(interface):
+    if file_is_missing(interface):
         raise click.ClickException(f"{handle}: {NO_SESSION}")
     if whole:
         return handle
     found: set[str] = set()
-    for page in all_pages(scanned(interface), handle):
+    for page in all_pages(require_scans(interface), handle):
         found.update(page.unreadable, (record.key for record in page.records))
     if len(found) > 1:
-        raise click.ClickException(f"{len(found)} handles begin with {handle}: type more of it")
+        raise click.ClickException(
+            f"{len(found)} handles start with {handle}: type more characters"
+        )
     return found.pop() if found else handle
 
 
 @contextmanager
-def told(interface: GSessionInterface, so_far: Callable[[], str] = str) -> Iterator[None]:
-    """Ends the command with a message where the store fails, or on Ctrl-C; ``so_far`` is in it."""
+def report_failures(
+    interface: GSessionInterface, so_far: Callable[[], str] = str
+) -> Iterator[None]:
+    """Turns an outage or Ctrl-C in the block into a message that includes ``so_far``."""
+
+    def problem(what: str) -> str:
+        done = so_far()
+        return f"{session_name(interface)}: {what}{f' after {done}' if done else ''}"
+
     try:
         yield
     except StoreUnavailable as error:
-        done = so_far()
-        raise click.ClickException(
-            f"{name_of(interface)}: the store failed{f' after {done}' if done else ''}: {error}"
-        ) from None
+        raise click.ClickException(f"{problem('the store failed')}: {error}") from None
     except KeyboardInterrupt:
-        done = so_far()
-        click.echo(f"{name_of(interface)}: interrupted{f' after {done}' if done else ''}", err=True)
+        click.echo(problem("interrupted"), err=True)
         sys.exit(INTERRUPTED)
 
 
-def is_terminal() -> bool:
-    """Whether somebody reads what is printed, rather than something."""
+def prints_to_terminal() -> bool:
+    """Whether a person reads the output, not a program."""
     return sys.stdout.isatty()
 
 
-def moment(milliseconds: int) -> str:
-    """A time as text, in UTC. A record of somebody else's making may have one that is none."""
+def format_time(milliseconds: int) -> str:
+    """A time in UTC as text. A damaged record may hold an invalid one."""
     if not 0 <= milliseconds < END_OF_TIME:
         return "(no-date)"
     time_ = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return time_.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def span(milliseconds: int) -> str:
-    """How long something is, in one or two units."""
+def format_duration(milliseconds: int) -> str:
+    """A duration in one or two units."""
     seconds = max(0, milliseconds) // 1000
     for unit, length, finer, part in (
         ("d", 86400, "h", 3600),
@@ -179,17 +190,17 @@ def span(milliseconds: int) -> str:
 
 
 class Facts(NamedTuple):
-    """What is known of a session without what is in it."""
+    """A session without its values."""
 
     handle: str
-    created_at: int  # milliseconds, as the others
+    created_at: int  # milliseconds, as are the others
     idle_expires_at: int
     absolute_expires_at: int
     bytes: int
 
 
 def facts_of(record: Record) -> Facts:
-    """What is known of a record without its payload."""
+    """The facts in a record."""
     return Facts(
         record.key,
         record.created_at,
@@ -199,10 +210,10 @@ def facts_of(record: Record) -> Facts:
     )
 
 
-def described(facts: Facts) -> dict[str, object]:
-    """The facts as they are printed: times as text."""
+def printable(facts: Facts) -> dict[str, object]:
+    """The facts for output, with times as text."""
     times = {
-        name: moment(getattr(facts, name))
+        name: format_time(getattr(facts, name))
         for name in ("created_at", "idle_expires_at", "absolute_expires_at")
     }
     return {"handle": facts.handle, **times, "bytes": facts.bytes}

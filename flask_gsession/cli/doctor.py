@@ -11,7 +11,7 @@ from flask.cli import with_appcontext
 
 from ..operate.health import check_store
 from ..operate.health_application import check_application
-from .common import interfaces, name_store
+from .common import interfaces, print_store
 from .output import lines
 
 _INDENT = 9  # characters
@@ -24,14 +24,14 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def doctor(as_json: bool) -> None:
     """Check the store, the cookie and the secret key.
 
-    Tries the store with throw-away keys; sessions are not touched. The exit status is 1 where
-    there is an error, else 0, also with warnings.
+    Writes only throw-away keys to the store, never your sessions. Exits with 1 if there is an
+    error; warnings exit with 0.
     """
     all_of_them = interfaces()
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
     rows = []
     for interface in all_of_them.values():
-        name_store(interface)
+        print_store(interface)
         repository = interface.repository
         settings, spill = repository.settings, repository.spill
         elsewhere = None if spill is None or settings.spill_store is None else spill.blobs

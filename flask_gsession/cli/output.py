@@ -1,4 +1,4 @@
-"""Words, tables and progress bars: by rich on a terminal, where that is installed, else plain."""
+"""Text, tables and progress bars. On a terminal, rich draws them if it is installed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 import click
 
 _GAP = 2  # characters between two columns
-_WRAPPED = 12  # characters that a column should have whose cells take several lines
+_WRAPPED = 12  # characters: the minimum width of a column with wrapped cells
 
 
-def counted(number: int, things: str) -> str:
-    """A number of things, in words; of one the first word that ends in "s" loses it."""
+def pluralize(number: int, things: str) -> str:
+    """``2, "sessions"`` becomes "2 sessions", ``1, "sessions"`` becomes "1 session"."""
     if number == 1:
         things = re.sub(r"(?<=[^s])s\b", "", things, count=1)
     return f"{number} {things}"
 
 
 def console() -> Any:
-    """Rich's console, or None where nobody would see what it can do, or not all of its letters."""
+    """Rich's console, or None if the output is no terminal or can't show all characters."""
     if not sys.stdout.isatty() or not sys.stdout.encoding.lower().startswith("utf"):
         return None
     try:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(highlight=False, markup=False, emoji=False)  # cells are of anybody's making
+    return Console(highlight=False, markup=False, emoji=False)  # cells are untrusted text
 
 
 def table(
@@ -41,10 +41,10 @@ def table(
     wraps: Sequence[str] = (),
     drop: Sequence[str] = (),
 ) -> None:
-    """Print a table; a column whose name ends in "#" is of numbers.
+    """Print a table. Columns whose name ends in "#" are numbers, aligned to the right.
 
-    On a terminal that is too narrow the columns ``drop`` are left out, one after the other; then
-    what is in the columns ``wraps`` takes several lines.
+    On a narrow terminal, the columns in ``drop`` are left out one by one, from the first. Then the
+    cells in the columns ``wraps`` are wrapped.
     """
     names = [name.rstrip("#") for name in columns]
     numbers = [name.endswith("#") for name in columns]
@@ -87,14 +87,14 @@ def table(
 
 
 def lines(text: str, indent: int) -> str:
-    """A text that begins at that column; on a terminal its words are not torn apart."""
+    """Wrap a text for the terminal, with all lines but the first indented."""
     room = max(20, _room(None) - indent)
     parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
     return ("\n" + " " * indent).join(parts)
 
 
 def _room(shown: Any) -> int:
-    """How many characters a line may have."""
+    """The width of the output, in characters."""
     if shown is not None:
         return int(shown.width)
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
@@ -102,9 +102,10 @@ def _room(shown: Any) -> int:
 
 @contextmanager
 def progress(label: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal's error output; gives what is called with each further number done.
+    """Show a progress bar on standard error; yields the function that advances it.
 
-    ``total`` is asked only where there is a bar. None, or less than was done: it has no end.
+    ``total`` is called only if a bar is shown. If it returns None or too little, the bar has no
+    end.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda number: None

@@ -1,4 +1,4 @@
-"""``--where KEY=VALUE``: which sessions a command is about."""
+"""``--where KEY=VALUE``: conditions on the values of a session."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..stores import Record
 from ..values.marks import expired, split
 from ..values.references import refers
 
-_NOTHING = object()  # no value has it; JSON's null has None
+_NO_JSON = object()  # equals no value, unlike None, which is JSON's null
 
 
 class NotCompared(Exception):
-    """The value is a large one, which would have to be fetched from elsewhere."""
+    """The value is a large value, which isn't loaded for a comparison."""
 
 
 class Condition(NamedTuple):
-    """A key, or a path into its value, and the value that a session must have there."""
+    """A key, or a path into its value, and the required value."""
 
     path: str
     text: str
-    value: object  # what the text is as JSON; ``_NOTHING`` where it is none
+    value: object  # the text parsed as JSON, or ``_NO_JSON``
 
     def holds(self, value: object) -> bool:
-        """Whether this is the value that was asked for."""
+        """Whether ``value`` is the required value."""
         if isinstance(value, str | UUID | Decimal | timedelta):
             is_text = str(value) == self.text
         elif isinstance(value, date | time):  # a datetime is a date
@@ -42,27 +42,27 @@ class Condition(NamedTuple):
 
 
 class Where(click.ParamType[Condition]):
-    """The text of a condition, as it is typed."""
+    """Parses a condition."""
 
     name = "condition"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> Condition:
-        """The condition in ``value``."""
+        """Parse ``value``."""
         path, equals, text = str(value).partition("=")
         if not path or not equals:
             self.fail("write KEY=VALUE, for example user=mira or prefs.theme=dark", param, ctx)
         try:
             return Condition(path, text, json.loads(text))
         except (ValueError, RecursionError):
-            return Condition(path, text, _NOTHING)
+            return Condition(path, text, _NO_JSON)
 
 
 def all_hold(repository: Repository, record: Record, conditions: tuple[Condition, ...]) -> bool:
-    """Whether a session meets all conditions. Decodes the values that these name, and no other.
+    """Whether a session meets all conditions. Decodes only the values that they name.
 
-    Raises ``UnreadableRecord``, and ``NotCompared`` where all depends on a large value.
+    Raises ``UnreadableRecord``, and ``NotCompared`` if the result depends on a large value.
     """
     if not conditions:
         return True
@@ -73,7 +73,7 @@ def all_hold(repository: Repository, record: Record, conditions: tuple[Condition
     decoded: dict[str, object] = {}
     for condition in conditions:
         met = unknown = False
-        for name, rest in _ways(condition.path):
+        for name, rest in _splits(condition.path):
             raw = body.values.get(name)
             if raw is None or expired(raw, now):
                 continue
@@ -82,7 +82,7 @@ def all_hold(repository: Repository, record: Record, conditions: tuple[Condition
                 continue
             if name not in decoded:
                 decoded[name] = repository.codec.decode(split(raw)[1])
-            met = met or any(map(condition.holds, _inside(decoded[name], rest)))
+            met = met or any(map(condition.holds, _follow(decoded[name], rest)))
         if not met and not unknown:
             return False
         large = large or not met
@@ -91,15 +91,15 @@ def all_hold(repository: Repository, record: Record, conditions: tuple[Condition
     return True
 
 
-def _ways(path: str) -> Iterator[tuple[str, list[str]]]:
-    """The keys that a path may mean, each with what leads on: names of keys may have dots."""
+def _splits(path: str) -> Iterator[tuple[str, list[str]]]:
+    """The ways to split a path into a key and the rest, since keys may contain dots."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         yield ".".join(parts[:length]), parts[length:]
 
 
-def _inside(value: Any, path: list[str]) -> Iterator[object]:
-    """What a path leads to inside of a value."""
+def _follow(value: Any, path: list[str]) -> Iterator[object]:
+    """The values that a path may mean inside ``value``."""
     if not path:
         yield value
         return
@@ -108,9 +108,9 @@ def _inside(value: Any, path: list[str]) -> Iterator[object]:
             name = ".".join(path[:length])
             for key in (name, int(name)) if _is_index(name) else (name,):
                 if key in value:
-                    yield from _inside(value[key], path[length:])
+                    yield from _follow(value[key], path[length:])
     elif isinstance(value, list | tuple) and _is_index(path[0]) and int(path[0]) < len(value):
-        yield from _inside(value[int(path[0])], path[1:])
+        yield from _follow(value[int(path[0])], path[1:])
 
 
 def _is_index(text: str) -> bool:
@@ -118,7 +118,7 @@ def _is_index(text: str) -> bool:
 
 
 def _same(value: Any, asked: Any) -> bool:
-    """Whether a value is what JSON says: ``true`` is not 1, and a tuple is as good as a list."""
+    """Whether a value equals the JSON: ``true`` is not 1, and a tuple equals a list."""
     if isinstance(value, list | tuple) and isinstance(asked, list):
         return len(value) == len(asked) and all(map(_same, value, asked))
     if isinstance(value, dict) and isinstance(asked, dict):

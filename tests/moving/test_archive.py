@@ -441,7 +441,7 @@ def test_to_a_store_that_cannot_scan(exported: Path, tmp_path: Path, clock: Fake
     console = Console(FOLDER_STORE.FolderStore(tmp_path / "folder", clock=clock), clock=clock)
     assert console.done("import", str(exported)) == "session: 5 imported\n"
     assert console.done("import", str(exported)) == "session: 0 imported, 5 there already\n"
-    assert "cannot list its sessions" in console.failed("export", str(tmp_path / "new"))
+    assert "can't list its sessions" in console.failed("export", str(tmp_path / "new"))
 
 
 def test_an_import_beside_a_request(exported: Path, clock: FakeClock) -> None:

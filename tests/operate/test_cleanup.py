@@ -345,7 +345,7 @@ def test_an_interrupted_one_goes_on(failure: BaseException, status: int) -> None
     store = InParts(failure, at=4)
     console = Console(store)
     complaint = console.failed("cleanup", status=status)
-    assert "4 orphaned locks removed (--cursor 4 goes on from there)" in complaint
+    assert "4 orphaned locks removed (continue with --cursor 4)" in complaint
     store.at = -1
     assert "6 orphaned locks removed" in console.done("cleanup", "--cursor", "4")
     assert store.parts == list(range(10))
@@ -359,7 +359,8 @@ def test_a_real_process_that_is_struck(
     words = "cleanup", "--batch", "10"
     complaint = struck(redis_url, store_prefix, signal.SIGINT, "tidy", 2, *words)
     found = re.search(
-        r"interrupted after .+ (\d+) orphaned locks? removed \(--cursor (\S+) goes", complaint
+        r"interrupted after .+ (\d+) orphaned locks? removed \(continue with --cursor (\S+)\)",
+        complaint,
     )
     assert found is not None, complaint
     left = 40 - int(found[1])

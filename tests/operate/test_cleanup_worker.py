@@ -141,8 +141,8 @@ def test_the_ticket_is_no_session(site: Site, tmp_path: Path) -> None:
     assert json.loads(console.done("stats", "--json"))["sessions"] == 0
     assert "0 records exported" in console.done("export", str(tmp_path / "sessions.jsonl"))
     assert "0 sessions ended" in console.done("revoke", "--all", "--yes")
-    assert "is no handle" in console.failed("show", CLEANUP_KEY, status=2)
-    assert "is no handle" in console.failed("revoke", CLEANUP_KEY, status=2)
+    assert "is not a handle" in console.failed("show", CLEANUP_KEY, status=2)
+    assert "is not a handle" in console.failed("revoke", CLEANUP_KEY, status=2)
     assert store.load(CLEANUP_KEY) is not None
 
 

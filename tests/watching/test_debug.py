@@ -645,7 +645,7 @@ def test_what_the_command_refuses(make_site: SiteMaker, monkeypatch: pytest.Monk
     for unknown in ("A" * 43, "-" + "B" * 42, "--" + "C" * 41):
         said = f"1: Error: {unknown}: no such session; it may have ended"
         assert order(site, unknown).startswith(said)
-    assert "is no handle" in order(site, "nonsense!")
+    assert "is not a handle" in order(site, "nonsense!")
     for time in ("0", "90", "25h", "-1", "1.5h", "ten", "10 m"):
         assert order(site, handle, "--for", time).startswith("2: ")
     for time in ("90s", "30s", "10m", "24h", "1d"):
@@ -660,7 +660,9 @@ def test_what_the_command_refuses(make_site: SiteMaker, monkeypatch: pytest.Monk
     monkeypatch.setattr("flask_gsession.repository.races.ATTEMPTS", 1)
     tab = visitor.another_tab()
     site.before_a_write(lambda: tab.run(lambda session: session.update(user_id=9)))
-    assert "not done: 409 Conflict: Another request changed" in order(site, handle)
+    assert "could not change the session: 409 Conflict: Another request changed" in order(
+        site, handle
+    )
 
 
 def test_the_session_of_one_of_several_cookies(in_memory: Any, clock: FakeClock, log: Log) -> None:
@@ -669,7 +671,7 @@ def test_the_session_of_one_of_several_cookies(in_memory: Any, clock: FakeClock,
     visitor = site.visitor()
     visitor.run(lambda _: admin.session.update(user=1))
     handle = visitor.run(lambda _: admin.session.handle)
-    assert "Say which session: --session session | admin" in order(site, handle)
+    assert "Choose a session: --session session | admin" in order(site, handle)
     assert "no such session" in order(site, handle, "--session", "session")
     assert f"{handle}: requests are logged until" in order(site, handle, "--session", "admin")
 
