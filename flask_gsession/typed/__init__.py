@@ -1,4 +1,4 @@
-"""Typed session keys on marshmallow: declared once, checked on the way in and on the way out."""
+"""Typed session keys, on marshmallow: declared once, checked when you read and write them."""
 
 try:
     import marshmallow as _marshmallow  # noqa: F401  # so that the hint below names the extra

@@ -1,4 +1,4 @@
-"""Whether a value survived: comparing values, and what is stored of them, at every depth."""
+"""Deep comparison of values and of their stored forms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def covers(made: Any, data: Any) -> bool:
     if type(data) is dict:
         for key, item in data.items():
             other = made.get(key, _NOTHING)
-            if type(item) in (str, int, bool):  # as most are: no call for them
+            if type(item) in (str, int, bool):  # the usual case, without a call
                 if type(other) is not type(item) or other != item:
                     return False
             elif not covers(other, item):
@@ -37,7 +37,7 @@ def covers(made: Any, data: Any) -> bool:
 
 
 def common(made: Any, data: Any) -> Any:
-    """``data`` with only the keys of dicts that ``made`` has in the same place."""
+    """``data``, with only those keys of dicts that ``made`` has in the same place."""
     if type(data) is dict and type(made) is dict:
         return {key: common(made[key], item) for key, item in data.items() if key in made}
     if type(data) is type(made) and type(data) in (list, tuple) and len(data) == len(made):
@@ -55,10 +55,10 @@ def drops_keys(made: Any, data: Any) -> bool:
 
 
 def difference(wanted: Any, got: Any) -> Path | None:
-    """The path to the first thing in ``wanted`` that ``got`` doesn't have alike; None: all is.
+    """The path to the first difference between the two, or None.
 
-    Dicts in ``got`` may have more keys. Objects are alike if they say so by ``==``, or if all of
-    their attributes are. NaN equals nothing.
+    Dicts in ``got`` may have more keys. Objects are equal by ``==``, or if all of their attributes
+    are equal. NaN equals nothing.
     """
     return _difference(wanted, got, set())
 
@@ -85,8 +85,8 @@ def _difference(wanted: Any, got: Any, inside: set[int]) -> Path | None:
     if not _related(wanted, got):
         return ()
     if isinstance(wanted, (dt.datetime, dt.time)):
-        alike = _equal(wanted, got) and wanted.utcoffset() == got.utcoffset()
-        return None if alike else ()
+        same = _equal(wanted, got) and wanted.utcoffset() == got.utcoffset()
+        return None if same else ()
     if _equal(wanted, got):
         return None
     if type(wanted) in IMMUTABLE or isinstance(wanted, Enum):
@@ -98,7 +98,7 @@ def _difference_of_objects(wanted: Any, got: Any, inside: set[int]) -> Path | No
     one, other = _attributes(wanted), _attributes(got)
     if one is None or other is None:
         return ()
-    if id(wanted) in inside:  # it holds itself
+    if id(wanted) in inside:  # it contains itself
         return None
     found = _difference(one, other, inside | {id(wanted)})
     if found is None and one.keys() != other.keys():
@@ -107,7 +107,7 @@ def _difference_of_objects(wanted: Any, got: Any, inside: set[int]) -> Path | No
 
 
 def _related(wanted: Any, got: Any) -> bool:
-    """Whether the types fit: an int where a float is kept, a subclass where its plain base is."""
+    """Whether the types may differ: an int from its float, a subclass from its plain base."""
     one, other = type(wanted), type(got)
     if one is other:
         return True
@@ -123,12 +123,12 @@ def _related(wanted: Any, got: Any) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # a type that can't be compared has no equals
+    except Exception:  # a type that can't be compared
         return False
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    """All that an object of a class of one's own holds; None for any other."""
+    """All attributes of an object of a user-defined class; None for other objects."""
     if isinstance(value, (str, bytes, int, float, set, frozenset)):
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -150,7 +150,7 @@ def _names(slots: Any) -> Any:
 
 
 def without(data: Any, messages: Any) -> Any:
-    """``data`` without the fields that the messages of a ``ValidationError`` are about."""
+    """``data`` without the fields that the messages of a ``ValidationError`` name."""
     if isinstance(data, Mapping) and isinstance(messages, dict):
         return {
             key: without(item, messages.get(key))

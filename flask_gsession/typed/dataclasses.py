@@ -18,7 +18,7 @@ from ..errors import SettingError
 
 
 class StrictString(fields.String):
-    """Text only: no bytes."""
+    """Refuses bytes."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
         if not isinstance(value, str):
@@ -27,7 +27,7 @@ class StrictString(fields.String):
 
 
 class StrictFloat(fields.Float):
-    """Numbers only: no text."""
+    """Refuses text."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> float:
         if not isinstance(value, (int, float)):
@@ -36,7 +36,7 @@ class StrictFloat(fields.Float):
 
 
 class StrictBoolean(fields.Boolean):
-    """True and False only."""
+    """Accepts only True and False."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> bool:
         if type(value) is not bool:
@@ -45,7 +45,7 @@ class StrictBoolean(fields.Boolean):
 
 
 class _StrictEnum(fields.Enum):  # type: ignore[type-arg]  # not generic before 4.0
-    """Members by value, which must have the type of that."""
+    """An enum member by its value, which must have the exact type."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
         member = super()._deserialize(value, *args, **kwargs)
@@ -55,7 +55,7 @@ class _StrictEnum(fields.Enum):  # type: ignore[type-arg]  # not generic before 
 
 
 class _OneOfTypes(OneOf):
-    """One of some values, of the same type: 1 is not True."""
+    """Compares types too: 1 is not True."""
 
     def __call__(self, value: Any) -> Any:
         if not any(type(value) is type(one) and value == one for one in self.choices):
@@ -78,7 +78,7 @@ class _StrictUUID(fields.UUID):
 
 
 class _ExactTimeDelta(fields.TimeDelta):
-    """Microseconds: as a float where that is exact, otherwise as an int."""
+    """Microseconds, as a float if that is exact, otherwise as an int."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(precision="microseconds", **how)
@@ -102,7 +102,7 @@ class _ExactTimeDelta(fields.TimeDelta):
 
 
 class _IntegerKey(fields.Integer):
-    """A number as the key of a dict, which JSON can only express as text."""
+    """An integer as the key of a dict; JSON has only text there."""
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> int:
         if not isinstance(value, (int, str)):
@@ -110,7 +110,7 @@ class _IntegerKey(fields.Integer):
         return super()._deserialize(value, *args, **kwargs)
 
 
-# Converting nothing but what JSON cannot express: a dataclass says by its types what goes in.
+# These convert only types that JSON lacks. Everything else must have the declared type.
 _FIELDS: dict[Any, Any] = {
     str: StrictString,
     int: lambda **how: fields.Integer(strict=True, **how),
@@ -125,19 +125,19 @@ _FIELDS: dict[Any, Any] = {
     Any: lambda **how: fields.Raw(**{"allow_none": True, **how}),
 }
 
-# The schema classes of dataclasses that are being made, or were.
+# The schema classes made so far, by dataclass.
 _Known = dict[type[Any], type[Schema]]
 
 
 def schema_of(cls: type[Any], known: _Known | None = None) -> type[Schema]:
-    """A schema whose fields are those of a dataclass, and which makes its instances.
+    """A schema with the fields of a dataclass, which loads to its instances.
 
-    A field's metadata can hold ``"validate"``, validators of marshmallow, or ``"marshmallow"``, a
-    field of its own. A dataclass may hold itself. Raises ``SettingError`` for a type that has no
-    field.
+    A field's metadata may hold ``"validate"`` (marshmallow validators) or ``"marshmallow"`` (a
+    field to use instead). A dataclass may contain itself. Raises ``SettingError`` for a type
+    without a field.
     """
     known = {} if known is None else known
-    known[cls] = Schema  # until it is made
+    known[cls] = Schema  # a placeholder, since the dataclass may contain itself
     made: dict[str, Any] = {}
     hints = _hints_of(cls)
     for field in dataclasses.fields(cls):
@@ -149,26 +149,27 @@ def schema_of(cls: type[Any], known: _Known | None = None) -> type[Schema]:
     def make(self: Schema, data: dict[str, Any], **_: Any) -> Any:
         return cls(**data)
 
-    # Not for others to name: an application may have a schema of this name.
+    # Unregistered, since the application may have a schema of this name.
     made |= {"_make": post_load(make), "Meta": type("Meta", (), {"register": False})}
     known[cls] = type(f"{cls.__name__}Schema", (Schema,), made)
     return known[cls]
 
 
 def _hints_of(cls: type[Any]) -> dict[str, Any]:
-    # By its name it finds itself also where it was made in a function.
+    # A dataclass defined in a function can refer to itself by name.
     try:
         return typing.get_type_hints(cls, localns={cls.__name__: cls})
     except NameError as error:
         raise SettingError(
-            f"{cls.__name__}: {error}; declare it in the module, where its types are known"
+            f"{cls.__name__}: {error}; define the dataclass at module level, where its types are "
+            "known"
         ) from error
 
 
 def _arguments(field: dataclasses.Field[Any]) -> dict[str, Any]:
     how: dict[str, Any] = {}
     if field.default is not dataclasses.MISSING:
-        default = field.default  # a function as a default is no factory
+        default = field.default  # may be a function, which marshmallow would call
         how["load_default"] = (lambda: default) if callable(default) else default
     elif field.default_factory is not dataclasses.MISSING:
         how["load_default"] = field.default_factory
@@ -185,9 +186,8 @@ def _field_of(hint: Any, place: str, how: dict[str, Any], known: _Known) -> fiel
         hint = next(kind for kind in inner if kind is not type(None))
         return _field_of(hint, place, {**how, "allow_none": True}, known)
     if hint in _FIELDS:
-        return _FIELDS[hint](**how)  # type: ignore[no-any-return]  # a field of each
+        return _FIELDS[hint](**how)  # type: ignore[no-any-return]
     if origin is Literal:
-        # Beside OneOf, validators of the application.
         more = how.get("validate", [])
         more = list(more) if isinstance(more, (list, tuple)) else [more]
         return fields.Raw(**{**how, "validate": [_OneOfTypes(inner), *more]})
@@ -203,6 +203,6 @@ def _field_of(hint: Any, place: str, how: dict[str, Any], known: _Known) -> fiel
             schema_of(hint, known)
         return fields.Nested(lambda: known[hint](), **how)
     raise SettingError(
-        f"{place}: there is no marshmallow field for {hint}; give one by "
+        f"{place}: there is no marshmallow field for {hint}; set one with "
         'field(metadata={"marshmallow": fields....})'
     )

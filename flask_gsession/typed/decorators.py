@@ -1,4 +1,4 @@
-"""Decorators of views: hand in the values of typed keys, or ask for them."""
+"""Decorators that pass the values of typed keys to a view, or require them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NO_VALUE: Any = object()
 
 
 def use_session(*keys: SessionKey[Any]) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Give a view the values of typed keys, as keyword arguments of the keys' names.
+    """Pass the values of typed keys to a view, as keyword arguments with the keys' names.
 
-    Put it below ``@app.route``. Works on async views too. Raises what ``SessionKey.get`` raises,
-    ``SettingError`` at once for what is no key.
+    Put it below ``@app.route``. Works on async views too. The view raises what
+    ``SessionKey.get`` raises. Raises ``SettingError`` unless all arguments are keys.
     """
     for key in keys:
         if not isinstance(key, SessionKey):
@@ -54,13 +54,13 @@ def use_session(*keys: SessionKey[Any]) -> Callable[[Callable[..., R]], Callable
 def require_session(
     *keys: SessionKey[Any] | str, redirect_to: str | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Run a view only where the session has these keys, typed ones with valid values.
+    """Run a view only if the session has these keys; typed keys must have valid values.
 
-    Otherwise the answer is 401, or with ``redirect_to``, the name of an endpoint, a redirect
-    there. Put it below ``@app.route``. Works on async views too.
+    Otherwise, the response is 401, or a redirect to the endpoint ``redirect_to``. Put it below
+    ``@app.route``. Works on async views too.
     """
     if not keys:
-        raise SettingError("require_session takes the keys that a session must have")
+        raise SettingError("require_session needs at least one key")
 
     def refusal() -> BaseResponse | None:
         if all(_is_there(key) for key in keys):

@@ -1,8 +1,8 @@
-"""Copies of a schema that dump what a session needs, at every level of nesting.
+"""Copies of a schema whose dump can be loaded again, at every level of nesting.
 
-A schema dumps more than it loads (fields that are computed or ``dump_only``) and less (unknown
-fields that ``unknown=INCLUDE`` let in). What is stored must load again, so it is dumped by a copy
-of the schema without the former and with the latter.
+A schema dumps fields that it doesn't load (computed or ``dump_only``), and doesn't dump fields
+that it loads (unknown ones with ``unknown=INCLUDE``). A copy for the session leaves out the former
+and includes the latter.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from marshmallow.fields import Field
 
 
 class Dumping(NamedTuple):
-    """What a copy of a schema dumps: ``computed`` fields or none, and without which hooks."""
+    """Whether a copy of a schema dumps ``computed`` fields, and the hooks it leaves out."""
 
     computed: bool
     without_hooks: tuple[str, ...] = ()
 
 
 SHOWN = Dumping(computed=True)
-#: In which ways what is stored may be dumped; the first that loads again is taken. Hooks may have
-#: been written for clients: they drop what is None, or mask it.
+#: The ways to dump a value for the session; the first that loads again is taken. Hooks may have
+#: been written for clients, and drop fields that are None, or mask them.
 STORED = (
     Dumping(computed=False),
     Dumping(computed=False, without_hooks=(POST_DUMP,)),
@@ -37,7 +37,7 @@ STORED = (
 def copy_for_dumping(schema: Schema, dumping: Dumping, unknown: str | None = None) -> Schema:
     """A copy of a schema for its ``dump``, which keeps unknown fields.
 
-    ``unknown``: what a ``Nested`` field says instead of the schema.
+    ``unknown`` comes from a ``Nested`` field, and overrides the schema's.
     """
     twin = copy.copy(schema)
     twin.dump_fields = {
@@ -53,7 +53,7 @@ def copy_for_dumping(schema: Schema, dumping: Dumping, unknown: str | None = Non
 
 
 def field_for_dumping(field: Field[Any], dumping: Dumping) -> Field[Any]:
-    """The same for a field: a copy if there are schemas in it, however deep."""
+    """The same for a field: a copy if it contains a schema at any depth."""
     twin: Any = copy.copy(field)
     if isinstance(field, fields.Nested):
         kind: Any = type(field)
@@ -73,12 +73,12 @@ def field_for_dumping(field: Field[Any], dumping: Dumping) -> Field[Any]:
 
 
 def loads_booleans(field: fields.Boolean) -> bool:
-    """Whether a field loads True and False, which it dumps, and not only words of its own."""
+    """Whether a field loads True and False, which it dumps, and not only its own words."""
     return not field.truthy or (True in field.truthy and False in field.falsy)
 
 
 def without_computed(data: Any, schema: Schema) -> Any:
-    """What a schema dumped, computed fields included, without these; where the shape is its own."""
+    """A schema's dump without the computed fields, if no hook changed the names."""
     if isinstance(data, list):
         return [without_computed(item, schema) for item in data]
     if not isinstance(data, Mapping):
@@ -95,7 +95,7 @@ def without_computed(data: Any, schema: Schema) -> Any:
 
 
 def without_computed_in_field(data: Any, field: Field[Any]) -> Any:
-    """The same for what a field dumped."""
+    """The same for the dump of a field."""
     if isinstance(field, fields.Nested):
         return data if isinstance(field, fields.Pluck) else without_computed(data, field.schema)
     if isinstance(field, fields.List) and isinstance(data, list):
@@ -110,9 +110,9 @@ def without_computed_in_field(data: Any, field: Field[Any]) -> Any:
 
 @functools.cache
 def _nested_for_dumping(kind: Any, dumping: Dumping) -> Any:
-    """A class of ``Nested`` fields that make the copy of their schema when they first dump.
+    """A class of ``Nested`` fields that copy their schema on the first dump.
 
-    Not before: a schema may hold itself, and name classes that don't exist yet.
+    Not earlier, since a schema may contain itself and name classes that don't exist yet.
     """
 
     def schema(self: Any) -> Schema:
@@ -144,5 +144,5 @@ def _without(hooks: Mapping[str, Any], tags: Collection[str]) -> dict[str, Any]:
 
 
 def _first(words: Any) -> Any:
-    """The same one in every process."""
+    """The first in an order that is the same in every process."""
     return min(words, key=repr, default=None)

@@ -34,13 +34,13 @@ from .schemas import FieldForm, SchemaForm, form_of
 T = TypeVar("T")
 D = TypeVar("D")
 
-_NONE: Any = object()  # no value
-_SHARED = IMMUTABLE - {frozenset}  # needn't be copied; a frozenset may hold an object that must
-_HANDED_OUT = 32  # values that a request may change and give back
+_NO_VALUE: Any = object()  # no value
+_SHARED = IMMUTABLE - {frozenset}  # never copied; a frozenset may hold a mutable object
+_HANDED_OUT = 32  # values per request that ``set`` recognises as results of ``get``
 
 
 class _Found(NamedTuple):
-    """What a look found: ``value`` is the default, or nothing, where it is not ``there``."""
+    """The result of a read. If no valid value is ``there``, ``value`` is the default, if any."""
 
     raw: bytes | None
     value: Any
@@ -50,14 +50,14 @@ class _Found(NamedTuple):
         return f"<_Found: {'a value' if self.there else 'none'}>"
 
 
-class _Known:
-    """What a request knows of a key: swapped in one assignment, since threads may share it."""
+class _KeyState:
+    """A key in one request. Each attribute is replaced in one step, since threads may share it."""
 
     __slots__ = ("found", "handed_out")
 
     def __init__(self) -> None:
         self.found: _Found | None = None
-        #: what ``get`` and ``set`` gave the program, newest last
+        #: the latest results of ``get`` and ``set``, newest last
         self.handed_out: list[Any] = []
 
     def hand_out(self, value: Any) -> Any:
@@ -66,24 +66,24 @@ class _Known:
 
 
 class SessionKey(Generic[T]):
-    """A key of the session whose values are checked, on the way in and on the way out.
+    """A key of the session whose values are checked when you read and write them.
 
-    ``schema``: a marshmallow ``Schema`` (class or instance), a field, or a dataclass; values of a
-    schema are dicts, those of a dataclass its instances.
+    ``schema``: a marshmallow ``Schema`` (class or instance), a field, or a dataclass. The values
+    of a schema are dicts, the values of a dataclass are its instances.
     ``ttl``: seconds, or a ``timedelta``, after which a value expires; None: with the session.
-    ``default``: what ``get`` gives where there is no valid value; otherwise the schema's defaults.
-    ``merge``: what is stored when two requests changed the key: a word of
-    ``SESSION_MERGE_POLICIES``, or a function of base, theirs and mine, which gets and returns what
-    ``get`` does. The result is checked; one that is not valid raises ``SessionConflict``.
-    ``version``: of the schema, 1 to 65535; it is stored with each value. What is stored without one
-    has version 1.
-    ``invalid``: what ``get`` does when the stored value is not valid: ``"default"``, or
-    ``"raise"`` for ``InvalidStoredValue``. Both log it, without the data, and emit
+    ``default``: returned by ``get`` if there is no valid value, instead of the schema's defaults.
+    ``merge``: the policy if two requests change the key at once: a name from
+    ``SESSION_MERGE_POLICIES``, or a function of base, theirs and mine. It gets and returns values
+    as ``get`` returns them. An invalid result raises ``SessionConflict``.
+    ``version``: of the schema, 1 to 65535, stored with each value. Values that were stored without
+    a version have version 1.
+    ``invalid``: the reaction of ``get`` to an invalid stored value: ``"default"``, or ``"raise"``
+    for ``InvalidStoredValue``. Both log a warning without the data, and emit
     ``StoredValueInvalid``.
     ``session``: the ``ext.session`` of a second ``Session``; None: ``flask.session``.
 
-    Raises ``SettingError`` for any other argument. A read costs what a read of the session costs;
-    a value that was checked is not checked again in the same request while it is unchanged.
+    Raises ``SettingError`` for any other argument. Reading costs the same round trips as reading
+    ``session[name]``. A value is checked once per request unless it changes.
     """
 
     @overload
@@ -133,7 +133,7 @@ class SessionKey(Generic[T]):
         name: str,
         schema: Any,
         *,
-        default: Any = _NONE,
+        default: Any = _NO_VALUE,
         ttl: float | timedelta | None = None,
         merge: str | MergeFunction | None = None,
         version: int = 1,
@@ -141,7 +141,7 @@ class SessionKey(Generic[T]):
         session: SessionData | None = None,
     ) -> None:
         if type(name) is not str or not name or not is_valid_text(name):
-            raise SettingError(f"A SessionKey has a name, not {name!r}")
+            raise SettingError(f"A SessionKey needs a name; got {name!r}")
         if type(version) is not int or not 1 <= version <= MAX_VERSION:
             raise SettingError(f"SessionKey({name!r}): version is {version!r}; allowed: 1 to 65535")
         if invalid not in ("default", "raise"):
@@ -156,20 +156,20 @@ class SessionKey(Generic[T]):
         self.name = name
         self.version = version
         self._form: SchemaForm | FieldForm = form_of(name, schema)
-        self._default = _NONE
+        self._default = _NO_VALUE
         self._invalid = invalid
         self._merge = None if merge is None else policy_of(merge, self._form, self._run)
         self._merge_of_settings: tuple[MergeFunction, MergeFunction] | None = None
         self._target = session
-        self._declared = self  # what `of` made a copy of
+        self._declared = self  # the original, if `of` made this copy
         self._lasting = Mark(0, version)
         self._upgraders: dict[int, Callable[[Any], Any]] = {}
         try:
             self._ttl = None if ttl is None else ttl_in_milliseconds(ttl)
-            if default is not _NONE:
+            if default is not _NO_VALUE:
                 self._default, _ = self._run(self._form.accept, default)
         except ValidationError as error:
-            raise SettingError(f"SessionKey({name!r}): its default is not valid: {error}") from None
+            raise SettingError(f"SessionKey({name!r}): invalid default: {error}") from None
         except (ValueError, GSessionError) as error:
             raise SettingError(f"SessionKey({name!r}): {error}") from None
 
@@ -178,7 +178,7 @@ class SessionKey(Generic[T]):
 
     @property
     def schema(self) -> Schema:
-        """The marshmallow schema; for a field, one with the single field ``value``."""
+        """The marshmallow schema. For a field, a schema with the single field ``value``."""
         return self._form.schema
 
     @overload
@@ -187,54 +187,54 @@ class SessionKey(Generic[T]):
     @overload
     def get(self, default: D) -> T | D: ...
 
-    def get(self, default: Any = _NONE) -> Any:
-        """The checked value, a copy of your own: write changes with ``set`` or ``update``.
+    def get(self, default: Any = _NO_VALUE) -> Any:
+        """A copy of the checked value: store changes with ``set`` or ``update``.
 
-        Where there is none, or none that is valid: ``default``, else the default of the key, else
-        that of the schema; ``KeyError`` where there is none of these either.
+        If there is no valid value, returns ``default``, or else the default of the key, or else
+        the default of the schema. Raises ``KeyError`` if there is no default.
 
-        Raises ``InvalidStoredValue`` where the key was declared so, ``SchemaFailed`` where a
-        validator raises something else than ``ValidationError``.
+        Also raises ``InvalidStoredValue`` if the key has ``invalid="raise"``, and ``SchemaFailed``
+        if a validator raises anything but ``ValidationError``.
         """
         session = self._session()
         raw = session._raw(self.name)
-        known = session._typed.get(self._declared) or self._known(session)
-        found = known.found
+        state = session._typed.get(self._declared) or self._state_of(session)
+        found = state.found
         if found is None or found.raw != raw:
-            found = known.found = self._look(session, raw)
-        if not found.there and default is not _NONE:
+            found = state.found = self._look(session, raw)
+        if not found.there and default is not _NO_VALUE:
             return default
-        if found.value is _NONE:
+        if found.value is _NO_VALUE:
             raise KeyError(
                 f"session[{self.name!r}] holds no valid value, and its schema has no default: "
                 "use get(default), or @require_session"
             )
         value = _fresh(found.value)
-        return value if self._form.is_plain else known.hand_out(value)
+        return value if self._form.is_plain else state.hand_out(value)
 
     def set(self, value: Any) -> T:
-        """Check ``value`` and put it into the session, with the ttl and version of the key.
+        """Check ``value`` and store it, with the ttl and version of the key.
 
-        ``value`` is what the schema loads, or what ``get`` gives. What is stored is what the schema
-        dumps, without computed fields. Returns the value as ``get`` does: where the schema is not a
-        plain one, what is stored is loaded once more to prove that.
+        ``value`` is data for the schema to load, or a result of ``get``. The session stores the
+        schema's dump without computed fields. Returns the value as ``get`` will return it. If the
+        schema contains code of your own, ``set`` loads the dump again to make sure of that.
 
-        Raises marshmallow's ``ValidationError`` with its messages, also for a value that would not
-        come back; ``UnsupportedType`` for one that no session can keep. Nothing is changed then.
+        Raises marshmallow's ``ValidationError``, also if ``get`` would return a different value,
+        and ``UnsupportedType`` for a value that no session can store. Then nothing has changed.
         """
         session = self._session()
         if self._form.is_plain:
             return self._put(session, self._run(self._form.accept, value))
-        given = any(value is one for one in self._known(session).handed_out)
+        given = any(value is one for one in self._state_of(session).handed_out)
         return self._put(
             session, self._run(lambda value: self._form.accept(value, handed_out=given), value)
         )
 
     def update(self, changes: Mapping[str, Any] | None = None, /, **more: Any) -> T:
-        """Change some fields, by the names that the schema loads; the whole is checked and set.
+        """Change some fields, by the names that the schema loads; check and store the result.
 
-        Fields that are not named keep their values; where there is no valid value, their defaults.
-        Raises what ``set`` and ``get`` raise, ``TypeError`` for a key that has no fields.
+        All other fields keep their values, or get their defaults if there is no valid value.
+        Raises what ``set`` and ``get`` raise, and ``TypeError`` if the key has no fields.
         """
         form = self._form
         if isinstance(form, FieldForm) or not form.has_fields:
@@ -249,31 +249,30 @@ class SessionKey(Generic[T]):
         )
 
     def of(self, session: SessionData) -> SessionKey[T]:
-        """This key of ``session``, as of one from ``ext.open``: ``cart.of(opened).get()``."""
+        """This key in another session, such as one from ``ext.open``: ``cart.of(opened).get()``."""
         key = copy.copy(self)
         key._target = session
         return key
 
     def delete(self) -> bool:
-        """Remove the value; whether there was one."""
+        """Remove the value. Returns whether there was one."""
         return self._session().remove(self.name) == 1
 
     def exists(self) -> bool:
-        """Whether the session has a value under this key. It may be one that is not valid."""
+        """Whether the session has a value under this key, valid or not."""
         return self.name in self._session()
 
     def upgrade(self, *, from_version: int) -> Callable[[Callable[[Any], Any]], Any]:
-        """Declare what makes of stored data of ``from_version`` such of the version after it.
+        """Decorator for a function that upgrades stored data from ``from_version`` to the next.
 
-        A decorator for a function of the stored data that returns the new ones. Upgraders run one
-        after the other when the value is read; the result is checked, and stored with the next
-        ``set`` or ``update``. Raises ``SettingError`` for a version that is not an older one, or
-        has an upgrader.
+        The function gets the stored data and returns the new data. ``get`` runs the upgraders in
+        order and checks the result, and the next ``set`` or ``update`` stores it. Raises
+        ``SettingError`` if the version isn't older than the key's, or has an upgrader already.
         """
         if type(from_version) is not int or not 1 <= from_version < self.version:
             raise SettingError(
-                f"SessionKey({self.name!r}) has version {self.version}; there is nothing to "
-                f"upgrade from {from_version!r}"
+                f"SessionKey({self.name!r}) has version {self.version}; it can't be upgraded from "
+                f"version {from_version!r}"
             )
         if from_version in self._upgraders:
             raise SettingError(
@@ -287,11 +286,11 @@ class SessionKey(Generic[T]):
         return declare
 
     def view(self) -> Callable[[], Any]:
-        """A view for the value as JSON: ``app.add_url_rule("/x", view_func=key.view())``.
+        """A view of the value as JSON: ``app.add_url_rule("/x", view_func=key.view())``.
 
-        GET answers the value, computed fields included. PATCH takes an object with the fields to
-        change and answers the new value, or 422 with ``{"errors": messages}``. Where there is no
-        value, GET is a 404. Raises ``SettingError`` for a key that has no fields.
+        GET returns the value with its computed fields, or 404 if there is none. PATCH takes an
+        object with the fields to change and returns the new value, or 422 with
+        ``{"errors": messages}``. Raises ``SettingError`` if the key has no fields.
         """
         if not self._form.has_fields:
             raise SettingError(f"SessionKey({self.name!r}) has no fields: write a view of your own")
@@ -329,11 +328,11 @@ class SessionKey(Generic[T]):
             raise ValidationError({"_schema": [self.schema.error_messages["type"]]})
         return self.update(changes)
 
-    def _known(self, session: SessionData) -> _Known:
-        known: _Known | None = session._typed.get(self._declared)
-        if known is None:
-            known = session._typed.setdefault(self._declared, _Known())
-        return known
+    def _state_of(self, session: SessionData) -> _KeyState:
+        state: _KeyState | None = session._typed.get(self._declared)
+        if state is None:
+            state = session._typed.setdefault(self._declared, _KeyState())
+        return state
 
     def _put(self, session: SessionData, accepted: tuple[Any, Any]) -> T:
         value, stored = accepted
@@ -342,15 +341,15 @@ class SessionKey(Generic[T]):
         if check is not None and not check.is_by(self._declared):
             check(self.name, stored)
         if type(stored) is not dict or not IMMUTABLE.issuperset(map(type, stored.values())):
-            session._open().encode(self.name, stored)  # raises for what is nested too deep
+            session._open().encode(self.name, stored)  # raises if it is nested too deep
         session._put(self.name, stored, self.mark(repository.now))
         policy = repository.merger.policies.get(self.name)
         if self._merge is not None or policy is not None:
             merge = self.merge_function(policy)
-            assert merge is not None  # since there is one
+            assert merge is not None
             session._merges[self.name] = merge
         if not self._form.is_plain:
-            self._known(session).hand_out(value)
+            self._state_of(session).hand_out(value)
         return value  # type: ignore[no-any-return]  # by the schema
 
     def _run(self, function: Callable[[Any], Any], data: Any) -> Any:
@@ -359,7 +358,7 @@ class SessionKey(Generic[T]):
         except (ValidationError, GSessionError, HTTPException):
             raise
         except Exception as error:
-            hint = "validators say what is wrong by ValidationError"
+            hint = "validators must raise ValidationError"
             if isinstance(error, RecursionError):
                 hint = "a value is nested too deep, or contains itself"
             raise SchemaFailed(
@@ -367,7 +366,7 @@ class SessionKey(Generic[T]):
             ) from error
 
     def _look(self, session: SessionData, raw: bytes | None) -> _Found:
-        value, there = _NONE, False
+        value, there = _NO_VALUE, False
         if raw is not None:
             try:
                 mark, data = session._decoded(self.name, raw)
@@ -377,16 +376,16 @@ class SessionKey(Generic[T]):
                 session._refuse(error.reason, error.detail)
             else:
                 value = self._loaded(session, mark.version, data)
-                there = value is not _NONE
+                there = value is not _NO_VALUE
         if not there:
             value = self._default
-        if value is _NONE:
+        if value is _NO_VALUE:
             with contextlib.suppress(ValidationError):
                 value = self._run(lambda _: self._form.default(), None)
         return _Found(raw, value, there)
 
     def _loaded(self, session: SessionData, version: int, data: Any) -> Any:
-        """The value of stored data; ``_NONE`` where they are not valid."""
+        """The value of stored data, or ``_NO_VALUE`` if they are invalid."""
         messages: Any = None
         reason = "newer version" if version > self.version else ""
         while not reason and version < self.version:
@@ -406,36 +405,36 @@ class SessionKey(Generic[T]):
                 reason, messages = "invalid", error.messages
         handle = session.handle
         logger.warning(
-            "Session %s: what is stored under %a is not used: %s", handle, self.name[:60], reason
+            "Session %s: ignored the stored value of %a: %s", handle, self.name[:60], reason
         )
         session._repository.events.emit(StoredValueInvalid, self.name, reason, handle)
         if self._invalid == "raise":
             raise InvalidStoredValue(self.name, reason, messages)
-        return _NONE
+        return _NO_VALUE
 
     # -- for the schema of a whole session
 
     def check_stored(self, data: Any) -> None:
-        """Raise ``ValidationError`` unless ``data`` have the form in which the key is stored."""
+        """Raise ``ValidationError`` unless ``data`` has the stored form of the key."""
         self._run(self._form.read, data)
 
     def mark(self, now: Callable[[], int]) -> Mark:
-        """The expiry and version that a value of this key is to have."""
+        """The expiry and version for a new value of this key."""
         return self._lasting if self._ttl is None else Mark(now() + self._ttl, self.version)
 
     def merge_function(self, of_settings: MergeFunction | None) -> MergeFunction | None:
-        """The merge policy of the key, or else that of the settings, with its result checked."""
+        """The merge policy of the key, or else of the settings, with its result checked."""
         if self._merge is not None or of_settings is None:
             return self._merge
-        known = self._merge_of_settings
-        if known is None or known[0] is not of_settings:
-            known = (of_settings, merge_of_stored(self._form, of_settings, self._run))
-            self._merge_of_settings = known
-        return known[1]
+        cached = self._merge_of_settings
+        if cached is None or cached[0] is not of_settings:
+            cached = (of_settings, merge_of_stored(self._form, of_settings, self._run))
+            self._merge_of_settings = cached
+        return cached[1]
 
 
 def _fresh(value: Any) -> Any:
-    """A copy that its receiver may change."""
+    """A copy that the caller may change."""
     kind = type(value)
     if kind in _SHARED or isinstance(value, Enum):
         return value
@@ -449,7 +448,7 @@ def _fresh(value: Any) -> Any:
 
 
 def _with_text_as_keys(shown: Any) -> Any:
-    """What JSON can express of dicts whose keys are of several kinds, or of others than its own."""
+    """The same data with the keys of dicts as JSON can express them."""
     if isinstance(shown, dict):
         plain = all(type(key) is str for key in shown)
         return {

@@ -1,6 +1,6 @@
-"""Merge policies of keys with a schema: what they make of two changes is checked.
+"""Merge policies of typed keys. The schema checks their results.
 
-A result that the schema refuses raises ``SessionConflict``, for the request that came later.
+An invalid result raises ``SessionConflict`` in the request that came later.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Run = Callable[[Callable[[Any], Any], Any], Any]
 
 
 def merge_of_values(form: Form, merge: MergeFunction, run: Run) -> MergeFunction:
-    """A policy for stored values by a function that gets and returns what ``get`` does."""
+    """A policy for stored values from a function of loaded values."""
 
     def merged(base: Any, theirs: Any, mine: Any) -> Any:
         try:
             base = _read(form, base, run)
-        except ValidationError:  # for which this request saw the default
+        except ValidationError:  # this request saw the default instead
             base = MISSING
         try:
             result = merge(base, _read(form, theirs, run), _read(form, mine, run))
@@ -36,7 +36,7 @@ def merge_of_values(form: Form, merge: MergeFunction, run: Run) -> MergeFunction
 
 
 def merge_of_stored(form: Form, merge: MergeFunction, run: Run) -> MergeFunction:
-    """A policy for stored values by a function that gets and returns these, as they are dumped."""
+    """A policy for stored values from a function of dumped values."""
     if merge is last or merge is reject:
         return merge
 
@@ -57,7 +57,7 @@ def merge_of_stored(form: Form, merge: MergeFunction, run: Run) -> MergeFunction
 
 
 def policy_of(name: str | MergeFunction, form: Form, run: Run) -> MergeFunction:
-    """The checked policy of a key that names one by a word or gives a function."""
+    """The checked policy for the name of a policy, or for a function."""
     if isinstance(name, str):
         return merge_of_stored(form, POLICIES[name], run)
     return merge_of_values(form, name, run)
@@ -73,7 +73,7 @@ def _read(form: Form, side: Any, run: Run) -> Any:
 
 
 def _list_union(base: Any, theirs: Any, mine: Any) -> list[Any]:
-    """``set_union`` for lists, as which schemas store sets: their order, then what is new."""
+    """``set_union`` for lists, since schemas dump sets as lists. New items come last."""
     before, stored, wanted = ([] if side is MISSING else side for side in (base, theirs, mine))
     kept = [item for item in stored if item in wanted or item not in before]
     return kept + [item for item in wanted if item not in before and item not in kept]

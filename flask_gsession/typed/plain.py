@@ -1,7 +1,6 @@
-"""Schemas whose values need no proof: they dump plain values as they are.
+"""Plain schemas: their dump equals their input, so it needn't be verified.
 
-There the load that ``set`` does anyway proves that what is stored will load, so that ``set`` costs
-no more than marshmallow's own ``load`` and ``dump``.
+For a plain schema, ``set`` costs no more than marshmallow's own ``load`` and ``dump``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from marshmallow.validate import And
 from .dataclasses import StrictBoolean, StrictFloat, StrictString
 from .dumping import loads_booleans
 
-#: What ``plain_copy`` answers where it doesn't apply.
+#: Returned by ``plain_copy`` if it doesn't apply.
 NOT_PLAIN: Any = object()
 
 _PLAIN = {str, int, bool, float, type(None)}
@@ -53,7 +52,7 @@ _OF_FIELDS = {
 
 
 def is_plain_schema(schema: Schema, above: tuple[type, ...] = ()) -> bool:
-    """Whether all fields are plain, and nothing of an application's own changes loads or dumps."""
+    """Whether all fields are plain, and no hook or override changes loads or dumps."""
     kind = type(schema)
     if kind in above or schema.unknown == INCLUDE or any(kind._hooks.values()):
         return False
@@ -72,14 +71,14 @@ def is_plain_schema(schema: Schema, above: tuple[type, ...] = ()) -> bool:
 
 
 def is_plain_field(field: Field[Any], above: tuple[type, ...] = ()) -> bool:
-    """Whether a field loads what it dumps, plain values as they are."""
+    """Whether a field loads and dumps plain values unchanged."""
     kind = type(field)
     if not vars(field).keys().isdisjoint(_OF_FIELDS) or field.dump_default is not missing:
         return False
     if getattr(field, "pre_load", None) or getattr(field, "post_load", None):
         return False
     if not all(map(_is_from_marshmallow, field.validators)):
-        return False  # another one may pass a value once only, or change it
+        return False  # it may change the value, or accept it only once
     if kind in _SCALARS:
         if isinstance(field, fields.Boolean):
             return loads_booleans(field)
@@ -110,9 +109,9 @@ def _is_from_marshmallow(validator: Any) -> bool:
 
 
 def plain_copy(value: Any, loaded: Any) -> Any:
-    """A copy of ``loaded`` if ``value`` is the same: dicts and lists of plain values.
+    """A copy of ``loaded`` if it equals ``value`` and has only dicts, lists and plain values.
 
-    ``NOT_PLAIN`` for any other.
+    Otherwise ``NOT_PLAIN``.
     """
     kind = type(loaded)
     if type(value) is not kind:

@@ -1,7 +1,7 @@
-"""How what a key was declared by loads, dumps and proves its values.
+"""Load, dump and verify the values of a typed key, declared by a schema or by a field.
 
-A value has three forms: as it is sent (what the schema loads), as the program uses it (what the
-schema makes of that), and as it is stored (what the schema dumps, without computed fields).
+A value has three forms: input (data for the schema to load), loaded (the result), and stored (the
+schema's dump, without computed fields).
 """
 
 from __future__ import annotations
@@ -33,59 +33,58 @@ from .stored import copy_of_containers, from_stored, to_stored
 
 _CHANGED = "The session can't keep this value: it would come back changed."
 _NOT_DUMPED = "The session can't keep this value: the schema can't dump it."
-_NOT_LOADED = "The session can't keep this value: what the schema stores of it doesn't load. "
-# The types of what may be sent; the program makes others. An iterator can be read only once.
-_SENT: Any = (Mapping, list, tuple, Iterator, type(None), *IMMUTABLE)
+_NOT_LOADED = "The session can't keep this value: the schema can't load its own dump. "
+# The types of input; a value of another type has been loaded. An iterator can be read only once.
+_INPUT: Any = (Mapping, list, tuple, Iterator, type(None), *IMMUTABLE)
 
 
 class Form:
-    """What schemas and fields have in common. All methods raise ``ValidationError``.
+    """The base for schemas and fields. All methods raise ``ValidationError``.
 
-    They may also raise whatever the hooks and validators of an application do.
+    They also let errors from the application's hooks and validators through.
     """
 
     has_fields = False
 
     def __init__(self, name: str, schema: Schema, load: Callable[[Any], Any]) -> None:
-        #: of the key, for messages
-        self.name = name
+        self.name = name  # of the key, for messages
         self.schema = schema
         self._load = load
 
-    # -- what differs
+    # -- differs between schemas and fields
 
     @property
     def is_plain(self) -> bool:
-        """Whether the schema dumps plain values as they are, and runs no code that could differ."""
+        """Whether the schema only has plain values and no code of the application."""
         raise NotImplementedError
 
     @property
     def show(self) -> Callable[[Any], Any]:
-        """Dumps what a client may see, computed fields included."""
+        """Dumps a value for clients, with its computed fields."""
         raise NotImplementedError
 
     @property
     def dumps(self) -> Sequence[Callable[[Any], Any]]:
-        """In which ways what is stored may be dumped."""
+        """The ways to dump a value for the session; the first that loads again is taken."""
         raise NotImplementedError
 
     def default(self) -> Any:
         """The default of the schema."""
         raise NotImplementedError
 
-    # -- what is the same
+    # -- common
 
     def load(self, data: Any) -> Any:
-        """The value that the schema makes of ``data``, which its hooks can't change."""
+        """Load ``data``, protected from changes by hooks."""
         return self._load(data if self.is_plain else copy_of_containers(data))
 
     def accept(self, value: Any, *, handed_out: bool = False) -> tuple[Any, Any]:
-        """A value as ``get`` gives it, and as it is stored, proven by loading what is stored.
+        """The loaded and the stored form of ``value``, verified by loading the stored form.
 
-        ``value``: as it is sent or as ``get`` gives it. Where both readings are possible, what was
-        ``handed_out`` is the latter; any other is the former, unless keys would be lost by that.
+        ``value`` may be input or a loaded value. If both are possible, it is a loaded value if
+        ``handed_out`` is true, and otherwise input, unless that would lose keys.
         """
-        if handed_out or not (type(value) is dict or isinstance(value, _SENT)):
+        if handed_out or not (type(value) is dict or isinstance(value, _INPUT)):
             try:
                 return self._proven(value)
             except Exception as error:
@@ -105,21 +104,21 @@ class Form:
         if not self.is_plain and drops_keys(from_stored(made[1]), value):
             try:
                 return self._proven(value)
-            except Exception:  # so it is what is sent, with fields that the schema excludes
+            except Exception:  # so it is input, with fields that the schema excludes
                 return made
         return made
 
     def accept_sent(self, value: Any) -> tuple[Any, Any]:
-        """As ``accept``, of a value that was sent."""
+        """As ``accept``, for input."""
         loaded = self.load(value)
         if self.is_plain:
             copied = plain_copy(value, loaded)
             if copied is not NOT_PLAIN:
-                return loaded, copied  # what is stored is what was just loaded: that is the proof
+                return loaded, copied  # the stored form is the input, which has just been loaded
         return self._proven(loaded, was_loaded=True)
 
     def read(self, data: Any) -> Any:
-        """The value of stored data, which must be in the form in which the schema stores them."""
+        """Load stored data, which must have the form that the schema dumps."""
         data = from_stored(data)
         loaded = self.load(data)
         if self.is_plain and covers(loaded, data):
@@ -128,14 +127,14 @@ class Form:
             dumped = from_stored(stored)
             if covers(dumped, data) and covers(data, dumped):
                 return loaded
-            # There may be fields that the schema excludes by now, and not yet all that it has.
+            # The schema may have gained and lost fields since.
             known = common(dumped, data)
             if covers(dumped, known) and (known == data or self._is_loaded_from(known, loaded)):
                 return self._proven(loaded)[0]
-        raise ValidationError(["Not in the form in which the schema stores it."])
+        raise ValidationError(["Not in the form that the schema dumps."])
 
     def dumped(self, value: Any) -> Any:
-        """What the schema loads, of a value that ``get`` gives."""
+        """The input form of a loaded value."""
         try:
             return self.dumps[0](value if self.is_plain else copy_of_containers(value))
         except (ValidationError, GSessionError, HTTPException):
@@ -145,9 +144,9 @@ class Form:
             raise ValidationError(self._messages(self._not_dumped(value), message)) from error
 
     def _proven(self, value: Any, *, was_loaded: bool = False) -> tuple[Any, Any]:
-        """What is loaded from what is stored of ``value``, if that is all of it.
+        """The loaded and the stored form, if the stored form loads to an equal value.
 
-        Defaults may come in by that, which must then stay as they are in their turn.
+        Loading may add defaults. These must survive another round trip.
         """
         for _ in range(2):
             again, stored = self._kept(value, was_loaded)
@@ -158,7 +157,7 @@ class Form:
         raise ValidationError(self._messages(path or ()))
 
     def _kept(self, value: Any, was_loaded: bool) -> tuple[Any, Any]:
-        """What is loaded from what is stored of ``value``, which may be more than that."""
+        """The loaded and the stored form; the loaded one has all of ``value``, and maybe more."""
         failures = []
         for stored in self._all_stored(value):
             try:
@@ -171,11 +170,11 @@ class Form:
                 return again, stored
             failures.append(self._messages(path))
         if not failures:
-            self.dumped(value)  # which says where it fails
+            self.dumped(value)  # raises an error that names the field
         raise ValidationError(failures[0] if failures else self._messages((), _NOT_DUMPED))
 
     def _all_stored(self, value: Any) -> Iterator[Any]:
-        """What may be stored of ``value``: what each way to dump makes, if it can."""
+        """The results of all ways to dump ``value`` that don't fail."""
         refused: GSessionError | None = None
         found = False
         for dump in self.dumps:
@@ -197,14 +196,15 @@ class Form:
     def _is_loaded_from(self, data: Any, loaded: Any) -> bool:
         try:
             again = self.load(data)
-        except Exception:  # a hook may need what isn't there
+        except Exception:  # a hook may need a missing field
             return False
         return difference(loaded, again) is None and difference(again, loaded) is None
 
     def _reloaded(self, stored: Any) -> tuple[Any, Any]:
-        """What is loaded from ``stored``, and from which part of it.
+        """Load ``stored``; returns the value and the part of ``stored`` that was loaded.
 
-        Defaults are not validated: one that wouldn't load is left out, for the schema to put it in.
+        Marshmallow doesn't validate defaults. So a stored default that doesn't load is left out,
+        and the schema fills it in.
         """
         data = from_stored(stored)
         try:
@@ -219,7 +219,7 @@ class Form:
                 raise error from None
 
     def _not_dumped(self, value: Any) -> Path:
-        """Where a value can't be dumped."""
+        """The path to the part of a value that can't be dumped."""
         return ()
 
     def _messages(self, path: Path, message: str = _CHANGED) -> Any:
@@ -233,7 +233,7 @@ class Form:
 
 
 class SchemaForm(Form):
-    """Values by a schema: dicts, lists of them, or objects that it makes."""
+    """Values of a schema: dicts, lists of dicts, or objects that its hooks make."""
 
     def __init__(self, name: str, schema: Schema) -> None:
         super().__init__(name, schema, schema.load)
@@ -252,7 +252,7 @@ class SchemaForm(Form):
         if self.is_plain:
             return [self.schema.dump]
         ways = [copy_for_dumping(self.schema, dumping).dump for dumping in STORED]
-        # Hooks may ask for computed fields.
+        # Hooks may need computed fields.
         return [*ways, lambda value: without_computed(self.show(value), self.schema)]
 
     def default(self) -> Any:
@@ -261,17 +261,17 @@ class SchemaForm(Form):
         except ValidationError:
             raise
         except Exception as error:
-            if self.schema._hooks[PRE_LOAD]:  # which may need what isn't there
+            if self.schema._hooks[PRE_LOAD]:  # a hook may need a missing field
                 raise ValidationError("no default") from error
             raise
 
     def accept_changes(self, before: Any, changes: Mapping[str, Any]) -> tuple[Any, Any]:
-        """As ``accept``, of a value with changes, by the names that the schema loads."""
+        """As ``accept``, for a loaded value with changes to its input form."""
         sent = self._changed(before, changes)
         try:
             return self.accept_sent(sent)
         except ValidationError as error:
-            # A default that isn't valid itself needn't be sent, if it stays what it is.
+            # An invalid default may be left out of the input if the result still has it.
             loadable = without(sent, error.messages)
             if not isinstance(before, dict) or any(
                 key not in loadable or loadable[key] != item for key, item in changes.items()
@@ -287,14 +287,14 @@ class SchemaForm(Form):
             return made
 
     def _changed(self, value: Any, changes: Mapping[str, Any]) -> Any:
-        """What is to be loaded so that ``changes`` are made to ``value``."""
+        """The input form of ``value`` with ``changes``."""
         sent = from_stored(self._kept(value, True)[1]) if not self.is_plain else self.dumped(value)
         names = {
             field.data_key if field.data_key is not None else name: (field.attribute or name, field)
             for name, field in self.schema.load_fields.items()
         }
         if isinstance(sent, Mapping) and sent and names.keys().isdisjoint(sent):
-            # Hooks put what is sent into another shape: change the fields before they do.
+            # Hooks rename the fields in the input: change the loaded fields instead.
             inner = {key for key in changes if key in names and key not in sent}
             if inner and not isinstance(value, dict):
                 raise TypeError(
@@ -330,19 +330,19 @@ class SchemaForm(Form):
 
 
 class FieldForm(Form):
-    """Values by a single field."""
+    """Values of a single field."""
 
     def __init__(self, name: str, field: Field[Any]) -> None:
         if field.parent is None:
             try:
-                schema = Schema.from_dict({"value": field})()  # which binds inner fields
+                schema = Schema.from_dict({"value": field})()  # binds inner fields
             except AttributeError as error:
                 raise SettingError(
                     f"SessionKey({name!r}): fields.{type(field).__name__} needs a schema with its "
                     f"methods ({error})"
                 ) from None
             self._field = schema.fields["value"]
-        else:  # a field of a schema stays bound to that
+        else:  # the field stays bound to its own schema
             schema = Schema.from_dict({"value": fields.Raw()})()
             self._field = schema.fields["value"] = field
         super().__init__(name, schema, self._deserialize)
@@ -374,7 +374,7 @@ class FieldForm(Form):
 
 
 def form_of(name: str, declared: Any) -> SchemaForm | FieldForm:
-    """The form of what a key was declared by. Raises ``SettingError`` for anything else."""
+    """The form of a declared schema, field or dataclass. Raises ``SettingError``."""
     if isinstance(declared, type):
         if issubclass(declared, Schema):
             try:
@@ -407,7 +407,7 @@ def _serializer(field: Field[Any]) -> Callable[[Any], Any]:
 
 
 def _reworded(messages: Any) -> Any:
-    """The messages of a second load, which speak of what the program never sent."""
+    """The messages of a second load, with a hint that they aren't about the input."""
     if isinstance(messages, dict):
         return {key: _reworded(inner) for key, inner in messages.items()}
     if isinstance(messages, list):

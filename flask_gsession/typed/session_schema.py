@@ -1,4 +1,4 @@
-"""``SESSION_SCHEMA``: checks what is put under the keys of a session."""
+"""``SESSION_SCHEMA``: checks all values that are put into a session."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .keys import SessionKey
 
 
 class SessionSchema:
-    """Checks what is put under the keys of a session; made by the setting ``SESSION_SCHEMA``."""
+    """Checks all values that are put into a session, as ``SESSION_SCHEMA`` declares them."""
 
     def __init__(self, declared: Any, now: Callable[[], int]) -> None:
         self._now = now
@@ -45,7 +45,7 @@ class SessionSchema:
         self.keys[key.name] = key
 
     def policies(self, of_settings: Mapping[str, MergeFunction]) -> dict[str, MergeFunction]:
-        """The merge policies of the settings and of the keys; their results are checked."""
+        """The merge policies of the settings and of the keys, with their results checked."""
         found = dict(of_settings)
         for name, key in self.keys.items():
             policy = key.merge_function(of_settings.get(name))
@@ -55,17 +55,17 @@ class SessionSchema:
 
     @property
     def typed(self) -> dict[str, Any]:
-        """The declared keys that an application has at hand."""
+        """The ``SessionKey`` objects that the application declared itself."""
         return dict(self.keys) if self._typed else {}
 
     def is_by(self, key: SessionKey[Any]) -> bool:
-        """Whether ``key`` itself is what is declared under its name, so that it checks."""
+        """Whether ``key`` is the declared one of its name, and so has checked the value itself."""
         return self.keys.get(key.name) is key
 
     def __call__(self, name: str, value: Any) -> Mark:
-        """Check ``session[name] = value``; the mark it is to have.
+        """Check ``session[name] = value`` and return the mark to store with it.
 
-        Raises ``ValidationError``, its messages under the key's name.
+        Raises ``ValidationError``, with its messages under the key's name.
         """
         key = self.keys.get(name)
         if key is None:

@@ -1,8 +1,7 @@
-"""From what a schema dumps to what a session keeps, and back.
+"""Converts a schema's dump to values that a session can store, and back.
 
-A session keeps dicts with text and numbers as keys. A ``Dict`` field may have other keys, such as
-``Decimal`` or tuples; such a dict is kept as one with a single key of ours, under which its pairs
-are.
+A session can store dicts with text and numbers as keys. A ``Dict`` field may have other keys, such
+as ``Decimal`` or tuples. Such a dict is stored as a list of pairs, under the single key ``_PAIRS``.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from typing import Any
 from ..values.codec import Codec
 
 _PAIRS = "\0pairs"
-_KEYS = {str, int, bool, float, type(None)}  # as a session keeps them
+_KEYS = {str, int, bool, float, type(None)}
 _FLAT = {str, int, bool, float, bytes, type(None)}
-_CODEC = Codec(max_depth=256)  # the limit of the settings holds when the session is saved
+_CODEC = Codec(max_depth=256)  # the save applies the limit of the settings
 
 
 def to_stored(name: str, dumped: Any) -> Any:
-    """What the session keeps of what a schema dumped; it shares nothing with that.
+    """A schema's dump as the session stores it, in new objects.
 
-    Raises ``ValueRefused`` for what no session can keep.
+    Raises ``ValueRefused`` if no session can store it.
     """
     return _CODEC.decode(_CODEC.encode(name, _pack(dumped)))
 
 
 def from_stored(data: Any) -> Any:
-    """What the schema loads, of what the session keeps."""
+    """Stored data as the schema loads it."""
     kind = type(data)
     if kind is dict:
         if len(data) != 1 and _FLAT.issuperset(map(type, data.values())):
@@ -37,7 +36,7 @@ def from_stored(data: Any) -> Any:
             try:
                 return {from_stored(key): from_stored(item) for key, item in pairs}
             except (TypeError, ValueError):
-                return data  # not made by us
+                return data  # not from to_stored
         return {key: from_stored(item) for key, item in data.items()}
     if kind is list:
         return [from_stored(item) for item in data]
@@ -47,7 +46,7 @@ def from_stored(data: Any) -> Any:
 
 
 def copy_of_containers(value: Any) -> Any:
-    """A copy of dicts, lists and tuples, with the very same values in them."""
+    """A copy of dicts, lists and tuples; the values in them are shared."""
     kind = type(value)
     if kind is dict:
         return {key: copy_of_containers(item) for key, item in value.items()}

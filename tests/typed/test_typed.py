@@ -358,7 +358,7 @@ def test_what_is_not_valid_any_more(
         StoredValueInvalid("preferences", "invalid", handle)
     ]
     said = [record.getMessage() for record in caplog.records if record.name == "flask_gsession"]
-    assert said == [f"Session {handle}: what is stored under 'preferences' is not used: invalid"]
+    assert said == [f"Session {handle}: ignored the stored value of 'preferences': invalid"]
     assert has(visitor) == {"preferences": old}  # left as it is
     visitor.run(lambda _: preferences.update(theme="dark"))
     assert has(visitor) == {"preferences": DEFAULTS | {"theme": "dark"}}
@@ -622,20 +622,20 @@ DECLARATIONS: dict[str, tuple[Callable[[], object], str]] = {
     "no schema": (lambda: SessionKey("x", dict), "got dict; it takes a marshmallow Schema"),
     "a value": (lambda: SessionKey("x", cast(Any, 5)), "got a int"),
     "a field class": (lambda: SessionKey("x", fields.Int), r"give a field, as in fields\.Integer"),
-    "a name": (lambda: SessionKey(cast(Any, 5), fields.Int()), "has a name, not 5"),
-    "no name": (lambda: SessionKey("", fields.Int()), "has a name"),
-    "half a letter": (lambda: SessionKey("\ud800", fields.Int()), "has a name"),
+    "a name": (lambda: SessionKey(cast(Any, 5), fields.Int()), "needs a name; got 5"),
+    "no name": (lambda: SessionKey("", fields.Int()), "needs a name"),
+    "half a letter": (lambda: SessionKey("\ud800", fields.Int()), "needs a name"),
     "ttl": (lambda: SessionKey("x", fields.Int(), ttl=0), "ttl is 0 seconds"),
     "ttl below": (lambda: SessionKey("x", fields.Int(), ttl=-1), "ttl is -1 seconds"),
     "ttl of words": (lambda: SessionKey("x", fields.Int(), ttl=cast(Any, "1h")), "ttl is a number"),
     "version": (lambda: SessionKey("x", fields.Int(), version=0), "version is 0"),
     "merge": (lambda: SessionKey("x", fields.Int(), merge="add"), "merge is 'add'"),
     "invalid": (lambda: SessionKey("x", fields.Int(), invalid="drop"), "'default' or 'raise'"),
-    "default": (lambda: SessionKey("x", fields.Int(), default=cast(Any, "y")), "default is not"),
-    "upgrade": (lambda: SessionKey("x", fields.Int()).upgrade(from_version=1), "nothing to"),
+    "default": (lambda: SessionKey("x", fields.Int(), default=cast(Any, "y")), "invalid default"),
+    "upgrade": (lambda: SessionKey("x", fields.Int()).upgrade(from_version=1), "can't be upgraded"),
     "view": (lambda: SessionKey("x", fields.Int()).view(), "has no fields"),
     "use": (lambda: use_session(cast(Any, "x")), "takes SessionKeys, not a str"),
-    "require": (lambda: require_session(), "takes the keys"),
+    "require": (lambda: require_session(), "needs at least one key"),
 }
 
 
