@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PORT ?= 5000
+SCHEDULES ?= 100000
 
 # Arguments of pytest. Each worker starts servers of its own, and waits for them half of its time:
 # four keep two cores busy.
@@ -11,7 +12,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oldest contract lint bench faults rules dashboard docs dist servers chromium prometheus clean
+.PHONY: help demo test oldest contract soak lint bench faults rules dashboard docs dist servers chromium prometheus clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -83,6 +84,9 @@ oldest: $(OLDEST)/ready servers ## Run many tests with the oldest packages that 
 
 contract: $(VENV)/with-test servers ## Run the store contract on each wrapper around each store
 	$(PY) -m pytest -m contract $(TEST_ARGS)
+
+soak: $(VENV)/with-test ## Run the deterministic simulation for longer; SCHEDULES=500000
+	SIM_SCHEDULES=$(SCHEDULES) $(PY) -m pytest $(TEST_ARGS) tests/simulation
 
 lint: $(VENV)/with-test ## Check style and types
 	$(PY) -m ruff check

@@ -22,6 +22,7 @@ from tests.harness.servers import RedisServer, ServerMissing
 from tests.harness.topologies import until
 
 ROOT = Path(__file__).parents[2]
+CASES = ROOT / "tests/harness/prometheus_rules_test.yml"
 RULES = files("flask_gsession.contrib") / "prometheus-rules.yml"
 DASHBOARD = files("flask_gsession.contrib") / "grafana-dashboard.json"
 
@@ -49,10 +50,8 @@ def prometheus(promtool: str) -> Iterator[Prometheus]:
 
 
 def test_the_rules_are_what_promtool_expects(promtool: str) -> None:
-    for command in (["check", "rules", str(RULES)], ["test", "rules", "prometheus_rules_test.yml"]):
-        run = subprocess.run(
-            [promtool, *command], cwd=ROOT / "tests", capture_output=True, text=True, timeout=120
-        )
+    for command in (["check", "rules", str(RULES)], ["test", "rules", str(CASES)]):
+        run = subprocess.run([promtool, *command], capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -23,16 +23,21 @@ from flask_gsession.values import payload
 from flask_gsession.values.marks import split
 from flask_gsession.values.merge import Change, Merger
 from flask_gsession.values.payload import Body
+from tests.simulation.plan import Plan
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One way to break the code: `broken` takes the place of an attribute."""
+    """One way to break the code: `broken` takes the place of an attribute.
+
+    `among` says which plans can show a fault that is rare among all of them.
+    """
 
     name: str
     owner: Any
     attribute: str
     broken: Any
+    among: Callable[[Plan], bool] | None = None
 
     def apply(self) -> AbstractContextManager[Any]:
         """Break the code for the length of the context."""
@@ -215,9 +220,9 @@ def _apply_whatever_expired(self: Merger, stored: Any, changes: Any, *more: Any)
     return _apply(self, stored, changes, None, *more[1:])
 
 
-def _rotate_without_marks(self: Repository, old: Record, body: Body) -> Any:
+def _rotate_without_marks(self: Repository, old: Record, body: Body, **how: Any) -> Any:
     values = {key: split(raw)[1] for key, raw in body.values.items()}
-    return _draft_rotated(self, old, structs.replace(body, values=values))
+    return _draft_rotated(self, old, structs.replace(body, values=values), **how)
 
 
 FURTHER = (
@@ -233,7 +238,13 @@ FURTHER = (
     Mutation("login left to another rotation", Lifecycle, "catch_up", _leave_rotations_to_others),
     Mutation("doubtful write repeated", writing, "commit", _commit_in_doubt),
     Mutation("attempts forgotten", writing, "commit", _commit_without_attempts),
-    Mutation("attempts forgotten at a refusal", Lifecycle, "_settle_attempts", _settle_and_forget),
+    Mutation(
+        "attempts forgotten at a refusal",
+        Lifecycle,
+        "_settle_attempts",
+        _settle_and_forget,
+        among=lambda plan: plan.strikes,
+    ),
     Mutation(
         "an old token that rotates", writing, "_needs_own_session", lambda *life, **how: False
     ),
@@ -241,7 +252,13 @@ FURTHER = (
     Mutation("an emptied session kept", writing, "worth_keeping", lambda values: True),
     Mutation("looked-at values forgotten", TrackedValues, "follow", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
-    Mutation("an idle expiry put back", Record, "kept_as_long_as", lambda record, other: record),
+    Mutation(
+        "an idle expiry put back",
+        Record,
+        "kept_as_long_as",
+        lambda record, other: record,
+        among=lambda plan: plan.together and plan.clock_rate > 0,
+    ),
     Mutation("never renewed", Repository, "due", lambda *args: None),
     Mutation("no absolute expiry", Repository, "_idle_end", _idle_end_alone),
     Mutation("dropped silently", Lifecycle, "end", _drop_silently),

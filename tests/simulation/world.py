@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 from types import TracebackType
@@ -115,9 +115,13 @@ class Simulation:
             f"{counts['Gone']:,} writes to ended sessions"
         )
 
-    def search(self, seeds: Iterable[int]) -> Outcome | None:
-        """The first schedule that goes wrong, traced."""
+    def search(
+        self, seeds: Iterable[int], among: Callable[[Plan], bool] | None = None
+    ) -> Outcome | None:
+        """Find the first schedule that goes wrong, among the plans of one kind; traced."""
         for seed in seeds:
+            if among is not None and not among(make_plan(seed, tuple(SITES))[0]):
+                continue
             if self.run(seed).violation is not None:
                 return self.run(seed, tracing=True)
         return None
