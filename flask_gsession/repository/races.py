@@ -1,22 +1,32 @@
-"""How often, and for how long, a write that loses races is tried again."""
+"""The one loop of everything that may lose a race against another writer, and then tries again.
+
+A session's changes come through ``write``. So do records of other kinds, by way of
+``Repository.update``.
+"""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from ..errors import SessionConflict
+from ..errors import Gone, KeyTaken, SessionConflict, Stale
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 ATTEMPTS = 25
 BUDGETS = 5  # times the budget of a store call that a write may go on losing races
 _LONGEST_PAUSE = 0.05  # seconds
 
 
-def tries(store_timeout: float, lost: Callable[[], SessionConflict]) -> Iterator[int]:
-    """Count lost races from 0, and wait a random while after each, the longer the more there were.
+def tries(
+    store_timeout: float, conflict: Callable[[], SessionConflict] = SessionConflict
+) -> Iterator[int]:
+    """Count lost races from 0, and pause at random after each, longer the more there were.
 
-    Raises what ``lost`` returns after too many, or where they have taken too long.
+    Raises ``conflict()`` after too many, or if they have taken too long.
     """
     end = 0.0  # of time.monotonic
     for losses in range(ATTEMPTS):
@@ -28,4 +38,27 @@ def tries(store_timeout: float, lost: Callable[[], SessionConflict]) -> Iterator
                 break
             time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2**losses)))
         yield losses
-    raise lost()
+    raise conflict()
+
+
+def write(
+    tries: Iterator[int],
+    prepare: Callable[[], S | None],
+    send: Callable[[S, int], R],
+) -> R | None:
+    """Send what ``prepare`` makes of the stored state, again if another writer was faster.
+
+    ``prepare`` runs before each try. After a lost race it loads what is stored now. It returns None
+    if there is nothing to send, because a version that it finds is one of its own, for example.
+    ``send`` makes one atomic step in the store, and raises ``Stale``, ``Gone`` or ``KeyTaken`` if
+    another writer was faster. It gets the number of races lost before.
+    """
+    for losses in tries:
+        step = prepare()
+        if step is None:
+            return None
+        try:
+            return send(step, losses)
+        except (Stale, Gone, KeyTaken):
+            continue
+    raise AssertionError("the tries end with a return or an error")

@@ -10,21 +10,18 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from ..config import LiveSettings, Settings
 from ..errors import (
-    Gone,
     LeaseLost,
     LockLost,
     LogoutUnconfirmed,
-    SessionConflict,
     SessionTooLarge,
     SettingError,
-    Stale,
     UnreadableRecord,
     ValueLost,
 )
@@ -40,7 +37,9 @@ from ..values.merge import Merger
 from ..values.payload import Body, PayloadFormat
 from ..values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .newcomers import Newcomers
-from .races import tries
+from .races import tries, write
+
+R = TypeVar("R")
 
 PERMANENT = "_permanent"
 _TRUE = b"\xc3"
@@ -58,6 +57,13 @@ class Loaded(Struct, frozen=True, gc=False):
 
     record: Record
     body: Body
+
+
+class Update(NamedTuple, Generic[R]):
+    """What an edit makes of a record: see ``Repository.update``. None: nothing to store."""
+
+    result: R
+    record: Record | None = None
 
 
 class Repository:
@@ -314,22 +320,72 @@ class Repository:
         was so already; None where there is no session. Raises ``SessionConflict`` after too many
         lost races. Two round trips, two more for each lost race.
         """
-        for _ in tries(self.settings.store_timeout, SessionConflict):
-            loaded = self.find(key)
+
+        def switch(loaded: Loaded | None) -> Update[tuple[str, bool] | None]:
             if loaded is None:
-                return None
+                return Update(None)
             old, body = loaded.record, loaded.body
             before = body.debug_until is not None and body.debug_until > self.now()
             if until is None and not before:
-                return old.key, False
+                return Update((old.key, False))
             body.debug_until = until
             payload = self._pack(old.key, body, old)
-            try:
-                self.store.save(old._replace(version=new_version(), payload=payload), old.version)
-            except (Stale, Gone):
-                continue
-            return old.key, before
-        raise AssertionError("the tries end with a return or an error")
+            return Update((old.key, before), old._replace(version=new_version(), payload=payload))
+
+        return self.update(key, switch)
+
+    def update(
+        self,
+        key: str,
+        edit: Callable[[Loaded | None], Update[R]],
+        *,
+        tried: dict[int, R] | None = None,
+    ) -> R:
+        """Store what ``edit`` makes of a record; return the result of the edit that was stored.
+
+        ``edit`` gets what ``find(key)`` returns, and makes a record for the same key, with a new
+        version. It runs again after each lost race, so it must have no side effects. It may raise
+        to refuse. ::
+
+            def enter(loaded: Loaded | None) -> Update[bool]:
+                if loaded is None:
+                    return Update(True, first_record())
+                if has_ended(loaded.body):
+                    return Update(False)  # nothing to store
+                return Update(True, next_record(loaded))
+
+            entered = repository.update(key, enter)
+
+        A version that was sent is recognised if it is found stored, and not applied twice. After
+        ``StoreUnavailable`` or an interrupt nobody knows whether the edit was stored. You can then
+        call again with the same dict as ``tried``. Another writer may have replaced that version
+        by now, so let the edit also recognise its own effect: an entry that is there needs no
+        entering.
+
+        Raises ``SessionConflict`` after too many lost races, and whatever ``find``, ``edit`` and
+        the store raise. Two round trips, two more for each lost race.
+        """
+        sent: dict[int, R] = {} if tried is None else tried
+
+        def prepare() -> tuple[Record | None, Update[R]]:
+            loaded = self.find(key)
+            if loaded is None:
+                return None, edit(None)
+            if loaded.record.version in sent:
+                return None, Update(sent[loaded.record.version])
+            return loaded.record, edit(loaded)
+
+        def send(step: tuple[Record | None, Update[R]], _: int) -> R:
+            old, (result, record) = step
+            if record is not None:
+                sent[record.version] = result  # noted first: an interrupt may strike
+                if old is None:
+                    self.store.create(record)
+                else:
+                    self.store.save(record, old.version)
+            return result
+
+        return cast(R, write(tries(self.settings.store_timeout), prepare, send))
 
     def renew(self, record: Record, body: Body, idle_end: int) -> bool:
         """As ``Store.renew``, of the large values too: theirs first, or one might be missed."""

@@ -38,6 +38,7 @@ from ..events import (
     WriteDropped,
     logger,
 )
+from ..repository.races import write
 from ..repository.repository import PERMANENT
 from ..stores.base import Record
 from ..values.marks import unexpired
@@ -219,43 +220,50 @@ def store(
     life.check_lease()
     taken = 0
     stale: Seen | None = None
-    for lost in life.tries():
+
+    def prepare() -> Edit | None:
         if stale is not None:
             with life.turn:
                 if life.seen is stale and not life.catch_up():
                     life.end(what)
-                    return False
+                    return None
+        return edit()
+
+    def send(step: Edit, lost: int) -> tuple[list[Happened], LogoutUnconfirmed | None] | None:
+        nonlocal taken, stale
         stale = None
-        step = edit()
-        if step is None:
-            return False
         with life.turn:
             if life.seen is not step.seen:  # another thread of this request was faster
-                continue
+                raise Stale
             try:
-                happened, unconfirmed = _send(life, step, lost)
+                return _send(life, step, lost)
             except (Stale, Gone):
                 if exactly:
                     life.conflict("transaction")
                     raise LostRace from None
                 stale = step.seen
+                raise
             except KeyTaken:
                 taken += 1
                 if taken == _TOKENS_TAKEN:
                     raise StoreError(
                         "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
                     ) from None
+                raise
             except UnreadableRecord as error:
                 life.repository.refused(error.reason, life.handle, error.detail)
                 life.end(what)
-                return False
+                return None
             except LogoutUnconfirmed:
                 raise
             except StoreUnavailable as error:
                 life.met_outage(error, "created" if step.seen.record is None else "saved")
                 raise
-            else:
-                break
+
+    written = write(life.tries(), prepare, send)
+    if written is None:
+        return False
+    happened, unconfirmed = written
     for event in happened:
         life.repository.events.emit(*event)
     if unconfirmed is not None:
