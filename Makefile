@@ -12,7 +12,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oldest contract soak lint bench faults rules dashboard docs dist servers chromium prometheus clean
+.PHONY: help demo test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -92,6 +92,13 @@ lint: $(VENV)/with-test ## Check style and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy --strict flask_gsession examples
+
+# grpcio-tools 1.76 makes code that protobuf 6.31 and newer can read, the next major too.
+protocol: | $(PY) ## Generate the messages of flask_gsession/protocol/gsession.proto
+	@$(PYTHON) -m venv --clear $(VENV)/protoc
+	@$(VENV)/protoc/bin/python -m pip install --quiet grpcio-tools==1.76.0
+	$(VENV)/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
+	  flask_gsession/protocol/gsession.proto
 
 bench: $(VENV)/with-test servers ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks

@@ -188,6 +188,18 @@ class LockRefused(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class AccessDenied(Event):
+    """Another service asked for what the grants file doesn't allow it.
+
+    ``service``: its name in the file, empty where nobody in the file is the caller. ``what`` names
+    the call and what was missing.
+    """
+
+    service: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class CleanedUp(Event):
     """A ``CleanupWorker`` went through the store: what it removed, by kind, in ``seconds``.
 

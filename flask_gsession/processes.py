@@ -36,6 +36,8 @@ class Process:
         self._begins: weakref.WeakKeyDictionary[object, Callable[[Any], object]] = (
             weakref.WeakKeyDictionary()
         )
+        #: Whether it serves others outside of requests and commands, and forks no more.
+        self.serves = False
         # By process id: a lock of the parent may be held for good in the child.
         self._locks: dict[int, threading.RLock] = {}
 
@@ -85,7 +87,7 @@ def is_at_work() -> bool:
     Code outside of these may run while the application is loaded.
     """
     in_command = get_current_context(silent=True) is not None
-    return (has_request_context() or in_command) and not is_before_fork()
+    return (has_request_context() or in_command or process.serves) and not is_before_fork()
 
 
 def runs_threads() -> bool:

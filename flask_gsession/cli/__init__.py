@@ -20,6 +20,7 @@ from .cleaning import cleanup
 from .debug import debug
 from .doctor import doctor
 from .revoke import revoke
+from .serve import serve
 from .sessions import list_, show
 from .stats import stats
 
@@ -59,5 +60,6 @@ gsession.add_command(export)
 gsession.add_command(import_)
 gsession.add_command(list_)
 gsession.add_command(revoke)
+gsession.add_command(serve)
 gsession.add_command(show)
 gsession.add_command(stats)

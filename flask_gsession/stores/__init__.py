@@ -55,7 +55,8 @@ _SCHEME = re.compile("[a-z][a-z0-9+.-]*", re.ASCII)  # RFC 3986
 _ALLOWED = (
     "allowed are sqlite:///path, memory://, redis://host:port/db, rediss://..., unix:///socket, "
     "redis+sentinel://host,host,host/service/db, redis+cluster://host,host, "
-    "mongodb://host:port/db, mongodb+srv://..., a client (redis.Redis, redis.cluster.RedisCluster, "
+    "mongodb://host:port/db, mongodb+srv://..., grpcs://host:port, "
+    "grpc:///socket, a client (redis.Redis, redis.cluster.RedisCluster, "
     "pymongo.MongoClient), or a store object"
 )
 
@@ -179,6 +180,12 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
             raise _missing("mongodb", scheme, error) from None
         _checked(scheme, lambda: check_url(url))
         return MongoDBStore(url, options)
+    if scheme in ("grpc", "grpcs"):
+        try:
+            from .remote import RemoteStore
+        except ImportError as error:
+            raise _missing("grpc", scheme, error) from None
+        return RemoteStore(url, options)
     named = rest.startswith("//") and _SCHEME.fullmatch(scheme)
     shown = f"a URL with the scheme {scheme!r}" if named else "no URL"
     raise SettingError(f"SESSION_STORE is {shown}; {_ALLOWED}")

@@ -1,0 +1,105 @@
+"""``flask gsession serve``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import click
+from flask import Flask, current_app
+from flask.cli import with_appcontext
+
+from ..errors import SettingError
+from ..interface import GSessionInterface
+from ..processes import process
+from .common import choose_interface, print_store, session_option
+
+if TYPE_CHECKING:
+    from ..sharing.server import Server
+
+_GRACE = 2.0  # seconds, for calls that are under way at the end
+
+
+@click.command()
+@click.option(
+    "--grpc",
+    "address",
+    metavar="HOST:PORT",
+    required=True,
+    help="Where to listen, as 0.0.0.0:7443; or unix:/run/gsession.sock.",
+)
+@click.option("--cert", metavar="FILE", help="The server's certificate chain, PEM.")
+@click.option("--key", metavar="FILE", help="The key of that certificate, PEM.")
+@click.option("--ca", metavar="FILE", help="The authority of the callers' certificates, PEM.")
+@click.option("--grants", metavar="FILE", help="What each service may do, TOML.")
+@click.option(
+    "--threads", metavar="N", default=32, show_default=True, help="Calls answered at a time."
+)
+@session_option
+@with_appcontext
+def serve(
+    address: str,
+    cert: str | None,
+    key: str | None,
+    ca: str | None,
+    grants: str | None,
+    threads: int,
+    cookie: str | None,
+) -> None:
+    """Offer the sessions to other services.
+
+    Over gRPC: the whole store, or single values. Every service needs a grant in the file. Without
+    the file, only a Unix socket is served: whoever may open it has full power over the sessions.
+    Ends on SIGTERM and Ctrl-C.
+    """
+    interface = choose_interface(cookie)
+    app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    paths = {"cert": cert, "key": key, "ca": ca}
+    given = {name: path for name, path in paths.items() if path is not None}
+    if not 1 <= threads <= 1000:
+        raise click.UsageError("--threads is 1 to 1000")
+    server = _server(app, interface, address, given, grants, threads)
+    process.serves = True
+    print_store(interface)
+    server.start()
+    click.echo(f"Serving on {address}", err=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop(_GRACE))
+    server.wait()
+    sys.exit(0)
+
+
+def _server(
+    app: Flask,
+    interface: GSessionInterface,
+    address: str,
+    given: dict[str, str],
+    grants_path: str | None,
+    threads: int,
+) -> Server:
+    """A server that listens and doesn't answer yet. Raises ``SettingError``."""
+    try:
+        from ..sharing.grants import FULL_POWER, read_grants
+        from ..sharing.server import Server, check_address
+        from ..sharing.store_service import StoreService
+        from ..stores.remote.address import certificates_of
+    except ImportError as error:
+        raise SettingError(
+            f"{error.name} is not installed: install the grpc extra, flask-gsession[grpc]"
+        ) from None
+    certificates = certificates_of(given, "The command") if given else None
+    check_address(address, certificates)
+    if grants_path is not None:
+        grants = read_grants(grants_path)
+    elif address.startswith("unix:"):
+        grants = FULL_POWER
+    else:
+        raise SettingError(
+            f"{address} can be reached by others than you: say with --grants FILE which services "
+            "may do what, or listen on a Unix socket"
+        )
+    repository = interface.repository
+    server = Server([StoreService(repository.store)], grants, repository.events, threads)
+    server.listen(address, certificates)
+    return server

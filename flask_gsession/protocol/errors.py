@@ -1,0 +1,81 @@
+"""The errors of a store as statuses of gRPC and back, exactly.
+
+A status alone proves nothing: gRPC itself and proxies use the same codes. So each error also
+travels as an ``Error`` in a trailer, and a status without one is an outage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import grpc
+
+from ..errors import (
+    Gone,
+    KeyTaken,
+    LeaseLost,
+    LogoutUnconfirmed,
+    QueueFull,
+    Stale,
+    StoreError,
+    StoreUnavailable,
+    UnreadableRecord,
+)
+from . import gsession_pb2 as pb
+
+ERROR_KEY = "gsession-error-bin"  # of the trailer with an ``Error``
+
+_CODES: dict[type[StoreError], grpc.StatusCode] = {
+    KeyTaken: grpc.StatusCode.ALREADY_EXISTS,
+    Gone: grpc.StatusCode.NOT_FOUND,
+    Stale: grpc.StatusCode.ABORTED,
+    LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnreadableRecord: grpc.StatusCode.DATA_LOSS,
+    LogoutUnconfirmed: grpc.StatusCode.UNAVAILABLE,
+    StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+}
+_MAKERS: dict[str, Callable[[pb.Error], StoreError]] = {
+    "KeyTaken": lambda error: KeyTaken(),
+    "Gone": lambda error: Gone(),
+    "Stale": lambda error: Stale(),
+    "LeaseLost": lambda error: LeaseLost(),
+    "QueueFull": lambda error: QueueFull(),
+    "UnreadableRecord": lambda error: UnreadableRecord(error.reason, error.detail),
+    "LogoutUnconfirmed": lambda error: LogoutUnconfirmed(error.detail),
+    "StoreUnavailable": lambda error: StoreUnavailable(
+        error.detail,
+        error.retry_after or 1,
+        # A far circuit breaker that didn't ask the store is no news of this server.
+        contention=error.contention or not error.asked,
+    ),
+}
+
+
+def status_of(error: StoreError) -> tuple[grpc.StatusCode, str, pb.Error]:
+    """The code, the details and the trailer for an error that a store raised."""
+    kind = next(kind for kind in type(error).__mro__ if kind in _CODES or kind is StoreError)
+    if kind is StoreError:  # of a store of somebody else's
+        kind, error = StoreUnavailable, StoreUnavailable(f"{type(error).__name__}: {error}")
+    message = pb.Error(kind=kind.__name__, detail=getattr(error, "detail", ""))
+    if isinstance(error, UnreadableRecord):
+        message.reason = error.reason
+    if isinstance(error, StoreUnavailable):
+        wait = error.retry_after
+        message.retry_after = wait if isinstance(wait, int) else 1
+        message.contention, message.asked = error.contention, error.asked
+    return _CODES[kind], message.detail or kind.__name__, message
+
+
+def error_in(trailers: Iterable[tuple[str, Any]] | None) -> StoreError | None:
+    """The error that a server's store raised; None where the trailers hold none of ours."""
+    for key, value in trailers or ():
+        if key == ERROR_KEY:
+            try:
+                error = pb.Error.FromString(value)
+            except Exception:  # of the decoder, which has no base of its own
+                return None
+            make = _MAKERS.get(error.kind)
+            return None if make is None else make(error)
+    return None

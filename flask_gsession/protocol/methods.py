@@ -1,0 +1,44 @@
+"""The calls of ``gsession.proto``, as gRPC takes them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from . import gsession_pb2 as pb
+
+#: A page of a scan, or a session with the most bytes that a setting allows, and some more.
+LONGEST_MESSAGE = 64 * 1024 * 1024
+
+
+class Method(NamedTuple):
+    """One call: its path on the wire, and the classes of its two messages."""
+
+    path: str
+    request: type[Message]
+    reply: type[Message]
+
+
+def methods_of(service: str) -> dict[str, Method]:
+    """The calls of a service, by name."""
+    described: Any = pb.DESCRIPTOR.services_by_name[service]
+    return {
+        method.name: Method(
+            f"/{described.full_name}/{method.name}",
+            GetMessageClass(method.input_type),
+            GetMessageClass(method.output_type),
+        )
+        for method in described.methods
+    }
+
+
+def is_understood(message: Message) -> bool:
+    """Whether a message, which was just received, has no field that this version doesn't know.
+
+    Such a field may say that something is to be done otherwise: ignoring it would be wrong.
+    """
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    return message.ByteSize() == size

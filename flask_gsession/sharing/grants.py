@@ -1,0 +1,124 @@
+"""What each service may do: nothing, unless a file grants it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingError
+
+_FLAGS = ("store", "verify", "revoke")
+_KEYS = ("read", "write")
+_FIELDS = ("certificate", "token_sha256", *_FLAGS, *_KEYS)
+_DIGEST = re.compile("[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one service may do. ``read`` and ``write`` are keys of sessions; no key is implied.
+
+    ``store`` is full power: every verb on every session.
+    """
+
+    service: str
+    store: bool = False
+    verify: bool = False
+    revoke: bool = False
+    read: frozenset[str] = frozenset()
+    write: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Grants:
+    """The grants of a file, by how a service shows who it is.
+
+    ``anonymous``: for callers that show nothing; only a Unix socket's, whose file mode decides.
+    """
+
+    by_certificate: Mapping[str, Grant] = field(default_factory=dict)
+    by_token: Mapping[bytes, Grant] = field(default_factory=dict)
+    anonymous: Grant | None = None
+
+    def of(self, names: list[str], token: str | None) -> Grant | None:
+        """The grant of a caller with a certificate for ``names``, or with ``token``.
+
+        A caller with both has the one of its certificate. None: there is no such service.
+        """
+        for name in names:
+            grant = self.by_certificate.get(name)
+            if grant is not None:
+                return grant
+        if token is not None:
+            return self.by_token.get(digest(token))
+        return self.anonymous
+
+
+#: For a Unix socket without a grants file: its mode says who may open it.
+FULL_POWER = Grants(anonymous=Grant("the socket's user", store=True))
+
+
+def digest(token: str) -> bytes:
+    """What is kept of a token, which is random: looking it up in a dict gives nothing away."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def read_grants(path: str) -> Grants:
+    """The grants in a TOML file, one table for each service.
+
+    Raises ``SettingError`` that names the service and what is allowed.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingError(
+            f"The grants file {path} can't be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    by_certificate: dict[str, Grant] = {}
+    by_token: dict[bytes, Grant] = {}
+    for service, table in tables.items():
+        grant, certificate, token = _grant(path, service, table)
+        if certificate is not None and by_certificate.setdefault(certificate, grant) is not grant:
+            raise _wrong(path, service, "has the certificate of another service")
+        if token is not None and by_token.setdefault(token, grant) is not grant:
+            raise _wrong(path, service, "has the token of another service")
+    return Grants(by_certificate, by_token)
+
+
+def _grant(path: str, service: str, table: object) -> tuple[Grant, str | None, bytes | None]:
+    if not isinstance(table, dict):
+        raise _wrong(path, service, f"stands outside of a table: begin one with [{service}]")
+    for name in table.keys() - set(_FIELDS):
+        raise _wrong(path, service, f"has {name!r}; allowed: {', '.join(_FIELDS)}")
+    certificate, token = table.get("certificate"), table.get("token_sha256")
+    if certificate is None and token is None:
+        raise _wrong(path, service, "has neither certificate nor token_sha256: nobody could use it")
+    if certificate is not None and not (isinstance(certificate, str) and certificate):
+        raise _wrong(path, service, "has a certificate that isn't a name, as 'billing.internal'")
+    if token is not None and not (isinstance(token, str) and _DIGEST.fullmatch(token)):
+        raise _wrong(
+            path, service, "has a token_sha256 that isn't 64 hexadecimal digits in small letters"
+        )
+    values: dict[str, Any] = {}
+    for name in _FLAGS:
+        values[name] = table.get(name, False)
+        if type(values[name]) is not bool:
+            raise _wrong(path, service, f"has {name} = {values[name]!r}; allowed: true, false")
+    for name in _KEYS:
+        keys = table.get(name, [])
+        if not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
+            raise _wrong(path, service, f"has a {name} that isn't a list of session keys")
+        values[name] = frozenset(keys)
+    return (
+        Grant(service, **values),
+        certificate,
+        None if token is None else bytes.fromhex(token),
+    )
+
+
+def _wrong(path: str, service: str, why: str) -> SettingError:
+    return SettingError(f"The grants file {path}: {service[:60]} {why}")

@@ -1,0 +1,209 @@
+"""The gRPC server of ``flask gsession serve``: who calls, what is granted, what went wrong."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import grpc
+
+from ..errors import SettingError, StoreError
+from ..events import AccessDenied, Events, logger
+from ..protocol.errors import ERROR_KEY, status_of
+from ..protocol.methods import LONGEST_MESSAGE, Method, is_understood
+from ..stores.remote.address import Certificates, is_loopback
+from .grants import Grant, Grants
+
+Status = grpc.StatusCode
+
+_BEARER = "Bearer "
+_QUEUE = 4  # calls that wait, for each thread
+_NAMES = ("x509_subject_alternative_name", "x509_common_name")
+
+
+class Denied(Exception):
+    """A service asked for what it isn't granted."""
+
+
+class Refused(Exception):
+    """A call can't be answered: ``code``, and ``details`` for the caller."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
+
+
+class Service(Protocol):
+    """What the server offers: ``calls`` are methods of one gRPC service, by name.
+
+    ``answer`` makes one of them; it raises ``Denied``, ``Refused`` or what a store raises.
+    """
+
+    methods: Mapping[str, Method]
+
+    def answer(self, name: str, request: Any, grant: Grant) -> Any: ...
+
+
+class Server:
+    """Serves ``services`` to the callers that ``grants`` knows, in ``threads`` threads."""
+
+    def __init__(
+        self, services: list[Service], grants: Grants, events: Events, threads: int = 32
+    ) -> None:
+        self._grants = grants
+        self._events = events
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, "gsession-grpc"),
+            options=[
+                ("grpc.max_receive_message_length", LONGEST_MESSAGE),
+                ("grpc.max_send_message_length", LONGEST_MESSAGE),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # for keepalives
+                ("grpc.so_reuseport", 0),  # or a second server would take half of the calls
+            ],
+            maximum_concurrent_rpcs=threads * _QUEUE,
+        )
+        for service in services:
+            handlers = {
+                name: grpc.unary_unary_rpc_method_handler(
+                    self._handler(service, name),
+                    request_deserializer=method.request.FromString,
+                    response_serializer=method.reply.SerializeToString,
+                )
+                for name, method in service.methods.items()
+            }
+            path = next(iter(service.methods.values())).path
+            handler = grpc.method_handlers_generic_handler(path.split("/")[1], handlers)
+            self._server.add_generic_rpc_handlers((handler,))
+        self._socket: Path | None = None
+
+    def listen(self, address: str, certificates: Certificates | None) -> int:
+        """Bind ``HOST:PORT`` or ``unix:/path``; the port. Raises ``SettingError``.
+
+        Callers need a certificate of ``certificates.ca``, where that is given.
+        """
+        if certificates is not None:
+            ca, chain, key = certificates
+            credentials = grpc.ssl_server_credentials(
+                [(key, chain)], root_certificates=ca, require_client_auth=ca is not None
+            )
+        try:
+            if address.startswith("unix:"):
+                with self._own_socket(Path(address.removeprefix("unix:"))):
+                    return int(self._server.add_insecure_port(address))
+            if certificates is None:
+                return int(self._server.add_insecure_port(address))
+            return int(self._server.add_secure_port(address, credentials))
+        except RuntimeError as error:
+            raise SettingError(f"The server can't listen on {address}: {error}") from None
+
+    @contextmanager
+    def _own_socket(self, path: Path) -> Iterator[None]:
+        """Only the user of this process may connect to a socket made here."""
+        with_mode = os.umask(0o177)
+        try:
+            if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+                raise SettingError(f"{path} is there, and is no socket")
+            yield
+        finally:
+            os.umask(with_mode)
+        self._socket = path
+
+    def start(self) -> None:
+        self._server.start()
+
+    def wait(self) -> None:
+        """Until ``stop``."""
+        self._server.wait_for_termination()
+
+    def stop(self, grace: float | None = None) -> threading.Event:
+        """End: new calls are refused, those under way have ``grace`` seconds. Set when over."""
+        ended: threading.Event = self._server.stop(grace)
+        return ended
+
+    def _handler(self, service: Service, name: str) -> Callable[[Any, Any], Any]:
+        def handle(request: Any, context: Any) -> Any:
+            try:
+                grant = self._grant_of(context)
+                if not context.is_active():
+                    # It waited for a thread until its deadline: its caller has given up.
+                    raise Refused(Status.DEADLINE_EXCEEDED, "too late")
+                if not is_understood(request):
+                    raise Refused(
+                        Status.FAILED_PRECONDITION,
+                        "the request has fields that this server doesn't know: update "
+                        "Flask-GSession here before its clients",
+                    )
+                reply = service.answer(name, request, grant)
+            except Denied as denied:
+                self._deny(context, grant.service, f"{name}: {denied}")
+            except Refused as refused:
+                context.abort(refused.code, refused.details)
+            except StoreError as error:
+                code, details, message = status_of(error)
+                context.set_trailing_metadata(((ERROR_KEY, message.SerializeToString()),))
+                context.abort(code, details[:1000])
+            except Exception as error:
+                if context.code() is not None:  # aborted already
+                    raise
+                logger.exception("A call of %s failed", name)
+                context.abort(Status.INTERNAL, type(error).__name__)
+            return reply
+
+        return handle
+
+    def _grant_of(self, context: Any) -> Grant:
+        """The grant of the caller; ends the call where it has none."""
+        names = [
+            value.decode("utf-8", "replace")
+            for name in _NAMES
+            for value in context.auth_context().get(name, ())
+        ]
+        token = None
+        for key, value in context.invocation_metadata():
+            if key == "authorization" and value.startswith(_BEARER):
+                token = value[len(_BEARER) :]
+        grant = self._grants.of(names, token)
+        if grant is None:
+            shown = ", ".join(names)[:200] if names else "no certificate"
+            with_token = "" if token is None else ", a token that no service has"
+            self._events.emit(AccessDenied, "", "unknown service")
+            logger.warning("A call of an unknown service was refused: %s%s", shown, with_token)
+            context.abort(Status.UNAUTHENTICATED, "no service in the grants file is this caller")
+        assert grant is not None
+        return grant
+
+    def _deny(self, context: Any, service: str, what: str) -> NoReturn:
+        self._events.emit(AccessDenied, service, what)
+        logger.warning("The service %s was refused %s", service, what)
+        context.abort(Status.PERMISSION_DENIED, f"not granted: {what}")
+        raise AssertionError("abort raises")
+
+
+def check_address(address: str, certificates: Certificates | None) -> None:
+    """Refuse to serve without TLS beyond this machine. Raises ``SettingError``."""
+    if address.startswith("unix:"):
+        if certificates is not None:
+            raise SettingError("A Unix socket takes no certificates")
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise SettingError(
+            f"{address!r} is no address: write HOST:PORT, as 0.0.0.0:7443, or unix:/run/g.sock"
+        )
+    if certificates is None and not is_loopback(host.strip("[]")):
+        raise SettingError(
+            f"{address} can be reached from other machines: give --cert, --key and --ca, or "
+            "listen on 127.0.0.1"
+        )
+    if certificates is not None and (certificates.chain is None or certificates.ca is None):
+        raise SettingError(
+            "With TLS the server needs --cert and --key, its own certificate, and --ca, the "
+            "authority of its callers' certificates"
+        )

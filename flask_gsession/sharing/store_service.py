@@ -1,0 +1,177 @@
+"""A store, offered over gRPC to services with the grant ``store``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+
+from ..protocol import gsession_pb2 as pb
+from ..protocol.messages import to_message, to_record
+from ..protocol.methods import Method, methods_of
+from ..stores.base import Deleted, Record, Replaced, Store
+from ..stores.parts import parts_of
+from .grants import Grant
+from .server import Denied, Refused
+
+_LONGEST_WAIT = 1.0  # seconds, for the release of a lease
+_LARGEST_PAGE = 1000  # records
+
+
+class StoreService:
+    """Answers the calls of a ``RemoteStore`` from ``store``.
+
+    ``waiters``: how many threads of the server may wait for the release of a session lock.
+    """
+
+    methods: Mapping[str, Method] = methods_of("Store")
+
+    def __init__(self, store: Store, waiters: int = 8) -> None:
+        self._store = store
+        self._parts = parts_of(store)
+        self._waiters = threading.BoundedSemaphore(waiters)
+        self._calls: dict[str, Callable[[Any], Any]] = {
+            name: getattr(self, f"_{_snake(name)}") for name in self.methods
+        }
+
+    def answer(self, name: str, request: Any, grant: Grant) -> Any:
+        if not grant.store:
+            raise Denied("the grant `store`")
+        return self._calls[name](request)
+
+    def _part(self, name: str) -> Any:
+        part = getattr(self._parts, name)
+        if part is None:
+            raise Refused(
+                grpc.StatusCode.UNIMPLEMENTED,
+                f"the store here has no {name}: its clients need ?without={name} in their URL",
+            )
+        return part
+
+    def _hello(self, request: Any) -> Any:
+        parts = [name for name, part in self._parts._asdict().items() if part is not None]
+        confirms = getattr(self._store, "confirms_logouts", False)
+        return pb.HelloReply(parts=parts, confirms_logouts=confirms, done=True)
+
+    def _create(self, request: Any) -> Any:
+        self._store.create(to_record(request.record))
+        return _DONE
+
+    def _load(self, request: Any) -> Any:
+        record = self._store.load(request.key)
+        return _ABSENT if record is None else pb.LoadReply(record=to_message(record))
+
+    def _save(self, request: Any) -> Any:
+        arguments: list[Any] = [to_record(request.record), request.expected_version]
+        store: Any = self._store
+        if request.HasField("lease"):
+            store = self._part("leases")
+            arguments.append(request.lease)
+        store.save(*arguments, **_shorten(request))
+        return _DONE
+
+    def _renew(self, request: Any) -> Any:
+        renewed = self._store.renew(to_record(request.record), request.idle_expires_at)
+        return pb.Flag(value=bool(renewed))
+
+    def _replace(self, request: Any) -> Any:
+        pointer: Record | None = to_record(request.pointer) if request.HasField("pointer") else None
+        record, version = to_record(request.record), request.expected_version
+        arguments: list[Any] = [request.key, record, version, pointer]
+        store: Any = self._store
+        if request.HasField("lease"):
+            store = self._part("leases")
+            arguments.append(request.lease)
+        replaced: Replaced | None = store.replace(*arguments, **_shorten(request))
+        return pb.ReplaceReply(unconfirmed="" if replaced is None else replaced.unconfirmed)
+
+    def _delete(self, request: Any) -> Any:
+        arguments: list[Any] = [request.key]
+        store: Any = self._store
+        if request.HasField("expected_version"):
+            arguments.append(request.expected_version)
+        if request.HasField("lease"):
+            store = self._part("leases")
+            arguments.append(request.lease)
+        deleted = store.delete(*arguments)
+        if not isinstance(deleted, Deleted):
+            return pb.DeleteReply(found=bool(deleted))
+        record = None if deleted.record is None else to_message(deleted.record)
+        return pb.DeleteReply(found=deleted.found, record=record, unconfirmed=deleted.unconfirmed)
+
+    def _acquire(self, request: Any) -> Any:
+        wait = self._part("leases").acquire(
+            request.key, request.owner, request.lease_ms, request.max_waiters
+        )
+        return pb.AcquireReply(wait_ms=wait)
+
+    def _extend(self, request: Any) -> Any:
+        extended = self._part("leases").extend(request.key, request.owner, request.lease_ms)
+        return pb.Flag(value=bool(extended))
+
+    def _release(self, request: Any) -> Any:
+        return pb.Flag(value=bool(self._part("leases").release(request.key, request.owner)))
+
+    def _wait_for_release(self, request: Any) -> Any:
+        leases = self._part("leases")
+        if not self._waiters.acquire(blocking=False):
+            return pb.Flag(value=False)  # the caller waits a moment instead
+        try:
+            seconds = min(max(request.seconds, 0.0), _LONGEST_WAIT)
+            leases.wait_for_release(request.key, request.owner, seconds)
+        finally:
+            self._waiters.release()
+        return pb.Flag(value=True)
+
+    def _write_frame(self, request: Any) -> Any:
+        self._part("blobs").write_frame(
+            request.name, request.offset, request.frame, request.expires_at
+        )
+        return _DONE
+
+    def _read_frame(self, request: Any) -> Any:
+        frame = self._part("blobs").read_frame(request.name, request.offset, request.size)
+        if frame is None:
+            return pb.ReadFrameReply(absent=pb.Absent())
+        return pb.ReadFrameReply(frame=bytes(frame))
+
+    def _renew_blobs(self, request: Any) -> Any:
+        self._part("blobs").renew_blobs(list(request.names), request.at)
+        return _DONE
+
+    def _discard_blobs(self, request: Any) -> Any:
+        self._part("blobs").discard_blobs(list(request.names), request.at)
+        return _DONE
+
+    def _scan(self, request: Any) -> Any:
+        limit = max(1, min(request.limit, _LARGEST_PAGE))
+        page = self._part("scans").scan(request.cursor, limit, request.begins)
+        records = [to_message(record) for record in page.records]
+        return pb.ScanReply(records=records, unreadable=page.unreadable, cursor=page.cursor)
+
+    def _tidy(self, request: Any) -> Any:
+        limit = max(1, request.limit)
+        tidied = self._part("upkeep").tidy(request.cursor, limit, dry_run=request.dry_run)
+        return pb.TidyReply(found=tidied.found, seen=tidied.seen, cursor=tidied.cursor)
+
+    def _count(self, request: Any) -> Any:
+        return pb.CountReply(count=self._part("counts").count())
+
+    def _check(self, request: Any) -> Any:
+        findings = [pb.Finding(**found._asdict()) for found in self._part("checks").check()]
+        return pb.CheckReply(findings=findings, done=True)
+
+
+_DONE = pb.Done(done=True)
+_ABSENT = pb.LoadReply(absent=pb.Absent())
+
+
+def _shorten(request: Any) -> dict[str, bool]:
+    """Only named where it is asked for: a store of somebody else's may not know it."""
+    return {"shorten": True} if request.shorten else {}
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -1,0 +1,62 @@
+"""Keeps forks and gRPC calls apart.
+
+gRPC survives a fork only if no thread is inside a call: a child that is forked in the middle of one
+may crash or hang. So a fork waits for the calls that are under way, and calls wait for a fork. Both
+are short: each call has a deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import get_ident
+from typing import TypeVar
+
+from ...processes import at_fork
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = 2.0  # seconds, for calls that are under way in other threads
+_PAUSE = 0.001  # seconds
+
+
+class ForkGuard:
+    """Lets calls and forks take turns."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, bool] = {}
+        self.forking = False
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Make a call, once no fork is under way."""
+        thread, calls = get_ident(), self.calls
+        calls[thread] = True  # before the look, as a fork looks after it has said that it comes
+        try:
+            while self.forking:
+                calls.pop(thread, None)
+                time.sleep(_PAUSE)
+                calls[thread] = True
+            return call()
+        finally:
+            calls.pop(thread, None)
+
+    def before_fork(self) -> None:
+        self.forking = True
+        own, over = get_ident(), time.monotonic() + _LONGEST_WAIT
+        while self.calls.keys() - {own} and time.monotonic() < over:
+            time.sleep(_PAUSE)
+
+    def after_fork(self) -> None:
+        self.forking = False
+
+    def begin_in_child(self) -> None:
+        self.calls.clear()
+        self.forking = False
+
+
+guard = ForkGuard()
+at_fork(
+    before=guard.before_fork,
+    after_in_parent=guard.after_fork,
+    after_in_child=guard.begin_in_child,
+)

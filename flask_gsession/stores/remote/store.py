@@ -1,0 +1,72 @@
+"""Sessions in the store of a ``flask gsession serve``, asked over gRPC."""
+
+from __future__ import annotations
+
+from ...protocol import gsession_pb2 as pb
+from ...protocol.messages import to_message, to_record
+from ..base import Deleted, Record, Replaced, Store
+from ..support import StoreOptions
+from .address import Address
+from .channel import Channel
+from .parts import RemoteBlobs, RemoteChecks, RemoteLeases, RemoteScans
+from .requests import delete, done, flag, replace, save
+
+
+class RemoteStore(Store):
+    """The store behind the server at ``url``. One round trip a call; nothing is asked at first.
+
+    The server's settings count: its key prefix, its clock, its SESSION_LOGOUT_REPLICAS. It has the
+    parts of the far store, less those that the URL names as missing: ``?without=leases,blobs``.
+    """
+
+    def __init__(self, url: str, options: StoreOptions | None = None) -> None:
+        options = options or StoreOptions()
+        address = Address.of(url)
+        self.channel = channel = Channel(address, options.timeout)
+        scans = RemoteScans(channel)
+        parts = {
+            "leases": RemoteLeases(channel),
+            "blobs": RemoteBlobs(channel),
+            "scans": scans,
+            "upkeep": scans,
+            "counts": scans,
+            "checks": RemoteChecks(channel),
+        }
+        for name, part in parts.items():
+            setattr(self, name, None if name in address.without else part)
+
+    def create(self, record: Record) -> None:
+        done(self.channel, "Create", pb.CreateRequest(record=to_message(record)))
+
+    def load(self, key: str) -> Record | None:
+        reply = self.channel.call("Load", pb.LoadRequest(key=key))
+        found = reply.WhichOneof("found")
+        if found == "absent":
+            return None
+        if found != "record" or reply.record.key != key:
+            raise self.channel.incomplete("Load")
+        return to_record(reply.record)
+
+    def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
+        save(self.channel, record, expected_version, None, shorten)
+
+    def renew(self, record: Record, idle_expires_at: int) -> bool:
+        request = pb.RenewRequest(record=to_message(record), idle_expires_at=idle_expires_at)
+        return flag(self.channel, "Renew", request)
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        *,
+        shorten: bool = False,
+    ) -> Replaced:
+        return replace(self.channel, key, record, expected_version, pointer, None, shorten)
+
+    def delete(self, key: str, expected_version: int | None = None) -> Deleted:
+        return delete(self.channel, key, expected_version, None)
+
+    def close(self) -> None:
+        self.channel.close()

@@ -1,0 +1,312 @@
+"""Who may call a server of sessions: mutual TLS, tokens, Unix sockets, and nobody by default."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_gsession import Session
+from flask_gsession.cli import gsession
+from flask_gsession.errors import SettingError, StoreUnavailable
+from flask_gsession.events import AccessDenied, Events
+from flask_gsession.sharing.grants import FULL_POWER, Grant, Grants, read_grants
+from flask_gsession.sharing.server import Server, check_address
+from flask_gsession.sharing.store_service import StoreService
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.remote.address import Certificates, certificates_of
+from flask_gsession.testing import a_record
+from tests.harness.certificates import Authority
+from tests.harness.sharing import serving
+
+MEMORY = "memory://"
+TOKEN = "a-token-of-the-shop"
+SHA256 = hashlib.sha256(TOKEN.encode()).hexdigest()
+
+
+def memory() -> StoreService:
+    return StoreService(open_store(MEMORY, StoreOptions())[0])
+
+
+def reach(url: str, timeout: float = 2.0) -> Any:
+    return open_store(url, StoreOptions(timeout=timeout))[0]
+
+
+# The file ---------------------------------------------------------------------------------------
+
+
+def grants_of(folder: Path, text: str) -> Grants:
+    path = folder / "grants.toml"
+    path.write_text(text)
+    return read_grants(str(path))
+
+
+def test_a_file_of_grants(tmp_path: Path) -> None:
+    grants = grants_of(
+        tmp_path,
+        f"""
+        [shop]
+        certificate = "shop.internal"
+        store = true
+
+        [billing]
+        token_sha256 = "{SHA256}"
+        read = ["cart"]
+        write = ["paid"]
+        """,
+    )
+    shop = Grant("shop", store=True)
+    billing = Grant("billing", read=frozenset({"cart"}), write=frozenset({"paid"}))
+    assert grants.of(["shop.internal"], None) == shop
+    assert grants.of(["other", "shop.internal"], "whatever") == shop
+    assert grants.of([], TOKEN) == billing
+    assert grants.of(["other"], TOKEN) == billing
+    for names, token in (([], None), (["other"], None), ([], "wrong"), ([], ""), ([""], None)):
+        assert grants.of(names, token) is None, (names, token)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("x = 1", "outside of a table"),
+        ("[a]\nstore = true", "neither certificate nor token"),
+        ("[a]\ncertificate = 'a'\nstor = true", "'stor'"),
+        ("[a]\ncertificate = 'a'\nstore = 1", "store = 1"),
+        ("[a]\ncertificate = ''", "isn't a name"),
+        ("[a]\ntoken_sha256 = 'secret'", "64 hexadecimal"),
+        ("[a]\ncertificate = 'a'\nread = 'cart'", "list of session keys"),
+        ("[a]\ncertificate = 'a'\nwrite = [1]", "list of session keys"),
+        ("[a]\ncertificate = 'a'\n[b]\ncertificate = 'a'", "of another service"),
+        (f"[a]\ntoken_sha256 = '{SHA256}'\n[b]\ntoken_sha256 = '{SHA256}'", "of another service"),
+        ("[a", "can't be read"),
+    ],
+)
+def test_a_wrong_file_is_named_at_start(text: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"grants\.toml") as caught:
+        grants_of(tmp_path, text)
+    assert why in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="nowhere"):
+        read_grants(str(tmp_path / "nowhere"))
+
+
+def test_an_empty_file_grants_nothing(tmp_path: Path) -> None:
+    with serving(memory(), grants=grants_of(tmp_path, "")) as address:
+        store = reach(f"grpc://{address}")
+        with pytest.raises(StoreUnavailable, match="UNAUTHENTICATED"):
+            store.load("x" * 43)
+        store.close()
+
+
+# Tokens -----------------------------------------------------------------------------------------
+
+
+def test_a_token_in_the_url(caplog: pytest.LogCaptureFixture) -> None:
+    denied: list[AccessDenied] = []
+    events = Events()
+    events.subscribe(AccessDenied, denied.append)
+    digest = hashlib.sha256(TOKEN.encode()).digest()
+    weak = hashlib.sha256(b"weak").digest()
+    grants = Grants(by_token={digest: Grant("shop", store=True), weak: Grant("weak", verify=True)})
+    with serving(memory(), grants=grants, events=events) as address:
+        record = a_record(time.time)
+        granted = reach(f"grpc://{TOKEN}@{address}")
+        granted.create(record)
+        assert granted.load(record.key) == record
+        for url, status in (
+            (f"grpc://wrong-word@{address}", "UNAUTHENTICATED"),
+            (f"grpc://{address}", "UNAUTHENTICATED"),
+            (f"grpc://weak@{address}", "PERMISSION_DENIED"),
+        ):
+            store = reach(url)
+            calls = (lambda s=store: s.load(record.key), lambda s=store: s.delete(record.key))
+            for call in calls:
+                with pytest.raises(StoreUnavailable, match=status):
+                    call()
+            store.close()
+        assert granted.load(record.key) == record
+        granted.close()
+    assert [each.service for each in denied] == ["", "", "", "", "weak", "weak"]
+    assert denied[-1].what == "Delete: the grant `store`"
+    assert "The service weak was refused Delete" in caplog.text
+    assert TOKEN not in caplog.text
+    assert "wrong-word" not in caplog.text
+
+
+# Mutual TLS -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tls_server(authority: Authority, grants: Grants) -> Iterator[int]:
+    certificate, key = authority.sign("sessions.internal")
+    server = Server([memory()], grants, Events(), 4)
+    paths = {"ca": str(authority.ca), "cert": str(certificate), "key": str(key)}
+    port = server.listen("127.0.0.1:0", certificates_of(paths))
+    server.start()
+    try:
+        yield port
+    finally:
+        server.stop().wait()
+
+
+def url_with(port: int, authority: Authority, name: str, more: str = "") -> str:
+    certificate, key = authority.sign(name)
+    return f"grpcs://127.0.0.1:{port}?ca={authority.ca}&cert={certificate}&key={key}{more}"
+
+
+def test_mutual_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours, foreign = Authority(tmp_path / "ours"), Authority(tmp_path / "foreign", "foreign")
+    grants = Grants(
+        by_certificate={
+            "shop.internal": Grant("shop", store=True),
+            "billing.internal": Grant("billing", read=frozenset({"cart"})),
+        }
+    )
+    with tls_server(ours, grants) as port:
+        shop = reach(url_with(port, ours, "shop.internal"))
+        record = a_record(time.time)
+        shop.create(record)
+        assert shop.load(record.key) == record
+        shop.close()
+        named = reach(url_with(port, ours, "shop.internal", "&name=sessions.internal"))
+        assert named.load(record.key) == record
+        named.close()
+        certificate, key = foreign.sign("shop.internal")
+        refused = {
+            url_with(port, ours, "billing.internal"): "PERMISSION_DENIED",
+            url_with(port, ours, "nobody.internal"): "UNAUTHENTICATED",
+            # Signed by somebody else, none at all, or a server that isn't the one meant.
+            f"grpcs://127.0.0.1:{port}?ca={ours.ca}&cert={certificate}&key={key}": "UNAVAILABLE",
+            f"grpcs://127.0.0.1:{port}?ca={ours.ca}": "UNAVAILABLE",
+            url_with(port, foreign, "shop.internal"): "UNAVAILABLE",
+            url_with(port, ours, "shop.internal", "&name=other.internal"): "UNAVAILABLE",
+            f"grpc://127.0.0.1:{port}": "UNAVAILABLE",
+        }
+        for url, status in refused.items():
+            store = reach(url)
+            with pytest.raises(StoreUnavailable, match=status):
+                store.load(record.key)
+            with pytest.raises(StoreUnavailable, match=status):
+                store.delete(record.key)
+            store.close()
+        assert "nobody.internal" in caplog.text
+
+
+def test_a_key_that_does_not_fit_is_named_at_start(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, _ = authority.sign("a.internal")
+    _, other = authority.sign("b.internal")
+    broken = tmp_path / "broken.pem"
+    broken.write_text("no PEM")
+    for query in (
+        f"cert={certificate}&key={other}",
+        f"ca={broken}",
+        f"ca={authority.ca}&cert={broken}&key={other}",
+    ):
+        with pytest.raises(SettingError, match="PEM files") as caught:
+            Session(Flask(__name__), store=f"grpcs://host?{query}")
+        assert str(tmp_path) in str(caught.value)
+
+
+# Addresses --------------------------------------------------------------------------------------
+
+ALL = Certificates(b"ca", b"chain", b"key")
+
+
+@pytest.mark.parametrize(
+    ("address", "certificates", "why"),
+    [
+        ("0.0.0.0:7443", None, "from other machines"),
+        ("sessions.internal:7443", None, "from other machines"),
+        (":7443", None, "from other machines"),
+        ("[::]:7443", None, "from other machines"),
+        ("127.0.0.1", None, "is no address"),
+        ("127.0.0.1:https", None, "is no address"),
+        ("0.0.0.0:7443", ALL._replace(ca=None), "needs --cert and --key"),
+        ("0.0.0.0:7443", ALL._replace(chain=None), "needs --cert and --key"),
+        ("unix:/run/x.sock", ALL, "no certificates"),
+    ],
+)
+def test_an_address_that_others_could_reach(
+    address: str, certificates: Certificates | None, why: str
+) -> None:
+    with pytest.raises(SettingError, match=why):
+        check_address(address, certificates)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/run/x.sock"])
+def test_an_address_of_this_machine(address: str) -> None:
+    check_address(address, None)
+
+
+def test_a_unix_socket_is_for_its_user(tmp_path: Path) -> None:
+    path = tmp_path / "grpc.sock"
+    server = Server([memory()], FULL_POWER, Events(), 2)
+    before = os.umask(0)
+    try:
+        server.listen(f"unix:{path}", None)
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+    server.start()
+    assert stat.S_IMODE(path.stat().st_mode) & 0o177 == 0
+    store = reach(f"grpc://{path}")
+    assert store.load("x" * 43) is None
+    store.close()
+    server.stop().wait()
+
+
+def test_a_file_in_the_place_of_the_socket_stays(tmp_path: Path) -> None:
+    path = tmp_path / "grpc.sock"
+    path.write_text("precious")
+    server = Server([memory()], FULL_POWER, Events(), 2)
+    with pytest.raises(SettingError, match="no socket"):
+        server.listen(f"unix:{path}", None)
+    assert path.read_text() == "precious"
+    server.stop().wait()
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with serving(memory()) as address:
+        server = Server([memory()], FULL_POWER, Events(), 2)
+        with pytest.raises(SettingError, match=address):
+            server.listen(address, None)
+        server.stop().wait()
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+def run(*options: str, store: str = MEMORY) -> Any:
+    app = Flask(__name__)
+    app.secret_key = "x"
+    Session(app, store=store)
+    return app.test_cli_runner().invoke(gsession, ["serve", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--grpc", "127.0.0.1:0"), "--grants FILE"),
+        (("--grpc", "0.0.0.0:7443", "--grants", "x"), "from other machines"),
+        (("--grpc", "127.0.0.1:0", "--grants", "/nowhere"), "/nowhere"),
+        (("--grpc", "0.0.0.0:0", "--cert", "/nowhere"), "one of cert and key"),
+        (("--grpc", "unix:/x", "--threads", "0"), "--threads is 1 to 1000"),
+        ((), "--grpc"),
+    ],
+)
+def test_the_command_names_what_is_wrong(options: tuple[str, ...], why: str) -> None:
+    result = run(*options)
+    assert result.exit_code != 0
+    assert why in result.output
+    assert "Traceback" not in result.output
