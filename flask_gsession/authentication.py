@@ -13,7 +13,9 @@ from flask import Flask, Request, Response, g, request
 from flask import session as flask_session
 
 from .config import csrf_field, remember_cookie
+from .errors import SignInRefused, TooManySessions
 from .request.lifecycle import Lifecycle
+from .request.ownership import LOGIN, bind, unbind
 from .request.session import SessionData, life_of
 
 # What Flask-Security sets in the session at each step of authentication, also at those that send
@@ -69,7 +71,7 @@ def _session() -> SessionData | None:
 def _loaded_from_cookie(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
-        _rotate(session, _SIGNED_IN)
+        _rotate(session, _SIGNED_IN, remembered=True)
 
 
 def _signed_in(sender: Flask, **_: Any) -> None:
@@ -92,12 +94,23 @@ def _pass_a_step(app: Flask, signed_in: Collection[str]) -> None:
             g.pop(name, None)
 
 
-def _rotate(session: SessionData, signed_in: Collection[str]) -> None:
+def _rotate(session: SessionData, signed_in: Collection[str], *, remembered: bool = False) -> None:
     session.accessed = True
-    life_of(session).rotate_soon(0, signed_in)
+    life = life_of(session)
+    user_id = session.get(LOGIN) if signed_in else None
+    if user_id is not None and life.presented().handle is None:
+        try:
+            bind(life, user_id, remembered=remembered, signed_in=signed_in)
+        except (SignInRefused, TooManySessions):
+            session.remove(*signed_in)
+            g.pop("_login_user", None)  # where Flask-Login keeps the user of the request
+            raise
+    life.rotate_soon(0, signed_in)
 
 
 def _signed_out(sender: Flask, **_: Any) -> None:
     session = _session()
+    if session is not None and LOGIN not in session:
+        unbind(life_of(session))
     if session is not None and session.get("_remember") == "clear":
         vars(request)[_FORGOTTEN] = True

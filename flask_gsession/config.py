@@ -72,6 +72,9 @@ class Settings:
     lock_waiters: int = 10
     lock_client_waiters: int | None = 10
     lock_warn: float | None = 1.0
+    max_per_user: int | None = None
+    max_policy: Literal["oldest", "refuse"] = "oldest"
+    seen_interval: float = 300.0
     schema: object = None
     debug: bool = False
     debug_show: Collection[str] = ()
@@ -137,6 +140,9 @@ class SettingKeywords(TypedDict, total=False):
     lock_waiters: int
     lock_client_waiters: int | None
     lock_warn: Seconds | None
+    max_per_user: int | None
+    max_policy: Literal["oldest", "refuse"]
+    seen_interval: Seconds
     schema: object
     debug: bool
     debug_show: Collection[str]
@@ -226,6 +232,12 @@ def _conflict(value: Any) -> MergeFunction:
 def _on_store_error(value: Any) -> str:
     if value not in ("fail", "keep-response"):
         raise ValueError('"fail" or "keep-response"')
+    return str(value)
+
+
+def _max_policy(value: Any) -> str:
+    if value not in ("oldest", "refuse"):
+        raise ValueError('"oldest" or "refuse"')
     return str(value)
 
 
@@ -352,6 +364,9 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         _optional(_integer(0, 10_000, "waiting requests")),
     ),
     "lock_warn": ("SESSION_LOCK_WARN", _optional(_seconds(0, 3600))),
+    "max_per_user": ("SESSION_MAX_PER_USER", _optional(_integer(1, 1000, "sessions"))),
+    "max_policy": ("SESSION_MAX_POLICY", _max_policy),
+    "seen_interval": ("SESSION_SEEN_INTERVAL", _seconds(1, 86_400)),
     "schema": ("SESSION_SCHEMA", lambda value: value),
     "debug": ("SESSION_DEBUG", _flag),
     "debug_show": ("SESSION_DEBUG_SHOW", _names),

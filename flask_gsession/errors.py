@@ -14,12 +14,16 @@
     ├── RotationRefused         a rotation or sign-in where no response can carry a new token
     ├── LockMisused             a lock inside a lock or a transaction, or without a stored session
     ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
+    ├── SignInRefused           HTTP 401: the user's sessions were revoked during the sign-in
+    ├── TooManySessions         HTTP 409: the user has as many sessions as allowed
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   ├── SessionEnded        HTTP 409: the session ended while this request ran
     │   └── LockLost            HTTP 409: the lock ran out before its holder was done
     └── StoreError              the errors that a store raises
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
-        │   └── LogoutUnconfirmed   ... the logout is not confirmed by enough replicas
+        │   ├── LogoutUnconfirmed   ... the logout is not confirmed by enough replicas
+        │   ├── RevocationUnfinished    ... sessions are being revoked: repeat it
+        │   └── RosterUnreadable    ... a user's roster is damaged, or of a newer version
         ├── UnreadableRecord    the key holds no valid record of its own
         ├── KeyTaken            create: the key holds a record already
         ├── Gone                save, replace, delete, acquire: no live record under the key
@@ -34,7 +38,7 @@ from __future__ import annotations
 
 import logging
 
-from werkzeug.exceptions import Conflict, ServiceUnavailable
+from werkzeug.exceptions import Conflict, ServiceUnavailable, Unauthorized
 
 
 class GSessionError(Exception):
@@ -139,6 +143,18 @@ class SessionLocked(GSessionError, ServiceUnavailable):
         return self.detail
 
 
+class SignInRefused(GSessionError, Unauthorized):
+    """The user's sessions were revoked while this sign-in ran (HTTP 401). Sign in again."""
+
+    description = "You were signed out while you signed in. Sign in again."
+
+
+class TooManySessions(GSessionError, Conflict):
+    """The user has ``SESSION_MAX_PER_USER`` sessions, and the policy is "refuse" (HTTP 409)."""
+
+    description = "You are signed in on as many devices as allowed. Sign out on one of them."
+
+
 class SessionConflict(GSessionError, Conflict):
     """Parallel requests changed the same session, and the changes can't be merged (HTTP 409).
 
@@ -211,6 +227,31 @@ class LogoutUnconfirmed(StoreUnavailable):
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, contention=True)  # the store itself answers
+
+
+class RevocationUnfinished(StoreUnavailable):
+    """Sessions of a user are being revoked, but not all of them have ended yet (HTTP 503).
+
+    It is safe to repeat. Otherwise the next sign-in of the user, or the next use of one of the
+    sessions, finishes it.
+    """
+
+    description = "Not all sessions have ended yet. Try again shortly."
+
+
+class RosterUnreadable(StoreUnavailable):
+    """A user's roster is damaged, or was written by a newer version (HTTP 503).
+
+    The user's sessions are neither served on trust nor ended. ``ext.users.rebuild`` repairs a
+    damaged roster.
+    """
+
+    description = "The list of your sessions can't be read. Try again later."
+
+    def __init__(self, detail: str, *, for_others: bool = False) -> None:
+        super().__init__(detail, contention=True)  # the store itself answers
+        #: whether a worker of a newer version, or with other keys, may be able to read it
+        self.for_others = for_others
 
 
 class UnreadableRecord(StoreError):

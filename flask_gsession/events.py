@@ -68,12 +68,66 @@ class SessionRevoked(SessionDestroyed):
 
 
 @dataclass(frozen=True, slots=True)
+class SessionBound(Event):
+    """A session was bound to a user. ``device_id`` stays the same through rotations."""
+
+    user_id: str
+    device_id: str
+    handle: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionUnbound(Event):
+    """A session left its user: a sign-out that keeps the session, or a sign-in as another user."""
+
+    user_id: str
+    device_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignInRejected(Event):
+    """A session could not be bound to a user.
+
+    ``reason``: ``"revoked"`` (the user's sessions were revoked meanwhile) or ``"full"``.
+    """
+
+    user_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimitReached(Event):
+    """A user has more devices than allowed. ``ended`` of them were ended; 0: refused a sign-in."""
+
+    user_id: str
+    limit: int
+    ended: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRevoked(Event):
+    """A session of a user was revoked, or ended as the oldest of too many.
+
+    ``reason``: of ``ext.users.revoke`` and its like, else ``"limit"`` or ``"not a member"`` (the
+    user's roster doesn't know the session: it was revoked before a failover, for example). ``by``
+    says who revoked it: a user id, or as the caller says; None if that is unknown.
+    """
+
+    user_id: str
+    device_id: str
+    handle: str
+    reason: str | None
+    by: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class SessionRefused(Event):
     """A request's token did not lead to a session.
 
     ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"`` (both signed by us),
     ``"too many cookies"``, ``"expired"`` (but still in the store), ``"unknown"`` (ended, never
-    issued, or expired and removed), ``"corrupt"``, ``"newer format"`` or
+    issued, or expired and removed), ``"revoked"`` (not in its user's roster), ``"corrupt"``,
+    ``"newer format"`` or
     ``"unknown encryption key"``. ``handle`` is None if this application did not sign the token.
     """
 

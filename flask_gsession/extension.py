@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar, Unpack
 
 from flask import Flask, current_app, has_request_context, request
@@ -23,6 +24,7 @@ from .request.template import prepare_templates
 from .stores import Store, StoreOptions, open_blobs, open_store
 from .stores.base import Clock
 from .stores.wrappers import Breaker, compose
+from .users.users import Users
 from .watching.debug import prepare
 
 NAME = "gsession"
@@ -150,6 +152,11 @@ class Session:
         """
         return peek(self._interface(None).repository, handle)
 
+    @cached_property
+    def users(self) -> Users:
+        """The users of the current application, their devices, and how to end them."""
+        return Users(lambda: self._interface(None).repository, self._session_here)
+
     def store(self, app: Flask | None = None) -> Store:
         """The store of ``app``, by default of the current application."""
         return self._interface(app).store
@@ -183,6 +190,12 @@ class Session:
         if self not in interfaces:
             raise SettingError("This Session is not on the application: call init_app first")
         return interfaces[self]
+
+    def _session_here(self) -> SessionData | None:
+        """The session of this ``Session`` in the current request; None outside a request."""
+        session = self._current() if has_request_context() else None
+        # Another application may have pushed a context inside the request.
+        return session if self._interface(None).has_opened(session) else None
 
     def _current(self) -> Any:
         interface = self._interface(None)

@@ -209,7 +209,8 @@ class GSessionInterface(SessionInterface):
             return
         life = life_of(session)
         by_header = header is not None and life.presented().by_header
-        if life.cookie != "keep" or (by_header and life.leads_nowhere()):
+        withheld = life.cookie == "set" and life.entry is not None
+        if (life.cookie != "keep" and not withheld) or (by_header and life.leads_nowhere()):
             response.cache_control.no_store = True
             if by_header:
                 self._write_header(app, life, response)

@@ -123,7 +123,7 @@ def estimate_count(interface: GSessionInterface) -> int | None:
 def resolve_handle(interface: GSessionInterface, handle: str) -> str:
     """The complete handle for its first characters. Fails if several sessions match."""
     whole = len(handle) == KEY_LENGTH and is_session_key(handle)
-    valid = is_session_key(handle.ljust(KEY_LENGTH, "-"))
+    valid = is_session_key(handle.ljust(KEY_LENGTH, "A"))
     if not whole and (len(handle) < _MIN_HANDLE or not valid):
         raise click.UsageError(
             f"{handle!r} is not a handle: type {KEY_LENGTH} characters of A-Z a-z 0-9 - _, "

@@ -37,7 +37,7 @@ def doctor(as_json: bool) -> None:
         elsewhere = None if spill is None or settings.spill_store is None else spill.blobs
         found = [
             *check_application(app, interface, settings, repository.live.permanent_lifetime()),
-            *check_store(interface.store, repository._clock, elsewhere),
+            *check_store(interface.store, repository.clock, elsewhere),
         ]
         cookie = repository.live.cookie_name()
         rows += [{"session": cookie, **finding._asdict()} for finding in found]

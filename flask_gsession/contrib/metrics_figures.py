@@ -47,7 +47,7 @@ _LIFE: dict[type[Event], str] = {
 }
 _UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
 _UNSIGNED = {"malformed", "bad signature", "two cookies", "too many cookies"}
-_REFUSALS = {*_UNSIGNED, "unknown", "expired", *_UNREADABLE}
+_REFUSALS = {*_UNSIGNED, "unknown", "expired", "revoked", *_UNREADABLE}
 _LEFTOVERS = set(LEFTOVERS)
 _LOST = ("missing", "truncated", "altered", "not encrypted", "unknown encryption key")
 _CONFLICTS = ("refused", "transaction", "too many races", "unknown outcome")

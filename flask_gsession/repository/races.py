@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ..errors import Gone, KeyTaken, SessionConflict, Stale
+from ..errors import Gone, GSessionError, KeyTaken, SessionConflict, Stale
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -19,24 +19,33 @@ R = TypeVar("R")
 ATTEMPTS = 25
 BUDGETS = 5  # times the budget of a store call that a write may go on losing races
 _LONGEST_PAUSE = 0.05  # seconds
+# Where hundreds of requests may want to write the same record at once.
+_PATIENT_ATTEMPTS, _PATIENT_BUDGETS, _PATIENT_PAUSE = 1000, 20, 0.5
 
 
 def tries(
-    store_timeout: float, conflict: Callable[[], SessionConflict] = SessionConflict
+    store_timeout: float,
+    conflict: Callable[[], GSessionError] = SessionConflict,
+    *,
+    patient: bool = False,
 ) -> Iterator[int]:
     """Count lost races from 0, and pause at random after each, longer the more there were.
 
-    Raises ``conflict()`` after too many, or if they have taken too long.
+    Raises ``conflict()`` after too many, or if they have taken too long. ``patient``: goes on for
+    longer, for a record that many clients share.
     """
     end = 0.0  # of time.monotonic
-    for losses in range(ATTEMPTS):
+    attempts, budgets, longest = ATTEMPTS, BUDGETS, _LONGEST_PAUSE
+    if patient:
+        attempts, budgets, longest = _PATIENT_ATTEMPTS, _PATIENT_BUDGETS, _PATIENT_PAUSE
+    for losses in range(attempts):
         if losses:
             now = time.monotonic()
             if losses == 1:
-                end = now + BUDGETS * store_timeout
+                end = now + budgets * store_timeout
             elif now >= end:
                 break
-            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2**losses)))
+            time.sleep(random.uniform(0, min(longest, 0.002 * 2 ** min(losses, 30))))
         yield losses
     raise conflict()
 

@@ -22,6 +22,7 @@ from ..errors import (
     LogoutUnconfirmed,
     SessionTooLarge,
     SettingError,
+    StoreUnavailable,
     UnreadableRecord,
     ValueLost,
 )
@@ -29,12 +30,14 @@ from ..events import Events, SessionRefused, logger
 from ..stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds, new_version
 from ..stores.parts import Blobs, Leases, parts_of
 from ..tokens import Token, is_token, new_token, session_key
+from ..users.roster import drop
+from ..users.rosters import MARGIN, Rosters
 from ..values.codec import Codec
 from ..values.encryption import Cipher
 from ..values.large_values import Spill, pieces_of
 from ..values.marks import END_OF_TIME, marked, split
 from ..values.merge import Merger
-from ..values.payload import Body, PayloadFormat
+from ..values.payload import Body, Owner, PayloadFormat
 from ..values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .newcomers import Newcomers
 from .races import tries, write
@@ -83,7 +86,6 @@ class Repository:
         #: None where the store has no place for large values
         self.spill: Spill | None = None
         self._own_blobs: Blobs | None = None
-        self.use_store(store)
         self.events = events
         #: Called before a session is stored for the first time; what it raises prevents that.
         self.before_create: Callable[[], object] | None = None
@@ -97,6 +99,8 @@ class Repository:
             cipher=cipher,
             allow_plain=settings.read_plain,
         )
+        self.rosters = Rosters(settings, self._payloads, clock)
+        self.use_store(store)
         places = self._own_blobs if blobs is None else blobs
         if places is not None:
             self.spill = Spill(
@@ -113,7 +117,7 @@ class Repository:
         #: of the whole session: raises for what may not be set; gives the mark it is to have
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
-        self._clock = clock
+        self.clock = clock
         self._newcomers = Newcomers(settings.newcomers_per_minute, settings.newcomer_timeout)
         self._unseen = self._newcomers.unseen
         self._usual_span = self._span(settings.idle_timeout)
@@ -124,6 +128,7 @@ class Repository:
         before = self._own_blobs
         parts = parts_of(store)
         self.store, self.leases, self._own_blobs = store, parts.leases, parts.blobs
+        self.rosters = self.rosters.through(store)
         if self.spill is not None and self.spill.blobs is before and parts.blobs is not None:
             self.spill = self.spill.through(parts.blobs)
 
@@ -139,7 +144,7 @@ class Repository:
         for _ in range(MAX_POINTERS):
             record = self.store.load(at)
             # Only here: a store may still have what has expired.
-            if record is None or self._clock() * 1000 >= record.idle_expires_at:
+            if record is None or self.clock() * 1000 >= record.idle_expires_at:
                 if presented:
                     self._refuse_absent(key, record, rotated=at != key)
                 return None
@@ -266,12 +271,26 @@ class Repository:
         if isinstance(deleted, Deleted) and deleted.unconfirmed:
             raise LogoutUnconfirmed(deleted.unconfirmed)
 
-    def draft_rotated(self, old: Record, body: Body, *, renew: bool = True) -> tuple[str, Record]:
+    def draft_rotated(
+        self, old: Record, body: Body, *, renew: bool = True, signs_in: bool = False
+    ) -> tuple[str, Record]:
         """A new token for the session of ``old``, and its record, which is not stored yet.
 
-        The idle expiry moves, unless ``renew`` is false.
+        The idle expiry moves, unless ``renew`` is false. If it ``signs_in``, the absolute lifetime
+        starts again.
         """
         token, key = self._new_token()
+        if signs_in:
+            created, absolute = self.now(), self.latest_end()
+            body_before = self._payloads.unpack(
+                old.key, old.payload, old.created_at, old.absolute_expires_at
+            )
+            old = old._replace(created_at=created, absolute_expires_at=absolute)
+            payload = self._payloads.pack(key, body, created, absolute, before=body_before.values)
+            end = self._idle_end(body, absolute)
+            return token, old._replace(
+                key=key, version=new_version(), idle_expires_at=end, payload=payload
+            )
         idle_end = self._idle_end(body, old.absolute_expires_at) if renew else old.idle_expires_at
         record = old._replace(
             key=key,
@@ -392,24 +411,71 @@ class Repository:
         self._renew_blobs(body, idle_end)
         return self.store.renew(record, idle_end)
 
-    def delete(self, key: str, ordered: Callable[[int], None] | None = None) -> bool:
+    def delete(
+        self,
+        key: str,
+        ordered: Callable[[int], None] | None = None,
+        *,
+        owner: Owner | None = None,
+        leave_roster: bool = True,
+    ) -> bool:
         """End the session under ``key``, through pointers, and its large values with it.
 
-        ``ordered`` is called with the end of an order to debug it, where it has one. Returns
-        whether there was a session. One round trip, one more where it had large values. Raises
-        what ``Store.delete`` raises.
+        ``ordered`` is called with the end of an order to debug it, where it has one. ``owner``: as
+        far as the caller knows, for a store that doesn't return the record. Returns whether there
+        was a session. One round trip, one more where it had large values, and two where it was
+        bound to a user, whose roster it leaves unless that is not wanted. Raises what
+        ``Store.delete`` raises.
         """
         deleted = self.store.delete(key)
         if not isinstance(deleted, Deleted):
             deleted = Deleted(deleted)
+        ended = key
         if deleted.record is not None:
-            self._clear_away(deleted.record, ordered)
+            ended = deleted.record.key
+            body = self._clear_away(deleted.record, ordered)
+            owner = None if body is None else body.owner
+        if leave_roster and owner is not None and deleted.found:
+            self.leave_roster(owner, key, ended)
         if deleted.unconfirmed:
             raise LogoutUnconfirmed(deleted.unconfirmed)
         return deleted.found
 
-    def _clear_away(self, record: Record, ordered: Callable[[int], None] | None) -> None:
-        """This record ended: let go of its large values.
+    def leave_roster(self, owner: Owner, *keys: str) -> None:
+        """The sessions under these keys have ended, or aren't the user's any more.
+
+        Two round trips. Never raises for an outage: then the user's roster lists the session until
+        it would have expired.
+        """
+        ended = {*keys, *([owner.predecessor] if owner.predecessor else ())}
+        try:
+            self.rosters.change(owner.user_id, lambda roster: (drop(roster, ended), None))
+        except StoreUnavailable as error:
+            logger.warning("Session %s stays in its user's list: %s", keys[0], error)
+
+    def own(self, old: Record, body: Body, owner: Owner) -> None:
+        """Store the owner of a session that stays as it is. Raises ``Stale`` and ``Gone``."""
+        body.owner = owner
+        payload = self._pack(old.key, body, old)
+        self.store.save(old._replace(version=new_version(), payload=payload), old.version)
+
+    def listed_until(
+        self, values: Mapping[str, bytes], lifetime: int | None, record: Record | None
+    ) -> int:
+        """Until when, in seconds, a roster may take a session to be there that is entered now.
+
+        Without a look at the roster, the session is renewed for as long as
+        ``SESSION_SEEN_INTERVAL``. ``record``: as it is stored; None: it is a new one.
+        """
+        absolute = self.latest_end() if record is None else record.absolute_expires_at
+        interval = int(self.settings.seen_interval * 1000)
+        end = self.now() + self._idle_span(values, lifetime)[0] + interval
+        if record is not None:
+            end = max(end, record.idle_expires_at)
+        return (min(end, absolute) + MARGIN) // 1000
+
+    def _clear_away(self, record: Record, ordered: Callable[[int], None] | None) -> Body | None:
+        """This record ended: let go of its large values. Returns what it held, if that is readable.
 
         Also where replicas may not know yet that it ended. One that takes over with the session
         has not heard of this either; where the values are elsewhere, they are absent from it.
@@ -419,11 +485,12 @@ class Repository:
                 record.key, record.payload, record.created_at, record.absolute_expires_at
             )
         except UnreadableRecord:
-            return  # what it referred to, if anything, expires
+            return None  # what it referred to, if anything, expires
         if ordered is not None and body.debug_until is not None:
             ordered(body.debug_until)
         if body.spilled:
             self.discard(names_in(body.values.values()), 0)
+        return body
 
     def any_large(
         self, values: Mapping[str, bytes], changed: Iterable[str], others: int = 0
@@ -573,7 +640,7 @@ class Repository:
 
     def now(self) -> int:
         """The clock's time in milliseconds."""
-        return milliseconds(self._clock)
+        return milliseconds(self.clock)
 
     def due(self, record: Record, values: Mapping[str, bytes], lifetime: int | None) -> int | None:
         """Where the idle expiry moves to, or None while it need not move yet."""
@@ -584,7 +651,7 @@ class Repository:
         else:
             span, step = self._idle_span(values, lifetime)
         absolute = record.absolute_expires_at
-        end = min(milliseconds(self._clock) + span, absolute)
+        end = min(milliseconds(self.clock) + span, absolute)
         gain = end - record.idle_expires_at
         return end if gain >= step or (end == absolute and gain > 0) else None
 
@@ -639,7 +706,7 @@ class Repository:
 
     def _idle_end(self, body: Body, absolute: int) -> int:
         return min(
-            milliseconds(self._clock) + self._idle_span(body.values, body.lifetime)[0], absolute
+            milliseconds(self.clock) + self._idle_span(body.values, body.lifetime)[0], absolute
         )
 
     def _new_token(self) -> tuple[str, str]:

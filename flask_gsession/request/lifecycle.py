@@ -28,6 +28,8 @@ from ..repository.repository import PERMANENT, Loaded, Repository
 from ..stores.base import Record
 from ..stores.wrappers import Call
 from ..tokens import session_key
+from ..users.revoking import is_member
+from ..users.rosters import Began
 from ..values.marks import is_marked, split
 from ..values.merge import Change, MergeFunction, last
 from ..values.payload import Body
@@ -39,6 +41,7 @@ from .state import (
     NOTHING_SEEN,
     Attempt,
     Block,
+    Entry,
     Phase,
     Presented,
     Seen,
@@ -80,10 +83,16 @@ class Lifecycle:
         app: Flask,
         request: Request | None,
         context: weakref.ref[Any] | None,
+        began: Began,
         turn: Any,
         phase: Phase,
     ) -> None:
         self.repository = repository
+        self.began = began
+        #: the epochs of users whose sessions this request has revoked
+        self.noted: dict[str, int] = {}
+        #: until it is done, no token of the session may leave
+        self.entry: Entry | None = None
         self.app = app
         self.request = request
         self.turn = turn
@@ -206,6 +215,8 @@ class Lifecycle:
             began = time.perf_counter()
             try:
                 loaded = self.repository.find(key, token is not None)
+                if loaded is not None and loaded.body.owner is not None:
+                    loaded = self._verified(loaded)
             except UnreadableRecord as error:
                 self.seen = Seen(for_others=error.for_others)
                 self.repository.refused(error.reason, key, error.detail)
@@ -226,6 +237,14 @@ class Lifecycle:
                     self.seen = Seen(token, record, found, presented=checked is not None)
         self.values = self._new_values(found)
         self.opened = True
+
+    def _verified(self, loaded: Loaded) -> Loaded | None:
+        """The session; None if it is to be in the roster of its user, and isn't."""
+        owner = loaded.body.owner
+        if owner is None or owner.seen or is_member(self.repository, loaded):
+            return loaded
+        self.repository.refused("revoked", loaded.record.key)
+        return None
 
     def _go_on_without(self, error: StoreUnavailable) -> None:
         """The session can't be loaded: raise that, or leave it to the response to say so.
@@ -280,7 +299,7 @@ class Lifecycle:
         now = self.repository.now if body.marked else None
         if afresh:
             self.values.restart(body.values, now)
-            wishes = NO_WISHES if wishes.rotation is None else Wishes(rotation=wishes.rotation)
+            wishes = Wishes(rotation=wishes.rotation, binding=wishes.binding)
         else:
             self.values.follow(body.values, now)
         if self._placed is not None:
@@ -421,6 +440,7 @@ class Lifecycle:
         return (
             wishes.lifetime is not None
             or wishes.forced
+            or (wishes.binding is not None and (rotating or self.lease is None))
             or (rotating and wishes.rotation is not None)
             or (wishes.cleared and not worth_keeping(self.values.unexpired()))
         )
@@ -433,6 +453,7 @@ class Lifecycle:
             wanted.get("lifetime", wishes.lifetime),
             wanted.get("forced", wishes.forced),
             wanted.get("cleared", wishes.cleared),
+            wanted.get("binding", wishes.binding),
         )
 
     def rotate_soon(self, grace: float, signed_in: Collection[str] = ()) -> None:
@@ -484,7 +505,8 @@ class Lifecycle:
         )
         values.clear()
         self.seen = Seen(presented=True)
-        self.wishes = Wishes(cleared=True) if emptied else NO_WISHES
+        self.wishes = Wishes(cleared=emptied, binding=None if emptied else self.wishes.binding)
+        self.entry = None
         self.attempts = NO_ATTEMPTS
         self.lease = None
         for key, raw in kept.items():
@@ -504,6 +526,7 @@ class Lifecycle:
             self.check_may_not_repeat("Ending the session")
             presented = self.presented()
             keys = [attempt.record.key for attempt in self.attempts.values()]
+            owner = None if self.seen.body is None else self.seen.body.owner
             if self.seen.record is not None:
                 keys.insert(0, self.seen.record.key)
             is_its = self.seen.record is not None and self.seen.presented
@@ -516,7 +539,7 @@ class Lifecycle:
             for key in dict.fromkeys(keys):
                 heed = partial(self.heed_debug_switch, "delete", time.perf_counter())
                 try:
-                    ended = self.repository.delete(key, heed)
+                    ended = self.repository.delete(key, heed, owner=owner)
                 except UnreadableRecord as error:
                     self.repository.refused(error.reason, key, error.detail)
                     continue
@@ -571,6 +594,7 @@ class Lifecycle:
             self.values.clear()
         self.wishes = NO_WISHES
         self.attempts = NO_ATTEMPTS
+        self.entry = None
         self.lease = None
         self.seen = Seen(for_others=self.seen.for_others)
 

@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 import weakref
-from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from flask.sessions import SessionMixin
 
 from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
 from ..repository.repository import Repository
+from ..users.rosters import Began
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
 from ..values.marks import PLAIN, Mark, marked, split
@@ -24,6 +25,7 @@ from ..values.references import reference_in, refers
 from .large import LargeValues
 from .lifecycle import ONE_KEY, Lifecycle
 from .locking import Lock
+from .ownership import bind, device_id_of, unbind, user_id_of
 from .state import Phase, Presented
 from .tracking import TrackedValues
 from .transactions import Transaction
@@ -54,6 +56,7 @@ class SessionData(SessionMixin):
         context: weakref.ref[Any] | None = None,
     ) -> None:
         self._start = (repository, present, app, request, context)
+        self._began = (repository.clock(), repository.rosters.own.count)
         self._phase = Phase.VIEW  # where the request is while nobody has looked at the session
         self._made: Lifecycle | None = None
         self._further: list[SessionData] = []
@@ -67,8 +70,11 @@ class SessionData(SessionMixin):
             with self._turn:
                 life = self._made
                 if life is None:
-                    life = self._made = Lifecycle(*self._start, self._turn, self._phase)
+                    life = self._made = self._new_life()
         return life
+
+    def _new_life(self) -> Lifecycle:
+        return Lifecycle(*self._start, Began(*self._began), self._turn, self._phase)
 
     def _open(self) -> TrackedValues:
         life = self._made
@@ -375,6 +381,47 @@ class SessionData(SessionMixin):
     def sid(self) -> str | None:
         """The same as ``handle``, under the name that Flask-Session gives it."""
         return self.handle
+
+    def bind(
+        self, user_id: str | int, label: str | None = None, tags: Collection[str] | None = None
+    ) -> None:
+        """Bind the session to the user who has just signed in; see ``ext.users``.
+
+        It gets a new token with the save, and the old one ends at once. With Flask-Login and
+        Flask-Security, a sign-in does this by itself. Bound to the same user already: nothing
+        changes. Bound to another user: it leaves that one.
+
+        ``user_id``: 1 to 256 characters, or an int, which is taken as text. ``label``: what the
+        user is to see in a list of devices, at most 100 characters. ``tags``: at most 10 texts.
+        Raises ``ValueError`` for anything else.
+
+        Raises ``SignInRefused`` (401) if the user's sessions were revoked since the request began,
+        or since ``ext.users.login``, and ``TooManySessions`` (409) if ``SESSION_MAX_POLICY`` is
+        "refuse" and there are enough; the save may raise both, too. One round trip, and one more
+        with the save.
+        """
+        self.accessed = True
+        bind(self._life, user_id, label, tags)
+
+    def unbind(self) -> None:
+        """Let the session go on without its user. Costs two round trips with the save."""
+        self.accessed = True
+        unbind(self._life)
+
+    @property
+    def owner(self) -> str | None:
+        """The id of the user that the session is bound to, as text; None if it is not bound."""
+        self._open()
+        return user_id_of(self._life)
+
+    @property
+    def device_id(self) -> str | None:
+        """The id of this device among its user's; None if the session is not bound.
+
+        It stays the same through rotations, and isn't secret.
+        """
+        self._open()
+        return device_id_of(self._life)
 
     @property
     def created_at(self) -> datetime | None:

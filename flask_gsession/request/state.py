@@ -8,12 +8,15 @@ from enum import Enum
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import StoreUnavailable
 from ..stores.base import Record
 from ..tokens import Checked
+from ..users.roster import Since
+from ..users.rosters import Found
 from ..values.merge import Change
-from ..values.payload import Body
+from ..values.payload import Body, Owner
 
 
 class Phase(Enum):
@@ -75,6 +78,34 @@ class Seen(Discreet, frozen=True):
 NOTHING_SEEN = Seen()
 
 
+class Binding(Discreet, frozen=True):
+    """The user that the session is to be bound to; without a ``user_id``, it is to be unbound.
+
+    ``since``: when the sign-in began. ``found``: the roster as it was looked at.
+    """
+
+    user_id: str
+    device_id: str
+    since: Since
+    label: str = ""
+    tags: tuple[str, ...] = ()
+    remembered: bool = False
+    found: Found | None = None
+
+
+class Entry(Discreet, frozen=True):
+    """What is to be done in rosters when a session is stored, before its token leaves.
+
+    ``binding``: it is to be entered. ``moves``: it was rotated, and one of these keys is in the
+    roster. ``leaves``: the owner and key that it had before. ``key``: that it is stored under.
+    """
+
+    binding: Binding | None = None
+    moves: tuple[str, ...] = ()
+    leaves: tuple[Owner, str] | None = None
+    key: str = ""
+
+
 class Wishes(Struct, frozen=True):
     """What the next save is to do, besides storing changed values.
 
@@ -86,16 +117,18 @@ class Wishes(Struct, frozen=True):
     lifetime: int | None = None
     forced: bool = False
     cleared: bool = False
+    binding: Binding | None = None
 
 
 NO_WISHES = Wishes()
 
 
-def without_rotation(wishes: Wishes) -> Wishes:
-    """The same, but for the rotation."""
-    if wishes.rotation is None:
+def without_rotation(wishes: Wishes, *, but_binding: bool = False) -> Wishes:
+    """The same without the rotation, and without the binding that comes with it."""
+    binding = wishes.binding if but_binding else None
+    if wishes.rotation is None and wishes.binding is binding:
         return wishes
-    return Wishes(None, wishes.lifetime, wishes.forced, wishes.cleared)
+    return replace(wishes, rotation=None, binding=binding)
 
 
 def beyond(done: Wishes, wishes: Wishes) -> Wishes:
@@ -107,6 +140,7 @@ def beyond(done: Wishes, wishes: Wishes) -> Wishes:
         None if wishes.lifetime == done.lifetime else wishes.lifetime,
         wishes.forced and not done.forced,
         wishes.cleared and not done.cleared,
+        None if wishes.binding == done.binding else wishes.binding,
     )
     return NO_WISHES if left == NO_WISHES else left
 

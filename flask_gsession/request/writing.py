@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from msgspec.structs import replace
 from werkzeug.exceptions import HTTPException
 
 from ..errors import (
@@ -19,6 +20,7 @@ from ..errors import (
     GSessionError,
     KeyTaken,
     LogoutUnconfirmed,
+    RosterUnreadable,
     SessionConflict,
     SessionEnded,
     Stale,
@@ -46,6 +48,7 @@ from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
 from .lifecycle import NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
+from .ownership import LOGIN, Revoked, complete, is_revoked, is_touch_due, prepare
 from .state import (
     NO_WISHES,
     Attempt,
@@ -109,6 +112,8 @@ def commit(
         rotating = False  # no view runs, but a socket handler, whose response nobody may send
     if life.attempts and life.trouble is None:
         life.resolve_attempts()
+    if life.entry is not None and life.trouble is None and not complete(life):
+        return True
     changes = life.changes()
     if not changes and (
         life.wishes is NO_WISHES or not (life.wishes.cleared or life.has_wishes(rotating=rotating))
@@ -237,6 +242,11 @@ def store(
                 raise Stale
             try:
                 return _send(life, step, lost)
+            except Revoked:
+                if not is_revoked(life):
+                    raise Stale from None
+                life.end(what)
+                return None
             except (Stale, Gone):
                 if exactly:
                     life.conflict("transaction")
@@ -287,9 +297,10 @@ def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> E
         repository.events.emit(WriteDropped, life.handle, error.reason)
         life.refuse(error.reason, error.detail)
         return None
-    return Edit(
-        life.seen, merged, changes, life.wishes if rotating else without_rotation(life.wishes)
-    )
+    wishes = life.wishes
+    if not rotating:
+        wishes = without_rotation(wishes, but_binding=life.lease is None)
+    return Edit(life.seen, merged, changes, wishes)
 
 
 def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
@@ -301,7 +312,7 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
     stored = {key: change.mine for key, change in changes.items() if change.mine}
     if values.now is not None:
         stored = unexpired(stored, values.now())
-    if not worth_keeping(stored) or life.is_late:
+    if life.is_late or not (worth_keeping(stored) or life.wishes.binding is not None):
         return None
     if life.presented().handle is not None:
         raise SessionEnded  # in this block, and nobody would have the token of a new one
@@ -317,8 +328,11 @@ def _send(
     """
     repository, wishes, old = life.repository, step.wishes, step.seen.record
     merged = step.values
+    owner = None if old is None or life.seen.body is None else life.seen.body.owner
     if old is not None and step.settle is None and not worth_keeping(merged):
-        return _end(life, old)
+        binds = wishes.binding is not None and wishes.binding.user_id
+        if not binds and (owner is None or step.changes or wishes.cleared):
+            return _end(life, old)
     stored = merged
     others = sys.maxsize if old is None else len(old.payload)
     before, has_large = life.values.stored, life.has_large
@@ -327,6 +341,9 @@ def _send(
         stored = life.placed.put_away(body, old.absolute_expires_at if old else None, before)
         has_large = life.has_large
     body = life.body(stored, has_large=has_large)
+    entry = None
+    if owner is not None or wishes.binding is not None or LOGIN in merged:
+        body.owner, entry = prepare(life, merged, step.changes, wishes, old)
     toggled = PERMANENT in step.changes and (
         repository.is_permanent(merged) != repository.is_permanent(before)
     )
@@ -335,13 +352,17 @@ def _send(
     if old is None:
         token, record = repository.draft_new(body)
     elif wishes.rotation is not None:
-        token, record = repository.draft_rotated(old, body, renew=restart or life.renews)
+        signs_in = entry is not None and entry.binding is not None
+        renew = restart or life.renews
+        token, record = repository.draft_rotated(old, body, renew=renew, signs_in=signs_in)
     else:
         record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
     changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
     pending = step.settle is None
     attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
     life.attempts = {**life.attempts, record.version: attempt}
+    if entry is not None:
+        life.entry = replace(entry, key=record.key)
     unconfirmed = None
     try:
         if old is None:
@@ -358,6 +379,7 @@ def _send(
             attempts = life.attempts.copy()
             del attempts[record.version]
             life.attempts = attempts
+            life.entry = None
         raise
     moved = old is not None and record.idle_expires_at != old.idle_expires_at
     if pending:
@@ -373,12 +395,17 @@ def _send(
             life.cookie = "set"
     life.seen = Seen(current, record, body, presented=step.seen.presented)
     if pending and life.wishes is not NO_WISHES:
-        done = wishes.rotation is not None or life.wishes.rotation is None
-        life.wishes = NO_WISHES if done else Wishes(rotation=life.wishes.rotation)
+        left = life.wishes
+        rotation = None if wishes.rotation is not None else left.rotation
+        binding = None if wishes.binding is not None else left.binding
+        done = rotation is None and binding is None
+        life.wishes = NO_WISHES if done else Wishes(rotation=rotation, binding=binding)
     # This version was over the one that earlier attempts were to replace: they came to nothing.
     life.attempts = NO_ATTEMPTS
     if has_large:
         life.placed.replaced(before, stored)
+    if life.entry is not None and not complete(life):
+        return [], None
     if old is None:
         return [(SessionCreated, record.key)], None
     happened: list[Happened] = [(SessionSaved, record.key, len(record.payload), lost)]
@@ -411,6 +438,8 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
         life.repository.end(old, life.lease)
     except LogoutUnconfirmed as error:
         unconfirmed = error
+    if life.seen.body is not None and life.seen.body.owner is not None:
+        life.repository.leave_roster(life.seen.body.owner, old.key)
     before = life.values.stored if life.has_large else None
     life.forget()
     life.cookie = "delete"
@@ -422,6 +451,9 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
 def _renew_if_due(life: Lifecycle) -> None:
     """Move the idle expiry if it is time to."""
     if not life.renews:
+        return
+    if is_touch_due(life):
+        _save_to_touch(life)
         return
     repository, seen, values = life.repository, life.seen, life.values
     assert seen.record is not None
@@ -442,6 +474,18 @@ def _renew_if_due(life: Lifecycle) -> None:
         if seen.token is not None and repository.is_permanent(values.stored):
             life.cookie = "set"
         repository.events.emit(SessionRenewed, record.key)
+
+
+def _save_to_touch(life: Lifecycle) -> None:
+    """Save a session that nothing changed, since a save touches the roster of its user."""
+    life.wish(forced=True)
+    try:
+        commit(life, rotating=False)
+    except RosterUnreadable:
+        raise
+    except StoreUnavailable as error:
+        # As for a renewal: what was read is right, and the next request does it.
+        logger.warning("A session could not be renewed: %s", error)
 
 
 def _as_stored(

@@ -22,8 +22,11 @@ Clock = Callable[[], float]
 MAX_POINTERS = 1000
 KEY_LENGTH = 43  # of a session key
 #: The key of the clean-up ticket: a process holds it while it cleans up, then marks it done. It
-#: cannot collide with a session key: no digest ends with its last character.
+#: cannot collide with a session key: no digest ends with its last character, nor with an
+#: underscore, with which the key of a user's roster ends.
 CLEANUP_KEY = "flask-gsession-clean-up".ljust(KEY_LENGTH, "-")
+#: The last characters of the keys of other records than sessions.
+OTHER_ENDS = "-_"
 _NO_KEY_CHARACTERS = dict.fromkeys(map(ord, f"{ascii_letters}{digits}-_"))
 
 
@@ -199,7 +202,14 @@ def milliseconds(clock: Clock) -> int:
 
 
 def is_session_key(text: str) -> bool:
-    """Whether ``text`` can be a session's key: 43 characters of ``A-Z a-z 0-9 - _``."""
-    return (
-        len(text) == KEY_LENGTH and not text.translate(_NO_KEY_CHARACTERS) and text != CLEANUP_KEY
-    )
+    """Whether ``text`` can be a session's key: 43 characters of ``A-Z a-z 0-9 - _``.
+
+    The last one is a letter or digit. Keys that end with ``-`` or ``_`` are those of other records,
+    such as the clean-up ticket and the rosters of users.
+    """
+    return is_record_key(text) and text[-1] not in OTHER_ENDS
+
+
+def is_record_key(text: str) -> bool:
+    """Whether ``text`` can be the key of a session, or of another record."""
+    return len(text) == KEY_LENGTH and not text.translate(_NO_KEY_CHARACTERS)

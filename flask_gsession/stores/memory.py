@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
 from ..processes import process
-from .base import CLEANUP_KEY, Deleted, Record, Store, milliseconds
+from .base import OTHER_ENDS, Deleted, Record, Store, milliseconds
 from .lease import Lease
 from .parts import Page, Tidied, itself
 from .support import StoreOptions
@@ -121,8 +121,10 @@ class MemoryStore(Store):
     def count(self) -> int:
         now = milliseconds(self._clock)
         with self._lock:
-            live = sum(record.is_live(now) for record in self._records.values())
-            return live - (CLEANUP_KEY in self._records and self._records[CLEANUP_KEY].is_live(now))
+            return sum(
+                record.is_live(now) and not key.endswith(tuple(OTHER_ENDS))
+                for key, record in self._records.items()
+            )
 
     def sweep(self, limit: int) -> int:
         """Remove expired records, oldest first, examining at most ``limit`` of them.

@@ -145,17 +145,17 @@ def touch(
     roster: Roster,
     device_id: str,
     key: str,
-    predecessor: str | None,
+    before: Collection[str],
     *,
     seen: int,
     expires: int,
     network: bytes,
 ) -> Entered:
-    """The session is in use. Refused unless it is a member, or its predecessor is.
+    """The session is in use. Refused unless it is a member, or was rotated from one.
 
-    In the latter case its rotation was interrupted, and it takes the predecessor's place.
+    In the latter case (one of the keys ``before`` is the member's), it takes that one's place.
     """
-    moved = move(roster, device_id, key, () if predecessor is None else (predecessor,))
+    moved = move(roster, device_id, key, before)
     there = moved.roster.by_id(device_id)
     if moved.refused or there is None:
         return moved

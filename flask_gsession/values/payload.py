@@ -2,17 +2,17 @@
 
 ::
 
-    byte 0      format version, 2; 3 where a value is a reference
+    byte 0      format version, 2; 3 where a value is a reference; 4 of a session bound to a user
     byte 1      0 plain, 2 sealed with AES-GCM
     plain:      4 first characters of the session key, 4 bytes CRC-32 of the whole session key, of
-                the byte 3 in that format, and of the body, then the body
+                the byte 3 or 4 in these formats, and of the body, then the body
     sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body; authenticated with
                 it are both bytes in front, the session key, and the times that never change:
                 created_at and absolute_expires_at, for a pointer also the end of its grace
 
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
                 string; then the session's own idle lifetime, whether any value has a mark, and
-                until when the session is debugged, and whether any value is a reference
+                until when the session is debugged, whether any value is a reference, and the owner
 
 So one value can be decoded without looking into the others. The check in front (or the
 AES-GCM tag) binds the payload to its own record: another session's payload, a truncated or a
@@ -37,11 +37,15 @@ from .encryption import Cipher
 from .marks import END_OF_TIME
 from .references import length_of
 
-FORMAT, NEWEST = 2, 3
-# What holds no reference stays in the format that versions from before them can read.
-_PLAIN, _SEALED = {False: b"\2\0", True: b"\3\0"}, {False: b"\2\2", True: b"\3\2"}
+FORMAT, _SPILLED, _OWNED, NEWEST = 2, 3, 4, 4
+# A session without references, or without an owner, stays in the format that versions from before
+# them can read.
+_FORMATS = (FORMAT, _SPILLED, _OWNED)
+_PLAIN = {number: bytes((number, 0)) for number in _FORMATS}
+_SEALED = {number: bytes((number, 2)) for number in _FORMATS}
 _SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
-_SPILLED_OF_PLAIN = {header: spilled for spilled, header in _PLAIN.items()}
+_FORMAT_OF_PLAIN = {header: number for number, header in _PLAIN.items()}
+_SEALED_HEADERS = frozenset(_SEALED.values())
 NOT_ENCRYPTED = "not encrypted"
 #: Whatever the settings say: MongoDB takes no document of 16 MiB.
 MOST_BYTES = 15 * 1024 * 1024
@@ -52,13 +56,32 @@ _BODY = 2 + _CHECK_BYTES
 _Milliseconds = Annotated[int, Meta(ge=0, lt=END_OF_TIME)]
 
 
+class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
+    """The user that a session is bound to, and what it knows of its place in the user's roster.
+
+    ``seen``: when it was last entered in the roster, in seconds; 0 if it must be looked up there
+    before it is used. ``until``: the roster takes it to end no later, in seconds.
+    ``predecessor``: the session that it was rotated from, which may be the one in the roster.
+    """
+
+    user_id: str
+    device_id: str
+    seen: _Milliseconds
+    until: _Milliseconds
+    predecessor: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Owner device={self.device_id!r}>"
+
+
 class Body(Struct, array_like=True, gc=False):
     """The contents of a payload: the encoded values by key, and the session's own idle lifetime.
 
     ``lifetime`` is in milliseconds; None means the application's setting. ``marked`` says whether
     any value has a mark (see ``marks``); where none has, it takes no byte. ``debug_until``: until
     then, in milliseconds since 1970, what requests do with the session is written to the log.
-    ``spilled``: whether any value is a reference to a large one (see ``references``).
+    ``spilled``: whether any value is a reference to a large one (see ``references``). ``owner``:
+    the user that the session is bound to.
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
@@ -66,6 +89,7 @@ class Body(Struct, array_like=True, gc=False):
     marked: bool = False
     debug_until: _Milliseconds | None = None
     spilled: bool = False
+    owner: Owner | None = None
 
     def __repr__(self) -> str:
         size = sum(map(len, self.values.values()))
@@ -102,7 +126,12 @@ class PayloadFormat:
 
         ``times``: those of its record that never change, created_at and absolute_expires_at.
         """
-        return self._bind(session_key, self.check(body, before), times, body.spilled)
+        number = FORMAT
+        if body.owner is not None:
+            number = _OWNED
+        elif body.spilled:
+            number = _SPILLED
+        return self._bind(session_key, self.check(body, before), times, number)
 
     def check(self, body: Body, before: Mapping[str, bytes] | None = None) -> bytes:
         """The encoded body, which is within the limits, or no larger than the values ``before``.
@@ -116,7 +145,7 @@ class PayloadFormat:
                 "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
             )
         try:
-            if body.spilled:
+            if body.spilled or body.owner is not None:
                 encoded = self._encode(body)
             elif body.debug_until is not None:
                 encoded = self._encode((values, body.lifetime, body.marked, body.debug_until))
@@ -153,7 +182,7 @@ class PayloadFormat:
     ) -> bytes:
         """The same payload for a record with other times. Raises ``UnreadableRecord``."""
         body = bytes(self._unbind(session_key, payload, before))
-        return self._bind(session_key, body, after, spilled=payload[0] == NEWEST)
+        return self._bind(session_key, body, after, payload[0])
 
     def pack_pointer(self, session_key: str, successor: str, *times: int) -> bytes:
         """The payload of a pointer from ``session_key`` to ``successor``.
@@ -163,19 +192,27 @@ class PayloadFormat:
         """
         return self._bind(session_key, successor.encode("ascii"), times)
 
+    def pack_other(self, key: str, content: bytes, *times: int) -> bytes:
+        """The payload of a record that is no session's, such as a user's roster."""
+        return self._bind(key, content, times)
+
+    def unpack_other(self, key: str, payload: bytes, *times: int) -> bytes:
+        """The content of such a payload. Raises ``UnreadableRecord``."""
+        return bytes(self._unbind(key, payload, times))
+
     def check_pointer(self, session_key: str, successor: str, payload: bytes, *times: int) -> None:
         """Raises ``UnreadableRecord`` unless the pointer is this key's own, to that successor."""
         if self._unbind(session_key, payload, times) != successor.encode("utf-8", "replace"):
             raise UnreadableRecord("corrupt", "pointer mismatch")
 
     def _bind(
-        self, session_key: str, body: bytes, times: tuple[int, ...], spilled: bool = False
+        self, session_key: str, body: bytes, times: tuple[int, ...], number: int = FORMAT
     ) -> bytes:
         own = session_key.encode("ascii")
         if self._cipher is not None:
-            header = _SEALED[spilled]
+            header = _SEALED[number]
             return header + self._cipher.seal(body, own, header + _as_text(times))
-        return b"".join((_PLAIN[spilled], _check(own, body, spilled), body))
+        return b"".join((_PLAIN[number], _check(own, body, number), body))
 
     def _unbind(
         self, session_key: str, payload: bytes, times: tuple[int, ...]
@@ -183,17 +220,17 @@ class PayloadFormat:
         """The bytes of the body. Raises ``UnreadableRecord`` unless they are this session's own."""
         header = payload[:2]
         own = session_key.encode("ascii")
-        spilled = _SPILLED_OF_PLAIN.get(header)
-        if spilled is not None:
+        number = _FORMAT_OF_PLAIN.get(header)
+        if number is not None:
             if not self._allow_plain:
                 raise UnreadableRecord(
                     "corrupt", f"{NOT_ENCRYPTED}; SESSION_ENCRYPTION_KEYS is set"
                 )
             body = memoryview(payload)[_BODY:]
-            if _check(own, body, spilled) != payload[2:_BODY]:
+            if _check(own, body, number) != payload[2:_BODY]:
                 raise UnreadableRecord("corrupt", "checksum mismatch")
             return body
-        if header in _SEALED.values():
+        if header in _SEALED_HEADERS:
             if self._cipher is None:
                 raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
             return self._cipher.open(payload[2:], own, header + _as_text(times))
@@ -217,7 +254,7 @@ def _as_text(times: tuple[int, ...]) -> bytes:
     return b"".join(b"%d " % time for time in times)
 
 
-def _check(own: bytes, body: bytes | memoryview, spilled: bool) -> bytes:
-    # One format must not pass for the other: a single bit tells them apart.
-    start = crc32(b"\3", crc32(own)) if spilled else crc32(own)
+def _check(own: bytes, body: bytes | memoryview, number: int) -> bytes:
+    # One format must not pass for another: a single bit tells them apart.
+    start = crc32(own) if number == FORMAT else crc32(bytes((number,)), crc32(own))
     return own[:4] + crc32(body, start).to_bytes(4, "big")

@@ -588,7 +588,7 @@ def test_revoked_is_a_kind_of_destroyed() -> None:
     console = Console("memory://")
     seen: list[Any] = []
     console.ext.on(SessionRevoked, seen.append)
-    record = a_record(console.app.extensions["gsession"][console.ext].repository._clock)
+    record = a_record(console.app.extensions["gsession"][console.ext].repository.clock)
     console.ext.store(console.app).create(record)
     console.done("revoke", record.key)
     assert seen == [SessionRevoked(record.key)]
@@ -729,7 +729,7 @@ def test_a_store_that_is_down(down: str, words: tuple[str, ...]) -> None:
 
 def test_a_store_that_cannot_scan(tmp_path: Path) -> None:
     console = Console(FOLDER_STORE.FolderStore(tmp_path))
-    record = a_record(console.app.extensions["gsession"][console.ext].repository._clock)
+    record = a_record(console.app.extensions["gsession"][console.ext].repository.clock)
     console.ext.store(console.app).create(record)
     for words in (("list",), ("stats",), ("show", "x" * 8), ("revoke", "--all", "--yes")):
         assert "FolderStore can't list its sessions" in console.failed(*words)

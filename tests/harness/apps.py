@@ -197,6 +197,10 @@ class Site:
         """What the store holds, pointers included: raw contents by key."""
         return self.inside.stored()
 
+    def sessions(self) -> dict[str, bytes]:
+        """The same without the rosters of users."""
+        return {key: raw for key, raw in self.stored().items() if not key.rstrip("}").endswith("_")}
+
     @contextmanager
     def counted(self) -> Iterator[Count]:
         """Count what the server of the store is asked while the block runs."""

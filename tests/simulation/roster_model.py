@@ -368,9 +368,9 @@ class Site:
 
     def _touch(self, w: Users, session: Session, key: str) -> str:
         def step(roster: Roster) -> tuple[Roster, str]:
-            predecessor = None if "touch own" in self.broken else session.predecessor
+            before = {session.predecessor or key} if "touch own" not in self.broken else ()
             after = real.touch(
-                roster, session.device, key, predecessor, seen=0, expires=NEVER, network=b""
+                roster, session.device, key, before, seen=0, expires=NEVER, network=b""
             )
             if after.refused and "touch any" in self.broken:
                 return replace(roster, devices=(*roster.devices, device(session.device, key))), ""
@@ -442,7 +442,7 @@ def served(w: Users) -> dict[str, Session]:
                 rosters(w, session.user),
                 session.device,
                 key,
-                session.predecessor,
+                {session.predecessor or key},
                 seen=0,
                 expires=NEVER,
                 network=b"",

@@ -130,16 +130,16 @@ def test_a_rotation_of_an_ending_device_is_refused() -> None:
 
 
 def test_a_touch_moves_times_forward_only() -> None:
-    used = touch(roster("a"), "a", "a-1", None, seen=20, expires=120, network=b"\1\2\3").roster
+    used = touch(roster("a"), "a", "a-1", (), seen=20, expires=120, network=b"\1\2\3").roster
     assert used.devices == (device("a", seen=20, expires=120, network=b"\1\2\3"),)
-    again = touch(used, "a", "a-1", None, seen=15, expires=110, network=b"").roster
+    again = touch(used, "a", "a-1", (), seen=15, expires=110, network=b"").roster
     assert again == used
 
 
 def test_a_touch_heals_an_interrupted_rotation() -> None:
-    used = touch(roster("a"), "a", "a-2", "a-1", seen=20, expires=120, network=b"")
+    used = touch(roster("a"), "a", "a-2", {"a-1"}, seen=20, expires=120, network=b"")
     assert (used.refused, used.roster.devices[0].key) == ("", "a-2")
-    assert touch(roster("a"), "a", "a-3", "a-2", seen=2, expires=2, network=b"").refused
+    assert touch(roster("a"), "a", "a-3", {"a-2"}, seen=2, expires=2, network=b"").refused
 
 
 def test_drop_goes_by_the_key() -> None:

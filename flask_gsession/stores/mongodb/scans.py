@@ -6,7 +6,7 @@ from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
 
 from ...errors import UnreadableRecord
-from ..base import CLEANUP_KEY, is_session_key
+from ..base import OTHER_ENDS, is_record_key
 from ..parts import COUNT_ALL, Counts, Page, Scans, Tidied, Upkeep
 from .driver import Document, Driver, call
 from .layout import Layout
@@ -69,7 +69,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
         if cursor.startswith(_BLOBS_NEXT):
             return self._tidy_blobs(collection, cursor, limit, dry_run)
         ids, end = self._ids(collection, cursor, limit)
-        ours = [name for name in ids if is_session_key(name[len(self.layout.prefix) :])]
+        ours = [name for name in ids if is_record_key(name[len(self.layout.prefix) :])]
         found = {}
         for kind, expiry in (
             ("expired sessions", {"$lte": DatetimeMS(self.layout.now())}),
@@ -130,7 +130,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
             "_id": {
                 "$gt": self.layout.prefix,
                 "$lt": self.layout.prefix + "\x7f",
-                "$ne": self.layout.prefix + CLEANUP_KEY,
+                "$not": {"$regex": f"[{OTHER_ENDS}]$"},
             },
             "successor": None,
             "idle_expires_at": {"$gt": now},

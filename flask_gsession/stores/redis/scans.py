@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ...errors import StoreUnavailable, UnreadableRecord
-from ..base import CLEANUP_KEY, KEY_LENGTH, Record
+from ..base import KEY_LENGTH, OTHER_ENDS, Record
 from ..interrupts import reraise_interruption
 from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
 from .commands import Script, as_it_is
@@ -93,14 +93,15 @@ class RedisScans(Scans, Upkeep, Counts):
             return self._commands.call(deadline, as_it_is, name, packed(*words))
 
         start = self._start + b"{"
-        ticket = start + f"{CLEANUP_KEY}}}".encode()
+        others = tuple(f"{end}}}".encode() for end in OTHER_ENDS)
         cursor = b"0"
         seen = ours = 0
         for _ in range(_SCANS):
             cursor, keys = ask(b"SCAN", cursor, b"COUNT", b"%d" % (COUNT_ALL // _SCANS))
             seen += len(keys)
             ours += sum(
-                key.startswith(start) and key.endswith(b"}") and key != ticket for key in keys
+                key.startswith(start) and key.endswith(b"}") and not key.endswith(others)
+                for key in keys
             )
             if cursor == b"0":
                 return int(ours)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sqlite3
 
 from ...errors import UnreadableRecord
-from ..base import CLEANUP_KEY, Record
+from ..base import OTHER_ENDS, Record
 from ..parts import COUNT_ALL, MORE, Counts, Page, Scans, Tidied, Upkeep
 from .file import SQLiteFile, on_connection
 from .layout import BETWEEN, COLUMNS, LIVE, ORPHANED, Layout, checked
 
 _BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
+
+_OF_SESSION = "substr(key, -1) NOT IN ({})".format(", ".join(f"'{end}'" for end in OTHER_ENDS))
 
 
 class SQLiteScans(Scans, Upkeep, Counts):
@@ -85,14 +87,14 @@ class SQLiteScans(Scans, Upkeep, Counts):
             # The unary plus keeps SQLite to the index of the expiry.
             (live,) = db.execute(
                 f"SELECT count(*) FROM gsession WHERE {LIVE} "
-                "AND +key > ? AND +key < ? AND +key <> ?",
-                (now, *ours, self.layout.prefix + CLEANUP_KEY),
+                f"AND +key > ? AND +key < ? AND {_OF_SESSION}",
+                (now, *ours),
             ).fetchone()
             return int(live)
         # Of each index alone, without a look at the rows: those under other prefixes are
         # taken to live as long as ours.
         (mine,) = db.execute(
-            "SELECT count(*) FROM gsession WHERE key > ? AND key < ?", ours
+            f"SELECT count(*) FROM gsession WHERE key > ? AND key < ? AND {_OF_SESSION}", ours
         ).fetchone()
         (everybodys,) = db.execute("SELECT count(*) FROM gsession").fetchone()
         return int(live * mine / max(1, everybodys))

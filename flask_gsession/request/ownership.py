@@ -1,0 +1,479 @@
+"""What a request does about the user of its session: bind, unbind, and keep the roster right.
+
+The protocol, and the reason for the order of its steps: ``tests/simulation/roster_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+from msgspec.structs import replace
+
+from ..errors import (
+    LogoutUnconfirmed,
+    RotationRefused,
+    SignInRefused,
+    StoreUnavailable,
+    TooManySessions,
+    UnreadableRecord,
+)
+from ..events import (
+    DeviceLimitReached,
+    SessionBound,
+    SessionUnbound,
+    SignInRejected,
+    WriteDropped,
+    logger,
+)
+from ..repository.repository import Repository
+from ..stores.base import Record
+from ..users.revoking import end_revoked, finish, finish_if_possible
+from ..users.roster import (
+    Device,
+    Entered,
+    Roster,
+    Since,
+    drop,
+    enter,
+    is_full,
+    is_revoked_since,
+    touch,
+)
+from ..users.rosters import Found, Rosters, checked_user_id, network_of, new_device_id
+from ..values.codec import is_valid_text
+from ..values.marks import split
+from ..values.payload import Owner
+from .lifecycle import Lifecycle
+from .state import Binding, Entry, Phase, Wishes
+
+#: Flask-Login's key for the user who is signed in.
+LOGIN = "_user_id"
+_LONGEST_LABEL = 100  # characters
+_MOST_TAGS = 10
+
+_NOTHING_NOTED: Mapping[tuple[int, str], int] = MappingProxyType({})
+#: The epochs that ``ext.users.login`` noted, by the rosters of the application and the user.
+_noted: ContextVar[Mapping[tuple[int, str], int]] = ContextVar(
+    "gsession_noted", default=_NOTHING_NOTED
+)
+
+
+class Revoked(Exception):
+    """The session isn't in its user's roster any more."""
+
+
+@contextmanager
+def noting(rosters: Rosters, user_id: str, epoch: int) -> Iterator[None]:
+    """For the length of the block, a sign-in of this user began at this epoch."""
+    token = _noted.set({**_noted.get(), (id(rosters.own), user_id): epoch})
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+
+
+def note_own_revocation(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
+    """This request revoked the user's sessions: a sign-in of its own comes after that."""
+    if not is_revoked_since(before, _since(life, user_id, before)):
+        life.noted = {**life.noted, user_id: epoch}
+
+
+def _since(life: Lifecycle, user_id: str, roster: Roster) -> Since:
+    rosters = life.repository.rosters
+    epoch = life.noted.get(user_id, _noted.get().get((id(rosters.own), user_id)))
+    return rosters.since(user_id, roster, life.began) if epoch is None else Since(epoch)
+
+
+# -- wishes
+
+
+def bind(
+    life: Lifecycle,
+    user_id: object,
+    label: object = None,
+    tags: object = None,
+    *,
+    remembered: bool = False,
+    signed_in: Collection[str] = (),
+) -> None:
+    """See ``SessionData.bind``."""
+    user_id = checked_user_id(user_id)
+    label, tags = _checked_label(label), _checked_tags(tags)
+    life.open()
+    if life.presented().handle is not None:
+        raise RotationRefused(
+            "A session from ext.open() can't be bound: nobody can sign in to it, since no response "
+            "would carry the new token. Do that in a view."
+        )
+    if life.phase is Phase.SAVED:
+        life.report_late("The user of the session")
+        return
+    with life.turn:
+        wished = life.wishes.binding
+        if user_id_of(life) == user_id and not life.seen.is_old_token:
+            if wished is not None and (label or tags):
+                life.wish(binding=replace(wished, label=label, tags=tags))
+            return
+        found = _look(life, user_id)
+        since = Since(epoch=found.roster.epoch)
+        binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found)
+        life.rotate_soon(0, signed_in)
+        life.wish(binding=binding)
+
+
+def unbind(life: Lifecycle) -> None:
+    """See ``SessionData.unbind``."""
+    life.open()
+    if life.phase is Phase.SAVED:
+        life.report_late("The user of the session")
+        return
+    with life.turn:
+        stored = _owner(life)
+        if stored is None:
+            life.wishes = replace(life.wishes, binding=None)
+        else:
+            life.wish(binding=NOBODY)
+
+
+NOBODY = Binding("", "", Since())
+
+
+def user_id_of(life: Lifecycle) -> str | None:
+    """The user that the session is bound to, or will be with the next save."""
+    if life.wishes.binding is not None:
+        return life.wishes.binding.user_id or None
+    owner = _owner(life)
+    return None if owner is None else owner.user_id
+
+
+def device_id_of(life: Lifecycle) -> str | None:
+    """The id of the device in the roster of that user."""
+    if life.wishes.binding is not None:
+        return life.wishes.binding.device_id or None
+    owner = _owner(life)
+    return None if owner is None else owner.device_id
+
+
+def _owner(life: Lifecycle) -> Owner | None:
+    body = life.seen.body
+    return None if body is None else body.owner
+
+
+def _look(life: Lifecycle, user_id: str) -> Found:
+    """The roster before a sign-in. Raises for one that would be refused, before it costs anything.
+
+    One round trip.
+    """
+    rosters = life.repository.rosters
+    found = rosters.look(user_id)
+    if is_revoked_since(found.roster, _since(life, user_id, found.roster)):
+        raise refusal(life.repository, user_id, "revoked")
+    if is_full(found.roster.without_expired(life.repository.now()), rosters.limit, rosters.policy):
+        _drop_absent(life.repository, user_id, found.roster)
+        found = rosters.look(user_id)
+        if is_full(found.roster, rosters.limit, rosters.policy):
+            raise refusal(life.repository, user_id, "full")
+    return found
+
+
+def refusal(repository: Repository, user_id: str, reason: str) -> SignInRefused | TooManySessions:
+    """The error for a sign-in that is refused; it is reported."""
+    repository.events.emit(SignInRejected, user_id, reason)
+    if reason == "revoked":
+        return SignInRefused()
+    repository.events.emit(DeviceLimitReached, user_id, repository.rosters.limit, 0)
+    return TooManySessions()
+
+
+def _drop_absent(repository: Repository, user_id: str, roster: Roster) -> None:
+    """Drop sessions that have ended although the roster wasn't told, as in an outage."""
+    absent = set()
+    for device in roster.members:
+        try:
+            if repository.find(device.key) is None:
+                absent.add(device.key)
+        except UnreadableRecord:
+            continue
+    if absent:
+        repository.rosters.change(user_id, lambda roster: (drop(roster, absent), None))
+
+
+# -- with a write
+
+
+def prepare(
+    life: Lifecycle,
+    values: Mapping[str, bytes],
+    changed: Collection[str],
+    wishes: Wishes,
+    old: Record | None,
+) -> tuple[Owner | None, Entry | None]:
+    """The owner to store with a session, and what is to be done once it is stored.
+
+    A touch that is due is made now, as is the entry of a session that keeps its key. Raises
+    ``Revoked`` if the session isn't in its user's roster any more, and for a sign-in that is
+    refused.
+    """
+    owner = _owner(life) if old is not None else None
+    binding = wishes.binding
+    if binding is None:
+        binding = _implied(life, owner, values, changed, old)
+    if binding is not None and (owner is None or binding.user_id != owner.user_id):
+        leaves = None if owner is None or old is None else (owner, old.key)
+        if not binding.user_id:
+            return None, Entry(leaves=leaves)
+        now, until = life.repository.now() // 1000, _until(life, values, old)
+        bound = Owner(binding.user_id, binding.device_id, now, until)
+        if old is None or wishes.rotation is not None:
+            return bound, Entry(binding=binding, leaves=leaves)
+        entered = _enter(life, binding, old.key, until)
+        if entered.refused:
+            if wishes.binding is None and LOGIN not in changed:
+                raise Revoked  # the session itself is from before the revocation
+            raise refusal(life.repository, binding.user_id, entered.refused)
+        assert entered.device is not None
+        return replace(bound, device_id=entered.device.id), Entry(leaves=leaves)
+    if owner is None or old is None:
+        return None, None
+    if wishes.rotation is not None:
+        now, until = life.repository.now() // 1000, _until(life, values, old)
+        moved = replace(owner, seen=now, until=until, predecessor=old.key)
+        return moved, Entry(moves=(old.key, owner.predecessor or old.key))
+    return _touch_if_due(life, owner, values, old), None
+
+
+def complete(life: Lifecycle) -> bool:
+    """Enter the session, which was stored under a new key, in the roster, before its token leaves.
+
+    False if its user's roster refuses a rotated session: it ended. Raises for a sign-in that is
+    refused; the session ended then, too.
+    """
+    entry, record, owner = life.entry, life.seen.record, _owner(life)
+    if entry is None:
+        return True
+    if record is None or record.key != entry.key:  # it was not stored after all
+        life.entry = None
+        return True
+    repository = life.repository
+    if owner is not None and (entry.binding is not None or entry.moves):
+        if entry.binding is not None:
+            entered = _enter(life, entry.binding, record.key, owner.until)
+        else:
+            entered = _moved(life, owner, record.key, entry.moves)
+        if entered.refused:
+            _undo(life, record)
+            if entry.leaves is not None:
+                repository.leave_roster(entry.leaves[0], entry.leaves[1])
+            if entry.binding is None:
+                life.ended = True
+                repository.events.emit(WriteDropped, record.key, "revoked before it was rotated")
+                return False
+            raise refusal(repository, owner.user_id, entered.refused)
+    life.entry = None
+    if entry.leaves is not None:
+        left, key = entry.leaves
+        repository.leave_roster(left, key)
+        repository.events.emit(SessionUnbound, left.user_id, left.device_id)
+    return True
+
+
+def _undo(life: Lifecycle, record: Record) -> None:
+    """The session may not be used: delete it. Nobody has its token."""
+    life.entry = None
+    try:
+        life.repository.delete(record.key, leave_roster=False)
+    except (StoreUnavailable, UnreadableRecord) as error:
+        logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
+    life.forget()
+    life.cookie = "keep" if life.presented().checked is None else "delete"
+
+
+def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:
+    """Enter the session under ``key``, and end the oldest ones of too many."""
+    repository, user_id = life.repository, binding.user_id
+    rosters, now = repository.rosters, repository.now() // 1000
+    device = Device(
+        binding.device_id,
+        key,
+        now,
+        now,
+        until,
+        binding.label,
+        _network(life),
+        binding.tags,
+        binding.remembered,
+    )
+
+    def step(roster: Roster) -> tuple[Roster, Entered]:
+        entered = enter(roster, device, binding.since, rosters.limit, rosters.policy)
+        return entered.roster, entered
+
+    entered = rosters.change(user_id, step, binding.found)
+    if entered.refused == "full":
+        _drop_absent(repository, user_id, entered.roster)
+        entered = rosters.change(user_id, step)
+    if entered.refused:
+        return entered
+    if entered.over:
+        repository.events.emit(DeviceLimitReached, user_id, rosters.limit, entered.over)
+        if repository.settings.max_per_user is None:
+            logger.warning("A user has more than %d sessions: the oldest ends", rosters.limit)
+    _finish(repository, user_id, entered.roster, "limit" if entered.over else None)
+    repository.events.emit(SessionBound, user_id, entered.device.id if entered.device else "", key)
+    return entered
+
+
+def _finish(repository: Repository, user_id: str, roster: Roster, reason: str | None) -> None:
+    try:
+        finish(repository, user_id, roster.ending, reason)
+    except LogoutUnconfirmed as error:
+        logger.error("Sessions ended, but replicas have not confirmed it: %s", error)
+
+
+def _moved(life: Lifecycle, owner: Owner, key: str, before: Collection[str]) -> Entered:
+    return _touch(life, owner, key, before, life.repository.now() // 1000)
+
+
+def _touch_if_due(life: Lifecycle, owner: Owner, values: Mapping[str, bytes], old: Record) -> Owner:
+    now, until = life.repository.now() // 1000, _until(life, values, old)
+    ahead = until - int(life.repository.settings.seen_interval)
+    if now < owner.seen + life.repository.settings.seen_interval and ahead <= owner.until:
+        return owner
+    before = () if owner.predecessor is None else (owner.predecessor,)
+    touched = replace(owner, seen=now, until=until, predecessor=None)
+    entered = _touch(life, touched, old.key, before, now)
+    if not entered.refused:
+        return touched
+    finish_if_possible(life.repository, owner.user_id, entered.roster.ending)
+    raise Revoked
+
+
+def _touch(life: Lifecycle, owner: Owner, key: str, before: Collection[str], now: int) -> Entered:
+    repository, network = life.repository, _network(life)
+    interval = repository.settings.seen_interval
+
+    def step(roster: Roster) -> tuple[Roster, Entered]:
+        there = roster.by_id(owner.device_id)
+        if (
+            there is not None
+            and not there.ending
+            and there.key == key
+            and now < there.seen + interval
+            and owner.until <= there.expires
+        ):
+            return roster, Entered(roster, device=there)  # another request has touched it
+        entered = touch(
+            roster,
+            owner.device_id,
+            key,
+            before,
+            seen=now,
+            expires=owner.until,
+            network=network,
+        )
+        return entered.roster, entered
+
+    entered = repository.rosters.change(owner.user_id, step)
+    if not entered.refused:
+        finish_if_possible(repository, owner.user_id, entered.roster.ending)
+    return entered
+
+
+def _implied(
+    life: Lifecycle,
+    owner: Owner | None,
+    values: Mapping[str, bytes],
+    changed: Collection[str],
+    old: Record | None,
+) -> Binding | None:
+    """What Flask-Login's key means for the session: it was set, or is from an earlier version."""
+    if LOGIN not in changed and (owner is not None or LOGIN not in values):
+        return None
+    if life.wishes.binding is not None:  # which this write leaves to a later one
+        return None
+    if not hasattr(life.app, "login_manager"):
+        return None
+    user_id = _login_of(life, values)
+    if user_id is None:
+        return NOBODY if owner is not None else None
+    if owner is not None and owner.user_id == user_id:
+        return None
+    if LOGIN in changed or old is None:
+        found = _look(life, user_id)
+        return Binding(user_id, new_device_id(), Since(found.roster.epoch), found=found)
+    # Its creation is all that is known of its sign-in.
+    return Binding(user_id, new_device_id(), Since(None, old.created_at))
+
+
+def _login_of(life: Lifecycle, values: Mapping[str, bytes]) -> str | None:
+    raw = values.get(LOGIN)
+    if raw is None:
+        return None
+    try:
+        return checked_user_id(life.repository.codec.decode(split(raw)[1]))
+    except (UnreadableRecord, ValueError):
+        return None
+
+
+# -- while it is used
+
+
+def is_touch_due(life: Lifecycle) -> bool:
+    """Whether the session is to be stored although nothing changed, to touch the roster."""
+    owner, values = _owner(life), life.values.stored
+    if owner is None:
+        return LOGIN in values and _implied(life, None, values, (), life.seen.record) is not None
+    repository = life.repository
+    return repository.now() >= (owner.seen + repository.settings.seen_interval) * 1000
+
+
+def is_revoked(life: Lifecycle) -> bool:
+    """After ``Revoked``: whether that is so; False if another request moved the session.
+
+    If it is so, the session ends. One round trip, one more to end it.
+    """
+    seen = life.seen
+    assert seen.record is not None
+    key, owner = seen.record.key, _owner(life)
+    if not life.catch_up():
+        return True
+    there, now = life.seen.record, _owner(life)
+    if there is not None and (there.key != key or (owner is not None and now is None)):
+        return False
+    if now is not None:
+        end_revoked(life.repository, key, now)
+    elif there is not None:  # signed in before this version, and before a revocation
+        life.repository.delete(key, leave_roster=False)
+    return True
+
+
+def _until(life: Lifecycle, values: Mapping[str, bytes], old: Record | None) -> int:
+    return life.repository.listed_until(values, life.lifetime, old)
+
+
+def _network(life: Lifecycle) -> bytes:
+    return b"" if life.request is None else network_of(life.request.remote_addr)
+
+
+def _checked_label(label: object) -> str:
+    if label is None:
+        return ""
+    if not isinstance(label, str) or len(label) > _LONGEST_LABEL or not is_valid_text(label):
+        raise ValueError(f"label must be text of at most {_LONGEST_LABEL} characters")
+    return str(label)
+
+
+def _checked_tags(tags: Any) -> tuple[str, ...]:
+    if tags is None:
+        return ()
+    allowed = f"tags must be at most {_MOST_TAGS} texts of at most {_LONGEST_LABEL} characters"
+    if not isinstance(tags, (list, tuple, set, frozenset)) or len(tags) > _MOST_TAGS:
+        raise ValueError(allowed)
+    for tag in tags:
+        if not isinstance(tag, str) or len(tag) > _LONGEST_LABEL or not is_valid_text(tag):
+            raise ValueError(allowed)
+    return tuple(map(str, sorted(tags) if isinstance(tags, (set, frozenset)) else tags))

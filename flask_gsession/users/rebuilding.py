@@ -1,0 +1,123 @@
+"""Repairs rosters from the sessions in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from msgspec.structs import replace
+
+from ..errors import Gone, RosterUnreadable, SettingError, Stale, UnreadableRecord
+from ..repository.repository import Loaded, Repository
+from ..stores.base import is_session_key
+from ..stores.parts import parts_of
+from ..values.marks import split
+from ..values.payload import Owner
+from .roster import MOST_DEVICES, Device, Roster, Since, enter
+from .rosters import checked_user_id, new_device_id
+
+LOGIN = "_user_id"  # Flask-Login's key for the user who is signed in
+
+
+def rebuild(repository: Repository, only: str | None) -> int:
+    """See ``Users.rebuild``."""
+    lost: dict[str, list[Device]] = {}
+    intact: set[str] = set()
+    entered = 0
+    for loaded in _sessions(repository):
+        owner = loaded.body.owner
+        user_id = owner.user_id if owner is not None else _login_of(repository, loaded)
+        if user_id is None or only not in (None, user_id):
+            continue
+        if user_id not in intact and user_id not in lost:
+            if _is_intact(repository, user_id):
+                intact.add(user_id)
+            else:
+                lost[user_id] = []
+        if owner is None:
+            if user_id in intact:
+                entered += _bind(repository, user_id, loaded)
+        elif user_id in lost:
+            lost[user_id].append(_device(loaded, owner))
+    for user_id, devices in lost.items():
+        devices.sort(key=lambda device: device.created)
+        # Sign-ins that are under way can't be told from those before a revocation.
+        roster = repository.rosters.revoke_all(Roster())
+        repository.rosters.replace(user_id, replace(roster, devices=tuple(devices[-MOST_DEVICES:])))
+        entered += len(devices[-MOST_DEVICES:])
+    if only is not None and only not in lost and not _is_intact(repository, only):
+        repository.rosters.replace(only, repository.rosters.revoke_all(Roster()))
+    return entered
+
+
+def _sessions(repository: Repository) -> Iterator[Loaded]:
+    scans = parts_of(repository.store).scans
+    if scans is None:
+        raise SettingError(
+            f"{type(repository.store).__name__} can't go through its sessions (it has no part "
+            "`scans`), so rosters can't be rebuilt from them"
+        )
+    cursor = ""
+    seen: set[str] = set()
+    while True:
+        page = scans.scan(cursor)
+        for record in page.records:
+            if record.successor is None and is_session_key(record.key) and record.key not in seen:
+                seen.add(record.key)
+                try:
+                    body = repository.read(record.key, record)
+                except UnreadableRecord:
+                    continue
+                if body is not None:
+                    yield Loaded(record, body)
+        cursor = page.cursor
+        if not cursor:
+            return
+
+
+def _is_intact(repository: Repository, user_id: str) -> bool:
+    try:
+        found = repository.rosters.look(user_id)
+    except RosterUnreadable as error:
+        if error.for_others:
+            raise
+        return False
+    return found.record is not None
+
+
+def _login_of(repository: Repository, loaded: Loaded) -> str | None:
+    raw = loaded.body.values.get(LOGIN)
+    if raw is None:
+        return None
+    try:
+        return checked_user_id(repository.codec.decode(split(raw)[1]))
+    except (UnreadableRecord, ValueError):
+        return None
+
+
+def _device(loaded: Loaded, owner: Owner) -> Device:
+    record = loaded.record
+    created = record.created_at // 1000
+    return Device(owner.device_id, record.key, created, max(owner.seen, created), owner.until)
+
+
+def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
+    """Bind a session from before this version, as its next save would do."""
+    record, body, rosters = loaded.record, loaded.body, repository.rosters
+    until = repository.listed_until(body.values, body.lifetime, record)
+    now = repository.now() // 1000
+    device = Device(new_device_id(), record.key, record.created_at // 1000, now, until)
+
+    def step(roster: Roster) -> tuple[Roster, Device | None]:
+        since = Since(None, record.created_at)
+        entered = enter(roster, device, since, rosters.limit, "refuse")
+        return entered.roster, entered.device
+
+    member = rosters.change(user_id, step)
+    if member is None:
+        return False  # refused; its next save ends it
+    owner = Owner(user_id, member.id, now, until)
+    try:
+        repository.own(record, body, owner)
+    except (Stale, Gone):
+        return False  # its request does it
+    return True

@@ -1,0 +1,80 @@
+"""Ends the sessions that a roster marks as ending."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..errors import LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
+from ..events import DeviceRevoked, SessionRevoked, logger
+from ..repository.repository import Loaded, Repository
+from ..values.payload import Owner
+from .roster import Device, drop
+
+
+def finish(
+    repository: Repository,
+    user_id: str,
+    ending: Collection[Device],
+    reason: str | None = None,
+    by: str | None = None,
+) -> None:
+    """Delete the sessions of these devices, then drop them from the user's roster.
+
+    Raises ``StoreUnavailable`` if that could not be finished; whatever touches the roster next
+    does it. ``LogoutUnconfirmed`` comes last, if all of them have ended and a replica may not know
+    it. Two round trips and the deletes.
+    """
+    if not ending:
+        return
+    unconfirmed: LogoutUnconfirmed | None = None
+    for device in ending:
+        try:
+            ended = repository.delete(device.key, leave_roster=False)
+        except LogoutUnconfirmed as error:
+            unconfirmed, ended = error, True
+        except UnreadableRecord as error:
+            repository.refused(error.reason, device.key, error.detail)
+            continue
+        if ended:
+            repository.events.emit(SessionRevoked, device.key)
+            repository.events.emit(DeviceRevoked, user_id, device.id, device.key, reason, by)
+    keys = {device.key for device in ending}
+    repository.rosters.change(user_id, lambda roster: (drop(roster, keys), None))
+    if unconfirmed is not None:
+        raise unconfirmed
+
+
+def finish_if_possible(
+    repository: Repository, user_id: str, ending: Collection[Device], reason: str | None = None
+) -> None:
+    """The same for what another process left. An outage leaves it to the next one."""
+    try:
+        finish(repository, user_id, ending, reason)
+    except StoreUnavailable as error:
+        logger.warning("Sessions of a user that were revoked have not ended yet: %s", error)
+
+
+def is_member(repository: Repository, loaded: Loaded) -> bool:
+    """Whether a session that was stored before it was entered is in its user's roster by now.
+
+    If not, it ends. One round trip, one more to end it. Raises ``StoreUnavailable``.
+    """
+    record, owner = loaded.record, loaded.body.owner
+    if owner is None:
+        return True
+    there = repository.rosters.look(owner.user_id).roster.by_id(owner.device_id)
+    if there is not None and not there.ending and there.key in (record.key, owner.predecessor):
+        return True
+    end_revoked(repository, record.key, owner)
+    return False
+
+
+def end_revoked(repository: Repository, key: str, owner: Owner) -> None:
+    """The user's roster doesn't know the session under ``key``: delete it."""
+    try:
+        ended = repository.delete(key, leave_roster=False)
+    except (LogoutUnconfirmed, UnreadableRecord):
+        ended = True
+    if ended:
+        details = owner.user_id, owner.device_id, key, "not a member", None
+        repository.events.emit(DeviceRevoked, *details)

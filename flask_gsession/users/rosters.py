@@ -1,0 +1,241 @@
+"""Users' rosters in the store: one record for each user, changed by compare-and-set."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import ipaddress
+import secrets
+import time
+import uuid
+from base64 import urlsafe_b64encode
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from zlib import crc32
+
+from ..config import Settings
+from ..errors import RosterUnreadable, StoreUnavailable, UnreadableRecord
+from ..repository.races import tries, write
+from ..stores.base import KEY_LENGTH, Clock, Record, Store, milliseconds, new_version
+from ..values.codec import is_valid_text
+from ..values.payload import PayloadFormat
+from .format import pack, unpack
+from .roster import EMPTY, MOST_DEVICES, Roster, Since, revoke_all
+
+A = TypeVar("A")
+
+LONGEST_ID = 256  # characters of a user id
+#: For how much longer than its sessions a roster is kept, and than it says a session is.
+MARGIN = 60_000  # milliseconds
+_LIFE = 100 * 366 * 86_400_000  # milliseconds; what limits a roster is its idle expiry
+_OWN_REVOCATIONS = 1000  # that a process remembers
+
+
+class Found(NamedTuple):
+    """A roster, and the record that it was read from; None if there is none."""
+
+    roster: Roster
+    record: Record | None
+
+
+class Began(NamedTuple):
+    """When a request began: the clock's time, and the ``OwnRevocations.count`` then."""
+
+    time: float
+    revocations: int
+
+
+class OwnRevocations:
+    """The order of the last revocations of all sessions of a user that this process made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._numbers: OrderedDict[tuple[str, int], int] = OrderedDict()
+
+    def add(self, user_id: str, epoch: int) -> None:
+        self.count += 1
+        self._numbers[user_id, epoch] = self.count
+        while len(self._numbers) > _OWN_REVOCATIONS:
+            self._numbers.popitem(last=False)
+
+    def number(self, user_id: str, epoch: int) -> int | None:
+        return self._numbers.get((user_id, epoch))
+
+
+class Rosters:
+    """The rosters of all users of an application."""
+
+    def __init__(self, settings: Settings, payloads: PayloadFormat, clock: Clock) -> None:
+        self._settings = settings
+        self._payloads = payloads
+        self._clock = clock
+        self.own = OwnRevocations()
+        self._store: Store
+        self.limit = settings.max_per_user or MOST_DEVICES
+        self.policy = settings.max_policy
+        self._clock_id = _system_clock() if clock is time.time else secrets.randbits(32)
+
+    def through(self, store: Store) -> Rosters:
+        """The same rosters, in this store, or through another wrapper."""
+        other = copy.copy(self)
+        other._store = store
+        return other
+
+    def look(self, user_id: str) -> Found:
+        """The user's roster now. Raises ``RosterUnreadable``. One round trip."""
+        key = roster_key(user_id)
+        try:
+            record = self._store.load(key)
+            if record is None or self._now() >= record.idle_expires_at:
+                return Found(EMPTY, None)
+            return Found(self._read(record), record)
+        except UnreadableRecord as error:
+            raise RosterUnreadable(
+                f"the roster {key} of a user can't be read: {error}. ext.users.rebuild repairs "
+                "it, unless it is of a newer version or was encrypted with another key",
+                for_others=error.for_others,
+            ) from None
+
+    def change(
+        self, user_id: str, step: Callable[[Roster], tuple[Roster, A]], found: Found | None = None
+    ) -> A:
+        """Replace the roster by what ``step`` makes of it; the answer of the ``step`` that counts.
+
+        ``found``: it was looked at already. Two round trips, two more for each lost race; one
+        where nothing changes, or ``found`` is still right. Raises ``StoreUnavailable`` after too
+        many lost races.
+        """
+        look: Found | None = found
+        answer: list[A] = []
+
+        def prepare() -> tuple[Record | None, Roster] | None:
+            nonlocal look
+            there, look = look or self.look(user_id), None
+            roster, now_answered = step(there.roster.without_expired(self._now()))
+            answer[:] = [now_answered]
+            return None if roster == there.roster else (there.record, roster)
+
+        write(self._tries(), prepare, partial(self._send, user_id))
+        return answer[0]
+
+    def replace(self, user_id: str, roster: Roster) -> None:
+        """Store this roster, whatever is there. Two round trips."""
+        key = roster_key(user_id)
+
+        def prepare() -> tuple[Record | None, Roster]:
+            try:
+                return self._store.load(key), roster
+            except UnreadableRecord:
+                self._store.delete(key)
+                return None, roster
+
+        write(self._tries(), prepare, partial(self._send, user_id))
+
+    def revoke_all(self, roster: Roster, keep: str | None = None) -> Roster:
+        """The step of this name, now, by the clock of this process."""
+        return revoke_all(roster, self._now(), self._clock_id, keep)
+
+    def since(self, user_id: str, roster: Roster, began: Began) -> Since:
+        """The time of a sign-in that began then, as this ``roster`` is to judge it."""
+        own = self.own.number(user_id, roster.epoch)
+        if own is None:
+            return Since(None, int(began.time * 1000), self._clock_id)
+        # The order of what this process did is known, whatever the clock says.
+        return Since(roster.epoch if own <= began.revocations else -1)
+
+    def _read(self, record: Record) -> Roster:
+        times = record.created_at, record.absolute_expires_at
+        return unpack(self._payloads.unpack_other(record.key, record.payload, *times))
+
+    def _tries(self) -> Iterator[int]:
+        return tries(self._settings.store_timeout, _lost, patient=True)
+
+    def _send(self, user_id: str, step: tuple[Record | None, Roster], _: int) -> None:
+        there, roster = step
+        key, now = roster_key(user_id), self._now()
+        created, absolute = now, now + _LIFE
+        if there is not None:
+            created, absolute = there.created_at, there.absolute_expires_at
+        end = min(self._end(roster, now), absolute)
+        payload = self._payloads.pack_other(key, pack(roster), created, absolute)
+        record = Record(key, new_version(), created, end, absolute, payload)
+        if there is None:
+            self._store.create(record)
+        elif end < there.idle_expires_at:
+            self._store.save(record, there.version, shorten=True)
+        else:
+            self._store.save(record, there.version)
+
+    def _end(self, roster: Roster, now: int) -> int:
+        """Until when a roster is kept: no session of before its epoch may outlive that."""
+        ends = [device.expires * 1000 for device in roster.devices]
+        if roster.epoch:
+            ends.append(roster.epoch + int(self._settings.absolute_timeout * 1000))
+        return max([now, *ends]) + MARGIN
+
+    def _now(self) -> int:
+        return milliseconds(self._clock)
+
+
+def roster_key(user_id: str) -> str:
+    """The key of the user's roster. No session key ends with its last character."""
+    digest = hashlib.sha256(b"flask-gsession roster " + user_id.encode()).digest()
+    return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + "_"
+
+
+def checked_user_id(user_id: object) -> str:
+    """The id as text. Raises ``ValueError`` that names what is wrong with it."""
+    if type(user_id) is int:
+        return str(user_id)
+    if not isinstance(user_id, str):
+        raise ValueError(f"user_id is a {type(user_id).__name__}; it must be text, or an int")
+    if not user_id:
+        raise ValueError("user_id is empty; without a user, leave the session unbound")
+    if len(user_id) > LONGEST_ID:
+        raise ValueError(f"user_id has {len(user_id)} characters; at most {LONGEST_ID} are allowed")
+    if "\0" in user_id or not is_valid_text(user_id):
+        raise ValueError(f"user_id {ascii(user_id)[:60]} has NUL or lone surrogates in it")
+    return str(user_id)
+
+
+def new_device_id() -> str:
+    """An id for a device of a user: 48 random bits. It is no secret."""
+    return secrets.token_urlsafe(6)
+
+
+def network_of(address: str | None) -> bytes:
+    """The network of a client: the first 3 bytes of an IPv4 address, 6 of an IPv6 one."""
+    try:
+        parsed: Any = ipaddress.ip_address(address or "")
+    except ValueError:
+        return b""
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return bytes(parsed.packed[: 3 if parsed.version == 4 else 6])
+
+
+def network_text(network: bytes) -> str | None:
+    """A network as text, such as ``"203.0.113.0/24"``."""
+    if len(network) == 3:
+        return f"{ipaddress.IPv4Address(network + bytes(1))}/24"
+    if len(network) == 6:
+        return f"{ipaddress.IPv6Address(network + bytes(10))}/48"
+    return None
+
+
+def _lost() -> StoreUnavailable:
+    return StoreUnavailable(
+        "too many sign-ins and other changes of one user at once", contention=True
+    )
+
+
+@cache
+def _system_clock() -> int:
+    """The same in all processes that share the clock of this machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        boot = b"%d" % uuid.getnode()
+    return crc32(boot)

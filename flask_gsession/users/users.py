@@ -1,0 +1,240 @@
+"""``ext.users``: which sessions a user has, and how to end them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from msgspec.structs import replace
+
+from ..errors import (
+    LogoutUnconfirmed,
+    RevocationUnfinished,
+    SessionEnded,
+    StoreUnavailable,
+)
+from ..repository.repository import Repository
+from ..request.lifecycle import Lifecycle
+from ..request.ownership import (
+    device_id_of,
+    note_own_revocation,
+    noting,
+    user_id_of,
+)
+from ..request.session import SessionData, life_of
+from .rebuilding import rebuild
+from .revoking import finish
+from .roster import Device, Roster, Since, mark_ending
+from .rosters import checked_user_id, network_text
+
+
+@dataclass(frozen=True, slots=True)
+class UserDevice:
+    """One session of a user: a browser, or another client. Times are UTC.
+
+    ``id`` stays the same through rotations. ``current``: it is the one of this request.
+    ``network``: of the last request that was noted, such as ``"203.0.113.0/24"``. ``last_seen_at``
+    is up to ``SESSION_SEEN_INTERVAL`` old. ``expires_at``: when it ends at the latest, if it isn't
+    used again. ``remembered``: signed in by a remember-me cookie.
+    """
+
+    id: str
+    current: bool
+    label: str | None
+    tags: tuple[str, ...]
+    network: str | None
+    created_at: datetime
+    last_seen_at: datetime
+    expires_at: datetime
+    remembered: bool
+    handle: str
+
+
+class Users:
+    """The sessions that are bound to the users of an application, from ``ext.users``.
+
+    For requests, and for jobs and commands in an application context. ``user_id`` is what
+    ``session.bind`` got; with Flask-Login, what the user's ``get_id()`` returns. All methods raise
+    ``ValueError`` for what can't be one, and ``StoreUnavailable`` (503).
+    """
+
+    def __init__(
+        self,
+        repository: Callable[[], Repository],
+        session: Callable[[], SessionData | None],
+    ) -> None:
+        self._repository = repository
+        self._session = session
+
+    def devices(self, user_id: str | int) -> list[UserDevice]:
+        """The user's sessions, the last seen first. One round trip, whatever the number.
+
+        A session that ended without the store's knowledge is listed until it would have expired.
+        """
+        user_id = checked_user_id(user_id)
+        repository = self._repository()
+        roster = repository.rosters.look(user_id).roster.without_expired(repository.now())
+        life = self._life_of(user_id)
+        current = None if life is None else device_id_of(life)
+        devices = [_shown(device, device.id == current) for device in roster.members]
+        return sorted(devices, key=lambda device: device.last_seen_at, reverse=True)
+
+    @contextmanager
+    def login(self, user_id: str | int) -> Iterator[None]:
+        """A block around checking a password and binding the session to that user.
+
+        If the user's sessions are revoked inside the block, the sign-in is refused. Without it,
+        the time at which the request began decides that, with 5 seconds for clocks that differ
+        between servers. One round trip.
+        """
+        user_id = checked_user_id(user_id)
+        rosters = self._repository().rosters
+        with noting(rosters, user_id, rosters.look(user_id).roster.epoch):
+            yield
+
+    def revoke(
+        self,
+        user_id: str | int,
+        device_id: str,
+        *,
+        reason: str | None = None,
+        by: str | None = None,
+    ) -> bool:
+        """End one session of the user; whether there was one.
+
+        When it returns, the session is served no more. ``reason`` and ``by`` are for the event
+        ``DeviceRevoked``; by default, the user who is signed in has done it. Raises
+        ``RevocationUnfinished`` if it was interrupted: repeat it. Five round trips.
+        """
+        user_id = checked_user_id(user_id)
+
+        def step(roster: Roster) -> tuple[Roster, tuple[bool, Roster]]:
+            after = mark_ending(roster, {device_id})
+            return after, (roster.by_id(device_id) is not None, after)
+
+        found, after = self._repository().rosters.change(user_id, step)
+        if found:
+            self._finish(user_id, after, reason, by)
+        return found
+
+    def revoke_others(
+        self,
+        user_id: str | int | None = None,
+        device_id: str | None = None,
+        *,
+        reason: str | None = None,
+        by: str | None = None,
+    ) -> int:
+        """End all sessions of the user but one; how many.
+
+        By default, the user is the one who is signed in, and the session of this request stays.
+        Also refuses sign-ins of the user that are under way. Raises ``SessionEnded`` if the session
+        that is to stay has ended itself. Otherwise as ``revoke_all``.
+        """
+        life = self._life_of(None if user_id is None else checked_user_id(user_id))
+        if user_id is None:
+            user_id = None if life is None else user_id_of(life)
+            if user_id is None:
+                raise ValueError("user_id is None, and no user is signed in to this session")
+        user_id = checked_user_id(user_id)
+        if device_id is None:
+            if life is None:
+                raise ValueError("device_id is None, and this session is not bound to that user")
+            if life.wishes.binding is None:
+                device_id = device_id_of(life)
+        return self._revoke_all(user_id, device_id, reason, by)
+
+    def revoke_all(
+        self, user_id: str | int, *, reason: str | None = None, by: str | None = None
+    ) -> int:
+        """End all sessions of the user, also that of this request; how many.
+
+        When it returns, none of them is served any more, and no sign-in that was under way succeeds
+        any more. ``reason`` and ``by`` as in ``revoke``. Raises ``RevocationUnfinished`` if it was
+        interrupted: repeat it, or the next sign-in of the user finishes it. Four round trips, and
+        the deletes.
+        """
+        return self._revoke_all(checked_user_id(user_id), None, reason, by)
+
+    def rebuild(self, user_id: str | int | None = None) -> int:
+        """Repair rosters from the sessions in the store; how many sessions were entered.
+
+        A roster that is damaged or lost gets all live sessions of its user. Sessions that were
+        signed in by Flask-Login before this version, are bound. A roster that can be read stays as
+        it is. ``user_id`` None: of all users. Goes through the whole store.
+        """
+        only = None if user_id is None else checked_user_id(user_id)
+        return rebuild(self._repository(), only)
+
+    def _revoke_all(
+        self, user_id: str, keep: str | None, reason: str | None, by: str | None
+    ) -> int:
+        rosters, life = self._repository().rosters, self._life_of(user_id)
+        current = None if life is None or keep is not None else device_id_of(life)
+
+        def step(roster: Roster) -> tuple[Roster, tuple[Roster, Roster]]:
+            if keep is not None and keep not in {device.id for device in roster.members}:
+                return roster, (roster, roster)
+            after = rosters.revoke_all(roster, keep)
+            return after, (roster, after)
+
+        before, after = rosters.change(user_id, step)
+        if before is after:
+            raise SessionEnded
+        rosters.own.add(user_id, after.epoch)
+        here = self._session()
+        if here is not None:
+            _go_on(life_of(here), user_id, before, after.epoch)
+        self._finish(user_id, after, reason, by)
+        if life is not None and current in {device.id for device in after.ending}:
+            life.destroy()
+        return len(after.ending)
+
+    def _finish(self, user_id: str, roster: Roster, reason: str | None, by: str | None) -> None:
+        if by is None:
+            session = self._session()
+            by = None if session is None else user_id_of(life_of(session))
+        try:
+            finish(self._repository(), user_id, roster.ending, reason, by)
+        except LogoutUnconfirmed:
+            raise
+        except StoreUnavailable as error:
+            raise RevocationUnfinished(
+                f"{len(roster.ending)} sessions were to end: {error}. Repeat it"
+            ) from error
+
+    def _life_of(self, user_id: str | None) -> Lifecycle | None:
+        """Of the session of this request, if it is bound to that user, or to any."""
+        session = self._session()
+        if session is None or session.owner is None or user_id not in (None, session.owner):
+            return None
+        return life_of(session)
+
+
+def _go_on(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
+    """A sign-in of this request that is not stored yet comes after its own revocation."""
+    note_own_revocation(life, user_id, before, epoch)
+    binding = life.wishes.binding
+    if binding is not None and binding.user_id == user_id and binding.since.epoch == before.epoch:
+        life.wish(binding=replace(binding, since=Since(epoch), found=None))
+
+
+def _shown(device: Device, current: bool) -> UserDevice:
+    return UserDevice(
+        device.id,
+        current,
+        device.label or None,
+        device.tags,
+        network_text(device.network),
+        _utc(device.created),
+        _utc(device.seen),
+        _utc(device.expires),
+        device.remembered,
+        device.key,
+    )
+
+
+def _utc(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,718 @@
+"""``session.bind`` and ``ext.users``, on each store: what is listed, and what ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from flask_gsession import SessionEnded, StoreUnavailable
+from flask_gsession.errors import (
+    RevocationUnfinished,
+    RosterUnreadable,
+    SignInRefused,
+    TooManySessions,
+)
+from flask_gsession.events import (
+    DeviceLimitReached,
+    DeviceRevoked,
+    SessionBound,
+    SessionUnbound,
+    SignInRejected,
+)
+from flask_gsession.users.rosters import roster_key
+from tests.harness.apps import Site, SiteMaker, Visitor
+
+
+def signed_in(site: Site, user: str = "ada", **how: Any) -> Visitor:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.bind(user, **how))
+    return visitor
+
+
+def ids(site: Site, user: str = "ada") -> list[str]:
+    with site.app.app_context():
+        return [device.id for device in site.ext.users.devices(user)]
+
+
+def device_id(visitor: Visitor) -> Any:
+    return visitor.run(lambda session: session.device_id)
+
+
+def owner(visitor: Visitor) -> Any:
+    return visitor.run(lambda session: session.owner)
+
+
+@pytest.fixture
+def users(site: Site) -> Iterator[Any]:
+    """``ext.users``, outside a request."""
+    with site.app.app_context():
+        yield site.ext.users
+
+
+# Binding -----------------------------------------------------------------------------------------
+
+
+def test_a_bound_session_is_listed(site: Site, users: Any) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    before = visitor.cookie
+    tab = visitor.another_tab()
+
+    def bind(session: Any) -> tuple[Any, Any]:
+        session.bind("ada", label="Firefox", tags=["web"])
+        return session.owner, session.device_id
+
+    bound = visitor.run(bind, environ_overrides={"REMOTE_ADDR": "203.0.113.77"})
+    assert visitor.cookie not in (None, before), "rotated"
+    assert tab.run(dict) == {}, "without grace"
+    assert visitor.run(dict) == {"cart": ["mug"]}
+    assert (owner(visitor), device_id(visitor)) == bound
+    (device,) = users.devices("ada")
+    assert ("ada", device.id) == bound
+    assert (device.label, device.tags, device.network) == ("Firefox", ("web",), "203.0.113.0/24")
+    assert device.handle == visitor.run(lambda session: session.handle)
+    assert not device.remembered
+    assert device.created_at == device.last_seen_at < device.expires_at
+    assert users.devices("bob") == []
+    assert site.happened(SessionBound) == [SessionBound("ada", device.id, device.handle)]
+
+
+def test_a_session_without_values_is_bound_as_well(site: Site) -> None:
+    visitor = signed_in(site)
+    assert owner(visitor) == "ada"
+    visitor.run(lambda session: session.update(a=1))
+    visitor.run(lambda session: session.rotate())
+    visitor.run(lambda session: session.pop("a"))
+    assert ids(site) == []
+    assert owner(visitor) is None, "who removes all values ends the session, as always"
+
+
+def test_the_current_device_is_marked(site: Site) -> None:
+    first, second = signed_in(site), signed_in(site)
+
+    def current(session: Any) -> list[str]:
+        return [device.id for device in site.ext.users.devices("ada") if device.current]
+
+    assert first.run(current) == [device_id(first)]
+    assert second.run(current) == [device_id(second)]
+    assert signed_in(site, "bob").run(current) == []
+
+
+def test_a_rotation_keeps_the_device(site: Site, users: Any) -> None:
+    visitor = signed_in(site)
+    device, tab = device_id(visitor), visitor.another_tab()
+    for grace in (5, 0, 5):
+        visitor.run(lambda session, grace=grace: session.rotate(grace))
+        assert device_id(visitor) == device
+        (listed,) = users.devices("ada")
+        assert (listed.id, listed.handle) == (device, visitor.run(lambda session: session.handle))
+    assert tab.run(dict) == {}
+
+
+def test_logging_out_leaves_the_list(site: Site) -> None:
+    for way in ("destroy", "clear"):
+        visitor = signed_in(site)
+        assert len(ids(site)) == 1
+        visitor.run(lambda session, way=way: getattr(session, way)())
+        assert ids(site) == []
+        assert owner(visitor) is None
+    assert site.sessions() == {}
+
+
+def test_logging_out_with_an_old_token_leaves_the_list(site: Site) -> None:
+    visitor = signed_in(site)
+    tab = visitor.another_tab()
+    visitor.run(lambda session: session.rotate(5))
+    tab.run(lambda session: session.destroy())
+    assert owner(visitor) is None
+    assert ids(site) == []
+
+
+def test_unbinding_keeps_the_session(site: Site) -> None:
+    visitor = signed_in(site)
+    device = device_id(visitor)
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    visitor.run(lambda session: session.unbind())
+    assert visitor.run(lambda session: (session.owner, session.device_id, dict(session))) == (
+        None,
+        None,
+        {"cart": ["mug"]},
+    )
+    assert ids(site) == []
+    assert site.happened(SessionUnbound) == [SessionUnbound("ada", device)]
+
+
+def test_bind_and_unbind_in_one_request(site: Site) -> None:
+    visitor = site.visitor()
+
+    def both(session: Any) -> None:
+        session["a"] = 1
+        session.bind("ada")
+        session.unbind()
+        assert session.owner is None
+
+    visitor.run(both)
+    assert (owner(visitor), visitor.run(dict), ids(site)) == (None, {"a": 1}, [])
+
+
+def test_binding_twice_to_the_same_user_does_nothing(site: Site) -> None:
+    visitor = signed_in(site)
+    device, cookie = device_id(visitor), visitor.cookie
+    with site.counted() as count:
+        visitor.run(lambda session: session.bind("ada", label="other"))
+    assert count.calls == ["load"]
+    assert (device_id(visitor), visitor.cookie) == (device, cookie)
+
+    def twice(session: Any) -> None:
+        session.bind("bob")
+        session.bind("bob", label="Safari")
+
+    other = site.visitor()
+    other.run(twice)
+    with site.app.app_context():
+        assert [device.label for device in site.ext.users.devices("bob")] == ["Safari"]
+
+
+def test_binding_to_another_user_leaves_the_first(site: Site) -> None:
+    visitor = signed_in(site)
+    device, cookie = device_id(visitor), visitor.cookie
+    visitor.run(lambda session: session.bind("bob"))
+    assert owner(visitor) == "bob"
+    assert device_id(visitor) != device
+    assert visitor.cookie != cookie
+    assert ids(site, "ada") == []
+    assert ids(site, "bob") == [device_id(visitor)]
+
+
+def test_an_int_is_the_same_user_as_its_text(site: Site) -> None:
+    visitor = signed_in(site, 7)  # type: ignore[arg-type]
+    assert owner(visitor) == "7"
+    assert ids(site, "7") == ids(site, 7) == [device_id(visitor)]  # type: ignore[arg-type]
+
+
+BAD_USERS = ["", None, "x" * 10_240, "a\0b", "\ud800", 1.5, b"ada", True]
+
+
+@pytest.mark.parametrize("user", BAD_USERS, ids=lambda user: repr(user)[:20])
+def test_a_user_id_that_can_be_none_is_refused(user: Any) -> None:
+    with SiteMaker("memory://", "p:", lambda: 1e9) as make:
+        site = make()
+
+        def bind(session: Any) -> str:
+            with pytest.raises(ValueError, match="user_id") as raised:
+                session.bind(user)
+            return str(raised.value)
+
+        assert len(site.visitor().run(bind)) < 200
+        with site.app.app_context():
+            for ask in (site.ext.users.devices, site.ext.users.revoke_all):
+                with pytest.raises(ValueError, match="user_id"):
+                    ask(user)
+        assert site.stored() == {}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"label": label} for label in ("x" * 101, 7, "\ud800")),
+        *({"tags": tags} for tags in ("web", ["x"] * 11, [7], {"a": "b"})),
+    ],
+)
+def test_labels_and_tags_are_checked(how: dict[str, Any]) -> None:
+    with SiteMaker("memory://", "p:", lambda: 1e9) as make:
+
+        def bind(session: Any) -> None:
+            with pytest.raises(ValueError, match=next(iter(how))):
+                session.bind("ada", **how)
+
+        make().visitor().run(bind)
+
+
+# Ending ------------------------------------------------------------------------------------------
+
+
+def test_one_device_is_revoked(site: Site, users: Any) -> None:
+    first, second = signed_in(site), signed_in(site)
+    gone = device_id(first)
+    handle = first.run(lambda session: session.handle)
+    assert users.revoke("ada", gone, reason="stolen", by="support") is True
+    assert owner(first) is None
+    assert owner(second) == "ada"
+    assert [device.id for device in users.devices("ada")] == [device_id(second)]
+    assert site.happened(DeviceRevoked) == [DeviceRevoked("ada", gone, handle, "stolen", "support")]
+
+
+def test_a_device_that_is_unknown_or_another_users_is_not_revoked(site: Site, users: Any) -> None:
+    visitor = signed_in(site)
+    for user, device in (("ada", "unknown"), ("bob", device_id(visitor)), ("ada", "")):
+        assert users.revoke(user, device) is False
+    assert owner(visitor) == "ada"
+
+
+def test_all_devices_are_revoked(site: Site, users: Any) -> None:
+    visitors = [signed_in(site) for _ in range(4)]
+    visitors[1].run(lambda session: session.rotate(60))
+    other = signed_in(site, "bob")
+    assert users.revoke_all("ada") == 4
+    assert [owner(visitor) for visitor in visitors] == [None] * 4
+    assert owner(other) == "bob"
+    assert users.devices("ada") == []
+    assert users.revoke_all("ada") == 0
+    assert owner(signed_in(site)) == "ada"
+
+
+def test_revoking_all_in_a_request_ends_its_own_session(site: Site) -> None:
+    visitor, other = signed_in(site), signed_in(site)
+
+    def everywhere(session: Any) -> Any:
+        ended = site.ext.users.revoke_all("ada")
+        assert session.owner is None
+        session["flash"] = "signed out everywhere"
+        return ended
+
+    assert visitor.run(everywhere) == 2
+    assert visitor.run(dict) == {"flash": "signed out everywhere"}
+    assert (owner(visitor), owner(other)) == (None, None)
+
+
+def test_a_sign_in_after_revoking_all_in_the_same_request(site: Site) -> None:
+    """A new password signs out everywhere else, and in here."""
+    visitor, other = signed_in(site), signed_in(site)
+
+    def change_password(session: Any) -> None:
+        site.ext.users.revoke_all("ada")
+        session.bind("ada")
+
+    visitor.run(change_password)
+    assert owner(visitor) == "ada"
+    assert owner(other) is None
+    assert ids(site) == [device_id(visitor)]
+
+
+def test_the_others_are_revoked(site: Site) -> None:
+    visitor, *others = (signed_in(site) for _ in range(3))
+    device = device_id(visitor)
+    assert visitor.run(lambda session: site.ext.users.revoke_others()) == 2
+    assert owner(visitor) == "ada"
+    assert [owner(other) for other in others] == [None, None]
+    assert ids(site) == [device]
+    with site.app.app_context():
+        again = signed_in(site)
+        assert site.ext.users.revoke_others("ada", device) == 1
+        assert owner(again) is None
+        with pytest.raises(SessionEnded):
+            site.ext.users.revoke_others("ada", "unknown")
+        with pytest.raises(ValueError, match="user_id is None"):
+            site.ext.users.revoke_others()
+        with pytest.raises(ValueError, match="device_id is None"):
+            site.ext.users.revoke_others("ada")
+    assert owner(visitor) == "ada"
+
+
+def test_the_others_are_revoked_at_a_sign_in(site: Site) -> None:
+    others = [signed_in(site) for _ in range(2)]
+    visitor = site.visitor()
+
+    def only_here(session: Any) -> Any:
+        session.bind("ada")
+        return site.ext.users.revoke_others()
+
+    assert visitor.run(only_here) == 2
+    assert owner(visitor) == "ada"
+    assert [owner(other) for other in others] == [None, None]
+
+
+def test_a_user_without_sessions(users: Any) -> None:
+    assert users.devices("ada") == []
+    assert users.revoke_all("ada") == 0
+    assert users.revoke("ada", "x") is False
+
+
+# A sign-in beside a revocation -------------------------------------------------------------------
+
+
+def refused(visitor: Visitor, function: Any) -> None:
+    assert visitor.ask(function).status_code == 401
+    assert owner(visitor) is None
+
+
+def test_a_sign_in_is_refused_if_all_were_revoked_since_it_began(site: Site, users: Any) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    cookie = visitor.cookie
+
+    def beside(session: Any) -> None:
+        with SiteMaker(site.url, site.prefix, site.clock) as make:  # another process does it
+            other = make(store=site.store)
+            with other.app.app_context():
+                other.ext.users.revoke_all("ada")
+        session.bind("ada")
+
+    refused(visitor, beside)
+    assert (visitor.cookie, visitor.run(dict)) == (cookie, {"cart": ["mug"]})
+    assert site.happened(SignInRejected) == [SignInRejected("ada", "revoked")]
+    site.clock.advance(6)  # more than clocks may differ
+    visitor.run(lambda session: session.bind("ada"))
+    assert owner(visitor) == "ada"
+
+
+def test_login_makes_it_exact(site: Site, users: Any) -> None:
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    tab = visitor.another_tab()
+
+    def sign_in(session: Any) -> None:
+        with site.ext.users.login("ada"):
+            tab.run(lambda session: site.ext.users.revoke_all("ada"))
+            session.bind("ada")
+
+    refused(visitor, sign_in)
+    assert visitor.run(dict) == {"cart": ["mug"]}
+
+    def after(session: Any) -> None:
+        tab.run(lambda session: site.ext.users.revoke_all("ada"))
+        with site.ext.users.login("ada"):
+            session.bind("ada")
+
+    visitor.run(after)
+    assert owner(visitor) == "ada"
+
+
+def test_a_view_can_catch_the_refusal(site: Site) -> None:
+    visitor, tab = site.visitor(), site.visitor()
+
+    def sign_in(session: Any) -> None:
+        session["a"] = 1
+        tab.run(lambda session: site.ext.users.revoke_all("ada"))
+        with pytest.raises(SignInRefused):
+            session.bind("ada")
+
+    visitor.run(sign_in)
+    assert (owner(visitor), visitor.run(dict)) == (None, {"a": 1})
+
+
+@pytest.mark.parametrize("operation", ["create", "replace"])
+def test_revoking_all_beside_the_save_of_a_sign_in(site: Site, operation: str) -> None:
+    """After the look and before the entry: the session is not handed out, and not left behind."""
+    visitor, tab = site.visitor(), site.visitor()
+    if operation == "replace":
+        visitor.run(lambda session: session.update(a=1))
+    steps = [lambda: tab.run(lambda session: site.ext.users.revoke_all("ada"))]
+
+    def sign_in(session: Any) -> None:
+        session.bind("ada")
+        site.before_each(operation, *steps)
+
+    refused(visitor, sign_in)
+    assert site.sessions() == {}
+    assert ids(site) == []
+
+
+def test_revoking_all_between_the_store_and_the_entry(site: Site) -> None:
+    visitor, tab = site.visitor(), site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+
+    def sign_in(session: Any) -> None:
+        session.bind("ada")
+        site.store.after(
+            "replace", lambda: tab.run(lambda session: site.ext.users.revoke_all("ada"))
+        )
+
+    refused(visitor, sign_in)
+    assert site.sessions() == {}
+
+
+@pytest.mark.parametrize("grace", [0, 60])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_revoking_all_beside_a_rotation(site: Site, grace: int, when: str) -> None:
+    visitor, tab = signed_in(site), site.visitor()
+    old = visitor.another_tab()
+
+    def rotate(session: Any) -> None:
+        session.rotate(grace)
+        getattr(site.store, when)(
+            "replace", lambda: tab.run(lambda session: site.ext.users.revoke_all("ada"))
+        )
+
+    visitor.ask(rotate)
+    assert (owner(visitor), owner(old)) == (None, None)
+    assert site.sessions() == {}
+    assert ids(site) == []
+
+
+def test_revoking_all_beside_a_write(site: Site) -> None:
+    visitor, tab = signed_in(site), site.visitor()
+    site.clock.advance(400)  # so that it touches
+
+    def write(session: Any) -> None:
+        session["a"] = 1
+        site.before_a_write(lambda: tab.run(lambda session: site.ext.users.revoke_all("ada")))
+
+    visitor.ask(write)
+    assert owner(visitor) is None
+    assert site.sessions() == {}
+
+
+# Interrupted revocations -------------------------------------------------------------------------
+
+
+def down() -> None:
+    raise StoreUnavailable("the store is down")
+
+
+def interrupted(site: Site, revoke: Any) -> None:
+    site.store.before("delete", down)
+    with pytest.raises(RevocationUnfinished) as raised:
+        revoke()
+    assert raised.value.code == 503
+    assert raised.value.get_response().headers["Retry-After"]
+
+
+def test_an_interrupted_revocation_is_repeated(site: Site, users: Any) -> None:
+    visitors = [signed_in(site) for _ in range(3)]
+    interrupted(site, lambda: users.revoke_all("ada"))
+    assert users.devices("ada") == []
+    assert users.revoke_all("ada") == 3
+    assert [owner(visitor) for visitor in visitors] == [None] * 3
+    assert site.sessions() == {}
+
+
+def test_an_interrupted_revocation_of_one_is_repeated(site: Site, users: Any) -> None:
+    visitor = signed_in(site)
+    device = device_id(visitor)
+    interrupted(site, lambda: users.revoke("ada", device))
+    assert users.revoke("ada", device) is True
+    assert owner(visitor) is None
+
+
+def test_the_next_sign_in_finishes_it(site: Site, users: Any) -> None:
+    visitors = [signed_in(site) for _ in range(2)]
+    interrupted(site, lambda: users.revoke_all("ada"))
+    signed_in(site)
+    assert [owner(visitor) for visitor in visitors] == [None, None]
+    assert len(ids(site)) == 1
+
+
+@pytest.mark.parametrize("whose", ["own", "another"])
+def test_the_next_touch_finishes_it(site: Site, users: Any, whose: str) -> None:
+    first, second = signed_in(site), signed_in(site)
+    interrupted(site, lambda: users.revoke("ada", device_id(first)))
+    site.clock.advance(400)
+    (first if whose == "own" else second).run(lambda session: session.update(a=1))
+    assert len(site.sessions()) == 1
+    assert owner(first) is None
+    assert owner(second) == "ada"
+
+
+# The cap -----------------------------------------------------------------------------------------
+
+
+def test_the_oldest_ends_beyond_the_cap(make_site: SiteMaker) -> None:
+    site = make_site(max_per_user=2)
+    visitors = [signed_in(site) for _ in range(4)]
+    assert [owner(visitor) for visitor in visitors] == [None, None, "ada", "ada"]
+    assert len(ids(site)) == 2
+    assert len(site.sessions()) == 2
+    assert [event.reason for event in site.happened(DeviceRevoked)] == ["limit", "limit"]
+    assert site.happened(DeviceLimitReached) == [DeviceLimitReached("ada", 2, 1)] * 2
+    visitors[2].run(lambda session: session.rotate(0))
+    assert owner(visitors[2]) == "ada"
+
+
+def test_a_full_list_refuses_a_sign_in(make_site: SiteMaker) -> None:
+    site = make_site(max_per_user=2, max_policy="refuse")
+    first, second = signed_in(site), signed_in(site)
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    assert visitor.ask(lambda session: session.bind("ada")).status_code == 409
+    assert (owner(visitor), visitor.run(dict)) == (None, {"cart": ["mug"]})
+    assert site.happened(SignInRejected) == [SignInRejected("ada", "full")]
+    first.run(lambda session: session.destroy())
+    visitor.run(lambda session: session.bind("ada"))
+    assert (owner(visitor), owner(second)) == ("ada", "ada")
+
+
+def test_expired_sessions_make_room(make_site: SiteMaker) -> None:
+    site = make_site(max_per_user=1, max_policy="refuse", idle_timeout=600)
+    signed_in(site)
+    site.clock.advance(2000)
+    assert ids(site) == []
+    assert owner(signed_in(site)) == "ada"
+
+
+def test_sessions_that_ended_unnoticed_make_room(make_site: SiteMaker) -> None:
+    site = make_site(max_per_user=1, max_policy="refuse")
+    visitor = signed_in(site)
+    site.store.store.delete(visitor.run(lambda session: session.handle))
+    assert len(ids(site)) == 1, "nobody told the roster"
+    assert owner(signed_in(site)) == "ada"
+
+
+def test_two_sign_ins_for_the_last_place(make_site: SiteMaker) -> None:
+    site = make_site(max_per_user=1, max_policy="refuse")
+    first, second = site.visitor(), site.visitor()
+    second.run(lambda session: session.update(a=1))
+
+    def sign_in(session: Any) -> None:
+        session.bind("ada")
+        site.store.before("replace", lambda: first.run(lambda session: session.bind("ada")))
+
+    assert second.ask(sign_in).status_code == 409
+    assert (owner(first), owner(second)) == ("ada", None)
+    with pytest.raises(TooManySessions):
+        raise TooManySessions
+
+
+# Touching ----------------------------------------------------------------------------------------
+
+
+def test_a_session_in_use_is_touched_now_and_then(site: Site, users: Any) -> None:
+    visitor = signed_in(site)
+    (before,) = users.devices("ada")
+    site.clock.advance(200)
+    with site.counted() as count:
+        visitor.run(lambda session: session.update(a=1))
+    assert count.calls == ["load", "save"]
+    site.clock.advance(200)
+    with site.counted() as count:
+        visitor.run(lambda session: session.update(a=2))
+    assert count.calls == ["load", "load", "save", "save"]
+    (after,) = users.devices("ada")
+    assert after.last_seen_at - before.last_seen_at == timedelta(seconds=400)
+    assert after.expires_at > before.expires_at
+    with site.counted() as count:
+        visitor.run(lambda session: session.update(a=3))
+    assert count.calls == ["load", "save"]
+
+
+def test_reading_touches_too(make_site: SiteMaker) -> None:
+    site = make_site(idle_timeout=86400, absolute_timeout=86400)  # never renewed
+    visitor = signed_in(site)
+    site.clock.advance(301)
+    with site.counted() as count:
+        visitor.run(dict)
+    assert count.calls == ["load", "load", "save", "save"]
+    with site.counted() as count:
+        visitor.run(dict)
+    assert count.calls == ["load"]
+
+
+def test_a_longer_lifetime_is_told_at_once(site: Site, users: Any) -> None:
+    visitor = signed_in(site)
+    visitor.run(lambda session: session.set_lifetime(20 * 86400))
+    site.clock.advance(10 * 86400)
+    assert len(users.devices("ada")) == 1
+    assert owner(visitor) == "ada"
+
+
+def test_a_session_that_was_brought_back_ends_at_its_next_touch(site: Site, users: Any) -> None:
+    """As by a failover that lost the delete, but not the roster."""
+    visitor = signed_in(site)
+    record = site.store.store.load(visitor.run(lambda session: session.handle))
+    users.revoke_all("ada")
+    site.store.store.create(record)
+    assert owner(visitor) == "ada"
+    site.clock.advance(301)
+    visitor.run(dict)
+    assert owner(visitor) is None
+    assert site.sessions() == {}
+
+
+def test_the_predecessor_of_a_rotation_that_was_brought_back_ends(site: Site) -> None:
+    visitor = signed_in(site)
+    old = visitor.another_tab()
+    record = site.store.store.load(visitor.run(lambda session: session.handle))
+    visitor.run(lambda session: session.rotate(0))
+    site.store.store.create(record)
+    site.clock.advance(301)
+    old.run(dict)
+    assert owner(old) is None
+    assert owner(visitor) == "ada"
+
+
+def test_an_interrupted_rotation_heals(site: Site) -> None:
+    visitor = signed_in(site)
+    tab = visitor.another_tab()
+    site.store.after("replace", lambda: site.store.before("load", down))
+    assert visitor.ask(lambda session: session.rotate(400)).status_code == 503
+    assert visitor.cookie == tab.cookie, "its token may not leave before it is entered"
+    site.clock.advance(301)
+    assert owner(tab) == "ada"
+    with site.app.app_context():
+        (device,) = site.ext.users.devices("ada")
+    assert device.handle == tab.run(lambda session: session.handle)
+
+
+# Rosters that can't be read ----------------------------------------------------------------------
+
+
+def damage(site: Site, payload: bytes = b"\2\0junk") -> None:
+    record = site.store.store.load(roster_key("ada"))
+    site.store.store.save(record._replace(version=7, payload=payload), record.version)
+
+
+def test_a_damaged_roster_fails_closed_and_is_rebuilt(site: Site, users: Any) -> None:
+    visitors = [signed_in(site) for _ in range(3)]
+    other = signed_in(site, "bob")
+    devices = set(ids(site))
+    damage(site)
+    for ask in (users.devices, users.revoke_all):
+        with pytest.raises(RosterUnreadable, match="rebuild"):
+            ask("ada")
+    assert site.visitor().ask(lambda session: session.bind("ada")).status_code == 503
+    assert owner(visitors[0]) == "ada", "until the next touch"
+    site.clock.advance(301)
+    assert visitors[0].ask(lambda session: session.update(a=1)).status_code == 503
+    assert visitors[0].ask(dict).status_code == 503
+    assert owner_status(other) == "bob"
+    assert users.rebuild("ada") == 3
+    assert set(ids(site)) == devices
+    assert [owner(visitor) for visitor in visitors] == ["ada"] * 3
+    assert ids(site, "bob") == [device_id(other)]
+
+
+def owner_status(visitor: Visitor) -> Any:
+    return owner(visitor)
+
+
+def test_a_lost_roster_signs_out_or_is_rebuilt(site: Site, users: Any) -> None:
+    first, second = signed_in(site), signed_in(site)
+    site.store.store.delete(roster_key("ada"))
+    site.clock.advance(301)
+    first.run(dict)
+    assert owner(first) is None
+    assert users.rebuild() == 1
+    assert ids(site) == [device_id(second)]
+    assert owner(second) == "ada"
+
+
+def test_rebuilding_leaves_intact_rosters(site: Site, users: Any) -> None:
+    visitor = signed_in(site)
+    record = site.store.store.load(visitor.run(lambda session: session.handle))
+    users.revoke_all("ada")
+    site.store.store.create(record)  # brought back by a failover
+    assert users.rebuild() == 0
+    assert ids(site) == []
+
+
+# What else meets rosters -------------------------------------------------------------------------
+
+
+def test_counting_knows_a_roster_from_a_session(site: Site) -> None:
+    signed_in(site)
+    signed_in(site, "bob")
+    assert site.store.store.counts.count() == 2
+
+
+def test_an_ended_session_beside_another_session_of_the_application(make_site: SiteMaker) -> None:
+    """Two ``Session`` objects on one store share the rosters."""
+    first = make_site()
+    second = make_site(store=first.store, cookie_name="other")
+    one, two = signed_in(first), signed_in(second)
+    assert len(ids(first)) == len(ids(second)) == 2
+    with second.app.app_context():
+        assert second.ext.users.revoke_all("ada") == 2
+    assert (owner(one), owner(two)) == (None, None)
