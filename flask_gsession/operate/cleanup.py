@@ -1,4 +1,4 @@
-"""Clean-up: what nobody reads any more goes, in small steps; and a worker that sees to it."""
+"""Clean-up of expired data in small steps, and a worker that runs it regularly."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from ..stores.support import closing
 
 NAME = "gsession-cleanup"
 
-_LEASE = 60_000  # milliseconds, after which who died while cleaning up is replaced
+_LEASE = 60_000  # milliseconds after which another process takes over from a dead one
 _FIRST_RETRY = 10.0  # seconds
 _JITTER = 0.2
-_BREATH = 0.02  # seconds between two steps
-_FAREWELL = 10.0  # seconds that the end of the process waits for a step to end
+_PAUSE = 0.02  # seconds between two steps
+_MAX_JOIN = 10.0  # seconds that the process waits for the current step when it exits
 _YEAR = 366 * 86_400_000  # milliseconds
 
 
 def steps(
     upkeep: Upkeep | None, batch: int = 1000, cursor: str = "", *, dry_run: bool = False
 ) -> Iterator[Tidied]:
-    """Clean a store up, and give what each step found; a step looks at about ``batch`` things.
+    """Clean up a store; yields the result of each step. A step examines about ``batch`` items.
 
-    Can be left after any step; ``cursor`` is that of the step to go on after. No steps where the
-    store has no such part.
+    You can stop after any step, and continue later with its ``cursor``. Without an ``upkeep`` part,
+    there are no steps.
     """
     while upkeep is not None:
         step = upkeep.tidy(cursor, batch, dry_run=dry_run)
@@ -53,14 +53,14 @@ def steps(
 
 
 class CleanupWorker:
-    """Cleans up now and then, in a thread; of all the processes on a store one at a time.
+    """Cleans up regularly in a thread. Only one of the processes on a store does it at a time.
 
-    It begins in each process with the first request there, so that it runs in the workers of a
-    server and not in the process that forks them; or with ``start()``. It ends with the process.
+    Starts with the first request in each process, so that it runs in a server's workers and not
+    in the process that forks them, or with ``start()``. Ends with the process.
 
-    ``interval``: seconds from the end of a clean-up to the next, whoever does it; at least 1.
-    ``batch``: how many things one step looks at. ``ext``: the ``Session``, where the application
-    has several.
+    ``interval``: seconds from the end of one clean-up to the next, in whichever process; at least
+    1. ``batch``: the number of items that one step examines. ``ext``: the ``Session``, if the
+    application has several.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class CleanupWorker:
         ext: Session | None = None,
     ) -> None:
         if not 1 <= interval <= _YEAR / 1000:
-            raise SettingError("CleanupWorker: interval is how many seconds, 1 to a year")
+            raise SettingError("CleanupWorker: interval must be from 1 second to a year")
         if not 1 <= batch <= 10_000:
-            raise SettingError("CleanupWorker: batch is 1 to 10000")
+            raise SettingError("CleanupWorker: batch must be from 1 to 10000")
         self._interval, self._batch, self._ext = interval, batch, ext
         if app is not None:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Look after the store of ``app``, which has its ``Session`` already."""
+        """Clean up the store of ``app``. Call ``Session(app)`` first."""
         interfaces: dict[Session, GSessionInterface] = app.extensions.get(EXTENSION, {})
         ext = self._ext or next(iter(interfaces), None)
         if ext is None or ext not in interfaces:
@@ -92,20 +92,20 @@ class CleanupWorker:
         worker = _Worker(interface.repository, interface.store, self._interval, self._batch)
         workers[ext] = worker
         request_started.connect(worker.begin, app)
-        warn_without_threads("CleanupWorker does nothing; have cron run flask gsession cleanup")
+        warn_without_threads("CleanupWorker does nothing; run flask gsession cleanup from cron")
 
     def start(self, app: Flask) -> None:
-        """Begin in this process now, not with its first request."""
+        """Start in this process now, without waiting for its first request."""
         self._worker(app).start()
 
     def stop(self, app: Flask) -> None:
-        """End in this process, after the step that is under way, until ``start``."""
+        """Stop in this process after the current step, until ``start``."""
         self._worker(app).end()
 
     def run(self, app: Flask) -> float:
-        """Clean up here and now, if it is due and nobody is at it.
+        """Clean up now, if it is due and no other process is cleaning up.
 
-        For those who have a scheduler of their own. Returns after how many seconds it may be due.
+        For a scheduler of your own. Returns the number of seconds until it may be due again.
         """
         return self._worker(app).run()
 
@@ -118,7 +118,7 @@ class CleanupWorker:
 
 
 class _Worker:
-    """The worker of one ``Session``. Its thread does not keep it."""
+    """The worker of one ``Session``. Its thread doesn't keep it alive."""
 
     def __init__(self, repository: Repository, store: Store, interval: float, batch: int) -> None:
         self._repository, self._store = repository, store
@@ -129,11 +129,11 @@ class _Worker:
         self._end: weakref.finalize[..., object] | None = None
 
     def begin(self, *_: object, **__: object) -> None:
-        """Start the thread of this process, where there is none."""
+        """Start the thread of this process unless it runs."""
         if self._pid == getpid() or not (parts_of(self._store).upkeep or self._repository.files):
             return
         if is_before_fork() or not runs_threads():
-            return  # this process would be forked, or stand still, in the middle of a step
+            return  # the process would fork or freeze in the middle of a step
         self._pid = getpid()
         self._stop = threading.Event()
         thread = threading.Thread(
@@ -141,19 +141,19 @@ class _Worker:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # no thread can be had: the request is more important
-            logger.warning("No thread for the clean-up: %s", error)
+        except RuntimeError as error:  # the request goes on without a clean-up
+            logger.warning("Can't start a thread for the clean-up: %s", error)
             return
         self._end = closing(self, partial(_end, self._stop, thread))
 
     def start(self) -> None:
-        """As ``begin``, also after ``end``."""
+        """As ``begin``, even after ``end``."""
         if self._stop.is_set():
             self._pid = 0
         self.begin()
 
     def end(self) -> None:
-        """Stop the thread of this process; no request begins it again."""
+        """Stop the thread of this process; requests don't start it again."""
         if self._end is not None and self._pid == getpid():
             self._end()
         if self._pid != getpid():
@@ -168,7 +168,7 @@ class _Worker:
             self._failures += 1
             wait = min(self._interval, _FIRST_RETRY * 2 ** min(self._failures - 1, 20))
             detail = error.detail if isinstance(error, StoreUnavailable) else repr(error)
-            logger.warning("The clean-up failed, and is tried again in %.0f s: %s", wait, detail)
+            logger.warning("The clean-up failed and will be retried in %.0f s: %s", wait, detail)
             self._repository.events.emit(CleanupFailed, detail)
         else:
             self._failures = 0
@@ -183,17 +183,17 @@ class _Worker:
         try:
             for step in self._steps():
                 found.update(step.found)
-                if stop.wait(_BREATH):
-                    _tell("stopped", found, time.monotonic() - began)
-                    break  # somebody else shall go on
+                if stop.wait(_PAUSE):
+                    _log_result("stopped", found, time.monotonic() - began)
+                    break  # another process may continue
                 ticket = self._renewed(ticket)
             else:
                 self._store.save(self._until(ticket, self._interval), ticket.version)
                 seconds = time.monotonic() - began
-                _tell("done", found, seconds)
+                _log_result("done", found, seconds)
                 self._repository.events.emit(CleanedUp, dict(found), seconds)
                 return self._interval
-        except (Gone, Stale):  # this process stood still, and another one took over
+        except (Gone, Stale):  # this process was paused, and another one took over
             return self._interval
         except BaseException:
             with suppress(StoreError):
@@ -208,9 +208,9 @@ class _Worker:
             yield from steps(self._repository.files, self._batch)
 
     def _take_ticket(self) -> Record | None:
-        """Be the one who cleans up; None where another is, or was a while ago.
+        """Take the right to clean up; None if another process has it, or none is due yet.
 
-        The promise of ``create`` is enough for it: of many one succeeds, until the record expires.
+        ``create`` succeeds in only one process until the record expires.
         """
         now = self._repository.now()
         ticket = Record(CLEANUP_KEY, new_version(), now, now + _LEASE, now + _YEAR, b"clean-up")
@@ -238,7 +238,7 @@ class _Worker:
         return ticket._replace(version=new_version(), idle_expires_at=end)
 
 
-def _tell(what: str, found: Counter[str], seconds: float) -> None:
+def _log_result(what: str, found: Counter[str], seconds: float) -> None:
     kinds = ", ".join(f"{kind}: {number}" for kind, number in found.items() if number)
     level = logging.INFO if kinds else logging.DEBUG
     logger.log(level, "Clean-up %s in %.1f s: %s", what, seconds, kinds or "nothing to do")
@@ -257,4 +257,4 @@ def _work(reference: weakref.ref[_Worker], stop: threading.Event) -> None:
 def _end(stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     if thread is not threading.current_thread():
-        thread.join(_FAREWELL)
+        thread.join(_MAX_JOIN)

@@ -1,4 +1,4 @@
-"""The checks behind ``flask gsession doctor``: is the store well, is it set up right?"""
+"""The store checks of ``flask gsession doctor``."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from ..stores.base import (
 from ..stores.parts import Blobs, Finding, parts_of
 
 _ROUNDS = 100
-_LONGEST = 1.0  # seconds, for all rounds together
+_MAX_SECONDS = 1.0  # for all rounds together
 _SLOW = 50.0  # milliseconds
-_FADING = 30  # milliseconds
+_SHORT_LIFE = 30  # milliseconds
 _NO_LARGE_VALUES = (
-    "What is larger than SESSION_SPILL_BYTES is refused with 503, or lost: look at the rights and "
-    "the room there."
+    "Values larger than SESSION_SPILL_BYTES get 503 or are lost: check the permissions and the "
+    "free space there."
 )
-_NO_RIGHT = re.compile("lacks|no ?permission|Unauthorized", re.IGNORECASE)  # as each server says it
-_LIFE = 60_000  # milliseconds, of what a broken store does not delete again
+_NO_RIGHT = re.compile("lacks|no ?permission|Unauthorized", re.IGNORECASE)  # of any server
+_LIFE = 60_000  # milliseconds, in case a broken store doesn't delete our records
 
 
 def check_store(
     store: Store, clock: Clock = time.time, blobs: Blobs | None = None
 ) -> list[Finding]:
-    """Try what sessions need of ``store``, with throw-away keys, and ask its server.
+    """Try all operations of ``store`` with throw-away keys, and query its server's settings.
 
-    ``clock``: the store's own, in seconds since 1970. ``blobs``: what keeps the large values, where
-    the store does not. Never raises for a store that is not well; that is what the findings are
-    for. About two hundred round trips, for some seconds at most.
+    ``clock``: the store's clock, in seconds since 1970. ``blobs``: the place for large values, if
+    it isn't the store. Reports a failing store as findings and never raises for it. Takes about
+    two hundred round trips, a few seconds at most.
     """
     parts = parts_of(store)
     try:
@@ -62,13 +62,13 @@ def check_store(
             findings += _latencies(store, clock)
     except (StoreError, SettingError) as error:
         detail = getattr(error, "detail", "") or f"{type(error).__name__} {error}"
-        advice = "Is it running, and is its URL right?"
+        advice = "Check that it is running, and that its URL is right."
         if _NO_RIGHT.search(detail):
-            advice = "It answers: give its user that right, or name another one in its URL."
+            advice = "The store answers: give its user that right, or use another user in the URL."
         findings = [Finding("error", "answers", detail, advice)]
     for checks in (parts.checks, parts_of(blobs).checks):
         if checks is not None:
-            with suppress(StoreError, SettingError):  # which was found above, or is new and passing
+            with suppress(StoreError, SettingError):  # a lasting failure was found above
                 findings += checks.check()
     return findings
 
@@ -89,7 +89,7 @@ def _contract(store: Store, clock: Clock) -> Iterator[Finding]:
         ("reads what was saved", lambda: store.load(record.key) == changed),
         ("lets expire", lambda: _expires(store, past, now)),
         ("deletes", lambda: _deletes(store, record.key)),
-        ("keeps the dead dead", _raises(Gone, lambda: store.save(other, changed.version))),
+        ("keeps ended sessions ended", _raises(Gone, lambda: store.save(other, changed.version))),
     ]
     try:
         for name, step in steps:
@@ -102,16 +102,16 @@ def _contract(store: Store, clock: Clock) -> Iterator[Finding]:
             if done:
                 yield Finding("ok", name)
             else:
-                yield Finding("error", name, found or "it does not", "Do not trust it.")
+                yield Finding("error", name, found or "it does not", "Don't use this store.")
                 return
     finally:
         for key in (record.key, past.key):
-            with suppress(StoreError):  # then it expires within the minute
+            with suppress(StoreError):  # it expires within a minute
                 store.delete(key)
 
 
 def _large_values(check: str, blobs: Blobs, clock: Clock) -> Finding:
-    """Whether one can be written, read, kept for longer and let go."""
+    """Whether a large value can be written, read, renewed and discarded."""
     now = milliseconds(clock)
     name, other = secrets.token_hex(16), secrets.token_hex(16)
     frames = [secrets.token_bytes(1000), secrets.token_bytes(10)]
@@ -135,9 +135,9 @@ def _large_values(check: str, blobs: Blobs, clock: Clock) -> Finding:
     steps: list[tuple[str, Callable[[], object]]] = [
         ("written", write),
         ("read", is_there),
-        ("kept for longer", renew),
-        ("let go", lambda: _is_gone(blobs, name, now)),
-        ("let go later", lambda: _fades(blobs, other, len(frames[1]), clock)),
+        ("renewed", renew),
+        ("discarded", lambda: _is_gone(blobs, name, now)),
+        ("expired", lambda: _blob_expires(blobs, other, len(frames[1]), clock)),
     ]
     try:
         for what, step in steps:
@@ -147,10 +147,10 @@ def _large_values(check: str, blobs: Blobs, clock: Clock) -> Finding:
                 done = False
                 found = f": {getattr(error, 'detail', '') or type(error).__name__}"
             if not done:
-                return Finding("error", check, f"they cannot be {what}{found}", _NO_LARGE_VALUES)
+                return Finding("error", check, f"they can't be {what}{found}", _NO_LARGE_VALUES)
         return Finding("ok", check)
     finally:
-        with suppress(StoreError):  # then they expire within the minute
+        with suppress(StoreError):  # they expire within a minute
             blobs.discard_blobs([name, other], now)
 
 
@@ -159,18 +159,18 @@ def _is_gone(blobs: Blobs, name: str, now: int) -> bool:
     return blobs.read_frame(name, 0, 1) is None
 
 
-def _fades(blobs: Blobs, name: str, size: int, clock: Clock) -> bool:
-    """Whether a blob goes by itself. Files do not: a clean-up removes them."""
+def _blob_expires(blobs: Blobs, name: str, size: int, clock: Clock) -> bool:
+    """Whether a blob expires by itself. Files don't: a clean-up removes them."""
     if parts_of(blobs).upkeep is not None and not is_store(blobs):
         return True
     now, start = milliseconds(clock), time.monotonic()
-    blobs.discard_blobs([name], now + _FADING)
+    blobs.discard_blobs([name], now + _SHORT_LIFE)
     while blobs.read_frame(name, 0, size) is not None:
         waited = time.monotonic() - start
-        stopped = milliseconds(clock) == now  # as in a test: it lets nothing expire
-        if waited > (_FADING / 1000 if stopped else _LONGEST):
+        stopped = milliseconds(clock) == now  # a test's clock, so nothing expires
+        if waited > (_SHORT_LIFE / 1000 if stopped else _MAX_SECONDS):
             return stopped
-        time.sleep(_FADING / 2000)
+        time.sleep(_SHORT_LIFE / 2000)
     return True
 
 
@@ -193,7 +193,7 @@ def _latencies(store: Store, clock: Clock) -> Iterator[Finding]:
 
 def _latency(check: str, what: str, call: Callable[[], object]) -> Finding:
     times: list[float] = []
-    end = time.monotonic() + _LONGEST
+    end = time.monotonic() + _MAX_SECONDS
     while len(times) < 2 or (len(times) < _ROUNDS and time.monotonic() < end):
         start = time.perf_counter()
         call()
@@ -201,11 +201,11 @@ def _latency(check: str, what: str, call: Callable[[], object]) -> Finding:
     cuts = statistics.quantiles(times, n=100, method="inclusive")
     found = (
         f"{what} takes {cuts[49]:.2f} ms, 95 % at most {cuts[94]:.2f}, 99 % at most {cuts[98]:.2f} "
-        f"({len(times)} of them)"
+        f"({len(times)} calls)"
     )
     if cuts[49] < _SLOW:
         return Finding("ok", check, found)
-    return Finding("warning", check, found, "Every request with a session waits for it.")
+    return Finding("warning", check, found, "Every request with a session waits this long.")
 
 
 def _expires(store: Store, record: Record, now: int) -> bool:

@@ -1,6 +1,6 @@
-"""What ``flask gsession doctor`` says of an application: secret keys, mode, cookie and timeouts.
+"""The application checks of ``flask gsession doctor``: secret keys, mode, cookie and timeouts.
 
-What cannot be at all, such as a ``__Host-`` cookie with a domain, stops ``init_app`` already.
+Impossible settings, such as a ``__Host-`` cookie with a domain, are refused by ``init_app``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..stores.parts import Finding
 _SHORT_SECRET = 16  # characters
 _FEW_BITS = 64
 _PLACEHOLDERS = ("change me", "changeme", "secret key", "secretkey", "your secret", "password")
-_MAKE_ONE = "Who guesses it can sign tokens: use secrets.token_urlsafe(32)."
+_MAKE_ONE = "Anyone who guesses it can sign tokens: use secrets.token_urlsafe(32)."
 
 _DAY = 86_400
-# What OWASP ASVS 4.0.3 says of re-authentication in V3.3.2; 5.0 (V7.3) gives no figures.
+# Re-authentication in OWASP ASVS 4.0.3, V3.3.2; 5.0 (V7.3) gives no figures.
 _LEVELS = (  # level, idle and absolute timeout in seconds
     (3, 15 * 60, _DAY / 2),
     (2, 30 * 60, _DAY / 2),
@@ -32,7 +32,7 @@ _LEVELS = (  # level, idle and absolute timeout in seconds
 def check_application(
     app: Flask, interface: SessionInterface, settings: Settings, lifetime: float
 ) -> list[Finding]:
-    """What the application's secret keys, mode, cookie and timeouts are like.
+    """Check the application's secret keys, mode, store, cookie and timeouts.
 
     ``lifetime``: of permanent sessions, in seconds.
     """
@@ -49,7 +49,7 @@ def _keys(app: Flask) -> Iterator[Finding]:
     current, *older = secret_keys(app)
     if not current:
         yield Finding(
-            "error", "SECRET_KEY", "not set", "No session can be kept without: set a random one."
+            "error", "SECRET_KEY", "not set", "Sessions need one: use secrets.token_urlsafe(32)."
         )
         return
     for name, key in (("SECRET_KEY", current), *(("SECRET_KEY_FALLBACKS", old) for old in older)):
@@ -59,7 +59,7 @@ def _keys(app: Flask) -> Iterator[Finding]:
 
 
 def _weakness(key: str | bytes) -> str:
-    """Why the key can be guessed; nothing of what it is."""
+    """Why the key can be guessed, without showing any of it."""
     text = key if isinstance(key, str) else key.decode("latin-1")
     if len(text) < _SHORT_SECRET:
         return f"{len(text)} characters"
@@ -79,11 +79,11 @@ def _mode(app: Flask, settings: Settings) -> Iterator[Finding]:
             "warning",
             "SESSION_DEBUG",
             "on, without debug mode",
-            "It says more of each request than a log should keep: set it to False.",
+            "It logs more about each request than a log should keep: set it to False.",
         )
     if app.testing:
         yield Finding(
-            "warning", "TESTING", "on", "Errors get past the error pages: not in production."
+            "warning", "TESTING", "on", "Never in production: errors bypass the error pages."
         )
 
 
@@ -93,8 +93,8 @@ def _place(app: Flask, settings: Settings) -> Iterator[Finding]:
             "warning",
             "SESSION_STORE",
             "not set: sessions are in a file in the instance folder",
-            "A second machine, or a container that is replaced, has a file of its own: name a "
-            "server, or say sqlite:////path/to/a/file if one file is meant.",
+            "A second machine or a new container starts with an empty file: use a server, or set "
+            "sqlite:////path/to/a/file if you want a file.",
         )
 
 
@@ -118,14 +118,14 @@ def _cookie(app: Flask, interface: SessionInterface) -> Iterator[Finding]:
             "warning",
             "SESSION_COOKIE_SECURE",
             "off",
-            "The cookie goes over plain HTTP, too: set it to True where the site has HTTPS.",
+            "Browsers send the cookie over plain HTTP too: set it to True if the site has HTTPS.",
         )
     elif not name.lower().startswith(("__host-", "__secure-")):
         yield Finding(
             "warning",
             "cookie prefix",
             "none",
-            "A sibling domain, or a page without TLS, can plant a cookie of this name: call it "
+            "A sibling domain or a page without TLS can set a cookie of this name: rename it to "
             f"{prefix}{name} (OWASP ASVS 5.0, V3.3.1).",
         )
     if not interface.get_cookie_httponly(app):
@@ -144,7 +144,7 @@ def _cookie(app: Flask, interface: SessionInterface) -> Iterator[Finding]:
             "warning",
             "SESSION_COOKIE_DOMAIN",
             domain,
-            "Every host below it gets the token: leave it out, if one host is enough.",
+            "Every host below it gets the token: remove it if one host is enough.",
         )
 
 
@@ -162,9 +162,9 @@ def _timeouts(settings: Settings, lifetime: float) -> Finding:
         "warning",
         "timeouts",
         found,
-        "OWASP ASVS 4.0.3, V3.3.2 wants a new login after 30 days (level 1), after 12 hours or 30 "
-        "idle minutes (2), after 12 hours or 15 idle minutes (3); 5.0, V7.3 wants the decision "
-        "written down. See SESSION_ABSOLUTE_TIMEOUT and SESSION_IDLE_TIMEOUT.",
+        "OWASP ASVS 4.0.3, V3.3.2 requires a new login after 30 days (level 1), after 12 hours or "
+        "30 idle minutes (2), after 12 hours or 15 idle minutes (3); 5.0, V7.3 requires a "
+        "documented decision. See SESSION_ABSOLUTE_TIMEOUT and SESSION_IDLE_TIMEOUT.",
     )
 
 

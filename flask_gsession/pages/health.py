@@ -1,4 +1,4 @@
-"""Pages for a load balancer: is the process alive, and can it serve requests with a session?"""
+"""Health pages for a load balancer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..interface import GSessionInterface
 
 
 def health_blueprint(url_prefix: str = "/health") -> Blueprint:
-    """A blueprint with the pages ``live`` and ``ready`` under ``url_prefix``, without the session.
+    """A blueprint with the pages ``live`` and ``ready`` under ``url_prefix``.
 
-    ``live`` answers 200 as long as the process answers at all. ``ready`` answers 200, or 503 with
-    ``Retry-After`` while a store of the application does not answer. One round trip for each store;
-    none while its circuit is open.
+    ``live`` returns 200 while the process can answer. ``ready`` returns 200, or 503 with
+    ``Retry-After`` while a store of the application doesn't answer. It costs one round trip per
+    store, or none while the store's circuit is open.
     """
     blueprint = Blueprint("gsession_health", __name__, url_prefix=url_prefix)
 

@@ -1,6 +1,6 @@
-"""For tests: a clock to turn, a store that misbehaves on demand, and the store contract.
+"""For tests: a clock you control, a store that fails on demand, and the store contract.
 
-Run the contract on a store of your own with pytest::
+Run the contract on your own store with pytest::
 
     from flask_gsession.testing import StoreContract
 
@@ -24,7 +24,7 @@ __all__ = ["FakeClock", "HookedStore", "StoreContract", "a_blob", "a_pointer", "
 
 
 def __getattr__(name: str) -> Any:
-    # Tests of an application need a clock, not the contract of stores.
+    # Tests of an application need a clock, and shouldn't import the contract.
     if name == "StoreContract":
         from .contract import StoreContract
 

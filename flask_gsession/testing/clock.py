@@ -1,4 +1,4 @@
-"""A clock that tests turn by hand."""
+"""A clock for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class FakeClock:
-    """A clock that stands still until it is turned: ``Session(app, clock=FakeClock())``."""
+    """A clock that only moves when you call ``advance``: ``Session(app, clock=FakeClock())``."""
 
     def __init__(self, start: float | None = None) -> None:
         self.now = time.time() if start is None else start
@@ -15,5 +15,5 @@ class FakeClock:
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Turn the clock forward."""
+        """Move the clock forward."""
         self.now += seconds

@@ -1,4 +1,4 @@
-"""The contract that every store is tested with."""
+"""The contract suite that every store must pass."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _scanned(scans: Scans, limit: int, begins: str = "") -> dict[str, Record]:
 
 
 def _tidied(upkeep: Upkeep, dry_run: bool) -> dict[str, int]:
-    """What a whole clean-up found."""
+    """The leftovers that a complete clean-up found."""
     found: dict[str, int] = {}
     cursor = ""
     while True:
@@ -70,7 +70,7 @@ _Written = tuple[list[str], Record, Callable[[], object]]
 
 
 def _created(store: Store, clock: FakeClock) -> _Written:
-    """A write: the keys it is about, the session that it leaves, and the same write again."""
+    """A write: the keys it changes, the resulting session, and a function that repeats it."""
     record = a_record(clock)
     store.create(record)
     return [record.key], record, lambda: store.create(record)
@@ -138,7 +138,7 @@ _WRITES = (
 
 
 def _nothing(store: Store, clock: FakeClock, keys: list[str], session: Record) -> list[str]:
-    """An event: others do something to a session that was under these keys; what keys it adds."""
+    """Another process changes the session under these keys. Returns the keys that it adds."""
     return []
 
 
@@ -263,7 +263,7 @@ class StoreContract:
             assert store.load(record.key) == later
 
     def test_create_takes_it_also_for_the_same_version(self) -> None:
-        """As an import may, of a record that has expired here and was used elsewhere."""
+        """An import does this with a record that has expired here and was used elsewhere."""
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
             store.create(record)
@@ -443,7 +443,7 @@ class StoreContract:
                 assert _unexpired(store, clock, record) is None
 
     def test_renew_goes_by_what_is_stored(self) -> None:
-        """And not by what was loaded: another request may have renewed the session since."""
+        """The loaded record doesn't count: another request may have renewed the session since."""
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
             store.create(record)
@@ -515,7 +515,7 @@ class StoreContract:
                 assert store.load(new.key) == new
 
     def test_a_repeat_undoes_nothing_that_came_after(self) -> None:
-        """The answer to a write was lost; until the repeat others came: it finds what they left."""
+        """The reply to a write is lost, and other processes write before the repeat."""
         with self._store() as (store, clock):
             for write in _WRITES:
                 for event in _EVENTS:
@@ -526,7 +526,7 @@ class StoreContract:
                         repeat()
                     after = _all_unexpired(store, clock, keys)
                     if write is _created and before[0] is None:
-                        # As if it had come a bit later: nobody had its token.
+                        # As if the write had come later: no client had its token.
                         after[0] = None
                     assert after == before, (write.__name__, event.__name__)
 
@@ -635,7 +635,7 @@ class StoreContract:
                 assert store.load(record.key) is None
 
     def test_delete_follows_many_pointers(self) -> None:
-        """As of a session that was rotated again and again within the grace of its first token."""
+        """A session may be rotated many times within the grace of its first token."""
         with self._store() as (store, clock):
             first = last = a_record(clock)
             store.create(first)
@@ -821,7 +821,7 @@ class StoreContract:
 
     @contextmanager
     def _leasing(self) -> Iterator[tuple[Store, Any, FakeClock, Record]]:
-        """A store, its leases and a stored record. Without leases there is nothing to test."""
+        """A store, its leases (None without that part) and a stored record."""
         with self._store() as (store, clock):
             record = a_record(clock)
             store.create(record)
@@ -897,10 +897,10 @@ class StoreContract:
                 return
             leases.acquire(record.key, "one", 5000, 10)
             leases.acquire(record.key, "gone", 5000, 10)
-            clock.advance(-4)  # clocks of several hosts differ: that frees nothing
+            clock.advance(-4)  # another host's clock; this frees no lease
             assert leases.acquire(record.key, "two", 5000, 10) > 0
             clock.advance(-3600)
-            assert leases.extend(record.key, "one", 5000) is True  # nobody took it
+            assert leases.extend(record.key, "one", 5000) is True  # no other owner took it
             clock.advance(-3600)
             assert leases.acquire(record.key, "three", 5000, 10) == 0
             with _raises(LeaseLost):
@@ -1060,7 +1060,7 @@ class StoreContract:
             refused()  # never acquired
             leases.acquire(record.key, "one", 5000, 10)
             clock.advance(5)
-            refused()  # run out, and nobody else has it
+            refused()  # expired, and no other owner has it
             leases.acquire(record.key, "two", 5000, 10)
             refused()
             leases.acquire(record.key, "one", 5000, 10)
@@ -1100,7 +1100,7 @@ class StoreContract:
             if leases is None:
                 return
             leases.acquire(record.key, "one", 60_000, 10)
-            for _ in range(2):  # the first wait may have to get ready
+            for _ in range(2):  # the first wait may need to set up a connection
                 assert leases.acquire(record.key, "two", 60_000, 10) > 0
                 leases.wait_for_release(record.key, "two", 0.01)
             done: list[float] = []
@@ -1144,7 +1144,7 @@ class StoreContract:
 
     @contextmanager
     def _with_blobs(self) -> Iterator[tuple[Any, FakeClock]]:
-        """The place for large values; None where the store has none: nothing is tested then."""
+        """The place for large values; None without that part."""
         with self._store() as (store, clock):
             yield parts_of(store).blobs, clock
 
@@ -1179,7 +1179,7 @@ class StoreContract:
             name, end = a_blob(), milliseconds(clock) + 60_000
             for offset, frame in ((0, b"first"), (0, b"first"), (5, b"second"), (5, b"second")):
                 blobs.write_frame(name, offset, frame, end)
-            blobs.write_frame(name, 0, b"first", end)  # so late that it was overtaken
+            blobs.write_frame(name, 0, b"first", end)  # a late duplicate
             assert blobs.read_frame(name, 0, 5) == b"first"
             assert blobs.read_frame(name, 5, 6) == b"second"
 
@@ -1200,7 +1200,7 @@ class StoreContract:
             for name in names:
                 blobs.write_frame(name, 0, b"frame", milliseconds(clock) + 10_000)
             blobs.renew_blobs(names[1:], milliseconds(clock) + 60_000)
-            blobs.renew_blobs(names[2:], milliseconds(clock) + 20_000)  # which it has already
+            blobs.renew_blobs(names[2:], milliseconds(clock) + 20_000)  # its current expiry
             clock.advance(9)
             assert [blobs.read_frame(name, 0, 5) for name in names] == [b"frame"] * 3
             clock.advance(50)
@@ -1224,7 +1224,7 @@ class StoreContract:
                     blobs.write_frame(name, offset, b"frame", now + 60_000)
             blobs.discard_blobs(names[:2], now)
             blobs.discard_blobs([names[2]], now + 30_000)
-            blobs.discard_blobs([names[2]], now + 90_000)  # it goes before, anyhow
+            blobs.discard_blobs([names[2]], now + 90_000)  # it expires earlier
             blobs.discard_blobs([a_blob(), names[0]], now)
             for offset in (0, 5):
                 found = [blobs.read_frame(name, offset, 5) for name in names]

@@ -1,4 +1,4 @@
-"""A store that misbehaves on demand."""
+"""A store that fails on demand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..stores.wrappers import CallWrapper
 
 
 class HookedStore(CallWrapper):
-    """Passes every call on to ``store``, and runs what was hooked before or after it.
+    """A wrapper that runs your hooks before and after calls of ``store``.
 
-    ``calls`` lists the operations in order. A hook is called without arguments and once; one that
-    raises makes the call fail, after its effect if it was hooked after the call. A ``Deleted`` or
-    ``Replaced`` that a hook returns after a call replaces the answer.
+    ``calls`` lists the operations in order. A hook is called once, without arguments. If it
+    raises, the call fails; after the call, the store has made the change already. If a hook after
+    a call returns a ``Deleted`` or ``Replaced``, that replaces the result.
     """
 
     def __init__(self, store: Store) -> None:
@@ -40,6 +40,6 @@ class HookedStore(CallWrapper):
     def _run(self, when: str, operation: str) -> object:
         try:
             hook = self._hooks[when, operation].pop(0)
-        except (KeyError, IndexError):  # none, or another thread was faster
+        except (KeyError, IndexError):  # no hook, or another thread took it
             return None
         return hook()

@@ -1,4 +1,4 @@
-"""Records and names to fill a store with."""
+"""Records and blob names for tests of stores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..tokens import new_token, session_key
 
 
 def a_record(clock: Clock, *, idle: float = 60, absolute: float = 3600, **fields: Any) -> Record:
-    """A live record under a random key, that idles out in ``idle`` seconds."""
+    """A live record with a random key. Its timeouts are in seconds from now."""
     now = milliseconds(clock)
     values: dict[str, Any] = {
         "key": session_key(new_token()),
@@ -24,7 +24,7 @@ def a_record(clock: Clock, *, idle: float = 60, absolute: float = 3600, **fields
 
 
 def a_pointer(old: Record, new: Record, grace: float = 10) -> Record:
-    """What a rotation from ``old`` to ``new`` leaves for ``grace`` seconds."""
+    """The pointer that a rotation from ``old`` to ``new`` leaves for ``grace`` seconds."""
     return old._replace(
         version=new.version,
         idle_expires_at=new.created_at + int(grace * 1000),
@@ -34,5 +34,5 @@ def a_pointer(old: Record, new: Record, grace: float = 10) -> Record:
 
 
 def a_blob() -> str:
-    """A random name of a blob."""
+    """A random name for a blob."""
     return secrets.token_hex(16)

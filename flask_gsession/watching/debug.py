@@ -1,7 +1,7 @@
-"""The debug dump: what a request found in its session, what it did to it, and why.
+"""The debug dump: the session that a request found, its changes, and the reasons.
 
-One message of the logger ``flask_gsession.debug`` before a request and one after it. The same facts
-are in the log record's ``gsession``, for logs that are read by a program.
+The logger ``flask_gsession.debug`` writes one message before and one after each request. The log
+record's attribute ``gsession`` holds the same facts for programs.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .tracing import Trace
 
 log = logging.getLogger("flask_gsession.debug")
 
-#: Where an application that is debugged keeps its latest dumps, the newest last.
+#: The key of the latest dumps in ``app.extensions``; the newest is last.
 RECENT = "gsession-debug"
 _KEEP_RECENT = 20
-_TRACED = "_gsession_traced"  # a request's, and not of its environment: see ``interface``
-_MOST_KEYS = 30
+_TRACED = "_gsession_traced"  # an attribute of the request
+_MAX_KEYS = 30
 
 Facts = dict[str, Any]
 
 
-def _harmless(function: Callable[..., None]) -> Callable[..., None]:
-    """What looks for faults makes none."""
+def _never_raises(function: Callable[..., None]) -> Callable[..., None]:
+    """Log the errors of ``function`` instead of failing the request."""
 
     def call(*arguments: Any) -> None:
         try:
@@ -53,7 +53,7 @@ def _harmless(function: Callable[..., None]) -> Callable[..., None]:
 def prepare(
     app: Flask, cookie: Callable[[], str], present: Callable[[Flask, Request], Presented]
 ) -> None:
-    """Dump what the requests of ``app`` do with the sessions of this cookie.
+    """Dump the sessions of this cookie in all requests of ``app``.
 
     ``present`` reads the token of a request.
     """
@@ -66,11 +66,11 @@ def prepare(
         facts = {
             "request": _name_of_request(),
             "cookie_name": cookie(),
-            "found": _brought(presented),
+            "found": _describe_token(presented),
         }
         log_dump(logging.DEBUG, "Session before {request}: {found}".format(**facts), facts)
 
-    app.before_request_funcs.setdefault(None, []).insert(0, _harmless(before))
+    app.before_request_funcs.setdefault(None, []).insert(0, _never_raises(before))
     if RECENT not in app.extensions:
         app.extensions[RECENT] = deque(maxlen=_KEEP_RECENT)
         app.teardown_request(_finish)
@@ -82,9 +82,9 @@ def begin(session: SessionData, request: Request) -> None:
     vars(request).setdefault(_TRACED, []).append(session)
 
 
-@_harmless
+@_never_raises
 def report(session: SessionData, response: Response | None, error: object = None) -> None:
-    """Dump what a request did with its session, once."""
+    """Dump the session at the end of a request, once."""
     trace = life_of(session).trace
     if trace is None or trace.reported:
         return
@@ -101,20 +101,20 @@ def report(session: SessionData, response: Response | None, error: object = None
 
 
 def traced(request: Request) -> list[SessionData]:
-    """The sessions of a request that are traced from its start."""
+    """The sessions that are traced from the start of this request."""
     sessions: list[SessionData] = vars(request).get(_TRACED, [])
     return sessions
 
 
-@_harmless
+@_never_raises
 def _finish(error: BaseException | None) -> None:
-    """At the end of a request: its sessions that were not looked at, or could not be saved."""
+    """Report the sessions that no save has reported: unused, or failed."""
     for session in vars(request).pop(_TRACED, ()):
         report(session, None, error)
 
 
 def log_dump(level: int, text: str, facts: Facts) -> None:
-    """Write a dump to the log: it is wanted, so it is made to get there, as Flask does."""
+    """Write a dump to the log, whose level and handler are set up if needed, as Flask does."""
     if not log.level:
         log.setLevel(logging.DEBUG)
     if not has_level_handler(log):
@@ -128,9 +128,9 @@ def log_dump(level: int, text: str, facts: Facts) -> None:
 def facts_of(
     session: SessionData, response: Response | None, error: object = None, *, saved: bool = True
 ) -> Facts:
-    """What is known of a session now; times in seconds, sizes in bytes, nothing secret.
+    """The facts about a session now. Times are in seconds, sizes in bytes. Holds no secrets.
 
-    ``saved``: whether the request is over. Before that, nobody knows what becomes of its changes.
+    ``saved``: whether the request is over. Until then, its changes are pending.
     """
     life = life_of(session)
     trace, repository, record = life.trace, life.repository, life.seen.record
@@ -197,37 +197,37 @@ def facts_of(
 
 
 def _name_of_request() -> str:
-    """The method and the rule; not the path, which may hold a secret."""
+    """The method and the rule. The path may hold a secret."""
     if not has_request_context():
         return "outside a request"
     rule = request.url_rule
     return f"{ascii(request.method)[1:-1][:20]} {rule.rule if rule is not None else '(no route)'}"
 
 
-def _brought(presented: Presented) -> str:
-    """The token that a request brought."""
+def _describe_token(presented: Presented) -> str:
+    """The token that came with a request, as text."""
     checked = presented.checked
     where = "header" if presented.by_header else "cookie"
     if checked is None:
         return "no token"
     if checked.token is None:
-        return f"a {where} that is refused: {checked.reason}"
+        return f"a {where} that was refused: {checked.reason}"
     signed = ", signed with a fallback key" if checked.outdated else ""
     return f"a {where} for {session_key(checked.token)}{signed}"
 
 
 def _state(life: Lifecycle, trace: Trace) -> str:
-    """What became of the session."""
+    """The state of the session after the request."""
     happened = {type(event) for event in trace.events}
     if life.trouble is not None and life.trouble.loading:
         return "could not be loaded"
     if life.ended:
-        return "ended by another request meanwhile"
+        return "ended by another request"
     record, checked = life.seen.record, life.presented().checked
     if record is None:
         if SessionDestroyed in happened:
             return "ended"
-        return "none" if life.opened else "not loaded"
+        return "no session" if life.opened else "not loaded"
     if SessionCreated in happened:
         return "new"
     if SessionRotated in happened:
@@ -249,14 +249,14 @@ def _about(
     *,
     with_value: bool = True,
 ) -> Facts:
-    """A key and its value, as far as they may be shown."""
+    """A key and its value, as far as a log may show them."""
     trace, values = life.trace, life.values
     assert trace is not None
     about: Facts = {"key": shown_name(key), "type": trace.types.get(key), "bytes": size}
     if before is not None:
         about["bytes_before"] = before
     raw = values.stored.get(key)
-    large = refers(raw)  # not read to be shown
+    large = refers(raw)  # not loaded for a dump
     if large:
         about["large"] = True
     try:
@@ -279,12 +279,12 @@ def _about(
 
 
 def _not_stored(life: Lifecycle, trace: Trace) -> list[str]:
-    """What the request changed to no effect, or not yet."""
+    """The keys with changes that are not stored, or not yet."""
     pending = []
     if life.opened:
         try:
             pending = list(life.values.changes())
-        except Exception:  # a value that cannot be kept
+        except Exception:  # a value that can't be stored
             pending = list(trace.touched)
     dropped = any(isinstance(event, WriteDropped) for event in trace.events)
     if dropped or trace.failure is not None:
@@ -297,7 +297,7 @@ def _not_stored(life: Lifecycle, trace: Trace) -> list[str]:
 
 
 def _some(keys: Iterable[str]) -> list[str]:
-    return list(keys)[:_MOST_KEYS]
+    return list(keys)[:_MAX_KEYS]
 
 
 def _of_event(event: Event) -> str:
@@ -308,7 +308,7 @@ def _of_event(event: Event) -> str:
 
 
 def _token(life: Lifecycle, trace: Trace, error: object) -> str:
-    """Whether the client is sent a token, and why."""
+    """Whether the response carries a token, and why."""
     if error is not None:
         return "not sent: an error ended the request before the session was saved"
     happened = {type(event) for event in trace.events}
@@ -319,21 +319,21 @@ def _token(life: Lifecycle, trace: Trace, error: object) -> str:
         if SessionRotated in happened:
             return "set: the session has a new token"
         if checked is not None and checked.outdated:
-            return "set: signed anew with the current SECRET_KEY"
+            return "set: signed with the current SECRET_KEY"
         return "set: its expiry moved"
     if life.cookie == "delete":
         return "deleted: the session ended"
     if checked is None:
         return "none: nothing is stored"
     if life.ended:
-        return "kept: whoever ended the session deletes it"
+        return "unchanged: the request that ended the session deletes it"
     if record is None:
         if life.presented().by_header and life.leads_nowhere():
-            return "emptied: it leads to no session"
-        return "kept: it leads to no session, and nothing was put into a new one"
+            return "emptied: there is no such session"
+        return "unchanged: there is no such session, and no new one was stored"
     if life.seen.token is None:
-        return "kept: another request rotated the session, and sends the new token"
-    return "kept: the client has it"
+        return "unchanged: the request that rotated the session sends the new token"
+    return "unchanged: the client has it"
 
 
 def _server_timing(trace: Trace) -> str:
@@ -346,7 +346,7 @@ def _server_timing(trace: Trace) -> str:
 
 
 def as_text(facts: Facts) -> str:
-    """The facts, for people: the request first, then a line for each thing there is to say."""
+    """The facts as text: the request in the first line, then one fact per line."""
     request, state = facts["request"], facts["state"]
     result = facts["error"] or facts["status"]
     lines = [f"{request}{f' -> {result}' if result is not None else ''}: {state}"]
@@ -360,8 +360,8 @@ def as_text(facts: Facts) -> str:
     if "bytes" in facts:
         line(
             "lifetime",
-            f"ends in {_span(facts['idle_left'])} unless it is used, "
-            f"in {_span(facts['absolute_left'])} anyhow",
+            f"idle timeout in {_span(facts['idle_left'])}, "
+            f"absolute timeout in {_span(facts['absolute_left'])}",
         )
         line("size", _bytes(facts["bytes"]))
     if "refused" in facts:
@@ -390,7 +390,7 @@ def _as_words(about: Facts) -> str:
     else:
         words.append(_bytes(about["bytes"]))
     if "large" in about:
-        words.append("large: in a place of its own")
+        words.append("large value")
     if "expires_in" in about:
         words.append(f"expires in {_span(about['expires_in'])}")
     if "value" in about:

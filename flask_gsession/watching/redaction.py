@@ -1,7 +1,7 @@
-"""What of a session's values may be shown to those who look for a fault: little.
+"""Hides the values of a session in logs and command output.
 
-A value is shown where its key was declared, and what is in it is not a secret by its type or its
-name. Of all others only the type is.
+A value is shown only if its key is declared, and neither a name nor a type in it suggests a secret.
+For all other values, only the type is shown.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ _SECRET = re.compile(
     "[_ -]?codes?",
     re.IGNORECASE,
 )
-# What is long enough to be random. Clients choose names, so none of these patterns backtracks.
+# Matches text that is long enough to be random. Clients can choose names, so no pattern backtracks.
 _LONG, _LONG_PART = re.compile(r"[\w-]{16,}", re.ASCII), re.compile("[A-Za-z0-9]{16,}")
 _DIGIT, _CAPITAL = re.compile("[0-9]"), re.compile("[A-Z]")
 _PLAIN = {int, float, bool, type(None), Decimal, UUID}
 _PLAIN |= {dt.datetime, dt.date, dt.time, dt.timedelta}
 _BRACKETS: dict[type, str] = {list: "[]", tuple: "()", set: "{}", frozenset: "{}"}
-_LONGEST_NAME, _LONGEST_TEXT, _MOST_ITEMS, _DEEPEST = 60, 100, 10, 4
-_MOST_BITS = 2000  # of a number that is shown in decimal: Python may refuse longer ones
+_MAX_NAME, _MAX_TEXT, _MAX_ITEMS, _MAX_DEPTH = 60, 100, 10, 4
+_MAX_BITS = 2000  # of a number shown in decimal: Python refuses to convert very long ones
 
 
 def is_secret(name: str) -> bool:
-    """Whether what has this name is never shown."""
+    """Whether the name suggests a secret, which is never shown."""
     return _SECRET.search(name) is not None
 
 
 def shown_name(key: str) -> str:
-    """A session key, for a log: in one line, not too long, without what looks drawn at random.
+    """A session key for a log: in one line, shortened, without parts that look random.
 
-    Some packages put a secret into the very key, as Authlib does with the state of a login.
+    Some packages put a secret into the key itself, such as Authlib's login state.
     """
     name = _LONG.sub(_shortened, key)
     text = ascii(name)[1:-1]
-    return text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME] + "..."
+    return text if len(text) <= _MAX_NAME else text[:_MAX_NAME] + "..."
 
 
 def _shortened(found: re.Match[str]) -> str:
-    """Letters, digits, hyphens and underscores, cut where they look drawn at random."""
+    """The matched characters, cut if they look random."""
     text = found[0]
     if len(text) >= 20 and _DIGIT.search(text) and _CAPITAL.search(text):
         return text[:4] + "..."
@@ -62,21 +62,21 @@ def _shortened_part(found: re.Match[str]) -> str:
 
 
 def shown_value(key: str, value: Any, declared: Collection[str]) -> str:
-    """A value as it may be shown: itself where its key is ``declared``, else ``HIDDEN``."""
+    """The value as text if its key is ``declared``, else ``HIDDEN``."""
     if key not in declared or is_secret(key):
         return HIDDEN
-    return _shown(value, _DEEPEST)
+    return _shown(value, _MAX_DEPTH)
 
 
 def _shown(value: Any, depth: int) -> str:
     kind = type(value)
     if isinstance(value, str):
-        more = "..." if len(value) > _LONGEST_TEXT else ""
-        return ascii(str(value[:_LONGEST_TEXT])) + more
-    if kind is int and value.bit_length() > _MOST_BITS:
-        return hex(value)[:_LONGEST_TEXT]
+        more = "..." if len(value) > _MAX_TEXT else ""
+        return ascii(str(value[:_MAX_TEXT])) + more
+    if kind is int and value.bit_length() > _MAX_BITS:
+        return hex(value)[:_MAX_TEXT]
     if kind in _PLAIN:
-        return str(value)[:_LONGEST_TEXT]
+        return str(value)[:_MAX_TEXT]
     if kind is dict:
         return _bracketed(
             "{}",
@@ -84,11 +84,11 @@ def _shown(value: Any, depth: int) -> str:
             (
                 f"{shown_name(str(name))!r}: "
                 + (HIDDEN if is_secret(str(name)) else _deeper(item, depth))
-                for name, item in islice(value.items(), _MOST_ITEMS)
+                for name, item in islice(value.items(), _MAX_ITEMS)
             ),
         )
     if kind in _BRACKETS:
-        items = (_deeper(item, depth) for item in islice(value, _MOST_ITEMS))
+        items = (_deeper(item, depth) for item in islice(value, _MAX_ITEMS))
         return _bracketed(_BRACKETS[kind], value, items)
     return HIDDEN
 
@@ -98,5 +98,5 @@ def _deeper(value: Any, depth: int) -> str:
 
 
 def _bracketed(brackets: str, value: Any, items: Iterable[str]) -> str:
-    more = ", ..." if len(value) > _MOST_ITEMS else ""
+    more = ", ..." if len(value) > _MAX_ITEMS else ""
     return f"{brackets[0]}{', '.join(items)}{more}{brackets[1]}"

@@ -1,6 +1,6 @@
-"""What one request does with its session, written down for those who look for a fault.
+"""Records everything that a request does with its session, for the debug dump.
 
-Nothing here runs for a session that is not traced.
+None of this runs for a session that isn't traced.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..values.references import reference_in, refers
 
 
 def size_of(raw: bytes) -> int:
-    """The bytes of an encoded value; of one in a place of its own those that are there."""
+    """The size of an encoded value or of the large value that it refers to."""
     return reference_in(raw).length if refers(raw) else len(raw)
 
 
 class Written(NamedTuple):
-    """The bytes of an encoded value; ``before`` is None where there was none."""
+    """The bytes of an encoded value; ``before`` is None for a new key."""
 
     before: int | None
     after: int
 
 
 class Refusal(NamedTuple):
-    """Why a token led to no session; ``because`` says more than the reason of the event."""
+    """Why a token was refused; ``because`` has more detail than the event's reason."""
 
     reason: str
     handle: str | None
@@ -38,9 +38,10 @@ class Refusal(NamedTuple):
 
 
 class Trace:
-    """What a session was asked, and what came of it.
+    """The store calls, events and keys of one session in one request.
 
-    ``by_order``: not the application is being debugged, but this very session, by its handle.
+    ``by_order``: debugging is on for this one session (``flask gsession debug``), not for the
+    application.
     """
 
     def __init__(self, *, by_order: bool = False) -> None:
@@ -50,8 +51,8 @@ class Trace:
         self.events: list[Event] = []
         self.refusal: Refusal | None = None
         self.failure: str | None = None
-        # In the order in which the request came to them.
-        self.read: dict[str, int] = {}  # and the bytes
+        # All in the order of use.
+        self.read: dict[str, int] = {}  # bytes by key
         self.absent: dict[str, None] = {}
         self.touched: dict[str, None] = {}  # set or removed by the request, stored or not
         self.written: dict[str, Written] = {}
@@ -59,7 +60,7 @@ class Trace:
         self.types: dict[str, str] = {}
 
     def stored(self, key: str, before: bytes | None, after: bytes | None) -> None:
-        """A change of this key is in the store."""
+        """Note that a change of this key is in the store."""
         if after is None:
             self.deleted[key] = None
             self.written.pop(key, None)
@@ -71,7 +72,7 @@ class Trace:
 
 
 class TracedRepository(Repository):
-    """A repository for one session: the application's, whose store and events are watched."""
+    """The application's repository, with its store and events traced for one session."""
 
     def __init__(self, repository: Repository, trace: Trace) -> None:
         vars(self).update(vars(repository))
@@ -88,7 +89,7 @@ class TracedRepository(Repository):
 
 
 class TracedEvents(Events):
-    """Keeps the events of one session, and passes them on."""
+    """Records the events of one session, and forwards them."""
 
     def __init__(self, events: Events, trace: Trace) -> None:
         self._events = events
@@ -100,7 +101,7 @@ class TracedEvents(Events):
 
 
 class TracedValues(TrackedValues):
-    """Values that note which of them were looked at, and which were changed."""
+    """Values that record which keys were read and changed."""
 
     __slots__ = ("_trace",)
 
@@ -133,7 +134,7 @@ class TracedValues(TrackedValues):
 
     def __delitem__(self, key: str) -> None:
         touched = key in self._trace.touched
-        self._trace.touched[key] = None  # so that looking whether it is there is no reading
+        self._trace.touched[key] = None  # so that the lookup doesn't count as a read
         try:
             super().__delitem__(key)
         except KeyError:
@@ -164,6 +165,6 @@ class TracedValues(TrackedValues):
         super().accept(stored, changes)
 
     def _note_read(self, key: str) -> None:
-        # What the request put there itself is not read from the session.
+        # A value that the request has just set is not a read from the session.
         if key not in self._trace.touched and key in self.stored:
             self._trace.read.setdefault(key, size_of(self.stored[key]))

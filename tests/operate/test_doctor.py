@@ -98,9 +98,9 @@ def test_a_store_that_is_well(site: Site) -> None:
         "replicas",
         "clock",
     }  # of the test's own server and clock
-    assert {*("writes", "keeps the dead dead", "large values", "latency", "write latency")} <= {
-        finding.check for finding in found
-    }
+    assert {
+        *("writes", "keeps ended sessions ended", "large values", "latency", "write latency")
+    } <= {finding.check for finding in found}
     assert site.stored() == before
     assert site.inside.blobs() == {}
 
@@ -343,7 +343,7 @@ def on_a_slow_store(need: Need) -> Iterator[Flask]:
             return super().load(key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flask_gsession.operate.health._LONGEST", 0.3)
+        patch.setattr("flask_gsession.operate.health._MAX_SECONDS", 0.3)
         patch.setattr("flask_gsession.operate.health._SLOW", 50.0)
         yield application(Slow())
 
@@ -526,7 +526,7 @@ class Forgetful(MemoryStore):
             raise StoreError("not today")
         if self.fault == "refuses a stale save" and record.key in self._records:
             expected_version = self._records[record.key].version
-        if self.fault == "keeps the dead dead" and record.key not in self._records:
+        if self.fault == "keeps ended sessions ended" and record.key not in self._records:
             return
         there = self._records.get(record.key)
         if self.fault == "lets expire" and there and self._unexpired(record.key) is None:
@@ -551,24 +551,24 @@ class Keeping(MemoryStore):
         self.asked = False  # to let one go at once
 
     def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
-        if self.fault == "kept for longer":
+        if self.fault == "renewed":
             self._blobs.clear()
         super().renew_blobs(names, expires_at)
 
     def discard_blobs(self, names: Sequence[str], at: int) -> None:
         first, self.asked = not self.asked, True
-        if self.fault != ("let go" if first else "let go later"):
+        if self.fault != ("discarded" if first else "expired"):
             super().discard_blobs(names, at)
 
 
-@pytest.mark.parametrize("fault", ["kept for longer", "let go", "let go later"])
+@pytest.mark.parametrize("fault", ["renewed", "discarded", "expired"])
 def test_a_store_that_breaks_the_contract_of_large_values(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_gsession.operate.health._LONGEST", 0.1)
+    monkeypatch.setattr("flask_gsession.operate.health._MAX_SECONDS", 0.1)
     found = [finding for finding in check_store(Keeping(fault)) if finding.severity != "ok"]
     assert [finding[:3] for finding in found] == [
-        ("error", "large values", f"they cannot be {fault}")
+        ("error", "large values", f"they can't be {fault}")
     ]
 
 
@@ -582,7 +582,7 @@ def test_a_store_that_breaks_the_contract_of_large_values(
         "reads what was saved",
         "lets expire",
         "deletes",
-        "keeps the dead dead",
+        "keeps ended sessions ended",
     ],
 )
 def test_a_store_that_breaks_its_contract(fault: str) -> None:
@@ -602,7 +602,7 @@ def test_an_outage_on_the_way_leaves_nothing_behind(detail: str) -> None:
 
     store.before("save", fail)
     assert check_store(store) == [
-        Finding("error", "answers", detail, "Is it running, and is its URL right?")
+        Finding("error", "answers", detail, "Check that it is running, and that its URL is right.")
     ]
     inner: Any = store.store
     assert inner._records == {}
@@ -655,7 +655,7 @@ def test_a_right_that_is_missing_is_no_matter_of_the_url(
         redis_client.acl_deluser(user)
     (answers,) = (row for row in json.loads(rows) if row["check"] == "answers")
     assert answers["severity"] == "error"
-    assert answers["advice"].startswith("It answers: give its user that right")
+    assert answers["advice"].startswith("The store answers: give its user that right")
 
 
 # -- what a server tells of itself

@@ -270,7 +270,7 @@ def test_the_cookie_is_shown_as_browsers_get_it() -> None:
 )
 def test_the_prefix_that_is_advised_is_one_that_can_be(config: dict[str, Any], prefix: str) -> None:
     app = application("memory://", SESSION_COOKIE_NAME="visit", **config)
-    assert f"call it {prefix}" in " ".join(examine(app).output.split())
+    assert f"rename it to {prefix}" in " ".join(examine(app).output.split())
     application("memory://", SESSION_COOKIE_NAME=prefix, **config)  # starts
 
 

@@ -118,7 +118,7 @@ def test_a_request_is_dumped_before_and_after(debugged: Site, log: Log) -> None:
     assert [call["operation"] for call in facts["calls"]] == ["load", "save"]
     assert [call["result"] for call in facts["calls"]] == ["ok", "ok"]
     assert facts["events"][0].startswith("SessionSaved(payload_bytes=")
-    assert facts["cookie"] == "kept: the client has it"
+    assert facts["cookie"] == "unchanged: the client has it"
     assert facts["cache"] == {"Vary": "Cookie"}
     assert log.text().splitlines()[0] == "Session after GET /do/<int:number> -> 200: loaded"
     assert "  written    cart: list, 5 to 9 bytes, ['mug', 'pen']" in log.text()
@@ -195,8 +195,8 @@ def test_server_timing_tells_the_share_of_the_session(debugged: Site, log: Log) 
 def refused(visitor: Visitor, log: Log) -> tuple[str, str]:
     assert visitor.run(dict) == {}
     facts = log.facts()
-    assert facts["state"] == "none"
-    assert facts["cookie"].startswith("kept: it leads to no session")
+    assert facts["state"] == "no session"
+    assert facts["cookie"].startswith("unchanged: there is no such session")
     assert facts["events"][0].startswith("SessionRefused(")
     found = facts["refused"]
     assert f"  refused    {found['reason']}" in log.text()
@@ -262,7 +262,7 @@ def a_cookie_of(site: Any) -> Any:
 def test_why_a_cookie_is_refused_before_the_store_is_asked(in_memory: Any, log: Log) -> None:
     site = in_memory()
     assert refused(site.visitor("nonsense"), log) == ("malformed", "")
-    assert log.facts("before")["found"] == "a cookie that is refused: malformed"
+    assert log.facts("before")["found"] == "a cookie that was refused: malformed"
     assert refused(site.visitor("nonsense." + "A" * 22), log) == ("bad signature", "")
     assert log.facts()["calls"] == []
     visitor = site.app.test_client(use_cookies=False)
@@ -328,9 +328,9 @@ def test_a_session_that_ended_under_the_request_is_told(debugged: Site, log: Log
     debugged.before_a_write(lambda: tab.run(lambda session: session.destroy()))
     visitor.run(lambda session: session.update(user_id=9))
     facts = log.facts()
-    assert facts["state"] == "ended by another request meanwhile"
+    assert facts["state"] == "ended by another request"
     assert facts["not_stored"] == ["user_id"]
-    assert facts["cookie"] == "kept: whoever ended the session deletes it"
+    assert facts["cookie"] == "unchanged: the request that ended the session deletes it"
 
 
 def test_a_value_that_cannot_be_kept_is_told(in_memory: Any, log: Log) -> None:
@@ -385,11 +385,11 @@ def test_why_a_cookie_is_sent_or_not(in_memory: Any, log: Log, clock: FakeClock)
 
     assert cookie(dict) == "none: nothing is stored"
     assert cookie(fill) == "set: the session is new"
-    assert cookie(dict) == "kept: the client has it"
+    assert cookie(dict) == "unchanged: the client has it"
     late = visitor.another_tab()
     assert cookie(lambda session: session.rotate()) == "set: the session has a new token"
     assert (
-        cookie(dict, late) == "kept: another request rotated the session, and sends the new token"
+        cookie(dict, late) == "unchanged: the request that rotated the session sends the new token"
     )
     assert log.facts()["state"] == "loaded, rotated by another request"
 
@@ -400,7 +400,7 @@ def test_why_a_cookie_is_sent_or_not(in_memory: Any, log: Log, clock: FakeClock)
     clock.advance(3600)
     assert cookie(dict) == "set: its expiry moved"
     site.app.config.update(SECRET_KEY="another", SECRET_KEY_FALLBACKS=["a key for tests"])
-    assert cookie(dict) == "set: signed anew with the current SECRET_KEY"
+    assert cookie(dict) == "set: signed with the current SECRET_KEY"
     assert log.facts("before")["found"].endswith(", signed with a fallback key")
     assert cookie(lambda session: session.destroy()) == "deleted: the session ended"
     assert log.facts()["state"] == "ended"
@@ -415,11 +415,11 @@ def test_a_token_in_a_header(in_memory: Any, log: Log) -> None:
     assert log.facts()["header"] == "set: the session is new"
     visitor.run(dict, headers={"X-Session": token})
     assert log.facts("before")["found"].startswith("a header for ")
-    assert log.facts()["header"] == "kept: the client has it"
+    assert log.facts()["header"] == "unchanged: the client has it"
     visitor.run(lambda session: session.destroy(), headers={"X-Session": token})
     assert log.facts()["header"] == "deleted: the session ended"
     assert visitor.ask(dict, headers={"X-Session": token}).headers["X-Session"] == ""
-    assert log.facts()["header"] == "emptied: it leads to no session"
+    assert log.facts()["header"] == "emptied: there is no such session"
 
 
 # -- the parts of a session
@@ -501,7 +501,7 @@ def test_a_dump_that_fails_does_no_harm(
 
     site = in_memory()
     monkeypatch.setattr("flask_gsession.watching.debug.facts_of", fail)
-    monkeypatch.setattr("flask_gsession.watching.debug._brought", fail)
+    monkeypatch.setattr("flask_gsession.watching.debug._describe_token", fail)
     site.visitor().run(fill)
     assert caplog.text.count("A debug dump failed") == 2
 
@@ -520,7 +520,7 @@ def test_the_log_is_made_to_get_there(
     Session(app)
     app.add_url_rule("/", view_func=lambda: session.get("user") or "nobody")
     app.test_client().get("/")
-    assert "DEBUG in debug: Session after GET / -> 200: none" in capsys.readouterr().err
+    assert "DEBUG in debug: Session after GET / -> 200: no session" in capsys.readouterr().err
 
 
 # -- one session of an application that is not debugged
