@@ -34,7 +34,7 @@ from ..users.roster import drop
 from ..users.rosters import MARGIN, Rosters
 from ..values.codec import Codec
 from ..values.encryption import Cipher
-from ..values.large_values import Spill, pieces_of
+from ..values.large_values import LargeValueStorage, pieces_of
 from ..values.marks import END_OF_TIME, marked, split
 from ..values.merge import Merger
 from ..values.payload import Body, Owner, PayloadFormat
@@ -84,7 +84,7 @@ class Repository:
         self.settings = settings
         self.live = live
         #: None where the store has no place for large values
-        self.spill: Spill | None = None
+        self.spill: LargeValueStorage | None = None
         self._own_blobs: Blobs | None = None
         self.events = events
         #: Called before a session is stored for the first time; what it raises prevents that.
@@ -103,7 +103,7 @@ class Repository:
         self.use_store(store)
         places = self._own_blobs if blobs is None else blobs
         if places is not None:
-            self.spill = Spill(
+            self.spill = LargeValueStorage(
                 places,
                 max_bytes=settings.max_value_bytes,
                 cipher=cipher,

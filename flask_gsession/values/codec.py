@@ -1,9 +1,9 @@
-"""Session values to bytes and back, each to an equal value of the same type.
+"""Session values to bytes and back, to an equal value of the same type.
 
-The encoding is MessagePack. What MessagePack would not bring back as it was (tuples, sets, big
-integers, times, decimals, ...) travels in extension types numbered below; the numbers are part of
-the stored format. Every value of a session is encoded for itself, so that one can be read, or
-compared with what was loaded, without touching the others. Never pickle.
+The encoding is MessagePack. Types that MessagePack lacks (tuples, sets, big integers, times,
+decimals, ...) use the extension types numbered below; the numbers are part of the stored format.
+Each value of a session is encoded separately, so one can be decoded, or compared with its loaded
+bytes, without touching the others. Never pickle.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ from .plain import NO_PLAIN_VALUE, TIMES, plain_key, plain_value
 
 _BIG_INT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME = 1, 2, 3, 4, 5, 6, 7
 _TIMEDELTA, _UUID, _DECIMAL, _MARKUP, _SURROGATES = 8, 9, 10, 11, 12
-MARK, REFERENCE = 13, 14  # what stands in front of a value, and in the place of a large one
-_PAIRS = 15  # a dict with other keys than str: its keys and values in turn
-_NESTING = (_TUPLE, _SET, _FROZENSET, _PAIRS)  # they hold one value, which is an array
+MARK, REFERENCE = 13, 14  # a header before a value, and a reference to a large value
+_PAIRS = 15  # a dict with keys other than str, as alternating keys and values
+_NESTING = (_TUPLE, _SET, _FROZENSET, _PAIRS)  # their data is an array
 
 _DATETIME_TYPE, _DATE_TYPE = TIMES
 _NATIVE = frozenset({str, bool, type(None), float, bytes})
 _NATIVE_IN_UTF8 = _NATIVE - {str}
-#: The types of the keys of a dict. What equals two of them, as 1 and True do, is one key in Python.
+#: The types of dict keys. Equal keys of different types, such as 1 and True, are one key in Python.
 _KEYS = frozenset({str, int, bool, type(None), float})
-#: How many containers may stand inside each other whatever the settings say.
+#: The upper limit of SESSION_MAX_DEPTH.
 DEEPEST = 200
 
-#: Types whose values cannot change after they were looked at. Tuples are not among them: a tuple
-#: may hold a list.
+#: Types whose values can't change after they were read. Tuples can: a tuple may hold a list.
 IMMUTABLE = _NATIVE | {int, frozenset, _DATETIME_TYPE, _DATE_TYPE, dt.time, dt.timedelta}
 IMMUTABLE |= {UUID, Decimal, Markup}
 
@@ -52,7 +51,7 @@ SUPPORTED = (
 
 
 class _Refused(Exception):
-    """Carries a refusal up to the value's top, collecting the path on the way."""
+    """Collects the path while a refusal travels up to the top of the value."""
 
     def __init__(self, error: type[ValueRefused], reason: str) -> None:
         super().__init__(reason)
@@ -64,12 +63,12 @@ class _Refused(Exception):
 class Codec:
     """Encodes and decodes single session values.
 
-    ``max_depth`` is how many containers may stand inside each other; it also stops cycles.
+    ``max_depth`` limits how deep containers may be nested; it also stops cycles.
     """
 
     def __init__(self, max_depth: int) -> None:
         self._max_depth = max_depth
-        #: gives the value that a reference stands for
+        #: returns the value behind a reference
         self.resolve: Callable[[bytes], Any] | None = None
         self._native = _NATIVE
         self._encode = Encoder().encode
@@ -95,20 +94,20 @@ class Codec:
         return self._for_surrogates.encode(key, value)
 
     def encode_deeper(self, key: str, value: object) -> bytes:
-        """The bytes of a value that may be nested as deep as the setting can allow at most."""
+        """As ``encode``, with the depth limit at its maximum."""
         if self._for_deep is None:
             self._for_deep = Codec(DEEPEST)
         return self._for_deep.encode(key, value)
 
     def decode(self, raw: bytes) -> Any:
-        """The value in ``raw``. Raises ``UnreadableRecord`` where there is none."""
+        """The value in ``raw``. Raises ``UnreadableRecord`` if it is malformed."""
         try:
             return self._decode(raw)
         except OF_DATA as error:
             check_damage(self._decode, raw, error)
 
     def _prepare(self, value: Any, depth: int) -> Any:
-        """A value that MessagePack keeps as it is; the very same object where it does already."""
+        """An equivalent value in MessagePack's types; ``value`` itself if it has only those."""
         kind = type(value)
         if kind in self._native:
             return value
@@ -133,8 +132,8 @@ class Codec:
         if plain is NO_PLAIN_VALUE:
             raise _Refused(
                 UnsupportedType,
-                f"a value of type {kind.__module__}.{kind.__qualname__} cannot be kept in a "
-                f"session{_instead_of(kind)}; allowed are {SUPPORTED}",
+                f"a session can't store a value of type {kind.__module__}.{kind.__qualname__}"
+                f"{_alternative_to(kind)}; allowed: {SUPPORTED}",
             )
         return self._prepare(plain, depth)
 
@@ -177,10 +176,10 @@ class Codec:
         return prepared
 
     def _prepare_pairs(self, value: dict[Any, Any], depth: int) -> Any:
-        """A dict with a key that is no plain str."""
+        """A dict with a key of another type than str."""
         plain = {_plain_key(key): item for key, item in value.items()}
         if len(plain) != len(value):
-            raise _Refused(UnsupportedType, "two keys of a dict are one where they are plain")
+            raise _Refused(UnsupportedType, "two keys of a dict have the same plain value")
         if all(type(key) is str for key in plain):
             return self._prepare_dict(plain, depth)
         pairs: list[Any] = []
@@ -211,7 +210,7 @@ class Codec:
 
 
 class _SurrogateCodec(Codec):
-    """Encodes what holds a text with lone surrogates, which UTF-8 cannot express."""
+    """Encodes values that contain text with lone surrogates, which isn't valid UTF-8."""
 
     def __init__(self, max_depth: int) -> None:
         super().__init__(max_depth)
@@ -239,18 +238,17 @@ class _SurrogateCodec(Codec):
         return super()._prepare_dict(value, depth)
 
 
-#: What decoding raises for bytes that are no value, beside what this process may run into.
+#: The errors that malformed data causes. Other causes are possible: see ``check_damage``.
 OF_DATA = (DecodeError, ValueError, TypeError, ArithmeticError, RecursionError)
 
 
 def check_damage(
     decode: Callable[[Any], Any], raw: bytes | memoryview, error: Exception
 ) -> NoReturn:
-    """``decode(raw)`` raised ``error``. Raises ``UnreadableRecord`` if ``raw`` is to blame.
+    """``decode(raw)`` raised ``error``: raises ``UnreadableRecord`` if ``raw`` is malformed.
 
-    Where it is not, ``error`` itself is raised: the stack of this process was almost used up, or a
-    signal handler raised it. What is damaged cannot be decoded at the second try either, and what
-    no limit allows is nested too deep for any stack.
+    Otherwise re-raises ``error``: the stack was almost full, or a signal handler raised it. To
+    tell, this decodes malformed data a second time, and measures the depth of nested data.
     """
     if isinstance(error, RecursionError):
         if not _is_nested_beyond(raw, 2 * DEEPEST):
@@ -267,9 +265,9 @@ def check_damage(
 
 
 def _is_nested_beyond(raw: bytes | memoryview, limit: int) -> bool:
-    """Whether more than so many containers stand inside each other in these encoded values."""
+    """Whether containers are nested deeper than ``limit`` in these encoded values."""
     data = memoryview(raw)
-    at, left = 0, [1]  # how many values are still to come, at each level
+    at, left = 0, [1]  # the number of remaining values at each level
     while at < len(data):
         while not left[-1]:
             left.pop()
@@ -280,7 +278,7 @@ def _is_nested_beyond(raw: bytes | memoryview, limit: int) -> bool:
         left[-1] -= 1
         head = data[at]
         at += 1
-        if head in _SIZES:  # as many bytes for a length or a count, each of so many bytes or values
+        if head in _SIZES:
             digits, each, nesting = _SIZES[head]
             count = each * int.from_bytes(data[at : at + digits], "big")
             at += digits
@@ -300,7 +298,8 @@ def _is_nested_beyond(raw: bytes | memoryview, limit: int) -> bool:
     return False
 
 
-# Of MessagePack: the first byte of what has a length or a count after it, and of what is that long.
+# MessagePack's first bytes. _SIZES: followed by a length or a count of so many bytes, which is to
+# be multiplied, and whether it counts values. _FIXED: followed by so many bytes of data.
 _SIZES = {
     **{first + n: (2**n, 1, False) for first in (0xC4, 0xC7, 0xD9) for n in range(3)},
     **{first + n: (2 << n, each, True) for first, each in ((0xDC, 1), (0xDE, 2)) for n in (0, 1)},
@@ -310,7 +309,7 @@ _FIXED |= {0xD4 + n: 2**n for n in range(5)}
 
 
 def _plain_key(key: Any) -> Any:
-    """A key of a dict, as it is kept."""
+    """A key of a dict as it is stored."""
     plain = key if type(key) in _KEYS else plain_key(key)
     if plain is NO_PLAIN_VALUE or plain != plain:
         raise _Refused(
@@ -321,19 +320,19 @@ def _plain_key(key: Any) -> Any:
     return plain
 
 
-def _instead_of(kind: type) -> str:
-    """What to keep of a value that is nearly one of ours."""
+def _alternative_to(kind: type) -> str:
+    """A hint for types that are easy to convert."""
     if issubclass(kind, Enum):
-        return " (keep its .value)"
+        return " (store its .value)"
     if is_dataclass(kind):
-        return " (keep dataclasses.asdict() of it)"
+        return " (store dataclasses.asdict() of it)"
     if hasattr(kind, "_asdict"):
-        return " (keep its ._asdict())"
+        return " (store its ._asdict())"
     if issubclass(kind, Mapping):
-        return " (keep dict() of it)"
+        return " (store dict() of it)"
     for base in (list, tuple, set, frozenset, bytes):
         if issubclass(kind, base):
-            return f" (keep {base.__name__}() of it)"
+            return f" (store {base.__name__}() of it)"
     return ""
 
 
@@ -354,13 +353,13 @@ def _too_deep(limit: int) -> NoReturn:
 def _short(key: object) -> str:
     if isinstance(key, str):
         return ascii(key) if len(key) <= 60 else ascii(key[:57] + "...")
-    if isinstance(key, int) and key.bit_length() > 64:  # Python may refuse to write it in decimal
+    if isinstance(key, int) and key.bit_length() > 64:  # Python may refuse a decimal conversion
         return hex(key)[:60]
     return ascii(key)
 
 
 def is_valid_text(text: str) -> bool:
-    """Whether UTF-8 can express ``text``: it holds no lone surrogates."""
+    """Whether ``text`` is valid UTF-8, without lone surrogates."""
     if text.isascii():
         return True
     try:
@@ -371,7 +370,7 @@ def is_valid_text(text: str) -> bool:
 
 
 def _time_text(value: dt.datetime | dt.time) -> bytes:
-    """ISO 8601, then the fold and the time zone's name where there are any."""
+    """ISO 8601, followed by the fold and the time zone's name if there are any."""
     text = value.isoformat()
     zone = value.tzinfo
     name = zone.key if isinstance(zone, ZoneInfo) and zone.key else ""
@@ -382,7 +381,7 @@ def _time_text(value: dt.datetime | dt.time) -> bytes:
             raise _Refused(
                 UnsupportedType,
                 f"a {type(value).__name__} whose time zone has neither a name nor an offset that "
-                "can be written down",
+                "ISO 8601 can express",
             )
     if value.fold or name:
         text = f"{text};{value.fold};{name}"
@@ -401,14 +400,14 @@ def _from_time_text(kind: Callable[[str], Any], data: bytes) -> Any:
 
 
 def _zone(name: str) -> ZoneInfo | None:
-    """None for one that this machine does not know: the offset remains, the instant is right."""
+    """None for a zone that this machine doesn't know: the offset still gives the right instant."""
     try:
         return ZoneInfo(name)
     except (ValueError, KeyError):
         return None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR):
-            raise  # it may know the zone, and could not look
+            raise  # the machine may know the zone, and failed to read it
         return None
 
 

@@ -1,9 +1,9 @@
 """Encryption of payloads at rest: AES-256-GCM from the ``cryptography`` package.
 
-Each session has a key of its own, derived with HMAC-SHA256 from the application's encryption key
-and the session's key, so that random nonces stay safe however many sessions are written, and a
-payload moved under another session's key does not open. Nor does one whose record's times were
-moved: ``payload`` hands them over in the header. Source: NIST SP 800-38D, section 8.3.
+Each session has its own encryption key, derived with HMAC-SHA256 from the application's key and
+the session key. So random nonces stay safe for any number of sessions, and a payload doesn't
+decrypt under another session key. The authenticated header holds the record's times, so altered
+times don't decrypt either. Source: NIST SP 800-38D, section 8.3.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _NONCE_BYTES = 12
 
 
 class Cipher:
-    """Seals and opens payload bodies; the first of ``keys`` seals, all of them open.
+    """Encrypts with the first of ``keys``, and decrypts with any of them.
 
-    Raises ``SettingError`` where the ``cryptography`` package is not installed.
+    Raises ``SettingError`` if the ``cryptography`` package isn't installed.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
@@ -43,13 +43,13 @@ class Cipher:
         return hmac.digest(self._keys[key_id], b"flask-gsession record 1 " + session_key, "sha256")
 
     def seal(self, body: bytes, session_key: bytes, header: bytes) -> bytes:
-        """Key id, nonce and ciphertext; ``header`` is authenticated with it."""
+        """Encrypt ``body``: returns key id, nonce and ciphertext. Also authenticates ``header``."""
         nonce = secrets.token_bytes(_NONCE_BYTES)
         cipher = self._aesgcm(self._derive(self._current, session_key))
         return self._current + nonce + cipher.encrypt(nonce, body, header + session_key)
 
     def open(self, sealed: bytes, session_key: bytes, header: bytes) -> bytes:
-        """The body. Raises ``UnreadableRecord`` for an unknown key or an altered payload."""
+        """Decrypt. Raises ``UnreadableRecord`` for an unknown key or an altered payload."""
         key_id, sealed = sealed[:_KEY_ID_BYTES], sealed[_KEY_ID_BYTES:]
         if len(sealed) < _NONCE_BYTES + 16:
             raise UnreadableRecord("corrupt", "truncated")

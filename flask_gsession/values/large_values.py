@@ -1,13 +1,13 @@
-"""Large values in places of their own: written, read and let go in frames, in bounded memory.
+"""Large values: stored outside the session in blobs, frame by frame, in bounded memory.
 
-A frame is as it is stored::
+A stored frame::
 
-    plain       16 bytes BLAKE2b, keyed, of the frame, then the frame
+    plain       16 bytes keyed BLAKE2b of the frame, then the frame
     sealed      4 bytes key id, 12 bytes nonce, ciphertext and tag (AES-GCM)
 
-Either check is of the frame, of its place among the others, and of whether it is the last. The key
-of the plain one is random, for one blob, and stands in the session's record only: so what is cut,
-altered, exchanged or moved is found before anything of it is used.
+Both checks cover the frame, its position, and whether it is the last one. The key for the plain
+check is random for each blob, and is stored only in the session's record. So a truncated, altered,
+exchanged or moved frame is detected before any of it is used.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ _TAG = 16
 _OVERHEAD = (_TAG, 32)  # bytes of a frame beyond its content: plain, sealed
 
 
-class Spill:
+class LargeValueStorage:
     """Writes and reads the large values of one application's sessions.
 
-    ``allow_plain`` lets values be read that were written before encryption was turned on.
+    ``allow_plain`` accepts values that were written before encryption was turned on.
     """
 
     def __init__(
         self, blobs: Blobs, *, max_bytes: int, cipher: Cipher | None, allow_plain: bool = False
     ) -> None:
         self.blobs = blobs
-        #: the bytes of a frame, but for the last
+        #: bytes; the last frame may be shorter
         self.frame_bytes: int = getattr(blobs, "frame_bytes", FRAME)
         self.max_bytes = max_bytes
         self._cipher = cipher
         self._allow_plain = cipher is None or allow_plain
 
-    def through(self, blobs: Blobs) -> Spill:
-        """The same, by way of another object for the same blobs."""
+    def through(self, blobs: Blobs) -> LargeValueStorage:
+        """A copy that uses another object for the same blobs, such as a wrapper."""
         other = copy.copy(self)
         other.blobs = blobs
         return other
 
     def check(self, path: str, length: int) -> None:
-        """Raises ``SessionTooLarge`` for a value of so many bytes, or more."""
+        """Raises ``SessionTooLarge`` if ``length`` is over the limit for one value."""
         if length > self.max_bytes:
             raise SessionTooLarge(
                 path, f"{length} bytes or more; SESSION_MAX_VALUE_BYTES allows {self.max_bytes}"
@@ -69,13 +69,13 @@ class Spill:
         allowed: int = 0,
         room: int | None = None,
     ) -> Reference:
-        """Write ``pieces``, of ``frame_bytes`` each but for the last, into a blob of its own.
+        """Write ``pieces`` of ``frame_bytes`` each into a new blob; the last may be shorter.
 
-        It may have so many bytes as are ``allowed`` whatever the setting says.
-        ``room``: the bytes that the large values of the session may have more.
+        ``allowed``: bytes up to which the value may exceed the setting. ``room``: bytes that the
+        large values of the session may still grow by.
 
-        Raises ``SessionTooLarge``, ``StoreUnavailable`` and what ``pieces`` raises; what was
-        written until then is let go.
+        Raises ``SessionTooLarge``, ``StoreUnavailable`` and the errors of ``pieces``, after
+        discarding the blob.
         """
         sealed, size = int(self._cipher is not None), self.frame_bytes
         name, key = secrets.token_bytes(16), secrets.token_bytes(16)
@@ -89,8 +89,8 @@ class Spill:
                 if room is not None and length > room:
                     raise SessionTooLarge(
                         path,
-                        f"{length} bytes or more, and the large values of the session may have "
-                        f"{room} more; see SESSION_MAX_TOTAL_BYTES",
+                        f"{length} bytes or more; the large values of the session may grow by "
+                        f"{room} more (SESSION_MAX_TOTAL_BYTES)",
                     )
                 digest.update(piece)
                 begun = True
@@ -102,8 +102,8 @@ class Spill:
                 )
         except BaseException as error:
             if isinstance(error, Gone):
-                raise StoreUnavailable("a large value went while it was written") from None
-            if begun and not isinstance(error, StoreUnavailable):  # else it expires
+                raise StoreUnavailable("a large value vanished during its write") from None
+            if begun and not isinstance(error, StoreUnavailable):  # otherwise it expires
                 self.discard([blob.name], 0)
             raise
         return blob._replace(digest=digest.digest(), length=length)
@@ -114,7 +114,7 @@ class Spill:
         return self._open(reference, number, last, self._stored(reference, number, last)[1])
 
     def stored(self, reference: Reference) -> Iterator[tuple[int, bytes]]:
-        """The frames as they are kept, and the offset of each. Raises as ``frame``."""
+        """The frames as stored, each with its offset. Raises as ``frame``."""
         for number in range(reference.frames):
             yield self._stored(reference, number, number == reference.frames - 1)
 
@@ -138,15 +138,15 @@ class Spill:
         return b"".join(self.frame(reference, number) for number in range(reference.frames))
 
     def renew(self, names: Sequence[str], expires_at: int) -> None:
-        """Keep these blobs until then. Raises ``StoreUnavailable``."""
+        """Keep these blobs until ``expires_at``. Raises ``StoreUnavailable``."""
         self.blobs.renew_blobs(names, expires_at)
 
     def discard(self, names: Sequence[str], at: int) -> None:
-        """Let these blobs go at that time. Where that fails they go when they expire."""
+        """Expire these blobs at ``at``. If that fails, they stay until their own expiry."""
         try:
             self.blobs.discard_blobs(names, at)
         except StoreUnavailable as error:
-            logger.warning("Large values that are not needed stay until they expire: %s", error)
+            logger.warning("Unused large values stay until they expire: %s", error)
 
     def _close(self, blob: Reference, number: int, last: bool, content: Any) -> bytes:
         place = _place(number, last)
@@ -173,18 +173,18 @@ class Spill:
 
 
 def stored_length(reference: Reference) -> int:
-    """How many bytes the frames of a large value take where they are kept."""
+    """The bytes that the stored frames of a large value take."""
     return reference.length + reference.frames * _OVERHEAD[reference.sealed]
 
 
 def pieces_of(content: Any, size: int) -> Iterator[Any]:
-    """Bytes that are in memory, in pieces for ``Spill.write``."""
+    """Bytes in memory, in pieces for ``LargeValueStorage.write``."""
     for start in range(0, len(content), size):
         yield content[start : start + size]
 
 
 def pieces_from(file: Any, size: int) -> Iterator[bytes]:
-    """What a binary file has from where it stands, in pieces for ``Spill.write``."""
+    """A binary file from its current position, in pieces for ``LargeValueStorage.write``."""
     if not hasattr(file, "read"):
         raise TypeError(f"attach() takes a binary file, not a value of type {type(file).__name__}")
     while True:
@@ -193,11 +193,11 @@ def pieces_from(file: Any, size: int) -> Iterator[bytes]:
             part = file.read(missing)
             if not isinstance(part, (bytes, bytearray, memoryview)):
                 raise TypeError(
-                    f"attach() takes a binary file; read() gave a value of type "
+                    f"attach() takes a binary file; read() returned a value of type "
                     f"{type(part).__name__}, not bytes"
                 )
             if len(part) > missing:
-                raise ValueError("read() gave more bytes than it was asked for")
+                raise ValueError("read() returned more bytes than requested")
             if not part:
                 break
             parts.append(part)
@@ -209,12 +209,12 @@ def pieces_from(file: Any, size: int) -> Iterator[bytes]:
 
 
 class ValueReader(io.BufferedIOBase):
-    """A large value as a binary file to read, from ``session.open``. It can be sought in.
+    """A large value as a readable, seekable binary file, from ``session.open``.
 
-    It holds one frame of the value at a time, 256 KB (4 MB where values are files), and needs its
-    session no more: it may be read while a response is streamed. Reading raises ``ValueLost`` where
-    the rest of the value is gone or altered, ``StoreUnavailable`` where its store does not answer;
-    what was read until then is right. One round trip for each frame.
+    Holds one frame of the value in memory, 256 KB (4 MB if values are files). Doesn't need the
+    session, so you can read it while a response is streamed. Reading raises ``ValueLost`` if the
+    rest of the value is gone or altered, and ``StoreUnavailable`` if the store doesn't answer;
+    data returned before that is intact. One round trip per frame.
     """
 
     def __init__(self, reference: Reference, frame: Callable[[int], bytes]) -> None:
@@ -230,7 +230,7 @@ class ValueReader(io.BufferedIOBase):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the value, in hexadecimal digits: good as an ETag."""
+        """The SHA-256 of the value in hexadecimal digits, which you can use as an ETag."""
         return self._reference.digest.hex()
 
     def readable(self) -> bool:
@@ -269,7 +269,7 @@ class ValueReader(io.BufferedIOBase):
         return part
 
     def readline(self, size: int | None = -1) -> bytes:
-        """One line; in pieces of any length ``read`` and ``send_file`` are faster."""
+        """One line. ``read`` and ``send_file`` are faster."""
         limit = self.length if size is None or size < 0 else size
         parts: list[bytes] = []
         while limit and (part := self.read1(limit)):
@@ -289,7 +289,7 @@ class ValueReader(io.BufferedIOBase):
 
 
 def reader_of(content: bytes) -> ValueReader:
-    """Bytes that are in memory, as such a file."""
+    """Bytes in memory as a ``ValueReader``."""
     digest, length = hashlib.sha256(content).digest(), len(content)
     reference = Reference(BYTES, 0, b"", b"", digest, length, max(1, length))
     return ValueReader(reference, lambda number: content)
@@ -304,7 +304,7 @@ def _check(key: bytes, place: bytes, content: Any) -> bytes:
 
 
 def _with_last(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each piece, and whether it is the last; an empty one where there is none."""
+    """Each piece, and whether it is the last. Without pieces, one empty piece."""
     before: Any = None
     for piece in pieces:
         if before is not None:

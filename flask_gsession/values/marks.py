@@ -1,7 +1,7 @@
-"""The header in front of an encoded value: when it expires, and the version of its schema.
+"""The mark: an optional header of an encoded value, with its expiry and schema version.
 
-A marked value is an extension type of MessagePack, always with a length of four bytes, so that the
-mark is read without decoding the value::
+A marked value is an extension type of MessagePack. Its length always takes four bytes, so that the
+mark can be read without decoding the value::
 
     byte 0          0xc9
     bytes 1 to 4    how many bytes follow byte 5
@@ -10,8 +10,8 @@ mark is read without decoding the value::
     bytes 12, 13    the version of the schema that checked it
     then            the encoded value
 
-The mark is part of the value's bytes: code that compares, merges or moves a value includes its
-expiry. Most values have none; a payload says whether any of its values has.
+The mark is part of the value's bytes, so code that compares, merges or moves a value includes its
+expiry. Most values have no mark; the payload notes whether any value has one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 _EXT_32, _CODE = 0xC9, 13
 MARK_BYTES = 14
-#: The year 10000, in milliseconds since 1970: no time of ours is as late.
+#: The year 10000, in milliseconds since 1970. All our times are earlier.
 END_OF_TIME = 253_402_300_800_000
 MAX_VERSION = 0xFFFF
 _NO_TIME = END_OF_TIME.to_bytes(6, "big")
@@ -34,12 +34,12 @@ class Mark(NamedTuple):
     version: int = 1
 
 
-#: The mark of values that carry none.
+#: Stands for no mark.
 PLAIN = Mark()
 
 
 def marked(raw: bytes, mark: Mark) -> bytes:
-    """The encoded value ``raw``, which has no mark, with ``mark``."""
+    """``raw``, an encoded value without a mark, with ``mark``."""
     if mark == PLAIN:
         return raw
     return b"".join(
@@ -55,7 +55,7 @@ def marked(raw: bytes, mark: Mark) -> bytes:
 
 
 def is_marked(raw: bytes) -> bool:
-    """Whether an encoded value has a mark. A malformed one is no mark, and cannot be decoded."""
+    """Whether an encoded value has a mark. A value with a malformed mark can't be decoded."""
     return (
         raw[0] == _EXT_32
         and raw[5:6] == b"\x0d"

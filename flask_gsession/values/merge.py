@@ -27,7 +27,7 @@ class _Missing:
         return False
 
 
-#: Stands for "no such key" in what a merge function receives as ``base`` or ``theirs``.
+#: Passed to a merge function as ``base`` or ``theirs`` if there is no such key.
 MISSING: Final = _Missing()
 
 _ANY_DEPTH = Codec(max_depth=256)
@@ -88,7 +88,7 @@ def flashes(base: Any, theirs: Any, mine: Any) -> Any:
 
 
 def _all_of(kinds: tuple[type, ...], missing: Any, *values: Any) -> tuple[Any, ...]:
-    """The values with ``missing`` for those that are; TypeError for one of another kind."""
+    """The values, with ``missing`` instead of ``MISSING``. TypeError for any other type."""
     for value in values:
         if value is not MISSING and type(value) not in kinds:
             raise TypeError(f"{type(value).__name__} is none of {[k.__name__ for k in kinds]}")
@@ -96,11 +96,11 @@ def _all_of(kinds: tuple[type, ...], missing: Any, *values: Any) -> tuple[Any, .
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are stored alike: equal and of equal types at every depth."""
+    """Whether two values are equal, with equal types at every depth."""
     return _ANY_DEPTH.encode("", one) == _ANY_DEPTH.encode("", other)
 
 
-#: The policies that settings name by a word.
+#: The policies by their names in settings.
 POLICIES: dict[str, MergeFunction] = {
     "last": last,
     "reject": reject,
@@ -112,10 +112,10 @@ POLICIES: dict[str, MergeFunction] = {
 
 
 def encode_within(codec: Codec, key: str, value: object, *known: bytes | None) -> bytes:
-    """The encoded value, for the place of one of those that are ``known``.
+    """Encode a value that replaces one of the ``known`` values.
 
-    What is nested too deep passes where it is no longer than the longest of them, since the limit
-    may have been lowered while they were stored. Raises as ``Codec.encode``.
+    A value that is nested too deep passes if it isn't longer than all of them, since the limit may
+    have been lowered after they were stored. Raises as ``Codec.encode``.
     """
     try:
         return codec.encode(key, value)
@@ -128,12 +128,12 @@ def encode_within(codec: Codec, key: str, value: object, *known: bytes | None) -
         raise
 
 
-#: Policies that are asked even where this request removes the key.
+#: Policies that also decide if this request removes the key.
 _SEE_REMOVALS = (reject, flashes)
 
 
 class Change(NamedTuple):
-    """One changed key, in encoded form; None where there is or shall be no value."""
+    """The encoded values of a changed key before and after; None stands for no value."""
 
     base: bytes | None
     mine: bytes | None
@@ -144,7 +144,7 @@ class Change(NamedTuple):
 
 
 class Merger:
-    """Puts a request's changes onto what is stored."""
+    """Merges a request's changes into the stored values."""
 
     def __init__(
         self, codec: Codec, default: MergeFunction, policies: Mapping[str, MergeFunction]
@@ -160,13 +160,13 @@ class Merger:
         now: int | None = None,
         policies: Mapping[str, MergeFunction] | None = None,
     ) -> dict[str, bytes]:
-        """The encoded values after the changes; ``policies`` go before those of the settings.
+        """The encoded values after the changes; ``policies`` override the settings.
 
-        With ``now``, in milliseconds, what has expired by then is as if it had never been there,
-        on all three sides: so a value that expired is dropped, a change to it is void, and what
-        another request stored in its place stays.
+        With ``now`` (milliseconds), values that have expired by then count as missing on all three
+        sides. So an expired value is dropped, a change to it has no effect, and a value that
+        another request stored instead stays.
 
-        Raises ``SessionConflict`` where a policy refuses, ``ValueRefused`` where one fails.
+        Raises ``SessionConflict`` if a policy refuses, and ``ValueRefused`` if it fails.
         """
         if now is not None:
             stored = unexpired(stored, now)
@@ -218,11 +218,11 @@ class Merger:
             raise ValueRefused(
                 f"session[{ascii(key)[:60]}]",
                 f"its merge policy {getattr(policy, '__name__', policy)} failed with "
-                f"{type(error).__name__}: the values are not of the kind it merges",
+                f"{type(error).__name__}: it can't merge values of these types",
             ) from error
         if policy is flashes and not result:
             return None
-        # The mark is merged, too: mine where this request set it, or has the only value.
+        # Merge the mark too: mine if this request changed it, or has the only value.
         was, stored, wanted = marks
         keeps = theirs is not None and wanted == was
         encoded = encode_within(self._codec, key, result, base, theirs, mine)

@@ -2,24 +2,24 @@
 
 ::
 
-    byte 0      format version, 2; 3 where a value is a reference; 4 of a session bound to a user
+    byte 0      format version, 2; 3 if a value is a reference; 4 if the session has an owner
     byte 1      0 plain, 2 sealed with AES-GCM
-    plain:      4 first characters of the session key, 4 bytes CRC-32 of the whole session key, of
-                the byte 3 or 4 in these formats, and of the body, then the body
-    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body; authenticated with
-                it are both bytes in front, the session key, and the times that never change:
-                created_at and absolute_expires_at, for a pointer also the end of its grace
+    plain:      first 4 characters of the session key, 4 bytes CRC-32 of the session key, of the
+                byte 3 or 4 in these formats, and of the body; then the body
+    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body; also authenticated
+                are bytes 0 and 1, the session key, and the times that never change: created_at and
+                absolute_expires_at, for a pointer also the end of its grace
 
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
-                string; then the session's own idle lifetime, whether any value has a mark, and
-                until when the session is debugged, whether any value is a reference, and the owner
+                string; the session's own idle lifetime; whether any value has a mark; the end of
+                debugging for this session; whether any value is a reference; the owner
 
-So one value can be decoded without looking into the others. The check in front (or the
-AES-GCM tag) binds the payload to its own record: another session's payload, a truncated or a
-foreign one does not open. It does not protect against anyone who can write to the store; encryption
-does. New fields go at the array's end, so that older payloads stay readable. The body of a pointer
-is the key of its successor. Earlier versions sealed with a 1 in byte 1, without the times; such a
-payload is refused, since anybody who can write to the store could prolong it.
+So one value can be decoded without the others. The checksum or the AES-GCM tag binds the payload
+to its record: the payload of another session, or a truncated one, is refused. The checksum doesn't
+protect against an attacker who can write to the store; encryption does. New fields go at the end of
+the array, so that older payloads stay readable. The body of a pointer is the key of its successor.
+Versions before the first release sealed without the times, with a 1 in byte 1. Such a payload is
+refused, since an attacker with access to the store could extend its life.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ from .marks import END_OF_TIME
 from .references import length_of
 
 FORMAT, _SPILLED, _OWNED, NEWEST = 2, 3, 4, 4
-# A session without references, or without an owner, stays in the format that versions from before
-# them can read.
+# Payloads without references or owner use the formats that older versions can read.
 _FORMATS = (FORMAT, _SPILLED, _OWNED)
 _PLAIN = {number: bytes((number, 0)) for number in _FORMATS}
 _SEALED = {number: bytes((number, 2)) for number in _FORMATS}
@@ -47,7 +46,7 @@ _SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
 _FORMAT_OF_PLAIN = {header: number for number, header in _PLAIN.items()}
 _SEALED_HEADERS = frozenset(_SEALED.values())
 NOT_ENCRYPTED = "not encrypted"
-#: Whatever the settings say: MongoDB takes no document of 16 MiB.
+#: The upper limit for all stores, since MongoDB refuses documents of 16 MiB.
 MOST_BYTES = 15 * 1024 * 1024
 _CHECK_BYTES = 8
 _BODY = 2 + _CHECK_BYTES
@@ -77,11 +76,11 @@ class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
 class Body(Struct, array_like=True, gc=False):
     """The contents of a payload: the encoded values by key, and the session's own idle lifetime.
 
-    ``lifetime`` is in milliseconds; None means the application's setting. ``marked`` says whether
-    any value has a mark (see ``marks``); where none has, it takes no byte. ``debug_until``: until
-    then, in milliseconds since 1970, what requests do with the session is written to the log.
-    ``spilled``: whether any value is a reference to a large one (see ``references``). ``owner``:
-    the user that the session is bound to.
+    ``lifetime`` is in milliseconds; None means the application's setting. ``marked``: whether any
+    value has a mark (see ``marks``); if not, it takes no byte. ``debug_until``: the end of
+    debugging for this session, in milliseconds since 1970. ``spilled``: whether any value is a
+    reference to a large value (see ``references``). ``owner``: the user that the session is bound
+    to.
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
@@ -102,7 +101,7 @@ class Body(Struct, array_like=True, gc=False):
 class PayloadFormat:
     """Packs bodies into payloads and back, within the limits on size and number of keys.
 
-    ``allow_plain`` lets payloads be read that were written before encryption was turned on.
+    ``allow_plain`` accepts payloads that were written before encryption was turned on.
     """
 
     def __init__(
@@ -134,10 +133,10 @@ class PayloadFormat:
         return self._bind(session_key, self.check(body, before), times, number)
 
     def check(self, body: Body, before: Mapping[str, bytes] | None = None) -> bytes:
-        """The encoded body, which is within the limits, or no larger than the values ``before``.
+        """Encode the body, if it is within the limits or no larger than the values ``before``.
 
-        Those are stored already: limits may have been lowered since. Raises ``SessionTooLarge`` or
-        ``UnsupportedType`` (a key that is not valid text).
+        Those are stored already, and a limit may have been lowered since. Raises
+        ``SessionTooLarge``, or ``UnsupportedType`` for a key that isn't valid text.
         """
         values = body.values
         if len(values) > self._max_keys and (before is None or len(values) > len(before)):
@@ -170,7 +169,7 @@ class PayloadFormat:
         return encoded
 
     def unpack(self, session_key: str, payload: bytes, *times: int) -> Body:
-        """The body of ``payload``, its values still encoded. Raises ``UnreadableRecord``."""
+        """The body of ``payload``, with its values still encoded. Raises ``UnreadableRecord``."""
         body = self._unbind(session_key, payload, times)
         try:
             return self._decode(body)
@@ -201,7 +200,7 @@ class PayloadFormat:
         return bytes(self._unbind(key, payload, times))
 
     def check_pointer(self, session_key: str, successor: str, payload: bytes, *times: int) -> None:
-        """Raises ``UnreadableRecord`` unless the pointer is this key's own, to that successor."""
+        """Raises ``UnreadableRecord`` unless it is a pointer from this key to ``successor``."""
         if self._unbind(session_key, payload, times) != successor.encode("utf-8", "replace"):
             raise UnreadableRecord("corrupt", "pointer mismatch")
 
@@ -217,7 +216,7 @@ class PayloadFormat:
     def _unbind(
         self, session_key: str, payload: bytes, times: tuple[int, ...]
     ) -> bytes | memoryview:
-        """The bytes of the body. Raises ``UnreadableRecord`` unless they are this session's own."""
+        """The bytes of the body. Raises ``UnreadableRecord`` unless they belong to this session."""
         header = payload[:2]
         own = session_key.encode("ascii")
         number = _FORMAT_OF_PLAIN.get(header)
@@ -246,7 +245,7 @@ class PayloadFormat:
 
 
 def _size(values: Mapping[str, bytes]) -> int:
-    """The bytes of these keys and values, large ones in places of their own included."""
+    """The bytes of these keys and values, including large values."""
     return sum(len(key.encode()) + length_of(raw) for key, raw in values.items())
 
 
@@ -255,6 +254,6 @@ def _as_text(times: tuple[int, ...]) -> bytes:
 
 
 def _check(own: bytes, body: bytes | memoryview, number: int) -> bytes:
-    # One format must not pass for another: a single bit tells them apart.
+    # Only one bit tells two formats apart, so the checksum covers the format.
     start = crc32(own) if number == FORMAT else crc32(bytes((number,)), crc32(own))
     return own[:4] + crc32(body, start).to_bytes(4, "big")

@@ -1,11 +1,11 @@
-"""The plain value that an object of another class is kept as, where the two are equal.
+"""Converts an object of another class to an equal value of a plain type.
 
-Libraries put subclasses of ``dict``, ``str`` and the like into sessions: tokens, enums, counters,
-named tuples. They are kept as the type they derive from, and an object with ``__html__``, such as a
-lazily translated text, as the ``Markup`` that it renders to. So Flask's own session does, too.
+Libraries put subclasses of ``dict``, ``str`` and others into sessions: tokens, enums, counters,
+named tuples. They are stored as their base type, and an object with ``__html__``, such as a lazily
+translated text, as the ``Markup`` that it renders to. Flask's own session does the same.
 
-The content is read by the methods of the plain type, and compared: an object that shows something
-else than it holds, or that equals nothing of the plain type, has no plain value.
+The content is read with the methods of the plain type, and compared. An object whose own methods
+return something else, or that doesn't equal the result, has no plain value.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from uuid import UUID
 from markupsafe import Markup
 from werkzeug.local import LocalProxy
 
-#: What ``plain_value`` returns where there is no plain value.
+#: Returned by ``plain_value`` if there is no plain value.
 NO_PLAIN_VALUE: Final = object()
 
-# Tests that stop the clock replace ``datetime.datetime`` and ``datetime.date`` by subclasses, maybe
-# before this module is imported, and names at the top of modules as well; a tuple they leave alone.
+# Tools such as freezegun replace ``datetime.datetime`` and ``datetime.date`` by subclasses, maybe
+# before this module is imported. They also replace module-level names, but not items of a tuple.
 _DATE = dt.datetime.__mro__[-2]
 TIMES: Final[tuple[type[dt.datetime], type[dt.date]]] = (
     next(kind for kind in dt.datetime.__mro__ if kind.__base__ is _DATE),
@@ -35,7 +35,7 @@ del _DATE
 def plain_value(value: Any) -> Any:
     """The equal value of one of the plain types, or ``NO_PLAIN_VALUE``.
 
-    What is inside a container stays as it is. Raises what the methods of ``value`` raise.
+    Items of a container aren't converted. Raises whatever the methods of ``value`` raise.
     """
     kind = type(value)
     if kind is LocalProxy:
@@ -54,7 +54,7 @@ def plain_value(value: Any) -> Any:
 
 
 def plain_key(key: Any) -> Any:
-    """The equal ``str``, ``int`` or ``float``, or ``NO_PLAIN_VALUE``: for the key of a dict."""
+    """The equal ``str``, ``int`` or ``float`` for the key of a dict, or ``NO_PLAIN_VALUE``."""
     for base, convert in _NAMES:
         if isinstance(key, base):
             plain = _equal(key, base, convert)
@@ -79,17 +79,17 @@ def _equal(value: Any, base: Any, convert: Callable[[Any], Any]) -> Any:
 def _plain_dict(value: dict[Any, Any]) -> dict[Any, Any]:
     plain = {key: dict.__getitem__(value, key) for key in value}
     if not len(plain) == len(value) == dict.__len__(value):
-        raise ValueError("it shows other keys than it holds")
+        raise ValueError("its methods return other keys than it stores")
     return plain
 
 
 def _as(base: Any) -> Callable[[Any], Any]:
-    """To a list or a set: what the object shows, where that is the very content it holds."""
+    """A converter to a list or a set; refuses objects whose methods change the content."""
 
     def convert(value: Any) -> Any:
         held, shown = base(base.__iter__(value)), base(iter(value))
         if not len(value) == len(held) == len(shown) or held != shown:
-            raise ValueError("it shows other items than it holds")
+            raise ValueError("its methods return other items than it stores")
         return held
 
     return convert

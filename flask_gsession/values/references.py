@@ -1,16 +1,16 @@
-"""What stands in the place of a large value: a reference to the blob that holds it.
+"""References: stored in a session instead of a large value, which is in a blob.
 
-A reference is an extension type of MessagePack, as a mark is, and may have a mark::
+A reference is an extension type of MessagePack, like a mark, and may have a mark::
 
     byte 0      0xc9
     bytes 1-4   how many bytes follow byte 5
     byte 5      14
-    then        1 kind: 1 an encoded value, 2 bytes     1 how it is kept: 0 plain, 1 sealed
-                16 name of the blob      16 key of its frames, where they are plain
-                32 SHA-256 of the content     8 its length     4 that of all frames but the last
+    then        1 kind: 1 an encoded value, 2 bytes     1 encryption: 0 plain, 1 sealed
+                16 name of the blob      16 key for the checksums of plain frames
+                32 SHA-256 of the content     8 its length     4 length of a frame
 
-The reference is the value's bytes: who compares, merges or moves a value does so with that. Equal
-content under another name is found by ``holds``.
+Code that compares, merges or moves a value uses the bytes of the reference. ``holds`` finds equal
+content under another name.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _EXT_32 = 0xC9
 _DATA = Struct(">BB16s16s32sQI")
 _HEAD = bytes((_EXT_32,)) + _DATA.size.to_bytes(4, "big") + bytes((REFERENCE,))
 VALUE, BYTES = 1, 2
-_LONGEST = 2**40  # bytes, far beyond what SESSION_MAX_VALUE_BYTES may be
-_BYTES_HEADS = {0xC4: 2, 0xC5: 3, 0xC6: 5}  # of bytes in MessagePack, and how long they are
+_MAX_LENGTH = 2**40  # bytes, far beyond the maximum of SESSION_MAX_VALUE_BYTES
+_BYTES_HEADS = {0xC4: 2, 0xC5: 3, 0xC6: 5}  # first byte and header length of bytes in MessagePack
 
 
 class Reference(NamedTuple):
-    """Where a large value is, and what it is. ``frame`` and ``length`` are in bytes."""
+    """The location and the digest of a large value. ``frame`` and ``length`` are in bytes."""
 
     kind: int
     sealed: int
@@ -53,7 +53,7 @@ class Reference(NamedTuple):
 
     @property
     def frames(self) -> int:
-        """How many there are; one of no bytes where there is no content."""
+        """The number of frames; an empty value has one empty frame."""
         return max(1, -(-self.length // self.frame))
 
     def pack(self) -> bytes:
@@ -62,13 +62,13 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes) -> Reference:
-        """The reference in the data of the extension type. Raises ``UnreadableRecord``."""
+        """Parse the data of the extension type. Raises ``UnreadableRecord``."""
         if not _is_well_formed(data):
             raise UnreadableRecord("corrupt", "a malformed reference")
         return cls(*_DATA.unpack(data))
 
 
-#: One to nothing, as long as any other.
+#: A placeholder with the size of any other reference.
 BLANK = Reference(BYTES, 0, b"", b"", b"", 0, 1).pack()
 
 
@@ -76,13 +76,13 @@ def _is_well_formed(data: bytes) -> bool:
     if len(data) != _DATA.size:
         return False
     kind, sealed, _, _, _, length, frame = _DATA.unpack(data)
-    return kind in (VALUE, BYTES) and sealed <= 1 and frame > 0 and length <= _LONGEST
+    return kind in (VALUE, BYTES) and sealed <= 1 and frame > 0 and length <= _MAX_LENGTH
 
 
 def refers(raw: bytes | None) -> bool:
     """Whether an encoded value, with a mark or without, is a reference.
 
-    A malformed one is no reference, and cannot be decoded.
+    A malformed reference counts as none, and can't be decoded.
     """
     if raw is None or raw[0] != _EXT_32:
         return False
@@ -91,7 +91,7 @@ def refers(raw: bytes | None) -> bool:
 
 
 def length_of(raw: bytes | None) -> int:
-    """The bytes of an encoded value without its mark, wherever they are; 0 for none."""
+    """The bytes of an encoded value without its mark, or of the large value; 0 for None."""
     if raw is None:
         return 0
     plain = split(raw)[1]
@@ -99,7 +99,7 @@ def length_of(raw: bytes | None) -> int:
 
 
 def reference_in(raw: bytes) -> Reference:
-    """The reference that an encoded value is, with or without a mark."""
+    """The reference in an encoded value, with or without a mark."""
     return Reference.of(split(raw)[1][len(_HEAD) :])
 
 
@@ -117,7 +117,7 @@ def content_of(plain: bytes) -> tuple[int, memoryview]:
 
 
 def holds(reference: bytes | None, raw: bytes | None) -> bool:
-    """Whether ``reference`` is one to the very value that ``raw`` is, mark included."""
+    """Whether ``reference`` refers to the same value as ``raw``, with the same mark."""
     if reference is None or raw is None or reference[0] != _EXT_32:
         return False
     if not refers(reference) or refers(raw):

@@ -429,7 +429,8 @@ def test_show_values_as_the_debug_dump_does(site: Site, monkeypatch: pytest.Monk
     site.clock.advance(20)
     handle = visitor.run(lambda session: session.handle)
     monkeypatch.setattr(
-        "flask_gsession.values.large_values.Spill.frame", lambda *_: pytest.fail("it was loaded")
+        "flask_gsession.values.large_values.LargeValueStorage.frame",
+        lambda *_: pytest.fail("it was loaded"),
     )
     facts = json.loads(console.done("show", handle, "--values", "--json"))
     keys = {name: (each["type"], each["value"]) for name, each in facts["keys"].items()}
