@@ -1,7 +1,7 @@
-"""What Flask-Login and Flask-Security do at a sign-in and a sign-out, seen from the session.
+"""Rotates the token when Flask-Login or Flask-Security authenticates a user.
 
-Each step of authentication gives the session a new token, and the old one ends at once: whoever
-planted or copied it must not have what the step opened. Source: OWASP ASVS 5.0, 7.2.4.
+Each step of authentication gives the session a new token, without grace. So an attacker who planted
+or copied the old one gains nothing from the step. Source: OWASP ASVS 5.0, 7.2.4.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from .request.lifecycle import Lifecycle
 from .request.ownership import LOGIN, bind, unbind
 from .request.session import SessionData, life_of
 
-# What Flask-Security sets in the session at each step of authentication, also at those that send
-# no signal: the time of the last one ("verify" of all kinds), and the user who has to give a
-# second factor.
+# Flask-Security sets these keys at each step of authentication, even without a signal: the time of
+# the last verification, and the user who still has to enter a second factor.
 _STEPS = ("fs_paa", "tf_user_id")
-# What Flask-Login sets in the session at a sign-in.
+# Flask-Login sets these keys at a sign-in.
 _SIGNED_IN = ("_user_id", "_fresh", "_id")
-# In a request: Flask-Login wants its remember-me cookie to go.
+# An attribute of the request: Flask-Login asked for the removal of its remember-me cookie.
 _FORGOTTEN = "_gsession_remember_me_ended"
 
 
 def rotate_at_sign_in(app: Flask) -> None:
-    """Follow Flask-Login's signals, where it is installed."""
+    """Connect to Flask-Login's signals, if it is installed."""
     try:
         import flask_login.signals as signals  # type: ignore[import-untyped]  # it ships no types
     except ImportError:
@@ -42,7 +41,7 @@ def rotate_at_sign_in(app: Flask) -> None:
 
 
 def rotate_after_a_step(life: Lifecycle) -> None:
-    """Before a save: rotate if Flask-Security has just let the user pass a step."""
+    """Rotate if the user has passed a step of Flask-Security. Called before a save."""
     if life.opened:
         values = life.values
         if any(key in values and values.has_changed(key) for key in _STEPS):
@@ -50,10 +49,10 @@ def rotate_after_a_step(life: Lifecycle) -> None:
 
 
 def forget_remembered(app: Flask, request: Request, response: Response) -> None:
-    """Delete the remember-me cookie if ``logout_user`` wanted that in this request.
+    """Delete the remember-me cookie if this request called ``logout_user``.
 
-    Flask-Login keeps that wish in the session until its ``after_request`` function. By then it may
-    be gone with the session, and the cookie would sign in again at the next request.
+    Flask-Login notes this in the session until its ``after_request`` function runs. If the session
+    has ended by then, the note is lost, and the cookie would sign the user in again.
     """
     if _FORGOTTEN not in vars(request):
         return
@@ -79,7 +78,7 @@ def _signed_in(sender: Flask, **_: Any) -> None:
 
 
 def _confirmed(sender: Flask, **_: Any) -> None:
-    # The user is known by the session only: with an old token, that is not enough to stay.
+    # Only the session identifies the user, and an old token isn't enough for that.
     _pass_a_step(sender, ())
 
 
@@ -88,7 +87,7 @@ def _pass_a_step(app: Flask, signed_in: Collection[str]) -> None:
     if session is not None:
         _rotate(session, signed_in)
         if life_of(session).repository.settings.renew_csrf:
-            # Flask-WTF keeps the signed form of the token for the rest of the request.
+            # Flask-WTF caches the signed form of the token in g.
             name = csrf_field(app)
             session.pop(name, None)
             g.pop(name, None)

@@ -1,4 +1,4 @@
-"""The settings: every key, its default and its check, once; the only reader of ``app.config``."""
+"""All settings with their defaults and checks. Only this module reads ``app.config``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .values.payload import MOST_BYTES
 
 T = TypeVar("T")
 
-#: Read payloads written before encryption was turned on: the last of SESSION_ENCRYPTION_KEYS.
+#: The last item of SESSION_ENCRYPTION_KEYS, to accept payloads that aren't encrypted.
 PLAIN = "plain"
 
 _TOTAL_BYTES = 32 * 1024 * 1024
@@ -80,20 +80,20 @@ class Settings:
     debug_show: Collection[str] = ()
 
     def __repr__(self) -> str:
-        """Never shows the stores' URLs or the encryption keys."""
+        """Hides the stores' URLs and the encryption keys."""
         hidden = {"store", "spill_store", "encryption_keys"}
         names = [f.name for f in fields(self) if f.name not in hidden]
         return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
     def total_limit(self) -> int:
-        """How many bytes all large values of a session may have together."""
+        """The limit in bytes for all large values of a session together."""
         if self.max_total_bytes is None:
             return max(_TOTAL_BYTES, self.max_value_bytes)
         return self.max_total_bytes
 
     def renew_interval_for(self, idle: float) -> float:
-        """How long a session with this idle timeout may go without a renewal."""
+        """The renewal interval of a session with this idle timeout."""
         if self.renew_interval is None:
             return min(60.0, idle / 20)
         return min(self.renew_interval, idle)
@@ -103,7 +103,7 @@ Seconds = float | timedelta
 
 
 class SettingKeywords(TypedDict, total=False):
-    """What ``Session`` takes as keywords, for editors and type checkers."""
+    """The keywords of ``Session``, for editors and type checkers."""
 
     store: object
     cookie_name: str
@@ -203,7 +203,7 @@ def _names(value: Any) -> frozenset[str]:
 
 def _callable(value: Any) -> Any:
     if not callable(value):
-        raise ValueError("a function that takes nothing and returns a new token")
+        raise ValueError("a function without arguments that returns a new token")
     return value
 
 
@@ -259,7 +259,7 @@ def _encryption_key(value: Any) -> bytes:
     given = f"{len(key)} {length}" if isinstance(key, (str, bytes)) else type(key).__name__
     raise ValueError(
         "a key, or a list of keys, the current one first; a key is 32 bytes, or their "
-        f"base64url text as secrets.token_urlsafe(32) gives it (not shown; given: {given})"
+        f"base64url text as from secrets.token_urlsafe(32) (not shown; given: {given})"
     )
 
 
@@ -271,13 +271,13 @@ def _encryption_keys(value: Any) -> tuple[bytes, ...]:
     return tuple(_encryption_key(key) for key in value)
 
 
-#: Checks of the times of a lock; they raise ``ValueError`` with what is allowed.
+#: Checks for the times of a lock. They raise ``ValueError`` with the allowed range.
 lock_timeout = _seconds(0.1, 3600)
 lock_wait = _seconds(0, 3600)
 
 _FLASKS_LIFETIME = 31 * 86400.0
 _PATTERN = set("{}*?[]")
-# Headers of requests, and of answers: the token is in both. A proxy removes or changes some.
+# Headers of requests and of responses, since the token is in both, and headers that proxies change.
 _STANDARD_HEADER = re.compile(
     "(accept|access-control|cf|content|cross-origin|if|proxy|sec|x-forwarded)-.+"
     "|accept|age|allow|alt-svc|alt-used|authentication-info|authorization|cache-control|connection"
@@ -321,8 +321,8 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
                 lambda v: (
                     0 < len(v) <= 100 and _token_text(v) and not _STANDARD_HEADER.fullmatch(v)
                 ),
-                "a header name of your own, as 'X-Session'; not one that means something to HTTP, "
-                "a proxy or a browser",
+                "a header name of your own, such as 'X-Session'; not one that HTTP, proxies or "
+                "browsers use",
             )
         ),
     ),
@@ -396,14 +396,14 @@ _FLASK_SESSIONS = {
     "SESSION_DYNAMODB_TABLE": "SESSION_STORE",
     "SESSION_CACHELIB": "SESSION_STORE",
     "SESSION_FILE_DIR": "SESSION_STORE",
-    "SESSION_FILE_MODE": "nothing: files are readable for their owner only",
-    "SESSION_FILE_THRESHOLD": "nothing: what is live is never removed",
+    "SESSION_FILE_MODE": "nothing: only the owner can read the files",
+    "SESSION_FILE_THRESHOLD": "nothing: live sessions are never removed",
     "SESSION_CLEANUP_N_REQUESTS": "CleanupWorker",
     "SESSION_PERMANENT": "session.permanent",
     "SESSION_USE_SIGNER": "nothing: tokens are always signed",
     "SESSION_SERIALIZATION_FORMAT": "nothing: values keep their types",
 }
-# Those of Flask-Session's settings that say where sessions are kept, and what says it here.
+# The Flask-Session settings for the place of sessions, and advice for SESSION_STORE.
 _A_URL = 'the URL of a Redis or MongoDB, or "sqlite:///gsession.sqlite3" for a file on this machine'
 _PLACES = {
     "SESSION_REDIS": "a redis:// URL, or the client that SESSION_REDIS holds",
@@ -415,15 +415,14 @@ _PLACES = {
     "SESSION_FILE_DIR": _A_URL,
     "SESSION_TYPE": _A_URL,
 }
-_OF_OTHERS = {"SESSION_PROTECTION"}  # Flask-Login's
+_OTHER_EXTENSIONS = {"SESSION_PROTECTION"}  # Flask-Login
 
 
 def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
-    """The settings of ``app``, with ``overrides`` (field names) before ``app.config``.
+    """The settings of ``app``; ``overrides`` (by field name) override ``app.config``.
 
-    Raises ``SettingError`` that names the key, the value (never of a secret one) and what is
-    allowed. Warns about unknown ``SESSION_*`` keys that look like a known one or are
-    Flask-Session's.
+    Raises ``SettingError`` with the key, the value (unless it is secret) and the allowed values.
+    Warns about unknown ``SESSION_*`` keys that resemble a known key or belong to Flask-Session.
     """
     unknown = set(overrides) - set(_CHECKS)
     if unknown:
@@ -439,7 +438,7 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
             if name == "permanent_lifetime" and _has_own_lifetime(app):
                 try:
                     value = app.permanent_session_lifetime
-                except Exception:  # it may need a request, and is read again where there is one
+                except Exception:  # it may need a request; each request reads it again
                     continue
         else:
             continue
@@ -460,7 +459,7 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
 
 
 def _check(name: str, value: Any) -> Any:
-    """A setting in the form that ``Settings`` has it. Raises ``SettingError``."""
+    """The value of a setting, converted for ``Settings``. Raises ``SettingError``."""
     key, check = _CHECKS[name]
     try:
         return check(value)
@@ -470,7 +469,7 @@ def _check(name: str, value: Any) -> Any:
 
 
 def _has_own_lifetime(app: Flask) -> bool:
-    """Whether a subclass of Flask has a ``permanent_session_lifetime`` of its own."""
+    """Whether a subclass of Flask overrides ``permanent_session_lifetime``."""
     kinds: tuple[Any, Any] = type(app), Flask
     own, flasks = (kind.permanent_session_lifetime for kind in kinds)
     return own is not flasks
@@ -481,7 +480,7 @@ def _type_of(secret: object) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn whoever sets the application up, and the log of a running server too."""
+    """Warn the developer, and write to the log of a running server."""
     logger.warning("%s", message)
     level = 2
     frame = sys._getframe(1)
@@ -507,7 +506,7 @@ def _split_plain(value: Any) -> tuple[Any, bool]:
 
 
 def _check_secret_keys(keys: tuple[object, object]) -> tuple[str | bytes, ...]:
-    """Refuse keys that nothing could be signed with; there may be none yet."""
+    """Refuse keys that can't sign. There may be no key yet."""
     current, fallbacks = keys
     if fallbacks is not None and not isinstance(fallbacks, (list, tuple)):
         raise SettingError(
@@ -519,14 +518,14 @@ def _check_secret_keys(keys: tuple[object, object]) -> tuple[str | bytes, ...]:
         if key is not None and not isinstance(key, (str, bytes)):
             raise SettingError(f"{what} is {_type_of(key)}; allowed: text, or bytes")
         if isinstance(key, str) and not is_valid_text(key):
-            raise SettingError(f"{what} holds lone surrogates: it is no text; give it as bytes")
+            raise SettingError(f"{what} contains lone surrogates: use bytes instead")
     return (current, *filter(None, fallbacks or ()))
 
 
 def _check_cookie(cookie: tuple[Any, ...]) -> dict[str, Any]:
-    """The attributes of a cookie: its name, and its attributes in the order of ``_ATTRIBUTES``.
+    """The attributes of a cookie, from a tuple of its name and the values of ``_ATTRIBUTES``.
 
-    Refuses those that do not exist, or that browsers would not accept together.
+    Refuses invalid values, and combinations that browsers don't accept.
     """
     name, attributes = cookie[0], dict(zip(_ATTRIBUTES, cookie[1:], strict=True))
     for attribute in ("secure", "httponly", "partitioned"):
@@ -538,10 +537,12 @@ def _check_cookie(cookie: tuple[Any, ...]) -> dict[str, Any]:
     domain, path = attributes["domain"], attributes["path"]
     if domain and (type(domain) is not str or not set(domain).isdisjoint(_NO_DOMAIN)):
         raise SettingError(
-            f"SESSION_COOKIE_DOMAIN is {domain!r}; allowed: a name as 'example.com', or None"
+            f"SESSION_COOKIE_DOMAIN is {domain!r}; allowed: a name such as 'example.com', or None"
         )
     if type(path) is not str or not path.startswith("/"):
-        raise SettingError(f"SESSION_COOKIE_PATH is {path!r}; allowed: a path as '/shop', or None")
+        raise SettingError(
+            f"SESSION_COOKIE_PATH is {path!r}; allowed: a path such as '/shop', or None"
+        )
     samesite = attributes["samesite"]
     policy = "" if samesite is None else str(samesite).lower()
     if policy not in ("", "strict", "lax", "none") or samesite == "":
@@ -555,7 +556,7 @@ def _check_cookie(cookie: tuple[Any, ...]) -> dict[str, Any]:
         raise SettingError(f"The cookie name {name} needs SESSION_COOKIE_HTTPONLY = True")
     if lower.startswith("__host-") and (domain or path != "/"):
         raise SettingError(
-            f"The cookie name {name} allows no SESSION_COOKIE_DOMAIN and only the path '/' "
+            f"The cookie name {name} requires no SESSION_COOKIE_DOMAIN and the path '/' "
             "(SESSION_COOKIE_PATH, APPLICATION_ROOT)"
         )
     return attributes
@@ -568,32 +569,32 @@ def _is_dropped(attributes: Mapping[str, Any]) -> bool:
 
 
 def _refuse_places(app: Flask) -> None:
-    """Flask-Session's settings name a store, ours name none: do not fall back to a file."""
+    """Refuse to fall back to a file if Flask-Session's settings name a store."""
     for key, place in _PLACES.items():
         if app.config.get(key) is not None:
             raise SettingError(
-                f"{key} is a setting of Flask-Session that has no effect here, and SESSION_STORE "
-                "is not set: sessions would be in a file on this machine. Set SESSION_STORE to "
+                f"{key} is a Flask-Session setting without effect here, and SESSION_STORE is not "
+                "set: sessions would be in a file on this machine. Set SESSION_STORE to "
                 f"{place}"
             )
 
 
 def _warn_unknown(app: Flask) -> None:
-    known = {key for key, _ in _CHECKS.values()} | _FLASKS_OWN | _OF_OTHERS
+    known = {key for key, _ in _CHECKS.values()} | _FLASKS_OWN | _OTHER_EXTENSIONS
     for key in app.config:
         if not key.startswith(("SESSION_", "PERMANENT_SESSION_")) or key in known:
             continue
         if key in _FLASK_SESSIONS:
             hint = f"; it is a Flask-Session setting, here use {_FLASK_SESSIONS[key]}"
         else:
-            # Without what all of them begin with: only then is a likeness one.
+            # Compare without the common prefix, which would make all of them similar.
             hint = _did_you_mean(key, known, key.partition("SESSION_")[0] + "SESSION_", 0.73)
         if hint:
             warn(f"Unknown setting {key}{hint}")
 
 
 def _did_you_mean(name: str, known: Any, start: str = "", cutoff: float = 0.75) -> str:
-    """A hint at those of ``known`` names that are most like ``name``, their ``start`` apart."""
+    """A hint with the ``known`` names that are most similar to ``name`` after ``start``."""
     name = name.removeprefix(start)
     ends = [each.removeprefix(start) for each in known if each.startswith(start)]
     close = difflib.get_close_matches(name, ends, n=3, cutoff=cutoff)
@@ -606,8 +607,8 @@ def _did_you_mean(name: str, known: Any, start: str = "", cutoff: float = 0.75) 
 class Live(Generic[T]):
     """One of Flask's own settings, which may change while the application runs.
 
-    A new value is checked. A wrong one is an error in the log, once; the last right one stays in
-    force, so that nobody's session breaks.
+    A new value is checked. A wrong value is logged once as an error, and the last valid value
+    stays in force, so that no session breaks.
     """
 
     __slots__ = ("_check", "_known")
@@ -617,14 +618,14 @@ class Live(Generic[T]):
         self._known = (given, value)
 
     def of(self, given: object) -> T:
-        """What ``given`` means, or meant when it was last right."""
+        """The checked value of ``given``, or the last valid value."""
         seen, value = self._known
         if given is seen or given == seen:
             return value
         try:
             value = self._check(given)
         except SettingError as error:
-            logger.error("%s. The value from before stays in force.", error)
+            logger.error("%s. The previous value stays in force.", error)
         self._known = (given, value)
         return value
 
@@ -640,9 +641,9 @@ def cookie_attributes(app: Flask) -> Iterator[Any]:
 
 
 class LiveSettings:
-    """Those of Flask's own settings that one ``Session`` reads anew: see ``Live``.
+    """Flask's own settings that a ``Session`` reads on each request: see ``Live``.
 
-    ``given``: the keywords of the ``Session``, which hold whatever the application says later.
+    ``given``: the keywords of the ``Session``, which override later changes of the settings.
     ``is_taken``: whether another ``Session`` of the application has a cookie of this name.
     """
 
@@ -679,7 +680,7 @@ class LiveSettings:
         return self._lifetime.of(_given_lifetime(self._app))
 
     def cookie(self, name: str, interface: SessionInterface) -> dict[str, Any]:
-        """The attributes of the cookie, which Flask asks the interface for."""
+        """The attributes of the cookie, from the interface's getters."""
         app = self._app
         return self._cookie.of(
             (
@@ -694,7 +695,7 @@ class LiveSettings:
         )
 
     def secret_keys(self) -> tuple[str | bytes, ...]:
-        """As the function of this name."""
+        """As the function ``secret_keys``."""
         return self._keys.of(given_keys(self._app))
 
     def _check_cookie(self, cookie: tuple[Any, ...]) -> dict[str, Any]:
@@ -707,15 +708,15 @@ class LiveSettings:
         checked: str = _check("cookie_name", name)
         if self._is_taken(checked):
             raise SettingError(
-                f"SESSION_COOKIE_NAME is {checked!r}, and another Session of the application has "
-                "that cookie; allowed: another name"
+                f"SESSION_COOKIE_NAME is {checked!r}, but another Session of the application has "
+                "that cookie: use another name"
             )
         _check_cookie((checked, *cookie_attributes(self._app)))
         return checked
 
 
 def _given_lifetime(app: Flask) -> object:
-    """As Flask does, by the attribute: a subclass may have a property of its own there."""
+    """Read the attribute, as Flask does, since a subclass may override it."""
     try:
         return app.permanent_session_lifetime
     except Exception as error:
@@ -725,13 +726,13 @@ def _given_lifetime(app: Flask) -> object:
 
 
 def given_keys(app: Flask) -> tuple[object, object]:
-    """As Flask does, the current key by the attribute: a subclass may have it on the class."""
+    """Read the attribute ``secret_key``, as Flask does, since a subclass may define it."""
     fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
     return app.secret_key, tuple(fallbacks) if isinstance(fallbacks, list) else fallbacks
 
 
 def _keys_at_start(app: Flask) -> tuple[object, object]:
-    """As ``given_keys``; a property that cannot be read yet is read again by each request."""
+    """As ``given_keys``. A property may need a request; each request reads it again."""
     try:
         return given_keys(app)
     except Exception:
@@ -747,7 +748,7 @@ def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
 
 
 def warn_without_secret_key(app: Flask) -> None:
-    """The key may come until the first request; without one the application seems to work."""
+    """Warn about a missing key. You may set it until the first request."""
     try:
         missing = not app.secret_key
     except Exception:  # see ``_keys_at_start``
@@ -755,14 +756,14 @@ def warn_without_secret_key(app: Flask) -> None:
     if missing:
         logger.warning(
             "The application %r has no SECRET_KEY yet. Until it has one, its sessions are empty "
-            "and cannot be written to: set it before the first request, to "
-            "secrets.token_urlsafe(32), and keep it out of the source code.",
+            "and read-only. Set it to secrets.token_urlsafe(32) before the first request, and "
+            "keep it out of the source code.",
             app.name,
         )
 
 
 def remember_cookie(app: Flask) -> dict[str, Any]:
-    """Flask-Login's cookie, for ``delete_cookie``: its name, path and domain, by its settings."""
+    """Name, path and domain of Flask-Login's cookie, for ``delete_cookie``."""
     return {
         "key": app.config.get("REMEMBER_COOKIE_NAME", "remember_token"),
         "path": app.config.get("REMEMBER_COOKIE_PATH", "/"),
@@ -771,11 +772,11 @@ def remember_cookie(app: Flask) -> dict[str, Any]:
 
 
 def csrf_field(app: Flask) -> str:
-    """The session key under which Flask-WTF keeps its token, by its setting."""
+    """The session key of Flask-WTF's token."""
     return str(app.config.get("WTF_CSRF_FIELD_NAME", "csrf_token"))
 
 
 def propagates_exceptions(app: Flask) -> bool:
-    """Whether Flask lets errors through to the server or the test client, by its own rule."""
+    """Whether Flask lets errors through to the server or the test client."""
     propagate = app.config["PROPAGATE_EXCEPTIONS"]
     return bool(app.testing or app.debug) if propagate is None else bool(propagate)

@@ -122,7 +122,7 @@ class DeviceRevoked(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionRefused(Event):
-    """A request's token did not lead to a session.
+    """There was no session for a request's token.
 
     ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"`` (both signed by us),
     ``"too many cookies"``, ``"expired"`` (but still in the store), ``"unknown"`` (ended, never
@@ -137,12 +137,12 @@ class SessionRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionConflicted(Event):
-    """Changes met those of a parallel request, and could not be merged with them.
+    """Changes conflicted with a parallel request's, and could not be merged.
 
     ``reason``: ``"refused"`` by the merge policy of a key, ``"transaction"`` (which ``run`` and the
     decorator then run again), ``"too many races"``, or ``"unknown outcome"`` of an interrupted
-    write that another request wrote over. Changes that were merged are no conflict:
-    ``SessionSaved.conflicts`` counts the races before them.
+    write that another request wrote over. Merged changes aren't a conflict:
+    ``SessionSaved.conflicts`` counts the lost races before the save.
     """
 
     handle: str
@@ -255,9 +255,9 @@ class AccessDenied(Event):
 
 @dataclass(frozen=True, slots=True)
 class CleanedUp(Event):
-    """A ``CleanupWorker`` went through the store: what it removed, by kind, in ``seconds``.
+    """A ``CleanupWorker`` finished. ``found`` counts the leftovers by kind.
 
-    The kinds are those of ``flask_gsession.stores.base.LEFTOVERS``.
+    ``flask_gsession.stores.parts.LEFTOVERS`` lists the kinds.
     """
 
     found: dict[str, int]
@@ -266,7 +266,7 @@ class CleanedUp(Event):
 
 @dataclass(frozen=True, slots=True)
 class CleanupFailed(Event):
-    """A ``CleanupWorker`` could not go through the store, and will try again later."""
+    """A clean-up by a ``CleanupWorker`` failed; it will try again later."""
 
     detail: str
 

@@ -1,7 +1,7 @@
-"""What happens to sessions, as signals of blinker: for those who subscribe as to Flask's own.
+"""Blinker signals for the main events of a session, to use like Flask's own signals.
 
-Each is sent with the application as the sender and the event as ``event``. What a receiver raises
-is logged, and does not fail the request.
+The sender is the application, and the keyword ``event`` holds the event. If a receiver raises, the
+error is logged, and the request goes on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ session_rotated = _signals.signal("session-rotated")
 #: A session was ended by the application: ``SessionDestroyed``.
 session_destroyed = _signals.signal("session-destroyed")
 
-#: Changes met those of another request, and could not be stored: ``SessionConflicted``.
+#: Changes conflicted with another request's, and were not stored: ``SessionConflicted``.
 session_conflict = _signals.signal("session-conflict")
 
-#: A presented token did not lead to a session: ``SessionRefused``.
+#: There was no session for a request's token: ``SessionRefused``.
 session_refused = _signals.signal("session-refused")

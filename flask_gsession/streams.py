@@ -1,4 +1,4 @@
-"""Whether a streamed body can still read the session, after the headers were made."""
+"""Detects streamed bodies that can read the session after the headers were sent."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from werkzeug.local import LocalProxy
 
 # Flask 3.2 has one kind of context.
 _CONTEXT: Any = vars(flask.ctx).get("RequestContext", flask.ctx.AppContext)
-_MOST = 1000  # objects to look at
+_MAX_OBJECTS = 1000  # to examine
 
 
 def can_read_session(response: Response) -> bool:
-    """Whether the body holds the context of its request, as ``stream_with_context`` makes it do.
+    """Whether the body refers to its request context, as after ``stream_with_context``.
 
-    Looks through iterators that wrap others. Without the context, ``flask.session`` raises, so a
-    file or a plain generator reads nothing. A body with more parts than it is worth to look at
-    counts as one that can.
+    Looks inside iterators that wrap others. Without the context, ``flask.session`` raises, so a
+    file or a plain generator can't read it. A body with too many parts to examine counts as one
+    that can.
     """
     if response.is_sequence:
         return False
     pending: list[Any] = [response.response]
-    for looked_at in range(_MOST):
+    for looked_at in range(_MAX_OBJECTS):
         if not pending:
             return False
         part = pending.pop()
-        # Not isinstance(), nor vars(): a LocalProxy would answer for what it stands for, and to
-        # look at flask.session is to use it.
+        # isinstance() and vars() would resolve a LocalProxy, and resolving flask.session counts as
+        # an access.
         kind = type(part)
         if issubclass(kind, _CONTEXT):
             return True
@@ -43,7 +43,7 @@ def can_read_session(response: Response) -> bool:
             pending += inspect.getgeneratorlocals(part).values()
         elif issubclass(kind, Response):
             pending.append(part.response)
-        elif issubclass(kind, FunctionType):  # as of copy_current_request_context
+        elif issubclass(kind, FunctionType):  # from copy_current_request_context
             pending += (cell.cell_contents for cell in part.__closure__ or () if _is_set(cell))
         elif issubclass(kind, partial):
             pending += (part.func, *part.args)

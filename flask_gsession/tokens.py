@@ -18,10 +18,11 @@ from typing import Any
 from msgspec import Struct
 
 TOKEN_BYTES = 32
-#: Of how many cookies of one name the signature is checked: more than a browser keeps for a site
-#: (Chromium 180), so that nobody can crowd ours out; about a millisecond for each secret key.
+#: The number of cookies of one name whose signatures are checked. Browsers keep fewer per site
+#: (Chromium 180), so an attacker can't crowd ours out. Takes about a millisecond per secret key.
 MAX_SIGNATURES = 200
-#: How many sessions a logout ends where several of our tokens were presented: a round trip each.
+#: The number of sessions that a logout ends if a request has several of our tokens. Each of them
+#: costs a round trip.
 MAX_REFUSED = 8
 _SIGNATURE_BYTES = 16
 _SIGNATURE_LENGTH = 22  # characters
@@ -35,7 +36,7 @@ def _b64(data: bytes) -> str:
 
 
 class Token(str):
-    """A token whose ``repr`` shows nothing, for those who print the variables of a traceback."""
+    """A token whose ``repr`` hides it, since some tools print the variables of a traceback."""
 
     __slots__ = ()
 
@@ -44,7 +45,7 @@ class Token(str):
 
 
 def new_token(nbytes: int = TOKEN_BYTES) -> Token:
-    """A fresh token with ``nbytes`` bytes of entropy from the system's generator."""
+    """A new token with ``nbytes`` bytes of entropy from the system's generator."""
     return Token(_b64(secrets.token_bytes(nbytes)))
 
 
@@ -56,7 +57,7 @@ def is_token(text: object) -> bool:
 def session_key(token: str) -> str:
     """The store's key for a token: its SHA-256, base64url, 43 characters.
 
-    It is also the session's public handle: it cannot be turned back into the token.
+    It is also the session's public handle: it can't be converted back to the token.
     """
     return _b64(hashlib.sha256(token.encode("ascii")).digest())
 
@@ -69,7 +70,7 @@ def _derive(secret_key: str | bytes, label: bytes) -> bytes:
 class _Mac:
     """HMAC-SHA256 of tokens under one key, with the key's two blocks hashed once (RFC 2104).
 
-    ``hmac`` hashes them for each message, which takes longer than all the rest.
+    ``hmac`` hashes them for each message, which takes longer than everything else.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -85,14 +86,14 @@ class _Mac:
 
 
 class Checked(Struct, frozen=True, gc=False):
-    """What became of a presented token: ``token`` or, where it was refused, the ``reason``.
+    """The result of checking a token: the ``token``, or the ``reason`` for its refusal.
 
-    ``refused``: tokens that we signed, of which none is used; a logout ends them all.
+    ``refused``: several tokens that we signed. None of them is used, and a logout ends them all.
     """
 
     token: str | None
     reason: str = ""
-    outdated: bool = False  # signed with a fallback key: sign it anew
+    outdated: bool = False  # signed with a fallback key, so the cookie needs a new signature
     refused: tuple[str, ...] = ()
 
     @property
@@ -110,8 +111,8 @@ class Checked(Struct, frozen=True, gc=False):
 class TokenSigner:
     """Signs tokens with the application's secret keys, the current one first.
 
-    ``purpose`` (the cookie's name) goes into the derived keys, so that a token of one cookie means
-    nothing in another, and so that no other signature of the application can pass for ours.
+    ``purpose`` (the cookie's name) goes into the derived keys. So a token of one cookie is invalid
+    in another, and no other signature of the application passes for ours.
     """
 
     def __init__(self, secret_keys: Sequence[str | bytes], purpose: str) -> None:
@@ -119,7 +120,7 @@ class TokenSigner:
         self._macs = [_Mac(_derive(key, label)) for key in secret_keys]
 
     def sign(self, token: str) -> str:
-        """The form of the token that may leave the server."""
+        """The signed form of the token, which is sent to the client."""
         return f"{token}.{self._macs[0].signature(token)}"
 
     def check(self, presented: str) -> Checked:
@@ -137,11 +138,11 @@ class TokenSigner:
         return Checked(None, "bad signature")
 
     def check_all(self, presented: Iterable[str]) -> Checked:
-        """The one token among ``presented``, the values of all cookies of one name.
+        """Check the values of all cookies of one name.
 
-        What we did not sign is ignored: another application on the host, or a sibling domain, may
-        have set it, and it must not lock the visitor out. Two tokens that we did sign are both
-        refused: one may be planted, and to pick one would be a guess.
+        Cookies that we didn't sign are ignored: another application on the host, or a sibling
+        domain, may have set them, and they must not lock the visitor out. Two tokens that we did
+        sign are both refused, since one may have been planted.
         """
         ours, refused, signatures = None, Checked(None, "malformed"), 0
         tokens: dict[str, None] = {}  # each once, in order

@@ -25,7 +25,7 @@ from .sessions import list_, show
 from .stats import stats
 
 # This warning concerns server workers; a command is a process of its own.
-_WORKER_WARNING = "Rate limits count in each process for itself"
+_WORKER_WARNING = "Rate limits count in each process separately"
 
 
 class _Group(AppGroup):

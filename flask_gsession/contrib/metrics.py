@@ -1,6 +1,6 @@
-"""Metrics for Prometheus: what the store was asked, how long that took, what happened to sessions.
+"""Metrics for Prometheus: store calls with their durations, and the events of sessions.
 
-Every label has a closed set of values: a hundred thousand sessions are as many series as one.
+All labels have a fixed set of values, so the number of series doesn't grow with your sessions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .metrics_figures import SECONDS, Figures, figures_of
 from .metrics_watch import StoreWatch
 
 NAME = "gsession-metrics"
-_PAGE = "gsession_metrics"  # the endpoint of our own page, and the extension that has its registry
+_PAGE = "gsession_metrics"  # the endpoint of our page, and the key of its registry in extensions
 
 _TIMED = (
     *("create", "load", "save", "renew", "replace", "delete"),
@@ -62,22 +62,22 @@ _STATUSES: dict[type[BaseException], str] = {
     UnreadableRecord: "unreadable",
     StoreUnavailable: "unavailable",
 }
-_LONGEST_WAIT = 86_400 * 24  # seconds, that a thread can wait for
+_MAX_WAIT = 86_400 * 24  # seconds: the limit of threading.Event.wait
 
-# Not by way of the proxy's attributes, each of which costs half a microsecond.
+# Bypasses the proxy, whose attributes take half a microsecond each.
 _current_request: Callable[[], Any] = request._get_current_object  # type: ignore[attr-defined]
 
 
 class SessionMetrics:
-    """Counts what sessions do, for the metrics of prometheus-flask-exporter.
+    """Adds metrics of sessions and their store to prometheus-flask-exporter.
 
-    ``metrics``: the application's own ``PrometheusMetrics``; its page shows ours as well. Without
-    one, and without a ``registry`` of prometheus-client, the application gets one at ``path``.
-    ``ext``: the ``Session``, where the application has several.
-    ``count_every``: after how many seconds the live sessions are counted again, in a thread of its
-    own, from the first request on; None for never. Stores without ``count()`` are not counted.
+    ``metrics``: the application's own ``PrometheusMetrics``, whose page then includes our metrics.
+    Without it, and without a ``registry`` of prometheus-client, you get a page at ``path``.
+    ``ext``: the ``Session``, if the application has several.
+    ``count_every``: the interval in seconds for counting live sessions, in a thread that starts
+    with the first request; None: never. Needs a store with a ``counts`` part.
 
-    Applications that share a registry share the figures.
+    Applications that share a registry share the metrics.
     """
 
     def __init__(
@@ -90,31 +90,32 @@ class SessionMetrics:
         path: str = "/metrics",
         count_every: float | None = 60.0,
     ) -> None:
-        if count_every is not None and not 0 < count_every < _LONGEST_WAIT:
-            raise SettingError("count_every is how many seconds, above 0, or None")
+        if count_every is not None and not 0 < count_every < _MAX_WAIT:
+            raise SettingError("count_every must be a number of seconds above 0, or None")
         if registry is not None and (metrics is not None or not _is_registry(registry)):
             raise SettingError(
-                "registry is a CollectorRegistry of prometheus-client, and goes without metrics="
+                "registry must be a CollectorRegistry of prometheus-client; don't combine it with "
+                "metrics="
             )
         if metrics is not None and not _is_registry(getattr(metrics, "registry", None)):
             raise SettingError(f"metrics is a {type(metrics).__name__}; allowed: PrometheusMetrics")
         if not (isinstance(path, str) and path.startswith("/")):
-            raise SettingError(f"path is {path!r}; allowed: the path of a page, such as /metrics")
+            raise SettingError(f"path is {path!r}; allowed: a URL path such as /metrics")
         self._metrics, self._registry, self._ext, self._path = metrics, registry, ext, path
         self._count_every = count_every
         if app is not None:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Begin to count on ``app``, which has its ``Session`` already.
+        """Add the metrics to ``app``. Call ``Session(app)`` first.
 
-        Raises ``SettingError`` where it has not, where it is counted already, or where it has a
-        ``PrometheusMetrics`` or a view at ``path`` that a page of ours would get into the way of.
+        Raises ``SettingError`` if there is no ``Session``, if it has metrics already, or if our
+        page would conflict with a ``PrometheusMetrics`` or a view at ``path``.
         """
         interfaces: dict[Session, GSessionInterface] = app.extensions.get(EXTENSION, {})
         ext = self._ext or next(iter(interfaces), None)
         if ext is None or ext not in interfaces:
-            raise SettingError("SessionMetrics comes after Session: call Session(app) first")
+            raise SettingError("SessionMetrics needs a Session: call Session(app) first")
         counted: dict[Session, StoreWatch] = app.extensions.setdefault(NAME, {})
         if ext in counted:
             raise SettingError("The application has SessionMetrics for this Session already")
@@ -140,7 +141,7 @@ class SessionMetrics:
             peers=figures.stores[cookie],
             circuits=figures.circuits,
             counts=counts,
-            live=partial(figures.live.labels, cookie),  # no series before there is a figure
+            live=partial(figures.live.labels, cookie),  # no series before the first count
             every=every or 0,
         )
 
@@ -153,8 +154,8 @@ class SessionMetrics:
             registry = self._metrics.registry
         if _without_page():
             logger.warning(
-                "Under the reloader of the development server prometheus-flask-exporter has no "
-                "page of metrics; set DEBUG_METRICS=1 for one, or run without the reloader"
+                "prometheus-flask-exporter serves no metrics under the reloader of the development "
+                "server: set DEBUG_METRICS=1, or run without the reloader"
             )
         return registry
 
@@ -168,16 +169,16 @@ def _without_page() -> bool:
 
 
 def _make_page(app: Flask, path: str) -> CollectorRegistry:
-    """Give the application an exporter with a page at ``path``; return its registry."""
+    """Add an exporter with a page at ``path``. Returns its registry."""
     if _exporter_hooks(app) or "prometheus_metrics" in app.view_functions:
         raise SettingError(
-            "The application has a PrometheusMetrics already: give it to SessionMetrics, as in "
-            "SessionMetrics(app, metrics), and its page shows the sessions too"
+            "The application has a PrometheusMetrics already: call SessionMetrics(app, metrics), "
+            "and its page includes the sessions"
         )
     if others := _views_at(app, path):
         raise SettingError(
-            f"The application has a view at {path!r} already ({others[0]!r}): give SessionMetrics "
-            "another path=, or a registry= that your view shows"
+            f"The application has a view at {path!r} already ({others[0]!r}): pass another path= "
+            "to SessionMetrics, or the registry= of your view"
         )
     registry = CollectorRegistry()
     exporter = PrometheusMetrics(app, path=None, group_by="url_rule", registry=registry)
@@ -186,18 +187,18 @@ def _make_page(app: Flask, path: str) -> CollectorRegistry:
     def page() -> Response:
         if len(_exporter_hooks(app)) > hooks:
             raise SettingError(
-                "The application made a PrometheusMetrics after SessionMetrics, and one of the two "
-                "counts no requests: make it before, and call SessionMetrics(app, metrics)"
+                "The application created a PrometheusMetrics after SessionMetrics, so one of them "
+                "counts no requests: create it first, and call SessionMetrics(app, metrics)"
             )
         if others := [name for name in _views_at(app, path) if name != _PAGE]:
             raise SettingError(
-                f"The view {others[0]!r} at {path!r} is never reached, because SessionMetrics has "
-                "its page there: give SessionMetrics another path=, or a registry="
+                f"The view {others[0]!r} at {path!r} is never reached, since SessionMetrics has "
+                "its page there: pass another path= or a registry= to SessionMetrics"
             )
         watches: dict[Session, StoreWatch] = app.extensions[NAME]
         for watch in watches.values():
             watch.before_page()
-        in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # where the exporter cannot choose
+        in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # the exporter then ignores name[]
         names = None if in_files else request.args.getlist("name[]") or None
         text, kind = exporter.generate_metrics(request.headers.get("Accept"), names)
         return Response(text, content_type=kind)
@@ -220,7 +221,7 @@ def _views_at(app: Flask, path: str) -> list[str]:
 
 
 class _CountedEvents(Events):
-    """Counts events, and passes them on to those who had subscribed, or do so later."""
+    """Counts events, and forwards them to all subscribers."""
 
     def __init__(self, events: Events, figures: Figures) -> None:
         self._events = events
@@ -233,7 +234,7 @@ class _CountedEvents(Events):
 
 
 class Timer:
-    """Makes the calls of a store, and counts how long they took and how they ended."""
+    """Runs the calls of a store, and records their durations and results."""
 
     def __init__(self, figures: Figures, watch: StoreWatch) -> None:
         self._figures = figures
@@ -241,7 +242,7 @@ class Timer:
         self._ok = {operation: figures.timing(operation, "ok") for operation in _TIMED}
         self._absent = figures.timing("load", "absent")
         for operation in _TIMED:
-            figures.operations.labels(operation, "unavailable")  # begins at 0, for rates
+            figures.operations.labels(operation, "unavailable")  # starts at 0, as rate() needs
 
     def call(self, operation: str, method: Callable[..., Any], *arguments: Any) -> Any:
         watch = self._watch
@@ -267,6 +268,6 @@ def _spent(add: Callable[[float, float], object], start: float) -> None:
     add(seconds, end)
     try:
         environ = _current_request().environ
-    except RuntimeError:  # outside of requests
+    except RuntimeError:  # outside a request
         return
     environ[SECONDS] = environ.get(SECONDS, 0.0) + seconds

@@ -1,4 +1,4 @@
-"""The figures for Prometheus, and what each event of a session adds to them."""
+"""The Prometheus metrics, and the events that change them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..stores.parts import LEFTOVERS
 from .metrics_gathering import Gathering, counted, observed
 from .metrics_watch import StoreWatch
 
-SECONDS = "flask_gsession.seconds"  # in the environ: what a request has spent on the store
+SECONDS = "flask_gsession.seconds"  # in the environ: the time that the request spent in the store
 
 _LIFE: dict[type[Event], str] = {
     SessionCreated: "created",
@@ -62,15 +62,15 @@ Count = Callable[..., object]
 
 
 class Figures:
-    """The metrics on one registry; with ``in_files`` they are shared by several workers.
+    """The metrics on one registry. With ``in_files``, several workers share them.
 
-    ``receivers``: what to call with the details of each event.
+    ``receivers``: the functions to call with the details of each event.
     """
 
     def __init__(self, registry: CollectorRegistry, *, in_files: bool = False) -> None:
         self.gathering = Gathering() if in_files else None
         self.receivers: defaultdict[type[Event], list[Count]] = defaultdict(list)
-        self.stores: dict[str, WeakSet[StoreWatch]] = defaultdict(WeakSet)  # by the cookie
+        self.stores: dict[str, WeakSet[StoreWatch]] = defaultdict(WeakSet)  # by cookie name
         self._registry = registry
         self._endpoints: dict[str, Callable[[float], object]] = {}
         self._add_store()
@@ -104,7 +104,7 @@ class Figures:
         )
         self._requests = self._histogram(
             "request_seconds",
-            "Time that a request spent on the session store, for those that needed it",
+            "Time that a request spent in the session store, if it used it",
             _STORE_BUCKETS,
             "endpoint",
         )
@@ -112,20 +112,20 @@ class Figures:
             "store_up", "Whether the store answers, in every process", "livemin", "session"
         )
         self.live = self._gauge(
-            "sessions_live", "About how many sessions are live", "livemostrecent", "session"
+            "sessions_live", "Approximate number of live sessions", "livemostrecent", "session"
         )
         self.circuits = self._gauge(
-            "circuits_open", "Processes that do not ask the store at present", "livesum",
+            "circuits_open", "Processes with an open circuit to the store", "livesum",
             "operations",
         )  # fmt: skip
         for operations in ("loads", "writes"):
             self.circuits.labels(operations).set(0)
 
     def _add_sessions(self) -> None:
-        life = self._counter("sessions", "What happened to stored sessions", "event")
+        life = self._counter("sessions", "Events of stored sessions", "event")
         for kind, name in _LIFE.items():
             self._counts(kind, life.labels(name))
-        refused = self._counter("refused", "Tokens that led to no session", "reason")
+        refused = self._counter("refused", "Tokens without a usable session", "reason")
         for reason in ("unknown", "expired", "bad signature"):
             refused.labels(reason)
         self.receivers[SessionRefused].append(
@@ -139,8 +139,8 @@ class Figures:
         )
 
     def _add_writes(self) -> None:
-        races = self._counter("retries", "Writes tried again because another request was faster")
-        merges = self._counter("merges", "Saves onto what another request had stored")
+        races = self._counter("retries", "Writes retried because another request was faster")
+        merges = self._counter("merges", "Saves merged with the changes of another request")
         observe_size = self.observing(
             self._histogram("payload_bytes", "Size of the saved payloads", _SIZE_BUCKETS)
         )
@@ -157,16 +157,16 @@ class Figures:
             dropped.labels(reason)
         self.receivers[WriteDropped].append(lambda _, reason: dropped.labels(_drop(reason)).inc())
         conflicts = self._counter(
-            "conflicts", "Changes that were refused because of another request", "reason"
+            "conflicts", "Changes refused because of another request", "reason"
         )
         for reason in _CONFLICTS:
             conflicts.labels(reason)
         self.receivers[SessionConflicted].append(lambda _, reason: conflicts.labels(reason).inc())
 
     def _add_locks(self) -> None:
-        locks = self._counter("locks", "What became of locks of sessions", "event")
+        locks = self._counter("locks", "Events of session locks", "event")
         waits = self._histogram(
-            "lock_wait_seconds", "How long requests waited that got a lock", _WAIT_BUCKETS
+            "lock_wait_seconds", "Time that requests waited until they got a lock", _WAIT_BUCKETS
         )
         self._counts(LockAcquired, locks.labels("acquired"))
         self._counts(LockReleased, locks.labels("released"))
@@ -177,8 +177,8 @@ class Figures:
         self.receivers[LockRefused].append(lambda _, reason, waited: locks.labels(reason).inc())
 
     def _add_cleanups(self) -> None:
-        runs = self._counter("cleanups", "What became of clean-ups by a worker", "status")
-        leftovers = self._counter("leftovers", "What clean-ups by a worker found", "kind")
+        runs = self._counter("cleanups", "Clean-ups by a CleanupWorker", "status")
+        leftovers = self._counter("leftovers", "Leftovers that a CleanupWorker found", "kind")
         done = runs.labels("done")
         for leftover in LEFTOVERS:
             leftovers.labels(leftover)
@@ -196,7 +196,7 @@ class Figures:
         self.receivers[kind].append(lambda *_: count())
 
     def observe_request(self, error: BaseException | None) -> None:
-        """At the end of a request: what it spent on the store."""
+        """Record the time that a request spent in the store, at its end."""
         seconds = request.environ.pop(SECONDS, None)
         if seconds is not None:
             endpoint = request.endpoint or ""
@@ -205,19 +205,19 @@ class Figures:
             self._endpoints[endpoint](seconds)
 
     def counting(self, counter: Counter) -> Callable[[], object]:
-        """What counts one more."""
+        """A function that adds one to ``counter``."""
         if self.gathering is None:
             return counter.inc
         return partial(self.gathering.add, counted(counter), 1)
 
     def observing(self, histogram: Histogram) -> Callable[[float], object]:
-        """What adds an amount."""
+        """A function that adds an amount to ``histogram``."""
         if self.gathering is None:
             return histogram.observe
         return partial(self.gathering.add, observed(histogram))
 
     def timing(self, operation: str, status: str) -> Callable[[float, float], object]:
-        """What adds a store call: how long it took, and when it ended."""
+        """A function that records a store call by its duration and its end."""
         observe = self.durations.labels(operation).observe
         count = self.operations.labels(operation, status).inc
         if self.gathering is None:
@@ -237,7 +237,7 @@ class Figures:
 
 
 def _one_of(known: set[str], word: str) -> str:
-    """``word``, or a word for all others: a third-party store may say anything."""
+    """``word``, or ``"other"`` if it isn't known: a third-party store may use any word."""
     return word if word in known else "other"
 
 
@@ -252,10 +252,10 @@ _of_process: list[Figures] = []
 
 
 def figures_of(registry: CollectorRegistry) -> Figures:
-    """The metrics on that registry: one set, however many applications count in it.
+    """The metrics on a registry, which several applications may share.
 
-    With PROMETHEUS_MULTIPROC_DIR all registries of a process write to the same files, so there is
-    one set in the process.
+    With PROMETHEUS_MULTIPROC_DIR, all registries of a process write to the same files, so they
+    share one set.
     """
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         if not _of_process:

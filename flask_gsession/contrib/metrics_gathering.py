@@ -1,8 +1,7 @@
-"""Figures of several workers, gathered in memory and put into their files ten times a second.
+"""Collects a worker's metrics in memory, and writes them to its files ten times a second.
 
-With several workers prometheus-client keeps each figure in a file that is mapped into memory. To
-change one costs a microsecond, and a store call changes three. So what is counted goes into a
-queue, and a thread adds the queue up.
+In multiprocess mode, prometheus-client keeps each metric in a memory-mapped file. A change takes a
+microsecond, and a store call changes three. So changes go into a queue, and a thread applies them.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from prometheus_client import Counter, Histogram
 from ..events import logger
 from ..processes import at_fork, is_before_fork, process, runs_threads
 
-_EVERY = 0.1  # seconds
-_PATIENCE = 1.0  # seconds, after which a thread is not waited for any more
+_INTERVAL = 0.1  # seconds
+_MAX_DELAY = 1.0  # seconds after which a request no longer relies on the thread
 
-#: Puts amounts into the figures.
+#: Applies amounts to a metric.
 Put = Callable[[Sequence[float]], object]
 
 
@@ -33,7 +32,7 @@ def counted(counter: Counter) -> Put:
 
 
 def observed(histogram: Histogram) -> Put:
-    """As ``histogram.observe`` of each amount, with one change of each figure for all of them."""
+    """As ``histogram.observe`` for each amount, with one change per bucket."""
 
     def put(amounts: Sequence[float]) -> None:
         bounds, buckets = histogram._upper_bounds, histogram._buckets
@@ -45,27 +44,27 @@ def observed(histogram: Histogram) -> Put:
 
 
 class Gathering:
-    """What was counted and is in no file yet: of this process, for a tenth of a second.
+    """The changes of this process that aren't in its files yet, for a tenth of a second.
 
-    Nothing is lost or counted twice by threads, forks, or a process that ends in good order; one
-    that is killed takes that tenth of a second with it.
+    Threads, forks and a normal exit neither lose nor repeat a change. A killed process loses its
+    last tenth of a second.
     """
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[Put, float]] = deque()  # whose ends threads may share
+        self._queue: deque[tuple[Put, float]] = deque()  # append and popleft are atomic
         self._begin()
         process.register(self._begin)
         at_fork(before=self._before_fork, after_in_parent=self._after_fork)
         atexit.register(self.flush)
 
     def _begin(self) -> None:
-        """In a new process: what its parent gathered is for the parent to put away."""
+        """Start empty in a forked process: its parent writes the parent's changes."""
         self._queue.clear()
-        self._lock = threading.Lock()  # of who puts away; also that no file is written in a fork
+        self._lock = threading.Lock()  # held while writing, and during a fork
         self._wanted = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._due = 0.0  # when to do more than to queue; 0: at the next amount
+        self._due = 0.0  # when `add` does more than append; 0: the next time
         self._failed = False
 
     def _before_fork(self) -> None:
@@ -75,14 +74,14 @@ class Gathering:
         self._lock.release()
 
     def add(self, put: Put, amount: float, now: float | None = None) -> None:
-        """Have ``put`` called with the amount, among others, soon. ``now``: by the same clock."""
+        """Call ``put`` with this and other amounts soon. ``now``: from ``perf_counter``."""
         process.notice()
         self._queue.append((put, amount))
         if (perf_counter() if now is None else now) >= self._due:
-            self._see_to_it()
+            self._schedule()
 
     def flush(self) -> None:
-        """Put away what was gathered until now. Never raises: it is only about figures."""
+        """Write all changes now. Logs errors and never raises."""
         process.notice()
         with self._lock:
             found: defaultdict[Put, list[float]] = defaultdict(list)
@@ -94,20 +93,23 @@ class Gathering:
                     put(amounts)
                 except Exception as error:
                     if not self._failed:
-                        logger.warning("Figures for Prometheus are lost: %r", error)
+                        logger.warning("Metrics for Prometheus are lost: %r", error)
                     self._failed = True
 
-    def _see_to_it(self) -> None:
+    def _schedule(self) -> None:
         first = not self._due
-        self._due = perf_counter() + _PATIENCE
+        self._due = perf_counter() + _MAX_DELAY
         if first and self._start():
             self._wanted.set()
-        else:  # there are no threads here, or they do not run
+        else:  # no thread, or it doesn't run
             self._due = 0.0
             self.flush()
 
     def _start(self) -> bool:
-        """Whether there is a thread now. It must not be halfway through a file in a fork in C."""
+        """Start the thread unless it runs. Returns whether it runs.
+
+        Before uWSGI forks, it must not run: the fork could come in the middle of a write.
+        """
         if is_before_fork() or not runs_threads():
             return False
         if self._thread is None:
@@ -127,7 +129,7 @@ class Gathering:
         wanted, pause = self._wanted, threading.Event()
         while True:
             wanted.wait()
-            pause.wait(_EVERY)
+            pause.wait(_INTERVAL)
             wanted.clear()
-            self._due = 0.0  # before, so that whatever comes after is not overlooked
+            self._due = 0.0  # before the flush, so that no later change is missed
             self.flush()

@@ -1,7 +1,7 @@
-"""What the metrics show of a store between two requests: whether it answers, and its sessions.
+"""Updates the metrics of a store between requests: whether it answers, and its live sessions.
 
-Without this, a process whose last request met an outage would show the outage until its next
-request, however long the store has been well again.
+Without it, a process whose last request met an outage would report the outage until its next
+request, even if the store has recovered.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from ..events import CircuitClosed, CircuitOpened, Event, logger
 from ..processes import is_before_fork, runs_threads, warn_without_threads
 from ..stores import Counts, Record, Store
 
-LIMITS = "gsession-limits"  # the extension whose circuit this asks about, where there is one
+LIMITS = "gsession-limits"  # SessionLimits in app.extensions; it has a circuit too
 
-_EVERY = 1.0  # seconds between two looks at a store that did not answer
+_INTERVAL = 1.0  # seconds between two probes of a store that didn't answer
 
 
 class StoreWatch:
-    """Keeps the gauges of one store right, in a thread of each process that uses the store.
+    """Keeps the gauges of one store current, in a thread of each process that uses the store.
 
-    ``store``: asked once a second while it is down or has an open circuit, with a load and a write
-    that find nothing. ``up``: the gauge for all stores of sessions with this cookie, ``peers``.
-    ``counts``: counts the live sessions, ``every`` so many seconds, for the gauge that ``live``
-    returns; None for never. The thread holds neither the store nor the application, and ends with
-    them.
+    ``store``: probed once a second while it is down or has an open circuit, with a load and a write
+    of a key that doesn't exist. ``up``: the gauge for ``peers``, all stores with this cookie name.
+    ``counts``: counts the live sessions ``every`` so many seconds, for the gauge that ``live``
+    returns; None: never. The thread keeps neither the store nor the application alive, and ends
+    with them.
     """
 
     def __init__(
@@ -55,39 +55,39 @@ class StoreWatch:
         self._app = weakref.ref(app)
         self._store, self._up, self._peers, self._circuits = store, up, peers, circuits
         self._counts, self._live, self._every = counts, live, every
-        self._open: set[str] = set()  # what circuits of this process do not let through
+        self._open: set[str] = set()  # the operations whose circuit is open in this process
         self._thread_pid = 0
         self._wake = threading.Event()
         self._end: weakref.finalize[..., object] | None = None
-        self._ask_at = self._count_at = 0.0
+        self._probe_at = self._count_at = 0.0
         self._count_fails = False
-        self.pid = 0  # of the process that began to use the store
+        self.pid = 0  # the process that uses the store
         self.is_up = True
         peers.add(self)
         self._show()
         warn_without_threads(
-            "the metrics do not count the live sessions, and show the recovery of a store only at "
-            "the next request"
+            "the metrics don't count live sessions, and show the recovery of a store only at the "
+            "next request"
         )
 
     def answered(self, up: bool) -> None:
-        """The store was asked, and did or did not answer."""
+        """Note whether the store has answered a call."""
         begins = self.pid != getpid() and not is_before_fork()
         changes = up is not self.is_up
         if begins:
-            self._open.clear()  # those were of the parent process
+            self._open.clear()  # inherited from the parent process
             _forget_dead_workers()
             self.pid = getpid()
         self.is_up = up
         if begins or changes:
             self._show()
         if not up:
-            self._look_again(changes)
+            self._schedule(changes)
         elif begins and self._counts is not None:
             self._begin()
 
     def listen(self, on: Callable[[type[Event], Callable[[Any], object]], object]) -> None:
-        """Hear of the circuits of this application; ``on`` subscribes to an event."""
+        """Subscribe to the circuits of this application with ``on``."""
         reference, app = weakref.ref(self), self._app
 
         def changed(event: CircuitOpened | CircuitClosed) -> None:
@@ -102,24 +102,24 @@ class StoreWatch:
     def _circuit(self, kind: type[Event], operations: str) -> None:
         if kind is CircuitOpened:
             self._open.add(operations)
-            self._look_again(True)
+            self._schedule(True)
         else:
             self._open.discard(operations)
         self._circuits.labels(operations).set(kind is CircuitOpened)
 
     def before_page(self) -> None:
-        """The metrics are about to be shown. Where no thread can ask the store, ask it here."""
-        if self._in_trouble() and monotonic() >= self._ask_at and not runs_threads():
-            self._ask()
+        """Called before a page of metrics. Probes the store if no thread can."""
+        if self._in_trouble() and monotonic() >= self._probe_at and not runs_threads():
+            self._probe()
 
     def turn(self) -> float | None:
-        """Do what is due; return the seconds until something is due again, None for never."""
+        """Count and probe if due. Returns the seconds until the next turn; None: never."""
         counted = self._count()
-        if self._in_trouble() and (counted or monotonic() >= self._ask_at):
-            self._ask()
+        if self._in_trouble() and (counted or monotonic() >= self._probe_at):
+            self._probe()
         due = [self._count_at] if self._counts is not None else []
         if self._in_trouble():
-            due.append(self._ask_at)
+            due.append(self._probe_at)
         return max(0.0, min(due) - monotonic()) if due else None
 
     def _in_trouble(self) -> bool:
@@ -128,19 +128,19 @@ class StoreWatch:
     def _show(self) -> None:
         self._up.set(all(watch.is_up for watch in list(self._peers)))
 
-    def _look_again(self, soon: bool) -> None:
+    def _schedule(self, soon: bool) -> None:
         if soon:
-            self._ask_at = monotonic() + _EVERY
+            self._probe_at = monotonic() + _INTERVAL
         self._begin()
         if soon:
             self._wake.set()
 
-    def _ask(self) -> None:
-        """Ask with calls that change nothing, one for each circuit.
+    def _probe(self) -> None:
+        """Make a call without effect through each circuit; an answer closes the circuit.
 
-        An answer closes a circuit; of the session store both must answer.
+        The session store is up if both of its circuits answer.
         """
-        self._ask_at = monotonic() + _EVERY
+        self._probe_at = monotonic() + _INTERVAL
         app = self._app()
         if app is None:
             return
@@ -154,9 +154,9 @@ class StoreWatch:
                 self.answered(True)
 
     def _count(self) -> bool:
-        """Count the live sessions if it is time; say whether the store answered.
+        """Count the live sessions if due. Returns whether the store answered.
 
-        The gauge is NaN where it did not.
+        If it didn't, the gauge is NaN.
         """
         if self._counts is None or monotonic() < self._count_at:
             return False
@@ -165,14 +165,14 @@ class StoreWatch:
         except Exception as error:
             number = math.nan
             if not self._count_fails:
-                logger.warning("The live sessions could not be counted: %s", error)
+                logger.warning("Could not count the live sessions: %s", error)
         self._count_fails = math.isnan(number)
         self._live().set(number)
         self._count_at = monotonic() + self._every
         return not self._count_fails
 
     def _begin(self) -> None:
-        """Start the thread, where this process has none yet."""
+        """Start the thread unless it runs in this process."""
         if self._thread_pid == getpid() or is_before_fork() or not runs_threads():
             return
         self._thread_pid = getpid()
@@ -188,8 +188,8 @@ class StoreWatch:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # no thread can be had: the request is more important
-            logger.warning("The metrics do not watch the session store: %s", error)
+        except RuntimeError as error:  # the request goes on without it
+            logger.warning("Can't start a thread for the metrics of the session store: %s", error)
             return
         self._end = weakref.finalize(self, self._wake.set)
         self._end.atexit = False
@@ -211,15 +211,15 @@ def _answers(ask: Callable[[], object]) -> bool:
         ask()
     except StoreUnavailable:
         return False
-    except Exception as error:  # an answer, although a wrong one
-        logger.debug("The metrics' question to the store: %r", error)
+    except Exception as error:  # an answer, if a wrong one
+        logger.debug("A probe of the session store failed: %r", error)
     return True
 
 
 def _forget_dead_workers() -> None:
-    """Remove the gauges of workers that ended, in case no hook of the server does.
+    """Remove the gauges of workers that ended, in case no server hook does.
 
-    Or a worker that was killed in an outage would show it for ever.
+    Otherwise a worker that was killed during an outage would report it forever.
     """
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder or os.name != "posix":
@@ -229,7 +229,7 @@ def _forget_dead_workers() -> None:
         try:
             if pid.isdigit() and not _is_running(int(pid)):
                 mark_process_dead(int(pid), folder)  # type: ignore[no-untyped-call]
-        except OSError:  # another worker has just done it
+        except OSError:  # another worker has just removed it
             continue
 
 

@@ -1,10 +1,10 @@
 """Rate limits on sessions, with the strategies and storages of Flask-Limiter.
 
-A limit that only counts sessions is no limit: a client that drops its cookie has a new one. Here a
-request counts in the bucket of its user, if one is signed in; else in a bucket of its network, and
-of its session as well, where it has one. All requests of a network together have a wider limit, its
-ceiling. So a session or an account can make a limit tighter and never wider. What cannot be counted
-is refused.
+A limit per session is no limit: a client that drops its cookie gets a new session. So a request of
+a signed-in user counts in the user's bucket; any other request counts in the bucket of its network,
+and of its session if it has one. All requests of a network together have a wider limit, the
+ceiling. So a session or an account can only make a limit tighter. If a request can't be counted,
+it is refused.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ NAME = "gsession-limits"
 _COUNTED = "flask_gsession.limits"
 _ALLOWED = 'allowed: a limit such as "100/minute", or several: "10/second; 1000/day"'
 _METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
-_CEILING = 10  # of the limit, for all requests of a network, unless said otherwise
-_OF_A_VIEW = ("methods", "required_methods", "provide_automatic_options")  # what Flask looks for
+_CEILING = 10  # times the limit, by default
+_VIEW_ATTRIBUTES = ("methods", "required_methods", "provide_automatic_options")  # read by Flask
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,10 +67,10 @@ V = TypeVar("V", bound="Callable[..., Any] | Blueprint | Flask")
 
 
 class SessionLimitExceeded(RateLimitExceeded):
-    """HTTP 429 with ``Retry-After``: a limit is used up. Flask-Limiter's error, for its handlers.
+    """HTTP 429 with ``Retry-After``: a limit is exceeded. Handlers for Flask-Limiter's error work.
 
-    ``retry_after`` is in seconds. ``kind`` says whose limit it is: ``"user"``, ``"session"``,
-    ``"key"``, ``"visitors"`` (of a network, not signed in), ``"network"`` (its ceiling) or
+    ``retry_after`` is in seconds. ``kind`` is the exceeded limit: ``"user"``, ``"session"``,
+    ``"key"``, ``"visitors"`` (of a network, not signed in), ``"network"`` (the ceiling) or
     ``"creation"``.
     """
 
@@ -81,32 +81,32 @@ class SessionLimitExceeded(RateLimitExceeded):
         self.rate_limit_headers = _headers(item, 0, self.retry_after)
 
     def get_headers(self, *arguments: Any, **options: Any) -> list[tuple[str, str]]:
-        """The headers of the error page."""
+        """The headers of the error response."""
         return [*super().get_headers(*arguments, **options), *self.rate_limit_headers.items()]
 
 
 class session_limit:
     """Limits a view, a blueprint or an application: ``@session_limit("100/minute")``.
 
-    ``limit``: in the notation of Flask-Limiter; or a function that returns it, called in the
-    request. Below the decorator of the route, above the function.
-    ``network``: the ceiling for all requests of a network together, signed in or not; ten times the
-    limit by default. Without it, all requests of a network that are not signed in have ``limit``
-    together; with it, each of their sessions has ``limit``, and so have all without a session.
-    ``key``: a function that returns a name to count by, instead of by the user, the session or the
-    visitors of the network: such as the account that a login form names. Where it returns None or
-    ``""``, these count.
-    ``deduct_when``: a function that is given the response; only where it returns true, the request
-    stays counted. Until then it is counted, so requests at the same time do not get past the limit.
-    ``shared``: a name; all that is limited under one name counts together. By default each view
-    and each blueprint counts for itself.
-    ``methods``: the HTTP methods that are limited, all of them by default.
-    ``per_method``: whether each method counts for itself.
-    ``cost``: what a request counts for, a whole number; or a function that returns it.
-    ``exempt_when``: a function; where it returns true, the request is not counted.
+    Put it below the decorator of the route.
 
-    Raises ``SettingError`` for arguments that cannot be: here, or, where a function returned it, in
-    the request. Costs a round trip to the storage for each bucket, two for a request in general.
+    ``limit``: in the notation of Flask-Limiter, or a function that returns it in the request.
+    ``network``: the ceiling for all requests of a network together; ten times the limit by
+    default. Without it, all visitors of a network that aren't signed in share one ``limit``. With
+    it, each of their sessions has its own ``limit``, and visitors without a session share one.
+    ``key``: a function that returns a name to count by, instead of the user, session or network:
+    for example the account in a login form. None and ``""`` mean no name.
+    ``deduct_when``: a function of the response that returns whether the request stays counted. It
+    counts until then, so that parallel requests can't exceed the limit.
+    ``shared``: a name; all limits with the same name count together. By default, each view and
+    each blueprint counts separately.
+    ``methods``: the HTTP methods to limit, all by default.
+    ``per_method``: whether each method counts separately.
+    ``cost``: the whole number that a request counts for, or a function that returns it.
+    ``exempt_when``: a function that returns whether to skip the request.
+
+    Raises ``SettingError`` for invalid arguments. For results of functions, it does so in the
+    request. Costs one round trip to the storage per bucket, usually two per request.
     """
 
     def __init__(
@@ -148,15 +148,15 @@ class session_limit:
             return limited
         if not callable(limited) or isinstance(limited, type):
             raise SettingError(
-                f"session_limit is for a function, a Blueprint or an application, not for "
-                f"{limited!r}; in a class based view put it into decorators = [...]"
+                f"session_limit takes a function, a Blueprint or an application, not {limited!r}; "
+                "in a class-based view, add it to decorators = [...]"
             )
         return cast(V, self._around(limited))
 
     def _around(self, view: Callable[..., Any]) -> Callable[..., Any]:
-        plain = getattr(view, "func", view)  # of a functools.partial
+        plain = getattr(view, "func", view)  # inside a functools.partial
         if not hasattr(plain, "__qualname__"):
-            plain = type(plain)  # of an object that is called
+            plain = type(plain)  # the class of a callable object
         name = f"{plain.__module__}.{plain.__qualname__}:{plain.__name__}"
         _undecorated.add(view)
         if any(view is each for app in list(_apps) for each in app.view_functions.values()):
@@ -169,7 +169,7 @@ class session_limit:
 
         if not hasattr(view, "__name__"):
             limited.__name__, limited.__qualname__ = plain.__name__, plain.__qualname__
-        for attribute in _OF_A_VIEW:
+        for attribute in _VIEW_ATTRIBUTES:
             if hasattr(view, attribute):
                 setattr(limited, attribute, getattr(view, attribute))
         return limited
@@ -192,8 +192,7 @@ class session_limit:
         deduct_when = self._deduct_when
         if deduct_when is not None and not limits.can_take_back():
             raise SettingError(
-                "deduct_when needs a storage that can take a count back: in memory, Redis or "
-                "MongoDB"
+                "deduct_when needs a storage that can undo a count: in memory, Redis or MongoDB"
             )
         scope = self._shared or default_scope()
         if self._per_method:
@@ -210,21 +209,21 @@ class session_limit:
 
 
 class SessionLimits:
-    """What every ``session_limit`` of an application counts with; or call ``init_app`` later.
+    """The storage and options for all ``session_limit``\\ s of an application.
 
-    ``proxies``: how many proxies stand before the application, each of which adds to
-    ``X-Forwarded-For``. The address of the client is what the outermost of them wrote. 0 where
-    there is none, or where Werkzeug's ``ProxyFix`` does this already.
-    ``ext``: the ``Session``, where the application has several.
-    ``creation``: how many sessions a network may create, None for any number. All networks of an
-    IPv6 /48 together may create ten times as many.
-    ``user``: a function that returns the id of the user who is signed in, or a user with
-    Flask-Login's ``get_id()``; None for nobody. By default Flask-Login's user.
-    ``storage``: a storage of limits, or its URL; by default the server of the session store.
+    ``proxies``: the number of proxies in front of the application that add to ``X-Forwarded-For``.
+    The client's address is the one that the outermost proxy added. Use 0 without a proxy, or with
+    Werkzeug's ``ProxyFix``.
+    ``ext``: the ``Session``, if the application has several.
+    ``creation``: how many sessions a network may create; None: any number. All networks of an IPv6
+    /48 together may create ten times as many.
+    ``user``: a function that returns the id of the signed-in user, or a user with Flask-Login's
+    ``get_id()``, or None. By default, Flask-Login's user.
+    ``storage``: a storage of limits, or its URL; by default, the server of the session store.
     ``strategy``: of Flask-Limiter. ``"moving-window"`` is exact.
-    ``on_storage_error``: ``"fail"`` answers 503 where the storage does not; ``"local"`` counts in
-    this process until it does.
-    ``headers``: whether answers say how much of a limit is left. One more round trip.
+    ``on_storage_error``: ``"fail"`` returns 503 if the storage doesn't answer; ``"local"`` counts
+    in this process until it does.
+    ``headers``: whether responses show how much of the limit is left. Costs one round trip.
     """
 
     def __init__(
@@ -241,11 +240,13 @@ class SessionLimits:
         headers: bool = True,
     ) -> None:
         if type(proxies) is not int or proxies < 0:
-            raise SettingError("proxies is how many proxies stand before the application: 0, 1, …")
+            raise SettingError(
+                "proxies must be the number of proxies in front of the application: 0, 1, …"
+            )
         if strategy not in STRATEGIES:
-            raise SettingError(f"strategy is one of {', '.join(STRATEGIES)}")
+            raise SettingError(f"strategy must be one of {', '.join(STRATEGIES)}")
         if on_storage_error not in ("fail", "local"):
-            raise SettingError('on_storage_error is "fail" or "local"')
+            raise SettingError('on_storage_error must be "fail" or "local"')
         self._ext, self._proxies = ext, proxies
         self._user = _checked_function("user", user)
         self._creation = None if creation is None else _parsed(creation)
@@ -256,16 +257,16 @@ class SessionLimits:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Begin to count on ``app``, which has its ``Session`` already. Asks no server.
+        """Set up ``app``. Call ``Session(app)`` first. Doesn't connect to a server.
 
-        Raises ``SettingError``, also for a ``session_limit`` that stands above its route.
+        Raises ``SettingError``, also for a ``session_limit`` above the decorator of its route.
         """
         interfaces: dict[Session, GSessionInterface] = app.extensions.get(EXTENSION, {})
         if NAME in app.extensions or not interfaces:
             raise SettingError(
                 "The application has SessionLimits already"
                 if interfaces
-                else "SessionLimits comes after Session: call Session(app) first"
+                else "SessionLimits needs a Session: call Session(app) first"
             )
         ext = self._ext or next(iter(interfaces))
         if ext not in interfaces:
@@ -309,14 +310,14 @@ class SessionLimits:
         )
         app.extensions[NAME] = limits
         app.before_request(_refuse_undecorated)
-        app.after_request(limits.tell)
+        app.after_request(limits.add_headers)
         creation = self._creation
         if creation is not None:
             repository.before_create = lambda: limits.count_creation(creation)
 
 
 class _Rates(NamedTuple):
-    """The limit of a bucket, and that of all requests of a network."""
+    """The limit of a bucket, and the ceiling of its network."""
 
     own: list[RateLimitItem]
     network: list[RateLimitItem] | None = None
@@ -335,7 +336,7 @@ class _Bucket(NamedTuple):
 
 
 class _Hit(NamedTuple):
-    """What was counted, and where."""
+    """A request counted in a storage."""
 
     backend: Backend
     item: RateLimitItem
@@ -345,11 +346,11 @@ class _Hit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """The counting of one application."""
+    """The rate limits of one application."""
 
     backend: Backend
     hit: Callable[[RateLimitItem, str, int], bool]
-    probe: Callable[[], object]  # asks the storage something, for the metrics
+    probe: Callable[[], object]  # reads from the storage, for the metrics
     local: Backend | None
     session: Callable[[], Any]
     user: Callable[[], object]
@@ -377,11 +378,11 @@ class _Limits:
             buckets = [_Bucket("creation", network, items)]
             if (site := site_of(network)) != network:
                 buckets.append(_Bucket("creation", site, _Rates(items).ceiling))
-            self._spend("", buckets, 1, tell=False)
+            self._spend("", buckets, 1, show=False)
 
     def _clients(self, network: str, rates: _Rates) -> Iterator[_Bucket]:
-        """The buckets that are no wider than the limit itself."""
-        handle, user = self._who()
+        """The buckets that have the limit itself."""
+        handle, user = self._session_and_user()
         if user is not None:
             yield _Bucket("user", user, rates.own)
             return
@@ -390,8 +391,8 @@ class _Limits:
         if handle is None or rates.network is None:
             yield _Bucket("visitors", network, rates.own)
 
-    def _who(self) -> tuple[str | None, str | None]:
-        """The session that the request brought and the user in it, where there are such."""
+    def _session_and_user(self) -> tuple[str | None, str | None]:
+        """The handle of the request's session and its user, or None."""
         session = self.session()._get_current_object()
         if not isinstance(session, SessionData):
             return None, None
@@ -399,7 +400,7 @@ class _Limits:
         return handle if life_of(session).seen.presented else None, name_of(self.user(), "user=")
 
     def _spend(
-        self, scope: str, buckets: Sequence[_Bucket], cost: int, *, tell: bool = True
+        self, scope: str, buckets: Sequence[_Bucket], cost: int, *, show: bool = True
     ) -> list[_Hit]:
         hits: list[_Hit] = []
         for bucket in buckets:
@@ -410,7 +411,7 @@ class _Limits:
                     self.take_back(hits)
                     raise self._exceeded(bucket.kind, item, key)
                 hits.append(_Hit(backend, item, key, cost))
-        if tell:
+        if show:
             request.environ.setdefault(_COUNTED, hits[0])
         return hits
 
@@ -423,12 +424,12 @@ class _Limits:
         return f"{bucket.kind}/{urlsafe_b64encode(digest[:16]).decode().rstrip('=')}"
 
     def _hit(self, item: RateLimitItem, key: str, cost: int) -> Backend | None:
-        """Where it was counted; None where the limit is used up."""
+        """The backend that counted the request; None if the limit is exceeded."""
         try:
             return self.backend if self.hit(item, key, cost) else None
         except StoreUnavailable as error:
             if self.local is None:
-                logger.log(error.log_level, "A request could not be counted: %s", error)
+                logger.log(error.log_level, "Could not count a request: %s", error)
                 request.environ[_COUNTED] = {"Retry-After": str(error.retry_after)}
                 raise
         return self.local if self.local.hit(item, key, cost) else None
@@ -444,21 +445,21 @@ class _Limits:
             except StoreUnavailable:
                 continue
         raised = SessionLimitExceeded(kind, item, wait)
-        told = raised.rate_limit_headers if self.headers else {}
-        request.environ[_COUNTED] = {**told, "Retry-After": str(raised.retry_after)}
+        headers = raised.rate_limit_headers if self.headers else {}
+        request.environ[_COUNTED] = {**headers, "Retry-After": str(raised.retry_after)}
         return raised
 
     def take_back(self, hits: Sequence[_Hit]) -> None:
-        """Undo what was counted; where the storage fails, or cannot, it stays counted."""
+        """Undo hits. If the storage fails or doesn't support it, they stay counted."""
         for hit in hits:
             try:
                 hit.backend.take_back(hit.item, hit.key, hit.cost)
             except StoreUnavailable as error:
-                logger.warning("A request stays counted that should not: %s", error)
+                logger.warning("Could not take back the count of a request: %s", error)
                 return
 
-    def tell(self, response: Response) -> Response:
-        """Say in the answer what is left of the first limit, or of the one that was exceeded."""
+    def add_headers(self, response: Response) -> Response:
+        """Add headers for the first limit, or for the one that was exceeded."""
         counted = request.environ.get(_COUNTED)
         if isinstance(counted, _Hit):
             if not self.headers:
@@ -466,16 +467,17 @@ class _Limits:
             try:
                 wait, remaining = counted.backend.look(counted.item, counted.key)
             except StoreUnavailable:
-                return response  # it was counted, and that is what matters
+                return response  # the request was counted; only the headers are missing
             counted = _headers(counted.item, remaining, math.ceil(wait))
         for name, value in (counted or {}).items():
-            if name != "Retry-After" or response.status_code >= 300:  # the application's own page
+            # The application's error handler may have answered with a page of its own.
+            if name != "Retry-After" or response.status_code >= 300:
                 response.headers.setdefault(name, value)
         return response
 
 
 def _headers(item: RateLimitItem, remaining: int, reset: int) -> dict[str, str]:
-    """As in the IETF's draft-ietf-httpapi-ratelimit-headers-06, the form that clients know."""
+    """The headers of draft-ietf-httpapi-ratelimit-headers-06, which clients understand."""
     return {
         "RateLimit-Policy": f"{item.amount};w={item.get_expiry()}",
         "RateLimit-Limit": str(item.amount),
@@ -531,10 +533,10 @@ def _checked_methods(methods: Collection[str]) -> frozenset[str]:
 
 
 def _scope_of_view(limited: Callable[..., Any], name: str) -> str:
-    """What a view counts under: its name, and the first endpoint that has it.
+    """The scope of a limited view: its name, and its first endpoint.
 
-    So the views that one function makes count each for itself, and a view that has several
-    addresses counts once. A limited function that is no view, but is called by some, has its name.
+    So several views made by one factory count separately, and a view with several URLs counts once.
+    The scope of a limited function that isn't a view is its name.
     """
     endpoint = request.endpoint or ""
     views = current_app.view_functions
@@ -548,7 +550,7 @@ def _scope_of_view(limited: Callable[..., Any], name: str) -> str:
 
 
 def _holds(view: object, limited: object) -> bool:
-    """Whether this view is ``limited``, maybe within other decorators, or a class that has it."""
+    """Whether this view is ``limited``, wraps it, or is a class with it as a method."""
     kind = getattr(view, "view_class", None)
     methods = [
         getattr(kind, name, None) for name in (*map(str.lower, _METHODS), "dispatch_request")
@@ -567,8 +569,8 @@ def _scope_of_blueprint(blueprint: Blueprint) -> str:
     return f"Blueprint:{next(names, blueprint.name)}"
 
 
-class _Known:
-    """A set of objects by their identity, which it does not keep alive, where they allow that."""
+class _IdentitySet:
+    """A set of objects by identity. Holds weak references if the objects support them."""
 
     def __init__(self) -> None:
         self._weak: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -584,16 +586,16 @@ class _Known:
         return self._weak.get(id(each)) is each or id(each) in self._kept
 
 
-# Views that were given to a session_limit. Where the application has one of them as it is, the
-# decorator stands above that of the route, and limits nothing.
-_undecorated = _Known()
+# Views passed to session_limit. If an application registers one of these directly, session_limit is
+# above the decorator of the route, and limits nothing.
+_undecorated = _IdentitySet()
 _apps: WeakSet[Flask] = WeakSet()
 
 
 class _ViewFunctions(dict[str, Any]):
-    """The views of an application; refuses one that is not limited although it is to be.
+    """The views of an application; refuses views whose decorators are in the wrong order.
 
-    So a blueprint whose decorators stand in the wrong order is refused when it is registered.
+    A blueprint with such a view is refused when you register it.
     """
 
     def __init__(self, views: dict[str, Any]) -> None:
@@ -609,8 +611,8 @@ class _ViewFunctions(dict[str, Any]):
 def _check_view(endpoint: str, view: Callable[..., Any]) -> None:
     if view in _undecorated:
         raise SettingError(
-            f"The view of {endpoint!r} is not limited: session_limit stands above the decorator of "
-            "the route; put it below, next to the function"
+            f"The view of {endpoint!r} is not limited: session_limit is above the decorator of the "
+            "route; put it below, next to the function"
         )
 
 

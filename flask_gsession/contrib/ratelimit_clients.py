@@ -1,4 +1,4 @@
-"""Whom a rate limit counts: networks, users and other names of a request."""
+"""The clients that rate limits count: networks, users and other names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from flask import request
 
 from ..errors import SettingError
 
-_NETWORK_V6 = 64  # bits: what one customer of a provider has at least
-_SITE_V6 = 48  # bits: what one customer of a provider has at most
+_NETWORK_V6 = 64  # bits: the smallest network of one customer
+_SITE_V6 = 48  # bits: the largest network of one customer
 
 
 def network_of_client(proxies: int) -> str:
-    """The network that the current request comes from: an IPv4 address, or an IPv6 /64.
+    """The network of the current request's client: an IPv4 address, or an IPv6 /64.
 
-    ``proxies``: as for ``SessionLimits``. A request that did not come through all of them counts
-    for the address that it came from. What is no address, as of a socket, is one network.
+    ``proxies``: as for ``SessionLimits``. A request that bypassed some of the proxies counts for
+    its remote address. All requests without an address, such as on a socket, count together.
     """
     address = request.remote_addr or ""
     if proxies:
@@ -28,7 +28,7 @@ def network_of_client(proxies: int) -> str:
 
 
 def site_of(network: str) -> str:
-    """The widest network of one customer that this network belongs to: of IPv6 its /48."""
+    """The largest network of the same customer: the /48 for IPv6."""
     if ":" not in network:
         return network
     return str(ip_network(network).supernet(new_prefix=_SITE_V6))
@@ -52,12 +52,12 @@ def _network(text: str) -> str | None:
 
 
 def name_of(value: object, source: str) -> str | None:
-    """What to count this value of the function ``source`` by; None for nobody.
+    """The name to count by, from the value of the function ``source``; None for no user.
 
-    Nobody are also ``""``, ``0`` and ``False``: they would be one bucket for everybody. Raises
-    ``SettingError`` for what has no text that stays the same, such as most objects.
+    ``""``, ``0`` and ``False`` mean no user too: they would be one bucket for all clients. Raises
+    ``SettingError`` for a value without a stable text, such as most objects.
     """
-    get_id = getattr(value, "get_id", None)  # of Flask-Login's users
+    get_id = getattr(value, "get_id", None)  # a user of Flask-Login
     if callable(get_id):
         value = get_id()
     if not value:
@@ -66,6 +66,5 @@ def name_of(value: object, source: str) -> str | None:
         return str(value)
     raise SettingError(
         f"{source} of the rate limits returned a {value.__class__.__name__}; allowed: an id as "
-        "text, bytes, a whole number or a UUID, a user with Flask-Login's get_id(), or None for "
-        "nobody"
+        "text, bytes, a whole number or a UUID, a user with Flask-Login's get_id(), or None"
     )

@@ -1,4 +1,4 @@
-"""Where rate limits are counted: storages of the package ``limits``, made safe to rely on."""
+"""Storages of the package ``limits``, with time budgets and clear errors."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ end
 
 
 class Backend:
-    """A strategy on a storage, whose failures are outages.
+    """A strategy on a storage. Failures raise ``StoreUnavailable``.
 
-    ``storage``: or a function that makes it, called at the first use, because it asks a server.
+    ``storage``: a storage, or a function that connects to one, called on first use.
     """
 
     def __init__(self, storage: Storage | Callable[[], Storage], strategy: str) -> None:
@@ -55,7 +55,7 @@ class Backend:
             self._limiter = STRATEGIES[self._strategy](storage)
         except NotImplementedError:
             raise SettingError(
-                f"A {type(storage).__name__} cannot count by {self._strategy!r}: use "
+                f"A {type(storage).__name__} doesn't support {self._strategy!r}: use "
                 'strategy="fixed-window", or another storage'
             ) from None
         errors = storage.base_exceptions
@@ -69,7 +69,7 @@ class Backend:
 
     def _ready(self) -> None:
         make = self._make
-        if make is not None:  # two threads may make one each, which does less harm than a lock
+        if make is not None:  # two threads may each make one, which is better than a lock
             try:
                 storage = make()
             except Exception as error:
@@ -77,32 +77,32 @@ class Backend:
             self._open(storage)
 
     def hit(self, item: RateLimitItem, key: str, cost: int) -> bool:
-        """Count ``cost``; False, and nothing counted, where that is more than is left."""
+        """Count ``cost`` and return True, or return False if less than that is left."""
 
         def count() -> bool:
             allowed = self._limiter.hit(item, key, cost=cost)
             if not allowed and self._strategy == "fixed-window":
-                self._take_back(item, key, cost)  # this strategy counts before it looks
+                self._take_back(item, key, cost)  # this strategy counts refused hits too
             return allowed
 
-        return self._ask(count)
+        return self._run(count)
 
     def look(self, item: RateLimitItem, key: str) -> tuple[float, int]:
-        """In how many seconds the limit is next wider, and what is left of it."""
-        reset, remaining = self._ask(lambda: self._limiter.get_window_stats(item, key))
+        """The seconds until the limit recovers, and the remaining number of hits."""
+        reset, remaining = self._run(lambda: self._limiter.get_window_stats(item, key))
         return min(max(0.0, reset - time.time()), item.get_expiry()), remaining
 
     def take_back(self, item: RateLimitItem, key: str, cost: int) -> None:
-        """Undo a hit, as far as it is still in its window."""
-        self._ask(lambda: self._take_back(item, key, cost))
+        """Undo a hit if it is still in its window."""
+        self._run(lambda: self._take_back(item, key, cost))
 
-    def _ask(self, question: Callable[[], T]) -> T:
-        """Ask the storage, within its time budget, which an interrupt leaves to no other call."""
+    def _run(self, call: Callable[[], T]) -> T:
+        """Call the storage within its time budget, which an interrupt can't leak to other calls."""
         self._ready()
 
         def in_time() -> T:
             with self._budget():
-                return question()
+                return call()
 
         try:
             return copy_context().run(in_time)
@@ -112,7 +112,7 @@ class Backend:
     def can_take_back(self) -> bool:
         """Whether hits in this storage can be undone."""
         if self._make is not None:
-            return True  # a cluster of Redis, not asked yet
+            return True  # a Redis Cluster without a connection yet
         return isinstance(self._storage, (MemoryStorage, RedisStorage, MongoDBStorageBase))
 
     def _take_back(self, item: RateLimitItem, key: str, cost: int) -> None:
@@ -124,7 +124,7 @@ class Backend:
         elif isinstance(storage, MemoryStorage):
             self._take_back_in_memory(storage, name, cost, item.get_expiry())
 
-    # Of a moving window the youngest entries go, which are at its head.
+    # In a moving window, the latest entries are at the head.
 
     def _take_back_on_redis(self, storage: Any, name: str, cost: int) -> None:
         connection = storage.get_connection()
@@ -137,7 +137,7 @@ class Backend:
 
     def _take_back_on_mongodb(self, storage: Any, name: str, cost: int) -> None:
         if self._strategy == "moving-window":
-            # $slice refuses to take nothing
+            # $slice refuses a length of 0
             length = {"$max": [1, {"$size": {"$ifNull": ["$entries", []]}}]}
             rest = {"$slice": [{"$ifNull": ["$entries", []]}, cost, length]}
             storage.windows.update_one({"_id": name}, [{"$set": {"entries": rest}}])
@@ -160,7 +160,7 @@ class Backend:
 
 
 def _cluster_errors(storage: Storage) -> list[type[Exception]]:
-    """What the driver of a Redis Cluster raises beside its own base class."""
+    """Errors of the Redis Cluster driver outside its own base class."""
     if not isinstance(storage, RedisStorage):
         return []
     known = vars(storage.dependency.exceptions)
@@ -181,22 +181,22 @@ def storage_of(store: Store, prefix: str) -> Storage:
         return _MongoDBCounts(lambda: store.lend_collection("count"))
     if type(store).__name__ not in ("SQLiteStore", "MemoryStore"):
         raise SettingError(
-            "SessionLimits cannot count in this session store; give it a storage, as in "
+            "SessionLimits can't count in this session store: pass a storage, such as "
             'storage="redis://localhost:6379/1"'
         )
     if type(store).__name__ == "SQLiteStore":
         warn(
-            "Rate limits count in each process for itself where sessions are in SQLite: several "
-            "workers let through several times as much. Give SessionLimits a storage, or say "
-            'storage="memory://"'
+            "Rate limits count in each process separately, since the sessions are in SQLite: "
+            "several workers let through several times as much. Pass a storage to SessionLimits, "
+            'or storage="memory://" to silence this warning'
         )
     return MemoryStorage()
 
 
 def storage_at(storage: object, options: StoreOptions) -> Storage | Callable[[], Storage]:
-    """The storage that ``SessionLimits`` was given, or one at the URL; asks no server.
+    """The storage object or URL passed to ``SessionLimits``, without connecting to a server.
 
-    ``options``: of the session store, whose times hold where the URL cannot say others.
+    ``options``: of the session store, for timeouts that the URL doesn't set.
     """
     if isinstance(storage, Storage):
         return storage
@@ -205,7 +205,7 @@ def storage_at(storage: object, options: StoreOptions) -> Storage | Callable[[],
         kind = "the class " if isinstance(storage, type) else "a "
         raise SettingError(
             f"SessionLimits: storage is {kind}{given}; allowed: the URL of a storage, or an object "
-            "of limits.storage (none of limits.aio)"
+            "of limits.storage (not of limits.aio)"
         )
     scheme = storage.partition(":")[0]
     try:
@@ -217,7 +217,7 @@ def storage_at(storage: object, options: StoreOptions) -> Storage | Callable[[],
     except (ConfigurationError, ValueError, TypeError, AssertionError) as error:
         lacks = str(error) if "prerequisite not available" in str(error) else ""
         raise SettingError(
-            f"SessionLimits: the storage, a {scheme} URL, is refused "
+            f"SessionLimits: limits refused the storage, a {scheme} URL "
             f"({lacks or type(error).__name__})"
         ) from None
     if not isinstance(made, Storage):
@@ -228,13 +228,13 @@ def storage_at(storage: object, options: StoreOptions) -> Storage | Callable[[],
 
 
 def _cluster_at(url: str, timeout: float) -> Callable[[], Storage]:
-    """Makes a storage in a cluster, which its driver asks at once, also while it is down."""
+    """A function that connects to a cluster: the driver connects when it is created."""
     driver = url.partition("+")[0]
     hosts = urlsplit(url).netloc.rpartition("@")[2].split(",")
     if find_spec(driver) is None or not all(urlsplit(f"//{host}").port for host in hosts):
         raise SettingError(
-            f"SessionLimits: a {driver}+cluster URL takes host:port, one or several by comma, and "
-            f"the package {driver}"
+            f"SessionLimits: a {driver}+cluster URL needs one or more host:port, separated by "
+            f"commas, and the package {driver}"
         )
     piece = timeout / 4  # as for the connections of the session store
     return lambda: cast(
@@ -243,10 +243,10 @@ def _cluster_at(url: str, timeout: float) -> Callable[[], Storage]:
 
 
 class _MongoDBCounts(MongoDBStorageBase):
-    """On the client of a session store, within its time budget; never closes it.
+    """Counts with the session store's client, within its time budget. Never closes the client.
 
-    Counts are written to the primary alone (w=1) and read there, whatever the client's options:
-    a failover may forget some.
+    Writes (w=1) and reads use only the primary, whatever the client's options are. A failover may
+    lose some counts.
     """
 
     def __init__(self, lend: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -270,15 +270,15 @@ class _MongoDBCounts(MongoDBStorageBase):
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Count ``amount`` in a moving window, if there is room."""
-        # Refused by a full window, or overtaken by the first request of the same client: both are
-        # a duplicate key, and the second time it is the former.
+        # False means a duplicate key: the window is full, or a parallel request of the same client
+        # was first. A second try tells them apart.
         acquire = super().acquire_entry
         return acquire(key, limit, expiry, amount) or acquire(key, limit, expiry, amount)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """The start of a moving window, and what is in it."""
         start, count = super().get_moving_window(key, limit, expiry)
-        return (time.time() if start is None else start), count  # None: all of it has expired
+        return (time.time() if start is None else start), count  # None: all entries have expired
 
     def _collection(self, kind: str) -> Any:
         with self.budget() as sessions:
@@ -295,9 +295,9 @@ class _MongoDBCounts(MongoDBStorageBase):
             return collection
 
     def _ensure_index(self, collection: Any) -> bool:
-        """See to it that old counts are removed; say whether that is settled, one way or other.
+        """Create the index that removes old counts. Returns False to try again later.
 
-        They do not count without the index either.
+        Without the index, old counts don't count either.
         """
         try:
             collection.create_index(_EXPIRY, expireAfterSeconds=0)
@@ -313,8 +313,8 @@ class _MongoDBCounts(MongoDBStorageBase):
                 return True
             drops = "".join(f"db.{collection.name}.dropIndex({name!r}); " for name in ours)
             logger.warning(
-                "MongoDB refused to create the TTL index of the rate limits (code %s): old counts "
-                "are not removed. Let an administrator run: %sdb.%s.createIndex({%s: 1}, "
+                "MongoDB refused to create the TTL index of the rate limits (code %s), so old "
+                "counts are not removed. Have an administrator run: %sdb.%s.createIndex({%s: 1}, "
                 "{expireAfterSeconds: 0})",
                 error.code,
                 drops,
@@ -324,7 +324,7 @@ class _MongoDBCounts(MongoDBStorageBase):
         return True
 
     def _init_mongo_client(self, uri: str | None, **options: Any) -> Any:
-        raise NotImplementedError  # the store has one
+        raise NotImplementedError  # the store has a client
 
     def __del__(self) -> None:
-        """Nothing: the client is not ours to close."""
+        """Override the base class, which would close the client."""

@@ -84,7 +84,7 @@ class CleanupWorker:
         interfaces: dict[Session, GSessionInterface] = app.extensions.get(EXTENSION, {})
         ext = self._ext or next(iter(interfaces), None)
         if ext is None or ext not in interfaces:
-            raise SettingError("CleanupWorker comes after Session: call Session(app) first")
+            raise SettingError("CleanupWorker needs a Session: call Session(app) first")
         workers: dict[Session, _Worker] = app.extensions.setdefault(NAME, {})
         if ext in workers:
             raise SettingError("The application has a CleanupWorker for this Session already")

@@ -193,7 +193,7 @@ def pieces_from(file: Any, size: int) -> Iterator[bytes]:
             part = file.read(missing)
             if not isinstance(part, (bytes, bytearray, memoryview)):
                 raise TypeError(
-                    f"attach() takes a binary file; read() returned a value of type "
+                    "attach() takes a binary file; read() returned a value of type "
                     f"{type(part).__name__}, not bytes"
                 )
             if len(part) > missing:

@@ -242,7 +242,7 @@ def test_a_healthy_store_hides_no_dead_one() -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is down is asked again within a moment."""
-    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._EVERY", 0.02)
+    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._INTERVAL", 0.02)
 
 
 def fail() -> None:
@@ -299,7 +299,7 @@ def test_a_recovery_shows_on_the_page_where_no_thread_runs(
     counted: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_gsession.contrib.metrics_watch.runs_threads", lambda: False)
-    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._EVERY", 0)
+    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._INTERVAL", 0)
     visitor = counted.visitor()
     visitor.run(lambda session: session.update(a=1))
     recover = keep_failing(counted.store, "load")
@@ -477,7 +477,7 @@ def test_a_store_that_cannot_be_counted(caplog: pytest.LogCaptureFixture) -> Non
     until(lambda: store.tries > 2 and math.isnan(live(app)), "no figure")
     store.fails = False
     until(lambda: live(app) == 1, "a figure again")
-    assert caplog.text.count("could not be counted: ") == 1
+    assert caplog.text.count("Could not count the live sessions: ") == 1
     assert figure(read(app), "store_up", session="session") == 1
 
 
@@ -565,7 +565,7 @@ def test_an_exporter_that_comes_later_is_an_error_on_the_page(
         PrometheusMetrics(app, path=path, registry=CollectorRegistry())
         caplog.clear()
         assert app.test_client().get("/metrics").status_code == 500
-        assert "make it before, and call SessionMetrics(app, metrics)" in caplog.text
+        assert "create it first, and call SessionMetrics(app, metrics)" in caplog.text
 
 
 def test_a_page_of_the_applications_own(caplog: pytest.LogCaptureFixture) -> None:
@@ -639,13 +639,13 @@ def test_applications_that_share_a_registry_add_up() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(SettingError, match="after Session"):
+    with pytest.raises(SettingError, match="needs a Session"):
         SessionMetrics(Flask(__name__))
     app = application()
     SessionMetrics(app)
     with pytest.raises(SettingError, match="already"):
         SessionMetrics(app, registry=CollectorRegistry())
-    with pytest.raises(SettingError, match="after Session"):
+    with pytest.raises(SettingError, match="needs a Session"):
         SessionMetrics(application(), ext=Session())
     for options in (
         {"registry": "default"},
@@ -654,7 +654,7 @@ def test_settings_that_cannot_be() -> None:
         {"path": "metrics"},
         {"path": None},
     ):
-        with pytest.raises(SettingError, match=f"{next(iter(options))} is "):
+        with pytest.raises(SettingError, match=f"{next(iter(options))} (is|must be) "):
             SessionMetrics(**options)
 
 
@@ -904,7 +904,7 @@ def test_figures_that_cannot_be_put_away(caplog: pytest.LogCaptureFixture) -> No
     until(lambda: found == [[1.0]], "the others")
     gathering.add(lambda _: 1 / 0, 1.0)
     gathering.flush()
-    assert caplog.text.count("Figures for Prometheus are lost: ZeroDivisionError") == 1
+    assert caplog.text.count("Metrics for Prometheus are lost: ZeroDivisionError") == 1
 
 
 # -- what is built on them

@@ -205,12 +205,12 @@ class Foreign(Storage):
 
 
 def test_a_storage_of_somebody_elses(make_app: Maker, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(SettingError, match="A Foreign cannot count by 'moving-window'"):
+    with pytest.raises(SettingError, match="A Foreign doesn't support 'moving-window'"):
         make_app(storage=Foreign())
     app = make_app(storage=Foreign(), strategy="fixed-window")
     assert statuses(app) == [200, 200, 200, 429, 429]
     assert statuses(app, "/failures", 1) == [500]
-    assert "deduct_when needs a storage that can take a count back" in caplog.text
+    assert "deduct_when needs a storage that can undo a count" in caplog.text
 
 
 # -- MongoDB
@@ -346,7 +346,7 @@ def test_limits_count_without_the_right_to_make_an_index(
     rights = ["find", "insert", "update", "remove"]
     named = ("gsession", "gsession_limits")
     counts(make_app(mongo_auth_tls.url_of_rights(rights, *named)))
-    assert "(code 13): old counts are not removed. Let an administrator run: db." in caplog.text
+    assert "(code 13), so old counts are not removed. Have an administrator run: db." in caplog.text
 
 
 # -- a Redis Cluster
@@ -386,7 +386,7 @@ def test_a_cluster_that_loses_its_nodes(make_app: Maker, redis_url: str) -> None
 def test_the_circuit_of_the_limits_closes_without_a_request(
     make_app: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._EVERY", 0.02)
+    monkeypatch.setattr("flask_gsession.contrib.metrics_watch._INTERVAL", 0.02)
 
     class Slow(MemoryStorage):
         base_exceptions = OSError

@@ -293,7 +293,7 @@ def test_wrong_settings(options: dict[str, Any]) -> None:
 
 def test_where_there_is_nothing_to_look_after() -> None:
     app = Flask(__name__)
-    with pytest.raises(SettingError, match="comes after Session"):
+    with pytest.raises(SettingError, match="needs a Session"):
         CleanupWorker(app)
     with pytest.raises(SettingError, match="not on the application"):
         CleanupWorker().run(app)
