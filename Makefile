@@ -12,7 +12,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus clean
+.PHONY: help demo test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus neighbours clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -56,7 +56,7 @@ endif
 demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379, PORT=5055
 	@$(PY) -m examples.shop --port $(PORT)
 
-test: $(VENV)/with-test $(OLDEST)/ready servers chromium prometheus ## Run the tests; TEST_ARGS="-k redis -x" for some of them
+test: $(VENV)/with-test $(OLDEST)/ready servers chromium prometheus neighbours ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest $(TEST_ARGS) $(OLDEST_SMOKE)
 
@@ -132,6 +132,10 @@ chromium:
 
 prometheus: | $(PY)
 	@sh tests/harness/setup_prometheus.sh $(abspath $(VENV))/prometheus
+
+neighbours: | $(PY)
+	@sh tests/harness/setup_proxies.sh $(abspath $(VENV))/proxies
+	@sh tests/harness/setup_node.sh $(abspath $(VENV))/node
 
 clean: ## Remove everything that make made, the orders of the demo shop too
 	rm -rf $(VENV) build dist *.egg-info docs/_build

@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -466,6 +466,12 @@ def _check(name: str, value: Any) -> Any:
     except ValueError as error:
         shown = _type_of(value) if key in _SECRET else repr(value)[:80]
         raise SettingError(f"{key} is {shown}; allowed: {error}") from None
+
+
+def set_secret_keys(app: Flask, current: str | bytes, older: Iterable[str | bytes]) -> None:
+    """Give ``app`` the secret keys of another application."""
+    app.secret_key = current
+    app.config["SECRET_KEY_FALLBACKS"] = list(older)
 
 
 def _has_own_lifetime(app: Flask) -> bool:

@@ -19,6 +19,7 @@
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   ├── SessionEnded        HTTP 409: the session ended while this request ran
     │   └── LockLost            HTTP 409: the lock ran out before its holder was done
+    ├── PassportRefused         a passport is not to be accepted
     └── StoreError              the errors that a store raises
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
         │   ├── LogoutUnconfirmed   ... the logout is not confirmed by enough replicas
@@ -181,6 +182,18 @@ class LockLost(SessionConflict):
     """
 
     description = "This request took too long, and lost its hold on the session. Try again."
+
+
+class PassportRefused(GSessionError, ValueError):
+    """A passport doesn't say who somebody is.
+
+    ``reason``: ``"not signed by a known key"``, ``"not a passport"``, ``"another issuer"``,
+    ``"another audience"``, ``"from the future"``, ``"expired"`` or ``"replayed"``.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class StoreError(GSessionError):

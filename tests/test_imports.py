@@ -68,6 +68,9 @@ RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 PLACES = {
     "grpc": "protocol stores.remote sharing",
     "google": "protocol",
+    "envoy": "sharing",
+    "joserfc": "sharing",
+    "starlette": "contrib",
     "redis": "stores.redis",
     "pymongo": "stores.mongodb",
     "bson": "stores.mongodb",

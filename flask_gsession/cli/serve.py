@@ -13,10 +13,10 @@ from flask.cli import with_appcontext
 from ..errors import SettingError
 from ..interface import GSessionInterface
 from ..processes import process
-from .common import choose_interface, print_store, session_option
+from .common import choose_interface, interfaces, print_store, session_option
 
 if TYPE_CHECKING:
-    from ..sharing.server import Server
+    from ..sharing.server import Server, Service
 
 _GRACE = 2.0  # seconds, for calls that are under way at the end
 
@@ -36,6 +36,8 @@ _GRACE = 2.0  # seconds, for calls that are under way at the end
 @click.option(
     "--threads", metavar="N", default=32, show_default=True, help="Calls answered at a time."
 )
+@click.option("--user", metavar="KEY", default="_user_id", help="Session key with the user's id.")
+@click.option("--ext-authz", is_flag=True, help="Answer Envoy, too.")
 @session_option
 @with_appcontext
 def serve(
@@ -45,6 +47,8 @@ def serve(
     ca: str | None,
     grants: str | None,
     threads: int,
+    user: str,
+    ext_authz: bool,
     cookie: str | None,
 ) -> None:
     """Offer the sessions to other services.
@@ -59,7 +63,11 @@ def serve(
     given = {name: path for name, path in paths.items() if path is not None}
     if not 1 <= threads <= 1000:
         raise click.UsageError("--threads is 1 to 1000")
-    server = _server(app, interface, address, given, grants, threads)
+    try:
+        services = _services(app, interface, user, ext_authz)
+    except ImportError as error:
+        raise click.ClickException(str(error)) from None
+    server = _server(services, interface, address, given, grants, threads)
     process.serves = True
     print_store(interface)
     server.start()
@@ -70,8 +78,31 @@ def serve(
     sys.exit(0)
 
 
+def _services(
+    app: Flask, interface: GSessionInterface, user: str, ext_authz: bool
+) -> list[Service]:
+    """Raises ``ImportError`` that names an extra."""
+    try:
+        from ..sharing.store_service import StoreService
+        from ..sharing.values_service import ValuesService
+    except ImportError as error:
+        raise ImportError(
+            f"{error.name} is not installed: install the grpc extra, flask-gsession[grpc]"
+        ) from None
+    ext = next(ext for ext, each in interfaces().items() if each is interface)
+    services: list[Service] = [
+        StoreService(interface.repository.store),
+        ValuesService(app, ext, user),
+    ]
+    if ext_authz:
+        from ..sharing.ext_authz import ExtAuthzService
+
+        services.append(ExtAuthzService(app, ext, user))
+    return services
+
+
 def _server(
-    app: Flask,
+    services: list[Service],
     interface: GSessionInterface,
     address: str,
     given: dict[str, str],
@@ -79,15 +110,10 @@ def _server(
     threads: int,
 ) -> Server:
     """A server that listens and doesn't answer yet. Raises ``SettingError``."""
-    try:
-        from ..sharing.grants import FULL_POWER, read_grants
-        from ..sharing.server import Server, check_address
-        from ..sharing.store_service import StoreService
-        from ..stores.remote.address import certificates_of
-    except ImportError as error:
-        raise SettingError(
-            f"{error.name} is not installed: install the grpc extra, flask-gsession[grpc]"
-        ) from None
+    from ..sharing.grants import FULL_POWER, read_grants
+    from ..sharing.server import Server, check_address
+    from ..stores.remote.address import certificates_of
+
     certificates = certificates_of(given, "The command") if given else None
     check_address(address, certificates)
     if grants_path is not None:
@@ -99,7 +125,6 @@ def _server(
             f"{address} can be reached by others than you: say with --grants FILE which services "
             "may do what, or listen on a Unix socket"
         )
-    repository = interface.repository
-    server = Server([StoreService(repository.store)], grants, repository.events, threads)
+    server = Server(services, grants, interface.repository.events, threads)
     server.listen(address, certificates)
     return server

@@ -22,8 +22,12 @@ class Method(NamedTuple):
 
 
 def methods_of(service: str) -> dict[str, Method]:
-    """The calls of a service, by name."""
-    described: Any = pb.DESCRIPTOR.services_by_name[service]
+    """The calls of a service in ``gsession.proto``, by name."""
+    return describe(pb.DESCRIPTOR.services_by_name[service])
+
+
+def describe(described: Any) -> dict[str, Method]:
+    """The calls of a service that protobuf describes, by name."""
     return {
         method.name: Method(
             f"/{described.full_name}/{method.name}",

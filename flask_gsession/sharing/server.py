@@ -41,12 +41,14 @@ class Refused(Exception):
 
 
 class Service(Protocol):
-    """What the server offers: ``calls`` are methods of one gRPC service, by name.
+    """What the server offers: the ``methods`` of one gRPC service, by name.
 
-    ``answer`` makes one of them; it raises ``Denied``, ``Refused`` or what a store raises.
+    ``answer`` makes a call of one; it raises ``Denied``, ``Refused`` or what a store raises.
+    ``strict``: whether a request with an unknown field is refused.
     """
 
     methods: Mapping[str, Method]
+    strict: bool
 
     def answer(self, name: str, request: Any, grant: Grant) -> Any: ...
 
@@ -134,7 +136,7 @@ class Server:
                 if not context.is_active():
                     # It waited for a thread until its deadline: its caller has given up.
                     raise Refused(Status.DEADLINE_EXCEEDED, "too late")
-                if not is_understood(request):
+                if service.strict and not is_understood(request):
                     raise Refused(
                         Status.FAILED_PRECONDITION,
                         "the request has fields that this server doesn't know: update "

@@ -27,6 +27,7 @@ class StoreService:
     """
 
     methods: Mapping[str, Method] = methods_of("Store")
+    strict = True
 
     def __init__(self, store: Store, waiters: int = 8) -> None:
         self._store = store

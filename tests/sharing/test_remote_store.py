@@ -248,6 +248,7 @@ class Odd:
     """A service that answers whatever it is given."""
 
     methods = methods_of("Store")
+    strict = True
 
     def __init__(self, reply: Any) -> None:
         self.reply = reply

@@ -1,0 +1,87 @@
+"""Sessions of a Flask application in a FastAPI or Starlette service. Read-only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Unpack
+
+from flask import Flask
+
+try:
+    from starlette.exceptions import HTTPException
+    from starlette.requests import HTTPConnection
+except ImportError as error:
+    raise ImportError(
+        f"flask_gsession.contrib.asgi needs the package {error.name}: install the extra, "
+        "flask-gsession[asgi]"
+    ) from None
+
+from ..config import set_secret_keys
+from ..errors import StoreUnavailable
+from ..extension import Session
+from ..opening import SessionPeek
+from ..sharing.verify import find_presented, interface_of
+
+if TYPE_CHECKING:
+    from ..config import SettingKeywords
+
+
+class SharedSessions:
+    """Reads the sessions of a Flask application that has the same secret key and settings.
+
+    ::
+
+        sessions = SharedSessions("the secret key", store="grpcs://sessions.internal")
+
+        @app.get("/")
+        async def home(session: Annotated[SessionPeek | None, Depends(sessions)]):
+            ...
+
+    ``secret_key`` and ``fallbacks``: its ``SECRET_KEY`` and ``SECRET_KEY_FALLBACKS``. ``settings``:
+    as the keywords of ``Session``; ``cookie_name`` where it isn't ``session``. Raises
+    ``SettingError``.
+    """
+
+    def __init__(
+        self,
+        secret_key: str | bytes,
+        *,
+        fallbacks: Iterable[str | bytes] = (),
+        **settings: Unpack[SettingKeywords],
+    ) -> None:
+        self._app = Flask(__name__)
+        set_secret_keys(self._app, secret_key, fallbacks)
+        self._ext = Session(self._app, **settings)
+        self._interface = interface_of(self._ext, self._app)
+
+    async def __call__(self, connection: HTTPConnection) -> SessionPeek | None:
+        """The session that came with a request or a WebSocket; None if there is none.
+
+        It doesn't count as use of the session. Raises the 503 of Starlette, with ``Retry-After``,
+        while the store does not answer. One round trip, in a thread.
+        """
+        cookies = "; ".join(connection.headers.getlist("cookie"))
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(None, self._read, cookies)
+        except StoreUnavailable as error:
+            headers = {"Retry-After": str(error.retry_after)}
+            raise HTTPException(503, "the session store is unavailable", headers) from error
+
+    def _read(self, cookies: str) -> SessionPeek | None:
+        with self._app.app_context():
+            loaded = find_presented(self._interface, self._app, cookies)
+        return None if loaded is None else SessionPeek(self._interface.repository, loaded)
+
+    def close(self) -> None:
+        """Release the connections of the store."""
+        self._ext.close(self._app)
+
+
+def signed_in(session: SessionPeek | None, user: str = "_user_id") -> Any:
+    """The user's id in the session; raises Starlette's 401 if nobody is signed in."""
+    found = None if session is None else session.get(user)
+    if found is None or found == "":
+        raise HTTPException(401, "not signed in", {"WWW-Authenticate": "Cookie"})
+    return found

@@ -1,0 +1,80 @@
+"""Envoy's gRPC check of each request (``envoy.service.auth.v3.Authorization``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flask import Flask
+
+try:
+    from envoy.config.core.v3 import base_pb2 as base
+    from envoy.service.auth.v3 import external_auth_pb2 as auth
+except ImportError as error:
+    raise ImportError(
+        f"flask_gsession.sharing.ext_authz needs the package {error.name}: install the extra, "
+        "flask-gsession[envoy]"
+    ) from None
+
+from ..errors import StoreUnavailable
+from ..extension import Session
+from ..protocol.methods import Method, describe
+from .grants import Grant
+from .server import Denied
+from .verify import USER_KEY, Verifier
+
+# Codes of google.rpc.Code, and statuses of HTTP.
+_OK, _UNAVAILABLE, _UNAUTHENTICATED = 0, 14, 16
+_REPLACE = base.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+class ExtAuthzService:
+    """Answers Envoy, which needs the grant ``verify``; it tells the session keys in ``read``."""
+
+    methods: Mapping[str, Method] = describe(auth.DESCRIPTOR.services_by_name["Authorization"])
+    strict = False  # newer ones of Envoy tell more than this needs
+
+    def __init__(self, app: Flask, ext: Session, user: str = USER_KEY) -> None:
+        self._app = app
+        self._ext = ext
+        self._user = user
+        self._verifiers: dict[Grant, Verifier] = {}
+
+    def answer(self, name: str, request: Any, grant: Grant) -> Any:
+        if not grant.verify:
+            raise Denied("the grant `verify`")
+        verifier = self._verifiers.get(grant)
+        if verifier is None:
+            verifier = Verifier(self._ext, self._user, sorted(grant.read))
+            self._verifiers[grant] = verifier
+        cookies = request.attributes.request.http.headers.get("cookie", "")
+        try:
+            with self._app.app_context():
+                identity = verifier.identify(self._app, cookies)
+                headers = {} if identity is None else verifier.headers(identity)
+        except StoreUnavailable as error:
+            return _denied(_UNAVAILABLE, 503, {"retry-after": str(error.retry_after)})
+        if identity is None:
+            return _denied(_UNAUTHENTICATED, 401, {"www-authenticate": "Cookie"})
+        absent = [name.lower() for name, text in headers.items() if not text]
+        reply = auth.CheckResponse()
+        reply.status.code = _OK
+        reply.ok_response.headers_to_remove.extend(absent)
+        reply.ok_response.headers.extend(
+            _option(name, text) for name, text in headers.items() if text
+        )
+        return reply
+
+
+def _option(name: str, text: str) -> Any:
+    option = base.HeaderValueOption(append_action=_REPLACE)
+    option.header.key, option.header.value = name.lower(), text
+    return option
+
+
+def _denied(code: int, status: int, headers: dict[str, str]) -> Any:
+    reply = auth.CheckResponse()
+    reply.status.code = code
+    reply.denied_response.status.code = status  # one of Envoy's names for HTTP's numbers
+    reply.denied_response.headers.extend(_option(*header) for header in headers.items())
+    return reply

@@ -1,0 +1,63 @@
+"""A page that proxies ask who a visitor is: nginx, Traefik, Caddy, HAProxy and Envoy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from flask import Blueprint, Response, current_app, request
+
+from ..errors import StoreUnavailable
+from ..extension import Session
+from .verify import USER_KEY, Verifier
+
+if TYPE_CHECKING:
+    from .passport import Passports
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_NO_STORE = {"Cache-Control": "no-store", "Vary": "Cookie"}
+
+
+def verify_blueprint(
+    ext: Session,
+    *,
+    url: str = "/session/verify",
+    user: str = USER_KEY,
+    values: Iterable[str] = (),
+    renew: bool = False,
+    passports: Passports | None = None,
+) -> Blueprint:
+    """A blueprint with the page ``url``, for the proxy in front of other services.
+
+    It answers 200 with ``X-Session-User`` and a header for each of the session keys ``values``;
+    401 if nobody is signed in; 503 with ``Retry-After`` while the store does not answer. Only the
+    session cookie is read. The page doesn't count as use of the session, unless you set ``renew``.
+    ``user``: the session key with the user's id. ``passports``: adds ``X-Session-Passport``. One
+    round trip.
+    """
+    verifier = Verifier(ext, user, values, renew)
+    blueprint = Blueprint("gsession_verify", __name__)
+    absent = dict.fromkeys(("X-Session-User", *verifier.header_names.values()), "")
+    if passports is not None:
+        absent["X-Session-Passport"] = ""
+
+    # Without Flask's own answer to OPTIONS, which is 200 for anybody. Envoy asks with the method of
+    # the request, and with its path behind the page's.
+    @blueprint.route(url, methods=_METHODS, provide_automatic_options=False)
+    @blueprint.route(f"{url}/<path:of>", methods=_METHODS, provide_automatic_options=False)
+    def verify(of: str = "") -> Response:
+        app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        try:
+            identity = verifier.identify(app, request.environ.get("HTTP_COOKIE", ""))
+        except StoreUnavailable as error:
+            wait = {"Retry-After": str(error.retry_after)}
+            return Response(status=503, headers={**_NO_STORE, **absent, **wait})
+        if identity is None:
+            challenge = {"WWW-Authenticate": "Cookie"}
+            return Response(status=401, headers={**_NO_STORE, **absent, **challenge})
+        headers = verifier.headers(identity)
+        if passports is not None:
+            headers["X-Session-Passport"] = passports.issue(identity, verifier.shared(identity))
+        return Response(status=200, headers={**_NO_STORE, **headers})
+
+    return blueprint

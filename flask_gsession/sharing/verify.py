@@ -1,0 +1,181 @@
+"""Who somebody is, by the session cookie: the one core behind every way of asking. Read-only."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import quote
+
+from flask import Flask, Request
+
+from ..errors import SettingError, StoreUnavailable, UnreadableRecord, ValueLost
+from ..events import logger
+from ..extension import NAME, Session
+from ..interface import GSessionInterface
+from ..opening import SessionPeek
+from ..processes import process
+from ..repository.repository import Loaded
+from ..tokens import session_key
+
+USER_HEADER = "X-Session-User"
+#: What Flask-Login and Flask-Security keep the user's id under.
+USER_KEY = "_user_id"
+
+_LONGEST = 1000  # characters of a value in a header; proxies allow some thousands for all of them
+_PLAIN = "".join(set(string.punctuation) - {"%"})  # in a header as it is
+
+
+class Identity:
+    """A visitor who is signed in: ``user``, and the ``session`` as it was found."""
+
+    __slots__ = ("session", "user")
+
+    def __init__(self, user: str, session: SessionPeek) -> None:
+        self.user = user
+        self.session = session
+
+    def __repr__(self) -> str:
+        return f"<Identity session={self.session.handle!r}>"
+
+
+class Verifier:
+    """Finds who a cookie stands for, in an application context of the application of ``ext``.
+
+    ``user``: the session key with the user's id; a session without it is nobody's. ``values``:
+    further keys that may be told. ``renew``: let a check count as use, so that the session's idle
+    timeout begins again; else a check writes nothing. One round trip; with ``renew`` one more, once
+    per ``SESSION_RENEW_INTERVAL``.
+    """
+
+    def __init__(
+        self, ext: Session, user: str = USER_KEY, values: Iterable[str] = (), renew: bool = False
+    ) -> None:
+        self._ext = ext
+        self._user = user
+        self._renew = renew
+        self.values = tuple(values)
+        #: of each allowed value, by its key
+        self.header_names = header_names(self.values)
+
+    def identify(self, app: Flask, cookies: str) -> Identity | None:
+        """The visitor with this ``Cookie`` header; None if nobody is signed in with it.
+
+        Raises ``StoreUnavailable``.
+        """
+        interface = interface_of(self._ext, app)
+        loaded = find_presented(interface, app, cookies)
+        if loaded is None:
+            return None
+        session = SessionPeek(interface.repository, loaded)
+        user = session.get(self._user)
+        if user is None or user == "":
+            return None
+        if self._renew:
+            _renew(interface, loaded)
+        return Identity(str(user), session)
+
+    def identify_token(self, app: Flask, token: str) -> Identity | None:
+        """As ``identify``, by the value of the session cookie."""
+        return self.identify(app, cookie_header(interface_of(self._ext, app), app, token))
+
+    def shared(self, identity: Identity) -> dict[str, Any]:
+        """The allowed values of the session, without those that are absent."""
+        found: dict[str, Any] = {}
+        for key in self.values:
+            try:
+                if key in identity.session:
+                    found[key] = identity.session[key]
+            except (KeyError, ValueLost):
+                continue
+        return found
+
+    def headers(self, identity: Identity) -> dict[str, str]:
+        """``X-Session-User``, and a header for each allowed value.
+
+        Each is there, empty where there is no value: it must replace one that a client sent.
+        Characters beyond printable ASCII, spaces and ``%`` are percent-encoded.
+        """
+        shared = self.shared(identity)
+        headers = {USER_HEADER: header_text(identity.user)}
+        for key, name in self.header_names.items():
+            text = header_text(shared[key]) if key in shared else ""
+            if len(text) > _LONGEST:
+                logger.warning("The value for the header %s is too long, and was left out", name)
+                text = ""
+            headers[name] = text
+        return headers
+
+
+def interface_of(ext: Session, app: Flask) -> GSessionInterface:
+    """The interface of ``ext`` on ``app``. Raises ``SettingError``."""
+    interfaces: dict[Session, GSessionInterface] = app.extensions.get(NAME, {})
+    if ext not in interfaces:
+        raise SettingError("This Session is not on the application: call init_app first")
+    return interfaces[ext]
+
+
+def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Loaded | None:
+    """The session with this ``Cookie`` header, of which only our cookie is read.
+
+    A refused token is counted and logged as in a request of the application itself. Raises
+    ``StoreUnavailable``.
+    """
+    process.notice()
+    repository = interface.repository
+    checked = interface._present(app, Request({"HTTP_COOKIE": cookies})).checked
+    if checked is None:
+        return None
+    if checked.token is None:
+        repository.refused(checked.reason, None)
+        return None
+    key = session_key(checked.token)
+    try:
+        return repository.find(key, True)
+    except UnreadableRecord as error:
+        repository.refused(error.reason, key, error.detail)
+        return None
+
+
+def cookie_header(interface: GSessionInterface, app: Flask, token: str) -> str:
+    """The ``Cookie`` header of a client with this session cookie."""
+    return f"{interface.get_cookie_name(app)}={token}"
+
+
+def header_names(keys: Iterable[str]) -> dict[str, str]:
+    """The header of each session key: ``X-Session-Role`` for ``role``. Raises ``SettingError``."""
+    names: dict[str, str] = {}
+    for key in keys:
+        name = "X-Session-" + re.sub("[^A-Za-z0-9]+", "-", str(key)).strip("-").title()
+        if name == "X-Session-" or name in (USER_HEADER, "X-Session-Passport"):
+            raise SettingError(f"The session key {key!r} can't be told in a header {name}")
+        if name in names.values():
+            raise SettingError(f"Two session keys would be told in the header {name}")
+        names[key] = name
+    return names
+
+
+def header_text(value: object) -> str:
+    """A value as printable ASCII; what is no text becomes JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        text = value
+    else:
+        try:
+            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+        except (TypeError, ValueError):
+            text = str(value)
+    return quote(text.encode("utf-8", "surrogatepass"), safe=_PLAIN)
+
+
+def _renew(interface: GSessionInterface, loaded: Loaded) -> None:
+    repository, record, body = interface.repository, loaded.record, loaded.body
+    end = repository.due(record, body.values, body.lifetime)
+    if end is not None:
+        try:
+            repository.renew(record, body, end)
+        except StoreUnavailable as error:
+            logger.log(error.log_level, "A session could not be renewed: %s", error)
