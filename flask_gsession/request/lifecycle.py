@@ -203,18 +203,17 @@ class Lifecycle:
 
     def _load(self) -> None:
         presented = self.presented()
-        checked, key = presented.checked, presented.handle
-        token = None if checked is None else checked.token
+        checked, key = presented.checked, presented.handle  # no variable holds the token itself
         found = _NO_BODY
         if checked is not None:
-            if token is None:
+            if checked.token is None:
                 self.repository.refused(checked.reason, None)
             else:
-                key = session_key(token)
+                key = session_key(checked.token)
         if key is not None:
             began = time.perf_counter()
             try:
-                loaded = self.repository.find(key, token is not None)
+                loaded = self.repository.find(key, checked is not None)
                 if loaded is not None and loaded.body.owner is not None:
                     loaded = self._verified(loaded)
             except UnreadableRecord as error:
@@ -229,12 +228,16 @@ class Lifecycle:
                     record, found = loaded.record, loaded.body
                     if found.debug_until is not None:
                         self.heed_debug_switch("load", began, found.debug_until)
-                    if record.key != key:
-                        token = None
-                    elif checked is not None and checked.outdated:
+                    current = None if record.key != key else checked
+                    if current is not None and current.outdated:
                         self.cookie = "set"
                     self.ended = False
-                    self.seen = Seen(token, record, found, presented=checked is not None)
+                    self.seen = Seen(
+                        None if current is None else current.token,
+                        record,
+                        found,
+                        presented=checked is not None,
+                    )
         self.values = self._new_values(found)
         self.opened = True
 
