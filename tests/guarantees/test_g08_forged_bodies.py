@@ -19,6 +19,7 @@ from flask_gsession.errors import SessionEnded, ValueLost, ValueRefused
 from flask_gsession.stores.base import new_version
 from flask_gsession.testing import FakeClock
 from flask_gsession.tokens import session_key
+from flask_gsession.values.payload import FORMAT
 from tests.harness.apps import Site, Visitor
 from tests.values.test_codec import CODEC
 from tests.values.test_codec import values as good_values
@@ -95,10 +96,14 @@ raws = st.recursive(
 maps = st.dictionaries(
     st.sampled_from(["user", "cart", "_permanent", "seen", "_flashes", ""]), raws
 )
+owners = st.tuples(
+    *(st.text(), st.text(), numbers, numbers, st.none() | st.text()),
+).flatmap(lambda parts: st.integers(3, 5).map(lambda n: parts[:n]))
 bodies = st.one_of(
     st.tuples(
-        maps, st.none() | numbers, st.booleans(), st.none() | numbers, st.booleans(), trees
-    ).flatmap(lambda parts: st.integers(1, 6).map(lambda n: encode(parts[:n]))),
+        *(maps, st.none() | numbers, st.booleans(), st.none() | numbers, st.booleans()),
+        *(owners | trees, trees),
+    ).flatmap(lambda parts: st.integers(1, 7).map(lambda n: encode(parts[:n]))),
     trees.map(encode),
     maps.map(encode),
     deep,
@@ -125,6 +130,9 @@ STEPS: dict[str, Any] = {
     "flash": lambda session: session.setdefault("_flashes", []),
     "modified": lambda session: session.modified,
     "reload": lambda session: ended(session.reload),
+    "owner": lambda session: (session.owner, session.device_id),
+    "bind": lambda session: session.bind("ada"),
+    "unbind": lambda session: session.unbind(),
     "logout": lambda session: session.destroy(),
 }  # fmt: skip
 
@@ -172,8 +180,8 @@ class Forger:
         store: Any = self.site.store.store
         store.delete(self.record.key)
         payload = bound(body, self.record.key)
-        if len(body) % 2:  # as if a value were a reference: the checksum is another then
-            payload = PLAIN._bind(self.record.key, body, (), spilled=True)
+        if len(body) % 3:  # as if a value were a reference, or a user's: another checksum
+            payload = PLAIN._bind(self.record.key, body, (), FORMAT + len(body) % 3)
         store.create(self.record._replace(version=new_version(), payload=payload))
         return self.site.visitor(self.cookie)
 
