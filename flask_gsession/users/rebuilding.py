@@ -21,31 +21,32 @@ LOGIN = "_user_id"  # Flask-Login's key for the user who is signed in
 def rebuild(repository: Repository, only: str | None) -> int:
     """See ``Users.rebuild``."""
     lost: dict[str, list[Device]] = {}
+    if only is not None and _is_damaged(repository, only):
+        lost[only] = []
     intact: set[str] = set()
-    entered = 0
+    unbound = False
     for loaded in _sessions(repository):
         owner = loaded.body.owner
-        user_id = owner.user_id if owner is not None else _login_of(repository, loaded)
-        if user_id is None or only not in (None, user_id):
-            continue
-        if user_id not in intact and user_id not in lost:
-            if _is_intact(repository, user_id):
-                intact.add(user_id)
-            else:
-                lost[user_id] = []
         if owner is None:
-            if user_id in intact:
-                entered += _bind(repository, user_id, loaded)
-        elif user_id in lost:
-            lost[user_id].append(_device(loaded, owner))
+            unbound = unbound or _login_of(repository, loaded) is not None
+        elif only in (None, owner.user_id) and owner.user_id not in intact:
+            if owner.user_id not in lost and _is_intact(repository, owner.user_id):
+                intact.add(owner.user_id)
+            else:
+                lost.setdefault(owner.user_id, []).append(_device(loaded, owner))
+    entered = 0
     for user_id, devices in lost.items():
         devices.sort(key=lambda device: device.created)
-        # Sign-ins that are under way can't be told from those before a revocation.
+        kept = tuple(devices[-MOST_DEVICES:])
+        # When sessions were last revoked is lost as well: nothing from before comes in.
         roster = repository.rosters.revoke_all(Roster())
-        repository.rosters.replace(user_id, replace(roster, devices=tuple(devices[-MOST_DEVICES:])))
-        entered += len(devices[-MOST_DEVICES:])
-    if only is not None and only not in lost and not _is_intact(repository, only):
-        repository.rosters.replace(only, repository.rosters.revoke_all(Roster()))
+        repository.rosters.replace(user_id, replace(roster, devices=kept))
+        entered += len(kept)
+    for loaded in _sessions(repository) if unbound else ():
+        if loaded.body.owner is None:
+            login = _login_of(repository, loaded)
+            if login is not None and only in (None, login):
+                entered += _bind(repository, login, loaded)
     return entered
 
 
@@ -75,13 +76,20 @@ def _sessions(repository: Repository) -> Iterator[Loaded]:
 
 
 def _is_intact(repository: Repository, user_id: str) -> bool:
+    """Whether the user has a roster, and it can be read."""
+    return (
+        not _is_damaged(repository, user_id) and repository.rosters.look(user_id).record is not None
+    )
+
+
+def _is_damaged(repository: Repository, user_id: str) -> bool:
     try:
-        found = repository.rosters.look(user_id)
+        repository.rosters.look(user_id)
     except RosterUnreadable as error:
         if error.for_others:
             raise
-        return False
-    return found.record is not None
+        return True
+    return False
 
 
 def _login_of(repository: Repository, loaded: Loaded) -> str | None:
