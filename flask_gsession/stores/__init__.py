@@ -1,4 +1,4 @@
-"""From what ``SESSION_STORE`` says to a store; drivers are imported only when asked for."""
+"""Opens the store that ``SESSION_STORE`` names. Imports only the driver that it needs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _kind_of(source: object) -> str:
 
 
 def _refuse_imitation(source: object) -> None:
-    """Refuse what passes for a driver's client, and lacks what the stores need of one."""
+    """Refuse a client that looks like a driver's, but lacks methods that the stores need."""
     pool = getattr(source, "connection_pool", None)
     for kind in (*type(source).__mro__, getattr(pool, "connection_class", None)):
         package = str(getattr(kind, "__module__", "")).partition(".")[0]

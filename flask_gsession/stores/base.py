@@ -88,8 +88,8 @@ class Store:
 
     Each verb is one atomic step and takes one total time budget. Every one may raise
     ``StoreUnavailable``, never a driver's own error. All of them are safe to repeat: a write that
-    was applied although its answer got lost is recognised by its version, and what came after it
-    (a logout, a rotation, a later write) is not undone.
+    was applied although its reply was lost is recognised by its version, and no later write, logout
+    or rotation is undone.
 
     A part is an object, ``itself`` if the store has the methods, or None if it can't do that.
     """
@@ -104,11 +104,11 @@ class Store:
     confirms_logouts = False
 
     def create(self, record: Record) -> None:
-        """Store ``record`` if its key is free, or what is there has expired. Else ``KeyTaken``."""
+        """Store ``record`` if its key holds no live record. Otherwise raises ``KeyTaken``."""
         raise NotImplementedError
 
     def load(self, key: str) -> Record | None:
-        """The record, or a pointer, as it was stored; None when there is none.
+        """The record or pointer as stored; None if there is none.
 
         May return an expired record instead of None: requests compare the times themselves, and
         ``unexpired`` does it for other callers.
@@ -122,7 +122,7 @@ class Store:
 
         The idle expiry becomes the later one of the stored record's and ``record``'s, but not later
         than ``record``'s absolute expiry: another request may have renewed the session since it
-        was loaded. With ``shorten`` it becomes ``record``'s, also where that is earlier.
+        was loaded. With ``shorten``, it becomes ``record``'s, even if that is earlier.
 
         Raises ``Gone`` if there is no live record, ``Stale`` if it has another version. A repeat
         changes nothing.
@@ -204,7 +204,7 @@ def milliseconds(clock: Clock) -> int:
 def is_session_key(text: str) -> bool:
     """Whether ``text`` can be a session's key: 43 characters of ``A-Z a-z 0-9 - _``.
 
-    The last one is a letter or digit. Keys that end with ``-`` or ``_`` are those of other records,
+    The last one is a letter or digit. Keys that end with ``-`` or ``_`` belong to other records,
     such as the clean-up ticket and the rosters of users.
     """
     return is_record_key(text) and text[-1] not in OTHER_ENDS

@@ -1,4 +1,4 @@
-"""Locks of open files between processes, where the system has them: Windows does not."""
+"""File locks between processes. Windows has none."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ except ImportError:
 def lock(descriptor: int, *, wait: bool = True) -> None:
     """Lock the open file for this process alone, until it is closed or unlocked.
 
-    Raises ``BlockingIOError`` where another process has the lock and ``wait`` is false, and another
-    ``OSError`` where there are no such locks.
+    Raises ``BlockingIOError`` if another process has the lock and ``wait`` is false, and another
+    ``OSError`` if the file system has no locks.
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -25,6 +25,6 @@ def lock(descriptor: int, *, wait: bool = True) -> None:
 
 
 def unlock(descriptor: int) -> None:
-    """Give the lock back, also where a child was forked and has the file open."""
+    """Release the lock, even if a forked child has the file open."""
     if fcntl is not None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)

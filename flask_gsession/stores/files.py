@@ -1,17 +1,17 @@
-"""Large values as files, in a folder, a bucket or whatever else ``fsspec`` can write to.
+"""Large values as files, in a folder, a bucket or any other file system of ``fsspec``.
 
 ::
 
-    gsession                 says that this is the place, and not a mount point without its disk
-    gsession%3A.3f/          the prefix of the store's keys, the first characters of the names
+    gsession                 a marker file, to detect a mount point without its disk
+    gsession%3A.3f/          the prefix of the store's keys, and the first characters of the names
         3f9a...c1/           a blob
-            000000000000     its frames, each under the number of the byte where it begins
+            000000000000     its frames, named by their offset in bytes
 
-Files do not expire. So each blob has an entry in the session store, which does: ``tidy`` removes
-the files whose entry has expired, and leaves the files of other prefixes alone.
+Files don't expire. So each blob has an entry in the session store, which does. ``tidy`` removes
+files whose entry has expired, and leaves files of other prefixes alone.
 
-In a folder of this machine everything that is made here is for its owner only (0700 and 0600),
-whatever the rights of the folder itself.
+In a local folder, everything is created for its owner only (0700 and 0600), whatever the rights of
+the folder itself.
 """
 
 from __future__ import annotations
@@ -285,9 +285,9 @@ class FileBlobs(Blobs):
 
 
 def _leave_parents_loop() -> None:
-    """Let fsspec start the thread for its event loop again, where this process has none.
+    """Let fsspec restart the thread of its event loop if this process has none.
 
-    It does so by itself only after a fork that Python sees; calls would wait for ever.
+    fsspec does so only after a fork that Python sees. Otherwise, calls would wait forever.
     """
     asyn = sys.modules.get("fsspec.asyn")
     thread = None if asyn is None else asyn.iothread[0]

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple, Protocol
 
 from .base import Deleted, Record, Replaced
 
-MORE = "more"  # the cursor of a clean-up that need not know where it was
+MORE = "more"  # the cursor of a clean-up that has more to do, but needs no position
 COUNT_ALL = 2000  # sessions up to which they are counted one by one
 
 
 class Leases(Protocol):
     """For a store that can lend a live session to one ``owner`` at a time, for session locks.
 
-    An owner is a random word, drawn for each acquisition. A lease runs out by itself; it never
-    outlives its session, stays with the old key in a rotation, and is no part of the record: the
-    store's own verbs don't ask for it. Owners that wait form a queue.
+    An owner is a random word, drawn for each acquisition. A lease expires; it never outlives its
+    session, stays with the old key in a rotation, and isn't part of the record: the store's own
+    verbs ignore it. Waiting owners form a queue.
     """
 
     def save(
@@ -79,16 +79,16 @@ class Blobs(Protocol):
     """
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
-        """Add a frame at ``offset``, where the last one ended, and keep the blob until then.
+        """Add a frame at ``offset``, the end of the last one, and keep the blob until then.
 
-        It is kept for longer where it already was to be. ``frame`` is never empty. May raise
-        ``Gone`` for a later frame of a blob that is not there. One round trip.
+        Never moves the blob's expiry earlier. ``frame`` is never empty. May raise ``Gone`` for a
+        later frame of a blob that doesn't exist. One round trip.
         """
 
     def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
-        """The frame of ``size`` bytes at ``offset``, less where less is there; None for nothing.
+        """The frame of ``size`` bytes at ``offset``, as it was written. One round trip.
 
-        Asked for as it was written. One round trip.
+        Returns fewer bytes if fewer are stored, and None if there are none.
         """
 
     def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
@@ -162,7 +162,7 @@ class Upkeep(Protocol):
 
 
 class Counts(Protocol):
-    """For a store that can say how many sessions there are, without looking at all of them."""
+    """For a store that can estimate the number of sessions without reading all of them."""
 
     def count(self) -> int:
         """About how many sessions are live, in one step whose work is bounded.

@@ -15,12 +15,11 @@ OTHERS = 0o077 if _HAS_USERS else 0  # the rights of everybody but the owner
 
 
 def secure(path: str | os.PathLike[str]) -> str:
-    """Take the rights of others to a file or folder away; why that can't be, or an empty text.
+    """Revoke the rights of other users to a file or folder. Returns "", or why it can't.
 
-    Root may look after files of any user, and files of root count as ours. The file itself is not
-    opened: closing it would drop the locks that SQLite holds on it in this process. On Windows
-    nothing is looked at but links.
-    Raises ``OSError``.
+    Root may change files of any user, and root's files count as ours. The file itself isn't opened:
+    closing it would drop the locks that SQLite holds on it in this process. Windows only gets the
+    check for links. Raises ``OSError``.
     """
     there = os.stat(path, follow_symlinks=False)
     if stat.S_ISLNK(there.st_mode):

@@ -38,7 +38,7 @@ def _close_in(pid: int, close: Callable[[], object]) -> None:
 
 
 class RoundTrips:
-    """How many round trips to its server a store has made; None where it counts none."""
+    """The number of round trips that a store has made to its server; None if it doesn't count."""
 
     count: int | None = None
 

@@ -1,4 +1,4 @@
-"""The MongoDB driver: a client per process, and each call in a context and a session of its own."""
+"""The MongoDB driver: one client per process, one context and driver session per call."""
 
 from __future__ import annotations
 
@@ -86,12 +86,11 @@ def call(
     [Callable[Concatenate[H, SessionCollection, P], T]],
     Callable[Concatenate[H, P], T],
 ]:
-    """One call of a store: the method gets the collection, and the call's time for all it does.
+    """Decorator for one call of a store: passes the collection, and limits the total time.
 
-    It runs in a context and a driver session of its own. An interrupt can strike the driver between
-    any two steps; whatever state that leaves behind, no later call meets it: neither a deadline
-    that is over, nor a server session that two threads use, one of whose writes would be taken for
-    a repeat of the other's and do nothing.
+    Each call has its own context and driver session. An interrupt can strike the driver between any
+    two steps, and leave a past deadline, or a server session that two threads share: the server
+    would then take one thread's write for a repeat of the other's. No later call meets that state.
     """
 
     def decorate(
@@ -139,7 +138,7 @@ class Driver:
         logging.getLogger("pymongo.command").addFilter(NO_PAYLOADS)
 
     def _begin(self) -> None:
-        """In a forked process: leave what another thread of the parent may have held or used."""
+        """In a forked process, drop everything that another thread of the parent may have used."""
         self._lock = threading.Lock()
         if not isinstance(self._source, str) and hasattr(self._source, "_after_fork"):
             # PyMongo's own hook, which a fork in C doesn't run. Without it the client has no
@@ -240,7 +239,7 @@ def reraise_interruption(error: Exception) -> None:
 
 
 def undisturbed(find: Callable[[], T]) -> T:
-    """Run ``find`` in a thread of its own: no signal arrives there, and its stack is empty."""
+    """Run ``find`` in a new thread, which gets no signals and has an empty stack."""
     outcome: list[T | BaseException] = []
     context = copy_context()
 
@@ -316,7 +315,7 @@ def _reason(error: Exception, collection: SessionCollection) -> str:
 
 
 def check_not_secondary(client: _Client) -> None:
-    """On a direct connection the driver lets secondaries answer, who may not know of a logout."""
+    """On a direct connection, the driver accepts replies of secondaries, which may lag behind."""
     for server in client.topology_description.server_descriptions().values():
         if server.server_type_name == "RSSecondary":
             raise StoreUnavailable(

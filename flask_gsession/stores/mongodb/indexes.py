@@ -1,4 +1,4 @@
-"""The TTL index that removes what has expired: whether there is a right one, and how to get it.
+"""The TTL index that removes expired documents: checks it, and how to create it.
 
 An administrator may have made it under any name, so indexes are compared by their keys.
 """
@@ -17,9 +17,9 @@ NAME = "gsession_expiry"
 def expiry_index_advice(
     indexes: Mapping[str, Mapping[str, Any]], collection: str, field: str
 ) -> str:
-    """The commands of mongosh that make the TTL index on ``field``; empty where it is right.
+    """The mongosh commands that create the TTL index on ``field``, or "" if it exists.
 
-    ``indexes`` is what ``index_information`` says of the collection.
+    ``indexes`` is the result of ``index_information`` for the collection.
     """
     create = (
         f"db.{collection}.createIndex({{{field}: 1}}, {{expireAfterSeconds: 0, name: '{NAME}'}})"
@@ -41,7 +41,7 @@ def expiry_index_advice(
 
 
 def look_at_expiry_index(collection: Any, field: str) -> str:
-    """The same, for a collection; where its indexes may not be listed, as if there were none."""
+    """The same for a collection. Without the right to list its indexes, assumes none."""
     try:
         indexes = collection.index_information()
     except OperationFailure:

@@ -1,4 +1,4 @@
-"""The part ``leases`` of a MongoDB store: pipelines that do on the server what ``Lease`` does."""
+"""The part ``leases`` of a MongoDB store: ``Lease`` as update pipelines on the server."""
 
 from __future__ import annotations
 
@@ -94,8 +94,9 @@ def _is(kind: list[str], field: str) -> Document:
 
 
 def _cleaned(keep: Document | bool) -> list[Document]:
-    """The stages that make the field a lease where it is missing or junk, with the waiters that
-    are to be kept. Else junk would make each later step fail.
+    """The stages that repair a missing or malformed lease, and drop the waiters not in ``keep``.
+
+    A malformed lease would make each later stage fail.
     """
     text, number = ["string"], ["int", "long"]
     is_waiter = {"$and": [_is(text, "$$this.owner"), _is(number, "$$this.seen"), keep]}
@@ -121,7 +122,7 @@ def _cleaned(keep: Document | bool) -> list[Document]:
 
 
 def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[Document]:
-    """The pipeline that does on the server what ``Lease.acquire`` says."""
+    """The pipeline of ``Lease.acquire``."""
     me = {"$literal": owner}
     mine = {"$eq": ["$$this.owner", me]}
     age = {"$abs": {"$subtract": ["$$this.seen", Int64(now)]}}
@@ -183,7 +184,7 @@ def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[
 
 
 def _release(owner: str) -> list[Document]:
-    """The pipeline of ``Lease.release``; nothing is left where nobody holds or waits."""
+    """The pipeline of ``Lease.release``. Removes the field if no owner holds it or waits."""
     me = {"$literal": owner}
     mine = {"$eq": ["$lease.owner", me]}
     others = {"$filter": {"input": "$lease.waiters", "cond": {"$ne": ["$$this.owner", me]}}}

@@ -95,10 +95,10 @@ class Records:
         *,
         shorten: bool = False,
     ) -> None:
-        # Two documents, two steps. Between them the new record cannot be reached by anybody: its
-        # token has not left the server. The second step decides, atomically, who succeeds. It
-        # always leaves a pointer, by which a repeat knows that it was this rotation, and not a
-        # logout, that ended the session under the old key.
+        # Two documents, two steps. Between them no client can reach the new record, since its token
+        # hasn't left the server. The second step decides atomically which rotation wins. It always
+        # leaves a pointer, so that a repeat knows that this rotation, and not a logout, ended the
+        # session under the old key.
         repeated = False
         try:
             collection.insert_one(self.layout.document(record))

@@ -64,7 +64,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
         *,
         dry_run: bool = False,
     ) -> Tidied:
-        """Removes what the TTL index leaves: what has no date, and all where there is no index."""
+        """Removes documents that the TTL index leaves: without a date, or all without the index."""
         limit = min(limit, _AT_ONCE)
         if cursor.startswith(_BLOBS_NEXT):
             return self._tidy_blobs(collection, cursor, limit, dry_run)

@@ -1,8 +1,8 @@
 """Sessions in MongoDB 5.0 or newer: one document per session, the payload as one binary field.
 
-Writes are acknowledged by a majority, loads ask the primary, by default for what it has itself. A
-TTL index removes what has expired; since its sweep is up to a minute late, expiry is also checked
-on every read and write.
+Writes are acknowledged by a majority. Loads read from the primary, by default its own latest data.
+A TTL index removes expired documents. Since it may be a minute late, each read and write also
+checks the expiry.
 """
 
 from __future__ import annotations

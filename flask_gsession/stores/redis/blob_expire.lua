@@ -1,4 +1,4 @@
--- Move the expiry of blobs that are there: only to later, or only to earlier.
+-- Move the expiry of existing blobs, either only later or only earlier.
 -- KEYS: blobs. ARGV: later | earlier, life in ms.
 local life = tonumber(ARGV[2])
 for _, blob in ipairs(KEYS) do

@@ -1,8 +1,8 @@
 """Sessions in a Redis Cluster: each in the node of its slot, which may move at any time.
 
-A rotation concerns two keys, and so two slots. The new record is put under its key first, and it
-is the old key that decides: of several rotations one wins, and nobody holds a token for the records
-of the others. A process that dies in between leaves such a record, which expires.
+A rotation writes two keys in two slots. It first stores the new record, and then the old key
+decides: one of several rotations wins, and no client has a token for the records of the others. If
+the process dies in between, the unused record stays until it expires.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ Owners = dict[int, Address]
 class Cluster:
     """Maps slots to nodes, and holds the connections to each.
 
-    ``make`` makes a connection to an address, ``size`` is the most to one node. There is no lock:
-    threads do not wait for one that asks a frozen node, and a fork finds none held.
+    ``make`` creates a connection to an address; ``size`` limits the connections per node. There is
+    no lock, so no thread waits for another one that is stuck at a frozen node, and no fork inherits
+    a held lock.
     """
 
     def __init__(self, make: Callable[..., Any], seeds: list[Address], size: int) -> None:

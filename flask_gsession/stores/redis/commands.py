@@ -78,10 +78,10 @@ class Confirmation:
         self.missing = ""
 
     def ask(self, slot: Any, name: bytes, answer: Any, again: bool, deadline: float) -> None:
-        """Wait until the replicas have what was done; see Redis' ``WAIT``.
+        """Wait until the replicas have confirmed the write, with Redis' ``WAIT``.
 
-        It waits for the last write of this connection, and so for all before it. A call that found
-        nothing left to do, or repeats what another connection may have done, has written nothing.
+        It covers all writes of this connection so far. A call that had nothing to do, or that
+        repeats a write of another connection, has written nothing.
         """
         status = answer[:1]
         if status not in (b"K", b"N", b"D" if again else b"N"):
@@ -152,8 +152,8 @@ class Commands:
     ) -> bytes:
         """Run a script; its first answering byte says how it went.
 
-        A success must end with ``echo``, as the version that was written, or be ``also``: an answer
-        to somebody else's command would not. Then replicas are asked for their ``confirmation``.
+        A success must end with ``echo``, such as the written version, or equal ``also``. That
+        detects a reply to another command. Then replicas are asked for their ``confirmation``.
         """
 
         def parse(reply: Any) -> bytes:
@@ -197,12 +197,12 @@ class Commands:
         with_source: Callable[[], bytes] | None = None,
         confirmation: Confirmation | None = None,
     ) -> T:
-        """Send one command and return what ``parse`` makes of its answer, before ``deadline``.
+        """Send one command and return its parsed reply, before ``deadline``.
 
-        ``name`` is the key that it is about. Where the server does not know the script,
-        ``with_source`` is the same command with it. An answer that ``parse`` refuses is asked for
-        once more, on another connection: this one may be out of step. Repeats are safe: every
-        command here recognises its own earlier effect.
+        ``name`` is the key of the command. ``with_source`` makes the same command with the source
+        of the script, for a server that doesn't know it. If ``parse`` refuses the reply, the
+        command is repeated on another connection, since this one may be out of step. That is safe:
+        every command here recognises its own earlier effect.
         If another writer came in between, a repeat can't distinguish a write that was applied and
         overwritten from one that was never applied: that raises ``StoreUnavailable`` too.
         """
@@ -214,7 +214,7 @@ class Commands:
                 if in_doubt and answer in _OVERTAKEN:
                     raise StoreUnavailable("redis: an answer was lost, then another write came")
                 if in_doubt and answer in _DELETED:
-                    answer = cast(T, b"K")  # what it was is not known any more
+                    answer = cast(T, b"K")  # the deleted record is unknown
                 return answer
             except NoScriptError:
                 if with_source is None:

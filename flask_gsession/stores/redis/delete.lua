@@ -1,11 +1,12 @@
--- Delete a record and its lease, and return it, unless a version is expected. A live pointer is
--- returned and left where it is: its successor goes first.
--- KEYS: record, and its lease where that ends too. ARGV: expected version (8 bytes, empty: any), now in ms, 1 to delete a
---       pointer, who must hold the lease (empty: nobody), what the channels begin with.
+-- Delete a record and its lease. Returns the record unless a version is expected. A live pointer is
+-- returned and stays, since its successor must be deleted first.
+-- KEYS: record; its lease, to end it too.
+-- ARGV: expected version (8 bytes, empty: any), now in ms, 1 to delete a pointer, required owner of
+--       the lease (empty: none), prefix of the channels.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 local unexpired = #head == 31 and tonumber(ARGV[2]) < struct.unpack('>I6', head, 16)
 local live = unexpired and head:byte(1) == 1
--- What a rotation in a cluster leaves is for its repeat: it goes by itself.
+-- A rotation in a cluster leaves this marker for its own repeat; it expires.
 if head:byte(1) == 2 and redis.call('GETRANGE', KEYS[1], 31, 31) == ' ' then return 'N' end
 local lease = KEYS[2] and redis.pcall('GET', KEYS[2])
 if type(lease) == 'table' then

@@ -60,9 +60,9 @@ _NAMES_COMMAND = (  # before 5.3
 
 
 def named(answer: Any) -> Any:
-    """The answer; an error of a server as the class that the driver has for it.
+    """The reply, with a server error converted to the driver's class for it.
 
-    Before 6.0 it knew those about a topology only in the connections of its own cluster client.
+    Before 6.0, only connections of the driver's cluster client converted topology errors.
     """
     if type(answer) is ResponseError:
         code, _, rest = str(answer).partition(" ")
@@ -101,7 +101,7 @@ def read_within(connection: Any, seconds: float, **options: Any) -> Any:
 def is_closed_or_unread(connection: Any) -> bool:
     """Whether the server has closed an idle connection, or something unread is in it.
 
-    Versions differ in what ``can_read`` of a connection says of one that was closed.
+    Versions of the driver differ in the result of ``can_read`` for a closed connection.
     """
     socket = connection._sock
     if socket is None:

@@ -114,8 +114,8 @@ def parsed(info: bytes) -> dict[str, str]:
 def checked(about: About, skew: float | None, logout_replicas: int) -> list[Finding]:
     """The findings of one server.
 
-    ``skew``: how many seconds its clock is ahead of ours, None where it would not say.
-    ``logout_replicas``: how many must confirm a logout.
+    ``skew``: the seconds that its clock is ahead of ours, or None if unknown.
+    ``logout_replicas``: the number of replicas that must confirm a logout.
     """
     return [
         _version(about),

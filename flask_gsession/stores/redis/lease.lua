@@ -1,10 +1,10 @@
--- The lease of a session, and the queue for it: one text, a line for who holds it until when, and
--- for how long he asked (ms), and one for each who waits: who, when he asked last, and where he is to be called (ms since 1970).
--- KEYS: lease, and to acquire it the record, unless that was seen to live before.
--- ARGV: acquire | extend | release | end, owner, now in ms, the life of a waiter in ms, what the
---       channels begin with; to acquire or extend: lease in ms; to acquire: the most waiters, the
---       channel of this one.
--- Answers with how it went, the owner, and to "W" for how many ms to wait.
+-- The lease of a session and its queue, as text. First line: owner, end (ms since 1970), length
+-- (ms). One line for each waiter: owner, last attempt (ms since 1970), channel.
+-- KEYS: lease; to acquire it also the record, unless the caller knows that it is live.
+-- ARGV: acquire | extend | release | end, owner, now in ms, life of a waiter in ms, prefix of the
+--       channels; to acquire or extend: lease in ms; to acquire: maximum number of waiters, channel
+--       of this one.
+-- Returns a status letter and the owner; "W" also has the number of ms to wait.
 local operation, me, now, life = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 if KEYS[2] then
   local head = redis.call('GETRANGE', KEYS[2], 0, 30)
@@ -16,10 +16,10 @@ if type(stored) == 'table' then
   stored = ''
 end
 local owner, till, length, lines = stored:match('^(%S*) (%d+) (%d+)\n(.*)$')
--- Junk is no lease: it is replaced.
+-- Replace a malformed lease.
 if not owner then owner, till, length, lines = '', 0, 0, '' end
 till, length = tonumber(till), math.min(tonumber(length), 3600000)
--- Such a late end comes from a clock that was far ahead, or has been set back.
+-- An end this late comes from a clock that was far ahead, or was set back.
 local free = now >= till or till - now > 2 * length
 local waiters, place = {}, nil
 for who, seen, where in lines:gmatch('(%S+) (%d+) (%S+)\n') do
@@ -40,7 +40,7 @@ if operation == 'extend' then
   if not held then return answer .. me end
   till, length = now + ARGV[6], tonumber(ARGV[6])
 elseif operation == 'release' then
-  -- Alone where nothing was there to release: a repeat cannot tell whether it did it before.
+  -- "L" without an owner: nothing to release. A repeat can't know whether it was released before.
   if owner ~= me and not place then return 'L' end
   if owner == me then owner, till, length, free = '', 0, 0, true end
   if place then table.remove(waiters, place) end

@@ -121,9 +121,9 @@ class _Bounded:
         return _BoundedSocket(super()._connect(), self.deadline)  # type: ignore[misc]
 
     def ask(self, request: bytes) -> Any:
-        """Send a packed command; its answer, as bytes.
+        """Send a packed command and return its reply as bytes.
 
-        The client's own two methods for it, without what they do for all that they can do else.
+        Does the same as two methods of the client, without their other features.
         """
         connection: Any = self
         if connection._sock is None:

@@ -1,9 +1,10 @@
--- Rotate: the new key holds the record, the old one points to it or goes. The lease ends.
--- KEYS: old, new, lease of the old. ARGV: expected version (8 bytes), new value, its life in ms,
---       now in ms, pointer (empty: none), its life in ms, who must hold the lease (empty: nobody),
---       what the channels begin with, the idle expiry of the new value if that may not be earlier
---       than the old one's (else empty).
--- Answers "R" with the old idle expiry, and does nothing, where that is later.
+-- Rotate: move the record to the new key, and replace the old one by a pointer or delete it. Ends
+-- the lease.
+-- KEYS: old, new, lease of the old.
+-- ARGV: expected version (8 bytes), new value, its life in ms, now in ms, pointer (empty: none), its
+--       life in ms, required owner of the lease (empty: none), prefix of the channels, idle expiry
+--       of the new value if it must not be earlier than the old one's (else empty).
+-- If the old idle expiry is later, returns "R" with it and does nothing.
 local mine = ARGV[2]:sub(2, 9)
 local taken = redis.call('GETRANGE', KEYS[2], 0, 30)
 if #taken > 0 then

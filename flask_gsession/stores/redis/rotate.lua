@@ -1,9 +1,11 @@
--- Rotate in a cluster: the old key points to the new record, which is there already. The lease ends.
--- KEYS: old, and its lease where that must be held. ARGV: expected version (8 bytes), pointer, its life in ms, now in ms, new
---       version, who must hold the lease (empty: nobody), what the channels begin with, the idle
---       expiry of the new record if that may not be earlier than the old one's (else empty).
--- Answers "R" with the old idle expiry, and does nothing, where that is later; "N" alone where it
--- was done before.
+-- Rotate in a cluster: replace the old record by a pointer to the new one, which is stored already.
+-- Ends the lease.
+-- KEYS: old; its lease, if it must be held.
+-- ARGV: expected version (8 bytes), pointer, its life in ms, now in ms, new version, required owner
+--       of the lease (empty: none), prefix of the channels, idle expiry of the new record if it
+--       must not be earlier than the old one's (else empty).
+-- If the old idle expiry is later, returns "R" with it and does nothing. Returns "N" without a
+-- version if the rotation was done before.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 then return 'G' end
 if head:sub(1, 9) == ARGV[2]:sub(1, 9) then return 'N' end

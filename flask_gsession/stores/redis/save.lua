@@ -1,8 +1,8 @@
--- Replace a live record of the expected version; never create one.
--- KEYS: record, and its lease where that must be held.
--- ARGV: expected version (8 bytes), new value, its life in ms, now in ms, its idle expiry if that
---       may not be earlier than the stored one (else empty), who must hold the lease.
--- Answers "R" with the stored idle expiry, and does nothing, where that is later.
+-- Replace a live record of the expected version. Never creates one.
+-- KEYS: record; its lease, if it must be held.
+-- ARGV: expected version (8 bytes), new value, its life in ms, now in ms, its idle expiry if it must
+--       not be earlier than the stored one (else empty), required owner of the lease.
+-- If the stored idle expiry is later, returns "R" with it and does nothing.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 or head:byte(1) ~= 1 then return 'G' end
 local version = head:sub(2, 9)

@@ -1,8 +1,8 @@
-"""Going through all that a Redis holds for us, node by node, by SCAN and never by KEYS.
+"""Scans all our keys in Redis, node by node, with SCAN and never with KEYS.
 
-A cursor is the first hash slot of a node (0 where there is only one), the run id of its server and
-the server's own cursor. That means nothing to another server, nor after a restart: where the run id
-is a new one, the node is scanned from the start.
+A cursor holds the first hash slot of a node (0 without a cluster), the run id of its server, and
+the server's own cursor. That is only valid for one run of one server: if the run id differs, the
+scan of the node starts again.
 """
 
 from __future__ import annotations
@@ -190,9 +190,9 @@ class RedisScans(Scans, Upkeep, Counts):
     def _ask(
         self, node: Node, requests: Sequence[bytes], deadline: float, needed: bool = False
     ) -> list[Any]:
-        """Send these at once; their answers, what the server refuses as an error among them.
+        """Send these in one pipeline and return the replies, with refusals as error objects.
 
-        Where they are ``needed``, raises ``StoreUnavailable`` if the user may not do that.
+        If they are ``needed``, raises ``StoreUnavailable`` if the user lacks the right.
         """
         if not requests:
             return []

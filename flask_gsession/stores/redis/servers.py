@@ -25,8 +25,8 @@ from ..urls import without_hosts
 from .driver import HAS_HEALTH_HOOK
 from .pool import ConnectionPool, Slot, bounded, packed, said
 
-# A primary that was replaced on request takes writes for seconds, which are lost: so connections
-# that work are no proof, and the sentinels are asked again after so many seconds.
+# After a manual failover, the old primary accepts writes for seconds, and they are lost. So even
+# while its connections work, the sentinels are asked again after so many seconds.
 LOOK_AGAIN = 1.0
 _NO_FAILOVER = "They could not replace the primary, should it die: start those that are down."
 

@@ -94,7 +94,7 @@ class RedisStore(Store):
         self._commands.pool.close()
 
     def lend_pool(self) -> redis.ConnectionPool | None:
-        """A pool of the driver's own to this server, for other packages; None where it is several.
+        """A connection pool of the driver for other packages; None for a cluster.
 
         The pool of the client that was passed in; else a new one of the same size as the store's,
         with a quarter of the time budget of a call as its timeout.

@@ -24,10 +24,10 @@ _FORGOTTEN = 3 * WAITER_LIFE / 1000  # seconds after which a silent waiter is dr
 
 
 class WakeUps:
-    """Calls for this process, on a channel of its own, heard by one thread while somebody waits.
+    """Wake-ups on a channel per process. One thread listens while there are waiting owners.
 
-    ``make`` makes a connection, ``prefix`` is what channels begin with. Nothing is shared with a
-    forked process. Where there is no connection to be had, ``wait`` says so: then look yourself.
+    ``make`` creates a connection; ``prefix`` starts the names of channels. Forked processes share
+    nothing. Without a connection, ``wait`` returns False, and the caller has to poll.
     """
 
     def __init__(self, make: Callable[[], Any], prefix: bytes, timeout: float) -> None:
@@ -61,7 +61,7 @@ class WakeUps:
         self._calls.pop(owner, None)
 
     def wait(self, owner: bytes, seconds: float) -> bool:
-        """Wait for a call; returns early where one may have been missed. False: nobody listens."""
+        """Wait for a wake-up. May return early if one was missed. False: no connection."""
         process.notice()
         listener = self._listener
         if listener is not None and listener.ready.is_set():

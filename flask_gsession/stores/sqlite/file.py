@@ -1,4 +1,4 @@
-"""The SQLite file: its connections in this process, forks, and who may read it."""
+"""The SQLite file: its connections in this process, forks and access rights."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class _Opened:
         at_fork(before=self.before_fork, after_in_parent=self.after_fork)
 
     def begin(self) -> None:
-        """In a forked process: what is open is its parent's, and must not even be closed."""
+        """In a forked process: open connections belong to the parent, and mustn't be closed."""
         self.lock = threading.Lock()
         self.forking = threading.RLock()
         for connection in list(self.connections):
@@ -111,7 +111,7 @@ class _Opened:
 
 
 def _keep_for_ever(connection: _Connection) -> None:
-    """Or it would be closed at the end of the interpreter, which could write what is outdated."""
+    """Never close the connection: the exit of the interpreter would, and could write old data."""
     with suppress(ImportError):
         import ctypes
 
@@ -123,9 +123,9 @@ _opened = _Opened()
 
 @contextmanager
 def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
-    """Of all processes one at a time; False where this cannot be had.
+    """Lock the folder between processes; yields False if it has no locks.
 
-    Raises ``OSError`` where another one is in there for longer than ``seconds``.
+    Raises ``OSError`` if another process holds the lock for longer than ``seconds``.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -221,9 +221,9 @@ class SQLiteFile:
     ) -> T:
         """Run ``work`` on a connection of this process, and translate its errors.
 
-        One function, and no context manager, for those that an interrupt strikes: where one is left
-        in the middle, a finalizer goes on with it later, and may be struck itself. A connection
-        goes back into the pool only when all is done, and is closed otherwise.
+        Not a context manager: if an interrupt leaves one in the middle, a finalizer continues it
+        later, and may be interrupted too. A connection goes back into the pool only after success,
+        and is closed otherwise.
         """
         process.notice()
         if time.monotonic() >= self._look_at:
@@ -338,12 +338,12 @@ class SQLiteFile:
         return db
 
     def _make_file(self) -> None:
-        """Make the file, and first remove what a deleted one left beside it.
+        """Create the file, after removing the -wal and -shm files of a deleted one.
 
-        SQLite would take that for its own, and cut the memory short that connections to the deleted
-        file still share: that ends their process.
+        SQLite would reuse those, and truncate the memory that connections to the deleted file still
+        share, which would crash their processes.
         """
-        path = Path(os.path.realpath(self.path))  # of a link SQLite uses the place it leads to
+        path = Path(os.path.realpath(self.path))  # SQLite follows links
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _alone_in(path.parent, self._timeout) as alone, _opened.lock:
             if path.exists():
@@ -356,7 +356,7 @@ class SQLiteFile:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     def _secure_files(self) -> None:
-        """Let nobody else read or write the file, or what SQLite keeps beside it."""
+        """Revoke the rights of other users to the file and SQLite's files beside it."""
         if is_foreign_link(self.path):
             raise SettingError(f"SESSION_STORE: {self.path} is another user's symbolic link")
         path = os.path.realpath(self.path)

@@ -77,7 +77,7 @@ class SQLiteScans(Scans, Upkeep, Counts):
 
     @on_connection
     def count(self, db: sqlite3.Connection) -> int:
-        """About how many sessions are live; 60 ms for a million, in which nobody waits."""
+        """The approximate number of live sessions. 60 ms for a million; blocks no call."""
         now = self.layout.now()
         ours = (self.layout.prefix, self.layout.prefix + "\x7f")
         (live,) = db.execute(

@@ -29,7 +29,7 @@ class SQLiteStore(Store):
     Safe with threads, gevent and several processes. Connections are closed before a fork by
     ``os.fork``, and after use outside a request. A process that is forked while one is open, as in
     C after a request, is refused with ``StoreUnavailable``: SQLite would damage the file.
-    Raises ``SettingError`` where the file is a database of something else, or is another user's.
+    Raises ``SettingError`` if the file is another database, or belongs to another user.
     """
 
     def __init__(self, path: str | os.PathLike[str], options: StoreOptions | None = None) -> None:

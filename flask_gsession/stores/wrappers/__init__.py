@@ -1,6 +1,7 @@
 """Stores around a store: the circuit breaker, the timer of the metrics, the trace of a session.
 
-A wrapper is a store, holds a store, and passes on what it does not change: see ``Wrapper``.
+A wrapper is a store that holds another store, and forwards the calls that it doesn't change: see
+``Wrapper``.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def compose(
     timer: CallMaker | None = None,
     trace: list[Call] | None = None,
 ) -> Store:
-    """``store`` with the wrappers that are asked for, the first one innermost.
+    """``store`` with the requested wrappers, the first one innermost.
 
-    ``timer`` makes each call and measures it. ``trace`` gets a ``Call`` for each. They also see
-    what the breaker refuses. Each may be added later, around what was composed before.
+    ``timer`` runs and measures each call. ``trace`` gets a ``Call`` for each. Both also see calls
+    that the breaker refuses. You can add a wrapper to a composed store later.
     """
     if breaker is not None:
         store = GuardedStore(store, *breaker)

@@ -1,7 +1,7 @@
-"""A circuit breaker: a store that costs every call its time is left alone for a moment.
+"""A circuit breaker: after too many failures, calls fail at once for a moment.
 
-Loads have a circuit and writes have one, in each process: a store that answers the ones and hangs
-at the others is asked for what it can do.
+Each process has one circuit for loads and one for writes, so a store that answers reads but hangs
+at writes still serves reads.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ class Circuit:
             if self._open_since is None:
                 return now, False
             if now >= self._ask_at:
-                # Nobody else until the probe is over; but for ever would be too long, should an
-                # interrupt strike its thread right here.
+                # No other probe until this one is over. The limit is for an interrupt that strikes
+                # its thread right here.
                 self._ask_at = now + self._probe_time
                 return now, True
             wait, since, cause = self._ask_at - now, now - self._open_since, self._cause

@@ -10,7 +10,7 @@ from ..support import count_round_trips
 
 
 class Call(NamedTuple):
-    """One call of the store; ``trips`` is None where the round trips are not counted."""
+    """One call of the store; ``trips`` is None if the store doesn't count round trips."""
 
     operation: str
     seconds: float

@@ -1,4 +1,4 @@
-"""A store around another one, to start from."""
+"""Base classes for wrappers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from ..parts import Blobs, Leases, parts_of
 
 
 class Wrapper(Store):
-    """A store around ``store``, that passes everything on: override what is to be different.
+    """A store around ``store`` that forwards all calls: override the methods you want to change.
 
-    The parts are those of ``store``. Writes under the lease of a session lock go to the part
-    ``leases``, and large values to ``blobs``: to see these, put a wrapper around the part too, as
-    ``CallWrapper`` does.
+    It has the parts of ``store``. Writes under a session lock go to the part ``leases``, and large
+    values to ``blobs``. If your wrapper must see them, wrap the part too, as ``CallWrapper`` does.
     """
 
     def __init__(self, store: Store) -> None:
@@ -64,10 +63,10 @@ CallMaker = Callable[..., Any]
 
 
 class CallWrapper(Wrapper):
-    """A store around ``store``, each call of which ``call(operation, method, *arguments)`` makes.
+    """A store around ``store`` that makes each call by ``call(operation, method, *arguments)``.
 
-    That concerns what requests use: the verbs but for ``close``, and the parts ``leases`` (without
-    the wait for a release) and ``blobs``.
+    This includes all calls of a request: the verbs except ``close``, and the parts ``leases``
+    (except the wait for a release) and ``blobs``.
     """
 
     def __init__(self, store: Store, call: CallMaker) -> None:
