@@ -12,7 +12,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus neighbours clean
+.PHONY: help demo billing test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus neighbours clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,7 @@ EXTRAS_shop-mongodb := [typed,mongodb]
 # In front of the environment's own packages: its tools need newer ones than some of these.
 OLDEST := $(VENV)/oldest
 
+EXTRAS_billing := [grpc]
 EXTRAS_test := [test,bench]
 EXTRAS_docs := [docs]
 EXTRAS_dist := [dist]
@@ -55,6 +56,9 @@ demo: export SHOP_STORE = $(value STORE)
 endif
 demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:6379, PORT=5055
 	@$(PY) -m examples.shop --port $(PORT)
+
+billing: $(VENV)/with-billing ## Run a shop and its billing, which share sessions by gRPC; PORT=5055
+	@$(PY) -m examples.billing --port $(PORT)
 
 test: $(VENV)/with-test $(OLDEST)/ready servers chromium prometheus neighbours ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)

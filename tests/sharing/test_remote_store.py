@@ -27,7 +27,7 @@ from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.stores.parts import parts_of
 from flask_gsession.stores.remote import forks
 from flask_gsession.testing import HookedStore, a_record
-from tests.harness.apps import PATIENCE, Site
+from tests.harness.apps import PATIENCE, Site, within
 from tests.harness.sharing import ServeCommand, serving, store_servers
 from tests.stores.test_interrupts import TooLong, TooLongAsItIsUsual, handler
 
@@ -110,13 +110,6 @@ def remote_site(command: ServeCommand) -> Iterator[Site]:
         yield site
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    began = time.monotonic()
-    answer = call()
-    assert time.monotonic() - began < seconds
-    return answer
-
-
 @pytest.mark.parametrize("how", ["killed", "frozen", "ended"])
 def test_a_server_that_goes_away_is_503_in_time_and_comes_back(
     how: str, command: ServeCommand, remote_site: Site
@@ -145,30 +138,35 @@ def test_a_server_that_goes_away_is_503_in_time_and_comes_back(
     assert visitor.run(dict) == {"cart": ["mug"]}
 
 
+def outage(store: Any) -> str:
+    """What a load that must fail says."""
+    with pytest.raises(StoreUnavailable) as caught:
+        store.load("x" * 43)
+    return str(caught.value)
+
+
 def test_nobody_listens(store_prefix: str) -> None:
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         store = reach(f"grpc://127.0.0.1:{taken.getsockname()[1]}", BUDGET)
-        with pytest.raises(StoreUnavailable, match=r"grpc 127\.0\.0\.1"):
-            within(BOUND, lambda: store.load("x" * 43))
+        assert "grpc 127.0.0.1" in within(BOUND, lambda: outage(store))
         store.close()
 
 
 def test_somebody_listens_and_says_nothing() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         store = reach(f"grpc://127.0.0.1:{silent.getsockname()[1]}", BUDGET)
-        with pytest.raises(StoreUnavailable):
-            within(BOUND, lambda: store.load("x" * 43))
+        within(BOUND, lambda: outage(store))
         store.close()
 
 
 def test_a_slow_far_store_costs_the_budget_and_no_more(far: HookedStore) -> None:
     release = threading.Event()
-    far.before("load", lambda: release.wait(PATIENCE))
+    for _ in range(4):
+        far.before("load", lambda: release.wait(PATIENCE))
     with store_servers() as serve:
         store = reach(serve(far), BUDGET)
-        with pytest.raises(StoreUnavailable, match="DEADLINE_EXCEEDED"):
-            within(BOUND, lambda: store.load("x" * 43))
+        assert "DEADLINE_EXCEEDED" in within(BOUND, lambda: outage(store))
         release.set()
         store.close()
 
