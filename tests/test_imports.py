@@ -21,7 +21,7 @@ ROWS = [
     ["processes"],
     ["tokens", "stores.rights", "stores.file_locks", "stores.interrupts"],
     ["stores.base", "stores.urls"],
-    ["stores.exposure"],
+    ["stores.exposure", "live.listener", "live"],
     ["values", "stores.wrappers"],
     ["config"],
     ["repository.races", "users.format"],
@@ -142,7 +142,7 @@ def test_a_store_knows_only_its_contract(module: str) -> None:
     ours = {name for name in imports(module) if name.startswith("flask_gsession")}
     same_room = [name for name in INSIDE if room_of(name) == room_of(module)]
     names = ("exposure", "interrupts", "rights", "file_locks", "urls")
-    means = [f"stores.{name}" for name in names]
+    means = ["live.listener", *(f"stores.{name}" for name in names)]
     contract = ("errors", "events", "processes", *CONTRACT, *means, *same_room)
     wire = [name for name in INSIDE if room_of(name) == "protocol"]
     if room_of(module) == "stores.remote":  # which has a language of its own

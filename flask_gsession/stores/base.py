@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from .parts import Blobs, Checks, Counts, Leases, Scans, Upkeep
+    from .parts import Blobs, Changes, Checks, Counts, Leases, NearReads, Scans, Upkeep
 
 Clock = Callable[[], float]
 
@@ -100,6 +100,8 @@ class Store:
     upkeep: Upkeep | None = None
     counts: Counts | None = None
     checks: Checks | None = None
+    changes: Changes | None = None
+    near: NearReads | None = None
     #: Whether the store honours ``StoreOptions.logout_replicas``.
     confirms_logouts = False
 

@@ -1,12 +1,12 @@
 """Parts: the optional abilities of a store, beside the seven verbs.
 
 Each part is an attribute of the store (``leases``, ``blobs``, ``scans``, ``upkeep``, ``counts``,
-``checks``): an object with the methods below, or None where the store can't do that.
+``checks``, ``changes``): an object with the methods below, or None where the store can't do that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .base import Deleted, Record, Replaced
@@ -188,6 +188,74 @@ class Checks(Protocol):
         """Findings for an administrator. Raises ``StoreUnavailable``."""
 
 
+NEVER = float("-inf")
+
+
+class Hearer(Protocol):
+    """Hears of changes. Both methods are called in any thread; be quick."""
+
+    def changed(self, keys: Iterable[str]) -> None:
+        """The records under these keys were written or deleted, or have expired."""
+
+    def lost(self) -> None:
+        """Any record may have changed unheard."""
+
+
+class Feed:
+    """The changes at one server, as heard over one connection. After a cut there is another feed.
+
+    ``exact_as_of``: everything that was written there between the begin of the connection and
+    this moment, by the clock ``flask_gsession.live.listener.now``, has been passed on.
+    """
+
+    __slots__ = ("exact_as_of",)
+
+    def __init__(self) -> None:
+        self.exact_as_of = NEVER
+
+
+class Changes(Protocol):
+    """For a store that can tell a process soon which records were changed, by any process."""
+
+    @property
+    def unproven(self) -> str:
+        """Why feeds don't say as of when they are exact, and are only hints; "" if they do."""
+
+    def hear(self, hearer: Hearer, interval: float | None = None) -> None:
+        """Let ``hearer`` hear of changes, proven complete at least every ``interval`` seconds.
+
+        ``hearer`` must not refer to the store, which could not be collected then.
+        """
+
+    def leave(self, hearer: Hearer) -> None:
+        """Stop that. While nobody hears, there is no connection."""
+
+    def feed(self, key: str) -> Feed | None:
+        """The feed on which changes of this record are heard; None while there is none."""
+
+    def start(self) -> None:
+        """Begin to listen, if that has not begun, in a thread; returns at once."""
+
+    def close(self) -> None:
+        """Stop to listen, until the next use."""
+
+
+class NearReads(Protocol):
+    """For a store that keeps records near, in this process, for reads that need not be exact."""
+
+    #: seconds that a record may be older than the one in the store
+    bound: float
+
+    def peek(self, key: str, version: int | None = None) -> Record | None:
+        """The record if it is kept and proven to be fresh enough. Asks nobody.
+
+        With ``version`` only that one: a client has seen it already.
+        """
+
+    def load_near(self, key: str) -> Record | None:
+        """As ``Store.load``; what is loaded may be kept."""
+
+
 class Parts(NamedTuple):
     """The parts of one store, by name."""
 
@@ -197,6 +265,8 @@ class Parts(NamedTuple):
     upkeep: Upkeep | None
     counts: Counts | None
     checks: Checks | None
+    changes: Changes | None
+    near: NearReads | None
 
 
 def parts_of(store: object) -> Parts:

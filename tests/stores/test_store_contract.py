@@ -15,9 +15,9 @@ from flask_gsession.contrib.metrics import Timer
 from flask_gsession.contrib.metrics_figures import Figures
 from flask_gsession.events import Events
 from flask_gsession.stores import Store, StoreOptions, open_store
-from flask_gsession.stores.base import VERBS, Clock
+from flask_gsession.stores.base import VERBS, Clock, Record
 from flask_gsession.stores.parts import parts_of
-from flask_gsession.stores.wrappers import Breaker, CallMaker, Wrapper, compose
+from flask_gsession.stores.wrappers import Breaker, CallMaker, Near, Wrapper, compose
 from flask_gsession.testing import HookedStore, StoreContract
 from tests.harness.apps import PATIENCE
 
@@ -126,6 +126,27 @@ class TestWrappersOfEachStore(WrapperContract):
         self.wrapper, self.url, self.prefix = wrapper, store_url, store_prefix
 
 
+class ReadsNear(Wrapper):
+    """Loads from the near cache of its store, as the first read of a request does."""
+
+    def load(self, key: str) -> Record | None:
+        assert self.near is not None
+        return self.near.peek(key) or self.near.load_near(key)
+
+
+class TestNearCache(StoreContract):
+    """Around each store that proves how fresh what it keeps near is."""
+
+    @pytest.fixture(autouse=True)
+    def _where(self, redis_url: str, store_prefix: str) -> None:
+        self.url, self.prefix = redis_url, store_prefix
+
+    def open(self, clock: Clock) -> Store:
+        store = open_store(self.url, StoreOptions(prefix=self.prefix, clock=clock))[0]
+        near = Near(bound=PATIENCE, max_bytes=1_000_000, clock=clock)
+        return ReadsNear(compose(store, breaker=a_breaker(), near=near, timer=a_timer(), trace=[]))
+
+
 class TestStackedWrappers(StoreContract):
     """All of them, as in an application with metrics whose session is being debugged."""
 
@@ -164,5 +185,5 @@ class TestSevenVerbs(StoreContract):
     def open(self, clock: Clock) -> Store:
         store: Any = SevenVerbs(open_store("memory://", StoreOptions(clock=clock))[0])
         wrapped: Store = WRAPPERS[self.wrapper](store) if self.wrapper in WRAPPERS else store
-        assert parts_of(wrapped) == (None,) * 6
+        assert parts_of(wrapped) == (None,) * 8
         return wrapped

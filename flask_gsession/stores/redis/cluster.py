@@ -28,6 +28,7 @@ from ..base import Record, Replaced
 from ..interrupts import reraise_interruption
 from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
+from .changes import ClusterSource
 from .commands import Commands, Confirmation, Script
 from .layout import pack, version
 from .leases import RedisLeases, ask_for_lease
@@ -65,6 +66,21 @@ class Cluster:
         self._outdated = True
         self._knowing: Address | None = None  # to be asked first,
         self._silent: Address | None = None  # and last
+        #: called where records may be read from other nodes than before
+        self.shifted: Callable[[], object] = bool
+
+    def make_at(self, address: Address, **options: Any) -> Any:
+        """A connection to one of the nodes."""
+        return self._make(host=address[0], port=address[1], **options)
+
+    def look(self, deadline: float) -> list[Address]:
+        """Ask for the slot table; the nodes that serve slots."""
+        self._look(deadline)
+        return list(dict.fromkeys(self._owners.values()))
+
+    def known_owner(self, slot: int) -> Address | None:
+        """The node that serves a slot, as far as that is known without asking."""
+        return self._owners.get(slot)
 
     def make(self, **options: Any) -> Any:
         """A connection to one of the nodes: whichever it is, it hears what is published."""
@@ -109,6 +125,7 @@ class Cluster:
         """A node named another for this slot, and more slots may have moved there."""
         self._owners[slot] = to
         self._knowing, self._outdated = to, True
+        self.shifted()
 
     def close(self) -> None:
         """Close all connections."""
@@ -133,7 +150,9 @@ class Cluster:
                 last = f"; {said(error)}"
                 continue
             if owners:
-                self._owners = owners
+                before, self._owners = self._owners, owners
+                if owners != before:
+                    self.shifted()
                 self._outdated = False
                 self._knowing = self._silent = None
                 for gone in self._pools.keys() - {*owners.values(), *self._seeds}:
@@ -206,6 +225,7 @@ class ClusterCommands(Commands):
             cluster.moved(slot, _named_by(error, address))
             raise
         except AskError as error:  # the slot is on its way, and this key has arrived
+            cluster.shifted()
             return attempt(_named_by(error, address), asking=True)
         except AllInUse:
             raise
@@ -337,7 +357,7 @@ class RedisClusterStore(RedisStore):
         cluster = Cluster(make, seeds, options.pool_max)
         closing(self, cluster.close)
         records = ClusterRecords(ClusterCommands(cluster, options), options.logout_replicas)
-        self._begin(url_or_client, options, records, cluster.make)
+        self._begin(url_or_client, options, records, cluster.make, ClusterSource)
         self.leases = ClusterLeases(records, self._wake_ups)
         self.blobs = ClusterBlobs(records.commands)
 

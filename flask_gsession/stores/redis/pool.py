@@ -116,9 +116,14 @@ class _Bounded:
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.deadline = _Deadline()
+        #: called with the address that a new connection leads to
+        self.met: Callable[[Any], object] | None = None
 
     def _connect(self) -> _BoundedSocket:
-        return _BoundedSocket(super()._connect(), self.deadline)  # type: ignore[misc]
+        socket = super()._connect()  # type: ignore[misc]
+        if self.met is not None:
+            self.met(socket.getpeername())
+        return _BoundedSocket(socket, self.deadline)
 
     def ask(self, request: bytes) -> Any:
         """Send a packed command and return its reply as bytes.
@@ -196,6 +201,9 @@ class ConnectionPool:
     def __init__(self, make: Callable[[], Any], size: int) -> None:
         self.make = make
         self._size = size
+        #: called where a connection leads elsewhere than the one that is followed
+        self.moved: Callable[[], object] = bool
+        self._peer: Any = None
         self._start()
         process.register(self._start)
 
@@ -217,6 +225,7 @@ class ConnectionPool:
         connection = slot.connection
         if connection is None:
             connection = slot.connection = self.make()
+            connection.met = self._met
         elif deadline - connection.deadline.at > _IDLE and is_closed_or_unread(connection):
             connection.disconnect()  # a command that is sent to nobody would be in doubt
         connection.deadline.at = deadline
@@ -264,6 +273,19 @@ class ConnectionPool:
             if slot.connection is not None:
                 slot.connection.disconnect()
             self.give(slot)
+
+    def look(self, deadline: float) -> None:
+        """Nothing: there is one server."""
+
+    def follow(self, connection: Any) -> None:
+        """Lend new connections only, and call ``moved`` where one leads elsewhere than this one."""
+        self._peer = connection._sock.getpeername()
+        self.close()
+
+    def _met(self, peer: Any) -> None:
+        if self._peer is not None and peer != self._peer:
+            self._peer = None
+            self.moved()
 
     def close(self) -> None:
         """Close what is idle now, and what is in use when it comes back."""
@@ -315,6 +337,9 @@ class ClientPool:
         self.make: Callable[[], Any] = partial(
             bounded(self._pool.connection_class), **self._pool.connection_kwargs
         )
+        #: called where a connection leads elsewhere than the one that is followed
+        self.moved: Callable[[], object] = bool
+        self._peer: Any = None
 
     def take(self, deadline: float) -> ClientSlot:
         """A connection out of the client's pool."""
@@ -328,6 +353,9 @@ class ClientPool:
             raise
         if LENDS_CLOSED and is_closed_or_unread(connection):
             connection.disconnect()
+        if self._peer is not None and _peer_of(connection) != self._peer:
+            self._peer = None
+            self.moved()
         return ClientSlot(connection, deadline)
 
     def give(self, slot: ClientSlot) -> None:
@@ -337,8 +365,22 @@ class ClientPool:
     def distrust(self) -> None:
         """Nothing: the client checks a connection before it lends it."""
 
+    def look(self, deadline: float) -> None:
+        """Nothing: the client knows its server."""
+
+    def follow(self, connection: Any) -> None:
+        """Call ``moved`` where a connection leads elsewhere than this one."""
+        self._peer = _peer_of(connection)
+
     def close(self) -> None:
         """Nothing: the client belongs to the application."""
+
+
+def _peer_of(connection: Any) -> Any:
+    try:
+        return connection._sock.getpeername()
+    except (AttributeError, OSError):  # it is not connected
+        return None
 
 
 def packed(*parts: bytes) -> bytes:

@@ -185,6 +185,7 @@ class PrimaryPool(ConnectionPool):
             service,
         )
         self._primary: Address | None = None
+        self._followed: Address | None = None
         self._look_at = 0.0  # of time.monotonic: when to ask the sentinels again
         to_primary = type(kind.__name__, (_ToPrimary, kind), {})
         super().__init__(partial(to_primary, found=self._find, **settings), size)
@@ -200,6 +201,19 @@ class PrimaryPool(ConnectionPool):
                     if self._find(now + (deadline - now) / 4) != before:
                         self.distrust()
         return super().take(deadline)
+
+    def look(self, deadline: float) -> None:
+        """Ask the sentinels, and call ``moved`` where they name another than is followed."""
+        with suppress(RedisConnectionError):
+            found, followed = self._find(deadline), self._followed
+            if followed is not None and found != followed:
+                self._followed = None
+                self.moved()
+
+    def follow(self, connection: Any) -> None:
+        """As for one server."""
+        self._followed = connection.host, connection.port
+        super().follow(connection)
 
     def check(self, timeout: float) -> list[Finding]:
         """Whether the sentinels can replace the primary."""

@@ -11,9 +11,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ...errors import Gone
+from ...live.listener import Listener
 from ..base import Deleted, Record, Replaced, Store
 from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
+from .changes import RedisSource
 from .commands import Commands
 from .health import RedisChecks
 from .leases import RedisLeases
@@ -45,7 +47,12 @@ class RedisStore(Store):
         self.blobs = RedisBlobs(records.commands)
 
     def _begin(
-        self, source: object, options: StoreOptions, records: Records, make: Callable[..., Any]
+        self,
+        source: object,
+        options: StoreOptions,
+        records: Records,
+        make: Callable[..., Any],
+        changes: type[RedisSource] = RedisSource,
     ) -> None:
         """Set up what Redis and Cluster stores share; ``make`` makes wake-up connections."""
         self._source, self._options = source, options
@@ -56,6 +63,8 @@ class RedisStore(Store):
         closing(self, self._wake_ups.close)
         self.scans = self.upkeep = self.counts = RedisScans(records)
         self.checks = RedisChecks(self._commands, options.logout_replicas)
+        self.changes = self._listener = Listener(changes(self._commands, make))
+        closing(self, self._listener.close)
 
     def create(self, record: Record) -> None:
         self._records.create(record, self._commands.deadline())
@@ -90,6 +99,7 @@ class RedisStore(Store):
         return self._records.delete_version(key, expected_version, None)
 
     def close(self) -> None:
+        self._listener.close()
         self._wake_ups.close()
         self._commands.pool.close()
 

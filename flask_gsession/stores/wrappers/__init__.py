@@ -1,4 +1,4 @@
-"""Stores around a store: the circuit breaker, the timer of the metrics, the trace of a session.
+"""Stores around a store: circuit breaker, near cache, timer of the metrics, trace of a session.
 
 A wrapper is a store that holds another store, and forwards the calls that it doesn't change: see
 ``Wrapper``.
@@ -10,12 +10,13 @@ from functools import partial
 from typing import NamedTuple
 
 from ...events import Events
-from ..base import Store
+from ..base import Clock, Store
 from .breaker import GuardedStore
+from .near_cache import NearCache
 from .tracing import Call, traced
 from .wrapper import CallMaker, CallWrapper, Wrapper
 
-__all__ = ["Breaker", "Call", "CallMaker", "CallWrapper", "Wrapper", "compose"]
+__all__ = ["Breaker", "Call", "CallMaker", "CallWrapper", "Near", "Wrapper", "compose"]
 
 
 class Breaker(NamedTuple):
@@ -27,10 +28,19 @@ class Breaker(NamedTuple):
     events: Events
 
 
+class Near(NamedTuple):
+    """The settings of a near cache: see ``NearCache``."""
+
+    bound: float
+    max_bytes: int
+    clock: Clock
+
+
 def compose(
     store: Store,
     *,
     breaker: Breaker | None = None,
+    near: Near | None = None,
     timer: CallMaker | None = None,
     trace: list[Call] | None = None,
 ) -> Store:
@@ -41,6 +51,8 @@ def compose(
     """
     if breaker is not None:
         store = GuardedStore(store, *breaker)
+    if near is not None:
+        store = NearCache(store, *near)
     if timer is not None:
         store = CallWrapper(store, timer)
     if trace is not None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..base import Deleted, Record, Replaced, Store
-from ..parts import Blobs, Leases, parts_of
+from ..parts import Blobs, Leases, NearReads, parts_of
 
 
 class Wrapper(Store):
@@ -22,6 +22,7 @@ class Wrapper(Store):
         parts = parts_of(store)
         self.leases, self.blobs, self.scans = parts.leases, parts.blobs, parts.scans
         self.upkeep, self.counts, self.checks = parts.upkeep, parts.counts, parts.checks
+        self.changes, self.near = parts.changes, parts.near
 
     def create(self, record: Record) -> None:
         self.store.create(record)
@@ -66,7 +67,7 @@ class CallWrapper(Wrapper):
     """A store around ``store`` that makes each call by ``call(operation, method, *arguments)``.
 
     This includes all calls of a request: the verbs except ``close``, and the parts ``leases``
-    (except the wait for a release) and ``blobs``.
+    (except the wait for a release), ``blobs`` and ``near`` (except a peek, which asks nobody).
     """
 
     def __init__(self, store: Store, call: CallMaker) -> None:
@@ -76,6 +77,8 @@ class CallWrapper(Wrapper):
             self.leases = _CalledLeases(self.leases, call)
         if self.blobs is not None:
             self.blobs = _CalledBlobs(self.blobs, call)
+        if self.near is not None:
+            self.near = _CalledNear(self.near, call)
 
     def create(self, record: Record) -> None:
         self.call("create", self.store.create, record)
@@ -145,6 +148,19 @@ class _CalledLeases(Leases):
 
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
         self._leases.wait_for_release(key, owner, seconds)
+
+
+class _CalledNear(NearReads):
+    def __init__(self, near: NearReads, call: CallMaker) -> None:
+        self.bound = near.bound
+        self._near = near
+        self._call = call
+
+    def peek(self, key: str, version: int | None = None) -> Record | None:
+        return self._near.peek(key, version)
+
+    def load_near(self, key: str) -> Record | None:
+        return self._call("load", self._near.load_near, key)  # type: ignore[no-any-return]
 
 
 class _CalledBlobs(Blobs):

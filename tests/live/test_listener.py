@@ -1,0 +1,254 @@
+"""The listener: hears of every change at a server, and knows up to when it has heard them all."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from flask_gsession.live.listener import now
+from flask_gsession.stores import Store, StoreOptions, open_store
+from flask_gsession.stores.base import Record
+from flask_gsession.stores.parts import NEVER, Changes, Feed, Hearer
+from flask_gsession.testing.records import a_record
+from tests.harness.servers import RedisServer
+from tests.harness.topologies import (
+    RedisACL,
+    RedisCluster,
+    RedisSentinels,
+    TCPProxy,
+    until,
+)
+
+pytest_plugins = ["tests.harness.topologies"]
+
+BEAT = 0.02  # seconds
+
+
+class Heard(Hearer):
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.losses = 0
+
+    def changed(self, keys: Iterable[str]) -> None:
+        self.keys += keys
+
+    def lost(self) -> None:
+        self.losses += 1
+
+
+Listens = Callable[..., tuple[Store, Changes, Heard]]
+
+
+@pytest.fixture
+def listens(store_prefix: str) -> Iterator[Listens]:
+    """A store whose changes are heard: `listens(url_or_client, **options)`."""
+    stores: list[Store] = []
+
+    def open_one(source: Any, **options: Any) -> tuple[Store, Changes, Heard]:
+        store, _ = open_store(source, StoreOptions(prefix=store_prefix, **options))
+        stores.append(store)
+        assert store.changes is not None
+        heard = Heard()
+        store.changes.hear(heard, BEAT)
+        store.changes.start()
+        return store, store.changes, heard
+
+    yield open_one
+    for store in stores:
+        store.close()
+
+
+def proven(changes: Changes, key: str = "k") -> Feed:
+    """The feed, once it has proven something."""
+
+    def exact() -> Feed | None:
+        feed = changes.feed(key)
+        return feed if feed is not None and feed.exact_as_of != NEVER else None
+
+    return until(exact, "a feed that proves something")
+
+
+def stored(store: Store) -> Record:
+    record = a_record(time.time)
+    store.create(record)
+    return record
+
+
+def test_every_kind_of_change_is_heard(redis_url: str, listens: Listens) -> None:
+    store, changes, heard = listens(redis_url)
+    proven(changes)
+    record = stored(store)
+    until(lambda: heard.keys == [record.key], "a creation")
+    store.save(record._replace(version=1), record.version)
+    until(lambda: len(heard.keys) == 2, "a save")
+    store.renew(record._replace(version=1), record.idle_expires_at + 1000)
+    until(lambda: len(heard.keys) == 3, "a renewal")
+    store.delete(record.key)
+    until(lambda: len(heard.keys) == 4, "a deletion")
+    assert set(heard.keys) == {record.key}
+
+
+def test_an_expiry_is_heard(redis_url: str, redis_client: Redis, listens: Listens) -> None:
+    store, changes, heard = listens(redis_url)
+    record = stored(store)
+    proven(changes)
+    heard.keys.clear()
+    (name,) = redis_client.keys(f"*{record.key}*")
+    redis_client.pexpire(name, 1)
+    until(lambda: record.key in heard.keys, "an expiry")
+
+
+def test_what_is_heard_is_exact_as_of_less_than_three_beats_ago(
+    redis_url: str, listens: Listens
+) -> None:
+    _, changes, _ = listens(redis_url)
+    feed = proven(changes)
+    started, first = now(), feed.exact_as_of
+    until(lambda: feed.exact_as_of >= started, "a proof of what was before the start")
+    assert feed.exact_as_of > first
+
+
+def test_a_server_that_is_frozen_proves_nothing(own_redis: RedisServer, listens: Listens) -> None:
+    _, changes, _ = listens(own_redis.url, timeout=5.0)
+    feed = proven(changes)
+    with own_redis.paused():
+        frozen = now()
+        time.sleep(5 * BEAT)
+        assert feed.exact_as_of <= frozen
+    until(lambda: feed.exact_as_of > frozen, "the server proving again")
+
+
+def test_late_answers_prove_only_what_was_before_they_were_asked_for(
+    own_redis: RedisServer, listens: Listens
+) -> None:
+    with TCPProxy(own_redis.port) as proxy:
+        _, changes, _ = listens(f"redis://127.0.0.1:{proxy.port}", timeout=5.0)
+        feed = proven(changes)
+        with proxy.delay(0.3):
+            time.sleep(0.4)
+            for _ in range(5):
+                assert now() - feed.exact_as_of >= 0.3
+                time.sleep(BEAT)
+
+
+def test_a_cut_begins_another_feed(own_redis: RedisServer, listens: Listens) -> None:
+    with TCPProxy(own_redis.port) as proxy:
+        store, changes, heard = listens(f"redis://127.0.0.1:{proxy.port}")
+        feed = proven(changes)
+        losses = heard.losses
+        proxy.disconnect()
+        until(lambda: heard.losses > losses, "the loss")
+        assert proven(changes) is not feed
+        record = stored(store)
+        until(lambda: record.key in heard.keys, "a change after the cut")
+
+
+def test_a_flush_is_a_loss(own_redis: RedisServer, listens: Listens) -> None:
+    _, changes, heard = listens(own_redis.url)
+    proven(changes)
+    losses = heard.losses
+    with Redis.from_url(own_redis.url) as client:
+        client.flushall()
+    until(lambda: heard.losses > losses, "the loss")
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_client_of_the_application_serves_too(
+    redis_url: str, listens: Listens, protocol: int
+) -> None:
+    with Redis.from_url(redis_url, protocol=protocol, decode_responses=True) as client:
+        store, changes, heard = listens(client)
+        proven(changes)
+        record = stored(store)
+        until(lambda: record.key in heard.keys, "a change")
+
+
+def test_a_missing_permission_is_named(
+    redis_acl: RedisACL, listens: Listens, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_acl.allow("~* +@all -client")
+    store, changes, _ = listens(redis_acl.url)
+    until(lambda: "+client|tracking" in caplog.text, "the warning")
+    assert changes.feed("k") is None
+    stored(store)  # all else works
+    redis_acl.allow("~* +@all +client")
+    proven(changes)
+    assert caplog.text.count("+client|tracking") == 1
+
+
+def test_close_ends_the_thread_and_use_begins_again(redis_url: str, listens: Listens) -> None:
+    before = threading.active_count()
+    store, changes, _ = listens(redis_url)
+    proven(changes)
+    store.close()
+    until(lambda: threading.active_count() == before, "the end of the thread")
+    proven(changes)
+    store.close()
+
+
+def test_the_last_to_leave_ends_the_thread(redis_url: str, listens: Listens) -> None:
+    before = threading.active_count()
+    _, changes, heard = listens(redis_url)
+    other = Heard()
+    changes.hear(other)
+    proven(changes)
+    changes.leave(heard)
+    assert threading.active_count() > before
+    changes.leave(other)
+    until(lambda: threading.active_count() == before, "the end of the thread")
+    assert changes.feed("k") is None
+
+
+def test_a_forked_process_listens_for_itself(redis_url: str, listens: Listens) -> None:
+    store, changes, heard = listens(redis_url)
+    feed = proven(changes)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            assert changes.feed("k") is not feed
+            proven(changes)
+            record = stored(store)
+            until(lambda: record.key in heard.keys, "a change in the child", 10)
+            store.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    last = feed.exact_as_of
+    until(lambda: feed.exact_as_of > last, "the parent going on")
+    assert changes.feed("k") is feed
+
+
+def test_the_listener_follows_a_failover(redis_sentinels: RedisSentinels, listens: Listens) -> None:
+    store, changes, heard = listens(redis_sentinels.url, timeout=5.0)
+    feed = proven(changes)
+    old = redis_sentinels.kill_primary()
+    redis_sentinels.wait_for_failover(old)
+    assert proven(changes) is not feed
+
+    def heard_of_one() -> bool:
+        record = a_record(time.time)
+        store.create(record)
+        time.sleep(0.1)
+        return record.key in heard.keys
+
+    until(heard_of_one, "a change at the new primary")
+    redis_sentinels.start()
+
+
+def test_each_primary_of_a_cluster_is_heard(redis_cluster: RedisCluster, listens: Listens) -> None:
+    store, changes, heard = listens(redis_cluster.url, timeout=5.0)
+    stored(store)
+    records = [stored(store) for _ in range(30)]
+    feeds = {id(proven(changes, record.key)) for record in records}
+    assert len(feeds) == 3
+    for record in records:
+        store.delete(record.key)
+    until(lambda: {record.key for record in records} <= set(heard.keys), "changes at all nodes")

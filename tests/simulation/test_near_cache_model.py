@@ -1,0 +1,20 @@
+"""The protocol of the near cache, in every interleaving."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.near_cache_model import BREAKS, NOTHING, run, scenarios
+
+
+@pytest.mark.parametrize("name", scenarios(NOTHING))
+def test_what_is_served_is_never_older_than_the_bound(name: str) -> None:
+    explored = run(name)
+    assert explored.faults == {}
+    assert explored.states > 300
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_protocol_is_found_out(broken: str) -> None:
+    meaning, name = BREAKS[broken]
+    assert run(name, frozenset({broken})).faults, meaning
