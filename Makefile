@@ -27,6 +27,8 @@ EXTRAS_shop-redis := [typed,redis]
 EXTRAS_shop-mongodb := [typed,mongodb]
 # In front of the environment's own packages: its tools need newer ones than some of these.
 OLDEST := $(VENV)/oldest
+# The same for an old Flask-Session, whose sessions are taken over.
+FLASK_SESSION := $(VENV)/flask-session-0.5
 
 EXTRAS_billing := [grpc]
 EXTRAS_test := [test,bench]
@@ -60,7 +62,7 @@ demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:
 billing: $(VENV)/with-billing ## Run a shop and its billing, which share sessions by gRPC; PORT=5055
 	@$(PY) -m examples.billing --port $(PORT)
 
-test: $(VENV)/with-test $(OLDEST)/ready servers chromium prometheus neighbours ## Run the tests; TEST_ARGS="-k redis -x" for some of them
+test: $(VENV)/with-test $(OLDEST)/ready $(FLASK_SESSION)/ready servers chromium prometheus neighbours ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest $(TEST_ARGS) $(OLDEST_SMOKE)
 
@@ -77,6 +79,12 @@ $(OLDEST)/ready: tests/oldest.txt setup.cfg | $(VENV)/with-test
 	@rm -rf $(OLDEST)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) \
 	  --requirement tests/oldest.txt
+	@touch $@
+
+$(FLASK_SESSION)/ready: tests/moving/flask_session_0.5.txt | $(VENV)/with-test
+	@rm -rf $(FLASK_SESSION)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(FLASK_SESSION) \
+	  --requirement tests/moving/flask_session_0.5.txt
 	@touch $@
 
 oldest: $(OLDEST)/ready servers ## Run many tests with the oldest packages that are supported

@@ -6,10 +6,12 @@ import base64
 import difflib
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import timedelta
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Generic, Literal, TypedDict, TypeVar
@@ -19,8 +21,14 @@ from flask.sessions import SessionInterface
 
 from .errors import SettingError
 from .events import logger
+from .flask_session_settings import (
+    READABLE,
+    FlaskSessionSettings,
+    read_flask_session_settings,
+)
 from .tokens import TokenFactory
 from .values.codec import is_valid_text
+from .values.marks import END_OF_TIME
 from .values.merge import POLICIES, MergeFunction, last, reject
 from .values.payload import MOST_BYTES
 
@@ -29,6 +37,7 @@ T = TypeVar("T")
 #: The last item of SESSION_ENCRYPTION_KEYS, to accept payloads that aren't encrypted.
 PLAIN = "plain"
 
+_HOUR = 3_600_000  # milliseconds
 _TOTAL_BYTES = 32 * 1024 * 1024
 
 
@@ -76,12 +85,25 @@ class Settings:
     max_policy: Literal["oldest", "refuse"] = "oldest"
     seen_interval: float = 300.0
     schema: object = None
+    permanent: bool = False
+    imports: tuple[object, ...] = ()
+    import_until: float | None = None
+    import_watch: bool = False
+    import_cookie_name: str | None = None
+    import_cookie_domain: str | None = None
+    import_cookie_path: str | None = None
     debug: bool = False
     debug_show: Collection[str] = ()
+    #: Flask-Session's settings, if they are in the configuration
+    flask_session: FlaskSessionSettings | None = None
+    #: whether ``store`` follows from them
+    store_follows: bool = False
+    #: what follows SESSION_COOKIE_NAME in the cookie's name
+    cookie_suffix: str = ""
 
     def __repr__(self) -> str:
         """Hides the stores' URLs and the encryption keys."""
-        hidden = {"store", "spill_store", "encryption_keys"}
+        hidden = {"store", "spill_store", "encryption_keys", "imports"}
         names = [f.name for f in fields(self) if f.name not in hidden]
         return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
@@ -91,6 +113,17 @@ class Settings:
         if self.max_total_bytes is None:
             return max(_TOTAL_BYTES, self.max_value_bytes)
         return self.max_total_bytes
+
+    def marks_end(self, now: int) -> int:
+        """Until when it is remembered what was imported, in milliseconds.
+
+        An hour longer than sessions are imported, which no request takes. Without an end of the
+        imports, longer than an old session and the one that it became can live together.
+        """
+        if self.import_until is not None:
+            return int(self.import_until * 1000) + _HOUR
+        longest = max(self.permanent_lifetime, self.absolute_timeout)
+        return now + int(2 * longest * 1000) + _HOUR
 
     def renew_interval_for(self, idle: float) -> float:
         """The renewal interval of a session with this idle timeout."""
@@ -144,6 +177,13 @@ class SettingKeywords(TypedDict, total=False):
     max_policy: Literal["oldest", "refuse"]
     seen_interval: Seconds
     schema: object
+    permanent: bool
+    imports: Sequence[object] | None
+    import_until: str | date | float | None
+    import_watch: bool
+    import_cookie_name: str | None
+    import_cookie_domain: str | None
+    import_cookie_path: str | None
     debug: bool
     debug_show: Collection[str]
 
@@ -199,6 +239,29 @@ def _names(value: Any) -> frozenset[str]:
     ):
         raise ValueError("a list of session keys")
     return frozenset(value)
+
+
+def _imports(value: Any) -> tuple[object, ...]:
+    if not isinstance(value, (list, tuple)) or any(source in ("", None) for source in value):
+        raise ValueError(
+            'a list of "flask-session", "cookie", and earlier stores of Flask-GSession, each as '
+            'SESSION_STORE takes them or as a dict with "store" and "key_prefix"'
+        )
+    return tuple(value)
+
+
+def _time(value: Any) -> float:
+    """A point in time, in seconds since 1970; a date is over when the day is, in UTC."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = (date if len(value) <= len("2026-12-31") else datetime).fromisoformat(value)
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day, tzinfo=UTC) + timedelta(days=1)
+    if isinstance(value, datetime):
+        value = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    if type(value) not in (int, float) or not 0 < value < END_OF_TIME / 1000:
+        raise ValueError("a date, as date(2027, 3, 31) or '2027-03-31', or a datetime")
+    return float(value)
 
 
 def _callable(value: Any) -> Any:
@@ -298,13 +361,18 @@ _PREFIXES = ("__host-", "__secure-", "__http-")  # RFC 6265bis
 _DAY = 86400.0
 _FOREVER = 10 * 366 * _DAY
 
+_cookie_name = _text(
+    lambda v: 0 < len(v) <= 200 and _token_text(v), "a cookie name (RFC 6265 token)"
+)
+_cookie_domain = _text(
+    lambda v: bool(v) and set(v).isdisjoint(_NO_DOMAIN), "a name as 'example.com'"
+)
+_cookie_path = _text(lambda v: v.startswith("/"), "a path as '/shop'")
+
 # field of Settings -> (key in app.config, check). A check raises ValueError with what is allowed.
 _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "store": ("SESSION_STORE", lambda value: value),
-    "cookie_name": (
-        "SESSION_COOKIE_NAME",
-        _text(lambda v: 0 < len(v) <= 200 and _token_text(v), "a cookie name (RFC 6265 token)"),
-    ),
+    "cookie_name": ("SESSION_COOKIE_NAME", _cookie_name),
     "key_prefix": (
         "SESSION_KEY_PREFIX",
         _text(
@@ -368,10 +436,19 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_policy": ("SESSION_MAX_POLICY", _max_policy),
     "seen_interval": ("SESSION_SEEN_INTERVAL", _seconds(1, 86_400)),
     "schema": ("SESSION_SCHEMA", lambda value: value),
+    "permanent": ("SESSION_PERMANENT", _flag),
+    "imports": ("SESSION_IMPORT", _imports),
+    "import_until": ("SESSION_IMPORT_UNTIL", _optional(_time)),
+    "import_watch": ("SESSION_IMPORT_WATCH", _flag),
+    "import_cookie_name": ("SESSION_IMPORT_COOKIE_NAME", _optional(_cookie_name)),
+    "import_cookie_domain": ("SESSION_IMPORT_COOKIE_DOMAIN", _optional(_cookie_domain)),
+    "import_cookie_path": ("SESSION_IMPORT_COOKIE_PATH", _optional(_cookie_path)),
     "debug": ("SESSION_DEBUG", _flag),
     "debug_show": ("SESSION_DEBUG_SHOW", _names),
 }
-_SECRET = {"SESSION_STORE", "SESSION_SPILL_STORE", "SESSION_ENCRYPTION_KEYS"}
+_SECRET = {"SESSION_STORE", "SESSION_SPILL_STORE", "SESSION_ENCRYPTION_KEYS", "SESSION_IMPORT"}
+#: Behind the old cookie's name, while old sessions are imported.
+COOKIE_SUFFIX = "_gs"
 
 _FLASKS_OWN = {
     "SESSION_COOKIE_NAME",
@@ -383,7 +460,14 @@ _FLASKS_OWN = {
     "SESSION_COOKIE_SAMESITE",
     "SESSION_REFRESH_EACH_REQUEST",
 }
+# Settings of Flask-Session that have no effect with an import of its sessions either.
 _FLASK_SESSIONS = {
+    "SESSION_FILE_MODE": "nothing: only the owner can read the files",
+    "SESSION_FILE_THRESHOLD": "nothing: live sessions are never removed",
+    "SESSION_CLEANUP_N_REQUESTS": "CleanupWorker",
+}
+# These say where its sessions are, and what they are like.
+_OF_AN_IMPORT = {
     "SESSION_TYPE": "SESSION_STORE",
     "SESSION_REDIS": "SESSION_STORE",
     "SESSION_MONGODB": "SESSION_STORE",
@@ -392,14 +476,13 @@ _FLASK_SESSIONS = {
     "SESSION_MEMCACHED": "SESSION_STORE",
     "SESSION_SQLALCHEMY": "SESSION_STORE",
     "SESSION_SQLALCHEMY_TABLE": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_SCHEMA": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_BIND_KEY": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_SEQUENCE": "SESSION_STORE",
     "SESSION_DYNAMODB": "SESSION_STORE",
     "SESSION_DYNAMODB_TABLE": "SESSION_STORE",
     "SESSION_CACHELIB": "SESSION_STORE",
     "SESSION_FILE_DIR": "SESSION_STORE",
-    "SESSION_FILE_MODE": "nothing: only the owner can read the files",
-    "SESSION_FILE_THRESHOLD": "nothing: live sessions are never removed",
-    "SESSION_CLEANUP_N_REQUESTS": "CleanupWorker",
-    "SESSION_PERMANENT": "session.permanent",
     "SESSION_USE_SIGNER": "nothing: tokens are always signed",
     "SESSION_SERIALIZATION_FORMAT": "nothing: values keep their types",
 }
@@ -413,7 +496,6 @@ _PLACES = {
     "SESSION_DYNAMODB": _A_URL,
     "SESSION_CACHELIB": _A_URL,
     "SESSION_FILE_DIR": _A_URL,
-    "SESSION_TYPE": _A_URL,
 }
 _OTHER_EXTENSIONS = {"SESSION_PROTECTION"}  # Flask-Login
 
@@ -442,19 +524,17 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
                     continue
         else:
             continue
+        if name in ("encryption_keys", "imports") and value is None:
+            continue
         if name == "encryption_keys":
-            if value is None:
-                continue
             value, values["read_plain"] = _split_plain(value)
         values[name] = _check(name, value)
-    settings = Settings(**values)
-    if settings.store is None:
-        _refuse_places(app)
+    settings = _with_imports(app, Settings(**values), values, overrides)
     _check_secret_keys(_keys_at_start(app))
     _warn_of_lifetimes(settings, values)
     if _is_dropped(_check_cookie((settings.cookie_name, *cookie_attributes(app)))):
         warn(_DROPPED)
-    _warn_unknown(app)
+    _warn_unknown(app, settings)
     return settings
 
 
@@ -574,24 +654,104 @@ def _is_dropped(attributes: Mapping[str, Any]) -> bool:
     return not attributes["secure"] and (elsewhere or attributes["partitioned"])
 
 
+def _with_imports(
+    app: Flask, settings: Settings, given: Mapping[str, Any], keywords: Mapping[str, Any]
+) -> Settings:
+    """The settings, with what follows from Flask-Session's and from ``SESSION_IMPORT``.
+
+    ``given``: what was set, in the configuration or by ``keywords``.
+    """
+    old = read_flask_session_settings(app.config)
+    changes: dict[str, Any] = {"flask_session": old}
+    if settings.store is None:
+        if old is None:
+            _refuse_places(app)
+        else:
+            changes |= {"store": old.store(), "store_follows": True}
+    by_hand = "imports" in given
+    if old is not None:
+        changes.setdefault("permanent", given.get("permanent", old.permanent))
+        if "idle_timeout" not in given:
+            changes["idle_timeout"] = settings.permanent_lifetime
+        if not by_hand and old.is_readable:
+            changes["imports"] = ("flask-session",)
+        elif not by_hand:
+            warn(
+                f"SESSION_TYPE is {old.type!r}, from which sessions can't be taken over: users "
+                "have to log in again. Remove Flask-Session's settings to end this warning"
+            )
+    settings = replace(settings, **changes)
+    if "flask-session" in settings.imports and (old is None or not old.is_readable):
+        raise SettingError(
+            'SESSION_IMPORT names "flask-session", but SESSION_TYPE does not say where its '
+            f"sessions are; allowed: {', '.join(READABLE)}, with Flask-Session's other settings"
+        )
+    if not settings.imports:
+        return settings
+    _check_end(settings, by_hand)
+    return replace(settings, **_cookies(app, settings, keywords))
+
+
+def _check_end(settings: Settings, by_hand: bool) -> None:
+    """Say so where an import has no end, or is over."""
+    until = settings.import_until
+    if until is None and by_hand:
+        raise SettingError(
+            "SESSION_IMPORT is set without SESSION_IMPORT_UNTIL; allowed: a date, as "
+            "date(2027, 3, 31) or '2027-03-31', from which on no old session is taken over"
+        )
+    if until is None:
+        warn(
+            "Old sessions of Flask-Session are taken over, since SESSION_TYPE is set, without an "
+            "end: set SESSION_IMPORT_UNTIL to a date, or SESSION_IMPORT to [] for none"
+        )
+    elif until <= time.time():
+        warn(
+            "SESSION_IMPORT_UNTIL is over: no old session is taken over any more. Remove "
+            "SESSION_IMPORT, SESSION_IMPORT_UNTIL and Flask-Session's settings, and set "
+            f"SESSION_COOKIE_NAME to {settings.cookie_name + COOKIE_SUFFIX!r} if it is not set to "
+            "a name of its own"
+        )
+
+
+def _cookies(app: Flask, settings: Settings, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Two names: old and new workers must not overwrite each other's cookies."""
+    configured = str(app.config["SESSION_COOKIE_NAME"])
+    old, new = settings.import_cookie_name or configured, settings.cookie_name
+    suffix = ""
+    if settings.import_cookie_name is None and "cookie_name" not in keywords:
+        suffix = COOKIE_SUFFIX
+        new = configured + suffix
+    if old == new:
+        raise SettingError(
+            f"SESSION_IMPORT needs two cookies, but the old one and the new one are both called "
+            f"{new!r}: old workers would overwrite the new one. Give another name as cookie_name, "
+            "or set SESSION_IMPORT_COOKIE_NAME to the old one"
+        )
+    return {"cookie_name": new, "cookie_suffix": suffix, "import_cookie_name": old}
+
+
 def _refuse_places(app: Flask) -> None:
     """Refuse to fall back to a file if Flask-Session's settings name a store."""
     for key, place in _PLACES.items():
         if app.config.get(key) is not None:
             raise SettingError(
-                f"{key} is a Flask-Session setting without effect here, and SESSION_STORE is not "
-                "set: sessions would be in a file on this machine. Set SESSION_STORE to "
-                f"{place}"
+                f"{key} is a Flask-Session setting without effect unless SESSION_TYPE is set, and "
+                "SESSION_STORE is not set: sessions would be in a file on this machine. Set "
+                f"SESSION_STORE to {place}"
             )
 
 
-def _warn_unknown(app: Flask) -> None:
+def _warn_unknown(app: Flask, settings: Settings) -> None:
     known = {key for key, _ in _CHECKS.values()} | _FLASKS_OWN | _OTHER_EXTENSIONS
+    foreign = _FLASK_SESSIONS if settings.flask_session else _FLASK_SESSIONS | _OF_AN_IMPORT
+    if settings.flask_session:
+        known |= _OF_AN_IMPORT.keys()
     for key in app.config:
         if not key.startswith(("SESSION_", "PERMANENT_SESSION_")) or key in known:
             continue
-        if key in _FLASK_SESSIONS:
-            hint = f"; it is a Flask-Session setting, here use {_FLASK_SESSIONS[key]}"
+        if key in foreign:
+            hint = f"; it is a Flask-Session setting, here use {foreign[key]}"
         else:
             # Compare without the common prefix, which would make all of them similar.
             hint = _did_you_mean(key, known, key.partition("SESSION_")[0] + "SESSION_", 0.73)
@@ -677,7 +837,10 @@ class LiveSettings:
         """``SESSION_COOKIE_NAME``."""
         if self._name_given:
             return self._settings.cookie_name
-        return self._name.of(self._app.config["SESSION_COOKIE_NAME"])
+        name = self._app.config["SESSION_COOKIE_NAME"]
+        if self._settings.cookie_suffix and isinstance(name, str):
+            name += self._settings.cookie_suffix
+        return self._name.of(name)
 
     def permanent_lifetime(self) -> float:
         """``app.permanent_session_lifetime`` in seconds."""
@@ -699,6 +862,10 @@ class LiveSettings:
                 interface.get_cookie_partitioned(app),
             )
         )
+
+    def configured_cookie(self) -> dict[str, Any]:
+        """The attributes of the cookie in the configuration, by name."""
+        return dict(zip(_ATTRIBUTES, cookie_attributes(self._app), strict=True))
 
     def secret_keys(self) -> tuple[str | bytes, ...]:
         """As the function ``secret_keys``."""

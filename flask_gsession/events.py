@@ -150,6 +150,31 @@ class SessionConflicted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class SessionImported(Event):
+    """An old session was taken over from another library or store.
+
+    ``source``: ``"flask-session"``, ``"cookie"`` (of Flask itself) or ``"gsession"`` (another
+    store of ours). ``dropped``: the keys whose values can't be kept.
+    """
+
+    handle: str
+    source: str
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImportRefused(Event):
+    """An old session was found, and can't be taken over by a request. It stays where it is.
+
+    ``source``: as in ``SessionImported``. ``reason``: for example that a pickle holds more than
+    plain data.
+    """
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class WriteDropped(Event):
     """Changes were not stored because the session had ended or the store was down."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, Unpack
 
@@ -90,6 +91,11 @@ class Session:
             clock=self._clock,
             logout_replicas=settings.logout_replicas,
         )
+        if settings.store_follows and settings.flask_session is not None:
+            # Its clients have timeouts of their own, and its MongoDB database a setting.
+            options = replace(
+                options, own_connections=True, database=settings.flask_session.database
+            )
         source = DEFAULT_STORE if settings.store is None else settings.store
         store, owned = open_store(source, options, app.instance_path)
         if settings.logout_replicas and owned and not store.confirms_logouts:
@@ -108,6 +114,12 @@ class Session:
         repository = Repository(settings, live, calls, events, self._clock, blobs)
         if settings.schema is not None:
             _declare(settings.schema, repository)
+        if settings.imports:
+            from .moving.sources import open_imports
+
+            repository.imports = open_imports(
+                app, settings, repository, store, source, options, app.session_interface
+            )
         interface = GSessionInterface(repository, store, owns_store=owned)
         if interfaces:
             next(iter(interfaces.values())).has_further = True

@@ -217,6 +217,9 @@ class GSessionInterface(SessionInterface):
             else:
                 self._write_cookie(app, life, response)
         if life.request is not None:
+            imports = self.repository.imports
+            if imports is not None and (life.drops_old_cookie or life.cookie == "delete"):
+                imports.forget_cookie(life.request, response)
             forget_remembered(app, life.request, response)
         if life.trace is not None:
             report(session, response)

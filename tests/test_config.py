@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from datetime import timedelta
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,20 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "SESSION_MAX_POLICY": [("oldest", "oldest"), ("refuse", "refuse")],
     "SESSION_SEEN_INTERVAL": [(1, 1.0), (timedelta(minutes=5), 300.0), (86_400, 86_400.0)],
     "SESSION_SCHEMA": [(None, None), (Schema, Schema), ([], [])],
+    "SESSION_PERMANENT": [(True, True), (False, False)],
+    "SESSION_IMPORT": [(None, ()), ([], ()), ((), ())],
+    "SESSION_IMPORT_UNTIL": [
+        (None, None),
+        (date(2027, 3, 31), 1806537600.0),
+        ("2027-03-31", 1806537600.0),
+        ("2027-03-31T22:00:00+02:00", 1806523200.0),
+        (datetime(2027, 3, 31, 20), 1806523200.0),
+        (1806523200, 1806523200.0),
+    ],
+    "SESSION_IMPORT_WATCH": [(True, True), (False, False)],
+    "SESSION_IMPORT_COOKIE_NAME": [(None, None), ("session", "session")],
+    "SESSION_IMPORT_COOKIE_DOMAIN": [(None, None), ("example.com", "example.com")],
+    "SESSION_IMPORT_COOKIE_PATH": [(None, None), ("/shop", "/shop")],
     "SESSION_DEBUG": [(True, True), (False, False), (None, False)],
     "SESSION_DEBUG_SHOW": [
         ((), frozenset()),
@@ -203,11 +217,18 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_MAX_POLICY": ["newest", None, 1],
     "SESSION_SEEN_INTERVAL": [*NO_DURATION, 0, 0.5, 86_401],
     "SESSION_SCHEMA": [7, True, "schema", {}, dict, object(), ["preferences"], Field()],
+    "SESSION_PERMANENT": ["yes", "", 1, 0, None, []],
+    "SESSION_IMPORT": ["cookie", {"store": "redis://"}, 7, True, [""], ["cookie", None]],
+    "SESSION_IMPORT_UNTIL": ["soon", "", "2027-13-01", True, -1, 10**15, [2027], {}],
+    "SESSION_IMPORT_WATCH": ["yes", "", 1, 0, None, []],
+    "SESSION_IMPORT_COOKIE_NAME": [*NO_TEXT, "", "a b", "a=b", "ä", "x" * 201],
+    "SESSION_IMPORT_COOKIE_DOMAIN": [*NO_TEXT, "", "a b", "a;b", "a/b"],
+    "SESSION_IMPORT_COOKIE_PATH": [*NO_TEXT, "", "shop"],
     "SESSION_DEBUG": ["yes", "", 1, 0, []],
     "SESSION_DEBUG_SHOW": ["cart", b"cart", None, True, 7, {"cart": 1}, [7], [b"cart"], [None]],
 }
 
-SECRET = ("SESSION_STORE", "SESSION_SPILL_STORE", "SESSION_ENCRYPTION_KEYS")
+SECRET = ("SESSION_STORE", "SESSION_SPILL_STORE", "SESSION_ENCRYPTION_KEYS", "SESSION_IMPORT")
 FIELDS = {key: name for name, (key, _) in _CHECKS.items()}
 
 
@@ -868,12 +889,10 @@ def test_a_missing_driver_is_named_with_its_extra(tmp_path: Path) -> None:
         ("SESSION_ENCRYPTION_KEY", "did you mean SESSION_ENCRYPTION_KEYS?"),
         ("SESSION_COOKIE_SAMSITE", "did you mean SESSION_COOKIE_SAMESITE?"),
         ("PERMANENT_SESSION_LIFETIM", "did you mean PERMANENT_SESSION_LIFETIME?"),
-        ("SESSION_TYPE", "Flask-Session setting, here use SESSION_STORE"),
         ("SESSION_REDIS", "Flask-Session setting, here use SESSION_STORE"),
         ("SESSION_MONGODB", "Flask-Session setting, here use SESSION_STORE"),
         ("SESSION_MONGODB_DB", "Flask-Session setting, here use the database in the URL"),
         ("SESSION_FILE_DIR", "Flask-Session setting, here use SESSION_STORE"),
-        ("SESSION_PERMANENT", "Flask-Session setting, here use session.permanent"),
         ("SESSION_USE_SIGNER", "Flask-Session setting, here use nothing"),
     ],
 )
@@ -904,7 +923,6 @@ def test_a_setting_of_another_extension_is_no_misspelt_one(key: str) -> None:
 
 
 PLACES = {
-    "SESSION_TYPE": "redis",
     "SESSION_REDIS": object(),
     "SESSION_MONGODB": object(),
     "SESSION_MEMCACHED": object(),

@@ -22,7 +22,7 @@ ROWS = [
     ["tokens", "stores.rights", "stores.file_locks", "stores.interrupts"],
     ["stores.base", "stores.urls"],
     ["stores.exposure", "live.listener", "live"],
-    ["values", "stores.wrappers"],
+    ["values", "stores.wrappers", "flask_session_settings"],
     ["config"],
     ["repository.races", "users.format"],
     ["users.rosters"],
@@ -61,7 +61,7 @@ ROWS = [
     ["cli"],
     ["testing"],
 ]
-CONTRACT = ["stores.base", "stores.parts", "stores.lease", "stores.support"]
+CONTRACT = ["stores.base", "stores.parts", "stores.foreign", "stores.lease", "stores.support"]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 
 # What an extra brings may be imported in one place only.
@@ -76,6 +76,7 @@ PLACES = {
     "bson": "stores.mongodb",
     "fsspec": "stores.files",
     "cryptography": "values",
+    "sqlalchemy": "moving",
     "marshmallow": "typed",
     "rich": "cli",
     "flask_limiter": "contrib",

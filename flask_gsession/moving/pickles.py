@@ -210,6 +210,14 @@ def _put(machine: _Machine, argument: int) -> None:
     machine.memoize(argument)
 
 
+def _pop(machine: _Machine, argument: Any) -> None:
+    machine.stack.pop()
+
+
+def _pop_mark(machine: _Machine, argument: Any) -> None:
+    machine.since_mark()
+
+
 _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("PROTO", "FRAME"), _nothing),
     **dict.fromkeys(
@@ -245,6 +253,6 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _get),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _put),
     "MEMOIZE": lambda machine, _: machine.memoize(len(machine.memo)),
-    "POP": lambda machine, _: machine.stack.pop() and None,
-    "POP_MARK": lambda machine, _: machine.since_mark() and None,
+    "POP": _pop,
+    "POP_MARK": _pop_mark,
 }

@@ -39,6 +39,7 @@ from ..values.marks import END_OF_TIME, marked, split
 from ..values.merge import Merger
 from ..values.payload import Body, Owner, PayloadFormat
 from ..values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
+from .imports import Imports
 from .newcomers import Newcomers
 from .races import tries, write
 
@@ -89,6 +90,8 @@ class Repository:
         self.events = events
         #: Called before a session is stored for the first time; what it raises prevents that.
         self.before_create: Callable[[], object] | None = None
+        #: old sessions that are taken over; None: there is no import
+        self.imports: Imports | None = None
         self.codec = Codec(settings.max_depth)
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
         keys = settings.encryption_keys
@@ -201,6 +204,35 @@ class Repository:
         )
         return token, record
 
+    def draft_imported(self, key: str, body: Body, began: int | None, ends: int | None) -> Record:
+        """The record under ``key`` of a session that is taken over, which is not stored yet.
+
+        ``began`` and ``ends``: its creation and absolute end elsewhere, if it is to keep them.
+        """
+        now, absolute = self.now(), self.latest_end()
+        if ends is not None:
+            absolute = min(ends, absolute)
+        created = now if began is None else min(began, now, absolute)
+        return Record(
+            key,
+            new_version(),
+            created,
+            self._idle_end(body, absolute),
+            absolute,
+            self._payloads.pack(key, body, created, absolute),
+        )
+
+    def draft_other(self, key: str, content: bytes, end: int) -> Record:
+        """A record under a key that is no session's, which is not stored yet."""
+        now = min(self.now(), end)
+        payload = self._payloads.pack_other(key, content, now, end)
+        return Record(key, new_version(), now, end, end, payload)
+
+    def read_other(self, record: Record) -> bytes:
+        """The content of such a record. Raises ``UnreadableRecord``."""
+        times = record.created_at, record.absolute_expires_at
+        return self._payloads.unpack_other(record.key, record.payload, *times)
+
     def create(self, record: Record) -> None:
         """Store a new session. Raises ``KeyTaken``. One round trip."""
         if self.before_create is not None:
@@ -261,8 +293,13 @@ class Repository:
             before = self._payloads.unpack(old.key, old.payload, *times)
             return self._payloads.pack(key, body, *times, before=before.values)
 
-    def end(self, old: Record, lease: str | None = None) -> None:
-        """Delete the session in this very version. Raises as ``save`` does. One round trip."""
+    def end(self, old: Record, body: Body | None, lease: str | None = None) -> None:
+        """Delete the session in this very version. Raises as ``save`` does. One round trip.
+
+        If old sessions are imported: the old record first.
+        """
+        if self.imports is not None and body is not None:
+            self.imports.end_old(self, body)
         if lease is None:
             deleted = self.store.delete(old.key, old.version)
         else:
@@ -418,6 +455,7 @@ class Repository:
         *,
         owner: Owner | None = None,
         leave_roster: bool = True,
+        body: Body | None = None,
     ) -> bool:
         """End the session under ``key``, through pointers, and its large values with it.
 
@@ -425,8 +463,11 @@ class Repository:
         far as the caller knows, for a store that doesn't return the record. Returns whether there
         was a session. One round trip, one more where it had large values, and two where it was
         bound to a user, whose roster it leaves unless that is not wanted. Raises what
-        ``Store.delete`` raises.
+        ``Store.delete`` raises. While old sessions are imported: the old record first, which costs
+        another round trip, and one more unless the session's ``body`` is known.
         """
+        if self.imports is not None:
+            self._end_old(key, body)
         deleted = self.store.delete(key)
         if not isinstance(deleted, Deleted):
             deleted = Deleted(deleted)
@@ -440,6 +481,19 @@ class Repository:
         if deleted.unconfirmed:
             raise LogoutUnconfirmed(deleted.unconfirmed)
         return deleted.found
+
+    def _end_old(self, key: str, body: Body | None) -> None:
+        """Remove the old record that the session under ``key`` was made from."""
+        assert self.imports is not None
+        if body is None:
+            try:
+                loaded = self.find(key)
+            except UnreadableRecord:
+                return
+            if loaded is None:
+                return
+            body = loaded.body
+        self.imports.end_old(self, body)
 
     def leave_roster(self, owner: Owner, *keys: str) -> None:
         """The sessions under these keys have ended, or aren't the user's any more.

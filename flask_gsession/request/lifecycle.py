@@ -23,6 +23,7 @@ from ..errors import (
     ValueRefused,
 )
 from ..events import SessionConflicted, SessionDestroyed, WriteDropped, logger
+from ..repository.imports import Imports
 from ..repository.races import tries
 from ..repository.repository import PERMANENT, Loaded, Repository
 from ..stores.base import Record
@@ -102,6 +103,9 @@ class Lifecycle:
         self.seen = NOTHING_SEEN
         self.wishes = NO_WISHES
         self.cookie: Literal["keep", "set", "delete"] = "keep"
+        #: the request has an old cookie, of another library or store, that leads nowhere
+        self.drops_old_cookie = False
+        self._imported: str | None = None  # the session that an old cookie led to
         self.opened = False
         #: another request ended the session under this one
         self.ended = False
@@ -238,6 +242,14 @@ class Lifecycle:
                         found,
                         presented=checked is not None,
                     )
+        if self.repository.imports is not None:
+            try:
+                found = self._look_at_imports(self.repository.imports, found)
+            except StoreUnavailable as error:
+                logger.log(error.log_level, "An old session could not be taken over: %s", error)
+                self.seen = NOTHING_SEEN
+                self._go_on_without(error)
+                return
         self.values = self._new_values(found)
         self.opened = True
 
@@ -248,6 +260,33 @@ class Lifecycle:
             return loaded
         self.repository.refused("revoked", loaded.record.key)
         return None
+
+    def _look_at_imports(self, imports: Imports, found: Body) -> Body:
+        """Take over the session of an old cookie, unless one of ours led to a session."""
+        presented, seen = self.presented(), self.seen
+        if seen.record is not None:
+            if not imports.has_ended(self.repository, found):
+                return found
+            logger.info("Session %s was ended by an old worker", seen.record.key)
+            self.repository.delete(seen.record.key, body=found)
+            self.repository.events.emit(SessionDestroyed, seen.record.key)
+            self.seen = NOTHING_SEEN
+            self.cookie, self.drops_old_cookie = "delete", True
+            return _NO_BODY
+        refused = presented.checked is not None and presented.checked.refused
+        elsewhere = presented.by_header or presented.handle is not None
+        if self.request is None or elsewhere or refused or seen.for_others:
+            return found
+        taken = imports.take_over(self.repository, self.request)
+        self.drops_old_cookie = taken.dead_cookie
+        if taken.loaded is None:
+            return found
+        self.ended = False
+        self._imported = taken.loaded.record.key
+        self.seen = Seen(taken.token, taken.loaded.record, taken.loaded.body, presented=True)
+        if taken.token is not None:
+            self.cookie = "set"
+        return taken.loaded.body
 
     def _go_on_without(self, error: StoreUnavailable) -> None:
         """The session can't be loaded: raise that, or leave it to the response to say so.
@@ -405,14 +444,16 @@ class Lifecycle:
         debug_until = None if self.seen.body is None else self.seen.body.debug_until
         if debug_until is not None and debug_until <= self.repository.now():
             debug_until = None
+        origin = None if self.seen.body is None else self.seen.body.origin
         if self.values.now is None and not has_large:
-            return Body(stored, self.lifetime, False, debug_until)
+            return Body(stored, self.lifetime, False, debug_until, origin=origin)
         return Body(
             stored,
             self.lifetime,
             self.values.now is not None and any(map(is_marked, stored.values())),
             debug_until,
             has_large and any(map(refers, stored.values())),
+            origin=origin,
         )
 
     def changes(self) -> dict[str, Change]:
@@ -528,21 +569,26 @@ class Lifecycle:
         with self.turn:
             self.check_may_not_repeat("Ending the session")
             presented = self.presented()
+            if self.repository.imports is not None:
+                self.open()  # it may be one that an old cookie leads to
             keys = [attempt.record.key for attempt in self.attempts.values()]
             owner = None if self.seen.body is None else self.seen.body.owner
             if self.seen.record is not None:
                 keys.insert(0, self.seen.record.key)
             is_its = self.seen.record is not None and self.seen.presented
             checked = presented.checked
+            if not is_its and self._imported is not None:
+                keys.append(self._imported)
             if not is_its and checked is not None:
                 # Also where that was refused, and this request made another session since.
                 keys.extend(map(session_key, checked.signed))
             unconfirmed: LogoutUnconfirmed | None = None
+            bodies = {key: self.seen.body for key in keys[:1] if self.seen.record is not None}
             emitted = []
             for key in dict.fromkeys(keys):
                 heed = partial(self.heed_debug_switch, "delete", time.perf_counter())
                 try:
-                    ended = self.repository.delete(key, heed, owner=owner)
+                    ended = self.repository.delete(key, heed, owner=owner, body=bodies.get(key))
                 except UnreadableRecord as error:
                     self.repository.refused(error.reason, key, error.detail)
                     continue
@@ -564,6 +610,7 @@ class Lifecycle:
             self.ended = False
             self.trouble = None
             self.cookie = "keep" if presented.checked is None else "delete"
+            self.drops_old_cookie = self.repository.imports is not None
             for key in emitted[:1]:
                 self.repository.events.emit(SessionDestroyed, key)
             if unconfirmed is not None:

@@ -15,7 +15,7 @@ from flask import Flask, Request
 from flask.sessions import SessionMixin
 
 from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
-from ..repository.repository import Repository
+from ..repository.repository import PERMANENT, Repository
 from ..users.rosters import Began
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
@@ -156,6 +156,20 @@ class SessionData(SessionMixin):
         if life.policies is None:
             life.policies = {}
         return life.policies
+
+    @property
+    def permanent(self) -> bool:
+        """Whether the cookie outlives the browser's run, for ``PERMANENT_SESSION_LIFETIME``.
+
+        False by default, or as ``SESSION_PERMANENT`` says for a new session.
+        """
+        life = self._life
+        default = life.repository.settings.permanent and life.seen.record is None
+        return bool(self.get(PERMANENT, default))
+
+    @permanent.setter
+    def permanent(self, value: bool) -> None:
+        self[PERMANENT] = bool(value)
 
     def __delitem__(self, key: str) -> None:
         del self._open_for_writing(ONE_KEY, key)[key]

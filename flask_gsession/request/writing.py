@@ -316,6 +316,8 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
         return None
     if life.presented().handle is not None:
         raise SessionEnded  # in this block, and nobody would have the token of a new one
+    if life.repository.settings.permanent:
+        stored.setdefault(PERMANENT, life.repository.codec.encode(PERMANENT, True))
     return Edit(life.seen, stored, changes, life.wishes)
 
 
@@ -435,7 +437,7 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
     """The request emptied the session: end it in the very version it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
     try:
-        life.repository.end(old, life.lease)
+        life.repository.end(old, life.seen.body, life.lease)
     except LogoutUnconfirmed as error:
         unconfirmed = error
     if life.seen.body is not None and life.seen.body.owner is not None:

@@ -22,6 +22,8 @@ class StoreOptions:
     pool_max: int = 100  # connections
     clock: Clock = time.time
     logout_replicas: int = 0  # that must have a logout before it is done, on Redis
+    own_connections: bool = False  # to the server of a Redis client, with our own timeouts
+    database: str = ""  # of MongoDB, where the URL or client names none
 
 
 def closing(owner: object, close: Callable[[], object]) -> weakref.finalize[..., object]:

@@ -174,6 +174,8 @@ class Rosters:
         ends = [device.expires * 1000 for device in roster.devices]
         if roster.epoch:
             ends.append(roster.epoch + int(self._settings.absolute_timeout * 1000))
+            if self._settings.imports:  # the epoch keeps out what was not imported before it
+                ends.append(self._settings.marks_end(now))
         return max([now, *ends]) + MARGIN
 
     def _now(self) -> int:

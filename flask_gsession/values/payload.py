@@ -12,7 +12,7 @@
 
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
                 string; the session's own idle lifetime; whether any value has a mark; the end of
-                debugging for this session; whether any value is a reference; the owner
+                debugging for this session; whether any value is a reference; the owner; the origin
 
 So one value can be decoded without the others. The checksum or the AES-GCM tag binds the payload
 to its record: the payload of another session, or a truncated one, is refused. The checksum doesn't
@@ -73,6 +73,23 @@ class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
         return f"<Owner device={self.device_id!r}>"
 
 
+class Origin(Struct, array_like=True, frozen=True):
+    """The old session that this one was made from; see ``moving.mark``.
+
+    ``label``: of the source. ``mark``: the key of the mark. ``sealed``: the old record's name,
+    which only the secret key opens. ``expires_at``: the old record's end then, in milliseconds.
+    """
+
+    label: str
+    mark: str
+    nonce: bytes
+    sealed: bytes
+    expires_at: int | None
+
+    def __repr__(self) -> str:
+        return f"<Origin {self.label}>"
+
+
 class Body(Struct, array_like=True, gc=False):
     """The contents of a payload: the encoded values by key, and the session's own idle lifetime.
 
@@ -80,7 +97,7 @@ class Body(Struct, array_like=True, gc=False):
     value has a mark (see ``marks``); if not, it takes no byte. ``debug_until``: the end of
     debugging for this session, in milliseconds since 1970. ``spilled``: whether any value is a
     reference to a large value (see ``references``). ``owner``: the user that the session is bound
-    to.
+    to. ``origin``: of a session that was imported from another library or store.
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
@@ -89,6 +106,7 @@ class Body(Struct, array_like=True, gc=False):
     debug_until: _Milliseconds | None = None
     spilled: bool = False
     owner: Owner | None = None
+    origin: Origin | None = None
 
     def __repr__(self) -> str:
         size = sum(map(len, self.values.values()))
@@ -144,8 +162,14 @@ class PayloadFormat:
                 "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
             )
         try:
-            if body.spilled or body.owner is not None:
+            if body.origin is not None:
                 encoded = self._encode(body)
+            elif body.owner is not None:
+                encoded = self._encode(
+                    (values, body.lifetime, body.marked, body.debug_until, body.spilled, body.owner)
+                )
+            elif body.spilled:
+                encoded = self._encode((values, body.lifetime, body.marked, body.debug_until, True))
             elif body.debug_until is not None:
                 encoded = self._encode((values, body.lifetime, body.marked, body.debug_until))
             elif body.marked:

@@ -123,6 +123,7 @@ class Driver:
     def __init__(self, url_or_client: str | _Client, options: StoreOptions) -> None:
         self.timeout = options.timeout
         self._pool_max = options.pool_max
+        self._database = options.database or DATABASE
         self._source = url_or_client
         self._close_client: weakref.finalize[..., object] | None = None
         self._inherited: list[Any] = []
@@ -163,7 +164,7 @@ class Driver:
                 self._keep_client(client)
             else:
                 client = self._source
-            database = client.get_default_database(DATABASE)
+            database = client.get_default_database(self._database)
             self.collection, self.blobs = (
                 database.get_collection(
                     name,

@@ -16,6 +16,7 @@ from ..base import Deleted, Record, Store
 from ..support import StoreOptions
 from .blobs import MongoDBBlobs
 from .driver import Call, Document, Driver
+from .foreign import MongoDBDocuments
 from .health import MongoDBChecks
 from .layout import Layout
 from .leases import MongoDBLeases
@@ -33,7 +34,7 @@ class MongoDBStore(Store):
     def __init__(
         self, url_or_client: str | MongoClient[Document], options: StoreOptions | None = None
     ):
-        options = options or StoreOptions()
+        self._options = options = options or StoreOptions()
         self.driver = Driver(url_or_client, options)
         layout = Layout(options.prefix, options.clock)
         self._records = Records(self.driver, layout)
@@ -70,6 +71,10 @@ class MongoDBStore(Store):
 
     def close(self) -> None:
         self.driver.close()
+
+    def documents(self, database: str, collection: str) -> MongoDBDocuments:
+        """The documents that another package keeps in a collection of this server."""
+        return MongoDBDocuments(self.driver, self._options, database, collection)
 
     def lend_collection(self, operation: str) -> AbstractContextManager[Any]:
         """The collection of the sessions, within the time of one call, for other packages.

@@ -15,13 +15,11 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
-from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
 
 from ...errors import Gone, LeaseLost, Stale, StoreUnavailable, UnreadableRecord
 from ..base import Record, Replaced
@@ -30,11 +28,12 @@ from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
 from .changes import ClusterSource
 from .commands import Commands, Confirmation, Script
+from .foreign import RedisStrings
 from .layout import pack, version
 from .leases import RedisLeases, ask_for_lease
-from .pool import AllInUse, ConnectionPool, Node, bounded, packed, said
+from .pool import AllInUse, ConnectionPool, Node, packed, said
 from .records import Records, renewed_meanwhile
-from .servers import Address, connections_of, servers_of
+from .servers import Address, connections_like, connections_of, servers_of
 from .store import RedisStore
 
 T = TypeVar("T")
@@ -43,8 +42,6 @@ _SLOTS = packed(b"CLUSTER", b"SLOTS")
 _ROTATE = Script("rotate")
 _TRIED = 500  # names, to find one for each node
 _END_SHOWN = 10_000  # milliseconds for which an old key shows a repeat that it was rotated away
-# Other options of a client's connections are useless here, or would read from a replica.
-_OF_THE_CLIENT = ("redis_connect_func", "himport_registry", "cache", "event_dispatcher")
 
 Owners = dict[int, Address]
 
@@ -361,6 +358,9 @@ class RedisClusterStore(RedisStore):
         self.leases = ClusterLeases(records, self._wake_ups)
         self.blobs = ClusterBlobs(records.commands)
 
+    def strings(self) -> RedisStrings:
+        return RedisStrings(self._records)
+
 
 def _of_url(url: str, timeout: float) -> tuple[Callable[..., Any], list[Address]]:
     servers = servers_of(url, 6379)
@@ -373,18 +373,8 @@ def _of_url(url: str, timeout: float) -> tuple[Callable[..., Any], list[Address]
 def _of_client(client: RedisCluster, timeout: float) -> tuple[Callable[..., Any], list[Address]]:
     nodes: list[Any] = client.get_nodes()  # type: ignore[no-untyped-call]
     pool: Any = client.get_redis_connection(nodes[0]).connection_pool
-    settings = {
-        name: value
-        for name, value in pool.connection_kwargs.items()
-        if name not in _OF_THE_CLIENT and "maint_notifications" not in name
-    }
-    settings |= {
-        "socket_connect_timeout": timeout / 4,
-        "socket_timeout": timeout / 4,
-        "retry": Retry(NoBackoff(), 0),
-    }
-    kind = bounded(pool.connection_class)
-    return partial(kind, **settings), [(node.host, node.port) for node in nodes]
+    make = connections_like(pool, timeout)
+    return make, [(node.host, node.port) for node in nodes]
 
 
 def _named_by(error: AskError, asked: Address) -> Address:

@@ -28,6 +28,8 @@ from .pool import ConnectionPool, Slot, bounded, packed, said
 # After a manual failover, the old primary accepts writes for seconds, and they are lost. So even
 # while its connections work, the sentinels are asked again after so many seconds.
 LOOK_AGAIN = 1.0
+# Other options of a client's connections are useless here, or would read from a replica.
+_OF_THE_CLIENT = ("redis_connect_func", "himport_registry", "cache", "event_dispatcher")
 _NO_FAILOVER = "They could not replace the primary, should it die: start those that are down."
 
 Address = tuple[str, int]
@@ -73,6 +75,21 @@ def connections_of(url: str, timeout: float) -> tuple[type, dict[str, Any]]:
     kind = bounded(made.connection_class)
     kind(**made.connection_kwargs)  # Not connected: it only lets wrong options show now.
     return kind, made.connection_kwargs
+
+
+def connections_like(pool: Any, timeout: float) -> Callable[..., Any]:
+    """A function that makes connections as the ones of a client's pool, with our own timeouts."""
+    settings = {
+        name: value
+        for name, value in pool.connection_kwargs.items()
+        if name not in _OF_THE_CLIENT and "maint_notifications" not in name
+    }
+    settings |= {
+        "socket_connect_timeout": timeout / 4,
+        "socket_timeout": timeout / 4,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    return partial(bounded(pool.connection_class), **settings)
 
 
 def ask_once(make: Make, request: bytes, deadline: float) -> Any:

@@ -17,13 +17,16 @@ from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
 from .changes import RedisSource
 from .commands import Commands
+from .foreign import RedisStrings, RedisTogether
 from .health import RedisChecks
 from .leases import RedisLeases
 from .pool import ClientPool, ConnectionPool
 from .records import Records
 from .scans import RedisScans
-from .servers import PrimaryPool, connections_of
+from .servers import PrimaryPool, connections_like, connections_of
 from .wakeup import WakeUps
+
+_PLAIN_POOLS = (redis.ConnectionPool, redis.BlockingConnectionPool)
 
 
 class RedisStore(Store):
@@ -39,7 +42,7 @@ class RedisStore(Store):
     def __init__(self, url_or_client: str | redis.Redis, options: StoreOptions | None = None):
         options = options or StoreOptions()
         pool = _pool_of(url_or_client, options)
-        if isinstance(url_or_client, str):
+        if isinstance(pool, ConnectionPool):
             closing(self, pool.close)
         records = Records(Commands(pool, options), options.logout_replicas)
         self._begin(url_or_client, options, records, pool.make)
@@ -103,6 +106,10 @@ class RedisStore(Store):
         self._wake_ups.close()
         self._commands.pool.close()
 
+    def strings(self) -> RedisStrings:
+        """The strings that another package keeps on this server, by their whole names."""
+        return RedisTogether(self._records)
+
     def lend_pool(self) -> redis.ConnectionPool | None:
         """A connection pool of the driver for other packages; None for a cluster.
 
@@ -127,6 +134,9 @@ class RedisStore(Store):
 def _pool_of(source: str | redis.Redis, options: StoreOptions) -> Any:
     """A pool of connections, of one kind or another; its ``make`` makes more of them."""
     if not isinstance(source, str):
+        pool = source.connection_pool
+        if options.own_connections and type(pool) in _PLAIN_POOLS:
+            return ConnectionPool(connections_like(pool, options.timeout), options.pool_max)
         return ClientPool(source)
     if "+sentinel:" in source[: len("rediss+sentinel:")]:
         return PrimaryPool(source, options.timeout, options.pool_max)

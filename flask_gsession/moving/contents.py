@@ -1,0 +1,49 @@
+"""The contents of an old session, from whichever serialisation Flask-Session used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from .pickles import RefusedPickle, check_extent, read_pickle
+
+_DECODERS = (msgspec.msgpack.decode, msgspec.json.decode)
+_NO_DATA = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class RefusedContents(Exception):
+    """The stored bytes can't be read without risk, or not at all; the text holds no value."""
+
+
+def read_contents(stored: bytes) -> Mapping[Any, Any]:
+    """The keys and values of a session: MessagePack or JSON (0.7 and newer), or a pickle.
+
+    Tries them in the order of Flask-Session 0.8, which still reads the pickles of older versions.
+    Raises ``RefusedContents``.
+    """
+    for decode in _DECODERS:
+        try:
+            return _checked(decode(stored))
+        except _NO_DATA:
+            continue
+    return read_pickled(stored)
+
+
+def read_pickled(stored: bytes) -> Mapping[Any, Any]:
+    """The same for a pickle. Raises ``RefusedContents``."""
+    try:
+        return _checked(read_pickle(stored))
+    except RefusedPickle as error:
+        raise RefusedContents(f"pickle: {error}") from None
+
+
+def _checked(contents: Any) -> Mapping[Any, Any]:
+    if not isinstance(contents, dict):
+        raise RefusedContents(f"a {type(contents).__name__} instead of a dict")
+    try:
+        check_extent(contents)
+    except RefusedPickle as error:
+        raise RefusedContents(str(error)) from None
+    return contents

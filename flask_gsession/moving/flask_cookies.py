@@ -1,0 +1,63 @@
+"""Sessions in Flask's own signed cookies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Flask
+from flask.sessions import SecureCookieSessionInterface
+from itsdangerous import BadSignature
+
+from ..repository.repository import Repository
+from ..stores.foreign import Foreign, Together
+from ..users.roster import Since
+from .contents import RefusedContents
+from .source import Contents, Old, encoded
+
+LABEL = "cookie"
+
+
+class FlaskCookieSource:
+    """The sessions that browsers hold themselves, read by Flask's own serializer.
+
+    ``interface``: the application's, which may have a serializer or salt of its own. A cookie is
+    known by what was signed, so its copies under other spellings of the signature are the same.
+    """
+
+    label = LABEL
+    together: Together | None = None
+
+    def __init__(self, app: Flask, interface: SecureCookieSessionInterface) -> None:
+        self._app = app
+        self._interface = interface
+
+    def name_of(self, cookie: str) -> str | None:
+        return None if self._open(cookie) is None else cookie.rpartition(".")[0]
+
+    def load(self, name: str, cookie: str) -> Old | None:
+        return Old(name, Foreign(cookie.encode(), None), None)
+
+    def contents(self, repository: Repository, old: Old) -> Contents:
+        stored: Any = old.stored
+        contents = self._open(stored.value.decode())
+        if not isinstance(contents, dict):
+            raise RefusedContents("no dict")
+        return encoded(repository, contents)
+
+    def since(self, old: Old) -> Since:
+        # Nothing is known of the sign-in: a revocation ends what was not imported yet.
+        return Since(epoch=0)
+
+    def delete(self, name: str) -> None:
+        """Nothing can: the browser has it."""
+
+    def _open(self, cookie: str) -> Any:
+        """The session's contents; None for a cookie that is forged, malformed or too old."""
+        serializer = self._interface.get_signing_serializer(self._app)
+        if serializer is None:
+            return None
+        age = int(self._app.permanent_session_lifetime.total_seconds())
+        try:
+            return serializer.loads(cookie, max_age=age)
+        except (BadSignature, ValueError, TypeError, KeyError, RecursionError):
+            return None

@@ -1,0 +1,92 @@
+"""Sessions of Flask-Session, versions 0.5 to 0.8.
+
+The cookie holds the session's id, bare or signed: 43 characters of base64url (of
+``SESSION_ID_LENGTH`` bytes, 32 by default), a UUID in 0.5. The record's name is the id behind
+``SESSION_KEY_PREFIX``. Redis, MongoDB and SQLAlchemy hold MessagePack or JSON from 0.7 on and
+pickles before; cachelib, and with it the file system, holds pickles in every version.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from itsdangerous import BadSignature, Signer, want_bytes
+
+from ..repository.repository import Repository
+from ..stores.foreign import Foreign, ForeignValues, Together
+from ..users.roster import Since
+from .contents import read_contents, read_pickled
+from .source import Contents, Old, encoded
+
+LABEL = "flask-session"
+_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_SALT = "flask-session"
+DEFAULT_ID_LENGTH = 32
+
+
+class FlaskSessionSource:
+    """The sessions that Flask-Session keeps in ``store``.
+
+    ``secret_keys``: None unless the ids in cookies are signed. ``pickled``: whether the store
+    holds nothing but pickles.
+    """
+
+    label = LABEL
+
+    def __init__(
+        self,
+        store: ForeignValues,
+        *,
+        prefix: str,
+        id_length: int = DEFAULT_ID_LENGTH,
+        secret_keys: Callable[[], Sequence[str | bytes]] | None = None,
+        pickled: bool = False,
+        together: Together | None = None,
+    ) -> None:
+        self.store = store
+        self.together = together
+        self._prefix = prefix
+        self._secret_keys = secret_keys
+        self._read = read_pickled if pickled else read_contents
+        lengths = {_length_of(DEFAULT_ID_LENGTH), _length_of(id_length)}
+        self._tokens = re.compile("|".join(f"[A-Za-z0-9_-]{{{length}}}" for length in lengths))
+
+    def name_of(self, cookie: str) -> str | None:
+        sid = cookie
+        if self._secret_keys is not None:
+            if not cookie.isascii():
+                return None
+            # itsdangerous wants the newest last
+            keys = [want_bytes(key) for key in reversed(self._secret_keys())]
+            try:
+                sid = Signer(keys, salt=_SALT, key_derivation="hmac").unsign(cookie).decode()
+            except (BadSignature, UnicodeDecodeError):
+                return None
+        if self._tokens.fullmatch(sid) or _UUID.fullmatch(sid):
+            return self._prefix + sid
+        return None
+
+    def load(self, name: str, cookie: str = "") -> Old | None:
+        return self.old(name, self.store.load(name))
+
+    def old(self, name: str, found: Foreign | None) -> Old | None:
+        """What was found under ``name``."""
+        return None if found is None else Old(name, found, found.expires_at)
+
+    def contents(self, repository: Repository, old: Old) -> Contents:
+        stored: Any = old.stored
+        return encoded(repository, self._read(stored.value))
+
+    def since(self, old: Old) -> Since:
+        # Nothing is known of the sign-in: a revocation ends what was not imported yet.
+        return Since(epoch=0)
+
+    def delete(self, name: str) -> None:
+        self.store.delete(name)
+
+
+def _length_of(id_length: int) -> int:
+    """The characters of so many bytes in base64url without padding."""
+    return -(-id_length * 4 // 3)

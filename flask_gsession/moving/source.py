@@ -1,0 +1,99 @@
+"""A source of old sessions: how an old cookie leads to an old record, and what that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from ..errors import ValueRefused
+from ..repository.repository import Repository
+from ..stores.base import Record
+from ..stores.foreign import Foreign, Together
+from ..users.roster import Since
+from ..values.codec import is_valid_text
+
+
+class Old(NamedTuple):
+    """An old record: its ``name`` in its store, and what is stored there.
+
+    ``by_pointer``: the cookie holds an earlier token, within the grace of a rotation.
+    """
+
+    name: str
+    stored: Foreign | Record
+    expires_at: int | None
+    by_pointer: bool = False
+
+    def __repr__(self) -> str:
+        """Without the name, which is a secret."""
+        return "<Old record>"
+
+
+class Contents(NamedTuple):
+    """What is to be stored for an old session.
+
+    ``values`` are encoded, ``dropped`` are the keys that can't be kept. ``lifetime`` is the
+    session's own idle timeout in milliseconds. ``began`` and ``ends``: the old session's creation
+    and absolute end, if the new one is to keep them. ``user_id``: the user it is bound to.
+    """
+
+    values: dict[str, bytes]
+    dropped: tuple[str, ...] = ()
+    lifetime: int | None = None
+    began: int | None = None
+    ends: int | None = None
+    user_id: str | None = None
+
+    def __repr__(self) -> str:
+        """Without the values."""
+        return f"<Contents: {len(self.values)} keys>"
+
+
+class Source(Protocol):
+    """Where old sessions come from.
+
+    ``label`` names the source in marks: the same label and name mean the same old session.
+    """
+
+    label: str
+    #: for a source whose server keeps the new sessions as well
+    together: Together | None
+
+    def name_of(self, cookie: str) -> str | None:
+        """The name of the old record, or None for a cookie that is malformed or badly signed.
+
+        Asks no store.
+        """
+
+    def load(self, name: str, cookie: str) -> Old | None:
+        """The old record; its name may differ from the given one. At most one round trip.
+
+        Raises ``StoreUnavailable`` and ``UnreadableRecord``.
+        """
+
+    def contents(self, repository: Repository, old: Old) -> Contents:
+        """What the record holds, encoded. Raises ``RefusedContents`` and ``StoreUnavailable``."""
+
+    def since(self, old: Old) -> Since:
+        """The time of the old session's sign-in, for the roster of its user."""
+
+    def delete(self, name: str) -> None:
+        """Remove the old record, if it can be removed. At most one round trip."""
+
+
+def encoded(repository: Repository, contents: Mapping[Any, Any]) -> Contents:
+    """The keys and values of an old session that can be kept, within the limits of one value."""
+    values: dict[str, bytes] = {}
+    dropped = []
+    settings = repository.settings
+    for key, value in contents.items():
+        if type(key) is not str or not is_valid_text(key) or len(values) >= settings.max_keys:
+            dropped.append(ascii(key)[:60])
+            continue
+        try:
+            raw = repository.codec.encode(key, value)
+        except ValueRefused:
+            dropped.append(ascii(key)[:60])
+            continue
+        values[key] = raw
+    return Contents(values, tuple(dropped))

@@ -1,0 +1,330 @@
+"""Taking an old session over, exactly once, in whichever request needs it first.
+
+The protocol and what it keeps are modelled in ``tests/simulation/importing.py``. A request with no
+valid cookie of ours, but with an old one:
+
+1. loads the old record, then the mark (see ``mark``), in this order: a logout deletes the old
+   record only while the mark is there, so finding neither proves that there is no session;
+2. without a mark: creates the session under a fresh key, then the mark. If the mark exists already:
+   deletes its own session, and goes on with the one that the mark names;
+3. with a mark: loads the session that it names. If that ended, the old cookie is dead for good;
+4. if the session names a user: enters it in the user's roster;
+5. answers with the token, which every request with this old cookie can compute.
+
+A logout deletes the old record, then the session. The mark stays until the imports are over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+from flask import Request, Response
+from msgspec.structs import replace
+
+from ..errors import (
+    KeyTaken,
+    LogoutUnconfirmed,
+    SessionTooLarge,
+    StoreUnavailable,
+    UnreadableRecord,
+)
+from ..events import ImportRefused, SessionImported, logger
+from ..repository.imports import TakenOver
+from ..repository.repository import PERMANENT, Loaded, Repository
+from ..stores.base import Record
+from ..tokens import Token, session_key
+from ..users.roster import Since
+from ..users.rosters import network_of
+from ..values.marks import is_marked
+from ..values.payload import Body, Origin
+from ..values.references import Reference, names_in
+from .contents import RefusedContents
+from .entering import enter, owner_of
+from .mark import Mark, mark_key, new_nonce, sealed, token_for, token_of, unsealed
+from .source import Contents, Old, Source
+
+T = TypeVar("T")
+
+NOTHING = TakenOver()
+_DEAD = TakenOver(dead_cookie=True)
+COMMAND = "flask gsession migrate --from flask-session --pickle"
+
+
+class OldCookie(NamedTuple):
+    """The old cookie: its name, and the attributes that deleting it takes."""
+
+    name: str
+    domain: str | None
+    path: str
+
+
+class _Finding(NamedTuple):
+    """What step 1 found."""
+
+    name: str
+    key: str  # of the mark
+    old: Old | None
+    mark: Mark | None
+
+    def __repr__(self) -> str:
+        return f"<_Finding {self.key}>"
+
+
+class Takeover:
+    """Takes sessions over from ``sources``: the first that knows the old cookie for its own.
+
+    ``knows_users``: whether Flask-Login says which user a session belongs to. ``until``: when
+    imports are over, in milliseconds; None: never. ``watch``: whether a session
+    whose old record was removed before its time has ended, too.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        cookie: OldCookie,
+        *,
+        knows_users: Callable[[], bool],
+        until: int | None,
+        watch: bool = False,
+    ) -> None:
+        self.cookie = cookie
+        self._knows_users = knows_users
+        self._sources = {source.label: source for source in sources}
+        self._until = until
+        self._watch = watch
+        self._reported: set[tuple[str, str]] = set()
+
+    # -- for requests
+
+    def take_over(self, repository: Repository, request: Request) -> TakenOver:
+        """The session that the old cookie of the request leads to, which is made now or was before.
+
+        Raises ``StoreUnavailable``. At most four round trips, two where the old records are on the
+        Redis server of the new ones; two for a session that was made before. None without an old
+        cookie, and for a malformed one.
+        """
+        # Old ids are secrets, too: as tokens they show nothing in a traceback.
+        text = Token(request.cookies.get(self.cookie.name, ""))
+        if not text or self._is_over(repository.now()):
+            return NOTHING
+        outcome = _DEAD
+        for source in self._sources.values():
+            name = Token(source.name_of(text) or "")
+            if not name:
+                continue
+            try:
+                outcome = self._by(repository, source, name, text, _network(request))
+            except UnreadableRecord as error:
+                self._refuse(repository, source, error.detail or error.reason)
+                return NOTHING
+            except RefusedContents as error:
+                self._refuse(repository, source, str(error))
+                return NOTHING
+            if not outcome.dead_cookie:
+                break
+        return outcome
+
+    def end_old(self, repository: Repository, body: Body) -> None:
+        """Remove the old record of this session, which is to end. Raises ``StoreUnavailable``."""
+        origin = body.origin
+        if origin is None or self._is_over(repository.now()):
+            return
+        source, name = self._of(repository, origin)
+        if source is not None and name is not None:
+            _asked(source.delete, name)
+
+    def has_ended(self, repository: Repository, body: Body) -> bool:
+        """Whether an old worker ended this session: its record is gone before its time.
+
+        Never unless old records are watched. Raises ``StoreUnavailable``. One round trip.
+        """
+        origin = body.origin
+        if not self._watch or origin is None or origin.expires_at is None:
+            return False
+        if self._is_over(now := repository.now()) or now >= origin.expires_at:
+            return False
+        source, name = self._of(repository, origin)
+        if source is None or name is None:
+            return False
+        try:
+            return _asked(source.load, name, "") is None
+        except UnreadableRecord:
+            return False
+
+    def forget_cookie(self, request: Request, response: Response) -> None:
+        """Delete the old cookie, if the request has it."""
+        if self.cookie.name in request.cookies:
+            response.delete_cookie(
+                self.cookie.name, domain=self.cookie.domain, path=self.cookie.path
+            )
+            response.cache_control.no_store = True
+
+    # -- the steps
+
+    def _by(
+        self, repository: Repository, source: Source, name: str, cookie: str, network: bytes
+    ) -> TakenOver:
+        found = self._find(repository, source, name, cookie)
+        mark, made = found.mark, None
+        if mark is None:
+            if found.old is None:
+                return _DEAD
+            made, mark = self._create(repository, source, found, found.old)
+            if mark is None:
+                return _DEAD
+        loaded = made or repository.find(mark.session)
+        if loaded is None:
+            return _DEAD
+        if self._watch and found.old is None and self.has_ended(repository, loaded.body):
+            repository.delete(loaded.record.key, body=loaded.body)
+            return _DEAD
+        token = None
+        by_pointer = found.old is not None and found.old.by_pointer
+        if loaded.record.key == mark.session and not by_pointer:
+            token = token_for(repository.live.secret_keys(), source.label, found.name, mark)
+        since = Since(epoch=0) if found.old is None else source.since(found.old)
+        if token is not None and not enter(repository, loaded, since, network):
+            repository.delete(loaded.record.key, body=loaded.body, leave_roster=False)
+            return _DEAD
+        return TakenOver(loaded, token)
+
+    def _find(self, repository: Repository, source: Source, name: str, cookie: str) -> _Finding:
+        if source.together is not None:
+            key = mark_key(source.label, name)
+            foreign, record = _asked(source.together.load_both, name, key)
+            old = None if foreign is None else Old(name, foreign, foreign.expires_at)
+        else:
+            old = _asked(source.load, name, cookie)
+            name = Token(old.name) if old is not None else name
+            key = mark_key(source.label, name)
+            record = repository.store.load(key)
+        return _Finding(name, key, old, self._read_mark(repository, key, record))
+
+    def _read_mark(self, repository: Repository, key: str, record: Record | None) -> Mark | None:
+        if record is None or repository.now() >= record.idle_expires_at:
+            return None
+        return Mark.of(repository.read_other(record))
+
+    def _create(
+        self, repository: Repository, source: Source, found: _Finding, old: Old
+    ) -> tuple[Loaded | None, Mark | None]:
+        """The session that was made and its mark, or only the mark of another request.
+
+        Nothing at all if there is nothing worth keeping.
+        """
+        contents = source.contents(repository, old)
+        if len(contents.values) <= (PERMANENT in contents.values):
+            return None, None
+        nonce = new_nonce()
+        key, origin = _keyed(repository, source.label, found.name, nonce, old.expires_at)
+        loaded, dropped = _drafted(repository, key, contents, origin, self._knows_users())
+        mark = Mark(key, nonce)
+        record = self._mark_record(repository, found.key, mark)
+        there: Record | None = None
+        if source.together is not None:
+            there = source.together.create_both(loaded.record, record)
+        else:
+            repository.store.create(loaded.record)
+            try:
+                repository.store.create(record)
+            except KeyTaken:
+                with suppress(LogoutUnconfirmed):
+                    repository.delete(key, body=replace(loaded.body, origin=None))
+                there = repository.store.load(found.key)
+                if there is None:
+                    raise StoreUnavailable("a mark of an import came and went") from None
+        if there is not None:
+            if source.together is not None:
+                repository.discard(names_in(loaded.body.values.values()), 0)
+            return None, self._read_mark(repository, found.key, there)
+        for name in dropped:
+            logger.warning(
+                "session[%s] of an old session can't be kept and was left out (session %s, from "
+                "%s)",
+                name,
+                key,
+                source.label,
+            )
+        repository.events.emit(SessionImported, key, source.label, dropped)
+        return loaded, mark
+
+    def _mark_record(self, repository: Repository, key: str, mark: Mark) -> Record:
+        end = repository.settings.marks_end(repository.now())
+        return repository.draft_other(key, mark.pack(), end)
+
+    def _of(self, repository: Repository, origin: Origin) -> tuple[Source | None, str | None]:
+        source = self._sources.get(origin.label)
+        if source is None:
+            return None, None
+        name = unsealed(repository.live.secret_keys(), origin)
+        return source, None if name is None else Token(name)
+
+    def _is_over(self, now: int) -> bool:
+        return self._until is not None and now >= self._until
+
+    def _refuse(self, repository: Repository, source: Source, reason: str) -> None:
+        """Count an old session that can't be read here; it stays where it is, and so the cookie."""
+        repository.events.emit(ImportRefused, source.label, reason)
+        kind = source.label, reason.partition(":")[0]
+        if kind not in self._reported:
+            self._reported.add(kind)
+            logger.warning(
+                "An old session of %s was not taken over: %s. It stays where it is. Sessions like "
+                "this one are taken over by: %s",
+                source.label,
+                reason,
+                COMMAND,
+            )
+
+
+def _network(request: Request) -> bytes:
+    return network_of(request.remote_addr)
+
+
+def _asked(ask: Callable[..., T], *arguments: object) -> T:
+    """Ask a store of old sessions. The frames of its driver would show the old id: drop them."""
+    try:
+        return ask(*arguments)
+    except StoreUnavailable as error:
+        error.__context__ = None
+        raise error.with_traceback(None) from None
+
+
+def _keyed(
+    repository: Repository, label: str, name: str, nonce: bytes, expires_at: int | None
+) -> tuple[str, Origin]:
+    """The key of a new session, and its origin."""
+    secret = repository.live.secret_keys()[0]
+    token = token_of(secret, label, name, nonce)
+    return session_key(token), sealed(secret, label, name, nonce, expires_at)
+
+
+def _drafted(
+    repository: Repository, key: str, contents: Contents, origin: Origin, knows_users: bool
+) -> tuple[Loaded, tuple[str, ...]]:
+    """The new session, and what had to be left out of it. Writes large values.
+
+    Whatever makes it too large is left out, the largest value first.
+    """
+    values, dropped = dict(contents.values), list(contents.dropped)
+    placed: dict[tuple[int, bytes], Reference] = {}
+    while True:
+        body = Body(values, contents.lifetime, any(map(is_marked, values.values())), origin=origin)
+        try:
+            if repository.any_large(values, values):
+                end = repository.blobs_end(body)
+                spilled = replace(body, spilled=True)
+                stored = repository.put_away(spilled, partial(int, end), placed, {})
+                body = replace(spilled, values=stored, spilled=bool(placed))
+            if knows_users:
+                body = replace(body, owner=owner_of(repository, body, contents))
+            record = repository.draft_imported(key, body, contents.began, contents.ends)
+        except SessionTooLarge:
+            largest = max(values, key=lambda name: len(values[name]))
+            dropped.append(ascii(largest)[:60])
+            del values[largest]
+            continue
+        return Loaded(record, body), tuple(dropped)

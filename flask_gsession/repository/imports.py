@@ -1,0 +1,38 @@
+"""What the repository and a request know of old sessions that are taken over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ..values.payload import Body
+
+if TYPE_CHECKING:
+    from .repository import Loaded, Repository
+
+
+class TakenOver(NamedTuple):
+    """The session that an old cookie led to, if any.
+
+    ``token``: for the client, unless the cookie led to it through a pointer. ``dead_cookie``: the
+    old cookie leads nowhere, and never will again.
+    """
+
+    loaded: Loaded | None = None
+    token: str | None = None
+    dead_cookie: bool = False
+
+
+class Imports(Protocol):
+    """Takes old sessions over: ``moving.takeover.Takeover``."""
+
+    def take_over(self, repository: Repository, request: Any) -> TakenOver:
+        """The session that the old cookie of the request leads to."""
+
+    def end_old(self, repository: Repository, body: Body) -> None:
+        """Remove the old record of a session that is to end."""
+
+    def has_ended(self, repository: Repository, body: Body) -> bool:
+        """Whether an old worker ended the session."""
+
+    def forget_cookie(self, request: Any, response: Any) -> None:
+        """Delete the old cookie, if the request has it."""

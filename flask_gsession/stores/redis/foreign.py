@@ -1,0 +1,98 @@
+"""Strings that another package keeps on a Redis server of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ...errors import UnreadableRecord
+from ..base import Record
+from ..foreign import Foreign, ForeignValues, Together
+from .commands import Script, as_it_is
+from .layout import pack, unpack, version
+from .pool import packed
+from .records import Records
+
+_LOAD, _TAKE_OVER = Script("foreign_load"), Script("take_over")
+_NO_EXPIRY, _AT_ONCE = -1, b"500"
+
+
+class RedisStrings(ForeignValues):
+    """Strings, under names without the prefix of our records."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._commands = records.commands
+
+    def load(self, name: str) -> Foreign | None:
+        return self._load([name.encode()])[0]
+
+    def delete(self, name: str) -> None:
+        key = name.encode()
+        self._commands.call(self._commands.deadline(), as_it_is, key, packed(b"DEL", key))
+
+    def names(self, prefix: str) -> Iterator[str]:
+        pattern = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", prefix.encode()) + b"*"
+        call, deadline = self._commands.call, self._commands.deadline
+        for server in self._commands.servers():
+            cursor = b"0"
+            while True:
+                request = packed(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _AT_ONCE)
+                cursor, names = call(deadline(), as_it_is, server, request)
+                yield from (name.decode("utf-8", "replace") for name in names)
+                if cursor == b"0":
+                    break
+
+    def _load(self, keys: list[bytes]) -> tuple[Foreign | None, bytes | None]:
+        now = self._commands.now()
+
+        def parse(reply: Any) -> tuple[Foreign | None, bytes | None]:
+            # The name shows an answer that belongs to another command.
+            if type(reply) is not list or len(reply) < 3 or reply[0] != keys[0]:
+                raise UnreadableRecord("corrupt", "reply to another command")
+            value, life = reply[1], reply[2]
+            beside = reply[3] if len(reply) > 3 else None
+            if value is None:
+                return None, beside
+            return Foreign(value, None if life == _NO_EXPIRY else now + life), beside
+
+        parts = (b"%d" % len(keys), *keys)
+        return self._commands.call(
+            self._commands.deadline(),
+            parse,
+            keys[0],
+            packed(b"EVALSHA", _LOAD.sha, *parts),
+            lambda: packed(b"EVAL", _LOAD.source, *parts),
+        )
+
+
+class RedisTogether(RedisStrings, Together):
+    """The same, on a server without slots, where a script may touch our records as well."""
+
+    def load_both(self, name: str, key: str) -> tuple[Foreign | None, Record | None]:
+        foreign, beside = self._load([name.encode(), self._records.names.record(key)])
+        return foreign, None if beside is None else unpack(key, beside)
+
+    def create_both(self, record: Record, mark: Record) -> Record | None:
+        commands, names = self._commands, self._records.names
+        keys = [names.record(record.key), names.record(mark.key)]
+        mine = version(mark.version)
+        values = [pack(record), commands.life(record), pack(mark), commands.life(mark), mine]
+        parts = (b"%d" % len(keys), *keys, *values)
+
+        def parse(reply: Any) -> Record | None:
+            if type(reply) is bytes:
+                if reply == b"K" + mine:
+                    return None
+                if reply[:1] == b"P":
+                    return unpack(mark.key, reply[1:])
+            raise UnreadableRecord("corrupt", "reply to another command")
+
+        return commands.call(
+            commands.deadline(),
+            parse,
+            keys[1],
+            packed(b"EVALSHA", _TAKE_OVER.sha, *parts),
+            lambda: packed(b"EVAL", _TAKE_OVER.source, *parts),
+        )

@@ -1,0 +1,127 @@
+"""A session of Flask-Session goes on as one of ours, on every store of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flask_gsession.events import SessionImported
+from tests.harness.apps import Site, SiteMaker, Visitor
+
+from .old import OldFiles
+
+pytestmark = pytest.mark.filterwarnings("ignore:Old sessions")
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> OldFiles:
+    return OldFiles(tmp_path / "old")
+
+
+@pytest.fixture
+def site(make_site: SiteMaker, old: OldFiles) -> Site:
+    return make_site(config=old.config)
+
+
+def visit(site: Site, sid: str) -> Visitor:
+    """A browser that has only the old cookie."""
+    visitor = site.visitor()
+    visitor.set_cookie("session", sid)
+    return visitor
+
+
+def test_it_goes_on_under_another_cookie(site: Site, old: OldFiles) -> None:
+    sid = old.add(_user_id="7", cart=[{"sku": "mug"}], _permanent=True)
+    visitor = visit(site, sid)
+    assert visitor.run(dict) == {"_user_id": "7", "cart": [{"sku": "mug"}], "_permanent": True}
+    assert site.cookie_name == "session_gs"
+    assert visitor.cookie is not None
+    assert visitor.get_cookie("session").value == sid  # type: ignore[union-attr]
+    visitor.run(lambda session: session["cart"].append("pen"))
+    assert visitor.run(lambda session: session["cart"]) == [{"sku": "mug"}, "pen"]
+    assert len(site.happened(SessionImported)) == 1
+    assert old.has(sid)
+
+
+def test_every_request_with_the_old_cookie_gets_the_same_session(site: Site, old: OldFiles) -> None:
+    sid = old.add(cart=1)
+    first, second = visit(site, sid), visit(site, sid)
+    handles = {visitor.run(lambda session: session.handle) for visitor in (first, second)}
+    assert len(handles) == 1
+    assert first.cookie == second.cookie
+    first.run(lambda session: session.update(seen="first"))
+    assert visit(site, sid).run(lambda session: session["seen"]) == "first"
+
+
+@pytest.mark.parametrize("way", ["destroy", "clear"])
+@pytest.mark.parametrize("cookies", ["both", "old", "new"])
+def test_a_logout_ends_both(site: Site, old: OldFiles, way: str, cookies: str) -> None:
+    sid = old.add(_user_id="7")
+    visitor = visit(site, sid)
+    if cookies != "old":
+        visitor.run(dict)
+    if cookies == "new":
+        visitor.delete_cookie("session")
+    visitor.run(lambda session: getattr(session, way)())
+    assert not old.has(sid)
+    assert visitor.get_cookie("session") is None
+    assert visitor.cookie is None
+    assert visit(site, sid).run(dict) == {}
+    old.add(sid, _user_id="7")  # an old worker wrote it back
+    late = visit(site, sid)
+    assert late.run(dict) == {}
+    assert late.get_cookie("session") is None
+
+
+def test_no_cookie_and_no_use_cost_nothing(site: Site, old: OldFiles) -> None:
+    visitor = visit(site, old.add(cart=1))
+    with site.counted() as count:
+        visitor.get("/untouched")
+        site.visitor().run(dict)
+    assert count.trips == 0
+
+
+MALFORMED: dict[str, Any] = {
+    "empty": "",
+    "short": "a" * 42,
+    "long": "a" * 44,
+    "dot": "a" * 21 + "." + "a" * 21,
+    "slash": "a" * 42 + "/",
+    "plus": "a" * 42 + "+",
+    "equals": "a" * 42 + "=",
+    "blank": "a" * 42 + " ",
+    "quoted letters": '"\\141' + "a" * 43 + '"',
+    "parents": "../" * 14 + "a",
+    "umlaut": "a" * 42 + "\xe4",
+    "star": "*" * 43,
+    "percent": "%41" * 14 + "a",
+    "newline": '"' + "a" * 42 + '\\012"',
+    "nul": '"' + "a" * 42 + '\\000"',
+    "uuid in capitals": "01234567-89AB-CDEF-0123-456789ABCDEF",
+    "uuid without hyphens": "0123456789abcdef0123456789abcdef",
+    "uuid in braces": "{01234567-89ab-cdef-0123-456789abcdef}",
+    "hyphens in wrong places": "012345678-9ab-cdef-0123-456789abcdef",
+    "very long": "a" * 4000,
+    "token of ours": "a" * 43 + "." + "b" * 22,
+    "flask": "eyJhIjoxfQ.aaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbb",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_id_reaches_no_store(
+    site: Site, old: OldFiles, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("a store was asked")
+
+    monkeypatch.setattr("flask_gsession.moving.cachelib_cache.CacheFiles.load", never)
+    client = site.app.test_client(use_cookies=False)
+    headers = {"Cookie": f"session={MALFORMED[name]}"}
+    with site.visit(dict) as page, site.counted() as count:
+        response = client.get(page.path, headers=headers)
+    assert response.status_code == 200
+    assert count.trips == 0
+    deleted = [value for value in response.headers.getlist("Set-Cookie") if "session=;" in value]
+    assert len(deleted) == (1 if MALFORMED[name] else 0)
