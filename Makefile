@@ -68,12 +68,13 @@ test: $(VENV)/with-test $(OLDEST)/ready $(FLASK_SESSION)/ready servers chromium 
 
 OLDEST_SMOKE := tests/stores/test_redis_pool.py tests/stores/test_store_contract.py \
   -k "TestStores or redis_pool"
-OLDEST_TESTS := $(addprefix tests/,test_authentication.py contrib/test_metrics.py \
-  contrib/test_ratelimit.py request/test_locks.py request/test_session_object.py \
+OLDEST_TESTS := $(addprefix tests/,test_as_flask_does.py test_authentication.py \
+  cli/test_command.py contrib/test_metrics.py contrib/test_ratelimit.py \
+  guarantees/test_g01_no_cost_unused.py request/test_locks.py request/test_session_object.py request/test_streaming.py \
   stores/test_redis_answers.py stores/test_redis_pool.py stores/test_redis_servers.py \
-  stores/test_store_contract.py stores/test_topologies.py typed/test_typed.py \
-  typed/test_typed_round_trip.py values/test_codec.py values/test_large_values.py \
-  values/test_payload.py)
+  stores/test_redis_versions.py stores/test_store_contract.py stores/test_topologies.py \
+  typed/test_typed.py typed/test_typed_round_trip.py values/test_codec.py \
+  values/test_large_values.py values/test_payload.py watching/test_debug.py)
 
 $(OLDEST)/ready: tests/oldest.txt setup.cfg | $(VENV)/with-test
 	@rm -rf $(OLDEST)

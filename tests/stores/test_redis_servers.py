@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 import redis.cluster
 from flask import Flask
+from redis import Redis
+from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster as ClusterClient
 from redis.crc import key_slot
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
+from redis.retry import Retry
 from redis.sentinel import Sentinel as SentinelClient
 
 from flask_gsession import Session, session
@@ -294,17 +297,66 @@ def test_another_service_and_another_database(sentinels: RedisSentinels, open_sh
         unknown.store.load("A" * 43)
 
 
-def test_a_client_made_by_a_sentinel(sentinels: RedisSentinels, open_shop: Opener) -> None:
-    addresses = [(HOST, sentinel.port) for sentinel in sentinels.sentinels]
-    watchers: Any = SentinelClient(addresses, socket_timeout=1)  # type: ignore[no-untyped-call]
-    with watchers.master_for(RedisSentinels.SERVICE, socket_timeout=1) as client:
-        shop = open_shop(client)
-        assert shop.count() == 1
-        caught_up(sentinels)
-        sentinels.wait_for_failover(sentinels.failover())
-        assert shop.recovers() == 2
+@contextmanager
+def a_client_of(
+    sentinels: RedisSentinels, ports: Sequence[int], **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """redis-py's object for the sentinels, here at these ports, and a client that it made."""
+    addresses = [(HOST, port) for port in ports]
+    once: Any = Retry(NoBackoff(), 0)  # the driver's default takes seconds where nobody answers
+    watchers: Any = SentinelClient(  # type: ignore[no-untyped-call]
+        addresses, sentinel_kwargs={"retry": once, "socket_timeout": 1}
+    )
+    options |= {"retry": once, "socket_timeout": 1}
+    with watchers.master_for(sentinels.SERVICE, **options) as client:
+        yield watchers, client
     for watcher in watchers.sentinels:
         watcher.close()
+
+
+def ports_of(sentinels: RedisSentinels) -> list[int]:
+    return [sentinel.port for sentinel in sentinels.sentinels]
+
+
+def test_a_client_made_by_a_sentinel(sentinels: RedisSentinels, open_shop: Opener) -> None:
+    with a_client_of(sentinels, ports_of(sentinels), max_connections=2) as (_, client):
+        shop = open_shop(client, pool_max=2)
+        assert shop.count() == 1
+        caught_up(sentinels)
+        # Two requests are under way when the primary is replaced.
+        pool, deadline = shop.store._commands.pool, time.monotonic() + 60
+        slots = [pool.take(deadline) for _ in range(2)]
+        for slot in slots:
+            slot.ask(packed(b"PING"))
+        sentinels.wait_for_failover(sentinels.failover())
+        slots[0].connection.disconnect()
+        slots[0].ask(packed(b"PING"))  # sees the new one
+        for slot in slots:
+            pool.give(slot)
+        assert shop.recovers() == 2
+        slots = [pool.take(deadline) for _ in range(2)]  # both are there
+        for slot in slots:
+            pool.give(slot)
+
+
+@pytest.mark.parametrize("user", ["store", "limits"])
+def test_a_client_whose_sentinels_were_down_does_not_run_out_of_connections(
+    sentinels: RedisSentinels, store_prefix: str, user: str
+) -> None:
+    """From 5.3 to 8.0.1, redis-py's own pool loses a place at each try to connect."""
+    options = StoreOptions(prefix=store_prefix, timeout=PATIENCE)
+    with a_client_of(sentinels, [free_port()], max_connections=2) as (watchers, client):
+        store: Any = open_store(client, options)[0]
+        lent = Redis(connection_pool=store.lend_pool())
+        use = {"store": lambda: store.load("A" * 43), "limits": lambda: lent.get("a")}[user]
+        for _ in range(4):
+            with pytest.raises((StoreUnavailable, RedisConnectionError)):
+                use()
+        with a_client_of(sentinels, ports_of(sentinels)) as (reachable, _):
+            watchers.sentinels = reachable.sentinels
+            assert use() is None
+        store.close()
+        lent.connection_pool.disconnect()
 
 
 def test_the_doctor_looks_at_replicas_and_sentinels(

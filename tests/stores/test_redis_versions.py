@@ -4,9 +4,11 @@ import re
 import socket
 
 import pytest
+from redis import Redis
 
 from flask_gsession.errors import SettingError
 from flask_gsession.stores.redis import driver
+from flask_gsession.stores.redis.pool import ClientPool
 
 
 @pytest.mark.parametrize("version", ["5.0.0", "5.3.1", "6.4.0", "8.0.1", "8.1.0", "9.0.0rc1"])
@@ -19,6 +21,21 @@ def test_a_version_that_does_not_work_is_refused(version: str) -> None:
     message = f"redis-py {re.escape(version)} is installed.*5.0 or newer.*8.0.0.*pip install"
     with pytest.raises(SettingError, match=message):
         driver.check_version(version)
+
+
+def test_a_client_whose_answers_would_be_mixed_up_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before 3.2, hiredis can't distinguish messages that the server pushes from answers."""
+    clients = {
+        protocol: Redis.from_url("redis://localhost", protocol=protocol) for protocol in (2, 3)
+    }
+    for client in clients.values():
+        ClientPool(client)
+    monkeypatch.setattr(driver, "PUSHED", ())
+    ClientPool(clients[2])
+    with pytest.raises(SettingError, match=r"protocol=3.*Install hiredis 3.2 or newer"):
+        ClientPool(clients[3])
 
 
 def test_errors_about_a_topology_are_known_in_every_version() -> None:

@@ -162,14 +162,16 @@ def test_a_slot_moves_with_its_keys(cluster: RedisCluster, cluster_client: Clust
     with cluster.migrating(slot) as target:
         assert target is not source
         assert cluster.primary(slot) is source
-        assert "ASK" in type(value_at(source, "moving")).__name__.upper()
+        assert (
+            "ASK" in repr(value_at(source, "moving")).upper()
+        )  # a ResponseError before redis-py 6.0
         assert cluster_client.get("moving") == b"value"
     assert cluster.primary(slot) is target
     assert value_at(target, "moving") == b"value"
     assert cluster_client.get("moving") == b"value"
     assert cluster.migrate_slot(slot, to=source) is source
     assert value_at(source, "moving") == b"value"
-    assert "MOVED" in type(value_at(target, "moving")).__name__.upper()
+    assert "MOVED" in repr(value_at(target, "moving")).upper()
 
 
 def test_a_replica_takes_over_from_a_dead_primary(
@@ -419,7 +421,7 @@ def test_the_proxy_passes_all_on_and_counts(proxy: TCPProxy, proxied: Redis) -> 
     proxied.set("large", large)
     assert proxied.get("large") == large
     assert (proxy.accepted, proxy.open, proxy.cuts) == (1, 1, 0)
-    proxied.close()
+    proxied.connection_pool.disconnect()
     until(lambda: proxy.open == 0, "the connection ending")
     proxied.ping()
     assert (proxy.accepted, proxy.open) == (2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import select
+from collections.abc import Mapping
 from typing import Any
 
 import redis
@@ -38,7 +39,10 @@ from redis.exceptions import (  # noqa: E402
     ResponseError,
     TryAgainError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError  # noqa: E402
+from redis.sentinel import SentinelManagedConnection  # noqa: E402
 
+_TRIES = 10  # to be lent a connection
 _OF_A_TOPOLOGY = {
     "ASK": AskError,
     "CLUSTERDOWN": ClusterDownError,
@@ -51,6 +55,9 @@ _OF_A_TOPOLOGY = {
 HAS_HEALTH_HOOK = hasattr(AbstractConnection, "on_connect_check_health")  # from 6.0 on
 _CAN_SKIP_CHECK = hasattr(AbstractConnection, "connect_check_health")  # from 6.0 on
 _TAKES_TIMEOUT = "timeout" in inspect.signature(AbstractConnection.read_response).parameters  # 8.0
+_HIREDIS: Any = vars(redis.connection).get("hiredis")  # where it is installed
+#: Messages that the server pushes under RESP3: before 6.2, the parser hands them out as answers.
+PUSHED: Any = getattr(_HIREDIS, "PushNotification", ())  # hiredis 3.2
 #: Whether the driver's own pools lend connections that the server has closed: with hiredis, 8.0.1.
 LENDS_CLOSED = redis.__version__.startswith("8.0.")
 _NAMES_COMMAND = (  # before 5.3
@@ -72,17 +79,37 @@ def named(answer: Any) -> Any:
     return answer
 
 
+def check_client(connection_options: Mapping[str, Any]) -> None:
+    """Raise ``SettingError`` where pushed messages would be taken for answers."""
+    if _HIREDIS is not None and not PUSHED and str(connection_options.get("protocol")) == "3":
+        raise SettingError(
+            f"The Redis client speaks RESP3 (protocol=3), and hiredis {_HIREDIS.__version__} is "
+            "installed, which mixes up answers there. Install hiredis 3.2 or newer, or make the "
+            "client with protocol=2: pip install --upgrade 'flask-gsession[redis]'"
+        )
+
+
 def connect(connection: Any) -> None:
     """Connect, without asking for the server's health."""
-    if _CAN_SKIP_CHECK:
+    if _CAN_SKIP_CHECK and not isinstance(connection, SentinelManagedConnection):
         connection.connect_check_health(check_health=False)
     else:
         connection.connect()
 
 
 def lend(pool: Any) -> Any:
-    """A connection of a pool of the driver's own, which is to be released."""
-    return pool.get_connection("_") if _NAMES_COMMAND else pool.get_connection()
+    """A connection of a pool of the driver's own, which is to be released.
+
+    Before 6.2 its pools refuse one that a message was pushed into as it connected: try another.
+    """
+    for _ in range(_TRIES):
+        try:
+            return pool.get_connection("_") if _NAMES_COMMAND else pool.get_connection()
+        except RedisConnectionError as error:
+            if str(error) != "Connection not ready":
+                raise
+            failure = error
+    raise failure
 
 
 def read_within(connection: Any, seconds: float, **options: Any) -> Any:

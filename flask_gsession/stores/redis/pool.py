@@ -13,12 +13,23 @@ from weakref import ref
 
 import redis
 from redis._parsers import _HiredisParser
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, InvalidResponse, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
 
 from ...processes import process
-from .driver import LENDS_CLOSED, connect, is_closed_or_unread, lend, named, read_within
+from .driver import (
+    LENDS_CLOSED,
+    PUSHED,
+    check_client,
+    connect,
+    is_closed_or_unread,
+    lend,
+    named,
+    read_within,
+)
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")
@@ -313,7 +324,11 @@ class ClientSlot:
             raise RedisTimeoutError("no time left after waiting for a connection")
         self.connection.send_packed_command((request,))
         try:
-            return read_within(self.connection, left)
+            while True:
+                answer = read_within(self.connection, left)
+                if not isinstance(answer, PUSHED):
+                    return answer
+                left = max(self.deadline - time.monotonic(), 0.001)
         except ResponseError as error:
             raise named(error) from None
 
@@ -324,7 +339,10 @@ class ClientSlot:
 
     def _answer(self) -> Any:
         try:
-            return self.connection.read_response(disable_decoding=True)
+            while True:
+                answer = self.connection.read_response(disable_decoding=True)
+                if not isinstance(answer, PUSHED):
+                    return answer
         except ResponseError as error:
             return named(error)
 
@@ -334,6 +352,7 @@ class ClientPool:
 
     def __init__(self, client: redis.Redis) -> None:
         self._pool = client.connection_pool
+        check_client(self._pool.connection_kwargs)
         self.make: Callable[[], Any] = partial(
             bounded(self._pool.connection_class), **self._pool.connection_kwargs
         )
@@ -381,6 +400,22 @@ def _peer_of(connection: Any) -> Any:
         return connection._sock.getpeername()
     except (AttributeError, OSError):  # it is not connected
         return None
+
+
+class SentinelClientPool(ConnectionPool):
+    """Connections of our own to the primary that a client of sentinels finds.
+
+    From 5.3 to 8.0.1 the driver's pool loses the place of a connection that it drops, at each
+    failover and at each try to connect while no sentinel answers, until it has none left.
+    """
+
+    def __init__(self, client: redis.Redis, size: int) -> None:
+        pool = client.connection_pool
+        check_client(pool.connection_kwargs)
+        self._client = client  # its pool, to which connections refer weakly, has to live
+        # A command is tried again with the next connection, so that connecting is not.
+        options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
+        super().__init__(partial(bounded(pool.connection_class), **options), size)
 
 
 def packed(*parts: bytes) -> bytes:

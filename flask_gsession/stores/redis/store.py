@@ -9,6 +9,7 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redis.sentinel import SentinelConnectionPool
 
 from ...errors import Gone
 from ...live.listener import Listener
@@ -20,7 +21,7 @@ from .commands import Commands
 from .foreign import RedisStrings, RedisTogether
 from .health import RedisChecks
 from .leases import RedisLeases
-from .pool import ClientPool, ConnectionPool
+from .pool import ClientPool, ConnectionPool, SentinelClientPool
 from .records import Records
 from .scans import RedisScans
 from .servers import PrimaryPool, connections_like, connections_of
@@ -34,7 +35,8 @@ class RedisStore(Store):
 
     One call takes at most ``options.timeout``. Of a client that was passed in the pool is used as
     it is, and never closed: its own settings bound the time to connect, and ``options.timeout`` the
-    wait for each piece of an answer.
+    wait for each piece of an answer. From a client of sentinels its way to the primary is taken,
+    with connections of our own, as in :class:`SentinelClientPool`.
     """
 
     confirms_logouts = True
@@ -116,11 +118,19 @@ class RedisStore(Store):
         The pool of the client that was passed in; else a new one of the same size as the store's,
         with a quarter of the time budget of a call as its timeout.
         """
+        piece = self._options.timeout / 4
         if isinstance(self._source, redis.Redis):
-            return self._source.connection_pool
+            pool = self._source.connection_pool
+            if not isinstance(pool, SentinelConnectionPool):
+                return pool
+            return redis.BlockingConnectionPool(  # type: ignore[no-untyped-call]  # loses no places
+                connection_class=pool.connection_class,
+                max_connections=self._options.pool_max,
+                timeout=piece,
+                **pool.connection_kwargs,
+            )
         if not isinstance(self._source, str) or "+" in self._source.partition(":")[0]:
             return None
-        piece = self._options.timeout / 4
         return redis.BlockingConnectionPool.from_url(
             self._source,
             max_connections=self._options.pool_max,
@@ -137,6 +147,8 @@ def _pool_of(source: str | redis.Redis, options: StoreOptions) -> Any:
         pool = source.connection_pool
         if options.own_connections and type(pool) in _PLAIN_POOLS:
             return ConnectionPool(connections_like(pool, options.timeout), options.pool_max)
+        if isinstance(pool, SentinelConnectionPool):
+            return SentinelClientPool(source, options.pool_max)
         return ClientPool(source)
     if "+sentinel:" in source[: len("rediss+sentinel:")]:
         return PrimaryPool(source, options.timeout, options.pool_max)
