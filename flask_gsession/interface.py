@@ -148,6 +148,7 @@ class GSessionInterface(SessionInterface):
         """
         if isinstance(session, LocalProxy):  # flask.session, by hand
             session = session._get_current_object()
+            session.accessed = True  # as Flask 3.1.3 sets it
         if not (self.has_further and has_request_context()):
             if isinstance(session, SessionData) and not session.accessed and response.is_sequence:
                 close_unused(session)  # and nothing of the response can look at it later
@@ -180,7 +181,8 @@ class GSessionInterface(SessionInterface):
         life = life_of(session)
         if life.phase is Phase.SAVED:
             return
-        by_hand = life.phase is Phase.VIEW
+        # Where nobody has looked at the session, only a streamed body shows that Flask saves it.
+        by_hand = life.phase is Phase.VIEW and (life.opened or response.is_sequence)
         if "security" in app.extensions:
             rotate_after_a_step(life)
         try:

@@ -47,6 +47,8 @@ class SessionData(SessionMixin):
     Which values you can keep: :doc:`/how-to/values`.
     """
 
+    accessed = False  # before Flask 3.1.3 its mixin says True
+
     def __init__(
         self,
         repository: Repository,

@@ -36,11 +36,12 @@ def prepare_templates(app: Flask) -> None:
 
     Not before, since making the Jinja environment would fix the application's options for it.
     """
-    app.template_context_processors[None].insert(0, _replace_global)
+    # After Flask's own, which before 3.1.3 gives templates the session itself.
+    app.template_context_processors[None].insert(1, _replace_session)
 
 
-def _replace_global() -> dict[str, Any]:
+def _replace_session() -> dict[str, Any]:
     known = current_app.jinja_env.globals
     if known.get("session") is flask_session:  # or the application has put its own there
         known["session"] = _template_session
-    return {}
+    return {"session": _template_session} if known.get("session") is _template_session else {}

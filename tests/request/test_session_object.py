@@ -473,7 +473,12 @@ def test_a_write_in_a_stream_is_lost_and_logged(
     """The page is whole all the same."""
     visitor = visitor_with(site, a=1)
     before = site.stored()
-    for look in (lambda session: session["a"], lambda session: None):
+    looks: list[Callable[[Any], object]] = [
+        lambda session: session["a"],
+        lambda session: None,
+        lambda session: session.accessed,  # through the proxy, without loading it
+    ]
+    for look in looks:
         for what, write in LOST.items():
             caplog.clear()
 
@@ -493,6 +498,16 @@ def test_a_write_in_a_stream_is_lost_and_logged(
             assert "before a streamed body" in record.getMessage(), what
             assert site.stored() == before, what
             assert visitor.run(dict) == {"a": 1}, what
+
+
+def test_a_session_saved_by_hand_before_the_first_look_can_be_written(site: Site) -> None:
+    def view(session: Any) -> None:
+        site.app.session_interface.save_session(site.app, flask.session, Response())
+        session["a"] = 1
+
+    visitor = site.visitor()
+    visitor.run(view)
+    assert visitor.run(dict) == {"a": 1}
 
 
 def test_a_nested_change_in_a_stream_is_reported(
