@@ -79,6 +79,7 @@ def measure(
         results.typed,
         results.counting,
         results.large,
+        results.sharing,
     )
     return results
 
@@ -89,6 +90,7 @@ def _measure_on_redis(
     from benchmarks import footprint
     from benchmarks.counting import counting
     from benchmarks.own_cpu import own_cpu
+    from benchmarks.sharing import sharing
     from benchmarks.typed_keys import typed_keys
 
     url = _redis_url()
@@ -98,6 +100,8 @@ def _measure_on_redis(
     results.typed = typed_keys(results.effort)
     say("metrics")
     results.counting = counting(results.effort)
+    say("sharing")
+    results.sharing = sharing(url, results.effort)
     say(f"memory of {sessions:,} sessions")
     results.weights = footprint.weights(url, sessions)
     if many is not None:

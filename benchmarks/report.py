@@ -14,6 +14,7 @@ from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread
 from benchmarks.own_cpu import OwnCpu
+from benchmarks.sharing import SharingCost
 from benchmarks.targets import Target
 from benchmarks.typed_keys import TypedCost
 
@@ -33,6 +34,7 @@ class Results:
     typed: list[TypedCost] = field(default_factory=list)
     counting: list[CountingCost] = field(default_factory=list)
     large: list[LargeCost] = field(default_factory=list)
+    sharing: list[SharingCost] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -48,6 +50,7 @@ class Results:
             *_typed_sections(self.typed),
             *_counting_sections(self.counting),
             *_large_sections(self.large),
+            *_sharing_sections(self.sharing),
             *_weight_sections(self.weights),
             *_growth_sections(self.growth),
             *_target_sections(self.targets),
@@ -226,6 +229,26 @@ def _large_sections(rows: Sequence[LargeCost]) -> Iterable[Section]:
                 for row in rows
             ],
             "A whole request that reads a small key of a session that also holds so much.",
+        )
+
+
+def _sharing_sections(rows: Sequence[SharingCost]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Sharing",
+            ("operation", "us", "beside", "us", "ratio"),
+            [
+                (
+                    row.operation,
+                    _spread(row.us),
+                    row.beside,
+                    _spread(row.us_beside),
+                    _spread(row.ratio),
+                )
+                for row in rows
+            ],
+            "The bare call carries the same bytes, to a server in the same process as ours. A "
+            "verify and a read are what they take beyond a view that answers the same without.",
         )
 
 

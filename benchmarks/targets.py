@@ -13,6 +13,7 @@ from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Spread
 from benchmarks.own_cpu import OwnCpu
+from benchmarks.sharing import LIMITS, SharingCost
 from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost
 
 READS = ("read",)
@@ -43,6 +44,7 @@ def judge(
     typed: Sequence[TypedCost] = (),
     counting: Sequence[CountingCost] = (),
     large: Sequence[LargeCost] = (),
+    shared: Sequence[SharingCost] = (),
 ) -> list[Target]:
     """Returns the targets whose figures were measured in this run.
 
@@ -75,6 +77,7 @@ def judge(
         *_typed(typed),
         *_counting(counting),
         *_large(large),
+        *_shared(shared),
     ]
 
 
@@ -92,6 +95,13 @@ def _large(rows: Iterable[LargeCost]) -> Iterable[Target]:
     for row in rows:
         what = f"reading another key beside 10 MB on {row.store}, to beside 1 KB"
         yield Target(what, "x", 1.2, row.ratio, "10 MB", row.ratio.median <= 1.2)
+
+
+def _shared(rows: Iterable[SharingCost]) -> Iterable[Target]:
+    for row in rows:
+        limit = LIMITS[row.operation]
+        met = row.ratio.median <= limit
+        yield Target(f"{row.operation}, to {row.beside}", "x", limit, row.ratio, "1 KB", met)
 
 
 def _counting(rows: Iterable[CountingCost]) -> Iterable[Target]:

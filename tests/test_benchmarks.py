@@ -27,6 +27,8 @@ from benchmarks.measure import Effort, Spread, interleave, ratios
 from benchmarks.own_cpu import ALONE, REQUEST, OwnCpu
 from benchmarks.payloads import SIZES, content
 from benchmarks.report import Results
+from benchmarks.sharing import CHECK, LIMITS, SharingCost
+from benchmarks.sharing import LOAD as SHARED_LOAD
 from benchmarks.targets import judge
 from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost, typed_keys
 from benchmarks.views import VIEWS
@@ -91,6 +93,17 @@ def test_another_key_is_read_beside_10_mb(data: dict[str, Any]) -> None:
         (target,) = judge([], [], [], [], large=[row])
         assert (target.limit, target.met) == (1.2, met)
         assert target.what == "reading another key beside 10 MB on redis, to beside 1 KB"
+
+
+def test_sharing_is_held_against_its_floor(data: dict[str, Any]) -> None:
+    assert [row["operation"] for row in data["sharing"]] == [SHARED_LOAD, CHECK]
+    for operation, limit in LIMITS.items():
+        for ratio, met in ((limit - 0.01, True), (limit + 0.01, False)):
+            spread = Spread(ratio, ratio, ratio)
+            row = SharingCost(operation, "what it is beside", spread, spread, spread)
+            (target,) = judge([], [], [], [], shared=[row])
+            assert (target.limit, target.met) == (limit, met)
+            assert target.what == f"{operation}, to what it is beside"
 
 
 @pytest.mark.parametrize(
