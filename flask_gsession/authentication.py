@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from flask import Flask, Request, Response, g, request
+from flask import Flask, Response, g, request
 from flask import session as flask_session
 
 from .config import csrf_field, remember_cookie
@@ -24,7 +24,7 @@ _STEPS = ("fs_paa", "tf_user_id")
 # Flask-Login sets these keys at a sign-in.
 _SIGNED_IN = ("_user_id", "_fresh", "_id")
 # An attribute of the request: Flask-Login asked for the removal of its remember-me cookie.
-_FORGOTTEN = "_gsession_remember_me_ended"
+FORGOTTEN = "_gsession_remember_me_ended"
 
 
 def rotate_at_sign_in(app: Flask) -> None:
@@ -48,14 +48,12 @@ def rotate_after_a_step(life: Lifecycle) -> None:
             life.rotate_soon(grace=0)
 
 
-def forget_remembered(app: Flask, request: Request, response: Response) -> None:
-    """Delete the remember-me cookie if this request called ``logout_user``.
+def forget_remembered(app: Flask, response: Response) -> None:
+    """Delete the remember-me cookie: this request called ``logout_user``.
 
     Flask-Login notes this in the session until its ``after_request`` function runs. If the session
     has ended by then, the note is lost, and the cookie would sign the user in again.
     """
-    if _FORGOTTEN not in vars(request):
-        return
     cookie = remember_cookie(app)
     start = f"{cookie['key']}="
     if not any(line.startswith(start) for line in response.headers.getlist("Set-Cookie")):
@@ -112,4 +110,4 @@ def _signed_out(sender: Flask, **_: Any) -> None:
     if session is not None and LOGIN not in session:
         unbind(life_of(session))
     if session is not None and session.get("_remember") == "clear":
-        vars(request)[_FORGOTTEN] = True
+        vars(request)[FORGOTTEN] = True

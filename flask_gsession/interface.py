@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -15,11 +14,10 @@ from flask.signals import got_request_exception
 from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.local import LocalProxy
 
-from .authentication import forget_remembered, rotate_after_a_step
+from .authentication import FORGOTTEN, forget_remembered, rotate_after_a_step
 from .config import given_keys, propagates_exceptions, secret_keys
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
-from .processes import process
 from .repository.repository import Repository
 from .request.lifecycle import ONE_KEY, Lifecycle
 from .request.session import (
@@ -85,7 +83,6 @@ class GSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
         """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
-        process.notice()
         if not app.secret_key:
             if not self._misses_key:
                 self._misses_key = True
@@ -97,16 +94,12 @@ class GSessionInterface(SessionInterface):
             return None
         try:
             context = request_ctx._get_current_object()  # type: ignore[attr-defined]  # a proxy
+            hooks = context._after_request_functions if context.request is request else None
         except RuntimeError:
-            context = None
-        if context is not None and context.request is request:
-            session = SessionData(
-                self.repository, self._present, app, request, weakref.ref(context)
-            )
-            if app.after_request_funcs:  # one may be the first to look at the session
-                context._after_request_functions.append(partial(begin_response, session))
-        else:
-            session = SessionData(self.repository, self._present, app, request)
+            hooks = None
+        session = SessionData(self.repository, self._present, app, request, hooks)
+        if app.after_request_funcs and hooks is not None:
+            hooks.append(partial(begin_response, session))  # one may look at the session first
         if self._debug:
             begin(session, request)
         return session
@@ -150,11 +143,11 @@ class GSessionInterface(SessionInterface):
             session = session._get_current_object()
             session.accessed = True  # as Flask 3.1.3 sets it
         if not (self.has_further and has_request_context()):
-            if isinstance(session, SessionData) and not session.accessed and response.is_sequence:
+            if not session.accessed and response.is_sequence and isinstance(session, SessionData):
                 close_unused(session)  # and nothing of the response can look at it later
                 return
             self._save(app, session, response)
-            self._tell_client(app, session, response)
+            self._write_headers(app, session, response)
             return
         of_request = vars(request)
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
@@ -168,7 +161,7 @@ class GSessionInterface(SessionInterface):
             interface._save(app, opened, response)
         # Only now: a failure of one makes a new answer, and the others' cookies belong into it.
         for interface, opened in sessions:
-            interface._tell_client(app, opened, response)
+            interface._write_headers(app, opened, response)
 
     def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not isinstance(session, SessionData):
@@ -179,10 +172,10 @@ class GSessionInterface(SessionInterface):
                 response.call_on_close(lambda: _report_late_changes(session))
             return
         life = life_of(session)
-        if life.phase is Phase.SAVED:
+        if life.phase == Phase.SAVED:
             return
         # Where nobody has looked at the session, only a streamed body shows that Flask saves it.
-        by_hand = life.phase is Phase.VIEW and (life.opened or response.is_sequence)
+        by_hand = life.phase == Phase.VIEW and (life.opened or response.is_sequence)
         if "security" in app.extensions:
             rotate_after_a_step(life)
         try:
@@ -199,7 +192,7 @@ class GSessionInterface(SessionInterface):
         elif response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
 
-    def _tell_client(self, app: Flask, session: SessionMixin, response: Response) -> None:
+    def _write_headers(self, app: Flask, session: SessionMixin, response: Response) -> None:
         if not isinstance(session, SessionData):
             return
         header = self._token_header
@@ -210,6 +203,7 @@ class GSessionInterface(SessionInterface):
         if not session.accessed:
             return
         life = life_of(session)
+        request = life.request
         by_header = header is not None and life.presented().by_header
         withheld = life.cookie == "set" and life.entry is not None
         if (life.cookie != "keep" and not withheld) or (by_header and life.leads_nowhere()):
@@ -218,11 +212,12 @@ class GSessionInterface(SessionInterface):
                 self._write_header(app, life, response)
             else:
                 self._write_cookie(app, life, response)
-        if life.request is not None:
+        if request is not None:
             imports = self.repository.imports
             if imports is not None and (life.drops_old_cookie or life.cookie == "delete"):
-                imports.forget_cookie(life.request, response)
-            forget_remembered(app, life.request, response)
+                imports.forget_cookie(request, response)
+            if FORGOTTEN in vars(request):
+                forget_remembered(app, response)
         if life.trace is not None:
             report(session, response)
 
@@ -239,19 +234,22 @@ class GSessionInterface(SessionInterface):
         if start not in cookies:
             return _NOTHING
         # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
-        values: dict[str, None] = {}  # each once, in order
+        values = []
         for pair in cookies.split(";"):
             stripped = pair.strip(_BLANKS)
             if stripped.startswith(start):
-                values[stripped[len(start) :]] = None
+                values.append(stripped[len(start) :])
         if not values:
             return _NOTHING
         signer = self._signer_of(app, name)
-        checked = signer.check_all(values) if len(values) > 1 else signer.check(*values)
-        return Presented(checked)
+        if len(values) == 1:
+            return Presented(signer.check(values[0]))
+        return Presented(signer.check_all(dict.fromkeys(values)))
 
     def _signer_of(self, app: Flask, name: str | None = None) -> TokenSigner:
-        given, name = given_keys(app), name or self.get_cookie_name(app)
+        given = given_keys(app)
+        if name is None:
+            name = self._live.cookie_name()
         known, known_name, signer = self._signer
         if signer is None or given != known or name != known_name:
             keys = self._live.secret_keys()
@@ -267,7 +265,7 @@ class GSessionInterface(SessionInterface):
         response.headers[name] = self._signer_of(app).sign(token) if token else ""
 
     def _write_cookie(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        name = self.get_cookie_name(app)
+        name = self._live.cookie_name()
         attributes = self._live.cookie(name, self)
         token, record = life.seen.token, life.seen.record
         if life.cookie == "delete" or token is None or record is None:
@@ -276,7 +274,8 @@ class GSessionInterface(SessionInterface):
         expires = None
         if self.repository.is_permanent(life.values.stored):
             expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
-        response.set_cookie(name, self._signer_of(app).sign(token), expires=expires, **attributes)
+        value = self._signer_of(app, name).sign(token)
+        response.set_cookie(name, value, expires=expires, **attributes)
 
     def _failed(
         self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
@@ -299,7 +298,7 @@ class GSessionInterface(SessionInterface):
 def _is_by_hand(session: SessionData) -> bool:
     """Whether the application saves the session, and not Flask with the response it sends."""
     life = life_so_far(session)
-    return life is not None and life.phase is Phase.VIEW
+    return life is not None and life.phase == Phase.VIEW
 
 
 def _is_of_request(session: SessionData) -> bool:

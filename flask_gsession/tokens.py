@@ -31,10 +31,6 @@ _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,200}", re.ASCII)
 
 
-def _b64(data: bytes) -> str:
-    return b2a_base64(data, newline=False).translate(_URL_SAFE, b"=").decode("ascii")
-
-
 class Token(str):
     """A token whose ``repr`` hides it, since some tools print the variables of a traceback."""
 
@@ -46,7 +42,7 @@ class Token(str):
 
 def new_token(nbytes: int = TOKEN_BYTES) -> Token:
     """A new token with ``nbytes`` bytes of entropy from the system's generator."""
-    return Token(_b64(secrets.token_bytes(nbytes)))
+    return Token(secrets.token_urlsafe(nbytes))
 
 
 def is_token(text: object) -> bool:
@@ -59,7 +55,8 @@ def session_key(token: str) -> str:
 
     It is also the session's public handle: it can't be converted back to the token.
     """
-    return _b64(hashlib.sha256(token.encode("ascii")).digest())
+    digest = hashlib.sha256(token.encode("ascii")).digest()
+    return b2a_base64(digest, newline=False).translate(_URL_SAFE, b"=").decode("ascii")
 
 
 def _derive(secret_key: str | bytes, label: bytes) -> bytes:
@@ -82,7 +79,8 @@ class _Mac:
         inner, outer = self._inner.copy(), self._outer.copy()
         inner.update(token.encode("ascii"))
         outer.update(inner.digest())
-        return _b64(outer.digest()[:_SIGNATURE_BYTES])
+        digest = outer.digest()[:_SIGNATURE_BYTES]
+        return b2a_base64(digest, newline=False).translate(_URL_SAFE, b"=").decode("ascii")
 
 
 class Checked(Struct, frozen=True, gc=False):

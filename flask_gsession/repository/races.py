@@ -51,23 +51,26 @@ def tries(
 
 
 def write(
-    tries: Iterator[int],
     prepare: Callable[[], S | None],
     send: Callable[[S, int], R],
+    tries: Callable[[], Iterator[int]],
 ) -> R | None:
     """Send what ``prepare`` makes of the stored state, again if another writer was faster.
 
     ``prepare`` runs before each try. After a lost race it loads what is stored now. It returns None
     if there is nothing to send, because a version that it finds is one of its own, for example.
     ``send`` makes one atomic step in the store, and raises ``Stale``, ``Gone`` or ``KeyTaken`` if
-    another writer was faster. It gets the number of races lost before.
+    another writer was faster. It gets the number of races lost before. ``tries()`` counts them.
     """
-    for losses in tries:
+    losses, counted = 0, None
+    while True:
         step = prepare()
         if step is None:
             return None
         try:
             return send(step, losses)
         except (Stale, Gone, KeyTaken):
-            continue
-    raise AssertionError("the tries end with a return or an error")
+            if counted is None:
+                counted = tries()
+                next(counted)  # the one that was just lost
+            losses = next(counted)

@@ -10,6 +10,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from msgspec import Struct
@@ -441,7 +442,7 @@ class Repository:
                     self.store.save(record, old.version)
             return result
 
-        return cast(R, write(tries(self.settings.store_timeout), prepare, send))
+        return cast(R, write(prepare, send, partial(tries, self.settings.store_timeout)))
 
     def renew(self, record: Record, body: Body, idle_end: int) -> bool:
         """As ``Store.renew``, of the large values too: theirs first, or one might be missed."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from ..errors import (
     ValueRefused,
 )
 from ..events import SessionConflicted, SessionDestroyed, WriteDropped, logger
+from ..processes import process
 from ..repository.imports import Imports
 from ..repository.races import tries
 from ..repository.repository import PERMANENT, Loaded, Repository
@@ -71,7 +71,8 @@ UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 class Lifecycle:
     """Holds what a request knows of its session, and what it wishes to happen to it.
 
-    ``present`` reads the token from the ``request``; it is called once, at the first look.
+    ``present`` reads the token from the ``request``; it is called once, at the first look. Then a
+    function is added to ``hooks``, which Flask calls when it begins to process the response.
     ``turn`` is held wherever the values, ``seen`` and ``wishes`` change, so that the threads of a
     request never separate the values from the version that guards them. It is never held while
     code of the application runs or while a lock is waited for.
@@ -83,10 +84,10 @@ class Lifecycle:
         present: Callable[[Flask, Any], Presented],
         app: Flask,
         request: Request | None,
-        context: weakref.ref[Any] | None,
+        hooks: list[Any] | None,
         began: Began,
         turn: Any,
-        phase: Phase,
+        phase: str,
     ) -> None:
         self.repository = repository
         self.began = began
@@ -128,7 +129,7 @@ class Lifecycle:
         #: the keys that a library has signed in with
         self.signed_in: Collection[str] = ()
         self._present = present
-        self._context = context
+        self._hooks = hooks
         self._presented: Presented | None = None
         self._placed: Placed | None = None
         self._in_function: set[int] | None = None  # threads in the function of update_atomic
@@ -148,23 +149,24 @@ class Lifecycle:
     def presented(self) -> Presented:
         """What the request brought."""
         if self._presented is None:
-            # The context in which the session was opened, not a copy of it for another thread.
-            context = self._context() if self._context is not None else None
-            if context is not None:
-                context._after_request_functions.append(self.begin_response)
+            process.notice()
+            # Those of the request in which the session was opened, not of a copy of its context.
+            hooks, self._hooks = self._hooks, None  # which will refer to this object
+            if hooks is not None:
+                hooks.append(self.begin_response)
             self._presented = self._present(self.app, self.request)
         return self._presented
 
     def begin_response(self, response: Any) -> Any:
         """Flask begins to process the response."""
-        if self.phase is Phase.VIEW:
+        if self.phase == Phase.VIEW:
             self.phase = Phase.RESPONSE
         return response
 
     def begin_error_page(self) -> None:
         """Nobody handled an exception of the view: Flask makes a page for it now."""
         self.error_page = True
-        if self.phase is Phase.VIEW:
+        if self.phase == Phase.VIEW:
             self.phase = Phase.RESPONSE
 
     # -- loading
@@ -186,7 +188,7 @@ class Lifecycle:
         A transaction or a lock stores its changes itself, also after the response.
         """
         values = self.values if self.opened else self.open()
-        if self.phase is Phase.SAVED and (
+        if self.phase == Phase.SAVED and (
             self.block is None or current_block.get() is not self.block
         ):
             self.report_late(what, *details)
@@ -293,7 +295,7 @@ class Lifecycle:
 
         A hook or an error page that raises while Flask processes the response would spoil it.
         """
-        unseen = self.phase is not Phase.VIEW
+        unseen = self.phase != Phase.VIEW
         known = self.trouble is not None and self.trouble.unseen
         self.trouble = Trouble(error, loading=True, unseen=unseen or known)
         if not unseen:
@@ -425,7 +427,7 @@ class Lifecycle:
     @property
     def is_late(self) -> bool:
         """Whether the session was saved with the response already."""
-        return self.phase is Phase.SAVED
+        return self.phase == Phase.SAVED
 
     @property
     def placed(self) -> Placed:
@@ -513,7 +515,7 @@ class Lifecycle:
                 "A session from ext.open() can't be rotated, and nobody can sign in to it: no "
                 "response would carry the new token. Do that in a view."
             )
-        if self.phase is Phase.SAVED:
+        if self.phase == Phase.SAVED:
             self.report_late("The token of the session")
             return
         with self.turn:

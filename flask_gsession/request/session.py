@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import threading
-import weakref
 from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -49,18 +48,20 @@ class SessionData(SessionMixin):
 
     accessed = False  # before Flask 3.1.3 its mixin says True
 
+    #: Most requests never look at their session, so nothing is made for them.
+    _made: Lifecycle | None = None
+
     def __init__(
         self,
         repository: Repository,
         present: Callable[[Flask, Any], Presented],
         app: Flask,
         request: Request | None,
-        context: weakref.ref[Any] | None = None,
+        hooks: list[Any] | None = None,
     ) -> None:
-        self._start = (repository, present, app, request, context)
+        self._start = (repository, present, app, request, hooks)
         self._began = (repository.clock(), repository.rosters.own.count)
-        self._phase = Phase.VIEW  # where the request is while nobody has looked at the session
-        self._made: Lifecycle | None = None
+        self._phase: str = Phase.VIEW  # where the request is while nobody has looked at the session
         self._further: list[SessionData] = []
         self._turn = threading.RLock()
 
@@ -68,15 +69,10 @@ class SessionData(SessionMixin):
     def _life(self) -> Lifecycle:
         life = self._made
         if life is None:
-            # Most requests never look at their session, so nothing is made for them before.
-            with self._turn:
-                life = self._made
-                if life is None:
-                    life = self._made = self._new_life()
+            # One step, so that all threads of the request get the same.
+            made = Lifecycle(*self._start, Began(*self._began), self._turn, self._phase)
+            life = vars(self).setdefault("_made", made)
         return life
-
-    def _new_life(self) -> Lifecycle:
-        return Lifecycle(*self._start, Began(*self._began), self._turn, self._phase)
 
     def _open(self) -> TrackedValues:
         life = self._made
@@ -92,7 +88,8 @@ class SessionData(SessionMixin):
     # -- the mapping
 
     def __getitem__(self, key: str) -> Any:
-        values = self._open()
+        life = self._made
+        values = life.values if life is not None and life.opened else self._open()
         try:
             return values[key]
         except UnreadableRecord as error:

@@ -37,8 +37,8 @@ class TrackedValues:
     """
 
     __slots__ = (
-        *("_abandoned", "_base", "_codec", "_given", "_live", "_marks", "_order", "_seen"),
-        *("_turn", "block", "now", "stored"),
+        *("_base", "_codec", "_given", "_live", "_marks", "_order", "_seen", "_turn"),
+        *("abandoned", "block", "now", "stored"),
     )
 
     def __init__(
@@ -62,9 +62,9 @@ class TrackedValues:
         # What a key holds for this request in encoded form, where that is not what is stored.
         self._given = _NOTHING
         self._seen = _NO_KEYS  # what was looked at in encoded form only
-        # Mutable objects that were handed out and are no part of the session any more, each with
-        # its key and what it was in encoded form.
-        self._abandoned: list[tuple[str, Any, bytes]] | None = None
+        #: mutable objects that were handed out and are no part of the session any more, each with
+        #: its key and what it was in encoded form
+        self.abandoned: list[tuple[str, Any, bytes]] | None = None
         self._order: list[str] | None = None  # the keys for ``newest``, since the last change
         if now is not None:
             self._marks: dict[str, Mark] = {}  # of what is in ``_live``
@@ -235,8 +235,10 @@ class TrackedValues:
         Raises ``ValueRefused`` for a value that cannot be kept, and before it encodes any where
         there are more new keys than ``max_keys``.
         """
-        max_keys = max(max_keys, len(self.stored))
-        if len(self._base) > max_keys:
+        if not self._base:
+            return {}
+        if len(self._base) > max_keys and len(self._base) > len(self.stored):
+            max_keys = max(max_keys, len(self.stored))
             new = (key for key, base in self._base.copy().items() if base is None)
             count = sum(1 for key in new if key in self._live or key in self._given)
             if count > max_keys:
@@ -244,9 +246,6 @@ class TrackedValues:
                     "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
                 )
         found: dict[str, Change] = {}
-        if not self._base:
-            return found
-        # Written out: every write of every session comes by here.
         with self._turn:
             bases = self._base.copy()
             live, given = self._live.copy(), self._given
@@ -283,34 +282,35 @@ class TrackedValues:
     # -- what the store holds by now
 
     def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
-        """``stored`` is in the store now, ``changes`` included. Does no harm if repeated.
+        """``stored`` is in the store now, ``changes`` included. The caller holds the turn.
 
-        What this request holds stays as it is, also where its change was merged into something
-        else: its next change is then merged again.
+        Does no harm if repeated. What this request holds stays as it is, also where its change was
+        merged into something else: its next change is then merged again.
         """
-        with self._turn:
-            base = self._base
-            for key, change in changes.items():
-                if change.mine is not None:
-                    base[key] = change.mine
-                elif key not in self._live:  # or it was set again since
-                    base.pop(key, None)
-                else:
-                    base[key] = None
-            self.follow(stored)
+        base = self._base
+        for key, change in changes.items():
+            if change.mine is not None:
+                base[key] = change.mine
+            elif key not in self._live:  # or it was set again since
+                base.pop(key, None)
+            else:
+                base[key] = None
+        self.follow(stored)
 
     def follow(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
-        """``stored`` is in the store now; what this request looked at or changed stays as it is."""
-        with self._turn:
-            if now is not None:
-                self._look_for_marks(now)
-            if stored is not self.stored:
-                for key in self._seen:
-                    if key not in self._live and key not in self._base:
-                        self._look(key)  # in the old state
-                for key in self._live:
-                    self._base.setdefault(key, self.stored.get(key))
-                self.stored, self._order = stored, None
+        """``stored`` is in the store now. The caller holds the turn.
+
+        What this request looked at or changed stays as it is.
+        """
+        if now is not None:
+            self._look_for_marks(now)
+        if stored is not self.stored:
+            for key in self._seen:
+                if key not in self._live and key not in self._base:
+                    self._look(key)  # in the old state
+            for key in self._live:
+                self._base.setdefault(key, self.stored.get(key))
+            self.stored, self._order = stored, None
 
     def settle(self, key: str, value: Any, raw: bytes) -> None:
         """``key`` holds ``value`` in the store now."""
@@ -366,15 +366,10 @@ class TrackedValues:
                     self._marks[key] = marks[key]
             return both
 
-    @property
-    def has_abandoned(self) -> bool:
-        """Whether an object was handed out that is no part of the session any more."""
-        return self._abandoned is not None
-
     def changed_after_they_were_abandoned(self) -> list[str]:
         """The keys of objects that are no part of the session any more, and were changed since."""
         changed: dict[str, None] = {}
-        for key, value, raw in self._abandoned or ():
+        for key, value, raw in self.abandoned or ():
             if value is self._live.get(key):  # it was put back
                 continue
             try:
@@ -436,9 +431,9 @@ class TrackedValues:
             except ValueRefused:
                 return
         if raw is not None:
-            if self._abandoned is None:
-                self._abandoned = []
-            self._abandoned.append((key, value, split(raw)[1]))
+            if self.abandoned is None:
+                self.abandoned = []
+            self.abandoned.append((key, value, split(raw)[1]))
 
     def _may_have_changed(self, key: str) -> bool:
         try:

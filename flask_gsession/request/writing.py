@@ -1,6 +1,6 @@
 """The one place that writes a session: what a request did is put onto what is stored.
 
-Whatever loses a race and tries again comes through ``store``: the save with the response, a
+Whatever loses a race and tries again comes through ``_Write``: the save with the response, a
 transaction, ``update_atomic``, ``take``, a rotation, the removal of a lost value. A write is noted
 before it is sent, and recognised by its version, so that nothing is applied twice.
 """
@@ -108,7 +108,7 @@ def commit(
     if rotating is None:
         rotating = life.lease is None
     request = life.request
-    if life.phase is Phase.VIEW and request is not None and request.routing_exception is not None:
+    if life.phase == Phase.VIEW and request is not None and request.routing_exception is not None:
         rotating = False  # no view runs, but a socket handler, whose response nobody may send
     if life.attempts and life.trouble is None:
         life.resolve_attempts()
@@ -133,18 +133,7 @@ def commit(
             raise LostRace
     else:
         transaction = None
-    known = [changes]  # for the first try
-
-    def edit() -> Edit | None:
-        if _needs_own_session(life, rotating):
-            life.start_own_session()
-            known.clear()
-        changes = known.pop() if known else life.changes()
-        if life.seen.record is None:
-            return _new(life, changes)
-        return _merged(life, changes, rotating)
-
-    return store(life, edit, "save", exactly=transaction is not None)
+    return _Commit(life, changes, rotating, exactly=transaction is not None).run()
 
 
 def _needs_own_session(life: Lifecycle, rotating: bool) -> bool:
@@ -168,8 +157,141 @@ def rewrite(
     gets what is stored then. ``recover`` is called where the value is large and lost. Raises
     ``SessionEnded`` where there is no session any more, ``NotStored`` where this request ended it.
     """
+    _Rewrite(life, key, replace, what, settle, recover).run()
+    if life.seen.record is None:
+        raise SessionEnded
 
-    def edit() -> Edit | None:
+
+class _Write:
+    """One write of a session: ``edit`` says what to store, on what is stored now.
+
+    With ``exactly``, a lost race raises ``LostRace``. Methods, not closures: Python calls those
+    faster that it has called before.
+    """
+
+    __slots__ = ("_exactly", "_life", "_stale", "_taken", "_what")
+
+    def __init__(self, life: Lifecycle, what: str, *, exactly: bool = False) -> None:
+        self._life = life
+        self._what = what
+        self._exactly = exactly
+        self._stale: Seen | None = None  # another request has replaced it
+        self._taken = 0
+
+    def edit(self) -> Edit | None:
+        """What to store; None if there is nothing. It runs again after each lost race."""
+        raise NotImplementedError
+
+    def run(self) -> bool:
+        """Store it. False if there was nothing to store, or the session has ended."""
+        life = self._life
+        if life.lease is not None:
+            life.check_lease()
+        written = write(self._prepare, self._send, life.tries)
+        if written is None:
+            return False
+        happened, unconfirmed = written
+        for event in happened:
+            life.repository.events.emit(*event)
+        if unconfirmed is not None:
+            logger.error(UNCONFIRMED, unconfirmed)
+            raise unconfirmed
+        return True
+
+    def _prepare(self) -> Edit | None:
+        if self._stale is not None:
+            life, stale, self._stale = self._life, self._stale, None
+            with life.turn:
+                if life.seen is stale and not life.catch_up():
+                    life.end(self._what)
+                    return None
+        return self.edit()
+
+    def _send(
+        self, step: Edit, lost: int
+    ) -> tuple[list[Happened], LogoutUnconfirmed | None] | None:
+        life = self._life
+        with life.turn:
+            if life.seen is not step.seen:  # another thread of this request was faster
+                raise Stale
+            try:
+                return _send(life, step, lost)
+            except Revoked:
+                if not is_revoked(life):
+                    raise Stale from None
+                life.end(self._what)
+                return None
+            except (Stale, Gone):
+                if self._exactly:
+                    life.conflict("transaction")
+                    raise LostRace from None
+                self._stale = step.seen
+                raise
+            except KeyTaken:
+                self._taken += 1
+                if self._taken == _TOKENS_TAKEN:
+                    raise StoreError(
+                        "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
+                    ) from None
+                raise
+            except UnreadableRecord as error:
+                life.repository.refused(error.reason, life.handle, error.detail)
+                life.end(self._what)
+                return None
+            except LogoutUnconfirmed:
+                raise
+            except StoreUnavailable as error:
+                life.met_outage(error, "created" if step.seen.record is None else "saved")
+                raise
+
+
+class _Commit(_Write):
+    """Everything that the request changed and wishes; see ``commit``."""
+
+    __slots__ = ("_changes", "_rotating")
+
+    def __init__(
+        self, life: Lifecycle, changes: Mapping[str, Change], rotating: bool, *, exactly: bool
+    ) -> None:
+        super().__init__(life, "save", exactly=exactly)
+        self._changes: Mapping[str, Change] | None = changes  # for the first try
+        self._rotating = rotating
+
+    def edit(self) -> Edit | None:
+        life, changes = self._life, self._changes
+        self._changes = None
+        if life.wishes is not NO_WISHES and _needs_own_session(life, self._rotating):
+            life.start_own_session()
+            changes = None
+        if changes is None:
+            changes = life.changes()
+        if life.seen.record is None:
+            return _new(life, changes)
+        return _merged(life, changes, self._rotating)
+
+
+class _Rewrite(_Write):
+    """The value of one key, replaced in the store; see ``rewrite``."""
+
+    __slots__ = ("_key", "_recover", "_replace", "_settle")
+
+    def __init__(
+        self,
+        life: Lifecycle,
+        key: str,
+        replace: Callable[[bytes | None], bytes | None],
+        what: str,
+        settle: Callable[[bytes | None], None],
+        recover: Callable[[bytes, ValueLost], None],
+    ) -> None:
+        super().__init__(life, what)
+        self._key = key
+        self._replace = replace
+        self._settle = settle
+        self._recover = recover
+
+    def edit(self) -> Edit | None:
+        life, key = self._life, self._key
         while True:
             with life.turn:
                 if _needs_own_session(life, rotating=True):  # also inside a lock
@@ -183,103 +305,27 @@ def rewrite(
                 stored = values.unexpired()
                 raw = stored.get(key)
             try:
-                changed = replace(raw)
+                changed = self._replace(raw)
             except UnreadableRecord as error:
                 life.refuse(error.reason, error.detail)
                 raise SessionEnded from None
             except ValueLost as error:
                 assert raw is not None  # or nothing could be lost
-                recover(raw, error)
+                self._recover(raw, error)
                 continue
-            if holds(raw, changed):
-                changed = raw
-            if changed != raw:
+            if changed != raw and not holds(raw, changed):
                 stored = dict(stored)
                 if changed is None:
                     del stored[key]
                 else:
                     stored[key] = changed
-
-            if changed != raw:
                 change = {key: Change(raw, changed)}
-                return Edit(seen, stored, change, settle=partial(settle, changed))
+                return Edit(seen, stored, change, settle=partial(self._settle, changed))
             with life.turn:
                 if life.seen is seen:
                     if not values.has_changed(key):
-                        settle(changed)
+                        self._settle(raw)
                     return None
-
-    store(life, edit, what)
-    if life.seen.record is None:
-        raise SessionEnded
-
-
-def store(
-    life: Lifecycle, edit: Callable[[], Edit | None], what: str, *, exactly: bool = False
-) -> bool:
-    """Store what ``edit`` makes of the values, again where another request was faster.
-
-    ``edit`` returns None where there is nothing to store. With ``exactly``, a lost race raises
-    ``LostRace``. False where there was nothing to store, or the session ended.
-    """
-    life.check_lease()
-    taken = 0
-    stale: Seen | None = None
-
-    def prepare() -> Edit | None:
-        if stale is not None:
-            with life.turn:
-                if life.seen is stale and not life.catch_up():
-                    life.end(what)
-                    return None
-        return edit()
-
-    def send(step: Edit, lost: int) -> tuple[list[Happened], LogoutUnconfirmed | None] | None:
-        nonlocal taken, stale
-        stale = None
-        with life.turn:
-            if life.seen is not step.seen:  # another thread of this request was faster
-                raise Stale
-            try:
-                return _send(life, step, lost)
-            except Revoked:
-                if not is_revoked(life):
-                    raise Stale from None
-                life.end(what)
-                return None
-            except (Stale, Gone):
-                if exactly:
-                    life.conflict("transaction")
-                    raise LostRace from None
-                stale = step.seen
-                raise
-            except KeyTaken:
-                taken += 1
-                if taken == _TOKENS_TAKEN:
-                    raise StoreError(
-                        "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
-                    ) from None
-                raise
-            except UnreadableRecord as error:
-                life.repository.refused(error.reason, life.handle, error.detail)
-                life.end(what)
-                return None
-            except LogoutUnconfirmed:
-                raise
-            except StoreUnavailable as error:
-                life.met_outage(error, "created" if step.seen.record is None else "saved")
-                raise
-
-    written = write(life.tries(), prepare, send)
-    if written is None:
-        return False
-    happened, unconfirmed = written
-    for event in happened:
-        life.repository.events.emit(*event)
-    if unconfirmed is not None:
-        logger.error(UNCONFIRMED, unconfirmed)
-        raise unconfirmed
-    return True
 
 
 def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> Edit | None:
@@ -520,8 +566,15 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
             if by_hand:
                 _keep_token(life)
             with life.turn:
-                _commit_and_renew(life, rotating=False if by_hand else None)
-            if life.values.has_abandoned:
+                try:
+                    stored = commit(life, rotating=False if by_hand else None)
+                finally:
+                    life.drop_placed()
+                if not stored and life.trouble is None and life.seen.record is not None:
+                    _renew_if_due(life)
+                if life.wishes.cleared and life.seen.record is None and not life.ended:
+                    _end_presented(life)
+            if life.values.abandoned is not None:
                 _report_abandoned(life)
     except ValueRefused:
         life.was_modified = True
@@ -531,16 +584,8 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
             life.phase = Phase.SAVED
 
 
-def _commit_and_renew(life: Lifecycle, *, rotating: bool | None) -> None:
-    """Store the last of the request. The caller holds the turn."""
-    try:
-        stored = commit(life, rotating=rotating)
-    finally:
-        life.drop_placed()
-    if not stored and life.trouble is None and life.seen.record is not None:
-        _renew_if_due(life)
-    if not life.wishes.cleared or life.seen.record is not None or life.ended:
-        return
+def _end_presented(life: Lifecycle) -> None:
+    """The request emptied a session that isn't stored: it may have come with tokens of others."""
     checked = life.presented().checked
     if life.seen.presented or (checked is not None and checked.refused):
         # Begun with an old token, or with several: what they lead to is to end as well.

@@ -118,7 +118,7 @@ class Rosters:
             answer[:] = [now_answered]
             return None if roster == there.roster else (there.record, roster)
 
-        write(self._tries(), prepare, partial(self._send, user_id))
+        write(prepare, partial(self._send, user_id), self._tries)
         return answer[0]
 
     def replace(self, user_id: str, roster: Roster) -> None:
@@ -132,7 +132,7 @@ class Rosters:
                 self._store.delete(key)
                 return None, roster
 
-        write(self._tries(), prepare, partial(self._send, user_id))
+        write(prepare, partial(self._send, user_id), self._tries)
 
     def revoke_all(self, roster: Roster, keep: str | None = None) -> Roster:
         """The step of this name, now, by the clock of this process."""
