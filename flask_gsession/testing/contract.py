@@ -21,7 +21,7 @@ from ..stores.base import (
     unexpired,
 )
 from ..stores.lease import ASK_AGAIN, WAITER_LIFE
-from ..stores.parts import Scans, Upkeep, parts_of
+from ..stores.parts import Blobs, Checks, Counts, Leases, Scans, Upkeep, parts_of
 from .clock import FakeClock
 from .records import a_blob, a_pointer, a_record
 
@@ -204,6 +204,16 @@ def _all_unexpired(store: Store, clock: FakeClock, keys: list[str]) -> list[Reco
     return [unexpired(store, key, milliseconds(clock)) for key in keys]
 
 
+_PARTS: dict[str, type] = {
+    "leases": Leases,
+    "blobs": Blobs,
+    "scans": Scans,
+    "upkeep": Upkeep,
+    "counts": Counts,
+    "checks": Checks,
+}
+
+
 class StoreContract:
     """The promises of ``flask_gsession.stores.base.Store``, one test each.
 
@@ -227,6 +237,13 @@ class StoreContract:
     def test_is_a_store(self) -> None:
         with self._store() as (store, _):
             assert is_store(store)
+
+    def test_each_part_has_its_methods(self) -> None:
+        with self._store() as (store, _):
+            for name, part in parts_of(store)._asdict().items():
+                methods = [method for method in vars(_PARTS[name]) if not method.startswith("_")]
+                missing = [method for method in methods if not hasattr(part, method)]
+                assert part is None or not missing, f"the part {name} lacks {missing}"
 
     def test_a_created_record_loads_as_it_was(self) -> None:
         with self._store() as (store, clock):
