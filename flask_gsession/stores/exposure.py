@@ -21,7 +21,7 @@ def is_local(host: str) -> bool:
         return False
 
 
-def door(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]:
+def exposure_of(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]:
     """The findings on a server that lets strangers in or not, with TLS or without.
 
     ``tls`` is None for a socket in the file system, which has rights of its own.

@@ -47,7 +47,7 @@ class Lease:
 
     def acquire(self, owner: str, now: int, lease_ms: int, max_waiters: int) -> int:
         """As ``Leases.acquire``."""
-        self._drop_the_dead(owner, now)
+        self._drop_silent_waiters(owner, now)
         if self.is_held_by(owner, now) or self.is_turn_of(owner, now):
             self.waiters.pop(owner, None)
             self.hold(owner, now, lease_ms)
@@ -79,7 +79,7 @@ class Lease:
         # Such a late end comes from a clock that was far ahead, or has been set back.
         return now >= self.until or self.until - now > 2 * min(self.length, LONGEST_LEASE)
 
-    def _drop_the_dead(self, owner: str, now: int) -> None:
+    def _drop_silent_waiters(self, owner: str, now: int) -> None:
         for waiter, seen in list(self.waiters.items()):
             if waiter != owner and abs(now - seen) >= WAITER_LIFE:
                 del self.waiters[waiter]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..errors import Gone, KeyTaken, LeaseLost, QueueFull, Stale
 from ..stores.base import (
@@ -21,7 +21,7 @@ from ..stores.base import (
     unexpired,
 )
 from ..stores.lease import ASK_AGAIN, WAITER_LIFE
-from ..stores.parts import Blobs, Checks, Counts, Leases, Scans, Upkeep, parts_of
+from ..stores.parts import Parts, Scans, Upkeep, parts_of
 from .clock import FakeClock
 from .records import a_blob, a_pointer, a_record
 
@@ -204,16 +204,6 @@ def _all_unexpired(store: Store, clock: FakeClock, keys: list[str]) -> list[Reco
     return [unexpired(store, key, milliseconds(clock)) for key in keys]
 
 
-_PARTS: dict[str, type] = {
-    "leases": Leases,
-    "blobs": Blobs,
-    "scans": Scans,
-    "upkeep": Upkeep,
-    "counts": Counts,
-    "checks": Checks,
-}
-
-
 class StoreContract:
     """The promises of ``flask_gsession.stores.base.Store``, one test each.
 
@@ -240,8 +230,9 @@ class StoreContract:
 
     def test_each_part_has_its_methods(self) -> None:
         with self._store() as (store, _):
-            for name, part in parts_of(store)._asdict().items():
-                methods = [method for method in vars(_PARTS[name]) if not method.startswith("_")]
+            for name, kind in get_type_hints(Parts).items():
+                part, protocol = getattr(parts_of(store), name), get_args(kind)[0]
+                methods = [method for method in vars(protocol) if not method.startswith("_")]
                 missing = [method for method in methods if not hasattr(part, method)]
                 assert part is None or not missing, f"the part {name} lacks {missing}"
 
@@ -279,7 +270,7 @@ class StoreContract:
             store.create(later)
             assert store.load(record.key) == later
 
-    def test_create_takes_it_also_for_the_same_version(self) -> None:
+    def test_create_replaces_an_expired_record_of_the_same_version(self) -> None:
         """An import does this with a record that has expired here and was used elsewhere."""
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
@@ -306,7 +297,7 @@ class StoreContract:
             clock.advance(0.5)
             assert _unexpired(store, clock, record) is None
 
-    def test_load_tells_of_the_expired_as_it_was_or_not_at_all(self) -> None:
+    def test_load_returns_an_expired_record_unchanged_or_none(self) -> None:
         with self._store() as (store, clock):
             old, new = a_record(clock, idle=20), a_record(clock, idle=20)
             store.create(old)
@@ -400,7 +391,7 @@ class StoreContract:
             store.save(short, saved.version)
             assert store.load(record.key) == short
 
-    def test_save_shortens_where_it_may(self) -> None:
+    def test_save_may_shorten_the_idle_expiry(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
             store.create(record)
@@ -459,7 +450,7 @@ class StoreContract:
                 assert not store.renew(record, record.idle_expires_at + 60_000)
                 assert _unexpired(store, clock, record) is None
 
-    def test_renew_goes_by_what_is_stored(self) -> None:
+    def test_renew_compares_with_the_stored_record(self) -> None:
         """The loaded record doesn't count: another request may have renewed the session since."""
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
@@ -531,7 +522,7 @@ class StoreContract:
                 store.replace(old.key, new, old.version, pointer)
                 assert store.load(new.key) == new
 
-    def test_a_repeat_undoes_nothing_that_came_after(self) -> None:
+    def test_a_repeat_undoes_no_later_write(self) -> None:
         """The reply to a write is lost, and other processes write before the repeat."""
         with self._store() as (store, clock):
             for write in _WRITES:
@@ -664,7 +655,7 @@ class StoreContract:
             assert store.load(first.key) is None
             assert store.load(last.key) is None
 
-    def test_delete_may_say_what_ended(self) -> None:
+    def test_delete_may_return_the_record(self) -> None:
         with self._store() as (store, clock):
             record, expired, old, new = (a_record(clock, idle=idle) for idle in (60, 1, 60, 60))
 
@@ -717,7 +708,7 @@ class StoreContract:
             assert store.delete(record.key, saved.version)
             assert store.load(record.key) is None
 
-    def test_of_parallel_saves_of_one_version_one_wins(self) -> None:
+    def test_one_of_parallel_saves_wins(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock)
             store.create(record)
@@ -741,7 +732,7 @@ class StoreContract:
             assert len(won) == 1
             assert store.load(record.key) == won[0]
 
-    def test_close_may_be_repeated_and_the_store_used_again(self) -> None:
+    def test_a_closed_store_may_be_used_again(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock)
             store.close()
@@ -751,7 +742,7 @@ class StoreContract:
 
     # -- of stores with the part ``scans`` or ``upkeep``
 
-    def test_a_scan_comes_to_every_record(self) -> None:
+    def test_a_scan_returns_every_record(self) -> None:
         with self._store() as (store, clock):
             scans = parts_of(store).scans
             if scans is None:
@@ -780,7 +771,7 @@ class StoreContract:
             assert long.key in found
             assert short.key not in found
 
-    def test_a_scan_of_keys_that_begin_alike(self) -> None:
+    def test_a_scan_by_the_beginning_of_the_key(self) -> None:
         with self._store() as (store, clock):
             scans = parts_of(store).scans
             if scans is None:
@@ -791,7 +782,7 @@ class StoreContract:
             for length in (8, 43):
                 assert _scanned(scans, 100, record.key[:length]) == {record.key: record}
 
-    def test_a_scan_goes_on_while_records_come_and_go(self) -> None:
+    def test_a_scan_survives_parallel_writes(self) -> None:
         with self._store() as (store, clock):
             scans = parts_of(store).scans
             if scans is None:
@@ -812,7 +803,7 @@ class StoreContract:
                     break
             assert {record.key for record in stay} <= found
 
-    def test_tidying_leaves_the_living(self) -> None:
+    def test_a_clean_up_keeps_live_records(self) -> None:
         with self._store() as (store, clock):
             upkeep, leases = parts_of(store).upkeep, parts_of(store).leases
             if upkeep is None:
@@ -844,7 +835,7 @@ class StoreContract:
             store.create(record)
             yield store, parts_of(store).leases, clock, record
 
-    def test_a_lease_is_held_by_one(self) -> None:
+    def test_a_lease_has_one_holder(self) -> None:
         with self._leasing() as (_, leases, _, record):
             if leases is None:
                 return
@@ -863,7 +854,7 @@ class StoreContract:
             assert leases.acquire(record.key, "two", 10_000, 1) > 0
             assert leases.acquire(record.key, "one", 10_000, 10) == 0
 
-    def test_a_repeat_takes_no_lease_from_others(self) -> None:
+    def test_a_repeat_takes_no_lease_from_another_owner(self) -> None:
         with self._leasing() as (store, leases, _, record):
             if leases is None:
                 return
@@ -908,7 +899,7 @@ class StoreContract:
             assert leases.extend(record.key, "one", 5000) is False
             assert leases.acquire(record.key, "two", 5000, 10) == 0
 
-    def test_a_lease_ends_although_a_clock_was_set_back(self) -> None:
+    def test_a_lease_ends_after_a_clock_was_set_back(self) -> None:
         with self._leasing() as (_, leases, clock, record):
             if leases is None:
                 return
@@ -924,7 +915,7 @@ class StoreContract:
                 leases.save(_changed(record), record.version, "one")
             leases.release(record.key, "three")
 
-    def test_extend_counts_the_length_anew(self) -> None:
+    def test_extend_counts_from_now(self) -> None:
         with self._leasing() as (_, leases, clock, record):
             if leases is None:
                 return
@@ -949,7 +940,7 @@ class StoreContract:
             clock.advance(5)
             assert leases.release(record.key, "two") is False
 
-    def test_who_waits_comes_in_turn(self) -> None:
+    def test_waiters_take_turns(self) -> None:
         with self._leasing() as (_, leases, _, record):
             if leases is None:
                 return
@@ -963,7 +954,7 @@ class StoreContract:
             assert leases.acquire(record.key, "new", 5000, 10) > 0
             assert leases.acquire(record.key, "three", 5000, 10) == 0
 
-    def test_who_is_not_seen_any_more_loses_his_place(self) -> None:
+    def test_a_silent_waiter_loses_its_place(self) -> None:
         with self._leasing() as (_, leases, clock, record):
             if leases is None:
                 return
@@ -977,7 +968,7 @@ class StoreContract:
             assert leases.acquire(record.key, "three", 60_000, 10) == 0
             assert leases.acquire(record.key, "two", 60_000, 10) > 0
 
-    def test_a_full_queue_takes_nobody(self) -> None:
+    def test_a_full_queue_refuses(self) -> None:
         with self._leasing() as (_, leases, clock, record):
             if leases is None:
                 return
@@ -1054,7 +1045,7 @@ class StoreContract:
             leases.acquire(new.key, "one", 5000, 10)
             assert leases.delete(new.key, new.version, "one")
 
-    def test_no_write_without_the_lease_that_it_names(self) -> None:
+    def test_a_write_needs_the_lease_that_it_names(self) -> None:
         with self._leasing() as (store, leases, clock, record):
             if leases is None:
                 return
@@ -1090,7 +1081,7 @@ class StoreContract:
             with _raises(Gone):
                 leases.save(_changed(a_record(clock)), record.version, "one")
 
-    def test_a_write_that_landed_is_known_after_the_lease(self) -> None:
+    def test_a_stored_write_is_recognised_after_its_lease(self) -> None:
         with self._leasing() as (store, leases, clock, record):
             if leases is None:
                 return
@@ -1101,7 +1092,7 @@ class StoreContract:
             leases.save(saved, record.version, "one")
             assert store.load(record.key) == saved
 
-    def test_a_write_that_names_no_lease_asks_for_none(self) -> None:
+    def test_a_write_without_a_lease_ignores_leases(self) -> None:
         with self._leasing() as (store, leases, _, record):
             if leases is None:
                 return
@@ -1139,7 +1130,7 @@ class StoreContract:
             waiter.join()
             assert done[0] - released < 20
 
-    def test_of_parallel_acquisitions_one_holds(self) -> None:
+    def test_one_of_parallel_acquisitions_wins(self) -> None:
         with self._leasing() as (_, leases, _, record):
             if leases is None:
                 return
@@ -1179,7 +1170,7 @@ class StoreContract:
                 assert blobs.read_frame(one, offset, len(frame)) == frame
             assert blobs.read_frame(other, 0, 1) == b"\0"
 
-    def test_what_was_not_written_is_none(self) -> None:
+    def test_a_frame_that_was_not_written_is_none(self) -> None:
         with self._with_blobs() as (blobs, clock):
             if blobs is None:
                 return
@@ -1200,7 +1191,7 @@ class StoreContract:
             assert blobs.read_frame(name, 0, 5) == b"first"
             assert blobs.read_frame(name, 5, 6) == b"second"
 
-    def test_a_later_frame_begins_no_blob(self) -> None:
+    def test_a_later_frame_creates_no_blob(self) -> None:
         with self._with_blobs() as (blobs, clock):
             if blobs is None:
                 return
@@ -1209,7 +1200,7 @@ class StoreContract:
                 blobs.write_frame(name, 5, b"second", milliseconds(clock) + 60_000)
             assert blobs.read_frame(name, 0, 5) is None
 
-    def test_a_blob_is_kept_until_its_end(self) -> None:
+    def test_a_blob_stays_until_its_expiry(self) -> None:
         with self._with_blobs() as (blobs, clock):
             if blobs is None:
                 return
@@ -1223,7 +1214,7 @@ class StoreContract:
             clock.advance(50)
             assert [blobs.read_frame(name, 0, 5) for name in names[1:]] == [b"frame"] * 2
 
-    def test_renewing_makes_no_blob(self) -> None:
+    def test_a_renewal_creates_no_blob(self) -> None:
         with self._with_blobs() as (blobs, clock):
             if blobs is None:
                 return
@@ -1231,7 +1222,7 @@ class StoreContract:
             blobs.renew_blobs([name], milliseconds(clock) + 60_000)
             assert blobs.read_frame(name, 0, 5) is None
 
-    def test_discarded_blobs_go(self) -> None:
+    def test_discarded_blobs_are_removed(self) -> None:
         with self._with_blobs() as (blobs, clock):
             if blobs is None:
                 return

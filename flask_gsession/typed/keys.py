@@ -243,7 +243,7 @@ class SessionKey(Generic[T]):
         try:
             before = self.get()
         except KeyError:
-            return self._put(self._session(), self._run(form.accept_sent, sent))
+            return self._put(self._session(), self._run(form.accept_input, sent))
         return self._put(
             self._session(), self._run(lambda changes: form.accept_changes(before, changes), sent)
         )

@@ -86,36 +86,36 @@ class Form:
         """
         if handed_out or not (type(value) is dict or isinstance(value, _INPUT)):
             try:
-                return self._proven(value)
+                return self._verified(value)
             except Exception as error:
                 try:
-                    return self.accept_sent(value)
+                    return self.accept_input(value)
                 except ValidationError:
                     if isinstance(error, ValidationError):
                         raise error from None
                     raise
         try:
-            made = self.accept_sent(value)
+            made = self.accept_input(value)
         except Exception as error:
             try:
-                return self._proven(value)
+                return self._verified(value)
             except Exception:
                 raise error from None
         if not self.is_plain and drops_keys(from_stored(made[1]), value):
             try:
-                return self._proven(value)
+                return self._verified(value)
             except Exception:  # so it is input, with fields that the schema excludes
                 return made
         return made
 
-    def accept_sent(self, value: Any) -> tuple[Any, Any]:
+    def accept_input(self, value: Any) -> tuple[Any, Any]:
         """As ``accept``, for input."""
         loaded = self.load(value)
         if self.is_plain:
             copied = plain_copy(value, loaded)
             if copied is not NOT_PLAIN:
                 return loaded, copied  # the stored form is the input, which has just been loaded
-        return self._proven(loaded, was_loaded=True)
+        return self._verified(loaded, was_loaded=True)
 
     def read(self, data: Any) -> Any:
         """Load stored data, which must have the form that the schema dumps."""
@@ -130,7 +130,7 @@ class Form:
             # The schema may have gained and lost fields since.
             known = common(dumped, data)
             if covers(dumped, known) and (known == data or self._is_loaded_from(known, loaded)):
-                return self._proven(loaded)[0]
+                return self._verified(loaded)[0]
         raise ValidationError(["Not in the form that the schema dumps."])
 
     def dumped(self, value: Any) -> Any:
@@ -143,27 +143,27 @@ class Form:
             message = f"{_NOT_DUMPED} ({type(error).__name__})"
             raise ValidationError(self._messages(self._not_dumped(value), message)) from error
 
-    def _proven(self, value: Any, *, was_loaded: bool = False) -> tuple[Any, Any]:
+    def _verified(self, value: Any, *, was_loaded: bool = False) -> tuple[Any, Any]:
         """The loaded and the stored form, if the stored form loads to an equal value.
 
         Loading may add defaults. These must survive another round trip.
         """
         for _ in range(2):
-            again, stored = self._kept(value, was_loaded)
+            again, stored = self._round_trip(value, was_loaded)
             path = difference(again, value)
             if path is None:
                 return again, stored
             value, was_loaded = again, True
         raise ValidationError(self._messages(path or ()))
 
-    def _kept(self, value: Any, was_loaded: bool) -> tuple[Any, Any]:
+    def _round_trip(self, value: Any, was_loaded: bool) -> tuple[Any, Any]:
         """The loaded and the stored form; the loaded one has all of ``value``, and maybe more."""
         failures = []
         for stored in self._all_stored(value):
             try:
                 again, stored = self._reloaded(stored)
             except ValidationError as error:
-                failures.append(_reworded(error.messages) if was_loaded else error.messages)
+                failures.append(_explained(error.messages) if was_loaded else error.messages)
                 continue
             path = difference(value, again)
             if path is None:
@@ -269,7 +269,7 @@ class SchemaForm(Form):
         """As ``accept``, for a loaded value with changes to its input form."""
         sent = self._changed(before, changes)
         try:
-            return self.accept_sent(sent)
+            return self.accept_input(sent)
         except ValidationError as error:
             # An invalid default may be left out of the input if the result still has it.
             loadable = without(sent, error.messages)
@@ -278,7 +278,7 @@ class SchemaForm(Form):
             ):
                 raise
             try:
-                made = self.accept_sent(loadable)
+                made = self.accept_input(loadable)
             except ValidationError:
                 raise error from None
             stays = {key: item for key, item in before.items() if key not in changes}
@@ -288,7 +288,11 @@ class SchemaForm(Form):
 
     def _changed(self, value: Any, changes: Mapping[str, Any]) -> Any:
         """The input form of ``value`` with ``changes``."""
-        sent = from_stored(self._kept(value, True)[1]) if not self.is_plain else self.dumped(value)
+        sent = (
+            from_stored(self._round_trip(value, True)[1])
+            if not self.is_plain
+            else self.dumped(value)
+        )
         names = {
             field.data_key if field.data_key is not None else name: (field.attribute or name, field)
             for name, field in self.schema.load_fields.items()
@@ -406,10 +410,10 @@ def _serializer(field: Field[Any]) -> Callable[[Any], Any]:
     return lambda value: field.serialize("value", {"value": value}, accessor=lambda *_: value)
 
 
-def _reworded(messages: Any) -> Any:
+def _explained(messages: Any) -> Any:
     """The messages of a second load, with a hint that they aren't about the input."""
     if isinstance(messages, dict):
-        return {key: _reworded(inner) for key, inner in messages.items()}
+        return {key: _explained(inner) for key, inner in messages.items()}
     if isinstance(messages, list):
-        return [_reworded(inner) for inner in messages]
+        return [_explained(inner) for inner in messages]
     return f"{_NOT_LOADED}({messages})"

@@ -38,7 +38,7 @@ from ...events import logger
 from ...processes import process, warn_without_threads
 from ..interrupts import interruption
 from ..support import StoreOptions, closing
-from .indexes import NAME, look_at_expiry_index
+from .indexes import NAME, check_expiry_index
 from .round_trips import NO_PAYLOADS, SessionCollection
 
 COLLECTION = "gsession"
@@ -208,7 +208,7 @@ class Driver:
                 collection.create_index(field, expireAfterSeconds=0, name=NAME)
             except OperationFailure as error:
                 # An administrator may have made it, under another name.
-                advice = look_at_expiry_index(collection, field)
+                advice = check_expiry_index(collection, field)
                 if advice:
                     logger.warning(
                         "MongoDB refused to create the TTL index of the sessions (%s): expired "
@@ -239,7 +239,7 @@ def reraise_interruption(error: Exception) -> None:
         raise struck
 
 
-def undisturbed(find: Callable[[], T]) -> T:
+def in_a_thread(find: Callable[[], T]) -> T:
     """Run ``find`` in a new thread, which gets no signals and has an empty stack."""
     outcome: list[T | BaseException] = []
     context = copy_context()

@@ -9,7 +9,7 @@ from typing import Any
 
 from pymongo.errors import OperationFailure
 
-from ..exposure import door, known_faults, unchecked
+from ..exposure import exposure_of, known_faults, unchecked
 from ..parts import Checks, Finding
 from .driver import Driver, call
 from .indexes import expiry_index_advice
@@ -49,7 +49,7 @@ def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:
     return [
         _version(version),
         *_known_faults(version),
-        *_door(client),
+        *_exposure_of(client),
         *_members(client, hello),
         *_write_concern(client, hello),
         *_index(collection, "expiry index", "idle_expires_at"),
@@ -73,16 +73,16 @@ def _known_faults(version: str) -> Iterator[Finding]:
     )
 
 
-def _door(client: Any) -> Iterator[Finding]:
+def _exposure_of(client: Any) -> Iterator[Finding]:
     """Whether strangers get in, and whether they can listen."""
     is_open = not _asks_for_a_password(client)
     host = (client.address or ("",))[0]
     if host.startswith("/"):
-        yield from door(is_open, tls=None, host="")
+        yield from exposure_of(is_open, tls=None, host="")
         return
     # A client has no public way to say so.
     context = getattr(client.options.pool_options, "_ssl_context", None)
-    yield from door(is_open, tls=context is not None, host=host)
+    yield from exposure_of(is_open, tls=context is not None, host=host)
     if context is not None and context.verify_mode == ssl.CERT_NONE:
         yield unchecked("tlsAllowInvalidCertificates or tlsInsecure")
 

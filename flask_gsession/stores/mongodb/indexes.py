@@ -40,7 +40,7 @@ def expiry_index_advice(
     return "; ".join([*in_the_way, create])
 
 
-def look_at_expiry_index(collection: Any, field: str) -> str:
+def check_expiry_index(collection: Any, field: str) -> str:
     """The same for a collection. Without the right to list its indexes, assumes none."""
     try:
         indexes = collection.index_information()

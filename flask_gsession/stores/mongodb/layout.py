@@ -21,7 +21,7 @@ from bson.errors import BSONError
 from ...errors import UnreadableRecord
 from ..base import Clock, Record, milliseconds
 from ..lease import Lease
-from .driver import Document, reraise_interruption, undisturbed
+from .driver import Document, in_a_thread, reraise_interruption
 from .round_trips import SessionCollection
 
 ENDED = ""  # the successor in what a rotation without a pointer leaves
@@ -83,7 +83,7 @@ class Layout:
             # The driver says so of any exception that strikes while it decodes, and of a full
             # stack. Where neither can be, what it says is about the document.
             try:
-                document = undisturbed(find)
+                document = in_a_thread(find)
             except BSONError as again:
                 raise UnreadableRecord("corrupt", type(again).__name__) from None
         return None if document is None else self.record(key, document)

@@ -32,7 +32,7 @@ from .foreign import RedisStrings
 from .layout import pack, version
 from .leases import RedisLeases, ask_for_lease
 from .pool import AllInUse, ConnectionPool, Node, packed, said
-from .records import Records, renewed_meanwhile
+from .records import Records, renewed_since
 from .servers import Address, connections_like, connections_of, servers_of
 from .store import RedisStore
 
@@ -279,7 +279,7 @@ class ClusterRecords(Records):
                 reply = commands.run(deadline, _ROTATE, keys, arguments, mine, confirmation, b"N")
                 if reply == b"N" and first:
                     raise Gone  # rotated before, and ended since: not to be brought back
-                later, shorten = renewed_meanwhile(record, reply)
+                later, shorten = renewed_since(record, reply)
         except (Gone, Stale, LeaseLost):
             with suppress(Gone, Stale, StoreUnavailable):
                 super().remove(record.key, deadline, mine, b"1")

@@ -273,7 +273,7 @@ class Commands:
             except ReadOnlyError:
                 # After a failover: look the primary up again, for every connection.
                 slot.connection.disconnect()
-                pool.distrust()
+                pool.invalidate()
                 raise
             except ResponseError:
                 raise
@@ -282,13 +282,13 @@ class Commands:
                 slot.connection.disconnect()
                 timed_out = isinstance(error, TimeoutError)  # the others may be well
                 if isinstance(error, (RedisConnectionError, OSError)) and not timed_out:
-                    pool.distrust()
+                    pool.invalidate()
                 raise
         finally:
             pool.give(slot)
 
 
-def as_it_is(answer: Any) -> Any:
+def unparsed(answer: Any) -> Any:
     """For ``Commands.call``: any answer will do."""
     return answer
 

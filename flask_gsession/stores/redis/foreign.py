@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UnreadableRecord
 from ..base import Record
 from ..foreign import Foreign, ForeignValues, Together
-from .commands import Script, as_it_is
+from .commands import Script, unparsed
 from .layout import pack, unpack, version
 from .pool import packed
 from .records import Records
@@ -30,7 +30,7 @@ class RedisStrings(ForeignValues):
 
     def delete(self, name: str) -> None:
         key = name.encode()
-        self._commands.call(self._commands.deadline(), as_it_is, key, packed(b"DEL", key))
+        self._commands.call(self._commands.deadline(), unparsed, key, packed(b"DEL", key))
 
     def names(self, prefix: str) -> Iterator[str]:
         pattern = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", prefix.encode()) + b"*"
@@ -39,7 +39,7 @@ class RedisStrings(ForeignValues):
             cursor = b"0"
             while True:
                 request = packed(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _AT_ONCE)
-                cursor, names = call(deadline(), as_it_is, server, request)
+                cursor, names = call(deadline(), unparsed, server, request)
                 yield from (name.decode("utf-8", "replace") for name in names)
                 if cursor == b"0":
                     break

@@ -12,10 +12,10 @@ from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import RedisError, ResponseError
 
 from ...errors import StoreUnavailable
-from ..exposure import door, known_faults, unchecked
+from ..exposure import exposure_of, known_faults, unchecked
 from ..interrupts import reraise_interruption
 from ..parts import Checks, Finding
-from .commands import Commands, as_it_is
+from .commands import Commands, unparsed
 from .pool import packed
 from .servers import PrimaryPool, ask_once
 
@@ -44,18 +44,18 @@ class RedisChecks(Checks):
             for finding in self._check_at(name):
                 where = f"{address}: " if len(nodes) > 1 else ""
                 findings.append(finding._replace(found=where + finding.found))
-        findings += self._doors()
+        findings += self._exposures()
         if isinstance(self._commands.pool, PrimaryPool):
             findings += self._commands.pool.check(self._commands.timeout)
         return findings
 
-    def _doors(self) -> list[Finding]:
+    def _exposures(self) -> list[Finding]:
         """Whether strangers get in, and whether they can listen; each finding once."""
         commands = self._commands
         found = [
             finding
             for node in commands.nodes(commands.deadline())
-            for finding in _door(node.pool.make, commands.timeout)
+            for finding in _exposure_of(node.pool.make, commands.timeout)
         ]
         return list(dict.fromkeys(found))
 
@@ -65,7 +65,7 @@ class RedisChecks(Checks):
         def ask(*words: bytes) -> Any:
             """The answer, None where the server refuses the command."""
             try:
-                return commands.call(commands.deadline(), as_it_is, name, packed(*words))
+                return commands.call(commands.deadline(), unparsed, name, packed(*words))
             except StoreUnavailable as error:
                 if isinstance(error.__cause__, ResponseError):
                     return None
@@ -86,7 +86,7 @@ class RedisChecks(Checks):
         return checked(parsed(info), skew, self._logout_replicas)
 
 
-def _door(make: Callable[[], Any], timeout: float) -> Iterator[Finding]:
+def _exposure_of(make: Callable[[], Any], timeout: float) -> Iterator[Finding]:
     """The findings on the password and on TLS of the server that ``make`` connects to."""
     stranger = make()
     stranger.username = stranger.password = stranger.credential_provider = None
@@ -97,10 +97,10 @@ def _door(make: Callable[[], Any], timeout: float) -> Iterator[Finding]:
         reraise_interruption(error)
         is_open = False
     if isinstance(stranger, UnixDomainSocketConnection):
-        yield from door(is_open, tls=None, host="")
+        yield from exposure_of(is_open, tls=None, host="")
     else:
         is_tls = isinstance(stranger, redis.SSLConnection)
-        yield from door(is_open, tls=is_tls, host=stranger.host)
+        yield from exposure_of(is_open, tls=is_tls, host=stranger.host)
         if is_tls and stranger.cert_reqs == ssl.CERT_NONE:
             yield unchecked("ssl_cert_reqs=none")
 

@@ -202,7 +202,7 @@ class ConnectionPool:
     """Lends connections that ``make`` makes, at most ``size`` at a time.
 
     Connections are lent as they came back, and looked at only when they were idle for a while:
-    a caller may find that the server has closed one, and then calls ``distrust`` and tries again.
+    a caller may find that the server has closed one, and then calls ``invalidate`` and tries again.
     Nothing is shared with a forked process.
 
     An interrupt can make a thread lose its slot between any two steps. The lost slot is then
@@ -273,7 +273,7 @@ class ConnectionPool:
         elif slot.connection is not None:
             slot.connection.disconnect()
 
-    def distrust(self) -> None:
+    def invalidate(self) -> None:
         """The server closed a connection that was idle, so likely all of them: close them."""
         idle = self._idle
         for _ in range(len(idle)):
@@ -381,7 +381,7 @@ class ClientPool:
         """Take back what ``take`` lent."""
         self._pool.release(slot.connection)
 
-    def distrust(self) -> None:
+    def invalidate(self) -> None:
         """Nothing: the client checks a connection before it lends it."""
 
     def look(self, deadline: float) -> None:

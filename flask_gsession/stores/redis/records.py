@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import KeyTaken
 from ..base import MAX_POINTERS, Deleted, Record, Replaced, too_many_pointers
-from .commands import Commands, Confirmation, Script, as_it_is
+from .commands import Commands, Confirmation, Script, unparsed
 from .layout import RECORD, header, pack, unpack, version
 from .pool import packed
 
@@ -27,12 +27,12 @@ class Records:
         call, name = self.commands.call, self.names.record(record.key)
         life = self.commands.life(record)
         request = packed(b"SET", name, pack(record), b"NX", b"PX", life)
-        if call(deadline, as_it_is, name, request) is not None:
+        if call(deadline, unparsed, name, request) is not None:
             return True
         there = self.load_unexpired(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
-            call(deadline, as_it_is, name, packed(b"DEL", name))
-            if call(deadline, as_it_is, name, request) is not None:
+            call(deadline, unparsed, name, packed(b"DEL", name))
+            if call(deadline, unparsed, name, request) is not None:
                 return True
         if there is None or there.version != record.version:
             raise KeyTaken
@@ -77,7 +77,7 @@ class Records:
                 *holder,
             ]
             reply = commands.run(deadline, _SAVE, keys, arguments, mine)
-            later, shorten = renewed_meanwhile(record, reply)
+            later, shorten = renewed_since(record, reply)
 
     def renew(self, record: Record, idle_expires_at: int, deadline: float) -> None:
         """As ``Store.renew``; raises ``Gone`` instead of returning False."""
@@ -118,7 +118,7 @@ class Records:
             ]
             mine = version(record.version)
             reply = commands.run(deadline, _REPLACE, keys, arguments, mine, confirmation)
-            later, shorten = renewed_meanwhile(record, reply)
+            later, shorten = renewed_since(record, reply)
         return Replaced(confirmation.missing)
 
     def delete(self, key: str) -> Deleted:
@@ -171,7 +171,7 @@ class Records:
         return [self.names.record(key), self.names.lease(key)]
 
 
-def renewed_meanwhile(record: Record, reply: bytes) -> tuple[Record | None, bool]:
+def renewed_since(record: Record, reply: bytes) -> tuple[Record | None, bool]:
     """The value to store instead if ``reply`` says that another request renewed the session.
 
     And whether that may be less than the stored expiry, for it is limited by the absolute one.

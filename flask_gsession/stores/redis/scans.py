@@ -19,7 +19,7 @@ from ...errors import StoreUnavailable, UnreadableRecord
 from ..base import KEY_LENGTH, OTHER_ENDS, Record
 from ..interrupts import reraise_interruption
 from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
-from .commands import Script, as_it_is
+from .commands import Script, unparsed
 from .layout import unpack
 from .pool import Node, hint, packed, said
 from .records import Records
@@ -90,7 +90,7 @@ class RedisScans(Scans, Upkeep, Counts):
         deadline = self._commands.deadline()
 
         def ask(*words: bytes) -> Any:
-            return self._commands.call(deadline, as_it_is, name, packed(*words))
+            return self._commands.call(deadline, unparsed, name, packed(*words))
 
         start = self._start + b"{"
         others = tuple(f"{end}}}".encode() for end in OTHER_ENDS)
@@ -113,7 +113,7 @@ class RedisScans(Scans, Upkeep, Counts):
         deadline = self._commands.deadline()
         nodes = self._commands.nodes(deadline)
 
-        def put_right(name: bytes, life: int) -> bool:
+        def repair(name: bytes, life: int) -> bool:
             """Whether it was still as it was found, as far as that may be tried."""
             return dry_run or self._commands.run(deadline, _TIDY, [name], [b"%d" % life]) == b"K"
 
@@ -127,7 +127,7 @@ class RedisScans(Scans, Upkeep, Counts):
         found: Counter[str] = Counter()
         ends = self._ask(node, [packed(b"PTTL", blob) for blob in blobs], deadline, True)
         for blob, life in zip(blobs, ends, strict=True):
-            if life == -1 and put_right(blob, LOST_EXPIRY):
+            if life == -1 and repair(blob, LOST_EXPIRY):
                 found["large values without expiry"] += 1
         for lock, owned in zip(locks, there, strict=True):
             if owned == 0 and (dry_run or self._remove(node, lock[0], deadline)):
@@ -138,7 +138,7 @@ class RedisScans(Scans, Upkeep, Counts):
             if not isinstance(value, bytes) or match[2]:  # a lock goes with its session
                 continue
             kind, life = self._verdict(match[1].decode(), value)
-            if kind and put_right(match[0], life):
+            if kind and repair(match[0], life):
                 found[kind] += 1
         return Tidied(found, len(matches) + len(blobs), end)
 
@@ -216,7 +216,7 @@ class RedisScans(Scans, Upkeep, Counts):
                     node.failed()
                     detail = f"redis: SCAN: {said(error)}"
                     raise StoreUnavailable(detail) from error
-                node.pool.distrust()
+                node.pool.invalidate()
         raise AssertionError("not reached")
 
 

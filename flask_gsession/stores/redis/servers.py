@@ -216,7 +216,7 @@ class PrimaryPool(ConnectionPool):
             if before is not None:
                 with suppress(RedisConnectionError):  # without sentinels it goes on as it is
                     if self._find(now + (deadline - now) / 4) != before:
-                        self.distrust()
+                        self.invalidate()
         return super().take(deadline)
 
     def look(self, deadline: float) -> None:

@@ -44,7 +44,7 @@ class GuardedStore(CallWrapper):
     def load(self, key: str) -> Record | None:
         circuit = self.loads
         if not circuit.is_well:
-            return circuit.call_warily(self.store.load, key)  # type: ignore[no-any-return]
+            return circuit.call_or_probe(self.store.load, key)  # type: ignore[no-any-return]
         start = circuit.clock()
         try:
             return self.store.load(key)
@@ -111,7 +111,7 @@ class Circuit:
     def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``method`` within this circuit."""
         if not self.is_well:
-            return self.call_warily(method, *arguments)
+            return self.call_or_probe(method, *arguments)
         start = self.clock()
         try:
             return method(*arguments)
@@ -119,7 +119,7 @@ class Circuit:
             self.failed(error, start)
             raise
 
-    def call_warily(self, method: Callable[..., Any], *arguments: Any) -> Any:
+    def call_or_probe(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """As ``call``, after a failure: a call that is admitted may be the probe."""
         process.notice()
         start, probe = self._admit()
