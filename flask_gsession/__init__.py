@@ -5,6 +5,7 @@ from typing import cast as _cast
 import flask
 
 from .errors import (
+    ConfirmationRequired,
     GSessionError,
     LockLost,
     LockMisused,
@@ -21,6 +22,7 @@ from .errors import (
     ValueRefused,
 )
 from .extension import Session
+from .freshness import next_url, require_fresh
 from .request.decorators import session_lock, session_transaction
 from .request.session import SessionData
 from .values.merge import MISSING
@@ -30,6 +32,7 @@ session = _cast(SessionData, flask.session)
 
 __all__ = [
     "MISSING",
+    "ConfirmationRequired",
     "GSessionError",
     "LockLost",
     "LockMisused",
@@ -46,6 +49,8 @@ __all__ = [
     "TransactionMisused",
     "UnsupportedType",
     "ValueRefused",
+    "next_url",
+    "require_fresh",
     "session",
     "session_lock",
     "session_transaction",

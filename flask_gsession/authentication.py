@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, current_app, g, has_request_context, request
 from flask import session as flask_session
 
 from .config import csrf_field, remember_cookie
 from .errors import SignInRefused, TooManySessions
-from .request.lifecycle import Lifecycle
+from .request.confirming import SIGN_IN, note_confirmation
+from .request.lifecycle import CONFIRMED, Lifecycle
 from .request.ownership import LOGIN, bind, unbind
 from .request.session import SessionData, life_of
 
 # Flask-Security sets these keys at each step of authentication, even without a signal: the time of
 # the last verification, and the user who still has to enter a second factor.
-_STEPS = ("fs_paa", "tf_user_id")
+_VERIFIED = "fs_paa"
+_STEPS = (_VERIFIED, "tf_user_id")
 # Flask-Login sets these keys at a sign-in.
 _SIGNED_IN = ("_user_id", "_fresh", "_id")
 # An attribute of the request: Flask-Login asked for the removal of its remember-me cookie.
@@ -37,15 +39,42 @@ def rotate_at_sign_in(app: Flask) -> None:
     signals.user_login_confirmed.connect(_confirmed, app)
     signals.user_loaded_from_cookie.connect(_loaded_from_cookie, app)
     signals.user_logged_out.connect(_signed_out, app)
-    signals.session_protected.connect(_signed_out, app)
+    signals.session_protected.connect(_protected, app)
 
 
-def rotate_after_a_step(life: Lifecycle) -> None:
+def look_at_user() -> None:
+    """Let Flask-Login, if it is in use, load the user and protect the session now."""
+    if hasattr(current_app, "login_manager"):
+        from flask_login import current_user
+
+        bool(current_user)
+
+
+def freshen(session: SessionData) -> None:
+    """After ``session.confirm``: do what Flask-Login's ``confirm_login`` does and leads to.
+
+    Otherwise its session protection would take a browser that was updated for another one, at each
+    request.
+    """
+    if not has_request_context():
+        return
+    app: Any = current_app
+    manager = getattr(app, "login_manager", None)
+    if manager is not None and LOGIN in session:
+        session["_fresh"] = True
+        session["_id"] = manager._session_identifier_generator()
+    _renew_csrf_token(app, session)
+
+
+def rotate_after_a_step(session: SessionData, life: Lifecycle) -> None:
     """Rotate if the user has passed a step of Flask-Security. Called before a save."""
     if life.opened:
         values = life.values
-        if any(key in values and values.has_changed(key) for key in _STEPS):
-            life.rotate_soon(grace=0)
+        passed = [key for key in _STEPS if key in values and values.has_changed(key)]
+        if passed:
+            life.rotate_soon(0, confirms=_VERIFIED in passed)
+        if _VERIFIED in passed:
+            note_confirmation(session, life, SIGN_IN)
 
 
 def forget_remembered(app: Flask, response: Response) -> None:
@@ -72,32 +101,47 @@ def _loaded_from_cookie(sender: Flask, **_: Any) -> None:
 
 
 def _signed_in(sender: Flask, **_: Any) -> None:
-    _pass_a_step(sender, _SIGNED_IN)
+    session = _session()
+    if session is not None:
+        fresh = session.get("_fresh") is True  # not login_user(fresh=False)
+        _rotate(session, _SIGNED_IN, fresh=fresh)
+        if fresh:  # also of the user whose session it is already
+            life_of(session).wish(sign_in=True)
+        _renew_csrf_token(sender, session)
 
 
 def _confirmed(sender: Flask, **_: Any) -> None:
-    # Only the session identifies the user, and an old token isn't enough for that.
-    _pass_a_step(sender, ())
-
-
-def _pass_a_step(app: Flask, signed_in: Collection[str]) -> None:
     session = _session()
     if session is not None:
-        _rotate(session, signed_in)
-        if life_of(session).repository.settings.renew_csrf:
-            # Flask-WTF caches the signed form of the token in g.
-            name = csrf_field(app)
-            session.pop(name, None)
-            g.pop(name, None)
+        session.accessed = True
+        life = life_of(session)
+        # Only the session identifies the user, and an old token isn't enough for that.
+        life.rotate_soon(0, confirms=True)
+        note_confirmation(session, life, SIGN_IN)
+        _renew_csrf_token(sender, session)
 
 
-def _rotate(session: SessionData, signed_in: Collection[str], *, remembered: bool = False) -> None:
+def _renew_csrf_token(app: Flask, session: SessionData) -> None:
+    if life_of(session).repository.settings.renew_csrf:
+        # Flask-WTF caches the signed form of the token in g.
+        name = csrf_field(app)
+        session.pop(name, None)
+        g.pop(name, None)
+
+
+def _rotate(
+    session: SessionData,
+    signed_in: Collection[str],
+    *,
+    remembered: bool = False,
+    fresh: bool = False,
+) -> None:
     session.accessed = True
     life = life_of(session)
     user_id = session.get(LOGIN) if signed_in else None
     if user_id is not None and life.presented().handle is None:
         try:
-            bind(life, user_id, remembered=remembered, signed_in=signed_in)
+            bind(life, user_id, remembered=remembered, signed_in=signed_in, fresh=fresh)
         except (SignInRefused, TooManySessions):
             session.remove(*signed_in)
             g.pop("_login_user", None)  # where Flask-Login keeps the user of the request
@@ -107,7 +151,22 @@ def _rotate(session: SessionData, signed_in: Collection[str], *, remembered: boo
 
 def _signed_out(sender: Flask, **_: Any) -> None:
     session = _session()
-    if session is not None and LOGIN not in session:
+    if session is not None:
+        session.pop(CONFIRMED, None)
+        _end_login(session)
+
+
+def _protected(sender: Flask, **_: Any) -> None:
+    """Another browser has the session; or it has no ``_id`` yet, which is reported as well."""
+    session = _session()
+    if session is not None:
+        if "_id" in session or session.get("_remember") == "clear":
+            session.pop(CONFIRMED, None)
+        _end_login(session)
+
+
+def _end_login(session: SessionData) -> None:
+    if LOGIN not in session:
         unbind(life_of(session))
-    if session is not None and session.get("_remember") == "clear":
+    if session.get("_remember") == "clear":
         vars(request)[FORGOTTEN] = True

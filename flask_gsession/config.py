@@ -59,6 +59,7 @@ class Settings:
     newcomer_timeout: float = 300.0
     rotation_grace: float = 10.0
     renew_csrf: bool = False
+    confirm_view: str | None = None
     store_timeout: float = 1.0
     pool_max: int = 100
     breaker_failures: int = 5
@@ -152,6 +153,7 @@ class SettingKeywords(TypedDict, total=False):
     newcomer_timeout: Seconds
     rotation_grace: Seconds
     renew_csrf: bool
+    confirm_view: str | None
     store_timeout: Seconds
     pool_max: int
     breaker_failures: int
@@ -405,6 +407,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "newcomer_timeout": ("SESSION_NEWCOMER_TIMEOUT", _seconds(1, _DAY)),
     "rotation_grace": ("SESSION_ROTATION_GRACE", _seconds(0, 3600)),
     "renew_csrf": ("SESSION_RENEW_CSRF", _flag),
+    "confirm_view": (
+        "SESSION_CONFIRM_VIEW",
+        _optional(_text(lambda v: 0 < len(v) <= 200, "the endpoint of a view, as 'confirm'")),
+    ),
     "store_timeout": ("SESSION_STORE_TIMEOUT", _seconds(0.01, 60)),
     "pool_max": ("SESSION_POOL_MAX", _integer(1, 10_000, "connections")),
     "breaker_failures": ("SESSION_BREAKER_FAILURES", _integer(0, 10_000, "failures")),

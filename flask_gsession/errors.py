@@ -13,6 +13,7 @@
     ├── TransactionMisused      this can't be done inside a transaction
     ├── RotationRefused         a rotation or sign-in where no response can carry a new token
     ├── LockMisused             a lock inside a lock or a transaction, or without a stored session
+    ├── ConfirmationRequired    HTTP 401: the user must confirm who they are first
     ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
     ├── SignInRefused           HTTP 401: the user's sessions were revoked during the sign-in
     ├── TooManySessions         HTTP 409: the user has as many sessions as allowed
@@ -38,6 +39,8 @@ No message holds a session token, a stored value or a password.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
+from typing import Any
 
 from werkzeug.exceptions import Conflict, ServiceUnavailable, Unauthorized
 
@@ -125,6 +128,43 @@ class LockMisused(GSessionError, RuntimeError):
     You can't take a lock inside a lock, inside a transaction or the function of ``update_atomic``
     (which may run again), or on a session that isn't stored.
     """
+
+
+class ConfirmationRequired(GSessionError, Unauthorized):
+    """The user must first confirm who they are, as with the password (HTTP 401).
+
+    ``max_age``: how many seconds ago that may have been. ``methods``: how it may be done; empty for
+    any method. ``signed_in`` is False if the request has no session at all. The response has the
+    ``challenge`` of RFC 9470 for API clients: ``WWW-Authenticate: Bearer
+    error="insufficient_user_authentication", max_age="600"``, with the methods as ``acr_values``.
+    """
+
+    description = "Confirm who you are to go on."
+
+    def __init__(
+        self, max_age: int, methods: Collection[str] = (), *, signed_in: bool = True
+    ) -> None:
+        super().__init__()
+        self.max_age = max_age
+        self.methods = tuple(methods)
+        self.signed_in = signed_in
+
+    @property
+    def challenge(self) -> str:
+        """``WWW-Authenticate``; without a session there is no error code (RFC 6750, 3.1)."""
+        parts = []
+        if self.signed_in:
+            parts.append('error="insufficient_user_authentication"')
+            parts.append('error_description="More recent authentication is required"')
+        parts.append(f'max_age="{self.max_age}"')
+        if self.methods:
+            parts.append(f'acr_values="{" ".join(self.methods)}"')
+        return f"Bearer {', '.join(parts)}"
+
+    def get_headers(self, *arguments: Any, **keywords: Any) -> list[tuple[str, str]]:
+        """Those of the response, with the challenge."""
+        headers = super().get_headers(*arguments, **keywords)
+        return [*headers, ("WWW-Authenticate", self.challenge)]
 
 
 class SessionLocked(GSessionError, ServiceUnavailable):

@@ -13,7 +13,7 @@ from flask import session as flask_session
 from flask.signals import got_request_exception
 from werkzeug.local import LocalProxy
 
-from .authentication import rotate_at_sign_in
+from .authentication import freshen, rotate_at_sign_in
 from .config import LiveSettings, SettingKeywords, read_settings, warn, warn_without_secret_key
 from .errors import SettingError
 from .events import Event, Events
@@ -129,6 +129,7 @@ class Session:
             got_request_exception.connect(note_error_page, app, weak=False)
             prepare_templates(app)
             rotate_at_sign_in(app)
+            repository.on_confirm = freshen
         interfaces[self] = interface
         if settings.debug:
             prepare(app, live.cookie_name, interface._present)

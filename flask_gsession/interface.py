@@ -177,7 +177,7 @@ class GSessionInterface(SessionInterface):
         # Where nobody has looked at the session, only a streamed body shows that Flask saves it.
         by_hand = life.phase == Phase.VIEW and (life.opened or response.is_sequence)
         if "security" in app.extensions:
-            rotate_after_a_step(life)
+            rotate_after_a_step(session, life)
         try:
             end_request(life, by_hand=by_hand and _is_of_request(session))
         except Exception as error:

@@ -22,6 +22,7 @@ from flask_security.datastore import UserDatastore
 from flask_wtf import CSRFProtect
 from flask_wtf.csrf import generate_csrf
 
+from flask_gsession import require_fresh
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker, Visitor
 
@@ -471,7 +472,11 @@ SECURITY = {
 @pytest.fixture
 def secure(make_site: SiteMaker) -> Site:
     """An application with Flask-Security, on each store in turn."""
-    site = make_site(config=SECURITY)
+    return with_security(make_site(config=SECURITY))
+
+
+def with_security(site: Site) -> Site:
+    """The site with Flask-Security, and an account for Ada."""
     accounts = Accounts()
     app: Any = site.app
     app.security = Security(app, accounts, mail_util_cls=Mails)
@@ -518,6 +523,22 @@ def test_each_step_of_flask_security_ends_the_token_of_before(secure: Site) -> N
     send(visitor, "/logout")
     visitor.run(lambda session: session.update(cart=["mug"]))
     assert rotates(visitor, "/us-signin", identity=ADA["email"], passcode=CHANGED)["tf_required"]
+
+
+@LEGACY_FORMS
+def test_a_step_of_flask_security_is_a_confirmation(make_site: SiteMaker) -> None:
+    site = make_site(config={**SECURITY, "SECURITY_TWO_FACTOR": False})
+    site.app.add_url_rule("/vault", "vault", require_fresh()(lambda: "open"))
+    visitor = with_security(site).visitor()
+    send(visitor, "/login", **ADA)
+    assert visitor.get("/vault").text == "open"
+    site.clock.advance(601)
+    assert visitor.get("/vault").status_code == 401
+    send(visitor, "/verify", password=PASSWORD)
+    assert visitor.get("/vault").text == "open"
+    visitor.run(lambda session: session.confirm("passkey"))
+    send(visitor, "/verify", password=PASSWORD)
+    assert visitor.run(lambda session: session.confirmed_at("passkey")) is not None
 
 
 @LEGACY_FORMS

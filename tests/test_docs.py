@@ -288,6 +288,25 @@ def test_csrf(run: Run) -> None:
     assert browser.post("/visit", headers={"X-Session-Token": ""}).json == {"visits": 1}
 
 
+def test_confirm(run: Run) -> None:
+    names = run("docs/how-to/confirm.md")
+    names.test_account()
+    client = visitor(names.app)
+    browser = {"Accept": "text/html"}
+    assert client.get("/account", headers=browser).location == "/confirm?next=/account"
+    client.post("/login", data={"name": "ada", "password": "lovelace"})
+    assert client.get("/account").text == "The account of ada"
+    form = {"password": "lovelace"}
+    answer = client.post("/confirm", query_string={"next": "/account"}, data=form)
+    assert answer.location == "/account"
+    assert client.post("/confirm", data={"password": "wrong"}).status_code == 403
+    answer = client.post("/account/delete")
+    assert (answer.status_code, answer.json["within"]) == (401, 300)
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer error=")
+    client.post("/passkey")
+    assert client.post("/account/delete").status_code == 302
+
+
 def test_log_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("docs/how-to/log-out.md")
     client = visitor(names.app)

@@ -93,6 +93,8 @@ class Repository:
         self.before_create: Callable[[], object] | None = None
         #: old sessions that are taken over; None: there is no import
         self.imports: Imports | None = None
+        #: Called with a session whose user has just confirmed who they are.
+        self.on_confirm: Callable[[Any], object] | None = None
         self.codec = Codec(settings.max_depth)
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
         keys = settings.encryption_keys
@@ -285,13 +287,17 @@ class Repository:
             with self._under(lease) as leases:
                 leases.save(record, old.version, lease, **more)
 
-    def _pack(self, key: str, body: Body, old: Record) -> bytes:
-        """The payload of ``body``, which replaces that of ``old``: no limit forbids to shrink."""
-        times = old.created_at, old.absolute_expires_at
+    def _pack(self, key: str, body: Body, old: Record, *times: int) -> bytes:
+        """The payload of ``body``, which replaces that of ``old``: no limit forbids to shrink.
+
+        ``times``: creation and absolute end of the new record, where they aren't those of ``old``.
+        """
+        known = old.created_at, old.absolute_expires_at
+        times = times or known
         try:
             return self._payloads.pack(key, body, *times)
         except SessionTooLarge:
-            before = self._payloads.unpack(old.key, old.payload, *times)
+            before = self._payloads.unpack(old.key, old.payload, *known)
             return self._payloads.pack(key, body, *times, before=before.values)
 
     def end(self, old: Record, body: Body | None, lease: str | None = None) -> None:
@@ -318,25 +324,17 @@ class Repository:
         starts again.
         """
         token, key = self._new_token()
+        created, absolute = old.created_at, old.absolute_expires_at
         if signs_in:
-            created, absolute = self.now(), self.latest_end()
-            body_before = self._payloads.unpack(
-                old.key, old.payload, old.created_at, old.absolute_expires_at
-            )
-            old = old._replace(created_at=created, absolute_expires_at=absolute)
-            payload = self._payloads.pack(key, body, created, absolute, before=body_before.values)
-            end = self._idle_end(body, absolute)
-            return token, old._replace(
-                key=key, version=new_version(), idle_expires_at=end, payload=payload
-            )
-        idle_end = self._idle_end(body, old.absolute_expires_at) if renew else old.idle_expires_at
-        record = old._replace(
+            created, absolute, renew = self.now(), self.latest_end(), True
+        return token, Record(
             key=key,
             version=new_version(),
-            idle_expires_at=idle_end,
-            payload=self._pack(key, body, old),
+            created_at=created,
+            idle_expires_at=self._idle_end(body, absolute) if renew else old.idle_expires_at,
+            absolute_expires_at=absolute,
+            payload=self._pack(key, body, old, created, absolute),
         )
-        return token, record
 
     def rotate(
         self,
@@ -515,14 +513,20 @@ class Repository:
         self.store.save(old._replace(version=new_version(), payload=payload), old.version)
 
     def listed_until(
-        self, values: Mapping[str, bytes], lifetime: int | None, record: Record | None
+        self,
+        values: Mapping[str, bytes],
+        lifetime: int | None,
+        record: Record | None,
+        *,
+        signs_in: bool = False,
     ) -> int:
         """Until when, in seconds, a roster may take a session to be there that is entered now.
 
         Without a look at the roster, the session is renewed for as long as
         ``SESSION_SEEN_INTERVAL``. ``record``: as it is stored; None: it is a new one.
+        ``signs_in``: its absolute lifetime starts again.
         """
-        absolute = self.latest_end() if record is None else record.absolute_expires_at
+        absolute = self.latest_end() if record is None or signs_in else record.absolute_expires_at
         interval = int(self.settings.seen_interval * 1000)
         end = self.now() + self._idle_span(values, lifetime)[0] + interval
         if record is not None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from flask import Flask, Request
+from msgspec.structs import replace
 
 from ..errors import (
     LockMisused,
@@ -56,6 +57,9 @@ from .tracking import TrackedValues
 
 NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
 _NO_BODY = Body({})
+#: The key under which a session keeps when the user confirmed who they are: a dict of the method
+#: to the time in milliseconds.
+CONFIRMED = "_confirmed"
 ONE_KEY = "session[%a]"  # in the log
 _TOO_LATE = (
     "%s was changed after the session had been saved with the response: the change is lost. Write "
@@ -343,7 +347,9 @@ class Lifecycle:
         now = self.repository.now if body.marked else None
         if afresh:
             self.values.restart(body.values, now)
-            wishes = Wishes(rotation=wishes.rotation, binding=wishes.binding)
+            wishes = Wishes(
+                rotation=wishes.rotation, binding=wishes.binding, sign_in=wishes.sign_in
+            )
         else:
             self.values.follow(body.values, now)
         if self._placed is not None:
@@ -492,22 +498,24 @@ class Lifecycle:
         )
 
     def wish(self, **wanted: Any) -> None:
-        """Let the next save do this as well."""
-        wishes = self.wishes
-        self.wishes = Wishes(
-            wanted.get("rotation", wishes.rotation),
-            wanted.get("lifetime", wishes.lifetime),
-            wanted.get("forced", wishes.forced),
-            wanted.get("cleared", wishes.cleared),
-            wanted.get("binding", wishes.binding),
-        )
+        """Let the next save do this as well, also if a block that is open beside this one fails."""
+        self.wishes = replace(self.wishes, **wanted)
+        block = self.block
+        while block is not None:
+            if not block.is_around:
+                block.before = replace(block.before, **wanted)
+            block = block.outer
 
-    def rotate_soon(self, grace: float, signed_in: Collection[str] = ()) -> None:
+    def rotate_soon(
+        self, grace: float, signed_in: Collection[str] = (), *, confirms: bool = False
+    ) -> None:
         """Rotate with the next save; at the end of a lock; with what a transaction stores.
 
         An old token never leads to a new one for the same session: with such a token only a
         sign-in (no ``grace``) does something, and it starts a session of its own. ``signed_in``
         are the keys that a library has just set for a user it knows by more than this session.
+        ``confirms``: the user is still the same. Otherwise a rotation without grace ends what was
+        confirmed in earlier requests.
         """
         self.open()
         if self.presented().handle is not None:
@@ -530,8 +538,15 @@ class Lifecycle:
             self.signed_in = signed_in
             earlier = self.wishes.rotation
             self.wish(rotation=grace if earlier is None else min(earlier, grace))
+            if grace == 0 and not confirms:
+                self.forget_confirmations()
             if self.seen.is_old_token and self.block is None:
                 self.start_own_session()
+
+    def forget_confirmations(self) -> None:
+        """Another user may go on with the session: drop what this request didn't confirm."""
+        if CONFIRMED in self.values and not self.values.has_changed(CONFIRMED):
+            del self.values[CONFIRMED]
 
     def start_own_session(self) -> None:
         """Sign-in with an old token: go on with a new session, and take nothing over.
@@ -758,10 +773,7 @@ class Lifecycle:
     def roll_back(self, block: Block) -> None:
         """Forget what a transaction or a lock did, and leave it."""
         with self.turn:
-            rotation = self.wishes.rotation
             self.wishes = block.before
-            if rotation is not None and block.outside:
-                self.wish(rotation=rotation)  # of a sign-in beside the block
             for key in self.values.roll_back(block):
                 logger.error(
                     "session[%a] was changed inside and beside a block that failed: both changes "
@@ -801,5 +813,5 @@ class Lifecycle:
 
 
 def worth_keeping(values: dict[str, bytes]) -> bool:
-    """Whether a session with these values exists: Flask's permanent flag alone is nothing."""
-    return len(values) > (PERMANENT in values)
+    """Whether a session with these values exists: marks of it alone are nothing."""
+    return len(values) > (PERMANENT in values) + (CONFIRMED in values)

@@ -99,6 +99,7 @@ def bind(
     *,
     remembered: bool = False,
     signed_in: Collection[str] = (),
+    fresh: bool = True,
 ) -> None:
     """See ``SessionData.bind``."""
     user_id = checked_user_id(user_id)
@@ -120,7 +121,7 @@ def bind(
             return
         found = _look(life, user_id)
         since = Since(epoch=found.roster.epoch)
-        binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found)
+        binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found, fresh)
         life.rotate_soon(0, signed_in)
         life.wish(binding=binding)
 
@@ -156,6 +157,16 @@ def device_id_of(life: Lifecycle) -> str | None:
         return life.wishes.binding.device_id or None
     owner = _owner(life)
     return None if owner is None else owner.device_id
+
+
+def signed_in_at(life: Lifecycle) -> int | None:
+    """When that user signed in, in milliseconds; None if a remember-me cookie did it instead."""
+    if life.wishes.binding is not None:
+        return life.repository.now() if life.wishes.binding.fresh else None
+    if life.wishes.sign_in:
+        return life.repository.now()
+    owner = _owner(life)
+    return owner.signed_in * 1000 if owner is not None and owner.signed_in else None
 
 
 def _owner(life: Lifecycle) -> Owner | None:
@@ -226,8 +237,10 @@ def prepare(
         leaves = None if owner is None or old is None else (owner, old.key)
         if not binding.user_id:
             return None, Entry(leaves=leaves)
-        now, until = life.repository.now() // 1000, _until(life, values, old)
-        bound = Owner(binding.user_id, binding.device_id, now, until)
+        now = life.repository.now() // 1000
+        until = _until(life, values, old, signs_in=wishes.rotation is not None)
+        signed_in = now + 1 if binding.fresh else 0
+        bound = Owner(binding.user_id, binding.device_id, now, until, signed_in=signed_in)
         if old is None or wishes.rotation is not None:
             return bound, Entry(binding=binding, leaves=leaves)
         entered = _enter(life, binding, old.key, until)
@@ -240,8 +253,15 @@ def prepare(
     if owner is None or old is None:
         return None, None
     if wishes.rotation is not None:
-        now, until = life.repository.now() // 1000, _until(life, values, old)
-        moved = replace(owner, seen=now, until=until, predecessor=old.key)
+        now = life.repository.now() // 1000
+        until = _until(life, values, old, signs_in=wishes.sign_in)
+        moved = replace(
+            owner,
+            seen=now,
+            until=until,
+            predecessor=old.key,
+            signed_in=now + 1 if wishes.sign_in else owner.signed_in,
+        )
         return moved, Entry(moves=(old.key, owner.predecessor or old.key))
     return _touch_if_due(life, owner, values, old), None
 
@@ -451,8 +471,10 @@ def is_revoked(life: Lifecycle) -> bool:
     return True
 
 
-def _until(life: Lifecycle, values: Mapping[str, bytes], old: Record | None) -> int:
-    return life.repository.listed_until(values, life.lifetime, old)
+def _until(
+    life: Lifecycle, values: Mapping[str, bytes], old: Record | None, *, signs_in: bool = False
+) -> int:
+    return life.repository.listed_until(values, life.lifetime, old, signs_in=signs_in)
 
 
 def _network(life: Lifecycle) -> bytes:

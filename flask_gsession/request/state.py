@@ -82,7 +82,8 @@ NOTHING_SEEN = Seen()
 class Binding(Discreet, frozen=True):
     """The user that the session is to be bound to; without a ``user_id``, it is to be unbound.
 
-    ``since``: when the sign-in began. ``found``: the roster as it was looked at.
+    ``since``: when the sign-in began. ``found``: the roster as it was looked at. ``fresh``: whether
+    the user has just proved who they are.
     """
 
     user_id: str
@@ -92,6 +93,7 @@ class Binding(Discreet, frozen=True):
     tags: tuple[str, ...] = ()
     remembered: bool = False
     found: Found | None = None
+    fresh: bool = False
 
 
 class Entry(Discreet, frozen=True):
@@ -111,7 +113,8 @@ class Wishes(Struct, frozen=True):
     """What the next save is to do, besides storing changed values.
 
     ``rotation`` is the grace in seconds, ``lifetime`` the session's own idle timeout in
-    milliseconds.
+    milliseconds. ``sign_in``: the absolute lifetime starts again with the rotation, as it does with
+    a binding.
     """
 
     rotation: float | None = None
@@ -119,6 +122,7 @@ class Wishes(Struct, frozen=True):
     forced: bool = False
     cleared: bool = False
     binding: Binding | None = None
+    sign_in: bool = False
 
 
 NO_WISHES = Wishes()
@@ -142,6 +146,7 @@ def beyond(done: Wishes, wishes: Wishes) -> Wishes:
         wishes.forced and not done.forced,
         wishes.cleared and not done.cleared,
         None if wishes.binding == done.binding else wishes.binding,
+        wishes.sign_in and not done.sign_in,
     )
     return NO_WISHES if left == NO_WISHES else left
 
@@ -204,6 +209,14 @@ class Block:
         self.pending = pending
         self.inside: set[str] = set()
         self.outside: set[str] = set()
+
+    @property
+    def is_around(self) -> bool:
+        """Whether this thread or task is inside the block."""
+        within = current_block.get()
+        while within is not None and within is not self:
+            within = within.within
+        return within is self
 
     def note(self, key: str) -> None:
         """``key`` is looked at or changed now, by the block or beside it, and all before it."""

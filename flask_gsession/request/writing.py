@@ -47,7 +47,7 @@ from ..values.marks import unexpired
 from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
-from .lifecycle import NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
+from .lifecycle import CONFIRMED, NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
 from .ownership import LOGIN, Revoked, complete, is_revoked, is_touch_due, prepare
 from .state import (
     NO_WISHES,
@@ -379,7 +379,7 @@ def _send(
     owner = None if old is None or life.seen.body is None else life.seen.body.owner
     if old is not None and step.settle is None and not worth_keeping(merged):
         binds = wishes.binding is not None and wishes.binding.user_id
-        if not binds and (owner is None or step.changes or wishes.cleared):
+        if not binds and (owner is None or step.changes.keys() - {CONFIRMED} or wishes.cleared):
             return _end(life, old)
     stored = merged
     others = sys.maxsize if old is None else len(old.payload)
@@ -400,7 +400,7 @@ def _send(
     if old is None:
         token, record = repository.draft_new(body)
     elif wishes.rotation is not None:
-        signs_in = entry is not None and entry.binding is not None
+        signs_in = wishes.sign_in or (entry is not None and entry.binding is not None)
         renew = restart or life.renews
         token, record = repository.draft_rotated(old, body, renew=renew, signs_in=signs_in)
     else:
@@ -447,7 +447,9 @@ def _send(
         rotation = None if wishes.rotation is not None else left.rotation
         binding = None if wishes.binding is not None else left.binding
         done = rotation is None and binding is None
-        life.wishes = NO_WISHES if done else Wishes(rotation=rotation, binding=binding)
+        life.wishes = (
+            NO_WISHES if done else Wishes(rotation=rotation, binding=binding, sign_in=left.sign_in)
+        )
     # This version was over the one that earlier attempts were to replace: they came to nothing.
     life.attempts = NO_ATTEMPTS
     if has_large:

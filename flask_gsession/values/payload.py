@@ -61,6 +61,7 @@ class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
     ``seen``: when it was last entered in the roster, in seconds; 0 if it must be looked up there
     before it is used. ``until``: the roster takes it to end no later, in seconds.
     ``predecessor``: the session that it was rotated from, which may be the one in the roster.
+    ``signed_in``: when the user signed in, in seconds, rounded up; 0 if a cookie did it instead.
     """
 
     user_id: str
@@ -68,6 +69,7 @@ class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
     seen: _Milliseconds
     until: _Milliseconds
     predecessor: str | None = None
+    signed_in: _Milliseconds = 0
 
     def __repr__(self) -> str:
         return f"<Owner device={self.device_id!r}>"

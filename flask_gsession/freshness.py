@@ -1,0 +1,169 @@
+"""Views for users who have confirmed who they are within the last minutes ("sudo mode")."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from datetime import timedelta
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from flask import redirect, request, url_for
+
+from .authentication import look_at_user
+from .errors import ConfirmationRequired, SettingError
+from .request.confirming import checked_methods, confirmed_at
+from .request.decorators import current_session
+from .request.lifecycle import Lifecycle
+from .request.session import SessionData, life_of
+
+R = TypeVar("R", bound=Callable[..., Any])
+
+_MOST_MINUTES = 31 * 24 * 60
+#: How far the clocks of two servers may differ, in milliseconds.
+_SKEW = 60_000
+
+
+def require_fresh(
+    minutes: float | timedelta = 10,
+    method: str | Collection[str] | None = None,
+    *,
+    view: str | None = None,
+    session: SessionData | None = None,
+) -> Callable[[R], R]:
+    """Let only users through who have confirmed who they are within the last ``minutes``.
+
+    A confirmation is a sign-in, or ``session.confirm(method)``. ``method``: the one that counts, a
+    list of them, or any (None). For two factors, put one decorator above the other.
+
+    Everyone else gets a 401 with a challenge for API clients: ``ConfirmationRequired``, which an
+    error handler can answer differently. A browser that opens a page is redirected to ``view``
+    (an endpoint, by default ``SESSION_CONFIRM_VIEW``), with the way back in ``next``: see
+    ``next_url``. ``session``: the ``ext.session`` of a second ``Session``.
+
+    Put it below ``@app.route``, or into ``decorators`` of a class-based view. Works on async views
+    too. Costs what reading the session costs. Raises ``SettingError`` for wrong arguments. Source:
+    OWASP ASVS 7.5.1, 7.5.3; RFC 9470.
+    """
+    if callable(minutes):
+        raise SettingError("require_fresh needs parentheses: @require_fresh()")
+    seconds = _in_seconds(minutes)
+    try:
+        methods = checked_methods(method)
+    except ValueError as error:
+        raise SettingError(f"require_fresh: {error}") from None
+
+    def answer() -> Any:
+        """What the client gets instead of the view; None where the user may go on."""
+        target: Any = session
+        if target is None:
+            opened = current_session("require_fresh")
+            look_at_user()  # Flask-Login may find that another browser has the session
+        else:
+            opened = target._get_current_object()
+        life = life_of(opened)
+        at = confirmed_at(opened, life, methods)
+        if at is not None and -_SKEW <= life.repository.now() - at <= seconds * 1000:
+            return None
+        return _challenge(life, max(1, int(seconds)), methods or (), view)
+
+    def decorate(called: R) -> R:
+        if inspect.iscoroutinefunction(called):
+
+            @functools.wraps(called)
+            async def run_async(*args: Any, **kwargs: Any) -> Any:
+                refused = answer()
+                return await called(*args, **kwargs) if refused is None else refused
+
+            return run_async  # type: ignore[return-value]  # the same to whoever calls it
+
+        @functools.wraps(called)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            refused = answer()
+            return called(*args, **kwargs) if refused is None else refused
+
+        return run  # type: ignore[return-value]  # the same to whoever calls it
+
+    return decorate
+
+
+def next_url(default: str = "/") -> str:
+    """Where to send the user after a sign-in or a confirmation: the ``next`` of the request.
+
+    ``default`` if there is none, or if it leads away from this site: anybody can put an address of
+    their own into a link to your page.
+    """
+    wanted = request.values.get("next", "")
+    return wanted if _is_own(wanted) else default
+
+
+def _in_seconds(minutes: object) -> float:
+    if isinstance(minutes, timedelta):
+        minutes = minutes / timedelta(minutes=1)
+    if (
+        isinstance(minutes, bool)
+        or not isinstance(minutes, (int, float))
+        or not 0 < minutes <= _MOST_MINUTES
+    ):
+        raise SettingError(
+            f"require_fresh: minutes is {ascii(minutes)[:60]}; allowed: more than 0, and at most "
+            f"{_MOST_MINUTES}, or a timedelta"
+        )
+    return minutes * 60
+
+
+def _challenge(life: Lifecycle, seconds: int, methods: Collection[str], view: str | None) -> Any:
+    view = view or life.repository.settings.confirm_view
+    if (
+        view is None
+        or life.presented().by_header
+        or not _opens_a_page()
+        # Else the browser would come here again and again.
+        or request.endpoint == (f"{request.blueprint}{view}" if view.startswith(".") else view)
+    ):
+        raise ConfirmationRequired(seconds, methods, signed_in=life.handle is not None)
+    back = _way_back()
+    target = url_for(view) if back is None else url_for(view, next=back)
+    response = redirect(target, 302 if _is_read() else 303)
+    response.cache_control.no_store = True
+    return response
+
+
+def _opens_a_page() -> bool:
+    """Whether a browser will show the answer to its user. Scripts get their 401."""
+    mode = request.headers.get("Sec-Fetch-Mode")
+    if mode is not None:
+        return mode == "navigate"
+    return any(kind == "text/html" for kind in request.accept_mimetypes.values())
+
+
+def _is_read() -> bool:
+    return request.method in ("GET", "HEAD")
+
+
+def _way_back() -> str | None:
+    """The page to come back to; for a form that was sent, the page it was on."""
+    try:
+        page = urlsplit(request.url if _is_read() else request.referrer or "")
+    except ValueError:  # not an address
+        return None
+    if f"{page.scheme}://{page.netloc}/" == request.host_url:
+        back = "/" + page._replace(scheme="", netloc="", fragment="").geturl().lstrip("/")
+        if _is_own(back):
+            return back
+    return None
+
+
+def _is_own(url: str) -> bool:
+    """Whether a browser takes it for a path on this host.
+
+    It drops tabs and line breaks, and takes a backslash for a slash (WHATWG URL, 4.4).
+    """
+    return (
+        url.startswith("/")
+        and not url.startswith("//")
+        and "\\" not in url
+        and url.isprintable()
+        and " " not in url
+    )
