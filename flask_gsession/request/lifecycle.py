@@ -82,6 +82,14 @@ class Lifecycle:
     code of the application runs or while a lock is waited for.
     """
 
+    __slots__ = (
+        *("_hooks", "_imported", "_began", "_in_function", "_placed", "_present", "_presented"),
+        *("_reported", "_vetted", "app", "attempts", "block", "cookie"),
+        *("drops_old_cookie", "ended", "entry", "error_page", "lease", "lease_pid", "locked"),
+        *("noted", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
+        *("signed_in", "trace", "trouble", "turn", "values", "was_modified", "wishes"),
+    )
+
     def __init__(
         self,
         repository: Repository,
@@ -89,12 +97,12 @@ class Lifecycle:
         app: Flask,
         request: Request | None,
         hooks: list[Any] | None,
-        began: Began,
+        began: tuple[float, int],
         turn: Any,
         phase: str,
     ) -> None:
         self.repository = repository
-        self.began = began
+        self._began = began
         #: the epochs of users whose sessions this request has revoked
         self.noted: dict[str, int] = {}
         #: until it is done, no token of the session may leave
@@ -141,6 +149,11 @@ class Lifecycle:
         self._reported: set[str] | None = None
         #: made when the session is loaded
         self.values: TrackedValues
+
+    @property
+    def began(self) -> Began:
+        """When the request began, for a sign-in."""
+        return Began(*self._began)
 
     def _new_values(self, body: Body = _NO_BODY) -> TrackedValues:
         codec, now = self.repository.codec, self.repository.now if body.marked else None
@@ -449,20 +462,16 @@ class Lifecycle:
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
         """What to store when these are the values."""
-        debug_until = None if self.seen.body is None else self.seen.body.debug_until
+        before, lifetime, marked = self.seen.body or _NO_BODY, self.wishes.lifetime, False
+        debug_until = before.debug_until
         if debug_until is not None and debug_until <= self.repository.now():
             debug_until = None
-        origin = None if self.seen.body is None else self.seen.body.origin
-        if self.values.now is None and not has_large:
-            return Body(stored, self.lifetime, False, debug_until, origin=origin)
-        return Body(
-            stored,
-            self.lifetime,
-            self.values.now is not None and any(map(is_marked, stored.values())),
-            debug_until,
-            has_large and any(map(refers, stored.values())),
-            origin=origin,
-        )
+        if lifetime is None:
+            lifetime = before.lifetime
+        if self.values.now is not None:
+            marked = any(map(is_marked, stored.values()))
+        spilled = has_large and any(map(refers, stored.values()))
+        return Body(stored, lifetime, marked, debug_until, spilled, origin=before.origin)
 
     def changes(self) -> dict[str, Change]:
         """What this request changed. Raises what the schema of the session has to say of it."""

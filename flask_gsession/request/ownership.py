@@ -110,7 +110,7 @@ def bind(
             "A session from ext.open() can't be bound: nobody can sign in to it, since no response "
             "would carry the new token. Do that in a view."
         )
-    if life.phase is Phase.SAVED:
+    if life.phase == Phase.SAVED:
         life.report_late("The user of the session")
         return
     with life.turn:
@@ -129,7 +129,7 @@ def bind(
 def unbind(life: Lifecycle) -> None:
     """See ``SessionData.unbind``."""
     life.open()
-    if life.phase is Phase.SAVED:
+    if life.phase == Phase.SAVED:
         life.report_late("The user of the session")
         return
     with life.turn:

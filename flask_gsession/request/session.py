@@ -15,7 +15,6 @@ from flask.sessions import SessionMixin
 
 from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
 from ..repository.repository import PERMANENT, Repository
-from ..users.rosters import Began
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
 from ..values.marks import PLAIN, Mark, marked, split
@@ -65,8 +64,8 @@ class SessionData(SessionMixin):
         request: Request | None,
         hooks: list[Any] | None = None,
     ) -> None:
-        self._start = (repository, present, app, request, hooks)
-        self._began = (repository.clock(), repository.rosters.own.count)
+        began = repository.clock(), repository.rosters.own.count
+        self._start = (repository, present, app, request, hooks, began)
         self._phase: str = Phase.VIEW  # where the request is while nobody has looked at the session
         self._further: list[SessionData] = []
         self._turn = threading.RLock()
@@ -76,7 +75,7 @@ class SessionData(SessionMixin):
         life = self._made
         if life is None:
             # One step, so that all threads of the request get the same.
-            made = Lifecycle(*self._start, Began(*self._began), self._turn, self._phase)
+            made = Lifecycle(*self._start, self._turn, self._phase)
             life = vars(self).setdefault("_made", made)
         return life
 

@@ -169,14 +169,11 @@ class _Write:
     faster that it has called before.
     """
 
-    __slots__ = ("_exactly", "_life", "_stale", "_taken", "_what")
-
-    def __init__(self, life: Lifecycle, what: str, *, exactly: bool = False) -> None:
-        self._life = life
-        self._what = what
-        self._exactly = exactly
-        self._stale: Seen | None = None  # another request has replaced it
-        self._taken = 0
+    _life: Lifecycle
+    _what = "save"
+    _exactly = False
+    _stale: Seen | None = None  # another request has replaced it
+    _taken = 0
 
     def edit(self) -> Edit | None:
         """What to store; None if there is nothing. It runs again after each lost race."""
@@ -248,12 +245,11 @@ class _Write:
 class _Commit(_Write):
     """Everything that the request changed and wishes; see ``commit``."""
 
-    __slots__ = ("_changes", "_rotating")
-
     def __init__(
         self, life: Lifecycle, changes: Mapping[str, Change], rotating: bool, *, exactly: bool
     ) -> None:
-        super().__init__(life, "save", exactly=exactly)
+        self._life = life
+        self._exactly = exactly
         self._changes: Mapping[str, Change] | None = changes  # for the first try
         self._rotating = rotating
 
@@ -273,8 +269,6 @@ class _Commit(_Write):
 class _Rewrite(_Write):
     """The value of one key, replaced in the store; see ``rewrite``."""
 
-    __slots__ = ("_key", "_recover", "_replace", "_settle")
-
     def __init__(
         self,
         life: Lifecycle,
@@ -284,7 +278,8 @@ class _Rewrite(_Write):
         settle: Callable[[bytes | None], None],
         recover: Callable[[bytes, ValueLost], None],
     ) -> None:
-        super().__init__(life, what)
+        self._life = life
+        self._what = what
         self._key = key
         self._replace = replace
         self._settle = settle
