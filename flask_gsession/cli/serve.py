@@ -36,7 +36,7 @@ _GRACE = 2.0  # seconds, for calls that are under way at the end
 @click.option(
     "--threads", metavar="N", default=32, show_default=True, help="Calls answered at a time."
 )
-@click.option("--user", metavar="KEY", default="_user_id", help="Session key with the user's id.")
+@click.option("--user", metavar="KEY", help="The session key with the user's id.")
 @click.option("--ext-authz", is_flag=True, help="Answer Envoy, too.")
 @session_option
 @with_appcontext
@@ -47,7 +47,7 @@ def serve(
     ca: str | None,
     grants: str | None,
     threads: int,
-    user: str,
+    user: str | None,
     ext_authz: bool,
     cookie: str | None,
 ) -> None:
@@ -79,7 +79,7 @@ def serve(
 
 
 def _services(
-    app: Flask, interface: GSessionInterface, user: str, ext_authz: bool
+    app: Flask, interface: GSessionInterface, user: str | None, ext_authz: bool
 ) -> list[Service]:
     """Raises ``ImportError`` that names an extra."""
     try:

@@ -21,7 +21,7 @@ from ..extension import Session
 from ..protocol.methods import Method, describe
 from .grants import Grant
 from .server import Denied
-from .verify import USER_KEY, Verifier
+from .verify import Verifier
 
 # Codes of google.rpc.Code, and statuses of HTTP.
 _OK, _UNAVAILABLE, _UNAUTHENTICATED = 0, 14, 16
@@ -34,7 +34,7 @@ class ExtAuthzService:
     methods: Mapping[str, Method] = describe(auth.DESCRIPTOR.services_by_name["Authorization"])
     strict = False  # newer ones of Envoy tell more than this needs
 
-    def __init__(self, app: Flask, ext: Session, user: str = USER_KEY) -> None:
+    def __init__(self, app: Flask, ext: Session, user: str | None = None) -> None:
         self._app = app
         self._ext = ext
         self._user = user

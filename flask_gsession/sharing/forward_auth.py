@@ -9,7 +9,7 @@ from flask import Blueprint, Response, current_app, request
 
 from ..errors import StoreUnavailable
 from ..extension import Session
-from .verify import USER_KEY, Verifier
+from .verify import Verifier
 
 if TYPE_CHECKING:
     from .passport import Passports
@@ -22,7 +22,7 @@ def verify_blueprint(
     ext: Session,
     *,
     url: str = "/session/verify",
-    user: str = USER_KEY,
+    user: str | None = None,
     values: Iterable[str] = (),
     renew: bool = False,
     passports: Passports | None = None,

@@ -11,13 +11,13 @@ from ..errors import SettingError, StoreUnavailable
 from ..events import AccessDenied, logger
 from ..extension import Session
 from .grants import Grant, Grants, read_grants
-from .verify import USER_KEY, Verifier, interface_of
+from .verify import Verifier, interface_of
 
 _HEADERS = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
 
 def introspection_blueprint(
-    ext: Session, grants: str | Grants, *, url: str = "/session/introspect", user: str = USER_KEY
+    ext: Session, grants: str | Grants, *, url: str = "/session/introspect", user: str | None = None
 ) -> Blueprint:
     """A blueprint with the page ``url``, which answers as RFC 7662 says.
 

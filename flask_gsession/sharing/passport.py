@@ -28,7 +28,7 @@ except ImportError as error:
 from ..errors import PassportRefused, SettingError, StoreUnavailable
 from ..extension import Session
 from ..stores.base import Clock
-from .verify import USER_KEY, Identity, Verifier
+from .verify import Identity, Verifier
 
 LONGEST = 60  # seconds
 _ALGORITHM = "ES256"
@@ -95,7 +95,7 @@ def passport_blueprint(
     *,
     url: str = "/session/passport",
     keys_url: str = "/.well-known/jwks.json",
-    user: str = USER_KEY,
+    user: str | None = None,
     values: Iterable[str] = (),
 ) -> Blueprint:
     """A blueprint with a page that gives the visitor a passport, and one with the public keys.

@@ -23,7 +23,7 @@ from ..protocol.methods import Method, methods_of
 from ..protocol.values import NoMessage, of_value, to_value
 from .grants import Grant
 from .server import Denied, Refused
-from .verify import USER_KEY, Verifier, cookie_header, find_presented, interface_of
+from .verify import Verifier, cookie_header, find_presented, interface_of
 
 Status = grpc.StatusCode
 _MOST_KEYS = 1000
@@ -39,7 +39,7 @@ class ValuesService:
     methods: Mapping[str, Method] = methods_of("Values")
     strict = True
 
-    def __init__(self, app: Flask, ext: Session, user: str = USER_KEY) -> None:
+    def __init__(self, app: Flask, ext: Session, user: str | None = None) -> None:
         self._app = app
         self._ext = ext
         self._interface = interface_of(ext, app)

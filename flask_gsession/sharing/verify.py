@@ -11,7 +11,13 @@ from urllib.parse import quote
 
 from flask import Flask, Request
 
-from ..errors import SettingError, StoreUnavailable, UnreadableRecord, ValueLost
+from ..errors import (
+    SessionEnded,
+    SettingError,
+    StoreUnavailable,
+    UnreadableRecord,
+    ValueLost,
+)
 from ..events import logger
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
@@ -19,6 +25,7 @@ from ..opening import SessionPeek
 from ..processes import process
 from ..repository.repository import Loaded
 from ..tokens import session_key
+from ..users.revoking import is_member
 
 USER_HEADER = "X-Session-User"
 #: What Flask-Login and Flask-Security keep the user's id under.
@@ -44,14 +51,19 @@ class Identity:
 class Verifier:
     """Finds who a cookie stands for, in an application context of the application of ``ext``.
 
-    ``user``: the session key with the user's id; a session without it is nobody's. ``values``:
-    further keys that may be told. ``renew``: let a check count as use, so that the session's idle
-    timeout begins again; else a check writes nothing. One round trip; with ``renew`` one more, once
-    per ``SESSION_RENEW_INTERVAL``.
+    ``user``: the session key with the user's id; None: the user that the session is bound to, or
+    else Flask-Login's key. A session without a user is nobody's. ``values``: further keys that may
+    be told. ``renew``: let a check count as use, so that the session's idle timeout begins again;
+    else a check writes nothing. One round trip; with ``renew`` two more, once per
+    ``SESSION_RENEW_INTERVAL``.
     """
 
     def __init__(
-        self, ext: Session, user: str = USER_KEY, values: Iterable[str] = (), renew: bool = False
+        self,
+        ext: Session,
+        user: str | None = None,
+        values: Iterable[str] = (),
+        renew: bool = False,
     ) -> None:
         self._ext = ext
         self._user = user
@@ -70,12 +82,27 @@ class Verifier:
         if loaded is None:
             return None
         session = SessionPeek(interface.repository, loaded)
-        user = session.get(self._user)
-        if user is None or user == "":
+        owner = loaded.body.owner
+        if self._user is not None or owner is None:
+            user = session.get(USER_KEY if self._user is None else self._user)
+        else:
+            user = owner.user_id
+        if user is None or user == "" or (self._renew and not self._count_as_use(app, loaded)):
             return None
-        if self._renew:
-            _renew(interface, loaded)
         return Identity(str(user), session)
+
+    def _count_as_use(self, app: Flask, loaded: Loaded) -> bool:
+        """Renew the session where that is due; whether it is still there. Never an outage."""
+        repository = interface_of(self._ext, app).repository
+        if repository.due(loaded.record, loaded.body.values, loaded.body.lifetime) is not None:
+            try:
+                with self._ext.open(loaded.record.key):
+                    pass
+            except SessionEnded:
+                return False
+            except StoreUnavailable as error:
+                logger.log(error.log_level, "A session could not be renewed: %s", error)
+        return True
 
     def identify_token(self, app: Flask, token: str) -> Identity | None:
         """As ``identify``, by the value of the session cookie."""
@@ -133,10 +160,19 @@ def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Lo
         return None
     key = session_key(checked.token)
     try:
-        return repository.find(key, True)
+        loaded = repository.find(key, True)
     except UnreadableRecord as error:
         repository.refused(error.reason, key, error.detail)
         return None
+    if loaded is None:
+        return None
+    owner, imports = loaded.body.owner, repository.imports
+    if owner is not None and not owner.seen and not is_member(repository, loaded):
+        repository.refused("revoked", loaded.record.key)
+        return None
+    if imports is not None and imports.has_ended(repository, loaded.body):
+        return None  # a worker that still uses the old library logged it out
+    return loaded
 
 
 def cookie_header(interface: GSessionInterface, app: Flask, token: str) -> str:
@@ -169,13 +205,3 @@ def header_text(value: object) -> str:
         except (TypeError, ValueError):
             text = str(value)
     return quote(text.encode("utf-8", "surrogatepass"), safe=_PLAIN)
-
-
-def _renew(interface: GSessionInterface, loaded: Loaded) -> None:
-    repository, record, body = interface.repository, loaded.record, loaded.body
-    end = repository.due(record, body.values, body.lifetime)
-    if end is not None:
-        try:
-            repository.renew(record, body, end)
-        except StoreUnavailable as error:
-            logger.log(error.log_level, "A session could not be renewed: %s", error)

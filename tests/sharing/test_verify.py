@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from werkzeug.test import TestResponse
 
 from flask_gsession.errors import SettingError, StoreUnavailable
@@ -16,6 +17,8 @@ from flask_gsession.sharing.forward_auth import verify_blueprint
 from flask_gsession.sharing.grants import Grant, Grants
 from flask_gsession.sharing.introspection import introspection_blueprint
 from flask_gsession.sharing.verify import header_names
+from flask_gsession.tokens import session_key
+from flask_gsession.users.roster import drop
 from tests.harness.apps import Site, SiteMaker, Visitor
 
 KEYS = ["role", "tenant", "limits"]
@@ -262,3 +265,37 @@ def test_introspection_that_nobody_could_use_is_named_at_start(
     file.write_text("[shop]\ncertificate = 'shop.internal'\nverify = true\n")
     with pytest.raises(SettingError, match="verify = true and a token"):
         introspection_blueprint(site.ext, str(file))
+
+
+# Users ------------------------------------------------------------------------------------------
+
+
+def test_the_user_that_a_session_is_bound_to(site: Site) -> None:
+    visitor = verifying(site).visitor()
+    visitor.run(lambda session: session.bind("17"))
+    visitor.run(lambda session: session.update(role="editor"))
+    assert told(ask(visitor))["X-Session-User"] == "17"
+    with site.app.app_context():
+        site.ext.users.revoke_all("17")
+    assert ask(visitor).status_code == 401
+
+
+def test_a_key_that_is_named_counts_alone(site: Site) -> None:
+    site.app.register_blueprint(verify_blueprint(site.ext, user="account"))
+    visitor = signed_in(site)
+    assert ask(visitor).status_code == 401
+    visitor.run(lambda session: session.update(account=5))
+    assert told(ask(visitor))["X-Session-User"] == "5"
+
+
+def test_a_session_that_its_roster_does_not_know_is_nobodys(site: Site) -> None:
+    """G11: stored by a sign-in that never got as far as the roster, because it was interrupted."""
+    visitor = verifying(site).visitor()
+    visitor.run(lambda session: session.bind("17"))
+    repository = site.app.extensions["gsession"][site.ext].repository
+    loaded = repository.find(session_key(visitor.token))
+    unseen = replace(loaded.body.owner, seen=0)
+    repository.own(loaded.record, loaded.body, unseen)
+    assert ask(visitor).status_code == 200, "it is in the roster"
+    repository.rosters.change("17", lambda roster: (drop(roster, [loaded.record.key]), None))
+    assert ask(visitor).status_code == 401

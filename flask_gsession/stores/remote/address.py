@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from ...errors import SettingError
 
 DEFAULT_PORT = 7443
-PARTS = ("leases", "blobs", "scans", "upkeep", "counts", "checks")
+PARTS = ("leases", "blobs", "scans", "upkeep", "counts", "checks", "changes")
 _OPTIONS = ("ca", "cert", "key", "name", "without")
 _FORM = (
     "write grpcs://host:7443?ca=/path/ca.pem&cert=/path/own.pem&key=/path/own.key, or without TLS "
