@@ -6,12 +6,18 @@ from collections import Counter
 from contextlib import suppress
 from typing import BinaryIO
 
-from ..errors import Gone, KeyTaken, Stale, UnreadableRecord
-from ..repository.repository import BLOB_GRACE, Repository
+from msgspec.structs import replace
+
+from ..errors import Gone, KeyTaken, RosterUnreadable, Stale, UnreadableRecord
+from ..repository.repository import BLOB_GRACE, Loaded, Repository
 from ..stores.base import Record, Store, is_session_key, unexpired
-from ..values.payload import NOT_ENCRYPTED, Body
+from ..users.roster import Since, is_revoked_since
+from ..values.payload import NOT_ENCRYPTED, Body, Owner
 from ..values.references import reference_in, refers
 from .archive import Frame, check_archive
+from .entering import enter
+
+_REVOKED = "revoked since their sign-in"
 
 
 class Importer:
@@ -52,13 +58,44 @@ class Importer:
         """Import a record; returns what was done, in words.
 
         A session never ends later than one that is created now. If an imported session has the
-        same key, it stays as it is, unless ``overwrite`` is set.
+        same key, it stays as it is, unless ``overwrite`` is set. A session that is bound to a user
+        is entered in the user's roster, unless the user's sessions were revoked since its sign-in.
         """
-        if self._read(record)[0]:
+        problem, body = self._read(record)
+        if problem:
             return "unreadable"
-        record, store, now = self._capped(record), self._store, self._repository.now()
+        record, now = self._capped(record), self._repository.now()
         if now >= record.idle_expires_at:
             return "expired"
+        if body is None or body.owner is None:
+            return self._put(record, now)
+        try:
+            return self._put_bound(record, body, body.owner, now)
+        except RosterUnreadable:
+            return "of a user whose list of sessions can't be read"
+
+    def _put_bound(self, record: Record, body: Body, owner: Owner, now: int) -> str:
+        """Import a session whose token its client still has: store it, then enter it.
+
+        Until it is entered, a request that finds it looks into the roster before it is served.
+        """
+        repository = self._repository
+        since = Since(None, record.created_at)
+        if is_revoked_since(repository.rosters.look(owner.user_id).roster, since):
+            return _REVOKED
+        bound = repository.with_owner(record, body, replace(owner, seen=0))
+        done = self._put(bound._replace(version=record.version), now)
+        if not self._dry_run and done in ("imported", "overwritten", "there already"):
+            body.owner = replace(
+                owner, until=repository.listed_until(body.values, body.lifetime, record)
+            )
+            if not enter(repository, Loaded(record, body), since, b""):
+                repository.delete(record.key, leave_roster=False)
+                return _REVOKED
+        return done
+
+    def _put(self, record: Record, now: int) -> str:
+        store = self._store
         try:
             there = unexpired(store, record.key, now)
             if there is None:

@@ -508,9 +508,12 @@ class Repository:
 
     def own(self, old: Record, body: Body, owner: Owner) -> None:
         """Store the owner of a session that stays as it is. Raises ``Stale`` and ``Gone``."""
-        body.owner = owner
-        payload = self._pack(old.key, body, old)
-        self.store.save(old._replace(version=new_version(), payload=payload), old.version)
+        self.store.save(self.with_owner(old, body, owner), old.version)
+
+    def with_owner(self, old: Record, body: Body, owner: Owner) -> Record:
+        """The next version of the record, with this owner. Nothing is stored."""
+        owned = replace(body, owner=owner)
+        return old._replace(version=new_version(), payload=self._pack(old.key, owned, old))
 
     def listed_until(
         self,

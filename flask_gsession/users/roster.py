@@ -128,7 +128,8 @@ def enter(roster: Roster, device: Device, since: Since, cap: int, policy: Policy
     if is_full(roster, cap, policy):
         return Entered(roster, "full")
     members = roster.members
-    over = {each.id for each in members[: max(len(members) + 1 - cap, 0)]}
+    oldest = sorted(members, key=lambda member: member.created)
+    over = {each.id for each in oldest[: max(len(members) + 1 - cap, 0)]}
     devices = mark_ending(roster, over).devices
     return Entered(replace(roster, devices=(*devices, device)), over=len(over), device=device)
 
