@@ -49,7 +49,8 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(HTTPException)
     def other(error: HTTPException) -> Response:
-        plain = error.description == type(error).description
+        # What a limit says is the limit, as in "10 per 1 hour".
+        plain = error.description == type(error).description or error.code == 429
         text = TEXTS.get(error.code or 0) if plain else None
         return _page(error, text or error.description or "")
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from playwright.sync_api import (
 
 import examples
 from examples.shop.accounts import DEMO_PASSWORD
+from tests.harness.servers import RedisServer
 
 ROOT = Path(examples.__file__).parents[1]
 PATIENCE = 60.0  # seconds until the browser must be there; nothing takes that long
@@ -276,3 +278,139 @@ def assert_fits(page: Page, what: str) -> None:
     assert cart is not None
     assert cart["y"] < brand["y"] + brand["height"], what
     assert cart["x"] + cart["width"] > 0.9 * min(window["inner"], 72 * 16), what
+
+
+# Levels of headings, and texts that are too pale: less than 4.5 to 1 (WCAG 2.1, 1.4.3), or 3 to 1
+# where they are large.
+LOOK = """() => {
+  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => {
+    const [r, g, b] = colour.map(c => (c /= 255) <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = element => {
+    for (; element; element = element.parentElement) {
+      const [r, g, b, a = 1] = numbers(getComputedStyle(element).backgroundColor);
+      if (a > .99) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const pale = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !element.checkVisibility() || element.closest("svg")) continue;
+    const style = getComputedStyle(element);
+    const two = [light(numbers(style.color).slice(0, 3)), light(behind(element))].sort();
+    const ratio = (Math.max(...two) + .05) / (Math.min(...two) + .05);
+    const large = parseFloat(style.fontSize) >= 24;
+    if (ratio < (large ? 3 : 4.5)) pale.push(`${element.textContent.trim()}: ${ratio.toFixed(1)}`);
+  }
+  const headings = [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")];
+  return {pale, levels: headings.map(heading => Number(heading.tagName[1]))};
+}"""
+
+
+def assert_sound(page: Page, what: str, *navigations: str) -> None:
+    """On a phone and a desktop, light and dark: it fits, can be read, and has the navigation."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]  # one of its literals
+        for width in (375, 1200):
+            page.set_viewport_size(ViewportSize(width=width, height=740))
+            where = f"{what}, {scheme}, {width}"
+            assert_fits(page, where)
+            found = page.evaluate(LOOK)
+            assert found["pale"] == [], where
+            levels = found["levels"]
+            assert levels.count(1) == 1, where
+            assert levels[0] == 1, where
+            assert all(after <= before + 1 for before, after in pairwise(levels)), where
+            for name in navigations or ("Categories", "You"):
+                expect(page.get_by_role("navigation", name=name)).to_be_visible()
+
+
+def test_small_pages(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefix: str) -> None:
+    with (
+        serving(tmp_path, sqlite_url, store_prefix) as shop,
+        chromium.new_context(base_url=shop) as context,
+    ):
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        heading = page.get_by_role("heading", level=1)
+        page.goto("/nothing-here")
+        expect(heading).to_have_text("This shelf is empty")
+        assert_sound(page, "404")
+        page.goto("/category/outdoors")
+        assert_sound(page, "a category")
+
+        page.goto("/product/KIT-101")
+        page.get_by_role("button", name="Add to cart").click()
+        expect(heading).to_have_text("Your cart")
+        quantity = page.get_by_label("Gooseneck kettle 0.9 l: Quantity")
+        quantity.fill("99")
+        page.get_by_role("button", name="Update Gooseneck kettle").click()
+        expect(quantity).to_have_accessible_description("Only 14 left in stock.")
+        expect(quantity).to_have_value("99")
+        assert_sound(page, "a refused quantity")
+
+        page.get_by_role("link", name="Session", exact=True).click()
+        page.get_by_role("link", name="Forget everything").click()
+        expect(heading).to_have_text("Forget everything?")
+        expect(page.locator("main")).to_contain_text("Your cart with 1 piece")
+        assert_sound(page, "forget")
+        page.get_by_role("link", name="Keep it").click()
+        expect(page.locator(".count")).to_have_text("1")
+
+        page.goto("/orders")
+        expect(page.get_by_text("To see your orders, please sign in.")).to_be_visible()
+        page.goto("/checkout")
+        expect(page.get_by_text("To order, please sign in.")).to_be_visible()
+        assert_sound(page, "sign-in")
+        page.get_by_label("Name").fill("mira")
+        page.get_by_label("Password").fill(DEMO_PASSWORD)
+        page.get_by_label("Keep me signed in").check()
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("button", name="Place the order").click()
+        expect(heading).to_have_text("Order 1")
+        assert_sound(page, "an order")
+        page.get_by_role("link", name="Orders").first.click()
+        expect(heading).to_have_text("Your orders")
+        assert_sound(page, "orders")
+        page.get_by_role("navigation", name="You").get_by_text("Sign out").click()
+
+        page.goto("/sign-in")
+        for _ in range(11):
+            page.get_by_label("Name").fill("jonas")
+            page.get_by_label("Password").fill("wrong")
+            page.get_by_role("button", name="Sign in").click()
+            page.wait_for_load_state()
+            if heading.inner_text() != "Sign in":
+                break
+            expect(page.get_by_text("Wrong name or password.")).to_be_visible()
+        expect(heading).to_have_text("That was too often")
+        expect(page.get_by_text("too many attempts to sign in")).to_be_visible()
+        assert_sound(page, "a limited sign-in")
+
+
+def test_an_outage(chromium: Browser, own_redis: RedisServer, tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, own_redis.url, "outage:") as shop,
+        chromium.new_context(base_url=shop) as context,
+    ):
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        heading = page.get_by_role("heading", level=1)
+        page.goto("/product/KIT-101")
+        page.get_by_role("button", name="Add to cart").click()
+        expect(page.locator(".count")).to_have_text("1")
+        own_redis.kill()
+        page.goto("/category/outdoors")  # stays open
+        expect(heading).to_have_text("Outdoors")
+        assert_sound(page, "a category in an outage", "Categories")
+        page.goto("/cart")
+        expect(heading).to_have_text("We will be right back")
+        assert_sound(page, "503", "Categories")
+        own_redis.start()
+        again = page.get_by_role("link", name="Try again")
+        assert again.get_attribute("href") == "/cart"
+        again.click()
+        expect(heading).not_to_have_text("We will be right back")
