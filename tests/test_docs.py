@@ -861,3 +861,38 @@ def test_the_readme_names_commands_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"\bmake (\w+)", PAGES["README.md"].replace("and make.", ""))):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+# Troubleshooting --------------------------------------------------------------------------------
+
+
+def messages() -> list[str]:
+    """The texts in the source, each with * for what is filled in."""
+    found = []
+    for path in Path(flask_gsession.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [getattr(part, "value", None) for part in parts]
+            if isinstance(node, ast.JoinedStr) or isinstance(texts[0], str):
+                found.append("".join(text if isinstance(text, str) else "*" for text in texts))
+    return found
+
+
+def symptoms() -> list[str]:
+    """The first column of the tables on troubleshooting."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    return [row for row in rows if row not in ("Symptom", "Log line", "---")]
+
+
+def test_troubleshooting_quotes_real_messages() -> None:
+    known = messages()
+    quoted = [quote for row in symptoms() for quote in re.findall(r'"([^"]+)"', row)]
+    assert len(quoted) > 6
+    for quote in quoted:
+        pattern = ".*".join(re.escape(part.strip()) for part in quote.split("…"))
+        assert any(re.search(pattern, message) for message in known), quote
+    names = {name for row in symptoms() for name in re.findall(r"`([^`]+)`", row)}
+    for name in names - {"memory://", "http://", "expired"}:
+        reason = name in known
+        assert reason or issubclass(getattr(errors, name), Exception), name

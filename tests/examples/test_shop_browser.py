@@ -285,7 +285,8 @@ def assert_fits(page: Page, what: str) -> None:
 LOOK = """() => {
   const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
   const light = colour => {
-    const [r, g, b] = colour.map(c => (c /= 255) <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+    const linear = c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.map(c => linear(c / 255));
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const behind = element => {
