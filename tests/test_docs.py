@@ -11,6 +11,7 @@ import re
 import shutil
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from flask import Flask, session
 from flask.testing import FlaskClient
+from marshmallow import Schema, fields
 from werkzeug.test import TestResponse
 
 import flask_gsession
@@ -30,6 +32,7 @@ from flask_gsession.stores import Store
 from flask_gsession.stores.base import Clock
 from flask_gsession.testing import StoreContract
 from flask_gsession.tokens import session_key
+from flask_gsession.typed import SessionKey
 from flask_gsession.values.merge import POLICIES
 from tests.harness.servers import RedisServer
 
@@ -893,6 +896,45 @@ def test_troubleshooting_quotes_real_messages() -> None:
         pattern = ".*".join(re.escape(part.strip()) for part in quote.split("…"))
         assert any(re.search(pattern, message) for message in known), quote
     names = {name for row in symptoms() for name in re.findall(r"`([^`]+)`", row)}
-    for name in names - {"memory://", "http://", "expired"}:
+    for name in names - {"memory://", "http://", "expired", "database is locked", "/metrics"}:
         reason = name in known
         assert reason or issubclass(getattr(errors, name), Exception), name
+
+
+def test_a_locked_file_reads_as_troubleshooting_says(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Flask(__name__)
+    app.secret_key = "k" * 32
+    Session(app, store=sqlite_url, store_timeout=0.1)
+    app.add_url_rule("/", view_func=lambda: session.update(a=time.time()) or "stored")
+    client = app.test_client()
+    assert client.get("/").status_code == 200
+    path = sqlite_url.removeprefix("sqlite://")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert client.get("/").status_code == 503
+    assert "A session could not be saved: sqlite: database is locked" in caplog.messages
+    assert any("`database is locked`" in row for row in symptoms())
+
+
+def test_the_rescue_of_a_typed_value() -> None:
+    """On the page about upgrading."""
+
+    class Item(Schema):
+        price = fields.Int()
+        subtotal = fields.Function(lambda item: item["price"] * 2)
+
+    cart = SessionKey("cart", Schema.from_dict({"items": fields.List(fields.Nested(Item))}))
+    page = (DOCS / "upgrading.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def rescue_cart.*?)```", page, re.DOTALL)
+    known = {"session": session, "cart": cart}
+    exec(code, known)
+    app = Flask(__name__)
+    app.secret_key = "k" * 32
+    Session(app, store="memory://")
+    with app.test_request_context():
+        session["cart"] = {"items": [{"price": 2, "subtotal": 4}]}
+        assert cart.get(None) is None
+        known["rescue_cart"]()  # type: ignore[operator]
+        assert cart.get(None) == {"items": [{"price": 2}]}
