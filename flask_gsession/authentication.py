@@ -51,10 +51,9 @@ def look_at_user() -> None:
 
 
 def freshen(session: SessionData) -> None:
-    """After ``session.confirm``: do what Flask-Login's ``confirm_login`` does and leads to.
+    """Do the same as Flask-Login's ``confirm_login``, after ``session.confirm``.
 
-    Otherwise its session protection would take a browser that was updated for another one, at each
-    request.
+    Otherwise, its session protection would take an updated browser for another one on each request.
     """
     if not has_request_context():
         return
@@ -157,7 +156,7 @@ def _signed_out(sender: Flask, **_: Any) -> None:
 
 
 def _protected(sender: Flask, **_: Any) -> None:
-    """Another browser has the session; or it has no ``_id`` yet, which is reported as well."""
+    """Another browser has the session, or it has no ``_id`` yet: Flask-Login reports both."""
     session = _session()
     if session is not None:
         if "_id" in session or session.get("_remember") == "clear":

@@ -99,7 +99,7 @@ class Settings:
     flask_session: FlaskSessionSettings | None = None
     #: whether ``store`` follows from them
     store_follows: bool = False
-    #: what follows SESSION_COOKIE_NAME in the cookie's name
+    #: appended to SESSION_COOKIE_NAME
     cookie_suffix: str = ""
 
     def __repr__(self) -> str:
@@ -116,10 +116,10 @@ class Settings:
         return self.max_total_bytes
 
     def marks_end(self, now: int) -> int:
-        """Until when it is remembered what was imported, in milliseconds.
+        """When marks of imported sessions expire, in milliseconds.
 
-        An hour longer than sessions are imported, which no request takes. Without an end of the
-        imports, longer than an old session and the one that it became can live together.
+        An hour after the end of the imports, longer than any request takes. Without an end, longer
+        than an old session and its new one can live together.
         """
         if self.import_until is not None:
             return int(self.import_until * 1000) + _HOUR
@@ -472,7 +472,7 @@ _FLASK_SESSIONS = {
     "SESSION_FILE_THRESHOLD": "nothing: live sessions are never removed",
     "SESSION_CLEANUP_N_REQUESTS": "CleanupWorker",
 }
-# These say where its sessions are, and what they are like.
+# The Flask-Session settings that are needed to read its sessions.
 _OF_AN_IMPORT = {
     "SESSION_TYPE": "SESSION_STORE",
     "SESSION_REDIS": "SESSION_STORE",
@@ -663,9 +663,9 @@ def _is_dropped(attributes: Mapping[str, Any]) -> bool:
 def _with_imports(
     app: Flask, settings: Settings, given: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> Settings:
-    """The settings, with what follows from Flask-Session's and from ``SESSION_IMPORT``.
+    """The settings, adapted to Flask-Session's settings and to ``SESSION_IMPORT``.
 
-    ``given``: what was set, in the configuration or by ``keywords``.
+    ``given``: the settings in the configuration or in ``keywords``.
     """
     old = read_flask_session_settings(app.config)
     changes: dict[str, Any] = {"flask_session": old}
@@ -683,14 +683,14 @@ def _with_imports(
             changes["imports"] = ("flask-session",)
         elif not by_hand:
             warn(
-                f"SESSION_TYPE is {old.type!r}, from which sessions can't be taken over: users "
-                "have to log in again. Remove Flask-Session's settings to end this warning"
+                f"SESSION_TYPE is {old.type!r}; its sessions can't be taken over, so users have to "
+                "log in again. Remove Flask-Session's settings to stop this warning"
             )
     settings = replace(settings, **changes)
     if "flask-session" in settings.imports and (old is None or not old.is_readable):
         raise SettingError(
-            'SESSION_IMPORT names "flask-session", but SESSION_TYPE does not say where its '
-            f"sessions are; allowed: {', '.join(READABLE)}, with Flask-Session's other settings"
+            'SESSION_IMPORT names "flask-session", but SESSION_TYPE is not set to a type that can '
+            f"be read; allowed: {', '.join(READABLE)}, with Flask-Session's other settings"
         )
     if not settings.imports:
         return settings
@@ -699,24 +699,24 @@ def _with_imports(
 
 
 def _check_end(settings: Settings, by_hand: bool) -> None:
-    """Say so where an import has no end, or is over."""
+    """Refuse or report an import without an end, or after its end."""
     until = settings.import_until
     if until is None and by_hand:
         raise SettingError(
-            "SESSION_IMPORT is set without SESSION_IMPORT_UNTIL; allowed: a date, as "
-            "date(2027, 3, 31) or '2027-03-31', from which on no old session is taken over"
+            "SESSION_IMPORT is set without SESSION_IMPORT_UNTIL; allowed: a date such as "
+            "date(2027, 3, 31) or '2027-03-31', when the import ends"
         )
     if until is None:
         warn(
-            "Old sessions of Flask-Session are taken over, since SESSION_TYPE is set, without an "
-            "end: set SESSION_IMPORT_UNTIL to a date, or SESSION_IMPORT to [] for none"
+            "SESSION_TYPE is set, so old sessions of Flask-Session are taken over, without an end: "
+            "set SESSION_IMPORT_UNTIL to a date, or SESSION_IMPORT to [] to take over none"
         )
     elif until <= time.time():
         warn(
-            "SESSION_IMPORT_UNTIL is over: no old session is taken over any more. Remove "
+            "SESSION_IMPORT_UNTIL has passed: old sessions are no longer taken over. Remove "
             "SESSION_IMPORT, SESSION_IMPORT_UNTIL and Flask-Session's settings, and set "
-            f"SESSION_COOKIE_NAME to {settings.cookie_name + COOKIE_SUFFIX!r} if it is not set to "
-            "a name of its own"
+            f"SESSION_COOKIE_NAME to {settings.cookie_name + COOKIE_SUFFIX!r} unless it has a name "
+            "of its own already"
         )
 
 

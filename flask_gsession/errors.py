@@ -1,16 +1,16 @@
-"""The errors of Flask-GSession; each says what was wrong and what to do.
+"""The errors of Flask-GSession. Each message names the problem and the solution.
 
 ::
 
     GSessionError
     ├── SettingError            a setting or a store URL is wrong (stops the app at init_app)
-    ├── ValueRefused            a value cannot be kept in a session
+    ├── ValueRefused            a session can't store a value
     │   ├── UnsupportedType     ... because of its type
     │   └── SessionTooLarge     ... because of its size, depth or number of keys
-    ├── InvalidStoredValue      what is stored under a typed key is not valid
+    ├── InvalidStoredValue      the stored value of a typed key is invalid
     ├── ValueLost               a large value is gone, or was altered
-    ├── SchemaFailed            the code of a schema raised something else than ValidationError
-    ├── TransactionMisused      this can't be done inside a transaction
+    ├── SchemaFailed            the code of a schema raised an error other than ValidationError
+    ├── TransactionMisused      you can't do this inside a transaction
     ├── RotationRefused         a rotation or sign-in where no response can carry a new token
     ├── LockMisused             a lock inside a lock or a transaction, or without a stored session
     ├── ConfirmationRequired    HTTP 401: the user must confirm who they are first
@@ -20,13 +20,13 @@
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   ├── SessionEnded        HTTP 409: the session ended while this request ran
     │   └── LockLost            HTTP 409: the lock ran out before its holder was done
-    ├── PassportRefused         a passport is not to be accepted
+    ├── PassportRefused         a passport is invalid
     └── StoreError              the errors that a store raises
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
         │   ├── LogoutUnconfirmed   ... the logout is not confirmed by enough replicas
         │   ├── RevocationUnfinished    ... sessions are being revoked: repeat it
         │   └── RosterUnreadable    ... a user's roster is damaged, or of a newer version
-        ├── UnreadableRecord    the key holds no valid record of its own
+        ├── UnreadableRecord    the key holds no valid record
         ├── KeyTaken            create: the key holds a record already
         ├── Gone                save, replace, delete, acquire: no live record under the key
         ├── Stale               save, replace, delete: another version is stored
@@ -54,7 +54,7 @@ class SettingError(GSessionError, ValueError):
 
 
 class ValueRefused(GSessionError):
-    """A value cannot be kept in a session.
+    """A session can't store a value.
 
     ``path`` says where it is, for example ``session['cart'][0]['price']``.
     """
@@ -70,7 +70,7 @@ class UnsupportedType(ValueRefused, TypeError):
 
 
 class SessionTooLarge(ValueRefused, ValueError):
-    """The session has too many bytes, keys or levels. What is stored stays as it was."""
+    """The session has too many bytes, keys or levels. The stored session is unchanged."""
 
 
 class InvalidStoredValue(GSessionError, ValueError):
@@ -131,15 +131,15 @@ class LockMisused(GSessionError, RuntimeError):
 
 
 class ConfirmationRequired(GSessionError, Unauthorized):
-    """The user must first confirm who they are, as with the password (HTTP 401).
+    """The user must confirm their identity first, for example with a password (HTTP 401).
 
-    ``max_age``: how many seconds ago that may have been. ``methods``: how it may be done; empty for
-    any method. ``signed_in`` is False if the request has no session at all. The response has the
+    ``max_age``: the maximum age of a confirmation, in seconds. ``methods``: the accepted methods;
+    empty for any method. ``signed_in`` is False if the request has no session. The response has the
     ``challenge`` of RFC 9470 for API clients: ``WWW-Authenticate: Bearer
     error="insufficient_user_authentication", max_age="600"``, with the methods as ``acr_values``.
     """
 
-    description = "Confirm who you are to go on."
+    description = "Confirm your identity to continue."
 
     def __init__(
         self, max_age: int, methods: Collection[str] = (), *, signed_in: bool = True
@@ -209,7 +209,7 @@ class SessionConflict(GSessionError, Conflict):
 class SessionEnded(SessionConflict):
     """The session was logged out, revoked or expired while this request ran (HTTP 409).
 
-    ``ext.open()`` raises it also where the session had ended before.
+    ``ext.open()`` also raises it if the session had ended before.
     """
 
     description = "The session ended while this request ran."
@@ -225,7 +225,7 @@ class LockLost(SessionConflict):
 
 
 class PassportRefused(GSessionError, ValueError):
-    """A passport doesn't say who somebody is.
+    """A passport is invalid.
 
     ``reason``: ``"not signed by a known key"``, ``"not a passport"``, ``"another issuer"``,
     ``"another audience"``, ``"from the future"``, ``"expired"`` or ``"replayed"``.
@@ -337,8 +337,8 @@ class Stale(StoreError):
 
 
 class LeaseLost(StoreError):
-    """The lease that a write names has run out, or somebody else holds it."""
+    """The lease that a write names has run out, or has another owner."""
 
 
 class QueueFull(StoreError):
-    """``acquire``: somebody holds the lease, and too many others wait for it."""
+    """``acquire``: the lease is held, and too many others wait for it."""

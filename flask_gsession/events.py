@@ -1,4 +1,4 @@
-"""Events: what happened to a session. Metrics, debugging and applications subscribe to them.
+"""Events of sessions. Metrics, debugging and applications subscribe to them.
 
 No event holds a token or a stored value. ``handle`` is the public handle of the session.
 """
@@ -88,7 +88,7 @@ class SessionUnbound(Event):
 class SignInRejected(Event):
     """A session could not be bound to a user.
 
-    ``reason``: ``"revoked"`` (the user's sessions were revoked meanwhile) or ``"full"``.
+    ``reason``: ``"revoked"`` (the user's sessions were revoked during the sign-in) or ``"full"``.
     """
 
     user_id: str
@@ -108,9 +108,9 @@ class DeviceLimitReached(Event):
 class DeviceRevoked(Event):
     """A session of a user was revoked, or ended as the oldest of too many.
 
-    ``reason``: of ``ext.users.revoke`` and its like, else ``"limit"`` or ``"not a member"`` (the
-    user's roster doesn't know the session: it was revoked before a failover, for example). ``by``
-    says who revoked it: a user id, or as the caller says; None if that is unknown.
+    ``reason``: as passed to ``ext.users.revoke`` and similar methods, or ``"limit"``, or ``"not a
+    member"`` (the user's roster doesn't contain the session, for example because it was revoked
+    before a failover). ``by``: a user id, or whatever the caller passed; None if unknown.
     """
 
     user_id: str
@@ -164,9 +164,9 @@ class SessionImported(Event):
 
 @dataclass(frozen=True, slots=True)
 class ImportRefused(Event):
-    """An old session was found, and can't be taken over by a request. It stays where it is.
+    """A request can't take over an old session. It stays in its old place.
 
-    ``source``: as in ``SessionImported``. ``reason``: for example that a pickle holds more than
+    ``source``: as in ``SessionImported``. ``reason``: for example, a pickle that contains more than
     plain data.
     """
 
@@ -268,10 +268,10 @@ class LockRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class AccessDenied(Event):
-    """Another service asked for what the grants file doesn't allow it.
+    """Another service made a call that the grants file doesn't allow.
 
-    ``service``: its name in the file, empty where nobody in the file is the caller. ``what`` names
-    the call and what was missing.
+    ``service``: its name in the file, or "" if the file doesn't list the caller. ``what``: the
+    call, and the missing grant.
     """
 
     service: str

@@ -31,9 +31,9 @@ _DEFAULT_URLS = {"redis": "redis://localhost:6379/0", "mongodb": "mongodb://loca
 
 @dataclass(frozen=True, slots=True)
 class FlaskSessionSettings:
-    """What the application's configuration says to Flask-Session.
+    """Flask-Session's settings in the application's configuration.
 
-    ``client`` is what the setting of the type holds, such as ``SESSION_REDIS``, unwrapped.
+    ``client`` is the value of the type's own setting, such as ``SESSION_REDIS``, unwrapped.
     """
 
     type: str
@@ -58,7 +58,7 @@ class FlaskSessionSettings:
         return self.type in READABLE
 
     def store(self) -> Any:
-        """What ``SESSION_STORE`` is where it isn't set. Raises ``SettingError``."""
+        """The default for ``SESSION_STORE``. Raises ``SettingError``."""
         if self.type not in _DEFAULT_URLS:
             raise SettingError(
                 f"SESSION_TYPE is {self.type!r}, a store that Flask-GSession does not have, and "

@@ -43,9 +43,10 @@ _NOT_THERE = (
 class OpenSession:
     """A session by its handle, from ``ext.open(handle)``: for ``with`` and ``async with``.
 
-    The block gets what ``flask.session`` is to a view. Its changes are stored at its end, merged
-    with those of parallel requests. A block that raises stores nothing but what it had stored at
-    once, as by ``update_atomic`` or a transaction. Use it again, and the session is loaded again.
+    The block gets the session as a view gets ``flask.session``. Its changes are stored at its end,
+    merged with the changes of parallel requests. If the block raises, they are dropped, except for
+    changes that ``update_atomic`` or a transaction stored at once. Each use loads the session
+    again.
 
     Entering raises ``SessionEnded`` if there is no such session. Leaving raises ``SessionEnded`` if
     the session ended before the changes could be stored, ``TransactionMisused`` if a transaction or
@@ -123,9 +124,9 @@ def _save(life: Lifecycle) -> None:
 
 
 async def _in_a_thread(function: Callable[[], T]) -> T:
-    """What ``function()`` returns. A task that is cancelled waits for it first.
+    """Call ``function`` in a thread. A cancelled task waits for it to finish.
 
-    Else a session would be saved while its task is told that it was not, or the reverse.
+    Otherwise, a session could be saved although its task gets the opposite result.
     """
     run: Callable[[], T] = partial(contextvars.copy_context().run, function)
     running = asyncio.get_running_loop().run_in_executor(None, run)

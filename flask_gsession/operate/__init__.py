@@ -1,1 +1,1 @@
-"""What keeps a running application in order: the checks of the doctor and the clean-up."""
+"""Operations: the doctor's checks and the clean-up."""

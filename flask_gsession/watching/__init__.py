@@ -1,1 +1,1 @@
-"""See what happens to sessions: the debug dump, the trace of a request, and what these hide."""
+"""Debugging: the debug dump, the trace of a request, and the redaction of secrets."""
