@@ -713,7 +713,7 @@ class Repository:
         else:
             span, step = self._idle_span(values, lifetime)
         absolute = record.absolute_expires_at
-        end = min(milliseconds(self.clock) + span, absolute)
+        end = min(int(self.clock() * 1000) + span, absolute)
         gain = end - record.idle_expires_at
         return end if gain >= step or (end == absolute and gain > 0) else None
 

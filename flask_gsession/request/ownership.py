@@ -444,7 +444,8 @@ def _login_of(life: Lifecycle, values: Mapping[str, bytes]) -> str | None:
 
 def is_touch_due(life: Lifecycle) -> bool:
     """Whether the session is to be stored although nothing changed, to touch the roster."""
-    owner, values = _owner(life), life.values.stored
+    body, values = life.seen.body, life.values.stored
+    owner = None if body is None else body.owner
     if owner is None:
         return LOGIN in values and _implied(life, None, values, (), life.seen.record) is not None
     repository = life.repository
