@@ -1,4 +1,4 @@
-"""What cachelib keeps for Flask-Session, read by its format: cachelib itself would unpickle it.
+"""Reads cachelib's storage format for Flask-Session, since cachelib itself would unpickle it.
 
 A file holds four bytes, its expiry in seconds (0: never), and a pickle. In Redis the pickle stands
 behind an exclamation mark.

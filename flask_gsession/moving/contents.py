@@ -14,7 +14,7 @@ _NO_DATA = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class RefusedContents(Exception):
-    """The stored bytes can't be read without risk, or not at all; the text holds no value."""
+    """The stored bytes are malformed or unsafe to read. The message holds no values."""
 
 
 def read_contents(stored: bytes) -> Mapping[Any, Any]:

@@ -1,4 +1,4 @@
-"""Imported sessions in the rosters of their users: a revocation ends them, too."""
+"""Enters imported sessions in the rosters of their users, so that a revocation ends them too."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The mark of a take-over: which old session became which of ours. It outlives both.
 
-It is a record of its own, never a pointer: a delete follows pointers and removes them. It stands
-under a key derived from the old record's name, and holds the new session's key and a nonce. The
-token is an HMAC of the old name and the nonce under the secret key. So any request with the old
-cookie can be given the same token again, and nobody can make it from what is stored.
+It is a separate record and not a pointer, since a delete follows pointers and removes them. Its key
+is derived from the old record's name. It holds the new session's key and a nonce. The token is an
+HMAC of the old name and the nonce under the secret key. So every request with the old cookie can
+get the same token again, but an attacker can't compute it from the stored data.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def token_for(
 def sealed(
     secret_key: str | bytes, label: str, name: str, nonce: bytes, expires_at: int | None
 ) -> Origin:
-    """What a session keeps of its origin: an old id is a secret, so it is not stored in clear."""
+    """The origin of a session. Its old id is a secret, so it isn't stored in plain form."""
     plain = name.encode()
     pad = _pad(secret_key, nonce, len(plain))
     mixed = bytes(a ^ b for a, b in zip(plain, pad, strict=True))

@@ -1,4 +1,4 @@
-"""A source of old sessions: how an old cookie leads to an old record, and what that holds."""
+"""The interface for a source of old sessions: from an old cookie to a record and its contents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..values.codec import is_valid_text
 
 
 class Old(NamedTuple):
-    """An old record: its ``name`` in its store, and what is stored there.
+    """An old record: its ``name`` in its store, and the stored data.
 
     ``by_pointer``: the cookie holds an earlier token, within the grace of a rotation.
     """
@@ -72,7 +72,7 @@ class Source(Protocol):
         """
 
     def contents(self, repository: Repository, old: Old) -> Contents:
-        """What the record holds, encoded. Raises ``RefusedContents`` and ``StoreUnavailable``."""
+        """The record's values, encoded. Raises ``RefusedContents`` and ``StoreUnavailable``."""
 
     def since(self, old: Old) -> Since:
         """The time of the old session's sign-in, for the roster of its user."""

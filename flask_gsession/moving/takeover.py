@@ -1,13 +1,13 @@
-"""Taking an old session over, exactly once, in whichever request needs it first.
+"""Takes over an old session exactly once, in the first request that needs it.
 
-The protocol and what it keeps are modelled in ``tests/simulation/importing.py``. A request with no
+``tests/simulation/importing.py`` is a model of the protocol and its invariants. A request with no
 valid cookie of ours, but with an old one:
 
 1. loads the old record, then the mark (see ``mark``), in this order: a logout deletes the old
    record only while the mark is there, so finding neither proves that there is no session;
 2. without a mark: creates the session under a fresh key, then the mark. If the mark exists already:
    deletes its own session, and goes on with the one that the mark names;
-3. with a mark: loads the session that it names. If that ended, the old cookie is dead for good;
+3. with a mark: loads the session that it names. If that ended, the old cookie stays invalid;
 4. if the session names a user: enters it in the user's roster;
 5. answers with the token, which every request with this old cookie can compute.
 
@@ -62,7 +62,7 @@ class OldCookie(NamedTuple):
 
 
 class _Finding(NamedTuple):
-    """What step 1 found."""
+    """The result of step 1."""
 
     name: str
     key: str  # of the mark
@@ -307,7 +307,7 @@ def _drafted(
 ) -> tuple[Loaded, tuple[str, ...]]:
     """The new session, and what had to be left out of it. Writes large values.
 
-    Whatever makes it too large is left out, the largest value first.
+    If it is too large, values are left out, the largest first.
     """
     values, dropped = dict(contents.values), list(contents.dropped)
     placed: dict[tuple[int, bytes], Reference] = {}

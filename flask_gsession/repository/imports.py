@@ -1,4 +1,4 @@
-"""What the repository and a request know of old sessions that are taken over."""
+"""The interface through which requests take over old sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what another package keeps on a server of ours: old sessions that are taken over."""
+"""Reads the records of another package on a server of ours, to take over old sessions."""
 
 from __future__ import annotations
 
