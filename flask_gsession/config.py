@@ -64,6 +64,8 @@ class Settings:
     pool_max: int = 100
     breaker_failures: int = 5
     breaker_pause: float = 1.0
+    near_cache: float = 0.0
+    near_cache_bytes: int = 64 * 1024 * 1024
     logout_replicas: int = 0
     on_store_error: str = "fail"
     max_bytes: int = 1024 * 1024
@@ -158,6 +160,8 @@ class SettingKeywords(TypedDict, total=False):
     pool_max: int
     breaker_failures: int
     breaker_pause: Seconds
+    near_cache: Seconds
+    near_cache_bytes: int
     logout_replicas: int
     on_store_error: Literal["fail", "keep-response"]
     max_bytes: int
@@ -340,6 +344,19 @@ def _encryption_keys(value: Any) -> tuple[bytes, ...]:
 lock_timeout = _seconds(0.1, 3600)
 lock_wait = _seconds(0, 3600)
 
+_near_bound = _seconds(0.02, 10)
+
+
+def _near_cache(value: Any) -> float:
+    """Seconds; 0 turns the near cache off."""
+    if value in (0, timedelta(0)) and value is not False:
+        return 0.0
+    try:
+        return _near_bound(value)
+    except ValueError as error:
+        raise ValueError(f"0, or {error}") from None
+
+
 _FLASKS_LIFETIME = 31 * 86400.0
 _PATTERN = set("{}*?[]")
 # Headers of requests and of responses, since the token is in both, and headers that proxies change.
@@ -415,6 +432,11 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "pool_max": ("SESSION_POOL_MAX", _integer(1, 10_000, "connections")),
     "breaker_failures": ("SESSION_BREAKER_FAILURES", _integer(0, 10_000, "failures")),
     "breaker_pause": ("SESSION_BREAKER_PAUSE", _seconds(0.01, 60)),
+    "near_cache": ("SESSION_NEAR_CACHE", _near_cache),
+    "near_cache_bytes": (
+        "SESSION_NEAR_CACHE_BYTES",
+        _integer(64 * 1024, 64 * 1024 * 1024 * 1024, "bytes"),
+    ),
     "logout_replicas": ("SESSION_LOGOUT_REPLICAS", _integer(0, 100, "replicas")),
     "on_store_error": ("SESSION_ON_STORE_ERROR", _on_store_error),
     "max_bytes": ("SESSION_MAX_BYTES", _integer(256, MOST_BYTES, "bytes")),

@@ -19,12 +19,14 @@ from .errors import SettingError
 from .events import Event, Events
 from .interface import GSessionInterface, note_error_page, session_of_request
 from .opening import OpenSession, SessionPeek, peek
+from .processes import warn_without_threads
 from .repository.repository import Repository
 from .request.session import SessionData
 from .request.template import prepare_templates
 from .stores import Store, StoreOptions, open_blobs, open_store
 from .stores.base import Clock
-from .stores.wrappers import Breaker, compose
+from .stores.parts import parts_of
+from .stores.wrappers import Breaker, Near, compose
 from .users.users import Users
 from .watching.debug import prepare
 
@@ -106,7 +108,11 @@ class Session:
             breaker = Breaker(
                 settings.breaker_failures, settings.breaker_pause, settings.store_timeout, events
             )
-        calls = compose(store, breaker=breaker)
+        near = None
+        if settings.near_cache:
+            _check_near_cache(store)
+            near = Near(settings.near_cache, settings.near_cache_bytes, self._clock)
+        calls = compose(store, breaker=breaker, near=near)
         blobs = None
         if settings.spill_store is not None:
             blobs = open_blobs(settings.spill_store, calls, options)
@@ -221,6 +227,18 @@ class Session:
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
         now = request._get_current_object()  # type: ignore[attr-defined]  # another one later
         return interface.open_further(app, now)
+
+
+def _check_near_cache(store: Store) -> None:
+    """Raises ``SettingError`` unless the store can prove how fresh a near cache is."""
+    changes = parts_of(store).changes
+    why = "it doesn't report changes" if changes is None else changes.unproven
+    if why:
+        raise SettingError(
+            f"SESSION_NEAR_CACHE can't be used with this SESSION_STORE, a "
+            f"{type(store).__name__}: {why}. It works with Redis; remove the setting"
+        )
+    warn_without_threads("SESSION_NEAR_CACHE has no effect, and every read asks the store")
 
 
 def _declare(schema: object, repository: Repository) -> None:

@@ -63,6 +63,7 @@ def require_fresh(
         else:
             opened = target._get_current_object()
         life = life_of(opened)
+        life.open_from_store("a check for fresh authentication")
         at = confirmed_at(opened, life, methods)
         if at is not None and -_SKEW <= life.repository.now() - at <= seconds * 1000:
             return None

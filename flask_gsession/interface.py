@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime
 from functools import partial
@@ -32,7 +33,7 @@ from .request.session import (
 )
 from .request.state import Phase, Presented
 from .request.writing import end_request
-from .stores.base import Store
+from .stores.base import Record, Store
 from .streams import can_read_session
 from .tokens import TokenSigner
 from .watching.debug import begin, report
@@ -44,10 +45,14 @@ _SAVED = "_gsession_saved"
 
 _NOTHING = Presented()
 
+#: Behind the name of the cookie or the header with the token: the version that was written last.
+_VERSION, _VERSION_HEADER = "-v", "-Version"
+
 #: Around a cookie and a header (RFC 6265, 4.2.1; RFC 9110, 5.5). A WSGI server hands bytes on as
 #: Latin-1, where ``str.strip`` would also remove 0x85 and 0xA0: with such a byte in front, a
 #: sibling domain could plant a cookie of a ``__Host-`` name.
 _BLANKS = " \t"
+_LONGEST_VERSION = 20  # digits
 
 _OF_THE_BODY = re.compile(
     "accept-ranges|age|cache-control|content-(?!security).*|etag|expires|last-modified|location"
@@ -76,6 +81,7 @@ class GSessionInterface(SessionInterface):
         self._token_header = repository.settings.token_header
         self._debug = repository.settings.debug
         self._signer: tuple[object, object, TokenSigner | None] = ((), "", None)
+        repository.shown_version = self._shown_version
 
     def get_cookie_name(self, app: Flask) -> str:
         """The cookie's name: of this ``Session``, not of the application."""
@@ -218,6 +224,8 @@ class GSessionInterface(SessionInterface):
                 imports.forget_cookie(request, response)
             if FORGOTTEN in vars(request):
                 forget_remembered(app, response)
+        if life.near is not None:
+            self._tell_version(app, life, life.near.record, response, by_header=by_header)
         if life.trace is not None:
             report(session, response)
 
@@ -258,6 +266,44 @@ class GSessionInterface(SessionInterface):
             signer = TokenSigner(keys, name)
             self._signer = (given, name, signer)
         return signer
+
+    def _shown_version(self, request: Request, by_header: bool) -> int | None:
+        """The version of the session that the client wrote last, as the response told it."""
+        if by_header:
+            text = request.headers.get(f"{self._token_header}{_VERSION_HEADER}", "")
+        else:
+            text = request.cookies.get(self._live.cookie_name() + _VERSION, "")
+        return int(text) if text.isdecimal() and len(text) <= _LONGEST_VERSION else None
+
+    def _tell_version(
+        self,
+        app: Flask,
+        life: Lifecycle,
+        loaded: Record | None,
+        response: Response,
+        *,
+        by_header: bool,
+    ) -> None:
+        """Let the client's next request see the write of this one, whichever worker has it.
+
+        For one bound: after that no near cache has an older record.
+        """
+        near, record = self.repository.near, life.seen.record
+        if near is None or record is None or loaded is None:
+            return
+        if record.key != loaded.key or record.version == loaded.version:
+            return
+        response.cache_control.no_store = True
+        if by_header:
+            response.headers[f"{self._token_header}{_VERSION_HEADER}"] = str(record.version)
+            return
+        name = self.get_cookie_name(app)
+        response.set_cookie(
+            name + _VERSION,
+            str(record.version),
+            max_age=math.ceil(near.bound),
+            **self._live.cookie(name, self),
+        )
 
     def _write_header(self, app: Flask, life: Lifecycle, response: Response) -> None:
         name = str(self.repository.settings.token_header)

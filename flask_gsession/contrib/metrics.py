@@ -43,6 +43,7 @@ from ..interface import GSessionInterface
 from ..stores.parts import parts_of
 from ..stores.wrappers import compose
 from .metrics_figures import SECONDS, Figures, figures_of
+from .metrics_near import NearWatch
 from .metrics_watch import StoreWatch
 
 NAME = "gsession-metrics"
@@ -126,6 +127,9 @@ class SessionMetrics:
         repository.use_store(compose(repository.store, timer=Timer(figures, watch).call))
         repository.events = _CountedEvents(repository.events, figures)
         watch.listen(ext.on)
+        if repository.near is not None:
+            cookie = repository.live.cookie_name()
+            app.teardown_request(NearWatch(figures, repository.near, cookie).observe)
         if not counted:
             app.teardown_request(figures.observe_request)
         counted[ext] = watch

@@ -120,6 +120,13 @@ class Figures:
         )  # fmt: skip
         for operations in ("loads", "writes"):
             self.circuits.labels(operations).set(0)
+        self.near = self._counter("near_reads", "Reads from the near cache", "result")
+        self.near_age = self._gauge(
+            "near_age_seconds",
+            "How old a record from the near cache is at most",
+            "livemax",
+            "session",
+        )
 
     def _add_sessions(self) -> None:
         life = self._counter("sessions", "Events of stored sessions", "event")
@@ -209,6 +216,12 @@ class Figures:
         if self.gathering is None:
             return counter.inc
         return partial(self.gathering.add, counted(counter), 1)
+
+    def adding(self, counter: Counter) -> Callable[[float], object]:
+        """A function that adds an amount to ``counter``."""
+        if self.gathering is None:
+            return counter.inc
+        return partial(self.gathering.add, counted(counter))
 
     def observing(self, histogram: Histogram) -> Callable[[float], object]:
         """A function that adds an amount to ``histogram``."""

@@ -120,6 +120,8 @@ class Repository:
         limit = None if self.spill is None else settings.spill_bytes
         self._inline = sys.maxsize if limit is None else limit
         self.codec.resolve = self._resolve
+        #: the version that a request says it wrote last, and whether it says so in a header
+        self.shown_version: Callable[[Any, bool], int | None] = lambda request, by_header: None
         #: of the whole session: raises for what may not be set; gives the mark it is to have
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
@@ -134,21 +136,39 @@ class Repository:
         before = self._own_blobs
         parts = parts_of(store)
         self.store, self.leases, self._own_blobs = store, parts.leases, parts.blobs
+        #: for the first read of a request; None without a near cache
+        self.near = parts.near
         self.rosters = self.rosters.through(store)
         if self.spill is not None and self.spill.blobs is before and parts.blobs is not None:
             self.spill = self.spill.through(parts.blobs)
 
-    def find(self, key: str, presented: bool = False) -> Loaded | None:
+    def find_near(self, key: str, version: int | None) -> Loaded | None:
+        """The session under ``key`` from the near cache; None unless it is fresh enough there.
+
+        ``version``: one that the client has seen, so that only this one will do. No round trip.
+        """
+        record = None if self.near is None else self.near.peek(key, version)
+        body = None if record is None else self.read(key, record)
+        return None if record is None or body is None else Loaded(record, body)
+
+    def find(
+        self,
+        key: str,
+        presented: bool = False,
+        load: Callable[[str], Record | None] | None = None,
+    ) -> Loaded | None:
         """The session under ``key``, or the one it was rotated to; None when there is none.
 
-        That is counted and logged where a client ``presented`` the key. Raises
-        ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one more for each rotation
-        within the grace.
+        That is counted and logged where a client ``presented`` the key. ``load``: instead of the
+        store's. Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one more for
+        each rotation within the grace.
         """
         at = key
         passed: list[str] = []
+        if load is None:
+            load = self.store.load
         for _ in range(MAX_POINTERS):
-            record = self.store.load(at)
+            record = load(at)
             # Only here: a store may still have what has expired.
             if record is None or self.clock() * 1000 >= record.idle_expires_at:
                 if presented:

@@ -39,11 +39,13 @@ from ..values.references import refers
 from ..watching.tracing import Trace, TracedRepository, TracedValues
 from .placing import Placed
 from .state import (
+    FROM_STORE,
     NO_WISHES,
     NOTHING_SEEN,
     Attempt,
     Block,
     Entry,
+    NearLook,
     Phase,
     Presented,
     Seen,
@@ -86,6 +88,7 @@ class Lifecycle:
         *("_hooks", "_imported", "_began", "_in_function", "_placed", "_present", "_presented"),
         *("_reported", "_vetted", "app", "attempts", "block", "cookie"),
         *("drops_old_cookie", "ended", "entry", "error_page", "lease", "lease_pid", "locked"),
+        "near",
         *("noted", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
         *("signed_in", "trace", "trouble", "turn", "values", "was_modified", "wishes"),
     )
@@ -105,6 +108,7 @@ class Lifecycle:
         self._began = began
         #: the epochs of users whose sessions this request has revoked
         self.noted: dict[str, int] = {}
+        self.near: NearLook | None = None
         #: until it is done, no token of the session may leave
         self.entry: Entry | None = None
         self.app = app
@@ -199,6 +203,20 @@ class Lifecycle:
                         self._load()
         return self.values
 
+    def open_from_store(self, what: str) -> TrackedValues:
+        """As ``open``, but from the store, for ``what`` must not rely on the near cache.
+
+        What the request looked at or changed stays as it is. Raises ``StoreUnavailable``.
+        """
+        if self.repository.near is not None:
+            with self.turn:
+                near = self.near
+                if near is None:
+                    self.near = FROM_STORE
+                elif near.hit and self.seen.record is near.record and not self.catch_up():
+                    self.end(what)
+        return self.open()
+
     def open_for_writing(self, what: str, *details: str) -> TrackedValues:
         """The values, for a change of ``what % details``; the log says so if it comes too late.
 
@@ -236,7 +254,10 @@ class Lifecycle:
         if key is not None:
             began = time.perf_counter()
             try:
-                loaded = self.repository.find(key, checked is not None)
+                if self.repository.near is None:
+                    loaded = self.repository.find(key, checked is not None)
+                else:
+                    loaded = self._find_near(key, presented)
                 if loaded is not None and loaded.body.owner is not None:
                     loaded = self._verified(loaded)
             except UnreadableRecord as error:
@@ -271,6 +292,20 @@ class Lifecycle:
                 return
         self.values = self._new_values(found)
         self.opened = True
+
+    def _find_near(self, key: str, presented: Presented) -> Loaded | None:
+        repository, near = self.repository, self.repository.near
+        if near is None or self.request is None or presented.checked is None:
+            return repository.find(key)
+        loaded = None
+        if self.near is not FROM_STORE:
+            version = repository.shown_version(self.request, presented.by_header)
+            loaded = repository.find_near(key, version)
+        hit = loaded is not None
+        if loaded is None:
+            loaded = repository.find(key, True, near.load_near)
+        self.near = NearLook(None if loaded is None else loaded.record, hit)
+        return loaded
 
     def _verified(self, loaded: Loaded) -> Loaded | None:
         """The session; None if it is to be in the roster of its user, and isn't."""

@@ -104,7 +104,7 @@ def bind(
     """See ``SessionData.bind``."""
     user_id = checked_user_id(user_id)
     label, tags = _checked_label(label), _checked_tags(tags)
-    life.open()
+    life.open_from_store("a sign-in")
     if life.presented().handle is not None:
         raise RotationRefused(
             "A session from ext.open() can't be bound: nobody can sign in to it, since no response "

@@ -504,6 +504,7 @@ class SessionData(SessionMixin):
         """
         checked_method(method)
         self.accessed = True
+        self._life.open_from_store("a confirmation")
         self._life.rotate_soon(0, confirms=True)
         note_confirmation(self, self._life, method)
         if self._life.repository.on_confirm is not None:

@@ -79,6 +79,17 @@ class Seen(Discreet, frozen=True):
 NOTHING_SEEN = Seen()
 
 
+class NearLook(Discreet, frozen=True):
+    """The record that a request saw first, with a near cache, and whether it came from there."""
+
+    record: Record | None = None
+    hit: bool = False
+
+
+#: Before the first look, if that must not be at the near cache.
+FROM_STORE = NearLook()
+
+
 class Binding(Discreet, frozen=True):
     """The user that the session is to be bound to; without a ``user_id``, it is to be unbound.
 

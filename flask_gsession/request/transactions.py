@@ -62,7 +62,7 @@ class Transaction(Generic[S]):
         life = self._life
         life.check_store()
         seen_before = life.opened
-        life.open()
+        life.open_from_store("a transaction")
         with life.turn:
             life.check_may_not_repeat("A second transaction")
             if life.locked and (life.block is None or current_block.get() is not life.block):

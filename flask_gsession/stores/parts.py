@@ -240,6 +240,18 @@ class Changes(Protocol):
         """Stop to listen, until the next use."""
 
 
+class NearFigures(NamedTuple):
+    """How many peeks found a record that may be used, none at all, or one that may not be used.
+
+    ``age``: how many seconds old a record that is used now is at most; None: none may be used.
+    """
+
+    hits: int
+    misses: int
+    bypasses: int
+    age: float | None
+
+
 class NearReads(Protocol):
     """For a store that keeps records near, in this process, for reads that need not be exact."""
 
@@ -254,6 +266,9 @@ class NearReads(Protocol):
 
     def load_near(self, key: str) -> Record | None:
         """As ``Store.load``; what is loaded may be kept."""
+
+    def figures(self) -> NearFigures:
+        """The figures of this process."""
 
 
 class Parts(NamedTuple):

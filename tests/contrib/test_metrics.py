@@ -30,7 +30,7 @@ from flask_gsession.contrib.metrics_gathering import Gathering, observed
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import CircuitClosed, CircuitOpened, LargeValueLost, SessionCreated
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.testing import HookedStore
+from flask_gsession.testing import FakeClock, HookedStore
 from flask_gsession.tokens import session_key
 from tests.harness.apps import Site, SiteMaker
 from tests.harness.gunicorn import Gunicorn
@@ -973,3 +973,25 @@ def test_every_metric_is_in_the_reference() -> None:
     for family in registry.collect():
         name = family.name + ("_total" if family.type == "counter" else "")
         assert f"`{name}" in page, name
+
+
+def test_reads_from_the_near_cache_are_counted(
+    redis_url: str, store_prefix: str, clock: FakeClock
+) -> None:
+    with SiteMaker(redis_url, store_prefix, clock) as make:
+        site = make(near_cache=5.0)
+        SessionMetrics(site.app, ext=site.ext)
+        visitor = site.visitor()
+        visitor.run(lambda session: session.update(a=1))
+
+        def hits() -> float:
+            visitor.run(dict)
+            return figure(read(site.app), "near_reads_total", result="hit")
+
+        until(lambda: hits() > 0, "a hit")
+        loads = figure(read(site.app), "operations_total", operation="load", status="ok")
+        visitor.run(dict)
+        figures = read(site.app)
+        assert figure(figures, "operations_total", operation="load", status="ok") == loads
+        assert figure(figures, "near_reads_total", result="miss") == loads
+        assert 0 < figure(figures, "near_age_seconds", session="session") < 5

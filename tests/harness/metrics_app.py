@@ -26,6 +26,7 @@ def create_shop() -> Flask:
         os.environ["WORKERS_STORE"],
         instance_path=os.environ["WORKERS_INSTANCE"],
         SESSION_KEY_PREFIX=os.environ["WORKERS_PREFIX"],
+        SESSION_NEAR_CACHE=1,
     )
     SessionMetrics(app, count_every=1)
     with Redis.from_url(os.environ["WORKERS_STORE"], socket_timeout=10) as client:

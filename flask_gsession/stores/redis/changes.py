@@ -27,7 +27,7 @@ _PIECE = 65_536  # bytes received at once
 _PING = packed(b"PING")
 _HELLO = packed(b"HELLO", b"3")
 _SLOTS = 16_384
-_RIGHTS = " (the user needs +client|tracking and +hello)"
+_RIGHTS = " (the user needs +client|tracking +hello +ping, and in a cluster +exists)"
 _ONLY = ""  # the name of a server that is the only one
 
 
@@ -125,8 +125,7 @@ class RedisChanges:
                 self._connection._sock.sendall(request)
                 self._answer(deadline)
         except (RedisError, OSError) as error:
-            advice = _RIGHTS if "NOPERM" in str(error) else hint(error)
-            raise StoreUnavailable(f"redis: CLIENT TRACKING: {said(error)}{advice}") from error
+            raise _unheard(error) from error
 
     def _answer(self, deadline: float) -> None:
         while True:
@@ -141,7 +140,7 @@ class RedisChanges:
             self._allow(self._timeout)
             self._connection._sock.sendall(self._beat)
         except (RedisError, OSError, AttributeError) as error:
-            raise StoreUnavailable(f"redis: {said(error)}") from error
+            raise _unheard(error) from error
 
     def read(self, seconds: float) -> Heard:
         """The changes and answers that come within so many seconds; soon, if there are any."""
@@ -160,7 +159,7 @@ class RedisChanges:
         except TimeoutError:
             pass  # of this wait
         except (RedisError, OSError, AttributeError, ValueError) as error:
-            raise StoreUnavailable(f"redis: {said(error)}") from error
+            raise _unheard(error) from error
         return Heard(keys, answers, more)
 
     def _add(self, names: list[bytes], keys: list[str]) -> None:
@@ -200,6 +199,11 @@ class RedisChanges:
                 messages.append(message)
         self._unread = data[at:]
         return messages
+
+
+def _unheard(error: Exception) -> StoreUnavailable:
+    advice = _RIGHTS if "NOPERM" in str(error) else hint(error)
+    return StoreUnavailable(f"redis: CLIENT TRACKING: {said(error)}{advice}")
 
 
 class _Push(list[Any]):

@@ -23,7 +23,7 @@ from ...events import logger
 from ...live.listener import now
 from ...processes import process
 from ..base import Clock, Record, Store
-from ..parts import NEVER, Changes, Feed, Hearer, NearReads
+from ..parts import NEVER, Changes, Feed, Hearer, NearFigures, NearReads
 from .wrapper import CallWrapper
 
 _OVERHEAD = 400  # bytes that a kept record takes, beside its payload
@@ -50,17 +50,6 @@ class NearCache(CallWrapper, NearReads):
         self._kept = Kept(self.changes, bound, max_bytes)
         self._clock = clock
 
-    @property
-    def figures(self) -> dict[str, int]:
-        """How many reads were hits, misses, and bypasses: there, but not to be used."""
-        kept = self._kept
-        return {"hits": kept.hits, "misses": kept.misses, "bypasses": kept.bypasses}
-
-    def age(self) -> float | None:
-        """How many seconds old what is read now may be at most; None while nothing is proven."""
-        as_of = max((feed.exact_as_of for _, feed in self._kept.last()), default=NEVER)
-        return None if as_of == NEVER else now() - as_of
-
     def peek(self, key: str, version: int | None = None) -> Record | None:
         kept = self._kept
         entries = kept.entries
@@ -84,6 +73,7 @@ class NearCache(CallWrapper, NearReads):
         return record
 
     def load_near(self, key: str) -> Record | None:
+        process.notice()
         kept = self._kept
         mark = kept.mark(key)  # first: from here on a change, or another server, removes it
         try:
@@ -94,6 +84,12 @@ class NearCache(CallWrapper, NearReads):
             return record
         finally:
             kept.unmark(key, mark)
+
+    def figures(self) -> NearFigures:
+        kept = self._kept
+        age = None if kept.last is None else now() - kept.last.exact_as_of
+        usable = age is not None and age < self.bound
+        return NearFigures(kept.hits, kept.misses, kept.bypasses, age if usable else None)
 
     def load(self, key: str) -> Record | None:
         return self.store.load(key)
@@ -124,6 +120,8 @@ class Kept(Hearer):
     def _start(self) -> None:
         self._lock = threading.Lock()
         self.entries: dict[str, tuple[Record, Feed]] = {}
+        #: the feed of the record that came last
+        self.last: Feed | None = None
         self._bytes = 0
         self._marks: dict[str, object] = {}
         self._heard = 0
@@ -159,6 +157,7 @@ class Kept(Hearer):
                 return
             self._drop(record.key)
             self.entries[record.key] = (record, feed)
+            self.last = feed
             self._bytes += size
             while self._bytes > self._max_bytes:
                 self._drop(next(iter(self.entries)))  # the one that came first
@@ -176,11 +175,6 @@ class Kept(Hearer):
             self._marks.clear()
             self.entries.clear()
             self._bytes = 0
-
-    def last(self) -> list[tuple[Record, Feed]]:
-        """The record that came last, if there is any."""
-        with self._lock:
-            return [self.entries[key] for key in list(self.entries)[-1:]]
 
     def _drop(self, key: str) -> None:
         entry = self.entries.pop(key, None)

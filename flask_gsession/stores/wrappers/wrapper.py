@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..base import Deleted, Record, Replaced, Store
-from ..parts import Blobs, Leases, NearReads, parts_of
+from ..parts import Blobs, Leases, NearFigures, NearReads, parts_of
 
 
 class Wrapper(Store):
@@ -161,6 +161,9 @@ class _CalledNear(NearReads):
 
     def load_near(self, key: str) -> Record | None:
         return self._call("load", self._near.load_near, key)  # type: ignore[no-any-return]
+
+    def figures(self) -> NearFigures:
+        return self._near.figures()
 
 
 class _CalledBlobs(Blobs):

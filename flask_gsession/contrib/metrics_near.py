@@ -1,0 +1,39 @@
+"""The metrics of the near cache, brought up to date at the end of each request."""
+
+from __future__ import annotations
+
+import time
+
+from ..stores.parts import NearReads
+from .metrics_figures import Figures
+
+_RESULTS = ("hit", "miss", "bypass")
+_INTERVAL = 1.0  # seconds between two looks at the age
+
+
+class NearWatch:
+    """Adds to ``figures`` what happened at ``near`` since the last look.
+
+    A read from the cache takes about a microsecond, and counting it would take as long: so the
+    cache counts by itself.
+    """
+
+    def __init__(self, figures: Figures, near: NearReads, session: str) -> None:
+        self._near = near
+        self._add = [figures.adding(figures.near.labels(result)) for result in _RESULTS]
+        self._age = figures.near_age.labels(session)
+        self._seen = [0, 0, 0]
+        self._look_at = 0.0
+
+    def observe(self, error: BaseException | None) -> None:
+        """Called at the end of a request."""
+        *counts, age = self._near.figures()
+        for index, count in enumerate(counts):
+            new = count - self._seen[index]
+            if new:
+                self._seen[index] = count
+                self._add[index](new)
+        now = time.monotonic()
+        if now >= self._look_at and age is not None:
+            self._look_at = now + _INTERVAL
+            self._age.set(age)
