@@ -88,7 +88,7 @@ def _struck(possible: tuple[Fault, ...]) -> tuple[Fault, ...]:
 class Task(greenlet):
     """One running request. It runs until it pauses; the scheduler says how it goes on."""
 
-    def __init__(self, name: str, run: Callable[[], None]) -> None:
+    def __init__(self, name: str, run: Callable[[], object]) -> None:
         def go(fault: Fault) -> None:
             with contextlib.suppress(Killed):
                 run()

@@ -1,0 +1,156 @@
+"""Sessions in Flask's own cookies go on in the store."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+from uuid import UUID
+
+import pytest
+from flask import Flask, session
+from flask.sessions import SecureCookieSessionInterface
+from freezegun import freeze_time
+from markupsafe import Markup
+
+from flask_gsession import Session
+from flask_gsession.events import SessionImported
+from tests.harness.apps import Site, SiteMaker, Visitor
+
+from .old import KEY, UNTIL
+
+CONFIG: dict[str, Any] = {"SESSION_IMPORT": ["cookie"], "SESSION_IMPORT_UNTIL": UNTIL}
+UTC = dt.UTC
+VALUES: dict[str, Any] = {
+    "tuple": (1, "two", [3]),
+    "bytes": b"\x00\xff",
+    "markup": Markup("<b>bold</b>"),
+    "uuid": UUID(int=7),
+    "datetime": dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    "dict": {" t": "no tag"},
+    "text": "ä" * 600,  # compressed in the cookie
+}
+
+
+def signed(values: dict[str, Any], key: str = KEY, **config: Any) -> str:
+    """The cookie that Flask makes of these values."""
+    app = Flask("old")
+    app.config.update(SECRET_KEY=key, **config)
+    serializer = SecureCookieSessionInterface().get_signing_serializer(app)
+    assert serializer is not None
+    return str(serializer.dumps(values))
+
+
+@pytest.fixture
+def site(make_site: SiteMaker) -> Site:
+    return make_site(config=CONFIG)
+
+
+def visit(site: Site, cookie: str) -> Visitor:
+    visitor = site.visitor()
+    visitor.set_cookie("session", cookie)
+    return visitor
+
+
+def test_tagged_types_are_exact(site: Site) -> None:
+    visitor = visit(site, signed(VALUES))
+    found = visitor.run(dict)
+    assert found == VALUES
+    assert {key: type(value) for key, value in found.items()} == {
+        key: type(value) for key, value in VALUES.items()
+    }
+    assert visitor.cookie is not None
+    assert visitor.get_cookie("session") is not None
+
+
+def test_the_very_cookie_is_dead_after_a_logout(site: Site) -> None:
+    cookie = signed({"_user_id": "7"})
+    visitor = visit(site, cookie)
+    visitor.run(lambda session: session.destroy())
+    assert visitor.get_cookie("session") is None
+    late = visit(site, cookie)
+    assert late.run(dict) == {}
+    assert late.get_cookie("session") is None
+
+
+@pytest.mark.parametrize("spelled", ["trailing bits", "padding", "quotes"])
+def test_another_spelling_is_the_same_cookie(site: Site, spelled: str) -> None:
+    """The last character of a signature has bits that don't count."""
+    cookie = signed({"_user_id": "7"})
+    visit(site, cookie).run(lambda session: session.destroy())
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    other = {
+        "trailing bits": cookie[:-1] + alphabet[alphabet.index(cookie[-1]) ^ 1],
+        "padding": cookie + "=",
+        "quotes": f'"{cookie}"',
+    }[spelled]
+    client = site.app.test_client(use_cookies=False)
+    with site.visit(dict) as page:
+        client.get(page.path, headers={"Cookie": f"session={other}"})
+    assert page.result == {}
+
+
+def test_a_copy_that_was_signed_at_another_time_is_accepted_once(site: Site) -> None:
+    """The limit that the documentation states."""
+    with freeze_time(dt.datetime.now(UTC) - dt.timedelta(days=1)):
+        earlier = signed({"_user_id": "7"})
+    cookie = signed({"_user_id": "7"})
+    visit(site, cookie).run(lambda session: session.destroy())
+    for expected in ({"_user_id": "7"}, {}):
+        visitor = visit(site, earlier)
+        assert visitor.run(dict) == expected
+        visitor.run(lambda session: session.destroy())
+
+
+def test_age_and_fallback_keys_are_flasks(make_site: SiteMaker) -> None:
+    site = make_site(
+        config={
+            **CONFIG,
+            "SECRET_KEY": "a new key",
+            "SECRET_KEY_FALLBACKS": [KEY],
+            "PERMANENT_SESSION_LIFETIME": dt.timedelta(days=2),
+        }
+    )
+    assert visit(site, signed({"a": 1})).run(dict) == {"a": 1}
+    assert visit(site, signed({"a": 1}, "a new key")).run(dict) == {"a": 1}
+    with freeze_time(dt.datetime.now(UTC) - dt.timedelta(days=3)):
+        old = signed({"a": 1})
+    for cookie in (old, signed({"a": 1}, "another key"), "a.b.c", signed({"a": 1}) + "x"):
+        visitor = visit(site, cookie)
+        with site.counted() as count:
+            assert visitor.run(dict) == {}
+        assert count.trips == 0
+        assert visitor.get_cookie("session") is None
+
+
+def test_an_interface_of_the_applications_own(site: Site) -> None:
+    """A salt that an application chose for itself is its own afterwards, too."""
+
+    class Salted(SecureCookieSessionInterface):
+        salt = "salted"
+
+    app = Flask("old")
+    app.config.update(CONFIG, SECRET_KEY=KEY)
+    app.session_interface = Salted()
+    serializer = app.session_interface.get_signing_serializer(app)
+    assert serializer is not None
+    cookie = str(serializer.dumps({"a": 1}))
+    assert visit(site, cookie).run(dict) == {}
+    Session(app, store=site.store, clock=site.clock)
+    app.add_url_rule("/", view_func=lambda: dict(session))
+    client = app.test_client()
+    client.set_cookie("session", cookie)
+    assert client.get("/").json == {"a": 1}
+
+
+def test_values_that_cannot_be_kept_are_dropped(
+    make_site: SiteMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(config=CONFIG, max_depth=3, max_bytes=1000, spill_bytes=None)
+    values = {"deep": [[[[["secret"]]]]], "big": "secret" * 300, "a": 1, "surrogate\ud800": "x"}
+    visitor = visit(site, signed(values))
+    assert visitor.run(dict) == {"a": 1}
+    for name in ("deep", "big"):
+        assert f"session['{name}'] of an old session can't be kept" in caplog.text
+    assert "secret" not in caplog.text
+    (event,) = site.happened(SessionImported)
+    assert set(event.dropped) == {"'deep'", "'big'", "'surrogate\\ud800'"}
