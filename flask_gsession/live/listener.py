@@ -70,6 +70,7 @@ class Source(Protocol):
 
     #: Why connections can't send beats, which prove how fresh what is heard is; "" if they can.
     unproven: str
+    one_feed: bool  # whether there is only one server
     timeout: float  # seconds until a beat must be answered
     #: Methods of the listener that the store calls, before a record is read from there: another
     #: server took over, or some records are served by other servers than before.
@@ -113,6 +114,11 @@ class Listener(Changes):
     def unproven(self) -> str:
         """Why feeds don't say as of when they are exact; "" if they do."""
         return self.source.unproven
+
+    @property
+    def one_feed(self) -> bool:
+        """Whether one feed speaks for every record."""
+        return self.source.one_feed
 
     def hear(self, hearer: Hearer, interval: float | None = None) -> None:
         """Let ``hearer`` know of changes from now on, with a beat at least every ``interval``.

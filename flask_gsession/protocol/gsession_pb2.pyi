@@ -317,6 +317,24 @@ class Finding(_message.Message):
     advice: str
     def __init__(self, severity: _Optional[str] = ..., check: _Optional[str] = ..., found: _Optional[str] = ..., advice: _Optional[str] = ...) -> None: ...
 
+class WatchRequest(_message.Message):
+    __slots__ = ("interval", "beat")
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    interval: float
+    beat: int
+    def __init__(self, interval: _Optional[float] = ..., beat: _Optional[int] = ...) -> None: ...
+
+class WatchReply(_message.Message):
+    __slots__ = ("started", "keys", "beat")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    started: bool
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    beat: int
+    def __init__(self, started: bool = ..., keys: _Optional[_Iterable[str]] = ..., beat: _Optional[int] = ...) -> None: ...
+
 class Value(_message.Message):
     __slots__ = ("null", "boolean", "integer", "number", "text", "data", "list", "map", "typed")
     NULL_FIELD_NUMBER: _ClassVar[int]

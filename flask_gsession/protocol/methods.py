@@ -14,11 +14,15 @@ LONGEST_MESSAGE = 64 * 1024 * 1024
 
 
 class Method(NamedTuple):
-    """One call: its path on the wire, and the classes of its two messages."""
+    """One call: its path on the wire, and the classes of its two messages.
+
+    ``streams``: whether many of each go to and fro.
+    """
 
     path: str
     request: type[Message]
     reply: type[Message]
+    streams: bool = False
 
 
 def methods_of(service: str) -> dict[str, Method]:
@@ -33,6 +37,7 @@ def describe(described: Any) -> dict[str, Method]:
             f"/{described.full_name}/{method.name}",
             GetMessageClass(method.input_type),
             GetMessageClass(method.output_type),
+            method.client_streaming,
         )
         for method in described.methods
     }

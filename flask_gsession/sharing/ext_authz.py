@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from flask import Flask
@@ -18,9 +17,9 @@ except ImportError as error:
 
 from ..errors import StoreUnavailable
 from ..extension import Session
-from ..protocol.methods import Method, describe
+from ..protocol.methods import describe
 from .grants import Grant
-from .server import Denied
+from .server import Denied, Service
 from .verify import Verifier
 
 # Codes of google.rpc.Code, and statuses of HTTP.
@@ -28,10 +27,10 @@ _OK, _UNAVAILABLE, _UNAUTHENTICATED = 0, 14, 16
 _REPLACE = base.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
-class ExtAuthzService:
+class ExtAuthzService(Service):
     """Answers Envoy, which needs the grant ``verify``; it tells the session keys in ``read``."""
 
-    methods: Mapping[str, Method] = describe(auth.DESCRIPTOR.services_by_name["Authorization"])
+    methods = describe(auth.DESCRIPTOR.services_by_name["Authorization"])
     strict = False  # newer ones of Envoy tell more than this needs
 
     def __init__(self, app: Flask, ext: Session, user: str | None = None) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn
 
 import grpc
 
@@ -24,6 +24,7 @@ Status = grpc.StatusCode
 
 _BEARER = "Bearer "
 _QUEUE = 4  # calls that wait, for each thread
+_STREAMS = 100  # watchers, each with a thread
 _NAMES = ("x509_subject_alternative_name", "x509_common_name")
 
 
@@ -40,17 +41,25 @@ class Refused(Exception):
         self.details = details
 
 
-class Service(Protocol):
+class Service:
     """What the server offers: the ``methods`` of one gRPC service, by name.
 
     ``answer`` makes a call of one; it raises ``Denied``, ``Refused`` or what a store raises.
-    ``strict``: whether a request with an unknown field is refused.
+    ``answer_stream``: of one that streams. ``strict``: whether a request with an unknown field is
+    refused. ``stop``: the server ends.
     """
 
-    methods: Mapping[str, Method]
-    strict: bool
+    methods: ClassVar[Mapping[str, Method]]
+    strict = True
 
-    def answer(self, name: str, request: Any, grant: Grant) -> Any: ...
+    def answer(self, name: str, request: Any, grant: Grant) -> Any:
+        raise NotImplementedError
+
+    def answer_stream(self, name: str, requests: Iterator[Any], grant: Grant) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Nothing goes on by itself."""
 
 
 class Server:
@@ -61,6 +70,8 @@ class Server:
     ) -> None:
         self._grants = grants
         self._events = events
+        self._services = services
+        self._watchers = ThreadPoolExecutor(_STREAMS, "gsession-watcher")
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "gsession-grpc"),
             options=[
@@ -69,15 +80,11 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # for keepalives
                 ("grpc.so_reuseport", 0),  # or a second server would take half of the calls
             ],
-            maximum_concurrent_rpcs=threads * _QUEUE,
+            maximum_concurrent_rpcs=threads * _QUEUE + _STREAMS,
         )
         for service in services:
             handlers = {
-                name: grpc.unary_unary_rpc_method_handler(
-                    self._handler(service, name),
-                    request_deserializer=method.request.FromString,
-                    response_serializer=method.reply.SerializeToString,
-                )
+                name: self._handler(service, name, method)
                 for name, method in service.methods.items()
             }
             path = next(iter(service.methods.values())).path
@@ -126,12 +133,14 @@ class Server:
 
     def stop(self, grace: float | None = None) -> threading.Event:
         """End: new calls are refused, those under way have ``grace`` seconds. Set when over."""
+        for service in self._services:
+            service.stop()
         ended: threading.Event = self._server.stop(grace)
         return ended
 
-    def _handler(self, service: Service, name: str) -> Callable[[Any, Any], Any]:
-        def handle(request: Any, context: Any) -> Any:
-            try:
+    def _handler(self, service: Service, name: str, method: Method) -> Any:
+        def answer(request: Any, context: Any) -> Any:
+            with self._translating(name, context):
                 grant = self._grant_of(context)
                 if not context.is_active():
                     # It waited for a thread until its deadline: its caller has given up.
@@ -142,23 +151,42 @@ class Server:
                         "the request has fields that this server doesn't know: update "
                         "Flask-GSession here before its clients",
                     )
-                reply = service.answer(name, request, grant)
-            except Denied as denied:
-                self._deny(context, grant.service, f"{name}: {denied}")
-            except Refused as refused:
-                context.abort(refused.code, refused.details)
-            except StoreError as error:
-                code, details, message = status_of(error)
-                context.set_trailing_metadata(((ERROR_KEY, message.SerializeToString()),))
-                context.abort(code, details[:1000])
-            except Exception as error:
-                if context.code() is not None:  # aborted already
-                    raise
-                logger.exception("A call of %s failed", name)
-                context.abort(Status.INTERNAL, type(error).__name__)
-            return reply
+                try:
+                    return service.answer(name, request, grant)
+                except Denied as denied:
+                    self._deny(context, grant.service, f"{name}: {denied}")
 
-        return handle
+        def answer_stream(requests: Any, context: Any) -> Iterator[Any]:
+            with self._translating(name, context):
+                grant = self._grant_of(context)
+                try:
+                    yield from service.answer_stream(name, requests, grant)
+                except Denied as denied:
+                    self._deny(context, grant.service, f"{name}: {denied}")
+
+        # Streams last, and must not take the threads of the calls.
+        answer_stream.experimental_thread_pool = self._watchers  # type: ignore[attr-defined]
+        coding = method.request.FromString, method.reply.SerializeToString
+        if method.streams:
+            return grpc.stream_stream_rpc_method_handler(answer_stream, *coding)
+        return grpc.unary_unary_rpc_method_handler(answer, *coding)
+
+    @contextmanager
+    def _translating(self, name: str, context: Any) -> Iterator[None]:
+        """End a call with the status for what it raises."""
+        try:
+            yield
+        except Refused as refused:
+            context.abort(refused.code, refused.details)
+        except StoreError as error:
+            code, details, message = status_of(error)
+            context.set_trailing_metadata(((ERROR_KEY, message.SerializeToString()),))
+            context.abort(code, details[:1000])
+        except Exception as error:
+            if context.code() is not None:  # aborted already
+                raise
+            logger.exception("A call of %s failed", name)
+            context.abort(Status.INTERNAL, type(error).__name__)
 
     def _grant_of(self, context: Any) -> Grant:
         """The grant of the caller; ends the call where it has none."""

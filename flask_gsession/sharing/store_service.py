@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 
 from ..protocol import gsession_pb2 as pb
 from ..protocol.messages import to_message, to_record
-from ..protocol.methods import Method, methods_of
+from ..protocol.methods import methods_of
 from ..stores.base import Deleted, Record, Replaced, Store
 from ..stores.parts import parts_of
 from .grants import Grant
-from .server import Denied, Refused
+from .server import Denied, Refused, Service
+from .watch import watch
 
 _LONGEST_WAIT = 1.0  # seconds, for the release of a lease
 _LARGEST_PAGE = 1000  # records
+_TO_BEGIN = 5.0  # seconds until changes of the far store are heard
 
 
-class StoreService:
+class StoreService(Service):
     """Answers the calls of a ``RemoteStore`` from ``store``.
 
     ``waiters``: how many threads of the server may wait for the release of a session lock.
     """
 
-    methods: Mapping[str, Method] = methods_of("Store")
-    strict = True
+    methods = methods_of("Store")
 
     def __init__(self, store: Store, waiters: int = 8) -> None:
         self._store = store
         self._parts = parts_of(store)
         self._waiters = threading.BoundedSemaphore(waiters)
+        self._ending = threading.Event()
         self._calls: dict[str, Callable[[Any], Any]] = {
-            name: getattr(self, f"_{_snake(name)}") for name in self.methods
+            name: getattr(self, f"_{_snake(name)}")
+            for name, method in self.methods.items()
+            if not method.streams
         }
 
     def answer(self, name: str, request: Any, grant: Grant) -> Any:
         if not grant.store:
             raise Denied("the grant `store`")
         return self._calls[name](request)
+
+    def answer_stream(self, name: str, requests: Iterator[Any], grant: Grant) -> Iterator[Any]:
+        """The replies to a watcher of the store's changes."""
+        if not grant.store:
+            raise Denied("the grant `store`")
+        changes = self._part("changes")
+        return watch(changes, requests, _TO_BEGIN, self._ending.is_set)
+
+    def stop(self) -> None:
+        """End the streams."""
+        self._ending.set()
 
     def _part(self, name: str) -> Any:
         part = getattr(self._parts, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -19,25 +19,24 @@ from ..errors import (
 from ..extension import Session
 from ..opening import SessionPeek
 from ..protocol import gsession_pb2 as pb
-from ..protocol.methods import Method, methods_of
+from ..protocol.methods import methods_of
 from ..protocol.values import NoMessage, of_value, to_value
 from .grants import Grant
-from .server import Denied, Refused
+from .server import Denied, Refused, Service
 from .verify import Verifier, cookie_header, find_presented, interface_of
 
 Status = grpc.StatusCode
 _MOST_KEYS = 1000
 
 
-class ValuesService:
+class ValuesService(Service):
     """Answers ``Verify``, ``Get``, ``Put`` and ``Revoke`` for the sessions of ``ext`` on ``app``.
 
     A service may read the keys in its grant's ``read``, and set or remove those in ``write``. The
     changes merge with parallel requests as any other. ``user``: the session key with the user's id.
     """
 
-    methods: Mapping[str, Method] = methods_of("Values")
-    strict = True
+    methods = methods_of("Values")
 
     def __init__(self, app: Flask, ext: Session, user: str | None = None) -> None:
         self._app = app

@@ -221,6 +221,10 @@ class Changes(Protocol):
     def unproven(self) -> str:
         """Why feeds don't say as of when they are exact, and are only hints; "" if they do."""
 
+    @property
+    def one_feed(self) -> bool:
+        """Whether one feed speaks for every record: there is only one server."""
+
     def hear(self, hearer: Hearer, interval: float | None = None) -> None:
         """Let ``hearer`` hear of changes, proven complete at least every ``interval`` seconds.
 

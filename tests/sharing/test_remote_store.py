@@ -22,6 +22,7 @@ from flask_gsession import Session
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.protocol import gsession_pb2 as pb
 from flask_gsession.protocol.methods import methods_of
+from flask_gsession.sharing.server import Service
 from flask_gsession.sharing.store_service import StoreService
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.stores.parts import parts_of
@@ -191,7 +192,10 @@ def test_what_the_caller_has_given_up_is_not_begun(far: HookedStore) -> None:
         impatient.close()
 
 
-def test_a_server_that_is_full_says_so_at_once(far: HookedStore) -> None:
+def test_a_server_that_is_full_says_so_at_once(
+    far: HookedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_gsession.sharing.server._STREAMS", 1)
     release = threading.Event()
     for _ in range(8):
         far.before("load", lambda: release.wait(PATIENCE))
@@ -242,11 +246,10 @@ def test_a_defect_of_the_far_store_is_an_outage_and_shows_nothing(
 # Answers that are none ----------------------------------------------------------------------------
 
 
-class Odd:
+class Odd(Service):
     """A service that answers whatever it is given."""
 
     methods = methods_of("Store")
-    strict = True
 
     def __init__(self, reply: Any) -> None:
         self.reply = reply

@@ -35,6 +35,10 @@ class Scripted(Changes):
     def unproven(self) -> str:
         return ""
 
+    @property
+    def one_feed(self) -> bool:
+        return True
+
     def prove(self) -> None:
         assert self.one is not None
         self.one.exact_as_of = listener.now() + 1000  # as if the test took no time

@@ -91,7 +91,7 @@ def test_hooks_find_every_verb_behind_a_server() -> None:
         far = HookedStore(open_store("memory://", StoreOptions())[0])
         store = open_store(serve(far), StoreOptions())[0]
         names = [name for name, part in parts_of(store)._asdict().items() if part is not None]
-        assert names == ["leases", "blobs", "scans", "upkeep", "counts", "checks"]
+        assert names == ["leases", "blobs", "scans", "upkeep", "counts", "checks", "changes"]
         assert store.checks is not None
         assert store.checks.check() == []
         store.close()

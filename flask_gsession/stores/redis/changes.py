@@ -38,6 +38,7 @@ class RedisSource:
     """
 
     unproven = ""
+    one_feed = True
 
     def __init__(self, commands: Commands, make: Callable[..., Any]) -> None:
         self._commands = commands
@@ -76,6 +77,8 @@ class RedisSource:
 
 class ClusterSource(RedisSource):
     """The primaries of a cluster."""
+
+    one_feed = False
 
     def servers(self) -> Iterable[Hashable]:
         try:

@@ -6,12 +6,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
 
-from ...errors import StoreUnavailable
+from ...errors import StoreError, StoreUnavailable
 from ...processes import process
 from ...protocol.errors import error_in
 from ...protocol.methods import LONGEST_MESSAGE, is_understood, methods_of
@@ -80,7 +80,11 @@ class Channel:
         """The error for a reply that lacks what every reply of this call has."""
         return StoreUnavailable(f"{self._where(name)}: {_OTHER_VERSION}")
 
-    def _send(self, name: str, request: Any, seconds: float) -> Any:
+    def stream(self, name: str, requests: Iterator[Any]) -> Any:
+        """A call of many messages to and fro; its replies are to be iterated over."""
+        return guard.run(lambda: self._send(name, requests, None))
+
+    def _send(self, name: str, request: Any, seconds: float | None) -> Any:
         process.notice()
         send = self._calls.get(name) or self._connect(name)
         return send(request, timeout=seconds, metadata=self._metadata)
@@ -96,7 +100,8 @@ class Channel:
                 self._channel = self._open()
                 self._close = closing(self, self._channel.close)
             method = _METHODS[name]
-            send: Callable[..., Any] = self._channel.unary_unary(
+            make = self._channel.stream_stream if method.streams else self._channel.unary_unary
+            send: Callable[..., Any] = make(
                 method.path,
                 request_serializer=method.request.SerializeToString,
                 response_deserializer=method.reply.FromString,
@@ -130,17 +135,21 @@ class Channel:
 
     def _fail(self, name: str, error: Any) -> NoReturn:
         reraise_interruption(error)
+        raise self.translated(name, error) from None
+
+    def translated(self, name: str, error: Any) -> StoreError:
+        """What an error of gRPC means."""
         answer = error_in(error.trailing_metadata())
         if answer is not None:
             if isinstance(answer, StoreUnavailable):
                 answer.detail = f"{self._where(name)}: {answer.detail}"
-            raise answer from None
+            return answer
         code = error.code()
         details = " ".join(str(error.details() or "").split())[:200]
-        raise StoreUnavailable(
+        return StoreUnavailable(
             f"{self._where(name)}: {code.name}: {details}",
             contention=code is grpc.StatusCode.RESOURCE_EXHAUSTED,
-        ) from None
+        )
 
     def _where(self, name: str) -> str:
         return f"grpc {self.address.target}: {name}"

@@ -2,7 +2,7 @@
 
 gRPC survives a fork only if no thread is inside a call: a child that is forked in the middle of one
 may crash or hang. So a fork waits for the calls that are under way, and calls wait for a fork. Both
-are short: each call has a deadline.
+are short: each call has a deadline. Streams are ended before a fork, and begin again after it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from threading import get_ident
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ...processes import at_fork
 
@@ -20,11 +20,18 @@ _LONGEST_WAIT = 2.0  # seconds, for calls that are under way in other threads
 _PAUSE = 0.001  # seconds
 
 
+class Stream(Protocol):
+    """A stream, which has threads inside of gRPC."""
+
+    def end_before_fork(self) -> None: ...
+
+
 class ForkGuard:
     """Lets calls and forks take turns."""
 
     def __init__(self) -> None:
         self.calls: dict[int, bool] = {}
+        self.streams: dict[int, Stream] = {}
         self.forking = False
 
     def run(self, call: Callable[[], T]) -> T:
@@ -40,8 +47,18 @@ class ForkGuard:
         finally:
             calls.pop(thread, None)
 
+    def add(self, stream: Stream) -> None:
+        """End ``stream`` before a fork."""
+        self.streams[id(stream)] = stream
+
+    def remove(self, stream: Stream) -> None:
+        """It has ended."""
+        self.streams.pop(id(stream), None)
+
     def before_fork(self) -> None:
         self.forking = True
+        for stream in list(self.streams.values()):
+            stream.end_before_fork()
         own, over = get_ident(), time.monotonic() + _LONGEST_WAIT
         while self.calls.keys() - {own} and time.monotonic() < over:
             time.sleep(_PAUSE)
@@ -51,6 +68,7 @@ class ForkGuard:
 
     def begin_in_child(self) -> None:
         self.calls.clear()
+        self.streams.clear()
         self.forking = False
 
 

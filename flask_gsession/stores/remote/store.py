@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ...live.listener import Listener
 from ...protocol import gsession_pb2 as pb
 from ...protocol.messages import to_message, to_record
 from ..base import Deleted, Record, Replaced, Store
 from ..support import StoreOptions
 from .address import Address
+from .changes import RemoteSource
 from .channel import Channel
 from .parts import RemoteBlobs, RemoteChecks, RemoteLeases, RemoteScans
 from .requests import delete, done, flag, replace, save
@@ -31,6 +33,7 @@ class RemoteStore(Store):
             "upkeep": scans,
             "counts": scans,
             "checks": RemoteChecks(channel),
+            "changes": _listener(channel),
         }
         for name, part in parts.items():
             setattr(self, name, None if name in address.without else part)
@@ -69,4 +72,13 @@ class RemoteStore(Store):
         return delete(self.channel, key, expected_version, None)
 
     def close(self) -> None:
+        if self.changes is not None:
+            self.changes.close()
         self.channel.close()
+
+
+def _listener(channel: Channel) -> Listener:
+    source = RemoteSource(channel)
+    listener = Listener(source)
+    source.interval = lambda: listener.interval
+    return listener

@@ -1,0 +1,130 @@
+"""Changes of records, passed on over gRPC with a proof of how far they are complete.
+
+The far store's listener says as of when everything was heard, by this machine's clock. A beat of
+the other side is answered once that is later than the beat's arrival, and after all changes that
+were heard by then. So for the other side its beat proves what the far store's own beats prove here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grpc
+
+from ..live.listener import now
+from ..protocol import gsession_pb2 as pb
+from ..stores.parts import Changes, Feed, Hearer
+from .server import Refused
+
+_PROBE = "probe"  # any key: one feed speaks for all
+_FASTER = 4  # times: beats to the far store, for each beat from the other side
+_SHORTEST, _LONGEST = 0.005, 10.0  # seconds between beats
+_LOOK_AGAIN = 0.25  # seconds, while no beat waits
+_MOST_KEYS = 50_000  # that wait for a slow watcher
+_PIECE = 500  # keys in a message
+
+
+def watch(
+    changes: Changes, requests: Iterator[Any], timeout: float, is_over: Callable[[], bool]
+) -> Iterator[Any]:
+    """The replies to a watcher. Raises ``Refused`` at the end; ``is_over`` says if it ends here."""
+    if changes.unproven or not getattr(changes, "one_feed", False):
+        why = changes.unproven or "the far store has several servers"
+        raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"changes can't be proven: {why}")
+    first = next(requests, None)
+    interval = 1.0 if first is None else min(max(first.interval, _SHORTEST), _LONGEST)
+    relay = Relay()
+    changes.hear(relay, interval / _FASTER)
+    try:
+        changes.start()
+        feed = _begun(changes, timeout, is_over)
+        threading.Thread(
+            target=relay.read, args=(requests,), name="gsession-watched", daemon=True
+        ).start()
+        yield pb.WatchReply(started=True)
+        while not is_over():
+            keys, beats = relay.wait(feed, interval / _FASTER)
+            # What was proven on this feed stays proven; what comes on another has a gap before it.
+            for start in range(0, len(keys), _PIECE):
+                yield pb.WatchReply(keys=keys[start : start + _PIECE])
+            for beat in beats:
+                yield pb.WatchReply(beat=beat)
+            if changes.feed(_PROBE) is not feed:
+                relay.end("changes may have been lost")
+    finally:
+        changes.leave(relay)
+    raise Refused(grpc.StatusCode.UNAVAILABLE, "the server is ending")
+
+
+def _begun(changes: Changes, timeout: float, is_over: Callable[[], bool]) -> Feed:
+    """The feed on which changes are heard from now on."""
+    until = now() + timeout
+    while now() < until and not is_over():
+        feed = changes.feed(_PROBE)
+        if feed is not None:
+            return feed
+        threading.Event().wait(_SHORTEST)
+    raise Refused(grpc.StatusCode.UNAVAILABLE, "changes of the far store can't be heard")
+
+
+class Relay(Hearer):
+    """What waits to be passed on to one watcher."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._keys: dict[str, None] = {}
+        self._beats: deque[tuple[int, float]] = deque()
+        self._ended = ""
+
+    def changed(self, keys: Iterable[str]) -> None:
+        with self._turn:
+            self._keys.update(dict.fromkeys(keys))
+            if len(self._keys) > _MOST_KEYS:
+                self._end("the watcher is too slow")
+            self._turn.notify()
+
+    def lost(self) -> None:
+        self.end("changes may have been lost")
+
+    def end(self, why: str) -> None:
+        """Let the next ``wait`` raise."""
+        with self._turn:
+            self._end(why)
+
+    def _end(self, why: str) -> None:
+        self._ended = self._ended or why
+        self._turn.notify()
+
+    def read(self, requests: Iterator[Any]) -> None:
+        """Take the watcher's beats, until it leaves."""
+        try:
+            for request in requests:
+                if request.HasField("beat"):
+                    with self._turn:
+                        self._beats.append((request.beat, now()))
+                        self._turn.notify()
+        except Exception:  # of a call that is over; it has no class of its own
+            pass
+        self.end("the watcher has left")
+
+    def wait(self, feed: Feed, pause: float) -> tuple[list[str], list[int]]:
+        """Keys that changed, and beats that may be answered after them.
+
+        Returns after ``pause`` seconds at the latest while beats wait. Raises ``Refused``.
+        """
+        with self._turn:
+            if not self._keys and not self._ended and not self._due(feed):
+                self._turn.wait(pause if self._beats else _LOOK_AGAIN)
+            if self._ended:
+                raise Refused(grpc.StatusCode.UNAVAILABLE, self._ended)
+            due = self._due(feed)  # first: the keys that this proves are there by now
+            beats = [self._beats.popleft()[0] for _ in range(due)]
+            keys, self._keys = list(self._keys), {}
+        return keys, beats
+
+    def _due(self, feed: Feed) -> int:
+        as_of = feed.exact_as_of
+        return sum(at <= as_of for _, at in self._beats)

@@ -1,0 +1,135 @@
+"""Changes in the far store, in one ordered stream with the answers to our beats."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import grpc
+
+from ...errors import StoreUnavailable
+from ...live.listener import Heard
+from ...processes import is_before_fork
+from ...protocol import gsession_pb2 as pb
+from ...protocol.methods import is_understood
+from .channel import Channel
+from .forks import guard
+
+_ONLY = ""  # the name of the only server
+_ENDING = 1.0  # seconds that gRPC's threads have to end
+
+
+class RemoteSource:
+    """The server of sessions, as the one server of a listener."""
+
+    unproven = ""  # the server says so, if it can't prove anything; then nothing is kept
+    one_feed = True
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.timeout = channel.timeout
+        #: gives the seconds between beats
+        self.interval: Callable[[], float] = lambda: self.timeout / 4
+        self.moved: Callable[[], object] = bool
+        self.shifted: Callable[[], object] = bool
+
+    def servers(self) -> Iterable[Hashable]:
+        return (_ONLY,)
+
+    def server_of(self, key: str) -> Hashable:
+        return _ONLY
+
+    def open(self, server: Hashable) -> RemoteChanges:
+        if is_before_fork():
+            raise StoreUnavailable("grpc: Watch: this process is still to be forked")
+        return RemoteChanges(self._channel, self.interval())
+
+
+class RemoteChanges:
+    """One stream. It is on the connection of the calls, so that both are of the same server."""
+
+    def __init__(self, channel: Channel, interval: float) -> None:
+        self._channel = channel
+        self._requests: SimpleQueue[Any] = SimpleQueue()
+        self._replies: SimpleQueue[Any] = SimpleQueue()
+        self._number = 0
+        self._requests.put(pb.WatchRequest(interval=interval))
+        self._call = channel.stream("Watch", iter(self._requests.get, None))
+        guard.add(self)
+        self._reader = threading.Thread(target=self._read, name="gsession-watch", daemon=True)
+        self._reader.start()
+        try:
+            if not self._next(channel.timeout).started:
+                raise channel.incomplete("Watch")
+        except Empty:
+            self.close()
+            raise StoreUnavailable("grpc: Watch: the server did not begin in time") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        try:
+            for reply in self._call:
+                self._replies.put(reply)
+            self._replies.put(StoreUnavailable("grpc: Watch: the server ended the stream"))
+        except grpc.RpcError as error:
+            self._replies.put(self._channel.translated("Watch", error))
+        finally:
+            self._requests.put(None)
+
+    def _next(self, seconds: float) -> Any:
+        reply = self._replies.get(timeout=max(0.0, seconds))
+        if isinstance(reply, Exception):
+            self._replies.put(reply)  # for the next one as well
+            raise reply
+        if not is_understood(reply):
+            raise self._channel.incomplete("Watch")
+        return reply
+
+    def beat(self) -> None:
+        """Send a beat."""
+        self._number += 1
+        self._requests.put(pb.WatchRequest(beat=self._number))
+
+    def read(self, seconds: float) -> Heard:
+        """The changes and answers that come within so many seconds; soon, if there are any."""
+        keys: list[str] = []
+        answers = 0
+        try:
+            reply = self._next(seconds)
+            while True:
+                keys += reply.keys
+                answers += reply.HasField("beat")
+                reply = self._next(0.0)
+        except Empty:
+            pass
+        return Heard(keys, answers)
+
+    def shut(self) -> None:
+        """Let the thread that reads find its stream cancelled."""
+        self._call.cancel()
+
+    def close(self) -> None:
+        self._call.cancel()
+        self._requests.put(None)
+        if threading.current_thread() is not self._reader:
+            self._reader.join(_ENDING)
+        guard.remove(self)
+
+    def end_before_fork(self) -> None:
+        """Leave gRPC, with all threads. The listener opens another stream after the fork."""
+        self._call.cancel()
+        self._requests.put(None)
+        until = time.monotonic() + _ENDING
+        while time.monotonic() < until and (self._reader.is_alive() or _grpc_runs_threads()):
+            time.sleep(0.001)
+
+
+def _grpc_runs_threads() -> bool:
+    """Whether gRPC has threads of a stream, which it names by their functions."""
+    names = ("(channel_spin)", "(consume_request_iterator)")
+    return any(thread.name.endswith(names) for thread in threading.enumerate())
