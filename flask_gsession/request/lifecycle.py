@@ -258,8 +258,14 @@ class Lifecycle:
                     loaded = self.repository.find(key, checked is not None)
                 else:
                     loaded = self._find_near(key, presented)
-                if loaded is not None and loaded.body.owner is not None:
-                    loaded = self._verified(loaded)
+                if (
+                    loaded is not None
+                    and loaded.body.owner is not None
+                    and not loaded.body.owner.seen
+                    and not is_member(self.repository, loaded)
+                ):
+                    self.repository.refused("revoked", key)
+                    loaded = None
             except UnreadableRecord as error:
                 self.seen = Seen(for_others=error.for_others)
                 self.repository.refused(error.reason, key, error.detail)
@@ -306,14 +312,6 @@ class Lifecycle:
             loaded = repository.find(key, True, near.load_near)
         self.near = NearLook(None if loaded is None else loaded.record, hit)
         return loaded
-
-    def _verified(self, loaded: Loaded) -> Loaded | None:
-        """The session; None if it is to be in the roster of its user, and isn't."""
-        owner = loaded.body.owner
-        if owner is None or owner.seen or is_member(self.repository, loaded):
-            return loaded
-        self.repository.refused("revoked", loaded.record.key)
-        return None
 
     def _look_at_imports(self, imports: Imports, found: Body) -> Body:
         """Take over the session of an old cookie, unless one of ours led to a session."""

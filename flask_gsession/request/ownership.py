@@ -41,8 +41,8 @@ from ..users.roster import (
     enter,
     is_full,
     is_revoked_since,
-    touch,
 )
+from ..users.roster import touch as used
 from ..users.rosters import Found, Rosters, checked_user_id, network_of, new_device_id
 from ..values.codec import is_valid_text
 from ..values.marks import split
@@ -263,7 +263,9 @@ def prepare(
             signed_in=now + 1 if wishes.sign_in else owner.signed_in,
         )
         return moved, Entry(moves=(old.key, owner.predecessor or old.key))
-    return _touch_if_due(life, owner, values, old), None
+    if life.repository.now() < (owner.seen + life.repository.settings.seen_interval) * 1000:
+        return owner, None
+    return touch(life, owner, values, old), None
 
 
 def complete(life: Lifecycle) -> bool:
@@ -358,11 +360,9 @@ def _moved(life: Lifecycle, owner: Owner, key: str, before: Collection[str]) -> 
     return _touch(life, owner, key, before, life.repository.now() // 1000)
 
 
-def _touch_if_due(life: Lifecycle, owner: Owner, values: Mapping[str, bytes], old: Record) -> Owner:
+def touch(life: Lifecycle, owner: Owner, values: Mapping[str, bytes], old: Record) -> Owner:
+    """The owner to store with a session that keeps its key. Raises ``Revoked``."""
     now, until = life.repository.now() // 1000, _until(life, values, old)
-    ahead = until - int(life.repository.settings.seen_interval)
-    if now < owner.seen + life.repository.settings.seen_interval and ahead <= owner.until:
-        return owner
     before = () if owner.predecessor is None else (owner.predecessor,)
     touched = replace(owner, seen=now, until=until, predecessor=None)
     entered = _touch(life, touched, old.key, before, now)
@@ -386,7 +386,7 @@ def _touch(life: Lifecycle, owner: Owner, key: str, before: Collection[str], now
             and owner.until <= there.expires
         ):
             return roster, Entered(roster, device=there)  # another request has touched it
-        entered = touch(
+        entered = used(
             roster,
             owner.device_id,
             key,
@@ -449,7 +449,7 @@ def is_touch_due(life: Lifecycle) -> bool:
     if owner is None:
         return LOGIN in values and _implied(life, None, values, (), life.seen.record) is not None
     repository = life.repository
-    return repository.now() >= (owner.seen + repository.settings.seen_interval) * 1000
+    return repository.clock() >= owner.seen + repository.settings.seen_interval
 
 
 def is_revoked(life: Lifecycle) -> bool:

@@ -48,7 +48,7 @@ from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
-from .ownership import LOGIN, Revoked, complete, is_revoked, is_touch_due, prepare
+from .ownership import LOGIN, Revoked, complete, is_revoked, is_touch_due, prepare, touch
 from .state import (
     NO_WISHES,
     Attempt,
@@ -385,7 +385,12 @@ def _send(
         has_large = life.has_large
     body = life.body(stored, has_large=has_large)
     entry = None
-    if owner is not None or wishes.binding is not None or LOGIN in merged:
+    body.owner = owner
+    plain = wishes.binding is None and wishes.rotation is None and LOGIN not in step.changes
+    settled = owner is None and LOGIN not in merged
+    if owner is not None:  # most saves of a bound session have nothing to do for its user
+        settled = repository.clock() < owner.seen + repository.settings.seen_interval
+    if not (plain and settled):
         body.owner, entry = prepare(life, merged, step.changes, wishes, old)
     toggled = PERMANENT in step.changes and (
         repository.is_permanent(merged) != repository.is_permanent(before)
@@ -400,6 +405,10 @@ def _send(
         token, record = repository.draft_rotated(old, body, renew=renew, signs_in=signs_in)
     else:
         record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
+        if body.owner is not None and record.idle_expires_at > body.owner.until * 1000:
+            # It is renewed for longer than it ever was, and its roster is to know that before.
+            body.owner = touch(life, body.owner, merged, old)
+            record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
     changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
     pending = step.settle is None
     attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
