@@ -14,6 +14,14 @@ from flask import session as flask_session
 
 from .config import csrf_field, remember_cookie
 from .errors import SignInRefused, TooManySessions
+from .remember import (
+    before_the_user_is_loaded,
+    forget,
+    is_kept_by_session,
+    remember,
+    wants_to_be_remembered,
+    warn_of_duration,
+)
 from .request.confirming import SIGN_IN, note_confirmation
 from .request.lifecycle import CONFIRMED, Lifecycle
 from .request.ownership import LOGIN, bind, unbind
@@ -29,8 +37,8 @@ _SIGNED_IN = ("_user_id", "_fresh", "_id")
 FORGOTTEN = "_gsession_remember_me_ended"
 
 
-def rotate_at_sign_in(app: Flask) -> None:
-    """Connect to Flask-Login's signals, if it is installed."""
+def rotate_at_sign_in(app: Flask, *, remembers: bool) -> None:
+    """Connect to Flask-Login's signals, if it is installed. ``remembers``: see ``remember``."""
     try:
         import flask_login.signals as signals  # type: ignore[import-untyped]  # it ships no types
     except ImportError:
@@ -40,6 +48,8 @@ def rotate_at_sign_in(app: Flask) -> None:
     signals.user_loaded_from_cookie.connect(_loaded_from_cookie, app)
     signals.user_logged_out.connect(_signed_out, app)
     signals.session_protected.connect(_protected, app)
+    if remembers:
+        signals.user_accessed.connect(_accessed, app)
 
 
 def look_at_user() -> None:
@@ -93,17 +103,34 @@ def _session() -> SessionData | None:
     return session if isinstance(session, SessionData) else None
 
 
+def _accessed(sender: Flask, **_: Any) -> None:
+    session = _session()
+    if session is not None and before_the_user_is_loaded(session):
+        vars(request)[FORGOTTEN] = True
+
+
 def _loaded_from_cookie(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
         _rotate(session, _SIGNED_IN, remembered=True)
+        if is_kept_by_session(life_of(session)):
+            remember(session)
 
 
 def _signed_in(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
         fresh = session.get("_fresh") is True  # not login_user(fresh=False)
-        _rotate(session, _SIGNED_IN, fresh=fresh)
+        wanted = seconds = None
+        if is_kept_by_session(life_of(session)):
+            wanted, seconds = wants_to_be_remembered(session)
+        else:
+            warn_of_duration(sender, session)
+        _rotate(session, _SIGNED_IN, remembered=bool(wanted), fresh=fresh)
+        if wanted:
+            remember(session, seconds)
+        elif wanted is not None:
+            forget(session)
         if fresh:  # also of the user whose session it is already
             life_of(session).wish(sign_in=True)
         _renew_csrf_token(sender, session)
@@ -167,5 +194,6 @@ def _protected(sender: Flask, **_: Any) -> None:
 def _end_login(session: SessionData) -> None:
     if LOGIN not in session:
         unbind(life_of(session))
+        forget(session)
     if session.get("_remember") == "clear":
         vars(request)[FORGOTTEN] = True

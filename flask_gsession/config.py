@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import importlib.util
 import re
 import sys
 import time
@@ -60,6 +61,8 @@ class Settings:
     rotation_grace: float = 10.0
     renew_csrf: bool = False
     confirm_view: str | None = None
+    remember: str = "cookie"
+    remember_until: float | None = None
     store_timeout: float = 1.0
     pool_max: int = 100
     breaker_failures: int = 5
@@ -128,6 +131,11 @@ class Settings:
         longest = max(self.permanent_lifetime, self.absolute_timeout)
         return now + int(2 * longest * 1000) + _HOUR
 
+    @property
+    def remember_end(self) -> int:
+        """Until when it is remembered whose remember-me cookie was converted, in milliseconds."""
+        return int((self.remember_until or 0) * 1000) + _HOUR
+
     def renew_interval_for(self, idle: float) -> float:
         """The renewal interval of a session with this idle timeout."""
         if self.renew_interval is None:
@@ -156,6 +164,8 @@ class SettingKeywords(TypedDict, total=False):
     rotation_grace: Seconds
     renew_csrf: bool
     confirm_view: str | None
+    remember: Literal["cookie", "session"]
+    remember_until: str | date | float | None
     store_timeout: Seconds
     pool_max: int
     breaker_failures: int
@@ -298,6 +308,12 @@ def _conflict(value: Any) -> MergeFunction:
     raise ValueError('"last" or "reject"')
 
 
+def _remember(value: Any) -> str:
+    if value not in ("cookie", "session"):
+        raise ValueError('"cookie" or "session"')
+    return str(value)
+
+
 def _on_store_error(value: Any) -> str:
     if value not in ("fail", "keep-response"):
         raise ValueError('"fail" or "keep-response"')
@@ -428,6 +444,8 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "SESSION_CONFIRM_VIEW",
         _optional(_text(lambda v: 0 < len(v) <= 200, "the endpoint of a view, as 'confirm'")),
     ),
+    "remember": ("SESSION_REMEMBER", _remember),
+    "remember_until": ("SESSION_REMEMBER_UNTIL", _optional(_time)),
     "store_timeout": ("SESSION_STORE_TIMEOUT", _seconds(0.01, 60)),
     "pool_max": ("SESSION_POOL_MAX", _integer(1, 10_000, "connections")),
     "breaker_failures": ("SESSION_BREAKER_FAILURES", _integer(0, 10_000, "failures")),
@@ -560,6 +578,7 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
     settings = _with_imports(app, Settings(**values), values, overrides)
     _check_secret_keys(_keys_at_start(app))
     _warn_of_lifetimes(settings, values)
+    _check_remember(app, settings)
     if _is_dropped(_check_cookie((settings.cookie_name, *cookie_attributes(app)))):
         warn(_DROPPED)
     _warn_unknown(app, settings)
@@ -961,6 +980,44 @@ def warn_without_secret_key(app: Flask) -> None:
             "keep it out of the source code.",
             app.name,
         )
+
+
+def _check_remember(app: Flask, settings: Settings) -> None:
+    """Say so where remember-me cookies outlive sessions, or are converted for nobody."""
+    if settings.remember == "session":
+        if importlib.util.find_spec("flask_login") is None:
+            raise SettingError(
+                "SESSION_REMEMBER is 'session', but Flask-Login is not installed; without it, set "
+                "session.permanent = True at the sign-in"
+            )
+        if settings.remember_until is not None and settings.remember_until <= time.time():
+            warn("SESSION_REMEMBER_UNTIL is over: no remember-me cookie is converted. Remove it")
+        return
+    if settings.remember_until is not None:
+        raise SettingError(
+            "SESSION_REMEMBER_UNTIL is set without SESSION_REMEMBER = 'session': Flask-Login's "
+            "remember-me cookies stay in use, and none is converted"
+        )
+    if app.extensions.get("gsession"):  # Flask-Login uses the session of the first one
+        return
+    if "REMEMBER_COOKIE_DURATION" in app.config or hasattr(app, "login_manager"):
+        text = remember_warning(app, settings)
+        if text is not None:
+            warn(text)
+
+
+def remember_warning(app: Flask, settings: Settings) -> str | None:
+    """What is wrong with the duration of Flask-Login's remember-me cookie; None if nothing is."""
+    duration = app.config.get("REMEMBER_COOKIE_DURATION", timedelta(days=365))
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
+    if not isinstance(seconds, (int, float)) or seconds <= settings.absolute_timeout:
+        return None
+    return (
+        f"REMEMBER_COOKIE_DURATION is {seconds / _DAY:g} days, longer than "
+        f"SESSION_ABSOLUTE_TIMEOUT ({settings.absolute_timeout / _DAY:g} days): the cookie of "
+        "Flask-Login signs users in after their sessions have ended. Set SESSION_REMEMBER to "
+        "'session', or a shorter duration"
+    )
 
 
 def remember_cookie(app: Flask) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Session:
             warn_without_secret_key(app)
             got_request_exception.connect(note_error_page, app, weak=False)
             prepare_templates(app)
-            rotate_at_sign_in(app)
+            rotate_at_sign_in(app, remembers=settings.remember == "session")
             repository.on_confirm = freshen
         interfaces[self] = interface
         if settings.debug:

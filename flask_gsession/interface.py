@@ -19,6 +19,7 @@ from .authentication import FORGOTTEN, forget_remembered, rotate_after_a_step
 from .config import given_keys, propagates_exceptions, secret_keys
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
+from .remember import drop_cookie
 from .repository.repository import Repository
 from .request.lifecycle import ONE_KEY, Lifecycle
 from .request.session import (
@@ -79,6 +80,7 @@ class GSessionInterface(SessionInterface):
         self._live = repository.live
         self._misses_key = False
         self._token_header = repository.settings.token_header
+        self._remembers = repository.settings.remember == "session"
         self._debug = repository.settings.debug
         self._signer: tuple[object, object, TokenSigner | None] = ((), "", None)
         repository.shown_version = self._shown_version
@@ -222,6 +224,8 @@ class GSessionInterface(SessionInterface):
             imports = self.repository.imports
             if imports is not None and (life.drops_old_cookie or life.cookie == "delete"):
                 imports.forget_cookie(request, response)
+            if self._remembers:
+                drop_cookie(app, response)
             if FORGOTTEN in vars(request):
                 forget_remembered(app, response)
         if life.near is not None:

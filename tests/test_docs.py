@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from flask import Flask, session
 from flask.testing import FlaskClient
+from flask_login.utils import encode_cookie
 from marshmallow import Schema, fields
 from werkzeug.test import TestResponse
 
@@ -308,6 +309,24 @@ def test_confirm(run: Run) -> None:
     assert answer.headers["WWW-Authenticate"].startswith("Bearer error=")
     client.post("/passkey")
     assert client.post("/account/delete").status_code == 302
+
+
+def test_remember_me(run: Run) -> None:
+    names = run("docs/how-to/remember-me.md")
+    client = visitor(names.app)
+    client.post("/login/ada", data={"remember": "yes"})
+    assert client.get_cookie("remember_token") is None
+    cookie = client.get_cookie("session")
+    assert cookie is not None
+    assert cookie.expires is not None
+    assert client.get("/").json == {"user": "ada"}
+    assert client.post("/end-all").json == {"ended": 1}
+    assert client.get("/").status_code == 401
+    old = visitor(names.app)
+    with names.app.app_context():
+        old.set_cookie("remember_token", encode_cookie("eve"))
+    assert old.get("/").json == {"user": "eve"}
+    assert old.get_cookie("remember_token") is None
 
 
 def test_log_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ ROWS = [
     ["live"],
     ["moving"],
     ["watching"],
+    ["remember"],
     ["authentication", "opening", "streams"],
     ["freshness"],
     ["interface"],

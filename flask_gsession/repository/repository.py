@@ -95,6 +95,8 @@ class Repository:
         self.imports: Imports | None = None
         #: Called with a session whose user has just confirmed who they are.
         self.on_confirm: Callable[[Any], object] | None = None
+        #: whether the log has the duration of Flask-Login's remember-me cookie already
+        self.warned_of_remember = False
         self.codec = Codec(settings.max_depth)
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
         keys = settings.encryption_keys

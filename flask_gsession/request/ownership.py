@@ -169,6 +169,12 @@ def signed_in_at(life: Lifecycle) -> int | None:
     return owner.signed_in * 1000 if owner is not None and owner.signed_in else None
 
 
+def seen_at(life: Lifecycle) -> int | None:
+    """When the session was last noted to be in use, in milliseconds; None if it isn't bound."""
+    owner = _owner(life)
+    return None if owner is None else owner.seen * 1000
+
+
 def _owner(life: Lifecycle) -> Owner | None:
     body = life.seen.body
     return None if body is None else body.owner

@@ -176,6 +176,8 @@ class Rosters:
             ends.append(roster.epoch + int(self._settings.absolute_timeout * 1000))
             if self._settings.imports:  # the epoch keeps out what was not imported before it
                 ends.append(self._settings.marks_end(now))
+            if self._settings.remember_until is not None:
+                ends.append(self._settings.remember_end)
         return max([now, *ends]) + MARGIN
 
     def _now(self) -> int:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from flask import current_app
 from msgspec.structs import replace
 
 from ..errors import (
@@ -15,6 +16,7 @@ from ..errors import (
     SessionEnded,
     StoreUnavailable,
 )
+from ..events import logger
 from ..repository.repository import Repository
 from ..request.lifecycle import Lifecycle
 from ..request.ownership import (
@@ -193,6 +195,12 @@ class Users:
         return len(after.ending)
 
     def _finish(self, user_id: str, roster: Roster, reason: str | None, by: str | None) -> None:
+        cookies = self._repository().settings.remember == "cookie"
+        if cookies and hasattr(current_app, "login_manager"):
+            logger.warning(
+                "Sessions of a user were revoked, but a remember-me cookie of Flask-Login can sign "
+                "the user in again: set SESSION_REMEMBER to 'session'"
+            )
         if by is None:
             session = self._session()
             by = None if session is None else user_id_of(life_of(session))

@@ -1,0 +1,131 @@
+"""``SESSION_REMEMBER = "session"``: Flask-Login's remember-me as a permanent session of ours.
+
+So there is one cookie, which ends with its session. What Flask-Login asks for at a sign-in becomes
+a permanent session, and its own cookie is neither sent nor read. One from before is converted once,
+since it can be copied and carries neither a time nor a device: a mark in the store remembers whose
+cookie was converted.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from flask import Flask, Response, current_app, request
+from werkzeug.datastructures import ImmutableMultiDict
+
+from .config import remember_cookie, remember_warning
+from .errors import KeyTaken
+from .events import logger
+from .moving.mark import mark_key
+from .request.lifecycle import CONFIRMED, Lifecycle
+from .request.ownership import LOGIN, seen_at
+from .request.session import SessionData, life_of
+from .users.rosters import checked_user_id
+
+# Flask-Login's notes in the session for its ``after_request`` function.
+_WISH, _SECONDS = "_remember", "_remember_seconds"
+# Ours: the session is permanent because the user wanted to be remembered.
+_REMEMBERED = "_remembered"
+_FROM_BEFORE = "flask-login remember-me"
+
+
+def is_kept_by_session(life: Lifecycle) -> bool:
+    """Whether the settings say so."""
+    return life.repository.settings.remember == "session"
+
+
+def wants_to_be_remembered(session: SessionData) -> tuple[bool, Any]:
+    """Take over what ``login_user`` was told: whether to remember the user, and for how long."""
+    return session.pop(_WISH, None) == "set", session.pop(_SECONDS, None)
+
+
+def warn_of_duration(app: Flask, session: SessionData) -> None:
+    """Say once where Flask-Login's cookie, which stays in use, outlives the sessions."""
+    repository = life_of(session).repository
+    if session.get(_WISH) == "set" and not repository.warned_of_remember:
+        repository.warned_of_remember = True
+        text = remember_warning(app, repository.settings)
+        if text is not None:
+            logger.warning("%s", text)
+
+
+def remember(session: SessionData, seconds: float | timedelta | None = None) -> None:
+    """Make the session last: for ``seconds`` of no use, or as any permanent one."""
+    session.permanent = True
+    session[_REMEMBERED] = True
+    if seconds is not None:
+        if isinstance(seconds, timedelta):
+            seconds = seconds.total_seconds()
+        longest = life_of(session).repository.settings.absolute_timeout
+        session.set_lifetime(min(max(seconds, 1), longest))
+
+
+def forget(session: SessionData) -> None:
+    """The session lasts as any other again: its user signed out, or in without that wish."""
+    if session.pop(_REMEMBERED, None):
+        settings = life_of(session).repository.settings
+        session.permanent = settings.permanent
+        session.set_lifetime(min(settings.idle_timeout, settings.absolute_timeout))
+
+
+def before_the_user_is_loaded(session: SessionData) -> bool:
+    """Flask-Login is about to look for the user; whether its cookie is to be deleted.
+
+    A cookie that may not be converted is hidden from it. Two round trips for one that may.
+    """
+    life = life_of(session)
+    if session.get(_REMEMBERED) and session.get("_fresh") and _was_away(life):
+        # As with a cookie that signs the user in to a new session.
+        session["_fresh"] = False
+        session.pop(CONFIRMED, None)
+    app: Any = current_app
+    name = remember_cookie(app)["key"]
+    cookie = request.cookies.get(name)
+    if cookie is None:
+        return False
+    if session.get(LOGIN) is not None or not _converts(life, cookie):
+        # Not in the session, as Flask-Login does it: that would make one for each visitor.
+        others = ((key, value) for key, value in request.cookies.items(multi=True) if key != name)
+        vars(request)["cookies"] = ImmutableMultiDict(others)
+    return True
+
+
+def _was_away(life: Lifecycle) -> bool:
+    seen = seen_at(life)
+    settings = life.repository.settings
+    away = settings.idle_timeout + settings.seen_interval
+    return seen is not None and life.repository.now() > seen + away * 1000
+
+
+def _converts(life: Lifecycle, cookie: str) -> bool:
+    """Whether this cookie may sign its user in, this once."""
+    from flask_login.utils import decode_cookie  # type: ignore[import-untyped]  # it ships none
+
+    repository = life.repository
+    until = repository.settings.remember_until
+    if until is None or repository.now() >= until * 1000:
+        return False
+    try:
+        user_id = checked_user_id(decode_cookie(cookie))
+    except ValueError:  # not signed by the application, or without a user
+        return False
+    if repository.rosters.look(user_id).roster.epoch:
+        logger.info("A remember-me cookie was refused: its user's sessions were revoked")
+        return False
+    key, end = mark_key(_FROM_BEFORE, user_id), repository.settings.remember_end
+    try:
+        repository.store.create(repository.draft_other(key, b"", end))
+    except KeyTaken:
+        logger.info("A remember-me cookie was refused: it was converted before")
+        return False
+    return True
+
+
+def drop_cookie(app: Flask, response: Response) -> None:
+    """Flask-Login sends no cookie of its own, even where it is to refresh it at each request."""
+    start = f"{remember_cookie(app)['key']}="
+    lines = response.headers.getlist("Set-Cookie")
+    kept = [line for line in lines if not line.startswith(start)]
+    if len(kept) < len(lines):
+        response.headers.setlist("Set-Cookie", kept)
