@@ -98,8 +98,10 @@ oldest: $(OLDEST)/ready servers ## Run many tests with the oldest packages that 
 contract: $(VENV)/with-test servers ## Run the store contract on each wrapper around each store
 	$(PY) -m pytest -m contract $(TEST_ARGS)
 
-soak: $(VENV)/with-test ## Run the deterministic simulation for longer; SCHEDULES=500000
+soak: $(VENV)/with-test ## Run the simulation and the freshness test for longer; SCHEDULES=500000
 	SIM_SCHEDULES=$(SCHEDULES) $(PY) -m pytest $(TEST_ARGS) tests/simulation
+	FRESHNESS_WRITES=100000 FRESHNESS_WORKERS=8 $(PY) -m pytest $(TEST_ARGS) \
+	  tests/guarantees/test_g12_bound.py -k writes_and_revocations
 
 lint: $(VENV)/with-test ## Check style and types
 	$(PY) -m ruff check

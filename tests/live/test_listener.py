@@ -252,3 +252,29 @@ def test_each_primary_of_a_cluster_is_heard(redis_cluster: RedisCluster, listens
     for record in records:
         store.delete(record.key)
     until(lambda: {record.key for record in records} <= set(heard.keys), "changes at all nodes")
+
+
+@pytest.mark.parametrize("of_client", [False, True], ids=["URL", "client"])
+def test_a_connection_that_leads_elsewhere_moves_the_listener(
+    own_redis: RedisServer, listens: Listens, of_client: bool
+) -> None:
+    """As where a name leads to another server from now on, and the old one stays alive."""
+    with RedisServer() as first:
+        client = Redis.from_url(first.url)
+        store: Any
+        store, changes, heard = listens(client if of_client else first.url)
+        feed = proven(changes)
+        kept = heard.losses
+        for connection in (store._commands.pool.make, client.connection_pool.connection_kwargs):
+            where = getattr(connection, "keywords", connection)
+            where.update(host="127.0.0.1", port=own_redis.port)
+        client.connection_pool.disconnect()
+        store._commands.pool.close()
+        record = a_record(time.time)
+        assert store.load(record.key) is None  # from the other server
+        assert heard.losses > kept
+        assert changes.feed(record.key) is None
+        assert proven(changes) is not feed
+        store.create(record)
+        until(lambda: record.key in heard.keys, "a change at the other server")
+        client.close()
