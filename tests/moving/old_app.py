@@ -1,10 +1,12 @@
 """An application on Flask-Session, to run in an environment of its own: `python old_app.py`.
 
-`OLD_APP` holds, as JSON, its configuration and a URL for the session store. Prints its port.
+`OLD_APP` holds, as JSON, its configuration and a URL for the session store. Prints its port. With
+`"package": "flask_gsession"` nothing but the import changes.
 """
 
 import datetime
 import decimal
+import importlib
 import json
 import os
 import sys
@@ -15,10 +17,10 @@ from uuid import UUID
 warnings.simplefilter("ignore")
 
 from flask import Flask, jsonify, request, session  # noqa: E402
-from flask_session import Session  # noqa: E402
 from werkzeug.serving import make_server  # noqa: E402
 
 given = json.loads(os.environ["OLD_APP"])
+Session = importlib.import_module(given.get("package", "flask_session")).Session
 app = Flask(__name__)
 app.config.update(given["config"])
 kind, url = app.config["SESSION_TYPE"], given["url"]
@@ -104,7 +106,13 @@ def logout():
     return "out"
 
 
-server = make_server("127.0.0.1", 0, app, threaded=True)
-print(server.port, flush=True)
-threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-server.serve_forever()
+@app.get("/")
+def page():
+    return "<!doctype html><title>page</title>"
+
+
+if __name__ == "__main__":
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    print(server.port, flush=True)
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    server.serve_forever()
