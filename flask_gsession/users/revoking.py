@@ -21,25 +21,27 @@ def finish(
     """Delete the sessions of these devices, then drop them from the user's roster.
 
     Raises ``StoreUnavailable`` if that could not be finished; whatever touches the roster next
-    does it. ``LogoutUnconfirmed`` comes last, if all of them have ended and a replica may not know
-    it. Two round trips and the deletes.
+    does it. ``LogoutUnconfirmed`` comes last: all of them have ended, but too few replicas know it,
+    so these devices stay as they are. Two round trips and the deletes.
     """
     if not ending:
         return
     unconfirmed: LogoutUnconfirmed | None = None
+    keys = {device.key for device in ending}
     for device in ending:
         try:
             ended = repository.delete(device.key, leave_roster=False)
         except LogoutUnconfirmed as error:
             unconfirmed, ended = error, True
+            keys.remove(device.key)
         except UnreadableRecord as error:
             repository.refused(error.reason, device.key, error.detail)
             continue
         if ended:
             repository.events.emit(SessionRevoked, device.key)
             repository.events.emit(DeviceRevoked, user_id, device.id, device.key, reason, by)
-    keys = {device.key for device in ending}
-    repository.rosters.change(user_id, lambda roster: (drop(roster, keys), None))
+    if keys:
+        repository.rosters.change(user_id, lambda roster: (drop(roster, keys), None))
     if unconfirmed is not None:
         raise unconfirmed
 

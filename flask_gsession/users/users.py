@@ -11,7 +11,6 @@ from flask import current_app
 from msgspec.structs import replace
 
 from ..errors import (
-    LogoutUnconfirmed,
     RevocationUnfinished,
     SessionEnded,
     StoreUnavailable,
@@ -206,8 +205,6 @@ class Users:
             by = None if session is None else user_id_of(life_of(session))
         try:
             finish(self._repository(), user_id, roster.ending, reason, by)
-        except LogoutUnconfirmed:
-            raise
         except StoreUnavailable as error:
             raise RevocationUnfinished(
                 f"{len(roster.ending)} sessions were to end: {error}. Repeat it"

@@ -30,6 +30,7 @@ from flask_gsession import Session, session
 from flask_gsession.errors import (
     Gone,
     KeyTaken,
+    RevocationUnfinished,
     SettingError,
     Stale,
     StoreUnavailable,
@@ -896,6 +897,22 @@ def test_an_unconfirmed_rotation_gives_the_new_token_all_the_same(confirmed: Con
         assert confirmed.visitor.run(dict) == {"count": 1, "user": "mira"}
         assert tab.run(dict) == {}
     assert not any(isinstance(event, WriteDropped) for event in confirmed.site.events)
+
+
+def test_a_revocation_waits_for_the_replicas(confirmed: Confirmed) -> None:
+    users = confirmed.site.ext.users
+    confirmed.visitor.run(lambda s: s.bind("mira"))
+    tab, key = confirmed.old_token(), confirmed.shop.key()
+    name = confirmed.shop.store._commands.names.record(key).decode()
+    with confirmed.site.app.app_context():
+        with all_paused(confirmed.replicas):
+            for _ in range(2):  # nothing is left to end, and it is still not confirmed
+                with confirmed.shop.hasty(), pytest.raises(RevocationUnfinished):
+                    users.revoke_all("mira")
+            assert tab.run(dict) == {}
+            assert users.devices("mira") == []
+        assert users.revoke_all("mira") == 1
+    assert not any(confirmed.has(replica, name) for replica in confirmed.replicas)
 
 
 def test_what_is_no_logout_waits_for_nobody(confirmed: Confirmed) -> None:
