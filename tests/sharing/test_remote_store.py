@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -102,6 +101,15 @@ def test_a_url_asks_no_server_and_shows_no_token(url: str) -> None:
 def command(tmp_path: Path) -> Iterator[ServeCommand]:
     settings = {"SESSION_STORE": f"sqlite:///{tmp_path}/far.sqlite3"}
     with ServeCommand(tmp_path / "serve", settings) as command:
+        yield command
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
+    """A server in another process, to be left running."""
+    folder = tmp_path_factory.mktemp("lasting")
+    settings = {"SESSION_STORE": f"sqlite:///{folder}/far.sqlite3"}
+    with ServeCommand(folder / "serve", settings) as command:
         yield command
 
 
@@ -367,9 +375,9 @@ def test_doctor_names_parts_that_the_url_promises_and_the_far_store_lacks() -> N
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_forked_process_has_a_channel_of_its_own(busy: bool, command: ServeCommand) -> None:
+def test_a_forked_process_has_a_channel_of_its_own(busy: bool, lasting: ServeCommand) -> None:
     """Also one that is forked while other threads are in the middle of calls."""
-    store = reach(command.url)
+    store = reach(lasting.url)
     record = a_record(time.time)
     store.create(record)
     over = threading.Event()
@@ -432,10 +440,10 @@ def test_a_call_waits_for_a_fork_and_a_fork_for_calls() -> None:
 
 
 def test_a_child_without_fork_support_is_named(
-    command: ServeCommand, monkeypatch: pytest.MonkeyPatch
+    lasting: ServeCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would hang."""
-    store = reach(command.url)
+    store = reach(lasting.url)
     assert store.load("x" * 43) is None
     monkeypatch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
     store.channel._begin()  # as in a child
@@ -447,30 +455,27 @@ def test_a_child_without_fork_support_is_named(
 
 
 @pytest.mark.parametrize("kind", [TooLong, TooLongAsItIsUsual])
-def test_a_deadline_by_signal_comes_out(kind: type[Exception], command: ServeCommand) -> None:
-    store = reach(command.url)
+def test_a_deadline_by_signal_comes_out(kind: type[Exception], lasting: ServeCommand) -> None:
+    store = reach(lasting.url)
     record = a_record(time.time)
     store.create(record)
     with handler(kind) as raised:
         for call in (lambda: store.load(record.key), lambda: store.renew(record, 1)):
-            command.signal(signal.SIGSTOP)
+            lasting.signal(signal.SIGSTOP)
             signal.setitimer(signal.ITIMER_REAL, 0.05)
             with pytest.raises(kind) as caught:
                 call()
-            command.signal(signal.SIGCONT)
+            lasting.signal(signal.SIGCONT)
             assert caught.value is raised[-1]
     assert store.load(record.key) == record
     assert not forks.guard.calls
     store.close()
 
 
-def test_no_proxy_for_web_pages_is_asked(
-    command: ServeCommand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_proxy_for_web_pages_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener, store_servers() as serve:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("grpc_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
         store = reach(serve(open_store("memory://", StoreOptions())[0]), BUDGET)
         assert store.load("x" * 43) is None
         store.close()
-    assert caplog.records == [] or logging.WARNING

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
+from time import time as time_of_day
 from typing import Any
 
 import grpc
@@ -318,7 +319,12 @@ def test_a_typed_text_that_is_none(kind: str, text: str) -> None:
 # Node -------------------------------------------------------------------------------------------
 
 
-def test_a_service_in_node(site: Site) -> None:
+def test_a_service_in_node() -> None:
+    with Site("memory://", "", time_of_day) as site:
+        _ask_from_node(site)
+
+
+def _ask_from_node(site: Site) -> None:
     node = shutil.which("node")
     assert node, "Node is missing: install it, and let tests/harness/setup_node.sh fetch its client"
     visitor = signed_in(site, cart=["mug", {"n": 2}], total=7, secret="hidden")
