@@ -20,17 +20,22 @@ from flask_gsession import Session
 from flask_gsession.protocol import gsession_pb2 as pb
 from flask_gsession.protocol.messages import to_message
 from flask_gsession.sharing.forward_auth import verify_blueprint
-from flask_gsession.stores import Record, Store, StoreOptions, open_store
+from flask_gsession.stores import Record, StoreOptions, open_store
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import a_record
 
-LOAD, CHECK = "load over gRPC", "verify on Redis"
-LIMITS = {LOAD: 1.5, CHECK: 1.3}
-BESIDE = {LOAD: "a bare unary call and the server's own load", CHECK: "a session read on Redis"}
+LOAD, CHECK, CACHED = "load over gRPC", "verify on Redis", "verify, cached"
+LIMITS = {LOAD: 1.5, CHECK: 1.3, CACHED: 0.8}
+BESIDE = {
+    LOAD: "a bare unary call and the server's own load",
+    CHECK: "a session read on Redis",
+    CACHED: "a session read on Redis",
+}
 BYTES = 1000  # of the record's payload
 
 _PATH = "/bench/Bare"
 _THREADS = 8
+_PATHS = ("/plain", "/plain/verify", "/read", "/session/verify")
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class SharingCost:
 
 
 def sharing(url: str, effort: Effort) -> list[SharingCost]:
-    """Times both pairs, each in turns; ``url`` is of a Redis."""
-    return [_load(effort), _verify(url, effort)]
+    """Times each beside what it is held against, in turns; ``url`` is of a Redis."""
+    return [_load(effort), *_verify(url, effort)]
 
 
 def _cost(operation: str, mine: list[float], beside: list[float]) -> SharingCost:
@@ -110,47 +115,75 @@ def _serve(reply: bytes) -> None:
     ours.stop()
 
 
-def _verify(url: str, effort: Effort) -> SharingCost:
-    app = Flask("bench")
-    app.secret_key = "a benchmark's secret key, of a sensible length"
-    store: Store | str = url
-    ext = Session(app, store=store, key_prefix="bench-sharing:", newcomers_per_minute=None)
-    app.register_blueprint(verify_blueprint(ext))
-
-    @app.get("/seed")
-    def seed() -> str:
-        session["_user_id"] = "17"
-        return "ok"
-
-    @app.get("/read")
-    def read() -> str:
-        return str(session["_user_id"])
-
-    @app.get("/plain")
-    def plain() -> str:
-        return "17"
-
-    @app.get("/plain/verify")
-    def plain_verify() -> Any:
-        headers = {"X-Session-User": "17", "Cache-Control": "no-store", "Vary": "Cookie"}
-        return "", 200, headers
-
-    visitor = Visitor(app)
-    visitor.visit("/seed")
-    paths = ("/plain", "/plain/verify", "/read", "/session/verify")
-    figures = interleave({path: visitor.prepare(path) for path in paths}, effort)
-    ext.store(app).delete(_key_of(ext, app))
-    ext.close(app)
-    mine = paired(figures, "/session/verify", minus="/plain/verify")
-    return _cost(CHECK, mine, paired(figures, "/read", minus="/plain"))
+def _verify(url: str, effort: Effort) -> list[SharingCost]:
+    plain, cached = _Checked(url, near_cache=0.0), _Checked(url, near_cache=5.0)
+    with closing(plain), closing(cached):
+        cached.wait_for_hits()
+        calls = {path: plain.visitor.prepare(path) for path in _PATHS}
+        calls[CACHED] = cached.visitor.prepare("/session/verify")
+        figures = interleave(calls, effort)
+    beside = paired(figures, "/read", minus="/plain")
+    return [
+        _cost(CHECK, paired(figures, "/session/verify", minus="/plain/verify"), beside),
+        _cost(CACHED, paired(figures, CACHED, minus="/plain/verify"), beside),
+    ]
 
 
-def _key_of(ext: Session, app: Flask) -> str:
-    """The key of the one session of this benchmark."""
-    scans = ext.store(app).scans
-    assert scans is not None
-    (record,) = scans.scan().records
-    return record.key
+class _Checked:
+    """An application that says who a visitor is, and one visitor."""
+
+    def __init__(self, url: str, near_cache: float) -> None:
+        self._app = app = Flask("bench")
+        app.secret_key = "a benchmark's secret key, of a sensible length"
+        self._ext = Session(
+            app,
+            store=url,
+            key_prefix=f"bench-sharing-{near_cache}:",
+            near_cache=near_cache,
+            newcomers_per_minute=None,
+        )
+        app.register_blueprint(verify_blueprint(self._ext))
+
+        @app.get("/seed")
+        def seed() -> str:
+            session["_user_id"] = "17"
+            return "ok"
+
+        @app.get("/read")
+        def read() -> str:
+            return str(session["_user_id"])
+
+        @app.get("/plain")
+        def plain() -> str:
+            return "17"
+
+        @app.get("/plain/verify")
+        def plain_verify() -> Any:
+            headers = {"X-Session-User": "17", "Cache-Control": "no-store", "Vary": "Cookie"}
+            return "", 200, headers
+
+        self.visitor = Visitor(app)
+        self.visitor.visit("/seed")
+
+    def wait_for_hits(self) -> None:
+        """Until the near cache has proven that it is fresh."""
+        near: Any = app_near(self._app, self._ext)
+        deadline = time.monotonic() + 10
+        while not near.figures().hits and time.monotonic() < deadline:
+            self.visitor.visit("/session/verify")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        store = self._ext.store(self._app)
+        assert store.scans is not None
+        for record in store.scans.scan().records:
+            store.delete(record.key)
+        self._ext.close(self._app)
+
+
+def app_near(app: Flask, ext: Session) -> Any:
+    """The near cache of an application."""
+    return app.extensions["gsession"][ext].repository.near
 
 
 if __name__ == "__main__":

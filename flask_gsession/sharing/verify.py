@@ -145,22 +145,28 @@ def interface_of(ext: Session, app: Flask) -> GSessionInterface:
 
 
 def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Loaded | None:
-    """The session with this ``Cookie`` header, of which only our cookie is read.
+    """The session with this ``Cookie`` header, of which only our cookies are read.
 
-    A refused token is counted and logged as in a request of the application itself. Raises
-    ``StoreUnavailable``.
+    With a near cache it may be as old as the bound allows, as for a request. A refused token is
+    counted and logged as in a request of the application itself. Raises ``StoreUnavailable``.
     """
     process.notice()
     repository = interface.repository
-    checked = interface._present(app, Request({"HTTP_COOKIE": cookies})).checked
+    request = Request({"HTTP_COOKIE": cookies})
+    checked = interface._present(app, request).checked
     if checked is None:
         return None
     if checked.token is None:
         repository.refused(checked.reason, None)
         return None
-    key = session_key(checked.token)
+    key, near = session_key(checked.token), repository.near
     try:
-        loaded = repository.find(key, True)
+        loaded = None
+        if near is not None:
+            # A client that has seen a later version gets no older one.
+            loaded = repository.find_near(key, repository.shown_version(request, False))
+        if loaded is None:
+            loaded = repository.find(key, True, None if near is None else near.load_near)
     except UnreadableRecord as error:
         repository.refused(error.reason, key, error.detail)
         return None
