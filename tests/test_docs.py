@@ -598,6 +598,14 @@ def test_outside_requests(run: Run) -> None:
         asyncio.run(names.send_message(handle, "Your order has left"))
         assert names.ext.peek(handle)["messages"] == ["Your order has left"]
     names.export("A" * 43)
+    with names.app.test_request_context():
+        session["cart"] = []
+        session.bind("ada")  # type: ignore[attr-defined]  # it is ours
+        names.app.session_interface.save_session(names.app, session, names.app.response_class())
+    names.notify("ada", "Hello")
+    with names.app.app_context():
+        (device,) = names.ext.users.devices("ada")
+        assert names.ext.peek(device.handle)["messages"] == ["Hello"]
 
 
 def test_events_page(run: Run) -> None:

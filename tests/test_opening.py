@@ -12,6 +12,7 @@ from typing import Any
 
 import flask
 import pytest
+from flask_socketio import SocketIO
 from marshmallow import Schema, ValidationError, fields
 
 from flask_gsession import (
@@ -35,6 +36,7 @@ from flask_gsession.events import (
 )
 from flask_gsession.tokens import session_key
 from flask_gsession.typed import SessionKey
+from flask_gsession.users.rosters import roster_key
 from tests.harness.apps import Site, SiteMaker, Visitor
 
 IDLE = 7200  # seconds, the default
@@ -502,6 +504,109 @@ def test_with_an_earlier_handle_too(site: Site, visitor: Visitor) -> None:
     assert len(site.happened(SessionCreated)) == 1
 
 
+# Sessions of a user -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def member(site: Site) -> Visitor:
+    """A visitor whose session is bound to a user."""
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    visitor.run(lambda session: session.bind("ada"))
+    return visitor
+
+
+ACTS: list[Callable[[SessionData], object]] = [
+    lambda session: session.bind("eve"),
+    lambda session: session.confirm(),
+]
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_nobody_signs_in_or_confirms_in_a_job(
+    site: Site, member: Visitor, act: Callable[[SessionData], object]
+) -> None:
+    site.clock.advance(3600)
+    fails(member, act, RotationRefused)
+    assert member.run(lambda session: session.owner) == "ada"
+    age = site.clock() - member.run(lambda session: session.confirmed_at().timestamp())
+    assert age > 3000
+
+
+def test_a_job_that_ends_the_session_leaves_the_list(site: Site, member: Visitor) -> None:
+    with job(member) as session:
+        assert session.owner == "ada"
+        session.destroy()
+    with site.app.app_context():
+        assert site.ext.users.devices("ada") == []
+
+
+def test_a_job_may_unbind_it(site: Site, member: Visitor) -> None:
+    with job(member) as session:
+        session.unbind()
+    assert member.run(lambda session: (session.owner, session["cart"])) == (None, ["mug"])
+    with site.app.app_context():
+        assert site.ext.users.devices("ada") == []
+
+
+def test_a_revocation_meanwhile_holds(site: Site, member: Visitor) -> None:
+    def work(session: SessionData) -> None:
+        session["n"] = 1
+        assert site.ext.users.revoke_all("ada") == 1
+
+    fails(member, work, SessionEnded)
+    assert member.run(dict) == {}
+
+
+def test_one_that_a_failover_brought_back_ends_in_a_job(site: Site, member: Visitor) -> None:
+    """At its next touch, as in a view."""
+    store: Any = site.store.store
+    record = store.load(handle_of(member))
+    with site.app.app_context():
+        site.ext.users.revoke_all("ada")
+    store.create(record)
+    site.clock.advance(301)
+    fails(member, lambda session: session.update(n=1), SessionEnded)
+    with site.app.app_context():
+        assert site.ext.peek(handle_of(member)) is None
+
+
+def test_a_job_knows_of_no_client(site: Site, member: Visitor) -> None:
+    """What the list shows of the device is from its requests."""
+    with site.app.app_context():
+        (before,) = site.ext.users.devices("ada")
+    site.clock.advance(301)
+    with job(member) as session:
+        session["n"] = 1
+    with site.app.app_context():
+        (after,) = site.ext.users.devices("ada")
+        assert after.network == before.network is not None
+        assert after.last_seen_at > before.last_seen_at
+    site.clock.advance(301)
+    with job(member, renew=False) as session:
+        assert session["n"] == 1
+    with site.app.app_context():
+        assert site.ext.users.devices("ada") == [after]
+
+
+def test_a_user_s_list_is_no_session(site: Site, member: Visitor) -> None:
+    with site.app.app_context():
+        for look in (site.ext.open, site.ext.peek):
+            with pytest.raises(ValueError, match="handle"):
+                look(roster_key("ada"))
+
+
+def test_all_sessions_of_a_user_by_their_handles(site: Site, member: Visitor) -> None:
+    other = site.visitor()
+    other.run(lambda session: session.bind("ada"))
+    with site.app.app_context():
+        for device in site.ext.users.devices("ada"):
+            with site.ext.open(device.handle) as session:
+                session["message"] = "Your order has left"
+    for visitor in (member, other):
+        assert visitor.run(lambda session: session["message"]) == "Your order has left"
+
+
 # Locks, transactions, large values ----------------------------------------------------------------
 
 
@@ -765,6 +870,46 @@ def test_a_debug_dump_shows_what_a_block_did(
     assert [written["key"] for written in facts["written"]] == ["n"]
     assert "cookie" not in facts
     assert visitor.token not in caplog.text
+
+
+# Flask-SocketIO -----------------------------------------------------------------------------------
+
+
+def test_in_a_socket_handler_and_its_background_task(site: Site) -> None:
+    """They know the session by the handle that it had at the handshake."""
+    socketio = SocketIO(site.app, manage_session=False, async_mode="threading")
+    seen: list[Any] = []
+    handles: list[str | None] = []
+
+    def connect() -> None:
+        session: Any = flask.session
+        handles.append(session.handle)
+
+    def in_the_background(handle: str | None) -> None:
+        with site.app.app_context(), site.ext.open(handle) as session:
+            session["background"] = True
+
+    def buy(sku: str) -> None:
+        with site.ext.open(handles[0]) as session:
+            session["cart"].append(sku)
+        socketio.start_background_task(in_the_background, handles[0]).join()
+
+    def look() -> None:
+        peek = site.ext.peek(handles[0])
+        seen.append(None if peek is None else dict(peek))
+
+    socketio.on_event("connect", connect)
+    socketio.on_event("buy", buy)
+    socketio.on_event("look", look)
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    socket = socketio.test_client(site.app, flask_test_client=visitor)
+    visitor.run(lambda session: session["cart"].append("pen"))
+    socket.emit("buy", "lamp")
+    socket.emit("look")
+    visitor.run(lambda session: session.destroy())
+    socket.emit("look")
+    assert seen == [{"cart": ["mug", "pen", "lamp"], "background": True}, None]
 
 
 # asyncio ------------------------------------------------------------------------------------------
