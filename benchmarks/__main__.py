@@ -80,6 +80,7 @@ def measure(
         results.counting,
         results.large,
         results.sharing,
+        results.near,
     )
     return results
 
@@ -89,6 +90,7 @@ def _measure_on_redis(
 ) -> None:
     from benchmarks import footprint
     from benchmarks.counting import counting
+    from benchmarks.near_cache import near_cache
     from benchmarks.own_cpu import own_cpu
     from benchmarks.sharing import sharing
     from benchmarks.typed_keys import typed_keys
@@ -102,6 +104,9 @@ def _measure_on_redis(
     results.counting = counting(results.effort)
     say("sharing")
     results.sharing = sharing(url, results.effort)
+    say("near cache")
+    sizes = list(dict.fromkeys(cell.size for cell in results.cells))
+    results.near = near_cache(url, sizes, results.effort)
     say(f"memory of {sessions:,} sessions")
     results.weights = footprint.weights(url, sessions)
     if many is not None:

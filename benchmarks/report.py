@@ -13,6 +13,7 @@ from benchmarks.footprint import Growth, Weight
 from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread
+from benchmarks.near_cache import NearCost
 from benchmarks.own_cpu import OwnCpu
 from benchmarks.sharing import SharingCost
 from benchmarks.targets import Target
@@ -35,6 +36,7 @@ class Results:
     counting: list[CountingCost] = field(default_factory=list)
     large: list[LargeCost] = field(default_factory=list)
     sharing: list[SharingCost] = field(default_factory=list)
+    near: list[NearCost] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -51,6 +53,7 @@ class Results:
             *_counting_sections(self.counting),
             *_large_sections(self.large),
             *_sharing_sections(self.sharing),
+            *_near_sections(self.near),
             *_weight_sections(self.weights),
             *_growth_sections(self.growth),
             *_target_sections(self.targets),
@@ -249,6 +252,26 @@ def _sharing_sections(rows: Sequence[SharingCost]) -> Iterable[Section]:
             ],
             "The bare call carries the same bytes, to a server in the same process as ours. A "
             "verify and a read are what they take beyond a view that answers the same without.",
+        )
+
+
+def _near_sections(rows: Sequence[NearCost]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Near cache",
+            ("session", "read, us", "beside", "us", "ratio"),
+            [
+                (
+                    row.size,
+                    _spread(row.us),
+                    row.beside,
+                    _spread(row.us_beside),
+                    _spread(row.ratio),
+                )
+                for row in rows
+            ],
+            "What a read adds to the same view without a session. A read from the near cache costs "
+            "no round trip.",
         )
 
 

@@ -12,6 +12,8 @@ from benchmarks.footprint import Growth, Weight
 from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Spread
+from benchmarks.near_cache import LIMITS as NEAR_LIMITS
+from benchmarks.near_cache import NearCost
 from benchmarks.own_cpu import OwnCpu
 from benchmarks.sharing import LIMITS, SharingCost
 from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost
@@ -45,6 +47,7 @@ def judge(
     counting: Sequence[CountingCost] = (),
     large: Sequence[LargeCost] = (),
     shared: Sequence[SharingCost] = (),
+    near: Sequence[NearCost] = (),
 ) -> list[Target]:
     """Returns the targets whose figures were measured in this run.
 
@@ -78,6 +81,7 @@ def judge(
         *_counting(counting),
         *_large(large),
         *_shared(shared),
+        *_near(near),
     ]
 
 
@@ -102,6 +106,20 @@ def _shared(rows: Iterable[SharingCost]) -> Iterable[Target]:
         limit = LIMITS[row.operation]
         met = row.ratio.median <= limit
         yield Target(f"{row.operation}, to {row.beside}", "x", limit, row.ratio, "1 KB", met)
+
+
+def _near(rows: Sequence[NearCost]) -> Iterable[Target]:
+    for beside, limit in NEAR_LIMITS.items():
+        medians = {row.size: row.ratio.median for row in rows if row.beside == beside}
+        if medians:
+            worst = max((row for row in rows if row.beside == beside), key=_median)
+            met = worst.ratio.median <= limit
+            what = f"a read from the near cache, to {beside}"
+            yield Target(what, "x", limit, worst.ratio, worst.size, met, medians)
+
+
+def _median(row: NearCost) -> float:
+    return row.ratio.median
 
 
 def _counting(rows: Iterable[CountingCost]) -> Iterable[Target]:

@@ -276,7 +276,9 @@ class GSessionInterface(SessionInterface):
         if by_header:
             text = request.headers.get(f"{self._token_header}{_VERSION_HEADER}", "")
         else:
-            text = request.cookies.get(self._live.cookie_name() + _VERSION, "")
+            start = f"{self._live.cookie_name()}{_VERSION}="
+            cookies = request.environ.get("HTTP_COOKIE", "")
+            text = cookies.partition(start)[2].partition(";")[0].strip(_BLANKS)
         return int(text) if text.isdecimal() and len(text) <= _LONGEST_VERSION else None
 
     def _tell_version(

@@ -24,6 +24,8 @@ from benchmarks.footprint import Growth, Weight
 from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread, interleave, ratios
+from benchmarks.near_cache import AWAY, LOOPBACK, NearCost
+from benchmarks.near_cache import LIMITS as NEAR_LIMITS
 from benchmarks.own_cpu import ALONE, REQUEST, OwnCpu
 from benchmarks.payloads import SIZES, content
 from benchmarks.report import Results
@@ -104,6 +106,19 @@ def test_sharing_is_held_against_its_floor(data: dict[str, Any]) -> None:
             (target,) = judge([], [], [], [], shared=[row])
             assert (target.limit, target.met) == (limit, met)
             assert target.what == f"{operation}, to what it is beside"
+
+
+def test_the_near_cache_is_held_against_other_reads(data: dict[str, Any]) -> None:
+    assert {(row["size"], row["beside"]) for row in data["near"]} == {
+        *((size, where) for size in (SMALL, LARGE) for where in (LOOPBACK, AWAY)),
+        (SMALL, COOKIE),
+    }
+    for beside, limit in NEAR_LIMITS.items():
+        for ratio, met in ((limit - 0.01, True), (limit + 0.01, False)):
+            good, spread = Spread(0.0, 0.0, 0.0), Spread(ratio, ratio, ratio)
+            rows = [NearCost(SMALL, beside, good, good, each) for each in (good, spread)]
+            (target,) = judge([], [], [], [], near=rows)
+            assert (target.limit, target.met) == (limit, met)
 
 
 @pytest.mark.parametrize(
