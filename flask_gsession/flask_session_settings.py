@@ -64,6 +64,18 @@ class FlaskSessionSettings:
                 f"SESSION_TYPE is {self.type!r}, a store that Flask-GSession does not have, and "
                 f"SESSION_STORE is not set: {_NO_STORE}"
             )
+        if self.client is None:
+            raise SettingError(
+                f"SESSION_TYPE is {self.type!r}, and neither SESSION_STORE nor "
+                f"{_CLIENTS[self.type]} is set. Flask-Session uses "
+                f"{_DEFAULT_URLS[self.type]} then; if that is right, set SESSION_STORE to it, "
+                "otherwise to the URL of your server"
+            )
+        return self.place
+
+    @property
+    def place(self) -> Any:
+        """The client or the URL of the server that has the old sessions."""
         return self.client if self.client is not None else _DEFAULT_URLS[self.type]
 
 

@@ -154,7 +154,7 @@ class _Opened:
 
     def _server(self, old: FlaskSessionSettings) -> Any:
         """A store on the old server; the one that keeps our records, where it is the same."""
-        place = old.store()
+        place = old.place
         same = self._source is place or (isinstance(place, str) and self._source == place)
         if same and self._store is not None:
             self._shared = self._store

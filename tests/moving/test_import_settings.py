@@ -47,7 +47,7 @@ def test_nothing_is_imported_by_default() -> None:
     assert app.extensions["gsession"][ext].repository.imports is None
 
 
-@pytest.mark.filterwarnings("ignore:Old sessions of Flask-Session")
+@pytest.mark.filterwarnings("ignore:SESSION_TYPE is set, so old sessions")
 def test_a_type_switches_the_import_on() -> None:
     settings = read_settings(an_app(SESSION_TYPE="filesystem"), {})
     assert settings.imports == ("flask-session",)
@@ -57,7 +57,7 @@ def test_a_type_switches_the_import_on() -> None:
     assert settings.idle_timeout == timedelta(days=31).total_seconds()
 
 
-@pytest.mark.filterwarnings("ignore:Old sessions of Flask-Session")
+@pytest.mark.filterwarnings("ignore:SESSION_TYPE is set, so old sessions")
 def test_what_is_set_holds() -> None:
     config = {
         "SESSION_TYPE": "filesystem",
@@ -86,10 +86,10 @@ def test_an_empty_list_switches_it_off() -> None:
 
 @pytest.mark.parametrize("kind", ["memcached", "dynamodb", "something"])
 def test_a_type_that_cannot_be_read(kind: str) -> None:
-    with pytest.warns(UserWarning, match="can't be taken over: users have to log in again"):
+    with pytest.warns(UserWarning, match="can't be taken over, so users have to log in again"):
         assert read_settings(an_app(SESSION_TYPE=kind), {}).imports == ()
     app = an_app(SESSION_TYPE=kind, SESSION_IMPORT=["flask-session"], SESSION_IMPORT_UNTIL=UNTIL)
-    with pytest.raises(SettingError, match="SESSION_TYPE does not say where"):
+    with pytest.raises(SettingError, match="SESSION_TYPE is not set to a type that can be read"):
         Session(app)
     with pytest.raises(SettingError, match="Set SESSION_STORE to the URL"):
         Session(an_app(SESSION_TYPE=kind, SESSION_STORE=None))
@@ -111,7 +111,7 @@ def test_an_automatic_import_without_an_end_is_warned_about() -> None:
 
 def test_an_import_that_is_over_is_warned_about() -> None:
     app = an_app(SESSION_IMPORT=["cookie"], SESSION_IMPORT_UNTIL="2020-01-01")
-    with pytest.warns(UserWarning, match="UNTIL is over.*SESSION_COOKIE_NAME to 'session_gs'"):
+    with pytest.warns(UserWarning, match="UNTIL has passed.*SESSION_COOKIE_NAME to 'session_gs'"):
         Session(app)
 
 
@@ -229,6 +229,15 @@ def test_mongodb_in_its_database() -> None:
         ext.close(app)
 
 
+@pytest.mark.parametrize(("kind", "key"), [("redis", "REDIS"), ("mongodb", "MONGODB")])
+def test_a_type_alone_names_no_server(kind: str, key: str) -> None:
+    app = Flask(__name__)
+    app.config.update(SECRET_KEY=KEY, SESSION_TYPE=kind, SESSION_IMPORT_UNTIL=UNTIL)
+    with pytest.raises(SettingError, match=f"neither SESSION_STORE nor SESSION_{key} is set"):
+        Session(app)
+    Session(app, store="memory://")
+
+
 def test_a_proxy_or_extension_without_a_client() -> None:
     def nothing() -> Any:
         raise RuntimeError("no context")
@@ -257,7 +266,7 @@ def test_a_redis_cache_of_cachelib() -> None:
 
 
 @pytest.mark.parametrize("cache", [SimpleCache(), NullCache()])
-@pytest.mark.filterwarnings("ignore:Old sessions of Flask-Session")
+@pytest.mark.filterwarnings("ignore:SESSION_TYPE is set, so old sessions")
 def test_another_cache_is_refused(cache: Any) -> None:
     with pytest.raises(SettingError, match=f"SESSION_CACHELIB is a {type(cache).__name__}"):
         Session(an_app(SESSION_TYPE="cachelib", SESSION_CACHELIB=cache))
