@@ -23,6 +23,7 @@ from .revoke import revoke
 from .serve import serve
 from .sessions import list_, show
 from .stats import stats
+from .users import users
 
 # This warning concerns server workers; a command is a process of its own.
 _WORKER_WARNING = "Rate limits count in each process separately"
@@ -63,3 +64,4 @@ gsession.add_command(revoke)
 gsession.add_command(serve)
 gsession.add_command(show)
 gsession.add_command(stats)
+gsession.add_command(users)

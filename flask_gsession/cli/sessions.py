@@ -41,6 +41,7 @@ from .common import (
     store_location,
 )
 from .output import pluralize, progress, table
+from .users import device_facts, in_one_line, list_devices
 from .where import Condition, NotCompared, Where, all_hold
 
 _SHOWN = 100  # sessions, on a terminal
@@ -72,6 +73,7 @@ _ORDERS: dict[str, Callable[[Facts], tuple[int | str, ...]]] = {
     type=click.Choice([*_ORDERS, UNSORTED]),
     help=f'The order. Defaults to "newest" on a terminal, else "{UNSORTED}".',
 )
+@click.option("--user", metavar="USER", help="Only the sessions that are bound to this user.")
 @session_option
 @json_option
 @with_appcontext
@@ -79,6 +81,7 @@ def list_(
     limit: int | None,
     conditions: tuple[Condition, ...],
     sort: str | None,
+    user: str | None,
     cookie: str | None,
     as_json: bool,
 ) -> None:
@@ -89,8 +92,16 @@ def list_(
 
     KEY is a key of the session or a path into its value, such as prefs.theme or cart.0.sku. VALUE
     is the text of a string, number, date or UUID, or JSON: 42, true, null, '["mug"]'.
+
+    With --user, each line has the handle, the id of the device, the times of sign-in, last use and
+    end, the network, and the label.
     """
+    if user is not None and (conditions or sort):
+        raise click.UsageError("--user can't be combined with --where or --sort")
     interface = choose_interface(cookie)
+    if user is not None:
+        list_devices(interface, user, limit, as_json)
+        return
     on_terminal = prints_to_terminal() and not as_json
     if limit is None and on_terminal:
         limit = _SHOWN
@@ -212,6 +223,10 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
         facts["permanent"] = repository.is_permanent(loaded.body.values)
         until = loaded.body.debug_until or 0
         facts["debug_log_until"] = format_time(until) if until > now else None
+        try:
+            facts |= device_facts(interface, loaded.body.owner)
+        except click.ClickException as error:
+            problem = error.message
         for name, raw in loaded.body.values.items():
             if expired(raw, now):
                 continue
@@ -268,8 +283,10 @@ def _print(
     }
     for label, value in facts.items():
         note = f" ({notes[label]})" if label in notes else ""
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or None
         if value is not None:
-            click.echo(f"{label:<20} {value}{note}")
+            click.echo(f"{label:<20} {in_one_line(str(value))}{note}")
     if contents:
         click.echo()
         rows = [

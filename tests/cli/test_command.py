@@ -716,6 +716,7 @@ def down(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 COMMANDS = [
     ("list",), ("show", "x" * 43), ("show", "x" * 8), ("revoke", "x" * 43),
     ("revoke", "--all", "--yes"), ("stats",), ("cleanup",), ("cleanup", "--dry-run"),
+    ("list", "--user", "ada"), ("revoke", "--user", "ada"), ("users", "rebuild"),
 ]  # fmt: skip
 
 
@@ -732,7 +733,8 @@ def test_a_store_that_cannot_scan(tmp_path: Path) -> None:
     console = Console(FOLDER_STORE.FolderStore(tmp_path))
     record = a_record(console.app.extensions["gsession"][console.ext].repository.clock)
     console.ext.store(console.app).create(record)
-    for words in (("list",), ("stats",), ("show", "x" * 8), ("revoke", "--all", "--yes")):
+    for words in (("list",), ("stats",), ("show", "x" * 8), ("revoke", "--all", "--yes"),
+                  ("users", "rebuild")):  # fmt: skip
         assert "FolderStore can't list its sessions" in console.failed(*words)
     assert "unreadable" in console.failed("show", record.key)
     assert "ended" in console.done("revoke", record.key)

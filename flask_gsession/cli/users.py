@@ -1,0 +1,186 @@
+"""The sessions of one user, for ``list``, ``show`` and ``revoke``; and ``flask gsession users``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import click
+from flask.cli import AppGroup, with_appcontext
+
+from ..errors import RevocationUnfinished, RosterUnreadable
+from ..interface import GSessionInterface
+from ..users.rosters import checked_user_id
+from ..users.users import UserDevice, Users
+from ..values.payload import Owner
+from .common import (
+    choose_interface,
+    file_is_missing,
+    format_duration,
+    format_time,
+    json_option,
+    print_store,
+    prints_to_terminal,
+    report_failures,
+    require_scans,
+    session_name,
+    session_option,
+    store_location,
+)
+from .output import pluralize, table
+
+_ABSENT = "-"  # in lines for other programs
+
+
+def users_of(interface: GSessionInterface) -> Users:
+    """The users of this ``Session``, as for code outside a request."""
+    return Users(lambda: interface.repository, lambda: None)
+
+
+def check_user(user: str) -> str:
+    """Fails if this can't be the id of a user."""
+    try:
+        return checked_user_id(user)
+    except ValueError as error:
+        raise click.UsageError(f"--user: {error}") from None
+
+
+def in_one_line(text: str) -> str:
+    """Text from an application, without characters that steer a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+@contextmanager
+def report_user_failures(interface: GSessionInterface, user: str | None = None) -> Iterator[None]:
+    """As ``report_failures``, with the command to run next."""
+    name = session_name(interface)
+    with report_failures(interface):
+        try:
+            yield
+        except RevocationUnfinished as error:
+            raise click.ClickException(f"{name}: not all sessions have ended: {error}") from None
+        except RosterUnreadable as error:
+            problem = f"{name}: the user's list of sessions can't be read: {error.detail}"
+            if error.for_others:
+                raise click.ClickException(problem) from None
+            again = "flask gsession users rebuild" + (f" --user {user}" if user else "")
+            raise click.ClickException(f"{problem}. Repair it: {again}") from None
+
+
+# -- flask gsession list --user
+
+
+def list_devices(interface: GSessionInterface, user: str, limit: int | None, as_json: bool) -> None:
+    """Print the sessions of a user, the last seen first."""
+    user = check_user(user)
+    devices: list[UserDevice] = []
+    if not file_is_missing(interface):
+        with report_user_failures(interface, user):
+            devices = users_of(interface).devices(user)
+    shown = list(islice(devices, limit))
+    if as_json:
+        for device in shown:
+            click.echo(json.dumps(_fields(device)))
+    elif prints_to_terminal():
+        _print_table(interface, shown)
+    else:
+        for device in shown:
+            click.echo(_line(device))
+    if len(devices) > len(shown):
+        click.echo(f"There are {len(devices)}: use --limit to show more", err=True)
+    if not devices:
+        text = f"{session_name(interface)}: no sessions of this user in {store_location(interface)}"
+        click.echo(text, err=True)
+
+
+def _fields(device: UserDevice) -> dict[str, object]:
+    times = {
+        name: format_time(int(getattr(device, name).timestamp() * 1000))
+        for name in ("created_at", "last_seen_at", "expires_at")
+    }
+    return {
+        "handle": device.handle,
+        "device_id": device.id,
+        **times,
+        "network": device.network,
+        "label": device.label,
+        "tags": list(device.tags),
+        "remembered": device.remembered,
+    }
+
+
+def _line(device: UserDevice) -> str:
+    fields = _fields(device)
+    del fields["tags"], fields["remembered"]
+    return " ".join(_ABSENT if each is None else in_one_line(str(each)) for each in fields.values())
+
+
+def _print_table(interface: GSessionInterface, devices: list[UserDevice]) -> None:
+    now = interface.repository.now()
+    rows = [
+        (
+            device.id,
+            in_one_line(device.label or ""),
+            f"{format_duration(now - int(device.last_seen_at.timestamp() * 1000))} ago",
+            format_duration(int(device.expires_at.timestamp() * 1000) - now),
+            device.network or "",
+            device.handle,
+        )
+        for device in devices
+    ]
+    if rows:
+        columns = ["device", "label", "last seen", "ends in", "network", "handle"]
+        table(columns, rows, wraps=["label"], drop=["ends in", "network", "handle"])
+
+
+# -- flask gsession show
+
+
+def device_facts(interface: GSessionInterface, owner: Owner | None) -> dict[str, object]:
+    """The user of a session, and what the user's list says of the session. One round trip."""
+    if owner is None:
+        return {}
+    facts: dict[str, object] = {"user": owner.user_id, "device_id": owner.device_id}
+    with report_user_failures(interface, owner.user_id):
+        devices = users_of(interface).devices(owner.user_id)
+    for device in devices:
+        if device.id == owner.device_id:
+            fields = _fields(device)
+            names = ("label", "tags", "network", "last_seen_at", "remembered")
+            return {**facts, **{name: fields[name] for name in names}}
+    return facts
+
+
+# -- flask gsession users
+
+
+@click.group(cls=AppGroup, short_help="Repair the lists of users' sessions.")
+def users() -> None:
+    """Look after the lists of users' sessions."""
+
+
+@users.command(short_help="Repair the lists from the sessions in the store.")
+@click.option("--user", metavar="USER", help="Only the list of this user.")
+@session_option
+@json_option
+@with_appcontext
+def rebuild(user: str | None, cookie: str | None, as_json: bool) -> None:
+    """Repair the lists of users' sessions from the sessions in the store.
+
+    A list that is damaged or lost gets all sessions of its user. Sessions that Flask-Login signed
+    in before you upgraded are entered. A list that can be read stays as it is, and no session ends.
+    """
+    user = None if user is None else check_user(user)
+    interface = choose_interface(cookie)
+    require_scans(interface)
+    print_store(interface)
+    entered = 0
+    if not file_is_missing(interface):
+        with report_user_failures(interface, user):
+            entered = users_of(interface).rebuild(user)
+    if as_json:
+        click.echo(json.dumps({"entered": entered}))
+    else:
+        click.echo(f"{pluralize(entered, 'sessions')} entered")
