@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from .parts import Blobs, Changes, Checks, Counts, Leases, NearReads, Scans, Upkeep
+    from .parts import Blobs, Bulk, Changes, Checks, Counts, Leases, NearReads, Scans, Upkeep
 
 Clock = Callable[[], float]
 
@@ -102,6 +102,7 @@ class Store:
     checks: Checks | None = None
     changes: Changes | None = None
     near: NearReads | None = None
+    bulk: Bulk | None = None
     #: Whether the store honours ``StoreOptions.logout_replicas``.
     confirms_logouts = False
 

@@ -1,7 +1,8 @@
 """Parts: the optional abilities of a store, beside the seven verbs.
 
 Each part is an attribute of the store (``leases``, ``blobs``, ``scans``, ``upkeep``, ``counts``,
-``checks``, ``changes``): an object with the methods below, or None where the store can't do that.
+``checks``, ``changes``, ``bulk``): an object with the methods below, or None where the store can't
+do that.
 """
 
 from __future__ import annotations
@@ -172,6 +173,16 @@ class Counts(Protocol):
         """
 
 
+class Bulk(Protocol):
+    """For a store that can delete several sessions in fewer round trips than one by one."""
+
+    def delete_many(self, keys: Sequence[str]) -> list[Deleted]:
+        """As ``Store.delete`` of each key; the results in the same order.
+
+        Not atomic: after ``StoreUnavailable``, some may have been deleted. A repeat is safe.
+        """
+
+
 class Finding(NamedTuple):
     """The result of a check. ``severity`` is ``"ok"``, ``"warning"`` or ``"error"``."""
 
@@ -286,6 +297,7 @@ class Parts(NamedTuple):
     checks: Checks | None
     changes: Changes | None
     near: NearReads | None
+    bulk: Bulk | None
 
 
 def parts_of(store: object) -> Parts:

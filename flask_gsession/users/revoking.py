@@ -28,9 +28,10 @@ def finish(
         return
     unconfirmed: LogoutUnconfirmed | None = None
     keys = {device.key for device in ending}
-    for device in ending:
+    deleting = repository.delete_many([device.key for device in ending])
+    for device, delete in zip(ending, deleting, strict=True):
         try:
-            ended = repository.delete(device.key, leave_roster=False)
+            ended = delete()
         except LogoutUnconfirmed as error:
             unconfirmed, ended = error, True
             keys.remove(device.key)

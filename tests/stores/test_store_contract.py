@@ -16,7 +16,7 @@ from flask_gsession.contrib.metrics_figures import Figures
 from flask_gsession.events import Events
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.stores.base import VERBS, Clock, Record
-from flask_gsession.stores.parts import parts_of
+from flask_gsession.stores.parts import Parts, parts_of
 from flask_gsession.stores.wrappers import Breaker, CallMaker, Near, Wrapper, compose
 from flask_gsession.testing import HookedStore, StoreContract
 from tests.harness.apps import PATIENCE
@@ -185,5 +185,5 @@ class TestSevenVerbs(StoreContract):
     def open(self, clock: Clock) -> Store:
         store: Any = SevenVerbs(open_store("memory://", StoreOptions(clock=clock))[0])
         wrapped: Store = WRAPPERS[self.wrapper](store) if self.wrapper in WRAPPERS else store
-        assert parts_of(wrapped) == (None,) * 8
+        assert parts_of(wrapped) == (None,) * len(Parts._fields)
         return wrapped

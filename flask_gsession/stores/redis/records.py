@@ -11,7 +11,7 @@ from .layout import RECORD, header, pack, unpack, version
 from .pool import packed
 
 _SAVE, _RENEW = Script("save"), Script("renew")
-_REPLACE, _DELETE = Script("replace"), Script("delete")
+_REPLACE, DELETE = Script("replace"), Script("delete")
 
 
 class Records:
@@ -165,7 +165,13 @@ class Records:
         keys = self._keys_to_remove(key, lease)
         now, owner = self.commands.now_text(), (lease or "").encode()
         arguments = [wanted, now, pointers, owner, self.names.channels]
-        return self.commands.run(deadline, _DELETE, keys, arguments, confirmation=confirmation)
+        return self.commands.run(deadline, DELETE, keys, arguments, confirmation=confirmation)
+
+    def words_to_remove(self, key: str) -> list[bytes]:
+        """What follows the name of the script that deletes any version, but no pointer."""
+        keys = self._keys_to_remove(key, None)
+        rest = [b"", self.commands.now_text(), b"0", b"", self.names.channels]
+        return [b"%d" % len(keys), *keys, *rest]
 
     def _keys_to_remove(self, key: str, lease: str | None) -> list[bytes]:
         return [self.names.record(key), self.names.lease(key)]

@@ -16,6 +16,7 @@ from ...live.listener import Listener
 from ..base import Deleted, Record, Replaced, Store
 from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
+from .bulk import RedisBulk
 from .changes import RedisSource
 from .commands import Commands
 from .foreign import RedisStrings, RedisTogether
@@ -50,6 +51,8 @@ class RedisStore(Store):
         self._begin(url_or_client, options, records, pool.make)
         self.leases = RedisLeases(records, self._wake_ups)
         self.blobs = RedisBlobs(records.commands)
+        if not options.logout_replicas:  # their confirmation is asked for one by one
+            self.bulk = RedisBulk(records)
 
     def _begin(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
 from ...errors import KeyTaken
 from ..base import Deleted, Record
@@ -126,6 +127,13 @@ class Records:
             self.layout.expect(db, record, expected_version, lease)
         record = self._pop(db, record, now)
         return Deleted(record is not None, record)
+
+    @in_transaction(durable=True)
+    def delete_many(self, db: sqlite3.Connection, keys: Sequence[str]) -> list[Deleted]:
+        """Part ``bulk``."""
+        now = self.layout.now()
+        ended = [self._pop(db, self.layout.select(db, key), now) for key in keys]
+        return [Deleted(record is not None, record) for record in ended]
 
     def _pop(self, db: sqlite3.Connection, record: Record | None, now: int) -> Record | None:
         while True:  # each pointer goes, so there is an end

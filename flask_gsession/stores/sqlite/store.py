@@ -38,6 +38,7 @@ class SQLiteStore(Store):
         self.path = self.file.path
         layout = Layout(options.prefix, options.clock)
         self._records = Records(self.file, layout)
+        self.bulk = self._records
         self.leases = SQLiteLeases(self._records)
         self.blobs = SQLiteBlobs(self.file, layout)
         self.scans = self.upkeep = self.counts = SQLiteScans(self.file, layout)

@@ -101,7 +101,9 @@ class NearCache(CallWrapper, NearReads):
             return method(*arguments)
         finally:  # also where the outcome is unknown
             first = arguments[0]
-            self._kept.changed((first.key if isinstance(first, Record) else first,))
+            if isinstance(first, Record):
+                first = first.key
+            self._kept.changed((first,) if isinstance(first, str) else first)
 
 
 class Kept(Hearer):

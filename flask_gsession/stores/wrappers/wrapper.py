@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..base import Deleted, Record, Replaced, Store
-from ..parts import Blobs, Leases, NearFigures, NearReads, parts_of
+from ..parts import Blobs, Bulk, Leases, NearFigures, NearReads, parts_of
 
 
 class Wrapper(Store):
@@ -22,7 +22,7 @@ class Wrapper(Store):
         parts = parts_of(store)
         self.leases, self.blobs, self.scans = parts.leases, parts.blobs, parts.scans
         self.upkeep, self.counts, self.checks = parts.upkeep, parts.counts, parts.checks
-        self.changes, self.near = parts.changes, parts.near
+        self.changes, self.near, self.bulk = parts.changes, parts.near, parts.bulk
 
     def create(self, record: Record) -> None:
         self.store.create(record)
@@ -67,7 +67,8 @@ class CallWrapper(Wrapper):
     """A store around ``store`` that makes each call by ``call(operation, method, *arguments)``.
 
     This includes all calls of a request: the verbs except ``close``, and the parts ``leases``
-    (except the wait for a release), ``blobs`` and ``near`` (except a peek, which asks nobody).
+    (except the wait for a release), ``blobs``, ``bulk`` (one ``delete`` of all keys) and ``near``
+    (except a peek, which asks nobody).
     """
 
     def __init__(self, store: Store, call: CallMaker) -> None:
@@ -79,6 +80,8 @@ class CallWrapper(Wrapper):
             self.blobs = _CalledBlobs(self.blobs, call)
         if self.near is not None:
             self.near = _CalledNear(self.near, call)
+        if self.bulk is not None:
+            self.bulk = _CalledBulk(self.bulk, call)
 
     def create(self, record: Record) -> None:
         self.call("create", self.store.create, record)
@@ -148,6 +151,15 @@ class _CalledLeases(Leases):
 
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
         self._leases.wait_for_release(key, owner, seconds)
+
+
+class _CalledBulk(Bulk):
+    def __init__(self, bulk: Bulk, call: CallMaker) -> None:
+        self._bulk = bulk
+        self._call = call
+
+    def delete_many(self, keys: Sequence[str]) -> Any:
+        return self._call("delete", self._bulk.delete_many, keys)
 
 
 class _CalledNear(NearReads):

@@ -17,6 +17,28 @@ from .base import Contract, changed, live, raises
 
 
 class VerbContract(Contract):
+    def test_many_are_deleted_as_one_by_one(self) -> None:
+        with self._store() as (store, clock):
+            bulk = parts_of(store).bulk
+            if bulk is None:
+                return
+            records = [a_record(clock) for _ in range(5)]
+            for record in records:
+                store.create(record)
+            rotated, absent, kept = a_record(clock), a_record(clock), records.pop()
+            store.replace(
+                records[0].key, rotated, records[0].version, a_pointer(records[0], rotated)
+            )
+            keys = [absent.key, *(record.key for record in records)]
+            deleted = bulk.delete_many(keys)
+            assert [bool(each) for each in deleted] == [False, True, True, True, True]
+            assert [each.record for each in deleted] == [None, rotated, *records[1:]]
+            for record in (*records, rotated):
+                assert live(store, clock, record) is None
+            assert live(store, clock, kept) == kept
+            assert not any(bulk.delete_many(keys))
+            assert bulk.delete_many([]) == []
+
     def test_is_a_store(self) -> None:
         with self._store() as (store, _):
             assert is_store(store)

@@ -1,0 +1,62 @@
+"""Deletes several sessions of one Redis in one round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from ...errors import UnreadableRecord
+from ..base import Deleted
+from ..interrupts import reraise_interruption
+from ..parts import Bulk
+from .layout import unpack
+from .pool import packed
+from .records import DELETE, Records
+
+
+class RedisBulk(Bulk):
+    """Part ``bulk``: whatever isn't answered at once is deleted on its own."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+
+    def delete_many(self, keys: Sequence[str]) -> list[Deleted]:
+        if not keys:
+            return []
+        first = self._records.delete(keys[0])  # the server knows the script then
+        answers = self._ask(keys[1:])
+        pairs = zip(keys[1:], answers, strict=True)
+        return [first, *(self._deleted(key, answer) for key, answer in pairs)]
+
+    def _ask(self, keys: Sequence[str]) -> Sequence[Any]:
+        commands = self._records.commands
+        requests = [
+            packed(b"EVALSHA", DELETE.sha, *self._records.words_to_remove(key)) for key in keys
+        ]
+        if not requests:
+            return []
+        slot = commands.pool.take(commands.deadline())
+        try:
+            answers: list[Any] = slot.ask_all(b"".join(requests), len(requests))
+        except (RedisError, OSError) as error:
+            slot.connection.disconnect()
+            reraise_interruption(error)
+            return [None] * len(keys)
+        except BaseException:
+            slot.connection.disconnect()
+            raise
+        finally:
+            commands.pool.give(slot)
+        return answers
+
+    def _deleted(self, key: str, answer: Any) -> Deleted:
+        if answer == b"N":
+            return Deleted(False)
+        if type(answer) is bytes and answer[:1] == b"K":
+            try:
+                return Deleted(True, unpack(key, answer[1:]))
+            except UnreadableRecord:
+                pass  # the answer to another command
+        return self._records.delete(key)  # through pointers, or once more
