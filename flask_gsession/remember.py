@@ -84,11 +84,13 @@ def before_the_user_is_loaded(session: SessionData) -> bool:
     cookie = request.cookies.get(name)
     if cookie is None:
         return False
-    if session.get(LOGIN) is not None or not _converts(life, cookie):
+    # After the response, and in a socket handler, no response can carry the token of a sign-in.
+    waits = life.is_late or request.routing_exception is not None
+    if waits or session.get(LOGIN) is not None or not _converts(life, cookie):
         # Not in the session, as Flask-Login does it: that would make one for each visitor.
         others = ((key, value) for key, value in request.cookies.items(multi=True) if key != name)
         vars(request)["cookies"] = ImmutableMultiDict(others)
-    return True
+    return not waits
 
 
 def _was_away(life: Lifecycle) -> bool:

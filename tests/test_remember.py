@@ -20,12 +20,14 @@ from flask_login import (
     logout_user,
 )
 from flask_login.utils import encode_cookie
+from flask_socketio import SocketIO
 
 from flask_gsession import Session, SessionData, SettingError, StoreUnavailable
 from flask_gsession.stores.base import is_session_key
 from flask_gsession.stores.parts import parts_of
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker, Visitor, at_once
+from tests.test_authentication import ADA, LEGACY_FORMS, SECURITY, with_security
 
 DAY = 86_400
 COOKIE = "remember_token"
@@ -342,6 +344,58 @@ def test_a_page_that_asks_for_no_user_leaves_it_alone(one: Site) -> None:
     assert visitor.get("/page").status_code == 200
     assert visitor.get_cookie(COOKIE)
     assert visitor.get("/me").text == "ada"
+
+
+def test_it_waits_for_a_response_that_can_carry_the_token(one: Site) -> None:
+    """A socket handler, a page for a wrong address and a streamed body have none."""
+
+    def late() -> flask.Response:
+        def body() -> Iterator[str]:
+            yield str(current_user.get_id())
+
+        return flask.Response(flask.stream_with_context(body()))
+
+    one.app.add_url_rule("/late", "late", late)
+    one.app.register_error_handler(404, lambda error: str(current_user.get_id()))
+    socketio = SocketIO(one.app, manage_session=False, async_mode="threading")
+    users: list[str | None] = []
+    socketio.on_event("connect", lambda: users.append(current_user.get_id()))
+    visitor = with_old_cookie(one)
+    assert visitor.get("/late").text == "None"
+    assert visitor.get("/nowhere").text == "None"
+    socketio.test_client(one.app, flask_test_client=visitor)
+    assert users == [None]
+    assert visitor.get_cookie(COOKIE)
+    assert visitor.get("/me").text == "ada"
+    assert visitor.get("/nowhere").text == "ada"
+
+
+@LEGACY_FORMS
+def test_with_flask_security(make_site: SiteMaker, clock: FakeClock) -> None:
+    site = make_site(
+        config={**SECURITY, "SECURITY_TWO_FACTOR": False},
+        remember="session",
+        remember_until=until(clock, 30),
+    )
+    visitor = with_security(site).visitor()
+    assert visitor.post("/login", json={**ADA, "remember": True}).status_code == 200
+    assert visitor.get_cookie(COOKIE) is None
+    browser_is_closed(visitor)
+    clock.advance(20 * DAY)
+    assert visitor.run(lambda session: current_user.email) == ADA["email"]
+    assert visitor.post("/logout", json={}).status_code == 200
+    assert visitor.run(lambda session: session.permanent) is False
+
+
+def test_a_cookie_of_another_name(one: Site) -> None:
+    one.app.config.update(REMEMBER_COOKIE_NAME="stay", REMEMBER_COOKIE_PATH="/me")
+    visitor = one.visitor()
+    with one.app.app_context():
+        visitor.set_cookie("stay", encode_cookie("ada"), path="/me")
+    assert visitor.get("/me").text == "ada"
+    assert visitor.get_cookie("stay", path="/me") is None
+    visitor.run(sign_in(remember=True))
+    assert visitor.get_cookie("stay", path="/me") is None
 
 
 def test_after_the_date_none_is_converted(one: Site) -> None:
