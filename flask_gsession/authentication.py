@@ -25,7 +25,7 @@ from .remember import (
 from .request.confirming import SIGN_IN, note_confirmation
 from .request.lifecycle import CONFIRMED, Lifecycle
 from .request.ownership import LOGIN, bind, unbind
-from .request.session import SessionData, life_of
+from .request.session import SessionData, lifecycle_of
 
 # Flask-Security sets these keys at each step of authentication, even without a signal: the time of
 # the last verification, and the user who still has to enter a second factor.
@@ -113,7 +113,7 @@ def _loaded_from_cookie(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
         _rotate(session, _SIGNED_IN, remembered=True)
-        if is_kept_by_session(life_of(session)):
+        if is_kept_by_session(lifecycle_of(session)):
             remember(session)
 
 
@@ -122,7 +122,7 @@ def _signed_in(sender: Flask, **_: Any) -> None:
     if session is not None:
         fresh = session.get("_fresh") is True  # not login_user(fresh=False)
         wanted = seconds = None
-        if is_kept_by_session(life_of(session)):
+        if is_kept_by_session(lifecycle_of(session)):
             wanted, seconds = wants_to_be_remembered(session)
         else:
             warn_of_duration(sender, session)
@@ -132,7 +132,7 @@ def _signed_in(sender: Flask, **_: Any) -> None:
         elif wanted is not None:
             forget(session)
         if fresh:  # also of the user whose session it is already
-            life_of(session).wish(sign_in=True)
+            lifecycle_of(session).wish(sign_in=True)
         _renew_csrf_token(sender, session)
 
 
@@ -140,7 +140,7 @@ def _confirmed(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
         session.accessed = True
-        life = life_of(session)
+        life = lifecycle_of(session)
         # Only the session identifies the user, and an old token isn't enough for that.
         life.rotate_soon(0, confirms=True)
         note_confirmation(session, life, SIGN_IN)
@@ -148,7 +148,7 @@ def _confirmed(sender: Flask, **_: Any) -> None:
 
 
 def _renew_csrf_token(app: Flask, session: SessionData) -> None:
-    if life_of(session).repository.settings.renew_csrf:
+    if lifecycle_of(session).repository.settings.renew_csrf:
         # Flask-WTF caches the signed form of the token in g.
         name = csrf_field(app)
         session.pop(name, None)
@@ -163,7 +163,7 @@ def _rotate(
     fresh: bool = False,
 ) -> None:
     session.accessed = True
-    life = life_of(session)
+    life = lifecycle_of(session)
     user_id = session.get(LOGIN) if signed_in else None
     if user_id is not None and life.presented().handle is None:
         try:
@@ -193,7 +193,7 @@ def _protected(sender: Flask, **_: Any) -> None:
 
 def _end_login(session: SessionData) -> None:
     if LOGIN not in session:
-        unbind(life_of(session))
+        unbind(lifecycle_of(session))
         forget(session)
     if session.get("_remember") == "clear":
         vars(request)[FORGOTTEN] = True

@@ -16,7 +16,7 @@ from .errors import ConfirmationRequired, SettingError
 from .request.confirming import checked_methods, confirmed_at
 from .request.decorators import current_session
 from .request.lifecycle import Lifecycle
-from .request.session import SessionData, life_of
+from .request.session import SessionData, lifecycle_of
 
 R = TypeVar("R", bound=Callable[..., Any])
 
@@ -62,7 +62,7 @@ def require_fresh(
             look_at_user()  # Flask-Login may find that another browser has the session
         else:
             opened = target._get_current_object()
-        life = life_of(opened)
+        life = lifecycle_of(opened)
         life.open_from_store("a check for fresh authentication")
         at = confirmed_at(opened, life, methods)
         if at is not None and -_SKEW <= life.repository.now() - at <= seconds * 1000:

@@ -24,13 +24,13 @@ from .repository.repository import Repository
 from .request.lifecycle import ONE_KEY, Lifecycle
 from .request.session import (
     SessionData,
-    accompany,
+    add_further,
     begin_error_page,
     begin_response,
     close_unused,
-    life_of,
-    life_so_far,
-    opened_with,
+    existing_lifecycle,
+    lifecycle_of,
+    repository_of,
 )
 from .request.state import Phase, Presented
 from .request.writing import end_request
@@ -83,7 +83,7 @@ class GSessionInterface(SessionInterface):
         self._remembers = repository.settings.remember == "session"
         self._debug = repository.settings.debug
         self._signer: tuple[object, object, TokenSigner | None] = ((), "", None)
-        repository.shown_version = self._shown_version
+        repository.last_seen_version = self._last_seen_version
 
     def get_cookie_name(self, app: Flask) -> str:
         """The cookie's name: of this ``Session``, not of the application."""
@@ -114,7 +114,7 @@ class GSessionInterface(SessionInterface):
 
     def has_opened(self, session: object) -> bool:
         """Whether ``session`` is one of this interface."""
-        return isinstance(session, SessionData) and opened_with(session) is self.repository
+        return isinstance(session, SessionData) and repository_of(session) is self.repository
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application, the same all request long."""
@@ -127,7 +127,7 @@ class GSessionInterface(SessionInterface):
                     close_unused(session)
                 of_request = session_of_request()
                 if isinstance(of_request, SessionData):
-                    accompany(of_request, session)
+                    add_further(of_request, session)
         session = opened[self]
         session.accessed = True
         return session  # type: ignore[no-any-return]  # what was put in above
@@ -179,7 +179,7 @@ class GSessionInterface(SessionInterface):
             if response.is_streamed:
                 response.call_on_close(lambda: _report_late_changes(session))
             return
-        life = life_of(session)
+        life = lifecycle_of(session)
         if life.phase == Phase.SAVED:
             return
         # Where nobody has looked at the session, only a streamed body shows that Flask saves it.
@@ -196,7 +196,7 @@ class GSessionInterface(SessionInterface):
             # Nobody was told, or the application's page for the outage needed the session.
             if by_hand:
                 raise trouble.error
-            _turn_into(response, _answer_to(app, trouble.error))
+            _replace_response(response, _response_to(app, trouble.error))
         elif response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
 
@@ -210,7 +210,7 @@ class GSessionInterface(SessionInterface):
                 _add_vary(response, header)
         if not session.accessed:
             return
-        life = life_of(session)
+        life = lifecycle_of(session)
         request = life.request
         by_header = header is not None and life.presented().by_header
         withheld = life.cookie == "set" and life.entry is not None
@@ -229,7 +229,7 @@ class GSessionInterface(SessionInterface):
             if FORGOTTEN in vars(request):
                 forget_remembered(app, response)
         if life.near is not None:
-            self._tell_version(app, life, life.near.record, response, by_header=by_header)
+            self._send_version(app, life, life.near.record, response, by_header=by_header)
         if life.trace is not None:
             report(session, response)
 
@@ -271,7 +271,7 @@ class GSessionInterface(SessionInterface):
             self._signer = (given, name, signer)
         return signer
 
-    def _shown_version(self, request: Request, by_header: bool) -> int | None:
+    def _last_seen_version(self, request: Request, by_header: bool) -> int | None:
         """The version of the session that the client wrote last, as the response told it."""
         if by_header:
             text = request.headers.get(f"{self._token_header}{_VERSION_HEADER}", "")
@@ -281,7 +281,7 @@ class GSessionInterface(SessionInterface):
             text = cookies.partition(start)[2].partition(";")[0].strip(_BLANKS)
         return int(text) if text.isdecimal() and len(text) <= _LONGEST_VERSION else None
 
-    def _tell_version(
+    def _send_version(
         self,
         app: Flask,
         life: Lifecycle,
@@ -344,12 +344,12 @@ class GSessionInterface(SessionInterface):
             raise error
         if outage and self.repository.settings.on_store_error == "keep-response":
             return
-        _turn_into(response, _answer_to(app, error))
+        _replace_response(response, _response_to(app, error))
 
 
 def _is_by_hand(session: SessionData) -> bool:
     """Whether the application saves the session, and not Flask with the response it sends."""
-    life = life_so_far(session)
+    life = existing_lifecycle(session)
     return life is not None and life.phase == Phase.VIEW
 
 
@@ -375,7 +375,7 @@ def note_error_page(app: Flask, **_: Any) -> None:
                 begin_error_page(session)
 
 
-def _answer_to(app: Flask, error: Exception) -> Response:
+def _response_to(app: Flask, error: Exception) -> Response:
     """What the application answers when a view raises ``error``.
 
     Its hooks have run already, so a page of its own for the error gets ``Retry-After`` here.
@@ -426,7 +426,7 @@ def _add_vary(response: Response, header: str) -> None:
     response.headers.add("Vary", header)
 
 
-def _turn_into(response: Response, answer: Response) -> None:
+def _replace_response(response: Response, answer: Response) -> None:
     """Make ``response``, which Flask already holds, say what ``answer`` says."""
     close = getattr(response.response, "close", None)
     if close is not None:
@@ -445,7 +445,7 @@ def _turn_into(response: Response, answer: Response) -> None:
 
 
 def _report_late_changes(session: SessionData) -> None:
-    life = life_so_far(session)
+    life = existing_lifecycle(session)
     if life is not None:
         for key in life.late_changes():
             life.report_late(ONE_KEY, key)

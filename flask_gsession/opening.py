@@ -24,7 +24,7 @@ from .events import WriteDropped
 from .processes import process
 from .repository.repository import Loaded, Repository
 from .request.lifecycle import Lifecycle
-from .request.session import SessionData, life_of
+from .request.session import SessionData, lifecycle_of
 from .request.state import Phase, Presented
 from .request.writing import end_request
 from .stores.base import is_session_key
@@ -67,7 +67,7 @@ class OpenSession:
         process.notice()
         presented = Presented(handle=self._handle)
         session = SessionData(self._repository, lambda *_: presented, self._app, None)
-        life = life_of(session)
+        life = lifecycle_of(session)
         if self._repository.settings.debug:
             life.start_trace(Trace())
         session.accessed = True
@@ -86,7 +86,7 @@ class OpenSession:
     ) -> None:
         session, self._session = self._session, None
         assert session is not None  # it was entered
-        life = life_of(session)
+        life = lifecycle_of(session)
         try:
             if kind is None:
                 _save(life)
@@ -94,9 +94,9 @@ class OpenSession:
             error = raised
             raise
         finally:
-            with life.turn:
+            with life.mutex:
                 life.phase = Phase.SAVED
-                life.drop_placed()
+                life.drop_unreferenced()
             report(session, None, error)
 
     async def __aenter__(self) -> SessionData:

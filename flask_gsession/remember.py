@@ -20,7 +20,7 @@ from .events import logger
 from .moving.mark import mark_key
 from .request.lifecycle import CONFIRMED, Lifecycle
 from .request.ownership import LOGIN, seen_at
-from .request.session import SessionData, life_of
+from .request.session import SessionData, lifecycle_of
 from .users.rosters import checked_user_id
 
 # Flask-Login's notes in the session for its ``after_request`` function.
@@ -42,7 +42,7 @@ def wants_to_be_remembered(session: SessionData) -> tuple[bool, Any]:
 
 def warn_of_duration(app: Flask, session: SessionData) -> None:
     """Say once where Flask-Login's cookie, which stays in use, outlives the sessions."""
-    repository = life_of(session).repository
+    repository = lifecycle_of(session).repository
     if session.get(_WISH) == "set" and not repository.warned_of_remember:
         repository.warned_of_remember = True
         text = remember_warning(app, repository.settings)
@@ -57,14 +57,14 @@ def remember(session: SessionData, seconds: float | timedelta | None = None) -> 
     if seconds is not None:
         if isinstance(seconds, timedelta):
             seconds = seconds.total_seconds()
-        longest = life_of(session).repository.settings.absolute_timeout
+        longest = lifecycle_of(session).repository.settings.absolute_timeout
         session.set_lifetime(min(max(seconds, 1), longest))
 
 
 def forget(session: SessionData) -> None:
     """The session lasts as any other again: its user signed out, or in without that wish."""
     if session.pop(_REMEMBERED, None):
-        settings = life_of(session).repository.settings
+        settings = lifecycle_of(session).repository.settings
         session.permanent = settings.permanent
         session.set_lifetime(min(settings.idle_timeout, settings.absolute_timeout))
 
@@ -74,7 +74,7 @@ def before_the_user_is_loaded(session: SessionData) -> bool:
 
     A cookie that may not be converted is hidden from it. Two round trips for one that may.
     """
-    life = life_of(session)
+    life = lifecycle_of(session)
     if session.get(_REMEMBERED) and session.get("_fresh") and _was_away(life):
         # As with a cookie that signs the user in to a new session.
         session["_fresh"] = False

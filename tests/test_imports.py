@@ -33,7 +33,7 @@ ROWS = [
         "users.revoking",
         "users.rebuilding",
         "watching.tracing",
-        "request.placing",
+        "request.unreferenced",
         "request.waiting",
     ],
     ["request.lifecycle"],

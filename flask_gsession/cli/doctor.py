@@ -33,8 +33,10 @@ def doctor(as_json: bool) -> None:
     for interface in all_of_them.values():
         print_store(interface)
         repository = interface.repository
-        settings, spill = repository.settings, repository.spill
-        elsewhere = None if spill is None or settings.spill_store is None else spill.blobs
+        settings, large_values = repository.settings, repository.large_values
+        elsewhere = (
+            None if large_values is None or settings.spill_store is None else large_values.blobs
+        )
         found = [
             *check_application(app, interface, settings, repository.live.permanent_lifetime()),
             *check_store(interface.store, repository.clock, elsewhere),

@@ -45,7 +45,7 @@ from ..events import logger
 from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
-from ..request.session import SessionData, life_of
+from ..request.session import SessionData, lifecycle_of
 from ..stores import StoreOptions
 from ..stores.wrappers.breaker import Circuit
 from .ratelimit_clients import name_of, network_of_client, site_of
@@ -397,7 +397,9 @@ class _Limits:
         if not isinstance(session, SessionData):
             return None, None
         handle = session.handle  # loads the session
-        return handle if life_of(session).seen.presented else None, name_of(self.user(), "user=")
+        return handle if lifecycle_of(session).seen.presented else None, name_of(
+            self.user(), "user="
+        )
 
     def _spend(
         self, scope: str, buckets: Sequence[_Bucket], cost: int, *, show: bool = True

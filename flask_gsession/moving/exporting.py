@@ -50,13 +50,13 @@ class Exporter:
         repository = self._repository
         try:
             body = repository.read(record.key, record)
-            values = body.values.values() if body is not None and body.spilled else ()
+            values = body.values.values() if body is not None and body.has_large else ()
             references = [reference_in(raw) for raw in values if refers(raw)]
         except UnreadableRecord:  # for the application that imports it to judge
             return
         end = record.idle_expires_at + BLOB_GRACE
         for reference in references:
-            if repository.spill is None:
+            if repository.large_values is None:
                 raise ValueLost("missing")
-            for offset, frame in repository.spill.stored(reference):
+            for offset, frame in repository.large_values.stored(reference):
                 yield Frame(reference.name, offset, frame, record.key, record.version, end)

@@ -44,7 +44,7 @@ class Importer:
 
         Raises ``ArchiveError``.
         """
-        large_values = self._repository.spill is not None
+        large_values = self._repository.large_values is not None
         return check_archive(source, self._check_record, large_values=large_values)
 
     def _check_record(self, record: Record) -> Body | None:
@@ -128,9 +128,9 @@ class Importer:
                 return
             # The stored session may refer to this very value: never shorten its life.
             end = max(end, there.absolute_expires_at + BLOB_GRACE)
-        assert repository.spill is not None  # check_archive refuses frames without one
+        assert repository.large_values is not None  # check_archive refuses frames without one
         with suppress(Gone):  # removed by another process: the session reports its value as lost
-            repository.spill.blobs.write_frame(frame.blob, frame.offset, frame.frame, end)
+            repository.large_values.blobs.write_frame(frame.blob, frame.offset, frame.frame, end)
 
     def _read(self, record: Record) -> tuple[str, Body | None]:
         """Why the application can't read a record ("" if it can), and the record's body.

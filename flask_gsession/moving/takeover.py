@@ -310,15 +310,15 @@ def _drafted(
     If it is too large, values are left out, the largest first.
     """
     values, dropped = dict(contents.values), list(contents.dropped)
-    placed: dict[tuple[int, bytes], Reference] = {}
+    written: dict[tuple[int, bytes], Reference] = {}
     while True:
         body = Body(values, contents.lifetime, any(map(is_marked, values.values())), origin=origin)
         try:
-            if repository.any_large(values, values):
-                end = repository.blobs_end(body)
-                spilled = replace(body, spilled=True)
-                stored = repository.put_away(spilled, partial(int, end), placed, {})
-                body = replace(spilled, values=stored, spilled=bool(placed))
+            if repository.has_large_value(values, values):
+                end = repository.blobs_expire_at(body)
+                referring = replace(body, has_large=True)
+                stored = repository.write_large(referring, partial(int, end), written, {})
+                body = replace(referring, values=stored, has_large=bool(written))
             if knows_users:
                 body = replace(body, owner=owner_of(repository, body, contents))
             record = repository.draft_imported(key, body, contents.began, contents.ends)

@@ -54,7 +54,7 @@ _BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its sess
 _NO_WARNING = ("unknown", "expired")  # what anybody can send
 # For the store: the idle expiry may move back. Only named where it may.
 _SHORTEN = {"shorten": True}
-_NOTHING_MORE: dict[str, bool] = {}
+_NO_OPTIONS: dict[str, bool] = {}
 _AT_ONCE = 100  # sessions that are deleted in one round trip
 
 
@@ -87,7 +87,7 @@ class Repository:
         self.settings = settings
         self.live = live
         #: None where the store has no place for large values
-        self.spill: LargeValueStorage | None = None
+        self.large_values: LargeValueStorage | None = None
         self._own_blobs: Blobs | None = None
         self.events = events
         #: Called before a session is stored for the first time; what it raises prevents that.
@@ -112,7 +112,7 @@ class Repository:
         self.use_store(store)
         places = self._own_blobs if blobs is None else blobs
         if places is not None:
-            self.spill = LargeValueStorage(
+            self.large_values = LargeValueStorage(
                 places,
                 max_bytes=settings.max_value_bytes,
                 cipher=cipher,
@@ -120,11 +120,11 @@ class Repository:
             )
         #: where large values are files, which do not go by themselves: for a clean-up
         self.files = None if blobs is None else parts_of(blobs).upkeep
-        limit = None if self.spill is None else settings.spill_bytes
+        limit = None if self.large_values is None else settings.spill_bytes
         self._inline = sys.maxsize if limit is None else limit
         self.codec.resolve = self._resolve
         #: the version that a request says it wrote last, and whether it says so in a header
-        self.shown_version: Callable[[Any, bool], int | None] = lambda request, by_header: None
+        self.last_seen_version: Callable[[Any, bool], int | None] = lambda request, by_header: None
         #: of the whole session: raises for what may not be set; gives the mark it is to have
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
@@ -142,8 +142,12 @@ class Repository:
         #: for the first read of a request; None without a near cache
         self.near = parts.near
         self.rosters = self.rosters.through(store)
-        if self.spill is not None and self.spill.blobs is before and parts.blobs is not None:
-            self.spill = self.spill.through(parts.blobs)
+        if (
+            self.large_values is not None
+            and self.large_values.blobs is before
+            and parts.blobs is not None
+        ):
+            self.large_values = self.large_values.through(parts.blobs)
 
     def find_near(self, key: str, version: int | None) -> Loaded | None:
         """The session under ``key`` from the near cache; None unless it is fresh enough there.
@@ -303,7 +307,7 @@ class Repository:
         """
         if record.idle_expires_at != old.idle_expires_at:
             self._renew_blobs(body, record.idle_expires_at)
-        more = _SHORTEN if shorten else _NOTHING_MORE
+        more = _SHORTEN if shorten else _NO_OPTIONS
         if lease is None:
             self.store.save(record, old.version, **more)
         else:
@@ -378,7 +382,7 @@ class Repository:
         idle_end = record.idle_expires_at
         # More than a renewal beyond what is usual now: by settings that were changed since.
         unusual = old.idle_expires_at - idle_end > self._idle_span(body.values, body.lifetime)[1]
-        more = _SHORTEN if shorten or unusual else _NOTHING_MORE
+        more = _SHORTEN if shorten or unusual else _NO_OPTIONS
         pointer = self._pointer(old, record, grace)
         self._renew_blobs(body, record.idle_expires_at)
         if lease is None:
@@ -521,7 +525,7 @@ class Repository:
         ended = key
         if deleted.record is not None:
             ended = deleted.record.key
-            body = self._clear_away(deleted.record, ordered)
+            body = self._release_values(deleted.record, ordered)
             owner = None if body is None else body.owner
         if leave_roster and owner is not None and deleted.found:
             self.leave_roster(owner, key, ended)
@@ -554,7 +558,7 @@ class Repository:
         except StoreUnavailable as error:
             logger.warning("Session %s stays in its user's list: %s", keys[0], error)
 
-    def own(self, old: Record, body: Body, owner: Owner) -> None:
+    def save_owner(self, old: Record, body: Body, owner: Owner) -> None:
         """Store the owner of a session that stays as it is. Raises ``Stale`` and ``Gone``."""
         self.store.save(self.with_owner(old, body, owner), old.version)
 
@@ -584,7 +588,7 @@ class Repository:
             end = max(end, record.idle_expires_at)
         return (min(end, absolute) + MARGIN) // 1000
 
-    def _clear_away(self, record: Record, ordered: Callable[[int], None] | None) -> Body | None:
+    def _release_values(self, record: Record, ordered: Callable[[int], None] | None) -> Body | None:
         """This record ended: let go of its large values. Returns what it held, if that is readable.
 
         Also where replicas may not know yet that it ended. One that takes over with the session
@@ -598,11 +602,11 @@ class Repository:
             return None  # what it referred to, if anything, expires
         if ordered is not None and body.debug_until is not None:
             ordered(body.debug_until)
-        if body.spilled:
+        if body.has_large:
             self.discard(names_in(body.values.values()), 0)
         return body
 
-    def any_large(
+    def has_large_value(
         self, values: Mapping[str, bytes], changed: Iterable[str], others: int = 0
     ) -> bool:
         """Whether one of the encoded values is to be in a place of its own.
@@ -617,36 +621,36 @@ class Repository:
                 return True
         return False
 
-    def put_away(
+    def write_large(
         self,
         body: Body,
         expires_at: Callable[[], int],
-        placed: dict[tuple[int, bytes], Reference],
+        written: dict[tuple[int, bytes], Reference],
         before: Mapping[str, bytes],
     ) -> dict[str, bytes]:
-        """The values of ``body``, with references instead of those that are large.
+        """Write the large values of ``body``, and return its values with references to them.
 
-        These are written. ``placed`` has what was written before, by kind and digest, and gets what
-        is written now. ``before`` is what the session holds: a value there that is longer than a
-        limit of now stays as it is, or is replaced by one that is no longer. Raises
-        ``ValueRefused`` before anything is written, and ``StoreUnavailable``.
+        ``written`` holds what this request wrote before, by kind and digest. Each value is written
+        once, and added. ``before`` holds the session's values as they are stored. A value there
+        that exceeds a lowered limit may stay as it is, or give way to one that is no longer.
+        Raises ``ValueRefused`` before it writes anything, and ``StoreUnavailable``.
         """
         values = body.values
         large = [key for key, raw in values.items() if len(raw) > self._inline and not refers(raw)]
         self._check_total(values, before)
         if not large:
             return values
-        spill = self.spill
-        assert spill is not None  # or nothing is that large
+        large_values = self.large_values
+        assert large_values is not None  # or nothing is that large
         parts = {}
         for key in large:
             raw, stored = values[key], before.get(key)
             mark, plain = split(raw)
             length = len(content_of(plain)[1])
-            if length > spill.max_bytes and raw == stored:
+            if length > large_values.max_bytes and raw == stored:
                 continue
             if length > length_of(stored):
-                spill.check(f"session[{ascii(key)[:60]}]", length)
+                large_values.check(f"session[{ascii(key)[:60]}]", length)
             parts[key] = mark, plain
         values = dict(values)
         for key, (mark, _) in parts.items():
@@ -655,10 +659,10 @@ class Repository:
         for key, (mark, plain) in parts.items():
             kind, content = content_of(plain)
             same = (kind, hashlib.sha256(content).digest())
-            if same not in placed:
-                pieces = pieces_of(content, spill.frame_bytes)
-                placed[same] = spill.write(key, kind, pieces, expires_at, len(content))
-            values[key] = marked(placed[same].pack(), mark)
+            if same not in written:
+                pieces = pieces_of(content, large_values.frame_bytes)
+                written[same] = large_values.write(key, kind, pieces, expires_at, len(content))
+            values[key] = marked(written[same].pack(), mark)
         return values
 
     def room_for(self, key: str, stored: Mapping[str, bytes]) -> int:
@@ -692,10 +696,10 @@ class Repository:
 
     def _resolve(self, data: bytes) -> Any:
         """The value of a reference. Raises ``ValueLost`` and ``StoreUnavailable``."""
-        if self.spill is None:
+        if self.large_values is None:
             raise ValueLost("missing")
         reference = Reference.of(data)
-        content = self.spill.read(reference)
+        content = self.large_values.read(reference)
         if reference.kind == BYTES:
             return content
         try:
@@ -703,7 +707,7 @@ class Repository:
         except UnreadableRecord:
             raise ValueLost("altered") from None
 
-    def blobs_end(self, body: Body, absolute: int | None = None) -> int:
+    def blobs_expire_at(self, body: Body, absolute: int | None = None) -> int:
         """Until when the large values of a session are kept that is stored now or a bit later.
 
         In milliseconds. ``absolute`` is where the session ends; None: it is a new one.
@@ -714,18 +718,18 @@ class Repository:
 
     def discard(self, names: Iterable[str], grace: int) -> None:
         """Let blobs go in so many milliseconds. One round trip; never raises for an outage."""
-        if self.spill is not None and (all_of := sorted(names)):
-            self.spill.discard(all_of, self.now() + grace)
+        if self.large_values is not None and (all_of := sorted(names)):
+            self.large_values.discard(all_of, self.now() + grace)
 
     def renew_blobs(self, references: Iterable[Reference], end: int) -> None:
         """Keep these until ``end``, in milliseconds. One round trip."""
-        if self.spill is not None:
-            self.spill.renew(sorted(reference.name for reference in references), end)
+        if self.large_values is not None:
+            self.large_values.renew(sorted(reference.name for reference in references), end)
 
     def _renew_blobs(self, body: Body, idle_end: int) -> None:
-        if body.spilled and self.spill is not None:
+        if body.has_large and self.large_values is not None:
             names = sorted(names_in(body.values.values()))
-            self.spill.renew(names, idle_end + _BLOB_MARGIN)
+            self.large_values.renew(names, idle_end + _BLOB_MARGIN)
 
     @contextmanager
     def _under(self, lease: str) -> Iterator[Leases]:

@@ -12,7 +12,7 @@ from flask import session as flask_session
 from ..config import Seconds
 from ..errors import SettingError
 from .locking import Lock, check_times
-from .session import SessionData, life_of
+from .session import SessionData, lifecycle_of
 from .writing import LostRace
 
 P = ParamSpec("P")
@@ -31,7 +31,7 @@ def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
             session = current_session("session_transaction")
-            for _ in life_of(session).tries():
+            for _ in lifecycle_of(session).tries():
                 try:
                     with session.transaction():
                         return await function(*args, **kwargs)
@@ -86,7 +86,7 @@ def session_lock(
 
     def lock_of(called: Callable[..., Any]) -> Lock[SessionData] | None:
         session = current_session("session_lock")
-        life = life_of(session)
+        life = lifecycle_of(session)
         life.open()
         if life.seen.record is None and not life.ended:
             return None

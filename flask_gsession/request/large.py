@@ -42,17 +42,17 @@ class LargeValues:
         life, repository = self._life, self._life.repository
         values = life.open_for_writing(ONE_KEY, key)
         life.check_store()
-        if repository.spill is None:
+        if repository.large_values is None:
             raise SettingError(
                 f"session.attach({ascii(key)[:60]}) needs a place for large values: this "
                 "SESSION_STORE has none"
             )
-        pieces = pieces_from(file, repository.spill.frame_bytes)
+        pieces = pieces_from(file, repository.large_values.frame_bytes)
         first = next(pieces, b"")
         limit = repository.settings.spill_bytes
         if (
             len(first) <= (_SMALL if limit is None else limit)
-            and len(first) < repository.spill.frame_bytes
+            and len(first) < repository.large_values.frame_bytes
         ):
             return first
         if repository.check is not None:
@@ -60,28 +60,28 @@ class LargeValues:
             mark = checked if mark == PLAIN else mark._replace(version=checked.version)
         body = Body(values.stored, life.lifetime)
         absolute = life.seen.record.absolute_expires_at if life.seen.record else None
-        end = repository.blobs_end(body, absolute)
+        end = repository.blobs_expire_at(body, absolute)
         try:
-            reference = repository.spill.write(
+            reference = repository.large_values.write(
                 f"session[{ascii(key)[:60]}]",
                 BYTES,
                 chain([first], pieces),
-                lambda: repository.blobs_end(body, absolute),
+                lambda: repository.blobs_expire_at(body, absolute),
                 room=repository.room_for(key, values.stored),
             )
         except StoreUnavailable as error:
-            life.met_outage(error, "written to")
+            life.note_outage(error, "written to")
             raise
-        with life.turn:
-            life.placed.add(reference, end)
-            values.give(key, marked(reference.pack(), mark), repository.now)
+        with life.mutex:
+            life.unreferenced.add(reference, end)
+            values.set_encoded(key, marked(reference.pack(), mark), repository.now)
         return reference.length
 
     def reader(self, key: str) -> ValueReader | None:
         """A reader of the large bytes under ``key``; None where its value is in memory."""
         life = self._life
         while True:
-            raw = life.open().held(key)
+            raw = life.open().undecoded(key)
             if raw is None or not refers(raw):
                 return None
             try:
@@ -93,11 +93,11 @@ class LargeValues:
                 raise TypeError(
                     f"session[{ascii(key)[:60]}] holds no bytes: there is nothing to open"
                 )
-            spill = life.repository.spill
+            large_values = life.repository.large_values
             try:
-                if spill is None:
+                if large_values is None:
                     raise ValueLost("missing")
-                return ValueReader(reference, partial(spill.frame, reference))
+                return ValueReader(reference, partial(large_values.frame, reference))
             except ValueLost as error:
                 self.lost(key, raw, error)
 
@@ -128,18 +128,18 @@ class LargeValues:
             self._lost_once[key] = raw
             newer = raw if values.has_changed(key) else self._stored_now(key)
             if newer is None:  # it went with its session, or was removed
-                values.hide(key)
+                values.mark_absent(key)
                 raise KeyError(key)
             if newer != raw:
-                values.correct(key, newer, life.repository.now)
+                values.replace_lost(key, newer, life.repository.now)
             return
         handle = life.handle
         logger.warning(
             "Session %s: the large value under %a is lost: %s", handle, key[:60], error.reason
         )
         life.repository.events.emit(LargeValueLost, key, error.reason, handle)
-        values.hide(key)
-        kept = error.reason in _FOR_OTHERS or life.may_repeat()
+        values.mark_absent(key)
+        kept = error.reason in _FOR_OTHERS or life.in_retried_code()
         if life.seen.record is not None and not kept:
             try:
                 rewrite(

@@ -37,7 +37,6 @@ from ..values.merge import Change, MergeFunction, last
 from ..values.payload import Body
 from ..values.references import refers
 from ..watching.tracing import Trace, TracedRepository, TracedValues
-from .placing import Placed
 from .state import (
     FROM_STORE,
     NO_WISHES,
@@ -51,11 +50,12 @@ from .state import (
     Seen,
     Trouble,
     Wishes,
-    beyond,
     current_block,
+    remaining,
     without_rotation,
 )
 from .tracking import TrackedValues
+from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
 _NO_BODY = Body({})
@@ -79,18 +79,26 @@ class Lifecycle:
 
     ``present`` reads the token from the ``request``; it is called once, at the first look. Then a
     function is added to ``hooks``, which Flask calls when it begins to process the response.
-    ``turn`` is held wherever the values, ``seen`` and ``wishes`` change, so that the threads of a
+    ``mutex`` is held wherever the values, ``seen`` and ``wishes`` change, so that the threads of a
     request never separate the values from the version that guards them. It is never held while
     code of the application runs or while a lock is waited for.
     """
 
     __slots__ = (
-        *("_hooks", "_imported", "_began", "_in_function", "_placed", "_present", "_presented"),
+        *(
+            "_hooks",
+            "_imported",
+            "_began",
+            "_in_function",
+            "_unreferenced",
+            "_present",
+            "_presented",
+        ),
         *("_reported", "_vetted", "app", "attempts", "block", "cookie"),
         *("drops_old_cookie", "ended", "entry", "error_page", "lease", "lease_pid", "locked"),
         "near",
         *("noted", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
-        *("signed_in", "trace", "trouble", "turn", "values", "was_modified", "wishes"),
+        *("signed_in", "trace", "trouble", "mutex", "values", "was_modified", "wishes"),
     )
 
     def __init__(
@@ -101,7 +109,7 @@ class Lifecycle:
         request: Request | None,
         hooks: list[Any] | None,
         began: tuple[float, int],
-        turn: Any,
+        mutex: Any,
         phase: str,
     ) -> None:
         self.repository = repository
@@ -113,7 +121,7 @@ class Lifecycle:
         self.entry: Entry | None = None
         self.app = app
         self.request = request
-        self.turn = turn
+        self.mutex = mutex
         self.phase = phase
         #: whether Flask makes a page for an error that nobody handled
         self.error_page = False
@@ -147,7 +155,7 @@ class Lifecycle:
         self._present = present
         self._hooks = hooks
         self._presented: Presented | None = None
-        self._placed: Placed | None = None
+        self._unreferenced: UnreferencedValues | None = None
         self._in_function: set[int] | None = None  # threads in the function of update_atomic
         self._vetted: dict[str, bytes] | None = None
         self._reported: set[str] | None = None
@@ -162,8 +170,8 @@ class Lifecycle:
     def _new_values(self, body: Body = _NO_BODY) -> TrackedValues:
         codec, now = self.repository.codec, self.repository.now if body.marked else None
         if self.trace is not None:
-            return TracedValues(self.trace, codec, body.values, now, turn=self.turn)
-        return TrackedValues(codec, body.values, now, self.turn)
+            return TracedValues(self.trace, codec, body.values, now, mutex=self.mutex)
+        return TrackedValues(codec, body.values, now, self.mutex)
 
     # -- phases
 
@@ -195,7 +203,7 @@ class Lifecycle:
     def open(self) -> TrackedValues:
         """The values, loaded at the first look. Raises ``StoreUnavailable``."""
         if not self.opened:
-            with self.turn:
+            with self.mutex:
                 if not self.opened:
                     if self.trouble is not None and self.trouble.loading:
                         self._go_on_without(self.trouble.error)
@@ -209,7 +217,7 @@ class Lifecycle:
         What the request looked at or changed stays as it is. Raises ``StoreUnavailable``.
         """
         if self.repository.near is not None:
-            with self.turn:
+            with self.mutex:
                 near = self.near
                 if near is None:
                     self.near = FROM_STORE
@@ -277,7 +285,7 @@ class Lifecycle:
                 if loaded is not None:
                     record, found = loaded.record, loaded.body
                     if found.debug_until is not None:
-                        self.heed_debug_switch("load", began, found.debug_until)
+                        self.trace_if_debugged("load", began, found.debug_until)
                     current = None if record.key != key else checked
                     if current is not None and current.outdated:
                         self.cookie = "set"
@@ -305,7 +313,7 @@ class Lifecycle:
             return repository.find(key)
         loaded = None
         if self.near is not FROM_STORE:
-            version = repository.shown_version(self.request, presented.by_header)
+            version = repository.last_seen_version(self.request, presented.by_header)
             loaded = repository.find_near(key, version)
         hit = loaded is not None
         if loaded is None:
@@ -371,7 +379,7 @@ class Lifecycle:
             self.repository.refused(error.reason, key, error.detail)
             return False
         except StoreUnavailable as error:
-            self.met_outage(error, "loaded again")
+            self.note_outage(error, "loaded again")
             raise
         if loaded is None:
             return False
@@ -380,8 +388,8 @@ class Lifecycle:
         wishes = self.wishes
         own = self._settle_attempts(record, seen.record, repeats=not afresh)
         if own is not None:
-            self.values.accept(own.body.values, own.changes)
-            wishes = beyond(own.wishes, wishes)
+            self.values.mark_saved(own.body.values, own.changes)
+            wishes = remaining(own.wishes, wishes)
             if own.token is not None:
                 token = own.token
                 self.cookie = "set"
@@ -397,9 +405,9 @@ class Lifecycle:
                 rotation=wishes.rotation, binding=wishes.binding, sign_in=wishes.sign_in
             )
         else:
-            self.values.follow(body.values, now)
-        if self._placed is not None:
-            self._placed.stored(body.values)
+            self.values.rebase(body.values, now)
+        if self._unreferenced is not None:
+            self._unreferenced.stored(body.values)
         self.wishes = wishes
         self.seen = Seen(token, record, body, presented=seen.presented)
         return True
@@ -446,18 +454,18 @@ class Lifecycle:
         except UnreadableRecord:
             loaded = None
         except StoreUnavailable as error:
-            self.met_outage(error, "loaded again")
+            self.note_outage(error, "loaded again")
             raise
         attempts, self.attempts = self.attempts, NO_ATTEMPTS
         for attempt in attempts.values():
             if loaded is not None and attempt.record.key == loaded.record.key:
-                self.values.accept(attempt.body.values, attempt.changes)
-                self.values.follow(loaded.body.values)
-                self.wishes = beyond(attempt.wishes, self.wishes)
+                self.values.mark_saved(attempt.body.values, attempt.changes)
+                self.values.rebase(loaded.body.values)
+                self.wishes = remaining(attempt.wishes, self.wishes)
                 self.cookie = "set"
                 self.seen = Seen(attempt.token, loaded.record, loaded.body)
-                if self._placed is not None:
-                    self._placed.stored(loaded.body.values)
+                if self._unreferenced is not None:
+                    self._unreferenced.stored(loaded.body.values)
 
     # -- what is to be stored
 
@@ -471,9 +479,9 @@ class Lifecycle:
     @property
     def has_large(self) -> bool:
         """Whether a value may be a reference to a large one."""
-        body, placed = self.seen.body, self._placed
-        return (body is not None and body.spilled) or (
-            placed is not None and bool(placed.references)
+        body, unreferenced = self.seen.body, self._unreferenced
+        return (body is not None and body.has_large) or (
+            unreferenced is not None and bool(unreferenced.references)
         )
 
     @property
@@ -482,16 +490,16 @@ class Lifecycle:
         return self.phase == Phase.SAVED
 
     @property
-    def placed(self) -> Placed:
+    def unreferenced(self) -> UnreferencedValues:
         """The large values that this request wrote."""
-        if self._placed is None:
-            self._placed = Placed(self.repository)
-        return self._placed
+        if self._unreferenced is None:
+            self._unreferenced = UnreferencedValues(self.repository)
+        return self._unreferenced
 
-    def drop_placed(self) -> None:
+    def drop_unreferenced(self) -> None:
         """Release the large values that this request wrote and no record refers to."""
-        if self._placed is not None:
-            self._placed.drop(unsure=bool(self.attempts) or self.trouble is not None)
+        if self._unreferenced is not None:
+            self._unreferenced.drop(unsure=bool(self.attempts) or self.trouble is not None)
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
         """What to store when these are the values."""
@@ -503,8 +511,8 @@ class Lifecycle:
             lifetime = before.lifetime
         if self.values.now is not None:
             marked = any(map(is_marked, stored.values()))
-        spilled = has_large and any(map(refers, stored.values()))
-        return Body(stored, lifetime, marked, debug_until, spilled, origin=before.origin)
+        has_large = has_large and any(map(refers, stored.values()))
+        return Body(stored, lifetime, marked, debug_until, has_large, origin=before.origin)
 
     def changes(self) -> dict[str, Change]:
         """What this request changed. Raises what the schema of the session has to say of it."""
@@ -568,7 +576,7 @@ class Lifecycle:
         if self.phase == Phase.SAVED:
             self.report_late("The token of the session")
             return
-        with self.turn:
+        with self.mutex:
             if self.seen.record is None and not self.attempts:
                 return
             if self.seen.is_old_token and grace > 0:
@@ -614,7 +622,7 @@ class Lifecycle:
         self.lease = None
         for key, raw in kept.items():
             if raw is not None:
-                values.give(key, raw, self.repository.now)
+                values.set_encoded(key, raw, self.repository.now)
 
     # -- ending
 
@@ -625,8 +633,8 @@ class Lifecycle:
 
     def destroy(self) -> None:
         """End the session in the store now; see ``SessionData.destroy``."""
-        with self.turn:
-            self.check_may_not_repeat("Ending the session")
+        with self.mutex:
+            self.check_not_in_retried_code("Ending the session")
             presented = self.presented()
             if self.repository.imports is not None:
                 self.open()  # it may be one that an old cookie leads to
@@ -645,7 +653,7 @@ class Lifecycle:
             bodies = {key: self.seen.body for key in keys[:1] if self.seen.record is not None}
             emitted = []
             for key in dict.fromkeys(keys):
-                heed = partial(self.heed_debug_switch, "delete", time.perf_counter())
+                heed = partial(self.trace_if_debugged, "delete", time.perf_counter())
                 try:
                     ended = self.repository.delete(key, heed, owner=owner, body=bodies.get(key))
                 except UnreadableRecord as error:
@@ -655,7 +663,7 @@ class Lifecycle:
                     logger.error(UNCONFIRMED, error)
                     unconfirmed, ended = error, True
                 except StoreUnavailable as error:
-                    self.met_outage(error, "ended")
+                    self.note_outage(error, "ended")
                     if not self.opened:
                         self.trouble = Trouble(error, loading=True)
                     raise
@@ -664,7 +672,7 @@ class Lifecycle:
             known = self.values.stored if self.has_large else None
             self.forget()
             if unconfirmed is not None and known is not None:
-                self.placed.replaced(known, None)
+                self.unreferenced.replaced(known, None)
             self.opened = True
             self.ended = False
             self.trouble = None
@@ -676,7 +684,7 @@ class Lifecycle:
                 raise unconfirmed
 
     def reload(self) -> None:
-        """Discard what this request changed, and load again. The caller holds the turn."""
+        """Discard what this request changed, and load again. The caller holds the mutex."""
         if self.seen.record is not None:
             # Only then is forgotten what was there: the load may fail, or be interrupted.
             if not self.catch_up(afresh=True):
@@ -709,14 +717,14 @@ class Lifecycle:
 
     def refuse(self, reason: str, detail: str) -> None:
         """What was loaded turned out unreadable: go on as a new anonymous session."""
-        with self.turn:
+        with self.mutex:
             self.repository.refused(reason, self.handle, detail)
             self.forget()
             self.cookie = "delete"  # or the next request would meet the same
 
     def end(self, during: str) -> None:
         """The session ended under this request: nothing of it is stored any more."""
-        with self.turn:
+        with self.mutex:
             handle = self.handle
             logger.info("Session %s ended while a request ran; its changes were dropped", handle)
             self.forget()
@@ -747,21 +755,21 @@ class Lifecycle:
                 "The process that entered this lock holds it. A forked child can't write under it."
             )
 
-    def met_outage(self, error: StoreUnavailable, what: str) -> None:
+    def note_outage(self, error: StoreUnavailable, what: str) -> None:
         """Remember and log, once, that the session could not be saved, or the like."""
         if self.trouble is None or self.trouble.error is not error:
             self.trouble = Trouble(error)
             logger.log(error.log_level, "A session could not be %s: %s", what, error)
 
-    def may_repeat(self) -> bool:
+    def in_retried_code(self) -> bool:
         """Whether this is called by what a lost race repeats."""
         if self.block is not None and self.block.kind == "transaction":
             return True
         return self._in_function is not None and threading.get_ident() in self._in_function
 
-    def check_may_not_repeat(self, what: str) -> None:
+    def check_not_in_retried_code(self, what: str) -> None:
         """Raises ``TransactionMisused`` inside what a lost race repeats."""
-        if self.may_repeat():
+        if self.in_retried_code():
             raise TransactionMisused(
                 f"{what} cannot be done inside a transaction, or in the function of update_atomic: "
                 "it could not be undone or run again. Do it before or after."
@@ -770,12 +778,12 @@ class Lifecycle:
     def call(self, function: Callable[[Any], Any], value: Any) -> Any:
         """What the function of an ``update_atomic`` makes of ``value``."""
         thread = threading.get_ident()
-        with self.turn:
+        with self.mutex:
             self._in_function = {*(self._in_function or ()), thread}
         try:
             return function(value)
         finally:
-            with self.turn:
+            with self.mutex:
                 self._in_function = self._in_function - {thread}
 
     # -- races
@@ -793,7 +801,7 @@ class Lifecycle:
     # -- blocks
 
     def begin_block(self, kind: Literal["transaction", "lock"]) -> Block:
-        """From now on changes belong to a transaction or a lock. The caller holds the turn."""
+        """From now on changes belong to a transaction or a lock. The caller holds the mutex."""
         pending = self.values.changes() if self.seen.record is None else None
         block = Block(kind, self.seen, self.wishes, self.block, pending)
         self.block = self.values.block = block
@@ -801,7 +809,7 @@ class Lifecycle:
 
     def leave_block(self, block: Block) -> None:
         """What comes now is no part of this block."""
-        with self.turn:
+        with self.mutex:
             inner = self.block
             if inner is block:
                 self.block = self.values.block = block.outer
@@ -814,7 +822,7 @@ class Lifecycle:
 
     def roll_back(self, block: Block) -> None:
         """Forget what a transaction or a lock did, and leave it."""
-        with self.turn:
+        with self.mutex:
             self.wishes = block.before
             for key in self.values.roll_back(block):
                 logger.error(
@@ -825,7 +833,7 @@ class Lifecycle:
             if self.seen.record is None and block.pending is not None:
                 for key, change in block.pending.items():
                     if change.mine is not None and key not in self.values:
-                        self.values.give(key, change.mine, self.repository.now)
+                        self.values.set_encoded(key, change.mine, self.repository.now)
             self.leave_block(block)
 
     # -- debugging
@@ -835,7 +843,7 @@ class Lifecycle:
         self.trace = trace
         self.repository = TracedRepository(self.repository, trace)
 
-    def heed_debug_switch(self, operation: str, began: float, until: int) -> None:
+    def trace_if_debugged(self, operation: str, began: float, until: int) -> None:
         """This operation of the store met a session that is to be debugged until then."""
         if until <= self.repository.now():
             return

@@ -78,12 +78,12 @@ class Lock(Generic[S]):
         self._timeout = lock_timeout(settings.lock_timeout if timeout is None else timeout)
         self._wait = lock_wait(settings.lock_wait if wait is None else wait)
         self._function = function
-        self._place = ""
+        self._called_from = ""
         self._owner = ""
         self._key: str | None = None  # under which we hold the lease, or may stand in its queue
         self._held = False
         self._lost = self._moved = self._abandoned = False
-        self._warns = settings.lock_warn
+        self._warn_after = settings.lock_warn
         self._pid = 0
         self._since = self._extend_at = self._warn_at = 0.0  # of time.monotonic
 
@@ -94,8 +94,8 @@ class Lock(Generic[S]):
 
     def _claim(self) -> None:
         life = self._life
-        with life.turn:
-            if life.may_repeat():
+        with life.mutex:
+            if life.in_retried_code():
                 raise LockMisused(
                     "A lock cannot begin inside a transaction, or in the function of "
                     "update_atomic: these may run again. Take the lock around them."
@@ -173,32 +173,32 @@ class Lock(Generic[S]):
         life = self._life
         life.check_store()
         life.open()
-        with life.turn:
+        with life.mutex:
             commit(life)
         self._check_stored()
-        self._place = _place(self._function)
+        self._called_from = _called_from(self._function)
         self._owner = secrets.token_hex(16)
         self._pid = os.getpid()
         self._lost = self._moved = False
         began = time.monotonic()
         try:
-            self._take(began)
+            self._acquire_current(began)
             self._emit(LockAcquired, self._since - began)
         except SessionLocked as error:
             reason = "too many waiters" if self._key is None else "wait over"
-            self._give_back()
+            self._release()
             waited = time.monotonic() - began
             self._emit(LockRefused, reason, waited)
             logger.info("A request did not get a lock: %s", error)
             raise
         except BaseException as error:
             if isinstance(error, StoreUnavailable):
-                life.met_outage(error, "locked")
-            with life.turn:
+                life.note_outage(error, "locked")
+            with life.mutex:
                 life.lease = None
                 if self._block is not None:
                     life.leave_block(self._block)
-            self._give_back()
+            self._release()
             raise
 
     def _check_stored(self) -> None:
@@ -211,18 +211,18 @@ class Lock(Generic[S]):
                 "session.handle is not None."
             )
 
-    def _take(self, began: float) -> None:
+    def _acquire_current(self, began: float) -> None:
         """Get the lease of the session, wherever it is rotated to, and see what is stored then."""
         life = self._life
         for _ in range(MAX_POINTERS):
             key = life.handle
             if key is None:
                 raise SessionEnded
-            held = self._stand_in_line(key, began + self._wait)
+            held = self._acquire(key, began + self._wait)
             if held:
                 self._held = True
                 _renewer.add(self)
-            with life.turn:
+            with life.mutex:
                 # What threads and tasks of this request wrote while this one waited is no part of
                 # the block, and is not lost with it.
                 commit(life, rotating=not held)
@@ -234,18 +234,18 @@ class Lock(Generic[S]):
                     life.lease, life.lease_pid = self._owner, self._pid
                     self._block = life.begin_block("lock")
                     return
-            self._give_back()
+            self._release()
         raise SessionLocked("The session is rotated again and again")
 
-    def _stand_in_line(self, key: str, until: float) -> bool:
+    def _acquire(self, key: str, until: float) -> bool:
         """Whether the lease is held now; False where the session is under ``key`` no more."""
         address = client()
         try:
-            return self._wait_in_line(key, until, address)
+            return self._wait_for_lease(key, until, address)
         finally:
             stop_waiting(address, self._owner)
 
-    def _wait_in_line(self, key: str, until: float, address: str) -> bool:
+    def _wait_for_lease(self, key: str, until: float, address: str) -> bool:
         most = self._life.repository.settings.lock_client_waiters
         waiters = self._life.repository.settings.lock_waiters if self._wait else 0
         self._key = key
@@ -266,7 +266,7 @@ class Lock(Generic[S]):
             if pause == 0:
                 self._since = time.monotonic()
                 self._extend_at = asked + self._timeout / 3
-                self._warn_at = self._since + self._warns if self._warns else _NEVER
+                self._warn_at = self._since + self._warn_after if self._warn_after else _NEVER
                 return True
             left = until - time.monotonic()
             if left <= 0 or self._abandoned:
@@ -274,7 +274,7 @@ class Lock(Generic[S]):
                     f"The lock of the session was not free within {self._wait:g} seconds"
                 )
             if not may_wait(address, self._owner, most):
-                self._give_back()
+                self._release()
                 self._key = None
                 raise SessionLocked(
                     f"{most} requests of this client wait for locks in this process already "
@@ -290,7 +290,7 @@ class Lock(Generic[S]):
         if life.lease is None and not life.ended:
             return True  # the block ended the session: what it did then is a new one's
         try:
-            with life.turn:
+            with life.mutex:
                 wrote = commit(life, rotating=True)
                 if life.ended:
                     raise SessionEnded
@@ -314,10 +314,10 @@ class Lock(Generic[S]):
         life = self._life
         if self._moved:
             _renewer.discard(self)
-        elif not self._give_back() and life.lease is not None:
+        elif not self._release() and life.lease is not None:
             # Without a lease the session ended, and took it along; unless it was unreadable.
             self._lost = True
-        with life.turn:
+        with life.mutex:
             life.lease = None
             life.locked = False
             if self._block is not None:
@@ -328,14 +328,14 @@ class Lock(Generic[S]):
             logger.warning(
                 "The lock of session %s ran out before %s was done, after %.1f seconds",
                 self._key,
-                self._place,
+                self._called_from,
                 held,
             )
         self._emit(LockExpired if self._lost else LockReleased, held)
-        if self._warns and held >= self._warns:
+        if self._warn_after and held >= self._warn_after:
             self._warn("was", held)
 
-    def _give_back(self) -> bool:
+    def _release(self) -> bool:
         """Release the lease, or leave the queue; whether we held it until now."""
         self._held = False
         _renewer.discard(self)
@@ -343,16 +343,16 @@ class Lock(Generic[S]):
             return False
         if self._life.trouble is not None:
             # This request has waited for the store already, and need not wait again.
-            _renewer.run(partial(_release, self._store, self._key, self._owner))
+            _renewer.run(partial(_release_lease, self._store, self._key, self._owner))
             return True
-        return _release(self._store, self._key, self._owner)
+        return _release_lease(self._store, self._key, self._owner)
 
     # -- meanwhile
 
     def _due(self) -> float:
         return min(self._extend_at, self._warn_at)
 
-    def _tend(self) -> None:
+    def _maintain(self) -> None:
         """Extend the lease, and warn, where it is time to; called by the renewing thread."""
         now = time.monotonic()
         if now >= self._warn_at:
@@ -380,14 +380,14 @@ class Lock(Generic[S]):
             self._key,
             was,
             held,
-            self._place,
+            self._called_from,
         )
 
     def _emit(self, event: type, *details: object) -> None:
         self._life.repository.events.emit(event, self._key or self._life.handle, *details)
 
 
-def _release(store: Leases, key: str, owner: str) -> bool:
+def _release_lease(store: Leases, key: str, owner: str) -> bool:
     try:
         return store.release(key, owner)
     except StoreUnavailable as error:
@@ -407,7 +407,7 @@ class _Renewer:
 
     def _start(self) -> None:
         self._locks: weakref.WeakSet[Lock[Any]] = weakref.WeakSet()
-        self._errands: deque[Callable[[], object]] = deque()
+        self._tasks: deque[Callable[[], object]] = deque()
         self._changed = threading.Condition()
         self._running = False
         self._wakes_at = 0.0
@@ -425,11 +425,11 @@ class _Renewer:
         with self._changed:
             self._locks.discard(lock)
 
-    def run(self, errand: Callable[[], object]) -> None:
+    def run(self, task: Callable[[], object]) -> None:
         """Do this once, soon; where no thread can be had, when there is one again."""
         process.notice()
         with self._changed, suppress(RuntimeError):
-            self._errands.append(errand)
+            self._tasks.append(task)
             self._wake(0.0)
 
     def _wake(self, due: float) -> None:
@@ -443,14 +443,14 @@ class _Renewer:
         while True:
             self._do_next()
             with self._changed:
-                if not (self._locks or self._errands):
+                if not (self._locks or self._tasks):
                     self._running = False
                     return
 
     def _do_next(self) -> None:
-        for errand in self._next():
+        for task in self._next():
             try:
-                errand()
+                task()
             except Exception:
                 logger.exception("A lock could not be looked after")
 
@@ -458,12 +458,12 @@ class _Renewer:
         """What is to be done now, after a wait for it."""
         with self._changed:
             self._wakes_at = min((lock._due() for lock in self._locks), default=0.0)
-            if not self._errands:
+            if not self._tasks:
                 self._changed.wait(max(0.001, self._wakes_at - time.monotonic()))
             now = time.monotonic()
-            errands = [*self._errands, *(lock._tend for lock in self._locks if lock._due() <= now)]
-            self._errands.clear()
-            return errands
+            tasks = [*self._tasks, *(lock._maintain for lock in self._locks if lock._due() <= now)]
+            self._tasks.clear()
+            return tasks
 
 
 _renewer = _Renewer()
@@ -478,6 +478,6 @@ def check_times(timeout: object, wait: object) -> None:
                 raise ValueError(f"{name} is {value!r}; allowed: {error}") from None
 
 
-def _place(function: str | None) -> str:
+def _called_from(function: str | None) -> str:
     view = f"the view {request.endpoint!r}" if has_request_context() else None
     return " of ".join(filter(None, (function, view))) or "code outside a request"

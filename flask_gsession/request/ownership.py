@@ -113,7 +113,7 @@ def bind(
     if life.phase == Phase.SAVED:
         life.report_late("The user of the session")
         return
-    with life.turn:
+    with life.mutex:
         wished = life.wishes.binding
         if user_id_of(life) == user_id and not life.seen.is_old_token:
             if wished is not None and (label or tags):
@@ -132,7 +132,7 @@ def unbind(life: Lifecycle) -> None:
     if life.phase == Phase.SAVED:
         life.report_late("The user of the session")
         return
-    with life.turn:
+    with life.mutex:
         stored = _owner(life)
         if stored is None:
             life.wishes = replace(life.wishes, binding=None)

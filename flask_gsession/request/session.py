@@ -68,14 +68,14 @@ class SessionData(SessionMixin):
         self._start = (repository, present, app, request, hooks, began)
         self._phase: str = Phase.VIEW  # where the request is while nobody has looked at the session
         self._further: list[SessionData] = []
-        self._turn = threading.RLock()
+        self._mutex = threading.RLock()
 
     @property
     def _life(self) -> Lifecycle:
         life = self._made
         if life is None:
             # One step, so that all threads of the request get the same.
-            made = Lifecycle(*self._start, self._turn, self._phase)
+            made = Lifecycle(*self._start, self._mutex, self._phase)
             life = vars(self).setdefault("_made", made)
         return life
 
@@ -101,7 +101,7 @@ class SessionData(SessionMixin):
             self._life.refuse(error.reason, error.detail)
             raise KeyError(key) from None
         except ValueLost as error:
-            raw = values.held(key)
+            raw = values.undecoded(key)
             if raw is not None:  # else another thread has found it
                 self._large.lost(key, raw, error)
             return self[key]
@@ -251,7 +251,7 @@ class SessionData(SessionMixin):
         """
         values = self._open_for_writing("The session")
         life = self._life
-        with life.turn:
+        with life.mutex:
             for key in list(values):
                 del values[key]
             life.wish(cleared=True)
@@ -488,7 +488,7 @@ class SessionData(SessionMixin):
         if not 0 <= grace <= _MAX_GRACE:
             raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
         self.accessed = True
-        self._life.check_may_not_repeat("A rotation")
+        self._life.check_not_in_retried_code("A rotation")
         self._life.rotate_soon(grace)
 
     def confirm(self, method: str = "password") -> None:
@@ -532,8 +532,8 @@ class SessionData(SessionMixin):
         """Discard this request's changes, and load what is stored now. One round trip."""
         self.accessed = True
         life = self._life
-        with life.turn:
-            life.check_may_not_repeat("A reload")
+        with life.mutex:
+            life.check_not_in_retried_code("A reload")
             life.reload()
 
     def set_lifetime(self, seconds: float | timedelta) -> None:
@@ -605,7 +605,7 @@ class SessionData(SessionMixin):
         """
         self._check_key(key)
         life = self._life
-        life.check_may_not_repeat("update_atomic")
+        life.check_not_in_retried_code("update_atomic")
         values = self._open()
         life.check_store()
         codec, check = life.repository.codec, life.repository.check
@@ -625,7 +625,7 @@ class SessionData(SessionMixin):
 
         def settle(raw: bytes | None) -> None:
             assert raw is not None
-            values.settle(key, value, raw)
+            values.set_stored(key, value, raw)
 
         recover = self._large.recover(key)
         try:
@@ -640,7 +640,7 @@ class SessionData(SessionMixin):
         while True:
             before = values.raw(key)
             value = life.call(function, copy.deepcopy(self.get(key, default)))
-            with life.turn:
+            with life.mutex:
                 if values.raw(key) == before:  # else another thread has set it
                     self._set(key, value, values.mark(key) if key in values else PLAIN)
                     return value
@@ -658,7 +658,7 @@ class SessionData(SessionMixin):
         isn't stored yet.
         """
         life = self._life
-        life.check_may_not_repeat("take")
+        life.check_not_in_retried_code("take")
         values = self._open()
         life.check_store()
         if life.ended:
@@ -683,7 +683,7 @@ class SessionData(SessionMixin):
 
     def _take_unstored(self, key: str, default: Any) -> Any:
         """``take`` from a session that is stored with the response."""
-        with self._life.turn:
+        with self._life.mutex:
             return self.pop(key) if default is _RAISE else self.pop(key, default)
 
     # -- for the rest of the package
@@ -710,17 +710,17 @@ class SessionData(SessionMixin):
             )
 
 
-def life_of(session: SessionData) -> Lifecycle:
+def lifecycle_of(session: SessionData) -> Lifecycle:
     """The life of the request with this session, for the other rooms of the package."""
     return session._made or session._life
 
 
-def opened_with(session: SessionData) -> Repository:
+def repository_of(session: SessionData) -> Repository:
     """The repository of the interface that opened the session."""
     return session._start[0]
 
 
-def life_so_far(session: SessionData) -> Lifecycle | None:
+def existing_lifecycle(session: SessionData) -> Lifecycle | None:
     """The same; None while nobody has looked at the session."""
     return session._made
 
@@ -732,7 +732,7 @@ def begin_error_page(session: SessionData) -> None:
         session._made.begin_error_page()
 
 
-def accompany(session: SessionData, further: SessionData) -> None:
+def add_further(session: SessionData, further: SessionData) -> None:
     """The session of a further ``Session`` is saved with this one."""
     session._further.append(further)
 

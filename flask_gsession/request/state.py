@@ -42,7 +42,7 @@ class Presented(Struct, frozen=True, gc=False):
     handle: str | None = None
 
 
-class Discreet(Struct, frozen=True):
+class HidesFields(Struct, frozen=True):
     """Shows no fields: error trackers keep what they are shown."""
 
     def __repr__(self) -> str:
@@ -52,7 +52,7 @@ class Discreet(Struct, frozen=True):
         return []
 
 
-class Seen(Discreet, frozen=True):
+class Seen(HidesFields, frozen=True):
     """What this request knows of the stored session; the version guards exactly these values.
 
     ``token`` is None while the client holds no current token: it has none, or an old one within
@@ -79,7 +79,7 @@ class Seen(Discreet, frozen=True):
 NOTHING_SEEN = Seen()
 
 
-class NearLook(Discreet, frozen=True):
+class NearLook(HidesFields, frozen=True):
     """The record that a request saw first, with a near cache, and whether it came from there."""
 
     record: Record | None = None
@@ -90,7 +90,7 @@ class NearLook(Discreet, frozen=True):
 FROM_STORE = NearLook()
 
 
-class Binding(Discreet, frozen=True):
+class Binding(HidesFields, frozen=True):
     """The user that the session is to be bound to; without a ``user_id``, it is to be unbound.
 
     ``since``: when the sign-in began. ``found``: the roster as it was looked at. ``fresh``: whether
@@ -107,7 +107,7 @@ class Binding(Discreet, frozen=True):
     fresh: bool = False
 
 
-class Entry(Discreet, frozen=True):
+class Entry(HidesFields, frozen=True):
     """What is to be done in rosters when a session is stored, before its token leaves.
 
     ``binding``: it is to be entered. ``moves``: it was rotated, and one of these keys is in the
@@ -147,7 +147,7 @@ def without_rotation(wishes: Wishes, *, but_binding: bool = False) -> Wishes:
     return replace(wishes, rotation=None, binding=binding)
 
 
-def beyond(done: Wishes, wishes: Wishes) -> Wishes:
+def remaining(done: Wishes, wishes: Wishes) -> Wishes:
     """What is left of the wishes when what was ``done`` is stored."""
     if wishes is done:
         return NO_WISHES
@@ -174,7 +174,7 @@ class Trouble(Struct, frozen=True):
     unseen: bool = False
 
 
-class Attempt(Discreet, frozen=True):
+class Attempt(HidesFields, frozen=True):
     """A write that was sent. It stays noted until its outcome is known.
 
     ``changes`` are the request's own among its values, which stay pending until then.

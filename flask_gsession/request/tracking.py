@@ -33,11 +33,11 @@ class TrackedValues:
 
     A large value is a reference here, which is as good as its bytes until somebody looks at it.
 
-    Threads of a request share these values: ``turn`` is held for every first look and change.
+    Threads of a request share these values: ``mutex`` is held for every first look and change.
     """
 
     __slots__ = (
-        *("_base", "_codec", "_given", "_live", "_marks", "_order", "_seen", "_turn"),
+        *("_base", "_codec", "_given", "_live", "_marks", "_order", "_seen", "_mutex"),
         *("abandoned", "block", "now", "stored"),
     )
 
@@ -46,10 +46,10 @@ class TrackedValues:
         codec: Codec,
         stored: dict[str, bytes] | None = None,
         now: Callable[[], int] | None = None,
-        turn: Any = None,
+        mutex: Any = None,
     ) -> None:
         self._codec = codec
-        self._turn: Any = threading.RLock() if turn is None else turn
+        self._mutex: Any = threading.RLock() if mutex is None else mutex
         self.now = now
         #: the encoded values as the store is known to hold them
         self.stored: dict[str, bytes] = stored or {}
@@ -79,7 +79,7 @@ class TrackedValues:
         value = self._live.get(key, _ABSENT)
         if value is not _ABSENT:
             return value
-        with self._turn:
+        with self._mutex:
             value = self._live.get(key, _ABSENT)  # by now, through another thread
             if value is not _ABSENT:
                 return value
@@ -98,7 +98,7 @@ class TrackedValues:
             return value
 
     def __setitem__(self, key: str, value: Any) -> None:
-        with self._turn:
+        with self._mutex:
             if self.block is not None:
                 self.block.note(key)
             self._order = None
@@ -109,9 +109,9 @@ class TrackedValues:
             if self.now is not None:
                 self._marks.pop(key, None)
 
-    def give(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
+    def set_encoded(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
         """Set a value in encoded form, mark included."""
-        with self._turn:
+        with self._mutex:
             if self.block is not None:
                 self.block.note(key)
             if is_marked(raw):
@@ -123,14 +123,14 @@ class TrackedValues:
 
     def set(self, key: str, value: Any, mark: Mark, now: Callable[[], int]) -> None:
         """Set a value with a mark."""
-        with self._turn:
+        with self._mutex:
             self._look_for_marks(now)
             self[key] = value
             if mark != PLAIN:
                 self._marks[key] = mark
 
     def __delitem__(self, key: str) -> None:
-        with self._turn:
+        with self._mutex:
             if key not in self:
                 raise KeyError(key)
             self._base.setdefault(key, self.stored.get(key))
@@ -145,7 +145,7 @@ class TrackedValues:
             self.block.note(key)
         if key in self._live or key in self._given:
             return True
-        with self._turn:
+        with self._mutex:
             if key in self._live or key in self._given:
                 return True
             if key in self._base:
@@ -157,7 +157,7 @@ class TrackedValues:
             return False
 
     def __iter__(self) -> Iterator[str]:
-        with self._turn:
+        with self._mutex:
             live, base = self._live, self._base
             if self._given:
                 live = live | self._given
@@ -175,7 +175,7 @@ class TrackedValues:
 
         The search goes on where it ended, so that emptying a session takes linear time.
         """
-        with self._turn:
+        with self._mutex:
             if self._order is None:
                 self._order = list(self)
             while self._order:
@@ -198,7 +198,7 @@ class TrackedValues:
 
     def raw(self, key: str) -> bytes | None:
         """A look at the encoded value, its mark included; None where there is none."""
-        with self._turn:
+        with self._mutex:
             if self.now is not None and self._has_expired(key):
                 return None
             if key in self._live:
@@ -218,7 +218,7 @@ class TrackedValues:
         """The mark of a key that is there."""
         if self.now is None:
             return PLAIN
-        with self._turn:
+        with self._mutex:
             if key in self._live:
                 return self._marks.get(key, PLAIN)
             return split(self._given.get(key) or self.stored[key])[0]
@@ -246,7 +246,7 @@ class TrackedValues:
                     "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
                 )
         found: dict[str, Change] = {}
-        with self._turn:
+        with self._mutex:
             bases = self._base.copy()
             live, given = self._live.copy(), self._given
         encode, marks = self._codec.encode, self.now is not None
@@ -269,7 +269,7 @@ class TrackedValues:
 
     def has_changed(self, key: str) -> bool:
         """Whether this request changed ``key``. Raises as ``changes`` does."""
-        with self._turn:
+        with self._mutex:
             if key not in self._base:
                 return False
             mine = self._encoded(key) if key in self._live else self._given.get(key)
@@ -281,8 +281,8 @@ class TrackedValues:
 
     # -- what the store holds by now
 
-    def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
-        """``stored`` is in the store now, ``changes`` included. The caller holds the turn.
+    def mark_saved(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
+        """``stored`` is in the store now, ``changes`` included. The caller holds the mutex.
 
         Does no harm if repeated. What this request holds stays as it is, also where its change was
         merged into something else: its next change is then merged again.
@@ -295,10 +295,10 @@ class TrackedValues:
                 base.pop(key, None)
             else:
                 base[key] = None
-        self.follow(stored)
+        self.rebase(stored)
 
-    def follow(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
-        """``stored`` is in the store now. The caller holds the turn.
+    def rebase(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
+        """``stored`` is in the store now. The caller holds the mutex.
 
         What this request looked at or changed stays as it is.
         """
@@ -312,9 +312,9 @@ class TrackedValues:
                 self._base.setdefault(key, self.stored.get(key))
             self.stored, self._order = stored, None
 
-    def settle(self, key: str, value: Any, raw: bytes) -> None:
+    def set_stored(self, key: str, value: Any, raw: bytes) -> None:
         """``key`` holds ``value`` in the store now."""
-        with self._turn:
+        with self._mutex:
             self._abandon(key)
             self._live[key], self._order = value, None
             if self._given:
@@ -325,20 +325,20 @@ class TrackedValues:
 
     def drop(self, key: str) -> None:
         """The store holds nothing under ``key`` any more, by what this request did."""
-        with self._turn:
+        with self._mutex:
             self._abandon(key)
-            self.hide(key)
+            self.mark_absent(key)
 
     def restart(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
         """Begin again with ``stored``, without anything that was looked at or changed."""
-        with self._turn:
+        with self._mutex:
             for key in self._live:
                 self._abandon(key)
             self._begin(stored, now)
 
     def clear(self) -> None:
         """Begin again with nothing."""
-        with self._turn:
+        with self._mutex:
             self._begin({}, None)
 
     def roll_back(self, block: Block) -> list[str]:
@@ -346,7 +346,7 @@ class TrackedValues:
 
         Returns the keys that both changed, which are forgotten too.
         """
-        with self._turn:
+        with self._mutex:
             beside = [key for key in block.outside if key in self._base]
             kept = [key for key in beside if key not in block.inside]
             both = [key for key in beside if key in block.inside and self._may_have_changed(key)]
@@ -383,31 +383,31 @@ class TrackedValues:
 
     # -- large values
 
-    def held(self, key: str) -> bytes | None:
+    def undecoded(self, key: str) -> bytes | None:
         """The encoded value of a key that was not decoded; None for any other."""
-        with self._turn:
+        with self._mutex:
             if key not in self or key in self._live:
                 return None
             return self._given.get(key) or self.stored[key]
 
-    def correct(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
+    def replace_lost(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
         """What was to be under ``key`` is lost; this is stored there by now."""
-        with self._turn:
-            self.hide(key)
+        with self._mutex:
+            self.mark_absent(key)
             del self._base[key]
             if is_marked(raw):
                 self._look_for_marks(now)
             self.stored, self._order = {**self.stored, key: raw}, None
 
-    def hide(self, key: str) -> None:
+    def mark_absent(self, key: str) -> None:
         """What is under ``key`` is lost: it is absent, and nothing that this request did."""
-        with self._turn:
+        with self._mutex:
             self._base[key] = None
             self._live.pop(key, None)
             if self._given:
                 self._given.pop(key, None)
 
-    # -- helpers; the caller holds the turn
+    # -- helpers; the caller holds the mutex
 
     def _begin(self, stored: dict[str, bytes], now: Callable[[], int] | None) -> None:
         self._live, self._base = {}, {}

@@ -50,7 +50,7 @@ class Transaction(Generic[S]):
             self._leave(self._life.roll_back)
             return
         try:
-            with self._life.turn:
+            with self._life.mutex:
                 commit(self._life, transaction=self._block)
         except BaseException:
             self._leave(self._life.roll_back)
@@ -63,8 +63,8 @@ class Transaction(Generic[S]):
         life.check_store()
         seen_before = life.opened
         life.open_from_store("a transaction")
-        with life.turn:
-            life.check_may_not_repeat("A second transaction")
+        with life.mutex:
+            life.check_not_in_retried_code("A second transaction")
             if life.locked and (life.block is None or current_block.get() is not life.block):
                 # The two could not be stored, or forgotten, each by itself.
                 raise TransactionMisused(

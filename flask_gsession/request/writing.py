@@ -53,7 +53,7 @@ from .state import (
     NO_WISHES,
     Attempt,
     Block,
-    Discreet,
+    HidesFields,
     Phase,
     Seen,
     Wishes,
@@ -73,11 +73,11 @@ class NotStored(SessionEnded):
     """This very request has ended the session, or emptied it."""
 
 
-class Edit(Discreet, frozen=True):
+class Edit(HidesFields, frozen=True):
     """What is to be stored over what was ``seen``.
 
     ``values`` are all values in encoded form, ``changes`` are the request's own among them, which
-    stay pending until they are stored. ``settle`` is called, with the turn held, once they are.
+    stay pending until they are stored. ``settle`` is called, with the mutex held, once they are.
     """
 
     seen: Seen
@@ -99,7 +99,7 @@ def commit(
 ) -> bool:
     """Store what the request changed and wishes; whether there was something.
 
-    The caller holds the turn.
+    The caller holds the mutex.
 
     ``transaction``: it is stored on the very version it began on, or ``LostRace`` is raised.
     ``rotating``: whether a wished rotation is due. It is not inside a lock, which stays with the
@@ -198,7 +198,7 @@ class _Write:
     def _prepare(self) -> Edit | None:
         if self._stale is not None:
             life, stale, self._stale = self._life, self._stale, None
-            with life.turn:
+            with life.mutex:
                 if life.seen is stale and not life.catch_up():
                     life.end(self._what)
                     return None
@@ -208,7 +208,7 @@ class _Write:
         self, step: Edit, lost: int
     ) -> tuple[list[Happened], LogoutUnconfirmed | None] | None:
         life = self._life
-        with life.turn:
+        with life.mutex:
             if life.seen is not step.seen:  # another thread of this request was faster
                 raise Stale
             try:
@@ -238,7 +238,7 @@ class _Write:
             except LogoutUnconfirmed:
                 raise
             except StoreUnavailable as error:
-                life.met_outage(error, "created" if step.seen.record is None else "saved")
+                life.note_outage(error, "created" if step.seen.record is None else "saved")
                 raise
 
 
@@ -288,7 +288,7 @@ class _Rewrite(_Write):
     def edit(self) -> Edit | None:
         life, key = self._life, self._key
         while True:
-            with life.turn:
+            with life.mutex:
                 if _needs_own_session(life, rotating=True):  # also inside a lock
                     life.start_own_session()
                 beside = life.block is not None and current_block.get() is not life.block
@@ -316,7 +316,7 @@ class _Rewrite(_Write):
                     stored[key] = changed
                 change = {key: Change(raw, changed)}
                 return Edit(seen, stored, change, settle=partial(self._settle, changed))
-            with life.turn:
+            with life.mutex:
                 if life.seen is seen:
                     if not values.has_changed(key):
                         self._settle(raw)
@@ -324,7 +324,7 @@ class _Rewrite(_Write):
 
 
 def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> Edit | None:
-    """The changes of the request, on what is stored. The caller holds the turn."""
+    """The changes of the request, on what is stored. The caller holds the mutex."""
     values, repository = life.values, life.repository
     if not changes and not life.has_wishes(rotating=rotating):
         return None
@@ -365,7 +365,7 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
 def _send(
     life: Lifecycle, step: Edit, lost: int
 ) -> tuple[list[Happened], LogoutUnconfirmed | None]:
-    """Send one write, and take over what is stored then. The caller holds the turn.
+    """Send one write, and take over what is stored then. The caller holds the mutex.
 
     ``lost``: how many races this write has lost before.
     """
@@ -379,9 +379,11 @@ def _send(
     stored = merged
     others = sys.maxsize if old is None else len(old.payload)
     before, has_large = life.values.stored, life.has_large
-    if has_large or repository.any_large(merged, step.changes, others):
-        body = Body(merged, life.lifetime, spilled=True)
-        stored = life.placed.put_away(body, old.absolute_expires_at if old else None, before)
+    if has_large or repository.has_large_value(merged, step.changes, others):
+        body = Body(merged, life.lifetime, has_large=True)
+        stored = life.unreferenced.write_large(
+            body, old.absolute_expires_at if old else None, before
+        )
         has_large = life.has_large
     body = life.body(stored, has_large=has_large)
     entry = None
@@ -435,7 +437,7 @@ def _send(
         raise
     moved = old is not None and record.idle_expires_at != old.idle_expires_at
     if pending:
-        life.values.accept(stored, changes)
+        life.values.mark_saved(stored, changes)
     else:
         _take_over(life, step, stored, changes)
     if token is not None:
@@ -457,7 +459,7 @@ def _send(
     # This version was over the one that earlier attempts were to replace: they came to nothing.
     life.attempts = NO_ATTEMPTS
     if has_large:
-        life.placed.replaced(before, stored)
+        life.unreferenced.replaced(before, stored)
     if life.entry is not None and not complete(life):
         return [], None
     if old is None:
@@ -477,7 +479,7 @@ def _take_over(
         for key, change in changes.items():
             life.trace.stored(key, change.base, change.mine)
     changed = {key: values.has_changed(key) for key in changes}
-    values.follow(stored)
+    values.rebase(stored)
     assert step.settle is not None
     if not any(changed.values()):
         step.settle()
@@ -498,7 +500,7 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
     life.forget()
     life.cookie = "delete"
     if before is not None:
-        life.placed.replaced(before, None)
+        life.unreferenced.replaced(before, None)
     return [(SessionDestroyed, old.key)], unconfirmed
 
 
@@ -571,11 +573,11 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
         elif life.opened:
             if by_hand:
                 _keep_token(life)
-            with life.turn:
+            with life.mutex:
                 try:
                     stored = commit(life, rotating=False if by_hand else None)
                 finally:
-                    life.drop_placed()
+                    life.drop_unreferenced()
                 if not stored and life.trouble is None and life.seen.record is not None:
                     _renew_if_due(life)
                 if life.wishes.cleared and life.seen.record is None and not life.ended:

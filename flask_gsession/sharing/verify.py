@@ -164,7 +164,7 @@ def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Lo
         loaded = None
         if near is not None:
             # A client that has seen a later version gets no older one.
-            loaded = repository.find_near(key, repository.shown_version(request, False))
+            loaded = repository.find_near(key, repository.last_seen_version(request, False))
         if loaded is None:
             loaded = repository.find(key, True, None if near is None else near.load_near)
     except UnreadableRecord as error:

@@ -125,7 +125,7 @@ def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
         return False  # refused; its next save ends it
     owner = Owner(user_id, member.id, now, until)
     try:
-        repository.own(record, body, owner)
+        repository.save_owner(record, body, owner)
     except (Stale, Gone):
         return False  # its request does it
     return True

@@ -24,7 +24,7 @@ from ..request.ownership import (
     noting,
     user_id_of,
 )
-from ..request.session import SessionData, life_of
+from ..request.session import SessionData, lifecycle_of
 from .rebuilding import rebuild
 from .revoking import finish
 from .roster import Device, Roster, Since, mark_ending
@@ -187,7 +187,7 @@ class Users:
         rosters.own.add(user_id, after.epoch)
         here = self._session()
         if here is not None:
-            _go_on(life_of(here), user_id, before, after.epoch)
+            _go_on(lifecycle_of(here), user_id, before, after.epoch)
         self._finish(user_id, after, reason, by)
         if life is not None and current in {device.id for device in after.ending}:
             life.destroy()
@@ -202,7 +202,7 @@ class Users:
             )
         if by is None:
             session = self._session()
-            by = None if session is None else user_id_of(life_of(session))
+            by = None if session is None else user_id_of(lifecycle_of(session))
         try:
             finish(self._repository(), user_id, roster.ending, reason, by)
         except StoreUnavailable as error:
@@ -215,7 +215,7 @@ class Users:
         session = self._session()
         if session is None or session.owner is None or user_id not in (None, session.owner):
             return None
-        return life_of(session)
+        return lifecycle_of(session)
 
 
 def _go_on(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:

@@ -37,9 +37,9 @@ from .encryption import Cipher
 from .marks import END_OF_TIME
 from .references import length_of
 
-FORMAT, _SPILLED, _OWNED, NEWEST = 2, 3, 4, 4
+FORMAT, _WITH_REFERENCES, _OWNED, NEWEST = 2, 3, 4, 4
 # Payloads without references or owner use the formats that older versions can read.
-_FORMATS = (FORMAT, _SPILLED, _OWNED)
+_FORMATS = (FORMAT, _WITH_REFERENCES, _OWNED)
 _PLAIN = {number: bytes((number, 0)) for number in _FORMATS}
 _SEALED = {number: bytes((number, 2)) for number in _FORMATS}
 _SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
@@ -97,7 +97,7 @@ class Body(Struct, array_like=True, gc=False):
 
     ``lifetime`` is in milliseconds; None means the application's setting. ``marked``: whether any
     value has a mark (see ``marks``); if not, it takes no byte. ``debug_until``: the end of
-    debugging for this session, in milliseconds since 1970. ``spilled``: whether any value is a
+    debugging for this session, in milliseconds since 1970. ``has_large``: whether any value is a
     reference to a large value (see ``references``). ``owner``: the user that the session is bound
     to. ``origin``: of a session that was imported from another library or store.
     """
@@ -106,7 +106,7 @@ class Body(Struct, array_like=True, gc=False):
     lifetime: _Milliseconds | None = None
     marked: bool = False
     debug_until: _Milliseconds | None = None
-    spilled: bool = False
+    has_large: bool = False
     owner: Owner | None = None
     origin: Origin | None = None
 
@@ -148,8 +148,8 @@ class PayloadFormat:
         number = FORMAT
         if body.owner is not None:
             number = _OWNED
-        elif body.spilled:
-            number = _SPILLED
+        elif body.has_large:
+            number = _WITH_REFERENCES
         return self._bind(session_key, self.check(body, before), times, number)
 
     def check(self, body: Body, before: Mapping[str, bytes] | None = None) -> bytes:
@@ -167,10 +167,9 @@ class PayloadFormat:
             if body.origin is not None:
                 encoded = self._encode(body)
             elif body.owner is not None:
-                encoded = self._encode(
-                    (values, body.lifetime, body.marked, body.debug_until, body.spilled, body.owner)
-                )
-            elif body.spilled:
+                known = values, body.lifetime, body.marked, body.debug_until
+                encoded = self._encode((*known, body.has_large, body.owner))
+            elif body.has_large:
                 encoded = self._encode((values, body.lifetime, body.marked, body.debug_until, True))
             elif body.debug_until is not None:
                 encoded = self._encode((values, body.lifetime, body.marked, body.debug_until))

@@ -19,7 +19,7 @@ from flask.logging import default_handler, has_level_handler
 from ..errors import UnreadableRecord
 from ..events import Event, SessionCreated, SessionDestroyed, SessionRotated, WriteDropped, logger
 from ..request.lifecycle import Lifecycle
-from ..request.session import SessionData, life_of
+from ..request.session import SessionData, lifecycle_of
 from ..request.state import Presented
 from ..tokens import session_key
 from ..values.marks import split
@@ -78,14 +78,14 @@ def prepare(
 
 def begin(session: SessionData, request: Request) -> None:
     """Trace a session from the start of its request."""
-    life_of(session).start_trace(Trace())
+    lifecycle_of(session).start_trace(Trace())
     vars(request).setdefault(_TRACED, []).append(session)
 
 
 @_never_raises
 def report(session: SessionData, response: Response | None, error: object = None) -> None:
     """Dump the session at the end of a request, once."""
-    trace = life_of(session).trace
+    trace = lifecycle_of(session).trace
     if trace is None or trace.reported:
         return
     trace.reported = session.accessed
@@ -132,7 +132,7 @@ def facts_of(
 
     ``saved``: whether the request is over. Until then, its changes are pending.
     """
-    life = life_of(session)
+    life = lifecycle_of(session)
     trace, repository, record = life.trace, life.repository, life.seen.record
     assert trace is not None
     facts: Facts = {

@@ -77,7 +77,7 @@ class TracedRepository(Repository):
     def __init__(self, repository: Repository, trace: Trace) -> None:
         vars(self).update(vars(repository))
         self.use_store(compose(repository.store, trace=trace.calls))
-        if self.spill is not repository.spill:
+        if self.large_values is not repository.large_values:
             self.codec = Codec(repository.settings.max_depth)
             self.codec.resolve = self._resolve
         self.events = TracedEvents(repository.events, trace)
@@ -112,9 +112,9 @@ class TracedValues(TrackedValues):
         stored: dict[str, bytes] | None = None,
         now: Callable[[], int] | None = None,
         *,
-        turn: Any = None,
+        mutex: Any = None,
     ) -> None:
-        super().__init__(codec, stored, now, turn=turn)
+        super().__init__(codec, stored, now, mutex=mutex)
         self._trace = trace
 
     def __getitem__(self, key: str) -> Any:
@@ -159,10 +159,10 @@ class TracedValues(TrackedValues):
             self._note_read(key)
         return raw
 
-    def accept(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
+    def mark_saved(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
         for key, change in changes.items():
             self._trace.stored(key, change.base, stored.get(key))
-        super().accept(stored, changes)
+        super().mark_saved(stored, changes)
 
     def _note_read(self, key: str) -> None:
         # A value that the request has just set is not a read from the session.

@@ -17,7 +17,7 @@ from werkzeug.test import TestResponse
 from flask_gsession import Session, SettingError, StoreError
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import SessionRefused
-from flask_gsession.request.session import life_of
+from flask_gsession.request.session import lifecycle_of
 from flask_gsession.tokens import session_key
 from tests.harness.apps import Site, SiteMaker, Visitor
 
@@ -382,7 +382,9 @@ def test_the_token_is_nowhere_but_in_the_cookie(
         def view(session: Any) -> None:
             seen.append(repr(session) + str(session) + format(session))
             request(session)
-            seen.append(repr(session) + repr(session.handle) + repr(life_of(session).presented()))
+            seen.append(
+                repr(session) + repr(session.handle) + repr(lifecycle_of(session).presented())
+            )
             seen.append(
                 repr(site.ext) + repr(site.app.extensions) + repr(site.app.session_interface)
             )

@@ -31,7 +31,7 @@ from werkzeug.test import EnvironBuilder
 from flask_gsession import Session, SessionData
 from flask_gsession.errors import SessionConflict, SessionEnded
 from flask_gsession.events import WriteDropped
-from flask_gsession.request.session import life_of
+from flask_gsession.request.session import lifecycle_of
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.testing import FakeClock
 from flask_gsession.values.merge import MISSING
@@ -282,7 +282,7 @@ class Machine(RuleBasedStateMachine):
     def save_real(self, real: SessionData) -> tuple[int, str | None]:
         """The status, and the new cookie: None for no cookie, empty for one that is deleted."""
         response = self.app.response_class()
-        life_of(real).begin_response(response)  # as Flask, before it saves
+        lifecycle_of(real).begin_response(response)  # as Flask, before it saves
         with self.app.test_request_context():
             self.app.session_interface.save_session(self.app, real, response)
         cookies = [parse_cookie(line) for line in response.headers.getlist("Set-Cookie")]

@@ -21,7 +21,7 @@ from flask import Flask
 from flask_gsession import LockMisused, Session, SessionConflict, StoreUnavailable
 from flask_gsession.errors import Gone, LeaseLost, Stale
 from flask_gsession.interface import GSessionInterface
-from flask_gsession.request.session import SessionData, life_of
+from flask_gsession.request.session import SessionData, lifecycle_of
 from flask_gsession.request.writing import end_request
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Deleted, Record
@@ -194,8 +194,8 @@ class Schedule:
         self.struck = 0
         first = self.open(None)
         first["n"] = 0
-        end_request(life_of(first))
-        token = life_of(first).seen.token
+        end_request(lifecycle_of(first))
+        token = lifecycle_of(first).seen.token
         assert token is not None
         self.token = token
 
@@ -233,9 +233,9 @@ class Schedule:
             except Interrupted:  # which a view may catch, and go on
                 outcome = "unknown"
                 self.struck += 1
-                end_request(life_of(session))
+                end_request(lifecycle_of(session))
                 raise
-            end_request(life_of(session))
+            end_request(lifecycle_of(session))
         except (StoreUnavailable, Interrupted):
             outcome = "unknown"
         except (SessionConflict, LockMisused, KeyError):  # lost, ended, or no session any more

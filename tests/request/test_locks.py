@@ -29,7 +29,7 @@ from flask_gsession import (
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import LockAcquired, LockExpired, LockRefused, LockReleased
 from flask_gsession.request.locking import Lock, _renewer
-from flask_gsession.request.session import life_of
+from flask_gsession.request.session import lifecycle_of
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import Replaced
 from flask_gsession.testing import FakeClock
@@ -772,7 +772,7 @@ def test_an_interrupt_just_after_the_lock_was_got(site: Site) -> None:
     def view(session: Any) -> None:
         with pytest.raises(Interrupt):
             session.lock().__enter__()
-        assert life_of(session).lease is None
+        assert lifecycle_of(session).lease is None
         assert is_free(site, visitor)
         count_locked(session)
 

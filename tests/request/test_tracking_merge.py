@@ -217,7 +217,7 @@ def test_the_base_of_a_change_is_what_was_first_seen() -> None:
     with pytest.raises(KeyError):
         values["asked for"]
     now = {"seen": [9], "unseen": [9], "assigned": 9, "number": 9, "new": 9}
-    values.follow(stored({**now, "looked for": 9, "asked for": 9}))
+    values.rebase(stored({**now, "looked for": 9, "asked for": 9}))
     # What was seen stays as it was seen, what was not is as it is now.
     assert values["seen"] == [1, "mine"]
     assert values["number"] == 1
@@ -240,7 +240,7 @@ def test_keys_that_others_deleted_stay_where_they_were_seen() -> None:
     values = tracked(held=[1], number=1, unseen=1)
     held = values["held"]
     assert values["number"] == 1
-    values.follow({})
+    values.rebase({})
     assert sorted(values) == ["held", "number"]
     assert values["held"] is held
     assert values.changes() == {}  # seeing is not writing: the deletion stands
@@ -256,7 +256,7 @@ def test_accepted_changes_are_no_changes_any_more() -> None:
     del values["c"]
     changes = values.changes()
     now = stored({"a": [1, 2], "b": 20, "theirs": 5})
-    values.accept(now, changes)
+    values.mark_saved(now, changes)
     assert values.changes() == {}
     assert values["a"] is cart
     assert {key: values[key] for key in values} == {"a": [1, 2], "b": 20, "theirs": 5}
@@ -270,7 +270,7 @@ def test_what_was_merged_into_something_else_is_merged_again_at_its_next_change(
     values["hits"] += 1
     tags.add("mine")
     changes = values.changes()
-    values.accept(stored({"hits": 12, "tags": {"a", "mine", "theirs"}}), changes)
+    values.mark_saved(stored({"hits": 12, "tags": {"a", "mine", "theirs"}}), changes)
     assert values["hits"] == 2
     assert values["tags"] is tags
     assert values.changes() == {}
@@ -287,13 +287,13 @@ def test_a_value_has_its_own_mark_and_not_that_of_what_was_there_before(way: str
     values, theirs = TrackedValues(CODEC), stored({"key": "theirs"})
     values.set("key", "mine", Mark(expires_at=5000), lambda: 1000)
     if way == "given":
-        values.give("key", theirs["key"], lambda: 1000)
+        values.set_encoded("key", theirs["key"], lambda: 1000)
     else:
         changes = values.changes()
-        values.accept({"key": changes["key"].mine or b""}, changes)
+        values.mark_saved({"key": changes["key"].mine or b""}, changes)
         del values["key"]
-        values.accept({}, values.changes())
-        values.follow(theirs)
+        values.mark_saved({}, values.changes())
+        values.rebase(theirs)
     assert values["key"] == "theirs"
     assert values.mark("key") == PLAIN
     assert changed(values) == ({"key": (MISSING, "theirs")} if way == "given" else {})
@@ -302,7 +302,7 @@ def test_a_value_has_its_own_mark_and_not_that_of_what_was_there_before(way: str
 def test_a_settled_key_is_stored() -> None:
     values = tracked(hits=1)
     values["hits"] = 7
-    values.settle("hits", 8, CODEC.encode("hits", 8))
+    values.set_stored("hits", 8, CODEC.encode("hits", 8))
     assert values["hits"] == 8
     assert changed(values) == {}
 
@@ -372,7 +372,7 @@ def test_any_sequence_of_operations_equals_a_plain_dict(
             nested_change(model[key], copy.deepcopy(value))
         elif step == "save":
             changes = real.changes()
-            real.accept(merger.apply(real.stored, changes), changes)
+            real.mark_saved(merger.apply(real.stored, changes), changes)
             assert real.changes() == {}
         assert len(real) == len(model)
         assert set(real) == set(model)

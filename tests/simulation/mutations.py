@@ -185,7 +185,7 @@ def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = N
 
 
 def _idle_end_alone(self: Repository, body: Body, absolute: int) -> int:
-    return int(self._clock() * 1000) + self._idle_span(body.values, body.lifetime)[0]
+    return self.now() + self._idle_span(body.values, body.lifetime)[0]
 
 
 def _drop_silently(self: Lifecycle, during: str) -> None:
@@ -250,7 +250,7 @@ FURTHER = (
     ),
     Mutation("an old token that is asked to", Lifecycle, "rotate_soon", _rotate_with_any_token),
     Mutation("an emptied session kept", writing, "worth_keeping", lambda values: True),
-    Mutation("looked-at values forgotten", TrackedValues, "follow", _follow_and_forget),
+    Mutation("looked-at values forgotten", TrackedValues, "rebase", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
     Mutation(
         "an idle expiry put back",

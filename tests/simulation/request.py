@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_date
 
 from flask_gsession.errors import SessionConflict, SessionEnded, StoreUnavailable
-from flask_gsession.request.session import SessionData, life_of
+from flask_gsession.request.session import SessionData, lifecycle_of
 from flask_gsession.tokens import session_key
 
 from .audit import FAILED, OK, UNKNOWN, Done, Segment, Visit
@@ -53,7 +53,7 @@ class Serving:
         app, mirror = self.site.app, self.mirror
         response = app.response_class()
         response.status_code = self._view()
-        life_of(self.session).begin_response(response)  # as Flask, before it saves
+        lifecycle_of(self.session).begin_response(response)  # as Flask, before it saves
         epoch = mirror.epoch
         self.site.interface.save_session(app, self.session, response)
         status = response.status_code

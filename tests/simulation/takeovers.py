@@ -19,7 +19,7 @@ from flask import Flask, Response
 from flask_gsession import Session
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.interface import GSessionInterface
-from flask_gsession.request.session import SessionData, life_of
+from flask_gsession.request.session import SessionData, lifecycle_of
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Deleted, Record
 from flask_gsession.stores.foreign import Foreign, ForeignValues
@@ -222,7 +222,7 @@ class Schedule:
         outcome.by_old_cookie = token is None
         session = self.world.open(token, has_old)
         response = self.world.app.response_class()
-        life = life_of(session)
+        life = lifecycle_of(session)
         task = current_task()
         if isinstance(task, Request):
             task.does = visit.does

@@ -9,7 +9,7 @@ from ..values.payload import Body
 from ..values.references import Reference, names_in
 
 
-class Placed:
+class UnreferencedValues:
     """The large values of one request: put in places of their own, released when not needed."""
 
     __slots__ = ("_repository", "_until", "references")
@@ -26,7 +26,7 @@ class Placed:
             self._until = end
         self.references[reference.kind, reference.digest] = reference
 
-    def put_away(
+    def write_large(
         self, body: Body, absolute: int | None, before: Mapping[str, bytes]
     ) -> dict[str, bytes]:
         """The values of ``body`` with references to the large ones, written where they are not.
@@ -36,17 +36,17 @@ class Placed:
         """
         repository = self._repository
         values = body.values
-        if not self.references and not repository.any_large(values, values):
+        if not self.references and not repository.has_large_value(values, values):
             return values
         first: int | None = self._until if self.references else None
 
         def expires_at() -> int:
             nonlocal first
-            end = repository.blobs_end(body, absolute)
+            end = repository.blobs_expire_at(body, absolute)
             first = end if first is None else first
             return end
 
-        found = repository.put_away(body, expires_at, self.references, before)
+        found = repository.write_large(body, expires_at, self.references, before)
         if self.references:
             end = expires_at()
             assert first is not None
