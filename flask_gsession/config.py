@@ -546,7 +546,7 @@ _PLACES = {
 _OTHER_EXTENSIONS = {"SESSION_PROTECTION"}  # Flask-Login
 
 
-def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
+def read_settings(app: Flask, overrides: Mapping[str, Any], *, further: bool = False) -> Settings:
     """The settings of ``app``; ``overrides`` (by field name) override ``app.config``.
 
     Raises ``SettingError`` with the key, the value (unless it is secret) and the allowed values.
@@ -575,6 +575,8 @@ def read_settings(app: Flask, overrides: Mapping[str, Any]) -> Settings:
         if name == "encryption_keys":
             value, values["read_plain"] = _split_plain(value)
         values[name] = _check(name, value)
+    if further and "imports" not in overrides:
+        values["imports"] = ()  # old sessions are those of the first
     settings = _with_imports(app, Settings(**values), values, overrides)
     _check_secret_keys(_keys_at_start(app))
     _warn_of_lifetimes(settings, values)

@@ -72,8 +72,8 @@ class Session:
                 f"Session() takes the Flask application first, not a value of type "
                 f"{type(app).__name__}; settings are keywords, as in Session(app, store=...)"
             )
-        settings = read_settings(app, self._settings)
         interfaces: dict[Session, GSessionInterface] = app.extensions.setdefault(NAME, {})
+        settings = read_settings(app, self._settings, further=bool(interfaces))
         if self in interfaces:
             raise SettingError("This Session is on the application already")
 
@@ -202,6 +202,8 @@ class Session:
         interface = self._interface(app)
         if interface.owns_store:
             interface.store.close()
+        if interface.repository.imports is not None:
+            interface.repository.imports.close()
 
     def _interface(self, app: Flask | None) -> GSessionInterface:
         target = app or current_app

@@ -43,13 +43,15 @@ def open_imports(
     opened = _Opened(app, settings, repository, store, source, options, before)
     until = settings.import_until
     configured = repository.live.configured_cookie()
+    sources = [opened.source(name) for name in settings.imports]
     return Takeover(
-        [opened.source(name) for name in settings.imports],
+        sources,
         OldCookie(
             str(settings.import_cookie_name),
             settings.import_cookie_domain or configured["domain"],
             settings.import_cookie_path or configured["path"],
         ),
+        opened=opened.stores,
         knows_users=lambda: hasattr(app, "login_manager"),
         until=None if until is None else int(until * 1000),
         watch=settings.import_watch,
@@ -73,6 +75,8 @@ class _Opened:
         self._store, self._source = store, source
         self._options = options
         self._before = before
+        #: the stores that were opened here
+        self.stores: list[Store] = []
 
     def source(self, name: object) -> Source:
         """The source that an item of ``SESSION_IMPORT`` names."""
@@ -86,6 +90,12 @@ class _Opened:
             return FlaskCookieSource(self._app, of_app)
         return self._own(name)
 
+    def _open(self, place: object, options: StoreOptions) -> Store:
+        store, owned = open_store(place, options, self._app.instance_path)
+        if owned:
+            self.stores.append(store)
+        return store
+
     def _own(self, name: object) -> Source:
         prefix = self._settings.key_prefix
         if isinstance(name, Mapping):
@@ -96,10 +106,9 @@ class _Opened:
                 )
             prefix, name = name.get("key_prefix", prefix), name["store"]
         try:
-            store, _ = open_store(
+            store = self._open(
                 unwrapped("SESSION_IMPORT", name),
                 replace(self._options, prefix=prefix, logout_replicas=0),
-                self._app.instance_path,
             )
         except SettingError as error:
             text = str(error).replace("SESSION_STORE", "An item of SESSION_IMPORT")
@@ -160,7 +169,7 @@ class _Opened:
             self._shared = self._store
             return self._store
         try:
-            return open_store(place, replace(self._options, own_connections=True))[0]
+            return self._open(place, replace(self._options, own_connections=True))
         except SettingError as error:
             key = {"redis": "SESSION_REDIS", "mongodb": "SESSION_MONGODB"}[old.type]
             raise SettingError(str(error).replace("SESSION_STORE", key)) from None
@@ -175,10 +184,9 @@ class _Opened:
                 return CacheFiles(cache._path, self._options.clock, cache._hash_method)
             if name == "cachelib.redis.RedisCache":
                 prefix = cache.key_prefix
-                store = open_store(
+                strings: Any = self._open(
                     cache._write_client, replace(self._options, own_connections=True)
-                )[0]
-                strings: Any = store
+                )
                 return CacheStrings(
                     strings.strings(), str(prefix() if callable(prefix) else prefix or "")
                 )

@@ -34,7 +34,7 @@ from ..errors import (
 from ..events import ImportRefused, SessionImported, logger
 from ..repository.imports import TakenOver
 from ..repository.repository import PERMANENT, Loaded, Repository
-from ..stores.base import Record
+from ..stores.base import Record, Store
 from ..tokens import Token, session_key
 from ..users.roster import Since
 from ..users.rosters import network_of
@@ -76,9 +76,9 @@ class _Finding(NamedTuple):
 class Takeover:
     """Takes sessions over from ``sources``: the first that knows the old cookie for its own.
 
-    ``knows_users``: whether Flask-Login says which user a session belongs to. ``until``: when
-    imports are over, in milliseconds; None: never. ``watch``: whether a session
-    whose old record was removed before its time has ended, too.
+    ``opened``: the stores that were opened for the sources. ``knows_users``: whether Flask-Login
+    says which user a session belongs to. ``until``: when imports are over, in milliseconds; None:
+    never. ``watch``: whether a session whose old record was removed before its time has ended, too.
     """
 
     def __init__(
@@ -86,11 +86,13 @@ class Takeover:
         sources: Sequence[Source],
         cookie: OldCookie,
         *,
+        opened: Sequence[Store] = (),
         knows_users: Callable[[], bool],
         until: int | None,
         watch: bool = False,
     ) -> None:
         self.cookie = cookie
+        self._opened = opened
         self._knows_users = knows_users
         self._sources = {source.label: source for source in sources}
         self._until = until
@@ -161,6 +163,10 @@ class Takeover:
                 self.cookie.name, domain=self.cookie.domain, path=self.cookie.path
             )
             response.cache_control.no_store = True
+
+    def close(self) -> None:
+        for store in self._opened:
+            store.close()
 
     # -- the steps
 

@@ -36,3 +36,6 @@ class Imports(Protocol):
 
     def forget_cookie(self, request: Any, response: Any) -> None:
         """Delete the old cookie, if the request has it."""
+
+    def close(self) -> None:
+        """Release the connections to old stores."""

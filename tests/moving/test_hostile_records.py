@@ -168,7 +168,8 @@ def test_the_old_id_is_a_secret(
         assert not any(sid in key for key in site.stored())
 
     def fails(self: CacheFiles, name: str) -> Any:
-        raise StoreUnavailable("the old store is down")
+        key = name.encode()  # as drivers have it in their variables
+        raise StoreUnavailable("the old store is down" if key else "")
 
     monkeypatch.setattr(CacheFiles, operation, fails)
     seen: list[str] = []

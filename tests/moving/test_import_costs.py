@@ -128,6 +128,41 @@ def test_two_on_one_redis(store_prefix: str, redis_client: Redis) -> None:
     ext.close(app)
 
 
+@pytest.mark.usefixtures("redis_url")
+def test_two_imports_at_once_on_one_redis(store_prefix: str, redis_client: Redis) -> None:
+    """Another request is faster, between the two round trips of the first."""
+    app = Flask(__name__)
+    app.config.update(
+        SECRET_KEY=KEY,
+        SESSION_TYPE="redis",
+        SESSION_REDIS=redis_client,
+        SESSION_KEY_PREFIX=store_prefix,
+        SESSION_IMPORT_UNTIL=UNTIL,
+    )
+    ext = Session(app)
+    app.add_url_rule("/", view_func=lambda: str(session.handle))
+    values = {"photo": "x" * 40_000}
+    redis_client.set(f"{store_prefix}{'a' * 43}", msgspec.msgpack.encode(values), ex=60)
+    first, second = app.test_client(), app.test_client()
+    for each in (first, second):
+        each.set_cookie("session", "a" * 43)
+    imports: Any = app.extensions["gsession"][ext].repository.imports
+    together = imports._sources["flask-session"].together
+    real, handles = together.create_both, []
+
+    def create_both(*records: Any) -> Any:
+        together.create_both = real
+        handles.append(second.get("/").text)
+        return real(*records)
+
+    together.create_both = create_both
+    handles.append(first.get("/").text)
+    assert len(set(handles)) == 1
+    assert len(list(redis_client.scan_iter(f"{store_prefix}blob:*"))) == 1
+    assert len(list(redis_client.scan_iter(f"{store_prefix}{{*}}"))) == 2  # session and mark
+    ext.close(app)
+
+
 def test_nothing_is_asked_without_an_import(make_site: SiteMaker) -> None:
     site = make_site()
     visitor = site.visitor()

@@ -287,6 +287,22 @@ def test_a_source_that_does_not_exist(source: Any, message: str) -> None:
     assert "geheim" not in str(error.value)
 
 
+def test_a_further_session_imports_nothing_by_itself(tmp_path: Path) -> None:
+    """Or the two would share what each of them takes over."""
+    old = OldFiles(tmp_path)
+    app = an_app(**old.config)
+    first, second = Session(app), Session(app, cookie_name="second")
+    third = Session(app, cookie_name="third", imports=["cookie"], import_until=UNTIL)
+    interfaces = app.extensions["gsession"]
+    assert interfaces[first].repository.imports is not None
+    assert interfaces[second].repository.imports is None
+    assert interfaces[third].repository.imports is not None
+    app.add_url_rule("/", view_func=lambda: [dict(session), dict(second.session)])
+    client = app.test_client()
+    client.set_cookie("session", old.add(a=1))
+    assert client.get("/").json == [{"a": 1}, {}]
+
+
 # SESSION_PERMANENT ----------------------------------------------------------------------------
 
 

@@ -12,8 +12,6 @@ from tests.harness.apps import Site, SiteMaker, Visitor
 
 from .old import OldFiles
 
-pytestmark = pytest.mark.filterwarnings("ignore:Old sessions")
-
 
 @pytest.fixture
 def old(tmp_path: Path) -> OldFiles:
@@ -73,6 +71,35 @@ def test_a_logout_ends_both(site: Site, old: OldFiles, way: str, cookies: str) -
     late = visit(site, sid)
     assert late.run(dict) == {}
     assert late.get_cookie("session") is None
+
+
+@pytest.mark.parametrize("grace", [0, 100])
+def test_a_rotation_after_the_import(site: Site, old: OldFiles, grace: float) -> None:
+    """The old cookie leads to the session within the grace, but yields no token."""
+    sid = old.add(_user_id="7")
+    visitor = visit(site, sid)
+    visitor.run(lambda session: session.rotate(grace=grace))
+    late = visit(site, sid)
+    assert late.run(dict) == ({"_user_id": "7"} if grace else {})
+    assert late.cookie is None
+    assert visitor.run(dict) == {"_user_id": "7"}
+
+
+def test_a_logout_that_rotates_through_a_pointer(site: Site, old: OldFiles) -> None:
+    """As Flask-Security does it, in a request whose old cookie leads through a pointer."""
+    sid = old.add(_user_id="7")
+    visitor = visit(site, sid)
+    visitor.run(lambda session: session.rotate(grace=100))
+
+    def log_out(session: Any) -> None:
+        session.clear()
+        session.rotate(grace=0)
+
+    late = visit(site, sid)
+    late.run(log_out)
+    assert late.get_cookie("session") is None
+    assert not old.has(sid)
+    assert visitor.run(dict) == {}
 
 
 def test_no_cookie_and_no_use_cost_nothing(site: Site, old: OldFiles) -> None:
