@@ -1,1 +1,1 @@
-"""What all sessions of an application share: find, create, save, rotate, expire, large values."""
+"""Shared by all sessions of an application: find, create, save, rotate, expire, large values."""

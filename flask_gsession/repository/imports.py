@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class TakenOver(NamedTuple):
     """The session that an old cookie led to, if any.
 
-    ``token``: for the client, unless the cookie led to it through a pointer. ``dead_cookie``: the
-    old cookie leads nowhere, and never will again.
+    ``token``: for the client; None if the cookie led to the session through a pointer.
+    ``dead_cookie``: the old cookie leads nowhere, and never will again.
     """
 
     loaded: Loaded | None = None
@@ -29,7 +29,7 @@ class Imports(Protocol):
         """The session that the old cookie of the request leads to."""
 
     def end_old(self, repository: Repository, body: Body) -> None:
-        """Remove the old record of a session that is to end."""
+        """Remove the old record of a session that is about to end."""
 
     def has_ended(self, repository: Repository, body: Body) -> bool:
         """Whether an old worker ended the session."""

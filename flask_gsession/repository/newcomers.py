@@ -1,8 +1,8 @@
-"""A bound on sessions whose visitors never come back, as those of a flood of requests.
+"""Limits sessions whose visitors never come back, as in a flood of requests.
 
-Without a cookie each request may create a session, and each stays for its idle timeout. So a
-process that creates many in a minute gives the further ones less time, until a request presents
-their token. Nothing is asked of the store, and nobody is refused.
+Each request without a cookie may create a session, which stays for its idle timeout. A process that
+creates many within a minute therefore gives further sessions less time, until a request presents
+their token. This costs no round trip and refuses no visitor.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _REMEMBERED = 1000  # sessions
 
 
 class Newcomers:
-    """Counts what one process creates. ``per_minute`` None: everybody gets the full time."""
+    """Counts the sessions that this process creates. Without ``per_minute``, nothing is limited."""
 
     def __init__(self, per_minute: int | None, timeout: float) -> None:
         self._most = per_minute
         self._timeout = timeout
         self._minute = self._count = 0
-        #: Those that got less time and whose tokens were not presented to this process yet. They
-        #: get no more in the request that created them, however often that saves.
+        #: Sessions with less time, whose tokens this process hasn't seen yet. The request that
+        #: created them gives them no more time, however often it saves.
         self.unseen: OrderedDict[str, None] = OrderedDict()
 
     def first_end(self, key: str, now: int, idle_end: int) -> int:
-        """When a session that is created now ends unless its visitor comes back; milliseconds."""
+        """When a new session ends unless its visitor comes back, in milliseconds."""
         if self._most is None:
             return idle_end
         minute = now // _MINUTE

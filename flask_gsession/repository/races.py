@@ -1,7 +1,6 @@
-"""The one loop of everything that may lose a race against another writer, and then tries again.
+"""The retry loop of every write that can lose a race against another writer.
 
-A session's changes come through ``write``. So do records of other kinds, by way of
-``Repository.update``.
+Session changes go through ``write``. Records of other kinds do as well, by ``Repository.update``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ R = TypeVar("R")
 ATTEMPTS = 25
 BUDGETS = 5  # times the budget of a store call that a write may go on losing races
 _LONGEST_PAUSE = 0.05  # seconds
-# Where hundreds of requests may want to write the same record at once.
+# For records that hundreds of requests may write at the same time.
 _PATIENT_ATTEMPTS, _PATIENT_BUDGETS, _PATIENT_PAUSE = 1000, 20, 0.5
 
 
@@ -29,10 +28,10 @@ def tries(
     *,
     patient: bool = False,
 ) -> Iterator[int]:
-    """Count lost races from 0, and pause at random after each, longer the more there were.
+    """Count lost races from 0, and pause at random after each. The pauses grow.
 
-    Raises ``conflict()`` after too many, or if they have taken too long. ``patient``: goes on for
-    longer, for a record that many clients share.
+    Raises ``conflict()`` after too many attempts, or when they have taken too long. ``patient``
+    allows more of both, for a record that many clients share.
     """
     end = 0.0  # of time.monotonic
     attempts, budgets, longest = ATTEMPTS, BUDGETS, _LONGEST_PAUSE
@@ -55,12 +54,12 @@ def write(
     send: Callable[[S, int], R],
     tries: Callable[[], Iterator[int]],
 ) -> R | None:
-    """Send what ``prepare`` makes of the stored state, again if another writer was faster.
+    """Call ``prepare`` and ``send``, and repeat both after each lost race.
 
-    ``prepare`` runs before each try. After a lost race it loads what is stored now. It returns None
-    if there is nothing to send, because a version that it finds is one of its own, for example.
+    ``prepare`` loads the stored state after a lost race, and returns the next step. It returns None
+    if there is nothing to send, for example because it finds a version that it has sent before.
     ``send`` makes one atomic step in the store, and raises ``Stale``, ``Gone`` or ``KeyTaken`` if
-    another writer was faster. It gets the number of races lost before. ``tries()`` counts them.
+    another writer was faster. It gets the number of lost races, which ``tries()`` counts.
     """
     losses, counted = 0, None
     while True:
@@ -72,5 +71,5 @@ def write(
         except (Stale, Gone, KeyTaken):
             if counted is None:
                 counted = tries()
-                next(counted)  # the one that was just lost
+                next(counted)  # the race that was just lost
             losses = next(counted)

@@ -1,7 +1,7 @@
-"""Between one application's sessions and their store: find, create, save, rotate, renew.
+"""Finds, creates, saves, rotates and renews the sessions of one application in their store.
 
-Everything that every session of an application shares is here; what belongs to one request is in
-``data``.
+This module holds what all sessions of an application share. ``request/`` holds the state of a
+single request.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ R = TypeVar("R")
 
 PERMANENT = "_permanent"
 _TRUE = b"\xc3"
-# How long a large value that was replaced stays for requests that loaded the session before.
+# A replaced large value stays this long, for requests that loaded the session before.
 BLOB_GRACE = 60_000  # milliseconds
-_BLOB_MARGIN = 60_000  # milliseconds that a large value is kept beyond its session
-_NO_WARNING = ("unknown", "expired")  # what anybody can send
-# For the store: the idle expiry may move back. Only named where it may.
+_BLOB_MARGIN = 60_000  # milliseconds that a large value outlives its session
+_NO_WARNING = ("unknown", "expired")  # an attacker could flood the log
+# Options for the store: allow an earlier idle expiry. Stores without this option never see it.
 _SHORTEN = {"shorten": True}
 _NO_OPTIONS: dict[str, bool] = {}
 _AT_ONCE = 100  # sessions that are deleted in one round trip
 
 
 class Loaded(Struct, frozen=True, gc=False):
-    """A live record and what its payload holds."""
+    """A live record and its decoded payload."""
 
     record: Record
     body: Body
 
 
 class Update(NamedTuple, Generic[R]):
-    """What an edit makes of a record: see ``Repository.update``. None: nothing to store."""
+    """The result of an edit, and the record to store, if any: see ``Repository.update``."""
 
     result: R
     record: Record | None = None
 
 
 class Repository:
-    """Keeps the sessions of one ``Session`` on one application in their store."""
+    """Stores the sessions of one ``Session`` on one application."""
 
     def __init__(
         self,
@@ -86,13 +86,13 @@ class Repository:
     ) -> None:
         self.settings = settings
         self.live = live
-        #: None where the store has no place for large values
+        #: None if the store has no place for large values
         self.large_values: LargeValueStorage | None = None
         self._own_blobs: Blobs | None = None
         self.events = events
-        #: Called before a session is stored for the first time; what it raises prevents that.
+        #: Called before a session is stored for the first time. It can raise to prevent that.
         self.before_create: Callable[[], object] | None = None
-        #: old sessions that are taken over; None: there is no import
+        #: takes over old sessions; None without SESSION_IMPORT
         self.imports: Imports | None = None
         #: Called with a session whose user has just confirmed who they are.
         self.on_confirm: Callable[[Any], object] | None = None
@@ -118,14 +118,15 @@ class Repository:
                 cipher=cipher,
                 allow_plain=settings.read_plain,
             )
-        #: where large values are files, which do not go by themselves: for a clean-up
+        #: for a clean-up, if large values are files, since files don't expire
         self.files = None if blobs is None else parts_of(blobs).upkeep
         limit = None if self.large_values is None else settings.spill_bytes
         self._inline = sys.maxsize if limit is None else limit
         self.codec.resolve = self._resolve
-        #: the version that a request says it wrote last, and whether it says so in a header
+        #: Called with a request, and whether its token came in a header. Returns the version that
+        #: this client wrote last, if the request names it.
         self.last_seen_version: Callable[[Any, bool], int | None] = lambda request, by_header: None
-        #: of the whole session: raises for what may not be set; gives the mark it is to have
+        #: the session's schema: raises for a wrong value, and returns the mark to store with it
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
         self.clock = clock
@@ -135,11 +136,11 @@ class Repository:
         self._permanent_span = (0.0, (0, 0))
 
     def use_store(self, store: Store) -> None:
-        """Ask this store from now on: the one of before, within a wrapper more."""
+        """Use this store from now on: the same as before, inside another wrapper."""
         before = self._own_blobs
         parts = parts_of(store)
         self.store, self.leases, self._own_blobs = store, parts.leases, parts.blobs
-        #: for the first read of a request; None without a near cache
+        #: serves the first read of a request; None without a near cache
         self.near = parts.near
         self.rosters = self.rosters.through(store)
         if (
@@ -150,9 +151,10 @@ class Repository:
             self.large_values = self.large_values.through(parts.blobs)
 
     def find_near(self, key: str, version: int | None) -> Loaded | None:
-        """The session under ``key`` from the near cache; None unless it is fresh enough there.
+        """The session under ``key`` from the near cache, or None if it isn't fresh enough there.
 
-        ``version``: one that the client has seen, so that only this one will do. No round trip.
+        ``version``: the version that the client has seen, if any; no other version will do. No
+        round trip.
         """
         record = None if self.near is None else self.near.peek(key, version)
         body = None if record is None else self.read(key, record)
@@ -164,11 +166,11 @@ class Repository:
         presented: bool = False,
         load: Callable[[str], Record | None] | None = None,
     ) -> Loaded | None:
-        """The session under ``key``, or the one it was rotated to; None when there is none.
+        """The session under ``key``, or the one it was rotated to; None if there is none.
 
-        That is counted and logged where a client ``presented`` the key. ``load``: instead of the
-        store's. Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one more for
-        each rotation within the grace.
+        ``presented``: a client sent the key, so a miss is counted and logged. ``load`` replaces the
+        store's ``load``. Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one
+        more for each rotation within the grace.
         """
         at = key
         passed: list[str] = []
@@ -176,7 +178,7 @@ class Repository:
             load = self.store.load
         for _ in range(MAX_POINTERS):
             record = load(at)
-            # Only here: a store may still have what has expired.
+            # A store may still return an expired record.
             if record is None or self.clock() * 1000 >= record.idle_expires_at:
                 if presented:
                     self._refuse_absent(key, record, rotated=at != key)
@@ -193,12 +195,12 @@ class Repository:
         raise UnreadableRecord("corrupt", "too many pointers")
 
     def read(self, key: str, record: Record) -> Body | None:
-        """What the record under ``key`` holds; None where it is a pointer.
+        """Decode the record under ``key``; None for a pointer.
 
         Raises ``UnreadableRecord``, also for a record that belongs to another key.
         """
         _, _, created, idle, absolute, payload, successor = record
-        # A session may end before it began: where a clock was set back, or one is far behind.
+        # The idle expiry may lie before the creation, if a clock was set back or is far behind.
         if not (0 <= created <= absolute and 0 <= idle <= absolute < END_OF_TIME):
             raise UnreadableRecord("corrupt", "times out of order")
         if successor is None:
@@ -207,11 +209,11 @@ class Repository:
         return None
 
     def latest_end(self) -> int:
-        """When a session ends at the latest that is created now, in milliseconds."""
+        """The absolute end of a session that is created now, in milliseconds."""
         return self.now() + int(self.settings.absolute_timeout * 1000)
 
     def with_times(self, record: Record, other: Record) -> Record:
-        """``other``, which is ``record`` with other times, with a payload that is bound to them."""
+        """``other``, a copy of ``record`` with other times, with its payload bound to them."""
 
         def times(of: Record) -> tuple[int, ...]:
             fixed = of.created_at, of.absolute_expires_at
@@ -221,7 +223,7 @@ class Repository:
         return other._replace(payload=payload)
 
     def draft_new(self, body: Body) -> tuple[str, Record]:
-        """The token and the record of a new session, which is not stored yet."""
+        """Draft a new session: its token and its record. Stores nothing."""
         now, absolute = self.now(), self.latest_end()
         token, key = self._new_token()
         record = Record(
@@ -235,9 +237,9 @@ class Repository:
         return token, record
 
     def draft_imported(self, key: str, body: Body, began: int | None, ends: int | None) -> Record:
-        """The record under ``key`` of a session that is taken over, which is not stored yet.
+        """Draft the record under ``key`` for a session that is taken over. Stores nothing.
 
-        ``began`` and ``ends``: its creation and absolute end elsewhere, if it is to keep them.
+        ``began`` and ``ends``: its creation and absolute end in the old system, to keep them.
         """
         now, absolute = self.now(), self.latest_end()
         if ends is not None:
@@ -253,7 +255,7 @@ class Repository:
         )
 
     def draft_other(self, key: str, content: bytes, end: int) -> Record:
-        """A record under a key that is no session's, which is not stored yet."""
+        """Draft a record that is no session's. Stores nothing."""
         now = min(self.now(), end)
         payload = self._payloads.pack_other(key, content, now, end)
         return Record(key, new_version(), now, end, end, payload)
@@ -272,9 +274,9 @@ class Repository:
     def draft_next(
         self, old: Record, body: Body, *, restart_idle: bool = False, renew: bool = True
     ) -> Record:
-        """The record that is to replace ``old``, which is not stored yet.
+        """Draft the record that replaces ``old``. Stores nothing.
 
-        The idle expiry moves where it is due, unless ``renew`` is false, or anyhow with
+        The idle expiry moves if that is due and ``renew`` is true, and always with
         ``restart_idle``.
         """
         if restart_idle:
@@ -299,11 +301,11 @@ class Repository:
         *,
         shorten: bool = False,
     ) -> None:
-        """Replace ``old`` by ``record``. Raises ``Gone`` or ``Stale``. One round trip, one more
-        where the session has large values and its idle expiry moves.
+        """Replace ``old`` by ``record``. Raises ``Gone`` or ``Stale``.
 
-        With ``lease``, raises ``LockLost`` unless that is held. With ``shorten`` the idle
-        expiry may come earlier than before.
+        With ``lease``, raises ``LockLost`` unless the lease is still held. With ``shorten``, the
+        idle expiry may move back. One round trip, one more if the session has large values and its
+        idle expiry moves.
         """
         if record.idle_expires_at != old.idle_expires_at:
             self._renew_blobs(body, record.idle_expires_at)
@@ -311,13 +313,13 @@ class Repository:
         if lease is None:
             self.store.save(record, old.version, **more)
         else:
-            with self._under(lease) as leases:
+            with self._under_lease(lease) as leases:
                 leases.save(record, old.version, lease, **more)
 
     def _pack(self, key: str, body: Body, old: Record, *times: int) -> bytes:
-        """The payload of ``body``, which replaces that of ``old``: no limit forbids to shrink.
+        """The payload of ``body``, to replace ``old``. A session over a lowered limit may shrink.
 
-        ``times``: creation and absolute end of the new record, where they aren't those of ``old``.
+        ``times``: creation and absolute end of the new record, if they differ from ``old``.
         """
         known = old.created_at, old.absolute_expires_at
         times = times or known
@@ -328,16 +330,16 @@ class Repository:
             return self._payloads.pack(key, body, *times, before=before.values)
 
     def end(self, old: Record, body: Body | None, lease: str | None = None) -> None:
-        """Delete the session in this very version. Raises as ``save`` does. One round trip.
+        """Delete exactly this version of the session. Raises as ``save`` does. One round trip.
 
-        If old sessions are imported: the old record first.
+        Deletes the old record first, while old sessions are imported.
         """
         if self.imports is not None and body is not None:
             self.imports.end_old(self, body)
         if lease is None:
             deleted = self.store.delete(old.key, old.version)
         else:
-            with self._under(lease) as leases:
+            with self._under_lease(lease) as leases:
                 deleted = leases.delete(old.key, old.version, lease)
         if isinstance(deleted, Deleted) and deleted.unconfirmed:
             raise LogoutUnconfirmed(deleted.unconfirmed)
@@ -345,10 +347,10 @@ class Repository:
     def draft_rotated(
         self, old: Record, body: Body, *, renew: bool = True, signs_in: bool = False
     ) -> tuple[str, Record]:
-        """A new token for the session of ``old``, and its record, which is not stored yet.
+        """Draft a new token and record for the session of ``old``. Stores nothing.
 
-        The idle expiry moves, unless ``renew`` is false. If it ``signs_in``, the absolute lifetime
-        starts again.
+        The idle expiry moves if ``renew`` is true. With ``signs_in``, the absolute lifetime starts
+        again.
         """
         token, key = self._new_token()
         created, absolute = old.created_at, old.absolute_expires_at
@@ -373,14 +375,13 @@ class Repository:
         *,
         shorten: bool = False,
     ) -> LogoutUnconfirmed | None:
-        """Move the session to the new key. Raises as ``save`` does, and ``KeyTaken``. One round
-        trip, one more where the session has large values.
+        """Move the session to its new key. Raises as ``save`` does, and ``KeyTaken``.
 
-        With ``shorten`` the idle expiry may come earlier than before. What it returns says that
-        replicas may not know the end of the old key yet.
+        With ``shorten``, the idle expiry may move back. Returns an error if replicas may still know
+        the old key. One round trip, one more if the session has large values.
         """
         idle_end = record.idle_expires_at
-        # More than a renewal beyond what is usual now: by settings that were changed since.
+        # The idle expiry is further ahead than the settings allow now, so they were changed.
         unusual = old.idle_expires_at - idle_end > self._idle_span(body.values, body.lifetime)[1]
         more = _SHORTEN if shorten or unusual else _NO_OPTIONS
         pointer = self._pointer(old, record, grace)
@@ -388,19 +389,19 @@ class Repository:
         if lease is None:
             replaced = self.store.replace(old.key, record, old.version, pointer, **more)
         else:
-            with self._under(lease) as leases:
+            with self._under_lease(lease) as leases:
                 replaced = leases.replace(old.key, record, old.version, pointer, lease, **more)
         if replaced is not None and replaced.unconfirmed:
             return LogoutUnconfirmed(replaced.unconfirmed)
         return None
 
     def debug(self, key: str, until: int | None) -> tuple[str, bool] | None:
-        """Let what requests do with the session be written to the log, until then in milliseconds.
+        """Log what requests do with the session until this time, in milliseconds; None ends that.
 
-        ``until`` None ends that. Nothing else of the session changes; a request that is running
-        saves its changes onto it, as onto those of any other. Returns its handle, and whether that
-        was so already; None where there is no session. Raises ``SessionConflict`` after too many
-        lost races. Two round trips, two more for each lost race.
+        The session stays as it is otherwise, and requests that are running keep their changes.
+        Returns the session's handle, and whether it was debugged already, or None if there is no
+        session. Raises ``SessionConflict`` after too many lost races. Two round trips, two more for
+        each lost race.
         """
 
         def switch(loaded: Loaded | None) -> Update[tuple[str, bool] | None]:
@@ -423,9 +424,9 @@ class Repository:
         *,
         tried: dict[int, R] | None = None,
     ) -> R:
-        """Store what ``edit`` makes of a record; return the result of the edit that was stored.
+        """Store the record that ``edit`` makes, and return the result of this edit.
 
-        ``edit`` gets what ``find(key)`` returns, and makes a record for the same key, with a new
+        ``edit`` gets the result of ``find(key)``, and makes a record for the same key, with a new
         version. It runs again after each lost race, so it must have no side effects. It may raise
         to refuse. ::
 
@@ -438,14 +439,13 @@ class Repository:
 
             entered = repository.update(key, enter)
 
-        A version that was sent is recognised if it is found stored, and not applied twice. After
-        ``StoreUnavailable`` or an interrupt nobody knows whether the edit was stored. You can then
-        call again with the same dict as ``tried``. Another writer may have replaced that version
-        by now, so let the edit also recognise its own effect: an entry that is there needs no
-        entering.
+        If the store holds a version that this call has sent, it was stored, and is not applied
+        twice. After ``StoreUnavailable`` or an interrupt, the outcome is unknown. You can then call
+        again with the same dict as ``tried``. Another writer may have replaced that version by now,
+        so let the edit also recognise its own effect: an entry that is there needs no entering.
 
-        Raises ``SessionConflict`` after too many lost races, and whatever ``find``, ``edit`` and
-        the store raise. Two round trips, two more for each lost race.
+        Raises ``SessionConflict`` after too many lost races, and any error of ``find``, ``edit``
+        and the store. Two round trips, two more for each lost race.
         """
         sent: dict[int, R] = {} if tried is None else tried
 
@@ -470,37 +470,39 @@ class Repository:
         return cast(R, write(prepare, send, partial(tries, self.settings.store_timeout)))
 
     def renew(self, record: Record, body: Body, idle_end: int) -> bool:
-        """As ``Store.renew``, of the large values too: theirs first, or one might be missed."""
+        """Renew the large values, then the record, so that no value expires before its record."""
         self._renew_blobs(body, idle_end)
         return self.store.renew(record, idle_end)
 
     def delete(
         self,
         key: str,
-        ordered: Callable[[int], None] | None = None,
+        on_debug: Callable[[int], None] | None = None,
         *,
         owner: Owner | None = None,
         leave_roster: bool = True,
         body: Body | None = None,
     ) -> bool:
-        """End the session under ``key``, through pointers, and its large values with it.
+        """End the session under ``key``, following pointers, and release its large values.
 
-        ``ordered`` is called with the end of an order to debug it, where it has one. ``owner``: as
-        far as the caller knows, for a store that doesn't return the record. Returns whether there
-        was a session. One round trip, one more where it had large values, and two where it was
-        bound to a user, whose roster it leaves unless that is not wanted. Raises what
-        ``Store.delete`` raises. While old sessions are imported: the old record first, which costs
-        another round trip, and one more unless the session's ``body`` is known.
+        ``on_debug`` is called with the end of debugging, if the session is debugged. ``owner``: the
+        user, if you know it, for a store that doesn't return the deleted record. ``leave_roster``:
+        whether to remove the session from its user's roster. ``body``: the session's contents, if
+        you know them. Returns whether there was a session. Raises as ``Store.delete`` does.
+
+        One round trip, one more if it had large values, two more if it leaves a roster. While old
+        sessions are imported, the old record goes first, which costs one more, and another one
+        without ``body``.
         """
         if self.imports is not None:
             self._end_old(key, body)
-        return self._deleted(key, self.store.delete(key), ordered, owner, leave_roster)
+        return self._deleted(key, self.store.delete(key), on_debug, owner, leave_roster)
 
     def delete_many(self, keys: Sequence[str]) -> Iterator[Callable[[], bool]]:
-        """End these sessions, which leave no roster; as ``delete``, and in the same order.
+        """End these sessions in their order, without removing them from rosters.
 
-        Each function that comes raises or returns what ``delete`` would. Stores with the part
-        ``bulk`` take one round trip for up to a hundred of them.
+        Each yielded function returns or raises as ``delete`` does. A store with the part ``bulk``
+        takes one round trip for up to a hundred sessions.
         """
         bulk = None if self.imports is not None else parts_of(self.store).bulk
         if bulk is None or len(keys) < 2:
@@ -516,7 +518,7 @@ class Repository:
         self,
         key: str,
         deleted: Deleted | bool,
-        ordered: Callable[[int], None] | None,
+        on_debug: Callable[[int], None] | None,
         owner: Owner | None,
         leave_roster: bool,
     ) -> bool:
@@ -525,7 +527,7 @@ class Repository:
         ended = key
         if deleted.record is not None:
             ended = deleted.record.key
-            body = self._release_values(deleted.record, ordered)
+            body = self._release_values(deleted.record, on_debug)
             owner = None if body is None else body.owner
         if leave_roster and owner is not None and deleted.found:
             self.leave_roster(owner, key, ended)
@@ -547,10 +549,10 @@ class Repository:
         self.imports.end_old(self, body)
 
     def leave_roster(self, owner: Owner, *keys: str) -> None:
-        """The sessions under these keys have ended, or aren't the user's any more.
+        """Remove these keys from the user's roster: their sessions ended, or changed their user.
 
-        Two round trips. Never raises for an outage: then the user's roster lists the session until
-        it would have expired.
+        Two round trips. Never raises for an outage: the roster then lists the session until it
+        would have expired.
         """
         ended = {*keys, *([owner.predecessor] if owner.predecessor else ())}
         try:
@@ -559,11 +561,11 @@ class Repository:
             logger.warning("Session %s stays in its user's list: %s", keys[0], error)
 
     def save_owner(self, old: Record, body: Body, owner: Owner) -> None:
-        """Store the owner of a session that stays as it is. Raises ``Stale`` and ``Gone``."""
+        """Store the owner of a session and change nothing else. Raises ``Stale`` and ``Gone``."""
         self.store.save(self.with_owner(old, body, owner), old.version)
 
     def with_owner(self, old: Record, body: Body, owner: Owner) -> Record:
-        """The next version of the record, with this owner. Nothing is stored."""
+        """The next version of the record, with this owner. Stores nothing."""
         owned = replace(body, owner=owner)
         return old._replace(version=new_version(), payload=self._pack(old.key, owned, old))
 
@@ -575,11 +577,11 @@ class Repository:
         *,
         signs_in: bool = False,
     ) -> int:
-        """Until when, in seconds, a roster may take a session to be there that is entered now.
+        """How long a roster may list a session that is entered now, in seconds since 1970.
 
-        Without a look at the roster, the session is renewed for as long as
-        ``SESSION_SEEN_INTERVAL``. ``record``: as it is stored; None: it is a new one.
-        ``signs_in``: its absolute lifetime starts again.
+        Renewals within ``SESSION_SEEN_INTERVAL`` don't touch the roster, so the entry lasts that
+        much longer. ``record``: as it is stored; None for a new session. ``signs_in``: its absolute
+        lifetime starts again.
         """
         absolute = self.latest_end() if record is None or signs_in else record.absolute_expires_at
         interval = int(self.settings.seen_interval * 1000)
@@ -588,20 +590,22 @@ class Repository:
             end = max(end, record.idle_expires_at)
         return (min(end, absolute) + MARGIN) // 1000
 
-    def _release_values(self, record: Record, ordered: Callable[[int], None] | None) -> Body | None:
-        """This record ended: let go of its large values. Returns what it held, if that is readable.
+    def _release_values(
+        self, record: Record, on_debug: Callable[[int], None] | None
+    ) -> Body | None:
+        """Release the large values of an ended record. Returns its contents, if readable.
 
-        Also where replicas may not know yet that it ended. One that takes over with the session
-        has not heard of this either; where the values are elsewhere, they are absent from it.
+        Replicas may not know yet that it ended. A replica that takes over with this session has not
+        heard of the release either; if the values are stored elsewhere, the session lacks them.
         """
         try:
             body = self._payloads.unpack(
                 record.key, record.payload, record.created_at, record.absolute_expires_at
             )
         except UnreadableRecord:
-            return None  # what it referred to, if anything, expires
-        if ordered is not None and body.debug_until is not None:
-            ordered(body.debug_until)
+            return None  # its large values, if any, expire
+        if on_debug is not None and body.debug_until is not None:
+            on_debug(body.debug_until)
         if body.has_large:
             self.discard(names_in(body.values.values()), 0)
         return body
@@ -609,14 +613,14 @@ class Repository:
     def has_large_value(
         self, values: Mapping[str, bytes], changed: Iterable[str], others: int = 0
     ) -> bool:
-        """Whether one of the encoded values is to be in a place of its own.
+        """Whether one of the encoded values needs a place outside the record.
 
-        Only ``changed`` are looked at, where no other can be longer than ``others``, in bytes.
+        Looks only at ``changed`` if no other value can be longer than ``others``, in bytes.
         """
         if others > self._inline:
             changed = values
         inline = self._inline
-        for key in changed:  # noqa: SIM110  # a generator takes longer than what it looks at
+        for key in changed:  # noqa: SIM110  # a generator is slower
             if key in values and len(values[key]) > inline:
                 return True
         return False
@@ -666,15 +670,15 @@ class Repository:
         return values
 
     def room_for(self, key: str, stored: Mapping[str, bytes]) -> int:
-        """How many bytes a large value under ``key`` may have, beside the others in ``stored``."""
+        """How many bytes a large value under ``key`` may have, beside the other large values."""
         there = self._large_lengths(stored)
         own, total, limit = there.pop(key, 0), sum(there.values()), self.settings.total_limit
         return max(limit - total, own)
 
     def _check_total(self, values: Mapping[str, bytes], before: Mapping[str, bytes]) -> None:
-        """Raises ``SessionTooLarge`` where all large values of a session are too large together.
+        """Raises ``SessionTooLarge`` if the large values of a session exceed the limit together.
 
-        Those ``before`` may have been more, under a setting that was lowered since.
+        The values ``before`` may exceed it, if the setting was lowered since.
         """
         lengths = self._large_lengths(values)
         total, limit = sum(lengths.values()), self.settings.total_limit
@@ -687,7 +691,7 @@ class Repository:
             )
 
     def _large_lengths(self, values: Mapping[str, bytes]) -> dict[str, int]:
-        """The bytes of each value that has, or is to have, a place of its own."""
+        """The length in bytes of each large value, by key."""
         return {
             key: length_of(raw) if refers(raw) else len(content_of(split(raw)[1])[1])
             for key, raw in values.items()
@@ -708,21 +712,21 @@ class Repository:
             raise ValueLost("altered") from None
 
     def blobs_expire_at(self, body: Body, absolute: int | None = None) -> int:
-        """Until when the large values of a session are kept that is stored now or a bit later.
+        """When the large values of a session expire if it is stored about now, in milliseconds.
 
-        In milliseconds. ``absolute`` is where the session ends; None: it is a new one.
+        ``absolute``: the session's absolute end; None for a new session.
         """
         if absolute is None:
             absolute = self.latest_end()
         return self._idle_end(body, absolute) + _BLOB_MARGIN
 
     def discard(self, names: Iterable[str], grace: int) -> None:
-        """Let blobs go in so many milliseconds. One round trip; never raises for an outage."""
+        """Delete these blobs in ``grace`` milliseconds. One round trip. No error in an outage."""
         if self.large_values is not None and (all_of := sorted(names)):
             self.large_values.discard(all_of, self.now() + grace)
 
     def renew_blobs(self, references: Iterable[Reference], end: int) -> None:
-        """Keep these until ``end``, in milliseconds. One round trip."""
+        """Keep these blobs until ``end``, in milliseconds. One round trip."""
         if self.large_values is not None:
             self.large_values.renew(sorted(reference.name for reference in references), end)
 
@@ -732,8 +736,8 @@ class Repository:
             self.large_values.renew(names, idle_end + _BLOB_MARGIN)
 
     @contextmanager
-    def _under(self, lease: str) -> Iterator[Leases]:
-        """The leases, for a write that names one; what that may raise, translated."""
+    def _under_lease(self, lease: str) -> Iterator[Leases]:
+        """The leases, for a write under one. Translates ``LeaseLost`` to ``LockLost``."""
         assert self.leases is not None  # it gave the lease
         try:
             yield self.leases
@@ -757,7 +761,7 @@ class Repository:
         return milliseconds(self.clock)
 
     def due(self, record: Record, values: Mapping[str, bytes], lifetime: int | None) -> int | None:
-        """Where the idle expiry moves to, or None while it need not move yet."""
+        """The next idle expiry, or None if it need not move yet."""
         if self._unseen and record.key in self._unseen:
             return None
         if lifetime is None and PERMANENT not in values:  # every save comes by here
@@ -774,7 +778,7 @@ class Repository:
         return values.get(PERMANENT) == _TRUE
 
     def refused(self, reason: str, key: str | None, detail: str = "") -> None:
-        """Count and log that a presented token led to no session."""
+        """Count and log a token that led to no session."""
         if key is not None and reason not in _NO_WARNING:
             logger.warning(
                 "Session %s refused: %s%s", key, reason, f" ({detail})" if detail else ""
@@ -782,9 +786,9 @@ class Repository:
         self.events.emit(SessionRefused, reason, key)
 
     def _refuse_absent(self, key: str, record: Record | None, *, rotated: bool) -> None:
-        """There is no session, for a reason that is told as far as the store still knows.
+        """Say why there is no session, as far as the store still knows.
 
-        ``record``: what has expired. ``rotated``: a pointer led to it.
+        ``record``: the expired record, if the store has it. ``rotated``: a pointer led to it.
         """
         if record is None:
             why = "not in the store: logged out, revoked, never issued, or expired and removed"
@@ -800,7 +804,7 @@ class Repository:
             self.refused("expired", key, "it was not used for as long as its idle timeout")
 
     def _idle_span(self, values: Mapping[str, bytes], lifetime: int | None) -> tuple[int, int]:
-        """How far ahead the idle expiry is set, and by how much at least it moves; milliseconds."""
+        """How far ahead the idle expiry is set, and its smallest step, in milliseconds."""
         if lifetime is not None:
             return self._span(lifetime / 1000)
         if not self.is_permanent(values):

@@ -1,4 +1,4 @@
-"""Going through all sessions of a store."""
+"""Iterates over all sessions of a store."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Retry:
 
 
 def all_pages(scans: Scans, begins: str = "") -> Iterator[Page]:
-    """All sessions of a store, page by page; other records are left out. Survives a short outage.
+    """Yield all sessions of a store, page by page, without other records. Survives a short outage.
 
-    ``begins`` selects by the beginning of the key. The larger the sessions, the smaller the pages.
+    ``begins``: the beginning of the keys to return. Larger sessions make smaller pages.
     """
     cursor, retry = "", Retry()
     limit, longest = _FIRST_PAGE, _MAX_PAGE_BEGINS if begins else _MAX_PAGE
