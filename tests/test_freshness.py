@@ -14,9 +14,11 @@ import pytest
 from flask import Blueprint, Flask, Response, redirect, request
 from flask.views import MethodView, View
 from flask_login import LoginManager, confirm_login, login_fresh, login_user, logout_user
+from flask_socketio import SocketIO
 
 from flask_gsession import (
     ConfirmationRequired,
+    RotationRefused,
     Session,
     SessionData,
     SettingError,
@@ -383,6 +385,36 @@ def test_an_old_token_confirms_nothing_for_the_session(vaults: Site) -> None:
     assert not opens(visitor)
     assert holder.run(lambda session: flask_login.current_user.get_id()) is None
     assert "cart" not in holder.run(dict)
+
+
+def test_a_socket_handler_confirms_nothing(one: Site) -> None:
+    """It keeps the token, which somebody else may have: so a sign-in there isn't fresh either."""
+    socketio = SocketIO(one.app, manage_session=False, async_mode="threading")
+    caught: list[type[Exception]] = []
+
+    def confirm() -> None:
+        try:
+            session.confirm()
+        except RotationRefused as error:
+            caught.append(type(error))
+
+    socketio.on_event("confirm", confirm)
+    socketio.on_event("login", lambda: login_user(User("ada")) and None)
+    socketio.on_event("bind", lambda: session.bind("eve"))
+    visitor = one.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    cookie = visitor.cookie
+    socket = socketio.test_client(one.app, flask_test_client=visitor)
+    for event, user in (("login", "ada"), ("bind", "eve")):
+        socket.emit(event)
+        assert visitor.run(lambda session: session.owner) == user
+        assert not opens(visitor)
+    socket.emit("confirm")
+    assert caught == [RotationRefused]
+    assert not opens(visitor)
+    assert visitor.cookie == cookie
+    visitor.run(lambda session: session.confirm())
+    assert opens(visitor)
 
 
 @pytest.mark.parametrize("block", ["lock", "transaction"])

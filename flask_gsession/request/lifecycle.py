@@ -490,6 +490,16 @@ class Lifecycle:
         return self.phase == Phase.SAVED
 
     @property
+    def is_in_socket(self) -> bool:
+        """Whether no view runs, but a socket handler, whose response nobody may send."""
+        request = self.request
+        return (
+            self.phase == Phase.VIEW
+            and request is not None
+            and request.routing_exception is not None
+        )
+
+    @property
     def unreferenced(self) -> UnreferencedValues:
         """The large values that this request wrote."""
         if self._unreferenced is None:

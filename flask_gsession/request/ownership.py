@@ -245,7 +245,9 @@ def prepare(
             return None, Entry(leaves=leaves)
         now = life.repository.now() // 1000
         until = _until(life, values, old, signs_in=wishes.rotation is not None)
-        signed_in = now + 1 if binding.fresh else 0
+        # Not where the token stays, as in a socket handler: somebody else may have it as well.
+        fresh = binding.fresh and (old is None or wishes.rotation is not None)
+        signed_in = now + 1 if fresh else 0
         bound = Owner(binding.user_id, binding.device_id, now, until, signed_in=signed_in)
         if old is None or wishes.rotation is not None:
             return bound, Entry(binding=binding, leaves=leaves)

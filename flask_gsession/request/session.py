@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from flask import Flask, Request
+from flask import Flask, Request, has_request_context
 from flask.sessions import SessionMixin
 
-from ..errors import SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
+from ..errors import RotationRefused, SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
 from ..repository.repository import PERMANENT, Repository
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
@@ -499,16 +499,23 @@ class SessionData(SessionMixin):
         that run in parallel can't undo it. A later sign-in, sign-out or ``rotate(grace=0)`` ends
         it. The absolute timeout stays where it is.
 
-        Raises ``ValueError`` for a method that isn't 1 to 40 printable ASCII characters. Costs no
-        round trip beside the save. Source: OWASP ASVS 7.2.4, 7.5.1.
+        Raises ``ValueError`` for a method that isn't 1 to 40 printable ASCII characters, and
+        ``RotationRefused`` in a socket handler. Costs no round trip beside the save. Source: OWASP
+        ASVS 7.2.4, 7.5.1.
         """
         checked_method(method)
         self.accessed = True
-        self._life.open_from_store("a confirmation")
-        self._life.rotate_soon(0, confirms=True)
-        note_confirmation(self, self._life, method)
-        if self._life.repository.on_confirm is not None:
-            self._life.repository.on_confirm(self)
+        life = self._life
+        if life.is_in_socket and has_request_context():  # not a test that prepares a session
+            raise RotationRefused(
+                "A socket handler can't confirm who the user is: no response would carry the new "
+                "token, and the old one would get past the confirmation. Do that in a view."
+            )
+        life.open_from_store("a confirmation")
+        life.rotate_soon(0, confirms=True)
+        note_confirmation(self, life, method)
+        if life.repository.on_confirm is not None:
+            life.repository.on_confirm(self)
 
     def confirmed_at(self, method: str | Collection[str] | None = None) -> datetime | None:
         """When the user last confirmed who they are (UTC), or None.

@@ -107,9 +107,8 @@ def commit(
     """
     if rotating is None:
         rotating = life.lease is None
-    request = life.request
-    if life.phase == Phase.VIEW and request is not None and request.routing_exception is not None:
-        rotating = False  # no view runs, but a socket handler, whose response nobody may send
+    if life.is_in_socket:
+        rotating = False
     if life.attempts and life.trouble is None:
         life.resolve_attempts()
     if life.entry is not None and life.trouble is None and not complete(life):
