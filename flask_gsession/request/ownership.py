@@ -185,16 +185,18 @@ def _look(life: Lifecycle, user_id: str) -> Found:
 
     One round trip.
     """
-    rosters = life.repository.rosters
-    found = rosters.look(user_id)
-    if is_revoked_since(found.roster, _since(life, user_id, found.roster)):
-        raise refusal(life.repository, user_id, "revoked")
-    if is_full(found.roster.without_expired(life.repository.now()), rosters.limit, rosters.policy):
-        _drop_absent(life.repository, user_id, found.roster)
+    repository = life.repository
+    rosters = repository.rosters
+    for checked in (False, True):
         found = rosters.look(user_id)
-        if is_full(found.roster, rosters.limit, rosters.policy):
-            raise refusal(life.repository, user_id, "full")
-    return found
+        if is_revoked_since(found.roster, _since(life, user_id, found.roster)):
+            raise refusal(repository, user_id, "revoked")
+        roster = found.roster.without_expired(repository.now())
+        if not is_full(roster, rosters.limit, rosters.policy):
+            return found
+        if not checked:
+            _drop_absent(repository, user_id, roster)
+    raise refusal(repository, user_id, "full")
 
 
 def refusal(repository: Repository, user_id: str, reason: str) -> SignInRefused | TooManySessions:
@@ -313,13 +315,12 @@ def complete(life: Lifecycle) -> bool:
 
 def _undo(life: Lifecycle, record: Record) -> None:
     """The session may not be used: delete it. Nobody has its token."""
-    life.entry = None
+    life.forget()  # first: an interrupt may strike
+    life.cookie = "keep" if life.presented().checked is None else "delete"
     try:
         life.repository.delete(record.key, leave_roster=False)
     except (StoreUnavailable, UnreadableRecord) as error:
         logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
-    life.forget()
-    life.cookie = "keep" if life.presented().checked is None else "delete"
 
 
 def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:

@@ -213,10 +213,13 @@ class _Write:
             try:
                 return _send(life, step, lost)
             except Revoked:
-                if not is_revoked(life):
-                    raise Stale from None
-                life.end(self._what)
-                return None
+                if is_revoked(life):
+                    life.end(self._what)
+                    return None
+                if self._exactly:
+                    life.conflict("transaction")
+                    raise LostRace from None
+                raise Stale from None
             except (Stale, Gone):
                 if self._exactly:
                     life.conflict("transaction")

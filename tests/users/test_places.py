@@ -10,7 +10,7 @@ from flask import session as flask_session
 
 from flask_gsession import Session
 from flask_gsession.errors import RotationRefused, SessionConflict
-from flask_gsession.request.session import life_of
+from flask_gsession.request.session import lifecycle_of
 from flask_gsession.request.state import NO_WISHES
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import Store
@@ -137,7 +137,7 @@ def test_saved_by_hand(site: Site) -> None:
     def sign_in(session: Any) -> Response:
         session.bind("ada")
         site.app.session_interface.save_session(site.app, flask_session, Response())  # type: ignore[arg-type]
-        life_of(session).wishes = NO_WISHES  # nobody sends this response
+        lifecycle_of(session).wishes = NO_WISHES  # nobody sends this response
         return Response()
 
     visitor.run(sign_in)
