@@ -13,6 +13,7 @@ from flask import request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..events import (
+    AccessDenied,
     CleanedUp,
     CleanupFailed,
     Event,
@@ -78,6 +79,7 @@ class Figures:
         self._add_writes()
         self._add_locks()
         self._add_cleanups()
+        self._add_denials()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"gsession_{name}", text, labels, registry=self._registry)
@@ -197,6 +199,14 @@ class Figures:
 
         self.receivers[CleanedUp].append(cleaned)
         self._counts(CleanupFailed, runs.labels("failed"))
+
+    def _add_denials(self) -> None:
+        denied = self._counter("access_denied", "Calls of services that were refused", "service")
+        denied.labels("unknown")
+        # The names of services are those in the grants file, so they are few.
+        self.receivers[AccessDenied].append(
+            lambda service, what: denied.labels(service or "unknown").inc()
+        )
 
     def _counts(self, kind: type[Event], child: Any) -> None:
         count = self.counting(child)

@@ -100,6 +100,7 @@ def test_the_demo_in_a_real_prometheus(
 
             # What an untroubled shop under load has all of, in figures above zero.
             of_trouble = {
+                "gsession_access_denied_total",
                 "gsession_circuits_open",
                 "gsession_writes_dropped_total",
                 "gsession_large_values_lost_total",

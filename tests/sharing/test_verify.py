@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flask_wtf import CSRFProtect
 from msgspec.structs import replace
 from werkzeug.test import TestResponse
 
@@ -73,6 +74,45 @@ def test_any_method_and_path_is_asked_about(site: Site) -> None:
         for path in ("/session/verify", "/session/verify/orders/1"):
             assert ask(site.visitor(), path, method=method).status_code == 401, (method, path)
             assert ask(visitor, path, method=method).status_code == 200, (method, path)
+
+
+AS_THEY_SEND_IT = {
+    "Traefik": {
+        "X-Forwarded-Method": "OPTIONS",
+        "X-Forwarded-Proto": "https",
+        "X-Forwarded-Host": "shop.example",
+        "X-Forwarded-Uri": "/orders/1?a=b",
+        "X-Forwarded-For": "203.0.113.9",
+    },
+    "Caddy": {"X-Forwarded-Method": "DELETE", "X-Forwarded-Uri": "/orders/1", "Via": "1.1 Caddy"},
+    "Envoy": {"X-Envoy-Original-Path": "/orders/1", "X-Envoy-Internal": "true"},
+}
+
+
+def test_a_proxy_asks_as_it_does(site: Site) -> None:
+    """Traefik and Caddy ask with GET, Envoy with the method and the path of the request."""
+    visitor = signed_in(verifying(site), role="editor")
+    for proxy, headers in AS_THEY_SEND_IT.items():
+        path, method = "/session/verify", "GET"
+        if proxy == "Envoy":
+            path, method = "/session/verify/orders/1?a=b", "POST"
+        headers = {**SENT_BY_CLIENT, **headers}
+        response = visitor.open(path, method=method, headers=headers, data="a body")
+        assert response.status_code == 200, proxy
+        assert told(response)["X-Session-User"] == "17"
+        stranger = site.visitor().open(path, method=method, headers=headers)
+        assert stranger.status_code == 401
+        assert set(told(stranger).values()) == {""}
+
+
+def test_with_csrf_protection(make_site: SiteMaker) -> None:
+    site = make_site()
+    csrf = CSRFProtect(site.app)
+    blueprint = verify_blueprint(site.ext)
+    csrf.exempt(blueprint)
+    site.app.register_blueprint(blueprint)
+    visitor = signed_in(site)
+    assert ask(visitor, "/session/verify/orders", method="POST").status_code == 200
 
 
 def test_nobody_is_signed_in(site: Site) -> None:

@@ -21,8 +21,7 @@ from .address import Address
 from .forks import guard
 
 _METHODS = methods_of("Store")
-_TRIES = 3
-_PAUSE = 0.02  # seconds before the second try, twice that before the third
+_RECONNECT = 0.25  # of the budget, for a repeat on another connection
 _KEEPALIVE = 10  # seconds
 #: Sent when the connection was lost, or the server is ending; all calls may be repeated.
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -59,22 +58,30 @@ class Channel:
 
         Raises what the far store raised, and ``StoreUnavailable``.
         """
-        deadline = time.monotonic() + self.timeout + seconds
-        left = self.timeout + seconds
-        for tries in range(1, _TRIES + 1):
-            count_round_trip()
-            try:
-                reply = guard.run(lambda left=left: self._send(name, request, left))  # type: ignore[misc]
-                break
-            except grpc.RpcError as error:
-                pause = _PAUSE * tries
-                left = deadline - time.monotonic() - pause
-                if tries == _TRIES or left <= 0 or not _is_lost(error):
-                    self._fail(name, error)
-                time.sleep(pause)
+        budget = self.timeout + seconds
+        deadline = time.monotonic() + budget
+        count_round_trip()
+        try:
+            reply = guard.run(lambda: self._send(name, request, budget))
+        except grpc.RpcError as error:
+            left = deadline - time.monotonic()
+            if left <= 0 or not _is_lost(error):
+                self._fail(name, error)
+            reply = self._call_again(name, request, left, error)
         if not is_understood(reply):
             raise StoreUnavailable(f"{self._where(name)}: {_OTHER_VERSION}")
         return reply
+
+    def _call_again(self, name: str, request: Any, left: float, lost: Any) -> Any:
+        """The reply, on another connection, if there is one soon."""
+        count_round_trip()
+        # Older versions of gRPC connect only while a thread waits in a call.
+        seconds = min(left, max(self.timeout * _RECONNECT, left - self.timeout))
+        try:
+            return guard.run(lambda: self._send(name, request, seconds, wait_for_ready=True))
+        except grpc.RpcError as error:
+            late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            self._fail(name, lost if late else error)
 
     def incomplete(self, name: str) -> StoreUnavailable:
         """The error for a reply that lacks what every reply of this call has."""
@@ -84,10 +91,14 @@ class Channel:
         """A call of many messages to and fro; its replies are to be iterated over."""
         return guard.run(lambda: self._send(name, requests, None))
 
-    def _send(self, name: str, request: Any, seconds: float | None) -> Any:
+    def _send(
+        self, name: str, request: Any, seconds: float | None, wait_for_ready: bool = False
+    ) -> Any:
         process.notice()
         send = self._calls.get(name) or self._connect(name)
-        return send(request, timeout=seconds, metadata=self._metadata)
+        return send(
+            request, timeout=seconds, metadata=self._metadata, wait_for_ready=wait_for_ready
+        )
 
     def _connect(self, name: str) -> Callable[..., Any]:
         with self._lock:
