@@ -28,6 +28,7 @@ from .request.session import SessionData, lifecycle_of
 from .request.state import Phase, Presented
 from .request.writing import end_request
 from .stores.base import is_session_key
+from .users.revoking import is_member
 from .values.marks import split, unexpired
 from .watching.debug import report
 from .watching.tracing import Trace
@@ -149,7 +150,15 @@ def peek(repository: Repository, handle: str | None) -> SessionPeek | None:
     except UnreadableRecord as error:
         repository.refused(error.reason, key, error.detail)
         return None
-    return None if loaded is None else SessionPeek(repository, loaded)
+    if loaded is None:
+        return None
+    owner, imports = loaded.body.owner, repository.imports
+    if owner is not None and not owner.seen and not is_member(repository, loaded):
+        repository.refused("revoked", key)
+        return None
+    if imports is not None and imports.has_ended(repository, loaded.body):
+        return None
+    return SessionPeek(repository, loaded)
 
 
 def checked_handle(handle: object) -> str:

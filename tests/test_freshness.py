@@ -741,6 +741,12 @@ def test_so_do_clients_with_a_token_header(make_site: SiteMaker) -> None:
     assert client.get("/vault", headers=headers).status_code == 401
 
 
+def test_below_a_prefix_the_way_back_has_it(one: Site) -> None:
+    options: Any = {"base_url": "https://shop.example/demo/"}
+    answer = one.visitor().get("/page?a=1", headers=PAGE, **options)
+    assert answer.location == "/demo/confirm?next=/demo/page?a%3D1"
+
+
 def test_the_page_itself_is_not_sent_to_itself(store_prefix: str, clock: FakeClock) -> None:
     with SiteMaker("memory://", store_prefix, clock) as make:
         site = make(confirm_view="confirm")

@@ -7,13 +7,14 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import flask
 import pytest
 from flask_socketio import SocketIO
 from marshmallow import Schema, ValidationError, fields
+from msgspec.structs import replace
 
 from flask_gsession import (
     RotationRefused,
@@ -36,6 +37,7 @@ from flask_gsession.events import (
 )
 from flask_gsession.tokens import session_key
 from flask_gsession.typed import SessionKey
+from flask_gsession.users.roster import drop
 from flask_gsession.users.rosters import roster_key
 from tests.harness.apps import Site, SiteMaker, Visitor
 
@@ -571,6 +573,30 @@ def test_one_that_a_failover_brought_back_ends_in_a_job(site: Site, member: Visi
         assert site.ext.peek(handle_of(member)) is None
 
 
+def test_one_that_never_got_into_its_users_list_is_nobodys(site: Site, member: Visitor) -> None:
+    """G11: stored by a sign-in that was interrupted, or taken over from an old library."""
+    repository = site.app.extensions["gsession"][site.ext].repository
+    key = handle_of(member)
+
+    def as_if_not_entered() -> None:
+        loaded = repository.find(key)
+        repository.save_owner(loaded.record, loaded.body, replace(loaded.body.owner, seen=0))
+
+    as_if_not_entered()
+    record = site.store.load(key)
+    with site.app.app_context():
+        assert site.ext.peek(key) is not None
+        with site.ext.open(key) as session:
+            assert session.owner == "ada"
+        for look in (site.ext.peek, lambda key: site.ext.open(key).__enter__()):
+            site.store.delete(key)
+            site.store.create(record)
+            repository.rosters.change("ada", lambda roster: (drop(roster, [key]), None))
+            with suppress(SessionEnded):
+                assert look(key) is None
+    assert member.run(dict) == {}
+
+
 def test_a_job_knows_of_no_client(site: Site, member: Visitor) -> None:
     """What the list shows of the device is from its requests."""
     with site.app.app_context():
@@ -944,6 +970,21 @@ def test_async_with(site: Site, visitor: Visitor) -> None:
     assert [found[f"part {number}"] for number in range(5)] == list(range(5))
     assert saved_for == [site.app.name] * 5
     assert "lost" not in found
+
+
+def test_an_async_lock_inside(site: Site, visitor: Visitor) -> None:
+    async def work() -> None:
+        async with site.ext.open(handle_of(visitor)) as session, session.lock():
+            before = session.get("n", 0)
+            await asyncio.sleep(0)
+            session["n"] = before + 1
+
+    async def main() -> None:
+        await asyncio.gather(*(work() for _ in range(5)))
+
+    with site.app.app_context():
+        asyncio.run(main())
+    assert visitor.run(dict)["n"] == 5
 
 
 def test_in_an_async_view(site: Site) -> None:
