@@ -214,8 +214,8 @@ class CircuitOpened(Event):
     """The circuit breaker opened: the store failed too often in a row.
 
     From now on, one call per ``SESSION_BREAKER_PAUSE`` is tried, and the others fail at once.
-    ``operations``: ``"loads"``, ``"writes"`` or ``"rate limits"``. ``detail`` comes from the last
-    failure.
+    ``operations``: ``"loads"``, ``"writes"``, ``"old sessions"`` or ``"rate limits"``. ``detail``
+    comes from the last failure.
     """
 
     operations: str

@@ -17,6 +17,7 @@ from ..events import (
     CleanedUp,
     CleanupFailed,
     Event,
+    ImportRefused,
     LargeValueLost,
     LockAcquired,
     LockExpired,
@@ -25,6 +26,7 @@ from ..events import (
     SessionConflicted,
     SessionCreated,
     SessionDestroyed,
+    SessionImported,
     SessionRefused,
     SessionRenewed,
     SessionRevoked,
@@ -39,6 +41,7 @@ from .metrics_watch import StoreWatch
 SECONDS = "flask_gsession.seconds"  # in the environ: the time that the request spent in the store
 
 _LIFE: dict[type[Event], str] = {
+    SessionImported: "imported",
     SessionCreated: "created",
     SessionSaved: "saved",
     SessionRenewed: "renewed",
@@ -140,6 +143,7 @@ class Figures:
         self.receivers[SessionRefused].append(
             lambda reason, _: refused.labels(_one_of(_REFUSALS, reason)).inc()
         )
+        self._counts(ImportRefused, refused.labels("old session"))
         lost = self._counter("large_values_lost", "Large values that could not be read", "reason")
         for reason in _LOST:
             lost.labels(reason)

@@ -17,6 +17,7 @@ from ..repository.repository import Repository
 from ..stores import Store, StoreOptions, open_store
 from ..stores.base import Clock
 from ..stores.foreign import ForeignValues, Together
+from ..stores.wrappers.breaker import Circuit
 from .flask_cookies import FlaskCookieSource
 from .flask_session import FlaskSessionSource
 from .own_store import OwnStoreSource
@@ -44,6 +45,15 @@ def open_imports(
     until = settings.import_until
     configured = repository.live.configured_cookie()
     sources = [opened.source(name) for name in settings.imports]
+    circuit = None
+    if settings.breaker_failures:
+        circuit = Circuit(
+            "old sessions",
+            settings.breaker_failures,
+            settings.breaker_pause,
+            settings.store_timeout,
+            repository.events,
+        )
     return Takeover(
         sources,
         OldCookie(
@@ -51,6 +61,7 @@ def open_imports(
             settings.import_cookie_domain or configured["domain"],
             settings.import_cookie_path or configured["path"],
         ),
+        circuit=circuit,
         opened=opened.stores,
         knows_users=lambda: hasattr(app, "login_manager"),
         until=None if until is None else int(until * 1000),

@@ -35,6 +35,7 @@ from ..events import ImportRefused, SessionImported, logger
 from ..repository.imports import TakenOver
 from ..repository.repository import PERMANENT, Loaded, Repository
 from ..stores.base import Record, Store
+from ..stores.wrappers.breaker import Circuit
 from ..tokens import Token, session_key
 from ..users.roster import Since
 from ..users.rosters import network_of
@@ -76,9 +77,10 @@ class _Finding(NamedTuple):
 class Takeover:
     """Takes sessions over from ``sources``: the first that knows the old cookie for its own.
 
-    ``opened``: the stores that were opened for the sources. ``knows_users``: whether Flask-Login
-    says which user a session belongs to. ``until``: when imports are over, in milliseconds; None:
-    never. ``watch``: whether a session whose old record was removed before its time has ended, too.
+    ``circuit``: guards the calls of old stores. ``opened``: the stores that were opened for the
+    sources. ``knows_users``: whether Flask-Login says which user a session belongs to. ``until``:
+    when imports are over, in milliseconds; None: never. ``watch``: whether a session whose old
+    record was removed before its time has ended, too.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Takeover:
         sources: Sequence[Source],
         cookie: OldCookie,
         *,
+        circuit: Circuit | None = None,
         opened: Sequence[Store] = (),
         knows_users: Callable[[], bool],
         until: int | None,
@@ -93,6 +96,7 @@ class Takeover:
     ) -> None:
         self.cookie = cookie
         self._opened = opened
+        self._circuit = circuit
         self._knows_users = knows_users
         self._sources = {source.label: source for source in sources}
         self._until = until
@@ -136,7 +140,7 @@ class Takeover:
             return
         source, name = self._of(repository, origin)
         if source is not None and name is not None:
-            _asked(source.delete, name)
+            self._asked(source.delete, name)
 
     def has_ended(self, repository: Repository, body: Body) -> bool:
         """Whether an old worker ended this session: its record is gone before its time.
@@ -152,7 +156,7 @@ class Takeover:
         if source is None or name is None:
             return False
         try:
-            return _asked(source.load, name, "") is None
+            return self._asked(source.load, name, "") is None
         except UnreadableRecord:
             return False
 
@@ -200,10 +204,10 @@ class Takeover:
     def _find(self, repository: Repository, source: Source, name: str, cookie: str) -> _Finding:
         if source.together is not None:
             key = mark_key(source.label, name)
-            foreign, record = _asked(source.together.load_both, name, key)
+            foreign, record = self._asked(source.together.load_both, name, key)
             old = None if foreign is None else Old(name, foreign, foreign.expires_at)
         else:
-            old = _asked(source.load, name, cookie)
+            old = self._asked(source.load, name, cookie)
             name = Token(old.name) if old is not None else name
             key = mark_key(source.label, name)
             record = repository.store.load(key)
@@ -261,6 +265,16 @@ class Takeover:
         end = repository.settings.marks_end(repository.now())
         return repository.draft_other(key, mark.pack(), end)
 
+    def _asked(self, ask: Callable[..., T], *arguments: object) -> T:
+        """Ask a store of old sessions. Its driver's frames would show the old id: drop them."""
+        try:
+            if self._circuit is None:
+                return ask(*arguments)
+            return self._circuit.call(ask, *arguments)  # type: ignore[no-any-return]  # as it does
+        except StoreUnavailable as error:
+            error.__context__ = None
+            raise error.with_traceback(None) from None
+
     def _of(self, repository: Repository, origin: Origin) -> tuple[Source | None, str | None]:
         source = self._sources.get(origin.label)
         if source is None:
@@ -288,15 +302,6 @@ class Takeover:
 
 def _network(request: Request) -> bytes:
     return network_of(request.remote_addr)
-
-
-def _asked(ask: Callable[..., T], *arguments: object) -> T:
-    """Ask a store of old sessions. The frames of its driver would show the old id: drop them."""
-    try:
-        return ask(*arguments)
-    except StoreUnavailable as error:
-        error.__context__ = None
-        raise error.with_traceback(None) from None
 
 
 def _keyed(
