@@ -542,6 +542,26 @@ def test_a_step_of_flask_security_is_a_confirmation(make_site: SiteMaker) -> Non
 
 
 @LEGACY_FORMS
+def test_flask_security_binds_the_session_to_its_user(secure: Site) -> None:
+    visitor, other = secure.visitor(), secure.visitor()
+    for each in (visitor, other):
+        send(each, "/login", **ADA)
+    uniquifier, owner, device = visitor.run(
+        lambda session: (current_user.fs_uniquifier, session.owner, session.device_id)
+    )
+    assert owner == uniquifier
+    send(visitor, "/verify", password=PASSWORD)
+    assert visitor.run(lambda session: session.device_id) == device
+    with secure.app.app_context():
+        assert len(secure.ext.users.devices(owner)) == 2
+    send(visitor, "/logout")
+    assert visitor.run(lambda session: session.owner) is None
+    with secure.app.app_context():
+        assert secure.ext.users.revoke_all(owner) == 1
+    assert other.run(lambda session: session.owner) is None
+
+
+@LEGACY_FORMS
 def test_what_is_no_step_of_flask_security_keeps_the_token(secure: Site) -> None:
     visitor = secure.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))

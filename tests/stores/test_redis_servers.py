@@ -899,20 +899,64 @@ def test_an_unconfirmed_rotation_gives_the_new_token_all_the_same(confirmed: Con
     assert not any(isinstance(event, WriteDropped) for event in confirmed.site.events)
 
 
+def test_users_on_several_servers(
+    several: RedisSentinels | RedisCluster, open_shop: Opener
+) -> None:
+    """In a cluster, a roster and its sessions are in slots of different primaries."""
+    site = open_shop(several.url).site
+    visitors = [site.visitor() for _ in range(6)]
+    for visitor in visitors:
+        visitor.run(lambda s: s.bind("mira"))
+    visitors[0].run(lambda s: s.rotate())
+    visitors[1].run(lambda s: s.rotate(grace=0))
+    visitors[2].run(lambda s: s.destroy())
+    with site.app.app_context():
+        users = site.ext.users
+        devices = {device.id for device in users.devices("mira")}
+        assert len(devices) == 5
+        assert devices == {visitor.run(lambda s: s.device_id) for visitor in visitors} - {None}
+        assert users.revoke("mira", visitors[3].run(lambda s: s.device_id))
+        assert visitors[4].run(lambda s: users.revoke_others()) == 3
+        assert [visitor.run(lambda s: s.owner) for visitor in visitors].count("mira") == 1
+        assert users.revoke_all("mira") == 1
+    assert {visitor.run(lambda s: s.owner) for visitor in visitors} == {None}
+
+
+def test_a_roster_outlives_a_failover(sentinels: RedisSentinels, open_shop: Opener) -> None:
+    shop = open_shop(sentinels.url)
+    shop.visitor.run(lambda s: s.bind("mira"))
+    caught_up(sentinels)
+    sentinels.wait_for_failover(sentinels.failover())
+    shop.recovers()
+    with shop.site.app.app_context():
+        until(lambda: _ended(shop), "the revocation after the failover")
+    assert shop.visitor.run(lambda s: s.owner) is None
+
+
+def _ended(shop: Shop) -> bool:
+    try:
+        return shop.site.ext.users.revoke_all("mira") == 1
+    except StoreUnavailable:
+        return False
+
+
 def test_a_revocation_waits_for_the_replicas(confirmed: Confirmed) -> None:
     users = confirmed.site.ext.users
     confirmed.visitor.run(lambda s: s.bind("mira"))
     tab, key = confirmed.old_token(), confirmed.shop.key()
     name = confirmed.shop.store._commands.names.record(key).decode()
+    servers, replicas = confirmed.servers, confirmed.replicas
+    if isinstance(servers, RedisCluster):  # signing in moved it to another slot
+        replicas = [servers._replica_of(servers.primary(confirmed.shop.slot()))]
     with confirmed.site.app.app_context():
-        with all_paused(confirmed.replicas):
+        with all_paused(replicas):
             for _ in range(2):  # nothing is left to end, and it is still not confirmed
                 with confirmed.shop.hasty(), pytest.raises(RevocationUnfinished):
                     users.revoke_all("mira")
             assert tab.run(dict) == {}
             assert users.devices("mira") == []
         assert users.revoke_all("mira") == 1
-    assert not any(confirmed.has(replica, name) for replica in confirmed.replicas)
+    assert not any(confirmed.has(replica, name) for replica in replicas)
 
 
 def test_what_is_no_logout_waits_for_nobody(confirmed: Confirmed) -> None:
