@@ -19,7 +19,7 @@
     ├── TooManySessions         HTTP 409: the user has as many sessions as allowed
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   ├── SessionEnded        HTTP 409: the session ended while this request ran
-    │   └── LockLost            HTTP 409: the lock ran out before its holder was done
+    │   └── LockLost            HTTP 409: the lock expired before its holder was done
     ├── PassportRefused         a passport is invalid
     └── StoreError              the errors that a store raises
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
@@ -217,7 +217,7 @@ class SessionEnded(SessionConflict):
 
 
 class LockLost(SessionConflict):
-    """The lock ran out before its holder was done, for example in a paused process (HTTP 409).
+    """The lock expired before its holder was done, for example in a paused process (HTTP 409).
 
     Another request may have changed the session since, so the changes of the block are not stored.
     """
@@ -338,7 +338,7 @@ class Stale(StoreError):
 
 
 class LeaseLost(StoreError):
-    """The lease that a write names has run out, or has another owner."""
+    """The lease that a write names has expired, or has another owner."""
 
 
 class QueueFull(StoreError):

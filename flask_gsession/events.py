@@ -248,7 +248,7 @@ class LockReleased(Event):
 
 @dataclass(frozen=True, slots=True)
 class LockExpired(Event):
-    """A lock ran out before its holder was done. ``held`` is in seconds."""
+    """A lock expired before its holder was done. ``held`` is in seconds."""
 
     handle: str
     held: float

@@ -1,1 +1,1 @@
-"""What one request does with one session: the mapping, its life, and the one loop that writes."""
+"""One request and one session: the mapping, its lifecycle, and the retry loop that writes."""

@@ -1,4 +1,4 @@
-"""When the user of a session last confirmed who they are, and how: its key ``_confirmed``."""
+"""When and how the user last confirmed who they are: the session's key ``_confirmed``."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 from .lifecycle import CONFIRMED, Lifecycle
 from .ownership import signed_in_at
 
-#: The method of a sign-in that a library reports without saying how the user proved it.
+#: The method for a sign-in, if the library doesn't say how the user proved who they are.
 SIGN_IN = "sign-in"
 _LONGEST = 40  # characters
 
 
 def note_confirmation(session: MutableMapping[str, Any], life: Lifecycle, method: str) -> None:
-    """The user has just confirmed who they are. The token is to be rotated without grace, too."""
+    """Note that the user has just confirmed who they are. The caller rotates without grace."""
     session[CONFIRMED] = {**_times(session), method: life.repository.now()}
 
 
 def confirmed_at(
     session: Mapping[str, Any], life: Lifecycle, methods: Collection[str] | None
 ) -> int | None:
-    """The time of the last confirmation by one of the methods, in milliseconds; None: by any."""
+    """When the user last confirmed by one of ``methods`` (None: any), in milliseconds."""
     times = _times(session)
-    if session.get("_fresh") is not False:  # Flask-Login's; with False, it doubts the sign-in
+    if session.get("_fresh") is not False:  # Flask-Login sets False after a remember-me sign-in
         at = signed_in_at(life)
         if at is not None:
             times[SIGN_IN] = max(at, times.get(SIGN_IN, 0))
@@ -33,7 +33,7 @@ def confirmed_at(
 
 
 def checked_method(method: object) -> str:
-    """Raises ``ValueError`` unless ``method`` can name one."""
+    """Raises ``ValueError`` unless ``method`` is a valid name."""
     if not isinstance(method, str) or not 0 < len(method) <= _LONGEST or not _is_plain(method):
         raise ValueError(
             f"method is {ascii(method)[:60]}; allowed: 1 to {_LONGEST} printable ASCII characters "
@@ -43,7 +43,7 @@ def checked_method(method: object) -> str:
 
 
 def checked_methods(method: object) -> tuple[str, ...] | None:
-    """The same of one, of several, or of None for any."""
+    """Like ``checked_method``, for one name, several, or None for any."""
     if method is None:
         return None
     if isinstance(method, str):

@@ -22,9 +22,9 @@ R = TypeVar("R")
 def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
     """Run a view, or any function called in a request, as a transaction on ``flask.session``.
 
-    It runs again, on a fresh state, whenever another request changed the session meanwhile, so it
-    must have no side effects outside the session. Works on async functions too. Put it below
-    ``@app.route``. Raises what ``Transaction.run`` raises.
+    If another request changed the session in between, it runs again on a fresh state, so it must
+    have no side effects outside the session. Works on async functions too. Put it below
+    ``@app.route``. Raises as ``Transaction.run`` does.
     """
     if inspect.iscoroutinefunction(function):
 
@@ -50,7 +50,7 @@ def session_transaction(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def current_session(needed_by: str) -> SessionData:
-    """What ``flask.session`` stands for now. Raises ``SettingError`` where it is not ours."""
+    """The session behind ``flask.session``. Raises ``SettingError`` unless it is ours."""
     session = flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
     if not isinstance(session, SessionData):
         raise SettingError(f"{needed_by} needs a Session(app) on the application and a SECRET_KEY")
@@ -75,10 +75,10 @@ def session_lock(
 ) -> Callable[..., Any]:
     """Run a view, or any function called in a request, under the lock of ``flask.session``.
 
-    ``timeout`` and ``wait`` are those of ``session.lock()``. Works on async functions too. Put it
-    below ``@app.route``. A session that is not stored yet is nobody else's: the function then runs
-    without a lock. A streamed body is sent after the lock was given back.
-    Raises what ``session.lock()`` and its block raise.
+    ``timeout`` and ``wait`` are as in ``session.lock()``. Works on async functions too. Put it
+    below ``@app.route``. A session that isn't stored yet belongs to this request alone, so the
+    function then runs without a lock. A streamed body is sent after the lock is released. Raises as
+    ``session.lock()`` and its block do.
     """
     if function is not None and not callable(function):
         raise TypeError("session_lock takes timeout and wait by name: @session_lock(timeout=5)")

@@ -1,4 +1,4 @@
-"""Large values of a session: streamed in and out, and what is done where one is lost."""
+"""A session's large values: streams them in and out, and handles lost ones."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..values.references import BYTES, reference_in, refers
 from .lifecycle import ONE_KEY, Lifecycle
 from .writing import rewrite
 
-_SMALL = 16 * 1024  # bytes of an attached file that stays in the record
-# These stay where they are, for a worker that can read them.
+_SMALL = 16 * 1024  # bytes; smaller attached files stay in the record
+# Values lost for these reasons stay stored, for a worker that can read them.
 _FOR_OTHERS = ("unknown encryption key", "not encrypted")
 
 
 class LargeValues:
-    """What a session does with values that have a place of their own."""
+    """A session's operations on values that are stored outside its record."""
 
     __slots__ = ("_life", "_lost_once")
 
@@ -38,7 +38,7 @@ class LargeValues:
         self._lost_once: dict[str, bytes] = {}
 
     def attach(self, key: str, file: Any, mark: Mark) -> int | bytes:
-        """Write a file away as the value of ``key``; its length, or all of it where it is small."""
+        """Write a file as the value of ``key``. Returns its length, or all of a small file."""
         life, repository = self._life, self._life.repository
         values = life.open_for_writing(ONE_KEY, key)
         life.check_store()
@@ -56,7 +56,7 @@ class LargeValues:
         ):
             return first
         if repository.check is not None:
-            checked = repository.check(key, first)  # there is no more of it in memory
+            checked = repository.check(key, first)  # the rest isn't in memory
             mark = checked if mark == PLAIN else mark._replace(version=checked.version)
         body = Body(values.stored, life.lifetime)
         absolute = life.seen.record.absolute_expires_at if life.seen.record else None
@@ -78,7 +78,7 @@ class LargeValues:
         return reference.length
 
     def reader(self, key: str) -> ValueReader | None:
-        """A reader of the large bytes under ``key``; None where its value is in memory."""
+        """A reader of the large bytes under ``key``; None if its value is in memory."""
         life = self._life
         while True:
             raw = life.open().undecoded(key)
@@ -90,9 +90,7 @@ class LargeValues:
                 life.refuse(error.reason, error.detail)
                 raise KeyError(key) from None
             if reference.kind != BYTES:
-                raise TypeError(
-                    f"session[{ascii(key)[:60]}] holds no bytes: there is nothing to open"
-                )
+                raise TypeError(f"session[{ascii(key)[:60]}] isn't bytes: only bytes can be opened")
             large_values = life.repository.large_values
             try:
                 if large_values is None:
@@ -102,9 +100,9 @@ class LargeValues:
                 self.lost(key, raw, error)
 
     def decoded(self, key: str, raw: bytes) -> tuple[Mark, Any]:
-        """The value of a key, and its mark; of what is there by now if that one was lost.
+        """The mark and value of a key. If its large value is lost, uses the one stored by now.
 
-        Raises ``KeyError`` where nothing is, and ``UnreadableRecord``.
+        Raises ``KeyError`` if there is none, and ``UnreadableRecord``.
         """
         while True:
             mark, plain = split(raw)
@@ -118,16 +116,16 @@ class LargeValues:
             raw = newer
 
     def lost(self, key: str, raw: bytes, error: ValueLost) -> None:
-        """The large value that ``raw`` refers to could not be read.
+        """Handle a large value that couldn't be read, at the reference ``raw``.
 
-        Another request may have replaced it, a while ago. Returns where it is worth another try;
-        else the key is absent from now on, and ``KeyError`` is raised.
+        Another request may have replaced it a while ago. Returns if another try is worth it.
+        Otherwise marks the key as absent, and raises ``KeyError``.
         """
         life, values = self._life, self._life.values
         if self._lost_once.get(key) != raw:
             self._lost_once[key] = raw
             newer = raw if values.has_changed(key) else self._stored_now(key)
-            if newer is None:  # it went with its session, or was removed
+            if newer is None:  # its key or its session is gone
                 values.mark_absent(key)
                 raise KeyError(key)
             if newer != raw:
@@ -155,7 +153,7 @@ class LargeValues:
         raise KeyError(key)
 
     def recover(self, key: str) -> Any:
-        """What ``rewrite`` calls where the large value under ``key`` is lost."""
+        """The function for ``rewrite`` to call if the large value under ``key`` is lost."""
 
         def lost(raw: bytes, error: ValueLost) -> None:
             with suppress(KeyError):
@@ -167,7 +165,7 @@ class LargeValues:
         return lost
 
     def _stored_now(self, key: str) -> bytes | None:
-        """What the store holds under ``key`` by now; None where that, or the session, is gone."""
+        """The value in the store now; None if the key or the session is gone."""
         life = self._life
         if life.seen.record is None:
             return None

@@ -1,4 +1,4 @@
-"""One request's life with one session: loaded when first needed, caught up with, ended."""
+"""One request's dealings with one session: loading, following other requests, ending."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
 _NO_BODY = Body({})
-#: The key under which a session keeps when the user confirmed who they are: a dict of the method
-#: to the time in milliseconds.
+#: The session's key for confirmations of who the user is: a dict of the method to the time in
+#: milliseconds.
 CONFIRMED = "_confirmed"
-ONE_KEY = "session[%a]"  # in the log
+ONE_KEY = "session[%a]"  # for log messages
 _TOO_LATE = (
     "%s was changed after the session had been saved with the response: the change is lost. Write "
     "to the session before the response is returned, and before a streamed body starts."
@@ -75,13 +75,13 @@ UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 
 
 class Lifecycle:
-    """Holds what a request knows of its session, and what it wishes to happen to it.
+    """Holds what a request knows about its session, and what the next save should do with it.
 
-    ``present`` reads the token from the ``request``; it is called once, at the first look. Then a
-    function is added to ``hooks``, which Flask calls when it begins to process the response.
-    ``mutex`` is held wherever the values, ``seen`` and ``wishes`` change, so that the threads of a
-    request never separate the values from the version that guards them. It is never held while
-    code of the application runs or while a lock is waited for.
+    ``present`` reads the token from the ``request``. It is called once, at the first look, which
+    also adds a function to ``hooks`` that Flask calls when it begins to process the response.
+    ``mutex`` guards the values, ``seen`` and ``wishes``, so that threads of a request never
+    separate the values from the version that guards them. It is never held while application code
+    runs or while a lock is awaited.
     """
 
     __slots__ = (
@@ -117,30 +117,30 @@ class Lifecycle:
         #: the epochs of users whose sessions this request has revoked
         self.noted: dict[str, int] = {}
         self.near: NearLook | None = None
-        #: until it is done, no token of the session may leave
+        #: pending changes to rosters; until they are made, no token may leave
         self.entry: Entry | None = None
         self.app = app
         self.request = request
         self.mutex = mutex
         self.phase = phase
-        #: whether Flask makes a page for an error that nobody handled
+        #: whether Flask makes an error page for an unhandled exception
         self.error_page = False
         self.seen = NOTHING_SEEN
         self.wishes = NO_WISHES
         self.cookie: Literal["keep", "set", "delete"] = "keep"
-        #: the request has an old cookie, of another library or store, that leads nowhere
+        #: the request has another library's or store's cookie that leads nowhere
         self.drops_old_cookie = False
-        self._imported: str | None = None  # the session that an old cookie led to
+        self._imported: str | None = None  # the key of the session that an old cookie led to
         self.opened = False
-        #: another request ended the session under this one
+        #: another request ended the session while this one ran
         self.ended = False
         self.trouble: Trouble | None = None
-        #: writes whose outcome is unknown, by the version they were to store
+        #: writes with an unknown outcome, by the version they would store
         self.attempts = NO_ATTEMPTS
         self.block: Block | None = None
-        #: whether a lock is entered, or waited for
+        #: whether this request holds a lock or waits for one
         self.locked = False
-        #: the lock that this request holds
+        #: the lease of the lock that this request holds
         self.lease: str | None = None
         self.lease_pid = 0
         #: the merge policies of keys that this request set
@@ -150,13 +150,13 @@ class Lifecycle:
         self.renews = True
         #: whether the request had changed the session when it was saved
         self.was_modified = False
-        #: the keys that a library has signed in with
+        #: the keys that a library set to sign the user in
         self.signed_in: Collection[str] = ()
         self._present = present
         self._hooks = hooks
         self._presented: Presented | None = None
         self._unreferenced: UnreferencedValues | None = None
-        self._in_function: set[int] | None = None  # threads in the function of update_atomic
+        self._in_function: set[int] | None = None  # threads that run a function of update_atomic
         self._vetted: dict[str, bytes] | None = None
         self._reported: set[str] | None = None
         #: made when the session is loaded
@@ -176,24 +176,24 @@ class Lifecycle:
     # -- phases
 
     def presented(self) -> Presented:
-        """What the request brought."""
+        """The token that the request brought, and how."""
         if self._presented is None:
             process.notice()
-            # Those of the request in which the session was opened, not of a copy of its context.
-            hooks, self._hooks = self._hooks, None  # which will refer to this object
+            # The hooks of the request that opened the session, not of a copy of its context.
+            hooks, self._hooks = self._hooks, None  # or they and this object would keep each other
             if hooks is not None:
                 hooks.append(self.begin_response)
             self._presented = self._present(self.app, self.request)
         return self._presented
 
     def begin_response(self, response: Any) -> Any:
-        """Flask begins to process the response."""
+        """Called when Flask begins to process the response."""
         if self.phase == Phase.VIEW:
             self.phase = Phase.RESPONSE
         return response
 
     def begin_error_page(self) -> None:
-        """Nobody handled an exception of the view: Flask makes a page for it now."""
+        """Called when Flask begins to make an error page for an unhandled exception."""
         self.error_page = True
         if self.phase == Phase.VIEW:
             self.phase = Phase.RESPONSE
@@ -201,7 +201,7 @@ class Lifecycle:
     # -- loading
 
     def open(self) -> TrackedValues:
-        """The values, loaded at the first look. Raises ``StoreUnavailable``."""
+        """The values, loaded at the first call. Raises ``StoreUnavailable``."""
         if not self.opened:
             with self.mutex:
                 if not self.opened:
@@ -212,9 +212,9 @@ class Lifecycle:
         return self.values
 
     def open_from_store(self, what: str) -> TrackedValues:
-        """As ``open``, but from the store, for ``what`` must not rely on the near cache.
+        """Like ``open``, but bypasses the near cache, since ``what`` needs the stored state.
 
-        What the request looked at or changed stays as it is. Raises ``StoreUnavailable``.
+        Values that the request looked at or changed stay as they are. Raises ``StoreUnavailable``.
         """
         if self.repository.near is not None:
             with self.mutex:
@@ -226,9 +226,9 @@ class Lifecycle:
         return self.open()
 
     def open_for_writing(self, what: str, *details: str) -> TrackedValues:
-        """The values, for a change of ``what % details``; the log says so if it comes too late.
+        """The values, for a change of ``what % details``. Logs a change that comes too late.
 
-        A transaction or a lock stores its changes itself, also after the response.
+        A transaction or a lock stores its own changes, even after the response.
         """
         values = self.values if self.opened else self.open()
         if self.phase == Phase.SAVED and (
@@ -238,9 +238,9 @@ class Lifecycle:
         return values
 
     def report_late(self, what: str, *details: str) -> None:
-        """Log, once, that a change is lost because the session was saved already.
+        """Log, once, that a change is lost because the session is already saved.
 
-        Not while a test looks at a request that is over: Flask's own session is forgiving there.
+        Tests that look at a finished request get no message, as with Flask's own session.
         """
         if self._reported is None:
             self._reported = set()
@@ -252,7 +252,7 @@ class Lifecycle:
 
     def _load(self) -> None:
         presented = self.presented()
-        checked, key = presented.checked, presented.handle  # no variable holds the token itself
+        checked, key = presented.checked, presented.handle  # keep the token out of local variables
         found = _NO_BODY
         if checked is not None:
             if checked.token is None:
@@ -322,7 +322,7 @@ class Lifecycle:
         return loaded
 
     def _look_at_imports(self, imports: Imports, found: Body) -> Body:
-        """Take over the session of an old cookie, unless one of ours led to a session."""
+        """Take over the session of an old cookie, unless our own cookie led to a session."""
         presented, seen = self.presented(), self.seen
         if seen.record is not None:
             if not imports.has_ended(self.repository, found):
@@ -349,9 +349,9 @@ class Lifecycle:
         return taken.loaded.body
 
     def _go_on_without(self, error: StoreUnavailable) -> None:
-        """The session can't be loaded: raise that, or leave it to the response to say so.
+        """Raise the outage, or let the response report it.
 
-        A hook or an error page that raises while Flask processes the response would spoil it.
+        A hook or error page must not raise while Flask processes the response.
         """
         unseen = self.phase != Phase.VIEW
         known = self.trouble is not None and self.trouble.unseen
@@ -361,11 +361,11 @@ class Lifecycle:
         self.values = self._new_values()
 
     def catch_up(self, *, afresh: bool = False) -> bool:
-        """See what other requests stored; False where the session is no more.
+        """Load what other requests stored; False if the session has ended.
 
-        What this request looked at or changed stays as it is, unless ``afresh``. A write of its
-        own whose outcome was unknown is recognised. Raises ``SessionConflict`` where it can't be
-        known whether such a write is part of what is stored, and would do harm if repeated.
+        Values that this request looked at or changed stay as they are, unless ``afresh``. A write
+        of its own with an unknown outcome is recognised. Raises ``SessionConflict`` if it can't
+        tell whether such a write was stored, and repeating it would do harm.
         """
         seen = self.seen
         assert seen.record is not None
@@ -394,7 +394,7 @@ class Lifecycle:
                 token = own.token
                 self.cookie = "set"
         elif token is None and seen.token is not None:
-            # Another request rotated the session. The client gets that token, not one of ours.
+            # Another request rotated the session, and gives the client its token.
             self.cookie = "keep"
             if wishes.rotation != 0:
                 wishes = without_rotation(wishes)
@@ -407,13 +407,13 @@ class Lifecycle:
         else:
             self.values.rebase(body.values, now)
         if self._unreferenced is not None:
-            self._unreferenced.stored(body.values)
+            self._unreferenced.mark_referenced(body.values)
         self.wishes = wishes
         self.seen = Seen(token, record, body, presented=seen.presented)
         return True
 
     def _find_attempted(self, but: str = "") -> Loaded | None:
-        """The session that one of the attempts may have stored under another key."""
+        """Find the session that an attempt may have stored under another key."""
         for attempt in list(self.attempts.values()):
             if attempt.record.key != but:
                 loaded = self.repository.find(attempt.record.key)
@@ -422,18 +422,18 @@ class Lifecycle:
         return None
 
     def _settle_attempts(self, there: Record, before: Record, *, repeats: bool) -> Attempt | None:
-        """Every attempt's outcome is known with what is ``there``; the one that it shows.
+        """Decide the outcome of every attempt from the stored record; return the one it proves.
 
-        ``repeats``: what is pending will be stored, whether or not one of them did that.
+        ``repeats``: pending changes will be stored again, even if an attempt already stored them.
         """
         own = self.attempts.get(there.version)
         for attempt in self.attempts.values():
-            # Nobody else makes its key, so this is stored, whatever others made of it since.
+            # Only this attempt makes that key, so it was stored, whatever others did to it since.
             if attempt.record.key == there.key != before.key:
                 own = attempt
         if own is None and repeats and there.version != before.version:
-            # Somebody else's write: over one of ours, or instead of it. The attempts stay noted,
-            # so that it is never found to be safe to repeat them.
+            # Another writer's version: on top of an attempt, or instead of it. The attempts stay
+            # noted, so that repeating them never seems safe.
             policy_of = self.repository.merger.policy_of
             for other in self.attempts.values():
                 if any(policy_of(key, self.policies) is not last for key in other.changes):
@@ -442,7 +442,7 @@ class Lifecycle:
         return own
 
     def resolve_attempts(self) -> None:
-        """Find out what became of writes that were interrupted. No round trip without any."""
+        """Find out whether interrupted writes were stored. No round trip if there were none."""
         if not self.attempts or self.ended:
             return
         if self.seen.record is not None:
@@ -465,20 +465,20 @@ class Lifecycle:
                 self.cookie = "set"
                 self.seen = Seen(attempt.token, loaded.record, loaded.body)
                 if self._unreferenced is not None:
-                    self._unreferenced.stored(loaded.body.values)
+                    self._unreferenced.mark_referenced(loaded.body.values)
 
-    # -- what is to be stored
+    # -- for the next save
 
     @property
     def lifetime(self) -> int | None:
-        """The session's own idle timeout in milliseconds; None: as the settings say."""
+        """The session's own idle timeout in milliseconds; None if it follows the settings."""
         if self.wishes.lifetime is not None:
             return self.wishes.lifetime
         return None if self.seen.body is None else self.seen.body.lifetime
 
     @property
     def has_large(self) -> bool:
-        """Whether a value may be a reference to a large one."""
+        """Whether a value may be a reference to a large value."""
         body, unreferenced = self.seen.body, self._unreferenced
         return (body is not None and body.has_large) or (
             unreferenced is not None and bool(unreferenced.references)
@@ -486,7 +486,7 @@ class Lifecycle:
 
     @property
     def is_late(self) -> bool:
-        """Whether the session was saved with the response already."""
+        """Whether the session was already saved with the response."""
         return self.phase == Phase.SAVED
 
     @property
@@ -501,7 +501,7 @@ class Lifecycle:
 
     @property
     def unreferenced(self) -> UnreferencedValues:
-        """The large values that this request wrote."""
+        """The large values that this request wrote and no record refers to yet."""
         if self._unreferenced is None:
             self._unreferenced = UnreferencedValues(self.repository)
         return self._unreferenced
@@ -509,10 +509,10 @@ class Lifecycle:
     def drop_unreferenced(self) -> None:
         """Release the large values that this request wrote and no record refers to."""
         if self._unreferenced is not None:
-            self._unreferenced.drop(unsure=bool(self.attempts) or self.trouble is not None)
+            self._unreferenced.release(unsure=bool(self.attempts) or self.trouble is not None)
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
-        """What to store when these are the values."""
+        """The contents to store with these values."""
         before, lifetime, marked = self.seen.body or _NO_BODY, self.wishes.lifetime, False
         debug_until = before.debug_until
         if debug_until is not None and debug_until <= self.repository.now():
@@ -525,7 +525,7 @@ class Lifecycle:
         return Body(stored, lifetime, marked, debug_until, has_large, origin=before.origin)
 
     def changes(self) -> dict[str, Change]:
-        """What this request changed. Raises what the schema of the session has to say of it."""
+        """This request's changes. Raises ``ValueRefused``, also if one breaks the schema."""
         changes = self.values.changes(self.repository.settings.max_keys)
         check = self.repository.check
         if check is not None:
@@ -539,13 +539,13 @@ class Lifecycle:
 
     @property
     def vetted(self) -> dict[str, bytes]:
-        """What the schema of the session found right, in encoded form."""
+        """Encoded values that passed the session's schema."""
         if self._vetted is None:
             self._vetted = {}
         return self._vetted
 
     def has_wishes(self, *, rotating: bool = True) -> bool:
-        """Whether there is something to save, or to end, although no value changed."""
+        """Whether the next save has something to do, even if no value changed."""
         wishes = self.wishes
         if wishes is NO_WISHES:
             return False
@@ -558,7 +558,7 @@ class Lifecycle:
         )
 
     def wish(self, **wanted: Any) -> None:
-        """Let the next save do this as well, also if a block that is open beside this one fails."""
+        """Let the next save do this too, even if an open block of another thread fails."""
         self.wishes = replace(self.wishes, **wanted)
         block = self.block
         while block is not None:
@@ -569,13 +569,12 @@ class Lifecycle:
     def rotate_soon(
         self, grace: float, signed_in: Collection[str] = (), *, confirms: bool = False
     ) -> None:
-        """Rotate with the next save; at the end of a lock; with what a transaction stores.
+        """Rotate with the next save, at the end of a lock, or with a transaction.
 
-        An old token never leads to a new one for the same session: with such a token only a
-        sign-in (no ``grace``) does something, and it starts a session of its own. ``signed_in``
-        are the keys that a library has just set for a user it knows by more than this session.
-        ``confirms``: the user is still the same. Otherwise a rotation without grace ends what was
-        confirmed in earlier requests.
+        An old token never yields a new one for the same session: with one, only a sign-in (no
+        ``grace``) has an effect, and it starts a session of its own. ``signed_in``: the keys that a
+        library has just set for a user whose identity doesn't depend on this session. ``confirms``:
+        the user stays the same. Otherwise, a rotation without grace ends earlier confirmations.
         """
         self.open()
         if self.presented().handle is not None:
@@ -604,22 +603,22 @@ class Lifecycle:
                 self.start_own_session()
 
     def forget_confirmations(self) -> None:
-        """Another user may go on with the session: drop what this request didn't confirm."""
+        """Drop confirmations from earlier requests, since another user may continue the session."""
         if CONFIRMED in self.values and not self.values.has_changed(CONFIRMED):
             del self.values[CONFIRMED]
 
     def start_own_session(self) -> None:
-        """Sign-in with an old token: go on with a new session, and take nothing over.
+        """Sign in with an old token: continue with a new session that takes nothing over.
 
-        What this request changed by assigning it stays, so that the sign-in itself does; what it
-        assigned again as it was may be taken from the old session, unless a library has just
+        It keeps the values that this request assigned, and so the sign-in itself. A value that was
+        assigned unchanged may come from the old session, so it goes, unless a library has just
         signed in with it. The session behind the old token stays as it is.
         """
         values = self.values
         changes = values.changes()
         kept = {key: values.raw(key) for key in changes if values.was_assigned(key)}
         kept.update((key, values.raw(key)) for key in self.signed_in if key in values)
-        # Where nothing else is left, and it goes as well, this was a logout and no sign-in.
+        # If no other key is left, and these go as well, this was a logout instead of a sign-in.
         emptied = kept.keys() >= set(values)
         logger.info(
             "A sign-in with an old token of session %s started a session of its own", self.handle
@@ -638,7 +637,7 @@ class Lifecycle:
 
     @property
     def handle(self) -> str | None:
-        """The key of the stored session, which is its public name."""
+        """The stored session's key, which is also its public name."""
         return self.seen.record.key if self.seen.record else None
 
     def destroy(self) -> None:
@@ -647,7 +646,7 @@ class Lifecycle:
             self.check_not_in_retried_code("Ending the session")
             presented = self.presented()
             if self.repository.imports is not None:
-                self.open()  # it may be one that an old cookie leads to
+                self.open()  # an old cookie may lead to a session
             keys = [attempt.record.key for attempt in self.attempts.values()]
             owner = None if self.seen.body is None else self.seen.body.owner
             if self.seen.record is not None:
@@ -657,7 +656,7 @@ class Lifecycle:
             if not is_its and self._imported is not None:
                 keys.append(self._imported)
             if not is_its and checked is not None:
-                # Also where that was refused, and this request made another session since.
+                # Even if it was refused, and this request created another session since.
                 keys.extend(map(session_key, checked.signed))
             unconfirmed: LogoutUnconfirmed | None = None
             bodies = {key: self.seen.body for key in keys[:1] if self.seen.record is not None}
@@ -682,7 +681,7 @@ class Lifecycle:
             known = self.values.stored if self.has_large else None
             self.forget()
             if unconfirmed is not None and known is not None:
-                self.unreferenced.replaced(known, None)
+                self.unreferenced.release_replaced(known, None)
             self.opened = True
             self.ended = False
             self.trouble = None
@@ -694,9 +693,9 @@ class Lifecycle:
                 raise unconfirmed
 
     def reload(self) -> None:
-        """Discard what this request changed, and load again. The caller holds the mutex."""
+        """Discard this request's changes, and load again. The caller holds the mutex."""
         if self.seen.record is not None:
-            # Only then is forgotten what was there: the load may fail, or be interrupted.
+            # Discards changes only after loading, which may fail or be interrupted.
             if not self.catch_up(afresh=True):
                 self.end("reload")
             self.trouble = None
@@ -712,7 +711,7 @@ class Lifecycle:
             self.open()
 
     def forget(self) -> None:
-        """Hold no session: as at the start, but for what the client is to be sent."""
+        """Start again without a session. The instructions for the client's cookie stay."""
         if not self.opened or (
             self.trace is not None and not isinstance(self.values, TracedValues)
         ):
@@ -726,14 +725,14 @@ class Lifecycle:
         self.seen = Seen(for_others=self.seen.for_others)
 
     def refuse(self, reason: str, detail: str) -> None:
-        """What was loaded turned out unreadable: go on as a new anonymous session."""
+        """The loaded record turned out unreadable: continue with a new anonymous session."""
         with self.mutex:
             self.repository.refused(reason, self.handle, detail)
             self.forget()
-            self.cookie = "delete"  # or the next request would meet the same
+            self.cookie = "delete"  # or the next request would meet the same record
 
     def end(self, during: str) -> None:
-        """The session ended under this request: nothing of it is stored any more."""
+        """Another request ended the session: drop this request's changes."""
         with self.mutex:
             handle = self.handle
             logger.info("Session %s ended while a request ran; its changes were dropped", handle)
@@ -743,7 +742,7 @@ class Lifecycle:
             self.repository.events.emit(WriteDropped, handle, f"ended before {during}")
 
     def leads_nowhere(self) -> bool:
-        """Whether there was a token, and no session is found by it, now or by another worker."""
+        """Whether the request has a token that leads to no session, here or in any other worker."""
         return (
             self.opened
             and self.seen.record is None
@@ -751,42 +750,42 @@ class Lifecycle:
             and self.presented().checked is not None
         )
 
-    # -- what may be done now
+    # -- checks
 
     def check_store(self) -> None:
-        """Raises the outage that this request has met: it is not waited for again."""
+        """Raises the outage that this request has met, to avoid a second wait."""
         if self.trouble is not None:
             raise self.trouble.error
 
     def check_lease(self) -> None:
-        """A forked child does not write under the lock of its parent."""
+        """Raises ``LockMisused`` in a forked child, which may not write under its parent's lock."""
         if self.lease is not None and self.lease_pid != os.getpid():
             raise LockMisused(
                 "The process that entered this lock holds it. A forked child can't write under it."
             )
 
     def note_outage(self, error: StoreUnavailable, what: str) -> None:
-        """Remember and log, once, that the session could not be saved, or the like."""
+        """Keep the outage, and log it once."""
         if self.trouble is None or self.trouble.error is not error:
             self.trouble = Trouble(error)
             logger.log(error.log_level, "A session could not be %s: %s", what, error)
 
     def in_retried_code(self) -> bool:
-        """Whether this is called by what a lost race repeats."""
+        """Whether the caller is code that runs again after a lost race."""
         if self.block is not None and self.block.kind == "transaction":
             return True
         return self._in_function is not None and threading.get_ident() in self._in_function
 
     def check_not_in_retried_code(self, what: str) -> None:
-        """Raises ``TransactionMisused`` inside what a lost race repeats."""
+        """Raises ``TransactionMisused`` in code that runs again after a lost race."""
         if self.in_retried_code():
             raise TransactionMisused(
-                f"{what} cannot be done inside a transaction, or in the function of update_atomic: "
+                f"{what} isn't possible inside a transaction, or in the function of update_atomic: "
                 "it could not be undone or run again. Do it before or after."
             )
 
     def call(self, function: Callable[[Any], Any], value: Any) -> Any:
-        """What the function of an ``update_atomic`` makes of ``value``."""
+        """Call the function of an ``update_atomic`` with ``value``."""
         thread = threading.get_ident()
         with self.mutex:
             self._in_function = {*(self._in_function or ()), thread}
@@ -804,26 +803,26 @@ class Lifecycle:
         return tries(timeout, partial(self.conflict, "too many races"))
 
     def conflict(self, reason: str) -> SessionConflict:
-        """The error of a lost race, which is counted."""
+        """Count a lost race, and return its error."""
         self.repository.events.emit(SessionConflicted, self.handle or "", reason)
         return SessionConflict()
 
     # -- blocks
 
     def begin_block(self, kind: Literal["transaction", "lock"]) -> Block:
-        """From now on changes belong to a transaction or a lock. The caller holds the mutex."""
+        """Let further changes belong to a transaction or a lock. The caller holds the mutex."""
         pending = self.values.changes() if self.seen.record is None else None
         block = Block(kind, self.seen, self.wishes, self.block, pending)
         self.block = self.values.block = block
         return block
 
     def leave_block(self, block: Block) -> None:
-        """What comes now is no part of this block."""
+        """Let further changes no longer belong to this block."""
         with self.mutex:
             inner = self.block
             if inner is block:
                 self.block = self.values.block = block.outer
-            while inner is not None:  # one of another thread may have begun since
+            while inner is not None:  # another thread may have begun a block inside this one
                 if inner.outer is block:
                     inner.outer = block.outer
                 inner = inner.outer
@@ -831,12 +830,12 @@ class Lifecycle:
             current_block.set(block.within)
 
     def roll_back(self, block: Block) -> None:
-        """Forget what a transaction or a lock did, and leave it."""
+        """Discard the changes of a transaction or a lock, and leave it."""
         with self.mutex:
             self.wishes = block.before
             for key in self.values.roll_back(block):
                 logger.error(
-                    "session[%a] was changed inside and beside a block that failed: both changes "
+                    "session[%a] was changed inside and outside a block that failed: both changes "
                     "are lost",
                     key[:60],
                 )
@@ -849,12 +848,12 @@ class Lifecycle:
     # -- debugging
 
     def start_trace(self, trace: Trace) -> None:
-        """Write down in ``trace`` what this request does from now on."""
+        """Record in ``trace`` what this request does from now on."""
         self.trace = trace
         self.repository = TracedRepository(self.repository, trace)
 
     def trace_if_debugged(self, operation: str, began: float, until: int) -> None:
-        """This operation of the store met a session that is to be debugged until then."""
+        """Start a trace if this session is still debugged, beginning with this store operation."""
         if until <= self.repository.now():
             return
         if self.trace is None:
@@ -863,7 +862,7 @@ class Lifecycle:
             self.trace.calls.append(Call(operation, time.perf_counter() - began, None))
 
     def late_changes(self) -> list[str]:
-        """The keys whose values were changed in place after the session was saved."""
+        """The keys of values that were changed in place after the session was saved."""
         if not self.opened:
             return []
         try:
@@ -873,5 +872,5 @@ class Lifecycle:
 
 
 def worth_keeping(values: dict[str, bytes]) -> bool:
-    """Whether a session with these values exists: marks of it alone are nothing."""
+    """Whether a session with these values exists. Marks about the session alone don't count."""
     return len(values) > (PERMANENT in values) + (CONFIRMED in values)

@@ -1,4 +1,4 @@
-"""Session locks: one request at a time, held by a lease in the store that every save names."""
+"""Session locks: one request at a time, by a lease in the store that every save names."""
 
 from __future__ import annotations
 
@@ -45,14 +45,13 @@ _NEVER = float("inf")
 
 
 class Lock(Generic[S]):
-    """The lock of a session, from ``session.lock()``: for ``with`` and ``async with``.
+    """A session's lock, from ``session.lock()``: for ``with`` and ``async with``.
 
-    The block starts on what is stored. Its changes are stored at its end, in a step that checks
-    that the lock is still held. Then the lock is released. A block that raises stores nothing. Only
-    requests that lock wait for each other.
+    The block starts with the stored state. Its changes are stored at its end, in a step that checks
+    that the lock is still held; then the lock is released. If the block raises, nothing is stored.
+    Only requests that lock wait for each other.
 
-    Earlier changes of the request are stored first. Four round trips, one more if there was
-    something to store first.
+    The request's earlier changes are stored first. Four round trips, one more if there were any.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ class Lock(Generic[S]):
         settings = repository.settings
         if repository.leases is None:
             raise SettingError(
-                "The store of this Session cannot keep session locks: it lacks what "
-                "flask_gsession.stores.Leases asks for"
+                "The store of this Session cannot keep session locks: it has no part "
+                "flask_gsession.stores.Leases"
             )
         self._session = session
         self._life = life
@@ -80,7 +79,7 @@ class Lock(Generic[S]):
         self._function = function
         self._called_from = ""
         self._owner = ""
-        self._key: str | None = None  # under which we hold the lease, or may stand in its queue
+        self._key: str | None = None  # the key whose lease we hold or may be queued for
         self._held = False
         self._lost = self._moved = self._abandoned = False
         self._warn_after = settings.lock_warn
@@ -97,12 +96,12 @@ class Lock(Generic[S]):
         with life.mutex:
             if life.in_retried_code():
                 raise LockMisused(
-                    "A lock cannot begin inside a transaction, or in the function of "
+                    "You can't take a lock inside a transaction, or in the function of "
                     "update_atomic: these may run again. Take the lock around them."
                 )
             if life.locked:
                 raise LockMisused(
-                    "This request has the lock of the session already; a lock inside a lock would "
+                    "This request already holds the session's lock; a lock inside a lock would "
                     "wait for itself."
                 )
             life.locked = True
@@ -140,8 +139,8 @@ class Lock(Generic[S]):
             raise LockLost
 
     async def __aenter__(self) -> S:
-        """As ``with``; the event loop does not wait."""
-        # No task: a loop that ends cancels those, and the thread would go on.
+        """Like ``with``, without blocking the event loop."""
+        # Not a task: an ending loop cancels its tasks, but the thread would continue.
         enter = partial(contextvars.copy_context().run, self._claim)
         entering = asyncio.get_running_loop().run_in_executor(None, enter)
         try:
@@ -149,7 +148,7 @@ class Lock(Generic[S]):
         except asyncio.CancelledError as error:
             self._abandoned = True
             while not entering.done():
-                with suppress(asyncio.CancelledError):  # once more
+                with suppress(asyncio.CancelledError):  # cancelled again
                     await asyncio.wait([entering])
             entering.exception()  # seen
             self._abandoned = False
@@ -206,13 +205,13 @@ class Lock(Generic[S]):
             raise SessionEnded
         if self._life.seen.record is None:
             raise LockMisused(
-                "This session is not stored yet, so nobody else can have it, and there is nothing "
-                "to lock. Use @session_lock, which then runs without a lock, or lock where "
+                "This session isn't stored yet, so no other request has it, and there is nothing "
+                "to lock. Use @session_lock, which then runs without a lock, or lock only if "
                 "session.handle is not None."
             )
 
     def _acquire_current(self, began: float) -> None:
-        """Get the lease of the session, wherever it is rotated to, and see what is stored then."""
+        """Acquire the lease of the session, following rotations, and load the stored state."""
         life = self._life
         for _ in range(MAX_POINTERS):
             key = life.handle
@@ -223,8 +222,8 @@ class Lock(Generic[S]):
                 self._held = True
                 _renewer.add(self)
             with life.mutex:
-                # What threads and tasks of this request wrote while this one waited is no part of
-                # the block, and is not lost with it.
+                # Changes by other threads and tasks during the wait don't belong to the block,
+                # so store them now.
                 commit(life, rotating=not held)
                 if life.seen.record is None or not life.catch_up(afresh=True):
                     if not life.ended:
@@ -238,7 +237,7 @@ class Lock(Generic[S]):
         raise SessionLocked("The session is rotated again and again")
 
     def _acquire(self, key: str, until: float) -> bool:
-        """Whether the lease is held now; False where the session is under ``key`` no more."""
+        """Wait for the lease; False if the session is no longer under ``key``."""
         address = client()
         try:
             return self._wait_for_lease(key, until, address)
@@ -259,9 +258,9 @@ class Lock(Generic[S]):
             except QueueFull:
                 self._key = None
                 raise SessionLocked(
-                    f"Another request holds the lock of the session, and {waiters} more wait for it"
+                    f"Another request holds the session's lock, and {waiters} more wait for it"
                     if waiters
-                    else "Another request holds the lock of the session, and this one does not wait"
+                    else "Another request holds the session's lock, and this one doesn't wait"
                 ) from None
             if pause == 0:
                 self._since = time.monotonic()
@@ -271,13 +270,13 @@ class Lock(Generic[S]):
             left = until - time.monotonic()
             if left <= 0 or self._abandoned:
                 raise SessionLocked(
-                    f"The lock of the session was not free within {self._wait:g} seconds"
+                    f"The session's lock was not free within {self._wait:g} seconds"
                 )
             if not may_wait(address, self._owner, most):
                 self._release()
                 self._key = None
                 raise SessionLocked(
-                    f"{most} requests of this client wait for locks in this process already "
+                    f"{most} requests of this client already wait for locks in this process "
                     "(SESSION_LOCK_CLIENT_WAITERS)"
                 )
             self._store.wait_for_release(key, self._owner, min(left, pause / 1000))
@@ -285,20 +284,21 @@ class Lock(Generic[S]):
     # -- leaving
 
     def _commit(self) -> bool:
-        """Store what the block did; whether there was something."""
+        """Store the block's changes; whether there were any."""
         life = self._life
         if life.lease is None and not life.ended:
-            return True  # the block ended the session: what it did then is a new one's
+            return True  # the block ended the session; later changes belong to a new one
         try:
             with life.mutex:
                 wrote = commit(life, rotating=True)
                 if life.ended:
                     raise SessionEnded
-                # The lease goes with the session, and stays behind with the key of a rotation.
-                own = life.lease is None and life.handle is not None  # by an old token
+                # The lease ends with its session, and a rotation leaves it behind. A sign-in
+                # with an old token moves to a new session instead.
+                own = life.lease is None and life.handle is not None
                 self._moved = wrote and life.handle != self._key and not own
         except LogoutUnconfirmed:
-            self._moved = True  # it was stored
+            self._moved = True  # the block was stored
             raise
         except BaseException:
             self._roll_back()
@@ -310,12 +310,12 @@ class Lock(Generic[S]):
             self._life.roll_back(self._block)
 
     def _leave(self) -> None:
-        """Let the session go."""
+        """Release the lock, and report it."""
         life = self._life
         if self._moved:
             _renewer.discard(self)
         elif not self._release() and life.lease is not None:
-            # Without a lease the session ended, and took it along; unless it was unreadable.
+            # life.lease is None if the session ended, and its lease with it, or was unreadable.
             self._lost = True
         with life.mutex:
             life.lease = None
@@ -326,7 +326,7 @@ class Lock(Generic[S]):
         held = time.monotonic() - self._since
         if self._lost:
             logger.warning(
-                "The lock of session %s ran out before %s was done, after %.1f seconds",
+                "The lock of session %s expired before %s was done, after %.1f seconds",
                 self._key,
                 self._called_from,
                 held,
@@ -336,24 +336,24 @@ class Lock(Generic[S]):
             self._warn("was", held)
 
     def _release(self) -> bool:
-        """Release the lease, or leave the queue; whether we held it until now."""
+        """Release the lease, or leave the queue; whether this request held it until now."""
         self._held = False
         _renewer.discard(self)
         if self._key is None:
             return False
         if self._life.trouble is not None:
-            # This request has waited for the store already, and need not wait again.
+            # This request has already met an outage, and should not wait again.
             _renewer.run(partial(_release_lease, self._store, self._key, self._owner))
             return True
         return _release_lease(self._store, self._key, self._owner)
 
-    # -- meanwhile
+    # -- while it is held
 
     def _due(self) -> float:
         return min(self._extend_at, self._warn_at)
 
     def _maintain(self) -> None:
-        """Extend the lease, and warn, where it is time to; called by the renewing thread."""
+        """Extend the lease and warn, if that is due. Called by the renewing thread."""
         now = time.monotonic()
         if now >= self._warn_at:
             self._warn_at = _NEVER
@@ -376,7 +376,7 @@ class Lock(Generic[S]):
     def _warn(self, was: str, held: float) -> None:
         logger.warning(
             "The lock of session %s %s held for %.1f seconds in %s (SESSION_LOCK_WARN): other "
-            "requests of this visitor wait for it. Do what is slow before or after the lock.",
+            "requests of this visitor wait for it. Move slow work before or after the lock.",
             self._key,
             was,
             held,
@@ -391,14 +391,14 @@ def _release_lease(store: Leases, key: str, owner: str) -> bool:
     try:
         return store.release(key, owner)
     except StoreUnavailable as error:
-        logger.warning("A lock could not be given back, and will run out: %s", error)
+        logger.warning("A lock could not be released, and will expire by itself: %s", error)
         return True  # as far as we know
 
 
 class _Renewer:
     """Extends the leases that this process holds, in one thread, while there are any.
 
-    It knows locks only as long as somebody else does: one that was lost with its thread runs out.
+    Holds only weak references, so the lock of a thread that died is not extended.
     """
 
     def __init__(self) -> None:
@@ -413,20 +413,20 @@ class _Renewer:
         self._wakes_at = 0.0
 
     def add(self, lock: Lock[Any]) -> None:
-        """Look after a lock from now on."""
+        """Start to maintain a lock."""
         process.notice()
         with self._changed:
             self._locks.add(lock)
             self._wake(lock._due())
 
     def discard(self, lock: Lock[Any]) -> None:
-        """Look after it no more."""
+        """Stop maintaining a lock."""
         process.notice()
         with self._changed:
             self._locks.discard(lock)
 
     def run(self, task: Callable[[], object]) -> None:
-        """Do this once, soon; where no thread can be had, when there is one again."""
+        """Run this once, soon. If no thread can start, it runs with the next one."""
         process.notice()
         with self._changed, suppress(RuntimeError):
             self._tasks.append(task)
@@ -452,10 +452,10 @@ class _Renewer:
             try:
                 task()
             except Exception:
-                logger.exception("A lock could not be looked after")
+                logger.exception("A lock could not be maintained")
 
     def _next(self) -> list[Callable[[], object]]:
-        """What is to be done now, after a wait for it."""
+        """Wait until something is due, and return it."""
         with self._changed:
             self._wakes_at = min((lock._due() for lock in self._locks), default=0.0)
             if not self._tasks:

@@ -41,11 +41,11 @@ _RAISE: Any = object()
 
 
 class SessionData(SessionMixin):
-    """A session: a dict of str to values, loaded when first looked at, saved with the response.
+    """A session: a dict of str to values, loaded at the first look and saved with the response.
 
     The first look costs one round trip to the store, and later looks cost none. If the request
-    changed something, the save costs one more. Changes inside lists, dicts and sets are noticed.
-    Methods that talk to the store at once say so; all of them may raise ``StoreUnavailable`` (HTTP
+    changes something, the save costs one more. Changes inside lists, dicts and sets are noticed.
+    Methods that use the store at once say so; all of them may raise ``StoreUnavailable`` (HTTP
     503).
 
     Which values you can keep: :doc:`/how-to/values`.
@@ -53,7 +53,7 @@ class SessionData(SessionMixin):
 
     accessed = False  # before Flask 3.1.3 its mixin says True
 
-    #: Most requests never look at their session, so nothing is made for them.
+    #: Made at the first look, since most requests never look at their session.
     _made: Lifecycle | None = None
 
     def __init__(
@@ -66,7 +66,7 @@ class SessionData(SessionMixin):
     ) -> None:
         began = repository.clock(), repository.rosters.own.count
         self._start = (repository, present, app, request, hooks, began)
-        self._phase: str = Phase.VIEW  # where the request is while nobody has looked at the session
+        self._phase: str = Phase.VIEW  # how far the request is, until the first look
         self._further: list[SessionData] = []
         self._mutex = threading.RLock()
 
@@ -74,7 +74,7 @@ class SessionData(SessionMixin):
     def _life(self) -> Lifecycle:
         life = self._made
         if life is None:
-            # One step, so that all threads of the request get the same.
+            # An atomic step, so that all threads of the request get the same one.
             made = Lifecycle(*self._start, self._mutex, self._phase)
             life = vars(self).setdefault("_made", made)
         return life
@@ -102,7 +102,7 @@ class SessionData(SessionMixin):
             raise KeyError(key) from None
         except ValueLost as error:
             raw = values.undecoded(key)
-            if raw is not None:  # else another thread has found it
+            if raw is not None:  # otherwise, another thread has found it
                 self._large.lost(key, raw, error)
             return self[key]
 
@@ -127,7 +127,7 @@ class SessionData(SessionMixin):
         self._put(key, value, mark)
 
     def _put(self, key: str, value: Any, mark: Mark) -> None:
-        """Set a value that was checked, as its key was, with a mark."""
+        """Set a checked value under a checked key, with a mark."""
         values = self._open_for_writing(ONE_KEY, key)
         life = self._life
         repository = life.repository
@@ -141,12 +141,12 @@ class SessionData(SessionMixin):
             life.vetted[key] = values.encode(key, value)
 
     def _raw(self, key: str) -> bytes | None:
-        """The encoded value of a key, its mark included; None where there is none."""
+        """The encoded value of a key, mark included; None if absent."""
         return self._open().raw(key)
 
     @cached_property
     def _typed(self) -> dict[object, Any]:
-        """What typed keys know of this session."""
+        """State of typed keys in this session."""
         return {}
 
     @cached_property
@@ -155,7 +155,7 @@ class SessionData(SessionMixin):
 
     @property
     def _merges(self) -> dict[str, MergeFunction]:
-        """The merge policies of typed keys that this request set."""
+        """The merge policies of the typed keys that this request set."""
         life = self._life
         if life.policies is None:
             life.policies = {}
@@ -165,7 +165,7 @@ class SessionData(SessionMixin):
     def permanent(self) -> bool:
         """Whether the cookie outlives the browser's run, for ``PERMANENT_SESSION_LIFETIME``.
 
-        False by default, or as ``SESSION_PERMANENT`` says for a new session.
+        False by default; for a new session, ``SESSION_PERMANENT`` is the default.
         """
         life = self._life
         default = life.repository.settings.permanent and life.seen.record is None
@@ -245,8 +245,8 @@ class SessionData(SessionMixin):
         """Remove every key.
 
         If you set nothing afterwards, the session ends with the response: it leaves the store, and
-        its cookie is deleted. Removing all keys one by one does the same. If a parallel request
-        stores a key before that, the key and the session survive. To log a user out, use
+        the response deletes its cookie. Removing all keys one by one does the same. If a parallel
+        request stores a key before that, the key and the session survive. To log a user out, use
         ``destroy``.
         """
         values = self._open_for_writing("The session")
@@ -322,7 +322,7 @@ class SessionData(SessionMixin):
             return reader
         value = self[key]
         if type(value) is not bytes:
-            raise TypeError(f"session[{ascii(key)[:60]}] holds no bytes: there is nothing to open")
+            raise TypeError(f"session[{ascii(key)[:60]}] isn't bytes: only bytes can be opened")
         return reader_of(value)
 
     def ttl(self, key: str) -> float | None:
@@ -356,7 +356,7 @@ class SessionData(SessionMixin):
             self[key] = default() if callable(default) else default
         return self[key]
 
-    # -- what the session says of itself
+    # -- about the session
 
     @property
     def new(self) -> bool:  # type: ignore[override]  # Flask has a class attribute
@@ -406,36 +406,36 @@ class SessionData(SessionMixin):
         """Bind the session to the user who has just signed in; see ``ext.users``.
 
         It gets a new token with the save, and the old one ends at once. With Flask-Login and
-        Flask-Security, a sign-in does this by itself. Bound to the same user already: nothing
-        changes. Bound to another user: it leaves that one.
+        Flask-Security, a sign-in calls this for you. If the session is bound to this user already,
+        nothing changes. If it is bound to another user, it leaves that user's list.
 
-        ``user_id``: 1 to 256 characters, or an int, which is taken as text. ``label``: what the
-        user is to see in a list of devices, at most 100 characters. ``tags``: at most 10 texts.
-        Raises ``ValueError`` for anything else.
+        ``user_id``: 1 to 256 characters, or an int, which counts as its text. ``label``: a name for
+        the device in the user's list, at most 100 characters. ``tags``: at most 10 texts. Raises
+        ``ValueError`` for other arguments.
 
         Raises ``SignInRefused`` (401) if the user's sessions were revoked since the request began,
         or since ``ext.users.login``, and ``TooManySessions`` (409) if ``SESSION_MAX_POLICY`` is
-        "refuse" and there are enough; the save may raise both, too. One round trip, and one more
-        with the save.
+        "refuse" and the user has as many sessions as allowed. The save may raise both, too. One
+        round trip, and one more with the save.
         """
         self.accessed = True
         bind(self._life, user_id, label, tags)
 
     def unbind(self) -> None:
-        """Let the session go on without its user. Costs two round trips with the save."""
+        """Keep the session, without its user. Costs two round trips with the save."""
         self.accessed = True
         unbind(self._life)
         self.pop(CONFIRMED, None)
 
     @property
     def owner(self) -> str | None:
-        """The id of the user that the session is bound to, as text; None if it is not bound."""
+        """The id of the user that the session is bound to, as text; None if it isn't bound."""
         self._open()
         return user_id_of(self._life)
 
     @property
     def device_id(self) -> str | None:
-        """The id of this device among its user's; None if the session is not bound.
+        """The id of this device among its user's; None if the session isn't bound.
 
         It stays the same through rotations, and isn't secret.
         """
@@ -451,7 +451,7 @@ class SessionData(SessionMixin):
 
     @property
     def expires_at(self) -> datetime | None:
-        """When the session ends if it is not used again (UTC); None before it is stored."""
+        """When the session ends unless it is used again (UTC); None before it is stored."""
         self._open()
         record = self._life.seen.record
         return _utc(record.idle_expires_at) if record else None
@@ -466,18 +466,18 @@ class SessionData(SessionMixin):
         large = sum(reference_in(raw).length for raw in stored.values() if refers(raw))
         return large + sum(len(key.encode()) + len(raw) for key, raw in stored.items())
 
-    # -- the session's life
+    # -- the session's lifecycle
 
     def rotate(self, grace: float | timedelta | None = None) -> None:
         """Give the session a new token and keep its data. Call it wherever privileges change.
 
         The rotation happens with the response, or at the end of a lock. For ``grace`` seconds
-        (default ``SESSION_ROTATION_GRACE``), the old token still leads to the session, so that
-        parallel requests are served. With 0 it ends at once: use that at every login.
+        (default ``SESSION_ROTATION_GRACE``), the old token still leads to the session, to serve
+        parallel requests. With 0 it ends at once: use that at every login.
 
-        With an old token, only ``grace=0`` does something: it starts a session of its own, with the
-        keys that this request assigned. Raises ``ValueError`` for a grace outside 0 to 3600. Costs
-        no round trip beside the save. Source: OWASP ASVS 7.2.4.
+        If the request came with an old token, only ``grace=0`` has an effect: it starts a session
+        of its own, with the keys that this request assigned. Raises ``ValueError`` for a grace
+        outside 0 to 3600. Costs no round trip beside the save. Source: OWASP ASVS 7.2.4.
         """
         if grace is None:
             grace = self._life.repository.settings.rotation_grace
@@ -495,9 +495,9 @@ class SessionData(SessionMixin):
         """Record that the user has just confirmed who they are, and rotate without grace.
 
         Call it after you have checked the password, a second factor or a passkey, also at the
-        sign-in. ``method`` says how; ``require_fresh`` and ``confirmed_at`` ask for it. Requests
-        that run in parallel can't undo it. A later sign-in, sign-out or ``rotate(grace=0)`` ends
-        it. The absolute timeout stays where it is.
+        sign-in. ``method`` names it for ``require_fresh`` and ``confirmed_at``. Parallel requests
+        can't undo the confirmation. A later sign-in, sign-out or ``rotate(grace=0)`` ends it. The
+        absolute timeout stays where it is.
 
         Raises ``ValueError`` for a method that isn't 1 to 40 printable ASCII characters, and
         ``RotationRefused`` in a socket handler. Costs no round trip beside the save. Source: OWASP
@@ -520,14 +520,15 @@ class SessionData(SessionMixin):
     def confirmed_at(self, method: str | Collection[str] | None = None) -> datetime | None:
         """When the user last confirmed who they are (UTC), or None.
 
-        By ``method``, one of several methods, or any (None). A sign-in by ``bind``, Flask-Login or
-        Flask-Security counts as well, by the method ``"sign-in"``; a remember-me cookie doesn't.
+        ``method``: one method, a list of methods, or None for any. A sign-in by ``bind``,
+        Flask-Login or Flask-Security counts as well, under the method ``"sign-in"``; a remember-me
+        cookie doesn't.
         """
         at = confirmed_at(self, self._life, checked_methods(method))
         return None if at is None else _utc(at)
 
     def destroy(self) -> None:
-        """End the session. When this returns, it is gone from the store.
+        """End the session. When this returns, the store no longer has it.
 
         The response deletes the cookie. If you write afterwards, a new session starts with a new
         token. One round trip. No parallel request can bring the session back.
@@ -536,7 +537,7 @@ class SessionData(SessionMixin):
         self._life.destroy()
 
     def reload(self) -> None:
-        """Discard this request's changes, and load what is stored now. One round trip."""
+        """Discard this request's changes, and load the stored state. One round trip."""
         self.accessed = True
         life = self._life
         with life.mutex:
@@ -564,16 +565,18 @@ class SessionData(SessionMixin):
         life.wish(lifetime=int(seconds * 1000))
 
     def skip_renewal(self) -> None:
-        """Let this request not count as use of the session: its idle expiry stays where it is.
+        """Don't count this request as use of the session: its idle expiry stays where it is.
 
-        For requests that a page sends by itself, such as polling. What the request changes is
-        saved as always. Call it before anything writes to the store. ``set_lifetime`` and a change
-        of ``permanent`` still set the expiry. Costs no round trip. Source: OWASP ASVS 7.3.1.
+        For requests that a page sends without its user, such as polling. Changes are saved as
+        always. Call it before anything writes to the store. ``set_lifetime`` and a change of
+        ``permanent`` still set the expiry. Costs no round trip. Source: OWASP ASVS 7.3.1.
         """
         self._life.renews = False
 
     def transaction(self) -> Transaction[SessionData]:
-        """A block that is stored whole, on the state it saw, or not at all: see ``Transaction``."""
+        """A block that is stored completely, on the state it saw, or not at all: see
+        ``Transaction``.
+        """
         self.accessed = True
         return Transaction(self, self._life)
 
@@ -590,7 +593,7 @@ class SessionData(SessionMixin):
         Raises ``ValueError`` for other times. Entering raises ``SessionLocked`` (503) if the lock
         isn't free in time, ``SessionEnded`` if the session ended, and ``LockMisused`` inside a lock
         or a transaction, or if the session isn't stored yet. Leaving raises ``LockLost`` (409) if
-        the lock ran out, ``SessionEnded`` if the session ended, and whatever a save raises; then
+        the lock expired, ``SessionEnded`` if the session ended, and any error of a save; then
         nothing of the block is stored.
         """
         self.accessed = True
@@ -601,14 +604,14 @@ class SessionData(SessionMixin):
 
         ``function`` gets a fresh copy of the stored value, or of ``default`` if there is none. It
         runs again if another request was faster, so it must have no side effects. The key keeps its
-        expiry. This request's other changes stay pending, unless it changed this very key: then all
-        of them are stored first. An object that you got from this key before is no longer part of
+        expiry. This request's other changes stay pending; if it changed this very key, all of its
+        changes are stored first. An object that you got from this key before is no longer part of
         the session. If the session isn't stored yet, the value is stored with the response.
 
         Raises ``SessionEnded`` if the session has ended, ``SessionConflict`` after too many lost
-        races, ``ValueRefused`` for a result that can't be kept, ``TransactionMisused`` if
-        ``function`` does something to the session that could not be undone. One round trip, two
-        more for each lost race.
+        races, ``ValueRefused`` for a result that can't be stored, ``TransactionMisused`` if
+        ``function`` uses the session in a way that can't be undone. One round trip, two more for
+        each lost race.
         """
         self._check_key(key)
         life = self._life
@@ -642,7 +645,7 @@ class SessionData(SessionMixin):
         return value
 
     def _update_unstored(self, key: str, function: Callable[[Any], Any], default: Any) -> Any:
-        """``update_atomic`` on a session that is stored with the response."""
+        """``update_atomic`` on a session that isn't stored yet."""
         life, values = self._life, self._open_for_writing(ONE_KEY, key)
         while True:
             before = values.raw(key)
@@ -655,14 +658,14 @@ class SessionData(SessionMixin):
     def take(self, key: str, default: Any = _RAISE) -> Any:
         """Remove ``key`` and return its value, once: only one of several parallel requests gets it.
 
-        The value has left the store when this returns, whatever happens to the request. This
-        request's other changes stay pending, unless it changed this very key: then all of them are
+        When this returns, the value has left the store, whatever happens to the request. This
+        request's other changes stay pending; if it changed this very key, all of its changes are
         stored first. If there is no value, returns ``default`` or raises ``KeyError``.
 
         Raises ``SessionEnded`` if the session has ended, ``SessionConflict`` after too many lost
-        races, ``StoreUnavailable`` if nobody knows whether the value was removed: it may be gone
-        then. One round trip, two more for each lost race; none if there is no value, or the session
-        isn't stored yet.
+        races, and ``StoreUnavailable`` if it can't tell whether the value was removed. One round
+        trip, two more for each lost race; none if there is no value, or the session isn't stored
+        yet.
         """
         life = self._life
         life.check_not_in_retried_code("take")
@@ -689,7 +692,7 @@ class SessionData(SessionMixin):
         return value
 
     def _take_unstored(self, key: str, default: Any) -> Any:
-        """``take`` from a session that is stored with the response."""
+        """``take`` from a session that isn't stored yet."""
         with self._life.mutex:
             return self.pop(key) if default is _RAISE else self.pop(key, default)
 
@@ -718,7 +721,7 @@ class SessionData(SessionMixin):
 
 
 def lifecycle_of(session: SessionData) -> Lifecycle:
-    """The life of the request with this session, for the other rooms of the package."""
+    """The request's lifecycle with this session, for the rest of the package."""
     return session._made or session._life
 
 
@@ -728,24 +731,24 @@ def repository_of(session: SessionData) -> Repository:
 
 
 def existing_lifecycle(session: SessionData) -> Lifecycle | None:
-    """The same; None while nobody has looked at the session."""
+    """The lifecycle, or None before the first look at the session."""
     return session._made
 
 
 def begin_error_page(session: SessionData) -> None:
-    """Flask makes a page for an error that nobody handled."""
+    """Called when Flask begins to make an error page for an unhandled exception."""
     session._phase = Phase.RESPONSE
     if session._made is not None:
         session._made.begin_error_page()
 
 
 def add_further(session: SessionData, further: SessionData) -> None:
-    """The session of a further ``Session`` is saved with this one."""
+    """Save the session of a further ``Session`` together with this one."""
     session._further.append(further)
 
 
 def begin_response(session: SessionData, response: Any) -> Any:
-    """Flask begins to process the response; called before any hook, as ``after_this_request``."""
+    """Called when Flask begins to process the response, before any hook of the application."""
     session._phase = Phase.RESPONSE
     if session._made is not None:
         session._made.begin_response(response)
@@ -753,7 +756,7 @@ def begin_response(session: SessionData, response: Any) -> Any:
 
 
 def close_unused(session: SessionData) -> None:
-    """The response is sent, and nobody has looked at the session."""
+    """The response is sent, and the request never looked at the session."""
     session._phase = Phase.SAVED
     if session._made is not None:
         session._made.phase = Phase.SAVED

@@ -1,4 +1,4 @@
-"""The small values that a session's life consists of; each is replaced whole, in one assignment."""
+"""The small values that make up a session's lifecycle. Each is replaced in one assignment."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ..values.payload import Body, Owner
 
 
 class Phase:
-    """Where the request is, as far as its session is concerned."""
+    """How far the request has come, from its session's point of view."""
 
     # No Enum: in Python 3.11 each look at a member takes as long as reading a value.
 
     #: Before or in the view: a response with a new token can still follow.
     VIEW: Final = "view"
-    #: Flask processes the response, or makes an error page: an exception would spoil it.
+    #: Flask processes the response or makes an error page, so an exception would break it.
     RESPONSE: Final = "response"
-    #: The session was saved with the response: no token can be sent any more.
+    #: The session was saved with the response. It is too late to send a token.
     SAVED: Final = "saved"
 
 
 class Presented(Struct, frozen=True, gc=False):
-    """The checked token that the request brought; None if it brought none.
+    """The checked token that the request brought; None without a token.
 
-    ``handle``: of a session that the application opened by it. No response can carry its token.
+    ``handle``: of a session from ``ext.open()``. No response can carry its token.
     """
 
     checked: Checked | None = None
@@ -43,7 +43,7 @@ class Presented(Struct, frozen=True, gc=False):
 
 
 class HidesFields(Struct, frozen=True):
-    """Shows no fields: error trackers keep what they are shown."""
+    """Shows no fields in ``repr``, since error trackers store local variables."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
@@ -53,11 +53,11 @@ class HidesFields(Struct, frozen=True):
 
 
 class Seen(HidesFields, frozen=True):
-    """What this request knows of the stored session; the version guards exactly these values.
+    """The stored session as this request knows it. The version guards exactly these values.
 
-    ``token`` is None while the client holds no current token: it has none, or an old one within
-    its grace. ``presented`` says that the token of the request led here. ``for_others``: the
-    record can't be read here, but perhaps by a worker of another version or with other keys.
+    ``token`` is None if the client has no current token: it has none, or an old one within its
+    grace. ``presented``: the request's token led here. ``for_others``: this worker can't read the
+    record, but a worker of another version or with other keys may.
     """
 
     token: str | None = None
@@ -67,12 +67,12 @@ class Seen(HidesFields, frozen=True):
     for_others: bool = False
 
     def __repr__(self) -> str:
-        """Without the token, since error trackers show local variables."""
+        """Hides the token, since error trackers store local variables."""
         return f"<Seen handle={self.record.key if self.record else None!r}>"
 
     @property
     def is_old_token(self) -> bool:
-        """Whether a stored session was found, but by a token that isn't its current one."""
+        """Whether the request found a stored session by an old token of it."""
         return self.record is not None and self.token is None
 
 
@@ -80,21 +80,21 @@ NOTHING_SEEN = Seen()
 
 
 class NearLook(HidesFields, frozen=True):
-    """The record that a request saw first, with a near cache, and whether it came from there."""
+    """The record that a request saw first, and whether it came from the near cache."""
 
     record: Record | None = None
     hit: bool = False
 
 
-#: Before the first look, if that must not be at the near cache.
+#: Set before the first look, to bypass the near cache.
 FROM_STORE = NearLook()
 
 
 class Binding(HidesFields, frozen=True):
-    """The user that the session is to be bound to; without a ``user_id``, it is to be unbound.
+    """The user to bind the session to. An empty ``user_id`` unbinds it.
 
-    ``since``: when the sign-in began. ``found``: the roster as it was looked at. ``fresh``: whether
-    the user has just proved who they are.
+    ``since``: when the sign-in began. ``found``: the roster at that time. ``fresh``: whether the
+    user has just proved who they are.
     """
 
     user_id: str
@@ -108,10 +108,10 @@ class Binding(HidesFields, frozen=True):
 
 
 class Entry(HidesFields, frozen=True):
-    """What is to be done in rosters when a session is stored, before its token leaves.
+    """The changes to rosters that are due when a session is stored, before its token leaves.
 
-    ``binding``: it is to be entered. ``moves``: it was rotated, and one of these keys is in the
-    roster. ``leaves``: the owner and key that it had before. ``key``: that it is stored under.
+    ``binding``: enter the session. ``moves``: the session was rotated, and the roster lists one of
+    these keys. ``leaves``: its previous owner and key. ``key``: its key in the store.
     """
 
     binding: Binding | None = None
@@ -121,7 +121,7 @@ class Entry(HidesFields, frozen=True):
 
 
 class Wishes(Struct, frozen=True):
-    """What the next save is to do, besides storing changed values.
+    """What else the next save does, besides storing changed values.
 
     ``rotation`` is the grace in seconds, ``lifetime`` the session's own idle timeout in
     milliseconds. ``sign_in``: the absolute lifetime starts again with the rotation, as it does with
@@ -140,7 +140,7 @@ NO_WISHES = Wishes()
 
 
 def without_rotation(wishes: Wishes, *, but_binding: bool = False) -> Wishes:
-    """The same without the rotation, and without the binding that comes with it."""
+    """The same wishes without a rotation, and without the binding that comes with it."""
     binding = wishes.binding if but_binding else None
     if wishes.rotation is None and wishes.binding is binding:
         return wishes
@@ -148,7 +148,7 @@ def without_rotation(wishes: Wishes, *, but_binding: bool = False) -> Wishes:
 
 
 def remaining(done: Wishes, wishes: Wishes) -> Wishes:
-    """What is left of the wishes when what was ``done`` is stored."""
+    """The wishes that remain after ``done`` was stored."""
     if wishes is done:
         return NO_WISHES
     left = Wishes(
@@ -163,10 +163,10 @@ def remaining(done: Wishes, wishes: Wishes) -> Wishes:
 
 
 class Trouble(Struct, frozen=True):
-    """An outage that this request met. It is not waited for a second time.
+    """An outage that this request met, so that it doesn't wait for the store a second time.
 
-    ``loading``: the session couldn't be loaded; else a later write may have been applied.
-    ``unseen``: the request went on with an empty session, so the response must report it.
+    ``loading``: the session couldn't be loaded; otherwise, a later write may have been applied.
+    ``unseen``: the request went on with an empty session, so the response must report the outage.
     """
 
     error: StoreUnavailable
@@ -175,9 +175,9 @@ class Trouble(Struct, frozen=True):
 
 
 class Attempt(HidesFields, frozen=True):
-    """A write that was sent. It stays noted until its outcome is known.
+    """A write that was sent, kept until its outcome is known.
 
-    ``changes`` are the request's own among its values, which stay pending until then.
+    ``changes``: the request's own changes in it, which stay pending until then.
     """
 
     record: Record
@@ -187,15 +187,15 @@ class Attempt(HidesFields, frozen=True):
     wishes: Wishes
 
     def __repr__(self) -> str:
-        """Without the token, since error trackers show local variables."""
+        """Hides the token, since error trackers store local variables."""
         return f"<Attempt handle={self.record.key!r}>"
 
 
 class Block:
-    """A transaction or a lock that is open: its changes are stored at its end, or not at all.
+    """An open transaction or lock: its changes are stored at its end, or not at all.
 
-    Threads and tasks that work on the session beside it are not part of it. ``inside`` and
-    ``outside`` are the keys that either side looked at or changed.
+    Other threads and tasks that use the session are not part of it. ``inside`` and ``outside`` hold
+    the keys that each side looked at or changed.
     """
 
     __slots__ = ("before", "inside", "kind", "outer", "outside", "pending", "version", "within")
@@ -212,25 +212,25 @@ class Block:
         #: the version that a transaction starts on; None for a session that isn't stored
         self.version = seen.record.version if seen.record else None
         self.before = before
-        #: the one that was open before, perhaps of another thread
+        #: the block that was open before, perhaps in another thread
         self.outer = outer
-        #: the one that this thread or task is in
+        #: the block that this thread or task is in
         self.within = current_block.get()
-        #: what a session that isn't stored was given before the block
+        #: changes before the block, if the session isn't stored yet
         self.pending = pending
         self.inside: set[str] = set()
         self.outside: set[str] = set()
 
     @property
     def is_around(self) -> bool:
-        """Whether this thread or task is inside the block."""
+        """Whether this thread or task runs inside the block."""
         within = current_block.get()
         while within is not None and within is not self:
             within = within.within
         return within is self
 
     def note(self, key: str) -> None:
-        """``key`` is looked at or changed now, by the block or beside it, and all before it."""
+        """Note that ``key`` is looked at or changed now, for this block and all outer ones."""
         mine = set()
         within = current_block.get()
         while within is not None:

@@ -1,4 +1,4 @@
-"""The session as templates see it: ``{{ session.size }}`` shows the stored key, as with Flask."""
+"""The session in templates: ``{{ session.size }}`` shows the stored key, as with Flask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from werkzeug.local import LocalProxy
 
 
 class _TemplateSession(LocalProxy[Any]):
-    """``flask.session``, of which only Flask's own attributes come before the stored keys.
+    """``flask.session``, in which stored keys hide all attributes but Flask's own.
 
     Jinja looks for an attribute first, and our sessions have more of them than Flask's.
     """
@@ -32,16 +32,16 @@ _template_session = _TemplateSession(lambda: flask_session._get_current_object()
 
 
 def prepare_templates(app: Flask) -> None:
-    """Give the templates of ``app`` their view of the session, as soon as one is rendered.
+    """Give the templates of ``app`` their view of the session when the first one is rendered.
 
-    Not before, since making the Jinja environment would fix the application's options for it.
+    Creating the Jinja environment earlier would freeze the application's options for it.
     """
-    # After Flask's own, which before 3.1.3 gives templates the session itself.
+    # After Flask's own processor, which before 3.1.3 gives templates the session itself.
     app.template_context_processors[None].insert(1, _replace_session)
 
 
 def _replace_session() -> dict[str, Any]:
     known = current_app.jinja_env.globals
-    if known.get("session") is flask_session:  # or the application has put its own there
+    if known.get("session") is flask_session:  # unless the application replaced it
         known["session"] = _template_session
     return {"session": _template_session} if known.get("session") is _template_session else {}

@@ -1,4 +1,4 @@
-"""The values of one session: decoded when looked at, compared when saved."""
+"""The values of one session: decoded at the first look, compared when saved."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _ABSENT: Any = object()
 
 
 class TrackedValues:
-    """Values decoded one by one, and what this request did to them.
+    """Decodes values one by one, and tracks what this request does to them.
 
-    A mutable value that was looked at is compared, in encoded form, with the bytes it came from;
-    so nested changes are found, and only such values cost anything. A value that was looked at
-    stays the same object until it is reloaded, whatever other requests save meanwhile.
+    At the save, each mutable value that was looked at is encoded and compared with the bytes it
+    came from. This finds nested changes, and costs nothing for other values. A value stays the same
+    object until you reload the session, whatever other requests save in between.
 
-    A value that has expired is absent to every look at it from then on. ``now`` gives the time in
-    milliseconds; without it no value has a mark, and nothing is spent on looking for one.
+    An expired value is absent. ``now`` gives the time in milliseconds; without it no value has a
+    mark, and looking for marks costs nothing.
 
-    A large value is a reference here, which is as good as its bytes until somebody looks at it.
+    A large value is a reference here, and takes the place of its bytes until the first look.
 
-    Threads of a request share these values: ``mutex`` is held for every first look and change.
+    The threads of a request share these values, so ``mutex`` guards every first look and change.
     """
 
     __slots__ = (
@@ -56,18 +56,18 @@ class TrackedValues:
         #: the open transaction or lock
         self.block: Block | None = None
         self._live: dict[str, Any] = {}
-        # What each key held when this request first looked at or changed it; None: nothing. Only
-        # keys that may differ from ``stored`` are here: mutable, assigned, deleted, absent ones.
+        # Each key's encoded value at the first look or change, None if absent. Holds only keys that
+        # may differ from ``stored``: mutable, assigned, deleted and absent ones.
         self._base: dict[str, bytes | None] = {}
-        # What a key holds for this request in encoded form, where that is not what is stored.
+        # Encoded values of this request that differ from the stored ones.
         self._given = _NOTHING
-        self._seen = _NO_KEYS  # what was looked at in encoded form only
-        #: mutable objects that were handed out and are no part of the session any more, each with
-        #: its key and what it was in encoded form
+        self._seen = _NO_KEYS  # keys that were looked at in encoded form only
+        #: mutable objects that the application got and that left the session since, each with its
+        #: key and its encoded form at that time
         self.abandoned: list[tuple[str, Any, bytes]] | None = None
-        self._order: list[str] | None = None  # the keys for ``newest``, since the last change
+        self._order: list[str] | None = None  # the keys for ``newest``, until the next change
         if now is not None:
-            self._marks: dict[str, Mark] = {}  # of what is in ``_live``
+            self._marks: dict[str, Mark] = {}  # of the values in ``_live``
 
     # -- the mapping
 
@@ -80,12 +80,12 @@ class TrackedValues:
         if value is not _ABSENT:
             return value
         with self._mutex:
-            value = self._live.get(key, _ABSENT)  # by now, through another thread
+            value = self._live.get(key, _ABSENT)  # another thread may have set it
             if value is not _ABSENT:
                 return value
             raw = self._given.get(key)
             if raw is None:
-                if key in self._base:  # deleted by this request, or not there when it looked
+                if key in self._base:  # deleted by this request, or absent at the first look
                     raise KeyError(key)
                 raw = self.stored.get(key)
             if raw is None:
@@ -102,7 +102,7 @@ class TrackedValues:
             if self.block is not None:
                 self.block.note(key)
             self._order = None
-            self._live[key] = value  # first: what is in ``_base`` only was deleted
+            self._live[key] = value  # first, since a key that is only in ``_base`` was deleted
             self._base.setdefault(key, self.stored.get(key))
             if self._given:
                 self._given.pop(key, None)
@@ -110,7 +110,7 @@ class TrackedValues:
                 self._marks.pop(key, None)
 
     def set_encoded(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
-        """Set a value in encoded form, mark included."""
+        """Set an encoded value, mark included."""
         with self._mutex:
             if self.block is not None:
                 self.block.note(key)
@@ -171,9 +171,9 @@ class TrackedValues:
         return sum(1 for _ in self)
 
     def newest(self) -> str:
-        """The last of the keys. Raises ``KeyError`` where there are none.
+        """The last key. Raises ``KeyError`` if the session is empty.
 
-        The search goes on where it ended, so that emptying a session takes linear time.
+        The search continues where it ended, so that emptying a session takes linear time.
         """
         with self._mutex:
             if self._order is None:
@@ -185,9 +185,9 @@ class TrackedValues:
         raise KeyError("popitem(): the session is empty")
 
     def check(self) -> None:
-        """Raises ``UnreadableRecord`` unless every value can be decoded; keeps none of them.
+        """Raises ``UnreadableRecord`` unless every value can be decoded; keeps no decoded values.
 
-        Large ones are not looked at.
+        Skips large values.
         """
         for key in self:
             if key not in self._live:
@@ -197,7 +197,7 @@ class TrackedValues:
                         self._codec.decode(split(raw)[1])
 
     def raw(self, key: str) -> bytes | None:
-        """A look at the encoded value, its mark included; None where there is none."""
+        """The encoded value, mark included; None if absent. Counts as a look."""
         with self._mutex:
             if self.now is not None and self._has_expired(key):
                 return None
@@ -215,7 +215,7 @@ class TrackedValues:
             return raw
 
     def mark(self, key: str) -> Mark:
-        """The mark of a key that is there."""
+        """The mark of a present key."""
         if self.now is None:
             return PLAIN
         with self._mutex:
@@ -224,16 +224,16 @@ class TrackedValues:
             return split(self._given.get(key) or self.stored[key])[0]
 
     def unexpired(self) -> dict[str, bytes]:
-        """``stored``, without what has expired."""
+        """``stored`` without expired values."""
         return self.stored if self.now is None else unexpired(self.stored, self.now())
 
     # -- what this request changed
 
     def changes(self, max_keys: int = sys.maxsize) -> dict[str, Change]:
-        """What this request changed, key by key.
+        """This request's changes by key.
 
-        Raises ``ValueRefused`` for a value that cannot be kept, and before it encodes any where
-        there are more new keys than ``max_keys``.
+        Raises ``ValueRefused`` for a value that can't be stored. If there are more new keys than
+        ``max_keys``, it raises before it encodes any.
         """
         if not self._base:
             return {}
@@ -264,7 +264,7 @@ class TrackedValues:
         return found
 
     def encode(self, key: str, value: Any) -> bytes:
-        """The encoded value, without a mark, as ``key`` may hold it. Raises ``ValueRefused``."""
+        """The encoded value for ``key``, without a mark. Raises ``ValueRefused``."""
         return encode_within(self._codec, key, value, self._base.get(key), self.stored.get(key))
 
     def has_changed(self, key: str) -> bool:
@@ -276,22 +276,22 @@ class TrackedValues:
             return mine != self._base[key] and not holds(self._base[key], mine)
 
     def was_assigned(self, key: str) -> bool:
-        """Whether a changed ``key`` can only have been assigned: nothing stored is in its value."""
+        """Whether a changed ``key`` was certainly assigned, so its value holds nothing stored."""
         return self._base.get(key) is None or type(self._live.get(key)) in IMMUTABLE
 
-    # -- what the store holds by now
+    # -- following the store
 
     def mark_saved(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
-        """``stored`` is in the store now, ``changes`` included. The caller holds the mutex.
+        """``stored`` is in the store now, including ``changes``. The caller holds the mutex.
 
-        Does no harm if repeated. What this request holds stays as it is, also where its change was
-        merged into something else: its next change is then merged again.
+        You can safely repeat it. Values in use stay as they are, even if the store merged a change
+        into something else: the next change is then merged again.
         """
         base = self._base
         for key, change in changes.items():
             if change.mine is not None:
                 base[key] = change.mine
-            elif key not in self._live:  # or it was set again since
+            elif key not in self._live:  # unless it was set again
                 base.pop(key, None)
             else:
                 base[key] = None
@@ -300,20 +300,20 @@ class TrackedValues:
     def rebase(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
         """``stored`` is in the store now. The caller holds the mutex.
 
-        What this request looked at or changed stays as it is.
+        Values that this request looked at or changed stay as they are.
         """
         if now is not None:
             self._look_for_marks(now)
         if stored is not self.stored:
             for key in self._seen:
                 if key not in self._live and key not in self._base:
-                    self._look(key)  # in the old state
+                    self._look(key)  # before the old state goes
             for key in self._live:
                 self._base.setdefault(key, self.stored.get(key))
             self.stored, self._order = stored, None
 
     def set_stored(self, key: str, value: Any, raw: bytes) -> None:
-        """``key`` holds ``value`` in the store now."""
+        """The store holds ``value`` under ``key`` now."""
         with self._mutex:
             self._abandon(key)
             self._live[key], self._order = value, None
@@ -324,27 +324,27 @@ class TrackedValues:
                 self._marks[key] = split(raw)[0]
 
     def drop(self, key: str) -> None:
-        """The store holds nothing under ``key`` any more, by what this request did."""
+        """This request removed ``key`` from the store."""
         with self._mutex:
             self._abandon(key)
             self.mark_absent(key)
 
     def restart(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
-        """Begin again with ``stored``, without anything that was looked at or changed."""
+        """Start again with ``stored``, and discard all looks and changes."""
         with self._mutex:
             for key in self._live:
                 self._abandon(key)
             self._begin(stored, now)
 
     def clear(self) -> None:
-        """Begin again with nothing."""
+        """Start again with no values."""
         with self._mutex:
             self._begin({}, None)
 
     def roll_back(self, block: Block) -> list[str]:
-        """Forget what ``block`` changed; keep what threads and tasks beside it changed.
+        """Discard the changes of ``block``; keep the changes of threads and tasks outside it.
 
-        Returns the keys that both changed, which are forgotten too.
+        Returns the keys that both sides changed, whose changes are discarded too.
         """
         with self._mutex:
             beside = [key for key in block.outside if key in self._base]
@@ -367,10 +367,10 @@ class TrackedValues:
             return both
 
     def changed_after_they_were_abandoned(self) -> list[str]:
-        """The keys of objects that are no part of the session any more, and were changed since."""
+        """The keys of objects that were changed after they had left the session."""
         changed: dict[str, None] = {}
         for key, value, raw in self.abandoned or ():
-            if value is self._live.get(key):  # it was put back
+            if value is self._live.get(key):  # it is back
                 continue
             try:
                 now = self.encode(key, value)
@@ -384,14 +384,14 @@ class TrackedValues:
     # -- large values
 
     def undecoded(self, key: str) -> bytes | None:
-        """The encoded value of a key that was not decoded; None for any other."""
+        """The encoded value of a key that wasn't decoded yet; None for any other key."""
         with self._mutex:
             if key not in self or key in self._live:
                 return None
             return self._given.get(key) or self.stored[key]
 
     def replace_lost(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
-        """What was to be under ``key`` is lost; this is stored there by now."""
+        """Another request replaced the lost value of ``key`` by ``raw``."""
         with self._mutex:
             self.mark_absent(key)
             del self._base[key]
@@ -400,7 +400,7 @@ class TrackedValues:
             self.stored, self._order = {**self.stored, key: raw}, None
 
     def mark_absent(self, key: str) -> None:
-        """What is under ``key`` is lost: it is absent, and nothing that this request did."""
+        """The value of ``key`` is lost: treat it as absent, but not as deleted by this request."""
         with self._mutex:
             self._base[key] = None
             self._live.pop(key, None)
@@ -417,9 +417,10 @@ class TrackedValues:
         self.now, self.stored, self._order = now, stored, None
 
     def _abandon(self, key: str, *, as_it_is: bool = False) -> None:
-        """The object under ``key``, if one was handed out, is no part of the session any more.
+        """The object under ``key``, if the application has it, leaves the session.
 
-        It was last stored as what is in ``_base``, or is to be compared ``as_it_is`` now.
+        Later changes are detected against ``_base``, or against its present state with
+        ``as_it_is``.
         """
         value = self._live.get(key)
         raw = self._base.get(key)
@@ -472,5 +473,5 @@ class TrackedValues:
     def _decode_marked(self, key: str, raw: bytes) -> Any:
         mark, plain = split(raw)
         value = self._codec.decode(plain)
-        self._marks[key] = mark  # and not that of what was here before
+        self._marks[key] = mark  # not the previous value's
         return value

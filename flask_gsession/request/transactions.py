@@ -1,4 +1,4 @@
-"""Transactions: blocks that are stored whole, on the state they saw, or not at all."""
+"""Transactions: blocks that are stored completely, on the state they saw, or not at all."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ S = TypeVar("S")
 
 
 class Transaction(Generic[S]):
-    """One transaction on a session, from ``session.transaction()``.
+    """A transaction on a session, from ``session.transaction()``.
 
-    As a context manager it runs its block once. The block starts on what is stored, and its changes
-    are stored at its end, not with the response. If another request has stored something by then,
-    ``SessionConflict`` is raised, and nothing of the block is stored. A block that raises stores
-    nothing either. ``run`` and the decorator ``session_transaction`` run the work again instead.
+    As a context manager, it runs its block once. The block starts with the stored state, and its
+    changes are stored at its end, not with the response. If another request has stored something by
+    then, you get ``SessionConflict``, and nothing of the block is stored. An exception in the block
+    discards its changes as well. To retry instead, use ``run`` or the decorator
+    ``session_transaction``.
 
-    Earlier changes of the request are stored first. Two round trips, one more if there was
-    something to store first.
+    The request's earlier changes are stored first. Two round trips, one more if there were any.
     """
 
     def __init__(self, session: S, life: Lifecycle) -> None:
@@ -35,7 +35,7 @@ class Transaction(Generic[S]):
     def __enter__(self) -> S:
         try:
             self._begin()
-        except BaseException:  # a signal's exception, too, leaves no block open
+        except BaseException:  # also after an exception from a signal handler
             self._leave(self._life.roll_back)
             raise
         return self._session
@@ -58,7 +58,7 @@ class Transaction(Generic[S]):
         self._leave(self._life.leave_block)
 
     def _begin(self) -> None:
-        """Store what is pending, and start on what is stored now."""
+        """Store pending changes, and start with the stored state."""
         life = self._life
         life.check_store()
         seen_before = life.opened
@@ -66,7 +66,7 @@ class Transaction(Generic[S]):
         with life.mutex:
             life.check_not_in_retried_code("A second transaction")
             if life.locked and (life.block is None or current_block.get() is not life.block):
-                # The two could not be stored, or forgotten, each by itself.
+                # Their changes could not be stored or rolled back separately.
                 raise TransactionMisused(
                     "Another thread or task of this request has the lock of the session, or waits "
                     "for it. A transaction begins before that, after it, or inside its block."
@@ -88,9 +88,9 @@ class Transaction(Generic[S]):
     def run(self, function: Callable[[S], R]) -> R:
         """Call ``function(session)`` until its changes are stored, and return its last result.
 
-        ``function`` sees a fresh state on each run. It may run many times, so it must have no side
-        effects outside the session. Raises ``SessionConflict`` after too many lost races, and
-        whatever ``function`` raises.
+        ``function`` gets a fresh state on each run. It may run many times, so it must have no side
+        effects outside the session. Raises ``SessionConflict`` after too many lost races, and any
+        exception of ``function``.
         """
         for _ in self._life.tries():
             try:

@@ -1,4 +1,4 @@
-"""Large values that a request has written, and that no stored record may refer to yet."""
+"""Large values that a request has written, but that no stored record refers to yet."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..values.references import Reference, names_in
 
 
 class UnreferencedValues:
-    """The large values of one request: put in places of their own, released when not needed."""
+    """Tracks the large values that one request wrote, and releases them if no record needs them."""
 
     __slots__ = ("_repository", "_until", "references")
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        #: by kind and digest; no record is known to refer to them
+        #: by kind and digest
         self.references: dict[tuple[int, bytes], Reference] = {}
-        self._until = 0  # the first of them expires, in milliseconds
+        self._until = 0  # the earliest expiry, in milliseconds
 
     def add(self, reference: Reference, end: int) -> None:
-        """This request wrote a large value, which is kept until ``end``."""
+        """Note a large value that this request wrote, and that the store keeps until ``end``."""
         if not self.references:
             self._until = end
         self.references[reference.kind, reference.digest] = reference
@@ -29,10 +29,10 @@ class UnreferencedValues:
     def write_large(
         self, body: Body, absolute: int | None, before: Mapping[str, bytes]
     ) -> dict[str, bytes]:
-        """The values of ``body`` with references to the large ones, written where they are not.
+        """Write large values unless that was done, and return all values with references to them.
 
-        ``absolute`` is where the session ends, None for a new one; ``before`` are the values as
-        they are stored.
+        ``absolute``: the session's absolute end; None for a new session. ``before``: the stored
+        values.
         """
         repository = self._repository
         values = body.values
@@ -50,36 +50,36 @@ class UnreferencedValues:
         if self.references:
             end = expires_at()
             assert first is not None
-            if first < end - BLOB_GRACE // 2:  # written long before
+            if first < end - BLOB_GRACE // 2:  # written long ago
                 repository.renew_blobs(self.references.values(), end)
                 first = end
             self._until = first
         return found
 
-    def replaced(
+    def release_replaced(
         self, before: Mapping[str, bytes] | None, after: Mapping[str, bytes] | None
     ) -> None:
-        """A record with the values ``after`` replaced one with those ``before``.
+        """A record with the values ``after`` replaced the one with ``before``: release unused ones.
 
-        What the new one does not refer to stays for a while, for requests that still read it. With
-        nothing after, the session ended, and nothing stays.
+        They stay for a grace, for requests that still read the old record. If the session ended
+        (``after`` is None), they go at once.
         """
         needed = names_in((after or {}).values())
         known = names_in((before or {}).values())
         self._repository.discard(known - needed, 0 if after is None else BLOB_GRACE)
         if self.references:
-            self.stored(before or {})
-            self.stored(after or {})
+            self.mark_referenced(before or {})
+            self.mark_referenced(after or {})
 
-    def stored(self, values: Mapping[str, bytes]) -> None:
-        """A record with these values was found: what it refers to is no longer this request's."""
+    def mark_referenced(self, values: Mapping[str, bytes]) -> None:
+        """A stored record has these values, so its references are in use."""
         known = names_in(values.values())
         self.references = {
             same: ref for same, ref in self.references.items() if ref.name not in known
         }
 
-    def drop(self, *, unsure: bool) -> None:
-        """Release what no record refers to; nothing if that is ``unsure``."""
+    def release(self, *, unsure: bool) -> None:
+        """Release the values that no record refers to. Does nothing if that is ``unsure``."""
         if self.references and not unsure:
             self._repository.discard([reference.name for reference in self.references.values()], 0)
         self.references = {}

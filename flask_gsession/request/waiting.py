@@ -1,7 +1,7 @@
-"""A bound on the requests of one client that wait for locks in this process, of any sessions.
+"""Limits how many requests of one client wait for locks in this process.
 
-Each that waits keeps a thread busy. The queue of a session is bounded in the store; a client may
-have many sessions, though, and no store knows whose they are.
+Each waiting request keeps a thread busy. The store limits the queue of one session, but a client
+may have many sessions, which no store can tell apart.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import os
 
 from flask import has_request_context, request
 
-# By process, since a child inherits what its parent's threads do, and by the client's address. The
-# steps on sets and dicts are atomic. If two of them cross, a client may wait once more than it may.
+# By process, since a forked child inherits this dict, and by the client's address. Each step on a
+# set or dict is atomic. If two threads race, a client may exceed its limit by one.
 _waiting: dict[tuple[int, str], set[str]] = {}
 
 
 def client() -> str:
-    """The network address of the client, of IPv6 the /64; empty outside a request."""
+    """The client's network address, for IPv6 the /64 network; empty outside a request."""
     address = (request.remote_addr if has_request_context() else None) or ""
     if ":" not in address or "." in address:
         return address
@@ -26,7 +26,7 @@ def client() -> str:
 
 
 def may_wait(address: str, owner: str, most: int | None) -> bool:
-    """Whether this owner may wait, beside the others of its client, who are ``most`` with it."""
+    """Whether this owner may wait too, within ``most`` waiting requests of its client."""
     if most is None or not address:
         return True
     owners = _waiting.setdefault((os.getpid(), address), set())
@@ -37,7 +37,7 @@ def may_wait(address: str, owner: str, most: int | None) -> bool:
 
 
 def stop_waiting(address: str, owner: str) -> None:
-    """The owner waits no more."""
+    """The owner stops waiting."""
     owners = _waiting.get((os.getpid(), address))
     if owners is not None:
         owners.discard(owner)

@@ -1,8 +1,8 @@
-"""The one place that writes a session: what a request did is put onto what is stored.
+"""Writes a session: applies a request's changes to the stored state, in one retry loop.
 
-Whatever loses a race and tries again comes through ``_Write``: the save with the response, a
+Everything that can lose a race and try again goes through ``_Write``: the save with the response, a
 transaction, ``update_atomic``, ``take``, a rotation, the removal of a lost value. A write is noted
-before it is sent, and recognised by its version, so that nothing is applied twice.
+before it is sent, and recognised by its version, so nothing is applied twice.
 """
 
 from __future__ import annotations
@@ -66,18 +66,18 @@ _TOKENS_TAKEN = 3
 
 
 class LostRace(SessionConflict):
-    """A transaction could not be stored: another request was faster."""
+    """A transaction can't be stored, since another request was faster."""
 
 
 class NotStored(SessionEnded):
-    """This very request has ended the session, or emptied it."""
+    """This request itself has ended or emptied the session."""
 
 
 class Edit(HidesFields, frozen=True):
-    """What is to be stored over what was ``seen``.
+    """The values to store over the state that was ``seen``.
 
-    ``values`` are all values in encoded form, ``changes`` are the request's own among them, which
-    stay pending until they are stored. ``settle`` is called, with the mutex held, once they are.
+    ``values`` are all values in encoded form. ``changes`` are the request's own among them, which
+    stay pending until they are stored. Then ``settle`` is called, under the mutex.
     """
 
     seen: Seen
@@ -87,7 +87,7 @@ class Edit(HidesFields, frozen=True):
     settle: Callable[[], None] | None = None
 
 
-#: The type of an event of a write and its details, to be emitted when everything is in its place.
+#: An event type and its details, to emit when a write is complete.
 Happened = tuple[Any, ...]
 
 
@@ -97,13 +97,11 @@ def commit(
     transaction: Block | None = None,
     rotating: bool | None = None,
 ) -> bool:
-    """Store what the request changed and wishes; whether there was something.
+    """Store the request's changes and wishes; whether there were any. The caller holds the mutex.
 
-    The caller holds the mutex.
-
-    ``transaction``: it is stored on the very version it began on, or ``LostRace`` is raised.
-    ``rotating``: whether a wished rotation is due. It is not inside a lock, which stays with the
-    key of the session, unless that is being left.
+    ``transaction``: store exactly on the version it began with, or raise ``LostRace``.
+    ``rotating``: whether to rotate if that is wished. By default, rotates outside locks only: a
+    lock belongs to the session's key, so the rotation waits until you leave the lock.
     """
     if rotating is None:
         rotating = life.lease is None
@@ -136,7 +134,7 @@ def commit(
 
 
 def _needs_own_session(life: Lifecycle, rotating: bool) -> bool:
-    """Whether a sign-in is due that holds an old token, perhaps since another request rotated."""
+    """Whether this is a sign-in with an old token, perhaps since another request rotated."""
     return rotating and life.wishes.rotation is not None and life.seen.is_old_token
 
 
@@ -149,12 +147,12 @@ def rewrite(
     settle: Callable[[bytes | None], None],
     recover: Callable[[bytes, ValueLost], None],
 ) -> None:
-    """Store ``replace(raw)`` in the place of the encoded value of ``key`` now; None: no value.
+    """Store ``replace(raw)`` for the encoded value of ``key`` now; None removes the key.
 
-    ``replace`` runs again when another request was faster, and may call the application. Changes
-    of this request stay pending, but for one of this very key, which is stored first. ``settle``
-    gets what is stored then. ``recover`` is called where the value is large and lost. Raises
-    ``SessionEnded`` where there is no session any more, ``NotStored`` where this request ended it.
+    ``replace`` runs again after a lost race, and may call the application. This request's other
+    changes stay pending. A change of this very key is stored first. ``settle`` gets the stored
+    value. ``recover`` is called for a large value that is lost. Raises ``SessionEnded`` if the
+    session has ended, ``NotStored`` if this request ended it.
     """
     _Rewrite(life, key, replace, what, settle, recover).run()
     if life.seen.record is None:
@@ -162,24 +160,24 @@ def rewrite(
 
 
 class _Write:
-    """One write of a session: ``edit`` says what to store, on what is stored now.
+    """One write of a session: ``edit`` returns what to store over the present state.
 
-    With ``exactly``, a lost race raises ``LostRace``. Methods, not closures: Python calls those
-    faster that it has called before.
+    With ``_exactly``, a lost race raises ``LostRace``. These are methods, not closures, since
+    Python calls methods faster after the first call.
     """
 
     _life: Lifecycle
     _what = "save"
     _exactly = False
-    _stale: Seen | None = None  # another request has replaced it
+    _stale: Seen | None = None  # set if another request has replaced it
     _taken = 0
 
     def edit(self) -> Edit | None:
-        """What to store; None if there is nothing. It runs again after each lost race."""
+        """The values to store; None if there are none. Runs again after each lost race."""
         raise NotImplementedError
 
     def run(self) -> bool:
-        """Store it. False if there was nothing to store, or the session has ended."""
+        """Store the edit. False if there was nothing to store, or the session has ended."""
         life = self._life
         if life.lease is not None:
             life.check_lease()
@@ -245,7 +243,7 @@ class _Write:
 
 
 class _Commit(_Write):
-    """Everything that the request changed and wishes; see ``commit``."""
+    """Stores all changes and wishes of the request; see ``commit``."""
 
     def __init__(
         self, life: Lifecycle, changes: Mapping[str, Change], rotating: bool, *, exactly: bool
@@ -269,7 +267,7 @@ class _Commit(_Write):
 
 
 class _Rewrite(_Write):
-    """The value of one key, replaced in the store; see ``rewrite``."""
+    """Replaces the value of one key in the store; see ``rewrite``."""
 
     def __init__(
         self,
@@ -291,7 +289,7 @@ class _Rewrite(_Write):
         life, key = self._life, self._key
         while True:
             with life.mutex:
-                if _needs_own_session(life, rotating=True):  # also inside a lock
+                if _needs_own_session(life, rotating=True):  # even inside a lock
                     life.start_own_session()
                 beside = life.block is not None and current_block.get() is not life.block
                 if not beside and life.seen.record is not None and life.values.has_changed(key):
@@ -307,7 +305,7 @@ class _Rewrite(_Write):
                 life.refuse(error.reason, error.detail)
                 raise SessionEnded from None
             except ValueLost as error:
-                assert raw is not None  # or nothing could be lost
+                assert raw is not None  # a value was lost
                 self._recover(raw, error)
                 continue
             if changed != raw and not holds(raw, changed):
@@ -326,7 +324,7 @@ class _Rewrite(_Write):
 
 
 def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> Edit | None:
-    """The changes of the request, on what is stored. The caller holds the mutex."""
+    """Merge the request's changes into the stored values. The caller holds the mutex."""
     values, repository = life.values, life.repository
     if not changes and not life.has_wishes(rotating=rotating):
         return None
@@ -347,10 +345,7 @@ def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> E
 
 
 def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
-    """What a session that isn't stored yet was given; None where that is nothing.
-
-    After the response has left, no token can be sent for it.
-    """
+    """The first values of a new session; None if there are none, or it is too late for a token."""
     values = life.values
     stored = {key: change.mine for key, change in changes.items() if change.mine}
     if values.now is not None:
@@ -358,7 +353,7 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
     if life.is_late or not (worth_keeping(stored) or life.wishes.binding is not None):
         return None
     if life.presented().handle is not None:
-        raise SessionEnded  # in this block, and nobody would have the token of a new one
+        raise SessionEnded  # an ext.open() block can't send the token of a new session
     if life.repository.settings.permanent:
         stored.setdefault(PERMANENT, life.repository.codec.encode(PERMANENT, True))
     return Edit(life.seen, stored, changes, life.wishes)
@@ -367,9 +362,9 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
 def _send(
     life: Lifecycle, step: Edit, lost: int
 ) -> tuple[list[Happened], LogoutUnconfirmed | None]:
-    """Send one write, and take over what is stored then. The caller holds the mutex.
+    """Send one write, and adopt the stored state. The caller holds the mutex.
 
-    ``lost``: how many races this write has lost before.
+    ``lost``: how many races this write has lost so far.
     """
     repository, wishes, old = life.repository, step.wishes, step.seen.record
     merged = step.values
@@ -430,7 +425,7 @@ def _send(
         else:
             repository.save(old, record, body, life.lease, shorten=restart)
     except (GSessionError, HTTPException) as error:
-        # Of anything else, a signal's exception included, the outcome is unknown.
+        # After any other exception, for example from a signal handler, the outcome is unknown.
         if not isinstance(error, StoreUnavailable):
             attempts = life.attempts.copy()
             del attempts[record.version]
@@ -458,10 +453,10 @@ def _send(
         life.wishes = (
             NO_WISHES if done else Wishes(rotation=rotation, binding=binding, sign_in=left.sign_in)
         )
-    # This version was over the one that earlier attempts were to replace: they came to nothing.
+    # This write replaced the version that earlier attempts meant to replace, so they failed.
     life.attempts = NO_ATTEMPTS
     if has_large:
-        life.unreferenced.replaced(before, stored)
+        life.unreferenced.release_replaced(before, stored)
     if life.entry is not None and not complete(life):
         return [], None
     if old is None:
@@ -475,7 +470,7 @@ def _send(
 def _take_over(
     life: Lifecycle, step: Edit, stored: dict[str, bytes], changes: Mapping[str, Change]
 ) -> None:
-    """One value was replaced in the store; the others' changes stay pending."""
+    """One value was replaced in the store. Changes of other keys stay pending."""
     values = life.values
     if life.trace is not None:
         for key, change in changes.items():
@@ -486,11 +481,11 @@ def _take_over(
     if not any(changed.values()):
         step.settle()
     if not worth_keeping(stored):
-        life.wish(cleared=True)  # it ends with the response, if it is empty then
+        life.wish(cleared=True)  # if it is still empty then, it ends with the response
 
 
 def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirmed | None]:
-    """The request emptied the session: end it in the very version it saw."""
+    """The request emptied the session: end it, in the version it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
     try:
         life.repository.end(old, life.seen.body, life.lease)
@@ -502,12 +497,12 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
     life.forget()
     life.cookie = "delete"
     if before is not None:
-        life.unreferenced.replaced(before, None)
+        life.unreferenced.release_replaced(before, None)
     return [(SessionDestroyed, old.key)], unconfirmed
 
 
 def _renew_if_due(life: Lifecycle) -> None:
-    """Move the idle expiry if it is time to."""
+    """Move the idle expiry if that is due."""
     if not life.renews:
         return
     if is_touch_due(life):
@@ -523,7 +518,7 @@ def _renew_if_due(life: Lifecycle) -> None:
             seen.record, life.body(values.stored, has_large=life.has_large), idle_end
         )
     except (StoreUnavailable, UnreadableRecord) as error:
-        # What was read is right, and nothing was to be written: the next request renews.
+        # This request read correct values and has nothing to write. The next one renews.
         logger.warning("A session could not be renewed: %s", error)
         return
     if renewed:
@@ -535,21 +530,21 @@ def _renew_if_due(life: Lifecycle) -> None:
 
 
 def _save_to_touch(life: Lifecycle) -> None:
-    """Save a session that nothing changed, since a save touches the roster of its user."""
+    """Save an unchanged session, since a save touches its user's roster."""
     life.wish(forced=True)
     try:
         commit(life, rotating=False)
     except RosterUnreadable:
         raise
     except StoreUnavailable as error:
-        # As for a renewal: what was read is right, and the next request does it.
+        # As for a renewal: the values are correct, and the next request touches the roster.
         logger.warning("A session could not be renewed: %s", error)
 
 
 def _as_stored(
     changes: Mapping[str, Change], merged: Mapping[str, bytes], stored: Mapping[str, bytes]
 ) -> Mapping[str, Change]:
-    """The changes, with the references that were stored for large values."""
+    """The changes, with references in place of large values."""
     return {
         key: change if merged.get(key) is not change.mine else Change(change.base, stored.get(key))
         for key, change in changes.items()
@@ -557,10 +552,10 @@ def _as_stored(
 
 
 def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
-    """Store what the request changed, as its response is sent.
+    """Store the request's changes while Flask processes the response.
 
-    ``by_hand``: the application saves the session of the request, and Flask may or may not do so
-    later. Nobody knows whether this response is sent, so a token that is in use stays.
+    ``by_hand``: the application itself saves the session. Flask may do so again later, and this
+    response may never be sent, so a current token stays.
     """
     try:
         if life.block is not None:
@@ -595,10 +590,10 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
 
 
 def _end_presented(life: Lifecycle) -> None:
-    """The request emptied a session that isn't stored: it may have come with tokens of others."""
+    """The request emptied a session that isn't stored, but may have come with other tokens."""
     checked = life.presented().checked
     if life.seen.presented or (checked is not None and checked.refused):
-        # Begun with an old token, or with several: what they lead to is to end as well.
+        # It came with an old token, or with several: end the sessions they lead to as well.
         life.destroy()
     elif checked is not None:
         life.cookie = "delete"
@@ -607,31 +602,32 @@ def _end_presented(life: Lifecycle) -> None:
 def _report_abandoned(life: Lifecycle) -> None:
     for key in life.values.changed_after_they_were_abandoned():
         logger.error(
-            "session[%a] was changed through an object from before a transaction, a lock, a reload "
-            "or an update: the change is lost. Get it from the session again after that.",
+            "session[%a] was changed through an object that left the session with a transaction, a "
+            "lock, a reload or an update: the change is lost. Get the object from the session "
+            "again after that.",
             key[:60],
         )
 
 
 def _keep_token(life: Lifecycle) -> None:
-    """No response is known to carry a new token."""
+    """Keep the token, since no response may carry a new one."""
     seen = life.seen
     signs_in = life.wishes.rotation is not None and seen.is_old_token
     if signs_in or (seen.presented and seen.record is None and life.values.changes()):
         raise SessionConflict(
-            "A sign-in with an old token needs a session of its own, and no response can carry its "
-            "token here. Sign in through an ordinary view."
+            "A sign-in with an old token starts a session of its own, but here no response can "
+            "carry its token. Sign in through an ordinary view."
         )
     if life.wishes.rotation is not None:
         logger.warning(
-            "Session %s keeps its token although it was to be rotated: it was saved by hand, so no "
-            "response is known to carry a new one. Sign in through an ordinary view.",
+            "Session %s keeps its token despite a rotation: it was saved by hand, so perhaps no "
+            "response carries a new one. Sign in through an ordinary view.",
             life.handle,
         )
 
 
 def is_modified(life: Lifecycle) -> bool:
-    """Whether the request changed the session, or wishes something of it."""
+    """Whether the request changed the session, or wants it rotated, ended or saved."""
     if life.has_wishes():
         return True
     try:

@@ -815,7 +815,7 @@ def test_any_bytes_can_be_opened_and_nothing_else(site: Site) -> None:
         session.attach("large", io.BytesIO(PHOTO[:-1]))
         assert session.open("large").read() == session["large"] == PHOTO[:-1]
         for key in ("text", "rows"):
-            with pytest.raises(TypeError, match=f"session\\['{key}'\\] holds no bytes"):
+            with pytest.raises(TypeError, match=f"session\\['{key}'\\] isn't bytes"):
                 session.open(key)
         with pytest.raises(KeyError):
             session.open("none")
