@@ -22,7 +22,7 @@ from .remember import (
     wants_to_be_remembered,
     warn_of_duration,
 )
-from .request.confirming import SIGN_IN, note_confirmation
+from .request.confirming import SIGN_IN, note_confirmation, report_confirmation
 from .request.lifecycle import CONFIRMED, Lifecycle
 from .request.ownership import LOGIN, bind, unbind
 from .request.session import SessionData, lifecycle_of
@@ -132,7 +132,10 @@ def _signed_in(sender: Flask, **_: Any) -> None:
         elif wanted is not None:
             forget(session)
         if fresh:  # also of the user whose session it is already
-            lifecycle_of(session).wish(sign_in=True)
+            life = lifecycle_of(session)
+            life.wish(sign_in=True)
+            if life.wishes.binding is None:
+                report_confirmation(life, SIGN_IN)
         _renew_csrf_token(sender, session)
 
 

@@ -17,6 +17,8 @@ from flask import Flask
 from . import signals
 
 logger = logging.getLogger("flask_gsession")
+#: ``SessionBound.how`` of sign-ins; other sessions were signed in before, or elsewhere.
+SIGN_INS = ("sign-in", "remember-me")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +71,22 @@ class SessionRevoked(SessionDestroyed):
 
 @dataclass(frozen=True, slots=True)
 class SessionBound(Event):
-    """A session was bound to a user. ``device_id`` stays the same through rotations."""
+    """A session was bound to a user. ``device_id`` stays the same through rotations.
+
+    ``how``: ``"sign-in"``; ``"remember-me"``, by a cookie and without a proof of who the user is;
+    ``"earlier version"``, of a session that Flask-Login signed in before you upgraded; or
+    ``"import"``.
+    """
 
     user_id: str
     device_id: str
     handle: str
+    how: str = "sign-in"
 
 
 @dataclass(frozen=True, slots=True)
 class SessionUnbound(Event):
-    """A session left its user: a sign-out that keeps the session, or a sign-in as another user."""
+    """A session left its user: a sign-out, with or without its end, or a sign-in as another."""
 
     user_id: str
     device_id: str
@@ -93,6 +101,21 @@ class SignInRejected(Event):
 
     user_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UserConfirmed(Event):
+    """The user of a session confirmed who they are, for example by a password.
+
+    ``method``: as passed to ``session.confirm``, or ``"sign-in"`` where Flask-Login or
+    Flask-Security reported it. ``handle``: of before the rotation; None for a new session. The user
+    and the device are None if the session isn't bound.
+    """
+
+    user_id: str | None
+    device_id: str | None
+    handle: str | None
+    method: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from .stores.base import Clock
 from .stores.parts import parts_of
 from .stores.wrappers import Breaker, Near, compose
 from .users.users import Users
+from .watching.audit import write_audit_log
 from .watching.debug import prepare
 
 NAME = "gsession"
@@ -58,6 +59,7 @@ class Session:
         self._settings = settings
         self._clock = clock
         self._events = Events()
+        write_audit_log(self._events)
         if app is not None:
             self.init_app(app)
 

@@ -201,7 +201,7 @@ def _end(
     repository = interface.repository
     owner = _owner_of(repository, key, record)
     try:
-        ended = repository.delete(key)
+        ended = repository.delete(key, signs_out=False)
     except LogoutUnconfirmed as error:
         ended, problem = True, f"ended, but {error}"
     except UnreadableRecord as error:

@@ -13,9 +13,12 @@ from flask import request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..events import (
+    SIGN_INS,
     AccessDenied,
     CleanedUp,
     CleanupFailed,
+    DeviceLimitReached,
+    DeviceRevoked,
     Event,
     ImportRefused,
     LargeValueLost,
@@ -23,6 +26,7 @@ from ..events import (
     LockExpired,
     LockRefused,
     LockReleased,
+    SessionBound,
     SessionConflicted,
     SessionCreated,
     SessionDestroyed,
@@ -32,6 +36,9 @@ from ..events import (
     SessionRevoked,
     SessionRotated,
     SessionSaved,
+    SessionUnbound,
+    SignInRejected,
+    UserConfirmed,
     WriteDropped,
 )
 from ..stores.parts import LEFTOVERS
@@ -49,9 +56,16 @@ _LIFE: dict[type[Event], str] = {
     SessionDestroyed: "destroyed",
     SessionRevoked: "revoked",
 }
+_OF_USERS: dict[type[Event], str] = {
+    SessionUnbound: "signed_out",
+    UserConfirmed: "confirmed",
+    DeviceRevoked: "revoked",
+    DeviceLimitReached: "limit_reached",
+}
 _UNREADABLE = {"corrupt", "newer format", "unknown encryption key"}
 _UNSIGNED = {"malformed", "bad signature", "two cookies", "too many cookies"}
 _REFUSALS = {*_UNSIGNED, "unknown", "expired", "revoked", *_UNREADABLE}
+_NOT_SIGNED_IN = {"revoked", "full"}
 _LEFTOVERS = set(LEFTOVERS)
 _LOST = ("missing", "truncated", "altered", "not encrypted", "unknown encryption key")
 _CONFLICTS = ("refused", "transaction", "too many races", "unknown outcome")
@@ -79,6 +93,7 @@ class Figures:
         self._endpoints: dict[str, Callable[[float], object]] = {}
         self._add_store()
         self._add_sessions()
+        self._add_users()
         self._add_writes()
         self._add_locks()
         self._add_cleanups()
@@ -150,6 +165,22 @@ class Figures:
         self.receivers[LargeValueLost].append(
             lambda key, reason, _: lost.labels(_one_of(set(_LOST), reason)).inc()
         )
+
+    def _add_users(self) -> None:
+        users = self._counter("user_sessions", "Events of sessions bound to a user", "event")
+        for kind, name in _OF_USERS.items():
+            self._counts(kind, users.labels(name))
+        for name in ("signed_in", "bound", *(f"refused_{reason}" for reason in _NOT_SIGNED_IN)):
+            users.labels(name)
+
+        def bound(user_id: str, device_id: str, handle: str, how: str = SIGN_INS[0]) -> None:
+            users.labels("signed_in" if how in SIGN_INS else "bound").inc()
+
+        def refused(user_id: str, reason: str) -> None:
+            users.labels(f"refused_{_one_of(_NOT_SIGNED_IN, reason)}").inc()
+
+        self.receivers[SessionBound].append(bound)
+        self.receivers[SignInRejected].append(refused)
 
     def _add_writes(self) -> None:
         races = self._counter("retries", "Writes retried because another request was faster")

@@ -52,7 +52,7 @@ def enter(repository: Repository, loaded: Loaded, since: Since, network: bytes) 
     except LogoutUnconfirmed as error:
         logger.error("Sessions ended, but replicas have not confirmed it: %s", error)
     if is_new:
-        repository.events.emit(SessionBound, owner.user_id, owner.device_id, record.key)
+        repository.events.emit(SessionBound, owner.user_id, owner.device_id, record.key, "import")
     return True
 
 

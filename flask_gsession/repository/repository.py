@@ -27,7 +27,7 @@ from ..errors import (
     UnreadableRecord,
     ValueLost,
 )
-from ..events import Events, SessionRefused, logger
+from ..events import Events, SessionRefused, SessionUnbound, logger
 from ..stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds, new_version
 from ..stores.parts import Blobs, Leases, parts_of
 from ..tokens import Token, is_token, new_token, session_key
@@ -481,14 +481,16 @@ class Repository:
         *,
         owner: Owner | None = None,
         leave_roster: bool = True,
+        signs_out: bool = True,
         body: Body | None = None,
     ) -> bool:
         """End the session under ``key``, following pointers, and release its large values.
 
         ``on_debug`` is called with the end of debugging, if the session is debugged. ``owner``: the
         user, if you know it, for a store that doesn't return the deleted record. ``leave_roster``:
-        whether to remove the session from its user's roster. ``body``: the session's contents, if
-        you know them. Returns whether there was a session. Raises as ``Store.delete`` does.
+        whether to remove the session from its user's roster. ``signs_out``: whether to report that.
+        ``body``: the session's contents, if you know them. Returns whether there was a session.
+        Raises as ``Store.delete`` does.
 
         One round trip, one more if it had large values, two more if it leaves a roster. While old
         sessions are imported, the old record goes first, which costs one more, and another one
@@ -496,7 +498,7 @@ class Repository:
         """
         if self.imports is not None:
             self._end_old(key, body)
-        return self._deleted(key, self.store.delete(key), on_debug, owner, leave_roster)
+        return self._deleted(key, self.store.delete(key), on_debug, owner, leave_roster, signs_out)
 
     def delete_many(self, keys: Sequence[str]) -> Iterator[Callable[[], bool]]:
         """End these sessions in their order, without removing them from rosters.
@@ -521,6 +523,7 @@ class Repository:
         on_debug: Callable[[int], None] | None,
         owner: Owner | None,
         leave_roster: bool,
+        signs_out: bool = False,
     ) -> bool:
         if not isinstance(deleted, Deleted):
             deleted = Deleted(deleted)
@@ -531,6 +534,8 @@ class Repository:
             owner = None if body is None else body.owner
         if leave_roster and owner is not None and deleted.found:
             self.leave_roster(owner, key, ended)
+            if signs_out:
+                self.events.emit(SessionUnbound, owner.user_id, owner.device_id)
         if deleted.unconfirmed:
             raise LogoutUnconfirmed(deleted.unconfirmed)
         return deleted.found

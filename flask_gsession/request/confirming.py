@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
+from ..events import UserConfirmed
 from .lifecycle import CONFIRMED, Lifecycle
-from .ownership import signed_in_at
+from .ownership import device_id_of, signed_in_at, user_id_of
 
 #: The method for a sign-in, if the library doesn't say how the user proved who they are.
 SIGN_IN = "sign-in"
@@ -16,6 +17,12 @@ _LONGEST = 40  # characters
 def note_confirmation(session: MutableMapping[str, Any], life: Lifecycle, method: str) -> None:
     """Note that the user has just confirmed who they are. The caller rotates without grace."""
     session[CONFIRMED] = {**_times(session), method: life.repository.now()}
+    report_confirmation(life, method)
+
+
+def report_confirmation(life: Lifecycle, method: str) -> None:
+    user_id, device_id = user_id_of(life), device_id_of(life)
+    life.repository.events.emit(UserConfirmed, user_id, device_id, life.handle, method)
 
 
 def confirmed_at(

@@ -354,8 +354,15 @@ def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:
         if repository.settings.max_per_user is None:
             logger.warning("A user has more than %d sessions: the oldest ends", rosters.limit)
     _finish(repository, user_id, entered.roster, "limit" if entered.over else None)
-    repository.events.emit(SessionBound, user_id, entered.device.id if entered.device else "", key)
+    device_id = entered.device.id if entered.device else ""
+    repository.events.emit(SessionBound, user_id, device_id, key, _how(binding))
     return entered
+
+
+def _how(binding: Binding) -> str:
+    if binding.since.epoch is None:
+        return "earlier version"
+    return "sign-in" if binding.fresh else "remember-me"
 
 
 def _finish(repository: Repository, user_id: str, roster: Roster, reason: str | None) -> None:

@@ -37,6 +37,7 @@ from ..events import (
     SessionRenewed,
     SessionRotated,
     SessionSaved,
+    SessionUnbound,
     WriteDropped,
     logger,
 )
@@ -492,7 +493,9 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
     except LogoutUnconfirmed as error:
         unconfirmed = error
     if life.seen.body is not None and life.seen.body.owner is not None:
-        life.repository.leave_roster(life.seen.body.owner, old.key)
+        owner = life.seen.body.owner
+        life.repository.leave_roster(owner, old.key)
+        life.repository.events.emit(SessionUnbound, owner.user_id, owner.device_id)
     before = life.values.stored if life.has_large else None
     life.forget()
     life.cookie = "delete"

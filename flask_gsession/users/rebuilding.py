@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from msgspec.structs import replace
 
 from ..errors import Gone, RosterUnreadable, SettingError, Stale, UnreadableRecord
+from ..events import SessionBound
 from ..repository.repository import Loaded, Repository
 from ..stores.base import is_session_key
 from ..stores.parts import parts_of
@@ -128,4 +129,5 @@ def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
         repository.save_owner(record, body, owner)
     except (Stale, Gone):
         return False  # its request does it
+    repository.events.emit(SessionBound, user_id, member.id, record.key, "earlier version")
     return True

@@ -110,6 +110,7 @@ class Users:
         ``RevocationUnfinished`` if it was interrupted: repeat it. Five round trips.
         """
         user_id = checked_user_id(user_id)
+        by = self._by(by)
 
         def step(roster: Roster) -> tuple[Roster, tuple[bool, Roster]]:
             after = mark_ending(roster, {device_id})
@@ -172,7 +173,7 @@ class Users:
     def _revoke_all(
         self, user_id: str, keep: str | None, reason: str | None, by: str | None
     ) -> int:
-        rosters, life = self._repository().rosters, self._life_of(user_id)
+        rosters, life, by = self._repository().rosters, self._life_of(user_id), self._by(by)
         current = None if life is None or keep is not None else device_id_of(life)
 
         def step(roster: Roster) -> tuple[Roster, tuple[Roster, Roster]]:
@@ -200,15 +201,17 @@ class Users:
                 "Sessions of a user were revoked, but a remember-me cookie of Flask-Login can sign "
                 "the user in again: set SESSION_REMEMBER to 'session'"
             )
-        if by is None:
-            session = self._session()
-            by = None if session is None else user_id_of(lifecycle_of(session))
         try:
             finish(self._repository(), user_id, roster.ending, reason, by)
         except StoreUnavailable as error:
             raise RevocationUnfinished(
                 f"{len(roster.ending)} sessions were to end: {error}. Repeat it"
             ) from error
+
+    def _by(self, by: str | None) -> str | None:
+        """Who revokes: the user of this request, unless the caller says it."""
+        session = self._session() if by is None else None
+        return by if session is None else session.owner
 
     def _life_of(self, user_id: str | None) -> Lifecycle | None:
         """Of the session of this request, if it is bound to that user, or to any."""

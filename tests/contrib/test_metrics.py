@@ -27,7 +27,7 @@ from prometheus_flask_exporter import PrometheusMetrics
 from flask_gsession import Session, SettingError, StoreUnavailable
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.contrib.metrics_gathering import Gathering, observed
-from flask_gsession.errors import UnreadableRecord
+from flask_gsession.errors import TooManySessions, UnreadableRecord
 from flask_gsession.events import CircuitClosed, CircuitOpened, LargeValueLost, SessionCreated
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock, HookedStore
@@ -90,6 +90,30 @@ def test_what_happens_is_counted(counted: Site) -> None:
     assert figure(figures, "operation_duration_seconds_count", operation="load") == 2
     assert figure(figures, "request_seconds_count", endpoint="_do") == 4  # two asked nothing
     assert figure(figures, "store_up", session="session") == 1
+
+
+def test_what_users_do_is_counted(make_site: SiteMaker) -> None:
+    site = make_site(max_per_user=2, max_policy="refuse")
+    SessionMetrics(site.app, ext=site.ext)
+    first, second, third = (site.visitor() for _ in range(3))
+    for visitor in (first, second):
+        visitor.run(lambda session: session.bind("ada"))
+
+    def sign_in(session: Any) -> None:
+        with pytest.raises(TooManySessions):
+            session.bind("ada")
+
+    third.run(sign_in)
+    first.run(lambda session: session.confirm())
+    first.run(lambda session: site.ext.users.revoke_others())
+    first.run(lambda session: session.destroy())
+    figures = read(site.app)
+    counted = {
+        "signed_in": 2, "refused_full": 1, "limit_reached": 1, "confirmed": 1, "revoked": 1,
+        "signed_out": 1, "bound": 0, "refused_revoked": 0,
+    }  # fmt: skip
+    for event, times in counted.items():
+        assert figure(figures, "user_sessions_total", event=event) == times, event
 
 
 def test_an_expired_session_is_a_figure_of_its_own(counted: Site) -> None:
