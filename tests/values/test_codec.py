@@ -587,7 +587,7 @@ def test_the_documentation_says_what_comes_back() -> None:
 
 def test_the_documentation_says_what_is_refused() -> None:
     names = names_in_the_documentation()
-    rows = rows_of_the_documentation("| refused | keep instead |")
+    rows = rows_of_the_documentation("| Refused | Store instead |")
     assert len(rows) == 13
     for refused, _ in rows:
         with pytest.raises(UnsupportedType):
