@@ -10,7 +10,7 @@ from ..errors import Gone, KeyTaken, LeaseLost, Stale
 from ..processes import process
 from .base import OTHER_ENDS, Deleted, Record, Store, milliseconds
 from .lease import Lease
-from .parts import Page, Tidied, itself
+from .parts import Feed, Hearer, Page, Tidied, itself
 from .support import StoreOptions
 
 _NOBODYS = Lease()
@@ -25,13 +25,16 @@ class _Blob:
 class MemoryStore(Store):
     """Keeps records in a dict. Records are immutable, so nothing is shared with the caller."""
 
-    leases = blobs = scans = upkeep = counts = itself
+    leases = blobs = scans = upkeep = counts = changes = itself
+    unproven = "the sessions are in the memory of this process anyway"
+    one_feed = True
 
     def __init__(self, options: StoreOptions | None = None) -> None:
         self._clock = (options or StoreOptions()).clock
         self._records: dict[str, Record] = {}
         self._leases: dict[str, Lease] = {}
         self._blobs: dict[str, _Blob] = {}
+        self._hearers: tuple[Hearer, ...] = ()
         self._begin()
         process.register(self._begin)
 
@@ -49,6 +52,8 @@ class MemoryStore(Store):
                 return
             self._drop_lease(record.key)  # of an expired one
             self._records[record.key] = record
+        if self._hearers:
+            self._report(record.key)
 
     def load(self, key: str) -> Record | None:
         return self._records.get(key)
@@ -66,6 +71,8 @@ class MemoryStore(Store):
             if there is None or there.version != record.version:
                 there = self._expect(record.key, expected_version, lease)
                 self._records[record.key] = record if shorten else record.kept_as_long_as(there)
+        if self._hearers:
+            self._report(record.key)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         with self._lock:
@@ -74,7 +81,9 @@ class MemoryStore(Store):
                 return False
             later = min(max(idle_expires_at, there.idle_expires_at), there.absolute_expires_at)
             self._records[record.key] = there._replace(idle_expires_at=later)
-            return True
+        if self._hearers:
+            self._report(record.key)
+        return True
 
     def replace(
         self,
@@ -99,6 +108,8 @@ class MemoryStore(Store):
                 del self._records[key]
             else:
                 self._records[key] = pointer
+        if self._hearers:
+            self._report(key, record.key)
 
     def delete(
         self, key: str, expected_version: int | None = None, lease: str | None = None
@@ -106,11 +117,15 @@ class MemoryStore(Store):
         with self._lock:
             if expected_version is not None:
                 self._expect(key, expected_version, lease)
-            record = self._pop(key)
+            gone: list[str] = []
+            record = self._pop(key, gone)
+        if self._hearers:
+            self._report(*gone)
         return Deleted(record is not None, record)
 
-    def _pop(self, key: str) -> Record | None:
+    def _pop(self, key: str, gone: list[str]) -> Record | None:
         while True:  # each pointer goes, so there is an end
+            gone.append(key)
             record = self._unexpired(key)
             self._records.pop(key, None)
             self._drop_lease(key)
@@ -234,6 +249,22 @@ class MemoryStore(Store):
 
         with self._freed:
             self._freed.wait_for(may_go_on, seconds)
+
+    def hear(self, hearer: Hearer, interval: float | None = None) -> None:
+        self._hearers = (*self._hearers, hearer)
+
+    def leave(self, hearer: Hearer) -> None:
+        self._hearers = tuple(each for each in self._hearers if each is not hearer)
+
+    def feed(self, key: str) -> Feed | None:
+        return None
+
+    def start(self) -> None:
+        """Nothing: changes are reported by the thread that makes them."""
+
+    def _report(self, *keys: str) -> None:
+        for hearer in self._hearers:
+            hearer.changed(keys)
 
     def close(self) -> None:
         """Nothing to release."""

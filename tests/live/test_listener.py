@@ -18,6 +18,7 @@ from flask_gsession.stores.parts import NEVER, Changes, Feed, Hearer
 from flask_gsession.testing.records import a_record
 from tests.harness.servers import RedisServer
 from tests.harness.topologies import (
+    MongoReplicaSet,
     RedisACL,
     RedisCluster,
     RedisSentinels,
@@ -92,6 +93,39 @@ def test_every_kind_of_change_is_heard(redis_url: str, listens: Listens) -> None
     store.delete(record.key)
     until(lambda: len(heard.keys) == 4, "a deletion")
     assert set(heard.keys) == {record.key}
+
+
+@pytest.fixture
+def replica_set_url(mongo_replica_set: MongoReplicaSet) -> str:
+    return mongo_replica_set.url
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "mongodb", "replica_set"])
+def test_stores_that_prove_nothing_report_changes_too(
+    kind: str, listens: Listens, request: pytest.FixtureRequest
+) -> None:
+    """Each change, or that there were some; made by this process, or by another one."""
+    url = "memory://" if kind == "memory" else request.getfixturevalue(f"{kind}_url")
+    store, changes, heard = listens(url)
+    other = store if kind == "memory" else listens(url)[0]
+    assert changes.unproven
+    until(lambda: kind == "memory" or changes.feed("k") is not None, "the listener", 10)
+    for writer in (store, other):
+        record = a_record(time.time)
+        renewed = record.idle_expires_at + 1000
+        for work in (
+            lambda: writer.create(record),  # noqa: B023  # called at once
+            lambda: writer.save(record._replace(version=1), record.version),  # noqa: B023
+            lambda: writer.renew(record._replace(version=1), renewed),  # noqa: B023
+            lambda: writer.delete(record.key),  # noqa: B023
+        ):
+            losses, heard.keys[:] = heard.losses, []
+            work()
+            until(lambda: record.key in heard.keys or heard.losses > losses, "a change")  # noqa: B023
+            if kind in ("memory", "replica_set"):
+                assert heard.keys == [record.key]
+    feed = changes.feed("k")
+    assert feed is None or feed.exact_as_of == NEVER
 
 
 def test_an_expiry_is_heard(redis_url: str, redis_client: Redis, listens: Listens) -> None:
@@ -278,3 +312,23 @@ def test_a_connection_that_leads_elsewhere_moves_the_listener(
         store.create(record)
         until(lambda: record.key in heard.keys, "a change at the other server")
         client.close()
+
+
+def test_listening_to_a_file_leaves_it_usable_in_a_forked_process(
+    sqlite_url: str, listens: Listens
+) -> None:
+    """SQLite damages a file that is open while a process is forked."""
+    store, changes, heard = listens(sqlite_url)
+    until(lambda: changes.feed("k") is not None, "the listener")
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            stored(store)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    losses = heard.losses
+    stored(store)
+    until(lambda: heard.losses > losses, "the parent going on")

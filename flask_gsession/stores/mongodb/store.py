@@ -12,9 +12,11 @@ from typing import Any
 
 from pymongo import MongoClient
 
+from ...live.listener import Listener
 from ..base import Deleted, Record, Store
-from ..support import StoreOptions
+from ..support import StoreOptions, closing
 from .blobs import MongoDBBlobs
+from .changes import MongoDBSource
 from .driver import Call, Document, Driver
 from .foreign import MongoDBDocuments
 from .health import MongoDBChecks
@@ -42,6 +44,9 @@ class MongoDBStore(Store):
         self.blobs = MongoDBBlobs(self.driver, layout)
         self.scans = self.upkeep = self.counts = MongoDBScans(self.driver, layout)
         self.checks = MongoDBChecks(self.driver, layout)
+        self.changes = self._listener = Listener(MongoDBSource(self.driver, options.prefix))
+        closing(self, self._listener.close)
+        closing(self, self.driver.close)
 
     def create(self, record: Record) -> None:
         self._records.create(record)
@@ -70,6 +75,7 @@ class MongoDBStore(Store):
         return self._records.delete(key, expected_version)
 
     def close(self) -> None:
+        self._listener.close()
         self.driver.close()
 
     def documents(self, database: str, collection: str) -> MongoDBDocuments:

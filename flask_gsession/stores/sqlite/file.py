@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from urllib.parse import quote
@@ -53,10 +54,14 @@ def _close_all(pool: deque[_Connection]) -> None:
         pool.pop().close()
 
 
+_numbers = count()
+
+
 class _Connection(sqlite3.Connection):
     """A connection of this package's, with the file that it has open."""
 
     def __init__(self, file: _File | None, *arguments: Any, **options: Any) -> None:
+        self.number = next(_numbers)
         self.files = {file}  # more than one if it is replaced while it is open
         _opened.connections.add(self)
         super().__init__(*arguments, **options)
@@ -212,12 +217,29 @@ class SQLiteFile:
         self._start_pool()
         _opened.files.add(self)
 
+    def data_version(self) -> tuple[int, int]:
+        """Changes whenever another connection has written to the file.
+
+        It has a connection of its own, that stays open until ``forget_data_version`` or a fork.
+        """
+
+        def look(db: sqlite3.Connection) -> tuple[int, int]:
+            (version,) = db.execute("PRAGMA data_version").fetchone()
+            return db.number, version  # type: ignore[attr-defined]  # one of ours
+
+        return self.within(look, watching=True)
+
+    def forget_data_version(self) -> None:
+        """Close the connection that ``data_version`` keeps."""
+        _close_all(self._watching)
+
     def within(
         self,
         work: Callable[[sqlite3.Connection], T],
         *,
         transaction: bool = False,
         durable: bool = False,
+        watching: bool = False,
     ) -> T:
         """Run ``work`` on a connection of this process, and translate its errors.
 
@@ -228,14 +250,16 @@ class SQLiteFile:
         process.notice()
         if time.monotonic() >= self._look_at:
             self._look_for_file()
-        pool = self._pool
+        pool = self._watching if watching else self._pool
         db: _Connection | None = None
         keep = True
         try:
             try:
                 db = pool.pop()
             except IndexError:
-                keep = is_at_work()  # else the process may be forked without a hook of Python's
+                keep = (
+                    watching or is_at_work()
+                )  # else the process may be forked without a hook of Python's
                 db = self._open()
             try:
                 if durable:
@@ -274,14 +298,17 @@ class SQLiteFile:
         return answer
 
     def _give_back(self, db: _Connection, pool: deque[_Connection] | None) -> None:
-        if pool is self._pool and len(pool) < _KEEP_IDLE:
+        is_current = pool is self._pool or pool is self._watching
+        if pool is not None and is_current and len(pool) < _KEEP_IDLE:
             pool.append(db)
         else:
             db.close()
 
     def _start_pool(self) -> None:
         self._pool: deque[_Connection] = deque()
+        self._watching: deque[_Connection] = deque()  # at most one
         closing(self, partial(_close_all, self._pool))
+        closing(self, partial(_close_all, self._watching))
 
     def _look_for_file(self) -> None:
         """Leave a file that was deleted or replaced: other processes use the one at the path."""
@@ -296,11 +323,12 @@ class SQLiteFile:
             reraise_interruption(error)
             return
         with _opened.lock:
-            pool, before = self._pool, self._file
+            pools, before = (self._pool, self._watching), self._file
             self._file = file
             if before not in (None, file):
                 self._start_pool()
-                _close_all(pool)
+                for pool in pools:
+                    _close_all(pool)
 
     def _open(self) -> _Connection:
         try:
@@ -428,3 +456,4 @@ class SQLiteFile:
     def close(self) -> None:
         """Close the connections that are not in use."""
         _close_all(self._pool)
+        _close_all(self._watching)

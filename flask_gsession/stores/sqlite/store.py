@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 
+from ...live.listener import Listener
 from ..base import Deleted, Record, Store
-from ..support import StoreOptions
+from ..support import StoreOptions, closing
 from .blobs import SQLiteBlobs
+from .changes import SQLiteSource
 from .file import SQLiteFile
 from .health import SQLiteChecks
 from .layout import Layout
@@ -43,6 +45,9 @@ class SQLiteStore(Store):
         self.blobs = SQLiteBlobs(self.file, layout)
         self.scans = self.upkeep = self.counts = SQLiteScans(self.file, layout)
         self.checks = SQLiteChecks(self.file)
+        self.changes = self._listener = Listener(SQLiteSource(self.file, options.timeout))
+        closing(self, self._listener.close)
+        closing(self, self.file.close)
 
     def create(self, record: Record) -> None:
         self._records.create(record)
@@ -71,4 +76,5 @@ class SQLiteStore(Store):
         return self._records.delete(key, expected_version)
 
     def close(self) -> None:
+        self._listener.close()
         self.file.close()
