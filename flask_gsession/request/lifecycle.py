@@ -95,9 +95,18 @@ class Lifecycle:
             "_presented",
         ),
         *("_reported", "_vetted", "app", "attempts", "block", "cookie"),
-        *("drops_old_cookie", "ended", "entry", "error_page", "lease", "lease_pid", "locked"),
+        *(
+            "drops_old_cookie",
+            "ended",
+            "entry",
+            "epochs",
+            "error_page",
+            "lease",
+            "lease_pid",
+            "locked",
+        ),
         "near",
-        *("noted", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
+        *("opened", "phase", "policies", "renews", "repository", "request", "seen"),
         *("signed_in", "trace", "trouble", "mutex", "values", "was_modified", "wishes"),
     )
 
@@ -114,8 +123,8 @@ class Lifecycle:
     ) -> None:
         self.repository = repository
         self._began = began
-        #: the epochs of users whose sessions this request has revoked
-        self.noted: dict[str, int] = {}
+        #: the epochs after this request revoked the sessions of users
+        self.epochs: dict[str, int] = {}
         self.near: NearLook | None = None
         #: pending changes to rosters; until they are made, no token may leave
         self.entry: Entry | None = None

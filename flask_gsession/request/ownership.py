@@ -1,6 +1,6 @@
-"""What a request does about the user of its session: bind, unbind, and keep the roster right.
+"""Binds a request's session to a user and unbinds it, and keeps the user's roster right.
 
-The protocol, and the reason for the order of its steps: ``tests/simulation/roster_model.py``.
+The protocol, and why its steps come in this order: ``tests/simulation/roster_model.py``.
 """
 
 from __future__ import annotations
@@ -55,36 +55,36 @@ LOGIN = "_user_id"
 _LONGEST_LABEL = 100  # characters
 _MOST_TAGS = 10
 
-_NOTHING_NOTED: Mapping[tuple[int, str], int] = MappingProxyType({})
-#: The epochs that ``ext.users.login`` noted, by the rosters of the application and the user.
-_noted: ContextVar[Mapping[tuple[int, str], int]] = ContextVar(
-    "gsession_noted", default=_NOTHING_NOTED
+_NO_EPOCHS: Mapping[tuple[int, str], int] = MappingProxyType({})
+#: The epochs at the start of ``ext.users.login``, by the application's rosters and the user.
+_epochs: ContextVar[Mapping[tuple[int, str], int]] = ContextVar(
+    "gsession_epochs", default=_NO_EPOCHS
 )
 
 
 class Revoked(Exception):
-    """The session isn't in its user's roster any more."""
+    """The session is no longer in its user's roster."""
 
 
 @contextmanager
-def noting(rosters: Rosters, user_id: str, epoch: int) -> Iterator[None]:
-    """For the length of the block, a sign-in of this user began at this epoch."""
-    token = _noted.set({**_noted.get(), (id(rosters.own), user_id): epoch})
+def sign_in_since(rosters: Rosters, user_id: str, epoch: int) -> Iterator[None]:
+    """In this block, a sign-in of the user counts as begun at this epoch."""
+    token = _epochs.set({**_epochs.get(), (id(rosters.own), user_id): epoch})
     try:
         yield
     finally:
-        _noted.reset(token)
+        _epochs.reset(token)
 
 
 def note_own_revocation(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
-    """This request revoked the user's sessions: a sign-in of its own comes after that."""
+    """This request revoked the user's sessions. A sign-in later in the request is still valid."""
     if not is_revoked_since(before, _since(life, user_id, before)):
-        life.noted = {**life.noted, user_id: epoch}
+        life.epochs = {**life.epochs, user_id: epoch}
 
 
 def _since(life: Lifecycle, user_id: str, roster: Roster) -> Since:
     rosters = life.repository.rosters
-    epoch = life.noted.get(user_id, _noted.get().get((id(rosters.own), user_id)))
+    epoch = life.epochs.get(user_id, _epochs.get().get((id(rosters.own), user_id)))
     return rosters.since(user_id, roster, life.began) if epoch is None else Since(epoch)
 
 
@@ -119,7 +119,7 @@ def bind(
             if wished is not None and (label or tags):
                 life.wish(binding=replace(wished, label=label, tags=tags))
             return
-        found = _look(life, user_id)
+        found = _check_roster(life, user_id)
         since = Since(epoch=found.roster.epoch)
         binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found, fresh)
         life.rotate_soon(0, signed_in)
@@ -144,7 +144,7 @@ NOBODY = Binding("", "", Since())
 
 
 def user_id_of(life: Lifecycle) -> str | None:
-    """The user that the session is bound to, or will be with the next save."""
+    """The user that the session is bound to, or will be after the next save."""
     if life.wishes.binding is not None:
         return life.wishes.binding.user_id or None
     owner = _owner(life)
@@ -152,7 +152,7 @@ def user_id_of(life: Lifecycle) -> str | None:
 
 
 def device_id_of(life: Lifecycle) -> str | None:
-    """The id of the device in the roster of that user."""
+    """The id of the session's device in that user's roster."""
     if life.wishes.binding is not None:
         return life.wishes.binding.device_id or None
     owner = _owner(life)
@@ -160,7 +160,7 @@ def device_id_of(life: Lifecycle) -> str | None:
 
 
 def signed_in_at(life: Lifecycle) -> int | None:
-    """When that user signed in, in milliseconds; None if a remember-me cookie did it instead."""
+    """When that user signed in, in milliseconds; None after a remember-me sign-in."""
     if life.wishes.binding is not None:
         return life.repository.now() if life.wishes.binding.fresh else None
     if life.wishes.sign_in:
@@ -170,7 +170,7 @@ def signed_in_at(life: Lifecycle) -> int | None:
 
 
 def seen_at(life: Lifecycle) -> int | None:
-    """When the session was last noted to be in use, in milliseconds; None if it isn't bound."""
+    """When the roster last noted a use of the session, in milliseconds; None if it isn't bound."""
     owner = _owner(life)
     return None if owner is None else owner.seen * 1000
 
@@ -180,8 +180,8 @@ def _owner(life: Lifecycle) -> Owner | None:
     return None if body is None else body.owner
 
 
-def _look(life: Lifecycle, user_id: str) -> Found:
-    """The roster before a sign-in. Raises for one that would be refused, before it costs anything.
+def _check_roster(life: Lifecycle, user_id: str) -> Found:
+    """Look up the roster, and raise now if it would refuse the sign-in, before anything changes.
 
     One round trip.
     """
@@ -200,7 +200,7 @@ def _look(life: Lifecycle, user_id: str) -> Found:
 
 
 def refusal(repository: Repository, user_id: str, reason: str) -> SignInRefused | TooManySessions:
-    """The error for a sign-in that is refused; it is reported."""
+    """Report a refused sign-in, and return its error."""
     repository.events.emit(SignInRejected, user_id, reason)
     if reason == "revoked":
         return SignInRefused()
@@ -209,7 +209,7 @@ def refusal(repository: Repository, user_id: str, reason: str) -> SignInRefused 
 
 
 def _drop_absent(repository: Repository, user_id: str, roster: Roster) -> None:
-    """Drop sessions that have ended although the roster wasn't told, as in an outage."""
+    """Drop entries whose sessions have ended without leaving the roster, as in an outage."""
     absent = set()
     for device in roster.members:
         try:
@@ -224,30 +224,29 @@ def _drop_absent(repository: Repository, user_id: str, roster: Roster) -> None:
 # -- with a write
 
 
-def prepare(
+def prepare_owner(
     life: Lifecycle,
     values: Mapping[str, bytes],
     changed: Collection[str],
     wishes: Wishes,
     old: Record | None,
 ) -> tuple[Owner | None, Entry | None]:
-    """The owner to store with a session, and what is to be done once it is stored.
+    """The owner to store with a session, and the changes to rosters that follow.
 
-    A touch that is due is made now, as is the entry of a session that keeps its key. Raises
-    ``Revoked`` if the session isn't in its user's roster any more, and for a sign-in that is
-    refused.
+    Makes a touch that is due now, and enters a session that keeps its key. Raises ``Revoked`` if
+    the session is no longer in its user's roster, and an error for a refused sign-in.
     """
     owner = _owner(life) if old is not None else None
     binding = wishes.binding
     if binding is None:
-        binding = _implied(life, owner, values, changed, old)
+        binding = _implied_binding(life, owner, values, changed, old)
     if binding is not None and (owner is None or binding.user_id != owner.user_id):
         leaves = None if owner is None or old is None else (owner, old.key)
         if not binding.user_id:
             return None, Entry(leaves=leaves)
         now = life.repository.now() // 1000
-        until = _until(life, values, old, signs_in=wishes.rotation is not None)
-        # Not where the token stays, as in a socket handler: somebody else may have it as well.
+        until = _listed_until(life, values, old, signs_in=wishes.rotation is not None)
+        # Not if the token stays, as in a socket handler: an attacker may have it as well.
         fresh = binding.fresh and (old is None or wishes.rotation is not None)
         signed_in = now + 1 if fresh else 0
         bound = Owner(binding.user_id, binding.device_id, now, until, signed_in=signed_in)
@@ -256,7 +255,7 @@ def prepare(
         entered = _enter(life, binding, old.key, until)
         if entered.refused:
             if wishes.binding is None and LOGIN not in changed:
-                raise Revoked  # the session itself is from before the revocation
+                raise Revoked  # the session is older than the revocation
             raise refusal(life.repository, binding.user_id, entered.refused)
         assert entered.device is not None
         return replace(bound, device_id=entered.device.id), Entry(leaves=leaves)
@@ -264,7 +263,7 @@ def prepare(
         return None, None
     if wishes.rotation is not None:
         now = life.repository.now() // 1000
-        until = _until(life, values, old, signs_in=wishes.sign_in)
+        until = _listed_until(life, values, old, signs_in=wishes.sign_in)
         moved = replace(
             owner,
             seen=now,
@@ -278,16 +277,16 @@ def prepare(
     return touch(life, owner, values, old), None
 
 
-def complete(life: Lifecycle) -> bool:
-    """Enter the session, which was stored under a new key, in the roster, before its token leaves.
+def enter_roster(life: Lifecycle) -> bool:
+    """Enter a session with a new key in its user's roster, before its token leaves.
 
-    False if its user's roster refuses a rotated session: it ended. Raises for a sign-in that is
-    refused; the session ended then, too.
+    If the roster refuses a rotated session, it ends, and you get False. If the roster refuses a
+    sign-in, the session ends too, and this raises.
     """
     entry, record, owner = life.entry, life.seen.record, _owner(life)
     if entry is None:
         return True
-    if record is None or record.key != entry.key:  # it was not stored after all
+    if record is None or record.key != entry.key:  # it wasn't stored
         life.entry = None
         return True
     repository = life.repository
@@ -295,9 +294,9 @@ def complete(life: Lifecycle) -> bool:
         if entry.binding is not None:
             entered = _enter(life, entry.binding, record.key, owner.until)
         else:
-            entered = _moved(life, owner, record.key, entry.moves)
+            entered = _enter_rotated(life, owner, record.key, entry.moves)
         if entered.refused:
-            _undo(life, record)
+            _discard(life, record)
             if entry.leaves is not None:
                 repository.leave_roster(entry.leaves[0], entry.leaves[1])
             if entry.binding is None:
@@ -313,9 +312,9 @@ def complete(life: Lifecycle) -> bool:
     return True
 
 
-def _undo(life: Lifecycle, record: Record) -> None:
-    """The session may not be used: delete it. Nobody has its token."""
-    life.forget()  # first: an interrupt may strike
+def _discard(life: Lifecycle, record: Record) -> None:
+    """Delete a session that was refused. No client has its token."""
+    life.forget()  # before the delete, which may be interrupted
     life.cookie = "keep" if life.presented().checked is None else "delete"
     try:
         life.repository.delete(record.key, leave_roster=False)
@@ -324,7 +323,7 @@ def _undo(life: Lifecycle, record: Record) -> None:
 
 
 def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:
-    """Enter the session under ``key``, and end the oldest ones of too many."""
+    """Enter the session under ``key``, and end the oldest sessions over the limit."""
     repository, user_id = life.repository, binding.user_id
     rosters, now = repository.rosters, repository.now() // 1000
     device = Device(
@@ -372,13 +371,13 @@ def _finish(repository: Repository, user_id: str, roster: Roster, reason: str | 
         logger.error("Sessions ended, but replicas have not confirmed it: %s", error)
 
 
-def _moved(life: Lifecycle, owner: Owner, key: str, before: Collection[str]) -> Entered:
+def _enter_rotated(life: Lifecycle, owner: Owner, key: str, before: Collection[str]) -> Entered:
     return _touch(life, owner, key, before, life.repository.now() // 1000)
 
 
 def touch(life: Lifecycle, owner: Owner, values: Mapping[str, bytes], old: Record) -> Owner:
     """The owner to store with a session that keeps its key. Raises ``Revoked``."""
-    now, until = life.repository.now() // 1000, _until(life, values, old)
+    now, until = life.repository.now() // 1000, _listed_until(life, values, old)
     before = () if owner.predecessor is None else (owner.predecessor,)
     touched = replace(owner, seen=now, until=until, predecessor=None)
     entered = _touch(life, touched, old.key, before, now)
@@ -419,17 +418,17 @@ def _touch(life: Lifecycle, owner: Owner, key: str, before: Collection[str], now
     return entered
 
 
-def _implied(
+def _implied_binding(
     life: Lifecycle,
     owner: Owner | None,
     values: Mapping[str, bytes],
     changed: Collection[str],
     old: Record | None,
 ) -> Binding | None:
-    """What Flask-Login's key means for the session: it was set, or is from an earlier version."""
+    """The binding that Flask-Login's key implies: it was set now, or by an earlier version."""
     if LOGIN not in changed and (owner is not None or LOGIN not in values):
         return None
-    if life.wishes.binding is not None:  # which this write leaves to a later one
+    if life.wishes.binding is not None:  # a later write makes it
         return None
     if not hasattr(life.app, "login_manager"):
         return None
@@ -439,9 +438,9 @@ def _implied(
     if owner is not None and owner.user_id == user_id:
         return None
     if LOGIN in changed or old is None:
-        found = _look(life, user_id)
+        found = _check_roster(life, user_id)
         return Binding(user_id, new_device_id(), Since(found.roster.epoch), found=found)
-    # Its creation is all that is known of its sign-in.
+    # Only its creation tells how old the sign-in can be.
     return Binding(user_id, new_device_id(), Since(None, old.created_at))
 
 
@@ -455,23 +454,26 @@ def _login_of(life: Lifecycle, values: Mapping[str, bytes]) -> str | None:
         return None
 
 
-# -- while it is used
+# -- while the session is in use
 
 
 def is_touch_due(life: Lifecycle) -> bool:
-    """Whether the session is to be stored although nothing changed, to touch the roster."""
+    """Whether to save an unchanged session, so that the save touches its roster."""
     body, values = life.seen.body, life.values.stored
     owner = None if body is None else body.owner
     if owner is None:
-        return LOGIN in values and _implied(life, None, values, (), life.seen.record) is not None
+        return (
+            LOGIN in values
+            and _implied_binding(life, None, values, (), life.seen.record) is not None
+        )
     repository = life.repository
     return repository.clock() >= owner.seen + repository.settings.seen_interval
 
 
 def is_revoked(life: Lifecycle) -> bool:
-    """After ``Revoked``: whether that is so; False if another request moved the session.
+    """After ``Revoked``: whether the session was really revoked. False if it was moved.
 
-    If it is so, the session ends. One round trip, one more to end it.
+    A revoked session ends. One round trip, one more to end it.
     """
     seen = life.seen
     assert seen.record is not None
@@ -483,12 +485,12 @@ def is_revoked(life: Lifecycle) -> bool:
         return False
     if now is not None:
         end_revoked(life.repository, key, now)
-    elif there is not None:  # signed in before this version, and before a revocation
+    elif there is not None:  # signed in with an earlier version, before a revocation
         life.repository.delete(key, leave_roster=False)
     return True
 
 
-def _until(
+def _listed_until(
     life: Lifecycle, values: Mapping[str, bytes], old: Record | None, *, signs_in: bool = False
 ) -> int:
     return life.repository.listed_until(values, life.lifetime, old, signs_in=signs_in)

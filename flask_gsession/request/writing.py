@@ -49,7 +49,7 @@ from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
-from .ownership import LOGIN, Revoked, complete, is_revoked, is_touch_due, prepare, touch
+from .ownership import LOGIN, Revoked, enter_roster, is_revoked, is_touch_due, prepare_owner, touch
 from .state import (
     NO_WISHES,
     Attempt,
@@ -110,7 +110,7 @@ def commit(
         rotating = False
     if life.attempts and life.trouble is None:
         life.resolve_attempts()
-    if life.entry is not None and life.trouble is None and not complete(life):
+    if life.entry is not None and life.trouble is None and not enter_roster(life):
         return True
     changes = life.changes()
     if not changes and (
@@ -391,7 +391,7 @@ def _send(
     if owner is not None:  # most saves of a bound session have nothing to do for its user
         settled = repository.clock() < owner.seen + repository.settings.seen_interval
     if not (plain and settled):
-        body.owner, entry = prepare(life, merged, step.changes, wishes, old)
+        body.owner, entry = prepare_owner(life, merged, step.changes, wishes, old)
     toggled = PERMANENT in step.changes and (
         repository.is_permanent(merged) != repository.is_permanent(before)
     )
@@ -458,7 +458,7 @@ def _send(
     life.attempts = NO_ATTEMPTS
     if has_large:
         life.unreferenced.release_replaced(before, stored)
-    if life.entry is not None and not complete(life):
+    if life.entry is not None and not enter_roster(life):
         return [], None
     if old is None:
         return [(SessionCreated, record.key)], None

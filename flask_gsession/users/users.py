@@ -21,7 +21,7 @@ from ..request.lifecycle import Lifecycle
 from ..request.ownership import (
     device_id_of,
     note_own_revocation,
-    noting,
+    sign_in_since,
     user_id_of,
 )
 from ..request.session import SessionData, lifecycle_of
@@ -92,7 +92,7 @@ class Users:
         """
         user_id = checked_user_id(user_id)
         rosters = self._repository().rosters
-        with noting(rosters, user_id, rosters.look(user_id).roster.epoch):
+        with sign_in_since(rosters, user_id, rosters.look(user_id).roster.epoch):
             yield
 
     def revoke(
