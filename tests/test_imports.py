@@ -36,7 +36,7 @@ ROWS = [
         "request.unreferenced",
         "request.waiting",
     ],
-    ["request.lifecycle"],
+    ["request.lifecycle", "users.checking"],
     ["request.ownership"],
     ["request.confirming"],
     ["request.writing"],

@@ -91,7 +91,7 @@ class Rosters:
             record = self._store.load(key)
             if record is None or self._now() >= record.idle_expires_at:
                 return Found(EMPTY, None)
-            return Found(self._read(record), record)
+            return Found(self.read(record), record)
         except UnreadableRecord as error:
             raise RosterUnreadable(
                 f"the roster {key} of a user can't be read: {error}. ext.users.rebuild repairs "
@@ -146,7 +146,8 @@ class Rosters:
         # The order of what this process did is known, whatever the clock says.
         return Since(roster.epoch if own <= began.revocations else -1)
 
-    def _read(self, record: Record) -> Roster:
+    def read(self, record: Record) -> Roster:
+        """The roster in a record. Raises ``UnreadableRecord``."""
         times = record.created_at, record.absolute_expires_at
         return unpack(self._payloads.unpack_other(record.key, record.payload, *times))
 
