@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from flask import Flask, session
 from pymongo import MongoClient
 from pymongo.errors import (
     AutoReconnect,
@@ -28,6 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import Sentinel as SentinelClient
 
+from flask_gsession import Session
 from tests.harness.apps import within
 from tests.harness.servers import RedisServer
 from tests.harness.topologies import (
@@ -556,3 +558,33 @@ def test_no_server_outlives_its_tests() -> None:
     assert len(pids) == 6
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the servers ending")
     until(lambda: not any(Path(each).exists() for each in directories), "the files going")
+
+
+# Old sessions that are taken over ----------------------------------------------------------------
+
+
+def test_flask_sessions_records_in_a_cluster(cluster_client: ClusterClient) -> None:
+    check_takeovers(cluster_client)
+
+
+def test_flask_sessions_records_behind_sentinels(sentinel_client: Redis) -> None:
+    check_takeovers(sentinel_client)
+
+
+def check_takeovers(client: Any) -> None:
+    """Flask-Session keeps sessions by this client; each slot of a cluster is met."""
+    app = Flask(__name__)
+    app.config.update(SECRET_KEY="a key", SESSION_TYPE="redis", SESSION_REDIS=client)
+    app.config.update(SESSION_IMPORT_UNTIL="2100-01-01", SESSION_KEY_PREFIX="old-test:")
+    ext = Session(app)
+    app.add_url_rule("/", "look", lambda: dict(session))
+    app.add_url_rule("/out", "out", lambda: session.destroy() or "")
+    for number in range(12):
+        sid = chr(ord("a") + number) * 43
+        client.set(f"old-test:{sid}", b'{"n": %d}' % number, ex=100)
+        browser = app.test_client()
+        browser.set_cookie("session", sid)
+        assert browser.get("/").json == {"n": number}
+        assert browser.get("/out").status_code == 200
+        assert client.get(f"old-test:{sid}") is None
+    ext.close(app)
