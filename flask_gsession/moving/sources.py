@@ -43,7 +43,11 @@ def open_imports(
     """
     opened = _Opened(app, settings, repository, store, source, options, before)
     until = settings.import_until
-    configured = repository.live.configured_cookie()
+    attributes = repository.live.configured_cookie()
+    if settings.import_cookie_domain is not None:
+        attributes["domain"] = settings.import_cookie_domain
+    if settings.import_cookie_path is not None:
+        attributes["path"] = settings.import_cookie_path
     sources = [opened.source(name) for name in settings.imports]
     circuit = None
     if settings.breaker_failures:
@@ -56,11 +60,7 @@ def open_imports(
         )
     return Takeover(
         sources,
-        OldCookie(
-            str(settings.import_cookie_name),
-            settings.import_cookie_domain or configured["domain"],
-            settings.import_cookie_path or configured["path"],
-        ),
+        OldCookie(str(settings.import_cookie_name), attributes),
         circuit=circuit,
         opened=opened.stores,
         knows_users=lambda: hasattr(app, "login_manager"),

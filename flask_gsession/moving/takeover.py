@@ -16,10 +16,10 @@ A logout deletes the old record, then the session. The mark stays until the impo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from flask import Request, Response
 from msgspec.structs import replace
@@ -51,15 +51,20 @@ T = TypeVar("T")
 
 NOTHING = TakenOver()
 _DEAD = TakenOver(dead_cookie=True)
-COMMAND = "flask gsession migrate --from flask-session --pickle"
+_ADVICE = (
+    ". Sessions like this one are taken over by: flask gsession migrate --from flask-session "
+    "--pickle"
+)
 
 
 class OldCookie(NamedTuple):
-    """The old cookie: its name, and the attributes that deleting it takes."""
+    """The old cookie: its name, and the attributes that deleting it takes.
+
+    Browsers refuse to delete some cookies without ``Secure`` or ``Partitioned``.
+    """
 
     name: str
-    domain: str | None
-    path: str
+    attributes: Mapping[str, Any]
 
 
 class _Finding(NamedTuple):
@@ -98,7 +103,7 @@ class Takeover:
         self._opened = opened
         self._circuit = circuit
         self._knows_users = knows_users
-        self._sources = {source.label: source for source in sources}
+        self._sources = tuple(sources)
         self._until = until
         self._watch = watch
         self._reported: set[tuple[str, str]] = set()
@@ -117,7 +122,7 @@ class Takeover:
         if not text or self._is_over(repository.now()):
             return NOTHING
         outcome = _DEAD
-        for source in self._sources.values():
+        for source in self._sources:
             name = Token(source.name_of(text) or "")
             if not name:
                 continue
@@ -127,7 +132,7 @@ class Takeover:
                 self._refuse(repository, source, error.detail or error.reason)
                 return NOTHING
             except RefusedContents as error:
-                self._refuse(repository, source, str(error))
+                self._refuse(repository, source, str(error), _ADVICE)
                 return NOTHING
             if not outcome.dead_cookie:
                 break
@@ -135,11 +140,9 @@ class Takeover:
 
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of this session, which is to end. Raises ``StoreUnavailable``."""
-        origin = body.origin
-        if origin is None or self._is_over(repository.now()):
+        if body.origin is None or self._is_over(repository.now()):
             return
-        source, name = self._of(repository, origin)
-        if source is not None and name is not None:
+        for source, name in self._of(repository, body.origin):
             self._asked(source.delete, name)
 
     def has_ended(self, repository: Repository, body: Body) -> bool:
@@ -147,25 +150,22 @@ class Takeover:
 
         Never unless old records are watched. Raises ``StoreUnavailable``. One round trip.
         """
-        origin = body.origin
-        if not self._watch or origin is None or origin.expires_at is None:
+        origin, now = body.origin, repository.now()
+        if not self._watch or origin is None or self._is_over(now):
             return False
-        if self._is_over(now := repository.now()) or now >= origin.expires_at:
+        if origin.expires_at is None or now >= origin.expires_at:
             return False
-        source, name = self._of(repository, origin)
-        if source is None or name is None:
-            return False
+        places = self._of(repository, origin)
         try:
-            return self._asked(source.load, name, "") is None
+            gone = [self._asked(source.load, name, "") is None for source, name in places]
         except UnreadableRecord:
             return False
+        return bool(gone) and all(gone)
 
     def forget_cookie(self, request: Request, response: Response) -> None:
         """Delete the old cookie, if the request has it."""
         if self.cookie.name in request.cookies:
-            response.delete_cookie(
-                self.cookie.name, domain=self.cookie.domain, path=self.cookie.path
-            )
+            response.delete_cookie(self.cookie.name, **self.cookie.attributes)
             response.cache_control.no_store = True
 
     def close(self) -> None:
@@ -242,7 +242,8 @@ class Takeover:
                 repository.store.create(record)
             except KeyTaken:
                 with suppress(LogoutUnconfirmed):
-                    repository.delete(key, body=replace(loaded.body, origin=None))
+                    nowhere = replace(loaded.body, origin=None)
+                    repository.delete(key, body=nowhere, leave_roster=False)
                 there = repository.store.load(found.key)
                 if there is None:
                     raise StoreUnavailable("a mark of an import came and went") from None
@@ -275,28 +276,30 @@ class Takeover:
             error.__context__ = None
             raise error.with_traceback(None) from None
 
-    def _of(self, repository: Repository, origin: Origin) -> tuple[Source | None, str | None]:
-        source = self._sources.get(origin.label)
-        if source is None:
-            return None, None
+    def _of(self, repository: Repository, origin: Origin) -> list[tuple[Source, str]]:
+        """Where an old record may be, and its name. Several stores of ours have one label."""
         name = unsealed(repository.live.secret_keys(), origin)
-        return source, None if name is None else Token(name)
+        if name is None:
+            return []
+        name = Token(name)
+        return [(source, name) for source in self._sources if source.label == origin.label]
 
     def _is_over(self, now: int) -> bool:
         return self._until is not None and now >= self._until
 
-    def _refuse(self, repository: Repository, source: Source, reason: str) -> None:
+    def _refuse(
+        self, repository: Repository, source: Source, reason: str, advice: str = ""
+    ) -> None:
         """Count an old session that can't be read here; it stays where it is, and so the cookie."""
         repository.events.emit(ImportRefused, source.label, reason)
         kind = source.label, reason.partition(":")[0]
         if kind not in self._reported:
             self._reported.add(kind)
             logger.warning(
-                "An old session of %s was not taken over: %s. It stays where it is. Sessions like "
-                "this one are taken over by: %s",
+                "An old session of %s was not taken over: %s. It stays where it is%s",
                 source.label,
                 reason,
-                COMMAND,
+                advice,
             )
 
 

@@ -123,17 +123,45 @@ def test_another_domain_and_path(make_site: SiteMaker) -> None:
         "SESSION_IMPORT_UNTIL": UNTIL,
         "SESSION_IMPORT_COOKIE_DOMAIN": "www.example.com",
         "SESSION_IMPORT_COOKIE_PATH": "/",
+        "SESSION_IMPORT_COOKIE_NAME": "__Secure-session",
+        "SESSION_COOKIE_SECURE": True,
+        "SESSION_COOKIE_SAMESITE": "None",
+        "SESSION_COOKIE_PARTITIONED": True,
     }
     site = make_site(config=config)
     client = site.app.test_client(use_cookies=False)
     with site.visit(dict) as page:
-        response = client.get(page.path, headers={"Cookie": "session=nonsense"})
+        response = client.get(page.path, headers={"Cookie": "__Secure-session=nonsense"})
     (deleted,) = response.headers.getlist("Set-Cookie")
-    assert deleted.startswith("session=;")
+    assert deleted.startswith("__Secure-session=;")
+    assert {"Secure", "Partitioned"} <= {part.strip() for part in deleted.split(";")}
     assert "Max-Age=0" in deleted
     assert "Domain=www.example.com" in deleted
     assert "Path=/;" in f"{deleted};"
     assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_several_old_stores(
+    make_site: SiteMaker, old_site: Site, tmp_path: Path, clock: FakeClock
+) -> None:
+    """A second move, before the first is over."""
+    with SiteMaker(f"sqlite:///{tmp_path}/older.sqlite3", "older:", clock) as make:
+        older = make()
+        sources = [
+            {"store": old_site.url, "key_prefix": "old:"},
+            {"store": older.url, "key_prefix": "older:"},
+        ]
+        site = make_site(imports=sources, import_until=UNTIL, import_watch=True)
+        for before in (old_site.visitor(), older.visitor()):
+            before.run(lambda session: session.update(a=1))
+            visitor = carried(site, before)
+            assert visitor.run(dict) == {"a": 1}
+            assert visitor.run(dict) == {"a": 1}
+            late = carried(site, before)
+            assert late.run(dict) == {"a": 1}
+            visitor.run(lambda session: session.destroy())
+            assert before.run(dict) == {}
+            assert late.run(dict) == {}
 
 
 def test_another_secret_key(make_site: SiteMaker, old_site: Site) -> None:

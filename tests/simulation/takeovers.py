@@ -379,7 +379,7 @@ class World:
         assert isinstance(interface, GSessionInterface)
         self.interface = interface
         self.takeover: Any = interface.repository.imports
-        for source in self.takeover._sources.values():
+        for source in self.takeover._sources:
             source.store = self.old
         self._environ = dict(self.app.test_request_context("/").request.environ)
         self._stack = contextlib.ExitStack()
