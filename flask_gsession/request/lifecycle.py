@@ -85,29 +85,11 @@ class Lifecycle:
     """
 
     __slots__ = (
-        *(
-            "_hooks",
-            "_imported",
-            "_began",
-            "_in_function",
-            "_unreferenced",
-            "_present",
-            "_presented",
-        ),
-        *("_reported", "_vetted", "app", "attempts", "block", "cookie"),
-        *(
-            "drops_old_cookie",
-            "ended",
-            "entry",
-            "epochs",
-            "error_page",
-            "lease",
-            "lease_pid",
-            "locked",
-        ),
-        "near",
-        *("opened", "phase", "policies", "renews", "repository", "request", "seen"),
-        *("signed_in", "trace", "trouble", "mutex", "values", "was_modified", "wishes"),
+        *("_began", "_hooks", "_imported", "_in_function", "_present", "_presented", "_reported"),
+        *("_unreferenced", "_vetted", "app", "attempts", "block", "cookie", "drops_old_cookie"),
+        *("ended", "entry", "epochs", "error_page", "lease", "lease_pid", "locked", "mutex"),
+        *("near", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
+        *("signed_in", "trace", "trouble", "values", "was_modified", "wishes"),
     )
 
     def __init__(

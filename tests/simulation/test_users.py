@@ -334,8 +334,8 @@ def test_every_schedule_keeps_the_guarantees() -> None:
 
 BREAKS: dict[str, tuple[Any, str, Any]] = {
     "the epoch is ignored": (ownership, "enter", entered_any),
-    "no entry": (writing, "complete", entered_late),
-    "no move": (ownership, "_moved", moved_any),
+    "no entry": (writing, "enter_roster", entered_late),
+    "no move": (ownership, "_enter_rotated", moved_any),
     "no mark": (roster, "mark_ending", marked_none),
     "no delete": (users, "finish", finished_by_dropping),
     "no victims": (ownership, "_finish", lambda *_: None),

@@ -324,8 +324,8 @@ _enter = ownership._enter
 #: What is broken, what takes its place, and an operation with what runs beside it.
 BREAKS: dict[str, tuple[Any, str, Any, str, str]] = {
     "the epoch is ignored": (ownership, "enter", entered_any, "sign_in", "revoke_all"),
-    "no entry": (writing, "complete", entered_late, "sign_in_anew", "revoke_all"),
-    "no move": (ownership, "_moved", moved_any, "rotate_at_once", "sign_in_anew"),
+    "no entry": (writing, "enter_roster", entered_late, "sign_in_anew", "revoke_all"),
+    "no move": (ownership, "_enter_rotated", moved_any, "rotate_at_once", "sign_in_anew"),
     "no mark": (roster, "mark_ending", marked_none, "rotate_at_once", "revoke_all"),
     "no delete": (users, "finish", finished_by_dropping, "read", "revoke_all"),
     "no victims": (ownership, "_finish", lambda *_: None, "sign_in", "sign_in_anew"),
