@@ -36,7 +36,7 @@ ROWS = [
         "request.unreferenced",
         "request.waiting",
     ],
-    ["request.lifecycle", "users.checking"],
+    ["request.lifecycle"],
     ["request.ownership"],
     ["request.confirming"],
     ["request.writing"],

@@ -11,7 +11,7 @@ from flask.cli import with_appcontext
 
 from ..operate.health import check_store
 from ..operate.health_application import check_application
-from ..users.checking import check_users
+from ..operate.health_users import check_users
 from .common import interfaces, print_store
 from .output import lines
 
@@ -41,8 +41,8 @@ def doctor(as_json: bool) -> None:
         found = [
             *check_application(app, interface, settings, repository.live.permanent_lifetime()),
             *check_store(interface.store, repository.clock, elsewhere),
-            *check_users(repository, app),
         ]
+        found += check_users(repository, found, hasattr(app, "login_manager"))
         cookie = repository.live.cookie_name()
         rows += [{"session": cookie, **finding._asdict()} for finding in found]
     if as_json:

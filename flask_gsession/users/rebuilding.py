@@ -12,7 +12,7 @@ from ..repository.repository import Loaded, Repository
 from ..stores.base import is_session_key
 from ..stores.parts import parts_of
 from ..values.marks import split
-from ..values.payload import Owner
+from ..values.payload import Body, Owner
 from .roster import MOST_DEVICES, Device, Roster, Since, enter
 from .rosters import checked_user_id, new_device_id
 
@@ -29,7 +29,7 @@ def rebuild(repository: Repository, only: str | None) -> int:
     for loaded in _sessions(repository):
         owner = loaded.body.owner
         if owner is None:
-            unbound = unbound or _login_of(repository, loaded) is not None
+            unbound = unbound or login_of(repository, loaded.body) is not None
         elif only in (None, owner.user_id) and owner.user_id not in intact:
             if owner.user_id not in lost and _is_intact(repository, owner.user_id):
                 intact.add(owner.user_id)
@@ -45,7 +45,7 @@ def rebuild(repository: Repository, only: str | None) -> int:
         entered += len(kept)
     for loaded in _sessions(repository) if unbound else ():
         if loaded.body.owner is None:
-            login = _login_of(repository, loaded)
+            login = login_of(repository, loaded.body)
             if login is not None and only in (None, login):
                 entered += _bind(repository, login, loaded)
     return entered
@@ -93,8 +93,9 @@ def _is_damaged(repository: Repository, user_id: str) -> bool:
     return False
 
 
-def _login_of(repository: Repository, loaded: Loaded) -> str | None:
-    raw = loaded.body.values.get(LOGIN)
+def login_of(repository: Repository, body: Body) -> str | None:
+    """The user that Flask-Login signed in to the session."""
+    raw = body.values.get(LOGIN)
     if raw is None:
         return None
     try:

@@ -73,6 +73,8 @@ class Users:
         """The user's sessions, the last seen first. One round trip, whatever the number.
 
         A session that ended without the store's knowledge is listed until it would have expired.
+        Sessions that Flask-Login signed in before you upgraded are missing until they are used, or
+        until ``rebuild``.
         """
         user_id = checked_user_id(user_id)
         repository = self._repository()
