@@ -38,17 +38,33 @@ def rebuild(repository: Repository, only: str | None) -> int:
     entered = 0
     for user_id, devices in lost.items():
         devices.sort(key=lambda device: device.created)
-        kept = tuple(devices[-MOST_DEVICES:])
-        # When sessions were last revoked is lost as well: nothing from before comes in.
-        roster = repository.rosters.revoke_all(Roster())
-        repository.rosters.replace(user_id, replace(roster, devices=kept))
-        entered += len(kept)
+        entered += _restore(repository, user_id, devices[-MOST_DEVICES:])
     for loaded in _sessions(repository) if unbound else ():
         if loaded.body.owner is None:
             login = login_of(repository, loaded.body)
             if login is not None and only in (None, login):
                 entered += _bind(repository, login, loaded)
     return entered
+
+
+def _restore(repository: Repository, user_id: str, devices: list[Device]) -> int:
+    """Enter these devices in a roster that is damaged or lost; how many."""
+    rosters = repository.rosters
+    # When sessions were last revoked is lost as well: nothing from before comes in.
+    fresh = rosters.revoke_all(Roster())
+
+    def step(roster: Roster) -> tuple[Roster, int]:
+        if roster.epoch:
+            return roster, 0  # they were revoked since the store was gone through
+        known = {device.id for device in roster.devices}  # signed in since
+        lost = [device for device in devices if device.id not in known]
+        return replace(fresh, devices=(*lost, *roster.devices)), len(lost)
+
+    try:
+        return rosters.change(user_id, step)
+    except RosterUnreadable:
+        rosters.replace(user_id, replace(fresh, devices=tuple(devices)))
+        return len(devices)
 
 
 def _sessions(repository: Repository) -> Iterator[Loaded]:

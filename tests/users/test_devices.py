@@ -689,6 +689,23 @@ def test_a_lost_roster_signs_out_or_is_rebuilt(site: Site, users: Any) -> None:
     assert owner(second) == "ada"
 
 
+def test_rebuilding_beside_a_sign_in_and_a_revocation(site: Site, users: Any) -> None:
+    first = signed_in(site)
+    late: list[Visitor] = []
+    for beside, left in ((lambda: late.append(signed_in(site)), 2), (None, 0)):
+        site.store.store.delete(roster_key("ada"))
+        act = beside or (lambda: users.revoke_all("ada"))
+        steps = [*[lambda: None] * 3, act]  # it has looked for a roster, and there was none
+        site.before_each("load", *steps)
+        users.rebuild("ada")
+        assert len(users.devices("ada")) == left
+        site.store._hooks.clear()
+        site.clock.advance(301)
+        first.run(dict)
+    assert owner(first) is None
+    assert late
+
+
 def test_rebuilding_leaves_intact_rosters(site: Site, users: Any) -> None:
     visitor = signed_in(site)
     record = site.store.store.load(visitor.run(lambda session: session.handle))
