@@ -24,7 +24,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from flask_gsession import Session, SettingError
-from flask_gsession.config import _CHECKS, SettingKeywords, Settings, read_settings
+from flask_gsession.config import CHECKS, SettingKeywords, Settings, read_settings
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import MongoDBStore
@@ -239,7 +239,7 @@ WRONG: dict[str, list[Any]] = {
 }
 
 SECRET = ("SESSION_STORE", "SESSION_SPILL_STORE", "SESSION_ENCRYPTION_KEYS", "SESSION_IMPORT")
-FIELDS = {key: name for name, (key, _) in _CHECKS.items()}
+FIELDS = {key: name for name, (key, _) in CHECKS.items()}
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
@@ -1005,7 +1005,7 @@ def test_a_missing_secret_key_is_in_the_log(key: Any, caplog: pytest.LogCaptureF
 
 
 def test_type_checkers_know_every_keyword() -> None:
-    assert set(SettingKeywords.__annotations__) == set(_CHECKS)
+    assert set(SettingKeywords.__annotations__) == set(CHECKS)
 
 
 def test_a_message_tells_that_none_is_allowed() -> None:

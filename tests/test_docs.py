@@ -28,7 +28,7 @@ from werkzeug.test import TestResponse
 
 import flask_gsession
 from flask_gsession import Session, StoreUnavailable, errors, events
-from flask_gsession.config import _CHECKS, Settings
+from flask_gsession.config import CHECKS, Settings
 from flask_gsession.stores import Store
 from flask_gsession.stores.base import Clock
 from flask_gsession.testing import StoreContract
@@ -721,12 +721,12 @@ SETTINGS = {found["keyword"]: found for found in SETTING.finditer(PAGES["docs/se
 
 def test_every_setting_is_in_the_reference() -> None:
     assert {name: found["key"] for name, found in SETTINGS.items()} == {
-        name: key for name, (key, _) in _CHECKS.items()
+        name: key for name, (key, _) in CHECKS.items()
     }
     assert len(SETTINGS) == PAGES["docs/settings.md"].count("{confval} ")
 
 
-@pytest.mark.parametrize("name", _CHECKS)
+@pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.usefixtures("shipped_defaults")
 def test_a_setting_has_the_default_that_is_written(name: str) -> None:
     written = re.match(r"`(.*?)`", SETTINGS[name]["default"])
@@ -742,9 +742,9 @@ def test_a_setting_has_the_default_that_is_written(name: str) -> None:
         assert ast.literal_eval(written[1]) == default
 
 
-@pytest.mark.parametrize("name", _CHECKS)
+@pytest.mark.parametrize("name", CHECKS)
 def test_a_setting_allows_what_is_written(name: str) -> None:
-    check = _CHECKS[name][1]
+    check = CHECKS[name][1]
     words = {"ten years": "316224000", "one day": "86400", "one hour": "3600"}
     text = re.sub("|".join(words), lambda found: words[found[0]], SETTINGS[name]["type"])
     bounds = re.search(r"([\d.,]*\d) to ([\d.,]*\d)", text)

@@ -1,0 +1,41 @@
+"""All settings with their defaults and checks. Only this package reads ``app.config``."""
+
+from .checks import CHECKS, lock_timeout, lock_wait
+from .imports import COOKIE_SUFFIX
+from .live import (
+    Live,
+    LiveSettings,
+    cookie_attributes,
+    given_keys,
+    secret_keys,
+    set_secret_keys,
+    warn_without_secret_key,
+)
+from .other_extensions import csrf_field, propagates_exceptions, remember_cookie, remember_warning
+from .reading import read_settings
+from .settings import PLAIN, Seconds, SettingKeywords, Settings
+from .warning import warn
+
+__all__ = [
+    "CHECKS",
+    "COOKIE_SUFFIX",
+    "PLAIN",
+    "Live",
+    "LiveSettings",
+    "Seconds",
+    "SettingKeywords",
+    "Settings",
+    "cookie_attributes",
+    "csrf_field",
+    "given_keys",
+    "lock_timeout",
+    "lock_wait",
+    "propagates_exceptions",
+    "read_settings",
+    "remember_cookie",
+    "remember_warning",
+    "secret_keys",
+    "set_secret_keys",
+    "warn",
+    "warn_without_secret_key",
+]

@@ -1,0 +1,96 @@
+"""Adapts the settings to Flask-Session's, and to ``SESSION_IMPORT``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flask import Flask
+
+from ..errors import SettingError
+from ..flask_session_settings import READABLE, read_flask_session_settings
+from .settings import Settings
+from .unknown import refuse_places
+from .warning import warn
+
+#: Behind the old cookie's name, while old sessions are imported.
+COOKIE_SUFFIX = "_gs"
+
+
+def with_imports(
+    app: Flask, settings: Settings, given: Mapping[str, Any], keywords: Mapping[str, Any]
+) -> Settings:
+    """The settings, adapted to Flask-Session's settings and to ``SESSION_IMPORT``.
+
+    ``given``: the settings in the configuration or in ``keywords``.
+    """
+    old = read_flask_session_settings(app.config)
+    changes: dict[str, Any] = {"flask_session": old}
+    if settings.store is None:
+        if old is None:
+            refuse_places(app)
+        else:
+            changes |= {"store": old.store(), "store_follows": True}
+    by_hand = "imports" in given
+    if old is not None:
+        changes.setdefault("permanent", given.get("permanent", old.permanent))
+        if "idle_timeout" not in given:
+            changes["idle_timeout"] = settings.permanent_lifetime
+        if not by_hand and old.is_readable:
+            changes["imports"] = ("flask-session",)
+        elif not by_hand:
+            warn(
+                f"SESSION_TYPE is {old.type!r}; its sessions can't be taken over, so users have to "
+                "log in again. Remove Flask-Session's settings to stop this warning"
+            )
+    settings = replace(settings, **changes)
+    if "flask-session" in settings.imports and (old is None or not old.is_readable):
+        raise SettingError(
+            'SESSION_IMPORT names "flask-session", but SESSION_TYPE is not set to a type that can '
+            f"be read; allowed: {', '.join(READABLE)}, with Flask-Session's other settings"
+        )
+    if not settings.imports:
+        return settings
+    _check_end(settings, by_hand)
+    return replace(settings, **_cookies(app, settings, keywords))
+
+
+def _check_end(settings: Settings, by_hand: bool) -> None:
+    """Refuse or report an import without an end, or after its end."""
+    until = settings.import_until
+    if until is None and by_hand:
+        raise SettingError(
+            "SESSION_IMPORT is set without SESSION_IMPORT_UNTIL; allowed: a date such as "
+            "date(2027, 3, 31) or '2027-03-31', when the import ends"
+        )
+    if until is None:
+        warn(
+            "SESSION_TYPE is set, so old sessions of Flask-Session are taken over, without an end: "
+            "set SESSION_IMPORT_UNTIL to a date, or SESSION_IMPORT to [] to take over none"
+        )
+    elif until <= time.time():
+        warn(
+            "SESSION_IMPORT_UNTIL has passed: old sessions are no longer taken over. Remove "
+            "SESSION_IMPORT, SESSION_IMPORT_UNTIL and Flask-Session's settings, and set "
+            f"SESSION_COOKIE_NAME to {settings.cookie_name + COOKIE_SUFFIX!r} unless it has a name "
+            "of its own already"
+        )
+
+
+def _cookies(app: Flask, settings: Settings, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Two names: old and new workers must not overwrite each other's cookies."""
+    configured = str(app.config["SESSION_COOKIE_NAME"])
+    old, new = settings.import_cookie_name or configured, settings.cookie_name
+    suffix = ""
+    if settings.import_cookie_name is None and "cookie_name" not in keywords:
+        suffix = COOKIE_SUFFIX
+        new = configured + suffix
+    if old == new:
+        raise SettingError(
+            f"SESSION_IMPORT needs two cookies, but the old one and the new one are both called "
+            f"{new!r}: old workers would overwrite the new one. Give another name as cookie_name, "
+            "or set SESSION_IMPORT_COOKIE_NAME to the old one"
+        )
+    return {"cookie_name": new, "cookie_suffix": suffix, "import_cookie_name": old}

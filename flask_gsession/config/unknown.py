@@ -1,0 +1,101 @@
+"""Settings without effect: misspelt ones, and Flask-Session's."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from flask import Flask
+
+from ..errors import SettingError
+from .checks import CHECKS
+from .settings import Settings
+from .warning import warn
+
+_FLASKS_OWN = {
+    "SESSION_COOKIE_NAME",
+    "SESSION_COOKIE_DOMAIN",
+    "SESSION_COOKIE_PATH",
+    "SESSION_COOKIE_HTTPONLY",
+    "SESSION_COOKIE_SECURE",
+    "SESSION_COOKIE_PARTITIONED",
+    "SESSION_COOKIE_SAMESITE",
+    "SESSION_REFRESH_EACH_REQUEST",
+}
+# Settings of Flask-Session that have no effect with an import of its sessions either.
+_FLASK_SESSIONS = {
+    "SESSION_FILE_MODE": "nothing: only the owner can read the files",
+    "SESSION_FILE_THRESHOLD": "nothing: live sessions are never removed",
+    "SESSION_CLEANUP_N_REQUESTS": "CleanupWorker",
+}
+# The Flask-Session settings that are needed to read its sessions.
+_OF_AN_IMPORT = {
+    "SESSION_TYPE": "SESSION_STORE",
+    "SESSION_REDIS": "SESSION_STORE",
+    "SESSION_MONGODB": "SESSION_STORE",
+    "SESSION_MONGODB_DB": "the database in the URL of SESSION_STORE",
+    "SESSION_MONGODB_COLLECT": "SESSION_KEY_PREFIX, to share a store",
+    "SESSION_MEMCACHED": "SESSION_STORE",
+    "SESSION_SQLALCHEMY": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_TABLE": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_SCHEMA": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_BIND_KEY": "SESSION_STORE",
+    "SESSION_SQLALCHEMY_SEQUENCE": "SESSION_STORE",
+    "SESSION_DYNAMODB": "SESSION_STORE",
+    "SESSION_DYNAMODB_TABLE": "SESSION_STORE",
+    "SESSION_CACHELIB": "SESSION_STORE",
+    "SESSION_FILE_DIR": "SESSION_STORE",
+    "SESSION_USE_SIGNER": "nothing: tokens are always signed",
+    "SESSION_SERIALIZATION_FORMAT": "nothing: values keep their types",
+}
+# The Flask-Session settings for the place of sessions, and advice for SESSION_STORE.
+_A_URL = 'the URL of a Redis or MongoDB, or "sqlite:///gsession.sqlite3" for a file on this machine'
+_PLACES = {
+    "SESSION_REDIS": "a redis:// URL, or the client that SESSION_REDIS holds",
+    "SESSION_MONGODB": "a mongodb:// URL, or the client that SESSION_MONGODB holds",
+    "SESSION_MEMCACHED": _A_URL,
+    "SESSION_SQLALCHEMY": _A_URL,
+    "SESSION_DYNAMODB": _A_URL,
+    "SESSION_CACHELIB": _A_URL,
+    "SESSION_FILE_DIR": _A_URL,
+}
+_OTHER_EXTENSIONS = {"SESSION_PROTECTION"}  # Flask-Login
+
+
+def refuse_places(app: Flask) -> None:
+    """Refuse to fall back to a file if Flask-Session's settings name a store."""
+    for key, place in _PLACES.items():
+        if app.config.get(key) is not None:
+            raise SettingError(
+                f"{key} is a Flask-Session setting without effect unless SESSION_TYPE is set, and "
+                "SESSION_STORE is not set: sessions would be in a file on this machine. Set "
+                f"SESSION_STORE to {place}"
+            )
+
+
+def warn_unknown(app: Flask, settings: Settings) -> None:
+    known = {key for key, _ in CHECKS.values()} | _FLASKS_OWN | _OTHER_EXTENSIONS
+    foreign = _FLASK_SESSIONS if settings.flask_session else _FLASK_SESSIONS | _OF_AN_IMPORT
+    if settings.flask_session:
+        known |= _OF_AN_IMPORT.keys()
+    for key in app.config:
+        if not key.startswith(("SESSION_", "PERMANENT_SESSION_")) or key in known:
+            continue
+        if key in foreign:
+            hint = f"; it is a Flask-Session setting, here use {foreign[key]}"
+        else:
+            # Compare without the common prefix, which would make all of them similar.
+            hint = did_you_mean(key, known, key.partition("SESSION_")[0] + "SESSION_", 0.73)
+        if hint:
+            warn(f"Unknown setting {key}{hint}")
+
+
+def did_you_mean(name: str, known: Any, start: str = "", cutoff: float = 0.75) -> str:
+    """A hint with the ``known`` names that are most similar to ``name`` after ``start``."""
+    name = name.removeprefix(start)
+    ends = [each.removeprefix(start) for each in known if each.startswith(start)]
+    close = difflib.get_close_matches(name, ends, n=3, cutoff=cutoff)
+    likeness = [difflib.SequenceMatcher(None, key, name).ratio() for key in close]
+    closest = [key for key, ratio in zip(close, likeness, strict=True) if ratio == likeness[0]]
+    names = " or ".join(start + key for key in sorted(closest))
+    return f"; did you mean {names}?" if names else ""
