@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +23,7 @@ from .errors import (
 from .events import WriteDropped
 from .processes import process
 from .repository.repository import Loaded, Repository
+from .request.confirming import checked_methods, confirmed_at
 from .request.lifecycle import Lifecycle
 from .request.session import SessionData, lifecycle_of
 from .request.state import Phase, Presented
@@ -186,6 +187,7 @@ class SessionPeek(Mapping[str, Any]):
     def __init__(self, repository: Repository, loaded: Loaded) -> None:
         self._repository = repository
         self._record = loaded.record
+        self._owner = loaded.body.owner
         self._at = repository.now()
         self._values = unexpired(loaded.body.values, self._at)
 
@@ -212,6 +214,12 @@ class SessionPeek(Mapping[str, Any]):
         """The seconds from the peek until the value of ``key`` expires by itself, or None."""
         end = split(self._values[key])[0].expires_at
         return (end - self._at) / 1000 if end else None
+
+    def confirmed_at(self, method: str | Collection[str] | None = None) -> datetime | None:
+        """When the user last confirmed who they are (UTC): see ``session.confirmed_at``."""
+        signed_in = None if self._owner is None else self._owner.signed_in * 1000 or None
+        at = confirmed_at(self, signed_in, checked_methods(method))
+        return None if at is None else _utc(at)
 
     @property
     def handle(self) -> str:

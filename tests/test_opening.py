@@ -535,6 +535,19 @@ def test_nobody_signs_in_or_confirms_in_a_job(
     assert age > 3000
 
 
+def test_a_peek_says_when_the_user_confirmed(site: Site, member: Visitor) -> None:
+    with site.app.app_context():
+        for act in (lambda session: None, lambda session: session.confirm("totp")):
+            site.clock.advance(60)
+            member.run(act)
+            peek: Any = site.ext.peek(handle_of(member))
+            for method in (None, "totp", ["sign-in", "password"]):
+                known = member.run(lambda session, method=method: session.confirmed_at(method))
+                assert peek.confirmed_at(method) == known
+        with pytest.raises(ValueError, match="method"):
+            peek.confirmed_at("")
+
+
 def test_a_job_that_ends_the_session_leaves_the_list(site: Site, member: Visitor) -> None:
     with job(member) as session:
         assert session.owner == "ada"

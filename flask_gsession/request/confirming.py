@@ -7,7 +7,7 @@ from typing import Any
 
 from ..events import UserConfirmed
 from .lifecycle import CONFIRMED, Lifecycle
-from .ownership import device_id_of, signed_in_at, user_id_of
+from .ownership import device_id_of, user_id_of
 
 #: The method for a sign-in, if the library doesn't say how the user proved who they are.
 SIGN_IN = "sign-in"
@@ -26,14 +26,16 @@ def report_confirmation(life: Lifecycle, method: str) -> None:
 
 
 def confirmed_at(
-    session: Mapping[str, Any], life: Lifecycle, methods: Collection[str] | None
+    session: Mapping[str, Any], signed_in: int | None, methods: Collection[str] | None
 ) -> int | None:
-    """When the user last confirmed by one of ``methods`` (None: any), in milliseconds."""
+    """When the user last confirmed by one of ``methods`` (None: any), in milliseconds.
+
+    ``signed_in``: when the user signed in; None if a remember-me cookie did it instead.
+    """
     times = _times(session)
-    if session.get("_fresh") is not False:  # Flask-Login sets False after a remember-me sign-in
-        at = signed_in_at(life)
-        if at is not None:
-            times[SIGN_IN] = max(at, times.get(SIGN_IN, 0))
+    # Flask-Login sets False after a remember-me sign-in.
+    if signed_in is not None and session.get("_fresh") is not False:
+        times[SIGN_IN] = max(signed_in, times.get(SIGN_IN, 0))
     return max(
         (at for each, at in times.items() if methods is None or each in methods), default=None
     )

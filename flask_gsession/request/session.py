@@ -29,7 +29,7 @@ from .confirming import (
 from .large import LargeValues
 from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
 from .locking import Lock
-from .ownership import bind, device_id_of, unbind, user_id_of
+from .ownership import bind, device_id_of, signed_in_at, unbind, user_id_of
 from .state import Phase, Presented
 from .tracking import TrackedValues
 from .transactions import Transaction
@@ -524,7 +524,8 @@ class SessionData(SessionMixin):
         Flask-Login or Flask-Security counts as well, under the method ``"sign-in"``; a remember-me
         cookie doesn't.
         """
-        at = confirmed_at(self, self._life, checked_methods(method))
+        self._open()
+        at = confirmed_at(self, signed_in_at(self._life), checked_methods(method))
         return None if at is None else _utc(at)
 
     def destroy(self) -> None:

@@ -67,6 +67,9 @@ def introspection_blueprint(
             "iat": int(session.created_at.timestamp()),
             "token_type": "session",
         }
+        confirmed = session.confirmed_at()
+        if confirmed is not None:
+            answer["auth_time"] = int(confirmed.timestamp())  # RFC 9470, 6.2
         if verifier.values:
             answer["values"] = verifier.shared(identity)
         return _answer(answer, 200)

@@ -257,6 +257,18 @@ def test_introspection(site: Site) -> None:
     assert introspect(site, visitor.cookie, "Bearer billing-token").json == response.json
 
 
+def test_introspection_says_when_the_user_confirmed(site: Site) -> None:
+    """RFC 9470, 6.2."""
+    visitor = introspecting(site).visitor()
+    visitor.run(lambda session: session.bind("17"))
+    times: list[Any] = [introspect(site, visitor.cookie).json]
+    site.clock.advance(3600)
+    visitor.run(lambda session: session.confirm())
+    times.append(introspect(site, visitor.cookie).json)
+    assert 3599 <= times[1]["auth_time"] - times[0]["auth_time"] <= 3601
+    assert times[1]["auth_time"] == int(site.clock())
+
+
 def test_introspection_of_what_is_no_session(site: Site) -> None:
     visitor = signed_in(introspecting(site))
     anonymous = site.visitor()
