@@ -245,8 +245,13 @@ class Model:
     def names(self) -> Iterable[str]:
         return list(self.scenarios(NOTHING))
 
-    def explore(self, name: str, broken: Broken = NOTHING) -> Explored:
-        """Explore one scenario; with breaks in force, up to the first fault."""
+    def explore(
+        self, name: str, broken: Broken = NOTHING, *, crashes: int | None = None
+    ) -> Explored:
+        """Explore one scenario; with breaks in force, up to the first fault.
+
+        ``crashes``: instead of the scenario's number of programs that may crash.
+        """
         scenario = self.scenarios(broken)[name]
         limits: Counter[str] = Counter()
 
@@ -262,5 +267,6 @@ class Model:
         def check(world: Any) -> str:
             return self._check(world, broken)
 
-        explored = explore(make, check, final, crashes=scenario.crashes, first=bool(broken))
+        most = scenario.crashes if crashes is None else crashes
+        explored = explore(make, check, final, crashes=most, first=bool(broken))
         return Explored(*explored, limits)
