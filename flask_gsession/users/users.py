@@ -30,6 +30,8 @@ from .revoking import finish
 from .roster import Device, Roster, Since, mark_ending
 from .rosters import checked_user_id, network_text
 
+_ENDING = "Revoking the session of this request"
+
 
 @dataclass(frozen=True, slots=True)
 class UserDevice:
@@ -72,7 +74,8 @@ class Users:
     def devices(self, user_id: str | int) -> list[UserDevice]:
         """The user's sessions, the last seen first. One round trip, whatever the number.
 
-        A session that ended without the store's knowledge is listed until it would have expired.
+        A session that is bound in this request is listed once it is saved. One whose end the roster
+        doesn't know, as after an outage, is listed until it would have expired.
         Sessions that Flask-Login signed in before you upgraded are missing until they are used, or
         until ``rebuild``.
         """
@@ -112,7 +115,11 @@ class Users:
         ``RevocationUnfinished`` if it was interrupted: repeat it. Five round trips.
         """
         user_id = checked_user_id(user_id)
-        by = self._by(by)
+        by, life = self._by(by), self._life_of(user_id)
+        if life is not None and device_id_of(life) != device_id:
+            life = None
+        if life is not None:
+            life.check_not_in_retried_code(_ENDING)
 
         def step(roster: Roster) -> tuple[Roster, tuple[bool, Roster]]:
             after = mark_ending(roster, {device_id})
@@ -121,6 +128,8 @@ class Users:
         found, after = self._repository().rosters.change(user_id, step)
         if found:
             self._finish(user_id, after, reason, by)
+            if life is not None:
+                life.destroy()
         return found
 
     def revoke_others(
@@ -177,6 +186,8 @@ class Users:
     ) -> int:
         rosters, life, by = self._repository().rosters, self._life_of(user_id), self._by(by)
         current = None if life is None or keep is not None else device_id_of(life)
+        if life is not None and current is not None:
+            life.check_not_in_retried_code(_ENDING)
 
         def step(roster: Roster) -> tuple[Roster, tuple[Roster, Roster]]:
             if keep is not None and keep not in {device.id for device in roster.members}:

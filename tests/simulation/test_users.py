@@ -50,7 +50,7 @@ from tests.users.test_every_step import (
 )
 
 CAP = 2
-SCHEDULES = int(os.environ.get("SIM_SCHEDULES", "400"))
+SCHEDULES = int(os.environ.get("SIM_SCHEDULES", "300"))
 FIRST = int(os.environ.get("SIM_SEEDS", "0").partition("-")[0])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flask_gsession import SessionEnded, StoreUnavailable
+from flask_gsession import SessionEnded, StoreUnavailable, TransactionMisused
 from flask_gsession.errors import (
     RevocationUnfinished,
     RosterUnreadable,
@@ -276,6 +276,35 @@ def test_revoking_all_in_a_request_ends_its_own_session(site: Site) -> None:
     assert visitor.run(everywhere) == 2
     assert visitor.run(dict) == {"flash": "signed out everywhere"}
     assert (owner(visitor), owner(other)) == (None, None)
+
+
+def test_revoking_its_own_device_in_a_request(site: Site) -> None:
+    visitor, other = signed_in(site), signed_in(site)
+
+    def end(session: Any) -> None:
+        assert site.ext.users.revoke("ada", session.device_id)
+        assert session.owner is None
+        session["flash"] = "signed out"
+
+    visitor.run(end)
+    assert visitor.run(dict) == {"flash": "signed out"}
+    assert (owner(visitor), owner(other)) == (None, "ada")
+
+
+def test_a_transaction_ends_no_session_of_its_own(site: Site) -> None:
+    """It may run again, and this can't be undone: nobody's session ends."""
+    visitor, other = signed_in(site), signed_in(site)
+
+    def end(session: Any) -> None:
+        for revoke in (
+            lambda: site.ext.users.revoke_all("ada"),
+            lambda: site.ext.users.revoke("ada", session.device_id),
+        ):
+            with session.transaction(), pytest.raises(TransactionMisused):
+                revoke()
+
+    visitor.run(end)
+    assert (owner(visitor), owner(other)) == ("ada", "ada")
 
 
 def test_a_sign_in_after_revoking_all_in_the_same_request(site: Site) -> None:
