@@ -119,6 +119,12 @@ def bind(
             if wished is not None and (label or tags):
                 life.wish(binding=replace(wished, label=label, tags=tags))
             return
+        stored = _owner(life)
+        if stored is not None and stored.user_id == user_id and not life.seen.is_old_token:
+            # Unbound in this very request: it stays the same device.
+            life.rotate_soon(0, signed_in)
+            life.wish(binding=Binding(user_id, stored.device_id, Since()))
+            return
         found = _check_roster(life, user_id)
         since = Since(epoch=found.roster.epoch)
         binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found, fresh)

@@ -246,8 +246,8 @@ class SessionData(SessionMixin):
 
         If you set nothing afterwards, the session ends with the response: it leaves the store, and
         the response deletes its cookie. Removing all keys one by one does the same. If a parallel
-        request stores a key before that, the key and the session survive. To log a user out, use
-        ``destroy``.
+        request stores a key before that, the key and the session survive. A session that is bound
+        to a user is unbound, unless you bind it again. To log a user out, use ``destroy``.
         """
         values = self._open_for_writing("The session")
         life = self._life
@@ -255,6 +255,8 @@ class SessionData(SessionMixin):
             for key in list(values):
                 del values[key]
             life.wish(cleared=True)
+            if user_id_of(life) is not None:
+                unbind(life)
 
     def set_many(self, values: Mapping[str, Any]) -> None:
         """Set several keys, all or none. Raises ``ValueRefused`` before it sets anything."""

@@ -145,6 +145,32 @@ def test_unbinding_keeps_the_session(site: Site) -> None:
     assert site.happened(SessionUnbound) == [SessionUnbound("ada", device)]
 
 
+def test_clearing_a_session_signs_out(site: Site) -> None:
+    """As many views do, and then leave a message."""
+    visitor = signed_in(site)
+
+    def sign_out(session: Any) -> None:
+        session.clear()
+        session["flash"] = "signed out"
+        assert session.owner is None
+
+    visitor.run(sign_out)
+    assert (owner(visitor), visitor.run(dict)) == (None, {"flash": "signed out"})
+    assert ids(site) == []
+
+
+def test_clearing_a_session_before_a_sign_in(site: Site) -> None:
+    visitor = signed_in(site)
+    device, cookie = device_id(visitor), visitor.cookie
+    for user in ("ada", "bob"):
+        visitor.run(lambda session, user=user: (session.clear(), session.bind(user)))
+        assert owner(visitor) == user
+        assert (device_id(visitor) == device) is (user == "ada")
+        assert visitor.cookie != cookie
+        assert ids(site, user) == [device_id(visitor)]
+    assert ids(site, "ada") == []
+
+
 def test_bind_and_unbind_in_one_request(site: Site) -> None:
     visitor = site.visitor()
 
