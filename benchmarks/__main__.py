@@ -81,6 +81,7 @@ def measure(
         results.large,
         results.sharing,
         results.near,
+        results.users,
     )
     return results
 
@@ -90,10 +91,12 @@ def _measure_on_redis(
 ) -> None:
     from benchmarks import footprint
     from benchmarks.counting import counting
+    from benchmarks.footprint import FEW
     from benchmarks.near_cache import near_cache
     from benchmarks.own_cpu import own_cpu
     from benchmarks.sharing import sharing
     from benchmarks.typed_keys import typed_keys
+    from benchmarks.users import users
 
     url = _redis_url()
     say("own time")
@@ -107,6 +110,8 @@ def _measure_on_redis(
     say("near cache")
     sizes = list(dict.fromkeys(cell.size for cell in results.cells))
     results.near = near_cache(url, sizes, results.effort)
+    say("users")
+    results.users = users(url, results.effort, many=many or FEW)
     say(f"memory of {sessions:,} sessions")
     results.weights = footprint.weights(url, sessions)
     if many is not None:

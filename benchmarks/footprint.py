@@ -95,19 +95,30 @@ def growth(url: str, effort: Effort, few: int = FEW, many: int = MANY) -> list[G
                 overhead = paired(interleave(calls, effort), OURS, minus=NONE)
                 found.setdefault((view, sessions), []).extend(overhead)
 
-        def ballast(script: str, first: int, last: int) -> None:
-            run = backend.client.register_script(script)
-            for start in range(first, last + 1, _CHUNK):
-                end = min(start + _CHUNK - 1, last)
-                run(keys=[record], args=[f"{backend.place}ballast:", start, end])
-
-        ballast(_FILL, 1, few)
+        fill(backend, record, 1, few)
         measure(few)
-        ballast(_FILL, few + 1, many)
+        fill(backend, record, few + 1, many)
         measure(many)
-        ballast(_EMPTY, few + 1, many)
+        empty(backend, few + 1, many)
         measure(few)
     return [
         Growth("redis", view, sessions, Spread.of(figures))
         for (view, sessions), figures in found.items()
     ]
+
+
+def fill(backend: RedisBackend, record: bytes, first: int, last: int) -> None:
+    """Copies the record under other keys, numbered from the first to the last."""
+    _ballast(backend, _FILL, record, first, last)
+
+
+def empty(backend: RedisBackend, first: int, last: int) -> None:
+    """Deletes these copies."""
+    _ballast(backend, _EMPTY, b"", first, last)
+
+
+def _ballast(backend: RedisBackend, script: str, record: bytes, first: int, last: int) -> None:
+    run = backend.client.register_script(script)
+    for start in range(first, last + 1, _CHUNK):
+        end = min(start + _CHUNK - 1, last)
+        run(keys=[record], args=[f"{backend.place}ballast:", start, end])

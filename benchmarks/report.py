@@ -18,6 +18,7 @@ from benchmarks.own_cpu import OwnCpu
 from benchmarks.sharing import SharingCost
 from benchmarks.targets import Target
 from benchmarks.typed_keys import TypedCost
+from benchmarks.users import UserCost
 
 FORMAT = 1
 
@@ -37,6 +38,7 @@ class Results:
     large: list[LargeCost] = field(default_factory=list)
     sharing: list[SharingCost] = field(default_factory=list)
     near: list[NearCost] = field(default_factory=list)
+    users: list[UserCost] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -54,6 +56,7 @@ class Results:
             *_large_sections(self.large),
             *_sharing_sections(self.sharing),
             *_near_sections(self.near),
+            *_user_sections(self.users),
             *_weight_sections(self.weights),
             *_growth_sections(self.growth),
             *_target_sections(self.targets),
@@ -272,6 +275,26 @@ def _near_sections(rows: Sequence[NearCost]) -> Iterable[Section]:
             ],
             "What a read adds to the same view without a session. A read from the near cache costs "
             "no round trip.",
+        )
+
+
+def _user_sections(rows: Sequence[UserCost]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Users",
+            ("operation", "beside", "figure", "unit", "at most"),
+            [
+                (
+                    row.what,
+                    row.beside,
+                    _spread(row.figure, 2),
+                    row.unit,
+                    "" if row.limit is None else f"{row.limit:.3g}",
+                )
+                for row in rows
+            ],
+            "Sessions that are bound to a user, on Redis; a read and a write on the memory store. "
+            "The usual list is read, edited and written back at each sign-in.",
         )
 
 

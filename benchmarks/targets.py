@@ -17,6 +17,7 @@ from benchmarks.near_cache import NearCost
 from benchmarks.own_cpu import OwnCpu
 from benchmarks.sharing import LIMITS, SharingCost
 from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost
+from benchmarks.users import UserCost
 
 READS = ("read",)
 WRITES = ("write", "counter")
@@ -48,6 +49,7 @@ def judge(
     large: Sequence[LargeCost] = (),
     shared: Sequence[SharingCost] = (),
     near: Sequence[NearCost] = (),
+    users: Sequence[UserCost] = (),
 ) -> list[Target]:
     """Returns the targets whose figures were measured in this run.
 
@@ -82,6 +84,7 @@ def judge(
         *_large(large),
         *_shared(shared),
         *_near(near),
+        *_users(users),
     ]
 
 
@@ -116,6 +119,13 @@ def _near(rows: Sequence[NearCost]) -> Iterable[Target]:
             met = worst.ratio.median <= limit
             what = f"a read from the near cache, to {beside}"
             yield Target(what, "x", limit, worst.ratio, worst.size, met, medians)
+
+
+def _users(rows: Iterable[UserCost]) -> Iterable[Target]:
+    for row in rows:
+        if row.limit is not None:
+            met = row.figure.median <= row.limit
+            yield Target(row.what, row.unit, row.limit, row.figure, row.beside, met)
 
 
 def _median(row: NearCost) -> float:

@@ -33,6 +33,8 @@ from benchmarks.sharing import CACHED, CHECK, LIMITS, SharingCost
 from benchmarks.sharing import LOAD as SHARED_LOAD
 from benchmarks.targets import judge
 from benchmarks.typed_keys import AGAIN, GET, SET, TypedCost, typed_keys
+from benchmarks.users import AT_ONCE, DEVICES, LIST, LOST, NUMBERS, SURVIVING, UserCost
+from benchmarks.users import OURS as OURS_USERS
 from benchmarks.views import VIEWS
 
 TINY = Effort(rounds=2, batch_seconds=0, counted_requests=3)
@@ -119,6 +121,24 @@ def test_the_near_cache_is_held_against_other_reads(data: dict[str, Any]) -> Non
             rows = [NearCost(SMALL, beside, good, good, each) for each in (good, spread)]
             (target,) = judge([], [], [], [], near=rows)
             assert (target.limit, target.met) == (limit, met)
+
+
+def test_users_are_held_against_their_aims(data: dict[str, Any]) -> None:
+    figures = {
+        (row["what"], row["unit"], row["beside"]): row["figure"]["median"] for row in data["users"]
+    }
+    exact = [row for row in data["users"] if row["limit"] is not None and row["unit"] != "x"]
+    assert all(row["figure"]["median"] <= row["limit"] for row in exact)
+    assert figures[LOST, f"of {AT_ONCE} at once", OURS_USERS] == 0
+    assert figures[SURVIVING, f"of {AT_ONCE}", OURS_USERS] == 0
+    assert (LOST, f"of {AT_ONCE} at once", LIST) in figures
+    for number in NUMBERS:
+        assert figures[f"{DEVICES} {number}", "trips", ""] == 1
+    for ratio, met in ((1.04, True), (1.06, False)):
+        row = UserCost("a read", "unbound", "x", Spread(ratio, ratio, ratio), 1.05)
+        (target,) = judge([], [], [], [], users=[row])
+        assert (target.limit, target.met) == (1.05, met)
+    assert judge([], [], [], [], users=[UserCost("a read", "", "us", spread(1.0))]) == []
 
 
 @pytest.mark.parametrize(
