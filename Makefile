@@ -73,6 +73,7 @@ OLDEST_TESTS := $(addprefix tests/,test_as_flask_does.py test_authentication.py 
   guarantees/test_g01_no_cost_unused.py request/test_locks.py request/test_session_object.py request/test_streaming.py \
   stores/test_redis_answers.py stores/test_redis_pool.py stores/test_redis_servers.py \
   stores/test_redis_versions.py stores/test_store_contract.py stores/test_topologies.py \
+  sharing/test_passport.py sharing/test_remote_store.py stores/test_remote_contract.py \
   typed/test_typed.py typed/test_typed_round_trip.py values/test_codec.py \
   values/test_large_values.py values/test_payload.py watching/test_debug.py)
 

@@ -21,9 +21,12 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "how-to" / "verify-visitors.md").read_text()
 
 
-def documented(language: str) -> str:
-    block = re.search(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    assert block, f"the page has no configuration in {language}"
+BEGINS = {"nginx": "```nginx\n", "haproxy": "```text\n# haproxy.cfg\n", "lua": "```lua\n"}
+
+
+def documented(name: str) -> str:
+    block = re.search(rf"^{BEGINS[name]}(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert block, f"the page has no configuration of {name}"
     return block[1]
 
 
