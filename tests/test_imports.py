@@ -70,7 +70,7 @@ RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 # What an extra brings may be imported in one place only.
 PLACES = {
     "grpc": "protocol stores.remote sharing",
-    "google": "protocol",
+    "google": "protocol stores.remote",
     "envoy": "sharing",
     "joserfc": "sharing",
     "starlette": "contrib",

@@ -152,6 +152,12 @@ class DeleteReply(_message.Message):
     unconfirmed: str
     def __init__(self, found: bool = ..., record: _Optional[_Union[Record, _Mapping]] = ..., unconfirmed: _Optional[str] = ...) -> None: ...
 
+class SettleRequest(_message.Message):
+    __slots__ = ("versions",)
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, versions: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class AcquireRequest(_message.Message):
     __slots__ = ("key", "owner", "lease_ms", "max_waiters")
     KEY_FIELD_NUMBER: _ClassVar[int]

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from ..errors import StoreUnavailable
 from ..protocol import gsession_pb2 as pb
 from ..protocol.messages import to_message, to_record
 from ..protocol.methods import methods_of
@@ -16,9 +17,11 @@ from ..stores.parts import parts_of
 from .grants import Grant
 from .server import Denied, Refused, Service
 from .watch import watch
+from .writes import Writes
 
 _LONGEST_WAIT = 1.0  # seconds, for the release of a lease
 _LARGEST_PAGE = 1000  # records
+_TO_SETTLE = 5.0  # seconds, for a write that was given up
 _TO_BEGIN = 5.0  # seconds until changes of the far store are heard
 
 
@@ -35,6 +38,7 @@ class StoreService(Service):
         self._parts = parts_of(store)
         self._waiters = threading.BoundedSemaphore(waiters)
         self._ending = threading.Event()
+        self._writes = Writes()
         self._calls: dict[str, Callable[[Any], Any]] = {
             name: getattr(self, f"_{_snake(name)}")
             for name, method in self.methods.items()
@@ -71,8 +75,15 @@ class StoreService(Service):
         confirms = getattr(self._store, "confirms_logouts", False)
         return pb.HelloReply(parts=parts, confirms_logouts=confirms, done=True)
 
+    def _settle(self, request: Any) -> Any:
+        if not self._writes.settle(request.versions, _TO_SETTLE):
+            raise StoreUnavailable("a write that was given up still runs", contention=True)
+        return _DONE
+
     def _create(self, request: Any) -> Any:
-        self._store.create(to_record(request.record))
+        record = to_record(request.record)
+        with self._writes.of(record.version):
+            self._store.create(record)
         return _DONE
 
     def _load(self, request: Any) -> Any:
@@ -85,7 +96,8 @@ class StoreService(Service):
         if request.HasField("lease"):
             store = self._part("leases")
             arguments.append(request.lease)
-        store.save(*arguments, **_shorten(request))
+        with self._writes.of(request.record.version):
+            store.save(*arguments, **_shorten(request))
         return _DONE
 
     def _renew(self, request: Any) -> Any:
@@ -100,7 +112,8 @@ class StoreService(Service):
         if request.HasField("lease"):
             store = self._part("leases")
             arguments.append(request.lease)
-        replaced: Replaced | None = store.replace(*arguments, **_shorten(request))
+        with self._writes.of(record.version):
+            replaced: Replaced | None = store.replace(*arguments, **_shorten(request))
         return pb.ReplaceReply(unconfirmed="" if replaced is None else replaced.unconfirmed)
 
     def _delete(self, request: Any) -> Any:

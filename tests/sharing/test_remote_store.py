@@ -18,17 +18,21 @@ import pytest
 from flask import Flask
 
 from flask_gsession import Session
-from flask_gsession.errors import SettingError, StoreUnavailable
+from flask_gsession.errors import SettingError, Stale, StoreUnavailable
 from flask_gsession.protocol import gsession_pb2 as pb
 from flask_gsession.protocol.methods import methods_of
 from flask_gsession.sharing.server import Service
 from flask_gsession.sharing.store_service import StoreService
+from flask_gsession.sharing.writes import Writes
 from flask_gsession.stores import Store, StoreOptions, open_store
+from flask_gsession.stores.base import new_version
 from flask_gsession.stores.parts import parts_of
 from flask_gsession.stores.remote import forks
+from flask_gsession.stores.support import count_round_trips
 from flask_gsession.testing import HookedStore, a_record
-from tests.harness.apps import PATIENCE, Site, within
+from tests.harness.apps import PATIENCE, Site, until, within
 from tests.harness.sharing import ServeCommand, serving, store_servers
+from tests.request.test_own_writes import test_real_signals_count_once as count_once
 from tests.stores.test_interrupts import TooLong, TooLongAsItIsUsual, handler
 
 BUDGET = 0.4  # seconds for a call
@@ -470,6 +474,109 @@ def test_a_deadline_by_signal_comes_out(kind: type[Exception], lasting: ServeCom
     assert store.load(record.key) == record
     assert not forks.guard.calls
     store.close()
+
+
+def test_real_signals_count_once(far: HookedStore) -> None:
+    """Wherever the timer strikes, also while the request is on its way or in the other process."""
+    with store_servers() as serve:
+        store = HookedStore(reach(serve(far)))
+
+        def make(**settings: Any) -> Site:
+            return Site("grpc://", "", time.time, store=store, **settings)
+
+        count_once(make)  # type: ignore[arg-type]  # it only calls it
+        store.close()
+
+
+def changed(record: Any) -> Any:
+    return record._replace(version=new_version(), payload=b"changed")
+
+
+@pytest.mark.parametrize("how", ["interrupted", "too slow"])
+def test_a_load_shows_what_became_of_a_write_that_was_given_up(how: str, far: HookedStore) -> None:
+    """Also if it is still running: else it would be taken for lost, and done twice."""
+    started, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        started.set()
+        release.wait(PATIENCE)
+
+    with store_servers() as serve, ThreadPoolExecutor(1) as pool:
+        url = serve(far)
+        store = reach(url, PATIENCE if how == "interrupted" else BUDGET)
+        record = a_record(time.time)
+        store.create(record)
+        saved = changed(record)
+        far.before("save", hold)
+        if how == "interrupted":
+            with handler(TooLong):
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with pytest.raises(TooLong):
+                    store.save(saved, record.version)
+        else:
+            with pytest.raises(StoreUnavailable):
+                store.save(saved, record.version)
+            store.channel.timeout = PATIENCE
+        assert started.is_set()
+        loading = pool.submit(store.load, record.key)
+        time.sleep(0.05)
+        assert not loading.done()
+        release.set()
+        assert loading.result() == saved
+        store.close()
+
+
+def test_a_write_that_was_given_up_before_it_began_never_does(far: HookedStore) -> None:
+    release = threading.Event()
+    with serving(StoreService(far), threads=2) as address:
+        store, busy = reach(f"grpc://{address}", BUDGET), reach(f"grpc://{address}")
+        record = a_record(time.time)
+        busy.create(record)
+        for _ in range(2):
+            far.before("load", lambda: release.wait(PATIENCE))
+        with ThreadPoolExecutor(2) as pool:
+            held = [pool.submit(busy.load, "x" * 43) for _ in range(2)]
+            until(lambda: far.calls.count("load") == 2)
+            with pytest.raises(StoreUnavailable):
+                store.save(changed(record), record.version)
+            release.set()
+            for each in held:
+                each.result()
+        store.channel.timeout = PATIENCE
+        assert store.load(record.key) == record
+        time.sleep(0.05)
+        assert store.load(record.key) == record
+        store.close()
+        busy.close()
+
+
+def test_writes_are_settled() -> None:
+    writes = Writes()
+    with writes.of(1):
+        assert not writes.settle([1], 0.01)
+        assert writes.settle([2], 0.01)
+    assert writes.settle([1], 0.01)
+    for version in (1, 2):
+        with pytest.raises(StoreUnavailable, match="given up"), writes.of(version):
+            raise AssertionError("it began")
+    with writes.of(3):
+        pass
+
+
+def test_no_write_is_settled_where_none_was_given_up(far: HookedStore) -> None:
+    """One round trip a call, as ever."""
+    with store_servers() as serve:
+        store = reach(serve(far))
+        record = a_record(time.time)
+        with count_round_trips() as trips:
+            store.create(record)
+            store.save(changed(record), record.version)
+            store.load(record.key)
+            with pytest.raises(Stale):
+                store.save(changed(record), 5)
+            store.load(record.key)
+        assert trips.count == 5
+        store.close()
 
 
 def test_no_proxy_for_web_pages_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from ...errors import StoreError, StoreUnavailable
 from ...processes import process
+from ...protocol import gsession_pb2 as pb
 from ...protocol.errors import error_in
 from ...protocol.methods import LONGEST_MESSAGE, is_understood, methods_of
 from ..interrupts import reraise_interruption
@@ -22,6 +24,8 @@ from .forks import guard
 
 _METHODS = methods_of("Store")
 _RECONNECT = 0.25  # of the budget, for a repeat on another connection
+_LONGEST_WAIT = 5.0  # seconds that a call may take beyond the budget
+_MOST_UNSETTLED = 10_000  # keys
 _KEEPALIVE = 10  # seconds
 #: Sent when the connection was lost, or the server is ending; all calls may be repeated.
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -36,9 +40,12 @@ class Channel:
         token = address.token
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._calls: dict[str, Callable[..., Any]] = {}
+        #: by session key: the versions of writes that may still be on their way
+        self._unsettled: dict[str, set[int]] = {}
         self._channel: Any = None
         self._close: Any = None
         self._inherited: list[object] = []
+        self._dropped: list[tuple[float, Any]] = []  # when, and what closes it
         self._lock = threading.Lock()
         process.register(self._begin)
 
@@ -46,9 +53,10 @@ class Channel:
         """In a forked process: leave the channel of the parent alone, and open another."""
         self._lock = threading.Lock()
         self._calls = {}
-        if self._close is not None:
-            self._close.detach()
-            self._close = None
+        for close in (self._close, *(dropped for _, dropped in self._dropped)):
+            if close is not None:
+                self._inherited.append(close.detach())
+        self._close, self._dropped = None, []
         if self._channel is not None:
             self._inherited.append(self._channel)  # never collected: that would ask gRPC's threads
             self._channel = None
@@ -60,14 +68,22 @@ class Channel:
         """
         budget = self.timeout + seconds
         deadline = time.monotonic() + budget
+        request = request.SerializeToString()
         count_round_trip()
         try:
-            reply = guard.run(lambda: self._send(name, request, budget))
+            raw = guard.run(lambda: self._send(name, request, budget))
         except grpc.RpcError as error:
             left = deadline - time.monotonic()
             if left <= 0 or not _is_lost(error):
                 self._fail(name, error)
-            reply = self._call_again(name, request, left, error)
+            raw = self._call_again(name, request, left, error)
+        except BaseException:  # a signal, or another thread, ended the wait
+            self._drop()
+            raise
+        try:
+            reply: Any = _METHODS[name].reply.FromString(raw)
+        except DecodeError:
+            raise self.incomplete(name) from None
         if not is_understood(reply):
             raise StoreUnavailable(f"{self._where(name)}: {_OTHER_VERSION}")
         return reply
@@ -82,6 +98,53 @@ class Channel:
         except grpc.RpcError as error:
             late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             self._fail(name, lost if late else error)
+
+    def _drop(self) -> None:
+        """Use another channel from now on: what struck may have left this one in the middle."""
+        close = self._close
+        self._close, self._channel, self._calls = None, None, {}
+        if close is not None:
+            self._dropped.append((time.monotonic(), close))
+        self._close_dropped(2 * self.timeout + _LONGEST_WAIT)
+
+    def _close_dropped(self, seconds: float) -> None:
+        """Close those that were dropped so long ago that no call of another thread is on them."""
+        now = time.monotonic()
+        while self._dropped and now - self._dropped[0][0] >= seconds:
+            self._dropped.pop(0)[1]()
+
+    def write(self, name: str, request: Any, version: int, *keys: str) -> Any:
+        """The reply to a write of ``version`` under these keys.
+
+        If its outcome stays unknown, it is settled before the next call about one of the keys.
+        """
+        try:
+            return self.call(name, request)
+        except StoreUnavailable:
+            self._note(version, keys)
+            raise
+        except StoreError:
+            raise
+        except BaseException:  # a signal, or another thread, ended the wait
+            self._note(version, keys)
+            raise
+
+    def _note(self, version: int, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._unsettled.setdefault(key, set()).add(version)
+        while len(self._unsettled) > _MOST_UNSETTLED:
+            self._unsettled.pop(next(iter(self._unsettled)), None)
+
+    def settle(self, *keys: str) -> None:
+        """Let no earlier write under these keys be applied from now on. Mostly there is none."""
+        if not self._unsettled:
+            return
+        versions = {version for key in keys for version in self._unsettled.get(key, ())}
+        if versions:
+            if not self.call("Settle", pb.SettleRequest(versions=versions)).done:
+                raise self.incomplete("Settle")
+            for key in keys:
+                self._unsettled.pop(key, None)
 
     def incomplete(self, name: str) -> StoreUnavailable:
         """The error for a reply that lacks what every reply of this call has."""
@@ -111,12 +174,16 @@ class Channel:
                 self._channel = self._open()
                 self._close = closing(self, self._channel.close)
             method = _METHODS[name]
-            make = self._channel.stream_stream if method.streams else self._channel.unary_unary
-            send: Callable[..., Any] = make(
-                method.path,
-                request_serializer=method.request.SerializeToString,
-                response_deserializer=method.reply.FromString,
-            )
+            send: Callable[..., Any]
+            if method.streams:
+                send = self._channel.stream_stream(
+                    method.path,
+                    request_serializer=method.request.SerializeToString,
+                    response_deserializer=method.reply.FromString,
+                )
+            else:
+                # Bytes: gRPC takes an exception that strikes its coding for one of the message.
+                send = self._channel.unary_unary(method.path)
             self._calls[name] = send
             return send
 
@@ -166,6 +233,7 @@ class Channel:
         return f"grpc {self.address.target}: {name}"
 
     def close(self) -> None:
+        self._close_dropped(0.0)
         if self._close is not None:
             close, self._close = self._close, None
             self._channel, self._calls = None, {}

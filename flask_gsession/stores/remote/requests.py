@@ -33,7 +33,9 @@ def save(
         lease=lease,
         shorten=shorten,
     )
-    done(channel, "Save", request)
+    channel.settle(record.key)
+    if not channel.write("Save", request, record.version, record.key).done:
+        raise channel.incomplete("Save")
 
 
 def replace(
@@ -53,7 +55,8 @@ def replace(
         lease=lease,
         shorten=shorten,
     )
-    reply = channel.call("Replace", request)
+    channel.settle(key, record.key)
+    reply = channel.write("Replace", request, record.version, key, record.key)
     if not reply.HasField("unconfirmed"):
         raise channel.incomplete("Replace")
     return Replaced(reply.unconfirmed)
@@ -61,6 +64,7 @@ def replace(
 
 def delete(channel: Channel, key: str, expected_version: int | None, lease: str | None) -> Deleted:
     request = pb.DeleteRequest(key=key, expected_version=expected_version, lease=lease)
+    channel.settle(key)
     reply = channel.call("Delete", request)
     if not reply.HasField("found"):
         raise channel.incomplete("Delete")

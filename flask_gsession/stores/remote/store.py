@@ -11,7 +11,7 @@ from .address import Address
 from .changes import RemoteSource
 from .channel import Channel
 from .parts import RemoteBlobs, RemoteChecks, RemoteLeases, RemoteScans
-from .requests import delete, done, flag, replace, save
+from .requests import delete, flag, replace, save
 
 
 class RemoteStore(Store):
@@ -39,9 +39,13 @@ class RemoteStore(Store):
             setattr(self, name, None if name in address.without else part)
 
     def create(self, record: Record) -> None:
-        done(self.channel, "Create", pb.CreateRequest(record=to_message(record)))
+        channel, request = self.channel, pb.CreateRequest(record=to_message(record))
+        channel.settle(record.key)
+        if not channel.write("Create", request, record.version, record.key).done:
+            raise channel.incomplete("Create")
 
     def load(self, key: str) -> Record | None:
+        self.channel.settle(key)
         reply = self.channel.call("Load", pb.LoadRequest(key=key))
         found = reply.WhichOneof("found")
         if found == "absent":
