@@ -145,6 +145,20 @@ class Takeover:
         for source, name in self._of(repository, body.origin):
             self._asked(source.delete, name)
 
+    def end_presented(self, repository: Repository, request: Request, body: Body | None) -> None:
+        """Remove the record that the request's old cookie names, unless ``end_old`` does.
+
+        Raises ``StoreUnavailable``. One round trip; none without such a cookie.
+        """
+        text = Token(request.cookies.get(self.cookie.name, ""))
+        if not text or self._is_over(repository.now()):
+            return
+        known = None if body is None or body.origin is None else body.origin.mark
+        for source in self._sources:
+            name = Token(source.name_of(text) or "")
+            if name and mark_key(source.label, name) != known:
+                self._asked(source.delete, name)
+
     def has_ended(self, repository: Repository, body: Body) -> bool:
         """Whether an old worker ended this session: its record is gone before its time.
 

@@ -31,6 +31,9 @@ class Imports(Protocol):
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of a session that is about to end."""
 
+    def end_presented(self, repository: Repository, request: Any, body: Body | None) -> None:
+        """Remove the record of the request's old cookie, unless ``end_old`` does."""
+
     def has_ended(self, repository: Repository, body: Body) -> bool:
         """Whether an old worker ended the session."""
 

@@ -631,6 +631,15 @@ class Lifecycle:
         """The stored session's key, which is also its public name."""
         return self.seen.record.key if self.seen.record else None
 
+    def end_old_session(self) -> None:
+        """Remove the record of the old cookie, if the session that ends was made from another one.
+
+        It is there after a rollback, in which the user came back to the old workers.
+        """
+        imports, request = self.repository.imports, self.request
+        if imports is not None and request is not None:
+            imports.end_presented(self.repository, request, self.seen.body)
+
     def destroy(self) -> None:
         """End the session in the store now; see ``SessionData.destroy``."""
         with self.mutex:
@@ -638,6 +647,7 @@ class Lifecycle:
             presented = self.presented()
             if self.repository.imports is not None:
                 self.open()  # an old cookie may lead to a session
+                self.end_old_session()
             keys = [attempt.record.key for attempt in self.attempts.values()]
             owner = None if self.seen.body is None else self.seen.body.owner
             if self.seen.record is not None:

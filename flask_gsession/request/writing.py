@@ -488,6 +488,7 @@ def _take_over(
 def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirmed | None]:
     """The request emptied the session: end it, in the version it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
+    life.end_old_session()
     try:
         life.repository.end(old, life.seen.body, life.lease)
     except LogoutUnconfirmed as error:

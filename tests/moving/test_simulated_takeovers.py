@@ -17,7 +17,6 @@ from flask_gsession.config import Settings
 from flask_gsession.moving import mark, takeover
 from flask_gsession.moving.takeover import NOTHING, Takeover
 from flask_gsession.repository.repository import Repository
-from flask_gsession.values.payload import Body
 from tests.simulation.takeovers import World, current_visit
 
 SCHEDULES = int(os.environ.get("SIM_TAKEOVERS", "2000"))
@@ -70,21 +69,6 @@ def old_record_stays() -> Iterator[None]:
 
 
 @contextmanager
-def session_first() -> Iterator[None]:
-    """A logout deletes the session before the old record."""
-    real = Repository.delete
-
-    def delete(self: Any, key: str, *arguments: Any, body: Any = None, **options: Any) -> bool:
-        ended = real(self, key, *arguments, body=Body({}), **options)
-        if body is not None:
-            self.imports.end_old(self, body)
-        return ended
-
-    with mock.patch.object(Repository, "delete", delete):
-        yield
-
-
-@contextmanager
 def mark_without_an_end() -> Iterator[None]:
     with mock.patch.object(Settings, "marks_end", return_value=10**13):
         yield
@@ -121,7 +105,6 @@ BREAKS: list[tuple[Callable[[], Any], int]] = [
     (mark_before_old, 3200),
     (keeps_its_own, 0),
     (old_record_stays, 0),
-    (session_first, 1800),
     (mark_without_an_end, 0),
     (logout_forgets_the_old_cookie, 0),
     (only_the_winner_gets_a_token, 0),

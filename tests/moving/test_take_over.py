@@ -102,6 +102,20 @@ def test_a_logout_that_rotates_through_a_pointer(site: Site, old: OldFiles) -> N
     assert visitor.run(dict) == {}
 
 
+@pytest.mark.parametrize("way", ["destroy", "clear"])
+def test_a_logout_ends_a_later_old_session_too(site: Site, old: OldFiles, way: str) -> None:
+    """After a rollback in which the user signed in at an old worker, and forward again."""
+    first, second = old.add(_user_id="7"), old.add(_user_id="7")
+    visitor = visit(site, first)
+    visitor.run(dict)
+    visitor.set_cookie("session", second)
+    assert visitor.run(dict) == {"_user_id": "7"}
+    visitor.run(lambda session: getattr(session, way)())
+    assert not old.has(first)
+    assert not old.has(second)
+    assert visitor.get_cookie("session") is None
+
+
 def test_no_cookie_and_no_use_cost_nothing(site: Site, old: OldFiles) -> None:
     visitor = visit(site, old.add(cart=1))
     with site.counted() as count:
