@@ -12,6 +12,8 @@ from flask.cli import with_appcontext
 from ..operate.health import check_store
 from ..operate.health_application import check_application
 from ..operate.health_users import check_users
+from ..operate.near_cache import check_near_cache
+from ..stores.parts import parts_of
 from .common import interfaces, print_store
 from .output import lines
 
@@ -43,6 +45,9 @@ def doctor(as_json: bool) -> None:
             *check_store(interface.store, repository.clock, elsewhere),
         ]
         found += check_users(repository, found, hasattr(app, "login_manager"))
+        changes = parts_of(interface.store).changes
+        if repository.near is not None and changes is not None:
+            found.append(check_near_cache(changes, repository.near.bound))
         cookie = repository.live.cookie_name()
         rows += [{"session": cookie, **finding._asdict()} for finding in found]
     if as_json:

@@ -120,6 +120,11 @@ class Listener(Changes):
         """Whether one feed speaks for every record."""
         return self.source.one_feed
 
+    @property
+    def trouble(self) -> str:
+        """Why nothing is heard at present, as it was logged; "" if all is well."""
+        return self._said
+
     def hear(self, hearer: Hearer, interval: float | None = None) -> None:
         """Let ``hearer`` know of changes from now on, with a beat at least every ``interval``.
 

@@ -28,6 +28,7 @@ class MemoryStore(Store):
     leases = blobs = scans = upkeep = counts = changes = itself
     unproven = "the sessions are in the memory of this process anyway"
     one_feed = True
+    trouble = ""
 
     def __init__(self, options: StoreOptions | None = None) -> None:
         self._clock = (options or StoreOptions()).clock

@@ -233,6 +233,10 @@ class Changes(Protocol):
         """Why feeds don't say as of when they are exact, and are only hints; "" if they do."""
 
     @property
+    def trouble(self) -> str:
+        """Why nothing is heard at present, as it was logged; "" if all is well."""
+
+    @property
     def one_feed(self) -> bool:
         """Whether one feed speaks for every record: there is only one server."""
 

@@ -230,8 +230,12 @@ def test_a_confirmation_begins_on_what_is_stored(
     there = worker().visitor(visitor.cookie)
     deaf(site)
     there.run(lambda session: session.destroy())
-    response = visitor.ask(lambda session: (session["cart"], session.confirm()))
-    assert response.status_code == 200
+
+    def confirm(session: Any) -> list[str]:
+        assert session["cart"] == ["mug"]
+        return calls_of(site, session.confirm)
+
+    assert visitor.run(confirm) == ["load"]
     assert visitor.run(lambda session: session.confirmed_at()) is None
 
 
@@ -281,3 +285,14 @@ def test_it_is_off_by_default(redis_url: str, store_prefix: str, clock: FakeCloc
         for _ in range(3):
             assert calls_of(site, lambda: visitor.run(dict)) == ["load"]
         assert "session-v" not in str(visitor.ask(lambda session: session.update(b=1)).headers)
+
+
+def test_without_background_threads_the_start_says_so(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flask_gsession.processes.runs_threads", lambda: False)
+    Session(Flask(__name__), store=redis_url)
+    assert "SESSION_NEAR_CACHE" not in caplog.text
+    Session(Flask(__name__), store=redis_url, near_cache=0.25)
+    assert "SESSION_NEAR_CACHE has no effect" in caplog.text
+    assert "enable-threads" in caplog.text

@@ -2,6 +2,7 @@
 
 `WORKERS_STORE`     `SESSION_STORE`; unset for the default
 `WORKERS_PREFIX`    `SESSION_KEY_PREFIX`
+`WORKERS_NEAR`      `SESSION_NEAR_CACHE`, in seconds
 `WORKERS_INSTANCE`  the instance folder
 `WORKERS_WARM`      any text: use a session while the application is made, so that a connection
                     is open before `gunicorn --preload` forks
@@ -27,6 +28,7 @@ def create_app() -> Flask:
     )
     if store := os.environ.get("WORKERS_STORE"):
         app.config["SESSION_STORE"] = store
+    app.config["SESSION_NEAR_CACHE"] = float(os.environ.get("WORKERS_NEAR", 0))
     # What the tests ask for is right answers, from a machine that may be very slow.
     app.config["SESSION_STORE_TIMEOUT"] = 20
     app.config.update(SESSION_LOCK_WAIT=60, SESSION_LOCK_TIMEOUT=60, SESSION_LOCK_WARN=None)

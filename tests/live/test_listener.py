@@ -6,12 +6,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pytest
 from redis import Redis
 
-from flask_gsession.live.listener import now
+from flask_gsession.errors import StoreUnavailable
+from flask_gsession.live.listener import Heard as HeardOf
+from flask_gsession.live.listener import Listener, now
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.stores.base import Record
 from flask_gsession.stores.parts import NEVER, Changes, Feed, Hearer
@@ -332,3 +335,85 @@ def test_listening_to_a_file_leaves_it_usable_in_a_forked_process(
     losses = heard.losses
     stored(store)
     until(lambda: heard.losses > losses, "the parent going on")
+
+
+class Silent:
+    """A source whose server answers only what the test lets it."""
+
+    unproven, one_feed, timeout = "", True, 30.0
+
+    def __init__(self) -> None:
+        self.beats = 0
+        self.answers: SimpleQueue[int] = SimpleQueue()
+        self.moved = self.shifted = bool
+
+    def servers(self) -> Iterable[str]:
+        return ("",)
+
+    def server_of(self, key: str) -> str:
+        return ""
+
+    def open(self, server: object) -> Silent:
+        return self
+
+    def read(self, seconds: float) -> HeardOf:
+        try:
+            answers = self.answers.get(timeout=min(seconds, 0.01))
+        except Empty:
+            return HeardOf([])
+        if not answers:
+            raise StoreUnavailable("cut")
+        return HeardOf([], answers)
+
+    def beat(self) -> None:
+        self.beats += 1
+
+    def shut(self) -> None:
+        self.answers.put(0)
+
+    def close(self) -> None:
+        pass
+
+
+def test_two_beats_are_unanswered_at_most_and_the_last_one_proves_nothing() -> None:
+    source = Silent()
+    listener = Listener(source)
+    listener.hear(Heard(), 0.001)
+    listener.start()
+    until(lambda: source.beats == 2, "two beats")
+    time.sleep(0.1)
+    assert source.beats == 2
+    feed = listener.feed("k")
+    assert feed is not None
+    source.answers.put(1)
+    until(lambda: source.beats == 3, "the third beat")
+    assert feed.exact_as_of == NEVER
+    before = now()
+    source.answers.put(1)
+    until(lambda: feed.exact_as_of != NEVER, "the proof")
+    assert feed.exact_as_of < before  # when the first one was sent
+    listener.close()
+
+
+def test_after_a_cut_two_answers_are_needed_again() -> None:
+    source = Silent()
+    listener = Listener(source)
+    heard = Heard()
+    listener.hear(heard, 0.001)
+    listener.start()
+    until(lambda: source.beats == 2, "two beats")
+    source.answers.put(2)
+    first = proven(listener)
+    until(lambda: source.beats == 4, "two more beats")
+    source.answers.put(0)
+    until(lambda: listener.feed("k") not in (None, first), "another feed")
+    feed = listener.feed("k")
+    assert feed is not None
+    until(lambda: source.beats == 6, "two beats after the cut")
+    source.answers.put(1)
+    until(lambda: source.beats == 7, "the answer")
+    assert feed.exact_as_of == NEVER
+    source.answers.put(1)
+    until(lambda: feed.exact_as_of != NEVER, "the proof")
+    assert heard.losses
+    listener.close()

@@ -39,18 +39,22 @@ class Setup(NamedTuple):
     workers: int
     options: tuple[str, ...] = ()
     warm: bool = False
+    near: float = 0
 
     def __str__(self) -> str:
         kind = "-".join(option.lstrip("-") for option in self.options) or "sync"
-        return f"{self.store}-{self.workers}-{kind}"
+        return f"{self.store}-{self.workers}-{kind}{'-near' if self.near else ''}"
 
 
+NEAR = 0.5  # seconds
 STORES = ["sqlite", "redis", "mongodb"]
 SETUPS = [
     *(Setup(store, workers) for workers in (2, 4) for store in STORES),
     *(Setup(store, 2, GTHREAD) for store in STORES),
     *(Setup(store, 2, GEVENT) for store in STORES),
     *(Setup(store, 2, ("--preload",), warm=True) for store in STORES),
+    Setup("redis", 2, GEVENT, near=NEAR),
+    Setup("redis", 2, ("--preload",), warm=True, near=NEAR),
 ]
 PRELOADED = [setup for setup in SETUPS if setup.warm]
 
@@ -70,6 +74,8 @@ def server(
         environment["WORKERS_STORE"] = redis_server().url
     else:
         environment["WORKERS_STORE"] = with_database(mongo_server().url, f"test_{name}")
+    if setup.near:
+        environment["WORKERS_NEAR"] = str(setup.near)
     if setup.warm:
         environment["WORKERS_WARM"] = "yes"
     try:

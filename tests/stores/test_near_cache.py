@@ -39,6 +39,10 @@ class Scripted(Changes):
     def one_feed(self) -> bool:
         return True
 
+    @property
+    def trouble(self) -> str:
+        return ""
+
     def prove(self) -> None:
         assert self.one is not None
         self.one.exact_as_of = listener.now() + 1000  # as if the test took no time
