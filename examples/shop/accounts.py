@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import wraps
 from typing import ParamSpec
 
-from flask import redirect, url_for
+from flask import redirect, request, url_for
 from flask.typing import ResponseReturnValue
 from werkzeug.security import check_password_hash, generate_password_hash
 
@@ -69,15 +69,33 @@ class Accounts:
         return tuple(row) if row else None
 
 
+BROWSERS = {"Edg/": "Edge", "Firefox/": "Firefox", "Chrome/": "Chrome", "Safari/": "Safari"}
+SYSTEMS = {
+    "Android": "Android",
+    "iPhone": "iPhone",
+    "Windows": "Windows",
+    "Mac OS": "macOS",
+    "Linux": "Linux",
+}
+
+
+def _label() -> str:
+    """The browser of this request, as its owner would call it."""
+    agent = request.user_agent.string
+    browser = next((name for part, name in BROWSERS.items() if part in agent), "A browser")
+    system = next((f" on {name}" for part, name in SYSTEMS.items() if part in agent), "")
+    return browser + system
+
+
 def sign_in(person: Person, keep: bool = False) -> None:
-    """Make this visitor's session the person's.
+    """Make this visitor's session the person's, and list it among their devices.
 
     With `keep` it outlives the browser window, for `PERMANENT_SESSION_LIFETIME`.
 
     The token changes, and without grace: whoever knew the one from before, perhaps because they
     planted it, must not be signed in as well (OWASP, session fixation).
     """
-    session.rotate(grace=0)
+    session.bind(person.name, label=_label())
     session.permanent = keep
     session["user"] = person.name
     session["signed_in_at"] = datetime.now(UTC)

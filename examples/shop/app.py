@@ -63,6 +63,7 @@ def create_app(
     if store:
         app.config["SESSION_STORE"] = store
     app.config["SESSION_COOKIE_SAMESITE"] = "Lax"
+    app.config["SESSION_CONFIRM_VIEW"] = "devices.confirm"
     app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
     app.config.update(settings)
     if not app.config["SECRET_KEY"]:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from flask import Flask, request
 
+from flask_gsession import session
+
 try:
     from flask_gsession.contrib.ratelimit import SessionLimits, session_limit
 except ImportError:
@@ -25,10 +27,17 @@ def limit_sign_in(view: View) -> View:
         return view
     return session_limit(
         "10/hour",  # for one account, from everywhere
-        key=lambda: request.form.get("name", "").strip().lower(),
+        key=_account,
         network="100/hour",  # from one network, for all accounts
         deduct_when=lambda response: response.status_code == WRONG_PASSWORD,
     )(view)
+
+
+def _account() -> str:
+    """Whose password it is: on the sign-in page the one that is named, elsewhere the visitor's."""
+    if request.endpoint == "account.check":
+        return request.form.get("name", "").strip().lower()
+    return str(session.get("user", ""))
 
 
 def start(app: Flask) -> None:

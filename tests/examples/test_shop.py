@@ -284,6 +284,8 @@ class Page(HTMLParser):
         ("/orders/1", 200),
         ("/preferences", 200),
         ("/session", 200),
+        ("/devices", 200),
+        ("/confirm", 200),
         ("/nowhere", 404),
     ],
 )
@@ -539,7 +541,7 @@ def test_a_wrong_method_is_refused_in_the_shops_style(app: Flask) -> None:
 
 def every_form(app: Flask) -> list[str]:
     rules = (rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ()))
-    return [rule.rule.replace("<sku>", "KIT-101") for rule in rules]
+    return [rule.rule.replace("<sku>", "KIT-101").replace("<device>", "x") for rule in rules]
 
 
 @pytest.mark.parametrize("token", [None, "", "wrong", "ä\x00", "x" * 10_000, "another visitor's"])
@@ -553,7 +555,7 @@ def test_no_form_goes_through_without_its_token(app: Flask, token: str | None) -
         form["csrf_token"] = Visitor(app).token() if token.startswith("another") else token
     before = visitor.session()
     forms = every_form(app)
-    assert len(forms) == 8
+    assert len(forms) == 11
     for path in forms:
         page = visitor.client.post(path, data=form)
         assert page.status_code == 400, path
@@ -642,6 +644,53 @@ def test_signing_out_ends_the_session_for_good(open_shop: Opener, store_url: str
     assert thief.get("/orders").location == "/sign-in?next=orders"
     assert thief.session()["handle"] is None
     assert thief.cart() == {}
+
+
+def test_devices_are_listed_and_ended(open_shop: Opener, store_url: str) -> None:
+    app = open_shop(store_url)
+    desk, phone, tablet, other = (Visitor(app) for _ in range(4))
+    agent = "Mozilla/5.0 (iPhone) AppleWebKit/605 Version/18.0 Safari/604.1"
+    phone.client.environ_base["HTTP_USER_AGENT"] = agent
+    for visitor in (desk, phone, tablet):
+        visitor.sign_in()
+    other.sign_in("jonas")
+    page = desk.get("/devices")
+    Page(page.text)
+    assert "Safari on iPhone" in page.text
+    assert page.text.count("this one") == 1
+    forms = re.findall(r'action="(/devices/[^"]+/end)">.*?aria-label="([^"]*)"', page.text, re.S)
+    (form,) = (path for path, label in forms if "Safari" in label)
+    other.post(form)
+    assert "user" in phone.session()["keys"], "the device of somebody else"
+    assert desk.post(form).location == "/devices"
+    assert "user" not in phone.session()["keys"]
+    assert desk.post("/devices/end-others").location == "/devices"
+    assert "user" not in tablet.session()["keys"]
+    assert "user" in desk.session()["keys"]
+    assert "user" in other.session()["keys"]
+    assert Visitor(app).get("/devices").location == "/sign-in?next=devices"
+
+
+def test_ending_devices_needs_a_fresh_password(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, phone = Visitor(app), Visitor(app)
+    for visitor in (desk, phone):
+        visitor.sign_in()
+    headers = {"Accept": "text/html", "Referer": "http://localhost/devices"}
+    data = {"csrf_token": desk.token()}
+    with monkeypatch.context() as later:
+        later.setattr("flask_gsession.freshness.confirmed_at", lambda *arguments: None)
+        asked = desk.client.post("/devices/end-others", data=data, headers=headers)
+    assert asked.location == "/confirm?next=/devices"
+    assert "user" in phone.session()["keys"]
+    page = desk.get(asked.location)
+    assert 'name="next" value="/devices"' in page.text
+    wrong = desk.post("/confirm", password="wrong", next="/devices")
+    assert (wrong.status_code, "Wrong password." in wrong.text) == (401, True)
+    Page(wrong.text)
+    before = desk.cookie
+    right = desk.post("/confirm", password=DEMO_PASSWORD, next="//evil.example")
+    assert right.location == "/devices"
+    assert desk.cookie != before
 
 
 def test_forgetting_leaves_nothing(open_shop: Opener, store_url: str) -> None:

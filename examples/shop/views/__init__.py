@@ -2,6 +2,12 @@
 
 from flask import Blueprint
 
-from . import account, basket, goods, visit
+from . import account, basket, devices, goods, visit
 
-blueprints: tuple[Blueprint, ...] = (goods.pages, basket.pages, account.pages, visit.pages)
+blueprints: tuple[Blueprint, ...] = (
+    goods.pages,
+    basket.pages,
+    account.pages,
+    devices.pages,
+    visit.pages,
+)

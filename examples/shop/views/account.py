@@ -18,6 +18,7 @@ RETURN_TO = {
     "place": "basket.checkout",
     "orders": "basket.orders",
     "order": "basket.orders",
+    "devices": "devices.devices",
 }
 REASONS = {
     "basket.checkout": "To order, please sign in. Your cart comes with you.",

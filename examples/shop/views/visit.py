@@ -12,6 +12,7 @@ from flask_gsession import session
 pages = Blueprint("visit", __name__)
 
 PURPOSES = {
+    "_confirmed": "When you gave your password again",
     "_permanent": "Whether to keep you signed in",
     "_flashes": "A message for the next page",
     "cart": "What you mean to buy",
