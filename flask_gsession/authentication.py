@@ -53,7 +53,7 @@ def rotate_at_sign_in(app: Flask, *, remembers: bool) -> None:
 
 
 def look_at_user() -> None:
-    """Let Flask-Login, if it is in use, load the user and protect the session now."""
+    """Let Flask-Login, if the application uses it, load the user and protect the session now."""
     if hasattr(current_app, "login_manager"):
         from flask_login import current_user
 

@@ -40,10 +40,10 @@ E = TypeVar("E", bound=Event)
 class Session:
     """Server-side sessions for Flask.
 
-    ``app``: the application; or call ``init_app`` later, also for several applications.
-    ``settings``: each setting ``SESSION_X`` as the keyword ``x``; it goes before ``app.config``.
-    ``help(flask_gsession.config.SettingKeywords)`` lists them.
-    ``clock``: a function that gives the time in seconds since 1970, for tests.
+    ``app``: the application. You can also call ``init_app`` later, even for several applications.
+    ``settings``: each setting ``SESSION_X`` as the keyword ``x``, which overrides ``app.config``.
+    ``help(flask_gsession.config.SettingKeywords)`` lists them. ``clock``: a function that returns
+    the time in seconds since 1970, for tests.
 
     The first ``Session`` of an application serves ``flask.session``. Further ones need another
     ``cookie_name``; their session is ``ext.session``.
@@ -64,10 +64,10 @@ class Session:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Check the settings of ``app`` and replace its session interface. Asks no server.
+        """Check the settings of ``app`` and replace its session interface. Connects to no server.
 
-        Raises ``SettingError``, also when this ``Session``, or one with this cookie name, is on
-        the application already.
+        Raises ``SettingError``, also if this ``Session``, or one with this cookie name, is already
+        on the application.
         """
         if not isinstance(app, Flask):
             raise SettingError(
@@ -77,7 +77,7 @@ class Session:
         interfaces: dict[Session, GSessionInterface] = app.extensions.setdefault(NAME, {})
         settings = read_settings(app, self._settings, further=bool(interfaces))
         if self in interfaces:
-            raise SettingError("This Session is on the application already")
+            raise SettingError("This Session is already on the application")
 
         def is_taken(cookie: str) -> bool:
             others = (interface for ext, interface in interfaces.items() if ext is not self)
@@ -103,7 +103,7 @@ class Session:
         source = DEFAULT_STORE if settings.store is None else settings.store
         store, owned = open_store(source, options, app.instance_path)
         if settings.logout_replicas and owned and not store.confirms_logouts:
-            warn("SESSION_LOGOUT_REPLICAS has no effect on this store; only a Redis heeds it")
+            warn("SESSION_LOGOUT_REPLICAS has no effect on this store; it works with Redis only")
         events = self._events.of(app)
         breaker = None
         if settings.breaker_failures:
@@ -156,39 +156,39 @@ class Session:
         For jobs, socket handlers and administration, in an application context, and inside a
         request for another session. ``async with`` works too. ``handle``: from ``session.handle``,
         the log or ``flask gsession list``. An earlier handle works for as long as its token does.
-        ``renew``: False lets the block not count as use, so the idle expiry stays where it is.
+        ``renew``: with False, the block doesn't count as use, and the idle expiry stays.
 
-        Raises ``ValueError`` for what can't be a handle. What the block raises, and what it costs:
-        see ``OpenSession``.
+        Raises ``ValueError`` for an impossible handle. For errors of the block, and its cost, see
+        ``OpenSession``.
         """
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
         return OpenSession(self._interface(app).repository, app, handle, renew)
 
     def peek(self, handle: str | None) -> SessionPeek | None:
-        """What the session with this handle holds now, read-only, or None if there is none.
+        """The present contents of the session with this handle, read-only, or None.
 
-        It doesn't count as use of the session: nothing is written, and the idle expiry stays where
-        it is. Needs an application context. Raises ``ValueError`` for what can't be a handle. One
-        round trip.
+        This doesn't count as use of the session: nothing is written, and the idle expiry stays.
+        Needs an application context. Raises ``ValueError`` for an impossible handle. One round
+        trip.
         """
         return peek(self._interface(None).repository, handle)
 
     @cached_property
     def users(self) -> Users:
-        """The users of the current application, their devices, and how to end them."""
+        """The users of the current application and their devices, and how to sign them out."""
         return Users(lambda: self._interface(None).repository, self._session_here)
 
     def store(self, app: Flask | None = None) -> Store:
-        """The store of ``app``, by default of the current application."""
+        """The store of ``app``, or of the current application."""
         return self._interface(app).store
 
     def on(
         self, event: type[E], receiver: Callable[[E], object] | None = None
     ) -> Callable[[Callable[[E], object]], Callable[[E], object]]:
-        """Call ``receiver`` with every such event; usable as a decorator: ``@ext.on(Event)``.
+        """Call ``receiver`` with every such event. Also works as a decorator: ``@ext.on(Event)``.
 
-        The events are in ``flask_gsession.events``. A receiver runs inside the request and should
-        be quick; one that fails is logged and does no harm.
+        The events are in ``flask_gsession.events``. A receiver runs inside the request, so it
+        should be quick. If it fails, the error is logged, and the request continues.
         """
 
         def subscribe(function: Callable[[E], object]) -> Callable[[E], object]:
@@ -200,7 +200,7 @@ class Session:
         return subscribe
 
     def close(self, app: Flask | None = None) -> None:
-        """Release the connections of the store, unless the store object was passed in."""
+        """Release the store's connections, unless you passed in the store object."""
         interface = self._interface(app)
         if interface.owns_store:
             interface.store.close()
@@ -224,7 +224,7 @@ class Session:
         interface = self._interface(None)
         if not has_request_context():
             return flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
-        # Asked of the session as well, since the application may have wrapped the interface.
+        # Check the session too, since the application may have wrapped the interface.
         own = current_app.session_interface is interface
         if own or interface.has_opened(session_of_request()):
             return flask_session._get_current_object()  # type: ignore[attr-defined]  # a proxy
@@ -246,8 +246,8 @@ def _check_near_cache(store: Store) -> None:
 
 
 def _declare(schema: object, repository: Repository) -> None:
-    """Let ``schema`` check what is put into the sessions of ``repository``."""
-    from .typed import SessionSchema  # which needs an extra
+    """Let ``schema`` check all values of the repository's sessions."""
+    from .typed import SessionSchema  # needs an extra
 
     check = SessionSchema(schema, repository.now)
     repository.check = check

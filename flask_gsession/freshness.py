@@ -56,7 +56,7 @@ def require_fresh(
         raise SettingError(f"require_fresh: {error}") from None
 
     def answer() -> Any:
-        """What the client gets instead of the view; None where the user may go on."""
+        """The response instead of the view; None if the user may continue."""
         target: Any = session
         if target is None:
             opened = current_session("require_fresh")

@@ -1,4 +1,4 @@
-"""Flask's session interface: opens sessions, saves them, and is the one place for cookies."""
+"""Flask's session interface: opens and saves sessions. The only place for cookies."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from .streams import can_read_session
 from .tokens import TokenSigner
 from .watching.debug import begin, report
 
-#: Where a request keeps the sessions of an application's further ``Session`` objects. Not in its
-#: environment, which an application may hand on to another.
+#: The request's attribute for sessions of the application's further ``Session`` objects. It isn't
+#: in the environment, which an application may pass on to another.
 _FURTHER = "_gsession_further"
 _SAVED = "_gsession_saved"
 
 _NOTHING = Presented()
 
-#: Behind the name of the cookie or the header with the token: the version that was written last.
+#: The suffix of the cookie or header with the version that the client wrote last.
 _VERSION, _VERSION_HEADER = "-v", "-Version"
 
-#: Around a cookie and a header (RFC 6265, 4.2.1; RFC 9110, 5.5). A WSGI server hands bytes on as
-#: Latin-1, where ``str.strip`` would also remove 0x85 and 0xA0: with such a byte in front, a
-#: sibling domain could plant a cookie of a ``__Host-`` name.
+#: Blanks around cookies and headers (RFC 6265, 4.2.1; RFC 9110, 5.5). A WSGI server decodes bytes
+#: as Latin-1, and ``str.strip`` would then also remove 0x85 and 0xA0. By such a byte before the
+#: name, a sibling domain could plant a cookie with a ``__Host-`` name.
 _BLANKS = " \t"
 _LONGEST_VERSION = 20  # digits
 
@@ -65,8 +65,8 @@ _OF_THE_BODY = re.compile(
 class GSessionInterface(SessionInterface):
     """Opens and saves the sessions of one ``Session`` on one application.
 
-    Opening does nothing but remember the request: Flask opens the session before routing, for
-    every request. Cookie attributes are Flask's own ``SESSION_COOKIE_*``.
+    Flask opens the session before routing, for every request, so opening only remembers the
+    request. Cookie attributes are Flask's own ``SESSION_COOKIE_*``.
     """
 
     session_class = SessionData
@@ -75,7 +75,7 @@ class GSessionInterface(SessionInterface):
         self.repository = repository
         self.store = store
         self.owns_store = owns_store
-        #: Whether the application has further ``Session`` objects beside this one.
+        #: whether the application has further ``Session`` objects
         self.has_further = False
         self._live = repository.live
         self._misses_key = False
@@ -86,11 +86,11 @@ class GSessionInterface(SessionInterface):
         repository.last_seen_version = self._last_seen_version
 
     def get_cookie_name(self, app: Flask) -> str:
-        """The cookie's name: of this ``Session``, not of the application."""
+        """The cookie's name, which belongs to this ``Session``, not to the application."""
         return self._live.cookie_name()
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
-        """A session that loads itself when it is looked at; None without a ``SECRET_KEY``."""
+        """A session that loads itself at the first look; None without a ``SECRET_KEY``."""
         if not app.secret_key:
             if not self._misses_key:
                 self._misses_key = True
@@ -107,17 +107,17 @@ class GSessionInterface(SessionInterface):
             hooks = None
         session = SessionData(self.repository, self._present, app, request, hooks)
         if app.after_request_funcs and hooks is not None:
-            hooks.append(partial(begin_response, session))  # one may look at the session first
+            hooks.append(partial(begin_response, session))  # before a hook can look at the session
         if self._debug:
             begin(session, request)
         return session
 
     def has_opened(self, session: object) -> bool:
-        """Whether ``session`` is one of this interface."""
+        """Whether this interface opened ``session``."""
         return isinstance(session, SessionData) and repository_of(session) is self.repository
 
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
-        """The session of a second ``Session`` on the application, the same all request long."""
+        """The session of a second ``Session`` on the application: one object per request."""
         opened: dict[object, Any] = vars(request).setdefault(_FURTHER, {})
         if self not in opened:
             session = self.open_session(app, request)
@@ -130,29 +130,29 @@ class GSessionInterface(SessionInterface):
                     add_further(of_request, session)
         session = opened[self]
         session.accessed = True
-        return session  # type: ignore[no-any-return]  # what was put in above
+        return session  # type: ignore[no-any-return]  # put there above
 
     def regenerate(self, session: SessionMixin) -> None:
-        """Give the session a new token, for code that was written for Flask-Session.
+        """Give the session a new token, for code written for Flask-Session.
 
-        As ``session.rotate(grace=0)``: the old token ends at once.
+        Equals ``session.rotate(grace=0)``: the old token ends at once.
         """
         if isinstance(session, SessionData):
             session.rotate(grace=0)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
-        """Store what the request changed; set or delete the cookie only where that is needed.
+        """Store the request's changes. Set or delete the cookie only if necessary.
 
-        Called by Flask, a failure becomes the application's own error response. It raises only for
-        errors in the program where the application lets exceptions through (tests, debug mode).
-        Called by hand, it raises whatever could not be stored, since nobody may send the response.
+        When Flask calls it, a failure becomes the application's own error response. Only errors in
+        the program raise, and only if the application lets exceptions through (tests, debug mode).
+        When the application calls it, every failure raises, since this response may never be sent.
         """
-        if isinstance(session, LocalProxy):  # flask.session, by hand
+        if isinstance(session, LocalProxy):  # flask.session, saved by the application
             session = session._get_current_object()
-            session.accessed = True  # as Flask 3.1.3 sets it
+            session.accessed = True  # as Flask 3.1.3 does
         if not (self.has_further and has_request_context()):
             if not session.accessed and response.is_sequence and isinstance(session, SessionData):
-                close_unused(session)  # and nothing of the response can look at it later
+                close_unused(session)  # and the body can't look at it later
                 return
             self._save(app, session, response)
             self._write_headers(app, session, response)
@@ -167,7 +167,7 @@ class GSessionInterface(SessionInterface):
             of_request[_SAVED] = True
         for interface, opened in sessions:
             interface._save(app, opened, response)
-        # Only now: a failure of one makes a new answer, and the others' cookies belong into it.
+        # After all saves: if one fails, the new response needs the cookies of the others.
         for interface, opened in sessions:
             interface._write_headers(app, opened, response)
 
@@ -182,7 +182,7 @@ class GSessionInterface(SessionInterface):
         life = lifecycle_of(session)
         if life.phase == Phase.SAVED:
             return
-        # Where nobody has looked at the session, only a streamed body shows that Flask saves it.
+        # If nothing has looked at the session, only a streamed body shows that Flask saves it.
         by_hand = life.phase == Phase.VIEW and (life.opened or response.is_sequence)
         if "security" in app.extensions:
             rotate_after_a_step(session, life)
@@ -193,7 +193,7 @@ class GSessionInterface(SessionInterface):
             return
         trouble = life.trouble
         if trouble is not None and trouble.loading and (trouble.unseen or life.error_page):
-            # Nobody was told, or the application's page for the outage needed the session.
+            # The outage isn't reported yet, or its error page also needed the session.
             if by_hand:
                 raise trouble.error
             _replace_response(response, _response_to(app, trouble.error))
@@ -245,7 +245,7 @@ class GSessionInterface(SessionInterface):
         start = name + "="
         if start not in cookies:
             return _NOTHING
-        # A signed token needs no quoting, so nothing is unquoted: what is quoted is not ours.
+        # A signed token needs no quotes. A quoted value isn't ours.
         values = []
         for pair in cookies.split(";"):
             stripped = pair.strip(_BLANKS)
@@ -266,13 +266,13 @@ class GSessionInterface(SessionInterface):
         if signer is None or given != known or name != known_name:
             keys = self._live.secret_keys()
             if not keys[0]:
-                keys = secret_keys(app)  # says what is wrong with the first key that there is
+                keys = secret_keys(app)  # raises an error that says what is wrong
             signer = TokenSigner(keys, name)
             self._signer = (given, name, signer)
         return signer
 
     def _last_seen_version(self, request: Request, by_header: bool) -> int | None:
-        """The version of the session that the client wrote last, as the response told it."""
+        """The version that the client wrote last, from its cookie or header."""
         if by_header:
             text = request.headers.get(f"{self._token_header}{_VERSION_HEADER}", "")
         else:
@@ -290,9 +290,9 @@ class GSessionInterface(SessionInterface):
         *,
         by_header: bool,
     ) -> None:
-        """Let the client's next request see the write of this one, whichever worker has it.
+        """Let the client's next request see this write, whichever worker serves it.
 
-        For one bound: after that no near cache has an older record.
+        The version lasts for one bound: after that, no near cache has an older record.
         """
         near, record = self.repository.near, life.seen.record
         if near is None or record is None or loaded is None:
@@ -332,13 +332,13 @@ class GSessionInterface(SessionInterface):
     def _failed(
         self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
     ) -> None:
-        """Answer with the application's error response instead: the changes were not stored."""
+        """Replace the response with the application's error response: the changes were not stored."""
         if life.trace is not None:
             life.trace.failure = type(error).__name__
         if isinstance(error, UnsupportedType) and not self.repository.settings.debug:
             error.add_note("With SESSION_DEBUG = True the line that assigns such a value raises.")
         outage = isinstance(error, StoreUnavailable)
-        if outage and not isinstance(error, LogoutUnconfirmed):  # what was to be stored is, there
+        if outage and not isinstance(error, LogoutUnconfirmed):  # there, the changes are stored
             life.repository.events.emit(WriteDropped, life.handle, "store unavailable")
         if by_hand:
             raise error
@@ -348,7 +348,7 @@ class GSessionInterface(SessionInterface):
 
 
 def _is_by_hand(session: SessionData) -> bool:
-    """Whether the application saves the session, and not Flask with the response it sends."""
+    """Whether the application saves the session, instead of Flask with its response."""
     life = existing_lifecycle(session)
     return life is not None and life.phase == Phase.VIEW
 
@@ -359,7 +359,7 @@ def _is_of_request(session: SessionData) -> bool:
 
 
 def session_of_request() -> object:
-    """What ``flask.session`` stands for now; looking at it doesn't count as using it."""
+    """The object behind ``flask.session``. Looking at it here doesn't count as access."""
     context = request_ctx._get_current_object()  # type: ignore[attr-defined]  # a proxy
     try:
         return context._session
@@ -368,7 +368,7 @@ def session_of_request() -> object:
 
 
 def note_error_page(app: Flask, **_: Any) -> None:
-    """Flask makes a page for an error that nobody handled: its sessions must not raise now."""
+    """Called when Flask makes an error page: from now on, its sessions must not raise."""
     if has_request_context():
         for session in (session_of_request(), *vars(request).get(_FURTHER, {}).values()):
             if isinstance(session, SessionData):
@@ -376,9 +376,10 @@ def note_error_page(app: Flask, **_: Any) -> None:
 
 
 def _response_to(app: Flask, error: Exception) -> Response:
-    """What the application answers when a view raises ``error``.
+    """The application's response if a view raises ``error``.
 
-    Its hooks have run already, so a page of its own for the error gets ``Retry-After`` here.
+    The hooks for ``Retry-After`` have run already, so an error page of the application gets it
+    here.
     """
     response = _page_for(app, error)
     wait = getattr(error, "retry_after", None)
@@ -397,7 +398,7 @@ def _page_for(app: Flask, error: Exception) -> Response:
 
 
 def _plain_error(app: Flask, error: Exception, *, handled: bool) -> Response:
-    """The answer to an error that has no handler, or whose handler failed too."""
+    """The response to an error that has no handler, or whose handler failed too."""
     if not isinstance(error, HTTPException):
         assert error.__traceback__ is not None  # it was raised
         app.log_exception((type(error), error, error.__traceback__))
@@ -419,7 +420,7 @@ def _bare_error(app: Flask, error: HTTPException) -> Response:
 def _add_vary(response: Response, header: str) -> None:
     for name, _ in response.headers:
         if name.lower() == "vary":
-            # In one line: of several, ``vary`` sees the first, and puts what it makes for them all.
+            # Join the lines first: ``vary`` reads only one, and replaces all of them.
             response.headers["Vary"] = ", ".join(response.headers.getlist("Vary"))
             response.vary.add(header)
             return
@@ -427,13 +428,13 @@ def _add_vary(response: Response, header: str) -> None:
 
 
 def _replace_response(response: Response, answer: Response) -> None:
-    """Make ``response``, which Flask already holds, say what ``answer`` says."""
+    """Give ``response``, which Flask already holds, the contents of ``answer``."""
     close = getattr(response.response, "close", None)
     if close is not None:
         close()
     response.status = answer.status
-    # Of the view's headers those stay that speak of the exchange (CORS, a request id), not those
-    # that speak of the body, or that act on what the view did.
+    # Keep the view's headers about the exchange (CORS, a request id). Drop headers about the body,
+    # and those that act on the view's result.
     for name in {name for name, _ in response.headers}:
         if _OF_THE_BODY.fullmatch(name):
             del response.headers[name]

@@ -1,9 +1,9 @@
-"""``SESSION_REMEMBER = "session"``: Flask-Login's remember-me as a permanent session of ours.
+"""``SESSION_REMEMBER = "session"``: turns Flask-Login's remember-me into a permanent session.
 
-So there is one cookie, which ends with its session. What Flask-Login asks for at a sign-in becomes
-a permanent session, and its own cookie is neither sent nor read. One from before is converted once,
-since it can be copied and carries neither a time nor a device: a mark in the store remembers whose
-cookie was converted.
+So there is one cookie, which ends with its session. If Flask-Login asks to remember a user, the
+session becomes permanent, and Flask-Login's cookie is neither sent nor read. An old cookie is
+converted once, since it can be copied and carries neither a time nor a device. A mark in the store
+notes each converted cookie.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_kept_by_session(life: Lifecycle) -> bool:
 
 
 def wants_to_be_remembered(session: SessionData) -> tuple[bool, Any]:
-    """Take over what ``login_user`` was told: whether to remember the user, and for how long."""
+    """Take over the arguments of ``login_user``: whether to remember the user, and for how long."""
     return session.pop(_WISH, None) == "set", session.pop(_SECONDS, None)
 
 
