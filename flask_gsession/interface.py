@@ -332,7 +332,7 @@ class GSessionInterface(SessionInterface):
     def _failed(
         self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
     ) -> None:
-        """Replace the response with the application's error response: the changes were not stored."""
+        """Replace the response with the application's error response: changes were not stored."""
         if life.trace is not None:
             life.trace.failure = type(error).__name__
         if isinstance(error, UnsupportedType) and not self.repository.settings.debug:

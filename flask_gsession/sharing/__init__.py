@@ -1,1 +1,1 @@
-"""Sessions for other services: the store over gRPC, values of a session, and who somebody is."""
+"""For other services: who a visitor is, a session's values, and the store itself over gRPC."""

@@ -28,10 +28,10 @@ _REPLACE = base.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
 class ExtAuthzService(Service):
-    """Answers Envoy, which needs the grant ``verify``; it tells the session keys in ``read``."""
+    """Answers Envoy, which needs the grant ``verify``, and gets the session keys in ``read``."""
 
     methods = describe(auth.DESCRIPTOR.services_by_name["Authorization"])
-    strict = False  # newer ones of Envoy tell more than this needs
+    strict = False  # newer versions of Envoy send more fields
 
     def __init__(self, app: Flask, ext: Session, user: str | None = None) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""A page that proxies ask who a visitor is: nginx, Traefik, Caddy, HAProxy and Envoy."""
+"""A page for proxies that ask who a visitor is: nginx, Traefik, Caddy, HAProxy and Envoy."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def verify_blueprint(
 ) -> Blueprint:
     """A blueprint with the page ``url``, for the proxy in front of other services.
 
-    It answers 200 with ``X-Session-User`` and a header for each of the session keys ``values``;
-    401 if nobody is signed in; 503 with ``Retry-After`` while the store does not answer. Only the
-    session cookie is read. The page doesn't count as use of the session, unless you set ``renew``.
+    It responds 200 with ``X-Session-User`` and a header for each of the session keys ``values``;
+    401 if the visitor isn't signed in; 503 with ``Retry-After`` if the store doesn't answer. It
+    reads only the session cookie. The page doesn't count as use of the session, unless you set ``renew``.
     ``user``: the session key with the user's id. ``passports``: adds ``X-Session-Passport``. One
     round trip.
     """
@@ -41,8 +41,8 @@ def verify_blueprint(
     if passports is not None:
         absent["X-Session-Passport"] = ""
 
-    # Without Flask's own answer to OPTIONS, which is 200 for anybody. Envoy asks with the method of
-    # the request, and with its path behind the page's.
+    # Flask's own answer to OPTIONS would be 200 for every visitor. Envoy sends the method of the
+    # original request, and appends its path.
     @blueprint.route(url, methods=_METHODS, provide_automatic_options=False)
     @blueprint.route(f"{url}/<path:of>", methods=_METHODS, provide_automatic_options=False)
     def verify(of: str = "") -> Response:

@@ -1,4 +1,4 @@
-"""What each service may do: nothing, unless a file grants it."""
+"""The permissions of each service, from a file. Without an entry, a service may do nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DIGEST = re.compile("[0-9a-f]{64}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What one service may do. ``read`` and ``write`` are keys of sessions; no key is implied.
+    """The permissions of one service. ``read`` and ``write`` list session keys.
 
     ``store`` is full power: every verb on every session.
     """
@@ -35,9 +35,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Grants:
-    """The grants of a file, by how a service shows who it is.
+    """The grants of a file, by the credentials of a service.
 
-    ``anonymous``: for callers that show nothing; only a Unix socket's, whose file mode decides.
+    ``anonymous``: for callers without credentials; only for a Unix socket, protected by its file
+    mode.
     """
 
     by_certificate: Mapping[str, Grant] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class Grants:
     def of(self, names: list[str], token: str | None) -> Grant | None:
         """The grant of a caller with a certificate for ``names``, or with ``token``.
 
-        A caller with both has the one of its certificate. None: there is no such service.
+        The certificate comes first, if a caller has both. None for an unknown caller.
         """
         for name in names:
             grant = self.by_certificate.get(name)
@@ -58,19 +59,19 @@ class Grants:
         return self.anonymous
 
 
-#: For a Unix socket without a grants file: its mode says who may open it.
+#: For a Unix socket without a grants file: its file mode protects it.
 FULL_POWER = Grants(anonymous=Grant("the socket's user", store=True))
 
 
 def digest(token: str) -> bytes:
-    """What is kept of a token, which is random: looking it up in a dict gives nothing away."""
+    """The digest that is kept of a token. The token is random, so a dict lookup leaks nothing."""
     return hashlib.sha256(token.encode()).digest()
 
 
 def read_grants(path: str) -> Grants:
     """The grants in a TOML file, one table for each service.
 
-    Raises ``SettingError`` that names the service and what is allowed.
+    Raises ``SettingError`` with the service and the allowed values.
     """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -91,18 +92,18 @@ def read_grants(path: str) -> Grants:
 
 def _grant(path: str, service: str, table: object) -> tuple[Grant, str | None, bytes | None]:
     if not isinstance(table, dict):
-        raise _wrong(path, service, f"stands outside of a table: begin one with [{service}]")
+        raise _wrong(path, service, f"is outside of a table: begin one with [{service}]")
     for name in table.keys() - set(_FIELDS):
         raise _wrong(path, service, f"has {name!r}; allowed: {', '.join(_FIELDS)}")
     certificate, token = table.get("certificate"), table.get("token_sha256")
     if certificate is None and token is None:
-        raise _wrong(path, service, "has neither certificate nor token_sha256: nobody could use it")
+        raise _wrong(
+            path, service, "has neither certificate nor token_sha256, so no caller matches"
+        )
     if certificate is not None and not (isinstance(certificate, str) and certificate):
         raise _wrong(path, service, "has a certificate that isn't a name, as 'billing.internal'")
     if token is not None and not (isinstance(token, str) and _DIGEST.fullmatch(token)):
-        raise _wrong(
-            path, service, "has a token_sha256 that isn't 64 hexadecimal digits in small letters"
-        )
+        raise _wrong(path, service, "has a token_sha256 that isn't 64 lowercase hexadecimal digits")
     values: dict[str, Any] = {}
     for name in _FLAGS:
         values[name] = table.get(name, False)

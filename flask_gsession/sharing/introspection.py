@@ -1,4 +1,4 @@
-"""OAuth 2.0 token introspection (RFC 7662): what a session cookie is worth, for other services."""
+"""OAuth 2.0 token introspection (RFC 7662) of session cookies, for other services."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def introspection_blueprint(
 
     ``grants``: the grants, or the path of their file. A service needs ``verify = true`` and a
     token. It sends that as the password of HTTP Basic, with its name as the user, or as a bearer
-    token. The answer tells it the session keys in its ``read``. 503 while the store does not
-    answer. One round trip.
+    token. The answer holds the session keys in its ``read``. 503 if the store doesn't answer. One
+    round trip.
     """
     known = read_grants(grants) if isinstance(grants, str) else grants
     if not any(grant.verify for grant in known.by_token.values()):

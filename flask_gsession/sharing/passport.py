@@ -1,4 +1,4 @@
-"""Passports: signed statements of who somebody is, for services that must not ask.
+"""Passports: signed statements about a visitor, for services that can't ask the application.
 
 A passport is a JWT (RFC 7519) of at most 60 seconds, signed with ES256. Its keys are published as a
 JWK set (RFC 7517). It can't be revoked: a logout takes effect when it expires.
@@ -41,9 +41,9 @@ Keys = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 class Passports:
     """Issues passports.
 
-    ``keys``: paths of PEM files with EC keys on P-256, the current one first; older ones stay
-    published, so that passports signed with them are accepted until they expire. ``issuer``: the
-    ``iss`` claim, usually the URL of the application. ``audience``: the services that are meant.
+    ``keys``: paths of PEM files with EC keys on P-256, the current one first. Older keys stay
+    published, so their passports are accepted until they expire. ``issuer``: the ``iss`` claim,
+    usually the URL of the application. ``audience``: the services that may accept the passports.
     ``lifetime``: seconds, at most 60.
     """
 
@@ -100,8 +100,8 @@ def passport_blueprint(
 ) -> Blueprint:
     """A blueprint with a page that gives the visitor a passport, and one with the public keys.
 
-    The first answers 200 with JSON, 401 if nobody is signed in, and 503 while the store does not
-    answer. One round trip; none for the keys.
+    The first responds 200 with JSON, 401 if the visitor isn't signed in, and 503 if the store
+    doesn't answer. One round trip; none for the keys.
     """
     verifier = Verifier(ext, user, values)
     blueprint = Blueprint("gsession_passport", __name__)
@@ -135,7 +135,7 @@ def passport_blueprint(
 
 
 class Passport(NamedTuple):
-    """What an accepted passport says. ``expires_at``: seconds since 1970."""
+    """The contents of an accepted passport. ``expires_at``: seconds since 1970."""
 
     user: str
     values: dict[str, Any]
@@ -145,10 +145,10 @@ class Passport(NamedTuple):
 class PassportReader:
     """Checks passports, in a service that doesn't ask the application.
 
-    ``keys``: the JWK set, or a function that fetches it; that is called again when a passport names
-    an unknown key, at most every ten seconds. ``issuer`` and ``audience``: what must be in it.
-    ``leeway``: seconds by which clocks may differ. A passport is accepted once by each reader; with
-    ``once=False`` until it expires.
+    ``keys``: the JWK set, or a function that fetches it. The function is called again for a
+    passport with an unknown key, at most every ten seconds. ``issuer`` and ``audience``: the
+    required claims. ``leeway``: seconds by which clocks may differ. Each reader accepts a passport
+    once; with ``once=False``, until it expires.
     """
 
     def __init__(
@@ -168,14 +168,14 @@ class PassportReader:
         self._once = once
         self._clock = clock
         self._lock = threading.Lock()
-        self._seen: dict[str, int] = {}  # in the order of their arrival
+        self._seen: dict[str, int] = {}  # oldest first
         self._keys: KeySet | None = None
         self._fetched_at = -_FETCH_AGAIN
         if not callable(keys):
             self._keys = KeySet.import_key_set(dict(keys))  # type: ignore[arg-type]  # a JWK set
 
     def read(self, text: str) -> Passport:
-        """What the passport says. Raises ``PassportRefused``, and what a fetch of keys raises."""
+        """The contents of a passport. Raises ``PassportRefused``, and errors of fetching keys."""
         try:
             claims = self._decode(text).claims
         except (JoseError, ValueError):
@@ -229,7 +229,7 @@ class PassportReader:
         return jwt.decode(text, self._keys, [_ALGORITHM])
 
     def _fetch(self) -> bool:
-        """Fetch the keys again, where that was not done just now; whether it was done."""
+        """Fetch the keys again, unless that was done just now. Whether it fetched them."""
         source = self._source
         if not callable(source):
             return False
@@ -256,7 +256,7 @@ def _key(path: str) -> ECKey:
 
 
 def _is_json(value: object) -> bool:
-    """Whether JSON holds it as it is; what it doesn't is left out, and not bent."""
+    """Whether JSON represents the value exactly. Other values are left out."""
     if isinstance(value, list):
         return all(map(_is_json, value))
     if isinstance(value, dict):

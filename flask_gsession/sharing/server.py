@@ -1,4 +1,4 @@
-"""The gRPC server of ``flask gsession serve``: who calls, what is granted, what went wrong."""
+"""The gRPC server of ``flask gsession serve``: authentication, permissions, error statuses."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _NAMES = ("x509_subject_alternative_name", "x509_common_name")
 
 
 class Denied(Exception):
-    """A service asked for what it isn't granted."""
+    """A service asked for something that isn't granted."""
 
 
 class Refused(Exception):
-    """A call can't be answered: ``code``, and ``details`` for the caller."""
+    """A call can't be answered, with a ``code`` and ``details`` for the caller."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(details)
@@ -42,11 +42,11 @@ class Refused(Exception):
 
 
 class Service:
-    """What the server offers: the ``methods`` of one gRPC service, by name.
+    """One gRPC service, with its ``methods`` by name.
 
-    ``answer`` makes a call of one; it raises ``Denied``, ``Refused`` or what a store raises.
-    ``answer_stream``: of one that streams. ``strict``: whether a request with an unknown field is
-    refused. ``stop``: the server ends.
+    ``answer`` handles a call. It raises ``Denied``, ``Refused`` or any error of a store.
+    ``answer_stream`` handles a streaming call. ``strict``: whether to refuse a request with an
+    unknown field. ``stop`` is called when the server ends.
     """
 
     methods: ClassVar[Mapping[str, Method]]
@@ -59,11 +59,11 @@ class Service:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Nothing goes on by itself."""
+        """By default, does nothing."""
 
 
 class Server:
-    """Serves ``services`` to the callers that ``grants`` knows, in ``threads`` threads."""
+    """Serves ``services`` to the callers in ``grants``, with ``threads`` threads."""
 
     def __init__(
         self, services: list[Service], grants: Grants, events: Events, threads: int = 32
@@ -78,7 +78,7 @@ class Server:
                 ("grpc.max_receive_message_length", LONGEST_MESSAGE),
                 ("grpc.max_send_message_length", LONGEST_MESSAGE),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # for keepalives
-                ("grpc.so_reuseport", 0),  # or a second server would take half of the calls
+                ("grpc.so_reuseport", 0),  # otherwise, a second server would get half of the calls
             ],
             maximum_concurrent_rpcs=threads * _QUEUE + _STREAMS,
         )
@@ -93,9 +93,9 @@ class Server:
         self._socket: Path | None = None
 
     def listen(self, address: str, certificates: Certificates | None) -> int:
-        """Bind ``HOST:PORT`` or ``unix:/path``; the port. Raises ``SettingError``.
+        """Bind ``HOST:PORT`` or ``unix:/path``, and return the port. Raises ``SettingError``.
 
-        Callers need a certificate of ``certificates.ca``, where that is given.
+        With ``certificates.ca``, callers need a certificate from that authority.
         """
         if certificates is not None:
             ca, chain, key = certificates
@@ -114,11 +114,11 @@ class Server:
 
     @contextmanager
     def _own_socket(self, path: Path) -> Iterator[None]:
-        """Only the user of this process may connect to a socket made here."""
+        """Let only this process' user connect to a socket made in the block."""
         with_mode = os.umask(0o177)
         try:
             if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-                raise SettingError(f"{path} is there, and is no socket")
+                raise SettingError(f"{path} exists and isn't a socket")
             yield
         finally:
             os.umask(with_mode)
@@ -128,11 +128,13 @@ class Server:
         self._server.start()
 
     def wait(self) -> None:
-        """Until ``stop``."""
+        """Block until ``stop``."""
         self._server.wait_for_termination()
 
     def stop(self, grace: float | None = None) -> threading.Event:
-        """End: new calls are refused, those under way have ``grace`` seconds. Set when over."""
+        """Refuse new calls, and give running ones ``grace`` seconds. The event is set when they are
+        over.
+        """
         for service in self._services:
             service.stop()
         ended: threading.Event = self._server.stop(grace)
@@ -143,7 +145,7 @@ class Server:
             with self._translating(name, context):
                 grant = self._grant_of(context)
                 if not context.is_active():
-                    # It waited for a thread until its deadline: its caller has given up.
+                    # It waited for a thread until its deadline, so the caller has given up.
                     raise Refused(Status.DEADLINE_EXCEEDED, "too late")
                 if service.strict and not is_understood(request):
                     raise Refused(
@@ -164,7 +166,7 @@ class Server:
                 except Denied as denied:
                     self._deny(context, grant.service, f"{name}: {denied}")
 
-        # Streams last, and must not take the threads of the calls.
+        # Streams stay open, so they have threads of their own.
         answer_stream.experimental_thread_pool = self._watchers  # type: ignore[attr-defined]
         coding = method.request.FromString, method.reply.SerializeToString
         if method.streams:
@@ -173,7 +175,7 @@ class Server:
 
     @contextmanager
     def _translating(self, name: str, context: Any) -> Iterator[None]:
-        """End a call with the status for what it raises."""
+        """Abort a call with the status for its error."""
         try:
             yield
         except Refused as refused:
@@ -183,13 +185,13 @@ class Server:
             context.set_trailing_metadata(((ERROR_KEY, message.SerializeToString()),))
             context.abort(code, details[:1000])
         except Exception as error:
-            if context.code() is not None:  # aborted already
+            if context.code() is not None:  # already aborted
                 raise
             logger.exception("A call of %s failed", name)
             context.abort(Status.INTERNAL, type(error).__name__)
 
     def _grant_of(self, context: Any) -> Grant:
-        """The grant of the caller; ends the call where it has none."""
+        """The caller's grant. Aborts the call of an unknown caller."""
         names = [
             value.decode("utf-8", "replace")
             for name in _NAMES
@@ -202,10 +204,10 @@ class Server:
         grant = self._grants.of(names, token)
         if grant is None:
             shown = ", ".join(names)[:200] if names else "no certificate"
-            with_token = "" if token is None else ", a token that no service has"
+            with_token = "" if token is None else ", an unknown token"
             self._events.emit(AccessDenied, "", "unknown service")
             logger.warning("A call of an unknown service was refused: %s%s", shown, with_token)
-            context.abort(Status.UNAUTHENTICATED, "no service in the grants file is this caller")
+            context.abort(Status.UNAUTHENTICATED, "this caller isn't in the grants file")
         assert grant is not None
         return grant
 
@@ -225,7 +227,7 @@ def check_address(address: str, certificates: Certificates | None) -> None:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         raise SettingError(
-            f"{address!r} is no address: write HOST:PORT, as 0.0.0.0:7443, or unix:/run/g.sock"
+            f"{address!r} isn't an address: use HOST:PORT, as 0.0.0.0:7443, or unix:/run/g.sock"
         )
     if certificates is None and not is_loopback(host.strip("[]")):
         raise SettingError(

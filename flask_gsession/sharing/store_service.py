@@ -1,4 +1,4 @@
-"""A store, offered over gRPC to services with the grant ``store``."""
+"""Offers a store over gRPC to services with the grant ``store``."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ _ABSENT = pb.LoadReply(absent=pb.Absent())
 
 
 def _shorten(request: Any) -> dict[str, bool]:
-    """Only named where it is asked for: a store of somebody else's may not know it."""
+    """Passes ``shorten`` on only if it is set, since third-party stores may not know it."""
     return {"shorten": True} if request.shorten else {}
 
 

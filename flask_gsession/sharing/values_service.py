@@ -1,4 +1,4 @@
-"""Parts of sessions over gRPC, for services that must not see the rest."""
+"""Some values of sessions over gRPC, for services that must not see the others."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ValuesService(Service):
                 raise Refused(Status.FAILED_PRECONDITION, str(error)) from None
             except StoreError:
                 raise
-            except GSessionError as error:  # of a value: its size, its type, its schema
+            except GSessionError as error:  # a value's size, type or schema
                 raise Refused(Status.INVALID_ARGUMENT, str(error)) from None
 
     def _verify(self, request: Any, grant: Grant) -> Any:

@@ -1,4 +1,4 @@
-"""Who somebody is, by the session cookie: the one core behind every way of asking. Read-only."""
+"""Identifies a visitor by the session cookie, for every way of asking. Read-only."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from ..tokens import session_key
 from ..users.revoking import is_member
 
 USER_HEADER = "X-Session-User"
-#: What Flask-Login and Flask-Security keep the user's id under.
+#: The key of Flask-Login and Flask-Security for the user's id.
 USER_KEY = "_user_id"
 
 _LONGEST = 1000  # characters of a value in a header; proxies allow some thousands for all of them
-_PLAIN = "".join(set(string.punctuation) - {"%"})  # in a header as it is
+_PLAIN = "".join(set(string.punctuation) - {"%"})  # unescaped in a header
 
 
 class Identity:
-    """A visitor who is signed in: ``user``, and the ``session`` as it was found."""
+    """A signed-in visitor: the ``user``, and their ``session``."""
 
     __slots__ = ("session", "user")
 
@@ -49,12 +49,13 @@ class Identity:
 
 
 class Verifier:
-    """Finds who a cookie stands for, in an application context of the application of ``ext``.
+    """Identifies visitors by their cookies, in an application context of the application of
+    ``ext``.
 
-    ``user``: the session key with the user's id; None: the user that the session is bound to, or
-    else Flask-Login's key. A session without a user is nobody's. ``values``: further keys that may
-    be told. ``renew``: let a check count as use, so that the session's idle timeout begins again;
-    else a check writes nothing. One round trip; with ``renew`` two more, once per
+    ``user``: the session key with the user's id. By default, it is the user that the session is
+    bound to, or else Flask-Login's key. ``values``: further keys that services may see. ``renew``:
+    whether a check counts as use of the session, so that its idle timeout starts again; otherwise,
+    a check writes nothing. One round trip; with ``renew`` two more, once per
     ``SESSION_RENEW_INTERVAL``.
     """
 
@@ -69,11 +70,11 @@ class Verifier:
         self._user = user
         self._renew = renew
         self.values = tuple(values)
-        #: of each allowed value, by its key
+        #: the header of each allowed value, by its key
         self.header_names = header_names(self.values)
 
     def identify(self, app: Flask, cookies: str) -> Identity | None:
-        """The visitor with this ``Cookie`` header; None if nobody is signed in with it.
+        """The visitor with this ``Cookie`` header; None if they aren't signed in.
 
         Raises ``StoreUnavailable``.
         """
@@ -92,7 +93,7 @@ class Verifier:
         return Identity(str(user), session)
 
     def _count_as_use(self, app: Flask, loaded: Loaded) -> bool:
-        """Renew the session where that is due; whether it is still there. Never an outage."""
+        """Renew the session if that is due; whether it still exists. Logs an outage."""
         repository = interface_of(self._ext, app).repository
         if repository.due(loaded.record, loaded.body.values, loaded.body.lifetime) is not None:
             try:
@@ -105,7 +106,7 @@ class Verifier:
         return True
 
     def identify_token(self, app: Flask, token: str) -> Identity | None:
-        """As ``identify``, by the value of the session cookie."""
+        """Like ``identify``, by the value of the session cookie."""
         return self.identify(app, cookie_header(interface_of(self._ext, app), app, token))
 
     def shared(self, identity: Identity) -> dict[str, Any]:
@@ -122,8 +123,8 @@ class Verifier:
     def headers(self, identity: Identity) -> dict[str, str]:
         """``X-Session-User``, and a header for each allowed value.
 
-        Each is there, empty where there is no value: it must replace one that a client sent.
-        Characters beyond printable ASCII, spaces and ``%`` are percent-encoded.
+        All headers are present, and empty without a value, since they must replace headers from the
+        client. Characters beyond printable ASCII, spaces and ``%`` are percent-encoded.
         """
         shared = self.shared(identity)
         headers = {USER_HEADER: header_text(identity.user)}
@@ -145,10 +146,10 @@ def interface_of(ext: Session, app: Flask) -> GSessionInterface:
 
 
 def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Loaded | None:
-    """The session with this ``Cookie`` header, of which only our cookies are read.
+    """The session of this ``Cookie`` header. Reads only our cookies.
 
-    With a near cache it may be as old as the bound allows, as for a request. A refused token is
-    counted and logged as in a request of the application itself. Raises ``StoreUnavailable``.
+    With a near cache, it may be as old as the bound allows, as for a request. A refused token is
+    counted and logged like one in a request to the application. Raises ``StoreUnavailable``.
     """
     process.notice()
     repository = interface.repository
@@ -163,7 +164,7 @@ def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Lo
     try:
         loaded = None
         if near is not None:
-            # A client that has seen a later version gets no older one.
+            # A client that has seen a version never gets an older one.
             loaded = repository.find_near(key, repository.last_seen_version(request, False))
         if loaded is None:
             loaded = repository.find(key, True, None if near is None else near.load_near)
@@ -192,15 +193,15 @@ def header_names(keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         name = "X-Session-" + re.sub("[^A-Za-z0-9]+", "-", str(key)).strip("-").title()
         if name == "X-Session-" or name in (USER_HEADER, "X-Session-Passport"):
-            raise SettingError(f"The session key {key!r} can't be told in a header {name}")
+            raise SettingError(f"The session key {key!r} can't be sent in a header {name}")
         if name in names.values():
-            raise SettingError(f"Two session keys would be told in the header {name}")
+            raise SettingError(f"Two session keys would use the header {name}")
         names[key] = name
     return names
 
 
 def header_text(value: object) -> str:
-    """A value as printable ASCII; what is no text becomes JSON."""
+    """A value as printable ASCII. Other types than text become JSON."""
     if value is None:
         return ""
     if isinstance(value, str):

@@ -1,8 +1,8 @@
-"""Changes of records, passed on over gRPC with a proof of how far they are complete.
+"""Passes changes of records on over gRPC, and proves how far they are complete.
 
-The far store's listener says as of when everything was heard, by this machine's clock. A beat of
-the other side is answered once that is later than the beat's arrival, and after all changes that
-were heard by then. So for the other side its beat proves what the far store's own beats prove here.
+The far store's listener knows up to when it has heard every change, by this machine's clock. We
+answer a beat of the watcher once that time is past the beat's arrival, after all changes heard by
+then. So for the watcher, its beat proves what the far store's own beats prove here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from ..protocol import gsession_pb2 as pb
 from ..stores.parts import Changes, Feed, Hearer
 from .server import Refused
 
-_PROBE = "probe"  # any key: one feed speaks for all
-_FASTER = 4  # times: beats to the far store, for each beat from the other side
+_PROBE = "probe"  # any key, since all keys have one feed
+_FASTER = 4  # beats to the far store for each beat of the watcher
 _SHORTEST, _LONGEST = 0.005, 10.0  # seconds between beats
 _LOOK_AGAIN = 0.25  # seconds, while no beat waits
-_MOST_KEYS = 50_000  # that wait for a slow watcher
+_MOST_KEYS = 50_000  # waiting for a slow watcher
 _PIECE = 500  # keys in a message
 
 
 def watch(
     changes: Changes, requests: Iterator[Any], timeout: float, is_over: Callable[[], bool]
 ) -> Iterator[Any]:
-    """The replies to a watcher. Raises ``Refused`` at the end; ``is_over`` says if it ends here."""
+    """The replies to a watcher. Raises ``Refused`` at the end. ``is_over``: whether the call has
+    ended.
+    """
     if changes.unproven or not getattr(changes, "one_feed", False):
         why = changes.unproven or "the far store has several servers"
         raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"changes can't be proven: {why}")
@@ -47,7 +49,7 @@ def watch(
         yield pb.WatchReply(started=True)
         while not is_over():
             keys, beats = relay.wait(feed, interval / _FASTER)
-            # What was proven on this feed stays proven; what comes on another has a gap before it.
+            # Proofs of this feed stay valid. Another feed begins after a gap.
             for start in range(0, len(keys), _PIECE):
                 yield pb.WatchReply(keys=keys[start : start + _PIECE])
             for beat in beats:
@@ -60,7 +62,7 @@ def watch(
 
 
 def _begun(changes: Changes, timeout: float, is_over: Callable[[], bool]) -> Feed:
-    """The feed on which changes are heard from now on."""
+    """The feed that hears changes from now on."""
     until = now() + timeout
     while now() < until and not is_over():
         feed = changes.feed(_PROBE)
@@ -71,56 +73,56 @@ def _begun(changes: Changes, timeout: float, is_over: Callable[[], bool]) -> Fee
 
 
 class Relay(Hearer):
-    """What waits to be passed on to one watcher."""
+    """Changes and beats that wait for one watcher."""
 
     def __init__(self) -> None:
-        self._turn = threading.Condition()
+        self._changed = threading.Condition()
         self._keys: dict[str, None] = {}
         self._beats: deque[tuple[int, float]] = deque()
         self._ended = ""
 
     def changed(self, keys: Iterable[str]) -> None:
-        with self._turn:
+        with self._changed:
             self._keys.update(dict.fromkeys(keys))
             if len(self._keys) > _MOST_KEYS:
                 self._end("the watcher is too slow")
-            self._turn.notify()
+            self._changed.notify()
 
     def lost(self) -> None:
         self.end("changes may have been lost")
 
     def end(self, why: str) -> None:
-        """Let the next ``wait`` raise."""
-        with self._turn:
+        """Let the next ``wait`` raise ``Refused``."""
+        with self._changed:
             self._end(why)
 
     def _end(self, why: str) -> None:
         self._ended = self._ended or why
-        self._turn.notify()
+        self._changed.notify()
 
     def read(self, requests: Iterator[Any]) -> None:
-        """Take the watcher's beats, until it leaves."""
+        """Read the watcher's beats until it leaves."""
         try:
             for request in requests:
                 if request.HasField("beat"):
-                    with self._turn:
+                    with self._changed:
                         self._beats.append((request.beat, now()))
-                        self._turn.notify()
-        except Exception:  # of a call that is over; it has no class of its own
+                        self._changed.notify()
+        except Exception:  # the call is over; gRPC raises a bare Exception
             pass
         self.end("the watcher has left")
 
     def wait(self, feed: Feed, pause: float) -> tuple[list[str], list[int]]:
-        """Keys that changed, and beats that may be answered after them.
+        """Changed keys, and the beats that may be answered after them.
 
-        Returns after ``pause`` seconds at the latest while beats wait. Raises ``Refused``.
+        If beats wait, returns after ``pause`` seconds at the latest. Raises ``Refused``.
         """
-        with self._turn:
+        with self._changed:
             if not self._keys and not self._ended and not self._due(feed):
-                self._turn.wait(pause if self._beats else _LOOK_AGAIN)
+                self._changed.wait(pause if self._beats else _LOOK_AGAIN)
             if self._ended:
                 raise Refused(grpc.StatusCode.UNAVAILABLE, self._ended)
-            due = self._due(feed)  # first: the keys that this proves are there by now
+            due = self._due(feed)  # before taking the keys, which are complete for these beats
             beats = [self._beats.popleft()[0] for _ in range(due)]
             keys, self._keys = list(self._keys), {}
         return keys, beats
