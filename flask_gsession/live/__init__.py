@@ -1,1 +1,1 @@
-"""Changes of sessions as they happen: the listener, and what relies on it."""
+"""Changes of sessions as they happen."""

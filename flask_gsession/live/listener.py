@@ -1,10 +1,10 @@
-"""Hears which records of a store change: one connection and one thread for each of its servers.
+"""Hears which records of a store change, by one connection and one thread for each server.
 
-Where changes and answers come in one order (Redis), the listener sends beats. A beat that is
-answered can't have overtaken an earlier change, so everything heard is complete up to the moment
-the last but one answered beat was sent: not the last one, since a server may answer two beats in
-one round of its event loop and report the changes of that round afterwards. No clocks of two
-machines are compared. Where there are no such beats, nothing is proven, and changes are only hints.
+If changes and answers arrive in one order (Redis), the listener sends beats. An answered beat can't
+have overtaken an earlier change, so all changes are known up to the time of the last but one
+answered beat. The last one doesn't count, since a server may answer two beats in one round of its
+event loop, and report the changes of that round afterwards. This compares no clocks of two
+machines. Without such beats nothing is proven, and changes are only hints.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from ..events import logger
 from ..processes import process
 from ..stores.parts import NEVER, Changes, Feed, Hearer
 
-#: Seconds. It also counts while the machine is suspended, and a test that freezes the time of the
-#: application doesn't reach it.
+#: Seconds. This clock also runs while the machine is suspended, and tests that freeze the
+#: application's time don't affect it.
 now: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME)
     if hasattr(time, "CLOCK_BOOTTIME")
     else time.monotonic
 )
-LOOK_AGAIN = 1.0  # seconds after which it asks again which servers there are
-_UNANSWERED = 2  # beats at a time: with a third, the last but one would prove too much
-_PAUSES = (0.05, 0.2, 1.0)  # seconds after a connection that failed, once, twice, more often
-_ENDING = 1.0  # seconds that a thread has to end
+LOOK_AGAIN = 1.0  # seconds between two looks for new servers
+_UNANSWERED = 2  # beats at once: with a third, the last but one would prove too much
+_PAUSES = (0.05, 0.2, 1.0)  # seconds after the first, second and any further failed connection
+_ENDING = 1.0  # seconds to wait for a thread to end
 
 
 class Heard(NamedTuple):
-    """The keys of changed records, and how many beats were answered.
+    """Keys of changed records, and how many beats were answered.
 
-    ``more``: any other record may have changed, too.
+    ``more``: any other record may have changed as well.
     """
 
     keys: list[str]
@@ -47,50 +47,50 @@ class Heard(NamedTuple):
 
 
 class Connection(Protocol):
-    """To one server of a store, opened by a ``Source``. One thread uses it, but for ``shut``."""
+    """A connection to one server of a store, from a ``Source``. Only ``shut`` is thread-safe."""
 
     def read(self, seconds: float) -> Heard:
-        """Wait at most so long for changes or an answer. Raises ``StoreUnavailable``.
+        """Wait up to this long for changes or an answer. Raises ``StoreUnavailable``.
 
-        A change that came before an answer is never returned after it.
+        Never returns a change after an answer that came later.
         """
 
     def beat(self) -> None:
-        """Ask for an answer that comes after all changes until now. Raises ``StoreUnavailable``."""
+        """Request an answer that comes after all changes so far. Raises ``StoreUnavailable``."""
 
     def shut(self) -> None:
-        """Let ``read`` raise soon; may be called in any thread."""
+        """Let ``read`` raise soon. Any thread may call this."""
 
     def close(self) -> None:
         """Release the connection."""
 
 
 class Source(Protocol):
-    """What a store has to offer for its listener."""
+    """The interface of a store for its listener."""
 
-    #: Why connections can't send beats, which prove how fresh what is heard is; "" if they can.
+    #: Why connections can't send beats, which prove freshness; "" if they can.
     unproven: str
     one_feed: bool  # whether there is only one server
     timeout: float  # seconds until a beat must be answered
-    #: Methods of the listener that the store calls, before a record is read from there: another
-    #: server took over, or some records are served by other servers than before.
+    #: Methods of the listener. The store calls them before it reads from a server that took over,
+    #: or after some records moved to other servers.
     moved: Callable[[], object]
     shifted: Callable[[], object]
 
     def servers(self) -> Iterable[Hashable]:
-        """The servers that take writes now. Raises ``StoreUnavailable``."""
+        """The servers that accept writes now. Raises ``StoreUnavailable``."""
 
     def server_of(self, key: str) -> Hashable:
-        """The one that has this record, as far as that is known without asking."""
+        """The server of this record, as far as known. No round trip."""
 
     def open(self, server: Hashable) -> Connection:
-        """Connect; changes from then on are heard. Raises ``StoreUnavailable``."""
+        """Connect, and hear changes from then on. Raises ``StoreUnavailable``."""
 
 
 class Listener(Changes):
-    """The part ``changes`` of a store, over its ``source``. Starts when it is first needed.
+    """The part ``changes`` of a store, over its ``source``. Starts at the first use.
 
-    Nothing is shared with a forked process, which starts again. Threads end with ``close``.
+    A forked process shares nothing and starts again. Threads end with ``close``.
     """
 
     def __init__(self, source: Source) -> None:
@@ -112,12 +112,12 @@ class Listener(Changes):
 
     @property
     def unproven(self) -> str:
-        """Why feeds don't say as of when they are exact; "" if they do."""
+        """Why feeds don't prove when they are exact; "" if they do."""
         return self.source.unproven
 
     @property
     def one_feed(self) -> bool:
-        """Whether one feed speaks for every record."""
+        """Whether one feed covers all records."""
         return self.source.one_feed
 
     @property
@@ -126,9 +126,9 @@ class Listener(Changes):
         return self._said
 
     def hear(self, hearer: Hearer, interval: float | None = None) -> None:
-        """Let ``hearer`` know of changes from now on, with a beat at least every ``interval``.
+        """Report changes to ``hearer`` from now on, with a beat at least every ``interval``.
 
-        ``hearer`` must not refer to the store, which could not be collected then.
+        ``hearer`` must not refer to the store, which then couldn't be garbage-collected.
         """
         with self._lock:
             self._hearers = [*self._hearers, hearer]
@@ -136,7 +136,7 @@ class Listener(Changes):
                 self.interval = min(self.interval, interval)
 
     def leave(self, hearer: Hearer) -> None:
-        """Stop that. Without any hearer the connections are closed."""
+        """Stop reporting to ``hearer``. Without any hearer, the connections are closed."""
         with self._lock:
             self._hearers = [each for each in self._hearers if each is not hearer]
             is_last = not self._hearers
@@ -144,20 +144,20 @@ class Listener(Changes):
             self.close()
 
     def feed(self, key: str) -> Feed | None:
-        """The feed on which changes of this record are heard; None while there is none."""
+        """The feed for changes of this record; None if there is none yet."""
         if not self._threads:
             self.start()
         return self._feeds.get(self.source.server_of(key)) if self._feeds else None
 
     def start(self) -> None:
-        """Listen from soon on, in a thread of its own."""
+        """Start to listen, in a thread."""
         process.notice()
         with self._lock:
             if not self._threads and self._hearers:
                 self._add(None)
 
     def close(self) -> None:
-        """End the threads, which close their connections. The next use starts them again."""
+        """End the threads and their connections. The next use starts them again."""
         process.notice()
         with self._lock:
             threads = list(self._threads.values())
@@ -167,9 +167,9 @@ class Listener(Changes):
         self._lost()
 
     def moved(self) -> None:
-        """Other servers take the writes from now on: listen there, and rely on nothing until then.
+        """Other servers accept the writes now: listen there, and rely on nothing until then.
 
-        Called by a store, in any thread, before it reads from these servers.
+        A store calls this, in any thread, before it reads from these servers.
         """
         with self._lock:
             self._feeds = {}
@@ -181,9 +181,9 @@ class Listener(Changes):
             thread.reopen()
 
     def shifted(self) -> None:
-        """Some records are read from other servers than before; each of them is still heard.
+        """Some records moved to other servers, which are all still heard.
 
-        Called by a store, in any thread, before it reads from these servers.
+        A store calls this, in any thread, before it reads from these servers.
         """
         self._look_at = NEVER
         self._lost()
@@ -197,20 +197,20 @@ class Listener(Changes):
         self._threads[server] = thread
         try:
             thread.start()
-        except RuntimeError as error:  # the system gives no thread now
+        except RuntimeError as error:  # the system can't start a thread
             del self._threads[server]
             self.failed(error)
 
     # -- for the threads
 
     def is_wanted(self, thread: _Thread) -> bool:
-        """Whether this thread is to go on."""
+        """Whether this thread should continue."""
         return self._threads.get(thread.server) is thread
 
     def look(self, thread: _Thread) -> None:
-        """Have a thread for each server, if it is time to look which there are.
+        """Start a thread for each server, if it is time to look for servers.
 
-        The first thread takes the first one. Raises ``StoreUnavailable``.
+        The first thread takes the first server. Raises ``StoreUnavailable``.
         """
         with self._lock:
             if now() < self._look_at and thread.server is not None:
@@ -232,13 +232,13 @@ class Listener(Changes):
 
     @property
     def moves(self) -> int:
-        """How often ``moved`` was called."""
+        """How many times ``moved`` was called."""
         return self._moves
 
     def opened(self, thread: _Thread, moves: int) -> Feed:
-        """Changes at the server of this thread are heard now, that was looked up after ``moves``.
+        """This thread's server, which was looked up after ``moves``, reports changes now.
 
-        Raises ``StoreUnavailable`` where it may be another one by now.
+        Raises ``StoreUnavailable`` if another server may have taken over since.
         """
         feed = Feed()
         with self._lock:
@@ -249,7 +249,7 @@ class Listener(Changes):
         return feed
 
     def heard(self, keys: list[str], *, more: bool) -> None:
-        """These changed; ``more``: others may have, too."""
+        """These records changed; with ``more``, any other may have changed as well."""
         for hearer in self._hearers:
             if more:
                 hearer.lost()
@@ -257,31 +257,31 @@ class Listener(Changes):
                 hearer.changed(keys)
 
     def proved(self, thread: _Thread, feed: Feed, exact_as_of: float) -> None:
-        """All changes until then were heard."""
+        """All changes until ``exact_as_of`` were heard."""
         with self._lock:
-            # After ``moved`` the feed is about a server that nobody reads from any more.
+            # After ``moved``, the feed belongs to a server that is no longer read.
             if self._feeds.get(thread.server) is feed:
                 feed.exact_as_of = exact_as_of
 
     def cut(self, thread: _Thread, feed: Feed) -> None:
-        """Nothing more will be heard on this feed."""
+        """This feed reports no more changes."""
         with self._lock:
             if self._feeds.get(thread.server) is feed:
                 del self._feeds[thread.server]
         self._lost()
 
     def failed(self, error: Exception) -> None:
-        """Log why nothing is heard, once."""
+        """Log, once, why no changes are heard."""
         said = f"{type(error).__name__}: {error}"
         if said != self._said:
             self._said = said
             logger.warning(
-                "Changes of sessions can't be heard, so that every read asks the store: %s", said
+                "Changes of sessions can't be heard, so every read asks the store: %s", said
             )
 
 
 class _Thread(threading.Thread):
-    """Listens to one server. ``server`` is None until the first thread has looked for one."""
+    """Listens to one server. ``server`` is None until the first thread has found one."""
 
     def __init__(self, listener: Listener, server: Hashable) -> None:
         super().__init__(name="gsession-listener", daemon=True)
@@ -291,7 +291,7 @@ class _Thread(threading.Thread):
         self._ended = threading.Event()
 
     def reopen(self) -> None:
-        """Drop the connection; go on with another one if still wanted."""
+        """Drop the connection, and open another one if still wanted."""
         connection = self._connection
         if connection is not None:
             connection.shut()
@@ -319,7 +319,7 @@ class _Thread(threading.Thread):
                 if feed is None and listener.is_wanted(self):
                     listener.failed(error)
             except Exception:
-                logger.exception("A listener failed, and begins again")
+                logger.exception("A listener failed, and starts again")
             finally:
                 connection, self._connection = self._connection, None
                 if feed is not None:
@@ -332,13 +332,13 @@ class _Thread(threading.Thread):
     def _listen(self, connection: Connection, feed: Feed) -> None:
         listener = self._listener
         beats, timeout = not listener.unproven, listener.source.timeout
-        sent: deque[float] = deque()  # when each beat was sent that is not answered yet
-        last = NEVER  # when the last one was that is answered
+        sent: deque[float] = deque()  # the times of unanswered beats
+        last = NEVER  # the time of the last answered beat
         next_beat = now()
         look_at = now() + LOOK_AGAIN
         while listener.is_wanted(self):
             moment = now()
-            due = moment >= next_beat or feed.exact_as_of == NEVER  # two at once in the beginning
+            due = moment >= next_beat or feed.exact_as_of == NEVER  # at the start, two at once
             if beats and due and len(sent) < _UNANSWERED:
                 sent.append(moment)
                 next_beat = moment + listener.interval
@@ -355,6 +355,6 @@ class _Thread(threading.Thread):
                     listener.proved(self, feed, last)
                 last = answered
             if now() >= look_at:
-                with suppress(StoreUnavailable):  # where nobody knows, it stays as it is
+                with suppress(StoreUnavailable):  # keep the known servers
                     listener.look(self)
                 look_at = now() + LOOK_AGAIN

@@ -38,7 +38,7 @@ _Time = Annotated[int, msgspec.Meta(ge=0, lt=END_OF_TIME)]
 
 
 class ArchiveError(GSessionError):
-    """The file is no archive, or it is truncated or altered."""
+    """The file isn't an archive, or is truncated or altered."""
 
 
 class Header(msgspec.Struct):

@@ -17,7 +17,7 @@ LOGIN = "_user_id"  # Flask-Login's key for the user who is signed in
 
 
 def owner_of(repository: Repository, body: Body, contents: Contents) -> Owner | None:
-    """The user that a new session is to be bound to."""
+    """The user to bind a new session to."""
     user_id = contents.user_id or _login_of(repository, body)
     if user_id is None:
         return None

@@ -1,4 +1,4 @@
-"""From the settings to the sources of old sessions."""
+"""Finds the sources of old sessions from the settings."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ _MAKERS: dict[str, Callable[[pb.Error], StoreError]] = {
     "StoreUnavailable": lambda error: StoreUnavailable(
         error.detail,
         error.retry_after or 1,
-        # A far circuit breaker that didn't ask the store is no news of this server.
+        # An open circuit breaker on the far side says nothing about its server.
         contention=error.contention or not error.asked,
     ),
 }
@@ -56,7 +56,7 @@ _MAKERS: dict[str, Callable[[pb.Error], StoreError]] = {
 def status_of(error: StoreError) -> tuple[grpc.StatusCode, str, pb.Error]:
     """The code, the details and the trailer for an error that a store raised."""
     kind = next(kind for kind in type(error).__mro__ if kind in _CODES or kind is StoreError)
-    if kind is StoreError:  # of a store of somebody else's
+    if kind is StoreError:  # from a third-party store
         kind, error = StoreUnavailable, StoreUnavailable(f"{type(error).__name__}: {error}")
     message = pb.Error(kind=kind.__name__, detail=getattr(error, "detail", ""))
     if isinstance(error, UnreadableRecord):

@@ -8,7 +8,7 @@ from . import gsession_pb2 as pb
 
 
 def to_message(record: Record) -> pb.Record:
-    """The message of a record. Raises ``UnreadableRecord`` where a time is no 64-bit number."""
+    """The message of a record. Raises ``UnreadableRecord`` if a time exceeds 64 bits."""
     try:
         return pb.Record(
             key=record.key,

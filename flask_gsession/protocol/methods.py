@@ -1,4 +1,4 @@
-"""The calls of ``gsession.proto``, as gRPC takes them."""
+"""The calls of ``gsession.proto``, in the form that gRPC needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_MESSAGE = 64 * 1024 * 1024
 class Method(NamedTuple):
     """One call: its path on the wire, and the classes of its two messages.
 
-    ``streams``: whether many of each go to and fro.
+    ``streams``: whether both sides stream messages.
     """
 
     path: str
@@ -44,9 +44,9 @@ def describe(described: Any) -> dict[str, Method]:
 
 
 def is_understood(message: Message) -> bool:
-    """Whether a message, which was just received, has no field that this version doesn't know.
+    """Whether a received message has only fields that this version knows.
 
-    Such a field may say that something is to be done otherwise: ignoring it would be wrong.
+    Another field may ask for different behaviour, so ignoring it would be wrong.
     """
     size = message.ByteSize()
     message.DiscardUnknownFields()

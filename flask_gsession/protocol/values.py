@@ -34,7 +34,7 @@ _MOST_DIGITS = 1000
 
 
 class NoMessage(ValueError):
-    """A value has no message, or a message no value; the text says why."""
+    """A value without a message, or a message without a value, with the reason."""
 
 
 def to_value(value: Any, depth: int = _DEEPEST) -> pb.Value:
@@ -62,7 +62,7 @@ def to_value(value: Any, depth: int = _DEEPEST) -> pb.Value:
         return pb.Value(list=pb.List(items=items))
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise NoMessage("a dict has keys that are no texts")
+            raise NoMessage("a dict has keys that aren't text")
         entries = {key: to_value(item, depth - 1) for key, item in value.items()}
         return pb.Value(map=pb.Map(items=entries))
     if kind in _TYPES:

@@ -31,9 +31,9 @@ def verify_blueprint(
 
     It responds 200 with ``X-Session-User`` and a header for each of the session keys ``values``;
     401 if the visitor isn't signed in; 503 with ``Retry-After`` if the store doesn't answer. It
-    reads only the session cookie. The page doesn't count as use of the session, unless you set ``renew``.
-    ``user``: the session key with the user's id. ``passports``: adds ``X-Session-Passport``. One
-    round trip.
+    reads only the session cookie. The page doesn't count as use of the session, unless you set
+    ``renew``. ``user``: the session key with the user's id. ``passports``: adds
+    ``X-Session-Passport``. One round trip.
     """
     verifier = Verifier(ext, user, values, renew)
     blueprint = Blueprint("gsession_verify", __name__)

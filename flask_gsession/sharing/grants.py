@@ -103,7 +103,9 @@ def _grant(path: str, service: str, table: object) -> tuple[Grant, str | None, b
     if certificate is not None and not (isinstance(certificate, str) and certificate):
         raise _wrong(path, service, "has a certificate that isn't a name, as 'billing.internal'")
     if token is not None and not (isinstance(token, str) and _DIGEST.fullmatch(token)):
-        raise _wrong(path, service, "has a token_sha256 that isn't 64 lowercase hexadecimal digits")
+        raise _wrong(
+            path, service, "has a token_sha256 that isn't 64 hexadecimal digits in lower case"
+        )
     values: dict[str, Any] = {}
     for name in _FLAGS:
         values[name] = table.get(name, False)

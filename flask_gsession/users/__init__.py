@@ -1,1 +1,1 @@
-"""The users of an application: which sessions each of them has, and how to end them."""
+"""The users of an application: their sessions, and how to end them."""

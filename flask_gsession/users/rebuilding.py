@@ -16,7 +16,7 @@ from ..values.payload import Body, Owner
 from .roster import MOST_DEVICES, Device, Roster, Since, enter
 from .rosters import checked_user_id, new_device_id
 
-LOGIN = "_user_id"  # Flask-Login's key for the user who is signed in
+LOGIN = "_user_id"  # Flask-Login's key for the signed-in user
 
 
 def rebuild(repository: Repository, only: str | None) -> int:

@@ -20,9 +20,9 @@ def finish(
 ) -> None:
     """Delete the sessions of these devices, then drop them from the user's roster.
 
-    Raises ``StoreUnavailable`` if that could not be finished; whatever touches the roster next
-    does it. ``LogoutUnconfirmed`` comes last: all of them have ended, but too few replicas know it,
-    so these devices stay as they are. Two round trips and the deletes.
+    Raises ``StoreUnavailable`` if it was interrupted; the next touch of the roster finishes it.
+    Raises ``LogoutUnconfirmed`` last: all sessions have ended, but too few replicas confirmed it,
+    so these devices stay in the roster. Two round trips and the deletes.
     """
     if not ending:
         return
@@ -50,7 +50,7 @@ def finish(
 def finish_if_possible(
     repository: Repository, user_id: str, ending: Collection[Device], reason: str | None = None
 ) -> None:
-    """The same for what another process left. An outage leaves it to the next one."""
+    """Finish what another process left unfinished. An outage leaves it to the next process."""
     try:
         finish(repository, user_id, ending, reason)
     except StoreUnavailable as error:
@@ -60,7 +60,7 @@ def finish_if_possible(
 def is_member(repository: Repository, loaded: Loaded) -> bool:
     """Whether a session that was stored before it was entered is in its user's roster by now.
 
-    If not, it ends. One round trip, one more to end it. Raises ``StoreUnavailable``.
+    Otherwise, it ends. One round trip, one more to end it. Raises ``StoreUnavailable``.
     """
     record, owner = loaded.record, loaded.body.owner
     if owner is None:
@@ -73,7 +73,7 @@ def is_member(repository: Repository, loaded: Loaded) -> bool:
 
 
 def end_revoked(repository: Repository, key: str, owner: Owner) -> None:
-    """The user's roster doesn't know the session under ``key``: delete it."""
+    """Delete the session under ``key``, which isn't in its user's roster."""
     try:
         ended = repository.delete(key, leave_roster=False)
     except (LogoutUnconfirmed, UnreadableRecord):

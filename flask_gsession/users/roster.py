@@ -1,8 +1,8 @@
-"""A user's roster: which sessions are bound to the user, and which of them are about to end.
+"""A user's roster: the sessions bound to the user, and which of them are about to end.
 
-The roster is a record of its own. Everything here is pure: a step takes a roster and returns the
-next one, which is stored with a compare-and-set. The protocol around the steps is explored by
-``tests/simulation/roster_model.py``.
+The roster is a separate record. All functions here are pure: a step takes a roster and returns the
+next one, which is stored with a compare-and-set. ``tests/simulation/roster_model.py`` explores the
+protocol around the steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from msgspec import Struct
 from msgspec.structs import replace
 
-#: The most devices of a user where ``SESSION_MAX_PER_USER`` sets no lower limit.
+#: The limit of devices for each user, unless ``SESSION_MAX_PER_USER`` sets a lower one.
 MOST_DEVICES = 1000
 #: How far the clocks of two servers may differ, in milliseconds.
 CLOCK_SKEW = 5000
@@ -24,7 +24,7 @@ Policy = Literal["oldest", "refuse"]
 class Device(Struct, frozen=True):
     """One session of a user, through all its rotations: a browser, or another client.
 
-    ``key`` is the session's. Times are in seconds since 1970. ``expires`` is never before the
+    ``key`` is the session's key. Times are in seconds since 1970. ``expires`` is never before the
     session's own end. An ``ending`` device is being revoked: its session is deleted next.
     """
 
@@ -41,7 +41,7 @@ class Device(Struct, frozen=True):
 
 
 class Roster(Struct, frozen=True):
-    """The devices of a user, the oldest first.
+    """A user's devices, oldest first.
 
     ``epoch`` is the time of the last revocation of all, or all other, sessions: milliseconds since
     1970, by the clock ``clock``; 0 if there was none. It never moves back.
@@ -56,7 +56,7 @@ class Roster(Struct, frozen=True):
 
     @property
     def members(self) -> tuple[Device, ...]:
-        """The devices that are not about to end."""
+        """The devices that aren't ending."""
         return tuple(device for device in self.devices if not device.ending)
 
     @property
@@ -65,7 +65,7 @@ class Roster(Struct, frozen=True):
         return tuple(device for device in self.devices if device.ending)
 
     def without_expired(self, now: int) -> Roster:
-        """Without the devices whose session has expired at ``now``, in milliseconds."""
+        """The roster without devices whose sessions have expired at ``now``, in milliseconds."""
         if all(now < device.expires * 1000 for device in self.devices):
             return self
         left = tuple(device for device in self.devices if now < device.expires * 1000)
@@ -76,9 +76,9 @@ EMPTY = Roster()
 
 
 class Since(NamedTuple):
-    """What is known of the time at which a sign-in began.
+    """When a sign-in began, as far as we know.
 
-    ``epoch``: the roster's at that time, if it was looked at. Otherwise the sign-in began at
+    ``epoch``: the roster's epoch at that time, if it was read then. Otherwise the sign-in began at
     ``began``, in milliseconds by the clock ``clock``.
     """
 
@@ -88,7 +88,7 @@ class Since(NamedTuple):
 
 
 def is_revoked_since(roster: Roster, since: Since) -> bool:
-    """Whether the user's sessions were revoked after that time, or perhaps were."""
+    """Whether the user's sessions were, or may have been, revoked after that time."""
     if since.epoch is not None:
         return roster.epoch != since.epoch
     skew = 0 if since.clock == roster.clock else CLOCK_SKEW
@@ -96,10 +96,10 @@ def is_revoked_since(roster: Roster, since: Since) -> bool:
 
 
 class Entered(NamedTuple):
-    """The result of a step that lets a session in.
+    """The result of entering a session in a roster.
 
-    ``refused``: why not; empty if it is a member now. ``over``: how many devices were marked as
-    ending because there were too many. ``device``: as it is in the roster then.
+    ``refused``: the reason; empty for a member. ``over``: how many devices over the limit were
+    marked as ending. ``device``: the device in the roster.
     """
 
     roster: Roster
@@ -109,12 +109,13 @@ class Entered(NamedTuple):
 
 
 def is_full(roster: Roster, cap: int, policy: Policy) -> bool:
-    """Whether one more device would be refused."""
+    """Whether another device would be refused."""
     return policy == "refuse" and len(roster.members) >= cap
 
 
 def enter(roster: Roster, device: Device, since: Since, cap: int, policy: Policy) -> Entered:
-    """A session was bound to the user. Beyond ``cap`` the oldest devices are marked as ending.
+    """Enter a session that was bound to the user. Devices over ``cap`` are marked as ending, the
+    oldest first.
 
     Entering a session again changes nothing.
     """
@@ -135,7 +136,7 @@ def enter(roster: Roster, device: Device, since: Since, cap: int, policy: Policy
 
 
 def move(roster: Roster, device_id: str, key: str, replaces: Collection[str]) -> Entered:
-    """The session was rotated to ``key``. Refused unless one of the keys before is a member."""
+    """The session was rotated to ``key``. Refused unless an earlier key of it is a member."""
     there = roster.by_id(device_id)
     if there is None or there.ending or there.key not in {key, *replaces}:
         return Entered(roster, "revoked")
@@ -152,9 +153,9 @@ def touch(
     expires: int,
     network: bytes,
 ) -> Entered:
-    """The session is in use. Refused unless it is a member, or was rotated from one.
+    """Note a use of the session. Refused unless it is a member, or was rotated from one.
 
-    In the latter case (one of the keys ``before`` is the member's), it takes that one's place.
+    In the latter case (one of the keys ``before`` is the member's), it replaces that member.
     """
     moved = move(roster, device_id, key, before)
     there = moved.roster.by_id(device_id)
@@ -170,7 +171,7 @@ def touch(
 
 
 def mark_ending(roster: Roster, device_ids: Collection[str]) -> Roster:
-    """These devices are to end. Their sessions are deleted next, then they are dropped."""
+    """Mark these devices as ending. Their sessions are deleted next, then the devices dropped."""
     devices = (
         replace(device, ending=True) if device.id in device_ids else device
         for device in roster.devices
@@ -179,14 +180,14 @@ def mark_ending(roster: Roster, device_ids: Collection[str]) -> Roster:
 
 
 def revoke_all(roster: Roster, now: int, clock: int, keep: str | None = None) -> Roster:
-    """All devices are to end, but for ``keep``; so are sign-ins that are under way."""
+    """Mark all devices but ``keep`` as ending, and refuse sign-ins that are under way."""
     others = {device.id for device in roster.devices if device.id != keep}
     ending = mark_ending(roster, others)
     return replace(ending, epoch=max(now, roster.epoch + 1), clock=clock)
 
 
 def drop(roster: Roster, keys: Collection[str]) -> Roster:
-    """The sessions under these keys have ended."""
+    """Remove the devices of these sessions, which have ended."""
     left = tuple(device for device in roster.devices if device.key not in keys)
     return roster if len(left) == len(roster.devices) else replace(roster, devices=left)
 

@@ -28,28 +28,28 @@ from .roster import EMPTY, MOST_DEVICES, Roster, Since, revoke_all
 A = TypeVar("A")
 
 LONGEST_ID = 256  # characters of a user id
-#: For how much longer than its sessions a roster is kept, and than it says a session is.
+#: How much longer a roster is kept than its sessions, and lists a session than it lives.
 MARGIN = 60_000  # milliseconds
-_LIFE = 100 * 366 * 86_400_000  # milliseconds; what limits a roster is its idle expiry
-_OWN_REVOCATIONS = 1000  # that a process remembers
+_LIFE = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends a roster earlier
+_OWN_REVOCATIONS = 1000  # remembered by a process
 
 
 class Found(NamedTuple):
-    """A roster, and the record that it was read from; None if there is none."""
+    """A roster, and its record, if there is one."""
 
     roster: Roster
     record: Record | None
 
 
 class Began(NamedTuple):
-    """When a request began: the clock's time, and the ``OwnRevocations.count`` then."""
+    """When a request began: the clock's time, and ``OwnRevocations.count`` at that time."""
 
     time: float
     revocations: int
 
 
 class OwnRevocations:
-    """The order of the last revocations of all sessions of a user that this process made."""
+    """The order in which this process last revoked all sessions of users."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -79,7 +79,7 @@ class Rosters:
         self._clock_id = _system_clock() if clock is time.time else secrets.randbits(32)
 
     def through(self, store: Store) -> Rosters:
-        """The same rosters, in this store, or through another wrapper."""
+        """The same rosters, in this store or wrapper."""
         other = copy.copy(self)
         other._store = store
         return other
@@ -102,11 +102,12 @@ class Rosters:
     def change(
         self, user_id: str, step: Callable[[Roster], tuple[Roster, A]], found: Found | None = None
     ) -> A:
-        """Replace the roster by what ``step`` makes of it; the answer of the ``step`` that counts.
+        """Replace the roster by the result of ``step``; return the answer of the step that was
+        stored.
 
-        ``found``: it was looked at already. Two round trips, two more for each lost race; one
-        where nothing changes, or ``found`` is still right. Raises ``StoreUnavailable`` after too
-        many lost races.
+        ``found``: the roster, if you have read it already. Two round trips, two more for each lost
+        race; one if nothing changes, or ``found`` is still current. Raises ``StoreUnavailable``
+        after too many lost races.
         """
         look: Found | None = found
         answer: list[A] = []
@@ -122,7 +123,7 @@ class Rosters:
         return answer[0]
 
     def replace(self, user_id: str, roster: Roster) -> None:
-        """Store this roster, whatever is there. Two round trips."""
+        """Replace any roster of the user by this one. Two round trips."""
         key = roster_key(user_id)
 
         def prepare() -> tuple[Record | None, Roster]:
@@ -135,15 +136,15 @@ class Rosters:
         write(prepare, partial(self._send, user_id), self._tries)
 
     def revoke_all(self, roster: Roster, keep: str | None = None) -> Roster:
-        """The step of this name, now, by the clock of this process."""
+        """Apply ``roster.revoke_all``, now, by the clock of this process."""
         return revoke_all(roster, self._now(), self._clock_id, keep)
 
     def since(self, user_id: str, roster: Roster, began: Began) -> Since:
-        """The time of a sign-in that began then, as this ``roster`` is to judge it."""
+        """The start of a sign-in, in the form that ``roster`` can judge."""
         own = self.own.number(user_id, roster.epoch)
         if own is None:
             return Since(None, int(began.time * 1000), self._clock_id)
-        # The order of what this process did is known, whatever the clock says.
+        # This process knows the order of its own actions without a clock.
         return Since(roster.epoch if own <= began.revocations else -1)
 
     def read(self, record: Record) -> Roster:
@@ -171,11 +172,13 @@ class Rosters:
             self._store.save(record, there.version)
 
     def _end(self, roster: Roster, now: int) -> int:
-        """Until when a roster is kept: no session of before its epoch may outlive that."""
+        """How long a roster is kept: no session from before its epoch may outlive it."""
         ends = [device.expires * 1000 for device in roster.devices]
         if roster.epoch:
             ends.append(roster.epoch + int(self._settings.absolute_timeout * 1000))
-            if self._settings.imports:  # the epoch keeps out what was not imported before it
+            if (
+                self._settings.imports
+            ):  # the epoch refuses sessions that were not imported before it
                 ends.append(self._settings.marks_end(now))
             if self._settings.remember_until is not None:
                 ends.append(self._settings.remember_end)
@@ -192,7 +195,7 @@ def roster_key(user_id: str) -> str:
 
 
 def checked_user_id(user_id: object) -> str:
-    """The id as text. Raises ``ValueError`` that names what is wrong with it."""
+    """The id as text. Raises ``ValueError`` with the reason."""
     if type(user_id) is int:
         return str(user_id)
     if not isinstance(user_id, str):
@@ -207,7 +210,7 @@ def checked_user_id(user_id: object) -> str:
 
 
 def new_device_id() -> str:
-    """An id for a device of a user: 48 random bits. It is no secret."""
+    """A new device id: 48 random bits. It isn't secret."""
     return secrets.token_urlsafe(6)
 
 

@@ -1,4 +1,4 @@
-"""``ext.users``: which sessions a user has, and how to end them."""
+"""``ext.users``: the sessions of a user, and how to end them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _ENDING = "Revoking the session of this request"
 class UserDevice:
     """One session of a user: a browser, or another client. Times are UTC.
 
-    ``id`` stays the same through rotations. ``current``: it is the one of this request.
-    ``network``: of the last request that was noted, such as ``"203.0.113.0/24"``. ``last_seen_at``
-    is up to ``SESSION_SEEN_INTERVAL`` old. ``expires_at``: when it ends at the latest, if it isn't
-    used again. ``remembered``: signed in by a remember-me cookie.
+    ``id`` stays the same through rotations. ``current``: whether it is this request's session.
+    ``network``: the network of the last noted request, such as ``"203.0.113.0/24"``.
+    ``last_seen_at`` is up to ``SESSION_SEEN_INTERVAL`` old. ``expires_at``: its latest end if it
+    isn't used again. ``remembered``: signed in by a remember-me cookie.
     """
 
     id: str
@@ -58,9 +58,9 @@ class UserDevice:
 class Users:
     """The sessions that are bound to the users of an application, from ``ext.users``.
 
-    For requests, and for jobs and commands in an application context. ``user_id`` is what
-    ``session.bind`` got; with Flask-Login, what the user's ``get_id()`` returns. All methods raise
-    ``ValueError`` for what can't be one, and ``StoreUnavailable`` (503).
+    For requests, and for jobs and commands in an application context. ``user_id`` is the argument
+    of ``session.bind``; with Flask-Login, the result of the user's ``get_id()``. All methods raise
+    ``ValueError`` for an invalid id, and ``StoreUnavailable`` (503).
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Users:
         self._session = session
 
     def devices(self, user_id: str | int) -> list[UserDevice]:
-        """The user's sessions, the last seen first. One round trip, whatever the number.
+        """The user's sessions, the last seen first. One round trip for all of them.
 
-        A session that is bound in this request is listed once it is saved. One whose end the roster
-        doesn't know, as after an outage, is listed until it would have expired.
-        Sessions that Flask-Login signed in before you upgraded are missing until they are used, or
-        until ``rebuild``.
+        A session that this request binds is listed once it is saved. A session that ended without
+        the roster's knowledge, as after an outage, is listed until it would have expired. Sessions
+        that Flask-Login signed in before you upgraded are missing until they are used, or until
+        ``rebuild``.
         """
         user_id = checked_user_id(user_id)
         repository = self._repository()
@@ -89,11 +89,11 @@ class Users:
 
     @contextmanager
     def login(self, user_id: str | int) -> Iterator[None]:
-        """A block around checking a password and binding the session to that user.
+        """A block in which you check the password and bind the session to that user.
 
-        If the user's sessions are revoked inside the block, the sign-in is refused. Without it,
-        the time at which the request began decides that, with 5 seconds for clocks that differ
-        between servers. One round trip.
+        If the user's sessions are revoked during the block, the sign-in is refused. Without the
+        block, the start of the request decides that, with 5 seconds for clocks that differ between
+        servers. One round trip.
         """
         user_id = checked_user_id(user_id)
         rosters = self._repository().rosters
@@ -108,11 +108,11 @@ class Users:
         reason: str | None = None,
         by: str | None = None,
     ) -> bool:
-        """End one session of the user; whether there was one.
+        """End one session of the user. Returns whether there was one.
 
-        When it returns, the session is served no more. ``reason`` and ``by`` are for the event
-        ``DeviceRevoked``; by default, the user who is signed in has done it. Raises
-        ``RevocationUnfinished`` if it was interrupted: repeat it. Five round trips.
+        When this returns, no request gets the session. ``reason`` and ``by`` are for the event
+        ``DeviceRevoked``; ``by`` is the signed-in user by default. Raises ``RevocationUnfinished``
+        if it was interrupted; then repeat it. Five round trips.
         """
         user_id = checked_user_id(user_id)
         by, life = self._by(by), self._life_of(user_id)
@@ -140,11 +140,11 @@ class Users:
         reason: str | None = None,
         by: str | None = None,
     ) -> int:
-        """End all sessions of the user but one; how many.
+        """End all sessions of the user but one. Returns how many ended.
 
-        By default, the user is the one who is signed in, and the session of this request stays.
-        Also refuses sign-ins of the user that are under way. Raises ``SessionEnded`` if the session
-        that is to stay has ended itself. Otherwise as ``revoke_all``.
+        By default, the user is the signed-in user, and this request's session stays. Also refuses
+        sign-ins of the user that are under way. Raises ``SessionEnded`` if the session to keep has
+        ended itself. Otherwise as ``revoke_all``.
         """
         life = self._life_of(None if user_id is None else checked_user_id(user_id))
         if user_id is None:
@@ -162,12 +162,12 @@ class Users:
     def revoke_all(
         self, user_id: str | int, *, reason: str | None = None, by: str | None = None
     ) -> int:
-        """End all sessions of the user, also that of this request; how many.
+        """End all sessions of the user, including this request's. Returns how many ended.
 
-        When it returns, none of them is served any more, and no sign-in that was under way succeeds
-        any more. ``reason`` and ``by`` as in ``revoke``. Raises ``RevocationUnfinished`` if it was
-        interrupted: repeat it, or the next sign-in of the user finishes it. Four round trips, and
-        the deletes.
+        When this returns, no request gets any of them, and sign-ins that were under way fail.
+        ``reason`` and ``by`` as in ``revoke``. Raises ``RevocationUnfinished`` if it was
+        interrupted; repeat it, or the user's next sign-in finishes it. Four round trips, and the
+        deletes.
         """
         return self._revoke_all(checked_user_id(user_id), None, reason, by)
 
@@ -222,12 +222,14 @@ class Users:
             ) from error
 
     def _by(self, by: str | None) -> str | None:
-        """Who revokes: the user of this request, unless the caller says it."""
+        """The signed-in user of this request, unless the caller passes a name."""
         session = self._session() if by is None else None
         return by if session is None else session.owner
 
     def _life_of(self, user_id: str | None) -> Lifecycle | None:
-        """Of the session of this request, if it is bound to that user, or to any."""
+        """The lifecycle of this request's session, if it is bound to that user, or to any with
+        None.
+        """
         session = self._session()
         if session is None or session.owner is None or user_id not in (None, session.owner):
             return None
@@ -235,7 +237,7 @@ class Users:
 
 
 def _go_on(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
-    """A sign-in of this request that is not stored yet comes after its own revocation."""
+    """Keep a pending sign-in of this request valid after its own revocation."""
     note_own_revocation(life, user_id, before, epoch)
     binding = life.wishes.binding
     if binding is not None and binding.user_id == user_id and binding.since.epoch == before.epoch:

@@ -230,8 +230,8 @@ ALL = Certificates(b"ca", b"chain", b"key")
         ("sessions.internal:7443", None, "from other machines"),
         (":7443", None, "from other machines"),
         ("[::]:7443", None, "from other machines"),
-        ("127.0.0.1", None, "is no address"),
-        ("127.0.0.1:https", None, "is no address"),
+        ("127.0.0.1", None, "isn't an address"),
+        ("127.0.0.1:https", None, "isn't an address"),
         ("0.0.0.0:7443", ALL._replace(ca=None), "needs --cert and --key"),
         ("0.0.0.0:7443", ALL._replace(chain=None), "needs --cert and --key"),
         ("unix:/run/x.sock", ALL, "no certificates"),
@@ -270,7 +270,7 @@ def test_a_file_in_the_place_of_the_socket_stays(tmp_path: Path) -> None:
     path = tmp_path / "grpc.sock"
     path.write_text("precious")
     server = Server([memory()], FULL_POWER, Events(), 2)
-    with pytest.raises(SettingError, match="no socket"):
+    with pytest.raises(SettingError, match="isn't a socket"):
         server.listen(f"unix:{path}", None)
     assert path.read_text() == "precious"
     server.stop().wait()

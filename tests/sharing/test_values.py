@@ -250,7 +250,7 @@ def test_requests_that_can_not_be(make_site: SiteMaker) -> None:
         assert billing.code("Get", many) == "INVALID_ARGUMENT"
         visitor.run(lambda session: session.update(cart={1: "a"}))
         assert billing.code("Get", get(visitor, "cart")) == "FAILED_PRECONDITION"
-        assert "keys that are no texts" in billing.details
+        assert "keys that aren't text" in billing.details
 
 
 VALUES = [
