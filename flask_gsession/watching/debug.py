@@ -179,6 +179,8 @@ def facts_of(
     facts["ms"] = round(sum(call.seconds for call in trace.calls) * 1000, 3)
     facts["round_trips"] = sum(call.trips or 0 for call in trace.calls)
     facts["events"] = [_of_event(event) for event in trace.events]
+    if life.near is not None and life.near.hit:
+        facts["near"] = "the first look asked nobody"
     if trace.refusal is not None:
         facts["refused"] = trace.refusal._asdict()
     if trace.failure is not None:
@@ -374,6 +376,7 @@ def as_text(facts: Facts) -> str:
         line(name.replace("_", " "), ", ".join(facts.get(name, ())))
     if facts.get("calls"):
         line("store", f"{facts['ms']:.2f} ms: {', '.join(map(_as_call, facts['calls']))}")
+    line("near cache", facts.get("near", ""))
     line("failure", facts.get("failure", ""))
     for event in facts.get("events", ()):
         line("event", event)

@@ -287,6 +287,18 @@ def test_it_is_off_by_default(redis_url: str, store_prefix: str, clock: FakeCloc
         assert "session-v" not in str(visitor.ask(lambda session: session.update(b=1)).headers)
 
 
+def test_the_debug_dump_says_when_the_near_cache_was_used(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    site = worker(debug=True)
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    assert "near cache" not in caplog.text
+    warmed(site, visitor)
+    assert "near cache the first look asked nobody" in caplog.text
+
+
 def test_without_background_threads_the_start_says_so(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
