@@ -232,12 +232,20 @@ class Schedule:
     def log_out(self, session: SessionData, began: int) -> None:
         session.destroy()
 
+    def clear(self, session: SessionData, began: int) -> None:
+        session.clear()
+        session["w"] = began
+
+    def sign_in_anew(self, session: SessionData, began: int) -> None:
+        session.clear()
+        self.sign_in(session, began)
+
     def unbind(self, session: SessionData, began: int) -> None:
         session.unbind()
 
     def use(self, client: Client) -> Callable[[], None]:
         names = ("sign_in", "sign_in", "rotate", "rotate_at_once", "write", "update", "read")
-        more = ("log_out", "unbind", "change_user")
+        more = ("log_out", "unbind", "change_user", "clear", "sign_in_anew")
         chosen = [self.rng.choice((*names, *names, *more)) for _ in range(self.rng.randint(1, 3))]
 
         def run() -> None:
