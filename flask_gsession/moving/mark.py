@@ -34,6 +34,12 @@ class Mark(Struct, array_like=True, frozen=True):
     session: str
     nonce: bytes
 
+    def __repr__(self) -> str:
+        return f"<Mark session={self.session!r}>"
+
+    def __rich_repr__(self) -> list[tuple[str, str]]:
+        return [("session", self.session)]
+
     def pack(self) -> bytes:
         """The content of its record."""
         return msgspec.msgpack.encode(self)

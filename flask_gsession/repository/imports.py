@@ -21,6 +21,10 @@ class TakenOver(NamedTuple):
     token: str | None = None
     dead_cookie: bool = False
 
+    def __repr__(self) -> str:
+        """Without the token."""
+        return f"TakenOver({self.loaded!r}, dead_cookie={self.dead_cookie})"
+
 
 class Imports(Protocol):
     """Takes old sessions over: ``moving.takeover.Takeover``."""

@@ -45,6 +45,10 @@ class Grants:
     by_token: Mapping[bytes, Grant] = field(default_factory=dict)
     anonymous: Grant | None = None
 
+    def __repr__(self) -> str:
+        """Without the digests of tokens."""
+        return "<Grants>"
+
     def of(self, names: list[str], token: str | None) -> Grant | None:
         """The grant of a caller with a certificate for ``names``, or with ``token``.
 

@@ -42,6 +42,12 @@ class _Device(Struct, array_like=True):
     label: str = ""
     tags: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return "<_Device>"
+
+    def __rich_repr__(self) -> list[tuple[str, str]]:
+        return []
+
 
 class _Roster(Struct, array_like=True):
     format: int

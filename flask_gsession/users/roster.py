@@ -39,6 +39,13 @@ class Device(Struct, frozen=True):
     remembered: bool = False
     ending: bool = False
 
+    def __repr__(self) -> str:
+        """Without the person's network and labels."""
+        return f"<Device {self.id!r}>"
+
+    def __rich_repr__(self) -> list[tuple[str, str]]:
+        return [("id", self.id)]
+
 
 class Roster(Struct, frozen=True):
     """A user's devices, oldest first.

@@ -91,6 +91,9 @@ class Origin(Struct, array_like=True, frozen=True):
     def __repr__(self) -> str:
         return f"<Origin {self.label}>"
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("label", self.label)]
+
 
 class Body(Struct, array_like=True, gc=False):
     """The contents of a payload: the encoded values by key, and the session's own idle lifetime.

@@ -873,7 +873,7 @@ def test_the_panel_of_the_debug_toolbar() -> None:
 
     client = app.test_client()
     text = client.post("/cart", follow_redirects=True).text
-    now, _, before = text.partition("The requests before")
+    now, _, before = text.partition("Earlier requests")
     assert "GET /cart: loaded" in now
     assert "pending    seen" in now
     assert "POST /cart -&gt; 302: new" in before

@@ -26,6 +26,10 @@ class Certificates(NamedTuple):
     chain: bytes | None
     key: bytes | None
 
+    def __repr__(self) -> str:
+        """Without their contents."""
+        return "<Certificates>"
+
 
 class Address(NamedTuple):
     """A server's address, as a URL names it.
