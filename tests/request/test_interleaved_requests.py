@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -191,6 +193,7 @@ class Open:
         # it may be taken for one.
         self.expired: set[str] = set()
         self.grace: float | None = None
+        self.came_by: tuple[Stored | None, int] = (None, 0)  # the session and token it began with
         self.ended = self.cleared = self.destroyed = self.took_last = False
         self.old = False  # its token is not the newest of its session
 
@@ -336,6 +339,7 @@ class Machine(RuleBasedStateMachine):
         cookie = session.cookies[index][0] if session else None
         request = Open(self.open_real(cookie), self.now, cookie is not None)
         found = session if self.reached(session, index) else None
+        request.came_by = session, index
         assert request.real.new is (found is None)
         request.sees(found)
         request.old = found is not None and index != request.index
@@ -521,9 +525,15 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def it_reloads(self, data: st.DataObject) -> None:
-        request = self.pick(data)
+        self.reload(self.pick(data))
+
+    def reload(self, request: Open) -> None:
         request.real.reload()
-        if request.session is None:
+        came_from, index = request.came_by
+        if request.session is None and not request.destroyed and self.reached(came_from, index):
+            request.sees(came_from)  # it signed in with an old token, which is undone
+            request.old = index != request.index
+        elif request.session is None:
             request.sees(None)
         elif self.reached(request.session, request.index):
             request.old = request.old or request.index != len(request.session.cookies) - 1
@@ -602,7 +612,8 @@ class Machine(RuleBasedStateMachine):
             return
         assert status == 200
         nothing_in_sum = not request.changed and not rotates
-        if not data and not (nothing_in_sum and request.wants):
+        # Another request may have taken, and not yet ended, what this one still sees unchanged.
+        if not data and (not nothing_in_sum or request.cleared or request.took_last):
             assert cookie == ""
             session.dead = True
             return
@@ -697,16 +708,79 @@ def assert_same(real: dict[str, Any], model: dict[str, Kept]) -> None:
     assert {k: shape(v) for k, v in real.items()} == {k: shape(v.value) for k, v in model.items()}
 
 
-def test_interleaved_requests_equal_the_model(store_url: str, store_prefix: str) -> None:
-    clock = FakeClock(float(int(FakeClock().now)))
-    store, _ = open_store(
-        store_url, StoreOptions(prefix=store_prefix, clock=clock, timeout=10, pool_max=10)
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock(float(int(FakeClock().now)))
+
+
+@pytest.fixture
+def store(store_url: str, store_prefix: str, clock: FakeClock) -> Iterator[Store]:
+    options = StoreOptions(prefix=store_prefix, clock=clock, timeout=10, pool_max=10)
+    opened, _ = open_store(store_url, options)
+    yield opened
+    opened.close()
+
+
+def test_interleaved_requests_equal_the_model(
+    store: Store, store_url: str, clock: FakeClock
+) -> None:
+    examples = int(os.environ.get("EXAMPLES", 100 if store_url == "memory://" else 40))
+    run_state_machine_as_test(
+        lambda: Machine(store, clock),
+        settings=settings(max_examples=examples, stateful_step_count=25),
     )
-    examples = 100 if store_url == "memory://" else 40
-    try:
-        run_state_machine_as_test(
-            lambda: Machine(store, clock),
-            settings=settings(max_examples=examples, stateful_step_count=25),
-        )
-    finally:
-        store.close()
+
+
+class Script(Machine):
+    """The model with steps that a search found, written down: two requests of one session."""
+
+    def __init__(self, store: Store, clock: FakeClock, **values: Any) -> None:
+        super().__init__(store, clock)
+        self.begin(None, 0)
+        for key, value in values.items():
+            self.assign(self.requests[0], key, value)
+        self.end(self.requests[0])
+        self.begin(self.sessions[0], 0)
+        self.begin(self.sessions[0], 0)
+
+    def take(self, request: Open, key: str) -> None:
+        for each in KEYS:
+            request.real.get(each)
+        self.at_once(request, lambda: request.real.take(key, MISSING), key, takes=True)
+
+    def update(self, request: Open, key: str) -> None:
+        function, default = UPDATES[key]
+        act = partial(request.real.update_atomic, key, function, default)
+        self.at_once(request, act, key)
+
+
+def test_a_session_ends_when_two_requests_have_taken_all_of_it(
+    store: Store, clock: FakeClock
+) -> None:
+    """Also where the one that takes the last value still sees the other, which it looked at."""
+    script = Script(store, clock, cart=[], prefs={})
+    first, second = script.requests
+    script.take(first, "prefs")
+    script.take(second, "cart")
+    script.end(second)
+    assert script.sessions[0].dead
+    script.end(first)
+    script.every_token_leads_where_it_should()
+
+
+def test_a_reload_undoes_a_sign_in_with_an_old_token(store: Store, clock: FakeClock) -> None:
+    """What was not stored yet is discarded, and the session of the token is loaded again."""
+    script = Script(store, clock, cart=[])
+    rotating, other = script.requests
+    script.rotate(rotating, 60)
+    script.end(rotating)
+    script.begin(script.sessions[0], 0)
+    signing_in = script.requests[-1]
+    script.update(other, "cart")
+    script.rotate(signing_in, 0)
+    script.reload(signing_in)
+    script.update(signing_in, "cart")
+    for request in list(script.requests):
+        script.end(request)
+    assert script.sessions[0].data["cart"].value == [7, 7]
+    script.every_token_leads_where_it_should()
