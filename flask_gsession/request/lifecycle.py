@@ -13,10 +13,13 @@ from flask import Flask, Request
 from msgspec.structs import replace
 
 from ..errors import (
+    Gone,
+    KeyTaken,
     LockMisused,
     LogoutUnconfirmed,
     RotationRefused,
     SessionConflict,
+    Stale,
     StoreUnavailable,
     TransactionMisused,
     UnreadableRecord,
@@ -58,6 +61,7 @@ from .tracking import TrackedValues
 from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
+NO_CHANGES: dict[str, Change] = {}
 _NO_BODY = Body({})
 #: The session's key for confirmations of who the user is: a dict of the method to the time in
 #: milliseconds.
@@ -363,8 +367,8 @@ class Lifecycle:
         key = seen.record.key
         try:
             loaded = self.repository.find(key)
-            if loaded is None:
-                loaded = self._find_attempted(but=key)
+            if loaded is None and self.attempts:
+                loaded = self._find_rotated(seen.record)
         except UnreadableRecord as error:
             self.seen = Seen(record=seen.record, for_others=error.for_others)
             self.repository.refused(error.reason, key, error.detail)
@@ -381,6 +385,7 @@ class Lifecycle:
         if own is not None:
             self.values.mark_saved(own.body.values, own.changes)
             wishes = remaining(own.wishes, wishes)
+            self.entry = own.entry
             if own.token is not None:
                 token = own.token
                 self.cookie = "set"
@@ -403,32 +408,52 @@ class Lifecycle:
         self.seen = Seen(token, record, body, presented=seen.presented)
         return True
 
-    def _find_attempted(self, but: str = "") -> Loaded | None:
-        """Find the session that an attempt may have stored under another key."""
-        for attempt in list(self.attempts.values()):
-            if attempt.record.key != but:
-                loaded = self.repository.find(attempt.record.key)
-                if loaded is not None:
-                    return loaded
+    def _find_rotated(self, before: Record) -> Loaded | None:
+        """The session that one of the attempts moved from ``before`` to another key.
+
+        Where a rotation takes two steps, the first may be all that was done before somebody logged
+        out. So it is repeated, which does nothing now but say whether it was stored.
+        """
+        for attempt in self.attempts.values():
+            grace, record = attempt.wishes.rotation, attempt.record
+            if record.key == before.key or grace is None:
+                continue
+            loaded = self.repository.find(record.key)
+            if loaded is not None and loaded.record.version == record.version:
+                try:
+                    self.repository.rotate(before, record, attempt.body, grace, shorten=True)
+                except (Gone, Stale, KeyTaken):
+                    continue
+            if loaded is not None:  # somebody else who wrote to it has reached it
+                return loaded
         return None
 
     def _settle_attempts(self, there: Record, before: Record, *, repeats: bool) -> Attempt | None:
-        """Decide the outcome of every attempt from the stored record; return the one it proves.
+        """Return the attempt that was stored, as the stored record proves.
 
-        ``repeats``: pending changes will be stored again, even if an attempt already stored them.
+        While the version from ``before`` is there, any attempt may still arrive. ``repeats``:
+        pending changes will be stored again, even if an attempt already stored them.
         """
+        if there.version == before.version:
+            if not repeats:  # one that arrives stores what this request has discarded
+                self.attempts = {
+                    version: replace(attempt, changes=NO_CHANGES)
+                    for version, attempt in self.attempts.items()
+                }
+            return None
         own = self.attempts.get(there.version)
         for attempt in self.attempts.values():
             # Only this attempt makes that key, so it was stored, whatever others did to it since.
             if attempt.record.key == there.key != before.key:
                 own = attempt
-        if own is None and repeats and there.version != before.version:
+        if own is None and repeats:
             # Another writer's version: on top of an attempt, or instead of it. The attempts stay
             # noted, so that repeating them never seems safe.
             policy_of = self.repository.merger.policy_of
             for other in self.attempts.values():
-                if any(policy_of(key, self.policies) is not last for key in other.changes):
-                    raise self.conflict("unknown outcome")
+                for key in other.changes:
+                    if policy_of(key, self.policies) is not last and self.values.has_changed(key):
+                        raise self.conflict("unknown outcome")
         self.attempts = NO_ATTEMPTS
         return own
 
@@ -440,23 +465,26 @@ class Lifecycle:
             if not self.catch_up():
                 self.end("save")
             return
-        try:
-            loaded = self._find_attempted()
-        except UnreadableRecord:
-            loaded = None
-        except StoreUnavailable as error:
-            self.note_outage(error, "loaded again")
-            raise
-        attempts, self.attempts = self.attempts, NO_ATTEMPTS
-        for attempt in attempts.values():
-            if loaded is not None and attempt.record.key == loaded.record.key:
-                self.values.mark_saved(attempt.body.values, attempt.changes)
-                self.values.rebase(loaded.body.values)
-                self.wishes = remaining(attempt.wishes, self.wishes)
-                self.cookie = "set"
-                self.seen = Seen(attempt.token, loaded.record, loaded.body)
-                if self._unreferenced is not None:
-                    self._unreferenced.mark_referenced(loaded.body.values)
+        for attempt in self.attempts.values():
+            try:
+                loaded = self.repository.find(attempt.record.key)
+            except UnreadableRecord:
+                continue
+            except StoreUnavailable as error:
+                self.note_outage(error, "loaded again")
+                raise
+            if loaded is None:
+                continue  # it may still arrive, as a session whose token nobody gets
+            self.attempts = NO_ATTEMPTS
+            self.values.mark_saved(attempt.body.values, attempt.changes)
+            self.values.rebase(loaded.body.values)
+            self.wishes = remaining(attempt.wishes, self.wishes)
+            self.entry = attempt.entry
+            self.cookie = "set"
+            self.seen = Seen(attempt.token, loaded.record, loaded.body)
+            if self._unreferenced is not None:
+                self._unreferenced.mark_referenced(loaded.body.values)
+            return
 
     # -- for the next save
 

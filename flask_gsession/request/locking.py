@@ -33,6 +33,7 @@ from ..errors import (
 from ..events import LockAcquired, LockExpired, LockRefused, LockReleased, logger
 from ..processes import process
 from ..stores.base import MAX_POINTERS
+from ..stores.interrupts import Condition
 from ..stores.parts import Leases
 from .lifecycle import Lifecycle
 from .state import Block, current_block
@@ -408,7 +409,7 @@ class _Renewer:
     def _start(self) -> None:
         self._locks: weakref.WeakSet[Lock[Any]] = weakref.WeakSet()
         self._tasks: deque[Callable[[], object]] = deque()
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._running = False
         self._wakes_at = 0.0
 

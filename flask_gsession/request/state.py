@@ -177,7 +177,9 @@ class Trouble(Struct, frozen=True):
 class Attempt(HidesFields, frozen=True):
     """A write that was sent, kept until its outcome is known.
 
-    ``changes``: the request's own changes in it, which stay pending until then.
+    An interrupted command may still be on its way to the server, so finding the version there that
+    it was to replace proves nothing. ``changes``: the request's own changes in it, which stay
+    pending until then.
     """
 
     record: Record
@@ -185,6 +187,7 @@ class Attempt(HidesFields, frozen=True):
     body: Body
     changes: Mapping[str, Change]
     wishes: Wishes
+    entry: Entry | None = None
 
     def __repr__(self) -> str:
         """Hides the token, since error trackers store local variables."""

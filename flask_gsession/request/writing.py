@@ -44,11 +44,12 @@ from ..events import (
 from ..repository.races import write
 from ..repository.repository import PERMANENT
 from ..stores.base import Record
+from ..stores.interrupts import signal_interruption
 from ..values.marks import unexpired
 from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
-from .lifecycle import CONFIRMED, NO_ATTEMPTS, UNCONFIRMED, Lifecycle, worth_keeping
+from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, UNCONFIRMED, Lifecycle, worth_keeping
 from .ownership import LOGIN, Revoked, enter_roster, is_revoked, is_touch_due, prepare_owner, touch
 from .state import (
     NO_WISHES,
@@ -62,7 +63,6 @@ from .state import (
     without_rotation,
 )
 
-_NO_CHANGES: dict[str, Change] = {}
 _TOKENS_TAKEN = 3
 
 
@@ -197,9 +197,14 @@ class _Write:
         if self._stale is not None:
             life, stale, self._stale = self._life, self._stale, None
             with life.mutex:
-                if life.seen is stale and not life.catch_up():
-                    life.end(self._what)
-                    return None
+                if life.seen is stale:
+                    if not life.catch_up():
+                        life.end(self._what)
+                        return None
+                    if life.entry is not None and not enter_roster(
+                        life
+                    ):  # of an attempt that arrived
+                        return None
         return self.edit()
 
     def _send(
@@ -411,10 +416,12 @@ def _send(
             record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
     changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
     pending = step.settle is None
-    attempt = Attempt(record, token, body, changes if pending else _NO_CHANGES, wishes)
+    if entry is not None:
+        entry = replace(entry, key=record.key)
+    attempt = Attempt(record, token, body, changes if pending else NO_CHANGES, wishes, entry)
     life.attempts = {**life.attempts, record.version: attempt}
     if entry is not None:
-        life.entry = replace(entry, key=record.key)
+        life.entry = entry
     unconfirmed = None
     try:
         if old is None:
@@ -426,8 +433,8 @@ def _send(
         else:
             repository.save(old, record, body, life.lease, shorten=restart)
     except (GSessionError, HTTPException) as error:
-        # After any other exception, for example from a signal handler, the outcome is unknown.
-        if not isinstance(error, StoreUnavailable):
+        # After any other exception, or any that a signal handler raised, the outcome is unknown.
+        if not isinstance(error, StoreUnavailable) and signal_interruption(error) is None:
             attempts = life.attempts.copy()
             del attempts[record.version]
             life.attempts = attempts

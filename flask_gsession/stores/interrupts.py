@@ -7,8 +7,22 @@ lost connection is. Taken for one, it would be swallowed by a retry.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
+from operator import attrgetter
 from types import FrameType, TracebackType
+
+
+class Condition(threading.Condition):
+    """One whose lock no exception from outside leaves held.
+
+    Python calls a signal's handler only where Python code runs. The class of the standard library
+    takes its lock in Python code, so an exception can strike when the lock is taken and the
+    ``with`` block hasn't begun. Here no such code runs in between.
+    """
+
+    __enter__ = property(attrgetter("_lock.__enter__"))
+    __exit__ = property(attrgetter("_lock.__exit__"))
 
 
 def interruption(error: BaseException) -> BaseException | None:

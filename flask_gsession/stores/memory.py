@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from ..errors import Gone, KeyTaken, LeaseLost, Stale
 from ..processes import process
 from .base import OTHER_ENDS, Deleted, Record, Store, milliseconds
+from .interrupts import Condition
 from .lease import Lease
 from .parts import Feed, Hearer, Page, Tidied, itself
 from .support import StoreOptions
@@ -41,7 +42,7 @@ class MemoryStore(Store):
 
     def _begin(self) -> None:
         self._lock = threading.Lock()  # another thread of the parent may have held it
-        self._freed = threading.Condition(self._lock)
+        self._freed = Condition(self._lock)
 
     def create(self, record: Record) -> None:
         self.sweep(2)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from flask_gsession import SessionConflict
+from flask_gsession.errors import Gone, Stale
 from flask_gsession.events import SessionSaved
+from flask_gsession.request.session import lifecycle_of
+from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker, Visitor
+from tests.users.test_devices import ids
 
+GRACE = 60  # seconds
 POLICIES = {"clicks": "counter", "history": "append", "tags": "set"}
 
 
@@ -43,6 +49,32 @@ def strike(kind: type[BaseException]) -> Callable[[], None]:
         raise kind
 
     return raise_it
+
+
+def on_its_way(
+    site: Site, session: Any, verb: str = "save", kind: type[BaseException] = TooLong
+) -> Callable[[], None]:
+    """Strike a transaction whose command is still on its way; what makes the command arrive."""
+    life = lifecycle_of(session)
+    before, known = life.seen.record, life.attempts.keys()
+    site.store.before(verb, strike(kind))
+    with pytest.raises(kind):
+        transaction(session)
+    (version,) = life.attempts.keys() - known
+    attempt, store = life.attempts[version], site.store.store
+
+    def arrive() -> None:
+        with suppress(Gone, Stale):
+            if before is None:
+                store.create(attempt.record)
+            elif verb == "save":
+                store.save(attempt.record, before.version)
+            else:
+                grace = attempt.wishes.rotation or 0
+                pointer = life.repository._pointer(before, attempt.record, grace)
+                store.replace(before.key, attempt.record, before.version, pointer)
+
+    return arrive
 
 
 def transaction(session: Any) -> None:
@@ -308,6 +340,202 @@ def test_a_receiver_that_writes_undoes_nothing(site: Site) -> None:
 
     assert visitor.run(view) == 1
     assert visitor.run(dict) == {"tickets": 1, "saves": 1}
+
+
+# A command that was interrupted, and is still on its way when its request goes on ----------------
+
+
+@pytest.mark.parametrize("kind", [TooLong, Killed])
+@pytest.mark.parametrize("way", ["the response", *STORES_FIRST])
+def test_a_write_that_arrives_late_counts_once(
+    clicks: Site, way: str, kind: type[BaseException]
+) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        arrive = on_its_way(clicks, session, kind=kind)
+        clicks.store.before("save", arrive)
+        if way != "the response":
+            STORES_FIRST[way](session)
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    stored = visitor.run(dict)
+    stored.pop("step", None)
+    assert stored == {key: ONCE[key] for key in ONCE if way != "take" or key != "clicks"}
+
+
+def test_a_write_that_arrives_after_the_next_one_is_refused(clicks: Site) -> None:
+    late: list[Callable[[], None]] = []
+
+    def view(session: Any) -> None:
+        click(session)
+        late.append(on_its_way(clicks, session))
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    late[0]()
+    assert visitor.run(dict) == ONCE
+
+
+def test_two_writes_that_arrive_late_count_once(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        first = on_its_way(clicks, session)
+        session["clicks"] += 10
+        second = on_its_way(clicks, session)
+        clicks.store.before("save", first)
+        clicks.store.after("load", second)
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    assert visitor.run(dict) == {**ONCE, "clicks": 11}
+
+
+def test_a_write_that_may_be_below_the_one_of_another_request_is_a_conflict(clicks: Site) -> None:
+    visitor = a_visitor(clicks)
+    tab = visitor.another_tab()
+
+    def view(session: Any) -> None:
+        click(session)
+        arrive = on_its_way(clicks, session)
+
+        def both() -> None:
+            arrive()
+            tab.run(lambda session: session.update(theirs=1))
+
+        clicks.store.before("save", both)
+
+    assert visitor.ask(view).status_code == 409
+    assert visitor.run(dict) == {**ONCE, "theirs": 1}
+
+
+def test_a_write_that_arrives_after_a_reload_is_merged_as_one_of_another(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        arrive = on_its_way(clicks, session)
+        session.reload()
+        assert session["clicks"] == 0
+        session["clicks"] += 10
+        session["history"].append("pen")
+        clicks.store.before("save", arrive)
+
+    visitor = a_visitor(clicks)
+    visitor.run(view)
+    stored = visitor.run(dict)
+    stored.pop("step", None)
+    assert stored == {"clicks": 11, "history": ["mug", "pen"], "tags": {"new"}}
+
+
+@pytest.mark.parametrize("grace", [0, GRACE])
+@pytest.mark.parametrize("when", ["at the next rotation", "before the next load"])
+def test_a_rotation_that_arrives_late_is_followed(clicks: Site, grace: int, when: str) -> None:
+    def view(session: Any) -> None:
+        click(session)
+        session.rotate(grace=grace)
+        arrive = on_its_way(clicks, session, "replace")
+        if when == "at the next rotation":
+            clicks.store.before("replace", arrive)
+        else:
+            clicks.store.before("load", arrive)
+        session["after"] = True
+
+    visitor = a_visitor(clicks)
+    old = visitor.another_tab()
+    visitor.run(view)
+    assert visitor.cookie != old.cookie
+    assert visitor.run(dict) == {**ONCE, "after": True}
+    assert len(clicks.sessions()) <= 2
+
+
+def test_a_sign_in_that_arrives_late_is_entered_in_the_roster(clicks: Site) -> None:
+    """The next write loses to it, and then there is nothing left to write."""
+
+    def view(session: Any) -> None:
+        session.bind("ada")
+        arrive = on_its_way(clicks, session, "replace")
+        clicks.store.before("replace", arrive)
+
+    visitor = a_visitor(clicks)
+    old = visitor.another_tab()
+    visitor.run(view)
+    assert visitor.cookie != old.cookie
+    assert len(ids(clicks, "ada")) == 1
+    assert visitor.run(lambda session: session.owner) == "ada"
+    assert old.run(dict) == {}
+
+
+def test_a_session_that_is_created_late_is_nobody_s(clicks: Site) -> None:
+    late: list[Callable[[], None]] = []
+
+    def view(session: Any) -> None:
+        session.update(clicks=1)
+        late.append(on_its_way(clicks, session, "create"))
+
+    visitor = clicks.visitor()
+    visitor.run(view)
+    late[0]()
+    assert visitor.run(dict) == {"clicks": 1}
+    visitor.run(lambda session: session.destroy())
+    assert visitor.cookie is None
+
+
+def test_a_session_that_is_created_before_the_next_look_goes_on(clicks: Site) -> None:
+    def view(session: Any) -> None:
+        session.update(clicks=1)
+        arrive = on_its_way(clicks, session, "create")
+        on_its_way(clicks, session, "create")
+        arrive()
+        session["clicks"] += 1
+
+    visitor = clicks.visitor()
+    visitor.run(view)
+    stored = visitor.run(dict)
+    stored.pop("step", None)
+    assert stored == {"clicks": 2}
+    assert len(clicks.sessions()) == 1
+
+
+def test_a_rotation_of_which_only_the_first_step_was_done_revives_nothing(
+    mongodb_url: str, store_prefix: str, clock: FakeClock
+) -> None:
+    """MongoDB has the new record before it counts."""
+    with SiteMaker(mongodb_url, store_prefix, clock) as make_site:
+        site = make_site(merge_policies=POLICIES)
+        visitor = a_visitor(site)
+        tab = visitor.another_tab()
+
+        def view(session: Any) -> None:
+            session.rotate(grace=0)
+            on_its_way(site, session, "replace")
+            (attempt,) = lifecycle_of(session).attempts.values()
+            site.store.store.create(attempt.record)
+            tab.run(lambda session: session.destroy())
+            session["after"] = True
+
+        visitor.run(view)
+        assert visitor.run(dict) == {}
+        assert not site.sessions()
+
+
+def test_a_signal_may_raise_what_the_store_could(clicks: Site) -> None:
+    """An exception says nothing of the outcome, whatever its class, if a signal raised it."""
+
+    def raise_it(*_: object) -> None:
+        raise SessionConflict
+
+    def view(session: Any) -> None:
+        click(session)
+        clicks.store.after("save", lambda: signal.raise_signal(signal.SIGUSR1))
+        with pytest.raises(SessionConflict):
+            transaction(session)
+
+    visitor = a_visitor(clicks)
+    before = signal.signal(signal.SIGUSR1, raise_it)
+    try:
+        visitor.run(view)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert visitor.run(dict) == ONCE
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -245,7 +245,16 @@ class Attempt:
     key: str
     changes: dict[str, tuple[Any, Any]]
     rotation: float | None
+    #: the update_atomic or take that it is
+    atomic: tuple[str, Callable[[Any], Any] | None, Any] | None
+    # of its request, as it was sent
+    state: str
+    has_token: bool
+    timeouts: set[int]
     line: Line | None = None  # where it was applied
+    late: bool = False  # it is applied after its request was interrupted
+    #: its request has forgotten the changes since; if they are stored, then as somebody else's
+    discarded: bool = False
 
 
 @dataclass(eq=False)
@@ -289,6 +298,8 @@ class Mirror:
     version: int = 0  # of what it knows
     #: what it sent and got no answer to, by version
     attempts: dict[int, Attempt] = field(default_factory=dict)
+    #: everything that it sent, by version
+    sent: dict[int, Attempt] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -358,14 +369,23 @@ class Mirror:
         if self.key != record.key:
             self.part()
         changes = self.view.changes()
-        if self.state != "none" and self.rewrites(changes) is not None:
-            self.attempts[record.version] = Attempt(record.key, {}, None)
-        else:
-            self.attempts[record.version] = Attempt(
-                record.key,
-                {key: (copied(base), copied(mine)) for key, (base, mine) in changes.items()},
-                self.rotation,
-            )
+        atomic = None if self.state == "none" else self.rewrites(changes)
+        if atomic is not None:
+            changes = {}
+        self.sent[record.version] = self.attempts[record.version] = Attempt(
+            record.key,
+            {key: (copied(base), copied(mine)) for key, (base, mine) in changes.items()},
+            None if atomic is not None else self.rotation,
+            atomic,
+            self.state,
+            self.has_token,
+            set(self.timeouts),
+        )
+
+    def discard_attempts(self) -> None:
+        """What its writes are to store is forgotten; they may still be stored."""
+        for attempt in self.attempts.values():
+            attempt.discarded = True
 
     def begin_atomic(self, key: str, function: Callable[[Any], Any] | None, default: Any) -> None:
         """An update_atomic or a take begins."""
@@ -382,9 +402,13 @@ class Mirror:
 
     def fulfilled(self, attempt: Attempt) -> None:
         """This write is known to have been applied."""
-        self.view.committed(attempt.changes)
+        if not attempt.discarded:
+            self.view.committed(attempt.changes)
         if attempt.rotation == self.rotation:
             self.rotation = None
+        for other in self.attempts.values():
+            if other.line is not None and other.line is not attempt.line:
+                other.line.apart = True
         self.attempts = {}
 
 
@@ -475,6 +499,8 @@ class Model:
                 mirror.become(mirror.without)
             else:
                 mirror.hold(self.line_of[record.key], record.version)
+        elif record is None and mirror.state == "none":
+            pass  # what it has sent may still arrive
         elif record is None:
             asked = {version for version, sent in mirror.attempts.items() if sent.key == key}
             elsewhere = {
@@ -485,11 +511,8 @@ class Model:
             if elsewhere and not foreign:
                 mirror.attempts = elsewhere  # it looks there next
                 return
-            if mirror.state == "none":
-                mirror.forget_attempts()
-            else:
-                mirror.without = "ended"
-                mirror.become("ended")
+            mirror.without = "ended"
+            mirror.become("ended")
         else:
             self._recognise(mirror, record)
 
@@ -502,11 +525,20 @@ class Model:
                 own = attempt
         if own is not None:
             mirror.fulfilled(own)
+            if own.late and own.state == "none":
+                line.apart = mirror.is_apart
             if moved:
                 mirror.own(record.key)
-        elif record.version != mirror.version and not mirror.reloading:
+        elif record.version == mirror.version:  # its writes may still arrive
+            if mirror.reloading:
+                mirror.discard_attempts()
+            mirror.hold(line, record.version)
+            return
+        elif not mirror.reloading:
+            pending = mirror.view.changes()
             for attempt in mirror.attempts.values():
-                if any(self.policy_of(name) != "last" for name in attempt.changes):
+                doubtful = () if attempt.discarded else attempt.changes.keys() & pending.keys()
+                if any(self.policy_of(name) != "last" for name in doubtful):
                     mirror.unsure = True
                     return
         mirror.attempts = {}
@@ -516,25 +548,26 @@ class Model:
 
     def create(self, mirror: Mirror, record: Record, begun: int) -> Callable[[], None]:
         """A session was stored for the first time. What to do when the answer arrives."""
-        changes = mirror.view.changes()
+        attempt = mirror.sent[record.version]
+        changes = attempt.changes
         wanted = {key: mine for key, (_, mine) in changes.items() if mine is not MISSING}
         wanted = unexpired(wanted, begun)
-        if mirror.state != "none":
-            raise Violation(f"created, though its session is {mirror.state}")
-        if record.key in self.records:
+        if attempt.state != "none":
+            raise Violation(f"created, though its session is {attempt.state}")
+        if record.key in self.records and not attempt.late:
             raise Violation("created under a key that was used before")
-        self._check_once(mirror, changes)
+        if not attempt.late:
+            self._check_once(mirror, changes)
         if not worth_keeping(wanted):
             raise Violation("created a session that holds nothing")
         line = Line(f"S{len(self.lines) + 1}", record.key, wanted, self._idle, self._idle)
-        line.apart = mirror.is_apart
+        line.apart = mirror.is_apart or attempt.late  # or until its request finds it
         self.lines.append(line)
-        mirror.lines.append(line)
+        mirror.lines.insert(0 if attempt.late else len(mirror.lines), line)
         if record.absolute_expires_at != begun + self._absolute or record.created_at != begun:
             raise Violation(f"created with the times of another moment than {begun}: {record}")
-        self._put(mirror, line, record, wanted, begun)
-        attempt = mirror.attempts[record.version]
-        attempt.line = line
+        self._put(attempt, line, record, wanted, begun)
+        self._landed(mirror, attempt, record, line)
 
         def arrived() -> None:
             mirror.own(record.key)
@@ -548,7 +581,7 @@ class Model:
     def save(self, mirror: Mirror, record: Record, expected: int, begun: int) -> Callable[[], None]:
         """A session was replaced. What to do when the answer arrives."""
         line, wanted, arrived = self._write(mirror, record.key, record, expected, begun)
-        self._put(mirror, line, record, wanted, begun)
+        self._put(mirror.sent[record.version], line, record, wanted, begun)
         return arrived
 
     def replace(
@@ -561,10 +594,11 @@ class Model:
         begun: int,
     ) -> Callable[[], None]:
         """A session got a new token. What to do when the answer arrives."""
-        grace = mirror.rotation
+        attempt = mirror.sent[record.version]
+        grace = attempt.rotation
         if grace is None:
             raise Violation("rotated without having been asked to")
-        if not mirror.has_token:
+        if not attempt.has_token:
             raise Violation("an old token was rotated into one that lasts")
         if record.key in self.records:
             raise Violation("rotated to a key that was used before")
@@ -578,7 +612,7 @@ class Model:
             self._check_pointer(pointer, key, record, begun + int(grace * 1000))
         old, self.records[key] = self.records[key], pointer
         line.head = record.key
-        self._put(mirror, line, record, wanted, begun, old)
+        self._put(attempt, line, record, wanted, begun, old)
 
         def rotated() -> None:
             mirror.own(record.key)  # its own rotation is no surprise to it
@@ -599,7 +633,7 @@ class Model:
         if there is not None and right:
             later = min(max(idle_end, there.idle_expires_at), there.absolute_expires_at)
             renewed = there._replace(idle_expires_at=later)
-            self._check_times(mirror, self.line_of[record.key], renewed, there, begun)
+            self._check_times(mirror.timeouts, self.line_of[record.key], renewed, there, begun)
             self.records[record.key] = renewed
 
     def delete(
@@ -607,11 +641,15 @@ class Model:
     ) -> Callable[[], None]:
         """A session was ended. What to do when the answer arrives."""
         self._own(mirror, key, "delete")
-        if not mirror.destroying:
+        # It signed in with an old token, and emptied what that began: a logout of both.
+        logs_out = mirror.is_apart and mirror.state == "none" and mirror.cleared
+        if logs_out and worth_keeping(mirror.view):
+            raise Violation("logged out, and holds something")
+        if not (mirror.destroying or logs_out):
             if expected is None:
                 raise Violation("deleted without having been asked to")
             line = self._current(key, expected, "deleted")
-            if worth_keeping(self._merged(mirror, line, begun)):
+            if worth_keeping(self._merged(mirror, line, mirror.view.changes(), begun)):
                 raise Violation("ended a session that still holds something")
         there = self.head_of(key) is not None
         if done != there:
@@ -666,8 +704,9 @@ class Model:
         """Check a write that replaces a state; the line, the values, what to do on the answer."""
         self._own(mirror, key, "write")
         line = self._current(key, expected, "wrote")
-        if mirror.state != "live":
-            raise Violation(f"wrote {self.name(key)}, though its session is {mirror.state}")
+        attempt = mirror.sent[record.version]
+        if attempt.state != "live":
+            raise Violation(f"wrote {self.name(key)}, though its session is {attempt.state}")
         old = self.records[key]
         assert old is not None
         if (record.created_at, record.absolute_expires_at) != (
@@ -675,14 +714,15 @@ class Model:
             old.absolute_expires_at,
         ):
             raise Violation("a write changed the creation or the absolute expiry")
-        if record.idle_expires_at < old.idle_expires_at and not mirror.timeouts:
+        # Another request's take may have stored the lifetime that it asked for.
+        earliest = min(old.idle_expires_at, begun + line.shortest)
+        if record.idle_expires_at < earliest and not attempt.timeouts:
             before, after = (bool(v.get("_permanent")) for v in (line.values, self._decode(record)))
             if before == after:
                 raise Violation("the idle expiry moved back, and nobody had asked for that")
-        changes = mirror.view.changes()
-        atomic = mirror.rewrites(changes)
-        if atomic is not None:
-            name, function, default = atomic
+        self._landed(mirror, attempt, record, line)
+        if attempt.atomic is not None:
+            name, function, default = attempt.atomic
             wanted = unexpired(line.values, begun)
             kept = wanted.pop(name, MISSING)
             value = plain(default if kept is MISSING else kept)
@@ -705,11 +745,11 @@ class Model:
                 mirror.atomic_result = value
                 mirror.emptied = not worth_keeping(wanted)
         else:
-            wanted = self._merged(mirror, line, begun)
+            attempt.line = None  # it isn't stored beside itself
+            wanted = self._merged(mirror, line, attempt.changes, begun)
+            attempt.line = line
             if not worth_keeping(wanted):
                 raise Violation("kept a session that holds nothing any more")
-            attempt = mirror.attempts[record.version]
-            attempt.line = line
 
             def arrived() -> None:
                 mirror.hold(line, record.version)
@@ -718,19 +758,33 @@ class Model:
 
         return line, wanted, arrived
 
-    def _merged(self, mirror: Mirror, line: Line, now: int) -> Values:
-        """What the changes of a request make of what is stored."""
-        changes = mirror.view.changes()
+    @staticmethod
+    def _landed(mirror: Mirror, attempt: Attempt, record: Record, line: Line) -> None:
+        """A write was stored, perhaps when its request has forgotten it."""
+        attempt.line = line
+        if record.version not in mirror.attempts:
+            line.apart = True
+
+    def _merged(
+        self, mirror: Mirror, line: Line, changes: Mapping[str, tuple[Any, Any]], now: int
+    ) -> Values:
+        """What these changes of a request make of what is stored."""
         self._check_once(mirror, changes)
         try:
             return self.merge(line.values, changes, now)
         except Conflict:
             raise Violation("stored what its policy refuses") from None
 
-    @staticmethod
-    def _check_once(mirror: Mirror, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    def _check_once(self, mirror: Mirror, changes: Mapping[str, tuple[Any, Any]]) -> None:
         for key, change in changes.items():
-            stored = (sent.changes for sent in mirror.attempts.values() if sent.line is not None)
+            stored = (
+                sent.changes
+                for sent in mirror.attempts.values()
+                if sent.line is not None
+                and not sent.discarded
+                # A session that its request doesn't find is another one, which nobody has.
+                and not (sent.state == "none" and (sent.late or not self.head_of(sent.key)))
+            )
             if any(before.get(key) == change for before in stored):
                 raise Violation(f"stored the change of {key!r} a second time")
 
@@ -758,7 +812,7 @@ class Model:
 
     def _put(
         self,
-        mirror: Mirror,
+        attempt: Attempt,
         line: Line,
         record: Record,
         wanted: Values,
@@ -769,7 +823,8 @@ class Model:
         values = self._decode(record)
         if values != wanted:
             raise Violation(f"stored {difference(wanted, values)}")
-        self._check_times(mirror, line, record, old or self.records.get(record.key), begun)
+        old = old or self.records.get(record.key)
+        self._check_times(attempt.timeouts, line, record, old, begun)
         self.records[record.key] = record
         if record.key not in self.line_of:
             self.line_of[record.key] = line
@@ -777,10 +832,10 @@ class Model:
         line.values = values
 
     def _check_times(
-        self, mirror: Mirror, line: Line, record: Record, old: Record | None, begun: int
+        self, timeouts: set[int], line: Line, record: Record, old: Record | None, begun: int
     ) -> None:
-        line.shortest = min({line.shortest, *mirror.timeouts})
-        line.longest = max({line.longest, *mirror.timeouts})
+        line.shortest = min({line.shortest, *timeouts})
+        line.longest = max({line.longest, *timeouts})
         line.longest_flight = max(line.longest_flight, self._now() - begun)
         if not record.idle_expires_at <= record.absolute_expires_at:
             raise Violation("a record would outlive its absolute expiry")

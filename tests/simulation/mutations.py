@@ -170,6 +170,12 @@ def _settle_and_forget(self: Lifecycle, *seen: Any, **how: Any) -> Any:
         self.attempts = {}
 
 
+def _settle_and_expect_none(self: Lifecycle, there: Record, before: Record, **how: Any) -> Any:
+    if there.version == before.version:
+        self.attempts = {}
+    return _settle_attempts(self, there, before, **how)
+
+
 def _rotate_with_any_token(self: Lifecycle, grace: float) -> None:
     self.open()
     if self.seen.record is not None:
@@ -243,6 +249,13 @@ FURTHER = (
         Lifecycle,
         "_settle_attempts",
         _settle_and_forget,
+        among=lambda plan: plan.strikes,
+    ),
+    Mutation(
+        "attempts forgotten that may arrive",
+        Lifecycle,
+        "_settle_attempts",
+        _settle_and_expect_none,
         among=lambda plan: plan.strikes,
     ),
     Mutation(

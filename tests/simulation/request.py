@@ -230,7 +230,12 @@ class Serving:
     def _destroy(self, op: Op) -> None:
         mirror = self.mirror
         mirror.destroying, key = True, mirror.key
-        attempted = [attempt.key for attempt in mirror.attempts.values()]
+        # One that is created after it was deleted is a session that nobody has.
+        attempted = [
+            attempt.key
+            for attempt in mirror.attempts.values()
+            if not (attempt.late and attempt.state == "none")
+        ]
         try:
             self.session.destroy()
         finally:
@@ -280,6 +285,7 @@ class Serving:
             self.held.clear()
             self.held_by_model.clear()
             if opened:
+                mirror.discard_attempts()
                 self._start_afresh()
 
     def _lifetime(self, op: Op) -> None:

@@ -38,6 +38,8 @@ class Fault(Enum):
     DIES_AFTER = "the process dies, done"
     STRUCK_BEFORE = "interrupted, nothing done"
     STRUCK_AFTER = "interrupted, done"
+    LATE = "unavailable, on its way"
+    STRUCK_LATE = "interrupted, on its way"
     CROSSED = "the answer to another request"
     LOST = "the response is lost"
 
@@ -56,6 +58,7 @@ _WRITE = (
     Fault.DIES_BEFORE,
     Fault.DIES_AFTER,
 )
+_SENT = (*_WRITE, Fault.LATE, Fault.STRUCK_LATE, Fault.STRUCK_LATE)
 
 #: What may go wrong, by what the request waits for.
 _POSSIBLE = {
@@ -70,10 +73,10 @@ _POSSIBLE = {
         Fault.STRUCK_BEFORE,
         Fault.DIES_BEFORE,
     ),
-    "create": _WRITE,
-    "save": _WRITE,
+    "create": _SENT,
+    "save": _SENT,
     "renew": _WRITE,
-    "replace": _WRITE,
+    "replace": _SENT,
     "delete": _WRITE,
     "response": (Fault.LOST, Fault.DIES_BEFORE),
 }
@@ -81,7 +84,7 @@ _POSSIBLE = {
 
 def _struck(possible: tuple[Fault, ...]) -> tuple[Fault, ...]:
     """The interrupts among these."""
-    strikes = (Fault.STRUCK_BEFORE, Fault.STRUCK_AFTER)
+    strikes = (Fault.STRUCK_BEFORE, Fault.STRUCK_AFTER, Fault.STRUCK_LATE)
     return tuple(fault for fault in possible if fault in strikes) or _NONE
 
 
@@ -137,13 +140,19 @@ class Scheduler:
     """Picks the next request, its fault and the time from one random generator.
 
     `moments` gives the points in time (milliseconds) that are of interest, such as expiries.
+    `deliver` lets a write arrive that is still on its way to the store, or not yet.
     """
 
     def __init__(
-        self, clock: VirtualClock, moments: Callable[[], list[int]], trace: Callable[[str], None]
+        self,
+        clock: VirtualClock,
+        moments: Callable[[], list[int]],
+        deliver: Callable[[Random], None],
+        trace: Callable[[str], None],
     ) -> None:
         self._clock = clock
         self._moments = moments
+        self._deliver = deliver
         self._trace = trace
         #: how often a request went on from each kind of pause
         self.steps: Counter[str] = Counter()
@@ -166,6 +175,7 @@ class Scheduler:
             while waiting:
                 if clock_rate and rng.random() < clock_rate:
                     self._turn_clock(rng)
+                self._deliver(rng)
                 choice = waiting
                 if together:
                     behind = [task for task in waiting if task.waits_for in ("start", "load")]

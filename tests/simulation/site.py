@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
@@ -63,6 +63,7 @@ class SimulatedStore:
         #: faults and refused writes
         self.counts: Counter[str] = Counter()
         self.model: Model
+        self._late: list[Callable[[], None]] = []
 
     @property
     def records(self) -> dict[str, Record]:
@@ -72,8 +73,13 @@ class SimulatedStore:
     def create(self, record: Record) -> None:
         running().mirror.send(record)
         request, fault, begun = self._arrive("create")
-        self.inner.create(record)
-        arrived = self.model.create(request.mirror, record, begun)
+
+        def create() -> Callable[[], None]:
+            self.inner.create(record)
+            return self.model.create(request.mirror, record, begun)
+
+        self._hold_back(request, fault, create, record, record.key, 0)
+        arrived = create()
         self._leave(request, fault, f"{self.model.name(record.key)} {self._shown(record)}")
         arrived()
 
@@ -102,11 +108,15 @@ class SimulatedStore:
     def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
         running().mirror.send(record)
         request, fault, begun = self._arrive("save")
-        sent = record.version
-        with self._judged(request, fault, record.key, expected_version, sent):
+
+        def save() -> Callable[[], None]:
             self.inner.save(record, expected_version, shorten=shorten)
-        record = self.records[record.key]
-        arrived = self.model.save(request.mirror, record, expected_version, begun)
+            stored = self.records[record.key]
+            return self.model.save(request.mirror, stored, expected_version, begun)
+
+        self._hold_back(request, fault, save, record, record.key, expected_version)
+        with self._judged(request, fault, record.key, expected_version, record.version):
+            arrived = save()
         self._leave(request, fault, f"{self.model.name(record.key)} {self._shown(record)}")
         arrived()
 
@@ -126,12 +136,20 @@ class SimulatedStore:
         *,
         shorten: bool = False,
     ) -> None:
+        if record.version in running().mirror.sent:  # a repeat, which asks whether it was stored
+            self.inner.replace(key, record, expected_version, pointer, shorten=shorten)
+            return
         running().mirror.send(record)
         request, fault, begun = self._arrive("replace")
-        with self._judged(request, fault, key, expected_version, record.version):
+
+        def replace() -> Callable[[], None]:
             self.inner.replace(key, record, expected_version, pointer, shorten=shorten)
-        record = self.records[record.key]
-        arrived = self.model.replace(request.mirror, key, record, expected_version, pointer, begun)
+            stored = self.records[record.key]
+            return self.model.replace(request.mirror, key, stored, expected_version, pointer, begun)
+
+        self._hold_back(request, fault, replace, record, key, expected_version)
+        with self._judged(request, fault, key, expected_version, record.version):
+            arrived = replace()
         names = f"{self.model.name(key)} by {self.model.name(record.key)}"
         self._leave(request, fault, f"{names} {self._shown(record)}")
         arrived()
@@ -148,6 +166,48 @@ class SimulatedStore:
     def close(self) -> None:
         """Nothing to release."""
 
+    def _hold_back(
+        self,
+        request: Request,
+        fault: Fault,
+        write: Callable[[], object],
+        record: Record,
+        key: str,
+        expected: int,
+    ) -> None:
+        """Leave the request without an answer, if its write is to be still on its way."""
+
+        def arrive() -> None:
+            what = "arrives late"
+            try:
+                write()
+            except (Stale, Gone) as error:
+                what += f": {type(error).__name__}"
+                self.model.refused(request.mirror, key, expected, type(error).__name__)
+            self.counts["arrived late"] += 1
+            self.model.trace(f"{request.name:4} {self.model.name(key)} {what}")
+
+        if fault in (Fault.LATE, Fault.STRUCK_LATE):
+            request.mirror.sent[record.version].late = True
+            self._late.append(arrive)
+        if fault is Fault.LATE:
+            raise StoreUnavailable("simulated: on its way")
+        if fault is Fault.STRUCK_LATE:
+            request.struck = True
+            raise Interrupted
+
+    def deliver(self, rng: Random) -> None:
+        """Let a write arrive that is on its way, or not yet."""
+        if self._late and rng.random() < 0.25:
+            self._late.pop(int(rng.random() * len(self._late)))()
+
+    def settle(self, rng: Random) -> None:
+        """Let each write that is on its way arrive, or be lost."""
+        while self._late:
+            arrive = self._late.pop()
+            if rng.random() < 0.5:
+                arrive()
+
     def _arrive(self, operation: str) -> tuple[Request, Fault, int]:
         request = running()
         begun = self._clock.now
@@ -155,7 +215,7 @@ class SimulatedStore:
         if fault is not Fault.NONE:
             self.counts["faults"] += 1
             self.counts[fault.name] += 1
-            if fault is not Fault.STRUCK_AFTER:
+            if fault not in (Fault.STRUCK_AFTER, Fault.STRUCK_LATE):
                 request.mirror.faulted = True
         if fault is Fault.BEFORE:
             raise StoreUnavailable("simulated: nothing done")

@@ -61,12 +61,12 @@ def test_broken_code_is_found(
 
 def test_schedules_meet_everything_that_can_happen() -> None:
     with Simulation() as simulation:
-        plans = [simulation.run(seed).plan for seed in range(700)]
+        plans = [simulation.run(seed).plan for seed in range(1200)]
     kinds = {op.kind for plan in plans for request in plan.requests for op in request.ops}
     assert kinds > ON_MAPPINGS.keys() | {"fleeting", "ttl", "take"}
     for what in (
         *("create", "load", "save", "renew", "replace", "delete", "sleep", "Stale", "Gone"),
-        *("BEFORE", "AFTER", "STRUCK_AFTER", "DIES_AFTER", "CROSSED"),
+        *("BEFORE", "AFTER", "STRUCK_AFTER", "DIES_AFTER", "CROSSED", "arrived late"),
     ):
         assert simulation.counts[what] > 20, what
 

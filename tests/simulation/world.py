@@ -153,7 +153,7 @@ class _Run:
             default_policy=site.default_policy,
             trace=self.trace.append if tracing else None,
         )
-        self.scheduler = Scheduler(clock, self._moments, self.model.trace)
+        self.scheduler = Scheduler(clock, self._moments, site.store.deliver, self.model.trace)
 
     def play(self) -> None:
         """Open the sessions, run the requests in parallel, then look at what there is."""
@@ -168,6 +168,7 @@ class _Run:
             strikes=self.plan.strikes,
             together=self.plan.together,
         )
+        self.site.store.settle(self.rng)
         finals = self._probe()
         if any(record and record.successor for record in self.model.records.values()):
             self.clock.now += 30_000

@@ -26,7 +26,7 @@ from redis import Redis
 from flask_gsession.errors import Gone, KeyTaken, Stale, StoreUnavailable
 from flask_gsession.stores import Record, StoreOptions, open_store
 from flask_gsession.stores.base import new_version, unexpired
-from flask_gsession.stores.interrupts import interruption
+from flask_gsession.stores.interrupts import Condition, interruption
 from flask_gsession.testing import a_record
 from tests.harness.servers import RedisServer
 
@@ -250,6 +250,24 @@ def test_a_storm_of_signals_leaves_sqlite_open(sqlite_url: str) -> None:
             work()  # at once, while what was struck may still be there
     assert raised
     store.close()
+
+
+def test_a_storm_of_signals_leaves_no_condition_held() -> None:
+    """Of the standard library's, it leaves about seventy held."""
+    condition, dice = Condition(threading.Lock()), random.Random(13)
+    with handler(TooLong) as raised:
+        for _ in range(2000):
+            with suppress(TooLong):
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-6, 1e-5))
+                try:
+                    for _ in range(20):
+                        with condition:
+                            pass
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            assert condition.acquire(blocking=False)
+            condition.release()
+    assert raised
 
 
 @contextmanager

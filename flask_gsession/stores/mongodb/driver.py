@@ -30,13 +30,14 @@ from pymongo.errors import (
     WriteConcernError,
 )
 from pymongo.read_concern import ReadConcern
+from pymongo.synchronous.pool import Pool
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
 from ...errors import GSessionError, StoreUnavailable
 from ...events import logger
 from ...processes import process, warn_without_threads
-from ..interrupts import interruption
+from ..interrupts import Condition, interruption
 from ..support import StoreOptions, closing
 from .indexes import NAME, check_expiry_index
 from .round_trips import NO_PAYLOADS, SessionCollection
@@ -117,6 +118,19 @@ def call(
     return decorate
 
 
+class _Pool(Pool):
+    """A pool of connections whose lock an exception from outside doesn't leave held.
+
+    PyMongo takes the lock once more to clean up after an exception, so the thread that had left it
+    held would wait for itself.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.size_cond = Condition(self.lock)
+        self._max_connecting_cond = Condition(self.lock)
+
+
 class Driver:
     """The collections of ``url_or_client``. A client made from a URL is one of each process."""
 
@@ -160,6 +174,7 @@ class Driver:
                     maxPoolSize=self._pool_max,
                     serverSelectionTimeoutMS=milliseconds_,
                     connectTimeoutMS=milliseconds_,
+                    _pool_class=_Pool,
                 )
                 self._keep_client(client)
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from ...processes import process
+from ..interrupts import Condition
 from .driver import (
     LENDS_CLOSED,
     PUSHED,
@@ -221,7 +221,7 @@ class ConnectionPool:
     def _start(self) -> None:
         """Forget every connection: they are closed as they are collected or come back."""
         self._generation = object()
-        self._returned = threading.Condition()
+        self._returned = Condition()
         self._waiting = 0
         self._idle = deque(Slot(self._generation) for _ in range(self._size))
         self._slots = [ref(slot) for slot in self._idle]
