@@ -11,6 +11,7 @@ import pytest
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import DeviceRevoked
 from flask_gsession.users.rosters import roster_key
+from tests.cli.test_command import on_a_terminal
 from tests.harness.apps import Site, Visitor
 from tests.harness.console import Console
 
@@ -182,6 +183,7 @@ def test_one_device_is_revoked(site: Site, console: Console, revoked: list[Any])
     assert revoked == [("ada", device, "lost", "flask gsession")]
     assert "no such device" in console.failed(*words, device)
     assert "no such device" in console.failed("revoke", "--user", "bob", "--device", device)
+    assert "-x: the user has no such device" in console.failed(*words, "-x")
 
 
 @pytest.mark.parametrize("everybody", [False, True])
@@ -236,6 +238,20 @@ def test_damaged_lists_are_rebuilt(site: Site, console: Console) -> None:
     assert json.loads(console.done("users", "rebuild", "--json")) == {"entered": 1}
     assert console.done("users", "rebuild") == "0 sessions entered\n"
     assert [owner(visitor) for visitor in visitors] == ["ada", "ada", "bob"]
+
+
+def test_the_list_on_a_terminal(sqlite_url: str) -> None:
+    console = Console(sqlite_url)
+    with console.app.test_request_context() as context:
+        context.session.bind("ada", label="Firefox \x1b[2J")  # type: ignore[union-attr]
+        console.app.session_interface.save_session(
+            console.app, context.session, console.app.response_class()
+        )
+    for columns, network in (("120", True), ("60", False)):
+        shown = on_a_terminal(sqlite_url, "list", "--user", "ada", COLUMNS=columns)
+        assert "last seen" in shown
+        assert "Firefox ?[2J" in shown
+        assert ("network" in shown) == network
 
 
 # -- command lines that are wrong
