@@ -177,7 +177,7 @@ OF_THE_PROCESS = {
         "_of_registries",  # a registry of prometheus-client may serve several applications
         "_of_process",  # so may the files of its multiprocess mode
     },
-    "contrib.ratelimit": {"_apps"},  # decorators run before there is an application
+    "contrib.ratelimit_views": {"apps"},  # decorators run before there is an application
     "request.waiting": {"_waiting"},  # threads belong to the process: decision 27
 }
 

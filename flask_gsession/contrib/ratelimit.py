@@ -9,14 +9,9 @@ it is refused.
 
 from __future__ import annotations
 
-import hmac
-import math
-from base64 import urlsafe_b64encode
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
-from weakref import WeakSet, WeakValueDictionary
+from collections.abc import Callable, Collection
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 from flask import (
     Blueprint,
@@ -24,65 +19,45 @@ from flask import (
     Response,
     after_this_request,
     current_app,
-    has_request_context,
     request,
 )
 from flask import session as flask_session
 
 try:
-    from flask_limiter import Limit, RateLimitExceeded
-    from limits import RateLimitItem, parse_many
     from limits.storage import MemoryStorage, Storage
     from limits.strategies import STRATEGIES
+
+    from .ratelimit_counting import NAME, Limits, Rates, SessionLimitExceeded
 except ImportError as error:
     raise ImportError(
         f"flask_gsession.contrib.ratelimit needs the package {error.name}: install the extra, "
         "flask-gsession[limits]"
     ) from None
 
-from ..errors import SettingError, StoreUnavailable
-from ..events import logger
+from ..errors import SettingError
 from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
-from ..request.session import SessionData, lifecycle_of
 from ..stores import StoreOptions
 from ..stores.wrappers.breaker import Circuit
-from .ratelimit_clients import name_of, network_of_client, site_of
+from .ratelimit_arguments import called, checked_cost, checked_function, checked_methods, parsed
+from .ratelimit_clients import name_of, network_of_client
 from .ratelimit_storages import Backend, storage_at, storage_of
+from .ratelimit_views import (
+    ViewFunctions,
+    apps,
+    check_view,
+    refuse_undecorated,
+    scope_of_blueprint,
+    scope_of_view,
+    undecorated,
+)
 
 __all__ = ["SessionLimitExceeded", "SessionLimits", "network_of_client", "session_limit"]
 
-NAME = "gsession-limits"
-
-_COUNTED = "flask_gsession.limits"
-_ALLOWED = 'allowed: a limit such as "100/minute", or several: "10/second; 1000/day"'
-_METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
-_CEILING = 10  # times the limit, by default
 _VIEW_ATTRIBUTES = ("methods", "required_methods", "provide_automatic_options")  # read by Flask
 
-P = ParamSpec("P")
-T = TypeVar("T")
 V = TypeVar("V", bound="Callable[..., Any] | Blueprint | Flask")
-
-
-class SessionLimitExceeded(RateLimitExceeded):
-    """HTTP 429 with ``Retry-After``: a limit is exceeded. Handlers for Flask-Limiter's error work.
-
-    ``retry_after`` is in seconds. ``kind`` is the exceeded limit: ``"user"``, ``"session"``,
-    ``"key"``, ``"visitors"`` (of a network, not signed in), ``"network"`` (the ceiling) or
-    ``"creation"``.
-    """
-
-    def __init__(self, kind: str, item: RateLimitItem, wait: float) -> None:
-        super().__init__(next(iter(Limit(str(item), lambda: kind, kind))))
-        self.kind = kind
-        self.retry_after: int = min(max(1, math.ceil(wait)), item.get_expiry())
-        self.rate_limit_headers = _headers(item, 0, self.retry_after)
-
-    def get_headers(self, *arguments: Any, **options: Any) -> list[tuple[str, str]]:
-        """The headers of the error response."""
-        return [*super().get_headers(*arguments, **options), *self.rate_limit_headers.items()]
 
 
 class session_limit:
@@ -124,23 +99,23 @@ class session_limit:
     ) -> None:
         for given in (limit, network):
             if given is not None and not callable(given):
-                _parsed(given)
+                parsed(given)
         if not callable(cost):
-            _checked_cost(cost)
+            checked_cost(cost)
         if shared is not None and not isinstance(shared, str):
             raise SettingError(f"shared is {shared!r}; allowed: a name, as text")
         self._limit, self._network, self._cost = limit, network, cost
-        self._key = _checked_function("key", key)
-        self._deduct_when = _checked_function("deduct_when", deduct_when)
-        self._exempt_when = _checked_function("exempt_when", exempt_when)
-        self._methods = None if methods is None else _checked_methods(methods)
+        self._key = checked_function("key", key)
+        self._deduct_when = checked_function("deduct_when", deduct_when)
+        self._exempt_when = checked_function("exempt_when", exempt_when)
+        self._methods = None if methods is None else checked_methods(methods)
         self._per_method = per_method
         self._shared = shared
 
     def __call__(self, limited: V) -> V:
         if isinstance(limited, Blueprint):
             blueprint = limited
-            blueprint.before_request(lambda: self._check(lambda: _scope_of_blueprint(blueprint)))
+            blueprint.before_request(lambda: self._check(lambda: scope_of_blueprint(blueprint)))
             return limited
         if isinstance(limited, Flask):
             scope = f"Flask:{limited.name}"
@@ -158,13 +133,13 @@ class session_limit:
         if not hasattr(plain, "__qualname__"):
             plain = type(plain)  # the class of a callable object
         name = f"{plain.__module__}.{plain.__qualname__}:{plain.__name__}"
-        _undecorated.add(view)
-        if any(view is each for app in list(_apps) for each in app.view_functions.values()):
-            _check_view(name, view)
+        undecorated.add(view)
+        if any(view is each for app in list(apps) for each in app.view_functions.values()):
+            check_view(name, view)
 
         @wraps(view)
         def limited(*arguments: Any, **options: Any) -> Any:
-            self._check(lambda: _scope_of_view(limited, name))
+            self._check(lambda: scope_of_view(limited, name))
             return current_app.ensure_sync(view)(*arguments, **options)
 
         if not hasattr(view, "__name__"):
@@ -175,7 +150,7 @@ class session_limit:
         return limited
 
     def _check(self, default_scope: Callable[[], str]) -> None:
-        limits: _Limits | None = current_app.extensions.get(NAME)
+        limits: Limits | None = current_app.extensions.get(NAME)
         if limits is None:
             raise SettingError(
                 "session_limit needs SessionLimits on the application: SessionLimits(app, ...)"
@@ -184,9 +159,9 @@ class session_limit:
             return
         if self._exempt_when is not None and self._exempt_when():
             return
-        own = _parsed(_called(self._limit))
-        network = None if self._network is None else _parsed(_called(self._network))
-        cost = _checked_cost(_called(self._cost))
+        own = parsed(called(self._limit))
+        network = None if self._network is None else parsed(called(self._network))
+        cost = checked_cost(called(self._cost))
         if not cost:
             return
         deduct_when = self._deduct_when
@@ -198,7 +173,7 @@ class session_limit:
         if self._per_method:
             scope = f"{scope} {request.method}"
         key = None if self._key is None else name_of(self._key(), "key=")
-        hits = limits.count(scope, _Rates(own, network), key, cost)
+        hits = limits.count(scope, Rates(own, network), key, cost)
         if deduct_when is not None:
 
             @after_this_request
@@ -248,8 +223,8 @@ class SessionLimits:
         if on_storage_error not in ("fail", "local"):
             raise SettingError('on_storage_error must be "fail" or "local"')
         self._ext, self._proxies = ext, proxies
-        self._user = _checked_function("user", user)
-        self._creation = None if creation is None else _parsed(creation)
+        self._user = checked_function("user", user)
+        self._creation = None if creation is None else parsed(creation)
         self._storage, self._strategy = storage, strategy
         self._local = on_storage_error == "local"
         self._headers = headers
@@ -271,8 +246,8 @@ class SessionLimits:
         ext = self._ext or next(iter(interfaces))
         if ext not in interfaces:
             raise SettingError("The Session given to SessionLimits is not on the application")
-        _apps.add(app)
-        app.view_functions = _ViewFunctions(app.view_functions)
+        apps.add(app)
+        app.view_functions = ViewFunctions(app.view_functions)
         repository = interfaces[ext].repository
         settings = repository.settings
         storage: Storage | Callable[[], Storage]
@@ -297,10 +272,10 @@ class SessionLimits:
                 repository.events,
             )
             hit, probe = partial(circuit.call, backend.hit), partial(circuit.call, backend.look)
-        limits = _Limits(
+        limits = Limits(
             backend=backend,
             hit=hit,
-            probe=lambda: probe(_parsed("1/minute")[0], "nobody"),
+            probe=lambda: probe(parsed("1/minute")[0], "nobody"),
             local=Backend(MemoryStorage(), self._strategy) if self._local else None,
             session=(lambda: ext.session) if self._ext else (lambda: flask_session),
             user=self._user or (lambda: _flask_logins_user(ext)),
@@ -309,316 +284,12 @@ class SessionLimits:
             headers=self._headers,
         )
         app.extensions[NAME] = limits
-        app.before_request(_refuse_undecorated)
+        app.before_request(refuse_undecorated)
         app.after_request(limits.add_headers)
         creation = self._creation
         if creation is not None:
             repository.before_create = lambda: limits.count_creation(creation)
 
 
-class _Rates(NamedTuple):
-    """The limit of a bucket, and the ceiling of its network."""
-
-    own: list[RateLimitItem]
-    network: list[RateLimitItem] | None = None
-
-    @property
-    def ceiling(self) -> list[RateLimitItem]:
-        return self.network or [
-            type(item)(item.amount * _CEILING, item.multiples, item.namespace) for item in self.own
-        ]
-
-
-class _Bucket(NamedTuple):
-    kind: str
-    who: str
-    items: list[RateLimitItem]
-
-
-class _Hit(NamedTuple):
-    """A request counted in a storage."""
-
-    backend: Backend
-    item: RateLimitItem
-    key: str
-    cost: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """The rate limits of one application."""
-
-    backend: Backend
-    hit: Callable[[RateLimitItem, str, int], bool]
-    probe: Callable[[], object]  # reads from the storage, for the metrics
-    local: Backend | None
-    session: Callable[[], Any]
-    user: Callable[[], object]
-    proxies: int
-    label: str
-    headers: bool
-    scopes: dict[tuple[str, int, int], str] = field(default_factory=dict)
-
-    def can_take_back(self) -> bool:
-        return self.backend.can_take_back()
-
-    def count(self, scope: str, rates: _Rates, key: str | None, cost: int) -> list[_Hit]:
-        """Count this request. Raises ``SessionLimitExceeded`` and ``StoreUnavailable``."""
-        network = network_of_client(self.proxies)
-        buckets = [
-            *([_Bucket("key", key, rates.own)] if key else self._clients(network, rates)),
-            _Bucket("network", site_of(network), rates.ceiling),
-        ]
-        return self._spend(scope, buckets, cost)
-
-    def count_creation(self, items: list[RateLimitItem]) -> None:
-        """Count the session that this request is about to create."""
-        if has_request_context():
-            network = network_of_client(self.proxies)
-            buckets = [_Bucket("creation", network, items)]
-            if (site := site_of(network)) != network:
-                buckets.append(_Bucket("creation", site, _Rates(items).ceiling))
-            self._spend("", buckets, 1, show=False)
-
-    def _clients(self, network: str, rates: _Rates) -> Iterator[_Bucket]:
-        """The buckets that have the limit itself."""
-        handle, user = self._session_and_user()
-        if user is not None:
-            yield _Bucket("user", user, rates.own)
-            return
-        if handle is not None:
-            yield _Bucket("session", handle, rates.own)
-        if handle is None or rates.network is None:
-            yield _Bucket("visitors", network, rates.own)
-
-    def _session_and_user(self) -> tuple[str | None, str | None]:
-        """The handle of the request's session and its user, or None."""
-        session = self.session()._get_current_object()
-        if not isinstance(session, SessionData):
-            return None, None
-        handle = session.handle  # loads the session
-        return handle if lifecycle_of(session).seen.presented else None, name_of(
-            self.user(), "user="
-        )
-
-    def _spend(
-        self, scope: str, buckets: Sequence[_Bucket], cost: int, *, show: bool = True
-    ) -> list[_Hit]:
-        hits: list[_Hit] = []
-        for bucket in buckets:
-            key = self._key(scope, bucket)
-            for item in sorted(bucket.items):
-                backend = self._hit(item, key, cost)
-                if backend is None:
-                    self.take_back(hits)
-                    raise self._exceeded(bucket.kind, item, key)
-                hits.append(_Hit(backend, item, key, cost))
-        if show:
-            request.environ.setdefault(_COUNTED, hits[0])
-        return hits
-
-    def _key(self, scope: str, bucket: _Bucket) -> str:
-        secret = current_app.secret_key or b""
-        text = "\0".join((self.label, scope, bucket.kind, bucket.who)).encode(
-            "utf-8", "surrogatepass"
-        )
-        digest = hmac.digest(secret.encode() if isinstance(secret, str) else secret, text, "sha256")
-        return f"{bucket.kind}/{urlsafe_b64encode(digest[:16]).decode().rstrip('=')}"
-
-    def _hit(self, item: RateLimitItem, key: str, cost: int) -> Backend | None:
-        """The backend that counted the request; None if the limit is exceeded."""
-        try:
-            return self.backend if self.hit(item, key, cost) else None
-        except StoreUnavailable as error:
-            if self.local is None:
-                logger.log(error.log_level, "Could not count a request: %s", error)
-                request.environ[_COUNTED] = {"Retry-After": str(error.retry_after)}
-                raise
-        return self.local if self.local.hit(item, key, cost) else None
-
-    def _exceeded(self, kind: str, item: RateLimitItem, key: str) -> SessionLimitExceeded:
-        logger.info("Rate limit %s exceeded by %s", item, key)
-        wait: float = item.get_expiry()
-        for backend in (self.backend, self.local):
-            try:
-                if backend is not None:
-                    wait = backend.look(item, key)[0]
-                    break
-            except StoreUnavailable:
-                continue
-        raised = SessionLimitExceeded(kind, item, wait)
-        headers = raised.rate_limit_headers if self.headers else {}
-        request.environ[_COUNTED] = {**headers, "Retry-After": str(raised.retry_after)}
-        return raised
-
-    def take_back(self, hits: Sequence[_Hit]) -> None:
-        """Undo hits. If the storage fails or doesn't support it, they stay counted."""
-        for hit in hits:
-            try:
-                hit.backend.take_back(hit.item, hit.key, hit.cost)
-            except StoreUnavailable as error:
-                logger.warning("Could not take back the count of a request: %s", error)
-                return
-
-    def add_headers(self, response: Response) -> Response:
-        """Add headers for the first limit, or for the one that was exceeded."""
-        counted = request.environ.get(_COUNTED)
-        if isinstance(counted, _Hit):
-            if not self.headers:
-                return response
-            try:
-                wait, remaining = counted.backend.look(counted.item, counted.key)
-            except StoreUnavailable:
-                return response  # the request was counted; only the headers are missing
-            counted = _headers(counted.item, remaining, math.ceil(wait))
-        for name, value in (counted or {}).items():
-            # The application's error handler may have answered with a page of its own.
-            if name != "Retry-After" or response.status_code >= 300:
-                response.headers.setdefault(name, value)
-        return response
-
-
-def _headers(item: RateLimitItem, remaining: int, reset: int) -> dict[str, str]:
-    """The headers of draft-ietf-httpapi-ratelimit-headers-06, which clients understand."""
-    return {
-        "RateLimit-Policy": f"{item.amount};w={item.get_expiry()}",
-        "RateLimit-Limit": str(item.amount),
-        "RateLimit-Remaining": str(max(0, remaining)),
-        "RateLimit-Reset": str(reset),
-    }
-
-
 def _flask_logins_user(ext: Session) -> object:
     return ext.session.get("_user_id")
-
-
-def _called(value: T | Callable[[], T]) -> T:
-    return value() if callable(value) else value
-
-
-def _checked_function(name: str, given: Callable[P, T] | None) -> Callable[P, T] | None:
-    if given is not None and not callable(given):
-        raise SettingError(f"{name} is {given!r}; allowed: a function")
-    return given
-
-
-def _parsed(limit: object) -> list[RateLimitItem]:
-    if not isinstance(limit, str):
-        raise SettingError(f"The rate limit is {limit!r}; {_ALLOWED}")
-    return _parsed_text(limit)
-
-
-@lru_cache
-def _parsed_text(limit: str) -> list[RateLimitItem]:
-    try:
-        items = parse_many(limit)
-    except ValueError:
-        items = []
-    if not items or not all(item.amount and item.get_expiry() for item in items):
-        raise SettingError(f"The rate limit is {limit!r}; {_ALLOWED}")
-    return items
-
-
-def _checked_cost(cost: object) -> int:
-    if type(cost) is not int or cost < 0:
-        raise SettingError(f"The cost of a request is {cost!r}; allowed: a whole number, from 0")
-    return cost
-
-
-def _checked_methods(methods: Collection[str]) -> frozenset[str]:
-    named = frozenset(methods)
-    if isinstance(methods, str) or not named <= _METHODS:
-        raise SettingError(
-            f"methods is {methods!r}; allowed: a list of {', '.join(sorted(_METHODS))}"
-        )
-    return named | {"HEAD"} if "GET" in named else named
-
-
-def _scope_of_view(limited: Callable[..., Any], name: str) -> str:
-    """The scope of a limited view: its name, and its first endpoint.
-
-    So several views made by one factory count separately, and a view with several URLs counts once.
-    The scope of a limited function that isn't a view is its name.
-    """
-    endpoint = request.endpoint or ""
-    views = current_app.view_functions
-    view = views.get(endpoint)
-    known: dict[tuple[str, int, int], str] = current_app.extensions[NAME].scopes
-    at = (endpoint, id(view), id(limited))
-    if at not in known:
-        first = next((each for each, other in views.items() if other is view), "")
-        known[at] = f"{name} {first}" if _holds(view, limited) else name
-    return known[at]
-
-
-def _holds(view: object, limited: object) -> bool:
-    """Whether this view is ``limited``, wraps it, or is a class with it as a method."""
-    kind = getattr(view, "view_class", None)
-    methods = [
-        getattr(kind, name, None) for name in (*map(str.lower, _METHODS), "dispatch_request")
-    ]
-    for each in (view, *methods):
-        function = each
-        while function is not None:
-            if function is limited:
-                return True
-            function = getattr(function, "__wrapped__", None)
-    return False
-
-
-def _scope_of_blueprint(blueprint: Blueprint) -> str:
-    names = (name for name, each in current_app.blueprints.items() if each is blueprint)
-    return f"Blueprint:{next(names, blueprint.name)}"
-
-
-class _IdentitySet:
-    """A set of objects by identity. Holds weak references if the objects support them."""
-
-    def __init__(self) -> None:
-        self._weak: WeakValueDictionary[int, Any] = WeakValueDictionary()
-        self._kept: dict[int, object] = {}
-
-    def add(self, each: object) -> None:
-        try:
-            self._weak[id(each)] = each
-        except TypeError:
-            self._kept[id(each)] = each
-
-    def __contains__(self, each: object) -> bool:
-        return self._weak.get(id(each)) is each or id(each) in self._kept
-
-
-# Views passed to session_limit. If an application registers one of these directly, session_limit is
-# above the decorator of the route, and limits nothing.
-_undecorated = _IdentitySet()
-_apps: WeakSet[Flask] = WeakSet()
-
-
-class _ViewFunctions(dict[str, Any]):
-    """The views of an application; refuses views whose decorators are in the wrong order.
-
-    A blueprint with such a view is refused when you register it.
-    """
-
-    def __init__(self, views: dict[str, Any]) -> None:
-        super().__init__()
-        for endpoint, view in views.items():
-            self[endpoint] = view
-
-    def __setitem__(self, endpoint: str, view: Any) -> None:
-        _check_view(endpoint, view)
-        super().__setitem__(endpoint, view)
-
-
-def _check_view(endpoint: str, view: Callable[..., Any]) -> None:
-    if view in _undecorated:
-        raise SettingError(
-            f"The view of {endpoint!r} is not limited: session_limit is above the decorator of the "
-            "route; put it below, next to the function"
-        )
-
-
-def _refuse_undecorated() -> None:
-    endpoint = request.endpoint
-    if endpoint is not None:
-        _check_view(endpoint, current_app.view_functions[endpoint])

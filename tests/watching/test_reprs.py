@@ -64,7 +64,7 @@ OTHERS = {
     ("flask_gsession.stores.redis.scans", "Node"),
     ("flask_gsession.stores.redis.scans", "_Found"),
     ("flask_gsession.stores.redis.servers", "Servers"),
-    ("flask_gsession.contrib.ratelimit", "_Limits"),
+    ("flask_gsession.contrib.ratelimit_counting", "Limits"),
 }
 KINDS = [
     kind
