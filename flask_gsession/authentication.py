@@ -13,7 +13,6 @@ from flask import Flask, Response, current_app, g, has_request_context, request
 from flask import session as flask_session
 
 from .config import csrf_field, remember_cookie
-from .errors import SignInRefused, TooManySessions
 from .remember import (
     before_the_user_is_loaded,
     forget,
@@ -26,6 +25,7 @@ from .request.confirming import SIGN_IN, note_confirmation, report_confirmation
 from .request.lifecycle import CONFIRMED, Lifecycle
 from .request.ownership import LOGIN, bind, unbind
 from .request.session import SessionData, lifecycle_of
+from .values.marks import split
 
 # Flask-Security sets these keys at each step of authentication, even without a signal: the time of
 # the last verification, and the user who still has to enter a second factor.
@@ -171,11 +171,26 @@ def _rotate(
     if user_id is not None and life.presented().handle is None:
         try:
             bind(life, user_id, remembered=remembered, signed_in=signed_in, fresh=fresh)
-        except (SignInRefused, TooManySessions):
-            session.remove(*signed_in)
-            g.pop("_login_user", None)  # where Flask-Login keeps the user of the request
+        except BaseException:
+            # Refused or failed: otherwise the save would sign the user in without a rotation.
+            _undo(session, signed_in)
             raise
     life.rotate_soon(0, signed_in)
+
+
+def _undo(session: SessionData, signed_in: Collection[str]) -> None:
+    """The user who was signed in before the request, or nobody, still is."""
+    life = lifecycle_of(session)
+    stored, codec = life.values.stored, life.repository.codec
+    for key in signed_in:
+        raw = stored.get(key)
+        if raw is None:
+            session.pop(key, None)
+        else:
+            session[key] = codec.decode(split(raw)[1])
+    if life.wishes.binding is not None:
+        life.wish(binding=None)
+    g.pop("_login_user", None)  # where Flask-Login keeps the user of the request
 
 
 def _signed_out(sender: Flask, **_: Any) -> None:

@@ -14,7 +14,7 @@ from flask_login import (
     logout_user,
 )
 
-from flask_gsession.errors import UnreadableRecord
+from flask_gsession.errors import StoreUnavailable, TooManySessions, UnreadableRecord
 from flask_gsession.events import SignInRejected
 from flask_gsession.values.payload import PayloadFormat
 from tests.harness.apps import Site, SiteMaker, Visitor
@@ -111,6 +111,73 @@ def test_a_full_list_refuses_with_409(make_site: SiteMaker) -> None:
     assert second.ask(lambda session: login_user(User("ada"))).status_code == 409
     assert (owner(first), owner(second)) == ("ada", None)
     assert second.run(dict) == {}
+
+
+def no_sign_in(members: Site, visitor: Visitor, before: dict[str, Any], user: str | None) -> None:
+    """The request that failed left the session as it was."""
+    assert visitor.run(dict) == before
+    assert (owner(visitor), ids(members, "bob")) == (user, [])
+
+
+@pytest.mark.parametrize("user", [None, "ada"])
+@pytest.mark.parametrize("how", [StoreUnavailable("down"), KeyboardInterrupt()])
+def test_a_sign_in_that_fails_changes_nothing(
+    members: Site, user: str | None, how: BaseException
+) -> None:
+    """Otherwise the save would sign the user in, and without a rotation."""
+    visitor = members.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+    if user is not None:
+        log_in(visitor, user)
+    before, cookie = visitor.run(dict), visitor.cookie
+
+    def fail() -> None:
+        raise how
+
+    def sign_in(session: Any) -> None:
+        assert session["cart"] == ["mug"]
+        members.store.before("load", fail)  # of the roster
+        with pytest.raises(type(how)):
+            login_user(User("bob"))
+        assert (session.get("_user_id"), session.owner) == (user, user)
+        if user is not None:
+            assert current_user.id == user
+
+    visitor.run(sign_in)
+    no_sign_in(members, visitor, before, user)
+    if user is None:
+        assert visitor.cookie == cookie
+
+
+def test_a_user_whose_id_can_be_none_is_not_signed_in(members: Site) -> None:
+    visitor = members.visitor()
+    visitor.run(lambda session: session.update(cart=["mug"]))
+
+    def sign_in(session: Any) -> None:
+        with pytest.raises(ValueError, match="257 characters"):
+            login_user(User("x" * 257))
+
+    visitor.run(sign_in)
+    no_sign_in(members, visitor, {"cart": ["mug"]}, None)
+
+
+def test_a_refused_switch_of_users_keeps_the_first(make_site: SiteMaker) -> None:
+    members = with_login(make_site(max_per_user=1, max_policy="refuse"))
+    first, second = members.visitor(), members.visitor()
+    log_in(first, "bob")
+    log_in(second, "ada")
+    before = second.run(dict)
+    assert second.ask(lambda session: login_user(User("bob"))).status_code == 409
+    assert (second.run(dict), owner(second), owner(first)) == (before, "ada", "bob")
+
+    def several(session: Any) -> None:
+        login_user(User("eve"))
+        with pytest.raises(TooManySessions):
+            login_user(User("bob"))
+        assert (session["_user_id"], session.owner, current_user.id) == ("ada", "ada", "ada")
+
+    second.run(several)
+    assert (owner(second), ids(members), ids(members, "eve")) == ("ada", [device_id(second)], [])
 
 
 def test_flask_logins_test_client_is_bound(members: Site) -> None:
