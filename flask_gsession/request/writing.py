@@ -524,6 +524,11 @@ def _renew_if_due(life: Lifecycle) -> None:
     idle_end = repository.due(seen.record, values.stored, life.lifetime)
     if idle_end is None:
         return
+    owner = None if seen.body is None else seen.body.owner
+    if owner is not None and idle_end > owner.until * 1000:
+        # A setting was raised since it was entered, and its roster is to know that before.
+        _save_to_touch(life)
+        return
     try:
         renewed = repository.renew(
             seen.record, life.body(values.stored, has_large=life.has_large), idle_end

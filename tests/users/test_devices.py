@@ -663,6 +663,29 @@ def test_a_longer_lifetime_is_told_at_once(site: Site, users: Any) -> None:
     assert owner(visitor) == "ada"
 
 
+@pytest.mark.parametrize(
+    ("raised", "reads", "pause"),
+    [({"idle_timeout": 7200}, 1, 550), ({"seen_interval": 86400}, 7, 250)],
+    ids=["idle_timeout", "seen_interval"],
+)
+def test_a_session_stays_listed_after_a_setting_was_raised(
+    make_site: SiteMaker, raised: dict[str, Any], reads: int, pause: int
+) -> None:
+    """Reads renew it for longer than its entry lasts, and ``revoke_all`` would miss it."""
+    usual = {"idle_timeout": 300, "seen_interval": 60}
+    before = make_site(**usual)
+    after = make_site(store=before.store, **{**usual, **raised})
+    visitor = after.visitor(signed_in(before).cookie)
+    for _ in range(reads):
+        before.clock.advance(50)
+        assert owner(visitor) == "ada"
+    before.clock.advance(pause)
+    assert len(ids(after)) == 1
+    with after.app.app_context():
+        assert after.ext.users.revoke_all("ada") == 1
+    assert owner(visitor) is None
+
+
 def test_a_session_that_was_brought_back_ends_at_its_next_touch(site: Site, users: Any) -> None:
     """As by a failover that lost the delete, but not the roster."""
     visitor = signed_in(site)
