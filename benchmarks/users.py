@@ -180,8 +180,8 @@ def _lists(site: _Site, effort: Effort) -> Iterator[UserCost]:
                 lambda: ext.users.revoke_all(prepared.pop()),  # noqa: B023  # it is called at once
                 1,
             ).round_trips
-            # Four, and the deletes: at most a trip for each session.
-            yield UserCost(f"{REVOKE_ALL} {number}", "", "trips", _exactly(trips), 4 + number)
+            # Four, and the deletes, which share round trips.
+            yield UserCost(f"{REVOKE_ALL} {number}", "", "commands", _exactly(trips), 4 + number)
 
 
 def _memory(site: _Site) -> Iterator[UserCost]:
