@@ -314,7 +314,7 @@ def test_the_remember_me_cookie_has_the_attributes_of_its_settings(one: Site) ->
 
 
 @pytest.mark.parametrize("remember", [True, False])
-def test_signing_in_as_somebody_else_after_a_sign_out(one: Site, remember: bool) -> None:
+def test_signing_in_as_another_user_after_a_sign_out(one: Site, remember: bool) -> None:
     def switch(session: Any) -> None:
         logout_user()
         session.destroy()

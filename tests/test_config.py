@@ -528,7 +528,7 @@ def test_an_encryption_key_is_never_shown(wrap: Any, key: Any) -> None:
     ],
     ids=["bytes", "text", "other text", "none"],
 )
-def test_a_wrong_encryption_key_is_told_by_its_length(keys: Any, given: str) -> None:
+def test_the_error_gives_the_length_of_a_wrong_encryption_key(keys: Any, given: str) -> None:
     with pytest.raises(SettingError, match=rf"given: {given}\)$"):
         Session(an_app(SESSION_ENCRYPTION_KEYS=keys))
 

@@ -570,7 +570,7 @@ def test_so_it_does_where_a_block_begins_or_fails_beside_it(short: Site) -> None
 
 
 @pytest.mark.parametrize("block", ["lock", "transaction"])
-def test_a_sign_in_inside_a_block_that_fails_is_none(short: Site, block: str) -> None:
+def test_a_sign_in_inside_a_failing_block_is_undone(short: Site, block: str) -> None:
     visitor = short.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))
     cookie = visitor.cookie

@@ -320,7 +320,7 @@ def test_a_forged_cookie(one: Site, value: str) -> None:
     assert one.stored() == {}
 
 
-def test_of_a_user_who_is_no_more(one: Site) -> None:
+def test_a_session_of_a_deleted_user(one: Site) -> None:
     visitor = with_old_cookie(one, "deleted")
     assert visitor.get("/me").status_code == 401
     assert visitor.get_cookie(COOKIE) is None

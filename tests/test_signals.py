@@ -101,7 +101,7 @@ def test_a_transaction_that_lost_tells_so_once_for_each_loss(site: Site) -> None
     assert [event.reason for event in site.happened(SessionConflicted)] == ["transaction"] * 2
 
 
-def test_who_loses_too_many_races_tells_so(
+def test_too_many_lost_races_send_a_signal(
     make_site: SiteMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_gsession.repository.races.ATTEMPTS", 1)

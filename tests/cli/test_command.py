@@ -565,7 +565,7 @@ def test_revoke_all(site: Site, console: Console) -> None:
     assert f"the store is {console_place(console)}" in result.stderr
 
 
-def test_revoke_all_ends_what_is_rotated_meanwhile_and_not_what_is_new() -> None:
+def test_revoke_all_ends_rotated_sessions_but_no_new_ones() -> None:
     class Busy(MemoryStore):
         def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
             page = super().scan(cursor, 1, begins)
@@ -635,7 +635,7 @@ def test_the_file_of_sqlite_is_named(tmp_path: Path) -> None:
     assert f"session: the store is sqlite:///{tmp_path}/a.sqlite3\n" in said
 
 
-def test_who_only_looks_makes_no_file(tmp_path: Path) -> None:
+def test_a_command_that_only_reads_makes_no_file(tmp_path: Path) -> None:
     """It would be the file of who called the command, and the application could not write to it."""
     path = tmp_path / "new" / "sessions.sqlite3"
     console = Console(f"sqlite:///{path}")
@@ -661,7 +661,7 @@ def test_an_unknown_handle(site: Site, console: Console) -> None:
         assert f"Error: {handle}: no such session" in console.failed("revoke", handle)
 
 
-def test_an_expired_session_is_none(site: Site) -> None:
+def test_an_expired_session_counts_as_absent(site: Site) -> None:
     """Also while the store still has it."""
     (handle,) = handles(site, 1)
     site.clock.advance(100 * 86400)
@@ -795,7 +795,7 @@ def test_a_session_that_cannot_be_read(site: Site, console: Console) -> None:
     assert "unreadable: corrupt" in result.stderr
 
 
-def test_a_record_that_is_none(sqlite_url: str) -> None:
+def test_a_malformed_record(sqlite_url: str) -> None:
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
     live, broken = a_record(time.time), a_record(time.time)
@@ -997,7 +997,9 @@ def test_the_bar_of_a_clean_up(
 
 
 @pytest.mark.parametrize("words", ["stats", "cleanup", "export -", "revoke --all --yes"])
-def test_who_sees_no_bar_waits_for_no_count(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_progress_bar_nothing_is_counted(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     console = Console("memory://")
     monkeypatch.setattr(MemoryStore, "count", lambda self: pytest.fail("counted for nobody"))
     console.done(*words.split())

@@ -204,7 +204,7 @@ class Foreign(Storage):
         self._counts.clear(key)
 
 
-def test_a_storage_of_somebody_elses(make_app: Maker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_third_party_storage(make_app: Maker, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(SettingError, match="A Foreign doesn't support 'moving-window'"):
         make_app(storage=Foreign())
     app = make_app(storage=Foreign(), strategy="fixed-window")
@@ -224,7 +224,7 @@ def options_of(url: str, options: str) -> str:
 @pytest.mark.parametrize(
     "options", ["w=0", "w=3", "readPreference=secondaryPreferred&readConcernLevel=majority"]
 )
-def test_the_clients_concerns_are_not_those_of_the_limits(
+def test_the_limits_leave_the_clients_settings_alone(
     make_app: Maker,
     mongodb_url: str,
     mongo_client: MongoClient[dict[str, Any]],

@@ -188,7 +188,7 @@ def test_a_double_click_orders_once(open_shop: Opener, stock: Stock) -> None:
     assert clients[0].get("/cart").json == {"lines": {}}
 
 
-def test_what_came_into_the_cart_meanwhile_stays(open_shop: Opener, stock: Stock) -> None:
+def test_later_additions_to_the_cart_stay(open_shop: Opener, stock: Stock) -> None:
     def pay(number: str, lines: dict[str, int]) -> None:
         assert tab.post("/cart/lamp/2").status_code == 200
 
@@ -317,7 +317,7 @@ def test_a_request_that_died_after_its_hold_sells_no_other_cart(
     assert stock.left()["mug"] == 17
 
 
-def test_a_logout_meanwhile_does_not_undo_the_order(open_shop: Opener, stock: Stock) -> None:
+def test_a_parallel_logout_does_not_undo_the_order(open_shop: Opener, stock: Stock) -> None:
     def pay(number: str, lines: dict[str, int]) -> None:
         (ext,) = app.extensions["gsession"]
         assert ext.store().delete(session.handle)
@@ -401,7 +401,7 @@ def mongo_stock(mongodb_url: str) -> Iterator[MongoDBStock]:
     stock.close()
 
 
-def test_who_dies_between_two_lines_leaves_nothing_taken(
+def test_a_crash_between_two_lines_leaves_nothing_taken(
     mongo_stock: MongoDBStock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -414,7 +414,7 @@ def test_who_dies_between_two_lines_leaves_nothing_taken(
     assert mongo_stock.left() == {"mug": 19, "lamp": 5}
 
 
-def test_who_is_closed_while_taking_puts_it_all_back(
+def test_a_stopped_worker_puts_everything_back(
     mongo_stock: MongoDBStock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take = mongo_stock._take

@@ -606,7 +606,7 @@ def test_the_way_back_never_leads_outside(app: Flask, wanted: str) -> None:
     assert Visitor(app).post("/sign-in", **form).location == "/"
 
 
-def test_who_is_signed_in_is_not_asked_again(app: Flask) -> None:
+def test_a_signed_in_user_is_not_asked_again(app: Flask) -> None:
     visitor = Visitor(app)
     visitor.sign_in()
     assert visitor.get("/sign-in").location == "/orders"
@@ -962,7 +962,7 @@ def test_wrong_passwords_are_limited_by_account(app: Flask) -> None:
     assert visitor.sign_in("jonas").status_code == 303
 
 
-def test_who_wants_to_stay_signed_in(app: Flask) -> None:
+def test_a_user_can_stay_signed_in(app: Flask) -> None:
     visitor = Visitor(app)
     kept = visitor.post("/sign-in", name="mira", password=DEMO_PASSWORD, keep="on")
     assert "Expires=" in (set_cookie(kept) or "")

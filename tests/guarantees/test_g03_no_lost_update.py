@@ -295,7 +295,7 @@ def test_a_policy_also_merges_keys_that_are_new_to_both(make_site: SiteMaker) ->
     ) == {"other": 0, "hits": 3, "seen": {1, 2}, "prefs": {"a": 1, "b": 2}, "log": [2, 1]}
 
 
-def test_a_policy_function_is_told_all_three(make_site: SiteMaker) -> None:
+def test_a_policy_function_gets_base_theirs_and_mine(make_site: SiteMaker) -> None:
     told: list[Any] = []
 
     def policy(base: Any, theirs: Any, mine: Any) -> Any:

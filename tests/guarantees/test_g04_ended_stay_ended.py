@@ -150,7 +150,7 @@ def test_an_end_beside_any_request_is_final(make_site: SiteMaker, how: str) -> N
             assert not site.stored(), where
 
 
-def test_the_end_is_told_and_the_browser_is_given_no_cookie(site: Site) -> None:
+def test_the_end_is_logged_and_the_browser_gets_no_cookie(site: Site) -> None:
     visitor = visitor_with(site, a=0)
     tab = visitor.another_tab()
     handle = visitor.run(lambda session: session.handle)
@@ -376,7 +376,7 @@ def test_a_sign_in_through_an_old_token_has_a_session_of_its_own(site: Site) -> 
     assert live_and_pointers(site)[0] == 2
 
 
-def test_destroy_and_write_starts_anew(site: Site) -> None:
+def test_a_write_after_destroy_starts_a_new_session(site: Site) -> None:
     visitor = visitor_with(site, a=0)
     old = visitor.another_tab()
     visitor.run(lambda session: (session.destroy(), session.update(b=1)))

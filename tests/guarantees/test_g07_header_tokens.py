@@ -259,7 +259,7 @@ def test_the_header_holds_no_bare_token(one: Site) -> None:
     assert ApiClient(one, token).run(whole) == {}
 
 
-def test_a_token_of_a_fallback_key_is_signed_anew(store_prefix: str, clock: FakeClock) -> None:
+def test_a_token_of_a_fallback_key_is_signed_again(store_prefix: str, clock: FakeClock) -> None:
     with SiteMaker("memory://", store_prefix, clock) as make:
         before = make(token_header=HEADER, config={"SECRET_KEY": "old"})
         client = ApiClient(before)
@@ -416,7 +416,7 @@ def test_no_cache_keeps_a_token(one: Site) -> None:
     assert not client.ask(whole).cache_control.no_store
 
 
-def test_round_trips_are_those_of_a_cookie(api: Site) -> None:
+def test_round_trips_are_as_with_a_cookie(api: Site) -> None:
     client = ApiClient(api)
     client.run(set_user("alice"))
     steps = [

@@ -185,7 +185,7 @@ def test_an_unknown_token_is_looked_up_once_and_not_adopted(site: Site) -> None:
     assert site.visitor(cookie).run(dict) == {}
 
 
-def test_an_expired_token_is_told_apart_and_treated_as_an_unknown_one(
+def test_an_expired_token_is_counted_apart_and_treated_as_unknown(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     visitors = {reason: visitor_with(site, a=1) for reason in ("expired", "unknown")}

@@ -146,7 +146,7 @@ def test_every_answer_that_depends_on_the_session_says_so(make_site: SiteMaker) 
             response.close()
 
 
-def test_what_else_an_answer_depends_on_stays_told(site: Site) -> None:
+def test_other_vary_headers_of_a_response_stay(site: Site) -> None:
     """Also in several lines, as flask-cors adds one of its own."""
 
     def look(session: Any) -> Response:

@@ -194,7 +194,7 @@ def test_no_step_holds_a_redis_up(
     store.close()
 
 
-def test_a_session_that_is_saved_meanwhile_stays(
+def test_a_session_saved_in_parallel_stays(
     redis_url: str, redis_client: Redis, store_prefix: str, clock: FakeClock
 ) -> None:
     store = RedisStore(redis_url, StoreOptions(prefix=store_prefix, clock=clock))

@@ -163,7 +163,7 @@ def test_of_processes_that_start_together_one_cleans(site: Site) -> None:
     assert [process.failures for process in processes] == [[]] * 6
 
 
-def test_who_dies_is_replaced(site: Site) -> None:
+def test_a_dead_worker_is_replaced(site: Site) -> None:
     one, two = (Process(site.store.store, site.clock) for _ in range(2))
     assert one.inside._take_ticket() is not None
     assert 50 <= two.run() <= 72
@@ -204,7 +204,7 @@ def test_a_long_one_keeps_the_others_out(clock: FakeClock) -> None:
     assert two.runs == []
 
 
-def test_who_stood_still_leaves_it_to_the_other(clock: FakeClock) -> None:
+def test_a_paused_worker_leaves_the_work_to_the_other(clock: FakeClock) -> None:
     store = InSteps(clock)
     one, two = Process(store, clock), Process(store, clock)
 
@@ -317,7 +317,7 @@ def test_each_session_has_its_own() -> None:
 # -- the thread
 
 
-def test_it_begins_with_a_request_and_ends_when_told(clock: FakeClock) -> None:
+def test_it_begins_with_a_request_and_ends_with_stop(clock: FakeClock) -> None:
     process = Process(InSteps(clock), clock)
     assert not a_thread()
     client = process.app.test_client()

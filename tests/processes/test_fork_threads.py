@@ -395,7 +395,7 @@ def test_a_child_forked_while_the_file_is_made(tmp_path: Path) -> None:
             child.result()
 
 
-def test_making_the_file_waits_for_who_looks_into_it(sqlite_url: str) -> None:
+def test_making_the_file_waits_for_its_readers(sqlite_url: str) -> None:
     """The switch to WAL mode needs the file for itself for a moment."""
     store = open_store(sqlite_url, OPTIONS)[0]
     record = a_record(time.time)
@@ -675,7 +675,7 @@ def test_an_answer_that_nobody_waited_for_goes_to_nobody(
 
 
 @pytest.mark.parametrize("path", ["/all", "/count", "/put/color"])
-def test_an_answer_to_somebody_else_is_seen_through(path: str, own_redis: RedisServer) -> None:
+def test_an_answer_to_another_call_is_detected(path: str, own_redis: RedisServer) -> None:
     """Whoever shares the pool has left a connection out of step: a record knows whose it is."""
     pool = BlockingConnectionPool.from_url(own_redis.url, socket_timeout=PATIENCE)
     site = make_site(Redis(connection_pool=pool), f"test-{path}:")

@@ -80,7 +80,7 @@ def test_a_client_of_many_sessions_is_bounded(make_site: SiteMaker) -> None:
     a_visitor(site).run(locked)
 
 
-def test_who_stopped_waiting_makes_room() -> None:
+def test_a_request_that_stops_waiting_makes_room() -> None:
     assert may_wait("192.0.2.1", "a", 2)
     assert may_wait("192.0.2.1", "b", 2)
     assert may_wait("192.0.2.1", "a", 2)

@@ -223,7 +223,7 @@ def let_rest(store: Any) -> None:
     until(lambda: store._wake_ups._listener is None)
 
 
-def test_one_connection_hears_for_all_who_wait(
+def test_one_connection_hears_for_all_waiters(
     redis_url: str, store_prefix: str, clock: FakeClock, redis_client: Any
 ) -> None:
     name = f"locks-{secrets.token_hex(4)}"
@@ -271,7 +271,7 @@ def test_the_next_one_is_called_and_nobody_else(
 
 
 @pytest.mark.parametrize("end", ["delete", "replace"])
-def test_all_who_wait_are_called_at_the_end_of_a_session(
+def test_the_end_of_a_session_calls_every_waiter(
     end: str, redis_url: str, store_prefix: str, clock: FakeClock
 ) -> None:
     with Site(redis_url, store_prefix, clock) as site:
@@ -290,7 +290,7 @@ def test_all_who_wait_are_called_at_the_end_of_a_session(
             store.leases.release(record.key, owner)
 
 
-def test_who_is_not_called_looks(
+def test_a_waiter_without_a_call_looks(
     store_prefix: str, own_redis: RedisServer, caplog: pytest.LogCaptureFixture, clock: FakeClock
 ) -> None:
     """Where the connection is lost, and until it is made anew."""
@@ -345,7 +345,7 @@ def test_a_client_that_was_passed_in_can_be_called(
         let_listen(site)
 
 
-def test_who_waits_where_no_thread_can_listen_looks(
+def test_a_waiter_looks_if_no_thread_can_listen(
     redis_url: str,
     store_prefix: str,
     clock: FakeClock,
@@ -358,7 +358,7 @@ def test_who_waits_where_no_thread_can_listen_looks(
     assert "can't start new thread): polling instead" in caplog.text
 
 
-def test_who_is_heard_of_no_more_is_forgotten(
+def test_a_silent_waiter_is_forgotten(
     redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A waiter whose leaving the open circuit kept from the store: nobody listens for him."""

@@ -424,7 +424,7 @@ def test_a_store_without_leases(clock: FakeClock) -> None:
 # The lock is had by one -----------------------------------------------------------------------
 
 
-def test_who_does_not_wait_is_refused_at_once(site: Site) -> None:
+def test_a_request_that_does_not_wait_is_refused_at_once(site: Site) -> None:
     visitor = a_visitor(site)
     tab = visitor.another_tab()
 
@@ -485,7 +485,7 @@ def test_a_wait_that_ran_out_leaves_the_queue(make_site: SiteMaker) -> None:
 
 
 @pytest.mark.usefixtures("patient_waiters")
-def test_those_who_wait_come_in_turn(site: Site) -> None:
+def test_waiters_get_the_lock_in_order(site: Site) -> None:
     visitor = a_visitor(site, order=[])
 
     def note(name: int) -> Callable[[Any], None]:
@@ -622,7 +622,7 @@ def test_a_lost_lock_that_nobody_catches_is_409(site: Site) -> None:
     assert visitor.run(dict) == {"n": 0}
 
 
-def test_a_late_holder_does_not_disturb_who_holds_it_now(site: Site) -> None:
+def test_a_late_holder_does_not_disturb_the_present_holder(site: Site) -> None:
     visitor = a_visitor(site)
     tab = visitor.another_tab()
 

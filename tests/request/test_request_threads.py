@@ -168,7 +168,7 @@ class Work:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_what_threads_of_a_request_were_told_is_stored(memory: Site, seed: int) -> None:
+def test_changes_by_threads_of_a_request_are_stored(memory: Site, seed: int) -> None:
     onces = {f"once{number}": f"value {number}" for number in range(5)}
     counts = {"hits": 0, "log": [], "locked": 0, "transacted": 0, "there": ["a"]}
     visitor = a_visitor(memory, {**counts, **onces})

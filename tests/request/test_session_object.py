@@ -659,7 +659,7 @@ def test_the_session_of_the_last_request_can_be_looked_at(site: Site) -> None:
         assert dict(flask.session) == {"a": 1, "b": 2}
 
 
-def test_outside_a_request_there_is_none(site: Site) -> None:
+def test_outside_a_request_there_is_no_session(site: Site) -> None:
     with pytest.raises(RuntimeError, match="outside of request context"):
         flask_gsession.session.get("a")
     with site.app.app_context(), pytest.raises(RuntimeError, match="outside of request context"):
@@ -701,7 +701,7 @@ def test_two_sessions_on_one_application(make_site: SiteMaker) -> None:
     assert visitor.run(lambda session: site.ext.session == session) is True
 
 
-def test_a_further_session_is_that_of_its_own_request(make_site: SiteMaker) -> None:
+def test_a_further_session_belongs_to_its_own_request(make_site: SiteMaker) -> None:
     """Also where it is kept, and first looked at in the request of somebody else."""
     site = make_site()
     further = Session(site.app, store="memory://", cookie_name="further")

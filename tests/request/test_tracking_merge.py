@@ -283,7 +283,7 @@ def test_what_was_merged_into_something_else_is_merged_again_at_its_next_change(
 
 
 @pytest.mark.parametrize("way", ["given", "stored by others"])
-def test_a_value_has_its_own_mark_and_not_that_of_what_was_there_before(way: str) -> None:
+def test_a_value_has_its_own_mark_instead_of_the_previous_one(way: str) -> None:
     values, theirs = TrackedValues(CODEC), stored({"key": "theirs"})
     values.set("key", "mine", Mark(expires_at=5000), lambda: 1000)
     if way == "given":

@@ -61,7 +61,7 @@ def refusal(read: Callable[[], object]) -> str:
     return caught.value.reason
 
 
-def test_a_passport_says_who_somebody_is(site: Site, passports: Passports) -> None:
+def test_a_passport_names_the_user(site: Site, passports: Passports) -> None:
     visitor = signed_in(site, passports, role="editor", when=b"no JSON", secret="hidden")
     reader = a_reader(passports, site.clock)
     text = get(visitor)

@@ -166,7 +166,7 @@ def test_nobody_listens(store_prefix: str) -> None:
         store.close()
 
 
-def test_somebody_listens_and_says_nothing() -> None:
+def test_a_server_that_listens_and_never_answers() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         store = reach(f"grpc://127.0.0.1:{silent.getsockname()[1]}", BUDGET)
         within(BOUND, lambda: outage(store))

@@ -311,7 +311,7 @@ def test_nesting_has_an_end() -> None:
     ("kind", "text"),
     [("pickle", "x"), ("datetime", "soon"), ("decimal", "ten"), ("integer", "9" * 5000)],
 )
-def test_a_typed_text_that_is_none(kind: str, text: str) -> None:
+def test_a_typed_text_of_the_wrong_type(kind: str, text: str) -> None:
     with pytest.raises(NoMessage):
         of_value(pb.Value(typed=pb.Typed(type=kind, text=text)))
 

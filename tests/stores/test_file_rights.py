@@ -240,7 +240,7 @@ def test_a_folder_that_others_may_write_to_is_found(place: FileBlobs, tmp_path: 
 
 
 @pytest.mark.parametrize("stranger", ["link", "user"])
-def test_a_folder_of_somebody_else_is_refused(
+def test_a_folder_of_another_user_is_refused(
     place: FileBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: str
 ) -> None:
     name = a_blob()

@@ -65,7 +65,7 @@ def test_the_connection_used_last_is_lent_first(store: Any) -> None:
     assert sum(slot.connection is not None for slot in store._commands.pool._idle) == 1
 
 
-def test_who_waits_gets_what_comes_back(store: Any) -> None:
+def test_a_waiting_caller_gets_a_returned_connection(store: Any) -> None:
     pool = store._commands.pool
     slots = [pool.take(in_time()) for _ in range(SIZE)]
     got: list[Any] = []

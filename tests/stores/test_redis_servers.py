@@ -232,7 +232,7 @@ def test_a_frozen_primary_costs_nothing_once_it_is_replaced(
     assert shop.count() == 4
 
 
-def test_who_is_no_primary_is_not_used(
+def test_a_server_that_is_not_a_primary_is_not_used(
     sentinels: RedisSentinels, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sentinel may name one that was the primary; reads would be old, and nobody would notice."""
@@ -575,7 +575,7 @@ def test_a_slot_that_nobody_serves_for_a_moment(cluster: RedisCluster, open_shop
             owner.command("CLUSTER", "ADDSLOTS", 815)
 
 
-def test_who_dies_in_a_rotation_leaves_the_session_as_it_was(
+def test_a_crash_in_a_rotation_leaves_the_session_as_it_was(
     cluster: RedisCluster, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop = open_shop(cluster.url)

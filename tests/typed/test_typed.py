@@ -907,7 +907,7 @@ def test_declared_keys_keep_ttl_version_and_merge_wherever_they_are_written(
 
 
 @pytest.mark.parametrize("schema", [dict, 5, "WholeSchema", [fields.Int()], fields.Int()], ids=str)
-def test_a_schema_that_is_none_stops_the_application(make_site: SiteMaker, schema: Any) -> None:
+def test_a_malformed_schema_stops_the_application(make_site: SiteMaker, schema: Any) -> None:
     with pytest.raises(SettingError, match=r"SESSION_SCHEMA is .*; allowed: a marshmallow Schema"):
         make_site(schema=schema)
 

@@ -655,7 +655,7 @@ def test_reading_touches_too(make_site: SiteMaker) -> None:
     assert count.calls == ["load"]
 
 
-def test_a_longer_lifetime_is_told_at_once(site: Site, users: Any) -> None:
+def test_a_longer_lifetime_reaches_the_roster_at_once(site: Site, users: Any) -> None:
     visitor = signed_in(site)
     visitor.run(lambda session: session.set_lifetime(20 * 86400))
     site.clock.advance(10 * 86400)

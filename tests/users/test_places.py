@@ -224,7 +224,7 @@ class SevenVerbs:
         return bool(self._delete(key, expected_version))
 
 
-def test_on_somebody_elses_store() -> None:
+def test_on_a_third_party_store() -> None:
     app = Flask(__name__)
     app.secret_key = "a key for tests"
     store: Any = SevenVerbs(open_store("memory://", StoreOptions())[0])

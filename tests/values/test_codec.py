@@ -729,7 +729,7 @@ def test_other_keys_of_a_dict_are_refused(key: Any, name: str) -> None:
         assert f"must be str, int, float, bool or None, not {name};" in refusal.value.reason
 
 
-def test_text_that_is_none_is_refused_where_it_cannot_be_kept() -> None:
+def test_invalid_text_is_refused() -> None:
     for value, path in [
         ({"\ud800": 1}, "session['key']"),
         ({"a": [1, {"b\udfff": 1}]}, "session['key']['a'][1]"),

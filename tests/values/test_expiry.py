@@ -165,9 +165,7 @@ def test_a_session_whose_values_all_expired_is_empty_and_goes_on(
     assert site.happened(SessionDestroyed) == []
 
 
-def test_who_clears_a_session_whose_values_all_expired_ends_it(
-    site: Site, clock: FakeClock
-) -> None:
+def test_clearing_a_session_of_expired_values_ends_it(site: Site, clock: FakeClock) -> None:
     visitor = with_code(site)
     clock.advance(60)
     visitor.run(lambda session: session.clear())
@@ -214,7 +212,7 @@ def test_a_time_beyond_the_session_ends_with_the_session(
     assert visitor.run(lambda session: (dict(session), session.new)) == ({}, True)
 
 
-def test_who_removes_an_expiry_and_who_leaves_it(site: Site) -> None:
+def test_which_writes_remove_an_expiry(site: Site) -> None:
     def make(session: Any) -> None:
         for key in ("assigned", "updated", "set", "nested", "atomic", "counted", "longer"):
             session.set(key, [1], ttl=60)
@@ -390,7 +388,7 @@ def test_what_expired_is_no_conflict(make_site: SiteMaker, clock: FakeClock, pol
     assert visitor.run(dict) == {"code": "4711-secret!", "n": 2}
 
 
-def test_a_late_deletion_leaves_what_was_set_anew(site: Site, clock: FakeClock) -> None:
+def test_a_late_deletion_leaves_a_newer_value(site: Site, clock: FakeClock) -> None:
     visitor = with_code(site)
     other = visitor.another_tab()
 

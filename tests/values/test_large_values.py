@@ -492,7 +492,7 @@ def test_what_was_in_doubt_goes_once_that_is_known(site: Site) -> None:
 # Races -----------------------------------------------------------------------------------------
 
 
-def test_who_still_reads_has_what_he_loaded(site: Site) -> None:
+def test_a_running_request_reads_the_value_it_loaded(site: Site) -> None:
     visitor = with_rows(site)
     tab = visitor.another_tab()
 
@@ -505,7 +505,7 @@ def test_who_still_reads_has_what_he_loaded(site: Site) -> None:
     assert visitor.run(get()) == OTHER_ROWS
 
 
-def test_who_comes_after_the_grace_gets_what_is_stored(site: Site) -> None:
+def test_a_request_after_the_grace_reads_the_stored_value(site: Site) -> None:
     visitor = with_rows(site)
     tab = visitor.another_tab()
 
@@ -1141,7 +1141,7 @@ def test_a_lowered_bound_lets_a_session_shrink(make_site: SiteMaker) -> None:
     assert guest.run(lambda session: sorted(session)) == ["photo", "small"]
 
 
-def test_the_default_bound_follows_that_of_one_value(make_site: SiteMaker) -> None:
+def test_the_default_bound_follows_the_limit_of_one_value(make_site: SiteMaker) -> None:
     for settings, limit in (
         ({}, 32 << 20),
         ({"max_value_bytes": 1 << 20}, 32 << 20),

@@ -124,7 +124,7 @@ def test_a_request_is_dumped_before_and_after(debugged: Site, log: Log) -> None:
     assert "  written    cart: list, 5 to 9 bytes, ['mug', 'pen']" in log.text()
 
 
-def test_a_large_value_is_told_by_its_own_size(debugged: Site, log: Log) -> None:
+def test_the_dump_shows_the_size_of_a_large_value(debugged: Site, log: Log) -> None:
     """And read no more often than the request reads it, though it may be shown."""
     visitor = debugged.visitor()
     visitor.run(lambda session: session.update(cart=b"x" * 30_000, user_id=7))
@@ -279,7 +279,7 @@ def outage() -> None:
     raise StoreUnavailable("injected")
 
 
-def test_an_outage_is_told(debugged: Site, log: Log) -> None:
+def test_the_dump_shows_an_outage(debugged: Site, log: Log) -> None:
     visitor = debugged.visitor()
     visitor.run(fill)
     debugged.store.before("load", outage)
@@ -296,7 +296,7 @@ def test_an_outage_is_told(debugged: Site, log: Log) -> None:
     assert "WriteDropped(reason='store unavailable')" in facts["events"]
 
 
-def test_a_conflict_is_told(make_site: SiteMaker, log: Log) -> None:
+def test_the_dump_shows_a_conflict(make_site: SiteMaker, log: Log) -> None:
     site = make_site(debug=True, merge_policies={"user_id": "reject"})
     visitor = site.visitor()
     visitor.run(fill)
@@ -309,7 +309,7 @@ def test_a_conflict_is_told(make_site: SiteMaker, log: Log) -> None:
     assert [call["result"] for call in facts["calls"]] == ["ok", "Stale", "ok"]
 
 
-def test_a_merge_is_told(debugged: Site, log: Log) -> None:
+def test_the_dump_shows_a_merge(debugged: Site, log: Log) -> None:
     visitor = debugged.visitor()
     visitor.run(fill)
     tab = visitor.another_tab()
@@ -321,7 +321,7 @@ def test_a_merge_is_told(debugged: Site, log: Log) -> None:
     assert names(facts["written"]) == ["cart"]
 
 
-def test_a_session_that_ended_under_the_request_is_told(debugged: Site, log: Log) -> None:
+def test_the_dump_shows_a_session_that_ended_during_the_request(debugged: Site, log: Log) -> None:
     visitor = debugged.visitor()
     visitor.run(fill)
     tab = visitor.another_tab()
@@ -333,7 +333,7 @@ def test_a_session_that_ended_under_the_request_is_told(debugged: Site, log: Log
     assert facts["cookie"] == "unchanged: the request that ended the session deletes it"
 
 
-def test_a_value_that_cannot_be_kept_is_told(in_memory: Any, log: Log) -> None:
+def test_the_dump_shows_a_refused_value(in_memory: Any, log: Log) -> None:
     site = in_memory(max_bytes=300)
     visitor = site.visitor()
     visitor.run(fill)
@@ -345,9 +345,7 @@ def test_a_value_that_cannot_be_kept_is_told(in_memory: Any, log: Log) -> None:
 
 
 @pytest.mark.parametrize("where", ["view", "save"])
-def test_an_error_that_the_application_lets_through_is_told(
-    in_memory: Any, log: Log, where: str
-) -> None:
+def test_the_dump_shows_an_error_of_the_application(in_memory: Any, log: Log, where: str) -> None:
     """As in debug mode: Flask does not come to save the session, or is stopped there."""
     site = in_memory(max_bytes=300)
     site.app.testing = True
