@@ -82,6 +82,9 @@ def _write(action: str, level: int = logging.INFO, **fields: Any) -> None:
     if not logger.isEnabledFor(level):
         return
     fields["client"] = request.remote_addr if has_request_context() else None
+    for name, value in fields.items():
+        if not isinstance(value, str | int | None):  # such as a translation made late
+            fields[name] = str(value)
     # As JSON, no text of a user can look like a further field or line.
     shown = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
     logger.log(level, "%s %s", action, shown, extra={"action": action, **fields})

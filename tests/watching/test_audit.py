@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -104,6 +105,17 @@ def test_a_revocation_in_a_request_is_by_its_user(site: Site, log: Log) -> None:
     gone = ids(visitor)
     visitor.run(lambda session: site.ext.users.revoke_all("ada"))
     assert log.only() == {**revoked, **gone, "reason": None}
+
+
+@pytest.mark.parametrize("reason", [b"stolen", {"why": {"stolen"}}, Decimal(5)])
+def test_a_reason_that_is_no_text_is_shown_as_such(site: Site, log: Log, reason: Any) -> None:
+    """Losing the record would be worse."""
+    visitor = signed_in(site)
+    gone = ids(visitor)
+    log.lines.clear()
+    with site.app.app_context():
+        assert site.ext.users.revoke("ada", gone["device_id"], reason=reason, by="admin")
+    assert log.only()["reason"] == str(reason)
 
 
 def test_a_revocation_elsewhere(site: Site, log: Log) -> None:
