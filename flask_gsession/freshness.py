@@ -33,18 +33,18 @@ def require_fresh(
     view: str | None = None,
     session: SessionData | None = None,
 ) -> Callable[[R], R]:
-    """Let only users through who have confirmed who they are within the last ``minutes``.
+    """Require that the user confirmed who they are within the last ``minutes``.
 
     A confirmation is a sign-in, or ``session.confirm(method)``. ``method``: the one that counts, a
     list of them, or any (None). For two factors, put one decorator above the other.
 
-    Everyone else gets a 401 with a challenge for API clients: ``ConfirmationRequired``, which an
-    error handler can answer differently. A browser that opens a page is redirected to ``view``
-    (an endpoint, by default ``SESSION_CONFIRM_VIEW``), with the way back in ``next``: see
-    ``next_url``. ``session``: the ``ext.session`` of a second ``Session``.
+    Other requests get a 401 with a challenge for API clients: ``ConfirmationRequired``, which an
+    error handler can answer differently. A browser that opens a page is redirected to ``view`` (an
+    endpoint, by default ``SESSION_CONFIRM_VIEW``), with the way back in ``next``: see ``next_url``.
+    ``session``: the ``ext.session`` of a second ``Session``.
 
     Put it below ``@app.route``, or into ``decorators`` of a class-based view. Works on async views
-    too. Costs what reading the session costs. Raises ``SettingError`` for wrong arguments. Source:
+    too. Costs as much as reading the session. Raises ``SettingError`` for wrong arguments. Source:
     OWASP ASVS 7.5.1, 7.5.3; RFC 9470.
     """
     if callable(minutes):

@@ -52,7 +52,7 @@ class OpenSession:
 
     Entering raises ``SessionEnded`` if there is no such session. Leaving raises ``SessionEnded`` if
     the session ended before the changes could be stored, ``TransactionMisused`` if a transaction or
-    lock is still open, and whatever a save raises. In the block, a rotation and a sign-in raise
+    lock is still open, and any error of a save. In the block, a rotation and a sign-in raise
     ``RotationRefused``. One round trip, one more for changes or a renewal that is due.
     """
 
@@ -178,7 +178,7 @@ def checked_handle(handle: object) -> str:
 
 
 class SessionPeek(Mapping[str, Any]):
-    """What a session held at one moment, from ``ext.peek(handle)``: a mapping that can't change.
+    """The contents of a session at one moment, from ``ext.peek(handle)``: a read-only mapping.
 
     Each look at a value gives a fresh copy. A large value is loaded at each look, which costs round
     trips, and raises ``ValueLost`` if it is gone.

@@ -50,7 +50,7 @@ class Header(msgspec.Struct):
 
 
 class RecordLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A record; the fields are those of ``Record``, in the same order."""
+    """A record, with the fields of ``Record`` in the same order."""
 
     key: _Key
     version: _Version

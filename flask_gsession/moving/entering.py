@@ -13,7 +13,7 @@ from ..values.marks import split
 from ..values.payload import Body, Owner
 from .source import Contents
 
-LOGIN = "_user_id"  # Flask-Login's key for the user who is signed in
+LOGIN = "_user_id"  # Flask-Login's key for the signed-in user
 
 
 def owner_of(repository: Repository, body: Body, contents: Contents) -> Owner | None:

@@ -45,11 +45,11 @@ class FlaskCookieSource:
         return encoded(repository, contents)
 
     def since(self, old: Old) -> Since:
-        # Nothing is known of the sign-in: a revocation ends what was not imported yet.
+        # The time of the sign-in is unknown, so any revocation ends sessions not yet imported.
         return Since(epoch=0)
 
     def delete(self, name: str) -> None:
-        """Nothing can: the browser has it."""
+        """Does nothing, since the browser has the session."""
 
     def _open(self, cookie: str) -> Any:
         """The session's contents; None for a cookie that is forged, malformed or too old."""

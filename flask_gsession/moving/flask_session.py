@@ -72,7 +72,7 @@ class FlaskSessionSource:
         return self.old(name, self.store.load(name))
 
     def old(self, name: str, found: Foreign | None) -> Old | None:
-        """What was found under ``name``."""
+        """The old record under ``name``, if any."""
         return None if found is None else Old(name, found, found.expires_at)
 
     def contents(self, repository: Repository, old: Old) -> Contents:
@@ -80,7 +80,7 @@ class FlaskSessionSource:
         return encoded(repository, self._read(stored.value))
 
     def since(self, old: Old) -> Since:
-        # Nothing is known of the sign-in: a revocation ends what was not imported yet.
+        # The time of the sign-in is unknown, so any revocation ends sessions not yet imported.
         return Since(epoch=0)
 
     def delete(self, name: str) -> None:

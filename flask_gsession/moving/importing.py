@@ -55,7 +55,7 @@ class Importer:
         return body
 
     def put(self, record: Record) -> str:
-        """Import a record; returns what was done, in words.
+        """Import a record, and return the outcome in words.
 
         A session never ends later than one that is created now. If an imported session has the
         same key, it stays as it is, unless ``overwrite`` is set. A session that is bound to a user

@@ -30,7 +30,7 @@ class Old(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What is to be stored for an old session.
+    """The contents to store for an old session.
 
     ``values`` are encoded, ``dropped`` are the keys that can't be kept. ``lifetime`` is the
     session's own idle timeout in milliseconds. ``began`` and ``ends``: the old session's creation
@@ -56,7 +56,7 @@ class Source(Protocol):
     """
 
     label: str
-    #: for a source whose server keeps the new sessions as well
+    #: if the source's server also keeps the new sessions
     together: Together | None
 
     def name_of(self, cookie: str) -> str | None:

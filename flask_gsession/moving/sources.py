@@ -36,7 +36,7 @@ def open_imports(
     options: StoreOptions,
     before: SessionInterface,
 ) -> Takeover:
-    """What takes old sessions over into ``store``, which ``source`` names.
+    """The take-over of old sessions into ``store``, which was opened from ``source``.
 
     ``before``: the session interface that the application had. Asks no server. Raises
     ``SettingError``.
@@ -148,7 +148,7 @@ class _Opened:
         )
 
     def _together(self, store: ForeignValues) -> Together | None:
-        """The values, where they are on the very server that keeps our records."""
+        """The old values, if they are on the same server as our records."""
         if self._store is not self._shared:
             return None
         return store if hasattr(store, "load_both") else None  # type: ignore[return-value]
@@ -173,7 +173,7 @@ class _Opened:
         return CacheFiles(folder, clock)
 
     def _server(self, old: FlaskSessionSettings) -> Any:
-        """A store on the old server; the one that keeps our records, where it is the same."""
+        """A store on the old server: the application's store, if it is on the same server."""
         place = old.place
         same = self._source is place or (isinstance(place, str) and self._source == place)
         if same and self._store is not None:
@@ -186,7 +186,7 @@ class _Opened:
             raise SettingError(str(error).replace("SESSION_STORE", key)) from None
 
     def _cache(self, cache: Any) -> ForeignValues:
-        """The values that a cache of cachelib keeps, by what it is made of."""
+        """The values in a cache of cachelib, by its type."""
         from .cachelib_cache import CacheFiles, CacheStrings
 
         for kind in type(cache).__mro__:

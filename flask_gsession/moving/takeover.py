@@ -58,7 +58,7 @@ _ADVICE = (
 
 
 class OldCookie(NamedTuple):
-    """The old cookie: its name, and the attributes that deleting it takes.
+    """The old cookie: its name, and the attributes needed to delete it.
 
     Browsers refuse to delete some cookies without ``Secure`` or ``Partitioned``.
     """
@@ -80,12 +80,12 @@ class _Finding(NamedTuple):
 
 
 class Takeover:
-    """Takes sessions over from ``sources``: the first that knows the old cookie for its own.
+    """Takes sessions over from the first of ``sources`` that recognises the old cookie.
 
     ``circuit``: guards the calls of old stores. ``opened``: the stores that were opened for the
-    sources. ``knows_users``: whether Flask-Login says which user a session belongs to. ``until``:
-    when imports are over, in milliseconds; None: never. ``watch``: whether a session whose old
-    record was removed before its time has ended, too.
+    sources. ``knows_users``: whether Flask-Login knows the user of a session. ``until``: the end of
+    imports, in milliseconds; None: no end. ``watch``: whether a session ends if its old record
+    disappears early.
     """
 
     def __init__(
@@ -111,13 +111,14 @@ class Takeover:
     # -- for requests
 
     def take_over(self, repository: Repository, request: Request) -> TakenOver:
-        """The session that the old cookie of the request leads to, which is made now or was before.
+        """The session that the request's old cookie leads to. Creates it, unless an earlier request
+        did.
 
-        Raises ``StoreUnavailable``. At most four round trips, two where the old records are on the
-        Redis server of the new ones; two for a session that was made before. None without an old
-        cookie, and for a malformed one.
+        Raises ``StoreUnavailable``. At most four round trips, two if the old records are on the
+        same Redis server as the new ones; two for an existing session. None without an old cookie,
+        or for a malformed one.
         """
-        # Old ids are secrets, too: as tokens they show nothing in a traceback.
+        # Old ids are secrets as well, so keep them out of tracebacks.
         text = Token(request.cookies.get(self.cookie.name, ""))
         if not text or self._is_over(repository.now()):
             return NOTHING
@@ -237,7 +238,7 @@ class Takeover:
     ) -> tuple[Loaded | None, Mark | None]:
         """The session that was made and its mark, or only the mark of another request.
 
-        Nothing at all if there is nothing worth keeping.
+        Two times None for an old session without values.
         """
         contents = source.contents(repository, old)
         if len(contents.values) <= (PERMANENT in contents.values):
