@@ -147,8 +147,8 @@ class Scheduler:
         self,
         clock: VirtualClock,
         moments: Callable[[], list[int]],
-        deliver: Callable[[Random], None],
         trace: Callable[[str], None],
+        deliver: Callable[[Random], None] = lambda rng: None,
     ) -> None:
         self._clock = clock
         self._moments = moments

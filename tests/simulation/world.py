@@ -153,7 +153,7 @@ class _Run:
             default_policy=site.default_policy,
             trace=self.trace.append if tracing else None,
         )
-        self.scheduler = Scheduler(clock, self._moments, site.store.deliver, self.model.trace)
+        self.scheduler = Scheduler(clock, self._moments, self.model.trace, site.store.deliver)
 
     def play(self) -> None:
         """Open the sessions, run the requests in parallel, then look at what there is."""
