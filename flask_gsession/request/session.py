@@ -245,9 +245,10 @@ class SessionData(SessionMixin):
         """Remove every key.
 
         If you set nothing afterwards, the session ends with the response: it leaves the store, and
-        the response deletes its cookie. Removing all keys one by one does the same. If a parallel
-        request stores a key before that, the key and the session survive. A session that is bound
-        to a user is unbound, unless you bind it again. To log a user out, use ``destroy``.
+        the response deletes its cookie. A session that is bound to a user is unbound, unless you
+        bind it again. Removing all keys one by one ends the session too, but not a bound one. If a
+        parallel request stores a key before that, the key and the session survive. To log a user
+        out, use ``destroy``.
         """
         values = self._open_for_writing("The session")
         life = self._life

@@ -376,8 +376,11 @@ def _send(
     merged = step.values
     owner = None if old is None or life.seen.body is None else life.seen.body.owner
     if old is not None and step.settle is None and not worth_keeping(merged):
-        binds = wishes.binding is not None and wishes.binding.user_id
-        if not binds and (owner is None or step.changes.keys() - {CONFIRMED} or wishes.cleared):
+        if wishes.binding is not None:
+            bound = bool(wishes.binding.user_id)
+        else:  # a user stays signed in, although the last message was shown
+            bound = owner is not None and LOGIN not in step.changes
+        if not bound and (owner is None or step.changes.keys() - {CONFIRMED} or wishes.cleared):
             return _end(life, old)
     stored = merged
     others = sys.maxsize if old is None else len(old.payload)
@@ -488,7 +491,7 @@ def _take_over(
     assert step.settle is not None
     if not any(changed.values()):
         step.settle()
-    if not worth_keeping(stored):
+    if not worth_keeping(stored) and (step.seen.body is None or step.seen.body.owner is None):
         life.wish(cleared=True)  # if it is still empty then, it ends with the response
 
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from flask import flash, get_flashed_messages
 
 from flask_gsession import SessionEnded, StoreUnavailable, TransactionMisused
 from flask_gsession.errors import (
@@ -86,8 +87,38 @@ def test_a_session_without_values_is_bound_as_well(site: Site) -> None:
     visitor.run(lambda session: session.update(a=1))
     visitor.run(lambda session: session.rotate())
     visitor.run(lambda session: session.pop("a"))
-    assert ids(site) == []
-    assert owner(visitor) is None, "who removes all values ends the session, as always"
+    assert (owner(visitor), ids(site)) == ("ada", [device_id(visitor)])
+
+
+@pytest.mark.parametrize("way", ["flash", "pop", "take", "update_atomic", "permanent"])
+def test_removing_the_last_value_signs_nobody_out(site: Site, way: str) -> None:
+    visitor = signed_in(site)
+    device = device_id(visitor)
+
+    def before(session: Any) -> None:
+        if way == "flash":
+            flash("Welcome")
+        elif way == "permanent":
+            session.permanent = True
+        else:
+            session["a"] = 1
+
+    def remove(session: Any) -> None:
+        if way == "flash":
+            assert get_flashed_messages() == ["Welcome"]
+        elif way == "permanent":
+            session.permanent = False
+        elif way == "update_atomic":
+            session.update_atomic("a", lambda value: None)
+            session.pop("a")
+        else:
+            getattr(session, way)("a")
+
+    visitor.run(before)
+    visitor.run(remove)
+    assert (owner(visitor), ids(site)) == ("ada", [device])
+    visitor.run(lambda session: session.clear())
+    assert (owner(visitor), ids(site), site.sessions()) == (None, [], {})
 
 
 def test_the_current_device_is_marked(site: Site) -> None:
