@@ -17,7 +17,7 @@ MAX_BYTES = 32 * 1024 * 1024
 #: Operations, and so values, keys and containers together.
 MAX_OPERATIONS = 200_000
 MAX_MEMO = 100_000
-#: Values with everything inside them, each counted wherever it appears.
+#: Keys and values with everything inside them, each counted wherever it appears.
 MAX_VALUES = 200_000
 MAX_DEPTH = 200
 
@@ -58,11 +58,11 @@ def read_pickle(data: bytes) -> Any:
 
 
 def check_extent(value: Any) -> None:
-    """Raises ``RefusedPickle`` if ``value`` is nested too deep or holds too many values.
+    """Raises ``RefusedPickle`` if ``value`` is too deep, too large, or holds too many values.
 
     A value counts wherever it appears, so that shared and circular ones have no way around.
     """
-    count = 0
+    count = size = 0
     level = [value]
     for _ in range(MAX_DEPTH):
         count += len(level)
@@ -71,11 +71,18 @@ def check_extent(value: Any) -> None:
         below: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                below += item.values()
-            elif isinstance(item, (list, tuple)):
                 below += item
+                below += item.values()
+            elif isinstance(item, (list, tuple, set, frozenset)):
+                below += item
+            elif isinstance(item, (str, bytes)):
+                size += len(item)
+            elif isinstance(item, int):
+                size += item.bit_length() // 8
             if len(below) > MAX_VALUES:
                 raise RefusedPickle(f"more than {MAX_VALUES} values")
+        if size > MAX_BYTES:
+            raise RefusedPickle(f"more than {MAX_BYTES} bytes")
         level = below
         if not level:
             return
@@ -127,13 +134,16 @@ class _Machine:
 
 
 def _check_hashable(item: Any) -> None:
-    """Refuse nested keys and members: hashing a deep one would overflow the interpreter's stack."""
-    if isinstance(item, (tuple, frozenset)):
-        if all(isinstance(inner, _SCALARS) for inner in item):
-            return
-    elif isinstance(item, _SCALARS):
-        return
-    raise RefusedPickle(f"a {type(item).__name__} as a key or in a set")
+    """Refuse what is dear to hash: nested keys and members, and integers beyond 64 bits.
+
+    A deep one would overflow the interpreter's stack. Many long integers have the same hash.
+    """
+    inner = item if isinstance(item, (tuple, frozenset)) else (item,)
+    for each in inner:
+        if not isinstance(each, _SCALARS):
+            raise RefusedPickle(f"a {type(item).__name__} as a key or in a set")
+        if isinstance(each, int) and each.bit_length() > 64:
+            raise RefusedPickle("an int beyond 64 bits as a key or in a set")
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:

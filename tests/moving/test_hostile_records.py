@@ -53,6 +53,8 @@ HOSTILE: dict[str, bytes] = {
     "memo bomb": bomb(60),
     "deep": b"]" * 5_000 + b"a" * 4_999 + b".",
     "deep tuples": b"(" * 5_000 + b"t" * 5_000 + b".",
+    "a long key": PLANTED["a long key"],
+    "a large value, many times": pickle.dumps({"a": ["x" * 1_000_000] * 100}),
     "truncated": pickle.dumps({"a": 1})[:-3],
     "no pickle": b"\x00" * 100,
     "not a dict": pickle.dumps([1]),

@@ -25,9 +25,10 @@ from flask_gsession.moving.pickles import RefusedPickle, read_pickle
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
 )
-KEYS = st.text() | st.integers() | st.booleans() | st.none() | st.tuples(st.text(), st.integers())
+SHORT = st.integers(-(2**63), 2**64 - 1)
+KEYS = st.text() | SHORT | st.booleans() | st.none() | st.tuples(st.text(), SHORT)
 PLAIN = st.recursive(
-    SCALARS | st.sets(st.text() | st.integers()) | st.frozensets(st.binary()),
+    SCALARS | st.sets(st.text() | SHORT) | st.frozensets(st.binary()),
     lambda inner: (
         st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner, max_size=5)
     ),
@@ -144,6 +145,10 @@ PLANTED = {
     "append to a dict": b"}K\x01a.",
     "append to nothing": b"K\x01a.",
     "items without a mark": b"]K\x01e.",
+    "a long key": pickle.dumps({1 << 20_000: 1}),
+    "a long key in a tuple": pickle.dumps({(1 << 20_000,): 1}),
+    "long keys with one hash": pickle.dumps(dict.fromkeys(n * (2**61 - 1) for n in range(1, 200))),
+    "long members with one hash": pickle.dumps({n * (2**61 - 1) for n in range(1, 200)}, 4),
     "odd items": b"}(K\x01u.",
     "pop of a mark as a value": b"](a.",
     "huge length": b"\x80\x04\x8e" + struct.pack("<Q", 2**63) + b"x.",
@@ -189,6 +194,24 @@ def bomb(levels: int) -> bytes:
     for index in range(levels):
         inner += b"q%c0](h%ch%ce" % (index, index, index)
     return inner + b"."
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("shared", ["x" * MIB, b"x" * MIB], ids=["text", "bytes"])
+@pytest.mark.parametrize("container", ["list", "tuple", "values", "keys"])
+def test_a_large_value_counts_wherever_it_appears(shared: Any, container: str) -> None:
+    """Or a pickle of one megabyte would make a session of a hundred gigabytes."""
+    value: Any = [shared] * 100
+    if container == "tuple":
+        value = tuple(value)
+    elif container == "values":
+        value = dict.fromkeys(range(100), shared)
+    elif container == "keys":
+        value = [{shared: None} for _ in range(100)]
+    with pytest.raises(RefusedPickle, match="bytes"):
+        read_pickle(pickle.dumps({"a": value}))
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
