@@ -98,12 +98,13 @@ class Settings:
     def marks_end(self, now: int) -> int:
         """When marks of imported sessions expire, in milliseconds.
 
-        An hour after the end of the imports, longer than any request takes. Without an end, longer
-        than an old session and its new one can live together.
+        An hour after the end of the imports, longer than any request takes, and not before an old
+        cookie is too old: the end may be moved back. Without an end, longer than an old session and
+        its new one can live together.
         """
-        if self.import_until is not None:
-            return int(self.import_until * 1000) + _HOUR
         longest = max(self.permanent_lifetime, self.absolute_timeout)
+        if self.import_until is not None:
+            return max(int(self.import_until * 1000), now + int(longest * 1000)) + _HOUR
         return now + int(2 * longest * 1000) + _HOUR
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from flask import Flask
 from flask.sessions import SecureCookieSessionInterface
-from itsdangerous import BadSignature
+from itsdangerous import BadData
 
 from ..repository.repository import Repository
 from ..stores.foreign import Foreign, Together
@@ -59,5 +59,5 @@ class FlaskCookieSource:
         age = int(self._app.permanent_session_lifetime.total_seconds())
         try:
             return serializer.loads(cookie, max_age=age)
-        except (BadSignature, ValueError, TypeError, KeyError, RecursionError):
+        except (BadData, ValueError, TypeError, KeyError, RecursionError):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -72,6 +73,17 @@ def test_the_very_cookie_is_dead_after_a_logout(site: Site) -> None:
     assert late.get_cookie("session") is None
 
 
+def test_a_dead_cookie_stays_dead_if_the_end_is_moved_back(site: Site) -> None:
+    """Until Flask would refuse the cookie itself."""
+    repository = site.app.extensions["gsession"][site.ext].repository
+    until = repository.now() / 1000 + 3600
+    repository.settings = replace(repository.settings, import_until=until)
+    cookie = signed({"_user_id": "7"})
+    visit(site, cookie).run(lambda session: session.destroy())
+    site.clock.advance(3 * 86_400)
+    assert visit(site, cookie).run(dict) == {}
+
+
 @pytest.mark.parametrize("spelled", ["trailing bits", "padding", "quotes"])
 def test_another_spelling_is_the_same_cookie(site: Site, spelled: str) -> None:
     """The last character of a signature has bits that don't count."""
@@ -99,6 +111,18 @@ def test_a_copy_that_was_signed_at_another_time_is_accepted_once(site: Site) -> 
         visitor = visit(site, earlier)
         assert visitor.run(dict) == expected
         visitor.run(lambda session: session.destroy())
+
+
+@pytest.mark.parametrize(
+    "payload", ["", "A", ".AAAA", "eyJhIjp9", "eyJhIjp7IiB1IjoieiJ9fQ", "/w"], ids=repr
+)
+def test_a_signed_cookie_that_holds_something_else(site: Site, payload: str) -> None:
+    """From another application with this key, or with a tag that this one hasn't."""
+    serializer = SecureCookieSessionInterface().get_signing_serializer(site.app)
+    assert serializer is not None
+    visitor = visit(site, serializer.make_signer(serializer.salt).sign(payload).decode())
+    assert visitor.run(dict) == {}
+    assert visitor.get_cookie("session") is None
 
 
 def test_age_and_fallback_keys_are_flasks(make_site: SiteMaker) -> None:
