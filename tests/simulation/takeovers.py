@@ -315,7 +315,8 @@ class Schedule:
     def judge(self) -> str | None:
         """What must hold once no request runs any more."""
         world, inner = self.world, self.world.store.inner
-        latest = START + UNTIL * 1000 + 3_600_000
+        oldest = world.interface.repository.settings.absolute_timeout  # of cookies, too
+        latest = max(START + UNTIL * 1000, world.clock.now + int(oldest * 1000)) + 3_600_000
         for key, record in inner._records.items():
             if key.endswith("_") and record.idle_expires_at > latest:
                 return "a mark without an end"
