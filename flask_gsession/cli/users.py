@@ -163,10 +163,15 @@ def users() -> None:
 
 @users.command(short_help="Repair the lists from the sessions in the store.")
 @click.option("--user", metavar="USER", help="Only the list of this user.")
+@click.option(
+    "--replace-foreign",
+    is_flag=True,
+    help="Also replace lists that need an encryption key which no worker has any more.",
+)
 @session_option
 @json_option
 @with_appcontext
-def rebuild(user: str | None, cookie: str | None, as_json: bool) -> None:
+def rebuild(user: str | None, replace_foreign: bool, cookie: str | None, as_json: bool) -> None:
     """Repair the lists of users' sessions from the sessions in the store.
 
     A list that is damaged or lost gets all sessions of its user. Sessions that Flask-Login signed
@@ -179,7 +184,7 @@ def rebuild(user: str | None, cookie: str | None, as_json: bool) -> None:
     entered = 0
     if not file_is_missing(interface):
         with report_user_failures(interface, user):
-            entered = users_of(interface).rebuild(user)
+            entered = users_of(interface).rebuild(user, replace_foreign=replace_foreign)
     if as_json:
         click.echo(json.dumps({"entered": entered}))
     else:

@@ -19,10 +19,10 @@ from .rosters import checked_user_id, new_device_id
 LOGIN = "_user_id"  # Flask-Login's key for the signed-in user
 
 
-def rebuild(repository: Repository, only: str | None) -> int:
+def rebuild(repository: Repository, only: str | None, *, foreign: bool = False) -> int:
     """See ``Users.rebuild``."""
     lost: dict[str, list[Device]] = {}
-    if only is not None and _is_damaged(repository, only):
+    if only is not None and _is_damaged(repository, only, foreign):
         lost[only] = []
     intact: set[str] = set()
     unbound = False
@@ -31,7 +31,7 @@ def rebuild(repository: Repository, only: str | None) -> int:
         if owner is None:
             unbound = unbound or login_of(repository, loaded.body) is not None
         elif only in (None, owner.user_id) and owner.user_id not in intact:
-            if owner.user_id not in lost and _is_intact(repository, owner.user_id):
+            if owner.user_id not in lost and _is_intact(repository, owner.user_id, foreign):
                 intact.add(owner.user_id)
             else:
                 lost.setdefault(owner.user_id, []).append(_device(loaded, owner))
@@ -63,8 +63,9 @@ def _restore(repository: Repository, user_id: str, devices: list[Device]) -> int
     try:
         return rosters.change(user_id, step)
     except RosterUnreadable:
-        rosters.replace(user_id, replace(fresh, devices=tuple(devices)))
-        return len(devices)
+        if rosters.replace_unreadable(user_id, replace(fresh, devices=tuple(devices))):
+            return len(devices)
+        return rosters.change(user_id, step)  # somebody else repaired it
 
 
 def _sessions(repository: Repository) -> Iterator[Loaded]:
@@ -92,18 +93,20 @@ def _sessions(repository: Repository) -> Iterator[Loaded]:
             return
 
 
-def _is_intact(repository: Repository, user_id: str) -> bool:
+def _is_intact(repository: Repository, user_id: str, foreign: bool) -> bool:
     """Whether the user has a roster, and it can be read."""
     return (
-        not _is_damaged(repository, user_id) and repository.rosters.look(user_id).record is not None
+        not _is_damaged(repository, user_id, foreign)
+        and repository.rosters.look(user_id).record is not None
     )
 
 
-def _is_damaged(repository: Repository, user_id: str) -> bool:
+def _is_damaged(repository: Repository, user_id: str, foreign: bool) -> bool:
+    """``foreign``: so is one that needs another encryption key, or a newer version."""
     try:
         repository.rosters.look(user_id)
     except RosterUnreadable as error:
-        if error.for_others:
+        if error.for_others and not foreign:
             raise
         return True
     return False

@@ -95,7 +95,7 @@ class Rosters:
         except UnreadableRecord as error:
             raise RosterUnreadable(
                 f"the roster {key} of a user can't be read: {error}. ext.users.rebuild repairs "
-                "it, unless it is of a newer version or was encrypted with another key",
+                "it; with replace_foreign=True also if no worker has its key any more",
                 for_others=error.for_others,
             ) from None
 
@@ -122,18 +122,33 @@ class Rosters:
         write(prepare, partial(self._send, user_id), self._tries)
         return answer[0]
 
-    def replace(self, user_id: str, roster: Roster) -> None:
-        """Replace any roster of the user by this one. Two round trips."""
-        key = roster_key(user_id)
+    def replace_unreadable(self, user_id: str, roster: Roster) -> bool:
+        """Store this roster in place of one that can't be read. False if it can be read by now.
 
-        def prepare() -> tuple[Record | None, Roster]:
+        Two round trips.
+        """
+        key = roster_key(user_id)
+        replaces = False
+
+        def prepare() -> tuple[Record | None, Roster] | None:
+            nonlocal replaces
+            replaces = True
             try:
-                return self._store.load(key), roster
+                record = self._store.load(key)
             except UnreadableRecord:
                 self._store.delete(key)
                 return None, roster
+            if record is not None:
+                try:
+                    self.read(record)
+                except UnreadableRecord:
+                    return record, roster
+                replaces = False
+                return None
+            return None, roster
 
         write(prepare, partial(self._send, user_id), self._tries)
+        return replaces
 
     def revoke_all(self, roster: Roster, keep: str | None = None) -> Roster:
         """Apply ``roster.revoke_all``, now, by the clock of this process."""
@@ -197,6 +212,8 @@ def roster_key(user_id: str) -> str:
 def checked_user_id(user_id: object) -> str:
     """The id as text. Raises ``ValueError`` with the reason."""
     if type(user_id) is int:
+        if abs(user_id) >= 10**LONGEST_ID:
+            raise ValueError(f"user_id has more than {LONGEST_ID} digits")
         return str(user_id)
     if not isinstance(user_id, str):
         raise ValueError(f"user_id is a {type(user_id).__name__}; it must be text, or an int")

@@ -115,6 +115,7 @@ class Users:
         if it was interrupted; then repeat it. Five round trips.
         """
         user_id = checked_user_id(user_id)
+        _check_device_id(device_id)
         by, life = self._by(by), self._life_of(user_id)
         if life is not None and device_id_of(life) != device_id:
             life = None
@@ -157,6 +158,8 @@ class Users:
                 raise ValueError("device_id is None, and this session is not bound to that user")
             if life.wishes.binding is None:
                 device_id = device_id_of(life)
+        else:
+            _check_device_id(device_id)
         return self._revoke_all(user_id, device_id, reason, by)
 
     def revoke_all(
@@ -171,15 +174,18 @@ class Users:
         """
         return self._revoke_all(checked_user_id(user_id), None, reason, by)
 
-    def rebuild(self, user_id: str | int | None = None) -> int:
+    def rebuild(self, user_id: str | int | None = None, *, replace_foreign: bool = False) -> int:
         """Repair rosters from the sessions in the store; how many sessions were entered.
 
         A roster that is damaged or lost gets all live sessions of its user. Sessions that were
         signed in by Flask-Login before this version, are bound. A roster that can be read stays as
         it is. ``user_id`` None: of all users. Goes through the whole store.
+
+        A roster that needs another encryption key, or a newer version, raises ``RosterUnreadable``.
+        With ``replace_foreign`` it counts as damaged: use that once no worker can read it.
         """
         only = None if user_id is None else checked_user_id(user_id)
-        return rebuild(self._repository(), only)
+        return rebuild(self._repository(), only, foreign=replace_foreign)
 
     def _revoke_all(
         self, user_id: str, keep: str | None, reason: str | None, by: str | None
@@ -257,6 +263,11 @@ def _shown(device: Device, current: bool) -> UserDevice:
         device.remembered,
         device.key,
     )
+
+
+def _check_device_id(device_id: object) -> None:
+    if not isinstance(device_id, str):
+        raise ValueError(f"device_id is of type {type(device_id).__name__}; it must be text")
 
 
 def _utc(seconds: int) -> datetime:

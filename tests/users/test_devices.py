@@ -824,6 +824,51 @@ def test_rebuilding_leaves_intact_rosters(site: Site, users: Any) -> None:
     assert ids(site) == []
 
 
+def test_a_roster_whose_encryption_key_is_gone_is_replaced_on_demand(
+    make_site: SiteMaker,
+) -> None:
+    old, new = "o" * 43, "n" * 43
+    before = make_site(encryption_keys=[old])
+    kept, gone = signed_in(before), signed_in(before)
+    both = make_site(store=before.store, encryption_keys=[new, old])
+    visitor = both.visitor(kept.cookie)
+    visitor.run(lambda session: session.update(a=1))  # under the new key, the roster is not
+    site = make_site(store=before.store, encryption_keys=[new])
+    assert site.visitor().ask(lambda session: session.bind("ada")).status_code == 503
+    with site.app.app_context():
+        with pytest.raises(RosterUnreadable, match="replace_foreign"):
+            site.ext.users.rebuild("ada")
+        assert site.ext.users.rebuild("ada", replace_foreign=True) == 1
+    site.clock.advance(301)
+    assert owner(site.visitor(visitor.cookie)) == "ada"
+    assert owner(site.visitor(gone.cookie)) is None
+    assert len({*ids(site), device_id(signed_in(site))}) == 2
+
+
+def test_two_repairs_of_one_roster_at_once(site: Site, users: Any) -> None:
+    first, second = signed_in(site), signed_in(site)
+    damage(site)
+
+    def repair_and_revoke() -> None:
+        assert users.rebuild("ada") == 2
+        assert users.revoke("ada", device_id(second))
+
+    site.before_each("save", repair_and_revoke)
+    users.rebuild("ada")
+    assert ids(site) == [device_id(first)]
+
+
+@pytest.mark.parametrize("wrong", [["a"], {}, None, 7])
+def test_a_device_id_is_text(site: Site, users: Any, wrong: Any) -> None:
+    visitor = signed_in(site)
+    with pytest.raises(ValueError, match="device_id"):
+        users.revoke("ada", wrong)
+    if wrong is not None:
+        with pytest.raises(ValueError, match="device_id"):
+            users.revoke_others("ada", wrong)
+    assert owner(visitor) == "ada"
+
+
 # What else meets rosters -------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ def filled(site: Site, number: int, label: str = "") -> None:
         Device(new_device_id(), session_key(new_token()), now, now, now + 7200, label)
         for _ in range(number)
     )
-    rosters.replace("ada", Roster(devices=devices))
+    rosters.change("ada", lambda _: (Roster(devices=devices), None))
 
 
 def test_a_thousand_devices(site: Site) -> None:
