@@ -19,6 +19,7 @@ from .archive import export, import_
 from .cleaning import cleanup
 from .debug import debug
 from .doctor import doctor
+from .migrate import migrate
 from .revoke import revoke
 from .serve import serve
 from .sessions import list_, show
@@ -60,6 +61,7 @@ gsession.add_command(doctor)
 gsession.add_command(export)
 gsession.add_command(import_)
 gsession.add_command(list_)
+gsession.add_command(migrate)
 gsession.add_command(revoke)
 gsession.add_command(serve)
 gsession.add_command(show)

@@ -9,7 +9,7 @@ pickles before; cachelib, and with it the file system, holds pickles in every ve
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from itsdangerous import BadSignature, Signer, want_bytes
@@ -64,9 +64,18 @@ class FlaskSessionSource:
                 sid = Signer(keys, salt=_SALT, key_derivation="hmac").unsign(cookie).decode()
             except (BadSignature, UnicodeDecodeError):
                 return None
-        if self._tokens.fullmatch(sid) or _UUID.fullmatch(sid):
-            return self._prefix + sid
-        return None
+        return self._prefix + sid if self._is_id(sid) else None
+
+    def names(self) -> Iterator[str]:
+        """The names of all old records; one may come twice.
+
+        Raises ``StoreUnavailable``, and ``NotImplementedError`` if the store can't list them.
+        """
+        start = len(self._prefix)
+        return (name for name in self.store.names(self._prefix) if self._is_id(name[start:]))
+
+    def _is_id(self, sid: str) -> bool:
+        return bool(self._tokens.fullmatch(sid) or _UUID.fullmatch(sid))
 
     def load(self, name: str, cookie: str = "") -> Old | None:
         return self.old(name, self.store.load(name))

@@ -35,6 +35,7 @@ class Contents(NamedTuple):
     ``values`` are encoded, ``dropped`` are the keys that can't be kept. ``lifetime`` is the
     session's own idle timeout in milliseconds. ``began`` and ``ends``: the old session's creation
     and absolute end, if the new one is to keep them. ``user_id``: the user it is bound to.
+    ``idle_ends``: when the new session ends unless it is used before.
     """
 
     values: dict[str, bytes]
@@ -43,6 +44,7 @@ class Contents(NamedTuple):
     began: int | None = None
     ends: int | None = None
     user_id: str | None = None
+    idle_ends: int | None = None
 
     def __repr__(self) -> str:
         """Without the values."""

@@ -42,6 +42,13 @@ def open_imports(
     ``SettingError``.
     """
     opened = _Opened(app, settings, repository, store, source, options, before)
+
+    def at_url(url: str) -> Source:
+        other = _Opened(app, settings, repository, store, source, options, before)
+        other.stores = opened.stores
+        assert settings.flask_session is not None  # it was checked
+        return other.flask_session_at(settings.flask_session, url)
+
     until = settings.import_until
     attributes = repository.live.configured_cookie()
     if settings.import_cookie_domain is not None:
@@ -66,6 +73,7 @@ def open_imports(
         knows_users=lambda: hasattr(app, "login_manager"),
         until=None if until is None else int(until * 1000),
         watch=settings.import_watch,
+        at_url=at_url,
     )
 
 
@@ -147,6 +155,18 @@ class _Opened:
             together=self._together(store),
         )
 
+    def flask_session_at(self, old: FlaskSessionSettings, url: str) -> Source:
+        """Flask-Session's source as configured, at another URL. Raises ``SettingError``."""
+        client: Any = url
+        if old.type == "sqlalchemy":
+            client = _engine_at(url)
+        elif old.type not in ("redis", "mongodb"):
+            raise SettingError(
+                f"SESSION_TYPE is {old.type!r}, whose sessions have no URL; allowed: --url with "
+                "redis, mongodb or sqlalchemy"
+            )
+        return self._flask_session(replace(old, client=client))
+
     def _together(self, store: ForeignValues) -> Together | None:
         """The old values, if they are on the same server as our records."""
         if self._store is not self._shared:
@@ -216,6 +236,17 @@ def _table(app: Flask, old: FlaskSessionSettings, clock: Clock) -> ForeignValues
             "SESSION_IMPORT to []"
         ) from None
     return SQLAlchemyTable(_engine_of(app, old), old.table, old.schema, clock)
+
+
+def _engine_at(url: str) -> Any:
+    try:
+        import sqlalchemy as sa
+
+        return sa.create_engine(url)
+    except ImportError as error:
+        raise SettingError(f"{error.name} is not installed: install it to use this URL") from None
+    except sa.exc.ArgumentError:
+        raise SettingError("--url is not a URL of SQLAlchemy") from None
 
 
 def _engine_of(app: Flask, old: FlaskSessionSettings) -> Callable[[], Any]:

@@ -67,7 +67,7 @@ class OldCookie(NamedTuple):
     attributes: Mapping[str, Any]
 
 
-class _Finding(NamedTuple):
+class Finding(NamedTuple):
     """The result of step 1."""
 
     name: str
@@ -76,7 +76,15 @@ class _Finding(NamedTuple):
     mark: Mark | None
 
     def __repr__(self) -> str:
-        return f"<_Finding {self.key}>"
+        return f"<Finding {self.key}>"
+
+
+class Created(NamedTuple):
+    """The result of step 2. ``dropped``: the keys that were left out."""
+
+    made: Loaded | None
+    mark: Mark | None
+    dropped: tuple[str, ...] = ()
 
 
 class Takeover:
@@ -85,7 +93,7 @@ class Takeover:
     ``circuit``: guards the calls of old stores. ``opened``: the stores that were opened for the
     sources. ``knows_users``: whether Flask-Login knows the user of a session. ``until``: the end of
     imports, in milliseconds; None: no end. ``watch``: whether a session ends if its old record
-    disappears early.
+    disappears early. ``at_url``: opens Flask-Session's store at another URL.
     """
 
     def __init__(
@@ -98,13 +106,15 @@ class Takeover:
         knows_users: Callable[[], bool],
         until: int | None,
         watch: bool = False,
+        at_url: Callable[[str], Source] | None = None,
     ) -> None:
         self.cookie = cookie
+        self.until = until
+        self._at_url = at_url
         self._opened = opened
         self._circuit = circuit
         self._knows_users = knows_users
         self._sources = tuple(sources)
-        self._until = until
         self._watch = watch
         self._reported: set[tuple[str, str]] = set()
 
@@ -120,7 +130,7 @@ class Takeover:
         """
         # Old ids are secrets as well, so keep them out of tracebacks.
         text = Token(request.cookies.get(self.cookie.name, ""))
-        if not text or self._is_over(repository.now()):
+        if not text or self.is_over(repository.now()):
             return NOTHING
         outcome = _DEAD
         for source in self._sources:
@@ -141,7 +151,7 @@ class Takeover:
 
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of this session, which is to end. Raises ``StoreUnavailable``."""
-        if body.origin is None or self._is_over(repository.now()):
+        if body.origin is None or self.is_over(repository.now()):
             return
         for source, name in self._of(repository, body.origin):
             self._asked(source.delete, name)
@@ -152,7 +162,7 @@ class Takeover:
         Raises ``StoreUnavailable``. One round trip; none without such a cookie.
         """
         text = Token(request.cookies.get(self.cookie.name, ""))
-        if not text or self._is_over(repository.now()):
+        if not text or self.is_over(repository.now()):
             return
         known = None if body is None or body.origin is None else body.origin.mark
         for source in self._sources:
@@ -166,7 +176,7 @@ class Takeover:
         Never unless old records are watched. Raises ``StoreUnavailable``. One round trip.
         """
         origin, now = body.origin, repository.now()
-        if not self._watch or origin is None or self._is_over(now):
+        if not self._watch or origin is None or self.is_over(now):
             return False
         if origin.expires_at is None or now >= origin.expires_at:
             return False
@@ -187,17 +197,28 @@ class Takeover:
         for store in self._opened:
             store.close()
 
+    def source(self, label: str, url: str | None = None) -> Source | None:
+        """The source with this label; ``url``: where its store is instead. Raises ``SettingError``.
+
+        None if nothing is imported from there.
+        """
+        found = next((each for each in self._sources if each.label == label), None)
+        if found is None or url is None or self._at_url is None:
+            return found
+        return self._at_url(url)
+
     # -- the steps
 
     def _by(
         self, repository: Repository, source: Source, name: str, cookie: str, network: bytes
     ) -> TakenOver:
-        found = self._find(repository, source, name, cookie)
+        found = self.find(repository, source, name, cookie)
         mark, made = found.mark, None
         if mark is None:
             if found.old is None:
                 return _DEAD
-            made, mark = self._create(repository, source, found, found.old)
+            made, mark, dropped = self.create(repository, source, found, found.old)
+            _report_dropped(source, made, dropped)
             if mark is None:
                 return _DEAD
         loaded = made or repository.find(mark.session)
@@ -216,7 +237,8 @@ class Takeover:
             return _DEAD
         return TakenOver(loaded, token)
 
-    def _find(self, repository: Repository, source: Source, name: str, cookie: str) -> _Finding:
+    def find(self, repository: Repository, source: Source, name: str, cookie: str) -> Finding:
+        """Step 1: the old record and the mark, without writing anything."""
         if source.together is not None:
             key = mark_key(source.label, name)
             foreign, record = self._asked(source.together.load_both, name, key)
@@ -226,26 +248,24 @@ class Takeover:
             name = Token(old.name) if old is not None else name
             key = mark_key(source.label, name)
             record = repository.store.load(key)
-        return _Finding(name, key, old, self._read_mark(repository, key, record))
+        return Finding(name, key, old, self._read_mark(repository, key, record))
 
     def _read_mark(self, repository: Repository, key: str, record: Record | None) -> Mark | None:
         if record is None or repository.now() >= record.idle_expires_at:
             return None
         return Mark.of(repository.read_other(record))
 
-    def _create(
-        self, repository: Repository, source: Source, found: _Finding, old: Old
-    ) -> tuple[Loaded | None, Mark | None]:
-        """The session that was made and its mark, or only the mark of another request.
+    def create(self, repository: Repository, source: Source, found: Finding, old: Old) -> Created:
+        """Step 2: the session that was made and its mark, or only the mark of another request.
 
         Two times None for an old session without values.
         """
         contents = source.contents(repository, old)
         if len(contents.values) <= (PERMANENT in contents.values):
-            return None, None
+            return Created(None, None)
         nonce = new_nonce()
-        key, origin = _keyed(repository, source.label, found.name, nonce, old.expires_at)
-        loaded, dropped = _drafted(repository, key, contents, origin, self._knows_users())
+        key, origin = keyed(repository, source.label, found.name, nonce, old.expires_at)
+        loaded, dropped = drafted(repository, key, contents, origin, self._knows_users())
         mark = Mark(key, nonce)
         record = self._mark_record(repository, found.key, mark)
         there: Record | None = None
@@ -265,17 +285,9 @@ class Takeover:
         if there is not None:
             if source.together is not None:
                 repository.discard(names_in(loaded.body.values.values()), 0)
-            return None, self._read_mark(repository, found.key, there)
-        for name in dropped:
-            logger.warning(
-                "session[%s] of an old session can't be kept and was left out (session %s, from "
-                "%s)",
-                name,
-                key,
-                source.label,
-            )
+            return Created(None, self._read_mark(repository, found.key, there))
         repository.events.emit(SessionImported, key, source.label, dropped)
-        return loaded, mark
+        return Created(loaded, mark, dropped)
 
     def _mark_record(self, repository: Repository, key: str, mark: Mark) -> Record:
         end = repository.settings.marks_end(repository.now())
@@ -299,8 +311,9 @@ class Takeover:
         name = Token(name)
         return [(source, name) for source in self._sources if source.label == origin.label]
 
-    def _is_over(self, now: int) -> bool:
-        return self._until is not None and now >= self._until
+    def is_over(self, now: int) -> bool:
+        """Whether the import has ended."""
+        return self.until is not None and now >= self.until
 
     def _refuse(
         self, repository: Repository, source: Source, reason: str, advice: str = ""
@@ -318,11 +331,23 @@ class Takeover:
             )
 
 
+def _report_dropped(source: Source, made: Loaded | None, dropped: tuple[str, ...]) -> None:
+    if made is None:
+        return
+    for name in dropped:
+        logger.warning(
+            "session[%s] of an old session can't be kept and was left out (session %s, from %s)",
+            name,
+            made.record.key,
+            source.label,
+        )
+
+
 def _network(request: Request) -> bytes:
     return network_of(request.remote_addr)
 
 
-def _keyed(
+def keyed(
     repository: Repository, label: str, name: str, nonce: bytes, expires_at: int | None
 ) -> tuple[str, Origin]:
     """The key of a new session, and its origin."""
@@ -331,7 +356,7 @@ def _keyed(
     return session_key(token), sealed(secret, label, name, nonce, expires_at)
 
 
-def _drafted(
+def drafted(
     repository: Repository, key: str, contents: Contents, origin: Origin, knows_users: bool
 ) -> tuple[Loaded, tuple[str, ...]]:
     """The new session, and what had to be left out of it. Writes large values.
@@ -356,4 +381,7 @@ def _drafted(
             dropped.append(ascii(largest)[:60])
             del values[largest]
             continue
+        if contents.idle_ends is not None:
+            idle = min(contents.idle_ends, record.idle_expires_at)
+            record = record._replace(idle_expires_at=idle)
         return Loaded(record, body), tuple(dropped)

@@ -43,9 +43,9 @@ def mark_before_old() -> Iterator[None]:
     def find(self: Any, repository: Any, source: Any, name: str, cookie: str) -> Any:
         key = mark.mark_key(source.label, name)
         there = self._read_mark(repository, key, repository.store.load(key))
-        return takeover._Finding(name, key, source.load(name, cookie), there)
+        return takeover.Finding(name, key, source.load(name, cookie), there)
 
-    with mock.patch.object(Takeover, "_find", find):
+    with mock.patch.object(Takeover, "find", find):
         yield
 
 

@@ -1,0 +1,132 @@
+"""Takes old sessions of Flask-Session over without a request, one record after the other.
+
+It takes the same steps as a request (see ``takeover``), up to the mark. The mark names the session
+and holds the nonce, so the browser's next request with the old cookie finds both and derives the
+token. That request enters the session in the roster of its user, too. Until then, a revocation ends
+it through the roster's epoch, and a session that nobody comes back for counts towards no limit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..errors import UnreadableRecord
+from ..repository.repository import PERMANENT, Repository
+from ..stores.foreign import Foreign, Together
+from ..tokens import Token
+from ..users.roster import Since
+from .contents import RefusedContents
+from .flask_session import FlaskSessionSource
+from .mark import new_nonce
+from .pickle_process import PickleProcess
+from .source import Contents, Old
+from .takeover import Finding, Takeover, drafted, keyed
+
+TAKEN_OVER = "taken over"
+
+
+class Migration:
+    """Takes over the records of ``source``, and counts the outcomes.
+
+    ``pickles``: reads the pickles that name a class; without it, they are refused.
+    ``repository``: of the new sessions; with ``dry_run``, nothing is written to it.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        takeover: Takeover,
+        source: FlaskSessionSource,
+        *,
+        pickles: PickleProcess | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        self._repository = repository
+        self._takeover = takeover
+        self._source = _Offline(source, pickles)
+        self._dry_run = dry_run
+        self.outcomes: Counter[str] = Counter()
+        #: how many sessions lose a key, by its name
+        self.dropped: Counter[str] = Counter()
+        #: sessions that can't be taken over
+        self.lost = 0
+        #: the latest end of an old session, in milliseconds
+        self.latest_end = 0
+
+    def take_over(self, name: str) -> None:
+        """Take over one old record, unless that was done before. Raises ``StoreUnavailable``.
+
+        At most four round trips; two if it was done before.
+        """
+        try:
+            outcome, dropped = self._outcome(Token(name))
+        except UnreadableRecord as error:
+            outcome, dropped = f"unreadable ({error.detail or error.reason})", ()
+            self.lost += 1
+        except RefusedContents as error:
+            outcome, dropped = f"refused ({error})", ()
+            self.lost += 1
+        self.outcomes[outcome] += 1
+        self.dropped.update(dropped)
+
+    def _outcome(self, name: str) -> tuple[str, tuple[str, ...]]:
+        repository, source = self._repository, self._source
+        found = self._takeover.find(repository, source, name, "")
+        if found.mark is not None:
+            return "already", ()
+        if found.old is None:
+            return "expired", ()
+        self.latest_end = max(self.latest_end, found.old.expires_at or 0)
+        if self._dry_run:
+            return self._would_be(found, found.old)
+        made, mark, dropped = self._takeover.create(repository, source, found, found.old)
+        if mark is None:
+            return "empty", ()
+        return ("already" if made is None else TAKEN_OVER), dropped
+
+    def _would_be(self, found: Finding, old: Old) -> tuple[str, tuple[str, ...]]:
+        repository = self._repository
+        contents = self._source.contents(repository, old)
+        if len(contents.values) <= (PERMANENT in contents.values):
+            return "empty", ()
+        if repository.has_large_value(contents.values, contents.values):
+            return TAKEN_OVER, contents.dropped  # drafting would write them
+        key, origin = keyed(repository, self._source.label, found.name, new_nonce(), old.expires_at)
+        return TAKEN_OVER, drafted(repository, key, contents, origin, False)[1]
+
+
+class _Offline:
+    """A source whose sessions end when they would have ended, since nobody uses them now."""
+
+    def __init__(self, source: FlaskSessionSource, pickles: PickleProcess | None) -> None:
+        self._source = source
+        self._pickles = pickles
+        self.label = source.label
+        self.together: Together | None = source.together
+
+    def name_of(self, cookie: str) -> str | None:
+        return self._source.name_of(cookie)
+
+    def load(self, name: str, cookie: str) -> Old | None:
+        return self._source.load(name, cookie)
+
+    def old(self, name: str, found: Foreign | None) -> Old | None:
+        return self._source.old(name, found)
+
+    def contents(self, repository: Repository, old: Old) -> Contents:
+        return self._read(repository, old)._replace(idle_ends=old.expires_at)
+
+    def since(self, old: Old) -> Since:
+        return self._source.since(old)
+
+    def delete(self, name: str) -> None:
+        self._source.delete(name)
+
+    def _read(self, repository: Repository, old: Old) -> Contents:
+        try:
+            return self._source.contents(repository, old)
+        except RefusedContents as error:
+            if self._pickles is None or not str(error).startswith("pickle: operation"):
+                raise
+        assert isinstance(old.stored, Foreign)
+        return self._pickles.contents(repository, old.stored.value)
