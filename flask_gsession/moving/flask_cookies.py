@@ -12,6 +12,7 @@ from ..repository.repository import Repository
 from ..stores.foreign import Foreign, Together
 from ..users.roster import Since
 from .contents import RefusedContents
+from .entering import LOGIN
 from .source import Contents, Old, encoded
 
 LABEL = "cookie"
@@ -43,6 +44,12 @@ class FlaskCookieSource:
         if not isinstance(contents, dict):
             raise RefusedContents("no dict")
         return encoded(repository, contents)
+
+    def is_of_one_user(self, old: Old) -> bool:
+        # A cookie has no id: the same values that were signed in the same second are the same.
+        stored: Any = old.stored
+        contents = self._open(stored.value.decode())
+        return isinstance(contents, dict) and contents.get(LOGIN) is not None
 
     def since(self, old: Old) -> Since:
         # The time of the sign-in is unknown, so any revocation ends sessions not yet imported.

@@ -88,6 +88,9 @@ class FlaskSessionSource:
         stored: Any = old.stored
         return encoded(repository, self._read(stored.value))
 
+    def is_of_one_user(self, old: Old) -> bool:
+        return True
+
     def since(self, old: Old) -> Since:
         # The time of the sign-in is unknown, so any revocation ends sessions not yet imported.
         return Since(epoch=0)

@@ -81,6 +81,9 @@ class OwnStoreSource:
             None if body.owner is None else body.owner.user_id,
         )
 
+    def is_of_one_user(self, old: Old) -> bool:
+        return True
+
     def since(self, old: Old) -> Since:
         # The roster let the session in, or saw it, at that time.
         record: Any = old.stored

@@ -11,6 +11,10 @@ valid cookie of ours, but with an old one:
 4. if the session names a user: enters it in the user's roster;
 5. answers with the token, which every request with this old cookie can compute.
 
+Several visitors may have the same cookie of Flask's. Unless it names a user, each request after the
+first one gets a session of its own, with the cookie's values. A logout from any of them ends the
+session that the mark names, so that the cookie is dead.
+
 A logout deletes the old record, then the session. The mark stays until the imports are over.
 """
 
@@ -44,6 +48,7 @@ from ..values.payload import Body, Origin
 from ..values.references import Reference, names_in
 from .contents import RefusedContents
 from .entering import enter, owner_of
+from .flask_cookies import LABEL as COOKIES
 from .mark import Mark, mark_key, new_nonce, sealed, token_for, token_of, unsealed
 from .source import Contents, Old, Source
 
@@ -155,6 +160,8 @@ class Takeover:
             return
         for source, name in self._of(repository, body.origin):
             self._asked(source.delete, name)
+        if body.origin.label == COOKIES:
+            self._end_first(repository, body, body.origin)
 
     def end_presented(self, repository: Repository, request: Request, body: Body | None) -> None:
         """Remove the record that the request's old cookie names, unless ``end_old`` does.
@@ -224,6 +231,8 @@ class Takeover:
         loaded = made or repository.find(mark.session)
         if loaded is None:
             return _DEAD
+        if made is None and found.old is not None and not source.is_of_one_user(found.old):
+            return self._copied(repository, source, found, found.old)
         if self._watch and found.old is None and self.has_ended(repository, loaded.body):
             repository.delete(loaded.record.key, body=loaded.body)
             return _DEAD
@@ -288,6 +297,25 @@ class Takeover:
             return Created(None, self._read_mark(repository, found.key, there))
         repository.events.emit(SessionImported, key, source.label, dropped)
         return Created(loaded, mark, dropped)
+
+    def _copied(
+        self, repository: Repository, source: Source, found: _Finding, old: Old
+    ) -> TakenOver:
+        """A session of its own, for a cookie that another visitor may have, too."""
+        contents = source.contents(repository, old)
+        nonce = new_nonce()
+        key, origin = _keyed(repository, source.label, found.name, nonce, None)
+        loaded, dropped = _drafted(repository, key, contents, origin, self._knows_users())
+        repository.store.create(loaded.record)
+        repository.events.emit(SessionImported, key, source.label, dropped)
+        secret = repository.live.secret_keys()[0]
+        return TakenOver(loaded, token_of(secret, source.label, found.name, nonce))
+
+    def _end_first(self, repository: Repository, body: Body, origin: Origin) -> None:
+        """End the session that the mark names, unless it is this one: then its cookie is dead."""
+        mark = self._read_mark(repository, origin.mark, repository.store.load(origin.mark))
+        if mark is not None and mark.nonce != origin.nonce:
+            repository.delete(mark.session, body=replace(body, origin=None))
 
     def _mark_record(self, repository: Repository, key: str, mark: Mark) -> Record:
         end = repository.settings.marks_end(repository.now())

@@ -73,6 +73,43 @@ def test_the_very_cookie_is_dead_after_a_logout(site: Site) -> None:
     assert late.get_cookie("session") is None
 
 
+def test_visitors_with_the_same_cookie_share_no_session(site: Site) -> None:
+    """Flask signs the same values within a second to the same cookie."""
+    cookie = signed({"lang": "en"})
+    alice, bob = visit(site, cookie), visit(site, cookie)
+    assert alice.run(dict) == bob.run(dict) == {"lang": "en"}
+    alice.run(lambda session: session.update(user="alice"))
+    assert bob.run(dict) == visit(site, cookie).run(dict) == {"lang": "en"}
+    assert alice.run(dict) == {"lang": "en", "user": "alice"}
+    assert alice.cookie != bob.cookie
+
+
+@pytest.mark.parametrize("way", ["destroy", "clear"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_logout_from_any_of_them_ends_the_cookie(site: Site, which: int, way: str) -> None:
+    cookie = signed({"user": 7})
+    visitors = [visit(site, cookie), visit(site, cookie)]
+    for visitor in visitors:
+        visitor.run(dict)
+    visitors[which].run(lambda session: getattr(session, way)())
+    assert visit(site, cookie).run(dict) == {}
+
+
+def test_two_visitors_with_the_same_cookie_at_once(site: Site) -> None:
+    cookie = signed({"lang": "en"})
+    alice, bob = visit(site, cookie), visit(site, cookie)
+    site.before_each("create", lambda: None, lambda: bob.run(dict))
+    alice.run(lambda session: session.update(user="alice"))
+    assert alice.cookie != bob.cookie
+    assert "user" not in bob.run(dict)
+
+
+def test_a_user_has_one_session_for_a_cookie(site: Site) -> None:
+    cookie = signed({"_user_id": "7"})
+    handles = {visit(site, cookie).run(lambda session: session.handle) for _ in range(3)}
+    assert len(handles) == 1
+
+
 def test_a_dead_cookie_stays_dead_if_the_end_is_moved_back(site: Site) -> None:
     """Until Flask would refuse the cookie itself."""
     repository = site.app.extensions["gsession"][site.ext].repository
