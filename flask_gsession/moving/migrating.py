@@ -116,6 +116,9 @@ class _Offline:
     def contents(self, repository: Repository, old: Old) -> Contents:
         return self._read(repository, old)._replace(idle_ends=old.expires_at)
 
+    def is_of_one_user(self, old: Old) -> bool:
+        return self._source.is_of_one_user(old)
+
     def since(self, old: Old) -> Since:
         return self._source.since(old)
 

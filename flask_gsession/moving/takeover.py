@@ -299,13 +299,13 @@ class Takeover:
         return Created(loaded, mark, dropped)
 
     def _copied(
-        self, repository: Repository, source: Source, found: _Finding, old: Old
+        self, repository: Repository, source: Source, found: Finding, old: Old
     ) -> TakenOver:
         """A session of its own, for a cookie that another visitor may have, too."""
         contents = source.contents(repository, old)
         nonce = new_nonce()
-        key, origin = _keyed(repository, source.label, found.name, nonce, None)
-        loaded, dropped = _drafted(repository, key, contents, origin, self._knows_users())
+        key, origin = keyed(repository, source.label, found.name, nonce, None)
+        loaded, dropped = drafted(repository, key, contents, origin, self._knows_users())
         repository.store.create(loaded.record)
         repository.events.emit(SessionImported, key, source.label, dropped)
         secret = repository.live.secret_keys()[0]
