@@ -176,7 +176,7 @@ def test_the_rights_for_locks(
     assert not caplog.records
 
 
-RIGHTS_OF_THE_DOCTOR = "+info +time"
+RIGHTS_OF_THE_DOCTOR = "+info +time +scan"
 
 
 @pytest.fixture
