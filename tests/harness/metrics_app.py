@@ -1,6 +1,7 @@
 """The applications that gunicorn serves in test_metrics.py and test_prometheus.py."""
 
 import os
+import secrets
 
 from flask import Flask, g, request
 from prometheus_flask_exporter.multiprocess import GunicornInternalPrometheusMetrics
@@ -58,6 +59,11 @@ def create_shop() -> Flask:
         if "overtaken" not in g:
             g.overtaken = True
             second_window(1000 + session["count"])
+        return ""
+
+    @app.get("/bound")
+    def bound() -> str:
+        session.bind(secrets.token_hex(4))
         return ""
 
     @app.get("/locked")

@@ -160,7 +160,7 @@ class Visitors:
             self._get(browser, f"/product/{sku}")
             self._post(browser, f"/cart/{sku}/add", quantity="1")
             self._get(browser, "/cart")
-        for page in ("/merged", "/counted", "/locked"):
+        for page in ("/merged", "/counted", "/locked", "/bound"):
             self._get(browser, page)
         self._post(browser, "/session/rotate")
         self._post(browser, "/session/forget")
