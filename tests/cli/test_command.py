@@ -622,8 +622,6 @@ def test_the_store_that_is_changed_is_named(site: Site, console: Console, tmp_pa
     ],
     ids=["redis", "cluster", "unix", "mongodb", "memory"],
 )
-# Old versions of redis-py leave a Unix socket open that they can't connect.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket")
 def test_the_store_is_named_without_a_password(url: str, shown: str) -> None:
     said = Console(url, store_timeout=0.2).run("stats").stderr
     assert f"session: the store is {shown}" in said
