@@ -227,7 +227,7 @@ WRONG: dict[str, list[Any]] = {
     "SESSION_SCHEMA": [7, True, "schema", {}, dict, object(), ["preferences"], Field()],
     "SESSION_PERMANENT": ["yes", "", 1, 0, None, []],
     "SESSION_IMPORT": ["cookie", {"store": "redis://"}, 7, True, [""], ["cookie", None]],
-    "SESSION_IMPORT_UNTIL": ["soon", "", "2027-13-01", True, -1, 10**15, [2027], {}],
+    "SESSION_IMPORT_UNTIL": ["soon", "", "2027-13-01", "9999-12-31", True, -1, 10**15, [2027], {}],
     "SESSION_REMEMBER": [None, "", "Session", True, 1, ["session"]],
     "SESSION_REMEMBER_UNTIL": ["soon", "", "2027-13-01", True, -1, 10**15, [2027], {}],
     "SESSION_IMPORT_WATCH": ["yes", "", 1, 0, None, []],

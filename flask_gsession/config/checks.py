@@ -84,7 +84,8 @@ def _time(value: Any) -> float:
         with suppress(ValueError):
             value = (date if len(value) <= len("2026-12-31") else datetime).fromisoformat(value)
     if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day, tzinfo=UTC) + timedelta(days=1)
+        with suppress(OverflowError):  # the last day of all
+            value = datetime(value.year, value.month, value.day, tzinfo=UTC) + timedelta(days=1)
     if isinstance(value, datetime):
         value = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     if type(value) not in (int, float) or not 0 < value < END_OF_TIME / 1000:

@@ -148,7 +148,8 @@ class Takeover:
                 self._refuse(repository, source, error.detail or error.reason)
                 return NOTHING
             except RefusedContents as error:
-                self._refuse(repository, source, str(error), _ADVICE)
+                advice = "" if source.label == COOKIES else _ADVICE
+                self._refuse(repository, source, str(error), advice)
                 return NOTHING
             if not outcome.dead_cookie:
                 break

@@ -215,3 +215,12 @@ def test_values_that_cannot_be_kept_are_dropped(
     assert "secret" not in caplog.text
     (event,) = site.happened(SessionImported)
     assert set(event.dropped) == {"'deep'", "'big'", "'surrogate\\ud800'"}
+
+
+def test_a_cookie_that_holds_no_session_is_refused(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    visitor = visit(site, signed(["no", "dict"]))  # type: ignore[arg-type]
+    assert visitor.run(dict) == {}
+    assert "was not taken over" in caplog.text
+    assert "migrate" not in caplog.text, "that command doesn't see cookies"
