@@ -163,7 +163,8 @@ def _lists(site: _Site, effort: Effort) -> Iterator[UserCost]:
                 Device(new_device_id(), secrets.token_urlsafe(32), now, now, now + 9999, LABEL)
                 for _ in range(number)
             )
-            site.repository.rosters.replace(f"has {number}", Roster(devices=tuple(devices)))
+            roster = Roster(devices=tuple(devices))
+            site.repository.rosters.change(f"has {number}", lambda _, new=roster: (new, None))
             calls[number] = lambda number=number: ext.users.devices(f"has {number}")
         timed = interleave({str(number): call for number, call in calls.items()}, effort)
         for number, call in calls.items():

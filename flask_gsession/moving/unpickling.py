@@ -13,7 +13,6 @@ import codecs
 import io
 import os
 import pickle
-import resource
 import signal
 import struct
 import sys
@@ -38,10 +37,11 @@ _CPU_TIME, _TIME = 5, 10  # seconds
 _OUT_OF_MEMORY = 3
 _REASONS = {
     _OUT_OF_MEMORY: "needs too much memory",
-    **dict.fromkeys(
-        (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL),  # the last at the hard CPU limit
-        "takes too long",
-    ),
+    **{
+        -getattr(signal, name): "takes too long"
+        for name in ("SIGXCPU", "SIGALRM", "SIGKILL")  # the last at the hard CPU limit
+        if hasattr(signal, name)  # not on Windows
+    },
 }
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -129,6 +129,8 @@ def _answer_in_fork(pickled: bytes) -> bytes:
 
 
 def _answer_and_exit(pickled: bytes, reading: int, writing: int) -> None:
+    import resource  # not on Windows
+
     try:
         os.close(reading)
         signal.alarm(_TIME)

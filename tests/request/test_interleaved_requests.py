@@ -574,6 +574,11 @@ class Machine(RuleBasedStateMachine):
             assert (status, cookie) == (409, None)
         elif not reached:
             assert (status, cookie) == (200, None)
+        elif not writes and cookie == "" and (request.cleared or request.took_last):
+            # It emptied a session whose last values have expired since, so that is its end.
+            assert status == 200
+            assert not unexpired(session.data, self.now)
+            session.dead = True
         elif not writes:
             assert (status, cookie) == (200, None)
             session.used(request.began, self.now)

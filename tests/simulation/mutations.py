@@ -265,13 +265,6 @@ FURTHER = (
     Mutation("an emptied session kept", writing, "worth_keeping", lambda values: True),
     Mutation("looked-at values forgotten", TrackedValues, "rebase", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
-    Mutation(
-        "an idle expiry put back",
-        Record,
-        "kept_as_long_as",
-        lambda record, other: record,
-        among=lambda plan: plan.together and plan.clock_rate > 0,
-    ),
     Mutation("never renewed", Repository, "due", lambda *args: None),
     Mutation("no absolute expiry", Repository, "_idle_end", _idle_end_alone),
     Mutation("dropped silently", Lifecycle, "end", _drop_silently),
