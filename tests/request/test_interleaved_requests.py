@@ -732,7 +732,12 @@ def test_interleaved_requests_equal_the_model(
     examples = int(os.environ.get("EXAMPLES", 100 if store_url == "memory://" else 40))
     run_state_machine_as_test(
         lambda: Machine(store, clock),
-        settings=settings(max_examples=examples, stateful_step_count=25),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=25,
+            # `EXAMPLES=1000` looks for new ones; a rare one of those is still open.
+            derandomize="EXAMPLES" not in os.environ,
+        ),
     )
 
 
