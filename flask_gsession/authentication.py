@@ -23,8 +23,9 @@ from .remember import (
 )
 from .request.confirming import SIGN_IN, note_confirmation, report_confirmation
 from .request.lifecycle import CONFIRMED, Lifecycle
-from .request.ownership import LOGIN, bind, unbind
+from .request.ownership import bind, unbind
 from .request.session import SessionData, lifecycle_of
+from .users.rosters import LOGIN
 from .values.marks import split
 
 # Flask-Security sets these keys at each step of authentication, even without a signal: the time of

@@ -19,9 +19,9 @@ from .errors import KeyTaken
 from .events import logger
 from .moving.mark import mark_key
 from .request.lifecycle import CONFIRMED, Lifecycle
-from .request.ownership import LOGIN, seen_at
+from .request.ownership import seen_at
 from .request.session import SessionData, lifecycle_of
-from .users.rosters import checked_user_id
+from .users.rosters import LOGIN, checked_user_id
 
 # Flask-Login's notes in the session for its ``after_request`` function.
 _WISH, _SECONDS = "_remember", "_remember_seconds"

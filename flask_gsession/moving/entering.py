@@ -8,12 +8,10 @@ from ..repository.repository import Loaded, Repository
 from ..users.revoking import finish
 from ..users.roster import Device, Entered, Roster, Since
 from ..users.roster import enter as entered_in
-from ..users.rosters import checked_user_id, new_device_id
+from ..users.rosters import LOGIN, checked_user_id, new_device_id
 from ..values.marks import split
 from ..values.payload import Body, Owner
 from .source import Contents
-
-LOGIN = "_user_id"  # Flask-Login's key for the signed-in user
 
 
 def owner_of(repository: Repository, body: Body, contents: Contents) -> Owner | None:

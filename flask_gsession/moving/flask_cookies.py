@@ -11,8 +11,8 @@ from itsdangerous import BadData
 from ..repository.repository import Repository
 from ..stores.foreign import Foreign, Together
 from ..users.roster import Since
+from ..users.rosters import LOGIN
 from .contents import RefusedContents
-from .entering import LOGIN
 from .source import Contents, Old, encoded
 
 LABEL = "cookie"

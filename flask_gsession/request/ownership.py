@@ -43,15 +43,13 @@ from ..users.roster import (
     is_revoked_since,
 )
 from ..users.roster import touch as used
-from ..users.rosters import Found, Rosters, checked_user_id, network_of, new_device_id
+from ..users.rosters import LOGIN, Found, Rosters, checked_user_id, network_of, new_device_id
 from ..values.codec import is_valid_text
 from ..values.marks import split
 from ..values.payload import Owner
 from .lifecycle import Lifecycle
 from .state import Binding, Entry, Phase, Wishes
 
-#: Flask-Login's key for the user who is signed in.
-LOGIN = "_user_id"
 _LONGEST_LABEL = 100  # characters
 _MOST_TAGS = 10
 

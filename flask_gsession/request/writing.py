@@ -45,12 +45,13 @@ from ..repository.races import write
 from ..repository.repository import PERMANENT
 from ..stores.base import Record
 from ..stores.interrupts import signal_interruption
+from ..users.rosters import LOGIN
 from ..values.marks import unexpired
 from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, UNCONFIRMED, Lifecycle, worth_keeping
-from .ownership import LOGIN, Revoked, enter_roster, is_revoked, is_touch_due, prepare_owner, touch
+from .ownership import Revoked, enter_roster, is_revoked, is_touch_due, prepare_owner, touch
 from .state import (
     NO_WISHES,
     Attempt,

@@ -26,10 +26,9 @@ from ..processes import process
 from ..repository.repository import Loaded
 from ..tokens import session_key
 from ..users.revoking import is_member
+from ..users.rosters import LOGIN
 
 USER_HEADER = "X-Session-User"
-#: The key of Flask-Login and Flask-Security for the user's id.
-USER_KEY = "_user_id"
 
 _LONGEST = 1000  # characters of a value in a header; proxies allow some thousands for all of them
 _PLAIN = "".join(set(string.punctuation) - {"%"})  # unescaped in a header
@@ -85,7 +84,7 @@ class Verifier:
         session = SessionPeek(interface.repository, loaded)
         owner = loaded.body.owner
         if self._user is not None or owner is None:
-            user = session.get(USER_KEY if self._user is None else self._user)
+            user = session.get(LOGIN if self._user is None else self._user)
         else:
             user = owner.user_id
         if user is None or user == "" or (self._renew and not self._count_as_use(app, loaded)):

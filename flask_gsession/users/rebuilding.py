@@ -14,9 +14,7 @@ from ..stores.parts import parts_of
 from ..values.marks import split
 from ..values.payload import Body, Owner
 from .roster import MOST_DEVICES, Device, Roster, Since, enter
-from .rosters import checked_user_id, new_device_id
-
-LOGIN = "_user_id"  # Flask-Login's key for the signed-in user
+from .rosters import LOGIN, checked_user_id, new_device_id
 
 
 def rebuild(repository: Repository, only: str | None, *, foreign: bool = False) -> int:

@@ -27,6 +27,8 @@ from .roster import EMPTY, MOST_DEVICES, Roster, Since, revoke_all
 
 A = TypeVar("A")
 
+#: Flask-Login's key for the user who is signed in.
+LOGIN = "_user_id"
 LONGEST_ID = 256  # characters of a user id
 #: How much longer a roster is kept than its sessions, and lists a session than it lives.
 MARGIN = 60_000  # milliseconds
