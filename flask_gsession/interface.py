@@ -32,6 +32,7 @@ from .request.session import (
     lifecycle_of,
     repository_of,
 )
+from .request.site_data import write_header
 from .request.state import Phase, Presented
 from .request.writing import end_request
 from .stores.base import Record, Store
@@ -228,6 +229,7 @@ class GSessionInterface(SessionInterface):
                 drop_cookie(app, response)
             if FORGOTTEN in vars(request):
                 forget_remembered(app, response)
+            write_header(request, response)
         if life.near is not None:
             self._send_version(app, life, life.near.record, response, by_header=by_header)
         if life.trace is not None:

@@ -344,6 +344,8 @@ def test_log_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert thief.get("/").json == {"user": None}
     with client.session_transaction() as farewell:
         assert list(farewell) == ["_flashes"]
+    client.post("/login/ada")
+    assert client.post("/leave").headers["Clear-Site-Data"] == '"cache", "storage"'
 
     client = visitor(names.app)
     client.post("/account/login/ada")

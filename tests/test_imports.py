@@ -26,7 +26,7 @@ ROWS = [
     ["config"],
     ["repository.races", "users.format"],
     ["users.rosters"],
-    ["request.state"],
+    ["request.state", "request.site_data"],
     ["request.tracking"],
     ["repository"],
     [

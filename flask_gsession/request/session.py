@@ -13,7 +13,14 @@ from typing import Any
 from flask import Flask, Request, has_request_context
 from flask.sessions import SessionMixin
 
-from ..errors import RotationRefused, SessionEnded, UnreadableRecord, UnsupportedType, ValueLost
+from ..errors import (
+    LogoutUnconfirmed,
+    RotationRefused,
+    SessionEnded,
+    UnreadableRecord,
+    UnsupportedType,
+    ValueLost,
+)
 from ..repository.repository import PERMANENT, Repository
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
@@ -30,6 +37,7 @@ from .large import LargeValues
 from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
 from .locking import Lock
 from .ownership import bind, device_id_of, signed_in_at, unbind, user_id_of
+from .site_data import checked_kinds, clear_with_response
 from .state import Phase, Presented
 from .tracking import TrackedValues
 from .transactions import Transaction
@@ -531,14 +539,31 @@ class SessionData(SessionMixin):
         at = confirmed_at(self, signed_in_at(self._life), checked_methods(method))
         return None if at is None else _utc(at)
 
-    def destroy(self) -> None:
+    def destroy(self, clear: str | Collection[str] = ()) -> None:
         """End the session. When this returns, the store no longer has it.
 
         The response deletes the cookie. If you write afterwards, a new session starts with a new
         token. One round trip. No parallel request can bring the session back.
+
+        ``clear``: what the browser is to delete as well, with the header ``Clear-Site-Data``:
+        ``"cache"``, ``"storage"``, ``"executionContexts"``, ``"cookies"``, ``"clientHints"``,
+        ``"prefetchCache"``, ``"prerenderCache"``, or several. Browsers heed it over HTTPS only.
+        ``"cookies"`` also deletes those of all subdomains of the site. Raises ``ValueError`` for
+        any other, and where no response follows, as in ``ext.open()``; the session then goes on.
         """
         self.accessed = True
-        self._life.destroy()
+        kinds, life = checked_kinds(clear), self._life
+        if not kinds:
+            life.destroy()
+            return
+        if life.request is None or life.is_in_socket:
+            raise ValueError("clear needs the response of a view; there is none here")
+        try:
+            life.destroy()
+        except LogoutUnconfirmed:  # it has ended
+            clear_with_response(life.request, kinds)
+            raise
+        clear_with_response(life.request, kinds)
 
     def reload(self) -> None:
         """Discard this request's changes, and load the stored state. One round trip."""
