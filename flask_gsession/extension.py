@@ -240,7 +240,7 @@ def _check_near_cache(store: Store) -> None:
     if why:
         raise SettingError(
             f"SESSION_NEAR_CACHE can't be used with this SESSION_STORE, a "
-            f"{type(store).__name__}: {why}. It works with Redis; remove the setting"
+            f"{type(store).__name__}: {why}. It works with Redis, over gRPC too; remove it"
         )
     warn_without_threads("SESSION_NEAR_CACHE has no effect, and every read asks the store")
 

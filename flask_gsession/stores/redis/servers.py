@@ -201,7 +201,8 @@ class PrimaryPool(ConnectionPool):
             ],
             service,
         )
-        self._primary: Address | None = None
+        # Where the connections lead. Another thread may find the next primary first.
+        self._pooled: Address | None = None
         self._followed: Address | None = None
         self._look_at = 0.0  # of time.monotonic: when to ask the sentinels again
         to_primary = type(kind.__name__, (_ToPrimary, kind), {})
@@ -212,10 +213,12 @@ class PrimaryPool(ConnectionPool):
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + LOOK_AGAIN  # other threads need not ask at the same time
-            before = self._primary
+            before = self._pooled
             if before is not None:
                 with suppress(RedisConnectionError):  # without sentinels it goes on as it is
-                    if self._find(now + (deadline - now) / 4) != before:
+                    found = self._find(now + (deadline - now) / 4)
+                    if found != before:
+                        self._pooled = found
                         self.invalidate()
         return super().take(deadline)
 
@@ -237,5 +240,7 @@ class PrimaryPool(ConnectionPool):
         return self._sentinels.check(timeout)
 
     def _find(self, deadline: float) -> Address:
-        self._primary = self._sentinels.primary(deadline)
-        return self._primary
+        found = self._sentinels.primary(deadline)
+        if self._pooled is None:
+            self._pooled = found
+        return found
