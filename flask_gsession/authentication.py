@@ -127,7 +127,7 @@ def _signed_in(sender: Flask, **_: Any) -> None:
             wanted, seconds = wants_to_be_remembered(session)
         else:
             warn_of_duration(sender, session)
-        _rotate(session, _SIGNED_IN, remembered=bool(wanted), fresh=fresh)
+        again = _rotate(session, _SIGNED_IN, remembered=bool(wanted), fresh=fresh)
         if wanted:
             remember(session, seconds)
         elif wanted is not None:
@@ -135,7 +135,7 @@ def _signed_in(sender: Flask, **_: Any) -> None:
         if fresh:  # also of the user whose session it is already
             life = lifecycle_of(session)
             life.wish(sign_in=True)
-            if life.wishes.binding is None:
+            if again:
                 report_confirmation(life, SIGN_IN)
         _renew_csrf_token(sender, session)
 
@@ -165,18 +165,21 @@ def _rotate(
     *,
     remembered: bool = False,
     fresh: bool = False,
-) -> None:
+) -> bool:
+    """Bind and rotate. Returns whether the same user signed in once more, with a password."""
+    again = False
     session.accessed = True
     life = lifecycle_of(session)
     user_id = session.get(LOGIN) if signed_in else None
     if user_id is not None and life.presented().handle is None:
         try:
-            bind(life, user_id, remembered=remembered, signed_in=signed_in, fresh=fresh)
+            again = bind(life, user_id, remembered=remembered, signed_in=signed_in, fresh=fresh)
         except BaseException:
             # Refused or failed: otherwise the save would sign the user in without a rotation.
             _undo(session, signed_in)
             raise
     life.rotate_soon(0, signed_in)
+    return again
 
 
 def _undo(session: SessionData, signed_in: Collection[str]) -> None:

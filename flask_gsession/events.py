@@ -6,7 +6,7 @@ No event holds a token or a stored value. ``handle`` is the public handle of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import ref
@@ -331,10 +331,17 @@ _SIGNALS: dict[type[Event], Signal] = {
 }
 
 
+def _with_derived(event: type[Event]) -> Iterator[type[Event]]:
+    yield event
+    for derived in event.__subclasses__():
+        yield from _with_derived(derived)
+
+
 class Events:
     """Passes events on to the subscribers of their type, and sends blinker signals."""
 
     def __init__(self) -> None:
+        #: for each type, also the subscribers to a type that it is derived from
         self._subscribers: dict[type[Event], list[Callable[[Any], object]]] = {}
         self._app: Callable[[], Flask | None] = lambda: None
 
@@ -349,7 +356,8 @@ class Events:
         """Call ``receiver`` with every event of this type, or of a type derived from it."""
         if not (isinstance(event, type) and issubclass(event, Event)):
             raise TypeError(f"{event!r} is not an event type; see flask_gsession.events")
-        self._subscribers.setdefault(event, []).append(receiver)
+        for kind in dict.fromkeys(_with_derived(event)):
+            self._subscribers.setdefault(kind, []).append(receiver)
 
     def emit(self, event: type[Event], *details: object) -> None:
         """Make the event and call its subscribers. Costs nothing without subscribers.
@@ -359,14 +367,11 @@ class Events:
         signal = _SIGNALS.get(event)
         if signal is not None and signal.receivers:
             self._send(signal, event, details)
-        if not self._subscribers:
-            return
-        for kind in event.__mro__:
-            for receiver in self._subscribers.get(kind, ()):
-                try:
-                    receiver(event(*details))
-                except Exception:
-                    logger.exception("A subscriber to %s failed", event.__name__)
+        for receiver in self._subscribers.get(event, ()):
+            try:
+                receiver(event(*details))
+            except Exception:
+                logger.exception("A subscriber to %s failed", event.__name__)
 
     def _send(self, signal: Signal, event: type[Event], details: tuple[object, ...]) -> None:
         app = self._app()

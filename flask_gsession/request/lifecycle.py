@@ -627,11 +627,12 @@ class Lifecycle:
             del self.values[CONFIRMED]
 
     def start_own_session(self) -> None:
-        """Sign in with an old token: continue with a new session that takes nothing over.
+        """Continue with a new session that takes nothing over, for a sign-in.
 
-        It keeps the values that this request assigned, and so the sign-in itself. A value that was
-        assigned unchanged may come from the old session, so it goes, unless a library has just
-        signed in with it. The session behind the old token stays as it is.
+        Either the request came with an old token, or it has just revoked the session of another
+        user. The new session keeps the values that this request assigned, and so the sign-in
+        itself. A value that was assigned unchanged may come from the old session, so it goes,
+        unless a library has just signed in with it. The old session stays as it is.
         """
         values = self.values
         changes = values.changes()
@@ -639,12 +640,13 @@ class Lifecycle:
         kept.update((key, values.raw(key)) for key in self.signed_in if key in values)
         # If no other key is left, and these go as well, this was a logout instead of a sign-in.
         emptied = kept.keys() >= set(values)
-        logger.info(
-            "A sign-in with an old token of session %s started a session of its own", self.handle
-        )
+        logger.info("A sign-in started a session of its own beside session %s", self.handle)
+        binding = self.wishes.binding
+        if binding is not None and not binding.user_id:
+            binding = None
         values.clear()
         self.seen = Seen(presented=True)
-        self.wishes = Wishes(cleared=emptied, binding=None if emptied else self.wishes.binding)
+        self.wishes = Wishes(cleared=emptied, binding=binding)
         self.entry = None
         self.attempts = NO_ATTEMPTS
         self.lease = None

@@ -98,8 +98,8 @@ def bind(
     remembered: bool = False,
     signed_in: Collection[str] = (),
     fresh: bool = True,
-) -> None:
-    """See ``SessionData.bind``."""
+) -> bool:
+    """See ``SessionData.bind``. Returns whether the same user signed in once more."""
     user_id = checked_user_id(user_id)
     label, tags = _checked_label(label), _checked_tags(tags)
     life.open_from_store("a sign-in")
@@ -110,24 +110,28 @@ def bind(
         )
     if life.phase == Phase.SAVED:
         life.report_late("The user of the session")
-        return
+        return False
     with life.mutex:
-        wished = life.wishes.binding
-        if user_id_of(life) == user_id and not life.seen.is_old_token:
-            if wished is not None and (label or tags):
-                life.wish(binding=replace(wished, label=label, tags=tags))
-            return
-        stored = _owner(life)
-        if stored is not None and stored.user_id == user_id and not life.seen.is_old_token:
-            # Unbound in this very request: it stays the same device.
-            life.rotate_soon(0, signed_in)
-            life.wish(binding=Binding(user_id, stored.device_id, Since()))
-            return
+        wished, stored = life.wishes.binding, _owner(life)
+        if not life.seen.is_old_token:
+            if wished is not None and wished.user_id == user_id:  # earlier in this request
+                if label or tags:
+                    life.wish(binding=replace(wished, label=label, tags=tags))
+                return False
+            if stored is not None and stored.user_id == user_id:
+                # A sign-in of the same user, perhaps after an unbind: it stays the same device.
+                if wished is not None:
+                    wished = Binding(user_id, stored.device_id, Since(), fresh=fresh)
+                noted = life.wishes.sign_in  # earlier in this request
+                life.rotate_soon(0, signed_in)
+                life.wish(binding=wished, sign_in=fresh or noted)
+                return fresh and not noted
         found = _check_roster(life, user_id)
         since = Since(epoch=found.roster.epoch)
         binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found, fresh)
         life.rotate_soon(0, signed_in)
         life.wish(binding=binding)
+    return False
 
 
 def unbind(life: Lifecycle) -> None:
@@ -151,16 +155,37 @@ def user_id_of(life: Lifecycle) -> str | None:
     """The user that the session is bound to, or will be after the next save."""
     if life.wishes.binding is not None:
         return life.wishes.binding.user_id or None
+    if _login_changed(life):
+        values = life.values
+        return _checked(values[LOGIN]) if LOGIN in values else None
     owner = _owner(life)
     return None if owner is None else owner.user_id
 
 
 def device_id_of(life: Lifecycle) -> str | None:
-    """The id of the session's device in that user's roster."""
+    """The id of the session's device in that user's roster. None if the save will choose it."""
     if life.wishes.binding is not None:
         return life.wishes.binding.device_id or None
     owner = _owner(life)
-    return None if owner is None else owner.device_id
+    if owner is None or (_login_changed(life) and user_id_of(life) != owner.user_id):
+        return None
+    return owner.device_id
+
+
+def stored_device_of(life: Lifecycle, user_id: str) -> str | None:
+    """The id of the device, if the session is stored as this user's, whatever comes next."""
+    owner = _owner(life)
+    return owner.device_id if owner is not None and owner.user_id == user_id else None
+
+
+def _login_changed(life: Lifecycle) -> bool:
+    """Whether this request set or removed Flask-Login's key without a call of Flask-Login."""
+    return (
+        life.opened
+        and life.phase != Phase.SAVED
+        and life.values.has_changed(LOGIN)
+        and hasattr(life.app, "login_manager")
+    )
 
 
 def signed_in_at(life: Lifecycle) -> int | None:
@@ -255,7 +280,7 @@ def prepare_owner(
         signed_in = now + 1 if fresh else 0
         bound = Owner(binding.user_id, binding.device_id, now, until, signed_in=signed_in)
         if old is None or wishes.rotation is not None:
-            return bound, Entry(binding=binding, leaves=leaves)
+            return bound, Entry(binding=binding, leaves=leaves, unreachable=not wishes.rotation)
         entered = _enter(life, binding, old.key, until)
         if entered.refused:
             if wishes.binding is None and LOGIN not in changed:
@@ -275,7 +300,8 @@ def prepare_owner(
             predecessor=old.key,
             signed_in=now + 1 if wishes.sign_in else owner.signed_in,
         )
-        return moved, Entry(moves=(old.key, owner.predecessor or old.key))
+        moves = old.key, owner.predecessor or old.key
+        return moved, Entry(moves=moves, unreachable=not wishes.rotation)
     if life.repository.now() < (owner.seen + life.repository.settings.seen_interval) * 1000:
         return owner, None
     return touch(life, owner, values, old), None
@@ -316,14 +342,31 @@ def enter_roster(life: Lifecycle) -> bool:
     return True
 
 
-def _discard(life: Lifecycle, record: Record) -> None:
-    """Delete a session that was refused. No client has its token."""
+def _discard(life: Lifecycle, record: Record) -> bool:
+    """Delete a session that was refused. No client has its token. False after an outage."""
     life.forget()  # before the delete, which may be interrupted
     life.cookie = "keep" if life.presented().checked is None else "delete"
     try:
         life.repository.delete(record.key, leave_roster=False)
     except (StoreUnavailable, UnreadableRecord) as error:
         logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
+        return False
+    return True
+
+
+def take_back(life: Lifecycle) -> None:
+    """The roster could not be changed, and so no response carries the token of a stored session.
+
+    Without a token that leads to it, it ends, or its entry could take the place of another device.
+    Three round trips. Never raises for an outage.
+    """
+    entry, record, owner = life.entry, life.seen.record, _owner(life)
+    if entry is None or record is None or owner is None or not entry.unreachable:
+        return
+    if record.key == entry.key and _discard(life, record):
+        life.repository.leave_roster(owner, record.key, *entry.moves)
+        if entry.leaves is not None:
+            life.repository.leave_roster(*entry.leaves)
 
 
 def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:
@@ -453,8 +496,15 @@ def _login_of(life: Lifecycle, values: Mapping[str, bytes]) -> str | None:
     if raw is None:
         return None
     try:
-        return checked_user_id(life.repository.codec.decode(split(raw)[1]))
-    except (UnreadableRecord, ValueError):
+        return _checked(life.repository.codec.decode(split(raw)[1]))
+    except UnreadableRecord:
+        return None
+
+
+def _checked(user_id: object) -> str | None:
+    try:
+        return checked_user_id(user_id)
+    except ValueError:
         return None
 
 

@@ -28,10 +28,12 @@ from ..values.marks import PLAIN, Mark, marked, split
 from ..values.merge import MergeFunction, encode_within
 from ..values.references import reference_in, refers
 from .confirming import (
+    SIGN_IN,
     checked_method,
     checked_methods,
     confirmed_at,
     note_confirmation,
+    report_confirmation,
 )
 from .large import LargeValues
 from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
@@ -261,10 +263,11 @@ class SessionData(SessionMixin):
         values = self._open_for_writing("The session")
         life = self._life
         with life.mutex:
+            bound = user_id_of(life) is not None
             for key in list(values):
                 del values[key]
             life.wish(cleared=True)
-            if user_id_of(life) is not None:
+            if bound:
                 unbind(life)
 
     def set_many(self, values: Mapping[str, Any]) -> None:
@@ -418,7 +421,8 @@ class SessionData(SessionMixin):
 
         It gets a new token with the save, and the old one ends at once. With Flask-Login and
         Flask-Security, a sign-in calls this for you. If the session is bound to this user already,
-        nothing changes. If it is bound to another user, it leaves that user's list.
+        this is a fresh sign-in of the same device: it keeps its id and label. If it is bound to
+        another user, it leaves that user's list.
 
         ``user_id``: 1 to 256 characters, or an int, which counts as its text. ``label``: a name for
         the device in the user's list, at most 100 characters. ``tags``: at most 10 texts. Raises
@@ -430,7 +434,8 @@ class SessionData(SessionMixin):
         round trip, and one more with the save.
         """
         self.accessed = True
-        bind(self._life, user_id, label, tags)
+        if bind(self._life, user_id, label, tags):
+            report_confirmation(self._life, SIGN_IN)
 
     def unbind(self) -> None:
         """Keep the session, without its user. Costs two round trips with the save."""

@@ -112,12 +112,14 @@ class Entry(HidesFields, frozen=True):
 
     ``binding``: enter the session. ``moves``: the session was rotated, and the roster lists one of
     these keys. ``leaves``: its previous owner and key. ``key``: its key in the store.
+    ``unreachable``: the client has no other token that leads to it.
     """
 
     binding: Binding | None = None
     moves: tuple[str, ...] = ()
     leaves: tuple[Owner, str] | None = None
     key: str = ""
+    unreachable: bool = False
 
 
 class Wishes(Struct, frozen=True):

@@ -51,7 +51,16 @@ from ..values.merge import Change
 from ..values.payload import Body
 from ..values.references import holds
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, UNCONFIRMED, Lifecycle, worth_keeping
-from .ownership import Revoked, enter_roster, is_revoked, is_touch_due, prepare_owner, touch
+from .ownership import (
+    Revoked,
+    enter_roster,
+    is_revoked,
+    is_touch_due,
+    prepare_owner,
+    take_back,
+    touch,
+    user_id_of,
+)
 from .state import (
     NO_WISHES,
     Attempt,
@@ -561,6 +570,22 @@ def _save_to_touch(life: Lifecycle) -> None:
         logger.warning("A session could not be renewed: %s", error)
 
 
+def bind_earlier(life: Lifecycle) -> None:
+    """Bind a session that Flask-Login signed in with an earlier version, before its next save.
+
+    Stores the request's changes as well. Three round trips. Raises ``SessionEnded`` if the session
+    is older than the last revocation.
+    """
+    if life.is_late or user_id_of(life) is not None or not is_touch_due(life):
+        return
+    life.check_not_in_retried_code("Binding a session from an earlier version")
+    with life.mutex:
+        life.wish(forced=True)
+        commit(life, rotating=False)
+    if life.ended:
+        raise SessionEnded
+
+
 def _as_stored(
     changes: Mapping[str, Change], merged: Mapping[str, bytes], stored: Mapping[str, bytes]
 ) -> Mapping[str, Change]:
@@ -601,8 +626,14 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
                     _end_presented(life)
             if life.values.abandoned is not None:
                 _report_abandoned(life)
+            if not by_hand:
+                take_back(life)  # of a block whose error the view has caught
     except ValueRefused:
         life.was_modified = True
+        raise
+    except StoreUnavailable:
+        if not by_hand:
+            take_back(life)
         raise
     finally:
         if not by_hand:

@@ -22,9 +22,11 @@ from ..request.ownership import (
     device_id_of,
     note_own_revocation,
     sign_in_since,
+    stored_device_of,
     user_id_of,
 )
 from ..request.session import SessionData, lifecycle_of
+from ..request.writing import bind_earlier
 from .rebuilding import rebuild
 from .revoking import finish
 from .roster import Device, Roster, Since, mark_ending
@@ -82,8 +84,8 @@ class Users:
         user_id = checked_user_id(user_id)
         repository = self._repository()
         roster = repository.rosters.look(user_id).roster.without_expired(repository.now())
-        life = self._life_of(user_id)
-        current = None if life is None else device_id_of(life)
+        life = self._life()
+        current = device_id_of(life) if life is not None and user_id_of(life) == user_id else None
         devices = [_shown(device, device.id == current) for device in roster.members]
         return sorted(devices, key=lambda device: device.last_seen_at, reverse=True)
 
@@ -116,8 +118,8 @@ class Users:
         """
         user_id = checked_user_id(user_id)
         _check_device_id(device_id)
-        by, life = self._by(by), self._life_of(user_id)
-        if life is not None and device_id_of(life) != device_id:
+        by, life = self._by(by), self._life()
+        if life is not None and stored_device_of(life, user_id) != device_id:
             life = None
         if life is not None:
             life.check_not_in_retried_code(_ENDING)
@@ -130,7 +132,7 @@ class Users:
         if found:
             self._finish(user_id, after, reason, by)
             if life is not None:
-                life.destroy()
+                _end_here(life, user_id)
         return found
 
     def revoke_others(
@@ -147,14 +149,18 @@ class Users:
         sign-ins of the user that are under way. Raises ``SessionEnded`` if the session to keep has
         ended itself. Otherwise as ``revoke_all``.
         """
-        life = self._life_of(None if user_id is None else checked_user_id(user_id))
+        if user_id is not None:
+            user_id = checked_user_id(user_id)
+        life = self._life()
+        if life is not None and device_id is None:
+            bind_earlier(life)
+        current = None if life is None else user_id_of(life)
         if user_id is None:
-            user_id = None if life is None else user_id_of(life)
+            user_id = current
             if user_id is None:
                 raise ValueError("user_id is None, and no user is signed in to this session")
-        user_id = checked_user_id(user_id)
         if device_id is None:
-            if life is None:
+            if life is None or current != user_id:
                 raise ValueError("device_id is None, and this session is not bound to that user")
             if life.wishes.binding is None:
                 device_id = device_id_of(life)
@@ -190,9 +196,9 @@ class Users:
     def _revoke_all(
         self, user_id: str, keep: str | None, reason: str | None, by: str | None
     ) -> int:
-        rosters, life, by = self._repository().rosters, self._life_of(user_id), self._by(by)
-        current = None if life is None or keep is not None else device_id_of(life)
-        if life is not None and current is not None:
+        rosters, life, by = self._repository().rosters, self._life(), self._by(by)
+        current = None if life is None else stored_device_of(life, user_id)
+        if life is not None and current not in (None, keep):
             life.check_not_in_retried_code(_ENDING)
 
         def step(roster: Roster) -> tuple[Roster, tuple[Roster, Roster]]:
@@ -205,12 +211,11 @@ class Users:
         if before is after:
             raise SessionEnded
         rosters.own.add(user_id, after.epoch)
-        here = self._session()
-        if here is not None:
-            _go_on(lifecycle_of(here), user_id, before, after.epoch)
+        if life is not None:
+            _go_on(life, user_id, before, after.epoch)
         self._finish(user_id, after, reason, by)
         if life is not None and current in {device.id for device in after.ending}:
-            life.destroy()
+            _end_here(life, user_id)
         return len(after.ending)
 
     def _finish(self, user_id: str, roster: Roster, reason: str | None, by: str | None) -> None:
@@ -232,14 +237,25 @@ class Users:
         session = self._session() if by is None else None
         return by if session is None else session.owner
 
-    def _life_of(self, user_id: str | None) -> Lifecycle | None:
-        """The lifecycle of this request's session, if it is bound to that user, or to any with
-        None.
-        """
+    def _life(self) -> Lifecycle | None:
+        """The lifecycle of this request's session, with the session loaded."""
         session = self._session()
-        if session is None or session.owner is None or user_id not in (None, session.owner):
+        if session is None:
             return None
-        return lifecycle_of(session)
+        session.accessed = True
+        life = lifecycle_of(session)
+        life.open()
+        return life
+
+
+def _end_here(life: Lifecycle, user_id: str) -> None:
+    """This request's session was revoked. A sign-in of another user goes on without it."""
+    binding = life.wishes.binding
+    if binding is None or binding.user_id in ("", user_id):
+        life.destroy()
+    else:
+        with life.mutex:
+            life.start_own_session()
 
 
 def _go_on(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:

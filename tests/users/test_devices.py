@@ -22,6 +22,7 @@ from flask_gsession.events import (
     SessionBound,
     SessionUnbound,
     SignInRejected,
+    UserConfirmed,
 )
 from flask_gsession.users.rosters import roster_key
 from tests.harness.apps import Site, SiteMaker, Visitor
@@ -215,14 +216,36 @@ def test_bind_and_unbind_in_one_request(site: Site) -> None:
     assert (owner(visitor), visitor.run(dict), ids(site)) == (None, {"a": 1}, [])
 
 
-def test_binding_twice_to_the_same_user_does_nothing(site: Site) -> None:
-    visitor = signed_in(site)
-    device, cookie = device_id(visitor), visitor.cookie
-    with site.counted() as count:
-        visitor.run(lambda session: session.bind("ada", label="other"))
-    assert count.calls == ["load"]
-    assert (device_id(visitor), visitor.cookie) == (device, cookie)
+@pytest.mark.parametrize("cleared", [False, True])
+def test_binding_again_is_a_fresh_sign_in_of_the_same_device(site: Site, cleared: bool) -> None:
+    visitor = signed_in(site, label="Firefox")
+    visitor.run(lambda session: session.confirm("passkey"))
+    device, tab, first = device_id(visitor), visitor.another_tab(), site.clock()
+    site.clock.advance(600)
 
+    def again(session: Any) -> Any:
+        if cleared:
+            session.clear()
+        session.bind("ada")
+        session.bind("ada")
+        return int(session.confirmed_at("sign-in").timestamp()), session.confirmed_at("passkey")
+
+    site.events.clear()
+    assert visitor.run(again) == (int(site.clock()), None)
+    assert owner(tab) is None, "the earlier token ends at once"
+    assert ids(site) == [device]
+    assert device_id(visitor) == device
+    (confirmed,) = site.happened(UserConfirmed)
+    assert (confirmed.user_id, confirmed.device_id, confirmed.method) == ("ada", device, "sign-in")
+    assert site.happened(SessionBound) == []
+
+    def at(session: Any) -> tuple[float, float]:
+        return session.confirmed_at("sign-in").timestamp(), session.created_at.timestamp()
+
+    assert min(visitor.run(at)) > first + 500, "the absolute lifetime starts again"
+
+
+def test_binding_twice_in_one_request_changes_the_label(site: Site) -> None:
     def twice(session: Any) -> None:
         session.bind("bob")
         session.bind("bob", label="Safari")
@@ -396,6 +419,50 @@ def test_the_others_are_revoked(site: Site) -> None:
         with pytest.raises(ValueError, match="device_id is None"):
             site.ext.users.revoke_others("ada")
     assert owner(visitor) == "ada"
+
+
+@pytest.mark.parametrize("ends", ["all", "one", "others"])
+def test_a_switch_of_users_survives_a_revocation_of_the_first(site: Site, ends: str) -> None:
+    other, visitor = signed_in(site), signed_in(site)
+    visitor.run(lambda session: session.update(secret=1, list=[]))
+    before, kept, tab = device_id(visitor), device_id(other), visitor.another_tab()
+
+    def switch(session: Any) -> Any:
+        session["list"].append(1)
+        session["mine"] = 1
+        session.bind("bob")
+        users = site.ext.users
+        if ends == "all":
+            assert users.revoke_all("ada") == 2
+        elif ends == "one":
+            assert users.revoke("ada", before)
+        else:
+            assert users.revoke_others("ada", kept) == 1
+        session["later"] = 1
+        return session.owner
+
+    assert visitor.run(switch) == "bob"
+    assert visitor.run(lambda session: (session.owner, dict(session))) == (
+        ("bob", {"mine": 1, "later": 1})
+    )
+    assert ids(site, "bob") == [device_id(visitor)]
+    assert ids(site) == ([] if ends == "all" else [kept])
+    assert owner(tab) is None
+    assert len(site.sessions()) == 1 + (ends != "all")
+
+
+def test_an_unbound_session_ends_with_the_revocation_of_its_user(site: Site) -> None:
+    visitor = signed_in(site)
+
+    def sign_out(session: Any) -> None:
+        session["a"] = 1
+        session.unbind()
+        site.ext.users.revoke_all("ada")
+        session["b"] = 1
+
+    visitor.run(sign_out)
+    assert visitor.run(lambda session: (session.owner, dict(session))) == (None, {"b": 1})
+    assert ids(site) == []
 
 
 def test_the_others_are_revoked_at_a_sign_in(site: Site) -> None:

@@ -222,6 +222,45 @@ def test_a_session_from_before_a_revocation_ends_when_it_is_used(
     assert ids(members) == []
 
 
+def test_revoking_the_others_is_the_first_use_of_a_session_from_before(
+    members: Site, make_site: SiteMaker
+) -> None:
+    other, visitor, old = members.visitor(), *(from_before(members, make_site) for _ in range(2))
+    log_in(other)
+
+    def only_here(session: Any) -> int:
+        session["a"] = 1
+        return int(members.ext.users.revoke_others())
+
+    assert visitor.run(only_here) == 1
+    assert (owner(visitor), owner(other), ids(members)) == ("ada", None, [device_id(visitor)])
+    assert visitor.run(lambda session: (session["cart"], session["a"])) == (["mug"], 1)
+    assert old.ask(only_here).status_code == 409, "it is from before the revocation"
+    assert ids(members) == [device_id(visitor)]
+
+
+def test_the_owner_follows_flask_logins_key(members: Site) -> None:
+    visitor = members.visitor()
+    log_in(visitor)
+
+    def owned(session: Any) -> tuple[Any, Any]:
+        return session.owner, session.device_id is not None
+
+    def step(change: Any) -> Any:
+        return visitor.run(lambda session: (change(session), owned(session))[1])
+
+    assert step(lambda session: session.update(_user_id="bob")) == ("bob", False)
+    assert visitor.run(owned) == ("bob", True)
+    assert step(lambda session: session.pop("_user_id")) == (None, False)
+    assert visitor.run(owned) == (None, False)
+    for sign_out in (lambda session: session.clear(), lambda session: logout_user()):
+        log_in(visitor)
+        assert step(lambda session: None) == ("ada", True)
+        assert step(sign_out) == (None, False)
+        assert visitor.run(owned) == (None, False)
+    assert ids(members) == ids(members, "bob") == []
+
+
 def test_rebuilding_binds_sessions_from_before(members: Site, make_site: SiteMaker) -> None:
     log_in(members.visitor())
     visitor = from_before(members, make_site)
