@@ -16,12 +16,13 @@ from typing import BinaryIO
 import click
 from flask.cli import with_appcontext
 
-from ..moving.archive import BEGINNING, ArchiveError, read_items
+from ..moving.archive import BEGINNING, ArchiveError, Frame, read_items
 from ..moving.exporting import Exporter
 from ..moving.importing import Importer
 from ..moving.private_file import private_file
-from ..repository.scanning import Retry, all_pages
+from ..repository.scanning import Retry
 from ..stores import Record
+from ..stores.base import is_session_key
 from ..stores.memory import MemoryStore
 from ..values.payload import NOT_ENCRYPTED
 from .common import (
@@ -60,7 +61,7 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
     with report_failures(
         interface, lambda: f"{pluralize(exporter.records, 'records')}; {file} not written"
     ):
-        pages = all_pages(require_scans(interface))
+        pages = exporter.pages(require_scans(interface))
         with (
             _output(file) as out,
             progress("export", partial(estimate_count, interface)) as advance,
@@ -123,6 +124,7 @@ def import_(
     interface = choose_interface(cookie)
     name = session_name(interface)
     done: Counter[str] = Counter()
+    others: Counter[str] = Counter()  # marks and rosters
     print_store(interface)
     # Even a read would create a missing SQLite file.
     store = MemoryStore() if dry_run and file_is_missing(interface) else interface.store
@@ -141,21 +143,29 @@ def import_(
             raise ArchiveError(_summary(importer.problems, total))
         retry, number = Retry(), 0
         with progress("import", lambda: total) as advance:
-            advance(min(skip, total))
             for item in read_items(source):
-                if isinstance(item, Record):
+                # Before all sessions: these are entered in the rosters.
+                if isinstance(item, Record) and not is_session_key(item.key):
+                    others[retry(importer.put, item)] += 1
+                    advance(1)
+            advance(min(skip, total - others.total()))
+            for item in read_items(source):
+                if isinstance(item, Record) and is_session_key(item.key):
                     number += 1
                     if number > skip:
                         done[retry(importer.put, item)] += 1
                         advance(1)
-                elif number >= skip:
+                elif isinstance(item, Frame) and number >= skip:
                     retry(importer.put_frame, item)
     if as_json:
-        click.echo(json.dumps({"session": name, "dry_run": dry_run, "records": done}, indent=2))
+        report = {"session": name, "dry_run": dry_run, "records": done}
+        click.echo(json.dumps(report | ({"others": others} if others else {}), indent=2))
     else:
         would = "to be " if dry_run else ""
         parts = [f"{done['imported']} {would}imported"]
         parts += [f"{done[what]} {what}" for what in sorted(done) if what != "imported"]
+        if others:
+            parts.append(f"{pluralize(others.total(), 'records')} of old cookies")
         click.echo(f"{name}: {', '.join(parts)}")
 
 

@@ -8,14 +8,16 @@ from typing import BinaryIO
 
 from ..errors import UnreadableRecord, ValueLost
 from ..repository.repository import BLOB_GRACE, Repository
-from ..stores.base import Record
-from ..stores.parts import Page
+from ..repository.scanning import all_pages
+from ..stores.base import Record, is_session_key
+from ..stores.parts import Page, Scans
 from ..values.references import reference_in, refers
 from .archive import ArchiveWriter, Frame
+from .lasting import is_lasting, may_be_lasting
 
 
 class Exporter:
-    """Writes pages of records, as ``all_pages`` yields them, to an archive."""
+    """Writes all sessions to an archive, and what keeps old cookies dead while an import is on."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
@@ -25,6 +27,19 @@ class Exporter:
         self.unreadable = 0
         #: sessions in the archive that lack a large value
         self.incomplete = 0
+
+    def pages(self, scans: Scans) -> Iterator[Page]:
+        """The records to write."""
+        if self._repository.imports is None:
+            yield from all_pages(scans)
+            return
+        for page in all_pages(scans, wanted=may_be_lasting):
+            records = [
+                record
+                for record in page.records
+                if is_session_key(record.key) or is_lasting(self._repository, record)
+            ]
+            yield page._replace(records=records)
 
     def write(self, pages: Iterable[Page], out: BinaryIO) -> Iterator[int]:
         """Write the archive; yields the number of records in each page written."""

@@ -16,6 +16,7 @@ from ..values.payload import NOT_ENCRYPTED, Body, Owner
 from ..values.references import reference_in, refers
 from .archive import Frame, check_archive
 from .entering import enter
+from .lasting import is_lasting
 
 _REVOKED = "revoked since their sign-in"
 
@@ -64,6 +65,8 @@ class Importer:
         problem, body = self._read(record)
         if problem:
             return "unreadable"
+        if not is_session_key(record.key):
+            return self._put_lasting(record)
         record, now = self._capped(record), self._repository.now()
         if now >= record.idle_expires_at:
             return "expired"
@@ -81,7 +84,9 @@ class Importer:
         """
         repository = self._repository
         since = Since(None, record.created_at)
-        if is_revoked_since(repository.rosters.look(owner.user_id).roster, since):
+        roster = repository.rosters.look(owner.user_id).roster
+        kept = any(each.key == record.key and not each.ending for each in roster.devices)
+        if not kept and is_revoked_since(roster, since):
             return _REVOKED
         bound = repository.with_owner(record, body, replace(owner, seen=0))
         done = self._put(bound._replace(version=record.version), now)
@@ -93,6 +98,19 @@ class Importer:
                 repository.delete(record.key, leave_roster=False)
                 return _REVOKED
         return done
+
+    def _put_lasting(self, record: Record) -> str:
+        """Import a mark or a roster, unless there is one. It keeps its times."""
+        if self._repository.now() >= record.idle_expires_at:
+            return "expired"
+        try:
+            if not self._dry_run:
+                self._store.create(record)
+            elif unexpired(self._store, record.key, self._repository.now()) is not None:
+                return "there already"
+        except (KeyTaken, UnreadableRecord):
+            return "there already"
+        return "imported"
 
     def _put(self, record: Record, now: int) -> str:
         store = self._store
@@ -138,7 +156,8 @@ class Importer:
         The body of a pointer is an empty one.
         """
         if not is_session_key(record.key):
-            return "not the key of a session", None
+            lasting = is_lasting(self._repository, record)
+            return "" if lasting else "not the key of a session", None
         try:
             body = self._repository.read(record.key, record)
             if body is None:

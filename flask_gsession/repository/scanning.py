@@ -35,10 +35,13 @@ class Retry:
         return result
 
 
-def all_pages(scans: Scans, begins: str = "") -> Iterator[Page]:
+def all_pages(
+    scans: Scans, begins: str = "", wanted: Callable[[str], bool] = is_session_key
+) -> Iterator[Page]:
     """Yield all sessions of a store, page by page, without other records. Survives a short outage.
 
-    ``begins``: the beginning of the keys to return. Larger sessions make smaller pages.
+    ``begins``: the beginning of the keys to return. ``wanted``: whether a key is to be returned.
+    Larger sessions make smaller pages.
     """
     cursor, retry = "", Retry()
     limit, longest = _FIRST_PAGE, _MAX_PAGE_BEGINS if begins else _MAX_PAGE
@@ -46,8 +49,8 @@ def all_pages(scans: Scans, begins: str = "") -> Iterator[Page]:
         page = retry(scans.scan, cursor, limit, begins)
         size = sum(len(record.payload) for record in page.records)
         limit = max(1, min(2 * limit, longest, limit * _PAGE_BYTES // max(1, size)))
-        records = [each for each in page.records if is_session_key(each.key)]
-        unreadable = [key for key in page.unreadable if is_session_key(key)]
+        records = [each for each in page.records if wanted(each.key)]
+        unreadable = [key for key in page.unreadable if wanted(key)]
         yield page._replace(records=records, unreadable=unreadable)
         cursor = page.cursor
         if not cursor:

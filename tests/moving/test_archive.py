@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flask_login import LoginManager
 
 from flask_gsession import StoreUnavailable
+from flask_gsession.cli import gsession
 from flask_gsession.moving.archive import BEGINNING
 from flask_gsession.moving.private_file import remove_leftovers
 from flask_gsession.stores import Record
@@ -31,6 +33,8 @@ from tests.cli.test_command import down
 from tests.harness.apps import Site, SiteMaker
 from tests.harness.console import ROOT, Console, struck
 from tests.operate.test_cleanup import FOLDER_STORE
+
+from .old import OldFiles
 
 __all__ = ["down"]
 
@@ -90,6 +94,42 @@ def test_from_each_store_and_to_each_store(site: Site, elsewhere: Site, file: Pa
     console_of(site).done("revoke", "--all", "--yes")
     assert moved(elsewhere, site, file) == "session: 3 imported\n"
     assert [visitor.run(lambda session: session.get("n")) for visitor in visitors] == [0, 1, 20]
+
+
+@pytest.mark.parametrize("way", ["logout", "revocation"])
+def test_dead_old_cookies_stay_dead(
+    make_site: SiteMaker, clock: FakeClock, file: Path, tmp_path: Path, way: str
+) -> None:
+    """While an import is on, its marks move too, and so do the rosters with an epoch."""
+    old = OldFiles(tmp_path / "old")
+    site, target = make_site(config=old.config), Site("memory://", "", clock, config=old.config)
+    for each in (site, target):
+        LoginManager(each.app)
+    sid, other, late = (old.add(_user_id=user) for user in ("7", "8", "7"))
+    dead, alive = site.visitor(), site.visitor()
+    for visitor, value in ((dead, sid), (alive, other)):
+        visitor.set_cookie("session", value)
+        visitor.run(dict)
+    if way == "logout":
+        dead.run(lambda session: session.destroy())
+        old.add(sid, _user_id="7")  # an old worker wrote it back
+    else:
+        with site.app.app_context():
+            site.ext.users.revoke_all("7")
+    for app, words in ((site.app, ["export"]), (target.app, ["import"]), (target.app, ["import"])):
+        result = app.test_cli_runner().invoke(gsession, [*words, str(file)])
+        assert result.exit_code == 0, result.output
+    end = "3 records" if way == "revocation" else "2 records"  # two marks, and the roster
+    assert result.stdout == f"session_gs: 0 imported, 1 there already, {end} of old cookies\n"
+    cookies = [sid] if way == "logout" else [sid, late]
+    for cookie in cookies:
+        guest = target.visitor()
+        guest.set_cookie("session", cookie)
+        assert guest.run(dict) == {}
+    guest = target.visitor()
+    guest.set_cookie("session", other)
+    assert guest.run(lambda session: session.handle) == alive.run(lambda session: session.handle)
+    target.store.close()
 
 
 def test_what_else_is_in_the_folder_stays(elsewhere: Site, file: Path) -> None:
