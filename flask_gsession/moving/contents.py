@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from .map_keys import excess_in
 from .pickles import RefusedPickle, check_extent, read_pickle
 
 _DECODERS = (msgspec.msgpack.decode, msgspec.json.decode)
@@ -23,6 +24,8 @@ def read_contents(stored: bytes) -> Mapping[Any, Any]:
     Tries them in the order of Flask-Session 0.8, which still reads the pickles of older versions.
     Raises ``RefusedContents``.
     """
+    if excess := excess_in(stored):
+        raise RefusedContents(excess)
     for decode in _DECODERS:
         try:
             return _checked(decode(stored))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickletools
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 MAX_BYTES = 32 * 1024 * 1024
@@ -20,6 +20,9 @@ MAX_MEMO = 100_000
 #: Keys and values with everything inside them, each counted wherever it appears.
 MAX_VALUES = 200_000
 MAX_DEPTH = 200
+#: Tuples and frozensets that differ and have the same hash: -1 and -2 have, and so do all tuples
+#: made of these. A dict of n such keys takes n * n comparisons to build.
+MAX_COLLISIONS = 32
 
 _MARK: Any = object()
 _SCALARS = (str, bytes, int, float, bool, type(None))
@@ -95,6 +98,7 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self._by_hash: dict[int, list[Any]] = {}
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -125,40 +129,42 @@ class _Machine:
             raise RefusedPickle("malformed")
         self.memo[index] = value
 
+    def check_hashable(self, item: Any) -> None:
+        """Refuse a key or member that is costly to hash or to compare.
+
+        A deep one would overflow the interpreter's stack. Many long integers have the same hash.
+        """
+        is_nested = isinstance(item, (tuple, frozenset))
+        for each in item if is_nested else (item,):
+            if not isinstance(each, _SCALARS):
+                raise RefusedPickle(f"a {type(item).__name__} as a key or in a set")
+            if isinstance(each, int) and each.bit_length() > 64:
+                raise RefusedPickle("an int beyond 64 bits as a key or in a set")
+        if is_nested:
+            alike = self._by_hash.setdefault(hash(item), [])
+            if item not in alike:
+                alike.append(item)
+            if len(alike) > MAX_COLLISIONS:
+                raise RefusedPickle("keys with the same hash")
+
+    def pairs(self, items: list[Any]) -> dict[Any, Any]:
+        if len(items) % 2:
+            raise RefusedPickle("malformed")
+        for key in items[::2]:
+            self.check_hashable(key)
+        return dict(zip(items[::2], items[1::2], strict=True))
+
+    def members(self, items: list[Any]) -> list[Any]:
+        for item in items:
+            self.check_hashable(item)
+        return items
+
     def top(self, kind: type) -> Any:
         """The container on the top, which is of this very type."""
         value = self.stack[-1]
         if type(value) is not kind:
             raise RefusedPickle("malformed")
         return value
-
-
-def _check_hashable(item: Any) -> None:
-    """Refuse what is dear to hash: nested keys and members, and integers beyond 64 bits.
-
-    A deep one would overflow the interpreter's stack. Many long integers have the same hash.
-    """
-    inner = item if isinstance(item, (tuple, frozenset)) else (item,)
-    for each in inner:
-        if not isinstance(each, _SCALARS):
-            raise RefusedPickle(f"a {type(item).__name__} as a key or in a set")
-        if isinstance(each, int) and each.bit_length() > 64:
-            raise RefusedPickle("an int beyond 64 bits as a key or in a set")
-
-
-def _pairs(items: list[Any]) -> dict[Any, Any]:
-    if len(items) % 2:
-        raise RefusedPickle("malformed")
-    for key in items[::2]:
-        _check_hashable(key)
-    return dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _members(items: Iterable[Any]) -> list[Any]:
-    members = list(items)
-    for item in members:
-        _check_hashable(item)
-    return members
 
 
 def _nothing(machine: _Machine, argument: Any) -> None:
@@ -199,17 +205,17 @@ def _appends(machine: _Machine, argument: Any) -> None:
 
 def _set_item(machine: _Machine, argument: Any) -> None:
     value, key = machine.pop(), machine.pop()
-    machine.top(dict).update(_pairs([key, value]))
+    machine.top(dict).update(machine.pairs([key, value]))
 
 
 def _set_items(machine: _Machine, argument: Any) -> None:
     items = machine.since_mark()
-    machine.top(dict).update(_pairs(items))
+    machine.top(dict).update(machine.pairs(items))
 
 
 def _add_items(machine: _Machine, argument: Any) -> None:
     items = machine.since_mark()
-    machine.top(set).update(_members(items))
+    machine.top(set).update(machine.members(items))
 
 
 def _get(machine: _Machine, argument: int) -> None:
@@ -250,8 +256,8 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_TUPLE": _pushes(tuple),
     "LIST": lambda machine, _: machine.push(machine.since_mark()),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
-    "DICT": lambda machine, _: machine.push(_pairs(machine.since_mark())),
-    "FROZENSET": lambda machine, _: machine.push(frozenset(_members(machine.since_mark()))),
+    "DICT": lambda machine, _: machine.push(machine.pairs(machine.since_mark())),
+    "FROZENSET": lambda machine, _: machine.push(frozenset(machine.members(machine.since_mark()))),
     "TUPLE1": _tuple_of(1),
     "TUPLE2": _tuple_of(2),
     "TUPLE3": _tuple_of(3),

@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import decimal
 import io
+import itertools
 import os
 import pickle
 import pickletools
@@ -15,11 +16,14 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_gsession.moving import pickles
+from flask_gsession.moving.contents import RefusedContents, read_contents
+from flask_gsession.moving.map_keys import excess_in
 from flask_gsession.moving.pickles import RefusedPickle, read_pickle
 
 SCALARS = (
@@ -136,6 +140,12 @@ PLANTED = {
     "a list as a key": b"}](K\x01eK\x02s.",
     "a deep key": b"}" + b"(" * 3 + b"ttt" + b"K\x01s.",
     "a dict in a set": b"\x80\x04\x8f(}\x90.",
+    "keys with the same hash": b"\x80\x04\x8f("
+    + b"".join(
+        b"(" + b"".join(b"J" + struct.pack("<i", ~bit) for bit in bits) + b"t"
+        for bits in itertools.product((0, 1), repeat=6)
+    )
+    + b"\x90.",
     "two values": b"K\x01K\x02.",
     "no value": b".",
     "a mark": b"(.",
@@ -212,6 +222,26 @@ def test_a_large_value_counts_wherever_it_appears(shared: Any, container: str) -
         value = [{shared: None} for _ in range(100)]
     with pytest.raises(RefusedPickle, match="bytes"):
         read_pickle(pickle.dumps({"a": value}))
+
+
+def test_limits_of_messagepack() -> None:
+    """msgspec makes tuples of arrays that are keys: those of -1 and -2 have the same hash."""
+
+    def keys(number: int) -> dict[str, Any]:
+        rows = itertools.islice(itertools.product((-1, -2), repeat=17), number)
+        return {"a": [{"b": dict.fromkeys(rows, {"c": 2**40, "d": b"x" * 300})}]}
+
+    assert read_contents(msgspec.msgpack.encode(keys(1000))) == keys(1000)
+    with pytest.raises(RefusedContents, match="1000 arrays as keys"):
+        read_contents(msgspec.msgpack.encode(keys(1001)))
+    with pytest.raises(RefusedContents, match="200000 values"):
+        read_contents(msgspec.msgpack.encode({"a": [None] * 200_000}))
+
+
+@given(st.dictionaries(st.text(), PLAIN, max_size=5))
+def test_plain_messagepack_is_within_the_limits(value: dict[str, Any]) -> None:
+    with contextlib.suppress(TypeError, OverflowError):  # what MessagePack doesn't have
+        assert excess_in(msgspec.msgpack.encode(value)) == ""
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
