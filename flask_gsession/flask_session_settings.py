@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from werkzeug.local import LocalProxy
 
@@ -96,14 +96,14 @@ def read_flask_session_settings(config: Mapping[str, Any]) -> FlaskSessionSettin
             raise SettingError(f"{key} is of type {type(value).__name__}; allowed: text")
         return value
 
-    length = config.get("SESSION_ID_LENGTH", 32)
+    length = config.get("SESSION_ID_LENGTH")
     return FlaskSessionSettings(
         type=kind,
         client=client,
         prefix=text("SESSION_KEY_PREFIX", "session:"),
         use_signer=bool(config.get("SESSION_USE_SIGNER", False)),
         permanent=bool(config.get("SESSION_PERMANENT", True)),
-        id_length=length if type(length) is int and 8 <= length <= 256 else 32,
+        id_length=length if is_id_length(length) else 32,
         database=text("SESSION_MONGODB_DB", "flask_session"),
         collection=text("SESSION_MONGODB_COLLECT", "sessions"),
         table=text("SESSION_SQLALCHEMY_TABLE", "sessions"),
@@ -111,6 +111,11 @@ def read_flask_session_settings(config: Mapping[str, Any]) -> FlaskSessionSettin
         bind_key=config.get("SESSION_SQLALCHEMY_BIND_KEY"),
         folder=text("SESSION_FILE_DIR", os.path.join(os.getcwd(), "flask_session")),
     )
+
+
+def is_id_length(value: Any) -> TypeGuard[int]:
+    """Whether ids of so many bytes are read: Flask-Session itself has no limits."""
+    return type(value) is int and 8 <= value <= 256
 
 
 def unwrapped(key: str, value: Any) -> Any:

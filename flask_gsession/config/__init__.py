@@ -14,6 +14,7 @@ from .live import (
 from .other_extensions import csrf_field, propagates_exceptions, remember_cookie, remember_warning
 from .reading import read_settings
 from .settings import PLAIN, Seconds, SettingKeywords, Settings
+from .unknown import did_you_mean
 from .warning import warn
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Settings",
     "cookie_attributes",
     "csrf_field",
+    "did_you_mean",
     "given_keys",
     "lock_timeout",
     "lock_wait",

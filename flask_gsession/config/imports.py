@@ -10,13 +10,31 @@ from typing import Any
 from flask import Flask
 
 from ..errors import SettingError
-from ..flask_session_settings import READABLE, read_flask_session_settings
+from ..flask_session_settings import READABLE, is_id_length, read_flask_session_settings
+from .checks import CHECKS, check_setting
 from .settings import Settings
 from .unknown import refuse_places
 from .warning import warn
 
 #: Behind the old cookie's name, while old sessions are imported.
 COOKIE_SUFFIX = "_gs"
+
+
+def is_only_for_old_sessions(config: Mapping[str, Any], name: str) -> bool:
+    """Whether Flask-Session takes a setting that both have, but with a value that we refuse.
+
+    New sessions then have our default.
+    """
+    value = config.get(CHECKS[name][0])
+    is_prefix = name == "key_prefix" and type(value) is str
+    is_length = name == "id_length" and is_id_length(value)
+    if not (is_prefix or is_length) or read_flask_session_settings(config) is None:
+        return False
+    try:
+        check_setting(name, value)
+    except SettingError:
+        return True
+    return False
 
 
 def with_imports(

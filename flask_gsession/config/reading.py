@@ -9,7 +9,7 @@ from flask import Flask
 
 from ..errors import SettingError
 from .checks import CHECKS, check_setting
-from .imports import with_imports
+from .imports import is_only_for_old_sessions, with_imports
 from .live import (
     DROPPED,
     check_cookie,
@@ -52,6 +52,8 @@ def read_settings(app: Flask, overrides: Mapping[str, Any], *, further: bool = F
         else:
             continue
         if name in ("encryption_keys", "imports") and value is None:
+            continue
+        if name not in overrides and is_only_for_old_sessions(app.config, name):
             continue
         if name == "encryption_keys":
             value, values["read_plain"] = _split_plain(value)

@@ -22,6 +22,7 @@ from .source import Contents, Old, encoded
 
 LABEL = "flask-session"
 _UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_SIGNED = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{27}")
 _SALT = "flask-session"
 DEFAULT_ID_LENGTH = 32
 
@@ -64,6 +65,8 @@ class FlaskSessionSource:
                 sid = Signer(keys, salt=_SALT, key_derivation="hmac").unsign(cookie).decode()
             except (BadSignature, UnicodeDecodeError):
                 return None
+        elif _SIGNED.fullmatch(cookie):
+            sid = cookie.partition(".")[0]  # the signer was on before
         return self._prefix + sid if self._is_id(sid) else None
 
     def names(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from flask import Flask
 from flask.sessions import SecureCookieSessionInterface, SessionInterface
 
-from ..config import Settings
+from ..config import Settings, did_you_mean
 from ..errors import SettingError
 from ..flask_session_settings import FlaskSessionSettings, unwrapped
 from ..repository.repository import Repository
@@ -24,6 +24,7 @@ from .own_store import OwnStoreSource
 from .source import Source
 from .takeover import OldCookie, Takeover
 
+_LABELS = ("flask-session", "cookie")
 _OF_A_DICT = {"store", "key_prefix"}
 
 
@@ -131,9 +132,12 @@ class _Opened:
             )
         except SettingError as error:
             text = str(error).replace("SESSION_STORE", "An item of SESSION_IMPORT")
-            raise SettingError(
-                f'{text}. Or "flask-session", or "cookie" for sessions in Flask\'s own cookies'
-            ) from None
+            hint = did_you_mean(name.lower(), _LABELS, cutoff=0.6) if isinstance(name, str) else ""
+            if hint:
+                text = f"SESSION_IMPORT names {name!r}, which is no source of old sessions{hint}"
+            else:
+                text += '. Or "flask-session", or "cookie" for sessions in Flask\'s own cookies'
+            raise SettingError(text) from None
         live = self._repository.live
         old = Repository(
             replace(self._settings, key_prefix=prefix),

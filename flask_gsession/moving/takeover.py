@@ -20,6 +20,7 @@ A logout deletes the old record, then the session. The mark stays until the impo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -56,9 +57,18 @@ T = TypeVar("T")
 
 NOTHING = TakenOver()
 _DEAD = TakenOver(dead_cookie=True)
+_STAYS = "It stays where it is"
 _ADVICE = (
     ". Sessions like this one are taken over by: flask gsession migrate --from flask-session "
     "--pickle"
+)
+#: The shape of what Flask, Flask-Session and we give out, under whichever settings.
+_ISSUED = re.compile(r"(?=.{11})\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,2}")
+_UNKNOWN = (
+    "unknown cookie",
+    "It has another signature or form, or is too old. It stays in the browser, so if SECRET_KEY, "
+    "SESSION_USE_SIGNER or SESSION_ID_LENGTH have changed, change them back and nobody is logged "
+    "out",
 )
 
 
@@ -137,22 +147,26 @@ class Takeover:
         text = Token(request.cookies.get(self.cookie.name, ""))
         if not text or self.is_over(repository.now()):
             return NOTHING
-        outcome = _DEAD
+        outcome, known = _DEAD, False
         for source in self._sources:
             name = Token(source.name_of(text) or "")
             if not name:
                 continue
+            known = True
             try:
                 outcome = self._by(repository, source, name, text, _network(request))
             except UnreadableRecord as error:
-                self._refuse(repository, source, error.detail or error.reason)
+                self._refuse(repository, source, error.detail or error.reason, _STAYS)
                 return NOTHING
             except RefusedContents as error:
-                advice = "" if source.label == COOKIES else _ADVICE
+                advice = _STAYS if source.label == COOKIES else _STAYS + _ADVICE
                 self._refuse(repository, source, str(error), advice)
                 return NOTHING
             if not outcome.dead_cookie:
                 break
+        if not known and _ISSUED.fullmatch(text):
+            self._refuse(repository, self._sources[0], *_UNKNOWN)
+            return NOTHING
         return outcome
 
     def end_old(self, repository: Repository, body: Body) -> None:
@@ -344,16 +358,14 @@ class Takeover:
         """Whether the import has ended."""
         return self.until is not None and now >= self.until
 
-    def _refuse(
-        self, repository: Repository, source: Source, reason: str, advice: str = ""
-    ) -> None:
+    def _refuse(self, repository: Repository, source: Source, reason: str, advice: str) -> None:
         """Count an old session that can't be read here; it stays where it is, and so the cookie."""
         repository.events.emit(ImportRefused, source.label, reason)
         kind = source.label, reason.partition(":")[0]
         if kind not in self._reported:
             self._reported.add(kind)
             logger.warning(
-                "An old session of %s was not taken over: %s. It stays where it is%s",
+                "An old session of %s was not taken over: %s. %s",
                 source.label,
                 reason,
                 advice,

@@ -14,6 +14,7 @@ from redis import Redis
 from werkzeug.local import LocalProxy
 
 from flask_gsession import Session, SettingError
+from flask_gsession.cli import gsession
 from flask_gsession.config import read_settings
 from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.stores.redis import RedisStore
@@ -169,6 +170,41 @@ def test_the_suffix_follows_a_name_that_is_set_later() -> None:
     assert app.extensions["gsession"][ext].get_cookie_name(app) == "later_gs"
 
 
+# Values that Flask-Session takes, and we don't --------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["{shop}:", "s[1-9]^\\?*-:", "l\u00e4den:", "x" * 300])
+def test_a_prefix_that_we_refuse_is_read_from(prefix: str) -> None:
+    """Our own keys have the default prefix then."""
+    url = redis_server().url
+    app = Flask(__name__)
+    app.config.update(SECRET_KEY=KEY, SESSION_TYPE="redis", SESSION_REDIS=url)
+    app.config.update(SESSION_KEY_PREFIX=prefix, SESSION_ID_LENGTH=8, SESSION_IMPORT_UNTIL=UNTIL)
+    ext = Session(app, store="memory://")
+    assert read_settings(app, {}).key_prefix == "gsession:"
+    assert read_settings(app, {}).id_length == 32
+    app.add_url_rule("/", view_func=lambda: dict(session))
+    with Redis.from_url(url) as client:
+        names = [f"{prefix}{'s' * 11}", f"{prefix}{'t' * 43}", f"{prefix[:-1]}1{'u' * 43}"]
+        for name in names:
+            client.set(name, b"\x81\xa1a\x01", ex=60)
+        browser = app.test_client()
+        browser.set_cookie("session", "s" * 11)
+        assert browser.get("/").json == {"a": 1}
+        words = ["migrate", "--from", "flask-session", "--yes"]
+        result = app.test_cli_runner().invoke(gsession, words)
+        assert "1 taken over, 1 already\n" in result.output
+        client.delete(*names)
+    ext.close(app)
+
+
+@pytest.mark.parametrize(("key", "value"), [("SESSION_KEY_PREFIX", 7), ("SESSION_ID_LENGTH", 4)])
+def test_a_prefix_or_length_that_nobody_takes(key: str, value: object) -> None:
+    app = an_app(SESSION_TYPE="redis", SESSION_REDIS="redis://127.0.0.1:1/0", **{key: value})
+    with pytest.raises(SettingError, match=key):
+        Session(app)
+
+
 # Where old sessions are -----------------------------------------------------------------------
 
 
@@ -275,7 +311,10 @@ def test_another_cache_is_refused(cache: Any) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("flask_session", "An item of SESSION_IMPORT is no URL"),
+        ("flask_session", "'flask_session', which is no .*; did you mean flask-session"),
+        ("Cookies", "'Cookies', which is no source of old sessions; did you mean cookie"),
+        ("redis:/x:geheim", "An item of SESSION_IMPORT: a redis URL is written as"),
+        ("elsewhere", "An item of SESSION_IMPORT is no URL"),
         ({"url": "redis://geheim"}, "SESSION_IMPORT has a dict with"),
         ({"store": 7}, "An item of SESSION_IMPORT is of type int"),
         (object(), "An item of SESSION_IMPORT is of type object"),
