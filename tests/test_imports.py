@@ -24,7 +24,7 @@ ROWS = [
     ["stores.exposure", "live.listener", "live"],
     ["values", "stores.wrappers", "flask_session_settings"],
     ["config"],
-    ["repository.races", "users.format"],
+    ["repository.races", "users.format", "users.labels"],
     ["users.rosters"],
     ["request.state", "request.site_data"],
     ["request.tracking"],
@@ -87,6 +87,7 @@ PLACES = {
     "prometheus_client": "contrib",
     "prometheus_flask_exporter": "contrib",
     "flask_debugtoolbar": "contrib",
+    "ua_parser": "users.labels",
 }
 
 

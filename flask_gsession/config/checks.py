@@ -285,6 +285,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_per_user": ("SESSION_MAX_PER_USER", _optional(_integer(1, 1000, "sessions"))),
     "max_policy": ("SESSION_MAX_POLICY", _max_policy),
     "seen_interval": ("SESSION_SEEN_INTERVAL", _seconds(1, 86_400)),
+    "device_labels": ("SESSION_DEVICE_LABELS", _flag),
     "schema": ("SESSION_SCHEMA", lambda value: value),
     "permanent": ("SESSION_PERMANENT", _flag),
     "imports": ("SESSION_IMPORT", _imports),

@@ -65,6 +65,7 @@ class Settings:
     max_per_user: int | None = None
     max_policy: Literal["oldest", "refuse"] = "oldest"
     seen_interval: float = 300.0
+    device_labels: bool = True
     schema: object = None
     permanent: bool = False
     imports: tuple[object, ...] = ()
@@ -168,6 +169,7 @@ class SettingKeywords(TypedDict, total=False):
     max_per_user: int | None
     max_policy: Literal["oldest", "refuse"]
     seen_interval: Seconds
+    device_labels: bool
     schema: object
     permanent: bool
     imports: Sequence[object] | None

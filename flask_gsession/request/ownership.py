@@ -31,6 +31,7 @@ from ..events import (
 )
 from ..repository.repository import Repository
 from ..stores.base import Record
+from ..users.labels import device_label
 from ..users.revoking import end_revoked, finish, finish_if_possible
 from ..users.roster import (
     Device,
@@ -379,7 +380,7 @@ def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:
         now,
         now,
         until,
-        binding.label,
+        binding.label or _label(life),
         _network(life),
         binding.tags,
         binding.remembered,
@@ -552,6 +553,13 @@ def _listed_until(
 
 def _network(life: Lifecycle) -> bytes:
     return b"" if life.request is None else network_of(life.request.remote_addr)
+
+
+def _label(life: Lifecycle) -> str:
+    """A name for the device, where the application gave none."""
+    if life.request is None or not life.repository.settings.device_labels:
+        return ""
+    return device_label(life.request.user_agent.string)
 
 
 def _checked_label(label: object) -> str:

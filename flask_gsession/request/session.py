@@ -425,7 +425,8 @@ class SessionData(SessionMixin):
         another user, it leaves that user's list.
 
         ``user_id``: 1 to 256 characters, or an int, which counts as its text. ``label``: a name for
-        the device in the user's list, at most 100 characters. ``tags``: at most 10 texts. Raises
+        the device in the user's list, at most 100 characters; by default "Firefox on Windows" and
+        such, from the user agent. ``tags``: at most 10 texts. Raises
         ``ValueError`` for other arguments.
 
         Raises ``SignInRefused`` (401) if the user's sessions were revoked since the request began,

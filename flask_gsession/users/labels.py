@@ -1,0 +1,74 @@
+"""A name for the device of a request, as its owner would call it: "Firefox on Windows"."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+_LONGEST_AGENT = 512  # characters: more only slows down the search
+_LONGEST = 100
+
+# Without ua-parser: the first part that a user agent contains. Browsers name others in theirs.
+_BROWSERS = {
+    "Edg": "Edge",
+    "OPR/": "Opera",
+    "SamsungBrowser/": "Samsung Internet",
+    "Firefox/": "Firefox",
+    "FxiOS/": "Firefox",
+    "CriOS/": "Chrome",
+    "Chrome/": "Chrome",
+    "Safari/": "Safari",
+    "curl/": "curl",
+}
+_SYSTEMS = {
+    "iPhone": "iPhone",
+    "iPad": "iPad",
+    "Android": "Android",
+    "Windows": "Windows",
+    "CrOS": "ChromeOS",
+    "Mac OS": "macOS",
+    "Linux": "Linux",
+}
+# ua-parser names each build of a browser; these words and names are of no use to its owner.
+_WORDS = {"Mobile", "iOS", "WebView", "UI/WKWebView"}
+_NAMES = {"HeadlessChrome": "Chrome", "Mac OS X": "macOS", "Chrome OS": "ChromeOS"}
+
+
+def device_label(user_agent: str) -> str:
+    """The label for a ``User-Agent`` header; "" if it names nothing known.
+
+    With ua-parser (extra ``devices``), it knows thousands of clients; otherwise, the common
+    browsers.
+    """
+    agent = user_agent[:_LONGEST_AGENT]
+    browser, system = _parsed(agent) if _has_parser() else ("", "")
+    browser = browser or _first(_BROWSERS, agent)
+    # "iPhone" says more than "iOS".
+    known = _first(_SYSTEMS, agent)
+    system = known if known in ("iPhone", "iPad") else system or known
+    if browser and system:
+        return f"{browser} on {system}"[:_LONGEST]
+    return (browser or system)[:_LONGEST]
+
+
+def _first(names: dict[str, str], agent: str) -> str:
+    return next((name for part, name in names.items() if part in agent), "")
+
+
+@cache
+def _has_parser() -> bool:
+    return importlib.util.find_spec("ua_parser") is not None
+
+
+def _parsed(agent: str) -> tuple[str, str]:
+    from ua_parser import parse_os, parse_user_agent
+
+    browser, system = parse_user_agent(agent), parse_os(agent)
+    return _plain(browser and browser.family), _plain(system and system.family)
+
+
+def _plain(family: str | None) -> str:
+    """The family in the words of its owner, and nothing that can't be printed."""
+    name = _NAMES.get(family or "", family or "")
+    name = " ".join(word for word in name.split() if word not in _WORDS)
+    return "".join(filter(str.isprintable, name))
