@@ -2,6 +2,7 @@
 
 import gc
 import secrets
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields
@@ -80,6 +81,26 @@ def patient_waiters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for a lock keeps his place however slow the machine is: Redis has its own clock."""
     for module in ("lease", "redis.leases", "mongodb.leases"):
         monkeypatch.setattr(f"flask_gsession.stores.{module}.WAITER_LIFE", PATIENT_WAITER)
+
+
+@pytest.fixture
+def chromium(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Any:
+    """A headless Chromium of this machine. Without one the test is skipped, loudly."""
+    from tests.harness.browser import MISSING, PROGRAM
+
+    if PROGRAM is None:
+        with capfd.disabled():
+            print(f"\nWARNING: {MISSING}", file=sys.stderr)
+        pytest.skip(MISSING)
+    return request.getfixturevalue("one_chromium")
+
+
+@pytest.fixture(scope="module")
+def one_chromium() -> Iterator[Any]:
+    from tests.harness.browser import launched
+
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -389,7 +389,7 @@ def test_devices(run: Run) -> None:
     listed = phone.get("/devices").json
     assert {device["label"]: device["this_one"] for device in listed} == {
         "Firefox on Windows": False,
-        "A browser on another system": True,
+        None: True,
     }
     (id,) = (device["id"] for device in listed if not device["this_one"])
     assert other.post(f"/devices/{id}/end").status_code == 404
@@ -398,6 +398,34 @@ def test_devices(run: Run) -> None:
     assert desk.get("/devices").status_code == 401
     phone.post("/logout")
     assert phone.get("/devices").status_code == 401
+
+
+def test_devices_page(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = run("docs/how-to/devices-page.md").app
+    desk, phone = visitor(app), visitor(app)
+    asked = desk.get("/devices")
+    assert asked.location == "/login?next=/devices"
+    for client in (desk, phone):
+        form = {"name": "ada", "password": "lovelace"}
+        assert client.post(asked.location, data=form).location == "/devices"
+    with monkeypatch.context() as later:
+        later.setattr("flask_gsession.freshness.confirmed_at", lambda *arguments: None)
+        page = desk.get("/devices/end-others", headers={"Accept": "text/html"})
+    assert page.location == "/confirm?next=/devices/end-others"
+    page = desk.post(page.location, data={"password": "lovelace"})
+    page = desk.get(page.location)
+    (field,) = re.findall(r'name="(gsession_token)" value="([^"]+)"', page.text)
+    assert desk.post("/devices/end-others", data=dict([field])).location == "/devices"
+    assert phone.get("/devices").status_code == 303
+
+
+def test_admin_page(run: Run) -> None:
+    app = run("docs/how-to/admin-page.md").app
+    ada, eve = visitor(app), visitor(app)
+    ada.post("/login/ada")
+    eve.post("/login/eve")
+    assert ada.get("/admin/sessions").status_code == 403
+    assert "1 session of" in eve.get("/admin/sessions?user=ada@example.com").text
 
 
 def test_limit_sessions(run: Run) -> None:

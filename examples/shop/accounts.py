@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import wraps
 from typing import ParamSpec
 
-from flask import redirect, request, url_for
+from flask import redirect, url_for
 from flask.typing import ResponseReturnValue
 from werkzeug.security import check_password_hash, generate_password_hash
 
@@ -19,6 +19,8 @@ from .database import Database
 #: This is a demo: the sign-in page shows the names and this password to everyone.
 DEMO_PASSWORD = "larch-and-linen"
 DEMO_PEOPLE = {"mira": "Mira Holm", "jonas": "Jonas Weber", "sofia": "Sofia Marin"}
+#: Who may see and end everybody's sessions.
+STAFF = {"sofia"}
 
 View = ParamSpec("View")
 
@@ -69,24 +71,6 @@ class Accounts:
         return tuple(row) if row else None
 
 
-BROWSERS = {"Edg/": "Edge", "Firefox/": "Firefox", "Chrome/": "Chrome", "Safari/": "Safari"}
-SYSTEMS = {
-    "Android": "Android",
-    "iPhone": "iPhone",
-    "Windows": "Windows",
-    "Mac OS": "macOS",
-    "Linux": "Linux",
-}
-
-
-def _label() -> str:
-    """The browser of this request, as its owner would call it."""
-    agent = request.user_agent.string
-    browser = next((name for part, name in BROWSERS.items() if part in agent), "A browser")
-    system = next((f" on {name}" for part, name in SYSTEMS.items() if part in agent), "")
-    return browser + system
-
-
 def sign_in(person: Person, keep: bool = False) -> None:
     """Make this visitor's session the person's, and list it among their devices.
 
@@ -95,11 +79,16 @@ def sign_in(person: Person, keep: bool = False) -> None:
     The token changes, and without grace: whoever knew the one from before, perhaps because they
     planted it, must not be signed in as well (OWASP, session fixation).
     """
-    session.bind(person.name, label=_label())
+    session.bind(person.name)
     session.permanent = keep
     session["user"] = person.name
     session["signed_in_at"] = datetime.now(UTC)
     csrf.renew()
+
+
+def runs_the_shop() -> bool:
+    """Whether the visitor is signed in as someone who works here."""
+    return session.get("user") in STAFF
 
 
 def sign_in_needed(

@@ -63,7 +63,7 @@ def create_app(
     if store:
         app.config["SESSION_STORE"] = store
     app.config["SESSION_COOKIE_SAMESITE"] = "Lax"
-    app.config["SESSION_CONFIRM_VIEW"] = "devices.confirm"
+    app.config["SESSION_CONFIRM_VIEW"] = "confirm.ask"
     app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
     app.config.update(settings)
     if not app.config["SECRET_KEY"]:
@@ -101,6 +101,7 @@ def _dress(app: Flask) -> None:
             "shop": shop,
             "known": visitor.known,
             "person": visitor.person,
+            "runs_the_shop": accounts.runs_the_shop,
             "prefs": visitor.prefs,
             "cart_count": visitor.cart_count,
             "csrf_token": csrf.token,

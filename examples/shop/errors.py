@@ -12,6 +12,7 @@ from . import visitor
 
 TITLES = {
     400: "That form did not come through",
+    403: "For staff only",
     404: "This shelf is empty",
     405: "That does not work here",
     409: "Two things happened at once",

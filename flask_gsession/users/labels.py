@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from typing import Any
 
 _LONGEST_AGENT = 512  # characters: more only slows down the search
 _LONGEST = 100
@@ -63,12 +64,12 @@ def _has_parser() -> bool:
 def _parsed(agent: str) -> tuple[str, str]:
     from ua_parser import parse_os, parse_user_agent
 
-    browser, system = parse_user_agent(agent), parse_os(agent)
-    return _plain(browser and browser.family), _plain(system and system.family)
+    return _plain(parse_user_agent(agent)), _plain(parse_os(agent))
 
 
-def _plain(family: str | None) -> str:
+def _plain(found: Any) -> str:
     """The family in the words of its owner, and nothing that can't be printed."""
-    name = _NAMES.get(family or "", family or "")
+    family = "" if found is None else str(found.family)
+    name = _NAMES.get(family, family)
     name = " ".join(word for word in name.split() if word not in _WORDS)
     return "".join(filter(str.isprintable, name))

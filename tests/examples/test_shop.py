@@ -106,6 +106,11 @@ def order_count(app: Flask) -> int:
     return count
 
 
+def hidden(page: str) -> dict[str, str]:
+    """The hidden fields of a page."""
+    return dict(re.findall(r'type="hidden" name="([^"]+)" value="([^"]*)"', page))
+
+
 class Visitor:
     """A browser: keeps its cookie, and sends the forms' token along."""
 
@@ -128,6 +133,10 @@ class Visitor:
 
     def post(self, path: str, **fields: str) -> TestResponse:
         return self.client.post(path, data={"csrf_token": self.token(), **fields})
+
+    def send(self, path: str) -> TestResponse:
+        """Send the form of a page that asks whether to go on."""
+        return self.client.post(path, data=hidden(self.get(path).text))
 
     def add(self, sku: str, quantity: str = "1") -> TestResponse:
         return self.post(f"/cart/{sku}/add", quantity=quantity)
@@ -285,6 +294,8 @@ class Page(HTMLParser):
         ("/preferences", 200),
         ("/session", 200),
         ("/devices", 200),
+        ("/devices/end-others", 200),
+        ("/admin/sessions", 403),
         ("/confirm", 200),
         ("/nowhere", 404),
     ],
@@ -541,7 +552,7 @@ def test_a_wrong_method_is_refused_in_the_shops_style(app: Flask) -> None:
 
 def every_form(app: Flask) -> list[str]:
     rules = (rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ()))
-    return [rule.rule.replace("<sku>", "KIT-101").replace("<device>", "x") for rule in rules]
+    return [rule.rule.replace("<sku>", "KIT-101").replace("<device_id>", "x") for rule in rules]
 
 
 @pytest.mark.parametrize("token", [None, "", "wrong", "ä\x00", "x" * 10_000, "another visitor's"])
@@ -555,7 +566,7 @@ def test_no_form_goes_through_without_its_token(app: Flask, token: str | None) -
         form["csrf_token"] = Visitor(app).token() if token.startswith("another") else token
     before = visitor.session()
     forms = every_form(app)
-    assert len(forms) == 11
+    assert len(forms) == 13
     for path in forms:
         page = visitor.client.post(path, data=form)
         assert page.status_code == 400, path
@@ -600,7 +611,7 @@ def test_a_wrong_sign_in_changes_nothing(
     assert visitor.session() == before
 
 
-@pytest.mark.parametrize("wanted", ["//evil.example", "https://evil.example", "/orders", "", "x"])
+@pytest.mark.parametrize("wanted", ["//evil.example", "https://evil", "/\\evil", "", "x"])
 def test_the_way_back_never_leads_outside(app: Flask, wanted: str) -> None:
     form = {"name": "mira", "password": DEMO_PASSWORD, "next": wanted}
     assert Visitor(app).post("/sign-in", **form).location == "/"
@@ -656,34 +667,53 @@ def test_devices_are_listed_and_ended(open_shop: Opener, store_url: str) -> None
     other.sign_in("jonas")
     page = desk.get("/devices")
     Page(page.text)
-    assert "Safari on iPhone" in page.text
-    assert page.text.count("this one") == 1
-    forms = re.findall(r'action="(/devices/[^"]+/end)">.*?aria-label="([^"]*)"', page.text, re.S)
-    (form,) = (path for path, label in forms if "Safari" in label)
-    other.post(form)
-    assert "user" in phone.session()["keys"], "the device of somebody else"
-    assert desk.post(form).location == "/devices"
+    assert page.text.count("This device") == 1
+    (end,) = re.findall(r'href="(/devices/[^"]+/end)">[^/]*Safari on iPhone', page.text)
+    Page(desk.get(end).text)
+    assert other.get(end).status_code == 404, "the device of somebody else"
+    assert desk.send(end).location == "/devices"
+    assert "Safari on iPhone is signed out." in desk.get("/devices").text
     assert "user" not in phone.session()["keys"]
-    assert desk.post("/devices/end-others").location == "/devices"
+    assert desk.send("/devices/end-others").location == "/devices"
     assert "user" not in tablet.session()["keys"]
     assert "user" in desk.session()["keys"]
     assert "user" in other.session()["keys"]
-    assert Visitor(app).get("/devices").location == "/sign-in?next=devices"
+    stranger = Visitor(app)
+    assert stranger.get("/devices").location == "/sign-in?next=/devices"
+    form = {"name": "mira", "password": DEMO_PASSWORD, "next": "/devices"}
+    assert stranger.post("/sign-in", **form).location == "/devices"
+
+
+def test_the_staff_ends_sessions_of_others(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    mira, sofia = Visitor(app), Visitor(app)
+    mira.sign_in()
+    assert mira.get("/admin/sessions").status_code == 403
+    sofia.sign_in("sofia")
+    assert "See a customer" in sofia.get("/").text
+    found = sofia.get("/admin/sessions?user=mira")
+    Page(found.text)
+    (end,) = re.findall(r'href="(/admin/sessions/end\?[^"]+)"', found.text)
+    page = sofia.get(end.replace("&amp;", "&"))
+    Page(page.text)
+    with caplog.at_level("INFO", "flask_gsession.audit"):
+        sofia.client.post("/admin/sessions/end", data=hidden(page.text) | {"reason": "a call"})
+    assert 'reason="a call" by="sofia"' in caplog.text
+    assert "user" not in mira.session()["keys"]
 
 
 def test_ending_devices_needs_a_fresh_password(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     desk, phone = Visitor(app), Visitor(app)
     for visitor in (desk, phone):
         visitor.sign_in()
-    headers = {"Accept": "text/html", "Referer": "http://localhost/devices"}
-    data = {"csrf_token": desk.token()}
+    form = hidden(desk.get("/devices/end-others").text)
+    headers = {"Accept": "text/html", "Referer": "http://localhost/devices/end-others"}
     with monkeypatch.context() as later:
         later.setattr("flask_gsession.freshness.confirmed_at", lambda *arguments: None)
-        asked = desk.client.post("/devices/end-others", data=data, headers=headers)
-    assert asked.location == "/confirm?next=/devices"
+        asked = desk.client.post("/devices/end-others", data=form, headers=headers)
+    assert asked.location == "/confirm?next=/devices/end-others"
     assert "user" in phone.session()["keys"]
     page = desk.get(asked.location)
-    assert 'name="next" value="/devices"' in page.text
+    assert 'name="next" value="/devices/end-others"' in page.text
     wrong = desk.post("/confirm", password="wrong", next="/devices")
     assert (wrong.status_code, "Wrong password." in wrong.text) == (401, True)
     Page(wrong.text)

@@ -1,7 +1,6 @@
 """The demo shop in a real browser: headless Chromium, against gunicorn with two workers."""
 
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,24 +17,17 @@ from playwright.sync_api import (
     Request,
     ViewportSize,
     expect,
-    sync_playwright,
 )
 
 import examples
 from examples.shop.accounts import DEMO_PASSWORD
+from tests.harness.browser import PATIENCE, assert_accessible
 from tests.harness.servers import RedisServer
 
 ROOT = Path(examples.__file__).parents[1]
-PATIENCE = 60.0  # seconds until the browser must be there; nothing takes that long
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-    " --disable-background-networking --disable-component-update --disable-sync"
-)
-PROGRAM = shutil.which("chromium")
-MISSING = (
-    "NO CHROMIUM ON PATH: THE DEMO SHOP WAS NOT TRIED IN A BROWSER. "
-    "Install it (Debian: apt-get install chromium) and run "
-    "tests/examples/test_shop_browser.py again."
+IPHONE = (
+    "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like "
+    "Gecko) Version/17.5 Mobile/15E148 Safari/604.1"
 )
 
 # Runs its arguments until its standard input closes, which the kernel sees to however we end.
@@ -72,29 +64,6 @@ def serving(instance: Path, store: str, prefix: str) -> Iterator[str]:
         finally:
             process.communicate(timeout=PATIENCE)
     assert "Traceback" not in log.read_text(errors="replace")
-
-
-@pytest.fixture
-def chromium(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Browser:
-    """A headless Chromium of this machine. Without one the test is skipped, loudly."""
-    if PROGRAM is None:
-        with capfd.disabled():
-            print(f"\nWARNING: {MISSING}", file=sys.stderr)
-        pytest.skip(MISSING)
-    browser: Browser = request.getfixturevalue("one_chromium")
-    return browser
-
-
-@pytest.fixture(scope="module")
-def one_chromium() -> Iterator[Browser]:
-    """The browser of all these tests, each in a context of its own: as if it were a new one."""
-    with sync_playwright() as playwright:
-        expect.set_options(timeout=1000 * PATIENCE)
-        browser = playwright.chromium.launch(
-            executable_path=PROGRAM, args=FLAGS.split(), timeout=1000 * PATIENCE
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -390,6 +359,51 @@ def test_small_pages(chromium: Browser, sqlite_url: str, tmp_path: Path, store_p
         expect(heading).to_have_text("That was too often")
         expect(page.get_by_text("too many attempts to sign in")).to_be_visible()
         assert_sound(page, "a limited sign-in")
+
+
+def test_devices(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefix: str) -> None:
+    """Two browsers of one person: the one signs the other out. Then the staff does it."""
+    with (
+        serving(tmp_path, sqlite_url, store_prefix) as shop,
+        chromium.new_context(base_url=shop) as desk,
+        chromium.new_context(base_url=shop, user_agent=IPHONE) as phone,
+    ):
+        here, there = desk.new_page(), phone.new_page()
+        complaints = watched(here, shop)
+        for page, name in ((here, "mira"), (there, "mira")):
+            page.set_default_timeout(1000 * PATIENCE)
+            page.goto("/sign-in?next=/devices")
+            page.get_by_label("Name").fill(name)
+            page.get_by_label("Password").fill(DEMO_PASSWORD)
+            page.get_by_role("button", name="Sign in").click()
+            expect(page.get_by_role("heading", level=1)).to_have_text("Your devices")
+        here.reload()
+        assert_sound(here, "devices")
+        assert_accessible(here)
+        here.get_by_role("link", name="Sign out Safari on iPhone").click()
+        expect(here.get_by_role("heading", level=1)).to_have_text("Sign out Safari on iPhone?")
+        here.locator("main").get_by_role("button", name="Sign out").click()
+        expect(here.get_by_role("status")).to_have_text("Safari on iPhone is signed out.")
+        expect(here.get_by_text("You are signed in nowhere else.")).to_be_visible()
+        there.reload()
+        expect(there.get_by_role("heading", level=1)).to_have_text("Sign in")
+        assert complaints == []
+
+        there.get_by_label("Name").fill("sofia")
+        there.get_by_label("Password").fill(DEMO_PASSWORD)
+        there.get_by_role("button", name="Sign in").click()
+        there.get_by_role("link", name="See a customer's").click()
+        there.get_by_label("User").fill("mira")
+        there.get_by_role("button", name="Find").click()
+        expect(there.get_by_role("heading", level=2)).to_have_text("1 session of mira")
+        assert_fits(there, "sessions of a user")
+        assert_accessible(there)
+        there.get_by_role("link", name="End all sessions").click()
+        there.get_by_label("Reason").fill("She asked for it")
+        there.get_by_role("button", name="End all sessions").click()
+        expect(there.get_by_role("status")).to_have_text("1 session has ended.")
+        here.goto("/orders")
+        expect(here.get_by_role("heading", level=1)).to_have_text("Sign in")
 
 
 def test_an_outage(chromium: Browser, own_redis: RedisServer, tmp_path: Path) -> None:

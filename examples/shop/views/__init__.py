@@ -2,12 +2,18 @@
 
 from flask import Blueprint
 
-from . import account, basket, devices, goods, visit
+from flask_gsession.pages.admin import admin_blueprint
+from flask_gsession.pages.devices import devices_blueprint
+
+from .. import accounts
+from . import account, basket, confirm, goods, visit
 
 blueprints: tuple[Blueprint, ...] = (
     goods.pages,
     basket.pages,
     account.pages,
-    devices.pages,
+    confirm.pages,
+    devices_blueprint(sign_in_view="account.sign_in", base="page.html"),
+    admin_blueprint(accounts.runs_the_shop, base="page.html"),
     visit.pages,
 )

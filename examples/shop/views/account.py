@@ -3,7 +3,7 @@
 from flask import Blueprint, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
-from flask_gsession import session
+from flask_gsession import next_url, session
 
 from .. import accounts, preferences
 from ..formats import LANGUAGES
@@ -18,7 +18,6 @@ RETURN_TO = {
     "place": "basket.checkout",
     "orders": "basket.orders",
     "order": "basket.orders",
-    "devices": "devices.devices",
 }
 REASONS = {
     "basket.checkout": "To order, please sign in. Your cart comes with you.",
@@ -52,8 +51,9 @@ def check() -> ResponseReturnValue:
         return _sign_in_page(name, {"password": "Wrong name or password."}), WRONG_PASSWORD
     accounts.sign_in(person, keep="keep" in request.form)
     flash(f"Welcome, {person.first_name}.", "success")
-    wanted = RETURN_TO.get(request.form.get("next", ""), "goods.catalogue")
-    return redirect(url_for(wanted), 303)
+    wanted = RETURN_TO.get(request.form.get("next", ""))
+    target = url_for(wanted) if wanted else next_url(url_for("goods.catalogue"))
+    return redirect(target, 303)
 
 
 def _sign_in_page(name: str, errors: dict[str, str]) -> str:
@@ -66,6 +66,7 @@ def _sign_in_page(name: str, errors: dict[str, str]) -> str:
         keep="keep" in request.form,
         people=accounts.DEMO_PEOPLE,
         password=accounts.DEMO_PASSWORD,
+        staff=accounts.STAFF,
     )
 
 
