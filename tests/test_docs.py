@@ -23,6 +23,7 @@ import pytest
 from flask import Flask, session
 from flask.testing import FlaskClient
 from flask_login.utils import encode_cookie
+from flask_security import login_user
 from marshmallow import Schema, fields
 from werkzeug.test import TestResponse
 
@@ -426,6 +427,32 @@ def test_admin_page(run: Run) -> None:
     eve.post("/login/eve")
     assert ada.get("/admin/sessions").status_code == 403
     assert "1 session of" in eve.get("/admin/sessions?user=ada@example.com").text
+
+
+@pytest.mark.filterwarnings("ignore:Passing SelectField:DeprecationWarning")
+def test_flask_security(run: Run) -> None:
+    names = run("docs/how-to/flask-security.md")
+    with names.app.app_context():
+        names.db.create_all()
+        names.datastore.create_user(email="ada@example.com")
+        names.datastore.commit()
+
+    @names.app.get("/enter")
+    def enter() -> str:
+        login_user(names.datastore.find_user(email="ada@example.com"), authn_via=["passkey"])
+        return ""
+
+    desk, phone = visitor(names.app), visitor(names.app)
+    assert desk.get("/devices").location == "/login?next=/devices"
+    for client in (desk, phone):
+        client.get("/enter")
+    assert desk.get("/devices").text.count("<li>") == 2
+    with names.app.app_context():
+        user = names.datastore.find_user(email="ada@example.com")
+        names.datastore.set_uniquifier(user)
+        names.datastore.commit()
+        names.db.engine.dispose()
+    assert phone.get("/devices").status_code == 303
 
 
 def test_limit_sessions(run: Run) -> None:

@@ -88,6 +88,7 @@ PLACES = {
     "prometheus_flask_exporter": "contrib",
     "flask_debugtoolbar": "contrib",
     "ua_parser": "users.labels",
+    "flask_security": "contrib",
 }
 
 
