@@ -12,6 +12,7 @@ from flask.cli import AppGroup, with_appcontext
 
 from ..errors import RevocationUnfinished, RosterUnreadable
 from ..interface import GSessionInterface
+from ..users.rebuilding import count_foreign
 from ..users.rosters import checked_user_id
 from ..users.users import UserDevice, Users
 from ..values.payload import Owner
@@ -31,6 +32,10 @@ from .common import (
 )
 from .output import pluralize, table
 
+FOREIGN = (
+    "Update this version, or add the key to SESSION_ENCRYPTION_KEYS; if no worker can read it any "
+    "more: flask gsession users rebuild --replace-foreign"
+)
 _ABSENT = "-"  # in lines for other programs
 
 
@@ -64,7 +69,7 @@ def report_user_failures(interface: GSessionInterface, user: str | None = None) 
         except RosterUnreadable as error:
             problem = f"{name}: the user's list of sessions can't be read: {error.detail}"
             if error.for_others:
-                raise click.ClickException(problem) from None
+                raise click.ClickException(f"{problem}. {FOREIGN}") from None
             again = "flask gsession users rebuild" + (f" --user {user}" if user else "")
             raise click.ClickException(f"{problem}. Repair it: {again}") from None
 
@@ -166,12 +171,16 @@ def users() -> None:
 @click.option(
     "--replace-foreign",
     is_flag=True,
-    help="Also replace lists that need an encryption key which no worker has any more.",
+    help="Also replace lists that need an encryption key, or a version of Flask-GSession, which no "
+    "worker has any more. Of all users, unless you name one.",
 )
+@click.option("--yes", is_flag=True, help="Don't ask before replacing those of all users.")
 @session_option
 @json_option
 @with_appcontext
-def rebuild(user: str | None, replace_foreign: bool, cookie: str | None, as_json: bool) -> None:
+def rebuild(
+    user: str | None, replace_foreign: bool, yes: bool, cookie: str | None, as_json: bool
+) -> None:
     """Repair the lists of users' sessions from the sessions in the store.
 
     A list that is damaged or lost gets all sessions of its user. Sessions that Flask-Login signed
@@ -184,8 +193,30 @@ def rebuild(user: str | None, replace_foreign: bool, cookie: str | None, as_json
     entered = 0
     if not file_is_missing(interface):
         with report_user_failures(interface, user):
+            if replace_foreign and user is None:
+                _check_foreign(interface, yes)
             entered = users_of(interface).rebuild(user, replace_foreign=replace_foreign)
     if as_json:
         click.echo(json.dumps({"entered": entered}))
     else:
         click.echo(f"{pluralize(entered, 'sessions')} entered")
+
+
+def _check_foreign(interface: GSessionInterface, yes: bool) -> None:
+    """Fails if this command rather than the lists lacks the key, and asks otherwise."""
+    foreign, number = count_foreign(interface.repository)
+    if not foreign:
+        return
+    if not interface.repository.settings.encryption_keys:
+        raise click.ClickException(
+            f"{session_name(interface)}: {foreign} of {number} lists can't be read, and "
+            "SESSION_ENCRYPTION_KEYS is unset here. Run this with the settings of your workers, or "
+            "replace the list of one user with --user"
+        )
+    if not yes:
+        click.confirm(
+            f"{foreign} of {number} lists need an encryption key or a version that this command "
+            "doesn't have. Workers that have it lose them, too, and sessions that can't be read "
+            f"end. Replace {'it' if foreign == 1 else 'them'} in {store_location(interface)}?",
+            abort=True,
+        )

@@ -12,7 +12,7 @@ from ..repository.repository import Repository
 from ..stores.base import Record, is_session_key
 from ..stores.parts import Finding, Scans, parts_of
 from ..users.rebuilding import login_of
-from ..users.rosters import roster_key
+from ..users.rosters import is_roster, roster_key
 from ..values.payload import Owner
 
 _MAX_SECONDS = 5.0  # for going through the store
@@ -43,6 +43,7 @@ def _check(
     repository: Repository, scans: Scans, found: list[Finding], binds_logins: bool
 ) -> Iterator[Finding]:
     owners: dict[str, Owner] = {}  # by session key, the latest of some users
+    unreadable: dict[str, UnreadableRecord] = {}  # by the key of the roster
     bound = unbound = looked = 0
     end = time.monotonic() + _MAX_SECONDS
     whole = True
@@ -50,6 +51,13 @@ def _check(
         if time.monotonic() > end:
             whole = False
             break
+        if is_roster(record):
+            try:
+                repository.rosters.read(record)
+            except UnreadableRecord as error:
+                unreadable[record.key] = error
+        if not is_session_key(record.key):
+            continue
         looked += 1
         try:
             body = repository.read(record.key, record)
@@ -64,8 +72,8 @@ def _check(
         elif binds_logins and login_of(repository, body) is not None:
             unbound += 1
     of = "" if whole else f" among the first {looked}"
-    if bound:
-        yield from _rosters(repository, owners)
+    if bound or unreadable:
+        yield from _rosters(repository, owners, unreadable)
         yield from _eviction(found)
     if unbound:
         yield Finding(
@@ -82,56 +90,59 @@ def _records(scans: Scans) -> Iterator[Record]:
     while True:
         page = scans.scan(cursor)
         for record in page.records:
-            if record.successor is None and is_session_key(record.key):
+            if record.successor is None:
                 yield record
         cursor = page.cursor
         if not cursor:
             return
 
 
-def _rosters(repository: Repository, owners: dict[str, Owner]) -> Iterator[Finding]:
+def _rosters(
+    repository: Repository, owners: dict[str, Owner], unreadable: dict[str, UnreadableRecord]
+) -> Iterator[Finding]:
     users = dict.fromkeys(owner.user_id for owner in owners.values())
-    damaged: Counter[tuple[str, bool]] = Counter()
     lost = 0
     for user_id in islice(users, _MAX_USERS):
         try:
             record = repository.rosters.look(user_id).record
-        except RosterUnreadable as error:
-            damaged[_reason(repository, user_id), error.for_others] += 1
+        except RosterUnreadable:
+            _note(repository, roster_key(user_id), unreadable)
             continue
         lost += record is None and any(
             _is_lost(repository, key, owner)
             for key, owner in owners.items()
             if owner.user_id == user_id
         )
-    for (reason, for_others), number in damaged.items():
+    number = len({*map(roster_key, users), *unreadable})
+    reasons = Counter((error.reason, error.for_others) for error in unreadable.values())
+    for (reason, for_others), some in reasons.items():
         advice = f"Requests of these users get 503. Repair the rosters: {_REBUILD}"
         if for_others:
             advice = (
-                "Requests of these users get 503 from this version and settings: update it, or "
-                "add the key to SESSION_ENCRYPTION_KEYS."
+                "Requests of these users get 503 from this version and settings: update it, or add "
+                "the key to SESSION_ENCRYPTION_KEYS. If no worker can read them any more: "
+                f"{_REBUILD} --replace-foreign"
             )
-        yield Finding("error", "rosters", f"{number} of {len(users)}: {reason}", advice)
+        yield Finding("error", "rosters", f"{some} of {number}: {reason}", advice)
     if lost:
         yield Finding(
             "error",
             "rosters",
-            f"{lost} of {len(users)} are missing, as after an eviction",
+            f"{lost} of {number} are missing, as after an eviction",
             f"Their users are signed out at the next use. Before that, restore them: {_REBUILD}",
         )
-    if not damaged and not lost:
-        yield Finding("ok", "rosters", f"{len(users)} looked at")
+    if not unreadable and not lost:
+        yield Finding("ok", "rosters", f"{number} looked at")
 
 
-def _reason(repository: Repository, user_id: str) -> str:
-    """Why the user's roster can't be read."""
+def _note(repository: Repository, key: str, unreadable: dict[str, UnreadableRecord]) -> None:
+    """Note why a roster can't be read. The store itself may refuse its record."""
     try:
-        record = repository.store.load(roster_key(user_id))
+        record = repository.store.load(key)
         if record is not None:
             repository.rosters.read(record)
     except UnreadableRecord as error:
-        return error.reason
-    return "corrupt"
+        unreadable[key] = error
 
 
 def _is_lost(repository: Repository, key: str, owner: Owner) -> bool:

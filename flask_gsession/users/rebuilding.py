@@ -3,49 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from msgspec.structs import replace
 
 from ..errors import Gone, RosterUnreadable, SettingError, Stale, UnreadableRecord
 from ..events import SessionBound
 from ..repository.repository import Loaded, Repository
-from ..stores.base import is_session_key
+from ..stores.base import Record, is_session_key
 from ..stores.parts import parts_of
 from ..values.marks import split
 from ..values.payload import Body, Owner
 from .roster import MOST_DEVICES, Device, Roster, Since, enter
-from .rosters import LOGIN, checked_user_id, new_device_id
+from .rosters import LOGIN, checked_user_id, is_roster, new_device_id, roster_key
+
+_INTACT, _LOST, _DAMAGED, _FOREIGN = "intact", "lost", "damaged", "foreign"
 
 
 def rebuild(repository: Repository, only: str | None, *, foreign: bool = False) -> int:
     """See ``Users.rebuild``."""
-    lost: dict[str, list[Device]] = {}
-    if only is not None and _is_damaged(repository, only, foreign):
-        lost[only] = []
-    intact: set[str] = set()
+    wanted = None if only is None else roster_key(only)
+    found = {} if wanted is None else {wanted: _state(repository, wanted, foreign)}
+    if wanted is not None and found[wanted] == _FOREIGN:
+        repository.rosters.look_at(wanted)  # raises
+    devices: dict[str, list[Device]] = {}
     unbound = False
-    for loaded in _sessions(repository):
+    for record in _records(repository):
+        key = record.key
+        if wanted is None and is_roster(record) and key not in found:
+            found[key] = _state(repository, key, foreign, record)
+        loaded = _session(repository, record)
+        if loaded is None:
+            continue
         owner = loaded.body.owner
         if owner is None:
             unbound = unbound or login_of(repository, loaded.body) is not None
-        elif only in (None, owner.user_id) and owner.user_id not in intact:
-            if owner.user_id not in lost and _is_intact(repository, owner.user_id, foreign):
-                intact.add(owner.user_id)
-            else:
-                lost.setdefault(owner.user_id, []).append(_device(loaded, owner))
+        elif only in (None, owner.user_id):
+            key = roster_key(owner.user_id)
+            if key not in found:
+                found[key] = _state(repository, key, foreign)
+            if found[key] != _INTACT:
+                devices.setdefault(key, []).append(_device(loaded, owner))
     entered = 0
-    for user_id, devices in lost.items():
-        devices.sort(key=lambda device: device.created)
-        entered += _restore(repository, user_id, devices[-MOST_DEVICES:])
-    for loaded in _sessions(repository) if unbound else ():
-        if loaded.body.owner is None:
+    for key, state in found.items():
+        some = sorted(devices.get(key, ()), key=lambda device: device.created)
+        if state == _DAMAGED or (state == _LOST and some):
+            entered += _restore(repository, key, some[-MOST_DEVICES:])
+    for record in _records(repository) if unbound else ():
+        loaded = _session(repository, record)
+        if loaded is not None and loaded.body.owner is None:
             login = login_of(repository, loaded.body)
-            if login is not None and only in (None, login):
+            wants = login is not None and only in (None, login)
+            if login is not None and wants and found.get(roster_key(login)) != _FOREIGN:
                 entered += _bind(repository, login, loaded)
+    for key, state in found.items():
+        if state == _FOREIGN:  # all others are repaired
+            repository.rosters.look_at(key)
     return entered
 
 
-def _restore(repository: Repository, user_id: str, devices: list[Device]) -> int:
+def count_foreign(repository: Repository) -> tuple[int, int]:
+    """How many rosters need another encryption key or a newer version, and how many there are."""
+    states = [
+        _state(repository, record.key, False, record)
+        for record in _records(repository)
+        if is_roster(record)
+    ]
+    return states.count(_FOREIGN), len(states)
+
+
+def _state(repository: Repository, key: str, foreign: bool, record: Record | None = None) -> str:
+    """Of the roster under ``key``. ``foreign``: one that others may read counts as damaged.
+
+    One round trip, unless the ``record`` can be read.
+    """
+    if record is not None:
+        with suppress(UnreadableRecord):
+            repository.rosters.read(record)
+            return _INTACT
+    try:
+        return _LOST if repository.rosters.look_at(key).record is None else _INTACT
+    except RosterUnreadable as error:
+        return _FOREIGN if error.for_others and not foreign else _DAMAGED
+
+
+def _restore(repository: Repository, key: str, devices: list[Device]) -> int:
     """Enter these devices in a roster that is damaged or lost; how many."""
     rosters = repository.rosters
     # When sessions were last revoked is lost as well: nothing from before comes in.
@@ -59,14 +101,14 @@ def _restore(repository: Repository, user_id: str, devices: list[Device]) -> int
         return replace(fresh, devices=(*lost, *roster.devices)), len(lost)
 
     try:
-        return rosters.change(user_id, step)
+        return rosters.change_at(key, step)
     except RosterUnreadable:
-        if rosters.replace_unreadable(user_id, replace(fresh, devices=tuple(devices))):
+        if rosters.replace_unreadable(key, replace(fresh, devices=tuple(devices))):
             return len(devices)
-        return rosters.change(user_id, step)  # somebody else repaired it
+        return rosters.change_at(key, step)  # somebody else repaired it
 
 
-def _sessions(repository: Repository) -> Iterator[Loaded]:
+def _records(repository: Repository) -> Iterator[Record]:
     scans = parts_of(repository.store).scans
     if scans is None:
         raise SettingError(
@@ -78,36 +120,23 @@ def _sessions(repository: Repository) -> Iterator[Loaded]:
     while True:
         page = scans.scan(cursor)
         for record in page.records:
-            if record.successor is None and is_session_key(record.key) and record.key not in seen:
+            if record.successor is None and record.key not in seen:
                 seen.add(record.key)
-                try:
-                    body = repository.read(record.key, record)
-                except UnreadableRecord:
-                    continue
-                if body is not None:
-                    yield Loaded(record, body)
+                yield record
         cursor = page.cursor
         if not cursor:
             return
 
 
-def _is_intact(repository: Repository, user_id: str, foreign: bool) -> bool:
-    """Whether the user has a roster, and it can be read."""
-    return (
-        not _is_damaged(repository, user_id, foreign)
-        and repository.rosters.look(user_id).record is not None
-    )
-
-
-def _is_damaged(repository: Repository, user_id: str, foreign: bool) -> bool:
-    """``foreign``: so is one that needs another encryption key, or a newer version."""
+def _session(repository: Repository, record: Record) -> Loaded | None:
+    """The session in a record, unless it is something else, can't be read or has expired."""
+    if not is_session_key(record.key):
+        return None
     try:
-        repository.rosters.look(user_id)
-    except RosterUnreadable as error:
-        if error.for_others and not foreign:
-            raise
-        return True
-    return False
+        body = repository.read(record.key, record)
+    except UnreadableRecord:
+        return None
+    return None if body is None else Loaded(record, body)
 
 
 def login_of(repository: Repository, body: Body) -> str | None:

@@ -33,6 +33,7 @@ LONGEST_ID = 256  # characters of a user id
 #: How much longer a roster is kept than its sessions, and lists a session than it lives.
 MARGIN = 60_000  # milliseconds
 _LIFE = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends a roster earlier
+_ENDING = "_"  # of a key
 _OWN_REVOCATIONS = 1000  # remembered by a process
 
 
@@ -88,7 +89,10 @@ class Rosters:
 
     def look(self, user_id: str) -> Found:
         """The user's roster now. Raises ``RosterUnreadable``. One round trip."""
-        key = roster_key(user_id)
+        return self.look_at(roster_key(user_id))
+
+    def look_at(self, key: str) -> Found:
+        """Like ``look``, by the key of the roster."""
         try:
             record = self._store.load(key)
             if record is None or self._now() >= record.idle_expires_at:
@@ -97,7 +101,7 @@ class Rosters:
         except UnreadableRecord as error:
             raise RosterUnreadable(
                 f"the roster {key} of a user can't be read: {error}. ext.users.rebuild repairs "
-                "it; with replace_foreign=True also if no worker has its key any more",
+                "it; with replace_foreign=True also if no worker has its key, or its version",
                 for_others=error.for_others,
             ) from None
 
@@ -111,25 +115,30 @@ class Rosters:
         race; one if nothing changes, or ``found`` is still current. Raises ``StoreUnavailable``
         after too many lost races.
         """
+        return self.change_at(roster_key(user_id), step, found)
+
+    def change_at(
+        self, key: str, step: Callable[[Roster], tuple[Roster, A]], found: Found | None = None
+    ) -> A:
+        """Like ``change``, by the key of the roster."""
         look: Found | None = found
         answer: list[A] = []
 
         def prepare() -> tuple[Record | None, Roster] | None:
             nonlocal look
-            there, look = look or self.look(user_id), None
+            there, look = look or self.look_at(key), None
             roster, now_answered = step(there.roster.without_expired(self._now()))
             answer[:] = [now_answered]
             return None if roster == there.roster else (there.record, roster)
 
-        write(prepare, partial(self._send, user_id), self._tries)
+        write(prepare, partial(self._send, key), self._tries)
         return answer[0]
 
-    def replace_unreadable(self, user_id: str, roster: Roster) -> bool:
+    def replace_unreadable(self, key: str, roster: Roster) -> bool:
         """Store this roster in place of one that can't be read. False if it can be read by now.
 
         Two round trips.
         """
-        key = roster_key(user_id)
         replaces = False
 
         def prepare() -> tuple[Record | None, Roster] | None:
@@ -149,7 +158,7 @@ class Rosters:
                 return None
             return None, roster
 
-        write(prepare, partial(self._send, user_id), self._tries)
+        write(prepare, partial(self._send, key), self._tries)
         return replaces
 
     def revoke_all(self, roster: Roster, keep: str | None = None) -> Roster:
@@ -172,9 +181,9 @@ class Rosters:
     def _tries(self) -> Iterator[int]:
         return tries(self._settings.store_timeout, _lost, patient=True)
 
-    def _send(self, user_id: str, step: tuple[Record | None, Roster], _: int) -> None:
+    def _send(self, key: str, step: tuple[Record | None, Roster], _: int) -> None:
         there, roster = step
-        key, now = roster_key(user_id), self._now()
+        now = self._now()
         created, absolute = now, now + _LIFE
         if there is not None:
             created, absolute = there.created_at, there.absolute_expires_at
@@ -208,7 +217,13 @@ class Rosters:
 def roster_key(user_id: str) -> str:
     """The key of the user's roster. No session key ends with its last character."""
     digest = hashlib.sha256(b"flask-gsession roster " + user_id.encode()).digest()
-    return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + "_"
+    return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + _ENDING
+
+
+def is_roster(record: Record) -> bool:
+    """Whether this is a user's roster, even if its content can't be read."""
+    life = record.absolute_expires_at - record.created_at
+    return record.successor is None and record.key.endswith(_ENDING) and life == _LIFE
 
 
 def checked_user_id(user_id: object) -> str:

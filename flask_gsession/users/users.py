@@ -187,8 +187,9 @@ class Users:
         signed in by Flask-Login before this version, are bound. A roster that can be read stays as
         it is. ``user_id`` None: of all users. Goes through the whole store.
 
-        A roster that needs another encryption key, or a newer version, raises ``RosterUnreadable``.
-        With ``replace_foreign`` it counts as damaged: use that once no worker can read it.
+        A roster that needs another encryption key, or a newer version, raises ``RosterUnreadable``,
+        after the others were repaired. With ``replace_foreign`` it counts as damaged: use that once
+        no worker can read it. Its sessions end, unless they can be read.
         """
         only = None if user_id is None else checked_user_id(user_id)
         return rebuild(self._repository(), only, foreign=replace_foreign)

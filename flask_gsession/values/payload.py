@@ -25,6 +25,7 @@ refused, since an attacker with access to the store could extend its life.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any
 from zlib import crc32
 
@@ -224,8 +225,16 @@ class PayloadFormat:
         return self._bind(key, content, times)
 
     def unpack_other(self, key: str, payload: bytes, *times: int) -> bytes:
-        """The content of such a payload. Raises ``UnreadableRecord``."""
-        return bytes(self._unbind(key, payload, times))
+        """The content of such a payload. Raises ``UnreadableRecord``.
+
+        A damaged format number isn't taken for a newer format, which others may need.
+        """
+        try:
+            return bytes(self._unbind(key, payload, times))
+        except UnreadableRecord as error:
+            if error.reason == "newer format" and self._fits(key.encode("ascii"), payload, times):
+                raise UnreadableRecord("corrupt", "damaged format number") from None
+            raise
 
     def check_pointer(self, session_key: str, successor: str, payload: bytes, *times: int) -> None:
         """Raises ``UnreadableRecord`` unless it is a pointer from this key to ``successor``."""
@@ -270,6 +279,18 @@ class PayloadFormat:
         if len(header) == 2 and header[0] == 1:
             raise UnreadableRecord("corrupt", "format 1, of a version before the first release")
         raise UnreadableRecord("corrupt", "malformed payload")
+
+    def _fits(self, own: bytes, payload: bytes, times: tuple[int, ...]) -> bool:
+        """Whether all of it but the format number, which the checks cover, is of a known format."""
+        if payload[1:2] == b"\0":
+            body = memoryview(payload)[_BODY:]
+            return payload[2:_BODY] in [_check(own, body, number) for number in _FORMATS]
+        if payload[1:2] == b"\2" and self._cipher is not None:
+            for header in _SEALED_HEADERS:
+                with suppress(UnreadableRecord):
+                    self._cipher.open(payload[2:], own, header + _as_text(times))
+                    return True
+        return False
 
 
 def _size(values: Mapping[str, bytes]) -> int:

@@ -12,7 +12,7 @@ from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import DeviceRevoked
 from flask_gsession.users.rosters import roster_key
 from tests.cli.test_command import on_a_terminal
-from tests.harness.apps import Site, Visitor
+from tests.harness.apps import Site, SiteMaker, Visitor
 from tests.harness.console import Console
 
 
@@ -238,6 +238,25 @@ def test_damaged_lists_are_rebuilt(site: Site, console: Console) -> None:
     assert json.loads(console.done("users", "rebuild", "--json")) == {"entered": 1}
     assert console.done("users", "rebuild") == "0 sessions entered\n"
     assert [owner(visitor) for visitor in visitors] == ["ada", "ada", "bob"]
+
+
+def test_lists_whose_key_is_gone_are_replaced(site: Site, make_site: SiteMaker) -> None:
+    before = make_site(store=site.store, encryption_keys=["o" * 43])
+    signed_in(before)
+    without = Console(site.store, clock=site.clock)
+    assert "settings of your workers" in without.failed("users", "rebuild", "--replace-foreign")
+    console = Console(site.store, clock=site.clock, encryption_keys=["n" * 43])
+    later = make_site(store=site.store, encryption_keys=["n" * 43])
+    signed_in(later, "bob")
+    assert "rebuild --replace-foreign" in console.failed("users", "rebuild")
+    asked = console.run("users", "rebuild", "--replace-foreign")
+    assert "1 of 2 lists" in asked.stdout
+    assert asked.exit_code == 1
+    words = ("users", "rebuild", "--replace-foreign", "--yes")
+    assert console.done(*words) == "0 sessions entered\n"
+    site.clock.advance(60)
+    assert owner(signed_in(later)) == "ada"
+    assert console.done("users", "rebuild", "--replace-foreign") == "0 sessions entered\n"
 
 
 def test_the_list_on_a_terminal(sqlite_url: str) -> None:

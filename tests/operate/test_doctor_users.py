@@ -70,7 +70,16 @@ def test_a_list_of_a_newer_version(site: Site, monkeypatch: pytest.MonkeyPatch) 
     (finding,) = check_users(repository_of(site), (), binds_logins=False)
     assert finding[:3] == ("error", "rosters", "1 of 1: newer format")
     assert "update it" in finding.advice
-    assert "rebuild" not in finding.advice
+    assert finding.advice.endswith("users rebuild --replace-foreign")
+
+
+def test_a_list_whose_sessions_can_not_be_read_either(make_site: SiteMaker) -> None:
+    before = make_site(encryption_keys=["o" * 43])
+    signed_in(before)
+    site = make_site(store=before.store, encryption_keys=["n" * 43])
+    assert checked(site) == {("error", "rosters"): "1 of 1: unknown encryption key"}
+    signed_in(site, "bob")
+    assert checked(site) == {("error", "rosters"): "1 of 2: unknown encryption key"}
 
 
 def test_a_list_that_was_evicted(site: Site) -> None:

@@ -24,6 +24,8 @@ from flask_gsession.events import (
     SignInRejected,
     UserConfirmed,
 )
+from flask_gsession.moving.mark import mark_key
+from flask_gsession.stores.base import new_version
 from flask_gsession.users.rosters import roster_key
 from tests.harness.apps import Site, SiteMaker, Visitor
 
@@ -827,7 +829,7 @@ def test_an_interrupted_rotation_heals(site: Site) -> None:
 
 def damage(site: Site, payload: bytes = b"\2\0junk") -> None:
     record = site.store.store.load(roster_key("ada"))
-    site.store.store.save(record._replace(version=7, payload=payload), record.version)
+    site.store.store.save(record._replace(version=new_version(), payload=payload), record.version)
 
 
 def test_a_damaged_roster_fails_closed_and_is_rebuilt(site: Site, users: Any) -> None:
@@ -854,6 +856,23 @@ def owner_status(visitor: Visitor) -> Any:
     return owner(visitor)
 
 
+@pytest.mark.parametrize("keys", [None, ["k" * 43]])
+def test_a_damaged_format_number_is_damage(make_site: SiteMaker, keys: Any) -> None:
+    """A newer version would check it as well. So the repair needs no word of an admin."""
+    site = make_site(encryption_keys=keys)
+    visitor = signed_in(site)
+    record = site.store.store.load(roster_key("ada"))
+    assert record is not None
+    with site.app.app_context():
+        for bit in range(8):
+            damage(site, bytes((record.payload[0] ^ 1 << bit,)) + record.payload[1:])
+            with pytest.raises(RosterUnreadable, match="corrupt") as raised:
+                site.ext.users.devices("ada")
+            assert not raised.value.for_others
+        assert site.ext.users.rebuild() == 1
+        assert ids(site) == [device_id(visitor)]
+
+
 def test_a_lost_roster_signs_out_or_is_rebuilt(site: Site, users: Any) -> None:
     first, second = signed_in(site), signed_in(site)
     site.store.store.delete(roster_key("ada"))
@@ -871,7 +890,7 @@ def test_rebuilding_beside_a_sign_in_and_a_revocation(site: Site, users: Any) ->
     for beside, left in ((lambda: late.append(signed_in(site)), 2), (None, 0)):
         site.store.store.delete(roster_key("ada"))
         act = beside or (lambda: users.revoke_all("ada"))
-        steps = [*[lambda: None] * 3, act]  # it has looked for a roster, and there was none
+        steps = [lambda: None, act]  # it has looked for a roster, and there was none
         site.before_each("load", *steps)
         users.rebuild("ada")
         assert len(users.devices("ada")) == left
@@ -891,25 +910,38 @@ def test_rebuilding_leaves_intact_rosters(site: Site, users: Any) -> None:
     assert ids(site) == []
 
 
-def test_a_roster_whose_encryption_key_is_gone_is_replaced_on_demand(
-    make_site: SiteMaker,
-) -> None:
+def test_rosters_whose_encryption_key_is_gone_are_replaced_on_demand(make_site: SiteMaker) -> None:
     old, new = "o" * 43, "n" * 43
     before = make_site(encryption_keys=[old])
     kept, gone = signed_in(before), signed_in(before)
+    signed_in(before, "bob")
+    mark = mark_key("cookie", "an old session")  # of a take-over; its key is like a roster's
+    repository = before.app.extensions["gsession"][before.ext].repository
+    repository.create(repository.draft_other(mark, b"x", repository.latest_end()))
     both = make_site(store=before.store, encryption_keys=[new, old])
     visitor = both.visitor(kept.cookie)
     visitor.run(lambda session: session.update(a=1))  # under the new key, the roster is not
     site = make_site(store=before.store, encryption_keys=[new])
-    assert site.visitor().ask(lambda session: session.bind("ada")).status_code == 503
+    eve = signed_in(site, "eve")
+    for user in ("ada", "bob"):
+        assert site.visitor().ask(lambda session, user=user: session.bind(user)).status_code == 503
+    damaged = site.store.store.load(roster_key("eve"))
+    assert damaged is not None
+    site.store.store.save(damaged._replace(version=7, payload=b"\2\0junk"), damaged.version)
     with site.app.app_context():
-        with pytest.raises(RosterUnreadable, match="replace_foreign"):
-            site.ext.users.rebuild("ada")
-        assert site.ext.users.rebuild("ada", replace_foreign=True) == 1
+        for user in ("ada", None):
+            with pytest.raises(RosterUnreadable, match="replace_foreign"):
+                site.ext.users.rebuild(user)
+        assert ids(site, "eve") == [device_id(eve)], "repaired all the same"
+        assert site.ext.users.rebuild(replace_foreign=True) == 1
+        assert site.ext.users.rebuild(replace_foreign=True) == 0
+    assert site.store.store.load(mark) is not None
     site.clock.advance(301)
     assert owner(site.visitor(visitor.cookie)) == "ada"
     assert owner(site.visitor(gone.cookie)) is None
     assert len({*ids(site), device_id(signed_in(site))}) == 2
+    assert device_id(signed_in(site, "bob")) in ids(site, "bob"), "of no session that can be read"
+    assert owner(eve) == "eve"
 
 
 def test_two_repairs_of_one_roster_at_once(site: Site, users: Any) -> None:
