@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from flask import Flask, current_app, has_request_context, request
 from flask import session as flask_session
@@ -30,6 +30,10 @@ from .stores.wrappers import Breaker, Near, compose
 from .users.users import Users
 from .watching.audit import write_audit_log
 from .watching.debug import prepare
+
+if TYPE_CHECKING:
+    from .live.hints import Hints
+    from .live.live import Live
 
 NAME = "gsession"
 DEFAULT_STORE = "sqlite:///gsession.sqlite3"
@@ -178,6 +182,13 @@ class Session:
         """The users of the current application and their devices, and how to sign them out."""
         return Users(lambda: self._interface(None).repository, self._session_here)
 
+    @cached_property
+    def live(self) -> Live:
+        """Live hints: that sessions ended, and that values or devices changed."""
+        from .live.live import Live  # most applications don't need it
+
+        return Live(self._hints)
+
     def store(self, app: Flask | None = None) -> Store:
         """The store of ``app``, or of the current application."""
         return self._interface(app).store
@@ -202,6 +213,8 @@ class Session:
     def close(self, app: Flask | None = None) -> None:
         """Release the store's connections, unless you passed in the store object."""
         interface = self._interface(app)
+        if interface.hints is not None:
+            interface.hints.close()
         if interface.owns_store:
             interface.store.close()
         if interface.repository.imports is not None:
@@ -213,6 +226,16 @@ class Session:
         if self not in interfaces:
             raise SettingError("This Session is not on the application: call init_app first")
         return interfaces[self]
+
+    def _hints(self) -> Hints:
+        interface = self._interface(None)
+        if interface.hints is None:
+            from .live.hints import Hints
+
+            made = Hints(interface.repository)
+            # In one step, since several threads may come by at the same time.
+            interface.hints = vars(interface).setdefault("_made_hints", made)
+        return interface.hints
 
     def _session_here(self) -> SessionData | None:
         """The session of this ``Session`` in the current request; None outside a request."""

@@ -6,7 +6,7 @@ import math
 import re
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response, has_request_context, request
 from flask.globals import request_ctx
@@ -39,6 +39,9 @@ from .stores.base import Record, Store
 from .streams import can_read_session
 from .tokens import TokenSigner
 from .watching.debug import begin, report
+
+if TYPE_CHECKING:
+    from .live.hints import Hints
 
 #: The request's attribute for sessions of the application's further ``Session`` objects. It isn't
 #: in the environment, which an application may pass on to another.
@@ -76,6 +79,8 @@ class GSessionInterface(SessionInterface):
         self.repository = repository
         self.store = store
         self.owns_store = owns_store
+        #: what watches sessions and users, from the first use of ``ext.live``
+        self.hints: Hints | None = None
         #: whether the application has further ``Session`` objects
         self.has_further = False
         self._live = repository.live

@@ -36,6 +36,7 @@ from flask_gsession.testing import StoreContract
 from flask_gsession.tokens import session_key
 from flask_gsession.typed import SessionKey
 from flask_gsession.values.merge import POLICIES
+from tests.harness.apps import until
 from tests.harness.servers import RedisServer
 
 ROOT = Path(__file__).parent.parent
@@ -473,6 +474,34 @@ def test_audit_log(run: Run, tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines] == ["signed_in", "revoked"]
     assert f'device_id="{device.id}"' in lines[1]
     assert 'reason="reported as stolen" by="ada"' in lines[1]
+
+
+def test_live_updates(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    names = run("docs/how-to/live-updates.md")
+    caplog.set_level(logging.INFO)
+    client = visitor(names.app)
+    assert "/live/live.js" in client.get("/").text
+    client.post("/cart/mug")
+    before = client.get("/live/state").json["keys"]
+    stream = client.get("/live/stream", environ_overrides={"wsgi.multithread": True})
+    client.post("/cart/pen")
+    assert client.get("/live/state").json["keys"].keys() == before.keys() == {"cart"}
+    until(lambda: "changed: ['cart']" in caplog.text)
+    stream.close()
+
+
+def test_sockets(run: Run) -> None:
+    names = run("docs/how-to/sockets.md")
+    client = visitor(names.app)
+    assert not names.socketio.test_client(names.app, flask_test_client=client).is_connected()
+    with client.session_transaction() as session:
+        session.bind("ada")
+    socket = names.socketio.test_client(names.app, flask_test_client=client)
+    names.order_sent("ada", 7)
+    assert {"name": "order sent", "args": [7], "namespace": "/"} in socket.get_received()
+    with client.session_transaction() as session:
+        session.destroy()
+    until(lambda: not socket.is_connected())
 
 
 def test_counters_and_carts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,7 @@ PLACES = {
     "flask_debugtoolbar": "contrib",
     "ua_parser": "users.labels",
     "flask_security": "contrib",
+    "flask_socketio": "contrib",
 }
 
 

@@ -44,6 +44,11 @@ class Settings:
     breaker_pause: float = 1.0
     near_cache: float = 0.0
     near_cache_bytes: int = 64 * 1024 * 1024
+    live_streams: int | None = None
+    live_user_streams: int = 10
+    live_heartbeat: float = 15.0
+    live_stream_life: float = 300.0
+    live_poll: float = 5.0
     logout_replicas: int = 0
     on_store_error: str = "fail"
     max_bytes: int = 1024 * 1024
@@ -149,6 +154,11 @@ class SettingKeywords(TypedDict, total=False):
     breaker_pause: Seconds
     near_cache: Seconds
     near_cache_bytes: int
+    live_streams: int | None
+    live_user_streams: int
+    live_heartbeat: Seconds
+    live_stream_life: Seconds
+    live_poll: Seconds
     logout_replicas: int
     on_store_error: Literal["fail", "keep-response"]
     max_bytes: int

@@ -16,6 +16,7 @@ from flask import Flask, Response, abort
 
 from flask_gsession import Session, session, session_lock
 from flask_gsession.operate.cleanup import CleanupWorker
+from flask_gsession.pages.live import live_blueprint
 
 Answer = dict[str, Any]
 
@@ -33,6 +34,7 @@ def create_app() -> Flask:
     app.config["SESSION_STORE_TIMEOUT"] = 20
     app.config.update(SESSION_LOCK_WAIT=60, SESSION_LOCK_TIMEOUT=60, SESSION_LOCK_WARN=None)
     Session(app)
+    app.register_blueprint(live_blueprint(keys=["count"]))
 
     @app.after_request
     def _name_the_worker(response: Response) -> Response:

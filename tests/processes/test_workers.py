@@ -3,6 +3,8 @@
 Nothing here measures time. What the machine is slow at takes longer; what is wrong stays wrong.
 """
 
+import http.client
+import json
 import random
 import secrets
 import sqlite3
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pytest
 from pymongo import MongoClient
@@ -255,7 +257,9 @@ def test_the_default_store_is_a_file_for_all_workers(default_server: Gunicorn) -
         server.reload()
         return []
 
-    made = in_parallel(*(lambda t=t: work(t) for t in range(THREADS)), reload)
+    with Stream(server.port, shared) as stream:  # a worker that is to end doesn't wait for it
+        made = in_parallel(*(lambda t=t: work(t) for t in range(THREADS)), reload)
+        assert stream.response.read().endswith(b"\n\n")
     assert server.get("/all", shared).body["count"] == THREADS * 25
     for thread, cookies in enumerate(made):
         for number, cookie in enumerate(cookies):
@@ -263,3 +267,51 @@ def test_the_default_store_is_a_file_for_all_workers(default_server: Gunicorn) -
     must_stop_cleanly(server)
     for file in path.parent.glob("gsession.sqlite3*"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_page_hears_of_changes_in_any_worker(server: Gunicorn) -> None:
+    cookie = server.log_in("alice")
+    first = server.get("/live/state", cookie).body
+    with Stream(server.port, cookie) as stream:
+        if not first["stream"]:  # a worker with one thread: the page polls
+            assert stream.response.status == 501
+        else:
+            assert stream.response.status == 200
+            assert stream.state() == {"who": "", "keys": {}}
+            server.post("/count", cookie)
+            assert stream.state()["keys"].keys() == {"count"}
+    server.post("/count", cookie)
+    second = server.get("/live/state", cookie).body
+    assert first["keys"].keys() != second["keys"].keys() == {"count"}
+    with Stream(server.port, cookie) as stream:
+        server.post("/logout", cookie)
+        if first["stream"]:
+            while stream.state()["who"] is not None:
+                pass
+            assert stream.response.read().strip() == b""
+    assert server.get("/live/state", cookie).body["who"] is None
+
+
+class Stream:
+    """A stream of live updates, as a browser opens it. A context manager."""
+
+    def __init__(self, port: int, cookie: str) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+        self._connection.request("GET", "/live/stream", headers={"Cookie": f"session={cookie}"})
+        self.response = self._connection.getresponse()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.response.close()
+        self._connection.close()
+
+    def state(self) -> dict[str, Any]:
+        """The next state."""
+        line = b""
+        while not line.startswith(b"data: "):
+            line = self.response.readline()
+            assert line, "the stream ended"
+        state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+        return state

@@ -1,0 +1,390 @@
+"""Notices that watched sessions and users changed, and compares what there is with what there was.
+
+The store's listener says which records may have changed. One thread loads those that are watched
+here, and compares versions, so a hint that was missed, or came twice, does no harm. It also looks
+without a hint: at each heartbeat, and every few seconds while nothing is heard.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from msgspec.structs import replace
+
+from ..errors import StoreUnavailable, UnreadableRecord
+from ..events import logger
+from ..processes import process
+from ..repository.repository import Loaded, Repository
+from ..stores.base import MAX_POINTERS, Record
+from ..stores.parts import Changes, Feed, Hearer, parts_of
+from ..users.roster import EMPTY
+from ..users.rosters import roster_key
+from .messages import Message, messages_key, read_messages
+from .servers import is_ending
+from .states import Digests, SessionState, State, UserState
+
+POLL = 3.0  # seconds between two looks while no changes are heard
+_TICK = 1.0  # seconds between two looks at the clock and the listener
+_SOON = 0.05  # the same while the listener connects
+_CONNECTS = 2.0  # seconds that the listener has for that
+_LINGERS = 5.0  # seconds that the thread stays without a watch
+_REST = 9.0  # times as long as a look at everything took, until the next one
+
+Notify = Callable[["Watch", State, State], object]
+
+
+class Watch:
+    """A session with its user, or a user alone, that somebody in this process watches.
+
+    ``notify(watch, before, after)`` is called in the thread of the hints; be quick. ``is_over`` is
+    called once in a while: the watch is closed if it returns true. ``state``: what was seen last.
+    """
+
+    __slots__ = (
+        *("_hints", "_lock", "checked", "handle", "is_over", "keys", "notify", "state"),
+        "user_id",
+    )
+
+    def __init__(
+        self,
+        hints: Hints,
+        handle: str | None,
+        user_id: str | None,
+        notify: Notify,
+        is_over: Callable[[], bool] = bool,
+    ) -> None:
+        self._hints = hints
+        self.is_over = is_over
+        self._lock = threading.Lock()
+        self.handle = handle
+        self.user_id = user_id
+        self.notify = notify
+        self.state = State()
+        #: the records that it depends on
+        self.keys: tuple[str, ...] = ()
+        self.checked = 0.0  # of time.monotonic
+
+    def close(self) -> None:
+        """Stop watching. Any thread may call this, and more than once."""
+        self._hints.forget(self)
+
+
+class _Ear(Hearer):
+    """Notes which watched records changed. Refers to no store."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin without watches, as after a fork."""
+        self.lock = threading.RLock()  # a signal handler may write to a session
+        self.watches: dict[str, dict[Watch, None]] = {}  # by the key of a record
+        self.heard: set[str] = set()
+        self.missed = False
+        self.woken = threading.Event()
+
+    def changed(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key in self.watches:
+                with self.lock:
+                    self.heard.add(key)
+                self.woken.set()
+
+    def lost(self) -> None:
+        self.missed = True
+        self.woken.set()
+
+    def take(self) -> set[str]:
+        with self.lock:
+            heard, self.heard = self.heard, set()
+        return heard
+
+
+class Hints:
+    """The watches of one application in this process. The thread starts with the first one.
+
+    When the process is about to end, all watches are notified once.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+        self.digests = Digests(repository)
+        self.heartbeat = repository.settings.live_heartbeat
+        self._ear = _Ear()
+        self._is_heard = False
+        self._start()
+        process.register(self._start)
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may close a watch
+        self._ear.start()
+        self._watches: dict[Watch, None] = {}
+        self._thread: threading.Thread | None = None
+        self._feeds: dict[str, Feed | None] = {}
+        self._rest_until = self._began = 0.0  # of time.monotonic
+        #: whether this process is about to end
+        self.ending = False
+
+    # -- for those who watch
+
+    def watch(
+        self,
+        handle: str | None,
+        user_id: str | None,
+        notify: Notify,
+        is_over: Callable[[], bool] = bool,
+    ) -> Watch:
+        """Watch a session with its user, or a user, from now on; ``state`` is what there is now.
+
+        Two to four round trips. Raises ``StoreUnavailable``.
+        """
+        process.notice()
+        watch = Watch(self, handle, user_id, notify, is_over)
+        with self._lock:
+            self._watches[watch] = None
+        try:
+            self._begin()
+            self._look(watch, None, {})
+        except BaseException:
+            self.forget(watch)
+            raise
+        return watch
+
+    def look_from(self, loaded: Loaded) -> State:
+        """The state of a session that was just loaded. Two round trips if it has a user."""
+        process.notice()
+        watch = Watch(self, loaded.record.key, None, lambda *_: None)
+        return self._state_of(watch, None, {loaded.record.key: loaded.record})
+
+    def forget(self, watch: Watch) -> None:
+        """See ``Watch.close``."""
+        with self._lock:
+            self._watches.pop(watch, None)
+            self._listen(watch, ())
+
+    def watches(self) -> list[Watch]:
+        with self._lock:
+            return list(self._watches)
+
+    def close(self) -> None:
+        """End the thread and all watches."""
+        process.notice()
+        with self._lock:
+            for watch in self.watches():
+                self.forget(watch)
+            thread, self._thread = self._thread, None
+            self._ear.woken.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_TICK)
+        with self._lock:
+            self._hear(False)
+
+    # -- the thread
+
+    def _changes(self) -> Changes | None:
+        return parts_of(self.repository.store).changes
+
+    def _hear(self, wanted: bool) -> None:
+        changes = self._changes()
+        if changes is None:
+            return
+        if wanted and not self._is_heard:
+            changes.hear(self._ear)
+        elif self._is_heard and not wanted:
+            changes.leave(self._ear)
+        self._is_heard = wanted
+        if wanted:
+            changes.start()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._thread is not None:
+                return
+            self._hear(True)
+            self._began = time.monotonic()
+            thread = threading.Thread(target=self._run, name="gsession-live", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system can't start a thread
+                raise StoreUnavailable(f"live hints need a thread: {error}") from error
+            self._thread = thread
+
+    def _run(self) -> None:
+        ear, idle_since = self._ear, None
+        while True:
+            ear.woken.wait(self._pause())
+            ear.woken.clear()
+            now = time.monotonic()
+            with self._lock:
+                if self._thread is not threading.current_thread():
+                    return
+                if self._watches:
+                    idle_since = None
+                elif idle_since is None:
+                    idle_since = now
+                elif now - idle_since > _LINGERS:
+                    self._thread = None
+                    self._hear(False)
+                    return
+            try:
+                self._round(now)
+            except Exception:
+                logger.exception("Live hints failed, and go on")
+                time.sleep(_TICK)
+
+    def _pause(self) -> float:
+        wait = _TICK
+        if time.monotonic() - self._began < _CONNECTS and not all(self._feeds.values() or [None]):
+            wait = _SOON
+        if self._ear.missed:
+            wait = min(wait, max(0.001, self._rest_until - time.monotonic()))
+        return wait
+
+    def _round(self, now: float) -> None:
+        """Look at what may have changed."""
+        if not self.ending and is_ending():
+            self.ending = True
+            for watch in self.watches():
+                _call(watch, watch.state, watch.state)
+        heard = self._ear.take()
+        heard |= self._heard_differently()
+        everything = self._ear.missed and now >= self._rest_until
+        if everything:
+            self._ear.missed = False
+        milliseconds = self.repository.now()
+        loads: dict[str, Record | None] = {}
+        for watch in self.watches():
+            session = watch.state.session
+            due = (
+                everything
+                or now - watch.checked >= (self.heartbeat if self._hears(watch) else POLL)
+                or (session is not None and milliseconds >= session.ends)
+            )
+            if due and watch.is_over():
+                watch.close()
+                continue
+            dirty = None if due else heard.intersection(watch.keys)
+            if dirty is None or dirty:
+                try:
+                    self._look(watch, dirty, loads)
+                except StoreUnavailable:
+                    watch.checked = now - self.heartbeat + _TICK  # soon again
+        if everything:
+            self._rest_until = time.monotonic() + _REST * (time.monotonic() - now)
+
+    def _heard_differently(self) -> set[str]:
+        """The records whose changes are heard by another connection now: some may be missing."""
+        changes = self._changes()
+        if changes is None:
+            return set()
+        feeds = {key: changes.feed(key) for key in list(self._ear.watches)}
+        before, self._feeds = self._feeds, feeds
+        return {key for key, feed in feeds.items() if feed is not before.get(key)}
+
+    def _hears(self, watch: Watch) -> bool:
+        return all(self._feeds.get(key) is not None for key in watch.keys)
+
+    # -- one watch
+
+    def _look(self, watch: Watch, dirty: set[str] | None, loads: dict[str, Record | None]) -> None:
+        """Load what may have changed (None: everything), compare, and notify."""
+        with watch._lock:
+            before = watch.state
+            after = self._state_of(watch, dirty, loads)
+            watch.state, watch.checked = after, time.monotonic()
+        if after != before:
+            _call(watch, before, after)
+
+    def _state_of(
+        self, watch: Watch, dirty: set[str] | None, loads: dict[str, Record | None]
+    ) -> State:
+        session, user, user_id = watch.state.session, watch.state.user, watch.user_id
+        if watch.handle is not None:
+            if session is None or dirty is None or session.handle in dirty:
+                session = self._session(watch, session, loads)
+            user_id = None if session is None else session.user_id
+        if user_id is None:
+            self._listen(watch, watch.keys[:1])
+            return State(session)
+        if user is not None and user.user_id != user_id:
+            user = None
+        keys = roster_key(user_id), messages_key(user_id)
+        self._listen(watch, (*watch.keys[:1], *keys) if watch.handle is not None else keys)
+        if user is None:
+            user, dirty = UserState(user_id, "", {}), None
+        if dirty is None or keys[0] in dirty:
+            user = replace(user, devices=self._devices(user_id, loads))
+        if dirty is None or keys[1] in dirty:
+            user = replace(user, messages=self._messages(keys[1], loads))
+        return State(session, user)
+
+    def _session(
+        self, watch: Watch, before: SessionState | None, loads: dict[str, Record | None]
+    ) -> SessionState | None:
+        """The session now, followed through rotations within their grace."""
+        repository = self.repository
+        key = watch.handle if before is None else before.handle
+        assert key is not None
+        for _ in range(MAX_POINTERS):
+            self._listen(watch, (key, *watch.keys[1:]))  # first: a change may come meanwhile
+            try:
+                record = self._load(key, loads)
+                if record is None or repository.now() >= record.idle_expires_at:
+                    return None
+                body = repository.read(key, record)
+            except UnreadableRecord as error:
+                # Workers of another version, or with other keys, may be able to read it.
+                return before if error.for_others else None
+            if body is not None:
+                created, ends = record.created_at, record.idle_expires_at
+                return self.digests.of_session(key, created, ends, body, repository.now())
+            key = record.successor or ""
+        return None
+
+    def _load(self, key: str, loads: dict[str, Record | None]) -> Record | None:
+        if key not in loads:
+            loads[key] = self.repository.store.load(key)
+        return loads[key]
+
+    def _devices(self, user_id: str, loads: dict[str, Record | None]) -> str:
+        repository = self.repository
+        try:
+            record, roster = self._load(roster_key(user_id), loads), EMPTY
+            if record is not None and repository.now() < record.idle_expires_at:
+                roster = repository.rosters.read(record)
+        except UnreadableRecord:
+            return ""
+        return self.digests.of_devices(user_id, roster.without_expired(repository.now()))
+
+    def _messages(self, key: str, loads: dict[str, Record | None]) -> tuple[Message, ...]:
+        try:
+            return read_messages(self.repository, self._load(key, loads))
+        except UnreadableRecord:
+            return ()
+
+    def _listen(self, watch: Watch, keys: tuple[str, ...]) -> None:
+        """Let the watch depend on these records."""
+        if keys == watch.keys:
+            return
+        with self._lock:
+            if keys and watch not in self._watches:
+                return  # it was closed meanwhile, or only looks
+            by_key = self._ear.watches
+            for key in set(watch.keys) - set(keys):
+                those = by_key.get(key, {})
+                those.pop(watch, None)
+                if not those:
+                    by_key.pop(key, None)
+            for key in keys:
+                by_key.setdefault(key, {})[watch] = None
+            watch.keys = keys
+
+
+def _call(watch: Watch, before: State, after: State) -> Any:
+    try:
+        watch.notify(watch, before, after)
+    except Exception:
+        logger.exception("A receiver of live hints failed")

@@ -1,0 +1,185 @@
+"""Server-sent events: a stream to one browser, and how many streams there may be."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ..processes import process
+from .hints import Notify, Watch
+from .messages import Message
+from .states import State
+
+_RETRY = (200, 2000)  # milliseconds until a browser reconnects
+_JITTER = 0.2  # of a stream's lifetime, so that not all reconnect at once
+#: sent while nothing happens, to find clients that are gone
+HEARTBEAT = b":\n\n"
+
+Show = Callable[[State], dict[str, Any]]
+
+
+class Full(Exception):
+    """There are too many streams. ``of_user``: of this user; otherwise, of this process."""
+
+    def __init__(self, of_user: bool) -> None:
+        super().__init__()
+        self.of_user = of_user
+
+
+class Slots:
+    """Counts the streams of this process."""
+
+    def __init__(self) -> None:
+        self._start()
+        process.register(self._start)
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may end a stream
+        self._streams = 0
+        self._of_users: Counter[str] = Counter()
+
+    def take(self, who: str, most: int, most_of_user: int) -> None:
+        """Count a stream of ``who``. Raises ``Full``."""
+        process.notice()
+        with self._lock:
+            if self._of_users[who] >= most_of_user:
+                raise Full(of_user=True)
+            if self._streams >= most:
+                raise Full(of_user=False)
+            self._streams += 1
+            self._of_users[who] += 1
+
+    def free(self, who: str) -> None:
+        """Count one less."""
+        process.notice()
+        with self._lock:
+            if self._of_users[who] > 0:  # else it was taken before a fork
+                self._streams -= 1
+                self._of_users[who] -= 1
+            if not self._of_users[who]:
+                del self._of_users[who]
+
+    def figures(self) -> tuple[int, dict[str, int]]:
+        """How many streams there are, and how many of each ``who``."""
+        with self._lock:
+            return self._streams, dict(self._of_users)
+
+
+#: All applications of a process share its threads.
+slots = Slots()
+
+
+class Limits(NamedTuple):
+    """Of streams in this process: all together, and those of ``who``."""
+
+    who: str
+    most: int
+    most_of_user: int
+
+
+class Stream(Iterator[bytes]):
+    """The body of a response: what ``show`` makes of the state, whenever that changes.
+
+    It ends with the session, if its token is rotated, after ``life`` seconds or so, and when the
+    process is about to end. ``after``: the last message that the browser got; None: none yet.
+    Raises ``Full`` and ``StoreUnavailable``.
+    """
+
+    def __init__(
+        self,
+        watch: Callable[[Notify], Watch],
+        show: Show,
+        limits: Limits,
+        *,
+        heartbeat: float,
+        life: float,
+        after: int | None,
+        is_over: Callable[[], bool],
+    ) -> None:
+        self._who: str | None = None
+        self._watch: Watch | None = None
+        slots.take(*limits)
+        self._who = limits.who
+        self._show = show
+        self._heartbeat = heartbeat
+        self._is_over = is_over
+        self._until = time.monotonic() + life * random.uniform(1 - _JITTER, 1)
+        self._sent = b""
+        self._last = after
+        # The watch must not refer to the stream, which is closed when nobody refers to it.
+        woken = self._woken = threading.Event()
+        try:
+            self._watch = watch(lambda *_: woken.set())
+        except BaseException:
+            self.close()
+            raise
+        session = self._watch.state.session
+        self._handle = None if session is None else session.handle
+        self._ended = False
+
+    def __next__(self) -> bytes:
+        while self._watch is not None and not self._ended:
+            if not self._sent:
+                retry = b"retry: %d\n" % random.randint(*_RETRY)
+                return retry + self._events(self._watch.state)
+            wait = min(self._heartbeat, self._until - time.monotonic())
+            woken = wait > 0 and self._woken.wait(wait)
+            self._woken.clear()  # before the state is read
+            if self._is_over() or time.monotonic() >= self._until:
+                break
+            events = self._events(self._watch.state)
+            if events or not woken:
+                return events or HEARTBEAT
+        self.close()
+        raise StopIteration
+
+    def _events(self, state: State) -> bytes:
+        session = state.session
+        if session is not None and session.handle != self._handle:
+            self._ended = True  # it was rotated: the browser comes again, with its new token
+            return b""
+        self._ended = session is None
+        messages = () if state.user is None else state.user.messages
+        if self._last is None:
+            self._last = last_of(messages)
+        text = json.dumps(self._show(state), separators=(",", ":")).encode()
+        parts = []
+        if text != self._sent:
+            self._sent = text
+            parts.append(b"event: state\nid: %d\ndata: %b\n\n" % (self._last, text))
+        for message in newer(messages, self._last):
+            self._last = message.id
+            parts.append(b"event: message\nid: %d\ndata: %b\n\n" % (message.id, as_json(message)))
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Release the watch and the slot. Servers call this at the end of a response."""
+        who, self._who = self._who, None
+        if who is not None:
+            if self._watch is not None:
+                self._watch.close()
+            slots.free(who)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def last_of(messages: tuple[Message, ...]) -> int:
+    """The id of the last message; 0 without messages."""
+    return messages[-1].id if messages else 0
+
+
+def newer(messages: tuple[Message, ...], after: int) -> list[Message]:
+    """The messages that came after that one."""
+    return [message for message in messages if message.id > after]
+
+
+def as_json(message: Message) -> bytes:
+    """What a page gets of a message."""
+    head = json.dumps({"id": message.id, "name": message.name})[:-1].encode()
+    return b'%b, "data": %b}' % (head, message.data)

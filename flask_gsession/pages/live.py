@@ -1,0 +1,191 @@
+"""Live updates for browsers: a stream of server-sent events, a page to poll, and the script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flask import Blueprint, Response, abort, current_app, jsonify, request, send_from_directory
+
+from ..config import Settings
+from ..errors import SettingError
+from ..extension import NAME, Session
+from ..interface import GSessionInterface, session_of_request
+from ..live.servers import threads
+from ..live.states import Digests, State, Versions
+from ..live.streams import Full, Limits, Stream, as_json, last_of, newer
+from ..processes import warn_without_threads
+from ..repository.repository import Loaded
+from ..request.session import SessionData, existing_lifecycle
+from ..sharing.verify import find_presented
+from ..tokens import session_key
+
+_STATIC = Path(__file__).parent / "static"
+_SCRIPT_AGE = 3600  # seconds that browsers keep the script without a request
+_COME_AGAIN = 30  # seconds after a refusal, for Retry-After
+_LONGEST = 20  # digits
+
+
+def live_blueprint(
+    ext: Session | None = None,
+    *,
+    keys: Iterable[str] = (),
+    user_keys: Iterable[str] = (),
+    url_prefix: str = "/live",
+) -> Blueprint:
+    """A blueprint with the pages ``stream``, ``state`` and ``live.js`` under ``url_prefix``.
+
+    ``keys``: the keys of the session that pages may hear of; ``user_keys``: those of a user's
+    values. Pages get versions, and never values. Without keys they hear of ends, sign-ins, devices
+    and messages. ``ext``: whose sessions; by default, of the application's first ``Session``.
+
+    Requests don't count as use of the session. ``state`` costs one round trip, two more for a user.
+    """
+    shown_keys, shown_user_keys = _names(keys), _names(user_keys)
+    blueprint = Blueprint("gsession_live", __name__, url_prefix=url_prefix)
+    blueprint.record_once(
+        lambda _: warn_without_threads("browsers can't have streams, so they poll")
+    )
+
+    def show(digests: Digests, state: State) -> dict[str, Any]:
+        session, user = state.session, state.user
+        if session is None:
+            return {"who": None}
+        who = "" if session.user_id is None else digests.of(b"who", session.user_id.encode())
+        shown: dict[str, Any] = {"who": who, "keys": _some(session.keys, shown_keys)}
+        if user is not None:
+            shown |= {"user": _some(user.keys, shown_user_keys), "devices": user.devices}
+        return shown
+
+    @blueprint.get("/stream")
+    def stream() -> Response:
+        own, interface = _begin(ext)
+        settings, hints = interface.repository.settings, own.live.hints()
+        most = _most_streams(settings)
+        if not most:
+            _refuse(501, "This worker can't stream, since it has no thread to spare: poll instead")
+        loaded = _presented(interface)
+        if loaded is None:
+            _refuse(401, "There is no session")
+        owner, life = loaded.body.owner, settings.live_stream_life
+        if loaded.record.key != _presented_key(interface):
+            life = settings.rotation_grace  # the old token is valid no longer than that
+        who = loaded.record.key if owner is None else f"user {owner.user_id}"
+        try:
+            body = Stream(
+                partial(own.live.subscribe, loaded.record.key, None),
+                partial(show, hints.digests),
+                Limits(who, most, settings.live_user_streams),
+                heartbeat=settings.live_heartbeat,
+                life=life,
+                after=_after(request.headers.get("Last-Event-ID") or request.args.get("after")),
+                is_over=lambda: hints.ending,
+            )
+        except Full as full:
+            if full.of_user:
+                _refuse(429, "There are too many streams of this user: poll instead")
+            _refuse(503, "This worker has as many streams as it can: poll instead")
+        response = Response(body, mimetype="text/event-stream", direct_passthrough=True)
+        response.headers["Cache-Control"] = "no-store"
+        response.headers["X-Accel-Buffering"] = "no"  # nginx would keep events back
+        response.vary.add("Cookie")
+        return response
+
+    @blueprint.get("/state")
+    def state() -> Response:
+        own, interface = _begin(ext)
+        settings, hints = interface.repository.settings, own.live.hints()
+        loaded = _presented(interface)
+        found = State() if loaded is None else hints.look_from(loaded)
+        messages = () if found.user is None else found.user.messages
+        after = _after(request.args.get("after"))
+        last = last_of(messages)
+        response = jsonify(
+            show(hints.digests, found)
+            | {
+                "last": last,
+                "messages": [
+                    json.loads(as_json(message))
+                    for message in newer(messages, last if after is None else after)
+                ],
+                "stream": _most_streams(settings) > 0,
+                "every": settings.live_poll,
+            }
+        )
+        response.headers["Cache-Control"] = "private, no-cache"
+        response.vary.add("Cookie")
+        response.add_etag()
+        response.make_conditional(request)
+        return response
+
+    @blueprint.get("/live.js")
+    def script() -> Response:
+        return send_from_directory(_STATIC, "live.js", max_age=_SCRIPT_AGE)
+
+    return blueprint
+
+
+def _begin(ext: Session | None) -> tuple[Session, GSessionInterface]:
+    """The sessions of this request, which must come from a page of the same origin.
+
+    A hook of the application may have looked at the session: that doesn't count as use either.
+    """
+    interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
+    own = next(iter(interfaces), None) if ext is None else ext
+    if own not in interfaces:
+        raise SettingError("live_blueprint is for an application with a Session")
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if site is None and origin is not None:
+        site = "same-origin" if origin == request.host_url.rstrip("/") else "other"
+    if site not in (None, "same-origin"):
+        _refuse(403, "Only pages of the same origin may ask")
+    opened = session_of_request()
+    life = existing_lifecycle(opened) if isinstance(opened, SessionData) else None
+    if life is not None:
+        life.renews = False
+    return own, interfaces[own]
+
+
+def _presented(interface: GSessionInterface) -> Loaded | None:
+    app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    return find_presented(interface, app, request.environ.get("HTTP_COOKIE", ""))
+
+
+def _presented_key(interface: GSessionInterface) -> str | None:
+    app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    checked = interface._present(app, request).checked
+    return None if checked is None or checked.token is None else session_key(checked.token)
+
+
+def _most_streams(settings: Settings) -> int:
+    """How many streams this process may have; 0: it can't stream."""
+    half = threads(request.environ) // 2
+    return half if settings.live_streams is None or not half else settings.live_streams
+
+
+def _refuse(status: int, error: str) -> NoReturn:
+    response = jsonify(error=error)
+    response.status_code = status
+    response.headers["Cache-Control"] = "no-store"
+    if status in (429, 503):
+        response.headers["Retry-After"] = str(_COME_AGAIN)
+    abort(response)
+
+
+def _after(text: str | None) -> int | None:
+    """The number of a message in a request."""
+    return int(text) if text and text.isdecimal() and len(text) <= _LONGEST else None
+
+
+def _names(keys: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(keys)
+    if isinstance(keys, str) or any(not isinstance(name, str) for name in names):
+        raise SettingError("keys and user_keys are lists of names, as in keys=['cart']")
+    return names
+
+
+def _some(versions: Versions, names: tuple[str, ...]) -> dict[str, str]:
+    return {name: versions[name] for name in names if name in versions}
