@@ -269,6 +269,21 @@ class StoreUnavailable(StoreError, ServiceUnavailable):
         return self.detail
 
 
+class CutOff(StoreUnavailable):
+    """An edge node that can't reach its centre can't do this alone (HTTP 503).
+
+    ``detail`` says what it is, and what to do. The centre was not asked.
+    """
+
+    description = (
+        "This site has no connection to its centre at the moment, and can't do this without it. "
+        "Try again later."
+    )
+
+    def __init__(self, detail: str, retry_after: int = 5) -> None:
+        super().__init__(detail, retry_after, asked=False)
+
+
 class LogoutUnconfirmed(StoreUnavailable):
     """The session has ended, but too few replicas confirmed it in time (HTTP 503).
 

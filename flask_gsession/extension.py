@@ -20,6 +20,7 @@ from .events import Event, Events
 from .interface import GSessionInterface, note_error_page, session_of_request
 from .opening import OpenSession, SessionPeek, peek
 from .processes import warn_without_threads
+from .reconciling import SessionReconciler
 from .repository.repository import Repository
 from .request.session import SessionData
 from .request.template import prepare_templates
@@ -98,6 +99,7 @@ class Session:
             pool_max=settings.pool_max,
             clock=self._clock,
             logout_replicas=settings.logout_replicas,
+            edge_sync=settings.edge_sync,
         )
         if settings.store_follows and settings.flask_session is not None:
             # Its clients have timeouts of their own, and its MongoDB database a setting.
@@ -115,7 +117,7 @@ class Session:
                 settings.breaker_failures, settings.breaker_pause, settings.store_timeout, events
             )
         near = None
-        if settings.near_cache:
+        if settings.near_cache and parts_of(store).edge is None:  # it has one, of fresh_for
             _check_near_cache(store)
             near = Near(settings.near_cache, settings.near_cache_bytes, self._clock)
         calls = compose(store, breaker=breaker, near=near)
@@ -124,6 +126,10 @@ class Session:
             blobs = open_blobs(settings.spill_store, calls, options)
         live = LiveSettings(app, settings, self._settings, is_taken)
         repository = Repository(settings, live, calls, events, self._clock, blobs)
+        if repository.edge is not None:
+            reconciler = SessionReconciler(repository, repository.edge.centre)
+            repository.edge.use(reconciler)
+            repository.reconciler = reconciler
         if settings.schema is not None:
             _declare(settings.schema, repository)
         if settings.imports:

@@ -19,6 +19,7 @@ from .archive import export, import_
 from .cleaning import cleanup
 from .debug import debug
 from .doctor import doctor
+from .edge import edge
 from .migrate import migrate
 from .revoke import revoke
 from .serve import serve
@@ -58,6 +59,7 @@ gsession = _Group("gsession", help="Inspect, end, move and clean up sessions.")
 gsession.add_command(cleanup)
 gsession.add_command(debug)
 gsession.add_command(doctor)
+gsession.add_command(edge)
 gsession.add_command(export)
 gsession.add_command(import_)
 gsession.add_command(list_)

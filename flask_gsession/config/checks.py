@@ -264,6 +264,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "live_heartbeat": ("SESSION_LIVE_HEARTBEAT", _seconds(1, 60)),
     "live_stream_life": ("SESSION_LIVE_STREAM_LIFE", _seconds(10, 3600)),
     "live_poll": ("SESSION_LIVE_POLL", _seconds(1, 600)),
+    "edge_sync": ("SESSION_EDGE_SYNC", _seconds(0.1, 3600)),
     "logout_replicas": ("SESSION_LOGOUT_REPLICAS", _integer(0, 100, "replicas")),
     "on_store_error": ("SESSION_ON_STORE_ERROR", _on_store_error),
     "max_bytes": ("SESSION_MAX_BYTES", _integer(256, MOST_BYTES, "bytes")),

@@ -49,6 +49,7 @@ class Settings:
     live_heartbeat: float = 15.0
     live_stream_life: float = 300.0
     live_poll: float = 5.0
+    edge_sync: float = 30.0
     logout_replicas: int = 0
     on_store_error: str = "fail"
     max_bytes: int = 1024 * 1024
@@ -159,6 +160,7 @@ class SettingKeywords(TypedDict, total=False):
     live_heartbeat: Seconds
     live_stream_life: Seconds
     live_poll: Seconds
+    edge_sync: Seconds
     logout_replicas: int
     on_store_error: Literal["fail", "keep-response"]
     max_bytes: int

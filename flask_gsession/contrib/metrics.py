@@ -27,6 +27,7 @@ except ImportError as error:
     ) from None
 
 from ..errors import (
+    CutOff,
     Gone,
     KeyTaken,
     LeaseLost,
@@ -42,6 +43,7 @@ from ..extension import Session
 from ..interface import GSessionInterface
 from ..stores.parts import parts_of
 from ..stores.wrappers import compose
+from .metrics_edge import EdgeWatch
 from .metrics_figures import SECONDS, Figures, figures_of
 from .metrics_near import NearWatch
 from .metrics_watch import StoreWatch
@@ -62,6 +64,7 @@ _STATUSES: dict[type[BaseException], str] = {
     QueueFull: "queue full",
     UnreadableRecord: "unreadable",
     StoreUnavailable: "unavailable",
+    CutOff: "unavailable",
 }
 _MAX_WAIT = 86_400 * 24  # seconds: the limit of threading.Event.wait
 
@@ -130,6 +133,9 @@ class SessionMetrics:
         if repository.near is not None:
             cookie = repository.live.cookie_name()
             app.teardown_request(NearWatch(figures, repository.near, cookie).observe)
+        if repository.edge is not None:
+            cookie = repository.live.cookie_name()
+            app.teardown_request(EdgeWatch(figures, repository.edge, cookie).observe)
         if not counted:
             app.teardown_request(figures.observe_request)
         counted[ext] = watch

@@ -148,6 +148,20 @@ class Figures:
             "session",
         )
 
+        self.edge_cut_off = self._gauge(
+            "edge_cut_off", "Processes of an edge that don't reach the centre", "livesum", "session"
+        )
+        self.edge_queue = self._gauge(
+            "edge_queue", "Ends and changed sessions that wait for the centre", "max", "kind"
+        )
+        self.edge_lag = self._gauge(
+            "edge_lag_seconds", "How old the copy under the oldest waiting change is", "max",
+            "session",
+        )  # fmt: skip
+        self.edge_dropped = self._gauge(
+            "edge_dropped", "Sessions whose changes this edge gave up so far", "max", "session"
+        )
+
     def _add_sessions(self) -> None:
         life = self._counter("sessions", "Events of stored sessions", "event")
         for kind, name in _LIFE.items():

@@ -92,6 +92,8 @@ class Repository:
         self.events = events
         #: Called before a session is stored for the first time. It can raise to prevent that.
         self.before_create: Callable[[], object] | None = None
+        #: of an edge store, which keeps no strong reference to it
+        self.reconciler: object = None
         #: takes over old sessions; None without SESSION_IMPORT
         self.imports: Imports | None = None
         #: Called with a session whose user has just confirmed who they are.
@@ -142,6 +144,8 @@ class Repository:
         self.store, self.leases, self._own_blobs = store, parts.leases, parts.blobs
         #: serves the first read of a request; None without a near cache
         self.near = parts.near
+        #: if the store goes on while its centre can't be reached
+        self.edge = parts.edge
         self.rosters = self.rosters.through(store)
         if (
             self.large_values is not None
@@ -573,6 +577,11 @@ class Repository:
         """The next version of the record, with this owner. Stores nothing."""
         owned = replace(body, owner=owner)
         return old._replace(version=new_version(), payload=self._pack(old.key, owned, old))
+
+    def draft_merged(self, old: Record, body: Body, idle_end: int) -> Record:
+        """Draft the record of ``body``, to replace ``old``. Stores nothing."""
+        times = old.created_at, idle_end, old.absolute_expires_at
+        return Record(old.key, new_version(), *times, self._pack(old.key, body, old))
 
     def listed_until(
         self,

@@ -13,6 +13,7 @@ from flask import Flask, Request
 from msgspec.structs import replace
 
 from ..errors import (
+    CutOff,
     Gone,
     KeyTaken,
     LockMisused,
@@ -541,7 +542,8 @@ class Lifecycle:
         if self.values.now is not None:
             marked = any(map(is_marked, stored.values()))
         has_large = has_large and any(map(refers, stored.values()))
-        return Body(stored, lifetime, marked, debug_until, has_large, origin=before.origin)
+        owner, origin, settled = None, before.origin, before.settled  # the owner is set later
+        return Body(stored, lifetime, marked, debug_until, has_large, owner, origin, settled)
 
     def changes(self) -> dict[str, Change]:
         """This request's changes. Raises ``ValueRefused``, also if one breaks the schema."""
@@ -787,6 +789,12 @@ class Lifecycle:
         """Raises the outage that this request has met, to avoid a second wait."""
         if self.trouble is not None:
             raise self.trouble.error
+
+    def check_reaches_centre(self, what: str) -> None:
+        """Raises ``CutOff`` on an edge that is cut off, as ``what`` needs the centre."""
+        edge = self.repository.edge
+        if edge is not None and edge.cut_off:
+            raise CutOff(f"{what} needs the centre: {edge.cut_off}")
 
     def check_lease(self) -> None:
         """Raises ``LockMisused`` in a forked child, which may not write under its parent's lock."""

@@ -14,6 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from ..errors import (
+    CutOff,
     LogoutUnconfirmed,
     RotationRefused,
     SignInRefused,
@@ -305,7 +306,10 @@ def prepare_owner(
         return moved, Entry(moves=moves, unreachable=not wishes.rotation)
     if life.repository.now() < (owner.seen + life.repository.settings.seen_interval) * 1000:
         return owner, None
-    return touch(life, owner, values, old), None
+    try:
+        return touch(life, owner, values, old), None
+    except CutOff:  # the next save that reaches the centre touches it
+        return owner, None
 
 
 def enter_roster(life: Lifecycle) -> bool:

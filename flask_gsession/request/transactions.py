@@ -61,6 +61,7 @@ class Transaction(Generic[S]):
         """Store pending changes, and start with the stored state."""
         life = self._life
         life.check_store()
+        life.check_reaches_centre("a transaction")
         seen_before = life.opened
         life.open_from_store("a transaction")
         with life.mutex:

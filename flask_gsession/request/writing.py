@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from werkzeug.exceptions import HTTPException
 
 from ..errors import (
+    CutOff,
     Gone,
     GSessionError,
     KeyTaken,
@@ -45,9 +46,10 @@ from ..repository.races import write
 from ..repository.repository import PERMANENT
 from ..stores.base import Record
 from ..stores.interrupts import signal_interruption
+from ..stores.support import exactly
 from ..users.rosters import LOGIN
 from ..values.marks import unexpired
-from ..values.merge import Change
+from ..values.merge import Change, last, reject
 from ..values.payload import Body
 from ..values.references import holds
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, UNCONFIRMED, Lifecycle, worth_keeping
@@ -192,7 +194,11 @@ class _Write:
         life = self._life
         if life.lease is not None:
             life.check_lease()
-        written = write(self._prepare, self._send, life.tries)
+        if life.repository.edge is None:
+            written = write(self._prepare, self._send, life.tries)
+        else:
+            with exactly(self._unmergeable()):
+                written = write(self._prepare, self._send, life.tries)
         if written is None:
             return False
         happened, unconfirmed = written
@@ -202,6 +208,10 @@ class _Write:
             logger.error(UNCONFIRMED, unconfirmed)
             raise unconfirmed
         return True
+
+    def _unmergeable(self) -> str:
+        """Why an edge that is cut off can't queue this write, as the name of what it is; or ""."""
+        raise NotImplementedError
 
     def _prepare(self) -> Edit | None:
         if self._stale is not None:
@@ -269,6 +279,15 @@ class _Commit(_Write):
         self._changes: Mapping[str, Change] | None = changes  # for the first try
         self._rotating = rotating
 
+    def _unmergeable(self) -> str:
+        if self._exactly:
+            return "a transaction"
+        life = self._life
+        policy_of, changes = life.repository.merger.policy_of, self._changes or NO_CHANGES
+        refusing = (key for key in changes if policy_of(key, life.policies) is reject)
+        key = next(refusing, None)
+        return "" if key is None else f"session[{ascii(key)[:60]}], with the policy reject,"
+
     def edit(self) -> Edit | None:
         life, changes = self._life, self._changes
         self._changes = None
@@ -300,6 +319,20 @@ class _Rewrite(_Write):
         self._replace = replace
         self._settle = settle
         self._recover = recover
+
+    def run(self) -> bool:
+        what = "" if self._life.repository.edge is None else self._unmergeable()
+        if what:
+            self._life.check_reaches_centre(what)
+        return super().run()
+
+    def _unmergeable(self) -> str:
+        life, key = self._life, self._key
+        is_take = self._what == "take"
+        policy = life.repository.merger.policy_of(key, life.policies)
+        if not is_take and policy not in (last, reject):
+            return ""  # it can be merged
+        return f"{self._what} of session[{ascii(key)[:60]}]"
 
     def edit(self) -> Edit | None:
         life, key = self._life, self._key
@@ -425,8 +458,12 @@ def _send(
         record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
         if body.owner is not None and record.idle_expires_at > body.owner.until * 1000:
             # It is renewed for longer than it ever was, and its roster is to know that before.
-            body.owner = touch(life, body.owner, merged, old)
-            record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
+            try:
+                body.owner = touch(life, body.owner, merged, old)
+                record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
+            except CutOff:
+                end = max(old.idle_expires_at, body.owner.until * 1000)
+                record = record._replace(idle_expires_at=min(record.idle_expires_at, end))
     changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
     pending = step.settle is None
     if entry is not None:
@@ -529,19 +566,22 @@ def _renew_if_due(life: Lifecycle) -> None:
     """Move the idle expiry if that is due."""
     if not life.renews:
         return
-    if is_touch_due(life):
+    repository, seen, values = life.repository, life.seen, life.values
+    cut_off = repository.edge is not None and repository.edge.cut_off  # from its roster, too
+    if not cut_off and is_touch_due(life):
         _save_to_touch(life)
         return
-    repository, seen, values = life.repository, life.seen, life.values
     assert seen.record is not None
     idle_end = repository.due(seen.record, values.stored, life.lifetime)
     if idle_end is None:
         return
     owner = None if seen.body is None else seen.body.owner
-    if owner is not None and idle_end > owner.until * 1000:
+    if owner is not None and idle_end > owner.until * 1000 and not cut_off:
         # A setting was raised since it was entered, and its roster is to know that before.
         _save_to_touch(life)
         return
+    if owner is not None and cut_off:
+        idle_end = max(seen.record.idle_expires_at, min(idle_end, owner.until * 1000))
     try:
         renewed = repository.renew(
             seen.record, life.body(values.stored, has_large=life.has_large), idle_end

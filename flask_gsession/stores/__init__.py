@@ -53,11 +53,11 @@ _IMITATIONS = ("fakeredis", "mongomock", "mockredis", "birdisle")
 _SCHEME = re.compile("[a-z][a-z0-9+.-]*", re.ASCII)  # RFC 3986
 
 _ALLOWED = (
-    "allowed are sqlite:///path, memory://, redis://host:port/db, rediss://..., unix:///socket, "
-    "redis+sentinel://host,host,host/service/db, redis+cluster://host,host, "
-    "mongodb://host:port/db, mongodb+srv://..., grpcs://host:port, "
-    "grpc:///socket, a client (redis.Redis, redis.cluster.RedisCluster, "
-    "pymongo.MongoClient), or a store object"
+    "allowed are sqlite:///path, memory://, redis://host:port/db, rediss://, unix:///socket, "
+    "redis+sentinel://host,host/service/db, redis+cluster://host, "
+    "mongodb://host:port/db, mongodb+srv://, grpcs://host:port, "
+    "grpc:///socket, edge+sqlite:///path, "
+    "a client (redis.Redis, redis.cluster.RedisCluster, pymongo.MongoClient), or a store object"
 )
 
 _PLACES_ALLOWED = (
@@ -186,9 +186,30 @@ def _from_url(url: str, options: StoreOptions, base_path: str) -> Store:
         except ImportError as error:
             raise _missing("grpc", scheme, error) from None
         return RemoteStore(url, options)
+    if scheme == "edge+sqlite":
+        return _edge(url, options, base_path)
     named = rest.startswith("//") and _SCHEME.fullmatch(scheme)
     shown = f"a URL with the scheme {scheme!r}" if named else "no URL"
     raise SettingError(f"SESSION_STORE is {shown}; {_ALLOWED}")
+
+
+def _edge(url: str, options: StoreOptions, base_path: str) -> Store:
+    from .edge import EdgeAddress, EdgeStore
+
+    address = EdgeAddress.of(url)
+    try:
+        centre = _from_url(address.remote, options, base_path)
+    except SettingError as error:
+        text = str(error).replace("SESSION_STORE is", "the remote of SESSION_STORE is", 1)
+        raise SettingError(text) from None
+    return EdgeStore(
+        _sqlite_path(address.file, base_path),
+        centre,
+        options,
+        offline_for=address.offline_for,
+        outbox=address.outbox,
+        fresh_for=address.fresh_for,
+    )
 
 
 def _redis(url: str, scheme: str, options: StoreOptions) -> Store:

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from .parts import Blobs, Bulk, Changes, Checks, Counts, Leases, NearReads, Scans, Upkeep
+    from .parts import (
+        Blobs,
+        Bulk,
+        Changes,
+        Checks,
+        Counts,
+        Edge,
+        Leases,
+        NearReads,
+        Scans,
+        Upkeep,
+    )
 
 Clock = Callable[[], float]
 
@@ -103,6 +114,7 @@ class Store:
     changes: Changes | None = None
     near: NearReads | None = None
     bulk: Bulk | None = None
+    edge: Edge | None = None
     #: Whether the store honours ``StoreOptions.logout_replicas``.
     confirms_logouts = False
 

@@ -1,8 +1,8 @@
 """Parts: the optional abilities of a store, beside the seven verbs.
 
 Each part is an attribute of the store (``leases``, ``blobs``, ``scans``, ``upkeep``, ``counts``,
-``checks``, ``changes``, ``bulk``): an object with the methods below, or None where the store can't
-do that.
+``checks``, ``changes``, ``bulk``, ``edge``): an object with the methods below, or None where the
+store can't do that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from .base import Deleted, Record, Replaced
+from .base import Deleted, Record, Replaced, Store
 
 MORE = "more"  # the cursor of a clean-up that has more to do, but needs no position
 COUNT_ALL = 2000  # sessions up to which they are counted one by one
@@ -290,6 +290,88 @@ class NearReads(Protocol):
         """The figures of this process."""
 
 
+class Reconciler(Protocol):
+    """For an edge store: what only the application can do with records, as it has their keys."""
+
+    def greet(self, centre: Store) -> str:
+        """Why this node and the others at the centre can't read each other; "" if they can."""
+
+    def merge(
+        self, base: Record, theirs: Record, mine: Record, node: str, number: int
+    ) -> Record | None:
+        """The record to save over ``theirs``: with the changes from ``base`` to ``mine``.
+
+        It says that ``node`` has settled everything up to ``number``. None if ``theirs`` says so.
+        Raises ``UnreadableRecord``.
+        """
+
+    def end_device(self, record: Record) -> None:
+        """End the device that the session of ``record`` belonged to, whatever key it has now."""
+
+    def settled(self, base: Record, there: Record, mine: Record) -> None:
+        """The changes from ``base`` to ``mine`` are stored in ``there``. May be called twice."""
+
+    def dropped(self, base: Record | None, mine: Record, why: str) -> None:
+        """The changes from ``base`` to ``mine`` are given up."""
+
+
+class EdgeFigures(NamedTuple):
+    """What a node has still to settle with its centre, and its past.
+
+    ``ends`` and ``changes``: sessions that wait. ``oldest_at``: when the change that waits longest
+    was last confirmed, in milliseconds since 1970; None if none waits. ``lag``: how many seconds
+    ago that was. ``settled_at``: when nothing
+    was left to settle; 0 for never. ``settled`` and ``dropped``: sessions since the node began.
+    ``trouble``: why the last attempt to settle failed; "" if it didn't.
+    """
+
+    node: str
+    ends: int
+    changes: int
+    oldest_at: int | None
+    lag: float
+    settled_at: int
+    settled: int
+    dropped: int
+    trouble: str
+
+
+class Settled(NamedTuple):
+    """The sessions that were settled. ``trouble``: why it stopped, or what was left out.
+
+    ``reached``: whether the centre was asked and answered.
+    """
+
+    ends: int = 0
+    changes: int = 0
+    dropped: int = 0
+    trouble: str = ""
+    reached: bool = True
+
+
+class Edge(Protocol):
+    """For a store that goes on while its centre can't be reached."""
+
+    #: the store at the centre, which is asked directly
+    centre: Store
+
+    @property
+    def cut_off(self) -> str:
+        """Why this process serves from its copy now; "" if it reaches the centre."""
+
+    def use(self, reconciler: Reconciler) -> None:
+        """Settle by this one. The store keeps no strong reference to it."""
+
+    def figures(self) -> EdgeFigures:
+        """What waits. One look at the local file."""
+
+    def settle(self) -> Settled | None:
+        """Look whether the centre is back, and settle with it now.
+
+        None if another process of this node does so already.
+        """
+
+
 class Parts(NamedTuple):
     """The parts of one store, by name."""
 
@@ -302,6 +384,7 @@ class Parts(NamedTuple):
     changes: Changes | None
     near: NearReads | None
     bulk: Bulk | None
+    edge: Edge | None
 
 
 def parts_of(store: object) -> Parts:

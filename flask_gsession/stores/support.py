@@ -24,6 +24,7 @@ class StoreOptions:
     logout_replicas: int = 0  # that must have a logout before it is done, on Redis
     own_connections: bool = False  # to the server of a Redis client, with our own timeouts
     database: str = ""  # of MongoDB, where the URL or client names none
+    edge_sync: float = 30.0  # seconds between two looks of an edge at its queue; 0: no thread
 
 
 def closing(owner: object, close: Callable[[], object]) -> weakref.finalize[..., object]:
@@ -69,3 +70,21 @@ def count_round_trip() -> None:
     trips = _trips.get()
     if trips is not None:
         trips.count = (trips.count or 0) + 1
+
+
+_exact: ContextVar[str] = ContextVar("flask_gsession.exact", default="")
+
+
+@contextmanager
+def exactly(what: str) -> Iterator[None]:
+    """Writes in this block can't be merged later: a store that would queue one refuses ``what``."""
+    before = _exact.set(what)
+    try:
+        yield
+    finally:
+        _exact.reset(before)
+
+
+def exact_write() -> str:
+    """The write that is under way, as the user knows it, if it can't be merged later; else ""."""
+    return _exact.get()

@@ -12,7 +12,8 @@
 
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
                 string; the session's own idle lifetime; whether any value has a mark; the end of
-                debugging for this session; whether any value is a reference; the owner; the origin
+                debugging for this session; whether any value is a reference; the owner; the origin;
+                what edge nodes have settled
 
 So one value can be decoded without the others. The checksum or the AES-GCM tag binds the payload
 to its record: the payload of another session, or a truncated one, is refused. The checksum doesn't
@@ -103,7 +104,8 @@ class Body(Struct, array_like=True, gc=False):
     value has a mark (see ``marks``); if not, it takes no byte. ``debug_until``: the end of
     debugging for this session, in milliseconds since 1970. ``has_large``: whether any value is a
     reference to a large value (see ``references``). ``owner``: the user that the session is bound
-    to. ``origin``: of a session that was imported from another library or store.
+    to. ``origin``: of a session that was imported from another library or store. ``settled``: by
+    edge node, the number of the last change that it settled here.
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
@@ -113,6 +115,7 @@ class Body(Struct, array_like=True, gc=False):
     has_large: bool = False
     owner: Owner | None = None
     origin: Origin | None = None
+    settled: dict[str, _Milliseconds] | None = None
 
     def __repr__(self) -> str:
         size = sum(map(len, self.values.values()))
@@ -168,7 +171,7 @@ class PayloadFormat:
                 "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
             )
         try:
-            if body.origin is not None:
+            if body.origin is not None or body.settled is not None:
                 encoded = self._encode(body)
             elif body.owner is not None:
                 known = values, body.lifetime, body.marked, body.debug_until

@@ -444,7 +444,7 @@ def look_inside(site: Site) -> Inside:
         return InsideSQLite(parts.path[1:])
     if parts.scheme in ("mongodb", "mongodb+srv"):
         return InsideMongoDB(site.url)
-    if parts.scheme == "grpc":
+    if parts.scheme in ("grpc", "edge"):
         return Inside()  # the far store knows
     return InsideRedis(site.url, site.prefix)
 

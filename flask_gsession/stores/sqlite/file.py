@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -206,11 +206,17 @@ def _decorated(
 
 
 class SQLiteFile:
-    """The file at ``path``; a call waits for other writers at most ``timeout`` seconds."""
+    """The file at ``path``; a call waits for other writers at most ``timeout`` seconds.
 
-    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
+    ``tables``: statements that make further tables if they don't exist.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], timeout: float, tables: Sequence[str] = ()
+    ) -> None:
         self.path = Path(path)
         self._timeout = timeout
+        self._tables = tables
         self._file: _File | None = None
         self._look_at = 0.0  # of time.monotonic
         self._warned_of_folder = False
@@ -407,6 +413,8 @@ class SQLiteFile:
         (schema_version,) = db.execute("PRAGMA user_version").fetchone()
         if application_id != APPLICATION_ID or schema_version != SCHEMA_VERSION:
             self._create_schema(db)
+        for statement in self._tables:
+            db.execute(statement)
         db.execute("PRAGMA synchronous=NORMAL")
         # Otherwise the log of one large removal would keep its disk space forever.
         db.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")

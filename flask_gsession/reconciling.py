@@ -1,0 +1,188 @@
+"""Merges what an edge node did while it was cut off into the sessions at its centre.
+
+The node's store holds opaque records. Here they are opened, with the keys of the application.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+
+from msgspec import MsgspecError
+from msgspec.msgpack import decode, encode
+
+from .errors import (
+    Gone,
+    KeyTaken,
+    LogoutUnconfirmed,
+    SessionConflict,
+    SessionTooLarge,
+    Stale,
+    UnreadableRecord,
+    ValueRefused,
+)
+from .events import WriteDropped, logger
+from .repository.repository import Repository
+from .stores.base import KEY_LENGTH, Record, Store, unexpired
+from .stores.parts import Reconciler
+from .users.revoking import finish
+from .users.roster import Roster, mark_ending
+from .values.marks import is_marked
+from .values.merge import Change
+from .values.payload import NEWEST, Body, Owner
+from .values.references import refers
+
+#: A record at the centre by which nodes see that they can read each other's.
+GREETING_KEY = "flask-gsession-edge-greeting".ljust(KEY_LENGTH, "-")
+_GREETING = 1  # its version
+_LIFE, _REFRESH = 30 * 86_400_000, 86_400_000  # milliseconds
+_MARKS = 16  # nodes that a session remembers
+
+
+class SessionReconciler(Reconciler):
+    """The reconciler of one application."""
+
+    def __init__(self, repository: Repository, centre: Store) -> None:
+        # While an edge settles, its own store still refuses what needs the centre.
+        self._repository = copy.copy(repository)
+        self._repository.use_store(centre)
+
+    def greet(self, centre: Store) -> str:
+        """Why this node and the centre's other applications can't read each other; or ""."""
+        repository = self._repository
+        try:
+            there = unexpired(centre, GREETING_KEY, repository.now())
+            if there is not None:
+                version, newest = _read(repository.read_other(there))
+                if version != _GREETING or newest > NEWEST:
+                    return (
+                        "the centre is used by another version of Flask-GSession, whose sessions "
+                        "this one may not be able to merge: use the same version on all nodes"
+                    )
+        except UnreadableRecord as error:
+            return (
+                f"the centre's sessions have other keys ({error}): use the same "
+                "SESSION_ENCRYPTION_KEYS on all nodes; until then nothing is settled"
+            )
+        now = repository.now()
+        if there is None or now - there.created_at > _REFRESH:
+            content = encode((_GREETING, NEWEST))
+            record = repository.draft_other(GREETING_KEY, content, now + _LIFE)
+            with suppress(KeyTaken, Stale, Gone):  # another node was faster
+                if there is None:
+                    centre.create(record)
+                else:
+                    centre.save(record, there.version)
+        return ""
+
+    def merge(
+        self, base: Record, theirs: Record, mine: Record, node: str, number: int
+    ) -> Record | None:
+        """See ``Reconciler``."""
+        repository = self._repository
+        was, there, wanted = (_body(repository, record) for record in (base, theirs, mine))
+        settled = there.settled or {}
+        if settled.get(node, 0) >= number:
+            return None
+        changes = {
+            key: Change(was.values.get(key), wanted.values.get(key))
+            for key in {**was.values, **wanted.values}
+            if was.values.get(key) != wanted.values.get(key)
+        }
+        values = self._merged(theirs.key, there, changes)
+        owner = there.owner
+        if owner is not None and was.owner is not None and wanted.owner is None:
+            owner = None  # the user signed out here
+        marks = {**{name: last for name, last in settled.items() if name != node}, node: number}
+        body = Body(
+            values,
+            wanted.lifetime if wanted.lifetime != was.lifetime else there.lifetime,
+            any(map(is_marked, values.values())),
+            there.debug_until,
+            any(map(refers, values.values())),
+            owner,
+            there.origin,
+            dict(list(marks.items())[-_MARKS:]),
+        )
+        end = min(max(theirs.idle_expires_at, mine.idle_expires_at), theirs.absolute_expires_at)
+        try:
+            merged = repository.draft_merged(theirs, body, end)
+        except SessionTooLarge:
+            self._lost(theirs.key, "the merged session would be too large")
+            body.values = there.values
+            merged = repository.draft_merged(theirs, body, end)
+        return merged
+
+    def settled(self, base: Record, there: Record, mine: Record) -> None:
+        """See ``Reconciler``. A user who signed out here leaves the roster."""
+        owner = _body(self._repository, base).owner
+        if owner is not None and _body(self._repository, mine).owner is None:
+            self._repository.leave_roster(owner, base.key, there.key)
+
+    def end_device(self, record: Record) -> None:
+        """See ``Reconciler``."""
+        owner = _body(self._repository, record).owner
+        if owner is not None:
+            self._sign_out(owner)
+
+    def dropped(self, base: Record | None, mine: Record, why: str) -> None:
+        """See ``Reconciler``. A user who signed out here is signed out of the session it became."""
+        repository = self._repository
+        repository.events.emit(WriteDropped, mine.key, f"edge: {why}")
+        if base is None:
+            return
+        try:
+            owner, now = (_body(repository, record).owner for record in (base, mine))
+        except UnreadableRecord:
+            return
+        if owner is not None and now is None:
+            self._sign_out(owner)
+
+    def _merged(self, key: str, there: Body, changes: Mapping[str, Change]) -> dict[str, bytes]:
+        """The values after the changes, without those that a policy refuses."""
+        repository = self._repository
+        apply, now = repository.merger.apply, repository.now() if there.marked else None
+        try:
+            return apply(there.values, changes, now)
+        except (SessionConflict, ValueRefused):
+            pass
+        values = dict(there.values)
+        for name, change in changes.items():
+            try:
+                values = apply(values, {name: change}, now)
+            except (SessionConflict, ValueRefused):
+                self._lost(key, f"the merge policy of {ascii(name)[:60]} refused it")
+        return values
+
+    def _lost(self, key: str, why: str) -> None:
+        logger.warning("Session %s: a change made at this edge is lost: %s", key, why)
+        self._repository.events.emit(WriteDropped, key, f"edge: {why}")
+
+    def _sign_out(self, owner: Owner) -> None:
+        """End the device in its user's roster, and the session that it has there by now."""
+        repository = self._repository
+
+        def step(roster: Roster) -> tuple[Roster, Roster]:
+            device = roster.by_id(owner.device_id)
+            after = roster if device is None else mark_ending(roster, {owner.device_id})
+            return after, after
+
+        after = repository.rosters.change(owner.user_id, step)
+        with suppress(LogoutUnconfirmed):  # ended at the primary; the next touch asks again
+            finish(repository, owner.user_id, after.ending, "edge")
+
+
+def _body(repository: Repository, record: Record) -> Body:
+    body = repository.read(record.key, record)
+    if body is None:
+        raise UnreadableRecord("corrupt", "a pointer in place of a session")
+    return body
+
+
+def _read(content: bytes) -> tuple[int, int]:
+    try:
+        version, newest = decode(content, type=tuple[int, int])
+    except MsgspecError:
+        raise UnreadableRecord("corrupt", "a damaged greeting") from None
+    return version, newest

@@ -1,0 +1,120 @@
+"""The parts of an edge store that see its sessions: leases, reads from the cache, and bulk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..base import OTHER_ENDS, Deleted, Record, Replaced
+from ..parts import Bulk, Leases, NearFigures, NearReads
+from .rows import State
+
+if TYPE_CHECKING:
+    from .store import EdgeStore
+
+_LOCK = "a lock"
+
+
+class EdgeLeases(Leases):
+    """Leases are held at the centre, so nothing under one can be done without it."""
+
+    def __init__(self, store: EdgeStore, leases: Leases) -> None:
+        self._store = store
+        self._leases = leases
+
+    def save(
+        self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
+    ) -> None:
+        self._store.check_settled(record.key, _LOCK)
+        began = self._store.copy.now()
+        more = {"shorten": True} if shorten else {}
+        self._leases.save(record, expected_version, lease, **more)
+        self._store.note_copied(record, began)
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str,
+        *,
+        shorten: bool = False,
+    ) -> Replaced | None:
+        ask = partial(self._leases.replace, shorten=True) if shorten else self._leases.replace
+        return self._store.replace_by(ask, key, record, expected_version, pointer, lease)
+
+    def delete(self, key: str, expected_version: int, lease: str) -> Deleted | bool:
+        return self._store.delete_by(self._leases.delete, key, expected_version, lease)
+
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        self._store.check_settled(key, _LOCK)
+        return self._leases.acquire(key, owner, lease_ms, max_waiters)
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        return self._leases.extend(key, owner, lease_ms)
+
+    def release(self, key: str, owner: str) -> bool:
+        return self._leases.release(key, owner)
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        self._leases.wait_for_release(key, owner, seconds)
+
+
+class EdgeNear(NearReads):
+    """Reads that this process's own listener proved fresh, unless the node knows better."""
+
+    def __init__(self, store: EdgeStore, near: NearReads) -> None:
+        self.bound = near.bound
+        self._store = store
+        self._near = near
+
+    def peek(self, key: str, version: int | None = None) -> Record | None:
+        copy = self._store.copy
+        found = copy.state_of(key)
+        if found is None:
+            return None  # it is loaded, and copied
+        if found.state != State.PLAIN:
+            return None  # this node has changed or ended it
+        record = self._near.peek(key, version)
+        if record is not None:
+            proven = copy.now() - int(self.bound * 1000)
+            if proven - found.confirmed_at > self._store.confirm_after:
+                copy.confirmed(record, proven)
+        return record
+
+    def load_near(self, key: str) -> Record | None:
+        return self._store.load_by(self._near.load_near, key)
+
+    def figures(self) -> NearFigures:
+        return self._near.figures()
+
+
+class EdgeBulk(Bulk):
+    """Deletes in bulk at the centre, as far as this node has nothing to tell it before."""
+
+    def __init__(self, store: EdgeStore, bulk: Bulk) -> None:
+        self._store = store
+        self._bulk = bulk
+
+    def delete_many(self, keys: Sequence[str]) -> list[Deleted]:
+        store = self._store
+        plain = not store.cut_off and all(
+            key[-1:] not in OTHER_ENDS and self._is_plain(key) for key in keys
+        )
+        if not plain:
+            return [_deleted(store.delete(key)) for key in keys]
+        deleted = self._bulk.delete_many(keys)
+        for key, ended in zip(keys, deleted, strict=True):
+            if ended:
+                store.copy.ended(key, ended.record)
+        return deleted
+
+    def _is_plain(self, key: str) -> bool:
+        found = self._store.copy.state_of(key)
+        return found is None or not found.is_queued
+
+
+def _deleted(answer: Any) -> Deleted:
+    return answer if isinstance(answer, Deleted) else Deleted(bool(answer))

@@ -1,0 +1,244 @@
+"""The rows of an edge's file: the copy of each session, and what the centre hasn't heard of it."""
+
+from __future__ import annotations
+
+import sqlite3
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from msgspec import MsgspecError
+from msgspec.msgpack import decode, encode
+
+from ...errors import UnreadableRecord
+from ..base import Record
+
+TABLES = (
+    """
+    CREATE TABLE IF NOT EXISTS gsession_edge (
+        key TEXT PRIMARY KEY NOT NULL,
+        version INTEGER NOT NULL,
+        created_at INTEGER NOT NULL,
+        idle_expires_at INTEGER NOT NULL,
+        absolute_expires_at INTEGER NOT NULL,
+        payload BLOB NOT NULL,
+        successor TEXT,
+        state INTEGER NOT NULL,
+        confirmed_at INTEGER NOT NULL,
+        removable_at INTEGER NOT NULL,
+        queued INTEGER,
+        base BLOB,
+        sent BLOB,
+        number INTEGER
+    )
+    """,
+    "CREATE INDEX IF NOT EXISTS gsession_edge_queue ON gsession_edge (state, queued) "
+    "WHERE queued IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS gsession_edge_removable ON gsession_edge (removable_at)",
+    """
+    CREATE TABLE IF NOT EXISTS gsession_edge_node (
+        only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
+        id TEXT NOT NULL,
+        numbers INTEGER NOT NULL,
+        settler TEXT NOT NULL,
+        settler_until INTEGER NOT NULL,
+        settled_at INTEGER NOT NULL,
+        settled INTEGER NOT NULL,
+        dropped INTEGER NOT NULL,
+        trouble TEXT NOT NULL
+    )
+    """,
+    # 48 random bits, as a node that starts with an empty file is another one.
+    "INSERT OR IGNORE INTO gsession_edge_node "
+    "SELECT 1, lower(hex(randomblob(6))), 0, '', 0, 0, 0, 0, '' "
+    "WHERE NOT EXISTS (SELECT 1 FROM gsession_edge_node)",
+)
+_COLUMNS = (
+    "version, created_at, idle_expires_at, absolute_expires_at, payload, successor, "
+    "state, confirmed_at, queued, base, sent, number"
+)
+
+
+class State(IntEnum):
+    """The relation of a row to the session at the centre."""
+
+    PLAIN = 0  # a copy of it
+    CHANGED = 1  # changed here since
+    CREATED = 2  # made here
+    ENDED = 3  # ended here: a tombstone
+
+
+class Row(NamedTuple):
+    """What a node has of one session.
+
+    ``record``: as it is served; of a tombstone, what is left of it. ``confirmed_at``: when the
+    centre was last known to have it like this, or to have its ``base``, in milliseconds.
+    ``queued``: its place in the queue for the centre; None if there is nothing to settle.
+    ``base``: the record at the centre that was changed here. ``sent`` and ``number``: what is, or
+    was, on its way to the centre.
+    """
+
+    record: Record
+    state: State
+    confirmed_at: int
+    queued: int | None = None
+    base: Record | None = None
+    sent: Record | None = None
+    number: int | None = None
+
+
+class Found(NamedTuple):
+    """What a call needs to know of a row. ``is_queued``: the centre must hear of it first."""
+
+    state: int
+    confirmed_at: int
+    is_queued: bool
+
+
+class Rows:
+    """The rows of one prefix, on a connection."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def select(self, db: sqlite3.Connection, key: str) -> Row | None:
+        found = db.execute(
+            f"SELECT {_COLUMNS} FROM gsession_edge WHERE key = ?", (self.prefix + key,)
+        ).fetchone()
+        return None if found is None else _row(key, found)
+
+    def state_of(self, db: sqlite3.Connection, key: str) -> Found | None:
+        found = db.execute(
+            "SELECT state, confirmed_at, queued IS NOT NULL FROM gsession_edge WHERE key = ?",
+            (self.prefix + key,),
+        ).fetchone()
+        return None if found is None else Found(*found)
+
+    def insert(self, db: sqlite3.Connection, row: Row, removable_at: int) -> None:
+        """Store the row, in place of any other."""
+        record = row.record
+        db.execute(
+            f"INSERT OR REPLACE INTO gsession_edge (key, {_COLUMNS}, removable_at) "
+            f"VALUES ({', '.join('?' * 14)})",
+            (
+                self.prefix + record.key,
+                *record[1:],
+                int(row.state),
+                row.confirmed_at,
+                row.queued,
+                _packed(row.base),
+                _packed(row.sent),
+                row.number,
+                removable_at,
+            ),
+        )
+
+    def copy(
+        self, db: sqlite3.Connection, record: Record, confirmed_at: int, removable_at: int
+    ) -> None:
+        """Copy a record of the centre, unless the row is another than a plain, older one."""
+        db.execute(
+            "INSERT INTO gsession_edge (key, version, created_at, idle_expires_at, "
+            "absolute_expires_at, payload, successor, state, confirmed_at, removable_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?) "
+            "ON CONFLICT (key) DO UPDATE SET version = excluded.version, "
+            "created_at = excluded.created_at, idle_expires_at = excluded.idle_expires_at, "
+            "absolute_expires_at = excluded.absolute_expires_at, payload = excluded.payload, "
+            "successor = excluded.successor, confirmed_at = excluded.confirmed_at, "
+            "removable_at = excluded.removable_at "
+            "WHERE state = 0 AND confirmed_at <= excluded.confirmed_at",
+            (self.prefix + record.key, *record[1:], confirmed_at, removable_at),
+        )
+
+    def confirm(
+        self,
+        db: sqlite3.Connection,
+        key: str,
+        version: int,
+        confirmed_at: int,
+        removable_at: int,
+    ) -> None:
+        """The centre still has this version."""
+        db.execute(
+            "UPDATE gsession_edge SET confirmed_at = max(confirmed_at, ?), removable_at = ? "
+            "WHERE key = ? AND version = ? AND state = 0",
+            (confirmed_at, removable_at, self.prefix + key, version),
+        )
+
+    def forget(self, db: sqlite3.Connection, key: str, confirmed_at: int) -> None:
+        """The centre has no such session: remove a plain row that isn't newer than that."""
+        db.execute(
+            "DELETE FROM gsession_edge WHERE key = ? AND state = 0 AND confirmed_at <= ?",
+            (self.prefix + key, confirmed_at),
+        )
+
+    def remove(self, db: sqlite3.Connection, key: str) -> None:
+        db.execute("DELETE FROM gsession_edge WHERE key = ?", (self.prefix + key,))
+
+    def remove_old(self, db: sqlite3.Connection, now: int) -> None:
+        """Remove up to two rows that nobody needs."""
+        db.execute(
+            "DELETE FROM gsession_edge WHERE key IN (SELECT key FROM gsession_edge "
+            "WHERE removable_at <= ? AND (queued IS NULL OR state = 3) LIMIT 2)",
+            (now,),
+        )
+
+    def next_number(self, db: sqlite3.Connection) -> int:
+        """A number that this node never used before."""
+        db.execute("UPDATE gsession_edge_node SET numbers = numbers + 1")
+        (number,) = db.execute("SELECT numbers FROM gsession_edge_node").fetchone()
+        return int(number)
+
+    def queue(
+        self, db: sqlite3.Connection, *, ends: bool, after: int, upto: int, limit: int
+    ) -> list[Row]:
+        """Rows to settle, in the order in which they were queued."""
+        found = db.execute(
+            f"SELECT key, {_COLUMNS} FROM gsession_edge WHERE queued IS NOT NULL "
+            f"AND state {'= 3' if ends else '< 3'} AND queued > ? AND queued <= ? "
+            "ORDER BY queued LIMIT ?",
+            (after, upto, limit),
+        ).fetchall()
+        return [_row(key.removeprefix(self.prefix), row) for key, *row in found]
+
+    def count(self, db: sqlite3.Connection, limit: int) -> tuple[int, int]:
+        """How many ends and how many other rows are queued, each up to ``limit``."""
+        counts = []
+        for states in ("= 3", "< 3"):
+            (number,) = db.execute(
+                "SELECT count(*) FROM (SELECT 1 FROM gsession_edge WHERE queued IS NOT NULL "
+                f"AND state {states} LIMIT ?)",
+                (limit,),
+            ).fetchone()
+            counts.append(number)
+        return counts[0], counts[1]
+
+
+def _row(key: str, columns: Any) -> Row:
+    version, created, idle, absolute, payload, successor, *more = columns
+    record = Record(key, version, created, idle, absolute, payload, successor)
+    state, confirmed_at, queued, base, sent, number = more
+    return Row(
+        record,
+        State(state),
+        confirmed_at,
+        queued,
+        _unpacked(key, base),
+        _unpacked(key, sent),
+        number,
+    )
+
+
+def _packed(record: Record | None) -> bytes | None:
+    return None if record is None else encode(record[1:6])
+
+
+def _unpacked(key: str, data: bytes | None) -> Record | None:
+    if data is None:
+        return None
+    try:
+        version, created, idle, absolute, payload = decode(
+            data, type=tuple[int, int, int, int, bytes]
+        )
+    except MsgspecError:
+        raise UnreadableRecord("corrupt", "the queue of this edge is damaged") from None
+    return Record(key, version, created, idle, absolute, payload)

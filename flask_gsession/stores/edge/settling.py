@@ -1,0 +1,193 @@
+"""Settles with the centre what happened at a node while it was cut off: ends first, then changes.
+
+The protocol, and what goes wrong without each step: tests/simulation/edge_model.py.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+
+from ...errors import CutOff, Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
+from ...events import logger
+from ..base import MAX_POINTERS, Record, Store
+from ..parts import Reconciler, Settled
+from .copy import Copy
+from .rows import Row, State
+
+_LEASE = 10.0  # seconds; a settler extends it with each batch
+_BATCH = 100
+_PASSES = 3
+_ATTEMPTS = 25  # at one session that others write to at the same time
+
+
+class _Refused(Exception):
+    """The centre must not be settled with: it has other keys, or another version."""
+
+
+class Settler:
+    """Settles the rows of ``copy`` with ``centre``, which is asked directly."""
+
+    def __init__(
+        self, copy: Copy, centre: Store, reconciler: Callable[[], Reconciler | None]
+    ) -> None:
+        self._copy = copy
+        self._centre = centre
+        self._reconciler = reconciler
+
+    def settle(self, *, only_ends: bool = False) -> Settled | None:
+        """Settle what is queued; None if another process of this node does so now."""
+        reconciler = self._reconciler()
+        if reconciler is None:
+            return Settled(trouble="no application has taken this store yet")
+        if not self._copy.is_queued(ends=only_ends):
+            return Settled()
+        name = secrets.token_hex(8)
+        if not self._copy.lease(name, _LEASE):
+            return None
+        run = _Run(self._copy, self._centre, reconciler, name)
+        try:
+            run.greet()
+            for _ in range(_PASSES):  # what was queued meanwhile
+                run.all_of(ends=True)
+                if not only_ends:
+                    run.all_of(ends=False)
+                if run.trouble or not self._copy.is_queued(ends=only_ends):
+                    break
+        except _Refused as error:
+            run.trouble = str(error)
+        except StoreUnavailable as error:
+            run.trouble, run.reached = error.detail, False
+        except BaseException as error:
+            run.trouble = f"{type(error).__name__} while settling"
+            raise
+        finally:
+            empty = not run.trouble and not self._copy.is_queued()
+            self._copy.release(name, run.trouble, empty=empty)
+        return Settled(run.ends, run.changes, run.dropped, run.trouble, run.reached)
+
+
+class _Run:
+    def __init__(self, copy: Copy, centre: Store, reconciler: Reconciler, name: str) -> None:
+        self._copy = copy
+        self._centre = centre
+        self._reconciler = reconciler
+        self._name = name
+        self._node = copy.figures().node
+        self.ends = self.changes = self.dropped = 0
+        self.trouble = ""
+        self.reached = True
+
+    def greet(self) -> None:
+        """Make sure that the centre and this node can read each other's records."""
+        problem = self._reconciler.greet(self._centre)
+        if problem:
+            raise _Refused(problem)
+
+    def all_of(self, *, ends: bool) -> None:
+        """Settle what is queued by now, a batch at a time."""
+        after, upto = 0, self._copy.last_number()
+        while True:
+            rows = self._copy.queue(ends=ends, after=after, upto=upto, limit=_BATCH)
+            if not rows:
+                return
+            if not self._copy.lease(self._name, _LEASE):
+                raise CutOff("another process of this node settles now")
+            for row in rows:
+                after = max(after, row.queued or 0)
+                try:
+                    if ends:
+                        self._end(row)
+                    else:
+                        self._change(row)
+                except UnreadableRecord as error:
+                    if not error.for_others:
+                        self._drop(row, f"its record is {error.reason}")
+                        continue
+                    # The rest stays queued, until somebody has given this node the key.
+                    self.trouble = f"session {row.record.key} at the centre: {error}"
+
+    def _end(self, row: Row) -> None:
+        key = row.record.key
+        with suppress(UnreadableRecord):  # what is there can't be used anyway
+            self._centre.delete(key)
+        last = row.base or row.record  # as the centre had it
+        if last.payload:
+            self._reconciler.end_device(last)
+        self._copy.told(row)
+        self.ends += 1
+
+    def _change(self, row: Row) -> None:
+        created = row.state is State.CREATED
+        pushed = created and row.sent is not None
+        noted = self._copy.sending(row)
+        if noted is None:
+            return
+        assert noted.sent is not None
+        began = self._copy.now()
+        if created and not pushed and self._create(noted):
+            self._copy.arrived(noted, noted.sent, [], began)
+            self.changes += 1
+            return
+        for _ in range(_ATTEMPTS):
+            began = self._copy.now()
+            pointers, there = self._find(noted.record.key)
+            if there is None:
+                self._drop(noted, "the session has ended")
+                return
+            merged = None if created else self._merge(noted, there)
+            if merged is not None:
+                try:
+                    self._centre.save(merged, there.version)
+                except (Stale, Gone):
+                    continue
+                there = merged
+            if noted.base is not None:
+                self._reconciler.settled(noted.base, there, noted.sent)
+            self._copy.arrived(noted, there, pointers, began)
+            self.changes += 1
+            return
+        self.trouble = f"session {noted.record.key} is written to all the time"
+
+    def _merge(self, row: Row, there: Record) -> Record | None:
+        assert row.base is not None
+        assert row.sent is not None
+        assert row.number is not None
+        return self._reconciler.merge(row.base, there, row.sent, self._node, row.number)
+
+    def _create(self, row: Row) -> bool:
+        """Create a session that was made here. False if it arrived before and was changed since."""
+        assert row.sent is not None
+        try:
+            self._centre.create(row.sent)
+        except KeyTaken:
+            return False
+        except StoreUnavailable as error:
+            if not error.asked:
+                self._copy.unsent(row)
+            raise
+        return True
+
+    def _find(self, key: str) -> tuple[list[Record], Record | None]:
+        """The pointers that lead to the session at the centre, and the session."""
+        pointers: list[Record] = []
+        now = self._copy.now()
+        while len(pointers) < MAX_POINTERS:
+            record = self._centre.load(key)
+            if record is None or now >= record.idle_expires_at:
+                break
+            if record.successor is None:
+                return pointers, record
+            pointers.append(record)
+            key = record.successor
+        return pointers, None
+
+    def _drop(self, row: Row, why: str) -> None:
+        given_up = self._copy.dropped(row)
+        if given_up is not None:
+            self.dropped += 1
+            logger.warning(
+                "Session %s: changes made at this edge are lost: %s", row.record.key, why
+            )
+            self._reconciler.dropped(given_up.base, given_up.record, why)

@@ -1,0 +1,96 @@
+"""The thread that looks for the centre while it is out of reach, and settles with it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from ...events import logger
+from ...processes import is_at_work, process, runs_threads
+
+_LOOK = 0.25  # seconds between two looks while the node is cut off
+_JITTER = 0.25
+_LONGEST = 20  # times the interval, after failures
+
+
+class Worker:
+    """Calls ``look`` every quarter of a second while ``is_cut``, and else ``settle`` every
+    ``interval`` seconds, later after failures. Refers to no store.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
+        self._start()
+        process.register(self._start)
+
+    def _start(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    @property
+    def runs(self) -> bool:
+        """Whether the thread was started in this process."""
+        return self._thread is not None
+
+    def start(
+        self,
+        is_cut: Callable[[], bool],
+        look: Callable[[], object],
+        settle: Callable[[], bool],
+    ) -> None:
+        """Start the thread, if there is none and this process serves requests."""
+        process.notice()
+        if self._thread is not None or not self.interval or not is_at_work() or not runs_threads():
+            return
+        with self._lock:
+            if self._thread is not None or self._stopped:
+                return
+            self._thread = threading.Thread(
+                target=self._run, args=(is_cut, look, settle), name="gsession-edge", daemon=True
+            )
+            try:
+                self._thread.start()
+            except RuntimeError:  # the system can't start a thread
+                self._thread = None
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread; the next ``start`` starts another one."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        self._wake.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(1.0)
+
+    def _run(
+        self, is_cut: Callable[[], bool], look: Callable[[], object], settle: Callable[[], bool]
+    ) -> None:
+        this, failures = threading.current_thread(), 0
+        due = time.monotonic() + self._pause(0)
+        while self._thread is this:
+            self._wake.wait(_LOOK if is_cut() else max(0.01, due - time.monotonic()))
+            self._wake.clear()
+            if self._thread is not this:
+                return
+            try:
+                if is_cut():
+                    look()
+                    due, failures = time.monotonic() + self._pause(0), 0
+                elif time.monotonic() >= due:
+                    failures = 0 if settle() else failures + 1
+                    due = time.monotonic() + self._pause(failures)
+            except Exception:
+                logger.exception("An edge could not settle, and tries again")
+                failures += 1
+                due = time.monotonic() + self._pause(failures)
+
+    def _pause(self, failures: int) -> float:
+        times = min(1 << failures, _LONGEST)
+        return self.interval * times * random.uniform(1 - _JITTER, 1 + _JITTER)
