@@ -33,6 +33,11 @@ from .common import (
 )
 from .output import pluralize, progress
 
+_NOTHING_FOUND = (
+    "no old sessions found: if there are any, check SESSION_TYPE, its server, database and table, "
+    "SESSION_KEY_PREFIX and SESSION_ID_LENGTH"
+)
+
 
 @click.command(short_help="Take over old sessions of Flask-Session.")
 @click.option("--from", "label", type=click.Choice([LABEL]), required=True, help="Their library.")
@@ -61,10 +66,11 @@ def migrate(
     A browser's old cookie then leads to the new session. The old sessions stay where they are.
     Sessions that were taken over before are skipped, so you can run this again at any time.
 
-    Exits with 1 if a session can't be taken over, or loses a value.
+    Exits with 1 if a session can't be taken over or loses a value, or if there are no old sessions.
     """
     interface = choose_interface(cookie)
     takeover, source = _source(interface, label, url)
+    names = _names(source)
     print_store(interface)
     writes = not (dry_run or check)
     if writes and not yes:
@@ -84,10 +90,12 @@ def migrate(
         with report_failures(interface, lambda: _counts(migration)):
             retry = Retry()
             with progress("migrate", lambda: None) as advance:
-                for name in islice(_names(source), sample if check else None):
+                for name in islice(names, sample if check else None):
                     retry(migration.take_over, name)
                     advance(1)
-    problems = _problems(interface, takeover, migration) if check else []
+    problems = [] if migration.outcomes else [_NOTHING_FOUND]
+    if check:
+        problems += _problems(interface, takeover, migration)
     if as_json:
         found = {
             "session": session_name(interface),
@@ -132,12 +140,19 @@ def _repository(interface: GSessionInterface, writes: bool) -> Repository:
 
 def _names(source: FlaskSessionSource) -> Iterator[str]:
     try:
-        yield from source.names()
+        return _found(source.names())
     except NotImplementedError:
         raise click.ClickException(
             "the old sessions are files named by a hash of their ids, so they can't be listed. "
             "Each is taken over by its user's next request, but not by this command"
         ) from None
+
+
+def _found(names: Iterator[str]) -> Iterator[str]:
+    try:
+        yield from names
+    except StoreUnavailable as error:
+        raise StoreUnavailable(f"the old sessions can't be listed: {error}") from None
 
 
 def _problems(interface: GSessionInterface, takeover: Takeover, migration: Migration) -> list[str]:
@@ -151,11 +166,6 @@ def _problems(interface: GSessionInterface, takeover: Takeover, migration: Migra
                 interface.store.load("A" * 43)
         except StoreUnavailable as error:
             problems.append(f"SESSION_STORE can't be reached: {error}")
-    if not migration.outcomes:
-        problems.append(
-            "no old sessions found: if there are any, check SESSION_TYPE, its server or table, "
-            "SESSION_KEY_PREFIX and SESSION_ID_LENGTH"
-        )
     if takeover.until is None:
         problems.append("SESSION_IMPORT_UNTIL is not set, so the import never ends")
     elif migration.latest_end > takeover.until:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -169,7 +170,10 @@ class _Opened:
                 f"SESSION_TYPE is {old.type!r}, whose sessions have no URL; allowed: --url with "
                 "redis, mongodb or sqlalchemy"
             )
-        return self._flask_session(replace(old, client=client))
+        try:
+            return self._flask_session(replace(old, client=client))
+        except SettingError as error:
+            raise SettingError(re.sub("SESSION_(REDIS|MONGODB)", "--url", str(error))) from None
 
     def _together(self, store: ForeignValues) -> Together | None:
         """The old values, if they are on the same server as our records."""
@@ -199,15 +203,24 @@ class _Opened:
     def _server(self, old: FlaskSessionSettings) -> Any:
         """A store on the old server: the application's store, if it is on the same server."""
         place = old.place
+        key, part = {
+            "redis": ("SESSION_REDIS", "strings"),
+            "mongodb": ("SESSION_MONGODB", "documents"),
+        }[old.type]
         same = self._source is place or (isinstance(place, str) and self._source == place)
         if same and self._store is not None:
-            self._shared = self._store
-            return self._store
-        try:
-            return self._open(place, replace(self._options, own_connections=True))
-        except SettingError as error:
-            key = {"redis": "SESSION_REDIS", "mongodb": "SESSION_MONGODB"}[old.type]
-            raise SettingError(str(error).replace("SESSION_STORE", key)) from None
+            self._shared = store = self._store
+        else:
+            try:
+                store = self._open(place, replace(self._options, own_connections=True))
+            except SettingError as error:
+                raise SettingError(str(error).replace("SESSION_STORE", key)) from None
+        if not hasattr(store, part):
+            raise SettingError(
+                f"SESSION_TYPE is {old.type!r}, but {key} leads to a {type(store).__name__}; "
+                f"allowed: a client or a URL of {'Redis' if old.type == 'redis' else 'MongoDB'}"
+            )
+        return store
 
     def _cache(self, cache: Any) -> ForeignValues:
         """The values in a cache of cachelib, by its type."""

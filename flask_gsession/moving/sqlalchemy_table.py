@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, ProgrammingError, SQLAlchemyError
 
 from ..errors import StoreUnavailable, UnreadableRecord
 from ..stores.base import Clock
@@ -75,4 +75,10 @@ class SQLAlchemyTable(ForeignValues):
         except SQLAlchemyError as error:
             # The message would quote the statement with its parameters.
             cause = getattr(error, "orig", None) or error
-            raise StoreUnavailable(f"sqlalchemy: {operation}: {type(cause).__name__}") from None
+            hint = ""
+            if isinstance(error, (OperationalError, ProgrammingError)):
+                hint = (
+                    ". Is the database reachable, and has it the table of SESSION_SQLALCHEMY_TABLE?"
+                )
+            detail = f"sqlalchemy: {operation}: {type(cause).__name__}{hint}"
+            raise StoreUnavailable(detail) from None

@@ -274,6 +274,19 @@ def test_a_type_alone_names_no_server(kind: str, key: str) -> None:
     Session(app, store="memory://")
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "place"),
+    [
+        ("redis", "SESSION_REDIS", "mongodb://127.0.0.1:1/x"),
+        ("mongodb", "SESSION_MONGODB", "redis://127.0.0.1:1/0"),
+        ("redis", "SESSION_REDIS", "memory://"),
+    ],
+)
+def test_a_server_of_another_kind(kind: str, key: str, place: str) -> None:
+    with pytest.raises(SettingError, match=f"SESSION_TYPE is '{kind}', but {key} leads to a"):
+        Session(an_app(SESSION_TYPE=kind, SESSION_IMPORT_UNTIL=UNTIL, **{key: place}))
+
+
 def test_a_proxy_or_extension_without_a_client() -> None:
     def nothing() -> Any:
         raise RuntimeError("no context")

@@ -294,7 +294,8 @@ def test_a_logout_kills_the_old_cookie(site: Site, old: Old) -> None:
     visit(site, sid).run(lambda session: session.destroy())
     assert not old.has(sid)
     assert visit(site, sid).run(dict) == {}
-    assert migrate(site) == "session_gs: 0 taken over\n"
+    printed = migrate(site, status=1)
+    assert printed.startswith("session_gs: 0 taken over\nsession_gs: no old sessions found")
     assert visit(site, sid).run(dict) == {}
 
 
@@ -461,7 +462,11 @@ def test_another_url(make: SiteMaker, old: Old, tmp_path: Path) -> None:
         url = str(old.config["SESSION_SQLALCHEMY"].url)
         elsewhere = {"SESSION_SQLALCHEMY": sa.create_engine("sqlite://")}
     site = make(config={**old.config, **elsewhere}, store_timeout=0.3)
-    assert "the store failed" in run(site, "--yes").stderr
+    assert "the old sessions can't be listed" in run(site, "--yes").stderr
+    other = {"redis": "mongodb", "mongodb": "redis", "sqlalchemy": "nothing"}[kind]
+    wrong = run(site, "--yes", "--url", f"{other}://user:geheim@127.0.0.1:1/0")
+    assert (wrong.exit_code, wrong.stderr.count("--url")) == (1, 1), wrong.stderr
+    assert "geheim" not in wrong.output
     assert migrate(site, "--url", url) == "session_gs: 1 taken over\n"
     right = make(config=old.config, store=site.store)
     assert visit(right, sid).run(lambda session: session["a"]) == 1
@@ -471,7 +476,9 @@ def test_files_cannot_be_listed(make: SiteMaker, tmp_path: Path) -> None:
     files = OldFiles(tmp_path / "old")
     files.add(a=1)
     site = make(config=files.config)
-    assert "they can't be listed" in run(site, "--yes").stderr
+    result = run(site)  # it doesn't ask first
+    assert "they can't be listed" in result.stderr
+    assert result.stdout == ""
     assert "allowed: --url with redis" in run(site, "--yes", "--url", "redis://localhost").stderr
 
 

@@ -283,3 +283,56 @@ def test_the_command_revokes_the_old_record_too(make_site: SiteMaker, tmp_path: 
     assert result.exit_code == 0, result.output
     assert not old.has(sid)
     assert visitor.run(dict) == {}
+
+
+# What other versions wrote ----------------------------------------------------------------------
+
+#: As real applications on these versions stored `_user_id`. 0.7 writes what 0.8 does.
+PICKLED = b'\x80\x04\x95"\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\n_permanent\x94\x88\x8c\x08_user_id'
+PICKLED += b"\x94\x8c\x017\x94u."
+RECORDED = {
+    "0.6-redis": ("XhJWQrzc54FNIRwD9-xpWmCb1eKIKzMmfIDt-mTn650", PICKLED),
+    "0.6-mongodb": (
+        "We8SDy-fClCDWOiBoNUvhMsmVcPSunxuKfd8I_31NdU.Uxdk7tf2SFMjywCXrW6BlflIepk",
+        PICKLED,
+    ),
+    "0.7-mongodb": (
+        "WjMG-IEMrtHB4nIHGwqxO9fRSn49tv21s-5iqLY3HIU.g7yp66WjbDZWrx1cASZVFPxLavs",
+        b"\x82\xaa_permanent\xc3\xa8_user_id\xa17",
+    ),
+    "0.7-files": (
+        "Sldn-SfRADiciLdnuCQEg_fKosQRSunQfYut0OlL8UQ",
+        b"\x80\x05" + PICKLED[2:],
+    ),
+}
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_what_other_versions_wrote(tmp_path: Path, recorded: str) -> None:
+    cookie, stored = RECORDED[recorded]
+    kind, sid = recorded.partition("-")[2], cookie.partition(".")[0]
+    name = f"test_{secrets.token_hex(6)}"
+    config: dict[str, Any] = {"SESSION_TYPE": kind, "SESSION_USE_SIGNER": "." in cookie}
+    later = datetime.now(UTC) + timedelta(hours=1)
+    with Redis.from_url(redis_server().url) as redis, MongoClient(mongo_server().url) as mongo:
+        if kind == "redis":
+            redis.set(f"{name}:{sid}", stored, ex=60)
+            config |= {"SESSION_REDIS": redis, "SESSION_KEY_PREFIX": f"{name}:"}
+        elif kind == "mongodb":
+            document = {"id": f"session:{sid}", "val": stored, "expiration": later}
+            mongo[name]["sessions"].insert_one(document)
+            config |= {"SESSION_MONGODB": mongo, "SESSION_MONGODB_DB": name}
+        else:
+            old = OldFiles(tmp_path)
+            old.put_raw(sid, stored)
+            config |= old.config
+        app = Flask(__name__)
+        app.config.update(config, SECRET_KEY=KEY, SESSION_IMPORT_UNTIL=UNTIL)
+        ext = Session(app, store="memory://")
+        app.add_url_rule("/", view_func=lambda: dict(session))
+        browser = app.test_client()
+        browser.set_cookie("session", cookie)
+        assert browser.get("/").json == {"_permanent": True, "_user_id": "7"}
+        ext.close(app)
+        redis.delete(f"{name}:{sid}")
+        mongo.drop_database(name)
