@@ -29,10 +29,14 @@ _NONCE_BYTES = 16
 
 
 class Mark(Struct, array_like=True, frozen=True):
-    """``session``: the key that the new session was created under."""
+    """``session``: the key that the new session was created under.
+
+    ``written``: when a request whose cookie others may have last stored a change; milliseconds.
+    """
 
     session: str
     nonce: bytes
+    written: int = 0
 
     def __repr__(self) -> str:
         return f"<Mark session={self.session!r}>"

@@ -79,10 +79,10 @@ class Migration:
         self.latest_end = max(self.latest_end, found.old.expires_at or 0)
         if self._dry_run:
             return self._would_be(found, found.old)
-        made, mark, dropped = self._takeover.create(repository, source, found, found.old)
-        if mark is None:
+        created = self._takeover.create(repository, source, found, found.old)
+        if created.mark is None:
             return "empty", ()
-        return ("already" if made is None else TAKEN_OVER), dropped
+        return ("already" if created.made is None else TAKEN_OVER), created.dropped
 
     def _would_be(self, found: Finding, old: Old) -> tuple[str, tuple[str, ...]]:
         repository = self._repository

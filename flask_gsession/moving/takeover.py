@@ -12,7 +12,8 @@ valid cookie of ours, but with an old one:
 5. answers with the token, which every request with this old cookie can compute.
 
 Several visitors may have the same cookie of Flask's. Unless it names a user, each request after the
-first one gets a session of its own, with the cookie's values. A logout from any of them ends the
+first one gets a session of its own, with the cookie's values. Of parallel requests, those that only
+read set no cookie if another one wrote: see ``may_answer``. A logout from any of them ends the
 session that the mark names, so that the cookie is dead.
 
 A logout deletes the old record, then the session. The mark stays until the imports are over.
@@ -30,9 +31,11 @@ from flask import Request, Response
 from msgspec.structs import replace
 
 from ..errors import (
+    Gone,
     KeyTaken,
     LogoutUnconfirmed,
     SessionTooLarge,
+    Stale,
     StoreUnavailable,
     UnreadableRecord,
 )
@@ -57,6 +60,8 @@ T = TypeVar("T")
 
 NOTHING = TakenOver()
 _DEAD = TakenOver(dead_cookie=True)
+#: How long requests that a browser sent at once can take, in milliseconds.
+_AT_ONCE = 10_000
 _STAYS = "It stays where it is"
 _ADVICE = (
     ". Sessions like this one are taken over by: flask gsession migrate --from flask-session "
@@ -89,6 +94,7 @@ class Finding(NamedTuple):
     key: str  # of the mark
     old: Old | None
     mark: Mark | None
+    record: Record | None = None  # of the mark
 
     def __repr__(self) -> str:
         return f"<Finding {self.key}>"
@@ -100,6 +106,7 @@ class Created(NamedTuple):
     made: Loaded | None
     mark: Mark | None
     dropped: tuple[str, ...] = ()
+    record: Record | None = None  # of the mark
 
 
 class Takeover:
@@ -169,6 +176,25 @@ class Takeover:
             return NOTHING
         return outcome
 
+    def may_answer(self, repository: Repository, record: Record, *, wrote: bool) -> bool:
+        """Whether the answer to a request whose cookie several visitors may have sets our cookie.
+
+        A browser that sends several first requests at once keeps the cookie that comes last. So a
+        request that wrote says so in the mark, and one that only read looks there. One round trip.
+        """
+        store, now = repository.store, repository.now()
+        try:
+            if wrote:
+                mark = replace(Mark.of(repository.read_other(record)), written=now)
+                draft = repository.draft_other(record.key, mark.pack(), record.absolute_expires_at)
+                with suppress(Stale, Gone):  # another request has just written, or all is over
+                    store.save(draft, record.version)
+                return True
+            there = self._read_mark(repository, record.key, store.load(record.key))
+        except (StoreUnavailable, UnreadableRecord):
+            return wrote  # after a read, the next request with the old cookie gets its values again
+        return there is None or now >= there.written + _AT_ONCE
+
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of this session, which is to end. Raises ``StoreUnavailable``."""
         if body.origin is None or self.is_over(repository.now()):
@@ -235,19 +261,20 @@ class Takeover:
         self, repository: Repository, source: Source, name: str, cookie: str, network: bytes
     ) -> TakenOver:
         found = self.find(repository, source, name, cookie)
-        mark, made = found.mark, None
+        mark, made, record = found.mark, None, found.record
         if mark is None:
             if found.old is None:
                 return _DEAD
-            made, mark, dropped = self.create(repository, source, found, found.old)
+            made, mark, dropped, record = self.create(repository, source, found, found.old)
             _report_dropped(source, made, dropped)
             if mark is None:
                 return _DEAD
         loaded = made or repository.find(mark.session)
         if loaded is None:
             return _DEAD
-        if made is None and found.old is not None and not source.is_of_one_user(found.old):
-            return self._copied(repository, source, found, found.old)
+        is_shared = found.old is not None and not source.is_of_one_user(found.old)
+        if is_shared and found.old is not None and made is None:
+            return self._copied(repository, source, found, found.old, record)
         if self._watch and found.old is None and self.has_ended(repository, loaded.body):
             repository.delete(loaded.record.key, body=loaded.body)
             return _DEAD
@@ -259,7 +286,7 @@ class Takeover:
         if token is not None and not enter(repository, loaded, since, network):
             repository.delete(loaded.record.key, body=loaded.body, leave_roster=False)
             return _DEAD
-        return TakenOver(loaded, token)
+        return TakenOver(loaded, token, mark=record if is_shared else None)
 
     def find(self, repository: Repository, source: Source, name: str, cookie: str) -> Finding:
         """Step 1: the old record and the mark, without writing anything."""
@@ -272,7 +299,7 @@ class Takeover:
             name = Token(old.name) if old is not None else name
             key = mark_key(source.label, name)
             record = repository.store.load(key)
-        return Finding(name, key, old, self._read_mark(repository, key, record))
+        return Finding(name, key, old, self._read_mark(repository, key, record), record)
 
     def _read_mark(self, repository: Repository, key: str, record: Record | None) -> Mark | None:
         if record is None or repository.now() >= record.idle_expires_at:
@@ -309,12 +336,17 @@ class Takeover:
         if there is not None:
             if source.together is not None:
                 repository.discard(names_in(loaded.body.values.values()), 0)
-            return Created(None, self._read_mark(repository, found.key, there))
+            return Created(None, self._read_mark(repository, found.key, there), record=there)
         repository.events.emit(SessionImported, key, source.label, dropped)
-        return Created(loaded, mark, dropped)
+        return Created(loaded, mark, dropped, record)
 
     def _copied(
-        self, repository: Repository, source: Source, found: Finding, old: Old
+        self,
+        repository: Repository,
+        source: Source,
+        found: Finding,
+        old: Old,
+        mark: Record | None,
     ) -> TakenOver:
         """A session of its own, for a cookie that another visitor may have, too."""
         contents = source.contents(repository, old)
@@ -324,7 +356,8 @@ class Takeover:
         repository.store.create(loaded.record)
         repository.events.emit(SessionImported, key, source.label, dropped)
         secret = repository.live.secret_keys()[0]
-        return TakenOver(loaded, token_of(secret, source.label, found.name, nonce))
+        token = token_of(secret, source.label, found.name, nonce)
+        return TakenOver(loaded, token, mark=mark)
 
     def _end_first(self, repository: Repository, body: Body, origin: Origin) -> None:
         """End the session that the mark names, unless it is this one: then its cookie is dead."""

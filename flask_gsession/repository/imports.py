@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..stores.base import Record
 from ..values.payload import Body
 
 if TYPE_CHECKING:
@@ -14,12 +15,14 @@ class TakenOver(NamedTuple):
     """The session that an old cookie led to, if any.
 
     ``token``: for the client; None if the cookie led to the session through a pointer.
-    ``dead_cookie``: the old cookie leads nowhere, and never will again.
+    ``dead_cookie``: the old cookie leads nowhere, and never will again. ``mark``: the record that
+    ``may_answer`` takes, for a cookie that several visitors may have.
     """
 
     loaded: Loaded | None = None
     token: str | None = None
     dead_cookie: bool = False
+    mark: Record | None = None
 
     def __repr__(self) -> str:
         """Without the token."""
@@ -31,6 +34,9 @@ class Imports(Protocol):
 
     def take_over(self, repository: Repository, request: Any) -> TakenOver:
         """The session that the old cookie of the request leads to."""
+
+    def may_answer(self, repository: Repository, mark: Record, *, wrote: bool) -> bool:
+        """Whether the answer may set our cookie, if several visitors may have the old one."""
 
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of a session that is about to end."""

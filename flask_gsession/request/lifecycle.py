@@ -93,7 +93,7 @@ class Lifecycle:
         *("_began", "_hooks", "_imported", "_in_function", "_present", "_presented", "_reported"),
         *("_unreferenced", "_vetted", "app", "attempts", "block", "cookie", "drops_old_cookie"),
         *("ended", "entry", "epochs", "error_page", "lease", "lease_pid", "locked", "mutex"),
-        *("near", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
+        *("mark", "near", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
         *("signed_in", "trace", "trouble", "values", "was_modified", "wishes"),
     )
 
@@ -127,6 +127,7 @@ class Lifecycle:
         #: the request has another library's or store's cookie that leads nowhere
         self.drops_old_cookie = False
         self._imported: str | None = None  # the key of the session that an old cookie led to
+        self.mark: Record | None = None  # of a take-over by a cookie that several visitors may have
         self.opened = False
         #: another request ended the session while this one ran
         self.ended = False
@@ -339,6 +340,7 @@ class Lifecycle:
             return found
         self.ended = False
         self._imported = taken.loaded.record.key
+        self.mark = taken.mark
         self.seen = Seen(taken.token, taken.loaded.record, taken.loaded.body, presented=True)
         if taken.token is not None:
             self.cookie = "set"

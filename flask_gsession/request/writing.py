@@ -655,6 +655,8 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
         elif life.opened:
             if by_hand:
                 _keep_token(life)
+            elif life.mark is not None:
+                _compare_with_parallel_requests(life, life.mark)
             with life.mutex:
                 try:
                     stored = commit(life, rotating=False if by_hand else None)
@@ -678,6 +680,15 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     finally:
         if not by_hand:
             life.phase = Phase.SAVED
+
+
+def _compare_with_parallel_requests(life: Lifecycle, mark: Record) -> None:
+    """Don't replace the cookie of another first request, which wrote, by one of a mere read."""
+    imports, wrote = life.repository.imports, life.was_modified or is_modified(life)
+    if imports is None or life.cookie != "set":
+        return
+    if not imports.may_answer(life.repository, mark, wrote=wrote):
+        life.cookie = "keep"
 
 
 def _end_presented(life: Lifecycle) -> None:

@@ -13,7 +13,7 @@ from flask.sessions import SecureCookieSessionInterface
 from freezegun import freeze_time
 from markupsafe import Markup
 
-from flask_gsession import Session
+from flask_gsession import Session, StoreUnavailable
 from flask_gsession.events import SessionImported
 from tests.harness.apps import Site, SiteMaker, Visitor
 
@@ -102,6 +102,82 @@ def test_two_visitors_with_the_same_cookie_at_once(site: Site) -> None:
     alice.run(lambda session: session.update(user="alice"))
     assert alice.cookie != bob.cookie
     assert "user" not in bob.run(dict)
+
+
+def put(session: Any) -> None:
+    session["cart"] = [*session["cart"], "pen"]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("way", ["read", "write"])
+def test_first_requests_of_one_browser_at_once(site: Site, earlier: bool, way: str) -> None:
+    """A browser keeps the cookie that comes last: a read must not replace the one of a write."""
+    cookie = signed({"cart": ["mug"]})
+    if earlier:
+        visit(site, cookie).run(dict)
+    slow, writer = visit(site, cookie), visit(site, cookie)
+
+    def meanwhile(session: Any) -> None:
+        assert session["cart"] == ["mug"]
+        writer.run(put)
+        if way == "write":
+            put(session)
+
+    slow.run(meanwhile)
+    assert (slow.cookie is None) is (way == "read")  # of two writes, the later answer wins
+    for visitor in (slow, writer) if way == "write" else (writer,):
+        assert visitor.run(lambda session: session["cart"]) == ["mug", "pen"]
+    for waited in (False, True):
+        late = visit(site, cookie)
+        assert late.run(dict) == {"cart": ["mug"]}
+        assert (late.cookie is not None) is waited
+        site.clock.advance(10)
+
+
+def test_a_read_that_is_answered_before_the_write(site: Site) -> None:
+    cookie = signed({"cart": ["mug"]})
+    reader, writer = visit(site, cookie), visit(site, cookie)
+
+    def write(session: Any) -> None:
+        put(session)
+        reader.run(dict)
+
+    writer.run(write)
+    assert reader.cookie is not None
+    assert writer.run(lambda session: session["cart"]) == ["mug", "pen"]
+
+
+def test_an_outage_while_the_requests_are_compared(site: Site) -> None:
+    """A read gives no cookie away, and a write does: what it stored must be found."""
+    cookie = signed({"cart": ["mug"]})
+    reader, writer = visit(site, cookie), visit(site, cookie)
+
+    def outage() -> None:
+        raise StoreUnavailable("simulated")
+
+    site.before_each("load", lambda: None, outage)
+    assert reader.run(dict) == {"cart": ["mug"]}
+    assert reader.cookie is None
+    site.before_each("save", outage)
+    writer.run(put)
+    assert writer.run(lambda session: session["cart"]) == ["mug", "pen"]
+
+
+def test_what_a_take_over_costs(site: Site) -> None:
+    visit(site, signed({"a": 1})).run(dict)  # Redis learns the scripts
+    cookie = signed({"cart": ["mug"]})
+    for _ in range(2):  # the first visitor with this cookie, and another one
+        visitor = visit(site, cookie)
+        with site.counted() as count:
+            visitor.run(dict)
+        assert count.trips == 4
+        with site.counted() as count:
+            visitor.run(dict)
+        assert count.trips == 1
+    user = visit(site, signed({"_user_id": "7"}))
+    with site.counted() as count:
+        user.run(dict)
+    assert count.trips == 3
 
 
 def test_a_user_has_one_session_for_a_cookie(site: Site) -> None:
