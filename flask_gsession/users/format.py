@@ -12,7 +12,7 @@ Flags: 1 ending, 2 remembered. New fields go to the ends of the arrays.
 
 from __future__ import annotations
 
-import base64
+from binascii import a2b_base64, b2a_base64
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -24,6 +24,7 @@ from .roster import Device, Roster
 
 FORMAT = 1
 _ENDING, _REMEMBERED = 1, 2
+_URL_SAFE, _STANDARD = bytes.maketrans(b"+/", b"-_"), bytes.maketrans(b"-_", b"+/")
 _Natural = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
@@ -103,9 +104,10 @@ def _unpack(packed: _Device) -> Device:
     )
 
 
+# Several times faster than the functions of base64, for a thousand devices.
 def _bytes(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    return a2b_base64(text.encode().translate(_STANDARD) + b"=" * (-len(text) % 4))
 
 
 def _text(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+    return b2a_base64(data, newline=False).translate(_URL_SAFE, b"=").decode()

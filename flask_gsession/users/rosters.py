@@ -11,7 +11,7 @@ import uuid
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
@@ -258,10 +258,11 @@ def network_of(address: str | None) -> bytes:
     return bytes(parsed.packed[: 3 if parsed.version == 4 else 6])
 
 
+@lru_cache(maxsize=1024)  # a user's devices share a few
 def network_text(network: bytes) -> str | None:
     """A network as text, such as ``"203.0.113.0/24"``."""
     if len(network) == 3:
-        return f"{ipaddress.IPv4Address(network + bytes(1))}/24"
+        return f"{network[0]}.{network[1]}.{network[2]}.0/24"
     if len(network) == 6:
         return f"{ipaddress.IPv6Address(network + bytes(10))}/48"
     return None

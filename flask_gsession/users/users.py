@@ -32,6 +32,7 @@ from .revoking import finish
 from .roster import Device, Roster, Since, mark_ending
 from .rosters import checked_user_id, network_text
 
+_utc = datetime.fromtimestamp
 _ENDING = "Revoking the session of this request"
 
 
@@ -86,8 +87,8 @@ class Users:
         roster = repository.rosters.look(user_id).roster.without_expired(repository.now())
         life = self._life()
         current = device_id_of(life) if life is not None and user_id_of(life) == user_id else None
-        devices = [_shown(device, device.id == current) for device in roster.members]
-        return sorted(devices, key=lambda device: device.last_seen_at, reverse=True)
+        latest = sorted(roster.members, key=lambda device: device.seen, reverse=True)
+        return [_shown(device, device.id == current) for device in latest]
 
     @contextmanager
     def login(self, user_id: str | int) -> Iterator[None]:
@@ -274,9 +275,9 @@ def _shown(device: Device, current: bool) -> UserDevice:
         device.label or None,
         device.tags,
         network_text(device.network),
-        _utc(device.created),
-        _utc(device.seen),
-        _utc(device.expires),
+        _utc(device.created, UTC),
+        _utc(device.seen, UTC),
+        _utc(device.expires, UTC),
         device.remembered,
         device.key,
     )
@@ -285,7 +286,3 @@ def _shown(device: Device, current: bool) -> UserDevice:
 def _check_device_id(device_id: object) -> None:
     if not isinstance(device_id, str):
         raise ValueError(f"device_id is of type {type(device_id).__name__}; it must be text")
-
-
-def _utc(seconds: int) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
