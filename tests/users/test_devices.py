@@ -917,7 +917,8 @@ def test_rosters_whose_encryption_key_is_gone_are_replaced_on_demand(make_site: 
     signed_in(before, "bob")
     mark = mark_key("cookie", "an old session")  # of a take-over; its key is like a roster's
     repository = before.app.extensions["gsession"][before.ext].repository
-    repository.create(repository.draft_other(mark, b"x", repository.latest_end()))
+    marked = repository.draft_other(mark, b"x", repository.latest_end())
+    repository.create(marked)
     both = make_site(store=before.store, encryption_keys=[new, old])
     visitor = both.visitor(kept.cookie)
     visitor.run(lambda session: session.update(a=1))  # under the new key, the roster is not
@@ -935,7 +936,7 @@ def test_rosters_whose_encryption_key_is_gone_are_replaced_on_demand(make_site: 
         assert ids(site, "eve") == [device_id(eve)], "repaired all the same"
         assert site.ext.users.rebuild(replace_foreign=True) == 1
         assert site.ext.users.rebuild(replace_foreign=True) == 0
-    assert site.store.store.load(mark) is not None
+    assert site.store.store.load(mark) == marked
     site.clock.advance(301)
     assert owner(site.visitor(visitor.cookie)) == "ada"
     assert owner(site.visitor(gone.cookie)) is None
