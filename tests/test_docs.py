@@ -456,6 +456,12 @@ def test_flask_security(run: Run) -> None:
     assert phone.get("/devices").status_code == 303
 
 
+def test_oidc_logout(run: Run) -> None:
+    client = visitor(run("docs/how-to/oidc-logout.md").app)
+    refused = client.post("/oidc/backchannel-logout", data={"logout_token": "forged"})
+    assert refused.json["error"] == "invalid_request"
+
+
 def test_limit_sessions(run: Run) -> None:
     app = run("docs/how-to/limit-sessions.md").app
     answers = [visitor(app).post("/login/ada") for _ in range(4)]

@@ -74,7 +74,7 @@ PLACES = {
     "grpc": "protocol stores.remote sharing",
     "google": "protocol stores.remote",
     "envoy": "sharing",
-    "joserfc": "sharing",
+    "joserfc": "sharing contrib",
     "starlette": "contrib",
     "redis": "stores.redis",
     "pymongo": "stores.mongodb",

@@ -46,6 +46,7 @@ from .races import tries, write
 
 R = TypeVar("R")
 
+_FOREVER = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends such a record earlier
 PERMANENT = "_permanent"
 _TRUE = b"\xc3"
 # A replaced large value stays this long, for requests that loaded the session before.
@@ -263,6 +264,15 @@ class Repository:
         now = min(self.now(), end)
         payload = self._payloads.pack_other(key, content, now, end)
         return Record(key, new_version(), now, end, end, payload)
+
+    def draft_renewable(self, key: str, content: bytes, end: int, old: Record | None) -> Record:
+        """The same, for a record that replaces ``old`` and may end later than that one."""
+        now = self.now()
+        created, last = now, now + _FOREVER
+        if old is not None:
+            created, last = old.created_at, old.absolute_expires_at
+        payload = self._payloads.pack_other(key, content, created, last)
+        return Record(key, new_version(), created, min(max(now, end), last), last, payload)
 
     def read_other(self, record: Record) -> bytes:
         """The content of such a record. Raises ``UnreadableRecord``."""

@@ -186,11 +186,33 @@ def mark_ending(roster: Roster, device_ids: Collection[str]) -> Roster:
     return replace(roster, devices=tuple(devices))
 
 
-def revoke_all(roster: Roster, now: int, clock: int, keep: str | None = None) -> Roster:
-    """Mark all devices but ``keep`` as ending, and refuse sign-ins that are under way."""
-    others = {device.id for device in roster.devices if device.id != keep}
+def revoke_all(
+    roster: Roster,
+    now: int,
+    clock: int,
+    keep: str | None = None,
+    tags: Collection[str] | None = None,
+) -> Roster:
+    """Mark all devices but ``keep`` as ending, and refuse sign-ins that are under way.
+
+    ``tags``: only the devices with one of these.
+    """
+    others = {
+        device.id
+        for device in roster.devices
+        if device.id != keep and (tags is None or not set(tags).isdisjoint(device.tags))
+    }
     ending = mark_ending(roster, others)
     return replace(ending, epoch=max(now, roster.epoch + 1), clock=clock)
+
+
+def retag(roster: Roster, device_id: str, start: str, tag: str) -> Roster:
+    """Give a device this tag instead of those with the same start."""
+    there = roster.by_id(device_id)
+    if there is None:
+        return roster
+    kept = [each for each in there.tags if not each.startswith(start)]
+    return _with(roster, replace(there, tags=(*kept, tag)))
 
 
 def drop(roster: Roster, keys: Collection[str]) -> Roster:

@@ -10,7 +10,7 @@ import time
 import uuid
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -161,9 +161,11 @@ class Rosters:
         write(prepare, partial(self._send, key), self._tries)
         return replaces
 
-    def revoke_all(self, roster: Roster, keep: str | None = None) -> Roster:
+    def revoke_all(
+        self, roster: Roster, keep: str | None = None, tags: Collection[str] | None = None
+    ) -> Roster:
         """Apply ``roster.revoke_all``, now, by the clock of this process."""
-        return revoke_all(roster, self._now(), self._clock_id, keep)
+        return revoke_all(roster, self._now(), self._clock_id, keep, tags)
 
     def since(self, user_id: str, roster: Roster, began: Began) -> Since:
         """The start of a sign-in, in the form that ``roster`` can judge."""

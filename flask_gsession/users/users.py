@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -170,16 +170,23 @@ class Users:
         return self._revoke_all(user_id, device_id, reason, by)
 
     def revoke_all(
-        self, user_id: str | int, *, reason: str | None = None, by: str | None = None
+        self,
+        user_id: str | int,
+        *,
+        tags: Collection[str] | None = None,
+        reason: str | None = None,
+        by: str | None = None,
     ) -> int:
         """End all sessions of the user, including this request's. Returns how many ended.
 
         When this returns, no request gets any of them, and sign-ins that were under way fail.
-        ``reason`` and ``by`` as in ``revoke``. Raises ``RevocationUnfinished`` if it was
-        interrupted; repeat it, or the user's next sign-in finishes it. Four round trips, and the
-        deletes.
+        ``tags``: only the sessions that were bound with one of these tags. ``reason`` and ``by`` as
+        in ``revoke``. Raises ``RevocationUnfinished`` if it was interrupted; repeat it, or the
+        user's next sign-in finishes it. Four round trips, and the deletes.
         """
-        return self._revoke_all(checked_user_id(user_id), None, reason, by)
+        if isinstance(tags, str):
+            raise ValueError("tags is a text; it must be a list of texts, or None")
+        return self._revoke_all(checked_user_id(user_id), None, reason, by, tags)
 
     def rebuild(self, user_id: str | int | None = None, *, replace_foreign: bool = False) -> int:
         """Repair rosters from the sessions in the store; how many sessions were entered.
@@ -196,7 +203,12 @@ class Users:
         return rebuild(self._repository(), only, foreign=replace_foreign)
 
     def _revoke_all(
-        self, user_id: str, keep: str | None, reason: str | None, by: str | None
+        self,
+        user_id: str,
+        keep: str | None,
+        reason: str | None,
+        by: str | None,
+        tags: Collection[str] | None = None,
     ) -> int:
         rosters, life, by = self._repository().rosters, self._life(), self._by(by)
         current = None if life is None else stored_device_of(life, user_id)
@@ -206,7 +218,7 @@ class Users:
         def step(roster: Roster) -> tuple[Roster, tuple[Roster, Roster]]:
             if keep is not None and keep not in {device.id for device in roster.members}:
                 return roster, (roster, roster)
-            after = rosters.revoke_all(roster, keep)
+            after = rosters.revoke_all(roster, keep, tags)
             return after, (roster, after)
 
         before, after = rosters.change(user_id, step)
