@@ -34,9 +34,10 @@ STORES = {
 }
 
 HEADERS = {
-    # Everything the pages use is a file of the shop. There is no script at all.
+    # Everything the pages use is a file of the shop.
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "script-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }

@@ -110,7 +110,6 @@ class _Socket:
             return
         if after.session is None:
             self._ended = True
-            watch.checked = 0.0  # look again soon
             if self.is_gone():
                 watch.close()
             return

@@ -124,7 +124,7 @@ class Hints:
         self._watches: dict[Watch, None] = {}
         self._thread: threading.Thread | None = None
         self._feeds: dict[str, Feed | None] = {}
-        self._rest_until = self._began = 0.0  # of time.monotonic
+        self._rest_until = self._next_tick = self._began = 0.0  # of time.monotonic
         #: whether this process is about to end
         self.ending = False
 
@@ -254,6 +254,9 @@ class Hints:
         everything = self._ear.missed and now >= self._rest_until
         if everything:
             self._ear.missed = False
+        tick = now >= self._next_tick
+        if tick:
+            self._next_tick = now + _TICK
         milliseconds = self.repository.now()
         loads: dict[str, Record | None] = {}
         for watch in self.watches():
@@ -263,8 +266,9 @@ class Hints:
                 or now - watch.checked >= (self.heartbeat if self._hears(watch) else POLL)
                 or (session is not None and milliseconds >= session.ends)
             )
-            if due and watch.is_over():
+            if tick and watch.is_over():
                 watch.close()
+                _call(watch, watch.state, watch.state)
                 continue
             dirty = None if due else heard.intersection(watch.keys)
             if dirty is None or dirty:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ try:
 except ImportError:
     _uwsgi = None
 
+#: A client that has closed its connection. None: this system has no such event.
+_CLOSED: int | None = getattr(select, "POLLRDHUP", None)
 _UNKNOWN = 4  # threads of a server that we don't know; waitress has so many by default
 _MANY = 1000  # at once, where each request has its own greenlet or thread
 
@@ -33,6 +36,32 @@ def threads(environ: Mapping[str, Any]) -> int:
     return _MANY if "werkzeug.socket" in environ else _UNKNOWN
 
 
+class Connection:
+    """The connection of a request. ``file``: its descriptor; None if the server hides it."""
+
+    def __init__(self, file: int | None) -> None:
+        self._file = file
+
+    def is_gone(self) -> bool:
+        """Whether the client has closed it, as far as this system can tell."""
+        if self._file is None or _CLOSED is None:
+            return False
+        waits = _poll()
+        try:
+            waits.register(self._file, _CLOSED)
+            return bool(waits.poll(0))
+        except (OSError, ValueError):
+            return True
+
+
+def connection_of(environ: Mapping[str, Any]) -> Connection:
+    """The connection of the request that is being served."""
+    if _uwsgi is not None:
+        return Connection(_uwsgi.connection_fd())
+    socket: Any = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+    return Connection(socket.fileno() if hasattr(socket, "fileno") else None)
+
+
 def is_ending() -> bool:
     """Whether the worker waits for its requests to end, so that it can end too."""
     worker = _gunicorn_worker()
@@ -43,6 +72,13 @@ def _gunicorn_worker() -> Any:
     """The worker object of gunicorn, from its handler of SIGTERM."""
     worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return worker if hasattr(worker, "cfg") and hasattr(worker, "alive") else None
+
+
+def _poll() -> Any:
+    """A poll object of the system: gevent's own doesn't know about closed connections."""
+    if _is_green():
+        return sys.modules["gevent.monkey"].get_original("select", "poll")()
+    return select.poll()
 
 
 def _is_green() -> bool:

@@ -6,7 +6,6 @@ import json
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,8 +30,20 @@ class Full(Exception):
         self.of_user = of_user
 
 
+class Limits(NamedTuple):
+    """How many streams there may be in this process: all together, and those of ``who``.
+
+    ``is_gone``: whether the client of this stream is gone.
+    """
+
+    who: str
+    most: int
+    most_of_user: int
+    is_gone: Callable[[], bool] = bool
+
+
 class Slots:
-    """Counts the streams of this process."""
+    """The streams that this process has."""
 
     def __init__(self) -> None:
         self._start()
@@ -40,46 +51,39 @@ class Slots:
 
     def _start(self) -> None:
         self._lock = threading.RLock()  # a finalizer may end a stream
-        self._streams = 0
-        self._of_users: Counter[str] = Counter()
+        self._taken: dict[object, Limits] = {}
 
-    def take(self, who: str, most: int, most_of_user: int) -> None:
-        """Count a stream of ``who``. Raises ``Full``."""
+    def take(self, limits: Limits) -> object:
+        """A slot. Raises ``Full`` if also those whose clients are gone don't make room."""
         process.notice()
         with self._lock:
-            if self._of_users[who] >= most_of_user:
-                raise Full(of_user=True)
-            if self._streams >= most:
-                raise Full(of_user=False)
-            self._streams += 1
-            self._of_users[who] += 1
+            try:
+                self._check(limits)
+            except Full:
+                for slot, other in list(self._taken.items()):
+                    if other.is_gone():
+                        del self._taken[slot]
+                self._check(limits)
+            slot = object()
+            self._taken[slot] = limits
+            return slot
 
-    def free(self, who: str) -> None:
-        """Count one less."""
-        process.notice()
-        with self._lock:
-            if self._of_users[who] > 0:  # else it was taken before a fork
-                self._streams -= 1
-                self._of_users[who] -= 1
-            if not self._of_users[who]:
-                del self._of_users[who]
+    def _check(self, limits: Limits) -> None:
+        if sum(other.who == limits.who for other in self._taken.values()) >= limits.most_of_user:
+            raise Full(of_user=True)
+        if len(self._taken) >= limits.most:
+            raise Full(of_user=False)
 
-    def figures(self) -> tuple[int, dict[str, int]]:
-        """How many streams there are, and how many of each ``who``."""
-        with self._lock:
-            return self._streams, dict(self._of_users)
+    def free(self, slot: object) -> None:
+        """Give a slot back. May be repeated."""
+        self._taken.pop(slot, None)
+
+    def __len__(self) -> int:
+        return len(self._taken)
 
 
 #: All applications of a process share its threads.
 slots = Slots()
-
-
-class Limits(NamedTuple):
-    """Of streams in this process: all together, and those of ``who``."""
-
-    who: str
-    most: int
-    most_of_user: int
 
 
 class Stream(Iterator[bytes]):
@@ -92,7 +96,7 @@ class Stream(Iterator[bytes]):
 
     def __init__(
         self,
-        watch: Callable[[Notify], Watch],
+        watch: Callable[[Notify, Callable[[], bool]], Watch],
         show: Show,
         limits: Limits,
         *,
@@ -101,10 +105,10 @@ class Stream(Iterator[bytes]):
         after: int | None,
         is_over: Callable[[], bool],
     ) -> None:
-        self._who: str | None = None
+        self._slot: object = None
         self._watch: Watch | None = None
-        slots.take(*limits)
-        self._who = limits.who
+        self._slot = slots.take(limits)
+        self._is_gone = limits.is_gone
         self._show = show
         self._heartbeat = heartbeat
         self._is_over = is_over
@@ -114,7 +118,7 @@ class Stream(Iterator[bytes]):
         # The watch must not refer to the stream, which is closed when nobody refers to it.
         woken = self._woken = threading.Event()
         try:
-            self._watch = watch(lambda *_: woken.set())
+            self._watch = watch(lambda *_: woken.set(), limits.is_gone)
         except BaseException:
             self.close()
             raise
@@ -130,7 +134,7 @@ class Stream(Iterator[bytes]):
             wait = min(self._heartbeat, self._until - time.monotonic())
             woken = wait > 0 and self._woken.wait(wait)
             self._woken.clear()  # before the state is read
-            if self._is_over() or time.monotonic() >= self._until:
+            if self._is_over() or self._is_gone() or time.monotonic() >= self._until:
                 break
             events = self._events(self._watch.state)
             if events or not woken:
@@ -159,11 +163,11 @@ class Stream(Iterator[bytes]):
 
     def close(self) -> None:
         """Release the watch and the slot. Servers call this at the end of a response."""
-        who, self._who = self._who, None
-        if who is not None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
             if self._watch is not None:
                 self._watch.close()
-            slots.free(who)
+            slots.free(slot)
 
     def __del__(self) -> None:
         self.close()

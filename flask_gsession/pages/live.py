@@ -14,7 +14,7 @@ from ..config import Settings
 from ..errors import SettingError
 from ..extension import NAME, Session
 from ..interface import GSessionInterface, session_of_request
-from ..live.servers import threads
+from ..live.servers import connection_of, threads
 from ..live.states import Digests, State, Versions
 from ..live.streams import Full, Limits, Stream, as_json, last_of, newer
 from ..processes import warn_without_threads
@@ -78,7 +78,9 @@ def live_blueprint(
             body = Stream(
                 partial(own.live.subscribe, loaded.record.key, None),
                 partial(show, hints.digests),
-                Limits(who, most, settings.live_user_streams),
+                Limits(
+                    who, most, settings.live_user_streams, connection_of(request.environ).is_gone
+                ),
                 heartbeat=settings.live_heartbeat,
                 life=life,
                 after=_after(request.headers.get("Last-Event-ID") or request.args.get("after")),

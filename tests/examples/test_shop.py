@@ -259,7 +259,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
-        assert tag not in ("script", "style"), "everything comes from files"
+        assert tag != "style", "everything comes from files"
+        assert tag != "script" or given.get("src")
         assert not any(name == "style" or name.startswith("on") for name in given)
         if given.get("id"):
             self.ids.append(str(given["id"]))

@@ -35,14 +35,14 @@ UNTIL_WE_END = '"$@" & read -r end; kill $!; wait'
 
 
 @contextmanager
-def serving(instance: Path, store: str, prefix: str) -> Iterator[str]:
+def serving(instance: Path, store: str, prefix: str, more: str = "") -> Iterator[str]:
     """The shop under gunicorn on a free port; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         # The listener exists before the server does: requests wait for it, and nobody else can
         # take the port.
         application = (
             f"examples.shop.app:create_app({store!r}, instance_path={str(instance)!r}, "
-            f"SESSION_KEY_PREFIX={prefix!r}, SESSION_STORE_TIMEOUT=20)"
+            f"SESSION_KEY_PREFIX={prefix!r}, SESSION_STORE_TIMEOUT=20, {more})"
         )
         gunicorn = [
             *(sys.executable, "-m", "gunicorn", "--workers", "2", "--threads", "4"),
@@ -298,9 +298,9 @@ def assert_sound(page: Page, what: str, *navigations: str) -> None:
                 expect(page.get_by_role("navigation", name=name)).to_be_visible()
 
 
-def test_small_pages(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefix: str) -> None:
+def test_small_pages(chromium: Browser, redis_url: str, tmp_path: Path, store_prefix: str) -> None:
     with (
-        serving(tmp_path, sqlite_url, store_prefix) as shop,
+        serving(tmp_path, redis_url, store_prefix) as shop,
         chromium.new_context(base_url=shop) as context,
     ):
         page = context.new_page()
@@ -404,6 +404,69 @@ def test_devices(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefi
         expect(there.get_by_role("status")).to_have_text("1 session has ended.")
         here.goto("/orders")
         expect(here.get_by_role("heading", level=1)).to_have_text("Sign in")
+
+
+def test_open_pages_follow(
+    chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefix: str
+) -> None:
+    """Two tabs of one browser share a stream; another browser is signed out from this one."""
+    with (
+        serving(tmp_path, sqlite_url, store_prefix, "SESSION_LIVE_POLL=1") as shop,
+        chromium.new_context(base_url=shop) as context,
+        chromium.new_context(base_url=shop) as other_context,
+    ):
+        streams: list[Page] = []
+
+        def note(request: Request) -> None:
+            if "/live/stream" in request.url:
+                streams.append(request.frame.page)
+
+        def opened(of: BrowserContext) -> Page:
+            page = of.new_page()
+            page.set_default_timeout(1000 * PATIENCE)
+            complaints.append(watched(page, shop))
+            page.on("request", note)
+            page.goto("/product/KIT-101")
+            return page
+
+        complaints: list[list[str]] = []
+        leader, follower = opened(context), opened(context)
+        buyer = opened(context)
+        buyer.get_by_role("button", name="Add to cart").click()
+        for page in (leader, follower):
+            expect(page.locator(".count")).to_have_text("1")
+        assert set(streams) == {leader}
+        with follower.expect_request("**/live/stream*"):
+            leader.close()
+        buyer.goto("/product/KIT-101")
+        buyer.get_by_role("button", name="Add to cart").click()
+        expect(follower.locator(".count")).to_have_text("2")
+        assert set(streams) == {leader, follower}
+
+        # Without Web Locks, as without HTTPS, each tab polls.
+        follower.add_init_script("delete Navigator.prototype.locks")
+        follower.goto("/cart")
+        buyer.close()
+        buyer = opened(context)
+        buyer.add_init_script("delete Navigator.prototype.locks")
+        buyer.goto("/product/KIT-101")
+        streams.clear()
+        buyer.get_by_role("button", name="Add to cart").click()
+        expect(follower.locator(".count")).to_have_text("3")
+        assert streams == []
+
+        other = opened(other_context)
+        for page in (buyer, other):
+            page.goto("/sign-in")
+            page.get_by_label("Name").fill("mira")
+            page.get_by_label("Password").fill(DEMO_PASSWORD)
+            page.get_by_role("button", name="Sign in").click()
+            expect(page.get_by_role("status")).to_have_text("Welcome, Mira.")
+        buyer.goto("/devices")
+        buyer.get_by_role("link", name="Sign out all other devices").click()
+        buyer.get_by_role("button", name="Sign out the others").click()
+        expect(other.get_by_role("status")).to_contain_text("You are signed out")
+        assert complaints == [[]] * len(complaints)
 
 
 def test_an_outage(chromium: Browser, own_redis: RedisServer, tmp_path: Path) -> None:

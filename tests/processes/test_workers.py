@@ -280,6 +280,9 @@ def test_a_page_hears_of_changes_in_any_worker(server: Gunicorn) -> None:
             assert stream.state() == {"who": "", "keys": {}}
             server.post("/count", cookie)
             assert stream.state()["keys"].keys() == {"count"}
+            for _ in range(2 * THREADS):  # a page that is left makes room at once
+                with Stream(server.port, cookie) as another:
+                    assert another.response.status == 200
     server.post("/count", cookie)
     second = server.get("/live/state", cookie).body
     assert first["keys"].keys() != second["keys"].keys() == {"count"}

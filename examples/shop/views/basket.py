@@ -32,6 +32,13 @@ def show() -> ResponseReturnValue:
     return _cart_page({})
 
 
+@pages.get("/cart/count")
+def count() -> ResponseReturnValue:
+    """How many pieces are in the cart, for an open page. Nobody is using the shop by that."""
+    session.skip_renewal()
+    return {"pieces": cart.count()}
+
+
 def _cart_page(errors: Mapping[str, str], typed: Mapping[str, str] | None = None) -> str:
     """The cart, with what is wrong with its lines, and what was typed there."""
     lines = _lines(cart.current()["lines"])
