@@ -9,6 +9,7 @@ from .errors import (
     GSessionError,
     LockLost,
     LockMisused,
+    NotSignedIn,
     RevocationUnfinished,
     RotationRefused,
     SessionConflict,
@@ -22,6 +23,7 @@ from .errors import (
     TooManySessions,
     TransactionMisused,
     UnsupportedType,
+    UserValuesUnreadable,
     ValueRefused,
 )
 from .extension import Session
@@ -39,6 +41,7 @@ __all__ = [
     "GSessionError",
     "LockLost",
     "LockMisused",
+    "NotSignedIn",
     "RevocationUnfinished",
     "RotationRefused",
     "Session",
@@ -54,6 +57,7 @@ __all__ = [
     "TooManySessions",
     "TransactionMisused",
     "UnsupportedType",
+    "UserValuesUnreadable",
     "ValueRefused",
     "next_url",
     "require_fresh",

@@ -16,6 +16,7 @@
     ├── ConfirmationRequired    HTTP 401: the user must confirm who they are first
     ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
     ├── SignInRefused           HTTP 401: the user's sessions were revoked during the sign-in
+    ├── NotSignedIn             HTTP 401: there is no user whose values could be changed
     ├── TooManySessions         HTTP 409: the user has as many sessions as allowed
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   ├── SessionEnded        HTTP 409: the session ended while this request ran
@@ -25,7 +26,8 @@
         ├── StoreUnavailable    HTTP 503 with Retry-After: the store did not answer in time
         │   ├── LogoutUnconfirmed   ... the logout is not confirmed by enough replicas
         │   ├── RevocationUnfinished    ... sessions are being revoked: repeat it
-        │   └── RosterUnreadable    ... a user's roster is damaged, or of a newer version
+        │   ├── RosterUnreadable    ... a user's roster is damaged, or of a newer version
+        │   └── UserValuesUnreadable    ... a user's values need another key or version
         ├── UnreadableRecord    the key holds no valid record
         ├── KeyTaken            create: the key holds a record already
         ├── Gone                save, replace, delete, acquire: no live record under the key
@@ -191,6 +193,16 @@ class SignInRefused(GSessionError, Unauthorized):
     description = "You were signed out while you signed in. Sign in again."
 
 
+class NotSignedIn(GSessionError, Unauthorized):
+    """A view wrote to ``session.shared``, and the session is bound to no user. HTTP 401.
+
+    Bind the session first. Or use a ``SessionKey`` with ``scope="user"``: it keeps its value in the
+    session until the sign-in.
+    """
+
+    description = "Sign in first."
+
+
 class TooManySessions(GSessionError, Conflict):
     """The user has ``SESSION_MAX_PER_USER`` sessions, and the policy is "refuse" (HTTP 409)."""
 
@@ -321,6 +333,18 @@ class RosterUnreadable(StoreUnavailable):
         super().__init__(detail, contention=True)  # the store itself answers
         #: whether a worker of a newer version, or with other keys, may be able to read it
         self.for_others = for_others
+
+
+class UserValuesUnreadable(StoreUnavailable):
+    """The values of a user can't be read, so they can't be changed either. HTTP 503.
+
+    They need another encryption key, or a newer version. Damaged ones count as absent instead.
+    """
+
+    description = "Your stored values can't be read. Try again later."
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, contention=True)  # the store itself answers
 
 
 class UnreadableRecord(StoreError):

@@ -144,6 +144,14 @@ class DeviceRevoked(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class UserValuesForgotten(Event):
+    """``ext.users.forget`` deleted the values of a user. ``by``: a user id; None if unknown."""
+
+    user_id: str
+    by: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class SessionRefused(Event):
     """There was no session for a request's token.
 

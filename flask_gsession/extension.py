@@ -28,6 +28,8 @@ from .stores import Store, StoreOptions, open_blobs, open_store
 from .stores.base import Clock
 from .stores.parts import parts_of
 from .stores.wrappers import Breaker, Near, compose
+from .users.opening import OpenUser
+from .users.rosters import checked_user_id
 from .users.users import Users
 from .watching.audit import write_audit_log
 from .watching.debug import prepare
@@ -182,6 +184,19 @@ class Session:
         trip.
         """
         return peek(self._interface(None).repository, handle)
+
+    def open_user(self, user_id: str | int, *, renew: bool = True) -> OpenUser:
+        """The values of a user, as a block: ``with ext.open_user(user_id) as values:``.
+
+        For jobs and administration, in an application context; a view has them in
+        ``session.shared``. ``async with`` works too. ``user_id``: the argument of ``session.bind``;
+        the user need not be signed in. ``renew``: with False, the block doesn't count as use.
+
+        Raises ``ValueError`` for an invalid id. For errors of the block, and its cost, see
+        ``OpenUser``.
+        """
+        app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        return OpenUser(self._interface(app).repository, app, checked_user_id(user_id), renew)
 
     @cached_property
     def users(self) -> Users:

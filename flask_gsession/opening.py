@@ -103,7 +103,7 @@ class OpenSession:
 
     async def __aenter__(self) -> SessionData:
         """As ``with``; the event loop does not wait for the store."""
-        return await _in_a_thread(self.__enter__)
+        return await in_a_thread(self.__enter__)
 
     async def __aexit__(
         self,
@@ -111,7 +111,7 @@ class OpenSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await _in_a_thread(partial(self.__exit__, kind, error, traceback))
+        await in_a_thread(partial(self.__exit__, kind, error, traceback))
 
 
 def _save(life: Lifecycle) -> None:
@@ -125,7 +125,7 @@ def _save(life: Lifecycle) -> None:
         raise SessionEnded
 
 
-async def _in_a_thread(function: Callable[[], T]) -> T:
+async def in_a_thread(function: Callable[[], T]) -> T:
     """Call ``function`` in a thread. A cancelled task waits for it to finish.
 
     Otherwise, a session could be saved although its task gets the opposite result.

@@ -26,6 +26,7 @@ from .events import WriteDropped, logger
 from .repository.repository import Repository
 from .stores.base import KEY_LENGTH, Record, Store, unexpired
 from .stores.parts import Reconciler
+from .users.joins import both_joins
 from .users.revoking import finish
 from .users.roster import Roster, mark_ending
 from .values.marks import is_marked
@@ -104,6 +105,7 @@ class SessionReconciler(Reconciler):
             owner,
             there.origin,
             dict(list(marks.items())[-_MARKS:]),
+            both_joins(there.joins, wanted.joins),
         )
         end = min(max(theirs.idle_expires_at, mine.idle_expires_at), theirs.absolute_expires_at)
         try:

@@ -510,6 +510,22 @@ def test_sockets(run: Run) -> None:
     until(lambda: not socket.is_connected())
 
 
+def test_user_values(run: Run) -> None:
+    here = run("docs/how-to/user-values.md")
+    phone, laptop = visitor(here.app), visitor(here.app)
+    phone.post("/cart/mug")
+    phone.post("/login", data={"name": "ada"})
+    phone.post("/theme/dark")
+    laptop.post("/cart/mug")
+    laptop.post("/login", data={"name": "ada"})
+    assert laptop.get("/cart").json == {"mug": 2}
+    assert (laptop.get("/theme").json, phone.get("/cart").json) == ({"theme": "dark"}, {"mug": 2})
+    with here.app.app_context():
+        assert here.remind("ada") == {"mug": 2}
+        here.delete_account("ada")
+    assert phone.get("/cart").json == {}
+
+
 def test_counters_and_carts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("docs/how-to/counters-and-carts.md")
 

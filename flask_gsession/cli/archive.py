@@ -125,6 +125,7 @@ def import_(
     name = session_name(interface)
     done: Counter[str] = Counter()
     others: Counter[str] = Counter()  # marks and rosters
+    users: Counter[str] = Counter()  # values of users
     print_store(interface)
     # Even a read would create a missing SQLite file.
     store = MemoryStore() if dry_run and file_is_missing(interface) else interface.store
@@ -145,7 +146,7 @@ def import_(
         with progress("import", lambda: total) as advance:
             for item in read_items(source):
                 # Before all sessions: these are entered in the rosters.
-                if isinstance(item, Record) and not is_session_key(item.key):
+                if isinstance(item, Record) and importer.is_first(item):
                     others[retry(importer.put, item)] += 1
                     advance(1)
             advance(min(skip, total - others.total()))
@@ -155,15 +156,22 @@ def import_(
                     if number > skip:
                         done[retry(importer.put, item)] += 1
                         advance(1)
+                elif isinstance(item, Record) and not importer.is_first(item):
+                    users[retry(importer.put, item)] += 1
+                    advance(1)
                 elif isinstance(item, Frame) and number >= skip:
                     retry(importer.put_frame, item)
     if as_json:
         report = {"session": name, "dry_run": dry_run, "records": done}
-        click.echo(json.dumps(report | ({"others": others} if others else {}), indent=2))
+        more = {"users": users, "others": others}
+        report |= {what: count for what, count in more.items() if count}
+        click.echo(json.dumps(report, indent=2))
     else:
         would = "to be " if dry_run else ""
         parts = [f"{done['imported']} {would}imported"]
         parts += [f"{done[what]} {what}" for what in sorted(done) if what != "imported"]
+        if users:
+            parts.append(f"the values of {pluralize(users.total(), 'users')}")
         if others:
             parts.append(f"{pluralize(others.total(), 'records')} of old cookies")
         click.echo(f"{name}: {', '.join(parts)}")

@@ -292,6 +292,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_policy": ("SESSION_MAX_POLICY", _max_policy),
     "seen_interval": ("SESSION_SEEN_INTERVAL", _seconds(1, 86_400)),
     "device_labels": ("SESSION_DEVICE_LABELS", _flag),
+    "user_values_lifetime": ("SESSION_USER_VALUES_LIFETIME", _seconds(60, _FOREVER)),
     "schema": ("SESSION_SCHEMA", lambda value: value),
     "permanent": ("SESSION_PERMANENT", _flag),
     "imports": ("SESSION_IMPORT", _imports),

@@ -72,6 +72,7 @@ class Settings:
     max_policy: Literal["oldest", "refuse"] = "oldest"
     seen_interval: float = 300.0
     device_labels: bool = True
+    user_values_lifetime: float = 365 * 86400.0
     schema: object = None
     permanent: bool = False
     imports: tuple[object, ...] = ()
@@ -182,6 +183,7 @@ class SettingKeywords(TypedDict, total=False):
     max_policy: Literal["oldest", "refuse"]
     seen_interval: Seconds
     device_labels: bool
+    user_values_lifetime: Seconds
     schema: object
     permanent: bool
     imports: Sequence[object] | None

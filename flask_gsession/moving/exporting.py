@@ -9,6 +9,7 @@ from typing import BinaryIO
 from ..errors import UnreadableRecord, ValueLost
 from ..repository.repository import BLOB_GRACE, Repository
 from ..repository.scanning import all_pages
+from ..repository.user_values import is_user_values
 from ..stores.base import Record, is_session_key
 from ..stores.parts import Page, Scans
 from ..values.references import reference_in, refers
@@ -17,7 +18,10 @@ from .lasting import is_lasting, may_be_lasting
 
 
 class Exporter:
-    """Writes all sessions to an archive, and what keeps old cookies dead while an import is on."""
+    """Writes all sessions and the values of users to an archive.
+
+    While an import is on, also what keeps old cookies dead.
+    """
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
@@ -30,16 +34,19 @@ class Exporter:
 
     def pages(self, scans: Scans) -> Iterator[Page]:
         """The records to write."""
-        if self._repository.imports is None:
-            yield from all_pages(scans)
-            return
         for page in all_pages(scans, wanted=may_be_lasting):
-            records = [
-                record
-                for record in page.records
-                if is_session_key(record.key) or is_lasting(self._repository, record)
-            ]
-            yield page._replace(records=records)
+            records = [record for record in page.records if self._is_wanted(record)]
+            unreadable = [key for key in page.unreadable if self._may_be_wanted(key)]
+            yield page._replace(records=records, unreadable=unreadable)
+
+    def _is_wanted(self, record: Record) -> bool:
+        repository = self._repository
+        if is_session_key(record.key) or is_user_values(repository, record, for_others=True):
+            return True
+        return repository.imports is not None and is_lasting(repository, record)
+
+    def _may_be_wanted(self, key: str) -> bool:
+        return is_session_key(key) or self._repository.imports is not None
 
     def write(self, pages: Iterable[Page], out: BinaryIO) -> Iterator[int]:
         """Write the archive; yields the number of records in each page written."""

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from ..errors import Gone, KeyTaken, RosterUnreadable, Stale, UnreadableRecord
 from ..repository.repository import BLOB_GRACE, Loaded, Repository
+from ..repository.user_values import UserValuesRepository, is_user_values, may_be_user_values
 from ..stores.base import Record, Store, is_session_key, unexpired
 from ..users.roster import Since, is_revoked_since
 from ..values.payload import NOT_ENCRYPTED, Body, Owner
@@ -39,6 +40,7 @@ class Importer:
         #: why records can't be read here, with how often each reason occurs
         self.problems: Counter[str] = Counter()
         self._unreadable: set[str] = set()
+        self._user_values = UserValuesRepository(repository, "")
 
     def check(self, source: BinaryIO) -> int:
         """Check a whole archive and return its number of records; collects ``problems``.
@@ -55,6 +57,10 @@ class Importer:
             self._unreadable.add(record.key)
         return body
 
+    def is_first(self, record: Record) -> bool:
+        """Whether to import the record before all sessions, which depend on it."""
+        return not is_session_key(record.key) and not is_user_values(self._repository, record)
+
     def put(self, record: Record) -> str:
         """Import a record, and return the outcome in words.
 
@@ -66,7 +72,10 @@ class Importer:
         if problem:
             return "unreadable"
         if not is_session_key(record.key):
-            return self._put_lasting(record)
+            if body is None:
+                return self._put_lasting(record)
+            record, now = self._user_values.capped(record), self._repository.now()
+            return "expired" if now >= record.idle_expires_at else self._put(record, now)
         record, now = self._capped(record), self._repository.now()
         if now >= record.idle_expires_at:
             return "expired"
@@ -133,7 +142,8 @@ class Importer:
     def put_frame(self, frame: Frame) -> None:
         """Import a piece of a large value if ``put`` will import the session it belongs to."""
         repository = self._repository
-        now, end = repository.now(), min(frame.expires_at, repository.latest_end() + BLOB_GRACE)
+        latest = (self._user_values if may_be_user_values(frame.key) else repository).latest_end()
+        now, end = repository.now(), min(frame.expires_at, latest + BLOB_GRACE)
         if self._dry_run or frame.key in self._unreadable or now >= end:
             return
         try:
@@ -155,7 +165,8 @@ class Importer:
 
         The body of a pointer is an empty one.
         """
-        if not is_session_key(record.key):
+        of_user = is_user_values(self._repository, record)
+        if not is_session_key(record.key) and not of_user:
             lasting = is_lasting(self._repository, record)
             return "" if lasting else "not the key of a session", None
         try:

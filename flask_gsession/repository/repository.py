@@ -31,6 +31,7 @@ from ..events import Events, SessionRefused, SessionUnbound, logger
 from ..stores.base import MAX_POINTERS, Clock, Deleted, Record, Store, milliseconds, new_version
 from ..stores.parts import Blobs, Leases, parts_of
 from ..tokens import Token, is_token, new_token, session_key
+from ..users.joins import UserKey
 from ..users.roster import drop
 from ..users.rosters import MARGIN, Rosters
 from ..values.codec import Codec
@@ -132,6 +133,8 @@ class Repository:
         #: the session's schema: raises for a wrong value, and returns the mark to store with it
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
+        #: the typed keys among them whose values belong to the user, not to the session
+        self.user_keys: dict[str, UserKey] = {}
         self.clock = clock
         self._newcomers = Newcomers(settings.newcomers_per_minute, settings.newcomer_timeout)
         self._unseen = self._newcomers.unseen

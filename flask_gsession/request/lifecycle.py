@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from ..users.revoking import is_member
 from ..users.rosters import Began
 from ..values.marks import is_marked, split
 from ..values.merge import Change, MergeFunction, last
-from ..values.payload import Body
+from ..values.payload import Body, Join
 from ..values.references import refers
 from ..watching.tracing import Trace, TracedRepository, TracedValues
 from .state import (
@@ -46,6 +46,7 @@ from .state import (
     NO_WISHES,
     NOTHING_SEEN,
     Attempt,
+    Behind,
     Block,
     Entry,
     NearLook,
@@ -63,6 +64,7 @@ from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
 NO_CHANGES: dict[str, Change] = {}
+NO_USERS: Mapping[str | None, Any] = {}  # UserLifecycle, which is derived from Lifecycle
 _NO_BODY = Body({})
 #: The session's key for confirmations of who the user is: a dict of the method to the time in
 #: milliseconds.
@@ -91,9 +93,10 @@ class Lifecycle:
 
     __slots__ = (
         *("_began", "_hooks", "_imported", "_in_function", "_present", "_presented", "_reported"),
-        *("_unreferenced", "_vetted", "app", "attempts", "block", "cookie", "drops_old_cookie"),
-        *("ended", "entry", "epochs", "error_page", "lease", "lease_pid", "locked", "mutex"),
-        *("mark", "near", "opened", "phase", "policies", "renews", "repository", "request", "seen"),
+        *("_unreferenced", "_vetted", "app", "attempts", "behind", "block", "cookie"),
+        *("drops_old_cookie", "ended", "entry", "epochs", "error_page", "joined", "lease"),
+        *("lease_pid", "locked", "mark", "mutex", "near", "of_users", "opened", "phase"),
+        *("policies", "renews", "repository", "request", "seen"),
         *("signed_in", "trace", "trouble", "values", "was_modified", "wishes"),
     )
 
@@ -149,6 +152,12 @@ class Lifecycle:
         self.was_modified = False
         #: the keys that a library set to sign the user in
         self.signed_in: Collection[str] = ()
+        #: the values of users that the request looked at
+        self.of_users = NO_USERS
+        #: what the session behind an old token has for the user, until it has joined
+        self.behind: Behind | None = None
+        #: the user whose values this session's have joined, and the join, until it is closed
+        self.joined: tuple[str, Join] | None = None
         self._present = present
         self._hooks = hooks
         self._presented: Presented | None = None
@@ -187,6 +196,8 @@ class Lifecycle:
         """Called when Flask begins to process the response."""
         if self.phase == Phase.VIEW:
             self.phase = Phase.RESPONSE
+        for values in self.of_users.values():
+            values.begin_response(response)
         return response
 
     def begin_error_page(self) -> None:
@@ -194,6 +205,8 @@ class Lifecycle:
         self.error_page = True
         if self.phase == Phase.VIEW:
             self.phase = Phase.RESPONSE
+        for values in self.of_users.values():
+            values.begin_error_page()
 
     # -- loading
 
@@ -507,6 +520,15 @@ class Lifecycle:
         )
 
     @property
+    def is_of_user(self) -> bool:
+        """Whether these are the values of a user, not a session."""
+        return False
+
+    def must_stay(self) -> bool:
+        """Whether an empty record must stay in the store."""
+        return False
+
+    @property
     def is_late(self) -> bool:
         """Whether the session was already saved with the response."""
         return self.phase == Phase.SAVED
@@ -532,6 +554,8 @@ class Lifecycle:
         """Release the large values that this request wrote and no record refers to."""
         if self._unreferenced is not None:
             self._unreferenced.release(unsure=bool(self.attempts) or self.trouble is not None)
+        for values in self.of_users.values():
+            values.drop_unreferenced()
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
         """The contents to store with these values."""
@@ -545,7 +569,8 @@ class Lifecycle:
             marked = any(map(is_marked, stored.values()))
         has_large = has_large and any(map(refers, stored.values()))
         owner, origin, settled = None, before.origin, before.settled  # the owner is set later
-        return Body(stored, lifetime, marked, debug_until, has_large, owner, origin, settled)
+        known = marked, debug_until, has_large, owner, origin, settled, before.joins
+        return Body(stored, lifetime, *known)
 
     def changes(self) -> dict[str, Change]:
         """This request's changes. Raises ``ValueRefused``, also if one breaks the schema."""
@@ -642,6 +667,9 @@ class Lifecycle:
         changes = values.changes()
         kept = {key: values.raw(key) for key in changes if values.was_assigned(key)}
         kept.update((key, values.raw(key)) for key in self.signed_in if key in values)
+        if self.repository.user_keys or (self.seen.body is not None and self.seen.body.joins):
+            self._keep_for_user(changes)
+            kept = {key: raw for key, raw in kept.items() if key not in self.repository.user_keys}
         # If no other key is left, and these go as well, this was a logout instead of a sign-in.
         emptied = kept.keys() >= set(values)
         logger.info("A sign-in started a session of its own beside session %s", self.handle)
@@ -657,6 +685,17 @@ class Lifecycle:
         for key, raw in kept.items():
             if raw is not None:
                 values.set_encoded(key, raw, self.repository.now)
+
+    def _keep_for_user(self, changes: Mapping[str, Change]) -> None:
+        """Note what the old session has for the user who signs in. It stays there as well."""
+        keys, body, record = self.repository.user_keys, self.seen.body, self.seen.record
+        mine = {key: change for key, change in changes.items() if key in keys}
+        join, values, ends_at = None, {}, 0
+        if body is not None and body.joins and body.owner is None and record is not None:
+            join, ends_at = body.joins[0], record.absolute_expires_at
+            values = {key: raw for key, raw in self.values.stored.items() if key in join.keys}
+        self.behind = Behind(join, values, ends_at, mine)
+        self.joined = None  # that session goes on, and may have more for the user later
 
     # -- ending
 

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from flask import Flask, Request, has_request_context
 from flask.sessions import SessionMixin
 
 from ..errors import (
     LogoutUnconfirmed,
+    NotSignedIn,
     RotationRefused,
     SessionEnded,
     UnreadableRecord,
@@ -35,6 +36,7 @@ from .confirming import (
     note_confirmation,
     report_confirmation,
 )
+from .joining import join_early, signs_in
 from .large import LargeValues
 from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
 from .locking import Lock
@@ -43,6 +45,7 @@ from .site_data import checked_kinds, clear_with_response
 from .state import Phase, Presented
 from .tracking import TrackedValues
 from .transactions import Transaction
+from .user_values import UserLifecycle, values_of
 from .writing import NotStored, is_modified, rewrite
 
 _MAX_GRACE = 3600.0
@@ -483,6 +486,29 @@ class SessionData(SessionMixin):
         large = sum(reference_in(raw).length for raw in stored.values() if refers(raw))
         return large + sum(len(key.encode()) + len(raw) for key, raw in stored.items())
 
+    @property
+    def shared(self) -> UserValues:
+        """The values of the signed-in user, the same on all devices: see ``UserValues``.
+
+        Empty if the session is bound to no user; writing then raises ``NotSignedIn``. A sign-in or
+        sign-out in this request counts at once. One round trip at the first look at a value, and
+        one more if the request changes something, after the save of the session.
+        """
+        self._open()
+        life = self._life
+        user_id = signs_in(life)
+        if user_id is None:
+            user_id = user_id_of(life)
+        else:
+            join_early(life, user_id)
+        values = values_of(life, user_id)
+        shared: dict[object, UserValues] = vars(self).setdefault("_shared", {})
+        found = shared.get(values)
+        if found is None:
+            found = shared.setdefault(values, UserValues(values))
+            add_further(self, found)
+        return found
+
     # -- the session's lifecycle
 
     def rotate(self, grace: float | timedelta | None = None) -> None:
@@ -795,6 +821,82 @@ def close_unused(session: SessionData) -> None:
     session._phase = Phase.SAVED
     if session._made is not None:
         session._made.phase = Phase.SAVED
+
+
+class UserValues(SessionData):
+    """The values of a user: a dict like a session, but the same in all sessions of the user.
+
+    From ``session.shared`` and ``ext.open_user``. What one device stores, the next request of every
+    other device sees. Types, merging, expiry, large values, limits, locks and transactions are as
+    in sessions. Keys that begin with an underscore are refused.
+
+    The record is in the store for ``SESSION_USER_VALUES_LIFETIME`` after its last use. Signing out
+    and ``ext.users.revoke_all`` leave it there; ``ext.users.forget`` deletes it.
+    """
+
+    def __init__(self, life: UserLifecycle) -> None:
+        started = (0.0, 0)
+        self._start = (life.repository, life.present, life.app, life.request, None, started)
+        self._phase = life.phase
+        self._further = []
+        self._mutex = life.mutex
+        self._made: UserLifecycle = life
+
+    @property
+    def user_id(self) -> str | None:
+        """The id of the user; None if nobody is signed in."""
+        return self._made.user_id
+
+    owner = user_id
+
+    def __repr__(self) -> str:
+        life = vars(self).get("_made")
+        if life is None or not life.opened:
+            return "<UserValues not loaded>"
+        return f"<UserValues keys={len(life.values)}>"
+
+    def transaction(self) -> Transaction[SessionData]:
+        self._made.store()
+        return super().transaction()
+
+    def lock(
+        self, timeout: float | timedelta | None = None, wait: float | timedelta | None = None
+    ) -> Lock[SessionData]:
+        self._check_user()
+        self._made.store()
+        return super().lock(timeout, wait)
+
+    def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
+        self._check_key(key)
+        self._made.store()
+        return super().update_atomic(key, function, default)
+
+    def _check_user(self) -> None:
+        if self._made.user_id is None:
+            raise NotSignedIn
+
+    def _open_for_writing(self, what: str, *details: str) -> TrackedValues:
+        self._check_user()
+        return super()._open_for_writing(what, *details)
+
+    def _check_key(self, key: object) -> None:
+        self._check_user()
+        super()._check_key(key)
+        if str(key).startswith("_"):
+            raise UnsupportedType(
+                f"session.shared[{ascii(key)[:60]}]",
+                "keys of a user's values don't begin with an underscore",
+            )
+
+    def _refuse_session_method(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "These are the values of a user, which have no token, device or timeout: call this on "
+            "the session"
+        )
+
+    bind = unbind = rotate = confirm = confirmed_at = _refuse_session_method
+    destroy = set_lifetime = _refuse_session_method
+    shared = device_id = property(_refuse_session_method)
 
 
 class _Items(ItemsView[str, Any]):

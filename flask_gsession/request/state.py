@@ -15,7 +15,7 @@ from ..tokens import Checked
 from ..users.roster import Since
 from ..users.rosters import Found
 from ..values.merge import Change
-from ..values.payload import Body, Owner
+from ..values.payload import Body, Join, Owner
 
 
 class Phase:
@@ -174,6 +174,19 @@ class Trouble(Struct, frozen=True):
     error: StoreUnavailable
     loading: bool = False
     unseen: bool = False
+
+
+class Behind(HidesFields, frozen=True):
+    """What the session behind an old token has for the user who signs in with that token.
+
+    ``values``: as they are stored, for ``join``, which is None without any. ``ends_at``: when that
+    session ends at the latest. ``changes``: what this request changed of them.
+    """
+
+    join: Join | None
+    values: Mapping[str, bytes]
+    ends_at: int
+    changes: Mapping[str, Change]
 
 
 class Attempt(HidesFields, frozen=True):

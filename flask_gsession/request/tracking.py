@@ -323,6 +323,15 @@ class TrackedValues:
             if self.now is not None:
                 self._marks[key] = split(raw)[0]
 
+    def discard_change(self, key: str) -> None:
+        """Treat ``key`` as this request found it."""
+        with self._mutex:
+            self._base.pop(key, None)
+            self._live.pop(key, None)
+            if self._given:
+                self._given.pop(key, None)
+            self._order = None
+
     def drop(self, key: str) -> None:
         """This request removed ``key`` from the store."""
         with self._mutex:

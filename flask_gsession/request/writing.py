@@ -8,7 +8,7 @@ before it is sent, and recognised by its version, so nothing is applied twice.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ from ..values.marks import unexpired
 from ..values.merge import Change, last, reject
 from ..values.payload import Body
 from ..values.references import holds
+from .joining import close_join, hand_over, join_user, note_join, signs_in
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, UNCONFIRMED, Lifecycle, worth_keeping
 from .ownership import (
     Revoked,
@@ -74,6 +75,7 @@ from .state import (
     current_block,
     without_rotation,
 )
+from .user_values import adopt_trouble
 
 _TOKENS_TAKEN = 3
 
@@ -124,6 +126,8 @@ def commit(
         life.resolve_attempts()
     if life.entry is not None and life.trouble is None and not enter_roster(life):
         return True
+    if life.joined is not None and life.trouble is None:
+        close_join(life)
     changes = life.changes()
     if not changes and (
         life.wishes is NO_WISHES or not (life.wishes.cleared or life.has_wishes(rotating=rotating))
@@ -294,6 +298,10 @@ class _Commit(_Write):
         if life.wishes is not NO_WISHES and _needs_own_session(life, self._rotating):
             life.start_own_session()
             changes = None
+        if life.repository.user_keys:
+            user_id = signs_in(life)
+            if user_id is not None and hand_over(life, user_id):
+                changes = None
         if changes is None:
             changes = life.changes()
         if life.seen.record is None:
@@ -399,6 +407,8 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
     stored = {key: change.mine for key, change in changes.items() if change.mine}
     if values.now is not None:
         stored = unexpired(stored, values.now())
+    if life.is_of_user:
+        return Edit(life.seen, stored, changes, life.wishes) if stored else None
     if life.is_late or not (worth_keeping(stored) or life.wishes.binding is not None):
         return None
     if life.presented().handle is not None:
@@ -418,7 +428,7 @@ def _send(
     repository, wishes, old = life.repository, step.wishes, step.seen.record
     merged = step.values
     owner = None if old is None or life.seen.body is None else life.seen.body.owner
-    if old is not None and step.settle is None and not worth_keeping(merged):
+    if old is not None and step.settle is None and not (worth_keeping(merged) or life.must_stay()):
         if wishes.binding is not None:
             bound = bool(wishes.binding.user_id)
         else:  # a user stays signed in, although the last message was shown
@@ -436,6 +446,7 @@ def _send(
         has_large = life.has_large
     body = life.body(stored, has_large=has_large)
     entry = None
+    joining: Collection[str] = ()
     body.owner = owner
     plain = wishes.binding is None and wishes.rotation is None and LOGIN not in step.changes
     settled = owner is None and LOGIN not in merged
@@ -443,6 +454,14 @@ def _send(
         settled = repository.clock() < owner.seen + repository.settings.seen_interval
     if not (plain and settled):
         body.owner, entry = prepare_owner(life, merged, step.changes, wishes, old)
+        if body.joins or life.behind is not None:
+            joining = join_user(life, body, step.changes, old)
+        if joining:
+            merged, stored = _without(merged, joining), _without(stored, joining)
+            owner, body = body.owner, life.body(stored, has_large=has_large)
+            body.owner, body.joins = owner, ()
+    if body.joins or repository.user_keys:
+        note_join(life, body)
     toggled = PERMANENT in step.changes and (
         repository.is_permanent(merged) != repository.is_permanent(before)
     )
@@ -495,6 +514,8 @@ def _send(
         life.values.mark_saved(stored, changes)
     else:
         _take_over(life, step, stored, changes)
+    for key in joining:
+        life.values.drop(key)
     if token is not None:
         life.cookie = "set"
         current: str | None = token
@@ -517,12 +538,18 @@ def _send(
         life.unreferenced.release_replaced(before, stored)
     if life.entry is not None and not enter_roster(life):
         return [], None
+    if life.joined is not None:
+        close_join(life)
     if old is None:
         return [(SessionCreated, record.key)], None
     happened: list[Happened] = [(SessionSaved, record.key, len(record.payload), lost)]
     if token is not None:
         happened.insert(0, (SessionRotated, record.key, old.key))
     return happened, unconfirmed
+
+
+def _without(values: dict[str, bytes], keys: Collection[str]) -> dict[str, bytes]:
+    return {key: raw for key, raw in values.items() if key not in keys}
 
 
 def _take_over(
@@ -680,6 +707,21 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     finally:
         if not by_hand:
             life.phase = Phase.SAVED
+    if life.of_users:
+        _save_users(life, by_hand=by_hand)
+
+
+def _save_users(life: Lifecycle, *, by_hand: bool) -> None:
+    """Store what the request changed of users' values, after its session."""
+    for values in life.of_users.values():
+        if not life.ended:
+            end_request(values, by_hand=by_hand)
+            adopt_trouble(life, values)
+            continue
+        if values.opened and values.changes():
+            logger.info("The session of a request ended: its changes to the user's were dropped")
+            values.repository.events.emit(WriteDropped, values.handle, "session ended")
+        values.phase = Phase.SAVED
 
 
 def _compare_with_parallel_requests(life: Lifecycle, mark: Record) -> None:

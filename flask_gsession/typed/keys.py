@@ -25,6 +25,7 @@ from ..errors import (
 )
 from ..events import StoredValueInvalid, logger
 from ..request.session import SessionData, ttl_in_milliseconds
+from ..users.joins import AT_LOGIN, DECLARED
 from ..values.codec import IMMUTABLE, is_valid_text
 from ..values.marks import MAX_VERSION, Mark
 from ..values.merge import POLICIES, MergeFunction
@@ -81,6 +82,12 @@ class SessionKey(Generic[T]):
     for ``InvalidStoredValue``. Both log a warning without the data, and emit
     ``StoredValueInvalid``.
     ``session``: the ``ext.session`` of a second ``Session``; None: ``flask.session``.
+    ``scope``: ``"user"`` for a value of the signed-in user, in ``session.shared``, the same on all
+    devices. Before the sign-in, the session keeps it.
+    ``at_login``: what happens to that value of the session at the sign-in, if the user has a value
+    already: ``"keep"`` (the default) keeps the user's, ``"replace"`` takes the session's,
+    ``"merge"`` joins both, by the policy of ``merge``, or else entry by entry. ``"discard"`` drops
+    the session's value in any case. Each value joins exactly once.
 
     Raises ``SettingError`` for any other argument. Reading costs the same round trips as reading
     ``session[name]``. A value is checked once per request unless it changes.
@@ -98,6 +105,8 @@ class SessionKey(Generic[T]):
         version: int = ...,
         invalid: str = ...,
         session: SessionData | None = ...,
+        scope: str = ...,
+        at_login: str | None = ...,
     ) -> None: ...
 
     @overload
@@ -112,6 +121,8 @@ class SessionKey(Generic[T]):
         version: int = ...,
         invalid: str = ...,
         session: SessionData | None = ...,
+        scope: str = ...,
+        at_login: str | None = ...,
     ) -> None: ...
 
     @overload
@@ -126,6 +137,8 @@ class SessionKey(Generic[T]):
         version: int = ...,
         invalid: str = ...,
         session: SessionData | None = ...,
+        scope: str = ...,
+        at_login: str | None = ...,
     ) -> None: ...
 
     def __init__(
@@ -139,6 +152,8 @@ class SessionKey(Generic[T]):
         version: int = 1,
         invalid: str = "default",
         session: SessionData | None = None,
+        scope: str = "session",
+        at_login: str | None = None,
     ) -> None:
         if type(name) is not str or not name or not is_valid_text(name):
             raise SettingError(f"A SessionKey needs a name; got {name!r}")
@@ -153,8 +168,11 @@ class SessionKey(Generic[T]):
                 f"SessionKey({name!r}): merge is {merge!r}; allowed: {', '.join(POLICIES)}, or a "
                 "function of base, theirs and mine"
             )
+        _check_scope(name, scope, at_login)
         self.name = name
         self.version = version
+        self.scope = scope
+        self.at_login = at_login or "keep"
         self._form: SchemaForm | FieldForm = form_of(name, schema)
         self._default = _NO_VALUE
         self._invalid = invalid
@@ -172,6 +190,8 @@ class SessionKey(Generic[T]):
             raise SettingError(f"SessionKey({name!r}): invalid default: {error}") from None
         except (ValueError, GSessionError) as error:
             raise SettingError(f"SessionKey({name!r}): {error}") from None
+        if scope == "user":
+            DECLARED[name] = self
 
     def __repr__(self) -> str:
         return f"<SessionKey {self.name!r} version={self.version}>"
@@ -258,6 +278,15 @@ class SessionKey(Generic[T]):
         """Remove the value. Returns whether there was one."""
         return self._session().remove(self.name) == 1
 
+    @property
+    def session(self) -> SessionData:
+        """The session that the key reads and writes now.
+
+        With ``scope="user"``, these are the values of the signed-in user, if there is one. It is
+        for ``key.session.update_atomic(key.name, function)`` and ``key.session.take(key.name)``.
+        """
+        return self._session()
+
     def exists(self) -> bool:
         """Whether the session has a value under this key, valid or not."""
         return self.name in self._session()
@@ -312,7 +341,8 @@ class SessionKey(Generic[T]):
 
     def _session(self) -> SessionData:
         target: Any = flask_session if self._target is None else self._target
-        session = target if type(target) is SessionData else target._get_current_object()
+        kind = type(target)
+        session = target if issubclass(kind, SessionData) else target._get_current_object()
         if not isinstance(session, SessionData):
             raise SettingError(
                 "A SessionKey needs a Session(app) on the application and a SECRET_KEY"
@@ -320,6 +350,10 @@ class SessionKey(Generic[T]):
         declared = self._declared
         if session._repository.typed_keys.setdefault(self.name, declared) is not declared:
             raise SettingError(f"Two SessionKeys are named {self.name!r}: declare each once")
+        if self.scope == "user" and type(session) is SessionData:
+            session._repository.user_keys[self.name] = declared
+            if session.owner is not None:
+                return session.shared
         return session
 
     def _patched(self) -> T:
@@ -412,6 +446,12 @@ class SessionKey(Generic[T]):
             raise InvalidStoredValue(self.name, reason, messages)
         return _NO_VALUE
 
+    # -- for a sign-in
+
+    def checked(self, merge: MergeFunction) -> MergeFunction:
+        """A policy for stored data, with its result checked."""
+        return merge_of_stored(self._form, merge, self._run)
+
     # -- for the schema of a whole session
 
     def check_stored(self, data: Any) -> None:
@@ -431,6 +471,26 @@ class SessionKey(Generic[T]):
             cached = (of_settings, merge_of_stored(self._form, of_settings, self._run))
             self._merge_of_settings = cached
         return cached[1]
+
+
+def _check_scope(name: str, scope: str, at_login: str | None) -> None:
+    """Raises ``SettingError``."""
+    if scope not in ("session", "user"):
+        raise SettingError(
+            f"SessionKey({name!r}): scope is {scope!r}; allowed: 'session' or 'user'"
+        )
+    if scope == "user" and name.startswith("_"):
+        raise SettingError(
+            f"SessionKey({name!r}): the names of keys of a user don't begin with an underscore"
+        )
+    if at_login is not None and at_login not in AT_LOGIN:
+        raise SettingError(
+            f"SessionKey({name!r}): at_login is {at_login!r}; allowed: {', '.join(AT_LOGIN)}"
+        )
+    if at_login is not None and scope != "user":
+        raise SettingError(
+            f"SessionKey({name!r}): at_login needs scope='user'; other values stay in the session"
+        )
 
 
 def _fresh(value: Any) -> Any:

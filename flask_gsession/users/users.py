@@ -15,8 +15,9 @@ from ..errors import (
     SessionEnded,
     StoreUnavailable,
 )
-from ..events import logger
+from ..events import UserValuesForgotten, logger
 from ..repository.repository import Repository
+from ..repository.user_values import UserValuesRepository
 from ..request.lifecycle import Lifecycle
 from ..request.ownership import (
     device_id_of,
@@ -26,6 +27,7 @@ from ..request.ownership import (
     user_id_of,
 )
 from ..request.session import SessionData, lifecycle_of
+from ..request.user_values import values_of
 from ..request.writing import bind_earlier
 from .rebuilding import rebuild
 from .revoking import finish
@@ -187,6 +189,22 @@ class Users:
         if isinstance(tags, str):
             raise ValueError("tags is a text; it must be a list of texts, or None")
         return self._revoke_all(checked_user_id(user_id), None, reason, by, tags)
+
+    def forget(self, user_id: str | int) -> bool:
+        """Delete the user's values, as in ``session.shared``. Returns whether there were any.
+
+        For the deletion of an account, call ``revoke_all`` first: a session that is still signed in
+        can store values again, and so can a request that is running now. Revoking and signing out
+        delete no values. One round trip.
+        """
+        user_id = checked_user_id(user_id)
+        found = UserValuesRepository(self._repository(), user_id).forget()
+        session = self._session()
+        if session is not None and session.owner == user_id:
+            values_of(lifecycle_of(session), user_id).forget()
+        if found:
+            self._repository().events.emit(UserValuesForgotten, user_id, self._by(None))
+        return found
 
     def rebuild(self, user_id: str | int | None = None, *, replace_foreign: bool = False) -> int:
         """Repair rosters from the sessions in the store; how many sessions were entered.

@@ -62,7 +62,7 @@ def dict_by_key(base: Any, theirs: Any, mine: Any) -> Any:
     before, stored, wanted = _all_of((dict,), {}, base, theirs, mine)
     merged = {key: value for key, value in stored.items() if key in wanted or key not in before}
     for key, value in wanted.items():
-        if key not in before or not _same(before[key], value):
+        if key not in before or not same(before[key], value):
             merged[key] = value
     return merged
 
@@ -73,7 +73,7 @@ def append(base: Any, theirs: Any, mine: Any) -> Any:
     Raises ``SessionConflict`` if this request did more than append.
     """
     before, stored, wanted = _all_of((list,), [], base, theirs, mine)
-    if not _same(wanted[: len(before)], before):
+    if not same(wanted[: len(before)], before):
         raise SessionConflict
     return stored + wanted[len(before) :]
 
@@ -81,8 +81,8 @@ def append(base: Any, theirs: Any, mine: Any) -> Any:
 def flashes(base: Any, theirs: Any, mine: Any) -> Any:
     """Flashed messages: keeps both requests' messages, except the ones that either has shown."""
     before, stored, wanted = _all_of((list,), [], base, theirs, mine)
-    shown_by_them = not _same(stored[: len(before)], before)
-    if _same(wanted[: len(before)], before):
+    shown_by_them = not same(stored[: len(before)], before)
+    if same(wanted[: len(before)], before):
         return stored + wanted[len(before) :]
     return (stored if shown_by_them else stored[len(before) :]) + wanted
 
@@ -95,7 +95,7 @@ def _all_of(kinds: tuple[type, ...], missing: Any, *values: Any) -> tuple[Any, .
     return tuple(missing if value is MISSING else value for value in values)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether two values are equal, with equal types at every depth."""
     return _ANY_DEPTH.encode("", one) == _ANY_DEPTH.encode("", other)
 

@@ -13,7 +13,7 @@
     body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
                 string; the session's own idle lifetime; whether any value has a mark; the end of
                 debugging for this session; whether any value is a reference; the owner; the origin;
-                what edge nodes have settled
+                what edge nodes have settled; the joins
 
 So one value can be decoded without the others. The checksum or the AES-GCM tag binds the payload
 to its record: the payload of another session, or a truncated one, is refused. The checksum doesn't
@@ -97,6 +97,32 @@ class Origin(Struct, array_like=True, frozen=True):
         return [("label", self.label)]
 
 
+class Join(Struct, array_like=True, frozen=True, omit_defaults=True):
+    """A visitor's values that are to join, or have joined, the values of a user: see ``joins``.
+
+    In a session that has values for a user under these ``keys``: ``id`` stays the same through
+    rotations, ``revision`` grows with each save. In a user's record: the revision that has joined,
+    and its ``values``; no values and ``CLOSED`` once the sign-in is complete. ``ends_at``, in
+    milliseconds: when it can be forgotten.
+    """
+
+    id: bytes
+    revision: _Milliseconds
+    values: dict[str, Annotated[bytes, Meta(min_length=1)]] = {}  # never changed
+    ends_at: _Milliseconds = 0
+    keys: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Join revision={self.revision}>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("revision", self.revision)]
+
+
+#: The revision of a join that is closed: no session has a later one.
+CLOSED = END_OF_TIME - 1
+
+
 class Body(Struct, array_like=True, gc=False):
     """The contents of a payload: the encoded values by key, and the session's own idle lifetime.
 
@@ -105,7 +131,8 @@ class Body(Struct, array_like=True, gc=False):
     debugging for this session, in milliseconds since 1970. ``has_large``: whether any value is a
     reference to a large value (see ``references``). ``owner``: the user that the session is bound
     to. ``origin``: of a session that was imported from another library or store. ``settled``: by
-    edge node, the number of the last change that it settled here.
+    edge node, the number of the last change that it settled here. ``joins``:
+    what is to join a user's values at the sign-in; in a user's record, what has.
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
@@ -116,6 +143,7 @@ class Body(Struct, array_like=True, gc=False):
     owner: Owner | None = None
     origin: Origin | None = None
     settled: dict[str, _Milliseconds] | None = None
+    joins: tuple[Join, ...] = ()
 
     def __repr__(self) -> str:
         size = sum(map(len, self.values.values()))
@@ -171,7 +199,7 @@ class PayloadFormat:
                 "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
             )
         try:
-            if body.origin is not None or body.settled is not None:
+            if body.origin is not None or body.settled is not None or body.joins:
                 encoded = self._encode(body)
             elif body.owner is not None:
                 known = values, body.lifetime, body.marked, body.debug_until

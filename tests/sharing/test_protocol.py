@@ -122,8 +122,9 @@ def test_every_error_of_a_store_has_a_status_of_its_own() -> None:
         if isinstance(kind, type)
         and issubclass(kind, StoreError)
         and kind is not StoreError
-        # Those of a roster are raised above the stores.
-        and kind not in (errors.RevocationUnfinished, errors.RosterUnreadable)
+        # Those of users are raised above the stores.
+        and kind
+        not in (errors.RevocationUnfinished, errors.RosterUnreadable, errors.UserValuesUnreadable)
     }
     assert kinds == {type(error) for error in ERRORS}
     codes = {type(error): status_of(error)[0] for error in ERRORS}

@@ -101,7 +101,7 @@ def test_the_format_is_what_the_documentation_says() -> None:
         ([{"a": b"\x01"}, 5000], 5000),
         ([{"a": b"\x01"}, 5000, True], 5000),
         ([{"a": b"\x01"}, 5000, False, 7000], 5000),
-        ([{"a": b"\x01"}, None, False, None, False, None, None, None, "of a later version"], None),
+        ([{"a": b"\x01"}, None, False, None, False, None, None, None, [], "later"], None),
     ],
 )
 def test_older_and_extended_bodies_are_read(body: list[Any], lifetime: int | None) -> None:

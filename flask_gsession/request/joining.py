@@ -1,0 +1,154 @@
+"""Lets the values of an anonymous visitor join those of the user who signs in.
+
+Join first, then rotate in the very version that was joined: ``tests/simulation/joining.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from msgspec.structs import replace
+
+from ..errors import SessionConflict, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
+from ..events import logger
+from ..repository.user_values import UserValuesRepository
+from ..stores.base import Record
+from ..users.joins import NotJoined, login_policy, next_join
+from ..values.merge import Change
+from ..values.payload import Body, Join
+from .lifecycle import Lifecycle
+from .ownership import stored_device_of, user_id_of
+from .user_values import values_of
+
+_NOTHING: Collection[str] = ()
+
+
+def note_join(life: Lifecycle, body: Body) -> None:
+    """Before a session is stored: give its values for the user a join, or the next revision."""
+    if life.is_of_user:
+        return
+    keys = [key for key in life.repository.user_keys if key in body.values]
+    body.joins = next_join(body.joins, keys)
+
+
+def join_user(
+    life: Lifecycle, body: Body, changes: Mapping[str, Change], old: Record | None
+) -> Collection[str]:
+    """Before a session with a user is stored: its values for the user join the others.
+
+    Returns the keys that leave the session. None leave it if they can't be joined; a later save
+    tries again. Raises ``StoreUnavailable``. Two round trips, none without such values.
+    """
+    if body.owner is None:
+        return _NOTHING
+    user_id, stored = body.owner.user_id, life.seen.body
+    if life.behind is not None:
+        _join_behind(life, user_id)
+    if old is None or stored is None or not stored.joins:
+        return _NOTHING
+    join = stored.joins[0]
+    if not changes.keys().isdisjoint(join.keys):  # join what is stored, not what is about to be
+        return _NOTHING
+    return join.keys if _join(life, join, user_id) else _NOTHING
+
+
+def _join(life: Lifecycle, join: Join, user_id: str) -> bool:
+    """Let the stored values of the session join those of the user; whether they have."""
+    if life.joined == (user_id, join):
+        return True
+    record = life.seen.record
+    assert record is not None  # the join is in it
+    values = {key: raw for key, raw in life.values.stored.items() if key in join.keys}
+    if not _put(life, join, values, record.absolute_expires_at, user_id):
+        return False
+    life.joined = user_id, join
+    return True
+
+
+def _join_behind(life: Lifecycle, user_id: str) -> None:
+    """The same for the session behind an old token, which stays where it is."""
+    behind = life.behind
+    if behind is not None and behind.join is not None:
+        _put(life, behind.join, behind.values, behind.ends_at, user_id)
+    life.behind = None
+
+
+def _put(
+    life: Lifecycle, join: Join, values: Mapping[str, bytes], ends_at: int, user_id: str
+) -> bool:
+    try:
+        UserValuesRepository(life.repository, user_id).join(join, values, ends_at)
+    except (NotJoined, UnreadableRecord) as error:
+        logger.warning(
+            "Values of session %s stay in it: they can't join those of the user (%s)",
+            life.handle or "behind an old token",
+            error,
+        )
+        return False
+    return True
+
+
+def close_join(life: Lifecycle) -> None:
+    """After a sign-in: note that it is complete. Two round trips if anything joined."""
+    if life.joined is None or life.seen.body is None or life.seen.body.joins:
+        return
+    (user_id, join), life.joined = life.joined, None
+    try:
+        UserValuesRepository(life.repository, user_id).close_join(join.id)
+    except (StoreUnavailable, SessionConflict, UnreadableRecord) as error:
+        logger.warning("A user's values keep a note of a sign-in longer than needed: %s", error)
+
+
+def signs_in(life: Lifecycle) -> str | None:
+    """The user to whom the next save binds the session, unless it is theirs already."""
+    user_id = user_id_of(life)
+    return None if user_id is None or stored_device_of(life, user_id) else user_id
+
+
+def join_early(life: Lifecycle, user_id: str) -> None:
+    """The request looks at the values of a user whose sign-in is not stored yet.
+
+    So that it finds those of the visitor among them. Two round trips, none without such values; the
+    sign-in then costs two less.
+    """
+    with life.mutex:
+        body = life.seen.body
+        if body is not None and body.joins:
+            _join(life, body.joins[0], user_id)
+        hand_over(life, user_id)
+        _join_behind(life, user_id)
+
+
+def hand_over(life: Lifecycle, user_id: str) -> bool:
+    """Before a sign-in is stored: give the user what this request set for them as a visitor.
+
+    It is stored with the user's values. Returns whether there was anything. One round trip if so.
+    """
+    keys = life.repository.user_keys
+    changes = {key: each for key, each in life.changes().items() if key in keys} if keys else {}
+    if life.behind is not None:
+        changes = {**life.behind.changes, **changes}
+    if not changes:
+        return False
+    user = values_of(life, user_id)
+    values, repository = user.open(), user.repository
+    try:
+        user.check_readable()
+        theirs = {key: raw for key in changes if (raw := values.raw(key)) is not None}
+        base = {key: each.base for key, each in changes.items() if each.base is not None}
+        mine = {key: each.mine for key, each in changes.items() if each.mine is not None}
+        after = repository.combine(theirs, base, mine)
+    except (NotJoined, UserValuesUnreadable):
+        return False
+    policies = {key: login_policy(key, keys[key], repository.merger) for key in changes}
+    user.policies = {**(user.policies or {}), **policies}
+    for key in changes:
+        if after.get(key) != theirs.get(key):
+            if key in after:
+                values.set_encoded(key, after[key], repository.now)
+            else:
+                del values[key]
+        life.values.discard_change(key)
+    if life.behind is not None:
+        life.behind = replace(life.behind, changes={})
+    return True

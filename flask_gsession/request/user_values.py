@@ -1,0 +1,186 @@
+"""What one request does with the values of a user: as with its session, but in another record."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from ..errors import Stale, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
+from ..events import WriteDropped, logger
+from ..repository.repository import Repository
+from ..repository.user_values import UserValuesRepository
+from ..users.joins import lasting
+from ..values.payload import Body
+from .lifecycle import Lifecycle
+from .state import NO_WISHES, Presented, Seen, Trouble, remaining
+from .tracking import TrackedValues
+
+_CREATES = 3  # attempts to store an empty record
+
+
+class UserLifecycle(Lifecycle):
+    """The lifecycle of a user's values in one request, loaded at the first look.
+
+    ``user_id`` None: nobody is signed in, so there are no values and no record.
+    """
+
+    __slots__ = ("user_id",)
+
+    repository: UserValuesRepository
+
+    def __init__(
+        self,
+        repository: Repository,
+        user_id: str | None,
+        app: Any,
+        request: Any,
+        phase: str,
+    ) -> None:
+        values = UserValuesRepository(repository, user_id or "")
+        super().__init__(
+            values,
+            lambda *_: Presented(handle=values.key),
+            app,
+            request,
+            None,
+            (0.0, 0),
+            threading.RLock(),
+            phase,
+        )
+        self.user_id = user_id
+        if user_id is None:
+            self.values = self._new_values()
+            self.opened = True
+
+    def present(self, app: Any, request: Any) -> Presented:
+        """Stands for the token of a session."""
+        return self.presented()
+
+    @property
+    def is_of_user(self) -> bool:
+        return True
+
+    def open_for_writing(self, what: str, *details: str) -> TrackedValues:
+        values = super().open_for_writing(what, *details)
+        self.check_readable()
+        return values
+
+    def check_readable(self) -> None:
+        """Raises ``UserValuesUnreadable`` if only other workers can read the stored values."""
+        if self.seen.for_others and self.seen.record is None:
+            raise UserValuesUnreadable(
+                f"the values {self.repository.key} of a user need another encryption key, or a "
+                "newer version. Restore the key, or delete them with ext.users.forget"
+            )
+
+    def store(self) -> None:
+        """Make sure that there is a record, for changes that are stored at once.
+
+        One round trip if there is none.
+        """
+        self.open()
+        self.check_readable()
+        with self.mutex:
+            for _ in range(_CREATES):
+                if self.seen.record is not None or self.ended or self.attempts:
+                    return
+                body = Body({})
+                _, record = self.repository.draft_new(body)
+                try:
+                    self.repository.create(record)
+                except Stale:
+                    self.catch_up()
+                else:
+                    self.seen = Seen(None, record, body)
+
+    def catch_up(self, *, afresh: bool = False) -> bool:
+        """As for a session. A record that was not there before may be there now."""
+        if self.seen.record is not None:
+            return super().catch_up(afresh=afresh)
+        try:
+            loaded = self.repository.find(self.repository.key)
+            if loaded is None:
+                return True
+        except UnreadableRecord as error:
+            if error.for_others:
+                self.seen = Seen(for_others=True)
+                self.check_readable()
+            self.repository.remove_damaged()
+            return True
+        except StoreUnavailable as error:
+            self.note_outage(error, "loaded again")
+            raise
+        record, body = loaded.record, loaded.body
+        before = record._replace(version=0)  # any version but that of the record
+        own = self._settle_attempts(record, before, repeats=not afresh)
+        if own is not None:
+            self.values.mark_saved(own.body.values, own.changes)
+            self.wishes = remaining(own.wishes, self.wishes)
+        now = self.repository.now if body.marked else None
+        if afresh:
+            self.values.restart(body.values, now)
+            self.wishes = NO_WISHES
+        else:
+            self.values.rebase(body.values, now)
+        if self._unreferenced is not None:
+            self._unreferenced.mark_referenced(body.values)
+        self.seen = Seen(None, record, body)
+        return True
+
+    def resolve_attempts(self) -> None:
+        if self.attempts and not self.ended:
+            if self.seen.record is None:
+                self.catch_up()
+            else:
+                super().resolve_attempts()
+
+    def reload(self) -> None:
+        if self.user_id is None:
+            return
+        if self.seen.record is None and self.opened:
+            self.catch_up(afresh=True)
+            self.trouble = None
+        else:
+            super().reload()
+
+    def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
+        body = super().body(stored, has_large=has_large)
+        if body.joins:
+            body.joins = lasting(body.joins, self.repository.now())
+        return body
+
+    def must_stay(self) -> bool:
+        """Whether the record is needed without any values: a sign-in may still run again."""
+        body = self.seen.body
+        return body is not None and bool(lasting(body.joins, self.repository.now()))
+
+    def end(self, during: str) -> None:
+        """The record was deleted while the request ran: drop this request's changes."""
+        with self.mutex:
+            handle = self.handle
+            logger.info(
+                "Values %s of a user were deleted while a request ran; its changes were dropped",
+                handle,
+            )
+            self.forget()
+            self.ended = True
+            self.repository.events.emit(WriteDropped, handle, f"deleted before {during}")
+
+
+def values_of(life: Lifecycle, user_id: str | None) -> UserLifecycle:
+    """The values of a user in the request of this session. No round trip."""
+    with life.mutex:
+        found = life.of_users.get(user_id)
+        if found is None:
+            found = UserLifecycle(life.repository, user_id, life.app, life.request, life.phase)
+            found.error_page = life.error_page
+            found.renews = life.renews
+            life.of_users = {**life.of_users, user_id: found}
+        return found
+
+
+def adopt_trouble(life: Lifecycle, other: Lifecycle) -> None:
+    """Let the response report an outage that only the user's values met."""
+    trouble = other.trouble
+    if life.trouble is None and trouble is not None and trouble.unseen:
+        life.trouble = Trouble(trouble.error, loading=True, unseen=True)

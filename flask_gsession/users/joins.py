@@ -1,0 +1,216 @@
+"""How a visitor's values join those of a user at the sign-in. No function here stores anything.
+
+``tests/simulation/joining.py`` explores the protocol around it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary
+
+from ..errors import SessionConflict, SessionTooLarge, UnreadableRecord, ValueLost, ValueRefused
+from ..values.codec import Codec
+from ..values.marks import expired, marked, split
+from ..values.merge import MISSING, Change, MergeFunction, Merger, last, same
+from ..values.payload import CLOSED, Body, Join
+from ..values.references import holds
+
+#: What happens to a visitor's value at the sign-in; see ``SessionKey``.
+AT_LOGIN: Final = ("merge", "keep", "replace", "discard")
+_MOST_JOINS = 1000  # of one user; the oldest closed ones go first
+HOUR = 3_600_000  # milliseconds; longer than any request takes
+
+_FAILURES = (SessionConflict, UnreadableRecord, ValueLost, ValueRefused, SessionTooLarge)
+
+
+class UserKey(Protocol):
+    """A key with ``scope="user"``: ``typed.SessionKey``."""
+
+    at_login: str
+
+    def merge_function(self, of_settings: MergeFunction | None) -> MergeFunction | None:
+        """The key's merge policy, if it has one."""
+
+    def checked(self, merge: MergeFunction) -> MergeFunction:
+        """The same policy, whose results the key checks."""
+
+
+#: The keys of this process with ``scope="user"``, by name; the last one that was declared. An
+#: application may not have used its key yet in this process.
+DECLARED: WeakValueDictionary[str, UserKey] = WeakValueDictionary()
+
+
+#: Three encoded sides to the encoded result: the user's, the visitor's when it joined, and now.
+Combine = Callable[
+    [Mapping[str, bytes], Mapping[str, bytes], Mapping[str, bytes]], dict[str, bytes]
+]
+
+
+class NotJoined(Exception):
+    """The values can't be joined now: they stay in the session."""
+
+
+def next_join(joins: tuple[Join, ...], keys: Collection[str]) -> tuple[Join, ...]:
+    """The join of a session with its next version, which has values for a user under ``keys``."""
+    if not joins:
+        return (Join(secrets.token_bytes(9), 1, keys=tuple(keys)),) if keys else ()
+    join = joins[0]
+    known = (*join.keys, *(key for key in keys if key not in join.keys))
+    return (Join(join.id, join.revision + 1, keys=known),)
+
+
+def both_joins(one: tuple[Join, ...], other: tuple[Join, ...]) -> tuple[Join, ...]:
+    """The join of a session that was changed in two places, later than both."""
+    if not one or not other:
+        return one or other
+    known = [key for key in other[0].keys if key not in one[0].keys]
+    latest = max(one[0].revision, other[0].revision) + 1
+    return (Join(one[0].id, latest, keys=(*one[0].keys, *known)),)
+
+
+def joined(
+    body: Body,
+    join: Join,
+    mine: Mapping[str, bytes],
+    absolute_end: int,
+    combine: Combine,
+    now: int,
+) -> Body | None:
+    """The user's record after the values ``mine`` of a session have joined it; None: they have.
+
+    ``join``: of the session. ``absolute_end``: when that session ends at the latest, in
+    milliseconds. ``combine``: see ``combined``, which raises ``NotJoined``.
+    """
+    before = next((each for each in body.joins if each.id == join.id), None)
+    if before is not None and before.revision >= join.revision:
+        return None
+    base = {} if before is None else before.values
+    values = combine(body.values, base, mine)
+    there = Join(join.id, join.revision, dict(mine), absolute_end + HOUR)
+    joins = (*(each for each in body.joins if each.id != join.id), there)
+    return with_joins(body, values, joins, now)
+
+
+def closed(body: Body, join_id: bytes, now: int) -> Body | None:
+    """The user's record after the sign-in is complete; None if there is nothing to close."""
+    there = next((each for each in body.joins if each.id == join_id), None)
+    if there is None or there.revision == CLOSED:
+        return None
+    joins = tuple(
+        Join(each.id, CLOSED, {}, each.ends_at) if each is there else each for each in body.joins
+    )
+    return with_joins(body, body.values, joins, now)
+
+
+def with_joins(body: Body, values: dict[str, bytes], joins: tuple[Join, ...], now: int) -> Body:
+    return Body(
+        values,
+        body.lifetime,
+        body.marked,
+        has_large=body.has_large,
+        joins=lasting(joins, now),
+    )
+
+
+def lasting(joins: tuple[Join, ...], now: int) -> tuple[Join, ...]:
+    """The joins that are still needed: their anonymous sessions may live."""
+    left = tuple(each for each in joins if each.ends_at > now)
+    if len(left) > _MOST_JOINS:
+        finished = [each for each in left if each.revision == CLOSED]
+        dropped = sorted(finished, key=lambda each: each.ends_at)[: len(left) - _MOST_JOINS]
+        left = tuple(each for each in left if each not in dropped)
+    return left
+
+
+def combined(
+    theirs: Mapping[str, bytes],
+    base: Mapping[str, bytes],
+    mine: Mapping[str, bytes],
+    merger: Merger,
+    codec: Codec,
+    keys: Mapping[str, UserKey],
+    now: int,
+) -> dict[str, bytes]:
+    """The user's encoded values with what changed from ``base`` to ``mine``.
+
+    ``keys``: of the application, as far as it has used them.
+    Raises ``NotJoined`` if a policy or a schema refuses.
+    """
+    found = dict(theirs)
+    for name in (*mine, *(name for name in base if name not in mine)):
+        key = keys.get(name) or DECLARED.get(name)
+        at_login = "keep" if key is None else key.at_login
+        there, was, wanted = found.get(name), base.get(name), mine.get(name)
+        if expired(there, now):
+            there = None
+        unchanged = wanted == was or holds(was, wanted)
+        if at_login == "discard" or unchanged or expired(wanted, now):
+            continue
+        policies: dict[str, MergeFunction] = {}
+        if there is not None and there != was:
+            if at_login == "keep":
+                continue
+            policies[name] = login_policy(name, key, merger)
+            if wanted is None:
+                wanted = _emptied(codec, name, was)
+                if wanted is None:
+                    continue
+        try:
+            after = merger.apply(found, {name: Change(was, wanted)}, now, policies)
+        except _FAILURES as error:
+            if name not in mine:
+                continue  # the visitor's value was removed; the user's stays as it is
+            raise NotJoined(name, error) from error
+        found = after
+    return found
+
+
+def login_policy(name: str, key: UserKey | None, merger: Merger) -> MergeFunction:
+    """How the visitor's value and the user's become one."""
+    if key is not None and key.at_login == "replace":
+        return last
+    of_settings = merger.policies.get(name)
+    policy = of_settings if key is None else key.merge_function(of_settings)
+    if policy is not None:
+        return policy
+    return entry_by_entry if key is None else key.checked(entry_by_entry)
+
+
+def _emptied(codec: Codec, name: str, was: bytes | None) -> bytes | None:
+    """The value without any entries, for a collection that was removed."""
+    if was is None:
+        return None
+    try:
+        kind = type(codec.decode(split(was)[1]))
+    except (UnreadableRecord, ValueLost):
+        return None
+    if kind not in (dict, list, set, frozenset):
+        return None
+    return marked(codec.encode(name, kind()), split(was)[0])
+
+
+def entry_by_entry(base: Any, theirs: Any, mine: Any) -> Any:
+    """Dicts, lists and sets at every depth: the user's entries and the visitor's new ones.
+
+    Of other values the visitor's, if it was changed since it joined.
+    """
+    kind: Any = type(mine)
+    if base is not MISSING and same(base, mine):
+        return theirs
+    if type(theirs) is not kind or kind not in (dict, list, set, frozenset):
+        return mine
+    before: Any = base if type(base) is kind else kind()
+    if kind is dict:
+        kept = {key: item for key, item in theirs.items() if key in mine or key not in before}
+        for key, item in mine.items():
+            if key in kept:
+                kept[key] = entry_by_entry(before.get(key, MISSING), kept[key], item)
+            elif key not in before or not same(before[key], item):
+                kept[key] = item
+        return kept
+    if kind is list:
+        there = [item for item in theirs if item in mine or item not in before]
+        return there + [item for item in mine if item not in before and item not in there]
+    return (theirs - (before - mine)) | (mine - before)

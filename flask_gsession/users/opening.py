@@ -1,0 +1,87 @@
+"""``ext.open_user``: the values of a user, for jobs and commands."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import TracebackType
+
+from flask import Flask
+
+from ..errors import SessionEnded, StoreUnavailable, TransactionMisused
+from ..events import WriteDropped
+from ..opening import in_a_thread
+from ..processes import process
+from ..repository.repository import Repository
+from ..request.session import UserValues
+from ..request.state import Phase
+from ..request.user_values import UserLifecycle
+from ..request.writing import end_request
+
+
+class OpenUser:
+    """The values of a user, from ``ext.open_user(user_id)``: for ``with`` and ``async with``.
+
+    The block gets what a view gets as ``session.shared``. Its changes are stored at its end, merged
+    with the changes of the user's requests. If the block raises, they are dropped, except for
+    changes that ``update_atomic`` or a transaction stored at once. Each use loads the values again.
+
+    Leaving raises ``SessionEnded`` if the values were deleted before the changes could be stored,
+    ``TransactionMisused`` if a transaction or lock is still open, and any error of a save. One
+    round trip at the first look, one more for changes or a renewal that is due.
+    """
+
+    def __init__(self, repository: Repository, app: Flask, user_id: str, renew: bool) -> None:
+        self._repository = repository
+        self._app = app
+        self._user_id = user_id
+        self._renew = renew
+        self._life: UserLifecycle | None = None
+
+    def __enter__(self) -> UserValues:
+        if self._life is not None:
+            raise TransactionMisused(
+                "This block is open already: call ext.open_user() for each block"
+            )
+        process.notice()
+        life = UserLifecycle(self._repository, self._user_id, self._app, None, Phase.VIEW)
+        life.renews = self._renew
+        self._life = life
+        return UserValues(life)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        life, self._life = self._life, None
+        assert life is not None  # it was entered
+        try:
+            if kind is None:
+                _save(life)
+        finally:
+            with life.mutex:
+                life.phase = Phase.SAVED
+                life.drop_unreferenced()
+
+    async def __aenter__(self) -> UserValues:
+        """As ``with``; the event loop does not wait for the store."""
+        return await in_a_thread(self.__enter__)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await in_a_thread(partial(self.__exit__, kind, error, traceback))
+
+
+def _save(life: UserLifecycle) -> None:
+    try:
+        end_request(life, by_hand=True)
+    except StoreUnavailable:
+        life.repository.events.emit(WriteDropped, life.handle, "store unavailable")
+        raise
+    if life.ended and life.was_modified:
+        raise SessionEnded
