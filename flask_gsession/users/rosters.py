@@ -242,7 +242,7 @@ def checked_user_id(user_id: object) -> str:
         raise ValueError(f"user_id has {len(user_id)} characters; at most {LONGEST_ID} are allowed")
     if "\0" in user_id or not is_valid_text(user_id):
         raise ValueError(f"user_id {ascii(user_id)[:60]} has NUL or lone surrogates in it")
-    return str(user_id)
+    return str.__str__(user_id)  # of a member of an Enum, too
 
 
 def new_device_id() -> str:

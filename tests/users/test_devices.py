@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import pytest
 from flask import flash, get_flashed_messages
@@ -275,7 +277,15 @@ def test_an_int_is_the_same_user_as_its_text(site: Site) -> None:
     assert ids(site, "7") == ids(site, 7) == [device_id(visitor)]  # type: ignore[arg-type]
 
 
-BAD_USERS = ["", None, "x" * 10_240, "a\0b", "\ud800", 1.5, b"ada", True]
+def test_a_member_of_an_enum_counts_as_its_text(site: Site) -> None:
+    class Staff(str, Enum):  # noqa: UP042  # the text of a StrEnum is right in any case
+        ADA = "ada"
+
+    visitor = signed_in(site, Staff.ADA)
+    assert (owner(visitor), ids(site, "ada")) == ("ada", [device_id(visitor)])
+
+
+BAD_USERS = ["", None, "x" * 10_240, "a\0b", "\ud800", 1.5, b"ada", True, UUID(int=7)]
 
 
 @pytest.mark.parametrize("user", BAD_USERS, ids=lambda user: repr(user)[:20])

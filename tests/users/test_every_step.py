@@ -85,8 +85,18 @@ class Case:
         self.visitor = visitor
         visitor.ask(lambda session: session.bind(self.ada))
 
+    def sign_in_again(self) -> None:
+        self.first.ask(lambda session: session.bind(self.ada))
+
     def change_user(self) -> None:
         self.first.ask(lambda session: session.bind("eve"))
+
+    def change_user_and_revoke(self) -> None:
+        def change(session: Any) -> None:
+            session.bind("eve")
+            self.site.ext.users.revoke_all(self.ada)
+
+        self.first.ask(change)
 
     def become(self) -> None:
         self.other.ask(lambda session: session.bind(self.ada))
