@@ -2,7 +2,7 @@
 
 ::
 
-    key         digest of a kind, the issuer and a name; ends with ``_``, so it is no session's
+    key         digest of a kind, the issuer and a name; ends with ``-``, so it is no session's
     sign-in     kind "sid" or "sub": ["oidc", user ids, when it was logged out (ms, 0: never)]
     token       kind "jti": b"", until the token expires
 
@@ -144,7 +144,7 @@ class SignIns:
     def _key(self, kind: str, name: str) -> str:
         text = f"flask-gsession oidc {kind}\0{self._issuer}\0{name}"
         digest = hashlib.sha256(text.encode()).digest()
-        return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + "_"
+        return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + "-"
 
 
 def tag_of(issuer: str, kind: str, name: str) -> str:

@@ -106,7 +106,7 @@ class Pages:
 
     def _protect(self, response: Response) -> Response:
         """No copy of a page stays behind, and no other site shows it in a frame."""
-        if request.endpoint != f"{self.blueprint.name}.static":
+        if request.endpoint != f"{request.blueprint}.static":
             response.cache_control.no_store = True
             response.headers.setdefault("X-Frame-Options", "DENY")
             response.headers.setdefault("Referrer-Policy", "same-origin")
@@ -124,8 +124,9 @@ class Pages:
 def sign_in(view: str | None, back: str) -> ResponseReturnValue:
     """Send a visitor who isn't signed in to the sign-in page: yours, or Flask-Login's."""
     if view is not None:
-        target = request.full_path.rstrip("?") if request.method in ("GET", "HEAD") else back
-        return redirect(url_for(view, next=target), 303)
+        if request.method in ("GET", "HEAD"):
+            back = request.script_root + request.full_path.rstrip("?")
+        return redirect(url_for(view, next=back), 303)
     app: Any = current_app
     if hasattr(app, "login_manager"):
         answer: ResponseReturnValue = app.login_manager.unauthorized()

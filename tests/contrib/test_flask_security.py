@@ -102,6 +102,7 @@ def test_a_reset_password_ends_all_sessions(
     assert who(desk)[1]
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 @pytest.mark.parametrize(
     "act", ["set_uniquifier", "reset_user_access", "deactivate_user", "toggle_active", "password"]
 )
@@ -122,6 +123,7 @@ def test_what_ends_an_account_ends_its_sessions(act: str, make_site: SiteMaker) 
     site.visitor().run(lambda session: flask_security.logout_user())
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_an_outage_leaves_no_old_session_valid(
     make_site: SiteMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +144,7 @@ def test_an_outage_leaves_no_old_session_valid(
     assert who(phone)[0] is None
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_each_step_rotates_and_factors_may_end_others(make_site: SiteMaker) -> None:
     site = with_sessions(make_site(config=SECURITY), factors=True)
     desk = site.visitor()
@@ -159,6 +162,7 @@ def test_each_step_rotates_and_factors_may_end_others(make_site: SiteMaker) -> N
     assert who(desk)[1]
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_freshness_is_shared(make_site: SiteMaker) -> None:
     """Its page for the password again answers ``require_fresh``, and leads back."""
     site = with_sessions(make_site(config=PLAIN, confirm_view="security.verify"))
@@ -181,6 +185,7 @@ def test_what_set_up_needs() -> None:
         ActiveSessions(app)
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_it_is_set_up_once(make_site: SiteMaker) -> None:
     site = with_sessions(make_site(config=PLAIN))
     with pytest.raises(SettingError, match="is on the application already"):

@@ -6,6 +6,7 @@ import base64
 import hmac
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ import pytest
 import requests
 from authlib.integrations.flask_client import OAuth
 from flask import Flask, url_for
+from flask_login import LoginManager, UserMixin, current_user, login_user
 from flask_oidc import OpenIDConnect
 from flask_oidc.signals import after_authorize
 from flask_wtf import CSRFProtect
@@ -28,6 +30,13 @@ from tests.harness.apps import Site, SiteMaker, Visitor
 from tests.harness.openid import CLIENT, EVENT, SECRET, Provider, served
 
 URL = "/oidc/backchannel-logout"
+
+
+class Member(UserMixin):  # type: ignore[misc]  # it ships no types
+    """A user of Flask-Login."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +146,27 @@ def test_sessions_by_an_id_token_without_sid(make_site: SiteMaker, provider: Pro
     other = sign_in(site, "ada", "s3")
     assert post(site, a_token(site, provider, sid="s1", sub="ada")).status_code == 200
     assert [owner(each) for each in (ada, other)] == [None, "ada"]
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_beside_flask_login(make_site: SiteMaker, provider: Provider) -> None:
+    site = make_site()
+    logout = with_provider(site, provider)
+    manager = LoginManager(site.app)
+    manager.user_loader(Member)
+
+    def enter(session: Any, sid: str) -> None:
+        login_user(Member("17"))
+        logout.bind({"iss": provider.address, "sub": "ada", "sid": sid}, "17")
+
+    visitor = site.visitor()
+    for sid in ("s1", "s2"):  # the second time, the session is the user's already
+        visitor.run(partial(enter, sid=sid))
+        assert visitor.run(lambda session: current_user.get_id()) == "17"
+    assert post(site, a_token(site, provider, sid="s1")).status_code == 200
+    assert owner(visitor) == "17"
+    assert post(site, a_token(site, provider, sid="s2")).status_code == 200
+    assert visitor.run(lambda session: current_user.get_id()) is None
 
 
 def test_the_user_id_is_yours(make_site: SiteMaker, provider: Provider) -> None:
@@ -320,6 +350,7 @@ def forged(site: Site, provider: Provider) -> Iterator[tuple[str, str]]:
     yield "neither sid nor sub", claims(sid=None)
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_forged_tokens_end_nothing_and_cost_nothing(
     make_site: SiteMaker, provider: Provider, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -373,6 +404,7 @@ def test_a_token_works_once_for_all_workers(make_site: SiteMaker, provider: Prov
     assert owner(ada) is None
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 @pytest.mark.parametrize("operation", ["load", "save", "create", "delete"])
 def test_an_outage_is_tried_again(
     operation: str, make_site: SiteMaker, provider: Provider, monkeypatch: pytest.MonkeyPatch
@@ -398,6 +430,7 @@ def test_an_outage_is_tried_again(
 # Keys ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_keys_are_kept_and_rotated(
     make_site: SiteMaker, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ from werkzeug.test import TestResponse
 from flask_gsession import Session
 from flask_gsession.events import Event
 from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.stores.base import Clock
+from flask_gsession.stores.base import OTHER_ENDS, Clock
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import HookedStore
 
@@ -198,8 +198,9 @@ class Site:
         return self.inside.stored()
 
     def sessions(self) -> dict[str, bytes]:
-        """The same without the rosters of users."""
-        return {key: raw for key, raw in self.stored().items() if not key.rstrip("}").endswith("_")}
+        """The same without the rosters of users, and records of other kinds."""
+        stored = self.stored().items()
+        return {key: raw for key, raw in stored if key.rstrip("}")[-1] not in OTHER_ENDS}
 
     @contextmanager
     def counted(self) -> Iterator[Count]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from typing import Any
 
 import pytest
@@ -59,7 +60,8 @@ def owner(visitor: Visitor) -> Any:
 
 def hidden(page: TestResponse) -> dict[str, str]:
     assert page.status_code == 200, page.text
-    return dict(re.findall(r'type="hidden" name="([^"]+)" value="([^"]*)"', page.text))
+    fields = re.findall(r'type="hidden" name="([^"]+)" value="([^"]*)"', page.text)
+    return {name: unescape(value) for name, value in fields}
 
 
 def send(visitor: Visitor, path: str, **values: str) -> TestResponse:
@@ -170,6 +172,24 @@ def test_visitors_are_sent_to_the_sign_in(one: SiteMaker) -> None:
     assert site.visitor().get("/devices").text == "sign in"
 
 
+def test_below_a_prefix_and_another_blueprint(one: SiteMaker) -> None:
+    site = one()
+    parent = Blueprint("parent", __name__, url_prefix="/account")
+    parent.register_blueprint(devices_blueprint(site.ext, sign_in_view="enter"))
+    site.app.register_blueprint(parent)
+    site.app.add_url_rule("/enter", "enter", lambda: "")
+    below = {"base_url": "http://localhost/shop"}
+    assert site.visitor().get("/account/devices", **below).location == (  # type: ignore[arg-type]
+        "/shop/enter?next=/shop/account/devices"
+    )
+    desk, phone = signed_in(site, "a/b?c&d=<e>"), signed_in(site, "a/b?c&d=<e>")
+    assert "/account/devices/static/pages.css" in desk.get("/account/devices").text
+    with desk.get("/account/devices/static/pages.css") as style:
+        assert "no-store" not in style.headers["Cache-Control"]
+    assert send(desk, f"/account/devices/{device_of(phone)}/end").location == "/account/devices"
+    assert owner(phone) is None
+
+
 def test_beside_flask_wtf(one: SiteMaker) -> None:
     site = one(config={"WTF_CSRF_FIELD_NAME": "wtf"})
     CSRFProtect(site.app)
@@ -231,6 +251,11 @@ def test_an_administrator_finds_and_ends_sessions(
     eve = signed_in(pages, "eve", staff=True)
     desk, phone, bob = signed_in(pages), signed_in(pages), signed_in(pages, "bob")
     assert "2 sessions of" in eve.get("/admin/sessions?user=ada").text
+    strange = signed_in(pages, "a/b?c&d=<e>")
+    found = eve.get("/admin/sessions", query_string={"user": "a/b?c&d=<e>"})
+    (end,) = re.findall(r'href="(/admin/sessions/end\?[^"]+)"', found.text)
+    assert send(eve, unescape(end)).status_code == 303
+    assert owner(strange) is None
     assert "Nobody is signed in" in eve.get("/admin/sessions?user=nobody").text
     with caplog.at_level("INFO", "flask_gsession.audit"):
         path = f"/admin/sessions/end?user=ada&device={device_of(phone)}"

@@ -43,6 +43,7 @@ def test_labels(parser: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {agent: device_label(agent) for agent in AGENTS} == AGENTS
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_a_sign_in_labels_its_device(make_site: SiteMaker) -> None:
     agent = {"User-Agent": next(iter(AGENTS))}
     on, off = make_site(), make_site(device_labels=False)
