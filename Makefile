@@ -102,6 +102,7 @@ contract: $(VENV)/with-test servers ## Run the store contract on each wrapper ar
 soak: $(VENV)/with-test ## Run the simulation and the freshness test for longer; SCHEDULES=500000
 	SIM_SCHEDULES=$(SCHEDULES) $(PY) -m pytest $(TEST_ARGS) tests/simulation
 	EDGE_CRASHES=2 $(PY) -m pytest $(TEST_ARGS) tests/simulation/test_edge_model.py
+	EDGE_STRIDE=1 $(PY) -m pytest $(TEST_ARGS) tests/edge/test_settling.py
 	SIM_TAKEOVERS=100000 $(PY) -m pytest $(TEST_ARGS) tests/moving/test_simulated_takeovers.py
 	FRESHNESS_WRITES=100000 FRESHNESS_WORKERS=8 $(PY) -m pytest $(TEST_ARGS) \
 	  tests/guarantees/test_g12_bound.py -k writes_and_revocations

@@ -33,8 +33,9 @@ class Wire(CallWrapper):
         super().__init__(store, self._carry)
         self.cut = self.mute = False
         self.calls: list[str] = []
-        #: run before each call, with the operation's name
+        #: run before and after each call, with the operation's name
         self.hook: Callable[[str], object] = lambda operation: None
+        self.after: Callable[[str], object] = lambda operation: None
 
     def _carry(self, operation: str, method: Callable[..., Any], *arguments: Any) -> Any:
         self.hook(operation)
@@ -42,6 +43,7 @@ class Wire(CallWrapper):
             raise StoreUnavailable("the wire is cut")
         self.calls.append(operation)
         answer = method(*arguments)
+        self.after(operation)
         if self.mute:
             raise StoreUnavailable("the answer was lost")
         return answer

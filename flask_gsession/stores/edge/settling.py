@@ -121,6 +121,9 @@ class _Run:
     def _change(self, row: Row) -> None:
         created = row.state is State.CREATED
         pushed = created and row.sent is not None
+        if created and not pushed:
+            # What is sent and not answered is given up: see first whether the centre answers.
+            self._centre.load(row.record.key)
         noted = self._copy.sending(row)
         if noted is None:
             return
