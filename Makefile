@@ -12,7 +12,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo billing test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus neighbours clean
+.PHONY: help demo billing edge test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus neighbours clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,7 @@ OLDEST := $(VENV)/oldest
 FLASK_SESSION := $(VENV)/flask-session-0.5
 
 EXTRAS_billing := [grpc]
+EXTRAS_edge := [grpc]
 EXTRAS_test := [test,bench]
 EXTRAS_docs := [docs]
 EXTRAS_dist := [dist]
@@ -61,6 +62,9 @@ demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:
 
 billing: $(VENV)/with-billing ## Run a shop and its billing, which share sessions by gRPC; PORT=5055
 	@$(PY) -m examples.billing --port $(PORT)
+
+edge: $(VENV)/with-edge ## Run a shop with a branch that goes on selling while it is cut off; PORT=5055
+	@$(PY) -m examples.edge --port $(PORT)
 
 test: $(VENV)/with-test $(OLDEST)/ready $(FLASK_SESSION)/ready servers chromium prometheus neighbours ## Run the tests; TEST_ARGS="-k redis -x" for some of them
 	$(PY) -m pytest $(TEST_ARGS)

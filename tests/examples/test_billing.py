@@ -74,8 +74,9 @@ class Browser:
                 headers["Cookie"] = self.cookie
             connection.request(method, path, urlencode(form), headers)
             response = connection.getresponse()
-            if response.headers["Set-Cookie"]:
-                self.cookie = response.headers["Set-Cookie"].partition(";")[0]
+            for cookie in response.headers.get_all("Set-Cookie", []):
+                if cookie.startswith("session="):
+                    self.cookie = cookie.partition(";")[0]
             return response.status, response.read().decode()
 
 

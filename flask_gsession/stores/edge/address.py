@@ -40,6 +40,8 @@ class EdgeAddress(NamedTuple):
             given = parse_qsl(parts.query, strict_parsing=True, keep_blank_values=True)
         except ValueError:
             raise _wrong(f"can't be read; {_FORM}") from None
+        if parts.netloc or not parts.path.strip("/"):
+            raise _wrong(f"names no file; {_FORM}")
         options = dict(given)
         if len(options) < len(given):
             raise _wrong("names an option twice")
