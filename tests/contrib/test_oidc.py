@@ -520,3 +520,5 @@ def test_what_bind_refuses(make_site: SiteMaker, provider: Provider) -> None:
         visitor.run(bind)
     assert owner(visitor) is None
     assert site.stored() == {}
+    with site.app.app_context(), pytest.raises(ValueError, match="must be a list of texts"):
+        site.ext.users.revoke_all("ada", tags="web")

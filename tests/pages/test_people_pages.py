@@ -10,6 +10,7 @@ import pytest
 from flask import Blueprint, Flask, Response, abort, session
 from flask_login import LoginManager, UserMixin
 from flask_wtf import CSRFProtect
+from jinja2 import DictLoader
 from werkzeug.test import TestResponse
 
 from flask_gsession import Session, SettingError
@@ -235,8 +236,11 @@ def test_a_further_session_and_a_layout_of_your_own(one: SiteMaker) -> None:
     site.app.register_blueprint(devices_blueprint(other, base=loader.globals["layout"]))
     visitor = site.visitor()
     visitor.run(lambda session: other.session.bind("eve"))
+    own = {"gsession/facts.html": "known here: {{ device.network }}"}
+    site.app.jinja_loader = DictLoader(own)
     page = visitor.get("/devices")
     assert page.text.endswith("ours")
+    assert "known here: 127.0.0.0/24" in page.text
     assert "pages.css" not in page.text
     assert page.text.count("This device") == 1
     assert site.visitor().get("/devices").status_code == 401
