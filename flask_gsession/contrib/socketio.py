@@ -50,7 +50,7 @@ class SessionSockets:
     def join(self) -> bool:
         """Bind the socket to the session of its cookies. False: there is none.
 
-        For the handler of ``connect``. A socket doesn't count as use of the session. One to three
+        For the handler of ``connect``. A socket doesn't count as use of the session. One to four
         round trips. Raises ``StoreUnavailable``.
         """
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy

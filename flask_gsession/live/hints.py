@@ -18,13 +18,14 @@ from ..errors import StoreUnavailable, UnreadableRecord
 from ..events import logger
 from ..processes import process
 from ..repository.repository import Loaded, Repository
+from ..repository.user_values import values_key
 from ..stores.base import MAX_POINTERS, Record
 from ..stores.parts import Changes, Feed, Hearer, parts_of
 from ..users.roster import EMPTY
 from ..users.rosters import roster_key
 from .messages import Message, messages_key, read_messages
 from .servers import is_ending
-from .states import Digests, SessionState, State, UserState
+from .states import Digests, SessionState, State, UserState, Versions
 
 POLL = 3.0  # seconds between two looks while no changes are heard
 _TICK = 1.0  # seconds between two looks at the clock and the listener
@@ -139,7 +140,7 @@ class Hints:
     ) -> Watch:
         """Watch a session with its user, or a user, from now on; ``state`` is what there is now.
 
-        Two to four round trips. Raises ``StoreUnavailable``.
+        One to four round trips. Raises ``StoreUnavailable``.
         """
         process.notice()
         watch = Watch(self, handle, user_id, notify, is_over)
@@ -154,7 +155,7 @@ class Hints:
         return watch
 
     def look_from(self, loaded: Loaded) -> State:
-        """The state of a session that was just loaded. Two round trips if it has a user."""
+        """The state of a session that was just loaded. Three round trips if it has a user."""
         process.notice()
         watch = Watch(self, loaded.record.key, None, lambda *_: None)
         return self._state_of(watch, None, {loaded.record.key: loaded.record})
@@ -315,7 +316,7 @@ class Hints:
             return State(session)
         if user is not None and user.user_id != user_id:
             user = None
-        keys = roster_key(user_id), messages_key(user_id)
+        keys = roster_key(user_id), messages_key(user_id), values_key(user_id)
         self._listen(watch, (*watch.keys[:1], *keys) if watch.handle is not None else keys)
         if user is None:
             user, dirty = UserState(user_id, "", {}), None
@@ -323,6 +324,8 @@ class Hints:
             user = replace(user, devices=self._devices(user_id, loads))
         if dirty is None or keys[1] in dirty:
             user = replace(user, messages=self._messages(keys[1], loads))
+        if dirty is None or keys[2] in dirty:
+            user = replace(user, keys=self._values(keys[2], user, loads))
         return State(session, user)
 
     def _session(
@@ -343,8 +346,9 @@ class Hints:
                 # Workers of another version, or with other keys, may be able to read it.
                 return before if error.for_others else None
             if body is not None:
-                created, ends = record.created_at, record.idle_expires_at
-                return self.digests.of_session(key, created, ends, body, repository.now())
+                user_id = None if body.owner is None else body.owner.user_id
+                versions = self.digests.of_body(record.created_at, body, repository.now())
+                return SessionState(key, record.idle_expires_at, user_id, versions)
             key = record.successor or ""
         return None
 
@@ -368,6 +372,19 @@ class Hints:
             return read_messages(self.repository, self._load(key, loads))
         except UnreadableRecord:
             return ()
+
+    def _values(self, key: str, before: UserState, loads: dict[str, Record | None]) -> Versions:
+        repository = self.repository
+        try:
+            record = self._load(key, loads)
+            if record is None or repository.now() >= record.idle_expires_at:
+                return {}
+            body = repository.read(key, record)
+        except UnreadableRecord as error:
+            return before.keys if error.for_others else {}
+        if body is None:
+            return {}
+        return self.digests.of_body(record.created_at, body, repository.now())
 
     def _listen(self, watch: Watch, keys: tuple[str, ...]) -> None:
         """Let the watch depend on these records."""

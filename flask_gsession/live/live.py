@@ -93,7 +93,7 @@ class Live:
 
         For functions of ``on_change``; streams and sockets watch by themselves. The session keeps
         its idle timeout. Needs an application context. Raises ``SessionEnded`` if there is no such
-        session, ``ValueError`` and ``StoreUnavailable``. One to three round trips.
+        session, ``ValueError`` and ``StoreUnavailable``. One to four round trips.
         """
         if (handle is None) == (user_id is None):
             raise ValueError("watch takes a handle, or user_id=, but not both")

@@ -76,20 +76,11 @@ class Digests:
             digest.update(b"%d:%b" % (len(part), part))
         return digest.hexdigest()
 
-    def of_values(self, salt: bytes, values: Mapping[str, bytes]) -> dict[str, str]:
-        """The version of each encoded value."""
-        return {key: self.of(salt, key.encode(), raw) for key, raw in values.items()}
-
-    def of_session(self, key: str, created: int, ends: int, body: Body, now: int) -> SessionState:
-        """``created`` stays the same through rotations, so the versions do."""
+    def of_body(self, created: int, body: Body, now: int) -> dict[str, str]:
+        """The version of each value. ``created`` stays the same through rotations, so they do."""
         values = unexpired(body.values, now) if body.marked else body.values
-        owner = body.owner
-        return SessionState(
-            key,
-            ends,
-            None if owner is None else owner.user_id,
-            self.of_values(b"%d" % created, values),
-        )
+        salt = b"%d" % created
+        return {key: self.of(salt, key.encode(), raw) for key, raw in values.items()}
 
     def of_devices(self, user_id: str, roster: Roster) -> str:
         """Which devices there are, and what they are called; not when they were seen."""

@@ -42,7 +42,8 @@ def live_blueprint(
     values. Pages get versions, and never values. Without keys they hear of ends, sign-ins, devices
     and messages. ``ext``: whose sessions; by default, of the application's first ``Session``.
 
-    Requests don't count as use of the session. ``state`` costs one round trip, two more for a user.
+    Requests don't count as use of the session. ``state`` costs one round trip, and three more for a
+    user.
     """
     shown_keys, shown_user_keys = _names(keys), _names(user_keys)
     blueprint = Blueprint("gsession_live", __name__, url_prefix=url_prefix)

@@ -4,7 +4,7 @@
 
   document.addEventListener("gsession:changed", async ({detail}) => {
     const shown = document.querySelector(".count");
-    if (!shown || !detail.keys.includes("cart")) return;
+    if (!shown || ![...detail.keys, ...detail.user].includes("cart")) return;
     const answer = await fetch(cart);
     if (!answer.ok) return;
     const {pieces} = await answer.json();

@@ -16,6 +16,6 @@ blueprints: tuple[Blueprint, ...] = (
     confirm.pages,
     devices_blueprint(sign_in_view="account.sign_in", base="page.html"),
     admin_blueprint(accounts.runs_the_shop, base="page.html"),
-    live_blueprint(keys=["cart"]),
+    live_blueprint(keys=["cart"], user_keys=["cart"]),
     visit.pages,
 )
