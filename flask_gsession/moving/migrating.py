@@ -16,11 +16,12 @@ from ..stores.foreign import Foreign, Together
 from ..tokens import Token
 from ..users.roster import Since
 from .contents import RefusedContents
+from .drafting import drafted, keyed
 from .flask_session import FlaskSessionSource
 from .mark import new_nonce
 from .pickle_process import PickleProcess
 from .source import Contents, Old
-from .takeover import Finding, Takeover, drafted, keyed
+from .takeover import Finding, Takeover
 
 TAKEN_OVER = "taken over"
 

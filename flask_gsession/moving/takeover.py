@@ -24,7 +24,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from flask import Request, Response
@@ -34,7 +33,6 @@ from ..errors import (
     Gone,
     KeyTaken,
     LogoutUnconfirmed,
-    SessionTooLarge,
     Stale,
     StoreUnavailable,
     UnreadableRecord,
@@ -44,17 +42,17 @@ from ..repository.imports import TakenOver
 from ..repository.repository import PERMANENT, Loaded, Repository
 from ..stores.base import Record, Store
 from ..stores.wrappers.breaker import Circuit
-from ..tokens import Token, session_key
+from ..tokens import Token
 from ..users.roster import Since
 from ..users.rosters import network_of
-from ..values.marks import is_marked
 from ..values.payload import Body, Origin
-from ..values.references import Reference, names_in
+from ..values.references import names_in
 from .contents import RefusedContents
-from .entering import enter, owner_of
+from .drafting import drafted, keyed
+from .entering import enter
 from .flask_cookies import LABEL as COOKIES
-from .mark import Mark, mark_key, new_nonce, sealed, token_for, token_of, unsealed
-from .source import Contents, Old, Source
+from .mark import Mark, mark_key, new_nonce, token_for, token_of, unsealed
+from .source import Old, Source
 
 T = TypeVar("T")
 
@@ -419,43 +417,3 @@ def _report_dropped(source: Source, made: Loaded | None, dropped: tuple[str, ...
 
 def _network(request: Request) -> bytes:
     return network_of(request.remote_addr)
-
-
-def keyed(
-    repository: Repository, label: str, name: str, nonce: bytes, expires_at: int | None
-) -> tuple[str, Origin]:
-    """The key of a new session, and its origin."""
-    secret = repository.live.secret_keys()[0]
-    token = token_of(secret, label, name, nonce)
-    return session_key(token), sealed(secret, label, name, nonce, expires_at)
-
-
-def drafted(
-    repository: Repository, key: str, contents: Contents, origin: Origin, knows_users: bool
-) -> tuple[Loaded, tuple[str, ...]]:
-    """The new session, and what had to be left out of it. Writes large values.
-
-    If it is too large, values are left out, the largest first.
-    """
-    values, dropped = dict(contents.values), list(contents.dropped)
-    written: dict[tuple[int, bytes], Reference] = {}
-    while True:
-        body = Body(values, contents.lifetime, any(map(is_marked, values.values())), origin=origin)
-        try:
-            if repository.has_large_value(values, values):
-                end = repository.blobs_expire_at(body)
-                referring = replace(body, has_large=True)
-                stored = repository.write_large(referring, partial(int, end), written, {})
-                body = replace(referring, values=stored, has_large=bool(written))
-            if knows_users:
-                body = replace(body, owner=owner_of(repository, body, contents))
-            record = repository.draft_imported(key, body, contents.began, contents.ends)
-        except SessionTooLarge:
-            largest = max(values, key=lambda name: len(values[name]))
-            dropped.append(ascii(largest)[:60])
-            del values[largest]
-            continue
-        if contents.idle_ends is not None:
-            idle = min(contents.idle_ends, record.idle_expires_at)
-            record = record._replace(idle_expires_at=idle)
-        return Loaded(record, body), tuple(dropped)

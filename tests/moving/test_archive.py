@@ -132,6 +132,26 @@ def test_dead_old_cookies_stay_dead(
     target.store.close()
 
 
+def test_a_session_that_a_revocation_kept(
+    make_site: SiteMaker, clock: FakeClock, file: Path, tmp_path: Path
+) -> None:
+    """It is older than its user's revocation of all others, which is imported before it."""
+    config = OldFiles(tmp_path / "old").config
+    site, target = make_site(config=config), Site("memory://", "", clock, config=config)
+    kept, ended = site.visitor(), site.visitor()
+    for visitor in (kept, ended):
+        visitor.run(lambda session: session.bind("7"))
+    site.clock.advance(60)
+    kept.run(lambda session: site.ext.users.revoke_others())
+    for app, words in ((site.app, ["export"]), (target.app, ["import"])):
+        result = app.test_cli_runner().invoke(gsession, [*words, str(file)])
+        assert result.exit_code == 0, result.output
+    assert "1 imported" in result.stdout
+    guest = target.visitor(kept.cookie)
+    assert guest.run(lambda session: session.handle) == kept.run(lambda session: session.handle)
+    target.store.close()
+
+
 def test_what_else_is_in_the_folder_stays(elsewhere: Site, file: Path) -> None:
     other = file.with_name(f"{file.name}.part")
     other.write_text("somebody else's")
