@@ -13,7 +13,7 @@ from ..errors import SessionConflict, StoreUnavailable, UnreadableRecord, UserVa
 from ..events import logger
 from ..repository.user_values import UserValuesRepository
 from ..stores.base import Record
-from ..users.joins import NotJoined, login_policy, next_join
+from ..users.joins import NotJoined, first_join, login_policy, next_join
 from ..values.merge import Change
 from ..values.payload import Body, Join
 from .lifecycle import Lifecycle
@@ -23,12 +23,12 @@ from .user_values import values_of
 _NOTHING: Collection[str] = ()
 
 
-def note_join(life: Lifecycle, body: Body) -> None:
+def note_join(life: Lifecycle, body: Body, old: Record | None) -> None:
     """Before a session is stored: give its values for the user a join, or the next revision."""
     if life.is_of_user:
         return
     keys = [key for key in life.repository.user_keys if key in body.values]
-    body.joins = next_join(body.joins, keys)
+    body.joins = next_join(body.joins, keys, old)
 
 
 def join_user(
@@ -44,12 +44,20 @@ def join_user(
     user_id, stored = body.owner.user_id, life.seen.body
     if life.behind is not None:
         _join_behind(life, user_id)
-    if old is None or stored is None or not stored.joins:
+    join = None if old is None or stored is None else _stored_join(life, stored)
+    if join is None:
         return _NOTHING
-    join = stored.joins[0]
     if not changes.keys().isdisjoint(join.keys):  # join what is stored, not what is about to be
         return _NOTHING
     return join.keys if _join(life, join, user_id) else _NOTHING
+
+
+def _stored_join(life: Lifecycle, stored: Body) -> Join | None:
+    """The join of the stored session."""
+    if stored.joins:
+        return stored.joins[0]
+    keys = [key for key in life.repository.user_keys if key in stored.values]
+    return first_join(life.seen.record, keys) if keys else None
 
 
 def _join(life: Lifecycle, join: Join, user_id: str) -> bool:
@@ -92,7 +100,10 @@ def close_join(life: Lifecycle) -> None:
     """After a sign-in: note that it is complete. Two round trips if anything joined."""
     if life.joined is None or life.seen.body is None or life.seen.body.joins:
         return
-    (user_id, join), life.joined = life.joined, None
+    user_id, join = life.joined
+    if not life.values.stored.keys().isdisjoint(join.keys):  # they joined early
+        return
+    life.joined = None
     try:
         UserValuesRepository(life.repository, user_id).close_join(join.id)
     except (StoreUnavailable, SessionConflict, UnreadableRecord) as error:
@@ -112,9 +123,9 @@ def join_early(life: Lifecycle, user_id: str) -> None:
     sign-in then costs two less.
     """
     with life.mutex:
-        body = life.seen.body
-        if body is not None and body.joins:
-            _join(life, body.joins[0], user_id)
+        join = None if life.seen.body is None else _stored_join(life, life.seen.body)
+        if join is not None:
+            _join(life, join, user_id)
         hand_over(life, user_id)
         _join_behind(life, user_id)
 

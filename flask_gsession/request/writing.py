@@ -454,14 +454,14 @@ def _send(
         settled = repository.clock() < owner.seen + repository.settings.seen_interval
     if not (plain and settled):
         body.owner, entry = prepare_owner(life, merged, step.changes, wishes, old)
-        if body.joins or life.behind is not None:
+        if body.joins or life.behind is not None or repository.user_keys:
             joining = join_user(life, body, step.changes, old)
         if joining:
             merged, stored = _without(merged, joining), _without(stored, joining)
             owner, body = body.owner, life.body(stored, has_large=has_large)
             body.owner, body.joins = owner, ()
     if body.joins or repository.user_keys:
-        note_join(life, body)
+        note_join(life, body, old)
     toggled = PERMANENT in step.changes and (
         repository.is_permanent(merged) != repository.is_permanent(before)
     )

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
 
 from ..errors import SessionConflict, SessionTooLarge, UnreadableRecord, ValueLost, ValueRefused
+from ..stores.base import Record
 from ..values.codec import Codec
 from ..values.marks import expired, marked, split
 from ..values.merge import MISSING, Change, MergeFunction, Merger, last, same
@@ -19,6 +21,7 @@ from ..values.references import holds
 
 #: What happens to a visitor's value at the sign-in; see ``SessionKey``.
 AT_LOGIN: Final = ("merge", "keep", "replace", "discard")
+_ID_BYTES = 9
 _MOST_JOINS = 1000  # of one user; the oldest closed ones go first
 HOUR = 3_600_000  # milliseconds; longer than any request takes
 
@@ -52,11 +55,28 @@ class NotJoined(Exception):
     """The values can't be joined now: they stay in the session."""
 
 
-def next_join(joins: tuple[Join, ...], keys: Collection[str]) -> tuple[Join, ...]:
-    """The join of a session with its next version, which has values for a user under ``keys``."""
-    if not joins:
-        return (Join(secrets.token_bytes(9), 1, keys=tuple(keys)),) if keys else ()
-    join = joins[0]
+def first_join(old: Record | None, keys: Collection[str]) -> Join:
+    """The join of a session that has none although it has values for a user under ``keys``.
+
+    The key was declared after they were stored. So the id follows from the stored version: whatever
+    happens next to that version, it is the same.
+    """
+    if old is None:
+        return Join(secrets.token_bytes(_ID_BYTES), 0, keys=tuple(keys))
+    digest = hashlib.sha256(b"flask-gsession join %d " % old.version + old.key.encode()).digest()
+    return Join(digest[:_ID_BYTES], 0, keys=tuple(keys))
+
+
+def next_join(
+    joins: tuple[Join, ...], keys: Collection[str], old: Record | None = None
+) -> tuple[Join, ...]:
+    """The join of a session with its next version, which has values for a user under ``keys``.
+
+    ``old``: the version that it replaces, if any.
+    """
+    if not joins and not keys:
+        return ()
+    join = joins[0] if joins else first_join(old, keys)
     known = (*join.keys, *(key for key in keys if key not in join.keys))
     return (Join(join.id, join.revision + 1, keys=known),)
 

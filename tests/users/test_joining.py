@@ -131,7 +131,7 @@ BESIDE: list[Callable[[Case], None]] = [
 ]  # fmt: skip
 
 
-def run_beside(case: Case, step: Callable[[Case], None]) -> None:
+def run_beside(case: Any, step: Callable[[Any], Any]) -> None:
     thread = Thread(target=step, args=(case,))  # outside the request that is under way
     thread.start()
     thread.join()
@@ -209,7 +209,7 @@ def known_once(body: Any, join: Any, *rest: Any) -> Any:
     return None if known else _joined(body, join, *rest)
 
 
-def always_anew(known: Any, keys: Any) -> Any:
+def always_anew(known: Any, keys: Any, old: Any) -> Any:
     return joins.next_join((), (*keys, *(known[0].keys if known else ())))
 
 
@@ -378,6 +378,34 @@ def test_only_a_session_with_such_values_costs_more(site: Site) -> None:
     with site.counted() as counted:
         site.visitor().run(lambda session: session.bind("bob"))
     assert list(counted.calls) == ["load", "create", "create"]
+
+
+def test_a_cart_from_before_the_key_was_declared_joins(site: Site) -> None:
+    visitor, bound, third = site.visitor(), signed_in(site, "bob"), site.visitor()
+    visitor.run(lambda session: session.update(cart={"a": 1}))
+    third.run(lambda session: session.update(cart={"c": 1}))
+    bound.run(lambda session: session.update(cart={"b": 1}))
+    site.store.before("replace", die)
+    with pytest.raises(Killed):
+        visitor.run(lambda session: (CART.get(), session.bind("ada")))
+    tab = visitor.another_tab()
+    tab.run(lambda session: session.rotate())
+    tab.run(lambda session: CART.set({**CART.get(), "x": 1}))
+    tab.run(lambda session: session.bind("ada"))
+    assert tab.run(lambda session: (CART.get(), dict(session))) == ({"a": 1, "x": 1}, {})
+    more = third.another_tab()
+
+    def early(session: Any) -> Any:
+        session.bind("eve")
+        adds = lambda: more.run(lambda _: CART.set({**CART.get(), "y": 1}))  # noqa: E731
+        site.store.before("replace", lambda: run_beside(third, lambda _: adds()))
+        return CART.get()
+
+    assert third.run(early) == {"c": 1}
+    assert third.run(lambda session: CART.get()) == {"c": 1, "y": 1}
+    site.clock.advance(301)  # a touch is due
+    bound.run(lambda session: CART.get())
+    assert bound.run(lambda session: (CART.get(), dict(session))) == ({"b": 1}, {})
 
 
 def test_joins_are_forgotten_in_time(site: Site) -> None:
