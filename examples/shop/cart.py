@@ -1,14 +1,16 @@
-"""The cart, a value of the session that several requests may change at the same moment.
+"""The cart: a visitor's is in the session, and joins the user's at the sign-in.
 
-Each change goes through `session.update_atomic`, which reruns it on what is stored until it
-lands. Two quick clicks on "Add to cart" both count.
+Several requests may change it at the same moment. Each change goes through `update_atomic`, which
+reruns it on what is stored until it lands. Two quick clicks on "Add to cart" both count.
 """
 
 import secrets
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from flask_gsession import session
+from marshmallow import Schema, fields
+
+from flask_gsession.typed import SessionKey
 
 KEY = "cart"
 MOST = 20  # pieces of one product in a cart
@@ -25,14 +27,35 @@ class CartError(ValueError):
     """A quantity that a cart cannot take; the text is for the customer."""
 
 
+class CartSchema(Schema):
+    """What a cart looks like in the store."""
+
+    token = fields.Str(required=True)
+    lines = fields.Dict(fields.Str(), fields.Int(strict=True), required=True)
+
+
+def _both(base: Any, theirs: Any, mine: Any) -> Cart:
+    """The user's cart with what a visitor put into another one since it joined."""
+    before = base["lines"] if base else {}
+    lines = dict(theirs["lines"]) if theirs else {}
+    for sku in {**before, **mine["lines"]}:
+        pieces = lines.get(sku, 0) + mine["lines"].get(sku, 0) - before.get(sku, 0)
+        lines[sku] = min(pieces, max(MOST, lines.get(sku, 0)))
+    lines = {sku: pieces for sku, pieces in lines.items() if pieces > 0}
+    return Cart(token=(theirs or mine)["token"], lines=lines)
+
+
+key = SessionKey(KEY, CartSchema, merge=_both, scope="user", at_login="merge")
+
+
 def _empty() -> Cart:
     return Cart(token=secrets.token_urlsafe(16), lines={})
 
 
 def current() -> Cart:
     """This visitor's cart. An empty one is not kept until something is in it."""
-    cart: Cart = session.get(KEY) or _empty()
-    return cart
+    cart: Any = key.get(None)
+    return cart or _empty()
 
 
 def count() -> int:
@@ -82,7 +105,7 @@ def add(sku: str, pieces: int, stock: int) -> None:
             raise CartError(limit(inside, stock))
         return Cart(token=cart["token"], lines={**cart["lines"], sku: inside + pieces})
 
-    session.update_atomic(KEY, change)
+    key.session.update_atomic(KEY, change)
 
 
 def change_quantity(sku: str, pieces: int, stock: int) -> None:
@@ -100,7 +123,7 @@ def change_quantity(sku: str, pieces: int, stock: int) -> None:
             del lines[sku]
         return Cart(token=cart["token"], lines=lines)
 
-    session.update_atomic(KEY, change)
+    key.session.update_atomic(KEY, change)
 
 
 def settle(token: str, bought: Mapping[str, int]) -> None:
@@ -116,4 +139,4 @@ def settle(token: str, bought: Mapping[str, int]) -> None:
         left = {sku: pieces - bought.get(sku, 0) for sku, pieces in cart["lines"].items()}
         return {**_empty(), "lines": {sku: pieces for sku, pieces in left.items() if pieces > 0}}
 
-    session.update_atomic(KEY, change)
+    key.session.update_atomic(KEY, change)

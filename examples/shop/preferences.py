@@ -1,4 +1,7 @@
-"""What a visitor prefers: declared once, checked by its schema wherever it comes from."""
+"""What a visitor prefers: declared once, checked by its schema wherever it comes from.
+
+After the sign-in it belongs to the user, and is the same on all their devices.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +36,7 @@ class PreferencesSchema(Schema):
     )
 
 
-preferences = SessionKey(KEY, PreferencesSchema)
+preferences = SessionKey(KEY, PreferencesSchema, scope="user")
 DEFAULTS: Preferences = PreferencesSchema().load({})
 
 
@@ -55,5 +58,5 @@ def check(form: Mapping[str, str]) -> tuple[Preferences, dict[str, str]]:
 
 
 def keep(wanted: Preferences) -> None:
-    """Keep preferences in the session."""
+    """Keep preferences, of the user if there is one."""
     preferences.set(wanted)

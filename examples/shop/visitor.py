@@ -13,10 +13,13 @@ from .services import shop
 
 
 def known() -> bool:
-    """Whether the session can be read. Asks the store once in a request, and only with a cookie."""
+    """Whether the session can be read, and the user's values, if there is one.
+
+    Asks the store for each once in a request, and only with a cookie.
+    """
     if "visitor_known" not in g:
         try:
-            session.get("user")
+            preferences.current()
         except StoreUnavailable:
             g.visitor_known = False
         else:

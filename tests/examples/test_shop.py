@@ -25,7 +25,7 @@ from werkzeug.security import generate_password_hash
 from werkzeug.test import TestResponse
 
 import examples.shop
-from examples.shop import formats, preferences
+from examples.shop import accounts, formats, preferences
 from examples.shop.accounts import DEMO_PASSWORD
 from examples.shop.app import create_app
 from examples.shop.catalogue import Catalogue, Category, Product
@@ -888,14 +888,40 @@ def test_an_empty_cart_cannot_be_ordered(app: Flask) -> None:
     assert order_count(app) == 0
 
 
-def test_forty_buyers_of_twenty_goods(open_shop: Opener, sqlite_url: str) -> None:
+def test_cart_and_preferences_follow_the_user(app: Flask) -> None:
+    phone, laptop = Visitor(app), Visitor(app)
+    phone.add("DSK-201", "2")
+    phone.post("/preferences", theme="dark", language="de")
+    phone.sign_in("mira")
+    laptop.add("DSK-201", "19")
+    laptop.add("KIT-101", "1")
+    assert laptop.cart() == {"DSK-201": 19, "KIT-101": 1}, "a visitor's"
+    laptop.sign_in("mira")
+    assert laptop.cart() == phone.cart() == {"DSK-201": 20, "KIT-101": 1}, "20 at most"
+    assert 'data-theme="dark"' in laptop.get("/").text
+    laptop.post("/cart/KIT-101", quantity="0")
+    assert phone.cart() == {"DSK-201": 20}
+    laptop.post("/sign-out")
+    assert laptop.cart() == {}
+    assert 'data-theme="dark"' in laptop.get("/").text, "how it looks is not personal"
+    order = phone.client.post("/checkout", data=phone.checkout_form())
+    assert order.status_code == 303
+    laptop.sign_in("mira")
+    assert laptop.cart() == {}
+
+
+def test_forty_buyers_of_twenty_goods(
+    open_shop: Opener, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = {f"buyer{number}": f"Buyer {number}" for number in range(40)}
+    monkeypatch.setattr(accounts, "DEMO_PEOPLE", people)
     app = open_shop(sqlite_url)
     set_stock(app, "DSK-201", 20)
     barrier = Barrier(40)
 
     def buy(number: int) -> int:
         visitor = Visitor(app)
-        visitor.sign_in(("mira", "jonas", "sofia")[number % 3])
+        visitor.sign_in(f"buyer{number}")
         visitor.add("DSK-201")
         form = visitor.checkout_form()
         barrier.wait(60)

@@ -73,7 +73,7 @@ def _sign_in_page(name: str, errors: dict[str, str]) -> str:
 @pages.post("/sign-out")
 def sign_out() -> ResponseReturnValue:
     """End the session. How the shop should look is not personal: it moves to the next one."""
-    kept = session.get(preferences.KEY)
+    kept = preferences.preferences.session.get(preferences.KEY)
     session.destroy()
     if kept is not None:
         session[preferences.KEY] = kept
