@@ -140,9 +140,17 @@ class BackChannelLogout:
 
         @blueprint.record_once
         def let_through(state: BlueprintSetupState) -> None:
-            csrf = state.app.extensions.get("csrf")
-            if csrf is not None:  # the provider has no CSRF token; its signature is one
-                csrf.exempt(blueprint)
+            """The provider has no token of Flask-WTF: its signature takes the place of one."""
+            extensions: dict[str, Any] = state.app.extensions
+
+            def exempt() -> None:
+                if "csrf" in extensions:
+                    extensions["csrf"].exempt(blueprint)
+
+            exempt()
+            if "csrf" not in extensions:
+                # It may still come. Then this function runs before its check, as it came first.
+                state.app.before_request(exempt)
 
         return blueprint
 

@@ -447,6 +447,9 @@ def test_keys_are_kept_and_rotated(
     assert answers() == 503, "no keys yet"
     assert answers() == 503
     assert provider.fetches == 1, "not at each request"
+    elsewhere = make_site()
+    with_provider(elsewhere, provider, keys=f"{provider.address}/moved")
+    assert post(elsewhere, a_token(site, provider, sid="s")).status_code == 503, "a redirect"
     provider.down = False
     now[0] += 11
     assert [answers(), answers(), answers(kid=None)] == [200, 200, 200]
@@ -503,6 +506,21 @@ def test_wrong_settings() -> None:
     bare.register_blueprint(logout.blueprint())
     with pytest.raises(SettingError, match="for an application with a Session"):
         bare.test_client().post(URL, data={"logout_token": "x"})
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_flask_wtf_lets_the_provider_through(make_site: SiteMaker, provider: Provider) -> None:
+    """Whichever of the two is set up first; other pages stay protected."""
+    for first in ("csrf", "logout"):
+        site = make_site()
+        if first == "csrf":
+            CSRFProtect(site.app)
+        with_provider(site, provider)
+        if first == "logout":
+            CSRFProtect(site.app)
+        site.app.add_url_rule("/form", "form", lambda: "", methods=["POST"])
+        assert post(site, a_token(site, provider, sid="s1")).status_code == 200, first
+        assert site.visitor().post("/form").status_code == 400
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)

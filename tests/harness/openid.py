@@ -15,7 +15,7 @@ from authlib.integrations.flask_oauth2 import AuthorizationServer
 from authlib.oauth2.rfc6749 import grants
 from authlib.oidc.core import UserInfo
 from authlib.oidc.core.grants import OpenIDCode
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, jsonify, redirect, request
 from joserfc import jwt
 from joserfc.jwk import KeySet, RSAKey
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -168,6 +168,10 @@ class Provider:
             if provider.down:
                 return Response("down", 500)
             return jsonify(KeySet(list(provider.keys)).as_dict(private=False))
+
+        @app.get("/moved")
+        def moved() -> Any:
+            return redirect("/jwks")
 
         @app.get("/.well-known/openid-configuration")
         def configuration() -> Any:
