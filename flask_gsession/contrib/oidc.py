@@ -65,8 +65,8 @@ class BackChannelLogout:
         by default the ``sub``. ``label`` and ``tags`` (up to 9) as in ``session.bind``.
 
         Raises ``SignInRefused`` (401) if the provider logged the user out meanwhile, ``ValueError``
-        for claims of another issuer, and what ``session.bind`` raises. Up to five round trips more
-        than ``session.bind``.
+        for claims of another issuer, and what ``session.bind`` raises. Five round trips more than
+        ``session.bind``; seven if the session is that user's already.
         """
         if claims.get("iss") != self._issuer:
             raise ValueError("the claims are of another issuer than this BackChannelLogout")
@@ -110,7 +110,7 @@ class BackChannelLogout:
         Answers 200 when the sessions have ended, 400 to invalid and repeated tokens, and 503 with
         ``Retry-After`` if the store or the provider's keys can't be reached: then nothing is noted,
         and the same token works later. A token with a ``sid`` ends the sessions that this session
-        of the provider signed in, one with only a ``sub`` all sessions of the user. Six round
+        of the provider signed in, one with only a ``sub`` all sessions of the user. Eight round
         trips, and the deletes; none for a forged token. Flask-WTF lets the page through.
         """
         blueprint = Blueprint(name, __name__)

@@ -149,6 +149,25 @@ def test_sessions_by_an_id_token_without_sid(make_site: SiteMaker, provider: Pro
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_what_it_costs(make_site: SiteMaker, provider: Provider) -> None:
+    site = make_site()
+    logout = with_provider(site, provider)
+
+    def cost(act: Callable[[], object]) -> int:
+        site.clock.advance(1)
+        with site.counted() as count:
+            act()
+        return count.trips
+
+    plain, ours = site.visitor(), site.visitor()
+    for more, sid in ((5, "s1"), (7, "s2")):
+        claims = {"iss": provider.address, "sub": "ada", "sid": sid}
+        usual = cost(lambda: plain.run(lambda session: session.bind("eve")))
+        assert cost(partial(ours.run, lambda session, it=claims: logout.bind(it))) == usual + more
+    assert cost(lambda: post(site, a_token(site, provider, sid="s2"))) == 8 + 1
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_beside_flask_login(make_site: SiteMaker, provider: Provider) -> None:
     site = make_site()
     logout = with_provider(site, provider)
