@@ -15,6 +15,7 @@ from ..sqlite.file import SQLiteFile, in_transaction, on_connection
 from .rows import TABLES, Found, Row, Rows, State
 
 _DAY = 86_400_000  # milliseconds that a tombstone outlives its session, as clocks differ
+_UNCOUNTED = 200
 _AHEAD = 5_000  # milliseconds that a confirmation may seem to lie ahead, after a clock was set
 
 
@@ -39,6 +40,7 @@ class Copy:
         self._clock = clock
         self._offline = int(offline * 1000)
         self._most = most
+        self._room = 0  # sessions that may be queued before they are counted again
 
     def now(self) -> int:
         """The time in milliseconds."""
@@ -49,6 +51,10 @@ class Copy:
     @on_connection
     def get(self, db: sqlite3.Connection, key: str) -> Row | None:
         return self._rows.select(db, key)
+
+    def plain_since(self, key: str) -> int | None:
+        """When the centre last confirmed a row without changes; None if there is none."""
+        return self.file.within(lambda db: self._rows.plain_since(db, key))
 
     @on_connection
     def state_of(self, db: sqlite3.Connection, key: str) -> Found | None:
@@ -234,7 +240,13 @@ class Copy:
         self._rows.insert(db, row._replace(record=record), record.absolute_expires_at)
 
     def _check_room(self, db: sqlite3.Connection) -> None:
-        if self._rows.count(db, self._most)[1] >= self._most:
+        if self._room > 0:
+            self._room -= 1
+            return
+        waiting = self._rows.count(db, self._most)[1]
+        # Other workers take from it too.
+        self._room = min(_UNCOUNTED, (self._most - waiting) // 16)
+        if waiting >= self._most:
             raise StoreUnavailable(
                 f"edge: {self._most} sessions with changes wait for the centre, as many as "
                 "outbox allows: nothing is accepted until it is back",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import OTHER_ENDS, Deleted, Record, Replaced
 from ..parts import Bulk, Leases, NearFigures, NearReads
-from .rows import State
 
 if TYPE_CHECKING:
     from .store import EdgeStore
@@ -69,18 +68,18 @@ class EdgeNear(NearReads):
         self.bound = near.bound
         self._store = store
         self._near = near
+        self._bound_ms = int(near.bound * 1000)
+        self._confirm_after = store.confirm_after
 
     def peek(self, key: str, version: int | None = None) -> Record | None:
         copy = self._store.copy
-        found = copy.state_of(key)
-        if found is None:
-            return None  # it is loaded, and copied
-        if found.state != State.PLAIN:
-            return None  # this node has changed or ended it
+        confirmed_at = copy.plain_since(key)
+        if confirmed_at is None:
+            return None  # without a copy yet, or changed or ended here
         record = self._near.peek(key, version)
         if record is not None:
-            proven = copy.now() - int(self.bound * 1000)
-            if proven - found.confirmed_at > self._store.confirm_after:
+            proven = copy.now() - self._bound_ms
+            if proven - confirmed_at > self._confirm_after:
                 copy.confirmed(record, proven)
         return record
 
