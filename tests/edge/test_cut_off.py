@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from flask_login import LoginManager, UserMixin, login_user, logout_user
 
 from flask_gsession.events import WriteDropped
+from flask_gsession.stores.sqlite.file import SQLiteFile
+from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker, Visitor
 from tests.harness.edges import EdgeSite, Network
 
@@ -138,6 +142,7 @@ def test_what_needs_the_centre_is_refused(edge: EdgeSite, what: str) -> None:
     assert edge.settle().changes == 0
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_a_declared_key_may_be_updated(network: Network, edge: EdgeSite) -> None:
     visitor = known(edge)
     edge.cut()
@@ -148,6 +153,7 @@ def test_a_declared_key_may_be_updated(network: Network, edge: EdgeSite) -> None
     assert visitor.run(dict) == {"n": 5}
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_a_session_is_created_while_cut_off(network: Network, edge: EdgeSite) -> None:
     edge.cut()
     visitor = edge.visitor()
@@ -221,6 +227,7 @@ def test_a_save_whose_answer_is_lost_is_refused(network: Network, edge: EdgeSite
     assert visitor.run(dict) == {"n": 2}
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_other_workers_of_a_node_serve_what_it_has_queued(network: Network, edge: EdgeSite) -> None:
     """They reach the centre, which doesn't know of it yet."""
     changed, ended = known(edge), known(edge)
@@ -254,6 +261,7 @@ def test_an_end_names_the_device(network: Network, edge: EdgeSite) -> None:
         assert network.centre.ext.users.devices("ada") == []
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_a_bound_session_stays_in_use(network: Network, edge: EdgeSite) -> None:
     """Its roster can't be touched while the edge is cut off."""
     visitor = network.centre.visitor()
@@ -280,6 +288,7 @@ def with_flask_login(site: Site) -> None:
     LoginManager(site.app).user_loader(lambda _: User())
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_flask_login_signs_out(network: Network, edge: EdgeSite) -> None:
     with_flask_login(network.centre)
     with_flask_login(edge)
@@ -331,9 +340,8 @@ def test_a_centre_with_other_keys_is_refused(network: Network) -> None:
         assert visitor.run(dict) == {"n": 1}
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_clocks_may_differ_by_minutes(network: Network) -> None:
-    from flask_gsession.testing import FakeClock
-
     ahead = FakeClock(network.centre.clock() + 300)
     behind = FakeClock(network.centre.clock() - 300)
     with network.edge("a", clock=ahead) as one, network.edge("b", clock=behind) as two:
@@ -364,3 +372,80 @@ def test_a_centre_that_fails_for_a_moment_cuts_the_link(edge: EdgeSite) -> None:
     assert len(edge.wire.calls) == asked
     edge.settle()
     assert edge.edge.cut_off == ""
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_session_that_was_rotated_meanwhile_is_changed(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    there = at(network.centre, visitor)
+    there.run(lambda session: session.rotate(grace=60))
+    there.run(add)
+    assert edge.settle().changes == 1
+    edge.cut()
+    for browser in (visitor, at(edge, there)):
+        assert browser.run(dict) == {"n": 3}
+    edge.settle()
+    assert there.run(dict) == visitor.run(dict) == {"n": 3}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_copies_that_nobody_needs_go(network: Network, edge: EdgeSite) -> None:
+    visitors = [network.centre.visitor() for _ in range(20)]
+    for visitor in visitors:
+        visitor.run(add)
+        at(edge, visitor).run(dict)
+    edge.clock.advance(901)
+    for visitor in visitors[:10]:
+        at(edge, visitor).run(dict)
+    ended = [network.centre.visitor() for _ in range(12)]
+    for visitor in ended:
+        visitor.run(add)
+        at(edge, visitor).run(lambda session: session.destroy())
+    assert rows(edge) == 10 + 12
+    edge.clock.advance(32 * 86400)
+    for visitor in [network.centre.visitor() for _ in range(22)]:
+        visitor.run(add)
+        at(edge, visitor).run(dict)
+    assert rows(edge) == 22
+
+
+def rows(edge: EdgeSite) -> int:
+    with closing(sqlite3.connect(edge.edge.copy.file.path)) as db:
+        (count,) = db.execute("SELECT count(*) FROM gsession_edge").fetchone()
+        return int(count)
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_full_disk_refuses_and_keeps(
+    network: Network, edge: EdgeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor, other = known(edge), known(edge)
+    edge.cut()
+    visitor.run(add)
+    prepare = SQLiteFile._prepare
+
+    def full(file: SQLiteFile, db: sqlite3.Connection) -> None:
+        prepare(file, db)
+        db.execute("PRAGMA max_page_count = 1")
+
+    edge.edge.copy.file.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(SQLiteFile, "_prepare", full)
+        response = other.ask(lambda session: session.update(large="x" * 100_000))
+        assert response.status_code == 503
+        assert visitor.run(dict) == {"n": 2}
+        edge.edge.copy.file.close()
+    edge.settle()
+    assert at(network.centre, visitor).run(dict) == {"n": 2}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_clock_that_is_set_back_extends_nothing(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.cut()
+    edge.clock.advance(-3600)
+    assert visitor.ask(dict).status_code == 503
+    edge.clock.advance(3600)
+    assert visitor.run(dict) == {"n": 1}

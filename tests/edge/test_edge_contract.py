@@ -10,7 +10,6 @@ import pytest
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.stores.base import Clock
 from flask_gsession.stores.edge import EdgeStore
-from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import StoreContract
 from tests.harness.sharing import store_servers
 
@@ -29,13 +28,6 @@ class EdgeContract(StoreContract):
 
 
 @pytest.mark.contract
-class TestEdgeOfAMemoryStore(EdgeContract):
-    def open(self, clock: Clock) -> Store:
-        options = StoreOptions(clock=clock)
-        return self.around(MemoryStore(options), options)
-
-
-@pytest.mark.contract
 class TestEdgesOfEachStore(EdgeContract):
     @pytest.fixture(autouse=True)
     def _where(self, store_url: str, store_prefix: str) -> None:
@@ -49,8 +41,8 @@ class TestEdgesOfEachStore(EdgeContract):
 @pytest.mark.contract
 class TestEdgesOfARemoteStore(EdgeContract):
     @pytest.fixture(autouse=True)
-    def _servers(self, store_url: str, store_prefix: str) -> Iterator[None]:
-        self.url, self.prefix = store_url, store_prefix
+    def _servers(self, redis_url: str, store_prefix: str) -> Iterator[None]:
+        self.url, self.prefix = redis_url, store_prefix
         with store_servers() as self.serve:
             yield
 

@@ -17,7 +17,7 @@ from tests.harness.apps import SiteMaker
 from tests.harness.edges import EdgeSite, Network
 
 #: Every so many steps a process is killed; ``make soak`` does so at each.
-STRIDE = os.environ.get("EDGE_STRIDE", "11")
+STRIDE = os.environ.get("EDGE_STRIDE", "29")
 TOP = Path(__file__).parents[2]
 
 

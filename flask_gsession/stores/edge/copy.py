@@ -81,10 +81,12 @@ class Copy:
 
     # -- copies of what the centre has
 
-    def copied(self, record: Record, confirmed_at: int) -> None:
-        """The centre has had this record since ``confirmed_at``."""
+    def copied(self, record: Record, confirmed_at: int, *, new: bool = False) -> None:
+        """The centre has had this record since ``confirmed_at``. ``new``: there was no copy."""
 
         def copy(db: sqlite3.Connection) -> None:
+            if new:
+                self._rows.remove_old(db, self.now())
             self._rows.copy(db, record, confirmed_at, self._copy_ends(record, confirmed_at))
 
         self.file.within(copy)

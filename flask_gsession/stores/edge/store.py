@@ -117,7 +117,9 @@ class EdgeStore(Wrapper, Edge):
         if record is None:
             if row is not None:
                 self._note(self.copy.absent, key, began)
-        elif row is None or row.record != record or began - row.confirmed_at > self._confirm_after:
+        elif row is None:
+            self._note(partial(self.copy.copied, new=True), record, began)
+        elif row.record != record or began - row.confirmed_at > self._confirm_after:
             self._note(self.copy.copied, record, began)
         return record
 

@@ -28,7 +28,6 @@ class Worker:
     def _start(self) -> None:
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
-        self._stopped = False
         self._lock = threading.Lock()
 
     @property
@@ -47,7 +46,7 @@ class Worker:
         if self._thread is not None or not self.interval or not is_at_work() or not runs_threads():
             return
         with self._lock:
-            if self._thread is not None or self._stopped:
+            if self._thread is not None:
                 return
             self._thread = threading.Thread(
                 target=self._run, args=(is_cut, look, settle), name="gsession-edge", daemon=True

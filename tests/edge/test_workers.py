@@ -1,0 +1,86 @@
+"""Several real workers of a node, whose TCP connections to the centre are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+from tests.harness.apps import until
+from tests.harness.gunicorn import Gunicorn, in_parallel
+from tests.harness.topologies import TCPProxy
+
+APP = "tests.edge.edge_app:create_app()"
+WORKERS = 3
+VISITORS = 6
+
+
+@pytest.mark.parametrize("kind", ["redis", pytest.param("mongodb", marks=pytest.mark.contract)])
+def test_workers_of_a_node_go_on_and_settle(
+    kind: str, request: pytest.FixtureRequest, store_prefix: str, tmp_path: Path
+) -> None:
+    url = request.getfixturevalue("redis_url" if kind == "redis" else "emptied_mongodb_url")
+    (tmp_path / "centre").mkdir()
+    (tmp_path / "edge").mkdir()
+    with TCPProxy(urlsplit(url).port or 0) as line:
+        remote = quote(line.through(url), safe="")
+        stores = {
+            "centre": url,
+            "edge": f"edge+sqlite:///edge.sqlite3?remote={remote}&offline_for=1h",
+        }
+        centre, edge = (
+            Gunicorn(
+                tmp_path / name,
+                *("--threads", "2"),
+                workers=workers,
+                environment={
+                    "WORKERS_STORE": stores[name],
+                    "WORKERS_PREFIX": store_prefix,
+                    "WORKERS_TIMEOUT": "2",
+                },
+                app=APP,
+            )
+            for name, workers in (("centre", 1), ("edge", WORKERS))
+        )
+        with centre, edge:
+            cookies = [edge.post("/count").cookie or "" for _ in range(VISITORS)]
+            counts = dict.fromkeys(cookies, 1)
+            line.refuse()
+
+            def write(cookie: str) -> None:
+                answer = edge.ask("POST", "/count", cookie)
+                while answer.status == 503:  # a save whose answer was lost
+                    answer = edge.ask("POST", "/count", cookie)
+                assert answer.status == 200
+
+            for _ in range(4):
+                in_parallel(*(lambda cookie=cookie: write(cookie) for cookie in cookies))
+            for cookie in cookies:
+                counts[cookie] += 4
+                assert edge.get("/all", cookie).body == {"count": counts[cookie]}
+                centre.post("/count", cookie)
+                counts[cookie] += 1
+            made = edge.post("/count").cookie or ""
+            counts[made] = 1
+            edge.post("/logout", cookies[0])
+            centre.post("/logout", cookies[1])
+            for _ in range(2 * WORKERS):
+                assert edge.get("/all", cookies[0]).body == {}
+            line.forward()
+            until(lambda: _is_settled(edge))
+            for cookie in cookies[:2]:
+                del counts[cookie]
+                assert centre.get("/all", cookie).body == edge.get("/all", cookie).body == {}
+            for cookie, count in counts.items():
+                assert centre.get("/all", cookie).body == {"count": count}
+                for _ in range(WORKERS):
+                    assert edge.get("/all", cookie).body == {"count": count}
+            assert edge.get("/edge").body["dropped"] == 1
+            assert "Traceback" not in edge.log
+
+
+def _is_settled(edge: Any) -> bool:
+    answers = [edge.get("/edge").body for _ in range(3 * WORKERS)]
+    return not any(each["changes"] or each["ends"] or each["cut_off"] for each in answers)
