@@ -449,3 +449,25 @@ def test_a_clock_that_is_set_back_extends_nothing(network: Network, edge: EdgeSi
     assert visitor.ask(dict).status_code == 503
     edge.clock.advance(3600)
     assert visitor.run(dict) == {"n": 1}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_load_on_its_way_overwrites_nothing(network: Network, edge: EdgeSite, ends: bool) -> None:
+    """Another worker of the node is cut off, and changes or ends the session meanwhile."""
+    visitor = known(edge)
+    edge.clock.advance(60)
+    with network.edge("a") as other:
+        there = at(other, visitor)
+
+        def meanwhile(operation: str) -> None:
+            edge.wire.after = lambda operation: None
+            other.cut()
+            there.run(lambda session: session.destroy() if ends else add(session))
+
+        edge.wire.after = meanwhile
+        assert visitor.run(dict) == {"n": 1}
+        edge.cut()
+        assert visitor.run(dict) == ({} if ends else {"n": 2})
+        edge.settle()
+        assert at(network.centre, visitor).run(dict) == ({} if ends else {"n": 2})
