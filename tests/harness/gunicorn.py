@@ -185,6 +185,31 @@ class Gunicorn:
         return cookie
 
 
+class Stream:
+    """A stream of live updates, as a browser opens it. A context manager."""
+
+    def __init__(self, port: int, cookie: str) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+        self._connection.request("GET", "/live/stream", headers={"Cookie": f"session={cookie}"})
+        self.response = self._connection.getresponse()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.response.close()
+        self._connection.close()
+
+    def state(self) -> dict[str, Any]:
+        """The next state."""
+        line = b""
+        while not line.startswith(b"data: "):
+            line = self.response.readline()
+            assert line, "the stream ended"
+        state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+        return state
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

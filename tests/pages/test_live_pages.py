@@ -408,6 +408,18 @@ def test_mistakes_in_the_program_are_named(make_site: SiteMaker) -> None:
 
 
 @of_memory
+def test_a_server_without_background_threads_is_named_at_the_start(
+    make_live: SiteMaker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an older uWSGI without `enable-threads`."""
+    monkeypatch.setattr("flask_gsession.processes.runs_threads", lambda: False)
+    site = make_live()
+    assert "browsers can't have streams, so they poll. Set enable-threads" in caplog.text
+    site.ext.live.on_change("cart")
+    assert "functions of ext.live.on_change are not called" in caplog.text
+
+
+@of_memory
 def test_the_script_is_small_and_kept_by_browsers(live: Site) -> None:
     answer = live.visitor().get("/live/live.js")
     assert answer.mimetype == "text/javascript"

@@ -25,6 +25,7 @@ from flask_gsession.operate.cleanup import CleanupWorker
 from flask_gsession.processes import process
 from flask_gsession.stores.wrappers.breaker import Circuit
 from flask_gsession.testing import a_record
+from flask_gsession.tokens import session_key
 from tests.processes.test_fork_threads import DEADLINE, Child, Site, make_site, post
 
 fork = ctypes.PyDLL(None).fork
@@ -249,6 +250,31 @@ def cleanup(url: str, _: Path) -> Any:
         return before < tasks()
 
     return CChild(child).result()
+
+
+def live(url: str, _: Path) -> Any:
+    """Parent and children watch the same session, whose changes each of them hears by itself."""
+    site = make_site(url, "forks:")
+    cookie = site.log_in("alice")
+    watches = []
+
+    def hears() -> bool:
+        with site.app.app_context():
+            handle = session_key(cookie.partition(".")[0])
+            watches.append(site.ext.live.watch(handle))
+            site.ext.live.hints().heartbeat = DEADLINE
+            state = watches[-1].state
+            until = time.monotonic() + DEADLINE
+            time.sleep(0.3)  # the listener connects
+            post(site.client(cookie), "/count")
+            while watches[-1].state == state and time.monotonic() < until:
+                time.sleep(0.01)
+            return watches[-1].state != state
+
+    def child() -> list[bool]:
+        return [hears(), CChild(hears).result()]
+
+    return [hears(), *CChild(child).result(), hears()]
 
 
 def large_values(url: str, folder: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.harness.gunicorn import ROOT, THREADS, Answer, Gunicorn, in_parallel
+from tests.harness.gunicorn import ROOT, THREADS, Answer, Gunicorn, Stream, in_parallel
 
 UWSGI = Path(sys.executable).with_name("uwsgi")
 WORKERS = 2
@@ -43,6 +43,7 @@ class Uwsgi(Gunicorn):
         found = re.search(r"^processes = (\d+)$", configuration, re.MULTILINE)
         assert found
         super().__init__(folder, workers=int(found[1]), environment=environment)
+        self.configuration = configuration
         self._lazy = "lazy-apps" in configuration
         file = folder / "uwsgi.ini"
         file.write_text(configuration)
@@ -115,6 +116,22 @@ def test_workers_share_sessions_and_no_connection(server: Uwsgi) -> None:
         "locked": THREADS * each,
     }
     assert len({answer.worker for answer in answers}) > 1
+    listen(server, shared)
     assert server.stop() == 0
     assert "Traceback" not in server.log, server.log
     assert "(HTTP/1.1 503)" not in server.log, server.log
+
+
+def listen(server: Uwsgi, cookie: str) -> None:
+    """Pages get a stream, or poll."""
+    state = server.get("/live/state", cookie).body
+    threads = re.search("^threads = [2-9]", server.configuration, re.MULTILINE) is not None
+    assert state["stream"] == threads
+    with Stream(server.port, cookie) as stream:
+        assert stream.response.status == (200 if threads else 501)
+        if threads:
+            first = stream.state()
+            server.post("/count", cookie)
+            assert stream.state() != first
+    assert server.post("/count", cookie)
+    assert server.get("/live/state", cookie).body["keys"] != state["keys"]

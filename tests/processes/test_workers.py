@@ -3,8 +3,6 @@
 Nothing here measures time. What the machine is slow at takes longer; what is wrong stays wrong.
 """
 
-import http.client
-import json
 import random
 import secrets
 import sqlite3
@@ -15,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import pytest
 from pymongo import MongoClient
@@ -28,6 +26,7 @@ from tests.harness.gunicorn import (
     THREADS,
     Answer,
     Gunicorn,
+    Stream,
     in_parallel,
     is_alive,
 )
@@ -293,28 +292,3 @@ def test_a_page_hears_of_changes_in_any_worker(server: Gunicorn) -> None:
                 pass
             assert stream.response.read().strip() == b""
     assert server.get("/live/state", cookie).body["who"] is None
-
-
-class Stream:
-    """A stream of live updates, as a browser opens it. A context manager."""
-
-    def __init__(self, port: int, cookie: str) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        self._connection.request("GET", "/live/stream", headers={"Cookie": f"session={cookie}"})
-        self.response = self._connection.getresponse()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.response.close()
-        self._connection.close()
-
-    def state(self) -> dict[str, Any]:
-        """The next state."""
-        line = b""
-        while not line.startswith(b"data: "):
-            line = self.response.readline()
-            assert line, "the stream ended"
-        state: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-        return state
