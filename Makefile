@@ -103,6 +103,9 @@ oldest: $(OLDEST)/ready servers ## Run many tests with the oldest packages that 
 contract: $(VENV)/with-test servers ## Run the store contract on each wrapper around each store
 	$(PY) -m pytest -m contract $(TEST_ARGS)
 
+long: $(VENV)/with-test servers ## Run `make contract`, the models whole, and more faults
+	$(PY) -m pytest -m "contract or long" $(TEST_ARGS)
+
 soak: $(VENV)/with-test ## Run the simulation and the freshness test for longer; SCHEDULES=500000
 	SIM_SCHEDULES=$(SCHEDULES) $(PY) -m pytest $(TEST_ARGS) tests/simulation
 	EDGE_CRASHES=2 $(PY) -m pytest $(TEST_ARGS) tests/simulation/test_edge_model.py

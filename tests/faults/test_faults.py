@@ -296,12 +296,12 @@ def test_every_fault_strikes_somewhere() -> None:
 
 SHORT = [
     ("sqlite", "locked"),
-    ("sqlite", "worker"),
+    pytest.param("sqlite", "worker", marks=pytest.mark.long),
     ("redis-always", "kill"),
-    ("redis-always", "stop-1"),
-    ("redis-always", "interrupt"),
+    pytest.param("redis-always", "stop-1", marks=pytest.mark.long),
+    pytest.param("redis-always", "interrupt", marks=pytest.mark.long),
     ("redis-always", "lose"),
-    ("mongodb-one", "kill"),
+    pytest.param("mongodb-one", "kill", marks=pytest.mark.long),
     ("mongodb-one", "lose"),
 ]
 

@@ -357,7 +357,7 @@ def test_a_fork_while_another_thread_connects(
 
 def test_processes_that_start_together_make_one_file(tmp_path: Path) -> None:
     """No race for the file, its folder, its mode, its WAL or its table."""
-    for round_ in range(12):
+    for round_ in range(5):
         path = tmp_path / f"{round_}" / "instance" / "sessions.sqlite3"
         with gates(1) as (start,):
 

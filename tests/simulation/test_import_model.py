@@ -10,6 +10,7 @@ import os
 import pytest
 
 from tests.simulation.importing import MODEL
+from tests.simulation.sizes import by_size
 
 #: The states and endings of each scenario: fewer would mean that something is not explored.
 EXPLORED = {
@@ -43,7 +44,7 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("name", MODEL.names())
+@pytest.mark.parametrize("name", by_size(EXPLORED))
 def test_the_protocol_holds(name: str) -> None:
     large = name == LARGEST and "SIM_SCHEDULES" not in os.environ
     explored = MODEL.explore(name, crashes=0 if large else None)

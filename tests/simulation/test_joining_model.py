@@ -1,6 +1,6 @@
 """How carts join, in every interleaving; each deliberate break is caught.
 
-With `SIM_SCHEDULES`, as in `make soak`, also the large scenarios, and with crashes in all of them.
+With `SIM_SCHEDULES`, as in `make soak`, with crashes in all scenarios.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import pytest
 
 from tests.simulation.joining import MODEL
+from tests.simulation.sizes import long
 
 #: The states and endings of each scenario: fewer would mean that something is not explored.
 EXPLORED = {
@@ -36,7 +37,7 @@ WITHOUT_CRASH = {"double click": (644, 78), "two devices with two carts": (676, 
 SHORT = "SIM_SCHEDULES" not in os.environ
 
 
-@pytest.mark.parametrize("name", [name for name in EXPLORED if not (SHORT and name in LARGE)])
+@pytest.mark.parametrize("name", long(EXPLORED, LARGE))
 def test_the_protocol_holds(name: str) -> None:
     short = SHORT and name in WITHOUT_CRASH
     explored = MODEL.explore(name, crashes=0 if short else None)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import pytest
 
 from tests.simulation.near_cache_model import BREAKS, NOTHING, run, scenarios
+from tests.simulation.sizes import long
+
+LARGE = {"load, write", "slot moves", "cut"}
+LATE = {"move: mark", "no mark", "move: kept", "feed first"}  # found after many states
 
 
-@pytest.mark.parametrize("name", scenarios(NOTHING))
+@pytest.mark.parametrize("name", long(scenarios(NOTHING), LARGE))
 def test_what_is_served_is_never_older_than_the_bound(name: str) -> None:
     explored = run(name)
     assert explored.faults == {}
     assert explored.states > 300
 
 
-@pytest.mark.parametrize("broken", BREAKS)
+@pytest.mark.parametrize("broken", long(BREAKS, LATE))
 def test_a_broken_protocol_is_found_out(broken: str) -> None:
     meaning, name = BREAKS[broken]
     assert run(name, frozenset({broken})).faults, meaning

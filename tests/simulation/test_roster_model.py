@@ -10,11 +10,13 @@ import os
 import pytest
 
 from tests.simulation.roster_model import BREAKS, NOTHING, run, scenarios
+from tests.simulation.sizes import long
 
 SHORT = "SIM_SCHEDULES" not in os.environ  # a long run was not asked for
+LARGE = {"two sign-ins of one session", "rotation with grace, logout"}
 
 
-@pytest.mark.parametrize("name", scenarios(NOTHING))
+@pytest.mark.parametrize("name", long(scenarios(NOTHING), LARGE))
 def test_the_protocol_holds(name: str) -> None:
     explored = run(name, short=SHORT)
     assert explored.faults == {}

@@ -145,9 +145,9 @@ def rotating_without_grace(store: Any, record: Record) -> tuple[Callable[[], obj
 
 
 CALLS = [
-    (loading, TooLong),
+    pytest.param(loading, TooLong, marks=pytest.mark.long),
     (loading, TimeoutError),
-    (saving, TimeoutError),
+    pytest.param(saving, TimeoutError, marks=pytest.mark.long),
     (rotating_without_grace, TooLong),
 ]
 

@@ -40,12 +40,18 @@ class RemoteContract(StoreContract):
         return store
 
 
+class TestARemoteStore(RemoteContract):
+    url, prefix = "memory://", ""
+
+
+@pytest.mark.contract
 class TestRemoteStores(RemoteContract):
     @pytest.fixture(autouse=True)
     def _where(self, store_url: str, store_prefix: str) -> None:
         self.url, self.prefix = store_url, store_prefix
 
 
+@pytest.mark.contract
 class TestStackedWrappersAroundAndBehindARemoteStore(RemoteContract):
     url, prefix = "memory://", ""
 
@@ -57,6 +63,7 @@ class TestStackedWrappersAroundAndBehindARemoteStore(RemoteContract):
         return compose(store, breaker=a_breaker(), timer=a_timer(), trace=[])
 
 
+@pytest.mark.contract
 class TestAServerBehindAServer(RemoteContract):
     url, prefix = "memory://", ""
 

@@ -111,6 +111,7 @@ class WrapperContract(StoreContract):
         return store
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 class TestWrappersOfAMemoryStore(WrapperContract):
     @pytest.fixture(autouse=True)
