@@ -27,7 +27,8 @@ from flask_gsession.contrib.oidc import BackChannelLogout
 from flask_gsession.contrib.oidc_records import SignIns
 from flask_gsession.events import DeviceRevoked
 from tests.harness.apps import Site, SiteMaker, Visitor
-from tests.harness.openid import CLIENT, EVENT, SECRET, Provider, served
+from tests.harness.openid import CLIENT, EVENT, SECRET, Provider
+from tests.harness.serving import served
 
 URL = "/oidc/backchannel-logout"
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,29 +15,9 @@ from authlib.oidc.core.grants import OpenIDCode
 from flask import Flask, Response, jsonify, redirect, request
 from joserfc import jwt
 from joserfc.jwk import KeySet, RSAKey
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 EVENT = "http://schemas.openid.net/event/backchannel-logout"
 CLIENT, SECRET = "shop", "the secret of the shop"
-
-
-class Quiet(WSGIRequestHandler):
-    def log(self, *_: Any) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def served(app: Flask) -> Iterator[str]:
-    """The application in a thread of this process; gives its address."""
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 class Client(SimpleNamespace):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 from flask import Flask, Response, redirect
 from playwright.sync_api import Browser, Page, ViewportSize, expect
-from werkzeug.serving import make_server
 
 from flask_gsession import Session, session
 from flask_gsession.pages.admin import admin_blueprint
 from flask_gsession.pages.devices import devices_blueprint
 from tests.harness.browser import PATIENCE, assert_accessible
+from tests.harness.serving import served
 
 POLICY = (
     "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -44,19 +40,6 @@ def application() -> Flask:
         return response
 
     return app
-
-
-@contextmanager
-def served(app: Flask) -> Iterator[str]:
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def assert_good(page: Page, *schemes: str) -> None:
