@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from base64 import urlsafe_b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
@@ -160,21 +160,9 @@ class UserValuesRepository(Repository):
             mine = {key: self._whole(key, raw) for key, raw in values.items()}
         except (ValueLost, UnreadableRecord) as error:
             raise NotJoined(str(error)) from error
-        written: dict[tuple[int, bytes], Reference] = {}
-        replaced: set[str] = set()
-
-        def edit(loaded: Loaded | None) -> Update[None]:
-            before = Body({}) if loaded is None else loaded.body
-            after = joined(before, join, mine, absolute_end, self.combine, self.now())
-            if after is None:
-                return Update(None)
-            record, names = self._next(loaded, after, written)
-            replaced.clear()
-            replaced.update(names_in(before.values.values()) - names)
-            return Update(None, record)
-
-        self.update(self.key, edit)
-        self.discard(replaced, BLOB_GRACE)
+        self._change_joins(
+            lambda body: joined(body, join, mine, absolute_end, self.combine, self.now())
+        )
 
     def combine(
         self, theirs: Mapping[str, bytes], base: Mapping[str, bytes], mine: Mapping[str, bytes]
@@ -186,55 +174,59 @@ class UserValuesRepository(Repository):
     def close_join(self, join_id: bytes) -> None:
         """Note that the sign-in is complete. Two round trips."""
 
+        self._change_joins(lambda body: closed(body, join_id, self.now()))
+
+    def _change_joins(self, change: Callable[[Body], Body | None]) -> None:
+        """Store the result of ``change``, if any, and release the large values that it replaces."""
+        written: dict[tuple[int, bytes], Reference] = {}
+        bases: dict[tuple[int, bytes], Reference] = {}
+        replaced: set[str] = set()
+
         def edit(loaded: Loaded | None) -> Update[None]:
-            after = None if loaded is None else closed(loaded.body, join_id, self.now())
-            return Update(None) if after is None else Update(None, self._next(loaded, after, {})[0])
+            before = Body({}) if loaded is None else loaded.body
+            after = change(before)
+            if after is None:
+                return Update(None)
+            end = self.blobs_expire_at(after)
+            values = self.write_large(after, lambda: end, written, before.values)
+            after = replace(
+                after,
+                values=values,
+                joins=tuple(self._written(join, end, bases) for join in after.joins),
+                marked=any(map(is_marked, values.values())),
+                has_large=any(map(refers, values.values())),
+            )
+            replaced.clear()
+            replaced.update(_names_in(before) - _names_in(after))
+            if loaded is None:
+                return Update(None, self.draft_new(after)[1])
+            return Update(None, self.draft_next(loaded.record, after))
 
         self.update(self.key, edit)
+        self.discard(replaced, BLOB_GRACE)
 
-    def _next(
-        self, loaded: Loaded | None, body: Body, written: dict[tuple[int, bytes], Reference]
-    ) -> tuple[Record, set[str]]:
-        """The record to store, and the names of its large values, which are written first."""
-        before = {} if loaded is None else loaded.body.values
-        end = self.blobs_expire_at(body)
-        values = self.write_large(body, lambda: end, written, before)
-        joins = tuple(
-            replace(join, values=self._written(join.values, end, written)) if join.values else join
-            for join in body.joins
-        )
-        body = replace(
-            body,
-            values=values,
-            joins=joins,
-            marked=any(map(is_marked, values.values())),
-            has_large=any(map(refers, values.values())),
-        )
-        names = names_in(
-            raw for each in (values, *(j.values for j in joins)) for raw in each.values()
-        )
-        if loaded is None:
-            return self.draft_new(body)[1], names
-        return self.draft_next(loaded.record, body), names
-
-    def _written(
-        self, values: dict[str, bytes], end: int, written: dict[tuple[int, bytes], Reference]
-    ) -> dict[str, bytes]:
-        """The values of a join, with references to the large ones, which expire by themselves."""
-        found = dict(values)
-        for key, raw in values.items():
-            if len(raw) <= self._inline or refers(raw) or self.large_values is None:
+    def _written(self, join: Join, end: int, written: dict[tuple[int, bytes], Reference]) -> Join:
+        """The join with references to its large values, which nothing else refers to."""
+        large, found = self.large_values, dict(join.values)
+        for key, raw in join.values.items():
+            if large is None or len(raw) <= self._inline or refers(raw):
                 continue
             mark, plain = split(raw)
             kind, content = content_of(plain)
             same = kind, hashlib.sha256(content).digest()
             if same not in written:
-                pieces = pieces_of(content, self.large_values.frame_bytes)
-                written[same] = self.large_values.write(
-                    key, kind, pieces, lambda: end, len(content)
-                )
+                pieces = pieces_of(content, large.frame_bytes)
+                written[same] = large.write(key, kind, pieces, lambda: end, len(content))
             found[key] = marked(written[same].pack(), mark)
-        return found
+        return join if found == join.values else replace(join, values=found)
+
+    def _release_values(
+        self, record: Record, on_debug: Callable[[int], None] | None
+    ) -> Body | None:
+        body = super()._release_values(record, on_debug)
+        if body is not None:
+            self.discard(_names_in(body) - names_in(body.values.values()), 0)
+        return body
 
     def _whole(self, key: str, raw: bytes) -> bytes:
         """The encoded value, with its bytes in place of a reference: those end with the session."""
@@ -242,6 +234,12 @@ class UserValuesRepository(Repository):
             return raw
         mark, plain = split(raw)
         return marked(self.codec.encode(key, self.codec.decode(plain)), mark)
+
+
+def _names_in(body: Body) -> set[str]:
+    """The names of all large values of a user's record."""
+    sides = (body.values, *(join.values for join in body.joins))
+    return set().union(*(names_in(side.values()) for side in sides))
 
 
 class _EventsOfValues(Events):

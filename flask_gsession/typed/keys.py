@@ -25,7 +25,7 @@ from ..errors import (
 )
 from ..events import StoredValueInvalid, logger
 from ..request.session import SessionData, ttl_in_milliseconds
-from ..users.joins import AT_LOGIN, DECLARED
+from ..users.joins import AT_LOGIN, declare
 from ..values.codec import IMMUTABLE, is_valid_text
 from ..values.marks import MAX_VERSION, Mark
 from ..values.merge import POLICIES, MergeFunction
@@ -191,7 +191,7 @@ class SessionKey(Generic[T]):
         except (ValueError, GSessionError) as error:
             raise SettingError(f"SessionKey({name!r}): {error}") from None
         if scope == "user":
-            DECLARED[name] = self
+            declare(name, self)
 
     def __repr__(self) -> str:
         return f"<SessionKey {self.name!r} version={self.version}>"

@@ -9,7 +9,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 from ..errors import SessionConflict, SessionTooLarge, UnreadableRecord, ValueLost, ValueRefused
 from ..stores.base import Record
@@ -17,7 +17,7 @@ from ..values.codec import Codec
 from ..values.marks import expired, marked, split
 from ..values.merge import MISSING, Change, MergeFunction, Merger, last, same
 from ..values.payload import CLOSED, Body, Join
-from ..values.references import holds
+from ..values.references import holds, reference_in, refers
 
 #: What happens to a visitor's value at the sign-in; see ``SessionKey``.
 AT_LOGIN: Final = ("merge", "keep", "replace", "discard")
@@ -40,9 +40,9 @@ class UserKey(Protocol):
         """The same policy, whose results the key checks."""
 
 
-#: The keys of this process with ``scope="user"``, by name; the last one that was declared. An
-#: application may not have used its key yet in this process.
-DECLARED: WeakValueDictionary[str, UserKey] = WeakValueDictionary()
+#: The keys of this process with ``scope="user"``, by name. An application may not have used its key
+#: yet in this process.
+DECLARED: dict[str, WeakSet[UserKey]] = {}
 
 
 #: Three encoded sides to the encoded result: the user's, the visitor's when it joined, and now.
@@ -160,7 +160,7 @@ def combined(
     """
     found = dict(theirs)
     for name in (*mine, *(name for name in base if name not in mine)):
-        key = keys.get(name) or DECLARED.get(name)
+        key = keys.get(name) or _declared(name)
         at_login = "keep" if key is None else key.at_login
         there, was, wanted = found.get(name), base.get(name), mine.get(name)
         if expired(there, now):
@@ -169,7 +169,7 @@ def combined(
         if at_login == "discard" or unchanged or expired(wanted, now):
             continue
         policies: dict[str, MergeFunction] = {}
-        if there is not None and there != was:
+        if there is not None and not _same(there, was):
             if at_login == "keep":
                 continue
             policies[name] = login_policy(name, key, merger)
@@ -185,6 +185,32 @@ def combined(
             raise NotJoined(name, error) from error
         found = after
     return found
+
+
+def declare(name: str, key: UserKey) -> None:
+    """Note a key of this process."""
+    DECLARED.setdefault(name, WeakSet()).add(key)
+
+
+def _declared(name: str) -> UserKey | None:
+    """The key of that name. Raises ``NotJoined`` if there are several.
+
+    Then they belong to several applications, and this one has not used its key yet.
+    """
+    known = list(DECLARED.get(name, ()))
+    if len(known) > 1:
+        raise NotJoined(f"several keys are named {ascii(name)[:60]}")
+    return known[0] if known else None
+
+
+def _same(one: bytes, other: bytes | None) -> bool:
+    """Whether two encoded values are equal; large ones may be in two places."""
+    if one == other:
+        return True
+    if other is None or not refers(one) or not refers(other) or split(one)[0] != split(other)[0]:
+        return False
+    mine, theirs = reference_in(one), reference_in(other)
+    return (mine.kind, mine.digest, mine.length) == (theirs.kind, theirs.digest, theirs.length)
 
 
 def login_policy(name: str, key: UserKey | None, merger: Merger) -> MergeFunction:

@@ -318,7 +318,7 @@ def test_a_refused_sign_in_loses_nothing(make_site: SiteMaker) -> None:
 def test_values_that_cannot_join_stay_in_the_session(make_site: SiteMaker) -> None:
     site = make_site(max_bytes=1500, spill_bytes=None)
     cart = SessionKey(
-        "cart", fields.List(fields.Str(), validate=Length(max=3)), default=[],
+        "list", fields.List(fields.Str(), validate=Length(max=3)), default=[],
         scope="user", at_login="merge",
     )  # fmt: skip
     first, visitor = signed_in(site), site.visitor()
@@ -326,7 +326,7 @@ def test_values_that_cannot_join_stay_in_the_session(make_site: SiteMaker) -> No
     visitor.run(lambda session: cart.set(["c", "d"]))
     visitor.run(lambda session: session.bind("ada"))
     assert visitor.run(lambda session: (dict(session), cart.get())) == (
-        {"cart": ["c", "d"]}, ["a", "b"],
+        {"list": ["c", "d"]}, ["a", "b"],
     )  # fmt: skip
     first.run(lambda session: cart.set(["a"]))
     site.clock.advance(301)  # a touch is due
@@ -337,7 +337,7 @@ def test_values_that_cannot_join_stay_in_the_session(make_site: SiteMaker) -> No
     visitor.run(lambda session: cart.set(["y" * 200]))
     visitor.run(lambda session: session.bind("ada"))
     assert visitor.run(lambda session: session.owner) == "ada", "beyond the limit"
-    assert visitor.run(dict) == {"cart": ["y" * 200]}
+    assert visitor.run(dict) == {"list": ["y" * 200]}
 
 
 def test_large_values_join(site: Site) -> None:
@@ -350,10 +350,39 @@ def test_large_values_join(site: Site) -> None:
     site.store.before("replace", die)
     with pytest.raises(Killed):
         visitor.run(lambda session: session.bind("ada"))
+    first.run(lambda session: album.set({**album.get(), "1": b"1" * 20_000}))
+    site.clock.advance(120)  # what is no longer needed is gone
     visitor.run(lambda session: album.set({**album.get(), "3": three}))
     visitor.run(lambda session: session.bind("ada"))
     site.clock.advance(120)  # what is no longer needed is gone
+    one = b"1" * 20_000
     assert first.run(lambda session: album.get()) == {"1": one, "2": two, "3": three}
+    site.store.before("replace", die)
+    visitor = site.visitor()
+    visitor.run(lambda session: album.set({"4": three}))
+    with pytest.raises(Killed):
+        visitor.run(lambda session: session.bind("ada"))
+    found = site.app.extensions["gsession"][site.ext].repository.find(user_values.values_key("ada"))
+    names = user_values._names_in(found.body)
+    assert len(names & site.inside.blobs().keys()) == 2, "the value, and what has joined"
+    with site.app.app_context():
+        site.ext.users.forget("ada")
+    assert not names & site.inside.blobs().keys()
+
+
+def test_a_worker_that_has_not_used_the_key_yet(
+    make_site: SiteMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(make_site())
+    other = make_site(store=case.site.store)
+    visitor = other.visitor(case.visitor.cookie)
+    monkeypatch.setattr(joins, "DECLARED", {"cart": {CART, object()}})  # another application's
+    visitor.run(lambda session: session.bind(case.ada))
+    assert visitor.run(dict) == {"cart": {"a": 1}}, "stays in the session"
+    monkeypatch.setattr(joins, "DECLARED", {"cart": {CART}})
+    other.clock.advance(301)  # a touch is due
+    visitor.run(dict)
+    assert (case.of_ada(), visitor.run(dict)) == (case.expected, {})
 
 
 def test_an_outage_of_the_join_is_one_of_the_sign_in(site: Site) -> None:
