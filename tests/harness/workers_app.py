@@ -50,6 +50,10 @@ def create_app() -> Flask:
     def whoami() -> Answer:
         return {"user": session.get("user"), "handle": session.handle}
 
+    @app.get("/plain")
+    def plain() -> Answer:
+        return {"user": None, "handle": "no session"}
+
     @app.get("/all")
     def everything() -> Answer:
         return session.copy()
