@@ -41,11 +41,11 @@ class Watch:
     """A session with its user, or a user alone, that somebody in this process watches.
 
     ``notify(watch, before, after)`` is called in the thread of the hints; be quick. ``is_over`` is
-    called once in a while: the watch is closed if it returns true. ``state``: what was seen last.
+    called once a second: the watch is closed if it returns true. ``state``: what was seen last.
     """
 
     __slots__ = (
-        *("_hints", "_lock", "checked", "handle", "is_over", "keys", "notify", "state"),
+        *("_hints", "_lock", "checked", "closed", "handle", "is_over", "keys", "notify", "state"),
         "user_id",
     )
 
@@ -67,6 +67,8 @@ class Watch:
         #: the records that it depends on
         self.keys: tuple[str, ...] = ()
         self.checked = 0.0  # of time.monotonic
+        #: whether nothing is noticed any more
+        self.closed = False
 
     def close(self) -> None:
         """Stop watching. Any thread may call this, and more than once."""
@@ -107,7 +109,7 @@ class _Ear(Hearer):
 class Hints:
     """The watches of one application in this process. The thread starts with the first one.
 
-    When the process is about to end, all watches are notified once.
+    When the process is about to end, all watches are closed.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -126,8 +128,6 @@ class Hints:
         self._thread: threading.Thread | None = None
         self._feeds: dict[str, Feed | None] = {}
         self._rest_until = self._next_tick = self._began = 0.0  # of time.monotonic
-        #: whether this process is about to end
-        self.ending = False
 
     # -- for those who watch
 
@@ -162,6 +162,7 @@ class Hints:
 
     def forget(self, watch: Watch) -> None:
         """See ``Watch.close``."""
+        watch.closed = True
         with self._lock:
             self._watches.pop(watch, None)
             self._listen(watch, ())
@@ -173,15 +174,20 @@ class Hints:
     def close(self) -> None:
         """End the thread and all watches."""
         process.notice()
+        self._end(self.watches())
         with self._lock:
-            for watch in self.watches():
-                self.forget(watch)
             thread, self._thread = self._thread, None
             self._ear.woken.set()
         if thread is not None and thread is not threading.current_thread():
             thread.join(_TICK)
         with self._lock:
             self._hear(False)
+
+    def _end(self, watches: list[Watch]) -> None:
+        """Close these watches, and notify their owners once more."""
+        for watch in watches:
+            watch.close()
+            _call(watch, watch.state, watch.state)
 
     # -- the thread
 
@@ -246,10 +252,8 @@ class Hints:
 
     def _round(self, now: float) -> None:
         """Look at what may have changed."""
-        if not self.ending and is_ending():
-            self.ending = True
-            for watch in self.watches():
-                _call(watch, watch.state, watch.state)
+        if is_ending():
+            self._end(self.watches())
         heard = self._ear.take()
         heard |= self._heard_differently()
         everything = self._ear.missed and now >= self._rest_until
@@ -268,8 +272,7 @@ class Hints:
                 or (session is not None and milliseconds >= session.ends)
             )
             if tick and watch.is_over():
-                watch.close()
-                _call(watch, watch.state, watch.state)
+                self._end([watch])
                 continue
             dirty = None if due else heard.intersection(watch.keys)
             if dirty is None or dirty:

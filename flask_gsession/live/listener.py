@@ -276,7 +276,9 @@ class Listener(Changes):
         if said != self._said:
             self._said = said
             logger.warning(
-                "Changes of sessions can't be heard, so every read asks the store: %s", said
+                "Changes of sessions can't be heard, so that every read asks the store, and live "
+                "updates come late: %s",
+                said,
             )
 
 

@@ -103,15 +103,12 @@ class Stream(Iterator[bytes]):
         heartbeat: float,
         life: float,
         after: int | None,
-        is_over: Callable[[], bool],
     ) -> None:
         self._slot: object = None
         self._watch: Watch | None = None
         self._slot = slots.take(limits)
-        self._is_gone = limits.is_gone
         self._show = show
         self._heartbeat = heartbeat
-        self._is_over = is_over
         self._until = time.monotonic() + life * random.uniform(1 - _JITTER, 1)
         self._sent = b""
         self._last = after
@@ -134,7 +131,7 @@ class Stream(Iterator[bytes]):
             wait = min(self._heartbeat, self._until - time.monotonic())
             woken = wait > 0 and self._woken.wait(wait)
             self._woken.clear()  # before the state is read
-            if self._is_over() or self._is_gone() or time.monotonic() >= self._until:
+            if self._watch.closed or time.monotonic() >= self._until:
                 break
             events = self._events(self._watch.state)
             if events or not woken:

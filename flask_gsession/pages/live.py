@@ -85,7 +85,6 @@ def live_blueprint(
                 heartbeat=settings.live_heartbeat,
                 life=life,
                 after=_after(request.headers.get("Last-Event-ID") or request.args.get("after")),
-                is_over=lambda: hints.ending,
             )
         except Full as full:
             if full.of_user:

@@ -275,6 +275,11 @@ def test_a_stream_ends_by_itself(make_live: SiteMaker, monkeypatch: pytest.Monke
     next(events)
     monkeypatch.setattr(hints_module, "is_ending", lambda: True)
     assert list(events) == []
+    monkeypatch.undo()
+    events = Events(visitor)
+    next(events)
+    threading.Timer(0.1, site.ext.close, [site.app]).start()
+    assert list(events) == []
     made.clear()
 
 
