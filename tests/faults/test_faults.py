@@ -300,7 +300,7 @@ SHORT = [
     ("redis-always", "kill"),
     pytest.param("redis-always", "stop-1", marks=pytest.mark.long),
     pytest.param("redis-always", "interrupt", marks=pytest.mark.long),
-    ("redis-always", "lose"),
+    pytest.param("redis-always", "lose", marks=pytest.mark.long),
     pytest.param("mongodb-one", "kill", marks=pytest.mark.long),
     ("mongodb-one", "lose"),
 ]

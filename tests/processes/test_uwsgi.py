@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.harness.gunicorn import ROOT, THREADS, Answer, Gunicorn, Stream, in_parallel
+from tests.harness.marks import long
 
 UWSGI = Path(sys.executable).with_name("uwsgi")
 WORKERS = 2
@@ -76,9 +77,11 @@ class Setup(NamedTuple):
 
 
 SETUPS = [Setup(store, name) for store in STORES for name in CONFIGURATIONS]
+SHORT = {"documented": STORES, "lazy": ["redis"], "threads": ["sqlite"], "plain": ["mongodb"]}
+RARE = [setup for setup in SETUPS if setup.store not in SHORT[setup.configuration]]
 
 
-@pytest.fixture(params=SETUPS, ids=str)
+@pytest.fixture(params=long(SETUPS, RARE), ids=str)
 def server(request: pytest.FixtureRequest, tmp_path: Path, store_prefix: str) -> Iterator[Uwsgi]:
     """A server whose application logs somebody in while it is loaded."""
     setup: Setup = request.param

@@ -30,6 +30,7 @@ from tests.harness.gunicorn import (
     in_parallel,
     is_alive,
 )
+from tests.harness.marks import long
 from tests.harness.servers import mongo_server, redis_server, with_database
 
 
@@ -57,10 +58,16 @@ SETUPS = [
     Setup("redis", 2, GEVENT, near=NEAR),
     Setup("redis", 2, ("--preload",), warm=True, near=NEAR),
 ]
+RARE = [
+    *(Setup(store, 2) for store in STORES),
+    *(Setup(store, 2, GTHREAD) for store in ("sqlite", "mongodb")),
+    *(Setup(store, 2, GEVENT) for store in ("redis", "mongodb")),
+    *(Setup(store, 2, ("--preload",), warm=True) for store in ("sqlite", "redis")),
+]
 PRELOADED = [setup for setup in SETUPS if setup.warm]
 
 
-@pytest.fixture(scope="module", params=SETUPS, ids=str)
+@pytest.fixture(scope="module", params=long(SETUPS, RARE), ids=str)
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gunicorn]:
@@ -209,7 +216,9 @@ def test_a_logout_in_the_middle_of_writes_is_the_end(server: Gunicorn) -> None:
     assert server.get("/all", cookie).body == {}
 
 
-@pytest.mark.parametrize("server", PRELOADED, ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "server", long(PRELOADED, [it for it in RARE if it.warm]), ids=str, indirect=True
+)
 def test_a_session_from_before_the_fork_is_everywhere(server: Gunicorn) -> None:
     cookie = server.get("/warm-cookie").body["cookie"]
     assert cookie

@@ -345,8 +345,8 @@ _expect = MemoryStore._expect
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (Lease, "is_held_by", _held_by_anybody),
-        (Lease, "acquire", _free_for_all),
+        pytest.param(Lease, "is_held_by", _held_by_anybody, marks=pytest.mark.long),
+        pytest.param(Lease, "acquire", _free_for_all, marks=pytest.mark.long),
         (Lease, "release", _release_by_anybody),
         (MemoryStore, "_expect", _unchecked),
     ],

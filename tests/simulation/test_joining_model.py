@@ -9,8 +9,8 @@ import os
 
 import pytest
 
+from tests.harness.marks import long
 from tests.simulation.joining import MODEL
-from tests.simulation.sizes import long
 
 #: The states and endings of each scenario: fewer would mean that something is not explored.
 EXPLORED = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.harness.marks import long
 from tests.simulation.near_cache_model import BREAKS, NOTHING, run, scenarios
-from tests.simulation.sizes import long
 
 LARGE = {"load, write", "slot moves", "cut"}
 LATE = {"move: mark", "no mark", "move: kept", "feed first"}  # found after many states

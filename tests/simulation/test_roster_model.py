@@ -9,8 +9,8 @@ import os
 
 import pytest
 
+from tests.harness.marks import long
 from tests.simulation.roster_model import BREAKS, NOTHING, run, scenarios
-from tests.simulation.sizes import long
 
 SHORT = "SIM_SCHEDULES" not in os.environ  # a long run was not asked for
 LARGE = {"two sign-ins of one session", "rotation with grace, logout"}

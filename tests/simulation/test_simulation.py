@@ -1,6 +1,6 @@
 """Parallel requests, faults and clocks in thousands of schedules, each of them repeatable.
 
-`SIM_SCHEDULES` says how many (3,000), `SIM_SEEDS` the first seed, or the first and the last, as in
+`SIM_SCHEDULES` says how many (2,000), `SIM_SEEDS` the first seed, or the first and the last, as in
 `SIM_SEEDS=5000-5999`. A schedule that goes wrong is printed, with the command that replays it.
 """
 
@@ -32,7 +32,7 @@ def seeds() -> range:
     first, _, last = os.environ.get("SIM_SEEDS", "0").partition("-")
     if last:
         return range(int(first), int(last) + 1)
-    return range(int(first), int(first) + int(os.environ.get("SIM_SCHEDULES", "3000")))
+    return range(int(first), int(first) + int(os.environ.get("SIM_SCHEDULES", "2000")))
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
