@@ -45,9 +45,15 @@ class SessionReconciler(Reconciler):
     """The reconciler of one application."""
 
     def __init__(self, repository: Repository, centre: Store) -> None:
-        # While an edge settles, its own store still refuses what needs the centre.
-        self._repository = copy.copy(repository)
-        self._repository.use_store(centre)
+        self._own = repository
+        self._centre = centre
+
+    @property
+    def _repository(self) -> Repository:
+        """The repository at the centre: the edge's own store still refuses what needs that."""
+        direct = copy.copy(self._own)
+        direct.use_store(self._centre)
+        return direct
 
     def greet(self, centre: Store) -> str:
         """Why this node and the centre's other applications can't read each other; or ""."""

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from flask_login import LoginManager, UserMixin, login_user, logout_user
+from msgspec.msgpack import encode
 
 from flask_gsession.events import WriteDropped
+from flask_gsession.reconciling import GREETING_KEY
 from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker, Visitor
@@ -341,6 +343,41 @@ def test_a_centre_with_other_keys_is_refused(network: Network) -> None:
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_centre_of_another_version_is_refused(network: Network, edge: EdgeSite) -> None:
+    interface = network.centre.app.extensions["gsession"][network.centre.ext]
+    repository = interface.repository
+    content = encode((2, 99))
+    end = repository.now() + 3600_000
+    repository.store.create(repository.draft_other(GREETING_KEY, content, end))
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    settled = edge.settle()
+    assert settled.changes == 0
+    assert "another version" in settled.trouble
+    assert visitor.run(dict) == {"n": 2}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_job_without_a_thread_comes_back(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.edge._worker.interval = 30
+    handle = visitor.run(lambda session: session.handle)
+    edge.edge._worker.stop()
+    edge.cut()
+    with edge.app.app_context(), edge.ext.open(handle) as session:
+        add(session)
+    edge.back()
+    edge.edge.link.try_soon()
+    with edge.app.app_context():
+        peeked = edge.ext.peek(handle)
+        assert peeked is not None
+        assert peeked["n"] == 2
+    assert edge.edge.cut_off == ""
+    assert at(network.centre, visitor).run(dict) == {"n": 2}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_clocks_may_differ_by_minutes(network: Network) -> None:
     ahead = FakeClock(network.centre.clock() + 300)
     behind = FakeClock(network.centre.clock() - 300)
@@ -471,3 +508,21 @@ def test_a_load_on_its_way_overwrites_nothing(network: Network, edge: EdgeSite, 
         assert visitor.run(dict) == ({} if ends else {"n": 2})
         edge.settle()
         assert at(network.centre, visitor).run(dict) == ({} if ends else {"n": 2})
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_two_applications_may_share_a_file(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    network.centre.prefix = "another:"
+    network.settings = {**network.settings, "key_prefix": "another:"}
+    with network.edge("b", file="a") as other:
+        stranger = known(other)
+        other.cut()
+        stranger.run(add)
+        assert other.settle() == (0, 1, 0, "", True)
+        assert other.edge.figures().changes == 0
+        assert edge.edge.figures().changes == 1
+    assert edge.settle() == (0, 1, 0, "", True)
+    assert visitor.run(dict) == {"n": 2}

@@ -85,13 +85,13 @@ class Network:
     ) -> EdgeSite:
         """Another node; or another process of it, for the same ``name``. ``how``: of its store."""
         centre, clock = self.centre, clock or self.centre.clock
+        path = self._folder / f"{how.pop('file', name)}.sqlite3"
         options = StoreOptions(prefix=centre.prefix, clock=clock, timeout=PATIENCE, edge_sync=0)
         # A store in memory is the same one for everybody.
         own = centre.url == "memory://"
         far = centre.store.store if own else open_store(centre.url, options)[0]
         wire = Wire(far)
         settings = {**self.settings, **how.pop("settings", {})}
-        path = self._folder / f"{name}.sqlite3"
         store = EdgeStore(path, wire, options, owns_centre=not own, **how)
         site = EdgeSite("edge:", centre.prefix, clock, store=HookedStore(store), **settings)
         site.wire, site.edge = wire, store

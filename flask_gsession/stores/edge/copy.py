@@ -391,9 +391,7 @@ class Copy:
     @on_connection
     def figures(self, db: sqlite3.Connection) -> EdgeFigures:
         ends, changes = self._rows.count(db, 10 * self._most)
-        (oldest,) = db.execute(
-            "SELECT min(confirmed_at) FROM gsession_edge WHERE queued IS NOT NULL AND state < 3"
-        ).fetchone()
+        oldest = self._rows.oldest(db)
         node, *past = db.execute(
             "SELECT id, settled_at, settled, dropped, trouble FROM gsession_edge_node"
         ).fetchone()

@@ -10,7 +10,7 @@ from msgspec import MsgspecError
 from msgspec.msgpack import decode, encode
 
 from ...errors import UnreadableRecord
-from ..base import Record
+from ..base import KEY_LENGTH, Record
 
 TABLES = (
     """
@@ -60,6 +60,10 @@ _COLUMNS = (
 )
 
 
+#: Rows of one prefix only: several applications may share a file.
+_OWN = "length(key) = ? AND substr(key, 1, ?) = ?"
+
+
 class State(IntEnum):
     """The relation of a row to the session at the centre."""
 
@@ -101,6 +105,8 @@ class Rows:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        #: the arguments of ``_OWN``
+        self._own = len(prefix) + KEY_LENGTH, len(prefix), prefix
 
     def select(self, db: sqlite3.Connection, key: str) -> Row | None:
         found = db.execute(
@@ -206,10 +212,19 @@ class Rows:
         found = db.execute(
             f"SELECT key, {_COLUMNS} FROM gsession_edge WHERE queued IS NOT NULL "
             f"AND state {'= 3' if ends else '< 3'} AND queued > ? AND queued <= ? "
-            "ORDER BY queued LIMIT ?",
-            (after, upto, limit),
+            f"AND {_OWN} ORDER BY queued LIMIT ?",
+            (after, upto, *self._own, limit),
         ).fetchall()
         return [_row(key.removeprefix(self.prefix), row) for key, *row in found]
+
+    def oldest(self, db: sqlite3.Connection) -> int | None:
+        """When the waiting change that was confirmed first was confirmed."""
+        (found,) = db.execute(
+            "SELECT min(confirmed_at) FROM gsession_edge "
+            f"WHERE queued IS NOT NULL AND state < 3 AND {_OWN}",
+            self._own,
+        ).fetchone()
+        return None if found is None else int(found)
 
     def count(self, db: sqlite3.Connection, limit: int) -> tuple[int, int]:
         """How many ends and how many other rows are queued, each up to ``limit``."""
@@ -217,8 +232,8 @@ class Rows:
         for states in ("= 3", "< 3"):
             (number,) = db.execute(
                 "SELECT count(*) FROM (SELECT 1 FROM gsession_edge WHERE queued IS NOT NULL "
-                f"AND state {states} LIMIT ?)",
-                (limit,),
+                f"AND state {states} AND {_OWN} LIMIT ?)",
+                (*self._own, limit),
             ).fetchone()
             counts.append(number)
         return counts[0], counts[1]

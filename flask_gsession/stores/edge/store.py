@@ -354,6 +354,10 @@ class EdgeStore(Wrapper, Edge):
                 lambda: _called(this, EdgeStore._look),
                 lambda: bool(_called(this, EdgeStore._settle_quietly)),
             )
+            if self.link.is_cut and self._worker.lacks_thread and self.link.may_try():
+                self._come_back()
+                if not self.link.is_cut:
+                    self._settle_quietly()
         return ask(key)
 
     def _note(self, note: Callable[..., object], *arguments: Any) -> None:

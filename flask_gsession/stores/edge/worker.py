@@ -35,6 +35,11 @@ class Worker:
         """Whether the thread was started in this process."""
         return self._thread is not None
 
+    @property
+    def lacks_thread(self) -> bool:
+        """Whether calls must do its work: in a job, and in a server that runs no threads."""
+        return self._thread is None and bool(self.interval)
+
     def start(
         self,
         is_cut: Callable[[], bool],
