@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from msgspec import MsgspecError
 from msgspec.msgpack import decode, encode
+from werkzeug.exceptions import HTTPException
 
 from .errors import (
     Gone,
@@ -19,6 +20,7 @@ from .errors import (
     SessionConflict,
     SessionTooLarge,
     Stale,
+    StoreUnavailable,
     UnreadableRecord,
     ValueRefused,
 )
@@ -38,6 +40,8 @@ from .values.references import refers
 GREETING_KEY = "flask-gsession-edge-greeting".ljust(KEY_LENGTH, "-")
 _GREETING = 1  # its version
 _LIFE, _REFRESH = 30 * 86_400_000, 86_400_000  # milliseconds
+#: What a merge policy raises to refuse; the last one with ``abort``.
+_REFUSED = (SessionConflict, ValueRefused, HTTPException)
 _MARKS = 16  # nodes that a session remembers
 
 
@@ -151,15 +155,15 @@ class SessionReconciler(Reconciler):
         """The values after the changes, without those that a policy refuses."""
         repository = self._repository
         apply, now = repository.merger.apply, repository.now() if there.marked else None
-        try:
+        with suppress(*_REFUSED):
             return apply(there.values, changes, now)
-        except (SessionConflict, ValueRefused):
-            pass
         values = dict(there.values)
         for name, change in changes.items():
             try:
                 values = apply(values, {name: change}, now)
-            except (SessionConflict, ValueRefused):
+            except StoreUnavailable:
+                raise
+            except _REFUSED:
                 self._lost(key, f"the merge policy of {ascii(name)[:60]} refused it")
         return values
 

@@ -14,8 +14,10 @@ from msgspec.msgpack import encode
 
 from flask_gsession.events import WriteDropped
 from flask_gsession.reconciling import GREETING_KEY
+from flask_gsession.stores.edge.copy import NodeUnavailable
 from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock
+from flask_gsession.users.rosters import roster_key
 from tests.harness.apps import Site, SiteMaker, Visitor
 from tests.harness.edges import EdgeSite, Network
 
@@ -526,3 +528,51 @@ def test_two_applications_may_share_a_file(network: Network, edge: EdgeSite) -> 
         assert edge.edge.figures().changes == 1
     assert edge.settle() == (0, 1, 0, "", True)
     assert visitor.run(dict) == {"n": 2}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_one_session_in_trouble_keeps_no_other_waiting(network: Network, edge: EdgeSite) -> None:
+    """A roster that is damaged, and a merge policy that refuses."""
+    bound, changed = network.centre.visitor(), known(edge, n=1, cart={})
+    bound.run(lambda session: session.bind("ada"))
+    there = at(edge, bound)
+    there.run(dict)
+    edge.cut()
+    there.run(lambda session: session.destroy())
+    changed.run(add)
+    changed.run(lambda session: session.update(cart={"mug": 1}))
+    at(network.centre, changed).run(lambda session: session.update(cart=["no dict"]))
+    key = roster_key("ada")
+    far = network.centre.store
+    record = far.load(key)
+    assert record is not None
+    far.save(record._replace(version=1, payload=b"damaged"), record.version)
+    settled = edge.settle()
+    assert (settled.ends, settled.changes, settled.reached) == (0, 1, True)
+    assert "can't be read" in settled.trouble
+    assert edge.edge.cut_off == ""
+    assert changed.run(dict) == {"n": 2, "cart": ["no dict"]}
+    assert [event.reason for event in edge.happened(WriteDropped)] == [
+        "edge: the merge policy of 'cart' refused it"
+    ]
+    assert bound.run(lambda session: session.owner) is None
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_full_disk_does_not_look_like_a_cut(
+    network: Network, edge: EdgeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    edge.back()
+
+    def full(*_: object, **__: object) -> None:
+        raise NodeUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edge.edge.copy, "sending", full)
+        settled = edge.settle()
+        assert (settled.trouble, settled.reached) == ("the disk is full", True)
+    assert edge.edge.cut_off == ""
+    assert edge.settle().changes == 1

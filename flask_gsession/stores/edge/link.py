@@ -60,15 +60,25 @@ class Link:
     def broke(self, error: StoreUnavailable) -> None:
         """A call failed: ask the centre no more."""
         with self._lock:
-            was_cut = bool(self.why)
-            now = self._clock()
-            self._since = self._since if was_cut else now
-            self.why = f"the centre can't be reached: {error.detail}"
-            self._pause = min(self._pause * 2, _LONGEST_PAUSE) if was_cut else _FIRST_PAUSE
-            self._try_at = now + self._pause * random.uniform(1 - _JITTER, 1 + _JITTER)
-        if not was_cut:
-            logger.warning("This edge is cut off: %s", error.detail)
-            self.on_cut()
+            if self.why:
+                return  # many calls may fail at once
+            self._since = self._clock()
+            self._pause = _FIRST_PAUSE
+            self._failed(error)
+        logger.warning("This edge is cut off: %s", error.detail)
+        self.on_cut()
+
+    def stays_cut(self, error: StoreUnavailable) -> None:
+        """The centre was looked for in vain: wait longer before the next time."""
+        self.broke(error)
+        with self._lock:
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+            self._failed(error)
+
+    def _failed(self, error: StoreUnavailable) -> None:
+        self.why = f"the centre can't be reached: {error.detail}"
+        wait = self._pause * random.uniform(1 - _JITTER, 1 + _JITTER)
+        self._try_at = self._clock() + wait
 
     def may_try(self) -> bool:
         """Whether it is time to see if the centre is back; True once for each pause."""

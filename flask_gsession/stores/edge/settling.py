@@ -9,11 +9,19 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 
-from ...errors import CutOff, Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
+from ...errors import (
+    CutOff,
+    Gone,
+    GSessionError,
+    KeyTaken,
+    Stale,
+    StoreUnavailable,
+    UnreadableRecord,
+)
 from ...events import logger
 from ..base import MAX_POINTERS, Record, Store
 from ..parts import Reconciler, Settled
-from .copy import Copy
+from .copy import Copy, NodeUnavailable
 from .rows import Row, State
 
 _LEASE = 10.0  # seconds; a settler extends it with each batch
@@ -57,6 +65,8 @@ class Settler:
                     break
         except _Refused as error:
             run.trouble = str(error)
+        except NodeUnavailable as error:
+            run.trouble = error.detail
         except StoreUnavailable as error:
             run.trouble, run.reached = error.detail, False
         except BaseException as error:
@@ -107,6 +117,10 @@ class _Run:
                         continue
                     # The rest stays queued, until somebody has given this node the key.
                     self.trouble = f"session {row.record.key} at the centre: {error}"
+                except GSessionError as error:
+                    if isinstance(error, StoreUnavailable) and not error.contention:
+                        raise
+                    self.trouble = f"session {row.record.key}: {error}"  # the others go on
 
     def _end(self, row: Row) -> None:
         key = row.record.key
@@ -114,7 +128,11 @@ class _Run:
             self._centre.delete(key)
         last = row.base or row.record  # as the centre had it
         if last.payload:
-            self._reconciler.end_device(last)
+            try:
+                self._reconciler.end_device(last)
+            except UnreadableRecord as error:
+                if error.for_others:
+                    raise
         self._copy.told(row)
         self.ends += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ OFFLINE_FOR = 900.0  # seconds
 OUTBOX = 100_000  # sessions
 FRESH_FOR = 2.0  # seconds
 _NEAR_BYTES = 64 * 1024 * 1024
+_WARN_AGAIN = 60.0  # seconds
 _CONFIRMATIONS = 20  # of a copy, within the time for which it serves alone
 #: No session's key. The centre has nothing under it.
 _PROBE = "flask-gsession-edge-probe".ljust(43, "-")
@@ -77,6 +79,7 @@ class EdgeStore(Wrapper, Edge):
         )
         self._confirm_after = int(offline_for * 1000 / _CONFIRMATIONS)
         self.edge = self
+        self._warn_at = 0.0
         if self.leases is not None:
             self.leases = EdgeLeases(self, self.leases)
         if self.near is not None:
@@ -270,7 +273,7 @@ class EdgeStore(Wrapper, Edge):
     def _settle(self, *, only_ends: bool = False) -> Settled | None:
         settled = self._settler.settle(only_ends=only_ends)
         if settled is not None and not settled.reached:
-            self.link.broke(StoreUnavailable(settled.trouble))
+            self.link.stays_cut(StoreUnavailable(settled.trouble))
         return settled
 
     def _come_back(self) -> Settled | None:
@@ -278,7 +281,7 @@ class EdgeStore(Wrapper, Edge):
         try:
             self.centre.load(_PROBE)
         except StoreUnavailable as error:
-            self.link.broke(error)
+            self.link.stays_cut(error)
             return Settled(trouble=error.detail, reached=False)
         settled: Settled | None = Settled()
         if self.copy.is_queued(ends=True):
@@ -365,7 +368,9 @@ class EdgeStore(Wrapper, Edge):
         try:
             note(*arguments)
         except StoreUnavailable as error:
-            logger.warning("The copy at this edge was not brought up to date: %s", error)
+            if time.monotonic() >= self._warn_at:
+                self._warn_at = time.monotonic() + _WARN_AGAIN
+                logger.warning("The copy at this edge was not brought up to date: %s", error)
 
 
 def _is_cut(store: EdgeStore) -> bool:
