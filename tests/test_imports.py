@@ -226,6 +226,7 @@ def test_importing_the_package_loads_no_extra() -> None:
     )
     loaded = {name.partition(".")[0] for name in run.stdout.split()}
     assert "flask_gsession" in loaded
+    assert "flask_gsession.live.hints" not in run.stdout.split()
     assert loaded.isdisjoint(PLACES)
 
 
