@@ -161,9 +161,9 @@ def device_facts(interface: GSessionInterface, owner: Owner | None) -> dict[str,
 # -- flask gsession users
 
 
-@click.group(cls=AppGroup, short_help="Repair the lists of users' sessions.")
+@click.group(cls=AppGroup, short_help="Repair lists of sessions, and delete users' values.")
 def users() -> None:
-    """Look after the lists of users' sessions."""
+    """Look after the lists of users' sessions, and users' values."""
 
 
 @users.command(short_help="Repair the lists from the sessions in the store.")
@@ -200,6 +200,32 @@ def rebuild(
         click.echo(json.dumps({"entered": entered}))
     else:
         click.echo(f"{pluralize(entered, 'sessions')} entered")
+
+
+@users.command(short_help="Delete the values of a user, as when an account is deleted.")
+@click.option("--user", metavar="USER", required=True, help="The user whose values to delete.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@session_option
+@json_option
+@with_appcontext
+def forget(user: str, yes: bool, cookie: str | None, as_json: bool) -> None:
+    """Delete what the application keeps for a user in session.shared.
+
+    Sessions don't end by that: run "flask gsession revoke --user USER" first.
+    """
+    user = check_user(user)
+    interface = choose_interface(cookie)
+    print_store(interface)
+    if not yes:
+        click.confirm(f"Delete the values of this user in {store_location(interface)}?", abort=True)
+    found = False
+    if not file_is_missing(interface):
+        with report_user_failures(interface, user):
+            found = users_of(interface).forget(user)
+    if as_json:
+        click.echo(json.dumps({"forgotten": found}))
+    else:
+        click.echo("The values were deleted" if found else "This user has no values")
 
 
 def _check_foreign(interface: GSessionInterface, yes: bool) -> None:

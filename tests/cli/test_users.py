@@ -309,3 +309,18 @@ def test_no_file_is_made(tmp_path: Path) -> None:
     assert console.done("revoke", "--user", "ada", "--yes") == "0 sessions ended\n"
     assert console.done("users", "rebuild") == "0 sessions entered\n"
     assert not path.exists()
+
+
+# -- users forget
+
+
+def test_the_values_of_a_user_are_deleted(site: Site, console: Console) -> None:
+    visitor = signed_in(site)
+    visitor.run(lambda session: session.shared.update(theme="dark"))
+    assert console.run("users", "forget", "--user", "ada", input="n\n").exit_code == 1
+    assert visitor.run(lambda session: dict(session.shared)) == {"theme": "dark"}
+    assert "deleted" in console.done("users", "forget", "--user", "ada", input="y\n")
+    assert visitor.run(lambda session: (session.owner, dict(session.shared))) == ("ada", {})
+    again = console.done("users", "forget", "--user", "ada", "--yes", "--json")
+    assert json.loads(again) == {"forgotten": False}
+    assert console.run("users", "forget", "--yes").exit_code == 2
