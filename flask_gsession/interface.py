@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.local import LocalProxy
 
 from .authentication import FORGOTTEN, forget_remembered, rotate_after_a_step
-from .config import given_keys, propagates_exceptions, secret_keys
+from .config import propagates_exceptions, secret_keys, token_settings
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .remember import drop_cookie
@@ -32,8 +32,8 @@ from .request.session import (
     lifecycle_of,
     repository_of,
 )
-from .request.site_data import write_header
-from .request.state import Phase, Presented
+from .request.site_data import CLEARED, write_header
+from .request.state import IN_VIEW, SAVED, Presented
 from .request.writing import end_request
 from .stores.base import Record, Store
 from .streams import can_read_session
@@ -88,7 +88,8 @@ class GSessionInterface(SessionInterface):
         self._token_header = repository.settings.token_header
         self._remembers = repository.settings.remember == "session"
         self._debug = repository.settings.debug
-        self._signer: tuple[object, object, TokenSigner | None] = ((), "", None)
+        #: Flask's settings as they were last seen, the cookie's name, and the signer for them
+        self._signer: tuple[object, str, TokenSigner | None] = ((), "", None)
         repository.last_seen_version = self._last_seen_version
 
     def get_cookie_name(self, app: Flask) -> str:
@@ -153,43 +154,49 @@ class GSessionInterface(SessionInterface):
         the program raise, and only if the application lets exceptions through (tests, debug mode).
         When the application calls it, every failure raises, since this response may never be sent.
         """
-        if isinstance(session, LocalProxy):  # flask.session, saved by the application
+        if type(session) is LocalProxy:  # type: ignore[comparison-overlap]  # saved by hand
             session = session._get_current_object()
             session.accessed = True  # as Flask 3.1.3 does
         if not (self.has_further and has_request_context()):
-            if not session.accessed and response.is_sequence and isinstance(session, SessionData):
-                close_unused(session)  # and the body can't look at it later
-                return
-            self._save(app, session, response)
-            self._write_headers(app, session, response)
+            if isinstance(session, SessionData):
+                if session.accessed:
+                    self._save(app, session, response)
+                    self._write_headers(app, session, response)
+                else:
+                    self._close_unused(session, response)
             return
         of_request = vars(request)
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
         sessions += of_request.get(_FURTHER, {}).items()
-        by_flask = any(
-            isinstance(opened, SessionData) and not _is_by_hand(opened) for _, opened in sessions
-        )
-        if by_flask:
+        opened = [(by, each) for by, each in sessions if isinstance(each, SessionData)]
+        if any(not _is_by_hand(each) for _, each in opened):
             of_request[_SAVED] = True
-        for interface, opened in sessions:
-            interface._save(app, opened, response)
+        for interface, each in opened:
+            if each.accessed:
+                interface._save(app, each, response)
+            else:
+                interface._close_unused(each, response)
         # After all saves: if one fails, the new response needs the cookies of the others.
-        for interface, opened in sessions:
-            interface._write_headers(app, opened, response)
+        for interface, each in opened:
+            if each.accessed:
+                interface._write_headers(app, each, response)
 
-    def _save(self, app: Flask, session: SessionMixin, response: Response) -> None:
-        if not isinstance(session, SessionData):
+    def _close_unused(self, session: SessionData, response: Response) -> None:
+        """The request has not looked at the session. Only a streamed body still can."""
+        close_unused(session)
+        if response.is_sequence:
             return
-        if not session.accessed:
-            close_unused(session)
-            if response.is_streamed:
-                response.call_on_close(lambda: _report_late_changes(session))
-            return
+        if response.is_streamed:
+            response.call_on_close(lambda: _report_late_changes(session))
+        if can_read_session(response):
+            self._add_vary(response)
+
+    def _save(self, app: Flask, session: SessionData, response: Response) -> None:
         life = lifecycle_of(session)
-        if life.phase == Phase.SAVED:
+        if life.phase == SAVED:
             return
         # If nothing has looked at the session, only a streamed body shows that Flask saves it.
-        by_hand = life.phase == Phase.VIEW and (life.opened or response.is_sequence)
+        by_hand = life.phase == IN_VIEW and (life.opened or response.is_sequence)
         if "security" in app.extensions:
             rotate_after_a_step(session, life)
         try:
@@ -206,37 +213,29 @@ class GSessionInterface(SessionInterface):
         elif response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
 
-    def _write_headers(self, app: Flask, session: SessionMixin, response: Response) -> None:
-        if not isinstance(session, SessionData):
-            return
-        header = self._token_header
-        if session.accessed or can_read_session(response):
-            _add_vary(response, "Cookie")
-            if header is not None:
-                _add_vary(response, header)
-        if not session.accessed:
-            return
+    def _add_vary(self, response: Response) -> None:
+        _add_vary(response, "Cookie")
+        if self._token_header is not None:
+            _add_vary(response, self._token_header)
+
+    def _write_headers(self, app: Flask, session: SessionData, response: Response) -> None:
+        self._add_vary(response)
         life = lifecycle_of(session)
-        request = life.request
-        by_header = header is not None and life.presented().by_header
-        withheld = life.cookie == "set" and life.entry is not None
-        if (life.cookie != "keep" and not withheld) or (by_header and life.leads_nowhere()):
-            response.cache_control.no_store = True
-            if by_header:
-                self._write_header(app, life, response)
-            else:
-                self._write_cookie(app, life, response)
-        if request is not None:
+        if life.cookie != "keep" or self._token_header is not None:
+            self._write_token(app, life, response)
+        if life.request is not None:
             imports = self.repository.imports
             if imports is not None and (life.drops_old_cookie or life.cookie == "delete"):
-                imports.forget_cookie(request, response)
+                imports.forget_cookie(life.request, response)
             if self._remembers:
                 drop_cookie(app, response)
-            if FORGOTTEN in vars(request):
+            of_request = vars(life.request)
+            if FORGOTTEN in of_request:
                 forget_remembered(app, response)
-            write_header(request, response)
+            if CLEARED in of_request:
+                write_header(life.request, response)
         if life.near is not None:
-            self._send_version(app, life, life.near.record, response, by_header=by_header)
+            self._send_version(app, life, life.near.record, response)
         if life.trace is not None:
             report(session, response)
 
@@ -244,11 +243,12 @@ class GSessionInterface(SessionInterface):
         header = self._token_header
         if header is not None and header in request.headers:
             value = request.headers[header].strip(_BLANKS)
-            return Presented(self._signer_of(app).check(value) if value else None, by_header=True)
+            checked = self._signer_of(app).check(value) if value else None
+            return Presented(checked, by_header=True)
         cookies = request.environ.get("HTTP_COOKIE")
         if not cookies:
             return _NOTHING
-        name = self._live.cookie_name()
+        name, signer = self._name_and_signer(app)
         start = name + "="
         if start not in cookies:
             return _NOTHING
@@ -260,23 +260,25 @@ class GSessionInterface(SessionInterface):
                 values.append(stripped[len(start) :])
         if not values:
             return _NOTHING
-        signer = self._signer_of(app, name)
         if len(values) == 1:
             return Presented(signer.check(values[0]))
         return Presented(signer.check_all(dict.fromkeys(values)))
 
-    def _signer_of(self, app: Flask, name: str | None = None) -> TokenSigner:
-        given = given_keys(app)
-        if name is None:
-            name = self._live.cookie_name()
-        known, known_name, signer = self._signer
-        if signer is None or given != known or name != known_name:
-            keys = self._live.secret_keys()
+    def _signer_of(self, app: Flask) -> TokenSigner:
+        return self._name_and_signer(app)[1]
+
+    def _name_and_signer(self, app: Flask) -> tuple[str, TokenSigner]:
+        """The cookie's name, and the signer of its tokens."""
+        given = token_settings(app)
+        known, name, signer = self._signer
+        if signer is None or given != known:
+            live = self._live
+            name, keys = live.cookie_name(), live.secret_keys()
             if not keys[0]:
                 keys = secret_keys(app)  # raises an error that says what is wrong
             signer = TokenSigner(keys, name)
             self._signer = (given, name, signer)
-        return signer
+        return name, signer
 
     def _last_seen_version(self, request: Request, by_header: bool) -> int | None:
         """The version that the client wrote last, from its cookie or header."""
@@ -289,13 +291,7 @@ class GSessionInterface(SessionInterface):
         return int(text) if text.isdecimal() and len(text) <= _LONGEST_VERSION else None
 
     def _send_version(
-        self,
-        app: Flask,
-        life: Lifecycle,
-        loaded: Record | None,
-        response: Response,
-        *,
-        by_header: bool,
+        self, app: Flask, life: Lifecycle, loaded: Record | None, response: Response
     ) -> None:
         """Let the client's next request see this write, whichever worker serves it.
 
@@ -307,7 +303,7 @@ class GSessionInterface(SessionInterface):
         if record.key != loaded.key or record.version == loaded.version:
             return
         response.cache_control.no_store = True
-        if by_header:
+        if life.presented().by_header:
             response.headers[f"{self._token_header}{_VERSION_HEADER}"] = str(record.version)
             return
         name = self.get_cookie_name(app)
@@ -318,13 +314,24 @@ class GSessionInterface(SessionInterface):
             **self._live.cookie(name, self),
         )
 
+    def _write_token(self, app: Flask, life: Lifecycle, response: Response) -> None:
+        """Send or delete the token in the cookie or header that the client uses, if necessary."""
+        by_header = life.presented().by_header
+        withheld = life.cookie == "set" and life.entry is not None
+        if (life.cookie != "keep" and not withheld) or (by_header and life.leads_nowhere()):
+            response.cache_control.no_store = True
+            if by_header:
+                self._write_header(app, life, response)
+            else:
+                self._write_cookie(app, life, response)
+
     def _write_header(self, app: Flask, life: Lifecycle, response: Response) -> None:
         name = str(self.repository.settings.token_header)
         token = life.seen.token if life.cookie == "set" else None
         response.headers[name] = self._signer_of(app).sign(token) if token else ""
 
     def _write_cookie(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        name = self._live.cookie_name()
+        name, signer = self._name_and_signer(app)
         attributes = self._live.cookie(name, self)
         token, record = life.seen.token, life.seen.record
         if life.cookie == "delete" or token is None or record is None:
@@ -333,8 +340,7 @@ class GSessionInterface(SessionInterface):
         expires = None
         if self.repository.is_permanent(life.values.stored):
             expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
-        value = self._signer_of(app, name).sign(token)
-        response.set_cookie(name, value, expires=expires, **attributes)
+        response.set_cookie(name, signer.sign(token), expires=expires, **attributes)
 
     def _failed(
         self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
@@ -357,7 +363,7 @@ class GSessionInterface(SessionInterface):
 def _is_by_hand(session: SessionData) -> bool:
     """Whether the application saves the session, instead of Flask with its response."""
     life = existing_lifecycle(session)
-    return life is not None and life.phase == Phase.VIEW
+    return life is not None and life.phase == IN_VIEW
 
 
 def _is_of_request(session: SessionData) -> bool:

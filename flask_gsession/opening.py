@@ -26,7 +26,7 @@ from .repository.repository import Loaded, Repository
 from .request.confirming import checked_methods, confirmed_at
 from .request.lifecycle import Lifecycle
 from .request.session import SessionData, lifecycle_of
-from .request.state import Phase, Presented
+from .request.state import SAVED, Presented
 from .request.writing import end_request
 from .stores.base import is_session_key
 from .users.revoking import is_member
@@ -97,8 +97,9 @@ class OpenSession:
             raise
         finally:
             with life.mutex:
-                life.phase = Phase.SAVED
-                life.drop_unreferenced()
+                life.phase = SAVED
+                for each in (life, *life.of_users.values()):
+                    each.drop_unreferenced()
             report(session, None, error)
 
     async def __aenter__(self) -> SessionData:

@@ -29,7 +29,6 @@ ROWS = [
     ["request.state", "request.site_data"],
     ["request.tracking"],
     ["repository"],
-    ["journal"],
     [
         "users.revoking",
         "users.rebuilding",
@@ -67,14 +66,7 @@ ROWS = [
     ["cli"],
     ["testing"],
 ]
-CONTRACT = [
-    "stores.base",
-    "stores.parts",
-    "stores.journals",
-    "stores.foreign",
-    "stores.lease",
-    "stores.support",
-]
+CONTRACT = ["stores.base", "stores.parts", "stores.foreign", "stores.lease", "stores.support"]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 
 # What an extra brings may be imported in one place only.

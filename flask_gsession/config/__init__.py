@@ -6,9 +6,9 @@ from .live import (
     Live,
     LiveSettings,
     cookie_attributes,
-    given_keys,
     secret_keys,
     set_secret_keys,
+    token_settings,
     warn_without_secret_key,
 )
 from .other_extensions import csrf_field, propagates_exceptions, remember_cookie, remember_warning
@@ -29,7 +29,6 @@ __all__ = [
     "cookie_attributes",
     "csrf_field",
     "did_you_mean",
-    "given_keys",
     "lock_timeout",
     "lock_wait",
     "propagates_exceptions",
@@ -38,6 +37,7 @@ __all__ = [
     "remember_warning",
     "secret_keys",
     "set_secret_keys",
+    "token_settings",
     "warn",
     "warn_without_secret_key",
 ]

@@ -226,10 +226,20 @@ def _given_lifetime(app: Flask) -> object:
         return app.config["PERMANENT_SESSION_LIFETIME"]
 
 
+def token_settings(app: Flask) -> tuple[object, object, object]:
+    """What a token depends on: both settings of secret keys, and the cookie's name.
+
+    Reads the attribute ``secret_key``, as Flask does, since a subclass may define it.
+    """
+    config = app.config
+    keys = config.get("SECRET_KEY_FALLBACKS")
+    older = tuple(keys) if isinstance(keys, list) else keys
+    return app.secret_key, older, config["SESSION_COOKIE_NAME"]
+
+
 def given_keys(app: Flask) -> tuple[object, object]:
-    """Read the attribute ``secret_key``, as Flask does, since a subclass may define it."""
-    fallbacks = app.config.get("SECRET_KEY_FALLBACKS")
-    return app.secret_key, tuple(fallbacks) if isinstance(fallbacks, list) else fallbacks
+    """The settings of secret keys, as the application has them now."""
+    return token_settings(app)[:2]
 
 
 def keys_at_start(app: Flask) -> tuple[object, object]:

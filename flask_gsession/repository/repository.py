@@ -96,8 +96,6 @@ class Repository:
         self.before_create: Callable[[], object] | None = None
         #: of an edge store, which keeps no strong reference to it
         self.reconciler: object = None
-        #: the store that writes the journal; None without SESSION_JOURNAL
-        self.journaling: Any = None
         #: takes over old sessions; None without SESSION_IMPORT
         self.imports: Imports | None = None
         #: Called with a session whose user has just confirmed who they are.
@@ -183,11 +181,9 @@ class Repository:
         more for each rotation within the grace.
         """
         at = key
-        passed: list[str] = []
-        if load is None:
-            load = self.store.load
-        for _ in range(MAX_POINTERS):
-            record = load(at)
+        passed: tuple[str, ...] = ()
+        while len(passed) < MAX_POINTERS:
+            record = self.store.load(at) if load is None else load(at)
             # A store may still return an expired record.
             if record is None or self.clock() * 1000 >= record.idle_expires_at:
                 if presented:
@@ -198,7 +194,7 @@ class Repository:
                 if presented and self._unseen:
                     self._unseen.pop(at, None)
                 return Loaded(record, body)
-            passed.append(at)
+            passed += (at,)
             at = record.successor or ""
             if at in passed:
                 break
@@ -217,14 +213,6 @@ class Repository:
             return self._payloads.unpack(key, payload, created, absolute)
         self._payloads.check_pointer(key, successor, payload, created, absolute, idle)
         return None
-
-    def owner_of(self, record: Record) -> Owner | None:
-        """The user that a session is bound to, if its record can be read."""
-        times = record.created_at, record.absolute_expires_at
-        try:
-            return self._payloads.unpack(record.key, record.payload, *times).owner
-        except UnreadableRecord:
-            return None
 
     def latest_end(self) -> int:
         """The absolute end of a session that is created now, in milliseconds."""
@@ -336,12 +324,13 @@ class Repository:
         """
         if record.idle_expires_at != old.idle_expires_at:
             self._renew_blobs(body, record.idle_expires_at)
-        more = _SHORTEN if shorten else _NO_OPTIONS
-        if lease is None:
-            self.store.save(record, old.version, **more)
+        if lease is None and not shorten:
+            self.store.save(record, old.version)
+        elif lease is None:
+            self.store.save(record, old.version, shorten=True)
         else:
             with self._under_lease(lease) as leases:
-                leases.save(record, old.version, lease, **more)
+                leases.save(record, old.version, lease, **(_SHORTEN if shorten else _NO_OPTIONS))
 
     def _pack(self, key: str, body: Body, old: Record, *times: int) -> bytes:
         """The payload of ``body``, to replace ``old``. A session over a lowered limit may shrink.

@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, cast
 
 from flask import Flask, Request
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from ..errors import (
@@ -43,14 +45,16 @@ from ..values.references import refers
 from ..watching.tracing import Trace, TracedRepository, TracedValues
 from .state import (
     FROM_STORE,
+    IN_RESPONSE,
+    IN_VIEW,
     NO_WISHES,
     NOTHING_SEEN,
+    SAVED,
     Attempt,
     Behind,
     Block,
     Entry,
     NearLook,
-    Phase,
     Presented,
     Seen,
     Trouble,
@@ -62,9 +66,11 @@ from .state import (
 from .tracking import TrackedValues
 from .unreferenced import UnreferencedValues
 
-NO_ATTEMPTS: dict[int, Attempt] = {}  # never changed in place
+NO_ATTEMPTS: Mapping[int, Attempt] = MappingProxyType({})
 NO_CHANGES: dict[str, Change] = {}
-NO_USERS: Mapping[str | None, Any] = {}  # UserLifecycle, which is derived from Lifecycle
+NO_EPOCHS: Mapping[str, int] = MappingProxyType({})
+# Of UserLifecycle, which is derived from Lifecycle.
+NO_USERS: Mapping[str | None, Any] = MappingProxyType({})
 _NO_BODY = Body({})
 #: The session's key for confirmations of who the user is: a dict of the method to the time in
 #: milliseconds.
@@ -81,7 +87,7 @@ _AFTER_THE_BLOCK = (
 UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 
 
-class Lifecycle:
+class Lifecycle(Struct, eq=False):
     """Holds what a request knows about its session, and what the next save should do with it.
 
     ``present`` reads the token from the ``request``. It is called once, at the first look, which
@@ -91,93 +97,86 @@ class Lifecycle:
     runs or while a lock is awaited.
     """
 
-    __slots__ = (
-        *("_began", "_hooks", "_imported", "_in_function", "_present", "_presented", "_reported"),
-        *("_unreferenced", "_vetted", "app", "attempts", "behind", "block", "cookie"),
-        *("drops_old_cookie", "ended", "entry", "epochs", "error_page", "joined", "lease"),
-        *("lease_pid", "locked", "mark", "mutex", "near", "of_users", "opened", "phase"),
-        *("policies", "renews", "repository", "request", "seen"),
-        *("signed_in", "trace", "trouble", "values", "was_modified", "wishes"),
-    )
+    repository: Repository
+    present: Callable[[Flask, Any], Presented]
+    app: Flask
+    request: Request | None
+    hooks: list[Any] | None
+    _began: tuple[float, int]
+    phase: str
+    mutex: Any = field(default_factory=threading.RLock)
 
-    def __init__(
-        self,
-        repository: Repository,
-        present: Callable[[Flask, Any], Presented],
-        app: Flask,
-        request: Request | None,
-        hooks: list[Any] | None,
-        began: tuple[float, int],
-        mutex: Any,
-        phase: str,
-    ) -> None:
-        self.repository = repository
-        self._began = began
-        #: the epochs after this request revoked the sessions of users
-        self.epochs: dict[str, int] = {}
-        self.near: NearLook | None = None
-        #: pending changes to rosters; until they are made, no token may leave
-        self.entry: Entry | None = None
-        self.app = app
-        self.request = request
-        self.mutex = mutex
-        self.phase = phase
-        #: whether Flask makes an error page for an unhandled exception
-        self.error_page = False
-        self.seen = NOTHING_SEEN
-        self.wishes = NO_WISHES
-        self.cookie: Literal["keep", "set", "delete"] = "keep"
-        #: the request has another library's or store's cookie that leads nowhere
-        self.drops_old_cookie = False
-        self._imported: str | None = None  # the key of the session that an old cookie led to
-        self.mark: Record | None = None  # of a take-over by a cookie that several visitors may have
-        self.opened = False
-        #: another request ended the session while this one ran
-        self.ended = False
-        self.trouble: Trouble | None = None
-        #: writes with an unknown outcome, by the version they would store
-        self.attempts = NO_ATTEMPTS
-        self.block: Block | None = None
-        #: whether this request holds a lock or waits for one
-        self.locked = False
-        #: the lease of the lock that this request holds
-        self.lease: str | None = None
-        self.lease_pid = 0
-        #: the merge policies of keys that this request set
-        self.policies: dict[str, MergeFunction] | None = None
-        self.trace: Trace | None = None
-        #: whether this request counts as use of the session, and moves its idle expiry
-        self.renews = True
-        #: whether the request had changed the session when it was saved
-        self.was_modified = False
-        #: the keys that a library set to sign the user in
-        self.signed_in: Collection[str] = ()
-        #: the values of users that the request looked at
-        self.of_users = NO_USERS
-        #: what the session behind an old token has for the user, until it has joined
-        self.behind: Behind | None = None
-        #: the user whose values this session's have joined, and the join, until it is closed
-        self.joined: tuple[str, Join] | None = None
-        self._present = present
-        self._hooks = hooks
-        self._presented: Presented | None = None
-        self._unreferenced: UnreferencedValues | None = None
-        self._in_function: set[int] | None = None  # threads that run a function of update_atomic
-        self._vetted: dict[str, bytes] | None = None
-        self._reported: set[str] | None = None
-        #: made when the session is loaded
-        self.values: TrackedValues
+    seen: Seen = NOTHING_SEEN
+    wishes: Wishes = NO_WISHES
+    trouble: Trouble | None = None
+    #: writes with an unknown outcome, by the version they would store
+    attempts: Mapping[int, Attempt] = NO_ATTEMPTS
+    #: pending changes to rosters; until they are made, no token may leave
+    entry: Entry | None = None
+    near: NearLook | None = None
+    #: set when the session is loaded
+    values: TrackedValues = cast(TrackedValues, None)
+    opened: bool = False
+    #: another request ended the session while this one ran
+    ended: bool = False
+    #: what the response does with the client's cookie
+    cookie: Literal["keep", "set", "delete"] = "keep"
+    #: the request has another library's or store's cookie that leads nowhere
+    drops_old_cookie: bool = False
+    #: whether Flask makes an error page for an unhandled exception
+    error_page: bool = False
+    #: whether this request counts as use of the session, and moves its idle expiry
+    renews: bool = True
+    #: whether the request had changed the session when it was saved
+    was_modified: bool = False
+
+    block: Block | None = None
+    #: whether this request holds a lock or waits for one
+    locked: bool = False
+    #: the lease of the lock that this request holds
+    lease: str | None = None
+    lease_pid: int = 0
+    #: the large values that this request wrote and no record refers to yet
+    written_large: UnreferencedValues | None = None
+    #: the merge policies of keys that this request set
+    policies: dict[str, MergeFunction] | None = None
+    #: the epochs after this request revoked the sessions of users
+    epochs: Mapping[str, int] = NO_EPOCHS
+    #: the keys that a library set to sign the user in
+    signed_in: Collection[str] = ()
+    #: the values of users that the request looked at
+    of_users: Mapping[str | None, Any] = NO_USERS
+    #: what the session behind an old token has for the user, until it has joined
+    behind: Behind | None = None
+    #: the user whose values this session's have joined, and the join, until it is closed
+    joined: tuple[str, Join] | None = None
+    #: of a take-over by a cookie that several visitors may have
+    mark: Record | None = None
+    trace: Trace | None = None
+
+    _presented: Presented | None = None
+    _imported: str | None = None  # the key of the session that an old cookie led to
+    _in_function: set[int] | None = None  # threads that run a function of update_atomic
+    _vetted: dict[str, bytes] | None = None
+    _reported: set[str] | None = None
+
+    def __repr__(self) -> str:
+        """Hides the values and the token, since error trackers store local variables."""
+        return f"<Lifecycle handle={self.handle!r}>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("handle", self.handle)]
+
+    def _new_values(self, body: Body = _NO_BODY) -> TrackedValues:
+        codec, now = self.repository.codec, self.repository.now if body.marked else None
+        if self.trace is not None:
+            return TracedValues(codec, body.values, now, self.mutex, _trace=self.trace)
+        return TrackedValues(codec, body.values, now, self.mutex)
 
     @property
     def began(self) -> Began:
         """When the request began, for a sign-in."""
         return Began(*self._began)
-
-    def _new_values(self, body: Body = _NO_BODY) -> TrackedValues:
-        codec, now = self.repository.codec, self.repository.now if body.marked else None
-        if self.trace is not None:
-            return TracedValues(self.trace, codec, body.values, now, mutex=self.mutex)
-        return TrackedValues(codec, body.values, now, self.mutex)
 
     # -- phases
 
@@ -186,25 +185,26 @@ class Lifecycle:
         if self._presented is None:
             process.notice()
             # The hooks of the request that opened the session, not of a copy of its context.
-            hooks, self._hooks = self._hooks, None  # or they and this object would keep each other
+            hooks, self.hooks = self.hooks, None  # or they and this object would keep each other
             if hooks is not None:
                 hooks.append(self.begin_response)
-            self._presented = self._present(self.app, self.request)
+            self._presented = self.present(self.app, self.request)
         return self._presented
 
     def begin_response(self, response: Any) -> Any:
         """Called when Flask begins to process the response."""
-        if self.phase == Phase.VIEW:
-            self.phase = Phase.RESPONSE
-        for values in self.of_users.values():
-            values.begin_response(response)
+        if self.phase == IN_VIEW:
+            self.phase = IN_RESPONSE
+        if self.of_users:
+            for values in self.of_users.values():
+                values.begin_response(response)
         return response
 
     def begin_error_page(self) -> None:
         """Called when Flask begins to make an error page for an unhandled exception."""
         self.error_page = True
-        if self.phase == Phase.VIEW:
-            self.phase = Phase.RESPONSE
+        if self.phase == IN_VIEW:
+            self.phase = IN_RESPONSE
         for values in self.of_users.values():
             values.begin_error_page()
 
@@ -241,9 +241,7 @@ class Lifecycle:
         A transaction or a lock stores its own changes, even after the response.
         """
         values = self.values if self.opened else self.open()
-        if self.phase == Phase.SAVED and (
-            self.block is None or current_block.get() is not self.block
-        ):
+        if self.phase == SAVED and (self.block is None or current_block.get() is not self.block):
             self.report_late(what, *details)
         return values
 
@@ -364,7 +362,7 @@ class Lifecycle:
 
         A hook or error page must not raise while Flask processes the response.
         """
-        unseen = self.phase != Phase.VIEW
+        unseen = self.phase != IN_VIEW
         known = self.trouble is not None and self.trouble.unseen
         self.trouble = Trouble(error, loading=True, unseen=unseen or known)
         if not unseen:
@@ -418,8 +416,8 @@ class Lifecycle:
             )
         else:
             self.values.rebase(body.values, now)
-        if self._unreferenced is not None:
-            self._unreferenced.mark_referenced(body.values)
+        if self.written_large is not None:
+            self.written_large.mark_referenced(body.values)
         self.wishes = wishes
         self.seen = Seen(token, record, body, presented=seen.presented)
         return True
@@ -498,8 +496,8 @@ class Lifecycle:
             self.entry = attempt.entry
             self.cookie = "set"
             self.seen = Seen(attempt.token, loaded.record, loaded.body)
-            if self._unreferenced is not None:
-                self._unreferenced.mark_referenced(loaded.body.values)
+            if self.written_large is not None:
+                self.written_large.mark_referenced(loaded.body.values)
             return
 
     # -- for the next save
@@ -514,7 +512,7 @@ class Lifecycle:
     @property
     def has_large(self) -> bool:
         """Whether a value may be a reference to a large value."""
-        body, unreferenced = self.seen.body, self._unreferenced
+        body, unreferenced = self.seen.body, self.written_large
         return (body is not None and body.has_large) or (
             unreferenced is not None and bool(unreferenced.references)
         )
@@ -531,46 +529,43 @@ class Lifecycle:
     @property
     def is_late(self) -> bool:
         """Whether the session was already saved with the response."""
-        return self.phase == Phase.SAVED
+        return self.phase == SAVED
 
     @property
     def is_in_socket(self) -> bool:
         """Whether no view runs, but a socket handler, whose response nobody may send."""
         request = self.request
         return (
-            self.phase == Phase.VIEW
-            and request is not None
-            and request.routing_exception is not None
+            self.phase == IN_VIEW and request is not None and request.routing_exception is not None
         )
 
     @property
     def unreferenced(self) -> UnreferencedValues:
         """The large values that this request wrote and no record refers to yet."""
-        if self._unreferenced is None:
-            self._unreferenced = UnreferencedValues(self.repository)
-        return self._unreferenced
+        if self.written_large is None:
+            self.written_large = UnreferencedValues(self.repository)
+        return self.written_large
 
     def drop_unreferenced(self) -> None:
         """Release the large values that this request wrote and no record refers to."""
-        if self._unreferenced is not None:
-            self._unreferenced.release(unsure=bool(self.attempts) or self.trouble is not None)
-        for values in self.of_users.values():
-            values.drop_unreferenced()
+        if self.written_large is not None:
+            self.written_large.release(unsure=bool(self.attempts) or self.trouble is not None)
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
         """The contents to store with these values."""
-        before, lifetime, marked = self.seen.body or _NO_BODY, self.wishes.lifetime, False
-        debug_until = before.debug_until
-        if debug_until is not None and debug_until <= self.repository.now():
-            debug_until = None
-        if lifetime is None:
-            lifetime = before.lifetime
-        if self.values.now is not None:
-            marked = any(map(is_marked, stored.values()))
-        has_large = has_large and any(map(refers, stored.values()))
-        owner, origin, settled = None, before.origin, before.settled  # the owner is set later
-        known = marked, debug_until, has_large, owner, origin, settled, before.joins
-        return Body(stored, lifetime, *known)
+        before = self.seen.body or _NO_BODY
+        lifetime, until = self.wishes.lifetime, before.debug_until
+        return Body(
+            stored,
+            before.lifetime if lifetime is None else lifetime,
+            self.values.now is not None and any(map(is_marked, stored.values())),
+            None if until is None or until <= self.repository.now() else until,
+            has_large and any(map(refers, stored.values())),
+            None,  # the owner is set later
+            before.origin,
+            before.settled,
+            before.joins,
+        )
 
     def changes(self) -> dict[str, Change]:
         """This request's changes. Raises ``ValueRefused``, also if one breaks the schema."""
@@ -630,7 +625,7 @@ class Lifecycle:
                 "A session from ext.open() can't be rotated, and nobody can sign in to it: no "
                 "response would carry the new token. Do that in a view."
             )
-        if self.phase == Phase.SAVED:
+        if self.phase == SAVED:
             self.report_late("The token of the session")
             return
         with self.mutex:

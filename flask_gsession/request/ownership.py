@@ -32,7 +32,6 @@ from ..events import (
 )
 from ..repository.repository import Repository
 from ..stores.base import Record
-from ..stores.support import because
 from ..users.labels import device_label
 from ..users.revoking import end_revoked, finish, finish_if_possible
 from ..users.roster import (
@@ -51,7 +50,7 @@ from ..values.codec import is_valid_text
 from ..values.marks import split
 from ..values.payload import Owner
 from .lifecycle import Lifecycle
-from .state import Binding, Entry, Phase, Wishes
+from .state import Binding, Entry, Wishes
 
 _LONGEST_LABEL = 100  # characters
 _MOST_TAGS = 10
@@ -111,7 +110,7 @@ def bind(
             "A session from ext.open() can't be bound: nobody can sign in to it, since no response "
             "would carry the new token. Do that in a view."
         )
-    if life.phase == Phase.SAVED:
+    if life.is_late:
         life.report_late("The user of the session")
         return False
     with life.mutex:
@@ -140,7 +139,7 @@ def bind(
 def unbind(life: Lifecycle) -> None:
     """See ``SessionData.unbind``."""
     life.open()
-    if life.phase == Phase.SAVED:
+    if life.is_late:
         life.report_late("The user of the session")
         return
     with life.mutex:
@@ -185,7 +184,7 @@ def _login_changed(life: Lifecycle) -> bool:
     """Whether this request set or removed Flask-Login's key without a call of Flask-Login."""
     return (
         life.opened
-        and life.phase != Phase.SAVED
+        and not life.is_late
         and life.values.has_changed(LOGIN)
         and hasattr(life.app, "login_manager")
     )
@@ -290,8 +289,6 @@ def prepare_owner(
                 raise Revoked  # the session is older than the revocation
             raise refusal(life.repository, binding.user_id, entered.refused)
         assert entered.device is not None
-        if life.repository.journaling is not None:
-            life.repository.journaling.append_bound(old.key, bound.user_id, entered.device.id)
         return replace(bound, device_id=entered.device.id), Entry(leaves=leaves)
     if owner is None or old is None:
         return None, None
@@ -355,8 +352,7 @@ def _discard(life: Lifecycle, record: Record) -> bool:
     life.forget()  # before the delete, which may be interrupted
     life.cookie = "keep" if life.presented().checked is None else "delete"
     try:
-        with because("refused"):
-            life.repository.delete(record.key, leave_roster=False)
+        life.repository.delete(record.key, leave_roster=False)
     except (StoreUnavailable, UnreadableRecord) as error:
         logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
         return False

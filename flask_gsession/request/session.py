@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -42,7 +41,7 @@ from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
 from .locking import Lock
 from .ownership import bind, device_id_of, signed_in_at, unbind, user_id_of
 from .site_data import checked_kinds, clear_with_response
-from .state import Phase, Presented
+from .state import IN_RESPONSE, IN_VIEW, SAVED, Presented
 from .tracking import TrackedValues
 from .transactions import Transaction
 from .user_values import UserLifecycle, values_of
@@ -68,6 +67,8 @@ class SessionData(SessionMixin):
 
     #: Made at the first look, since most requests never look at their session.
     _made: Lifecycle | None = None
+    _phase: str = IN_VIEW  # how far the request is, until the first look
+    _further: tuple[SessionData, ...] = ()
 
     def __init__(
         self,
@@ -79,23 +80,16 @@ class SessionData(SessionMixin):
     ) -> None:
         began = repository.clock(), repository.rosters.own.count
         self._start = (repository, present, app, request, hooks, began)
-        self._phase: str = Phase.VIEW  # how far the request is, until the first look
-        self._further: list[SessionData] = []
-        self._mutex = threading.RLock()
 
     @property
     def _life(self) -> Lifecycle:
         life = self._made
         if life is None:
             # An atomic step, so that all threads of the request get the same one.
-            made = Lifecycle(*self._start, self._mutex, self._phase)
-            life = vars(self).setdefault("_made", made)
+            life = vars(self).setdefault("_made", Lifecycle(*self._start, self._phase))
         return life
 
     def _open(self) -> TrackedValues:
-        life = self._made
-        if life is not None and life.opened:
-            return life.values
         self.accessed = True
         return self._life.open()
 
@@ -107,7 +101,7 @@ class SessionData(SessionMixin):
 
     def __getitem__(self, key: str) -> Any:
         life = self._made
-        values = life.values if life is not None and life.opened else self._open()
+        values = self._open() if life is None or not life.opened else life.values
         try:
             return values[key]
         except UnreadableRecord as error:
@@ -798,19 +792,19 @@ def existing_lifecycle(session: SessionData) -> Lifecycle | None:
 
 def begin_error_page(session: SessionData) -> None:
     """Called when Flask begins to make an error page for an unhandled exception."""
-    session._phase = Phase.RESPONSE
+    session._phase = IN_RESPONSE
     if session._made is not None:
         session._made.begin_error_page()
 
 
 def add_further(session: SessionData, further: SessionData) -> None:
     """Save the session of a further ``Session`` together with this one."""
-    session._further.append(further)
+    session._further += (further,)
 
 
 def begin_response(session: SessionData, response: Any) -> Any:
     """Called when Flask begins to process the response, before any hook of the application."""
-    session._phase = Phase.RESPONSE
+    session._phase = IN_RESPONSE
     if session._made is not None:
         session._made.begin_response(response)
     return response
@@ -818,9 +812,9 @@ def begin_response(session: SessionData, response: Any) -> Any:
 
 def close_unused(session: SessionData) -> None:
     """The response is sent, and the request never looked at the session."""
-    session._phase = Phase.SAVED
+    session._phase = SAVED
     if session._made is not None:
-        session._made.phase = Phase.SAVED
+        session._made.phase = SAVED
 
 
 class UserValues(SessionData):
@@ -838,8 +832,6 @@ class UserValues(SessionData):
         started = (0.0, 0)
         self._start = (life.repository, life.present, life.app, life.request, None, started)
         self._phase = life.phase
-        self._further = []
-        self._mutex = life.mutex
         self._made: UserLifecycle = life
 
     @property

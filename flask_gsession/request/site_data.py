@@ -20,8 +20,8 @@ KINDS = (
     "prerenderCache",
     "storage",
 )
-# An attribute of the request: the kinds that its response is to clear.
-_WANTED = "_gsession_clear_site_data"
+#: An attribute of the request: the kinds that its response is to clear.
+CLEARED = "_gsession_clear_site_data"
 
 
 def checked_kinds(clear: str | Collection[str]) -> tuple[str, ...]:
@@ -35,13 +35,13 @@ def checked_kinds(clear: str | Collection[str]) -> tuple[str, ...]:
 
 def clear_with_response(request: Request, kinds: Collection[str]) -> None:
     """Let the response to this request clear these kinds of data."""
-    wanted: dict[str, None] = vars(request).setdefault(_WANTED, {})
+    wanted: dict[str, None] = vars(request).setdefault(CLEARED, {})
     wanted.update(dict.fromkeys(kinds))
 
 
 def write_header(request: Request, response: Response) -> None:
     """Send the header if the request ended a session with it."""
-    wanted = vars(request).get(_WANTED)
+    wanted = vars(request).get(CLEARED)
     if wanted:
         kinds = [f'"{kind}"' for kind in wanted]
         present = [part.strip() for part in response.headers.get(HEADER, "").split(",")]

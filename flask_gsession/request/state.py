@@ -17,18 +17,14 @@ from ..users.rosters import Found
 from ..values.merge import Change
 from ..values.payload import Body, Join, Owner
 
-
-class Phase:
-    """How far the request has come, from its session's point of view."""
-
-    # No Enum: in Python 3.11 each look at a member takes as long as reading a value.
-
-    #: Before or in the view: a response with a new token can still follow.
-    VIEW: Final = "view"
-    #: Flask processes the response or makes an error page, so an exception would break it.
-    RESPONSE: Final = "response"
-    #: The session was saved with the response. It is too late to send a token.
-    SAVED: Final = "saved"
+# How far the request has come, from its session's point of view. No Enum: in Python 3.11 each look
+# at a member takes as long as reading a value.
+#: Before or in the view: a response with a new token can still follow.
+IN_VIEW: Final = "view"
+#: Flask processes the response or makes an error page, so an exception would break it.
+IN_RESPONSE: Final = "response"
+#: The session was saved with the response. It is too late to send a token.
+SAVED: Final = "saved"
 
 
 class Presented(Struct, frozen=True, gc=False):

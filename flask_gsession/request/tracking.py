@@ -6,7 +6,10 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
+
+from msgspec import Struct, field
 
 from ..errors import SessionTooLarge, ValueLost, ValueRefused
 from ..values.codec import IMMUTABLE, Codec
@@ -15,13 +18,13 @@ from ..values.merge import Change, encode_within
 from ..values.references import holds, refers
 from .state import Block
 
-_NOTHING: dict[str, bytes] = {}
+_NOTHING: Any = MappingProxyType({})
 _NO_KEYS: Collection[str] = ()
 
 _ABSENT: Any = object()
 
 
-class TrackedValues:
+class TrackedValues(Struct, eq=False):
     """Decodes values one by one, and tracks what this request does to them.
 
     At the save, each mutable value that was looked at is encoded and compared with the bytes it
@@ -36,38 +39,32 @@ class TrackedValues:
     The threads of a request share these values, so ``mutex`` guards every first look and change.
     """
 
-    __slots__ = (
-        *("_base", "_codec", "_given", "_live", "_marks", "_order", "_seen", "_mutex"),
-        *("abandoned", "block", "now", "stored"),
-    )
+    _codec: Codec
+    #: the encoded values as the store is known to hold them
+    stored: dict[str, bytes] = {}
+    now: Callable[[], int] | None = None
+    _mutex: Any = field(default_factory=threading.RLock)
+    #: the open transaction or lock
+    block: Block | None = None
+    #: mutable objects that the application got and that left the session since, each with its key
+    #: and its encoded form at that time
+    abandoned: list[tuple[str, Any, bytes]] | None = None
+    _live: dict[str, Any] = {}
+    # Each key's encoded value at the first look or change, None if absent. Holds only keys that may
+    # differ from ``stored``: mutable, assigned, deleted and absent ones.
+    _base: dict[str, bytes | None] = {}
+    # Encoded values of this request that differ from the stored ones; their keys are in ``_base``.
+    _given: dict[str, bytes] = _NOTHING
+    _seen: Collection[str] = _NO_KEYS  # keys that were looked at in encoded form only
+    _order: list[str] | None = None  # the keys for ``newest``, until the next change
+    _marks: dict[str, Mark] = {}  # of the values in ``_live``, unless ``now`` is None
 
-    def __init__(
-        self,
-        codec: Codec,
-        stored: dict[str, bytes] | None = None,
-        now: Callable[[], int] | None = None,
-        mutex: Any = None,
-    ) -> None:
-        self._codec = codec
-        self._mutex: Any = threading.RLock() if mutex is None else mutex
-        self.now = now
-        #: the encoded values as the store is known to hold them
-        self.stored: dict[str, bytes] = stored or {}
-        #: the open transaction or lock
-        self.block: Block | None = None
-        self._live: dict[str, Any] = {}
-        # Each key's encoded value at the first look or change, None if absent. Holds only keys that
-        # may differ from ``stored``: mutable, assigned, deleted and absent ones.
-        self._base: dict[str, bytes | None] = {}
-        # Encoded values of this request that differ from the stored ones.
-        self._given = _NOTHING
-        self._seen = _NO_KEYS  # keys that were looked at in encoded form only
-        #: mutable objects that the application got and that left the session since, each with its
-        #: key and its encoded form at that time
-        self.abandoned: list[tuple[str, Any, bytes]] | None = None
-        self._order: list[str] | None = None  # the keys for ``newest``, until the next change
-        if now is not None:
-            self._marks: dict[str, Mark] = {}  # of the values in ``_live``
+    def __repr__(self) -> str:
+        """Hides the values, since error trackers store local variables."""
+        return f"<{type(self).__name__}>"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
 
     # -- the mapping
 
@@ -83,13 +80,9 @@ class TrackedValues:
             value = self._live.get(key, _ABSENT)  # another thread may have set it
             if value is not _ABSENT:
                 return value
-            raw = self._given.get(key)
-            if raw is None:
-                if key in self._base:  # deleted by this request, or absent at the first look
-                    raise KeyError(key)
-                raw = self.stored.get(key)
-            if raw is None:
-                self._base[key] = None
+            raw = (self._given if key in self._base else self.stored).get(key)
+            if raw is None:  # deleted by this request, or absent
+                self._base.setdefault(key, None)
                 raise KeyError(key)
             value = self._codec.decode(raw) if self.now is None else self._decode_marked(key, raw)
             if type(value) not in IMMUTABLE:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any
+from flask import Flask, Request
 
 from ..errors import Stale, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
 from ..events import WriteDropped, logger
@@ -18,43 +17,14 @@ from .tracking import TrackedValues
 _CREATES = 3  # attempts to store an empty record
 
 
-class UserLifecycle(Lifecycle):
+class UserLifecycle(Lifecycle, eq=False, kw_only=True):
     """The lifecycle of a user's values in one request, loaded at the first look.
 
     ``user_id`` None: nobody is signed in, so there are no values and no record.
     """
 
-    __slots__ = ("user_id",)
-
     repository: UserValuesRepository
-
-    def __init__(
-        self,
-        repository: Repository,
-        user_id: str | None,
-        app: Any,
-        request: Any,
-        phase: str,
-    ) -> None:
-        values = UserValuesRepository(repository, user_id or "")
-        super().__init__(
-            values,
-            lambda *_: Presented(handle=values.key),
-            app,
-            request,
-            None,
-            (0.0, 0),
-            threading.RLock(),
-            phase,
-        )
-        self.user_id = user_id
-        if user_id is None:
-            self.values = self._new_values()
-            self.opened = True
-
-    def present(self, app: Any, request: Any) -> Presented:
-        """Stands for the token of a session."""
-        return self.presented()
+    user_id: str | None
 
     @property
     def is_of_user(self) -> bool:
@@ -122,8 +92,8 @@ class UserLifecycle(Lifecycle):
             self.wishes = NO_WISHES
         else:
             self.values.rebase(body.values, now)
-        if self._unreferenced is not None:
-            self._unreferenced.mark_referenced(body.values)
+        if self.written_large is not None:
+            self.written_large.mark_referenced(body.values)
         self.seen = Seen(None, record, body)
         return True
 
@@ -167,12 +137,34 @@ class UserLifecycle(Lifecycle):
             self.repository.events.emit(WriteDropped, handle, f"deleted before {during}")
 
 
+def user_lifecycle(
+    repository: Repository, user_id: str | None, app: Flask, request: Request | None, phase: str
+) -> UserLifecycle:
+    """The values of a user, for a request or a block. No round trip."""
+    values = UserValuesRepository(repository, user_id or "")
+    presented = Presented(handle=values.key)
+    life = UserLifecycle(
+        repository=values,
+        present=lambda *_: presented,
+        app=app,
+        request=request,
+        hooks=None,
+        _began=(0.0, 0),
+        phase=phase,
+        user_id=user_id,
+    )
+    if user_id is None:
+        life.forget()
+        life.opened = True
+    return life
+
+
 def values_of(life: Lifecycle, user_id: str | None) -> UserLifecycle:
     """The values of a user in the request of this session. No round trip."""
     with life.mutex:
         found = life.of_users.get(user_id)
         if found is None:
-            found = UserLifecycle(life.repository, user_id, life.app, life.request, life.phase)
+            found = user_lifecycle(life.repository, user_id, life.app, life.request, life.phase)
             found.error_page = life.error_page
             found.renews = life.renews
             life.of_users = {**life.of_users, user_id: found}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 from werkzeug.exceptions import HTTPException
 
@@ -66,10 +67,10 @@ from .ownership import (
 )
 from .state import (
     NO_WISHES,
+    SAVED,
     Attempt,
     Block,
     HidesFields,
-    Phase,
     Seen,
     Wishes,
     current_block,
@@ -102,8 +103,8 @@ class Edit(HidesFields, frozen=True):
     settle: Callable[[], None] | None = None
 
 
-#: An event type and its details, to emit when a write is complete.
-Happened = tuple[Any, ...]
+#: Event types with their details, to emit when a write is complete; and what replicas still owe.
+Written = tuple[list[tuple[Any, ...]], LogoutUnconfirmed | None]
 
 
 def commit(
@@ -118,20 +119,19 @@ def commit(
     ``rotating``: whether to rotate if that is wished. By default, rotates outside locks only: a
     lock belongs to the session's key, so the rotation waits until you leave the lock.
     """
-    if rotating is None:
-        rotating = life.lease is None
-    if life.is_in_socket:
-        rotating = False
     if life.attempts and life.trouble is None:
         life.resolve_attempts()
     if life.entry is not None and life.trouble is None and not enter_roster(life):
         return True
     if life.joined is not None and life.trouble is None:
         close_join(life)
-    changes = life.changes()
-    if not changes and (
-        life.wishes is NO_WISHES or not (life.wishes.cleared or life.has_wishes(rotating=rotating))
-    ):
+    changes, wishes = life.changes(), life.wishes
+    if not changes and wishes is NO_WISHES:
+        return False
+    if rotating is None:
+        rotating = life.lease is None
+    rotating = rotating and not life.is_in_socket
+    if not (changes or wishes.cleared or life.has_wishes(rotating=rotating)):
         return False
     life.was_modified = True
     if life.trouble is not None:
@@ -147,7 +147,8 @@ def commit(
             raise LostRace
     else:
         transaction = None
-    return _Commit(life, changes, rotating, exactly=transaction is not None).run()
+    exactly = transaction is not None
+    return _Commit(life, exactly=exactly, changes=changes, rotating=rotating).run()
 
 
 def _needs_own_session(life: Lifecycle, rotating: bool) -> bool:
@@ -171,23 +172,23 @@ def rewrite(
     value. ``recover`` is called for a large value that is lost. Raises ``SessionEnded`` if the
     session has ended, ``NotStored`` if this request ended it.
     """
-    _Rewrite(life, key, replace, what, settle, recover).run()
+    _Rewrite(life, what, key=key, replace=replace, settle=settle, recover=recover).run()
     if life.seen.record is None:
         raise SessionEnded
 
 
-class _Write:
+class _Write(Struct, eq=False):
     """One write of a session: ``edit`` returns what to store over the present state.
 
-    With ``_exactly``, a lost race raises ``LostRace``. These are methods, not closures, since
+    With ``exactly``, a lost race raises ``LostRace``. These are methods, not closures, since
     Python calls methods faster after the first call.
     """
 
-    _life: Lifecycle
-    _what = "save"
-    _exactly = False
-    _stale: Seen | None = None  # set if another request has replaced it
-    _taken = 0
+    life: Lifecycle
+    what: str = "save"
+    exactly: bool = False
+    stale: Seen | None = None  # set if another request has replaced it
+    taken: int = 0
 
     def edit(self) -> Edit | None:
         """The values to store; None if there are none. Runs again after each lost race."""
@@ -195,14 +196,14 @@ class _Write:
 
     def run(self) -> bool:
         """Store the edit. False if there was nothing to store, or the session has ended."""
-        life = self._life
+        life = self.life
         if life.lease is not None:
             life.check_lease()
         if life.repository.edge is None:
-            written = write(self._prepare, self._send, life.tries)
+            written = write(self.edit, self.send, life.tries)
         else:
-            with exactly(self._unmergeable()):
-                written = write(self._prepare, self._send, life.tries)
+            with exactly(self.unmergeable()):
+                written = write(self.edit, self.send, life.tries)
         if written is None:
             return False
         happened, unconfirmed = written
@@ -213,89 +214,83 @@ class _Write:
             raise unconfirmed
         return True
 
-    def _unmergeable(self) -> str:
+    def unmergeable(self) -> str:
         """Why an edge that is cut off can't queue this write, as the name of what it is; or ""."""
         raise NotImplementedError
 
-    def _prepare(self) -> Edit | None:
-        if self._stale is not None:
-            life, stale, self._stale = self._life, self._stale, None
-            with life.mutex:
-                if life.seen is stale:
-                    if not life.catch_up():
-                        life.end(self._what)
-                        return None
-                    if life.entry is not None and not enter_roster(
-                        life
-                    ):  # of an attempt that arrived
-                        return None
-        return self.edit()
-
-    def _send(
-        self, step: Edit, lost: int
-    ) -> tuple[list[Happened], LogoutUnconfirmed | None] | None:
-        life = self._life
+    def send(self, step: Edit, lost: int) -> Written | None:
+        """Store this edit, unless another writer was faster. None if the session has ended."""
+        life = self.life
         with life.mutex:
             if life.seen is not step.seen:  # another thread of this request was faster
                 raise Stale
             try:
-                return _send(life, step, lost)
-            except Revoked:
-                if is_revoked(life):
-                    life.end(self._what)
-                    return None
-                if self._exactly:
-                    life.conflict("transaction")
-                    raise LostRace from None
-                raise Stale from None
-            except (Stale, Gone):
-                if self._exactly:
-                    life.conflict("transaction")
-                    raise LostRace from None
-                self._stale = step.seen
-                raise
-            except KeyTaken:
-                self._taken += 1
-                if self._taken == _TOKENS_TAKEN:
-                    raise StoreError(
-                        "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
-                    ) from None
-                raise
-            except UnreadableRecord as error:
-                life.repository.refused(error.reason, life.handle, error.detail)
-                life.end(self._what)
+                return _store(life, step, lost)
+            except Exception as error:
+                self._failed(step, error)
                 return None
-            except LogoutUnconfirmed:
-                raise
-            except StoreUnavailable as error:
-                life.note_outage(error, "created" if step.seen.record is None else "saved")
-                raise
+
+    def _failed(self, step: Edit, error: Exception) -> None:
+        """Raise what follows from a failed attempt. Returns if the session has ended."""
+        life = self.life
+        if isinstance(error, Revoked) and is_revoked(life):
+            life.end(self.what)
+            return
+        if isinstance(error, (Revoked, Stale, Gone)):
+            if self.exactly:
+                life.conflict("transaction")
+                raise LostRace from None
+            if isinstance(error, Revoked):
+                raise Stale from None
+            self.stale = step.seen
+        elif isinstance(error, KeyTaken):
+            self.taken += 1
+            if self.taken == _TOKENS_TAKEN:
+                raise StoreError(
+                    "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
+                ) from None
+        elif isinstance(error, UnreadableRecord):
+            life.repository.refused(error.reason, life.handle, error.detail)
+            life.end(self.what)
+            return
+        elif isinstance(error, StoreUnavailable) and not isinstance(error, LogoutUnconfirmed):
+            life.note_outage(error, "created" if step.seen.record is None else "saved")
+        raise error
+
+    def _catch_up(self) -> bool:
+        """Load what another request stored; False if the session has ended."""
+        life, stale, self.stale = self.life, self.stale, None
+        with life.mutex:
+            if life.seen is not stale:
+                return True
+            if not life.catch_up():
+                life.end(self.what)
+                return False
+            # An attempt may have arrived that is not in the roster yet.
+            return life.entry is None or enter_roster(life)
 
 
-class _Commit(_Write):
+class _Commit(_Write, eq=False, kw_only=True):
     """Stores all changes and wishes of the request; see ``commit``."""
 
-    def __init__(
-        self, life: Lifecycle, changes: Mapping[str, Change], rotating: bool, *, exactly: bool
-    ) -> None:
-        self._life = life
-        self._exactly = exactly
-        self._changes: Mapping[str, Change] | None = changes  # for the first try
-        self._rotating = rotating
+    changes: Mapping[str, Change] | None  # for the first try
+    rotating: bool
 
-    def _unmergeable(self) -> str:
-        if self._exactly:
+    def unmergeable(self) -> str:
+        if self.exactly:
             return "a transaction"
-        life = self._life
-        policy_of, changes = life.repository.merger.policy_of, self._changes or NO_CHANGES
+        life = self.life
+        policy_of, changes = life.repository.merger.policy_of, self.changes or NO_CHANGES
         refusing = (key for key in changes if policy_of(key, life.policies) is reject)
         key = next(refusing, None)
         return "" if key is None else f"session[{ascii(key)[:60]}], with the policy reject,"
 
     def edit(self) -> Edit | None:
-        life, changes = self._life, self._changes
-        self._changes = None
-        if life.wishes is not NO_WISHES and _needs_own_session(life, self._rotating):
+        if self.stale is not None and not self._catch_up():
+            return None
+        life, changes = self.life, self.changes
+        self.changes = None
+        if life.wishes is not NO_WISHES and _needs_own_session(life, self.rotating):
             life.start_own_session()
             changes = None
         if life.repository.user_keys:
@@ -306,44 +301,35 @@ class _Commit(_Write):
             changes = life.changes()
         if life.seen.record is None:
             return _new(life, changes)
-        return _merged(life, changes, self._rotating)
+        return _merged(life, changes, self.rotating)
 
 
-class _Rewrite(_Write):
+class _Rewrite(_Write, eq=False, kw_only=True):
     """Replaces the value of one key in the store; see ``rewrite``."""
 
-    def __init__(
-        self,
-        life: Lifecycle,
-        key: str,
-        replace: Callable[[bytes | None], bytes | None],
-        what: str,
-        settle: Callable[[bytes | None], None],
-        recover: Callable[[bytes, ValueLost], None],
-    ) -> None:
-        self._life = life
-        self._what = what
-        self._key = key
-        self._replace = replace
-        self._settle = settle
-        self._recover = recover
+    key: str
+    replace: Callable[[bytes | None], bytes | None]
+    settle: Callable[[bytes | None], None]
+    recover: Callable[[bytes, ValueLost], None]
 
     def run(self) -> bool:
-        what = "" if self._life.repository.edge is None else self._unmergeable()
+        what = "" if self.life.repository.edge is None else self.unmergeable()
         if what:
-            self._life.check_reaches_centre(what)
+            self.life.check_reaches_centre(what)
         return super().run()
 
-    def _unmergeable(self) -> str:
-        life, key = self._life, self._key
-        is_take = self._what == "take"
+    def unmergeable(self) -> str:
+        life, key = self.life, self.key
+        is_take = self.what == "take"
         policy = life.repository.merger.policy_of(key, life.policies)
         if not is_take and policy not in (last, reject):
             return ""  # it can be merged
-        return f"{self._what} of session[{ascii(key)[:60]}]"
+        return f"{self.what} of session[{ascii(key)[:60]}]"
 
     def edit(self) -> Edit | None:
-        life, key = self._life, self._key
+        if self.stale is not None and not self._catch_up():
+            return None
+        life, key = self.life, self.key
         while True:
             with life.mutex:
                 if _needs_own_session(life, rotating=True):  # even inside a lock
@@ -357,13 +343,13 @@ class _Rewrite(_Write):
                 stored = values.unexpired()
                 raw = stored.get(key)
             try:
-                changed = self._replace(raw)
+                changed = self.replace(raw)
             except UnreadableRecord as error:
                 life.refuse(error.reason, error.detail)
                 raise SessionEnded from None
             except ValueLost as error:
                 assert raw is not None  # a value was lost
-                self._recover(raw, error)
+                self.recover(raw, error)
                 continue
             if changed != raw and not holds(raw, changed):
                 stored = dict(stored)
@@ -372,11 +358,11 @@ class _Rewrite(_Write):
                 else:
                     stored[key] = changed
                 change = {key: Change(raw, changed)}
-                return Edit(seen, stored, change, settle=partial(self._settle, changed))
+                return Edit(seen, stored, change, settle=partial(self.settle, changed))
             with life.mutex:
                 if life.seen is seen:
                     if not values.has_changed(key):
-                        self._settle(raw)
+                        self.settle(raw)
                     return None
 
 
@@ -418,9 +404,7 @@ def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:
     return Edit(life.seen, stored, changes, life.wishes)
 
 
-def _send(
-    life: Lifecycle, step: Edit, lost: int
-) -> tuple[list[Happened], LogoutUnconfirmed | None]:
+def _store(life: Lifecycle, step: Edit, lost: int) -> Written:
     """Send one write, and adopt the stored state. The caller holds the mutex.
 
     ``lost``: how many races this write has lost so far.
@@ -504,7 +488,7 @@ def _send(
     except (GSessionError, HTTPException) as error:
         # After any other exception, or any that a signal handler raised, the outcome is unknown.
         if not isinstance(error, StoreUnavailable) and signal_interruption(error) is None:
-            attempts = life.attempts.copy()
+            attempts = dict(life.attempts)
             del attempts[record.version]
             life.attempts = attempts
             life.entry = None
@@ -542,7 +526,7 @@ def _send(
         close_join(life)
     if old is None:
         return [(SessionCreated, record.key)], None
-    happened: list[Happened] = [(SessionSaved, record.key, len(record.payload), lost)]
+    happened: list[tuple[Any, ...]] = [(SessionSaved, record.key, len(record.payload), lost)]
     if token is not None:
         happened.insert(0, (SessionRotated, record.key, old.key))
     return happened, unconfirmed
@@ -569,7 +553,7 @@ def _take_over(
         life.wish(cleared=True)  # if it is still empty then, it ends with the response
 
 
-def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirmed | None]:
+def _end(life: Lifecycle, old: Record) -> Written:
     """The request emptied the session: end it, in the version it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
     life.end_old_session()
@@ -591,18 +575,17 @@ def _end(life: Lifecycle, old: Record) -> tuple[list[Happened], LogoutUnconfirme
 
 def _renew_if_due(life: Lifecycle) -> None:
     """Move the idle expiry if that is due."""
-    if not life.renews:
-        return
     repository, seen, values = life.repository, life.seen, life.values
+    if seen.record is None or seen.body is None:
+        return
+    owner = seen.body.owner
     cut_off = repository.edge is not None and repository.edge.cut_off  # from its roster, too
-    if not cut_off and is_touch_due(life):
+    if not cut_off and (owner is not None or LOGIN in values.stored) and is_touch_due(life):
         _save_to_touch(life)
         return
-    assert seen.record is not None
-    idle_end = repository.due(seen.record, values.stored, life.lifetime)
+    idle_end = repository.due(seen.record, values.stored, seen.body.lifetime)
     if idle_end is None:
         return
-    owner = None if seen.body is None else seen.body.owner
     if owner is not None and idle_end > owner.until * 1000 and not cut_off:
         # A setting was raised since it was entered, and its roster is to know that before.
         _save_to_touch(life)
@@ -688,14 +671,15 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
                 try:
                     stored = commit(life, rotating=False if by_hand else None)
                 finally:
-                    life.drop_unreferenced()
-                if not stored and life.trouble is None and life.seen.record is not None:
+                    if life.written_large is not None:
+                        life.drop_unreferenced()
+                if not stored and life.renews and life.trouble is None:
                     _renew_if_due(life)
                 if life.wishes.cleared and life.seen.record is None and not life.ended:
                     _end_presented(life)
             if life.values.abandoned is not None:
                 _report_abandoned(life)
-            if not by_hand:
+            if life.entry is not None and not by_hand:
                 take_back(life)  # of a block whose error the view has caught
     except ValueRefused:
         life.was_modified = True
@@ -706,7 +690,7 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
         raise
     finally:
         if not by_hand:
-            life.phase = Phase.SAVED
+            life.phase = SAVED
     if life.of_users:
         _save_users(life, by_hand=by_hand)
 
@@ -721,7 +705,7 @@ def _save_users(life: Lifecycle, *, by_hand: bool) -> None:
         if values.opened and values.changes():
             logger.info("The session of a request ended: its changes to the user's were dropped")
             values.repository.events.emit(WriteDropped, values.handle, "session ended")
-        values.phase = Phase.SAVED
+        values.phase = SAVED
 
 
 def _compare_with_parallel_requests(life: Lifecycle, mark: Record) -> None:

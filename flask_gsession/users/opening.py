@@ -13,8 +13,8 @@ from ..opening import in_a_thread
 from ..processes import process
 from ..repository.repository import Repository
 from ..request.session import UserValues
-from ..request.state import Phase
-from ..request.user_values import UserLifecycle
+from ..request.state import IN_VIEW, SAVED
+from ..request.user_values import UserLifecycle, user_lifecycle
 from ..request.writing import end_request
 
 
@@ -43,7 +43,7 @@ class OpenUser:
                 "This block is open already: call ext.open_user() for each block"
             )
         process.notice()
-        life = UserLifecycle(self._repository, self._user_id, self._app, None, Phase.VIEW)
+        life = user_lifecycle(self._repository, self._user_id, self._app, None, IN_VIEW)
         life.renews = self._renew
         self._life = life
         return UserValues(life)
@@ -61,7 +61,7 @@ class OpenUser:
                 _save(life)
         finally:
             with life.mutex:
-                life.phase = Phase.SAVED
+                life.phase = SAVED
                 life.drop_unreferenced()
 
     async def __aenter__(self) -> UserValues:

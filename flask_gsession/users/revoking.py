@@ -7,7 +7,6 @@ from collections.abc import Collection
 from ..errors import LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
 from ..events import DeviceRevoked, SessionRevoked, logger
 from ..repository.repository import Loaded, Repository
-from ..stores.support import because
 from ..values.payload import Owner
 from .roster import Device, drop
 
@@ -32,8 +31,7 @@ def finish(
     deleting = repository.delete_many([device.key for device in ending])
     for device, delete in zip(ending, deleting, strict=True):
         try:
-            with because(reason or "revoked", by):
-                ended = delete()
+            ended = delete()
         except LogoutUnconfirmed as error:
             unconfirmed, ended = error, True
             keys.remove(device.key)
@@ -77,8 +75,7 @@ def is_member(repository: Repository, loaded: Loaded) -> bool:
 def end_revoked(repository: Repository, key: str, owner: Owner) -> None:
     """Delete the session under ``key``, which isn't in its user's roster."""
     try:
-        with because("not a member"):
-            ended = repository.delete(key, leave_roster=False)
+        ended = repository.delete(key, leave_roster=False)
     except (LogoutUnconfirmed, UnreadableRecord):
         ended = True
     if ended:

@@ -5,7 +5,7 @@ None of this runs for a session that isn't traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..events import Event, Events
@@ -100,22 +100,10 @@ class TracedEvents(Events):
         self._events.emit(event, *details)
 
 
-class TracedValues(TrackedValues):
+class TracedValues(TrackedValues, eq=False, kw_only=True):
     """Values that record which keys were read and changed."""
 
-    __slots__ = ("_trace",)
-
-    def __init__(
-        self,
-        trace: Trace,
-        codec: Codec,
-        stored: dict[str, bytes] | None = None,
-        now: Callable[[], int] | None = None,
-        *,
-        mutex: Any = None,
-    ) -> None:
-        super().__init__(codec, stored, now, mutex=mutex)
-        self._trace = trace
+    _trace: Trace
 
     def __getitem__(self, key: str) -> Any:
         try:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +112,20 @@ def test_parallel_requests_lose_nothing(site: Site, ada: tuple[Visitor, Visitor]
 
 def test_values_expire_and_may_be_large(site: Site, ada: tuple[Visitor, Visitor]) -> None:
     phone, laptop = ada
-    picture = bytes(40_000)
+    picture, film = bytes(40_000), bytes(range(250)) * 160
 
     def view(session: Any) -> None:
+        session["draft"] = bytes(reversed(picture))
         session.shared["picture"] = picture
+        session.shared.attach("film", BytesIO(film))
         session.shared.set("code", 1234, ttl=60)
 
     phone.run(view)
-    assert shared(laptop) == {"picture": picture, "code": 1234}
-    assert len(site.inside.blobs()) == 1
+    assert shared(laptop) == {"picture": picture, "film": film, "code": 1234}
+    phone.run(lambda session: session.clear())
+    assert len(site.inside.blobs()) == 2
     site.clock.advance(61)
-    assert shared(laptop) == {"picture": picture}
+    assert shared(laptop) == {"picture": picture, "film": film}
     assert site.ext.users.forget("ada")
     assert not site.inside.blobs()
 

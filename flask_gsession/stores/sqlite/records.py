@@ -10,27 +10,22 @@ from ..base import Deleted, Record
 from .file import SQLiteFile, in_transaction, on_connection
 from .layout import LIVE, Layout
 
-EXPIRED = "idle_expires_at <= ?"
-
 
 class Records:
-    """Keeps records. ``removable``: the condition for those that may be removed for their age."""
+    """Keeps records."""
 
-    def __init__(self, file: SQLiteFile, layout: Layout, removable: str = EXPIRED) -> None:
+    def __init__(self, file: SQLiteFile, layout: Layout) -> None:
         self.file = file
         self.layout = layout
-        self.remove_some(removable)
-
-    def remove_some(self, removable: str) -> None:
-        self._removal = (
-            "DELETE FROM gsession WHERE key IN "
-            f"(SELECT key FROM gsession WHERE {removable} LIMIT 2)"
-        )
 
     @in_transaction()
     def create(self, db: sqlite3.Connection, record: Record) -> None:
         now = self.layout.now()
-        db.execute(self._removal, (now,))
+        db.execute(
+            "DELETE FROM gsession WHERE key IN "
+            "(SELECT key FROM gsession WHERE idle_expires_at <= ? LIMIT 2)",
+            (now,),
+        )
         there = self.layout.select(db, record.key)
         if there is not None and there.version == record.version:
             return

@@ -1,7 +1,6 @@
 """The contract suite that every store must pass."""
 
 from .blobs import BlobContract
-from .journals import JournalContract
 from .leases import LeaseContract
 from .repeats import RepeatContract
 from .rotation import RotationContract
@@ -10,13 +9,7 @@ from .verbs import VerbContract
 
 
 class StoreContract(
-    VerbContract,
-    RotationContract,
-    RepeatContract,
-    ScanContract,
-    LeaseContract,
-    BlobContract,
-    JournalContract,
+    VerbContract, RotationContract, RepeatContract, ScanContract, LeaseContract, BlobContract
 ):
     """Tests each promise of ``flask_gsession.stores.base.Store``.
 

@@ -1,1 +1,0 @@
-"""The journal: what became of every session, for consumers such as a SIEM."""
