@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from flask import Flask
 from flask.sessions import SecureCookieSessionInterface
 from itsdangerous import BadData
 
+from ..config import csrf_field
 from ..repository.repository import Repository
 from ..stores.foreign import Foreign, Together
 from ..users.roster import Since
@@ -16,6 +18,8 @@ from .contents import RefusedContents
 from .source import Contents, Old, encoded
 
 LABEL = "cookie"
+#: A CSRF token as Flask-WTF draws it.
+_RANDOM = re.compile("[0-9a-f]{40}")
 
 
 class FlaskCookieSource:
@@ -45,11 +49,16 @@ class FlaskCookieSource:
             raise RefusedContents("no dict")
         return encoded(repository, contents)
 
-    def is_of_one_user(self, old: Old) -> bool:
-        # A cookie has no id: the same values that were signed in the same second are the same.
+    def is_of_one_visitor(self, old: Old) -> bool:
+        # A cookie has no id: the same values that were signed in the same second are the same. A
+        # user's cookie and a random CSRF token belong to one visitor.
         stored: Any = old.stored
         contents = self._open(stored.value.decode())
-        return isinstance(contents, dict) and contents.get(LOGIN) is not None
+        if not isinstance(contents, dict):
+            return False
+        token = contents.get(csrf_field(self._app))
+        is_random = isinstance(token, str) and _RANDOM.fullmatch(token) is not None
+        return is_random or contents.get(LOGIN) is not None
 
     def since(self, old: Old) -> Since:
         # The time of the sign-in is unknown, so any revocation ends sessions not yet imported.

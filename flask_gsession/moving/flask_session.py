@@ -91,7 +91,7 @@ class FlaskSessionSource:
         stored: Any = old.stored
         return encoded(repository, self._read(stored.value))
 
-    def is_of_one_user(self, old: Old) -> bool:
+    def is_of_one_visitor(self, old: Old) -> bool:
         return True
 
     def since(self, old: Old) -> Since:

@@ -19,7 +19,8 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import UnreadableRecord
-from ..stores.base import KEY_LENGTH
+from ..repository.repository import Repository
+from ..stores.base import KEY_LENGTH, Record
 from ..tokens import Token, session_key
 from ..values.payload import Origin
 
@@ -31,12 +32,14 @@ _NONCE_BYTES = 16
 class Mark(Struct, array_like=True, frozen=True):
     """``session``: the key that the new session was created under.
 
-    ``written``: when a request whose cookie others may have last stored a change; milliseconds.
+    ``ended``: the old cookie is dead, even if that session lives. ``answered``: when a request
+    with the old cookie was last about to set ours; milliseconds. See ``shared_cookies``.
     """
 
     session: str
     nonce: bytes
-    written: int = 0
+    ended: bool = False
+    answered: int = 0
 
     def __repr__(self) -> str:
         return f"<Mark session={self.session!r}>"
@@ -55,6 +58,13 @@ class Mark(Struct, array_like=True, frozen=True):
             return msgspec.msgpack.decode(content, type=cls)
         except msgspec.DecodeError:
             raise UnreadableRecord("corrupt", "malformed mark of an import") from None
+
+
+def read_mark(repository: Repository, record: Record | None) -> Mark | None:
+    """The mark in a record, if it is there and its time isn't over."""
+    if record is None or repository.now() >= record.idle_expires_at:
+        return None
+    return Mark.of(repository.read_other(record))
 
 
 def mark_key(label: str, name: str) -> str:

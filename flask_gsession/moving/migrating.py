@@ -117,8 +117,8 @@ class _Offline:
     def contents(self, repository: Repository, old: Old) -> Contents:
         return self._read(repository, old)._replace(idle_ends=old.expires_at)
 
-    def is_of_one_user(self, old: Old) -> bool:
-        return self._source.is_of_one_user(old)
+    def is_of_one_visitor(self, old: Old) -> bool:
+        return self._source.is_of_one_visitor(old)
 
     def since(self, old: Old) -> Since:
         return self._source.since(old)

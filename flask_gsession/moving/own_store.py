@@ -81,7 +81,7 @@ class OwnStoreSource:
             None if body.owner is None else body.owner.user_id,
         )
 
-    def is_of_one_user(self, old: Old) -> bool:
+    def is_of_one_visitor(self, old: Old) -> bool:
         return True
 
     def since(self, old: Old) -> Since:

@@ -61,8 +61,8 @@ class Source(Protocol):
     #: if the source's server also keeps the new sessions
     together: Together | None
 
-    def is_of_one_user(self, old: Old) -> bool:
-        """Whether nobody but one user has this old cookie; Flask's may be equal for several."""
+    def is_of_one_visitor(self, old: Old) -> bool:
+        """Whether only one visitor has this old cookie; Flask's may be equal for several."""
 
     def name_of(self, cookie: str) -> str | None:
         """The name of the old record, or None for a cookie that is malformed or badly signed.

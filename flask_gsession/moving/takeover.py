@@ -11,10 +11,7 @@ valid cookie of ours, but with an old one:
 4. if the session names a user: enters it in the user's roster;
 5. answers with the token, which every request with this old cookie can compute.
 
-Several visitors may have the same cookie of Flask's. Unless it names a user, each request after the
-first one gets a session of its own, with the cookie's values. Of parallel requests, those that only
-read set no cookie if another one wrote: see ``may_answer``. A logout from any of them ends the
-session that the mark names, so that the cookie is dead.
+Several visitors may have the same cookie of Flask's; ``shared_cookies`` says what changes then.
 
 A logout deletes the old record, then the session. The mark stays until the imports are over.
 """
@@ -29,14 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from flask import Request, Response
 from msgspec.structs import replace
 
-from ..errors import (
-    Gone,
-    KeyTaken,
-    LogoutUnconfirmed,
-    Stale,
-    StoreUnavailable,
-    UnreadableRecord,
-)
+from ..errors import KeyTaken, LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
 from ..events import ImportRefused, SessionImported, logger
 from ..repository.imports import TakenOver
 from ..repository.repository import PERMANENT, Loaded, Repository
@@ -47,19 +37,18 @@ from ..users.roster import Since
 from ..users.rosters import network_of
 from ..values.payload import Body, Origin
 from ..values.references import names_in
+from . import shared_cookies
 from .contents import RefusedContents
 from .drafting import drafted, keyed
 from .entering import enter
 from .flask_cookies import LABEL as COOKIES
-from .mark import Mark, mark_key, new_nonce, token_for, token_of, unsealed
+from .mark import Mark, mark_key, new_nonce, read_mark, token_for, unsealed
 from .source import Old, Source
 
 T = TypeVar("T")
 
 NOTHING = TakenOver()
 _DEAD = TakenOver(dead_cookie=True)
-#: How long requests that a browser sent at once can take, in milliseconds.
-_AT_ONCE = 10_000
 _STAYS = "It stays where it is"
 _ADVICE = (
     ". Sessions like this one are taken over by: flask gsession migrate --from flask-session "
@@ -174,24 +163,9 @@ class Takeover:
             return NOTHING
         return outcome
 
-    def may_answer(self, repository: Repository, record: Record, *, wrote: bool) -> bool:
-        """Whether the answer to a request whose cookie several visitors may have sets our cookie.
-
-        A browser that sends several first requests at once keeps the cookie that comes last. So a
-        request that wrote says so in the mark, and one that only read looks there. One round trip.
-        """
-        store, now = repository.store, repository.now()
-        try:
-            if wrote:
-                mark = replace(Mark.of(repository.read_other(record)), written=now)
-                draft = repository.draft_other(record.key, mark.pack(), record.absolute_expires_at)
-                with suppress(Stale, Gone):  # another request has just written, or all is over
-                    store.save(draft, record.version)
-                return True
-            there = self._read_mark(repository, record.key, store.load(record.key))
-        except (StoreUnavailable, UnreadableRecord):
-            return wrote  # after a read, the next request with the old cookie gets its values again
-        return there is None or now >= there.written + _AT_ONCE
+    def may_answer(self, repository: Repository, mark: Record, began: int, *, wrote: bool) -> bool:
+        """Whether a request may set our cookie: see ``shared_cookies``."""
+        return shared_cookies.may_answer(repository, mark, began, wrote=wrote)
 
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of this session, which is to end. Raises ``StoreUnavailable``."""
@@ -200,7 +174,7 @@ class Takeover:
         for source, name in self._of(repository, body.origin):
             self._asked(source.delete, name)
         if body.origin.label == COOKIES:
-            self._end_first(repository, body, body.origin)
+            shared_cookies.end(repository, body.origin)
 
     def end_presented(self, repository: Repository, request: Request, body: Body | None) -> None:
         """Remove the record that the request's old cookie names, unless ``end_old`` does.
@@ -267,12 +241,17 @@ class Takeover:
             _report_dropped(source, made, dropped)
             if mark is None:
                 return _DEAD
-        loaded = made or repository.find(mark.session)
+        loaded = None if mark.ended else made or repository.find(mark.session)
         if loaded is None:
             return _DEAD
-        is_shared = found.old is not None and not source.is_of_one_user(found.old)
-        if is_shared and found.old is not None and made is None:
-            return self._copied(repository, source, found, found.old, record)
+        if found.old is not None and not source.is_of_one_visitor(found.old):
+            if made is None:
+                copied = shared_cookies.copy(
+                    repository, source, found.name, found.old, self._knows_users
+                )
+                return TakenOver(*copied, mark=record)
+            first = token_for(repository.live.secret_keys(), source.label, found.name, mark)
+            return TakenOver(loaded, first, mark=record)
         if self._watch and found.old is None and self.has_ended(repository, loaded.body):
             repository.delete(loaded.record.key, body=loaded.body)
             return _DEAD
@@ -284,7 +263,7 @@ class Takeover:
         if token is not None and not enter(repository, loaded, since, network):
             repository.delete(loaded.record.key, body=loaded.body, leave_roster=False)
             return _DEAD
-        return TakenOver(loaded, token, mark=record if is_shared else None)
+        return TakenOver(loaded, token)
 
     def find(self, repository: Repository, source: Source, name: str, cookie: str) -> Finding:
         """Step 1: the old record and the mark, without writing anything."""
@@ -297,12 +276,7 @@ class Takeover:
             name = Token(old.name) if old is not None else name
             key = mark_key(source.label, name)
             record = repository.store.load(key)
-        return Finding(name, key, old, self._read_mark(repository, key, record), record)
-
-    def _read_mark(self, repository: Repository, key: str, record: Record | None) -> Mark | None:
-        if record is None or repository.now() >= record.idle_expires_at:
-            return None
-        return Mark.of(repository.read_other(record))
+        return Finding(name, key, old, read_mark(repository, record), record)
 
     def create(self, repository: Repository, source: Source, found: Finding, old: Old) -> Created:
         """Step 2: the session that was made and its mark, or only the mark of another request.
@@ -334,34 +308,9 @@ class Takeover:
         if there is not None:
             if source.together is not None:
                 repository.discard(names_in(loaded.body.values.values()), 0)
-            return Created(None, self._read_mark(repository, found.key, there), record=there)
+            return Created(None, read_mark(repository, there), record=there)
         repository.events.emit(SessionImported, key, source.label, dropped)
         return Created(loaded, mark, dropped, record)
-
-    def _copied(
-        self,
-        repository: Repository,
-        source: Source,
-        found: Finding,
-        old: Old,
-        mark: Record | None,
-    ) -> TakenOver:
-        """A session of its own, for a cookie that another visitor may have, too."""
-        contents = source.contents(repository, old)
-        nonce = new_nonce()
-        key, origin = keyed(repository, source.label, found.name, nonce, None)
-        loaded, dropped = drafted(repository, key, contents, origin, self._knows_users())
-        repository.store.create(loaded.record)
-        repository.events.emit(SessionImported, key, source.label, dropped)
-        secret = repository.live.secret_keys()[0]
-        token = token_of(secret, source.label, found.name, nonce)
-        return TakenOver(loaded, token, mark=mark)
-
-    def _end_first(self, repository: Repository, body: Body, origin: Origin) -> None:
-        """End the session that the mark names, unless it is this one: then its cookie is dead."""
-        mark = self._read_mark(repository, origin.mark, repository.store.load(origin.mark))
-        if mark is not None and mark.nonce != origin.nonce:
-            repository.delete(mark.session, body=replace(body, origin=None))
 
     def _mark_record(self, repository: Repository, key: str, mark: Mark) -> Record:
         end = repository.settings.marks_end(repository.now())

@@ -35,7 +35,7 @@ class Imports(Protocol):
     def take_over(self, repository: Repository, request: Any) -> TakenOver:
         """The session that the old cookie of the request leads to."""
 
-    def may_answer(self, repository: Repository, mark: Record, *, wrote: bool) -> bool:
+    def may_answer(self, repository: Repository, mark: Record, began: int, *, wrote: bool) -> bool:
         """Whether the answer may set our cookie, if several visitors may have the old one."""
 
     def end_old(self, repository: Repository, body: Body) -> None:

@@ -709,11 +709,12 @@ def _save_users(life: Lifecycle, *, by_hand: bool) -> None:
 
 
 def _compare_with_parallel_requests(life: Lifecycle, mark: Record) -> None:
-    """Don't replace the cookie of another first request, which wrote, by one of a mere read."""
+    """Set no cookie that could replace the one of another first request."""
     imports, wrote = life.repository.imports, life.was_modified or is_modified(life)
     if imports is None or life.cookie != "set":
         return
-    if not imports.may_answer(life.repository, mark, wrote=wrote):
+    began = int(life.began.time * 1000)
+    if not imports.may_answer(life.repository, mark, began, wrote=wrote):
         life.cookie = "keep"
 
 

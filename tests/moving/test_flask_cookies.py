@@ -90,9 +90,10 @@ def test_a_logout_from_any_of_them_ends_the_cookie(site: Site, which: int, way: 
     cookie = signed({"user": 7})
     visitors = [visit(site, cookie), visit(site, cookie)]
     for visitor in visitors:
-        visitor.run(dict)
+        visitor.run(lambda session: session.update(here=1))
     visitors[which].run(lambda session: getattr(session, way)())
     assert visit(site, cookie).run(dict) == {}
+    assert visitors[1 - which].run(dict) == {"user": 7, "here": 1}, "another visitor's session"
 
 
 def test_two_visitors_with_the_same_cookie_at_once(site: Site) -> None:
@@ -109,29 +110,59 @@ def put(session: Any) -> None:
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("beside", ["read", "write", "logout", "sign-in after a read"])
 @pytest.mark.parametrize("way", ["read", "write"])
-def test_first_requests_of_one_browser_at_once(site: Site, earlier: bool, way: str) -> None:
-    """A browser keeps the cookie that comes last: a read must not replace the one of a write."""
+def test_first_requests_of_one_browser_at_once(
+    site: Site, earlier: bool, beside: str, way: str
+) -> None:
+    """A browser keeps the cookie that comes last: a slow read must not replace another one's."""
     cookie = signed({"cart": ["mug"]})
     if earlier:
         visit(site, cookie).run(dict)
-    slow, writer = visit(site, cookie), visit(site, cookie)
+        site.clock.advance(10)
+    slow, other = visit(site, cookie), visit(site, cookie)
 
     def meanwhile(session: Any) -> None:
         assert session["cart"] == ["mug"]
-        writer.run(put)
+        if beside in ("read", "sign-in after a read"):
+            other.run(dict)
+        if beside == "sign-in after a read":
+            site.clock.advance(60)
+            other.run(lambda session: session.rotate(grace=0))
+        if beside == "write":
+            other.run(put)
+        if beside == "logout":
+            other.run(lambda session: session.destroy())
         if way == "write":
             put(session)
 
     slow.run(meanwhile)
-    assert (slow.cookie is None) is (way == "read")  # of two writes, the later answer wins
-    for visitor in (slow, writer) if way == "write" else (writer,):
-        assert visitor.run(lambda session: session["cart"]) == ["mug", "pen"]
+    # Of two writes, the later answer wins, as with Flask's own cookies.
+    assert (slow.cookie is not None) is (way == "write" and beside != "logout")
+    assert (other.cookie is None) is (beside == "logout")
     for waited in (False, True):
         late = visit(site, cookie)
-        assert late.run(dict) == {"cart": ["mug"]}
-        assert (late.cookie is not None) is waited
+        assert late.run(dict) == ({} if beside == "logout" else {"cart": ["mug"]})
+        is_late = waited or (beside == "sign-in after a read" and way == "read")
+        assert (late.cookie is not None) is (is_late and beside != "logout")
         site.clock.advance(10)
+
+
+def test_a_random_csrf_token_belongs_to_one_browser(make_site: SiteMaker) -> None:
+    """Its first requests share a session, as with Flask-Session's ids, so nothing is lost."""
+    site = make_site(config={**CONFIG, "WTF_CSRF_FIELD_NAME": "token"})
+    for token, shared in ((40 * "a", True), ("constant", False), (40, False)):
+        cookie = signed({"token": token, "cart": ["mug"]})
+        slow, other = visit(site, cookie), visit(site, cookie)
+
+        def meanwhile(session: Any, other: Visitor = other) -> None:
+            dict(session)
+            other.run(put)
+
+        slow.run(meanwhile)
+        assert (slow.cookie is not None) is shared
+        if shared:
+            assert slow.run(lambda session: session["cart"]) == ["mug", "pen"]
 
 
 def test_a_read_that_is_answered_before_the_write(site: Site) -> None:
@@ -155,7 +186,7 @@ def test_an_outage_while_the_requests_are_compared(site: Site) -> None:
     def outage() -> None:
         raise StoreUnavailable("simulated")
 
-    site.before_each("load", lambda: None, outage)
+    site.before_each("save", outage)
     assert reader.run(dict) == {"cart": ["mug"]}
     assert reader.cookie is None
     site.before_each("save", outage)
@@ -174,6 +205,7 @@ def test_what_a_take_over_costs(site: Site) -> None:
         with site.counted() as count:
             visitor.run(dict)
         assert count.trips == 1
+        site.clock.advance(10)
     user = visit(site, signed({"_user_id": "7"}))
     with site.counted() as count:
         user.run(dict)

@@ -32,7 +32,7 @@ def test_every_schedule_keeps_the_guarantees(chunk: int) -> None:
 @contextmanager
 def no_mark() -> Iterator[None]:
     """Nothing remembers the import."""
-    with mock.patch.object(Takeover, "_read_mark", return_value=None), keeps_its_own():
+    with mock.patch.object(takeover, "read_mark", return_value=None), keeps_its_own():
         yield
 
 
@@ -42,7 +42,7 @@ def mark_before_old() -> Iterator[None]:
 
     def find(self: Any, repository: Any, source: Any, name: str, cookie: str) -> Any:
         key = mark.mark_key(source.label, name)
-        there = self._read_mark(repository, key, repository.store.load(key))
+        there = mark.read_mark(repository, repository.store.load(key))
         return takeover.Finding(name, key, source.load(name, cookie), there)
 
     with mock.patch.object(Takeover, "find", find):

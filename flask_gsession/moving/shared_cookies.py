@@ -1,0 +1,107 @@
+"""Cookies of Flask's that several visitors may have, and the sessions made from them.
+
+A cookie of Flask's has no id, so visitors for whom Flask signed the same values within a second
+have the same one. The first request with it creates the session that the mark names. Each later one
+gets a copy: a session of its own, with the cookie's values.
+
+A browser that sends several first requests at once keeps the cookie that comes last. So a request
+that is about to set our cookie stores the next version of the mark, with the time:
+
+- a request that changed the session, always, and before its change is stored;
+- a request that only read, if no other one did so since ten seconds before it began. Otherwise it
+  sets no cookie. In ten seconds, the browser has an answer, and sends our cookie.
+
+A logout stores in the mark that the old cookie is dead. So no request that runs beside it can set a
+cookie afterwards, unless it was about to be answered. ``tests/simulation/cookie_model.py`` is a
+model. If the clocks of two workers differ, a read waits longer, or doesn't wait for answers that
+are on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from msgspec.structs import replace
+
+from ..errors import SessionConflict, Stale, StoreUnavailable, UnreadableRecord
+from ..events import SessionImported
+from ..repository.races import tries, write
+from ..repository.repository import Loaded, Repository
+from ..stores.base import Record
+from ..tokens import Token
+from ..values.payload import Origin
+from .drafting import drafted, keyed
+from .mark import Mark, new_nonce, token_of
+from .source import Old, Source
+
+#: How long an answer can be on its way, in milliseconds.
+_ON_ITS_WAY = 10_000
+
+
+def copy(
+    repository: Repository, source: Source, name: str, old: Old, knows_users: Callable[[], bool]
+) -> tuple[Loaded, Token]:
+    """Create a copy, and return it with its token. One round trip."""
+    contents, nonce = source.contents(repository, old), new_nonce()
+    key, origin = keyed(repository, source.label, name, nonce, None)
+    loaded, dropped = drafted(repository, key, contents, origin, knows_users())
+    repository.store.create(loaded.record)
+    repository.events.emit(SessionImported, key, source.label, dropped)
+    secret = repository.live.secret_keys()[0]
+    return loaded, token_of(secret, source.label, name, nonce)
+
+
+def may_answer(repository: Repository, record: Record, began: int, *, wrote: bool) -> bool:
+    """Whether a request may set our cookie.
+
+    ``record``: the mark as the request found it. ``began``: when the request did, in milliseconds.
+    One round trip; two more for each race that a request which wrote has lost.
+    """
+    try:
+        if wrote:
+            return _store_next(repository, record.key, record)
+        if began < Mark.of(repository.read_other(record)).answered + _ON_ITS_WAY:
+            return False
+        repository.store.save(_next(repository, record, ended=False), record.version)
+    except Stale:
+        return False
+    except (StoreUnavailable, UnreadableRecord, SessionConflict):
+        # Without our cookie, a change would be lost. After a read, the next request gets the
+        # cookie's values again.
+        return wrote
+    return True
+
+
+def end(repository: Repository, origin: Origin) -> None:
+    """Store that the old cookie is dead. Raises ``StoreUnavailable``. Two round trips."""
+    _store_next(repository, origin.mark, None, ended=True)
+
+
+def _store_next(
+    repository: Repository, key: str, known: Record | None, *, ended: bool = False
+) -> bool:
+    """Store the next version of the mark, unless the old cookie is dead; then False."""
+    there = [] if known is None else [known]
+    is_dead = False
+
+    def prepare() -> tuple[Record, Record] | None:
+        nonlocal is_dead
+        record = there.pop() if there else repository.store.load(key)
+        if record is None:
+            return None  # the imports are over
+        is_dead = Mark.of(repository.read_other(record)).ended
+        return None if is_dead else (record, _next(repository, record, ended=ended))
+
+    def send(step: tuple[Record, Record], _: int) -> None:
+        record, after = step
+        repository.store.save(after, record.version)
+
+    write(prepare, send, partial(tries, repository.settings.store_timeout))
+    return not is_dead
+
+
+def _next(repository: Repository, record: Record, *, ended: bool) -> Record:
+    mark = Mark.of(repository.read_other(record))
+    content = replace(mark, ended=ended, answered=repository.now()).pack()
+    return repository.draft_renewable(record.key, content, record.absolute_expires_at, record)
