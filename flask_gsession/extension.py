@@ -35,6 +35,7 @@ from .watching.audit import write_audit_log
 from .watching.debug import prepare
 
 if TYPE_CHECKING:
+    from .journal.consuming import Consumer
     from .live.hints import Hints
     from .live.live import Live
 
@@ -112,6 +113,12 @@ class Session:
         store, owned = open_store(source, options, app.instance_path)
         if settings.logout_replicas and owned and not store.confirms_logouts:
             warn("SESSION_LOGOUT_REPLICAS has no effect on this store; it works with Redis only")
+        raw = store
+        journaling = None
+        if settings.journal:
+            from .journal.opening import with_journal  # most applications don't need it
+
+            store = journaling = with_journal(store, settings.journal_events, self._clock)
         events = self._events.of(app)
         breaker = None
         if settings.breaker_failures:
@@ -128,6 +135,10 @@ class Session:
             blobs = open_blobs(settings.spill_store, calls, options)
         live = LiveSettings(app, settings, self._settings, is_taken)
         repository = Repository(settings, live, calls, events, self._clock, blobs)
+        if journaling is not None:
+            from .journal.opening import describe_by
+
+            describe_by(journaling, repository)
         if repository.edge is not None:
             reconciler = SessionReconciler(repository, repository.edge.centre)
             repository.edge.use(reconciler)
@@ -138,7 +149,7 @@ class Session:
             from .moving.sources import open_imports
 
             repository.imports = open_imports(
-                app, settings, repository, store, source, options, app.session_interface
+                app, settings, repository, raw, source, options, app.session_interface
             )
         interface = GSessionInterface(repository, store, owns_store=owned)
         if interfaces:
@@ -209,6 +220,25 @@ class Session:
         from .live.live import Live  # most applications don't need it
 
         return Live(self._hints)
+
+    def journal(self, consumer: str, *, follow: bool = False, sweep: bool = True) -> Consumer:
+        """The events that this consumer hasn't acknowledged: ``for event in ext.journal("siem")``.
+
+        Needs an application context and ``SESSION_JOURNAL``. ``follow``: wait for more instead of
+        ending. ``sweep``: also look for sessions that have expired, at most every 5 seconds. Run
+        one process for each ``consumer``; for the fields of an event see ``JournalEvent``.
+
+        Raises ``ValueError`` for an impossible name, ``SettingError`` if the journal is off, and
+        ``StoreUnavailable``; with ``follow`` it waits for the store instead.
+        """
+        from .journal.consuming import Consumer  # most applications don't need it
+
+        repository = self._interface(None).repository
+        if repository.journaling is None:
+            raise SettingError("SESSION_JOURNAL is off: set it to True")
+        return Consumer(
+            repository.journaling, repository.clock, consumer, follow=follow, sweep=sweep
+        )
 
     def store(self, app: Flask | None = None) -> Store:
         """The store of ``app``, or of the current application."""

@@ -482,6 +482,16 @@ def test_audit_log(run: Run, tmp_path: Path) -> None:
     assert 'reason="reported as stolen" by="ada"' in lines[1]
 
 
+def test_journal(run: Run) -> None:
+    names = run("docs/how-to/journal.md")
+    visitor(names.app).post("/login/ada")
+    sent: list[dict[str, object]] = []
+    names.forward(sent.append)
+    assert [event["kind"] for event in sent] == ["created", "bound"]
+    names.forward(sent.append)
+    assert len(sent) == 2
+
+
 def test_live_updates(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     names = run("docs/how-to/live-updates.md")
     caplog.set_level(logging.INFO)

@@ -29,6 +29,7 @@ ROWS = [
     ["request.state", "request.site_data"],
     ["request.tracking"],
     ["repository"],
+    ["journal"],
     [
         "users.revoking",
         "users.rebuilding",
@@ -66,7 +67,14 @@ ROWS = [
     ["cli"],
     ["testing"],
 ]
-CONTRACT = ["stores.base", "stores.parts", "stores.foreign", "stores.lease", "stores.support"]
+CONTRACT = [
+    "stores.base",
+    "stores.parts",
+    "stores.journals",
+    "stores.foreign",
+    "stores.lease",
+    "stores.support",
+]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 
 # What an extra brings may be imported in one place only.

@@ -20,6 +20,7 @@ from .cleaning import cleanup
 from .debug import debug
 from .doctor import doctor
 from .edge import edge
+from .journal import events
 from .migrate import migrate
 from .revoke import revoke
 from .serve import serve
@@ -60,6 +61,7 @@ gsession.add_command(cleanup)
 gsession.add_command(debug)
 gsession.add_command(doctor)
 gsession.add_command(edge)
+gsession.add_command(events)
 gsession.add_command(export)
 gsession.add_command(import_)
 gsession.add_command(list_)

@@ -16,6 +16,7 @@ from ..interface import GSessionInterface
 from ..repository.repository import Repository
 from ..repository.scanning import all_pages
 from ..stores import Record
+from ..stores.support import because
 from ..values.payload import Owner
 from .common import (
     HANDLE_ARGUMENT,
@@ -201,7 +202,8 @@ def _end(
     repository = interface.repository
     owner = _owner_of(repository, key, record)
     try:
-        ended = repository.delete(key, signs_out=False)
+        with because(reason or "revoked", BY):
+            ended = repository.delete(key, signs_out=False)
     except LogoutUnconfirmed as error:
         ended, problem = True, f"ended, but {error}"
     except UnreadableRecord as error:

@@ -266,6 +266,8 @@ CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "live_poll": ("SESSION_LIVE_POLL", _seconds(1, 600)),
     "edge_sync": ("SESSION_EDGE_SYNC", _seconds(0.1, 3600)),
     "logout_replicas": ("SESSION_LOGOUT_REPLICAS", _integer(0, 100, "replicas")),
+    "journal": ("SESSION_JOURNAL", _flag),
+    "journal_events": ("SESSION_JOURNAL_EVENTS", _integer(1000, 1_000_000_000, "events")),
     "on_store_error": ("SESSION_ON_STORE_ERROR", _on_store_error),
     "max_bytes": ("SESSION_MAX_BYTES", _integer(256, MOST_BYTES, "bytes")),
     "max_keys": ("SESSION_MAX_KEYS", _integer(1, 1_000_000, "keys")),

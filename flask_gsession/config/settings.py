@@ -51,6 +51,8 @@ class Settings:
     live_poll: float = 5.0
     edge_sync: float = 30.0
     logout_replicas: int = 0
+    journal: bool = False
+    journal_events: int = 1_000_000
     on_store_error: str = "fail"
     max_bytes: int = 1024 * 1024
     max_keys: int = 1000
@@ -163,6 +165,8 @@ class SettingKeywords(TypedDict, total=False):
     live_poll: Seconds
     edge_sync: Seconds
     logout_replicas: int
+    journal: bool
+    journal_events: int
     on_store_error: Literal["fail", "keep-response"]
     max_bytes: int
     max_keys: int

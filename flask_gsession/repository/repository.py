@@ -96,6 +96,8 @@ class Repository:
         self.before_create: Callable[[], object] | None = None
         #: of an edge store, which keeps no strong reference to it
         self.reconciler: object = None
+        #: the store that writes the journal; None without SESSION_JOURNAL
+        self.journaling: Any = None
         #: takes over old sessions; None without SESSION_IMPORT
         self.imports: Imports | None = None
         #: Called with a session whose user has just confirmed who they are.
@@ -213,6 +215,14 @@ class Repository:
             return self._payloads.unpack(key, payload, created, absolute)
         self._payloads.check_pointer(key, successor, payload, created, absolute, idle)
         return None
+
+    def owner_of(self, record: Record) -> Owner | None:
+        """The user that a session is bound to, if its record can be read."""
+        times = record.created_at, record.absolute_expires_at
+        try:
+            return self._payloads.unpack(record.key, record.payload, *times).owner
+        except UnreadableRecord:
+            return None
 
     def latest_end(self) -> int:
         """The absolute end of a session that is created now, in milliseconds."""

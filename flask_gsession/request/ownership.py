@@ -32,6 +32,7 @@ from ..events import (
 )
 from ..repository.repository import Repository
 from ..stores.base import Record
+from ..stores.support import because
 from ..users.labels import device_label
 from ..users.revoking import end_revoked, finish, finish_if_possible
 from ..users.roster import (
@@ -289,6 +290,8 @@ def prepare_owner(
                 raise Revoked  # the session is older than the revocation
             raise refusal(life.repository, binding.user_id, entered.refused)
         assert entered.device is not None
+        if life.repository.journaling is not None:
+            life.repository.journaling.append_bound(old.key, bound.user_id, entered.device.id)
         return replace(bound, device_id=entered.device.id), Entry(leaves=leaves)
     if owner is None or old is None:
         return None, None
@@ -352,7 +355,8 @@ def _discard(life: Lifecycle, record: Record) -> bool:
     life.forget()  # before the delete, which may be interrupted
     life.cookie = "keep" if life.presented().checked is None else "delete"
     try:
-        life.repository.delete(record.key, leave_roster=False)
+        with because("refused"):
+            life.repository.delete(record.key, leave_roster=False)
     except (StoreUnavailable, UnreadableRecord) as error:
         logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
         return False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import StoreUnavailable
 
 if TYPE_CHECKING:
+    from .journals import Journal
     from .parts import (
         Blobs,
         Bulk,
@@ -115,6 +116,7 @@ class Store:
     near: NearReads | None = None
     bulk: Bulk | None = None
     edge: Edge | None = None
+    journal: Journal | None = None
     #: Whether the store honours ``StoreOptions.logout_replicas``.
     confirms_logouts = False
 

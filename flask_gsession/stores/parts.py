@@ -1,8 +1,8 @@
 """Parts: the optional abilities of a store, beside the seven verbs.
 
 Each part is an attribute of the store (``leases``, ``blobs``, ``scans``, ``upkeep``, ``counts``,
-``checks``, ``changes``, ``bulk``, ``edge``): an object with the methods below, or None where the
-store can't do that.
+``checks``, ``changes``, ``bulk``, ``edge``, ``journal``): an object with the methods below, or None
+where the store can't do that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .base import Deleted, Record, Replaced, Store
+from .journals import Journal
 
 MORE = "more"  # the cursor of a clean-up that has more to do, but needs no position
 COUNT_ALL = 2000  # sessions up to which they are counted one by one
@@ -385,6 +386,7 @@ class Parts(NamedTuple):
     near: NearReads | None
     bulk: Bulk | None
     edge: Edge | None
+    journal: Journal | None
 
 
 def parts_of(store: object) -> Parts:

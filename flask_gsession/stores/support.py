@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .base import Clock
 
@@ -88,3 +89,38 @@ def exactly(what: str) -> Iterator[None]:
 def exact_write() -> str:
     """The write that is under way, as the user knows it, if it can't be merged later; else ""."""
     return _exact.get()
+
+
+class Because(NamedTuple):
+    """Why a session ends, and by whom, for the journal."""
+
+    reason: str
+    by: str | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the user of the session ends it."""
+        return self is _LOGGED_OUT
+
+
+_LOGGED_OUT = Because("logged out")
+_because: ContextVar[Because] = ContextVar("flask_gsession.because", default=_LOGGED_OUT)
+
+
+@contextmanager
+def because(reason: str | None, by: str | None = None) -> Iterator[None]:
+    """Sessions that end in this block end for this reason, unless an outer block named another."""
+    before = _because.get()
+    if before is not _LOGGED_OUT or reason is None:
+        yield
+        return
+    token = _because.set(Because(reason, by))
+    try:
+        yield
+    finally:
+        _because.reset(token)
+
+
+def reason_of_end() -> Because:
+    """Why a session that ends now does so."""
+    return _because.get()

@@ -176,5 +176,7 @@ def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
         repository.save_owner(record, body, owner)
     except (Stale, Gone):
         return False  # its request does it
+    if repository.journaling is not None:
+        repository.journaling.append_bound(record.key, user_id, member.id)
     repository.events.emit(SessionBound, user_id, member.id, record.key, "earlier version")
     return True

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from ..errors import LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
 from ..events import DeviceRevoked, SessionRevoked, logger
 from ..repository.repository import Loaded, Repository
+from ..stores.support import because
 from ..values.payload import Owner
 from .roster import Device, drop
 
@@ -31,7 +32,8 @@ def finish(
     deleting = repository.delete_many([device.key for device in ending])
     for device, delete in zip(ending, deleting, strict=True):
         try:
-            ended = delete()
+            with because(reason or "revoked", by):
+                ended = delete()
         except LogoutUnconfirmed as error:
             unconfirmed, ended = error, True
             keys.remove(device.key)
@@ -75,7 +77,8 @@ def is_member(repository: Repository, loaded: Loaded) -> bool:
 def end_revoked(repository: Repository, key: str, owner: Owner) -> None:
     """Delete the session under ``key``, which isn't in its user's roster."""
     try:
-        ended = repository.delete(key, leave_roster=False)
+        with because("not a member"):
+            ended = repository.delete(key, leave_roster=False)
     except (LogoutUnconfirmed, UnreadableRecord):
         ended = True
     if ended:

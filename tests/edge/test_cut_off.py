@@ -576,3 +576,29 @@ def test_a_full_disk_does_not_look_like_a_cut(
         assert (settled.trouble, settled.reached) == ("the disk is full", True)
     assert edge.edge.cut_off == ""
     assert edge.settle().changes == 1
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_logout_of_a_session_without_a_copy_is_queued(network: Network, edge: EdgeSite) -> None:
+    visitor = network.centre.visitor()
+    visitor.run(add)
+    edge.cut()
+    at(edge, visitor).run(lambda session: session.destroy())
+    assert at(edge, visitor).run(dict) == {}
+    assert edge.settle().ends == 1
+    assert visitor.run(dict) == {}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_restored_file_uses_no_number_again(network: Network, edge: EdgeSite) -> None:
+    visitor, path = known(edge), edge.edge.copy.file.path
+    edge.edge.copy.file.close()
+    backup = path.read_bytes()
+    for _ in range(2):
+        edge.cut()
+        visitor.run(add)
+        assert edge.settle().changes == 1
+        edge.clock.advance(1)
+        edge.edge.copy.file.close()
+        path.write_bytes(backup)
+    assert visitor.run(dict) == at(network.centre, visitor).run(dict) == {"n": 3}

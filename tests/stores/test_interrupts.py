@@ -103,7 +103,7 @@ def store(store_url: str, store_prefix: str) -> Iterator[Any]:
 
 
 FILES = {
-    "memory": ("stores/memory.py",),
+    "memory": ("stores/memory/store.py",),
     "sqlite": tuple(f"stores/sqlite/{name}.py" for name in ("store", "records", "layout", "file")),
     "redis": tuple(f"stores/redis/{name}.py" for name in ("store", "records", "commands", "pool")),
     "mongodb": (

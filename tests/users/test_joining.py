@@ -196,7 +196,8 @@ def test_the_same_on_each_store(site: Site) -> None:
 
 
 def joined_late(life: Any, body: Any, changes: Any, old: Any) -> Any:
-    return body.joins[0].keys if old is not None and body.owner is not None else ()
+    known = old is not None and body.owner is not None and body.joins
+    return body.joins[0].keys if known else ()
 
 
 def forgotten(body: Any, join: Any, mine: Any, end: int, combine: Any, now: int) -> Any:
@@ -218,7 +219,10 @@ def any_version(self: Any, key: str, edit: Any, **_: Any) -> Any:
     result, record = edit(self.find(key))
     if record is not None:
         there = self.store.load(key)
-        self.store.save(record, there.version)
+        if there is None:
+            self.store.create(record)
+        else:
+            self.store.save(record, there.version)
     return result
 
 

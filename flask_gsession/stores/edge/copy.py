@@ -176,7 +176,7 @@ class Copy:
         if there is not None and (there.state is State.ENDED or now < there.record.idle_expires_at):
             raise KeyTaken
         self._check_room(db)
-        queued = self._rows.next_number(db)
+        queued = self._rows.next_number(db, self.now())
         row = Row(record, State.CREATED, now, queued=queued)
         self._rows.insert(db, row, record.absolute_expires_at)
 
@@ -241,7 +241,7 @@ class Copy:
             if row.state is State.CREATED and row.sent is None:
                 self._bury(db, row.record)
                 continue
-            queued = self._rows.next_number(db)
+            queued = self._rows.next_number(db, self.now())
             ended = Row(row.record, State.ENDED, row.confirmed_at, queued, row.base)
             self._rows.insert(db, ended, row.record.absolute_expires_at + _DAY)
         return Deleted(True, last.record) if live else Deleted(False)
@@ -257,7 +257,7 @@ class Copy:
     def _change(self, db: sqlite3.Connection, row: Row, record: Record) -> None:
         if row.state is State.PLAIN:
             self._check_room(db)
-            queued = self._rows.next_number(db)
+            queued = self._rows.next_number(db, self.now())
             row = row._replace(state=State.CHANGED, base=row.record, queued=queued)
         self._rows.insert(db, row._replace(record=record), record.absolute_expires_at)
 
@@ -328,8 +328,8 @@ class Copy:
     @on_connection
     def queue(
         self, db: sqlite3.Connection, *, ends: bool, after: int, upto: int, limit: int
-    ) -> list[Row]:
-        """Rows to settle, ends or others, in the order in which they were queued."""
+    ) -> list[tuple[str, int]]:
+        """The keys of rows to settle, ends or others, with their places in the queue, in order."""
         return self._rows.queue(db, ends=ends, after=after, upto=upto, limit=limit)
 
     @on_connection
@@ -348,7 +348,7 @@ class Copy:
         if now is None or now.state is not row.state or now.queued is None:
             return None
         if now.sent is None:
-            now = now._replace(sent=now.record, number=self._rows.next_number(db))
+            now = now._replace(sent=now.record, number=self._rows.next_number(db, self.now()))
             if now.state is State.CREATED:  # from here on, others may know it
                 now = now._replace(confirmed_at=self.now())
             self._rows.insert(db, now, now.record.absolute_expires_at)
@@ -385,7 +385,7 @@ class Copy:
             for record in (*pointers, there):
                 self._rows.copy(db, record, confirmed_at, self._copy_ends(record, confirmed_at))
             return
-        queued = self._rows.next_number(db)
+        queued = self._rows.next_number(db, self.now())
         rest = Row(now.record, State.CHANGED, confirmed_at, queued, base=row.sent)
         self._rows.insert(db, rest, now.record.absolute_expires_at)
 

@@ -199,23 +199,23 @@ class Rows:
             (now,),
         )
 
-    def next_number(self, db: sqlite3.Connection) -> int:
-        """A number that this node never used before."""
-        db.execute("UPDATE gsession_edge_node SET numbers = numbers + 1")
+    def next_number(self, db: sqlite3.Connection, now: int) -> int:
+        """A number that this node never used before, not even if its file was restored since."""
+        db.execute("UPDATE gsession_edge_node SET numbers = max(numbers + 1, ?)", (now,))
         (number,) = db.execute("SELECT numbers FROM gsession_edge_node").fetchone()
         return int(number)
 
     def queue(
         self, db: sqlite3.Connection, *, ends: bool, after: int, upto: int, limit: int
-    ) -> list[Row]:
-        """Rows to settle, in the order in which they were queued."""
+    ) -> list[tuple[str, int]]:
+        """The keys of rows to settle, with their places in the queue, in order."""
         found = db.execute(
-            f"SELECT key, {_COLUMNS} FROM gsession_edge WHERE queued IS NOT NULL "
+            "SELECT key, queued FROM gsession_edge WHERE queued IS NOT NULL "
             f"AND state {'= 3' if ends else '< 3'} AND queued > ? AND queued <= ? "
             f"AND {_OWN} ORDER BY queued LIMIT ?",
             (after, upto, *self._own, limit),
         ).fetchall()
-        return [_row(key.removeprefix(self.prefix), row) for key, *row in found]
+        return [(key.removeprefix(self.prefix), queued) for key, queued in found]
 
     def oldest(self, db: sqlite3.Connection) -> int | None:
         """When the waiting change that was confirmed first was confirmed."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ...errors import (
-    CutOff,
     Gone,
     GSessionError,
     KeyTaken,
@@ -31,7 +30,7 @@ _ATTEMPTS = 25  # at one session that others write to at the same time
 
 
 class _Refused(Exception):
-    """The centre must not be settled with: it has other keys, or another version."""
+    """This one must not settle: the centre has other keys, or another process settles."""
 
 
 class Settler:
@@ -99,13 +98,16 @@ class _Run:
         """Settle what is queued by now, a batch at a time."""
         after, upto = 0, self._copy.last_number()
         while True:
-            rows = self._copy.queue(ends=ends, after=after, upto=upto, limit=_BATCH)
-            if not rows:
+            batch = self._copy.queue(ends=ends, after=after, upto=upto, limit=_BATCH)
+            if not batch:
                 return
             if not self._copy.lease(self._name, _LEASE):
-                raise CutOff("another process of this node settles now")
-            for row in rows:
-                after = max(after, row.queued or 0)
+                raise _Refused("another process of this node settles now")
+            after = batch[-1][1]
+            for key, _ in batch:
+                row = self._copy.get(key)
+                if row is None or row.queued is None or (row.state is State.ENDED) is not ends:
+                    continue  # settled by another one, or ended since
                 try:
                     if ends:
                         self._end(row)

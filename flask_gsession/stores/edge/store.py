@@ -140,7 +140,7 @@ class EdgeStore(Wrapper, Edge):
             else:
                 self._note(self.copy.created, record, began)
                 return
-        self._check_mergeable("a session")
+        self._check_mergeable()
         self.copy.queue_created(record)
 
     def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
@@ -159,7 +159,7 @@ class EdgeStore(Wrapper, Edge):
             else:
                 self._note(self.copy.copied, record, began)
                 return
-        self._check_mergeable("this write")
+        self._check_mergeable()
         self.copy.queue_saved(record, expected_version, shorten=shorten, why=self._why)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
@@ -337,8 +337,8 @@ class EdgeStore(Wrapper, Edge):
     def _why(self) -> str:
         return self.link.why or "it is being settled"
 
-    def _check_mergeable(self, what: str) -> None:
-        what = exact_write() or ""
+    def _check_mergeable(self) -> None:
+        what = exact_write()
         if what:
             raise CutOff(f"{what} needs the centre: {self._why}")
 

@@ -216,7 +216,7 @@ class SQLiteFile:
     ) -> None:
         self.path = Path(path)
         self._timeout = timeout
-        self._tables = tables
+        self.tables = tables
         self._file: _File | None = None
         self._look_at = 0.0  # of time.monotonic
         self._warned_of_folder = False
@@ -413,7 +413,7 @@ class SQLiteFile:
         (schema_version,) = db.execute("PRAGMA user_version").fetchone()
         if application_id != APPLICATION_ID or schema_version != SCHEMA_VERSION:
             self._create_schema(db)
-        for statement in self._tables:
+        for statement in self.tables:
             db.execute(statement)
         db.execute("PRAGMA synchronous=NORMAL")
         # Otherwise the log of one large removal would keep its disk space forever.

@@ -10,22 +10,27 @@ from ..base import Deleted, Record
 from .file import SQLiteFile, in_transaction, on_connection
 from .layout import LIVE, Layout
 
+EXPIRED = "idle_expires_at <= ?"
+
 
 class Records:
-    """Keeps records."""
+    """Keeps records. ``removable``: the condition for those that may be removed for their age."""
 
-    def __init__(self, file: SQLiteFile, layout: Layout) -> None:
+    def __init__(self, file: SQLiteFile, layout: Layout, removable: str = EXPIRED) -> None:
         self.file = file
         self.layout = layout
+        self.remove_some(removable)
+
+    def remove_some(self, removable: str) -> None:
+        self._removal = (
+            "DELETE FROM gsession WHERE key IN "
+            f"(SELECT key FROM gsession WHERE {removable} LIMIT 2)"
+        )
 
     @in_transaction()
     def create(self, db: sqlite3.Connection, record: Record) -> None:
         now = self.layout.now()
-        db.execute(
-            "DELETE FROM gsession WHERE key IN "
-            "(SELECT key FROM gsession WHERE idle_expires_at <= ? LIMIT 2)",
-            (now,),
-        )
+        db.execute(self._removal, (now,))
         there = self.layout.select(db, record.key)
         if there is not None and there.version == record.version:
             return

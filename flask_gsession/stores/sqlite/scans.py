@@ -9,6 +9,7 @@ from ..base import OTHER_ENDS, Record
 from ..parts import COUNT_ALL, MORE, Counts, Page, Scans, Tidied, Upkeep
 from .file import SQLiteFile, on_connection
 from .layout import BETWEEN, COLUMNS, LIVE, ORPHANED, Layout, checked
+from .records import EXPIRED
 
 _BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
 
@@ -21,6 +22,8 @@ class SQLiteScans(Scans, Upkeep, Counts):
     def __init__(self, file: SQLiteFile, layout: Layout) -> None:
         self.file = file
         self.layout = layout
+        #: the condition for records that may be removed for their age
+        self.removable = EXPIRED
 
     @on_connection
     def scan(
@@ -54,7 +57,7 @@ class SQLiteScans(Scans, Upkeep, Counts):
         found = {}
         more = False
         for kind, table, condition, arguments in (
-            ("expired sessions", "gsession", "idle_expires_at <= ?", (now,)),
+            ("expired sessions", "gsession", self.removable, (now,)),
             # Text and blobs are behind every number.
             ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
             ("orphaned locks", "gsession_lease", ORPHANED, ()),

@@ -17,6 +17,7 @@ from .blobs import SQLiteBlobs
 from .changes import SQLiteSource
 from .file import SQLiteFile
 from .health import SQLiteChecks
+from .journal import SQLiteJournal
 from .layout import Layout
 from .leases import SQLiteLeases
 from .records import Records
@@ -43,7 +44,8 @@ class SQLiteStore(Store):
         self.bulk = self._records
         self.leases = SQLiteLeases(self._records)
         self.blobs = SQLiteBlobs(self.file, layout)
-        self.scans = self.upkeep = self.counts = SQLiteScans(self.file, layout)
+        self.scans = self.upkeep = self.counts = scans = SQLiteScans(self.file, layout)
+        self.journal = SQLiteJournal(self._records, scans)
         self.checks = SQLiteChecks(self.file)
         self.changes = self._listener = Listener(SQLiteSource(self.file, options.timeout))
         closing(self, self._listener.close)

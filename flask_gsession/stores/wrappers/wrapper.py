@@ -23,7 +23,7 @@ class Wrapper(Store):
         self.leases, self.blobs, self.scans = parts.leases, parts.blobs, parts.scans
         self.upkeep, self.counts, self.checks = parts.upkeep, parts.counts, parts.checks
         self.changes, self.near, self.bulk = parts.changes, parts.near, parts.bulk
-        self.edge = parts.edge
+        self.edge, self.journal = parts.edge, parts.journal
 
     def create(self, record: Record) -> None:
         self.store.create(record)

@@ -1,6 +1,7 @@
 """The contract suite that every store must pass."""
 
 from .blobs import BlobContract
+from .journals import JournalContract
 from .leases import LeaseContract
 from .repeats import RepeatContract
 from .rotation import RotationContract
@@ -9,7 +10,13 @@ from .verbs import VerbContract
 
 
 class StoreContract(
-    VerbContract, RotationContract, RepeatContract, ScanContract, LeaseContract, BlobContract
+    VerbContract,
+    RotationContract,
+    RepeatContract,
+    ScanContract,
+    LeaseContract,
+    BlobContract,
+    JournalContract,
 ):
     """Tests each promise of ``flask_gsession.stores.base.Store``.
 

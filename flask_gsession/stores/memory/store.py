@@ -6,13 +6,14 @@ import heapq
 import threading
 from collections.abc import Iterable, Sequence
 
-from ..errors import Gone, KeyTaken, LeaseLost, Stale
-from ..processes import process
-from .base import OTHER_ENDS, Deleted, Record, Store, milliseconds
-from .interrupts import Condition
-from .lease import Lease
-from .parts import Feed, Hearer, Page, Tidied, itself
-from .support import StoreOptions
+from ...errors import Gone, KeyTaken, LeaseLost, Stale
+from ...processes import process
+from ..base import OTHER_ENDS, Deleted, Record, Store, is_session_key, milliseconds
+from ..interrupts import Condition
+from ..lease import Lease
+from ..parts import Feed, Hearer, Page, Tidied, itself
+from ..support import StoreOptions
+from .journal import MemoryJournal
 
 _NOBODYS = Lease()
 
@@ -37,6 +38,9 @@ class MemoryStore(Store):
         self._leases: dict[str, Lease] = {}
         self._blobs: dict[str, _Blob] = {}
         self._hearers: tuple[Hearer, ...] = ()
+        #: Whether expired sessions stay until their end is in the journal.
+        self.keeps_expired = False
+        self.journal = MemoryJournal(self)
         self._begin()
         process.register(self._begin)
 
@@ -159,12 +163,38 @@ class MemoryStore(Store):
                     removed += 1
             for key in list(_first(self._records, limit)):
                 record = self._records.pop(key)
-                if now < record.idle_expires_at:
+                if now < record.idle_expires_at or self._is_kept(record):
                     self._records[key] = record  # to the end: the next call looks at others
                 else:
                     self._drop_lease(key)
                     removed += 1
         return removed
+
+    def expired(self, limit: int) -> list[Record]:
+        """Sessions that have expired, for the journal."""
+        now = milliseconds(self._clock)
+        with self._lock:
+            records = (
+                record
+                for record in self._records.values()
+                if now >= record.idle_expires_at and self._is_kept(record)
+            )
+            return heapq.nsmallest(limit, records, key=lambda record: record.idle_expires_at)
+
+    def remove_expired(self, record: Record) -> bool:
+        """Remove this record if it is still there and has expired."""
+        with self._lock:
+            there = self._records.get(record.key)
+            expired = there == record and milliseconds(self._clock) >= record.idle_expires_at
+            if expired:
+                del self._records[record.key]
+                self._drop_lease(record.key)
+        if expired and self._hearers:
+            self._report(record.key)
+        return expired
+
+    def _is_kept(self, record: Record) -> bool:
+        return self.keeps_expired and record.successor is None and is_session_key(record.key)
 
     def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
         now = milliseconds(self._clock)
@@ -179,7 +209,12 @@ class MemoryStore(Store):
         now = milliseconds(self._clock)
         with self._lock:
             keys = heapq.nsmallest(limit, (key for key in self._records if key > cursor))
-            expired = [key for key in keys if now >= self._records[key].idle_expires_at]
+            expired = [
+                key
+                for key in keys
+                if now >= self._records[key].idle_expires_at
+                and not self._is_kept(self._records[key])
+            ]
             for key in [] if dry_run else expired:
                 del self._records[key]
                 self._drop_lease(key)

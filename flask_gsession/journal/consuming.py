@@ -1,0 +1,183 @@
+"""``ext.journal(name)``: the events of the journal, for a consumer that acknowledges them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import StoreUnavailable
+from ..events import logger
+from ..stores.base import Clock, milliseconds
+from .entries import GAP, Entry, unpack
+from .store import JournalingStore
+from .sweeping import Sweeper
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_AT_ONCE = 200  # entries in one read
+_POLL = 1.0  # seconds
+_LONGEST_PAUSE = 30.0  # seconds, while the store can't be reached
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEvent:
+    """One event of a session. Holds no token and no value.
+
+    ``number``: its place in the journal; a repeat of an event that was not acknowledged has the
+    same one. ``kind``: ``"created"``, ``"bound"``, ``"rotated"``, ``"ended"``, ``"expired"``, or
+    ``"gap"``, if ``missed`` events were removed before this consumer read them. ``time``: when it
+    happened; of ``"expired"``, when the session ended by its own times. ``handle``: of the session,
+    which changes with each rotation; ``previous`` is the one before. ``owner`` and ``device``: the
+    user it is bound to, and the id that stays the same through rotations. ``reason`` and ``by``:
+    why it ended and who ended it.
+    """
+
+    number: int
+    kind: str
+    time: datetime
+    handle: str | None = None
+    owner: str | None = None
+    device: str | None = None
+    reason: str | None = None
+    by: str | None = None
+    previous: str | None = None
+    missed: int = 0
+    _acknowledge: Callable[[int], None] = field(default=lambda number: None, repr=False)
+
+    def ack(self) -> None:
+        """Acknowledge this event and all before it: they don't come again. One round trip.
+
+        Raises ``StoreUnavailable``.
+        """
+        self._acknowledge(self.number)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that have a value, with the time as text, for JSON."""
+        shown: dict[str, Any] = {
+            "number": self.number,
+            "time": self.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "kind": self.kind,
+        }
+        for name in ("handle", "owner", "device", "reason", "by", "previous"):
+            value = getattr(self, name)
+            if value is not None:
+                shown[name] = value
+        if self.kind == GAP:
+            shown["missed"] = self.missed
+        return shown
+
+
+def check_consumer(name: object) -> str:
+    """The name of a consumer. Raises ``ValueError``."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"the consumer is {name!r}; allowed: a name of up to 64 letters, digits and . _ -, "
+            'such as "siem"'
+        )
+    return name
+
+
+class Consumer:
+    """The events that ``name`` hasn't acknowledged, in order. Iterate over it.
+
+    Run one process for each name: two of them would both get every event.
+
+    ``follow``: wait for more instead of ending; an outage of the store is then waited for, too.
+    ``sweep``: whether to sweep meanwhile, see ``Sweeper``. ``poll``: seconds between two looks.
+    """
+
+    def __init__(
+        self,
+        store: JournalingStore,
+        clock: Clock,
+        name: str,
+        *,
+        follow: bool = False,
+        sweep: bool = True,
+        poll: float = _POLL,
+    ) -> None:
+        self.name = check_consumer(name)
+        self._store = store
+        self._clock = clock
+        self._follow = follow
+        self._poll = poll
+        self._sweeper = Sweeper(store, clock) if sweep else None
+
+    def __iter__(self) -> Iterator[JournalEvent]:
+        for events in self.batches():
+            yield from events
+
+    def batches(self) -> Iterator[list[JournalEvent]]:
+        """The same events, as many at once as there are, up to 200."""
+        at: int | None = None
+        failures = 0
+        while True:
+            try:
+                events = self._look(at)
+                failures = 0
+            except StoreUnavailable as error:
+                if not self._follow:
+                    raise
+                failures += 1
+                logger.warning("The journal can't be read, and will be retried: %s", error)
+                time.sleep(min(_LONGEST_PAUSE, self._poll * 2 ** min(failures, 10)))
+                continue
+            if events:
+                at = events[-1].number
+                yield events
+            elif not self._follow:
+                return
+            else:
+                time.sleep(self._poll)
+
+    def _look(self, at: int | None) -> list[JournalEvent]:
+        """The next events, after a sweep if one is due."""
+        if self._sweeper is not None:
+            self._sweeper.run_if_due()
+        journal = self._store.journal
+        if at is None:
+            at = journal.acknowledged(self.name)
+        return next_events(self._store, self._clock, at, self._acknowledge)
+
+    def _acknowledge(self, number: int) -> None:
+        self._store.journal.acknowledge(self.name, number)
+
+
+def next_events(
+    store: JournalingStore,
+    clock: Clock,
+    after: int,
+    acknowledge: Callable[[int], None] = lambda number: None,
+    limit: int = _AT_ONCE,
+) -> list[JournalEvent]:
+    """Up to ``limit`` events after this number, and before them a gap if some were removed."""
+    entries, first = store.journal.read(after, limit)
+    events = []
+    if first > after + 1 and after + 1 > 0 and entries:
+        missed = first - after - 1
+        now = _time(milliseconds(clock))
+        events.append(JournalEvent(first - 1, GAP, now, missed=missed, _acknowledge=acknowledge))
+    events += [_event(number, unpack(data), acknowledge) for number, data in entries]
+    return events
+
+
+def _event(number: int, entry: Entry, acknowledge: Callable[[int], None]) -> JournalEvent:
+    return JournalEvent(
+        number,
+        entry.kind,
+        _time(entry.at),
+        entry.handle,
+        entry.owner,
+        entry.device,
+        entry.reason,
+        entry.by,
+        entry.previous,
+        _acknowledge=acknowledge,
+    )
+
+
+def _time(at: int) -> datetime:
+    return datetime.fromtimestamp(at / 1000, UTC)

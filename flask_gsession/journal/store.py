@@ -1,0 +1,309 @@
+"""A store around a store that writes the journal: every end is in it before the session is gone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
+from ..stores.base import (
+    MAX_POINTERS,
+    Clock,
+    Deleted,
+    Record,
+    Replaced,
+    Store,
+    is_session_key,
+    milliseconds,
+    too_many_pointers,
+)
+from ..stores.journals import Journal
+from ..stores.parts import Leases, Tidied, Upkeep
+from ..stores.support import reason_of_end
+from ..stores.wrappers.wrapper import Wrapper
+from .entries import BOUND, CREATED, ENDED, EXPIRED, ROTATED, Entry
+
+_RACES = 100  # with saves, while a session is ended
+_PASSED = 256  # pointers that are remembered
+_SWEPT = 500  # expired sessions in one step
+_CURSOR = "journal"  # of a clean-up that has more expired sessions to enter
+
+
+class Subject(NamedTuple):
+    """Whose session it is. ``previous``: the key in the roster that it was rotated from."""
+
+    owner: str | None = None
+    device: str | None = None
+    previous: str | None = None
+
+
+NOBODY = Subject()
+
+
+class JournalingStore(Wrapper):
+    """``store``, whose part ``journal`` makes the writes of sessions. Other records pass by.
+
+    Entries say whose session it was, which only the application can read: see ``use``.
+    """
+
+    journal: Journal
+
+    def __init__(self, store: Store, journal: Journal, most: int, clock: Clock) -> None:
+        super().__init__(store)
+        self.journal = journal
+        self.path = getattr(store, "path", None)
+        self.confirms_logouts = store.confirms_logouts
+        self._clock = clock
+        self._describe: Callable[[Record], Subject] = lambda record: NOBODY
+        self._passed: OrderedDict[str, str] = OrderedDict()
+        journal.begin(most)
+        self.bulk = None  # each end needs an entry of its own
+        if self.leases is not None:
+            self.leases = _JournalingLeases(self, self.leases)
+        self.upkeep = _JournalingUpkeep(self, self.upkeep)
+
+    def use(self, describe: Callable[[Record], Subject]) -> None:
+        """Let ``describe`` say whose a session is; it must not raise."""
+        self._describe = describe
+
+    # The verbs.
+
+    def create(self, record: Record) -> None:
+        if record.successor is not None or not is_session_key(record.key):
+            self.store.create(record)
+            return
+        whose = self._describe(record)
+        entries = [self._entry(CREATED, record.key, whose)]
+        if whose.owner is not None:
+            entries.append(self._entry(BOUND, record.key, whose))
+        try:
+            self.journal.create(record, _packed(entries))
+        except KeyTaken:
+            there = self.store.load(record.key)
+            if there is None or self._now() < there.idle_expires_at:
+                raise
+            self._remove_expired(there)
+            self.journal.create(record, _packed(entries))
+
+    def load(self, key: str) -> Record | None:
+        record = self.store.load(key)
+        if record is not None and record.successor:
+            self._passed[record.successor] = key
+            if len(self._passed) > _PASSED:
+                self._passed.popitem(last=False)
+        return record
+
+    def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
+        if is_session_key(record.key):
+            self.journal.save(record, expected_version, shorten=shorten)
+        else:
+            super().save(record, expected_version, shorten=shorten)
+
+    def renew(self, record: Record, idle_expires_at: int) -> bool:
+        if is_session_key(record.key):
+            return self.journal.renew(record, idle_expires_at)
+        return self.store.renew(record, idle_expires_at)
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        *,
+        shorten: bool = False,
+    ) -> Replaced | None:
+        return self.replace_under(key, record, expected_version, pointer, None, shorten=shorten)
+
+    def replace_under(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str | None,
+        *,
+        shorten: bool,
+    ) -> Replaced | None:
+        """As ``replace``, under a lease or not."""
+        whose = self._describe(record)
+        entries = [*self._missed(key), self._entry(ROTATED, record.key, whose, previous=key)]
+        if whose.owner is not None and whose.previous != key:  # a sign-in, not a mere rotation
+            entries.append(self._entry(BOUND, record.key, whose))
+        packed = _packed(entries)
+        return self.journal.replace(
+            key, record, expected_version, pointer, packed, lease, shorten=shorten
+        )
+
+    def delete(self, key: str, expected_version: int | None = None) -> Deleted | bool:
+        if not is_session_key(key):
+            return self.store.delete(key, expected_version)
+        if expected_version is not None:
+            return self.end_version(key, expected_version, None)
+        for _ in range(_RACES):
+            try:
+                return self._delete(key)
+            except (Gone, Stale):
+                continue  # saved or rotated meanwhile
+        raise StoreUnavailable(f"the session was written {_RACES} times while it was to end")
+
+    def end_version(self, key: str, expected_version: int, lease: str | None) -> Deleted | bool:
+        """Delete this version, under a lease or not."""
+        there = self.store.load(key)
+        if there is None or not there.is_live(self._now()):
+            raise Gone
+        whose = self._describe(there)
+        entries = [*self._missed(key), self._ended(key, whose)]
+        return self.journal.end(key, expected_version, _packed(entries), lease)
+
+    def _delete(self, key: str) -> Deleted | bool:
+        pointers: dict[str, None] = {}
+        at, rotated = key, list[Entry]()
+        for _ in range(MAX_POINTERS):
+            try:
+                there = self.store.load(at)
+            except UnreadableRecord:
+                self.journal.append(_packed([*rotated, self._ended(at, NOBODY)]))
+                deleted = self.store.delete(at)
+                self._remove_pointers(pointers)
+                return deleted
+            if there is None or self._now() >= there.idle_expires_at:
+                if there is not None:
+                    self._remove_expired(there)
+                self._remove_pointers(pointers)
+                return Deleted(False)
+            if there.successor is None:
+                entries = [*rotated, self._ended(at, self._describe(there))]
+                done = self.journal.end(at, there.version, _packed(entries))
+                self._remove_pointers(pointers)
+                unconfirmed = done.unconfirmed if isinstance(done, Deleted) else ""
+                return Deleted(True, there, unconfirmed)
+            pointers[at] = None
+            rotated += self._missed(there.successor)
+            at = there.successor
+            if at in pointers:
+                self._remove_pointers(pointers)
+                return Deleted(False)
+        raise too_many_pointers()
+
+    def _remove_pointers(self, pointers: dict[str, None]) -> None:
+        for pointer in reversed(pointers):
+            self.store.delete(pointer)
+
+    def _remove_expired(self, record: Record) -> None:
+        if record.successor is None:
+            self.journal.expire([(record, self.expired(record).pack())])
+        else:
+            self.store.delete(record.key)
+
+    # Entries.
+
+    def append_bound(self, key: str, owner: str, device: str) -> None:
+        """The session under ``key``, which keeps its key, is bound to this user now."""
+        entry = self._entry(BOUND, key, Subject(owner, device))
+        self.journal.append(_packed([entry]))
+
+    def expired(self, record: Record) -> Entry:
+        """The entry for an expired session."""
+        whose, end = self._describe(record), record.idle_expires_at
+        why = "absolute timeout" if end == record.absolute_expires_at else "idle timeout"
+        return Entry(end, EXPIRED, record.key, whose.owner, whose.device, why)
+
+    def sweep(self, limit: int = _SWEPT) -> int:
+        """Enter sessions that have expired, and remove them; how many were found."""
+        due = self.journal.due(limit)
+        if due:
+            self.journal.expire([(record, self.expired(record).pack()) for record in due])
+        return len(due)
+
+    def _missed(self, key: str) -> list[Entry]:
+        """The rotation to ``key``, if it was reached by a pointer and may have gone unjournaled.
+
+        A store that writes the two in two steps may have stopped between them. Then no client has
+        the new token, and whoever comes does so by the old one.
+        """
+        previous = self._passed.pop(key, None)
+        if previous is None or not getattr(self.journal, "in_two_steps", False):
+            return []
+        return [self._entry(ROTATED, key, NOBODY, previous=previous)]
+
+    def _ended(self, key: str, whose: Subject) -> Entry:
+        why = reason_of_end()
+        by = whose.owner if why.is_own else why.by
+        return Entry(self._now(), ENDED, key, whose.owner, whose.device, why.reason, by)
+
+    def _entry(self, kind: str, key: str, whose: Subject, previous: str | None = None) -> Entry:
+        return Entry(self._now(), kind, key, whose.owner, whose.device, previous=previous)
+
+    def _now(self) -> int:
+        return milliseconds(self._clock)
+
+
+def _packed(entries: Sequence[Entry]) -> list[bytes]:
+    return [entry.pack() for entry in entries]
+
+
+class _JournalingLeases(Leases):
+    def __init__(self, store: JournalingStore, leases: Leases) -> None:
+        self._store = store
+        self._leases = leases
+
+    def save(
+        self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
+    ) -> None:
+        self._store.journal.save(record, expected_version, lease, shorten=shorten)
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        lease: str,
+        *,
+        shorten: bool = False,
+    ) -> Replaced | None:
+        return self._store.replace_under(
+            key, record, expected_version, pointer, lease, shorten=shorten
+        )
+
+    def delete(self, key: str, expected_version: int, lease: str) -> Deleted | bool:
+        return self._store.end_version(key, expected_version, lease)
+
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        return self._leases.acquire(key, owner, lease_ms, max_waiters)
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        return self._leases.extend(key, owner, lease_ms)
+
+    def release(self, key: str, owner: str) -> bool:
+        return self._leases.release(key, owner)
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        self._leases.wait_for_release(key, owner, seconds)
+
+
+class _JournalingUpkeep(Upkeep):
+    """First enters and removes expired sessions, then cleans up the rest."""
+
+    def __init__(self, store: JournalingStore, upkeep: Upkeep | None) -> None:
+        self._store = store
+        self._upkeep = upkeep
+
+    def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
+        if cursor in ("", _CURSOR):
+            if dry_run:
+                found = self._store.journal.figures().due
+            else:
+                if not cursor:
+                    self._store.journal.recover()
+                found = self._store.sweep(min(limit, _SWEPT))
+            more = bool(found) and not dry_run
+            if found or self._upkeep is None:
+                rest = _CURSOR if more else ("" if self._upkeep is None else "rest:")
+                return Tidied({"expired sessions": found}, found, rest)
+        if self._upkeep is None:
+            return Tidied({}, 0, "")
+        step = self._upkeep.tidy(cursor.removeprefix("rest:"), limit, dry_run=dry_run)
+        return step._replace(cursor=f"rest:{step.cursor}" if step.cursor else "")

@@ -1,0 +1,73 @@
+"""The sweep: enters expired sessions into the journal, and removes them. One process of many."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from ..errors import Gone, KeyTaken, Stale, StoreError
+from ..stores.base import KEY_LENGTH, Clock, Record, milliseconds, new_version
+from .store import JournalingStore
+
+#: The key of the ticket that the process that sweeps holds; it can't collide with a session's.
+SWEEP_KEY = "flask-gsession-journal".ljust(KEY_LENGTH, "-")
+_LEASE = 30_000  # milliseconds after which another process takes over from a dead one
+_YEAR = 366 * 86_400_000  # milliseconds
+_INTERVAL = 5.0  # seconds between two looks of one process
+_STEPS = 20  # of one sweep; then consumers go on
+
+
+class Sweeper:
+    """Sweeps when it is due. Several processes may call it: one at a time does the work."""
+
+    def __init__(self, store: JournalingStore, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._next = 0.0
+
+    def run_if_due(self) -> int:
+        """How many expired sessions were entered; more are waiting if that is not 0."""
+        if time.monotonic() < self._next:
+            return 0
+        found = self.run()
+        if not found:
+            self._next = time.monotonic() + _INTERVAL
+        return found
+
+    def run(self) -> int:
+        """Sweep now, unless another process does. Raises ``StoreUnavailable``."""
+        ticket = self._take_ticket()
+        if ticket is None:
+            return 0
+        swept = 0
+        try:
+            swept += self._store.journal.recover()
+            for _ in range(_STEPS):
+                found = self._store.sweep()
+                swept += found
+                if not found:
+                    break
+                ticket = self._renewed(ticket)
+        except Gone:  # this process was paused, and another one took over
+            return swept
+        finally:
+            with suppress(StoreError, Stale, Gone):
+                self._store.delete(SWEEP_KEY, ticket.version)
+        return swept
+
+    def _take_ticket(self) -> Record | None:
+        now = milliseconds(self._clock)
+        ticket = Record(SWEEP_KEY, new_version(), now, now + _LEASE, now + _YEAR, b"sweep")
+        try:
+            self._store.create(ticket)
+        except KeyTaken:
+            return None
+        return ticket
+
+    def _renewed(self, ticket: Record) -> Record:
+        now = milliseconds(self._clock)
+        if ticket.idle_expires_at - now > _LEASE * 2 // 3:
+            return ticket
+        if not self._store.renew(ticket, now + _LEASE):
+            raise Gone
+        return ticket._replace(idle_expires_at=now + _LEASE)

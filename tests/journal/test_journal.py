@@ -1,0 +1,207 @@
+"""The journal of an application: what became of its sessions, as consumers read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_gsession import Session
+from flask_gsession.cli import gsession
+from flask_gsession.errors import SettingError
+from flask_gsession.stores.journals import Journal
+from flask_gsession.testing import FakeClock
+from tests.harness.apps import Site, SiteMaker
+
+
+def kinds(events: list[Any]) -> list[str]:
+    return [event.kind for event in events]
+
+
+@pytest.fixture
+def journaled(make_site: SiteMaker) -> Site:
+    return make_site(journal=True, idle_timeout=60, renew_interval=0)
+
+
+def put(session: Any) -> None:
+    session["cart"] = "secret-value"
+
+
+def sign_in(session: Any) -> None:
+    session.bind("ada")
+
+
+def sign_out(session: Any) -> None:
+    session.destroy()
+
+
+def rotate(session: Any) -> None:
+    session.rotate()
+
+
+def events_of(site: Site, name: str = "siem") -> list[Any]:
+    with site.app.app_context():
+        return list(site.ext.journal(name))
+
+
+def journal_of(site: Site) -> Journal:
+    journal = site.ext.store(site.app).journal
+    assert journal is not None
+    return journal
+
+
+def test_the_life_of_a_session(journaled: Site, clock: FakeClock) -> None:
+    visitor = journaled.visitor()
+    visitor.run(put)
+    visitor.run(sign_in)
+    visitor.run(rotate)
+    visitor.run(sign_out)
+    events = events_of(journaled)
+    assert kinds(events) == ["created", "rotated", "bound", "rotated", "ended"]
+    created, rotated, bound, again, ended = events
+    assert created.owner is None
+    assert rotated.previous == created.handle
+    assert again.previous == rotated.handle == bound.handle
+    assert ended.handle == again.handle
+    assert {event.owner for event in events[1:]} == {"ada"}
+    assert len({event.device for event in events[1:]}) == 1
+    assert (ended.reason, ended.by) == ("logged out", "ada")
+    assert all(event.time.timestamp() == int(clock() * 1000) / 1000 for event in events)
+
+
+def test_an_expiry_is_entered_with_its_owner(journaled: Site, clock: FakeClock) -> None:
+    visitor = journaled.visitor()
+    visitor.run(sign_in)
+    clock.advance(61)
+    *_, expired = events_of(journaled)
+    assert (expired.kind, expired.owner, expired.reason) == ("expired", "ada", "idle timeout")
+    assert expired.time.timestamp() == pytest.approx(clock() - 1)
+    assert events_of(journaled)[-1].number == expired.number
+
+
+def test_a_revocation_says_why_and_by_whom(journaled: Site) -> None:
+    for _ in range(2):
+        journaled.visitor().run(sign_in)
+    with journaled.app.app_context():
+        journaled.ext.users.revoke_all("ada", reason="stolen laptop", by="grace")
+    ends = [event for event in events_of(journaled) if event.kind == "ended"]
+    assert [(end.owner, end.reason, end.by) for end in ends] == [
+        ("ada", "stolen laptop", "grace")
+    ] * 2
+
+
+def test_acknowledged_events_do_not_come_again(journaled: Site) -> None:
+    for _ in range(3):
+        journaled.visitor().run(put)
+    first, second, third = events_of(journaled)
+    second.ack()
+    assert [event.number for event in events_of(journaled)] == [third.number]
+    assert next(iter(events_of(journaled, "other"))).number == first.number
+    third.ack()
+    first.ack()  # late: never moves back
+    assert events_of(journaled) == []
+
+
+def test_a_consumer_that_falls_behind_gets_one_gap(make_site: SiteMaker) -> None:
+    site = make_site(journal=True, journal_events=1000)
+    site.visitor().run(put)
+    (event,) = events_of(site)
+    event.ack()
+    journal_of(site).append([b'{"at":1,"kind":"ended"}'] * 1600)
+    gap, *rest = events_of(site)
+    assert gap.kind == "gap"
+    assert gap.missed + len(rest) == 1600
+    assert len(rest) >= 1000
+    assert "gap" not in kinds(rest)
+    gap.ack()
+    assert events_of(site)[0].number == rest[0].number
+    rest[-1].ack()
+    assert events_of(site) == []
+
+
+def test_no_token_and_no_value_is_entered(journaled: Site) -> None:
+    visitor = journaled.visitor()
+    visitor.run(put)
+    visitor.run(sign_in)
+    token = visitor.token
+    visitor.run(sign_out)
+    text = b"".join(entry for _, entry in journal_of(journaled).read(0, 100).entries).decode()
+    assert "secret-value" not in text
+    assert token not in text
+
+
+def test_it_is_off_by_default(site: Site) -> None:
+    assert type(site.ext.store(site.app)).__name__ != "JournalingStore"
+    with site.app.app_context(), pytest.raises(SettingError, match="SESSION_JOURNAL is off"):
+        site.ext.journal("siem")
+
+
+class SevenVerbs:
+    """A store without parts."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name in ("create", "load", "save", "renew", "replace", "delete", "close"):
+            return lambda *_: None
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize(
+    ("store", "advice"),
+    [
+        (SevenVerbs(), "the part journal"),
+        ("grpcs://localhost:50051", "flask gsession serve"),
+        ("edge+sqlite:///edge.sqlite3?remote=redis%3A%2F%2Flocalhost", "the centre keeps it"),
+    ],
+)
+def test_a_store_without_a_journal_is_refused(store: object, advice: str, tmp_path: Any) -> None:
+    app = Flask(__name__, instance_path=str(tmp_path))
+    app.secret_key = "key"
+    with pytest.raises(SettingError, match=advice):
+        Session(app, store=store, journal=True)
+
+
+def test_impossible_names_of_consumers_are_refused(journaled: Site) -> None:
+    with journaled.app.app_context():
+        for name in ("", "a b", "x" * 65, "-a", None):
+            with pytest.raises(ValueError, match="the consumer is"):
+                journaled.ext.journal(name)  # type: ignore[arg-type]
+
+
+def run_command(site: Site, *arguments: str) -> Any:
+    return site.app.test_cli_runner().invoke(gsession, ["events", *arguments])
+
+
+def test_the_command_prints_and_acknowledges(journaled: Site) -> None:
+    journaled.visitor().run(sign_in)
+    result = run_command(journaled, "--consumer", "siem", "--json", "--no-ack")
+    created, bound = map(json.loads, result.stdout.splitlines())
+    assert (created["kind"], bound["kind"], bound["owner"]) == ("created", "bound", "ada")
+    assert created["time"].endswith("Z")
+    result = run_command(journaled, "--consumer", "siem")
+    assert [line.split()[1] for line in result.stdout.splitlines()] == ["created", "bound"]
+    assert run_command(journaled, "--consumer", "siem").stdout == ""
+    state = json.loads(run_command(journaled, "--json").stdout)
+    assert state["consumers"]["siem"]["behind"] == 0
+    assert (state["kept"], state["expired_waiting"]) == (2, 0)
+    assert run_command(journaled, "--consumer", "siem", "--forget").exit_code == 0
+    assert run_command(journaled, "--consumer", "siem", "--forget").exit_code == 1
+    assert len(run_command(journaled, "--consumer", "siem").stdout.splitlines()) == 2
+
+
+def test_wrong_uses_of_the_command_are_refused(journaled: Site) -> None:
+    assert run_command(journaled, "--follow").exit_code == 2
+    assert run_command(journaled, "--consumer", "a b").exit_code == 2
+
+
+def test_a_clean_up_enters_the_expired(journaled: Site, clock: FakeClock) -> None:
+    for _ in range(3):
+        journaled.visitor().run(put)
+    clock.advance(61)
+    result = journaled.app.test_cli_runner().invoke(gsession, ["cleanup"])
+    assert "3 expired sessions removed" in result.output
+    with journaled.app.app_context():
+        events = list(journaled.ext.journal("siem", sweep=False))
+    assert kinds(events) == ["created"] * 3 + ["expired"] * 3
