@@ -8,7 +8,7 @@ from typing import Any
 from tests.harness.apps import Site, Visitor
 from tests.harness.edges import EdgeSite
 
-POLICIES = {"n": "counter", "cart": "dict"}
+POLICIES = {"n": "counter", "cart": "dict", "token": "reject"}
 
 
 def add(session: Any) -> None:
@@ -19,6 +19,13 @@ def at(site: Site, visitor: Visitor) -> Visitor:
     """The same browser at another site."""
     assert visitor.cookie is not None
     return site.visitor(visitor.cookie)
+
+
+def known(edge: EdgeSite, **values: Any) -> Visitor:
+    """A visitor with a session at the centre, of which the edge has a copy."""
+    visitor = edge.visitor()
+    visitor.run(lambda session: session.update(values or {"n": 1}))
+    return visitor
 
 
 def go_through(edge: EdgeSite, centre: Site) -> dict[str, str]:

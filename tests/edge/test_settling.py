@@ -12,18 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.edge.story import POLICIES, add, at, check, go_through
-from tests.harness.apps import SiteMaker
+from tests.edge.story import add, at, check, go_through
 from tests.harness.edges import EdgeSite, Network
+from tests.harness.sharing import store_servers
 
 #: Every so many steps a process is killed; ``make soak`` does so at each.
 STRIDE = os.environ.get("EDGE_STRIDE", "29")
 TOP = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def network(make_site: SiteMaker, tmp_path: Path) -> Network:
-    return Network(make_site, tmp_path, merge_policies=POLICIES)
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
@@ -160,3 +155,12 @@ def test_the_thread_comes_back_and_settles(network: Network) -> None:
         edge.wire.after = lambda operation: settled.set() if operation == "save" else None
         assert settled.wait(20)
         assert at(network.centre, visitor).run(dict) == {"n": 2}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_centre_over_grpc(network: Network) -> None:
+    with store_servers() as serve, network.edge(remote=serve(network.centre.store)) as edge:
+        cookies = go_through(edge, network.centre)
+        assert edge.settle().trouble == ""
+        check(network.centre, cookies)
+        check(edge, cookies)

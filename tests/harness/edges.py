@@ -83,16 +83,20 @@ class Network:
     def edge(
         self, name: str = "a", *, clock: Clock | None = None, again: bool = False, **how: Any
     ) -> EdgeSite:
-        """Another node; or another process of it, for the same ``name``. ``how``: of its store."""
+        """Another node; or another process of it, for the same ``name``. ``how``: of its store.
+
+        ``remote``: the URL of the centre, if it isn't the centre's own.
+        """
         centre, clock = self.centre, clock or self.centre.clock
         path = self._folder / f"{how.pop('file', name)}.sqlite3"
         options = StoreOptions(prefix=centre.prefix, clock=clock, timeout=PATIENCE, edge_sync=0)
         # A store in memory is the same one for everybody.
-        own = centre.url == "memory://"
-        far = centre.store.store if own else open_store(centre.url, options)[0]
+        remote = how.pop("remote", centre.url)
+        shares = remote == "memory://"
+        far = centre.store.store if shares else open_store(remote, options)[0]
         wire = Wire(far)
         settings = {**self.settings, **how.pop("settings", {})}
-        store = EdgeStore(path, wire, options, owns_centre=not own, **how)
+        store = EdgeStore(path, wire, options, owns_centre=not shares, **how)
         site = EdgeSite("edge:", centre.prefix, clock, store=HookedStore(store), **settings)
         site.wire, site.edge = wire, store
         return site

@@ -7,36 +7,17 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
-from typing import TypeVar
 
 from ...errors import CutOff, Gone, KeyTaken, Stale, StoreUnavailable
 from ..base import MAX_POINTERS, Clock, Deleted, Record, milliseconds, new_version
 from ..parts import LOST_EXPIRY, EdgeFigures
-from ..sqlite.file import SQLiteFile, in_transaction, on_connection
+from ..sqlite.file import in_transaction, on_connection
+from .node_file import NodeFile
 from .rows import TABLES, Found, Row, Rows, State
-
-T = TypeVar("T")
 
 _DAY = 86_400_000  # milliseconds that a tombstone outlives its session, as clocks differ
 _UNCOUNTED = 200
 _AHEAD = 5_000  # milliseconds that a confirmation may seem to lie ahead, after a clock was set
-
-
-class NodeUnavailable(StoreUnavailable):
-    """The node's own file can't be used, whatever the centre does."""
-
-
-class _NodeFile(SQLiteFile):
-    def within(self, work: Callable[[sqlite3.Connection], T], **how: bool) -> T:
-        try:
-            return super().within(work, **how)
-        except StoreUnavailable as error:
-            if isinstance(error, CutOff):
-                raise
-            raise NodeUnavailable(
-                f"the file of this edge: {error.detail}", contention=error.contention
-            ) from error
 
 
 class Copy:
@@ -55,7 +36,7 @@ class Copy:
         offline: float,
         most: int,
     ) -> None:
-        self.file = _NodeFile(path, timeout, TABLES)
+        self.file = NodeFile(path, timeout, TABLES)
         self._rows = Rows(prefix)
         self._clock = clock
         self._offline = int(offline * 1000)

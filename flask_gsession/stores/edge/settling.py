@@ -20,7 +20,8 @@ from ...errors import (
 from ...events import logger
 from ..base import MAX_POINTERS, Record, Store
 from ..parts import Reconciler, Settled
-from .copy import Copy, NodeUnavailable
+from .copy import Copy
+from .node_file import NodeUnavailable
 from .rows import Row, State
 
 _LEASE = 10.0  # seconds; a settler extends it with each batch

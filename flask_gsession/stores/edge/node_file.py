@@ -1,0 +1,30 @@
+"""The SQLite file of a node."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import TypeVar
+
+from ...errors import CutOff, StoreUnavailable
+from ..sqlite.file import SQLiteFile
+
+T = TypeVar("T")
+
+
+class NodeUnavailable(StoreUnavailable):
+    """The node's own file can't be used, whatever the centre does."""
+
+
+class NodeFile(SQLiteFile):
+    """The node's file, whose errors can be told from those of the centre."""
+
+    def within(self, work: Callable[[sqlite3.Connection], T], **how: bool) -> T:
+        try:
+            return super().within(work, **how)
+        except StoreUnavailable as error:
+            if isinstance(error, CutOff):
+                raise
+            raise NodeUnavailable(
+                f"the file of this edge: {error.detail}", contention=error.contention
+            ) from error

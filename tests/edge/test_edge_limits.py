@@ -1,0 +1,280 @@
+"""What goes wrong at an edge, and what it shares: full queues and disks, clocks, keys, workers."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+from msgspec.msgpack import encode
+
+from flask_gsession.events import WriteDropped
+from flask_gsession.reconciling import GREETING_KEY
+from flask_gsession.stores.edge.node_file import NodeUnavailable
+from flask_gsession.stores.sqlite.file import SQLiteFile
+from flask_gsession.testing import FakeClock
+from flask_gsession.users.rosters import roster_key
+from tests.edge.story import add, at, known
+from tests.harness.edges import EdgeSite, Network
+
+
+def test_other_workers_of_a_node_serve_what_it_has_queued(network: Network, edge: EdgeSite) -> None:
+    """They reach the centre, which doesn't know of it yet."""
+    changed, ended = known(edge), known(edge)
+    with network.edge("a") as other:
+        there = at(other, ended)
+        assert there.run(dict) == {"n": 1}
+        edge.cut()
+        changed.run(add)
+        ended.run(lambda session: session.destroy())
+        assert at(other, changed).run(dict) == {"n": 2}
+        assert there.run(dict) == {}
+        at(other, changed).run(add)
+        assert at(network.centre, changed).run(dict) == {"n": 1}
+        settled = other.settle()
+        assert (settled.ends, settled.changes) == (1, 1)
+    assert at(network.centre, changed).run(dict) == {"n": 3}
+
+
+#: The code is the same on every store.
+pytestmark = pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+
+
+def test_a_full_queue_refuses_and_keeps(network: Network) -> None:
+    with network.edge(outbox=1) as edge:
+        one, two = known(edge), known(edge)
+        edge.cut()
+        one.run(add)
+        assert two.ask(add).status_code == 503
+        assert edge.visitor().ask(add).status_code == 503
+        one.run(add)  # it is in the queue already
+        two.run(lambda session: session.destroy())  # always accepted
+        settled = edge.settle()
+        assert (settled.ends, settled.changes) == (1, 1)
+        assert at(network.centre, one).run(dict) == {"n": 3}
+
+
+def test_a_centre_with_other_keys_is_refused(network: Network) -> None:
+    with (
+        network.edge("a", settings={"encryption_keys": ["a" * 43]}) as one,
+        network.edge("b", settings={"encryption_keys": ["b" * 43]}) as other,
+    ):
+        one.cut()
+        one.visitor().run(add)
+        assert one.settle().trouble == ""
+        other.cut()
+        visitor = other.visitor()
+        visitor.run(add)
+        settled = other.settle()
+        assert settled.changes == 0
+        assert "other keys" in settled.trouble
+        assert other.edge.figures().changes == 1
+        assert visitor.run(dict) == {"n": 1}
+
+
+def test_a_centre_of_another_version_is_refused(network: Network, edge: EdgeSite) -> None:
+    interface = network.centre.app.extensions["gsession"][network.centre.ext]
+    repository = interface.repository
+    content = encode((2, 99))
+    end = repository.now() + 3600_000
+    repository.store.create(repository.draft_other(GREETING_KEY, content, end))
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    settled = edge.settle()
+    assert settled.changes == 0
+    assert "another version" in settled.trouble
+    assert visitor.run(dict) == {"n": 2}
+
+
+def test_a_job_without_a_thread_comes_back(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.edge._worker.interval = 30
+    handle = visitor.run(lambda session: session.handle)
+    edge.edge._worker.stop()
+    edge.cut()
+    with edge.app.app_context(), edge.ext.open(handle) as session:
+        add(session)
+    edge.back()
+    edge.edge.link.try_soon()
+    with edge.app.app_context():
+        peeked = edge.ext.peek(handle)
+        assert peeked is not None
+        assert peeked["n"] == 2
+    assert edge.edge.cut_off == ""
+    assert at(network.centre, visitor).run(dict) == {"n": 2}
+
+
+def test_clocks_may_differ_by_minutes(network: Network) -> None:
+    ahead = FakeClock(network.centre.clock() + 300)
+    behind = FakeClock(network.centre.clock() - 300)
+    with network.edge("a", clock=ahead) as one, network.edge("b", clock=behind) as two:
+        visitor = known(one)
+        assert at(two, visitor).run(dict) == {"n": 1}
+        one.cut()
+        two.cut()
+        visitor.run(add)
+        at(two, visitor).run(add)
+        assert one.settle().changes == two.settle().changes == 1
+        assert at(network.centre, visitor).run(dict) == {"n": 3}
+        one.cut()
+        at(two, visitor).run(lambda session: session.destroy())
+        visitor.run(add)
+        assert one.settle().dropped == 1
+        assert visitor.run(dict) == at(two, visitor).run(dict) == {}
+
+
+def test_copies_that_nobody_needs_go(network: Network, edge: EdgeSite) -> None:
+    visitors = [network.centre.visitor() for _ in range(20)]
+    for visitor in visitors:
+        visitor.run(add)
+        at(edge, visitor).run(dict)
+    edge.clock.advance(901)
+    for visitor in visitors[:10]:
+        at(edge, visitor).run(dict)
+    ended = [network.centre.visitor() for _ in range(12)]
+    for visitor in ended:
+        visitor.run(add)
+        at(edge, visitor).run(lambda session: session.destroy())
+    assert rows(edge) == 10 + 12
+    edge.clock.advance(32 * 86400)
+    for visitor in [network.centre.visitor() for _ in range(22)]:
+        visitor.run(add)
+        at(edge, visitor).run(dict)
+    assert rows(edge) == 22
+
+
+def rows(edge: EdgeSite) -> int:
+    with closing(sqlite3.connect(edge.edge.copy.file.path)) as db:
+        (count,) = db.execute("SELECT count(*) FROM gsession_edge").fetchone()
+        return int(count)
+
+
+def test_a_full_disk_refuses_and_keeps(
+    network: Network, edge: EdgeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor, other = known(edge), known(edge)
+    edge.cut()
+    visitor.run(add)
+    prepare = SQLiteFile._prepare
+
+    def full(file: SQLiteFile, db: sqlite3.Connection) -> None:
+        prepare(file, db)
+        db.execute("PRAGMA max_page_count = 1")
+
+    edge.edge.copy.file.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(SQLiteFile, "_prepare", full)
+        response = other.ask(lambda session: session.update(large="x" * 100_000))
+        assert response.status_code == 503
+        assert visitor.run(dict) == {"n": 2}
+        edge.edge.copy.file.close()
+    edge.settle()
+    assert at(network.centre, visitor).run(dict) == {"n": 2}
+
+
+def test_a_clock_that_is_set_back_extends_nothing(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.cut()
+    edge.clock.advance(-3600)
+    assert visitor.ask(dict).status_code == 503
+    edge.clock.advance(3600)
+    assert visitor.run(dict) == {"n": 1}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_load_on_its_way_overwrites_nothing(network: Network, edge: EdgeSite, ends: bool) -> None:
+    """Another worker of the node is cut off, and changes or ends the session meanwhile."""
+    visitor = known(edge)
+    edge.clock.advance(60)
+    with network.edge("a") as other:
+        there = at(other, visitor)
+
+        def meanwhile(operation: str) -> None:
+            edge.wire.after = lambda operation: None
+            other.cut()
+            there.run(lambda session: session.destroy() if ends else add(session))
+
+        edge.wire.after = meanwhile
+        assert visitor.run(dict) == {"n": 1}
+        edge.cut()
+        assert visitor.run(dict) == ({} if ends else {"n": 2})
+        edge.settle()
+        assert at(network.centre, visitor).run(dict) == ({} if ends else {"n": 2})
+
+
+def test_two_applications_may_share_a_file(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    network.centre.prefix = "another:"
+    network.settings = {**network.settings, "key_prefix": "another:"}
+    with network.edge("b", file="a") as other:
+        stranger = known(other)
+        other.cut()
+        stranger.run(add)
+        assert other.settle() == (0, 1, 0, "", True)
+        assert other.edge.figures().changes == 0
+        assert edge.edge.figures().changes == 1
+    assert edge.settle() == (0, 1, 0, "", True)
+    assert visitor.run(dict) == {"n": 2}
+
+
+def test_one_session_in_trouble_keeps_no_other_waiting(network: Network, edge: EdgeSite) -> None:
+    """A roster that is damaged, and a merge policy that refuses."""
+    bound, changed = network.centre.visitor(), known(edge, n=1, cart={})
+    bound.run(lambda session: session.bind("ada"))
+    there = at(edge, bound)
+    there.run(dict)
+    edge.cut()
+    there.run(lambda session: session.destroy())
+    changed.run(add)
+    changed.run(lambda session: session.update(cart={"mug": 1}))
+    at(network.centre, changed).run(lambda session: session.update(cart=["no dict"]))
+    key = roster_key("ada")
+    far = network.centre.store
+    record = far.load(key)
+    assert record is not None
+    far.save(record._replace(version=1, payload=b"damaged"), record.version)
+    settled = edge.settle()
+    assert (settled.ends, settled.changes, settled.reached) == (0, 1, True)
+    assert "can't be read" in settled.trouble
+    assert edge.edge.cut_off == ""
+    assert changed.run(dict) == {"n": 2, "cart": ["no dict"]}
+    assert [event.reason for event in edge.happened(WriteDropped)] == [
+        "edge: the merge policy of 'cart' refused it"
+    ]
+    assert bound.run(lambda session: session.owner) is None
+
+
+def test_a_full_disk_does_not_look_like_a_cut(
+    network: Network, edge: EdgeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    edge.back()
+
+    def full(*_: object, **__: object) -> None:
+        raise NodeUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edge.edge.copy, "sending", full)
+        settled = edge.settle()
+        assert (settled.trouble, settled.reached) == ("the disk is full", True)
+    assert edge.edge.cut_off == ""
+    assert edge.settle().changes == 1
+
+
+def test_a_restored_file_uses_no_number_again(network: Network, edge: EdgeSite) -> None:
+    visitor, path = known(edge), edge.edge.copy.file.path
+    edge.edge.copy.file.close()
+    backup = path.read_bytes()
+    for _ in range(2):
+        edge.cut()
+        visitor.run(add)
+        assert edge.settle().changes == 1
+        edge.clock.advance(1)
+        edge.edge.copy.file.close()
+        path.write_bytes(backup)
+    assert visitor.run(dict) == at(network.centre, visitor).run(dict) == {"n": 3}
