@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Request, Response, has_request_context, request
 from flask.globals import request_ctx
 from flask.sessions import SessionInterface, SessionMixin
-from flask.signals import got_request_exception
-from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.local import LocalProxy
 
 from .authentication import FORGOTTEN, forget_remembered, rotate_after_a_step
-from .config import propagates_exceptions, secret_keys, token_settings
+from .config import secret_keys, token_settings
+from .error_pages import replace_response, response_to
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .remember import drop_cookie
@@ -58,12 +56,6 @@ _VERSION, _VERSION_HEADER = "-v", "-Version"
 #: name, a sibling domain could plant a cookie with a ``__Host-`` name.
 _BLANKS = " \t"
 _LONGEST_VERSION = 20  # digits
-
-_OF_THE_BODY = re.compile(
-    "accept-ranges|age|cache-control|content-(?!security).*|etag|expires|last-modified|location"
-    "|refresh|set-cookie",
-    re.IGNORECASE,
-)
 
 
 class GSessionInterface(SessionInterface):
@@ -209,7 +201,7 @@ class GSessionInterface(SessionInterface):
             # The outage isn't reported yet, or its error page also needed the session.
             if by_hand:
                 raise trouble.error
-            _replace_response(response, _response_to(app, trouble.error))
+            replace_response(response, response_to(app, trouble.error))
         elif response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
 
@@ -357,7 +349,7 @@ class GSessionInterface(SessionInterface):
             raise error
         if outage and self.repository.settings.on_store_error == "keep-response":
             return
-        _replace_response(response, _response_to(app, error))
+        replace_response(response, response_to(app, error))
 
 
 def _is_by_hand(session: SessionData) -> bool:
@@ -388,48 +380,6 @@ def note_error_page(app: Flask, **_: Any) -> None:
                 begin_error_page(session)
 
 
-def _response_to(app: Flask, error: Exception) -> Response:
-    """The application's response if a view raises ``error``.
-
-    The hooks for ``Retry-After`` have run already, so an error page of the application gets it
-    here.
-    """
-    response = _page_for(app, error)
-    wait = getattr(error, "retry_after", None)
-    if isinstance(wait, int) and response.status_code >= 300:
-        response.headers.setdefault("Retry-After", str(wait))
-    return response
-
-
-def _page_for(app: Flask, error: Exception) -> Response:
-    try:
-        return app.make_response(app.handle_user_exception(error))
-    except Exception as raised:
-        if raised is error and propagates_exceptions(app):
-            raise
-        return _plain_error(app, error, handled=raised is not error)
-
-
-def _plain_error(app: Flask, error: Exception, *, handled: bool) -> Response:
-    """The response to an error that has no handler, or whose handler failed too."""
-    if not isinstance(error, HTTPException):
-        assert error.__traceback__ is not None  # it was raised
-        app.log_exception((type(error), error, error.__traceback__))
-        got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=error)
-        error = InternalServerError(original_exception=error)
-    if not handled:
-        try:
-            return app.make_response(app.handle_http_exception(error))
-        except Exception:
-            return _bare_error(app, error)
-    return _bare_error(app, error)
-
-
-def _bare_error(app: Flask, error: HTTPException) -> Response:
-    logger.error("The error handler for %s failed", type(error).__name__, exc_info=True)
-    return app.make_response(error.get_response())
-
-
 def _add_vary(response: Response, header: str) -> None:
     for name, _ in response.headers:
         if name.lower() == "vary":
@@ -438,24 +388,6 @@ def _add_vary(response: Response, header: str) -> None:
             response.vary.add(header)
             return
     response.headers.add("Vary", header)
-
-
-def _replace_response(response: Response, answer: Response) -> None:
-    """Give ``response``, which Flask already holds, the contents of ``answer``."""
-    close = getattr(response.response, "close", None)
-    if close is not None:
-        close()
-    response.status = answer.status
-    # Keep the view's headers about the exchange (CORS, a request id). Drop headers about the body,
-    # and those that act on the view's result.
-    for name in {name for name, _ in response.headers}:
-        if _OF_THE_BODY.fullmatch(name):
-            del response.headers[name]
-    for name, _ in answer.headers:
-        response.headers.pop(name, None)
-    response.headers.extend(answer.headers)
-    response.response = answer.response
-    response.direct_passthrough = answer.direct_passthrough
 
 
 def _report_late_changes(session: SessionData) -> None:

@@ -57,7 +57,7 @@ ROWS = [
     ["watching"],
     ["remember"],
     ["authentication", "opening", "streams"],
-    ["freshness"],
+    ["freshness", "error_pages"],
     ["interface"],
     ["users"],
     ["extension"],
