@@ -25,7 +25,7 @@ from .errors import (
     ValueRefused,
 )
 from .events import WriteDropped, logger
-from .repository.repository import Repository
+from .repository.repository import PERMANENT, Repository
 from .stores.base import KEY_LENGTH, Record, Store, unexpired
 from .stores.parts import Reconciler
 from .users.joins import both_joins
@@ -117,7 +117,10 @@ class SessionReconciler(Reconciler):
             dict(list(marks.items())[-_MARKS:]),
             both_joins(there.joins, wanted.joins),
         )
-        end = min(max(theirs.idle_expires_at, mine.idle_expires_at), theirs.absolute_expires_at)
+        end = mine.idle_expires_at
+        if wanted.lifetime == was.lifetime and PERMANENT not in changes:
+            end = max(end, theirs.idle_expires_at)
+        end = min(end, theirs.absolute_expires_at)
         try:
             merged = repository.draft_merged(theirs, body, end)
         except SessionTooLarge:

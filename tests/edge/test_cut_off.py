@@ -292,3 +292,26 @@ def test_a_logout_of_a_session_without_a_copy_is_queued(network: Network, edge: 
     assert at(edge, visitor).run(dict) == {}
     assert edge.settle().ends == 1
     assert visitor.run(dict) == {}
+
+
+def test_a_session_that_expired_here_is_not_pushed(network: Network, edge: EdgeSite) -> None:
+    edge.cut()
+    visitor = edge.visitor()
+    visitor.run(add)
+    edge.clock.advance(3 * 3600)
+    settled = edge.settle()
+    assert (settled.changes, settled.dropped, settled.trouble) == (0, 0, "")
+    assert (edge.edge.figures().changes, edge.edge.figures().dropped) == (0, 0)
+    assert visitor.run(dict) == {}
+
+
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_shorter_lifetime_is_settled(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(lambda session: session.set_lifetime(60))
+    edge.settle()
+    there = at(network.centre, visitor)
+    assert there.run(dict) == {"n": 1}
+    edge.clock.advance(120)
+    assert there.run(dict) == {}

@@ -371,7 +371,7 @@ class Copy:
         self._rows.insert(db, rest, now.record.absolute_expires_at)
 
     @in_transaction()
-    def dropped(self, db: sqlite3.Connection, row: Row) -> Row | None:
+    def dropped(self, db: sqlite3.Connection, row: Row, *, counts: bool = True) -> Row | None:
         """Give up the changes of a session that has ended at the centre; what is given up."""
         now = self._rows.select(db, row.record.key)
         if now is None or now.state not in (State.CHANGED, State.CREATED):
@@ -379,7 +379,7 @@ class Copy:
         if now.state is not row.state or now.number != row.number:
             return None
         self._rows.remove(db, row.record.key)
-        db.execute("UPDATE gsession_edge_node SET dropped = dropped + 1")
+        db.execute("UPDATE gsession_edge_node SET dropped = dropped + ?", (counts,))
         return now
 
     @in_transaction()

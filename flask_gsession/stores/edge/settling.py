@@ -142,6 +142,9 @@ class _Run:
     def _change(self, row: Row) -> None:
         created = row.state is State.CREATED
         pushed = created and row.sent is not None
+        if created and not pushed and not row.record.is_live(self._copy.now()):
+            self._copy.dropped(row, counts=False)  # it expired before anybody else knew it
+            return
         if created and not pushed:
             # What is sent and not answered is given up: see first whether the centre answers.
             self._centre.load(row.record.key)
@@ -163,7 +166,10 @@ class _Run:
             merged = None if created else self._merge(noted, there)
             if merged is not None:
                 try:
-                    self._centre.save(merged, there.version)
+                    if merged.idle_expires_at < there.idle_expires_at:
+                        self._centre.save(merged, there.version, shorten=True)
+                    else:
+                        self._centre.save(merged, there.version)
                 except (Stale, Gone):
                     continue
                 there = merged
