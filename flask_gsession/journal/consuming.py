@@ -140,6 +140,12 @@ class Consumer:
         journal = self._store.journal
         if at is None:
             at = journal.acknowledged(self.name)
+        if at is None:
+            entries, first = journal.read(0, 1)
+            if not entries:
+                return []
+            at = first - 1  # a new consumer begins with what is there, and misses nothing then
+            journal.acknowledge(self.name, at)
         return next_events(self._store, self._clock, at, self._acknowledge)
 
     def _acknowledge(self, number: int) -> None:
@@ -156,7 +162,7 @@ def next_events(
     """Up to ``limit`` events after this number, and before them a gap if some were removed."""
     entries, first = store.journal.read(after, limit)
     events = []
-    if first > after + 1 and after + 1 > 0 and entries:
+    if first > after + 1 and entries:
         missed = first - after - 1
         now = _time(milliseconds(clock))
         events.append(JournalEvent(first - 1, GAP, now, missed=missed, _acknowledge=acknowledge))

@@ -305,5 +305,6 @@ class _JournalingUpkeep(Upkeep):
                 return Tidied({"expired sessions": found}, found, rest)
         if self._upkeep is None:
             return Tidied({}, 0, "")
-        step = self._upkeep.tidy(cursor.removeprefix("rest:"), limit, dry_run=dry_run)
+        rest = "" if cursor == _CURSOR else cursor.removeprefix("rest:")
+        step = self._upkeep.tidy(rest, limit, dry_run=dry_run)
         return step._replace(cursor=f"rest:{step.cursor}" if step.cursor else "")

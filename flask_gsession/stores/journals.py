@@ -102,8 +102,8 @@ class Journal(Protocol):
     def acknowledge(self, consumer: str, number: int) -> None:
         """This consumer has everything up to ``number``. Never moves back."""
 
-    def acknowledged(self, consumer: str) -> int:
-        """The number that this consumer acknowledged last; 0 for a new one."""
+    def acknowledged(self, consumer: str) -> int | None:
+        """The number that this consumer acknowledged last; None for a new one."""
 
     def forget(self, consumer: str) -> bool:
         """Remove a consumer; whether there was one."""

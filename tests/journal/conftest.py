@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def store_url(request: pytest.FixtureRequest) -> str:
     """A `SESSION_STORE` URL of each of them in turn."""
     if request.param == "memory":

@@ -113,8 +113,8 @@ class MemoryJournal(Journal):
         with self._lock:
             self._consumers[consumer] = max(number, self._consumers.get(consumer, 0))
 
-    def acknowledged(self, consumer: str) -> int:
-        return self._consumers.get(consumer, 0)
+    def acknowledged(self, consumer: str) -> int | None:
+        return self._consumers.get(consumer)
 
     def forget(self, consumer: str) -> bool:
         return self._consumers.pop(consumer, None) is not None

@@ -27,6 +27,7 @@ from ..interrupts import reraise_interruption
 from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
 from .changes import ClusterSource
+from .cluster_journal import ClusterJournal
 from .commands import Commands, Confirmation, Script
 from .foreign import RedisStrings
 from .layout import pack, version
@@ -284,7 +285,7 @@ class ClusterRecords(Records):
             with suppress(Gone, Stale, StoreUnavailable):
                 super().remove(record.key, deadline, mine, b"1")
             raise
-        self._end_lease(key, deadline)
+        self.end_lease(key, deadline)
         return Replaced(confirmation.missing)
 
     def remove(
@@ -298,13 +299,14 @@ class ClusterRecords(Records):
     ) -> bytes:
         reply = super().remove(key, deadline, wanted, pointers, lease, confirmation)
         if reply[:1] == b"K":
-            self._end_lease(key, deadline)
+            self.end_lease(key, deadline)
         return reply
 
     def _keys_to_remove(self, key: str, lease: str | None) -> list[bytes]:
         return [self.names.record(key), *([] if lease is None else [self.names.lease(key)])]
 
-    def _end_lease(self, key: str, deadline: float) -> None:
+    def end_lease(self, key: str, deadline: float) -> None:
+        """Wake those that wait for it."""
         # Without its session it has no effect, and it runs out; only waiters would wait on.
         keys = [self.names.lease(key)]
         with suppress(StoreUnavailable):
@@ -357,6 +359,7 @@ class RedisClusterStore(RedisStore):
         self._begin(url_or_client, options, records, cluster.make, ClusterSource)
         self.leases = ClusterLeases(records, self._wake_ups)
         self.blobs = ClusterBlobs(records.commands)
+        self.journal = ClusterJournal(records, ClusterRecords)
 
     def strings(self) -> RedisStrings:
         return RedisStrings(self._records)

@@ -58,7 +58,10 @@ class Script:
     """A Lua script of this folder, and the SHA-1 under which servers know it."""
 
     def __init__(self, name: str) -> None:
-        self.source = files(__package__).joinpath(f"{name}.lua").read_bytes()
+        self.of(files(__package__).joinpath(f"{name}.lua").read_bytes())
+
+    def of(self, source: bytes) -> None:
+        self.source = source
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
 
     def lacked(self, error: str) -> str:

@@ -10,8 +10,8 @@ from .commands import Commands, Confirmation, Script, unparsed
 from .layout import RECORD, header, pack, unpack, version
 from .pool import packed
 
-_SAVE, _RENEW = Script("save"), Script("renew")
-_REPLACE, DELETE = Script("replace"), Script("delete")
+SAVE, RENEW = Script("save"), Script("renew")
+REPLACE, DELETE = Script("replace"), Script("delete")
 
 
 class Records:
@@ -76,7 +76,7 @@ class Records:
                 b"" if shorten else b"%d" % record.idle_expires_at,
                 *holder,
             ]
-            reply = commands.run(deadline, _SAVE, keys, arguments, mine)
+            reply = commands.run(deadline, SAVE, keys, arguments, mine)
             later, shorten = renewed_since(record, reply)
 
     def renew(self, record: Record, idle_expires_at: int, deadline: float) -> None:
@@ -85,7 +85,7 @@ class Records:
         renewed = record._replace(idle_expires_at=later)
         commands = self.commands
         arguments = [header(RECORD, renewed), commands.life(renewed), commands.now_text()]
-        commands.run(deadline, _RENEW, [self.names.record(record.key)], arguments)
+        commands.run(deadline, RENEW, [self.names.record(record.key)], arguments)
 
     def replace(
         self,
@@ -117,7 +117,7 @@ class Records:
                 b"" if shorten else b"%d" % record.idle_expires_at,
             ]
             mine = version(record.version)
-            reply = commands.run(deadline, _REPLACE, keys, arguments, mine, confirmation)
+            reply = commands.run(deadline, REPLACE, keys, arguments, mine, confirmation)
             later, shorten = renewed_since(record, reply)
         return Replaced(confirmation.missing)
 

@@ -21,6 +21,7 @@ from .changes import RedisSource
 from .commands import Commands
 from .foreign import RedisStrings, RedisTogether
 from .health import RedisChecks
+from .journal import RedisJournal
 from .leases import RedisLeases
 from .pool import ClientPool, ConnectionPool, SentinelClientPool
 from .records import Records
@@ -51,6 +52,7 @@ class RedisStore(Store):
         self._begin(url_or_client, options, records, pool.make)
         self.leases = RedisLeases(records, self._wake_ups)
         self.blobs = RedisBlobs(records.commands)
+        self.journal = self._journal = RedisJournal(records)
         if not options.logout_replicas:  # their confirmation is asked for one by one
             self.bulk = RedisBulk(records)
 
@@ -113,6 +115,8 @@ class RedisStore(Store):
 
     def strings(self) -> RedisStrings:
         """The strings that another package keeps on this server, by their whole names."""
+        if self._journal.begun:  # whose sessions no other script may create
+            return RedisStrings(self._records)
         return RedisTogether(self._records)
 
     def lend_pool(self) -> redis.ConnectionPool | None:

@@ -186,12 +186,12 @@ class SQLiteJournal(Journal):
         )
 
     @on_connection
-    def acknowledged(self, db: sqlite3.Connection, consumer: str) -> int:
+    def acknowledged(self, db: sqlite3.Connection, consumer: str) -> int | None:
         row = db.execute(
             "SELECT number FROM gsession_consumer WHERE prefix = ? AND name = ?",
             (self.layout.prefix, consumer),
         ).fetchone()
-        return 0 if row is None else row[0]
+        return None if row is None else row[0]
 
     @in_transaction()
     def forget(self, db: sqlite3.Connection, consumer: str) -> bool:

@@ -1,0 +1,206 @@
+"""The part ``journal`` in a Redis Cluster, where session, index and stream are in other slots.
+
+What breaks it, and why the steps come in this order (``tests/simulation/journal_model.py``):
+
+- a session that is written before its place in the index, and then a crash: nobody would look for
+  it when it expires. So the index comes first; a place without a session is removed when it is due;
+- a session that is deleted before its entry, and then a crash: the end would be lost. So it is
+  replaced by a marker that holds the entry; then comes the entry; then the marker goes. The index
+  leads the sweep to a marker that was left behind;
+- an entry before the marker: the session could be saved in between, and live on.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
+from ...events import logger
+from ..base import Deleted, Record, Replaced, new_version
+from .commands import Commands, Confirmation, Script
+from .journal import HOLD, RedisJournal, held_life
+from .layout import pack, version
+from .pool import packed
+
+_END, _UNMARK = Script("journal_end"), Script("journal_unmark")
+_SOON = 10_000  # milliseconds after which the sweep looks whether a process stopped half-way
+
+
+class ClusterJournal(RedisJournal):
+    """In a Cluster, one step after the other."""
+
+    #: A rotation and its entry may be separated by a crash.
+    in_two_steps = True
+
+    def __init__(self, records: Any, kind: Callable[[Any, int], Any]) -> None:
+        super().__init__(records)
+        held: Any = _Held(records.commands)
+        self._held = kind(held, records.logout_replicas)
+
+    def create(self, record: Record, entries: Sequence[bytes]) -> None:
+        deadline = self._commands.deadline()
+        self._expect(record)
+        name = self._records.names.record(record.key)
+        life = self._held.commands.life(record)
+        request = packed(b"SET", name, pack(record), b"NX", b"PX", life)
+        if self._commands.call(deadline, bool, name, request) is False:
+            try:
+                there = self._records.load(record.key, deadline)
+            except UnreadableRecord:
+                raise KeyTaken from None
+            if there is None or there.version != record.version:
+                raise KeyTaken
+        self.append(entries)
+
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
+        self._expect(record)
+        self._held.save(record, expected_version, lease, shorten)
+
+    def renew(self, record: Record, idle_expires_at: int) -> bool:
+        self._expect(record)
+        try:
+            self._held.renew(record, idle_expires_at, self._commands.deadline())
+        except Gone:
+            return False
+        return True
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        entries: Sequence[bytes],
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> Replaced:
+        self._expect(record)
+        replaced: Replaced = self._held.replace(
+            key, record, expected_version, pointer, lease, shorten
+        )
+        self.append(entries)
+        self._leave(key)
+        return replaced
+
+    def end(
+        self, key: str, expected_version: int, entries: Sequence[bytes], lease: str | None = None
+    ) -> Deleted:
+        commands = self._commands
+        # The sweep looks soon, also for a session of before this journal.
+        self._place(key, commands.now() + _SOON)
+        keys = [self._records.names.record(key)]
+        if lease is not None:
+            keys.append(self._records.names.lease(key))
+        confirmation = Confirmation(self._records.logout_replicas)
+        marker = self._marker(key, entries)
+        self._mark(keys, marker, expected_version, lease, confirmation)
+        self._held.end_lease(key, commands.deadline())
+        try:
+            self._settle(marker, entries)
+        except StoreUnavailable as error:  # it has ended, and the marker keeps the entries
+            logger.warning("The end of session %s is journaled later: %s", key, error)
+        return Deleted(True, None, confirmation.missing)
+
+    def _mark(
+        self,
+        keys: list[bytes],
+        marker: Record,
+        expected_version: int,
+        lease: str | None,
+        confirmation: Confirmation | None = None,
+        expired: bytes = b"0",
+    ) -> bytes:
+        arguments = [
+            version(expected_version),
+            self._commands.now_text(),
+            pack(marker),
+            b"%d" % HOLD,
+            (lease or "").encode(),
+            expired,
+        ]
+        deadline = self._commands.deadline()
+        return self._commands.run(deadline, _END, keys, arguments, confirmation=confirmation)
+
+    def _marker(self, key: str, entries: Sequence[bytes]) -> Record:
+        """What stands in the place of an ended session: an expired pointer to nowhere."""
+        content = json.dumps([b64encode(entry).decode() for entry in entries]).encode()
+        now = self._commands.now()
+        return Record(key, new_version(), now, now, now, content, "")
+
+    def _settle(self, marker: Record, entries: Sequence[bytes]) -> None:
+        """Add the entries, then remove the marker."""
+        self.append(entries)
+        name = [self._records.names.record(marker.key)]
+        self._commands.run(self._commands.deadline(), _UNMARK, name, [pack(marker)[:9]])
+        self._leave(marker.key)
+
+    def _pointer(self, bucket: bytes, record: Record) -> None:
+        if record.successor == "" and record.payload:  # a process stopped before the entries
+            try:
+                entries = [b64decode(entry) for entry in json.loads(record.payload)]
+            except (ValueError, TypeError):
+                entries = []
+            self._settle(record, entries)
+        else:
+            super()._pointer(bucket, record)
+
+    def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
+        removed = 0
+        for record, entry in expired:
+            name = self._records.names.record(record.key)
+            if not record.version:  # gone, or unreadable: nothing can be put in its place
+                self.append([entry])
+                self._call(name, packed(b"DEL", name))
+                self._leave(record.key)
+                removed += 1
+                continue
+            marker = self._marker(record.key, [entry])
+            try:
+                status = self._mark([name], marker, record.version, None, expired=b"1")
+            except (Gone, Stale):
+                continue
+            if status == b"K":
+                self._settle(marker, [entry])
+                removed += 1
+        return removed
+
+    # The index.
+
+    def _expect(self, record: Record) -> None:
+        """Let the sweep look for this session when it expires, or earlier."""
+        self._place(record.key, record.idle_expires_at, b"NX")
+
+    def _place(self, key: str, due: int, *condition: bytes) -> None:
+        bucket = self._names.due(key)
+        self._call(bucket, packed(b"ZADD", bucket, *condition, b"%d" % due, key.encode()))
+
+    def _leave(self, key: str) -> None:
+        bucket = self._names.due(key)
+        self._call(bucket, packed(b"ZREM", bucket, key.encode()))
+
+    def _all(self, names: Sequence[bytes], requests: Sequence[bytes]) -> Sequence[Any]:
+        return [self._call(name, request) for name, request in zip(names, requests, strict=True)]
+
+
+class _Held:
+    """Stands for the commands, for writes that leave a session longer than its own life."""
+
+    def __init__(self, commands: Commands) -> None:
+        self._commands = commands
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._commands, name)
+
+    def life(self, record: Record) -> bytes:
+        return held_life(record, self._commands.now())

@@ -1,0 +1,2 @@
+-- Nothing but the entries.
+return 'K'
