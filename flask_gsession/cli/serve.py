@@ -112,10 +112,10 @@ def _server(
     """A server that listens and doesn't answer yet. Raises ``SettingError``."""
     from ..sharing.grants import FULL_POWER, read_grants
     from ..sharing.server import Server, check_address
-    from ..stores.remote.address import certificates_of
+    from ..stores.remote.address import CertificateFiles
 
-    certificates = certificates_of(given, "The command") if given else None
-    check_address(address, certificates)
+    files = CertificateFiles(given, "The command") if given else None
+    check_address(address, None if files is None else files.current)
     if grants_path is not None:
         grants = read_grants(grants_path)
     elif address.startswith("unix:"):
@@ -126,5 +126,5 @@ def _server(
             "may do what, or listen on a Unix socket"
         )
     server = Server(services, grants, interface.repository.events, threads)
-    server.listen(address, certificates)
+    server.listen(address, files)
     return server

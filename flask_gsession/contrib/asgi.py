@@ -69,6 +69,9 @@ class SharedSessions:
             headers = {"Retry-After": str(error.retry_after)}
             raise HTTPException(503, "the session store is unavailable", headers) from error
 
+    # Types, not text: older versions of FastAPI can't resolve that for an object.
+    __call__.__annotations__.update(connection=HTTPConnection)
+
     def _read(self, cookies: str) -> SessionPeek | None:
         with self._app.app_context():
             loaded = find_presented(self._interface, self._app, cookies)

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from ..errors import (
+    CutOff,
     Gone,
     KeyTaken,
     LeaseLost,
@@ -34,6 +35,7 @@ _CODES: dict[type[StoreError], grpc.StatusCode] = {
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnreadableRecord: grpc.StatusCode.DATA_LOSS,
     LogoutUnconfirmed: grpc.StatusCode.UNAVAILABLE,
+    CutOff: grpc.StatusCode.UNAVAILABLE,
     StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
 }
 _MAKERS: dict[str, Callable[[pb.Error], StoreError]] = {
@@ -44,6 +46,7 @@ _MAKERS: dict[str, Callable[[pb.Error], StoreError]] = {
     "QueueFull": lambda error: QueueFull(),
     "UnreadableRecord": lambda error: UnreadableRecord(error.reason, error.detail),
     "LogoutUnconfirmed": lambda error: LogoutUnconfirmed(error.detail),
+    "CutOff": lambda error: CutOff(error.detail, error.retry_after or 1),
     "StoreUnavailable": lambda error: StoreUnavailable(
         error.detail,
         error.retry_after or 1,

@@ -77,18 +77,22 @@ class CreateRequest(_message.Message):
     def __init__(self, record: _Optional[_Union[Record, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("key",)
+    __slots__ = ("key", "name_server")
     KEY_FIELD_NUMBER: _ClassVar[int]
+    NAME_SERVER_FIELD_NUMBER: _ClassVar[int]
     key: str
-    def __init__(self, key: _Optional[str] = ...) -> None: ...
+    name_server: bool
+    def __init__(self, key: _Optional[str] = ..., name_server: bool = ...) -> None: ...
 
 class LoadReply(_message.Message):
-    __slots__ = ("record", "absent")
+    __slots__ = ("record", "absent", "server")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     ABSENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
     record: Record
     absent: Absent
-    def __init__(self, record: _Optional[_Union[Record, _Mapping]] = ..., absent: _Optional[_Union[Absent, _Mapping]] = ...) -> None: ...
+    server: int
+    def __init__(self, record: _Optional[_Union[Record, _Mapping]] = ..., absent: _Optional[_Union[Absent, _Mapping]] = ..., server: _Optional[int] = ...) -> None: ...
 
 class SaveRequest(_message.Message):
     __slots__ = ("record", "expected_version", "shorten", "lease")
@@ -324,22 +328,26 @@ class Finding(_message.Message):
     def __init__(self, severity: _Optional[str] = ..., check: _Optional[str] = ..., found: _Optional[str] = ..., advice: _Optional[str] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("interval", "beat")
+    __slots__ = ("interval", "beat", "name_server")
     INTERVAL_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    NAME_SERVER_FIELD_NUMBER: _ClassVar[int]
     interval: float
     beat: int
-    def __init__(self, interval: _Optional[float] = ..., beat: _Optional[int] = ...) -> None: ...
+    name_server: bool
+    def __init__(self, interval: _Optional[float] = ..., beat: _Optional[int] = ..., name_server: bool = ...) -> None: ...
 
 class WatchReply(_message.Message):
-    __slots__ = ("started", "keys", "beat")
+    __slots__ = ("started", "keys", "beat", "server")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
     started: bool
     keys: _containers.RepeatedScalarFieldContainer[str]
     beat: int
-    def __init__(self, started: bool = ..., keys: _Optional[_Iterable[str]] = ..., beat: _Optional[int] = ...) -> None: ...
+    server: int
+    def __init__(self, started: bool = ..., keys: _Optional[_Iterable[str]] = ..., beat: _Optional[int] = ..., server: _Optional[int] = ...) -> None: ...
 
 class Value(_message.Message):
     __slots__ = ("null", "boolean", "integer", "number", "text", "data", "list", "map", "typed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,13 +18,15 @@ from ..errors import SettingError, StoreError
 from ..events import AccessDenied, Events, logger
 from ..protocol.errors import ERROR_KEY, status_of
 from ..protocol.methods import LONGEST_MESSAGE, Method, is_understood
-from ..stores.remote.address import Certificates, is_loopback
+from ..stores.remote.address import CertificateFiles, Certificates, is_loopback
+from ..stores.support import ending_by
 from .grants import Grant, Grants
 
 Status = grpc.StatusCode
 
 _BEARER = "Bearer "
 _QUEUE = 4  # calls that wait, for each thread
+_SHARE = 0.95  # of the caller's time for the store, so that the caller gets the answer in time
 _STREAMS = 100  # watchers, each with a thread
 _NAMES = ("x509_subject_alternative_name", "x509_common_name")
 
@@ -92,23 +95,19 @@ class Server:
             self._server.add_generic_rpc_handlers((handler,))
         self._socket: Path | None = None
 
-    def listen(self, address: str, certificates: Certificates | None) -> int:
+    def listen(self, address: str, files: CertificateFiles | None) -> int:
         """Bind ``HOST:PORT`` or ``unix:/path``, and return the port. Raises ``SettingError``.
 
-        With ``certificates.ca``, callers need a certificate from that authority.
+        With a file ``ca``, callers need a certificate from that authority. Files that are replaced
+        count for the connections after it.
         """
-        if certificates is not None:
-            ca, chain, key = certificates
-            credentials = grpc.ssl_server_credentials(
-                [(key, chain)], root_certificates=ca, require_client_auth=ca is not None
-            )
         try:
             if address.startswith("unix:"):
                 with self._own_socket(Path(address.removeprefix("unix:"))):
                     return int(self._server.add_insecure_port(address))
-            if certificates is None:
+            if files is None:
                 return int(self._server.add_insecure_port(address))
-            return int(self._server.add_secure_port(address, credentials))
+            return int(self._server.add_secure_port(address, _credentials(files)))
         except RuntimeError as error:
             raise SettingError(f"The server can't listen on {address}: {error}") from None
 
@@ -147,16 +146,19 @@ class Server:
                 if not context.is_active():
                     # It waited for a thread until its deadline, so the caller has given up.
                     raise Refused(Status.DEADLINE_EXCEEDED, "too late")
+                left = context.time_remaining()
                 if service.strict and not is_understood(request):
                     raise Refused(
                         Status.FAILED_PRECONDITION,
                         "the request has fields that this server doesn't know: update "
                         "Flask-GSession here before its clients",
                     )
-                try:
-                    return service.answer(name, request, grant)
-                except Denied as denied:
-                    self._deny(context, grant.service, f"{name}: {denied}")
+                # Our store's calls end before the caller stops waiting.
+                with ending_by(None if left is None else time.monotonic() + _SHARE * left):
+                    try:
+                        return service.answer(name, request, grant)
+                    except Denied as denied:
+                        self._deny(context, grant.service, f"{name}: {denied}")
 
         def answer_stream(requests: Any, context: Any) -> Iterator[Any]:
             with self._translating(name, context):
@@ -216,6 +218,20 @@ class Server:
         logger.warning("The service %s was refused %s", service, what)
         context.abort(Status.PERMISSION_DENIED, f"not granted: {what}")
         raise AssertionError("abort raises")
+
+
+def _credentials(files: CertificateFiles) -> Any:
+    def configuration() -> Any:
+        ca, chain, key = files.current
+        return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=ca)
+
+    def renewed() -> Any:
+        """For each connection, before its handshake."""
+        return configuration() if files.renewed() else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), renewed, require_client_authentication=files.current.ca is not None
+    )
 
 
 def check_address(address: str, certificates: Certificates | None) -> None:

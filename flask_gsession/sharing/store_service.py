@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from ..protocol.messages import to_message, to_record
 from ..protocol.methods import methods_of
 from ..stores.base import Deleted, Record, Replaced, Store
 from ..stores.parts import parts_of
+from ..stores.support import time_left
 from .grants import Grant
 from .server import Denied, Refused, Service
 from .watch import watch
@@ -38,6 +40,8 @@ class StoreService(Service):
         self._parts = parts_of(store)
         self._waiters = threading.BoundedSemaphore(waiters)
         self._ending = threading.Event()
+        #: tells this server from others behind the same name
+        self._number = secrets.randbits(64)
         self._writes = Writes()
         self._calls: dict[str, Callable[[Any], Any]] = {
             name: getattr(self, f"_{_snake(name)}")
@@ -55,7 +59,7 @@ class StoreService(Service):
         if not grant.store:
             raise Denied("the grant `store`")
         changes = self._part("changes")
-        return watch(changes, requests, _TO_BEGIN, self._ending.is_set)
+        return watch(changes, requests, _TO_BEGIN, self._ending.is_set, self._number)
 
     def stop(self) -> None:
         """End the streams."""
@@ -76,7 +80,7 @@ class StoreService(Service):
         return pb.HelloReply(parts=parts, confirms_logouts=confirms, done=True)
 
     def _settle(self, request: Any) -> Any:
-        if not self._writes.settle(request.versions, _TO_SETTLE):
+        if not self._writes.settle(request.versions, time_left(_TO_SETTLE)):
             raise StoreUnavailable("a write that was given up still runs", contention=True)
         return _DONE
 
@@ -88,7 +92,11 @@ class StoreService(Service):
 
     def _load(self, request: Any) -> Any:
         record = self._store.load(request.key)
-        return _ABSENT if record is None else pb.LoadReply(record=to_message(record))
+        if not request.name_server:
+            return _ABSENT if record is None else pb.LoadReply(record=to_message(record))
+        if record is None:
+            return pb.LoadReply(absent=pb.Absent(), server=self._number)
+        return pb.LoadReply(record=to_message(record), server=self._number)
 
     def _save(self, request: Any) -> Any:
         arguments: list[Any] = [to_record(request.record), request.expected_version]

@@ -28,10 +28,14 @@ _PIECE = 500  # keys in a message
 
 
 def watch(
-    changes: Changes, requests: Iterator[Any], timeout: float, is_over: Callable[[], bool]
+    changes: Changes,
+    requests: Iterator[Any],
+    timeout: float,
+    is_over: Callable[[], bool],
+    number: int = 0,
 ) -> Iterator[Any]:
     """The replies to a watcher. Raises ``Refused`` at the end. ``is_over``: whether the call has
-    ended.
+    ended. ``number``: the server's, for a watcher that asks for it.
     """
     if changes.unproven or not getattr(changes, "one_feed", False):
         why = changes.unproven or "the far store has several servers"
@@ -46,7 +50,8 @@ def watch(
         threading.Thread(
             target=relay.read, args=(requests,), name="gsession-watched", daemon=True
         ).start()
-        yield pb.WatchReply(started=True)
+        named = first is not None and first.name_server
+        yield pb.WatchReply(started=True, server=number if named else None)
         while not is_over():
             keys, beats = relay.wait(feed, interval / _FASTER)
             # Proofs of this feed stay valid. Another feed begins after a gap.

@@ -73,6 +73,33 @@ def count_round_trip() -> None:
         trips.count = (trips.count or 0) + 1
 
 
+_until: ContextVar[float | None] = ContextVar("flask_gsession.until", default=None)
+
+
+@contextmanager
+def ending_by(until: float | None) -> Iterator[None]:
+    """Let store calls in the block end by this time of ``time.monotonic``, whatever their own time
+    budget: their caller waits no longer. None: their own budget counts.
+    """
+    before = _until.set(until)
+    try:
+        yield
+    finally:
+        _until.reset(before)
+
+
+def deadline(seconds: float) -> float:
+    """For stores: when a call with this time budget that begins now has to end."""
+    end, until = time.monotonic() + seconds, _until.get()
+    return end if until is None or end < until else until
+
+
+def time_left(seconds: float) -> float:
+    """For stores: how many of the ``seconds`` a call that begins now may take."""
+    until = _until.get()
+    return seconds if until is None else max(0.0, min(seconds, until - time.monotonic()))
+
+
 _exact: ContextVar[str] = ContextVar("flask_gsession.exact", default="")
 
 

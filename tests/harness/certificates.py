@@ -1,4 +1,4 @@
-"""Certificates for tests of mutual TLS, good for an hour."""
+"""Certificates for tests of mutual TLS, good for an hour unless said otherwise."""
 
 import datetime
 import ipaddress
@@ -15,6 +15,7 @@ class Authority:
 
     def __init__(self, folder: Path, name: str = "test authority") -> None:
         folder.mkdir(exist_ok=True)
+        self.hours = 1  # from now on, for which certificates are good
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -51,8 +52,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(hours=1))
+            .not_valid_before(now - datetime.timedelta(hours=2))
+            .not_valid_after(now + datetime.timedelta(hours=self.hours))
         )
 
     def _write(self, path: Path, builder: x509.CertificateBuilder) -> None:

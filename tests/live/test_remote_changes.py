@@ -294,6 +294,75 @@ def test_gevent(redis_url: str, tmp_path: Path, store_prefix: str) -> None:
         assert run.stdout == "done\n", run.stderr
 
 
+# Several servers behind one name ------------------------------------------------------------------
+
+
+def test_a_load_from_another_server_is_not_kept(
+    redis_url: str, store_prefix: str, watches: Watches
+) -> None:
+    """The stream is of one server, and a new connection leads to another: neither proves the other.
+
+    The other one may read from a primary that was replaced, as tests/simulation/near_cache_model.py
+    plays it.
+    """
+    watched = watches(redis_url)
+    with (
+        serving(StoreService(watched.far)) as other,
+        TCPProxy(int(self_url(watched).rpartition(":")[2])) as proxy,
+    ):
+        store: Any = open_store(f"grpc://127.0.0.1:{proxy.port}", StoreOptions(timeout=5.0))[0]
+        cache = NearCache(store, 5.0, 100_000, time.time)
+        record = stored(watched.far)
+        feed = proven(store.changes)
+        assert cache.load_near(record.key) == record
+        until(lambda: cache.peek(record.key) == record, "a proof")
+        proxy.target = int(other.rpartition(":")[2])
+        store.channel._drop()  # as after a signal that struck a call
+        assert store.changes.feed("k") is feed
+        changed = record._replace(payload=b"changed", version=7)
+        watched.far.save(changed, record.version)
+        assert cache.load_near(record.key) == changed
+        assert cache.peek(record.key) is None
+        assert store.changes.feed("k") is not feed
+        proven(store.changes)
+        cache.load_near(record.key)
+        until(lambda: cache.peek(record.key) == changed, "the other server's proof")
+        store.close()
+
+
+def test_calls_that_are_spread_over_servers_are_named_and_not_kept(
+    redis_url: str, watches: Watches, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a proxy that sends each call where it likes."""
+
+    class Spread(StoreService):
+        """Loads are answered by others than the stream's."""
+
+        def _load(self, request: Any) -> Any:
+            reply = super()._load(request)
+            if request.name_server:
+                reply.server += 1
+            return reply
+
+    watched = watches(redis_url)
+    with serving(Spread(watched.far)) as address:
+        store: Any = open_store(f"grpc://{address}", StoreOptions(timeout=5.0))[0]
+        cache = NearCache(store, 5.0, 100_000, time.time)
+        record = stored(watched.far)
+        proven(store.changes)
+
+        def is_named() -> bool:
+            assert cache.load_near(record.key) == record
+            assert cache.peek(record.key) is None
+            return "reach different servers" in caplog.text
+
+        until(is_named, "the warning")
+        for _ in range(20):
+            is_named()
+        assert caplog.text.count("reach different servers") == 1
+        store.close()
+
+
 # The relay --------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +24,11 @@ from flask_gsession.sharing.grants import FULL_POWER, Grant, Grants, read_grants
 from flask_gsession.sharing.server import Server, check_address
 from flask_gsession.sharing.store_service import StoreService
 from flask_gsession.stores import StoreOptions, open_store
-from flask_gsession.stores.remote.address import Certificates, certificates_of
+from flask_gsession.stores.remote.address import CertificateFiles, Certificates
 from flask_gsession.testing import a_record
 from tests.harness.certificates import Authority
 from tests.harness.sharing import serving
+from tests.harness.topologies import TCPProxy
 
 MEMORY = "memory://"
 TOKEN = "a-token-of-the-shop"
@@ -151,7 +154,7 @@ def tls_server(authority: Authority, grants: Grants) -> Iterator[int]:
     certificate, key = authority.sign("sessions.internal")
     server = Server([memory()], grants, Events(), 4)
     paths = {"ca": str(authority.ca), "cert": str(certificate), "key": str(key)}
-    port = server.listen("127.0.0.1:0", certificates_of(paths))
+    port = server.listen("127.0.0.1:0", CertificateFiles(paths, "The test"))
     server.start()
     try:
         yield port
@@ -193,13 +196,100 @@ def test_mutual_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             f"grpc://127.0.0.1:{port}": "UNAVAILABLE",
         }
         for url, status in refused.items():
-            store = reach(url)
+            store = reach(url, 0.8)
             with pytest.raises(StoreUnavailable, match=status):
                 store.load(record.key)
             with pytest.raises(StoreUnavailable, match=status):
                 store.delete(record.key)
             store.close()
         assert "nobody.internal" in caplog.text
+        said = subprocess.run(
+            [sys.executable, "-c", REFUSED, url_with(port, foreign, "shop.internal")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (said.stdout, said.stderr) == ("refused\n", "")
+
+
+#: gRPC itself would write a line for each failed handshake.
+REFUSED = """
+import sys
+from flask_gsession.errors import StoreUnavailable
+from flask_gsession.stores import StoreOptions, open_store
+
+store = open_store(sys.argv[1], StoreOptions())[0]
+try:
+    store.load("x" * 43)
+except StoreUnavailable:
+    print("refused")
+store.close()
+"""
+
+
+def put(files: tuple[Path, ...], places: tuple[Path, ...]) -> None:
+    """Replace each file in one step, as tools that renew certificates do."""
+    for file, place in zip(files, places, strict=True):
+        new = place.with_suffix(".new")
+        new.write_bytes(file.read_bytes())
+        new.rename(place)
+
+
+def test_certificates_are_replaced_while_serving(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = Authority(tmp_path / "old", "old"), Authority(tmp_path / "new", "new")
+    grants = Grants(by_certificate={"shop.internal": Grant("shop", store=True)})
+    places = [tuple(tmp_path / f"{who}.{what}" for what in ("cert", "key", "ca")) for who in "sc"]
+    serving_, calling = places
+    put((*old.sign("sessions.internal"), old.ca), serving_)
+    put((*old.sign("shop.internal"), old.ca), calling)
+    server = Server([memory()], grants, Events(), 4)
+    paths = dict(zip(("cert", "key", "ca"), map(str, serving_), strict=True))
+    port = server.listen("127.0.0.1:0", CertificateFiles(paths, "The test"))
+    server.start()
+    cert, key, ca = calling
+    with TCPProxy(port) as proxy:
+        url = f"grpcs://127.0.0.1:{proxy.port}?ca={ca}&cert={cert}&key={key}"
+        early = url_with(proxy.port, old, "shop.internal")
+        store = reach(url)
+        assert store.load("x" * 43) is None
+        # Half of a pair changes nothing, on either side.
+        fresh = [(*new.sign(name), new.ca) for name in ("sessions.internal", "shop.internal")]
+        for files, there in zip(fresh, places, strict=True):
+            put(files[:1], there[:1])
+        proxy.disconnect()
+        assert store.load("x" * 43) is None
+        assert "the old ones stay" in caplog.text
+        for files, there in zip(fresh, places, strict=True):
+            put(files, there)
+        assert store.load("x" * 43) is None, "an open connection stays"
+        proxy.disconnect()
+        assert store.load("x" * 43) is None
+        store.close()
+        late = reach(early)
+        with pytest.raises(StoreUnavailable, match="UNAVAILABLE"):
+            late.load("x" * 43)
+        late.close()
+    server.stop().wait()
+
+
+def test_a_certificate_that_expired_is_refused(tmp_path: Path) -> None:
+    """On either side, and never with a word about a session."""
+    authority = Authority(tmp_path)
+    grants = Grants(by_certificate={"shop.internal": Grant("shop", store=True)})
+    with tls_server(authority, grants) as port:
+        authority.hours = -1
+        store = reach(url_with(port, authority, "shop.internal"))
+        with pytest.raises(StoreUnavailable, match="UNAVAILABLE"):
+            store.load("x" * 43)
+        store.close()
+    with tls_server(authority, grants) as port:
+        authority.hours = 1
+        store = reach(url_with(port, authority, "shop.internal"))
+        with pytest.raises(StoreUnavailable, match="UNAVAILABLE"):
+            store.load("x" * 43)
+        store.close()
 
 
 def test_a_key_that_does_not_fit_is_named_at_start(tmp_path: Path) -> None:

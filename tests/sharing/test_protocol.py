@@ -14,6 +14,7 @@ from grpc_tools import protoc
 import flask_gsession
 from flask_gsession import errors
 from flask_gsession.errors import (
+    CutOff,
     Gone,
     KeyTaken,
     LeaseLost,
@@ -93,6 +94,7 @@ ERRORS: list[StoreError] = [
     Stale(),
     LeaseLost(),
     QueueFull(),
+    CutOff("signing in needs the centre", 7),
     UnreadableRecord("newer format", "version 9"),
     UnreadableRecord("unknown encryption key"),
     StoreUnavailable("redis: load: refused", 7),
@@ -128,7 +130,7 @@ def test_every_error_of_a_store_has_a_status_of_its_own() -> None:
     }
     assert kinds == {type(error) for error in ERRORS}
     codes = {type(error): status_of(error)[0] for error in ERRORS}
-    del codes[LogoutUnconfirmed]  # which is unavailable, too
+    del codes[LogoutUnconfirmed], codes[CutOff]  # which are unavailable, too
     assert len(set(codes.values())) == len(codes)
 
 

@@ -524,7 +524,10 @@ def test_a_load_shows_what_became_of_a_write_that_was_given_up(how: str, far: Ho
         time.sleep(0.05)
         assert not loading.done()
         release.set()
-        assert loading.result() == saved
+        # A far store of which the caller's deadline ended the call may have refused the write.
+        found = loading.result()
+        assert found == saved or (found == record and how == "too slow")
+        assert store.load(record.key) == found
         store.close()
 
 

@@ -21,7 +21,9 @@ The protocol, as in ``stores/wrappers/near_cache.py`` and ``live/listener.py``
    bound went by since that moment;
 4. a cut removes the feed. The next connection begins with a new one, which has proven nothing;
 5. before a record is read from another server than before, the process drops what it keeps, with
-   the marks; if the old server was replaced, the process gives up its feed as well.
+   the marks; if the old server was replaced, the process gives up its feed as well. Over gRPC it
+   does so, too, before it uses a record that came from another server than its stream of changes:
+   that server may not have noticed a failover yet (``stores/remote/changes.py``).
 
 What must hold
 
@@ -61,6 +63,7 @@ BREAKS = {
         "move: kept": ("5 without dropping anything", "slot moves"),
         "move: mark": ("5 leaves the mark", "slot moves"),
         "feed first": ("2 looks the feed up before the mark", "slot moves"),
+        "elsewhere": ("5 uses the record of a server that isn't heard", "two servers"),
         "replaced": ("5 goes on with the feed of the replaced server", "failover"),
     }.items()
 }
@@ -77,7 +80,14 @@ class Kept(NamedTuple):
 class NearWorld(World):
     """The servers, what is on the way, and the process with its cache."""
 
-    def __init__(self, broken: Broken = NOTHING, *, kept: bool = True, many: bool = False) -> None:
+    def __init__(
+        self,
+        broken: Broken = NOTHING,
+        *,
+        kept: bool = True,
+        many: bool = False,
+        reads_from: str = "P",
+    ) -> None:
         super().__init__()
         self.broken = broken
         # The servers.
@@ -90,7 +100,7 @@ class NearWorld(World):
         self.outbox: dict[str, tuple[str, ...]] = {"P": (), "Q": ()}
         self.acknowledged: dict[int, float] = {}
         # The process.
-        self.reads_from = "P"
+        self.reads_from = reads_from
         self.feeds: dict[str, int] = {"P": 1, "Q": 2}
         self.hears: dict[str, int] = {"P": 1, "Q": 2}  # connections: they may outlive their feed
         self.exact_as_of: dict[int, float] = {1: 0, 2: 0}
@@ -268,6 +278,37 @@ def load(world: NearWorld) -> Program:
     world.at("kept")
 
 
+def load_elsewhere(world: NearWorld) -> Program:
+    """By a gRPC server that still reads from Q, while the stream comes from one that hears P."""
+    yield
+    mark, feed = MARK, world.feed()
+    world.mark = mark
+    world.at("marked", feed)
+    yield
+    version = world.version["Q"]
+    world.at("loaded", feed, version)
+    yield
+    if "elsewhere" not in world.broken:
+        world.feeds.clear()
+        world.drop()
+    elif world.mark == mark and feed is not None:
+        world.kept = Kept(version, feed)
+    world.mark = None
+    world.at("kept")
+
+
+def stranger_learns(world: NearWorld) -> Program:
+    """The other gRPC server learns that P is the primary: all loads are current from now on."""
+    yield
+    world.reads_from = "P"
+    world.at("learned")
+
+
+def reader_elsewhere(world: NearWorld) -> Program:
+    yield from load_elsewhere(world)
+    yield from peek(world)
+
+
 def peek(world: NearWorld) -> Program:
     yield
     kept, own, early = world.kept, world.own, world.time
@@ -338,8 +379,8 @@ def _ticks(world: NearWorld) -> Program:
 
 
 def scenarios(broken: Broken) -> Mapping[str, Scenario]:
-    start: dict[str, bool] = {}
-    empty = {"kept": False}
+    start: dict[str, Any] = {}
+    empty: dict[str, Any] = {"kept": False}
     p: Programs = {"p": _with(server, "P"), "ear": _with(listener, "P")}
     # Nobody listens to Q yet, and nothing is written at P: they need no rounds.
     q: Programs = {**p, "p": _with(answering, "P"), "writer": _with(writer, "Q")}
@@ -355,6 +396,13 @@ def scenarios(broken: Broken) -> Mapping[str, Scenario]:
         "own write": Scenario(start, 0, {**p, "own": own_writer, "reader": peek}),
         "load, own write": Scenario(empty, 0, {**p, "own": own_writer, "reader": reader}),
         "slot moves": scenario({**empty, "many": True}, q, move=slot_moves, reader=reader),
+        "two servers": scenario(
+            {**empty, "reads_from": "Q"},
+            p,
+            writer=writer,
+            learns=stranger_learns,
+            reader=reader_elsewhere,
+        ),
         "failover": scenario(empty, q, move=failover, reader=reader),
     }
 

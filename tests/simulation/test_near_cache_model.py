@@ -7,7 +7,7 @@ import pytest
 from tests.harness.marks import long
 from tests.simulation.near_cache_model import BREAKS, NOTHING, run, scenarios
 
-LARGE = {"load, write", "slot moves", "cut"}
+LARGE = {"load, write", "slot moves", "cut", "two servers"}
 LATE = {"move: mark", "no mark", "move: kept", "feed first"}  # found after many states
 
 

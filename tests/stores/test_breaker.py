@@ -17,6 +17,7 @@ from flask_gsession.errors import Gone, Stale, StoreUnavailable, UnreadableRecor
 from flask_gsession.events import CircuitClosed, CircuitOpened, Event, Events
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.support import ending_by
 from flask_gsession.stores.wrappers.breaker import Circuit, GuardedStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.harness.apps import Site, SiteMaker, until, within
@@ -311,6 +312,18 @@ def test_it_can_be_switched_off(make_site: Callable[..., Site]) -> None:
     site = make_site(breaker_failures=0)
     repository: Any = site.app.extensions["gsession"][site.ext].repository
     assert repository.store is site.store
+
+
+def test_a_caller_in_a_hurry_opens_no_circuit_for_the_others() -> None:
+    """A service may ask over gRPC with a deadline that a healthy store can't keep."""
+    circuit = Circuit("loads", 1, 30, 1.0, Events())
+    late = StoreUnavailable("no time left")
+    with ending_by(time.monotonic()):
+        circuit.failed(late, circuit.clock() - 0.2)
+    assert circuit.is_well
+    with ending_by(time.monotonic()):  # as long as the store's own budget
+        circuit.failed(late, circuit.clock() - 0.9)
+    assert not circuit.is_well
 
 
 @pytest.fixture(params=["redis", "mongodb"])

@@ -38,7 +38,7 @@ from ...errors import GSessionError, StoreUnavailable
 from ...events import logger
 from ...processes import process, warn_without_threads
 from ..interrupts import Condition, interruption
-from ..support import StoreOptions, closing
+from ..support import StoreOptions, closing, time_left
 from .indexes import NAME, check_expiry_index
 from .round_trips import NO_PAYLOADS, SessionCollection
 
@@ -162,7 +162,7 @@ class Driver:
 
     def connect(self) -> Any:
         process.notice()
-        if not self._lock.acquire(timeout=self.timeout):
+        if not self._lock.acquire(timeout=time_left(self.timeout)):
             raise StoreUnavailable("mongodb: another thread is still connecting")
         try:
             if self.pid == os.getpid():
@@ -285,7 +285,7 @@ class Call:
 
     def __enter__(self) -> Any:
         driver = self._driver
-        seconds = driver.timeout
+        seconds = time_left(driver.timeout)
         try:
             if driver.pid != os.getpid():
                 began = time.monotonic()
@@ -294,7 +294,7 @@ class Call:
                 seconds = max(seconds - (time.monotonic() - began), 0.001)  # 0 would be no limit
         except (PyMongoError, OSError) as error:
             self._fail(error)
-        self._budget = pymongo.timeout(seconds)
+        self._budget = pymongo.timeout(seconds or 0.001)
         self._budget.__enter__()
         return driver.collection
 

@@ -34,7 +34,7 @@ from ...errors import (
 )
 from ..base import Record, milliseconds
 from ..interrupts import reraise_interruption
-from ..support import StoreOptions, count_round_trip
+from ..support import StoreOptions, count_round_trip, deadline
 from .layout import Names
 from .pool import AllInUse, Node, hint, packed, said
 
@@ -133,7 +133,7 @@ class Commands:
 
     def deadline(self) -> float:
         """When a call that begins now has to end."""
-        return time.monotonic() + self.timeout
+        return deadline(self.timeout)
 
     def servers(self) -> dict[bytes, str]:
         """The address of each server that holds sessions, by a name that is asked about there."""

@@ -127,10 +127,15 @@ class _Bounded:
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.deadline = _Deadline()
+        self._to_connect: float | None = getattr(self, "socket_connect_timeout", None)
         #: called with the address that a new connection leads to
         self.met: Callable[[Any], object] | None = None
 
     def _connect(self) -> _BoundedSocket:
+        at = self.deadline.at
+        if at is not None and self._to_connect is not None:
+            left = max(0.001, at - time.monotonic())
+            self.socket_connect_timeout = min(self._to_connect, left)
         socket = super()._connect()  # type: ignore[misc]
         if self.met is not None:
             self.met(socket.getpeername())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import ssl
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ...errors import SettingError
+from ...events import logger
 
 DEFAULT_PORT = 7443
 PARTS = ("leases", "blobs", "scans", "upkeep", "counts", "checks", "changes")
 _OPTIONS = ("ca", "cert", "key", "name", "without")
+_SOURCE = "SESSION_STORE is a gRPC URL that"
 _FORM = (
     "write grpcs://host:7443?ca=/path/ca.pem&cert=/path/own.pem&key=/path/own.key, or without TLS "
     "grpc://127.0.0.1:7443 or grpc:///run/gsession.sock"
@@ -31,6 +34,55 @@ class Certificates(NamedTuple):
         return "<Certificates>"
 
 
+class CertificateFiles:
+    """The PEM files ``ca``, ``cert`` and ``key``, read again after they were replaced.
+
+    Raises ``SettingError`` with the files and their ``source`` if one of them can't be used now.
+    """
+
+    def __init__(self, options: dict[str, str], source: str) -> None:
+        self._paths: dict[str, str] = {
+            name: options[name] for name in ("ca", "cert", "key") if name in options
+        }
+        self._source = source
+        self._stamp = self._look()
+        self.current = certificates_of(options, source)
+
+    def __repr__(self) -> str:
+        """Without their contents."""
+        return "<CertificateFiles>"
+
+    def renewed(self) -> bool:
+        """Whether ``current`` is new since the last call. Costs a look at each file.
+
+        A half-replaced pair is logged and doesn't count: the next call looks again.
+        """
+        stamp = self._look()
+        if stamp == self._stamp:
+            return False
+        try:
+            current = certificates_of(self._paths, self._source)
+        except SettingError as error:
+            logger.warning("Certificates were replaced, but the old ones stay: %s", error)
+            return False
+        if stamp != self._look():
+            return False  # they are being written right now
+        is_new = current != self.current
+        self._stamp, self.current = stamp, current
+        return is_new
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [_stamp_of(path) for path in self._paths.values()]
+
+
+def _stamp_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Address(NamedTuple):
     """A server's address, as a URL names it.
 
@@ -39,7 +91,7 @@ class Address(NamedTuple):
     """
 
     target: str
-    certificates: Certificates | None
+    certificates: CertificateFiles | None
     token: str | None
     name: str | None
     without: frozenset[str]
@@ -83,7 +135,7 @@ class Address(NamedTuple):
             target = f"{shown}:{DEFAULT_PORT if port is None else port}"
         if not secure and options.keys() & {"ca", "cert", "key", "name"}:
             raise _wrong("names certificates, but grpc:// doesn't use TLS: write grpcs://")
-        certificates = certificates_of(options) if secure else None
+        certificates = CertificateFiles(options, _SOURCE) if secure else None
         token = unquote(parts.username) if parts.username else None
         if token is not None and not (token.isascii() and token.isprintable()):
             raise _wrong("has a token that isn't printable ASCII")
@@ -100,9 +152,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def certificates_of(
-    options: dict[str, str], source: str = "SESSION_STORE is a gRPC URL that"
-) -> Certificates:
+def certificates_of(options: dict[str, str], source: str) -> Certificates:
     """The contents of the files ``ca``, ``cert`` and ``key``, which are tried here.
 
     Raises ``SettingError`` that names the files, and their ``source``.
@@ -135,4 +185,4 @@ def _no_password() -> str:
 
 
 def _wrong(why: str) -> SettingError:
-    return SettingError(f"SESSION_STORE is a gRPC URL that {why}")
+    return SettingError(f"{_SOURCE} {why}")

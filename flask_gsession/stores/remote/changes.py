@@ -11,15 +11,17 @@ from typing import Any
 import grpc
 
 from ...errors import StoreUnavailable
-from ...live.listener import Heard
+from ...live.listener import Heard, now
 from ...processes import is_before_fork
 from ...protocol import gsession_pb2 as pb
 from ...protocol.methods import is_understood
+from ..parts import NEVER
 from .channel import Channel
 from .forks import guard
 
 _ONLY = ""  # the name of the only server
 _ENDING = 1.0  # seconds that gRPC's threads have to end
+_LONGEST_PAUSE = 60.0  # seconds without a stream, where loads keep going to other servers
 
 
 class RemoteSource:
@@ -35,6 +37,34 @@ class RemoteSource:
         self.interval: Callable[[], float] = lambda: self.timeout / 4
         self.moved: Callable[[], object] = bool
         self.shifted: Callable[[], object] = bool
+        self._stream: RemoteChanges | None = None
+        self._strangers = 0  # servers that answered loads beside the stream's, lately
+        self._met_at = self._open_at = NEVER
+
+    @property
+    def number(self) -> int | None:
+        """The number of the server whose changes are heard; None if there is none."""
+        stream = self._stream
+        return None if stream is None else stream.number
+
+    def answered_by(self, number: int, heard: int) -> None:
+        """A load was answered by the server with this number, while changes of ``heard`` came.
+
+        Called before the record is used. Another server may read from another primary, for example
+        after a failover that only one of them has noticed. So what it loads isn't proven by this
+        stream, and the listener begins again.
+        """
+        if number == heard or heard != self.number:
+            return
+        moment = now()
+        if moment - self._met_at > 2 * _LONGEST_PAUSE:
+            self._strangers = 0
+        self._met_at = moment
+        self._strangers += 1
+        if self._strangers > 1:  # the first may have come with another connection
+            self._open_at = moment + min(_LONGEST_PAUSE, 0.5 * 2**self._strangers)
+        self._stream = None
+        self.moved()
 
     def servers(self) -> Iterable[Hashable]:
         return (_ONLY,)
@@ -45,25 +75,42 @@ class RemoteSource:
     def open(self, server: Hashable) -> RemoteChanges:
         if is_before_fork():
             raise StoreUnavailable("grpc: Watch: this process is still to be forked")
-        return RemoteChanges(self._channel, self.interval())
+        if now() < self._open_at:
+            raise StoreUnavailable(
+                f"grpc {self._channel.address.target}: calls and changes reach different servers: "
+                "let each connection lead to one server"
+            )
+        self._channel.renew_certificates()
+        stream = RemoteChanges(self._channel, self.interval(), self._left)
+        self._stream = stream
+        return stream
+
+    def _left(self, stream: RemoteChanges) -> None:
+        if self._stream is stream:
+            self._stream = None
 
 
 class RemoteChanges:
-    """One stream. It is on the connection of the calls, so that both are of the same server."""
+    """One stream, from the server with ``number``."""
 
-    def __init__(self, channel: Channel, interval: float) -> None:
+    def __init__(
+        self, channel: Channel, interval: float, left: Callable[[RemoteChanges], object]
+    ) -> None:
         self._channel = channel
+        self._left = left
         self._requests: SimpleQueue[Any] = SimpleQueue()
         self._replies: SimpleQueue[Any] = SimpleQueue()
         self._number = 0
-        self._requests.put(pb.WatchRequest(interval=interval))
+        self._requests.put(pb.WatchRequest(interval=interval, name_server=True))
         self._call = channel.stream("Watch", iter(self._requests.get, None))
         guard.add(self)
         self._reader = threading.Thread(target=self._read, name="gsession-watch", daemon=True)
         self._reader.start()
         try:
-            if not self._next(channel.timeout).started:
+            first = self._next(channel.timeout)
+            if not first.started or not first.HasField("server"):
                 raise channel.incomplete("Watch")
+            self.number: int = first.server
         except Empty:
             self.close()
             raise StoreUnavailable("grpc: Watch: the server did not begin in time") from None
@@ -114,6 +161,7 @@ class RemoteChanges:
         self._call.cancel()
 
     def close(self) -> None:
+        self._left(self)
         self._call.cancel()
         self._requests.put(None)
         if threading.current_thread() is not self._reader:

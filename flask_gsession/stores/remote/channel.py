@@ -18,7 +18,7 @@ from ...protocol import gsession_pb2 as pb
 from ...protocol.errors import error_in
 from ...protocol.methods import LONGEST_MESSAGE, is_understood, methods_of
 from ..interrupts import reraise_interruption
-from ..support import closing, count_round_trip
+from ..support import closing, count_round_trip, time_left
 from .address import Address
 from .forks import guard
 
@@ -66,7 +66,7 @@ class Channel:
 
         Raises what the far store raised, and ``StoreUnavailable``.
         """
-        budget = self.timeout + seconds
+        budget = time_left(self.timeout + seconds)
         deadline = time.monotonic() + budget
         request = request.SerializeToString()
         count_round_trip()
@@ -90,6 +90,7 @@ class Channel:
 
     def _call_again(self, name: str, request: Any, left: float, lost: Any) -> Any:
         """The reply, on another connection, if there is one soon."""
+        self.renew_certificates()
         count_round_trip()
         # Older versions of gRPC connect only while a thread waits in a call.
         seconds = min(left, max(self.timeout * _RECONNECT, left - self.timeout))
@@ -98,6 +99,12 @@ class Channel:
         except grpc.RpcError as error:
             late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             self._fail(name, lost if late else error)
+
+    def renew_certificates(self) -> None:
+        """Before connecting: use another channel if the certificate files were replaced."""
+        certificates = self.address.certificates
+        if certificates is not None and certificates.renewed():
+            self._drop()
 
     def _drop(self) -> None:
         """Use another channel from now on: what struck may have left this one in the middle."""
@@ -206,7 +213,7 @@ class Channel:
             return grpc.insecure_channel(address.target, options)
         if address.name is not None:
             options.append(("grpc.ssl_target_name_override", address.name))
-        ca, chain, key = address.certificates
+        ca, chain, key = address.certificates.current
         return grpc.secure_channel(
             address.target, grpc.ssl_channel_credentials(ca, key, chain), options
         )

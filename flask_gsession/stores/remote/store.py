@@ -33,7 +33,7 @@ class RemoteStore(Store):
             "upkeep": scans,
             "counts": scans,
             "checks": RemoteChecks(channel),
-            "changes": _listener(channel),
+            "changes": self._listener(channel),
         }
         for name, part in parts.items():
             setattr(self, name, None if name in address.without else part)
@@ -45,13 +45,19 @@ class RemoteStore(Store):
             raise channel.incomplete("Create")
 
     def load(self, key: str) -> Record | None:
-        self.channel.settle(key)
-        reply = self.channel.call("Load", pb.LoadRequest(key=key))
+        channel = self.channel
+        channel.settle(key)
+        heard = self._source.number
+        reply = channel.call("Load", pb.LoadRequest(key=key, name_server=heard is not None))
+        if heard is not None:
+            if not reply.HasField("server"):
+                raise channel.incomplete("Load")
+            self._source.answered_by(reply.server, heard)
         found = reply.WhichOneof("found")
         if found == "absent":
             return None
         if found != "record" or reply.record.key != key:
-            raise self.channel.incomplete("Load")
+            raise channel.incomplete("Load")
         return to_record(reply.record)
 
     def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
@@ -80,9 +86,8 @@ class RemoteStore(Store):
             self.changes.close()
         self.channel.close()
 
-
-def _listener(channel: Channel) -> Listener:
-    source = RemoteSource(channel)
-    listener = Listener(source)
-    source.interval = lambda: listener.interval
-    return listener
+    def _listener(self, channel: Channel) -> Listener:
+        self._source = source = RemoteSource(channel)
+        listener = Listener(source)
+        source.interval = lambda: listener.interval
+        return listener

@@ -33,7 +33,7 @@ from ...processes import at_fork, is_at_work, process
 from .. import file_locks
 from ..interrupts import reraise_interruption
 from ..rights import is_foreign_link, others_may_replace, secure
-from ..support import closing
+from ..support import closing, deadline, time_left
 from .layout import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, TRIGGERS
 
 P = ParamSpec("P")
@@ -60,11 +60,18 @@ _numbers = count()
 class _Connection(sqlite3.Connection):
     """A connection of this package's, with the file that it has open."""
 
-    def __init__(self, file: _File | None, *arguments: Any, **options: Any) -> None:
+    def __init__(self, file: _File | None, name: str, *, timeout: float, **options: Any) -> None:
         self.number = next(_numbers)
+        self.timeout = timeout  # seconds, for other writers
         self.files = {file}  # more than one if it is replaced while it is open
         _opened.connections.add(self)
-        super().__init__(*arguments, **options)
+        super().__init__(name, timeout=timeout, **options)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Wait so long for other writers."""
+        if seconds != self.timeout:
+            self.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
+            self.timeout = seconds
 
     def close(self) -> None:
         super().close()
@@ -267,6 +274,7 @@ class SQLiteFile:
                     watching or is_at_work()
                 )  # else the process may be forked without a hook of Python's
                 db = self._open()
+            db.wait_at_most(time_left(self._timeout))
             try:
                 if durable:
                     db.execute("PRAGMA synchronous=FULL")
@@ -357,7 +365,7 @@ class SQLiteFile:
                 before,
                 f"file://{quote(os.fsencode(self.path.absolute()))}?mode=rw",
                 uri=True,
-                timeout=self._timeout,
+                timeout=time_left(self._timeout),
                 isolation_level=None,
                 check_same_thread=False,
                 cached_statements=32,
@@ -379,7 +387,7 @@ class SQLiteFile:
         """
         path = Path(os.path.realpath(self.path))  # SQLite follows links
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone_in(path.parent, self._timeout) as alone, _opened.lock:
+        with _alone_in(path.parent, time_left(self._timeout)) as alone, _opened.lock:
             if path.exists():
                 return
             for left in ("-wal", "-shm") if alone else ():
@@ -451,13 +459,13 @@ class SQLiteFile:
 
     def _switch_to_wal(self, db: sqlite3.Connection) -> None:
         # SQLite does not apply its busy timeout to this switch, and workers start together.
-        deadline = time.monotonic() + self._timeout
+        until = deadline(self._timeout)
         while True:
             try:
                 db.execute("PRAGMA journal_mode=WAL")
                 return
             except sqlite3.OperationalError:
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= until:
                     raise
             time.sleep(0.01)
 

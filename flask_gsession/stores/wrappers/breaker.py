@@ -18,6 +18,7 @@ from ...errors import StoreError, StoreUnavailable
 from ...events import CircuitClosed, CircuitOpened, Events, logger
 from ...processes import process
 from ..base import Clock, Record, Store
+from ..support import time_left
 from .wrapper import CallWrapper
 
 _LOADS = ("load", "read_frame")
@@ -91,6 +92,7 @@ class Circuit:
         self.clock = clock
         self._operations = operations
         self._limit = failures
+        self._timeout = timeout
         self._pause = pause
         self._slow = min(_SLOW, timeout / 4)
         self._probe_time = 2 * timeout + pause  # after which a probe is given up
@@ -163,6 +165,8 @@ class Circuit:
                 self._ask_at = now + self._pause * random.uniform(1 - _JITTER, 1 + _JITTER)
             if error.contention or start < self._answered_at:
                 return
+            if time_left(self._timeout) < self._timeout / 2 and now - start < self._timeout / 2:
+                return  # its caller's deadline was too short to tell
             slow = now - start >= self._slow
             if slow:
                 self.is_well = False

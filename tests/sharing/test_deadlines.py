@@ -1,0 +1,104 @@
+"""A caller's deadline bounds the server's own store calls, on every store."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from flask_gsession.errors import StoreUnavailable
+from flask_gsession.sharing.store_service import StoreService
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.base import new_version
+from flask_gsession.stores.support import deadline, ending_by, time_left
+from flask_gsession.testing import HookedStore, a_record
+from tests.harness.apps import PATIENCE, within
+from tests.harness.sharing import serving
+from tests.harness.topologies import TCPProxy
+
+BUDGET = 0.4  # seconds of the caller; the far store's is PATIENCE
+BOUND = 5 * BUDGET  # on a busy machine
+
+
+@contextmanager
+def hanging(name: str, url: str, proxy: TCPProxy | None) -> Iterator[None]:
+    """The store takes requests and doesn't answer them."""
+    if proxy is not None:
+        with proxy.blackhole():
+            yield
+        return
+    with closing(sqlite3.connect(urlsplit(url).path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("name", ["redis", "mongodb", "sqlite"])
+def test_the_far_store_ends_before_its_caller(
+    name: str, request: pytest.FixtureRequest, store_prefix: str
+) -> None:
+    """So the caller gets the reason, and no thread of the server waits for nobody."""
+    url = request.getfixturevalue(f"{name}_url")
+    with ExitStack() as stack:
+        proxy = None
+        if name != "sqlite":
+            proxy = stack.enter_context(TCPProxy(urlsplit(url).port or 0))
+        through = url if proxy is None else proxy.through(url)
+        far = open_store(through, StoreOptions(store_prefix, timeout=PATIENCE))[0]
+        stack.callback(far.close)
+        address = stack.enter_context(serving(StoreService(far), threads=1))
+        store = open_store(f"grpc://{address}", StoreOptions(timeout=PATIENCE))[0]
+        stack.callback(store.close)
+        record = a_record(time.time)
+        store.create(record)
+        hurried: Any = open_store(f"grpc://{address}", StoreOptions(timeout=BUDGET))[0]
+        stack.callback(hurried.close)
+        with hanging(name, url, proxy):
+            changed = record._replace(version=new_version())
+            for _ in range(2):  # the only thread is free again
+
+                def fail() -> None:
+                    with pytest.raises(StoreUnavailable, match=rf"Save: {name}: "):
+                        hurried.save(changed, record.version)
+
+                within(BOUND, fail)
+                hurried.channel._unsettled.clear()  # of no interest here
+        # Nobody inherits the short time: sqlite keeps it on its connections.
+        record = changed if store.load(record.key) == changed else record
+        store.save(record._replace(version=new_version()), record.version)
+
+
+def test_a_chain_of_servers_passes_the_deadline_on(store_prefix: str) -> None:
+    release = threading.Event()
+    far = HookedStore(open_store("memory://", StoreOptions())[0])
+    far.before("load", lambda: release.wait(PATIENCE))
+    with serving(StoreService(far)) as last:
+        between = open_store(f"grpc://{last}", StoreOptions(timeout=PATIENCE))[0]
+        with serving(StoreService(between), threads=1) as first:
+            store = open_store(f"grpc://{first}", StoreOptions(timeout=BUDGET))[0]
+
+            def fail() -> None:
+                with pytest.raises(StoreUnavailable, match=rf"{first}.*{last}.*DEADLINE"):
+                    store.load("x" * 43)
+
+            within(BOUND, fail)
+            release.set()
+            store.close()
+        between.close()
+
+
+def test_the_shorter_time_counts() -> None:
+    assert time_left(5.0) == 5.0
+    with ending_by(time.monotonic() + 1.0):
+        assert 0.5 < time_left(5.0) <= 1.0
+        assert time_left(0.1) == 0.1
+        assert deadline(5.0) <= time.monotonic() + 1.0
+        with ending_by(time.monotonic() - 1.0):
+            assert time_left(5.0) == 0.0
+    assert time_left(5.0) == 5.0
