@@ -1009,6 +1009,17 @@ def test_every_warning_is_in_the_log_too(caplog: pytest.LogCaptureFixture) -> No
     assert {warning.filename for warning in warned} == {__file__}
 
 
+def test_a_warning_without_a_log_is_printed_once() -> None:
+    """As in a command: Python itself prints what no handler takes."""
+    code = (
+        "from flask import Flask; from flask_gsession import Session; app = Flask('a'); "
+        "app.secret_key = 'a'; app.config['REMEMBER_COOKIE_DURATION'] = 10**9; "
+        "Session(app, store='memory://')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stderr.count("REMEMBER_COOKIE_DURATION is") == 1, said.stderr
+
+
 @pytest.mark.parametrize("key", [None, "", b""])
 def test_a_missing_secret_key_is_in_the_log(key: Any, caplog: pytest.LogCaptureFixture) -> None:
     app = an_app(SECRET_KEY=key)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from flask import current_app
@@ -77,10 +77,27 @@ def store_location(interface: GSessionInterface) -> str:
     if path is not None:
         return f"sqlite:///{path}"
     if not isinstance(source, str):
-        return f"a {type(source).__name__} object"
+        return client_location(source)
     parts, hosts = without_hosts(source)
     path = "" if "@" in parts.path else parts.path
     return f"{parts.scheme}://{hosts.rpartition('@')[2]}{path}"
+
+
+def client_location(client: Any) -> str:
+    """The servers of a client of Redis or MongoDB, as far as it says so without asking them."""
+    if client.__class__.__name__ == "MongoClient":
+        addresses = client.topology_description.server_descriptions()
+        places = (host if port is None else f"{host}:{port}" for host, port in addresses)
+        return f"mongodb://{','.join(sorted(places))}"
+    options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
+    if "path" in options:
+        return f"unix://{options['path']}"
+    if "host" in options:
+        return f"redis://{options['host']}:{options.get('port', 6379)}/{options.get('db', 0)}"
+    service = getattr(getattr(client, "connection_pool", None), "service_name", None)
+    if service is not None:
+        return f"the Redis service {service} of Sentinels"
+    return f"a {type(client).__name__} object"
 
 
 def file_is_missing(interface: GSessionInterface) -> bool:

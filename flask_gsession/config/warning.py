@@ -9,8 +9,12 @@ from ..events import logger
 
 
 def warn(message: str) -> None:
-    """Warn the developer, and write to the log of a running server."""
-    logger.warning("%s", message)
+    """Warn the developer, and write to the log of a running server, if it has one.
+
+    Without a handler, Python would print the log's message next to the warning.
+    """
+    if logger.hasHandlers():
+        logger.warning("%s", message)
     level = 2
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").startswith("flask_gsession."):

@@ -23,11 +23,13 @@ import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
 from flask.cli import ScriptInfo
+from pymongo import MongoClient
 from redis import Redis
+from redis.sentinel import Sentinel
 
 from flask_gsession import Session, StoreUnavailable
 from flask_gsession.cli import gsession
-from flask_gsession.cli.common import store_location
+from flask_gsession.cli.common import client_location, store_location
 from flask_gsession.contrib.ratelimit import SessionLimits
 from flask_gsession.errors import StoreError, UnreadableRecord
 from flask_gsession.events import SessionRevoked
@@ -626,6 +628,19 @@ def test_the_store_is_named_without_a_password(url: str, shown: str) -> None:
     said = Console(url, store_timeout=0.2).run("stats").stderr
     assert f"session: the store is {shown}" in said
     assert "canary" not in said
+
+
+def test_the_place_of_a_client_is_named() -> None:
+    """As `SESSION_REDIS` and `SESSION_MONGODB` are, without asking a server."""
+    sentinel = Sentinel([("127.0.0.1", 1)]).master_for("shop")
+    with MongoClient[Any]("mongodb://user:canary@127.0.0.1:1,b:2/?replicaSet=x") as mongo:
+        for client, shown in (
+            (Redis.from_url("redis://user:canary@127.0.0.1:1/3"), "redis://127.0.0.1:1/3"),
+            (Redis(unix_socket_path="/run/none.sock", password="canary"), "unix:///run/none.sock"),
+            (sentinel, "the Redis service shop of Sentinels"),
+            (mongo, "mongodb://127.0.0.1:1,b:2"),
+        ):
+            assert client_location(client) == shown
 
 
 def test_the_file_of_sqlite_is_named(tmp_path: Path) -> None:
