@@ -32,7 +32,8 @@ class JournalEvent:
     happened; of ``"expired"``, when the session ended by its own times. ``handle``: of the session,
     which changes with each rotation; ``previous`` is the one before. ``owner`` and ``device``: the
     user it is bound to, and the id that stays the same through rotations. ``reason`` and ``by``:
-    why it ended and who ended it.
+    why it ended and who ended it. ``id``: after a crash, an event may be in the journal twice, with
+    the same id.
     """
 
     number: int
@@ -45,6 +46,7 @@ class JournalEvent:
     by: str | None = None
     previous: str | None = None
     missed: int = 0
+    id: str = ""
     _acknowledge: Callable[[int], None] = field(default=lambda number: None, repr=False)
 
     def ack(self) -> None:
@@ -65,6 +67,8 @@ class JournalEvent:
             value = getattr(self, name)
             if value is not None:
                 shown[name] = value
+        if self.id:
+            shown["id"] = self.id
         if self.kind == GAP:
             shown["missed"] = self.missed
         return shown
@@ -181,6 +185,7 @@ def _event(number: int, entry: Entry, acknowledge: Callable[[int], None]) -> Jou
         entry.reason,
         entry.by,
         entry.previous,
+        id=entry.id,
         _acknowledge=acknowledge,
     )
 

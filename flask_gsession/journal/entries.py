@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from os import urandom
 from typing import Any
 
 from msgspec import DecodeError, Struct
 from msgspec import json as as_json
+from msgspec.structs import replace
 
 CREATED, BOUND, ROTATED, ENDED, EXPIRED = "created", "bound", "rotated", "ended", "expired"
 GAP = "gap"
@@ -14,7 +16,10 @@ KINDS = (CREATED, BOUND, ROTATED, ENDED, EXPIRED)
 
 
 class Entry(Struct, frozen=True, omit_defaults=True):
-    """One entry. ``at``: milliseconds since 1970. ``previous``: the handle before a rotation."""
+    """One entry. ``at``: milliseconds since 1970. ``previous``: the handle before a rotation.
+
+    ``id``: at random. After a crash an entry may be added twice; both have the same one.
+    """
 
     at: int
     kind: str
@@ -24,9 +29,11 @@ class Entry(Struct, frozen=True, omit_defaults=True):
     reason: str | None = None
     by: str | None = None
     previous: str | None = None
+    id: str = ""
 
     def pack(self) -> bytes:
-        return as_json.encode(self)
+        """The entry as bytes, with a new id."""
+        return as_json.encode(replace(self, id=urandom(8).hex()))
 
 
 _decode = as_json.Decoder(Entry).decode

@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "mongodb"])
 def store_url(request: pytest.FixtureRequest) -> str:
     """A `SESSION_STORE` URL of each of them in turn."""
     if request.param == "memory":

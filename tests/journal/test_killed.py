@@ -13,6 +13,7 @@ from flask_gsession.journal.store import JournalingStore, Subject
 from flask_gsession.journal.sweeping import Sweeper
 from flask_gsession.stores import Record, Store, StoreOptions, open_store
 from flask_gsession.stores.redis.commands import Commands
+from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock, a_pointer, a_record
 from tests.harness.apps import PATIENCE
 from tests.harness.topologies import RedisCluster
@@ -50,6 +51,14 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
         return attempt(*arguments, **options)
 
     monkeypatch.setattr(Commands, "attempt", counted)
+    monkeypatch.setattr("flask_gsession.stores.mongodb.round_trips.count_round_trip", killer.step)
+    within: Any = SQLiteFile.within
+
+    def counted_within(*arguments: Any, **options: Any) -> Any:
+        killer.step()
+        return within(*arguments, **options)
+
+    monkeypatch.setattr(SQLiteFile, "within", counted_within)
     return killer
 
 
@@ -65,7 +74,9 @@ def journaling(url: str, prefix: str, clock: FakeClock) -> JournalingStore:
 def entries_of(store: Store) -> list[tuple[str, str]]:
     assert store.journal is not None
     found = [json.loads(entry) for _, entry in store.journal.read(0, 1000).entries]
-    return [(entry["kind"], entry["handle"]) for entry in found]
+    once = {entry["id"]: entry for entry in reversed(found)}  # the first of each
+    first = sorted(once.values(), key=found.index)
+    return [(entry["kind"], entry["handle"]) for entry in first]
 
 
 def created(store: Store, record: Record, clock: FakeClock) -> None:
@@ -98,12 +109,12 @@ def rotated(store: Store, record: Record, clock: FakeClock) -> None:
 WRITES = [created, saved, renewed, ended, expired, rotated]
 
 
-@pytest.fixture(params=["redis", "cluster"])
+@pytest.fixture(params=["sqlite", "redis", "cluster", "mongodb"])
 def url(request: pytest.FixtureRequest) -> str:
     if request.param == "cluster":
         cluster: RedisCluster = request.getfixturevalue("redis_cluster")
         return cluster.url
-    found: str = request.getfixturevalue("redis_url")
+    found: str = request.getfixturevalue(f"{request.param}_url")
     return found
 
 

@@ -68,6 +68,7 @@ class EdgeStore(Wrapper, Edge):
         if fresh_for and parts.changes is not None and not parts.changes.unproven:
             asked = NearCache(centre, fresh_for, _NEAR_BYTES, options.clock)
         super().__init__(CallWrapper(asked, self.link.call))
+        self.journal = None  # the centre keeps it: a cut-off node can't
         self.confirms_logouts = getattr(centre, "confirms_logouts", False)
         self.copy = Copy(
             path,

@@ -147,6 +147,8 @@ class Driver:
         self.direct = False
         self.pid = 0
         self._indexed: set[str] = set()
+        #: seconds after its expiry at which the server removes a record
+        self.expire_after = 0
         self._lock = threading.Lock()
         process.register(self._begin)
         warn_without_threads("PyMongo notices late that a server went down or came back")
@@ -218,10 +220,21 @@ class Driver:
         """
         if collection.name in self._indexed:
             return
+        is_kept = self.expire_after and field == "idle_expires_at"
         try:
             try:
-                collection.create_index(field, expireAfterSeconds=0, name=NAME)
+                if is_kept:
+                    self._put_off(collection, field)
+                else:
+                    collection.create_index(field, expireAfterSeconds=0, name=NAME)
             except OperationFailure as error:
+                if is_kept:
+                    raise StoreUnavailable(
+                        f"mongodb: the TTL index can't be put off ({_code(error)}), and would "
+                        "remove sessions before their end is in the journal: give the user the "
+                        f"right to collMod, or let an administrator change {NAME} to "
+                        f"expireAfterSeconds: {self.expire_after}"
+                    ) from error
                 # An administrator may have made it, under another name.
                 advice = check_expiry_index(collection, field)
                 if advice:
@@ -234,6 +247,28 @@ class Driver:
         except PyMongoError:
             return
         self._indexed.add(collection.name)
+
+    def is_indexed(self) -> bool:
+        """Whether ``ensure_index`` was done for the records."""
+        return COLLECTION in self._indexed
+
+    def _put_off(self, collection: SessionCollection, field: str) -> None:
+        """Let the TTL index remove nothing; it still finds what has expired."""
+        collection.create_index("journal_at", sparse=True, name="gsession_outbox")
+        try:
+            collection.create_index(field, expireAfterSeconds=self.expire_after, name=NAME)
+        except OperationFailure as error:
+            if error.code != 85:  # an index with other options
+                raise
+            names = collection.index_information()
+            there = next(
+                name for name, index in names.items() if [*map(tuple, index["key"])] == [(field, 1)]
+            )
+            collection.database.command(
+                "collMod",
+                collection.name,
+                index={"name": there, "expireAfterSeconds": self.expire_after},
+            )
 
     def close(self) -> None:
         if self._close_client is not None and self.pid == os.getpid():

@@ -12,6 +12,7 @@ from typing import Any
 from pymongo.errors import OperationFailure
 
 NAME = "gsession_expiry"
+NEVER = 2**31 - 1  # seconds after its expiry at which a document is removed, with a journal
 
 
 def expiry_index_advice(

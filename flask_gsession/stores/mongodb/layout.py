@@ -25,6 +25,7 @@ from .driver import Document, in_a_thread, reraise_interruption
 from .round_trips import SessionCollection
 
 ENDED = ""  # the successor in what a rotation without a pointer leaves
+OUTBOX, SINCE = "journal", "journal_at"  # entries for the journal, and when the first was added
 _END_SHOWN = 10_000  # milliseconds for which a repeat can see that it was done
 
 
@@ -114,3 +115,20 @@ def lease_of(document: Document) -> Lease:
     except (TypeError, KeyError):
         return Lease()  # junk, which the next to acquire it replaces
     return Lease.of(lease.get("owner", ""), lease.get("until", 0), lease.get("length", 0), waiters)
+
+
+def with_outbox(outbox: Document) -> Document:
+    """The fields of an update by a pipeline that adds these entries to those in the document."""
+    if not outbox:
+        return {}
+    there = {"$ifNull": [f"${OUTBOX}", []]}
+    return {
+        OUTBOX: {"$concatArrays": [there, outbox[OUTBOX]]},
+        SINCE: {"$ifNull": [f"${SINCE}", outbox[SINCE]]},
+    }
+
+
+def replaced_by(document: Document, outbox: Document) -> list[Document]:
+    """The update that replaces a document, all but the entries that wait in it."""
+    fields = {name: {"$literal": value} for name, value in document.items() if name != "_id"}
+    return [{"$set": {**fields, **with_outbox(outbox)}}, {"$unset": ["lease"]}]

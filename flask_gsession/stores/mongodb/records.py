@@ -10,7 +10,7 @@ from pymongo.errors import DuplicateKeyError
 from ...errors import Gone, KeyTaken, LeaseLost, Stale
 from ..base import MAX_POINTERS, Deleted, Record, too_many_pointers
 from .driver import Document, Driver, call, check_not_secondary, reraise_interruption
-from .layout import ENDED, Layout
+from .layout import ENDED, Layout, replaced_by
 from .round_trips import SessionCollection
 
 
@@ -72,7 +72,7 @@ class Records:
             [{"$set": document}],
         )
         if done.matched_count == 0:
-            self._explain(record.key, collection, lease, record.version)
+            self.explain(record.key, collection, lease, record.version)
 
     @call("renew")
     def renew(self, collection: SessionCollection, record: Record, idle_expires_at: int) -> bool:
@@ -94,14 +94,20 @@ class Records:
         lease: str | None = None,
         *,
         shorten: bool = False,
+        outbox: Document | None = None,
+        after: Document | None = None,
     ) -> None:
+        """As ``Store.replace``. ``outbox``: of the journal, for the old document.
+
+        ``after``: fields of the new one, for the journal as well.
+        """
         # Two documents, two steps. Between them no client can reach the new record, since its token
         # hasn't left the server. The second step decides atomically which rotation wins. It always
         # leaves a pointer, so that a repeat knows that this rotation, and not a logout, ended the
         # session under the old key.
         repeated = False
         try:
-            collection.insert_one(self.layout.document(record))
+            collection.insert_one({**self.layout.document(record), **(after or {})})
         except DuplicateKeyError:
             there = self.layout.read(record.key, collection)
             if there is None or there.version != record.version:
@@ -116,7 +122,11 @@ class Records:
             }
             if not shorten:
                 old["idle_expires_at"]["$lte"] = DatetimeMS(record.idle_expires_at)
-            if collection.replace_one(old, left).matched_count == 1:
+            if outbox is None:
+                done = collection.replace_one(old, left)
+            else:
+                done = collection.update_one(old, replaced_by(left, outbox))
+            if done.matched_count == 1:
                 return
             there = self.layout.read(key, collection)
             if shorten or there is None or there.idle_expires_at <= record.idle_expires_at:
@@ -139,7 +149,7 @@ class Records:
         ):
             return
         collection.delete_one(self.layout.is_version(record.key, record.version))
-        self._explain(key, collection, lease)
+        self.explain(key, collection, lease)
 
     @call("delete")
     def delete(
@@ -156,7 +166,7 @@ class Records:
                 **self.layout.held(lease),
             }
             if collection.delete_one(condition).deleted_count == 0:
-                self._explain(key, collection, lease)
+                self.explain(key, collection, lease)
             return Deleted(True)
         key, document = self._pop(key, collection)
         if not document:  # nothing, or it is only known that there was something
@@ -192,7 +202,7 @@ class Records:
             collection.delete_one(self.layout.is_version(pointer.key, pointer.version))
         return key, ended
 
-    def _explain(
+    def explain(
         self,
         key: str,
         collection: SessionCollection,

@@ -43,7 +43,7 @@ class SessionCollection:
 
     _commands = frozenset(
         {
-            *("find_one", "insert_one", "update_one", "replace_one", "delete_one"),
+            *("find_one", "insert_one", "insert_many", "update_one", "replace_one", "delete_one"),
             *("find_one_and_update", "find_one_and_delete", "update_many", "delete_many"),
         }
     )

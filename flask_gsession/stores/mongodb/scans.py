@@ -27,6 +27,8 @@ class MongoDBScans(Scans, Upkeep, Counts):
     def __init__(self, driver: Driver, layout: Layout) -> None:
         self.driver = driver
         self.layout = layout
+        #: a further condition for records that may be removed for their age
+        self.removable: Document = {}
 
     @call("scan")
     def scan(
@@ -75,7 +77,9 @@ class MongoDBScans(Scans, Upkeep, Counts):
             ("expired sessions", {"$lte": DatetimeMS(self.layout.now())}),
             ("unreadable records", {"$not": {"$type": "date"}}),
         ):
-            condition = {"_id": {"$in": ours}, "idle_expires_at": expiry}
+            condition: Document = {"_id": {"$in": ours}, "idle_expires_at": expiry}
+            if kind == "expired sessions" and self.removable:
+                condition = {"$and": [condition, self.removable]}
             if dry_run:
                 found[kind] = collection.count_documents(condition)
             else:

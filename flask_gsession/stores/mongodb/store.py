@@ -20,6 +20,7 @@ from .changes import MongoDBSource
 from .driver import Call, Document, Driver
 from .foreign import MongoDBDocuments
 from .health import MongoDBChecks
+from .journal import MongoDBJournal
 from .layout import Layout
 from .leases import MongoDBLeases
 from .records import Records
@@ -42,7 +43,8 @@ class MongoDBStore(Store):
         self._records = Records(self.driver, layout)
         self.leases = MongoDBLeases(self._records)
         self.blobs = MongoDBBlobs(self.driver, layout)
-        self.scans = self.upkeep = self.counts = MongoDBScans(self.driver, layout)
+        self.scans = self.upkeep = self.counts = scans = MongoDBScans(self.driver, layout)
+        self.journal = MongoDBJournal(self._records, scans)
         self.checks = MongoDBChecks(self.driver, layout)
         self.changes = self._listener = Listener(MongoDBSource(self.driver, options.prefix))
         closing(self, self._listener.close)

@@ -19,6 +19,7 @@ _MOST = 1000
 def entries_of(journal: Journal, after: int = 0) -> list[bytes]:
     """All entries after this number, whose numbers must follow on each other."""
     found: list[bytes] = []
+    journal.recover()
     while True:
         entries, first = journal.read(after, 7)
         if not entries:

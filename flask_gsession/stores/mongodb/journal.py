@@ -1,0 +1,329 @@
+"""The part ``journal`` of a MongoDB store: an outbox in the session's own document.
+
+A write adds its entries to the document in the same step. ``recover`` moves them into the journal's
+collection: one process of many, which holds the ticket of the sweep. An ended session stays as a
+marker until its entries were moved. The TTL index is put off, since it knows no entries.
+
+A rotation leaves its entry with the old document. The new one names it, and is moved after it, so
+that the entries of one session come in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bson import Int64
+from bson.binary import Binary
+from bson.datetime_ms import DatetimeMS
+from pymongo.errors import BulkWriteError, DuplicateKeyError
+
+from ...errors import KeyTaken, UnreadableRecord
+from ..base import MAX_POINTERS, OTHER_ENDS, Deleted, Record, new_version
+from ..journals import Entries, Journal, JournalFigures
+from .driver import Document, call
+from .indexes import NEVER
+from .layout import ENDED, OUTBOX, SINCE, with_outbox
+from .records import Records
+from .round_trips import SessionCollection
+from .scans import MongoDBScans
+
+JOURNAL = "gsession_journal"
+_AT_ONCE = 200  # documents whose entries are moved in one step
+_STEPS = 50  # at most; then comes the rest of the sweep
+_TRIMMED = 128  # entries are removed about so many at once
+_OTHERS = {"$regex": f"[{OTHER_ENDS}]$"}
+_AFTER = "journal_after"
+
+
+class MongoDBJournal(Journal):
+    """Entries of one prefix, numbered one by one as they are moved."""
+
+    def __init__(self, records: Records, scans: MongoDBScans) -> None:
+        self._records = records
+        self._scans = scans
+        self.driver = records.driver
+        self.layout = records.layout
+        self._most = 0
+
+    def begin(self, most: int) -> None:
+        self._most = most
+        self.driver.expire_after = NEVER
+        self._scans.removable = {
+            SINCE: None,
+            "$or": [{"successor": {"$ne": None}}, {"_id": _OTHERS}],
+        }
+
+    # Writes.
+
+    @call("create")
+    def create(
+        self, collection: SessionCollection, record: Record, entries: Sequence[bytes]
+    ) -> None:
+        self.driver.ensure_index(collection)
+        try:
+            collection.insert_one({**self.layout.document(record), **self._outbox(entries)})
+        except DuplicateKeyError:
+            there = self.layout.read(record.key, collection)
+            if there is None or there.version != record.version:
+                raise KeyTaken from None
+
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
+        self._put_off()
+        self._records.save(record, expected_version, lease, shorten=shorten)
+
+    def renew(self, record: Record, idle_expires_at: int) -> bool:
+        self._put_off()
+        return self._records.renew(record, idle_expires_at)
+
+    def _put_off(self) -> None:
+        if not self.driver.is_indexed():
+            self._ensure_index()
+
+    @call("create index")
+    def _ensure_index(self, collection: SessionCollection) -> None:
+        self.driver.ensure_index(collection)
+
+    def replace(
+        self,
+        key: str,
+        record: Record,
+        expected_version: int,
+        pointer: Record | None,
+        entries: Sequence[bytes],
+        lease: str | None = None,
+        *,
+        shorten: bool = False,
+    ) -> None:
+        self._put_off()
+        self._records.replace(
+            key,
+            record,
+            expected_version,
+            pointer,
+            lease,
+            shorten=shorten,
+            outbox=self._outbox(entries),
+            after={_AFTER: self.layout.prefix + key},
+        )
+
+    @call("delete")
+    def end(
+        self,
+        collection: SessionCollection,
+        key: str,
+        expected_version: int,
+        entries: Sequence[bytes],
+        lease: str | None = None,
+    ) -> Deleted:
+        condition = {
+            **self.layout.live(key),
+            "version": Int64(expected_version),
+            **self.layout.held(lease),
+        }
+        marker = self._marker(entries)
+        if collection.update_one(condition, marker).matched_count == 0:
+            self._records.explain(key, collection, lease)
+        return Deleted(True)
+
+    def _marker(self, entries: Sequence[bytes]) -> list[Document]:
+        """The update that leaves nothing of a session but its entries."""
+        now = DatetimeMS(self.layout.now())
+        fields = {
+            "version": Int64(new_version()),
+            "idle_expires_at": now,
+            "payload": b"",
+            "successor": {"$literal": ENDED},
+            **with_outbox(self._outbox(entries)),
+        }
+        return [{"$set": fields}, {"$unset": ["lease"]}]
+
+    def _outbox(self, entries: Sequence[bytes]) -> Document:
+        if not entries:
+            return {}
+        since = DatetimeMS(self.layout.now())
+        return {OUTBOX: [Binary(entry) for entry in entries], SINCE: since}
+
+    # The sweep.
+
+    @call("scan")
+    def due(self, collection: SessionCollection, limit: int) -> list[Record]:
+        found = []
+        for document in collection.find(self._due(), sort=[("idle_expires_at", 1)], limit=limit):
+            key = document["_id"][len(self.layout.prefix) :]
+            try:
+                found.append(self.layout.record(key, document))
+            except UnreadableRecord:
+                end = int(document["idle_expires_at"])
+                found.append(Record(key, 0, 0, end, 0, b""))
+        return found
+
+    def _due(self) -> Document:
+        return {
+            "idle_expires_at": {"$lte": DatetimeMS(self.layout.now())},
+            "successor": None,
+            "_id": {**self._ours(), "$not": _OTHERS},
+        }
+
+    def _ours(self) -> Document:
+        start = self.layout.prefix
+        return {"$gt": start, "$lt": f"{start}\x7f"}
+
+    def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
+        removed = sum(self._expire(record, entry) for record, entry in expired)
+        self.recover()
+        return removed
+
+    @call("delete")
+    def _expire(self, collection: SessionCollection, record: Record, entry: bytes) -> bool:
+        condition: Document = {
+            "_id": self.layout.prefix + record.key,
+            "successor": None,
+            "idle_expires_at": {
+                "$eq": DatetimeMS(record.idle_expires_at),
+                "$lte": DatetimeMS(self.layout.now()),
+            },
+        }
+        if record.version:
+            condition["version"] = Int64(record.version)
+        return bool(collection.update_one(condition, self._marker([entry])).matched_count)
+
+    def recover(self) -> int:
+        moved = 0
+        for _ in range(_STEPS):
+            done = self._move()
+            moved += done
+            if done < _AT_ONCE:
+                break
+        self._remove_old()
+        return moved
+
+    @call("delete")
+    def _remove_old(self, collection: SessionCollection) -> None:
+        """What the TTL index would remove: pointers, rosters and other records."""
+        now = DatetimeMS(self.layout.now())
+        condition = {"idle_expires_at": {"$lte": now}, **self._scans.removable}
+        collection.delete_many({"$and": [condition, {"_id": self._ours()}]})
+
+    @call("journal")
+    def _move(self, collection: SessionCollection) -> int:
+        """Move the entries of some documents; how many documents."""
+        condition = {SINCE: {"$type": "date"}, "_id": self._ours()}
+        fields = [OUTBOX, SINCE, _AFTER, "successor"]
+        waiting = list(collection.find(condition, fields, sort=[(SINCE, 1)], limit=_AT_ONCE))
+        for document in waiting:
+            self._move_from(collection, document, MAX_POINTERS)
+        return len(waiting)
+
+    def _move_from(self, collection: SessionCollection, document: Document, most: int) -> None:
+        before = document.get(_AFTER)
+        if before and most:
+            first = collection.find_one({"_id": before, SINCE: {"$type": "date"}})
+            if first is not None:
+                self._move_from(collection, first, most - 1)
+        outbox = document.get(OUTBOX, [])
+        self._add(collection, [bytes(entry) for entry in outbox])
+        # Only what was moved: the document may have got more entries meanwhile.
+        same = {"_id": document["_id"], OUTBOX: outbox}
+        if document.get("successor") == ENDED:
+            collection.delete_one({**same, "successor": ENDED})
+        else:
+            collection.update_one(same, {"$unset": {OUTBOX: "", SINCE: "", _AFTER: ""}})
+
+    # The journal.
+
+    @call("journal")
+    def append(self, collection: SessionCollection, entries: Sequence[bytes]) -> None:
+        self._add(collection, entries)
+
+    def _add(self, collection: SessionCollection, entries: Sequence[bytes]) -> None:
+        journal, left = self._journal(collection), list(entries)
+        while left:
+            last = self._edge(journal, -1)
+            numbered = enumerate(left, last + 1)
+            documents = [
+                {"_id": self._id(number), "number": Int64(number), "entry": Binary(entry)}
+                for number, entry in numbered
+            ]
+            try:
+                journal.insert_many(documents)
+                done = len(left)
+            except BulkWriteError as error:  # another process adds entries at the same time
+                if any(each.get("code") != 11000 for each in error.details["writeErrors"]):
+                    raise
+                done = error.details["nInserted"]
+            after = last + done
+            if after // _TRIMMED != last // _TRIMMED and after > self._most:
+                oldest = {"$gte": self._id(0), "$lte": self._id(after - self._most)}
+                journal.delete_many({"_id": oldest})
+            left = left[done:]
+
+    def _journal(self, collection: SessionCollection) -> SessionCollection:
+        return collection.of(
+            collection.database[JOURNAL].with_options(
+                codec_options=collection.codec_options,
+                read_preference=collection.read_preference,
+                read_concern=collection.read_concern,
+                write_concern=collection.write_concern,
+            )
+        )
+
+    def _id(self, number: int) -> str:
+        return f"{self.layout.prefix}{number:020d}"
+
+    def _consumer(self, name: str) -> str:
+        return f"{self.layout.prefix}consumer:{name}"
+
+    def _edge(self, journal: SessionCollection, direction: int) -> int:
+        """The first or last number; 0 if there is none."""
+        numbers = {"$gt": self._id(0), "$lt": f"{self.layout.prefix}:"}
+        found = journal.find_one({"_id": numbers}, ["number"], sort=[("_id", direction)])
+        return 0 if found is None else int(found["number"])
+
+    @call("journal")
+    def read(self, collection: SessionCollection, after: int, limit: int) -> Entries:
+        numbers = {"$gt": self._id(after), "$lt": f"{self.layout.prefix}:"}
+        found = self._journal(collection).find({"_id": numbers}, sort=[("_id", 1)], limit=limit)
+        entries = [(int(each["number"]), bytes(each["entry"])) for each in found]
+        return Entries(entries, entries[0][0] if entries else after + 1)
+
+    @call("journal")
+    def acknowledge(self, collection: SessionCollection, consumer: str, number: int) -> None:
+        self._journal(collection).update_one(
+            {"_id": self._consumer(consumer)}, {"$max": {"number": Int64(number)}}, upsert=True
+        )
+
+    @call("journal")
+    def acknowledged(self, collection: SessionCollection, consumer: str) -> int | None:
+        found = self._journal(collection).find_one({"_id": self._consumer(consumer)})
+        return None if found is None else int(found["number"])
+
+    @call("journal")
+    def forget(self, collection: SessionCollection, consumer: str) -> bool:
+        done = self._journal(collection).delete_one({"_id": self._consumer(consumer)})
+        return bool(done.deleted_count)
+
+    @call("journal")
+    def figures(self, collection: SessionCollection) -> JournalFigures:
+        journal, start = self._journal(collection), self._consumer("")
+        due = int(collection.count_documents(self._due()))
+        oldest: Any = None
+        if due:
+            oldest = collection.find_one(
+                self._due(), ["idle_expires_at"], sort=[("idle_expires_at", 1)]
+            )
+        names = {"$gte": start, "$lt": f"{start}\x7f"}
+        consumers = {
+            each["_id"].removeprefix(start): int(each["number"])
+            for each in journal.find({"_id": names})
+        }
+        first, last = self._edge(journal, 1), self._edge(journal, -1)
+        when = 0 if oldest is None else int(oldest["idle_expires_at"])
+        return JournalFigures(first, last, due, when, consumers)
