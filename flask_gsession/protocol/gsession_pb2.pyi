@@ -423,7 +423,7 @@ class GetRequest(_message.Message):
     def __init__(self, cookie: _Optional[str] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetReply(_message.Message):
-    __slots__ = ("values",)
+    __slots__ = ("values", "found")
     class ValuesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -432,8 +432,10 @@ class GetReply(_message.Message):
         value: Value
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
     values: _containers.MessageMap[str, Value]
-    def __init__(self, values: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+    found: bool
+    def __init__(self, values: _Optional[_Mapping[str, Value]] = ..., found: bool = ...) -> None: ...
 
 class PutRequest(_message.Message):
     __slots__ = ("cookie", "changes", "removals")

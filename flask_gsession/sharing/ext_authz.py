@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from flask import Flask
@@ -24,6 +25,7 @@ from .verify import Verifier
 
 # Codes of google.rpc.Code, and statuses of HTTP.
 _OK, _UNAVAILABLE, _UNAUTHENTICATED = 0, 14, 16
+_OURS = re.compile("x[-_]session[-_]", re.IGNORECASE)
 _REPLACE = base.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
@@ -46,7 +48,8 @@ class ExtAuthzService(Service):
         if verifier is None:
             verifier = Verifier(self._ext, self._user, sorted(grant.read))
             self._verifiers[grant] = verifier
-        cookies = request.attributes.request.http.headers.get("cookie", "")
+        received = request.attributes.request.http.headers
+        cookies = received.get("cookie", "")
         try:
             with self._app.app_context():
                 identity = verifier.identify(self._app, cookies)
@@ -55,13 +58,14 @@ class ExtAuthzService(Service):
             return _denied(_UNAVAILABLE, 503, {"retry-after": str(error.retry_after)})
         if identity is None:
             return _denied(_UNAUTHENTICATED, 401, {"www-authenticate": "Cookie"})
-        absent = [name.lower() for name, text in headers.items() if not text]
+        ours = {name.lower(): text for name, text in headers.items()}
+        # Those with underscores, too, which mean the same header to a WSGI application.
+        spoofed = {name for name in received if _OURS.match(name)} - ours.keys()
+        absent = [name for name, text in ours.items() if not text]
         reply = auth.CheckResponse()
         reply.status.code = _OK
-        reply.ok_response.headers_to_remove.extend(absent)
-        reply.ok_response.headers.extend(
-            _option(name, text) for name, text in headers.items() if text
-        )
+        reply.ok_response.headers_to_remove.extend([*absent, *sorted(spoofed)])
+        reply.ok_response.headers.extend(_option(name, text) for name, text in ours.items() if text)
         return reply
 
 

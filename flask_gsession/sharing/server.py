@@ -194,11 +194,10 @@ class Server:
 
     def _grant_of(self, context: Any) -> Grant:
         """The caller's grant. Aborts the call of an unknown caller."""
-        names = [
-            value.decode("utf-8", "replace")
-            for name in _NAMES
-            for value in context.auth_context().get(name, ())
-        ]
+        shown_by = context.auth_context()
+        # The common name counts only without the others (RFC 9525): an authority may not check it.
+        certified = next((shown_by[name] for name in _NAMES if shown_by.get(name)), ())
+        names = [value.decode("utf-8", "replace") for value in certified]
         token = None
         for key, value in context.invocation_metadata():
             if key == "authorization" and value.startswith(_BEARER):

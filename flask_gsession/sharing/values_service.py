@@ -86,7 +86,7 @@ class ValuesService(Service):
                 continue
             except NoMessage as error:
                 raise Refused(Status.FAILED_PRECONDITION, f"{key[:60]}: {error}") from None
-        return pb.GetReply(values=found)
+        return pb.GetReply(values=found, found=True)
 
     def _put(self, request: Any, grant: Grant) -> Any:
         _require([*request.changes, *request.removals], grant.write, "writing")

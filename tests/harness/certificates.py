@@ -24,10 +24,10 @@ class Authority:
         self.ca = folder / f"{name}.pem"
         self._write(self.ca, builder.add_extension(constraints, critical=True))
 
-    def sign(self, name: str) -> tuple[Path, Path]:
+    def sign(self, name: str, common_name: str | None = None) -> tuple[Path, Path]:
         """A certificate for ``name`` at 127.0.0.1, and its key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name or name)])
         names = [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         certificate, own = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         builder = self._builder(subject, key.public_key())

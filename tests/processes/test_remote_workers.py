@@ -83,14 +83,27 @@ def server(
         forget(setup.store, name)
 
 
-def test_workers_of_uwsgi_share_sessions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("store", "configuration", "near"),
+    [
+        pytest.param("sqlite", "plain", "0", id="plain"),
+        pytest.param("redis", "documented", "0.5", id="near", marks=pytest.mark.long),
+    ],
+)
+def test_workers_of_uwsgi_share_sessions(
+    store: str, configuration: str, near: str, tmp_path: Path, store_prefix: str
+) -> None:
     """They are forked in C after the application has used a session."""
-    settings = {"SESSION_STORE": url_of("sqlite", tmp_path, "")}
+    settings = {
+        "SESSION_STORE": url_of(store, tmp_path, ""),
+        "SESSION_KEY_PREFIX": store_prefix,
+    }
     with ServeCommand(tmp_path / "serve", settings) as far:
         environment = {
             "WORKERS_PREFIX": "ignored:",
             "WORKERS_STORE": far.url,
             "WORKERS_WARM": "yes",
+            "WORKERS_NEAR": near,
         }
-        with Uwsgi(tmp_path, CONFIGURATIONS["plain"], environment) as server:
+        with Uwsgi(tmp_path, CONFIGURATIONS[configuration], environment) as server:
             share(server)

@@ -185,7 +185,11 @@ def test_mutual_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert named.load(record.key) == record
         named.close()
         certificate, key = foreign.sign("shop.internal")
+        other = ours.sign("other.internal", common_name="shop.internal")
         refused = {
+            f"grpcs://127.0.0.1:{port}?ca={ours.ca}&cert={other[0]}&key={other[1]}": (
+                "UNAUTHENTICATED"
+            ),
             url_with(port, ours, "billing.internal"): "PERMISSION_DENIED",
             url_with(port, ours, "nobody.internal"): "UNAUTHENTICATED",
             # Signed by somebody else, none at all, or a server that isn't the one meant.

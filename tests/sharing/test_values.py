@@ -120,6 +120,7 @@ def test_a_service_reads_and_writes_what_it_may(site: Site) -> None:
         assert values_of(billing.Get(get(visitor, "cart", "total"))) == {"cart": ["mug", {"n": 2}]}
         assert billing.Put(put(visitor, paid=True, total=Decimal("9.90"))).stored
         assert values_of(billing.Get(get(visitor, "total"))) == {"total": Decimal("9.90")}
+        assert billing.Get(get(visitor)).found
         verified = billing.Verify(pb.VerifyRequest(cookie=visitor.cookie))
         assert (verified.active, verified.user) == (True, "17")
         assert visitor.run(lambda session: session.get("paid")) is True
@@ -149,7 +150,9 @@ def test_a_logout_beats_a_write_that_arrives_later(site: Site) -> None:
         assert billing.code("Put", put(visitor, paid=True)) == "NOT_FOUND"
         assert billing.code("Put", put(visitor, paid=True)) == "NOT_FOUND"
         assert billing.code("Get", get(visitor, "cart")) == "NOT_FOUND"
-        assert not billing.Verify(pb.VerifyRequest(cookie=visitor.cookie)).active
+        verified = billing.Verify(pb.VerifyRequest(cookie=visitor.cookie))
+        assert verified.HasField("active")
+        assert not verified.active
     assert visitor.run(dict) == {}
 
 
@@ -215,7 +218,9 @@ def test_a_service_may_end_a_session(site: Site) -> None:
     with callers(site, "audit") as (audit,):
         request = pb.RevokeRequest(cookie=visitor.cookie)
         assert audit.Revoke(request).ended
-        assert not audit.Revoke(request).ended
+        again = audit.Revoke(request)
+        assert again.HasField("ended")  # an empty message is no answer
+        assert not again.ended
     assert visitor.run(dict) == {}
 
 
@@ -381,7 +386,9 @@ def test_envoy_asks(site: Site) -> None:
     visitor = signed_in(site, cart=["mug"], secret="hidden")
     with callers(site) as (envoy,):
         cookie = f"a=1; session={visitor.cookie}"
-        reply = envoy.Check(check(cookie=cookie, x_session_user="admin"))
+        asked = check(cookie=cookie, x_session_user="admin", x_session_of="me")
+        asked.attributes.request.http.headers.update({"x_session-user": "a", "X_Session_Cart": "b"})
+        reply = envoy.Check(asked)
         assert reply.status.code == 0
         headers = {option.header.key: option for option in reply.ok_response.headers}
         assert {key: option.header.value for key, option in headers.items()} == {
@@ -389,7 +396,10 @@ def test_envoy_asks(site: Site) -> None:
             "x-session-cart": '["mug"]',
         }
         assert {option.append_action for option in headers.values()} == {2}  # it replaces
-        assert list(reply.ok_response.headers_to_remove) == ["x-session-total"]
+        assert list(reply.ok_response.headers_to_remove) == [
+            "x-session-total",
+            *("X_Session_Cart", "x-session-of", "x_session-user"),
+        ]
         for request in (check(), check(cookie="session=junk", x_session_user="admin")):
             reply = envoy.Check(request)
             assert reply.status.code == 16
