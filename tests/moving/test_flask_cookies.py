@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from uuid import UUID
 
@@ -109,17 +110,18 @@ def put(session: Any) -> None:
     session["cart"] = [*session["cart"], "pen"]
 
 
-@pytest.mark.parametrize("earlier", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("beside", ["read", "write", "logout", "sign-in after a read"])
-@pytest.mark.parametrize("way", ["read", "write"])
-def test_first_requests_of_one_browser_at_once(
-    site: Site, earlier: bool, beside: str, way: str
-) -> None:
+def test_first_requests_of_one_browser_at_once(site: Site, beside: str) -> None:
     """A browser keeps the cookie that comes last: a slow read must not replace another one's."""
-    cookie = signed({"cart": ["mug"]})
-    if earlier:
-        visit(site, cookie).run(dict)
-        site.clock.advance(10)
+    for number, (writes, earlier) in enumerate(product((False, True), repeat=2)):
+        cookie = signed({"cart": ["mug"], "number": number})
+        if earlier:
+            visit(site, cookie).run(dict)
+            site.clock.advance(10)
+        slow_read_or_write(site, cookie, beside, writes=writes)
+
+
+def slow_read_or_write(site: Site, cookie: str, beside: str, *, writes: bool) -> None:
     slow, other = visit(site, cookie), visit(site, cookie)
 
     def meanwhile(session: Any) -> None:
@@ -133,17 +135,17 @@ def test_first_requests_of_one_browser_at_once(
             other.run(put)
         if beside == "logout":
             other.run(lambda session: session.destroy())
-        if way == "write":
+        if writes:
             put(session)
 
     slow.run(meanwhile)
     # Of two writes, the later answer wins, as with Flask's own cookies.
-    assert (slow.cookie is not None) is (way == "write" and beside != "logout")
+    assert (slow.cookie is not None) is (writes and beside != "logout")
     assert (other.cookie is None) is (beside == "logout")
     for waited in (False, True):
         late = visit(site, cookie)
-        assert late.run(dict) == ({} if beside == "logout" else {"cart": ["mug"]})
-        is_late = waited or (beside == "sign-in after a read" and way == "read")
+        assert late.run(lambda session: "cart" in session) is (beside != "logout")
+        is_late = waited or (beside == "sign-in after a read" and not writes)
         assert (late.cookie is not None) is (is_late and beside != "logout")
         site.clock.advance(10)
 
