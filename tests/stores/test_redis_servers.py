@@ -248,7 +248,7 @@ def test_a_server_that_is_not_a_primary_is_not_used(
     monkeypatch.setattr(
         shop.store._commands.pool._sentinels, "primary", lambda _: (HOST, replica.port)
     )
-    with pytest.raises(StoreUnavailable, match=f"{replica.port} is to be the primary, and is not"):
+    with pytest.raises(StoreUnavailable, match=f"{replica.port} should be the primary, and is not"):
         shop.store.load("A" * 43)
 
 

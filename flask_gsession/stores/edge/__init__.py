@@ -1,4 +1,4 @@
-"""A store for a node near its users, that goes on while the centre can't be reached."""
+"""A store for a node near its users, which keeps working while the centre can't be reached."""
 
 from .address import EdgeAddress
 from .store import EdgeStore

@@ -1,4 +1,4 @@
-"""The URL of an edge: where its file is, where the centre is, and for how long it goes on alone."""
+"""The URL of an edge: its file, its centre, and how long it may work alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EdgeAddress(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> EdgeAddress:
-        """Read an ``edge+sqlite:`` URL. Raises ``SettingError`` that shows no more than names."""
+        """Read an ``edge+sqlite:`` URL. Raises ``SettingError``, which shows only names."""
         try:
             parts = urlsplit(url)
             given = parse_qsl(parts.query, strict_parsing=True, keep_blank_values=True)

@@ -30,7 +30,7 @@ class EdgeChecks(Checks):
                     "error",
                     "edge: settling",
                     figures.trouble,
-                    "What waits is kept. Repair this, then run flask gsession edge sync.",
+                    "The waiting changes are kept. Repair this, then run flask gsession edge sync.",
                 )
             )
         if self._centre is not None:
@@ -59,6 +59,6 @@ def _queue(figures: EdgeFigures) -> Finding:
             "warning",
             "edge: queue",
             f"{waiting}, for up to {hours:.1f} hours",
-            "Sessions whose idle timeout passes at the centre meanwhile lose these changes.",
+            "If a session's idle timeout passes at the centre before that, these changes are lost.",
         )
     return Finding("ok", "edge: queue", waiting)

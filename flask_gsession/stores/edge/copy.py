@@ -54,12 +54,12 @@ class Copy:
         return self._rows.select(db, key)
 
     def plain_since(self, key: str) -> int | None:
-        """When the centre last confirmed a row without changes; None if there is none."""
+        """When the centre last confirmed a row without changes; None without such a row."""
         return self.file.within(lambda db: self._rows.plain_since(db, key))
 
     @on_connection
     def state_of(self, db: sqlite3.Connection, key: str) -> Found | None:
-        """What a call needs to know of a row."""
+        """The state of a row, for a call."""
         return self._rows.state_of(db, key)
 
     def served(self, row: Row, why: str) -> Record | None:
@@ -144,7 +144,7 @@ class Copy:
         end = self._copy_ends(record, confirmed_at)
         self._rows.insert(db, Row(record, State.PLAIN, confirmed_at), end)
 
-    # -- the queue: what the centre can't be asked to do now
+    # -- the queue: changes that the centre can't make now
 
     @in_transaction()
     def queue_created(self, db: sqlite3.Connection, record: Record) -> None:
@@ -352,9 +352,9 @@ class Copy:
         pointers: list[Record],
         confirmed_at: int,
     ) -> None:
-        """What was sent from this row is at the centre, in the record ``there``.
+        """The centre has the sent changes of this row, in the record ``there``.
 
-        ``pointers`` lead to it. What was changed here since stays queued.
+        ``pointers`` lead to it. Later changes stay queued.
         """
         now = self._rows.select(db, row.record.key)
         if now is None or now.number != row.number or now.state is not row.state:
@@ -372,7 +372,7 @@ class Copy:
 
     @in_transaction()
     def dropped(self, db: sqlite3.Connection, row: Row, *, counts: bool = True) -> Row | None:
-        """Give up the changes of a session that has ended at the centre; what is given up."""
+        """Give up the changes of a session that has ended at the centre; returns its row."""
         now = self._rows.select(db, row.record.key)
         if now is None or now.state not in (State.CHANGED, State.CREATED):
             return None

@@ -58,7 +58,7 @@ class Link:
             raise
 
     def broke(self, error: StoreUnavailable) -> None:
-        """A call failed: ask the centre no more."""
+        """A call failed: stop asking the centre."""
         with self._lock:
             if self.why:
                 return  # many calls may fail at once
@@ -69,7 +69,7 @@ class Link:
         self.on_cut()
 
     def stays_cut(self, error: StoreUnavailable) -> None:
-        """The centre was looked for in vain: wait longer before the next time."""
+        """The centre didn't answer again: wait longer before the next attempt."""
         self.broke(error)
         with self._lock:
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
@@ -81,7 +81,7 @@ class Link:
         self._try_at = self._clock() + wait
 
     def may_try(self) -> bool:
-        """Whether it is time to see if the centre is back; True once for each pause."""
+        """Whether it is time to check if the centre is back; True once for each pause."""
         with self._lock:
             now = self._clock()
             if not self.why or now < self._try_at:

@@ -91,7 +91,7 @@ class EdgeNear(NearReads):
 
 
 class EdgeBulk(Bulk):
-    """Deletes in bulk at the centre, as far as this node has nothing to tell it before."""
+    """Deletes in bulk at the centre, except sessions with queued changes here."""
 
     def __init__(self, store: EdgeStore, bulk: Bulk) -> None:
         self._store = store

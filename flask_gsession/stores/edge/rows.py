@@ -1,4 +1,4 @@
-"""The rows of an edge's file: the copy of each session, and what the centre hasn't heard of it."""
+"""The rows of an edge's file: copies of sessions, and changes that wait for the centre."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ class State(IntEnum):
 
 
 class Row(NamedTuple):
-    """What a node has of one session.
+    """A node's copy of one session.
 
-    ``record``: as it is served; of a tombstone, what is left of it. ``confirmed_at``: when the
+    ``record``: as it is served; for a tombstone, the rest of it. ``confirmed_at``: when the
     centre was last known to have it like this, or to have its ``base``, in milliseconds.
     ``queued``: its place in the queue for the centre; None if there is nothing to settle.
     ``base``: the record at the centre that was changed here. ``sent`` and ``number``: what is, or
@@ -93,7 +93,7 @@ class Row(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a call needs to know of a row. ``is_queued``: the centre must hear of it first."""
+    """The state of a row, for a call. ``is_queued``: the centre must hear of it first."""
 
     state: int
     confirmed_at: int
@@ -115,7 +115,7 @@ class Rows:
         return None if found is None else _row(key, found)
 
     def plain_since(self, db: sqlite3.Connection, key: str) -> int | None:
-        """When a plain row was confirmed; None if there is none. For the fastest reads."""
+        """When a plain row was confirmed; None without such a row. For the fastest reads."""
         for (confirmed_at,) in db.execute(
             "SELECT confirmed_at FROM gsession_edge WHERE key = ? AND state = 0",
             (self.prefix + key,),
@@ -152,7 +152,7 @@ class Rows:
     def copy(
         self, db: sqlite3.Connection, record: Record, confirmed_at: int, removable_at: int
     ) -> None:
-        """Copy a record of the centre, unless the row is another than a plain, older one."""
+        """Copy a record from the centre, unless the row has changes or is newer."""
         db.execute(
             "INSERT INTO gsession_edge (key, version, created_at, idle_expires_at, "
             "absolute_expires_at, payload, successor, state, confirmed_at, removable_at) "

@@ -1,6 +1,6 @@
-"""Settles with the centre what happened at a node while it was cut off: ends first, then changes.
+"""Settles a node's ends and changes with the centre, ends first.
 
-The protocol, and what goes wrong without each step: tests/simulation/edge_model.py.
+tests/simulation/edge_model.py has the protocol, and shows what goes wrong without each step.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Settler:
         run = _Run(self._copy, self._centre, reconciler, name)
         try:
             run.greet()
-            for _ in range(_PASSES):  # what was queued meanwhile
+            for _ in range(_PASSES):  # some may be queued while it settles
                 run.all_of(ends=True)
                 if not only_ends:
                     run.all_of(ends=False)
@@ -118,7 +118,7 @@ class _Run:
                     if not error.for_others:
                         self._drop(row, f"its record is {error.reason}")
                         continue
-                    # The rest stays queued, until somebody has given this node the key.
+                    # The rest stays queued until this node gets the key.
                     self.trouble = f"session {row.record.key} at the centre: {error}"
                 except GSessionError as error:
                     if isinstance(error, StoreUnavailable) and not error.contention:
@@ -146,7 +146,7 @@ class _Run:
             self._copy.dropped(row, counts=False)  # it expired before anybody else knew it
             return
         if created and not pushed:
-            # What is sent and not answered is given up: see first whether the centre answers.
+            # An unanswered change is given up, so check first whether the centre answers.
             self._centre.load(row.record.key)
         noted = self._copy.sending(row)
         if noted is None:

@@ -1,4 +1,4 @@
-"""A store that goes on while its centre can't be reached: a copy here, and a queue of changes."""
+"""A store that keeps working while its centre can't be reached: a copy, and a queue of changes."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class EdgeStore(Wrapper, Edge):
             except StoreUnavailable as error:
                 if error.contention:
                     raise
-                # Also if the answer was lost: an end may be repeated.
+                # Even if the answer was lost: an end may be repeated.
             else:
                 if deleted or row is None:
                     if deleted:
@@ -253,7 +253,7 @@ class EdgeStore(Wrapper, Edge):
         return self.link.why
 
     def use(self, reconciler: Reconciler) -> None:
-        """Settle by this one, as long as it is there."""
+        """Settle by this reconciler, while it exists."""
         self._reconciler = weakref.ref(reconciler)
 
     def figures(self) -> EdgeFigures:
@@ -278,7 +278,7 @@ class EdgeStore(Wrapper, Edge):
         return settled
 
     def _come_back(self) -> Settled | None:
-        """See whether the centre answers, and tell it of all ends."""
+        """Check whether the centre answers, and settle all ends with it."""
         try:
             self.centre.load(_PROBE)
         except StoreUnavailable as error:
@@ -365,7 +365,7 @@ class EdgeStore(Wrapper, Edge):
         return ask(key)
 
     def _note(self, note: Callable[..., object], *arguments: Any) -> None:
-        """Note what the centre did. If that fails, the copy is only older than it could be."""
+        """Note the result of the centre. If that fails, the copy is only older than it could be."""
         try:
             note(*arguments)
         except StoreUnavailable as error:

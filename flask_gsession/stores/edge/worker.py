@@ -46,7 +46,7 @@ class Worker:
         look: Callable[[], object],
         settle: Callable[[], bool],
     ) -> None:
-        """Start the thread, if there is none and this process serves requests."""
+        """Start the thread, unless it runs or this process serves no requests."""
         process.notice()
         if self._thread is not None or not self.interval or not is_at_work() or not runs_threads():
             return

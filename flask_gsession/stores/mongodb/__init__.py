@@ -1,6 +1,6 @@
 """Sessions in MongoDB.
 
-``driver`` has the client and what each call of it needs, ``layout`` the documents, ``records`` the
+``driver`` has the client and the set-up of each call, ``layout`` the documents, ``records`` the
 verbs. ``leases``, ``blobs``, ``scans`` and ``health`` are the parts of ``store``.
 """
 

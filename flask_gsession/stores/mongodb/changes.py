@@ -14,16 +14,16 @@ from .driver import Call, Driver
 
 _AWAIT = 0.5  # seconds that the server waits for a change
 _POLL = 1.0  # seconds
-_NO_STREAMS = (40573, 136)  # a server without replica set; one whose history is not readable yet
+_NO_STREAMS = (40573, 136)  # a server without a replica set, or whose history is not readable yet
 _HISTORY_LOST = (280, 286)  # the resume token is too old, or of another server
 _WRITES = ("insert", "update", "replace", "delete")
 _EMPTYING = ("drop", "rename", "dropDatabase", "invalidate")
 
 
 class MongoDBSource:
-    """The replica set, as the one server of a listener."""
+    """The replica set, as a listener's only server."""
 
-    unproven = "a change stream of MongoDB that is quiet doesn't prove that nothing changed"
+    unproven = "a quiet change stream of MongoDB doesn't prove that nothing changed"
     one_feed = True
 
     def __init__(self, driver: Driver, prefix: str) -> None:

@@ -90,8 +90,9 @@ def call(
     """Decorator for one call of a store: passes the collection, and limits the total time.
 
     Each call has its own context and driver session. An interrupt can strike the driver between any
-    two steps, and leave a past deadline, or a server session that two threads share: the server
-    would then take one thread's write for a repeat of the other's. No later call meets that state.
+    two steps. It may leave an old deadline, or a server session that two threads share, and the
+    server would then take one thread's write for a repeat of the other's. No later call uses that
+    state.
     """
 
     def decorate(
@@ -119,10 +120,10 @@ def call(
 
 
 class _Pool(Pool):
-    """A pool of connections whose lock an exception from outside doesn't leave held.
+    """A pool of connections that releases its lock even after an exception from outside.
 
-    PyMongo takes the lock once more to clean up after an exception, so the thread that had left it
-    held would wait for itself.
+    PyMongo takes the lock again to clean up after an exception, so the thread would wait for
+    itself.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +133,7 @@ class _Pool(Pool):
 
 
 class Driver:
-    """The collections of ``url_or_client``. A client made from a URL is one of each process."""
+    """The collections of ``url_or_client``. For a URL, each process makes its own client."""
 
     def __init__(self, url_or_client: str | _Client, options: StoreOptions) -> None:
         self.timeout = options.timeout
@@ -209,14 +210,14 @@ class Driver:
         """Close ``client`` with this store, and only in the process that made it."""
         if self._close_client is not None:
             self._close_client.detach()
-            # A parent's client: neither used nor closed here, so not collected either.
+            # A parent's client: we neither use, close nor collect it here.
             self._inherited.append(self.collection)
         self._close_client = closing(self, partial(_close, client, self.timeout))
 
     def ensure_index(self, collection: SessionCollection, field: str = "idle_expires_at") -> None:
-        """Make the TTL index, once; after an outage the next session that is created tries again.
+        """Create the TTL index, once; after an outage, the next new session tries again.
 
-        Called when a document was written: what fails now is about the index alone.
+        Called after a document was written, so a failure now is about the index alone.
         """
         if collection.name in self._indexed:
             return
@@ -325,7 +326,7 @@ class Call:
             if driver.pid != os.getpid():
                 began = time.monotonic()
                 driver.connect()
-                # Of mongodb+srv:// a name server was asked, and may have taken long.
+                # For mongodb+srv://, asking the name server may have taken long.
                 seconds = max(seconds - (time.monotonic() - began), 0.001)  # 0 would be no limit
         except (PyMongoError, OSError) as error:
             self._fail(error)
@@ -349,7 +350,7 @@ class Call:
 
 
 def _reason(error: Exception, collection: SessionCollection) -> str:
-    """The error and its server in one line, without anything that was sent."""
+    """The error and its server in one line, without any sent data."""
     if not isinstance(error, OperationFailure):
         text = str(error).partition(", Timeout: ")[0].partition(", full error: ")[0]
         text = re.sub(r" \(configured timeouts: [^)]*\)", "", text)
@@ -381,7 +382,7 @@ def _code(error: OperationFailure) -> str:
 
 
 def _addresses(client: _Client) -> str:
-    """The server that takes writes, as far as it is known, else all that the client knows of."""
+    """The server that accepts writes, if it is known, else all servers that the client knows."""
     servers = client.topology_description.server_descriptions()
     writable = [address for address, server in servers.items() if server.is_writable]
     return ",".join(

@@ -41,7 +41,7 @@ class MongoDBChecks(Checks):
 def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:
     """The findings on the server of these collections; ``now`` is our time in seconds since 1970.
 
-    Raises what the driver raises, but for a lack of rights.
+    Raises the driver's errors, except for missing permissions.
     """
     client = collection.database.client
     hello = collection.database.command("hello")
@@ -74,7 +74,7 @@ def _known_faults(version: str) -> Iterator[Finding]:
 
 
 def _exposure_of(client: Any) -> Iterator[Finding]:
-    """Whether strangers get in, and whether they can listen."""
+    """Whether strangers can connect or listen in."""
     is_open = not _asks_for_a_password(client)
     host = (client.address or ("",))[0]
     if host.startswith("/"):
@@ -135,7 +135,7 @@ def _member(member: Any, primary: Any) -> Finding:
             "warning",
             "replica",
             f"{where} does not answer, or is starting",
-            "One more that fails, and there may be no majority: look at it.",
+            "If one more fails, there may be no majority: check it.",
         )
     lag = _lag(member, primary)
     found = f"{where} is {max(0, lag):.0f} s behind"
@@ -149,7 +149,7 @@ def _member(member: Any, primary: Any) -> Finding:
 def _lag(member: Any, primary: Any) -> float:
     """How many seconds a member is behind, as far as the driver knows.
 
-    Each was asked at a time of its own, so what is compared is how long before that it had written.
+    Each was asked at a different time, so we compare how long before that it had written.
     """
     if primary is None or member.last_write_date is None or primary.last_write_date is None:
         return 0.0

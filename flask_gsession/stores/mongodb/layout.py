@@ -81,8 +81,8 @@ class Layout:
             document = find()
         except BSONError as error:
             reraise_interruption(error)
-            # The driver says so of any exception that strikes while it decodes, and of a full
-            # stack. Where neither can be, what it says is about the document.
+            # The driver reports this for any exception while it decodes, and for a full
+            # stack. If neither is possible, the report is about the document.
             try:
                 document = in_a_thread(find)
             except BSONError as again:
@@ -113,7 +113,7 @@ def lease_of(document: Document) -> Lease:
     try:
         waiters = {waiter["owner"]: waiter["seen"] for waiter in lease.get("waiters", ())}
     except (TypeError, KeyError):
-        return Lease()  # junk, which the next to acquire it replaces
+        return Lease()  # junk, which the next owner replaces
     return Lease.of(lease.get("owner", ""), lease.get("until", 0), lease.get("length", 0), waiters)
 
 

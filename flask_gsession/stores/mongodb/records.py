@@ -169,12 +169,12 @@ class Records:
                 self.explain(key, collection, lease)
             return Deleted(True)
         key, document = self._pop(key, collection)
-        if not document:  # nothing, or it is only known that there was something
+        if not document:  # no session, or it is only known that there was one
             return Deleted(document is not None)
         return Deleted(True, self.layout.record(key, document))
 
     def _pop(self, key: str, collection: SessionCollection) -> tuple[str, Document | None]:
-        """Delete a session, through pointers; where it was, and what was there."""
+        """Delete a session, through pointers; returns its key and record."""
         # Successors are deleted before their pointers, so that a repeat still finds them.
         pointers: dict[str, Record] = {}
         ended: Document | None = None
@@ -209,7 +209,7 @@ class Records:
         lease: str | None = None,
         mine: int | None = None,
     ) -> None:
-        """Why a write did nothing; returns if it was the repeat of one that had landed."""
+        """Raise the reason why a write did nothing; return if it repeated an applied write."""
         there = self.layout.read(key, collection)
         if there is None or not there.is_live(self.layout.now()):
             raise Gone

@@ -2,7 +2,7 @@
 
 ``store`` has the verbs, ``cluster`` the differences in a Cluster. ``pool``, ``servers`` and
 ``wakeup`` connect, ``scans`` goes through the keys, ``health`` is for the doctor. ``driver`` knows
-what differs between the versions of redis-py, and refuses those that don't work.
+the differences between the versions of redis-py, and refuses versions that don't work.
 """
 
 from . import driver  # noqa: F401  # first: others import what an unusable version may lack

@@ -46,7 +46,7 @@ class RedisSource:
         self.timeout = commands.timeout
         self.moved: Callable[[], object] = bool
         self.shifted: Callable[[], object] = bool
-        # No lease nor large value begins like this: there is less to hear.
+        # No lease and no large value begins like this, so fewer changes arrive.
         self._begin = commands.names.prefix.encode() + b"{"
 
     def servers(self) -> Iterable[Hashable]:
@@ -61,7 +61,7 @@ class RedisSource:
         pool.moved = self.moved
         connection = self._make(protocol=2)
         changes = self._connect(connection, _PING)
-        # Connections of before may lead to a server that was replaced.
+        # Earlier connections may lead to a server that was replaced.
         pool.follow(connection)
         return changes
 
@@ -108,7 +108,7 @@ class ClusterSource(RedisSource):
 
 
 class RedisChanges:
-    """One connection that hears of changes. ``begin``: what the names of records begin with."""
+    """One connection that hears of changes. ``begin``: the start of the names of records."""
 
     def __init__(self, connection: Any, begin: bytes, beat: bytes, timeout: float) -> None:
         self._connection = connection
@@ -118,7 +118,7 @@ class RedisChanges:
         self._unread = b""
 
     def begin(self) -> None:
-        """Connect, and let the server push what changes."""
+        """Connect, and let the server push changes."""
         track = packed(b"CLIENT", b"TRACKING", b"ON", b"BCAST", b"PREFIX", self._prefix)
         deadline = time.monotonic() + self._timeout
         try:
@@ -146,7 +146,7 @@ class RedisChanges:
             raise _unheard(error) from error
 
     def read(self, seconds: float) -> Heard:
-        """The changes and answers that come within so many seconds; soon, if there are any."""
+        """The changes and answers within ``seconds``; returns early if there are any."""
         keys: list[str] = []
         answers, more = 0, False
         try:
@@ -172,7 +172,7 @@ class RedisChanges:
                 keys.append(name[start:-1].decode("ascii", "replace"))
 
     def shut(self) -> None:
-        """Let the thread that reads find its socket shut. The connection is its own to close."""
+        """Shut the socket, so that the reading thread notices and closes the connection."""
         socket = self._connection._sock
         if socket is not None:
             with suppress(OSError):
@@ -192,7 +192,7 @@ class RedisChanges:
         self._unread += piece
 
     def _messages(self) -> list[Any]:
-        """The whole messages that were received. Raises ``ResponseError`` for one that is that."""
+        """The complete messages received so far. Raises ``ResponseError`` for an error message."""
         data, at, messages = self._unread, 0, []
         with suppress(_Incomplete):
             while at < len(data):

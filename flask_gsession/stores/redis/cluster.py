@@ -51,8 +51,8 @@ class Cluster:
     """Maps slots to nodes, and holds the connections to each.
 
     ``make`` creates a connection to an address; ``size`` limits the connections per node. There is
-    no lock, so no thread waits for another one that is stuck at a frozen node, and no fork inherits
-    a held lock.
+    no lock, so no thread waits for another thread that is stuck at a frozen node, and no fork
+    inherits a held lock.
     """
 
     def __init__(self, make: Callable[..., Any], seeds: list[Address], size: int) -> None:
@@ -64,7 +64,7 @@ class Cluster:
         self._outdated = True
         self._knowing: Address | None = None  # to be asked first,
         self._silent: Address | None = None  # and last
-        #: called where records may be read from other nodes than before
+        #: called when records may be read from other nodes than before
         self.shifted: Callable[[], object] = bool
 
     def make_at(self, address: Address, **options: Any) -> Any:
@@ -81,7 +81,7 @@ class Cluster:
         return self._owners.get(slot)
 
     def make(self, **options: Any) -> Any:
-        """A connection to one of the nodes: whichever it is, it hears what is published."""
+        """A connection to any one of the nodes: all of them hear published messages."""
         host, port = random.choice([*(set(self._owners.values()) or self._seeds)])
         return self._make(host=host, port=port, **options)
 

@@ -128,7 +128,7 @@ class Commands:
         return b"%d" % milliseconds(self.clock)
 
     def life(self, record: Record) -> bytes:
-        """For how many milliseconds the record is kept, at least 1."""
+        """The milliseconds to keep the record for, at least 1."""
         return b"%d" % max(1, record.idle_expires_at - milliseconds(self.clock))
 
     def deadline(self) -> float:
@@ -136,7 +136,7 @@ class Commands:
         return deadline(self.timeout)
 
     def servers(self) -> dict[bytes, str]:
-        """The address of each server that holds sessions, by a name that is asked about there."""
+        """The address of each server that holds sessions, by a name that it stores."""
         return {b"": ""}
 
     def nodes(self, deadline: float) -> list[Node]:
@@ -281,7 +281,7 @@ class Commands:
             except ResponseError:
                 raise
             except BaseException as error:
-                # Interrupted, or given an answer that is not ours: never reuse this connection.
+                # Interrupted, or answered with another call's reply: never reuse this connection.
                 slot.connection.disconnect()
                 timed_out = isinstance(error, TimeoutError)  # the others may be well
                 if isinstance(error, (RedisConnectionError, OSError)) and not timed_out:

@@ -16,7 +16,7 @@ _BROKEN = {"8.0.0": "it cannot look at connections with a file descriptor of 102
 
 
 def check_version(version: str) -> None:
-    """Raise ``SettingError`` where this version of redis-py doesn't work."""
+    """Raise ``SettingError`` if this version of redis-py doesn't work."""
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
     if number >= _OLDEST and version not in _BROKEN:
         return
@@ -58,7 +58,7 @@ _TAKES_TIMEOUT = "timeout" in inspect.signature(AbstractConnection.read_response
 _HIREDIS: Any = vars(redis.connection).get("hiredis")  # where it is installed
 #: Messages that the server pushes under RESP3: before 6.2, the parser hands them out as answers.
 PUSHED: Any = getattr(_HIREDIS, "PushNotification", ())  # hiredis 3.2
-#: Whether the driver's own pools lend connections that the server has closed: with hiredis, 8.0.1.
+#: Whether the driver's own pools hand out closed connections: 8.0.1 with hiredis.
 LENDS_CLOSED = redis.__version__.startswith("8.0.")
 _NAMES_COMMAND = (  # before 5.3
     inspect.signature(ConnectionPool.get_connection).parameters["command_name"].default
@@ -80,7 +80,7 @@ def named(answer: Any) -> Any:
 
 
 def check_client(connection_options: Mapping[str, Any]) -> None:
-    """Raise ``SettingError`` where pushed messages would be taken for answers."""
+    """Raise ``SettingError`` if pushed messages would be taken for answers."""
     if _HIREDIS is not None and not PUSHED and str(connection_options.get("protocol")) == "3":
         raise SettingError(
             f"The Redis client speaks RESP3 (protocol=3), and hiredis {_HIREDIS.__version__} is "

@@ -50,7 +50,7 @@ class RedisChecks(Checks):
         return findings
 
     def _exposures(self) -> list[Finding]:
-        """Whether strangers get in, and whether they can listen; each finding once."""
+        """Whether strangers can connect or listen in; each finding once."""
         commands = self._commands
         found = [
             finding
@@ -63,7 +63,7 @@ class RedisChecks(Checks):
         commands = self._commands
 
         def ask(*words: bytes) -> Any:
-            """The answer, None where the server refuses the command."""
+            """The answer; None if the server refuses the command."""
             try:
                 return commands.call(commands.deadline(), unparsed, name, packed(*words))
             except StoreUnavailable as error:
@@ -176,14 +176,14 @@ def _persistence(about: About) -> Iterator[Finding]:
             "error",
             "persistence",
             "the last snapshot failed",
-            "Redis may refuse writes until one succeeds: look into its log and at its disk.",
+            "Redis may refuse writes until a snapshot succeeds: check its log and its disk.",
         )
     elif about.get("aof_last_write_status", "ok") != "ok":
         yield Finding(
             "error",
             "persistence",
             "the append-only file cannot be written",
-            "Redis refuses writes until it can: look into its log and at its disk.",
+            "Redis refuses writes until then: check its log and its disk.",
         )
     elif about.get("aof_enabled") == "1":
         yield Finding("ok", "persistence", "append-only file")
@@ -200,7 +200,7 @@ def _persistence(about: About) -> Iterator[Finding]:
 def _replicas(about: About, logout_replicas: int) -> Iterator[Finding]:
     role = about.get("role", "master")
     if role != "master":
-        yield Finding("error", "role", role, "It takes no writes: name the primary.")
+        yield Finding("error", "role", role, "It accepts no writes: name the primary.")
         return
     count = int(about.get("connected_slaves", 0))
     if count < logout_replicas:
@@ -208,7 +208,7 @@ def _replicas(about: About, logout_replicas: int) -> Iterator[Finding]:
             "error",
             "replicas",
             f"{count}, and SESSION_LOGOUT_REPLICAS is {logout_replicas}",
-            "No logout is confirmed: bring the replicas back, or set it to what there is.",
+            "No logout is confirmed: bring the replicas back, or lower the setting.",
         )
     elif not count:
         yield Finding(
@@ -233,14 +233,14 @@ def _replica(about: About, line: str) -> Finding:
         "warning",
         "replica",
         found,
-        "A failover to it brings ended sessions back, and loses new ones: look at it.",
+        "A failover to it would bring back ended sessions and lose new ones: check it.",
     )
 
 
 def _clock(skew: float | None) -> Iterator[Finding]:
     if skew is None:
         yield Finding(
-            "warning", "clock", "this user may not call TIME", "Whether it is right is not known."
+            "warning", "clock", "this user may not call TIME", "It may be wrong without notice."
         )
         return
     found = f"the server's is {round(skew, 1) + 0:+.1f} s from this machine's"  # no -0.0

@@ -7,8 +7,8 @@ The string is a header of 31 bytes, then the payload::
 
 A pointer has its successor's key and a space before the payload.
 
-The key's own time to live is set in the same step as every write. The CRC shows an answer that
-belongs to another key, as a client connection gives that lost step after an interrupt.
+The key's own time to live is set in the same step as every write. The CRC detects an answer for
+another key, such as a connection gives after an interrupt left it out of step.
 """
 
 from __future__ import annotations
@@ -106,4 +106,4 @@ def lease_of(text: bytes | None) -> Lease:
         waiters = (line.split(" ") for line in lines)
         return Lease(owner, int(until), int(length), {who: int(seen) for who, seen, _ in waiters})
     except ValueError:
-        return Lease()  # junk, which the next to acquire it replaces
+        return Lease()  # junk, which the next owner replaces

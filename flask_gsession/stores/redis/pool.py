@@ -1,4 +1,4 @@
-"""The connections of a process to one Redis: at most so many, the one used last taken first."""
+"""The connections of a process to one Redis: a bounded number, most recently used first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PIECE = 16_384  # bytes received at once, where an answer is small
 _STRING = ord("$")
 #: Redis before 7.0 reports an error of a command in a script as an error of the script.
 _IN_SCRIPT = re.compile(r"^Error running script .*@user_script: ?\d+: -?([A-Z]{2,} .*)", re.DOTALL)
-#: In one line of ASCII, with no quotation marks but those around the name of a command. An
+#: One line of ASCII, without quotation marks except around the name of a command. An
 #: apostrophe within a word is not a quotation mark.
 _WORDS = re.compile(
     r"(?:[ !#-&(-_a-~]|(?<=[a-z])'(?=[a-z])|(?<=command |run the )(['`])[A-Za-z|]{1,40}\1){0,300}"
@@ -77,9 +77,10 @@ class _Deadline:
 
 
 class _BoundedSocket:
-    """A socket on which sending and receiving together end at a deadline.
+    """A socket with one deadline for sending and receiving.
 
-    The client's own timeout counts from each received piece, so that a slow trickle has no end.
+    The client's own timeout starts again with each received piece, so a slow trickle would never
+    end.
     """
 
     __slots__ = ("_deadline", "_socket")
@@ -152,7 +153,7 @@ class _Bounded:
         parser = connection._parser
         if type(parser) is _HiredisParser and not parser._reader.has_data():
             piece = connection._sock.exchange(request)
-            # A string that came alone and whole is taken as it is; the rest is the client's work.
+            # A single complete string is parsed here; the client parses everything else.
             if piece[0] == _STRING:
                 end = piece.find(b"\r\n")
                 if end > 1 and piece[1:end] == b"%d" % (len(piece) - end - 4):
@@ -224,7 +225,7 @@ class ConnectionPool:
         process.register(self._start)
 
     def _start(self) -> None:
-        """Forget every connection: they are closed as they are collected or come back."""
+        """Forget every connection: each is closed when it is collected or comes back."""
         self._generation = object()
         self._returned = Condition()
         self._waiting = 0
@@ -243,7 +244,7 @@ class ConnectionPool:
             connection = slot.connection = self.make()
             connection.met = self._met
         elif deadline - connection.deadline.at > _IDLE and is_closed_or_unread(connection):
-            connection.disconnect()  # a command that is sent to nobody would be in doubt
+            connection.disconnect()  # else nobody would know whether an unsent command was applied
         connection.deadline.at = deadline
         return slot
 
@@ -291,10 +292,10 @@ class ConnectionPool:
             self.give(slot)
 
     def look(self, deadline: float) -> None:
-        """Nothing: there is one server."""
+        """Does nothing: there is one server."""
 
     def follow(self, connection: Any) -> None:
-        """Lend new connections only, and call ``moved`` where one leads elsewhere than this one."""
+        """Lend only new connections, and call ``moved`` if one leads to another server."""
         self._peer = connection._sock.getpeername()
         self.close()
 
@@ -304,7 +305,7 @@ class ConnectionPool:
             self.moved()
 
     def close(self) -> None:
-        """Close what is idle now, and what is in use when it comes back."""
+        """Close idle connections now, and those in use when they come back."""
         process.notice()
         idle = self._idle
         self._start()
@@ -387,17 +388,17 @@ class ClientPool:
         self._pool.release(slot.connection)
 
     def invalidate(self) -> None:
-        """Nothing: the client checks a connection before it lends it."""
+        """Does nothing: the client checks a connection before it lends it."""
 
     def look(self, deadline: float) -> None:
-        """Nothing: the client knows its server."""
+        """Does nothing: the client knows its server."""
 
     def follow(self, connection: Any) -> None:
-        """Call ``moved`` where a connection leads elsewhere than this one."""
+        """Call ``moved`` if a connection leads to another server."""
         self._peer = _peer_of(connection)
 
     def close(self) -> None:
-        """Nothing: the client belongs to the application."""
+        """Does nothing: the client belongs to the application."""
 
 
 def _peer_of(connection: Any) -> Any:
@@ -408,10 +409,11 @@ def _peer_of(connection: Any) -> Any:
 
 
 class SentinelClientPool(ConnectionPool):
-    """Connections of our own to the primary that a client of sentinels finds.
+    """Our own connections to the primary that a Sentinel client finds.
 
-    From 5.3 to 8.0.1 the driver's pool loses the place of a connection that it drops, at each
-    failover and at each try to connect while no sentinel answers, until it has none left.
+    From 5.3 to 8.0.1, the driver's pool loses the place of each connection that it drops: at each
+    failover, and at each attempt to connect while no sentinel answers. In the end it has no places
+    left.
     """
 
     def __init__(self, client: redis.Redis, size: int) -> None:

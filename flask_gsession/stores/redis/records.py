@@ -50,7 +50,7 @@ class Records:
         return self.commands.call(deadline, parse, name, request)
 
     def load_unexpired(self, key: str, deadline: float) -> Record | None:
-        """As ``load``, and None for what has expired by its own times."""
+        """As ``load``, but None for a record that has expired by its own times."""
         record = self.load(key, deadline)
         expired = record is None or self.commands.now() >= record.idle_expires_at
         return None if expired else record
@@ -141,7 +141,7 @@ class Records:
             raise too_many_pointers()
         for pointer in reversed(pointers):
             self.remove(pointer, deadline, pointers=b"1")
-        # A lost answer takes with it whether there was a record.
+        # If an answer is lost, nobody knows whether there was a record.
         record = unpack(key, ended) if ended else None
         return Deleted(ended is not None, record, confirmation.missing)
 
@@ -161,14 +161,14 @@ class Records:
         lease: str | None = None,
         confirmation: Confirmation | None = None,
     ) -> bytes:
-        """Run the script that deletes: the version ``wanted``, or any; ``pointers``, or none."""
+        """Run the script that deletes the version ``wanted``, or any, and maybe ``pointers``."""
         keys = self._keys_to_remove(key, lease)
         now, owner = self.commands.now_text(), (lease or "").encode()
         arguments = [wanted, now, pointers, owner, self.names.channels]
         return self.commands.run(deadline, DELETE, keys, arguments, confirmation=confirmation)
 
     def words_to_remove(self, key: str) -> list[bytes]:
-        """What follows the name of the script that deletes any version, but no pointer."""
+        """The arguments of the script that deletes any version, but no pointer."""
         keys = self._keys_to_remove(key, None)
         rest = [b"", self.commands.now_text(), b"0", b"", self.names.channels]
         return [b"%d" % len(keys), *keys, *rest]
@@ -180,7 +180,7 @@ class Records:
 def renewed_since(record: Record, reply: bytes) -> tuple[Record | None, bool]:
     """The value to store instead if ``reply`` says that another request renewed the session.
 
-    And whether that may be less than the stored expiry, for it is limited by the absolute one.
+    Also whether it may be earlier than the stored expiry, since the absolute expiry limits it.
     """
     if reply[:1] != b"R":
         return None, False

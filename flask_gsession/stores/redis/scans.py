@@ -32,7 +32,7 @@ _CURSOR = re.compile(r"(\d+):(\w*):(\d+)", re.ASCII)
 
 
 class _Found(NamedTuple):
-    """Names that one SCAN found at a node, and the cursor that comes then."""
+    """Names that one SCAN found at a node, and the next cursor."""
 
     node: Node
     names: list[bytes]
@@ -83,7 +83,7 @@ class RedisScans(Scans, Upkeep, Counts):
         return Page(records, unreadable, found.cursor)
 
     def count(self) -> int:
-        """About how many sessions are live: of each server at most four short steps of SCAN."""
+        """About how many sessions are live, by at most four short steps of SCAN at each server."""
         return sum(map(self._count_at, self._commands.servers()))
 
     def _count_at(self, name: bytes) -> int:
@@ -114,7 +114,7 @@ class RedisScans(Scans, Upkeep, Counts):
         nodes = self._commands.nodes(deadline)
 
         def repair(name: bytes, life: int) -> bool:
-            """Whether it was still as it was found, as far as that may be tried."""
+            """Whether the key was still as it was found, as far as the user may check that."""
             return dry_run or self._commands.run(deadline, _TIDY, [name], [b"%d" % life]) == b"K"
 
         node, names, end = self._find(nodes, cursor, limit, b"", deadline)
@@ -163,7 +163,7 @@ class RedisScans(Scans, Upkeep, Counts):
             raise ValueError(f"malformed cursor: {cursor!r}")
         first, run, at = int(match[1]), match[2], match[3]
         nodes = sorted(nodes, key=lambda node: node.first)
-        # A node that is not there any more handed its slots on to those before it or after it.
+        # If a node is gone, the nodes before or after it have its slots.
         node = next((node for node in nodes if node.first >= first), nodes[-1])
         if node.first != first:
             run, at = "", "0"

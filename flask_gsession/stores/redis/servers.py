@@ -1,7 +1,7 @@
 """Several Redis servers behind one URL: their addresses, and which of them is the primary.
 
-redis-py's own classes for this wait as long as they like, and may be asked by one thread only. The
-connections here are redis-py's, the time they take is ours.
+redis-py's own classes for this keep to no deadline, and only one thread may use them. Here the
+connections are redis-py's, with our time budget.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def servers_of(url: str, default_port: int) -> Servers:
 
 
 def connections_of(url: str, timeout: float) -> tuple[type, dict[str, Any]]:
-    """The class and the options of the connections that a URL of redis-py's describes."""
+    """The class and the options of the connections for a redis-py URL."""
     made = redis.ConnectionPool.from_url(
         url,
         socket_connect_timeout=timeout / 4,
@@ -78,7 +78,7 @@ def connections_of(url: str, timeout: float) -> tuple[type, dict[str, Any]]:
 
 
 def connections_like(pool: Any, timeout: float) -> Callable[..., Any]:
-    """A function that makes connections as the ones of a client's pool, with our own timeouts."""
+    """A function that makes connections like those of a client's pool, with our own timeouts."""
     settings = {
         name: value
         for name, value in pool.connection_kwargs.items()
@@ -179,7 +179,7 @@ class _ToPrimary:
         self.send_command("ROLE", check_health=False)  # type: ignore[attr-defined]
         role = self.read_response(disable_decoding=True)[0].decode()  # type: ignore[attr-defined]
         if role != "master":
-            raise RedisConnectionError(f"{self.host}:{self.port} is to be the primary, and is not")
+            raise RedisConnectionError(f"{self.host}:{self.port} should be the primary, and is not")
 
 
 class PrimaryPool(ConnectionPool):
@@ -201,7 +201,7 @@ class PrimaryPool(ConnectionPool):
             ],
             service,
         )
-        # Where the connections lead. Another thread may find the next primary first.
+        # The server of the connections. Another thread may find the next primary first.
         self._pooled: Address | None = None
         self._followed: Address | None = None
         self._look_at = 0.0  # of time.monotonic: when to ask the sentinels again
@@ -223,7 +223,7 @@ class PrimaryPool(ConnectionPool):
         return super().take(deadline)
 
     def look(self, deadline: float) -> None:
-        """Ask the sentinels, and call ``moved`` where they name another than is followed."""
+        """Ask the sentinels, and call ``moved`` if they name a new primary."""
         with suppress(RedisConnectionError):
             found, followed = self._find(deadline), self._followed
             if followed is not None and found != followed:

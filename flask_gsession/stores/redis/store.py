@@ -35,10 +35,10 @@ _PLAIN_POOLS = (redis.ConnectionPool, redis.BlockingConnectionPool)
 class RedisStore(Store):
     """Keeps records in the Redis at ``url``, or behind an existing client, whose pool is used.
 
-    One call takes at most ``options.timeout``. Of a client that was passed in the pool is used as
-    it is, and never closed: its own settings bound the time to connect, and ``options.timeout`` the
-    wait for each piece of an answer. From a client of sentinels its way to the primary is taken,
-    with connections of our own, as in :class:`SentinelClientPool`.
+    One call takes at most ``options.timeout``. If you pass in a client, its pool is used as it is,
+    and never closed: its own settings bound the time to connect, and ``options.timeout`` the wait
+    for each piece of an answer. For a Sentinel client, we make our own connections to its primary:
+    see :class:`SentinelClientPool`.
     """
 
     confirms_logouts = True
@@ -67,7 +67,7 @@ class RedisStore(Store):
         """Set up what Redis and Cluster stores share; ``make`` makes wake-up connections."""
         self._source, self._options = source, options
         self._records, self._commands = records, records.commands
-        # In the older protocol calls are answers, and come in order with others.
+        # In the older protocol, pushed messages are answers, and come in order with others.
         calls = partial(make, protocol=2)
         self._wake_ups = WakeUps(calls, records.names.channels, options.timeout)
         closing(self, self._wake_ups.close)
@@ -149,7 +149,7 @@ class RedisStore(Store):
 
 
 def _pool_of(source: str | redis.Redis, options: StoreOptions) -> Any:
-    """A pool of connections, of one kind or another; its ``make`` makes more of them."""
+    """A pool of connections, of any kind; its ``make`` makes more of them."""
     if not isinstance(source, str):
         pool = source.connection_pool
         if options.own_connections and type(pool) in _PLAIN_POOLS:

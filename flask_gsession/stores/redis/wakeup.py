@@ -145,7 +145,7 @@ class _Listener:
         self.thread = threading.Thread(target=self._run, name="gsession-wakeup", daemon=True)
 
     def stop(self) -> None:
-        """Let the thread end: it finds its socket shut. The connection is its own to close."""
+        """Shut the socket, so that the thread ends. It closes the connection itself."""
         socket = self.connection._sock
         if socket is not None:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Where a server of sessions is, and how the two know each other."""
+"""The address of a session server, and the credentials of both sides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORM = (
 
 
 class Certificates(NamedTuple):
-    """The contents of PEM files; None for one that isn't given."""
+    """The contents of PEM files; None for a missing one."""
 
     ca: bytes | None
     chain: bytes | None
@@ -86,8 +86,8 @@ def _stamp_of(path: str) -> tuple[int, int, int] | None:
 class Address(NamedTuple):
     """A server's address, as a URL names it.
 
-    ``target``: for gRPC. ``certificates``: None without TLS. ``name``: the one that the server's
-    certificate is for, if not its host's. ``without``: parts that the far store doesn't have.
+    ``target``: for gRPC. ``certificates``: None without TLS. ``name``: the name in the server's
+    certificate, if it isn't the host. ``without``: parts that the remote store lacks.
     """
 
     target: str
@@ -102,9 +102,10 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """The address in a ``grpcs://`` or ``grpc://`` URL. Asks no server.
+        """The address in a ``grpcs://`` or ``grpc://`` URL.
 
-        Raises ``SettingError``, never showing the token; reads the files that the URL names.
+        Reads the files that the URL names, but asks no server. Raises ``SettingError``, which never
+        shows the token.
         """
         try:
             parts = urlsplit(url)
@@ -143,7 +144,7 @@ class Address(NamedTuple):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is this machine, whatever a name server may say."""
+    """Whether ``host`` is this machine, without asking a name server."""
     if host == "localhost":
         return True
     try:

@@ -25,7 +25,7 @@ _LONGEST_PAUSE = 60.0  # seconds without a stream, where loads keep going to oth
 
 
 class RemoteSource:
-    """The server of sessions, as the one server of a listener."""
+    """The session server, as a listener's only server."""
 
     unproven = ""  # the server says so, if it can't prove anything; then nothing is kept
     one_feed = True
@@ -143,7 +143,7 @@ class RemoteChanges:
         self._requests.put(pb.WatchRequest(beat=self._number))
 
     def read(self, seconds: float) -> Heard:
-        """The changes and answers that come within so many seconds; soon, if there are any."""
+        """The changes and answers within ``seconds``; returns early if there are any."""
         keys: list[str] = []
         answers = 0
         try:
@@ -157,7 +157,7 @@ class RemoteChanges:
         return Heard(keys, answers)
 
     def shut(self) -> None:
-        """Let the thread that reads find its stream cancelled."""
+        """Cancel the stream, so that the reading thread notices."""
         self._call.cancel()
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Channel:
-    """Calls the server at ``address``; one call takes at most ``timeout`` seconds, repeats too."""
+    """Calls the server at ``address``; one call and its repeats take ``timeout`` seconds."""
 
     def __init__(self, address: Address, timeout: float) -> None:
         self.address = address
@@ -45,7 +45,7 @@ class Channel:
         self._channel: Any = None
         self._close: Any = None
         self._inherited: list[object] = []
-        self._dropped: list[tuple[float, Any]] = []  # when, and what closes it
+        self._dropped: list[tuple[float, Any]] = []  # when, and the function that closes it
         self._lock = threading.Lock()
         process.register(self._begin)
 
@@ -107,7 +107,7 @@ class Channel:
             self._drop()
 
     def _drop(self) -> None:
-        """Use another channel from now on: what struck may have left this one in the middle."""
+        """Use another channel from now on: the exception may have left this one broken."""
         close = self._close
         self._close, self._channel, self._calls = None, None, {}
         if close is not None:
@@ -115,7 +115,7 @@ class Channel:
         self._close_dropped(2 * self.timeout + _LONGEST_WAIT)
 
     def _close_dropped(self, seconds: float) -> None:
-        """Close those that were dropped so long ago that no call of another thread is on them."""
+        """Close dropped channels that no thread can still be using."""
         now = time.monotonic()
         while self._dropped and now - self._dropped[0][0] >= seconds:
             self._dropped.pop(0)[1]()
@@ -143,7 +143,7 @@ class Channel:
             self._unsettled.pop(next(iter(self._unsettled)), None)
 
     def settle(self, *keys: str) -> None:
-        """Let no earlier write under these keys be applied from now on. Mostly there is none."""
+        """Let no earlier write under these keys be applied from now on. Mostly none is left."""
         if not self._unsettled:
             return
         versions = {version for key in keys for version in self._unsettled.get(key, ())}
@@ -154,11 +154,11 @@ class Channel:
                 self._unsettled.pop(key, None)
 
     def incomplete(self, name: str) -> StoreUnavailable:
-        """The error for a reply that lacks what every reply of this call has."""
+        """The error for a reply that lacks a field which every reply of this call has."""
         return StoreUnavailable(f"{self._where(name)}: {_OTHER_VERSION}")
 
     def stream(self, name: str, requests: Iterator[Any]) -> Any:
-        """A call of many messages to and fro; its replies are to be iterated over."""
+        """A call with many messages in both directions; iterate over its replies."""
         return guard.run(lambda: self._send(name, requests, None))
 
     def _send(
@@ -189,7 +189,7 @@ class Channel:
                     response_deserializer=method.reply.FromString,
                 )
             else:
-                # Bytes: gRPC takes an exception that strikes its coding for one of the message.
+                # Bytes: gRPC would mistake an exception from outside for an encoding error.
                 send = self._channel.unary_unary(method.path)
             self._calls[name] = send
             return send
@@ -201,7 +201,7 @@ class Channel:
             ("grpc.max_receive_message_length", LONGEST_MESSAGE),
             ("grpc.max_send_message_length", LONGEST_MESSAGE),
             ("grpc.enable_retries", 0),  # they are made here, within the budget
-            ("grpc.enable_http_proxy", 0),  # a variable for web pages must not lead sessions away
+            ("grpc.enable_http_proxy", 0),  # proxies for web pages don't count here
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
@@ -223,7 +223,7 @@ class Channel:
         raise self.translated(name, error) from None
 
     def translated(self, name: str, error: Any) -> StoreError:
-        """What an error of gRPC means."""
+        """The store's error for an error of gRPC."""
         answer = error_in(error.trailing_metadata())
         if answer is not None:
             if isinstance(answer, StoreUnavailable):

@@ -21,7 +21,7 @@ _PAUSE = 0.001  # seconds
 
 
 class Stream(Protocol):
-    """A stream, which has threads inside of gRPC."""
+    """A stream, which has threads inside gRPC."""
 
     def end_before_fork(self) -> None: ...
 
@@ -37,7 +37,7 @@ class ForkGuard:
     def run(self, call: Callable[[], T]) -> T:
         """Make a call, once no fork is under way."""
         thread, calls = get_ident(), self.calls
-        calls[thread] = True  # before the look, as a fork looks after it has said that it comes
+        calls[thread] = True  # before the check, since a fork checks after it has announced itself
         try:
             while self.forking:
                 calls.pop(thread, None)

@@ -120,7 +120,7 @@ class RemoteScans:
 
 
 class RemoteChecks:
-    """The checks of the far store, and of the way there."""
+    """The checks of the far store, and of the connection to it."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

@@ -1,4 +1,4 @@
-"""The requests that the store and its leases both make."""
+"""Requests that both the store and its leases make."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .channel import Channel
 
 
 def done(channel: Channel, name: str, request: Any) -> None:
-    """Make a call that says nothing but that it is done."""
+    """Make a call without a result."""
     if not channel.call(name, request).done:
         raise channel.incomplete(name)
 
 
 def flag(channel: Channel, name: str, request: Any) -> bool:
-    """Make a call that says yes or no."""
+    """Make a call whose result is yes or no."""
     reply = channel.call(name, request)
     if not reply.HasField("value"):
         raise channel.incomplete(name)

@@ -1,4 +1,4 @@
-"""Changes of sessions in an SQLite file: ten times a second it is asked whether there were any."""
+"""Changes of sessions in an SQLite file: we ask it ten times a second whether there were any."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INTERVAL = 0.1  # seconds
 
 
 class SQLiteSource:
-    """The file, as the one server of a listener."""
+    """The file, as a listener's only server."""
 
     unproven = "SQLite answers within microseconds, so that there is nothing to gain"
     one_feed = True

@@ -58,7 +58,7 @@ _numbers = count()
 
 
 class _Connection(sqlite3.Connection):
-    """A connection of this package's, with the file that it has open."""
+    """One of our connections, with the file that it has open."""
 
     def __init__(self, file: _File | None, name: str, *, timeout: float, **options: Any) -> None:
         self.number = next(_numbers)
@@ -123,7 +123,7 @@ class _Opened:
 
 
 def _keep_for_ever(connection: _Connection) -> None:
-    """Never close the connection: the exit of the interpreter would, and could write old data."""
+    """Never close the connection: the interpreter would at exit, and could write old data."""
     with suppress(ImportError):
         import ctypes
 
@@ -215,7 +215,7 @@ def _decorated(
 class SQLiteFile:
     """The file at ``path``; a call waits for other writers at most ``timeout`` seconds.
 
-    ``tables``: statements that make further tables if they don't exist.
+    ``tables``: statements that create more tables if they don't exist.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class SQLiteFile:
     def data_version(self) -> tuple[int, int]:
         """Changes whenever another connection has written to the file.
 
-        It has a connection of its own, that stays open until ``forget_data_version`` or a fork.
+        It has its own connection, which stays open until ``forget_data_version`` or a fork.
         """
 
         def look(db: sqlite3.Connection) -> tuple[int, int]:

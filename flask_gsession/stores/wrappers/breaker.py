@@ -22,7 +22,7 @@ from ..support import time_left
 from .wrapper import CallWrapper
 
 _LOADS = ("load", "read_frame")
-_SLOW = 0.05  # seconds; what fails faster does no harm
+_SLOW = 0.05  # seconds; faster failures do no harm
 _JITTER = 0.1  # of the pause, either way
 
 
@@ -40,7 +40,7 @@ class GuardedStore(CallWrapper):
         self.writes = Circuit("writes", failures, pause, timeout, events)
         super().__init__(store, partial(_guarded, self.loads, self.writes))
 
-    # Every request comes by the next two: they are ``Circuit.call``, written out.
+    # Every request calls the next two: they are ``Circuit.call``, inlined.
 
     def load(self, key: str) -> Record | None:
         circuit = self.loads
@@ -76,8 +76,8 @@ def _guarded(
 class Circuit:
     """Closed while a store answers, open while it does not.
 
-    Open, it refuses every call but one per ``pause``, the probe. An answer closes it, also one
-    that says no; so does a fast failure. A failure in contention proves nothing either way.
+    An open circuit refuses every call but one per ``pause``, the probe. Any answer closes it, even
+    a refusal; so does a fast failure. A failure in contention proves nothing either way.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Circuit:
         process.register(self._start)
 
     def _start(self) -> None:
-        # Also in a forked process: a parent's thread may have held the lock, or been the probe.
+        # In a forked process too: a parent's thread may have held the lock, or been the probe.
         self._lock = threading.Lock()
         self.is_well = True  # the only thing that a call looks at, as long as it is
         self._failures = 0

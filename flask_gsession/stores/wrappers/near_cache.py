@@ -1,16 +1,17 @@
-"""A near cache: records in this process's memory, used while they are proven to be fresh.
+"""A near cache: records in this process's memory, used while they are provably fresh.
 
-The proof is the listener's: see ``flask_gsession.live.listener``. Three checks make it hold, and
+The proof is the listener's: see ``flask_gsession.live.listener``. Three checks make it valid.
 tests/simulation/near_cache_model.py shows for each what goes wrong without it:
 
 - A record is used only while the changes at its server were heard completely up to less than
   ``bound`` seconds ago: nothing that was written earlier than that is missing.
 - A change may be heard while a load is on its way, which would then bring back an older record. So
-  a load leaves a mark, every change of its key removes it, and without it nothing is kept.
-- After a cut nothing is used until the new connection has proven that it hears changes.
+  a load leaves a mark, and every change of its key removes it. Without the mark the record isn't
+  kept.
+- After a cut, no record is used until the new connection has proven that it hears changes.
 
-The records of writes aren't kept: the report of the write itself comes back and can't be told from
-the report of another write right after it. A write drops what was kept here before it.
+The records of writes aren't kept: the report of the write itself comes back, and looks like the
+report of another write right after it. A write drops the record that was kept before it.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ _SPAN = 10.0  # seconds over which it is judged whether the cache is worth its c
 _PAUSE = 60.0  # seconds without it where it is not
 _TOO_MANY = 10  # changes heard for each read that was spared
 _MANY = 500  # changes in a second, up to which hearing them costs little
-_LATE = 200  # records that were there but not proven fresh, before somebody should know
+_LATE = 200  # records that were kept but not proven fresh, before we log it
 
 
 class NearCache(CallWrapper, NearReads):
     """``store``, with records that were loaded less than a bound ago, or didn't change since.
 
-    Only ``near`` reads from the cache: ``load`` asks the store. ``bound``: seconds that what is
-    read may be old. ``max_bytes``: how much is kept. ``clock`` judges whether a record expired.
+    Only ``near`` reads from the cache: ``load`` asks the store. ``bound``: the age in seconds that
+    a record may have. ``max_bytes``: of all kept records together. ``clock`` judges whether a
+    record expired.
     """
 
     def __init__(self, store: Store, bound: float, max_bytes: int, clock: Clock) -> None:
@@ -146,7 +148,7 @@ class Kept(Hearer):
         return self._marks.setdefault(key, object())
 
     def unmark(self, key: str, mark: object) -> None:
-        """The load is over; another one that shares the mark then keeps nothing."""
+        """The load is over; another load that shares the mark then keeps nothing."""
         with self._lock:
             if self._marks.get(key) is mark:
                 del self._marks[key]
@@ -209,7 +211,7 @@ class Kept(Hearer):
             )
 
     def late(self) -> None:
-        """A record was there, but not proven fresh: say so if that is usual."""
+        """A record was kept, but not proven fresh: log that if it happens often."""
         self._late += 1
         if self._late >= _LATE and not self._said_late and self._late > self.hits:
             self._said_late = True
