@@ -117,7 +117,7 @@ class TransactionMisused(GSessionError, RuntimeError):
 
 
 class RotationRefused(GSessionError, RuntimeError):
-    """A session from ``ext.open()`` was to be rotated, or a user was to sign in to it.
+    """Code tried to rotate a session from ``ext.open()``, or to sign a user in to it.
 
     No response can carry the new token there, so the session would be lost to its visitor. Rotate
     it, and sign users in, in an ordinary view. ``session.confirm()`` raises it in a socket handler,

@@ -73,7 +73,7 @@ class SessionRevoked(SessionDestroyed):
 class SessionBound(Event):
     """A session was bound to a user. ``device_id`` stays the same through rotations.
 
-    ``how``: ``"sign-in"``; ``"remember-me"``, by a cookie and without a proof of who the user is;
+    ``how``: ``"sign-in"``; ``"remember-me"``, by a cookie and without a proof of identity;
     ``"earlier version"``, of a session that Flask-Login signed in before you upgraded; or
     ``"import"``.
     """
@@ -108,7 +108,7 @@ class UserConfirmed(Event):
     """The user of a session confirmed who they are, for example by a password.
 
     ``method``: as passed to ``session.confirm``, or ``"sign-in"`` where Flask-Login or
-    Flask-Security reported it. ``handle``: of before the rotation; None for a new session. The user
+    Flask-Security reported it. ``handle``: before the rotation; None for a new session. The user
     and the device are None if the session isn't bound.
     """
 

@@ -35,8 +35,8 @@ def require_fresh(
 ) -> Callable[[R], R]:
     """Require that the user confirmed who they are within the last ``minutes``.
 
-    A confirmation is a sign-in, or ``session.confirm(method)``. ``method``: the one that counts, a
-    list of them, or any (None). For two factors, put one decorator above the other.
+    A confirmation is a sign-in, or ``session.confirm(method)``. ``method``: the method that counts,
+    a list of methods, or any (None). For two factors, put one decorator above the other.
 
     Other requests get a 401 with a challenge for API clients: ``ConfirmationRequired``, which an
     error handler can answer differently. A browser that opens a page is redirected to ``view`` (an
@@ -93,8 +93,8 @@ def require_fresh(
 def next_url(default: str = "/") -> str:
     """Where to send the user after a sign-in or a confirmation: the ``next`` of the request.
 
-    ``default`` if there is none, or if it leads away from this site: anybody can put an address of
-    their own into a link to your page.
+    ``default`` without one, or if it leads away from this site: anybody can put another address
+    into a link to your page.
     """
     wanted = request.values.get("next", "")
     return wanted if _is_own(wanted) else default

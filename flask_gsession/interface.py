@@ -359,7 +359,7 @@ def _is_by_hand(session: SessionData) -> bool:
 
 
 def _is_of_request(session: SessionData) -> bool:
-    """Whether it is ``flask.session``, and not one opened beside it, as by a test client."""
+    """Whether it is ``flask.session``, not another session, as from a test client."""
     return has_request_context() and session_of_request() is session
 
 

@@ -40,7 +40,7 @@ from .values.references import refers
 GREETING_KEY = "flask-gsession-edge-greeting".ljust(KEY_LENGTH, "-")
 _GREETING = 1  # its version
 _LIFE, _REFRESH = 30 * 86_400_000, 86_400_000  # milliseconds
-#: What a merge policy raises to refuse; the last one with ``abort``.
+#: The errors by which a merge policy refuses; the last one with ``abort``.
 _REFUSED = (SessionConflict, ValueRefused, HTTPException)
 _MARKS = 16  # nodes that a session remembers
 

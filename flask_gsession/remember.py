@@ -72,7 +72,7 @@ def forget(session: SessionData) -> None:
 def before_the_user_is_loaded(session: SessionData) -> bool:
     """Flask-Login is about to look for the user; whether its cookie is to be deleted.
 
-    A cookie that may not be converted is hidden from it. Two round trips for one that may.
+    A cookie that may not be converted is hidden from it. Two round trips for a cookie that may.
     """
     life = lifecycle_of(session)
     if session.get(_REMEMBERED) and session.get("_fresh") and _was_away(life):

@@ -119,7 +119,7 @@ def import_(
     The whole of FILE is checked before anything is written. Expired sessions are left out. A
     session that the store already holds stays as it is, so you can repeat an import safely.
 
-    Trust FILE as much as the store: whoever can write it can log in as anybody.
+    Trust FILE as much as the store: anyone who can write it can log in as anybody.
     """
     interface = choose_interface(cookie)
     name = session_name(interface)

@@ -1,4 +1,4 @@
-"""``flask gsession edge``: what waits at this node for its centre."""
+"""``flask gsession edge``: the changes that wait at this node for its centre."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _found(names: Iterator[str]) -> Iterator[str]:
 
 
 def _problems(interface: GSessionInterface, takeover: Takeover, migration: Migration) -> list[str]:
-    """What is wrong in the settings, besides the losses that were counted."""
+    """Problems of the settings, besides the counted losses."""
     problems = []
     if isinstance(interface.store, MemoryStore):
         problems.append("SESSION_STORE is a memory store: sessions end with each process")

@@ -54,7 +54,7 @@ def serve(
     """Offer the sessions to other services.
 
     Over gRPC: the whole store, or single values. Every service needs a grant in the file. Without
-    the file, only a Unix socket is served: whoever may open it has full power over the sessions.
+    the file, only a Unix socket is served: anyone who may open it has full power over the sessions.
     Ends on SIGTERM and Ctrl-C.
     """
     interface = choose_interface(cookie)

@@ -144,7 +144,7 @@ def _print_table(interface: GSessionInterface, devices: list[UserDevice]) -> Non
 
 
 def device_facts(interface: GSessionInterface, owner: Owner | None) -> dict[str, object]:
-    """The user of a session, and what the user's list says of the session. One round trip."""
+    """The user of a session, and its entry in the user's list. One round trip."""
     if owner is None:
         return {}
     facts: dict[str, object] = {"user": owner.user_id, "device_id": owner.device_id}

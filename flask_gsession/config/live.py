@@ -227,7 +227,7 @@ def _given_lifetime(app: Flask) -> object:
 
 
 def token_settings(app: Flask) -> tuple[object, object, object]:
-    """What a token depends on: both settings of secret keys, and the cookie's name.
+    """The settings that a token depends on: both settings of secret keys, and the cookie's name.
 
     Reads the attribute ``secret_key``, as Flask does, since a subclass may define it.
     """

@@ -119,7 +119,7 @@ class Settings:
 
     @property
     def remember_end(self) -> int:
-        """Until when it is remembered whose remember-me cookie was converted, in milliseconds."""
+        """Until when we remember converted remember-me cookies, in milliseconds."""
         return int((self.remember_until or 0) * 1000) + _HOUR
 
     def renew_interval_for(self, idle: float) -> float:

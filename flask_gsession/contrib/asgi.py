@@ -56,7 +56,7 @@ class SharedSessions:
         self._interface = interface_of(self._ext, self._app)
 
     async def __call__(self, connection: HTTPConnection) -> SessionPeek | None:
-        """The session that came with a request or a WebSocket; None if there is none.
+        """The session of a request or a WebSocket; None without a session.
 
         It doesn't count as use of the session. Raises the 503 of Starlette, with ``Retry-After``,
         while the store does not answer. One round trip, in a thread.

@@ -13,7 +13,7 @@ _INTERVAL = 1.0  # seconds between two looks
 
 
 class EdgeWatch:
-    """Shows in ``figures`` what waits at the node for its centre."""
+    """Shows in ``figures`` the changes that wait at the node for its centre."""
 
     def __init__(self, figures: Figures, edge: Edge, session: str) -> None:
         self._edge = edge

@@ -64,8 +64,8 @@ class BackChannelLogout:
         the verified ID token; ``iss``, ``sub`` and, if there is one, ``sid`` are used. ``user_id``:
         by default the ``sub``. ``label`` and ``tags`` (up to 9) as in ``session.bind``.
 
-        Raises ``SignInRefused`` (401) if the provider logged the user out meanwhile, ``ValueError``
-        for claims of another issuer, and what ``session.bind`` raises. Five round trips more than
+        Raises ``SignInRefused`` (401) if the provider has logged the user out since, ``ValueError``
+        for claims of another issuer, and the errors of ``session.bind``. Five round trips more than
         ``session.bind``; seven if the session is that user's already.
         """
         if claims.get("iss") != self._issuer:

@@ -1,4 +1,4 @@
-"""What the session store knows of an OpenID provider's sessions: who signed in by them.
+"""Records of an OpenID provider's sessions: the users who signed in by them.
 
 ::
 
@@ -60,7 +60,7 @@ class SignIns:
     def note(self, kind: str, name: str, user_id: str, began: int) -> None:
         """Note a sign-in that began then (milliseconds). Two round trips; one if it is noted.
 
-        Raises ``SignInRefused`` if the provider logged it out meanwhile.
+        Raises ``SignInRefused`` if the provider has logged it out since.
         """
         end = self._repository.now() + self._longest
 

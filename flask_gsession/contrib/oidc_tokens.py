@@ -56,7 +56,7 @@ class KeysUnavailable(GSessionError):
 
 
 class LogoutToken(NamedTuple):
-    """What a valid token says. ``expires_at``: seconds; from then on it is refused anyway."""
+    """The contents of a valid token. ``expires_at``: seconds; from then on it is refused anyway."""
 
     jti: str
     sid: str | None

@@ -1,4 +1,4 @@
-"""Flask-SocketIO: ends the sockets of a session that ended, and tells those of a user."""
+"""Flask-SocketIO: ends the sockets of a session that ended, and sends to all sockets of a user."""
 
 from __future__ import annotations
 

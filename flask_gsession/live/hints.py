@@ -1,4 +1,4 @@
-"""Notices that watched sessions and users changed, and compares what there is with what there was.
+"""Notices changes of watched sessions and users, by comparing their versions.
 
 The store's listener says which records may have changed. One thread loads those that are watched
 here, and compares versions, so a hint that was missed, or came twice, does no harm. It also looks
@@ -251,7 +251,7 @@ class Hints:
         return wait
 
     def _round(self, now: float) -> None:
-        """Look at what may have changed."""
+        """Check all records that may have changed."""
         if is_ending():
             self._end(self.watches())
         heard = self._ear.take()
@@ -339,7 +339,7 @@ class Hints:
         key = watch.handle if before is None else before.handle
         assert key is not None
         for _ in range(MAX_POINTERS):
-            self._listen(watch, (key, *watch.keys[1:]))  # first: a change may come meanwhile
+            self._listen(watch, (key, *watch.keys[1:]))  # first: a change may come during the load
             try:
                 record = self._load(key, loads)
                 if record is None or repository.now() >= record.idle_expires_at:
@@ -395,7 +395,7 @@ class Hints:
             return
         with self._lock:
             if keys and watch not in self._watches:
-                return  # it was closed meanwhile, or only looks
+                return  # it has been closed, or only looks
             by_key = self._ear.watches
             for key in set(watch.keys) - set(keys):
                 those = by_key.get(key, {})

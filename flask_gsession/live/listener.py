@@ -144,7 +144,7 @@ class Listener(Changes):
             self.close()
 
     def feed(self, key: str) -> Feed | None:
-        """The feed for changes of this record; None if there is none yet."""
+        """The feed for changes of this record; None before it exists."""
         if not self._threads:
             self.start()
         return self._feeds.get(self.source.server_of(key)) if self._feeds else None

@@ -1,4 +1,4 @@
-"""``ext.live``: says at once that sessions ended and that values or devices changed."""
+"""``ext.live``: reports immediately that sessions ended, and that values or devices changed."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ class Live:
     def on_change(self, *keys: str) -> Callable[[F], F]:
         """Call the function with a ``Change`` when one of these keys changed.
 
-        The keys are a session's, or those of a user's values. Without keys, it is called for every
+        The keys belong to a session, or to a user's values. Without keys, it is called for every
         change, including ends and devices. ::
 
             @ext.live.on_change("cart")
             def cart_changed(change):
                 ...
 
-        It runs for the sessions and users that this process watches: those with an open stream or
-        socket here, and those of ``watch``. It runs in an application context, in a thread that all
-        these functions share, one after the other. An error is logged. Changes of one session that
-        pile up meanwhile arrive as one.
+        It runs for the sessions and users that this process watches: with an open stream or socket
+        here, or by ``watch``. It runs in an application context, in a thread that all these
+        functions share, one after the other. An error is logged. If several changes of one session
+        wait, they arrive as one.
         """
         if any(not isinstance(key, str) for key in keys):
             raise TypeError("on_change takes the names of keys: @ext.live.on_change('cart')")
@@ -138,7 +138,7 @@ class Live:
 
 
 def changes_between(watch: Watch, before: State, after: State) -> list[Change]:
-    """What changed in the session, and what changed for its user."""
+    """The change of the session, and the change for its user."""
     found = []
     was, now = before.session, after.session
     if watch.handle is not None and was is not None and was != now:

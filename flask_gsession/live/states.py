@@ -1,4 +1,4 @@
-"""What others may know of a session and its user: versions of what there is, and never values."""
+"""The public state of a session and its user: versions, never values."""
 
 from __future__ import annotations
 
@@ -83,6 +83,6 @@ class Digests:
         return {key: self.of(salt, key.encode(), raw) for key, raw in values.items()}
 
     def of_devices(self, user_id: str, roster: Roster) -> str:
-        """Which devices there are, and what they are called; not when they were seen."""
+        """The version of the list of devices and their labels, without the times they were seen."""
         shown: list[Any] = [(each.id, each.label, each.tags) for each in roster.members]
         return self.of(b"devices", user_id.encode(), repr(shown).encode())

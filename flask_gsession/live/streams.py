@@ -31,7 +31,7 @@ class Full(Exception):
 
 
 class Limits(NamedTuple):
-    """How many streams there may be in this process: all together, and those of ``who``.
+    """How many streams there may be in this process: all together, and for ``who``.
 
     ``is_gone``: whether the client of this stream is gone.
     """
@@ -181,6 +181,6 @@ def newer(messages: tuple[Message, ...], after: int) -> list[Message]:
 
 
 def as_json(message: Message) -> bytes:
-    """What a page gets of a message."""
+    """The form in which a page gets a message."""
     head = json.dumps({"id": message.id, "name": message.name})[:-1].encode()
     return b'%b, "data": %b}' % (head, message.data)

@@ -6,8 +6,8 @@ values are lines before it. The last line holds the number of records and the SH
 before it.
 
 The reader trusts no line: keys and names must be well formed, and a large value must belong to the
-record that follows it. It can't verify the values of a session; those are up to whoever wrote the
-file.
+record that follows it. It can't verify the values of a session, so trust only files from people you
+trust.
 """
 
 from __future__ import annotations

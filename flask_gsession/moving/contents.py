@@ -1,4 +1,4 @@
-"""The contents of an old session, from whichever serialisation Flask-Session used."""
+"""The contents of an old session, from any serialisation that Flask-Session used."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def keyed(
 def drafted(
     repository: Repository, key: str, contents: Contents, origin: Origin, knows_users: bool
 ) -> tuple[Loaded, tuple[str, ...]]:
-    """The new session, and what had to be left out of it. Writes large values.
+    """The new session, and the keys that were left out. Writes large values.
 
     If it is too large, values are left out, the largest first.
     """

@@ -26,7 +26,7 @@ class FlaskCookieSource:
     """The sessions that browsers hold themselves, read by Flask's own serializer.
 
     ``interface``: the application's, which may have a serializer or salt of its own. A cookie is
-    known by what was signed, so its copies under other spellings of the signature are the same.
+    identified by its signed content, so copies with another spelling of the signature are the same.
     """
 
     label = LABEL

@@ -30,8 +30,8 @@ DEFAULT_ID_LENGTH = 32
 class FlaskSessionSource:
     """The sessions that Flask-Session keeps in ``store``.
 
-    ``secret_keys``: None unless the ids in cookies are signed. ``pickled``: whether the store
-    holds nothing but pickles.
+    ``secret_keys``: None unless the ids in cookies are signed. ``pickled``: whether the store holds
+    only pickles.
     """
 
     label = LABEL

@@ -11,10 +11,10 @@ that is about to set our cookie stores the next version of the mark, with the ti
 - a request that only read, if no other one did so since ten seconds before it began. Otherwise it
   sets no cookie. In ten seconds, the browser has an answer, and sends our cookie.
 
-A logout stores in the mark that the old cookie is dead. So no request that runs beside it can set a
-cookie afterwards, unless it was about to be answered. ``tests/simulation/cookie_model.py`` is a
-model. If the clocks of two workers differ, a read waits longer, or doesn't wait for answers that
-are on their way.
+A logout stores in the mark that the old cookie is dead. So no parallel request can set a cookie
+afterwards, unless it was about to be answered. ``tests/simulation/cookie_model.py`` is a model. If
+the clocks of two workers differ, a read waits longer, or doesn't wait for answers that are on their
+way.
 """
 
 from __future__ import annotations

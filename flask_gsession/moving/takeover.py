@@ -6,7 +6,7 @@ valid cookie of ours, but with an old one:
 1. loads the old record, then the mark (see ``mark``), in this order: a logout deletes the old
    record only while the mark is there, so finding neither proves that there is no session;
 2. without a mark: creates the session under a fresh key, then the mark. If the mark exists already:
-   deletes its own session, and goes on with the one that the mark names;
+   deletes its own session, and goes on with the session that the mark names;
 3. with a mark: loads the session that it names. If that ended, the old cookie stays invalid;
 4. if the session names a user: enters it in the user's roster;
 5. answers with the token, which every request with this old cookie can compute.
@@ -54,7 +54,7 @@ _ADVICE = (
     ". Sessions like this one are taken over by: flask gsession migrate --from flask-session "
     "--pickle"
 )
-#: The shape of what Flask, Flask-Session and we give out, under whichever settings.
+#: The form of the cookies that Flask, Flask-Session and we issue, under any settings.
 _ISSUED = re.compile(r"(?=.{11})\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,2}")
 _UNKNOWN = (
     "unknown cookie",

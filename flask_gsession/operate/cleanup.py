@@ -58,8 +58,8 @@ class CleanupWorker:
     Starts with the first request in each process, so that it runs in a server's workers and not
     in the process that forks them, or with ``start()``. Ends with the process.
 
-    ``interval``: seconds from the end of one clean-up to the next, in whichever process; at least
-    1. ``batch``: the number of items that one step examines. ``ext``: the ``Session``, if the
+    ``interval``: seconds from the end of one clean-up to the next, in any process; at least 1.
+    ``batch``: the number of items that one step examines. ``ext``: the ``Session``, if the
     application has several.
     """
 

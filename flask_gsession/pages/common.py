@@ -1,4 +1,4 @@
-"""What the pages for people share: templates, style, sign-in, fresh authentication, times."""
+"""Shared by the pages for people: templates, style, sign-in, fresh authentication, times."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def sign_in(view: str | None, back: str) -> ResponseReturnValue:
 
 
 def ago(when: datetime, now: datetime) -> str:
-    """Such as "5 minutes ago"; the date of what is longer ago than a week."""
+    """Such as "5 minutes ago"; a date if that is more than a week ago."""
     seconds = (now - when).total_seconds()
     if seconds < 60:
         return "just now"

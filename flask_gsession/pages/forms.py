@@ -48,7 +48,7 @@ def check_form(session: SessionData) -> None:
 
 
 def _bound_to(session: SessionData) -> str:
-    """What tells this session from others, for all its life; "" if there is nothing yet."""
+    """Identifies this session for as long as it lives; "" if nothing does yet."""
     owner = session.owner
     if owner is not None:
         return f"user\0{session.device_id}\0{owner}"

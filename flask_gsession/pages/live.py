@@ -38,7 +38,7 @@ def live_blueprint(
 ) -> Blueprint:
     """A blueprint with the pages ``stream``, ``state`` and ``live.js`` under ``url_prefix``.
 
-    ``keys``: the keys of the session that pages may hear of; ``user_keys``: those of a user's
+    ``keys``: the keys of the session that pages may hear of; ``user_keys``: the keys of a user's
     values. Pages get versions, and never values. Without keys they hear of ends, sign-ins, devices
     and messages. ``ext``: whose sessions; by default, of the application's first ``Session``.
 

@@ -176,7 +176,7 @@ class Repository:
         presented: bool = False,
         load: Callable[[str], Record | None] | None = None,
     ) -> Loaded | None:
-        """The session under ``key``, or the one it was rotated to; None if there is none.
+        """The session under ``key``, or its successor after a rotation; None without a session.
 
         ``presented``: a client sent the key, so a miss is counted and logged. ``load`` replaces the
         store's ``load``. Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one
@@ -672,8 +672,8 @@ class Repository:
 
         ``written`` holds what this request wrote before, by kind and digest. Each value is written
         once, and added. ``before`` holds the session's values as they are stored. A value there
-        that exceeds a lowered limit may stay as it is, or give way to one that is no longer.
-        Raises ``ValueRefused`` before it writes anything, and ``StoreUnavailable``.
+        that exceeds a lowered limit may stay as it is, or give way to a value of at most its
+        length. Raises ``ValueRefused`` before it writes anything, and ``StoreUnavailable``.
         """
         values = body.values
         large = [key for key, raw in values.items() if len(raw) > self._inline and not refers(raw)]
@@ -706,7 +706,7 @@ class Repository:
         return values
 
     def room_for(self, key: str, stored: Mapping[str, bytes]) -> int:
-        """How many bytes a large value under ``key`` may have, beside the other large values."""
+        """How many bytes a large value under ``key`` may have, with all the other large values."""
         there = self._large_lengths(stored)
         own, total, limit = there.pop(key, 0), sum(there.values()), self.settings.total_limit
         return max(limit - total, own)

@@ -1,4 +1,4 @@
-"""The values of a user in the store: one record for each user, beside the user's sessions."""
+"""The values of a user in the store: one record for each user, separate from the sessions."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def is_user_values(repository: Repository, record: Record, *, for_others: bool =
 class UserValuesRepository(Repository):
     """The application's repository, for the record of one user.
 
-    Everything about values works as in sessions. Other is the record's life: it has one key, each
-    use renews it for ``SESSION_USER_VALUES_LIFETIME``, and it counts as no session.
+    Everything about values works as in sessions. But the record lives differently: it has one key,
+    each use renews it for ``SESSION_USER_VALUES_LIFETIME``, and it counts as no session.
     """
 
     def __init__(self, repository: Repository, user_id: str) -> None:
@@ -74,7 +74,7 @@ class UserValuesRepository(Repository):
         step = max(1, min(_DAY, lifetime // 20))
         self._usual_span = (lifetime + step, step)
 
-    # -- a life of its own
+    # -- keys and times
 
     def latest_end(self) -> int:
         return self.now() + _LIFE
@@ -116,7 +116,7 @@ class UserValuesRepository(Repository):
         )
 
     def capped(self, record: Record) -> Record:
-        """An imported record, kept no longer than one that is used now."""
+        """An imported record, kept no longer than a record that is used now."""
         now, absolute = self.now(), min(record.absolute_expires_at, self.latest_end())
         idle = min(record.idle_expires_at, now + self._usual_span[0], absolute)
         created = min(record.created_at, now, absolute)

@@ -1,4 +1,4 @@
-"""Lets the values of an anonymous visitor join those of the user who signs in.
+"""Lets an anonymous visitor's values join the user's at the sign-in.
 
 Join first, then rotate in the very version that was joined: ``tests/simulation/joining.py``.
 """
@@ -61,7 +61,7 @@ def _stored_join(life: Lifecycle, stored: Body) -> Join | None:
 
 
 def _join(life: Lifecycle, join: Join, user_id: str) -> bool:
-    """Let the stored values of the session join those of the user; whether they have."""
+    """Let the session's stored values join the user's; whether they have."""
     if life.joined == (user_id, join):
         return True
     record = life.seen.record
@@ -88,7 +88,7 @@ def _put(
         UserValuesRepository(life.repository, user_id).join(join, values, ends_at)
     except (NotJoined, UnreadableRecord) as error:
         logger.warning(
-            "Values of session %s stay in it: they can't join those of the user (%s)",
+            "Session %s keeps its values: they can't join the user's values (%s)",
             life.handle or "behind an old token",
             error,
         )
@@ -117,10 +117,10 @@ def signs_in(life: Lifecycle) -> str | None:
 
 
 def join_early(life: Lifecycle, user_id: str) -> None:
-    """The request looks at the values of a user whose sign-in is not stored yet.
+    """Called when a request looks at a user's values before the sign-in is stored.
 
-    So that it finds those of the visitor among them. Two round trips, none without such values; the
-    sign-in then costs two less.
+    The visitor's values join first, so that it finds them. Two round trips, none without such
+    values; the sign-in then costs two less.
     """
     with life.mutex:
         join = None if life.seen.body is None else _stored_join(life, life.seen.body)

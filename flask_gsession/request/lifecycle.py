@@ -438,7 +438,7 @@ class Lifecycle(Struct, eq=False):
                     self.repository.rotate(before, record, attempt.body, grace, shorten=True)
                 except (Gone, Stale, KeyTaken):
                     continue
-            if loaded is not None:  # somebody else who wrote to it has reached it
+            if loaded is not None:  # another request that wrote to it has reached it
                 return loaded
         return None
 
@@ -449,7 +449,7 @@ class Lifecycle(Struct, eq=False):
         pending changes will be stored again, even if an attempt already stored them.
         """
         if there.version == before.version:
-            if not repeats:  # one that arrives stores what this request has discarded
+            if not repeats:  # a late attempt stores changes that this request has discarded
                 self.attempts = {
                     version: replace(attempt, changes=NO_CHANGES)
                     for version, attempt in self.attempts.items()

@@ -1,4 +1,4 @@
-"""``SessionData``: what ``flask.session`` is to a view."""
+"""``SessionData``: the object behind ``flask.session``."""
 
 from __future__ import annotations
 
@@ -379,8 +379,8 @@ class SessionData(SessionMixin):
     def modified(self) -> bool:
         """Whether this request changed the session. Setting it to True forces a save.
 
-        Code that saves by hand, as Flask-SocketIO does, asks only ``flask.session``. So that one
-        also answers for the sessions of further ``Session`` objects, which are saved with it.
+        Code that saves by hand, as Flask-SocketIO does, asks only ``flask.session``. So its answer
+        includes the sessions of further ``Session`` objects, which are saved with it.
         """
         if any(session.modified for session in self._further):
             return True
@@ -571,11 +571,12 @@ class SessionData(SessionMixin):
         The response deletes the cookie. If you write afterwards, a new session starts with a new
         token. One round trip. No parallel request can bring the session back.
 
-        ``clear``: what the browser is to delete as well, with the header ``Clear-Site-Data``:
+        ``clear``: the other data that the browser deletes, with the header ``Clear-Site-Data``:
         ``"cache"``, ``"storage"``, ``"executionContexts"``, ``"cookies"``, ``"clientHints"``,
         ``"prefetchCache"``, ``"prerenderCache"``, or several. Browsers heed it over HTTPS only.
-        ``"cookies"`` also deletes those of all subdomains of the site. Raises ``ValueError`` for
-        any other, and where no response follows, as in ``ext.open()``; the session then goes on.
+        ``"cookies"`` also deletes the cookies of all subdomains of the site. Raises ``ValueError``
+        for any other, and where no response follows, as in ``ext.open()``; the session then goes
+        on.
         """
         self.accessed = True
         kinds, life = checked_kinds(clear), self._life
@@ -820,9 +821,9 @@ def close_unused(session: SessionData) -> None:
 class UserValues(SessionData):
     """The values of a user: a dict like a session, but the same in all sessions of the user.
 
-    From ``session.shared`` and ``ext.open_user``. What one device stores, the next request of every
-    other device sees. Types, merging, expiry, large values, limits, locks and transactions are as
-    in sessions. Keys that begin with an underscore are refused.
+    From ``session.shared`` and ``ext.open_user``. If one device stores a value, the next request of
+    every other device sees it. Types, merging, expiry, large values, limits, locks and transactions
+    are as in sessions. Keys that begin with an underscore are refused.
 
     The record is in the store for ``SESSION_USER_VALUES_LIFETIME`` after its last use. Signing out
     and ``ext.users.revoke_all`` leave it there; ``ext.users.forget`` deletes it.

@@ -20,7 +20,7 @@ KINDS = (
     "prerenderCache",
     "storage",
 )
-#: An attribute of the request: the kinds that its response is to clear.
+#: An attribute of the request: the kinds that its response will clear.
 CLEARED = "_gsession_clear_site_data"
 
 

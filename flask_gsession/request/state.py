@@ -173,7 +173,7 @@ class Trouble(Struct, frozen=True):
 
 
 class Behind(HidesFields, frozen=True):
-    """What the session behind an old token has for the user who signs in with that token.
+    """The values of the session behind an old token that join the user's at the sign-in.
 
     ``values``: as they are stored, for ``join``, which is None without any. ``ends_at``: when that
     session ends at the latest. ``changes``: what this request changed of them.

@@ -1,4 +1,4 @@
-"""What one request does with the values of a user: as with its session, but in another record."""
+"""A user's values in one request: like its session, but in another record."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Limits how many requests of one client wait for locks in this process.
 
 Each waiting request keeps a thread busy. The store limits the queue of one session, but a client
-may have many sessions, which no store can tell apart.
+may have many sessions, and no store knows that they are one client's.
 """
 
 from __future__ import annotations

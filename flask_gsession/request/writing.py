@@ -103,7 +103,7 @@ class Edit(HidesFields, frozen=True):
     settle: Callable[[], None] | None = None
 
 
-#: Event types with their details, to emit when a write is complete; and what replicas still owe.
+#: Event types with their details, to emit when a write is complete; missing confirmations too.
 Written = tuple[list[tuple[Any, ...]], LogoutUnconfirmed | None]
 
 
@@ -215,7 +215,7 @@ class _Write(Struct, eq=False):
         return True
 
     def unmergeable(self) -> str:
-        """Why an edge that is cut off can't queue this write, as the name of what it is; or ""."""
+        """The name of this write if an edge that is cut off can't queue it; or ""."""
         raise NotImplementedError
 
     def send(self, step: Edit, lost: int) -> Written | None:
@@ -231,7 +231,7 @@ class _Write(Struct, eq=False):
                 return None
 
     def _failed(self, step: Edit, error: Exception) -> None:
-        """Raise what follows from a failed attempt. Returns if the session has ended."""
+        """Raise the error that follows from a failed attempt. Returns if the session has ended."""
         life = self.life
         if isinstance(error, Revoked) and is_revoked(life):
             life.end(self.what)
@@ -460,7 +460,7 @@ def _store(life: Lifecycle, step: Edit, lost: int) -> Written:
     else:
         record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
         if body.owner is not None and record.idle_expires_at > body.owner.until * 1000:
-            # It is renewed for longer than it ever was, and its roster is to know that before.
+            # It is renewed for longer than ever before, and its roster must know that first.
             try:
                 body.owner = touch(life, body.owner, merged, old)
                 record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
@@ -587,7 +587,7 @@ def _renew_if_due(life: Lifecycle) -> None:
     if idle_end is None:
         return
     if owner is not None and idle_end > owner.until * 1000 and not cut_off:
-        # A setting was raised since it was entered, and its roster is to know that before.
+        # A setting was raised since it was entered, and its roster must know that first.
         _save_to_touch(life)
         return
     if owner is not None and cut_off:
@@ -696,7 +696,7 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
 
 
 def _save_users(life: Lifecycle, *, by_hand: bool) -> None:
-    """Store what the request changed of users' values, after its session."""
+    """Store the request's changes to users' values, after its session."""
     for values in life.of_users.values():
         if not life.ended:
             end_request(values, by_hand=by_hand)

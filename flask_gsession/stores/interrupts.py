@@ -1,7 +1,7 @@
-"""Exceptions that strike a store call from outside: of a signal handler, or of another thread.
+"""Exceptions that strike a store call from outside: from a signal handler or another thread.
 
 A deadline of the application's own may well be a ``TimeoutError``, which is an ``OSError``, as a
-lost connection is. Taken for one, it would be swallowed by a retry.
+lost connection is. If we mistook it for one, a retry would swallow it.
 """
 
 from __future__ import annotations

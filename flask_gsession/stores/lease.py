@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..errors import QueueFull
 
 WAITER_LIFE = 2000  # milliseconds after which a waiter that does not ask is dropped
-ASK_AGAIN = 700  # milliseconds, at most, between two times of asking
+ASK_AGAIN = 700  # milliseconds, at most, between two attempts
 LONGEST_LEASE = 3_600_000  # milliseconds; one that claims to be longer is junk, and free
 _LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
 
@@ -18,8 +18,8 @@ _LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
 class Lease:
     """A lease's holder, its end and its queue; for stores that keep them as one value.
 
-    ``length``: for how long it was asked for. ``waiters``: when each asked last, in the order of
-    their coming. Times are milliseconds.
+    ``length``: its requested length. ``waiters``: when each asked last, in the order of their
+    arrival. Times are milliseconds.
     """
 
     owner: str = ""

@@ -1,4 +1,4 @@
-"""Parts: the optional abilities of a store, beside the seven verbs.
+"""Parts: the optional abilities of a store, in addition to the seven verbs.
 
 Each part is an attribute of the store (``leases``, ``blobs``, ``scans``, ``upkeep``, ``counts``,
 ``checks``, ``changes``, ``bulk``, ``edge``, ``journal``): an object with the methods below, or None
@@ -120,7 +120,7 @@ def is_place(thing: object) -> bool:
 
 
 class Scans(Protocol):
-    """For a store that can go through its records, whichever and however many it has."""
+    """For a store that can go through all its records, however many it has."""
 
     def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
         """About ``limit`` of the unexpired records and pointers whose key starts with ``begins``.
@@ -227,7 +227,7 @@ class Feed:
 
 
 class Changes(Protocol):
-    """For a store that can tell a process soon which records were changed, by any process."""
+    """For a store that can soon notify a process which records any process has changed."""
 
     @property
     def unproven(self) -> str:
@@ -251,19 +251,19 @@ class Changes(Protocol):
         """Stop that. While nobody hears, there is no connection."""
 
     def feed(self, key: str) -> Feed | None:
-        """The feed on which changes of this record are heard; None while there is none."""
+        """The feed on which changes of this record are heard; None before it exists."""
 
     def start(self) -> None:
-        """Begin to listen, if that has not begun, in a thread; returns at once."""
+        """Start to listen in a thread, unless it runs; returns immediately."""
 
     def close(self) -> None:
-        """Stop to listen, until the next use."""
+        """Stop listening until the next use."""
 
 
 class NearFigures(NamedTuple):
-    """How many peeks found a record that may be used, none at all, or one that may not be used.
+    """How many peeks found a usable record, no record, or an unusable one.
 
-    ``age``: how many seconds old a record that is used now is at most; None: none may be used.
+    ``age``: the maximum age in seconds of a record that is used now; None: none may be used.
     """
 
     hits: int
@@ -285,14 +285,14 @@ class NearReads(Protocol):
         """
 
     def load_near(self, key: str) -> Record | None:
-        """As ``Store.load``; what is loaded may be kept."""
+        """As ``Store.load``; the store may keep the record."""
 
     def figures(self) -> NearFigures:
         """The figures of this process."""
 
 
 class Reconciler(Protocol):
-    """For an edge store: what only the application can do with records, as it has their keys."""
+    """For an edge store: operations that only the application can do, as it has the keys."""
 
     def greet(self, centre: Store) -> str:
         """Why this node and the others at the centre can't read each other; "" if they can."""
@@ -317,7 +317,7 @@ class Reconciler(Protocol):
 
 
 class EdgeFigures(NamedTuple):
-    """What a node has still to settle with its centre, and its past.
+    """The changes that a node has yet to settle with its centre, and its past.
 
     ``ends`` and ``changes``: sessions that wait. ``oldest_at``: when the change that waits longest
     was last confirmed, in milliseconds since 1970; None if none waits. ``lag``: how many seconds
@@ -338,7 +338,7 @@ class EdgeFigures(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The sessions that were settled. ``trouble``: why it stopped, or what was left out.
+    """The sessions that were settled. ``trouble``: why it stopped, or which sessions it left out.
 
     ``reached``: whether the centre was asked and answered.
     """
@@ -351,7 +351,7 @@ class Settled(NamedTuple):
 
 
 class Edge(Protocol):
-    """For a store that goes on while its centre can't be reached."""
+    """For a store that keeps working while its centre can't be reached."""
 
     #: the store at the centre, which is asked directly
     centre: Store
@@ -361,10 +361,10 @@ class Edge(Protocol):
         """Why this process serves from its copy now; "" if it reaches the centre."""
 
     def use(self, reconciler: Reconciler) -> None:
-        """Settle by this one. The store keeps no strong reference to it."""
+        """Settle by this reconciler. The store keeps no strong reference to it."""
 
     def figures(self) -> EdgeFigures:
-        """What waits. One look at the local file."""
+        """The figures of the waiting changes. One look at the local file."""
 
     def settle(self) -> Settled | None:
         """Look whether the centre is back, and settle with it now.

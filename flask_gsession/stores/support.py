@@ -105,7 +105,7 @@ _exact: ContextVar[str] = ContextVar("flask_gsession.exact", default="")
 
 @contextmanager
 def exactly(what: str) -> Iterator[None]:
-    """Writes in this block can't be merged later: a store that would queue one refuses ``what``."""
+    """Writes in this block can't be merged later: a store that queues writes refuses ``what``."""
     before = _exact.set(what)
     try:
         yield

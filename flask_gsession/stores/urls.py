@@ -7,7 +7,7 @@ from urllib.parse import SplitResult, urlsplit
 
 
 def without_hosts(url: str) -> tuple[SplitResult, str]:
-    """A URL in its parts, and its user and hosts, as written; those are for the driver to check.
+    """A URL in its parts, and its user and hosts as written, which the driver checks.
 
     From Python 3.14 on, ``urlsplit`` refuses several hosts of which one is in brackets.
     """

@@ -1,4 +1,4 @@
-"""How a visitor's values join those of a user at the sign-in. No function here stores anything.
+"""How a visitor's values join a user's at the sign-in. No function here stores anything.
 
 ``tests/simulation/joining.py`` explores the protocol around it.
 """
@@ -240,7 +240,7 @@ def _emptied(codec: Codec, name: str, was: bytes | None) -> bytes | None:
 def entry_by_entry(base: Any, theirs: Any, mine: Any) -> Any:
     """Dicts, lists and sets at every depth: the user's entries and the visitor's new ones.
 
-    Of other values the visitor's, if it was changed since it joined.
+    For other values, the visitor's, if it was changed since it joined.
     """
     kind: Any = type(mine)
     if base is not MISSING and same(base, mine):

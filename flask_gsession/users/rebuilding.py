@@ -73,9 +73,10 @@ def count_foreign(repository: Repository) -> tuple[int, int]:
 
 
 def _state(repository: Repository, key: str, foreign: bool, record: Record | None = None) -> str:
-    """Of the roster under ``key``. ``foreign``: one that others may read counts as damaged.
+    """The state of the roster under ``key``.
 
-    One round trip, unless the ``record`` can be read.
+    ``foreign``: a roster that others may read counts as damaged. One round trip,
+    unless the ``record`` can be read.
     """
     if record is not None:
         with suppress(UnreadableRecord):
@@ -90,7 +91,7 @@ def _state(repository: Repository, key: str, foreign: bool, record: Record | Non
 def _restore(repository: Repository, key: str, devices: list[Device]) -> int:
     """Enter these devices in a roster that is damaged or lost; how many."""
     rosters = repository.rosters
-    # When sessions were last revoked is lost as well: nothing from before comes in.
+    # The time of the last revocation is lost as well, so no earlier session is entered.
     fresh = rosters.revoke_all(Roster())
 
     def step(roster: Roster) -> tuple[Roster, int]:

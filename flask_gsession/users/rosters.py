@@ -135,7 +135,7 @@ class Rosters:
         return answer[0]
 
     def replace_unreadable(self, key: str, roster: Roster) -> bool:
-        """Store this roster in place of one that can't be read. False if it can be read by now.
+        """Store this roster in place of an unreadable one. False if it can be read by now.
 
         Two round trips.
         """

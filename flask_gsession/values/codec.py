@@ -247,8 +247,8 @@ def check_damage(
 ) -> NoReturn:
     """``decode(raw)`` raised ``error``: raises ``UnreadableRecord`` if ``raw`` is malformed.
 
-    Otherwise re-raises ``error``: the stack was almost full, or a signal handler raised it. To
-    tell, this decodes malformed data a second time, and measures the depth of nested data.
+    Otherwise re-raises ``error``: the stack was almost full, or a signal handler raised it. To find
+    out, this decodes malformed data a second time, and measures the depth of nested data.
     """
     if isinstance(error, RecursionError):
         if not _is_nested_beyond(raw, 2 * DEEPEST):

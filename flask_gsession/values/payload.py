@@ -58,7 +58,7 @@ _Milliseconds = Annotated[int, Meta(ge=0, lt=END_OF_TIME)]
 
 
 class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
-    """The user that a session is bound to, and what it knows of its place in the user's roster.
+    """The user that a session is bound to, and the session's place in the user's roster.
 
     ``seen``: when it was last entered in the roster, in seconds; 0 if it must be looked up there
     before it is used. ``until``: the roster takes it to end no later, in seconds.
@@ -334,6 +334,6 @@ def _as_text(times: tuple[int, ...]) -> bytes:
 
 
 def _check(own: bytes, body: bytes | memoryview, number: int) -> bytes:
-    # Only one bit tells two formats apart, so the checksum covers the format.
+    # Formats differ in one bit, so the checksum covers the format.
     start = crc32(own) if number == FORMAT else crc32(bytes((number,)), crc32(own))
     return own[:4] + crc32(body, start).to_bytes(4, "big")
