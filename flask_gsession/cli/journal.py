@@ -25,7 +25,7 @@ from .common import (
 _COLUMNS = ("handle", "owner", "device", "reason", "by", "previous", "missed")
 
 
-@click.command(short_help="Print the journal of sessions, for a SIEM.")
+@click.command(short_help="Print what became of sessions, from the journal.")
 @click.option("--consumer", metavar="NAME", help="Whose place in the journal is kept.")
 @click.option("--follow", is_flag=True, help="Wait for more events instead of ending.")
 @click.option("--no-ack", is_flag=True, help="Print the events, but don't acknowledge them.")
