@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from ..errors import StoreUnavailable, UnreadableRecord
 from ..events import logger
-from ..processes import process
+from ..processes import is_before_fork, process
 from ..repository.repository import Loaded, Repository
 from ..repository.user_values import values_key
 from ..stores.base import MAX_POINTERS, Record
@@ -140,9 +140,15 @@ class Hints:
     ) -> Watch:
         """Watch a session with its user, or a user, from now on; ``state`` is what there is now.
 
-        One to four round trips. Raises ``StoreUnavailable``.
+        One to four round trips. Raises ``StoreUnavailable``, also in uWSGI's first process: its
+        workers would not have the watch.
         """
         process.notice()
+        if is_before_fork():
+            raise StoreUnavailable(
+                "live hints need a thread, and this process of uWSGI is still to be forked: watch "
+                "in a function decorated with uwsgidecorators.postfork, or set lazy-apps = true"
+            )
         watch = Watch(self, handle, user_id, notify, is_over)
         with self._lock:
             self._watches[watch] = None

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from ..errors import StoreUnavailable
 from ..events import logger
-from ..processes import process
+from ..processes import is_before_fork, process
 from ..stores.parts import NEVER, Changes, Feed, Hearer
 
 #: Seconds. This clock also runs while the machine is suspended, and tests that freeze the
@@ -150,8 +150,13 @@ class Listener(Changes):
         return self._feeds.get(self.source.server_of(key)) if self._feeds else None
 
     def start(self) -> None:
-        """Start to listen, in a thread."""
+        """Start to listen, in a thread; not in a process that is still to be forked by uWSGI.
+
+        A child of a fork in C waits forever if another thread asked for the interpreter's lock.
+        """
         process.notice()
+        if is_before_fork():
+            return
         with self._lock:
             if not self._threads and self._hearers:
                 self._add(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import faulthandler
 import gc
 import json
 import os
@@ -148,6 +149,7 @@ class Child:
     def _be_the_child(self, function: Callable[[], Any], writer: int) -> None:
         """Never returns: the rest of the test run is the parent's."""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        faulthandler.register(signal.SIGALRM, sys.__stderr__ or 2, chain=True)
         signal.alarm(DEADLINE)
         try:
             answer = {"result": function()}

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from flask_gsession import processes
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.contrib.metrics_gathering import Gathering
+from flask_gsession.errors import StoreUnavailable
 from flask_gsession.operate.cleanup import CleanupWorker
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.sqlite import file as sqlite
@@ -90,6 +91,31 @@ def test_the_master_of_uwsgi_keeps_nothing_open(
     assert site.client(cookie).get("/all").json == {"user": "alice"}
     assert is_open(sqlite_url)
     assert names() - before
+    site.ext.close(site.app)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis", "mongodb"])
+def test_the_master_of_uwsgi_listens_to_nothing(
+    kind: str, request: pytest.FixtureRequest, store_prefix: str, uwsgi: Uwsgi
+) -> None:
+    """A child of a fork in C hangs if a thread of its parent waited for the interpreter's lock."""
+    uwsgi(worker=0)
+    near = {"near_cache": 5.0} if kind == "redis" else {}
+    site = make_site(request.getfixturevalue(f"{kind}_url"), store_prefix, **near)
+    before = names()
+    client = site.client(site.log_in("alice"))
+    with site.app.app_context():
+        assert client.get("/all").json == client.get("/all").json == {"user": "alice"}
+        with pytest.raises(StoreUnavailable, match="postfork"):
+            site.ext.live.watch(user_id="alice")
+        changes = site.ext.store().changes
+        assert changes is not None
+        changes.hear(SimpleNamespace(changed=bool, lost=bool))
+        changes.start()
+        assert not names() - before
+        uwsgi(worker=1)
+        site.ext.live.watch(user_id="alice")
+        assert names() - before == {"gsession-live", "gsession-listener"}
     site.ext.close(site.app)
 
 

@@ -12,7 +12,6 @@ import grpc
 
 from ...errors import StoreUnavailable
 from ...live.listener import Heard, now
-from ...processes import is_before_fork
 from ...protocol import gsession_pb2 as pb
 from ...protocol.methods import is_understood
 from ..parts import NEVER
@@ -73,8 +72,6 @@ class RemoteSource:
         return _ONLY
 
     def open(self, server: Hashable) -> RemoteChanges:
-        if is_before_fork():
-            raise StoreUnavailable("grpc: Watch: this process is still to be forked")
         if now() < self._open_at:
             raise StoreUnavailable(
                 f"grpc {self._channel.address.target}: calls and changes reach different servers: "

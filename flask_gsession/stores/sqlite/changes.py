@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Iterable
 
 from ...errors import StoreUnavailable
 from ...live.listener import Heard
-from ...processes import is_before_fork
 from .file import SQLiteFile
 
 _INTERVAL = 0.1  # seconds
@@ -32,8 +31,6 @@ class SQLiteSource:
         return ""
 
     def open(self, server: Hashable) -> SQLiteChanges:
-        if is_before_fork():
-            raise StoreUnavailable("sqlite: this process is still to be forked")
         return SQLiteChanges(self._file)
 
 
