@@ -133,7 +133,7 @@ class Live:
             try:
                 with app.app_context():
                     handler(change)
-            except Exception:
+            except BaseException:  # SystemExit and gevent's Timeout: later changes need the thread
                 logger.exception("A function of ext.live.on_change failed")
 
 
@@ -196,8 +196,13 @@ class _Queue:
                     _MOST,
                 )
             if not self._runs:
-                self._runs = True
-                threading.Thread(target=self._run, name="gsession-changes", daemon=True).start()
+                thread = threading.Thread(target=self._run, name="gsession-changes", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system can't start a thread
+                    logger.warning("Functions of ext.live.on_change are called later: %s", error)
+                else:
+                    self._runs = True
 
     def _run(self) -> None:
         while True:

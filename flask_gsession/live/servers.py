@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 try:
@@ -15,6 +18,8 @@ except ImportError:
 
 #: A client that has closed its connection. None: this system has no such event.
 _CLOSED: int | None = getattr(select, "POLLRDHUP", None)
+#: The time until unread data ends a connection of TCP. None: this system has no such option.
+_UNREAD: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)
 _UNKNOWN = 4  # threads of a server that we don't know; waitress has so many by default
 _MANY = 1000  # at once, where each request has its own greenlet or thread
 
@@ -42,6 +47,16 @@ class Connection:
     def __init__(self, file: int | None) -> None:
         self._file = file
 
+    def expect_reader(self, seconds: float) -> None:
+        """Let writes fail if the client accepts nothing for so long, as far as the system can.
+
+        Otherwise a client that reads nothing, or has vanished, would keep its thread forever.
+        """
+        if self._file is None or _UNREAD is None:
+            return
+        with suppress(OSError), socket.socket(fileno=os.dup(self._file)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, _UNREAD, int(seconds * 1000))
+
     def is_gone(self) -> bool:
         """Whether the client has closed it, as far as this system can tell."""
         if self._file is None or _CLOSED is None:
@@ -58,8 +73,8 @@ def connection_of(environ: Mapping[str, Any]) -> Connection:
     """The connection of the request that is being served."""
     if _uwsgi is not None:
         return Connection(_uwsgi.connection_fd())
-    socket: Any = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
-    return Connection(socket.fileno() if hasattr(socket, "fileno") else None)
+    ours: Any = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+    return Connection(ours.fileno() if hasattr(ours, "fileno") else None)
 
 
 def is_ending() -> bool:

@@ -69,9 +69,10 @@ class Slots:
             return slot
 
     def _check(self, limits: Limits) -> None:
-        if sum(other.who == limits.who for other in self._taken.values()) >= limits.most_of_user:
+        taken = list(self._taken.values())  # another thread, or a finalizer, may free a slot
+        if sum(other.who == limits.who for other in taken) >= limits.most_of_user:
             raise Full(of_user=True)
-        if len(self._taken) >= limits.most:
+        if len(taken) >= limits.most:
             raise Full(of_user=False)
 
     def free(self, slot: object) -> None:

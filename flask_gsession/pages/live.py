@@ -27,6 +27,7 @@ _STATIC = Path(__file__).parent / "static"
 _SCRIPT_AGE = 3600  # seconds that browsers keep the script without a request
 _COME_AGAIN = 30  # seconds after a refusal, for Retry-After
 _LONGEST = 20  # digits
+_UNREAD_BEATS = 2  # heartbeats that a browser may leave unread
 
 
 def live_blueprint(
@@ -75,13 +76,13 @@ def live_blueprint(
         if loaded.record.key != _presented_key(interface):
             life = settings.rotation_grace  # the old token is valid no longer than that
         who = loaded.record.key if owner is None else f"user {owner.user_id}"
+        connection = connection_of(request.environ)
+        connection.expect_reader(_UNREAD_BEATS * settings.live_heartbeat)
         try:
             body = Stream(
                 partial(own.live.subscribe, loaded.record.key, None),
                 partial(show, hints.digests),
-                Limits(
-                    who, most, settings.live_user_streams, connection_of(request.environ).is_gone
-                ),
+                Limits(who, most, settings.live_user_streams, connection.is_gone),
                 heartbeat=settings.live_heartbeat,
                 life=life,
                 after=_after(request.headers.get("Last-Event-ID") or request.args.get("after")),
