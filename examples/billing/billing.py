@@ -44,13 +44,17 @@ def pay() -> Response:
     """Write an invoice for what is in the cart, into the session of the visitor."""
     cookie = request.cookies.get("session", "")
     try:
-        found = values.Get(pb.GetRequest(cookie=cookie, keys=["total"])).values
-        if "total" not in found:
+        reply = values.Get(pb.GetRequest(cookie=cookie, keys=["total"]))
+        if not reply.found:  # not an answer of the sessions' server
+            abort(503)
+        if "total" not in reply.values:
             abort(400, "There is nothing in the cart.")
-        invoice = f"{secrets.token_hex(3)} over {found['total'].integer} euros"
+        invoice = f"{secrets.token_hex(3)} over {reply.values['total'].integer} euros"
         changes = {"invoice": pb.Value(text=invoice)}
         values.Put(pb.PutRequest(cookie=cookie, changes=changes, removals=["total", "cart"]))
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            abort(401, f"No session came with this: open the shop as {os.environ['SHOP_URL']}")
         abort(STATUSES.get(error.code().name, 503))
     return redirect(os.environ["SHOP_URL"])
 

@@ -44,8 +44,11 @@ def interfaces() -> dict[Session, GSessionInterface]:
     return found
 
 
-def choose_interface(cookie: str | None) -> GSessionInterface:
-    """The only ``Session`` of the application, or the one with this cookie."""
+def choose_interface(cookie: str | None, *, serves: bool = False) -> GSessionInterface:
+    """The only ``Session`` of the application, or the one with this cookie.
+
+    ``serves``: whether the command offers the sessions to others.
+    """
     by_name = {each.repository.live.cookie_name(): each for each in interfaces().values()}
     if cookie is None and len(by_name) == 1:
         (cookie,) = by_name
@@ -55,7 +58,10 @@ def choose_interface(cookie: str | None) -> GSessionInterface:
     interface = by_name[cookie]
     if isinstance(interface.store, MemoryStore):
         click.echo(
-            "Each process has its own memory store: this command can't see your server's sessions.",
+            "The sessions are in the memory of this process, and end with it."
+            if serves
+            else "Each process has its own memory store: this command can't see your server's "
+            "sessions.",
             err=True,
         )
     return interface

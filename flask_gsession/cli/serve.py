@@ -57,7 +57,7 @@ def serve(
     the file, only a Unix socket is served: anyone who may open it has full power over the sessions.
     Ends on SIGTERM and Ctrl-C.
     """
-    interface = choose_interface(cookie)
+    interface = choose_interface(cookie, serves=True)
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
     paths = {"cert": cert, "key": key, "ca": ca}
     given = {name: path for name, path in paths.items() if path is not None}
