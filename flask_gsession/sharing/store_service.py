@@ -12,7 +12,7 @@ import grpc
 from ..errors import StoreUnavailable
 from ..protocol import gsession_pb2 as pb
 from ..protocol.messages import to_message, to_record
-from ..protocol.methods import methods_of
+from ..protocol.methods import LONGEST_MESSAGE, methods_of
 from ..stores.base import Deleted, Record, Replaced, Store
 from ..stores.parts import parts_of
 from ..stores.support import time_left
@@ -23,6 +23,7 @@ from .writes import Writes
 
 _LONGEST_WAIT = 1.0  # seconds, for the release of a lease
 _LARGEST_PAGE = 1000  # records
+_MOST_BYTES = LONGEST_MESSAGE // 2  # of the payloads in a page
 _TO_SETTLE = 5.0  # seconds, for a write that was given up
 _TO_BEGIN = 5.0  # seconds until changes of the far store are heard
 
@@ -184,7 +185,11 @@ class StoreService(Service):
 
     def _scan(self, request: Any) -> Any:
         limit = max(1, min(request.limit, _LARGEST_PAGE))
-        page = self._part("scans").scan(request.cursor, limit, request.begins)
+        scan = self._part("scans").scan
+        page = scan(request.cursor, limit, request.begins)
+        while limit > 1 and (size := sum(len(each.payload) for each in page.records)) > _MOST_BYTES:
+            limit = max(1, limit * _MOST_BYTES // (2 * size))
+            page = scan(request.cursor, limit, request.begins)
         records = [to_message(record) for record in page.records]
         return pb.ScanReply(records=records, unreadable=page.unreadable, cursor=page.cursor)
 

@@ -264,7 +264,7 @@ def test_certificates_are_replaced_while_serving(
             put(files[:1], there[:1])
         proxy.disconnect()
         assert store.load("x" * 43) is None
-        assert "the old ones stay" in caplog.text
+        assert 1 <= caplog.text.count("the old ones stay") <= 2  # once on each side
         for files, there in zip(fresh, places, strict=True):
             put(files, there)
         assert store.load("x" * 43) is None, "an open connection stays"

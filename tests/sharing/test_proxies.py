@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,27 @@ def test_headers_of_clients_are_replaced(setup: Setup) -> None:
     # With underscores, which mean the same header to a WSGI application.
     status, (body, _) = ask(setup.port, Cookie=cookie, X__Session__Role="root")
     assert (status, body) == (200, '{"X-Session-Role":"","X-Session-User":"17"}\n')
+
+
+def test_headers_of_clients_are_replaced_however_they_are_written(setup: Setup) -> None:
+    """Twice, in mixed case, and with underscores in some places."""
+    cookie = cookie_of(setup.site, _user_id="17")
+    names = (
+        "x-SESSION-user",
+        "X-Session-User",
+        "X_Session-User",
+        "x-session_ROLE",
+        "X-Session-Role",
+    )
+    with closing(http.client.HTTPConnection("127.0.0.1", setup.port, timeout=20)) as client:
+        client.putrequest("GET", "/")
+        for line in (*names, *names):
+            client.putheader(line, "admin")
+        client.putheader("Cookie", cookie)
+        client.endheaders()
+        response = client.getresponse()
+        assert response.status == 200
+        assert response.read() == b'{"X-Session-Role":"","X-Session-User":"17"}\n'
 
 
 def test_nobody_gets_through(setup: Setup) -> None:

@@ -346,6 +346,25 @@ def test_a_status_of_a_proxy_never_means_that_a_session_ended(code: grpc.StatusC
         store.close()
 
 
+def test_a_page_of_large_records_fits_into_a_message(
+    far: HookedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_gsession.sharing.store_service._MOST_BYTES", 1000)
+    records = {record.key: record for record in (a_record(time.time) for _ in range(12))}
+    for record in records.values():
+        far.create(record)
+    with store_servers() as serve:
+        store = reach(serve(far))
+        found, cursor, pages = {}, "", 0
+        while cursor or not pages:
+            page = store.scans.scan(cursor)
+            found |= {record.key: record for record in page.records}
+            cursor, pages = page.cursor, pages + 1
+        assert found == records
+        assert pages > 2
+        store.close()
+
+
 def test_a_request_of_a_later_version_is_refused(far: HookedStore) -> None:
     with store_servers() as serve:
         url = serve(far)

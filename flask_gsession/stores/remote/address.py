@@ -45,7 +45,7 @@ class CertificateFiles:
             name: options[name] for name in ("ca", "cert", "key") if name in options
         }
         self._source = source
-        self._stamp = self._look()
+        self._stamp = self._unusable = self._look()
         self.current = certificates_of(options, source)
 
     def __repr__(self) -> str:
@@ -63,7 +63,9 @@ class CertificateFiles:
         try:
             current = certificates_of(self._paths, self._source)
         except SettingError as error:
-            logger.warning("Certificates were replaced, but the old ones stay: %s", error)
+            if stamp != self._unusable:  # once, not at each connection
+                self._unusable = stamp
+                logger.warning("Certificates were replaced, but the old ones stay: %s", error)
             return False
         if stamp != self._look():
             return False  # they are being written right now
