@@ -196,12 +196,12 @@ class GSessionInterface(SessionInterface):
         except Exception as error:
             self._failed(app, life, response, error, by_hand=by_hand)
             return
-        trouble = life.trouble
-        if trouble is not None and trouble.loading and (trouble.unseen or life.error_page):
+        outage = life.outage
+        if outage is not None and outage.loading and (outage.unseen or life.error_page):
             # The outage isn't reported yet, or its error page also needed the session.
             if by_hand:
-                raise trouble.error
-            replace_response(response, response_to(app, trouble.error))
+                raise outage.error
+            replace_response(response, response_to(app, outage.error))
         elif response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
 

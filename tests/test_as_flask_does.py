@@ -153,7 +153,7 @@ def test_saving_by_hand_stores_and_goes_on(site: Site) -> None:
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable, UnsupportedType])
-def test_saving_by_hand_raises_what_is_not_stored(site: Site, error: type[Exception]) -> None:
+def test_saving_by_hand_raises_errors_of_the_save(site: Site, error: type[Exception]) -> None:
     def fail() -> None:
         raise StoreUnavailable("drill")
 
@@ -261,7 +261,7 @@ def test_signing_in_over_a_socket(store: str, tmp_path: Any) -> None:
     ext.close(app)
 
 
-def test_code_for_flask_session_finds_what_it_knows(site: Site) -> None:
+def test_code_for_flask_session_finds_its_attributes(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
     assert visitor.run(lambda session: session.sid == session.handle is not None)

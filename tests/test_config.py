@@ -306,7 +306,7 @@ def test_wrong_values_stop_the_app(key: str, value: Any, by_keyword: bool) -> No
 
 
 @pytest.mark.usefixtures("shipped_defaults")
-def test_the_defaults_are_what_the_documentation_says() -> None:
+def test_the_defaults_are_as_documented() -> None:
     assert read_settings(Flask(__name__), {}) == Settings(
         store=None,
         cookie_name="session",

@@ -906,7 +906,7 @@ def test_a_setting_has_the_default_that_is_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_setting_allows_what_is_written(name: str) -> None:
+def test_a_setting_allows_the_documented_values(name: str) -> None:
     check = CHECKS[name][1]
     words = {"ten years": "316224000", "one day": "86400", "one hour": "3600"}
     text = re.sub("|".join(words), lambda found: words[found[0]], SETTINGS[name]["type"])
@@ -971,7 +971,7 @@ def test_every_event_error_and_policy_is_in_the_reference(value: object) -> None
 
 
 @pytest.mark.parametrize("owner", [flask_gsession.Session, flask_gsession.SessionData])
-def test_every_public_method_says_what_it_is_for(owner: type) -> None:
+def test_every_public_method_states_its_purpose(owner: type) -> None:
     for name, value in vars(owner).items():
         if not name.startswith("_") and (callable(value) or isinstance(value, property)):
             assert value.__doc__, f"{owner.__name__}.{name}"

@@ -160,7 +160,7 @@ def test_a_second_user_gets_a_token_of_their_own(members: Site) -> None:
     assert alice.get("/members").status_code == 401
 
 
-def test_logout_keeps_what_is_not_about_the_user(members: Site) -> None:
+def test_logout_keeps_values_of_the_visitor(members: Site) -> None:
     """Flask-Login removes its own keys; the cart is the application's business."""
     visitor = members.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))

@@ -109,7 +109,7 @@ def test_parallel_changes_are_merged(site: Site, visitor: Visitor) -> None:
     assert visitor.run(dict) == {"user": "ada", "cart": ["mug", "pen"], "export": "done"}
 
 
-def test_a_request_merges_what_a_job_stored_meanwhile(site: Site, visitor: Visitor) -> None:
+def test_a_request_merges_changes_of_a_parallel_job(site: Site, visitor: Visitor) -> None:
     def view(session: Any) -> None:
         session["cart"].append("pen")
         with job(visitor) as other:
@@ -326,7 +326,9 @@ def test_an_ended_session_is_not_entered(site: Site, visitor: Visitor, end: End)
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_session_that_ends_meanwhile_stays_ended(site: Site, visitor: Visitor, end: End) -> None:
+def test_a_session_that_ends_during_a_block_stays_ended(
+    site: Site, visitor: Visitor, end: End
+) -> None:
     tab = visitor.another_tab()
     left: set[str] = set()
 
@@ -465,7 +467,7 @@ def test_an_earlier_handle_works_during_its_grace(site: Site, visitor: Visitor) 
         assert peek.handle == handle_of(visitor)
 
 
-def test_a_rotation_meanwhile_is_followed(site: Site, visitor: Visitor) -> None:
+def test_a_rotation_during_a_block_is_followed(site: Site, visitor: Visitor) -> None:
     tab = visitor.another_tab()
     with job(tab) as session:
         session["n"] = 1
@@ -564,7 +566,7 @@ def test_a_job_may_unbind_it(site: Site, member: Visitor) -> None:
         assert site.ext.users.devices("ada") == []
 
 
-def test_a_revocation_meanwhile_holds(site: Site, member: Visitor) -> None:
+def test_a_revocation_during_a_block_holds(site: Site, member: Visitor) -> None:
     def work(session: SessionData) -> None:
         session["n"] = 1
         assert site.ext.users.revoke_all("ada") == 1
@@ -894,7 +896,7 @@ def test_a_change_after_the_block_is_logged(
     assert session["user"] == "ada"
 
 
-def test_a_debug_dump_shows_what_a_block_did(
+def test_a_debug_dump_shows_the_changes_of_a_block(
     make_site: SiteMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     site = make_site(debug=True)

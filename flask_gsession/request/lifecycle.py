@@ -55,9 +55,9 @@ from .state import (
     Block,
     Entry,
     NearLook,
+    Outage,
     Presented,
     Seen,
-    Trouble,
     Wishes,
     current_block,
     remaining,
@@ -108,7 +108,7 @@ class Lifecycle(Struct, eq=False):
 
     seen: Seen = NOTHING_SEEN
     wishes: Wishes = NO_WISHES
-    trouble: Trouble | None = None
+    outage: Outage | None = None
     #: writes with an unknown outcome, by the version they would store
     attempts: Mapping[int, Attempt] = NO_ATTEMPTS
     #: pending changes to rosters; until they are made, no token may leave
@@ -215,8 +215,8 @@ class Lifecycle(Struct, eq=False):
         if not self.opened:
             with self.mutex:
                 if not self.opened:
-                    if self.trouble is not None and self.trouble.loading:
-                        self._go_on_without(self.trouble.error)
+                    if self.outage is not None and self.outage.loading:
+                        self._go_on_without(self.outage.error)
                     else:
                         self._load()
         return self.values
@@ -363,8 +363,8 @@ class Lifecycle(Struct, eq=False):
         A hook or error page must not raise while Flask processes the response.
         """
         unseen = self.phase != IN_VIEW
-        known = self.trouble is not None and self.trouble.unseen
-        self.trouble = Trouble(error, loading=True, unseen=unseen or known)
+        known = self.outage is not None and self.outage.unseen
+        self.outage = Outage(error, loading=True, unseen=unseen or known)
         if not unseen:
             raise error
         self.values = self._new_values()
@@ -549,7 +549,7 @@ class Lifecycle(Struct, eq=False):
     def drop_unreferenced(self) -> None:
         """Release the large values that this request wrote and no record refers to."""
         if self.written_large is not None:
-            self.written_large.release(unsure=bool(self.attempts) or self.trouble is not None)
+            self.written_large.release(unsure=bool(self.attempts) or self.outage is not None)
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
         """The contents to store with these values."""
@@ -743,7 +743,7 @@ class Lifecycle(Struct, eq=False):
                 except StoreUnavailable as error:
                     self.note_outage(error, "ended")
                     if not self.opened:
-                        self.trouble = Trouble(error, loading=True)
+                        self.outage = Outage(error, loading=True)
                     raise
                 if ended:
                     emitted.append(key)
@@ -753,7 +753,7 @@ class Lifecycle(Struct, eq=False):
                 self.unreferenced.release_replaced(known, None)
             self.opened = True
             self.ended = False
-            self.trouble = None
+            self.outage = None
             self.cookie = "keep" if presented.checked is None else "delete"
             self.drops_old_cookie = self.repository.imports is not None
             for key in emitted[:1]:
@@ -767,14 +767,14 @@ class Lifecycle(Struct, eq=False):
             # Discards changes only after loading, which may fail or be interrupted.
             if not self.catch_up(afresh=True):
                 self.end("reload")
-            self.trouble = None
+            self.outage = None
             self.wishes = NO_WISHES
         elif self.opened and self.cookie != "keep":
-            self.trouble = None
+            self.outage = None
             self.wishes = NO_WISHES
             self.values.clear()
         else:
-            self.trouble = None
+            self.outage = None
             self.opened = False
             self.forget()
             self.open()
@@ -823,8 +823,8 @@ class Lifecycle(Struct, eq=False):
 
     def check_store(self) -> None:
         """Raises the outage that this request has met, to avoid a second wait."""
-        if self.trouble is not None:
-            raise self.trouble.error
+        if self.outage is not None:
+            raise self.outage.error
 
     def check_reaches_centre(self, what: str) -> None:
         """Raises ``CutOff`` on an edge that is cut off, as ``what`` needs the centre."""
@@ -841,8 +841,8 @@ class Lifecycle(Struct, eq=False):
 
     def note_outage(self, error: StoreUnavailable, what: str) -> None:
         """Keep the outage, and log it once."""
-        if self.trouble is None or self.trouble.error is not error:
-            self.trouble = Trouble(error)
+        if self.outage is None or self.outage.error is not error:
+            self.outage = Outage(error)
             logger.log(error.log_level, "A session could not be %s: %s", what, error)
 
     def in_retried_code(self) -> bool:

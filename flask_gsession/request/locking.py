@@ -342,7 +342,7 @@ class Lock(Generic[S]):
         _renewer.discard(self)
         if self._key is None:
             return False
-        if self._life.trouble is not None:
+        if self._life.outage is not None:
             # This request has already met an outage, and should not wait again.
             _renewer.run(partial(_release_lease, self._store, self._key, self._owner))
             return True

@@ -160,7 +160,7 @@ def remaining(done: Wishes, wishes: Wishes) -> Wishes:
     return NO_WISHES if left == NO_WISHES else left
 
 
-class Trouble(Struct, frozen=True):
+class Outage(Struct, frozen=True):
     """An outage that this request met, so that it doesn't wait for the store a second time.
 
     ``loading``: the session couldn't be loaded; otherwise, a later write may have been applied.

@@ -11,7 +11,7 @@ from ..repository.user_values import UserValuesRepository
 from ..users.joins import lasting
 from ..values.payload import Body
 from .lifecycle import Lifecycle
-from .state import NO_WISHES, Presented, Seen, Trouble, remaining
+from .state import NO_WISHES, Outage, Presented, Seen, remaining
 from .tracking import TrackedValues
 
 _CREATES = 3  # attempts to store an empty record
@@ -109,7 +109,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
             return
         if self.seen.record is None and self.opened:
             self.catch_up(afresh=True)
-            self.trouble = None
+            self.outage = None
         else:
             super().reload()
 
@@ -173,6 +173,6 @@ def values_of(life: Lifecycle, user_id: str | None) -> UserLifecycle:
 
 def adopt_trouble(life: Lifecycle, other: Lifecycle) -> None:
     """Let the response report an outage that only the user's values met."""
-    trouble = other.trouble
-    if life.trouble is None and trouble is not None and trouble.unseen:
-        life.trouble = Trouble(trouble.error, loading=True, unseen=True)
+    outage = other.outage
+    if life.outage is None and outage is not None and outage.unseen:
+        life.outage = Outage(outage.error, loading=True, unseen=True)

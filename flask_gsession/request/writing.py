@@ -119,11 +119,11 @@ def commit(
     ``rotating``: whether to rotate if that is wished. By default, rotates outside locks only: a
     lock belongs to the session's key, so the rotation waits until you leave the lock.
     """
-    if life.attempts and life.trouble is None:
+    if life.attempts and life.outage is None:
         life.resolve_attempts()
-    if life.entry is not None and life.trouble is None and not enter_roster(life):
+    if life.entry is not None and life.outage is None and not enter_roster(life):
         return True
-    if life.joined is not None and life.trouble is None:
+    if life.joined is not None and life.outage is None:
         close_join(life)
     changes, wishes = life.changes(), life.wishes
     if not changes and wishes is NO_WISHES:
@@ -134,8 +134,8 @@ def commit(
     if not (changes or wishes.cleared or life.has_wishes(rotating=rotating)):
         return False
     life.was_modified = True
-    if life.trouble is not None:
-        raise life.trouble.error
+    if life.outage is not None:
+        raise life.outage.error
     if life.ended:
         if changes:
             life.end("save")
@@ -673,7 +673,7 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
                 finally:
                     if life.written_large is not None:
                         life.drop_unreferenced()
-                if not stored and life.renews and life.trouble is None:
+                if not stored and life.renews and life.outage is None:
                     _renew_if_due(life)
                 if life.wishes.cleared and life.seen.record is None and not life.ended:
                     _end_presented(life)

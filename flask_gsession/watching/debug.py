@@ -221,7 +221,7 @@ def _describe_token(presented: Presented) -> str:
 def _state(life: Lifecycle, trace: Trace) -> str:
     """The state of the session after the request."""
     happened = {type(event) for event in trace.events}
-    if life.trouble is not None and life.trouble.loading:
+    if life.outage is not None and life.outage.loading:
         return "could not be loaded"
     if life.ended:
         return "ended by another request"

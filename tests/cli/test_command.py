@@ -66,7 +66,7 @@ def handles(site: Site, number: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("target", "why"), [("&-", "is closed"), ("/dev/full", "No space left")])
-def test_nobody_takes_what_it_prints(sqlite_url: str, target: str, why: str) -> None:
+def test_output_that_nobody_reads(sqlite_url: str, target: str, why: str) -> None:
     console = Console(sqlite_url)
     with console.app.test_client().session_transaction() as session:
         session["a"] = 1

@@ -947,7 +947,7 @@ def expressions() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", expressions())
-def test_a_query_asks_for_what_there_is(name: str) -> None:
+def test_a_query_asks_for_existing_metrics(name: str) -> None:
     registry = CollectorRegistry()
     SessionMetrics(application(), registry=registry)
     shown = {}

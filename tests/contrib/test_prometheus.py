@@ -49,7 +49,7 @@ def prometheus(promtool: str) -> Iterator[Prometheus]:
         yield server
 
 
-def test_the_rules_are_what_promtool_expects(promtool: str) -> None:
+def test_promtool_accepts_the_rules(promtool: str) -> None:
     for command in (["check", "rules", str(RULES)], ["test", "rules", str(CASES)]):
         run = subprocess.run([promtool, *command], capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stdout + run.stderr

@@ -395,7 +395,7 @@ def test_proxies(make_app: Maker, proxies: int, header: str, network: str) -> No
 # -- what can be said of a limit
 
 
-def test_the_answer_says_what_is_left(app: Flask) -> None:
+def test_the_answer_shows_the_rest_of_the_limit(app: Flask) -> None:
     limited(app, "3/hour")
     first, _, _, refused = (app.test_client().get("/") for _ in range(4))
     assert first.headers["RateLimit-Limit"] == "3"
@@ -753,7 +753,7 @@ def test_a_name_may_be_any_text(make_app: Maker) -> None:
     assert through(app, 2) == 1
 
 
-def test_the_headers_know_of_what_was_taken_back(make_app: Maker) -> None:
+def test_the_headers_know_of_undone_counts(make_app: Maker) -> None:
     app = make_app()
     limited(app, "3/hour", deduct_when=lambda response: False)
     for _ in range(5):

@@ -268,7 +268,7 @@ def test_a_centre_that_fails_for_a_moment_cuts_the_link(edge: EdgeSite) -> None:
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
-def test_a_session_that_was_rotated_meanwhile_is_changed(network: Network, edge: EdgeSite) -> None:
+def test_a_session_that_the_centre_rotated_is_changed(network: Network, edge: EdgeSite) -> None:
     visitor = known(edge)
     edge.cut()
     visitor.run(add)

@@ -72,7 +72,7 @@ def test_the_doctor_looks_at_both_ends(edge: EdgeSite) -> None:
     assert found()["edge: queue"] == "warning"
 
 
-def test_the_metrics_show_what_waits(edge: EdgeSite) -> None:
+def test_the_metrics_show_waiting_changes(edge: EdgeSite) -> None:
     registry = CollectorRegistry()
     SessionMetrics(edge.app, registry=registry)
     visitor = edge.visitor()

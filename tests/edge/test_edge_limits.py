@@ -18,7 +18,7 @@ from tests.edge.story import add, at, known
 from tests.harness.edges import EdgeSite, Network
 
 
-def test_other_workers_of_a_node_serve_what_it_has_queued(network: Network, edge: EdgeSite) -> None:
+def test_other_workers_of_a_node_serve_its_queued_changes(network: Network, edge: EdgeSite) -> None:
     """They reach the centre, which doesn't know of it yet."""
     changed, ended = known(edge), known(edge)
     with network.edge("a") as other:

@@ -335,7 +335,7 @@ def test_a_static_file_does_not_touch_the_session(app: Flask) -> None:
     styles.close()
 
 
-def test_the_page_remembers_what_was_seen(app: Flask) -> None:
+def test_the_page_remembers_seen_products(app: Flask) -> None:
     visitor = Visitor(app)
     for sku in ("KIT-101", "KIT-102", "KIT-101", "DSK-202"):
         visitor.get(f"/product/{sku}")

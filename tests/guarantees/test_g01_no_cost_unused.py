@@ -129,7 +129,7 @@ def test_any_read_answers_for_this_cookie_only(site: Site) -> None:
         assert "Set-Cookie" not in response.headers, read
 
 
-def test_vary_keeps_what_the_view_said(site: Site) -> None:
+def test_vary_keeps_the_names_of_the_view(site: Site) -> None:
     def view(session: Any) -> flask.Response:
         session.get("key")
         return flask.Response("", headers={"Vary": "Accept-Language"})

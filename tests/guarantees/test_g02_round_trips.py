@@ -183,7 +183,7 @@ def test_each_lost_race_costs_two_more(site: Site, visitor: Visitor) -> None:
     assert visitor.run(dict) == {"name": "Grace", "cart": ["mug"], "visits": 1, "n": 3}
 
 
-def test_a_session_transaction_costs_what_a_request_does(site: Site, visitor: Visitor) -> None:
+def test_a_session_transaction_costs_as_much_as_a_request(site: Site, visitor: Visitor) -> None:
     with site.counted() as count, visitor.session_transaction() as session:
         session["visits"] = session["visits"] + 1
     assert (count.calls, count.trips) == (["load", "save"], 2)

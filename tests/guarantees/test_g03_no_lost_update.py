@@ -311,7 +311,7 @@ def test_a_policy_function_gets_base_theirs_and_mine(make_site: SiteMaker) -> No
     assert told == [([0], [0, 2], [0, 1]), (MISSING, 2, 1), (0, MISSING, 1)]
 
 
-def test_the_request_goes_on_with_what_was_merged(make_site: SiteMaker) -> None:
+def test_the_request_goes_on_with_the_merged_values(make_site: SiteMaker) -> None:
     site = make_site(merge_policies={"hits": "counter"})
     visitor = visitor_with(site, hits=0, atomic=0)
     other = visitor.another_tab()
@@ -356,7 +356,7 @@ def test_reject_answers_409_and_stores_nothing_of_the_request(make_site: SiteMak
         assert visitor.run(dict) == expected
 
 
-def test_reject_allows_what_does_not_collide(make_site: SiteMaker) -> None:
+def test_reject_allows_changes_of_other_keys(make_site: SiteMaker) -> None:
     site = make_site(conflict="reject")
     visitor = visitor_with(site, a=0, b=0)
     assert race(site, visitor, set_key("a", 1), set_key("b", 2)) == {"a": 1, "b": 2}
@@ -364,7 +364,7 @@ def test_reject_allows_what_does_not_collide(make_site: SiteMaker) -> None:
     assert race_inside(visitor, look, set_key("a", 6)) == {"a": 6, "b": 2}
 
 
-def test_append_rejects_what_is_no_append(make_site: SiteMaker) -> None:
+def test_append_rejects_other_changes(make_site: SiteMaker) -> None:
     site = make_site(merge_policies={"log": "append"})
     visitor = visitor_with(site, log=[1, 2])
     response = lose_race(site, visitor, lambda session: session["log"].pop(0), append("log", 3))
@@ -422,7 +422,7 @@ def test_too_many_lost_races_are_a_conflict(site: Site, monkeypatch: pytest.Monk
 # Read-modify-write of one key ------------------------------------------------------------------
 
 
-def test_update_atomic_sees_what_others_stored(site: Site) -> None:
+def test_update_atomic_sees_changes_of_others(site: Site) -> None:
     visitor = visitor_with(site, n=1, other=0, list=[])
     other = visitor.another_tab()
 

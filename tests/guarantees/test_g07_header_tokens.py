@@ -159,7 +159,7 @@ def test_a_client_learns_that_its_token_leads_nowhere(end: str, api: Site) -> No
 
 
 @pytest.mark.parametrize("write", [set_user("bob"), whole], ids=["writing", "reading"])
-def test_a_client_learns_that_its_session_ended_meanwhile(write: Any, api: Site) -> None:
+def test_a_client_learns_that_its_session_has_ended(write: Any, api: Site) -> None:
     client, other = ApiClient(api), ApiClient(api)
     client.run(set_user("alice"))
     other.token = client.token
@@ -379,7 +379,7 @@ def test_a_token_is_not_taken_from_the_url_or_a_form(one: Site) -> None:
 # Caches -------------------------------------------------------------------------------------------
 
 
-def test_vary_names_what_the_session_came_from(one: Site) -> None:
+def test_vary_names_the_source_of_the_token(one: Site) -> None:
     """A cache must tell the two kinds of clients apart, and their sessions."""
     client, visitor = ApiClient(one), one.visitor()
     client.run(set_user("alice"))

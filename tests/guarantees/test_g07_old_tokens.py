@@ -100,7 +100,7 @@ def test_nothing_of_the_old_session_is_taken_along(site: Site) -> None:
     assert visitor.run(dict) == {"user": "ada", "cart": ["mug"]}
 
 
-def test_a_rotation_meanwhile_makes_a_token_old(site: Site) -> None:
+def test_a_parallel_rotation_makes_a_token_old(site: Site) -> None:
     """The request began with a token that was current then."""
     visitor = site.visitor()
     visitor.run(lambda session: session.update(user="ada", cart=["mug"]))

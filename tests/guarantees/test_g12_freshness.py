@@ -175,7 +175,7 @@ BLOCKS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("looked", [False, True], ids=["first", "after a look"])
-def test_blocks_begin_on_what_is_stored(
+def test_blocks_begin_on_the_stored_state(
     site: Site, worker: Worker, visitor: Visitor, block: str, looked: bool
 ) -> None:
     there = worker().visitor(visitor.cookie)
@@ -192,7 +192,7 @@ def test_blocks_begin_on_what_is_stored(
 
 
 @pytest.mark.parametrize("looked", [False, True], ids=["first", "after a look"])
-def test_a_sign_in_begins_on_what_is_stored(
+def test_a_sign_in_begins_on_the_stored_state(
     site: Site, worker: Worker, visitor: Visitor, looked: bool
 ) -> None:
     there = worker().visitor(visitor.cookie)
@@ -210,7 +210,7 @@ def test_a_sign_in_begins_on_what_is_stored(
     assert visitor.run(dict)["cart"] == ["pot"]
 
 
-def test_fresh_authentication_is_judged_by_what_is_stored(
+def test_fresh_authentication_is_judged_by_the_stored_state(
     site: Site, worker: Worker, visitor: Visitor
 ) -> None:
     page = require_fresh(5)(lambda: Response("secret"))
@@ -224,7 +224,7 @@ def test_fresh_authentication_is_judged_by_what_is_stored(
     assert visitor.ask(lambda session: page()).status_code == 401
 
 
-def test_a_confirmation_begins_on_what_is_stored(
+def test_a_confirmation_begins_on_the_stored_state(
     site: Site, worker: Worker, visitor: Visitor
 ) -> None:
     there = worker().visitor(visitor.cookie)
@@ -264,7 +264,7 @@ def test_records_are_kept_encrypted(worker: Worker) -> None:
     assert b"4111" not in records[0].payload
 
 
-def test_the_outage_of_the_store_ends_what_is_near(site: Site, visitor: Visitor) -> None:
+def test_an_outage_of_the_store_empties_the_near_cache(site: Site, visitor: Visitor) -> None:
     kept_at(site)._changes.close()
     assert calls_of(site, lambda: visitor.run(dict)) == ["load"]
 

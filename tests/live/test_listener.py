@@ -161,7 +161,7 @@ def test_a_server_that_is_frozen_proves_nothing(own_redis: RedisServer, listens:
     until(lambda: feed.exact_as_of > frozen, "the server proving again")
 
 
-def test_late_answers_prove_only_what_was_before_they_were_asked_for(
+def test_late_answers_prove_only_changes_before_the_request(
     own_redis: RedisServer, listens: Listens
 ) -> None:
     with TCPProxy(own_redis.port) as proxy:

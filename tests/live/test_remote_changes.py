@@ -79,7 +79,7 @@ def test_every_change_is_heard_whoever_made_it(redis_url: str, watches: Watches)
         assert set(watched.heard.keys) == {record.key}
 
 
-def test_a_beat_proves_what_came_before_it(redis_url: str, watches: Watches) -> None:
+def test_a_beat_proves_earlier_changes(redis_url: str, watches: Watches) -> None:
     """Whenever the proof has passed the moment of a write, the write was heard."""
     watched = watches(redis_url)
     feed = proven(watched.changes)

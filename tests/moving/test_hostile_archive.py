@@ -331,7 +331,9 @@ def test_files_with_any_accident(
     assert 75 < refused < 120
 
 
-def test_a_file_that_is_changed_meanwhile(lines: Lines, tmp_path: Path, clock: FakeClock) -> None:
+def test_a_file_that_changes_during_the_import(
+    lines: Lines, tmp_path: Path, clock: FakeClock
+) -> None:
     file = written(lines, tmp_path / "crafted.jsonl")
 
     class Slow(MemoryStore):

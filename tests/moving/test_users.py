@@ -49,7 +49,7 @@ def test_an_imported_session_is_listed(site: Site, old: OldFiles) -> None:
     assert users(site) == set(handles[:2])
 
 
-def test_revoking_all_ends_what_was_imported_and_what_was_not(site: Site, old: OldFiles) -> None:
+def test_revoking_all_ends_imported_and_other_sessions(site: Site, old: OldFiles) -> None:
     imported, waiting, other = old.add(_user_id="7"), old.add(_user_id="7"), old.add(_user_id="8")
     visitor = visit(site, imported)
     visitor.run(dict)

@@ -113,7 +113,7 @@ def test_it_cleans(site: Site) -> None:
     assert len(process.runs) == 1
 
 
-def test_it_says_what_it_did(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_logs_its_results(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "flask_gsession")
     store = MemoryStore(StoreOptions(clock=clock))
     process = Process(store, clock)

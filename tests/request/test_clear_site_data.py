@@ -15,7 +15,7 @@ from tests.harness.apps import Site, SiteMaker
 HEADER = "Clear-Site-Data"
 
 
-def test_a_logout_clears_what_you_name(site: Site) -> None:
+def test_a_logout_clears_the_named_data(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))
     thief = visitor.another_tab()

@@ -117,7 +117,7 @@ def test_the_block_is_stored_at_its_end(site: Site) -> None:
     assert is_free(site, visitor)
 
 
-def test_the_block_sees_what_is_stored_now(site: Site) -> None:
+def test_the_block_sees_the_stored_state(site: Site) -> None:
     visitor = a_visitor(site, stock=3)
     tab = visitor.another_tab()
 

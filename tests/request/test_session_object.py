@@ -211,7 +211,7 @@ def test_a_stored_session_tells_its_particulars(site: Site) -> None:
     assert visitor.run(lambda session: session.created_at) == start
 
 
-def test_particulars_follow_what_the_request_does(site: Site) -> None:
+def test_handle_and_times_follow_the_request(site: Site) -> None:
     visitor = visitor_with(site, a=1)
 
     def view(session: Any) -> None:
@@ -270,7 +270,7 @@ def test_permanent_is_off_and_kept_as_flask_keeps_it(site: Site) -> None:
 # Its life ------------------------------------------------------------------------------------
 
 
-def test_reload_discards_and_sees_what_others_stored(site: Site) -> None:
+def test_reload_discards_and_sees_changes_of_others(site: Site) -> None:
     visitor = visitor_with(site, a=1, items=[1], gone=1)
     tab = visitor.another_tab()
 
@@ -444,7 +444,7 @@ def test_flashes_with_categories(site: Site) -> None:
     assert visitor.run(messages) == []
 
 
-def test_a_stream_may_read_what_was_loaded(site: Site) -> None:
+def test_a_stream_may_read_loaded_values(site: Site) -> None:
     visitor = visitor_with(site, words=["a", "b"])
 
     def view(session: Any) -> Response:

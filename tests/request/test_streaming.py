@@ -52,7 +52,7 @@ def a_cart(visitor: Visitor) -> None:
     visitor.run(lambda session: session.update(user="alice", cart=["mug"], tags={"new"}))
 
 
-def what_is_stored(visitor: Visitor) -> dict[str, Any]:
+def stored_values(visitor: Visitor) -> dict[str, Any]:
     """The whole session, as a request afterwards finds it."""
     stored: dict[str, Any] = visitor.run(lambda session: session.copy())
     return stored
@@ -80,7 +80,7 @@ def test_reading_while_streaming(site: Site, caplog: pytest.LogCaptureFixture) -
     response = whole(visitor, streaming(body, lambda session: session["cart"].append("cup")))
     text = "alice ['mug', 'cup'] ['cart', 'tags', 'user'] None 3 True False True"
     assert response.get_data(as_text=True) == text
-    assert what_is_stored(visitor)["cart"] == ["mug", "cup"]
+    assert stored_values(visitor)["cart"] == ["mug", "cup"]
     assert logged(caplog) == []
 
 
@@ -105,7 +105,7 @@ def test_what_was_written_before_the_stream_is_stored_before_it(site: Site) -> N
     seen = []
 
     def body() -> Iterator[str]:
-        seen.append(what_is_stored(other)["step"])
+        seen.append(stored_values(other)["step"])
         yield "done"
 
     response = whole(visitor, streaming(body, lambda session: session.update(step=1)))
@@ -154,7 +154,7 @@ def test_a_write_while_streaming_is_lost_and_logged(
     """Whether or not the request looked at the session before; the response is whole."""
     visitor = memory_site.visitor()
     a_cart(visitor)
-    before, records = what_is_stored(visitor), memory_site.stored()
+    before, records = stored_values(visitor), memory_site.stored()
 
     def body() -> Iterator[str]:
         yield "one "
@@ -167,7 +167,7 @@ def test_a_write_while_streaming_is_lost_and_logged(
     assert response.get_data(as_text=True) == "one two"
     assert logged(caplog)
     assert memory_site.stored() == records
-    assert what_is_stored(visitor) == before
+    assert stored_values(visitor) == before
 
 
 @pytest.fixture
@@ -180,14 +180,14 @@ def memory_site(clock: Any) -> Iterator[Site]:
 def test_a_write_while_streaming_is_lost_on_each_store(site: Site) -> None:
     visitor = site.visitor()
     a_cart(visitor)
-    before = what_is_stored(visitor)
+    before = stored_values(visitor)
 
     def body() -> Iterator[str]:
         WRITES["assign"](session)
         yield "."
 
     assert whole(visitor, streaming(body)).get_data(as_text=True) == "."
-    assert what_is_stored(visitor) == before
+    assert stored_values(visitor) == before
 
 
 def test_an_anonymous_stream_cannot_start_a_session(memory_site: Site) -> None:
@@ -440,7 +440,7 @@ def test_a_nested_change_while_streaming_is_reported_as_lost(
     key = "cart" if change is IN_PLACE["list"] else "tags"
     assert f"session['{key}']" in message
     assert "lost" in message
-    stored = what_is_stored(visitor)
+    stored = stored_values(visitor)
     assert "late" not in stored["cart"]
     assert "late" not in stored["tags"]
 
@@ -459,7 +459,7 @@ def test_a_lost_change_is_reported_on_each_store(
     (message,) = logged(caplog)
     assert "session['cart']" in message
     assert "secret" not in message
-    assert what_is_stored(visitor)["cart"] == ["mug"]
+    assert stored_values(visitor)["cart"] == ["mug"]
 
 
 def test_a_lost_change_is_reported_when_the_client_goes_away(
@@ -511,7 +511,7 @@ def test_an_ordinary_response_reports_nothing(site: Site, caplog: pytest.LogCapt
     visitor = site.visitor()
     a_cart(visitor)
     visitor.run(lambda session: session["cart"].append("cup"))
-    assert what_is_stored(visitor)["cart"] == ["mug", "cup"]
+    assert stored_values(visitor)["cart"] == ["mug", "cup"]
     assert logged(caplog) == []
 
 
@@ -545,7 +545,7 @@ def test_a_thread_that_outlives_the_response_writes_in_vain(
     thread[0].join()
     assert outcome == [1]
     assert len(logged(caplog)) == 1
-    assert what_is_stored(visitor)["step"] == 1
+    assert stored_values(visitor)["step"] == 1
 
 
 def test_a_session_that_was_ended_before_its_stream_reads_as_empty(site: Site) -> None:

@@ -206,7 +206,7 @@ def test_a_value_that_cannot_be_kept_is_refused_with_the_changes() -> None:
         values.changes()
 
 
-def test_the_base_of_a_change_is_what_was_first_seen() -> None:
+def test_the_base_of_a_change_is_the_value_first_seen() -> None:
     """It must not follow what others store meanwhile, or their change would be overwritten."""
     values = tracked(seen=[1], unseen=[1], assigned=1, deleted=1, number=1)
     values["seen"].append("mine")
@@ -461,7 +461,7 @@ def test_changes_to_different_keys_both_survive(
         ({"a": 1}, {"a": True}, {"a": 2}),
     ],
 )
-def test_reject_refuses_what_both_changed(
+def test_reject_refuses_keys_that_both_changed(
     base: dict[str, Any], theirs: dict[str, Any], mine: dict[str, Any]
 ) -> None:
     for policies in ({"default": reject}, {"a": reject}):
@@ -547,9 +547,7 @@ int_sets = st.sets(st.integers(0, 6))
 
 
 @given(int_sets | st.just(MISSING), int_sets | st.just(MISSING), int_sets)
-def test_sets_keep_what_either_added_and_lose_what_either_removed(
-    base: Any, theirs: Any, mine: set[int]
-) -> None:
+def test_sets_apply_additions_and_removals_of_both(base: Any, theirs: Any, mine: set[int]) -> None:
     if base in (theirs, mine):
         return
     merged = by("set", base, theirs, mine)
@@ -626,7 +624,7 @@ def test_a_policy_refuses_values_of_another_kind(
 
 
 @pytest.mark.parametrize("policy", ["counter", "set", "dict", "append"])
-def test_a_policy_leaves_what_it_got_alone(policy: str) -> None:
+def test_a_policy_leaves_its_arguments_alone(policy: str) -> None:
     sides = {
         "counter": (1, 5, 2),
         "set": ({1, 2}, {1, 3}, {2, 4}),

@@ -36,7 +36,7 @@ def test_the_block_is_stored_at_its_end(site: Site) -> None:
     assert visitor.run(view) == {"stock": 2, "cart": ["mug"]}
 
 
-def test_the_block_sees_what_is_stored_now(site: Site) -> None:
+def test_the_block_sees_the_stored_state(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(stock=3))
     tab = visitor.another_tab()
@@ -164,7 +164,7 @@ def test_a_block_that_raises_stores_nothing(site: Site) -> None:
     assert visitor.run(dict) == {"cart": ["mug"], "before": 1, "after": 1}
 
 
-def test_a_block_that_raises_leaves_what_a_new_session_was_given(site: Site) -> None:
+def test_a_block_that_raises_keeps_earlier_values_of_a_new_session(site: Site) -> None:
     """What is not worth a session is not stored before a transaction, and must not get lost."""
 
     def view(session: Any) -> None:
@@ -230,7 +230,7 @@ def test_a_session_that_is_not_stored_yet(site: Site) -> None:
     assert visitor.run(dict) == {"a": 1}
 
 
-def test_a_session_that_ended_meanwhile(site: Site) -> None:
+def test_a_session_that_ends_during_the_block(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
     tab = visitor.another_tab()

@@ -514,7 +514,7 @@ def changed(record: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", ["interrupted", "too slow"])
-def test_a_load_shows_what_became_of_a_write_that_was_given_up(how: str, far: HookedStore) -> None:
+def test_a_load_shows_the_outcome_of_an_abandoned_write(how: str, far: HookedStore) -> None:
     """Also if it is still running: else it would be taken for lost, and done twice."""
     started, release = threading.Event(), threading.Event()
 

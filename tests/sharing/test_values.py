@@ -114,7 +114,7 @@ def values_of(reply: Any) -> dict[str, Any]:
 # Values -----------------------------------------------------------------------------------------
 
 
-def test_a_service_reads_and_writes_what_it_may(site: Site) -> None:
+def test_a_service_reads_and_writes_granted_keys(site: Site) -> None:
     visitor = signed_in(site, cart=["mug", {"n": 2}], secret="hidden")
     with callers(site) as (billing,):
         assert values_of(billing.Get(get(visitor, "cart", "total"))) == {"cart": ["mug", {"n": 2}]}

@@ -269,7 +269,7 @@ def test_introspection_says_when_the_user_confirmed(site: Site) -> None:
     assert times[1]["auth_time"] == int(site.clock())
 
 
-def test_introspection_of_what_is_no_session(site: Site) -> None:
+def test_introspection_without_a_session(site: Site) -> None:
     visitor = signed_in(introspecting(site))
     anonymous = site.visitor()
     anonymous.run(lambda session: session.update(cart=1))

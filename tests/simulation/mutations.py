@@ -154,7 +154,7 @@ def _leave_rotations_to_others(self: Lifecycle, **how: Any) -> bool:
 
 
 def _commit_in_doubt(life: Lifecycle, **how: Any) -> bool:
-    life.trouble = None
+    life.outage = None
     return _commit_without_attempts(life, **how)
 
 

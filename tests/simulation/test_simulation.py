@@ -156,7 +156,7 @@ def count_one(history: History, **how: Any) -> None:
     history.request(("count", None, None), **how)
 
 
-def test_audit_counts_what_was_acknowledged(history: History) -> None:
+def test_audit_counts_acknowledged_updates(history: History) -> None:
     for status in (200, 200, 503, None):
         count_one(history, status=status)
     count_one(history, dropped=True)
@@ -176,7 +176,7 @@ def test_audit_sees_a_lost_entry(history: History) -> None:
         assert f"lost {lost}" in history.wrong(**rest)
 
 
-def test_audit_sees_what_was_applied_twice(history: History) -> None:
+def test_audit_sees_an_update_applied_twice(history: History) -> None:
     history.request(("append", None, None), status=None)
     history.check()
     history.check(log=["A0.0"])
@@ -208,14 +208,14 @@ def test_audit_sees_a_token_that_outlives_a_login(history: History) -> None:
     assert "rotated away at once" in history.wrong()
 
 
-def test_audit_sees_what_another_browser_wrote(history: History) -> None:
+def test_audit_sees_values_of_another_browser(history: History) -> None:
     history.request(("read", None, {"a": "A1.0", "log": ["A0.0"]}))
     history.check()
     history.request(("read", None, {"log": ["B0.0"]}))
     assert "another browser" in history.wrong()
 
 
-def test_audit_sees_what_was_taken_twice(history: History) -> None:
+def test_audit_sees_a_value_taken_twice(history: History) -> None:
     history.request(("take", "a", "A0.0"), ("take", "b", None))
     history.request(("take", "a", "A0.1"), ("take", "b", None))
     history.check()
@@ -224,7 +224,7 @@ def test_audit_sees_what_was_taken_twice(history: History) -> None:
 
 
 @pytest.mark.parametrize("kind", ["get", "take", "read"])
-def test_audit_sees_what_had_expired(history: History, kind: str) -> None:
+def test_audit_sees_expired_values(history: History, kind: str) -> None:
     history.request(("fleeting", ("a", 10), None), now=1000)
     history.request(("get", "a", "A0.0"), now=10_999)
     history.check()

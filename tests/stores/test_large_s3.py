@@ -179,7 +179,7 @@ def test_what_goes_while_it_is_written_does_not_come_back(
     assert one_site.inside.blobs() == {}
 
 
-def test_a_clean_up_removes_what_nobody_needs(
+def test_a_clean_up_removes_orphaned_values(
     one_site: Site, objects: Objects, clock: FakeClock
 ) -> None:
     visitor = with_rows(one_site)

@@ -973,7 +973,7 @@ def test_what_is_no_logout_waits_for_nobody(confirmed: Confirmed) -> None:
 
 
 @pytest.mark.parametrize("how", ["destroy", "clear", "rotate"])
-def test_a_repeat_on_another_connection_waits_for_what_was_done_before(
+def test_a_repeat_on_another_connection_waits_for_the_first_try(
     confirmed: Confirmed, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     store: Any = confirmed.shop.store

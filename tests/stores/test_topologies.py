@@ -255,7 +255,7 @@ def test_without_tls_in_the_server_a_proxy_speaks_it(capsys: pytest.CaptureFixtu
     assert "a proxy" in capsys.readouterr().out
 
 
-def test_an_acl_user_may_do_what_the_acl_says(redis_acl: RedisACL) -> None:
+def test_an_acl_user_has_the_permissions_of_its_acl(redis_acl: RedisACL) -> None:
     redis_acl.allow("~mine:* +get +set")
     with Redis.from_url(redis_acl.url) as client:
         assert client.set("mine:key", "value")

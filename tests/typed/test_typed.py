@@ -299,7 +299,7 @@ def test_a_dataclass_converts_nothing(site: Site, wrong: dict[str, Any]) -> None
     site.visitor().run(refuse)
 
 
-def test_a_dataclass_of_what_has_no_field() -> None:
+def test_a_dataclass_with_a_type_without_a_field() -> None:
     @dataclass
     class Odd:
         value: set[int]
@@ -559,7 +559,7 @@ FLAT: dict[str, tuple[Schema, dict[str, Any], dict[str, Any], dict[str, Any]]] =
 
 
 @pytest.mark.parametrize("what", FLAT)
-def test_what_is_stored_is_what_the_schema_dumps(clock: FakeClock, what: str) -> None:
+def test_the_session_stores_the_dump_of_the_schema(clock: FakeClock, what: str) -> None:
     schema, value, loaded, stored = FLAT[what]
     key = SessionKey("flat", schema)
     with SiteMaker("memory://", "", clock) as make:
@@ -741,7 +741,7 @@ def test_a_typed_key_names_its_merge(site: Site) -> None:
     assert merged == DEFAULTS | {"size": 5, "theme": "dark"}
 
 
-def test_a_merge_of_ones_own_gets_what_get_gives(site: Site) -> None:
+def test_a_merge_function_gets_values_as_get_returns_them(site: Site) -> None:
     seen: list[Any] = []
 
     def later(base: Any, theirs: Any, mine: Any) -> Any:
