@@ -45,6 +45,7 @@ from ..stores.parts import parts_of
 from ..stores.wrappers import compose
 from .metrics_edge import EdgeWatch
 from .metrics_figures import SECONDS, Figures, figures_of
+from .metrics_journal import JournalWatch
 from .metrics_near import NearWatch
 from .metrics_watch import StoreWatch
 
@@ -136,6 +137,10 @@ class SessionMetrics:
         if repository.edge is not None:
             cookie = repository.live.cookie_name()
             app.teardown_request(EdgeWatch(figures, repository.edge, cookie).observe)
+        if repository.journaling is not None:
+            cookie = repository.live.cookie_name()
+            journal = repository.journaling.journal
+            app.teardown_request(JournalWatch(figures, journal, cookie).observe)
         if not counted:
             app.teardown_request(figures.observe_request)
         counted[ext] = watch

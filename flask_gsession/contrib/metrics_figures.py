@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -160,6 +160,19 @@ class Figures:
         )  # fmt: skip
         self.edge_dropped = self._gauge(
             "edge_dropped", "Sessions whose changes this edge gave up so far", "max", "session"
+        )
+
+    @cached_property
+    def journal(self) -> tuple[Gauge, Gauge, Gauge]:
+        """What is kept, waits and is behind: only there if an application keeps a journal."""
+        return (
+            self._gauge("journal_events", "Events that the journal keeps", "max", "session"),
+            self._gauge(
+                "journal_due", "Expired sessions that wait for their event", "max", "session"
+            ),
+            self._gauge(
+                "journal_behind", "Events that a consumer has not acknowledged", "max", "consumer"
+            ),
         )
 
     def _add_sessions(self) -> None:

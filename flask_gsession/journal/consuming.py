@@ -19,6 +19,7 @@ from .sweeping import Sweeper
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _AT_ONCE = 200  # entries in one read
 _POLL = 1.0  # seconds
+MOST_SHOWN = 50  # events on a page for people
 _LONGEST_PAUSE = 30.0  # seconds, while the store can't be reached
 
 
@@ -154,6 +155,19 @@ class Consumer:
 
     def _acknowledge(self, number: int) -> None:
         self._store.journal.acknowledge(self.name, number)
+
+
+def latest_events(store: JournalingStore, before: int = 0) -> list[JournalEvent]:
+    """The last events, or those before this number, the latest first. Acknowledges nothing."""
+    figures = store.journal.figures()
+    end = min(before - 1, figures.last) if before else figures.last
+    entries = store.journal.read(max(0, end - MOST_SHOWN), MOST_SHOWN).entries
+    found = [_event(number, unpack(data), _nothing) for number, data in entries if number <= end]
+    return found[::-1]
+
+
+def _nothing(number: int) -> None:
+    """Acknowledges nothing."""
 
 
 def next_events(

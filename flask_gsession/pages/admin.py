@@ -11,6 +11,8 @@ from flask.typing import ResponseReturnValue
 
 from ..errors import SettingError
 from ..extension import Session
+from ..journal.consuming import MOST_SHOWN, latest_events
+from ..request.session import repository_of
 from ..users.rosters import checked_user_id
 from .common import BASE, Pages
 from .forms import check_form
@@ -39,6 +41,8 @@ def admin_blueprint(
     for nobody; by default it is the id. ``by``: the name of the administrator for the audit log;
     by default the user that the session is bound to. Other arguments as in ``devices_blueprint``;
     ``minutes=None`` asks for no fresh authentication.
+
+    ``/events`` shows the journal, where ``SESSION_JOURNAL`` is on.
 
     Each session that ends is in the audit log, with the administrator and the reason. Raises
     ``SettingError`` without a function ``allow``, and at the first request if nobody's name is
@@ -89,6 +93,10 @@ def admin_blueprint(
         given = " ".join(request.form.get("reason", "").split())
         return given[:_LONGEST_REASON] or _REASON
 
+    def show(status: int, **values: Any) -> ResponseReturnValue:
+        journal = repository_of(pages.session).journaling is not None
+        return pages.render("admin", status, journal=journal, **values)
+
     def back(user_id: str) -> ResponseReturnValue:
         return redirect(url_for(".users", id=user_id), 303)
 
@@ -102,13 +110,26 @@ def admin_blueprint(
                 found = wanted if find is None else current_app.ensure_sync(find)(wanted)
                 user_id = None if found is None else checked_user_id(found)
         except ValueError as error:
-            return pages.render("admin", 400, wanted=wanted, user=None, problem=f"{error}.")
+            return show(400, wanted=wanted, user=None, problem=f"{error}.")
         if user_id is None:
             problem = "There is no such user." if wanted else None
             status = 404 if wanted else 200
-            return pages.render("admin", status, wanted=wanted, user=None, problem=problem)
+            return show(status, wanted=wanted, user=None, problem=problem)
         devices = pages.ext.users.devices(user_id)
-        return pages.render("admin", wanted=wanted, user=user_id, devices=devices, problem=None)
+        return show(200, wanted=wanted, user=user_id, devices=devices, problem=None)
+
+    @blueprint.get("/events")
+    def events() -> ResponseReturnValue:
+        journaling = repository_of(pages.session).journaling
+        if journaling is None:
+            abort(404, "No journal is kept: SESSION_JOURNAL is off.")
+        try:
+            before = max(0, int(request.args.get("before", "0")))
+        except ValueError:
+            abort(400, "before must be a number.")
+        latest = latest_events(journaling, before)
+        earlier = latest[-1].number if len(latest) == MOST_SHOWN else None
+        return pages.render("admin_events", events=latest, earlier=earlier)
 
     @blueprint.route("/end", methods=["GET", "POST"])
     def end() -> ResponseReturnValue:

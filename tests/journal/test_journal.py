@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from prometheus_client import CollectorRegistry
 
 from flask_gsession import Session
 from flask_gsession.cli import gsession
+from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.errors import SettingError
+from flask_gsession.operate.health_journal import check_journal
+from flask_gsession.pages.admin import admin_blueprint
 from flask_gsession.stores.journals import Journal
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker
@@ -45,6 +49,10 @@ def rotate(session: Any) -> None:
 def events_of(site: Site, name: str = "siem") -> list[Any]:
     with site.app.app_context():
         return list(site.ext.journal(name))
+
+
+def repository_of(site: Site) -> Any:
+    return site.app.extensions["gsession"][site.ext].repository
 
 
 def journal_of(site: Site) -> Journal:
@@ -194,6 +202,50 @@ def test_the_command_prints_and_acknowledges(journaled: Site) -> None:
 def test_wrong_uses_of_the_command_are_refused(journaled: Site) -> None:
     assert run_command(journaled, "--follow").exit_code == 2
     assert run_command(journaled, "--consumer", "a b").exit_code == 2
+
+
+def test_the_doctor_says_who_is_late(make_site: SiteMaker, clock: FakeClock) -> None:
+    journaled = make_site(journal=True, journal_events=1000, idle_timeout=60)
+
+    def found() -> str:
+        with journaled.app.app_context():
+            findings = check_journal(repository_of(journaled))
+        return " ".join(f"{each.severity} {each.found}" for each in findings)
+
+    journaled.visitor().run(put)
+    assert "no consumer has read it yet" in found()
+    first = events_of(journaled)[0]
+    first.ack()
+    assert found() == "ok "
+    clock.advance(3600)
+    assert "1 expired sessions wait for their event, for up to 58 min" in found()
+    events_of(journaled)[-1].ack()
+    journal_of(journaled).append([b"{}"] * 600)
+    assert "the consumer siem is 600 events behind" in found()
+    journal_of(journaled).append([b"{}"] * 1000)
+    assert "the consumer siem has missed" in found()
+
+
+def test_administrators_see_the_journal(journaled: Site) -> None:
+    journaled.app.register_blueprint(admin_blueprint(allow=lambda: True, by=lambda: "eve"))
+    visitor = journaled.visitor()
+    visitor.run(sign_in)
+    assert len(events_of(journaled)) == 2
+    assert "/admin/sessions/events" in visitor.get("/admin/sessions").text
+    page = visitor.get("/admin/sessions/events").text
+    assert page.index("Bound") < page.index("Created")
+    assert "ada" in page
+    assert visitor.get("/admin/sessions/events?before=x").status_code == 400
+    first = events_of(journaled)[0].number
+    assert "Bound" not in visitor.get(f"/admin/sessions/events?before={first + 1}").text
+
+
+def test_the_metrics_show_the_journal(journaled: Site) -> None:
+    journal_of(journaled).append([b"{}"] * 2)
+    registry = CollectorRegistry()
+    SessionMetrics(journaled.app, registry=registry)
+    journaled.visitor().get("/untouched")
+    assert registry.get_sample_value("gsession_journal_events", {"session": "session"}) == 2
 
 
 def test_a_clean_up_enters_the_expired(journaled: Site, clock: FakeClock) -> None:
