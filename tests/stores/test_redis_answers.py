@@ -79,10 +79,23 @@ def rights_to_scan() -> str:
     return words
 
 
+def rights_to_journal() -> str:
+    """The further words that the page gives for the journal."""
+    words = (
+        "+xadd +xrange +xrevrange +zadd +zrem +zrange +zrangebyscore +zcount",
+        "+zscore +hget +hset +hdel +hgetall",
+    )
+    assert all(f"`{some}`" in PAGE for some in words)
+    return " ".join(words)
+
+
 class TestWithThePublishedRights(OnServers):
     @pytest.fixture(autouse=True)
     def server(self, redis_acl: RedisACL, store_prefix: str) -> None:
-        words = (rights(store_prefix), rights_to_lock(store_prefix), rights_to_scan())
+        words = (
+            *(rights(store_prefix), rights_to_lock(store_prefix)),
+            *(rights_to_scan(), rights_to_journal()),
+        )
         redis_acl.allow(" ".join(words))
         self.url, self.prefix = redis_acl.url, store_prefix
 

@@ -107,7 +107,10 @@ class Records:
         # session under the old key.
         repeated = False
         try:
-            collection.insert_one({**self.layout.document(record), **(after or {})})
+            document = self.layout.document(record)
+            if after is not None:
+                document.update(after)
+            collection.insert_one(document)
         except DuplicateKeyError:
             there = self.layout.read(record.key, collection)
             if there is None or there.version != record.version:
