@@ -20,6 +20,7 @@ from ..errors import (
     GSessionError,
     InvalidStoredValue,
     SchemaFailed,
+    SessionConflict,
     SettingError,
     UnreadableRecord,
 )
@@ -176,7 +177,7 @@ class SessionKey(Generic[T]):
         self._form: SchemaForm | FieldForm = form_of(name, schema)
         self._default = _NO_VALUE
         self._invalid = invalid
-        self._merge = None if merge is None else policy_of(merge, self._form, self._run)
+        self._merge = None if merge is None else policy_of(merge, self._form, self._run, self)
         self._merge_of_settings: tuple[MergeFunction, MergeFunction] | None = None
         self._target = session
         self._declared = self  # the original, if `of` made this copy
@@ -421,17 +422,7 @@ class SessionKey(Generic[T]):
     def _loaded(self, session: SessionData, version: int, data: Any) -> Any:
         """The value of stored data, or ``_NO_VALUE`` if they are invalid."""
         messages: Any = None
-        reason = "newer version" if version > self.version else ""
-        while not reason and version < self.version:
-            upgrade = self._upgraders.get(version)
-            if upgrade is None:
-                reason = "no upgrader"
-                break
-            try:
-                data = upgrade(data)
-            except Exception as error:
-                reason = f"upgrade failed with {type(error).__name__}"
-            version += 1
+        data, reason = self._upgrade(version, data)
         if not reason:
             try:
                 return self._run(self._form.read, data)
@@ -446,11 +437,34 @@ class SessionKey(Generic[T]):
             raise InvalidStoredValue(self.name, reason, messages)
         return _NO_VALUE
 
+    def _upgrade(self, version: int, data: Any) -> tuple[Any, str]:
+        """Stored data in the key's version; or why they can't be."""
+        if version > self.version:
+            return data, "newer version"
+        for older in range(version, self.version):
+            upgrade = self._upgraders.get(older)
+            if upgrade is None:
+                return data, "no upgrader"
+            try:
+                data = upgrade(data)
+            except Exception as error:
+                return data, f"upgrade failed with {type(error).__name__}"
+        return data, ""
+
+    # -- for a merge
+
+    def upgraded(self, version: int, data: Any) -> Any:
+        """Stored data in the key's version. Raises ``SessionConflict`` if they can't be."""
+        data, reason = self._upgrade(version, data)
+        if reason:
+            raise SessionConflict from ValueError(reason)
+        return data
+
     # -- for a sign-in
 
     def checked(self, merge: MergeFunction) -> MergeFunction:
         """A policy for stored data, with its result checked."""
-        return merge_of_stored(self._form, merge, self._run)
+        return merge_of_stored(self._form, merge, self._run, self)
 
     # -- for the schema of a whole session
 
@@ -468,7 +482,7 @@ class SessionKey(Generic[T]):
             return self._merge
         cached = self._merge_of_settings
         if cached is None or cached[0] is not of_settings:
-            cached = (of_settings, merge_of_stored(self._form, of_settings, self._run))
+            cached = (of_settings, merge_of_stored(self._form, of_settings, self._run, self))
             self._merge_of_settings = cached
         return cached[1]
 

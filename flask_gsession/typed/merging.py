@@ -11,14 +11,22 @@ from typing import Any
 from marshmallow import ValidationError
 
 from ..errors import SessionConflict
-from ..values.merge import MISSING, POLICIES, MergeFunction, last, reject, set_union
+from ..values.merge import (
+    MISSING,
+    POLICIES,
+    MergeFunction,
+    Versioned,
+    last,
+    reject,
+    set_union,
+)
 from .schemas import Form
 from .stored import from_stored, to_stored
 
 Run = Callable[[Callable[[Any], Any], Any], Any]
 
 
-def merge_of_values(form: Form, merge: MergeFunction, run: Run) -> MergeFunction:
+def merge_of_values(form: Form, merge: MergeFunction, run: Run, key: Versioned) -> MergeFunction:
     """A policy for stored values from a function of loaded values."""
 
     def merged(base: Any, theirs: Any, mine: Any) -> Any:
@@ -32,10 +40,10 @@ def merge_of_values(form: Form, merge: MergeFunction, run: Run) -> MergeFunction
         except ValidationError as error:
             raise SessionConflict from error
 
-    return _named_as(merge, merged)
+    return _as_policy(merge, merged, key)
 
 
-def merge_of_stored(form: Form, merge: MergeFunction, run: Run) -> MergeFunction:
+def merge_of_stored(form: Form, merge: MergeFunction, run: Run, key: Versioned) -> MergeFunction:
     """A policy for stored values from a function of dumped values."""
     if merge is last or merge is reject:
         return merge
@@ -53,18 +61,20 @@ def merge_of_stored(form: Form, merge: MergeFunction, run: Run) -> MergeFunction
             raise SessionConflict from error
         return stored
 
-    return _named_as(merge, merged)
+    return _as_policy(merge, merged, key)
 
 
-def policy_of(name: str | MergeFunction, form: Form, run: Run) -> MergeFunction:
+def policy_of(name: str | MergeFunction, form: Form, run: Run, key: Versioned) -> MergeFunction:
     """The checked policy for the name of a policy, or for a function."""
     if isinstance(name, str):
-        return merge_of_stored(form, POLICIES[name], run)
-    return merge_of_values(form, name, run)
+        return merge_of_stored(form, POLICIES[name], run, key)
+    return merge_of_values(form, name, run, key)
 
 
-def _named_as(merge: MergeFunction, merged: MergeFunction) -> MergeFunction:
-    merged.__name__ = getattr(merge, "__name__", repr(merge))  # for messages
+def _as_policy(merge: MergeFunction, merged: MergeFunction, key: Versioned) -> MergeFunction:
+    policy: Any = merged
+    policy.__name__ = getattr(merge, "__name__", repr(merge))  # for messages
+    policy.key = key  # upgrades the values before they are merged
     return merged
 
 

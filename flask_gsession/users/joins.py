@@ -182,9 +182,18 @@ def combined(
         except _FAILURES as error:
             if name not in mine:
                 continue  # the visitor's value was removed; the user's stays as it is
-            raise NotJoined(name, error) from error
+            raise NotJoined(_reason(name, error)) from error
         found = after
     return found
+
+
+def _reason(name: str, error: Exception) -> str:
+    """For the log, without values."""
+    if not isinstance(error, SessionConflict):
+        return str(error)
+    cause = error.__cause__
+    why = f": {cause}" if type(cause) is ValueError else ""
+    return f"the merge policy or the schema of {ascii(name)[:60]} refuses{why}"
 
 
 def declare(name: str, key: UserKey) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from werkzeug.exceptions import HTTPException
 
 from ..errors import GSessionError, SessionConflict, SessionTooLarge, ValueLost, ValueRefused
 from .codec import Codec
-from .marks import PLAIN, expired, marked, split, unexpired
+from .marks import PLAIN, Mark, expired, marked, split, unexpired
 from .references import content_of, length_of
 
 
@@ -143,6 +143,15 @@ class Change(NamedTuple):
         return f"<Change: {' to '.join(map(str, sizes))}>"
 
 
+class Versioned(Protocol):
+    """A typed key: the attribute ``key`` of its merge policies."""
+
+    version: int
+
+    def upgraded(self, version: int, data: Any) -> Any:
+        """Stored data in the key's version. Raises ``SessionConflict`` if they can't be."""
+
+
 class Merger:
     """Merges a request's changes into the stored values."""
 
@@ -210,6 +219,9 @@ class Merger:
                     raise SessionConflict from None
                 values.append(MISSING)
             marks.append(mark)
+        key_of_policy: Versioned | None = getattr(policy, "key", None)
+        if key_of_policy is not None:
+            values = _upgraded(key_of_policy, values, marks)
         try:
             result = policy(*values)
         except (GSessionError, HTTPException):
@@ -224,9 +236,25 @@ class Merger:
             return None
         # Merge the mark too: mine if this request changed it, or has the only value.
         was, stored, wanted = marks
-        keeps = theirs is not None and wanted == was
-        encoded = encode_within(self._codec, key, result, base, theirs, mine)
-        return marked(encoded, stored if keeps else wanted)
+        mark = stored if theirs is not None and wanted == was else wanted
+        if key_of_policy is not None:
+            mark = mark._replace(version=key_of_policy.version)
+        return marked(encode_within(self._codec, key, result, base, theirs, mine), mark)
+
+
+def _upgraded(key: Versioned, values: list[Any], marks: list[Mark]) -> list[Any]:
+    """The three sides in the key's version: another worker may have stored an older one."""
+    found = []
+    for number, (value, mark) in enumerate(zip(values, marks, strict=True)):
+        if value is not MISSING and mark.version != key.version:
+            try:
+                value = key.upgraded(mark.version, value)
+            except SessionConflict:
+                if number:
+                    raise
+                value = MISSING  # the base, of which this request saw the default instead
+        found.append(value)
+    return found
 
 
 def _unexpired_changes(changes: Mapping[str, Change], now: int) -> dict[str, Change]:

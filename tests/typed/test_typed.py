@@ -420,6 +420,46 @@ def test_stored_data_is_upgraded(make_site: SiteMaker) -> None:
     assert renewed.run(lambda _: third.get()["size"]) == 14
 
 
+def test_a_merge_upgrades_what_older_workers_stored(make_site: SiteMaker) -> None:
+    old = make_site()
+    new = make_site(store=old.store)
+    total = SessionKey("total", fields.Int(), version=2, merge="counter", default=0)
+    total.upgrade(from_version=1)(lambda euros: 100 * int(euros))
+    names = SessionKey(
+        "names", fields.List(fields.Str()), version=2, default=[], scope="user", at_login="merge"
+    )
+    names.upgrade(from_version=1)(lambda found: [f"n:{name}" for name in found])
+
+    def beside(value: Any) -> Callable[[Any], None]:
+        """Count, while an older worker stores another value."""
+
+        def view(session: Any) -> None:
+            total.set(total.get() + 5)
+            older = old.visitor(visitor.cookie)
+            new.store.before("save", lambda: older.run(put(value, "total")))
+
+        return view
+
+    visitor = new.visitor()
+    old_one = old.visitor()
+    old_one.run(put(1, "total"))
+    visitor = new.visitor(old_one.cookie)
+    visitor.run(beside(3))
+    assert visitor.run(lambda _: total.get()) == 305
+    old_one.run(put(1, "total"))
+    assert visitor.ask(beside("much")).status_code == 409, "no upgrade, no merge"
+    assert has(old_one)["total"] == "much"
+
+    # What joins at a sign-in is of older workers, too: the visitor's, the user's or both.
+    device, other, last = new.visitor(), new.visitor(), new.visitor()
+    device.run(lambda session: (session.bind("ada"), session.shared.update(names=["a"])))
+    for each, added in ((other, "b"), (last, "c")):
+        each.run(put([added], "names"))
+        each.run(lambda session: (names.get(), session.bind("ada")))
+    assert device.run(lambda _: names.get()) == ["n:a", "n:b", "n:c"]
+    assert (has(other), has(last)) == ({}, {})
+
+
 def test_upgraders_that_are_missing_or_fail(site: Site) -> None:
     key = SessionKey("n", fields.Int(load_default=0), version=3)
     visitor = site.visitor()
