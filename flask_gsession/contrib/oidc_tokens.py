@@ -26,6 +26,7 @@ except ImportError as error:
 
 from ..errors import GSessionError, SettingError
 from ..events import logger
+from ..values.codec import is_valid_text
 
 #: The algorithms that may be allowed. Those of shared secrets are not: a public key would be one.
 ALGORITHMS = (
@@ -209,8 +210,12 @@ def _name(claims: Mapping[str, Any], name: str) -> str | None:
     value = claims.get(name)
     if value is None:
         return None
-    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME:
-        raise TokenRefused(f"{name} must be 1 to {_LONGEST_NAME} characters")
+    if (
+        not isinstance(value, str)
+        or not 0 < len(value) <= _LONGEST_NAME
+        or not is_valid_text(value)
+    ):
+        raise TokenRefused(f"{name} must be 1 to {_LONGEST_NAME} characters of valid text")
     return value
 
 

@@ -18,6 +18,7 @@ from flask_login import LoginManager, UserMixin, current_user, login_user
 from flask_oidc import OpenIDConnect
 from flask_oidc.signals import after_authorize
 from flask_wtf import CSRFProtect
+from joserfc import jws
 from joserfc.jwk import ECKey, RSAKey
 from werkzeug.test import TestResponse
 
@@ -348,6 +349,10 @@ def forged(site: Site, provider: Provider) -> Iterator[tuple[str, str]]:
     yield "a critical header", provider.sign(good, crit=["kid"])
     for text in ("", ".", "..", "a.b.c", head, "é.é.é", "x" * 20_000, f"{head}.{body}", "\0"):
         yield f"not a token: {text[:10]!r}", text
+    for name in ("jti", "sub", "sid"):
+        content = json.dumps({**good, name: "\ud800"}).encode()
+        header = {"alg": "RS256", "kid": first.kid}
+        yield f"half a character in {name}", jws.serialize_compact(header, content, first)
     deep = base64.urlsafe_b64encode(b'{"a":' + b"[" * 5000).decode()
     yield "a deep header", f"{deep}.{body}.{signature}"
     for wrong in (None, "https://evil.example", [provider.address], 7):
