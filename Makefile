@@ -129,6 +129,8 @@ protocol: | $(PY) ## Generate the messages of flask_gsession/protocol/gsession.p
 bench: $(VENV)/with-test servers ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.edge
+	$(PY) -m benchmarks.live
+	$(PY) -m benchmarks.requests_per_second
 
 faults: $(VENV)/with-test servers ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
 	$(PY) -m tests.faults $(FAULTS_ARGS)

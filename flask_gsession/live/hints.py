@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from msgspec.structs import replace
@@ -34,6 +35,7 @@ _CONNECTS = 2.0  # seconds that the listener has for that
 _LINGERS = 5.0  # seconds that the thread stays without a watch
 _REST = 9.0  # times as long as a look at everything took, until the next one
 
+NO_RECORDS: Mapping[str, Record | None] = MappingProxyType({})
 Notify = Callable[["Watch", State, State], object]
 
 
@@ -160,11 +162,14 @@ class Hints:
             raise
         return watch
 
-    def look_from(self, loaded: Loaded) -> State:
-        """The state of a session that was just loaded. Three round trips if it has a user."""
+    def look_from(self, loaded: Loaded, others: Mapping[str, Record | None] = NO_RECORDS) -> State:
+        """The state of a session that was just loaded. Three round trips if it has a user.
+
+        ``others``: further records that were loaded, by key; None: there was none.
+        """
         process.notice()
         watch = Watch(self, loaded.record.key, None, lambda *_: None)
-        return self._state_of(watch, None, {loaded.record.key: loaded.record})
+        return self._state_of(watch, None, {loaded.record.key: loaded.record, **others})
 
     def forget(self, watch: Watch) -> None:
         """See ``Watch.close``."""

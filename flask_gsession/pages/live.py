@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from flask import Blueprint, Response, abort, current_app, jsonify, request, send_from_directory
 
 from ..config import Settings
-from ..errors import SettingError
+from ..errors import SettingError, StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface, session_of_request
 from ..live.servers import connection_of, threads
@@ -19,8 +19,11 @@ from ..live.states import Digests, State, Versions
 from ..live.streams import Full, Limits, Stream, as_json, last_of, newer
 from ..processes import warn_without_threads
 from ..repository.repository import Loaded
-from ..request.session import SessionData, existing_lifecycle
-from ..sharing.verify import find_presented
+from ..repository.user_values import values_key
+from ..request.lifecycle import Lifecycle
+from ..request.session import SessionData, existing_lifecycle, lifecycle_of
+from ..sharing.verify import find_of_request
+from ..stores.base import Record
 from ..tokens import session_key
 
 _STATIC = Path(__file__).parent / "static"
@@ -44,7 +47,7 @@ def live_blueprint(
     and messages. ``ext``: whose sessions; by default, of the application's first ``Session``.
 
     Requests don't count as use of the session. ``state`` costs one round trip, and three more for a
-    user.
+    user. Templates get the function ``live_state()``, for the script's attribute ``data-state``.
     """
     shown_keys, shown_user_keys = _names(keys), _names(user_keys)
     blueprint = Blueprint("gsession_live", __name__, url_prefix=url_prefix)
@@ -61,6 +64,38 @@ def live_blueprint(
         if user is not None:
             shown |= {"user": _some(user.keys, shown_user_keys), "devices": user.devices}
         return shown
+
+    @blueprint.app_template_global("live_state")
+    def live_state() -> str:
+        """What this page shows, as JSON; "" if only the script's first look can tell.
+
+        It is the state that the request began with, without the keys that it changed. Three round
+        trips if the session has a user.
+        """
+        own, _ = _owner(ext)
+        opened: Any = own.session._get_current_object()  # type: ignore[attr-defined]  # a proxy
+        len(opened)  # loads it, as any look does
+        life = lifecycle_of(opened)
+        loaded, wishes = life.seen, life.wishes
+        if request.method not in ("GET", "HEAD") or life.ended or wishes.cleared or wishes.binding:
+            return ""
+        found, user_id, hints = State(), None, own.live.hints()
+        others: dict[str, Record | None] = {}
+        if loaded.record is not None and loaded.body is not None:
+            user_id = None if loaded.body.owner is None else loaded.body.owner.user_id
+            users = life.of_users.get(user_id)
+            if user_id is not None and users is not None and users.opened:
+                others[values_key(user_id)] = users.seen.record
+            try:
+                found = hints.look_from(Loaded(loaded.record, loaded.body), others)
+            except StoreUnavailable:
+                return ""
+        shown = {"keys": {}} | show(hints.digests, found)
+        _forget(shown["keys"], shown_keys, life)
+        if "user" in shown and user_id in life.of_users:
+            _forget(shown["user"], shown_user_keys, life.of_users[user_id])
+        messages = () if found.user is None else found.user.messages
+        return json.dumps(shown | {"last": last_of(messages)}, separators=(",", ":"))
 
     @blueprint.get("/stream")
     def stream() -> Response:
@@ -94,7 +129,7 @@ def live_blueprint(
         response = Response(body, mimetype="text/event-stream", direct_passthrough=True)
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Accel-Buffering"] = "no"  # nginx would keep events back
-        response.vary.add("Cookie")
+        interface._add_vary(response)
         return response
 
     @blueprint.get("/state")
@@ -119,7 +154,7 @@ def live_blueprint(
             }
         )
         response.headers["Cache-Control"] = "private, no-cache"
-        response.vary.add("Cookie")
+        interface._add_vary(response)
         response.add_etag()
         response.make_conditional(request)
         return response
@@ -136,10 +171,7 @@ def _begin(ext: Session | None) -> tuple[Session, GSessionInterface]:
 
     A hook of the application may have looked at the session: that doesn't count as use either.
     """
-    interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
-    own = next(iter(interfaces), None) if ext is None else ext
-    if own not in interfaces:
-        raise SettingError("live_blueprint is for an application with a Session")
+    own, interface = _owner(ext)
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site is None and origin is not None:
         site = "same-origin" if origin == request.host_url.rstrip("/") else "other"
@@ -149,12 +181,20 @@ def _begin(ext: Session | None) -> tuple[Session, GSessionInterface]:
     life = existing_lifecycle(opened) if isinstance(opened, SessionData) else None
     if life is not None:
         life.renews = False
+    return own, interface
+
+
+def _owner(ext: Session | None) -> tuple[Session, GSessionInterface]:
+    interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
+    own = next(iter(interfaces), None) if ext is None else ext
+    if own not in interfaces:
+        raise SettingError("live_blueprint is for an application with a Session")
     return own, interfaces[own]
 
 
 def _presented(interface: GSessionInterface) -> Loaded | None:
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
-    return find_presented(interface, app, request.environ.get("HTTP_COOKIE", ""))
+    return find_of_request(interface, app, request)
 
 
 def _presented_key(interface: GSessionInterface) -> str | None:
@@ -188,6 +228,13 @@ def _names(keys: Iterable[str]) -> tuple[str, ...]:
     if isinstance(keys, str) or any(not isinstance(name, str) for name in names):
         raise SettingError("keys and user_keys are lists of names, as in keys=['cart']")
     return names
+
+
+def _forget(versions: dict[str, str | None], names: tuple[str, ...], life: Lifecycle) -> None:
+    """Let pages not compare what the request itself changed: it is stored only after the page."""
+    for name in life.changes():
+        if name in names:
+            versions[name] = None
 
 
 def _some(versions: Versions, names: tuple[str, ...]) -> dict[str, str]:

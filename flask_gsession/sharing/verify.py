@@ -145,15 +145,20 @@ def interface_of(ext: Session, app: Flask) -> GSessionInterface:
 
 
 def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Loaded | None:
-    """The session of this ``Cookie`` header. Reads only our cookies.
+    """The session of this ``Cookie`` header. Reads only our cookies. See ``find_of_request``."""
+    return find_of_request(interface, app, Request({"HTTP_COOKIE": cookies}))
+
+
+def find_of_request(interface: GSessionInterface, app: Flask, request: Request) -> Loaded | None:
+    """The session of this request's cookie or token header.
 
     With a near cache, it may be as old as the bound allows, as for a request. A refused token is
     counted and logged like one in a request to the application. Raises ``StoreUnavailable``.
     """
     process.notice()
     repository = interface.repository
-    request = Request({"HTTP_COOKIE": cookies})
-    checked = interface._present(app, request).checked
+    presented = interface._present(app, request)
+    checked = presented.checked
     if checked is None:
         return None
     if checked.token is None:
@@ -164,7 +169,9 @@ def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Lo
         loaded = None
         if near is not None:
             # A client that has seen a version never gets an older one.
-            loaded = repository.find_near(key, repository.last_seen_version(request, False))
+            loaded = repository.find_near(
+                key, repository.last_seen_version(request, presented.by_header)
+            )
         if loaded is None:
             loaded = repository.find(key, True, None if near is None else near.load_near)
     except UnreadableRecord as error:

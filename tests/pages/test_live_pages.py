@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import html
 import json
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from flask import Response, render_template_string
 
 from flask_gsession.errors import SessionEnded, SettingError, StoreUnavailable
 from flask_gsession.live import hints as hints_module
@@ -327,6 +329,63 @@ def test_requests_that_get_no_stream(make_live: SiteMaker) -> None:
 
 def _down() -> None:
     raise StoreUnavailable("for a moment")
+
+
+def test_a_page_says_which_state_it_shows(live: Site) -> None:
+    """So the script's first look finds what changed since, and not what the page changed itself."""
+    visitor = live.visitor()
+
+    def page(act: Callable[[Any], object] = bool, method: str = "GET") -> Any:
+        def view(session: Any) -> Response:
+            act(session)
+            return Response(render_template_string("{{ live_state() }}"))
+
+        answer = visitor.ask(view, method=method)
+        assert "Cookie" in answer.headers["Vary"]
+        return json.loads(html.unescape(answer.text) or "null")
+
+    def change_elsewhere(session: Any) -> None:
+        assert (session["cart"], session.shared["theme"]) == (["a"], "dark")
+        tab.run(lambda session: session.update(cart=["b"]))
+        tab.run(lambda session: session.shared.update(theme="light"))
+
+    assert page() == {"who": None, "keys": {}, "last": 0}
+    assert page(lambda session: session.update(cart=[])) == {
+        "who": None,
+        "keys": {"cart": None},
+        "last": 0,
+    }
+    assert page(lambda session: session.bind("ada")) is None  # a page after a sign-in
+    tab = visitor.another_tab()
+    tab.run(lambda session: [session.update(cart=["a"]), session.shared.update(theme="dark")])
+    look = tab.get("/live/state").json
+    assert look.items() >= page().items()
+    assert page(change_elsewhere).items() <= look.items()
+    assert not look.items() >= page().items()
+    own = page(lambda session: [session.update(cart=[]), session.shared.update(theme="blue")])
+    assert (own["who"], own["keys"], own["user"]) == (
+        look["who"],
+        {"cart": None},
+        {"theme": None},
+    )
+    assert page(method="POST") is None
+    assert page(lambda session: [len(session), live.store.before("load", _down)]) is None
+
+
+@of_memory
+def test_a_token_in_a_header_is_enough(make_live: SiteMaker) -> None:
+    site = make_live(token_header="X-Session")
+    visitor = site.visitor()
+    token = visitor.ask(lambda session: session.update(cart=["a"]), headers={"X-Session": ""})
+    headers = {"X-Session": token.headers["X-Session"]}
+    client = site.visitor()
+    answer = client.get("/live/state", headers=headers)
+    assert "cart" in answer.json["keys"]
+    assert {"Cookie", "X-Session"} <= set(answer.headers["Vary"].split(", "))
+    events = Events(client, **headers)
+    assert "cart" in next(events)["keys"]
+    assert "X-Session" in events.response.headers["Vary"]
+    assert client.get("/live/state", headers={"X-Session": "forged"}).json["who"] is None
 
 
 @of_memory

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from flask import Flask, Response, redirect
-from playwright.sync_api import Browser, Page, ViewportSize, expect
+from flask import Flask, Response, redirect, render_template_string, request
+from playwright.sync_api import Browser, Page, Route, ViewportSize, expect
 
 from flask_gsession import Session, session
 from flask_gsession.pages.admin import admin_blueprint
 from flask_gsession.pages.devices import devices_blueprint
+from flask_gsession.pages.live import live_blueprint
 from tests.harness.browser import PATIENCE, assert_accessible
 from tests.harness.serving import served
 
 POLICY = (
-    "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 SMALL = """() => [...document.querySelectorAll("a, button, input:not([type=hidden])")]
   .filter(each => each.getBoundingClientRect().height < 44).map(each => each.outerHTML)"""
@@ -27,12 +28,27 @@ def application() -> Flask:
     app.config["SESSION_COOKIE_SAMESITE"] = "Strict"
     Session(app)
     app.register_blueprint(devices_blueprint())
+    app.register_blueprint(live_blueprint(keys=["cart"]))
     app.register_blueprint(admin_blueprint(lambda: session.owner == "ada"))
 
     @app.get("/enter")
     def enter() -> object:
         session.bind("ada")
         return redirect("/devices")
+
+    @app.get("/cart")
+    def cart() -> str:
+        if "own" in request.args:
+            session["cart"] = "tea again"
+        return render_template_string(
+            """<!doctype html><output>{{ session.get("cart") }}</output><script
+            src="{{ url_for('gsession_live.script') }}" data-state="{{ live_state() }}"></script>"""
+        )
+
+    @app.get("/cart/<thing>")
+    def put(thing: str) -> str:
+        session["cart"] = thing
+        return ""
 
     @app.after_request
     def strict(response: Response) -> Response:
@@ -98,3 +114,29 @@ def test_the_pages(chromium: Browser) -> None:
             "user_id has 300 characters; at most 256 are allowed."
         )
         assert_good(page)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_a_change_before_the_first_look_of_the_script(chromium: Browser) -> None:
+    with served(application()) as address, chromium.new_context(base_url=address) as browser:
+        page = browser.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        page.goto("/cart/tea")
+        page.add_init_script(
+            """document.addEventListener("gsession:changed", ({detail}) => {
+              document.title += "changed " + detail.keys;
+            })"""
+        )
+
+        def late(route: Route) -> None:
+            browser.request.get("/cart/milk")
+            route.continue_()
+
+        page.route("**/live/state*", late, times=1)
+        page.goto("/cart")
+        expect(page).to_have_title("changed cart")
+        expect(page.get_by_role("status")).to_have_text("tea")
+        with page.expect_response("**/live/state*"):
+            page.goto("/cart?own")
+        browser.request.get("/cart/water")
+        expect(page).to_have_title("changed cart")  # once: not for the change of its own request

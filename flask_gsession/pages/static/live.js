@@ -2,7 +2,7 @@
 // gsession:changed {keys, user}, gsession:devices, gsession:message {name, data}.
 // One tab of the browser holds a lock and the stream, and passes news on.
 (() => {
-  const source = document.currentScript.src;
+  const {src: source, dataset: {state: shown}} = document.currentScript;
   const at = name => new URL(name, source).href;
   const lock = "gsession " + at(".");
   const channel = window.BroadcastChannel && new BroadcastChannel(lock);
@@ -10,14 +10,14 @@
   const sleep = ms => new Promise(done => setTimeout(done, ms));
   const tell = (name, detail) =>
     document.dispatchEvent(new CustomEvent("gsession:" + name, {detail}));
-  let known = null;  // the last state
-  let last = null;  // the id of the last message
+  let known = shown ? {every: 5, ...JSON.parse(shown)} : null;  // the last state
+  let last = known && known.last;  // the id of the last message
   let open = false;  // whether a tab has a stream
   let leads = false;
 
-  // A state that comes twice does no harm.
+  // A state that comes twice does no harm. null: unknown.
   const differing = (a = {}, b = {}) =>
-    Object.keys({...a, ...b}).filter(key => a[key] !== b[key]);
+    Object.keys({...a, ...b}).filter(key => a[key] !== null && a[key] !== b[key]);
   const take = state => {
     const was = known;
     known = {stream: was && was.stream, every: was ? was.every : 5, ...state};
@@ -46,10 +46,10 @@
       take(state);
       messages.forEach(hear);
       share({state});
-    } catch { /* offline: the next check tells */ }
+    } catch { /* offline */ }
   };
 
-  // Resolves to the milliseconds until the next try.
+  // Resolves to milliseconds until the next try.
   const stream = () => new Promise(done => {
     const events = new EventSource(at("stream") + "?after=" + last);
     const end = pause => {
@@ -59,7 +59,7 @@
     };
     events.addEventListener("state", ({data}) => {
       const state = JSON.parse(data);
-      // Another request may be about to bring a new token: look with that one.
+      // Another request may be about to bring a new token.
       if (state.who === null) return end(300);
       take(state);
       share({state, open: open = true});
