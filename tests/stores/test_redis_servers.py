@@ -189,7 +189,7 @@ def caught_up(sentinels: RedisSentinels) -> None:
 
 def contents_of(server: RedisServer) -> Any:
     with Redis.from_url(server.url) as client:
-        return {key: client.get(key) for key in client.scan_iter("*{*")}
+        return {key: client.dump(key) for key in client.scan_iter("*{*")}
 
 
 def test_a_failover_is_followed_before_the_old_primary_knows(
