@@ -362,7 +362,10 @@ def test_small_pages(chromium: Browser, redis_url: str, tmp_path: Path, store_pr
 
 
 def test_devices(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefix: str) -> None:
-    """Two browsers of one person: the one signs the other out. Then the staff does it."""
+    """Two browsers of one person share cart and preferences. The one signs the other out.
+
+    Then the staff does it.
+    """
     with (
         serving(tmp_path, sqlite_url, store_prefix) as shop,
         chromium.new_context(base_url=shop) as desk,
@@ -370,14 +373,27 @@ def test_devices(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefi
     ):
         here, there = desk.new_page(), phone.new_page()
         complaints = watched(here, shop)
-        for page, name in ((here, "mira"), (there, "mira")):
+        for page, product, back in (
+            (here, "KIT-101", "preferences"),
+            (there, "DSK-201", "devices"),
+        ):
             page.set_default_timeout(1000 * PATIENCE)
-            page.goto("/sign-in?next=/devices")
-            page.get_by_label("Name").fill(name)
+            page.goto(f"/product/{product}")
+            page.get_by_role("button", name="Add to cart").click()
+            expect(page.locator(".count")).to_have_text("1")
+            light = background(page)
+            page.goto(f"/sign-in?next=/{back}")
+            page.get_by_label("Name").fill("mira")
             page.get_by_label("Password").fill(DEMO_PASSWORD)
             page.get_by_role("button", name="Sign in").click()
-            expect(page.get_by_role("heading", level=1)).to_have_text("Your devices")
-        here.reload()
+            if page is here:
+                here.get_by_label("Dark").check()
+                here.get_by_role("button", name="Save").click()
+        expect(there.get_by_role("heading", level=1)).to_have_text("Your devices")
+        here.goto("/devices")
+        for page in (here, there):
+            expect(page.locator(".count")).to_have_text("2")
+            assert background(page) != light
         assert_sound(here, "devices")
         assert_accessible(here)
         here.get_by_role("link", name="Sign out Safari on iPhone").click()
@@ -387,6 +403,8 @@ def test_devices(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefi
         expect(here.get_by_text("You are signed in nowhere else.")).to_be_visible()
         there.reload()
         expect(there.get_by_role("heading", level=1)).to_have_text("Sign in")
+        expect(there.locator(".count")).to_have_text("0")
+        assert background(there) == light
         assert complaints == []
 
         there.get_by_label("Name").fill("sofia")
