@@ -20,6 +20,7 @@ from .events import WriteDropped, logger
 from .remember import drop_cookie
 from .repository.repository import Repository
 from .request.lifecycle import ONE_KEY, Lifecycle
+from .request.saving import end_request
 from .request.session import (
     SessionData,
     add_further,
@@ -32,7 +33,6 @@ from .request.session import (
 )
 from .request.site_data import CLEARED, write_header
 from .request.state import IN_VIEW, SAVED, Presented
-from .request.writing import end_request
 from .stores.base import Record, Store
 from .streams import can_read_session
 from .tokens import TokenSigner

@@ -25,9 +25,9 @@ from .processes import process
 from .repository.repository import Loaded, Repository
 from .request.confirming import checked_methods, confirmed_at
 from .request.lifecycle import Lifecycle
+from .request.saving import end_request
 from .request.session import SessionData, lifecycle_of
 from .request.state import SAVED, Presented
-from .request.writing import end_request
 from .stores.base import is_session_key
 from .users.revoking import is_member
 from .values.marks import split, unexpired

@@ -13,7 +13,8 @@ from ..errors import SettingError, SignInRefused, StoreError
 from ..events import logger
 from ..extension import NAME, Session
 from ..repository.repository import Repository
-from ..request.ownership import sign_in_since, stored_device_of
+from ..request.admission import sign_in_since
+from ..request.ownership import stored_device_of
 from ..request.session import SessionData, lifecycle_of
 from ..users.roster import Roster, retag
 from ..users.rosters import checked_user_id

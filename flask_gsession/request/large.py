@@ -21,7 +21,7 @@ from ..values.marks import PLAIN, Mark, expired, marked, split
 from ..values.payload import Body
 from ..values.references import BYTES, reference_in, refers
 from .lifecycle import ONE_KEY, Lifecycle
-from .writing import rewrite
+from .rewriting import rewrite
 
 _SMALL = 16 * 1024  # bytes; smaller attached files stay in the record
 # Values lost for these reasons stay stored, for a worker that can read them.

@@ -6,15 +6,11 @@ import asyncio
 import contextvars
 import os
 import secrets
-import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from flask import has_request_context, request
 
@@ -31,14 +27,13 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..events import LockAcquired, LockExpired, LockRefused, LockReleased, logger
-from ..processes import process
 from ..stores.base import MAX_POINTERS
-from ..stores.interrupts import Condition
 from ..stores.parts import Leases
+from .lease_renewal import release_lease, renewer
 from .lifecycle import Lifecycle
+from .saving import commit
 from .state import Block, current_block
 from .waiting import client, may_wait, stop_waiting
-from .writing import commit
 
 S = TypeVar("S")
 
@@ -221,7 +216,7 @@ class Lock(Generic[S]):
             held = self._acquire(key, began + self._wait)
             if held:
                 self._held = True
-                _renewer.add(self)
+                renewer.add(self)
             with life.mutex:
                 # Changes by other threads and tasks during the wait don't belong to the block,
                 # so store them now.
@@ -314,7 +309,7 @@ class Lock(Generic[S]):
         """Release the lock, and report it."""
         life = self._life
         if self._moved:
-            _renewer.discard(self)
+            renewer.discard(self)
         elif not self._release() and life.lease is not None:
             # life.lease is None if the session ended, and its lease with it, or was unreadable.
             self._lost = True
@@ -339,21 +334,22 @@ class Lock(Generic[S]):
     def _release(self) -> bool:
         """Release the lease, or leave the queue; whether this request held it until now."""
         self._held = False
-        _renewer.discard(self)
+        renewer.discard(self)
         if self._key is None:
             return False
         if self._life.outage is not None:
             # This request has already met an outage, and should not wait again.
-            _renewer.run(partial(_release_lease, self._store, self._key, self._owner))
+            renewer.run(partial(release_lease, self._store, self._key, self._owner))
             return True
-        return _release_lease(self._store, self._key, self._owner)
+        return release_lease(self._store, self._key, self._owner)
 
     # -- while it is held
 
-    def _due(self) -> float:
+    def due(self) -> float:
+        """When to call ``maintain`` next, by ``time.monotonic``."""
         return min(self._extend_at, self._warn_at)
 
-    def _maintain(self) -> None:
+    def maintain(self) -> None:
         """Extend the lease and warn, if that is due. Called by the renewing thread."""
         now = time.monotonic()
         if now >= self._warn_at:
@@ -386,88 +382,6 @@ class Lock(Generic[S]):
 
     def _emit(self, event: type, *details: object) -> None:
         self._life.repository.events.emit(event, self._key or self._life.handle, *details)
-
-
-def _release_lease(store: Leases, key: str, owner: str) -> bool:
-    try:
-        return store.release(key, owner)
-    except StoreUnavailable as error:
-        logger.warning("A lock could not be released, and will expire by itself: %s", error)
-        return True  # as far as we know
-
-
-class _Renewer:
-    """Extends the leases that this process holds, in one thread, while there are any.
-
-    Holds only weak references, so the lock of a thread that died is not extended.
-    """
-
-    def __init__(self) -> None:
-        self._start()
-        process.register(self._start)
-
-    def _start(self) -> None:
-        self._locks: weakref.WeakSet[Lock[Any]] = weakref.WeakSet()
-        self._tasks: deque[Callable[[], object]] = deque()
-        self._changed = Condition()
-        self._running = False
-        self._wakes_at = 0.0
-
-    def add(self, lock: Lock[Any]) -> None:
-        """Start to maintain a lock."""
-        process.notice()
-        with self._changed:
-            self._locks.add(lock)
-            self._wake(lock._due())
-
-    def discard(self, lock: Lock[Any]) -> None:
-        """Stop maintaining a lock."""
-        process.notice()
-        with self._changed:
-            self._locks.discard(lock)
-
-    def run(self, task: Callable[[], object]) -> None:
-        """Run this once, soon. If no thread can start, it runs with the next one."""
-        process.notice()
-        with self._changed, suppress(RuntimeError):
-            self._tasks.append(task)
-            self._wake(0.0)
-
-    def _wake(self, due: float) -> None:
-        if not self._running:
-            threading.Thread(target=self._work, name="gsession-locks", daemon=True).start()
-            self._running = True
-        elif due < self._wakes_at:
-            self._changed.notify()
-
-    def _work(self) -> None:
-        while True:
-            self._do_next()
-            with self._changed:
-                if not (self._locks or self._tasks):
-                    self._running = False
-                    return
-
-    def _do_next(self) -> None:
-        for task in self._next():
-            try:
-                task()
-            except Exception:
-                logger.exception("A lock could not be maintained")
-
-    def _next(self) -> list[Callable[[], object]]:
-        """Wait until something is due, and return it."""
-        with self._changed:
-            self._wakes_at = min((lock._due() for lock in self._locks), default=0.0)
-            if not self._tasks:
-                self._changed.wait(max(0.001, self._wakes_at - time.monotonic()))
-            now = time.monotonic()
-            tasks = [*self._tasks, *(lock._maintain for lock in self._locks if lock._due() <= now)]
-            self._tasks.clear()
-            return tasks
-
-
-_renewer = _Renewer()
 
 
 def check_times(timeout: object, wait: object) -> None:

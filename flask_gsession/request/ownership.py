@@ -1,95 +1,23 @@
-"""Binds a request's session to a user and unbinds it, and keeps the user's roster right.
-
-The protocol, and why its steps come in this order: ``tests/simulation/roster_model.py``.
-"""
+"""Binds a request's session to a user and unbinds it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
+from collections.abc import Collection
 from typing import Any
 
 from msgspec.structs import replace
 
-from ..errors import (
-    CutOff,
-    LogoutUnconfirmed,
-    RotationRefused,
-    SignInRefused,
-    StoreUnavailable,
-    TooManySessions,
-    UnreadableRecord,
-)
-from ..events import (
-    DeviceLimitReached,
-    SessionBound,
-    SessionUnbound,
-    SignInRejected,
-    WriteDropped,
-    logger,
-)
-from ..repository.repository import Repository
-from ..stores.base import Record
-from ..stores.support import because
-from ..users.labels import device_label
-from ..users.revoking import end_revoked, finish, finish_if_possible
-from ..users.roster import (
-    Device,
-    Entered,
-    Roster,
-    Since,
-    drop,
-    enter,
-    is_full,
-    is_revoked_since,
-)
-from ..users.roster import touch as used
-from ..users.rosters import LOGIN, Found, Rosters, checked_user_id, network_of, new_device_id
+from ..errors import RotationRefused
+from ..users.roster import Since
+from ..users.rosters import LOGIN, checked_user_id, new_device_id
 from ..values.codec import is_valid_text
-from ..values.marks import split
 from ..values.payload import Owner
+from .admission import check_roster
 from .lifecycle import Lifecycle
-from .state import Binding, Entry, Wishes
+from .state import Binding
 
 _LONGEST_LABEL = 100  # characters
 _MOST_TAGS = 10
-
-_NO_EPOCHS: Mapping[tuple[int, str], int] = MappingProxyType({})
-#: The epochs at the start of ``ext.users.login``, by the application's rosters and the user.
-_epochs: ContextVar[Mapping[tuple[int, str], int]] = ContextVar(
-    "gsession_epochs", default=_NO_EPOCHS
-)
-
-
-class Revoked(Exception):
-    """The session is no longer in its user's roster."""
-
-
-@contextmanager
-def sign_in_since(rosters: Rosters, user_id: str, epoch: int) -> Iterator[None]:
-    """In this block, a sign-in of the user counts as begun at this epoch."""
-    token = _epochs.set({**_epochs.get(), (id(rosters.own), user_id): epoch})
-    try:
-        yield
-    finally:
-        _epochs.reset(token)
-
-
-def note_own_revocation(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
-    """This request revoked the user's sessions. A sign-in later in the request is still valid."""
-    if not is_revoked_since(before, _since(life, user_id, before)):
-        life.epochs = {**life.epochs, user_id: epoch}
-
-
-def _since(life: Lifecycle, user_id: str, roster: Roster) -> Since:
-    rosters = life.repository.rosters
-    epoch = life.epochs.get(user_id, _epochs.get().get((id(rosters.own), user_id)))
-    return rosters.since(user_id, roster, life.began) if epoch is None else Since(epoch)
-
-
-# -- wishes
 
 
 def bind(
@@ -115,7 +43,7 @@ def bind(
         life.report_late("The user of the session")
         return False
     with life.mutex:
-        wished, stored = life.wishes.binding, _owner(life)
+        wished, stored = life.wishes.binding, owner_of(life)
         if not life.seen.is_old_token:
             if wished is not None and wished.user_id == user_id:  # earlier in this request
                 if label or tags:
@@ -129,7 +57,7 @@ def bind(
                 life.rotate_soon(0, signed_in)
                 life.wish(binding=wished, sign_in=fresh or noted)
                 return fresh and not noted
-        found = _check_roster(life, user_id)
+        found = check_roster(life, user_id)
         since = Since(epoch=found.roster.epoch)
         binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found, fresh)
         life.rotate_soon(0, signed_in)
@@ -144,7 +72,7 @@ def unbind(life: Lifecycle) -> None:
         life.report_late("The user of the session")
         return
     with life.mutex:
-        stored = _owner(life)
+        stored = owner_of(life)
         if stored is None:
             life.wishes = replace(life.wishes, binding=None)
         else:
@@ -160,8 +88,8 @@ def user_id_of(life: Lifecycle) -> str | None:
         return life.wishes.binding.user_id or None
     if _login_changed(life):
         values = life.values
-        return _checked(values[LOGIN]) if LOGIN in values else None
-    owner = _owner(life)
+        return known_user(values[LOGIN]) if LOGIN in values else None
+    owner = owner_of(life)
     return None if owner is None else owner.user_id
 
 
@@ -169,7 +97,7 @@ def device_id_of(life: Lifecycle) -> str | None:
     """The id of the session's device in that user's roster. None if the save will choose it."""
     if life.wishes.binding is not None:
         return life.wishes.binding.device_id or None
-    owner = _owner(life)
+    owner = owner_of(life)
     if owner is None or (_login_changed(life) and user_id_of(life) != owner.user_id):
         return None
     return owner.device_id
@@ -177,7 +105,7 @@ def device_id_of(life: Lifecycle) -> str | None:
 
 def stored_device_of(life: Lifecycle, user_id: str) -> str | None:
     """The id of the device, if the session is stored as this user's, whatever comes next."""
-    owner = _owner(life)
+    owner = owner_of(life)
     return owner.device_id if owner is not None and owner.user_id == user_id else None
 
 
@@ -197,377 +125,26 @@ def signed_in_at(life: Lifecycle) -> int | None:
         return life.repository.now() if life.wishes.binding.fresh else None
     if life.wishes.sign_in:
         return life.repository.now()
-    owner = _owner(life)
+    owner = owner_of(life)
     return owner.signed_in * 1000 if owner is not None and owner.signed_in else None
 
 
 def seen_at(life: Lifecycle) -> int | None:
     """When the roster last noted a use of the session, in milliseconds; None if it isn't bound."""
-    owner = _owner(life)
+    owner = owner_of(life)
     return None if owner is None else owner.seen * 1000
 
 
-def _owner(life: Lifecycle) -> Owner | None:
+def owner_of(life: Lifecycle) -> Owner | None:
     body = life.seen.body
     return None if body is None else body.owner
 
 
-def _check_roster(life: Lifecycle, user_id: str) -> Found:
-    """Look up the roster, and raise now if it would refuse the sign-in, before anything changes.
-
-    One round trip.
-    """
-    repository = life.repository
-    rosters = repository.rosters
-    for checked in (False, True):
-        found = rosters.look(user_id)
-        if is_revoked_since(found.roster, _since(life, user_id, found.roster)):
-            raise refusal(repository, user_id, "revoked")
-        roster = found.roster.without_expired(repository.now())
-        if not is_full(roster, rosters.limit, rosters.policy):
-            return found
-        if not checked:
-            _drop_absent(repository, user_id, roster)
-    raise refusal(repository, user_id, "full")
-
-
-def refusal(repository: Repository, user_id: str, reason: str) -> SignInRefused | TooManySessions:
-    """Report a refused sign-in, and return its error."""
-    repository.events.emit(SignInRejected, user_id, reason)
-    if reason == "revoked":
-        return SignInRefused()
-    repository.events.emit(DeviceLimitReached, user_id, repository.rosters.limit, 0)
-    return TooManySessions()
-
-
-def _drop_absent(repository: Repository, user_id: str, roster: Roster) -> None:
-    """Drop entries whose sessions have ended without leaving the roster, as in an outage."""
-    absent = set()
-    for device in roster.members:
-        try:
-            if repository.find(device.key) is None:
-                absent.add(device.key)
-        except UnreadableRecord:
-            continue
-    if absent:
-        repository.rosters.change(user_id, lambda roster: (drop(roster, absent), None))
-
-
-# -- with a write
-
-
-def prepare_owner(
-    life: Lifecycle,
-    values: Mapping[str, bytes],
-    changed: Collection[str],
-    wishes: Wishes,
-    old: Record | None,
-) -> tuple[Owner | None, Entry | None]:
-    """The owner to store with a session, and the changes to rosters that follow.
-
-    Makes a touch that is due now, and enters a session that keeps its key. Raises ``Revoked`` if
-    the session is no longer in its user's roster, and an error for a refused sign-in.
-    """
-    owner = _owner(life) if old is not None else None
-    binding = wishes.binding
-    if binding is None:
-        binding = _implied_binding(life, owner, values, changed, old)
-    if binding is not None and (owner is None or binding.user_id != owner.user_id):
-        leaves = None if owner is None or old is None else (owner, old.key)
-        if not binding.user_id:
-            return None, Entry(leaves=leaves)
-        now = life.repository.now() // 1000
-        until = _listed_until(life, values, old, signs_in=wishes.rotation is not None)
-        # Not if the token stays, as in a socket handler: an attacker may have it as well.
-        fresh = binding.fresh and (old is None or wishes.rotation is not None)
-        signed_in = now + 1 if fresh else 0
-        bound = Owner(binding.user_id, binding.device_id, now, until, signed_in=signed_in)
-        if old is None or wishes.rotation is not None:
-            return bound, Entry(binding=binding, leaves=leaves, unreachable=not wishes.rotation)
-        entered = _enter(life, binding, old.key, until)
-        if entered.refused:
-            if wishes.binding is None and LOGIN not in changed:
-                raise Revoked  # the session is older than the revocation
-            raise refusal(life.repository, binding.user_id, entered.refused)
-        assert entered.device is not None
-        if life.repository.journaling is not None:
-            life.repository.journaling.append_bound(old.key, bound.user_id, entered.device.id)
-        return replace(bound, device_id=entered.device.id), Entry(leaves=leaves)
-    if owner is None or old is None:
-        return None, None
-    if wishes.rotation is not None:
-        now = life.repository.now() // 1000
-        until = _listed_until(life, values, old, signs_in=wishes.sign_in)
-        moved = replace(
-            owner,
-            seen=now,
-            until=until,
-            predecessor=old.key,
-            signed_in=now + 1 if wishes.sign_in else owner.signed_in,
-        )
-        moves = old.key, owner.predecessor or old.key
-        return moved, Entry(moves=moves, unreachable=not wishes.rotation)
-    if life.repository.now() < (owner.seen + life.repository.settings.seen_interval) * 1000:
-        return owner, None
-    try:
-        return touch(life, owner, values, old), None
-    except CutOff:  # the next save that reaches the centre touches it
-        return owner, None
-
-
-def enter_roster(life: Lifecycle) -> bool:
-    """Enter a session with a new key in its user's roster, before its token leaves.
-
-    If the roster refuses a rotated session, it ends, and you get False. If the roster refuses a
-    sign-in, the session ends too, and this raises.
-    """
-    entry, record, owner = life.entry, life.seen.record, _owner(life)
-    if entry is None:
-        return True
-    if record is None or record.key != entry.key:  # it wasn't stored
-        life.entry = None
-        return True
-    repository = life.repository
-    if owner is not None and (entry.binding is not None or entry.moves):
-        if entry.binding is not None:
-            entered = _enter(life, entry.binding, record.key, owner.until)
-        else:
-            entered = _enter_rotated(life, owner, record.key, entry.moves)
-        if entered.refused:
-            _discard(life, record)
-            if entry.leaves is not None:
-                repository.leave_roster(entry.leaves[0], entry.leaves[1])
-            if entry.binding is None:
-                life.ended = True
-                repository.events.emit(WriteDropped, record.key, "revoked before it was rotated")
-                return False
-            raise refusal(repository, owner.user_id, entered.refused)
-    life.entry = None
-    if entry.leaves is not None:
-        left, key = entry.leaves
-        repository.leave_roster(left, key)
-        repository.events.emit(SessionUnbound, left.user_id, left.device_id)
-    return True
-
-
-def _discard(life: Lifecycle, record: Record) -> bool:
-    """Delete a session that was refused. No client has its token. False after an outage."""
-    life.forget()  # before the delete, which may be interrupted
-    life.cookie = "keep" if life.presented().checked is None else "delete"
-    try:
-        with because("refused"):
-            life.repository.delete(record.key, leave_roster=False)
-    except (StoreUnavailable, UnreadableRecord) as error:
-        logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
-        return False
-    return True
-
-
-def take_back(life: Lifecycle) -> None:
-    """The roster could not be changed, and so no response carries the token of a stored session.
-
-    Without a token that leads to it, it ends, or its entry could take the place of another device.
-    Three round trips. Never raises for an outage.
-    """
-    entry, record, owner = life.entry, life.seen.record, _owner(life)
-    if entry is None or record is None or owner is None or not entry.unreachable:
-        return
-    if record.key == entry.key and _discard(life, record):
-        life.repository.leave_roster(owner, record.key, *entry.moves)
-        if entry.leaves is not None:
-            life.repository.leave_roster(*entry.leaves)
-
-
-def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:
-    """Enter the session under ``key``, and end the oldest sessions over the limit."""
-    repository, user_id = life.repository, binding.user_id
-    rosters, now = repository.rosters, repository.now() // 1000
-    device = Device(
-        binding.device_id,
-        key,
-        now,
-        now,
-        until,
-        binding.label or _label(life),
-        _network(life),
-        binding.tags,
-        binding.remembered,
-    )
-
-    def step(roster: Roster) -> tuple[Roster, Entered]:
-        entered = enter(roster, device, binding.since, rosters.limit, rosters.policy)
-        return entered.roster, entered
-
-    entered = rosters.change(user_id, step, binding.found)
-    if entered.refused == "full":
-        _drop_absent(repository, user_id, entered.roster)
-        entered = rosters.change(user_id, step)
-    if entered.refused:
-        return entered
-    if entered.over:
-        repository.events.emit(DeviceLimitReached, user_id, rosters.limit, entered.over)
-        if repository.settings.max_per_user is None:
-            logger.warning("A user has more than %d sessions: the oldest ends", rosters.limit)
-    _finish(repository, user_id, entered.roster, "limit" if entered.over else None)
-    device_id = entered.device.id if entered.device else ""
-    repository.events.emit(SessionBound, user_id, device_id, key, _how(binding))
-    return entered
-
-
-def _how(binding: Binding) -> str:
-    if binding.since.epoch is None:
-        return "earlier version"
-    return "sign-in" if binding.fresh else "remember-me"
-
-
-def _finish(repository: Repository, user_id: str, roster: Roster, reason: str | None) -> None:
-    try:
-        finish(repository, user_id, roster.ending, reason)
-    except LogoutUnconfirmed as error:
-        logger.error("Sessions ended, but replicas have not confirmed it: %s", error)
-
-
-def _enter_rotated(life: Lifecycle, owner: Owner, key: str, before: Collection[str]) -> Entered:
-    return _touch(life, owner, key, before, life.repository.now() // 1000)
-
-
-def touch(life: Lifecycle, owner: Owner, values: Mapping[str, bytes], old: Record) -> Owner:
-    """The owner to store with a session that keeps its key. Raises ``Revoked``."""
-    now, until = life.repository.now() // 1000, _listed_until(life, values, old)
-    before = () if owner.predecessor is None else (owner.predecessor,)
-    touched = replace(owner, seen=now, until=until, predecessor=None)
-    entered = _touch(life, touched, old.key, before, now)
-    if not entered.refused:
-        return touched
-    finish_if_possible(life.repository, owner.user_id, entered.roster.ending)
-    raise Revoked
-
-
-def _touch(life: Lifecycle, owner: Owner, key: str, before: Collection[str], now: int) -> Entered:
-    repository, network = life.repository, _network(life)
-    interval = repository.settings.seen_interval
-
-    def step(roster: Roster) -> tuple[Roster, Entered]:
-        there = roster.by_id(owner.device_id)
-        if (
-            there is not None
-            and not there.ending
-            and there.key == key
-            and now < there.seen + interval
-            and owner.until <= there.expires
-        ):
-            return roster, Entered(roster, device=there)  # another request has touched it
-        entered = used(
-            roster,
-            owner.device_id,
-            key,
-            before,
-            seen=now,
-            expires=owner.until,
-            network=network,
-        )
-        return entered.roster, entered
-
-    entered = repository.rosters.change(owner.user_id, step)
-    if not entered.refused:
-        finish_if_possible(repository, owner.user_id, entered.roster.ending)
-    return entered
-
-
-def _implied_binding(
-    life: Lifecycle,
-    owner: Owner | None,
-    values: Mapping[str, bytes],
-    changed: Collection[str],
-    old: Record | None,
-) -> Binding | None:
-    """The binding that Flask-Login's key implies: it was set now, or by an earlier version."""
-    if LOGIN not in changed and (owner is not None or LOGIN not in values):
-        return None
-    if life.wishes.binding is not None:  # a later write makes it
-        return None
-    if not hasattr(life.app, "login_manager"):
-        return None
-    user_id = _login_of(life, values)
-    if user_id is None:
-        return NOBODY if owner is not None else None
-    if owner is not None and owner.user_id == user_id:
-        return None
-    if LOGIN in changed or old is None:
-        found = _check_roster(life, user_id)
-        return Binding(user_id, new_device_id(), Since(found.roster.epoch), found=found)
-    # Only its creation tells how old the sign-in can be.
-    return Binding(user_id, new_device_id(), Since(None, old.created_at))
-
-
-def _login_of(life: Lifecycle, values: Mapping[str, bytes]) -> str | None:
-    raw = values.get(LOGIN)
-    if raw is None:
-        return None
-    try:
-        return _checked(life.repository.codec.decode(split(raw)[1]))
-    except UnreadableRecord:
-        return None
-
-
-def _checked(user_id: object) -> str | None:
+def known_user(user_id: object) -> str | None:
     try:
         return checked_user_id(user_id)
     except ValueError:
         return None
-
-
-# -- while the session is in use
-
-
-def is_touch_due(life: Lifecycle) -> bool:
-    """Whether to save an unchanged session, so that the save touches its roster."""
-    body, values = life.seen.body, life.values.stored
-    owner = None if body is None else body.owner
-    if owner is None:
-        return (
-            LOGIN in values
-            and _implied_binding(life, None, values, (), life.seen.record) is not None
-        )
-    repository = life.repository
-    return repository.clock() >= owner.seen + repository.settings.seen_interval
-
-
-def is_revoked(life: Lifecycle) -> bool:
-    """After ``Revoked``: whether the session was really revoked. False if it was moved.
-
-    A revoked session ends. One round trip, one more to end it.
-    """
-    seen = life.seen
-    assert seen.record is not None
-    key, owner = seen.record.key, _owner(life)
-    if not life.catch_up():
-        return True
-    there, now = life.seen.record, _owner(life)
-    if there is not None and (there.key != key or (owner is not None and now is None)):
-        return False
-    if now is not None:
-        end_revoked(life.repository, key, now)
-    elif there is not None:  # signed in with an earlier version, before a revocation
-        life.repository.delete(key, leave_roster=False)
-    return True
-
-
-def _listed_until(
-    life: Lifecycle, values: Mapping[str, bytes], old: Record | None, *, signs_in: bool = False
-) -> int:
-    return life.repository.listed_until(values, life.lifetime, old, signs_in=signs_in)
-
-
-def _network(life: Lifecycle) -> bytes:
-    return b"" if life.request is None else network_of(life.request.remote_addr)
-
-
-def _label(life: Lifecycle) -> str:
-    """A name for the device, where the application gave none."""
-    if life.request is None or not life.repository.settings.device_labels:
-        return ""
-    return device_label(life.request.user_agent.string)
 
 
 def _checked_label(label: object) -> str:

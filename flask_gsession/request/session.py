@@ -40,12 +40,13 @@ from .large import LargeValues
 from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
 from .locking import Lock
 from .ownership import bind, device_id_of, signed_in_at, unbind, user_id_of
+from .rewriting import NotStored, rewrite
+from .saving import is_modified
 from .site_data import checked_kinds, clear_with_response
 from .state import IN_RESPONSE, IN_VIEW, SAVED, Presented
 from .tracking import TrackedValues
 from .transactions import Transaction
 from .user_values import UserLifecycle, values_of
-from .writing import NotStored, is_modified, rewrite
 
 _MAX_GRACE = 3600.0
 _LONGEST_TTL = 10 * 366 * 86400.0

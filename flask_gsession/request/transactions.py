@@ -8,8 +8,9 @@ from typing import Generic, TypeVar
 
 from ..errors import SessionEnded, TransactionMisused
 from .lifecycle import Lifecycle
+from .saving import commit
 from .state import Block, current_block
-from .writing import LostRace, commit
+from .writing import LostRace
 
 R = TypeVar("R")
 S = TypeVar("S")

@@ -12,10 +12,10 @@ from ..events import WriteDropped
 from ..opening import in_a_thread
 from ..processes import process
 from ..repository.repository import Repository
+from ..request.saving import end_request
 from ..request.session import UserValues
 from ..request.state import IN_VIEW, SAVED
 from ..request.user_values import UserLifecycle, user_lifecycle
-from ..request.writing import end_request
 
 
 class OpenUser:

@@ -18,17 +18,16 @@ from ..errors import (
 from ..events import UserValuesForgotten, logger
 from ..repository.repository import Repository
 from ..repository.user_values import UserValuesRepository
+from ..request.admission import note_own_revocation, sign_in_since
 from ..request.lifecycle import Lifecycle
 from ..request.ownership import (
     device_id_of,
-    note_own_revocation,
-    sign_in_since,
     stored_device_of,
     user_id_of,
 )
+from ..request.saving import bind_earlier
 from ..request.session import SessionData, lifecycle_of
 from ..request.user_values import values_of
-from ..request.writing import bind_earlier
 from .rebuilding import rebuild
 from .revoking import finish
 from .roster import Device, Roster, Since, mark_ending

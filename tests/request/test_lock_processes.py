@@ -17,7 +17,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from flask_gsession import LockLost, LockMisused, StoreUnavailable
-from flask_gsession.request.locking import _renewer
+from flask_gsession.request.lease_renewal import renewer
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
@@ -147,7 +147,7 @@ def test_a_fork_inside_a_lock(shared_url: str, store_prefix: str) -> None:
                 with pytest.raises(LockMisused):
                     lock.__exit__(None, None, None)
                 assert visitor.another_tab().ask(refused).status_code == 503
-                return [str(len(_renewer._locks))]
+                return [str(len(renewer._locks))]
 
             def refused(other: Any) -> None:
                 with other.lock(wait=0.01):

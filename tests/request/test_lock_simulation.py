@@ -21,8 +21,8 @@ from flask import Flask
 from flask_gsession import LockMisused, Session, SessionConflict, StoreUnavailable
 from flask_gsession.errors import Gone, LeaseLost, Stale
 from flask_gsession.interface import GSessionInterface
+from flask_gsession.request.saving import end_request
 from flask_gsession.request.session import SessionData, lifecycle_of
-from flask_gsession.request.writing import end_request
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Deleted, Record
 from flask_gsession.stores.lease import Lease
@@ -300,7 +300,7 @@ def search(seeds: range) -> tuple[int, str, Counter[str]]:
     counts: Counter[str] = Counter()
     with (
         simulated_surroundings(),
-        mock.patch("flask_gsession.request.locking._renewer", NoRenewer()),
+        mock.patch("flask_gsession.request.locking.renewer", NoRenewer()),
         mock.patch("logging.Logger.isEnabledFor", return_value=False),
     ):
         for seed in seeds:

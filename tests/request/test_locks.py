@@ -28,7 +28,8 @@ from flask_gsession import (
 )
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import LockAcquired, LockExpired, LockRefused, LockReleased
-from flask_gsession.request.locking import Lock, _renewer
+from flask_gsession.request.lease_renewal import renewer
+from flask_gsession.request.locking import Lock
 from flask_gsession.request.session import lifecycle_of
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import Replaced
@@ -678,7 +679,7 @@ def test_a_lock_is_held_as_long_as_its_holder_lives(make_site: SiteMaker) -> Non
     visitor.run(view)
     assert visitor.run(dict) == {"n": 1}
     assert is_free(site, visitor)
-    until(lambda: not _renewer._running)
+    until(lambda: not renewer._running)
 
 
 def test_a_lock_that_was_forgotten_runs_out(clock: FakeClock) -> None:
@@ -690,7 +691,7 @@ def test_a_lock_that_was_forgotten_runs_out(clock: FakeClock) -> None:
             session.lock(timeout=0.3).__enter__()
 
         visitor.run(view)
-        assert not list(_renewer._locks)
+        assert not list(renewer._locks)
         site.clock.advance(0.3)
         assert is_free(site, visitor)
 
@@ -714,8 +715,8 @@ def test_an_extension_that_fails_is_tried_again(clock: FakeClock) -> None:
 
 def let_the_renewer_end() -> None:
     """It would by itself, when it was time to extend the last lock."""
-    _renewer.run(lambda: None)
-    until(lambda: not _renewer._running)
+    renewer.run(lambda: None)
+    until(lambda: not renewer._running)
 
 
 def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

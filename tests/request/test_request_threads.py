@@ -102,7 +102,8 @@ class Work:
 
     def __init__(self, seed: int, session: Any, tab: Visitor) -> None:
         self.seed, self.session, self.tab = seed, session, tab
-        self.done: Counter[str] = Counter()
+        # With all its keys: ``Counter.__missing__`` lets another thread run in between.
+        self.done = Counter(log=0, hits=0, locked=0, transacted=0, refused=0)
         self.own: dict[str, int] = {}
         self.taken: list[str] = []
 

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from flask_gsession.errors import Gone
 from flask_gsession.repository.repository import Repository
-from flask_gsession.request import session, writing
+from flask_gsession.request import rewriting, saving, session, storing, writing
 from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.request.session import SessionData
 from flask_gsession.request.state import NO_WISHES
@@ -49,10 +49,10 @@ _save = MemoryStore.save
 _repository_save = Repository.save
 _apply = Merger.apply
 _catch_up = Lifecycle.catch_up
-_commit = writing.commit
+_commit = saving.commit
 _settle_attempts = Lifecycle._settle_attempts
 _draft_rotated = Repository.draft_rotated
-_rewrite = writing.rewrite
+_rewrite = rewriting.rewrite
 
 
 def _expect_any_version(
@@ -242,8 +242,8 @@ FURTHER = (
     Mutation("logout of the pointer only", MemoryStore, "delete", _delete_the_pointer_only),
     Mutation("pointers that last", Repository, "_pointer", _lasting_pointer),
     Mutation("login left to another rotation", Lifecycle, "catch_up", _leave_rotations_to_others),
-    Mutation("doubtful write repeated", writing, "commit", _commit_in_doubt),
-    Mutation("attempts forgotten", writing, "commit", _commit_without_attempts),
+    Mutation("doubtful write repeated", saving, "commit", _commit_in_doubt),
+    Mutation("attempts forgotten", saving, "commit", _commit_without_attempts),
     Mutation(
         "attempts forgotten at a refusal",
         Lifecycle,
@@ -258,11 +258,9 @@ FURTHER = (
         _settle_and_expect_none,
         among=lambda plan: plan.strikes,
     ),
-    Mutation(
-        "an old token that rotates", writing, "_needs_own_session", lambda *life, **how: False
-    ),
+    Mutation("an old token that rotates", writing, "needs_own_session", lambda *life, **how: False),
     Mutation("an old token that is asked to", Lifecycle, "rotate_soon", _rotate_with_any_token),
-    Mutation("an emptied session kept", writing, "worth_keeping", lambda values: True),
+    Mutation("an emptied session kept", storing, "worth_keeping", lambda values: True),
     Mutation("looked-at values forgotten", TrackedValues, "rebase", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
     Mutation("never renewed", Repository, "due", lambda *args: None),

@@ -23,9 +23,9 @@ from flask_gsession import Session, SessionConflict, StoreUnavailable
 from flask_gsession.interface import GSessionInterface
 from flask_gsession.repository import user_values
 from flask_gsession.repository.user_values import UserValuesRepository
-from flask_gsession.request import writing
+from flask_gsession.request import storing
+from flask_gsession.request.saving import end_request
 from flask_gsession.request.session import SessionData, lifecycle_of
-from flask_gsession.request.writing import end_request
 from tests.simulation.scheduler import (
     Fault,
     Interrupted,
@@ -195,7 +195,7 @@ def test_every_schedule_keeps_the_items() -> None:
 
 
 BREAKS: dict[str, tuple[Any, str, Any]] = {
-    "rotated first": (writing, "join_user", joined_late),
+    "rotated first": (storing, "join_user", joined_late),
     "nothing is remembered": (user_values, "joined", forgotten),
     "joined only once": (user_values, "joined", known_once),
     "any version": (UserValuesRepository, "update", any_version),

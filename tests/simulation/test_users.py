@@ -23,9 +23,9 @@ from flask import Flask
 from flask_gsession import Session, SessionConflict, StoreUnavailable
 from flask_gsession.errors import Gone, SignInRefused, Stale, TooManySessions
 from flask_gsession.interface import GSessionInterface
-from flask_gsession.request import ownership, writing
+from flask_gsession.request import roster_entries, storing
+from flask_gsession.request.saving import end_request
 from flask_gsession.request.session import SessionData, lifecycle_of
-from flask_gsession.request.writing import end_request
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Deleted, Record
 from flask_gsession.stores.memory import MemoryStore
@@ -341,12 +341,12 @@ def test_every_schedule_keeps_the_guarantees() -> None:
 
 
 BREAKS: dict[str, tuple[Any, str, Any]] = {
-    "the epoch is ignored": (ownership, "enter", entered_any),
-    "no entry": (writing, "enter_roster", entered_late),
-    "no move": (ownership, "_enter_rotated", moved_any),
+    "the epoch is ignored": (roster_entries, "enter", entered_any),
+    "no entry": (storing, "enter_roster", entered_late),
+    "no move": (roster_entries, "_enter_rotated", moved_any),
     "no mark": (roster, "mark_ending", marked_none),
     "no delete": (users, "finish", finished_by_dropping),
-    "no victims": (ownership, "_finish", lambda *_: None),
+    "no victims": (roster_entries, "_finish", lambda *_: None),
 }
 
 

@@ -17,7 +17,7 @@ import pytest
 from flask_login import LoginManager, UserMixin
 
 from flask_gsession.repository.repository import Repository
-from flask_gsession.request import ownership, writing
+from flask_gsession.request import roster_entries, storing
 from flask_gsession.stores.base import VERBS
 from flask_gsession.tokens import session_key
 from flask_gsession.users import roster, users
@@ -330,18 +330,18 @@ def looked_only(life: Any, binding: Any, key: str, until: int) -> Any:
         life.repository.rosters.limit = CAP
 
 
-_enter = ownership._enter
+_enter = roster_entries._enter
 #: What is broken, what takes its place, and an operation with what runs beside it.
 BREAKS: dict[str, tuple[Any, str, Any, str, str]] = {
-    "the epoch is ignored": (ownership, "enter", entered_any, "sign_in", "revoke_all"),
-    "no entry": (writing, "enter_roster", entered_late, "sign_in_anew", "revoke_all"),
-    "no move": (ownership, "_enter_rotated", moved_any, "rotate_at_once", "sign_in_anew"),
+    "the epoch is ignored": (roster_entries, "enter", entered_any, "sign_in", "revoke_all"),
+    "no entry": (storing, "enter_roster", entered_late, "sign_in_anew", "revoke_all"),
+    "no move": (roster_entries, "_enter_rotated", moved_any, "rotate_at_once", "sign_in_anew"),
     "no mark": (roster, "mark_ending", marked_none, "rotate_at_once", "revoke_all"),
     "no delete": (users, "finish", finished_by_dropping, "read", "revoke_all"),
-    "no victims": (ownership, "_finish", lambda *_: None, "sign_in", "sign_in_anew"),
-    "refusals are ignored": (ownership, "_enter", entered_anyway, "sign_in", "revoke_all"),
+    "no victims": (roster_entries, "_finish", lambda *_: None, "sign_in", "sign_in_anew"),
+    "refusals are ignored": (roster_entries, "_enter", entered_anyway, "sign_in", "revoke_all"),
     "nobody leaves": (Repository, "leave_roster", lambda *_: None, "log_out", "read"),
-    "the cap is looked at": (ownership, "_enter", looked_only, "sign_in", "sign_in_anew"),
+    "the cap is looked at": (roster_entries, "_enter", looked_only, "sign_in", "sign_in_anew"),
     "an old one enters": (roster, "is_revoked_since", lambda *_: False, "use_old", "revoke_all"),
 }  # fmt: skip
 

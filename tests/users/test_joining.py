@@ -18,7 +18,7 @@ from marshmallow.validate import Length
 from flask_gsession import StoreUnavailable
 from flask_gsession.repository import user_values
 from flask_gsession.repository.user_values import UserValuesRepository
-from flask_gsession.request import joining, writing
+from flask_gsession.request import joining, storing
 from flask_gsession.typed import SessionKey
 from flask_gsession.users import joins
 from flask_gsession.values.payload import CLOSED, Join
@@ -228,11 +228,11 @@ def any_version(self: Any, key: str, edit: Any, **_: Any) -> Any:
 
 _joined = joins.joined
 BREAKS: dict[str, tuple[Any, str, Any, Callable[..., None], Callable[[Case], None]]] = {
-    "rotated first": (writing, "join_user", joined_late, each_death, Case.add),
+    "rotated first": (storing, "join_user", joined_late, each_death, Case.add),
     "nothing is remembered": (user_values, "joined", forgotten, each_death, Case.add),
     "joined only once": (user_values, "joined", known_once, each_step, Case.add),
     "the id changes": (joining, "next_join", always_anew, each_death, Case.add),
-    "not closed": (writing, "close_join", lambda life: None, each_step, Case.add),
+    "not closed": (storing, "close_join", lambda life: None, each_step, Case.add),
     "any version": (UserValuesRepository, "update", any_version, each_step, Case.elsewhere),
 }
 

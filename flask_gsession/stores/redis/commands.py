@@ -125,11 +125,11 @@ class Commands:
 
     def now_text(self) -> bytes:
         """The same as scripts take it."""
-        return b"%d" % milliseconds(self.clock)
+        return b"%d" % int(self.clock() * 1000)
 
     def life(self, record: Record) -> bytes:
         """The milliseconds to keep the record for, at least 1."""
-        return b"%d" % max(1, record.idle_expires_at - milliseconds(self.clock))
+        return b"%d" % max(1, record.idle_expires_at - int(self.clock() * 1000))
 
     def deadline(self) -> float:
         """When a call that begins now has to end."""

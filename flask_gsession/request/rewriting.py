@@ -1,0 +1,102 @@
+"""Replaces or removes the value of one key in the store now: ``update_atomic`` and ``take``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from ..errors import SessionEnded, UnreadableRecord, ValueLost
+from ..values.merge import Change, last, reject
+from ..values.references import holds
+from .lifecycle import Lifecycle
+from .saving import commit
+from .state import current_block
+from .storing import Edit
+from .writing import Write, needs_own_session
+
+
+class NotStored(SessionEnded):
+    """This request itself has ended or emptied the session."""
+
+
+def rewrite(
+    life: Lifecycle,
+    key: str,
+    replace: Callable[[bytes | None], bytes | None],
+    what: str,
+    *,
+    settle: Callable[[bytes | None], None],
+    recover: Callable[[bytes, ValueLost], None],
+) -> None:
+    """Store ``replace(raw)`` for the encoded value of ``key`` now; None removes the key.
+
+    ``replace`` runs again after a lost race, and may call the application. This request's other
+    changes stay pending. A change of this very key is stored first. ``settle`` gets the stored
+    value. ``recover`` is called for a large value that is lost. Raises ``SessionEnded`` if the
+    session has ended, ``NotStored`` if this request ended it.
+    """
+    _Rewrite(life, what, key=key, replace=replace, settle=settle, recover=recover).run()
+    if life.seen.record is None:
+        raise SessionEnded
+
+
+class _Rewrite(Write, eq=False, kw_only=True):
+    """Replaces the value of one key in the store; see ``rewrite``."""
+
+    key: str
+    replace: Callable[[bytes | None], bytes | None]
+    settle: Callable[[bytes | None], None]
+    recover: Callable[[bytes, ValueLost], None]
+
+    def run(self) -> bool:
+        what = "" if self.life.repository.edge is None else self.unmergeable()
+        if what:
+            self.life.check_reaches_centre(what)
+        return super().run()
+
+    def unmergeable(self) -> str:
+        life, key = self.life, self.key
+        is_take = self.what == "take"
+        policy = life.repository.merger.policy_of(key, life.policies)
+        if not is_take and policy not in (last, reject):
+            return ""  # it can be merged
+        return f"{self.what} of session[{ascii(key)[:60]}]"
+
+    def edit(self) -> Edit | None:
+        if self.stale is not None and not self.catch_up():
+            return None
+        life, key = self.life, self.key
+        while True:
+            with life.mutex:
+                if needs_own_session(life, rotating=True):  # even inside a lock
+                    life.start_own_session()
+                beside = life.block is not None and current_block.get() is not life.block
+                if not beside and life.seen.record is not None and life.values.has_changed(key):
+                    commit(life)
+                seen, values = life.seen, life.values
+                if seen.record is None:
+                    raise SessionEnded if life.ended else NotStored
+                stored = values.unexpired()
+                raw = stored.get(key)
+            try:
+                changed = self.replace(raw)
+            except UnreadableRecord as error:
+                life.refuse(error.reason, error.detail)
+                raise SessionEnded from None
+            except ValueLost as error:
+                assert raw is not None  # a value was lost
+                self.recover(raw, error)
+                continue
+            if changed != raw and not holds(raw, changed):
+                stored = dict(stored)
+                if changed is None:
+                    del stored[key]
+                else:
+                    stored[key] = changed
+                change = {key: Change(raw, changed)}
+                return Edit(seen, stored, change, settle=partial(self.settle, changed))
+            with life.mutex:
+                if life.seen is seen:
+                    if not values.has_changed(key):
+                        self.settle(raw)
+                    return None

@@ -1,0 +1,220 @@
+"""One write of a session: sends it to the store, and adopts the stored state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from msgspec.structs import replace
+from werkzeug.exceptions import HTTPException
+
+from ..errors import CutOff, GSessionError, LogoutUnconfirmed, StoreUnavailable
+from ..events import SessionCreated, SessionDestroyed, SessionRotated, SessionSaved, SessionUnbound
+from ..repository.repository import PERMANENT
+from ..stores.base import Record
+from ..stores.interrupts import signal_interruption
+from ..users.rosters import LOGIN
+from ..values.merge import Change
+from ..values.payload import Body
+from .joining import close_join, join_user, note_join
+from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, Lifecycle, worth_keeping
+from .roster_entries import enter_roster, prepare_owner, touch
+from .state import NO_WISHES, Attempt, HidesFields, Seen, Wishes
+
+
+class Edit(HidesFields, frozen=True):
+    """The values to store over the state that was ``seen``.
+
+    ``values`` are all values in encoded form. ``changes`` are the request's own among them, which
+    stay pending until they are stored. Then ``settle`` is called, under the mutex.
+    """
+
+    seen: Seen
+    values: dict[str, bytes]
+    changes: Mapping[str, Change]
+    wishes: Wishes = NO_WISHES
+    settle: Callable[[], None] | None = None
+
+
+#: Event types with their details, to emit when a write is complete; missing confirmations too.
+Written = tuple[list[tuple[Any, ...]], LogoutUnconfirmed | None]
+
+
+def store(life: Lifecycle, step: Edit, lost: int) -> Written:
+    """Send one write, and adopt the stored state. The caller holds the mutex.
+
+    ``lost``: how many races this write has lost so far.
+    """
+    repository, wishes, old = life.repository, step.wishes, step.seen.record
+    merged = step.values
+    owner = None if old is None or life.seen.body is None else life.seen.body.owner
+    if old is not None and step.settle is None and not (worth_keeping(merged) or life.must_stay()):
+        if wishes.binding is not None:
+            bound = bool(wishes.binding.user_id)
+        else:  # a user stays signed in, although the last message was shown
+            bound = owner is not None and LOGIN not in step.changes
+        if not bound and (owner is None or step.changes.keys() - {CONFIRMED} or wishes.cleared):
+            return _end(life, old)
+    stored = merged
+    others = sys.maxsize if old is None else len(old.payload)
+    before, has_large = life.values.stored, life.has_large
+    if has_large or repository.has_large_value(merged, step.changes, others):
+        body = Body(merged, life.lifetime, has_large=True)
+        stored = life.unreferenced.write_large(
+            body, old.absolute_expires_at if old else None, before
+        )
+        has_large = life.has_large
+    body = life.body(stored, has_large=has_large)
+    entry = None
+    joining: Collection[str] = ()
+    body.owner = owner
+    plain = wishes.binding is None and wishes.rotation is None and LOGIN not in step.changes
+    settled = owner is None and LOGIN not in merged
+    if owner is not None:  # most saves of a bound session have nothing to do for its user
+        settled = repository.clock() < owner.seen + repository.settings.seen_interval
+    if not (plain and settled):
+        body.owner, entry = prepare_owner(life, merged, step.changes, wishes, old)
+        if body.joins or life.behind is not None or repository.user_keys:
+            joining = join_user(life, body, step.changes, old)
+        if joining:
+            merged, stored = _without(merged, joining), _without(stored, joining)
+            owner, body = body.owner, life.body(stored, has_large=has_large)
+            body.owner, body.joins = owner, ()
+    if body.joins or repository.user_keys:
+        note_join(life, body, old)
+    toggled = PERMANENT in step.changes and (
+        repository.is_permanent(merged) != repository.is_permanent(before)
+    )
+    restart = toggled or wishes.lifetime is not None
+    token: str | None = None
+    if old is None:
+        token, record = repository.draft_new(body)
+    elif wishes.rotation is not None:
+        signs_in = wishes.sign_in or (entry is not None and entry.binding is not None)
+        renew = restart or life.renews
+        token, record = repository.draft_rotated(old, body, renew=renew, signs_in=signs_in)
+    else:
+        record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
+        if body.owner is not None and record.idle_expires_at > body.owner.until * 1000:
+            # It is renewed for longer than ever before, and its roster must know that first.
+            try:
+                body.owner = touch(life, body.owner, merged, old)
+                record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
+            except CutOff:
+                end = max(old.idle_expires_at, body.owner.until * 1000)
+                record = record._replace(idle_expires_at=min(record.idle_expires_at, end))
+    changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
+    pending = step.settle is None
+    if entry is not None:
+        entry = replace(entry, key=record.key)
+    attempt = Attempt(record, token, body, changes if pending else NO_CHANGES, wishes, entry)
+    life.attempts = {**life.attempts, record.version: attempt}
+    if entry is not None:
+        life.entry = entry
+    unconfirmed = None
+    try:
+        if old is None:
+            repository.create(record)
+        elif wishes.rotation is not None:
+            unconfirmed = repository.rotate(
+                old, record, body, wishes.rotation, life.lease, shorten=restart
+            )
+        else:
+            repository.save(old, record, body, life.lease, shorten=restart)
+    except (GSessionError, HTTPException) as error:
+        # After any other exception, or any that a signal handler raised, the outcome is unknown.
+        if not isinstance(error, StoreUnavailable) and signal_interruption(error) is None:
+            attempts = dict(life.attempts)
+            del attempts[record.version]
+            life.attempts = attempts
+            life.entry = None
+        raise
+    moved = old is not None and record.idle_expires_at != old.idle_expires_at
+    if pending:
+        life.values.mark_saved(stored, changes)
+    else:
+        _take_over(life, step, stored, changes)
+    for key in joining:
+        life.values.drop(key)
+    if token is not None:
+        life.cookie = "set"
+        current: str | None = token
+    else:
+        current = step.seen.token
+        if current is not None and (toggled or (moved and repository.is_permanent(stored))):
+            life.cookie = "set"
+    life.seen = Seen(current, record, body, presented=step.seen.presented)
+    if pending and life.wishes is not NO_WISHES:
+        left = life.wishes
+        rotation = None if wishes.rotation is not None else left.rotation
+        binding = None if wishes.binding is not None else left.binding
+        done = rotation is None and binding is None
+        life.wishes = (
+            NO_WISHES if done else Wishes(rotation=rotation, binding=binding, sign_in=left.sign_in)
+        )
+    # This write replaced the version that earlier attempts meant to replace, so they failed.
+    life.attempts = NO_ATTEMPTS
+    if has_large:
+        life.unreferenced.release_replaced(before, stored)
+    if life.entry is not None and not enter_roster(life):
+        return [], None
+    if life.joined is not None:
+        close_join(life)
+    if old is None:
+        return [(SessionCreated, record.key)], None
+    happened: list[tuple[Any, ...]] = [(SessionSaved, record.key, len(record.payload), lost)]
+    if token is not None:
+        happened.insert(0, (SessionRotated, record.key, old.key))
+    return happened, unconfirmed
+
+
+def _without(values: dict[str, bytes], keys: Collection[str]) -> dict[str, bytes]:
+    return {key: raw for key, raw in values.items() if key not in keys}
+
+
+def _take_over(
+    life: Lifecycle, step: Edit, stored: dict[str, bytes], changes: Mapping[str, Change]
+) -> None:
+    """One value was replaced in the store. Changes of other keys stay pending."""
+    values = life.values
+    if life.trace is not None:
+        for key, change in changes.items():
+            life.trace.stored(key, change.base, change.mine)
+    changed = {key: values.has_changed(key) for key in changes}
+    values.rebase(stored)
+    assert step.settle is not None
+    if not any(changed.values()):
+        step.settle()
+    if not worth_keeping(stored) and (step.seen.body is None or step.seen.body.owner is None):
+        life.wish(cleared=True)  # if it is still empty then, it ends with the response
+
+
+def _end(life: Lifecycle, old: Record) -> Written:
+    """The request emptied the session: end it, in the version it saw."""
+    unconfirmed: LogoutUnconfirmed | None = None
+    life.end_old_session()
+    try:
+        life.repository.end(old, life.seen.body, life.lease)
+    except LogoutUnconfirmed as error:
+        unconfirmed = error
+    if life.seen.body is not None and life.seen.body.owner is not None:
+        owner = life.seen.body.owner
+        life.repository.leave_roster(owner, old.key)
+        life.repository.events.emit(SessionUnbound, owner.user_id, owner.device_id)
+    before = life.values.stored if life.has_large else None
+    life.forget()
+    life.cookie = "delete"
+    if before is not None:
+        life.unreferenced.release_replaced(before, None)
+    return [(SessionDestroyed, old.key)], unconfirmed
+
+
+def _as_stored(
+    changes: Mapping[str, Change], merged: Mapping[str, bytes], stored: Mapping[str, bytes]
+) -> Mapping[str, Change]:
+    """The changes, with references in place of large values."""
+    return {
+        key: change if merged.get(key) is not change.mine else Change(change.base, stored.get(key))
+        for key, change in changes.items()
+    }
