@@ -173,6 +173,65 @@ def test_a_full_disk_refuses_and_keeps(
     assert at(network.centre, visitor).run(dict) == {"n": 2}
 
 
+@pytest.mark.parametrize("operation", ["withdrawn", "rotated"])
+@pytest.mark.parametrize("grace", [0, 60])
+def test_a_disk_that_is_full_at_a_rotation_loses_no_session(
+    network: Network,
+    edge: EdgeSite,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    grace: int,
+) -> None:
+    visitor = known(edge)
+    former = at(edge, visitor)
+
+    def full(*_: object) -> None:
+        raise NodeUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edge.edge.copy, operation, full)
+        response = visitor.ask(lambda session: session.rotate(grace=grace))
+    assert response.status_code == (503 if operation == "withdrawn" else 200)
+    assert visitor.run(dict) == at(network.centre, visitor).run(dict) == {"n": 1}
+    edge.cut()
+    assert visitor.run(dict) == {"n": 1}
+    if operation == "rotated":
+        assert former.ask(dict).status_code == 503  # no copy is served under the old token
+
+
+@pytest.mark.parametrize("grace", [0, 60])
+def test_a_change_during_a_rotation_is_merged_or_reported(
+    network: Network, edge: EdgeSite, grace: int
+) -> None:
+    """One worker asks the centre for a new token, one reads the session, one is cut off."""
+    visitor = known(edge)
+    with network.edge("a") as reader, network.edge("a") as writer:
+        there = at(writer, visitor)
+        assert there.run(dict) == {"n": 1}
+
+        def meanwhile(operation: str) -> None:
+            if operation == "replace":
+                assert at(reader, former).run(dict) == {"n": 1}
+                writer.cut()
+                there.run(add)
+
+        former = at(edge, visitor)
+        edge.wire.hook = meanwhile
+        visitor.run(lambda session: session.rotate(grace=grace))
+        settled = writer.settle()
+        assert (settled.changes, settled.dropped) == ((1, 0) if grace else (0, 1))
+        assert visitor.run(dict) == {"n": 2 if grace else 1}
+        assert former.run(dict) == ({"n": 2} if grace else {})
+
+
+def test_a_refused_rotation_leaves_the_copy(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.wire.mute = True  # so that its outcome isn't known
+    assert visitor.ask(lambda session: session.rotate(grace=0)).status_code == 503
+    assert edge.edge.cut_off
+    assert visitor.run(dict) == {"n": 1}
+
+
 def test_a_clock_that_is_set_back_extends_nothing(network: Network, edge: EdgeSite) -> None:
     visitor = known(edge)
     edge.cut()

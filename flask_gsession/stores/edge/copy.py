@@ -126,6 +126,15 @@ class Copy:
             self._bury(db, record)
 
     @in_transaction(durable=True)
+    def withdrawn(self, db: sqlite3.Connection, key: str) -> Row | None:
+        """Serve this copy no longer: the centre is about to rotate the session; the copy."""
+        row = self._rows.select(db, key)
+        if row is None or row.state is not State.PLAIN:
+            return None
+        self._rows.remove(db, key)
+        return row
+
+    @in_transaction()
     def rotated(
         self,
         db: sqlite3.Connection,
@@ -136,7 +145,9 @@ class Copy:
     ) -> None:
         """The centre rotated the session under ``key``."""
         there = self._rows.select(db, key)
-        if pointer is None:
+        if there is not None and there.queued is not None:
+            pass  # changed meanwhile, which settling merges or reports
+        elif pointer is None:
             self._bury(db, record._replace(key=key) if there is None else there.record)
         else:
             end = self._copy_ends(pointer, confirmed_at)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from ...errors import CutOff, Gone, StoreUnavailable
+from ...errors import CutOff, Gone, Stale, StoreUnavailable
 from ...events import logger
 from ..base import OTHER_ENDS, Deleted, Record, Replaced, Store
 from ..parts import Edge, EdgeFigures, Reconciler, Settled, parts_of
@@ -206,9 +206,16 @@ class EdgeStore(Wrapper, Edge):
         if key[-1:] in OTHER_ENDS:
             return ask(key, record, expected_version, pointer, *more)
         self.check_settled(key, "a new token")
+        # First, while the centre has changed nothing: a full disk may refuse that.
+        copied = self.copy.withdrawn(key)
         began = self.copy.now()
-        replaced = ask(key, record, expected_version, pointer, *more)
-        self.copy.rotated(key, record, pointer, began)
+        try:
+            replaced = ask(key, record, expected_version, pointer, *more)
+        except (Stale, StoreUnavailable):
+            if copied is not None:
+                self._note(self.copy.copied, copied.record, copied.confirmed_at)
+            raise
+        self._note(self.copy.rotated, key, record, pointer, began)
         return replaced
 
     def delete(self, key: str, expected_version: int | None = None) -> Deleted | bool:
