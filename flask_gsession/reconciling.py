@@ -39,7 +39,8 @@ from .values.references import refers
 #: A record at the centre by which nodes see that they can read each other's.
 GREETING_KEY = "flask-gsession-edge-greeting".ljust(KEY_LENGTH, "-")
 _GREETING = 1  # its version
-_LIFE, _REFRESH = 30 * 86_400_000, 86_400_000  # milliseconds
+# Milliseconds. Short, since keys that are right were perhaps replaced while no node settled.
+_LIFE, _REFRESH = 86_400_000, 3_600_000
 #: The errors by which a merge policy refuses; the last one with ``abort``.
 _REFUSED = (SessionConflict, ValueRefused, HTTPException)
 _MARKS = 16  # nodes that a session remembers
@@ -73,8 +74,9 @@ class SessionReconciler(Reconciler):
                     )
         except UnreadableRecord as error:
             return (
-                f"the centre's sessions have other keys ({error}): use the same "
-                "SESSION_ENCRYPTION_KEYS on all nodes; until then nothing is settled"
+                f"nodes of this centre use other keys ({error}): use the same "
+                "SESSION_ENCRYPTION_KEYS on all nodes; until then nothing is settled, nor for a "
+                "day after a node with other keys last settled"
             )
         now = repository.now()
         if there is None or now - there.created_at > _REFRESH:

@@ -15,6 +15,7 @@ from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock
 from flask_gsession.users.rosters import roster_key
 from tests.edge.story import add, at, known
+from tests.harness.apps import until
 from tests.harness.edges import EdgeSite, Network
 
 
@@ -67,9 +68,11 @@ def test_a_centre_with_other_keys_is_refused(network: Network) -> None:
         visitor.run(add)
         settled = other.settle()
         assert settled.changes == 0
-        assert "other keys" in settled.trouble
+        assert "use other keys" in settled.trouble
         assert other.edge.figures().changes == 1
         assert visitor.run(dict) == {"n": 1}
+        network.centre.clock.advance(86_400)  # since one with the former keys settled
+        assert other.settle().trouble == ""
 
 
 def test_a_centre_of_another_version_is_refused(network: Network, edge: EdgeSite) -> None:
@@ -277,6 +280,24 @@ def test_two_applications_may_share_a_file(network: Network, edge: EdgeSite) -> 
         assert edge.edge.figures().changes == 1
     assert edge.settle() == (0, 1, 0, "", True)
     assert visitor.run(dict) == {"n": 2}
+
+
+def test_a_damaged_file_refuses_and_says_so(
+    network: Network, edge: EdgeSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    visitor = known(edge)
+    path = edge.edge.copy.file.path
+    edge.edge.copy.file.close()
+    with open(path, "r+b") as file:
+        file.write(b"damaged " * 1000)
+    for action in (dict, add, lambda session: session.destroy()):
+        assert visitor.ask(action).status_code == 503
+    assert at(network.centre, visitor).run(dict) == {"n": 1}
+    edge.edge._worker.interval = 0.01
+    assert visitor.ask(dict).status_code == 503  # starts the thread
+    until(lambda: "tries again" in caplog.text)
+    assert "the file of this edge: sqlite: file is not a database" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_one_session_in_trouble_keeps_no_other_waiting(network: Network, edge: EdgeSite) -> None:

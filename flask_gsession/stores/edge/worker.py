@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
 from collections.abc import Callable
 
+from ...errors import StoreUnavailable
 from ...events import logger
 from ...processes import is_at_work, process, runs_threads
 
@@ -90,8 +92,14 @@ class Worker:
                 elif time.monotonic() >= due:
                     failures = 0 if settle() else failures + 1
                     due = time.monotonic() + self._pause(failures)
-            except Exception:
-                logger.exception("An edge could not settle, and tries again")
+            except Exception as error:
+                known = isinstance(error, StoreUnavailable)  # as for a damaged file
+                logger.log(
+                    logging.WARNING if known else logging.ERROR,
+                    "An edge could not settle, and tries again: %s",
+                    error,
+                    exc_info=not known,
+                )
                 failures += 1
                 due = time.monotonic() + self._pause(failures)
 
