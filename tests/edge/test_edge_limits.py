@@ -265,6 +265,36 @@ def test_a_load_on_its_way_overwrites_nothing(network: Network, edge: EdgeSite, 
         assert at(network.centre, visitor).run(dict) == ({} if ends else {"n": 2})
 
 
+@pytest.mark.parametrize("operation", ["load", "save"])
+def test_an_end_that_was_seen_is_not_forgotten(
+    network: Network, edge: EdgeSite, operation: str
+) -> None:
+    visitor = known(edge)
+    there, here = at(network.centre, visitor), [at(edge, visitor) for _ in range(2)]
+
+    def end(name: str) -> None:
+        if name == operation:
+            edge.wire.hook = lambda name: None
+            there.run(lambda session: session.destroy())
+
+    edge.clock.advance(60)  # so that a read asks the centre
+    edge.wire.hook = end
+    here[0].ask(dict if operation == "load" else add)
+    edge.cut()
+    assert here[1].ask(dict).status_code == 503
+
+
+def test_a_logout_under_the_former_token_ends_the_copy(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    former = at(edge, visitor)
+    visitor.run(lambda session: session.rotate(grace=60))
+    edge.cut()
+    former.run(lambda session: session.destroy())
+    assert visitor.run(dict) == {}
+    edge.settle()
+    assert at(network.centre, visitor).run(dict) == {}
+
+
 def test_two_applications_may_share_a_file(network: Network, edge: EdgeSite) -> None:
     visitor = known(edge)
     edge.cut()
