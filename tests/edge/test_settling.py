@@ -109,6 +109,34 @@ def test_two_settlers_at_once_do_no_harm(network: Network) -> None:
         check(edge, cookies)
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+@pytest.mark.parametrize("logs_out", [False, True])
+def test_a_settler_that_was_stopped_creates_nothing_that_ended(
+    network: Network, logs_out: bool
+) -> None:
+    with network.edge("a") as edge, network.edge("a") as other:
+        edge.cut()
+        visitor = edge.visitor()
+        visitor.run(add)
+        there, handle = at(other, visitor), visitor.run(lambda session: session.handle)
+
+        def overtake(name: str) -> None:
+            row = edge.edge.copy.get(handle)
+            if name == "create" and row is not None and row.sent is not None:
+                edge.wire.hook = lambda name: None
+                edge.clock.advance(11)
+                assert other.settle().dropped == 1
+                assert there.run(dict) == {}
+                if logs_out:
+                    there.run(lambda session: session.destroy())
+
+        edge.back()
+        edge.wire.hook = overtake
+        assert edge.settle().changes == 0
+        assert edge.edge.figures().dropped == 1
+        assert at(network.centre, visitor).run(dict) == {}
+
+
 def test_writes_go_on_while_it_settles(network: Network) -> None:
     """Two workers of a node, and the centre, all write to the same sessions."""
     with network.edge("a") as edge, network.edge("a") as other:

@@ -362,24 +362,25 @@ class Copy:
         there: Record,
         pointers: list[Record],
         confirmed_at: int,
-    ) -> None:
+    ) -> bool:
         """The centre has the sent changes of this row, in the record ``there``.
 
-        ``pointers`` lead to it. Later changes stay queued.
+        ``pointers`` lead to it. Later changes stay queued. False if the session has ended here.
         """
         now = self._rows.select(db, row.record.key)
         if now is None or now.number != row.number or now.state is not row.state:
-            return
+            return now is None or now.state is not State.ENDED
         assert row.sent is not None
         db.execute("UPDATE gsession_edge_node SET settled = settled + 1")
         if now.record == row.sent:
             self._rows.remove(db, row.record.key)
             for record in (*pointers, there):
                 self._rows.copy(db, record, confirmed_at, self._copy_ends(record, confirmed_at))
-            return
+            return True
         queued = self._rows.next_number(db, self.now())
         rest = Row(now.record, State.CHANGED, confirmed_at, queued, base=row.sent)
         self._rows.insert(db, rest, now.record.absolute_expires_at)
+        return True
 
     @in_transaction()
     def dropped(self, db: sqlite3.Connection, row: Row, *, counts: bool = True) -> Row | None:
@@ -389,7 +390,10 @@ class Copy:
             return None
         if now.state is not row.state or now.number != row.number:
             return None
-        self._rows.remove(db, row.record.key)
+        if now.sent is not None and now.state is State.CREATED:
+            self._bury(db, now.record)  # another settler may still be about to create it
+        else:
+            self._rows.remove(db, row.record.key)
         db.execute("UPDATE gsession_edge_node SET dropped = dropped + ?", (counts,))
         return now
 

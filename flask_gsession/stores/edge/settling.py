@@ -154,7 +154,9 @@ class _Run:
         assert noted.sent is not None
         began = self._copy.now()
         if created and not pushed and self._create(noted):
-            self._copy.arrived(noted, noted.sent, [], began)
+            if not self._copy.arrived(noted, noted.sent, [], began):
+                self._centre.delete(noted.record.key)  # it was given up while this one was stopped
+                return
             self.changes += 1
             return
         for _ in range(_ATTEMPTS):
