@@ -59,6 +59,13 @@ class Write(Struct, eq=False):
     stale: Seen | None = None  # set if another request has replaced it
     taken: int = 0
 
+    def __repr__(self) -> str:
+        """Hides the values, since error trackers store local variables."""
+        return f"<{type(self).__name__}>"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return []
+
     def edit(self) -> Edit | None:
         """The values to store; None if there are none. Runs again after each lost race."""
         raise NotImplementedError

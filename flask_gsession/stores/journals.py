@@ -17,6 +17,9 @@ class Entries(NamedTuple):
     entries: list[tuple[int, bytes]]
     first: int
 
+    def __repr__(self) -> str:
+        return f"<Entries: {len(self.entries)}>"  # they name users
+
 
 class JournalFigures(NamedTuple):
     """The state of a journal: its ``first`` and ``last`` number (both 0: empty).
