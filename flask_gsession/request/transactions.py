@@ -63,9 +63,9 @@ class Transaction(Generic[S]):
         life = self._life
         life.check_store()
         life.check_reaches_centre("a transaction")
-        seen_before = life.opened
-        life.open_from_store("a transaction")
-        with life.mutex:
+        with life.mutex:  # or another thread's change after the first look would be rolled back
+            seen_before = life.opened
+            life.open_from_store("a transaction")
             life.check_not_in_retried_code("A second transaction")
             if life.locked and (life.block is None or current_block.get() is not life.block):
                 # Their changes could not be stored or rolled back separately.

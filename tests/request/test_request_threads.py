@@ -14,6 +14,7 @@ import pytest
 from flask import copy_current_request_context
 
 from flask_gsession import LockMisused, SessionConflict, TransactionMisused
+from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import STUCK, Site, SiteMaker, Visitor
 
@@ -190,6 +191,35 @@ def test_changes_by_threads_of_a_request_are_stored(memory: Site, seed: int) -> 
     assert all(stored[f"tab{number}"] == 1 for number in range(ROUNDS // 2))
     left = [stored[key] for key in onces if key in stored]
     assert sorted([*work.taken, *left]) == sorted(onces.values())
+
+
+def test_a_change_right_after_the_first_look_of_a_transaction_is_kept(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread makes it before the block begins, and the block is rolled back."""
+    visitor = a_visitor(site, {"a": 0})
+    look = Lifecycle.open_from_store
+
+    def view(session: Any) -> None:
+        other = threading.Thread(
+            target=copy_current_request_context(lambda: session.update(beside=1))
+        )
+
+        def look_and_be_overtaken(life: Lifecycle, what: str) -> Any:
+            monkeypatch.setattr(Lifecycle, "open_from_store", look)
+            try:
+                return look(life, what)
+            finally:
+                other.start()
+                other.join(0.2)
+
+        monkeypatch.setattr(Lifecycle, "open_from_store", look_and_be_overtaken)
+        with pytest.raises(ZeroDivisionError), session.transaction():
+            session["a"] = 1 / 0
+        other.join(STUCK)
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"a": 0, "beside": 1}
 
 
 def test_a_transaction_beside_a_lock_of_another_thread_is_refused(memory: Site) -> None:
