@@ -138,7 +138,7 @@ def test_without_threads_the_start_says_what_needs_them(
         assert word in line
     before = names()
     site.log_in("alice")
-    assert names() == before
+    assert names() <= before  # threads of earlier tests may end
     site.ext.close(site.app)
 
 
