@@ -139,7 +139,7 @@ def test_the_metadata_is_complete(wheel: Path) -> None:
     assert {extra for names in named for extra in names.split(",")} <= extras
 
 
-@pytest.mark.parametrize("extra", ["", "redis"])
+@pytest.mark.parametrize("extra", ["", pytest.param("redis", marks=pytest.mark.long)])
 def test_the_quickstart_runs_from_the_wheel(
     extra: str, wheel: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

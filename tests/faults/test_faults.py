@@ -22,6 +22,7 @@ from tests.faults.inject import FAULTS, Fault
 from tests.faults.modes import Mode, modes
 from tests.faults.scenario import Outcome as Ran
 from tests.faults.scenario import run
+from tests.harness.marks import long
 
 GRACE = 2.0
 BUDGET = 3.0
@@ -348,7 +349,7 @@ CAUGHT = {
 
 
 @pytest.mark.parametrize("mode", ["sqlite"], indirect=True)
-@pytest.mark.parametrize("broken", CAUGHT)
+@pytest.mark.parametrize("broken", long(CAUGHT, {"create on save", "answer from memory"}))
 def test_a_broken_store_is_found_out(mode: Mode, broken: str) -> None:
     assert broken in BREAKS
     for seconds in (0.8, 4.0, 20.0):

@@ -415,6 +415,7 @@ def test_a_forked_process_has_its_own(sqlite_url: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.long
 def test_under_gunicorn(tmp_path: Path) -> None:
     """A worker that is told to end in the middle of a clean-up leaves the rest to others."""
     (tmp_path / "instance").mkdir()

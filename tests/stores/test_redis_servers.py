@@ -252,6 +252,7 @@ def test_a_server_that_is_not_a_primary_is_not_used(
         shop.store.load("A" * 43)
 
 
+@pytest.mark.long
 def test_without_sentinels_the_connections_that_are_there_go_on(
     sentinels: RedisSentinels, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
