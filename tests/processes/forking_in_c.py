@@ -163,7 +163,8 @@ def inside_a_request(url: str, _: Path) -> Any:
 
 def locks(url: str, _: Path) -> Any:
     """A lock that is held across the fork, and one that the child takes and has extended."""
-    site = make_site(url, "forks:", lock_timeout=1, lock_wait=DEADLINE, lock_warn=None)
+    # No lock is extended, which opens the store again, between the close and the fork.
+    site = make_site(url, "forks:", lock_timeout=4, lock_wait=DEADLINE, lock_warn=None)
     extended = threading.Event()
     leases: Any = site.ext.store(site.app).leases
     extend = leases.extend
