@@ -831,7 +831,8 @@ def test_the_same_form_many_times_at_once_is_one_order(open_shop: Opener, store_
         answers = set(threads.map(press, range(6)))
     assert stock_of(app, "KIT-101") == 12
     assert order_count(app) == 1
-    assert answers == {"/orders/1"}
+    # A press that comes after the order finds an empty cart.
+    assert {"/orders/1"} <= answers <= {"/orders/1", "/cart"}
     assert visitor.cart() == {}
 
 

@@ -92,7 +92,11 @@ def watched(page: Page, shop: str) -> list[str]:
         if request.failure != "net::ERR_ABORTED":  # the page was left before it came
             complaints.append(f"{request.failure}: {request.url}")
 
-    page.on("console", lambda message: complaints.append(message.text))
+    def look_at_message(text: str) -> None:
+        if "401 (UNAUTHORIZED)" not in text:  # the page listens, and the session has ended
+            complaints.append(text)
+
+    page.on("console", lambda message: look_at_message(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", look_at_request)
     page.on("requestfailed", look_at_failure)

@@ -496,6 +496,7 @@ def test_a_deadline_by_signal_comes_out(kind: type[Exception], lasting: ServeCom
 
 
 # As the test that it runs: a strike may land in a garbage collection.
+@pytest.mark.unsteady  # a signal inside gRPC can leave it without answers in this process
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_real_signals_count_once(far: HookedStore) -> None:
     """Wherever the timer strikes, also while the request is on its way or in the other process."""
