@@ -15,17 +15,17 @@ from ..stores.parts import Edge, parts_of
 from .common import choose_interface, json_option, print_store, session_name, session_option
 
 
-@click.group(short_help="See and settle what waits at an edge node for its centre.")
+@click.group(short_help="Show or settle the changes that wait at an edge node.")
 def edge() -> None:
-    """See and settle what waits at an edge node for its centre."""
+    """Show or settle the changes that wait at an edge node for its centre."""
 
 
-@edge.command(short_help="Show what waits for the centre.")
+@edge.command(short_help="Show the waiting changes.")
 @session_option
 @json_option
 @with_appcontext
 def status(cookie: str | None, as_json: bool) -> None:
-    """Show what waits for the centre, and whether it answers."""
+    """Show the changes that wait for the centre, and whether the centre answers."""
     interface = choose_interface(cookie)
     part = _edge(interface)
     print_store(interface)
@@ -88,7 +88,7 @@ def _edge(interface: GSessionInterface) -> Edge:
     part = parts_of(interface.store).edge
     if part is None:
         raise click.ClickException(
-            f"{session_name(interface)}: the store is no edge; SESSION_STORE of an edge node "
+            f"{session_name(interface)}: the store is not an edge; on an edge node, SESSION_STORE "
             "begins with edge+sqlite:///"
         )
     return part

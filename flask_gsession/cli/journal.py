@@ -25,11 +25,11 @@ from .common import (
 _COLUMNS = ("handle", "owner", "device", "reason", "by", "previous", "missed")
 
 
-@click.command(short_help="Print what became of sessions, from the journal.")
-@click.option("--consumer", metavar="NAME", help="Whose place in the journal is kept.")
+@click.command(short_help="Print the events of the journal.")
+@click.option("--consumer", metavar="NAME", help="Continue where this consumer left off.")
 @click.option("--follow", is_flag=True, help="Wait for more events instead of ending.")
 @click.option("--no-ack", is_flag=True, help="Print the events, but don't acknowledge them.")
-@click.option("--forget", is_flag=True, help="Remove the consumer, which then begins again.")
+@click.option("--forget", is_flag=True, help="Forget how far the consumer has read.")
 @session_option
 @json_option
 @with_appcontext
@@ -41,10 +41,10 @@ def events(
     cookie: str | None,
     as_json: bool,
 ) -> None:
-    """Print what became of sessions since this consumer acknowledged its last event.
+    """Print the journal's events that this consumer has not acknowledged yet.
 
-    One event a line. They are acknowledged once they are written to standard output, so after a
-    crash some may come again. Also enters sessions that have expired into the journal.
+    Prints one event per line, and acknowledges events once they are written to standard output.
+    So after a crash, some may be printed again. Also adds expired sessions to the journal.
 
     Without --consumer, shows the state of the journal and of its consumers.
     """

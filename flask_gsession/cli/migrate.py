@@ -171,7 +171,7 @@ def _problems(interface: GSessionInterface, takeover: Takeover, migration: Migra
     elif migration.latest_end > takeover.until:
         problems.append(
             f"SESSION_IMPORT_UNTIL is {format_time(takeover.until)}, and old sessions last until "
-            f"{format_time(migration.latest_end)}: users who come back in between log in once more"
+            f"{format_time(migration.latest_end)}: users who come back in between must log in again"
         )
     return problems
 

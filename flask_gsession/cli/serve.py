@@ -62,7 +62,7 @@ def serve(
     paths = {"cert": cert, "key": key, "ca": ca}
     given = {name: path for name, path in paths.items() if path is not None}
     if not 1 <= threads <= 1000:
-        raise click.UsageError("--threads is 1 to 1000")
+        raise click.UsageError("--threads must be 1 to 1000")
     try:
         services = _services(app, interface, user, ext_authz)
     except ImportError as error:
@@ -122,8 +122,8 @@ def _server(
         grants = FULL_POWER
     else:
         raise SettingError(
-            f"{address} can be reached by others than you: say with --grants FILE which services "
-            "may do what, or listen on a Unix socket"
+            f"{address} is open to other users and machines: pass --grants FILE, which lists what "
+            "each service may do, or listen on a Unix socket"
         )
     server = Server(services, grants, interface.repository.events, threads)
     server.listen(address, files)

@@ -161,7 +161,7 @@ def _found(
 def _sorted(
     interface: GSessionInterface, found: Iterator[Facts], sort: str, most: int | None
 ) -> list[Facts]:
-    """The first ``most`` sessions in this order. Holds no more of them in memory."""
+    """The first ``most`` sessions in this order. Keeps only these in memory."""
     order = _ORDERS[sort]
     with progress("reading sessions", partial(estimate_count, interface)) as advance:
 

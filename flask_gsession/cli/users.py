@@ -229,7 +229,7 @@ def forget(user: str, yes: bool, cookie: str | None, as_json: bool) -> None:
 
 
 def _check_foreign(interface: GSessionInterface, yes: bool) -> None:
-    """Fails if this command rather than the lists lacks the key, and asks otherwise."""
+    """Refuse if this command has no encryption keys at all. Otherwise, ask first."""
     foreign, number = count_foreign(interface.repository)
     if not foreign:
         return
@@ -242,7 +242,8 @@ def _check_foreign(interface: GSessionInterface, yes: bool) -> None:
     if not yes:
         click.confirm(
             f"{foreign} of {number} lists need an encryption key or a version that this command "
-            "doesn't have. Workers that have it lose them, too, and sessions that can't be read "
-            f"end. Replace {'it' if foreign == 1 else 'them'} in {store_location(interface)}?",
+            "doesn't have. Replacing them also takes them from workers that can read them, and "
+            f"ends sessions that can't be read. Replace {'it' if foreign == 1 else 'them'} in "
+            f"{store_location(interface)}?",
             abort=True,
         )

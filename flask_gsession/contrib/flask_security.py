@@ -1,8 +1,8 @@
-"""Active sessions for Flask-Security: who is signed in where, and revocations that hold.
+"""Lists and ends the sessions of Flask-Security's users.
 
-Flask-Security knows a user by an ``fs_uniquifier`` and changes it to end all sessions: at a new
-password, at a reset, and when access is reset. A session is bound to it at the sign-in, by
-Flask-Login's signal. Here, the sessions of the old one end with it, in the store too.
+Flask-Security identifies a user by an ``fs_uniquifier``, and changes it to end all sessions of the
+user: when the password changes or is reset, and when access is reset. Flask-Login's signal binds a
+session to it at the sign-in. This module also ends the old one's sessions in the store.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ _FACTORS = {
 
 
 class ActiveSessions:
-    """Keeps the list of a user's sessions in step with Flask-Security.
+    """Ends a user's sessions in the store when Flask-Security ends them.
 
     ``app``: the application, after ``Session(app)`` and ``Security(app, …)``; or call ``init_app``
     later. ``factors``: whether a change of a second factor, a passkey or a way of signing in ends
     the user's other sessions, too.
 
     A change of a user's ``fs_uniquifier`` ends the user's other sessions: a changed password, a
-    reset, ``reset_user_access``. So do ``deactivate_user``, ``toggle_active`` and ``delete_user``
-    with all of them. If the store fails, they raise ``RevocationUnfinished`` (503); Flask-Security
-    refuses the old sessions all the same. A sign-in notes in the tags of the session how the user
-    proved who they are. Costs as much as ``ext.users.revoke_others``. Source: OWASP ASVS 7.4.2,
-    7.4.3.
+    reset, ``reset_user_access``. ``deactivate_user``, ``toggle_active`` and ``delete_user`` end all
+    of them. If the store fails, these raise ``RevocationUnfinished`` (503), but Flask-Security
+    refuses the old sessions anyway. A sign-in notes in the session's tags how the user
+    authenticated. Costs as much as ``ext.users.revoke_others``. Source: OWASP ASVS 7.4.2, 7.4.3.
     """
 
     def __init__(self, app: Flask | None = None, *, factors: bool = False) -> None:
@@ -59,7 +58,7 @@ class ActiveSessions:
                 "ActiveSessions(app) needs Session(app) and Security(app, datastore) before it"
             )
         if app.extensions.setdefault(_DONE, self) is not self:
-            raise SettingError("ActiveSessions is on the application already")
+            raise SettingError("The application has ActiveSessions already")
         signals.user_authenticated.connect(_signed_in, app)
         if self._factors:
             for name, reason in _FACTORS.items():
@@ -90,7 +89,7 @@ def _follow(datastore: Any, method: str) -> None:
 
 
 def _end_sessions(user_id: str, reason: str, *, but_this: bool = False) -> None:
-    # First in the database and then here, so that the old sessions are dead in any case.
+    # The database changed first, so the old sessions are dead even if this fails.
     users = _ext().users
     session = _session()
     if but_this and session is not None and session.owner == user_id:
@@ -112,7 +111,7 @@ def _signed_in(app: Flask, user: Any, authn_via: Any = None, **_: Any) -> None:
 def _changed_factor(app: Flask, user: Any, reason: str, **_: Any) -> None:
     session = _session()
     user_id = user.get_id()
-    # In the middle of a sign-in, there is nothing to keep yet.
+    # In the middle of a sign-in, there is no session to keep yet.
     if session is not None and session.owner == user_id and not session.new:
         _end_sessions(user_id, reason, but_this=True)
 

@@ -1,4 +1,4 @@
-"""The metrics of an edge node, brought up to date at the end of a request, once a second."""
+"""The metrics of an edge node, updated at the end of a request, at most once a second."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..errors import StoreUnavailable
 from ..stores.parts import Edge
 from .metrics_figures import Figures
 
-_INTERVAL = 1.0  # seconds between two looks
+_INTERVAL = 1.0  # seconds between two updates
 
 
 class EdgeWatch:
-    """Shows in ``figures`` the changes that wait at the node for its centre."""
+    """Updates the figures on the changes that wait at the node for its centre."""
 
     def __init__(self, figures: Figures, edge: Edge, session: str) -> None:
         self._edge = edge

@@ -159,12 +159,12 @@ class Figures:
             "session",
         )  # fmt: skip
         self.edge_dropped = self._gauge(
-            "edge_dropped", "Sessions whose changes this edge gave up so far", "max", "session"
+            "edge_dropped", "Sessions whose changes this edge has given up", "max", "session"
         )
 
     @cached_property
     def journal(self) -> tuple[Gauge, Gauge, Gauge]:
-        """What is kept, waits and is behind: only there if an application keeps a journal."""
+        """Events kept, expired sessions waiting, backlogs. Created only for a journal."""
         return (
             self._gauge("journal_events", "Events that the journal keeps", "max", "session"),
             self._gauge(

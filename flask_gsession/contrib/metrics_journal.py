@@ -1,4 +1,4 @@
-"""The metrics of the journal, brought up to date at the end of a request, now and then."""
+"""The metrics of the journal, updated at the end of a request, at most every 30 seconds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..errors import StoreUnavailable
 from ..stores.journals import Journal
 from .metrics_figures import Figures
 
-_INTERVAL = 30.0  # seconds between two looks of a process
+_INTERVAL = 30.0  # seconds between two updates in a process
 
 
 class JournalWatch:
-    """Shows in ``figures`` how much is kept, what waits for the sweep, and who is behind."""
+    """Updates the counts of events, of expired sessions not swept yet, and of each backlog."""
 
     def __init__(self, figures: Figures, journal: Journal, session: str) -> None:
         self._journal = journal

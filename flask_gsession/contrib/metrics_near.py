@@ -1,4 +1,4 @@
-"""The metrics of the near cache, brought up to date at the end of each request."""
+"""The metrics of the near cache, updated at the end of each request."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from ..stores.parts import NearReads
 from .metrics_figures import Figures
 
 _RESULTS = ("hit", "miss", "bypass")
-_INTERVAL = 1.0  # seconds between two looks at the age
+_INTERVAL = 1.0  # seconds between two updates of the age
 
 
 class NearWatch:
-    """Adds to ``figures`` what happened at ``near`` since the last look.
+    """Adds the reads of ``near`` since the last update to ``figures``.
 
-    A read from the cache takes about a microsecond, and counting it would take as long: so the
-    cache counts by itself.
+    The cache counts its own reads: one takes about a microsecond, and so would a metric.
     """
 
     def __init__(self, figures: Figures, near: NearReads, session: str) -> None:

@@ -84,7 +84,7 @@ class BackChannelLogout:
         life.open_from_store("a sign-in")
         tag = tag_of(self._issuer, "sid", sid) if sid else tag_of(self._issuer, "sub", sub)
         all_tags = (*tags, tag)
-        # In this order: see the module of the records.
+        # The order matters: see the module of the records.
         epoch = rosters.look(user).roster.epoch
         records, began = SignIns(repository, self._issuer), int(life.began.time * 1000)
         if sid:

@@ -1,7 +1,7 @@
 """Reads cachelib's storage format for Flask-Session, since cachelib itself would unpickle it.
 
-A file holds four bytes, its expiry in seconds (0: never), and a pickle. In Redis the pickle stands
-behind an exclamation mark.
+A file holds its expiry in seconds (four bytes; 0: never), and a pickle. In Redis, an exclamation
+mark precedes the pickle.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CacheFiles(ForeignValues):
                 raise _failed("delete", error) from None
 
     def names(self, prefix: str) -> Iterator[str]:
-        raise NotImplementedError("the name of a file is a hash: which session it is can't be seen")
+        raise NotImplementedError("the files are named by hashes, so their sessions are unknown")
 
     def _paths(self, name: str) -> list[str]:
         key = name.encode()
@@ -81,7 +81,7 @@ class CacheStrings(ForeignValues):
         if found is None:
             return None
         if found.value[:1] != b"!":
-            raise UnreadableRecord("corrupt", "no pickle of cachelib")
+            raise UnreadableRecord("corrupt", "not a pickle of cachelib")
         return found._replace(value=found.value[1:])
 
     def delete(self, name: str) -> None:

@@ -24,10 +24,10 @@ def owner_of(repository: Repository, body: Body, contents: Contents) -> Owner | 
 
 
 def enter(repository: Repository, loaded: Loaded, since: Since, network: bytes) -> bool:
-    """Enter a session in its user's roster, unless it is there; False: it may not be used.
+    """Enter a session in its user's roster. Returns False if the session may not be used.
 
-    Its token may leave only after that. Two round trips, one if it is there, none without a user.
-    Sessions beyond ``SESSION_MAX_PER_USER`` end, which costs more.
+    Send its token only after that. Two round trips; one if it is entered already, none without a
+    user. Sessions beyond ``SESSION_MAX_PER_USER`` end, which costs more.
     """
     record, owner = loaded.record, loaded.body.owner
     if owner is None:

@@ -20,7 +20,7 @@ from .lasting import is_lasting, may_be_lasting
 class Exporter:
     """Writes all sessions and the values of users to an archive.
 
-    While an import is on, also what keeps old cookies dead.
+    During an import, also the records that keep old cookies dead.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -74,7 +74,7 @@ class Exporter:
             body = repository.read(record.key, record)
             values = body.values.values() if body is not None and body.has_large else ()
             references = [reference_in(raw) for raw in values if refers(raw)]
-        except UnreadableRecord:  # for the application that imports it to judge
+        except UnreadableRecord:  # the application that imports it may be able to read it
             return
         end = record.idle_expires_at + BLOB_GRACE
         for reference in references:

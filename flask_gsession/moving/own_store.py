@@ -85,7 +85,7 @@ class OwnStoreSource:
         return True
 
     def since(self, old: Old) -> Since:
-        # The roster let the session in, or saw it, at that time.
+        # When it was signed in, or last seen in its roster.
         record: Any = old.stored
         body = self._old.read(old.name, record)
         seen = 0 if body is None or body.owner is None else body.owner.seen

@@ -1,4 +1,4 @@
-"""Has pickles that name classes read by another process, ``unpickling``.
+"""Lets another process, ``unpickling``, read the pickles that name classes.
 
 Neither side unpickles what the other sends: values come in the encoding of our own codec.
 """
@@ -109,7 +109,7 @@ class PickleProcess:
         if process is None:
             return
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with its forks: it leads a session of its own
+            os.killpg(process.pid, signal.SIGKILL)  # its forks too: it leads their process group
         process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None

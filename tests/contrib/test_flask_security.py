@@ -188,5 +188,5 @@ def test_what_set_up_needs() -> None:
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_it_is_set_up_once(make_site: SiteMaker) -> None:
     site = with_sessions(make_site(config=PLAIN))
-    with pytest.raises(SettingError, match="is on the application already"):
+    with pytest.raises(SettingError, match="has ActiveSessions already"):
         ActiveSessions(site.app)

@@ -90,7 +90,7 @@ def test_another_store_is_no_edge() -> None:
     Session(app, store="memory://")
     result = app.test_cli_runner().invoke(gsession, ["edge", "status"])
     assert result.exit_code == 1
-    assert "the store is no edge" in result.output
+    assert "the store is not an edge" in result.output
 
 
 def opened(url: str, folder: Path) -> Any:

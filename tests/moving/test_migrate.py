@@ -455,7 +455,7 @@ def test_a_check_of_the_date(make: SiteMaker, old: Old) -> None:
     old.add(a=1)
     soon = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=5)
     site = make(config={**old.config, "SESSION_IMPORT_UNTIL": soon})
-    assert "users who come back in between log in once more" in migrate(site, "--check", status=1)
+    assert "users who come back in between must log in again" in migrate(site, "--check", status=1)
 
 
 # Where old sessions are -----------------------------------------------------------------------

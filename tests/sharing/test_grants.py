@@ -395,7 +395,7 @@ def run(*options: str, store: str = MEMORY) -> Any:
         (("--grpc", "0.0.0.0:7443", "--grants", "x"), "from other machines"),
         (("--grpc", "127.0.0.1:0", "--grants", "/nowhere"), "/nowhere"),
         (("--grpc", "0.0.0.0:0", "--cert", "/nowhere"), "one of cert and key"),
-        (("--grpc", "unix:/x", "--threads", "0"), "--threads is 1 to 1000"),
+        (("--grpc", "unix:/x", "--threads", "0"), "--threads must be 1 to 1000"),
         ((), "--grpc"),
     ],
 )
