@@ -30,6 +30,7 @@ from flask_gsession.stores.mongodb import MongoDBStore
 from flask_gsession.stores.mongodb import health as mongodb_health
 from flask_gsession.testing import FakeClock, StoreContract, a_record
 from tests.harness.apps import Site, SiteMaker, hasty
+from tests.harness.marks import long
 from tests.harness.topologies import HOST, MongoAuthTLS, MongoReplicaSet, until
 
 pytest_plugins = ["tests.harness.topologies"]
@@ -53,11 +54,14 @@ def replica_set(mongo_replica_set: MongoReplicaSet) -> Iterator[MongoReplicaSet]
     mongo_replica_set.start()
 
 
-@pytest.fixture(
-    params=["replica set", "majority reads", "linearizable reads", "least rights and TLS"]
-)
+SETUPS = ["replica set", "least rights and TLS", "majority reads", "linearizable reads"]
+# `test_reads_as_the_url_wants_them` shows the difference between the read concerns.
+RARE = {"majority reads", "linearizable reads"}
+
+
+@pytest.fixture(params=SETUPS)
 def url(request: pytest.FixtureRequest) -> str:
-    """MongoDB in each manner in turn."""
+    """A MongoDB URL for each setup in turn."""
     if request.param == "least rights and TLS":
         server: MongoAuthTLS = request.getfixturevalue("mongo_auth_tls")
         return server.url_of_rights(published_rights(), "gsession", "gsession_blobs")
@@ -67,8 +71,9 @@ def url(request: pytest.FixtureRequest) -> str:
     return replica_set.url + options
 
 
+@pytest.mark.parametrize("url", long(SETUPS, RARE), indirect=True)
 class TestContract(StoreContract):
-    """The store contract in each manner."""
+    """The store contract in each setup."""
 
     @pytest.fixture(autouse=True)
     def _where(self, url: str, store_prefix: str) -> None:

@@ -90,6 +90,7 @@ class TestCluster(OnServers):
         self.url, self.prefix = redis_cluster.url, store_prefix
 
 
+@pytest.mark.long  # the commands are those of the other setups; the tests below connect by TLS
 class TestTLS(OnServers):
     @pytest.fixture(autouse=True)
     def servers(self, redis_tls: RedisTLS, store_prefix: str) -> None:
@@ -719,7 +720,8 @@ def test_a_server_that_is_no_cluster(own_redis: RedisServer, open_shop: Opener) 
 def test_tls_with_our_own_authority_reaches_the_servers(
     redis_tls: RedisTLS, open_shop: Opener, scheme: str, path: str, said: str
 ) -> None:
-    """This one is neither a sentinel nor in a cluster, and says so: over TLS."""
+    """The server is neither a sentinel nor in a cluster, and says so over TLS."""
+    assert open_shop(redis_tls.url).count() == 1
     address = f"{scheme}://{HOST}:{redis_tls.tls_port}{path}"
     options = redis_tls.url.partition("?")[2]
     with pytest.raises(StoreUnavailable, match=said):
