@@ -1,1 +1,1 @@
-"""The journal: what became of every session, for consumers such as a SIEM."""
+"""The journal: the events of every session, for consumers such as a SIEM."""

@@ -17,7 +17,7 @@ from .store import JournalingStore
 from .sweeping import Sweeper
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-_AT_ONCE = 200  # entries in one read
+_AT_ONCE = 200  # entries per read
 _POLL = 1.0  # seconds
 MOST_SHOWN = 50  # events on a page for people
 _LONGEST_PAUSE = 30.0  # seconds, while the store can't be reached
@@ -27,14 +27,13 @@ _LONGEST_PAUSE = 30.0  # seconds, while the store can't be reached
 class JournalEvent:
     """One event of a session. Holds no token and no value.
 
-    ``number``: its place in the journal; a repeat of an event that was not acknowledged has the
-    same one. ``kind``: ``"created"``, ``"bound"``, ``"rotated"``, ``"ended"``, ``"expired"``, or
-    ``"gap"``, if ``missed`` events were removed before this consumer read them. ``time``: when it
-    happened; of ``"expired"``, when the session ended by its own times. ``handle``: of the session,
-    which changes with each rotation; ``previous`` is the one before. ``owner`` and ``device``: the
-    user it is bound to, and the id that stays the same through rotations. ``reason`` and ``by``:
-    why it ended and who ended it. ``id``: after a crash, an event may be in the journal twice, with
-    the same id.
+    ``number``: its place in the journal, the same if the event is repeated. ``kind``:
+    ``"created"``, ``"bound"``, ``"rotated"``, ``"ended"``, ``"expired"``, or ``"gap"`` if
+    ``missed`` events were removed before this consumer read them. ``time``: when it happened; for
+    ``"expired"``, when the session timed out. ``handle``: of the session, which changes with each
+    rotation; ``previous`` is the one before. ``owner`` and ``device``: the user of the session, and
+    the id that stays the same through rotations. ``reason`` and ``by``: why the session ended, and
+    who ended it. ``id``: after a crash, an event may be in the journal twice, with the same id.
     """
 
     number: int
@@ -51,7 +50,7 @@ class JournalEvent:
     _acknowledge: Callable[[int], None] = field(default=lambda number: None, repr=False)
 
     def ack(self) -> None:
-        """Acknowledge this event and all before it: they don't come again. One round trip.
+        """Acknowledge this event and all before it, so you don't get them again. One round trip.
 
         Raises ``StoreUnavailable``.
         """
@@ -76,22 +75,22 @@ class JournalEvent:
 
 
 def check_consumer(name: object) -> str:
-    """The name of a consumer. Raises ``ValueError``."""
+    """``name``, if a consumer can have it. Otherwise raises ``ValueError``."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"the consumer is {name!r}; allowed: a name of up to 64 letters, digits and . _ -, "
+            f"the consumer is {name!r}; allowed: a name of 1 to 64 letters, digits and . _ -, "
             'such as "siem"'
         )
     return name
 
 
 class Consumer:
-    """The events that ``name`` hasn't acknowledged, in order. Iterate over it.
+    """Iterates over the events that ``name`` hasn't acknowledged, in order.
 
-    Run one process for each name: two of them would both get every event.
+    Run one process per name: two would both get every event.
 
-    ``follow``: wait for more instead of ending; an outage of the store is then waited for, too.
-    ``sweep``: whether to sweep meanwhile, see ``Sweeper``. ``poll``: seconds between two looks.
+    ``follow``: wait for more events instead of ending, and wait out outages of the store.
+    ``sweep``: also sweep now and then, see ``Sweeper``. ``poll``: seconds between two reads.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class Consumer:
             yield from events
 
     def batches(self) -> Iterator[list[JournalEvent]]:
-        """The same events, as many at once as there are, up to 200."""
+        """The same events in lists of up to 200."""
         at: int | None = None
         failures = 0
         while True:
@@ -149,7 +148,7 @@ class Consumer:
             entries, first = journal.read(0, 1)
             if not entries:
                 return []
-            at = first - 1  # a new consumer begins with what is there, and misses nothing then
+            at = first - 1  # a new consumer gets all events that are kept
             journal.acknowledge(self.name, at)
         return next_events(self._store, self._clock, at, self._acknowledge)
 
@@ -158,7 +157,7 @@ class Consumer:
 
 
 def latest_events(store: JournalingStore, before: int = 0) -> list[JournalEvent]:
-    """The last events, or those before this number, the latest first. Acknowledges nothing."""
+    """The last events, or the last before this number, latest first. Acknowledges none."""
     figures = store.journal.figures()
     end = min(before - 1, figures.last) if before else figures.last
     entries = store.journal.read(max(0, end - MOST_SHOWN), MOST_SHOWN).entries
@@ -177,7 +176,7 @@ def next_events(
     acknowledge: Callable[[int], None] = lambda number: None,
     limit: int = _AT_ONCE,
 ) -> list[JournalEvent]:
-    """Up to ``limit`` events after this number, and before them a gap if some were removed."""
+    """Up to ``limit`` events after this number. Begins with a gap if some were removed."""
     entries, first = store.journal.read(after, limit)
     events = []
     if first > after + 1 and entries:

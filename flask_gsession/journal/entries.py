@@ -1,4 +1,4 @@
-"""What an entry of the journal says, and how it is written: as JSON, without token or value."""
+"""The entries of the journal, in JSON. They hold no tokens and no values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = (CREATED, BOUND, ROTATED, ENDED, EXPIRED)
 class Entry(Struct, frozen=True, omit_defaults=True):
     """One entry. ``at``: milliseconds since 1970. ``previous``: the handle before a rotation.
 
-    ``id``: at random. After a crash an entry may be added twice; both have the same one.
+    ``id``: random. A crash may make a store add an entry twice, with the same id.
     """
 
     at: int
@@ -40,7 +40,7 @@ _decode = as_json.Decoder(Entry).decode
 
 
 def unpack(data: bytes) -> Entry:
-    """The entry. One that can't be read is passed on as such, so that it blocks no consumer."""
+    """The entry. A malformed one has the kind ``"unreadable"``, so it blocks no consumer."""
     try:
         return _decode(data)
     except (DecodeError, RecursionError):

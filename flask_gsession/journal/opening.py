@@ -22,17 +22,17 @@ def with_journal(store: Store, most: int, clock: Clock) -> JournalingStore:
 
 def _advice(store: Store) -> str:
     if parts_of(store).edge is not None:
-        return "Of edge nodes the centre keeps it: set SESSION_JOURNAL on all others, and not here"
+        return "The centre keeps the journal of edge nodes: set SESSION_JOURNAL there instead"
     if type(store).__name__ == "RemoteStore":
         return (
-            "The application behind flask gsession serve keeps it: set SESSION_JOURNAL there, "
-            "and not here"
+            "The application behind flask gsession serve keeps it: set SESSION_JOURNAL there "
+            "instead"
         )
-    return "It works with Redis, MongoDB, SQLite and memory, and a store with the part journal"
+    return "It works with Redis, MongoDB, SQLite and memory, or your own store with a journal part"
 
 
 def describe_by(store: JournalingStore, repository: Repository) -> None:
-    """Let entries of ``store`` say whose the sessions of ``repository`` are."""
+    """Let entries of ``store`` name the users of the sessions in ``repository``."""
 
     def describe(record: Record) -> Subject:
         owner = repository.owner_of(record)

@@ -1,4 +1,4 @@
-"""A store around a store that writes the journal: every end is in it before the session is gone."""
+"""A wrapper that writes the journal: it records each end before the session is gone."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ..stores.support import reason_of_end
 from ..stores.wrappers.wrapper import Wrapper
 from .entries import BOUND, CREATED, ENDED, EXPIRED, ROTATED, Entry
 
-_RACES = 100  # with saves, while a session is ended
-_PASSED = 256  # pointers that are remembered
-_SWEPT = 500  # expired sessions in one step
-_CURSOR = "journal"  # of a clean-up that has more expired sessions to enter
+_RACES = 100  # saves that may get in the way of one delete
+_PASSED = 256  # remembered pointers
+_SWEPT = 500  # expired sessions per step
+_CURSOR = "journal"  # of a clean-up that has more expired sessions to add
 
 
 class Subject(NamedTuple):
-    """Whose session it is. ``previous``: the key in the roster that it was rotated from."""
+    """The user of a session. ``previous``: the key in the roster that it was rotated from."""
 
     owner: str | None = None
     device: str | None = None
@@ -42,9 +42,9 @@ NOBODY = Subject()
 
 
 class JournalingStore(Wrapper):
-    """``store``, whose part ``journal`` makes the writes of sessions. Other records pass by.
+    """Writes sessions through the part ``journal`` of ``store``, and other records directly.
 
-    Entries say whose session it was, which only the application can read: see ``use``.
+    Entries name the user of a session, which only the application can read: see ``use``.
     """
 
     journal: Journal
@@ -64,7 +64,7 @@ class JournalingStore(Wrapper):
         self.upkeep = _JournalingUpkeep(self, self.upkeep)
 
     def use(self, describe: Callable[[Record], Subject]) -> None:
-        """Let ``describe`` say whose a session is; it must not raise."""
+        """Get the user of a session from ``describe``, which must not raise."""
         self._describe = describe
 
     # The verbs.
@@ -145,8 +145,8 @@ class JournalingStore(Wrapper):
             try:
                 return self._delete(key)
             except (Gone, Stale):
-                continue  # saved or rotated meanwhile
-        raise StoreUnavailable(f"the session was written {_RACES} times while it was to end")
+                continue  # saved or rotated in between
+        raise StoreUnavailable(f"the session changed {_RACES} times before it could be ended")
 
     def end_version(self, key: str, expected_version: int, lease: str | None) -> Deleted | bool:
         """Delete this version, under a lease or not."""
@@ -200,7 +200,7 @@ class JournalingStore(Wrapper):
     # Entries.
 
     def append_bound(self, key: str, owner: str, device: str) -> None:
-        """The session under ``key``, which keeps its key, is bound to this user now."""
+        """Record that the session under ``key`` was bound to this user, without a new key."""
         entry = self._entry(BOUND, key, Subject(owner, device))
         self.journal.append(_packed([entry]))
 
@@ -211,17 +211,17 @@ class JournalingStore(Wrapper):
         return Entry(end, EXPIRED, record.key, whose.owner, whose.device, why)
 
     def sweep(self, limit: int = _SWEPT) -> int:
-        """Enter sessions that have expired, and remove them; how many were found."""
+        """Add expired sessions to the journal, and remove them. Returns how many it found."""
         due = self.journal.due(limit)
         if due:
             self.journal.expire([(record, self.expired(record).pack()) for record in due])
         return len(due)
 
     def _missed(self, key: str) -> list[Entry]:
-        """The rotation to ``key``, if it was reached by a pointer and may have gone unjournaled.
+        """The rotation to ``key``, if a pointer led to it and its entry may be missing.
 
-        A store that writes the two in two steps may have stopped between them. Then no client has
-        the new token, and whoever comes does so by the old one.
+        A store that writes the rotation and its entry in two steps may have crashed in between.
+        Then no client has the new token, so every request comes by the pointer.
         """
         previous = self._passed.pop(key, None)
         if previous is None or not getattr(self.journal, "in_two_steps", False):
@@ -285,7 +285,7 @@ class _JournalingLeases(Leases):
 
 
 class _JournalingUpkeep(Upkeep):
-    """First enters and removes expired sessions, then cleans up the rest."""
+    """First moves expired sessions into the journal, then cleans up the rest."""
 
     def __init__(self, store: JournalingStore, upkeep: Upkeep | None) -> None:
         self._store = store

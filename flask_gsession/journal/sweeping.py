@@ -1,4 +1,4 @@
-"""The sweep: enters expired sessions into the journal, and removes them. One process of many."""
+"""The sweep moves expired sessions into the journal. One process at a time runs it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..errors import Gone, KeyTaken, Stale, StoreError
 from ..stores.base import KEY_LENGTH, Clock, Record, milliseconds, new_version
 from .store import JournalingStore
 
-#: The key of the ticket that the process that sweeps holds; it can't collide with a session's.
+#: The key of the sweeping process's ticket. It can't collide with a session's.
 SWEEP_KEY = "flask-gsession-journal".ljust(KEY_LENGTH, "-")
 _LEASE = 30_000  # milliseconds after which another process takes over from a dead one
 _YEAR = 366 * 86_400_000  # milliseconds
-_INTERVAL = 5.0  # seconds between two looks of one process
-_STEPS = 20  # of one sweep; then consumers go on
+_INTERVAL = 5.0  # seconds between two checks in one process
+_STEPS = 20  # per sweep; then consumers continue
 
 
 class Sweeper:
-    """Sweeps when it is due. Several processes may call it: one at a time does the work."""
+    """Sweeps when a sweep is due. Several processes may call it, but only one sweeps at a time."""
 
     def __init__(self, store: JournalingStore, clock: Clock) -> None:
         self._store = store
@@ -26,7 +26,7 @@ class Sweeper:
         self._next = 0.0
 
     def run_if_due(self) -> int:
-        """How many expired sessions were entered; more are waiting if that is not 0."""
+        """Returns how many expired sessions it found; if not 0, more may be waiting."""
         if time.monotonic() < self._next:
             return 0
         found = self.run()
@@ -35,7 +35,7 @@ class Sweeper:
         return found
 
     def run(self) -> int:
-        """Sweep now, unless another process does. Raises ``StoreUnavailable``."""
+        """Sweep now, unless another process is sweeping. Raises ``StoreUnavailable``."""
         ticket = self._take_ticket()
         if ticket is None:
             return 0
