@@ -50,6 +50,7 @@ _NOTHING = Presented()
 
 #: The suffix of the cookie or header with the version that the client wrote last.
 _VERSION, _VERSION_HEADER = "-v", "-Version"
+_VERSION_IN_COOKIES = f"{_VERSION}="
 
 #: Blanks around cookies and headers (RFC 6265, 4.2.1; RFC 9110, 5.5). A WSGI server decodes bytes
 #: as Latin-1, and ``str.strip`` would then also remove 0x85 and 0xA0. By such a byte before the
@@ -277,8 +278,10 @@ class GSessionInterface(SessionInterface):
         if by_header:
             text = request.headers.get(f"{self._token_header}{_VERSION_HEADER}", "")
         else:
-            start = f"{self._live.cookie_name()}{_VERSION}="
             cookies = request.environ.get("HTTP_COOKIE", "")
+            if _VERSION_IN_COOKIES not in cookies:
+                return None
+            start = f"{self._live.cookie_name()}{_VERSION}="
             text = cookies.partition(start)[2].partition(";")[0].strip(_BLANKS)
         return int(text) if text.isdecimal() and len(text) <= _LONGEST_VERSION else None
 

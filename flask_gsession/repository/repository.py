@@ -108,6 +108,7 @@ class Repository:
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
         keys = settings.encryption_keys
         cipher = Cipher(keys) if keys else None
+        self._encrypts = bool(keys)
         self._payloads = PayloadFormat(
             max_bytes=settings.max_bytes,
             max_keys=settings.max_keys,
@@ -167,8 +168,16 @@ class Repository:
         round trip.
         """
         record = None if self.near is None else self.near.peek(key, version)
-        body = None if record is None else self.read(key, record)
-        return None if record is None or body is None else Loaded(record, body)
+        if record is None:
+            return None
+        body = record.body
+        if body is None:
+            body = self.read(key, record)
+            if body is None:
+                return None
+            if not self._encrypts:  # an encrypted session is never kept in plain form
+                record.body = body
+        return Loaded(record, body)
 
     def find(
         self,

@@ -272,13 +272,22 @@ class NearFigures(NamedTuple):
     age: float | None
 
 
+class NearRecord(Record):
+    """A record that is kept near, with its decoded payload once a reader has left it in ``body``.
+
+    All readers get the same ``body``, so none may change it. Counts twice in a cache's bytes.
+    """
+
+    body: Any = None
+
+
 class NearReads(Protocol):
     """For a store that keeps records near, in this process, for reads that need not be exact."""
 
     #: seconds that a record may be older than the one in the store
     bound: float
 
-    def peek(self, key: str, version: int | None = None) -> Record | None:
+    def peek(self, key: str, version: int | None = None) -> NearRecord | None:
         """The record if it is kept and proven to be fresh enough. Asks nobody.
 
         With ``version`` only that one: a client has seen it already.

@@ -262,6 +262,23 @@ def test_records_are_kept_encrypted(worker: Worker) -> None:
     records = [record for record, _ in kept_at(site).entries.values()]
     assert len(records) == 1
     assert b"4111" not in records[0].payload
+    assert records[0].body is None
+
+
+def test_a_kept_session_is_decoded_once_and_shared_by_no_two_requests(
+    site: Site, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = site.app.extensions["gsession"][site.ext].repository
+    monkeypatch.setattr(repository, "read", None)  # nothing can be decoded again
+    seen: list[dict[str, Any]] = []
+
+    def change(session: Any) -> None:
+        session["cart"].append("pot")
+        session["theme"] = "dark"
+        visitor.another_tab().run(lambda session: seen.append(dict(session)))
+
+    visitor.run(change)
+    assert seen == [{"cart": ["mug"]}]
 
 
 def test_an_outage_of_the_store_empties_the_near_cache(site: Site, visitor: Visitor) -> None:

@@ -282,13 +282,13 @@ def test_the_cache_is_bounded_in_bytes(
     store: HookedStore, clock: FakeClock, changes: Scripted
 ) -> None:
     cache = NearCache(store, BOUND, 20_000, clock)
-    records = [a_record(clock, payload=bytes(1600)) for _ in range(20)]
+    records = [a_record(clock, payload=bytes(800)) for _ in range(20)]
     for record in records:
         store.create(record)
         read(cache, record.key)
     kept = [record for record in records if cache.peek(record.key)]
-    assert kept == records[10:]  # 2000 bytes each
-    huge = a_record(clock, payload=bytes(20_000))
+    assert kept == records[10:]  # 2000 bytes each: their payloads count twice
+    huge = a_record(clock, payload=bytes(10_000))
     store.create(huge)
     read(cache, huge.key)
     assert cache.peek(huge.key) is None

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..base import OTHER_ENDS, Deleted, Record, Replaced
-from ..parts import Bulk, Leases, NearFigures, NearReads
+from ..parts import Bulk, Leases, NearFigures, NearReads, NearRecord
 
 if TYPE_CHECKING:
     from .store import EdgeStore
@@ -71,7 +71,7 @@ class EdgeNear(NearReads):
         self._bound_ms = int(near.bound * 1000)
         self._confirm_after = store.confirm_after
 
-    def peek(self, key: str, version: int | None = None) -> Record | None:
+    def peek(self, key: str, version: int | None = None) -> NearRecord | None:
         copy = self._store.copy
         confirmed_at = copy.plain_since(key)
         if confirmed_at is None:

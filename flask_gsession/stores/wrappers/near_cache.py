@@ -24,10 +24,10 @@ from ...events import logger
 from ...live.listener import now
 from ...processes import process
 from ..base import Clock, Record, Store
-from ..parts import NEVER, Changes, Feed, Hearer, NearFigures, NearReads
+from ..parts import NEVER, Changes, Feed, Hearer, NearFigures, NearReads, NearRecord
 from .wrapper import CallWrapper
 
-_OVERHEAD = 400  # bytes that a kept record takes, beside its payload
+_OVERHEAD = 400  # bytes that a kept record takes, beside its payload and its decoded form
 _WRITES = ("create", "save", "renew", "replace", "delete")
 _SPAN = 10.0  # seconds over which it is judged whether the cache is worth its cost
 _PAUSE = 60.0  # seconds without it where it is not
@@ -52,7 +52,7 @@ class NearCache(CallWrapper, NearReads):
         self._kept = Kept(self.changes, bound, max_bytes)
         self._clock = clock
 
-    def peek(self, key: str, version: int | None = None) -> Record | None:
+    def peek(self, key: str, version: int | None = None) -> NearRecord | None:
         kept = self._kept
         entries = kept.entries
         entry = entries.get(key)
@@ -123,7 +123,7 @@ class Kept(Hearer):
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self.entries: dict[str, tuple[Record, Feed]] = {}
+        self.entries: dict[str, tuple[NearRecord, Feed]] = {}
         #: the feed of the record that came last
         self.last: Feed | None = None
         self._bytes = 0
@@ -155,12 +155,12 @@ class Kept(Hearer):
 
     def enter(self, record: Record, feed: Feed, mark: object) -> None:
         """Keep a record, unless its mark is gone."""
-        size = len(record.payload) + _OVERHEAD
+        size = _size(record)
         with self._lock:
             if self._marks.get(record.key) is not mark or size > self._max_bytes:
                 return
             self._drop(record.key)
-            self.entries[record.key] = (record, feed)
+            self.entries[record.key] = (NearRecord(*record), feed)
             self.last = feed
             self._bytes += size
             while self._bytes > self._max_bytes:
@@ -183,7 +183,7 @@ class Kept(Hearer):
     def _drop(self, key: str) -> None:
         entry = self.entries.pop(key, None)
         if entry is not None:
-            self._bytes -= len(entry[0].payload) + _OVERHEAD
+            self._bytes -= _size(entry[0])
 
     def _judge(self) -> None:
         """Turn the cache off where hearing all changes costs more than the reads it spares.
@@ -222,3 +222,8 @@ class Kept(Hearer):
                 self._bound,
                 self._late,
             )
+
+
+def _size(record: Record) -> int:
+    """The bytes of a kept record: its payload, and its decoded form once it was read."""
+    return 2 * len(record.payload) + _OVERHEAD

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..base import Deleted, Record, Replaced, Store
-from ..parts import Blobs, Bulk, Leases, NearFigures, NearReads, parts_of
+from ..parts import Blobs, Bulk, Leases, NearFigures, NearReads, NearRecord, parts_of
 
 
 class Wrapper(Store):
@@ -169,7 +169,7 @@ class _CalledNear(NearReads):
         self._near = near
         self._call = call
 
-    def peek(self, key: str, version: int | None = None) -> Record | None:
+    def peek(self, key: str, version: int | None = None) -> NearRecord | None:
         return self._near.peek(key, version)
 
     def load_near(self, key: str) -> Record | None:
