@@ -159,9 +159,12 @@ class SevenVerbs:
 @pytest.mark.parametrize(
     ("store", "advice"),
     [
-        (SevenVerbs(), "the part journal"),
+        (SevenVerbs(), "a journal part"),
         ("grpcs://localhost:50051", "flask gsession serve"),
-        ("edge+sqlite:///edge.sqlite3?remote=redis%3A%2F%2Flocalhost", "the centre keeps it"),
+        (
+            "edge+sqlite:///edge.sqlite3?remote=redis%3A%2F%2Flocalhost",
+            "The centre keeps the journal",
+        ),
     ],
 )
 def test_a_store_without_a_journal_is_refused(store: object, advice: str, tmp_path: Any) -> None:
