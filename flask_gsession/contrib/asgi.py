@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from flask import Flask
 
 try:
+    from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
     from starlette.requests import HTTPConnection
 except ImportError as error:
@@ -58,23 +59,25 @@ class SharedSessions:
     async def __call__(self, connection: HTTPConnection) -> SessionPeek | None:
         """The session of a request or a WebSocket; None without a session.
 
-        It doesn't count as use of the session. Raises the 503 of Starlette, with ``Retry-After``,
-        while the store does not answer. One round trip, in a thread.
+        Its token is in the cookie, or in the header ``token_header`` if that is set. It doesn't
+        count as use of the session. Raises the 503 of Starlette, with ``Retry-After``, while the
+        store does not answer. One round trip, in a thread.
         """
-        cookies = "; ".join(connection.headers.getlist("cookie"))
+        headers = connection.headers
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(None, self._read, cookies)
+            return await loop.run_in_executor(None, self._read, headers)
         except StoreUnavailable as error:
-            headers = {"Retry-After": str(error.retry_after)}
-            raise HTTPException(503, "the session store is unavailable", headers) from error
+            again = {"Retry-After": str(error.retry_after)}
+            raise HTTPException(503, "the session store is unavailable", again) from error
 
     # Types, not text: older versions of FastAPI can't resolve that for an object.
     __call__.__annotations__.update(connection=HTTPConnection)
 
-    def _read(self, cookies: str) -> SessionPeek | None:
+    def _read(self, headers: Headers) -> SessionPeek | None:
+        cookies = "; ".join(headers.getlist("cookie"))
         with self._app.app_context():
-            loaded = find_presented(self._interface, self._app, cookies)
+            loaded = find_presented(self._interface, self._app, cookies, headers)
         return None if loaded is None else SessionPeek(self._interface.repository, loaded)
 
     def close(self) -> None:

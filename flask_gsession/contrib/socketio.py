@@ -20,7 +20,7 @@ from ..live.hints import Watch
 from ..live.live import changes_between
 from ..live.states import State
 from ..live.streams import as_json, last_of, newer
-from ..sharing.verify import find_presented, interface_of
+from ..sharing.verify import find_of_request, interface_of
 from ..users.rosters import checked_user_id
 
 _CHANGED, _MESSAGE = "gsession:changed", "gsession:message"
@@ -48,17 +48,19 @@ class SessionSockets:
         self._ext = ext
 
     def join(self) -> bool:
-        """Bind the socket to the session of its cookies. False: there is none.
+        """Bind the socket to the session of its handshake. False: there is none.
 
-        For the handler of ``connect``. A socket doesn't count as use of the session. One to four
-        round trips. Raises ``StoreUnavailable``.
+        The handshake has the cookie, or the header ``SESSION_TOKEN_HEADER``. For the handler of
+        ``connect``. A socket doesn't count as use of the session. One to four round trips. Raises
+        ``StoreUnavailable``.
         """
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
         interface = interface_of(self._ext, app)
-        loaded = find_presented(interface, app, request.environ.get("HTTP_COOKIE", ""))
+        here: Any = request
+        loaded = find_of_request(interface, app, here)
         if loaded is None:
             return False
-        here: Any = request  # Flask-SocketIO adds these
+        # Flask-SocketIO adds these.
         socket = _Socket(self._socketio.server, here.sid, here.namespace)
         watch = self._ext.live.subscribe(loaded.record.key, None, socket.tell, socket.is_gone)
         if watch.state.session is None:  # it ended a moment ago

@@ -167,7 +167,7 @@ def live_blueprint(
 
 
 def _begin(ext: Session | None) -> tuple[Session, GSessionInterface]:
-    """The sessions of this request, which must come from a page of the same origin.
+    """The sessions of this request, which must come from a page of the same origin, or from a user.
 
     A hook of the application may have looked at the session: that doesn't count as use either.
     """
@@ -175,7 +175,7 @@ def _begin(ext: Session | None) -> tuple[Session, GSessionInterface]:
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site is None and origin is not None:
         site = "same-origin" if origin == request.host_url.rstrip("/") else "other"
-    if site not in (None, "same-origin"):
+    if site not in (None, "same-origin", "none"):  # none: an address that the user typed
         _refuse(403, "Only pages of the same origin may ask")
     opened = session_of_request()
     life = existing_lifecycle(opened) if isinstance(opened, SessionData) else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -144,9 +145,22 @@ def interface_of(ext: Session, app: Flask) -> GSessionInterface:
     return interfaces[ext]
 
 
-def find_presented(interface: GSessionInterface, app: Flask, cookies: str) -> Loaded | None:
-    """The session of this ``Cookie`` header. Reads only our cookies. See ``find_of_request``."""
-    return find_of_request(interface, app, Request({"HTTP_COOKIE": cookies}))
+def find_presented(
+    interface: GSessionInterface,
+    app: Flask,
+    cookies: str,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> Loaded | None:
+    """The session of this ``Cookie`` header, or of ``SESSION_TOKEN_HEADER`` among ``headers``.
+
+    Reads only our cookies and headers. See ``find_of_request``.
+    """
+    environ = {"HTTP_COOKIE": cookies}
+    token = interface.repository.settings.token_header
+    for name in () if token is None else (token, f"{token}-Version"):
+        if name in headers:
+            environ[f"HTTP_{name.upper().replace('-', '_')}"] = headers[name]
+    return find_of_request(interface, app, Request(environ))
 
 
 def find_of_request(interface: GSessionInterface, app: Flask, request: Request) -> Loaded | None:

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+import pytest
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocket
@@ -50,6 +51,19 @@ def test_a_service_reads_the_session(site: Site) -> None:
     assert client.get("/me", headers=headers).json() == "17"
     with client.websocket_connect("/socket", headers=headers) as socket:
         assert socket.receive_json() == ["mug"]
+
+
+@pytest.mark.parametrize("store_url", ["memory://"])
+def test_a_client_may_send_its_token_in_a_header(make_site: SiteMaker) -> None:
+    site = make_site(token_header="X-Token")
+    visitor = site.visitor()
+    answer = visitor.ask(lambda session: session.update(cart=["mug"]), headers={"X-Token": ""})
+    headers = {"X-Token": answer.headers["X-Token"], "Cookie": "session=another"}
+    client = service(site, token_header="X-Token")
+    assert client.get("/cart", headers=headers).json() == ["mug"]
+    with client.websocket_connect("/socket", headers=headers) as socket:
+        assert socket.receive_json() == ["mug"]
+    assert service(site).get("/cart", headers=headers).json() is None  # without the setting
 
 
 def test_nobody(site: Site) -> None:

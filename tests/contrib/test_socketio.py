@@ -9,7 +9,7 @@ import pytest
 from flask_socketio import SocketIO
 
 from flask_gsession.contrib.socketio import SessionSockets, user_room
-from tests.harness.apps import Site, Visitor, until
+from tests.harness.apps import Site, SiteMaker, Visitor, until
 
 
 @pytest.fixture
@@ -72,3 +72,26 @@ def test_sockets_follow_their_sessions(site: Site, socketio: SocketIO) -> None:
     here.run(lambda session: session.update(cart=["b"]))
     with site.app.app_context():
         until(lambda: not site.ext.live.hints().watches())
+
+
+@pytest.mark.parametrize("store_url", ["memory://"])
+def test_a_handshake_may_bring_the_token_in_its_header(make_site: SiteMaker) -> None:
+    site = make_site(token_header="X-Token")
+    socketio = SocketIO(site.app, async_mode="threading")
+    socketio.on_event("connect", SessionSockets(socketio, site.ext).join)
+    browser, phone = site.visitor(), site.visitor()
+    browser.run(lambda session: session.bind("bob"))
+    answer = phone.ask(lambda session: session.bind("ada"), headers={"X-Token": ""})
+    token = answer.headers["X-Token"]
+    for visitor, header, joins in (
+        (phone, token, True),
+        (browser, token, True),  # the cookie is ignored, as in any request with the header
+        (browser, token[:-1], False),
+        (browser, "", False),
+    ):
+        socket = socketio.test_client(
+            site.app, flask_test_client=visitor, headers={"X-Token": header}
+        )
+        assert socket.is_connected() is joins
+    assert len(list(socketio.server.manager.get_participants("/", user_room("ada")))) == 2
+    site.ext.close(site.app)

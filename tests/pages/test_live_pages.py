@@ -306,6 +306,8 @@ def test_requests_that_get_no_stream(make_live: SiteMaker) -> None:
     ):
         assert "origin" in refusal(403, **headers)[0]
     assert visitor.get("/live/state", headers={"Origin": "null"}).status_code == 403
+    typed = {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}
+    assert visitor.get("/live/state", headers=typed).status_code == 200
     assert visitor.get("/live/stream").status_code == 501  # a worker without threads
     streams = [
         Events(visitor, **{"Origin": "http://localhost"}),

@@ -208,9 +208,8 @@ class Driver:
 
     def _keep_client(self, client: _Client) -> None:
         """Close ``client`` with this store, and only in the process that made it."""
-        if self._close_client is not None:
-            self._close_client.detach()
-            # A parent's client: we neither use, close nor collect it here.
+        if self._close_client is not None and self._close_client.detach() is not None:
+            # A parent's open client: we neither use, close nor collect it here.
             self._inherited.append(self.collection)
         self._close_client = closing(self, partial(_close, client, self.timeout))
 
