@@ -220,9 +220,11 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("body", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_known_forgeries_are_no_500(site: Site, body: bytes) -> None:
-    Forger(site).check(body, STEPS)
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_known_forgeries_are_no_500(site: Site, number: int) -> None:
+    """Every step in memory; on the other stores, a quarter of them for each body in turn."""
+    steps = list(STEPS) if site.url == "memory://" else list(STEPS)[number % 4 :: 4]
+    Forger(site).check(EXAMPLES[number], steps)
 
 
 FORGER = memory_forger()

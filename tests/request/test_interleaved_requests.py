@@ -37,6 +37,7 @@ from flask_gsession.request.session import lifecycle_of
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.testing import FakeClock
 from flask_gsession.values.merge import MISSING
+from tests.harness.marks import long
 from tests.values.test_codec import shape
 
 IDLE, STEP, ABSOLUTE = 100, 5, 400  # seconds
@@ -726,14 +727,15 @@ def store(store_url: str, store_prefix: str, clock: FakeClock) -> Iterator[Store
     opened.close()
 
 
+@pytest.mark.parametrize("effort", long([1, 4], {4}))
 def test_interleaved_requests_equal_the_model(
-    store: Store, store_url: str, clock: FakeClock
+    store: Store, store_url: str, clock: FakeClock, effort: int
 ) -> None:
-    examples = int(os.environ.get("EXAMPLES", 100 if store_url == "memory://" else 40))
+    examples = effort * {"memory": 100, "mongodb": 15}.get(store_url.partition(":")[0], 30)
     run_state_machine_as_test(
         lambda: Machine(store, clock),
         settings=settings(
-            max_examples=examples,
+            max_examples=int(os.environ.get("EXAMPLES", examples)),
             stateful_step_count=25,
             # `EXAMPLES=1000` looks for new ones; a rare one of those is still open.
             derandomize="EXAMPLES" not in os.environ,
