@@ -1,1 +1,1 @@
-"""Changes of sessions as they happen."""
+"""Reports changes of sessions as they happen."""

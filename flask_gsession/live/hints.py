@@ -1,8 +1,8 @@
 """Notices changes of watched sessions and users, by comparing their versions.
 
 The store's listener says which records may have changed. One thread loads those that are watched
-here, and compares versions, so a hint that was missed, or came twice, does no harm. It also looks
-without a hint: at each heartbeat, and every few seconds while nothing is heard.
+here, and compares versions, so a missed or repeated hint does no harm. It also looks without a
+hint: at each heartbeat, and every few seconds while the listener hears nothing.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from .states import Digests, SessionState, State, UserState, Versions
 POLL = 3.0  # seconds between two looks while no changes are heard
 _TICK = 1.0  # seconds between two looks at the clock and the listener
 _SOON = 0.05  # the same while the listener connects
-_CONNECTS = 2.0  # seconds that the listener has for that
+_CONNECTS = 2.0  # seconds that the listener has to connect
 _LINGERS = 5.0  # seconds that the thread stays without a watch
-_REST = 9.0  # times as long as a look at everything took, until the next one
+_REST = 9.0  # pause between two looks at everything, as a multiple of what the last one took
 
 NO_RECORDS: Mapping[str, Record | None] = MappingProxyType({})
 Notify = Callable[["Watch", State, State], object]
 
 
 class Watch:
-    """A session with its user, or a user alone, that somebody in this process watches.
+    """A session with its user, or a user alone, watched in this process.
 
-    ``notify(watch, before, after)`` is called in the thread of the hints; be quick. ``is_over`` is
-    called once a second: the watch is closed if it returns true. ``state``: what was seen last.
+    ``notify(watch, before, after)`` runs in the thread of the hints, so it must be quick.
+    ``is_over`` is called once a second; if it returns true, the watch is closed. ``state``: the
+    state that was seen last.
     """
 
     __slots__ = (
@@ -69,7 +70,7 @@ class Watch:
         #: the records that it depends on
         self.keys: tuple[str, ...] = ()
         self.checked = 0.0  # of time.monotonic
-        #: whether nothing is noticed any more
+        #: whether it has stopped
         self.closed = False
 
     def close(self) -> None:
@@ -109,9 +110,9 @@ class _Ear(Hearer):
 
 
 class Hints:
-    """The watches of one application in this process. The thread starts with the first one.
+    """The watches of one application in this process. The first one starts the thread.
 
-    When the process is about to end, all watches are closed.
+    All watches close when the process shuts down.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -131,7 +132,7 @@ class Hints:
         self._feeds: dict[str, Feed | None] = {}
         self._rest_until = self._next_tick = self._began = 0.0  # of time.monotonic
 
-    # -- for those who watch
+    # -- for watchers
 
     def watch(
         self,
@@ -345,7 +346,7 @@ class Hints:
     def _session(
         self, watch: Watch, before: SessionState | None, loads: dict[str, Record | None]
     ) -> SessionState | None:
-        """The session now, followed through rotations within their grace."""
+        """The session now. Follows pointers of rotated tokens within their grace."""
         repository = self.repository
         key = watch.handle if before is None else before.handle
         assert key is not None

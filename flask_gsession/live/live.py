@@ -1,4 +1,4 @@
-"""``ext.live``: reports immediately that sessions ended, and that values or devices changed."""
+"""``ext.live``: reports at once when sessions end, and when values or devices change."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 class Change(NamedTuple):
-    """Something that changed: in the session ``handle``, or else for the user ``user_id``.
+    """A change in the session ``handle``, or otherwise of the user ``user_id``.
 
     ``keys``: the session's values that changed, began or ended; ``user_keys``: the user's.
     ``ended``: the session is over. ``devices``: the user's list of devices changed. A change of a
-    session also names its user. There are no values: load what you need.
+    session also names its user. A change holds no values: load the ones you need.
     """
 
     handle: str | None

@@ -1,4 +1,4 @@
-"""The worker that runs this process: how many threads it has for requests, and whether it ends."""
+"""The server's worker in this process: how many threads it has, and whether it is shutting down."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ try:
 except ImportError:
     _uwsgi = None
 
-#: A client that has closed its connection. None: this system has no such event.
+#: The event of a client that closed its connection. None: this system has no such event.
 _CLOSED: int | None = getattr(select, "POLLRDHUP", None)
-#: The time until unread data ends a connection of TCP. None: this system has no such option.
+#: The option for the time until unread data ends a TCP connection. None: not on this system.
 _UNREAD: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)
-_UNKNOWN = 4  # threads of a server that we don't know; waitress has so many by default
-_MANY = 1000  # at once, where each request has its own greenlet or thread
+_UNKNOWN = 4  # threads of an unknown server; waitress has 4 by default
+_MANY = 1000  # requests at once, if each has its own greenlet or thread
 
 
 def threads(environ: Mapping[str, Any]) -> int:
@@ -48,9 +48,9 @@ class Connection:
         self._file = file
 
     def expect_reader(self, seconds: float) -> None:
-        """Let writes fail if the client accepts nothing for so long, as far as the system can.
+        """Let writes fail if the client reads nothing for so long, if the system can do that.
 
-        Otherwise a client that reads nothing, or has vanished, would keep its thread forever.
+        Otherwise a client that has stopped reading or has vanished would keep its thread forever.
         """
         if self._file is None or _UNREAD is None:
             return
@@ -58,7 +58,7 @@ class Connection:
             connection.setsockopt(socket.IPPROTO_TCP, _UNREAD, int(seconds * 1000))
 
     def is_gone(self) -> bool:
-        """Whether the client has closed it, as far as this system can tell."""
+        """Whether the client has closed it. False if this system can't tell."""
         if self._file is None or _CLOSED is None:
             return False
         waits = _poll()
@@ -70,7 +70,7 @@ class Connection:
 
 
 def connection_of(environ: Mapping[str, Any]) -> Connection:
-    """The connection of the request that is being served."""
+    """The connection of the current request."""
     if _uwsgi is not None:
         return Connection(_uwsgi.connection_fd())
     ours: Any = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
@@ -78,7 +78,7 @@ def connection_of(environ: Mapping[str, Any]) -> Connection:
 
 
 def is_ending() -> bool:
-    """Whether the worker waits for its requests to end, so that it can end too."""
+    """Whether the worker is shutting down, and waits for its requests to end."""
     worker = _gunicorn_worker()
     return worker is not None and not worker.alive
 
@@ -90,7 +90,7 @@ def _gunicorn_worker() -> Any:
 
 
 def _poll() -> Any:
-    """A poll object of the system: gevent's own doesn't know about closed connections."""
+    """The system's own poll object: gevent's doesn't report closed connections."""
     if _is_green():
         return sys.modules["gevent.monkey"].get_original("select", "poll")()
     return select.poll()

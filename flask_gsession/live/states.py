@@ -56,7 +56,7 @@ class State(Struct, frozen=True):
 class Digests:
     """Makes versions that are the same in all processes with one ``SECRET_KEY``.
 
-    They are keyed, so that nobody can guess a value and compare.
+    They are keyed, so nobody can guess a value and compare.
     """
 
     def __init__(self, repository: Repository) -> None:

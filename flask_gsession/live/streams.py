@@ -1,4 +1,4 @@
-"""Server-sent events: a stream to one browser, and how many streams there may be."""
+"""Server-sent events: a stream to one browser, and the limits on streams."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .messages import Message
 from .states import State
 
 _RETRY = (200, 2000)  # milliseconds until a browser reconnects
-_JITTER = 0.2  # of a stream's lifetime, so that not all reconnect at once
-#: sent while nothing happens, to find clients that are gone
+_JITTER = 0.2  # of a stream's lifetime, so that browsers don't all reconnect at once
+#: Sent while nothing changes, to find clients that are gone.
 HEARTBEAT = b":\n\n"
 
 Show = Callable[[State], dict[str, Any]]
 
 
 class Full(Exception):
-    """There are too many streams. ``of_user``: of this user; otherwise, of this process."""
+    """There are too many streams: for this user (``of_user``), or in this process."""
 
     def __init__(self, of_user: bool) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Full(Exception):
 
 
 class Limits(NamedTuple):
-    """How many streams there may be in this process: all together, and for ``who``.
+    """The limits on the streams of this process: ``most`` in all, ``most_of_user`` for ``who``.
 
     ``is_gone``: whether the client of this stream is gone.
     """
@@ -43,7 +43,7 @@ class Limits(NamedTuple):
 
 
 class Slots:
-    """The streams that this process has."""
+    """Counts the streams of this process."""
 
     def __init__(self) -> None:
         self._start()
@@ -54,7 +54,7 @@ class Slots:
         self._taken: dict[object, Limits] = {}
 
     def take(self, limits: Limits) -> object:
-        """A slot. Raises ``Full`` if also those whose clients are gone don't make room."""
+        """Take a slot; frees the slots of vanished clients if needed. Raises ``Full``."""
         process.notice()
         with self._lock:
             try:
@@ -76,7 +76,7 @@ class Slots:
             raise Full(of_user=False)
 
     def free(self, slot: object) -> None:
-        """Give a slot back. May be repeated."""
+        """Free a slot. You may call this twice."""
         self._taken.pop(slot, None)
 
     def __len__(self) -> int:
@@ -88,11 +88,11 @@ slots = Slots()
 
 
 class Stream(Iterator[bytes]):
-    """The body of a response: what ``show`` makes of the state, whenever that changes.
+    """The body of a response: sends ``show(state)`` whenever that changes, and messages.
 
-    It ends with the session, if its token is rotated, after ``life`` seconds or so, and when the
-    process is about to end. ``after``: the last message that the browser got; None: none yet.
-    Raises ``Full`` and ``StoreUnavailable``.
+    It ends with the session, when the token is rotated, after about ``life`` seconds, and when the
+    process shuts down. ``after``: the id of the last message that the browser has, or None. Raises
+    ``Full`` and ``StoreUnavailable``.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Stream(Iterator[bytes]):
         self._until = time.monotonic() + life * random.uniform(1 - _JITTER, 1)
         self._sent = b""
         self._last = after
-        # The watch must not refer to the stream, which is closed when nobody refers to it.
+        # The watch must not refer to the stream: the stream is closed when it is collected.
         woken = self._woken = threading.Event()
         try:
             self._watch = watch(lambda *_: woken.set(), limits.is_gone)
@@ -143,7 +143,7 @@ class Stream(Iterator[bytes]):
     def _events(self, state: State) -> bytes:
         session = state.session
         if session is not None and session.handle != self._handle:
-            self._ended = True  # it was rotated: the browser comes again, with its new token
+            self._ended = True  # it was rotated: the browser reconnects with its new token
             return b""
         self._ended = session is None
         messages = () if state.user is None else state.user.messages
@@ -177,11 +177,11 @@ def last_of(messages: tuple[Message, ...]) -> int:
 
 
 def newer(messages: tuple[Message, ...], after: int) -> list[Message]:
-    """The messages that came after that one."""
+    """The messages after the one with this id."""
     return [message for message in messages if message.id > after]
 
 
 def as_json(message: Message) -> bytes:
-    """The form in which a page gets a message."""
+    """A message as pages get it."""
     head = json.dumps({"id": message.id, "name": message.name})[:-1].encode()
     return b'%b, "data": %b}' % (head, message.data)
