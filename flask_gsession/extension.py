@@ -120,13 +120,13 @@ class Session:
 
             store = journaling = with_journal(store, settings.journal_events, self._clock)
         events = self._events.of(app)
-        breaker = None
-        if settings.breaker_failures:
+        breaker, is_edge = None, parts_of(store).edge is not None
+        if settings.breaker_failures and not is_edge:  # it stops asking the centre by itself
             breaker = Breaker(
                 settings.breaker_failures, settings.breaker_pause, settings.store_timeout, events
             )
         near = None
-        if settings.near_cache and parts_of(store).edge is None:  # it has one, of fresh_for
+        if settings.near_cache and not is_edge:  # it has one, of fresh_for
             _check_near_cache(store)
             near = Near(settings.near_cache, settings.near_cache_bytes, self._clock)
         calls = compose(store, breaker=breaker, near=near)

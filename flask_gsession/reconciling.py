@@ -6,7 +6,7 @@ The node's store holds opaque records. Here they are opened, with the keys of th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 
 from msgspec import MsgspecError
@@ -32,7 +32,7 @@ from .users.joins import both_joins
 from .users.revoking import finish
 from .users.roster import Roster, mark_ending
 from .values.marks import is_marked
-from .values.merge import Change
+from .values.merge import DECLARED, Change, MergeFunction
 from .values.payload import NEWEST, Body, Owner
 from .values.references import refers
 
@@ -90,7 +90,13 @@ class SessionReconciler(Reconciler):
         return ""
 
     def merge(
-        self, base: Record, theirs: Record, mine: Record, node: str, number: int
+        self,
+        base: Record,
+        theirs: Record,
+        mine: Record,
+        typed: Collection[str],
+        node: str,
+        number: int,
     ) -> Record | None:
         """See ``Reconciler``."""
         repository = self._repository
@@ -103,7 +109,9 @@ class SessionReconciler(Reconciler):
             for key in {**was.values, **wanted.values}
             if was.values.get(key) != wanted.values.get(key)
         }
-        values = self._merged(theirs.key, there, changes)
+        now = repository.now() if was.marked or there.marked or wanted.marked else None
+        policies = self._policies(typed)
+        values = self._merged(theirs.key, there.values, changes, now, policies)
         owner = there.owner
         if owner is not None and was.owner is not None and wanted.owner is None:
             owner = None  # the user signed out here
@@ -112,7 +120,7 @@ class SessionReconciler(Reconciler):
             values,
             wanted.lifetime if wanted.lifetime != was.lifetime else there.lifetime,
             any(map(is_marked, values.values())),
-            there.debug_until,
+            wanted.debug_until if wanted.debug_until != was.debug_until else there.debug_until,
             any(map(refers, values.values())),
             owner,
             there.origin,
@@ -127,8 +135,10 @@ class SessionReconciler(Reconciler):
             merged = repository.draft_merged(theirs, body, end)
         except SessionTooLarge:
             self._lost(theirs.key, "the merged session would be too large")
-            body.values = there.values
+            body.values, body.marked, body.has_large = there.values, there.marked, there.has_large
             merged = repository.draft_merged(theirs, body, end)
+        # Reads that were served here have renewed the session, but not its large values.
+        repository.renew_large(body, end)
         return merged
 
     def settled(self, base: Record, there: Record, mine: Record) -> None:
@@ -137,11 +147,29 @@ class SessionReconciler(Reconciler):
         if owner is not None and _body(self._repository, mine).owner is None:
             self._repository.leave_roster(owner, base.key, there.key)
 
-    def end_device(self, record: Record) -> None:
-        """See ``Reconciler``."""
-        owner = _body(self._repository, record).owner
-        if owner is not None:
-            self._sign_out(owner)
+    def end(self, key: str, last: Record) -> None:
+        """See ``Reconciler``. What other nodes can read alone is left to them."""
+        repository = self._repository
+        imports, repository.imports = repository.imports, None
+        with suppress(UnreadableRecord, LogoutUnconfirmed):
+            repository.delete(key, leave_roster=False)
+        if not last.payload:
+            return
+        try:
+            body = _body(repository, last)
+        except UnreadableRecord as error:
+            if error.for_others:
+                raise
+            return
+        if body.owner is not None:
+            self._sign_out(body.owner)
+        if imports is not None:
+            try:
+                imports.end_old(repository, body)
+            except StoreUnavailable as error:  # not the centre's, perhaps
+                raise StoreUnavailable(
+                    f"its old session could not be removed: {error.detail}", contention=True
+                ) from error
 
     def dropped(self, base: Record | None, mine: Record, why: str) -> None:
         """See ``Reconciler``. A user who signed out here is signed out of the session it became."""
@@ -156,21 +184,44 @@ class SessionReconciler(Reconciler):
         if owner is not None and now is None:
             self._sign_out(owner)
 
-    def _merged(self, key: str, there: Body, changes: Mapping[str, Change]) -> dict[str, bytes]:
+    def _merged(
+        self,
+        key: str,
+        there: Mapping[str, bytes],
+        changes: Mapping[str, Change],
+        now: int | None,
+        policies: Mapping[str, MergeFunction],
+    ) -> dict[str, bytes]:
         """The values after the changes, without those that a policy refuses."""
-        repository = self._repository
-        apply, now = repository.merger.apply, repository.now() if there.marked else None
+        apply = self._own.merger.apply
         with suppress(*_REFUSED):
-            return apply(there.values, changes, now)
-        values = dict(there.values)
+            return apply(there, changes, now, policies)
+        values = dict(there)
         for name, change in changes.items():
             try:
-                values = apply(values, {name: change}, now)
+                values = apply(values, {name: change}, now, policies)
             except StoreUnavailable:
                 raise
             except _REFUSED:
                 self._lost(key, f"the merge policy of {ascii(name)[:60]} refused it")
         return values
+
+    def _policies(self, names: Iterable[str]) -> dict[str, MergeFunction]:
+        """The merge policies of these typed keys."""
+        found = {}
+        for name in names:
+            used = self._own.typed_keys.get(name)
+            known = list(DECLARED.get(name, ())) if used is None else [used]
+            if len(known) > 1:
+                raise StoreUnavailable(
+                    f"several keys are named {ascii(name)[:60]}, and this process hasn't used its "
+                    "own yet: its changes wait until one that has used it settles",
+                    contention=True,
+                )
+            merge = known[0].merge_function(self._own.merger.policies.get(name)) if known else None
+            if merge is not None:
+                found[name] = merge
+        return found
 
     def _lost(self, key: str, why: str) -> None:
         logger.warning("Session %s: a change made at this edge is lost: %s", key, why)

@@ -16,6 +16,7 @@ from ..interface import GSessionInterface
 from ..repository.repository import Repository
 from ..repository.scanning import all_pages
 from ..stores import Record
+from ..stores.parts import parts_of
 from ..stores.support import because
 from ..values.payload import Owner
 from .common import (
@@ -89,6 +90,7 @@ def revoke(
                 problems.append(f"{key}: {problem}")
             else:
                 click.echo(f"{key}: ended")
+    _report_waiting(interface)
     for problem in problems:
         click.echo(f"Error: {problem}", err=True)
     sys.exit(bool(problems))
@@ -189,9 +191,25 @@ def _revoke_all(interface: GSessionInterface, yes: bool, reason: str | None) -> 
             problems["sessions are rotated faster than they can be ended: run it again"] = 1
     del problems[""], problems[NO_SESSION]  # a pointer to a session that ended before it
     click.echo(f"{pluralize(ended, 'sessions')} ended")
+    _report_waiting(interface)
     for problem, number in problems.items():
         click.echo(f"Error: {pluralize(number, 'times')}: {problem}", err=True)
     sys.exit(bool(problems))
+
+
+def _report_waiting(interface: GSessionInterface) -> None:
+    """Say so if an edge node has ended sessions of which its centre hasn't heard."""
+    edge = parts_of(interface.store).edge
+    if edge is None:
+        return
+    with report_failures(interface):
+        waiting = edge.figures().ends
+    if waiting:
+        click.echo(
+            f"{waiting} ended sessions work at the centre until it can be reached; this node "
+            "settles them then. See flask gsession edge status.",
+            err=True,
+        )
 
 
 def _end(

@@ -31,6 +31,7 @@ from ..errors import (
     Gone,
     KeyTaken,
     LeaseLost,
+    LogoutUnconfirmed,
     QueueFull,
     SettingError,
     Stale,
@@ -64,8 +65,9 @@ _STATUSES: dict[type[BaseException], str] = {
     LeaseLost: "lease lost",
     QueueFull: "queue full",
     UnreadableRecord: "unreadable",
+    LogoutUnconfirmed: "error",  # the store answered
     StoreUnavailable: "unavailable",
-    CutOff: "unavailable",
+    CutOff: "cut off",
 }
 _MAX_WAIT = 86_400 * 24  # seconds: the limit of threading.Event.wait
 
@@ -265,7 +267,8 @@ class Timer:
         try:
             answer = method(*arguments)
         except BaseException as error:
-            status = _STATUSES.get(type(error), "error")
+            kinds = type(error).__mro__
+            status = next((_STATUSES[kind] for kind in kinds if kind in _STATUSES), "error")
             _spent(self._figures.timing(operation, status), start)
             if not getattr(error, "contention", False):
                 watch.answered(status != "unavailable")

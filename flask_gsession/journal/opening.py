@@ -22,7 +22,10 @@ def with_journal(store: Store, most: int, clock: Clock) -> JournalingStore:
 
 def _advice(store: Store) -> str:
     if parts_of(store).edge is not None:
-        return "The centre keeps the journal of edge nodes: set SESSION_JOURNAL there instead"
+        return (
+            "The centre keeps the journal of edge nodes: set SESSION_JOURNAL where flask gsession "
+            "serve runs, and make that the remote of the nodes"
+        )
     if type(store).__name__ == "RemoteStore":
         return (
             "The application behind flask gsession serve keeps it: set SESSION_JOURNAL there "

@@ -171,10 +171,14 @@ class Takeover:
         """Remove the old record of this session, which is to end. Raises ``StoreUnavailable``."""
         if body.origin is None or self.is_over(repository.now()):
             return
-        for source, name in self._of(repository, body.origin):
-            self._asked(source.delete, name)
-        if body.origin.label == COOKIES:
-            shared_cookies.end(repository, body.origin)
+        try:
+            for source, name in self._of(repository, body.origin):
+                self._asked(source.delete, name)
+            if body.origin.label == COOKIES:
+                shared_cookies.end(repository, body.origin)
+        except StoreUnavailable:
+            if not _is_cut_off(repository):  # else it settles this end later, by a call of this
+                raise
 
     def end_presented(self, repository: Repository, request: Request, body: Body | None) -> None:
         """Remove the record that the request's old cookie names, unless ``end_old`` does.
@@ -204,6 +208,10 @@ class Takeover:
         try:
             gone = [self._asked(source.load, name, "") is None for source, name in places]
         except UnreadableRecord:
+            return False
+        except StoreUnavailable:
+            if not _is_cut_off(repository):
+                raise
             return False
         return bool(gone) and all(gone)
 
@@ -350,6 +358,11 @@ class Takeover:
                 reason,
                 advice,
             )
+
+
+def _is_cut_off(repository: Repository) -> bool:
+    """Whether this is an edge that works without its centre: old sessions may be there, too."""
+    return repository.edge is not None and bool(repository.edge.cut_off)
 
 
 def _report_dropped(source: Source, made: Loaded | None, dropped: tuple[str, ...]) -> None:

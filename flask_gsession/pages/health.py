@@ -7,7 +7,7 @@ import secrets
 from flask import Blueprint, current_app
 from flask.typing import ResponseReturnValue
 
-from ..errors import SettingError, StoreError, StoreUnavailable
+from ..errors import CutOff, SettingError, StoreError, StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
 
@@ -17,7 +17,8 @@ def health_blueprint(url_prefix: str = "/health") -> Blueprint:
 
     ``live`` returns 200 while the process can answer. ``ready`` returns 200, or 503 with
     ``Retry-After`` while a store of the application doesn't answer. It costs one round trip per
-    store, or none while the store's circuit is open.
+    store, or none while the store's circuit is open. An edge node is ready while it can serve, so
+    also without its centre: then the status is ``"cut off"``.
     """
     blueprint = Blueprint("gsession_health", __name__, url_prefix=url_prefix)
 
@@ -30,13 +31,16 @@ def health_blueprint(url_prefix: str = "/health") -> Blueprint:
         interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
         if not interfaces:
             raise SettingError("health_blueprint is for an application with a Session")
+        status = "ready"
         for interface in interfaces.values():
             try:
                 interface.repository.store.load(secrets.token_urlsafe(32))
+            except CutOff:
+                status = "cut off"
             except StoreUnavailable as error:
                 return {"status": "store unavailable"}, 503, {"Retry-After": str(error.retry_after)}
             except StoreError:
                 return {"status": "store unreadable"}, 503, {"Retry-After": "1"}
-        return {"status": "ready"}
+        return {"status": status}
 
     return blueprint

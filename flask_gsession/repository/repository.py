@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from ..config import LiveSettings, Settings
 from ..errors import (
+    CutOff,
     LeaseLost,
     LockLost,
     LogoutUnconfirmed,
@@ -341,8 +342,8 @@ class Repository:
         idle expiry may move back. One round trip, one more if the session has large values and its
         idle expiry moves.
         """
-        if record.idle_expires_at != old.idle_expires_at:
-            self._renew_blobs(body, record.idle_expires_at)
+        idle_end = record.idle_expires_at
+        renewed = idle_end == old.idle_expires_at or self.renew_large(body, idle_end)
         if lease is None and not shorten:
             self.store.save(record, old.version)
         elif lease is None:
@@ -350,6 +351,8 @@ class Repository:
         else:
             with self._under_lease(lease) as leases:
                 leases.save(record, old.version, lease, **(_SHORTEN if shorten else _NO_OPTIONS))
+        if not renewed:
+            self.renew_large(body, idle_end)
 
     def _pack(self, key: str, body: Body, old: Record, *times: int) -> bytes:
         """The payload of ``body``, to replace ``old``. A session over a lowered limit may shrink.
@@ -420,7 +423,7 @@ class Repository:
         unusual = old.idle_expires_at - idle_end > self._idle_span(body.values, body.lifetime)[1]
         more = _SHORTEN if shorten or unusual else _NO_OPTIONS
         pointer = self._pointer(old, record, grace)
-        self._renew_blobs(body, record.idle_expires_at)
+        self.renew_large(body, record.idle_expires_at)
         if lease is None:
             replaced = self.store.replace(old.key, record, old.version, pointer, **more)
         else:
@@ -506,8 +509,11 @@ class Repository:
 
     def renew(self, record: Record, body: Body, idle_end: int) -> bool:
         """Renew the large values, then the record, so that no value expires before its record."""
-        self._renew_blobs(body, idle_end)
-        return self.store.renew(record, idle_end)
+        before = self.renew_large(body, idle_end)
+        renewed = self.store.renew(record, idle_end)
+        if not before:
+            self.renew_large(body, idle_end)
+        return renewed
 
     def delete(
         self,
@@ -581,7 +587,7 @@ class Repository:
         if body is None:
             try:
                 loaded = self.find(key)
-            except UnreadableRecord:
+            except (UnreadableRecord, CutOff):  # an edge does so when it settles
                 return
             if loaded is None:
                 return
@@ -775,10 +781,19 @@ class Repository:
         if self.large_values is not None:
             self.large_values.renew(sorted(reference.name for reference in references), end)
 
-    def _renew_blobs(self, body: Body, idle_end: int) -> None:
+    def renew_large(self, body: Body, idle_end: int) -> bool:
+        """Renew the large values of a session that is stored with this idle expiry next.
+
+        False at an edge that is cut off: it renews them when it settles. It may reach its centre
+        again before you store the session, so call this once more afterwards.
+        """
         if body.has_large and self.large_values is not None:
             names = sorted(names_in(body.values.values()))
-            self.large_values.renew(names, idle_end + _BLOB_MARGIN)
+            try:
+                self.large_values.renew(names, idle_end + _BLOB_MARGIN)
+            except CutOff:
+                return False
+        return True
 
     @contextmanager
     def _under_lease(self, lease: str) -> Iterator[Leases]:

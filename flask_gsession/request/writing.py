@@ -25,7 +25,7 @@ from ..errors import (
 from ..events import WriteDropped, logger
 from ..repository.races import write
 from ..repository.repository import PERMANENT
-from ..stores.support import exactly
+from ..stores.support import Mergeable, mergeable
 from ..values.marks import unexpired
 from ..values.merge import Change, reject
 from .joining import hand_over, signs_in
@@ -78,7 +78,7 @@ class Write(Struct, eq=False):
         if life.repository.edge is None:
             written = write(self.edit, self.send, life.tries)
         else:
-            with exactly(self.unmergeable()):
+            with mergeable(Mergeable(self.unmergeable(), frozenset(life.policies or ()))):
                 written = write(self.edit, self.send, life.tries)
         if written is None:
             return False

@@ -7,7 +7,7 @@ where the store can't do that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .base import Deleted, Record, Replaced, Store
@@ -307,16 +307,27 @@ class Reconciler(Protocol):
         """Why this node and the others at the centre can't read each other; "" if they can."""
 
     def merge(
-        self, base: Record, theirs: Record, mine: Record, node: str, number: int
+        self,
+        base: Record,
+        theirs: Record,
+        mine: Record,
+        typed: Collection[str],
+        node: str,
+        number: int,
     ) -> Record | None:
         """The record to save over ``theirs``: with the changes from ``base`` to ``mine``.
 
-        It says that ``node`` has settled everything up to ``number``. None if ``theirs`` says so.
+        ``typed``: the keys that have a merge policy of their own, besides the settings. The record
+        says that ``node`` has settled everything up to ``number``. None if ``theirs`` says so.
         Raises ``UnreadableRecord``.
         """
 
-    def end_device(self, record: Record) -> None:
-        """End the device that the session of ``record`` belonged to, whatever key it has now."""
+    def end(self, key: str, last: Record) -> None:
+        """End the session under ``key`` at the centre, and what belongs to it there.
+
+        ``last``: the record as the centre had it, or without a payload if that isn't known. Its
+        user's device ends too, whatever key the session has now.
+        """
 
     def settled(self, base: Record, there: Record, mine: Record) -> None:
         """The changes from ``base`` to ``mine`` are stored in ``there``. May be called twice."""

@@ -100,22 +100,34 @@ def time_left(seconds: float) -> float:
     return seconds if until is None else max(0.0, min(seconds, until - time.monotonic()))
 
 
-_exact: ContextVar[str] = ContextVar("flask_gsession.exact", default="")
+class Mergeable(NamedTuple):
+    """Whether a store may queue a write and merge it later.
+
+    ``refused``: the write, as the user knows it, if it can't be merged; else "". ``typed``: the
+    keys whose merge policy is their own, so the settings don't have it.
+    """
+
+    refused: str = ""
+    typed: frozenset[str] = frozenset()
+
+
+_ANY = Mergeable()
+_mergeable: ContextVar[Mergeable] = ContextVar("flask_gsession.mergeable", default=_ANY)
 
 
 @contextmanager
-def exactly(what: str) -> Iterator[None]:
-    """Writes in this block can't be merged later: a store that queues writes refuses ``what``."""
-    before = _exact.set(what)
+def mergeable(write: Mergeable) -> Iterator[None]:
+    """Writes in this block are like this."""
+    before = _mergeable.set(write)
     try:
         yield
     finally:
-        _exact.reset(before)
+        _mergeable.reset(before)
 
 
-def exact_write() -> str:
-    """The write that is under way, as the user knows it, if it can't be merged later; else ""."""
-    return _exact.get()
+def this_write() -> Mergeable:
+    """The write that is under way."""
+    return _mergeable.get()
 
 
 class Because(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar, overload
+from weakref import WeakSet
 
 from flask import abort, jsonify, request
 from flask import session as flask_session
@@ -26,10 +27,10 @@ from ..errors import (
 )
 from ..events import StoredValueInvalid, logger
 from ..request.session import SessionData, ttl_in_milliseconds
-from ..users.joins import AT_LOGIN, declare
+from ..users.joins import AT_LOGIN
 from ..values.codec import IMMUTABLE, is_valid_text
 from ..values.marks import MAX_VERSION, Mark
-from ..values.merge import POLICIES, MergeFunction
+from ..values.merge import DECLARED, POLICIES, MergeFunction
 from .merging import merge_of_stored, policy_of
 from .schemas import FieldForm, SchemaForm, form_of
 
@@ -191,8 +192,7 @@ class SessionKey(Generic[T]):
             raise SettingError(f"SessionKey({name!r}): invalid default: {error}") from None
         except (ValueError, GSessionError) as error:
             raise SettingError(f"SessionKey({name!r}): {error}") from None
-        if scope == "user":
-            declare(name, self)
+        DECLARED.setdefault(name, WeakSet()).add(self)
 
     def __repr__(self) -> str:
         return f"<SessionKey {self.name!r} version={self.version}>"

@@ -9,13 +9,12 @@ import hashlib
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol
-from weakref import WeakSet
 
 from ..errors import SessionConflict, SessionTooLarge, UnreadableRecord, ValueLost, ValueRefused
 from ..stores.base import Record
 from ..values.codec import Codec
 from ..values.marks import expired, marked, split
-from ..values.merge import MISSING, Change, MergeFunction, Merger, last, same
+from ..values.merge import DECLARED, MISSING, Change, MergeFunction, Merger, last, same
 from ..values.payload import CLOSED, Body, Join
 from ..values.references import holds, reference_in, refers
 
@@ -38,11 +37,6 @@ class UserKey(Protocol):
 
     def checked(self, merge: MergeFunction) -> MergeFunction:
         """The same policy, whose results the key checks."""
-
-
-#: The keys of this process with ``scope="user"``, by name. An application may not have used its key
-#: yet in this process.
-DECLARED: dict[str, WeakSet[UserKey]] = {}
 
 
 #: Three encoded sides to the encoded result: the user's, the visitor's when it joined, and now.
@@ -196,17 +190,12 @@ def _reason(name: str, error: Exception) -> str:
     return f"the merge policy or the schema of {ascii(name)[:60]} refuses{why}"
 
 
-def declare(name: str, key: UserKey) -> None:
-    """Note a key of this process."""
-    DECLARED.setdefault(name, WeakSet()).add(key)
-
-
 def _declared(name: str) -> UserKey | None:
     """The key of that name. Raises ``NotJoined`` if there are several.
 
     Then they belong to several applications, and this one has not used its key yet.
     """
-    known = list(DECLARED.get(name, ()))
+    known = [key for key in DECLARED.get(name, ()) if key.scope == "user"]
     if len(known) > 1:
         raise NotJoined(f"several keys are named {ascii(name)[:60]}")
     return known[0] if known else None

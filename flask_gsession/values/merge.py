@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final, NamedTuple, Protocol
+from weakref import WeakSet
 
 from werkzeug.exceptions import HTTPException
 
@@ -147,9 +148,17 @@ class Versioned(Protocol):
     """A typed key: the attribute ``key`` of its merge policies."""
 
     version: int
+    scope: str
+
+    def merge_function(self, of_settings: MergeFunction | None) -> MergeFunction | None:
+        """The key's merge policy, or else the one of the settings with its result checked."""
 
     def upgraded(self, version: int, data: Any) -> Any:
         """Stored data in the key's version. Raises ``SessionConflict`` if they can't be."""
+
+
+#: The typed keys of this process by name. An application may not have used its key yet.
+DECLARED: dict[str, WeakSet[Any]] = {}
 
 
 class Merger:

@@ -326,7 +326,7 @@ def test_a_damaged_file_refuses_and_says_so(
     edge.edge._worker.interval = 0.01
     assert visitor.ask(dict).status_code == 503  # starts the thread
     until(lambda: "tries again" in caplog.text)
-    assert "the file of this edge: sqlite: file is not a database" in caplog.text
+    assert "the node's file: file is not a database" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
 
 

@@ -7,6 +7,7 @@ The real code, stopped before and after every call of the store. The model in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from itertools import count
 from threading import Thread
 from typing import Any
@@ -380,7 +381,7 @@ def test_a_worker_that_has_not_used_the_key_yet(
     case = Case(make_site())
     other = make_site(store=case.site.store)
     visitor = other.visitor(case.visitor.cookie)
-    monkeypatch.setattr(joins, "DECLARED", {"cart": {CART, object()}})  # another application's
+    monkeypatch.setattr(joins, "DECLARED", {"cart": {CART, copy(CART)}})  # another application's
     visitor.run(lambda session: session.bind(case.ada))
     assert visitor.run(dict) == {"cart": {"a": 1}}, "stays in the session"
     monkeypatch.setattr(joins, "DECLARED", {"cart": {CART}})

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from ...errors import StoreUnavailable
-from ..parts import Checks, EdgeFigures, Finding
+from ..base import Store
+from ..parts import Checks, EdgeFigures, Finding, parts_of
 from ..sqlite.health import SQLiteChecks
 from .copy import Copy
-from .link import Link
 
+#: No session's key. The centre has nothing under it.
+PROBE = "flask-gsession-edge-probe".ljust(43, "-")
 _LATE = 3600  # seconds that a change may wait
 
 
 class EdgeChecks(Checks):
     """The part ``checks`` of an edge store."""
 
-    def __init__(self, copy: Copy, link: Link, centre: Checks | None) -> None:
+    def __init__(self, copy: Copy, centre: Store) -> None:
         self._copy = copy
-        self._link = link
         self._centre = centre
         self._file = SQLiteChecks(copy.file)
 
@@ -33,21 +34,22 @@ class EdgeChecks(Checks):
                     "The waiting changes are kept. Repair this, then run flask gsession edge sync.",
                 )
             )
-        if self._centre is not None:
-            try:
-                found += [
-                    finding._replace(check=f"centre: {finding.check}")
-                    for finding in self._centre.check()
-                ]
-            except StoreUnavailable as error:
-                found.append(
-                    Finding(
-                        "error",
-                        "centre",
-                        f"it can't be reached: {error.detail}",
-                        "The edge serves its copies, for offline_for after they were confirmed.",
-                    )
+        try:
+            self._centre.load(PROBE)
+            checks = parts_of(self._centre).checks
+            found += [
+                finding._replace(check=f"centre: {finding.check}")
+                for finding in ([] if checks is None else checks.check())
+            ]
+        except StoreUnavailable as error:
+            found.append(
+                Finding(
+                    "error",
+                    "centre",
+                    f"it can't be reached: {error.detail}",
+                    "The edge serves its copies, for offline_for after they were confirmed.",
                 )
+            )
         return found
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sqlite3
 
-from ...errors import CutOff, Gone, KeyTaken, Stale, StoreUnavailable
+from ...errors import CutOff, Gone, KeyTaken, Stale
 from ..base import MAX_POINTERS, Clock, Deleted, Record, milliseconds, new_version
 from ..parts import LOST_EXPIRY, EdgeFigures
 from ..sqlite.file import in_transaction, on_connection
-from .node_file import NodeFile
+from .node_file import NodeFile, NodeUnavailable
 from .rows import TABLES, Found, Row, Rows, State
 
 _DAY = 86_400_000  # milliseconds that a tombstone outlives its session, as clocks differ
@@ -158,8 +158,10 @@ class Copy:
     # -- the queue: changes that the centre can't make now
 
     @in_transaction()
-    def queue_created(self, db: sqlite3.Connection, record: Record) -> None:
-        """Create the session here. Raises ``KeyTaken``."""
+    def queue_created(
+        self, db: sqlite3.Connection, record: Record, typed: frozenset[str] = frozenset()
+    ) -> None:
+        """Create the session here; ``typed`` as in ``Row``. Raises ``KeyTaken``."""
         now = self.now()
         self._rows.remove_old(db, now)
         there = self._rows.select(db, record.key)
@@ -169,7 +171,7 @@ class Copy:
             raise KeyTaken
         self._check_room(db)
         queued = self._rows.next_number(db, self.now())
-        row = Row(record, State.CREATED, now, queued=queued)
+        row = Row(record, State.CREATED, now, queued=queued, typed=typed)
         self._rows.insert(db, row, record.absolute_expires_at)
 
     @in_transaction()
@@ -178,17 +180,23 @@ class Copy:
         db: sqlite3.Connection,
         record: Record,
         expected_version: int,
+        typed: frozenset[str] = frozenset(),
         *,
         shorten: bool,
         why: str,
     ) -> None:
-        """Replace that version here. Raises ``Gone``, ``Stale`` and ``CutOff``."""
+        """Replace that version here; ``typed`` as in ``Row``.
+
+        Raises ``Gone``, ``Stale`` and ``CutOff``.
+        """
         row = self._live(db, record.key, why)
         if row.record.version == record.version:
             return
         if row.record.version != expected_version:
             raise Stale
-        self._change(db, row, record if shorten else record.kept_as_long_as(row.record))
+        if not shorten:
+            record = record.kept_as_long_as(row.record)
+        self._change(db, row._replace(typed=row.typed | typed), record)
 
     @in_transaction()
     def queue_renewed(
@@ -261,9 +269,9 @@ class Copy:
         # Other workers take from it too.
         self._room = min(_UNCOUNTED, (self._most - waiting) // 16)
         if waiting >= self._most:
-            raise StoreUnavailable(
-                f"edge: {self._most} sessions with changes wait for the centre, as many as "
-                "outbox allows: nothing is accepted until it is back",
+            raise NodeUnavailable(
+                f"the outbox is full: {self._most} sessions with changes wait for the centre, as "
+                "many as its URL allows, and no other session can be changed until it is back",
                 contention=True,
             )
 
@@ -378,7 +386,7 @@ class Copy:
                 self._rows.copy(db, record, confirmed_at, self._copy_ends(record, confirmed_at))
             return True
         queued = self._rows.next_number(db, self.now())
-        rest = Row(now.record, State.CHANGED, confirmed_at, queued, base=row.sent)
+        rest = Row(now.record, State.CHANGED, confirmed_at, queued, row.sent, typed=now.typed)
         self._rows.insert(db, rest, now.record.absolute_expires_at)
         return True
 

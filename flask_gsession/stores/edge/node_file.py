@@ -23,8 +23,9 @@ class NodeFile(SQLiteFile):
         try:
             return super().within(work, **how)
         except StoreUnavailable as error:
-            if isinstance(error, CutOff):
+            if isinstance(error, (CutOff, NodeUnavailable)):
                 raise
             raise NodeUnavailable(
-                f"the file of this edge: {error.detail}", contention=error.contention
+                f"the node's file: {error.detail.removeprefix('sqlite: ')}",
+                contention=error.contention,
             ) from error

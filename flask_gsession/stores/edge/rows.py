@@ -28,7 +28,8 @@ TABLES = (
         queued INTEGER,
         base BLOB,
         sent BLOB,
-        number INTEGER
+        number INTEGER,
+        typed BLOB
     )
     """,
     "CREATE INDEX IF NOT EXISTS gsession_edge_ends ON gsession_edge (queued) "
@@ -56,7 +57,7 @@ TABLES = (
 )
 _COLUMNS = (
     "version, created_at, idle_expires_at, absolute_expires_at, payload, successor, "
-    "state, confirmed_at, queued, base, sent, number"
+    "state, confirmed_at, queued, base, sent, number, typed"
 )
 
 
@@ -80,7 +81,7 @@ class Row(NamedTuple):
     centre was last known to have it like this, or to have its ``base``, in milliseconds.
     ``queued``: its place in the queue for the centre; None if there is nothing to settle.
     ``base``: the record at the centre that was changed here. ``sent`` and ``number``: what is, or
-    was, on its way to the centre.
+    was, on its way to the centre. ``typed``: the keys that were changed by their own merge policy.
     """
 
     record: Record
@@ -90,6 +91,7 @@ class Row(NamedTuple):
     base: Record | None = None
     sent: Record | None = None
     number: int | None = None
+    typed: frozenset[str] = frozenset()
 
 
 class Found(NamedTuple):
@@ -135,7 +137,7 @@ class Rows:
         record = row.record
         db.execute(
             f"INSERT OR REPLACE INTO gsession_edge (key, {_COLUMNS}, removable_at) "
-            f"VALUES ({', '.join('?' * 14)})",
+            f"VALUES ({', '.join('?' * 15)})",
             (
                 self.prefix + record.key,
                 *record[1:],
@@ -145,6 +147,7 @@ class Rows:
                 _packed(row.base),
                 _packed(row.sent),
                 row.number,
+                encode(sorted(row.typed)) if row.typed else None,
                 removable_at,
             ),
         )
@@ -242,7 +245,7 @@ class Rows:
 def _row(key: str, columns: Any) -> Row:
     version, created, idle, absolute, payload, successor, *more = columns
     record = Record(key, version, created, idle, absolute, payload, successor)
-    state, confirmed_at, queued, base, sent, number = more
+    state, confirmed_at, queued, base, sent, number, typed = more
     return Row(
         record,
         State(state),
@@ -251,6 +254,7 @@ def _row(key: str, columns: Any) -> Row:
         _unpacked(key, base),
         _unpacked(key, sent),
         number,
+        frozenset(decode(typed, type=list[str])) if typed else frozenset(),
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 
 from ...errors import (
     Gone,
@@ -126,16 +125,7 @@ class _Run:
                     self.trouble = f"session {row.record.key}: {error}"  # the others go on
 
     def _end(self, row: Row) -> None:
-        key = row.record.key
-        with suppress(UnreadableRecord):  # what is there can't be used anyway
-            self._centre.delete(key)
-        last = row.base or row.record  # as the centre had it
-        if last.payload:
-            try:
-                self._reconciler.end_device(last)
-            except UnreadableRecord as error:
-                if error.for_others:
-                    raise
+        self._reconciler.end(row.record.key, row.base or row.record)
         self._copy.told(row)
         self.ends += 1
 
@@ -186,7 +176,7 @@ class _Run:
         assert row.base is not None
         assert row.sent is not None
         assert row.number is not None
-        return self._reconciler.merge(row.base, there, row.sent, self._node, row.number)
+        return self._reconciler.merge(row.base, there, row.sent, row.typed, self._node, row.number)
 
     def _create(self, row: Row) -> bool:
         """Create a session that was made here. False if it arrived before and was changed since."""

@@ -13,10 +13,10 @@ from ...errors import CutOff, Gone, Stale, StoreUnavailable
 from ...events import logger
 from ..base import OTHER_ENDS, Deleted, Record, Replaced, Store
 from ..parts import Edge, EdgeFigures, Reconciler, Settled, parts_of
-from ..support import StoreOptions, closing, exact_write
+from ..support import StoreOptions, closing, this_write
 from ..wrappers.near_cache import NearCache
 from ..wrappers.wrapper import CallWrapper, Wrapper
-from .checks import EdgeChecks
+from .checks import PROBE, EdgeChecks
 from .copy import Copy
 from .link import Link
 from .parts import EdgeBulk, EdgeLeases, EdgeNear
@@ -32,8 +32,6 @@ FRESH_FOR = 2.0  # seconds
 _NEAR_BYTES = 64 * 1024 * 1024
 _WARN_AGAIN = 60.0  # seconds
 _CONFIRMATIONS = 20  # of a copy, within the time for which it serves alone
-#: No session's key. The centre has nothing under it.
-_PROBE = "flask-gsession-edge-probe".ljust(43, "-")
 
 
 class EdgeStore(Wrapper, Edge):
@@ -87,7 +85,7 @@ class EdgeStore(Wrapper, Edge):
             self.near = EdgeNear(self, self.near)
         if self.bulk is not None:
             self.bulk = EdgeBulk(self, self.bulk)
-        self.checks = EdgeChecks(self.copy, self.link, parts.checks)
+        self.checks = EdgeChecks(self.copy, centre)
         self._reconciler: Callable[[], Reconciler | None] = lambda: None
         # Settling must not fill the near cache of this process, nor wait for the link.
         self._settler = Settler(self.copy, centre, lambda: self._reconciler())
@@ -141,8 +139,7 @@ class EdgeStore(Wrapper, Edge):
             else:
                 self._note(self.copy.created, record, began)
                 return
-        self._check_mergeable()
-        self.copy.queue_created(record)
+        self.copy.queue_created(record, self._typed())
 
     def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
         if record.key[-1:] in OTHER_ENDS:
@@ -160,8 +157,8 @@ class EdgeStore(Wrapper, Edge):
             else:
                 self._note(self.copy.copied, record, began)
                 return
-        self._check_mergeable()
-        self.copy.queue_saved(record, expected_version, shorten=shorten, why=self._why)
+        typed = self._typed()
+        self.copy.queue_saved(record, expected_version, typed, shorten=shorten, why=self._why)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         if record.key[-1:] in OTHER_ENDS:
@@ -287,7 +284,7 @@ class EdgeStore(Wrapper, Edge):
     def _come_back(self) -> Settled | None:
         """Check whether the centre answers, and settle all ends with it."""
         try:
-            self.centre.load(_PROBE)
+            self.centre.load(PROBE)
         except StoreUnavailable as error:
             self.link.stays_cut(error)
             return Settled(trouble=error.detail, reached=False)
@@ -301,7 +298,7 @@ class EdgeStore(Wrapper, Edge):
     def _look(self) -> None:
         """In the thread, while the link is cut."""
         changes = self.changes
-        if changes is not None and not changes.unproven and changes.feed(_PROBE) is not None:
+        if changes is not None and not changes.unproven and changes.feed(PROBE) is not None:
             self.link.try_soon()
         if self.link.may_try():
             self._come_back()
@@ -345,10 +342,12 @@ class EdgeStore(Wrapper, Edge):
     def _why(self) -> str:
         return self.link.why or "it is being settled"
 
-    def _check_mergeable(self) -> None:
-        what = exact_write()
-        if what:
-            raise CutOff(f"{what} needs the centre: {self._why}")
+    def _typed(self) -> frozenset[str]:
+        """The typed keys of this write. Raises ``CutOff`` if it can't be merged."""
+        write = this_write()
+        if write.refused:
+            raise CutOff(f"{write.refused} needs the centre: {self._why}")
+        return write.typed
 
     def _is_plain(self, key: str) -> bool:
         found = self._begun(self.copy.state_of, key)
