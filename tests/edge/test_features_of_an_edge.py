@@ -110,8 +110,15 @@ def test_typed_and_expiring_keys_are_merged(network: Network, edge: EdgeSite) ->
     visitor.run(add)  # drops the expired code here
     with network.edge("a") as worker:  # hasn't used its key yet, and there are two of that name
         assert "several keys are named 'basket'" in worker.settle().trouble
+
+    def meanwhile(operation: str) -> None:
+        if operation == "save":
+            edge.wire.hook = lambda operation: None
+            visitor.run(lambda session: baskets[edge].update(goods={"mug": 2, "pen": 2}))
+
+    edge.wire.hook = meanwhile
     assert edge.settle().trouble == ""
-    assert visitor.run(lambda session: baskets[edge].get()) == {"goods": {"mug": 4, "pen": 1}}
+    assert visitor.run(lambda session: baskets[edge].get()) == {"goods": {"mug": 4, "pen": 2}}
     assert visitor.run(lambda session: session["code"]) == "2"
     assert there.run(lambda session: session.ttl("code")) == 600
     assert plain.run(dict) == {"n": 1, "hint": "centre"}
