@@ -11,6 +11,7 @@ from msgspec.msgpack import encode
 from flask_gsession.events import WriteDropped
 from flask_gsession.reconciling import GREETING_KEY
 from flask_gsession.stores.edge.node_file import NodeUnavailable
+from flask_gsession.stores.edge.node_time import NodeTime
 from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock
 from flask_gsession.users.rosters import roster_key
@@ -235,13 +236,60 @@ def test_a_refused_rotation_leaves_the_copy(network: Network, edge: EdgeSite) ->
     assert visitor.run(dict) == {"n": 1}
 
 
-def test_a_clock_that_is_set_back_extends_nothing(network: Network, edge: EdgeSite) -> None:
-    visitor = known(edge)
-    edge.cut()
-    edge.clock.advance(-3600)
-    assert visitor.ask(dict).status_code == 503
-    edge.clock.advance(3600)
-    assert visitor.run(dict) == {"n": 1}
+class Machine:
+    """A machine with a clock that somebody sets, and its processes with an edge each."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.clock = network, network.centre.clock
+        self.up = FakeClock(1000)
+
+    def process(self, boot: str = "first") -> EdgeSite:
+        edge = self.network.edge("a")
+        edge.edge.copy.time = time = NodeTime(edge.edge.copy.file, self.clock, self.up)
+        time._boot = boot
+        return edge
+
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        self.up.advance(seconds)
+
+
+def test_a_clock_that_is_set_back_extends_nothing(network: Network) -> None:
+    """Nor does it end the service early; also in a process that starts afterwards."""
+    machine = Machine(network)
+    with machine.process() as edge:
+        visitor = known(edge)
+        edge.cut()
+        machine.wait(600)
+        machine.clock.advance(-3600)
+        with machine.process() as younger:
+            younger.cut()
+            for at_work in (visitor, at(younger, visitor)):
+                assert at_work.run(dict) == {"n": 1}
+            machine.wait(299)
+            for at_work in (visitor, at(younger, visitor)):
+                assert at_work.run(dict) == {"n": 1}
+            machine.wait(1)
+            for at_work in (visitor, at(younger, visitor)):
+                assert at_work.ask(dict).status_code == 503
+
+
+def test_a_process_that_missed_a_jump_of_the_clock_hears_of_it(network: Network) -> None:
+    machine = Machine(network)
+    with machine.process() as edge, machine.process() as idle:
+        there = at(idle, known(idle))
+        machine.clock.advance(3600)
+        visitor = known(edge)
+        machine.clock.advance(-3600)
+        there = at(idle, visitor)
+        idle.cut()
+        assert there.ask(dict).status_code == 503  # it seems to come from the future
+        assert there.run(dict) == {"n": 1}
+    with machine.process("second boot") as edge:
+        edge.cut()
+        assert at(edge, visitor).ask(dict).status_code == 503
+        machine.clock.advance(3600)
+        assert at(edge, visitor).run(dict) == {"n": 1}
 
 
 @pytest.mark.parametrize("ends", [False, True])

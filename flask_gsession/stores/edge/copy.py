@@ -13,11 +13,12 @@ from ..base import MAX_POINTERS, Clock, Deleted, Record, milliseconds, new_versi
 from ..parts import LOST_EXPIRY, EdgeFigures
 from ..sqlite.file import in_transaction, on_connection
 from .node_file import NodeFile, NodeUnavailable
+from .node_time import NodeTime
 from .rows import TABLES, Found, Row, Rows, State
 
 _DAY = 86_400_000  # milliseconds that a tombstone outlives its session, as clocks differ
 _UNCOUNTED = 200
-_AHEAD = 5_000  # milliseconds that a confirmation may seem to lie ahead, after a clock was set
+_AHEAD = 5_000  # milliseconds that a confirmation may seem to lie ahead
 
 
 class Copy:
@@ -39,12 +40,14 @@ class Copy:
         self.file = NodeFile(path, timeout, TABLES)
         self._rows = Rows(prefix)
         self._clock = clock
+        #: how old copies are, also if the clock is set back
+        self.time = NodeTime(self.file, clock)
         self._offline = int(offline * 1000)
         self._most = most
         self._room = 0  # sessions that may be queued before they are counted again
 
     def now(self) -> int:
-        """The time in milliseconds."""
+        """The time in milliseconds, for expiry. ``time`` has the time for all else."""
         return milliseconds(self._clock)
 
     # -- reads
@@ -72,9 +75,11 @@ class Copy:
             return None
         if row.state is State.CREATED and row.sent is None:
             return row.record  # nobody else knows it
-        age = self.now() - row.confirmed_at
+        age = self.time() - row.confirmed_at
         if -_AHEAD <= age < self._offline:
             return row.record
+        if age < 0:
+            self.time.disagrees()
         raise CutOff(
             f"the copy of session {row.record.key} at this edge was confirmed {age / 1000:.0f} s "
             f"ago, and offline_for allows {self._offline / 1000:g} s: {why}"
@@ -170,8 +175,8 @@ class Copy:
         if there is not None and (there.state is State.ENDED or now < there.record.idle_expires_at):
             raise KeyTaken
         self._check_room(db)
-        queued = self._rows.next_number(db, self.now())
-        row = Row(record, State.CREATED, now, queued=queued, typed=typed)
+        queued = self._rows.next_number(db, self.time())
+        row = Row(record, State.CREATED, self.time(), queued=queued, typed=typed)
         self._rows.insert(db, row, record.absolute_expires_at)
 
     @in_transaction()
@@ -241,7 +246,7 @@ class Copy:
             if row.state is State.CREATED and row.sent is None:
                 self._bury(db, row.record)
                 continue
-            queued = self._rows.next_number(db, self.now())
+            queued = self._rows.next_number(db, self.time())
             ended = Row(row.record, State.ENDED, row.confirmed_at, queued, row.base)
             self._rows.insert(db, ended, row.record.absolute_expires_at + _DAY)
         return Deleted(True, last.record) if live else Deleted(False)
@@ -257,7 +262,7 @@ class Copy:
     def _change(self, db: sqlite3.Connection, row: Row, record: Record) -> None:
         if row.state is State.PLAIN:
             self._check_room(db)
-            queued = self._rows.next_number(db, self.now())
+            queued = self._rows.next_number(db, self.time())
             row = row._replace(state=State.CHANGED, base=row.record, queued=queued)
         self._rows.insert(db, row._replace(record=record), record.absolute_expires_at)
 
@@ -292,7 +297,7 @@ class Copy:
     def _bury(self, db: sqlite3.Connection, record: Record) -> None:
         """A tombstone of which the centre need not hear."""
         left = record._replace(payload=b"", successor=None)
-        row = Row(left, State.ENDED, self.now())
+        row = Row(left, State.ENDED, self.time())
         self._rows.insert(db, row, record.absolute_expires_at + _DAY)
 
     def _copy_ends(self, record: Record, confirmed_at: int) -> int:
@@ -303,7 +308,8 @@ class Copy:
     @in_transaction()
     def lease(self, db: sqlite3.Connection, settler: str, length: float) -> bool:
         """Let this settler alone settle for ``length`` seconds from now, if no other one does."""
-        now, until = self.now(), self.now() + int(length * 1000)
+        now = self.time()
+        until = now + int(length * 1000)
         done = db.execute(
             "UPDATE gsession_edge_node SET settler = ?, settler_until = ? "
             "WHERE settler IN ('', ?) OR settler_until <= ? OR settler_until > ?",
@@ -348,9 +354,9 @@ class Copy:
         if now is None or now.state is not row.state or now.queued is None:
             return None
         if now.sent is None:
-            now = now._replace(sent=now.record, number=self._rows.next_number(db, self.now()))
+            now = now._replace(sent=now.record, number=self._rows.next_number(db, self.time()))
             if now.state is State.CREATED:  # from here on, others may know it
-                now = now._replace(confirmed_at=self.now())
+                now = now._replace(confirmed_at=self.time())
             self._rows.insert(db, now, now.record.absolute_expires_at)
         return now
 
@@ -385,7 +391,7 @@ class Copy:
             for record in (*pointers, there):
                 self._rows.copy(db, record, confirmed_at, self._copy_ends(record, confirmed_at))
             return True
-        queued = self._rows.next_number(db, self.now())
+        queued = self._rows.next_number(db, self.time())
         rest = Row(now.record, State.CHANGED, confirmed_at, queued, row.sent, typed=now.typed)
         self._rows.insert(db, rest, now.record.absolute_expires_at)
         return True
@@ -419,5 +425,5 @@ class Copy:
         node, *past = db.execute(
             "SELECT id, settled_at, settled, dropped, trouble FROM gsession_edge_node"
         ).fetchone()
-        lag = 0.0 if oldest is None else max(0.0, (self.now() - oldest) / 1000)
+        lag = 0.0 if oldest is None else max(0.0, (self.time() - oldest) / 1000)
         return EdgeFigures(node, ends, changes, oldest, lag, *past)

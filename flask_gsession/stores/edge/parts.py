@@ -26,7 +26,7 @@ class EdgeLeases(Leases):
         self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
     ) -> None:
         self._store.check_settled(record.key, _LOCK)
-        began = self._store.copy.now()
+        began = self._store.copy.time()
         more = {"shorten": True} if shorten else {}
         self._leases.save(record, expected_version, lease, **more)
         self._store.note_copied(record, began)
@@ -78,7 +78,7 @@ class EdgeNear(NearReads):
             return None  # without a copy yet, or changed or ended here
         record = self._near.peek(key, version)
         if record is not None:
-            proven = copy.now() - self._bound_ms
+            proven = copy.time() - self._bound_ms
             if proven - confirmed_at > self._confirm_after:
                 copy.confirmed(record, proven)
         return record

@@ -47,12 +47,14 @@ TABLES = (
         settled_at INTEGER NOT NULL,
         settled INTEGER NOT NULL,
         dropped INTEGER NOT NULL,
-        trouble TEXT NOT NULL
+        trouble TEXT NOT NULL,
+        boot TEXT NOT NULL,
+        ahead INTEGER NOT NULL
     )
     """,
     # 48 random bits, as a node that starts with an empty file is another one.
     "INSERT OR IGNORE INTO gsession_edge_node "
-    "SELECT 1, lower(hex(randomblob(6))), 0, '', 0, 0, 0, 0, '' "
+    "SELECT 1, lower(hex(randomblob(6))), 0, '', 0, 0, 0, 0, '', '', 0 "
     "WHERE NOT EXISTS (SELECT 1 FROM gsession_edge_node)",
 )
 _COLUMNS = (

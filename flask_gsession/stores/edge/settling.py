@@ -142,7 +142,7 @@ class _Run:
         if noted is None:
             return
         assert noted.sent is not None
-        began = self._copy.now()
+        began = self._copy.time()
         if created and not pushed and self._create(noted):
             if not self._copy.arrived(noted, noted.sent, [], began):
                 self._centre.delete(noted.record.key)  # it was given up while this one was stopped
@@ -150,7 +150,7 @@ class _Run:
             self.changes += 1
             return
         for _ in range(_ATTEMPTS):
-            began = self._copy.now()
+            began = self._copy.time()
             pointers, there = self._find(noted.record.key)
             if there is None:
                 self._drop(noted, "the session has ended")

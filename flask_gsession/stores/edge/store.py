@@ -106,7 +106,7 @@ class EdgeStore(Wrapper, Edge):
         row = self._row(key)
         if row is not None and row.state is not State.PLAIN:
             return self.copy.served(row, self._why)
-        began = self.copy.now()
+        began = self.copy.time()
         try:
             record = ask(key)
         except StoreUnavailable as error:
@@ -131,7 +131,7 @@ class EdgeStore(Wrapper, Edge):
             return
         row = self._row(record.key)
         if row is None or row.queued is None:
-            began = self.copy.now()
+            began = self.copy.time()
             try:
                 self.store.create(record)
             except CutOff:
@@ -146,7 +146,7 @@ class EdgeStore(Wrapper, Edge):
             self.store.save(record, expected_version, **_option(shorten))
             return
         if self._is_plain(record.key):
-            began = self.copy.now()
+            began = self.copy.time()
             try:
                 self.store.save(record, expected_version, **_option(shorten))
             except CutOff:
@@ -164,7 +164,7 @@ class EdgeStore(Wrapper, Edge):
         if record.key[-1:] in OTHER_ENDS:
             return self.store.renew(record, idle_expires_at)
         if self._is_plain(record.key):
-            began = self.copy.now()
+            began = self.copy.time()
             try:
                 renewed = self.store.renew(record, idle_expires_at)
             except CutOff:
@@ -205,7 +205,7 @@ class EdgeStore(Wrapper, Edge):
         self.check_settled(key, "a new token")
         # First, while the centre has changed nothing: a full disk may refuse that.
         copied = self.copy.withdrawn(key)
-        began = self.copy.now()
+        began = self.copy.time()
         try:
             replaced = ask(key, record, expected_version, pointer, *more)
         except (Stale, StoreUnavailable):
@@ -357,6 +357,7 @@ class EdgeStore(Wrapper, Edge):
         return self._begun(self.copy.get, key)
 
     def _begun(self, ask: Callable[[str], T], key: str) -> T:
+        self.copy.time.agree()
         if not self._worker.runs:
             this = weakref.ref(self)
             self._worker.start(
