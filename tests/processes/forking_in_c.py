@@ -26,7 +26,7 @@ from flask_gsession.processes import process
 from flask_gsession.stores.wrappers.breaker import Circuit
 from flask_gsession.testing import a_record
 from flask_gsession.tokens import session_key
-from tests.processes.test_fork_threads import DEADLINE, Child, Site, make_site, post
+from tests.harness.forking import DEADLINE, Child, Site, make_site, post
 
 fork_in_c = ctypes.PyDLL(None).fork
 EACH = 15

@@ -22,7 +22,7 @@ from flask_gsession.operate.cleanup import CleanupWorker
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.sqlite import file as sqlite
 from flask_gsession.testing import a_record
-from tests.processes.test_fork_threads import Child, make_site
+from tests.harness.forking import Child, make_site
 
 Uwsgi = Callable[..., None]
 

@@ -22,8 +22,8 @@ from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.redis import RedisStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.harness.apps import PATIENCE, Site, Visitor, at_once
+from tests.harness.forking import Child, Gate, gates
 from tests.harness.servers import RedisServer
-from tests.processes.test_fork_threads import Child, Gate, gates
 from tests.request.test_locks import (
     Waiter,
     a_visitor,

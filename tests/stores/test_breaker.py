@@ -21,8 +21,8 @@ from flask_gsession.stores.support import ending_by
 from flask_gsession.stores.wrappers.breaker import Circuit, GuardedStore
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.harness.apps import Site, SiteMaker, until, within
+from tests.harness.forking import Child
 from tests.harness.servers import MongoServer, RedisServer, with_database
-from tests.processes.test_fork_threads import Child
 
 FAILURES = 3
 PAUSE = 1.0

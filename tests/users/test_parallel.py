@@ -44,11 +44,12 @@ def test_sign_ins_at_once_are_refused_exactly(make_site: SiteMaker) -> None:
     assert len(ids(site)) == len(site.sessions()) == 3
 
 
-def test_two_hundred_sign_ins_at_once_are_all_served(site: Site) -> None:
-    visitors = sign_in_at_once(site, 200, 100)
-    assert len(ids(site)) == 200
+def test_many_sign_ins_at_once_are_all_served(site: Site) -> None:
+    number = 80 if site.url.startswith("mongodb") else 200  # its races are slow
+    visitors = sign_in_at_once(site, number, 100)
+    assert len(ids(site)) == number
     with site.app.app_context():
-        assert site.ext.users.revoke_all("ada") == 200
+        assert site.ext.users.revoke_all("ada") == number
     assert {owner(visitor) for visitor in visitors} == {None}
     assert site.sessions() == {}
 
