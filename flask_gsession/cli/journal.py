@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Any
 
@@ -46,6 +47,9 @@ def events(
     Prints one event per line, and acknowledges events once they are written to standard output.
     So after a crash, some may be printed again. Also adds expired sessions to the journal.
 
+    With --follow, waits for the store if it can't be reached, and ends on SIGTERM and Ctrl-C, after
+    it has acknowledged what it printed.
+
     Without --consumer, shows the state of the journal and of its consumers.
     """
     interface = choose_interface(cookie)
@@ -77,12 +81,26 @@ def _print(
 ) -> None:
     repository = interface.repository
     consumer = Consumer(repository.journaling, repository.clock, name, follow=follow)
+    if follow:
+        _stop_by_signal(consumer)
     for batch in consumer.batches():
         for event in batch:
             click.echo(as_line(event.as_dict()) if as_json else _line(event))
         sys.stdout.flush()
         if not no_ack:
             batch[-1].ack()
+
+
+def _stop_by_signal(consumer: Consumer) -> None:
+    """The first signal lets it end well, another one ends it at once."""
+
+    def stop(*_: object) -> None:
+        consumer.stop()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _line(event: JournalEvent) -> str:

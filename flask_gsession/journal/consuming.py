@@ -19,6 +19,7 @@ from .sweeping import Sweeper
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _AT_ONCE = 200  # entries per read
 _POLL = 1.0  # seconds
+_SLICE = 0.1  # seconds, within which a stop is noticed
 MOST_SHOWN = 50  # events on a page for people
 _LONGEST_PAUSE = 30.0  # seconds, while the store can't be reached
 
@@ -52,7 +53,7 @@ class JournalEvent:
     def ack(self) -> None:
         """Acknowledge this event and all before it, so you don't get them again. One round trip.
 
-        Raises ``StoreUnavailable``.
+        Raises ``StoreUnavailable``; with ``follow`` it is repeated at the next look instead.
         """
         self._acknowledge(self.number)
 
@@ -89,7 +90,9 @@ class Consumer:
 
     Run one process per name: two would both get every event.
 
-    ``follow``: wait for more events instead of ending, and wait out outages of the store.
+    ``follow``: wait for more events instead of ending, and wait out outages of the store. If a
+    failover lost events that you have read, and gave their numbers to others, you get all events
+    again that you haven't acknowledged.
     ``sweep``: also sweep now and then, see ``Sweeper``. ``poll``: seconds between two reads.
     """
 
@@ -109,51 +112,91 @@ class Consumer:
         self._follow = follow
         self._poll = poll
         self._sweeper = Sweeper(store, clock) if sweep else None
+        self._unsent = 0  # an acknowledgement that failed
+        self._at: int | None = None  # the number that was read last
+        self._entry: bytes | None = None  # and its entry
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End the iteration after the current event; with ``follow``, after 0.1 seconds at most.
+
+        A signal handler may call it.
+        """
+        self._stopped = True
 
     def __iter__(self) -> Iterator[JournalEvent]:
         for events in self.batches():
-            yield from events
+            for event in events:
+                yield event
+                if self._stopped:
+                    return
 
     def batches(self) -> Iterator[list[JournalEvent]]:
         """The same events in lists of up to 200."""
-        at: int | None = None
-        failures = 0
-        while True:
+        failures, self._at = 0, None
+        while not self._stopped:
             try:
-                events = self._look(at)
+                events = self._look()
                 failures = 0
             except StoreUnavailable as error:
                 if not self._follow:
                     raise
                 failures += 1
                 logger.warning("The journal can't be read, and will be retried: %s", error)
-                time.sleep(min(_LONGEST_PAUSE, self._poll * 2 ** min(failures, 10)))
+                self._wait(min(_LONGEST_PAUSE, self._poll * 2 ** min(failures, 10)))
                 continue
             if events:
-                at = events[-1].number
                 yield events
             elif not self._follow:
                 return
             else:
-                time.sleep(self._poll)
+                self._wait(self._poll)
 
-    def _look(self, at: int | None) -> list[JournalEvent]:
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._stopped and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _SLICE))
+
+    def _look(self) -> list[JournalEvent]:
         """The next events, after a sweep if one is due."""
+        if self._unsent:
+            self._store.journal.acknowledge(self.name, self._unsent)
+            self._unsent = 0
         if self._sweeper is not None:
             self._sweeper.run_if_due()
-        journal = self._store.journal
+        at = self._at
         if at is None:
-            at = journal.acknowledged(self.name)
+            at, self._entry = self._begin(), None
+            if at is None:
+                return []
+        # With the last one again, to see that it is still there.
+        entries, first = self._store.journal.read(max(0, at - 1), _AT_ONCE)
+        again = entries.pop(0)[1] if entries and entries[0][0] == at else None
+        if self._entry is not None and again != self._entry and (again or not entries):
+            logger.warning("The journal lost events; again from the last acknowledged one")
+            self._at = None
+            return self._look()
+        self._at, self._entry = entries[-1] if entries else (at, again)
+        return _events(entries, first, at, self._clock, self._acknowledge)
+
+    def _begin(self) -> int | None:
+        """The number that was acknowledged last; None if there is nothing to read."""
+        journal = self._store.journal
+        at = journal.acknowledged(self.name)
         if at is None:
             entries, first = journal.read(0, 1)
-            if not entries:
-                return []
-            at = first - 1  # a new consumer gets all events that are kept
-            journal.acknowledge(self.name, at)
-        return next_events(self._store, self._clock, at, self._acknowledge)
+            if entries:
+                at = first - 1  # a new consumer gets all events that are kept
+                journal.acknowledge(self.name, at)
+        return at
 
     def _acknowledge(self, number: int) -> None:
-        self._store.journal.acknowledge(self.name, number)
+        try:
+            self._store.journal.acknowledge(self.name, number)
+        except StoreUnavailable:
+            if not self._follow:
+                raise
+            self._unsent = max(self._unsent, number)
 
 
 def latest_events(store: JournalingStore, before: int = 0) -> list[JournalEvent]:
@@ -169,20 +212,21 @@ def _nothing(number: int) -> None:
     """Acknowledges nothing."""
 
 
-def next_events(
-    store: JournalingStore,
-    clock: Clock,
+def _events(
+    entries: list[tuple[int, bytes]],
+    first: int,
     after: int,
-    acknowledge: Callable[[int], None] = lambda number: None,
-    limit: int = _AT_ONCE,
+    clock: Clock,
+    acknowledge: Callable[[int], None],
 ) -> list[JournalEvent]:
-    """Up to ``limit`` events after this number. Begins with a gap if some were removed."""
-    entries, first = store.journal.read(after, limit)
+    """The events of entries that were read after this number. Begins with a gap if need be."""
     events = []
     if first > after + 1 and entries:
         missed = first - after - 1
         now = _time(milliseconds(clock))
-        events.append(JournalEvent(first - 1, GAP, now, missed=missed, _acknowledge=acknowledge))
+        name = f"gap-{after + 1}-{first - 1}"
+        gap = JournalEvent(first - 1, GAP, now, missed=missed, id=name, _acknowledge=acknowledge)
+        events.append(gap)
     events += [_event(number, unpack(data), acknowledge) for number, data in entries]
     return events
 

@@ -445,8 +445,8 @@ def look_inside(site: Site) -> Inside:
         return InsideSQLite(parts.path[1:])
     if parts.scheme in ("mongodb", "mongodb+srv"):
         return InsideMongoDB(site.url)
-    if parts.scheme in ("grpc", "edge"):
-        return Inside()  # the far store knows
+    if parts.scheme in ("grpc", "edge", "redis+cluster"):
+        return Inside()  # the far store knows, or many servers
     return InsideRedis(site.url, site.prefix)
 
 
