@@ -58,15 +58,20 @@ class Connection:
             connection.setsockopt(socket.IPPROTO_TCP, _UNREAD, int(seconds * 1000))
 
     def is_gone(self) -> bool:
-        """Whether the client has closed it. False if this system can't tell."""
+        """Whether the client has closed it, or vanished. False if this system can't tell."""
         if self._file is None or _CLOSED is None:
             return False
         waits = _poll()
         try:
             waits.register(self._file, _CLOSED)
-            return bool(waits.poll(0))
+            if not waits.poll(0):
+                return False
+            with socket.socket(fileno=os.dup(self._file)) as connection:
+                # So the next write fails as on a closed connection: servers log a timeout.
+                connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except (OSError, ValueError):
-            return True
+            pass
+        return True
 
 
 def connection_of(environ: Mapping[str, Any]) -> Connection:

@@ -21,8 +21,8 @@ from flask_gsession.pages.live import live_blueprint
 Answer = dict[str, Any]
 
 
-def create_app() -> Flask:
-    """The application, as the environment describes it."""
+def create_app(**more: Any) -> Flask:
+    """The application, as the environment and `more` settings describe it."""
     app = Flask(__name__, instance_path=os.environ["WORKERS_INSTANCE"])
     app.config.update(
         SECRET_KEY="workers", SESSION_KEY_PREFIX=os.environ["WORKERS_PREFIX"], WARM_COOKIE=None
@@ -33,6 +33,7 @@ def create_app() -> Flask:
     # What the tests ask for is right answers, from a machine that may be very slow.
     app.config["SESSION_STORE_TIMEOUT"] = 20
     app.config.update(SESSION_LOCK_WAIT=60, SESSION_LOCK_TIMEOUT=60, SESSION_LOCK_WARN=None)
+    app.config.update(more)
     Session(app)
     app.register_blueprint(live_blueprint(keys=["count"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -58,6 +59,25 @@ def test_a_client_that_reads_nothing_keeps_no_thread() -> None:
         assert failed.wait(DEADLINE)
     for hidden in (None, -1):
         Connection(hidden).expect_reader(1.0)  # a server that hides it, or has closed it
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has this option")
+def test_a_client_that_vanished_is_no_error_for_the_server() -> None:
+    """gunicorn logs any other exception than these with its traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+    connection = Connection(accepted.fileno())
+    connection.expect_reader(0.1)
+    with client, accepted:
+        accepted.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                accepted.send(bytes(65536))
+        assert not connection.is_gone()
+        until(connection.is_gone)
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            accepted.send(b"more")
 
 
 @of_memory

@@ -11,7 +11,8 @@ import pytest
 from tests.harness.gunicorn import GEVENT, GTHREAD, Gunicorn
 from tests.harness.servers import mongo_server, redis_server, with_database
 from tests.harness.sharing import ServeCommand
-from tests.processes.test_uwsgi import CONFIGURATIONS, Uwsgi
+from tests.harness.uwsgi import Uwsgi
+from tests.processes.test_uwsgi import CONFIGURATIONS
 from tests.processes.test_uwsgi import test_workers_share_sessions_and_no_connection as share
 from tests.processes.test_workers import (
     PRELOADED,

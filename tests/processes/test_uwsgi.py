@@ -1,7 +1,6 @@
 """Sessions under a real uWSGI, which forks its workers in C, so that Python runs no fork hooks."""
 
 import re
-import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.harness.gunicorn import ROOT, THREADS, Answer, Gunicorn, Stream, in_parallel
+from tests.harness.gunicorn import ROOT, THREADS, Answer, Stream, in_parallel
 from tests.harness.marks import long
+from tests.harness.uwsgi import Uwsgi
 
-UWSGI = Path(sys.executable).with_name("uwsgi")
 WORKERS = 2
 STORES = ["sqlite", "redis", "mongodb"]
-MODULE = "from tests.harness.workers_app import create_app\n\napp = create_app()\n"
 
 
 def documented() -> str:
@@ -35,35 +33,6 @@ CONFIGURATIONS = {
     "threads": f"{PREFORKED}enable-threads = true\nthreads = 4\n",
     "plain": PREFORKED,
 }
-
-
-class Uwsgi(Gunicorn):
-    """As `Gunicorn`, with uWSGI and one of its configurations."""
-
-    def __init__(self, folder: Path, configuration: str, environment: dict[str, str]) -> None:
-        found = re.search(r"^processes = (\d+)$", configuration, re.MULTILINE)
-        assert found
-        super().__init__(folder, workers=int(found[1]), environment=environment)
-        self.configuration = configuration
-        self._lazy = "lazy-apps" in configuration
-        file = folder / "uwsgi.ini"
-        file.write_text(configuration)
-        (folder / "wsgi.py").write_text(MODULE)
-        self._log = folder / "uwsgi.log"
-        self._command = [str(UWSGI), "--ini", str(file), "--chdir", str(folder)]
-
-    def _listen_at(self, socket: str) -> list[str]:
-        return ["--http-socket", socket]
-
-    def wait_for_workers(self, count: int) -> None:
-        """Return when so many workers were forked in all, and have the application."""
-        apps = count if self._lazy else 1
-        self._wait(
-            lambda: (
-                self.log.count("spawned uWSGI worker") >= count
-                and self.log.count("WSGI app 0 ") >= apps
-            )
-        )
 
 
 class Setup(NamedTuple):
