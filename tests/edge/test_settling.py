@@ -137,6 +137,29 @@ def test_a_settler_that_was_stopped_creates_nothing_that_ended(
         assert at(network.centre, visitor).run(dict) == {}
 
 
+@pytest.mark.parametrize("store_url", ["memory"], indirect=True)
+def test_a_creation_that_arrives_as_it_is_given_up_is_ended(network: Network) -> None:
+    """Its settler was stopped, and is killed before it can look again."""
+    with network.edge("a") as edge, network.edge("a") as other:
+        edge.cut()
+        visitor = edge.visitor()
+        visitor.run(add)
+        row = edge.edge.copy.get(visitor.run(lambda session: session.handle))
+        assert row is not None
+        edge.edge.copy.sending(row)
+
+        def arrive(operation: str) -> None:
+            assert row is not None
+            if operation == "load" and "create" in other.wire.calls:  # of the greeting
+                other.wire.after = lambda operation: None
+                network.centre.store.create(row.record)
+
+        other.wire.after = arrive
+        settled = other.settle()
+        assert (settled.ends, settled.dropped) == (1, 1)
+        assert at(network.centre, visitor).run(dict) == {}
+
+
 def test_writes_go_on_while_it_settles(network: Network) -> None:
     """Two workers of a node, and the centre, all write to the same sessions."""
     with network.edge("a") as edge, network.edge("a") as other:

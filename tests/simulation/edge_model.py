@@ -22,8 +22,11 @@ The protocol, as in ``stores/edge/``
    if the mark isn't there already; note that it is done. What was changed since stays queued, with
    ``sent`` as its new base. A session that isn't at the centre any more has ended;
 5. a session made here is created at the centre once: that is noted first. After a lost answer it is
-   loaded, and it has ended if it isn't there;
-6. a settler that dies is replaced by one that begins with the row. Two at once do no harm.
+   loaded, and it has ended if it isn't there: an end, of which the centre hears. A settler that was
+   stopped sees by it that it created the session too late, and deletes it again;
+6. a settler that dies is replaced by one that begins with the row. Two at once do no harm;
+7. a rotation withdraws the copy first, then asks the centre, then notes the result, unless the row
+   has changes by now. Noting it may fail, as on a full disk.
 
 What must hold
 
@@ -32,7 +35,10 @@ What must hold
 - nothing is lost: a change that was acknowledged is at the centre in the end, if the session is;
   it is given up only if the session ended (limits: it was rotated without a trace, or its creation
   was noted and then not sent or not answered);
-- nothing is repeated: no change counts twice.
+- nothing is repeated: no change counts twice;
+- a session that was given up doesn't live on (limit: a settler that was stopped before it sent the
+  creation dies right after it), and no copy is left under a token that was rotated
+  away without a grace.
 """
 
 from __future__ import annotations
@@ -66,6 +72,11 @@ BREAKS = {
         "queues unknown": ("1 queues a save whose answer is lost", "write, cut"),
         "numbers again": ("4 uses a number again", "settle, write here"),
         "forgets": ("4 is done when the answer is lost", "second cut"),
+        "forgets creation": ("5 leaves no tombstone", "create, two settlers"),
+        "tells nobody": ("5 doesn't tell the centre of it", "create, two settlers"),
+        "keeps late": ("5 keeps what it created too late", "create, two settlers"),
+        "keeps copy": ("7 withdraws nothing", "rotation here, full disk"),
+        "rotates over": ("7 replaces a row with changes", "rotation here, write"),
     }.items()
 }
 
@@ -114,10 +125,16 @@ class EdgeWorld(World):
         self.ending = False  # a logout has begun, and may have ended the session
         self.untraced = False  # rotated without a pointer
         self.unsure = False  # a creation was noted, and perhaps not sent
+        self.given_up = False  # a creation that seemed lost was reported
+        self.late = False  # it was created after that, and nobody has noticed yet
+        self.rotated: frozenset[str] = frozenset()  # where the token was, without a grace
         self.numbers = {"a": 0, "b": 0}  # of what was sent, never used twice
 
     def state(self) -> Hashable:
-        promised = self.acknowledged, self.ended, self.ending, self.untraced, self.unsure
+        promised = (
+            *(self.acknowledged, self.ended, self.ending, self.untraced, self.unsure),
+            *(self.given_up, self.late, self.rotated),
+        )
         here = tuple(self.rows.items()), tuple(self.numbers.items()), self.cut
         return super().state(), here, self.member, self.revoked, promised
 
@@ -203,6 +220,21 @@ def write(world: EdgeWorld, edge: str, name: str) -> Program:
         return world.store_row(edge, now)
     if now != row and not lost:
         return world.store_row(edge, now)  # another worker was faster: refused
+    _queue(world, edge, now, name)
+
+
+def write_alone(world: EdgeWorld, edge: str, name: str) -> Program:
+    """A write by a worker that can't reach the centre, though others of its node can."""
+    yield
+    now = world.rows[edge]
+    if now is None or now.mine is None or now.state == ENDED:
+        return world.store_row(edge, now)
+    _queue(world, edge, now, name)
+
+
+def _queue(world: EdgeWorld, edge: str, now: Row, name: str) -> None:
+    """Part of a step: a change goes into the row."""
+    assert now.mine is not None
     after = now._replace(mine=now.mine.with_change(name))
     if now.state == PLAIN:
         after = after._replace(state=CHANGED, base=now.mine)
@@ -217,9 +249,9 @@ def create(world: EdgeWorld, edge: str) -> Program:
     world.store_row(edge, Row(CREATED, Value(("made",))))
 
 
-def read(world: EdgeWorld, edge: str) -> Program:
-    """A request that loads the session, and another one afterwards."""
-    for _ in range(2):
+def read(world: EdgeWorld, edge: str, times: int = 2) -> Program:
+    """A request that loads the session, and more of them afterwards."""
+    for _ in range(times):
         yield
         row = world.row(edge)
         served = None if row is None else row.mine
@@ -302,6 +334,44 @@ def rotate(world: EdgeWorld, pointer: bool = False) -> Program:
     world.saw("entered")
 
 
+def rotate_here(world: EdgeWorld, edge: str, pointer: bool, full: bool = False) -> Program:
+    """A rotation at a node that reaches its centre. ``full``: its result can't be noted."""
+    yield
+    row = world.row(edge)
+    if row is None or row.state != PLAIN:
+        return
+    there = yield from asked(world, edge, lambda: world.load(KEY))
+    if not isinstance(there, Record) or there.to is not None:
+        return
+    copy = None
+    if "keeps copy" not in world.broken:
+        yield
+        copy = world.rows[edge]
+        if copy is not None and copy.state != PLAIN:
+            return world.store_row(edge, copy)
+        world.store_row(edge, None)
+
+    def replace() -> bool:
+        if world.store.get(KEY) != there:
+            return world.saw(False)  # type: ignore[no-any-return]
+        world.put(NEXT, there.value, 9)
+        world.member = NEXT
+        return world.turn(KEY, NEXT if pointer else None, there.version, 9)
+
+    replaced = yield from asked(world, edge, replace)
+    world.untraced = world.untraced or not pointer
+    yield
+    now = world.rows[edge]
+    if replaced is not True:
+        return world.store_row(edge, copy if now is None else now)
+    if not pointer:
+        world.rotated |= {edge}
+    changed = now is not None and now.state != PLAIN and "rotates over" not in world.broken
+    if not full and not changed:
+        now = Row(PLAIN, there.value) if pointer else Row(ENDED, told=True)
+    world.store_row(edge, now)
+
+
 # -- settling
 
 
@@ -353,6 +423,7 @@ def settle(world: EdgeWorld, edge: str) -> Call:
 
 def _push(world: EdgeWorld, edge: str, row: Row) -> Call:
     there: Any = None
+    made: Any = None
     mine, sent = row.mine, row.sent
     assert mine is not None
     if not row.pushed or "no pushed" in world.broken:
@@ -366,7 +437,12 @@ def _push(world: EdgeWorld, edge: str, row: Row) -> Call:
         world.unsure = True
         world.store_row(edge, now._replace(pushed=True, sent=sent))
         value = sent
-        made = yield from asked(world, edge, lambda: world.create(KEY, value, 9) is not None)
+
+        def create() -> bool:
+            world.late = world.given_up
+            return world.create(KEY, value, 9) is not None
+
+        made = yield from asked(world, edge, create)
         if isinstance(made, Lost):
             if not made.sent:
                 yield
@@ -375,16 +451,31 @@ def _push(world: EdgeWorld, edge: str, row: Row) -> Call:
                     now = now._replace(pushed=False, sent=None)
                 world.store_row(edge, now)
             return False
-    _, there = yield from led(world, edge)
+    if made is True:
+        there = Record(("", 0), sent, 9)
+    else:
+        _, there = yield from led(world, edge)
     if isinstance(there, Lost):
         return False
     yield
     now = world.rows[edge]
     if now is None or now.state != CREATED or now.sent != sent:
         world.store_row(edge, now)
-        return True
+        late = made is True and now is not None and now.state == ENDED
+        if not late or "keeps late" in world.broken:
+            world.late = False
+            return True
+
+        def remove() -> Record | None:
+            world.late = False
+            return world.remove(KEY)
+
+        gone = yield from asked(world, edge, remove)
+        return not isinstance(gone, Lost)
     if there is None:
-        world.store_row(edge, None)
+        world.given_up = True
+        told = "tells nobody" in world.broken
+        world.store_row(edge, None if "forgets creation" in world.broken else Row(ENDED, told=told))
     elif now.mine == sent:
         world.store_row(edge, Row(PLAIN, there.value))
     else:
@@ -506,6 +597,21 @@ def scenarios(broken: Broken) -> Mapping[str, Scenario]:
             made, w=_with(create, "a"), link=again, s=settle_a, out=logout_at_centre
         ),
         "create, write": scenario(made, w=_with(create, "a"), v=write_a, link=back, s=settle_a),
+        "create, two settlers": scenario(
+            made, w=_with(create, "a"), link=back, s=settle_a, t=settle_a
+        ),
+        "rotation here, write": scenario(
+            {},
+            r=_with(rotate_here, "a", True),
+            read=_with(read, "a", 1),
+            w=_with(write_alone, "a", "x"),
+        ),
+        "rotation here, full disk": scenario(
+            {},
+            r=_with(rotate_here, "a", False, True),
+            cut=_with(link, "a", True, False),
+            s=settle_a,
+        ),
         "logout here, read": scenario(
             {}, out=_with(logout, "a"), read=_with(read, "a"), cut=breaks
         ),
@@ -529,6 +635,10 @@ def check(world: EdgeWorld, broken: Broken) -> str:
 
 def final(world: EdgeWorld, broken: Broken) -> str:
     """All links are back, and somebody settles at both edges."""
+    for edge in world.rotated:
+        row = world.rows[edge]
+        if row is not None and row.state == PLAIN:
+            return "a token is served where it was rotated away"
     world.cut = frozenset()
     for edge in (*"ab", *"ab"):
         for _ in range(3):
@@ -543,6 +653,10 @@ def final(world: EdgeWorld, broken: Broken) -> str:
         changes = there.value.changes
         if world.ended:
             return "an ended session lives"
+        if world.given_up and not world.late:
+            return "a session that was given up lives"
+        if world.given_up:
+            world.facts["limits"] = ("a settler was stopped, created a session late, and died",)
         if len(set(changes)) < len(changes):
             return "a change counts twice"
         if not world.acknowledged <= set(changes) and not world.untraced:

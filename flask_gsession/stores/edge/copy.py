@@ -405,7 +405,10 @@ class Copy:
         if now.state is not row.state or now.number != row.number:
             return None
         if now.sent is not None and now.state is State.CREATED:
-            self._bury(db, now.record)  # another settler may still be about to create it
+            # Another settler may have created it since, or still be about to.
+            queued = self._rows.next_number(db, self.time())
+            ended = Row(now.record, State.ENDED, now.confirmed_at, queued)
+            self._rows.insert(db, ended, now.record.absolute_expires_at + _DAY)
         else:
             self._rows.remove(db, row.record.key)
         db.execute("UPDATE gsession_edge_node SET dropped = dropped + ?", (counts,))
