@@ -404,7 +404,9 @@ def test_truncated_at_every_length(scene: Scene) -> None:
 
 
 def test_with_any_one_bit_flipped(scene: Scene) -> None:
-    for bit in range(len(scene.whole) * 8):
+    # SQLite and MongoDB hold the same payload as memory; a stride of 5 meets each bit of a byte.
+    every = 1 if is_redis(scene) or scene.site.url == "memory://" else 5
+    for bit in range(0, len(scene.whole) * 8, every):
         flipped = bytearray(scene.whole)
         flipped[bit // 8] ^= 1 << bit % 8
         scene.vault.write(scene.key, bytes(flipped))
