@@ -91,7 +91,7 @@ class OpenSession:
         life = lifecycle_of(session)
         try:
             if kind is None:
-                _save(life)
+                save(life)
         except Exception as raised:
             error = raised
             raise
@@ -115,7 +115,8 @@ class OpenSession:
         await in_a_thread(partial(self.__exit__, kind, error, traceback))
 
 
-def _save(life: Lifecycle) -> None:
+def save(life: Lifecycle) -> None:
+    """Store the changes of a block. Raises ``SessionEnded`` if their record ended before."""
     try:
         end_request(life, by_hand=True)
     except StoreUnavailable as error:

@@ -2,14 +2,11 @@
 
 import argparse
 import hashlib
-import os
 import secrets
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
+
+from ..launching import run_flask
 
 HOST = "127.0.0.1"
 
@@ -53,22 +50,7 @@ def main() -> None:
                 billing | urls,
             ),
         ]
-        processes = [
-            subprocess.Popen([sys.executable, "-m", "flask", *command], env=os.environ | own)
-            for command, own in commands
-        ]
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        print(f" * The shop is at {urls['SHOP_URL']}", flush=True)
-        try:
-            while all(process.poll() is None for process in processes):
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
+        run_flask(commands, f" * The shop is at {urls['SHOP_URL']}")
 
 
 if __name__ == "__main__":

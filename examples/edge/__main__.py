@@ -2,16 +2,12 @@
 
 import argparse
 import hashlib
-import os
 import secrets
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from urllib.parse import quote
 
+from ..launching import run_flask
 from .line import Line, serve_switch
 
 HOST = "127.0.0.1"
@@ -37,33 +33,21 @@ def main() -> None:
             "branch": f"edge+sqlite:///{folder}/edge.sqlite3?remote={remote}&offline_for=1h",
         }
         commands = [
-            (("--app", "examples.edge.sessions", *serve), {}),
+            (("--app", "examples.edge.sessions", *serve), own),
             (
                 ("--app", "examples.edge.shop", "run", "--port", str(office)),
-                {"SHOP_SESSION_STORE": store["office"], "SHOP_PLACE": "Head office"},
+                own | {"SHOP_SESSION_STORE": store["office"], "SHOP_PLACE": "Head office"},
             ),
             (
                 ("--app", "examples.edge.shop", "run", "--port", str(branch)),
-                {"SHOP_SESSION_STORE": store["branch"], "SHOP_PLACE": "Branch"},
+                own | {"SHOP_SESSION_STORE": store["branch"], "SHOP_PLACE": "Branch"},
             ),
         ]
-        processes = [
-            subprocess.Popen([sys.executable, "-m", "flask", *command], env=os.environ | own | more)
-            for command, more in commands
-        ]
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        print(f" * The head office is at http://{HOST}:{office}/", flush=True)
-        print(f" * The branch is at http://{HOST}:{branch}/", flush=True)
-        try:
-            while all(process.poll() is None for process in processes):
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
+        run_flask(
+            commands,
+            f" * The head office is at http://{HOST}:{office}/\n"
+            f" * The branch is at http://{HOST}:{branch}/",
+        )
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ from types import TracebackType
 
 from flask import Flask
 
-from ..errors import SessionEnded, StoreUnavailable, TransactionMisused
-from ..events import WriteDropped
-from ..opening import in_a_thread
+from ..errors import TransactionMisused
+from ..opening import in_a_thread, save
 from ..processes import process
 from ..repository.repository import Repository
-from ..request.saving import end_request
 from ..request.session import UserValues
 from ..request.state import IN_VIEW, SAVED
 from ..request.user_values import UserLifecycle, user_lifecycle
@@ -58,7 +56,7 @@ class OpenUser:
         assert life is not None  # it was entered
         try:
             if kind is None:
-                _save(life)
+                save(life)
         finally:
             with life.mutex:
                 life.phase = SAVED
@@ -75,13 +73,3 @@ class OpenUser:
         traceback: TracebackType | None,
     ) -> None:
         await in_a_thread(partial(self.__exit__, kind, error, traceback))
-
-
-def _save(life: UserLifecycle) -> None:
-    try:
-        end_request(life, by_hand=True)
-    except StoreUnavailable:
-        life.repository.events.emit(WriteDropped, life.handle, "store unavailable")
-        raise
-    if life.ended and life.was_modified:
-        raise SessionEnded

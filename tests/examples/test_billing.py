@@ -1,83 +1,17 @@
 """The shop and its billing: two services, one session, and different rights."""
 
-import http.client
-import random
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
-from urllib.parse import urlencode
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-START = 60.0  # seconds
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody has."""
-    for _ in range(100):
-        port = random.randrange(12_000, 20_000)  # below the ports that systems hand out
-        try:
-            for other in range(port, port + count):
-                socket.create_server(("127.0.0.1", other)).close()
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no ports in a row are free")
-
-
-def listens(port: int) -> bool:
-    with closing(socket.socket()) as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+from tests.harness.examples import Browser, running
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The shop's; the billing is at the next one."""
-    port, log = free_ports(3), tmp_path_factory.mktemp("billing") / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "examples.billing", "--port", str(port)],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + START
-        while not all(listens(each) for each in range(port, port + 3)):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+    """The shop's port; the billing is at the next one."""
+    with running("examples.billing", 3, tmp_path_factory.mktemp("billing")) as port:
         yield port
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(START)
-    assert not any(listens(each) for each in range(port, port + 3)), "a process is left behind"
-
-
-class Browser:
-    """Keeps the cookie, for both services: cookies know no ports."""
-
-    def __init__(self) -> None:
-        self.cookie = ""
-
-    def ask(self, port: int, method: str, path: str, **form: str) -> tuple[int, str]:
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=START)) as connection:
-            headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            if self.cookie:
-                headers["Cookie"] = self.cookie
-            connection.request(method, path, urlencode(form), headers)
-            response = connection.getresponse()
-            for cookie in response.headers.get_all("Set-Cookie", []):
-                if cookie.startswith("session="):
-                    self.cookie = cookie.partition(";")[0]
-            return response.status, response.read().decode()
 
 
 def test_the_billing_writes_into_the_session_of_the_shop(port: int) -> None:

@@ -1,39 +1,18 @@
 """The branch that goes on selling while its line to the head office is cut."""
 
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.examples.test_billing import ROOT, START, Browser, free_ports, listens
+from tests.harness.examples import START, Browser, running
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The head office's; then come the branch and the switch of the line."""
-    port, log = free_ports(5), tmp_path_factory.mktemp("edge") / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "examples.edge", "--port", str(port)],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + START
-        while not all(listens(each) for each in range(port, port + 5)):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+    """The head office's port; then come the branch and the switch of the line."""
+    with running("examples.edge", 5, tmp_path_factory.mktemp("edge")) as port:
         yield port
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(START)
-    assert not any(listens(each) for each in range(port, port + 5)), "a process is left behind"
 
 
 def until(done: Callable[[], object]) -> None:

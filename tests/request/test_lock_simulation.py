@@ -9,8 +9,7 @@ many run out. What must hold is judged by a model of who holds the lease.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from random import Random
 from typing import Any
 from unittest import mock
@@ -19,31 +18,23 @@ import pytest
 from flask import Flask
 
 from flask_gsession import LockMisused, Session, SessionConflict, StoreUnavailable
-from flask_gsession.errors import Gone, LeaseLost, Stale
 from flask_gsession.interface import GSessionInterface
 from flask_gsession.request.saving import end_request
 from flask_gsession.request.session import SessionData, lifecycle_of
-from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Deleted, Record
 from flask_gsession.stores.lease import Lease
 from flask_gsession.stores.memory import MemoryStore
+from tests.simulation.pausing import PausingStore, Violation, search
 from tests.simulation.scheduler import (
-    Fault,
     Interrupted,
-    Killed,
     Scheduler,
     Task,
     VirtualClock,
     current_task,
-    simulated_surroundings,
 )
 
 LEASE = 10  # seconds
 ROUNDS = 30  # of waiting in vain, after which time goes on
-
-
-class Violation(AssertionError):
-    """Something happened that must not."""
 
 
 class NoRenewer:
@@ -59,36 +50,15 @@ class NoRenewer:
         errand()
 
 
-class JudgedStore(MemoryStore):
+class JudgedStore(PausingStore):
     """A memory store whose calls wait their turn and may fail; it watches who holds the lease."""
 
     def __init__(self, clock: VirtualClock) -> None:
-        super().__init__(StoreOptions(clock=clock))
+        super().__init__(clock)
         self.clock = clock
         self.holder: dict[str, tuple[str, int]] = {}  # key: owner, until
         self.ended: set[str] = set()  # keys
-        self.counts: Counter[str] = Counter()
         self.in_vain: Counter[str] = Counter()
-
-    @contextmanager
-    def call(self, kind: str) -> Iterator[None]:
-        task = current_task()
-        fault = task.pause(kind) if task else Fault.NONE
-        if fault is Fault.BEFORE:
-            raise StoreUnavailable("simulated: nothing done")
-        try:
-            yield
-        except (Stale, Gone, LeaseLost) as error:
-            self.counts[type(error).__name__] += 1
-            raise
-        if fault is Fault.AFTER:
-            raise StoreUnavailable("simulated: the answer is lost")
-        if fault is Fault.STRUCK_AFTER:
-            raise Interrupted
-        if fault is Fault.DIES_AFTER:
-            assert task is not None
-            task.killed = True
-            raise Killed
 
     def judge(self, key: str, lease: str | None) -> None:
         """A write landed."""
@@ -289,32 +259,22 @@ class Schedule:
         elif not self.outcomes["leave unknown"] and n is not None:
             done, unknown = self.outcomes["count done"], self.outcomes["count unknown"]
             if not done <= n <= done + unknown:
-                raise Violation(f"{n} counted, {done} told so, {unknown} not sure")
+                raise Violation(f"{n} counted, {done} confirmed, {unknown} unknown")
             self.clock.now += LEASE * 1000
-            with session.lock(wait=0):  # whoever died: nothing stays locked
+            with session.lock(wait=0):  # even after a death, nothing stays locked
                 pass
 
 
-def search(seeds: range) -> tuple[int, str, Counter[str]]:
-    """The first seed that goes wrong and how, -1 where none does; what happened in all."""
-    counts: Counter[str] = Counter()
+def played(seeds: range) -> tuple[int, str, Counter[str]]:
     with (
-        simulated_surroundings(),
         mock.patch("flask_gsession.request.locking.renewer", NoRenewer()),
         mock.patch("logging.Logger.isEnabledFor", return_value=False),
     ):
-        for seed in seeds:
-            schedule = Schedule(seed)
-            try:
-                schedule.play()
-            except Violation as error:
-                return seed, str(error), counts
-            counts += schedule.store.counts + schedule.outcomes
-    return -1, "", counts
+        return search(Schedule, seeds)
 
 
 def test_no_schedule_breaks_a_promise() -> None:
-    seed, violation, counts = search(range(1000))
+    seed, violation, counts = played(range(1000))
     print(dict(counts))
     assert not violation, f"seed {seed}: {violation}"
     for happened in ("LeaseLost", "Gone", "Stale", "waits", "count done", "count refused"):
@@ -356,10 +316,10 @@ def test_broken_code_is_found(
     owner: type, name: str, broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
-    seed, violation, _ = search(range(500))
+    seed, violation, _ = played(range(500))
     print(f"found by seed {seed}: {violation}")
     assert violation
 
 
 def test_a_schedule_repeats_itself() -> None:
-    assert search(range(7, 8))[2] == search(range(7, 8))[2]
+    assert played(range(7, 8))[2] == played(range(7, 8))[2]

@@ -33,11 +33,11 @@ from tests.simulation.scheduler import (
     Task,
     VirtualClock,
     current_task,
-    simulated_surroundings,
 )
 from tests.users.test_joining import CART, any_version, forgotten, joined_late, known_once, totals
 
-from .test_users import Client, PausedStore, Violation
+from .pausing import Violation, search
+from .test_users import Client, PausedStore
 
 SCHEDULES = int(os.environ.get("SIM_SCHEDULES", "60"))
 FIRST = int(os.environ.get("SIM_SEEDS", "0").partition("-")[0])
@@ -172,22 +172,8 @@ class Schedule:
             raise Violation("an item is back")
 
 
-def search(seeds: range) -> tuple[int, str, Counter[str]]:
-    """The first seed that goes wrong and how, -1 if none does; what happened in all."""
-    counts: Counter[str] = Counter()
-    with simulated_surroundings():
-        for seed in seeds:
-            schedule = Schedule(seed)
-            try:
-                schedule.play()
-            except Violation as violation:
-                return seed, str(violation), counts
-            counts += schedule.outcomes + schedule.store.counts
-    return -1, "", counts
-
-
 def test_every_schedule_keeps_the_items() -> None:
-    seed, how, counts = search(range(FIRST, FIRST + SCHEDULES))
+    seed, how, counts = search(Schedule, range(FIRST, FIRST + SCHEDULES))
     print(dict(counts))
     assert seed == -1, f"schedule {seed}: {how}"
     for what in ("sign_in done", "sign_in unknown", "put_in done", "take_out done", "Stale"):
@@ -206,6 +192,6 @@ BREAKS: dict[str, tuple[Any, str, Any]] = {
 def test_a_broken_step_is_found_out(name: str) -> None:
     owner, attribute, broken = BREAKS[name]
     with mock.patch.object(owner, attribute, broken):
-        seed, how, _ = search(range(3000))
+        seed, how, _ = search(Schedule, range(3000))
     assert seed >= 0
     print(f"{name}: schedule {seed}: {how}")

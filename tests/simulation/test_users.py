@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from random import Random
 from typing import Any
 from unittest import mock
@@ -21,25 +20,22 @@ import pytest
 from flask import Flask
 
 from flask_gsession import Session, SessionConflict, StoreUnavailable
-from flask_gsession.errors import Gone, SignInRefused, Stale, TooManySessions
+from flask_gsession.errors import SignInRefused, TooManySessions
 from flask_gsession.interface import GSessionInterface
 from flask_gsession.request import roster_entries, storing
 from flask_gsession.request.saving import end_request
 from flask_gsession.request.session import SessionData, lifecycle_of
-from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Deleted, Record
-from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.tokens import session_key
 from flask_gsession.users import roster, users
+from tests.simulation.pausing import PausingStore, Violation, search
 from tests.simulation.scheduler import (
     Fault,
     Interrupted,
-    Killed,
     Scheduler,
     Task,
     VirtualClock,
     current_task,
-    simulated_surroundings,
 )
 from tests.users.test_every_step import (
     entered_any,
@@ -54,36 +50,8 @@ SCHEDULES = int(os.environ.get("SIM_SCHEDULES", "300"))
 FIRST = int(os.environ.get("SIM_SEEDS", "0").partition("-")[0])
 
 
-class Violation(BaseException):
-    """A guarantee was broken."""
-
-
-class PausedStore(MemoryStore):
+class PausedStore(PausingStore):
     """A memory store whose calls wait their turn and may fail."""
-
-    def __init__(self, clock: VirtualClock) -> None:
-        super().__init__(StoreOptions(clock=clock))
-        self.counts: Counter[str] = Counter()
-
-    @contextmanager
-    def call(self, kind: str) -> Iterator[None]:
-        task = current_task()
-        fault = task.pause(kind) if task else Fault.NONE
-        if fault in (Fault.BEFORE, Fault.CROSSED):
-            raise StoreUnavailable("simulated: nothing done")
-        try:
-            yield
-        except (Stale, Gone) as error:
-            self.counts[type(error).__name__] += 1
-            raise
-        if fault is Fault.AFTER:
-            raise StoreUnavailable("simulated: the answer is lost")
-        if fault is Fault.STRUCK_AFTER:
-            raise Interrupted
-        if fault is Fault.DIES_AFTER:
-            assert task is not None
-            task.killed = True
-            raise Killed
 
     def load(self, key: str) -> Record | None:
         with self.call("load"):
@@ -318,22 +286,8 @@ class Schedule:
                 raise Violation("not all were revoked")
 
 
-def search(seeds: range) -> tuple[int, str, Counter[str]]:
-    """The first seed that goes wrong and how, -1 if none does; what happened in all."""
-    counts: Counter[str] = Counter()
-    with simulated_surroundings():
-        for seed in seeds:
-            schedule = Schedule(seed)
-            try:
-                schedule.play()
-            except Violation as violation:
-                return seed, str(violation), counts
-            counts += schedule.outcomes + schedule.store.counts
-    return -1, "", counts
-
-
 def test_every_schedule_keeps_the_guarantees() -> None:
-    seed, how, counts = search(range(FIRST, FIRST + SCHEDULES))
+    seed, how, counts = search(Schedule, range(FIRST, FIRST + SCHEDULES))
     print(dict(counts))
     assert seed == -1, f"schedule {seed}: {how}"
     for what in ("sign_in done", "sign_in refused", "sign_in unknown", "revoke done", "Stale"):
@@ -354,6 +308,6 @@ BREAKS: dict[str, tuple[Any, str, Any]] = {
 def test_a_broken_step_is_found_out(name: str) -> None:
     owner, attribute, broken = BREAKS[name]
     with mock.patch.object(owner, attribute, broken):
-        seed, how, _ = search(range(3000))
+        seed, how, _ = search(Schedule, range(3000))
     assert seed >= 0
     print(f"{name}: schedule {seed}: {how}")
