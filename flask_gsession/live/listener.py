@@ -205,6 +205,9 @@ class Listener(Changes):
         except RuntimeError as error:  # the system can't start a thread
             del self._threads[server]
             self.failed(error)
+        except BaseException:  # a signal's, and nobody can know whether the thread starts
+            self._threads.pop(server, None)
+            raise
 
     # -- for the threads
 

@@ -129,10 +129,10 @@ class Gunicorn:
         self.wait_for_workers(len(before) + self.workers)
         self._wait(lambda: not any(is_alive(pid) for pid in before))
 
-    def stop(self) -> int:
-        """Ask gunicorn to end (SIGTERM), wait for it, and return its exit code."""
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask gunicorn to end by this signal, wait for it, and return its exit code."""
         assert self._process is not None
-        self._process.terminate()
+        self._process.send_signal(number)
         return self._process.wait(DEADLINE)
 
     def _wait(self, done: Callable[[], bool]) -> None:

@@ -32,8 +32,7 @@ from flask_gsession.stores.support import count_round_trips
 from flask_gsession.testing import HookedStore, a_record
 from tests.harness.apps import PATIENCE, Site, until, within
 from tests.harness.sharing import ServeCommand, serving, store_servers
-from tests.request.test_own_writes import test_real_signals_count_once as count_once
-from tests.stores.test_interrupts import TooLong, TooLongAsItIsUsual, handler
+from tests.stores.test_interrupts import TooLong, handler
 
 BUDGET = 0.4  # seconds for a call
 BOUND = 5 * BUDGET  # on a busy machine
@@ -474,40 +473,7 @@ def test_a_child_without_fork_support_is_named(
         store.load("x" * 43)
 
 
-# Interrupts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [TooLong, TooLongAsItIsUsual])
-def test_a_deadline_by_signal_comes_out(kind: type[Exception], lasting: ServeCommand) -> None:
-    store = reach(lasting.url)
-    record = a_record(time.time)
-    store.create(record)
-    with handler(kind) as raised:
-        for call in (lambda: store.load(record.key), lambda: store.renew(record, 1)):
-            lasting.signal(signal.SIGSTOP)
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            with pytest.raises(kind) as caught:
-                call()
-            lasting.signal(signal.SIGCONT)
-            assert caught.value is raised[-1]
-    assert store.load(record.key) == record
-    assert not forks.guard.calls
-    store.close()
-
-
-# As the test that it runs: a strike may land in a garbage collection.
-@pytest.mark.unsteady  # a signal inside gRPC can leave it without answers in this process
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_real_signals_count_once(far: HookedStore) -> None:
-    """Wherever the timer strikes, also while the request is on its way or in the other process."""
-    with store_servers() as serve:
-        store = HookedStore(reach(serve(far)))
-
-        def make(**settings: Any) -> Site:
-            return Site("grpc://", "", time.time, store=store, **settings)
-
-        count_once(make)  # type: ignore[arg-type]  # it only calls it
-        store.close()
+# Writes that were given up --------------------------------------------------------------------
 
 
 def changed(record: Any) -> Any:

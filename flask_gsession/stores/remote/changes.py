@@ -155,19 +155,22 @@ class RemoteChanges:
 
     def shut(self) -> None:
         """Cancel the stream, so that the reading thread notices."""
-        self._call.cancel()
+        self._cancel()
 
     def close(self) -> None:
         self._left(self)
-        self._call.cancel()
+        self._cancel()
         self._requests.put(None)
         if threading.current_thread() is not self._reader:
             self._reader.join(_ENDING)
         guard.remove(self)
 
+    def _cancel(self) -> None:
+        self._channel.shielded(self._call.cancel)
+
     def end_before_fork(self) -> None:
         """Leave gRPC, with all threads. The listener opens another stream after the fork."""
-        self._call.cancel()
+        self._cancel()
         self._requests.put(None)
         until = time.monotonic() + _ENDING
         while time.monotonic() < until and (self._reader.is_alive() or _grpc_runs_threads()):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -21,10 +21,12 @@ from ..interrupts import reraise_interruption
 from ..support import closing, count_round_trip, time_left
 from .address import Address
 from .forks import guard
+from .shield import Overdue, Shield, has_gevent
 
 _METHODS = methods_of("Store")
 _RECONNECT = 0.25  # of the budget, for a repeat on another connection
 _LONGEST_WAIT = 5.0  # seconds that a call may take beyond the budget
+_OVERDUE = 2.0  # seconds beyond the budget until gRPC itself counts as stuck
 _MOST_UNSETTLED = 10_000  # keys
 _KEEPALIVE = 10  # seconds
 #: Sent when the connection was lost, or the server is ending; all calls may be repeated.
@@ -47,11 +49,13 @@ class Channel:
         self._inherited: list[object] = []
         self._dropped: list[tuple[float, Any]] = []  # when, and the function that closes it
         self._lock = threading.Lock()
+        self._shield = Shield()
         process.register(self._begin)
 
     def _begin(self) -> None:
         """In a forked process: leave the channel of the parent alone, and open another."""
         self._lock = threading.Lock()
+        self._shield = Shield()
         self._calls = {}
         for close in (self._close, *(dropped for _, dropped in self._dropped)):
             if close is not None:
@@ -66,20 +70,16 @@ class Channel:
 
         Raises what the far store raised, and ``StoreUnavailable``.
         """
+        process.notice()
         budget = time_left(self.timeout + seconds)
-        deadline = time.monotonic() + budget
         request = request.SerializeToString()
-        count_round_trip()
         try:
-            raw = guard.run(lambda: self._send(name, request, budget))
+            raw = self._shield.run(lambda: self._exchange(name, request, budget), budget + _OVERDUE)
         except grpc.RpcError as error:
-            left = deadline - time.monotonic()
-            if left <= 0 or not _is_lost(error):
-                self._fail(name, error)
-            raw = self._call_again(name, request, left, error)
-        except BaseException:  # a signal, or another thread, ended the wait
+            self._fail(name, error)
+        except Overdue:
             self._drop()
-            raise
+            raise StoreUnavailable(f"{self._where(name)}: gRPC itself is stuck") from None
         try:
             reply: Any = _METHODS[name].reply.FromString(raw)
         except DecodeError:
@@ -88,8 +88,27 @@ class Channel:
             raise StoreUnavailable(f"{self._where(name)}: {_OTHER_VERSION}")
         return reply
 
-    def _call_again(self, name: str, request: Any, left: float, lost: Any) -> Any:
-        """The reply, on another connection, if there is one soon."""
+    def _exchange(self, name: str, request: bytes, budget: float) -> Any:
+        """The reply, also over another connection if the first one was lost."""
+        deadline = time.monotonic() + budget
+        count_round_trip()
+        try:
+            try:
+                return guard.run(lambda: self._send(name, request, budget))
+            except grpc.RpcError as error:
+                left = deadline - time.monotonic()
+                if left <= 0 or not _is_lost(error):
+                    raise
+                return self._exchange_again(name, request, left, error)
+        except grpc.RpcError:
+            raise
+        except BaseException as struck:  # by another thread, or by a signal under gevent
+            traceback.clear_frames(struck.__traceback__)  # suspended generators of gRPC hold locks
+            self._drop()
+            raise
+
+    def _exchange_again(self, name: str, request: bytes, left: float, lost: Any) -> Any:
+        """The reply over another connection, if there is one soon."""
         self.renew_certificates()
         count_round_trip()
         # Older versions of gRPC connect only while a thread waits in a call.
@@ -97,8 +116,9 @@ class Channel:
         try:
             return guard.run(lambda: self._send(name, request, seconds, wait_for_ready=True))
         except grpc.RpcError as error:
-            late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            self._fail(name, lost if late else error)
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise lost from None
+            raise
 
     def renew_certificates(self) -> None:
         """Before connecting: use another channel if the certificate files were replaced."""
@@ -159,12 +179,19 @@ class Channel:
 
     def stream(self, name: str, requests: Iterator[Any]) -> Any:
         """A call with many messages in both directions; iterate over its replies."""
-        return guard.run(lambda: self._send(name, requests, None))
+        process.notice()
+        return self.shielded(lambda: guard.run(lambda: self._send(name, requests, None)))
+
+    def shielded(self, call: Callable[[], Any]) -> Any:
+        """Let gRPC run ``call``, which doesn't wait for the server, safe from signals."""
+        try:
+            return self._shield.run(call, self.timeout + _LONGEST_WAIT)
+        except Overdue:
+            raise StoreUnavailable(f"grpc {self.address.target}: gRPC is stuck") from None
 
     def _send(
         self, name: str, request: Any, seconds: float | None, wait_for_ready: bool = False
     ) -> Any:
-        process.notice()
         send = self._calls.get(name) or self._connect(name)
         return send(
             request, timeout=seconds, metadata=self._metadata, wait_for_ready=wait_for_ready
@@ -240,6 +267,10 @@ class Channel:
         return f"grpc {self.address.target}: {name}"
 
     def close(self) -> None:
+        process.notice()
+        self.shielded(self._close_all)
+
+    def _close_all(self) -> None:
         self._close_dropped(0.0)
         if self._close is not None:
             close, self._close = self._close, None
@@ -263,8 +294,7 @@ def _forks_unsupported() -> bool:
 
 def _prepare_for_gevent() -> None:
     """Let gRPC wait by gevent, where that has replaced the sockets; else it would stop them all."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("socket"):
+    if has_gevent():
         from grpc.experimental.gevent import init_gevent
 
         init_gevent()

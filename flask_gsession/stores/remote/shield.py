@@ -1,0 +1,125 @@
+"""Runs gRPC's code where no exception from outside can interrupt it.
+
+A signal's handler may raise at almost any step of the main thread, and another thread can raise an
+exception in any thread. If one strikes gRPC, it may keep a lock: that of a channel, or one that all
+channels and servers of the process share. Then no thread ever gets an answer. So gRPC runs on
+threads that only we know, and callers wait for them at a lock of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from _thread import allocate_lock, start_new_thread
+from collections.abc import Callable
+from contextvars import copy_context
+from queue import SimpleQueue
+from typing import Any, TypeVar
+from weakref import ref
+
+T = TypeVar("T")
+
+_IN_ORDER = 0.1  # seconds for an interrupted call to end, before the thread's next one overtakes it
+
+
+class Overdue(Exception):
+    """A call didn't return in time."""
+
+
+class Shield:
+    """Makes calls on other threads. Under gevent, where these are no threads, on the caller's."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+        self._interrupted = _Interrupted()
+
+    def run(self, call: Callable[[], T], seconds: float) -> T:
+        """The result of ``call``, which returns by itself. Raises ``Overdue`` after ``seconds``.
+
+        If an exception ends the wait, the call goes on without a caller.
+        """
+        if has_gevent():
+            return call()
+        earlier, self._interrupted.job = self._interrupted.job, None
+        if earlier is not None and not earlier.is_over:
+            earlier.over.acquire(True, _IN_ORDER)
+        try:
+            job = _Job(call, self._worker(), self._idle)
+        except RuntimeError:  # the system can't start a thread, or Python is ending
+            return call()
+        try:
+            job.worker.jobs.put(job)
+            in_time = job.over.acquire(True, seconds)
+        except BaseException:
+            job.is_wanted = False
+            self._interrupted.job = job
+            raise
+        if not in_time:
+            job.is_wanted = False
+            raise Overdue
+        if job.error is not None:
+            try:
+                raise job.error
+            finally:
+                del job  # which the error's traceback refers to
+        result: T = job.result
+        return result
+
+    def _worker(self) -> _Worker:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _Worker()
+
+
+class _Job:
+    """A call, and its outcome once ``over`` is released."""
+
+    def __init__(self, call: Callable[[], Any], worker: _Worker, idle: list[_Worker]) -> None:
+        self.call = call
+        self.worker = worker
+        self.idle = idle
+        self.context = copy_context()
+        self.over = allocate_lock()
+        self.over.acquire()
+        self.is_wanted = True
+        self.is_over = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class _Interrupted(threading.local):
+    """The thread's last call, if it was interrupted."""
+
+    job: _Job | None = None
+
+
+class _Worker:
+    """A thread for ``jobs``. It ends once this object is collected, so that none is ever lost."""
+
+    __slots__ = ("__weakref__", "jobs")
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[Any] = SimpleQueue()
+        # A method ``__del__`` would swallow an exception from outside, and a ``Thread`` can be
+        # interrupted while it starts.
+        start_new_thread(_work, (self.jobs, ref(self, self.jobs.put)))
+
+
+def _work(jobs: SimpleQueue[Any], end: ref[_Worker]) -> None:
+    while (job := jobs.get()) is not end:
+        try:
+            if job.is_wanted:
+                job.result = job.context.run(job.call)
+        except BaseException as error:
+            job.error = error
+        job.is_over = True
+        job.idle.append(job.worker)
+        job.over.release()
+        del job
+
+
+def has_gevent() -> bool:
+    """Whether gevent has replaced the sockets, and threads are greenlets."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("socket"))
