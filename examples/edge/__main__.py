@@ -33,7 +33,10 @@ def main() -> None:
             "branch": f"edge+sqlite:///{folder}/edge.sqlite3?remote={remote}&offline_for=1h",
         }
         commands = [
-            (("--app", "examples.edge.sessions", *serve), own),
+            (
+                ("--app", "examples.edge.sessions", *serve),
+                own | {"SHOP_SESSION_STORE": f"sqlite:///{folder}/sessions.sqlite3"},
+            ),
             (
                 ("--app", "examples.edge.shop", "run", "--port", str(office)),
                 own | {"SHOP_SESSION_STORE": store["office"], "SHOP_PLACE": "Head office"},

@@ -8,5 +8,5 @@ from flask_gsession import Session
 
 app = Flask(__name__)
 app.secret_key = os.environ["SHOP_SECRET_KEY"]
-app.config["SESSION_STORE"] = os.environ.get("STORE", "memory://")
+app.config["SESSION_STORE"] = os.environ["SHOP_SESSION_STORE"]
 Session(app)

@@ -42,12 +42,16 @@ def test_other_workers_of_a_node_serve_its_queued_changes(network: Network, edge
 pytestmark = pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 
 
-def test_a_full_queue_refuses_and_keeps(network: Network) -> None:
+def test_a_full_queue_refuses_and_keeps(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
     with network.edge(outbox=1) as edge:
         one, two = known(edge), known(edge)
         edge.cut()
         one.run(add)
+        caplog.clear()
         assert two.ask(add).status_code == 503
+        assert ": the outbox is full: 1 sessions with changes wait for the centre" in caplog.text
         assert edge.visitor().ask(add).status_code == 503
         one.run(add)  # it is in the queue already
         two.run(lambda session: session.destroy())  # always accepted
@@ -146,6 +150,23 @@ def test_copies_that_nobody_needs_go(network: Network, edge: EdgeSite) -> None:
         visitor.run(add)
         at(edge, visitor).run(dict)
     assert rows(edge) == 22
+
+
+def test_old_rows_go_two_at_a_time_but_never_a_waiting_change(
+    network: Network, edge: EdgeSite
+) -> None:
+    changed, ended, *_ = [known(edge) for _ in range(5)]
+    edge.cut()
+    changed.run(add)
+    ended.run(lambda session: session.destroy())
+    edge.clock.advance(33 * 86400)  # also the end that waits is of no use any more
+    counts = []
+    for _ in range(4):
+        edge.visitor().run(add)
+        counts.append(rows(edge))
+    assert counts == [4, 3, 4, 5]
+    assert edge.settle() == (0, 4, 1, "", True)
+    assert len(edge.happened(WriteDropped)) == 1
 
 
 def rows(edge: EdgeSite) -> int:
