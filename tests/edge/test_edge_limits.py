@@ -42,9 +42,7 @@ def test_other_workers_of_a_node_serve_its_queued_changes(network: Network, edge
 pytestmark = pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 
 
-def test_a_full_queue_refuses_and_keeps(
-    network: Network, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_queue_refuses_and_keeps(network: Network, caplog: pytest.LogCaptureFixture) -> None:
     with network.edge(outbox=1) as edge:
         one, two = known(edge), known(edge)
         edge.cut()

@@ -9,17 +9,37 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from tests.harness.apps import until
-from tests.harness.gunicorn import Gunicorn, in_parallel
+from tests.harness.gunicorn import GEVENT, GTHREAD, Gunicorn, in_parallel
+from tests.harness.marks import long
 from tests.harness.topologies import TCPProxy
+from tests.harness.uwsgi import Uwsgi
 
 APP = "tests.edge.edge_app:create_app()"
 WORKERS = 3
 VISITORS = 6
 
 
-@pytest.mark.parametrize("kind", ["redis", pytest.param("mongodb", marks=pytest.mark.contract)])
+def node(folder: Path, server: str, environment: dict[str, str]) -> Gunicorn:
+    """A server with the workers of a node."""
+    if server.startswith("uwsgi"):
+        threads = "enable-threads = true\n" * (server == "uwsgi")
+        return Uwsgi(
+            folder,
+            f"[uwsgi]\nmodule = wsgi:app\nmaster = true\nprocesses = {WORKERS}\n{threads}",
+            environment,
+            app="tests.edge.edge_app",
+        )
+    options = {"gthread": GTHREAD, "gevent": GEVENT}[server]
+    return Gunicorn(folder, *options, workers=WORKERS, environment=environment, app=APP)
+
+
+SERVERS = ["gthread", "gevent", "uwsgi", "uwsgi without threads"]
+
+
+@pytest.mark.parametrize("server", long(SERVERS, SERVERS[1:]))
+@pytest.mark.parametrize("kind", long(["redis", "mongodb"], ["mongodb"]))
 def test_workers_of_a_node_go_on_and_settle(
-    kind: str, request: pytest.FixtureRequest, store_prefix: str, tmp_path: Path
+    kind: str, server: str, request: pytest.FixtureRequest, store_prefix: str, tmp_path: Path
 ) -> None:
     url = request.getfixturevalue("redis_url" if kind == "redis" else "emptied_mongodb_url")
     (tmp_path / "centre").mkdir()
@@ -30,20 +50,22 @@ def test_workers_of_a_node_go_on_and_settle(
             "centre": url,
             "edge": f"edge+sqlite:///edge.sqlite3?remote={remote}&offline_for=1h",
         }
-        centre, edge = (
-            Gunicorn(
-                tmp_path / name,
-                *("--threads", "2"),
-                workers=workers,
-                environment={
-                    "WORKERS_STORE": stores[name],
-                    "WORKERS_PREFIX": store_prefix,
-                    "WORKERS_TIMEOUT": "2",
-                },
-                app=APP,
-            )
-            for name, workers in (("centre", 1), ("edge", WORKERS))
+        environments = {
+            name: {
+                "WORKERS_STORE": store,
+                "WORKERS_PREFIX": store_prefix,
+                "WORKERS_TIMEOUT": "2",
+            }
+            for name, store in stores.items()
+        }
+        centre = Gunicorn(
+            tmp_path / "centre",
+            *("--threads", "2"),
+            workers=1,
+            environment=environments["centre"],
+            app=APP,
         )
+        edge = node(tmp_path / "edge", server, environments["edge"])
         with centre, edge:
             cookies = [edge.post("/count").cookie or "" for _ in range(VISITORS)]
             counts = dict.fromkeys(cookies, 1)

@@ -89,7 +89,8 @@ class Network:
         """
         centre, clock = self.centre, clock or self.centre.clock
         path = self._folder / f"{how.pop('file', name)}.sqlite3"
-        options = StoreOptions(prefix=centre.prefix, clock=clock, timeout=PATIENCE, edge_sync=0)
+        timeout = how.pop("timeout", PATIENCE)
+        options = StoreOptions(prefix=centre.prefix, clock=clock, timeout=timeout, edge_sync=0)
         # A store in memory is the same one for everybody.
         remote = how.pop("remote", centre.url)
         shares = remote == "memory://"

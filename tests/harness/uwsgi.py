@@ -9,13 +9,13 @@ from pathlib import Path
 from tests.harness.gunicorn import Gunicorn
 
 UWSGI = Path(sys.executable).with_name("uwsgi")
-APP = "workers_app"
+APP = "tests.harness.workers_app"
 
 
 class Uwsgi(Gunicorn):
     """As `Gunicorn`, with uWSGI and this configuration, which loads the module ``wsgi``.
 
-    ``app``: the module in tests/harness that makes the application.
+    ``app``: the module that makes the application.
     """
 
     def __init__(
@@ -28,9 +28,7 @@ class Uwsgi(Gunicorn):
         self._lazy = "lazy-apps" in configuration
         file = folder / "uwsgi.ini"
         file.write_text(configuration)
-        (folder / "wsgi.py").write_text(
-            f"from tests.harness.{app} import create_app\n\napp = create_app()\n"
-        )
+        (folder / "wsgi.py").write_text(f"from {app} import create_app\n\napp = create_app()\n")
         self._log = folder / "uwsgi.log"
         self._command = [str(UWSGI), "--ini", str(file), "--chdir", str(folder)]
 

@@ -55,7 +55,7 @@ def attacked(folder: Path, kind: str, url: str, prefix: str) -> Iterator[Gunicor
         "WORKERS_PREFIX": prefix,
         "WORKERS_USER_STREAMS": str(ALLOWED),
     }
-    with Uwsgi(folder, configuration, environment, "live_app") as server:
+    with Uwsgi(folder, configuration, environment, "tests.harness.live_app") as server:
         yield server
 
 
