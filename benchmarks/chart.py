@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.candidates import COOKIE, FLOOR, OURS, THEIRS
 from benchmarks.matrix import Cell
 
-# Okabe and Ito's colours, told apart by everybody; markers and dashes say it again in grey.
+# Okabe and Ito's colours, which everybody can distinguish; markers and dashes help in grey.
 STYLES: dict[str, dict[str, Any]] = {
     THEIRS: {"color": "#D55E00", "marker": "s", "linestyle": "-"},
     OURS: {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 2.2},

@@ -81,7 +81,7 @@ def weights(url: str, sessions: int) -> list[Weight]:
 def growth(url: str, effort: Effort, few: int = FEW, many: int = MANY) -> list[Growth]:
     """Times ours with few sessions, with many, and with few again.
 
-    The last step tells a slow store from a machine that got slower meanwhile: both runs with
+    The last step distinguishes a slow store from a machine that got slower: both runs with
     few sessions count as one. The ballast is one real record under other keys.
     """
     found: dict[tuple[str, int], list[float]] = {}

@@ -76,7 +76,7 @@ def _end(store: Store, record: Record) -> None:
 
 @contextmanager
 def watched(port: int) -> Iterator[list[float]]:
-    """The longest answers to PING meanwhile, in milliseconds."""
+    """The slowest answers to PING during the run, in milliseconds."""
     slowest, stop = [0.0], threading.Event()
 
     def ping() -> None:

@@ -85,7 +85,7 @@ class InstantConnection:
 
 
 class InstantDriverConnection(redis.Connection):
-    """redis-py's own connection, but for the socket: the same dict answers."""
+    """redis-py's own connection, except that the same dict takes the place of the socket."""
 
     def __init__(self, *, values: dict[bytes, bytes], **options: Any) -> None:
         super().__init__(**options)

@@ -216,7 +216,7 @@ def _counting_sections(rows: Sequence[CountingCost]) -> Iterable[Section]:
             ("operation", "figures for", "us added"),
             [(row.operation, row.mode, _spread(row.us)) for row in rows],
             "What the metrics for Prometheus add. With several workers the figures are in files, "
-            "so that the page of each shows those of all.",
+            "so each page shows the figures of all workers.",
         )
 
 

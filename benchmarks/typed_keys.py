@@ -33,7 +33,7 @@ GET, AGAIN, SET = "get", "get again, unchanged", "set"
 
 @dataclass(frozen=True)
 class TypedCost:
-    """What one operation adds to that of a plain key, in microseconds, and ``per`` what.
+    """The microseconds that one operation costs more than on a plain key, and ``per`` what.
 
     ``ratio`` is to what the marshmallow calls named in ``per`` add to the plain key: called by the
     view itself, in the same place, because alone and warm they are a third faster.

@@ -1,8 +1,7 @@
 """The four views every candidate is timed on.
 
-The same functions serve all candidates: only the mapping they work on differs. It is
-``flask.session`` where there is one and a plain dict where there is none, so the difference
-between two candidates is the session and nothing else.
+The same functions serve all candidates, on ``flask.session`` or, for the candidate without
+sessions, on a plain dict. So two candidates differ only in the session.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Process:
         self._begins: weakref.WeakKeyDictionary[object, Callable[[Any], object]] = (
             weakref.WeakKeyDictionary()
         )
-        #: Whether it serves others outside of requests and commands, and forks no more.
+        #: Whether it serves other processes outside of requests and commands, and won't fork again.
         self.serves = False
         # By process id: the parent's lock may be held forever in the child.
         self._locks: dict[int, threading.RLock] = {}

@@ -88,7 +88,7 @@ class RedisBackend:
         }
 
     def _round_trips(self, call: Call, times: int) -> float:
-        """Commands sent by clients, as MONITOR tells them from those run inside a script."""
+        """Commands sent by clients. MONITOR marks the ones that ran inside a script."""
         begin, end = secrets.token_hex(8), secrets.token_hex(8)
         sent = 0
         with Monitor(self.client.connection_pool) as monitor:  # type: ignore[no-untyped-call]

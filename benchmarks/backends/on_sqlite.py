@@ -117,6 +117,6 @@ class BareSqlite:
 
 def _trace(connections: list[sqlite3.Connection], note: object) -> None:
     for connection in connections:
-        # Closed ones and those of other threads refuse; they serve none of our requests.
+        # Closed connections and those from other threads refuse this; our requests use neither.
         with suppress(sqlite3.ProgrammingError):
             connection.set_trace_callback(note)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The billing: a service that sees two keys of the session, and neither a store nor a secret key.
+"""The billing: it sees two keys of the session, and has neither the store nor the secret key.
 
 It could be written in any language that has gRPC.
 """

@@ -1,4 +1,4 @@
-"""The cart of one visitor, a value of the session. Its number is that of the order to come."""
+"""The cart of one visitor, a value of the session. The order will have its number."""
 
 import secrets
 from collections.abc import Mapping

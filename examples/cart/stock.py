@@ -1,7 +1,7 @@
 """The stock, in the server that keeps the sessions: held for an order, then sold or given up.
 
 An order has a number before it reaches the stock. Each step names it, is atomic in the server, and
-may be repeated: whoever lost the answer asks again, and nothing is taken twice.
+may be repeated: after a lost answer, ask again, and nothing is taken twice.
 """
 
 import random

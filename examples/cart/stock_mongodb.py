@@ -6,10 +6,10 @@ An order takes its lines one after the other, and its own document decides what 
     orders  _id: number  lines: [[SKU, pieces], ..]  until: time
             state: "open" while it takes, then "held" or "closed"; "sold" when it is paid
 
-Whoever dies in between leaves holds behind. Once their time is over, the next buyer looks up their
-orders, and puts back what was not sold. A hold stays that long after a sale too, so that a late
-copy of a request, from a network that was stuck, finds it and takes nothing. No step needs a
-transaction, so a single server will do.
+A process that dies in between leaves holds behind. Once their time is over, the next buyer looks up
+their orders, and puts back the pieces that were not sold. After a sale, a hold stays for that time
+too, so that a copy of the request that a stuck network delivers late finds it and takes nothing. No
+step needs a transaction, so a single server will do.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ class MongoDBStock:
         if order["state"] == "open":
             short = [sku for sku, pieces in order["lines"] if not self._take(order, sku, pieces)]
             left = self.left() if short else {}
-            # Only a whole order can be sold; and who was closed meanwhile takes nothing.
+            # Only a whole order can be sold; an order that was closed in between takes nothing.
             self._move(number, "open", "closed" if short else "held")
             order = self._find(number)
             if short and order["state"] == "closed":
@@ -82,7 +82,7 @@ class MongoDBStock:
         self._client.close()
 
     def _open(self, number: str, fresh: dict[str, Any]) -> dict[str, Any]:
-        """The order of this number; `fresh` where there is none yet."""
+        """The order of this number, or `fresh` if there is no such order yet."""
         try:
             return self._ask(  # type: ignore[no-any-return]  # a document
                 self._orders.find_one_and_update,

@@ -44,7 +44,7 @@ def home() -> str:
 
 
 def line() -> str:
-    """The state of the line to the head office; at the head office there is none."""
+    """The state of the line to the head office; empty at the head office itself."""
     edge = ext.store().edge
     if edge is None:
         return ""

@@ -19,7 +19,7 @@ from .database import Database
 #: This is a demo: the sign-in page shows the names and this password to everyone.
 DEMO_PASSWORD = "larch-and-linen"
 DEMO_PEOPLE = {"mira": "Mira Holm", "jonas": "Jonas Weber", "sofia": "Sofia Marin"}
-#: Who may see and end everybody's sessions.
+#: The people who may see and end everybody's sessions.
 STAFF = {"sofia"}
 
 View = ParamSpec("View")
@@ -49,7 +49,7 @@ class Accounts:
         if people:
             with database.writing() as connection:
                 connection.executemany("INSERT OR IGNORE INTO people VALUES (?, ?, ?)", people)
-        # Compared with when the name is unknown, so that the time taken does not tell.
+        # Checked if the name is unknown, so that the response time reveals nothing.
         self._nobody = generate_password_hash(secrets.token_urlsafe())
 
     def find(self, name: str) -> Person | None:
@@ -76,8 +76,8 @@ def sign_in(person: Person, keep: bool = False) -> None:
 
     With `keep` it outlives the browser window, for `PERMANENT_SESSION_LIFETIME`.
 
-    The token changes, and without grace: whoever knew the one from before, perhaps because they
-    planted it, must not be signed in as well (OWASP, session fixation).
+    The token changes without grace: an attacker who knows the old one, perhaps because they planted
+    it, must not be signed in as well (OWASP, session fixation).
     """
     session.bind(person.name)
     session.permanent = keep

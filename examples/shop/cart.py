@@ -64,7 +64,7 @@ def count() -> int:
 
 
 def quantity(text: str, least: int = 1) -> int:
-    """The whole number in a form field. Raises `CartError` when it is none, or below `least`."""
+    """The whole number in a form field. Raises `CartError` if it isn't one, or is below `least`."""
     text = text.strip()
     # isdecimal() alone would let other scripts' digits through.
     if not (text.isascii() and text.isdecimal()):

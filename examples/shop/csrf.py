@@ -17,7 +17,7 @@ def token() -> str:
 
 
 def renew() -> None:
-    """Give the next page another token: who signs in leaves the old one behind."""
+    """Give the next page another token, since a sign-in must not keep the old one."""
     session.pop(FIELD, None)
 
 

@@ -1,4 +1,4 @@
-"""The shop's own SQLite file: people, stock and orders. Sessions are none of its business."""
+"""The shop's own SQLite file: people, stock and orders. It holds no sessions."""
 
 import sqlite3
 from collections.abc import Iterator

@@ -174,7 +174,7 @@ def users() -> None:
     help="Also replace lists that need an encryption key, or a version of Flask-GSession, which no "
     "worker has any more. Of all users, unless you name one.",
 )
-@click.option("--yes", is_flag=True, help="Don't ask before replacing those of all users.")
+@click.option("--yes", is_flag=True, help="Don't ask before replacing the lists of all users.")
 @session_option
 @json_option
 @with_appcontext

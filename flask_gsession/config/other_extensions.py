@@ -29,7 +29,7 @@ def check_remember(app: Flask, settings: Settings) -> None:
     if settings.remember_until is not None:
         raise SettingError(
             "SESSION_REMEMBER_UNTIL is set without SESSION_REMEMBER = 'session': Flask-Login's "
-            "remember-me cookies stay in use, and none is converted"
+            "remember-me cookies stay in use, and aren't converted"
         )
     if app.extensions.get("gsession"):  # Flask-Login uses the session of the first Session
         return

@@ -53,7 +53,7 @@ class TokenRefused(GSessionError):
 
 
 class KeysUnavailable(GSessionError):
-    """The provider's keys can't be fetched, so nobody can tell whether a token is valid."""
+    """The provider's keys can't be fetched, so a token can't be checked."""
 
 
 class LogoutToken(NamedTuple):

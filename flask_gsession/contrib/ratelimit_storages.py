@@ -271,7 +271,7 @@ class _MongoDBCounts(MongoDBStorageBase):
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Count ``amount`` in a moving window, if there is room."""
         # False means a duplicate key: the window is full, or a parallel request of the same client
-        # was first. A second try tells them apart.
+        # was first. A second try shows which.
         acquire = super().acquire_entry
         return acquire(key, limit, expiry, amount) or acquire(key, limit, expiry, amount)
 

@@ -48,7 +48,7 @@ class SessionSockets:
         self._ext = ext
 
     def join(self) -> bool:
-        """Bind the socket to the session of its handshake. False: there is none.
+        """Bind the socket to the session of its handshake. False: it has no session.
 
         The handshake has the cookie, or the header ``SESSION_TOKEN_HEADER``. For the handler of
         ``connect``. A socket doesn't count as use of the session. One to four round trips. Raises

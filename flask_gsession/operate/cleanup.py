@@ -208,7 +208,7 @@ class _Worker:
             yield from steps(self._repository.files, self._batch)
 
     def _take_ticket(self) -> Record | None:
-        """Take the right to clean up; None if another process has it, or none is due yet.
+        """Take the right to clean up; None if another process has it, or it isn't due yet.
 
         ``create`` succeeds in only one process until the record expires.
         """

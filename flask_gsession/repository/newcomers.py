@@ -23,7 +23,7 @@ class Newcomers:
         self._timeout = timeout
         self._minute = self._count = 0
         #: Sessions with less time, whose tokens this process hasn't seen yet. The request that
-        #: created them gives them no more time, however often it saves.
+        #: created them doesn't give them more time, however often it saves.
         self.unseen: OrderedDict[str, None] = OrderedDict()
 
     def first_end(self, key: str, now: int, idle_end: int) -> int:

@@ -374,7 +374,7 @@ class Lifecycle(Struct, eq=False):
 
         Values that this request looked at or changed stay as they are, unless ``afresh``. A write
         of its own with an unknown outcome is recognised. Raises ``SessionConflict`` if it can't
-        tell whether such a write was stored, and repeating it would do harm.
+        know whether such a write was stored, and repeating it would do harm.
         """
         seen = self.seen
         assert seen.record is not None

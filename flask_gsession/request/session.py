@@ -574,7 +574,7 @@ class SessionData(SessionMixin):
 
         ``clear``: the other data that the browser deletes, with the header ``Clear-Site-Data``:
         ``"cache"``, ``"storage"``, ``"executionContexts"``, ``"cookies"``, ``"clientHints"``,
-        ``"prefetchCache"``, ``"prerenderCache"``, or several. Browsers heed it over HTTPS only.
+        ``"prefetchCache"``, ``"prerenderCache"``, or several. Browsers obey it over HTTPS only.
         ``"cookies"`` also deletes the cookies of all subdomains of the site. Raises ``ValueError``
         for any other, and where no response follows, as in ``ext.open()``; the session then goes
         on.
@@ -585,7 +585,7 @@ class SessionData(SessionMixin):
             life.destroy()
             return
         if life.request is None or life.is_in_socket:
-            raise ValueError("clear needs the response of a view; there is none here")
+            raise ValueError("clear needs the response of a view, which this code does not have")
         try:
             life.destroy()
         except LogoutUnconfirmed:  # it has ended

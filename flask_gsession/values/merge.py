@@ -92,7 +92,7 @@ def _all_of(kinds: tuple[type, ...], missing: Any, *values: Any) -> tuple[Any, .
     """The values, with ``missing`` instead of ``MISSING``. TypeError for any other type."""
     for value in values:
         if value is not MISSING and type(value) not in kinds:
-            raise TypeError(f"{type(value).__name__} is none of {[k.__name__ for k in kinds]}")
+            raise TypeError(f"{type(value).__name__} isn't one of {[k.__name__ for k in kinds]}")
     return tuple(missing if value is MISSING else value for value in values)
 
 

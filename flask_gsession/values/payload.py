@@ -178,7 +178,7 @@ class PayloadFormat:
     ) -> bytes:
         """The payload of ``body`` under ``session_key``. Raises as ``check`` does.
 
-        ``times``: those of its record that never change, created_at and absolute_expires_at.
+        ``times``: its record's created_at and absolute_expires_at, which never change.
         """
         number = FORMAT
         if body.owner is not None:

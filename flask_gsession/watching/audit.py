@@ -1,4 +1,4 @@
-"""The audit log: who signed in, was refused, signed out or was revoked, and by whom.
+"""The audit log: sign-ins, refusals, sign-outs and revocations, with the user and the actor.
 
 Its records have stable fields for log formatters, and no token and no value.
 """

@@ -867,7 +867,7 @@ def test_an_order_of_something_else_than_was_shown_is_not_placed(
     form = visitor.checkout_form()
     page = visitor.client.post("/checkout", data=form | change)
     assert page.location == "/cart"
-    assert "Your cart has changed meanwhile." in visitor.get("/cart").text
+    assert "Your cart has changed in the meantime." in visitor.get("/cart").text
     assert order_count(app) == 0
 
 

@@ -47,7 +47,7 @@ def check() -> ResponseReturnValue:
     if person is None:
         if errors:
             return _sign_in_page(name, errors), 422
-        # One message for both, so that it does not tell which names exist.
+        # The same message for both, so that it doesn't reveal which names exist.
         return _sign_in_page(name, {"password": "Wrong name or password."}), WRONG_PASSWORD
     accounts.sign_in(person, keep="keep" in request.form)
     flash(f"Welcome, {person.first_name}.", "success")

@@ -105,7 +105,7 @@ def place() -> ResponseReturnValue:
         lines = _lines(wanted["lines"])
         total = sum(line.total for line in lines)
         if not lines or (token, request.form.get("total")) != (wanted["token"], str(total)):
-            flash("Your cart has changed meanwhile. Please look at it again.", "warning")
+            flash("Your cart has changed in the meantime. Please check it again.", "warning")
             return _to_cart()
         try:
             order = shop().orders.place(buyer, token, {line.sku: line.quantity for line in lines})

@@ -22,8 +22,8 @@ def product_or_404(sku: str) -> Product:
     return product
 
 
-# These two pages have no form and only look at the session. Who just looks around gets no cookie,
-# and costs the session store nothing.
+# These two pages have no form and only look at the session. Visitors who just look around get no
+# cookie, and cost the session store nothing.
 
 
 @pages.get("/")

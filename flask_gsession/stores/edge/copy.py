@@ -151,7 +151,7 @@ class Copy:
         """The centre rotated the session under ``key``."""
         there = self._rows.select(db, key)
         if there is not None and there.queued is not None:
-            pass  # changed meanwhile, which settling merges or reports
+            pass  # it changed in between; settling merges or reports that
         elif pointer is None:
             self._bury(db, record._replace(key=key) if there is None else there.record)
         else:

@@ -17,7 +17,7 @@ class NodeUnavailable(StoreUnavailable):
 
 
 class NodeFile(SQLiteFile):
-    """The node's file, whose errors can be told from those of the centre."""
+    """The node's file. Its errors differ from the centre's."""
 
     def within(self, work: Callable[[sqlite3.Connection], T], **how: bool) -> T:
         try:

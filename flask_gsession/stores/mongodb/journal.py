@@ -230,7 +230,7 @@ class MongoDBJournal(Journal):
                 self._move_from(collection, first, most - 1)
         outbox = document.get(OUTBOX, [])
         self._add(collection, [bytes(entry) for entry in outbox])
-        # Only what was moved: the document may have got more entries meanwhile.
+        # Only the moved ones: the document may have got more entries since.
         same = {"_id": document["_id"], OUTBOX: outbox}
         if document.get("successor") == ENDED:
             collection.delete_one({**same, "successor": ENDED})

@@ -332,7 +332,7 @@ class _Write:
     def more(
         self, script: Journaled, keys: list[bytes], arguments: list[bytes]
     ) -> tuple[list[bytes], list[bytes]]:
-        """The keys and arguments of the write, and those of the journal."""
+        """The keys and arguments of the write and of the journal."""
         names = self._journal
         return (
             [

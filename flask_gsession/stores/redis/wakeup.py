@@ -56,7 +56,7 @@ class WakeUps:
         return call
 
     def forget(self, owner: bytes) -> None:
-        """This owner waits no more."""
+        """This owner stopped waiting."""
         process.notice()
         self._calls.pop(owner, None)
 

@@ -163,7 +163,7 @@ class Channel:
             self._unsettled.pop(next(iter(self._unsettled)), None)
 
     def settle(self, *keys: str) -> None:
-        """Let no earlier write under these keys be applied from now on. Mostly none is left."""
+        """Let no earlier write under these keys be applied from now on. Usually, there are none."""
         if not self._unsettled:
             return
         versions = {version for key in keys for version in self._unsettled.get(key, ())}

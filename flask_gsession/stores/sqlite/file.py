@@ -83,7 +83,7 @@ class _Opened:
 
     SQLite counts a file's locks in the memory of the process. A child that is forked while a file
     is open inherits the count without the locks, and would write into a file that others believe
-    unused. Nothing repairs that: neither a new connection nor closing the inherited ones.
+    unused. Neither a new connection nor closing the inherited ones repairs that.
     """
 
     def __init__(self) -> None:

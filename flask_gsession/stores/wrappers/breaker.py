@@ -166,7 +166,7 @@ class Circuit:
             if error.contention or start < self._answered_at:
                 return
             if time_left(self._timeout) < self._timeout / 2 and now - start < self._timeout / 2:
-                return  # its caller's deadline was too short to tell
+                return  # the caller's deadline was too short to know
             slow = now - start >= self._slow
             if slow:
                 self.is_well = False
