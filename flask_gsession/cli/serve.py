@@ -110,14 +110,15 @@ def _server(
     threads: int,
 ) -> Server:
     """A server that listens and doesn't answer yet. Raises ``SettingError``."""
-    from ..sharing.grants import FULL_POWER, read_grants
+    from ..sharing.grants import FULL_POWER, Grants, GrantsFile
     from ..sharing.server import Server, check_address
     from ..stores.remote.address import CertificateFiles
 
     files = CertificateFiles(given, "The command") if given else None
     check_address(address, None if files is None else files.current)
+    grants: Grants | GrantsFile
     if grants_path is not None:
-        grants = read_grants(grants_path)
+        grants = GrantsFile(grants_path)
     elif address.startswith("unix:"):
         grants = FULL_POWER
     else:

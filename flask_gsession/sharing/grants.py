@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
+from ..stores.remote.replaced import ReplacedFiles
 
 _FLAGS = ("store", "verify", "revoke")
 _KEYS = ("read", "write")
@@ -61,6 +62,33 @@ class Grants:
         if token is not None:
             return self.by_token.get(digest(token))
         return self.anonymous
+
+
+class GrantsFile(ReplacedFiles[Grants]):
+    """The grants in the file at ``path``, which is read again after it was replaced.
+
+    Raises ``SettingError`` if it can't be used now; later, the old grants stay instead.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._first = True
+        super().__init__((path,), self._grants, "Grants")
+
+    def of(self, names: list[str], token: str | None) -> Grant | None:
+        """As ``Grants.of``. Costs a look at the file."""
+        self.renewed()
+        return self.current.of(names, token)
+
+    def _grants(self) -> Grants:
+        first, self._first = self._first, False
+        grants = read_grants(self._path)
+        if not (first or grants.by_certificate or grants.by_token):
+            raise SettingError(
+                f"The grants file {self._path} names no service, as while it is being written; to "
+                "grant nothing, leave a service without permissions"
+            )
+        return grants
 
 
 #: For a Unix socket without a grants file: its file mode protects it.

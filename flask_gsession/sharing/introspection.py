@@ -10,7 +10,7 @@ from flask import Blueprint, Response, current_app, jsonify, request
 from ..errors import SettingError, StoreUnavailable
 from ..events import AccessDenied, logger
 from ..extension import Session
-from .grants import Grant, Grants, read_grants
+from .grants import Grant, Grants, GrantsFile
 from .verify import Verifier, interface_of
 
 _HEADERS = {"Cache-Control": "no-store", "Pragma": "no-cache"}
@@ -21,15 +21,16 @@ def introspection_blueprint(
 ) -> Blueprint:
     """A blueprint with the page ``url``, which answers as RFC 7662 says.
 
-    ``grants``: the grants, or the path of their file. A service needs ``verify = true`` and a
-    token. It sends that as the password of HTTP Basic, with its name as the user, or as a bearer
-    token. The answer holds the session keys in its ``read``. 503 if the store doesn't answer. One
-    round trip.
+    ``grants``: the grants, or the path of their file, which may be replaced. A service needs
+    ``verify = true`` and a token. It sends that as the password of HTTP Basic, with its name as the
+    user, or as a bearer token. The answer holds the session keys in its ``read``. 503 if the store
+    doesn't answer. One round trip.
     """
-    known = read_grants(grants) if isinstance(grants, str) else grants
-    if not any(grant.verify for grant in known.by_token.values()):
+    known = GrantsFile(grants) if isinstance(grants, str) else grants
+    by_token = (known.current if isinstance(known, GrantsFile) else known).by_token
+    if not any(grant.verify for grant in by_token.values()):
         raise SettingError("No service in the grants has both verify = true and a token_sha256")
-    verifiers = {grant: Verifier(ext, user, grant.read) for grant in known.by_token.values()}
+    verifiers = {grant: Verifier(ext, user, grant.read) for grant in by_token.values()}
     blueprint = Blueprint("gsession_introspection", __name__)
 
     @blueprint.post(url)
@@ -50,7 +51,9 @@ def introspection_blueprint(
         token = request.form.get("token")
         if not token or len(request.form.getlist("token")) > 1:
             return _answer({"error": "invalid_request"}, 400)
-        verifier = verifiers[grant]
+        verifier = verifiers.get(grant)
+        if verifier is None:  # the file was replaced
+            verifier = verifiers[grant] = Verifier(ext, user, grant.read)
         try:
             identity = verifier.identify_token(app, token)
         except StoreUnavailable as error:
@@ -84,7 +87,7 @@ def _answer(body: dict[str, Any], status: int) -> Response:
     return response
 
 
-def _caller(grants: Grants) -> Grant | None:
+def _caller(grants: Grants | GrantsFile) -> Grant | None:
     """The service that calls; what it sends is looked up by its digest."""
     given = request.authorization
     if given is None:

@@ -20,7 +20,7 @@ from ..protocol.errors import ERROR_KEY, status_of
 from ..protocol.methods import LONGEST_MESSAGE, Method, is_understood
 from ..stores.remote.address import CertificateFiles, Certificates, is_loopback
 from ..stores.support import ending_by
-from .grants import Grant, Grants
+from .grants import Grant, Grants, GrantsFile
 
 Status = grpc.StatusCode
 
@@ -69,7 +69,11 @@ class Server:
     """Serves ``services`` to the callers in ``grants``, with ``threads`` threads."""
 
     def __init__(
-        self, services: list[Service], grants: Grants, events: Events, threads: int = 32
+        self,
+        services: list[Service],
+        grants: Grants | GrantsFile,
+        events: Events,
+        threads: int = 32,
     ) -> None:
         self._grants = grants
         self._events = events
@@ -142,7 +146,7 @@ class Server:
     def _handler(self, service: Service, name: str, method: Method) -> Any:
         def answer(request: Any, context: Any) -> Any:
             with self._translating(name, context):
-                grant = self._grant_of(context)
+                grant = self._grant_of(context, _credentials_of(context))
                 if not context.is_active():
                     # It waited for a thread until its deadline, so the caller has given up.
                     raise Refused(Status.DEADLINE_EXCEEDED, "too late")
@@ -162,9 +166,13 @@ class Server:
 
         def answer_stream(requests: Any, context: Any) -> Iterator[Any]:
             with self._translating(name, context):
-                grant = self._grant_of(context)
+                credentials = _credentials_of(context)
+                grant = self._grant_of(context, credentials)
                 try:
-                    yield from service.answer_stream(name, requests, grant)
+                    for reply in service.answer_stream(name, requests, grant):
+                        if self._grants.of(*credentials) != grant:
+                            raise Refused(Status.UNAVAILABLE, "the grants were replaced")
+                        yield reply
                 except Denied as denied:
                     self._deny(context, grant.service, f"{name}: {denied}")
 
@@ -192,16 +200,9 @@ class Server:
             logger.exception("A call of %s failed", name)
             context.abort(Status.INTERNAL, type(error).__name__)
 
-    def _grant_of(self, context: Any) -> Grant:
+    def _grant_of(self, context: Any, credentials: tuple[list[str], str | None]) -> Grant:
         """The caller's grant. Aborts the call of an unknown caller."""
-        shown_by = context.auth_context()
-        # The common name counts only without the others (RFC 9525): an authority may not check it.
-        certified = next((shown_by[name] for name in _NAMES if shown_by.get(name)), ())
-        names = [value.decode("utf-8", "replace") for value in certified]
-        token = None
-        for key, value in context.invocation_metadata():
-            if key == "authorization" and value.startswith(_BEARER):
-                token = value[len(_BEARER) :]
+        names, token = credentials
         grant = self._grants.of(names, token)
         if grant is None:
             shown = ", ".join(names)[:200] if names else "no certificate"
@@ -217,6 +218,19 @@ class Server:
         logger.warning("The service %s was refused %s", service, what)
         context.abort(Status.PERMISSION_DENIED, f"not granted: {what}")
         raise AssertionError("abort raises")
+
+
+def _credentials_of(context: Any) -> tuple[list[str], str | None]:
+    """The names in the caller's certificate, and its token."""
+    shown_by = context.auth_context()
+    # The common name counts only without the others (RFC 9525): an authority may not check it.
+    certified = next((shown_by[name] for name in _NAMES if shown_by.get(name)), ())
+    names = [value.decode("utf-8", "replace") for value in certified]
+    token = None
+    for key, value in context.invocation_metadata():
+        if key == "authorization" and value.startswith(_BEARER):
+            token = value[len(_BEARER) :]
+    return names, token
 
 
 def _credentials(files: CertificateFiles) -> Any:

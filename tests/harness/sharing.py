@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from flask_gsession.events import Events
-from flask_gsession.sharing.grants import FULL_POWER, Grants
+from flask_gsession.sharing.grants import FULL_POWER, Grants, GrantsFile
 from flask_gsession.sharing.server import Server, Service
 from flask_gsession.sharing.store_service import StoreService
 from flask_gsession.stores import Store
@@ -21,7 +21,10 @@ START = 30.0  # seconds until the command serves, or has ended
 
 @contextmanager
 def serving(
-    *services: Service, grants: Grants = FULL_POWER, events: Events | None = None, threads: int = 8
+    *services: Service,
+    grants: Grants | GrantsFile = FULL_POWER,
+    events: Events | None = None,
+    threads: int = 8,
 ) -> Iterator[str]:
     """Serve on a free loopback port; gives HOST:PORT."""
     server = Server(list(services), grants, events or Events(), threads)

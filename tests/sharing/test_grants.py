@@ -20,12 +20,14 @@ from flask_gsession import Session
 from flask_gsession.cli import gsession
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.events import AccessDenied, Events
-from flask_gsession.sharing.grants import FULL_POWER, Grant, Grants, read_grants
+from flask_gsession.sharing.grants import FULL_POWER, Grant, Grants, GrantsFile, read_grants
+from flask_gsession.sharing.introspection import introspection_blueprint
 from flask_gsession.sharing.server import Server, check_address
 from flask_gsession.sharing.store_service import StoreService
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.remote.address import CertificateFiles, Certificates
 from flask_gsession.testing import a_record
+from tests.harness.apps import until
 from tests.harness.certificates import Authority
 from tests.harness.sharing import serving
 from tests.harness.topologies import TCPProxy
@@ -237,6 +239,75 @@ def put(files: tuple[Path, ...], places: tuple[Path, ...]) -> None:
         new = place.with_suffix(".new")
         new.write_bytes(file.read_bytes())
         new.rename(place)
+
+
+def test_grants_are_replaced_while_serving(
+    tmp_path: Path, redis_url: str, store_prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for a stream of changes. A file that can't be used changes nothing."""
+    path, new = tmp_path / "grants.toml", tmp_path / "new"
+
+    def replace(text: str) -> None:
+        new.write_text(text)
+        new.rename(path)
+
+    def load() -> str:
+        try:
+            return "done" if store.load("x" * 43) is None else "?"
+        except StoreUnavailable as error:
+            return error.detail
+
+    shop = f"[shop]\ntoken_sha256 = '{SHA256}'\n"
+    path.write_text(shop + "store = true")
+    far = open_store(redis_url, StoreOptions(store_prefix))[0]
+    with serving(StoreService(far), grants=GrantsFile(str(path))) as address:
+        store = reach(f"grpc://{TOKEN}@{address}")
+        assert load() == "done"
+        store.changes.hear(Hears())
+        until(lambda: store.changes.feed("x" * 43))
+        for wrong in ("[shop]\nstore = 1", "", "[shop"):
+            replace(wrong)
+            assert load() == load() == "done"
+        path.unlink()
+        assert load() == load() == "done"
+        assert caplog.text.count("Grants were replaced, but the old ones stay") == 4
+        assert store.changes.feed("x" * 43)
+        replace(shop + "verify = true")
+        assert "PERMISSION_DENIED" in load()
+        until(lambda: not store.changes.feed("x" * 43))
+        until(lambda: "PERMISSION_DENIED" in store.changes.trouble)
+        replace(shop + "store = true")
+        assert load() == "done"
+        until(lambda: store.changes.feed("x" * 43))
+        replace("[other]\ncertificate = 'other.internal'")
+        assert "UNAUTHENTICATED" in load()
+        store.close()
+    far.close()
+
+
+class Hears:
+    def changed(self, keys: object) -> None: ...
+
+    def lost(self) -> None: ...
+
+
+def test_grants_are_replaced_for_introspection(tmp_path: Path) -> None:
+    path = tmp_path / "grants.toml"
+    app = Flask(__name__)
+    app.secret_key = "a key for the tests"
+    ext = Session(app, store=MEMORY)
+    service = "[{}]\ntoken_sha256 = '{}'\nverify = true"
+    path.write_text(service.format("billing", "0" * 64))
+    app.register_blueprint(introspection_blueprint(ext, str(path)))
+    asking = {"authorization": f"Bearer {TOKEN}"}
+
+    def ask() -> int:
+        client = app.test_client()
+        return client.post("/session/introspect", data={"token": "x"}, headers=asking).status_code
+
+    assert ask() == 401
+    path.write_text(service.format("shop", SHA256) + "\nread = ['cart']")
+    assert ask() == 200
 
 
 def test_certificates_are_replaced_while_serving(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import ssl
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ...errors import SettingError
-from ...events import logger
+from .replaced import ReplacedFiles
 
 DEFAULT_PORT = 7443
 PARTS = ("leases", "blobs", "scans", "upkeep", "counts", "checks", "changes")
@@ -34,55 +33,17 @@ class Certificates(NamedTuple):
         return "<Certificates>"
 
 
-class CertificateFiles:
+class CertificateFiles(ReplacedFiles[Certificates]):
     """The PEM files ``ca``, ``cert`` and ``key``, read again after they were replaced.
 
     Raises ``SettingError`` with the files and their ``source`` if one of them can't be used now.
     """
 
     def __init__(self, options: dict[str, str], source: str) -> None:
-        self._paths: dict[str, str] = {
+        paths: dict[str, str] = {
             name: options[name] for name in ("ca", "cert", "key") if name in options
         }
-        self._source = source
-        self._stamp = self._unusable = self._look()
-        self.current = certificates_of(options, source)
-
-    def __repr__(self) -> str:
-        """Without their contents."""
-        return "<CertificateFiles>"
-
-    def renewed(self) -> bool:
-        """Whether ``current`` is new since the last call. Costs a look at each file.
-
-        A half-replaced pair is logged and doesn't count: the next call looks again.
-        """
-        stamp = self._look()
-        if stamp == self._stamp:
-            return False
-        try:
-            current = certificates_of(self._paths, self._source)
-        except SettingError as error:
-            if stamp != self._unusable:  # once, not at each connection
-                self._unusable = stamp
-                logger.warning("Certificates were replaced, but the old ones stay: %s", error)
-            return False
-        if stamp != self._look():
-            return False  # they are being written right now
-        is_new = current != self.current
-        self._stamp, self.current = stamp, current
-        return is_new
-
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        return [_stamp_of(path) for path in self._paths.values()]
-
-
-def _stamp_of(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+        super().__init__(paths.values(), lambda: certificates_of(paths, source), "Certificates")
 
 
 class Address(NamedTuple):
