@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from msgspec.msgpack import encode
@@ -16,8 +19,11 @@ from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock
 from flask_gsession.users.rosters import roster_key
 from tests.edge.story import add, at, known
+from tests.faults.inject import small_disk
 from tests.harness.apps import until
 from tests.harness.edges import EdgeSite, Network
+
+TOP = Path(__file__).parents[2]
 
 
 def test_other_workers_of_a_node_serve_its_queued_changes(network: Network, edge: EdgeSite) -> None:
@@ -441,6 +447,41 @@ def test_a_full_disk_does_not_look_like_a_cut(
         assert (settled.trouble, settled.reached) == ("the disk is full", True)
     assert edge.edge.cut_off == ""
     assert edge.settle().changes == 1
+
+
+def test_a_centre_hears_of_ends_although_nothing_can_be_noted(
+    network: Network, edge: EdgeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, changed = known(edge), known(edge)
+    there = at(network.centre, ended)
+    edge.cut()
+    ended.run(lambda session: session.destroy())
+    changed.run(add)
+    edge.back()
+
+    def full(*_: object, **__: object) -> None:
+        raise NodeUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        for name in ("lease", "told", "release", "sending"):
+            patch.setattr(edge.edge.copy, name, full)
+        settled = edge.edge.settle()
+        assert settled is not None
+        assert (settled.changes, settled.trouble, settled.reached) == (0, "the disk is full", True)
+        assert edge.edge.cut_off == ""
+        assert there.run(dict) == {}
+    assert edge.settle()[:2] == (1, 1)
+
+
+@pytest.mark.long
+def test_a_disk_that_is_really_full(network: Network, tmp_path: Path) -> None:
+    """In a process of its own, which sees a small tmpfs in that folder, if that is allowed."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = [*small_disk(folder), sys.executable, "-m", "tests.edge.full_disk", str(folder)]
+    run = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "changes accepted" in run.stdout
 
 
 def test_a_restored_file_uses_no_number_again(network: Network, edge: EdgeSite) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 
 from ...errors import (
     Gone,
@@ -44,21 +45,29 @@ class Settler:
         self._reconciler = reconciler
 
     def settle(self, *, only_ends: bool = False) -> Settled | None:
-        """Settle what is queued; None if another process of this node does so now."""
+        """Settle what is queued; None if another process of this node does so now.
+
+        If nothing can be noted, as on a full disk, the centre hears of all ends nevertheless, each
+        time again: two at once do no harm.
+        """
         reconciler = self._reconciler()
         if reconciler is None:
             return Settled(trouble="no application has taken this store yet")
         if not self._copy.is_queued(ends=only_ends):
             return Settled()
-        name = secrets.token_hex(8)
-        if not self._copy.lease(name, _LEASE):
-            return None
-        run = _Run(self._copy, self._centre, reconciler, name)
+        name, full = secrets.token_hex(8), ""
+        try:
+            if not self._copy.lease(name, _LEASE):
+                return None
+        except NodeUnavailable as error:
+            full = error.detail
+        run = _Run(self._copy, self._centre, reconciler, name, notes=not full)
         try:
             run.greet()
             for _ in range(_PASSES):  # some may be queued while it settles
                 run.all_of(ends=True)
-                if not only_ends:
+                run.trouble = run.trouble or full
+                if not only_ends and not full:
                     run.all_of(ends=False)
                 if run.trouble or not self._copy.is_queued(ends=only_ends):
                     break
@@ -73,16 +82,20 @@ class Settler:
             raise
         finally:
             empty = not run.trouble and not self._copy.is_queued()
-            self._copy.release(name, run.trouble, empty=empty)
+            with suppress(NodeUnavailable):  # the lease ends by itself
+                self._copy.release(name, run.trouble, empty=empty)
         return Settled(run.ends, run.changes, run.dropped, run.trouble, run.reached)
 
 
 class _Run:
-    def __init__(self, copy: Copy, centre: Store, reconciler: Reconciler, name: str) -> None:
+    def __init__(
+        self, copy: Copy, centre: Store, reconciler: Reconciler, name: str, *, notes: bool
+    ) -> None:
         self._copy = copy
         self._centre = centre
         self._reconciler = reconciler
         self._name = name
+        self._notes = notes
         self._node = copy.figures().node
         self.ends = self.changes = self.dropped = 0
         self.trouble = ""
@@ -101,7 +114,7 @@ class _Run:
             batch = self._copy.queue(ends=ends, after=after, upto=upto, limit=_BATCH)
             if not batch:
                 return
-            if not self._copy.lease(self._name, _LEASE):
+            if self._notes and not self._copy.lease(self._name, _LEASE):
                 raise _Refused("another process of this node settles now")
             after = batch[-1][1]
             for key, _ in batch:
@@ -126,7 +139,8 @@ class _Run:
 
     def _end(self, row: Row) -> None:
         self._reconciler.end(row.record.key, row.base or row.record)
-        self._copy.told(row)
+        if self._notes:
+            self._copy.told(row)
         self.ends += 1
 
     def _change(self, row: Row) -> None:
