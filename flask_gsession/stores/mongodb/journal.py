@@ -16,6 +16,7 @@ from typing import Any
 from bson import Int64
 from bson.binary import Binary
 from bson.datetime_ms import DatetimeMS
+from pymongo import DeleteOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from ...errors import KeyTaken, UnreadableRecord
@@ -34,6 +35,7 @@ _STEPS = 50  # at most; then comes the rest of the sweep
 _TRIMMED = 128  # entries are removed about so many at once
 _OTHERS = {"$regex": f"[{OTHER_ENDS}]$"}
 _AFTER = "journal_after"
+_FIELDS = [OUTBOX, SINCE, _AFTER, "successor"]  # of a document with entries
 
 
 class MongoDBJournal(Journal):
@@ -177,23 +179,24 @@ class MongoDBJournal(Journal):
         return {"$gt": start, "$lt": f"{start}\x7f"}
 
     def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
-        removed = sum(self._expire(record, entry) for record, entry in expired)
+        removed = self._mark(expired) if expired else 0
         self.recover()
         return removed
 
     @call("delete")
-    def _expire(self, collection: SessionCollection, record: Record, entry: bytes) -> bool:
-        condition: Document = {
-            "_id": self.layout.prefix + record.key,
-            "successor": None,
-            "idle_expires_at": {
-                "$eq": DatetimeMS(record.idle_expires_at),
-                "$lte": DatetimeMS(self.layout.now()),
-            },
-        }
-        if record.version:
-            condition["version"] = Int64(record.version)
-        return bool(collection.update_one(condition, self._marker([entry])).matched_count)
+    def _mark(self, collection: SessionCollection, expired: Sequence[tuple[Record, bytes]]) -> int:
+        now = DatetimeMS(self.layout.now())
+        marks = []
+        for record, entry in expired:
+            condition: Document = {
+                "_id": self.layout.prefix + record.key,
+                "successor": None,
+                "idle_expires_at": {"$eq": DatetimeMS(record.idle_expires_at), "$lte": now},
+            }
+            if record.version:
+                condition["version"] = Int64(record.version)
+            marks.append(UpdateOne(condition, self._marker([entry])))
+        return int(collection.bulk_write(marks, ordered=False).matched_count)
 
     def recover(self) -> int:
         moved = 0
@@ -216,26 +219,46 @@ class MongoDBJournal(Journal):
     def _move(self, collection: SessionCollection) -> int:
         """Move the entries of some documents; how many documents."""
         condition = {SINCE: {"$type": "date"}, "_id": self._ours()}
-        fields = [OUTBOX, SINCE, _AFTER, "successor"]
-        waiting = list(collection.find(condition, fields, sort=[(SINCE, 1)], limit=_AT_ONCE))
-        for document in waiting:
-            self._move_from(collection, document, MAX_POINTERS)
+        waiting = list(collection.find(condition, _FIELDS, sort=[(SINCE, 1)], limit=_AT_ONCE))
+        if not waiting:
+            return 0
+        documents = self._in_order(collection, waiting)
+        self._add(
+            collection, [bytes(entry) for each in documents for entry in each.get(OUTBOX, [])]
+        )
+        done: list[UpdateOne | DeleteOne] = []
+        for document in documents:
+            # Only the moved ones: the document may have got more entries since.
+            same = {"_id": document["_id"], OUTBOX: document.get(OUTBOX, [])}
+            if document.get("successor") == ENDED:
+                done.append(DeleteOne({**same, "successor": ENDED}))
+            else:
+                done.append(UpdateOne(same, {"$unset": {OUTBOX: "", SINCE: "", _AFTER: ""}}))
+        collection.bulk_write(done, ordered=False)
         return len(waiting)
 
-    def _move_from(self, collection: SessionCollection, document: Document, most: int) -> None:
-        before = document.get(_AFTER)
-        if before and most:
-            first = collection.find_one({"_id": before, SINCE: {"$type": "date"}})
-            if first is not None:
-                self._move_from(collection, first, most - 1)
-        outbox = document.get(OUTBOX, [])
-        self._add(collection, [bytes(entry) for entry in outbox])
-        # Only the moved ones: the document may have got more entries since.
-        same = {"_id": document["_id"], OUTBOX: outbox}
-        if document.get("successor") == ENDED:
-            collection.delete_one({**same, "successor": ENDED})
-        else:
-            collection.update_one(same, {"$unset": {OUTBOX: "", SINCE: "", _AFTER: ""}})
+    def _in_order(
+        self, collection: SessionCollection, waiting: Sequence[Document]
+    ) -> list[Document]:
+        """These documents, each behind the one that it was rotated from, if that waits as well."""
+        found = {each["_id"]: each for each in waiting}
+        for _ in range(MAX_POINTERS):
+            before = {each.get(_AFTER) for each in found.values()} - {None, *found}
+            if not before:
+                break
+            condition = {SINCE: {"$type": "date"}, "_id": {"$in": list(before)}}
+            more = list(collection.find(condition, _FIELDS))
+            found.update((each["_id"], each) for each in more)
+            if not more:
+                break
+        ordered: dict[str, Document] = {}
+        for name in found:
+            chain: list[str] = []
+            while name in found and name not in ordered and name not in chain:
+                chain.append(name)
+                name = found[name].get(_AFTER, "")
+            ordered.update((each, found[each]) for each in reversed(chain))
+        return list(ordered.values())
 
     # The journal.
 

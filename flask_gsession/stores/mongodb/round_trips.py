@@ -45,6 +45,7 @@ class SessionCollection:
         {
             *("find_one", "insert_one", "insert_many", "update_one", "replace_one", "delete_one"),
             *("find_one_and_update", "find_one_and_delete", "update_many", "delete_many"),
+            "bulk_write",
         }
     )
     _more = frozenset({"find", "aggregate", "count_documents", "create_index"})
