@@ -12,7 +12,7 @@ TEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo billing edge test oldest contract soak lint protocol bench faults rules dashboard docs dist servers chromium prometheus neighbours clean
+.PHONY: help demo billing edge test oldest contract soak lint protocol bench million faults rules dashboard docs dist servers chromium prometheus neighbours clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -131,6 +131,9 @@ bench: $(VENV)/with-test servers ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks.edge
 	$(PY) -m benchmarks.live
 	$(PY) -m benchmarks.requests_per_second
+
+million: $(VENV)/with-test servers ## Let a million sessions expire, and see what other clients notice
+	$(PY) -m benchmarks.expiring
 
 faults: $(VENV)/with-test servers ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
 	$(PY) -m tests.faults $(FAULTS_ARGS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.backends.base import Backend
 from benchmarks.environment import environment
+from benchmarks.journal import journal_costs
 from benchmarks.large_values import large_values
 from benchmarks.matrix import run_matrix
 from benchmarks.measure import Effort
@@ -69,6 +70,8 @@ def measure(
     results = Results(effort, found, run_matrix(backends, sizes, effort, say))
     say("large values")
     results.large = large_values(backends, effort)
+    say("journal")
+    results.journal = journal_costs(backends, effort)
     if "redis" in backends:
         _measure_on_redis(results, sessions, many if with_growth else None, say)
     results.targets = judge(
@@ -82,6 +85,7 @@ def measure(
         results.sharing,
         results.near,
         results.users,
+        results.journal,
     )
     return results
 

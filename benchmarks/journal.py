@@ -1,148 +1,105 @@
-"""What the journal costs, and how many expired sessions a sweep enters.
-
-``python -m benchmarks.journal`` times a create, a save and a logout with the journal on and off;
-``--expire N`` lets N sessions expire and sweeps them, and prints the longest pause of the server,
-as another connection sees it, and the memory that the sweep takes.
-"""
+"""What the journal costs: a request that creates, saves or ends a session, with it on and off."""
 
 from __future__ import annotations
 
-import argparse
-import resource
-import statistics
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 
-from redis import Redis
+from flask import Flask, session
 
-from flask_gsession.journal.store import JournalingStore, Subject
-from flask_gsession.stores import Record, Store, StoreOptions, open_store
-from flask_gsession.testing import FakeClock, a_record
-from tests.harness.servers import MongoServer, RedisServer, with_database
+from benchmarks.backends.base import Backend
+from benchmarks.measure import Effort, Spread, interleave, paired, ratios
+from benchmarks.visitor import Visitor
 
-_ROUNDS = 400
-_MOST = 1_000_000
+CREATE, SAVE, LOGOUT = "create", "save", "logout"
+LIMITS = {CREATE: 1.5, SAVE: 1.25, LOGOUT: 2.5}  # of the same request with the journal off
 
 
-def opened(url: str, clock: FakeClock, prefix: str, *, on: bool) -> Store:
-    store = open_store(url, StoreOptions(prefix=prefix, clock=clock, timeout=10))[0]
-    if not on:
-        return store
-    assert store.journal is not None
-    journaling = JournalingStore(store, store.journal, _MOST, clock)
-    journaling.use(lambda record: Subject("ada", "laptop"))
-    return journaling
+@dataclass(frozen=True)
+class JournalCost:
+    """A request's microseconds and round trips, with the journal off and on."""
+
+    store: str
+    verb: str
+    off: Spread
+    on: Spread
+    ratio: Spread
+    trips_off: float
+    trips_on: float
 
 
-def timed(action: Callable[[Any], object], things: list[Any]) -> float:
-    """The median in microseconds."""
-    times = []
-    for thing in things:
-        start = time.perf_counter()
-        action(thing)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
+def journal_costs(
+    backends: Mapping[str, Callable[[], Backend]], effort: Effort
+) -> list[JournalCost]:
+    """Each store with its journal on and off, in turns."""
+    return [cost for name, opener in backends.items() for cost in _costs(name, opener, effort)]
 
 
-def costs(name: str, url: str, rounds: int) -> None:
-    clock = FakeClock()
-    figures = {}
-    for on in (False, True):
-        store = opened(url, clock, f"bench-{on}:", on=on)
-        records = [a_record(clock, idle=3600) for _ in range(rounds)]
-        create = timed(store.create, records)
-        saved = [record._replace(version=record.version + 1) for record in records]
-        save = timed(partial(_save, store), list(zip(saved, records, strict=True)))
-        end = timed(partial(_end, store), saved)
-        figures[on] = create, save, end
-        store.close()
-    for verb, off, with_it in zip(("create", "save", "logout"), *figures.values(), strict=True):
-        print(f"{name:8} {verb:7} off {off:7.0f} us   on {with_it:7.0f} us   {with_it / off:.2f}x")
+def _costs(store: str, opener: Callable[[], Backend], effort: Effort) -> Iterator[JournalCost]:
+    with closing(opener()) as off, closing(opener()) as on:
+        sides = {"off": (off, _calls(off, journal=False)), "on": (on, _calls(on, journal=True))}
+        calls = {
+            f"{verb} {side}": call
+            for side, (_, verbs) in sides.items()
+            for verb, call in verbs.items()
+        }
+        for verb in LIMITS:
+            found: list[float] = []
+            while not found:  # in a short run on a busy machine, every pair may be dropped
+                figures = interleave({n: calls[n] for n in _needed(verb)}, effort)
+                times = [_alone(verb, figures, side) for side in sides]
+                found = ratios(times[1], times[0])
+            trips = [
+                sum(
+                    sign * backend.traffic(verbs[name], effort.counted_requests).round_trips
+                    for name, sign in _PARTS[verb].items()
+                )
+                for backend, verbs in sides.values()
+            ]
+            spreads = [Spread.of(each) for each in times]
+            yield JournalCost(store, verb, *spreads, Spread.of(found), *trips)
 
 
-def _save(store: Store, pair: tuple[Record, Record]) -> None:
-    store.save(pair[0], pair[1].version)
+# A logout needs a session, whose creation doesn't count.
+_PARTS = {CREATE: {CREATE: 1}, SAVE: {SAVE: 1}, LOGOUT: {LOGOUT: 1, CREATE: -1}}
 
 
-def _end(store: Store, record: Record) -> None:
-    """As a logout does: by the version that the request loaded."""
-    store.delete(record.key, record.version)
+def _needed(verb: str) -> list[str]:
+    return [f"{name} {side}" for name in _PARTS[verb] for side in ("off", "on")]
 
 
-@contextmanager
-def watched(port: int) -> Iterator[list[float]]:
-    """The slowest answers to PING during the run, in milliseconds."""
-    slowest, stop = [0.0], threading.Event()
-
-    def ping() -> None:
-        with Redis(port=port) as client:
-            while not stop.is_set():
-                start = time.perf_counter()
-                client.ping()
-                slowest.append((time.perf_counter() - start) * 1000)
-                slowest[1:] = sorted(slowest[1:])[-3:]
-                time.sleep(0.001)
-
-    thread = threading.Thread(target=ping)
-    thread.start()
-    try:
-        yield slowest
-    finally:
-        stop.set()
-        thread.join()
+def _alone(verb: str, figures: dict[str, list[float]], side: str) -> list[float]:
+    if verb == LOGOUT:
+        return paired(figures, f"{verb} {side}", minus=f"{CREATE} {side}")
+    return figures[f"{verb} {side}"]
 
 
-def expire(number: int) -> None:
-    with RedisServer() as server:
-        clock = FakeClock()
-        store = opened(server.url, clock, "bench:", on=True)
-        assert isinstance(store, JournalingStore)
-        start = time.perf_counter()
-        for _ in range(number):
-            store.create(a_record(clock))
-        print(f"{number} sessions created in {time.perf_counter() - start:.0f} s")
-        clock.advance(61)
-        with Redis.from_url(server.url) as client:
-            client.config_set("slowlog-log-slower-than", 1000)
-            client.slowlog_reset()
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            start = time.perf_counter()
-            with watched(server.port) as slowest:
-                swept = 0
-                while found := store.sweep():
-                    swept += found
-            seconds = time.perf_counter() - start
-            more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            slow = max((entry["duration"] for entry in client.slowlog_get(128)), default=0)
-            print(
-                f"{swept} expired sessions entered in {seconds:.1f} s "
-                f"({swept / seconds:.0f} a second); {more} KiB more memory; slowest PING beside "
-                f"it {max(slowest):.1f} ms; slowest command {slow / 1000:.1f} ms; "
-                f"{client.dbsize()} keys left, {store.journal.figures().due} due"
-            )
-        store.close()
+def _calls(backend: Backend, *, journal: bool) -> dict[str, Callable[[], object]]:
+    app = Flask("bench")
+    app.secret_key = "a benchmark's secret key, of a sensible length"
+    app.config["SESSION_JOURNAL"] = journal
+    backend.ours(app)
 
+    @app.get("/write")
+    def write() -> str:
+        session["number"] = secrets.randbits(30)
+        return "ok"
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--expire", type=int, metavar="N", help="let N sessions expire in Redis")
-    parser.add_argument("--rounds", type=int, default=_ROUNDS)
-    arguments = parser.parse_args()
-    if arguments.expire:
-        expire(arguments.expire)
-        return
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        costs("SQLite", f"sqlite:///{folder}/sessions.sqlite3", arguments.rounds)
-        costs("Redis", stack.enter_context(RedisServer()).url, arguments.rounds)
-        mongo = stack.enter_context(MongoServer())
-        costs("MongoDB", with_database(mongo.url, "bench"), arguments.rounds)
+    @app.get("/out")
+    def out() -> str:
+        session.destroy()  # type: ignore[attr-defined]  # Flask's type
+        return "ok"
 
+    def create() -> None:
+        Visitor(app).visit("/write")
 
-if __name__ == "__main__":
-    main()
+    def logout() -> None:
+        visitor = Visitor(app)
+        visitor.visit("/write")
+        visitor.visit("/out")
+
+    visitor = Visitor(app)
+    visitor.visit("/write")
+    return {CREATE: create, SAVE: visitor.prepare("/write"), LOGOUT: logout}

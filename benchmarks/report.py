@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.candidates import CANDIDATES, OURS
 from benchmarks.counting import CountingCost
 from benchmarks.footprint import Growth, Weight
+from benchmarks.journal import JournalCost
 from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread
@@ -39,6 +40,7 @@ class Results:
     sharing: list[SharingCost] = field(default_factory=list)
     near: list[NearCost] = field(default_factory=list)
     users: list[UserCost] = field(default_factory=list)
+    journal: list[JournalCost] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -57,6 +59,7 @@ class Results:
             *_sharing_sections(self.sharing),
             *_near_sections(self.near),
             *_user_sections(self.users),
+            *_journal_sections(self.journal),
             *_weight_sections(self.weights),
             *_growth_sections(self.growth),
             *_target_sections(self.targets),
@@ -295,6 +298,26 @@ def _user_sections(rows: Sequence[UserCost]) -> Iterable[Section]:
             ],
             "Sessions that are bound to a user, on Redis; a read and a write on the memory store. "
             "The usual list is read, edited and written back at each sign-in.",
+        )
+
+
+def _journal_sections(rows: Sequence[JournalCost]) -> Iterable[Section]:
+    if rows:
+        yield Section(
+            "Journal",
+            ("request", "us, off", "us, on", "ratio", "trips, off", "trips, on"),
+            [
+                (
+                    f"{row.store}, {row.verb}",
+                    _spread(row.off),
+                    _spread(row.on),
+                    _spread(row.ratio, 2),
+                    *(f"{trips:.2f}" if trips else "" for trips in (row.trips_off, row.trips_on)),
+                )
+                for row in rows
+            ],
+            "A whole request that creates, saves or ends a session, with SESSION_JOURNAL off and "
+            "on.",
         )
 
 

@@ -9,6 +9,8 @@ from statistics import fmean
 from benchmarks.candidates import FLOOR, OURS, THEIRS
 from benchmarks.counting import EVENT, CountingCost
 from benchmarks.footprint import Growth, Weight
+from benchmarks.journal import LIMITS as JOURNAL_LIMITS
+from benchmarks.journal import JournalCost
 from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Spread
@@ -50,6 +52,7 @@ def judge(
     shared: Sequence[SharingCost] = (),
     near: Sequence[NearCost] = (),
     users: Sequence[UserCost] = (),
+    journal: Sequence[JournalCost] = (),
 ) -> list[Target]:
     """Returns the targets whose figures were measured in this run.
 
@@ -85,6 +88,7 @@ def judge(
         *_shared(shared),
         *_near(near),
         *_users(users),
+        *_journal(journal),
     ]
 
 
@@ -126,6 +130,13 @@ def _users(rows: Iterable[UserCost]) -> Iterable[Target]:
         if row.limit is not None:
             met = row.figure.median <= row.limit
             yield Target(row.what, row.unit, row.limit, row.figure, row.beside, met)
+
+
+def _journal(rows: Iterable[JournalCost]) -> Iterable[Target]:
+    for row in rows:
+        limit = JOURNAL_LIMITS[row.verb]
+        what = f"{row.verb} on {row.store} with the journal, to the same without"
+        yield Target(what, "x", limit, row.ratio, "any size", row.ratio.median <= limit)
 
 
 def _median(row: NearCost) -> float:

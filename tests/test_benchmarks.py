@@ -21,6 +21,8 @@ from benchmarks.candidates import CANDIDATES, COOKIE, FLOOR, NONE, OURS, THEIRS
 from benchmarks.chart import draw
 from benchmarks.counting import EVENT, LOAD, ONE, SAVE, WORKERS, CountingCost
 from benchmarks.footprint import Growth, Weight
+from benchmarks.journal import LIMITS as JOURNAL_LIMITS
+from benchmarks.journal import JournalCost
 from benchmarks.large_values import LargeCost
 from benchmarks.matrix import Cell
 from benchmarks.measure import Effort, Spread, interleave, ratios
@@ -108,6 +110,24 @@ def test_sharing_is_held_against_its_floor(data: dict[str, Any]) -> None:
             (target,) = judge([], [], [], [], shared=[row])
             assert (target.limit, target.met) == (limit, met)
             assert target.what == f"{operation}, to what it is beside"
+
+
+def test_the_journal_is_held_against_the_same_without(data: dict[str, Any]) -> None:
+    trips = {
+        (row["store"], row["verb"]): (row["trips_off"], row["trips_on"]) for row in data["journal"]
+    }
+    assert trips.keys() == {
+        (store, verb) for store in ("sqlite", "redis") for verb in JOURNAL_LIMITS
+    }
+    assert trips["redis", "save"] == (2, 2)
+    assert trips["redis", "create"] == (1, 1)
+    assert trips["redis", "logout"] == (1, 2)
+    for verb, limit in JOURNAL_LIMITS.items():
+        for ratio, met in ((limit - 0.01, True), (limit + 0.01, False)):
+            spread = Spread(ratio, ratio, ratio)
+            row = JournalCost("redis", verb, spread, spread, spread, 1, 1)
+            (target,) = judge([], [], [], [], journal=[row])
+            assert (target.limit, target.met) == (limit, met)
 
 
 def test_the_near_cache_is_held_against_other_reads(data: dict[str, Any]) -> None:
