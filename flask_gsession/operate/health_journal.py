@@ -22,8 +22,8 @@ def check_journal(repository: Repository) -> list[Finding]:
         return []
     try:
         return list(_findings(repository)) or [Finding("ok", _CHECK)]
-    except StoreUnavailable:
-        return []  # which the other checks say
+    except StoreUnavailable as error:  # or a right is missing for the journal alone
+        return [Finding("error", _CHECK, f"it can't be read: {error}", "No consumer gets events.")]
 
 
 def _findings(repository: Repository) -> Iterator[Finding]:

@@ -867,11 +867,23 @@ class MongoAuthTLS(MongoServer):
         name = f"{quote(user)}:{self._password}"
         return f"mongodb://{name}@{HOST}:{self.port}/{self.DATABASE}?{urlencode(options)}"
 
-    def url_of_rights(self, actions: Sequence[str], *collections: str) -> str:
-        """Where a new user signs in who may do just these on collections of `DATABASE`."""
+    def url_of_rights(
+        self, actions: Sequence[str], *collections: str, **more: Sequence[str]
+    ) -> str:
+        """Where a new user signs in who may do just these on collections of `DATABASE`.
+
+        `more`: further actions, by collection.
+        """
         name = f"user{secrets.token_hex(4)}"
-        where = [{"db": self.DATABASE, "collection": collection} for collection in collections]
-        privileges = [{"resource": each, "actions": list(actions)} for each in where]
+        rights = dict.fromkeys(collections, actions)
+        privileges = [
+            {
+                "resource": {"db": self.DATABASE, "collection": each},
+                "actions": [*rights.get(each, ()), *more.get(each, ())],
+            }
+            for each in dict.fromkeys((*rights, *more))
+            if rights.get(each) or more.get(each)
+        ]
         client: MongoClient[dict[str, Any]]
         with MongoClient(self.url_of("admin"), timeoutMS=10_000) as client:
             client.admin.command("createRole", name, privileges=privileges, roles=[])

@@ -80,6 +80,17 @@ def test_the_life_of_a_session(journaled: Site, clock: FakeClock) -> None:
     assert all(event.time.timestamp() == int(clock() * 1000) / 1000 for event in events)
 
 
+def test_a_logout_by_an_old_token(journaled: Site) -> None:
+    visitor = journaled.visitor()
+    visitor.run(put)
+    tab = visitor.another_tab()
+    visitor.run(rotate)
+    tab.run(sign_out)
+    created, rotated, ended = events_of(journaled)
+    assert (created.kind, rotated.kind, ended.kind) == ("created", "rotated", "ended")
+    assert (rotated.previous, ended.handle) == (created.handle, rotated.handle)
+
+
 def test_an_expiry_is_entered_with_its_owner(journaled: Site, clock: FakeClock) -> None:
     visitor = journaled.visitor()
     visitor.run(sign_in)

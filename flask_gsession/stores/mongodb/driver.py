@@ -260,15 +260,8 @@ class Driver:
         except OperationFailure as error:
             if error.code != 85:  # an index with other options
                 raise
-            names = collection.index_information()
-            there = next(
-                name for name, index in names.items() if [*map(tuple, index["key"])] == [(field, 1)]
-            )
-            collection.database.command(
-                "collMod",
-                collection.name,
-                index={"name": there, "expireAfterSeconds": self.expire_after},
-            )
+            by_field = {"keyPattern": {field: 1}, "expireAfterSeconds": self.expire_after}
+            collection.database.command("collMod", collection.name, index=by_field)
 
     def close(self) -> None:
         if self._close_client is not None and self.pid == os.getpid():

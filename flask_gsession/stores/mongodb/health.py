@@ -13,6 +13,7 @@ from ..exposure import exposure_of, known_faults, unchecked
 from ..parts import Checks, Finding
 from .driver import Driver, call
 from .indexes import expiry_index_advice
+from .journal import JOURNAL
 from .layout import Layout
 from .round_trips import SessionCollection
 
@@ -35,11 +36,15 @@ class MongoDBChecks(Checks):
 
     @call("check")
     def check(self, collection: SessionCollection) -> list[Finding]:
-        return checked(collection, self.driver.blobs, self._layout.clock())
+        after = self.driver.expire_after
+        found = checked(collection, self.driver.blobs, self._layout.clock(), after)
+        return [*found, *_journal_rights(collection)] if after else found
 
 
-def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:
+def checked(collection: Any, blobs: Any, now: float, after: int = 0) -> list[Finding]:
     """The findings on the server of these collections; ``now`` is our time in seconds since 1970.
+
+    ``after``: the seconds after its expiry at which the TTL index removes a session.
 
     Raises the driver's errors, except for missing permissions.
     """
@@ -52,7 +57,7 @@ def checked(collection: Any, blobs: Any, now: float) -> list[Finding]:
         *_exposure_of(client),
         *_members(client, hello),
         *_write_concern(client, hello),
-        *_index(collection, "expiry index", "idle_expires_at"),
+        *_index(collection, "expiry index", "idle_expires_at", after),
         *_index(blobs, "expiry index of large values", "expires_at"),
         *_clock(hello["localTime"].replace(tzinfo=UTC).timestamp() - now),
     ]
@@ -174,7 +179,7 @@ def _write_concern(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _index(collection: Any, check: str, field: str) -> Iterator[Finding]:
+def _index(collection: Any, check: str, field: str, after: int = 0) -> Iterator[Finding]:
     try:
         indexes = collection.index_information()
     except OperationFailure as error:
@@ -188,16 +193,57 @@ def _index(collection: Any, check: str, field: str) -> Iterator[Finding]:
         return
     if not indexes and field != "idle_expires_at":
         return  # no large value was ever written
-    advice = expiry_index_advice(indexes, collection.name, field)
+    advice = expiry_index_advice(indexes, collection.name, field, after)
     if not advice:
         yield Finding("ok", check)
         return
     found = "missing" if advice.startswith("db." + collection.name + ".create") else "not right"
-    yield Finding(
-        "error",
-        check,
-        found,
-        f"Expired sessions stay invalid, but are not removed. Let an administrator run: {advice}",
+    effect = (
+        "Expired sessions may be removed before the journal has their end."
+        if after
+        else "Expired sessions stay invalid, but are not removed."
+    )
+    yield Finding("error", check, found, f"{effect} Let an administrator run: {advice}")
+
+
+_JOURNAL_RIGHTS = {"": {"collMod"}, JOURNAL: {"find", "insert", "update", "remove"}}
+
+
+def _journal_rights(collection: Any) -> Iterator[Finding]:
+    """Whether this user may do what the journal does, as far as the server says."""
+    status = collection.database.client.admin.command("connectionStatus", showPrivileges=True)
+    given = status["authInfo"].get("authenticatedUserPrivileges", ())
+    if not status["authInfo"]["authenticatedUsers"]:
+        return
+    lacking = []
+    for name, rights in _JOURNAL_RIGHTS.items():
+        name = name or collection.name
+        has = {
+            action
+            for each in given
+            if _covers(each["resource"], collection.database.name, name)
+            for action in each["actions"]
+        }
+        if missing := rights - has:
+            lacking.append(f"{', '.join(sorted(missing))} on {name}")
+    if lacking:
+        yield Finding(
+            "error",
+            "journal rights",
+            f"this user lacks {'; '.join(lacking)}",
+            "Sessions can't be written, or their events stay with them: give it these rights.",
+        )
+    else:
+        yield Finding("ok", "journal rights")
+
+
+def _covers(resource: Mapping[str, Any], database: str, collection: str) -> bool:
+    if resource.get("anyResource"):
+        return True
+    return (
+        resource.get("db") in ("", database)
+        and resource.get("collection") in ("", collection)
+        and not resource.get("cluster")
     )
 
 

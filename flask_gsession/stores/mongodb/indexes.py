@@ -16,25 +16,25 @@ NEVER = 2**31 - 1  # seconds after its expiry at which a document is removed, wi
 
 
 def expiry_index_advice(
-    indexes: Mapping[str, Mapping[str, Any]], collection: str, field: str
+    indexes: Mapping[str, Mapping[str, Any]], collection: str, field: str, after: int = 0
 ) -> str:
     """The mongosh commands that create the TTL index on ``field``, or "" if it exists.
 
-    ``indexes`` is the result of ``index_information`` for the collection.
+    ``indexes`` is the result of ``index_information`` for the collection. ``after``: the seconds
+    after its expiry at which a document is to be removed.
     """
-    create = (
-        f"db.{collection}.createIndex({{{field}: 1}}, {{expireAfterSeconds: 0, name: '{NAME}'}})"
-    )
+    options = f"{{expireAfterSeconds: {after}, name: '{NAME}'}}"
+    create = f"db.{collection}.createIndex({{{field}: 1}}, {options})"
     in_the_way = []
     for name, index in indexes.items():
         keys = [*map(tuple, index["key"])]
         if keys in ([(field, 1)], [(field, -1)]):
             seconds = index.get("expireAfterSeconds")
             is_whole = not index.get("unique") and "partialFilterExpression" not in index
-            if is_whole and seconds == 0:
+            if is_whole and seconds == after:
                 return ""
             if is_whole and seconds is not None and keys == [(field, 1)]:
-                options = f"{{name: {json.dumps(name)}, expireAfterSeconds: 0}}"
+                options = f"{{name: {json.dumps(name)}, expireAfterSeconds: {after}}}"
                 return f"db.runCommand({{collMod: '{collection}', index: {options}}})"
         if keys == [(field, 1)] or name == NAME:
             in_the_way.append(f"db.{collection}.dropIndex({json.dumps(name)})")

@@ -11,6 +11,7 @@ that the entries of one session come in order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from bson import Int64
@@ -51,6 +52,7 @@ class MongoDBJournal(Journal):
     def begin(self, most: int) -> None:
         self._most = most
         self.driver.expire_after = NEVER
+        self._records.mark = partial(self._marker, ())
         self._scans.removable = {
             SINCE: None,
             "$or": [{"successor": {"$ne": None}}, {"_id": _OTHERS}],

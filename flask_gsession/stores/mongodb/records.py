@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bson import Int64
 from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
@@ -10,7 +12,7 @@ from pymongo.errors import DuplicateKeyError
 from ...errors import Gone, KeyTaken, LeaseLost, Stale
 from ..base import MAX_POINTERS, Deleted, Record, too_many_pointers
 from .driver import Document, Driver, call, check_not_secondary, reraise_interruption
-from .layout import ENDED, Layout, replaced_by
+from .layout import ENDED, SINCE, Layout, replaced_by
 from .round_trips import SessionCollection
 
 
@@ -20,6 +22,8 @@ class Records:
     def __init__(self, driver: Driver, layout: Layout) -> None:
         self.driver = driver
         self.layout = layout
+        #: with a journal: the update that ends a document whose entries still wait in it
+        self.mark: Callable[[], list[Document]] | None = None
 
     @call("create")
     def create(self, collection: SessionCollection, record: Record) -> None:
@@ -183,12 +187,13 @@ class Records:
         ended: Document | None = None
         for _ in range(MAX_POINTERS):
             try:
-                ended = collection.find_one_and_delete(self.layout.live(key))
+                if self.mark is None:
+                    ended = collection.find_one_and_delete(self.layout.live(key))
             except BSONError as error:
                 reraise_interruption(error)
                 ended = {}
             # A majority must know that there is nothing: only this read waits for one.
-            if ended is None and collection.delete_one(self.layout.live(key)).deleted_count:
+            if ended is None and self._remove(collection, self.layout.live(key)):
                 ended = {}
             there = None if ended is not None else self.layout.read(key, collection)
             if there is None or there.successor == ENDED:
@@ -202,8 +207,16 @@ class Records:
         else:
             raise too_many_pointers()
         for pointer in reversed(pointers.values()):
-            collection.delete_one(self.layout.is_version(pointer.key, pointer.version))
+            self._remove(collection, self.layout.is_version(pointer.key, pointer.version))
         return key, ended
+
+    def _remove(self, collection: SessionCollection, condition: Document) -> bool:
+        """Delete a document, or leave it to the journal as long as entries wait in it."""
+        if self.mark is not None:
+            waiting = {**condition, SINCE: {"$type": "date"}}
+            if collection.update_one(waiting, self.mark()).matched_count:
+                return True
+        return bool(collection.delete_one(condition).deleted_count)
 
     def explain(
         self,

@@ -1,0 +1,89 @@
+"""The journal on MongoDB with a user of the least rights, and what the doctor says of missing ones.
+
+The rights are those of docs/how-to/mongodb.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.parts import parts_of
+from flask_gsession.testing import FakeClock, a_record
+from tests.harness.apps import Site
+from tests.harness.topologies import MongoAuthTLS
+
+pytest_plugins = ["tests.harness.topologies"]
+
+RIGHTS = ["find", "insert", "update", "remove", "createIndex"]
+
+
+@pytest.fixture
+def server(mongo_auth_tls: MongoAuthTLS) -> Iterator[MongoAuthTLS]:
+    """A server on which sessions without a journal were written before."""
+    url = mongo_auth_tls.url_of("admin")
+    with MongoClient[dict[str, Any]](url) as client:
+        client.drop_database(mongo_auth_tls.DATABASE)
+        with closing(open_store(url, StoreOptions("before:"))[0]) as store:
+            store.create(a_record(FakeClock()))
+        yield mongo_auth_tls
+        client.drop_database(mongo_auth_tls.DATABASE)
+
+
+def problems(site: Site) -> dict[str, str]:
+    """The errors that the doctor finds in the store, by their check."""
+    checks = parts_of(site.ext.store(site.app)).checks
+    assert checks is not None
+    return {each.check: each.found for each in checks.check() if each.severity == "error"}
+
+
+def put(session: Any) -> None:
+    session["cart"] = []
+
+
+def test_the_published_rights_suffice(
+    server: MongoAuthTLS, store_prefix: str, clock: FakeClock
+) -> None:
+    url = server.url_of_rights(RIGHTS, "gsession", "gsession_journal", gsession=["collMod"])
+    with Site(url, store_prefix, clock, journal=True, idle_timeout=60) as site:
+        visitors = [site.visitor() for _ in range(2)]
+        for visitor in visitors:
+            visitor.run(put)
+            visitor.run(lambda session: session.bind("ada"))
+        visitors[0].run(lambda session: session.destroy())
+        clock.advance(120)
+        with site.app.app_context():
+            kinds = []
+            for event in site.ext.journal("siem"):
+                kinds.append(event.kind)
+                event.ack()
+        assert sorted(kinds) == sorted(2 * ["created", "rotated", "bound"] + ["ended", "expired"])
+        assert not problems(site).keys() & {"journal rights", "expiry index"}
+
+
+@pytest.mark.parametrize(
+    ("journal", "sessions", "missing", "status"),
+    [
+        ([], ["collMod"], "find, insert, remove, update on gsession_journal", 200),
+        (["find", "insert"], ["collMod"], "remove, update on gsession_journal", 200),
+        (RIGHTS, [], "collMod on gsession", 503),
+    ],
+)
+def test_the_doctor_names_missing_rights(
+    journal: list[str],
+    sessions: list[str],
+    missing: str,
+    status: int,
+    server: MongoAuthTLS,
+    store_prefix: str,
+    clock: FakeClock,
+) -> None:
+    url = server.url_of_rights(RIGHTS, "gsession", gsession=sessions, gsession_journal=journal)
+    with Site(url, store_prefix, clock, journal=True) as site:
+        assert site.visitor().ask(put).status_code == status
+        assert problems(site)["journal rights"] == f"this user lacks {missing}"
