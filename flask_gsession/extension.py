@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
@@ -26,7 +26,7 @@ from .request.session import SessionData
 from .request.template import prepare_templates
 from .stores import Store, StoreOptions, open_blobs, open_store
 from .stores.base import Clock
-from .stores.parts import parts_of
+from .stores.parts import Edge, parts_of
 from .stores.wrappers import Breaker, Near, compose
 from .users.opening import OpenUser
 from .users.rosters import checked_user_id
@@ -140,6 +140,7 @@ class Session:
 
             describe_by(journaling, repository)
         if repository.edge is not None:
+            _check_outbox(repository.edge, interfaces.values())
             reconciler = SessionReconciler(repository, repository.edge.centre)
             repository.edge.use(reconciler)
             repository.reconciler = reconciler
@@ -317,6 +318,17 @@ def _check_near_cache(store: Store) -> None:
             f"{type(store).__name__}: {why}. It works with Redis, over gRPC too; remove it"
         )
     warn_without_threads("SESSION_NEAR_CACHE has no effect, and every read asks the store")
+
+
+def _check_outbox(edge: Edge, others: Iterable[GSessionInterface]) -> None:
+    """Raises ``SettingError`` if another ``Session`` would settle the changes of this one."""
+    known = [other.repository.edge for other in others]
+    if edge.outbox in [other.outbox for other in known if other is not None]:
+        raise SettingError(
+            "Two Sessions of this application have one edge file and one SESSION_KEY_PREFIX, so "
+            "one of them would merge the changes of the other by its own policies: give the second "
+            "one another file or another key_prefix"
+        )
 
 
 def _declare(schema: object, repository: Repository) -> None:

@@ -375,6 +375,8 @@ class Edge(Protocol):
 
     #: the store at the centre, which is asked directly
     centre: Store
+    #: where changes wait: the path of a file, and the prefix of the keys there
+    outbox: tuple[str, str]
 
     @property
     def cut_off(self) -> str:

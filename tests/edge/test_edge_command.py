@@ -113,6 +113,20 @@ def test_an_edge_url(tmp_path: Path) -> None:
     plain.close()
 
 
+def test_two_sessions_need_an_outbox_each(tmp_path: Path) -> None:
+    app = Flask(__name__, instance_path=str(tmp_path))
+    app.secret_key = "x"
+    url = "edge+sqlite:///e.sqlite3?remote=redis%3A%2F%2Flocalhost%3A1%2F0"
+    stores = [
+        Session(app, store=url, cookie_name=name, **how).store(app)  # type: ignore[arg-type]
+        for name, how in (("one", {}), ("two", {"key_prefix": "two:"}))
+    ]
+    with pytest.raises(SettingError, match="one of them would merge the changes of the other"):
+        Session(app, store=url, cookie_name="three")
+    for store in stores:
+        store.close()
+
+
 WRONG = {
     "": "has no remote",
     "?remote=redis": "has no remote",

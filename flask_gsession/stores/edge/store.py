@@ -76,6 +76,7 @@ class EdgeStore(Wrapper, Edge):
             offline=offline_for,
             most=outbox,
         )
+        self.outbox = os.path.realpath(path), options.prefix
         self._confirm_after = int(offline_for * 1000 / _CONFIRMATIONS)
         self.edge = self
         self._warn_at = 0.0
