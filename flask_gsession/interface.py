@@ -227,8 +227,9 @@ class GSessionInterface(SessionInterface):
                 forget_remembered(app, response)
             if CLEARED in of_request:
                 write_header(life.request, response)
-        if life.near is not None:
-            self._send_version(app, life, life.near.record, response)
+        near = life.near
+        if near is not None and life.seen.record is not near.record:
+            self._send_version(app, life, near.record, response)
         if life.trace is not None:
             report(session, response)
 

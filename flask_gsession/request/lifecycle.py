@@ -319,14 +319,14 @@ class Lifecycle(Struct, eq=False):
         repository, near = self.repository, self.repository.near
         if near is None or self.request is None or presented.checked is None:
             return repository.find(key)
-        loaded = None
         if self.near is not FROM_STORE:
             version = repository.last_seen_version(self.request, presented.by_header)
             loaded = repository.find_near(key, version)
-        hit = loaded is not None
-        if loaded is None:
-            loaded = repository.find(key, True, near.load_near)
-        self.near = NearLook(None if loaded is None else loaded.record, hit)
+            if loaded is not None:
+                self.near = NearLook(loaded.record, hit=True)
+                return loaded
+        loaded = repository.find(key, True, near.load_near)
+        self.near = NearLook(None if loaded is None else loaded.record)
         return loaded
 
     def _look_at_imports(self, imports: Imports, found: Body) -> Body:
