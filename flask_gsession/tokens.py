@@ -27,6 +27,7 @@ MAX_REFUSED = 8
 _SIGNATURE_BYTES = 16
 _SIGNATURE_LENGTH = 22  # characters
 _MAX_TOKEN_LENGTH = 200  # characters
+_MOST_KNOWN = 4096  # signatures that are kept, a megabyte
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _SHA256 = hashlib.sha256()
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,200}", re.ASCII)
@@ -86,7 +87,7 @@ class _Mac:
 
 
 class Checked(Struct, frozen=True, gc=False):
-    """The result of checking a token: the ``token``, or the ``reason`` for its refusal.
+    """The result of checking a token: the ``token`` and ``key``, or the ``reason`` for its refusal.
 
     ``refused``: several tokens that we signed. None of them is used, and a logout ends them all.
     """
@@ -95,6 +96,7 @@ class Checked(Struct, frozen=True, gc=False):
     reason: str = ""
     outdated: bool = False  # signed with a fallback key, so the cookie needs a new signature
     refused: tuple[str, ...] = ()
+    key: str = ""  # of the session
 
     @property
     def signed(self) -> tuple[str, ...]:
@@ -113,11 +115,16 @@ class TokenSigner:
 
     ``purpose`` (the cookie's name) goes into the derived keys. So a token of one cookie is invalid
     in another, and no other signature of the application passes for ours.
+
+    Keeps signatures that it has found right, so that a visitor's next request is checked with one
+    hash less. It keeps no tokens, and a signature is of no use without its token.
     """
 
     def __init__(self, secret_keys: Sequence[str | bytes], purpose: str) -> None:
         label = f"flask-gsession token 1 {purpose}".encode()
         self._macs = [_Mac(_derive(key, label)) for key in secret_keys]
+        #: the signatures of the tokens that were checked last, by the keys of their sessions
+        self._known: dict[str, str] = {}
 
     def sign(self, token: str) -> str:
         """The signed form of the token, which is sent to the client."""
@@ -132,10 +139,21 @@ class TokenSigner:
             or not presented.isascii()
         ):
             return Checked(None, "malformed")
+        key = session_key(token)
+        known = self._known.get(key)
+        if known is not None and hmac.compare_digest(known, signature):
+            return Checked(token, key=key)
         for number, mac in enumerate(self._macs):
             if hmac.compare_digest(mac.signature(token), signature):
-                return Checked(token, "", number > 0)
+                if number == 0:
+                    self._remember(key, signature)
+                return Checked(token, outdated=number > 0, key=key)
         return Checked(None, "bad signature")
+
+    def _remember(self, key: str, signature: str) -> None:
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[key] = signature
 
     def check_all(self, presented: Iterable[str]) -> Checked:
         """Check the values of all cookies of one name.

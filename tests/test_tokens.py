@@ -87,11 +87,16 @@ def test_what_a_traceback_or_debugger_prints_shows_no_token() -> None:
 # Signing -------------------------------------------------------------------------------------
 
 
+def right(token: str, *, outdated: bool = False) -> Checked:
+    """The result of a check that finds nothing wrong."""
+    return Checked(token, outdated=outdated, key=session_key(token))
+
+
 def test_a_signed_token_is_the_token_and_128_bits() -> None:
     token, _, signature = SIGNED.rpartition(".")
     assert token == TOKEN
     assert len(base64.urlsafe_b64decode(signature + "==")) == 16
-    assert SIGNER.check(SIGNED) == Checked(TOKEN)
+    assert SIGNER.check(SIGNED) == right(TOKEN)
 
 
 def test_the_signature_is_hmac_under_a_derived_key() -> None:
@@ -104,7 +109,7 @@ def test_the_signature_is_hmac_under_a_derived_key() -> None:
 
 
 def test_keys_may_be_text_or_bytes() -> None:
-    assert TokenSigner([b"the key"], "session").check(SIGNED) == Checked(TOKEN)
+    assert TokenSigner([b"the key"], "session").check(SIGNED) == right(TOKEN)
     assert TokenSigner(["schlüssel"], "session").sign(TOKEN) == TokenSigner(
         ["schlüssel".encode()], "session"
     ).sign(TOKEN)
@@ -114,14 +119,14 @@ def test_keys_may_be_text_or_bytes() -> None:
 def test_what_was_signed_checks(entropy: bytes, key: bytes, purpose: str) -> None:
     token = base64.urlsafe_b64encode(entropy).decode().rstrip("=")
     signer = TokenSigner([key], purpose)
-    assert signer.check(signer.sign(token)) == Checked(token)
+    assert signer.check(signer.sign(token)) == right(token)
 
 
 def test_a_fallback_key_is_accepted_and_said_to_be_outdated() -> None:
     signer = TokenSigner(["new", "older", "the key"], "session")
-    assert signer.check(SIGNED) == Checked(TOKEN, outdated=True)
-    assert signer.check(signer.sign(TOKEN)) == Checked(TOKEN)
-    assert TokenSigner(["new"], "session").check(signer.sign(TOKEN)) == Checked(TOKEN)
+    assert signer.check(SIGNED) == right(TOKEN, outdated=True)
+    assert signer.check(signer.sign(TOKEN)) == right(TOKEN)
+    assert TokenSigner(["new"], "session").check(signer.sign(TOKEN)) == right(TOKEN)
 
 
 def test_a_key_that_went_is_refused() -> None:
@@ -151,6 +156,29 @@ def test_signatures_of_two_tokens_cannot_be_swapped() -> None:
     other = new_token()
     signature = SIGNER.sign(other).partition(".")[2]
     assert SIGNER.check(f"{TOKEN}.{signature}") == Checked(None, "bad signature")
+
+
+def test_a_signature_that_was_right_is_checked_without_a_hash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any other signature of the same token is hashed again. No token is kept."""
+    monkeypatch.setattr("flask_gsession.tokens._MOST_KNOWN", 3)
+    signer = TokenSigner(["the key", "older"], "session")
+    outdated = TokenSigner(["older"], "session").sign(TOKEN)
+    made_up = f"{TOKEN}.{SIGNER.sign(new_token()).partition('.')[2]}"
+    for _ in range(2):
+        assert signer.check(SIGNED) == right(TOKEN)
+        assert signer.check(outdated) == right(TOKEN, outdated=True)
+        assert signer.check(made_up) == Checked(None, "bad signature")
+    with monkeypatch.context() as patch:
+        patch.setattr("flask_gsession.tokens._Mac.signature", None)
+        assert signer.check(SIGNED) == right(TOKEN)
+        with pytest.raises(TypeError):
+            signer.check(made_up)
+    for _ in range(9):
+        signer.check(signer.sign(new_token()))
+        assert len(signer._known) <= 3
+    assert TOKEN not in repr(vars(signer))
 
 
 # What browsers and others send instead -------------------------------------------------------

@@ -24,7 +24,6 @@ from ..request.lifecycle import Lifecycle
 from ..request.session import SessionData, existing_lifecycle, lifecycle_of
 from ..sharing.verify import find_of_request
 from ..stores.base import Record
-from ..tokens import session_key
 
 _STATIC = Path(__file__).parent / "static"
 _SCRIPT_AGE = 3600  # seconds that browsers keep the script without a request
@@ -200,7 +199,7 @@ def _presented(interface: GSessionInterface) -> Loaded | None:
 def _presented_key(interface: GSessionInterface) -> str | None:
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
     checked = interface._present(app, request).checked
-    return None if checked is None or checked.token is None else session_key(checked.token)
+    return None if checked is None or checked.token is None else checked.key
 
 
 def _most_streams(settings: Settings) -> int:

@@ -266,7 +266,7 @@ class Lifecycle(Struct, eq=False):
             if checked.token is None:
                 self.repository.refused(checked.reason, None)
             else:
-                key = session_key(checked.token)
+                key = checked.key
         if key is not None:
             began = time.perf_counter()
             try:

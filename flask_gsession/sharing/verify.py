@@ -25,7 +25,6 @@ from ..interface import GSessionInterface
 from ..opening import SessionPeek
 from ..processes import process
 from ..repository.repository import Loaded
-from ..tokens import session_key
 from ..users.revoking import is_member
 from ..users.rosters import LOGIN
 
@@ -178,7 +177,7 @@ def find_of_request(interface: GSessionInterface, app: Flask, request: Request) 
     if checked.token is None:
         repository.refused(checked.reason, None)
         return None
-    key, near = session_key(checked.token), repository.near
+    key, near = checked.key, repository.near
     try:
         loaded = None
         if near is not None:

@@ -21,7 +21,6 @@ from ..events import Event, SessionCreated, SessionDestroyed, SessionRotated, Wr
 from ..request.lifecycle import Lifecycle
 from ..request.session import SessionData, lifecycle_of
 from ..request.state import Presented
-from ..tokens import session_key
 from ..values.marks import split
 from ..values.references import refers
 from .redaction import HIDDEN, shown_name, shown_value
@@ -215,7 +214,7 @@ def _describe_token(presented: Presented) -> str:
     if checked.token is None:
         return f"a {where} that was refused: {checked.reason}"
     signed = ", signed with a fallback key" if checked.outdated else ""
-    return f"a {where} for {session_key(checked.token)}{signed}"
+    return f"a {where} for {checked.key}{signed}"
 
 
 def _state(life: Lifecycle, trace: Trace) -> str:
@@ -234,11 +233,7 @@ def _state(life: Lifecycle, trace: Trace) -> str:
         return "new"
     if SessionRotated in happened:
         return "loaded, and rotated"
-    if (
-        checked is not None
-        and checked.token is not None
-        and session_key(checked.token) != record.key
-    ):
+    if checked is not None and checked.token is not None and checked.key != record.key:
         return "loaded, rotated by another request"
     return "loaded"
 
