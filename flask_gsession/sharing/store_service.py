@@ -15,7 +15,7 @@ from ..protocol.messages import to_message, to_record
 from ..protocol.methods import LONGEST_MESSAGE, methods_of
 from ..stores.base import Deleted, Record, Replaced, Store
 from ..stores.parts import parts_of
-from ..stores.support import time_left
+from ..stores.support import Mergeable, mergeable, time_left
 from .grants import Grant
 from .server import Denied, Refused, Service
 from .watch import watch
@@ -26,6 +26,8 @@ _LARGEST_PAGE = 1000  # records
 _MOST_BYTES = LONGEST_MESSAGE // 2  # of the payloads in a page
 _TO_SETTLE = 5.0  # seconds, for a write that was given up
 _TO_BEGIN = 5.0  # seconds until changes of the far store are heard
+#: An edge that is cut off can't know by what policies another application would merge.
+_OF_OTHERS = Mergeable("a write of another service")
 
 
 class StoreService(Service):
@@ -53,7 +55,10 @@ class StoreService(Service):
     def answer(self, name: str, request: Any, grant: Grant) -> Any:
         if not grant.store:
             raise Denied("the grant `store`")
-        return self._calls[name](request)
+        if self._parts.edge is None:
+            return self._calls[name](request)
+        with mergeable(_OF_OTHERS):
+            return self._calls[name](request)
 
     def answer_stream(self, name: str, requests: Iterator[Any], grant: Grant) -> Iterator[Any]:
         """The replies to a watcher of the store's changes."""

@@ -20,7 +20,9 @@ from flask_gsession.pages.health import health_blueprint
 from flask_gsession.stores.edge.node_file import NodeUnavailable
 from flask_gsession.typed import SessionKey
 from tests.edge.story import add, at, known
+from tests.harness.apps import Site
 from tests.harness.edges import EdgeSite, Network
+from tests.harness.sharing import store_servers
 from tests.moving.old import OldFiles
 
 #: The code is the same on every store.
@@ -198,6 +200,28 @@ def test_a_node_that_is_cut_off_is_ready_and_up(
     watch._probe()  # as its thread does each second
     assert watch.is_up
     assert seen()[:3] == (200, "cut off", 1)
+
+
+def test_another_service_can_not_write_through_a_node_that_is_cut_off(
+    network: Network, edge: EdgeSite
+) -> None:
+    """Nobody here knows its merge policies, nor whether a value may be taken only once."""
+    visitor, ended = known(edge, n=1, code="1"), known(edge)
+    with (
+        store_servers() as serve,
+        Site(serve(edge.store), edge.prefix, edge.clock) as service,
+    ):
+        there = at(service, visitor)
+        there.run(add)
+        edge.cut()
+        assert there.run(dict) == {"n": 2, "code": "1"}
+        for action in (add, lambda session: session.take("code")):
+            assert there.ask(action).status_code == 503
+        assert service.visitor().ask(add).status_code == 503
+        at(service, ended).run(lambda session: session.destroy())
+        assert ended.run(dict) == {}
+        assert edge.settle()[:2] == (1, 0)
+        assert there.run(lambda session: session.take("code")) == "1"
 
 
 def test_a_centre_that_hangs_opens_no_circuit(network: Network) -> None:
