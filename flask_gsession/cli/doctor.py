@@ -11,7 +11,7 @@ from flask.cli import with_appcontext
 
 from ..interface import GSessionInterface
 from ..operate.health import check_store
-from ..operate.health_application import check_application
+from ..operate.health_application import check_application, check_offline_for
 from ..operate.health_journal import check_journal
 from ..operate.health_users import check_users
 from ..operate.near_cache import check_near_cache
@@ -56,6 +56,8 @@ def doctor(as_json: bool) -> None:
             *check_journal(repository),
         ]
         found += check_users(repository, found, hasattr(app, "login_manager"))
+        if repository.edge is not None:
+            found.append(check_offline_for(repository.edge, settings))
         changes = parts_of(interface.store).changes
         if repository.near is not None and changes is not None:
             found.append(check_near_cache(changes, repository.near.bound))

@@ -13,7 +13,7 @@ from flask import Flask
 from flask.sessions import SessionInterface
 
 from ..config import Settings, secret_keys
-from ..stores.parts import Finding
+from ..stores.parts import Edge, Finding
 
 _SHORT_SECRET = 16  # characters
 _FEW_BITS = 64
@@ -43,6 +43,20 @@ def check_application(
         *_cookie(app, interface),
         _timeouts(settings, lifetime),
     ]
+
+
+def check_offline_for(edge: Edge, settings: Settings) -> Finding:
+    """Compare the time for which an edge works alone with the idle timeout at its centre."""
+    found = f"{edge.offline_for:g} s, and SESSION_IDLE_TIMEOUT is {settings.idle_timeout:g} s"
+    if edge.offline_for <= settings.idle_timeout / 2:
+        return Finding("ok", "edge: offline_for", found)
+    return Finding(
+        "warning",
+        "edge: offline_for",
+        found,
+        "Sessions in use at the edge expire at the centre meanwhile, and their changes are lost: "
+        "keep it below half of that.",
+    )
 
 
 def _keys(app: Flask) -> Iterator[Finding]:

@@ -375,6 +375,8 @@ class Edge(Protocol):
 
     #: the store at the centre, which is asked directly
     centre: Store
+    #: how long a copy serves without the centre, in seconds
+    offline_for: float
     #: where changes wait: the path of a file, and the prefix of the keys there
     outbox: tuple[str, str]
 

@@ -64,6 +64,9 @@ def test_the_doctor_looks_at_both_ends(edge: EdgeSite) -> None:
 
     checks = found()
     assert checks["edge: integrity"] == checks["edge: queue"] == "ok"
+    assert checks["edge: offline_for"] == "ok"
+    edge.edge.offline_for = 3601  # the idle timeout is two hours
+    assert found()["edge: offline_for"] == "warning"
     visitor = edge.visitor()
     visitor.run(add)
     edge.cut()

@@ -76,6 +76,7 @@ class EdgeStore(Wrapper, Edge):
             offline=offline_for,
             most=outbox,
         )
+        self.offline_for = offline_for
         self.outbox = os.path.realpath(path), options.prefix
         self._confirm_after = int(offline_for * 1000 / _CONFIRMATIONS)
         self.edge = self
