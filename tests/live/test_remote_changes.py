@@ -321,7 +321,7 @@ def test_a_load_from_another_server_is_not_kept(
         assert cache.load_near(record.key) == record
         until(lambda: cache.peek(record.key) == record, "a proof")
         proxy.target = int(other.rpartition(":")[2])
-        store.channel._drop()  # as after a signal that struck a call
+        store.channel._drop()  # as after its certificates were renewed
         assert store.changes.feed("k") is feed
         changed = record._replace(payload=b"changed", version=7)
         watched.far.save(changed, record.version)
