@@ -442,7 +442,7 @@ def test_a_full_disk_does_not_look_like_a_cut(
         raise NodeUnavailable("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(edge.edge.copy, "sending", full)
+        patch.setattr(edge.edge.waiting, "sending", full)
         settled = edge.settle()
         assert (settled.trouble, settled.reached) == ("the disk is full", True)
     assert edge.edge.cut_off == ""
@@ -464,7 +464,7 @@ def test_a_centre_hears_of_ends_although_nothing_can_be_noted(
 
     with monkeypatch.context() as patch:
         for name in ("lease", "told", "release", "sending"):
-            patch.setattr(edge.edge.copy, name, full)
+            patch.setattr(edge.edge.waiting, name, full)
         settled = edge.edge.settle()
         assert settled is not None
         assert (settled.changes, settled.trouble, settled.reached) == (0, "the disk is full", True)

@@ -146,7 +146,7 @@ def test_a_creation_that_arrives_as_it_is_given_up_is_ended(network: Network) ->
         visitor.run(add)
         row = edge.edge.copy.get(visitor.run(lambda session: session.handle))
         assert row is not None
-        edge.edge.copy.sending(row)
+        edge.edge.waiting.sending(row)
 
         def arrive(operation: str) -> None:
             assert row is not None

@@ -7,6 +7,7 @@ from ..base import Store
 from ..parts import Checks, EdgeFigures, Finding, parts_of
 from ..sqlite.health import SQLiteChecks
 from .copy import Copy
+from .waiting import Waiting
 
 #: No session's key. The centre has nothing under it.
 PROBE = "flask-gsession-edge-probe".ljust(43, "-")
@@ -16,14 +17,14 @@ _LATE = 3600  # seconds that a change may wait
 class EdgeChecks(Checks):
     """The part ``checks`` of an edge store."""
 
-    def __init__(self, copy: Copy, centre: Store) -> None:
-        self._copy = copy
+    def __init__(self, copy: Copy, waiting: Waiting, centre: Store) -> None:
+        self._waiting = waiting
         self._centre = centre
         self._file = SQLiteChecks(copy.file)
 
     def check(self) -> list[Finding]:
         found = [finding._replace(check=f"edge: {finding.check}") for finding in self._file.check()]
-        figures = self._copy.figures()
+        figures = self._waiting.figures()
         found.append(_queue(figures))
         if figures.trouble:
             found.append(

@@ -1,4 +1,4 @@
-"""The copy and the queue of a node: every method is one transaction on the node's file.
+"""The copies of a node, and what its requests queue: every method is one transaction on its file.
 
 tests/simulation/edge_model.py shows for each condition here what goes wrong without it.
 """
@@ -10,13 +10,13 @@ import sqlite3
 
 from ...errors import CutOff, Gone, KeyTaken, Stale
 from ..base import MAX_POINTERS, Clock, Deleted, Record, milliseconds, new_version
-from ..parts import LOST_EXPIRY, EdgeFigures
+from ..parts import LOST_EXPIRY
 from ..sqlite.file import in_transaction, on_connection
 from .node_file import NodeFile, NodeUnavailable
 from .node_time import NodeTime
 from .rows import TABLES, Found, Row, Rows, State
 
-_DAY = 86_400_000  # milliseconds that a tombstone outlives its session, as clocks differ
+DAY = 86_400_000  # milliseconds that a tombstone outlives its session, as clocks differ
 _UNCOUNTED = 200
 _AHEAD = 5_000  # milliseconds that a confirmation may seem to lie ahead
 
@@ -24,7 +24,7 @@ _AHEAD = 5_000  # milliseconds that a confirmation may seem to lie ahead
 class Copy:
     """The file of a node. ``offline``: seconds for which a copy serves without the centre.
 
-    ``most``: sessions with changes that may be queued.
+    ``most``: sessions with changes that may be queued. ``Waiting`` has the rest of them.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class Copy:
         most: int,
     ) -> None:
         self.file = NodeFile(path, timeout, TABLES)
-        self._rows = Rows(prefix)
+        self.rows = Rows(prefix)
         self._clock = clock
         #: how old copies are, also if the clock is set back
         self.time = NodeTime(self.file, clock)
         self._offline = int(offline * 1000)
-        self._most = most
+        self.most = most
         self._room = 0  # sessions that may be queued before they are counted again
 
     def now(self) -> int:
@@ -54,16 +54,16 @@ class Copy:
 
     @on_connection
     def get(self, db: sqlite3.Connection, key: str) -> Row | None:
-        return self._rows.select(db, key)
+        return self.rows.select(db, key)
 
     def plain_since(self, key: str) -> int | None:
         """When the centre last confirmed a row without changes; None without such a row."""
-        return self.file.within(lambda db: self._rows.plain_since(db, key))
+        return self.file.within(lambda db: self.rows.plain_since(db, key))
 
     @on_connection
     def state_of(self, db: sqlite3.Connection, key: str) -> Found | None:
         """The state of a row, for a call."""
-        return self._rows.state_of(db, key)
+        return self.rows.state_of(db, key)
 
     def served(self, row: Row, why: str) -> Record | None:
         """The record of a row, for a request that is served here; None for an ended session.
@@ -92,35 +92,35 @@ class Copy:
 
         def copy(db: sqlite3.Connection) -> None:
             if new:
-                self._rows.remove_old(db, self.now())
-            self._rows.copy(db, record, confirmed_at, self._copy_ends(record, confirmed_at))
+                self.rows.remove_old(db, self.now())
+            self.rows.copy(db, record, confirmed_at, self.copy_ends(record, confirmed_at))
 
         self.file.within(copy)
 
     @on_connection
     def confirmed(self, db: sqlite3.Connection, record: Record, confirmed_at: int) -> None:
         """The centre had this version at that time."""
-        end = self._copy_ends(record, confirmed_at)
-        self._rows.confirm(db, record.key, record.version, confirmed_at, end)
+        end = self.copy_ends(record, confirmed_at)
+        self.rows.confirm(db, record.key, record.version, confirmed_at, end)
 
     @on_connection
     def absent(self, db: sqlite3.Connection, key: str, confirmed_at: int) -> None:
         """The centre had no such session at that time."""
-        self._rows.forget(db, key, confirmed_at)
+        self.rows.forget(db, key, confirmed_at)
 
     @in_transaction()
     def created(self, db: sqlite3.Connection, record: Record, confirmed_at: int) -> None:
         """The centre created this session."""
         now = self.now()
-        self._rows.remove_old(db, now)
-        end = self._copy_ends(record, confirmed_at)
-        self._rows.insert(db, Row(record, State.PLAIN, confirmed_at), end)
+        self.rows.remove_old(db, now)
+        end = self.copy_ends(record, confirmed_at)
+        self.rows.insert(db, Row(record, State.PLAIN, confirmed_at), end)
 
     @in_transaction(durable=True)
     def ended(self, db: sqlite3.Connection, key: str, last: Record | None = None) -> None:
         """The centre ended this session, and has heard of it from here."""
         now = self.now()
-        self._rows.remove_old(db, now)
+        self.rows.remove_old(db, now)
         ended = {row.record.key: row.record for row in self._led(db, key)}
         if last is None:
             end = now + LOST_EXPIRY
@@ -128,15 +128,15 @@ class Copy:
         ended.setdefault(last.key, last)
         ended.setdefault(key, last._replace(key=key))
         for record in ended.values():
-            self._bury(db, record)
+            self.bury(db, record)
 
     @in_transaction(durable=True)
     def withdrawn(self, db: sqlite3.Connection, key: str) -> Row | None:
         """Serve this copy no longer: the centre is about to rotate the session; the copy."""
-        row = self._rows.select(db, key)
+        row = self.rows.select(db, key)
         if row is None or row.state is not State.PLAIN:
             return None
-        self._rows.remove(db, key)
+        self.rows.remove(db, key)
         return row
 
     @in_transaction()
@@ -149,16 +149,16 @@ class Copy:
         confirmed_at: int,
     ) -> None:
         """The centre rotated the session under ``key``."""
-        there = self._rows.select(db, key)
+        there = self.rows.select(db, key)
         if there is not None and there.queued is not None:
             pass  # it changed in between; settling merges or reports that
         elif pointer is None:
-            self._bury(db, record._replace(key=key) if there is None else there.record)
+            self.bury(db, record._replace(key=key) if there is None else there.record)
         else:
-            end = self._copy_ends(pointer, confirmed_at)
-            self._rows.insert(db, Row(pointer, State.PLAIN, confirmed_at), end)
-        end = self._copy_ends(record, confirmed_at)
-        self._rows.insert(db, Row(record, State.PLAIN, confirmed_at), end)
+            end = self.copy_ends(pointer, confirmed_at)
+            self.rows.insert(db, Row(pointer, State.PLAIN, confirmed_at), end)
+        end = self.copy_ends(record, confirmed_at)
+        self.rows.insert(db, Row(record, State.PLAIN, confirmed_at), end)
 
     # -- the queue: changes that the centre can't make now
 
@@ -168,16 +168,16 @@ class Copy:
     ) -> None:
         """Create the session here; ``typed`` as in ``Row``. Raises ``KeyTaken``."""
         now = self.now()
-        self._rows.remove_old(db, now)
-        there = self._rows.select(db, record.key)
+        self.rows.remove_old(db, now)
+        there = self.rows.select(db, record.key)
         if there is not None and there.record.version == record.version:
             return
         if there is not None and (there.state is State.ENDED or now < there.record.idle_expires_at):
             raise KeyTaken
         self._check_room(db)
-        queued = self._rows.next_number(db, self.time())
+        queued = self.rows.next_number(db, self.time())
         row = Row(record, State.CREATED, self.time(), queued=queued, typed=typed)
-        self._rows.insert(db, row, record.absolute_expires_at)
+        self.rows.insert(db, row, record.absolute_expires_at)
 
     @in_transaction()
     def queue_saved(
@@ -226,7 +226,7 @@ class Copy:
     ) -> Deleted:
         """End the session here and now. Raises ``Stale`` and ``Gone`` as ``Store.delete``."""
         now = self.now()
-        self._rows.remove_old(db, now)
+        self.rows.remove_old(db, now)
         rows = self._led(db, key)
         last = rows[-1] if rows else None
         live = last is not None and last.state is not State.ENDED and last.record.is_live(now)
@@ -244,15 +244,15 @@ class Copy:
             if row.state is State.ENDED:
                 continue
             if row.state is State.CREATED and row.sent is None:
-                self._bury(db, row.record)
+                self.bury(db, row.record)
                 continue
-            queued = self._rows.next_number(db, self.time())
+            queued = self.rows.next_number(db, self.time())
             ended = Row(row.record, State.ENDED, row.confirmed_at, queued, row.base)
-            self._rows.insert(db, ended, row.record.absolute_expires_at + _DAY)
+            self.rows.insert(db, ended, row.record.absolute_expires_at + DAY)
         return Deleted(True, last.record) if live else Deleted(False)
 
     def _live(self, db: sqlite3.Connection, key: str, why: str) -> Row:
-        row = self._rows.select(db, key)
+        row = self.rows.select(db, key)
         if row is None:
             raise CutOff(f"session {key} has no copy at this edge: {why}")
         if self.served(row, why) is None or not row.record.is_live(self.now()):
@@ -262,20 +262,20 @@ class Copy:
     def _change(self, db: sqlite3.Connection, row: Row, record: Record) -> None:
         if row.state is State.PLAIN:
             self._check_room(db)
-            queued = self._rows.next_number(db, self.time())
+            queued = self.rows.next_number(db, self.time())
             row = row._replace(state=State.CHANGED, base=row.record, queued=queued)
-        self._rows.insert(db, row._replace(record=record), record.absolute_expires_at)
+        self.rows.insert(db, row._replace(record=record), record.absolute_expires_at)
 
     def _check_room(self, db: sqlite3.Connection) -> None:
         if self._room > 0:
             self._room -= 1
             return
-        waiting = self._rows.count(db, self._most)[1]
+        waiting = self.rows.count(db, self.most)[1]
         # Other workers take from it too.
-        self._room = min(_UNCOUNTED, (self._most - waiting) // 16)
-        if waiting >= self._most:
+        self._room = min(_UNCOUNTED, (self.most - waiting) // 16)
+        if waiting >= self.most:
             raise NodeUnavailable(
-                f"the outbox is full: {self._most} sessions with changes wait for the centre, as "
+                f"the outbox is full: {self.most} sessions with changes wait for the centre, as "
                 "many as its URL allows, and no other session can be changed until it is back",
                 contention=True,
             )
@@ -285,7 +285,7 @@ class Copy:
         rows: list[Row] = []
         now = self.now()
         while len(rows) < MAX_POINTERS:
-            row = self._rows.select(db, key)
+            row = self.rows.select(db, key)
             if row is None or any(row.record.key == other.record.key for other in rows):
                 break
             rows.append(row)
@@ -294,139 +294,12 @@ class Copy:
             key = row.record.successor
         return rows
 
-    def _bury(self, db: sqlite3.Connection, record: Record) -> None:
+    def bury(self, db: sqlite3.Connection, record: Record) -> None:
         """A tombstone of which the centre need not hear."""
         left = record._replace(payload=b"", successor=None)
         row = Row(left, State.ENDED, self.time())
-        self._rows.insert(db, row, record.absolute_expires_at + _DAY)
+        self.rows.insert(db, row, record.absolute_expires_at + DAY)
 
-    def _copy_ends(self, record: Record, confirmed_at: int) -> int:
+    def copy_ends(self, record: Record, confirmed_at: int) -> int:
+        """When nobody needs this copy any more."""
         return min(record.idle_expires_at, confirmed_at + self._offline)
-
-    # -- settling
-
-    @in_transaction()
-    def lease(self, db: sqlite3.Connection, settler: str, length: float) -> bool:
-        """Let this settler alone settle for ``length`` seconds from now, if no other one does."""
-        now = self.time()
-        until = now + int(length * 1000)
-        done = db.execute(
-            "UPDATE gsession_edge_node SET settler = ?, settler_until = ? "
-            "WHERE settler IN ('', ?) OR settler_until <= ? OR settler_until > ?",
-            (settler, until, settler, now, now + 2 * int(length * 1000)),
-        )
-        return done.rowcount == 1
-
-    @on_connection
-    def release(self, db: sqlite3.Connection, settler: str, trouble: str, *, empty: bool) -> None:
-        """Give the lease back; ``trouble`` as in ``EdgeFigures``, ``empty``: nothing is left."""
-        db.execute(
-            "UPDATE gsession_edge_node SET settler = '', trouble = ?, "
-            "settled_at = CASE WHEN ? THEN ? ELSE settled_at END WHERE settler = ?",
-            (trouble, empty, self.now(), settler),
-        )
-
-    @on_connection
-    def last_number(self, db: sqlite3.Connection) -> int:
-        (number,) = db.execute("SELECT numbers FROM gsession_edge_node").fetchone()
-        return int(number)
-
-    @on_connection
-    def queue(
-        self, db: sqlite3.Connection, *, ends: bool, after: int, upto: int, limit: int
-    ) -> list[tuple[str, int]]:
-        """The keys of rows to settle, ends or others, with their places in the queue, in order."""
-        return self._rows.queue(db, ends=ends, after=after, upto=upto, limit=limit)
-
-    @on_connection
-    def is_queued(self, db: sqlite3.Connection, *, ends: bool = False) -> bool:
-        """Whether anything is queued; with ``ends``, any end."""
-        counts = self._rows.count(db, 1)
-        return bool(counts[0] or (counts[1] and not ends))
-
-    @in_transaction()
-    def sending(self, db: sqlite3.Connection, row: Row) -> Row | None:
-        """Note what is about to be sent, unless something is on its way already.
-
-        None if there is nothing to send any more.
-        """
-        now = self._rows.select(db, row.record.key)
-        if now is None or now.state is not row.state or now.queued is None:
-            return None
-        if now.sent is None:
-            now = now._replace(sent=now.record, number=self._rows.next_number(db, self.time()))
-            if now.state is State.CREATED:  # from here on, others may know it
-                now = now._replace(confirmed_at=self.time())
-            self._rows.insert(db, now, now.record.absolute_expires_at)
-        return now
-
-    @in_transaction()
-    def unsent(self, db: sqlite3.Connection, row: Row) -> None:
-        """It wasn't sent after all."""
-        now = self._rows.select(db, row.record.key)
-        if now is not None and now.number == row.number and now.state is row.state:
-            back = now._replace(sent=None, number=None)
-            self._rows.insert(db, back, now.record.absolute_expires_at)
-
-    @in_transaction()
-    def arrived(
-        self,
-        db: sqlite3.Connection,
-        row: Row,
-        there: Record,
-        pointers: list[Record],
-        confirmed_at: int,
-    ) -> bool:
-        """The centre has the sent changes of this row, in the record ``there``.
-
-        ``pointers`` lead to it. Later changes stay queued. False if the session has ended here.
-        """
-        now = self._rows.select(db, row.record.key)
-        if now is None or now.number != row.number or now.state is not row.state:
-            return now is None or now.state is not State.ENDED
-        assert row.sent is not None
-        db.execute("UPDATE gsession_edge_node SET settled = settled + 1")
-        if now.record == row.sent:
-            self._rows.remove(db, row.record.key)
-            for record in (*pointers, there):
-                self._rows.copy(db, record, confirmed_at, self._copy_ends(record, confirmed_at))
-            return True
-        queued = self._rows.next_number(db, self.time())
-        rest = Row(now.record, State.CHANGED, confirmed_at, queued, row.sent, typed=now.typed)
-        self._rows.insert(db, rest, now.record.absolute_expires_at)
-        return True
-
-    @in_transaction()
-    def dropped(self, db: sqlite3.Connection, row: Row, *, counts: bool = True) -> Row | None:
-        """Give up the changes of a session that has ended at the centre; returns its row."""
-        now = self._rows.select(db, row.record.key)
-        if now is None or now.state not in (State.CHANGED, State.CREATED):
-            return None
-        if now.state is not row.state or now.number != row.number:
-            return None
-        if now.sent is not None and now.state is State.CREATED:
-            # Another settler may have created it since, or still be about to.
-            queued = self._rows.next_number(db, self.time())
-            ended = Row(now.record, State.ENDED, now.confirmed_at, queued)
-            self._rows.insert(db, ended, now.record.absolute_expires_at + _DAY)
-        else:
-            self._rows.remove(db, row.record.key)
-        db.execute("UPDATE gsession_edge_node SET dropped = dropped + ?", (counts,))
-        return now
-
-    @in_transaction()
-    def told(self, db: sqlite3.Connection, row: Row) -> None:
-        """The centre has heard of this end."""
-        now = self._rows.select(db, row.record.key)
-        if now is not None and now.state is State.ENDED and now.queued == row.queued:
-            self._bury(db, now.record)
-
-    @on_connection
-    def figures(self, db: sqlite3.Connection) -> EdgeFigures:
-        ends, changes = self._rows.count(db, 10 * self._most)
-        oldest = self._rows.oldest(db)
-        node, *past = db.execute(
-            "SELECT id, settled_at, settled, dropped, trouble FROM gsession_edge_node"
-        ).fetchone()
-        lag = 0.0 if oldest is None else max(0.0, (self.time() - oldest) / 1000)
-        return EdgeFigures(node, ends, changes, oldest, lag, *past)

@@ -23,6 +23,7 @@ from ..parts import Reconciler, Settled
 from .copy import Copy
 from .node_file import NodeUnavailable
 from .rows import Row, State
+from .waiting import Waiting
 
 _LEASE = 10.0  # seconds; a settler extends it with each batch
 _BATCH = 100
@@ -35,12 +36,17 @@ class _Refused(Exception):
 
 
 class Settler:
-    """Settles the rows of ``copy`` with ``centre``, which is asked directly."""
+    """Settles what is ``waiting`` with ``centre``, which is asked directly."""
 
     def __init__(
-        self, copy: Copy, centre: Store, reconciler: Callable[[], Reconciler | None]
+        self,
+        copy: Copy,
+        waiting: Waiting,
+        centre: Store,
+        reconciler: Callable[[], Reconciler | None],
     ) -> None:
         self._copy = copy
+        self._waiting = waiting
         self._centre = centre
         self._reconciler = reconciler
 
@@ -53,15 +59,15 @@ class Settler:
         reconciler = self._reconciler()
         if reconciler is None:
             return Settled(trouble="no application has taken this store yet")
-        if not self._copy.is_queued(ends=only_ends):
+        if not self._waiting.is_queued(ends=only_ends):
             return Settled()
         name, full = secrets.token_hex(8), ""
         try:
-            if not self._copy.lease(name, _LEASE):
+            if not self._waiting.lease(name, _LEASE):
                 return None
         except NodeUnavailable as error:
             full = error.detail
-        run = _Run(self._copy, self._centre, reconciler, name, notes=not full)
+        run = _Run(self._copy, self._waiting, self._centre, reconciler, name, notes=not full)
         try:
             run.greet()
             for _ in range(_PASSES):  # some may be queued while it settles
@@ -69,7 +75,7 @@ class Settler:
                 run.trouble = run.trouble or full
                 if not only_ends and not full:
                     run.all_of(ends=False)
-                if run.trouble or not self._copy.is_queued(ends=only_ends):
+                if run.trouble or not self._waiting.is_queued(ends=only_ends):
                     break
         except _Refused as error:
             run.trouble = str(error)
@@ -81,22 +87,30 @@ class Settler:
             run.trouble = f"{type(error).__name__} while settling"
             raise
         finally:
-            empty = not run.trouble and not self._copy.is_queued()
+            empty = not run.trouble and not self._waiting.is_queued()
             with suppress(NodeUnavailable):  # the lease ends by itself
-                self._copy.release(name, run.trouble, empty=empty)
+                self._waiting.release(name, run.trouble, empty=empty)
         return Settled(run.ends, run.changes, run.dropped, run.trouble, run.reached)
 
 
 class _Run:
     def __init__(
-        self, copy: Copy, centre: Store, reconciler: Reconciler, name: str, *, notes: bool
+        self,
+        copy: Copy,
+        waiting: Waiting,
+        centre: Store,
+        reconciler: Reconciler,
+        name: str,
+        *,
+        notes: bool,
     ) -> None:
         self._copy = copy
+        self._waiting = waiting
         self._centre = centre
         self._reconciler = reconciler
         self._name = name
         self._notes = notes
-        self._node = copy.figures().node
+        self._node = waiting.figures().node
         self.ends = self.changes = self.dropped = 0
         self.trouble = ""
         self.reached = True
@@ -109,12 +123,12 @@ class _Run:
 
     def all_of(self, *, ends: bool) -> None:
         """Settle what is queued by now, a batch at a time."""
-        after, upto = 0, self._copy.last_number()
+        after, upto = 0, self._waiting.last_number()
         while True:
-            batch = self._copy.queue(ends=ends, after=after, upto=upto, limit=_BATCH)
+            batch = self._waiting.queue(ends=ends, after=after, upto=upto, limit=_BATCH)
             if not batch:
                 return
-            if self._notes and not self._copy.lease(self._name, _LEASE):
+            if self._notes and not self._waiting.lease(self._name, _LEASE):
                 raise _Refused("another process of this node settles now")
             after = batch[-1][1]
             for key, _ in batch:
@@ -140,25 +154,25 @@ class _Run:
     def _end(self, row: Row) -> None:
         self._reconciler.end(row.record.key, row.base or row.record)
         if self._notes:
-            self._copy.told(row)
+            self._waiting.told(row)
         self.ends += 1
 
     def _change(self, row: Row) -> None:
         created = row.state is State.CREATED
         pushed = created and row.sent is not None
         if created and not pushed and not row.record.is_live(self._copy.now()):
-            self._copy.dropped(row, counts=False)  # it expired before anybody else knew it
+            self._waiting.dropped(row, counts=False)  # it expired before anybody else knew it
             return
         if created and not pushed:
             # An unanswered change is given up, so check first whether the centre answers.
             self._centre.load(row.record.key)
-        noted = self._copy.sending(row)
+        noted = self._waiting.sending(row)
         if noted is None:
             return
         assert noted.sent is not None
         began = self._copy.time()
         if created and not pushed and self._create(noted):
-            if not self._copy.arrived(noted, noted.sent, [], began):
+            if not self._waiting.arrived(noted, noted.sent, [], began):
                 self._centre.delete(noted.record.key)  # it was given up while this one was stopped
                 return
             self.changes += 1
@@ -181,7 +195,7 @@ class _Run:
                 there = merged
             if noted.base is not None:
                 self._reconciler.settled(noted.base, there, noted.sent)
-            self._copy.arrived(noted, there, pointers, began)
+            self._waiting.arrived(noted, there, pointers, began)
             self.changes += 1
             return
         self.trouble = f"session {noted.record.key} is written to all the time"
@@ -201,7 +215,7 @@ class _Run:
             return False
         except StoreUnavailable as error:
             if not error.asked:
-                self._copy.unsent(row)
+                self._waiting.unsent(row)
             raise
         return True
 
@@ -220,7 +234,7 @@ class _Run:
         return pointers, None
 
     def _drop(self, row: Row, why: str) -> None:
-        given_up = self._copy.dropped(row)
+        given_up = self._waiting.dropped(row)
         if given_up is not None:
             self.dropped += 1
             logger.warning(

@@ -22,6 +22,7 @@ from .link import Link
 from .parts import EdgeBulk, EdgeLeases, EdgeNear
 from .rows import Row, State
 from .settling import Settler
+from .waiting import Waiting
 from .worker import Worker
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ class EdgeStore(Wrapper, Edge):
             offline=offline_for,
             most=outbox,
         )
+        self.waiting = Waiting(self.copy)
         self.offline_for = offline_for
         self.outbox = os.path.realpath(path), options.prefix
         self._confirm_after = int(offline_for * 1000 / _CONFIRMATIONS)
@@ -87,10 +89,10 @@ class EdgeStore(Wrapper, Edge):
             self.near = EdgeNear(self, self.near)
         if self.bulk is not None:
             self.bulk = EdgeBulk(self, self.bulk)
-        self.checks = EdgeChecks(self.copy, centre)
+        self.checks = EdgeChecks(self.copy, self.waiting, centre)
         self._reconciler: Callable[[], Reconciler | None] = lambda: None
         # Settling must not fill the near cache of this process, nor wait for the link.
-        self._settler = Settler(self.copy, centre, lambda: self._reconciler())
+        self._settler = Settler(self.copy, self.waiting, centre, lambda: self._reconciler())
         self._worker = Worker(options.edge_sync)
         self.link.on_cut = self._worker.wake
         closing(self, self._worker.stop)
@@ -264,7 +266,7 @@ class EdgeStore(Wrapper, Edge):
 
     def figures(self) -> EdgeFigures:
         """What waits."""
-        return self.copy.figures()
+        return self.waiting.figures()
 
     def settle(self) -> Settled | None:
         """Look whether the centre is back, and settle with it now."""
@@ -291,7 +293,7 @@ class EdgeStore(Wrapper, Edge):
             self.link.stays_cut(error)
             return Settled(trouble=error.detail, reached=False)
         settled: Settled | None = Settled()
-        if self.copy.is_queued(ends=True):
+        if self.waiting.is_queued(ends=True):
             settled = self._settle(only_ends=True)
         if settled is not None and settled.reached:
             self.link.came_back()
@@ -309,7 +311,7 @@ class EdgeStore(Wrapper, Edge):
 
     def _settle_quietly(self) -> bool:
         """In the thread; whether there is no reason to wait longer before the next time."""
-        if not self.copy.is_queued():
+        if not self.waiting.is_queued():
             return True
         settled = self.settle()
         return settled is None or not settled.trouble
