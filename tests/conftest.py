@@ -29,14 +29,14 @@ from tests.harness.servers import (
     with_database,
 )
 
-# A deadline in milliseconds says nothing about code that waits for a real server, nor does how long
-# it takes to draw an example, of a busy machine.
+# Deadlines in milliseconds mean nothing while a real server answers, and neither does the time that
+# a busy machine takes to draw an example.
 settings.register_profile(
     "gsession", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("gsession")
 
-# Collecting thousands of tests leaves much in memory and no garbage: do not look for any.
+# Collecting thousands of tests fills the memory, but creates no garbage.
 gc.disable()
 
 
@@ -47,14 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From here on the collector has nothing to do with the collected tests."""
+    """Take the collected tests out of the garbage collector's sight."""
     gc.freeze()
     gc.enable()
 
 
 PATIENT_WAITER = 50_000  # milliseconds
 COLLECTIONS = ("gsession", "gsession_blobs")  # of a store in MongoDB
-USED_DATABASES = 4  # so many lie between two uses of one: who writes too late harms nobody
+USED_DATABASES = 4  # the tests between two uses of one, so that a late write does no harm
 SHIPPED = {kind: kind.__init__.__defaults__ for kind in (Settings, StoreOptions)}
 
 
@@ -71,14 +71,14 @@ def patience() -> Iterator[None]:
 
 @pytest.fixture
 def shipped_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The defaults are those of the package."""
+    """Use the defaults of the package."""
     for kind, values in SHIPPED.items():
         monkeypatch.setattr(kind.__init__, "__defaults__", values)
 
 
 @pytest.fixture
 def patient_waiters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for a lock keeps his place however slow the machine is: Redis has its own clock."""
+    """Keep waiters in the queue of a lock on a slow machine: Redis uses its own clock."""
     for module in ("lease", "redis.leases", "mongodb.leases"):
         monkeypatch.setattr(f"flask_gsession.stores.{module}.WAITER_LIFE", PATIENT_WAITER)
 
@@ -105,7 +105,7 @@ def one_chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def clock() -> FakeClock:
-    """A clock that stands still until the test calls `advance(seconds)`."""
+    """A clock that only moves when the test calls `advance(seconds)`."""
     return FakeClock()
 
 
@@ -182,7 +182,7 @@ def emptied_mongodb_url(
 
 
 def as_a_store_makes_it(database: Database[dict[str, Any]]) -> bool:
-    """Whether there is nothing beside the collections of a store, with their indexes."""
+    """Whether it holds the collections of a store with their indexes, and nothing else."""
     return all(
         name in COLLECTIONS
         and database[name].index_information().keys() == {"_id_", "gsession_expiry"}
@@ -192,7 +192,7 @@ def as_a_store_makes_it(database: Database[dict[str, Any]]) -> bool:
 
 @pytest.fixture(scope="session")
 def used_databases(mongo_client: "MongoClient[dict[str, Any]]") -> Iterator[deque[str]]:
-    """Databases for `emptied_mongodb_url`; the one that was used last is the last to be taken."""
+    """Databases for `emptied_mongodb_url`, the least recently used first."""
     names: deque[str] = deque()
     yield names
     for name in names:
@@ -213,7 +213,7 @@ def mongo_client() -> "Iterator[MongoClient[dict[str, Any]]]":
     with MongoClient(server.url, timeoutMS=10_000) as client:
         if isinstance(server, MongoServer):
             # Making an index and dropping a database wait for the next flush of the journal, which
-            # is up to 100 ms away. A write that asks for the journal is flushed at once as ever.
+            # is up to 100 ms away. A write that asks for the journal is still flushed at once.
             client.admin.command("setParameter", 1, journalCommitInterval=50)
         yield client
 
@@ -227,7 +227,7 @@ def own_redis() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="module")
 def oldest_redis() -> Iterator[OldestRedisServer]:
-    """As `own_redis`, of the oldest version that is supported."""
+    """As `own_redis`, in the oldest supported version."""
     with OldestRedisServer() as server:
         yield server
 

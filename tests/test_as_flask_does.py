@@ -1,4 +1,4 @@
-"""What applications and libraries do with Flask's own session works with ours."""
+"""Our session works like Flask's own for applications and libraries."""
 
 from __future__ import annotations
 

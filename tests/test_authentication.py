@@ -76,7 +76,7 @@ def remembered(site: Site) -> Visitor:
 
 
 def test_confirming_a_password_ends_the_token_of_before(members: Site) -> None:
-    """OWASP ASVS 5.0, 7.2.4: whoever copied it must not get into what was opened."""
+    """OWASP ASVS 5.0, 7.2.4: an attacker with a copy must not get into the new session."""
     visitor = remembered(members)
     visitor.delete_cookie("session")
     assert who(visitor) == "ada"
@@ -138,7 +138,7 @@ def with_an_old_token(site: Site) -> tuple[Visitor, Visitor]:
 
 
 def test_signing_in_as_the_same_user_with_an_old_token(members: Site) -> None:
-    """What it sets is what the other session holds, and is part of the new one all the same."""
+    """It sets values that the other session also holds. The new session has them anyway."""
     for block in (None, lambda session: session.lock(), lambda session: session.transaction()):
         visitor, tab = with_an_old_token(members)
         old = tab.cookie

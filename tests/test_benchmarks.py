@@ -305,7 +305,7 @@ def test_candidates_take_turns() -> None:
     calls = {name: (lambda name=name: turns.append(name)) for name in "ab"}
     figures = interleave(calls, Effort(rounds=4, batch_seconds=0, counted_requests=0))
     assert [len(figures[name]) for name in "ab"] == [4, 4]
-    # Batches of three calls each; who opens a round changes from round to round.
+    # Batches of three calls each; another candidate begins each round.
     assert "".join(turns[-24:]) == "aaabbb" + "bbbaaa" + "aaabbb" + "bbbaaa"
 
 

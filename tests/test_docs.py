@@ -931,7 +931,7 @@ DIRECTIVE = re.compile(r"^\.\. (?:auto\w+|py:data):: flask_gsession\.([\w.]+)$",
 
 
 def documented() -> list[object]:
-    """What the reference has an entry for."""
+    """The names with an entry in the reference."""
     found: list[object] = []
     for page, text in PAGES.items():
         if page.startswith("docs/reference/"):
@@ -1023,7 +1023,7 @@ def test_the_whole_of_gsession_is_in_its_table(name: str) -> None:
 
 
 def anchors(page: str) -> set[str]:
-    """What a link to a heading of the page may say after the ``#``."""
+    """The anchors that a link to a heading of the page may have after the ``#``."""
     text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#{1,3} (.*)$", text, re.MULTILINE)
     words = (re.sub(r"[^\w\- ]", "", title.strip().lower()) for title in titles)

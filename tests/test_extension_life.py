@@ -72,7 +72,7 @@ def log_in(app: Flask, user: str) -> str:
 
 
 def look(app: Flask, cookie: str) -> dict[str, Any]:
-    """What an application finds behind a cookie."""
+    """The session that an application finds for a cookie."""
     client = app.test_client()
     client.set_cookie("session", cookie)
     response = client.get("/all")
@@ -140,7 +140,7 @@ def test_a_dropped_extension_serves_on() -> None:
 
 
 def test_no_request_is_kept() -> None:
-    """Neither its session, nor the values in it."""
+    """Not its session, and not the values in it."""
 
     class Witness(dict[str, Any]):
         pass
@@ -165,7 +165,7 @@ def test_no_request_is_kept() -> None:
 
 
 class Connections:
-    """A store's URL whose connections can be told from all others, and how many there are."""
+    """A store's URL, and the connections that were opened through it."""
 
     def __init__(self, url: str, names: Callable[[], set[str]]) -> None:
         self.url = url
@@ -268,7 +268,7 @@ def test_close_releases_the_connections(connections: Connections, store_prefix: 
     until(lambda: connections.count() == 0)
     ext.close(app)  # twice does no harm
 
-    # Whoever asks again is served: a late request while a server goes down.
+    # A later call works: a server that is shutting down may still serve a late request.
     kept = []
     for _ in range(3):
         assert look(app, cookies[0]) == {"user": "a"}
@@ -292,7 +292,7 @@ def test_a_dropped_application_releases_its_connections(
 
 
 def test_close_leaves_a_store_object_alone(connections: Connections, store_prefix: str) -> None:
-    """Whoever made it may use it elsewhere."""
+    """The application may use it elsewhere."""
     store, _ = open_store(connections.url, StoreOptions(prefix=store_prefix, timeout=PATIENCE))
     ext = Session()
     app = make_app(ext, SESSION_STORE=store)
@@ -316,7 +316,7 @@ def test_close_leaves_a_client_alone(
         app = make_app(ext, SESSION_STORE=client, SESSION_KEY_PREFIX=store_prefix)
         log_in(app, "alice")
         ext.close(app)
-        # A closed MongoClient would refuse, a closed Redis client would have to connect anew.
+        # A closed MongoClient would refuse, a closed Redis client would have to reconnect.
         if driver == "redis":
             connected = [c for c in client.connection_pool._available_connections if c._sock]
             assert connected
@@ -376,7 +376,7 @@ def test_each_application_has_its_own_settings(tmp_path: Path) -> None:
 def test_a_token_of_one_application_means_nothing_in_another(
     store_url: str, store_prefix: str
 ) -> None:
-    """Neither with a secret of its own, nor with a store of its own."""
+    """Whether it has another secret key, or another store."""
     ext = Session()
     config = {"SESSION_STORE": store_url, "SESSION_KEY_PREFIX": f"{store_prefix}a:"}
     shop = make_app(ext, **config)

@@ -1,4 +1,4 @@
-"""Fresh authentication: who must confirm, what counts, and what can't make it count."""
+"""Fresh authentication: when users must confirm, which confirmations count, and which don't."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom, and what the package shows to its users."""
+"""The shape of the package: the imports that a module may have, and the public names."""
 
 import ast
 import re
@@ -114,7 +114,7 @@ def name_of(file: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """The entry of `ROWS` that a module belongs to; "" when there is none."""
+    """The entry of `ROWS` that a module belongs to, or ""."""
     if module in CONTRACT:
         return "stores.base"
     while module and module not in RANK:
@@ -159,7 +159,7 @@ def test_imports_run_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", [module for module in INSIDE if module.startswith("stores.")])
 def test_a_store_knows_only_its_contract(module: str) -> None:
-    """Nothing of values, cookies or settings: what makes a new store an afternoon's work."""
+    """It knows nothing of values, cookies or settings, so a new store is an afternoon's work."""
     ours = {name for name in imports(module) if name.startswith("flask_gsession")}
     same_room = [name for name in INSIDE if room_of(name) == room_of(module)]
     names = ("exposure", "interrupts", "rights", "file_locks", "urls")
@@ -253,7 +253,7 @@ def test_a_clock_for_tests_does_not_load_the_store_contract() -> None:
 
 
 def test_benchmarks_and_helpers_import_no_test_module() -> None:
-    """What a benchmark shares with the tests is in `tests/harness`."""
+    """The code that benchmarks share with tests is in `tests/harness`."""
     top = PACKAGE.parent
     files = [*top.glob("benchmarks/**/*.py"), *top.glob("tests/harness/*.py")]
     for file in files:

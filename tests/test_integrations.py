@@ -1,4 +1,4 @@
-"""What applications put on top of `flask.session`: Flask-Login, Flask-WTF, flash, Authlib."""
+"""Libraries on top of `flask.session`: Flask-Login, Flask-WTF, flash, Authlib."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_remember_me_starts_a_new_session(members: Site) -> None:
 
 
 def test_remember_me_ends_the_token_of_before_at_once(members: Site) -> None:
-    """It is a login as well: an anonymous session becomes that of a user."""
+    """It is a login as well: an anonymous session becomes a user's."""
     visitor = members.visitor()
     log_in(visitor, "alice", remember=True)
     remember = visitor.get_cookie("remember_token")
@@ -474,7 +474,7 @@ def test_categories(site: Site) -> None:
 
 
 def test_a_message_of_markup_stays_markup(site: Site) -> None:
-    """And one of plain text is escaped, after the session as before."""
+    """A message of plain text is escaped, as it was before it went through the session."""
     visitor = site.visitor()
     visitor.run(lambda session: (flash(Markup("<b>Saved</b>")), flash("<script>")))
     page = "{% for message in get_flashed_messages() %}{{ message }} {% endfor %}"
@@ -591,7 +591,7 @@ def with_oauth(site: Site, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
 
 
 def test_an_oauth_login_with_authlib(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it leaves in the session on the way out, it finds on the way back, once."""
+    """It finds its login state again when the user comes back, once."""
     sent = with_oauth(site, monkeypatch)
     visitor = site.visitor()
     query = parse_qs(urlsplit(visitor.get("/leave").location).query)

@@ -23,7 +23,7 @@ def one(store_prefix: str, clock: FakeClock) -> Any:
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the log has of errors, taken out of it."""
+    """Take the errors out of the log."""
     found = [each.getMessage() for each in caplog.records if each.levelno >= logging.ERROR]
     found += [str(each.exc_info[1]) for each in caplog.records if each.exc_info]
     caplog.clear()
@@ -355,7 +355,7 @@ def test_wrong_secret_keys_found_late(
 
 
 def test_a_wrong_secret_key_that_is_the_first_one(caplog: pytest.LogCaptureFixture) -> None:
-    """There is none from before: the requests that need it fail, and the log says why."""
+    """No valid key came before it, so requests that need one fail, and the log says why."""
     app = Flask(__name__)
     serve(app)
     app.config["SECRET_KEY"] = 4711

@@ -274,7 +274,7 @@ def test_a_renewal_that_fails_harms_nobody(site: Site, visitor: Visitor) -> None
 
 
 def test_an_answer_that_is_lost_is_no_second_write(site: Site, visitor: Visitor) -> None:
-    """A transaction in the block is repeated by whoever calls; its write is recognised."""
+    """The caller repeats a transaction in the block, and its write is recognised."""
 
     def lost() -> None:
         raise OSError("drill")
@@ -613,7 +613,7 @@ def test_one_that_never_got_into_its_users_list_is_nobodys(site: Site, member: V
 
 
 def test_a_job_knows_of_no_client(site: Site, member: Visitor) -> None:
-    """What the list shows of the device is from its requests."""
+    """The facts in the list of devices come from the device's requests."""
     with site.app.app_context():
         (before,) = site.ext.users.devices("ada")
     site.clock.advance(301)

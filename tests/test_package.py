@@ -1,4 +1,4 @@
-"""What is installed: a wheel, built as `make dist` does it, with nothing from the network."""
+"""A wheel, built as by `make dist` and installed without the network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ print(client.post("/cart/cup").json)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """What a command prints. It sees no package but its own environment's."""
+    """The output of a command, which sees only the packages of its own environment."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
     }
@@ -86,7 +86,7 @@ def needed(dist: Distribution, extra: str = "") -> Iterator[Distribution]:
 
 
 def environment(folder: Path, wheel: Path, extra: str = "") -> Path:
-    """The Python of an environment with the wheel and what its metadata asks for, no more.
+    """The Python of an environment with only the wheel and the packages that its metadata requires.
 
     The wheel's dependencies are linked from the environment of the tests, so no network is needed.
     """

@@ -32,7 +32,7 @@ Sent = list[tuple[Flask, Any]]
 
 @pytest.fixture
 def sent() -> Iterator[Sent]:
-    """What is sent while the test runs, with its sender."""
+    """The signals sent during the test, with their senders."""
     found: Sent = []
 
     def receive(sender: Flask, event: object, **more: object) -> None:
@@ -60,7 +60,7 @@ def test_each_signal_is_sent_by_its_application(site: Site, sent: Sent) -> None:
 
 
 def parallel(site: Site, other: Callable[[Any], object]) -> Callable[[Any], object]:
-    """What lets another tab store something just before the next save."""
+    """A function that lets another tab store something just before the next save."""
     visitor = site.visitor()
     visitor.run(lambda session: session.update(stock=1))
     tab = visitor.another_tab()

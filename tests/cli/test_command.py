@@ -649,7 +649,7 @@ def test_the_file_of_sqlite_is_named(tmp_path: Path) -> None:
 
 
 def test_a_command_that_only_reads_makes_no_file(tmp_path: Path) -> None:
-    """It would be the file of who called the command, and the application could not write to it."""
+    """It would belong to the caller of the command, and the application couldn't write to it."""
     path = tmp_path / "new" / "sessions.sqlite3"
     console = Console(f"sqlite:///{path}")
     for words in (("list",), ("cleanup", "--dry-run"), ("cleanup",)):
@@ -710,7 +710,7 @@ def test_a_handle_that_begins_like_an_option(site: Site, beginning: str) -> None
     record = a_record(site.clock, key=beginning.ljust(43, "x"))
     site.store.store.create(record)
     for handle in (record.key, beginning):
-        assert record.key in console.failed("show", handle)  # its payload is none of a session
+        assert record.key in console.failed("show", handle)  # the payload is not a session's
     assert console.done("revoke", beginning) == f"{record.key}: ended\n"
 
 
@@ -935,7 +935,7 @@ def test_wrong_use(words: tuple[str, ...]) -> None:
 
 
 def on_a_terminal(url: str, *words: str, **variables: str) -> str:
-    """What a real process prints on a terminal, and it ended with 0."""
+    """The output of a real process on a terminal. Expects the exit status 0."""
     code = (
         "import json, os, sys\n"
         "from tests.harness.console import Console\n"
@@ -962,7 +962,7 @@ def on_a_terminal(url: str, *words: str, **variables: str) -> str:
 
 
 def read_all(descriptor: int) -> Iterator[bytes]:
-    """What comes until the other end of a terminal is closed."""
+    """The output until the other end of a terminal is closed."""
     with open(descriptor, "rb", buffering=0) as file:
         while True:
             try:

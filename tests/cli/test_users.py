@@ -23,7 +23,7 @@ def console(site: Site) -> Console:
 
 @pytest.fixture
 def revoked(console: Console) -> list[Any]:
-    """Of each session of a user that the command revokes: user, device, reason, and by whom."""
+    """The user, device, reason and actor of each session that the command revokes."""
     found: list[Any] = []
     console.ext.on(
         DeviceRevoked,

@@ -452,7 +452,7 @@ def test_no_secret_in_the_page(counted: Site) -> None:
 
 
 def live(app: Flask, cookie: str = "session") -> float:
-    """What the gauge says; -1 before the first count."""
+    """The value of the gauge; -1 before the first count."""
     return read(app).get(f"gsession_sessions_live{{'session': '{cookie}'}}", -1)
 
 
@@ -706,7 +706,7 @@ def test_a_missing_package_is_named(module: str, package: str, extra: str) -> No
     assert package in last
 
 
-# The page of the application's own exporter beside that of its own server, and the hook.
+# The pages of the application's own exporter and of its own server, and the hook.
 EXPORTER = """
 from prometheus_flask_exporter.multiprocess import GunicornPrometheusMetrics
 
@@ -806,7 +806,7 @@ def test_a_recovery_shows_in_all_workers(
 
 
 def in_files(folder: Path, name: str, **labels: str) -> float:
-    """What the workers left in their files."""
+    """The metrics in the workers' files."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(folder))
     return figure(parsed(generate_latest(registry).decode()), name, **labels)
@@ -920,7 +920,7 @@ def test_what_is_gathered_adds_up_as_if_observed_one_by_one() -> None:
 
 
 def test_figures_that_cannot_be_put_away(caplog: pytest.LogCaptureFixture) -> None:
-    """No request fails for them, nor are others lost."""
+    """They fail no request, and lose no other figures."""
     gathering, found = Gathering(), []
     for put in (lambda _: 1 / 0, found.append):
         gathering.add(put, 1.0)

@@ -212,7 +212,7 @@ def test_users_behind_one_address_have_a_limit_each(make_app: Maker) -> None:
         client = app.test_client()
         client.get(f"/login/{user}")
         assert through(app, 5, client) == 3
-    assert through(app, 5) == 3  # nor did they use up what others there have
+    assert through(app, 5) == 3  # they didn't use up the limit of others there
 
 
 def test_a_user_has_one_limit_for_all_sessions(make_app: Maker) -> None:
@@ -692,7 +692,7 @@ def test_guesses_for_an_account_from_everywhere(sign_in: Callable[..., int]) -> 
 def test_guesses_of_a_network_for_many_accounts(sign_in: Callable[..., int]) -> None:
     answers = [sign_in(f"user{number}", "guess") for number in range(10)]
     assert answers == [401] * 8 + [429] * 2
-    assert sign_in("mallory", "right") == 429  # nor does a success give anything back
+    assert sign_in("mallory", "right") == 429  # a success gives nothing back either
     assert sign_in("ada", "right", "192.0.2.77") == 200
 
 

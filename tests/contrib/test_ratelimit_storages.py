@@ -1,4 +1,4 @@
-"""Where rate limits are counted: each strategy on each storage, on servers in all conditions."""
+"""The storages of rate limits: each strategy on each, with servers in all conditions."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def ten() -> RateLimitItem:
 
 
 def left(backend: Backend) -> int:
-    """What is left of the limit for `ada`."""
+    """The rest of the limit for `ada`."""
     return backend.look(ten(), "ada")[1]
 
 
@@ -141,7 +141,7 @@ def make_app(store_prefix: str) -> Iterator[Maker]:
 
 
 def statuses(app: Flask, path: str = "/", times: int = 5) -> list[int]:
-    """What so many requests are answered."""
+    """The statuses of so many requests."""
     return [app.test_client().get(path).status_code for _ in range(times)]
 
 
@@ -366,7 +366,7 @@ def test_a_cluster_that_is_down(make_app: Maker) -> None:
 
 
 def test_a_cluster_that_loses_its_nodes(make_app: Maker, redis_url: str) -> None:
-    """What its driver raises then is none of its errors' base class."""
+    """The driver raises an error then that doesn't derive from its base class."""
     storage = RedisStorage(redis_url)
 
     def fail(*_: object) -> None:

@@ -38,7 +38,7 @@ def test_sockets_follow_their_sessions(site: Site, socketio: SocketIO) -> None:
     events: list[Any] = []
 
     def heard(socket: Any, *wanted: str) -> list[Any]:
-        """What one socket gets until the last of these events is among it."""
+        """The messages to one socket, up to the last of these events."""
         events.clear()
 
         def are_there() -> bool:

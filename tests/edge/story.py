@@ -1,4 +1,4 @@
-"""What happens at an edge while it is cut off, and what must have come of it in the end."""
+"""Changes at an edge while it is cut off, and the state that must result in the end."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def test_a_save_whose_answer_is_lost_is_refused(network: Network, edge: EdgeSite
 
 
 def test_an_end_names_the_device(network: Network, edge: EdgeSite) -> None:
-    """The centre rotated the session without a trace meanwhile."""
+    """The centre has rotated the session without leaving a pointer."""
     visitor = network.centre.visitor()
     visitor.run(lambda session: session.bind("ada"))
     there = at(edge, visitor)

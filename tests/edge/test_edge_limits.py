@@ -1,4 +1,4 @@
-"""What goes wrong at an edge, and what it shares: full queues and disks, clocks, keys, workers."""
+"""Trouble at an edge: full queues and disks, clocks, keys, and several workers."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ class Machine:
 
 
 def test_a_clock_that_is_set_back_extends_nothing(network: Network) -> None:
-    """Nor does it end the service early; also in a process that starts afterwards."""
+    """It doesn't end the service early either, even in a process that starts afterwards."""
     machine = Machine(network)
     with machine.process() as edge:
         visitor = known(edge)
@@ -319,7 +319,7 @@ def test_a_process_that_missed_a_jump_of_the_clock_hears_of_it(network: Network)
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_load_on_its_way_overwrites_nothing(network: Network, edge: EdgeSite, ends: bool) -> None:
-    """Another worker of the node is cut off, and changes or ends the session meanwhile."""
+    """During the load, another worker of the node is cut off, and changes or ends the session."""
     visitor = known(edge)
     edge.clock.advance(60)
     with network.edge("a") as other:

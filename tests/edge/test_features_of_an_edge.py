@@ -1,4 +1,4 @@
-"""What a session can do besides values, at an edge that is cut off, and what comes of it."""
+"""Features beyond plain values at an edge that is cut off, before and after it settles."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ memory = pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 
 @memory
 def test_an_edge_ends_no_sign_in_of_another_user(network: Network, edge: EdgeSite) -> None:
-    """Another person signed in with this browser at the centre meanwhile."""
+    """Another person has signed in with this browser at the centre."""
     visitor = signed_in(network.centre)
     there = at(edge, visitor)
     there.run(add)

@@ -179,7 +179,7 @@ def test_a_double_click_orders_once(open_shop: Opener, stock: Stock) -> None:
         clients.append(app.test_client())
         clients[-1].set_cookie("session", cookie.value)
     answers = all_at_once(clients)
-    # Who comes when the cart is empty already is told so.
+    # The other requests find the cart empty.
     assert Counter(answer.status_code for answer in answers).keys() <= {200, 422}
     orders = {answer.json["order"] for answer in answers if answer.status_code == 200}
     assert orders == set(charged)
@@ -204,7 +204,7 @@ def test_later_additions_to_the_cart_stay(open_shop: Opener, stock: Stock) -> No
 
 
 def test_an_order_is_taken_out_of_the_cart_once(open_shop: Opener) -> None:
-    """Of two clicks one is done before the other, and the cart has been filled again since."""
+    """One of two clicks is served first, and then the cart is filled again."""
     tabs: list[FlaskClient] = []
 
     def pay(number: str, lines: dict[str, int]) -> None:

@@ -81,7 +81,7 @@ def session_cookie(context: BrowserContext) -> str | None:
 
 
 def watched(page: Page, shop: str) -> list[str]:
-    """What the browser complains about from now on, requests to other places included."""
+    """The browser's complaints from now on; requests to other hosts count as such."""
     complaints: list[str] = []
 
     def look_at_request(request: Request) -> None:

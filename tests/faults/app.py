@@ -42,7 +42,7 @@ DRIVERS = ("/redis/", "/pymongo/", "/flask_gsession/stores/", "/sqlite3/")
 
 
 class Interrupted(BaseException):
-    """What strikes a request inside the driver, as a signal handler's exception would."""
+    """Interrupts a request inside the driver, as a signal handler's exception would."""
 
 
 class Outer:
@@ -151,7 +151,7 @@ def _move() -> None:
 
 
 def _add() -> None:
-    """What needs a lock, where there are locks."""
+    """An addition that needs a lock, if there are locks."""
     session["l"] = session.get("l", 0) + 1
 
 
@@ -264,7 +264,7 @@ def _interrupt() -> None:
 
 
 def _state(app: Flask) -> dict[str, int | None]:
-    """What a fault must not leave more of."""
+    """The resources of this worker. A fault must not leave it with more."""
     sockets = files = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -273,7 +273,7 @@ def _state(app: Flask) -> dict[str, int | None]:
             continue
         sockets += target.startswith("socket:")
         files += not target.startswith("socket:")
-    # Gunicorn makes those of its pool when they are first needed.
+    # Gunicorn starts the threads of its pool when it first needs them.
     threads = [t for t in threading.enumerate() if not t.name.startswith("ThreadPoolExecutor")]
     return {
         "threads": len(threads),
@@ -284,7 +284,7 @@ def _state(app: Flask) -> dict[str, int | None]:
 
 
 def slots_in_use(guarded: Any) -> int | None:
-    """How many connections of the store's pool are lent out; None where nobody can tell."""
+    """The number of connections in use from the store's pool; None if the pool doesn't say."""
     store = getattr(getattr(guarded, "close", None), "__self__", None)  # without its breaker
     pool = getattr(store, "_pool", None)
     slots = getattr(pool, "_slots", None)

@@ -44,7 +44,7 @@ sys.exit(result.exit_code)
 
 
 class Figures(NamedTuple):
-    """What a clean-up found, and what it cost. Milliseconds, seconds and MB."""
+    """The results of a clean-up, and its cost in milliseconds, seconds and MB."""
 
     found: int
     left: int
@@ -125,7 +125,7 @@ def _ping(url: str, over: threading.Event, pings: list[float]) -> None:
 
 
 def problems(figures: Figures, sessions: int, longest_step: float = LONGEST_STEP) -> list[str]:
-    """What was promised and is not so."""
+    """The broken promises."""
     found = []
     if (figures.found, figures.left) != (-(-sessions // ENDLESS), 0):
         found.append(f"of the keys without expiry {figures.found} were found, {figures.left} left")

@@ -1,4 +1,4 @@
-"""What the harness tells the workers while they run: a few numbers in a file they all map."""
+"""Steers running workers: a few numbers in a file that they all map."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What the clients did and saw, and what of it must not be.
+"""The history of the clients' operations, and the checks on it.
 
 An operation is `ok` when its answer said so, `failed` when it is known to have done nothing, and
-`unknown` when it may or may not have been applied, be it later: an error, a timeout, or no answer.
+`unknown` when it may have been applied, or may be later: an error, a timeout, or no answer.
 
-A check never depends on what happened inside the servers, only on what their clients were told.
+The checks use only the answers that clients got, never what happened inside the servers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Operation:
 
 
 def value_of(owner: str, key: str) -> str:
-    """What a put writes under a key: it says whose it is."""
+    """The value that a put writes under a key. It names its owner."""
     return f"{owner} {key}"
 
 
@@ -62,7 +62,7 @@ class Verdict:
     unknown: int = 0
     errors: int = 0  # answers with a status of 500
     answers: int = 0  # that named an owner
-    foreign: int = 0  # ... and that of another session
+    foreign: int = 0  # ... and another session's
     acknowledged: int = 0  # updates of sessions that were still there to be looked at
     lost: int = 0
     twice: int = 0  # applied more often than sent
@@ -84,7 +84,7 @@ class Verdict:
 
     @property
     def broken(self) -> list[str]:
-        """What a store that promises must not have, as far as it happened."""
+        """The violations in this history of a store's promises."""
         found = {
             "lost updates": self.lost,
             "updates applied twice": self.twice,
@@ -131,7 +131,7 @@ def check(
 
 
 def _judge_alone(operation: Operation, budget: float, verdict: Verdict) -> None:
-    """What one operation shows by itself."""
+    """The violations that one operation shows by itself."""
     setattr(verdict, operation.outcome, getattr(verdict, operation.outcome) + 1)
     verdict.errors += operation.status == 500
     verdict.worst = max(verdict.worst, operation.latency)

@@ -28,7 +28,7 @@ CALM = 0.7  # seconds between two strikes
 
 @dataclass
 class Scene:
-    """Where a fault strikes, while the load runs."""
+    """The servers and workers that a fault strikes under load."""
 
     mode: Mode
     place: str
@@ -252,7 +252,7 @@ def _no_longer_files(pids: list[int], folder: Path) -> Iterator[None]:
 
 
 def small_disk(folder: Path) -> tuple[str, ...]:
-    """What runs a program that sees 16 MB of tmpfs at `folder`; nothing where that is not allowed.
+    """A command prefix that gives a program 16 MB of tmpfs at `folder`; empty if not allowed.
 
     The mount is in a namespace of the program's own: it ends with the program.
     """
@@ -294,7 +294,7 @@ def interrupt(scene: Scene) -> None:
 
 
 def jump(scene: Scene) -> None:
-    """The workers' clock jumps five minutes ahead and back, and that of some is ahead of others."""
+    """The workers' clocks jump five minutes ahead and back, and some are ahead of others."""
     control = scene.workers.control
     for name in ("offset", "skew"):
         for _ in range(2):

@@ -29,7 +29,7 @@ AFTER_A_FAILURE = 0.05  # seconds that a client waits
 
 
 class Answer(NamedTuple):
-    """What came back. No status: no answer. `cookie` is None unless one was set or deleted."""
+    """A response. Without a status, there was none. `cookie`: the one set or deleted, or None."""
 
     status: int
     body: dict[str, Any]

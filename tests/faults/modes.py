@@ -42,7 +42,7 @@ class Mode:
         """End the servers and delete their files."""
 
     def versions(self) -> dict[str, str]:
-        """Of the servers, while they run."""
+        """The versions of the servers, while they run."""
         return {}
 
     def url(self, place: str) -> str:
@@ -79,7 +79,7 @@ class SQLite(Mode):
 
     @property
     def directory(self) -> Path:
-        """Where the files are."""
+        """The folder of the files."""
         assert self._directory is not None
         return self._directory
 
@@ -281,7 +281,7 @@ def _mongo_forever(url: str, place: str) -> int:
 
 
 def modes() -> dict[str, Callable[[], Mode]]:
-    """What makes each mode, by its name."""
+    """The factory of each mode, by its name."""
     return {
         "memory": Memory,
         "sqlite": SQLite,

@@ -83,7 +83,7 @@ def text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def total(outcomes: Iterable[Outcome]) -> str:
-    """What happened to the promises, in a few lines."""
+    """A few lines on the promises that were kept and broken."""
     lines = []
     for candidate, name in NAMES.items():
         for stated, which in ((False, "that promise"), (True, "that do not")):

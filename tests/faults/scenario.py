@@ -36,7 +36,7 @@ CALM_DOWN = 5.0  # seconds until threads and sockets must be back to where they 
 
 @dataclass
 class Outcome:
-    """What came of one scenario."""
+    """The result of one scenario."""
 
     candidate: Candidate
     mode: str
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """What must not be, and was."""
+        """The violations that were found."""
         if self.candidate != "ours":
             return []
         verdict = self.verdict
@@ -144,7 +144,7 @@ def run(
         time.sleep(grace + SLACK + 0.1)  # until the last rotation must be over
         load.look_at_everything(rng)
         after = SLACK + (grace if candidate == "ours" else 0.0)
-        # A lock is taken and given back, beside the wait for it.
+        # Beside the wait, a lock is acquired and released.
         patience = LOCK_WAIT + 2 * TIMEOUT
         verdict = check(load.operations, budget=BUDGET, grace=after, patience=patience)
         verdict.recovery = recovery
@@ -177,16 +177,16 @@ def run(
 
 
 def _led_through(url: str) -> str:
-    """Through a proxy there is one server only, be it a replica set of one or none."""
+    """Through a proxy there is only one server, which may be a replica set of one."""
     if url.startswith("mongodb") and "directConnection" not in url:
         return f"{url}{'&' if '?' in url else '?'}directConnection=true"
     return url
 
 
 def _leaks(workers: Workers, before: dict[int, State], pools: int) -> list[str]:
-    """What the workers have more of than before the fault, given time to calm down.
+    """The resources that the workers hold more of than before the fault, after a pause.
 
-    Idle pools may have filled up meanwhile, all of them together to `pools` connections.
+    Idle pools may have filled up since, to `pools` connections in all.
     """
     deadline = time.monotonic() + CALM_DOWN
     while True:

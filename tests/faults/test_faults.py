@@ -32,7 +32,7 @@ BUDGET = 3.0
 
 
 class Story:
-    """A history of one session, told in order: each operation takes one second, then one passes."""
+    """A history of one session, in order: each operation takes a second, then a second passes."""
 
     def __init__(self, owner: str = "alice") -> None:
         self.owner = owner
@@ -58,7 +58,7 @@ class Story:
         self.did("read", token=token, seen={"owner": self.owner, "keys": values, **numbers})
 
     def found_nothing(self, token: int = 0) -> None:
-        """A read that was told that there is no session."""
+        """A read that found no session."""
         self.did("read", "failed", token, status=401)
 
     @property
@@ -76,7 +76,7 @@ def test_a_good_history_is_good() -> None:
     story.saw("k1", n=1, b=1, token=1)
     story.found_nothing()
     story.did("logout", token=1, seen={"owner": "alice", "keys": {}, "n": 1, "a": -1, "b": 1})
-    story.operations[-1].seen = None  # of a store that does not tell
+    story.operations[-1].seen = None  # of a store that doesn't say
     story.found_nothing(token=1)
     verdict = story.verdict
     assert verdict.broken == []

@@ -36,7 +36,7 @@ class Workers:
     """A gunicorn with threads. A context manager.
 
     :param folder: for its files; made for it alone.
-    :param environment: what `tests.faults.app` reads, but for the folder.
+    :param environment: the settings of `tests.faults.app`, except the folder.
     :param prefix: of the command line: a program that runs gunicorn.
     """
 
@@ -100,13 +100,13 @@ class Workers:
 
     @property
     def pid(self) -> int:
-        """Of the process that began as the command line."""
+        """The id of the process that the command line started."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def log(self) -> str:
-        """What gunicorn and the application wrote so far."""
+        """The output of gunicorn and the application so far."""
         return self._log.read_text(errors="replace")
 
     def alive(self) -> list[int]:
@@ -120,7 +120,7 @@ class Workers:
         self._wait(lambda: len(self._started()) > before)
 
     def states(self) -> dict[int, State]:
-        """What each worker says of its threads, sockets, files and pool slots."""
+        """The threads, sockets, files and pool slots of each worker."""
         number = self.control["report"] + 1
         self.control["report"] = number
         reports = {pid: self.folder / f"report-{pid}-{number:.0f}" for pid in self.alive()}

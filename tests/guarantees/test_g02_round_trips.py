@@ -266,7 +266,7 @@ def test_idle_never_fires_early_and_an_interval_late_at_most(
 
 
 def test_a_session_has_its_own_idle_timeout(make_site: SiteMaker) -> None:
-    """That of permanent sessions, or the one it was given."""
+    """The idle timeout of permanent sessions, or its own."""
     site = make_site(
         idle_timeout=100,
         renew_interval=0,

@@ -26,7 +26,7 @@ def visitor_with(site: Site, **values: Any) -> Visitor:
 
 
 def race(site: Site, visitor: Visitor, mine: Change, theirs: Change) -> dict[str, Any]:
-    """What is stored after two requests that both loaded the same state; mine is saved last."""
+    """The values stored after two requests that both loaded the same state; mine is saved last."""
     other = visitor.another_tab()
     interleaved = []
     site.before_a_write(lambda: interleaved.append(other.run(theirs)))

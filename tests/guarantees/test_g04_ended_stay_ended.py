@@ -238,7 +238,7 @@ def test_a_pointer_lends_no_cookie_to_a_permanent_session(site: Site) -> None:
     visitor.run(lambda session: setattr(session, "permanent", True))
     tab = visitor.another_tab()
     visitor.run(lambda session: session.rotate(60))
-    site.clock.advance(50)  # renewed, which sets the cookie of a permanent session anew
+    site.clock.advance(50)  # due for renewal, which would send a permanent session's cookie again
     for request in (dict, set_key("a", 1), lambda session: session.set_lifetime(50)):
         assert "Set-Cookie" not in tab.ask(request).headers
     assert visitor.run(dict)["a"] == 1
@@ -390,7 +390,7 @@ def test_a_write_after_destroy_starts_a_new_session(site: Site) -> None:
 
 
 def expiries_in_ms(site: Site) -> dict[str, float]:
-    """When the store itself lets go of each of its keys, from now on."""
+    """The milliseconds after which the store itself removes each of its keys."""
     now = int(site.clock() * 1000)
     inside = site.inside
     if isinstance(inside, InsideRedis):

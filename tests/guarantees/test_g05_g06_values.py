@@ -443,7 +443,7 @@ def test_a_page_for_refused_values_may_flash(
 
     @site.app.errorhandler(registered)
     def refused(error: Exception) -> str:
-        flask.flash("This cannot be kept")  # nor can this
+        flask.flash("This cannot be kept")  # the same goes for this one
         return "the page"
 
     response = site.visitor().ask(lambda session: session.update(key=object()))
@@ -545,7 +545,7 @@ NO_CHANGES: dict[str, Any] = {
     "an equal immutable assigned": lambda session: session.update(n=1),
     "an equal mutable assigned": lambda session: session.update(items=[3, 1, 2], set={1}),
     "the value itself assigned": lambda session: session.update(items=session["items"]),
-    "all assigned anew": lambda session: session.update(dict(session)),
+    "all assigned again": lambda session: session.update(dict(session)),
     "a change taken back": lambda session: (session["items"].append(4), session["items"].pop()),
     "deleted and set again": lambda session: session.update(items=session.pop("items")),
     "cleared and set again": lambda session: (
@@ -582,7 +582,7 @@ def test_an_equal_value_of_another_type_is_a_change(site: Site) -> None:
 
 
 def test_values_of_a_request_are_its_own(site: Site) -> None:
-    """What one request does to a value reaches no other before it is saved."""
+    """A request's changes to a value don't reach other requests before they are saved."""
     visitor = site.visitor()
     mine: list[int] = []
     visitor.run(lambda session: session.update(items=mine))

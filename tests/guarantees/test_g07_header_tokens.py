@@ -36,7 +36,7 @@ class ApiClient:
         return response
 
     def run(self, function: Any) -> Any:
-        """What `function(flask.session)` returned."""
+        """The result of `function(flask.session)`."""
         result = []
         response = self.ask(lambda session: result.append(function(session)))
         assert response.status_code == 200, response.get_data(as_text=True)
@@ -71,7 +71,7 @@ def whole(session: Any) -> dict[str, Any]:
 def test_a_whole_life(api: Site) -> None:
     client = ApiClient(api)
 
-    # An empty header asks for a token; there is none before there is something to keep.
+    # An empty header asks for a token, which comes once the session holds something.
     response = client.ask(whole)
     assert HEADER not in response.headers
     assert client.run(whole) == {}
@@ -99,7 +99,7 @@ def test_a_whole_life(api: Site) -> None:
     assert api.stored() == {}
     assert ApiClient(api, second).run(whole) == {}
 
-    # What the client was told, an empty token, is how a new session begins.
+    # With the empty token that the client got, it can begin a new session.
     assert client.token == ""
     client.run(set_user("bob"))
     assert client.token not in ("", first, second)
@@ -149,7 +149,7 @@ def test_a_client_learns_that_its_token_leads_nowhere(end: str, api: Site) -> No
     assert response.cache_control.no_store
     assert client.token == ""
     with api.counted() as count:
-        assert HEADER not in client.ask(whole).headers  # told once: it had no token now
+        assert HEADER not in client.ask(whole).headers  # only once: it has no token now
     assert not count.calls
 
     # A cookie is left alone: the browser may hold a newer one when this response arrives.
@@ -249,7 +249,7 @@ def test_clear_ends_the_session(one: Site) -> None:
 
 
 def test_the_header_holds_no_bare_token(one: Site) -> None:
-    """What the store is asked for cannot be computed from anything unsigned."""
+    """The key in the store can't be computed from anything unsigned."""
     client = ApiClient(one)
     client.run(set_user("alice"))
     token, dot, signature = client.token.partition(".")
@@ -380,7 +380,7 @@ def test_a_token_is_not_taken_from_the_url_or_a_form(one: Site) -> None:
 
 
 def test_vary_names_the_source_of_the_token(one: Site) -> None:
-    """A cache must tell the two kinds of clients apart, and their sessions."""
+    """A cache must distinguish the two kinds of clients, and their sessions."""
     client, visitor = ApiClient(one), one.visitor()
     client.run(set_user("alice"))
     visitor.run(set_user("bob"))

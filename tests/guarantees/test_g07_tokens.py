@@ -51,7 +51,7 @@ def altered(text: str) -> Iterator[str]:
 
 
 def bad_cookies(good: str, foreign: dict[str, str]) -> dict[str, str]:
-    """What is no token of ours, by name; `good` is one."""
+    """Cookies that hold no token of ours, by name. `good` is a right one."""
     token, _, signature = good.partition(".")
     bad = {
         "empty": "",

@@ -1,6 +1,6 @@
-"""G8: a record whose checksum is right and whose content is not is no session, and no 500.
+"""G8: a record with a right checksum and a wrong content is no session, and no 500.
 
-Somebody who can write to the store makes such a record, or a bug. Bodies of wrong types, huge
+An attacker who can write to the store can make one, and so can a bug. Bodies of wrong types, huge
 numbers, odd marks and references, extension types with bad content and deep nesting.
 """
 
@@ -57,7 +57,7 @@ references = st.builds(
 
 
 def long_ext(code: int, data: bytes) -> bytes:
-    """An extension value whose length takes four bytes, as that of marks and references does."""
+    """An extension value with a length of four bytes, like marks and references."""
     return b"\xc9" + struct.pack(">IB", len(data), code) + data
 
 
@@ -138,7 +138,7 @@ STEPS: dict[str, Any] = {
 
 
 def ended(act: Any) -> Any:
-    """What may find the session ended, since it turned out to be none."""
+    """Call ``act``, which may find that there is no session, and so that it has ended."""
     try:
         return act()
     except (SessionEnded, ValueRefused):

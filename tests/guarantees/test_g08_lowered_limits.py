@@ -30,7 +30,7 @@ lowered = pytest.mark.parametrize("what", LOWERED)
 
 
 def before_and_after(make_site: SiteMaker, what: str) -> tuple[dict[str, Any], Visitor]:
-    """What a session holds, and its visitor after the limits were lowered."""
+    """The contents of a session, and its visitor after the limits were lowered."""
     values, at_first, later = LOWERED[what]
     old = make_site(**at_first)
     visitor = old.visitor()

@@ -87,7 +87,7 @@ def all_fail(site: Site) -> None:
 
 @pytest.mark.parametrize("insist", [False, True], ids=["once", "stubborn"])
 def test_an_outage_is_met_once(insist: bool, site: Site) -> None:
-    """An application that ends or reloads the session asks anew: that is what it says."""
+    """Only an application that ends or reloads the session asks the store again."""
     for what, request in REQUESTS.items():
         visitor = visitor_of(site)
 
@@ -105,8 +105,8 @@ def test_an_outage_is_met_once(insist: bool, site: Site) -> None:
         assert visitor.run(dict) == {"hits": 0}, what
 
 
-def test_a_lock_is_asked_for_once_and_given_back(site: Site) -> None:
-    """What was asked for may have been given: it is given back, or nobody else had it for long."""
+def test_a_lock_is_asked_for_once_and_released(site: Site) -> None:
+    """The store may have granted the lock: then it is released, or expires soon."""
 
     def lock(session: Any) -> None:
         with session.lock():

@@ -361,7 +361,7 @@ def test_the_response_may_be_kept(make_site: SiteMaker, caplog: pytest.LogCaptur
 def test_a_read_and_a_logout_fail_even_where_the_response_may_be_kept(
     make_site: SiteMaker,
 ) -> None:
-    """Nobody is taken for logged out, or told to be, because the store was down."""
+    """An outage makes nobody appear logged out, to the application or to the browser."""
     site = make_site(on_store_error="keep-response")
     visitor = visitor_with(site, a=0)
     for operation, request in (("load", READ), ("delete", lambda session: session.destroy())):
@@ -425,9 +425,9 @@ def ask_in_time(visitor: Visitor, request: Callable[[Any], object]) -> TestRespo
 
 
 def served(visitor: Visitor, request: Callable[[Any], object]) -> Any:
-    """What a request gives as soon as it is served: that takes a recovery, or a machine less busy.
+    """The result of a request, which is repeated until it succeeds after a recovery.
 
-    It may be one whose answer did not come in time: the request does no more if it is done twice.
+    An earlier try may have been applied after all, so the request must do no harm when repeated.
     """
     end = time.monotonic() + STUCK
     while True:
@@ -674,7 +674,7 @@ def test_a_redis_that_forgot_its_scripts(own_redis: RedisServer, redis_admin: An
 
 
 def test_a_redis_that_answers_byte_by_byte(own_redis: RedisServer) -> None:
-    """The budget is that of the whole call, not that of each byte."""
+    """The budget is for the whole call, not for each byte."""
     with site_on(own_redis) as site, slow_proxy(own_redis.port) as (port, slow):
         visitor = served_with(site, a=0)
         url = f"redis://127.0.0.1:{port}/0"
@@ -808,7 +808,7 @@ def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_a_database_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that turned read-only; the tests may run as root, who may write."""
+    """As on a file system that turned read-only; tests may run as root, which may still write."""
 
     class ReadOnly(sqlite._Connection):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -869,7 +869,7 @@ def test_connections_that_were_opened_for_reading_only(tmp_path: Path, clock: Fa
 
 
 def test_an_interrupt_as_a_transaction_begins(tmp_path: Path, clock: FakeClock) -> None:
-    """A worker that is told to end does so; nothing makes an outage of it."""
+    """A worker that is to shut down does so, and this doesn't appear as an outage."""
     path = tmp_path / "sessions.sqlite3"
     store, other = (SQLiteStore(path, StoreOptions(clock=clock)) for _ in range(2))
     record = a_record(clock)
@@ -949,7 +949,7 @@ def test_a_file_that_was_deleted(
     store.create(before)
     assert other.load(before.key) == before
     (idle,) = other.file._pool
-    with open(f"{path}-shm", "rb") as shared, in_use(store):  # one is in use meanwhile
+    with open(f"{path}-shm", "rb") as shared, in_use(store):  # one is in use during that
         for end in {"", "-wal", "-shm"} - {*left}:
             Path(f"{path}{end}").unlink()
         assert store.load(before.key) is None

@@ -104,7 +104,7 @@ def test_a_race_lost_by_an_old_record_is_merged(
 
 
 def kept_at(site: Site) -> Any:
-    """What this worker keeps."""
+    """The record that this worker keeps."""
     near: Any = site.app.extensions["gsession"][site.ext].repository.near
     return near._kept
 

@@ -61,7 +61,7 @@ class Visitor(FlaskClient):
         return self._ask(function, options)[0]
 
     def run(self, function: Callable[[Any], Any], **options: Any) -> Any:
-        """What `function(flask.session)` returned in a request that ended with status 200."""
+        """The result of `function(flask.session)` in a request that must end with status 200."""
         response, visit = self._ask(function, options)
         assert response.status_code == 200, response.get_data(as_text=True)
         return visit.result
@@ -91,7 +91,7 @@ class Visitor(FlaskClient):
 
 
 class Visit:
-    """What one request shall do, and what came of it."""
+    """The task of one request, and its result."""
 
     def __init__(self, number: int, function: Callable[[Any], object]) -> None:
         self.path = f"/do/{number}"
@@ -194,7 +194,7 @@ class Site:
             self.store.before(operation, hook)
 
     def stored(self) -> dict[str, bytes]:
-        """What the store holds, pointers included: raw contents by key."""
+        """The contents of the store, pointers included: raw data by key."""
         return self.inside.stored()
 
     def sessions(self) -> dict[str, bytes]:
@@ -256,7 +256,7 @@ class SiteMaker:
 
 
 class Count:
-    """What was counted: calls of the store, round trips and commands of its server.
+    """The counts of store calls, round trips and commands of the server.
 
     Where the store has no server, or one that others use too, a call counts as one round trip,
     and `commands` is None.
@@ -268,7 +268,7 @@ class Count:
 
 
 class Inside:
-    """What a store holds and what it was asked, by ways of its own, not by the store's code."""
+    """Reads a store's records and counts its commands, bypassing the store's code."""
 
     def stored(self) -> dict[str, bytes]:
         """Raw contents by key."""
@@ -368,7 +368,7 @@ class InsideRedis(Inside):
             self.client.set(key, frame, keepttl=True)
 
     def commands(self) -> tuple[int | None, Counter[str]]:
-        """Each command that is sent is one read event of the server; those of scripts are none."""
+        """Each command that is sent is one read event of the server; commands of scripts aren't."""
         if "GSESSION_TEST_REDIS_URL" in os.environ:  # others may use that server, too
             return None, Counter()
         before, now = self._look(), self._look()

@@ -34,17 +34,17 @@ class Console:
         self.ext.on(SessionDestroyed, lambda event: self.events.append(event.handle))
 
     def run(self, *words: str, **options: Any) -> Result:
-        """What came of `flask gsession` with these words."""
+        """The result of `flask gsession` with these words."""
         return self.app.test_cli_runner().invoke(gsession, list(words), **options)
 
     def done(self, *words: str, **options: Any) -> str:
-        """What it printed, and it ended with 0."""
+        """The output of a command that must succeed."""
         result = self.run(*words, **options)
         assert result.exit_code == 0, result.output
         return result.stdout
 
     def failed(self, *words: str, status: int = 1, **options: Any) -> str:
-        """What it complained of."""
+        """The error message of a command that must fail."""
         result = self.run(*words, **options)
         assert result.exit_code == status, result.output
         assert not isinstance(result.exception, Exception) or result.exception is None
@@ -82,7 +82,7 @@ with Console(store).app.app_context():
 def struck(
     url: str, prefix: str, how: signal.Signals, operation: str, calls: int, *words: str
 ) -> str:
-    """What `flask gsession` with these words said in a process that a signal struck.
+    """The output of `flask gsession` with these words in a process that gets a signal.
 
     That is after so many calls of an operation of the store.
     """

@@ -100,7 +100,7 @@ class Child:
         reader, writer = os.pipe()
         sys.stdout.flush()
         with warnings.catch_warnings():
-            # Newer Pythons warn of forks beside threads, such as those of pymongo: our subject.
+            # Newer Pythons warn of forks beside threads, such as pymongo's: our subject.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = self.fork()
         if self._pid == 0:
@@ -122,7 +122,7 @@ class Child:
         os._exit(0)
 
     def result(self) -> Any:
-        """What `function` returned; fails with what it raised."""
+        """The result of `function`, or an assertion error with its exception."""
         with os.fdopen(self._reader) as pipe:
             text = pipe.read()
         _, status = os.waitpid(self._pid, 0)

@@ -32,7 +32,7 @@ GEVENT = ("--worker-class", "gevent")
 
 
 class Answer(NamedTuple):
-    """What came back: `cookie` is None unless the response sets or deletes one."""
+    """A response. `cookie`: the one that it sets or deletes, or None."""
 
     status: int
     body: dict[str, Any]
@@ -110,7 +110,7 @@ class Gunicorn:
 
     @property
     def log(self) -> str:
-        """What gunicorn and the application wrote so far."""
+        """The output of gunicorn and the application so far."""
         return self._log.read_text(errors="replace")
 
     def pids(self) -> list[int]:
@@ -219,7 +219,7 @@ def is_alive(pid: int) -> bool:
 
 
 def in_parallel(*tasks: Callable[[], Any]) -> list[Any]:
-    """What the tasks return, each run in a thread of its own, all started at one moment."""
+    """The results of the tasks, which start at the same moment, each in its own thread."""
     start = threading.Barrier(len(tasks))
 
     def run(task: Callable[[], Any]) -> Any:

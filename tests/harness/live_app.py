@@ -44,7 +44,7 @@ def create_app() -> Flask:
 
     @app.get("/figures")
     def figures() -> Answer:
-        """What this worker has open."""
+        """The streams and watches of this worker."""
         hints: Hints = ext.live.hints()
         status = Path("/proc/self/status").read_text()
         return {

@@ -33,7 +33,7 @@ PATIENCE = 30.0  # seconds for an answer
 def program(name: str) -> str:
     """The path of `prometheus` or `promtool`.
 
-    :raises ServerMissing: when there is none; the text says how to get one.
+    :raises ServerMissing: without one; the text says how to get it.
     """
     given = os.environ.get("GSESSION_TEST_PROMETHEUS")
     beside = [Path(sys.prefix) / "prometheus", *([Path(given).parent] if given else [])]
@@ -46,7 +46,7 @@ def program(name: str) -> str:
 
 
 class Prometheus(Server):
-    """A Prometheus that asks the targets it is told of, several times a second."""
+    """A Prometheus that scrapes its targets several times a second."""
 
     binary = "prometheus"
     missing = (
@@ -73,13 +73,13 @@ class Prometheus(Server):
         new.rename(self._directory / "targets.json")
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """What PromQL answers now: series with `metric` and `value`."""
+        """The result of a PromQL query now: series with `metric` and `value`."""
         return list(self._ask("query", query=expression)["result"])
 
     def query_range(
         self, expression: str, start: float, end: float, step: float
     ) -> list[dict[str, Any]]:
-        """What PromQL answers between two times: series with `metric` and `values`."""
+        """The result of a PromQL query over a time: series with `metric` and `values`."""
         times = {"start": start, "end": end, "step": step}
         return list(self._ask("query_range", query=expression, **times)["result"])
 
@@ -126,7 +126,7 @@ class Prometheus(Server):
 
 
 class Visitors:
-    """Threads that shop until they are told to stop, whatever the answers are."""
+    """Threads that shop until ``stop``, whatever the answers are."""
 
     def __init__(self, url: str, count: int, pause: float) -> None:
         self._url = url

@@ -110,7 +110,7 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether there is a process, be it paused."""
+        """Whether there is a process, even a paused one."""
         return self._process is not None and self._process.poll() is None
 
     @property

@@ -1,4 +1,4 @@
-"""What a process of its own does in test_shop.py. It imports no test: that takes a second."""
+"""A process for test_shop.py. It imports no test, which would take a second."""
 
 from examples.shop.app import create_app
 from examples.shop.orders import SoldOut

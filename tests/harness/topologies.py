@@ -5,13 +5,13 @@
 | `RedisSentinels`  | a primary, two replicas and three sentinels that fail over                |
 | `RedisCluster`    | three primaries that share the slots, each with a replica                 |
 | `RedisTLS`        | a Redis that speaks TLS only                                              |
-| `RedisACL`        | a Redis with one user, who may do what an ACL string says                 |
+| `RedisACL`        | a Redis with one user, whose rights an ACL string names                   |
 | `MongoReplicaSet` | three members that elect a primary                                        |
 | `MongoAuthTLS`    | a replica set of one, with users, that speaks TLS only                    |
 | `TCPProxy`        | stands before any server and delays, cuts, loses or withholds what passes |
 
-All are context managers. `start()` starts what is down, in those of several servers lets go on
-what is paused, and returns when the whole is well again: a test that broke something ends with
+All are context managers. `start()` starts the servers that are down, resumes those that are
+paused, and returns when all of them work again: a test that broke something ends with
 it. `stop()` ends it. Every process has the guard of `tests.harness.servers`, and is gone when the
 test process is.
 
@@ -159,7 +159,7 @@ def _start(server: Server) -> None:
 
 
 def _most_said(ask: Callable[[S], T], members: Sequence[S]) -> T:
-    """What most of the members answer that are awake; those that fail to answer do not count.
+    """The answer of most members; the ones that don't answer don't count.
 
     :raises ConnectionError: when none answers.
     """
@@ -247,7 +247,7 @@ class RedisSentinels(Topology):
         return f"redis+sentinel://{hosts}/{self.SERVICE}/0"
 
     def primary(self) -> RedisMember:
-        """The server that most sentinels name as the primary, be it alive or not."""
+        """The server that most sentinels name as the primary, alive or not."""
         port = _most_said(self._named_by, self.sentinels)
         return next(server for server in self.data if server.port == port)
 
@@ -326,7 +326,7 @@ class RedisSentinels(Topology):
             return False
         for replica in self.replicas():
             if not replica.replicates(primary):
-                # The sentinels would tell it too, but only after 8 seconds.
+                # The sentinels would do so too, but only after 8 seconds.
                 replica.command("REPLICAOF", HOST, primary.port)
                 return False
         return all(self._sees_all(sentinel, primary) for sentinel in self.sentinels)
@@ -395,7 +395,7 @@ class RedisCluster(Topology):
         return f"redis+cluster://{hosts}"
 
     def primary(self, slot: int = 0) -> ClusterNode:
-        """The node that serves `slot` in the eyes of most, be it alive or not.
+        """The node that serves `slot` according to most nodes, alive or not.
 
         The slot of a key is `redis.crc.key_slot(key)`.
         """
@@ -484,7 +484,7 @@ class RedisCluster(Topology):
                 source.command(*move, *keys)
             yield target
         finally:
-            # The target first: so there is always one who takes himself for the owner.
+            # The target first, so that one node always considers itself the owner.
             others = [node for node in primaries if node not in (source, target)]
             for node in (target, source, *others):
                 node.command("CLUSTER", "SETSLOT", slot, "NODE", target_id)
@@ -552,7 +552,7 @@ class RedisTLS(RedisServer):
     """A Redis server that speaks TLS only, with certificates made at its start.
 
     Where `redis-server` was built without TLS, a `TCPProxy` of this process speaks it instead, in
-    front of a plain server; `native` tells, and a line is printed.
+    front of a plain server; `native` says whether, and a line is printed.
 
     :param options: further command line options.
     :param client_certificates: whether a client must show one; otherwise it may.
@@ -576,7 +576,7 @@ class RedisTLS(RedisServer):
 
     @property
     def url(self) -> str:
-        """Where the server answers, as `rediss://`, with a client certificate if one is needed."""
+        """The server's `rediss://` URL, with a client certificate if it needs one."""
         files = {"ssl_ca_certs": self.certificates.ca}
         if self.client_certificates:
             client = self.certificates.client
@@ -633,7 +633,7 @@ class RedisTLS(RedisServer):
 @cache
 def has_tls(program: str) -> bool:
     """Whether a `redis-server` was built with TLS."""
-    # It refuses the first option that it does not know, and the second is none.
+    # It refuses the first option that it does not know; the second one is invalid.
     options = ["--tls-port", "0", "--no-such-option", "1"]
     answer = subprocess.run([program, *options], capture_output=True, check=False, timeout=10)
     return b"'tls-port" not in answer.stdout + answer.stderr
@@ -642,8 +642,8 @@ def has_tls(program: str) -> bool:
 class RedisACL(RedisServer):
     """A Redis server that answers nobody but an administrator and one user with few rights.
 
-    :param acl: what the user may do, as in `"~gsession:* +get +set"`. He may do nothing else; in
-        particular he has no channels, as is the default from Redis 7 on.
+    :param acl: the user's rights, as in `"~gsession:* +get +set"`, and no others; in
+        particular no channels, as is the default from Redis 7 on.
     :param options: further command line options.
     """
 
@@ -654,17 +654,17 @@ class RedisACL(RedisServer):
 
     @property
     def url(self) -> str:
-        """Where the user signs in."""
+        """The URL for the user."""
         return f"redis://app:{self._password}@{HOST}:{self.port}/0"
 
     @property
     def admin_url(self) -> str:
-        """Where the administrator signs in, who may do everything."""
+        """The URL for the administrator, who may do everything."""
         return f"redis://admin:{self._password}@{HOST}:{self.port}/0"
 
     @property
     def anonymous_url(self) -> str:
-        """Where nobody signs in; every command is refused with `NOAUTH`."""
+        """The URL without a user, for which every command is refused with `NOAUTH`."""
         return super().url
 
     def allow(self, acl: str) -> None:
@@ -679,7 +679,7 @@ class RedisACL(RedisServer):
         self.acl = acl
 
     def denied(self) -> list[str]:
-        """What the user was refused since the last call, as in `"command: keys"`, newest first."""
+        """The refusals of the user since the last call, such as `"command: keys"`, newest first."""
         with Redis.from_url(self.admin_url, decode_responses=True) as client:
             log = client.acl_log()
             client.acl_log_reset()
@@ -714,7 +714,7 @@ class MongoMember(MongoServer):
         return False
 
     def hello(self) -> dict[str, Any]:
-        """What this very server says of itself and the set."""
+        """This server's own view of itself and the set."""
         with self.client(timeoutMS=int(ANSWER_TIMEOUT * 1000)) as client:
             return client.admin.command("hello")
 
@@ -741,7 +741,7 @@ class MongoReplicaSet(Topology):
     def primary(self) -> MongoMember:
         """The server that takes writes.
 
-        :raises ConnectionError: when there is none at the moment.
+        :raises ConnectionError: while there is no primary.
         """
         for server in self.servers:
             if server.awake:
@@ -779,7 +779,7 @@ class MongoReplicaSet(Topology):
 
     @contextmanager
     def without_elections(self) -> Iterator[None]:
-        """For the length of a `with` block the primary stays one, be it cut off from the others."""
+        """For the length of a `with` block the primary stays one, even cut off from the others."""
         self._reconfigure(electionTimeoutMillis=600_000)
         try:
             yield
@@ -855,11 +855,11 @@ class MongoAuthTLS(MongoServer):
 
     @property
     def url(self) -> str:
-        """Where the user `app` signs in."""
+        """The URL for the user `app`."""
         return self.url_of("app")
 
     def url_of(self, user: Literal["admin", "app", "frail"] | None) -> str:
-        """Where a user signs in, to the database `DATABASE`; None is for nobody."""
+        """The URL for a user of the database `DATABASE`; None: without a user."""
         options = {"replicaSet": "gsession", "tls": "true", "tlsCAFile": self.certificates.ca}
         if user is None:
             return f"mongodb://{HOST}:{self.port}/{self.DATABASE}?{urlencode(options)}"
@@ -870,7 +870,7 @@ class MongoAuthTLS(MongoServer):
     def url_of_rights(
         self, actions: Sequence[str], *collections: str, **more: Sequence[str]
     ) -> str:
-        """Where a new user signs in who may do just these on collections of `DATABASE`.
+        """The URL for a new user with only these rights on collections of `DATABASE`.
 
         `more`: further actions, by collection.
         """
@@ -918,7 +918,7 @@ class MongoAuthTLS(MongoServer):
         return True
 
     def _make_users(self, client: "MongoClient[dict[str, Any]]") -> None:
-        # The first user may be made by anyone on this machine, and only he can make the others.
+        # Anyone on this machine may create the first user, and only that user can create others.
         client.admin.command("createUser", "admin", pwd=self._password, roles=["root"])
         admin: MongoClient[dict[str, Any]] = MongoClient(self.url_of("admin"), timeoutMS=10_000)
         with admin:
@@ -1040,7 +1040,7 @@ Way = Literal["request", "reply"]
 
 @dataclass(eq=False)
 class _Fault:
-    """What the proxy does to the bytes that pass, until `over` is set."""
+    """A manipulation of the bytes that pass the proxy, until `over` is set."""
 
     kind: Literal["none", "delay", "drip", "cut", "blackhole", "refuse"] = "none"
     way: Way = "reply"
@@ -1104,7 +1104,7 @@ class TCPProxy:
     def through(self, url: str) -> str:
         """The URL of the server, led through the proxy.
 
-        A MongoDB client is told to stay with this address, instead of going to those that the
+        The URL makes a MongoDB client stay with this address, instead of going to those that the
         replica set names.
         """
         parts = urlsplit(url)
@@ -1136,7 +1136,7 @@ class TCPProxy:
 
         :param match: only for requests with these bytes in them, as in `b"EVALSHA"`. Without,
             the setup of a new connection counts as a request too.
-        :param times: for so many requests, then no more.
+        :param times: only for so many requests.
         """
         return self._switch(_Fault("cut", size=after, match=match, times=times))
 
@@ -1185,7 +1185,7 @@ class TCPProxy:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # All from here runs in the proxy's thread, but for the first two.
+    # All methods from here on run in the proxy's thread, except the first two.
 
     def _switch(self, fault: _Fault) -> AbstractContextManager[object]:
         self._wait_for(self._set(fault))

@@ -55,7 +55,7 @@ _LEASE = 1000  # milliseconds for which a dead sweeper holds the others up
 
 
 class Lines:
-    """A file in which each line is there as soon as it is written, whoever is killed then."""
+    """A file that gets each line at once, so that a killed process loses none."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -204,7 +204,7 @@ _NAMED = {  # functions in which a role is killed
 
 
 def play(role: str, url: str, prefix: str, folder: Path, seed: int) -> None:
-    """What a child does, until it is killed."""
+    """The work of a child, until it is killed."""
     chance = random.Random(seed)
     sweeping._LEASE = _LEASE
     how = chance.random()

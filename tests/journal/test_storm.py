@@ -103,7 +103,7 @@ def storm(place: Place, prefix: str, folder: Path, seconds: float) -> int:
 
 
 class Found:
-    """What visitors were answered, what the consumer got, and what is in the journal."""
+    """The visitors' answers, the consumer's events, and the journal itself."""
 
     def __init__(self, folder: Path) -> None:
         self.ledger = _lines(folder / "ledger")
@@ -163,7 +163,7 @@ def unanswered_rotations(ledger: list[Any]) -> set[str]:
 
 
 def check_kinds(found: Found) -> None:
-    """An answered logout is in the journal as such; who didn't log out has expired."""
+    """The journal has each confirmed logout, and an expiry for every other session."""
     left = {e["handle"]: e["at"] for e in found.ledger if e.get("done") == "leave"}
     tried = {e["handle"] for e in found.ledger if e.get("trying") == "leave"}
     for handle, (end,) in found.ended.items():

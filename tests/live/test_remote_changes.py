@@ -104,7 +104,7 @@ def test_a_frozen_far_store_proves_nothing(own_redis: RedisServer, watches: Watc
 def test_a_cut_begins_another_feed(
     where: str, own_redis: RedisServer, watches: Watches, store_prefix: str
 ) -> None:
-    """What changed in the gap is in neither: the records kept before must not outlive it."""
+    """Neither feed has changes from the gap, so records kept before it must not outlive it."""
     with ExitStack() as stack:
         if where == "behind the server":
             proxy = stack.enter_context(TCPProxy(own_redis.port))

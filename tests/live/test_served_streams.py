@@ -128,7 +128,7 @@ def restarted(request: pytest.FixtureRequest) -> Iterator[Server]:
 def test_no_hint_is_lost_by_a_restart_of_the_store(
     kind: str, restarted: Server, tmp_path: Path, store_prefix: str
 ) -> None:
-    """And the near cache serves nothing while the store is away."""
+    """While the store is away, the near cache serves nothing."""
     near = {"near": 1.0} if isinstance(restarted, RedisServer) else {}
     with (
         serving(tmp_path, kind, restarted.url, store_prefix, timeout=2, **near) as server,

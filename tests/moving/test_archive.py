@@ -64,7 +64,7 @@ def moved(source: Site, target: Site, file: Path) -> str:
 
 
 def records(site: Site) -> dict[str, Record]:
-    """What a store has, by key."""
+    """The records of a store, by key."""
     store: Any = site.store.store
     return {record.key: record for record in store.scans.scan(limit=1000).records}
 
@@ -416,7 +416,7 @@ def test_files_that_cannot_be(
 
 
 class Unsteady(MemoryStore):
-    """Fails at the fourth page or write, as told."""
+    """Fails at the fourth page, or the fourth write."""
 
     failure: BaseException | None = None
     times = 1
@@ -484,7 +484,7 @@ def test_an_interrupted_import(
         ended = next(iter(store._records))
         store.delete(ended)
         assert console.done("import", str(exported), "--skip", "3") == "session: 2 imported\n"
-        assert ended not in store._records  # what ended meanwhile stays ended
+        assert ended not in store._records  # a session that ended since stays ended
         assert "1 imported, 4 there already" in console.done("import", str(exported))
     assert store._records == {**records(elsewhere)}
 
@@ -505,7 +505,7 @@ def test_to_a_store_that_cannot_scan(exported: Path, tmp_path: Path, clock: Fake
 
 
 def test_an_import_beside_a_request(exported: Path, clock: FakeClock) -> None:
-    """What is created between the look and the write stays."""
+    """A session that is created between the import's read and its write stays."""
     store = HookedStore(MemoryStore())
     console = Console(store, clock=clock)
     key = json.loads(exported.read_bytes().splitlines()[1])["key"]

@@ -1,6 +1,6 @@
 """`flask gsession import` of a file by somebody else: nothing is written where it should not be.
 
-The checksums of all these files are right: whoever can write a file can compute one.
+The checksums of all these files are right: an attacker who writes the file can compute them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Lines = list[dict[str, Any]]
 
 @pytest.fixture
 def elsewhere(clock: FakeClock) -> Iterator[Site]:
-    """Where the export comes from: a store in memory."""
+    """The source of the export, a store in memory."""
     with Site("memory://", "", clock) as site:
         yield site
 

@@ -1,4 +1,4 @@
-"""What follows from the settings, and what stops the application."""
+"""The effect of the import's settings, and the ones that stop the application."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where old sessions are kept: what each reader finds, removes and lists."""
+"""The stores of old sessions: each reader finds, removes and lists them."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def test_a_large_value_counts_wherever_it_appears(shared: Any, container: str) -
 
 
 def test_limits_of_messagepack() -> None:
-    """msgspec makes tuples of arrays that are keys: those of -1 and -2 have the same hash."""
+    """msgspec makes tuples of arrays that are keys, and tuples of -1 and -2 have the same hash."""
 
     def keys(number: int) -> dict[str, Any]:
         rows = itertools.islice(itertools.product((-1, -2), repeat=17), number)

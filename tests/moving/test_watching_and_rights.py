@@ -153,7 +153,7 @@ def application(tmp_path: Path, timeout: float = 5, **config: Any) -> Flask:
 
 
 def statuses(app: Flask, *paths: str) -> list[int]:
-    """The answers to a browser with the old cookie, which stays if none is a success."""
+    """The answers to a browser with the old cookie, which stays until one is a success."""
     client = app.test_client()
     client.set_cookie("session", SID)
     found = [client.get(path).status_code for path in paths]

@@ -34,7 +34,7 @@ __all__ = ["down"]
 
 
 class Counting(MemoryStore):
-    """Has so many expired sessions, and fails where it is told to."""
+    """Has so many expired sessions, and fails at the step ``at``."""
 
     def __init__(self, expired: int, failure: BaseException | None = None, at: int = -1) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Counting(MemoryStore):
 
 
 class InParts(MemoryStore):
-    """Looks at ten parts, finds one thing in each, and fails where it is told to."""
+    """Looks at ten parts, finds one thing in each, and fails at the part ``at``."""
 
     def __init__(self, failure: BaseException, at: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_the_expired_go_and_the_living_stay(site: Site) -> None:
     site.clock.advance(100 * 86400)
     live = site.visitor()
     live.run(lambda session: session.update(a=1))
-    # A create takes two of them with it, where nothing else does; a Redis lets go of all.
+    # A create removes two expired records, and Redis has removed all of them itself.
     expired = len(site.stored()) - 1 if not site.url.startswith("redis") else 0
     console = console_of(site)
     found = json.loads(console.done("cleanup", "--dry-run", "--json", "--batch", "2"))
@@ -155,7 +155,7 @@ def test_leftovers_on_redis(
 def test_large_values_without_expiry_on_redis(
     redis_url: str, redis_client: Redis, store_prefix: str, clock: FakeClock
 ) -> None:
-    """They get one that is late enough for whoever they belong to."""
+    """Their new expiry is late enough for any session they may belong to."""
     with SiteMaker(redis_url, store_prefix, clock) as make_site:
         site = make_site()
         visitor = site.visitor()

@@ -103,7 +103,7 @@ def test_it_cleans(site: Site) -> None:
     process = Process(site.store.store, site.clock, batch=2)
     process.run()
     assert live.run(dict) == {"a": 1}
-    if not site.url.startswith("redis"):  # which lets go by its own clock
+    if not site.url.startswith("redis"):  # which removes records by its own clock
         assert process.runs[0]["expired sessions"] >= 1
         assert len(site.stored()) == 2  # with the ticket
     # The ticket is no session.
@@ -417,7 +417,7 @@ def test_a_forked_process_has_its_own(sqlite_url: str) -> None:
 
 @pytest.mark.long
 def test_under_gunicorn(tmp_path: Path) -> None:
-    """A worker that is told to end in the middle of a clean-up leaves the rest to others."""
+    """A worker that shuts down in the middle of a clean-up leaves the rest to others."""
     (tmp_path / "instance").mkdir()
     path = tmp_path / "instance" / "gsession.sqlite3"
     prefix = "test:"

@@ -58,7 +58,7 @@ OF_TEST_SERVERS = {"password", "known fault"}
 
 @pytest.fixture(autouse=True)
 def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a busy machine adds to latencies and to clocks that are read one after the other."""
+    """Tolerate the delays of a busy machine: slow answers, and clocks that are read later."""
     monkeypatch.setattr("flask_gsession.operate.health._SLOW", 10_000.0)
     for server in ("redis", "mongodb"):
         monkeypatch.setattr(f"flask_gsession.stores.{server}.health._SKEW", 20.0)
@@ -76,7 +76,7 @@ def examine(app: Flask, *options: str) -> Result:
 
 
 def wrong(app: Flask) -> dict[str, str]:
-    """What is found to be wrong: severity by check. Not what is wrong with all servers of tests."""
+    """The severity of each finding by its check, except findings on every test server."""
     rows = json.loads(examine(app, "--json").stdout)
     return {
         row["check"]: row["severity"]
@@ -658,7 +658,7 @@ def test_a_right_that_is_missing_is_no_matter_of_the_url(
     assert answers["advice"].startswith("The store answers: give its user that right")
 
 
-# -- what a server tells of itself
+# -- the settings that a server reports
 
 WELL = {"redis_version": "7.0.15", "maxmemory_policy": "noeviction", "aof_enabled": "1"}
 SLAVE = "ip=db,port=1,state={},offset=90,lag={}"

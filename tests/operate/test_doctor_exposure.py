@@ -49,7 +49,7 @@ def severity(app: Flask, *checks: str) -> list[str | None]:
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the servers of the tests pass for those of another machine."""
+    """Let the servers of the tests appear to be on another machine."""
     monkeypatch.setattr("flask_gsession.stores.exposure.is_local", lambda host: False)
 
 

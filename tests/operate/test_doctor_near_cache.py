@@ -16,7 +16,7 @@ pytest_plugins = ["tests.harness.topologies"]
 
 
 def found(url: str, bound: float) -> dict[str, str] | None:
-    """What the doctor says of the near cache."""
+    """The doctor's finding on the near cache."""
     app = Flask(__name__)
     app.secret_key = "a key of some length, for tests"
     ext = Session(app, store=url, near_cache=bound)

@@ -55,7 +55,7 @@ def test_a_damaged_list(site: Site) -> None:
 
 
 def test_other_records_are_no_lists(site: Site) -> None:
-    """Marks of a take-over have keys like those of rosters."""
+    """The keys of take-over marks look like the keys of rosters."""
     signed_in(site)
     repository = repository_of(site)
     mark = mark_key("cookie", "an old session")

@@ -1,4 +1,4 @@
-"""The pages of users and administrators: who sees and ends what, on each store."""
+"""The pages of users and administrators: what each may see and end, on each store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What test_forks_in_c.py runs, each in a process without threads: `python -m ... NAME URL FOLDER`.
+"""Functions for test_forks_in_c.py, each in its own process: `python -m ... NAME URL FOLDER`.
 
 A function here uses sessions, forks by the C function, so that Python runs no fork hooks, and
 returns what was seen.
@@ -67,7 +67,7 @@ class CChild(Child):
 
 
 def tasks() -> int:
-    """How many threads this process really has; Python counts those of its parent, too."""
+    """How many threads this process really has; Python also counts its parent's."""
     return len(os.listdir("/proc/self/task"))
 
 
@@ -122,7 +122,7 @@ def closed_before(url: str, _: Path) -> Any:
 
 
 def replaced_file(url: str, _: Path) -> Any:
-    """What may not be used is the file that was open, and no other one at its place."""
+    """The child refuses the file that was open, but not another one in its place."""
     site = make_site(url, "forks:")
     cookie = site.log_in("alice")
     path = url.removeprefix("sqlite:///")

@@ -93,7 +93,7 @@ def test_a_child_of_a_child_works_too(shared_url: str, store_prefix: str) -> Non
 
 
 def test_a_child_outlives_the_connections_of_its_parent(shared_url: str, store_prefix: str) -> None:
-    """What the child stores after the parent closed is seen by everybody."""
+    """Everybody sees the writes of the child after its parent closed."""
     site = make_site(shared_url, store_prefix)
     cookie = site.log_in("parent")
     with gates(2) as (child_is_at_work, parent_has_closed):
@@ -109,7 +109,7 @@ def test_a_child_outlives_the_connections_of_its_parent(shared_url: str, store_p
         site.ext.close(site.app)
         parent_has_closed.open()
         cookies = running.result()
-    # The same application opens connections anew.
+    # The same application opens new connections.
     for each in cookies:
         assert get(site.client(each), "/all") == {"user": "child"}
     assert get(site.client(cookie), "/all") == {"user": "parent"}
@@ -163,7 +163,7 @@ def test_a_fork_beside_a_busy_thread(
     store_prefix: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the other thread was doing does not matter."""
+    """It doesn't matter what the other thread was doing."""
     monkeypatch.setattr(sqlite, "_WAIT_TO_FORK", PATIENCE)
     site = make_site(request.getfixturevalue(f"{driver}_url"), store_prefix)
     cookie = site.log_in("alice")
@@ -669,7 +669,7 @@ def test_close_leaves_no_descriptor_and_no_thread(shared_url: str, store_prefix:
     sites = []  # kept: what is closed must not wait for the garbage collector
 
     def use_and_close() -> set[tuple[str, str]]:
-        """What was open just before."""
+        """The files that were open just before."""
         site = make_site(shared_url, store_prefix)
         sites.append(site)
         with ThreadPoolExecutor(10) as pool:

@@ -1,4 +1,4 @@
-"""Forks that Python doesn't see, as those of uWSGI, and what is kept per process."""
+"""Forks in C, like uWSGI's, which run no hooks of Python: each process keeps its own state."""
 
 import json
 import os
@@ -27,13 +27,13 @@ def url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def log() -> list[str]:
-    """What the processes wrote to stderr."""
+    """The standard error of the processes."""
     return []
 
 
 @pytest.fixture
 def run(url: str, tmp_path: Path, log: list[str]) -> Run:
-    """What a function of forking_in_c.py returns."""
+    """Runs a function of forking_in_c.py, and returns its result."""
 
     def run(name: str) -> Any:
         folder = tmp_path / "folder"
@@ -56,7 +56,7 @@ def run(url: str, tmp_path: Path, log: list[str]) -> Run:
 
 
 def test_processes_go_on_side_by_side(run: Run, url: str, log: list[str]) -> None:
-    """Where that can't be, the child refuses, and says why; nothing is damaged."""
+    """On SQLite, the child refuses and says why, and damages nothing."""
     refuses = url.startswith("sqlite")
     assert run("used_in_a_request") == {
         "parent": [200],
@@ -92,7 +92,7 @@ def test_a_fork_in_the_middle_of_a_request(run: Run, url: str) -> None:
 
 
 def test_locks_across_the_fork(run: Run) -> None:
-    """The child does not take the thread of its parent for one that extends its locks."""
+    """The child doesn't rely on its parent's thread to extend its locks."""
     assert run("locks") == [["LockMisused", {}, {}], {"user": "alice", "held": True}]
 
 

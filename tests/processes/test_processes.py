@@ -1,4 +1,4 @@
-"""What is kept per process, where threads don't run, and where a server has yet to fork."""
+"""State per process, servers without threads, and servers before their fork."""
 
 import gc
 import logging
@@ -195,7 +195,7 @@ def test_a_new_process_begins_once_and_keeps_nothing_alive() -> None:
 def test_a_fork_waits_for_calls_that_are_under_way(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And holds up those that would begin meanwhile; the child can use the file."""
+    """Calls that begin after it wait, too, and the child can use the file."""
     monkeypatch.setattr(sqlite, "_WAIT_TO_FORK", 60)  # on a slow machine
     store: Any = open_store(sqlite_url, StoreOptions())[0]
     record = a_record(time.time)

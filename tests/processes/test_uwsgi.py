@@ -64,7 +64,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, store_prefix: str) ->
 
 
 def test_workers_share_sessions_and_no_connection(server: Uwsgi) -> None:
-    """Of those from before the fork and new ones; nobody gets the answer of another visitor."""
+    """Sessions from before the fork, and new ones. No visitor gets another's answer."""
     early = server.get("/warm-cookie").body["cookie"]
     shared = server.log_in("shared")
     each = 8

@@ -1,4 +1,4 @@
-"""What fails beside a session leaves the session, its cookie and its neighbours alone."""
+"""A failure beside a session leaves the session, its cookie and its neighbours alone."""
 
 from __future__ import annotations
 

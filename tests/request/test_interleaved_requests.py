@@ -62,7 +62,7 @@ KINDS: dict[str, st.SearchStrategy[Any]] = {
 KEYS = sorted(KINDS)
 
 
-#: What is done to the stored value of a key at once, and to what where there is none.
+#: The atomic update of each key, and the default that it starts with.
 UPDATES: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "cart": (lambda cart: [*cart, 7], []),
     "hits": (lambda hits: hits + 1, 0),
@@ -140,7 +140,7 @@ def differs(one: Any, other: Any) -> bool:
 def merged(
     base: dict[str, Kept], theirs: dict[str, Kept], mine: dict[str, Kept]
 ) -> dict[str, Kept]:
-    """What is stored after a request that saw `base` and wants `mine` met `theirs`."""
+    """The values stored after a request that saw `base` and wants `mine` met `theirs`."""
     result = dict(theirs)
     for key in KEYS:
         before, now, wanted = (side.get(key, MISSING) for side in (base, theirs, mine))
@@ -208,7 +208,7 @@ class Open:
         self.took_last = False
 
     def parts(self) -> None:
-        """It signs in with an old token: what it assigned, and no more, is in a new session."""
+        """It signs in with an old token: the new session holds only the values that it assigned."""
         kept = {
             key: kept
             for key, kept in self.wants.items()
@@ -691,7 +691,7 @@ def done(data: dict[str, Kept], key: str, takes: bool) -> Any:
 
 
 def changed_inside(value: Any, by: Any, grow: bool) -> Any:
-    """Change `value` where it is; what cannot be changed is given back changed."""
+    """Change `value` in place, or return a changed copy of an immutable one."""
     if type(value) is list:
         if grow or not value:
             value.append(by)
@@ -781,7 +781,7 @@ def test_a_session_ends_when_two_requests_have_taken_all_of_it(
 
 
 def test_a_reload_undoes_a_sign_in_with_an_old_token(store: Store, clock: FakeClock) -> None:
-    """What was not stored yet is discarded, and the session of the token is loaded again."""
+    """The reload discards unsaved changes, and loads the session of the token again."""
     script = Script(store, clock, cart=[])
     rotating, other = script.requests
     script.rotate(rotating, 60)

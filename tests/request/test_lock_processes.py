@@ -293,7 +293,7 @@ def test_the_end_of_a_session_calls_every_waiter(
 def test_a_waiter_without_a_call_looks(
     store_prefix: str, own_redis: RedisServer, caplog: pytest.LogCaptureFixture, clock: FakeClock
 ) -> None:
-    """Where the connection is lost, and until it is made anew."""
+    """After the connection is lost, until there is a new one."""
     with Site(own_redis.url, store_prefix, clock, lock_wait=PATIENCE) as site:
         client = site.inside.client  # type: ignore[attr-defined]  # of Redis
         store = let_listen(site)
@@ -361,7 +361,7 @@ def test_a_waiter_looks_if_no_thread_can_listen(
 def test_a_silent_waiter_is_forgotten(
     redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A waiter whose leaving the open circuit kept from the store: nobody listens for him."""
+    """An open circuit kept a waiter from leaving the queue: the process stops listening for it."""
     monkeypatch.setattr("flask_gsession.stores.redis.wakeup._LOOK_AROUND", 0.02)
     with Site(redis_url, store_prefix, clock) as site:
         store: Any = wait_once(site)

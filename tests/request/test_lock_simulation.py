@@ -3,7 +3,7 @@
 Three clients of one session lock it, count in the way that loses counts without a lock, and are
 struck: an answer is lost, a process dies, time runs past every lease. Beside them somebody writes
 without a lock, and at times there is a rotation or a logout. Leases are not extended here, so that
-many run out. What must hold is judged by a model of who holds the lease.
+many run out. A model of the lease and its holder judges what happens.
 """
 
 from __future__ import annotations

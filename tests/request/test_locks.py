@@ -683,7 +683,7 @@ def test_a_lock_is_held_as_long_as_its_holder_lives(make_site: SiteMaker) -> Non
 
 
 def test_a_lock_that_was_forgotten_runs_out(clock: FakeClock) -> None:
-    """One whose thread ended without leaving the block is extended no more."""
+    """If its thread ended without leaving the block, the lock is not extended any longer."""
     with Site("memory://", "", clock) as site:
         visitor = a_visitor(site)
 
@@ -750,7 +750,7 @@ def test_locks_are_extended_after_a_thread_could_not_start(
 
 
 def test_an_outage_where_no_thread_can_start(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody gives the lock back then, and the answer is still that of the outage."""
+    """Then nothing releases the lock, and the response still reports the outage."""
     visitor = a_visitor(site)
     let_the_renewer_end()
     no_thread(monkeypatch, "gsession-locks")
@@ -790,7 +790,7 @@ def test_an_interrupt_just_after_the_lock_was_got(site: Site) -> None:
 def test_a_value_that_cannot_be_read_inside_a_lock(
     wrote: bool, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request goes on as a new session, and the lock of the old one is given back."""
+    """The request goes on with a new session, and the old one's lock is released."""
     visitor = a_visitor(site, bad=[1])
 
     def unreadable(*arguments: object) -> Any:
@@ -959,7 +959,7 @@ def test_the_answer_to_an_acquisition_is_lost(site: Site) -> None:
     visitor = a_visitor(site)
     site.store.after("acquire", lost_answer)
     assert visitor.ask(count_locked).status_code == 503
-    until(lambda: is_free(site, visitor))  # given back without the request
+    until(lambda: is_free(site, visitor))  # released outside of the request
 
 
 def test_the_answer_to_the_save_is_lost(site: Site) -> None:
@@ -971,7 +971,7 @@ def test_the_answer_to_the_save_is_lost(site: Site) -> None:
 
 
 def test_a_request_waits_for_an_outage_once(site: Site) -> None:
-    """The lock is given back by somebody else."""
+    """Another thread releases the lock."""
     visitor = a_visitor(site)
     answered = threading.Event()
     site.store.before("release", lambda: answered.wait(PATIENCE))
@@ -1252,7 +1252,7 @@ def test_the_lock_is_given_back_before_a_streamed_body(site: Site) -> None:
     assert visitor.run(dict) == {"n": 2}
 
 
-# What is told ---------------------------------------------------------------------------------
+# Warnings and events --------------------------------------------------------------------------
 
 
 def test_a_long_hold_is_warned_about(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:

@@ -99,7 +99,7 @@ def test_threads_that_look_first_get_the_same_object(memory: Site) -> None:
 
 
 class Work:
-    """What the threads of one request do, at random, and what came of it."""
+    """Random work for the threads of one request, and its results."""
 
     def __init__(self, seed: int, session: Any, tab: Visitor) -> None:
         self.seed, self.session, self.tab = seed, session, tab

@@ -88,7 +88,7 @@ DICT_OPERATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def outcome(operation: Callable[[Any], Any], target: Any) -> Any:
-    """What came of it; of an error its type and the key it names."""
+    """The result; for an error, its type and the key it names."""
     try:
         result = operation(target)
     except KeyError as error:
@@ -912,7 +912,7 @@ def test_a_mongo_client_is_used_and_never_closed(mongodb_url: str, store_prefix:
 
 
 def test_ended_while_the_view_waits(site: Site) -> None:
-    """`update_atomic` tells it, a plain write drops what it has, a reload shows it."""
+    """`update_atomic` raises, a plain write is dropped, and a reload shows the end."""
     visitor = visitor_with(site, n=0)
     tab = visitor.another_tab()
 

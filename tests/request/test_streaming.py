@@ -59,7 +59,7 @@ def stored_values(visitor: Visitor) -> dict[str, Any]:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What Flask-GSession logged as an error."""
+    """The errors that Flask-GSession logged."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -172,7 +172,7 @@ def test_a_write_while_streaming_is_lost_and_logged(
 
 @pytest.fixture
 def memory_site(clock: Any) -> Iterator[Site]:
-    """What is decided above the stores needs one of them only."""
+    """One store is enough: the code under test is above the stores."""
     with SiteMaker("memory://", "", clock) as make:
         yield make()
 

@@ -55,7 +55,7 @@ def tracked(**items: Any) -> TrackedValues:
 
 
 def changed(values: TrackedValues) -> dict[str, tuple[Any, Any]]:
-    """Before and after of each changed key; MISSING where there is none."""
+    """The values of each changed key before and after; MISSING for an absent one."""
 
     def value(raw: bytes | None) -> Any:
         return MISSING if raw is None else CODEC.decode(raw)
@@ -207,7 +207,7 @@ def test_a_value_that_cannot_be_kept_is_refused_with_the_changes() -> None:
 
 
 def test_the_base_of_a_change_is_the_value_first_seen() -> None:
-    """It must not follow what others store meanwhile, or their change would be overwritten."""
+    """It must not follow changes of other requests, or a save would overwrite them."""
     values = tracked(seen=[1], unseen=[1], assigned=1, deleted=1, number=1)
     values["seen"].append("mine")
     values["assigned"] = 2
@@ -404,7 +404,7 @@ def merge(
     default: MergeFunction = last,
     **policies: MergeFunction,
 ) -> dict[str, Any]:
-    """What is stored after a request that saw `base`, and wants `mine`, met `theirs`."""
+    """The values stored after a request that saw `base`, and wants `mine`, met `theirs`."""
     before, wanted = stored(base), stored(mine)
     changes = {
         key: Change(before.get(key), wanted.get(key))

@@ -165,7 +165,7 @@ def test_a_block_that_raises_stores_nothing(site: Site) -> None:
 
 
 def test_a_block_that_raises_keeps_earlier_values_of_a_new_session(site: Site) -> None:
-    """What is not worth a session is not stored before a transaction, and must not get lost."""
+    """A value that doesn't make a session isn't stored before a transaction, and isn't lost."""
 
     def view(session: Any) -> None:
         session.permanent = True

@@ -1,4 +1,4 @@
-"""Who may call a server of sessions: mutual TLS, tokens, Unix sockets, and nobody by default."""
+"""Access to a server of sessions: mutual TLS, tokens, Unix sockets, and nobody by default."""
 
 from __future__ import annotations
 

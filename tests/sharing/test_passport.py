@@ -1,4 +1,4 @@
-"""Passports: who somebody is, for services that must not ask."""
+"""Passports: identify visitors to services that don't ask the application."""
 
 from __future__ import annotations
 

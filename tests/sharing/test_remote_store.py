@@ -1,4 +1,4 @@
-"""A store over gRPC: outages within the budget, forks, interrupts, and answers that are none."""
+"""A store over gRPC: outages within the budget, forks, interrupts, and malformed answers."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_server_that_goes_away_is_503_in_time_and_comes_back(
 
 
 def outage(store: Any) -> str:
-    """What a load that must fail says."""
+    """The error of a load that must fail."""
     with pytest.raises(StoreUnavailable) as caught:
         store.load("x" * 43)
     return str(caught.value)
@@ -254,7 +254,7 @@ def test_a_defect_of_the_far_store_is_an_outage_and_shows_nothing(
         store.close()
 
 
-# Answers that are none ----------------------------------------------------------------------------
+# Malformed answers --------------------------------------------------------------------------------
 
 
 class Odd(Service):
@@ -555,7 +555,7 @@ def test_writes_are_settled() -> None:
 
 
 def test_no_write_is_settled_where_none_was_given_up(far: HookedStore) -> None:
-    """One round trip a call, as ever."""
+    """Each call still takes one round trip."""
     with store_servers() as serve:
         store = reach(serve(far))
         record = a_record(time.time)

@@ -1,4 +1,4 @@
-"""Who somebody is, by HTTP: the page that proxies ask, and token introspection (RFC 7662)."""
+"""Identifying visitors by HTTP: the page for proxies, and token introspection (RFC 7662)."""
 
 from __future__ import annotations
 

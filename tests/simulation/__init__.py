@@ -9,5 +9,5 @@ store call who goes on, what fails and what time it is. The requests run the rea
     python -m tests.simulation --mutations          # how soon broken code is found out
 
 From the inside, `model` follows every effect on the store and says what must be there. From the
-outside, `audit` knows only what the clients were told, and checks that it is true.
+outside, `audit` knows only the answers that clients got, and checks that they are true.
 """

@@ -1,4 +1,4 @@
-"""What a schedule looked like from outside, and what must be true of it whatever happened inside.
+"""A schedule as seen from outside, and the rules that it must keep whatever happened inside.
 
 The model follows every effect on the store; the audit knows only what requests were told. Each
 would catch most of what the other misses.
@@ -26,7 +26,7 @@ class Segment:
 
 @dataclass(eq=False)
 class Done:
-    """One operation, and what its caller was told of it."""
+    """One operation, and the answer to its caller."""
 
     op: Op
     segment: Segment
@@ -63,13 +63,13 @@ class Visit:
         return self.status == 200 and not self.told_dropped
 
     def discard_pending(self) -> None:
-        """What was not stored yet, never will be."""
+        """Changes that were not stored yet never will be."""
         for done in self.done:
             if done.outcome == "pending":
                 done.outcome = UNKNOWN
 
     def confirm_pending(self) -> None:
-        """What was not stored yet, is now."""
+        """Changes that were not stored yet are stored now."""
         for done in self.done:
             if done.outcome == "pending":
                 done.outcome = OK
@@ -127,7 +127,7 @@ def _once(visits: list[Visit]) -> None:
 
 
 def _in_time(visits: list[Visit]) -> None:
-    """What expires by itself was read by nobody from then on."""
+    """Nobody read a value after its expiry."""
     every = [(visit, done) for visit in visits for done in visit.done]
     ends = {
         done.op.tag: done.began_at + done.op.argument[1] * 1000

@@ -97,7 +97,7 @@ def look(w: Site, me: str, broken: Broken) -> Generator[None, None, Look]:
 def note(
     w: Site, mark: Record | None, broken: Broken, *, ends: bool = False
 ) -> Generator[None, None, bool]:
-    """Step 4, or that of a logout: the mark's next version; False if the cookie is dead."""
+    """Step 4, or a logout's: store the mark's next version; False if the cookie is dead."""
     while True:
         if mark is None:
             yield
@@ -256,7 +256,7 @@ def start(broken: Broken, visited: bool = False) -> Site:
 
 
 def check(w: Site, broken: Broken) -> str:
-    """What must hold in every state."""
+    """The invariants of every state."""
     mark = w.store.get("mark")
     if mark and mark.ends > MARK_END:
         return "without an end"
@@ -269,7 +269,7 @@ def check(w: Site, broken: Broken) -> str:
 
 
 def final(w: Site, broken: Broken) -> str:
-    """What must hold when no program runs any more."""
+    """The invariants once no program runs any more."""
     mark = w.store.get("mark")
     if mark is None or mark.value[1] or mark.value[0] not in w.store:
         return ""

@@ -73,7 +73,7 @@ BREAKS = {
         "numbers again": ("4 uses a number again", "settle, write here"),
         "forgets": ("4 is done when the answer is lost", "second cut"),
         "forgets creation": ("5 leaves no tombstone", "create, two settlers"),
-        "tells nobody": ("5 doesn't tell the centre of it", "create, two settlers"),
+        "tells nobody": ("5 doesn't report it to the centre", "create, two settlers"),
         "keeps late": ("5 keeps what it created too late", "create, two settlers"),
         "keeps copy": ("7 withdraws nothing", "rotation here, full disk"),
         "rotates over": ("7 replaces a row with changes", "rotation here, write"),

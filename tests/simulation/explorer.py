@@ -88,7 +88,7 @@ class World:
         return there if fits else None
 
     def saw(self, answer: Any) -> Any:
-        """What the running program learns in this step."""
+        """The result of this step for the running program."""
         self._verbs += 1
         assert self._verbs == 1, "two verbs in one step"
         self._answers[self._running] = (*self._answers.get(self._running, ()), answer)

@@ -390,7 +390,7 @@ def probe(w: Site, broken: Broken, **how: Any) -> Any:
 
 
 def check(w: Site, broken: Broken) -> str:
-    """What must hold in every state."""
+    """The invariants of every state."""
     mark = w.store.get("mark")
     if mark and mark.ends > MARK_END:
         return "without an end"
@@ -403,7 +403,7 @@ def check(w: Site, broken: Broken) -> str:
 
 
 def final(w: Site, broken: Broken) -> str:
-    """What must hold when no program runs any more."""
+    """The invariants once no program runs any more."""
     facts = w.facts
     if facts["ended"]:
         left = facts["logged_out"] and "old" in w.store and "written back" not in facts["limits"]

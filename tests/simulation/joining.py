@@ -85,7 +85,7 @@ BREAKS = {
 
 
 def merged(base: Cart, mine: Cart, theirs: Cart) -> Cart:
-    """What has changed from ``base`` to ``mine``, done to ``theirs``."""
+    """The changes from ``base`` to ``mine``, applied to ``theirs``."""
     sums = dict(theirs)
     for sign, side in ((1, mine), (-1, base)):
         for item, number in side:
@@ -313,7 +313,7 @@ def start(broken: Broken, two: bool = False) -> World:
 
 
 def check(w: World, broken: Broken) -> str:
-    """What must hold in every state."""
+    """The invariants of every state."""
     cart = dict(w.store["user"].value[0])
     if any(n > 1 for n in cart.values()):
         return "an item is counted twice"
@@ -332,7 +332,7 @@ def check(w: World, broken: Broken) -> str:
 
 
 def final(w: World, broken: Broken) -> str:
-    """What must hold when nobody runs any more and each browser has signed in, if need be again."""
+    """The invariants once nobody runs any more, and each browser has signed in, perhaps again."""
     for browser in ("jar", "other"):
         if w.facts[browser] and browser not in w.facts["acknowledged"]:
             w.alone(lambda w, browser=browser: sign_in(w, "again", broken, browser), "again")

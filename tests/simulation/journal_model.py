@@ -20,7 +20,7 @@ What must hold
 - none lost: a session that was there has an end in the journal, once the last sweep is over;
 - no end of the living: while a session is served, its end isn't in the journal.
 
-A sweep that moves the place of a live session may overwrite the place that 2 made meanwhile; after
+A sweep that moves the place of a live session may overwrite a place that 2 made in between; after
 a crash the end then comes as late as the session would have expired. That is a limit, no fault.
 """
 
@@ -72,7 +72,7 @@ class JournalWorld(World):
         return end if "server" in self.broken else LONG_AFTER + end
 
     def end_of(self) -> float | None:
-        """When the session ends; None if there is none."""
+        """When the session ends; None without a session."""
         there = self.store.get(SESSION)
         return None if there is None or there.value == MARKER else there.value
 
@@ -204,7 +204,7 @@ def late(world: JournalWorld) -> Program:
 
 
 def scenarios(broken: Broken) -> Mapping[str, Scenario]:
-    """The scenarios; in each, the clock passes the ends of the session meanwhile."""
+    """The scenarios; in each, the clock also passes the ends of the session."""
     indexed = {"start": "indexed"}
     return {
         "create": Scenario({}, 1, {"a": create, "s": sweep, "clock": late}),

@@ -1,10 +1,10 @@
-"""What a session must be: plain dicts, plain rules, and no line of the code under test.
+"""A model of sessions: plain dicts, plain rules, and no line of the code under test.
 
-The model is told of every effect on the store, in the order in which they happen, and checks each
+The model hears of every effect on the store, in the order in which they happen, and checks each
 one against what the guarantees allow. Three kinds of things live here:
 
-- a `View`: what one request sees and changes,
-- a `Mirror`: what one request knows, and what it therefore may and must do,
+- a `View`: the values that one request sees and changes,
+- a `Mirror`: one request's knowledge, which decides what it may and must do,
 - a `Line`: one session through all its rotations.
 """
 
@@ -183,12 +183,12 @@ class View(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def changes(self) -> dict[str, tuple[Any, Any]]:
-        """What each changed key was when first seen, and what it shall be."""
+        """The value of each changed key when first seen, and its new value."""
         pairs = ((key, base, self.live.get(key, MISSING)) for key, base in self.base.items())
         return {key: (base, mine) for key, base, mine in pairs if base != mine}
 
     def committed(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
-        """These changes are stored: what is changed from now on is a change of its own."""
+        """These changes are stored; later ones are changes of their own."""
         for key, (_, mine) in changes.items():
             self.base[key] = copied(mine)
 
@@ -204,7 +204,7 @@ def shown(value: Any) -> str:
 
 
 def copied(value: Any) -> Any:
-    """A copy with nothing in common."""
+    """A deep copy."""
     if type(value) is list:
         return [copied(item) for item in value]
     if type(value) is Fleeting:
@@ -259,7 +259,7 @@ class Attempt:
 
 @dataclass(eq=False)
 class Mirror:
-    """What one request knows of its session, and what it therefore may and must do."""
+    """One request's knowledge of its session, which decides what it may and must do."""
 
     name: str
     browser: str
@@ -383,7 +383,7 @@ class Mirror:
         )
 
     def discard_attempts(self) -> None:
-        """What its writes are to store is forgotten; they may still be stored."""
+        """Forget the values of pending writes, which may still be stored."""
         for attempt in self.attempts.values():
             attempt.discarded = True
 
@@ -490,7 +490,7 @@ class Model:
     def heard(
         self, mirror: Mirror, key: str, record: Record | None, *, foreign: bool = False
     ) -> None:
-        """The request got this answer to a load; ``foreign``: one that it can't use."""
+        """The request got this answer to a load. ``foreign``: an answer that it can't use."""
         if record is not None and record.successor is not None:
             return  # it will ask for the successor
         if mirror.state == "unopened":
@@ -768,7 +768,7 @@ class Model:
     def _merged(
         self, mirror: Mirror, line: Line, changes: Mapping[str, tuple[Any, Any]], now: int
     ) -> Values:
-        """What these changes of a request make of what is stored."""
+        """The stored values with these changes of a request."""
         self._check_once(mirror, changes)
         try:
             return self.merge(line.values, changes, now)
@@ -782,14 +782,14 @@ class Model:
                 for sent in mirror.attempts.values()
                 if sent.line is not None
                 and not sent.discarded
-                # A session that its request doesn't find is another one, which nobody has.
+                # If it doesn't find its session, it has another one, unknown to any client.
                 and not (sent.state == "none" and (sent.late or not self.head_of(sent.key)))
             )
             if any(before.get(key) == change for before in stored):
                 raise Violation(f"stored the change of {key!r} a second time")
 
     def merge(self, stored: Values, changes: Mapping[str, tuple[Any, Any]], now: int) -> Values:
-        """Changes put onto what is stored. What has expired never was. Raises `Conflict`."""
+        """Apply changes to the stored values, without expired ones. Raises `Conflict`."""
         stored = unexpired(stored, now)
         merged = dict(stored)
         for key, sides in changes.items():
@@ -854,7 +854,7 @@ class Model:
     # -- at the end
 
     def check_end(self, mirror: Mirror, status: int) -> None:
-        """A request was answered: it has done what it was told to, or said that it had not."""
+        """A request was answered: it has done its work, or reported that it has not."""
         if status != 200:
             return
         mirror.part()

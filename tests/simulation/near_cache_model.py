@@ -33,7 +33,7 @@ What must hold
 A primary that was replaced and doesn't know it serves old records until this process learns of it,
 as it would without the cache.
 
-A crash of this process ends its cache with it, so there are none here.
+A crash of this process also ends its cache, so the model has no crashes.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class NearWorld(World):
         self.over = False  # the read, and with it the interesting part
 
     def at(self, *place: Any) -> None:
-        """Where the running program is, and what it still needs to know."""
+        """The position of the running program, and the knowledge it still needs."""
         self._answers[self._running] = place
 
     def step(self, name: str, program: Program) -> bool:

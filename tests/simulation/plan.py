@@ -1,4 +1,4 @@
-"""What a schedule is made of: browsers, their requests, and what the views do.
+"""The parts of a schedule: browsers, their requests, and the operations of views.
 
 Everything is drawn from one random generator, so a seed is a schedule.
 """

@@ -298,7 +298,7 @@ class Serving:
     def _think(self, op: Op) -> None:
         running().pause("think")
 
-    # -- what a request may be told
+    # -- the answers that a request may get
 
     def _check_refusal(self, error: HTTPException) -> None:
         """Whether a request may fail in this way now."""
@@ -342,12 +342,12 @@ class Serving:
         sent = sent_cookie(response)
         if sent is None:
             if mirror.cookie_due:
-                raise Violation("was not told its new token")
+                raise Violation("didn't get its new token")
             return
         cookie = sent[0]
         if cookie is None:
             if not (mirror.ended_itself or (mirror.cleared and mirror.state != "live")):
-                raise Violation("was told to forget its token")
+                raise Violation("was made to forget its token")
             return
         key = session_key(cookie.rpartition(".")[0])
         if mirror.state != "live" or key != mirror.key:

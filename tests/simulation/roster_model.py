@@ -121,7 +121,7 @@ def device(device_id: str, key: str) -> Device:
 
 
 class Site:
-    """The programs of one scenario. Each method is a program, but for the helpers at the end."""
+    """The programs of one scenario. Each method is a program, except the helpers at the end."""
 
     def __init__(self, broken: Broken, cap: int = real.MOST_DEVICES, policy: Policy = "oldest"):
         self.broken, self.cap, self.policy = broken, cap, policy
@@ -231,7 +231,7 @@ class Site:
                     if there is None or (key != was and there.value.user):
                         continue
                     if not there.value.user:
-                        continue  # it was unbound meanwhile
+                        continue  # it was unbound since
                     yield from delete(w, key)
                     yield from self._finish(w, session.user)
                     return

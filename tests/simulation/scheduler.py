@@ -1,6 +1,6 @@
 """Runs requests as greenlets, one at a time, and decides at every pause who goes on and what fails.
 
-Time stands still unless the scheduler turns the clock. A sleep is a pause like any other.
+Time only passes when the scheduler moves the clock. A sleep is a pause like any other.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Killed(BaseException):
 
 
 class Interrupted(Exception):
-    """What a signal raises wherever a request is, such as a worker's timeout."""
+    """Raised by a signal anywhere in a request, as by a worker's timeout."""
 
 
 class Fault(Enum):
-    """What goes wrong at a pause."""
+    """A fault at a pause."""
 
     NONE = "none"
     BEFORE = "unavailable, nothing done"

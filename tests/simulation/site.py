@@ -67,7 +67,7 @@ class SimulatedStore:
 
     @property
     def records(self) -> dict[str, Record]:
-        """What is stored, expired records included."""
+        """The stored records, expired ones included."""
         return self.inner._records
 
     def create(self, record: Record) -> None:
@@ -101,7 +101,7 @@ class SimulatedStore:
         return record
 
     def _unexpired(self, record: Record | None) -> Record | None:
-        """What the request is to make of an answer to a load."""
+        """The answer to a load as the request must take it."""
         now = milliseconds(self._clock)
         return None if record is None or now >= record.idle_expires_at else record
 

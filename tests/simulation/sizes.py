@@ -1,4 +1,4 @@
-"""Which scenarios of a model `make test` explores, and which only `make long` does."""
+"""Chooses the scenarios of a model that only `make long` explores."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ UNTIL = 5000  # seconds after the start
 
 
 class Stepped:
-    """What waits its turn before each call, and may fail there."""
+    """A store whose calls wait their turn and may fail."""
 
     def call(self, operation: str, done: Callable[[], Any]) -> Any:
         task = current_task()
@@ -145,7 +145,7 @@ class Request(Task):
 
 
 def current_visit() -> str:
-    """What the running request does; "" outside of any."""
+    """The operation of the running request; "" outside of any."""
     task = current_task()
     return task.does if isinstance(task, Request) else ""
 
@@ -159,7 +159,7 @@ class Visit(NamedTuple):
 
 
 class Outcome:
-    """What a request was told, as far as its response arrived."""
+    """The answer to a request, if its response arrived."""
 
     def __init__(self) -> None:
         self.served: str | None = None  # the handle of the session that the view saw
@@ -192,7 +192,7 @@ class Schedule:
         self.wrong: str | None = None
 
     def run(self) -> str | None:
-        """What went wrong; None if nothing did."""
+        """The violation; None without one."""
         world = self.world
         world.begin(self.watching)
         if self.rng.random() < 0.3:
@@ -313,7 +313,7 @@ class Schedule:
             self.signed_in = True
 
     def judge(self) -> str | None:
-        """What must hold once no request runs any more."""
+        """The invariants once no request runs any more."""
         world, inner = self.world, self.world.store.inner
         oldest = world.interface.repository.settings.absolute_timeout  # of cookies, too
         latest = max(START + UNTIL * 1000, world.clock.now + int(oldest * 1000)) + 3_600_000

@@ -77,7 +77,7 @@ def test_schedules_meet_everything_that_can_happen() -> None:
 
 
 def traces(hash_seed: str) -> str:
-    """What twenty schedules look like in a process of their own."""
+    """The traces of twenty schedules in a process of their own."""
     seeds = map(str, range(100, 120))
     command = [sys.executable, "-m", "tests.simulation", *seeds]
     environ = {**os.environ, "PYTHONHASHSEED": hash_seed}
@@ -143,7 +143,7 @@ class History:
         self.visits.append(visit)
 
     def wrong(self, **values: Any) -> str:
-        """What the audit says, where the session holds these values in the end."""
+        """The audit's objection, if the session holds these values in the end."""
         with pytest.raises(Violation) as caught:
             self.check(**values)
         return str(caught.value)

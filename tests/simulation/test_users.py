@@ -2,7 +2,7 @@
 
 Three clients and an administrator sign in, rotate, write, sign out and revoke, all at once, while
 answers are lost, processes die, and signals interrupt requests anywhere. What must hold is judged
-from the outside: by which tokens the clients have, and by what they were told.
+from the outside, by the tokens and answers that the clients have.
 
 `SIM_SCHEDULES` says how many schedules, `SIM_SEEDS` the first one.
 """
@@ -155,7 +155,7 @@ class Schedule:
             self.outcomes[f"{name} {outcome}"] += 1
 
     def judge(self, session: SessionData, began: int) -> None:
-        """What the request is served may not have been revoked before it began."""
+        """A request may not get a session that was revoked before the request began."""
         owner, device = session.owner, session.device_id
         called, acknowledged = self.revoked
         if owner == "ada" and began > acknowledged and self.born[str(device)] < called:

@@ -51,7 +51,7 @@ class Browser:
 
 @dataclass
 class Outcome:
-    """What came of one schedule."""
+    """The result of one schedule."""
 
     plan: Plan
     violation: str | None
@@ -106,7 +106,7 @@ class Simulation:
         return Outcome(plan, violation, run.trace)
 
     def summary(self) -> str:
-        """What was done so far, in figures."""
+        """The figures of the work done so far."""
         counts = self.counts
         calls = sum(counts[name] for name in CALLS)
         return (

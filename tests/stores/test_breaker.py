@@ -131,7 +131,7 @@ def test_fast_failures_and_contention_do_not_count(drill: Drill) -> None:
     with pytest.raises(StoreUnavailable, match="locked"):
         drill.act()
     drill.fail()
-    assert drill.happened == [CircuitOpened("loads", "drill")]  # nor do they interrupt a run
+    assert drill.happened == [CircuitOpened("loads", "drill")]  # they don't interrupt a run either
 
 
 def test_loads_and_writes_have_one_each(drill: Drill) -> None:

@@ -1,4 +1,4 @@
-"""Exceptions that strike a call of a store from outside, as a view's deadline by a signal does.
+"""Exceptions from outside that interrupt a store call, such as a view's deadline by a signal.
 
 They reach the caller, whatever their kind, and no later call meets what they left behind.
 """
@@ -40,7 +40,7 @@ class TooLong(Exception):
 
 
 class TooLongAsItIsUsual(TimeoutError):
-    """One that looks like an error of a socket."""
+    """A deadline that looks like a socket error."""
 
 
 KINDS = [TooLong, TooLongAsItIsUsual, TimeoutError, ConnectionResetError]
@@ -48,7 +48,7 @@ KINDS = [TooLong, TooLongAsItIsUsual, TimeoutError, ConnectionResetError]
 
 @contextmanager
 def handler(kind: type[Exception]) -> Iterator[list[Exception]]:
-    """SIGALRM and SIGUSR1 raise this; what they raised."""
+    """SIGALRM and SIGUSR1 raise this. Gives the exceptions they raised."""
     raised: list[Exception] = []
 
     def strike(number: int, frame: FrameType | None) -> None:
@@ -121,7 +121,7 @@ def files_of(store: Any) -> tuple[str, ...]:
 
 
 def our_files_of(store: Any) -> tuple[str, ...]:
-    """Without those of PyMongo, which takes any ``OSError`` for one of the network."""
+    """The files without PyMongo's, which takes any ``OSError`` for a network error."""
     return tuple(file for file in files_of(store) if file.startswith("stores/"))
 
 
@@ -200,7 +200,7 @@ def test_what_strikes_the_decoder_corrupts_nothing(mongodb_url: str, store_prefi
 
 
 def test_a_full_stack_corrupts_nothing(mongodb_url: str, store_prefix: str) -> None:
-    """Nor does the decoder's own recursion, where hardly anything of the stack is left."""
+    """The decoder's own recursion doesn't either, with hardly anything of the stack left."""
     store: Any = open_store(mongodb_url, StoreOptions(store_prefix, timeout=PATIENCE))[0]
     record = a_record(time.time)
     store.create(record)
@@ -253,7 +253,7 @@ def test_a_storm_of_signals_leaves_sqlite_open(sqlite_url: str) -> None:
 
 
 def test_a_storm_of_signals_leaves_no_condition_held() -> None:
-    """Of the standard library's, it leaves about seventy held."""
+    """With the standard library's conditions, it would leave about seventy held."""
     condition, dice = Condition(threading.Lock()), random.Random(13)
     with handler(TooLong) as raised:
         for _ in range(2000):

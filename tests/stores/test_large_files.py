@@ -31,7 +31,7 @@ from tests.values.test_large_values import ENDS, PHOTO, ROWS, get, put, with_row
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the files are; it is not there yet."""
+    """The folder of the files, which doesn't exist yet."""
     return tmp_path / "of the app" / "large"
 
 
@@ -63,7 +63,7 @@ class Both(Wrapper):
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 class TestContract(StoreContract):
-    """What the contract says of blobs."""
+    """The part of the contract on blobs."""
 
     @pytest.fixture(autouse=True)
     def _where(self, scheme: str, tmp_path: Path) -> Iterator[None]:
@@ -125,7 +125,7 @@ def test_they_are_encrypted_too(make_site: SiteMaker, folder: Path) -> None:
 def test_what_nobody_needs_is_cleaned_up(site: Site, folder: Path, clock: FakeClock) -> None:
     visitor = with_rows(site)
     visitor.run(put(rows=ROWS[1:]))
-    with_rows(site)  # who comes no more
+    with_rows(site)  # this visitor never comes back
     crashed = a_blob()
     place(site).write_frame(crashed, 0, b"frame", int(clock() * 1000) + 60_000)
     assert len(files(folder)) == 4

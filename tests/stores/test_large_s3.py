@@ -38,7 +38,7 @@ MEGABYTE = 1024 * 1024
 
 
 def forget_clients() -> None:
-    """What comes next has clients of its own, with the credentials of that time."""
+    """Let the next calls make clients of their own, with the credentials of that time."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
@@ -50,7 +50,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture(autouse=True)
 def _environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the guide tells to set."""
+    """Set the variables that the guide names."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
     monkeypatch.setenv("AWS_DEFAULT_REGION", server.region)
     sign_in(monkeypatch, ("tests", "tests"))
@@ -62,7 +62,7 @@ def _environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def sign_in(monkeypatch: pytest.MonkeyPatch, credentials: tuple[str, str]) -> None:
-    """Be this user from now on."""
+    """Use these credentials from now on."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", credentials[0])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", credentials[1])
     forget_clients()
@@ -103,7 +103,7 @@ def one_site(clock: FakeClock, url: str) -> Iterator[Site]:
 
 @pytest.fixture
 def objects(admin: Any, bucket: str) -> Callable[[], dict[str, int]]:
-    """Tells the names and sizes of what is in the bucket, but for the marker."""
+    """Lists the objects in the bucket with their sizes, except the marker."""
 
     def list_them() -> dict[str, int]:
         found = admin.list_objects_v2(Bucket=bucket).get("Contents", [])
@@ -121,7 +121,7 @@ def bucket_of_the_contract(server: S3Server) -> str:
 
 
 class TestContract(StoreContract):
-    """What the contract says of blobs."""
+    """The part of the contract on blobs."""
 
     @pytest.fixture(autouse=True)
     def _bucket(self, bucket_of_the_contract: str) -> None:
@@ -184,7 +184,7 @@ def test_a_clean_up_removes_orphaned_values(
 ) -> None:
     visitor = with_rows(one_site)
     (used,) = objects()
-    with_rows(one_site)  # who comes no more
+    with_rows(one_site)  # this visitor never comes back
     for _ in range(3):
         clock.advance(3000)
         assert visitor.run(get("user")) == "ada"  # which renews, and writes no object

@@ -41,7 +41,7 @@ PATIENCE = 20.0  # seconds for one that is not
 
 
 def published_rights() -> list[str]:
-    """The actions of the role that the documentation tells administrators to make."""
+    """The actions of the role in the documentation for administrators."""
     actions = re.search(r"actions: \[(.+?)\]", GUIDE.read_text())
     assert actions is not None
     return re.findall(r'"(\w+)"', actions[1])
@@ -299,7 +299,7 @@ def test_missing_rights_for_the_index_are_said(
 
 
 class NameServer:
-    """What the name server of `mongodb+srv://CLUSTER` is, for the length of a `with` block."""
+    """A name server for `mongodb+srv://CLUSTER`, for the length of a `with` block."""
 
     CLUSTER = "cluster.example.test"
 

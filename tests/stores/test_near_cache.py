@@ -1,4 +1,4 @@
-"""The near cache: what it keeps, what it uses, and each interleaving that must keep it from that.
+"""The near cache: the records it keeps and uses, and the interleavings that must prevent a use.
 
 Whether the whole is never older than its bound: tests/guarantees/test_g12_freshness.py.
 """
@@ -79,7 +79,7 @@ def changes() -> Scripted:
 
 @pytest.fixture
 def store(clock: FakeClock, changes: Scripted) -> HookedStore:
-    """What the cache is around; `store.calls` are the calls that reach it."""
+    """The store inside the cache; `store.calls` are the calls that reach it."""
     inner = MemoryStore(StoreOptions(clock=clock))
     inner.changes = changes
     return HookedStore(inner)
@@ -186,7 +186,7 @@ def test_what_is_not_proven_fresh_is_not_used(
     assert cache.peek(record.key) is None
     assert cache.figures().bypasses == 1
     assert cache.figures().age is None
-    changes.prove()  # nothing changed meanwhile
+    changes.prove()  # nothing has changed
     assert cache.peek(record.key) == record
 
 

@@ -1,4 +1,4 @@
-"""What a Redis refuses, and why: each leads to the right behaviour, and says what it was."""
+"""Each error of a Redis leads to the right behaviour, and its message says what was wrong."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_key_of_a_lease_goes_although_a_clock_was_set_back(
     store.leases.acquire(record.key, "one", 1000, 10)
     store.leases.acquire(record.key, "two", 1000, 10)
     clock.advance(-3600)
-    store.leases.release(record.key, "two")  # its wait is over; the lease is written anew
+    store.leases.release(record.key, "two")  # its wait is over; the lease is written again
     assert 0 < redis_client.pttl(store._commands.names.lease(record.key)) <= PATIENT_WAITER
     store.close()
 
@@ -222,7 +222,7 @@ class Few:
         self.console = Console(server.url, key_prefix=prefix)
 
     def run(self, rights: str, *words: str) -> Result:
-        """What `flask gsession` says to a user who may do only that."""
+        """The output of `flask gsession` for a user with only these rights."""
         self.server.allow(rights)
         self.server.denied()
         return self.console.run(*words)
@@ -499,7 +499,7 @@ def test_readonly(
     command: str,
     change: Callable[[Any, Any], object],
 ) -> None:
-    """Every connection leads to a former primary: none is used again, in case it is elsewhere."""
+    """All connections lead to a former primary, so none of them is used again."""
     store = a_store(own_redis.url, store_prefix)
     record = a_record(time.time)
     store.create(record)
@@ -616,7 +616,7 @@ class Refusing:
 def test_an_error_of_the_server_shows_no_value(
     store_prefix: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, quote: str
 ) -> None:
-    """Neither what is raised, nor its causes, nor the log."""
+    """The error, its causes and the log show no value."""
     with Site(redis_server().url, store_prefix, time.time) as site:
         errors: list[BaseException] = []
         site.app.errorhandler(StoreUnavailable)(lambda error: (errors.append(error), ("", 503))[1])

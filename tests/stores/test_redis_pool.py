@@ -29,7 +29,7 @@ SIZE = 4
 
 
 class Interrupt(BaseException):
-    """What a worker's time limit raises in the middle of anything."""
+    """Raised by a worker's time limit in the middle of anything."""
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ class TestCluster(OnServers):
         self.url, self.prefix = redis_cluster.url, store_prefix
 
 
-@pytest.mark.long  # the commands are those of the other setups; the tests below connect by TLS
+@pytest.mark.long  # same commands as the other setups; the tests below connect by TLS
 class TestTLS(OnServers):
     @pytest.fixture(autouse=True)
     def servers(self, redis_tls: RedisTLS, store_prefix: str) -> None:
@@ -124,7 +124,7 @@ class Shop:
         return handle
 
     def slot(self) -> int:
-        """Where a cluster keeps the visitor's session."""
+        """The slot of the visitor's session in a cluster."""
         return key_slot(self.store._commands.names.record(self.key()))
 
     def warm(self, connections: int = 4) -> None:
@@ -809,12 +809,12 @@ class Confirmed:
         return name in member.command("KEYS", "*")
 
     def writes(self) -> int:
-        """How many values the primary was told to set: `WAIT` waits for what was written."""
+        """The number of SET commands at the primary: `WAIT` waits for writes."""
         stats = str(self.primary.command("INFO", "commandstats"))
         return int(re.search(r"cmdstat_set:calls=(\d+)", stats)[1])  # type: ignore[index]
 
     def blobs(self) -> list[str]:
-        """The names of all large values, at those who take writes."""
+        """The names of all large values on the servers that take writes."""
         one = isinstance(self.servers, RedisSentinels)
         members = [self.primary] if one else self.servers.primaries()  # type: ignore[union-attr]
         pattern = f"{self.shop.store._commands.names.prefix}blob:*"
@@ -866,7 +866,7 @@ def test_a_logout_that_is_not_confirmed_says_so(
 
 @pytest.mark.parametrize("how", ["unseen", "seen", "cleared"])
 def test_an_unconfirmed_logout_takes_the_large_values_along(confirmed: Confirmed, how: str) -> None:
-    """They are of no use to anybody: the session is over, as far as can be told.
+    """They are of no use to anybody, since the session is over as far as this process knows.
 
     A replica of the same primary that takes over has heard of the end of the session before that
     of the values: so it has both, or the values only. Where the values are elsewhere, in a cluster,

@@ -139,7 +139,7 @@ def cluster_client(cluster: RedisCluster) -> Iterator[ClusterClient]:
 
 
 def value_at(node: ClusterNode, key: str) -> object:
-    """What one node answers to GET, an error included."""
+    """One node's answer to GET, which may be an error."""
     with Redis(host=HOST, port=node.port) as client:
         try:
             return client.get(key)

@@ -59,7 +59,7 @@ def preferences() -> SessionKey[dict[str, Any]]:
 
 
 def has(visitor: Visitor) -> Any:
-    """What the session holds, in another request."""
+    """The contents of the session in another request."""
     return visitor.run(lambda session: dict(session))
 
 
@@ -472,7 +472,7 @@ def test_upgraders_that_are_missing_or_fail(site: Site) -> None:
 
     assert visitor.run(lambda _: key.get()) == 0
     visitor.run(put("4", "n"))
-    assert visitor.run(lambda _: key.get()) == 0  # there is none from version 2
+    assert visitor.run(lambda _: key.get()) == 0  # no upgrader starts at version 2
     key.upgrade(from_version=2)(lambda value: value + 1)
     assert visitor.run(lambda _: key.get()) == 5
     reasons = [event.reason for event in site.happened(StoredValueInvalid)]
@@ -749,7 +749,7 @@ def test_a_key_of_a_second_session(make_site: SiteMaker) -> None:
 
 
 def beside(site: Site, key: SessionKey[Any], start: Any, mine: Any, theirs: Any) -> Any:
-    """What is stored when two requests replace `start`; a status where it is refused."""
+    """The value stored when two requests replace `start`, or the status of a refusal."""
     visitor = site.visitor()
     visitor.run(lambda _: key.set(start))
     other = visitor.another_tab()

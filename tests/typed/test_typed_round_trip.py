@@ -586,7 +586,7 @@ Price = of(price=fields.Function(cents, lambda euros: int(euros * 100)), note=fi
 
 
 def test_what_get_gave_is_taken_as_that() -> None:
-    """Where a value could also be one that is sent: the same object, also after a change."""
+    """A value that could also come from a client: the same object counts, even after a change."""
     key = SessionKey("price", Price)
     with in_request():
         assert key.set({"price": 2}) == {"price": 200}

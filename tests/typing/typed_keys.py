@@ -1,4 +1,4 @@
-"""What mypy makes of typed keys. Checked, never run."""
+"""The types that mypy infers for typed keys. Checked, never run."""
 
 from __future__ import annotations
 

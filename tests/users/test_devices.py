@@ -712,7 +712,7 @@ def test_sessions_that_ended_unnoticed_make_room(make_site: SiteMaker) -> None:
     site = make_site(max_per_user=1, max_policy="refuse")
     visitor = signed_in(site)
     site.store.store.delete(visitor.run(lambda session: session.handle))
-    assert len(ids(site)) == 1, "nobody told the roster"
+    assert len(ids(site)) == 1, "the roster was not updated"
     assert owner(signed_in(site)) == "ada"
 
 
@@ -900,7 +900,7 @@ def test_rebuilding_beside_a_sign_in_and_a_revocation(site: Site, users: Any) ->
     for beside, left in ((lambda: late.append(signed_in(site)), 2), (None, 0)):
         site.store.store.delete(roster_key("ada"))
         act = beside or (lambda: users.revoke_all("ada"))
-        steps = [lambda: None, act]  # it has looked for a roster, and there was none
+        steps = [lambda: None, act]  # it looked for a roster and found nothing
         site.before_each("load", *steps)
         users.rebuild("ada")
         assert len(users.devices("ada")) == left

@@ -53,7 +53,7 @@ CART: SessionKey[Any] = SessionKey(
 
 
 class Case:
-    """A visitor with a cart, who is about to sign in as ada, and another device of ada."""
+    """A visitor with a cart, about to sign in as ada, and another device of ada."""
 
     def __init__(self, site: Site) -> None:
         self.ada = f"ada {next(NUMBERS)}"
@@ -216,7 +216,7 @@ def always_anew(known: Any, keys: Any, old: Any) -> Any:
 
 
 def any_version(self: Any, key: str, edit: Any, **_: Any) -> Any:
-    """The user's record is stored without regard to what another device stored meanwhile."""
+    """The user's record is stored over the changes of another device."""
     result, record = edit(self.find(key))
     if record is not None:
         there = self.store.load(key)

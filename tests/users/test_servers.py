@@ -110,7 +110,7 @@ def test_revoking_while_a_slot_moves(
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Of a process that does this work."""
+    """The exit status of a process that does this work."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -44,9 +44,9 @@ ODD_OFFSET = dt.timezone(-dt.timedelta(hours=3, seconds=7, microseconds=11))
 
 
 def shape(value: Any) -> Hashable:
-    """What `value` is, exactly: two values of one shape cannot be told apart in a session.
+    """The exact type and content of `value`: in a session, values of one shape are equal.
 
-    Unlike `==`, it tells 1 from True and 1.0, 0.0 from -0.0, one order of a dict's keys from
+    Unlike `==`, it distinguishes 1 from True and 1.0, 0.0 from -0.0, one order of keys from
     another, and the two meanings of an hour that a clock shows twice; and NaN is NaN.
     """
     kind = type(value)
@@ -302,7 +302,7 @@ def test_the_order_of_a_set_does_not_matter(value: set[Any]) -> None:
 
 
 def test_sets_have_the_same_bytes_in_every_process() -> None:
-    """Python orders a set of texts anew in each process; that is no change to a session."""
+    """Each process of Python orders a set of texts differently; that must not change a session."""
     code = (
         "from flask_gsession.values.codec import Codec\n"
         "words = {'w%d' % n for n in range(50)}\n"
@@ -551,7 +551,7 @@ class Address:
 
 
 def names_in_the_documentation() -> dict[str, Any]:
-    """What the expressions of the tables need."""
+    """The names that the expressions of the tables use."""
     pytest.importorskip("authlib")
     from authlib.oauth2.rfc6749 import OAuth2Token
     from freezegun.api import FakeDatetime
@@ -832,7 +832,7 @@ def twice_in_itself() -> Any:
 
 
 def twice_in_itself_beside_bad_text() -> Any:
-    """Each reference doubles the work of whoever follows all; the text starts a second look."""
+    """Each reference doubles the work of following them all; the text starts a second look."""
     value: list[Any] = [("\ud800",)]
     value += [value, value]
     return value

@@ -1,15 +1,15 @@
 """Values that expire by themselves, and values that are handed out once, on every store.
 
-What two requests do to a key that expires, and what is stored then. "late" is after its end.
+The changes of two requests to a key that expires, and the result. "late" is after its end.
 
 ======================================  ====================================================
 A sets with a ttl, B sets without       the later write's value with its expiry, or without
-both change a mergeable value, A's ttl  merged; the expiry is that of whoever set one
+both change a mergeable value, A's ttl  merged, with the expiry that A set
 A changes inside it, B sets a new ttl   A's value (the later write), without a new expiry of A's
 expires between load and look           absent from then on
 expires between load and save           a change inside it is void; what B stored stays
 A sets it again, late                   stored; not a conflict with what expired
-A deletes it, late; B has set it anew   B's stays
+A deletes it, late; B has set it again  B's stays
 A takes, B takes                        one gets it
 A takes, B sets                         A gets one of the two; B's stays if it came later
 ======================================  ====================================================
@@ -59,7 +59,7 @@ def looks(session: Any) -> dict[str, Any]:
 
 
 def looks_and_puts_back(session: Any) -> dict[str, Any]:
-    """What ``looks`` finds, and nothing changed."""
+    """The result of ``looks``, which must not change anything."""
     found = looks(session)
     session.reload()
     return found
@@ -550,6 +550,6 @@ def test_nothing_is_taken_from_a_session_that_ended(site: Site) -> None:
         for _ in range(2):
             with pytest.raises(SessionEnded):
                 session.take("code", None)
-            session["code"] = "of a session that is no more"
+            session["code"] = "of a session that has ended"
 
     visitor.run(take)

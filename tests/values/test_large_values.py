@@ -1024,7 +1024,7 @@ def test_memory_is_bounded(make_site: SiteMaker, keys: list[bytes] | None) -> No
 
 
 class Plain:
-    """A store that has the contract and no more."""
+    """A store with only the seven verbs."""
 
     def __init__(self, store: Store) -> None:
         for name in ("create", "load", "save", "renew", "replace", "delete", "close"):

@@ -46,7 +46,7 @@ def a_body(items: dict[str, Any], lifetime: int | None = None) -> Body:
 
 
 def content(body: Body) -> tuple[Any, int | None]:
-    """What a body holds, exactly."""
+    """The exact contents of a body."""
     found = {key: CODEC.decode(raw) for key, raw in body.values.items()}
     return shape(found), body.lifetime
 
@@ -327,7 +327,7 @@ def test_what_is_sealed_shows_nothing() -> None:
         assert clear.encode() not in payload
     assert NEW not in payload
     assert KEY.encode() not in payload
-    # Bytes of a cipher are spread evenly; those of text and MessagePack are not.
+    # A cipher spreads its bytes evenly; text and MessagePack don't.
     counts = [SEALED.pack(KEY, a_body({"a": bytes(9_000)})).count(byte) for byte in range(256)]
     assert max(counts) < 36 + 10 * math.sqrt(36)
 

@@ -1,4 +1,4 @@
-"""G8: whatever stands under a session's key, the answer is the session or a new anonymous one.
+"""G8: whatever the record of a session holds, the request gets the session or a new, empty one.
 
 Never an error, never another session's data, never a value that was not stored; and each refusal
 is counted and logged, without a secret.
@@ -43,13 +43,13 @@ OTHERS = {"user": "Eve A.", "cart": ["a hat", ("a pen", 9)], "card": "4999 9999"
 
 
 class Vault:
-    """What lies under a session key in a store."""
+    """Access to the raw record under a session key."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def name(self, key: str) -> str:
-        """What the store calls the key."""
+        """The store's own name of the key."""
         return self.site.prefix + key
 
     def read(self, key: str) -> bytes:
@@ -243,7 +243,7 @@ class Scene:
         return self.site.visitor(self.cookie)
 
     def see(self) -> str:
-        """What Ada's page shows: "the session" as it was, or why it was refused."""
+        """The result of Ada's request: "the session" as it was, or the reason of its refusal."""
         self.site.events.clear()
         self.log.clear()
         values, about, new = self.tab().run(everything)
@@ -283,7 +283,7 @@ class Scene:
             assert tab.run(dict) == {"n": 1}
             assert session_key(tab.token) != self.key
             after = self.vault.all_of(self.key)
-            assert after in (before, None)  # what reads as expired may be swept
+            assert after in (before, None)  # an expired record may be removed
         old = self.tab()
         old.run(lambda session: session.destroy())
         assert old.cookie is None
@@ -295,7 +295,7 @@ class Scene:
 
 
 def everything(session: Any) -> tuple[dict[str, Any], tuple[Any, ...], bool]:
-    """What a page can show of a session."""
+    """All that a page can show of a session."""
     values = dict(session)
     about = (session.handle, session.created_at, session.expires_at, session.size)
     return values, about, session.new
@@ -321,7 +321,7 @@ def scene(make_site: SiteMaker, scene_of: Callable[[Site], Scene]) -> Scene:
 
 
 def test_the_scene(scene: Scene) -> None:
-    """What the other tests do changes nothing where nothing is wrong."""
+    """The steps of the other tests change nothing if the record is intact."""
     assert scene.see() == "the session"
     scene.vault.write(scene.key, scene.whole)
     scene.vault.write_payload(scene.key, scene.whole[31:] if is_redis(scene) else scene.whole)
@@ -472,7 +472,7 @@ def deep_tuples() -> bytes:
 
 UNREADABLE = [
     b"\xc1",
-    b"\xa1\xff",  # text that is none
+    b"\xa1\xff",  # bytes that aren't text
     b"\x91" * 5_000,
     deep_tuples(),
     encode(Ext(99, b"of a later version")),
@@ -483,7 +483,7 @@ UNREADABLE = [
 
 
 def write_with(scene: Scene, bad: bytes) -> None:
-    """A session in good order but for two of its values."""
+    """A valid session except for two of its values."""
     items = {"good": encode(1), "user": bad, "hits": bad, "last": encode(2)}
     scene.vault.write_payload(scene.key, bound(encode([items, None]), scene.key))
 

@@ -125,7 +125,7 @@ def test_a_request_is_dumped_before_and_after(debugged: Site, log: Log) -> None:
 
 
 def test_the_dump_shows_the_size_of_a_large_value(debugged: Site, log: Log) -> None:
-    """And read no more often than the request reads it, though it may be shown."""
+    """The dump doesn't read a value more often than the request, even to show it."""
     visitor = debugged.visitor()
     visitor.run(lambda session: session.update(cart=b"x" * 30_000, user_id=7))
     (cart, _) = log.facts()["written"]
@@ -507,7 +507,7 @@ def test_a_dump_that_fails_does_no_harm(
 def test_the_log_is_made_to_get_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where nobody has set up logging, as with `flask run --debug`."""
+    """Even without any logging set up, as with `flask run --debug`."""
     logger = logging.getLogger("flask_gsession.debug")
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(logger, "handlers", [])
@@ -525,7 +525,7 @@ def test_the_log_is_made_to_get_there(
 
 
 def order(site: Site, *words: str) -> str:
-    """What `flask gsession debug` says."""
+    """The output of `flask gsession debug`."""
     result = site.app.test_cli_runner().invoke(gsession, ["debug", *words])
     return result.stdout if result.exit_code == 0 else f"{result.exit_code}: {result.output}"
 

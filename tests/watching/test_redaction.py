@@ -1,4 +1,4 @@
-"""What of a session's values is shown to those who look for a fault."""
+"""The values of a session that debugging may show."""
 
 from __future__ import annotations
 
