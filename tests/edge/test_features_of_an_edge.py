@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ from prometheus_client import CollectorRegistry
 from flask_gsession.cli import gsession
 from flask_gsession.contrib.metrics import NAME as METRICS
 from flask_gsession.contrib.metrics import SessionMetrics
-from flask_gsession.errors import StoreUnavailable
+from flask_gsession.contrib.ratelimit import SessionLimits
+from flask_gsession.errors import SettingError, StoreUnavailable
+from flask_gsession.events import WriteDropped
 from flask_gsession.moving.flask_session import FlaskSessionSource
 from flask_gsession.pages.health import health_blueprint
 from flask_gsession.stores.edge.node_file import NodeUnavailable
 from flask_gsession.typed import SessionKey
-from tests.edge.story import add, at, known
-from tests.harness.apps import Site
+from tests.edge.story import POLICIES, add, at, check, go_through, known
+from tests.harness.apps import Site, SiteMaker
 from tests.harness.edges import EdgeSite, Network
 from tests.harness.sharing import store_servers
 from tests.moving.old import OldFiles
@@ -79,6 +83,75 @@ def test_flashes_of_both_sides_are_shown_once(network: Network, edge: EdgeSite) 
     edge.settle()
     assert sorted(there.run(lambda session: get_flashed_messages())) == ["centre", "edge"]
     assert visitor.run(lambda session: get_flashed_messages()) == []
+
+
+#: By the policies that the how-to on counters and carts has: what both sides found, what the node
+#: and the centre made of it, and what it becomes.
+MERGED: dict[str, tuple[Any, Any, Any, Any]] = {
+    "last": (1, 2, 3, 2),
+    "counter": (1, 4, -2, 1),
+    "set": ({1, 2}, {2, 3}, {1, 2, 4}, {2, 3, 4}),
+    "dict": ({"a": 1, "b": 1}, {"a": 2}, {"a": 1, "b": 1, "c": 3}, {"a": 2, "c": 3}),
+    "append": ([1], [1, 2], [1, 3], [1, 3, 2]),
+    "highest": (5, 7, 9, 9),
+    "removed": (1, None, 2, None),
+    "refused": ([1], [2], [1, 3], [1, 3]),  # no mere addition: lost, and reported
+}
+
+
+def test_every_policy_is_kept(network: Network) -> None:
+    policies: dict[str, Any] = {name: name for name in ("counter", "set", "dict", "append")}
+    policies |= {"highest": lambda base, theirs, mine: max(theirs, mine), "refused": "append"}
+    with network.edge(settings={"merge_policies": policies}) as edge:
+
+        def put(side: int) -> Callable[[Any], None]:
+            def change(session: Any) -> None:
+                for name, values in MERGED.items():
+                    if values[side] is None:
+                        del session[name]
+                    else:
+                        session[name] = values[side]
+
+            return change
+
+        visitor = edge.visitor()
+        visitor.run(put(0))
+        edge.cut()
+        visitor.run(put(1))
+        at(network.centre, visitor).run(put(2))
+        assert edge.settle() == (0, 1, 0, "", True)
+        found = at(network.centre, visitor).run(dict)
+        assert {name: found.get(name) for name in MERGED} == {
+            name: values[3] for name, values in MERGED.items()
+        }
+        assert [event.reason for event in edge.happened(WriteDropped)] == [
+            "edge: the merge policy of 'refused' refused it"
+        ]
+
+
+def test_the_journal_at_the_centre_has_what_a_node_does(
+    make_site: SiteMaker, tmp_path: Path
+) -> None:
+    """If the node reaches it by gRPC."""
+    network = Network(make_site, tmp_path, merge_policies=POLICIES, journal=True)
+    centre = network.centre
+    store = centre.app.extensions["gsession"][centre.ext].store
+    with (
+        store_servers() as serve,
+        network.edge(remote=serve(store), settings={"journal": False}) as edge,
+    ):
+        cookies = go_through(edge, centre)
+        edge.settle()
+        check(centre, cookies)
+        with centre.app.app_context():
+            kinds = Counter(event.kind for event in centre.ext.journal("test"))
+    assert kinds == {"created": 5, "bound": 1, "rotated": 1, "ended": 3}
+
+
+def test_rate_limits_need_a_place_of_their_own(edge: EdgeSite) -> None:
+    with pytest.raises(SettingError, match="pass a storage"):
+        SessionLimits(edge.app, proxies=0)
+    SessionLimits(edge.app, proxies=0, storage="memory://")
 
 
 class Basket(Schema):
@@ -244,8 +317,7 @@ def old(tmp_path: Path) -> OldFiles:
     return OldFiles(tmp_path / "old")
 
 
-@pytest.mark.parametrize("watch", [False, True])
-@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize(("watch", "bound"), [(False, False), (True, True)])
 def test_old_sessions_move_in_beside_a_cut(
     network: Network, old: OldFiles, monkeypatch: pytest.MonkeyPatch, watch: bool, bound: bool
 ) -> None:

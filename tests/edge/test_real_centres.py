@@ -12,11 +12,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from flask_gsession.errors import StoreUnavailable
+from flask_gsession.live import hints
 from flask_gsession.testing import FakeClock
 from tests.edge.story import POLICIES, add, at
 from tests.harness.apps import SiteMaker, Visitor, until
 from tests.harness.edges import EdgeSite, Network
 from tests.harness.marks import long
+from tests.harness.sharing import store_servers
 from tests.harness.topologies import TCPProxy
 
 STORES = long(["redis", "mongodb"], ["mongodb"])
@@ -212,3 +214,70 @@ def test_what_was_sent_and_not_answered_arrives_late(lines: Lines, how: str) -> 
     assert sites[0].run(lambda session: session["n"]) in (2, 3)
     assert [site.run(dict) for site in sites[1:]] == [{}, {}]
     assert edge.edge.figures().dropped == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("store_url", ["redis", "mongodb"], indirect=True)
+def test_live_updates_catch_up_after_a_cut(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hints, "POLL", 0.1)
+    edge, centre = lines.edge("a"), lines.network.centre
+    visitor = centre.visitor()
+    visitor.run(lambda session: session.bind("ada"))
+    visitor.run(add)
+    there = at(edge, visitor)
+    handle = there.run(lambda session: session.handle)
+    with edge.app.app_context():
+        edge.ext.live.hints().heartbeat = 600
+        watch = edge.ext.live.watch(handle)
+    state = watch.state
+    for browser in (visitor, there):
+        browser.run(add)
+        until(lambda state=state: watch.state != state)
+        state = watch.state
+    lines.cut(edge)
+    insist(there, add)
+    visitor.run(add)
+    assert not watch.closed
+    lines.mend(edge)
+    until(lambda: watch.state != state)
+    assert there.run(dict) == {"n": 5}
+    visitor.run(lambda session: session.destroy())
+    until(lambda: watch.state.session is None)
+    edge.ext.close(edge.app)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("store_url", ["redis"], indirect=True)
+@pytest.mark.parametrize("how", ["refuse", "blackhole"])
+def test_fresh_reads_over_grpc_stop_at_a_cut_and_come_back(network: Network, how: str) -> None:
+    with store_servers() as serve:
+        url = serve(network.centre.store)
+        with (
+            TCPProxy(int(url.rpartition(":")[2])) as line,
+            network.edge(remote=f"grpc://127.0.0.1:{line.port}", timeout=TIMEOUT) as edge,
+        ):
+            visitor = edge.visitor()
+            visitor.run(add)
+            there = at(network.centre, visitor)
+            handle = visitor.run(lambda session: session.handle)
+            near = edge.edge.near
+            assert near is not None
+
+            def is_fresh() -> bool:
+                return near.peek(handle) is not None or near.load_near(handle) is None
+
+            until(is_fresh)
+            calls = len(edge.wire.calls)
+            assert visitor.run(dict) == {"n": 1}
+            assert len(edge.wire.calls) == calls
+            there.run(add)
+            until(lambda: visitor.run(dict) == {"n": 2})
+            getattr(line, how)()
+            there.run(add)
+            until(lambda: near.peek(handle) is None)
+            insist(visitor, add)
+            assert visitor.run(dict) == {"n": 3}  # it doesn't know of the centre's
+            line.forward()
+            until(lambda: settled(edge))
+            assert visitor.run(dict) == there.run(dict) == {"n": 4}
+            until(is_fresh)
