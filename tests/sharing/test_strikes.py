@@ -150,6 +150,78 @@ def test_a_shield_leaves_no_thread_wherever_it_was_struck() -> None:
     until(lambda: workers() <= before)
 
 
+class Late(RuntimeError):
+    """A deadline of an application."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(TooLong, marks=pytest.mark.long), Late])
+def test_no_step_of_a_shield_swallows_an_exception(kind: type[BaseException]) -> None:
+    """Nor does the next call get the answer of the one that was struck."""
+    shielded, step, struck = shield.Shield(), 0, True
+
+    def strike(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left, struck
+        if frame.f_code.co_filename != shield.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if not left and not struck:
+            struck = True
+            raise kind
+        return strike
+
+    while struck:
+        step += 1
+        left, struck, tracing = step, False, sys.gettrace()
+        sys.settrace(strike)
+        try:
+            answer = shielded.run(lambda step=step: step, PATIENCE)  # type: ignore[misc]
+        except kind:
+            assert struck
+        else:
+            assert answer == step
+            assert not struck
+        finally:
+            sys.settrace(tracing)
+        assert shielded.run(lambda: 0, PATIENCE) == 0
+    assert step > 50
+
+
+def test_without_another_thread_a_call_is_made_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(shield, "start_new_thread", refuse)
+    assert shield.Shield().run(lambda: 7, PATIENCE) == 7
+
+
+def test_a_write_that_is_given_up_while_others_settle_is_settled_too(
+    command: ServeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, under the same key."""
+    store, settled = reach(command.url), list[int]()
+    far, call = store.channel, store.channel.call
+
+    def calling(name: str, request: Any) -> Any:
+        if name == "Settle":
+            settled.extend(request.versions)
+            if request.versions == [1]:
+                far._note(2, ["x" * 43])
+        return call(name, request)
+
+    monkeypatch.setattr(far, "call", calling)
+    far._note(1, ["x" * 43, "y" * 43])
+    store.load("x" * 43)
+    store.load("x" * 43)
+    store.load("x" * 43)
+    assert settled == [1, 2]
+    store.load("y" * 43)
+    assert settled == [1, 2, 1]
+    store.close()
+
+
 def test_a_channel_in_which_grpc_is_stuck_is_replaced(
     command: ServeCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

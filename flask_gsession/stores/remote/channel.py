@@ -44,6 +44,7 @@ class Channel:
         self._calls: dict[str, Callable[..., Any]] = {}
         #: by session key: the versions of writes that may still be on their way
         self._unsettled: dict[str, set[int]] = {}
+        self._noting = threading.RLock()  # a signal's handler may call the store as well
         self._channel: Any = None
         self._close: Any = None
         self._inherited: list[object] = []
@@ -55,6 +56,7 @@ class Channel:
     def _begin(self) -> None:
         """In a forked process: leave the channel of the parent alone, and open another."""
         self._lock = threading.Lock()
+        self._noting = threading.RLock()
         self._shield = Shield()
         self._calls = {}
         for close in (self._close, *(dropped for _, dropped in self._dropped)):
@@ -157,21 +159,26 @@ class Channel:
             raise
 
     def _note(self, version: int, keys: Iterable[str]) -> None:
-        for key in keys:
-            self._unsettled.setdefault(key, set()).add(version)
-        while len(self._unsettled) > _MOST_UNSETTLED:
-            self._unsettled.pop(next(iter(self._unsettled)), None)
+        with self._noting:
+            for key in keys:
+                self._unsettled.setdefault(key, set()).add(version)
+            while len(self._unsettled) > _MOST_UNSETTLED:
+                self._unsettled.pop(next(iter(self._unsettled)))
 
     def settle(self, *keys: str) -> None:
         """Let no earlier write under these keys be applied from now on. Usually, there are none."""
         if not self._unsettled:
             return
-        versions = {version for key in keys for version in self._unsettled.get(key, ())}
+        with self._noting:
+            versions = {version for key in keys for version in self._unsettled.get(key, ())}
         if versions:
             if not self.call("Settle", pb.SettleRequest(versions=versions)).done:
                 raise self.incomplete("Settle")
-            for key in keys:
-                self._unsettled.pop(key, None)
+            with self._noting:
+                for key in keys:
+                    left = self._unsettled.pop(key, versions) - versions
+                    if left:  # given up by another thread since
+                        self._unsettled[key] = left
 
     def incomplete(self, name: str) -> StoreUnavailable:
         """The error for a reply that lacks a field which every reply of this call has."""

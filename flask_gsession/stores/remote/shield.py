@@ -20,6 +20,8 @@ from weakref import ref
 T = TypeVar("T")
 
 _IN_ORDER = 0.1  # seconds for an interrupted call to end, before the thread's next one overtakes it
+#: Python's errors if the system can't start a thread, or Python is ending
+_NO_THREAD = ("can't start new thread", "can't create new thread")
 
 
 class Overdue(Exception):
@@ -45,7 +47,9 @@ class Shield:
             earlier.over.acquire(True, _IN_ORDER)
         try:
             job = _Job(call, self._worker(), self._idle)
-        except RuntimeError:  # the system can't start a thread, or Python is ending
+        except RuntimeError as error:
+            if not str(error).startswith(_NO_THREAD):  # a signal's handler may raise one
+                raise
             return call()
         try:
             job.worker.jobs.put(job)
