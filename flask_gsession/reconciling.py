@@ -151,8 +151,12 @@ class SessionReconciler(Reconciler):
         """See ``Reconciler``. What other nodes can read alone is left to them."""
         repository = self._repository
         imports, repository.imports = repository.imports, None
-        with suppress(UnreadableRecord, LogoutUnconfirmed):
+        try:
             repository.delete(key, leave_roster=False)
+        except UnreadableRecord:
+            pass  # it can't be used anyway
+        except LogoutUnconfirmed as error:  # nobody waits for it here who could repeat it
+            logger.error("Session %s ended at the centre, but %s", key, error)
         if not last.payload:
             return
         try:

@@ -163,14 +163,24 @@ def test_old_rows_go_two_at_a_time_but_never_a_waiting_change(
     edge.cut()
     changed.run(add)
     ended.run(lambda session: session.destroy())
+    made = edge.visitor()
+    made.run(add)
+    row = edge.edge.copy.get(made.run(lambda session: session.handle))
+    assert row is not None
+    edge.edge.waiting.sending(row)  # it may have arrived
     edge.clock.advance(33 * 86400)  # also the end that waits is of no use any more
     counts = []
     for _ in range(4):
         edge.visitor().run(add)
         counts.append(rows(edge))
-    assert counts == [4, 3, 4, 5]
-    assert edge.settle() == (0, 4, 1, "", True)
-    assert len(edge.happened(WriteDropped)) == 1
+    assert counts == [5, 4, 5, 6]
+    edge.clock.advance(3 * 3600)  # nobody else has ever known the four new ones
+    for _ in range(3):
+        edge.visitor().run(add)
+        counts.append(rows(edge))
+    assert counts[4:] == [5, 4, 5]
+    assert edge.settle() == (1, 3, 2, "", True)
+    assert len(edge.happened(WriteDropped)) == 2
 
 
 def rows(edge: EdgeSite) -> int:

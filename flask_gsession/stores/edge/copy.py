@@ -177,7 +177,7 @@ class Copy:
         self._check_room(db)
         queued = self.rows.next_number(db, self.time())
         row = Row(record, State.CREATED, self.time(), queued=queued, typed=typed)
-        self.rows.insert(db, row, record.absolute_expires_at)
+        self.rows.insert(db, row, row.useful_until)
 
     @in_transaction()
     def queue_saved(
@@ -264,7 +264,8 @@ class Copy:
             self._check_room(db)
             queued = self.rows.next_number(db, self.time())
             row = row._replace(state=State.CHANGED, base=row.record, queued=queued)
-        self.rows.insert(db, row._replace(record=record), record.absolute_expires_at)
+        row = row._replace(record=record)
+        self.rows.insert(db, row, row.useful_until)
 
     def _check_room(self, db: sqlite3.Connection) -> None:
         if self._room > 0:

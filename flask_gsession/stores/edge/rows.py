@@ -95,6 +95,15 @@ class Row(NamedTuple):
     number: int | None = None
     typed: frozenset[str] = frozenset()
 
+    @property
+    def useful_until(self) -> int:
+        """When a change that waits is of no use any more, in milliseconds.
+
+        One at the centre is reported then, so it stays.
+        """
+        is_own = self.state is State.CREATED and self.sent is None
+        return self.record.idle_expires_at if is_own else self.record.absolute_expires_at
+
 
 class Found(NamedTuple):
     """The state of a row, for a call. ``is_queued``: the centre must hear of it first."""
@@ -200,7 +209,8 @@ class Rows:
         """Remove up to two rows that nobody needs."""
         db.execute(
             "DELETE FROM gsession_edge WHERE key IN (SELECT key FROM gsession_edge "
-            "WHERE removable_at <= ? AND (queued IS NULL OR state = 3) LIMIT 2)",
+            "WHERE removable_at <= ? AND (queued IS NULL OR state = 3 OR (state = 2 AND sent IS "
+            "NULL)) LIMIT 2)",
             (now,),
         )
 

@@ -85,7 +85,7 @@ class Waiting:
         now = self._copy.rows.select(db, row.record.key)
         if now is not None and now.number == row.number and now.state is row.state:
             back = now._replace(sent=None, number=None)
-            self._copy.rows.insert(db, back, now.record.absolute_expires_at)
+            self._copy.rows.insert(db, back, back.useful_until)
 
     @in_transaction()
     def arrived(
