@@ -86,7 +86,7 @@ def test_streams_of_killed_clients_end(
     with serving(tmp_path, kind, redis_url, store_prefix) as server:
         cookies = [server.log_in(str(number)) for number in range(STREAMS)]
         quarters = [cookies[start::4] for start in range(4)]
-        after = []
+        files, after = figures(server)["files"], []
         for in_turn in (False, False, True):
             with ExitStack() as opened:
                 clients = [StreamClients(server.port, quarter) for quarter in quarters]
@@ -101,7 +101,7 @@ def test_streams_of_killed_clients_end(
             until(lambda: none_left(server))
             after.append(figures(server))
         assert after[2]["threads"] <= after[0]["threads"] + 1
-        assert after[2]["files"] <= after[0]["files"] + 2
+        assert after[2]["files"] < files + STREAMS * 3 / 4  # the store keeps up to 100 connections
         assert after[2]["kilobytes"] < after[0]["kilobytes"] * 1.1
         assert server.stop() == 0
 
