@@ -241,6 +241,35 @@ def put(files: tuple[Path, ...], places: tuple[Path, ...]) -> None:
         new.rename(place)
 
 
+def test_grants_that_look_as_old_as_the_last_ones_count(tmp_path: Path) -> None:
+    """Archives and copies set a file's time, digests have one length, and inodes are used again."""
+    path, swapped = tmp_path / "grants.toml", tmp_path / "new"
+
+    def text(token: str) -> str:
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        return f'[shop]\ntoken_sha256 = "{digest}"\n'
+
+    def write(place: Path, token: str) -> None:
+        place.write_text(text(token))
+        os.utime(place, (0, 0))
+
+    def again(token: str) -> None:
+        path.unlink()
+        write(path, token)
+
+    def rename(token: str) -> None:
+        write(swapped, token)
+        swapped.rename(path)
+
+    write(path, "0")
+    grants = GrantsFile(str(path))
+    ways = (lambda token: write(path, token), again, rename)
+    for number in range(1, 10):
+        ways[number % 3](str(number))
+        assert grants.of([], str(number)) == Grant("shop")
+        assert grants.of([], str(number - 1)) is None, number
+
+
 def test_grants_are_replaced_while_serving(
     tmp_path: Path, redis_url: str, store_prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,12 +23,17 @@ class ReplacedFiles(Generic[T]):
         self._paths = tuple(paths)
         self._read = read
         self._name = name
-        self._stamp = self._unusable = self._look()
-        self.current = read()
+        self._unusable = stamp = self._look()
+        #: in one, since threads may look at the same time
+        self._last = stamp, read()
 
     def __repr__(self) -> str:
         """Without their contents."""
         return f"<{type(self).__name__}>"
+
+    @property
+    def current(self) -> T:
+        return self._last[1]
 
     def renewed(self) -> bool:
         """Whether ``current`` is new since the last call. Costs a look at each file.
@@ -37,7 +42,8 @@ class ReplacedFiles(Generic[T]):
         call looks again.
         """
         stamp = self._look()
-        if stamp == self._stamp:
+        known, before = self._last
+        if stamp == known:
             return False
         try:
             current = self._read()
@@ -48,17 +54,17 @@ class ReplacedFiles(Generic[T]):
             return False
         if stamp != self._look():
             return False  # they are being written right now
-        is_new = current != self.current
-        self._stamp, self.current = stamp, current
-        return is_new
+        self._last = stamp, current
+        return current != before
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
+    def _look(self) -> list[tuple[int, ...] | None]:
         return [_stamp_of(path) for path in self._paths]
 
 
-def _stamp_of(path: str) -> tuple[int, int, int] | None:
+def _stamp_of(path: str) -> tuple[int, ...] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    # Unpacking and copying may set the old time of change, beside an inode that was used before.
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
