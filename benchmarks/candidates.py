@@ -1,4 +1,4 @@
-"""Who is compared: one small app each, with the same views."""
+"""The candidates: one small app each, with the same views."""
 
 from __future__ import annotations
 

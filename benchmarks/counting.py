@@ -36,7 +36,7 @@ class Instant:
 
 @dataclass(frozen=True)
 class CountingCost:
-    """What one operation costs more with metrics, in microseconds.
+    """The extra microseconds of one operation with metrics.
 
     ``mode``: whether figures are kept in the process, or in files, for one page of all workers.
     """

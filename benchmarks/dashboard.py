@@ -44,7 +44,7 @@ Series = tuple[str, list[float]]  # label, values
 
 
 class Panel(NamedTuple):
-    """What is drawn in one frame."""
+    """The contents of one frame."""
 
     title: str
     unit: str

@@ -1,4 +1,4 @@
-"""What the figures were measured on. No host name, no path, no user."""
+"""The machine and the versions behind the figures, without host name, paths and user."""
 
 from __future__ import annotations
 

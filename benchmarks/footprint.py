@@ -1,4 +1,4 @@
-"""What a session weighs in Redis, and whether its cost grows with the number of sessions."""
+"""The size of a session in Redis, and whether its cost grows with the number of sessions."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def settled_heap() -> Iterator[None]:
 
 
 def paired(figures: Mapping[str, Sequence[float]], name: str, minus: str) -> list[float]:
-    """What `name` costs above `minus`, round by round."""
+    """The cost of `name` minus the cost of `minus`, round by round."""
     return [mine - base for mine, base in zip(figures[name], figures[minus], strict=True)]
 
 

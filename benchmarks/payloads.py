@@ -1,4 +1,4 @@
-"""What the benchmarked sessions hold: a few lists of lines, and one small key that is used."""
+"""The contents of the benchmarked sessions: lists of lines, and one small key that is used."""
 
 from __future__ import annotations
 

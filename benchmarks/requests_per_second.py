@@ -31,7 +31,7 @@ LEAST = 0.85
 
 
 class Figures(NamedTuple):
-    """Of each round: requests per second, and the workers' microseconds for one request."""
+    """The requests per second of each round, and the workers' microseconds per request."""
 
     rates: list[float]
     microseconds: list[float]

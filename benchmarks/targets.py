@@ -1,4 +1,4 @@
-"""What the project promised, each promise held against this run's figures."""
+"""The project's targets, each compared with this run's figures."""
 
 from __future__ import annotations
 

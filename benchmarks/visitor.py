@@ -40,7 +40,7 @@ class Visitor:
         return self._request(path, [])
 
     def environ(self, path: str) -> dict[str, Any]:
-        """What a server hands over for a request of `path` with today's cookies."""
+        """The environ that a server passes for a request of `path` with the current cookies."""
         environ = create_environ(path, base_url="http://bench.example/")
         if self._cookies:
             environ["HTTP_COOKIE"] = self._cookie_header()

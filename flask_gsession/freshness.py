@@ -91,7 +91,7 @@ def require_fresh(
 
 
 def next_url(default: str = "/") -> str:
-    """Where to send the user after a sign-in or a confirmation: the ``next`` of the request.
+    """The URL for the user after a sign-in or a confirmation: the ``next`` of the request.
 
     ``default`` without one, or if it leads away from this site: anybody can put another address
     into a link to your page.

@@ -1,4 +1,4 @@
-"""What the benchmarks ask of a store: three ways to use it, and a meter on its server."""
+"""The stores of the benchmarks: three ways to use each, and a meter on its server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.measure import Call
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one request costs the store, by the server's own statistics.
+    """The cost of one request by the server's own statistics.
 
     `round_trips` counts what clients sent; `commands` also counts what scripts ran inside the
     server. Bytes are seen from the server: `received` from us, `sent` to us.

@@ -61,7 +61,7 @@ def pay() -> Response:
 
 @app.get("/address")
 def address() -> str:
-    """What the billing is not granted."""
+    """Reads a key that the billing has no grant for."""
     cookie = request.cookies.get("session", "")
     try:
         return str(values.Get(pb.GetRequest(cookie=cookie, keys=["address"])))

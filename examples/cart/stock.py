@@ -58,17 +58,17 @@ class Stock(Protocol):
         """
 
     def sell(self, number: str) -> None:
-        """What is held is sold for good. Raises `OrderClosed` if it is not held any more."""
+        """Sell the held pieces for good. Raises `OrderClosed` if they are not held any more."""
 
     def give_up(self, number: str) -> None:
-        """What is held goes back; a sold order stays."""
+        """Put the held pieces back. A sold order stays."""
 
     def close(self) -> None:
         """Release the connections."""
 
 
 def persistently(step: Callable[[], T], failures: tuple[type[Exception], ...]) -> T:
-    """What `step` returns; tried again after random pauses, each time up to twice as long."""
+    """The result of `step`, tried again after random pauses, each up to twice as long."""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(random.uniform(0, 0.05 * 2**attempt))

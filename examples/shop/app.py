@@ -86,14 +86,14 @@ def create_app(
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     csrf.protect(app)
     errors.register(app)
-    _dress(app)
+    _add_page_values(app)
     limits.start(app)
     app.cli.command("restock", help="Fill the shop's shelves again.")(orders.restock)
     return app
 
 
-def _dress(app: Flask) -> None:
-    """What every template and every response gets."""
+def _add_page_values(app: Flask) -> None:
+    """Add values to every template, and headers to every response."""
 
     @app.context_processor
     def helpers() -> dict[str, object]:

@@ -28,7 +28,7 @@ class CartError(ValueError):
 
 
 class CartSchema(Schema):
-    """What a cart looks like in the store."""
+    """A cart as the session stores it."""
 
     token = fields.Str(required=True)
     lines = fields.Dict(fields.Str(), fields.Int(strict=True), required=True)

@@ -1,4 +1,4 @@
-"""What the shop sells, read once from catalogue.json and the pictures beside it."""
+"""The goods of the shop, read once from catalogue.json and the pictures beside it."""
 
 import json
 from collections.abc import Iterable

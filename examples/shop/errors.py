@@ -79,7 +79,7 @@ def _page(error: HTTPException, text: str) -> Response:
 
 
 def _again() -> str | None:
-    """Where the same can be tried once more: this page, or the one with the form."""
+    """The URL to try again: this page, or the one with the form."""
     if request.method in ("GET", "HEAD"):
         return request.full_path.rstrip("?")
     form = urlsplit(request.referrer or "")

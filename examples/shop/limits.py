@@ -34,7 +34,7 @@ def limit_sign_in(view: View) -> View:
 
 
 def _account() -> str:
-    """Whose password it is: on the sign-in page the one that is named, elsewhere the visitor's."""
+    """The account of the password: the name in the sign-in form, or else the visitor."""
     if request.endpoint == "account.check":
         return request.form.get("name", "").strip().lower()
     return str(session.get("user", ""))

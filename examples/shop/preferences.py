@@ -1,4 +1,4 @@
-"""What a visitor prefers: declared once, checked by its schema wherever it comes from.
+"""A visitor's preferences: declared once, checked by their schema wherever they come from.
 
 After the sign-in it belongs to the user, and is the same on all their devices.
 """

@@ -1,4 +1,4 @@
-"""What the views work with, built once per application."""
+"""The services that views use, built once per application."""
 
 from dataclasses import dataclass
 from typing import cast

@@ -1,4 +1,4 @@
-"""What pages show of the visitor, also while the session store does not answer.
+"""The facts about the visitor for pages, even while the session store doesn't answer.
 
 The catalogue and the error pages need nothing of the session but the name and the cart in their
 head. In an outage they are shown without. All other pages need the session, so they are a 503.
@@ -33,7 +33,7 @@ def forget() -> None:
 
 
 def person() -> accounts.Person | None:
-    """Who is signed in."""
+    """The signed-in person."""
     name = session.get("user") if known() else None
     return shop().accounts.find(name) if name else None
 

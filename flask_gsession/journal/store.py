@@ -21,7 +21,7 @@ from ..stores.base import (
 from ..stores.journals import Journal
 from ..stores.parts import Leases, Tidied, Upkeep
 from ..stores.support import reason_of_end
-from ..stores.wrappers.wrapper import Wrapper
+from ..stores.wrappers.wrapper import LeasesWrapper, Wrapper
 from .entries import BOUND, CREATED, ENDED, EXPIRED, ROTATED, Entry
 
 _RACES = 100  # saves that may get in the way of one delete
@@ -244,10 +244,10 @@ def _packed(entries: Sequence[Entry]) -> list[bytes]:
     return [entry.pack() for entry in entries]
 
 
-class _JournalingLeases(Leases):
+class _JournalingLeases(LeasesWrapper):
     def __init__(self, store: JournalingStore, leases: Leases) -> None:
+        super().__init__(leases)
         self._store = store
-        self._leases = leases
 
     def save(
         self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
@@ -270,18 +270,6 @@ class _JournalingLeases(Leases):
 
     def delete(self, key: str, expected_version: int, lease: str) -> Deleted | bool:
         return self._store.end_version(key, expected_version, lease)
-
-    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
-        return self._leases.acquire(key, owner, lease_ms, max_waiters)
-
-    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
-        return self._leases.extend(key, owner, lease_ms)
-
-    def release(self, key: str, owner: str) -> bool:
-        return self._leases.release(key, owner)
-
-    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
-        self._leases.wait_for_release(key, owner, seconds)
 
 
 class _JournalingUpkeep(Upkeep):

@@ -52,7 +52,7 @@ class Contents(NamedTuple):
 
 
 class Source(Protocol):
-    """Where old sessions come from.
+    """A source of old sessions.
 
     ``label`` names the source in marks: the same label and name mean the same old session.
     """

@@ -335,7 +335,7 @@ class Takeover:
             raise error.with_traceback(None) from None
 
     def _of(self, repository: Repository, origin: Origin) -> list[tuple[Source, str]]:
-        """Where an old record may be, and its name. Several stores of ours have one label."""
+        """The sources that may hold an old record, and its name: stores may share a label."""
         name = unsealed(repository.live.secret_keys(), origin)
         if name is None:
             return []

@@ -66,7 +66,7 @@ def live_blueprint(
 
     @blueprint.app_template_global("live_state")
     def live_state() -> str:
-        """What this page shows, as JSON; "" if only the script's first look can tell.
+        """The state that this page shows, as JSON; "" if only the script's first look can show it.
 
         It is the state that the request began with, without the keys that it changed. Three round
         trips if the session has a user.

@@ -119,7 +119,7 @@ class Entry(HidesFields, frozen=True):
 
 
 class Wishes(Struct, frozen=True):
-    """What else the next save does, besides storing changed values.
+    """The tasks of the next save besides storing changed values.
 
     ``rotation`` is the grace in seconds, ``lifetime`` the session's own idle timeout in
     milliseconds. ``sign_in``: the absolute lifetime starts again with the rotation, as it does with

@@ -112,4 +112,4 @@ class Journal(Protocol):
         """Remove a consumer; whether there was one."""
 
     def figures(self) -> JournalFigures:
-        """What the journal holds."""
+        """The state of the journal."""

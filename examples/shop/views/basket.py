@@ -17,7 +17,7 @@ pages = Blueprint("basket", __name__)
 
 
 def _lines(quantities: Mapping[str, int]) -> list[Line]:
-    """What is in a cart at today's prices; goods that are no longer sold are left out."""
+    """The lines of a cart at today's prices, without goods that are no longer sold."""
     goods = shop().catalogue.known(quantities)
     return [Line(good.sku, good.name, good.price, quantities[good.sku]) for good in goods]
 
@@ -85,7 +85,7 @@ def change(sku: str) -> ResponseReturnValue:
 @pages.get("/checkout")
 @sign_in_needed
 def checkout() -> ResponseReturnValue:
-    """What is about to be ordered, and the button that does it."""
+    """The page with the order to come, and the button that places it."""
     wanted = cart.current()
     lines = _lines(wanted["lines"])
     if not lines:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import OTHER_ENDS, Deleted, Record, Replaced
 from ..parts import Bulk, Leases, NearFigures, NearReads, NearRecord
+from ..wrappers.wrapper import LeasesWrapper
 
 if TYPE_CHECKING:
     from .store import EdgeStore
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
 _LOCK = "a lock"
 
 
-class EdgeLeases(Leases):
+class EdgeLeases(LeasesWrapper):
     """Leases are held at the centre, so nothing under one can be done without it."""
 
     def __init__(self, store: EdgeStore, leases: Leases) -> None:
+        super().__init__(leases)
         self._store = store
-        self._leases = leases
 
     def save(
         self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
@@ -50,15 +51,6 @@ class EdgeLeases(Leases):
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         self._store.check_settled(key, _LOCK)
         return self._leases.acquire(key, owner, lease_ms, max_waiters)
-
-    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
-        return self._leases.extend(key, owner, lease_ms)
-
-    def release(self, key: str, owner: str) -> bool:
-        return self._leases.release(key, owner)
-
-    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
-        self._leases.wait_for_release(key, owner, seconds)
 
 
 class EdgeNear(NearReads):

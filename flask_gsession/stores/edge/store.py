@@ -265,11 +265,11 @@ class EdgeStore(Wrapper, Edge):
         self._reconciler = weakref.ref(reconciler)
 
     def figures(self) -> EdgeFigures:
-        """What waits."""
+        """The counts of the waiting changes."""
         return self.waiting.figures()
 
     def settle(self) -> Settled | None:
-        """Look whether the centre is back, and settle with it now."""
+        """Check whether the centre is back, and settle with it now."""
         ends = 0
         if self.link.is_cut:
             back = self._come_back()

@@ -212,7 +212,7 @@ class MongoDBJournal(Journal):
 
     @call("delete")
     def _remove_old(self, collection: SessionCollection) -> None:
-        """What the TTL index would remove: pointers, rosters and other records."""
+        """Remove the pointers, rosters and other records that the TTL index would remove."""
         now = DatetimeMS(self.layout.now())
         condition = {"idle_expires_at": {"$lte": now}, **self._scans.removable}
         collection.delete_many({"$and": [condition, {"_id": self._ours()}]})

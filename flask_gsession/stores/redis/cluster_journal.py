@@ -133,7 +133,7 @@ class ClusterJournal(RedisJournal):
         return self._commands.run(deadline, _END, keys, arguments, confirmation=confirmation)
 
     def _marker(self, key: str, entries: Sequence[bytes]) -> Record:
-        """What stands in the place of an ended session: an expired pointer to nowhere."""
+        """The record in the place of an ended session: an expired pointer to nowhere."""
         content = json.dumps([b64encode(entry).decode() for entry in entries]).encode()
         now = self._commands.now()
         return Record(key, new_version(), now, now, now, content, "")

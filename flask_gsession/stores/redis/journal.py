@@ -361,7 +361,7 @@ def held_life(record: Record, now: int) -> bytes:
 
 
 def _pairs(answer: Any) -> list[tuple[bytes, Any]]:
-    """Of a flat list, as in the older protocol, or of a list of lists or a map."""
+    """The pairs in a flat list, as in the older protocol, or in a list of lists or a map."""
     if isinstance(answer, dict):
         return list(answer.items())
     if answer and isinstance(answer[0], (list, tuple)):

@@ -35,15 +35,15 @@ class Names:
         self.channels = f"{prefix}wake:".encode()
 
     def record(self, key: str) -> bytes:
-        """Of a session's record, or a pointer."""
+        """The key of a session's record, or of a pointer."""
         return f"{self.prefix}{{{key}}}".encode()
 
     def lease(self, key: str) -> bytes:
-        """Of the lease of a session, and the queue for it."""
+        """The key of a session's lease, with the queue for it."""
         return f"{self.prefix}{{{key}}}:lock".encode()
 
     def blob(self, name: str) -> bytes:
-        """Of a large value."""
+        """The key of a large value."""
         return f"{self.prefix}blob:{{{name}}}".encode()
 
 

@@ -178,7 +178,7 @@ class _Bounded:
 
 
 def bounded(connection_class: type) -> type:
-    """That connection class of the client, with sockets that keep to a deadline."""
+    """The client's connection class, with sockets that keep to a deadline."""
     return type(connection_class.__name__, (_Bounded, connection_class), {})
 
 

@@ -56,6 +56,25 @@ class Wrapper(Store):
         self.store.close()
 
 
+class LeasesWrapper(Leases):
+    """The part ``leases`` around another one: forwards the calls that only concern the lock."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
+        return self._leases.acquire(key, owner, lease_ms, max_waiters)
+
+    def extend(self, key: str, owner: str, lease_ms: int) -> bool:
+        return self._leases.extend(key, owner, lease_ms)
+
+    def release(self, key: str, owner: str) -> bool:
+        return self._leases.release(key, owner)
+
+    def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
+        self._leases.wait_for_release(key, owner, seconds)
+
+
 def _may_shorten(method: Callable[..., Any], shorten: bool) -> Callable[..., Any]:
     return partial(method, shorten=True) if shorten else method
 
