@@ -164,7 +164,7 @@ class JournalingStore(Wrapper):
             try:
                 there = self.store.load(at)
             except UnreadableRecord:
-                self.journal.append(_packed([*rotated, self._ended(at, NOBODY)]))
+                self.journal.append(_packed([*rotated, self._ended(at, NOBODY)]), at)
                 deleted = self.store.delete(at)
                 self._remove_pointers(pointers)
                 return deleted
@@ -202,7 +202,7 @@ class JournalingStore(Wrapper):
     def append_bound(self, key: str, owner: str, device: str) -> None:
         """Record that the session under ``key`` was bound to this user, without a new key."""
         entry = self._entry(BOUND, key, Subject(owner, device))
-        self.journal.append(_packed([entry]))
+        self.journal.append(_packed([entry]), key)
 
     def expired(self, record: Record) -> Entry:
         """The entry for an expired session."""

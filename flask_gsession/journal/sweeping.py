@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from ..errors import Gone, KeyTaken, Stale, StoreError
+from ..errors import Gone, KeyTaken, Stale, StoreError, StoreUnavailable
 from ..stores.base import KEY_LENGTH, Clock, Record, milliseconds, new_version
 from .store import JournalingStore
 
@@ -36,8 +36,9 @@ class Sweeper:
 
     def run(self) -> int:
         """Sweep now, unless another process is sweeping. Raises ``StoreUnavailable``."""
-        ticket = self._take_ticket()
-        if ticket is None:
+        try:
+            ticket = self._take_ticket()
+        except KeyTaken:
             return 0
         swept = 0
         try:
@@ -47,20 +48,25 @@ class Sweeper:
                 swept += found
                 if not found:
                     break
-                ticket = self._renewed(ticket)
+                if ticket is not None:
+                    ticket = self._renewed(ticket)
         except Gone:  # this process was paused, and another one took over
             return swept
         finally:
-            with suppress(StoreError, Stale, Gone):
-                self._store.delete(SWEEP_KEY, ticket.version)
+            if ticket is not None:
+                with suppress(StoreError, Stale, Gone):
+                    self._store.delete(SWEEP_KEY, ticket.version)
         return swept
 
     def _take_ticket(self) -> Record | None:
+        """Raises ``KeyTaken`` while another process has it; None if the store refuses it."""
         now = milliseconds(self._clock)
         ticket = Record(SWEEP_KEY, new_version(), now, now + _LEASE, now + _YEAR, b"sweep")
         try:
             self._store.create(ticket)
-        except KeyTaken:
+        except StoreUnavailable:
+            # A full Redis refuses what needs memory. The sweep frees some, and two of them at the
+            # same time only do the same work twice. If the store is down, the next step says so.
             return None
         return ticket
 

@@ -96,8 +96,8 @@ class Journal(Protocol):
     def recover(self) -> int:
         """Complete what crashed processes left half done; how many entries that added."""
 
-    def append(self, entries: Sequence[bytes]) -> None:
-        """Add entries that belong to no write."""
+    def append(self, entries: Sequence[bytes], key: str | None = None) -> None:
+        """Add entries that belong to no write; ``key``: of the session that they are about."""
 
     def read(self, after: int, limit: int) -> Entries:
         """Up to ``limit`` entries behind the number ``after``. Changes nothing."""

@@ -91,6 +91,16 @@ def test_a_logout_by_an_old_token(journaled: Site) -> None:
     assert (rotated.previous, ended.handle) == (created.handle, rotated.handle)
 
 
+def test_a_session_that_is_bound_and_keeps_its_token(journaled: Site) -> None:
+    """As in a socket handler: the entry isn't part of a write."""
+    visitor = journaled.visitor()
+    visitor.run(put)
+    handle = visitor.run(lambda session: session.handle)
+    repository_of(journaled).journaling.append_bound(handle, "ada", "laptop")
+    visitor.run(sign_out)
+    assert kinds(events_of(journaled)) == ["created", "bound", "ended"]
+
+
 def test_an_expiry_is_entered_with_its_owner(journaled: Site, clock: FakeClock) -> None:
     visitor = journaled.visitor()
     visitor.run(sign_in)

@@ -16,11 +16,18 @@ from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.parts import parts_of
 from flask_gsession.testing import FakeClock, a_record
 from tests.harness.apps import Site
+from tests.harness.marks import long
 from tests.harness.topologies import MongoAuthTLS
 
 pytest_plugins = ["tests.harness.topologies"]
 
 RIGHTS = ["find", "insert", "update", "remove", "createIndex"]
+# Rights on the journal, further ones on sessions, what is missing, and the status of a write.
+LACKING: list[tuple[list[str], list[str], str, int]] = [
+    ([], ["collMod"], "find, insert, remove, update on gsession_journal", 200),
+    (["find", "insert"], ["collMod"], "remove, update on gsession_journal", 200),
+    (RIGHTS, [], "collMod on gsession", 503),
+]
 
 
 @pytest.fixture
@@ -66,23 +73,14 @@ def test_the_published_rights_suffice(
         assert not problems(site).keys() & {"journal rights", "expiry index"}
 
 
-@pytest.mark.parametrize(
-    ("journal", "sessions", "missing", "status"),
-    [
-        ([], ["collMod"], "find, insert, remove, update on gsession_journal", 200),
-        (["find", "insert"], ["collMod"], "remove, update on gsession_journal", 200),
-        (RIGHTS, [], "collMod on gsession", 503),
-    ],
-)
+@pytest.mark.parametrize("lacking", long(LACKING, LACKING[:2]))
 def test_the_doctor_names_missing_rights(
-    journal: list[str],
-    sessions: list[str],
-    missing: str,
-    status: int,
+    lacking: tuple[list[str], list[str], str, int],
     server: MongoAuthTLS,
     store_prefix: str,
     clock: FakeClock,
 ) -> None:
+    journal, sessions, missing, status = lacking
     url = server.url_of_rights(RIGHTS, "gsession", gsession=sessions, gsession_journal=journal)
     with Site(url, store_prefix, clock, journal=True) as site:
         assert site.visitor().ask(put).status_code == status

@@ -24,7 +24,7 @@ from tests.journal.storm import SETTINGS, sweeper_of
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 _ENDS = ("ended", "expired")
-_QUICK, _LONG = 1.5, 40.0  # seconds
+_QUICK, _LONG = 1.0, 40.0  # seconds
 
 
 @dataclass

@@ -94,7 +94,7 @@ class MemoryJournal(Journal):
     def recover(self) -> int:
         return 0
 
-    def append(self, entries: Sequence[bytes]) -> None:
+    def append(self, entries: Sequence[bytes], key: str | None = None) -> None:
         with self._lock:
             self._add(entries)
 

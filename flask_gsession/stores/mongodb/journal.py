@@ -265,7 +265,13 @@ class MongoDBJournal(Journal):
     # The journal.
 
     @call("journal")
-    def append(self, collection: SessionCollection, entries: Sequence[bytes]) -> None:
+    def append(
+        self, collection: SessionCollection, entries: Sequence[bytes], key: str | None = None
+    ) -> None:
+        if key is not None:  # behind the entries that wait in its document
+            update = [{"$set": with_outbox(self._outbox(entries))}]
+            if collection.update_one({"_id": self.layout.prefix + key}, update).matched_count:
+                return
         self._add(collection, entries)
 
     def _add(self, collection: SessionCollection, entries: Sequence[bytes]) -> None:

@@ -179,11 +179,8 @@ class ClusterJournal(RedisJournal):
 
     def _expect(self, record: Record) -> None:
         """Let the sweep look for this session when it expires, or earlier."""
-        self._place(record.key, record.idle_expires_at, b"NX")
-
-    def _place(self, key: str, due: int, *condition: bytes) -> None:
-        bucket = self._names.due(key)
-        self._call(bucket, packed(b"ZADD", bucket, *condition, b"%d" % due, key.encode()))
+        bucket, due = self._names.due(record.key), b"%d" % record.idle_expires_at
+        self._call(bucket, packed(b"ZADD", bucket, b"NX", due, record.key.encode()))
 
     def _leave(self, key: str) -> None:
         bucket = self._names.due(key)

@@ -40,7 +40,7 @@ class Journaled(Script):
 _CREATE = Journaled(Script("journal_create"), 1)
 _APPEND = Journaled(Script("journal_append"))
 _EXPIRE = Journaled(Script("journal_expire"))
-_ACKNOWLEDGE = Script("journal_ack")
+_ACKNOWLEDGE, _PLACE = Script("journal_ack"), Script("journal_place")
 _JOURNALED = {
     SAVE: Journaled(SAVE, 2),
     RENEW: Journaled(RENEW, 1),
@@ -165,10 +165,14 @@ class RedisJournal(Journal):
             self._pointer(bucket, record)
             return None
         if now < record.idle_expires_at:
-            later = b"%d" % record.idle_expires_at
-            self._call(bucket, packed(b"ZADD", bucket, b"XX", later, key.encode()))
+            self._place(key, record.idle_expires_at)
             return None
         return record
+
+    def _place(self, key: str, due: int) -> None:
+        """Let the sweep look for this session then, also if the server is full."""
+        arguments = [b"%d" % due, key.encode()]
+        self._commands.run(self._commands.deadline(), _PLACE, [self._names.due(key)], arguments)
 
     def _pointer(self, bucket: bytes, record: Record) -> None:
         """The session was rotated away, and this place in the index is left over."""
@@ -208,10 +212,10 @@ class RedisJournal(Journal):
     def recover(self) -> int:
         return 0
 
-    def append(self, entries: Sequence[bytes]) -> None:
+    def append(self, entries: Sequence[bytes], key: str | None = None) -> None:
         if entries:
-            stream = self._names.stream
-            self._write("", "", entries).run(self._commands.deadline(), _APPEND, [stream], [])
+            write, names = self._write("", "", entries), [self._names.consumers]
+            write.run(self._commands.deadline(), _APPEND, names, [])
 
     def read(self, after: int, limit: int) -> Entries:
         start, count = b"%d-0" % (after + 1), b"%d" % limit

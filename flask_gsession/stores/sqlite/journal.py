@@ -143,7 +143,9 @@ class SQLiteJournal(Journal):
         return 0
 
     @in_transaction(durable=True)
-    def append(self, db: sqlite3.Connection, entries: Sequence[bytes]) -> None:
+    def append(
+        self, db: sqlite3.Connection, entries: Sequence[bytes], key: str | None = None
+    ) -> None:
         self._add(db, entries)
 
     def _add(self, db: sqlite3.Connection, entries: Sequence[bytes]) -> None:
