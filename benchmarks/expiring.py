@@ -22,6 +22,7 @@ from pymongo import MongoClient
 from redis import Redis
 
 from flask_gsession.journal.store import JournalingStore, Subject
+from flask_gsession.processes import process
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.testing import FakeClock, a_record
 from tests.harness.servers import MongoServer, RedisServer, with_database
@@ -46,6 +47,7 @@ def expiring(store: str, number: int) -> str:
 
 
 def _expiring(url: str, idle: str, number: int) -> str:
+    process.serves = True  # or each call outside a request opens an SQLite file again
     clock = FakeClock()
     plain = open_store(url, StoreOptions(prefix="bench:", clock=clock, timeout=30))[0]
     assert plain.journal is not None
@@ -92,13 +94,13 @@ def asked(url: str) -> Iterator[list[float]]:
     """Another process asks the server at ``url`` all the time; how long it waited, in ms."""
     waits: list[float] = []
     command = [sys.executable, "-m", "benchmarks.expiring", "--ask", url]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
     try:
         yield waits
     finally:
-        waits += json.loads(process.communicate()[0])
+        waits += json.loads(child.communicate()[0])
 
 
 def ask(url: str) -> None:
@@ -107,6 +109,7 @@ def ask(url: str) -> None:
 
     over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    process.serves = True
     question, waits = _question(url), []
     question()
     print("ready", flush=True)

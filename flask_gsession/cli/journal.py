@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import stat
 import sys
+from contextlib import suppress
+from io import UnsupportedOperation
 from typing import Any
 
 import click
@@ -86,9 +90,18 @@ def _print(
     for batch in consumer.batches():
         for event in batch:
             click.echo(as_line(event.as_dict()) if as_json else _line(event))
-        sys.stdout.flush()
+        _flush()
         if not no_ack:
             batch[-1].ack()
+
+
+def _flush() -> None:
+    """Pass on what was printed; a file has it then, even after a power cut."""
+    sys.stdout.flush()
+    with suppress(UnsupportedOperation):  # no real file
+        file = sys.stdout.fileno()
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            os.fsync(file)
 
 
 def _stop_by_signal(consumer: Consumer) -> None:

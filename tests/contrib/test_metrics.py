@@ -949,7 +949,7 @@ def expressions() -> dict[str, str]:
 @pytest.mark.parametrize("name", expressions())
 def test_a_query_asks_for_existing_metrics(name: str) -> None:
     registry = CollectorRegistry()
-    SessionMetrics(application(), registry=registry)
+    SessionMetrics(application(journal=True), registry=registry)
     shown = {}
     for family in registry.collect():
         suffixes = {"counter": ["_total"], "gauge": [""]}.get(
@@ -963,7 +963,7 @@ def test_a_query_asks_for_existing_metrics(name: str) -> None:
 
 def test_every_metric_is_on_the_dashboard() -> None:
     registry = CollectorRegistry()
-    SessionMetrics(application(), registry=registry)
+    SessionMetrics(application(journal=True), registry=registry)
     queries = " ".join(expressions().values())
     assert [family.name for family in registry.collect() if family.name not in queries] == []
 
