@@ -127,7 +127,10 @@ def _question(url: str) -> Callable[[], object]:
     if url.startswith("mongodb"):
         database = MongoClient[dict[str, Any]](url)["asked"]
         return lambda: database.command("ping")
-    return _of_a_session(open_store(url, StoreOptions(prefix="asked:", timeout=30))[0])
+    store = open_store(url, StoreOptions(prefix="asked:", timeout=30))[0]
+    assert store.journal is not None
+    store.journal.begin(_MOST)  # or it would remove what has expired
+    return _of_a_session(store)
 
 
 def _of_a_session(store: Store) -> Callable[[], object]:

@@ -48,6 +48,7 @@ _PLANS = [
     ["bind", "revoke"],
     ["bind", "rotate"],
 ]
+_LEAST = 2500  # bytes in the ledger
 _AT_ONCE = 30  # visitors of one process
 _MOST = 3.3  # the power of ten of the steps that a process survives, at most
 _NAMED_MOST = 16  # the same within a named function
@@ -216,6 +217,12 @@ def play(role: str, url: str, prefix: str, folder: Path, seed: int) -> None:
     ROLES[role](site, folder, chance)
 
 
+def enough(folder: Path) -> bool:
+    """Whether visitors did so much that there is something to check, also on a busy machine."""
+    ledger = folder / "ledger"
+    return ledger.exists() and ledger.stat().st_size > _LEAST
+
+
 def forked(work: Callable[[], None]) -> int:
     child = os.fork()
     if not child:
@@ -237,7 +244,7 @@ def main(url: str, prefix: str, folder: str, seconds: str, seed: str) -> None:
     killed: Counter[str] = Counter()
     failed = []
     next_kill = time.monotonic() + 0.3
-    while time.monotonic() < over and not failed:
+    while (time.monotonic() < over or not enough(Path(folder))) and not failed:
         for role in ROLES.keys() - playing.values():
             number = chance.randrange(2**32)
             child = forked(
