@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask import Flask, Request, Response, has_request_context, request
 from flask.globals import request_ctx
@@ -59,6 +59,18 @@ _BLANKS = " \t"
 _LONGEST_VERSION = 20  # digits
 
 
+class _Signing(NamedTuple):
+    """The signer of the tokens in a cookie, the name of the cookie, and the ``start`` of the pair.
+
+    ``given``: the settings that it was made for.
+    """
+
+    given: object
+    name: str
+    signer: TokenSigner
+    start: str
+
+
 class GSessionInterface(SessionInterface):
     """Opens and saves the sessions of one ``Session`` on one application.
 
@@ -81,8 +93,9 @@ class GSessionInterface(SessionInterface):
         self._token_header = repository.settings.token_header
         self._remembers = repository.settings.remember == "session"
         self._debug = repository.settings.debug
-        #: Flask's settings as they were last seen, the cookie's name, and the signer for them
-        self._signer: tuple[object, str, TokenSigner | None] = ((), "", None)
+        vary = ["Cookie"] if self._token_header is None else ["Cookie", self._token_header]
+        self._vary = ", ".join(vary)
+        self._signing: _Signing | None = None
         repository.last_seen_version = self._last_seen_version
 
     def get_cookie_name(self, app: Flask) -> str:
@@ -105,9 +118,11 @@ class GSessionInterface(SessionInterface):
             hooks = context._after_request_functions if context.request is request else None
         except RuntimeError:
             hooks = None
-        session = SessionData(self.repository, self._present, app, request, hooks)
-        if app.after_request_funcs and hooks is not None:
-            hooks.append(partial(begin_response, session))  # before a hook can look at the session
+        if app.after_request_funcs and hooks is not None:  # one of them may have the first look
+            session = SessionData(self.repository, self._present, app, request)
+            hooks.append(partial(begin_response, session))
+        else:
+            session = SessionData(self.repository, self._present, app, request, hooks)
         if self._debug:
             begin(session, request)
         return session
@@ -150,14 +165,18 @@ class GSessionInterface(SessionInterface):
         if type(session) is LocalProxy:  # type: ignore[comparison-overlap]  # saved by hand
             session = session._get_current_object()
             session.accessed = True  # as Flask 3.1.3 does
-        if not (self.has_further and has_request_context()):
-            if isinstance(session, SessionData):
-                if session.accessed:
-                    self._save(app, session, response)
-                    self._write_headers(app, session, response)
-                else:
-                    self._close_unused(session, response)
-            return
+        if self.has_further and has_request_context():
+            self._save_all(app, session, response)
+        elif isinstance(session, SessionData):
+            if session.accessed:
+                life = lifecycle_of(session)
+                self._save(app, session, life, response)
+                self._write_headers(app, session, life, response)
+            else:
+                self._close_unused(session, response)
+
+    def _save_all(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        """Save the sessions of all ``Session`` objects of the application."""
         of_request = vars(request)
         sessions: list[tuple[GSessionInterface, SessionMixin]] = [(self, session)]
         sessions += of_request.get(_FURTHER, {}).items()
@@ -166,13 +185,13 @@ class GSessionInterface(SessionInterface):
             of_request[_SAVED] = True
         for interface, each in opened:
             if each.accessed:
-                interface._save(app, each, response)
+                interface._save(app, each, lifecycle_of(each), response)
             else:
                 interface._close_unused(each, response)
         # After all saves: if one fails, the new response needs the cookies of the others.
         for interface, each in opened:
             if each.accessed:
-                interface._write_headers(app, each, response)
+                interface._write_headers(app, each, lifecycle_of(each), response)
 
     def _close_unused(self, session: SessionData, response: Response) -> None:
         """The request has not looked at the session. Only a streamed body still can."""
@@ -184,8 +203,7 @@ class GSessionInterface(SessionInterface):
         if can_read_session(response):
             self._add_vary(response)
 
-    def _save(self, app: Flask, session: SessionData, response: Response) -> None:
-        life = lifecycle_of(session)
+    def _save(self, app: Flask, session: SessionData, life: Lifecycle, response: Response) -> None:
         if life.phase == SAVED:
             return
         # If nothing has looked at the session, only a streamed body shows that Flask saves it.
@@ -207,13 +225,19 @@ class GSessionInterface(SessionInterface):
             response.call_on_close(lambda: _report_late_changes(session))
 
     def _add_vary(self, response: Response) -> None:
-        _add_vary(response, "Cookie")
-        if self._token_header is not None:
-            _add_vary(response, self._token_header)
+        headers = response.headers
+        for name, _ in headers:
+            if name.lower() == "vary":
+                # Join the lines first: ``vary`` reads only one, and replaces all of them.
+                headers["Vary"] = ", ".join(headers.getlist("Vary"))
+                response.vary.update(self._vary.split(", "))
+                return
+        headers.add("Vary", self._vary)
 
-    def _write_headers(self, app: Flask, session: SessionData, response: Response) -> None:
+    def _write_headers(
+        self, app: Flask, session: SessionData, life: Lifecycle, response: Response
+    ) -> None:
         self._add_vary(response)
-        life = lifecycle_of(session)
         if life.cookie != "keep" or self._token_header is not None:
             self._write_token(app, life, response)
         if life.request is not None:
@@ -242,37 +266,35 @@ class GSessionInterface(SessionInterface):
         cookies = request.environ.get("HTTP_COOKIE")
         if not cookies:
             return _NOTHING
-        name, signer = self._name_and_signer(app)
-        start = name + "="
+        signing = self._signing_of(app)
+        start = signing.start
         if start not in cookies:
             return _NOTHING
         # A signed token needs no quotes. A quoted value isn't ours.
         values = []
         for pair in cookies.split(";"):
-            stripped = pair.strip(_BLANKS)
-            if stripped.startswith(start):
-                values.append(stripped[len(start) :])
+            pair = pair.strip(_BLANKS)
+            if pair.startswith(start):
+                values.append(pair[len(start) :])
+        if len(values) == 1:
+            return Presented(signing.signer.check(values[0]))
         if not values:
             return _NOTHING
-        if len(values) == 1:
-            return Presented(signer.check(values[0]))
-        return Presented(signer.check_all(dict.fromkeys(values)))
+        return Presented(signing.signer.check_all(dict.fromkeys(values)))
 
     def _signer_of(self, app: Flask) -> TokenSigner:
-        return self._name_and_signer(app)[1]
+        return self._signing_of(app).signer
 
-    def _name_and_signer(self, app: Flask) -> tuple[str, TokenSigner]:
-        """The cookie's name, and the signer of its tokens."""
-        given = token_settings(app)
-        known, name, signer = self._signer
-        if signer is None or given != known:
+    def _signing_of(self, app: Flask) -> _Signing:
+        """How to sign, by the application's settings as they are now."""
+        given, signing = token_settings(app), self._signing
+        if signing is None or signing.given != given:
             live = self._live
             name, keys = live.cookie_name(), live.secret_keys()
             if not keys[0]:
                 keys = secret_keys(app)  # raises an error that says what is wrong
-            signer = TokenSigner(keys, name)
-            self._signer = (given, name, signer)
-        return name, signer
+            signing = self._signing = _Signing(given, name, TokenSigner(keys, name), f"{name}=")
+        return signing
 
     def _last_seen_version(self, request: Request, by_header: bool) -> int | None:
         """The version that the client wrote last, from its cookie or header."""
@@ -327,7 +349,8 @@ class GSessionInterface(SessionInterface):
         response.headers[name] = self._signer_of(app).sign(token) if token else ""
 
     def _write_cookie(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        name, signer = self._name_and_signer(app)
+        signing = self._signing_of(app)
+        name = signing.name
         attributes = self._live.cookie(name, self)
         token, record = life.seen.token, life.seen.record
         if life.cookie == "delete" or token is None or record is None:
@@ -336,7 +359,7 @@ class GSessionInterface(SessionInterface):
         expires = None
         if self.repository.is_permanent(life.values.stored):
             expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
-        response.set_cookie(name, signer.sign(token), expires=expires, **attributes)
+        response.set_cookie(name, signing.signer.sign(token), expires=expires, **attributes)
 
     def _failed(
         self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
@@ -382,16 +405,6 @@ def note_error_page(app: Flask, **_: Any) -> None:
         for session in (session_of_request(), *vars(request).get(_FURTHER, {}).values()):
             if isinstance(session, SessionData):
                 begin_error_page(session)
-
-
-def _add_vary(response: Response, header: str) -> None:
-    for name, _ in response.headers:
-        if name.lower() == "vary":
-            # Join the lines first: ``vary`` reads only one, and replaces all of them.
-            response.headers["Vary"] = ", ".join(response.headers.getlist("Vary"))
-            response.vary.add(header)
-            return
-    response.headers.add("Vary", header)
 
 
 def _report_late_changes(session: SessionData) -> None:

@@ -13,6 +13,7 @@ import re
 import secrets
 from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Sequence
+from hmac import compare_digest
 from typing import Any
 
 from msgspec import Struct
@@ -58,8 +59,8 @@ def session_key(token: str) -> str:
     It is also the session's public handle: it can't be converted back to the token.
     """
     digest = _SHA256.copy()  # faster than to make one
-    digest.update(token.encode("ascii"))
-    return b2a_base64(digest.digest(), newline=False).translate(_URL_SAFE, b"=").decode("ascii")
+    digest.update(token.encode())
+    return b2a_base64(digest.digest()).translate(_URL_SAFE, b"=\n").decode()
 
 
 def _derive(secret_key: str | bytes, label: bytes) -> bytes:
@@ -80,10 +81,9 @@ class _Mac:
 
     def signature(self, token: str) -> str:
         inner, outer = self._inner.copy(), self._outer.copy()
-        inner.update(token.encode("ascii"))
+        inner.update(token.encode())
         outer.update(inner.digest())
-        digest = outer.digest()[:_SIGNATURE_BYTES]
-        return b2a_base64(digest, newline=False).translate(_URL_SAFE, b"=").decode("ascii")
+        return b2a_base64(outer.digest()[:_SIGNATURE_BYTES]).translate(_URL_SAFE, b"=\n").decode()
 
 
 class Checked(Struct, frozen=True, gc=False):
@@ -141,13 +141,14 @@ class TokenSigner:
             return Checked(None, "malformed")
         key = session_key(token)
         known = self._known.get(key)
-        if known is not None and hmac.compare_digest(known, signature):
+        if known is not None and compare_digest(known, signature):
             return Checked(token, key=key)
-        for number, mac in enumerate(self._macs):
-            if hmac.compare_digest(mac.signature(token), signature):
-                if number == 0:
+        for mac in self._macs:
+            if compare_digest(mac.signature(token), signature):
+                current = mac is self._macs[0]
+                if current:
                     self._remember(key, signature)
-                return Checked(token, outdated=number > 0, key=key)
+                return Checked(token, outdated=not current, key=key)
         return Checked(None, "bad signature")
 
     def _remember(self, key: str, signature: str) -> None:

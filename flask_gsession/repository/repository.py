@@ -162,6 +162,11 @@ class Repository:
         ):
             self.large_values = self.large_values.through(parts.blobs)
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether this is an edge that can't reach its centre."""
+        return self.edge is not None and bool(self.edge.cut_off)
+
     def find_near(self, key: str, version: int | None) -> Loaded | None:
         """The session under ``key`` from the near cache, or None if it isn't fresh enough there.
 
@@ -192,10 +197,12 @@ class Repository:
         store's ``load``. Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one
         more for each rotation within the grace.
         """
+        if load is None:
+            load = self.store.load
         at = key
         passed: tuple[str, ...] = ()
-        while len(passed) < MAX_POINTERS:
-            record = self.store.load(at) if load is None else load(at)
+        while True:
+            record = load(at)
             # A store may still return an expired record.
             if record is None or self.clock() * 1000 >= record.idle_expires_at:
                 if presented:
@@ -208,9 +215,8 @@ class Repository:
                 return Loaded(record, body)
             passed += (at,)
             at = record.successor or ""
-            if at in passed:
-                break
-        raise UnreadableRecord("corrupt", "too many pointers")
+            if at in passed or len(passed) == MAX_POINTERS:
+                raise UnreadableRecord("corrupt", "too many pointers")
 
     def read(self, key: str, record: Record) -> Body | None:
         """Decode the record under ``key``; None for a pointer.
@@ -307,25 +313,20 @@ class Repository:
         self.store.create(record)
 
     def draft_next(
-        self, old: Record, body: Body, *, restart_idle: bool = False, renew: bool = True
+        self, old: Record, body: Body, restart_idle: bool = False, renew: bool = True
     ) -> Record:
         """Draft the record that replaces ``old``. Stores nothing.
 
         The idle expiry moves if that is due and ``renew`` is true, and always with
         ``restart_idle``.
         """
+        key, _, created, idle_end, absolute = old[:5]
         if restart_idle:
-            idle_end: int | None = self._idle_end(body, old.absolute_expires_at)
-        else:
-            idle_end = self.due(old, body.values, body.lifetime) if renew else None
-        return Record(
-            old.key,
-            new_version(),
-            old.created_at,
-            old.idle_expires_at if idle_end is None else idle_end,
-            old.absolute_expires_at,
-            self._pack(old.key, body, old),
-        )
+            idle_end = self._idle_end(body, absolute)
+        elif renew:
+            idle_end = self.due(old, body.values, body.lifetime) or idle_end
+        payload = self._pack(key, body, old, created, absolute)
+        return Record(key, new_version(), created, idle_end, absolute, payload)
 
     def save(
         self,
@@ -333,7 +334,6 @@ class Repository:
         record: Record,
         body: Body,
         lease: str | None = None,
-        *,
         shorten: bool = False,
     ) -> None:
         """Replace ``old`` by ``record``. Raises ``Gone`` or ``Stale``.
@@ -354,18 +354,17 @@ class Repository:
         if not renewed:
             self.renew_large(body, idle_end)
 
-    def _pack(self, key: str, body: Body, old: Record, *times: int) -> bytes:
+    def _pack(self, key: str, body: Body, old: Record, created: int, absolute: int) -> bytes:
         """The payload of ``body``, to replace ``old``. A session over a lowered limit may shrink.
 
-        ``times``: creation and absolute end of the new record, if they differ from ``old``.
+        ``created`` and ``absolute``: creation and absolute end of the new record.
         """
-        known = old.created_at, old.absolute_expires_at
-        times = times or known
         try:
-            return self._payloads.pack(key, body, *times)
+            return self._payloads.pack(key, body, created, absolute)
         except SessionTooLarge:
-            before = self._payloads.unpack(old.key, old.payload, *known)
-            return self._payloads.pack(key, body, *times, before=before.values)
+            times = old.created_at, old.absolute_expires_at
+            before = self._payloads.unpack(old.key, old.payload, *times)
+            return self._payloads.pack(key, body, created, absolute, before=before.values)
 
     def end(self, old: Record, body: Body | None, lease: str | None = None) -> None:
         """Delete exactly this version of the session. Raises as ``save`` does. One round trip.
@@ -450,7 +449,7 @@ class Repository:
             if until is None and not before:
                 return Update((old.key, False))
             body.debug_until = until
-            payload = self._pack(old.key, body, old)
+            payload = self._pack(old.key, body, old, old.created_at, old.absolute_expires_at)
             return Update((old.key, before), old._replace(version=new_version(), payload=payload))
 
         return self.update(key, switch)
@@ -612,13 +611,15 @@ class Repository:
 
     def with_owner(self, old: Record, body: Body, owner: Owner) -> Record:
         """The next version of the record, with this owner. Stores nothing."""
-        owned = replace(body, owner=owner)
-        return old._replace(version=new_version(), payload=self._pack(old.key, owned, old))
+        times = old.created_at, old.absolute_expires_at
+        payload = self._pack(old.key, replace(body, owner=owner), old, *times)
+        return old._replace(version=new_version(), payload=payload)
 
     def draft_merged(self, old: Record, body: Body, idle_end: int) -> Record:
         """Draft the record of ``body``, to replace ``old``. Stores nothing."""
-        times = old.created_at, idle_end, old.absolute_expires_at
-        return Record(old.key, new_version(), *times, self._pack(old.key, body, old))
+        created, absolute = old.created_at, old.absolute_expires_at
+        payload = self._pack(old.key, body, old, created, absolute)
+        return Record(old.key, new_version(), created, idle_end, absolute, payload)
 
     def listed_until(
         self,

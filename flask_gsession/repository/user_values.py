@@ -89,9 +89,9 @@ class UserValuesRepository(Repository):
         return "", Record(self.key, new_version(), now, end, absolute, payload)
 
     def draft_next(
-        self, old: Record, body: Body, *, restart_idle: bool = False, renew: bool = True
+        self, old: Record, body: Body, restart_idle: bool = False, renew: bool = True
     ) -> Record:
-        record = super().draft_next(old, body, restart_idle=restart_idle, renew=renew)
+        record = super().draft_next(old, body, restart_idle, renew)
         end = self._end(record.idle_expires_at, body, record.absolute_expires_at)
         return record._replace(idle_expires_at=end)
 

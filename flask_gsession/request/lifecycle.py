@@ -90,8 +90,7 @@ UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 class Lifecycle(Struct, eq=False):
     """Holds what a request knows about its session, and what the next save should do with it.
 
-    ``present`` reads the token from the ``request``. It is called once, at the first look, which
-    also adds a function to ``hooks`` that Flask calls when it begins to process the response.
+    ``present`` reads the token from the ``request``. It is called once, at the first look.
     ``mutex`` guards the values, ``seen`` and ``wishes``, so that threads of a request never
     separate the values from the version that guards them. It is never held while application code
     runs or while a lock is awaited.
@@ -101,7 +100,6 @@ class Lifecycle(Struct, eq=False):
     present: Callable[[Flask, Any], Presented]
     app: Flask
     request: Request | None
-    hooks: list[Any] | None
     _began: tuple[float, int]
     phase: str
     mutex: Any = field(default_factory=threading.RLock)
@@ -184,10 +182,6 @@ class Lifecycle(Struct, eq=False):
         """The token that the request brought, and how."""
         if self._presented is None:
             process.notice()
-            # The hooks of the request that opened the session, not of a copy of its context.
-            hooks, self.hooks = self.hooks, None  # or they and this object would keep each other
-            if hooks is not None:
-                hooks.append(self.begin_response)
             self._presented = self.present(self.app, self.request)
         return self._presented
 
@@ -215,10 +209,7 @@ class Lifecycle(Struct, eq=False):
         if not self.opened:
             with self.mutex:
                 if not self.opened:
-                    if self.outage is not None and self.outage.loading:
-                        self._go_on_without(self.outage.error)
-                    else:
-                        self._load()
+                    self._load()
         return self.values
 
     def open_from_store(self, what: str) -> TrackedValues:
@@ -259,32 +250,32 @@ class Lifecycle(Struct, eq=False):
             logger.error(_TOO_LATE if self.request is not None else _AFTER_THE_BLOCK, what)
 
     def _load(self) -> None:
+        repository, outage = self.repository, self.outage
+        if outage is not None and outage.loading:
+            self._go_on_without(outage.error)
+            return
         presented = self.presented()
         checked, key = presented.checked, presented.handle  # keep the token out of local variables
         found = _NO_BODY
         if checked is not None:
             if checked.token is None:
-                self.repository.refused(checked.reason, None)
+                repository.refused(checked.reason, None)
             else:
                 key = checked.key
         if key is not None:
             began = time.perf_counter()
             try:
-                if self.repository.near is None:
-                    loaded = self.repository.find(key, checked is not None)
+                if repository.near is None:
+                    loaded = repository.find(key, checked is not None)
                 else:
                     loaded = self._find_near(key, presented)
-                if (
-                    loaded is not None
-                    and loaded.body.owner is not None
-                    and not loaded.body.owner.seen
-                    and not is_member(self.repository, loaded)
-                ):
-                    self.repository.refused("revoked", key)
+                owner = None if loaded is None else loaded.body.owner
+                if loaded and owner and not owner.seen and not is_member(repository, loaded):
+                    repository.refused("revoked", key)
                     loaded = None
             except UnreadableRecord as error:
                 self.seen = Seen(for_others=error.for_others)
-                self.repository.refused(error.reason, key, error.detail)
+                repository.refused(error.reason, key, error.detail)
             except StoreUnavailable as error:
                 logger.log(error.log_level, "A session could not be loaded: %s", error)
                 self._go_on_without(error)
@@ -294,19 +285,17 @@ class Lifecycle(Struct, eq=False):
                     record, found = loaded.record, loaded.body
                     if found.debug_until is not None:
                         self.trace_if_debugged("load", began, found.debug_until)
-                    current = None if record.key != key else checked
-                    if current is not None and current.outdated:
-                        self.cookie = "set"
-                    self.ended = False
-                    self.seen = Seen(
-                        None if current is None else current.token,
-                        record,
-                        found,
-                        presented=checked is not None,
-                    )
-        if self.repository.imports is not None:
+                    token = None
+                    if checked is not None and record.key == key:
+                        token = checked.token
+                        if checked.outdated:
+                            self.cookie = "set"
+                    self.seen = Seen(token, record, found, checked is not None)
+                    if self.ended:
+                        self.ended = False
+        if repository.imports is not None:
             try:
-                found = self._look_at_imports(self.repository.imports, found)
+                found = self._look_at_imports(repository.imports, found)
             except StoreUnavailable as error:
                 logger.log(error.log_level, "An old session could not be taken over: %s", error)
                 self.seen = NOTHING_SEEN
@@ -561,7 +550,7 @@ class Lifecycle(Struct, eq=False):
             self.values.now is not None and any(map(is_marked, stored.values())),
             None if until is None or until <= self.repository.now() else until,
             has_large and any(map(refers, stored.values())),
-            None,  # the owner is set later
+            before.owner,
             before.origin,
             before.settled,
             before.joins,
@@ -829,7 +818,7 @@ class Lifecycle(Struct, eq=False):
     def check_reaches_centre(self, what: str) -> None:
         """Raises ``CutOff`` on an edge that is cut off, as ``what`` needs the centre."""
         edge = self.repository.edge
-        if edge is not None and edge.cut_off:
+        if edge is not None and self.repository.is_cut_off:
             raise CutOff(f"{what} needs the centre: {edge.cut_off}")
 
     def check_lease(self) -> None:

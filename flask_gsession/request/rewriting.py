@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..errors import SessionEnded, UnreadableRecord, ValueLost
+from ..errors import SessionEnded, Stale, UnreadableRecord, ValueLost
 from ..values.merge import Change, last, reject
 from ..values.references import holds
 from .lifecycle import Lifecycle
 from .saving import commit
 from .state import current_block
-from .storing import Edit
+from .storing import Edit, Written
 from .writing import Write, needs_own_session
 
 
@@ -61,6 +61,12 @@ class _Rewrite(Write, eq=False, kw_only=True):
         if not is_take and policy not in (last, reject):
             return ""  # it can be merged
         return f"{self.what} of session[{ascii(key)[:60]}]"
+
+    def send(self, step: Edit, lost: int) -> Written | None:
+        with self.life.mutex:
+            if self.life.seen is not step.seen:  # another thread of this request was faster
+                raise Stale
+            return super().send(step, lost)
 
     def edit(self) -> Edit | None:
         if self.stale is not None and not self.catch_up():

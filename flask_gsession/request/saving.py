@@ -14,6 +14,7 @@ from ..errors import (
 from ..events import SessionRenewed, WriteDropped, logger
 from ..stores.base import Record
 from ..users.rosters import LOGIN
+from ..values.payload import Owner
 from .joining import close_join
 from .lifecycle import Lifecycle
 from .ownership import user_id_of
@@ -31,14 +32,7 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     """
     try:
         if life.block is not None:
-            life.was_modified = is_modified(life)
-            still_open = (
-                f"A {life.block.kind} was still open when the session was saved: nothing of its "
-                "block is stored"
-            )
-            if by_hand:
-                raise TransactionMisused(still_open)
-            logger.error("%s", still_open)
+            _report_open_block(life, life.block, by_hand=by_hand)
         elif life.opened:
             if by_hand:
                 _keep_token(life)
@@ -72,6 +66,16 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
         _save_users(life, by_hand=by_hand)
 
 
+def _report_open_block(life: Lifecycle, block: Block, *, by_hand: bool) -> None:
+    life.was_modified = is_modified(life)
+    still_open = (
+        f"A {block.kind} was still open when the session was saved: nothing of its block is stored"
+    )
+    if by_hand:
+        raise TransactionMisused(still_open)
+    logger.error("%s", still_open)
+
+
 def commit(
     life: Lifecycle,
     *,
@@ -84,20 +88,24 @@ def commit(
     ``rotating``: whether to rotate if that is wished. By default, rotates outside locks only: a
     lock belongs to the session's key, so the rotation waits until you leave the lock.
     """
-    if life.attempts and life.outage is None:
-        life.resolve_attempts()
-    if life.entry is not None and life.outage is None and not enter_roster(life):
-        return True
-    if life.joined is not None and life.outage is None:
-        close_join(life)
+    if life.outage is None:
+        if life.attempts:
+            life.resolve_attempts()
+        if life.entry is not None and not enter_roster(life):
+            return True
+        if life.joined is not None:
+            close_join(life)
     changes, wishes = life.changes(), life.wishes
-    if not changes and wishes is NO_WISHES:
-        return False
-    if rotating is None:
-        rotating = life.lease is None
-    rotating = rotating and not life.is_in_socket
-    if not (changes or wishes.cleared or life.has_wishes(rotating=rotating)):
-        return False
+    if wishes is NO_WISHES:
+        if not changes:
+            return False
+        rotating = False
+    else:
+        if rotating is None:
+            rotating = life.lease is None
+        rotating = rotating and not life.is_in_socket
+        if not (changes or wishes.cleared or life.has_wishes(rotating=rotating)):
+            return False
     life.was_modified = True
     if life.outage is not None:
         raise life.outage.error
@@ -187,34 +195,38 @@ def is_modified(life: Lifecycle) -> bool:
 
 
 def _renew_if_due(life: Lifecycle) -> None:
-    """Move the idle expiry if that is due."""
+    """Move the idle expiry if that is due. An edge that is cut off can't touch the roster."""
+    record, body, stored = life.seen.record, life.seen.body, life.values.stored
+    if record is None or body is None:
+        return
+    has_user = body.owner is not None or LOGIN in stored
+    if has_user and not life.repository.is_cut_off and is_touch_due(life):
+        _save_to_touch(life)
+        return
+    idle_end = life.repository.due(record, stored, body.lifetime)
+    if idle_end is not None:
+        _renew(life, record, body.owner, idle_end)
+
+
+def _renew(life: Lifecycle, record: Record, owner: Owner | None, idle_end: int) -> None:
     repository, seen, values = life.repository, life.seen, life.values
-    if seen.record is None or seen.body is None:
-        return
-    owner = seen.body.owner
-    cut_off = repository.edge is not None and repository.edge.cut_off  # from its roster, too
-    if not cut_off and (owner is not None or LOGIN in values.stored) and is_touch_due(life):
-        _save_to_touch(life)
-        return
-    idle_end = repository.due(seen.record, values.stored, seen.body.lifetime)
-    if idle_end is None:
-        return
-    if owner is not None and idle_end > owner.until * 1000 and not cut_off:
-        # A setting was raised since it was entered, and its roster must know that first.
-        _save_to_touch(life)
-        return
-    if owner is not None and cut_off:
-        idle_end = max(seen.record.idle_expires_at, min(idle_end, owner.until * 1000))
+    if owner is not None:
+        if repository.is_cut_off:
+            idle_end = max(record.idle_expires_at, min(idle_end, owner.until * 1000))
+        elif idle_end > owner.until * 1000:
+            # A setting was raised since it was entered, and its roster must know that first.
+            _save_to_touch(life)
+            return
     try:
         renewed = repository.renew(
-            seen.record, life.body(values.stored, has_large=life.has_large), idle_end
+            record, life.body(values.stored, has_large=life.has_large), idle_end
         )
     except (StoreUnavailable, UnreadableRecord) as error:
         # This request read correct values and has nothing to write. The next one renews.
         logger.warning("A session could not be renewed: %s", error)
         return
     if renewed:
-        record = seen.record._replace(idle_expires_at=idle_end)
+        record = record._replace(idle_expires_at=idle_end)
         life.seen = Seen(seen.token, record, seen.body, presented=seen.presented)
         if seen.token is not None and repository.is_permanent(values.stored):
             life.cookie = "set"

@@ -80,14 +80,18 @@ class SessionData(SessionMixin):
         hooks: list[Any] | None = None,
     ) -> None:
         began = repository.clock(), repository.rosters.own.count
-        self._start = (repository, present, app, request, hooks, began)
+        self._start = (repository, present, app, request, began)
+        self._hooks = hooks
 
     @property
     def _life(self) -> Lifecycle:
         life = self._made
         if life is None:
+            made = Lifecycle(*self._start, self._phase)
+            if self._hooks is not None:
+                self._hooks.append(made.begin_response)
             # An atomic step, so that all threads of the request get the same one.
-            life = vars(self).setdefault("_made", Lifecycle(*self._start, self._phase))
+            life = vars(self).setdefault("_made", made)
         return life
 
     def _open(self) -> TrackedValues:
@@ -832,7 +836,8 @@ class UserValues(SessionData):
 
     def __init__(self, life: UserLifecycle) -> None:
         started = (0.0, 0)
-        self._start = (life.repository, life.present, life.app, life.request, None, started)
+        self._start = (life.repository, life.present, life.app, life.request, started)
+        self._hooks = None
         self._phase = life.phase
         self._made: UserLifecycle = life
 

@@ -16,11 +16,11 @@ from ..stores.base import Record
 from ..stores.interrupts import signal_interruption
 from ..users.rosters import LOGIN
 from ..values.merge import Change
-from ..values.payload import Body
+from ..values.payload import Body, Owner
 from .joining import close_join, join_user, note_join
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, Lifecycle, worth_keeping
 from .roster_entries import enter_roster, prepare_owner, touch
-from .state import NO_WISHES, Attempt, HidesFields, Seen, Wishes
+from .state import NO_WISHES, Attempt, Entry, HidesFields, Seen, Wishes
 
 
 class Edit(HidesFields, frozen=True):
@@ -46,45 +46,28 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
 
     ``lost``: how many races this write has lost so far.
     """
-    repository, wishes, old = life.repository, step.wishes, step.seen.record
-    merged = step.values
-    owner = None if old is None or life.seen.body is None else life.seen.body.owner
-    if old is not None and step.settle is None and not (worth_keeping(merged) or life.must_stay()):
-        if wishes.binding is not None:
-            bound = bool(wishes.binding.user_id)
-        else:  # a user stays signed in, although the last message was shown
-            bound = owner is not None and LOGIN not in step.changes
-        if not bound and (owner is None or step.changes.keys() - {CONFIRMED} or wishes.cleared):
-            return _end(life, old)
-    stored = merged
+    repository, wishes, changes = life.repository, step.wishes, step.changes
+    old, values = step.seen.record, step.values
+    if old is not None and not worth_keeping(values) and _is_emptied(life, step):
+        return _end(life, old)
+    before, stored, has_large = life.values.stored, values, life.has_large
     others = sys.maxsize if old is None else len(old.payload)
-    before, has_large = life.values.stored, life.has_large
-    if has_large or repository.has_large_value(merged, step.changes, others):
-        body = Body(merged, life.lifetime, has_large=True)
-        stored = life.unreferenced.write_large(
-            body, old.absolute_expires_at if old else None, before
-        )
+    if has_large or repository.has_large_value(values, changes, others):
+        body = Body(values, life.lifetime, has_large=True)
+        absolute = old.absolute_expires_at if old else None
+        stored = life.unreferenced.write_large(body, absolute, before)
         has_large = life.has_large
     body = life.body(stored, has_large=has_large)
-    entry = None
+    entry: Entry | None = None
     joining: Collection[str] = ()
-    body.owner = owner
-    plain = wishes.binding is None and wishes.rotation is None and LOGIN not in step.changes
-    settled = owner is None and LOGIN not in merged
-    if owner is not None:  # most saves of a bound session have nothing to do for its user
-        settled = repository.clock() < owner.seen + repository.settings.seen_interval
-    if not (plain and settled):
-        body.owner, entry = prepare_owner(life, merged, step.changes, wishes, old)
-        if body.joins or life.behind is not None or repository.user_keys:
-            joining = join_user(life, body, step.changes, old)
-        if joining:
-            merged, stored = _without(merged, joining), _without(stored, joining)
-            owner, body = body.owner, life.body(stored, has_large=has_large)
-            body.owner, body.joins = owner, ()
+    plain = wishes.binding is None and wishes.rotation is None and LOGIN not in changes
+    if not plain or not _has_settled_user(life, body, values):
+        body, entry, joining = _prepare_user(life, step, body)
+        stored = body.values
     if body.joins or repository.user_keys:
         note_join(life, body, old)
-    toggled = PERMANENT in step.changes and (
-        repository.is_permanent(merged) != repository.is_permanent(before)
+    toggled = PERMANENT in changes and (
+        repository.is_permanent(stored) != repository.is_permanent(before)
     )
     restart = toggled or wishes.lifetime is not None
     token: str | None = None
@@ -95,21 +78,17 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
         renew = restart or life.renews
         token, record = repository.draft_rotated(old, body, renew=renew, signs_in=signs_in)
     else:
-        record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
+        record = repository.draft_next(old, body, restart, life.renews)
         if body.owner is not None and record.idle_expires_at > body.owner.until * 1000:
-            # It is renewed for longer than ever before, and its roster must know that first.
-            try:
-                body.owner = touch(life, body.owner, merged, old)
-                record = repository.draft_next(old, body, restart_idle=restart, renew=life.renews)
-            except CutOff:
-                end = max(old.idle_expires_at, body.owner.until * 1000)
-                record = record._replace(idle_expires_at=min(record.idle_expires_at, end))
-    changes = step.changes if stored is merged else _as_stored(step.changes, merged, stored)
-    pending = step.settle is None
+            record = _touch(life, body, body.owner, old, record, restart)
+    if stored is not values:
+        changes = _as_stored(changes, values, stored)
     if entry is not None:
         entry = replace(entry, key=record.key)
+    pending = step.settle is None
     attempt = Attempt(record, token, body, changes if pending else NO_CHANGES, wishes, entry)
-    life.attempts = {**life.attempts, record.version: attempt}
+    earlier = life.attempts
+    life.attempts = {**earlier, record.version: attempt} if earlier else {record.version: attempt}
     if entry is not None:
         life.entry = entry
     unconfirmed = None
@@ -121,7 +100,7 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
                 old, record, body, wishes.rotation, life.lease, shorten=restart
             )
         else:
-            repository.save(old, record, body, life.lease, shorten=restart)
+            repository.save(old, record, body, life.lease, restart)
     except (GSessionError, HTTPException) as error:
         # After any other exception, or any that a signal handler raised, the outcome is unknown.
         if not isinstance(error, StoreUnavailable) and signal_interruption(error) is None:
@@ -130,29 +109,22 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
             life.attempts = attempts
             life.entry = None
         raise
-    moved = old is not None and record.idle_expires_at != old.idle_expires_at
     if pending:
         life.values.mark_saved(stored, changes)
     else:
         _take_over(life, step, stored, changes)
     for key in joining:
         life.values.drop(key)
+    current = step.seen.token
     if token is not None:
-        life.cookie = "set"
-        current: str | None = token
-    else:
-        current = step.seen.token
-        if current is not None and (toggled or (moved and repository.is_permanent(stored))):
+        current, life.cookie = token, "set"
+    elif current is not None and old is not None:
+        moved = record.idle_expires_at != old.idle_expires_at
+        if toggled or (moved and repository.is_permanent(stored)):
             life.cookie = "set"
-    life.seen = Seen(current, record, body, presented=step.seen.presented)
+    life.seen = Seen(current, record, body, step.seen.presented)
     if pending and life.wishes is not NO_WISHES:
-        left = life.wishes
-        rotation = None if wishes.rotation is not None else left.rotation
-        binding = None if wishes.binding is not None else left.binding
-        done = rotation is None and binding is None
-        life.wishes = (
-            NO_WISHES if done else Wishes(rotation=rotation, binding=binding, sign_in=left.sign_in)
-        )
+        life.wishes = _left(life.wishes, wishes)
     # This write replaced the version that earlier attempts meant to replace, so they failed.
     life.attempts = NO_ATTEMPTS
     if has_large:
@@ -167,6 +139,63 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
     if token is not None:
         happened.insert(0, (SessionRotated, record.key, old.key))
     return happened, unconfirmed
+
+
+def _is_emptied(life: Lifecycle, step: Edit) -> bool:
+    """Whether the request emptied the session, so that it ends instead of being stored."""
+    if step.settle is not None or life.must_stay():
+        return False
+    binding, owner = step.wishes.binding, life.seen.body and life.seen.body.owner
+    if binding is not None:
+        bound = bool(binding.user_id)
+    else:  # a user stays signed in, although the last message was shown
+        bound = owner is not None and LOGIN not in step.changes
+    changed = owner is None or step.changes.keys() - {CONFIRMED} or step.wishes.cleared
+    return not bound and bool(changed)
+
+
+def _has_settled_user(life: Lifecycle, body: Body, values: Mapping[str, bytes]) -> bool:
+    """Whether this save has nothing to do for a user, as most saves of a bound session."""
+    if body.owner is None:
+        return LOGIN not in values
+    return life.repository.clock() < body.owner.seen + life.repository.settings.seen_interval
+
+
+def _prepare_user(
+    life: Lifecycle, step: Edit, body: Body
+) -> tuple[Body, Entry | None, Collection[str]]:
+    """The body for this user, the changes to rosters, and the keys that join the user's values."""
+    old = step.seen.record
+    body.owner, entry = prepare_owner(life, step.values, step.changes, step.wishes, old)
+    joining: Collection[str] = ()
+    if body.joins or life.behind is not None or life.repository.user_keys:
+        joining = join_user(life, body, step.changes, old)
+    if joining:
+        owner, has_large = body.owner, body.has_large
+        body = life.body(_without(body.values, joining), has_large=has_large)
+        body.owner, body.joins = owner, ()
+    return body, entry, joining
+
+
+def _touch(
+    life: Lifecycle, body: Body, owner: Owner, old: Record, record: Record, restart: bool
+) -> Record:
+    """The record of a session that is renewed for longer than its roster knows."""
+    try:
+        body.owner = touch(life, owner, body.values, old)
+        return life.repository.draft_next(old, body, restart, life.renews)
+    except CutOff:
+        end = max(old.idle_expires_at, owner.until * 1000)
+        return record._replace(idle_expires_at=min(record.idle_expires_at, end))
+
+
+def _left(wishes: Wishes, done: Wishes) -> Wishes:
+    """The rotation and the binding that are still wished."""
+    rotation = None if done.rotation is not None else wishes.rotation
+    binding = None if done.binding is not None else wishes.binding
+    if rotation is None and binding is None:
+        return NO_WISHES
+    return Wishes(rotation=rotation, binding=binding, sign_in=wishes.sign_in)
 
 
 def _without(values: dict[str, bytes], keys: Collection[str]) -> dict[str, bytes]:

@@ -77,17 +77,17 @@ class TrackedValues(Struct, eq=False):
         if value is not _ABSENT:
             return value
         with self._mutex:
-            value = self._live.get(key, _ABSENT)  # another thread may have set it
-            if value is not _ABSENT:
-                return value
-            raw = (self._given if key in self._base else self.stored).get(key)
+            live, base = self._live, self._base
+            if key in live:  # another thread has set it
+                return live[key]
+            raw = self._given.get(key) if key in base else self.stored.get(key)
             if raw is None:  # deleted by this request, or absent
-                self._base.setdefault(key, None)
+                base.setdefault(key, None)
                 raise KeyError(key)
             value = self._codec.decode(raw) if self.now is None else self._decode_marked(key, raw)
             if type(value) not in IMMUTABLE:
-                self._base.setdefault(key, raw)
-            self._live[key] = value
+                base.setdefault(key, raw)
+            live[key] = value
             return value
 
     def __setitem__(self, key: str, value: Any) -> None:

@@ -148,7 +148,6 @@ def user_lifecycle(
         present=lambda *_: presented,
         app=app,
         request=request,
-        hooks=None,
         _began=(0.0, 0),
         phase=phase,
         user_id=user_id,

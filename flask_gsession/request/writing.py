@@ -95,16 +95,15 @@ class Write(Struct, eq=False):
         raise NotImplementedError
 
     def send(self, step: Edit, lost: int) -> Written | None:
-        """Store this edit, unless another writer was faster. None if the session has ended."""
-        life = self.life
-        with life.mutex:
-            if life.seen is not step.seen:  # another thread of this request was faster
-                raise Stale
-            try:
-                return store(life, step, lost)
-            except Exception as error:
-                self._failed(step, error)
-                return None
+        """Store this edit, unless another writer was faster. None if the session has ended.
+
+        The caller holds the mutex, and has seen this state of the session.
+        """
+        try:
+            return store(self.life, step, lost)
+        except Exception as error:
+            self._failed(step, error)
+            return None
 
     def _failed(self, step: Edit, error: Exception) -> None:
         """Raise the error that follows from a failed attempt. Returns if the session has ended."""
@@ -147,7 +146,10 @@ class Write(Struct, eq=False):
 
 
 class Commit(Write, eq=False, kw_only=True):
-    """Stores all changes and wishes of the request; see ``saving.commit``."""
+    """Stores all changes and wishes of the request; see ``saving.commit``.
+
+    The caller of ``run`` holds the mutex.
+    """
 
     changes: Mapping[str, Change] | None  # for the first try
     rotating: bool
@@ -196,7 +198,7 @@ def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> E
         life.refuse(error.reason, error.detail)
         return None
     wishes = life.wishes
-    if not rotating:
+    if wishes is not NO_WISHES and not rotating:
         wishes = without_rotation(wishes, but_binding=life.lease is None)
     return Edit(life.seen, merged, changes, wishes)
 
