@@ -32,7 +32,7 @@ from .request.session import (
     repository_of,
 )
 from .request.site_data import CLEARED, write_header
-from .request.state import IN_VIEW, SAVED, Presented
+from .request.state import IN_RESPONSE, IN_VIEW, SAVED, Presented
 from .stores.base import Record, Store
 from .streams import can_read_session
 from .tokens import TokenSigner
@@ -89,6 +89,7 @@ class GSessionInterface(SessionInterface):
         #: whether the application has further ``Session`` objects
         self.has_further = False
         self._live = repository.live
+        self._own_key = repository.live.own_key
         self._misses_key = False
         self._token_header = repository.settings.token_header
         self._remembers = repository.settings.remember == "session"
@@ -104,7 +105,7 @@ class GSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
         """A session that loads itself at the first look; None without a ``SECRET_KEY``."""
-        if not app.secret_key:
+        if not (app.secret_key if self._own_key else app.config["SECRET_KEY"]):
             if not self._misses_key:
                 self._misses_key = True
                 logger.error(
@@ -204,10 +205,12 @@ class GSessionInterface(SessionInterface):
             self._add_vary(response)
 
     def _save(self, app: Flask, session: SessionData, life: Lifecycle, response: Response) -> None:
-        if life.phase == SAVED:
-            return
-        # If nothing has looked at the session, only a streamed body shows that Flask saves it.
-        by_hand = life.phase == IN_VIEW and (life.opened or response.is_sequence)
+        by_hand = False
+        if life.phase != IN_RESPONSE:
+            if life.phase == SAVED:
+                return
+            # If nothing has looked at the session, only a streamed body shows that Flask saves it.
+            by_hand = life.opened or response.is_sequence
         if "security" in app.extensions:
             rotate_after_a_step(session, life)
         try:
@@ -287,7 +290,7 @@ class GSessionInterface(SessionInterface):
 
     def _signing_of(self, app: Flask) -> _Signing:
         """How to sign, by the application's settings as they are now."""
-        given, signing = token_settings(app), self._signing
+        given, signing = token_settings(app, self._own_key), self._signing
         if signing is None or signing.given != given:
             live = self._live
             name, keys = live.cookie_name(), live.secret_keys()

@@ -160,6 +160,7 @@ class LiveSettings:
         self._lifetime = Live(partial(check_setting, "permanent_lifetime"), lifetime, lifetime)
         self._cookie = Live(self._check_cookie, cookie, check_cookie(cookie))
         self._keys = Live(check_secret_keys, keys, check_secret_keys(keys))
+        self.own_key = has_own_key(app)
 
     def cookie_name(self) -> str:
         """``SESSION_COOKIE_NAME``."""
@@ -226,15 +227,24 @@ def _given_lifetime(app: Flask) -> object:
         return app.config["PERMANENT_SESSION_LIFETIME"]
 
 
-def token_settings(app: Flask) -> tuple[object, object, object]:
+def has_own_key(app: Flask) -> bool:
+    """Whether a subclass of Flask overrides ``secret_key``."""
+    kinds: tuple[Any, Any] = type(app), Flask
+    own, flasks = (kind.secret_key for kind in kinds)
+    return own is not flasks
+
+
+def token_settings(app: Flask, own_key: bool = True) -> tuple[object, object, object]:
     """The settings that a token depends on: both settings of secret keys, and the cookie's name.
 
-    Reads the attribute ``secret_key``, as Flask does, since a subclass may define it.
+    ``own_key``: read the attribute ``secret_key``, as Flask does, since a subclass may define it.
+    That takes longer than everything else here.
     """
     config = app.config
     keys = config.get("SECRET_KEY_FALLBACKS")
     older = tuple(keys) if isinstance(keys, list) else keys
-    return app.secret_key, older, config["SESSION_COOKIE_NAME"]
+    key = app.secret_key if own_key else config["SECRET_KEY"]
+    return key, older, config["SESSION_COOKIE_NAME"]
 
 
 def given_keys(app: Flask) -> tuple[object, object]:

@@ -231,7 +231,7 @@ def _names(keys: Iterable[str]) -> tuple[str, ...]:
 
 def _forget(versions: dict[str, str | None], names: tuple[str, ...], life: Lifecycle) -> None:
     """Let pages not compare what the request itself changed: it is stored only after the page."""
-    for name in life.changes():
+    for name in life.pending():
         if name in names:
             versions[name] = None
 

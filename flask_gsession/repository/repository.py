@@ -210,7 +210,7 @@ class Repository:
                 return None
             body = self.read(at, record)
             if body is not None:
-                if presented and self._unseen:
+                if self._unseen and presented:
                     self._unseen.pop(at, None)
                 return Loaded(record, body)
             passed += (at,)
@@ -223,7 +223,7 @@ class Repository:
 
         Raises ``UnreadableRecord``, also for a record that belongs to another key.
         """
-        _, _, created, idle, absolute, payload, successor = record
+        created, idle, absolute, payload, successor = record[2:]
         # The idle expiry may lie before the creation, if a clock was set back or is far behind.
         if not (0 <= created <= absolute and 0 <= idle <= absolute < END_OF_TIME):
             raise UnreadableRecord("corrupt", "times out of order")

@@ -63,7 +63,7 @@ from .state import (
     remaining,
     without_rotation,
 )
-from .tracking import TrackedValues
+from .tracking import TrackedValues, looks_at
 from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: Mapping[int, Attempt] = MappingProxyType({})
@@ -169,7 +169,8 @@ class Lifecycle(Struct, eq=False):
         codec, now = self.repository.codec, self.repository.now if body.marked else None
         if self.trace is not None:
             return TracedValues(codec, body.values, now, self.mutex, _trace=self.trace)
-        return TrackedValues(codec, body.values, now, self.mutex)
+        looks = looks_at(body.values) if now is None else None
+        return TrackedValues(codec, body.values, now, self.mutex, looks)
 
     @property
     def began(self) -> Began:
@@ -189,7 +190,7 @@ class Lifecycle(Struct, eq=False):
         """Called when Flask begins to process the response."""
         if self.phase == IN_VIEW:
             self.phase = IN_RESPONSE
-        if self.of_users:
+        if self.of_users is not NO_USERS:
             for values in self.of_users.values():
                 values.begin_response(response)
         return response
@@ -556,8 +557,16 @@ class Lifecycle(Struct, eq=False):
             before.joins,
         )
 
+    def pending(self) -> dict[str, Change]:
+        """This request's changes so far, unchecked. Raises ``ValueRefused``."""
+        with self.mutex:
+            return self.values.changes()
+
     def changes(self) -> dict[str, Change]:
-        """This request's changes. Raises ``ValueRefused``, also if one breaks the schema."""
+        """This request's changes, for a save. The caller holds the mutex.
+
+        Raises ``ValueRefused``, also if one breaks the schema.
+        """
         changes = self.values.changes(self.repository.settings.max_keys)
         check = self.repository.check
         if check is not None:
@@ -575,6 +584,18 @@ class Lifecycle(Struct, eq=False):
         if self._vetted is None:
             self._vetted = {}
         return self._vetted
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether a save has nothing to do, and no earlier one is incomplete."""
+        return (
+            self.values.untouched
+            and self.wishes is NO_WISHES
+            and self.attempts is NO_ATTEMPTS
+            and self.entry is None
+            and self.joined is None
+            and self.written_large is None
+        )
 
     def has_wishes(self, *, rotating: bool = True) -> bool:
         """Whether the next save has something to do, even if no value changed."""
@@ -930,7 +951,7 @@ class Lifecycle(Struct, eq=False):
         if not self.opened:
             return []
         try:
-            return list(self.values.changes())
+            return list(self.pending())
         except ValueRefused as error:
             return [error.path]
 

@@ -16,7 +16,7 @@ from ..stores.base import Record
 from ..users.rosters import LOGIN
 from ..values.payload import Owner
 from .joining import close_join
-from .lifecycle import Lifecycle
+from .lifecycle import NO_ATTEMPTS, NO_USERS, Lifecycle
 from .ownership import user_id_of
 from .roster_entries import enter_roster, is_touch_due, take_back
 from .state import NO_WISHES, SAVED, Block, Seen
@@ -38,16 +38,11 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
                 _keep_token(life)
             elif life.mark is not None:
                 _compare_with_parallel_requests(life, life.mark)
-            with life.mutex:
-                try:
-                    stored = commit(life, rotating=False if by_hand else None)
-                finally:
-                    if life.written_large is not None:
-                        life.drop_unreferenced()
-                if not stored and life.renews and life.outage is None:
-                    _renew_if_due(life)
-                if life.wishes.cleared and life.seen.record is None and not life.ended:
-                    _end_presented(life)
+            if not life.is_unchanged:
+                with life.mutex:
+                    _store_changes(life, rotating=False if by_hand else None)
+            elif life.renews and life.outage is None:
+                _renew_if_due(life)
             if life.values.abandoned is not None:
                 _report_abandoned(life)
             if life.entry is not None and not by_hand:
@@ -62,8 +57,20 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     finally:
         if not by_hand:
             life.phase = SAVED
-    if life.of_users:
+    if life.of_users is not NO_USERS:
         _save_users(life, by_hand=by_hand)
+
+
+def _store_changes(life: Lifecycle, *, rotating: bool | None) -> None:
+    try:
+        stored = commit(life, rotating=rotating)
+    finally:
+        if life.written_large is not None:
+            life.drop_unreferenced()
+    if not stored and life.renews and life.outage is None:
+        _renew_if_due(life)
+    if life.wishes.cleared and life.seen.record is None and not life.ended:
+        _end_presented(life)
 
 
 def _report_open_block(life: Lifecycle, block: Block, *, by_hand: bool) -> None:
@@ -89,7 +96,7 @@ def commit(
     lock belongs to the session's key, so the rotation waits until you leave the lock.
     """
     if life.outage is None:
-        if life.attempts:
+        if life.attempts is not NO_ATTEMPTS:
             life.resolve_attempts()
         if life.entry is not None and not enter_roster(life):
             return True
@@ -131,7 +138,7 @@ def _save_users(life: Lifecycle, *, by_hand: bool) -> None:
             end_request(values, by_hand=by_hand)
             adopt_trouble(life, values)
             continue
-        if values.opened and values.changes():
+        if values.opened and values.pending():
             logger.info("The session of a request ended: its changes to the user's were dropped")
             values.repository.events.emit(WriteDropped, values.handle, "session ended")
         values.phase = SAVED
@@ -171,7 +178,7 @@ def _keep_token(life: Lifecycle) -> None:
     """Keep the token, since no response may carry a new one."""
     seen = life.seen
     signs_in = life.wishes.rotation is not None and seen.is_old_token
-    if signs_in or (seen.presented and seen.record is None and life.values.changes()):
+    if signs_in or (seen.presented and seen.record is None and life.pending()):
         raise SessionConflict(
             "A sign-in with an old token starts a session of its own, but here no response can "
             "carry its token. Sign in through an ordinary view."
@@ -189,7 +196,7 @@ def is_modified(life: Lifecycle) -> bool:
     if life.has_wishes():
         return True
     try:
-        return life.opened and bool(life.values.changes())
+        return life.opened and bool(life.pending())
     except ValueRefused:
         return True
 
@@ -205,11 +212,14 @@ def _renew_if_due(life: Lifecycle) -> None:
         return
     idle_end = life.repository.due(record, stored, body.lifetime)
     if idle_end is not None:
-        _renew(life, record, body.owner, idle_end)
+        with life.mutex:
+            _renew(life, life.seen, record, body.owner, idle_end)
 
 
-def _renew(life: Lifecycle, record: Record, owner: Owner | None, idle_end: int) -> None:
-    repository, seen, values = life.repository, life.seen, life.values
+def _renew(life: Lifecycle, seen: Seen, record: Record, owner: Owner | None, idle_end: int) -> None:
+    if seen.record is not record:
+        return  # another thread of the request has just stored something
+    repository, values = life.repository, life.values
     if owner is not None:
         if repository.is_cut_off:
             idle_end = max(record.idle_expires_at, min(idle_end, owner.until * 1000))
@@ -237,7 +247,8 @@ def _save_to_touch(life: Lifecycle) -> None:
     """Save an unchanged session, since a save touches its user's roster."""
     life.wish(forced=True)
     try:
-        commit(life, rotating=False)
+        with life.mutex:
+            commit(life, rotating=False)
     except RosterUnreadable:
         raise
     except StoreUnavailable as error:

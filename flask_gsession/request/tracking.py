@@ -24,6 +24,20 @@ _NO_KEYS: Collection[str] = ()
 _ABSENT: Any = object()
 
 
+#: The stored values that looks without the mutex read, and the immutable ones they have decoded.
+Looks = tuple[dict[str, bytes], dict[str, Any]]
+
+
+def looks_at(stored: dict[str, bytes]) -> Looks:
+    """Let threads look at immutable values without the mutex, which costs more than the look.
+
+    A look first adds its value to the decoded ones, then checks that this object is still the
+    current one. Whoever replaces ``stored`` first takes this object away, and then keeps the
+    decoded values. So the values that a request has looked at stay as they are.
+    """
+    return stored, {}
+
+
 class TrackedValues(Struct, eq=False):
     """Decodes values one by one, and tracks what this request does to them.
 
@@ -36,7 +50,8 @@ class TrackedValues(Struct, eq=False):
 
     A large value is a reference here, and takes the place of its bytes until the first look.
 
-    The threads of a request share these values, so ``mutex`` guards every first look and change.
+    The threads of a request share these values, so ``mutex`` guards every first look and change,
+    but not the first look at a value that can't be changed in place: see ``looks_at``.
     """
 
     _codec: Codec
@@ -44,6 +59,7 @@ class TrackedValues(Struct, eq=False):
     stored: dict[str, bytes] = {}
     now: Callable[[], int] | None = None
     _mutex: Any = field(default_factory=threading.RLock)
+    _looks: Looks | None = None
     #: the open transaction or lock
     block: Block | None = None
     #: mutable objects that the application got and that left the session since, each with its key
@@ -76,6 +92,16 @@ class TrackedValues(Struct, eq=False):
         value = self._live.get(key, _ABSENT)
         if value is not _ABSENT:
             return value
+        looks = self._looks
+        if looks is not None and key in looks[0] and key not in self._base:
+            stored, looked = looks
+            if key in looked:
+                return looked[key]
+            value = self._codec.decode(stored[key])
+            if type(value) in IMMUTABLE:
+                looked[key] = value
+                if self._looks is looks:
+                    return value
         with self._mutex:
             live, base = self._live, self._base
             if key in live:  # another thread has set it
@@ -222,8 +248,13 @@ class TrackedValues(Struct, eq=False):
 
     # -- what this request changed
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no value can have changed: only immutable ones were looked at."""
+        return not self._base
+
     def changes(self, max_keys: int = sys.maxsize) -> dict[str, Change]:
-        """This request's changes by key.
+        """This request's changes by key. The caller holds the mutex.
 
         Raises ``ValueRefused`` for a value that can't be stored. If there are more new keys than
         ``max_keys``, it raises before it encodes any.
@@ -232,16 +263,15 @@ class TrackedValues(Struct, eq=False):
             return {}
         if len(self._base) > max_keys and len(self._base) > len(self.stored):
             max_keys = max(max_keys, len(self.stored))
-            new = (key for key, base in self._base.copy().items() if base is None)
+            new = (key for key, base in self._base.items() if base is None)
             count = sum(1 for key in new if key in self._live or key in self._given)
             if count > max_keys:
                 raise SessionTooLarge(
                     "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
                 )
         found: dict[str, Change] = {}
-        with self._mutex:
-            bases = self._base.copy()
-            live, given = self._live.copy(), self._given
+        # Copies, since encoding may call code of the application that looks at the session.
+        bases, live, given = self._base.copy(), self._live.copy(), self._given
         encode, marks = self._codec.encode, self.now is not None
         for key, base in bases.items():
             try:
@@ -280,6 +310,8 @@ class TrackedValues(Struct, eq=False):
         You can safely repeat it. Values in use stay as they are, even if the store merged a change
         into something else: the next change is then merged again.
         """
+        if self._looks is not None:
+            self._end_looks()
         base = self._base
         for key, change in changes.items():
             if change.mine is not None:
@@ -295,6 +327,8 @@ class TrackedValues(Struct, eq=False):
 
         Values that this request looked at or changed stay as they are.
         """
+        if self._looks is not None:
+            self._end_looks()
         if now is not None:
             self._look_for_marks(now)
         if stored is not self.stored:
@@ -388,6 +422,7 @@ class TrackedValues(Struct, eq=False):
     def undecoded(self, key: str) -> bytes | None:
         """The encoded value of a key that wasn't decoded yet; None for any other key."""
         with self._mutex:
+            self._end_looks()
             if key not in self or key in self._live:
                 return None
             return self._given.get(key) or self.stored[key]
@@ -395,6 +430,7 @@ class TrackedValues(Struct, eq=False):
     def replace_lost(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
         """Another request replaced the lost value of ``key`` by ``raw``."""
         with self._mutex:
+            self._end_looks()
             self.mark_absent(key)
             del self._base[key]
             if is_marked(raw):
@@ -412,11 +448,22 @@ class TrackedValues(Struct, eq=False):
     # -- helpers; the caller holds the mutex
 
     def _begin(self, stored: dict[str, bytes], now: Callable[[], int] | None) -> None:
+        self._looks = None
         self._live, self._base = {}, {}
         self._given, self._seen = _NOTHING, _NO_KEYS
         if now is not None:
             self._marks = {}
         self.now, self.stored, self._order = now, stored, None
+        if now is None:
+            self._looks = looks_at(stored)
+
+    def _end_looks(self) -> None:
+        """Let further looks take the mutex, and keep what earlier ones decoded."""
+        looks, self._looks = self._looks, None
+        if looks is not None:
+            for key, value in looks[1].copy().items():
+                if key not in self._base:
+                    self._live.setdefault(key, value)
 
     def _abandon(self, key: str, *, as_it_is: bool = False) -> None:
         """The object under ``key``, if the application has it, leaves the session.
@@ -458,6 +505,7 @@ class TrackedValues(Struct, eq=False):
         self._given[key] = raw
 
     def _look_for_marks(self, now: Callable[[], int]) -> None:
+        self._end_looks()
         if self.now is None:
             self._marks = {}
             self.now = now

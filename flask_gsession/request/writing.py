@@ -179,28 +179,23 @@ class Commit(Write, eq=False, kw_only=True):
             changes = life.changes()
         if life.seen.record is None:
             return _new(life, changes)
-        return _merged(life, changes, self.rotating)
-
-
-def _merged(life: Lifecycle, changes: Mapping[str, Change], rotating: bool) -> Edit | None:
-    """Merge the request's changes into the stored values. The caller holds the mutex."""
-    values, repository = life.values, life.repository
-    if not changes and not life.has_wishes(rotating=rotating):
-        return None
-    try:
-        now = values.now() if values.now is not None else None
-        merged = repository.merger.apply(values.stored, changes, now, life.policies)
-    except SessionConflict:
-        life.conflict("refused")
-        raise
-    except UnreadableRecord as error:
-        repository.events.emit(WriteDropped, life.handle, error.reason)
-        life.refuse(error.reason, error.detail)
-        return None
-    wishes = life.wishes
-    if wishes is not NO_WISHES and not rotating:
-        wishes = without_rotation(wishes, but_binding=life.lease is None)
-    return Edit(life.seen, merged, changes, wishes)
+        if not changes and not life.has_wishes(rotating=self.rotating):
+            return None
+        values, repository = life.values, life.repository
+        try:
+            now = None if values.now is None else values.now()
+            merged = repository.merger.apply(values.stored, changes, now, life.policies)
+        except SessionConflict:
+            life.conflict("refused")
+            raise
+        except UnreadableRecord as error:
+            repository.events.emit(WriteDropped, life.handle, error.reason)
+            life.refuse(error.reason, error.detail)
+            return None
+        wishes = life.wishes
+        if wishes is not NO_WISHES and not self.rotating:
+            wishes = without_rotation(wishes, but_binding=life.lease is None)
+        return Edit(life.seen, merged, changes, wishes)
 
 
 def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:

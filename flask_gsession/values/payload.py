@@ -240,7 +240,7 @@ class PayloadFormat:
         self, session_key: str, payload: bytes, before: tuple[int, ...], after: tuple[int, ...]
     ) -> bytes:
         """The same payload for a record with other times. Raises ``UnreadableRecord``."""
-        body = bytes(self._unbind(session_key, payload, before))
+        body = self._unbind(session_key, payload, before)
         return self._bind(session_key, body, after, payload[0])
 
     def pack_pointer(self, session_key: str, successor: str, *times: int) -> bytes:
@@ -261,7 +261,7 @@ class PayloadFormat:
         A damaged format number isn't taken for a newer format, which others may need.
         """
         try:
-            return bytes(self._unbind(key, payload, times))
+            return self._unbind(key, payload, times)
         except UnreadableRecord as error:
             if error.reason == "newer format" and self._fits(key.encode("ascii"), payload, times):
                 raise UnreadableRecord("corrupt", "damaged format number") from None
@@ -275,28 +275,26 @@ class PayloadFormat:
     def _bind(
         self, session_key: str, body: bytes, times: tuple[int, ...], number: int = FORMAT
     ) -> bytes:
-        own = session_key.encode("ascii")
-        if self._cipher is not None:
-            header = _SEALED[number]
-            return header + self._cipher.seal(body, own, header + _as_text(times))
-        return b"".join((_PLAIN[number], _check(own, body, number), body))
+        own = session_key.encode()
+        if self._cipher is None:
+            return _PLAIN[number] + _check(own, body, number) + body
+        header = _SEALED[number]
+        return header + self._cipher.seal(body, own, header + _as_text(times))
 
-    def _unbind(
-        self, session_key: str, payload: bytes, times: tuple[int, ...]
-    ) -> bytes | memoryview:
+    def _unbind(self, session_key: str, payload: bytes, times: tuple[int, ...]) -> bytes:
         """The bytes of the body. Raises ``UnreadableRecord`` unless they belong to this session."""
-        header = payload[:2]
-        own = session_key.encode("ascii")
+        header, own = payload[:2], session_key.encode()
         number = _FORMAT_OF_PLAIN.get(header)
-        if number is not None:
-            if not self._allow_plain:
-                raise UnreadableRecord(
-                    "corrupt", f"{NOT_ENCRYPTED}; SESSION_ENCRYPTION_KEYS is set"
-                )
-            body = memoryview(payload)[_BODY:]
+        if number is not None and self._allow_plain:
+            body = payload[_BODY:]
             if _check(own, body, number) != payload[2:_BODY]:
                 raise UnreadableRecord("corrupt", "checksum mismatch")
             return body
+        return self._open(header, own, payload, times)
+
+    def _open(self, header: bytes, own: bytes, payload: bytes, times: tuple[int, ...]) -> bytes:
+        if header in _FORMAT_OF_PLAIN:
+            raise UnreadableRecord("corrupt", f"{NOT_ENCRYPTED}; SESSION_ENCRYPTION_KEYS is set")
         if header in _SEALED_HEADERS:
             if self._cipher is None:
                 raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
@@ -314,7 +312,7 @@ class PayloadFormat:
     def _fits(self, own: bytes, payload: bytes, times: tuple[int, ...]) -> bool:
         """Whether all of it but the format number, which the checks cover, is of a known format."""
         if payload[1:2] == b"\0":
-            body = memoryview(payload)[_BODY:]
+            body = payload[_BODY:]
             return payload[2:_BODY] in [_check(own, body, number) for number in _FORMATS]
         if payload[1:2] == b"\2" and self._cipher is not None:
             for header in _SEALED_HEADERS:
@@ -333,7 +331,8 @@ def _as_text(times: tuple[int, ...]) -> bytes:
     return b"".join(b"%d " % time for time in times)
 
 
-def _check(own: bytes, body: bytes | memoryview, number: int) -> bytes:
-    # Formats differ in one bit, so the checksum covers the format.
-    start = crc32(own) if number == FORMAT else crc32(bytes((number,)), crc32(own))
+def _check(own: bytes, body: bytes, number: int) -> bytes:
+    start = crc32(own)
+    if number != FORMAT:  # formats differ in one bit, so the checksum covers the format
+        start = crc32(bytes((number,)), start)
     return own[:4] + crc32(body, start).to_bytes(4, "big")

@@ -280,7 +280,7 @@ def _not_stored(life: Lifecycle, trace: Trace) -> list[str]:
     pending = []
     if life.opened:
         try:
-            pending = list(life.values.changes())
+            pending = list(life.pending())
         except Exception:  # a value that can't be stored
             pending = list(trace.touched)
     dropped = any(isinstance(event, WriteDropped) for event in trace.events)

@@ -188,6 +188,7 @@ def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = N
     for key in self._live.keys() - self._base.keys():
         del self._live[key]
     self.stored = stored
+    self._looks = None
 
 
 def _idle_end_alone(self: Repository, body: Body, absolute: int) -> int:
