@@ -63,7 +63,7 @@ from .state import (
     remaining,
     without_rotation,
 )
-from .tracking import TrackedValues, looks_at
+from .tracking import Looks, TrackedValues
 from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: Mapping[int, Attempt] = MappingProxyType({})
@@ -169,7 +169,7 @@ class Lifecycle(Struct, eq=False):
         codec, now = self.repository.codec, self.repository.now if body.marked else None
         if self.trace is not None:
             return TracedValues(codec, body.values, now, self.mutex, _trace=self.trace)
-        looks = looks_at(body.values) if now is None else None
+        looks: Looks | None = (body.values, {}) if now is None else None
         return TrackedValues(codec, body.values, now, self.mutex, looks)
 
     @property
@@ -589,7 +589,7 @@ class Lifecycle(Struct, eq=False):
     def is_unchanged(self) -> bool:
         """Whether a save has nothing to do, and no earlier one is incomplete."""
         return (
-            self.values.untouched
+            not self.values.base
             and self.wishes is NO_WISHES
             and self.attempts is NO_ATTEMPTS
             and self.entry is None

@@ -48,7 +48,7 @@ class HidesFields(Struct, frozen=True):
         return []
 
 
-class Seen(HidesFields, frozen=True):
+class Seen(HidesFields, frozen=True, gc=False):
     """The stored session as this request knows it. The version guards exactly these values.
 
     ``token`` is None if the client has no current token: it has none, or an old one within its
@@ -185,7 +185,7 @@ class Behind(HidesFields, frozen=True):
     changes: Mapping[str, Change]
 
 
-class Attempt(HidesFields, frozen=True):
+class Attempt(HidesFields, frozen=True, gc=False):
     """A write that was sent, kept until its outcome is known.
 
     An interrupted command may still be on its way to the server, so finding the version there that

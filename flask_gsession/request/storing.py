@@ -19,11 +19,11 @@ from ..values.merge import Change
 from ..values.payload import Body, Owner
 from .joining import close_join, join_user, note_join
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, Lifecycle, worth_keeping
-from .roster_entries import enter_roster, prepare_owner, touch
+from .roster_entries import enter_roster, is_touch_due, prepare_owner, touch
 from .state import NO_WISHES, Attempt, Entry, HidesFields, Seen, Wishes
 
 
-class Edit(HidesFields, frozen=True):
+class Edit(HidesFields, frozen=True, gc=False):
     """The values to store over the state that was ``seen``.
 
     ``values`` are all values in encoded form. ``changes`` are the request's own among them, which
@@ -61,7 +61,9 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
     entry: Entry | None = None
     joining: Collection[str] = ()
     plain = wishes.binding is None and wishes.rotation is None and LOGIN not in changes
-    if not plain or not _has_settled_user(life, body, values):
+    has_user = body.owner is not None or LOGIN in values
+    # Most saves of a bound session have nothing to do for its user.
+    if not plain or (has_user and (body.owner is None or is_touch_due(life))):
         body, entry, joining = _prepare_user(life, step, body)
         stored = body.values
     if body.joins or repository.user_keys:
@@ -152,13 +154,6 @@ def _is_emptied(life: Lifecycle, step: Edit) -> bool:
         bound = owner is not None and LOGIN not in step.changes
     changed = owner is None or step.changes.keys() - {CONFIRMED} or step.wishes.cleared
     return not bound and bool(changed)
-
-
-def _has_settled_user(life: Lifecycle, body: Body, values: Mapping[str, bytes]) -> bool:
-    """Whether this save has nothing to do for a user, as most saves of a bound session."""
-    if body.owner is None:
-        return LOGIN not in values
-    return life.repository.clock() < body.owner.seen + life.repository.settings.seen_interval
 
 
 def _prepare_user(

@@ -24,18 +24,11 @@ _NO_KEYS: Collection[str] = ()
 _ABSENT: Any = object()
 
 
-#: The stored values that looks without the mutex read, and the immutable ones they have decoded.
+#: The stored values, and the immutable ones among them that looks without the mutex have decoded.
+#: A look adds its value to them, then checks that this object is still the current one. Whoever
+#: replaces the stored values takes this object away first, and then keeps what was decoded. So the
+#: values that a request has looked at stay as they are.
 Looks = tuple[dict[str, bytes], dict[str, Any]]
-
-
-def looks_at(stored: dict[str, bytes]) -> Looks:
-    """Let threads look at immutable values without the mutex, which costs more than the look.
-
-    A look first adds its value to the decoded ones, then checks that this object is still the
-    current one. Whoever replaces ``stored`` first takes this object away, and then keeps the
-    decoded values. So the values that a request has looked at stay as they are.
-    """
-    return stored, {}
 
 
 class TrackedValues(Struct, eq=False):
@@ -51,7 +44,7 @@ class TrackedValues(Struct, eq=False):
     A large value is a reference here, and takes the place of its bytes until the first look.
 
     The threads of a request share these values, so ``mutex`` guards every first look and change,
-    but not the first look at a value that can't be changed in place: see ``looks_at``.
+    but not the first look at an immutable value: see ``Looks``. Taking it costs more than a look.
     """
 
     _codec: Codec
@@ -66,10 +59,10 @@ class TrackedValues(Struct, eq=False):
     #: and its encoded form at that time
     abandoned: list[tuple[str, Any, bytes]] | None = None
     _live: dict[str, Any] = {}
-    # Each key's encoded value at the first look or change, None if absent. Holds only keys that may
-    # differ from ``stored``: mutable, assigned, deleted and absent ones.
-    _base: dict[str, bytes | None] = {}
-    # Encoded values of this request that differ from the stored ones; their keys are in ``_base``.
+    #: each key's encoded value at the first look or change, None if absent; only of keys that may
+    #: differ from ``stored``: mutable, assigned, deleted and absent ones
+    base: dict[str, bytes | None] = {}
+    # Encoded values of this request that differ from the stored ones; their keys are in ``base``.
     _given: dict[str, bytes] = _NOTHING
     _seen: Collection[str] = _NO_KEYS  # keys that were looked at in encoded form only
     _order: list[str] | None = None  # the keys for ``newest``, until the next change
@@ -93,7 +86,7 @@ class TrackedValues(Struct, eq=False):
         if value is not _ABSENT:
             return value
         looks = self._looks
-        if looks is not None and key in looks[0] and key not in self._base:
+        if looks is not None and key in looks[0] and key not in self.base:
             stored, looked = looks
             if key in looked:
                 return looked[key]
@@ -103,7 +96,7 @@ class TrackedValues(Struct, eq=False):
                 if self._looks is looks:
                     return value
         with self._mutex:
-            live, base = self._live, self._base
+            live, base = self._live, self.base
             if key in live:  # another thread has set it
                 return live[key]
             raw = self._given.get(key) if key in base else self.stored.get(key)
@@ -121,8 +114,8 @@ class TrackedValues(Struct, eq=False):
             if self.block is not None:
                 self.block.note(key)
             self._order = None
-            self._live[key] = value  # first, since a key that is only in ``_base`` was deleted
-            self._base.setdefault(key, self.stored.get(key))
+            self._live[key] = value  # first, since a key that is only in ``base`` was deleted
+            self.base.setdefault(key, self.stored.get(key))
             if self._given:
                 self._given.pop(key, None)
             if self.now is not None:
@@ -135,7 +128,7 @@ class TrackedValues(Struct, eq=False):
                 self.block.note(key)
             if is_marked(raw):
                 self._look_for_marks(now)
-            self._base.setdefault(key, self.stored.get(key))
+            self.base.setdefault(key, self.stored.get(key))
             self._order = None
             self._hold(key, raw)
             self._live.pop(key, None)
@@ -152,7 +145,7 @@ class TrackedValues(Struct, eq=False):
         with self._mutex:
             if key not in self:
                 raise KeyError(key)
-            self._base.setdefault(key, self.stored.get(key))
+            self.base.setdefault(key, self.stored.get(key))
             self._live.pop(key, None)
             if self._given:
                 self._given.pop(key, None)
@@ -167,17 +160,17 @@ class TrackedValues(Struct, eq=False):
         with self._mutex:
             if key in self._live or key in self._given:
                 return True
-            if key in self._base:
+            if key in self.base:
                 return False
             if key in self.stored:
                 return True
             if isinstance(key, str):
-                self._base[key] = None
+                self.base[key] = None
             return False
 
     def __iter__(self) -> Iterator[str]:
         with self._mutex:
-            live, base = self._live, self._base
+            live, base = self._live, self.base
             if self._given:
                 live = live | self._given
             keys = [key for key in self.stored if key in live or key not in base]
@@ -224,11 +217,11 @@ class TrackedValues(Struct, eq=False):
                 return self._encoded(key)
             if key in self._given:
                 return self._given[key]
-            if key in self._base:
+            if key in self.base:
                 return None
             raw = self.stored.get(key)
             if raw is None:
-                self._base[key] = None
+                self.base[key] = None
             elif key not in self._seen:
                 self._seen = {*self._seen, key}
             return raw
@@ -248,22 +241,17 @@ class TrackedValues(Struct, eq=False):
 
     # -- what this request changed
 
-    @property
-    def untouched(self) -> bool:
-        """Whether no value can have changed: only immutable ones were looked at."""
-        return not self._base
-
     def changes(self, max_keys: int = sys.maxsize) -> dict[str, Change]:
         """This request's changes by key. The caller holds the mutex.
 
         Raises ``ValueRefused`` for a value that can't be stored. If there are more new keys than
         ``max_keys``, it raises before it encodes any.
         """
-        if not self._base:
+        if not self.base:
             return {}
-        if len(self._base) > max_keys and len(self._base) > len(self.stored):
+        if len(self.base) > max_keys and len(self.base) > len(self.stored):
             max_keys = max(max_keys, len(self.stored))
-            new = (key for key, base in self._base.items() if base is None)
+            new = (key for key, base in self.base.items() if base is None)
             count = sum(1 for key in new if key in self._live or key in self._given)
             if count > max_keys:
                 raise SessionTooLarge(
@@ -271,7 +259,7 @@ class TrackedValues(Struct, eq=False):
                 )
         found: dict[str, Change] = {}
         # Copies, since encoding may call code of the application that looks at the session.
-        bases, live, given = self._base.copy(), self._live.copy(), self._given
+        bases, live, given = self.base.copy(), self._live.copy(), self._given
         encode, marks = self._codec.encode, self.now is not None
         for key, base in bases.items():
             try:
@@ -288,19 +276,19 @@ class TrackedValues(Struct, eq=False):
 
     def encode(self, key: str, value: Any) -> bytes:
         """The encoded value for ``key``, without a mark. Raises ``ValueRefused``."""
-        return encode_within(self._codec, key, value, self._base.get(key), self.stored.get(key))
+        return encode_within(self._codec, key, value, self.base.get(key), self.stored.get(key))
 
     def has_changed(self, key: str) -> bool:
         """Whether this request changed ``key``. Raises as ``changes`` does."""
         with self._mutex:
-            if key not in self._base:
+            if key not in self.base:
                 return False
             mine = self._encoded(key) if key in self._live else self._given.get(key)
-            return mine != self._base[key] and not holds(self._base[key], mine)
+            return mine != self.base[key] and not holds(self.base[key], mine)
 
     def was_assigned(self, key: str) -> bool:
         """Whether a changed ``key`` was certainly assigned, so its value holds nothing stored."""
-        return self._base.get(key) is None or type(self._live.get(key)) in IMMUTABLE
+        return self.base.get(key) is None or type(self._live.get(key)) in IMMUTABLE
 
     # -- following the store
 
@@ -312,7 +300,7 @@ class TrackedValues(Struct, eq=False):
         """
         if self._looks is not None:
             self._end_looks()
-        base = self._base
+        base = self.base
         for key, change in changes.items():
             if change.mine is not None:
                 base[key] = change.mine
@@ -333,10 +321,10 @@ class TrackedValues(Struct, eq=False):
             self._look_for_marks(now)
         if stored is not self.stored:
             for key in self._seen:
-                if key not in self._live and key not in self._base:
+                if key not in self._live and key not in self.base:
                     self._look(key)  # before the old state goes
             for key in self._live:
-                self._base.setdefault(key, self.stored.get(key))
+                self.base.setdefault(key, self.stored.get(key))
             self.stored, self._order = stored, None
 
     def set_stored(self, key: str, value: Any, raw: bytes) -> None:
@@ -346,14 +334,14 @@ class TrackedValues(Struct, eq=False):
             self._live[key], self._order = value, None
             if self._given:
                 self._given.pop(key, None)
-            self._base[key] = raw
+            self.base[key] = raw
             if self.now is not None:
                 self._marks[key] = split(raw)[0]
 
     def discard_change(self, key: str) -> None:
         """Treat ``key`` as this request found it."""
         with self._mutex:
-            self._base.pop(key, None)
+            self.base.pop(key, None)
             self._live.pop(key, None)
             if self._given:
                 self._given.pop(key, None)
@@ -383,17 +371,17 @@ class TrackedValues(Struct, eq=False):
         Returns the keys that both sides changed, whose changes are discarded too.
         """
         with self._mutex:
-            beside = [key for key in block.outside if key in self._base]
+            beside = [key for key in block.outside if key in self.base]
             kept = [key for key in beside if key not in block.inside]
             both = [key for key in beside if key in block.inside and self._may_have_changed(key)]
-            live, base, given = self._live, self._base, self._given
+            live, base, given = self._live, self.base, self._given
             for key in live:
                 if key not in kept:
                     self._abandon(key, as_it_is=True)
             marks = self._marks if self.now is not None else {}
             self._begin(self.stored, self.now)
             for key in kept:
-                self._base[key] = base[key]
+                self.base[key] = base[key]
                 if key in live:
                     self._live[key] = live[key]
                 if key in given:
@@ -432,7 +420,7 @@ class TrackedValues(Struct, eq=False):
         with self._mutex:
             self._end_looks()
             self.mark_absent(key)
-            del self._base[key]
+            del self.base[key]
             if is_marked(raw):
                 self._look_for_marks(now)
             self.stored, self._order = {**self.stored, key: raw}, None
@@ -440,7 +428,7 @@ class TrackedValues(Struct, eq=False):
     def mark_absent(self, key: str) -> None:
         """The value of ``key`` is lost: treat it as absent, but not as deleted by this request."""
         with self._mutex:
-            self._base[key] = None
+            self.base[key] = None
             self._live.pop(key, None)
             if self._given:
                 self._given.pop(key, None)
@@ -449,30 +437,30 @@ class TrackedValues(Struct, eq=False):
 
     def _begin(self, stored: dict[str, bytes], now: Callable[[], int] | None) -> None:
         self._looks = None
-        self._live, self._base = {}, {}
+        self._live, self.base = {}, {}
         self._given, self._seen = _NOTHING, _NO_KEYS
         if now is not None:
             self._marks = {}
         self.now, self.stored, self._order = now, stored, None
         if now is None:
-            self._looks = looks_at(stored)
+            self._looks = stored, {}
 
     def _end_looks(self) -> None:
         """Let further looks take the mutex, and keep what earlier ones decoded."""
         looks, self._looks = self._looks, None
         if looks is not None:
             for key, value in looks[1].copy().items():
-                if key not in self._base:
+                if key not in self.base:
                     self._live.setdefault(key, value)
 
     def _abandon(self, key: str, *, as_it_is: bool = False) -> None:
         """The object under ``key``, if the application has it, leaves the session.
 
-        Later changes are detected against ``_base``, or against its present state with
+        Later changes are detected against ``base``, or against its present state with
         ``as_it_is``.
         """
         value = self._live.get(key)
-        raw = self._base.get(key)
+        raw = self.base.get(key)
         if type(value) in IMMUTABLE or value is None:
             return
         if as_it_is:
@@ -494,7 +482,7 @@ class TrackedValues(Struct, eq=False):
     def _look(self, key: str) -> None:
         raw = self.stored[key]
         if refers(raw):
-            self._base[key] = raw
+            self.base[key] = raw
             self._hold(key, raw)
         else:
             self[key]

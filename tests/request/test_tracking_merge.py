@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -51,7 +52,8 @@ def plain(items: dict[str, bytes]) -> dict[str, Any]:
 
 def tracked(**items: Any) -> TrackedValues:
     """The values of a session that was just loaded."""
-    return TrackedValues(CODEC, stored(items))
+    encoded = stored(items)
+    return TrackedValues(CODEC, encoded, None, threading.RLock(), (encoded, {}))
 
 
 def changed(values: TrackedValues) -> dict[str, tuple[Any, Any]]:
@@ -77,6 +79,46 @@ def test_another_thread_of_the_request_may_look_while_it_is_saved() -> None:
     values["a"].append(0)
     values["b"].append(0)
     assert changed(values) == {"a": ([1], [1, 0]), "b": ([2], [2, 0])}
+
+
+@pytest.mark.parametrize("looked_before", [True, False])
+def test_a_look_is_overtaken_by_another_thread(looked_before: bool) -> None:
+    class Overtaken(Codec):
+        """Another thread stores a change at the first look without the mutex."""
+
+        def decode(self, raw: bytes) -> Any:
+            value = super().decode(raw)
+            if pending:
+                other = threading.Thread(target=pending.pop())
+                other.start()
+                other.join()
+            return value
+
+    pending: list[Callable[[], None]] = []
+    before, after = stored({"n": 1, "other": "a"}), stored({"n": 2, "other": "b"})
+    values = TrackedValues(Overtaken(64), before, None, threading.RLock(), (before, {}))
+    if looked_before:
+        assert values["n"] == 1
+    pending.append(lambda: values.rebase(after))
+    assert values["other"] == "b"  # what it decoded was replaced
+    seen = 1 if looked_before else 2  # as the request saw it first
+    assert values["n"] == seen
+    values["n"] = 3
+    values["other"] = "c"
+    assert changed(values) == {"n": (seen, 3), "other": ("b", "c")}
+
+
+def test_a_deleted_value_that_was_looked_at_stays_deleted() -> None:
+    values = tracked(n=1, rest=2)
+    assert (values["n"], values["rest"]) == (1, 2)
+    del values["n"]
+    assert "n" not in values
+    assert changed(values) == {"n": (1, MISSING)}
+    values.mark_saved(stored({"rest": 2}), values.changes())
+    with pytest.raises(KeyError):
+        values["n"]
+    assert list(values) == ["rest"]
+    assert not values.changes()
 
 
 def test_nothing_is_decoded_before_it_is_looked_at() -> None:

@@ -185,7 +185,7 @@ def _rotate_with_any_token(self: Lifecycle, grace: float) -> None:
 def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = None) -> None:
     if now is not None:
         self._look_for_marks(now)
-    for key in self._live.keys() - self._base.keys():
+    for key in self._live.keys() - self.base.keys():
         del self._live[key]
     self.stored = stored
     self._looks = None

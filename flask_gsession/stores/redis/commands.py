@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar, cast
 
@@ -116,6 +117,8 @@ class Commands:
         self.pool = pool
         self.clock = options.clock
         self.timeout = options.timeout
+        #: returns when a call that begins now has to end
+        self.deadline: Callable[[], float] = partial(deadline, options.timeout)
         self.names = Names(options.prefix)
         self.retries = retries
 
@@ -130,10 +133,6 @@ class Commands:
     def life(self, record: Record) -> bytes:
         """The milliseconds to keep the record for, at least 1."""
         return b"%d" % max(1, record.idle_expires_at - int(self.clock() * 1000))
-
-    def deadline(self) -> float:
-        """When a call that begins now has to end."""
-        return deadline(self.timeout)
 
     def servers(self) -> dict[bytes, str]:
         """The address of each server that holds sessions, by a name that it stores."""

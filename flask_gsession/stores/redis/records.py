@@ -67,16 +67,18 @@ class Records:
         mine = version(record.version)
         later: Record | None = record
         while later is not None:
-            record = later
+            record, now = later, int(commands.clock() * 1000)
             arguments = [
                 version(expected_version),
                 pack(record),
-                commands.life(record),
-                commands.now_text(),
+                b"%d" % max(1, record.idle_expires_at - now),
+                b"%d" % now,
                 b"" if shorten else b"%d" % record.idle_expires_at,
                 *holder,
             ]
             reply = commands.run(deadline, SAVE, keys, arguments, mine)
+            if reply[:1] != b"R":
+                return
             later, shorten = renewed_since(record, reply)
 
     def renew(self, record: Record, idle_expires_at: int, deadline: float) -> None:
