@@ -169,7 +169,9 @@ class Lifecycle(Struct, eq=False):
         codec, now = self.repository.codec, self.repository.now if body.marked else None
         if self.trace is not None:
             return TracedValues(codec, body.values, now, self.mutex, _trace=self.trace)
-        looks: Looks | None = (body.values, {}) if now is None else None
+        looks: Looks | None = None
+        if now is None and not body.has_large:  # or two threads would load one large value twice
+            looks = body.values, {}
         return TrackedValues(codec, body.values, now, self.mutex, looks)
 
     @property

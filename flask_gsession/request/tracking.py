@@ -85,12 +85,13 @@ class TrackedValues(Struct, eq=False):
         value = self._live.get(key, _ABSENT)
         if value is not _ABSENT:
             return value
-        looks = self._looks
+        looks, early = self._looks, None
         if looks is not None and key in looks[0] and key not in self.base:
             stored, looked = looks
             if key in looked:
                 return looked[key]
-            value = self._codec.decode(stored[key])
+            early = stored[key]
+            value = self._codec.decode(early)
             if type(value) in IMMUTABLE:
                 looked[key] = value
                 if self._looks is looks:
@@ -103,7 +104,10 @@ class TrackedValues(Struct, eq=False):
             if raw is None:  # deleted by this request, or absent
                 base.setdefault(key, None)
                 raise KeyError(key)
-            value = self._codec.decode(raw) if self.now is None else self._decode_marked(key, raw)
+            if self.now is not None:
+                value = self._decode_marked(key, raw)
+            elif raw is not early:
+                value = self._codec.decode(raw)
             if type(value) not in IMMUTABLE:
                 base.setdefault(key, raw)
             live[key] = value
@@ -442,8 +446,6 @@ class TrackedValues(Struct, eq=False):
         if now is not None:
             self._marks = {}
         self.now, self.stored, self._order = now, stored, None
-        if now is None:
-            self._looks = stored, {}
 
     def _end_looks(self) -> None:
         """Let further looks take the mutex, and keep what earlier ones decoded."""
