@@ -89,7 +89,6 @@ class GSessionInterface(SessionInterface):
         #: whether the application has further ``Session`` objects
         self.has_further = False
         self._live = repository.live
-        self._own_key = repository.live.own_key
         self._misses_key = False
         self._token_header = repository.settings.token_header
         self._remembers = repository.settings.remember == "session"
@@ -105,7 +104,7 @@ class GSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
         """A session that loads itself at the first look; None without a ``SECRET_KEY``."""
-        if not (app.secret_key if self._own_key else app.config["SECRET_KEY"]):
+        if not self._live.secret_key():
             if not self._misses_key:
                 self._misses_key = True
                 logger.error(
@@ -290,7 +289,7 @@ class GSessionInterface(SessionInterface):
 
     def _signing_of(self, app: Flask) -> _Signing:
         """How to sign, by the application's settings as they are now."""
-        given, signing = token_settings(app, self._own_key), self._signing
+        given, signing = token_settings(app, self._live.own_key), self._signing
         if signing is None or signing.given != given:
             live = self._live
             name, keys = live.cookie_name(), live.secret_keys()

@@ -196,6 +196,11 @@ class LiveSettings:
         """The attributes of the cookie in the configuration, by name."""
         return dict(zip(_ATTRIBUTES, cookie_attributes(self._app), strict=True))
 
+    def secret_key(self) -> object:
+        """``app.secret_key``, unchecked."""
+        app = self._app
+        return app.secret_key if self.own_key else app.config["SECRET_KEY"]
+
     def secret_keys(self) -> tuple[str | bytes, ...]:
         """As the function ``secret_keys``."""
         return self._keys.of(given_keys(self._app))
