@@ -67,12 +67,12 @@ class Records:
         mine = version(record.version)
         later: Record | None = record
         while later is not None:
-            record, now = later, int(commands.clock() * 1000)
+            record = later
             arguments = [
                 version(expected_version),
                 pack(record),
-                b"%d" % max(1, record.idle_expires_at - now),
-                b"%d" % now,
+                commands.life(record),
+                commands.now_text(),
                 b"" if shorten else b"%d" % record.idle_expires_at,
                 *holder,
             ]
