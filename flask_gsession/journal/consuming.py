@@ -170,14 +170,14 @@ class Consumer:
             if at is None:
                 return []
         # With the last one again, to see that it is still there.
-        entries, first = self._store.journal.read(max(0, at - 1), _AT_ONCE)
+        entries = self._store.journal.read(max(0, at - 1), _AT_ONCE).entries
         again = entries.pop(0)[1] if entries and entries[0][0] == at else None
         if self._entry is not None and again != self._entry and (again or not entries):
             logger.warning("The journal lost events; again from the last acknowledged one")
             self._at = None
             return self._look()
         self._at, self._entry = entries[-1] if entries else (at, again)
-        return _events(entries, first, at, self._clock, self._acknowledge)
+        return _events(entries, at, self._clock, self._acknowledge)
 
     def _begin(self) -> int | None:
         """The number that was acknowledged last; None if there is nothing to read."""
@@ -214,21 +214,27 @@ def _nothing(number: int) -> None:
 
 def _events(
     entries: list[tuple[int, bytes]],
-    first: int,
     after: int,
     clock: Clock,
     acknowledge: Callable[[int], None],
 ) -> list[JournalEvent]:
-    """The events of entries that were read after this number. Begins with a gap if need be."""
+    """The events of entries that were read after this number, with a gap where some are missing.
+
+    Removed while they were read, some may be missing in the middle.
+    """
     events = []
-    if first > after + 1 and entries:
-        missed = first - after - 1
-        now = _time(milliseconds(clock))
-        name = f"gap-{after + 1}-{first - 1}"
-        gap = JournalEvent(first - 1, GAP, now, missed=missed, id=name, _acknowledge=acknowledge)
-        events.append(gap)
-    events += [_event(number, unpack(data), acknowledge) for number, data in entries]
+    for number, data in entries:
+        if number > after + 1:
+            events.append(_gap(after + 1, number - 1, clock, acknowledge))
+        events.append(_event(number, unpack(data), acknowledge))
+        after = number
     return events
+
+
+def _gap(first: int, last: int, clock: Clock, acknowledge: Callable[[int], None]) -> JournalEvent:
+    now, name = _time(milliseconds(clock)), f"gap-{first}-{last}"
+    missed = last - first + 1
+    return JournalEvent(last, GAP, now, missed=missed, id=name, _acknowledge=acknowledge)
 
 
 def _event(number: int, entry: Entry, acknowledge: Callable[[int], None]) -> JournalEvent:

@@ -123,6 +123,18 @@ def test_events_that_took_the_place_of_lost_ones_are_read(
         assert ids(next(batches)) == ["3", *new]
 
 
+def test_events_removed_while_they_are_read_are_a_gap(
+    followed: tuple[Any, Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, consumer = followed
+    whole = journal.read(0, 5)
+    pruned = whole._replace(entries=[*whole.entries[:2], *whole.entries[4:]])
+    monkeypatch.setattr(journal, "read", lambda after, limit: pruned)
+    _, before, gap, after = next(consumer.batches())
+    assert (gap.kind, gap.missed, gap.number) == ("gap", 2, after.number - 1)
+    assert before.number + 3 == after.number
+
+
 def test_an_acknowledgement_in_an_outage_is_repeated(
     followed: tuple[Any, Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
