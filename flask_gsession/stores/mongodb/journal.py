@@ -21,7 +21,7 @@ from pymongo import DeleteOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from ...errors import KeyTaken, UnreadableRecord
-from ..base import MAX_POINTERS, OTHER_ENDS, Deleted, Record, new_version
+from ..base import KEY_LENGTH, MAX_POINTERS, OTHER_ENDS, Deleted, Record, new_version
 from ..journals import Entries, Journal, JournalFigures
 from .driver import Document, call
 from .indexes import NEVER
@@ -34,9 +34,9 @@ JOURNAL = "gsession_journal"
 _AT_ONCE = 200  # documents whose entries are moved in one step
 _STEPS = 50  # at most; then comes the rest of the sweep
 _TRIMMED = 128  # entries are removed about so many at once
-_OTHERS = {"$regex": f"[{OTHER_ENDS}]$"}
+_OTHERS = f"[{OTHER_ENDS}]$"
 _AFTER = "journal_after"
-_FIELDS = [OUTBOX, SINCE, _AFTER, "successor"]  # of a document with entries
+_FIELDS = [OUTBOX, SINCE, _AFTER, "successor", "idle_expires_at"]  # of a document with entries
 
 
 class MongoDBJournal(Journal):
@@ -55,7 +55,7 @@ class MongoDBJournal(Journal):
         self._records.mark = partial(self._marker, ())
         self._scans.removable = {
             SINCE: None,
-            "$or": [{"successor": {"$ne": None}}, {"_id": _OTHERS}],
+            "$or": [{"successor": {"$ne": None}}, {"_id": {"$regex": _OTHERS}}],
         }
 
     # Writes.
@@ -65,11 +65,22 @@ class MongoDBJournal(Journal):
         self, collection: SessionCollection, record: Record, entries: Sequence[bytes]
     ) -> None:
         self.driver.ensure_index(collection)
+        document = {**self.layout.document(record), **self._outbox(entries)}
         try:
-            collection.insert_one({**self.layout.document(record), **self._outbox(entries)})
+            collection.insert_one(document)
         except DuplicateKeyError:
             there = self.layout.read(record.key, collection)
-            if there is None or there.version != record.version:
+            if there is not None and there.version == record.version:
+                return
+            if there is None or there.successor != ENDED:
+                raise KeyTaken from None
+            # The session has ended before. Its entries come first.
+            self.recover()
+            condition = {**self.layout.is_version(record.key, there.version), SINCE: None}
+            collection.delete_one(condition)
+            try:
+                collection.insert_one(document)
+            except DuplicateKeyError:
                 raise KeyTaken from None
 
     def save(
@@ -173,12 +184,14 @@ class MongoDBJournal(Journal):
         return {
             "idle_expires_at": {"$lte": DatetimeMS(self.layout.now())},
             "successor": None,
-            "_id": {**self._ours(), "$not": _OTHERS},
+            "_id": {**self._ours(), "$not": {"$regex": _OTHERS}},
         }
 
     def _ours(self) -> Document:
+        """Ids of this prefix, and not of one that begins with it."""
         start = self.layout.prefix
-        return {"$gt": start, "$lt": f"{start}\x7f"}
+        whole = f"^.{{{len(start) + KEY_LENGTH}}}$"
+        return {"$gt": start, "$lt": f"{start}\x7f", "$regex": whole}
 
     def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
         removed = self._mark(expired) if expired else 0
@@ -229,14 +242,22 @@ class MongoDBJournal(Journal):
             collection, [bytes(entry) for each in documents for entry in each.get(OUTBOX, [])]
         )
         done: list[UpdateOne | DeleteOne] = []
+        now = self.layout.now()
         for document in documents:
-            # Only the moved ones: the document may have got more entries since.
             same = {"_id": document["_id"], OUTBOX: document.get(OUTBOX, [])}
-            if document.get("successor") == ENDED:
+            # A marker with time left is still asked for, by a repeat of the rotation.
+            if document.get("successor") == ENDED and int(document["idle_expires_at"]) <= now:
                 done.append(DeleteOne({**same, "successor": ENDED}))
             else:
                 done.append(UpdateOne(same, {"$unset": {OUTBOX: "", SINCE: "", _AFTER: ""}}))
-        collection.bulk_write(done, ordered=False)
+        result = collection.bulk_write(done, ordered=False)
+        if result.matched_count + result.deleted_count < len(documents):
+            # Some got more entries since: only those that were moved go.
+            moved = [
+                UpdateOne({"_id": each["_id"]}, {"$pull": {OUTBOX: {"$in": each.get(OUTBOX, [])}}})
+                for each in documents
+            ]
+            collection.bulk_write(moved, ordered=False)
         return len(waiting)
 
     def _in_order(
@@ -306,21 +327,26 @@ class MongoDBJournal(Journal):
             )
         )
 
+    # No prefix has braces, so these are no ids of a prefix that begins with this one.
+
     def _id(self, number: int) -> str:
-        return f"{self.layout.prefix}{number:020d}"
+        return f"{self.layout.prefix}{{events}}{number:020d}"
+
+    def _id_end(self) -> str:
+        return f"{self.layout.prefix}{{events}}:"
 
     def _consumer(self, name: str) -> str:
-        return f"{self.layout.prefix}consumer:{name}"
+        return f"{self.layout.prefix}{{consumers}}{name}"
 
     def _edge(self, journal: SessionCollection, direction: int) -> int:
         """The first or last number; 0 if there is none."""
-        numbers = {"$gt": self._id(0), "$lt": f"{self.layout.prefix}:"}
+        numbers = {"$gt": self._id(0), "$lt": self._id_end()}
         found = journal.find_one({"_id": numbers}, ["number"], sort=[("_id", direction)])
         return 0 if found is None else int(found["number"])
 
     @call("journal")
     def read(self, collection: SessionCollection, after: int, limit: int) -> Entries:
-        numbers = {"$gt": self._id(after), "$lt": f"{self.layout.prefix}:"}
+        numbers = {"$gt": self._id(after), "$lt": self._id_end()}
         found = self._journal(collection).find({"_id": numbers}, sort=[("_id", 1)], limit=limit)
         entries = [(int(each["number"]), bytes(each["entry"])) for each in found]
         return Entries(entries, entries[0][0] if entries else after + 1)

@@ -72,6 +72,30 @@ class JournalContract(Contract):
             assert live(store, clock, new) is None
             assert entries_of(journal, start) == [b"created", b"bound", b"rotated", b"ended"]
 
+    def test_a_rotation_may_be_repeated_after_a_sweep(self) -> None:
+        with self._journal() as (store, journal, clock, start):
+            if journal is None:
+                return
+            record, new = a_record(clock), a_record(clock, idle=90)
+            journal.create(record, [])
+            journal.replace(record.key, new, record.version, None, [b"rotated"])
+            assert entries_of(journal, start) == [b"rotated"]
+            journal.replace(record.key, new, record.version, None, [b"rotated"])
+            assert live(store, clock, new) == new
+            assert {*entries_of(journal, start)} == {b"rotated"}
+
+    def test_the_key_of_an_ended_session_is_free(self) -> None:
+        with self._journal() as (store, journal, clock, start):
+            if journal is None:
+                return
+            record = a_record(clock)
+            journal.create(record, [b"created"])
+            journal.end(record.key, record.version, [b"ended"])
+            again = changed(record)
+            journal.create(again, [b"imported"])
+            assert live(store, clock, again) == again
+            assert entries_of(journal, start) == [b"created", b"ended", b"imported"]
+
     def test_a_refused_write_enters_nothing(self) -> None:
         with self._journal() as (_, journal, clock, start):
             if journal is None:
