@@ -168,11 +168,11 @@ class JournalingStore(Wrapper):
                 deleted = self.store.delete(at)
                 self._remove_pointers(pointers)
                 return deleted
-            if there is None or self._now() >= there.idle_expires_at:
-                if there is not None:
-                    self._remove_expired(there)
+            if there is None:
                 self._remove_pointers(pointers)
                 return Deleted(False)
+            if self._now() >= there.idle_expires_at:
+                return Deleted(False)  # left to the sweep
             if there.successor is None:
                 entries = [*rotated, self._ended(at, self._describe(there))]
                 done = self.journal.end(at, there.version, _packed(entries))

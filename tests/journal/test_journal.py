@@ -101,6 +101,39 @@ def test_a_session_that_is_bound_and_keeps_its_token(journaled: Site) -> None:
     assert kinds(events_of(journaled)) == ["created", "bound", "ended"]
 
 
+def test_a_logout_of_an_expired_session_leaves_its_end_to_the_sweep(
+    make_site: SiteMaker, clock: FakeClock
+) -> None:
+    site = make_site(journal=True, idle_timeout=5, renew_interval=0, rotation_grace=60)
+    visitor = site.visitor()
+    visitor.run(sign_in)
+    tab = visitor.another_tab()
+    visitor.run(rotate)
+    clock.advance(6)
+    tab.run(sign_out)
+    visitor.run(sign_out)
+    assert journal_of(site).figures().due == 1
+    assert kinds(events_of(site)) == ["created", "bound", "rotated", "expired"]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite", "redis", "mongodb"], indirect=True)
+def test_a_prefix_that_begins_with_another(
+    store_url: str, store_prefix: str, clock: FakeClock
+) -> None:
+    for prefix in (store_prefix, f"{store_prefix}0", f"{store_prefix}admin:"):
+        with Site(store_url, prefix, clock, journal=True, idle_timeout=60) as site:
+            site.visitor().run(sign_in)
+            visitor = site.visitor()
+            visitor.run(sign_in)
+            visitor.run(sign_out)
+    clock.advance(70)
+    for prefix in (store_prefix, f"{store_prefix}0", f"{store_prefix}admin:"):
+        with Site(store_url, prefix, clock, journal=True, idle_timeout=60) as site:
+            assert journal_of(site).figures().due == 1
+            found = sorted(kinds(events_of(site)))
+            assert found == ["bound", "bound", "created", "created", "ended", "expired"]
+
+
 def test_an_expiry_is_entered_with_its_owner(journaled: Site, clock: FakeClock) -> None:
     visitor = journaled.visitor()
     visitor.run(sign_in)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import KeyTaken, UnreadableRecord
-from ..base import OTHER_ENDS, Deleted, Record
+from ..base import KEY_LENGTH, OTHER_ENDS, Deleted, Record
 from ..journals import Entries, Journal, JournalFigures
 from .file import in_transaction, on_connection
 from .layout import BETWEEN, COLUMNS, checked
@@ -34,7 +34,8 @@ _TABLES = (
 )
 _OTHERS = "substr(key, -1) IN ({})".format(", ".join(f"'{end}'" for end in OTHER_ENDS))
 _REMOVABLE = f"{EXPIRED} AND (successor IS NOT NULL OR {_OTHERS})"
-_DUE = f"{BETWEEN} AND {EXPIRED} AND successor IS NULL AND NOT {_OTHERS}"
+# Those of a prefix that begins with ours are longer.
+_DUE = f"{BETWEEN} AND length(key) = ? AND {EXPIRED} AND successor IS NULL AND NOT {_OTHERS}"
 _TRIMMED = 128  # entries are removed about so many at once
 
 
@@ -110,9 +111,12 @@ class SQLiteJournal(Journal):
         rows = db.execute(
             f"SELECT key, {COLUMNS} FROM gsession WHERE {_DUE.replace('key ', '+key ')} "
             "ORDER BY idle_expires_at LIMIT ?",
-            (*self.layout.range_of("", ""), self.layout.now(), limit),
+            (*self._ours(), self.layout.now(), limit),
         ).fetchall()
         return [self._readable(row[0][len(self.layout.prefix) :], row) for row in rows]
+
+    def _ours(self) -> tuple[str, str, str, int]:
+        return *self.layout.range_of("", ""), len(self.layout.prefix) + KEY_LENGTH
 
     def _readable(self, key: str, row: tuple[Any, ...]) -> Record:
         try:
@@ -212,7 +216,7 @@ class SQLiteJournal(Journal):
         due, oldest = db.execute(
             f"SELECT count(*), min(idle_expires_at) FROM gsession "
             f"WHERE {_DUE.replace('key ', '+key ')}",
-            (*self.layout.range_of("", ""), self.layout.now()),
+            (*self._ours(), self.layout.now()),
         ).fetchone()
         consumers = dict(
             db.execute("SELECT name, number FROM gsession_consumer WHERE prefix = ?", prefix)
