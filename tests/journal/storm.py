@@ -48,7 +48,7 @@ _PLANS = [
     ["bind", "revoke"],
     ["bind", "rotate"],
 ]
-_LEAST = 2500  # bytes in the ledger
+_LEAST = 1500  # bytes in the ledger
 _AT_ONCE = 30  # visitors of one process
 _MOST = 3.3  # the power of ten of the steps that a process survives, at most
 _NAMED_MOST = 16  # the same within a named function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,8 @@ _OTHERS = "substr(key, -1) IN ({})".format(", ".join(f"'{end}'" for end in OTHER
 _REMOVABLE = f"{EXPIRED} AND (successor IS NOT NULL OR {_OTHERS})"
 # Those of a prefix that begins with ours are longer.
 _DUE = f"{BETWEEN} AND length(key) = ? AND {EXPIRED} AND successor IS NULL AND NOT {_OTHERS}"
+_AT_ONCE = 100  # sessions in one transaction, for which others wait
+_REST = 0.02  # seconds in which they write; they look that often
 _TRIMMED = 128  # entries are removed about so many at once
 
 
@@ -124,8 +127,17 @@ class SQLiteJournal(Journal):
         except UnreadableRecord:  # its end is known all the same
             return Record(key, row[1], 0, row[3], 0, b"")
 
+    def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
+        removed = 0
+        for start in range(0, len(expired), _AT_ONCE):
+            some = expired[start : start + _AT_ONCE]
+            removed += self._expire(some)
+            if len(some) == _AT_ONCE:
+                time.sleep(_REST)
+        return removed
+
     @in_transaction(durable=True)
-    def expire(self, db: sqlite3.Connection, expired: Sequence[tuple[Record, bytes]]) -> int:
+    def _expire(self, db: sqlite3.Connection, expired: Sequence[tuple[Record, bytes]]) -> int:
         entries = []
         for record, entry in expired:
             done = db.execute(
