@@ -15,10 +15,19 @@ from typing import Any, Self
 import requests
 from cachelib.file import FileSystemCache
 
+from tests.harness.apps import Site, Visitor
+
 ROOT = Path(__file__).parent.parent.parent
 KEY = "a key for tests"
 UNTIL = "2100-01-01"
 VERSIONS = ("0.5", "0.8")
+
+
+def visit(site: Site, cookie: str) -> Visitor:
+    """A browser that has only the old cookie."""
+    visitor = site.visitor()
+    visitor.set_cookie("session", cookie)
+    return visitor
 
 
 def environment(version: str) -> dict[str, str]:

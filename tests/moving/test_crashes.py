@@ -12,7 +12,7 @@ from flask_gsession.errors import StoreUnavailable
 from flask_gsession.moving.cachelib_cache import CacheFiles
 from tests.harness.apps import Site, SiteMaker, Visitor
 
-from .old import OldFiles
+from .old import OldFiles, visit
 
 #: The calls of a first request that writes, and of a logout: (store, operation, which of them).
 FIRST = [
@@ -45,12 +45,6 @@ def old(tmp_path: Path) -> OldFiles:
 @pytest.fixture
 def site(make_site: SiteMaker, old: OldFiles) -> Site:
     return make_site(config=old.config)
-
-
-def visit(site: Site, sid: str) -> Visitor:
-    visitor = site.visitor()
-    visitor.set_cookie("session", sid)
-    return visitor
 
 
 @pytest.fixture

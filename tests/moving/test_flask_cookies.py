@@ -18,7 +18,7 @@ from flask_gsession import Session, StoreUnavailable
 from flask_gsession.events import SessionImported
 from tests.harness.apps import Site, SiteMaker, Visitor
 
-from .old import KEY, UNTIL
+from .old import KEY, UNTIL, visit
 
 CONFIG: dict[str, Any] = {"SESSION_IMPORT": ["cookie"], "SESSION_IMPORT_UNTIL": UNTIL}
 UTC = dt.UTC
@@ -45,12 +45,6 @@ def signed(values: dict[str, Any], key: str = KEY, **config: Any) -> str:
 @pytest.fixture
 def site(make_site: SiteMaker) -> Site:
     return make_site(config=CONFIG)
-
-
-def visit(site: Site, cookie: str) -> Visitor:
-    visitor = site.visitor()
-    visitor.set_cookie("session", cookie)
-    return visitor
 
 
 def test_tagged_types_are_exact(site: Site) -> None:

@@ -14,9 +14,9 @@ import pytest
 from flask_gsession.errors import StoreUnavailable
 from flask_gsession.events import ImportRefused, SessionImported
 from flask_gsession.moving.cachelib_cache import CacheFiles
-from tests.harness.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker
 
-from .old import OldFiles
+from .old import OldFiles, visit
 from .test_pickles import PLANTED, Calls, bomb
 
 
@@ -28,12 +28,6 @@ def old(tmp_path: Path) -> OldFiles:
 @pytest.fixture
 def site(make_site: SiteMaker, old: OldFiles) -> Site:
     return make_site(config=old.config)
-
-
-def visit(site: Site, sid: str) -> Visitor:
-    visitor = site.visitor()
-    visitor.set_cookie("session", sid)
-    return visitor
 
 
 @pytest.fixture

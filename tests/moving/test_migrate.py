@@ -32,10 +32,10 @@ from flask_gsession.events import SessionImported
 from flask_gsession.moving.migrating import Migration
 from flask_gsession.moving.takeover import Takeover
 from flask_gsession.testing import FakeClock
-from tests.harness.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker
 from tests.harness.servers import mongo_server, redis_server
 
-from .old import KEY, UNTIL, OldFiles
+from .old import KEY, UNTIL, OldFiles, visit
 
 
 class Old:
@@ -166,13 +166,6 @@ def migrate(site: Site, *words: str, status: int = 0) -> str:
     result = run(site, "--yes", *words)
     assert result.exit_code == status, result.output
     return result.stdout
-
-
-def visit(site: Site, sid: str) -> Visitor:
-    """A browser that has only the old cookie."""
-    visitor = site.visitor()
-    visitor.set_cookie("session", sid)
-    return visitor
 
 
 # The protocol ---------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 from itsdangerous import Signer
 
 from flask_gsession.events import ImportRefused, SessionImported
-from tests.harness.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker
 
-from .old import OldFiles
+from .old import OldFiles, visit
 
 
 @pytest.fixture
@@ -22,13 +22,6 @@ def old(tmp_path: Path) -> OldFiles:
 @pytest.fixture
 def site(make_site: SiteMaker, old: OldFiles) -> Site:
     return make_site(config=old.config)
-
-
-def visit(site: Site, sid: str) -> Visitor:
-    """A browser that has only the old cookie."""
-    visitor = site.visitor()
-    visitor.set_cookie("session", sid)
-    return visitor
 
 
 def test_it_goes_on_under_another_cookie(site: Site, old: OldFiles) -> None:

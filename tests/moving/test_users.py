@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from flask_login import LoginManager
 
-from tests.harness.apps import Site, SiteMaker, Visitor
+from tests.harness.apps import Site, SiteMaker
 
-from .old import OldFiles
+from .old import OldFiles, visit
 
 DAY = 86_400
 
@@ -27,12 +27,6 @@ def site(make_site: SiteMaker, old: OldFiles) -> Site:
 def with_login(site: Site) -> Site:
     LoginManager(site.app)
     return site
-
-
-def visit(site: Site, sid: str) -> Visitor:
-    visitor = site.visitor()
-    visitor.set_cookie("session", sid)
-    return visitor
 
 
 def users(site: Site) -> set[str]:
