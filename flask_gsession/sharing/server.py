@@ -145,7 +145,7 @@ class Server:
 
     def _handler(self, service: Service, name: str, method: Method) -> Any:
         def answer(request: Any, context: Any) -> Any:
-            with self._translating(name, context):
+            try:
                 grant = self._grant_of(context, _credentials_of(context))
                 if not context.is_active():
                     # It waited for a thread until its deadline, so the caller has given up.
@@ -163,9 +163,11 @@ class Server:
                         return service.answer(name, request, grant)
                     except Denied as denied:
                         self._deny(context, grant.service, f"{name}: {denied}")
+            except Exception as error:
+                self._abort(name, context, error)
 
         def answer_stream(requests: Any, context: Any) -> Iterator[Any]:
-            with self._translating(name, context):
+            try:
                 credentials = _credentials_of(context)
                 grant = self._grant_of(context, credentials)
                 try:
@@ -175,6 +177,8 @@ class Server:
                         yield reply
                 except Denied as denied:
                     self._deny(context, grant.service, f"{name}: {denied}")
+            except Exception as error:
+                self._abort(name, context, error)
 
         # Streams stay open, so they have threads of their own.
         answer_stream.experimental_thread_pool = self._watchers  # type: ignore[attr-defined]
@@ -183,22 +187,20 @@ class Server:
             return grpc.stream_stream_rpc_method_handler(answer_stream, *coding)
         return grpc.unary_unary_rpc_method_handler(answer, *coding)
 
-    @contextmanager
-    def _translating(self, name: str, context: Any) -> Iterator[None]:
+    def _abort(self, name: str, context: Any, error: Exception) -> NoReturn:
         """Abort a call with the status for its error."""
-        try:
-            yield
-        except Refused as refused:
-            context.abort(refused.code, refused.details)
-        except StoreError as error:
+        if context.code() is not None:  # already aborted
+            raise error
+        if isinstance(error, Refused):
+            context.abort(error.code, error.details)
+        elif isinstance(error, StoreError):
             code, details, message = status_of(error)
             context.set_trailing_metadata(((ERROR_KEY, message.SerializeToString()),))
             context.abort(code, details[:1000])
-        except Exception as error:
-            if context.code() is not None:  # already aborted
-                raise
-            logger.exception("A call of %s failed", name)
+        else:
+            logger.error("A call of %s failed", name, exc_info=error)
             context.abort(Status.INTERNAL, type(error).__name__)
+        raise AssertionError("abort raises")
 
     def _grant_of(self, context: Any, credentials: tuple[list[str], str | None]) -> Grant:
         """The caller's grant. Aborts the call of an unknown caller."""

@@ -42,9 +42,11 @@ class Shield:
         """
         if has_gevent():
             return call()
-        earlier, self._interrupted.job = self._interrupted.job, None
-        if earlier is not None and not earlier.is_over:
-            earlier.over.acquire(True, _IN_ORDER)
+        earlier = self._interrupted.job
+        if earlier is not None:
+            self._interrupted.job = None
+            if not earlier.is_over:
+                earlier.over.acquire(True, _IN_ORDER)
         try:
             job = _Job(call, self._worker(), self._idle)
         except RuntimeError as error:
@@ -78,6 +80,11 @@ class Shield:
 
 class _Job:
     """A call, and its outcome once ``over`` is released."""
+
+    __slots__ = (
+        *("call", "worker", "idle", "context", "over"),
+        *("is_wanted", "is_over", "result", "error"),
+    )
 
     def __init__(self, call: Callable[[], Any], worker: _Worker, idle: list[_Worker]) -> None:
         self.call = call
