@@ -257,6 +257,33 @@ def test_a_deadline_by_signal_comes_out(kind: type[Exception], command: ServeCom
     store.close()
 
 
+@pytest.mark.long
+def test_a_fork_ends_an_interrupted_call(command: ServeCommand) -> None:
+    """It would wait for it, and gRPC doesn't survive a fork in the middle of a call."""
+    store = reach(command.url)
+    record = a_record(time.time)
+    store.create(record)
+    command.signal(signal.SIGSTOP)
+    with handler(TooLong):
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(TooLong):
+            store.load(record.key)
+    assert forks.guard.calls
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(20)
+            status = int(store.load(record.key) != record)
+        finally:
+            os._exit(status)
+    assert not forks.guard.calls
+    command.signal(signal.SIGCONT)
+    assert store.load(record.key) == record
+    assert os.waitpid(child, 0)[1] == 0
+    store.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a collection
 @pytest.mark.parametrize(
     "url", ["memory", pytest.param("sqlite", marks=pytest.mark.long)], ids=["memory", "sqlite"]
@@ -344,6 +371,46 @@ def test_gunicorn_ends_workers_in_the_middle_of_a_call(tmp_path: Path) -> None:
             assert server.stop(signal.SIGQUIT) == 0
             assert hung.result().status == 500
             assert "SIGKILL" not in server.log
+
+
+UNDER_GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import random, sys, time
+import gevent
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.testing import a_record
+
+class TooLong(Exception):
+    pass
+
+store = open_store({url!r}, StoreOptions(timeout=20))[0]
+record = a_record(time.time)
+store.create(record)
+struck = answered = 0
+
+def work(number):
+    global struck, answered
+    for _ in range(80):
+        try:
+            with gevent.Timeout(random.uniform(0.0001, 0.04), TooLong):
+                for _ in range(3):
+                    assert store.load(record.key) == record
+                    answered += 1
+        except TooLong:
+            struck += 1
+
+gevent.joinall([gevent.spawn(work, number) for number in range(4)], raise_error=True)
+assert store.load(record.key) == record
+assert struck > 20 and answered > 20, (struck, answered)
+store.close()
+"""
+
+
+@pytest.mark.long
+def test_timeouts_of_gevent(command: ServeCommand) -> None:
+    code = UNDER_GEVENT.format(url=command.url)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.long

@@ -27,6 +27,7 @@ _METHODS = methods_of("Store")
 _RECONNECT = 0.25  # of the budget, for a repeat on another connection
 _LONGEST_WAIT = 5.0  # seconds that a call may take beyond the budget
 _OVERDUE = 2.0  # seconds beyond the budget until gRPC itself counts as stuck
+_CALM = 0.05  # seconds for gRPC's own threads to finish with a channel that was closed
 _MOST_UNSETTLED = 10_000  # keys
 _KEEPALIVE = 10  # seconds
 #: Sent when the connection was lost, or the server is ending; all calls may be repeated.
@@ -82,6 +83,9 @@ class Channel:
         except Overdue:
             self._drop()
             raise StoreUnavailable(f"{self._where(name)}: gRPC itself is stuck") from None
+        except BaseException:  # from outside, and the call may go on
+            guard.add(self)
+            raise
         try:
             reply: Any = _METHODS[name].reply.FromString(raw)
         except DecodeError:
@@ -200,9 +204,12 @@ class Channel:
         self, name: str, request: Any, seconds: float | None, wait_for_ready: bool = False
     ) -> Any:
         send = self._calls.get(name) or self._connect(name)
-        return send(
-            request, timeout=seconds, metadata=self._metadata, wait_for_ready=wait_for_ready
-        )
+        try:
+            return send(
+                request, timeout=seconds, metadata=self._metadata, wait_for_ready=wait_for_ready
+            )
+        except grpc.RpcError as error:
+            raise error.with_traceback(None) from None  # release the call before a fork goes on
 
     def _connect(self, name: str) -> Callable[..., Any]:
         with self._lock:
@@ -272,6 +279,12 @@ class Channel:
 
     def _where(self, name: str) -> str:
         return f"grpc {self.address.target}: {name}"
+
+    def end_before_fork(self) -> None:
+        """End the calls whose callers were interrupted. Others are repeated on another channel."""
+        guard.remove(self)
+        self.close()
+        time.sleep(_CALM)
 
     def close(self) -> None:
         process.notice()

@@ -3,6 +3,7 @@
 gRPC survives a fork only if no thread is inside a call: a child that is forked in the middle of one
 may crash or hang. So a fork waits for the calls that are under way, and calls wait for a fork. Both
 are short: each call has a deadline. Streams are ended before a fork, and begin again after it.
+Calls whose callers were interrupted are ended, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from threading import get_ident
 from typing import Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from ...processes import at_fork
 
@@ -21,7 +23,7 @@ _PAUSE = 0.001  # seconds
 
 
 class Stream(Protocol):
-    """A stream, which has threads inside gRPC."""
+    """A stream, or anything else that has threads inside gRPC."""
 
     def end_before_fork(self) -> None: ...
 
@@ -31,7 +33,7 @@ class ForkGuard:
 
     def __init__(self) -> None:
         self.calls: dict[int, bool] = {}
-        self.streams: dict[int, Stream] = {}
+        self.streams: WeakValueDictionary[int, Stream] = WeakValueDictionary()
         self.forking = False
 
     def run(self, call: Callable[[], T]) -> T:
