@@ -31,6 +31,7 @@ from ..events import ImportRefused, SessionImported, logger
 from ..repository.imports import TakenOver
 from ..repository.repository import PERMANENT, Loaded, Repository
 from ..stores.base import Record, Store
+from ..stores.support import because
 from ..stores.wrappers.breaker import Circuit
 from ..tokens import Token
 from ..users.roster import Since
@@ -269,7 +270,8 @@ class Takeover:
             token = token_for(repository.live.secret_keys(), source.label, found.name, mark)
         since = Since(epoch=0) if found.old is None else source.since(found.old)
         if token is not None and not enter(repository, loaded, since, network):
-            repository.delete(loaded.record.key, body=loaded.body, leave_roster=False)
+            with because("refused"):
+                repository.delete(loaded.record.key, body=loaded.body, leave_roster=False)
             return _DEAD
         return TakenOver(loaded, token)
 
@@ -307,7 +309,7 @@ class Takeover:
             try:
                 repository.store.create(record)
             except KeyTaken:
-                with suppress(LogoutUnconfirmed):
+                with suppress(LogoutUnconfirmed), because("refused"):
                     nowhere = replace(loaded.body, origin=None)
                     repository.delete(key, body=nowhere, leave_roster=False)
                 there = repository.store.load(found.key)

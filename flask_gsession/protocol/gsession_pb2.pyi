@@ -137,14 +137,18 @@ class ReplaceReply(_message.Message):
     def __init__(self, unconfirmed: _Optional[str] = ...) -> None: ...
 
 class DeleteRequest(_message.Message):
-    __slots__ = ("key", "expected_version", "lease")
+    __slots__ = ("key", "expected_version", "lease", "reason", "by")
     KEY_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
     key: str
     expected_version: int
     lease: str
-    def __init__(self, key: _Optional[str] = ..., expected_version: _Optional[int] = ..., lease: _Optional[str] = ...) -> None: ...
+    reason: str
+    by: str
+    def __init__(self, key: _Optional[str] = ..., expected_version: _Optional[int] = ..., lease: _Optional[str] = ..., reason: _Optional[str] = ..., by: _Optional[str] = ...) -> None: ...
 
 class DeleteReply(_message.Message):
     __slots__ = ("found", "record", "unconfirmed")

@@ -314,7 +314,8 @@ def is_revoked(life: Lifecycle) -> bool:
     if now is not None:
         end_revoked(life.repository, key, now)
     elif there is not None:  # signed in with an earlier version, before a revocation
-        life.repository.delete(key, leave_roster=False)
+        with because("not a member"):
+            life.repository.delete(key, leave_roster=False)
     return True
 
 

@@ -15,7 +15,7 @@ from ..protocol.messages import to_message, to_record
 from ..protocol.methods import LONGEST_MESSAGE, methods_of
 from ..stores.base import Deleted, Record, Replaced, Store
 from ..stores.parts import parts_of
-from ..stores.support import Mergeable, mergeable, time_left
+from ..stores.support import Mergeable, because, mergeable, time_left
 from .grants import Grant
 from .server import Denied, Refused, Service
 from .watch import watch
@@ -138,7 +138,9 @@ class StoreService(Service):
         if request.HasField("lease"):
             store = self._part("leases")
             arguments.append(request.lease)
-        deleted = store.delete(*arguments)
+        by = request.by if request.HasField("by") else None
+        with because(request.reason or None, by):
+            deleted = store.delete(*arguments)
         if not isinstance(deleted, Deleted):
             return pb.DeleteReply(found=bool(deleted))
         record = None if deleted.record is None else to_message(deleted.record)

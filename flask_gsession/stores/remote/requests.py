@@ -7,6 +7,7 @@ from typing import Any
 from ...protocol import gsession_pb2 as pb
 from ...protocol.messages import to_message, to_record
 from ..base import Deleted, Record, Replaced
+from ..support import reason_of_end
 from .channel import Channel
 
 
@@ -64,6 +65,9 @@ def replace(
 
 def delete(channel: Channel, key: str, expected_version: int | None, lease: str | None) -> Deleted:
     request = pb.DeleteRequest(key=key, expected_version=expected_version, lease=lease)
+    why = reason_of_end()
+    if not why.is_own:
+        request.MergeFrom(pb.DeleteRequest(reason=why.reason, by=why.by))
     channel.settle(key)
     reply = channel.call("Delete", request)
     if not reply.HasField("found"):
