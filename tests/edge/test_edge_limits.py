@@ -492,17 +492,3 @@ def test_a_disk_that_is_really_full(network: Network, tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "changes accepted" in run.stdout
-
-
-def test_a_restored_file_uses_no_number_again(network: Network, edge: EdgeSite) -> None:
-    visitor, path = known(edge), edge.edge.copy.file.path
-    edge.edge.copy.file.close()
-    backup = path.read_bytes()
-    for _ in range(2):
-        edge.cut()
-        visitor.run(add)
-        assert edge.settle().changes == 1
-        edge.clock.advance(1)
-        edge.edge.copy.file.close()
-        path.write_bytes(backup)
-    assert visitor.run(dict) == at(network.centre, visitor).run(dict) == {"n": 3}

@@ -52,6 +52,13 @@ TABLES = (
         ahead INTEGER NOT NULL
     )
     """,
+    """
+    CREATE TABLE IF NOT EXISTS gsession_edge_turns (
+        prefix TEXT PRIMARY KEY NOT NULL,
+        number INTEGER NOT NULL,
+        mark TEXT NOT NULL
+    )
+    """,
     # 48 random bits, as a node that starts with an empty file is another one.
     "INSERT OR IGNORE INTO gsession_edge_node "
     "SELECT 1, lower(hex(randomblob(6))), 0, '', 0, 0, 0, 0, '', '', 0 "

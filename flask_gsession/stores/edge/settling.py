@@ -20,6 +20,7 @@ from ...errors import (
 from ...events import logger
 from ..base import MAX_POINTERS, Record, Store
 from ..parts import Reconciler, Settled
+from .claim import Claim
 from .copy import Copy
 from .node_file import NodeUnavailable
 from .rows import Row, State
@@ -32,7 +33,7 @@ _ATTEMPTS = 25  # at one session that others write to at the same time
 
 
 class _Refused(Exception):
-    """This one must not settle: the centre has other keys, or another process settles."""
+    """This one must not settle: as the centre has other keys, or another process settles."""
 
 
 class Settler:
@@ -74,6 +75,7 @@ class Settler:
                 run.all_of(ends=True)
                 run.trouble = run.trouble or full
                 if not only_ends and not full:
+                    run.claim()
                     run.all_of(ends=False)
                 if run.trouble or not self._waiting.is_queued(ends=only_ends):
                     break
@@ -114,12 +116,21 @@ class _Run:
         self.ends = self.changes = self.dropped = 0
         self.trouble = ""
         self.reached = True
+        self._claimed = False
 
     def greet(self) -> None:
         """Make sure that the centre and this node can read each other's records."""
         problem = self._reconciler.greet(self._centre)
         if problem:
             raise _Refused(problem)
+
+    def claim(self) -> None:
+        """Before changes: make sure that no other file of this node has settled them."""
+        if not self._claimed and self._waiting.is_queued():
+            problem = Claim(self._copy).renew(self._centre, self._node)
+            if problem:
+                raise _Refused(problem)
+            self._claimed = True
 
     def all_of(self, *, ends: bool) -> None:
         """Settle what is queued by now, a batch at a time."""
