@@ -530,6 +530,7 @@ def test_a_write_that_was_given_up_before_it_began_never_does(far: HookedStore) 
             until(lambda: far.calls.count("load") == 2)
             with pytest.raises(StoreUnavailable):
                 store.save(changed(record), record.version)
+            time.sleep(0.2)  # the server's deadline passes a little after the client's
             release.set()
             for each in held:
                 each.result()
