@@ -188,3 +188,12 @@ class TestSevenVerbs(StoreContract):
         wrapped: Store = WRAPPERS[self.wrapper](store) if self.wrapper in WRAPPERS else store
         assert parts_of(wrapped) == (None,) * len(Parts._fields)
         return wrapped
+
+
+def test_a_contract_whose_open_forgets_to_return_the_store_says_so() -> None:
+    class TestForgotten(StoreContract):
+        def open(self, clock: Clock) -> Store:
+            return None  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match=r"open\(\) of TestForgotten must return the store"):
+        TestForgotten().test_is_a_store()

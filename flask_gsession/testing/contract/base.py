@@ -9,6 +9,7 @@ from ...stores.base import (
     Clock,
     Record,
     Store,
+    is_store,
     milliseconds,
     new_version,
     unexpired,
@@ -51,12 +52,18 @@ class Contract:
 
     def open(self, clock: Clock) -> Store:
         """The store under test."""
-        raise TypeError("override open() in your subclass")
+        raise TypeError(
+            f"{type(self).__name__} needs a method open(self, clock) that returns the store"
+        )
 
     @contextmanager
     def _store(self) -> Iterator[tuple[Store, FakeClock]]:
         clock = FakeClock()
         store = self.open(clock)
+        if not is_store(store):
+            raise TypeError(
+                f"open() of {type(self).__name__} must return the store, not {type(store).__name__}"
+            )
         try:
             yield store, clock
         finally:
