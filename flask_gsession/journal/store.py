@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
+from ..errors import Gone, KeyTaken, Stale, StoreUnavailable
 from ..stores.base import (
     MAX_POINTERS,
     Clock,
@@ -161,13 +161,7 @@ class JournalingStore(Wrapper):
         pointers: dict[str, None] = {}
         at, rotated = key, list[Entry]()
         for _ in range(MAX_POINTERS):
-            try:
-                there = self.store.load(at)
-            except UnreadableRecord:
-                self.journal.append(_packed([*rotated, self._ended(at, NOBODY)]), at)
-                deleted = self.store.delete(at)
-                self._remove_pointers(pointers)
-                return deleted
+            there = self.store.load(at)  # an unreadable one is left to the sweep as well
             if there is None:
                 self._remove_pointers(pointers)
                 return Deleted(False)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask
 from prometheus_client import CollectorRegistry
+from redis import Redis
 
 from flask_gsession import Session
 from flask_gsession.cli import gsession
@@ -18,6 +22,7 @@ from flask_gsession.operate.health_journal import check_journal
 from flask_gsession.pages.admin import admin_blueprint
 from flask_gsession.stores.journals import Journal
 from flask_gsession.testing import FakeClock
+from flask_gsession.tokens import session_key
 from tests.harness.apps import Site, SiteMaker
 
 
@@ -114,6 +119,39 @@ def test_a_logout_of_an_expired_session_leaves_its_end_to_the_sweep(
     visitor.run(sign_out)
     assert journal_of(site).figures().due == 1
     assert kinds(events_of(site)) == ["created", "bound", "rotated", "expired"]
+
+
+def spoil(site: Site, handle: str) -> None:
+    """Damage the session in the store; on Redis, even its type."""
+    if site.url.startswith("sqlite"):
+        with closing(sqlite3.connect(urlsplit(site.url).path)) as file, file:
+            where = (site.prefix + handle,)
+            file.execute("UPDATE gsession SET absolute_expires_at = 'x' WHERE key = ?", where)
+    elif site.url.startswith("mongodb"):
+        found: Any = site.inside
+        sessions = found.database["gsession"]
+        sessions.update_one({"_id": site.prefix + handle}, {"$set": {"payload": "x"}})
+    else:
+        with Redis.from_url(site.url) as redis:
+            (name,) = redis.scan_iter(f"{site.prefix}{{{handle}}}", count=10_000)
+            redis.delete(name)
+            redis.rpush(name, "x")
+
+
+@pytest.mark.parametrize("store_url", ["sqlite", "redis", "mongodb"], indirect=True)
+def test_a_damaged_session_ends_once_and_stops_no_sweep(journaled: Site, clock: FakeClock) -> None:
+    visitor, other = journaled.visitor(), journaled.visitor()
+    visitor.run(put)
+    other.run(put)
+    handle = session_key(visitor.token)
+    spoil(journaled, handle)
+    for _ in range(2):
+        visitor.another_tab().run(sign_out)
+    clock.advance(70)
+    _, _, *ends = events_of(journaled)
+    assert kinds(ends) == ["expired", "expired"]
+    assert handle in {end.handle for end in ends}
+    assert journal_of(journaled).due(10) == []
 
 
 @pytest.mark.parametrize("store_url", ["sqlite", "redis", "mongodb"], indirect=True)

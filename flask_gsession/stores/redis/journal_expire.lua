@@ -1,6 +1,7 @@
 -- Remove an expired session, of this version or, if that is 0, of any.
 -- KEYS: record, its lease, its due index. ARGV: version (8 bytes), now in ms, key.
-local head = redis.call('GETRANGE', KEYS[1], 0, 30)
+local head = redis.pcall('GETRANGE', KEYS[1], 0, 30)
+if type(head) == 'table' then head = '?' end  -- junk of another type
 if not redis.call('ZSCORE', KEYS[3], ARGV[3]) then return 'N' end
 if #head == 31 and head:byte(1) == 1 then
   local due = struct.unpack('>I6', head, 16)
