@@ -246,7 +246,10 @@ class _JournalingLeases(LeasesWrapper):
     def save(
         self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
     ) -> None:
-        self._store.journal.save(record, expected_version, lease, shorten=shorten)
+        if is_session_key(record.key):
+            self._store.journal.save(record, expected_version, lease, shorten=shorten)
+        else:  # a user's values
+            self._leases.save(record, expected_version, lease, shorten=shorten)
 
     def replace(
         self,
@@ -263,7 +266,9 @@ class _JournalingLeases(LeasesWrapper):
         )
 
     def delete(self, key: str, expected_version: int, lease: str) -> Deleted | bool:
-        return self._store.end_version(key, expected_version, lease)
+        if is_session_key(key):
+            return self._store.end_version(key, expected_version, lease)
+        return self._leases.delete(key, expected_version, lease)
 
 
 class _JournalingUpkeep(Upkeep):

@@ -121,6 +121,18 @@ def test_a_logout_of_an_expired_session_leaves_its_end_to_the_sweep(
     assert kinds(events_of(site)) == ["created", "bound", "rotated", "expired"]
 
 
+def test_locked_values_of_a_user_are_no_session(journaled: Site, clock: FakeClock) -> None:
+    def change(session: Any) -> None:
+        with session.shared.lock():
+            session.shared["cart"] = ["mug"]
+
+    visitor = journaled.visitor()
+    visitor.run(sign_in)
+    visitor.run(change)
+    clock.advance(400 * 86_400)
+    assert kinds(events_of(journaled)) == ["created", "bound", "expired"]
+
+
 def spoil(site: Site, handle: str) -> None:
     """Damage the session in the store; on Redis, even its type."""
     if site.url.startswith("sqlite"):
