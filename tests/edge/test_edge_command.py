@@ -72,7 +72,13 @@ def test_the_doctor_looks_at_both_ends(edge: EdgeSite) -> None:
     edge.cut()
     visitor.run(add)
     edge.clock.advance(7200)
-    assert found()["edge: queue"] == "warning"
+    edge.edge.link.came_back()  # as another process believes, which tries to settle
+    run(edge, "edge", "sync")
+    assert edge.edge.figures().trouble
+    checks = found()
+    assert checks["edge: queue"] == "warning"
+    assert checks["centre"] == "error"
+    assert "edge: settling" not in checks  # the same trouble
 
 
 def test_the_metrics_show_waiting_changes(edge: EdgeSite) -> None:

@@ -26,7 +26,8 @@ class EdgeChecks(Checks):
         found = [finding._replace(check=f"edge: {finding.check}") for finding in self._file.check()]
         figures = self._waiting.figures()
         found.append(_queue(figures))
-        if figures.trouble:
+        centre, reached = self._check_centre()
+        if figures.trouble and reached:  # otherwise, it is the same one
             found.append(
                 Finding(
                     "error",
@@ -35,23 +36,25 @@ class EdgeChecks(Checks):
                     "The waiting changes are kept. Repair this, then run flask gsession edge sync.",
                 )
             )
+        return found + centre
+
+    def _check_centre(self) -> tuple[list[Finding], bool]:
+        """The findings, and whether it can be reached."""
         try:
             self._centre.load(PROBE)
             checks = parts_of(self._centre).checks
-            found += [
+            return [
                 finding._replace(check=f"centre: {finding.check}")
                 for finding in ([] if checks is None else checks.check())
-            ]
+            ], True
         except StoreUnavailable as error:
-            found.append(
-                Finding(
-                    "error",
-                    "centre",
-                    f"it can't be reached: {error.detail}",
-                    "The edge serves its copies, for offline_for after they were confirmed.",
-                )
+            unreached = Finding(
+                "error",
+                "centre",
+                f"it can't be reached: {error.detail}",
+                "The edge serves its copies, for offline_for after they were confirmed.",
             )
-        return found
+            return [unreached], False
 
 
 def _queue(figures: EdgeFigures) -> Finding:
