@@ -25,7 +25,9 @@ def file_of(edge: EdgeSite) -> Iterator[Path]:
     edge.edge.copy.file.close()
 
 
-def test_a_file_from_a_backup_settles_no_change_again(network: Network, edge: EdgeSite) -> None:
+def test_a_file_from_a_backup_settles_no_change_again(
+    network: Network, edge: EdgeSite, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not even one of a session that has ended since, which the centre doesn't remember."""
     visitor, ended, made = known(edge), known(edge), edge.visitor()
     edge.cut()
@@ -42,6 +44,7 @@ def test_a_file_from_a_backup_settles_no_change_again(network: Network, edge: Ed
         settled = edge.settle()
         assert (settled.ends, settled.changes) == (ends, 0)
         assert "was restored from a backup" in settled.trouble
+    assert caplog.text.count("was restored from a backup") == 1
     assert edge.edge.figures().changes == 2
     assert at(network.centre, visitor).run(dict) == {"n": 2}
     assert at(network.centre, made).run(dict) == {}

@@ -50,6 +50,7 @@ class Settler:
         self._waiting = waiting
         self._centre = centre
         self._reconciler = reconciler
+        self._warned = ""  # the trouble that was logged last
 
     def settle(self, *, only_ends: bool = False) -> Settled | None:
         """Settle what is queued; None if another process of this node does so now.
@@ -92,7 +93,14 @@ class Settler:
             empty = not run.trouble and not self._waiting.is_queued()
             with suppress(NodeUnavailable):  # the lease ends by itself
                 self._waiting.release(name, run.trouble, empty=empty)
+            self._warn(run.trouble if run.reached else self._warned)
         return Settled(run.ends, run.changes, run.dropped, run.trouble, run.reached)
+
+    def _warn(self, trouble: str) -> None:
+        """Log a trouble once; a lost centre is logged elsewhere."""
+        if trouble and trouble != self._warned:
+            logger.warning("Not all that waits at this edge was settled: %s", trouble)
+        self._warned = trouble
 
 
 class _Run:
