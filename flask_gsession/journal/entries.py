@@ -18,7 +18,7 @@ KINDS = (CREATED, BOUND, ROTATED, ENDED, EXPIRED)
 class Entry(Struct, frozen=True, omit_defaults=True):
     """One entry. ``at``: milliseconds since 1970. ``previous``: the handle before a rotation.
 
-    ``id``: random. A crash may make a store add an entry twice, with the same id.
+    ``id``: random if not given. A crash may make a store add an entry twice, with the same id.
     """
 
     at: int
@@ -32,8 +32,8 @@ class Entry(Struct, frozen=True, omit_defaults=True):
     id: str = ""
 
     def pack(self) -> bytes:
-        """The entry as bytes, with a new id."""
-        return as_json.encode(replace(self, id=urandom(8).hex()))
+        """The entry as bytes, with an id."""
+        return as_json.encode(replace(self, id=self.id or urandom(8).hex()))
 
 
 _decode = as_json.Decoder(Entry).decode

@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from ..errors import Gone, KeyTaken, Stale, StoreUnavailable
 from ..stores.base import (
     MAX_POINTERS,
@@ -128,7 +130,8 @@ class JournalingStore(Wrapper):
     ) -> Replaced | None:
         """As ``replace``, under a lease or not."""
         whose = self._describe(record)
-        entries = [*self._missed(key), self._entry(ROTATED, record.key, whose, previous=key)]
+        before = NOBODY if whose.previous is None else whose
+        entries = [*self._missed(key, before), self._rotated(record.key, whose, key)]
         if whose.owner is not None and whose.previous != key:  # a sign-in, not a mere rotation
             entries.append(self._entry(BOUND, record.key, whose))
         packed = _packed(entries)
@@ -154,12 +157,12 @@ class JournalingStore(Wrapper):
         if there is None or not there.is_live(self._now()):
             raise Gone
         whose = self._describe(there)
-        entries = [*self._missed(key), self._ended(key, whose)]
+        entries = [*self._missed(key, whose), self._ended(key, whose)]
         return self.journal.end(key, expected_version, _packed(entries), lease)
 
     def _delete(self, key: str) -> Deleted | bool:
         pointers: dict[str, None] = {}
-        at, rotated = key, list[Entry]()
+        at = key
         for _ in range(MAX_POINTERS):
             there = self.store.load(at)  # an unreadable one is left to the sweep as well
             if there is None:
@@ -168,13 +171,14 @@ class JournalingStore(Wrapper):
             if self._now() >= there.idle_expires_at:
                 return Deleted(False)  # left to the sweep
             if there.successor is None:
-                entries = [*rotated, self._ended(at, self._describe(there))]
+                whose = self._describe(there)
+                rotated = [entry for each in (*pointers, at) for entry in self._missed(each, whose)]
+                entries = [*rotated, self._ended(at, whose)]
                 done = self.journal.end(at, there.version, _packed(entries))
                 self._remove_pointers(pointers)
                 unconfirmed = done.unconfirmed if isinstance(done, Deleted) else ""
                 return Deleted(True, there, unconfirmed)
             pointers[at] = None
-            rotated += self._missed(there.successor)
             at = there.successor
             if at in pointers:
                 self._remove_pointers(pointers)
@@ -211,7 +215,7 @@ class JournalingStore(Wrapper):
             self.journal.expire([(record, self.expired(record).pack()) for record in due])
         return len(due)
 
-    def _missed(self, key: str) -> list[Entry]:
+    def _missed(self, key: str, whose: Subject) -> list[Entry]:
         """The rotation to ``key``, if a pointer led to it and its entry may be missing.
 
         A store that writes the rotation and its entry in two steps may have crashed in between.
@@ -220,15 +224,20 @@ class JournalingStore(Wrapper):
         previous = self._passed.pop(key, None)
         if previous is None or not getattr(self.journal, "in_two_steps", False):
             return []
-        return [self._entry(ROTATED, key, NOBODY, previous=previous)]
+        return [self._rotated(key, whose, previous)]
+
+    def _rotated(self, key: str, whose: Subject, previous: str) -> Entry:
+        # The same id each time, since it may be added for fear that it is missing.
+        entry = self._entry(ROTATED, key, whose)
+        return replace(entry, previous=previous, id=key[:16])
 
     def _ended(self, key: str, whose: Subject) -> Entry:
         why = reason_of_end()
         by = whose.owner if why.is_own else why.by
         return Entry(self._now(), ENDED, key, whose.owner, whose.device, why.reason, by)
 
-    def _entry(self, kind: str, key: str, whose: Subject, previous: str | None = None) -> Entry:
-        return Entry(self._now(), kind, key, whose.owner, whose.device, previous=previous)
+    def _entry(self, kind: str, key: str, whose: Subject) -> Entry:
+        return Entry(self._now(), kind, key, whose.owner, whose.device)
 
     def _now(self) -> int:
         return milliseconds(self._clock)

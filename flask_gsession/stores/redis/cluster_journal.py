@@ -187,7 +187,13 @@ class ClusterJournal(RedisJournal):
         self._call(bucket, packed(b"ZREM", bucket, key.encode()))
 
     def _all(self, names: Sequence[bytes], requests: Sequence[bytes]) -> Sequence[Any]:
-        return [self._call(name, request) for name, request in zip(names, requests, strict=True)]
+        return [self._answer(*each) for each in zip(names, requests, strict=True)]
+
+    def _answer(self, name: bytes, request: bytes) -> Any:
+        try:
+            return self._call(name, request)
+        except UnreadableRecord as error:  # junk of another type
+            return error
 
 
 class _Held:
