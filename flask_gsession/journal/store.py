@@ -26,8 +26,8 @@ from ..stores.support import reason_of_end
 from ..stores.wrappers.wrapper import LeasesWrapper, Wrapper
 from .entries import BOUND, CREATED, ENDED, EXPIRED, ROTATED, Entry
 
-_RACES = 100  # saves that may get in the way of one delete
-_PASSED = 256  # remembered pointers
+_RACES = 100  # tries of one delete, if saves and rotations get in first
+_PASSED = 256  # pointers that were loaded, remembered for ``_missed``
 _SWEPT = 500  # expired sessions per step
 _CURSOR = "journal"  # of a clean-up that has more expired sessions to add
 
@@ -128,7 +128,7 @@ class JournalingStore(Wrapper):
         *,
         shorten: bool,
     ) -> Replaced | None:
-        """As ``replace``, under a lease or not."""
+        """``replace``, under ``lease`` if there is one."""
         whose = self._describe(record)
         before = NOBODY if whose.previous is None else whose
         entries = [*self._missed(key, before), self._rotated(record.key, whose, key)]
@@ -152,7 +152,7 @@ class JournalingStore(Wrapper):
         raise StoreUnavailable(f"the session changed {_RACES} times before it could be ended")
 
     def end_version(self, key: str, expected_version: int, lease: str | None) -> Deleted | bool:
-        """Delete this version, under a lease or not."""
+        """``delete`` of this version, under ``lease`` if there is one."""
         there = self.store.load(key)
         if there is None or not there.is_live(self._now()):
             raise Gone
@@ -218,8 +218,8 @@ class JournalingStore(Wrapper):
     def _missed(self, key: str, whose: Subject) -> list[Entry]:
         """The rotation to ``key``, if a pointer led to it and its entry may be missing.
 
-        A store that writes the rotation and its entry in two steps may have crashed in between.
-        Then no client has the new token, so every request comes by the pointer.
+        If a store writes the rotation and its entry in two steps, it may have crashed in between.
+        No client has the new token then, so every request arrives through the pointer.
         """
         previous = self._passed.pop(key, None)
         if previous is None or not getattr(self.journal, "in_two_steps", False):

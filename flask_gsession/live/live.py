@@ -23,9 +23,9 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 class Change(NamedTuple):
-    """A change in the session ``handle``, or otherwise of the user ``user_id``.
+    """A change in the session ``handle``; if that is None, a change of the user ``user_id``.
 
-    ``keys``: the session's values that changed, began or ended; ``user_keys``: the user's.
+    ``keys``: the session's keys that were changed, added or removed; ``user_keys``: the user's.
     ``ended``: the session is over. ``devices``: the user's list of devices changed. A change of a
     session also names its user. A change holds no values: load the ones you need.
     """
@@ -42,7 +42,7 @@ Handler = Callable[[Change], object]
 
 
 class Live:
-    """Live hints of an application, from ``ext.live``: see the how-to on live updates."""
+    """The live updates of an application, from ``ext.live``: see :doc:`/how-to/live-updates`."""
 
     def __init__(self, hints: Callable[[], Hints]) -> None:
         #: of the current application
@@ -73,10 +73,10 @@ class Live:
             def cart_changed(change):
                 ...
 
-        It runs for the sessions and users that this process watches: with an open stream or socket
-        here, or by ``watch``. It runs in an application context, in a thread that all these
-        functions share, one after the other. An error is logged. If several changes of one session
-        wait, they arrive as one.
+        The function is called for the sessions and users that this process watches: those with an
+        open stream or socket in this process, and those you ``watch``. It runs in an application
+        context. All these functions share one thread and run one after the other. An error is
+        logged. Changes of one session that wait in the meantime arrive as one.
         """
         if any(not isinstance(key, str) for key in keys):
             raise TypeError("on_change takes the names of keys: @ext.live.on_change('cart')")
@@ -91,9 +91,9 @@ class Live:
     def watch(self, handle: str | None = None, *, user_id: str | int | None = None) -> Watch:
         """Let this process notice changes of a session or a user, until ``close()`` of the result.
 
-        For functions of ``on_change``; streams and sockets watch by themselves. The session keeps
-        its idle timeout. Needs an application context. Raises ``SessionEnded`` if there is no such
-        session, ``ValueError`` and ``StoreUnavailable``. One to four round trips.
+        You need it for functions of ``on_change``; streams and sockets watch by themselves. It
+        doesn't renew the session. Needs an application context. Raises ``SessionEnded`` if there is
+        no such session, ``ValueError`` and ``StoreUnavailable``. One to four round trips.
         """
         if (handle is None) == (user_id is None):
             raise ValueError("watch takes a handle, or user_id=, but not both")
@@ -114,7 +114,7 @@ class Live:
         notify: Notify,
         is_over: Callable[[], bool] = bool,
     ) -> Watch:
-        """As ``watch``, with the arguments of ``Watch``. An ended session has no ``state``."""
+        """As ``watch``, with the arguments of ``Watch``. Doesn't raise if the session has ended."""
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
 
         def tell(watch: Watch, before: State, after: State) -> None:
@@ -138,7 +138,7 @@ class Live:
 
 
 def changes_between(watch: Watch, before: State, after: State) -> list[Change]:
-    """The change of the session, and the change for its user."""
+    """What changed in the session and for its user, each if anything did."""
     found = []
     was, now = before.session, after.session
     if watch.handle is not None and was is not None and was != now:
@@ -176,7 +176,7 @@ class _Queue:
         self._runs = False
 
     def add(self, app: Flask, change: Change) -> None:
-        """Call soon. A waiting change of the same session or user absorbs this one."""
+        """Queue a change. Merges it into a waiting change of the same session or user."""
         with self._lock:
             key = (app, change.handle, change.user_id)
             there = self._waiting.pop(key, None)

@@ -340,10 +340,10 @@ class EdgeFigures(NamedTuple):
     """The changes that a node has yet to settle with its centre, and its past.
 
     ``ends`` and ``changes``: sessions that wait. ``oldest_at``: when the change that waits longest
-    was last confirmed, in milliseconds since 1970; None if none waits. ``lag``: how many seconds
-    ago that was. ``settled_at``: when nothing
-    was left to settle; 0 for never. ``settled`` and ``dropped``: sessions since the node began.
-    ``trouble``: why the last attempt to settle failed; "" if it didn't.
+    was last confirmed, in milliseconds since 1970; None if nothing waits. ``lag``: how many seconds
+    ago that was. ``settled_at``: when nothing was left to settle; 0 for never. ``settled`` and
+    ``dropped``: sessions since the node began. ``trouble``: why the last attempt to settle failed;
+    "" if it didn't.
     """
 
     node: str

@@ -36,15 +36,14 @@ _CONFIRMATIONS = 20  # of a copy, within the time for which it serves alone
 
 
 class EdgeStore(Wrapper, Edge):
-    """``centre``, with a copy and a queue in the SQLite file at ``path``.
+    """A store around ``centre``, with copies and a queue of changes in the SQLite file at ``path``.
 
     All workers of a node share the file. ``offline_for``: the seconds for which a copy serves alone
     after the centre last confirmed it. ``outbox``: sessions with changes that may be queued.
-    ``fresh_for``: the seconds that a read without a round trip may be old, where the centre's
-    store can prove that; 0 turns such reads off.
+    ``fresh_for``: how many seconds old a read without a round trip may be, if the centre's store
+    can prove that; 0 turns such reads off. ``owns_centre``: whether ``close`` also closes it.
 
-    An ``Edge``, and its ``near`` reads are the fast ones. Raises ``SettingError`` as
-    ``SQLiteStore`` does.
+    Raises ``SettingError`` as ``SQLiteStore`` does.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class EdgeStore(Wrapper, Edge):
         if fresh_for and parts.changes is not None and not parts.changes.unproven:
             asked = NearCache(centre, fresh_for, _NEAR_BYTES, options.clock)
         super().__init__(CallWrapper(asked, self.link.call))
-        self.journal = None  # the centre keeps it: a cut-off node can't
+        self.journal = None  # only the centre keeps one, since a cut-off node can't
         self.confirms_logouts = getattr(centre, "confirms_logouts", False)
         self.copy = Copy(
             path,
@@ -207,7 +206,7 @@ class EdgeStore(Wrapper, Edge):
         if key[-1:] in OTHER_ENDS:
             return ask(key, record, expected_version, pointer, *more)
         self.check_settled(key, "a new token")
-        # First, while the centre has changed nothing: a full disk may refuse that.
+        # Withdraw the copy before the centre changes anything: a full disk may refuse it.
         copied = self.copy.withdrawn(key)
         began = self.copy.time()
         try:
@@ -224,7 +223,7 @@ class EdgeStore(Wrapper, Edge):
         return self.delete_by(self.store.delete, key, *more)
 
     def delete_by(self, ask: Callable[..., Deleted | bool], key: str, *more: Any) -> Deleted | bool:
-        """``delete``, with ``ask`` in place of the centre's. ``more``: from the version on."""
+        """``delete``, with ``ask`` in place of the centre's. ``more``: arguments after the key."""
         if key[-1:] in OTHER_ENDS:
             return ask(key, *more)
         row = self._row(key)
@@ -240,7 +239,7 @@ class EdgeStore(Wrapper, Edge):
                     if deleted:
                         self.copy.ended(key, getattr(deleted, "record", None))
                     return deleted
-                # It was rotated away, or is known here alone.
+                # It was rotated at the centre, or only this node knows it.
                 if row.state is not State.ENDED:
                     self.copy.queue_ended(key)
                     self._worker.wake()
@@ -257,15 +256,15 @@ class EdgeStore(Wrapper, Edge):
 
     @property
     def cut_off(self) -> str:
-        """Why this process serves from its copy now; "" if it reaches the centre."""
+        """Why this process serves from its copies now; "" if it reaches the centre."""
         return self.link.why
 
     def use(self, reconciler: Reconciler) -> None:
-        """Settle by this reconciler, while it exists."""
+        """Settle with this reconciler, as long as it exists."""
         self._reconciler = weakref.ref(reconciler)
 
     def figures(self) -> EdgeFigures:
-        """The counts of the waiting changes."""
+        """What waits to be settled, and what was settled so far."""
         return self.waiting.figures()
 
     def settle(self) -> Settled | None:
@@ -300,7 +299,7 @@ class EdgeStore(Wrapper, Edge):
         return settled
 
     def _look(self) -> None:
-        """In the thread, while the link is cut."""
+        """Try the centre again. Runs in the worker thread, while the link is cut."""
         changes = self.changes
         if changes is not None and not changes.unproven and changes.feed(PROBE) is not None:
             self.link.try_soon()
@@ -310,7 +309,7 @@ class EdgeStore(Wrapper, Edge):
                 self._settle_quietly()
 
     def _settle_quietly(self) -> bool:
-        """In the thread; whether there is no reason to wait longer before the next time."""
+        """Settle in the worker thread. Returns False if the next try should wait longer."""
         if not self.waiting.is_queued():
             return True
         settled = self.settle()
@@ -320,7 +319,7 @@ class EdgeStore(Wrapper, Edge):
 
     @property
     def confirm_after(self) -> int:
-        """Milliseconds after which a copy that is known to be right is confirmed again."""
+        """Milliseconds until a copy that the centre has confirmed is noted as confirmed again."""
         return self._confirm_after
 
     def check_settled(self, key: str, what: str) -> None:
@@ -330,14 +329,14 @@ class EdgeStore(Wrapper, Edge):
             if found.state == State.ENDED:
                 raise Gone
             raise CutOff(
-                f"{what} needs the centre, and session {key} has changes that it hasn't heard of "
+                f"{what} needs the centre, which doesn't have all changes of session {key} "
                 f"yet: {self._why}"
             )
         if self.link.is_cut:
             raise CutOff(f"{what} needs the centre: {self.link.why}")
 
     def note_copied(self, record: Record, began: int) -> None:
-        """Copy what the centre has had since ``began``."""
+        """Keep a copy of ``record``, which the centre confirmed; the call began at ``began``."""
         self._note(self.copy.copied, record, began)
 
     # -- the rest
@@ -376,7 +375,7 @@ class EdgeStore(Wrapper, Edge):
         return ask(key)
 
     def _note(self, note: Callable[..., object], *arguments: Any) -> None:
-        """Note the result of the centre. If that fails, the copy is only older than it could be."""
+        """Copy the centre's result. If that fails, the copy is only older than it could be."""
         try:
             note(*arguments)
         except StoreUnavailable as error:

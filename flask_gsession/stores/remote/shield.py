@@ -1,9 +1,9 @@
 """Runs gRPC's code where no exception from outside can interrupt it.
 
-A signal's handler may raise at almost any step of the main thread, and another thread can raise an
-exception in any thread. If one strikes gRPC, it may keep a lock: that of a channel, or one that all
-channels and servers of the process share. Then no thread ever gets an answer. So gRPC runs on
-threads that only we know, and callers wait for them at a lock of their own.
+A signal handler can raise an exception at almost any step of the main thread, and a thread can
+raise one in any other thread. If an exception interrupts gRPC, gRPC may never release a lock: the
+channel's, or one that all channels and servers of the process share. Then no thread gets an answer
+any more. So we run gRPC on threads that nobody else knows, and each caller waits on its own lock.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from weakref import ref
 
 T = TypeVar("T")
 
-_IN_ORDER = 0.1  # seconds for an interrupted call to end, before the thread's next one overtakes it
-#: Python's errors if the system can't start a thread, or Python is ending
+_IN_ORDER = 0.1  # seconds: the thread's next call waits that long for an interrupted one to end
+#: how Python's errors begin if the system can't start a thread, or the interpreter shuts down
 _NO_THREAD = ("can't start new thread", "can't create new thread")
 
 
@@ -29,16 +29,17 @@ class Overdue(Exception):
 
 
 class Shield:
-    """Makes calls on other threads. Under gevent, where these are no threads, on the caller's."""
+    """Makes calls on other threads. Under gevent, which has no real ones, on the caller's."""
 
     def __init__(self) -> None:
         self._idle: list[_Worker] = []
         self._interrupted = _Interrupted()
 
     def run(self, call: Callable[[], T], seconds: float) -> T:
-        """The result of ``call``, which returns by itself. Raises ``Overdue`` after ``seconds``.
+        """Return the result of ``call``. Raises ``Overdue`` after ``seconds``.
 
-        If an exception ends the wait, the call goes on without a caller.
+        ``call`` must return by itself: it goes on after ``Overdue``, or if an exception interrupts
+        the wait, and nobody gets its result.
         """
         if has_gevent():
             return call()
@@ -50,7 +51,7 @@ class Shield:
         try:
             job = _Job(call, self._worker(), self._idle)
         except RuntimeError as error:
-            if not str(error).startswith(_NO_THREAD):  # a signal's handler may raise one
+            if not str(error).startswith(_NO_THREAD):  # a signal handler may raise one, too
                 raise
             return call()
         try:
@@ -106,14 +107,14 @@ class _Interrupted(threading.local):
 
 
 class _Worker:
-    """A thread for ``jobs``. It ends once this object is collected, so that none is ever lost."""
+    """A thread for ``jobs``, which ends when this object is garbage-collected: no thread leaks."""
 
     __slots__ = ("__weakref__", "jobs")
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[Any] = SimpleQueue()
-        # A method ``__del__`` would swallow an exception from outside, and a ``Thread`` can be
-        # interrupted while it starts.
+        # No ``__del__``: it would swallow an exception from outside. No ``Thread``: an exception
+        # can interrupt its start.
         start_new_thread(_work, (self.jobs, ref(self, self.jobs.put)))
 
 
@@ -131,6 +132,6 @@ def _work(jobs: SimpleQueue[Any], end: ref[_Worker]) -> None:
 
 
 def has_gevent() -> bool:
-    """Whether gevent has replaced the sockets, and threads are greenlets."""
+    """Whether gevent has patched the sockets, so that threads are greenlets."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("socket"))
