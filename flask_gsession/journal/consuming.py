@@ -254,4 +254,7 @@ def _event(number: int, entry: Entry, acknowledge: Callable[[int], None]) -> Jou
 
 
 def _time(at: int) -> datetime:
-    return datetime.fromtimestamp(at / 1000, UTC)
+    try:
+        return datetime.fromtimestamp(at / 1000, UTC)
+    except (ValueError, OverflowError, OSError):  # from a damaged record: it blocks no consumer
+        return datetime.fromtimestamp(0, UTC)

@@ -135,6 +135,14 @@ def test_events_removed_while_they_are_read_are_a_gap(
     assert before.number + 3 == after.number
 
 
+@pytest.mark.parametrize("at", [-(10**18), 10**18, 10**400])
+def test_an_impossible_time_blocks_no_consumer(followed: tuple[Any, Consumer], at: int) -> None:
+    journal, consumer = followed
+    journal.append([b'{"at":%d,"kind":"expired","id":"odd"}' % at])
+    *_, odd = next(consumer.batches())
+    assert odd.time.timestamp() == 0
+
+
 def test_an_acknowledgement_in_an_outage_is_repeated(
     followed: tuple[Any, Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
