@@ -1,15 +1,18 @@
-"""Files of a node that were copied to another one, or restored from a backup."""
+"""Files of a node that were copied, restored from a backup, or written by an earlier version."""
 
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from flask_gsession.stores.edge.claim import key_of
+from flask_gsession.stores.edge.rows import TABLES
+from flask_gsession.stores.sqlite.layout import AddedColumn
 from tests.edge.story import add, at, known
 from tests.harness.edges import EdgeSite, Network
 
@@ -116,3 +119,16 @@ def test_a_centre_that_lost_records_is_served(loss: str, network: Network, edge:
     visitor.run(add)
     assert edge.settle().trouble == ""
     assert at(network.centre, visitor).run(dict) == {"n": 5}
+
+
+def test_a_file_that_lacks_columns_gets_them(network: Network, edge: EdgeSite) -> None:
+    visitor = known(edge)
+    edge.cut()
+    visitor.run(add)
+    with file_of(edge) as path, closing(sqlite3.connect(path)) as db:
+        for each in TABLES:
+            if isinstance(each, AddedColumn):
+                db.execute(f"ALTER TABLE {each.table} DROP COLUMN {each.name}")
+    visitor.run(add)
+    assert edge.settle().trouble == ""
+    assert at(network.centre, visitor).run(dict) == {"n": 3}

@@ -11,8 +11,9 @@ from msgspec.msgpack import decode, encode
 
 from ...errors import UnreadableRecord
 from ..base import KEY_LENGTH, Record
+from ..sqlite.layout import AddedColumn
 
-TABLES = (
+TABLES: tuple[str | AddedColumn, ...] = (
     """
     CREATE TABLE IF NOT EXISTS gsession_edge (
         key TEXT PRIMARY KEY NOT NULL,
@@ -59,6 +60,9 @@ TABLES = (
         mark TEXT NOT NULL
     )
     """,
+    AddedColumn("gsession_edge", "typed", "BLOB"),
+    AddedColumn("gsession_edge_node", "boot", "TEXT NOT NULL DEFAULT ''"),
+    AddedColumn("gsession_edge_node", "ahead", "INTEGER NOT NULL DEFAULT 0"),
     # 48 random bits, as a node that starts with an empty file is another one.
     "INSERT OR IGNORE INTO gsession_edge_node "
     "SELECT 1, lower(hex(randomblob(6))), 0, '', 0, 0, 0, 0, '', '', 0 "

@@ -34,7 +34,7 @@ from .. import file_locks
 from ..interrupts import reraise_interruption
 from ..rights import is_foreign_link, others_may_replace, secure
 from ..support import closing, deadline, time_left
-from .layout import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, TRIGGERS
+from .layout import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, TRIGGERS, AddedColumn
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -215,11 +215,11 @@ def _decorated(
 class SQLiteFile:
     """The file at ``path``; a call waits for other writers at most ``timeout`` seconds.
 
-    ``tables``: statements that create more tables if they don't exist.
+    ``tables``: statements that create more tables if they don't exist, and their later columns.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], timeout: float, tables: Sequence[str] = ()
+        self, path: str | os.PathLike[str], timeout: float, tables: Sequence[str | AddedColumn] = ()
     ) -> None:
         self.path = Path(path)
         self._timeout = timeout
@@ -422,7 +422,10 @@ class SQLiteFile:
         if application_id != APPLICATION_ID or schema_version != SCHEMA_VERSION:
             self._create_schema(db)
         for statement in self.tables:
-            db.execute(statement)
+            if isinstance(statement, AddedColumn):
+                statement.add(db)
+            else:
+                db.execute(statement)
         db.execute("PRAGMA synchronous=NORMAL")
         # Otherwise the log of one large removal would keep its disk space forever.
         db.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")

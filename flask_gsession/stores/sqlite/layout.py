@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from typing import NamedTuple
 
 from ...errors import Gone, LeaseLost, Stale, UnreadableRecord
 from ..base import Clock, Record, milliseconds
@@ -55,6 +56,28 @@ COLUMNS = "version, created_at, idle_expires_at, absolute_expires_at, payload, s
 LIVE = "successor IS NULL AND idle_expires_at > ?"
 BETWEEN = "key > ? AND key >= ? AND key < ?"
 ORPHANED = "NOT EXISTS (SELECT 1 FROM gsession WHERE gsession.key = gsession_lease.key)"
+
+
+class AddedColumn(NamedTuple):
+    """A column that tables in older files lack."""
+
+    table: str
+    name: str
+    definition: str
+
+    def add(self, db: sqlite3.Connection) -> None:
+        """Add it to a table that lacks it."""
+        if self._is_there(db):
+            return
+        try:
+            db.execute(f"ALTER TABLE {self.table} ADD COLUMN {self.name} {self.definition}")
+        except sqlite3.OperationalError:
+            if not self._is_there(db):  # another process may have been faster
+                raise
+
+    def _is_there(self, db: sqlite3.Connection) -> bool:
+        columns = db.execute("SELECT name FROM pragma_table_info(?)", (self.table,)).fetchall()
+        return (self.name,) in columns
 
 
 class Layout:
