@@ -70,6 +70,8 @@ class Record(NamedTuple):
 
     def kept_as_long_as(self, other: Record) -> Record:
         """This record with the later idle expiry of both, but none past its own absolute one."""
+        if other.idle_expires_at <= self.idle_expires_at:  # every save comes by here
+            return self
         later = min(other.idle_expires_at, self.absolute_expires_at)
         return self if later <= self.idle_expires_at else self._replace(idle_expires_at=later)
 

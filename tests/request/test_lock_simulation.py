@@ -295,8 +295,10 @@ def _release_by_anybody(self: Lease, owner: str, now: int) -> bool:
     return True
 
 
-def _unchecked(self: MemoryStore, key: str, version: int, lease: str | None = None) -> Record:
-    return _expect(self, key, version)
+def _unchecked(
+    self: MemoryStore, record: Record | None, version: int, lease: str | None = None
+) -> Record:
+    return _expect(self, record, version)
 
 
 _expect = MemoryStore._expect

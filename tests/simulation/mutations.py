@@ -56,9 +56,8 @@ _rewrite = rewriting.rewrite
 
 
 def _expect_any_version(
-    self: MemoryStore, key: str, version: int, lease: str | None = None
+    self: MemoryStore, record: Record | None, version: int, lease: str | None = None
 ) -> Record:
-    record = self._unexpired(key)
     if record is None or record.successor is not None:
         raise Gone
     return record
@@ -125,7 +124,7 @@ def _delete_the_pointer_only(
     self: MemoryStore, key: str, expected_version: int | None = None
 ) -> Deleted:
     if expected_version is not None:
-        self._expect(key, expected_version)
+        self._expect(self._unexpired(key), expected_version)
     record = self._unexpired(key)
     self._records.pop(key, None)
     return Deleted(record is not None, record)

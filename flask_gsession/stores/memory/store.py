@@ -75,7 +75,7 @@ class MemoryStore(Store):
         with self._lock:
             there = self._unexpired(record.key)
             if there is None or there.version != record.version:
-                there = self._expect(record.key, expected_version, lease)
+                there = self._expect(there, expected_version, lease)
                 self._records[record.key] = record if shorten else record.kept_as_long_as(there)
         if self._hearers:
             self._report(record.key)
@@ -105,7 +105,7 @@ class MemoryStore(Store):
             taken = self._unexpired(record.key)
             if taken is not None and taken.version == record.version:
                 return
-            old = self._expect(key, expected_version, lease)
+            old = self._expect(self._unexpired(key), expected_version, lease)
             if taken is not None:
                 raise KeyTaken
             self._records[record.key] = record if shorten else record.kept_as_long_as(old)
@@ -122,7 +122,7 @@ class MemoryStore(Store):
     ) -> Deleted:
         with self._lock:
             if expected_version is not None:
-                self._expect(key, expected_version, lease)
+                self._expect(self._unexpired(key), expected_version, lease)
             gone: list[str] = []
             record = self._pop(key, gone)
         if self._hearers:
@@ -308,7 +308,7 @@ class MemoryStore(Store):
 
     def _unexpired(self, key: str) -> Record | None:
         record = self._records.get(key)
-        if record is None or milliseconds(self._clock) >= record.idle_expires_at:
+        if record is None or self._clock() * 1000 >= record.idle_expires_at:
             return None
         return record
 
@@ -324,11 +324,10 @@ class MemoryStore(Store):
         if self._leases.pop(key, None) is not None:
             self._freed.notify_all()
 
-    def _expect(self, key: str, version: int, lease: str | None = None) -> Record:
-        record = self._unexpired(key)
+    def _expect(self, record: Record | None, version: int, lease: str | None = None) -> Record:
         if record is None or record.successor is not None:
             raise Gone
-        if lease is not None and not self._is_held(key, lease):
+        if lease is not None and not self._is_held(record.key, lease):
             raise LeaseLost
         if record.version != version:
             raise Stale
