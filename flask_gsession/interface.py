@@ -48,6 +48,9 @@ _SAVED = "_gsession_saved"
 
 _NOTHING = Presented()
 
+#: Of the proxy, which takes longer to look it up.
+_current_context = request_ctx._get_current_object  # type: ignore[attr-defined]
+
 #: The suffix of the cookie or header with the version that the client wrote last.
 _VERSION, _VERSION_HEADER = "-v", "-Version"
 _VERSION_IN_COOKIES = f"{_VERSION}="
@@ -114,7 +117,7 @@ class GSessionInterface(SessionInterface):
                 )
             return None
         try:
-            context = request_ctx._get_current_object()  # type: ignore[attr-defined]  # a proxy
+            context = _current_context()
             hooks = context._after_request_functions if context.request is request else None
         except RuntimeError:
             hooks = None
@@ -173,7 +176,9 @@ class GSessionInterface(SessionInterface):
                 self._save(app, session, life, response)
                 self._write_headers(app, session, life, response)
             else:
-                self._close_unused(session, response)
+                close_unused(session)
+                if not response.is_sequence:
+                    self._follow_body(session, response)
 
     def _save_all(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Save the sessions of all ``Session`` objects of the application."""
@@ -187,17 +192,16 @@ class GSessionInterface(SessionInterface):
             if each.accessed:
                 interface._save(app, each, lifecycle_of(each), response)
             else:
-                interface._close_unused(each, response)
+                close_unused(each)
+                if not response.is_sequence:
+                    interface._follow_body(each, response)
         # After all saves: if one fails, the new response needs the cookies of the others.
         for interface, each in opened:
             if each.accessed:
                 interface._write_headers(app, each, lifecycle_of(each), response)
 
-    def _close_unused(self, session: SessionData, response: Response) -> None:
-        """The request has not looked at the session. Only a streamed body still can."""
-        close_unused(session)
-        if response.is_sequence:
-            return
+    def _follow_body(self, session: SessionData, response: Response) -> None:
+        """The request has not looked at the session, but this body still can."""
         if response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
         if can_read_session(response):
@@ -248,7 +252,7 @@ class GSessionInterface(SessionInterface):
                 imports.forget_cookie(life.request, response)
             if self._remembers:
                 drop_cookie(app, response)
-            of_request = vars(life.request)
+            of_request = life.request.__dict__
             if FORGOTTEN in of_request:
                 forget_remembered(app, response)
             if CLEARED in of_request:
@@ -394,7 +398,7 @@ def _is_of_request(session: SessionData) -> bool:
 
 def session_of_request() -> object:
     """The object behind ``flask.session``. Looking at it here doesn't count as access."""
-    context = request_ctx._get_current_object()  # type: ignore[attr-defined]  # a proxy
+    context = _current_context()
     try:
         return context._session
     except AttributeError:  # before Flask 3.1.3

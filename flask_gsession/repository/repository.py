@@ -830,7 +830,9 @@ class Repository:
         else:
             span, step = self._idle_span(values, lifetime)
         absolute = record.absolute_expires_at
-        end = min(int(self.clock() * 1000) + span, absolute)
+        end = int(self.clock() * 1000) + span
+        if end > absolute:  # ``min`` takes longer
+            end = absolute
         gain = end - record.idle_expires_at
         return end if gain >= step or (end == absolute and gain > 0) else None
 

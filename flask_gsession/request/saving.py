@@ -40,7 +40,7 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
                 _compare_with_parallel_requests(life, life.mark)
             if not life.is_unchanged:
                 with life.mutex:
-                    _store_changes(life, rotating=False if by_hand else None)
+                    _store_changes(life, False if by_hand else None)
             elif life.renews and life.outage is None:
                 _renew_if_due(life)
             if life.values.abandoned is not None:
@@ -61,7 +61,7 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
         _save_users(life, by_hand=by_hand)
 
 
-def _store_changes(life: Lifecycle, *, rotating: bool | None) -> None:
+def _store_changes(life: Lifecycle, rotating: bool | None) -> None:
     try:
         stored = commit(life, rotating=rotating)
     finally:

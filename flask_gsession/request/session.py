@@ -80,7 +80,7 @@ class SessionData(SessionMixin):
         hooks: list[Any] | None = None,
     ) -> None:
         began = repository.clock(), repository.rosters.own.count
-        self._start = (repository, present, app, request, began)
+        self._start = repository, present, app, request, began
         self._hooks = hooks
 
     @property
@@ -91,7 +91,7 @@ class SessionData(SessionMixin):
             if self._hooks is not None:
                 self._hooks.append(made.begin_response)
             # An atomic step, so that all threads of the request get the same one.
-            life = vars(self).setdefault("_made", made)
+            life = self.__dict__.setdefault("_made", made)
         return life
 
     def _open(self) -> TrackedValues:
@@ -121,7 +121,7 @@ class SessionData(SessionMixin):
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
         self.accessed = True
-        life = self._life
+        life = self._made or self._life
         values, repository = life.open_for_writing(ONE_KEY, key), life.repository
         if repository.check is not None:
             self._put(key, value, repository.check(key, value))
@@ -775,7 +775,7 @@ class SessionData(SessionMixin):
                 f"session[{ascii(key)[:60]}]",
                 f"session keys are str, not {type(key).__qualname__}",
             )
-        if not is_valid_text(key):
+        if not (key.isascii() or is_valid_text(key)):
             raise UnsupportedType(
                 f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
             )

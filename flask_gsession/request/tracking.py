@@ -117,7 +117,8 @@ class TrackedValues(Struct, eq=False):
         with self._mutex:
             if self.block is not None:
                 self.block.note(key)
-            self._order = None
+            if self._order is not None:
+                self._order = None
             self._live[key] = value  # first, since a key that is only in ``base`` was deleted
             self.base.setdefault(key, self.stored.get(key))
             if self._given:
@@ -328,8 +329,11 @@ class TrackedValues(Struct, eq=False):
                 if key not in self._live and key not in self.base:
                     self._look(key)  # before the old state goes
             for key in self._live:
-                self.base.setdefault(key, self.stored.get(key))
-            self.stored, self._order = stored, None
+                if key not in self.base:
+                    self.base[key] = self.stored.get(key)
+            self.stored = stored
+            if self._order is not None:
+                self._order = None
 
     def set_stored(self, key: str, value: Any, raw: bytes) -> None:
         """The store holds ``value`` under ``key`` now."""
