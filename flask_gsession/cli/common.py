@@ -21,6 +21,7 @@ from ..stores.base import KEY_LENGTH, is_session_key
 from ..stores.memory import MemoryStore
 from ..stores.parts import parts_of
 from ..stores.urls import without_hosts
+from ..stores.wrappers.wrapper import innermost
 from ..values.marks import END_OF_TIME
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as in shells
@@ -56,7 +57,7 @@ def choose_interface(cookie: str | None, *, serves: bool = False) -> GSessionInt
         problem = "Choose a session" if cookie is None else f"No session has the cookie {cookie!r}"
         raise click.UsageError(f"{problem}: --session {' | '.join(by_name)}")
     interface = by_name[cookie]
-    if isinstance(interface.store, MemoryStore):
+    if isinstance(innermost(interface.store), MemoryStore):
         click.echo(
             "The sessions are in the memory of this process, and end with it."
             if serves

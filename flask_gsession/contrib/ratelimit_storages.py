@@ -25,6 +25,7 @@ from ..config import warn
 from ..errors import SettingError, StoreUnavailable
 from ..events import logger
 from ..stores import Store, StoreOptions, open_store
+from ..stores.wrappers.wrapper import innermost
 
 T = TypeVar("T")
 
@@ -174,6 +175,7 @@ def _unavailable(error: Exception) -> StoreUnavailable:
 
 def storage_of(store: Store, prefix: str) -> Storage:
     """A storage on the server of the session store."""
+    store = innermost(store)
     pool = store.lend_pool() if hasattr(store, "lend_pool") else None
     if pool is not None:
         return RedisStorage("redis://", connection_pool=pool, key_prefix=f"{prefix}limits")

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.contrib.ratelimit import SessionLimits, session_limit
 from flask_gsession.contrib.ratelimit_storages import Backend, storage_of
 from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.wrappers import Wrapper
 from tests.harness.servers import free_port
 from tests.harness.topologies import MongoAuthTLS, RedisACL, RedisCluster, until
 
@@ -114,6 +116,7 @@ def make_app(store_prefix: str) -> Iterator[Maker]:
         app.secret_key = "a key for tests"
         app.config["SESSION_BREAKER_FAILURES"] = options.pop("breaker", 0)
         app.config["SESSION_BREAKER_PAUSE"] = 0.02
+        app.config["SESSION_JOURNAL"] = options.pop("journal", False)
         ext = Session(app, store=store, key_prefix=store_prefix)
         made.append((ext, app))
         SessionLimits(app, **{"proxies": 0, "creation": None, **options})
@@ -159,6 +162,23 @@ class Silent(MemoryStorage):
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         raise OSError("connection reset")
+
+
+def test_a_store_with_a_journal_or_a_wrapper_counts(
+    make_app: Maker, store_url: str, store_prefix: str
+) -> None:
+    inner, _ = open_store(store_url, StoreOptions(prefix=store_prefix))
+    alone = (
+        pytest.warns(UserWarning, match="in each process")
+        if store_url.startswith("sqlite")
+        else nullcontext()
+    )
+    with alone:
+        app = make_app(Wrapper(inner), journal=True)
+    counts(app)
+    if store_url.startswith(("redis", "mongodb")):  # the counts are on the server
+        assert statuses(make_app(store_url)) == [429] * 5
+    inner.close()
 
 
 @pytest.mark.parametrize("reset", [float("inf"), float("nan"), 1e300, -1e300])

@@ -28,8 +28,10 @@ def create_shop() -> Flask:
         instance_path=os.environ["WORKERS_INSTANCE"],
         SESSION_KEY_PREFIX=os.environ["WORKERS_PREFIX"],
         SESSION_NEAR_CACHE=1,
+        SESSION_JOURNAL=True,
     )
     SessionMetrics(app, count_every=1)
+    (ext,) = app.extensions["gsession"]
     with Redis.from_url(os.environ["WORKERS_STORE"], socket_timeout=10) as client:
         lock = f"{os.environ['WORKERS_PREFIX']}{{{'x' * 43}}}:lock"
         client.set(lock, "nobody 1 1\n", ex=3600)  # for the clean-up to find
@@ -49,6 +51,7 @@ def create_shop() -> Flask:
     @app.get("/merged")
     def merged() -> str:
         session["first"] = session.get("first", 0) + 1
+        next(iter(ext.journal("siem")), None)  # a consumer that falls behind
         second_window(session["first"])
         return ""
 

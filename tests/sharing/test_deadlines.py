@@ -83,17 +83,21 @@ def test_the_far_store_ends_before_its_caller(
 def test_a_chain_of_servers_passes_the_deadline_on(store_prefix: str) -> None:
     release = threading.Event()
     far = HookedStore(open_store("memory://", StoreOptions())[0])
-    far.before("load", lambda: release.wait(PATIENCE))
+    for _ in range(3):
+        far.before("load", lambda: release.wait(PATIENCE))
     with serving(StoreService(far)) as last:
         between = open_store(f"grpc://{last}", StoreOptions(timeout=PATIENCE))[0]
         with serving(StoreService(between), threads=1) as first:
             store = open_store(f"grpc://{first}", StoreOptions(timeout=BUDGET))[0]
 
-            def fail() -> None:
-                with pytest.raises(StoreUnavailable, match=rf"{first}.*{last}.*DEADLINE"):
+            def fail() -> str:
+                with pytest.raises(StoreUnavailable, match="DEADLINE") as caught:
                     store.load("x" * 43)
+                return str(caught.value)
 
-            within(BOUND, fail)
+            # Now and then, our own deadline is noticed before the first server's answer.
+            errors = [within(BOUND, fail) for _ in range(3)]
+            assert any(first in error and last in error for error in errors), errors
             release.set()
             store.close()
         between.close()

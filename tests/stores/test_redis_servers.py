@@ -234,7 +234,9 @@ def test_a_frozen_primary_costs_nothing_once_it_is_replaced(
     frozen = sentinels.primary()
     with frozen.paused():
         with shop.hasty():
-            assert within(2, lambda: shop.visitor.ask(dict)).status_code == 503
+            answer = within(2, lambda: shop.visitor.ask(dict))
+            # A second try on a busy machine may come after the failover.
+            assert answer.status_code == 503 or sentinels.primary() is not frozen
         sentinels.wait_for_failover(frozen)
         assert [shop.count(), shop.count()] == [2, 3]
     assert shop.count() == 4

@@ -83,6 +83,13 @@ def _may_shorten(method: Callable[..., Any], shorten: bool) -> Callable[..., Any
 CallMaker = Callable[..., Any]
 
 
+def innermost(store: Store) -> Store:
+    """The store within all wrappers, which knows its driver. Don't write to it past them."""
+    while isinstance(store, Wrapper):
+        store = store.store
+    return store
+
+
 class CallWrapper(Wrapper):
     """A store around ``store`` that makes each call by ``call(operation, method, *arguments)``.
 
