@@ -16,12 +16,11 @@ from ..errors import StoreUnavailable
 from ..extension import NAME, Session
 from ..interface import GSessionInterface
 from ..repository.scanning import all_pages
-from ..stores import Record, Scans
+from ..stores import Record, Scans, Store
 from ..stores.base import KEY_LENGTH, is_session_key
 from ..stores.memory import MemoryStore
 from ..stores.parts import parts_of
 from ..stores.urls import without_hosts
-from ..stores.wrappers.wrapper import innermost
 from ..values.marks import END_OF_TIME
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as in shells
@@ -57,7 +56,7 @@ def choose_interface(cookie: str | None, *, serves: bool = False) -> GSessionInt
         problem = "Choose a session" if cookie is None else f"No session has the cookie {cookie!r}"
         raise click.UsageError(f"{problem}: --session {' | '.join(by_name)}")
     interface = by_name[cookie]
-    if isinstance(innermost(interface.store), MemoryStore):
+    if isinstance(without_journal(interface), MemoryStore):
         click.echo(
             "The sessions are in the memory of this process, and end with it."
             if serves
@@ -105,6 +104,13 @@ def client_location(client: Any) -> str:
     if service is not None:
         return f"the Redis service {service} of Sentinels"
     return f"a {type(client).__name__} object"
+
+
+def without_journal(interface: GSessionInterface) -> Store:
+    """The store without its journal, in which throw-away sessions have no place."""
+    journaling = interface.repository.journaling
+    store: Store = interface.store if journaling is None else journaling.store
+    return store
 
 
 def file_is_missing(interface: GSessionInterface) -> bool:

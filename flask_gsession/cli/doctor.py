@@ -9,26 +9,17 @@ import click
 from flask import current_app
 from flask.cli import with_appcontext
 
-from ..interface import GSessionInterface
 from ..operate.health import check_store
 from ..operate.health_application import check_application, check_offline_for
 from ..operate.health_journal import check_journal
 from ..operate.health_users import check_users
 from ..operate.near_cache import check_near_cache
-from ..stores import Store
 from ..stores.parts import parts_of
-from .common import interfaces, print_store
+from .common import interfaces, print_store, without_journal
 from .output import lines
 
 _INDENT = 9  # characters
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
-
-
-def _to_check(interface: GSessionInterface) -> Store:
-    """The store without its journal, in which throw-away sessions have no place."""
-    journaling = interface.repository.journaling
-    store: Store = interface.store if journaling is None else journaling.store
-    return store
 
 
 @click.command()
@@ -52,7 +43,7 @@ def doctor(as_json: bool) -> None:
         )
         found = [
             *check_application(app, interface, settings, repository.live.permanent_lifetime()),
-            *check_store(_to_check(interface), repository.clock, elsewhere),
+            *check_store(without_journal(interface), repository.clock, elsewhere),
             *check_journal(repository),
         ]
         found += check_users(repository, found, hasattr(app, "login_manager"))

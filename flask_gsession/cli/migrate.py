@@ -20,7 +20,6 @@ from ..moving.takeover import Takeover
 from ..repository.repository import Repository
 from ..repository.scanning import Retry
 from ..stores.memory import MemoryStore
-from ..stores.wrappers.wrapper import innermost
 from .common import (
     choose_interface,
     file_is_missing,
@@ -31,6 +30,7 @@ from .common import (
     session_name,
     session_option,
     store_location,
+    without_journal,
 )
 from .output import pluralize, progress
 
@@ -159,7 +159,7 @@ def _found(names: Iterator[str]) -> Iterator[str]:
 def _problems(interface: GSessionInterface, takeover: Takeover, migration: Migration) -> list[str]:
     """Problems of the settings, besides the counted losses."""
     problems = []
-    if isinstance(innermost(interface.store), MemoryStore):
+    if isinstance(without_journal(interface), MemoryStore):
         problems.append("SESSION_STORE is a memory store: sessions end with each process")
     else:
         try:
