@@ -102,7 +102,7 @@ def test_streams_of_killed_clients_end(
             after.append(figures(server))
         assert after[2]["threads"] <= after[0]["threads"] + 1
         assert after[2]["files"] < files + STREAMS * 3 / 4  # the store keeps up to 100 connections
-        assert after[2]["kilobytes"] < after[0]["kilobytes"] * 1.1
+        assert after[2]["kilobytes"] < after[0]["kilobytes"] * 1.2
         assert server.stop() == 0
 
 
