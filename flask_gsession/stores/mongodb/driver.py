@@ -314,6 +314,8 @@ class Call:
     def __enter__(self) -> Any:
         driver = self._driver
         seconds = time_left(driver.timeout)
+        if not seconds:  # the server might still carry out a write that we no longer wait for
+            raise StoreUnavailable(f"mongodb: {self._operation}: the caller's time is over")
         try:
             if driver.pid != os.getpid():
                 began = time.monotonic()
@@ -322,7 +324,7 @@ class Call:
                 seconds = max(seconds - (time.monotonic() - began), 0.001)  # 0 would be no limit
         except (PyMongoError, OSError) as error:
             self._fail(error)
-        self._budget = pymongo.timeout(seconds or 0.001)
+        self._budget = pymongo.timeout(seconds)
         self._budget.__enter__()
         return driver.collection
 
