@@ -1,8 +1,8 @@
-"""Many sessions expire and are swept into the journal: what the server's other clients notice.
+"""How long other clients wait while many expired sessions are swept into the journal.
 
-``python -m benchmarks.expiring`` prints it; ``--store`` and ``--number`` choose what and how many.
-Another process asks the server meanwhile, and at the same time an idle one: if that is slow as
-well, the machine was busy. On SQLite it reads and writes a session of its own.
+``python -m benchmarks.expiring`` prints it; ``--store`` and ``--number`` choose the store and the
+number of sessions. Another process keeps asking the server, and an idle server beside it: if both
+are slow, the machine was busy. On SQLite it reads and writes a session of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PAUSE = 0.001  # seconds between two questions
 
 
 def expiring(store: str, number: int) -> str:
-    """What it took, in words."""
+    """Describe the result in words."""
     with ExitStack() as stack:
         if store == "sqlite":
             folder = stack.enter_context(tempfile.TemporaryDirectory())

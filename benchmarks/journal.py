@@ -1,4 +1,4 @@
-"""What the journal costs: a request that creates, saves or ends a session, with it on and off."""
+"""The cost of the journal: requests that create, save or end a session, with it on and off."""
 
 from __future__ import annotations
 

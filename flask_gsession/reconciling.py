@@ -148,7 +148,7 @@ class SessionReconciler(Reconciler):
             self._repository.leave_roster(owner, base.key, there.key)
 
     def end(self, key: str, last: Record) -> None:
-        """See ``Reconciler``. What other nodes can read alone is left to them."""
+        """See ``Reconciler``. An end that only other nodes can read is left to them."""
         repository = self._repository
         imports, repository.imports = repository.imports, None
         try:

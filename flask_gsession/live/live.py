@@ -138,7 +138,7 @@ class Live:
 
 
 def changes_between(watch: Watch, before: State, after: State) -> list[Change]:
-    """What changed in the session and for its user, each if anything did."""
+    """The change in the session and the one of its user, if there are any."""
     found = []
     was, now = before.session, after.session
     if watch.handle is not None and was is not None and was != now:

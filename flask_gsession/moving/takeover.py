@@ -178,7 +178,7 @@ class Takeover:
             if body.origin.label == COOKIES:
                 shared_cookies.end(repository, body.origin)
         except StoreUnavailable:
-            if not _is_cut_off(repository):  # else it settles this end later, by a call of this
+            if not repository.is_cut_off:  # else it settles this end later, by a call of this
                 raise
 
     def end_presented(self, repository: Repository, request: Request, body: Body | None) -> None:
@@ -211,7 +211,7 @@ class Takeover:
         except UnreadableRecord:
             return False
         except StoreUnavailable:
-            if not _is_cut_off(repository):
+            if not repository.is_cut_off:
                 raise
             return False
         return bool(gone) and all(gone)
@@ -360,11 +360,6 @@ class Takeover:
                 reason,
                 advice,
             )
-
-
-def _is_cut_off(repository: Repository) -> bool:
-    """Whether this is an edge that works without its centre: old sessions may be there, too."""
-    return repository.edge is not None and bool(repository.edge.cut_off)
 
 
 def _report_dropped(source: Source, made: Loaded | None, dropped: tuple[str, ...]) -> None:

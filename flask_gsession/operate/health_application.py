@@ -54,7 +54,7 @@ def check_offline_for(edge: Edge, settings: Settings) -> Finding:
         "warning",
         "edge: offline_for",
         found,
-        "Sessions in use at the edge expire at the centre meanwhile, and their changes are lost: "
+        "Sessions in use at the edge can expire at the centre first, and their changes are lost: "
         "keep it below half of that.",
     )
 

@@ -164,7 +164,7 @@ class Repository:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether this is an edge that can't reach its centre."""
+        """Whether this is an edge that works without its centre."""
         return self.edge is not None and bool(self.edge.cut_off)
 
     def find_near(self, key: str, version: int | None) -> Loaded | None:

@@ -18,7 +18,7 @@ from ..stores.parts import Leases
 
 
 class Renewable(Protocol):
-    """What the renewing thread maintains: a lock."""
+    """A lock whose lease the thread renews."""
 
     def due(self) -> float:
         """When to call ``maintain`` next, by ``time.monotonic``."""

@@ -1,4 +1,4 @@
-"""What a node does on a full disk: `python -m tests.edge.full_disk FOLDER`.
+"""A node on a full disk: `python -m tests.edge.full_disk FOLDER`.
 
 FOLDER is a small tmpfs; or an ordinary one, if this machine allows no mounts, whose files then
 can't grow.

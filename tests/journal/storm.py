@@ -4,8 +4,8 @@
 
 Steps are the commands to the server, or the transactions on the file: a process is killed before
 or after one of them. Others are killed at any moment. Each process is forked from one that has
-nothing open. What visitors tried, and what they were answered, is in FOLDER/ledger, and what the
-consumer got is in FOLDER/events: one line each, written at once.
+nothing open. FOLDER/ledger has the visitors' requests with their answers, and FOLDER/events has the
+consumer's events: one line each, written at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the journal costs: nothing while it is off, and one more round trip for an end while on."""
+"""The cost of the journal: nothing while it is off, one more round trip for an end while on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def counted(site: Site) -> dict[str, Any]:
 
 
 def traces(site: Site) -> str:
-    """What the server or the file holds beside sessions, as text."""
+    """All that the server or the file holds besides sessions, as text."""
     inside: Any = site.inside
     if site.url.startswith("redis"):
         return str(list(inside.client.scan_iter(f"{site.prefix}*")))

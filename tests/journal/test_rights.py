@@ -1,6 +1,6 @@
 """The journal on MongoDB with a user of the least rights, and what the doctor says of missing ones.
 
-The rights are those of docs/how-to/mongodb.md.
+docs/how-to/mongodb.md grants these rights.
 """
 
 from __future__ import annotations

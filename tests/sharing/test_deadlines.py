@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -112,3 +112,21 @@ def test_the_shorter_time_counts() -> None:
         with ending_by(time.monotonic() - 1.0):
             assert time_left(5.0) == 0.0
     assert time_left(5.0) == 5.0
+
+
+def test_a_write_whose_time_is_over_is_refused_or_done(store_url: str, store_prefix: str) -> None:
+    """A store that reports a failure doesn't carry out the write later."""
+    store = open_store(store_url, StoreOptions(store_prefix))[0]
+    record = a_record(time.time)
+    store.create(record)
+    for _ in range(10):
+        changed, expected = record._replace(version=new_version()), record
+        with ending_by(time.monotonic() - 1.0), suppress(StoreUnavailable):
+            store.save(changed, record.version)
+            expected = changed
+        time.sleep(0.01)
+        record = expected
+        found = store.load(record.key)
+        assert found is not None
+        assert found.version == record.version
+    store.close()

@@ -44,7 +44,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
         yield command
 
 
-# What runs where --------------------------------------------------------------------------------
+# The threads that run gRPC's code ----------------------------------------------------------------
 
 
 def grpc_frames(act: Callable[[], object]) -> set[str]:
@@ -156,7 +156,7 @@ class Late(RuntimeError):
 
 @pytest.mark.parametrize("kind", [pytest.param(TooLong, marks=pytest.mark.long), Late])
 def test_no_step_of_a_shield_swallows_an_exception(kind: type[BaseException]) -> None:
-    """Nor does the next call get the answer of the one that was struck."""
+    """The next call doesn't get the answer of the one that was struck."""
     shielded, step, struck = shield.Shield(), 0, True
 
     def strike(frame: FrameType, event: str, _: object) -> Any:

@@ -33,7 +33,7 @@ _ATTEMPTS = 25  # at one session that others write to at the same time
 
 
 class _Refused(Exception):
-    """This one must not settle: as the centre has other keys, or another process settles."""
+    """This process must not settle now: the centre has other keys, or another process settles."""
 
 
 class Settler:

@@ -264,7 +264,7 @@ class EdgeStore(Wrapper, Edge):
         self._reconciler = weakref.ref(reconciler)
 
     def figures(self) -> EdgeFigures:
-        """What waits to be settled, and what was settled so far."""
+        """The changes that wait to be settled, and the counts of those that were."""
         return self.waiting.figures()
 
     def settle(self) -> Settled | None:

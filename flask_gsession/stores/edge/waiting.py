@@ -1,4 +1,4 @@
-"""What waits at a node for its centre, for settling: every method is one transaction.
+"""The changes that wait at a node for its centre. Every method is one transaction.
 
 tests/simulation/edge_model.py shows for each condition here what goes wrong without it.
 """
@@ -144,7 +144,7 @@ class Waiting:
 
     @on_connection
     def figures(self, db: sqlite3.Connection) -> EdgeFigures:
-        """What waits, and the past of this node."""
+        """The waiting changes, and the counts of those that were settled."""
         ends, changes = self._copy.rows.count(db, 10 * self._copy.most)
         oldest = self._copy.rows.oldest(db)
         node, *past = db.execute(

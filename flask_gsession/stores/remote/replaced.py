@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class ReplacedFiles(Generic[T]):
-    """What is in the files at ``paths``, by ``read``, which raises ``SettingError``.
+    """The contents of the files at ``paths``, by ``read``, which raises ``SettingError``.
 
     ``name``: what they are, in the plural, for the log. Raises ``SettingError`` if they can't be
     used now.
