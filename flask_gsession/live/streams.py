@@ -62,7 +62,7 @@ class Slots:
             except Full:
                 for slot, other in list(self._taken.items()):
                     if other.is_gone():
-                        del self._taken[slot]
+                        self.free(slot)  # unless it has ended
                 self._check(limits)
             slot = object()
             self._taken[slot] = limits

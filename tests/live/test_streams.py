@@ -39,6 +39,19 @@ def test_a_slot_may_be_freed_while_slots_are_counted() -> None:
         slots.take(Limits("eve", 2, 2))
 
 
+def test_a_stream_that_ends_while_its_client_is_looked_for_is_no_error() -> None:
+    slots = Slots()
+    taken: list[object] = []
+
+    def ends() -> bool:
+        slots.free(taken[0])
+        return True
+
+    taken.append(slots.take(Limits("ada", 1, 1, ends)))
+    slots.take(Limits("bob", 1, 1))
+    assert len(slots) == 1
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has this option")
 def test_a_client_that_reads_nothing_keeps_no_thread() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
