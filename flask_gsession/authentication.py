@@ -23,6 +23,7 @@ from .remember import (
 )
 from .request.confirming import SIGN_IN, note_confirmation, report_confirmation
 from .request.lifecycle import CONFIRMED, Lifecycle
+from .request.own_session import rotate_soon
 from .request.ownership import bind, unbind
 from .request.session import SessionData, lifecycle_of
 from .users.rosters import LOGIN
@@ -82,7 +83,7 @@ def rotate_after_a_step(session: SessionData, life: Lifecycle) -> None:
         values = life.values
         passed = [key for key in _STEPS if key in values and values.has_changed(key)]
         if passed:
-            life.rotate_soon(0, confirms=_VERIFIED in passed)
+            rotate_soon(life, 0, confirms=_VERIFIED in passed)
         if _VERIFIED in passed:
             note_confirmation(session, life, SIGN_IN)
 
@@ -146,7 +147,7 @@ def _confirmed(sender: Flask, **_: Any) -> None:
         session.accessed = True
         life = lifecycle_of(session)
         # Only the session identifies the user, and an old token isn't enough for that.
-        life.rotate_soon(0, confirms=True)
+        rotate_soon(life, 0, confirms=True)
         note_confirmation(session, life, SIGN_IN)
         _renew_csrf_token(sender, session)
 
@@ -178,7 +179,7 @@ def _rotate(
             # Refused or failed: otherwise the save would sign the user in without a rotation.
             _undo(session, signed_in)
             raise
-    life.rotate_soon(0, signed_in)
+    rotate_soon(life, 0, signed_in)
     return again
 
 

@@ -16,6 +16,7 @@ from .errors import ConfirmationRequired, SettingError
 from .request.confirming import checked_methods, confirmed_at
 from .request.decorators import current_session
 from .request.lifecycle import Lifecycle
+from .request.loading import open_from_store
 from .request.ownership import signed_in_at
 from .request.session import SessionData, lifecycle_of
 
@@ -64,7 +65,7 @@ def require_fresh(
         else:
             opened = target._get_current_object()
         life = lifecycle_of(opened)
-        life.open_from_store("a check for fresh authentication")
+        open_from_store(life, "a check for fresh authentication")
         at = confirmed_at(opened, signed_in_at(life), methods)
         if at is not None and -_SKEW <= life.repository.now() - at <= seconds * 1000:
             return None

@@ -19,6 +19,8 @@ from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .remember import drop_cookie
 from .repository.repository import Repository
+from .request.ending import leads_nowhere
+from .request.late_changes import late_changes, report_late
 from .request.lifecycle import ONE_KEY, Lifecycle
 from .request.saving import end_request
 from .request.session import (
@@ -342,7 +344,7 @@ class GSessionInterface(SessionInterface):
         """Send or delete the token in the cookie or header that the client uses, if necessary."""
         by_header = life.presented().by_header
         withheld = life.cookie == "set" and life.entry is not None
-        if (life.cookie != "keep" and not withheld) or (by_header and life.leads_nowhere()):
+        if (life.cookie != "keep" and not withheld) or (by_header and leads_nowhere(life)):
             response.cache_control.no_store = True
             if by_header:
                 self._write_header(app, life, response)
@@ -416,5 +418,5 @@ def note_error_page(app: Flask, **_: Any) -> None:
 def _report_late_changes(session: SessionData) -> None:
     life = existing_lifecycle(session)
     if life is not None:
-        for key in life.late_changes():
-            life.report_late(ONE_KEY, key)
+        for key in late_changes(life):
+            report_late(life, ONE_KEY, key)

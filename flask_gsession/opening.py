@@ -24,7 +24,9 @@ from .events import WriteDropped
 from .processes import process
 from .repository.repository import Loaded, Repository
 from .request.confirming import checked_methods, confirmed_at
+from .request.debugging import start_trace
 from .request.lifecycle import Lifecycle
+from .request.loading import load
 from .request.saving import end_request
 from .request.session import SessionData, lifecycle_of
 from .request.state import SAVED, Presented
@@ -71,10 +73,10 @@ class OpenSession:
         session = SessionData(self._repository, lambda *_: presented, self._app, None)
         life = lifecycle_of(session)
         if self._repository.settings.debug:
-            life.start_trace(Trace())
+            start_trace(life, Trace())
         session.accessed = True
         life.renews = self._renew
-        life.open()
+        load(life)
         if life.seen.record is None:
             raise SessionEnded(_NOT_THERE)
         self._session = session

@@ -39,6 +39,12 @@ ROWS = [
     ],
     ["reconciling"],
     ["request.lifecycle"],
+    [
+        *("request.checks", "request.blocks", "request.late_changes", "request.debugging"),
+        "request.following",
+    ],
+    ["request.loading"],
+    ["request.ending", "request.own_session"],
     ["request.admission", "request.user_values"],
     ["request.ownership"],
     ["request.roster_entries", "request.confirming", "request.joining"],

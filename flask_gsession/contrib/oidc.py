@@ -14,6 +14,7 @@ from ..events import logger
 from ..extension import NAME, Session
 from ..repository.repository import Repository
 from ..request.admission import sign_in_since
+from ..request.loading import open_from_store
 from ..request.ownership import stored_device_of
 from ..request.session import SessionData, lifecycle_of
 from ..users.roster import Roster, retag
@@ -81,7 +82,7 @@ class BackChannelLogout:
         if not isinstance(opened, SessionData):
             raise SettingError("BackChannelLogout needs a SECRET_KEY")
         life, rosters = lifecycle_of(opened), repository.rosters
-        life.open_from_store("a sign-in")
+        open_from_store(life, "a sign-in")
         tag = tag_of(self._issuer, "sid", sid) if sid else tag_of(self._issuer, "sub", sub)
         all_tags = (*tags, tag)
         # The order matters: see the module of the records.

@@ -11,6 +11,7 @@ from flask import session as flask_session
 
 from ..config import Seconds
 from ..errors import SettingError
+from .loading import load
 from .locking import Lock, check_times
 from .session import SessionData, lifecycle_of
 from .writing import LostRace
@@ -87,7 +88,7 @@ def session_lock(
     def lock_of(called: Callable[..., Any]) -> Lock[SessionData] | None:
         session = current_session("session_lock")
         life = lifecycle_of(session)
-        life.open()
+        load(life)
         if life.seen.record is None and not life.ended:
             return None
         return Lock(session, life, timeout, wait, f"{called.__module__}.{called.__qualname__}")

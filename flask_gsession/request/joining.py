@@ -17,6 +17,7 @@ from ..users.joins import NotJoined, first_join, login_policy, next_join
 from ..values.merge import Change
 from ..values.payload import Body, Join
 from .lifecycle import Lifecycle
+from .loading import load
 from .ownership import stored_device_of, user_id_of
 from .user_values import values_of
 
@@ -142,7 +143,7 @@ def hand_over(life: Lifecycle, user_id: str) -> bool:
     if not changes:
         return False
     user = values_of(life, user_id)
-    values, repository = user.open(), user.repository
+    values, repository = load(user), user.repository
     try:
         user.check_readable()
         theirs = {key: raw for key in changes if (raw := values.raw(key)) is not None}

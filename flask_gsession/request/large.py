@@ -20,7 +20,10 @@ from ..values.large_values import ValueReader, pieces_from
 from ..values.marks import PLAIN, Mark, expired, marked, split
 from ..values.payload import Body
 from ..values.references import BYTES, reference_in, refers
+from .checks import check_store, in_retried_code
+from .ending import refuse
 from .lifecycle import ONE_KEY, Lifecycle
+from .loading import load, open_for_writing
 from .rewriting import rewrite
 
 _SMALL = 16 * 1024  # bytes; smaller attached files stay in the record
@@ -40,8 +43,8 @@ class LargeValues:
     def attach(self, key: str, file: Any, mark: Mark) -> int | bytes:
         """Write a file as the value of ``key``. Returns its length, or all of a small file."""
         life, repository = self._life, self._life.repository
-        values = life.open_for_writing(ONE_KEY, key)
-        life.check_store()
+        values = open_for_writing(life, ONE_KEY, key)
+        check_store(life)
         if repository.large_values is None:
             raise SettingError(
                 f"session.attach({ascii(key)[:60]}) needs a place for large values: this "
@@ -81,13 +84,13 @@ class LargeValues:
         """A reader of the large bytes under ``key``; None if its value is in memory."""
         life = self._life
         while True:
-            raw = life.open().undecoded(key)
+            raw = load(life).undecoded(key)
             if raw is None or not refers(raw):
                 return None
             try:
                 reference = reference_in(raw)
             except UnreadableRecord as error:
-                life.refuse(error.reason, error.detail)
+                refuse(life, error.reason, error.detail)
                 raise KeyError(key) from None
             if reference.kind != BYTES:
                 raise TypeError(f"session[{ascii(key)[:60]}] isn't bytes: only bytes can be opened")
@@ -137,7 +140,7 @@ class LargeValues:
         )
         life.repository.events.emit(LargeValueLost, key, error.reason, handle)
         values.mark_absent(key)
-        kept = error.reason in _FOR_OTHERS or life.in_retried_code()
+        kept = error.reason in _FOR_OTHERS or in_retried_code(life)
         if life.seen.record is not None and not kept:
             try:
                 rewrite(

@@ -29,8 +29,12 @@ from ..errors import (
 from ..events import LockAcquired, LockExpired, LockRefused, LockReleased, logger
 from ..stores.base import MAX_POINTERS
 from ..stores.parts import Leases
+from .blocks import begin_block, leave_block, roll_back
+from .checks import check_store, in_retried_code
+from .following import catch_up
 from .lease_renewal import release_lease, renewer
 from .lifecycle import Lifecycle
+from .loading import load
 from .saving import commit
 from .state import Block, current_block
 from .waiting import client, may_wait, stop_waiting
@@ -90,7 +94,7 @@ class Lock(Generic[S]):
     def _claim(self) -> None:
         life = self._life
         with life.mutex:
-            if life.in_retried_code():
+            if in_retried_code(life):
                 raise LockMisused(
                     "You can't take a lock inside a transaction, or in the function of "
                     "update_atomic: these may run again. Take the lock around them."
@@ -166,8 +170,8 @@ class Lock(Generic[S]):
 
     def _enter(self) -> None:
         life = self._life
-        life.check_store()
-        life.open()
+        check_store(life)
+        load(life)
         with life.mutex:
             commit(life)
         self._check_stored()
@@ -192,7 +196,7 @@ class Lock(Generic[S]):
             with life.mutex:
                 life.lease = None
                 if self._block is not None:
-                    life.leave_block(self._block)
+                    leave_block(life, self._block)
             self._release()
             raise
 
@@ -221,13 +225,13 @@ class Lock(Generic[S]):
                 # Changes by other threads and tasks during the wait don't belong to the block,
                 # so store them now.
                 commit(life, rotating=not held)
-                if life.seen.record is None or not life.catch_up(afresh=True):
+                if life.seen.record is None or not catch_up(life, afresh=True):
                     if not life.ended:
                         life.end("a lock")
                     raise SessionEnded
                 if held and life.handle == key:
                     life.lease, life.lease_pid = self._owner, self._pid
-                    self._block = life.begin_block("lock")
+                    self._block = begin_block(life, "lock")
                     return
             self._release()
         raise SessionLocked("The session is rotated again and again")
@@ -303,7 +307,7 @@ class Lock(Generic[S]):
 
     def _roll_back(self) -> None:
         if self._block is not None:
-            self._life.roll_back(self._block)
+            roll_back(self._life, self._block)
 
     def _leave(self) -> None:
         """Release the lock, and report it."""
@@ -317,7 +321,7 @@ class Lock(Generic[S]):
             life.lease = None
             life.locked = False
             if self._block is not None:
-                life.leave_block(self._block)
+                leave_block(life, self._block)
                 self._block = None
         held = time.monotonic() - self._since
         if self._lost:

@@ -13,7 +13,10 @@ from ..users.rosters import LOGIN, checked_user_id, new_device_id
 from ..values.codec import is_valid_text
 from ..values.payload import Owner
 from .admission import check_roster
+from .late_changes import report_late
 from .lifecycle import Lifecycle
+from .loading import load, open_from_store
+from .own_session import rotate_soon
 from .state import Binding
 
 _LONGEST_LABEL = 100  # characters
@@ -33,14 +36,14 @@ def bind(
     """See ``SessionData.bind``. Returns whether the same user signed in once more."""
     user_id = checked_user_id(user_id)
     label, tags = _checked_label(label), _checked_tags(tags)
-    life.open_from_store("a sign-in")
+    open_from_store(life, "a sign-in")
     if life.presented().handle is not None:
         raise RotationRefused(
             "A session from ext.open() can't be bound: nobody can sign in to it, since no response "
             "would carry the new token. Do that in a view."
         )
     if life.is_late:
-        life.report_late("The user of the session")
+        report_late(life, "The user of the session")
         return False
     with life.mutex:
         wished, stored = life.wishes.binding, owner_of(life)
@@ -54,22 +57,22 @@ def bind(
                 if wished is not None:
                     wished = Binding(user_id, stored.device_id, Since(), fresh=fresh)
                 noted = life.wishes.sign_in  # earlier in this request
-                life.rotate_soon(0, signed_in)
+                rotate_soon(life, 0, signed_in)
                 life.wish(binding=wished, sign_in=fresh or noted)
                 return fresh and not noted
         found = check_roster(life, user_id)
         since = Since(epoch=found.roster.epoch)
         binding = Binding(user_id, new_device_id(), since, label, tags, remembered, found, fresh)
-        life.rotate_soon(0, signed_in)
+        rotate_soon(life, 0, signed_in)
         life.wish(binding=binding)
     return False
 
 
 def unbind(life: Lifecycle) -> None:
     """See ``SessionData.unbind``."""
-    life.open()
+    load(life)
     if life.is_late:
-        life.report_late("The user of the session")
+        report_late(life, "The user of the session")
         return
     with life.mutex:
         stored = owner_of(life)

@@ -8,7 +8,10 @@ from functools import partial
 from ..errors import SessionEnded, Stale, UnreadableRecord, ValueLost
 from ..values.merge import Change, last, reject
 from ..values.references import holds
+from .checks import check_reaches_centre
+from .ending import refuse
 from .lifecycle import Lifecycle
+from .own_session import start_own_session
 from .saving import commit
 from .state import current_block
 from .storing import Edit, Written
@@ -51,7 +54,7 @@ class _Rewrite(Write, eq=False, kw_only=True):
     def run(self) -> bool:
         what = "" if self.life.repository.edge is None else self.unmergeable()
         if what:
-            self.life.check_reaches_centre(what)
+            check_reaches_centre(self.life, what)
         return super().run()
 
     def unmergeable(self) -> str:
@@ -75,7 +78,7 @@ class _Rewrite(Write, eq=False, kw_only=True):
         while True:
             with life.mutex:
                 if needs_own_session(life, rotating=True):  # even inside a lock
-                    life.start_own_session()
+                    start_own_session(life)
                 beside = life.block is not None and current_block.get() is not life.block
                 if not beside and life.seen.record is not None and life.values.has_changed(key):
                     commit(life)
@@ -87,7 +90,7 @@ class _Rewrite(Write, eq=False, kw_only=True):
             try:
                 changed = self.replace(raw)
             except UnreadableRecord as error:
-                life.refuse(error.reason, error.detail)
+                refuse(life, error.reason, error.detail)
                 raise SessionEnded from None
             except ValueLost as error:
                 assert raw is not None  # a value was lost

@@ -22,6 +22,7 @@ from ..users.rosters import LOGIN, network_of, new_device_id
 from ..values.marks import split
 from ..values.payload import Owner
 from .admission import check_roster, drop_absent, refusal
+from .following import catch_up
 from .lifecycle import Lifecycle
 from .ownership import NOBODY, known_user, owner_of
 from .state import Binding, Entry, Wishes
@@ -306,7 +307,7 @@ def is_revoked(life: Lifecycle) -> bool:
     seen = life.seen
     assert seen.record is not None
     key, owner = seen.record.key, owner_of(life)
-    if not life.catch_up():
+    if not catch_up(life):
         return True
     there, now = life.seen.record, owner_of(life)
     if there is not None and (there.key != key or (owner is not None and now is None)):

@@ -15,6 +15,9 @@ from ..events import SessionRenewed, WriteDropped, logger
 from ..stores.base import Record
 from ..users.rosters import LOGIN
 from ..values.payload import Owner
+from .checks import check_not_in_retried_code
+from .ending import destroy
+from .following import resolve_attempts
 from .joining import close_join
 from .lifecycle import NO_ATTEMPTS, NO_USERS, Lifecycle
 from .ownership import user_id_of
@@ -97,7 +100,7 @@ def commit(
     """
     if life.outage is None:
         if life.attempts is not NO_ATTEMPTS:
-            life.resolve_attempts()
+            resolve_attempts(life)
         if life.entry is not None and not enter_roster(life):
             return True
         if life.joined is not None:
@@ -159,7 +162,7 @@ def _end_presented(life: Lifecycle) -> None:
     checked = life.presented().checked
     if life.seen.presented or (checked is not None and checked.refused):
         # It came with an old token, or with several: end the sessions they lead to as well.
-        life.destroy()
+        destroy(life)
     elif checked is not None:
         life.cookie = "delete"
 
@@ -264,7 +267,7 @@ def bind_earlier(life: Lifecycle) -> None:
     """
     if life.is_late or user_id_of(life) is not None or not is_touch_due(life):
         return
-    life.check_not_in_retried_code("Binding a session from an earlier version")
+    check_not_in_retried_code(life, "Binding a session from an earlier version")
     with life.mutex:
         life.wish(forced=True)
         commit(life, rotating=False)

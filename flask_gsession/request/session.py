@@ -27,6 +27,7 @@ from ..values.large_values import ValueReader, reader_of
 from ..values.marks import PLAIN, Mark, marked, split
 from ..values.merge import MergeFunction, encode_within
 from ..values.references import reference_in, refers
+from .checks import call_retried, check_not_in_retried_code, check_store
 from .confirming import (
     SIGN_IN,
     checked_method,
@@ -35,10 +36,13 @@ from .confirming import (
     note_confirmation,
     report_confirmation,
 )
+from .ending import destroy, refuse
 from .joining import join_early, signs_in
 from .large import LargeValues
 from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
+from .loading import load, open_for_writing, open_from_store, reload
 from .locking import Lock
+from .own_session import rotate_soon
 from .ownership import bind, device_id_of, signed_in_at, unbind, user_id_of
 from .rewriting import NotStored, rewrite
 from .saving import is_modified
@@ -96,11 +100,11 @@ class SessionData(SessionMixin):
 
     def _open(self) -> TrackedValues:
         self.accessed = True
-        return self._life.open()
+        return load(self._life)
 
     def _open_for_writing(self, what: str, *details: str) -> TrackedValues:
         self.accessed = True
-        return self._life.open_for_writing(what, *details)
+        return open_for_writing(self._life, what, *details)
 
     # -- the mapping
 
@@ -110,7 +114,7 @@ class SessionData(SessionMixin):
         try:
             return values[key]
         except UnreadableRecord as error:
-            self._life.refuse(error.reason, error.detail)
+            refuse(self._life, error.reason, error.detail)
             raise KeyError(key) from None
         except ValueLost as error:
             raw = values.undecoded(key)
@@ -122,7 +126,7 @@ class SessionData(SessionMixin):
         self._check_key(key)
         self.accessed = True
         life = self._made or self._life
-        values, repository = life.open_for_writing(ONE_KEY, key), life.repository
+        values, repository = open_for_writing(life, ONE_KEY, key), life.repository
         if repository.check is not None:
             self._put(key, value, repository.check(key, value))
             return
@@ -195,7 +199,7 @@ class SessionData(SessionMixin):
         try:
             values.check()
         except UnreadableRecord as error:
-            self._life.refuse(error.reason, error.detail)
+            refuse(self._life, error.reason, error.detail)
             return iter(())
         return iter(list(values))
 
@@ -352,7 +356,7 @@ class SessionData(SessionMixin):
         try:
             end = values.mark(key).expires_at
         except UnreadableRecord as error:
-            self._life.refuse(error.reason, error.detail)
+            refuse(self._life, error.reason, error.detail)
             raise KeyError(key) from None
         return (end - self._life.repository.now()) / 1000 if end else None
 
@@ -530,8 +534,8 @@ class SessionData(SessionMixin):
         if not 0 <= grace <= _MAX_GRACE:
             raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
         self.accessed = True
-        self._life.check_not_in_retried_code("A rotation")
-        self._life.rotate_soon(grace)
+        check_not_in_retried_code(self._life, "A rotation")
+        rotate_soon(self._life, grace)
 
     def confirm(self, method: str = "password") -> None:
         """Record that the user has just confirmed who they are, and rotate without grace.
@@ -553,8 +557,8 @@ class SessionData(SessionMixin):
                 "A socket handler can't confirm who the user is: no response would carry the new "
                 "token, and the old one would get past the confirmation. Do that in a view."
             )
-        life.open_from_store("a confirmation")
-        life.rotate_soon(0, confirms=True)
+        open_from_store(life, "a confirmation")
+        rotate_soon(life, 0, confirms=True)
         note_confirmation(self, life, method)
         if life.repository.on_confirm is not None:
             life.repository.on_confirm(self)
@@ -586,12 +590,12 @@ class SessionData(SessionMixin):
         self.accessed = True
         kinds, life = checked_kinds(clear), self._life
         if not kinds:
-            life.destroy()
+            destroy(life)
             return
         if life.request is None or life.is_in_socket:
             raise ValueError("clear needs the response of a view, which this code does not have")
         try:
-            life.destroy()
+            destroy(life)
         except LogoutUnconfirmed:  # it has ended
             clear_with_response(life.request, kinds)
             raise
@@ -602,8 +606,8 @@ class SessionData(SessionMixin):
         self.accessed = True
         life = self._life
         with life.mutex:
-            life.check_not_in_retried_code("A reload")
-            life.reload()
+            check_not_in_retried_code(life, "A reload")
+            reload(life)
 
     def set_lifetime(self, seconds: float | timedelta) -> None:
         """End this session ``seconds`` after its last use, whatever the settings say.
@@ -676,9 +680,9 @@ class SessionData(SessionMixin):
         """
         self._check_key(key)
         life = self._life
-        life.check_not_in_retried_code("update_atomic")
+        check_not_in_retried_code(life, "update_atomic")
         values = self._open()
-        life.check_store()
+        check_store(life)
         codec, check = life.repository.codec, life.repository.check
         value: Any = None
 
@@ -686,7 +690,7 @@ class SessionData(SessionMixin):
             nonlocal value
             mark, plain = (PLAIN, None) if raw is None else split(raw)
             before = copy.deepcopy(default) if plain is None else codec.decode(plain)
-            value = life.call(function, before)
+            value = call_retried(life, function, before)
             if check is not None:
                 mark = mark._replace(version=check(key, value).version)
             return marked(encode_within(codec, key, value, raw), mark)
@@ -710,7 +714,7 @@ class SessionData(SessionMixin):
         life, values = self._life, self._open_for_writing(ONE_KEY, key)
         while True:
             before = values.raw(key)
-            value = life.call(function, copy.deepcopy(self.get(key, default)))
+            value = call_retried(life, function, copy.deepcopy(self.get(key, default)))
             with life.mutex:
                 if values.raw(key) == before:  # else another thread has set it
                     self._set(key, value, values.mark(key) if key in values else PLAIN)
@@ -729,9 +733,9 @@ class SessionData(SessionMixin):
         yet.
         """
         life = self._life
-        life.check_not_in_retried_code("take")
+        check_not_in_retried_code(life, "take")
         values = self._open()
-        life.check_store()
+        check_store(life)
         if life.ended:
             raise SessionEnded
         if life.seen.record is None:
@@ -767,7 +771,7 @@ class SessionData(SessionMixin):
         return self._large.decoded(key, raw)
 
     def _refuse(self, reason: str, detail: str) -> None:
-        self._life.refuse(reason, detail)
+        refuse(self._life, reason, detail)
 
     def _check_key(self, key: object) -> None:
         if type(key) is not str:
@@ -869,6 +873,10 @@ class UserValues(SessionData):
         self._check_key(key)
         self._made.store()
         return super().update_atomic(key, function, default)
+
+    def reload(self) -> None:
+        if self._made.user_id is not None:
+            super().reload()
 
     def _check_user(self) -> None:
         if self._made.user_id is None:

@@ -17,6 +17,7 @@ from ..stores.interrupts import signal_interruption
 from ..users.rosters import LOGIN
 from ..values.merge import Change
 from ..values.payload import Body, Owner
+from .ending import end_old_session
 from .joining import close_join, join_user, note_join
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, Lifecycle, worth_keeping
 from .roster_entries import enter_roster, is_touch_due, prepare_owner, touch
@@ -217,7 +218,7 @@ def _take_over(
 def _end(life: Lifecycle, old: Record) -> Written:
     """The request emptied the session: end it, in the version it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
-    life.end_old_session()
+    end_old_session(life)
     try:
         life.repository.end(old, life.seen.body, life.lease)
     except LogoutUnconfirmed as error:

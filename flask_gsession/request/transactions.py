@@ -7,7 +7,11 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from ..errors import SessionEnded, TransactionMisused
+from .blocks import begin_block, leave_block, roll_back
+from .checks import check_not_in_retried_code, check_reaches_centre, check_store
+from .following import catch_up
 from .lifecycle import Lifecycle
+from .loading import open_from_store
 from .saving import commit
 from .state import Block, current_block
 from .writing import LostRace
@@ -37,7 +41,7 @@ class Transaction(Generic[S]):
         try:
             self._begin()
         except BaseException:  # also after an exception from a signal handler
-            self._leave(self._life.roll_back)
+            self._leave(roll_back)
             raise
         return self._session
 
@@ -48,25 +52,25 @@ class Transaction(Generic[S]):
         traceback: TracebackType | None,
     ) -> None:
         if kind is not None:
-            self._leave(self._life.roll_back)
+            self._leave(roll_back)
             return
         try:
             with self._life.mutex:
                 commit(self._life, transaction=self._block)
         except BaseException:
-            self._leave(self._life.roll_back)
+            self._leave(roll_back)
             raise
-        self._leave(self._life.leave_block)
+        self._leave(leave_block)
 
     def _begin(self) -> None:
         """Store pending changes, and start with the stored state."""
         life = self._life
-        life.check_store()
-        life.check_reaches_centre("a transaction")
+        check_store(life)
+        check_reaches_centre(life, "a transaction")
         with life.mutex:  # or another thread's change after the first look would be rolled back
             seen_before = life.opened
-            life.open_from_store("a transaction")
-            life.check_not_in_retried_code("A second transaction")
+            open_from_store(life, "a transaction")
+            check_not_in_retried_code(life, "A second transaction")
             if life.locked and (life.block is None or current_block.get() is not life.block):
                 # Their changes could not be stored or rolled back separately.
                 raise TransactionMisused(
@@ -75,17 +79,17 @@ class Transaction(Generic[S]):
                 )
             if seen_before:
                 commit(life)
-                if life.seen.record is not None and not life.catch_up(afresh=True):
+                if life.seen.record is not None and not catch_up(life, afresh=True):
                     life.end("a transaction")
             if life.ended:
                 raise SessionEnded
-            self._block = life.begin_block("transaction")
+            self._block = begin_block(life, "transaction")
         current_block.set(self._block)
 
-    def _leave(self, leave: Callable[[Block], None]) -> None:
+    def _leave(self, leave: Callable[[Lifecycle, Block], None]) -> None:
         block, self._block = self._block, None
         if block is not None:
-            leave(block)
+            leave(self._life, block)
 
     def run(self, function: Callable[[S], R]) -> R:
         """Call ``function(session)`` until its changes are stored, and return its last result.

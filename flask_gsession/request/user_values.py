@@ -10,9 +10,10 @@ from ..repository.repository import Repository
 from ..repository.user_values import UserValuesRepository
 from ..users.joins import lasting
 from ..values.payload import Body
+from .following import catch_up, settle_attempts
 from .lifecycle import Lifecycle
+from .loading import load
 from .state import NO_WISHES, Outage, Presented, Seen, remaining
-from .tracking import TrackedValues
 
 _CREATES = 3  # attempts to store an empty record
 
@@ -30,11 +31,6 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
     def is_of_user(self) -> bool:
         return True
 
-    def open_for_writing(self, what: str, *details: str) -> TrackedValues:
-        values = super().open_for_writing(what, *details)
-        self.check_readable()
-        return values
-
     def check_readable(self) -> None:
         """Raises ``UserValuesUnreadable`` if only other workers can read the stored values."""
         if self.seen.for_others and self.seen.record is None:
@@ -48,7 +44,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
 
         One round trip if there is none.
         """
-        self.open()
+        load(self)
         self.check_readable()
         with self.mutex:
             for _ in range(_CREATES):
@@ -59,14 +55,11 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
                 try:
                     self.repository.create(record)
                 except Stale:
-                    self.catch_up()
+                    catch_up(self)
                 else:
                     self.seen = Seen(None, record, body)
 
-    def catch_up(self, *, afresh: bool = False) -> bool:
-        """As for a session. A record that was not there before may be there now."""
-        if self.seen.record is not None:
-            return super().catch_up(afresh=afresh)
+    def find_new(self, *, afresh: bool) -> bool:
         try:
             loaded = self.repository.find(self.repository.key)
             if loaded is None:
@@ -82,7 +75,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
             raise
         record, body = loaded.record, loaded.body
         before = record._replace(version=0)  # any version but that of the record
-        own = self._settle_attempts(record, before, repeats=not afresh)
+        own = settle_attempts(self, record, before, repeats=not afresh)
         if own is not None:
             self.values.mark_saved(own.body.values, own.changes)
             self.wishes = remaining(own.wishes, self.wishes)
@@ -96,22 +89,6 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
             self.written_large.mark_referenced(body.values)
         self.seen = Seen(None, record, body)
         return True
-
-    def resolve_attempts(self) -> None:
-        if self.attempts and not self.ended:
-            if self.seen.record is None:
-                self.catch_up()
-            else:
-                super().resolve_attempts()
-
-    def reload(self) -> None:
-        if self.user_id is None:
-            return
-        if self.seen.record is None and self.opened:
-            self.catch_up(afresh=True)
-            self.outage = None
-        else:
-            super().reload()
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:
         body = super().body(stored, has_large=has_large)

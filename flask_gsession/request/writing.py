@@ -28,8 +28,12 @@ from ..repository.repository import PERMANENT
 from ..stores.support import Mergeable, mergeable
 from ..values.marks import unexpired
 from ..values.merge import Change, reject
+from .checks import check_lease
+from .ending import refuse
+from .following import catch_up
 from .joining import hand_over, signs_in
 from .lifecycle import NO_CHANGES, UNCONFIRMED, Lifecycle, worth_keeping
+from .own_session import start_own_session
 from .roster_entries import Revoked, enter_roster, is_revoked
 from .state import NO_WISHES, Seen, without_rotation
 from .storing import Edit, Written, store
@@ -74,7 +78,7 @@ class Write(Struct, eq=False):
         """Store the edit. False if there was nothing to store, or the session has ended."""
         life = self.life
         if life.lease is not None:
-            life.check_lease()
+            check_lease(life)
         if life.repository.edge is None:
             written = write(self.edit, self.send, life.tries)
         else:
@@ -138,7 +142,7 @@ class Write(Struct, eq=False):
         with life.mutex:
             if life.seen is not stale:
                 return True
-            if not life.catch_up():
+            if not catch_up(life):
                 life.end(self.what)
                 return False
             # An attempt may have arrived that is not in the roster yet.
@@ -169,7 +173,7 @@ class Commit(Write, eq=False, kw_only=True):
         life, changes = self.life, self.changes
         self.changes = None
         if life.wishes is not NO_WISHES and needs_own_session(life, self.rotating):
-            life.start_own_session()
+            start_own_session(life)
             changes = None
         if life.repository.user_keys:
             user_id = signs_in(life)
@@ -190,7 +194,7 @@ class Commit(Write, eq=False, kw_only=True):
             raise
         except UnreadableRecord as error:
             repository.events.emit(WriteDropped, life.handle, error.reason)
-            life.refuse(error.reason, error.detail)
+            refuse(life, error.reason, error.detail)
             return None
         wishes = life.wishes
         if wishes is not NO_WISHES and not self.rotating:

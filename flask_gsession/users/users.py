@@ -19,7 +19,11 @@ from ..events import UserValuesForgotten, logger
 from ..repository.repository import Repository
 from ..repository.user_values import UserValuesRepository
 from ..request.admission import note_own_revocation, sign_in_since
+from ..request.checks import check_not_in_retried_code
+from ..request.ending import destroy
 from ..request.lifecycle import Lifecycle
+from ..request.loading import load
+from ..request.own_session import start_own_session
 from ..request.ownership import (
     device_id_of,
     stored_device_of,
@@ -124,7 +128,7 @@ class Users:
         if life is not None and stored_device_of(life, user_id) != device_id:
             life = None
         if life is not None:
-            life.check_not_in_retried_code(_ENDING)
+            check_not_in_retried_code(life, _ENDING)
 
         def step(roster: Roster) -> tuple[Roster, tuple[bool, Roster]]:
             after = mark_ending(roster, {device_id})
@@ -230,7 +234,7 @@ class Users:
         rosters, life, by = self._repository().rosters, self._life(), self._by(by)
         current = None if life is None else stored_device_of(life, user_id)
         if life is not None and current not in (None, keep):
-            life.check_not_in_retried_code(_ENDING)
+            check_not_in_retried_code(life, _ENDING)
 
         def step(roster: Roster) -> tuple[Roster, tuple[Roster, Roster]]:
             if keep is not None and keep not in {device.id for device in roster.members}:
@@ -275,7 +279,7 @@ class Users:
             return None
         session.accessed = True
         life = lifecycle_of(session)
-        life.open()
+        load(life)
         return life
 
 
@@ -283,10 +287,10 @@ def _end_here(life: Lifecycle, user_id: str) -> None:
     """This request's session was revoked. A sign-in of another user goes on without it."""
     binding = life.wishes.binding
     if binding is None or binding.user_id in ("", user_id):
-        life.destroy()
+        destroy(life)
     else:
         with life.mutex:
-            life.start_own_session()
+            start_own_session(life)
 
 
 def _go_on(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:

@@ -18,6 +18,8 @@ from flask.logging import default_handler, has_level_handler
 
 from ..errors import UnreadableRecord
 from ..events import Event, SessionCreated, SessionDestroyed, SessionRotated, WriteDropped, logger
+from ..request.debugging import start_trace
+from ..request.ending import leads_nowhere
 from ..request.lifecycle import Lifecycle
 from ..request.session import SessionData, lifecycle_of
 from ..request.state import Presented
@@ -77,7 +79,7 @@ def prepare(
 
 def begin(session: SessionData, request: Request) -> None:
     """Trace a session from the start of its request."""
-    lifecycle_of(session).start_trace(Trace())
+    start_trace(lifecycle_of(session), Trace())
     vars(request).setdefault(_TRACED, []).append(session)
 
 
@@ -325,7 +327,7 @@ def _token(life: Lifecycle, trace: Trace, error: object) -> str:
     if life.ended:
         return "unchanged: the request that ended the session deletes it"
     if record is None:
-        if life.presented().by_header and life.leads_nowhere():
+        if life.presented().by_header and leads_nowhere(life):
             return "emptied: there is no such session"
         return "unchanged: there is no such session, and no new one was stored"
     if life.seen.token is None:

@@ -14,7 +14,10 @@ import pytest
 from flask import copy_current_request_context
 
 from flask_gsession import LockMisused, SessionConflict, TransactionMisused
+from flask_gsession.request import transactions
+from flask_gsession.request.blocks import begin_block, leave_block
 from flask_gsession.request.lifecycle import Lifecycle
+from flask_gsession.request.loading import load
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import STUCK, Site, SiteMaker, Visitor
 
@@ -198,7 +201,7 @@ def test_a_change_right_after_the_first_look_of_a_transaction_is_kept(
 ) -> None:
     """Another thread makes it before the block begins, and the block is rolled back."""
     visitor = a_visitor(site, {"a": 0})
-    look = Lifecycle.open_from_store
+    look = transactions.open_from_store
 
     def view(session: Any) -> None:
         other = threading.Thread(
@@ -206,14 +209,14 @@ def test_a_change_right_after_the_first_look_of_a_transaction_is_kept(
         )
 
         def look_and_be_overtaken(life: Lifecycle, what: str) -> Any:
-            monkeypatch.setattr(Lifecycle, "open_from_store", look)
+            monkeypatch.setattr(transactions, "open_from_store", look)
             try:
                 return look(life, what)
             finally:
                 other.start()
                 other.join(0.2)
 
-        monkeypatch.setattr(Lifecycle, "open_from_store", look_and_be_overtaken)
+        monkeypatch.setattr(transactions, "open_from_store", look_and_be_overtaken)
         with pytest.raises(ZeroDivisionError), session.transaction():
             session["a"] = 1 / 0
         other.join(STUCK)
@@ -256,11 +259,11 @@ def test_blocks_of_two_threads_end_in_any_order(memory: Site, fails: bool) -> No
 
     def view(session: Any) -> None:
         life = session._life
-        life.open()
-        first = life.begin_block("lock")
-        second = life.begin_block("lock")
+        load(life)
+        first = begin_block(life, "lock")
+        second = begin_block(life, "lock")
         session["beside"] = 1
-        life.leave_block(first)
+        leave_block(life, first)
         (life.roll_back if fails else life.leave_block)(second)
         assert life.block is None
 

@@ -12,8 +12,9 @@ from msgspec import structs
 
 from flask_gsession.errors import Gone
 from flask_gsession.repository.repository import Repository
-from flask_gsession.request import rewriting, saving, session, storing, writing
+from flask_gsession.request import following, rewriting, saving, session, storing, writing
 from flask_gsession.request.lifecycle import Lifecycle
+from flask_gsession.request.loading import load
 from flask_gsession.request.session import SessionData
 from flask_gsession.request.state import NO_WISHES
 from flask_gsession.request.tracking import TrackedValues
@@ -48,9 +49,9 @@ _check = payload._check
 _save = MemoryStore.save
 _repository_save = Repository.save
 _apply = Merger.apply
-_catch_up = Lifecycle.catch_up
+_catch_up = following.catch_up
 _commit = saving.commit
-_settle_attempts = Lifecycle._settle_attempts
+_settle_attempts = following.settle_attempts
 _draft_rotated = Repository.draft_rotated
 _rewrite = rewriting.rewrite
 
@@ -144,11 +145,11 @@ def _lasting_pointer(self: Repository, old: Record, record: Record, grace: float
     )
 
 
-def _leave_rotations_to_others(self: Lifecycle, **how: Any) -> bool:
-    key = self.handle
-    found = _catch_up(self, **how)
-    if self.handle != key:
-        self.wishes = NO_WISHES
+def _leave_rotations_to_others(life: Lifecycle, **how: Any) -> bool:
+    key = life.handle
+    found = _catch_up(life, **how)
+    if life.handle != key:
+        life.wishes = NO_WISHES
     return found
 
 
@@ -162,23 +163,23 @@ def _commit_without_attempts(life: Lifecycle, **how: Any) -> bool:
     return _commit(life, **how)
 
 
-def _settle_and_forget(self: Lifecycle, *seen: Any, **how: Any) -> Any:
+def _settle_and_forget(life: Lifecycle, *seen: Any, **how: Any) -> Any:
     try:
-        return _settle_attempts(self, *seen, **how)
+        return _settle_attempts(life, *seen, **how)
     finally:
-        self.attempts = {}
+        life.attempts = {}
 
 
-def _settle_and_expect_none(self: Lifecycle, there: Record, before: Record, **how: Any) -> Any:
+def _settle_and_expect_none(life: Lifecycle, there: Record, before: Record, **how: Any) -> Any:
     if there.version == before.version:
-        self.attempts = {}
-    return _settle_attempts(self, there, before, **how)
+        life.attempts = {}
+    return _settle_attempts(life, there, before, **how)
 
 
-def _rotate_with_any_token(self: Lifecycle, grace: float) -> None:
-    self.open()
-    if self.seen.record is not None:
-        self.wish(rotation=grace)
+def _rotate_with_any_token(life: Lifecycle, grace: float) -> None:
+    load(life)
+    if life.seen.record is not None:
+        life.wish(rotation=grace)
 
 
 def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = None) -> None:
@@ -199,10 +200,10 @@ def _drop_silently(self: Lifecycle, during: str) -> None:
     self.ended = True
 
 
-def _destroy_the_cookie_only(self: Lifecycle) -> None:
-    self.forget()
-    self.opened = True
-    self.cookie = "delete"
+def _destroy_the_cookie_only(life: Lifecycle) -> None:
+    life.forget()
+    life.opened = True
+    life.cookie = "delete"
 
 
 def _take_with_the_response(self: SessionData, key: str, default: Any = None) -> Any:
@@ -241,30 +242,30 @@ FURTHER = (
     Mutation("two successors", MemoryStore, "replace", _replace_again),
     Mutation("logout of the pointer only", MemoryStore, "delete", _delete_the_pointer_only),
     Mutation("pointers that last", Repository, "_pointer", _lasting_pointer),
-    Mutation("login left to another rotation", Lifecycle, "catch_up", _leave_rotations_to_others),
+    Mutation("login left to another rotation", writing, "catch_up", _leave_rotations_to_others),
     Mutation("doubtful write repeated", saving, "commit", _commit_in_doubt),
     Mutation("attempts forgotten", saving, "commit", _commit_without_attempts),
     Mutation(
         "attempts forgotten at a refusal",
-        Lifecycle,
-        "_settle_attempts",
+        following,
+        "settle_attempts",
         _settle_and_forget,
         among=lambda plan: plan.strikes,
     ),
     Mutation(
         "attempts forgotten that may arrive",
-        Lifecycle,
-        "_settle_attempts",
+        following,
+        "settle_attempts",
         _settle_and_expect_none,
         among=lambda plan: plan.strikes,
     ),
     Mutation("an old token that rotates", writing, "needs_own_session", lambda *life, **how: False),
-    Mutation("an old token that is asked to", Lifecycle, "rotate_soon", _rotate_with_any_token),
+    Mutation("an old token that is asked to", session, "rotate_soon", _rotate_with_any_token),
     Mutation("an emptied session kept", storing, "worth_keeping", lambda values: True),
     Mutation("looked-at values forgotten", TrackedValues, "rebase", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
     Mutation("never renewed", Repository, "due", lambda *args: None),
     Mutation("no absolute expiry", Repository, "_idle_end", _idle_end_alone),
     Mutation("dropped silently", Lifecycle, "end", _drop_silently),
-    Mutation("logout of the cookie", Lifecycle, "destroy", _destroy_the_cookie_only),
+    Mutation("logout of the cookie", session, "destroy", _destroy_the_cookie_only),
 )

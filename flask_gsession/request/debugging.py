@@ -1,0 +1,25 @@
+"""Starts the trace of a session that is debugged."""
+
+from __future__ import annotations
+
+import time
+
+from ..stores.wrappers import Call
+from ..watching.tracing import Trace, TracedRepository
+from .lifecycle import Lifecycle
+
+
+def start_trace(life: Lifecycle, trace: Trace) -> None:
+    """Record in ``trace`` what this request does from now on."""
+    life.trace = trace
+    life.repository = TracedRepository(life.repository, trace)
+
+
+def trace_if_debugged(life: Lifecycle, operation: str, began: float, until: int) -> None:
+    """Start a trace if this session is still debugged, beginning with this store operation."""
+    if until <= life.repository.now():
+        return
+    if life.trace is None:
+        start_trace(life, Trace(by_order=True))
+        assert life.trace is not None
+        life.trace.calls.append(Call(operation, time.perf_counter() - began, None))
