@@ -74,6 +74,21 @@ def python_of(page: str) -> str:
 WITH_CODE = [page for page in PAGES if python_of(page).strip()]
 
 
+def rows(page: str) -> list[list[str]]:
+    """The rows of all tables on a page: their cells, each on one line."""
+    found: list[list[str]] = []
+    for line in PAGES[page].splitlines():
+        if line.startswith("| "):
+            found.append([cell.strip() for cell in line.strip("|").split(" | ")])
+        elif line.startswith("* - "):
+            found.append([line[4:]])
+        elif line.startswith("  -") and found:
+            found[-1].append(line[4:])
+        elif line.startswith("    ") and found:
+            found[-1][-1] += f" {line.strip()}"
+    return found
+
+
 def example(name: str) -> ModuleType:
     """A module of docs/examples."""
     spec = importlib.util.spec_from_file_location(name, DOCS / "examples" / f"{name}.py")
@@ -163,6 +178,13 @@ def test_no_python_escapes_the_test(page: str) -> None:
             assert info == "python"
     assert "```python" not in PAGES[page].replace("\n```python\n", "\n")
     ast.parse(python_of(page), page)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.endswith("table.md")])
+def test_lines_fit_into_100_characters(page: str) -> None:
+    prose = re.sub(r"^ *```(?!{list-table}).*?^ *```$", "", PAGES[page], flags=re.M | re.S)
+    long = [line for line in prose.splitlines() if len(line) > 100 and " " in line.strip()]
+    assert not long
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
@@ -996,7 +1018,7 @@ def test_every_reason_of_a_conflict_is_named() -> None:
 def test_the_architecture_page_names_every_file() -> None:
     """A file that is renamed, or new at the top, changes the map of the house as well."""
     package = Path(flask_gsession.__file__).parent
-    table = re.findall(r"^\| (`.*?`) \|", PAGES["docs/architecture.md"], re.MULTILINE)
+    table = [row[0] for row in rows("docs/architecture.md")]
     picture = (DOCS / "images/request-path.svg").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", " ".join(table)))
     shown = set(re.findall(r"\w+\.py", picture + PAGES["docs/architecture.md"]))
@@ -1017,8 +1039,7 @@ GSESSION = """
 
 @pytest.mark.parametrize("name", GSESSION.split())
 def test_the_whole_of_gsession_is_in_its_table(name: str) -> None:
-    rows = [line for line in PAGES["docs/gsession.md"].splitlines() if line.startswith("| `")]
-    theirs = " ".join(row.split(" | ")[0] for row in rows)
+    theirs = " ".join(row[0] for row in rows("docs/gsession.md"))
     assert re.search(rf"\b{name}\b", theirs)
 
 
@@ -1032,7 +1053,7 @@ def anchors(page: str) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
-    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```(?!{list-table}).*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith(("http", "mailto:")):
             continue
@@ -1073,9 +1094,8 @@ def messages() -> list[str]:
 
 def symptoms() -> list[str]:
     """The first column of the tables on troubleshooting."""
-    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
-    return [row for row in rows if row not in ("Symptom", "Log line", "---")]
+    cells = [row[0] for row in rows("docs/troubleshooting.md")]
+    return [cell for cell in cells if cell not in ("Symptom", "Log line", "---")]
 
 
 def test_troubleshooting_quotes_real_messages() -> None:
