@@ -18,6 +18,7 @@ from .error_pages import replace_response, response_to
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .remember import drop_cookie
+from .repository.permanent import is_permanent
 from .repository.repository import Repository
 from .request.ending import leads_nowhere
 from .request.late_changes import late_changes, report_late
@@ -365,7 +366,7 @@ class GSessionInterface(SessionInterface):
             response.delete_cookie(name, **attributes)
             return
         expires = None
-        if self.repository.is_permanent(life.values.stored):
+        if is_permanent(life.values.stored):
             expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
         response.set_cookie(name, signing.signer.sign(token), expires=expires, **attributes)
 

@@ -153,13 +153,13 @@ def peek(repository: Repository, handle: str | None) -> SessionPeek | None:
     try:
         loaded = repository.find(key)
     except UnreadableRecord as error:
-        repository.refused(error.reason, key, error.detail)
+        repository.refusals.note(error.reason, key, error.detail)
         return None
     if loaded is None:
         return None
     owner, imports = loaded.body.owner, repository.imports
     if owner is not None and not owner.seen and not is_member(repository, loaded):
-        repository.refused("revoked", key)
+        repository.refusals.note("revoked", key)
         return None
     if imports is not None and imports.has_ended(repository, loaded.body):
         return None

@@ -5,7 +5,6 @@ The node's store holds opaque records. Here they are opened, with the keys of th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 
@@ -25,7 +24,9 @@ from .errors import (
     ValueRefused,
 )
 from .events import WriteDropped, logger
-from .repository.repository import PERMANENT, Repository
+from .repository.ending import delete_session
+from .repository.permanent import PERMANENT
+from .repository.repository import Repository
 from .stores.base import KEY_LENGTH, Record, Store, unexpired
 from .stores.parts import Reconciler
 from .users.joins import both_joins
@@ -56,9 +57,7 @@ class SessionReconciler(Reconciler):
     @property
     def _repository(self) -> Repository:
         """The repository at the centre: the edge's own store still refuses what needs that."""
-        direct = copy.copy(self._own)
-        direct.use_store(self._centre)
-        return direct
+        return self._own.through(self._centre)
 
     def greet(self, centre: Store) -> str:
         """Why this node and the centre's other applications can't read each other; or ""."""
@@ -66,7 +65,7 @@ class SessionReconciler(Reconciler):
         try:
             there = unexpired(centre, GREETING_KEY, repository.now())
             if there is not None:
-                version, newest = _read(repository.read_other(there))
+                version, newest = _read(repository.other_records.read(there))
                 if version != _GREETING or newest > NEWEST:
                     return (
                         "the centre is used by another version of Flask-GSession, whose sessions "
@@ -81,7 +80,7 @@ class SessionReconciler(Reconciler):
         now = repository.now()
         if there is None or now - there.created_at > _REFRESH:
             content = encode((_GREETING, NEWEST))
-            record = repository.draft_other(GREETING_KEY, content, now + _LIFE)
+            record = repository.other_records.draft(GREETING_KEY, content, now + _LIFE)
             with suppress(KeyTaken, Stale, Gone):  # another node was faster
                 if there is None:
                     centre.create(record)
@@ -132,27 +131,27 @@ class SessionReconciler(Reconciler):
             end = max(end, theirs.idle_expires_at)
         end = min(end, theirs.absolute_expires_at)
         try:
-            merged = repository.draft_merged(theirs, body, end)
+            merged = repository.records.with_body(theirs, body, end)
         except SessionTooLarge:
             self._lost(theirs.key, "the merged session would be too large")
             body.values, body.marked, body.has_large = there.values, there.marked, there.has_large
-            merged = repository.draft_merged(theirs, body, end)
+            merged = repository.records.with_body(theirs, body, end)
         # Reads that were served here have renewed the session, but not its large values.
-        repository.renew_large(body, end)
+        repository.large.renew_for(body, end)
         return merged
 
     def settled(self, base: Record, there: Record, mine: Record) -> None:
         """See ``Reconciler``. A user who signed out here leaves the roster."""
         owner = _body(self._repository, base).owner
         if owner is not None and _body(self._repository, mine).owner is None:
-            self._repository.leave_roster(owner, base.key, there.key)
+            self._repository.rosters.leave(owner, base.key, there.key)
 
     def end(self, key: str, last: Record) -> None:
         """See ``Reconciler``. An end that only other nodes can read is left to them."""
         repository = self._repository
         imports, repository.imports = repository.imports, None
         try:
-            repository.delete(key, leave_roster=False)
+            delete_session(repository, key, leave_roster=False)
         except UnreadableRecord:
             pass  # it can't be used anyway
         except LogoutUnconfirmed as error:  # nobody waits for it here who could repeat it
@@ -246,7 +245,7 @@ class SessionReconciler(Reconciler):
 
 
 def _body(repository: Repository, record: Record) -> Body:
-    body = repository.read(record.key, record)
+    body = repository.records.read(record.key, record)
     if body is None:
         raise UnreadableRecord("corrupt", "a pointer in place of a session")
     return body

@@ -117,7 +117,7 @@ def _converts(life: Lifecycle, cookie: str) -> bool:
         return False
     key, end = mark_key(_FROM_BEFORE, user_id), repository.settings.remember_end
     try:
-        repository.store.create(repository.draft_other(key, b"", end))
+        repository.store.create(repository.other_records.draft(key, b"", end))
     except KeyTaken:
         logger.info("A remember-me cookie was refused: it was converted before")
         return False

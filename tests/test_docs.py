@@ -1004,7 +1004,9 @@ def test_every_reason_of_a_refusal_is_named() -> None:
     said = set(re.findall(r'``"([^"]+)"``', events.SessionRefused.__doc__ or ""))
     package = Path(flask_gsession.__file__).parent
     source = "".join(file.read_text(encoding="utf-8") for file in package.rglob("*.py"))
-    given = re.findall(r'(?:Checked\(None, |UnreadableRecord\(\s*|refused\()"([^"]+)"', source)
+    given = re.findall(
+        r'(?:Checked\(None, |UnreadableRecord\(\s*|Absence\(\s*|refusals\.note\()"([^"]+)"', source
+    )
     assert set(given) == said
 
 

@@ -595,7 +595,12 @@ def test_one_that_never_got_into_its_users_list_is_nobodys(site: Site, member: V
 
     def as_if_not_entered() -> None:
         loaded = repository.find(key)
-        repository.save_owner(loaded.record, loaded.body, replace(loaded.body.owner, seen=0))
+        repository.store.save(
+            repository.records.with_owner(
+                loaded.record, loaded.body, replace(loaded.body.owner, seen=0)
+            ),
+            loaded.record.version,
+        )
 
     as_if_not_entered()
     record = site.store.load(key)

@@ -8,6 +8,7 @@ import click
 from flask.cli import with_appcontext
 
 from ..errors import SessionConflict, SessionTooLarge, UnreadableRecord
+from ..repository.debugging import debug_session
 from .common import (
     HANDLE_ARGUMENT,
     NO_SESSION,
@@ -73,7 +74,7 @@ def debug(handle: str, seconds: int, off: bool, cookie: str | None) -> None:
         key = resolve_handle(interface, handle)
         end = repository.now() + seconds * 1000
         try:
-            found = repository.debug(key, None if off else end)
+            found = debug_session(repository, key, None if off else end)
         except (SessionConflict, SessionTooLarge, UnreadableRecord) as error:
             raise click.ClickException(f"{key}: could not change the session: {error}") from None
     if found is None:

@@ -37,7 +37,7 @@ def doctor(as_json: bool) -> None:
     for interface in all_of_them.values():
         print_store(interface)
         repository = interface.repository
-        settings, large_values = repository.settings, repository.large_values
+        settings, large_values = repository.settings, repository.large.storage
         elsewhere = (
             None if large_values is None or settings.spill_store is None else large_values.blobs
         )

@@ -13,6 +13,7 @@ from flask.cli import with_appcontext
 from ..errors import LogoutUnconfirmed, SessionEnded, UnreadableRecord
 from ..events import DeviceRevoked, SessionRevoked
 from ..interface import GSessionInterface
+from ..repository.ending import delete_session
 from ..repository.repository import Repository
 from ..repository.scanning import all_pages
 from ..stores import Record
@@ -221,7 +222,7 @@ def _end(
     owner = _owner_of(repository, key, record)
     try:
         with because(reason or "revoked", BY):
-            ended = repository.delete(key, signs_out=False)
+            ended = delete_session(repository, key, signs_out=False)
     except LogoutUnconfirmed as error:
         ended, problem = True, f"ended, but {error}"
     except UnreadableRecord as error:
@@ -237,7 +238,7 @@ def _end(
 
 def _owner_of(repository: Repository, key: str, record: Record | None) -> Owner | None:
     try:
-        body = None if record is None else repository.read(key, record)
+        body = None if record is None else repository.records.read(key, record)
         if body is None:
             loaded = repository.find(key)
             body = None if loaded is None else loaded.body

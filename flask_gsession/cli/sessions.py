@@ -14,6 +14,7 @@ from flask.cli import with_appcontext
 
 from ..errors import UnreadableRecord
 from ..interface import GSessionInterface
+from ..repository.permanent import is_permanent
 from ..repository.repository import Repository
 from ..repository.scanning import all_pages
 from ..stores import Record
@@ -220,7 +221,7 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
     contents: dict[str, dict[str, object]] = {}
     now, until = repository.now(), 0
     if loaded is not None:
-        facts["permanent"] = repository.is_permanent(loaded.body.values)
+        facts["permanent"] = is_permanent(loaded.body.values)
         until = loaded.body.debug_until or 0
         facts["debug_log_until"] = format_time(until) if until > now else None
         try:

@@ -66,7 +66,7 @@ def all_hold(repository: Repository, record: Record, conditions: tuple[Condition
     """
     if not conditions:
         return True
-    body = repository.read(record.key, record)
+    body = repository.records.read(record.key, record)
     if body is None:
         return False
     now, large = repository.now(), False

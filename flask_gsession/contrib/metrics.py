@@ -131,7 +131,7 @@ class SessionMetrics:
         repository = interface.repository
         watch = self._watch(app, interface, figures)
         repository.use_store(compose(repository.store, timer=Timer(figures, watch).call))
-        repository.events = _CountedEvents(repository.events, figures)
+        repository.use_events(_CountedEvents(repository.events, figures))
         watch.listen(ext.on)
         if repository.near is not None:
             cookie = repository.live.cookie_name()

@@ -98,7 +98,7 @@ class SignIns:
         """Remember the id of a token until ``end``, in milliseconds. One round trip."""
         key, repository = self._key("jti", jti), self._repository
         try:
-            repository.store.create(repository.draft_other(key, b"", end))
+            repository.store.create(repository.other_records.draft(key, b"", end))
         except KeyTaken:  # the same token at the same time, which has done the same
             return
 
@@ -116,7 +116,7 @@ class SignIns:
             if old is not None and after == there and last == old.idle_expires_at:
                 return None
             content = msgspec.msgpack.encode(("oidc", after.users, after.ended))
-            return old, repository.draft_renewable(key, content, last, old)
+            return old, repository.other_records.draft_renewable(key, content, last, old)
 
         def send(drafts: tuple[Record | None, Record], _: int) -> None:
             old, draft = drafts
@@ -133,7 +133,7 @@ class SignIns:
         if record is None or repository.now() >= record.idle_expires_at:
             return None, SignIn()
         try:
-            content = repository.read_other(record)
+            content = repository.other_records.read(record)
             stored = msgspec.msgpack.decode(content, type=_Stored) if content else None
         except (UnreadableRecord, msgspec.DecodeError) as error:
             # As after a removed encryption key: it must not keep its users out.

@@ -38,7 +38,8 @@ def describe_by(store: JournalingStore, repository: Repository) -> None:
     """Let entries of ``store`` name the users of the sessions in ``repository``."""
 
     def describe(record: Record) -> Subject:
-        owner = repository.owner_of(record)
+        body = repository.records.contents(record)
+        owner = None if body is None else body.owner
         if owner is None:
             return NOBODY
         return Subject(owner.user_id, owner.device_id, owner.predecessor)

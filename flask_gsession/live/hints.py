@@ -356,7 +356,7 @@ class Hints:
                 record = self._load(key, loads)
                 if record is None or repository.now() >= record.idle_expires_at:
                     return None
-                body = repository.read(key, record)
+                body = repository.records.read(key, record)
             except UnreadableRecord as error:
                 # Workers of another version, or with other keys, may be able to read it.
                 return before if error.for_others else None
@@ -394,7 +394,7 @@ class Hints:
             record = self._load(key, loads)
             if record is None or repository.now() >= record.idle_expires_at:
                 return {}
-            body = repository.read(key, record)
+            body = repository.records.read(key, record)
         except UnreadableRecord as error:
             return before.keys if error.for_others else {}
         if body is None:

@@ -79,7 +79,7 @@ def read_messages(repository: Repository, record: Record | None) -> tuple[Messag
     if record is None or repository.now() >= record.idle_expires_at:
         return ()
     try:
-        content = repository.read_other(record)
+        content = repository.other_records.read(record)
         messages = _decode(content).messages
     except (UnreadableRecord, *OF_DATA):
         return ()
@@ -107,7 +107,7 @@ def add_message(repository: Repository, user_id: str, name: str, data: bytes) ->
         now = repository.now()
         number = max([now, *(message.id + 1 for message in kept)])
         content = _encode(_Messages(1, [*kept, Message(number, name, data)]))
-        record = repository.draft_other(key, content, max(now, number) + LIFE)
+        record = repository.other_records.draft(key, content, max(now, number) + LIFE)
         sent.add(record.version)
         return None if there is None else there.version, record
 

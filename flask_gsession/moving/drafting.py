@@ -38,14 +38,14 @@ def drafted(
     while True:
         body = Body(values, contents.lifetime, any(map(is_marked, values.values())), origin=origin)
         try:
-            if repository.has_large_value(values, values):
-                end = repository.blobs_expire_at(body)
+            if repository.large.is_any_too_long(values, values):
+                end = repository.expiry.end_of_blobs(body)
                 referring = replace(body, has_large=True)
-                stored = repository.write_large(referring, partial(int, end), written, {})
+                stored = repository.large.write(referring, partial(int, end), written, {})
                 body = replace(referring, values=stored, has_large=bool(written))
             if knows_users:
                 body = replace(body, owner=owner_of(repository, body, contents))
-            record = repository.draft_imported(key, body, contents.began, contents.ends)
+            record = repository.records.draft_imported(key, body, contents.began, contents.ends)
         except SessionTooLarge:
             largest = max(values, key=lambda name: len(values[name]))
             dropped.append(ascii(largest)[:60])

@@ -19,7 +19,7 @@ def owner_of(repository: Repository, body: Body, contents: Contents) -> Owner | 
     user_id = contents.user_id or _login_of(repository, body)
     if user_id is None:
         return None
-    until = repository.listed_until(body.values, body.lifetime, None)
+    until = repository.expiry.listed_until(body.values, body.lifetime, None)
     return Owner(user_id, new_device_id(), repository.now() // 1000, until)
 
 

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import BinaryIO
 
 from ..errors import UnreadableRecord, ValueLost
-from ..repository.repository import BLOB_GRACE, Repository
+from ..repository.large_values import BLOB_GRACE
+from ..repository.repository import Repository
 from ..repository.scanning import all_pages
 from ..repository.user_values import is_user_values
 from ..stores.base import Record, is_session_key
@@ -71,14 +72,14 @@ class Exporter:
         """The large values of a record as stored. Raises ``ValueLost``."""
         repository = self._repository
         try:
-            body = repository.read(record.key, record)
+            body = repository.records.read(record.key, record)
             values = body.values.values() if body is not None and body.has_large else ()
             references = [reference_in(raw) for raw in values if refers(raw)]
         except UnreadableRecord:  # the application that imports it may be able to read it
             return
         end = record.idle_expires_at + BLOB_GRACE
         for reference in references:
-            if repository.large_values is None:
+            if repository.large.storage is None:
                 raise ValueLost("missing")
-            for offset, frame in repository.large_values.stored(reference):
+            for offset, frame in repository.large.storage.stored(reference):
                 yield Frame(reference.name, offset, frame, record.key, record.version, end)

@@ -9,8 +9,10 @@ from typing import BinaryIO
 from msgspec.structs import replace
 
 from ..errors import Gone, KeyTaken, RosterUnreadable, Stale, UnreadableRecord
-from ..repository.repository import BLOB_GRACE, Loaded, Repository
-from ..repository.user_values import UserValuesRepository, is_user_values, may_be_user_values
+from ..repository.ending import delete_session
+from ..repository.large_values import BLOB_GRACE
+from ..repository.repository import Loaded, Repository
+from ..repository.user_values import UserValues, is_user_values, may_be_user_values
 from ..stores.base import Record, Store, is_session_key, unexpired
 from ..users.roster import Since, is_revoked_since
 from ..values.payload import NOT_ENCRYPTED, Body, Owner
@@ -40,14 +42,14 @@ class Importer:
         #: why records can't be read here, with how often each reason occurs
         self.problems: Counter[str] = Counter()
         self._unreadable: set[str] = set()
-        self._user_values = UserValuesRepository(repository, "")
+        self._user_values = UserValues(repository, "")
 
     def check(self, source: BinaryIO) -> int:
         """Check a whole archive and return its number of records; collects ``problems``.
 
         Raises ``ArchiveError``.
         """
-        large_values = self._repository.large_values is not None
+        large_values = self._repository.large.storage is not None
         return check_archive(source, self._check_record, large_values=large_values)
 
     def _check_record(self, record: Record) -> Body | None:
@@ -97,14 +99,14 @@ class Importer:
         kept = any(each.key == record.key and not each.ending for each in roster.devices)
         if not kept and is_revoked_since(roster, since):
             return _REVOKED
-        bound = repository.with_owner(record, body, replace(owner, seen=0))
+        bound = repository.records.with_owner(record, body, replace(owner, seen=0))
         done = self._put(bound._replace(version=record.version), now)
         if not self._dry_run and done in ("imported", "overwritten", "there already"):
             body.owner = replace(
-                owner, until=repository.listed_until(body.values, body.lifetime, record)
+                owner, until=repository.expiry.listed_until(body.values, body.lifetime, record)
             )
             if not enter(repository, Loaded(record, body), since, b""):
-                repository.delete(record.key, leave_roster=False)
+                delete_session(repository, record.key, leave_roster=False)
                 return _REVOKED
         return done
 
@@ -142,7 +144,8 @@ class Importer:
     def put_frame(self, frame: Frame) -> None:
         """Import a piece of a large value if ``put`` will import the session it belongs to."""
         repository = self._repository
-        latest = (self._user_values if may_be_user_values(frame.key) else repository).latest_end()
+        of_user = may_be_user_values(frame.key)
+        latest = (self._user_values.repository if of_user else repository).expiry.latest_end()
         now, end = repository.now(), min(frame.expires_at, latest + BLOB_GRACE)
         if self._dry_run or frame.key in self._unreadable or now >= end:
             return
@@ -156,9 +159,9 @@ class Importer:
                 return
             # The stored session may refer to this very value: never shorten its life.
             end = max(end, there.absolute_expires_at + BLOB_GRACE)
-        assert repository.large_values is not None  # check_archive refuses frames without one
+        assert repository.large.storage is not None  # check_archive refuses frames without one
         with suppress(Gone):  # removed by another process: the session reports its value as lost
-            repository.large_values.blobs.write_frame(frame.blob, frame.offset, frame.frame, end)
+            repository.large.storage.blobs.write_frame(frame.blob, frame.offset, frame.frame, end)
 
     def _read(self, record: Record) -> tuple[str, Body | None]:
         """Why the application can't read a record ("" if it can), and the record's body.
@@ -170,7 +173,7 @@ class Importer:
             lasting = is_lasting(self._repository, record)
             return "" if lasting else "not the key of a session", None
         try:
-            body = self._repository.read(record.key, record)
+            body = self._repository.records.read(record.key, record)
             if body is None:
                 return "", Body({})
             for raw in body.values.values():
@@ -185,10 +188,10 @@ class Importer:
         """The record, ending no later than a session that this application creates now."""
         repository = self._repository
         now = repository.now()
-        absolute = min(record.absolute_expires_at, repository.latest_end())
+        absolute = min(record.absolute_expires_at, repository.expiry.latest_end())
         capped = record._replace(
             created_at=min(record.created_at, now, absolute),
             idle_expires_at=min(record.idle_expires_at, absolute),
             absolute_expires_at=absolute,
         )
-        return record if capped == record else repository.with_times(record, capped)
+        return record if capped == record else repository.records.with_times(record, capped)

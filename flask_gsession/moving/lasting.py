@@ -22,7 +22,7 @@ def is_lasting(repository: Repository, record: Record) -> bool:
     if record.successor is not None or not record.key.endswith(ENDING):
         return False
     try:
-        content = repository.read_other(record)
+        content = repository.other_records.read(record)
     except UnreadableRecord:
         return False
     try:

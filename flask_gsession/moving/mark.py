@@ -64,7 +64,7 @@ def read_mark(repository: Repository, record: Record | None) -> Mark | None:
     """The mark in a record, if it is there and its time isn't over."""
     if record is None or repository.now() >= record.idle_expires_at:
         return None
-    return Mark.of(repository.read_other(record))
+    return Mark.of(repository.other_records.read(record))
 
 
 def mark_key(label: str, name: str) -> str:

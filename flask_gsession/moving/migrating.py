@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import Counter
 
 from ..errors import UnreadableRecord
-from ..repository.repository import PERMANENT, Repository
+from ..repository.permanent import PERMANENT
+from ..repository.repository import Repository
 from ..stores.foreign import Foreign, Together
 from ..tokens import Token
 from ..users.roster import Since
@@ -90,7 +91,7 @@ class Migration:
         contents = self._source.contents(repository, old)
         if len(contents.values) <= (PERMANENT in contents.values):
             return "empty", ()
-        if repository.has_large_value(contents.values, contents.values):
+        if repository.large.is_any_too_long(contents.values, contents.values):
             return TAKEN_OVER, contents.dropped  # drafting would write them
         key, origin = keyed(repository, self._source.label, found.name, new_nonce(), old.expires_at)
         return TAKEN_OVER, drafted(repository, key, contents, origin, False)[1]

@@ -52,14 +52,14 @@ class OwnStoreSource:
             record = self._old.store.load(at)
             if record is None or self._old.now() >= record.idle_expires_at:
                 return None
-            if self._old.read(at, record) is not None:
+            if self._old.records.read(at, record) is not None:
                 return Old(at, record, record.idle_expires_at, by_pointer=at != name)
             at = record.successor or ""
         raise UnreadableRecord("corrupt", "too many pointers")
 
     def contents(self, repository: Repository, old: Old) -> Contents:
         record: Any = old.stored
-        body = self._old.read(old.name, record)
+        body = self._old.records.read(old.name, record)
         if body is None:
             raise RefusedContents("a pointer")
         values, dropped = {}, []
@@ -87,7 +87,7 @@ class OwnStoreSource:
     def since(self, old: Old) -> Since:
         # When it was signed in, or last seen in its roster.
         record: Any = old.stored
-        body = self._old.read(old.name, record)
+        body = self._old.records.read(old.name, record)
         seen = 0 if body is None or body.owner is None else body.owner.seen
         return Since(None, max(record.created_at, seen * 1000))
 

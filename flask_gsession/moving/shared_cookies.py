@@ -61,7 +61,7 @@ def may_answer(repository: Repository, record: Record, began: int, *, wrote: boo
     try:
         if wrote:
             return _store_next(repository, record.key, record)
-        if began < Mark.of(repository.read_other(record)).answered + _ON_ITS_WAY:
+        if began < Mark.of(repository.other_records.read(record)).answered + _ON_ITS_WAY:
             return False
         repository.store.save(_next(repository, record, ended=False), record.version)
     except Stale:
@@ -90,7 +90,7 @@ def _store_next(
         record = there.pop() if there else repository.store.load(key)
         if record is None:
             return None  # the imports are over
-        is_dead = Mark.of(repository.read_other(record)).ended
+        is_dead = Mark.of(repository.other_records.read(record)).ended
         return None if is_dead else (record, _next(repository, record, ended=ended))
 
     def send(step: tuple[Record, Record], _: int) -> None:
@@ -102,6 +102,8 @@ def _store_next(
 
 
 def _next(repository: Repository, record: Record, *, ended: bool) -> Record:
-    mark = Mark.of(repository.read_other(record))
+    mark = Mark.of(repository.other_records.read(record))
     content = replace(mark, ended=ended, answered=repository.now()).pack()
-    return repository.draft_renewable(record.key, content, record.absolute_expires_at, record)
+    return repository.other_records.draft_renewable(
+        record.key, content, record.absolute_expires_at, record
+    )

@@ -28,8 +28,10 @@ from msgspec.structs import replace
 
 from ..errors import KeyTaken, LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
 from ..events import ImportRefused, SessionImported, logger
+from ..repository.ending import delete_session
 from ..repository.imports import TakenOver
-from ..repository.repository import PERMANENT, Loaded, Repository
+from ..repository.permanent import PERMANENT
+from ..repository.repository import Loaded, Repository
 from ..stores.base import Record, Store
 from ..stores.support import because
 from ..stores.wrappers.breaker import Circuit
@@ -262,7 +264,7 @@ class Takeover:
             first = token_for(repository.live.secret_keys(), source.label, found.name, mark)
             return TakenOver(loaded, first, mark=record)
         if self._watch and found.old is None and self.has_ended(repository, loaded.body):
-            repository.delete(loaded.record.key, body=loaded.body)
+            delete_session(repository, loaded.record.key, body=loaded.body)
             return _DEAD
         token = None
         by_pointer = found.old is not None and found.old.by_pointer
@@ -271,7 +273,7 @@ class Takeover:
         since = Since(epoch=0) if found.old is None else source.since(found.old)
         if token is not None and not enter(repository, loaded, since, network):
             with because("refused"):
-                repository.delete(loaded.record.key, body=loaded.body, leave_roster=False)
+                delete_session(repository, loaded.record.key, body=loaded.body, leave_roster=False)
             return _DEAD
         return TakenOver(loaded, token)
 
@@ -311,20 +313,20 @@ class Takeover:
             except KeyTaken:
                 with suppress(LogoutUnconfirmed), because("refused"):
                     nowhere = replace(loaded.body, origin=None)
-                    repository.delete(key, body=nowhere, leave_roster=False)
+                    delete_session(repository, key, body=nowhere, leave_roster=False)
                 there = repository.store.load(found.key)
                 if there is None:
                     raise StoreUnavailable("a mark of an import came and went") from None
         if there is not None:
             if source.together is not None:
-                repository.discard(names_in(loaded.body.values.values()), 0)
+                repository.large.discard(names_in(loaded.body.values.values()), 0)
             return Created(None, read_mark(repository, there), record=there)
         repository.events.emit(SessionImported, key, source.label, dropped)
         return Created(loaded, mark, dropped, record)
 
     def _mark_record(self, repository: Repository, key: str, mark: Mark) -> Record:
         end = repository.settings.marks_end(repository.now())
-        return repository.draft_other(key, mark.pack(), end)
+        return repository.other_records.draft(key, mark.pack(), end)
 
     def _asked(self, ask: Callable[..., T], *arguments: object) -> T:
         """Ask a store of old sessions. Its driver's frames would show the old id: drop them."""

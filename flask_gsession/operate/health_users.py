@@ -60,7 +60,7 @@ def _check(
             continue
         looked += 1
         try:
-            body = repository.read(record.key, record)
+            body = repository.records.read(record.key, record)
         except UnreadableRecord:
             continue
         if body is None:

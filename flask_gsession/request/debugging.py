@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 
 from ..stores.wrappers import Call
-from ..watching.tracing import Trace, TracedRepository
+from ..watching.tracing import Trace, traced
 from .lifecycle import Lifecycle
 
 
 def start_trace(life: Lifecycle, trace: Trace) -> None:
     """Record in ``trace`` what this request does from now on."""
     life.trace = trace
-    life.repository = TracedRepository(life.repository, trace)
+    life.repository = traced(life.repository, trace)
 
 
 def trace_if_debugged(life: Lifecycle, operation: str, began: float, until: int) -> None:

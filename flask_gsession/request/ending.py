@@ -7,6 +7,7 @@ from functools import partial
 
 from ..errors import LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
 from ..events import SessionDestroyed, logger
+from ..repository.ending import delete_session
 from ..tokens import session_key
 from .checks import check_not_in_retried_code
 from .debugging import trace_if_debugged
@@ -40,9 +41,11 @@ def destroy(life: Lifecycle) -> None:
         for key in dict.fromkeys(keys):
             heed = partial(trace_if_debugged, life, "delete", time.perf_counter())
             try:
-                ended = life.repository.delete(key, heed, owner=owner, body=bodies.get(key))
+                ended = delete_session(
+                    life.repository, key, heed, owner=owner, body=bodies.get(key)
+                )
             except UnreadableRecord as error:
-                life.repository.refused(error.reason, key, error.detail)
+                life.repository.refusals.note(error.reason, key, error.detail)
                 continue
             except LogoutUnconfirmed as error:
                 logger.error(UNCONFIRMED, error)
@@ -82,7 +85,7 @@ def end_old_session(life: Lifecycle) -> None:
 def refuse(life: Lifecycle, reason: str, detail: str) -> None:
     """The loaded record turned out unreadable: continue with a new anonymous session."""
     with life.mutex:
-        life.repository.refused(reason, life.handle, detail)
+        life.repository.refusals.note(reason, life.handle, detail)
         life.forget()
         life.cookie = "delete"  # or the next request would meet the same record
 

@@ -29,7 +29,7 @@ def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
             loaded = _find_rotated(life, seen.record)
     except UnreadableRecord as error:
         life.seen = Seen(record=seen.record, for_others=error.for_others)
-        life.repository.refused(error.reason, key, error.detail)
+        life.repository.refusals.note(error.reason, key, error.detail)
         return False
     except StoreUnavailable as error:
         life.note_outage(error, "loaded again")

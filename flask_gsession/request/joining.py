@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ..errors import SessionConflict, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
 from ..events import logger
-from ..repository.user_values import UserValuesRepository
+from ..repository.user_values import UserValues
 from ..stores.base import Record
 from ..users.joins import NotJoined, first_join, login_policy, next_join
 from ..values.merge import Change
@@ -86,7 +86,7 @@ def _put(
     life: Lifecycle, join: Join, values: Mapping[str, bytes], ends_at: int, user_id: str
 ) -> bool:
     try:
-        UserValuesRepository(life.repository, user_id).join(join, values, ends_at)
+        UserValues(life.repository, user_id).join(join, values, ends_at)
     except (NotJoined, UnreadableRecord) as error:
         logger.warning(
             "Session %s keeps its values: they can't join the user's values (%s)",
@@ -106,7 +106,7 @@ def close_join(life: Lifecycle) -> None:
         return
     life.joined = None
     try:
-        UserValuesRepository(life.repository, user_id).close_join(join.id)
+        UserValues(life.repository, user_id).close_join(join.id)
     except (StoreUnavailable, SessionConflict, UnreadableRecord) as error:
         logger.warning("A user's values keep a note of a sign-in longer than needed: %s", error)
 
@@ -143,13 +143,13 @@ def hand_over(life: Lifecycle, user_id: str) -> bool:
     if not changes:
         return False
     user = values_of(life, user_id)
-    values, repository = load(user), user.repository
+    values, repository = load(user), life.repository
     try:
         user.check_readable()
         theirs = {key: raw for key in changes if (raw := values.raw(key)) is not None}
         base = {key: each.base for key, each in changes.items() if each.base is not None}
         mine = {key: each.mine for key, each in changes.items() if each.mine is not None}
-        after = repository.combine(theirs, base, mine)
+        after = user.user_values.combine(theirs, base, mine)
     except (NotJoined, UserValuesUnreadable):
         return False
     policies = {key: login_policy(key, keys[key], repository.merger) for key in changes}

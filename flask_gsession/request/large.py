@@ -45,17 +45,17 @@ class LargeValues:
         life, repository = self._life, self._life.repository
         values = open_for_writing(life, ONE_KEY, key)
         check_store(life)
-        if repository.large_values is None:
+        if repository.large.storage is None:
             raise SettingError(
                 f"session.attach({ascii(key)[:60]}) needs a place for large values: this "
                 "SESSION_STORE has none"
             )
-        pieces = pieces_from(file, repository.large_values.frame_bytes)
+        pieces = pieces_from(file, repository.large.storage.frame_bytes)
         first = next(pieces, b"")
         limit = repository.settings.spill_bytes
         if (
             len(first) <= (_SMALL if limit is None else limit)
-            and len(first) < repository.large_values.frame_bytes
+            and len(first) < repository.large.storage.frame_bytes
         ):
             return first
         if repository.check is not None:
@@ -63,14 +63,14 @@ class LargeValues:
             mark = checked if mark == PLAIN else mark._replace(version=checked.version)
         body = Body(values.stored, life.lifetime)
         absolute = life.seen.record.absolute_expires_at if life.seen.record else None
-        end = repository.blobs_expire_at(body, absolute)
+        end = repository.expiry.end_of_blobs(body, absolute)
         try:
-            reference = repository.large_values.write(
+            reference = repository.large.storage.write(
                 f"session[{ascii(key)[:60]}]",
                 BYTES,
                 chain([first], pieces),
-                lambda: repository.blobs_expire_at(body, absolute),
-                room=repository.room_for(key, values.stored),
+                lambda: repository.expiry.end_of_blobs(body, absolute),
+                room=repository.large.room_for(key, values.stored),
             )
         except StoreUnavailable as error:
             life.note_outage(error, "written to")
@@ -94,7 +94,7 @@ class LargeValues:
                 raise KeyError(key) from None
             if reference.kind != BYTES:
                 raise TypeError(f"session[{ascii(key)[:60]}] isn't bytes: only bytes can be opened")
-            large_values = life.repository.large_values
+            large_values = life.repository.large.storage
             try:
                 if large_values is None:
                     raise ValueLost("missing")

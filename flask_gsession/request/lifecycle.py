@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from ..errors import SessionConflict, StoreUnavailable
 from ..events import SessionConflicted, WriteDropped, logger
 from ..processes import process
+from ..repository.permanent import PERMANENT
 from ..repository.races import tries
-from ..repository.repository import PERMANENT, Repository
+from ..repository.repository import Repository
 from ..stores.base import Record
 from ..users.rosters import Began
 from ..values.marks import is_marked, split

@@ -6,6 +6,7 @@ import time
 
 from ..errors import StoreUnavailable, UnreadableRecord
 from ..events import SessionDestroyed, logger
+from ..repository.ending import delete_session
 from ..repository.imports import Imports
 from ..repository.repository import Loaded
 from ..users.revoking import is_member
@@ -76,7 +77,7 @@ def _load_now(life: Lifecycle) -> None:
     found = NO_BODY
     if checked is not None:
         if checked.token is None:
-            repository.refused(checked.reason, None)
+            repository.refusals.note(checked.reason, None)
         else:
             key = checked.key
     if key is not None:
@@ -88,11 +89,11 @@ def _load_now(life: Lifecycle) -> None:
                 loaded = _find_near(life, key, presented)
             owner = None if loaded is None else loaded.body.owner
             if loaded and owner and not owner.seen and not is_member(repository, loaded):
-                repository.refused("revoked", key)
+                repository.refusals.note("revoked", key)
                 loaded = None
         except UnreadableRecord as error:
             life.seen = Seen(for_others=error.for_others)
-            repository.refused(error.reason, key, error.detail)
+            repository.refusals.note(error.reason, key, error.detail)
         except StoreUnavailable as error:
             logger.log(error.log_level, "A session could not be loaded: %s", error)
             _go_on_without(life, error)
@@ -144,7 +145,7 @@ def _look_at_imports(life: Lifecycle, imports: Imports, found: Body) -> Body:
         if not imports.has_ended(life.repository, found):
             return found
         logger.info("Session %s was ended by an old worker", seen.record.key)
-        life.repository.delete(seen.record.key, body=found)
+        delete_session(life.repository, seen.record.key, body=found)
         life.repository.events.emit(SessionDestroyed, seen.record.key)
         life.seen = NOTHING_SEEN
         life.cookie, life.drops_old_cookie = "delete", True

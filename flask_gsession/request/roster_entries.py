@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from ..errors import CutOff, LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
 from ..events import DeviceLimitReached, SessionBound, SessionUnbound, WriteDropped, logger
+from ..repository.ending import delete_session
 from ..repository.repository import Repository
 from ..stores.base import Record
 from ..stores.support import because
@@ -112,7 +113,7 @@ def enter_roster(life: Lifecycle) -> bool:
         if entered.refused:
             _discard(life, record)
             if entry.leaves is not None:
-                repository.leave_roster(entry.leaves[0], entry.leaves[1])
+                repository.rosters.leave(entry.leaves[0], entry.leaves[1])
             if entry.binding is None:
                 life.ended = True
                 repository.events.emit(WriteDropped, record.key, "revoked before it was rotated")
@@ -121,7 +122,7 @@ def enter_roster(life: Lifecycle) -> bool:
     life.entry = None
     if entry.leaves is not None:
         left, key = entry.leaves
-        repository.leave_roster(left, key)
+        repository.rosters.leave(left, key)
         repository.events.emit(SessionUnbound, left.user_id, left.device_id)
     return True
 
@@ -132,7 +133,7 @@ def _discard(life: Lifecycle, record: Record) -> bool:
     life.cookie = "keep" if life.presented().checked is None else "delete"
     try:
         with because("refused"):
-            life.repository.delete(record.key, leave_roster=False)
+            delete_session(life.repository, record.key, leave_roster=False)
     except (StoreUnavailable, UnreadableRecord) as error:
         logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
         return False
@@ -149,9 +150,9 @@ def take_back(life: Lifecycle) -> None:
     if entry is None or record is None or owner is None or not entry.unreachable:
         return
     if record.key == entry.key and _discard(life, record):
-        life.repository.leave_roster(owner, record.key, *entry.moves)
+        life.repository.rosters.leave(owner, record.key, *entry.moves)
         if entry.leaves is not None:
-            life.repository.leave_roster(*entry.leaves)
+            life.repository.rosters.leave(*entry.leaves)
 
 
 def _enter(life: Lifecycle, binding: Binding, key: str, until: int) -> Entered:
@@ -316,14 +317,14 @@ def is_revoked(life: Lifecycle) -> bool:
         end_revoked(life.repository, key, now)
     elif there is not None:  # signed in with an earlier version, before a revocation
         with because("not a member"):
-            life.repository.delete(key, leave_roster=False)
+            delete_session(life.repository, key, leave_roster=False)
     return True
 
 
 def _listed_until(
     life: Lifecycle, values: Mapping[str, bytes], old: Record | None, *, signs_in: bool = False
 ) -> int:
-    return life.repository.listed_until(values, life.lifetime, old, signs_in=signs_in)
+    return life.repository.expiry.listed_until(values, life.lifetime, old, signs_in=signs_in)
 
 
 def _network(life: Lifecycle) -> bytes:

@@ -12,6 +12,7 @@ from ..errors import (
     ValueRefused,
 )
 from ..events import SessionRenewed, WriteDropped, logger
+from ..repository.permanent import is_permanent
 from ..stores.base import Record
 from ..users.rosters import LOGIN
 from ..values.payload import Owner
@@ -213,7 +214,7 @@ def _renew_if_due(life: Lifecycle) -> None:
     if has_user and not life.repository.is_cut_off and is_touch_due(life):
         _save_to_touch(life)
         return
-    idle_end = life.repository.due(record, stored, body.lifetime)
+    idle_end = life.repository.expiry.due(record, stored, body.lifetime)
     if idle_end is not None:
         with life.mutex:
             _renew(life, life.seen, record, body.owner, idle_end)
@@ -241,7 +242,7 @@ def _renew(life: Lifecycle, seen: Seen, record: Record, owner: Owner | None, idl
     if renewed:
         record = record._replace(idle_expires_at=idle_end)
         life.seen = Seen(seen.token, record, seen.body, presented=seen.presented)
-        if seen.token is not None and repository.is_permanent(values.stored):
+        if seen.token is not None and is_permanent(values.stored):
             life.cookie = "set"
         repository.events.emit(SessionRenewed, record.key)
 

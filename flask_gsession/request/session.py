@@ -21,7 +21,8 @@ from ..errors import (
     UnsupportedType,
     ValueLost,
 )
-from ..repository.repository import PERMANENT, Repository
+from ..repository.permanent import PERMANENT
+from ..repository.repository import Repository
 from ..values.codec import is_valid_text
 from ..values.large_values import ValueReader, reader_of
 from ..values.marks import PLAIN, Mark, marked, split

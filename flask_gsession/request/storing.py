@@ -11,7 +11,7 @@ from werkzeug.exceptions import HTTPException
 
 from ..errors import CutOff, GSessionError, LogoutUnconfirmed, StoreUnavailable
 from ..events import SessionCreated, SessionDestroyed, SessionRotated, SessionSaved, SessionUnbound
-from ..repository.repository import PERMANENT
+from ..repository.permanent import PERMANENT, is_permanent
 from ..stores.base import Record
 from ..stores.interrupts import signal_interruption
 from ..users.rosters import LOGIN
@@ -53,7 +53,7 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
         return _end(life, old)
     before, stored, has_large = life.values.stored, values, life.has_large
     others = sys.maxsize if old is None else len(old.payload)
-    if has_large or repository.has_large_value(values, changes, others):
+    if has_large or repository.large.is_any_too_long(values, changes, others):
         body = Body(values, life.lifetime, has_large=True)
         absolute = old.absolute_expires_at if old else None
         stored = life.unreferenced.write_large(body, absolute, before)
@@ -69,19 +69,17 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
         stored = body.values
     if body.joins or repository.user_keys:
         note_join(life, body, old)
-    toggled = PERMANENT in changes and (
-        repository.is_permanent(stored) != repository.is_permanent(before)
-    )
+    toggled = PERMANENT in changes and (is_permanent(stored) != is_permanent(before))
     restart = toggled or wishes.lifetime is not None
     token: str | None = None
     if old is None:
-        token, record = repository.draft_new(body)
+        token, record = repository.records.draft_new(body)
     elif wishes.rotation is not None:
         signs_in = wishes.sign_in or (entry is not None and entry.binding is not None)
         renew = restart or life.renews
-        token, record = repository.draft_rotated(old, body, renew=renew, signs_in=signs_in)
+        token, record = repository.records.draft_rotated(old, body, renew=renew, signs_in=signs_in)
     else:
-        record = repository.draft_next(old, body, restart, life.renews)
+        record = repository.records.draft_next(old, body, restart, life.renews)
         if body.owner is not None and record.idle_expires_at > body.owner.until * 1000:
             record = _touch(life, body, body.owner, old, record, restart)
     if stored is not values:
@@ -123,7 +121,7 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
         current, life.cookie = token, "set"
     elif current is not None and old is not None:
         moved = record.idle_expires_at != old.idle_expires_at
-        if toggled or (moved and repository.is_permanent(stored)):
+        if toggled or (moved and is_permanent(stored)):
             life.cookie = "set"
     life.seen = Seen(current, record, body, step.seen.presented)
     if pending and life.wishes is not NO_WISHES:
@@ -179,7 +177,7 @@ def _touch(
     """The record of a session that is renewed for longer than its roster knows."""
     try:
         body.owner = touch(life, owner, body.values, old)
-        return life.repository.draft_next(old, body, restart, life.renews)
+        return life.repository.records.draft_next(old, body, restart, life.renews)
     except CutOff:
         end = max(old.idle_expires_at, owner.until * 1000)
         return record._replace(idle_expires_at=min(record.idle_expires_at, end))
@@ -225,7 +223,7 @@ def _end(life: Lifecycle, old: Record) -> Written:
         unconfirmed = error
     if life.seen.body is not None and life.seen.body.owner is not None:
         owner = life.seen.body.owner
-        life.repository.leave_roster(owner, old.key)
+        life.repository.rosters.leave(owner, old.key)
         life.repository.events.emit(SessionUnbound, owner.user_id, owner.device_id)
     before = life.values.stored if life.has_large else None
     life.forget()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..repository.repository import BLOB_GRACE, Repository
+from ..repository.large_values import BLOB_GRACE
+from ..repository.repository import Repository
 from ..values.payload import Body
 from ..values.references import Reference, names_in
 
@@ -36,22 +37,22 @@ class UnreferencedValues:
         """
         repository = self._repository
         values = body.values
-        if not self.references and not repository.has_large_value(values, values):
+        if not self.references and not repository.large.is_any_too_long(values, values):
             return values
         first: int | None = self._until if self.references else None
 
         def expires_at() -> int:
             nonlocal first
-            end = repository.blobs_expire_at(body, absolute)
+            end = repository.expiry.end_of_blobs(body, absolute)
             first = end if first is None else first
             return end
 
-        found = repository.write_large(body, expires_at, self.references, before)
+        found = repository.large.write(body, expires_at, self.references, before)
         if self.references:
             end = expires_at()
             assert first is not None
             if first < end - BLOB_GRACE // 2:  # written long ago
-                repository.renew_blobs(self.references.values(), end)
+                repository.large.renew(self.references.values(), end)
                 first = end
             self._until = first
         return found
@@ -66,7 +67,7 @@ class UnreferencedValues:
         """
         needed = names_in((after or {}).values())
         known = names_in((before or {}).values())
-        self._repository.discard(known - needed, 0 if after is None else BLOB_GRACE)
+        self._repository.large.discard(known - needed, 0 if after is None else BLOB_GRACE)
         if self.references:
             self.mark_referenced(before or {})
             self.mark_referenced(after or {})
@@ -81,5 +82,7 @@ class UnreferencedValues:
     def release(self, *, unsure: bool) -> None:
         """Release the values that no record refers to. Does nothing if that is ``unsure``."""
         if self.references and not unsure:
-            self._repository.discard([reference.name for reference in self.references.values()], 0)
+            self._repository.large.discard(
+                [reference.name for reference in self.references.values()], 0
+            )
         self.references = {}

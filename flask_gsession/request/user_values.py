@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from flask import Flask, Request
 
-from ..errors import Stale, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
+from ..errors import KeyTaken, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
 from ..events import WriteDropped, logger
 from ..repository.repository import Repository
-from ..repository.user_values import UserValuesRepository
+from ..repository.user_values import UserValues
 from ..users.joins import lasting
 from ..values.payload import Body
 from .following import catch_up, settle_attempts
@@ -24,7 +24,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
     ``user_id`` None: nobody is signed in, so there are no values and no record.
     """
 
-    repository: UserValuesRepository
+    user_values: UserValues
     user_id: str | None
 
     @property
@@ -35,7 +35,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
         """Raises ``UserValuesUnreadable`` if only other workers can read the stored values."""
         if self.seen.for_others and self.seen.record is None:
             raise UserValuesUnreadable(
-                f"the values {self.repository.key} of a user need another encryption key, or a "
+                f"the values {self.user_values.key} of a user need another encryption key, or a "
                 "newer version. Restore the key, or delete them with ext.users.forget"
             )
 
@@ -51,24 +51,24 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
                 if self.seen.record is not None or self.ended or self.attempts:
                     return
                 body = Body({})
-                _, record = self.repository.draft_new(body)
+                _, record = self.repository.records.draft_new(body)
                 try:
                     self.repository.create(record)
-                except Stale:
+                except KeyTaken:
                     catch_up(self)
                 else:
                     self.seen = Seen(None, record, body)
 
     def find_new(self, *, afresh: bool) -> bool:
         try:
-            loaded = self.repository.find(self.repository.key)
+            loaded = self.repository.find(self.user_values.key)
             if loaded is None:
                 return True
         except UnreadableRecord as error:
             if error.for_others:
                 self.seen = Seen(for_others=True)
                 self.check_readable()
-            self.repository.remove_damaged()
+            self.user_values.remove_damaged()
             return True
         except StoreUnavailable as error:
             self.note_outage(error, "loaded again")
@@ -118,10 +118,11 @@ def user_lifecycle(
     repository: Repository, user_id: str | None, app: Flask, request: Request | None, phase: str
 ) -> UserLifecycle:
     """The values of a user, for a request or a block. No round trip."""
-    values = UserValuesRepository(repository, user_id or "")
+    values = UserValues(repository, user_id or "")
     presented = Presented(handle=values.key)
     life = UserLifecycle(
-        repository=values,
+        repository=values.repository,
+        user_values=values,
         present=lambda *_: presented,
         app=app,
         request=request,

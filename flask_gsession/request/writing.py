@@ -23,8 +23,8 @@ from ..errors import (
     UnreadableRecord,
 )
 from ..events import WriteDropped, logger
+from ..repository.permanent import PERMANENT
 from ..repository.races import write
-from ..repository.repository import PERMANENT
 from ..stores.support import Mergeable, mergeable
 from ..values.marks import unexpired
 from ..values.merge import Change, reject
@@ -115,7 +115,9 @@ class Write(Struct, eq=False):
         if isinstance(error, Revoked) and is_revoked(life):
             life.end(self.what)
             return
-        if isinstance(error, (Revoked, Stale, Gone)):
+        # The key of a user's values is fixed: if it is taken, another device was faster.
+        is_taken = isinstance(error, KeyTaken) and life.is_of_user
+        if is_taken or isinstance(error, (Revoked, Stale, Gone)):
             if self.exactly:
                 life.conflict("transaction")
                 raise LostRace from None
@@ -129,7 +131,7 @@ class Write(Struct, eq=False):
                     "Three new tokens in a row were taken: SESSION_TOKEN_FACTORY repeats itself"
                 ) from None
         elif isinstance(error, UnreadableRecord):
-            life.repository.refused(error.reason, life.handle, error.detail)
+            life.repository.refusals.note(error.reason, life.handle, error.detail)
             life.end(self.what)
             return
         elif isinstance(error, StoreUnavailable) and not isinstance(error, LogoutUnconfirmed):

@@ -94,7 +94,8 @@ class Verifier:
     def _count_as_use(self, app: Flask, loaded: Loaded) -> bool:
         """Renew the session if that is due; whether it still exists. Logs an outage."""
         repository = interface_of(self._ext, app).repository
-        if repository.due(loaded.record, loaded.body.values, loaded.body.lifetime) is not None:
+        body = loaded.body
+        if repository.expiry.due(loaded.record, body.values, body.lifetime) is not None:
             try:
                 with self._ext.open(loaded.record.key):
                     pass
@@ -175,7 +176,7 @@ def find_of_request(interface: GSessionInterface, app: Flask, request: Request) 
     if checked is None:
         return None
     if checked.token is None:
-        repository.refused(checked.reason, None)
+        repository.refusals.note(checked.reason, None)
         return None
     key, near = checked.key, repository.near
     try:
@@ -188,13 +189,13 @@ def find_of_request(interface: GSessionInterface, app: Flask, request: Request) 
         if loaded is None:
             loaded = repository.find(key, True, None if near is None else near.load_near)
     except UnreadableRecord as error:
-        repository.refused(error.reason, key, error.detail)
+        repository.refusals.note(error.reason, key, error.detail)
         return None
     if loaded is None:
         return None
     owner, imports = loaded.body.owner, repository.imports
     if owner is not None and not owner.seen and not is_member(repository, loaded):
-        repository.refused("revoked", loaded.record.key)
+        repository.refusals.note("revoked", loaded.record.key)
         return None
     if imports is not None and imports.has_ended(repository, loaded.body):
         return None  # a worker that still uses the old library logged it out

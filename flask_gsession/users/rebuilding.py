@@ -134,7 +134,7 @@ def _session(repository: Repository, record: Record) -> Loaded | None:
     if not is_session_key(record.key):
         return None
     try:
-        body = repository.read(record.key, record)
+        body = repository.records.read(record.key, record)
     except UnreadableRecord:
         return None
     return None if body is None else Loaded(record, body)
@@ -160,7 +160,7 @@ def _device(loaded: Loaded, owner: Owner) -> Device:
 def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
     """Bind a session from before this version, as its next save would do."""
     record, body, rosters = loaded.record, loaded.body, repository.rosters
-    until = repository.listed_until(body.values, body.lifetime, record)
+    until = repository.expiry.listed_until(body.values, body.lifetime, record)
     now = repository.now() // 1000
     device = Device(new_device_id(), record.key, record.created_at // 1000, now, until)
 
@@ -174,7 +174,7 @@ def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
         return False  # refused; its next save ends it
     owner = Owner(user_id, member.id, now, until)
     try:
-        repository.save_owner(record, body, owner)
+        repository.store.save(repository.records.with_owner(record, body, owner), record.version)
     except (Stale, Gone):
         return False  # its request does it
     if repository.journaling is not None:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from ..errors import LogoutUnconfirmed, StoreUnavailable, UnreadableRecord
 from ..events import DeviceRevoked, SessionRevoked, logger
+from ..repository.ending import delete_session, delete_sessions
 from ..repository.repository import Loaded, Repository
 from ..stores.support import because
 from ..values.payload import Owner
@@ -29,7 +30,7 @@ def finish(
         return
     unconfirmed: LogoutUnconfirmed | None = None
     keys = {device.key for device in ending}
-    deleting = repository.delete_many([device.key for device in ending])
+    deleting = delete_sessions(repository, [device.key for device in ending])
     for device, delete in zip(ending, deleting, strict=True):
         try:
             with because(reason or "revoked", by):
@@ -38,7 +39,7 @@ def finish(
             unconfirmed, ended = error, True
             keys.remove(device.key)
         except UnreadableRecord as error:
-            repository.refused(error.reason, device.key, error.detail)
+            repository.refusals.note(error.reason, device.key, error.detail)
             continue
         if ended:
             repository.events.emit(SessionRevoked, device.key)
@@ -78,7 +79,7 @@ def end_revoked(repository: Repository, key: str, owner: Owner) -> None:
     """Delete the session under ``key``, which isn't in its user's roster."""
     try:
         with because("not a member"):
-            ended = repository.delete(key, leave_roster=False)
+            ended = delete_session(repository, key, leave_roster=False)
     except (LogoutUnconfirmed, UnreadableRecord):
         ended = True
     if ended:

@@ -18,12 +18,13 @@ from zlib import crc32
 
 from ..config import Settings
 from ..errors import RosterUnreadable, StoreUnavailable, UnreadableRecord
+from ..events import logger
 from ..repository.races import tries, write
 from ..stores.base import KEY_LENGTH, Clock, Record, Store, milliseconds, new_version
 from ..values.codec import is_valid_text
-from ..values.payload import PayloadFormat
+from ..values.payload import Owner, PayloadFormat
 from .format import pack, unpack
-from .roster import EMPTY, MOST_DEVICES, Roster, Since, revoke_all
+from .roster import EMPTY, MOST_DEVICES, Roster, Since, drop, revoke_all
 
 A = TypeVar("A")
 
@@ -133,6 +134,18 @@ class Rosters:
 
         write(prepare, partial(self._send, key), self._tries)
         return answer[0]
+
+    def leave(self, owner: Owner, *keys: str) -> None:
+        """Remove these keys from the user's roster: their sessions ended, or changed their user.
+
+        Two round trips. Never raises for an outage: the roster then lists the session until it
+        would have expired.
+        """
+        ended = {*keys, *([owner.predecessor] if owner.predecessor else ())}
+        try:
+            self.change(owner.user_id, lambda roster: (drop(roster, ended), None))
+        except StoreUnavailable as error:
+            logger.warning("Session %s stays in its user's list: %s", keys[0], error)
 
     def replace_unreadable(self, key: str, roster: Roster) -> bool:
         """Store this roster in place of an unreadable one. False if it can be read by now.

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..events import Event, Events
+from ..repository.refusals import Refusals
 from ..repository.repository import Repository
 from ..request.tracking import TrackedValues
 from ..stores.wrappers import Call, compose
-from ..values.codec import Codec
 from ..values.merge import Change
 from ..values.references import reference_in, refers
 
@@ -71,21 +71,25 @@ class Trace:
             self.deleted.pop(key, None)
 
 
-class TracedRepository(Repository):
+def traced(repository: Repository, trace: Trace) -> Repository:
     """The application's repository, with its store and events traced for one session."""
+    copied = repository.through(compose(repository.store, trace=trace.calls))
+    copied.use_events(TracedEvents(repository.events, trace))
+    copied.refusals = TracedRefusals(copied.refusals, trace)
+    return copied
 
-    def __init__(self, repository: Repository, trace: Trace) -> None:
-        vars(self).update(vars(repository))
-        self.use_store(compose(repository.store, trace=trace.calls))
-        if self.large_values is not repository.large_values:
-            self.codec = Codec(repository.settings.max_depth)
-            self.codec.resolve = self._resolve
-        self.events = TracedEvents(repository.events, trace)
+
+class TracedRefusals:
+    """Records why a token was refused, and passes that on."""
+
+    def __init__(self, refusals: Refusals, trace: Trace) -> None:
+        self._refusals = refusals
         self._trace = trace
 
-    def refused(self, reason: str, key: str | None, detail: str = "") -> None:
+    def note(self, reason: str, key: str | None, detail: str = "") -> None:
+        """See ``Refusals``."""
         self._trace.refusal = Refusal(reason, key, detail)
-        super().refused(reason, key, detail)
+        self._refusals.note(reason, key, detail)
 
 
 class TracedEvents(Events):

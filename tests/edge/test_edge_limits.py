@@ -89,7 +89,7 @@ def test_a_centre_of_another_version_is_refused(network: Network, edge: EdgeSite
     repository = interface.repository
     content = encode((2, 99))
     end = repository.now() + 3600_000
-    repository.store.create(repository.draft_other(GREETING_KEY, content, end))
+    repository.store.create(repository.other_records.draft(GREETING_KEY, content, end))
     visitor = known(edge)
     edge.cut()
     visitor.run(add)

@@ -8,6 +8,7 @@ import pytest
 
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import SessionRefused
+from flask_gsession.repository.debugging import debug_session
 from flask_gsession.stores.base import Record
 from flask_gsession.tokens import session_key
 from tests.harness.apps import Site, SiteMaker
@@ -69,7 +70,7 @@ def test_each_kind_of_write_keeps_the_times(sealed: Site) -> None:
     visitor.run(lambda session: session.rotate())
     key = session_key(visitor.token)
     repository = sealed.app.extensions["gsession"][sealed.ext].repository
-    assert repository.debug(key, repository.now() + 1000)
+    assert debug_session(repository, key, repository.now() + 1000)
     visitor.run(lambda session: session.update(large="x" * 100_000))
     now = record_of(sealed, key)
     assert (now.created_at, now.absolute_expires_at) == (

@@ -16,7 +16,7 @@ import pytest
 from flask_gsession.config import Settings
 from flask_gsession.moving import mark, takeover
 from flask_gsession.moving.takeover import NOTHING, Takeover
-from flask_gsession.repository.repository import Repository
+from flask_gsession.repository.other_records import OtherRecords
 from tests.simulation.takeovers import World, current_visit
 
 SCHEDULES = int(os.environ.get("SIM_TAKEOVERS", "2000"))
@@ -56,8 +56,8 @@ def keeps_its_own() -> Iterator[None]:
     def draft(self: Any, key: str, content: bytes, end: int) -> Any:
         return real(self, key[:36] + os.urandom(3).hex() + "_", content, end)
 
-    real = Repository.draft_other
-    with mock.patch.object(Repository, "draft_other", draft):
+    real = OtherRecords.draft
+    with mock.patch.object(OtherRecords, "draft", draft):
         yield
 
 

@@ -59,7 +59,7 @@ def test_other_records_are_no_lists(site: Site) -> None:
     signed_in(site)
     repository = repository_of(site)
     mark = mark_key("cookie", "an old session")
-    repository.create(repository.draft_other(mark, b"x", repository.latest_end()))
+    repository.create(repository.other_records.draft(mark, b"x", repository.expiry.latest_end()))
     assert checked(site) == {("ok", "rosters"): "1 looked at"}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flask_gsession.repository.debugging import debug_session
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker, Visitor
 
@@ -79,7 +80,7 @@ def test_nor_does_an_order_to_debug(site: Site) -> None:
     handle = visitor.run(lambda session: session.handle)
     used_meanwhile(site, visitor)
     repository = site.app.extensions["gsession"][site.ext].repository
-    assert repository.debug(handle, repository.now() + 60_000) is not None
+    assert debug_session(repository, handle, repository.now() + 60_000) is not None
     site.clock.advance(IDLE - 0.5)
     assert visitor.run(lambda session: session.get("user")) == "ada"
 

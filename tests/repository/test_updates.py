@@ -39,12 +39,8 @@ def adding(repository: Repository, entry: str, *, again: bool = False) -> Edit:
         name = f"{entry}-again" if entry in values else entry
         body = Body({**values, name: b"\x01"})
         if loaded is not None:
-            return Update(len(values), repository.draft_next(loaded.record, body))
-        _, record = repository.draft_new(body)
-        payload = repository._payloads.pack(
-            KEY, body, record.created_at, record.absolute_expires_at
-        )
-        return Update(0, record._replace(key=KEY, payload=payload))
+            return Update(len(values), repository.records.draft_next(loaded.record, body))
+        return Update(0, repository.records.draft_imported(KEY, body, None, None))
 
     return edit
 

@@ -71,7 +71,7 @@ def on_its_way(
                 store.save(attempt.record, before.version)
             else:
                 grace = attempt.wishes.rotation or 0
-                pointer = life.repository._pointer(before, attempt.record, grace)
+                pointer = life.repository.records.draft_pointer(before, attempt.record, grace)
                 store.replace(before.key, attempt.record, before.version, pointer)
 
     return arrive

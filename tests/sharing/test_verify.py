@@ -347,7 +347,10 @@ def test_a_session_that_its_roster_does_not_know_is_nobodys(site: Site) -> None:
     repository = site.app.extensions["gsession"][site.ext].repository
     loaded = repository.find(session_key(visitor.token))
     unseen = replace(loaded.body.owner, seen=0)
-    repository.save_owner(loaded.record, loaded.body, unseen)
+    repository.store.save(
+        repository.records.with_owner(loaded.record, loaded.body, unseen),
+        loaded.record.version,
+    )
     assert ask(visitor).status_code == 200, "it is in the roster"
     repository.rosters.change("17", lambda roster: (drop(roster, [loaded.record.key]), None))
     assert ask(visitor).status_code == 401

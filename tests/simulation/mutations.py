@@ -11,6 +11,8 @@ from unittest import mock
 from msgspec import structs
 
 from flask_gsession.errors import Gone
+from flask_gsession.repository.expiry import Expiry
+from flask_gsession.repository.records import SessionRecords
 from flask_gsession.repository.repository import Repository
 from flask_gsession.request import following, rewriting, saving, session, storing, writing
 from flask_gsession.request.lifecycle import Lifecycle
@@ -52,7 +54,7 @@ _apply = Merger.apply
 _catch_up = following.catch_up
 _commit = saving.commit
 _settle_attempts = following.settle_attempts
-_draft_rotated = Repository.draft_rotated
+_draft_rotated = SessionRecords.draft_rotated
 _rewrite = rewriting.rewrite
 
 
@@ -101,7 +103,7 @@ def _create_where_gone(
     try:
         _repository_save(self, old, record, body, *more, **how)
     except Gone:
-        self.create(self.draft_new(body)[1])
+        self.create(self.records.draft_new(body)[1])
 
 
 def _replace_again(
@@ -131,7 +133,7 @@ def _delete_the_pointer_only(
     return Deleted(record is not None, record)
 
 
-def _lasting_pointer(self: Repository, old: Record, record: Record, grace: float) -> Record:
+def _lasting_pointer(self: SessionRecords, old: Record, record: Record, grace: float) -> Record:
     return old._replace(
         version=record.version,
         payload=self._payloads.pack_pointer(
@@ -191,8 +193,8 @@ def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = N
     self._looks = None
 
 
-def _idle_end_alone(self: Repository, body: Body, absolute: int) -> int:
-    return self.now() + self._idle_span(body.values, body.lifetime)[0]
+def _idle_end_alone(self: Expiry, body: Body, absolute: int) -> int:
+    return self.now() + self._spans.of(body.values, body.lifetime).length
 
 
 def _drop_silently(self: Lifecycle, during: str) -> None:
@@ -227,7 +229,7 @@ def _apply_whatever_expired(self: Merger, stored: Any, changes: Any, *more: Any)
     return _apply(self, stored, changes, None, *more[1:])
 
 
-def _rotate_without_marks(self: Repository, old: Record, body: Body, **how: Any) -> Any:
+def _rotate_without_marks(self: SessionRecords, old: Record, body: Body, **how: Any) -> Any:
     values = {key: split(raw)[1] for key, raw in body.values.items()}
     return _draft_rotated(self, old, structs.replace(body, values=values), **how)
 
@@ -236,12 +238,12 @@ FURTHER = (
     Mutation("taken with the response", SessionData, "take", _take_with_the_response),
     Mutation("taken twice in a race", session, "rewrite", _take_what_was_seen_first),
     Mutation("a merge revives the expired", Merger, "apply", _apply_whatever_expired),
-    Mutation("a ttl lost at a rotation", Repository, "draft_rotated", _rotate_without_marks),
+    Mutation("a ttl lost at a rotation", SessionRecords, "draft_rotated", _rotate_without_marks),
     Mutation("read after it expired", TrackedValues, "_has_expired", lambda *args: False),
     Mutation("a new session where one is gone", Repository, "save", _create_where_gone),
     Mutation("two successors", MemoryStore, "replace", _replace_again),
     Mutation("logout of the pointer only", MemoryStore, "delete", _delete_the_pointer_only),
-    Mutation("pointers that last", Repository, "_pointer", _lasting_pointer),
+    Mutation("pointers that last", SessionRecords, "draft_pointer", _lasting_pointer),
     Mutation("login left to another rotation", writing, "catch_up", _leave_rotations_to_others),
     Mutation("doubtful write repeated", saving, "commit", _commit_in_doubt),
     Mutation("attempts forgotten", saving, "commit", _commit_without_attempts),
@@ -264,8 +266,8 @@ FURTHER = (
     Mutation("an emptied session kept", storing, "worth_keeping", lambda values: True),
     Mutation("looked-at values forgotten", TrackedValues, "rebase", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
-    Mutation("never renewed", Repository, "due", lambda *args: None),
-    Mutation("no absolute expiry", Repository, "_idle_end", _idle_end_alone),
+    Mutation("never renewed", Expiry, "due", lambda *args: None),
+    Mutation("no absolute expiry", Expiry, "idle_end", _idle_end_alone),
     Mutation("dropped silently", Lifecycle, "end", _drop_silently),
     Mutation("logout of the cookie", session, "destroy", _destroy_the_cookie_only),
 )

@@ -305,9 +305,8 @@ class Site:
 
     def decode(self, record: Record) -> Values:
         """The values in a record."""
-        body = self.repository._payloads.unpack(
-            record.key, record.payload, record.created_at, record.absolute_expires_at
-        )
+        body = self.repository.records.read(record.key, record)
+        assert body is not None
         values = {}
         for key, raw in body.values.items():
             mark, plain = split(raw)

@@ -22,7 +22,7 @@ from flask import Flask
 from flask_gsession import Session, SessionConflict, StoreUnavailable
 from flask_gsession.interface import GSessionInterface
 from flask_gsession.repository import user_values
-from flask_gsession.repository.user_values import UserValuesRepository
+from flask_gsession.repository.repository import Repository
 from flask_gsession.request import storing
 from flask_gsession.request.saving import end_request
 from flask_gsession.request.session import SessionData, lifecycle_of
@@ -184,7 +184,7 @@ BREAKS: dict[str, tuple[Any, str, Any]] = {
     "rotated first": (storing, "join_user", joined_late),
     "nothing is remembered": (user_values, "joined", forgotten),
     "joined only once": (user_values, "joined", known_once),
-    "any version": (UserValuesRepository, "update", any_version),
+    "any version": (Repository, "update", any_version),
 }
 
 

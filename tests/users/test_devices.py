@@ -927,7 +927,7 @@ def test_rosters_whose_encryption_key_is_gone_are_replaced_on_demand(make_site: 
     signed_in(before, "bob")
     mark = mark_key("cookie", "an old session")  # of a take-over; its key is like a roster's
     repository = before.app.extensions["gsession"][before.ext].repository
-    marked = repository.draft_other(mark, b"x", repository.latest_end())
+    marked = repository.other_records.draft(mark, b"x", repository.expiry.latest_end())
     repository.create(marked)
     both = make_site(store=before.store, encryption_keys=[new, old])
     visitor = both.visitor(kept.cookie)

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from flask_login import LoginManager, UserMixin
 
-from flask_gsession.repository.repository import Repository
 from flask_gsession.request import roster_entries, storing
 from flask_gsession.stores.base import VERBS
 from flask_gsession.tokens import session_key
 from flask_gsession.users import roster, users
 from flask_gsession.users.roster import EMPTY, Entered, Since, drop, enter
+from flask_gsession.users.rosters import Rosters
 from flask_gsession.values.payload import Owner
 from tests.harness.apps import Site, SiteMaker, Visitor
 
@@ -340,7 +340,7 @@ BREAKS: dict[str, tuple[Any, str, Any, str, str]] = {
     "no delete": (users, "finish", finished_by_dropping, "read", "revoke_all"),
     "no victims": (roster_entries, "_finish", lambda *_: None, "sign_in", "sign_in_anew"),
     "refusals are ignored": (roster_entries, "_enter", entered_anyway, "sign_in", "revoke_all"),
-    "nobody leaves": (Repository, "leave_roster", lambda *_: None, "log_out", "read"),
+    "nobody leaves": (Rosters, "leave", lambda *_: None, "log_out", "read"),
     "the cap is looked at": (roster_entries, "_enter", looked_only, "sign_in", "sign_in_anew"),
     "an old one enters": (roster, "is_revoked_since", lambda *_: False, "use_old", "revoke_all"),
 }  # fmt: skip

@@ -18,7 +18,8 @@ from marshmallow.validate import Length
 
 from flask_gsession import StoreUnavailable
 from flask_gsession.repository import user_values
-from flask_gsession.repository.user_values import UserValuesRepository
+from flask_gsession.repository.large_values import names_of
+from flask_gsession.repository.repository import Repository
 from flask_gsession.request import joining, storing
 from flask_gsession.typed import SessionKey
 from flask_gsession.users import joins
@@ -234,7 +235,7 @@ BREAKS: dict[str, tuple[Any, str, Any, Callable[..., None], Callable[[Case], Non
     "joined only once": (user_values, "joined", known_once, each_step, Case.add),
     "the id changes": (joining, "next_join", always_anew, each_death, Case.add),
     "not closed": (storing, "close_join", lambda life: None, each_step, Case.add),
-    "any version": (UserValuesRepository, "update", any_version, each_step, Case.elsewhere),
+    "any version": (Repository, "update", any_version, each_step, Case.elsewhere),
 }
 
 
@@ -368,7 +369,7 @@ def test_large_values_join(site: Site) -> None:
     with pytest.raises(Killed):
         visitor.run(lambda session: session.bind("ada"))
     found = site.app.extensions["gsession"][site.ext].repository.find(user_values.values_key("ada"))
-    names = user_values._names_in(found.body)
+    names = names_of(found.body)
     assert len(names & site.inside.blobs().keys()) == 2, "the value, and what has joined"
     with site.app.app_context():
         site.ext.users.forget("ada")

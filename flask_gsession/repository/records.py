@@ -1,0 +1,173 @@
+"""The records of sessions: from a body to the record that a store holds, and back.
+
+Nothing here calls the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from ..config import Settings
+from ..errors import SessionTooLarge, SettingError, UnreadableRecord
+from ..stores.base import Record, new_version
+from ..tokens import Token, is_token, new_token, session_key
+from ..values.marks import END_OF_TIME
+from ..values.payload import Body, Owner, PayloadFormat
+from .expiry import Expiry
+
+
+class SessionRecords:
+    """Reads and drafts the records of sessions.
+
+    ``new_token``: makes the token and the key of a session that is created or rotated.
+    """
+
+    def __init__(
+        self, payloads: PayloadFormat, expiry: Expiry, new_token: Callable[[], tuple[str, str]]
+    ) -> None:
+        self._payloads = payloads
+        self._expiry = expiry
+        self._new_token = new_token
+
+    # -- from a record
+
+    def read(self, key: str, record: Record) -> Body | None:
+        """Decode the record under ``key``; None for a pointer.
+
+        Raises ``UnreadableRecord``, also for a record that belongs to another key.
+        """
+        created, idle, absolute, payload, successor = record[2:]
+        # The idle expiry may lie before the creation, if a clock was set back or is far behind.
+        if not (0 <= created <= absolute and 0 <= idle <= absolute < END_OF_TIME):
+            raise UnreadableRecord("corrupt", "times out of order")
+        if successor is None:
+            return self._payloads.unpack(key, payload, created, absolute)
+        self._payloads.check_pointer(key, successor, payload, created, absolute, idle)
+        return None
+
+    def contents(self, record: Record) -> Body | None:
+        """The body of a record that is no pointer, if it can be read."""
+        times = record.created_at, record.absolute_expires_at
+        try:
+            return self._payloads.unpack(record.key, record.payload, *times)
+        except UnreadableRecord:
+            return None
+
+    # -- to a record
+
+    def draft_new(self, body: Body) -> tuple[str, Record]:
+        """Draft a new session: its token and its record."""
+        token, key = self._new_token()
+        now, absolute = self._expiry.now(), self._expiry.latest_end()
+        idle_end = self._expiry.first_end(key, body, absolute)
+        payload = self._payloads.pack(key, body, now, absolute)
+        return token, Record(key, new_version(), now, idle_end, absolute, payload)
+
+    def draft_imported(self, key: str, body: Body, began: int | None, ends: int | None) -> Record:
+        """Draft the record under ``key`` for a session that is taken over.
+
+        ``began`` and ``ends``: its creation and absolute end in the old system, to keep them.
+        """
+        now, absolute = self._expiry.now(), self._expiry.latest_end()
+        if ends is not None:
+            absolute = min(ends, absolute)
+        created = now if began is None else min(began, now, absolute)
+        idle_end = self._expiry.idle_end(body, absolute)
+        payload = self._payloads.pack(key, body, created, absolute)
+        return Record(key, new_version(), created, idle_end, absolute, payload)
+
+    def draft_next(
+        self, old: Record, body: Body, restart_idle: bool = False, renew: bool = True
+    ) -> Record:
+        """Draft the record that replaces ``old``.
+
+        The idle expiry moves if that is due and ``renew`` is true, and always with
+        ``restart_idle``.
+        """
+        key, _, created, idle_end, absolute = old[:5]
+        if restart_idle:
+            idle_end = self._expiry.idle_end(body, absolute)
+        elif renew:
+            idle_end = self._expiry.due(old, body.values, body.lifetime) or idle_end
+        if body.joins:
+            idle_end = self._expiry.kept_for_joins(idle_end, body, absolute)
+        payload = self._pack(key, body, old, created, absolute)
+        return Record(key, new_version(), created, idle_end, absolute, payload)
+
+    def draft_rotated(
+        self, old: Record, body: Body, *, renew: bool = True, signs_in: bool = False
+    ) -> tuple[str, Record]:
+        """Draft a new token and record for the session of ``old``.
+
+        The idle expiry moves if ``renew`` is true. With ``signs_in``, the absolute lifetime starts
+        again.
+        """
+        token, key = self._new_token()
+        created, absolute = old.created_at, old.absolute_expires_at
+        if signs_in:
+            created, absolute, renew = self._expiry.now(), self._expiry.latest_end(), True
+        idle_end = self._expiry.idle_end(body, absolute) if renew else old.idle_expires_at
+        payload = self._pack(key, body, old, created, absolute)
+        return token, Record(key, new_version(), created, idle_end, absolute, payload)
+
+    def draft_pointer(self, old: Record, record: Record, grace: float) -> Record:
+        """Draft the pointer from ``old`` to its successor ``record``, for ``grace`` seconds."""
+        created, absolute = old.created_at, old.absolute_expires_at
+        end = min(self._expiry.now() + int(grace * 1000), absolute)
+        payload = self._payloads.pack_pointer(old.key, record.key, created, absolute, end)
+        return old._replace(
+            version=record.version, idle_expires_at=end, payload=payload, successor=record.key
+        )
+
+    def with_body(self, old: Record, body: Body, idle_end: int | None = None) -> Record:
+        """The next version of ``old`` with this body, and with its times or another idle expiry."""
+        times = old.created_at, old.absolute_expires_at
+        return old._replace(
+            version=new_version(),
+            idle_expires_at=old.idle_expires_at if idle_end is None else idle_end,
+            payload=self._pack(old.key, body, old, *times),
+        )
+
+    def with_owner(self, old: Record, body: Body, owner: Owner) -> Record:
+        """The next version of the record, with this owner."""
+        return self.with_body(old, replace(body, owner=owner))
+
+    def with_times(self, record: Record, other: Record) -> Record:
+        """``other``, a copy of ``record`` with other times, with its payload bound to them."""
+
+        def times(of: Record) -> tuple[int, ...]:
+            fixed = of.created_at, of.absolute_expires_at
+            return fixed if of.successor is None else (*fixed, of.idle_expires_at)
+
+        payload = self._payloads.bind_again(record.key, record.payload, times(record), times(other))
+        return other._replace(payload=payload)
+
+    def _pack(self, key: str, body: Body, old: Record, created: int, absolute: int) -> bytes:
+        """The payload of ``body``, to replace ``old``. A session over a lowered limit may shrink.
+
+        ``created`` and ``absolute``: creation and absolute end of the new record.
+        """
+        try:
+            return self._payloads.pack(key, body, created, absolute)
+        except SessionTooLarge:
+            times = old.created_at, old.absolute_expires_at
+            before = self._payloads.unpack(old.key, old.payload, *times)
+            return self._payloads.pack(key, body, created, absolute, before=before.values)
+
+
+def new_session_token(settings: Settings) -> tuple[str, str]:
+    """A new token, and its key."""
+    factory = settings.token_factory
+    if factory is None:
+        token = new_token(settings.id_length)
+    else:
+        made: object = factory()
+        token = Token(made)
+        if not isinstance(made, str) or not is_token(made):
+            raise SettingError(
+                "SESSION_TOKEN_FACTORY must return 22 to 200 characters of A-Z a-z 0-9 - _ "
+                f"(it returned a {type(made).__name__} that is not)"
+            )
+    return token, session_key(token)
