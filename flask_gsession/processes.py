@@ -31,7 +31,7 @@ class Process:
     """The process that the registered objects belong to."""
 
     def __init__(self) -> None:
-        self._pid = getpid()
+        self.pid = getpid()
         # No WeakMethod: its callback may fail at exit, and print an error.
         self._begins: weakref.WeakKeyDictionary[object, Callable[[Any], object]] = (
             weakref.WeakKeyDictionary()
@@ -52,18 +52,18 @@ class Process:
 
     def notice(self) -> None:
         """Call the registered methods if this process was forked since the last call."""
-        if getpid() != self._pid:
+        if getpid() != self.pid:
             self._begin()
 
     def _begin(self) -> None:
         pid = getpid()
         with self._locks.setdefault(pid, threading.RLock()):
-            if pid == self._pid:
+            if pid == self.pid:
                 return  # another thread was faster
             for owner, begin in list(self._begins.items()):
                 begin(owner)
             random.seed()  # as Python does after a fork, so that random pauses differ
-            self._pid = pid
+            self.pid = pid
 
 
 def at_fork(**hooks: Callable[[], object]) -> None:

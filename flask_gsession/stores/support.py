@@ -46,34 +46,40 @@ class RoundTrips:
 
     count: int | None = None
 
+    def add(self) -> None:
+        """One more begins."""
+        self.count = (self.count or 0) + 1
 
-_trips: ContextVar[RoundTrips | None] = ContextVar("flask_gsession.trips", default=None)
+
+#: Set only while a session is debugged.
+round_trips: ContextVar[RoundTrips | None] = ContextVar("flask_gsession.trips", default=None)
 
 
 @contextmanager
 def count_round_trips() -> Iterator[RoundTrips]:
     """Count the round trips of stores while the block runs."""
     trips = RoundTrips()
-    before = _trips.set(trips)
+    before = round_trips.set(trips)
     try:
         yield trips
     finally:
-        _trips.reset(before)
+        round_trips.reset(before)
 
 
 def round_trips_are_counted() -> bool:
     """Whether the round trips of this call are counted."""
-    return _trips.get() is not None
+    return round_trips.get() is not None
 
 
 def count_round_trip() -> None:
-    """For stores: a round trip to the server begins. Counted only while a session is debugged."""
-    trips = _trips.get()
+    """For stores: a round trip to the server begins."""
+    trips = round_trips.get()
     if trips is not None:
-        trips.count = (trips.count or 0) + 1
+        trips.add()
 
 
-_until: ContextVar[float | None] = ContextVar("flask_gsession.until", default=None)
+#: When the caller stops waiting, of ``time.monotonic``: see ``ending_by``.
+time_limit: ContextVar[float | None] = ContextVar("flask_gsession.time_limit", default=None)
 
 
 class ending_by:  # in place of a generator, which costs more in each call of a server
@@ -87,21 +93,21 @@ class ending_by:  # in place of a generator, which costs more in each call of a 
         self._until = until
 
     def __enter__(self) -> None:
-        self._before = _until.set(self._until)
+        self._before = time_limit.set(self._until)
 
     def __exit__(self, *_: object) -> None:
-        _until.reset(self._before)
+        time_limit.reset(self._before)
 
 
 def deadline(seconds: float) -> float:
     """For stores: when a call with this time budget that begins now has to end."""
-    end, until = time.monotonic() + seconds, _until.get()
+    end, until = time.monotonic() + seconds, time_limit.get()
     return end if until is None or end < until else until
 
 
 def time_left(seconds: float) -> float:
     """For stores: how many of the ``seconds`` a call that begins now may take."""
-    until = _until.get()
+    until = time_limit.get()
     return seconds if until is None else max(0.0, min(seconds, until - time.monotonic()))
 
 

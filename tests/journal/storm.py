@@ -27,7 +27,7 @@ from flask_gsession.journal import sweeping
 from flask_gsession.journal.store import JournalingStore
 from flask_gsession.journal.sweeping import Sweeper
 from flask_gsession.stores.mongodb import round_trips
-from flask_gsession.stores.redis.commands import Commands
+from flask_gsession.stores.redis.pool import Slot
 from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.tokens import session_key
 from tests.harness.apps import Site, Visitor
@@ -101,7 +101,7 @@ class Strike:
         return named
 
     def arm(self) -> None:
-        Commands.attempt = self.around(Commands.attempt)  # type: ignore[method-assign]
+        Slot.ask = self.around(Slot.ask)  # type: ignore[method-assign]
         SQLiteFile.within = self.around(SQLiteFile.within)  # type: ignore[method-assign]
         round_trips.count_round_trip = self.step
         if self.named:

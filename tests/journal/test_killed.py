@@ -13,7 +13,7 @@ from flask_gsession.journal.store import JournalingStore, Subject
 from flask_gsession.journal.sweeping import Sweeper
 from flask_gsession.stores import Record, Store, StoreOptions, open_store
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.stores.redis.commands import Commands
+from flask_gsession.stores.redis.pool import Slot
 from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock, a_pointer, a_record
 from tests.harness.apps import PATIENCE
@@ -45,7 +45,7 @@ class Killer:
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
     killer = Killer()
-    monkeypatch.setattr(Commands, "attempt", stepping(killer, Commands.attempt))
+    monkeypatch.setattr(Slot, "ask", stepping(killer, Slot.ask))
     monkeypatch.setattr("flask_gsession.stores.mongodb.round_trips.count_round_trip", killer.step)
     monkeypatch.setattr(SQLiteFile, "within", stepping(killer, SQLiteFile.within))
     for name in ("create", "load", "save", "renew", "replace", "delete", "remove_expired"):

@@ -31,7 +31,7 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.mongodb import health as mongodb_health
 from flask_gsession.stores.parts import Finding
 from flask_gsession.stores.redis import health as redis_health
-from flask_gsession.stores.redis.commands import Confirmation
+from flask_gsession.stores.redis.confirmation import Confirmation
 from flask_gsession.stores.sqlite.file import SQLiteFile
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.cli.test_command import down

@@ -20,6 +20,7 @@ from flask_gsession import LockLost, LockMisused, StoreUnavailable
 from flask_gsession.request.lease_renewal import renewer
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.redis import RedisStore
+from flask_gsession.stores.redis.pool import Slot
 from flask_gsession.testing import FakeClock, HookedStore, a_record
 from tests.harness.apps import PATIENCE, Site, Visitor, at_once
 from tests.harness.forking import Child, Gate, gates
@@ -392,14 +393,14 @@ def test_the_answer_to_a_release_is_lost(
         store.create(record)
         for owner in ("holder", "waiter"):
             store.leases.acquire(record.key, owner, 60_000, 10)
-        attempt = store._commands.attempt
+        ask = Slot.ask
 
-        def lose(*arguments: Any) -> Any:
-            attempt(*arguments)
-            monkeypatch.setattr(store._commands, "attempt", attempt)
+        def lose(slot: Slot, request: bytes) -> Any:
+            ask(slot, request)
+            monkeypatch.setattr(Slot, "ask", ask)
             raise RedisConnectionError("by the test")
 
-        monkeypatch.setattr(store._commands, "attempt", lose)
+        monkeypatch.setattr(Slot, "ask", lose)
         with pytest.raises(StoreUnavailable):
             store.leases.release(record.key, who)
         assert store.leases.release(record.key, who) is False

@@ -102,10 +102,12 @@ def store(store_url: str, store_prefix: str) -> Iterator[Any]:
     opened.close()
 
 
+_REDIS = ("store", "records", "layout", "commands", "failures", "pool")
+
 FILES = {
     "memory": ("stores/memory/store.py",),
     "sqlite": tuple(f"stores/sqlite/{name}.py" for name in ("store", "records", "layout", "file")),
-    "redis": tuple(f"stores/redis/{name}.py" for name in ("store", "records", "commands", "pool")),
+    "redis": tuple(f"stores/redis/{name}.py" for name in _REDIS),
     "mongodb": (
         *(f"stores/mongodb/{name}.py" for name in ("store", "records", "layout", "driver")),
         "pymongo/_csot.py",

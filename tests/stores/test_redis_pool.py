@@ -261,14 +261,16 @@ ANSWERS: dict[bytes, Any] = {
 def test_an_answer_in_any_pieces_is_the_same(parser: type) -> None:
     connection: Any = bounded(redis.Connection)(parser_class=parser, protocol=2)
     connection.set_parser(parser)
-    wire = Pieces()
+    connection.deadline.at = in_time()
+    slot, wire = Slot(None), Pieces()
+    slot.connection = connection
     connection._sock = _BoundedSocket(wire, connection.deadline)
     connection._parser.on_connect(connection)
 
     def ask(*pieces: bytes) -> Any:
         wire.coming = [piece for piece in pieces if piece]
         try:
-            answer = connection.ask(b"")
+            answer = slot.ask(b"")
         except ResponseError as error:
             answer = type(error)
         assert not wire.coming

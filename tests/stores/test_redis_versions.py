@@ -8,7 +8,7 @@ from redis import Redis
 
 from flask_gsession.errors import SettingError
 from flask_gsession.stores.redis import driver
-from flask_gsession.stores.redis.pool import ClientPool
+from flask_gsession.stores.redis.client_pool import ClientPool
 
 
 @pytest.mark.parametrize("version", ["5.0.0", "5.3.1", "6.4.0", "8.0.1", "8.1.0", "9.0.0rc1"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..parts import Blobs
-from .commands import Commands, Script, unparsed
+from .commands import Commands, Script
 from .pool import packed
 
 _WRITE, _EXPIRE = Script("blob_write"), Script("blob_expire")
@@ -25,7 +25,7 @@ class RedisBlobs(Blobs):
     def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
         blob = self._commands.names.blob(name)
         request = packed(b"GETRANGE", blob, b"%d" % offset, b"%d" % (offset + size - 1))
-        return self._commands.call(self._commands.deadline(), unparsed, blob, request) or None
+        return self._commands.ask(self._commands.deadline(), blob, request) or None
 
     def renew_blobs(self, names: Sequence[str], expires_at: int) -> None:
         self._expire(names, b"later", expires_at)

@@ -12,7 +12,7 @@ from ..base import Deleted
 from ..interrupts import reraise_interruption
 from ..parts import Bulk
 from .layout import unpack
-from .pool import packed
+from .pool import ask_all, packed
 from .records import DELETE, Records
 
 
@@ -37,19 +37,11 @@ class RedisBulk(Bulk):
         ]
         if not requests:
             return []
-        slot = commands.pool.take(commands.deadline())
         try:
-            answers: list[Any] = slot.ask_all(b"".join(requests), len(requests))
+            return ask_all(commands.pool, commands.deadline(), requests)
         except (RedisError, OSError) as error:
-            slot.connection.disconnect()
             reraise_interruption(error)
             return [None] * len(keys)
-        except BaseException:
-            slot.connection.disconnect()
-            raise
-        finally:
-            commands.pool.give(slot)
-        return answers
 
     def _deleted(self, key: str, answer: Any) -> Deleted:
         if answer == b"N":

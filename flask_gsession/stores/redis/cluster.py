@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlencode
 
 from redis.cluster import RedisCluster
@@ -23,26 +23,27 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ...errors import Gone, LeaseLost, Stale, StoreUnavailable, UnreadableRecord
 from ..base import Record, Replaced
-from ..interrupts import reraise_interruption
-from ..support import StoreOptions, closing
+from ..interrupts import interruption, reraise_interruption
+from ..support import StoreOptions, closing, count_round_trip
 from .blobs import RedisBlobs
 from .changes import ClusterSource
 from .cluster_journal import ClusterJournal
-from .commands import Commands, Confirmation, Script
+from .commands import Commands, Script
+from .confirmation import Confirmation
 from .foreign import RedisStrings
 from .layout import pack, version
 from .leases import RedisLeases, ask_for_lease
-from .pool import AllInUse, ConnectionPool, Node, packed, said
+from .pool import ConnectionPool, Node, Slot, ask_all, packed, said
 from .records import Records, renewed_since
 from .servers import Address, connections_like, connections_of, servers_of
 from .store import RedisStore
 
-T = TypeVar("T")
-
-_SLOTS = packed(b"CLUSTER", b"SLOTS")
+_ASKING, _SLOTS = packed(b"ASKING"), packed(b"CLUSTER", b"SLOTS")
 _ROTATE = Script("rotate")
 _TRIED = 500  # names, to find one for each node
 _END_SHOWN = 10_000  # milliseconds for which an old key shows a repeat that it was rotated away
+
+_SILENT = (RedisConnectionError, RedisTimeoutError, OSError)
 
 Owners = dict[int, Address]
 
@@ -115,6 +116,27 @@ class Cluster:
             for address, slot in first.items()
         ]
 
+    def take(self, deadline: float, name: bytes) -> Slot:
+        """A connection to the node that serves this key."""
+        return self.pool(self.owner(key_slot(name), deadline)).take(deadline)
+
+    def give(self, slot: Slot) -> None:
+        """Take back what ``take`` lent."""
+        self.pool(_address_of(slot)).give(slot)
+
+    def give_failed(self, slot: Slot, error: BaseException) -> None:
+        """As ``ConnectionPool.give_failed``; also notes where the slot of the key is now."""
+        address = _address_of(slot)
+        self.pool(address).give_failed(slot, error)
+        if isinstance(error, AskError):
+            error.host = error.host or address[0]  # or it is the node that answers
+            if isinstance(error, MovedError):
+                self.moved(error.slot_id, (error.host, error.port))
+            else:
+                self.shifted()
+        elif isinstance(error, _SILENT) and interruption(error) is None:
+            self.failed(address)
+
     def failed(self, address: Address) -> None:
         """This node did not answer: a failover may have moved its slots."""
         self._silent, self._outdated = address, True
@@ -161,15 +183,10 @@ class Cluster:
         raise RedisConnectionError(f"no node of the cluster answers{last}")
 
     def _ask(self, address: Address, deadline: float) -> Any:
-        pool = self.pool(address)
-        slot = pool.take(deadline)
-        try:
-            return slot.ask(_SLOTS)
-        except BaseException:
-            slot.connection.disconnect()
-            raise
-        finally:
-            pool.give(slot)
+        (answer,) = ask_all(self.pool(address), deadline, [_SLOTS])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 class ClusterCommands(Commands):
@@ -195,42 +212,28 @@ class ClusterCommands(Commands):
     def nodes(self, deadline: float) -> list[Node]:
         return self._cluster.nodes(deadline)
 
-    def attempt(
-        self,
-        name: bytes,
-        request: bytes,
-        parse: Callable[[Any], T],
-        deadline: float,
-        confirmation: Confirmation | None,
-        again: bool,
-        pool: Any = None,
-        *,
-        asking: bool = False,
-    ) -> T:
-        cluster = self._cluster
-        slot = key_slot(name)
-        address = cluster.owner(slot, deadline)
+    def pool_after(self, error: Exception) -> Any:
+        if isinstance(error, AskError) and not isinstance(error, MovedError):
+            return _Importing(self._cluster.pool((error.host, error.port)))
+        return self.pool
 
-        def attempt(address: Address, *, asking: bool = False) -> T:
-            pool = cluster.pool(address)
-            return super(ClusterCommands, self).attempt(
-                name, request, parse, deadline, confirmation, again, pool, asking=asking
-            )
 
+class _Importing:
+    """The connections to a node to which a slot is on its way, and this key has arrived."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+        self.give, self.give_failed = pool.give, pool.give_failed
+
+    def take(self, deadline: float, name: bytes) -> Slot:
+        slot = self._pool.take(deadline)
         try:
-            return attempt(address)
-        except MovedError as error:
-            cluster.moved(slot, _named_by(error, address))
+            count_round_trip()
+            slot.ask(_ASKING)
+        except BaseException as error:
+            self.give_failed(slot, error)
             raise
-        except AskError as error:  # the slot is on its way, and this key has arrived
-            cluster.shifted()
-            return attempt(_named_by(error, address), asking=True)
-        except AllInUse:
-            raise
-        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-            reraise_interruption(error)
-            cluster.failed(address)
-            raise
+        return slot
 
 
 # While a slot moves, a script with a key that is not there and one that is is refused: so leases
@@ -380,8 +383,8 @@ def _of_client(client: RedisCluster, timeout: float) -> tuple[Callable[..., Any]
     return make, [(node.host, node.port) for node in nodes]
 
 
-def _named_by(error: AskError, asked: Address) -> Address:
-    return error.host or asked[0], error.port
+def _address_of(slot: Slot) -> Address:
+    return slot.connection.host, slot.connection.port
 
 
 def _owners_in(answer: Any, asked: Address) -> Owners:

@@ -20,7 +20,8 @@ from typing import Any
 from ...errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from ...events import logger
 from ..base import Deleted, Record, Replaced, new_version
-from .commands import Commands, Confirmation, Script
+from .commands import Commands, Script
+from .confirmation import Confirmation
 from .journal import HOLD, RedisJournal, held_life
 from .layout import pack, version
 from .pool import packed
@@ -46,7 +47,7 @@ class ClusterJournal(RedisJournal):
         name = self._records.names.record(record.key)
         life = self._held.commands.life(record)
         request = packed(b"SET", name, pack(record), b"NX", b"PX", life)
-        if self._commands.call(deadline, bool, name, request) is False:
+        if self._commands.ask(deadline, name, request) is None:
             try:
                 there = self._records.load(record.key, deadline)
             except UnreadableRecord:

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UnreadableRecord
 from ..base import Record
 from ..foreign import Foreign, ForeignValues, Together
-from .commands import Script, unparsed
+from .commands import Script
 from .layout import pack, unpack, version
 from .pool import packed
 from .records import Records
@@ -30,41 +30,33 @@ class RedisStrings(ForeignValues):
 
     def delete(self, name: str) -> None:
         key = name.encode()
-        self._commands.call(self._commands.deadline(), unparsed, key, packed(b"DEL", key))
+        self._commands.ask(self._commands.deadline(), key, packed(b"DEL", key))
 
     def names(self, prefix: str) -> Iterator[str]:
         pattern = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", prefix.encode()) + b"*"
-        call, deadline = self._commands.call, self._commands.deadline
+        ask, deadline = self._commands.ask, self._commands.deadline
         for server in self._commands.servers():
             cursor = b"0"
             while True:
                 request = packed(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _AT_ONCE)
-                cursor, names = call(deadline(), unparsed, server, request)
+                cursor, names = ask(deadline(), server, request)
                 yield from (name.decode("utf-8", "replace") for name in names)
                 if cursor == b"0":
                     break
 
     def _load(self, keys: list[bytes]) -> tuple[Foreign | None, bytes | None]:
         now = self._commands.now()
-
-        def parse(reply: Any) -> tuple[Foreign | None, bytes | None]:
-            # The name shows an answer that belongs to another command.
-            if type(reply) is not list or len(reply) < 3 or reply[0] != keys[0]:
-                raise UnreadableRecord("corrupt", "reply to another command")
-            value, life = reply[1], reply[2]
-            beside = reply[3] if len(reply) > 3 else None
-            if value is None:
-                return None, beside
-            return Foreign(value, None if life == _NO_EXPIRY else now + life), beside
-
         parts = (b"%d" % len(keys), *keys)
-        return self._commands.call(
+        value, life, *beside = self._commands.call(
             self._commands.deadline(),
-            parse,
             keys[0],
             packed(b"EVALSHA", _LOAD.sha, *parts),
+            _values_of,
+            keys[0],
             lambda: packed(b"EVAL", _LOAD.source, *parts),
         )
+        expiry = None if life == _NO_EXPIRY else now + life
+        return None if value is None else Foreign(value, expiry), beside[0] if beside else None
 
 
 class RedisTogether(RedisStrings, Together):
@@ -80,19 +72,27 @@ class RedisTogether(RedisStrings, Together):
         mine = version(mark.version)
         values = [pack(record), commands.life(record), pack(mark), commands.life(mark), mine]
         parts = (b"%d" % len(keys), *keys, *values)
-
-        def parse(reply: Any) -> Record | None:
-            if type(reply) is bytes:
-                if reply == b"K" + mine:
-                    return None
-                if reply[:1] == b"P":
-                    return unpack(mark.key, reply[1:])
-            raise UnreadableRecord("corrupt", "reply to another command")
-
         return commands.call(
             commands.deadline(),
-            parse,
             keys[1],
             packed(b"EVALSHA", _TAKE_OVER.sha, *parts),
+            _mark_there,
+            mark,
             lambda: packed(b"EVAL", _TAKE_OVER.source, *parts),
         )
+
+
+def _values_of(name: bytes, reply: Any) -> list[Any]:
+    # The name shows an answer that belongs to another command.
+    if type(reply) is not list or len(reply) < 3 or reply[0] != name:
+        raise UnreadableRecord("corrupt", "reply to another command")
+    return reply[1:]
+
+
+def _mark_there(mark: Record, reply: Any) -> Record | None:
+    if type(reply) is bytes:
+        if reply == b"K" + version(mark.version):
+            return None
+        if reply[:1] == b"P":
+            return unpack(mark.key, reply[1:])
+    raise UnreadableRecord("corrupt", "reply to another command")

@@ -15,7 +15,7 @@ from ...errors import StoreUnavailable
 from ..exposure import exposure_of, known_faults, unchecked
 from ..interrupts import reraise_interruption
 from ..parts import Checks, Finding
-from .commands import Commands, unparsed
+from .commands import Commands
 from .pool import packed
 from .servers import PrimaryPool, ask_once
 
@@ -65,7 +65,7 @@ class RedisChecks(Checks):
         def ask(*words: bytes) -> Any:
             """The answer; None if the server refuses the command."""
             try:
-                return commands.call(commands.deadline(), unparsed, name, packed(*words))
+                return commands.ask(commands.deadline(), name, packed(*words))
             except StoreUnavailable as error:
                 if isinstance(error.__cause__, ResponseError):
                     return None

@@ -17,9 +17,10 @@ from ...errors import Gone, StoreUnavailable, UnreadableRecord
 from ..base import Deleted, Record, Replaced
 from ..interrupts import reraise_interruption
 from ..journals import Entries, Journal, JournalFigures
-from .commands import Commands, Confirmation, Script, unparsed
+from .commands import Commands, Script
+from .confirmation import Confirmation
 from .layout import pack, unpack, version
-from .pool import hint, packed, said
+from .pool import ask_all, hint, packed, said
 from .records import DELETE, RENEW, REPLACE, SAVE, Records
 
 #: How long an expired session stays in the server at most, in milliseconds, if nobody sweeps.
@@ -264,26 +265,18 @@ class RedisJournal(Journal):
         )
 
     def _call(self, name: bytes, request: bytes) -> Any:
-        return self._commands.call(self._commands.deadline(), unparsed, name, request)
+        return self._commands.ask(self._commands.deadline(), name, request)
 
     def _all(self, names: Sequence[bytes], requests: Sequence[bytes]) -> Sequence[Any]:
         """The answers to these requests; an error as an object."""
         if not requests:
             return []
-        slot = self._commands.pool.take(self._commands.deadline())
         try:
-            answers: list[Any] = slot.ask_all(b"".join(requests), len(requests))
+            return ask_all(self._commands.pool, self._commands.deadline(), requests)
         except (RedisError, OSError) as error:
-            slot.connection.disconnect()
             reraise_interruption(error)
             detail = f"redis: journal: {said(error)}{hint(error)}"
             raise StoreUnavailable(detail) from error
-        except BaseException:
-            slot.connection.disconnect()
-            raise
-        finally:
-            self._commands.pool.give(slot)
-        return answers
 
     def _write(self, enters: str, removes: str, entries: Sequence[bytes]) -> _Write:
         return _Write(self._commands, self._names, self._most, enters, removes, entries)

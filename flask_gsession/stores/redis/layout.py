@@ -72,6 +72,10 @@ def pack(record: Record) -> bytes:
     return header(_POINTER, record) + record.successor.encode("ascii") + b" " + record.payload
 
 
+def unpack_any(key: str, value: bytes | None) -> Record | None:
+    return None if value is None else unpack(key, value)
+
+
 def unpack(key: str, value: bytes) -> Record:
     if len(value) < _HEADER:
         raise UnreadableRecord("corrupt", "malformed record")

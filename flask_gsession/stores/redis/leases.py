@@ -8,7 +8,7 @@ from ...errors import LeaseLost
 from ..base import Deleted, Record, Replaced
 from ..lease import ASK_AGAIN, WAITER_LIFE, poll
 from ..parts import Leases
-from .commands import Commands, Script, unparsed
+from .commands import Commands, Script
 from .layout import lease_of
 from .pool import packed
 from .records import Records
@@ -102,7 +102,7 @@ class RedisLeases(Leases):
         commands, name = self._commands, self._names.lease(key)
 
         def may_go_on() -> bool:
-            text = commands.call(commands.deadline(), unparsed, name, packed(b"GET", name))
+            text = commands.ask(commands.deadline(), name, packed(b"GET", name))
             return lease_of(text).is_turn_of(owner, commands.now())
 
         end = time.monotonic() + seconds

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from os import getpid
+from time import monotonic
 from typing import Any, NamedTuple
 from weakref import ref
 
-import redis
 from redis._parsers import _HiredisParser
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, InvalidResponse, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    InvalidResponse,
+    ReadOnlyError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
 
 from ...processes import process
 from ..interrupts import Condition
 from .driver import (
-    LENDS_CLOSED,
-    PUSHED,
-    check_client,
     connect,
     is_closed_or_unread,
-    lend,
     named,
-    read_within,
 )
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
+_TOO_LATE = "the time for this command is over"
 _STRING = ord("$")
 #: Redis before 7.0 reports an error of a command in a script as an error of the script.
 _IN_SCRIPT = re.compile(r"^Error running script .*@user_script: ?\d+: -?([A-Z]{2,} .*)", re.DOTALL)
@@ -92,33 +90,38 @@ class _BoundedSocket:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
-    def recv(self, *arguments: Any) -> Any:
-        self._arm()
-        return self._socket.recv(*arguments)
-
-    def recv_into(self, *arguments: Any) -> Any:
-        self._arm()
-        return self._socket.recv_into(*arguments)
-
-    def sendall(self, *arguments: Any) -> None:
-        self._arm()
-        self._socket.sendall(*arguments)
-
     def exchange(self, request: bytes) -> bytes:
-        """Send it; the first piece of the answer. The time that is left is set once for both."""
-        self._arm()
-        self._socket.sendall(request)
-        piece: bytes = self._socket.recv(_PIECE)
+        """Send a command; return the first piece of its answer. Needs a deadline."""
+        left = self._deadline.at - monotonic()  # type: ignore[operator]  # whoever asks sets it
+        if left <= 0:
+            raise TimeoutError(_TOO_LATE)
+        socket = self._socket
+        socket.settimeout(left)  # once for both: it sets no more than the time to send
+        socket.sendall(request)
+        piece: bytes = socket.recv(_PIECE)
         if not piece:
             raise RedisConnectionError("the server closed the connection")
         return piece
 
-    def _arm(self) -> None:
+    def recv(self, *arguments: Any) -> Any:
+        self._set_timeout()
+        return self._socket.recv(*arguments)
+
+    def recv_into(self, *arguments: Any) -> Any:
+        self._set_timeout()
+        return self._socket.recv_into(*arguments)
+
+    def sendall(self, *arguments: Any) -> None:
+        self._set_timeout()
+        self._socket.sendall(*arguments)
+
+    def _set_timeout(self) -> None:
+        """Let the next step take the time that is left, or as long as the client lets it."""
         at = self._deadline.at
         if at is not None:
-            left = at - time.monotonic()
+            left = at - monotonic()
             if left <= 0:
-                raise TimeoutError("the time for this command is over")
+                raise TimeoutError(_TOO_LATE)
             self._socket.settimeout(left)
 
 
@@ -135,7 +138,7 @@ class _Bounded:
     def _connect(self) -> _BoundedSocket:
         at = self.deadline.at
         if at is not None and self._to_connect is not None:
-            left = max(0.001, at - time.monotonic())
+            left = max(0.001, at - monotonic())
             self.socket_connect_timeout = min(self._to_connect, left)
         socket = super()._connect()  # type: ignore[misc]
         if self.met is not None:
@@ -143,24 +146,18 @@ class _Bounded:
         return _BoundedSocket(socket, self.deadline)
 
     def ask(self, request: bytes) -> Any:
-        """Send a packed command and return its reply as bytes.
-
-        Does the same as two methods of the client, without their other features.
-        """
+        """As ``Slot.ask``, in any state: connects first, and leaves the answer to the client."""
         connection: Any = self
         if connection._sock is None:
             connect(connection)
-        parser = connection._parser
-        if type(parser) is _HiredisParser and not parser._reader.has_data():
-            piece = connection._sock.exchange(request)
-            # A single complete string is parsed here; the client parses everything else.
-            if piece[0] == _STRING:
-                end = piece.find(b"\r\n")
-                if end > 1 and piece[1:end] == b"%d" % (len(piece) - end - 4):
-                    return piece[end + 2 : -2]
-            parser._reader.feed(piece)
-        else:
-            connection._sock.sendall(request)
+        connection._sock.sendall(request)
+        return self.answer()
+
+    def answer(self, begin: bytes = b"") -> Any:
+        """Let the client parse an answer, of which this is the beginning."""
+        parser = self._parser  # type: ignore[attr-defined]  # of the client's class
+        if begin:
+            parser._reader.feed(begin)
         answer = parser.read_response(disable_decoding=True)
         if isinstance(answer, ResponseError):
             within = _IN_SCRIPT.search(str(answer))
@@ -196,12 +193,32 @@ class Slot:
             self.connection.disconnect()
 
     def ask(self, request: bytes) -> Any:
-        """Send a packed command; its answer, as bytes."""
-        return self.connection.ask(request)
+        """Send a packed command and return its answer as bytes; raises the server's errors."""
+        connection = self.connection
+        socket, parser = connection._sock, connection._parser
+        # Something unread stays in front of the answer, as it does with the client.
+        if socket is None or type(parser) is not _HiredisParser or parser._reader.has_data():
+            return connection.ask(request)
+        piece = socket.exchange(request)
+        # A single complete string is parsed here; the client parses everything else.
+        if piece[0] == _STRING:
+            end = piece.find(b"\r\n")
+            if end > 1 and piece[1:end] == b"%d" % (len(piece) - end - 4):
+                return piece[end + 2 : -2]
+        return connection.answer(piece)
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
         """Send so many packed commands at once; their answers, errors of the server among them."""
         return list(self.connection.ask_all(requests, count))
+
+
+# After a failover, a connection leads to a replica, which refuses writes.
+_GONE = (RedisConnectionError, OSError, ReadOnlyError)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server answered with an error, so that the connection is well."""
+    return isinstance(error, ResponseError) and not isinstance(error, ReadOnlyError)
 
 
 class ConnectionPool:
@@ -232,9 +249,13 @@ class ConnectionPool:
         self._idle = deque(Slot(self._generation) for _ in range(self._size))
         self._slots = [ref(slot) for slot in self._idle]
 
-    def take(self, deadline: float) -> Slot:
-        """A slot, with a connection that need not be connected yet."""
-        process.notice()
+    def take(self, deadline: float, name: bytes = b"") -> Slot:
+        """A slot, with a connection that need not be connected yet.
+
+        ``name``: the key that the command is for. One server has all of them.
+        """
+        if getpid() != process.pid:  # every command comes by here
+            process.notice()
         try:
             slot = self._idle.pop()
         except IndexError:
@@ -262,7 +283,7 @@ class ConnectionPool:
                             made = Slot(self._generation)
                             self._slots[number] = ref(made)
                             return made
-                    left = deadline - time.monotonic()
+                    left = deadline - monotonic()
                     if left <= 0:
                         raise AllInUse(f"all {self._size} connections were in use")
                     self._returned.wait(min(left, _LOOK_FOR_LOST))
@@ -278,6 +299,19 @@ class ConnectionPool:
                     self._returned.notify()
         elif slot.connection is not None:
             slot.connection.disconnect()
+
+    def give_failed(self, slot: Slot, error: BaseException) -> None:
+        """Take back what ``take`` lent for a command that failed.
+
+        Interrupted, or answered with another command's reply, the connection is out of step: it is
+        closed. If the server went away, so are the others.
+        """
+        if not is_refusal(error):
+            slot.connection.disconnect()
+            timed_out = isinstance(error, TimeoutError)  # the others may be well
+            if isinstance(error, _GONE) and not timed_out:
+                self.invalidate()
+        self.give(slot)
 
     def invalidate(self) -> None:
         """The server closed a connection that was idle, so likely all of them: close them."""
@@ -314,115 +348,16 @@ class ConnectionPool:
                 slot.connection.disconnect()
 
 
-class ClientSlot:
-    """A connection that an existing client's pool lent."""
-
-    __slots__ = ("connection", "deadline")
-
-    def __init__(self, connection: Any, deadline: float) -> None:
-        self.connection = connection
-        self.deadline = deadline
-
-    def ask(self, request: bytes) -> Any:
-        """Send a packed command; its answer, as bytes."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise RedisTimeoutError("no time left after waiting for a connection")
-        self.connection.send_packed_command((request,))
-        try:
-            while True:
-                answer = read_within(self.connection, left)
-                if not isinstance(answer, PUSHED):
-                    return answer
-                left = max(self.deadline - time.monotonic(), 0.001)
-        except ResponseError as error:
-            raise named(error) from None
-
-    def ask_all(self, requests: bytes, count: int) -> list[Any]:
-        """Send so many packed commands at once; their answers, errors of the server among them."""
-        self.connection.send_packed_command((requests,))
-        return [self._answer() for _ in range(count)]
-
-    def _answer(self) -> Any:
-        try:
-            while True:
-                answer = self.connection.read_response(disable_decoding=True)
-                if not isinstance(answer, PUSHED):
-                    return answer
-        except ResponseError as error:
-            return named(error)
-
-
-class ClientPool:
-    """The pool of an existing client, lent in the same way; its settings bound the connecting."""
-
-    def __init__(self, client: redis.Redis) -> None:
-        self._pool = client.connection_pool
-        check_client(self._pool.connection_kwargs)
-        self.make: Callable[[], Any] = partial(
-            bounded(self._pool.connection_class), **self._pool.connection_kwargs
-        )
-        #: called where a connection leads elsewhere than the one that is followed
-        self.moved: Callable[[], object] = bool
-        self._peer: Any = None
-
-    def take(self, deadline: float) -> ClientSlot:
-        """A connection out of the client's pool."""
-        try:
-            connection = lend(self._pool)
-        except (redis.RedisError, OSError):
-            raise
-        except BaseException:
-            # Interrupted while connecting: the pool keeps the half-made connection. Drop it.
-            self._pool.disconnect(inuse_connections=False)
-            raise
-        if LENDS_CLOSED and is_closed_or_unread(connection):
-            connection.disconnect()
-        if self._peer is not None and _peer_of(connection) != self._peer:
-            self._peer = None
-            self.moved()
-        return ClientSlot(connection, deadline)
-
-    def give(self, slot: ClientSlot) -> None:
-        """Take back what ``take`` lent."""
-        self._pool.release(slot.connection)
-
-    def invalidate(self) -> None:
-        """Does nothing: the client checks a connection before it lends it."""
-
-    def look(self, deadline: float) -> None:
-        """Does nothing: the client knows its server."""
-
-    def follow(self, connection: Any) -> None:
-        """Call ``moved`` if a connection leads to another server."""
-        self._peer = _peer_of(connection)
-
-    def close(self) -> None:
-        """Does nothing: the client belongs to the application."""
-
-
-def _peer_of(connection: Any) -> Any:
+def ask_all(pool: Any, deadline: float, requests: Sequence[bytes]) -> list[Any]:
+    """Send these commands at once; return their answers, with the server's errors among them."""
+    slot = pool.take(deadline)
     try:
-        return connection._sock.getpeername()
-    except (AttributeError, OSError):  # it is not connected
-        return None
-
-
-class SentinelClientPool(ConnectionPool):
-    """Our own connections to the primary that a Sentinel client finds.
-
-    From 5.3 to 8.0.1, the driver's pool loses the place of each connection that it drops: at each
-    failover, and at each attempt to connect while no sentinel answers. In the end it has no places
-    left.
-    """
-
-    def __init__(self, client: redis.Redis, size: int) -> None:
-        pool = client.connection_pool
-        check_client(pool.connection_kwargs)
-        self._client = client  # its pool, to which connections refer weakly, has to live
-        # A command is tried again with the next connection, so that connecting is not.
-        options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
-        super().__init__(partial(bounded(pool.connection_class), **options), size)
+        answers: list[Any] = slot.ask_all(b"".join(requests), len(requests))
+    except BaseException as error:
+        pool.give_failed(slot, error)
+        raise
+    pool.give(slot)
+    return answers
 
 
 def packed(*parts: bytes) -> bytes:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...errors import KeyTaken
 from ..base import MAX_POINTERS, Deleted, Record, Replaced, too_many_pointers
-from .commands import Commands, Confirmation, Script, unparsed
-from .layout import RECORD, header, pack, unpack, version
+from .commands import Commands, Script
+from .confirmation import Confirmation
+from .layout import RECORD, header, pack, unpack, unpack_any, version
 from .pool import packed
 
 SAVE, RENEW = Script("save"), Script("renew")
@@ -24,15 +23,15 @@ class Records:
 
     def create(self, record: Record, deadline: float) -> bool:
         """As ``Store.create``; whether it was not there yet."""
-        call, name = self.commands.call, self.names.record(record.key)
+        ask, name = self.commands.ask, self.names.record(record.key)
         life = self.commands.life(record)
         request = packed(b"SET", name, pack(record), b"NX", b"PX", life)
-        if call(deadline, unparsed, name, request) is not None:
+        if ask(deadline, name, request) is not None:
             return True
         there = self.load_unexpired(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
-            call(deadline, unparsed, name, packed(b"DEL", name))
-            if call(deadline, unparsed, name, request) is not None:
+            ask(deadline, name, packed(b"DEL", name))
+            if ask(deadline, name, request) is not None:
                 return True
         if there is None or there.version != record.version:
             raise KeyTaken
@@ -40,14 +39,10 @@ class Records:
 
     def load(self, key: str, deadline: float) -> Record | None:
         """As ``Store.load``."""
-
-        def parse(value: Any) -> Record | None:
-            return None if value is None else unpack(key, value)
-
         name = self.names.record(key)
         # ``packed``, written out: every load comes by here.
         request = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)
-        return self.commands.call(deadline, parse, name, request)
+        return self.commands.call(deadline, name, request, unpack_any, key)
 
     def load_unexpired(self, key: str, deadline: float) -> Record | None:
         """As ``load``, but None for a record that has expired by its own times."""

@@ -19,9 +19,9 @@ from ...errors import StoreUnavailable, UnreadableRecord
 from ..base import KEY_LENGTH, OTHER_ENDS, Record
 from ..interrupts import reraise_interruption
 from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
-from .commands import Script, unparsed
+from .commands import Script
 from .layout import unpack
-from .pool import Node, hint, packed, said
+from .pool import Node, ask_all, hint, packed, said
 from .records import Records
 
 _TIDY = Script("tidy")
@@ -90,7 +90,7 @@ class RedisScans(Scans, Upkeep, Counts):
         deadline = self._commands.deadline()
 
         def ask(*words: bytes) -> Any:
-            return self._commands.call(deadline, unparsed, name, packed(*words))
+            return self._commands.ask(deadline, name, packed(*words))
 
         start = self._start + b"{"
         others = tuple(f"{end}}}".encode() for end in OTHER_ENDS)
@@ -198,14 +198,7 @@ class RedisScans(Scans, Upkeep, Counts):
             return []
         for last in (False, True):  # at first the connection may have been idle for long
             try:
-                slot = node.pool.take(deadline)
-                try:
-                    answers = list(slot.ask_all(b"".join(requests), len(requests)))
-                except BaseException:
-                    slot.connection.disconnect()
-                    raise
-                finally:
-                    node.pool.give(slot)
+                answers = ask_all(node.pool, deadline, requests)
                 for answer in answers if needed else ():
                     if isinstance(answer, NoPermissionError):
                         _answered(answer)
@@ -216,7 +209,6 @@ class RedisScans(Scans, Upkeep, Counts):
                     node.failed()
                     detail = f"redis: SCAN: {said(error)}"
                     raise StoreUnavailable(detail) from error
-                node.pool.invalidate()
         raise AssertionError("not reached")
 
 

@@ -208,7 +208,7 @@ class PrimaryPool(ConnectionPool):
         to_primary = type(kind.__name__, (_ToPrimary, kind), {})
         super().__init__(partial(to_primary, found=self._find, **settings), size)
 
-    def take(self, deadline: float) -> Slot:
+    def take(self, deadline: float, name: bytes = b"") -> Slot:
         """A slot whose connection leads, or will lead, to the primary."""
         now = time.monotonic()
         if now >= self._look_at:

@@ -18,12 +18,13 @@ from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
 from .bulk import RedisBulk
 from .changes import RedisSource
+from .client_pool import ClientPool, SentinelClientPool
 from .commands import Commands
 from .foreign import RedisStrings, RedisTogether
 from .health import RedisChecks
 from .journal import RedisJournal
 from .leases import RedisLeases
-from .pool import ClientPool, ConnectionPool, SentinelClientPool
+from .pool import ConnectionPool
 from .records import Records
 from .scans import RedisScans
 from .servers import PrimaryPool, connections_like, connections_of

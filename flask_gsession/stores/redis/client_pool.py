@@ -1,0 +1,142 @@
+"""The connections of a client that the application made, lent as our own are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from .driver import (
+    LENDS_CLOSED,
+    PUSHED,
+    check_client,
+    is_closed_or_unread,
+    lend,
+    named,
+    read_within,
+)
+from .pool import ConnectionPool, bounded, is_refusal
+
+
+class ClientSlot:
+    """A connection that an existing client's pool lent."""
+
+    __slots__ = ("connection", "deadline")
+
+    def __init__(self, connection: Any, deadline: float) -> None:
+        self.connection = connection
+        self.deadline = deadline
+
+    def ask(self, request: bytes) -> Any:
+        """Send a packed command; its answer, as bytes."""
+        left = self.deadline - monotonic()
+        if left <= 0:
+            raise RedisTimeoutError("no time left after waiting for a connection")
+        self.connection.send_packed_command((request,))
+        try:
+            while True:
+                answer = read_within(self.connection, left)
+                if not isinstance(answer, PUSHED):
+                    return answer
+                left = max(self.deadline - monotonic(), 0.001)
+        except ResponseError as error:
+            raise named(error) from None
+
+    def ask_all(self, requests: bytes, count: int) -> list[Any]:
+        """Send so many packed commands at once; their answers, errors of the server among them."""
+        self.connection.send_packed_command((requests,))
+        return [self._answer() for _ in range(count)]
+
+    def _answer(self) -> Any:
+        try:
+            while True:
+                answer = self.connection.read_response(disable_decoding=True)
+                if not isinstance(answer, PUSHED):
+                    return answer
+        except ResponseError as error:
+            return named(error)
+
+
+class ClientPool:
+    """The pool of an existing client, lent in the same way; its settings bound the connecting."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._pool = client.connection_pool
+        check_client(self._pool.connection_kwargs)
+        self.make: Callable[[], Any] = partial(
+            bounded(self._pool.connection_class), **self._pool.connection_kwargs
+        )
+        #: called where a connection leads elsewhere than the one that is followed
+        self.moved: Callable[[], object] = bool
+        self._peer: Any = None
+
+    def take(self, deadline: float, name: bytes = b"") -> ClientSlot:
+        """A connection out of the client's pool."""
+        try:
+            connection = lend(self._pool)
+        except (redis.RedisError, OSError):
+            raise
+        except BaseException:
+            # Interrupted while connecting: the pool keeps the half-made connection. Drop it.
+            self._pool.disconnect(inuse_connections=False)
+            raise
+        if LENDS_CLOSED and is_closed_or_unread(connection):
+            connection.disconnect()
+        if self._peer is not None and _peer_of(connection) != self._peer:
+            self._peer = None
+            self.moved()
+        return ClientSlot(connection, deadline)
+
+    def give(self, slot: ClientSlot) -> None:
+        """Take back what ``take`` lent."""
+        self._pool.release(slot.connection)
+
+    def give_failed(self, slot: ClientSlot, error: BaseException) -> None:
+        """As ``ConnectionPool.give_failed``; the client looks after the others."""
+        if not is_refusal(error):
+            slot.connection.disconnect()
+        self.give(slot)
+
+    def invalidate(self) -> None:
+        """Does nothing: the client checks a connection before it lends it."""
+
+    def look(self, deadline: float) -> None:
+        """Does nothing: the client knows its server."""
+
+    def follow(self, connection: Any) -> None:
+        """Call ``moved`` if a connection leads to another server."""
+        self._peer = _peer_of(connection)
+
+    def close(self) -> None:
+        """Does nothing: the client belongs to the application."""
+
+
+def _peer_of(connection: Any) -> Any:
+    try:
+        return connection._sock.getpeername()
+    except (AttributeError, OSError):  # it is not connected
+        return None
+
+
+class SentinelClientPool(ConnectionPool):
+    """Our own connections to the primary that a Sentinel client finds.
+
+    From 5.3 to 8.0.1, the driver's pool loses the place of each connection that it drops: at each
+    failover, and at each attempt to connect while no sentinel answers. In the end it has no places
+    left.
+    """
+
+    def __init__(self, client: redis.Redis, size: int) -> None:
+        pool = client.connection_pool
+        check_client(pool.connection_kwargs)
+        self._client = client  # its pool, to which connections refer weakly, has to live
+        # A command is tried again with the next connection, so that connecting is not.
+        options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
+        super().__init__(partial(bounded(pool.connection_class), **options), size)

@@ -1,0 +1,97 @@
+"""The failed tries of one command: whether to send it again, and what its answer means then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
+    NoScriptError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ...errors import StoreUnavailable, UnreadableRecord
+from ..interrupts import reraise_interruption
+from .pool import AllInUse, hint, said
+
+T = TypeVar("T")
+
+WRONG_TYPE = "not a string"
+_RETRY_PAUSE = 0.02  # seconds
+# Replies that a repeat may get although its first try was applied: others wrote since then, or
+# rotated the session, or there is nothing left to delete.
+_OVERTAKEN = (b"S", b"T", b"L", b"G")
+_DELETED = (b"D", b"N")
+# Temporary errors, while a server starts or the topology changes.
+_PASSING = (ReadOnlyError, BusyLoadingError, AskError, TryAgainError, ClusterDownError)
+
+
+class Failures:
+    """Of a command that is sent at most ``retries`` times more, before ``deadline``.
+
+    ``in_doubt``: whether a try may have been applied although its answer was lost.
+    """
+
+    def __init__(self, retries: int, deadline: float) -> None:
+        self.in_doubt = False
+        self._retries = retries
+        self._deadline = deadline
+        self._count = 0
+        self._refused = self._has_source = False
+
+    def next_request(
+        self, error: Exception, request: bytes, with_source: Callable[[], bytes] | None
+    ) -> bytes:
+        """The command to send after ``error``, once the time for it has come.
+
+        Otherwise raises ``StoreUnavailable``, or what an answer to the command means.
+        """
+        if isinstance(error, NoScriptError) and with_source and not self._has_source:
+            self._has_source = True
+            return with_source()
+        if isinstance(error, UnreadableRecord):  # the connection may have been out of step
+            if self._refused:
+                raise error
+            self._refused = self.in_doubt = True
+            return request
+        if isinstance(error, (AuthenticationError, ResponseError)):
+            if str(error).startswith("WRONGTYPE"):
+                raise UnreadableRecord("corrupt", WRONG_TYPE) from None
+            if not isinstance(error, _PASSING):
+                raise _unavailable(request, error) from error
+        else:
+            reraise_interruption(error)
+            if not isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError)):
+                raise _unavailable(request, error) from error
+            self.in_doubt = True
+        pause = _RETRY_PAUSE * self._count  # at first none: the connection may have been idle long
+        if self._count == self._retries or time.monotonic() + pause >= self._deadline:
+            raise _unavailable(request, error) from error
+        self._count += 1
+        time.sleep(pause)
+        return request
+
+    def judged(self, answer: T) -> T:
+        """The answer to the last try, as if there had been no other."""
+        if self.in_doubt and answer in _OVERTAKEN:
+            raise StoreUnavailable("redis: an answer was lost, then another write came")
+        if self.in_doubt and answer in _DELETED:
+            return cast(T, b"K")  # the deleted record is unknown
+        return answer
+
+
+def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
+    name, advice = request.split(b"\r\n", 3)[2].decode(), hint(error)
+    return StoreUnavailable(
+        f"redis: {name}: {said(error)}{advice}",
+        contention=isinstance(error, AllInUse),
+    )
