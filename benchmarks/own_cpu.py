@@ -114,7 +114,7 @@ def own_cpu(effort: Effort) -> list[OwnCpu]:
 
     def on_redis(app: Flask) -> None:
         store = RedisStore("redis://")
-        store._commands.pool = ConnectionPool(lambda: InstantConnection(values), 1)
+        store.commands.pool = ConnectionPool(lambda: InstantConnection(values), 1)
         Session(app, store=store)
 
     memory = {NONE: sessionless(SIZE), OURS: with_session(SIZE, on_memory)}

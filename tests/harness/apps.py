@@ -477,7 +477,7 @@ def within(seconds: float, act: Callable[[], T]) -> T:
 @contextmanager
 def hasty(store: Any, seconds: float) -> Iterator[None]:
     """For the length of the block a call of a Redis or MongoDB store may take this long only."""
-    timed = store._commands if hasattr(store, "_commands") else store.driver
+    timed = store.commands if hasattr(store, "commands") else store.driver
     before, timed.timeout = timed.timeout, seconds
     try:
         yield

@@ -302,11 +302,11 @@ def test_a_connection_that_leads_elsewhere_moves_the_listener(
         store, changes, heard = listens(client if of_client else first.url)
         feed = proven(changes)
         kept = heard.losses
-        for connection in (store._commands.pool.make, client.connection_pool.connection_kwargs):
+        for connection in (store.commands.pool.make, client.connection_pool.connection_kwargs):
             where = getattr(connection, "keywords", connection)
             where.update(host="127.0.0.1", port=own_redis.port)
         client.connection_pool.disconnect()
-        store._commands.pool.close()
+        store.commands.pool.close()
         record = a_record(time.time)
         assert store.load(record.key) is None  # from the other server
         assert heard.losses > kept

@@ -244,7 +244,7 @@ def test_our_own_timeouts() -> None:
     app.config.update(SESSION_IMPORT_UNTIL=UNTIL)
     ext = Session(app, store_timeout=0.4)
     store: Any = ext.store(app)
-    connection = store._commands.pool.make()
+    connection = store.commands.pool.make()
     assert connection.socket_timeout == connection.socket_connect_timeout == 0.1
     ext.close(app)
     client.close()

@@ -112,13 +112,13 @@ def test_an_unreadable_record_costs_one_connection_only(
     store: Any = open_store(redis_url, StoreOptions(prefix=store_prefix))[0]
     record = a_record(FakeClock())
     store.create(record)
-    slot = store._commands.pool.take(time.monotonic() + 1)
+    slot = store.commands.pool.take(time.monotonic() + 1)
     slot.ask(b"PING\r\n")
-    redis_client.set(store._commands.names.record(record.key), b"\x07" * 40, px=60_000)
+    redis_client.set(store.commands.names.record(record.key), b"\x07" * 40, px=60_000)
     with pytest.raises(UnreadableRecord):
         store.load(record.key)
     assert slot.connection._sock is not None
-    store._commands.pool.give(slot)
+    store.commands.pool.give(slot)
     store.close()
 
 

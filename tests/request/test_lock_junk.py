@@ -27,7 +27,7 @@ def redis_with(site: Site, junk: Any) -> Plant:
     def plant(key: str) -> None:
         store: Any = site.store.store
         with Redis.from_url(site.url) as client:
-            name = store._commands.names.lease(key)
+            name = store.commands.names.lease(key)
             client.delete(name)
             junk(client, name)
 

@@ -369,11 +369,11 @@ def test_a_frozen_server_costs_a_few_requests_their_time(
 
 def test_a_pool_that_is_in_use_is_no_reason(redis_url: str) -> None:
     store: Any = open_store(redis_url, StoreOptions(timeout=0.06, pool_max=1))[0]
-    slot = store._commands.pool.take(time.monotonic() + 10)
+    slot = store.commands.pool.take(time.monotonic() + 10)
     with pytest.raises(StoreUnavailable, match="were in use") as caught:
         store.load("x")
     assert caught.value.contention
-    store._commands.pool.give(slot)
+    store.commands.pool.give(slot)
     store.close()
 
 

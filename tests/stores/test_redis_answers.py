@@ -48,7 +48,7 @@ def test_the_key_of_a_lease_goes_although_a_clock_was_set_back(
     store.leases.acquire(record.key, "two", 1000, 10)
     clock.advance(-3600)
     store.leases.release(record.key, "two")  # its wait is over; the lease is written again
-    assert 0 < redis_client.pttl(store._commands.names.lease(record.key)) <= PATIENT_WAITER
+    assert 0 < redis_client.pttl(store.commands.names.lease(record.key)) <= PATIENT_WAITER
     store.close()
 
 
@@ -102,7 +102,7 @@ class TestWithThePublishedRights(OnServers):
 
 def live(store: Any) -> None:
     """Everything that a store is asked, in the life of some sessions."""
-    clock = store._commands.clock = FakeClock()
+    clock = store.commands.clock = FakeClock()
     expired = a_record(clock, idle=10)
     store.create(expired)
     clock.advance(11)
@@ -503,10 +503,10 @@ def test_readonly(
     store = a_store(own_redis.url, store_prefix)
     record = a_record(time.time)
     store.create(record)
-    slots = [store._commands.pool.take(time.monotonic() + 10) for _ in range(3)]
+    slots = [store.commands.pool.take(time.monotonic() + 10) for _ in range(3)]
     for slot in slots:
         slot.ask(b"PING\r\n")
-        store._commands.pool.give(slot)
+        store.commands.pool.give(slot)
     before = [slot.connection for slot in slots]
     assert all(connection._sock for connection in before)
     admin.replicaof(HOST, 1)
@@ -621,8 +621,8 @@ def test_an_error_of_the_server_shows_no_value(
         errors: list[BaseException] = []
         site.app.errorhandler(StoreUnavailable)(lambda error: (errors.append(error), ("", 503))[1])
         store: Any = site.store.store
-        slot, refuse = store._commands.pool.take(time.monotonic() + 10), Refusing(quote)
-        store._commands.pool.give(slot)
+        slot, refuse = store.commands.pool.take(time.monotonic() + 10), Refusing(quote)
+        store.commands.pool.give(slot)
         ask = type(slot).ask
 
         def asked(slot: Any, request: bytes) -> Any:

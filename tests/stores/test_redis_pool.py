@@ -49,7 +49,7 @@ def in_time() -> float:
 
 
 def test_no_more_connections_than_allowed_are_lent(store: Any) -> None:
-    pool = store._commands.pool
+    pool = store.commands.pool
     slots = [pool.take(in_time()) for _ in range(SIZE)]
     with pytest.raises(RedisTimeoutError, match="all 4 connections were in use"):
         pool.take(soon())
@@ -62,11 +62,11 @@ def test_the_connection_used_last_is_lent_first(store: Any) -> None:
     store.create(record)
     for _ in range(20):
         assert store.load(record.key) == record
-    assert sum(slot.connection is not None for slot in store._commands.pool._idle) == 1
+    assert sum(slot.connection is not None for slot in store.commands.pool._idle) == 1
 
 
 def test_a_waiting_caller_gets_a_returned_connection(store: Any) -> None:
-    pool = store._commands.pool
+    pool = store.commands.pool
     slots = [pool.take(in_time()) for _ in range(SIZE)]
     got: list[Any] = []
     waiting = threading.Thread(target=lambda: got.append(pool.take(time.monotonic() + 30)))
@@ -79,7 +79,7 @@ def test_a_waiting_caller_gets_a_returned_connection(store: Any) -> None:
 
 
 def test_a_slot_that_was_dropped_comes_back(store: Any) -> None:
-    pool = store._commands.pool
+    pool = store.commands.pool
     slots = [pool.take(in_time()) for _ in range(SIZE)]
     slots[0].ask(b"PING\r\n")
     connection = slots[0].connection
@@ -128,7 +128,7 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
     for thread in threads:
         thread.join(30)
     assert not wrong
-    slots = [store._commands.pool.take(in_time()) for _ in range(SIZE)]
+    slots = [store.commands.pool.take(in_time()) for _ in range(SIZE)]
     assert [slot.ask(b"PING\r\n") for slot in slots] == [b"PONG"] * SIZE
 
 
@@ -138,10 +138,10 @@ def test_connections_that_the_server_closed_cost_nobody_an_error(
     """After a restart every idle connection is dead; the first request already succeeds."""
     options = StoreOptions(prefix=store_prefix, pool_max=SIZE, timeout=10)
     store: Any = open_store(own_redis.url, options)[0]
-    slots = [store._commands.pool.take(time.monotonic() + 10) for _ in range(SIZE)]
+    slots = [store.commands.pool.take(time.monotonic() + 10) for _ in range(SIZE)]
     for slot in slots:
         slot.ask(b"PING\r\n")
-        store._commands.pool.give(slot)
+        store.commands.pool.give(slot)
     own_redis.kill()
     with pytest.raises(StoreUnavailable):
         store.load("A" * 43)
@@ -153,14 +153,14 @@ def test_connections_that_the_server_closed_cost_nobody_an_error(
 def test_a_closed_store_keeps_no_connection_and_goes_on(store: Any) -> None:
     record = a_record(time.time)
     store.create(record)
-    lent = store._commands.pool.take(time.monotonic() + 10)
-    idle = store._commands.pool.take(time.monotonic() + 10)
+    lent = store.commands.pool.take(time.monotonic() + 10)
+    idle = store.commands.pool.take(time.monotonic() + 10)
     for slot in (lent, idle):
         slot.ask(b"PING\r\n")
-    store._commands.pool.give(idle)
+    store.commands.pool.give(idle)
     store.close()
     assert idle.connection._sock is None
-    store._commands.pool.give(lent)
+    store.commands.pool.give(lent)
     assert lent.connection._sock is None
     assert store.load(record.key) == record
 
@@ -210,7 +210,7 @@ def test_a_connection_that_was_closed_while_idle_puts_no_write_in_doubt(
     store: Any = open_store(own_redis.url, StoreOptions(prefix=store_prefix))[0]
     record = a_record(time.time)
     store.create(record)
-    (slot,) = (slot for slot in store._commands.pool._idle if slot.connection is not None)
+    (slot,) = (slot for slot in store.commands.pool._idle if slot.connection is not None)
     slot.connection.deadline.at -= 60  # a minute ago
     with Redis.from_url(own_redis.url) as admin:
         admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")

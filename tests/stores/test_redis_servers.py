@@ -40,7 +40,8 @@ from flask_gsession.stores import Record, Store, StoreOptions, open_store
 from flask_gsession.stores.base import Deleted
 from flask_gsession.stores.redis import servers as redis_servers
 from flask_gsession.stores.redis.cluster import Cluster
-from flask_gsession.stores.redis.pool import Slot, packed
+from flask_gsession.stores.redis.commands import packed
+from flask_gsession.stores.redis.pool import Slot
 from flask_gsession.testing import FakeClock, HookedStore, StoreContract, a_pointer, a_record
 from tests.harness.apps import Site, hasty, within
 from tests.harness.console import Console
@@ -125,11 +126,11 @@ class Shop:
 
     def slot(self) -> int:
         """The slot of the visitor's session in a cluster."""
-        return key_slot(self.store._commands.names.record(self.key()))
+        return key_slot(self.store.commands.names.record(self.key()))
 
     def warm(self, connections: int = 4) -> None:
         """Have so many connections at once, idle afterwards."""
-        pool = self.store._commands.pool
+        pool = self.store.commands.pool
         if isinstance(pool, Cluster):
             pool = pool.pool(pool.owner(self.slot(), time.monotonic() + PATIENCE))
         slots = [pool.take(time.monotonic() + PATIENCE) for _ in range(connections)]
@@ -203,7 +204,7 @@ def test_a_failover_is_followed_before_the_old_primary_knows(
     caught_up(sentinels)
     old = sentinels.failover()
     new = sentinels.wait_for_failover(old)
-    shop.store._commands.pool.look(time.monotonic() + 5)  # the listener, in a thread of its own
+    shop.store.commands.pool.look(time.monotonic() + 5)  # the listener, in a thread of its own
     before = contents_of(new)
     assert shop.count() == 3  # for a few seconds the old one would take it, and lose it
     assert contents_of(new) != before
@@ -249,7 +250,7 @@ def test_a_server_that_is_not_a_primary_is_not_used(
     shop = open_shop(sentinels.url)
     replica = sentinels.replicas()[0]
     monkeypatch.setattr(
-        shop.store._commands.pool._sentinels, "primary", lambda _: (HOST, replica.port)
+        shop.store.commands.pool._sentinels, "primary", lambda _: (HOST, replica.port)
     )
     with pytest.raises(StoreUnavailable, match=f"{replica.port} should be the primary, and is not"):
         shop.store.load("A" * 43)
@@ -336,7 +337,7 @@ def test_a_client_made_by_a_sentinel(sentinels: RedisSentinels, open_shop: Opene
         assert shop.count() == 1
         caught_up(sentinels)
         # Two requests are under way when the primary is replaced.
-        pool, deadline = shop.store._commands.pool, time.monotonic() + 60
+        pool, deadline = shop.store.commands.pool, time.monotonic() + 60
         slots = [pool.take(deadline) for _ in range(2)]
         for slot in slots:
             slot.ask(packed(b"PING"))
@@ -423,7 +424,7 @@ def record_in(shop: Shop, slot: int) -> Record:
     """A new record, whose key is in this slot."""
     while True:
         record = a_record(time.time)
-        if key_slot(shop.store._commands.names.record(record.key)) == slot:
+        if key_slot(shop.store.commands.names.record(record.key)) == slot:
             return record
 
 
@@ -434,10 +435,10 @@ def test_sessions_are_shared_out_among_the_nodes(cluster: RedisCluster, open_sho
         shop.store.create(record)
     assert all(shop.store.load(record.key) == record for record in records)
     owners = {
-        cluster.primary(key_slot(shop.store._commands.names.record(each.key))).port
+        cluster.primary(key_slot(shop.store.commands.names.record(each.key))).port
         for each in records
     }
-    assert {port for _, port in shop.store._commands.pool._pools} >= owners
+    assert {port for _, port in shop.store.commands.pool._pools} >= owners
     assert len(owners) == 3
 
 
@@ -521,7 +522,7 @@ def test_a_replica_that_takes_over_is_found(cluster: RedisCluster, open_shop: Op
     old = cluster.failover(shop.slot())
     cluster.wait_for_failover(old)
     assert shop.count() == 2
-    assert shop.store._commands.pool.owner(shop.slot(), 0) == (
+    assert shop.store.commands.pool.owner(shop.slot(), 0) == (
         HOST,
         cluster.primary(shop.slot()).port,
     )
@@ -594,20 +595,20 @@ def test_a_crash_in_a_rotation_leaves_the_session_as_it_was(
     old, new, later = (a_record(time.time) for _ in range(3))
     store.create(old)
     with monkeypatch.context() as patch:
-        patch.setattr(store._commands, "run", lambda *_: 1 / 0)
+        patch.setattr(store.commands, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.replace(old.key, new, old.version, None)
     assert store.load(old.key) == old
     (node,) = [
         node
         for node in cluster.primaries()
-        if store._commands.names.record(new.key).decode() in names_on(node)
+        if store.commands.names.record(new.key).decode() in names_on(node)
     ]
-    assert node.command("PTTL", store._commands.names.record(new.key).decode()) > 0
+    assert node.command("PTTL", store.commands.names.record(new.key).decode()) > 0
     store.replace(old.key, later, old.version, None)
     assert store.load(old.key) is None
     assert store.load(later.key) == later
-    name = store._commands.names.record(old.key).decode()
+    name = store.commands.names.record(old.key).decode()
     assert 0 < cluster.primary(key_slot(name.encode())).command("PTTL", name) <= 10_000
 
 
@@ -688,7 +689,7 @@ def test_a_cluster_client_gives_its_nodes_and_options(
         assert shop.count() == 4
         made = [
             slot.connection
-            for pool in shop.store._commands.pool._pools.values()
+            for pool in shop.store.commands.pool._pools.values()
             for slot in pool._idle
         ]
         assert {each.username for each in made if each} == {"app"}
@@ -797,7 +798,7 @@ class Confirmed:
         self.site = self.shop.site
         assert self.shop.count() == 1
         self.key = self.shop.key()
-        self.name = self.shop.store._commands.names.record(self.key).decode()
+        self.name = self.shop.store.commands.names.record(self.key).decode()
         if isinstance(servers, RedisSentinels):
             self.primary: RedisMember = servers.primary()
             self.replicas: Sequence[RedisMember] = servers.replicas()
@@ -819,7 +820,7 @@ class Confirmed:
         """The names of all large values on the servers that take writes."""
         one = isinstance(self.servers, RedisSentinels)
         members = [self.primary] if one else self.servers.primaries()  # type: ignore[union-attr]
-        pattern = f"{self.shop.store._commands.names.prefix}blob:*"
+        pattern = f"{self.shop.store.commands.names.prefix}blob:*"
         return [name for member in members for name in member.command("KEYS", pattern)]
 
     def old_token(self) -> Any:
@@ -956,7 +957,7 @@ def test_a_revocation_waits_for_the_replicas(confirmed: Confirmed) -> None:
     users = confirmed.site.ext.users
     confirmed.visitor.run(lambda s: s.bind("mira"))
     tab, key = confirmed.old_token(), confirmed.shop.key()
-    name = confirmed.shop.store._commands.names.record(key).decode()
+    name = confirmed.shop.store.commands.names.record(key).decode()
     servers, replicas = confirmed.servers, confirmed.replicas
     if isinstance(servers, RedisCluster):  # signing in moved it to another slot
         replicas = [servers._replica_of(servers.primary(confirmed.shop.slot()))]
@@ -1102,10 +1103,10 @@ def test_a_wrong_option_is_named(kind: str) -> None:
 )
 def test_the_sentinels_of_a_url(url: str, addresses: list[tuple[str, int]]) -> None:
     store: Any = open_store(url, StoreOptions())[0]
-    made = [make() for make in store._commands.pool._sentinels._makes]
+    made = [make() for make in store.commands.pool._sentinels._makes]
     assert [(each.host, each.port) for each in made] == addresses
     assert all(each.password is None for each in made)
-    connection = store._commands.pool.make()
+    connection = store.commands.pool.make()
     assert connection.password == ("p@ss" if "p%40ss" in url else None)
     assert (connection.db, "SSL" in type(connection).__name__) == (
         (2, True) if url.startswith("rediss") else (0, False)
@@ -1122,8 +1123,8 @@ def test_the_sentinels_of_a_url(url: str, addresses: list[tuple[str, int]]) -> N
 )
 def test_the_nodes_of_a_url(url: str, addresses: list[tuple[str, int]]) -> None:
     store: Any = open_store(url, StoreOptions())[0]
-    assert store._commands.pool._seeds == addresses
-    connection = store._commands.pool._make(host="n", port=7)
+    assert store.commands.pool._seeds == addresses
+    connection = store.commands.pool._make(host="n", port=7)
     assert (connection.host, connection.port) == ("n", 7)
     assert ("SSL" in type(connection).__name__) == url.startswith("rediss")
     assert connection.password == ("p" if "u:p@" in url else None)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..parts import Blobs
-from .commands import Commands, Script
-from .pool import packed
+from .commands import Commands, Script, packed
 
 _WRITE, _EXPIRE = Script("blob_write"), Script("blob_expire")
 

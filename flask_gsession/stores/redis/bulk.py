@@ -11,8 +11,9 @@ from ...errors import UnreadableRecord
 from ..base import Deleted
 from ..interrupts import reraise_interruption
 from ..parts import Bulk
+from .commands import packed
 from .layout import unpack
-from .pool import ask_all, packed
+from .pool import ask_all
 from .records import DELETE, Records
 
 

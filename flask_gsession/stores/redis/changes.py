@@ -19,9 +19,9 @@ from redis.exceptions import RedisError, ResponseError
 from ...errors import StoreUnavailable
 from ...live.listener import Heard
 from ..base import KEY_LENGTH
-from .commands import Commands
+from .commands import Commands, packed
 from .driver import connect
-from .pool import hint, packed, said
+from .pool import hint, said
 
 _PIECE = 65_536  # bytes received at once
 _PING = packed(b"PING")
@@ -47,7 +47,7 @@ class RedisSource:
         self.moved: Callable[[], object] = bool
         self.shifted: Callable[[], object] = bool
         # No lease and no large value begins like this, so fewer changes arrive.
-        self._begin = commands.names.prefix.encode() + b"{"
+        self._begin = commands.names.start
 
     def servers(self) -> Iterable[Hashable]:
         self._commands.pool.look(time.monotonic() + self.timeout)

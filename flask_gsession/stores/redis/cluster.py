@@ -28,12 +28,12 @@ from ..support import StoreOptions, closing, count_round_trip
 from .blobs import RedisBlobs
 from .changes import ClusterSource
 from .cluster_journal import ClusterJournal
-from .commands import Commands, Script
+from .commands import Commands, Script, packed
 from .confirmation import Confirmation
 from .foreign import RedisStrings
 from .layout import pack, version
 from .leases import RedisLeases, ask_for_lease
-from .pool import ConnectionPool, Node, Slot, ask_all, packed, said
+from .pool import ConnectionPool, Node, Slot, ask_all, said
 from .records import Records, renewed_since
 from .servers import Address, connections_like, connections_of, servers_of
 from .store import RedisStore
@@ -243,8 +243,8 @@ class _Importing:
 class ClusterRecords(Records):
     """Keeps records, of which a rotation concerns two, in two slots."""
 
-    def load(self, key: str, deadline: float) -> Record | None:
-        """Without what ``_end_of`` left: nobody stored that."""
+    def load(self, key: str, deadline: float | None = None) -> Record | None:
+        # Without what ``_end_of`` left: nobody stored that.
         record = super().load(key, deadline)
         return None if record is not None and record.successor == "" else record
 
@@ -254,27 +254,26 @@ class ClusterRecords(Records):
         record: Record,
         expected_version: int,
         pointer: Record | None,
-        lease: str | None,
-        shorten: bool,
+        *,
+        shorten: bool = False,
+        lease: str | None = None,
+        deadline: float | None = None,
     ) -> Replaced:
         commands = self.commands
-        deadline = commands.deadline()
-        first = self.create(record, deadline)
+        deadline = deadline or commands.deadline()
+        first = self._create(record, deadline)
         mine = version(record.version)
         keys = self._keys_to_remove(key, lease)
         left = pointer or self._end_of(key, record)
         confirmation = Confirmation(0 if pointer else self.logout_replicas)
-        later: Record | None = record
         try:
-            while later is not None:
-                if later is not record:
-                    self.renew(later, later.idle_expires_at, deadline)
-                    record = later
+            while True:
+                now = commands.now()
                 arguments = [
                     version(expected_version),
                     pack(left),
-                    commands.life(pointer) if pointer else b"%d" % _END_SHOWN,
-                    commands.now_text(),
+                    b"%d" % (commands.life(pointer, now) if pointer else _END_SHOWN),
+                    b"%d" % now,
                     mine,
                     (lease or "").encode(),
                     self.names.channels,
@@ -283,7 +282,11 @@ class ClusterRecords(Records):
                 reply = commands.run(deadline, _ROTATE, keys, arguments, mine, confirmation, b"N")
                 if reply == b"N" and first:
                     raise Gone  # rotated before, and ended since: not to be brought back
-                later, shorten = renewed_since(record, reply)
+                if reply[:1] != b"R":
+                    break
+                record, shorten = renewed_since(record, reply)
+                if not self.renew(record, record.idle_expires_at, deadline):
+                    raise Gone
         except (Gone, Stale, LeaseLost):
             with suppress(Gone, Stale, StoreUnavailable):
                 super().remove(record.key, deadline, mine, b"1")
@@ -343,7 +346,7 @@ class ClusterBlobs(RedisBlobs):
         return [[blob] for blob in blobs]
 
 
-class RedisClusterStore(RedisStore):
+class RedisClusterStore(ClusterRecords, RedisStore):
     """Keeps records in a Redis Cluster: at the nodes of ``url``, or where an existing client is.
 
     One call takes at most ``options.timeout``. Of a client that was passed in the nodes and the
@@ -358,10 +361,12 @@ class RedisClusterStore(RedisStore):
             make, seeds = _of_client(url_or_client, options.timeout)
         cluster = Cluster(make, seeds, options.pool_max)
         closing(self, cluster.close)
-        records = ClusterRecords(ClusterCommands(cluster, options), options.logout_replicas)
+        commands = ClusterCommands(cluster, options)
+        Records.__init__(self, commands, options.logout_replicas)
+        records = ClusterRecords(commands, options.logout_replicas)
         self._begin(url_or_client, options, records, cluster.make, ClusterSource)
         self.leases = ClusterLeases(records, self._wake_ups)
-        self.blobs = ClusterBlobs(records.commands)
+        self.blobs = ClusterBlobs(commands)
         self.journal = ClusterJournal(records, ClusterRecords)
 
     def strings(self) -> RedisStrings:

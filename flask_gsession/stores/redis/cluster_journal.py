@@ -20,11 +20,10 @@ from typing import Any
 from ...errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from ...events import logger
 from ..base import Deleted, Record, Replaced, new_version
-from .commands import Commands, Script
+from .commands import Commands, Script, packed
 from .confirmation import Confirmation
 from .journal import HOLD, RedisJournal, held_life
 from .layout import pack, version
-from .pool import packed
 
 _END, _UNMARK = Script("journal_end"), Script("journal_unmark")
 _SOON = 10_000  # milliseconds after which the sweep looks whether a process stopped half-way
@@ -45,8 +44,9 @@ class ClusterJournal(RedisJournal):
         deadline = self._commands.deadline()
         self._expect(record)
         name = self._records.names.record(record.key)
-        life = self._held.commands.life(record)
-        request = packed(b"SET", name, pack(record), b"NX", b"PX", life)
+        commands = self._held.commands
+        life = commands.life(record, commands.now())
+        request = packed(b"SET", name, pack(record), b"NX", b"PX", b"%d" % life)
         if self._commands.ask(deadline, name, request) is None:
             try:
                 there = self._records.load(record.key, deadline)
@@ -65,15 +65,11 @@ class ClusterJournal(RedisJournal):
         shorten: bool = False,
     ) -> None:
         self._expect(record)
-        self._held.save(record, expected_version, lease, shorten)
+        self._held.save(record, expected_version, shorten=shorten, lease=lease)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         self._expect(record)
-        try:
-            self._held.renew(record, idle_expires_at, self._commands.deadline())
-        except Gone:
-            return False
-        return True
+        return bool(self._held.renew(record, idle_expires_at))
 
     def replace(
         self,
@@ -88,7 +84,7 @@ class ClusterJournal(RedisJournal):
     ) -> Replaced:
         self._expect(record)
         replaced: Replaced = self._held.replace(
-            key, record, expected_version, pointer, lease, shorten
+            key, record, expected_version, pointer, shorten=shorten, lease=lease
         )
         self.append(entries)
         self._leave(key)
@@ -124,7 +120,7 @@ class ClusterJournal(RedisJournal):
     ) -> bytes:
         arguments = [
             version(expected_version),
-            self._commands.now_text(),
+            b"%d" % self._commands.now(),
             pack(marker),
             b"%d" % HOLD,
             (lease or "").encode(),
@@ -206,5 +202,5 @@ class _Held:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._commands, name)
 
-    def life(self, record: Record) -> bytes:
-        return held_life(record, self._commands.now())
+    def life(self, record: Record, now: int) -> int:
+        return held_life(record, now)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import RedisError
 
@@ -22,16 +22,33 @@ from ...errors import (
 )
 from ..base import Record
 from ..support import StoreOptions, round_trips, time_limit
-from .confirmation import Confirmation
 from .failures import WRONG_TYPE, Failures
 from .layout import Names
-from .pool import Node, packed
+from .pool import Node
+
+if TYPE_CHECKING:
+    from .confirmation import Confirmation
 
 A = TypeVar("A")
 T = TypeVar("T")
 
+_SIZES = [b"\r\n$%d\r\n" % size for size in range(256)]  # before each part of a command
 _STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W", b"D", b"R")
 _ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
+
+
+def packed(*parts: bytes) -> bytes:
+    """Pack a command. Not with hiredis: it crashes if a signal arrives while it packs."""
+    return _packed(b"*%d" % len(parts), parts)
+
+
+def _packed(begin: bytes, parts: Iterable[bytes]) -> bytes:
+    pieces = [begin]
+    for part in parts:
+        size = len(part)
+        pieces += (_SIZES[size] if size < 256 else b"\r\n$%d\r\n" % size, part)
+    pieces.append(b"\r\n")
+    return b"".join(pieces)
 
 
 class Script:
@@ -43,6 +60,14 @@ class Script:
     def of(self, source: bytes) -> None:
         self.source = source
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
+        self._begin = b"\r\n$7\r\nEVALSHA\r\n$40\r\n" + self.sha
+
+    def packed(self, parts: Sequence[bytes]) -> bytes:
+        """The command that runs it on a server that knows it.
+
+        ``parts``: the number of keys, the keys, the arguments.
+        """
+        return _packed(b"*%d%b" % (2 + len(parts), self._begin), parts)
 
     def lacked(self, error: str) -> str:
         """The right that the user lacks. Redis only names the line, which may need two rights."""
@@ -75,13 +100,9 @@ class Commands:
         """The time in milliseconds."""
         return int(self.clock() * 1000)
 
-    def now_text(self) -> bytes:
-        """The same as scripts take it."""
-        return b"%d" % self.now()
-
-    def life(self, record: Record) -> bytes:
-        """The milliseconds to keep the record for, at least 1."""
-        return b"%d" % max(1, record.idle_expires_at - self.now())
+    def life(self, record: Record, now: int) -> int:
+        """The milliseconds to keep the record for."""
+        return max(1, record.idle_expires_at - now)
 
     def servers(self) -> dict[bytes, str]:
         """The address of each server that holds sessions, by a name that it stores."""
@@ -160,7 +181,7 @@ class Commands:
             reply = self.call(
                 deadline,
                 keys[0],
-                packed(b"EVALSHA", script.sha, *parts),
+                script.packed(parts),
                 _reply_of_script,
                 (echo, also),
                 lambda: packed(b"EVAL", script.source, *parts),

@@ -9,7 +9,8 @@ from redis.exceptions import RedisError
 
 from ..interrupts import reraise_interruption
 from ..support import count_round_trip
-from .pool import packed, said
+from .commands import packed
+from .pool import said
 
 _WRITE_SOMETHING = b"redis.call('SET', KEYS[1], '', 'PX', 1) return redis.call('DEL', KEYS[1])"
 

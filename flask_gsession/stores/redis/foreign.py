@@ -9,9 +9,8 @@ from typing import Any
 from ...errors import UnreadableRecord
 from ..base import Record
 from ..foreign import Foreign, ForeignValues, Together
-from .commands import Script
+from .commands import Script, packed
 from .layout import pack, unpack, version
-from .pool import packed
 from .records import Records
 
 _LOAD, _TAKE_OVER = Script("foreign_load"), Script("take_over")
@@ -70,7 +69,9 @@ class RedisTogether(RedisStrings, Together):
         commands, names = self._commands, self._records.names
         keys = [names.record(record.key), names.record(mark.key)]
         mine = version(mark.version)
-        values = [pack(record), commands.life(record), pack(mark), commands.life(mark), mine]
+        now = commands.now()
+        lives = [b"%d" % commands.life(each, now) for each in (record, mark)]
+        values = [pack(record), lives[0], pack(mark), lives[1], mine]
         parts = (b"%d" % len(keys), *keys, *values)
         return commands.call(
             commands.deadline(),

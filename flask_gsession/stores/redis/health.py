@@ -15,8 +15,7 @@ from ...errors import StoreUnavailable
 from ..exposure import exposure_of, known_faults, unchecked
 from ..interrupts import reraise_interruption
 from ..parts import Checks, Finding
-from .commands import Commands
-from .pool import packed
+from .commands import Commands, packed
 from .servers import PrimaryPool, ask_once
 
 _OLDEST = (6, 2)

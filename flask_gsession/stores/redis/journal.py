@@ -13,14 +13,14 @@ from zlib import crc32
 
 from redis.exceptions import RedisError
 
-from ...errors import Gone, StoreUnavailable, UnreadableRecord
+from ...errors import StoreUnavailable, UnreadableRecord
 from ..base import Deleted, Record, Replaced
 from ..interrupts import reraise_interruption
 from ..journals import Entries, Journal, JournalFigures
-from .commands import Commands, Script
+from .commands import Commands, Script, packed
 from .confirmation import Confirmation
 from .layout import pack, unpack, version
-from .pool import ask_all, hint, packed, said
+from .pool import ask_all, hint, said
 from .records import DELETE, RENEW, REPLACE, SAVE, Records
 
 #: How long an expired session stays in the server at most, in milliseconds, if nobody sweeps.
@@ -80,7 +80,7 @@ class RedisJournal(Journal):
 
     def create(self, record: Record, entries: Sequence[bytes]) -> None:
         write = self._write(record.key, "", entries)
-        arguments = [pack(record), write.life(record)]
+        arguments = [pack(record), b"%d" % write.life(record, write.now())]
         names = [self._records.names.record(record.key)]
         mine = version(record.version)
         write.run(self._commands.deadline(), _CREATE, names, arguments, mine)
@@ -94,15 +94,11 @@ class RedisJournal(Journal):
         shorten: bool = False,
     ) -> None:
         records = self._within(record.key, "", ())
-        records.save(record, expected_version, lease, shorten)
+        records.save(record, expected_version, shorten=shorten, lease=lease)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         records = self._within(record.key, "", ())
-        try:
-            records.renew(record, idle_expires_at, self._commands.deadline())
-        except Gone:
-            return False
-        return True
+        return records.renew(record, idle_expires_at)
 
     def replace(
         self,
@@ -116,12 +112,12 @@ class RedisJournal(Journal):
         shorten: bool = False,
     ) -> Replaced:
         records = self._within(record.key, key, entries)
-        return records.replace(key, record, expected_version, pointer, lease, shorten)
+        return records.replace(key, record, expected_version, pointer, shorten=shorten, lease=lease)
 
     def end(
         self, key: str, expected_version: int, entries: Sequence[bytes], lease: str | None = None
     ) -> Deleted:
-        return self._within("", key, entries).delete_version(key, expected_version, lease)
+        return self._within("", key, entries).delete(key, expected_version, lease=lease)
 
     def due(self, limit: int) -> list[Record]:
         found: list[Record] = []
@@ -159,7 +155,7 @@ class RedisJournal(Journal):
             self._call(bucket, packed(b"ZREM", bucket, key.encode()))
             return None
         try:
-            record = unpack(key, value)
+            record: Record = unpack(key, value)
         except (UnreadableRecord, TypeError):
             return nothing
         if record.successor is not None:
@@ -208,7 +204,7 @@ class RedisJournal(Journal):
     def _to_expire(self, record: Record) -> tuple[list[bytes], list[bytes]]:
         names, key = self._records.names, record.key
         keys = [names.record(key), names.lease(key), self._names.due(key)]
-        return keys, [version(record.version), self._commands.now_text(), key.encode()]
+        return keys, [version(record.version), b"%d" % self._commands.now(), key.encode()]
 
     def recover(self) -> int:
         return 0
@@ -243,7 +239,7 @@ class RedisJournal(Journal):
         stream, names = self._names.stream, self._names
         first = self._call(stream, packed(b"XRANGE", stream, b"-", b"+", b"COUNT", b"1"))
         last = self._call(stream, packed(b"XREVRANGE", stream, b"+", b"-", b"COUNT", b"1"))
-        now, due, oldest = self._commands.now_text(), 0, 0
+        now, due, oldest = b"%d" % self._commands.now(), 0, 0
         for number in range(BUCKETS):
             bucket = names.bucket(number)
             count = self._call(bucket, packed(b"ZCOUNT", bucket, b"-inf", now))
@@ -307,10 +303,10 @@ class _Write:
         self._most = most
         self._enters, self._removes, self._entries = enters, removes, entries
         self.names = commands.names
-        self.deadline, self.now, self.now_text = commands.deadline, commands.now, commands.now_text
+        self.deadline, self.now = commands.deadline, commands.now
 
-    def life(self, record: Record) -> bytes:
-        return held_life(record, self._commands.now())
+    def life(self, record: Record, now: int) -> int:
+        return held_life(record, now)
 
     def run(
         self,
@@ -351,10 +347,10 @@ class _Write:
         )
 
 
-def held_life(record: Record, now: int) -> bytes:
+def held_life(record: Record, now: int) -> int:
     """For how many milliseconds a session is kept: longer than its own life."""
     hold = HOLD if record.successor is None else 0
-    return b"%d" % max(1, record.idle_expires_at - now + hold)
+    return max(1, record.idle_expires_at - now + hold)
 
 
 def _pairs(answer: Any) -> list[tuple[bytes, Any]]:

@@ -14,17 +14,19 @@ another key, such as a connection gives after an interrupt left it out of step.
 from __future__ import annotations
 
 from struct import Struct
+from typing import overload
 from zlib import crc32
 
 from ...errors import UnreadableRecord
 from ..base import Record
 from ..lease import Lease
 
-_HEAD = Struct(">BQHIHIHI")  # the times in six bytes each, upper two and lower four
-_WHOLE_HEAD = Struct(_HEAD.format + "I")  # with the CRC
-_CHECKED, _HEADER = _HEAD.size, _WHOLE_HEAD.size
-_LOW = 0xFFFF_FFFF
-RECORD, _POINTER = 1, 2
+_HEADER = Struct(">BQ6s6s6s")
+_WHOLE_HEADER = Struct(_HEADER.format + "I")  # with the CRC
+_SIZE = _WHOLE_HEADER.size
+_CHECKED = _SIZE - 4
+_RECORD, _POINTER = 1, 2
+_number = int.from_bytes
 
 
 class Names:
@@ -32,6 +34,7 @@ class Names:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        self.start = f"{prefix}{{".encode()  # of the keys of sessions, and of their leases
         self.channels = f"{prefix}wake:".encode()
 
     def record(self, key: str) -> bytes:
@@ -51,54 +54,56 @@ def version(number: int) -> bytes:
     return number.to_bytes(8, "big")
 
 
-def header(kind: int, record: Record) -> bytes:
-    created, idle, absolute = record[2:5]
-    head = _HEAD.pack(
-        kind,
-        record.version,
-        created >> 32,
-        created & _LOW,
-        idle >> 32,
-        idle & _LOW,
-        absolute >> 32,
-        absolute & _LOW,
-    )
-    return head + crc32(head, crc32(record.key.encode("ascii"))).to_bytes(4, "big")
-
-
 def pack(record: Record) -> bytes:
-    if record.successor is None:
-        return header(RECORD, record) + record.payload
-    return header(_POINTER, record) + record.successor.encode("ascii") + b" " + record.payload
+    """The string that holds a record or pointer; without a payload, the header of a record."""
+    key, version, created, idle, absolute, payload, successor = record
+    kind = _RECORD
+    if successor is not None:
+        kind, payload = _POINTER, successor.encode("ascii") + b" " + payload
+    head = _HEADER.pack(
+        kind,
+        version,
+        created.to_bytes(6, "big"),
+        idle.to_bytes(6, "big"),
+        absolute.to_bytes(6, "big"),
+    )
+    return head + crc32(head, crc32(key.encode("ascii"))).to_bytes(4, "big") + payload
 
 
-def unpack_any(key: str, value: bytes | None) -> Record | None:
-    return None if value is None else unpack(key, value)
-
-
-def unpack(key: str, value: bytes) -> Record:
-    if len(value) < _HEADER:
+@overload
+def unpack(key: str, value: None) -> None: ...
+@overload
+def unpack(key: str, value: bytes) -> Record: ...
+def unpack(key: str, value: bytes | None) -> Record | None:
+    """The record or pointer in this string, or None. Raises ``UnreadableRecord``."""
+    if value is None:
+        return None
+    if len(value) < _SIZE:
         raise UnreadableRecord("corrupt", "malformed record")
-    kind, version, c, created, i, idle, a, absolute, check = _WHOLE_HEAD.unpack_from(value)
-    if kind != RECORD and kind != _POINTER:
-        if _POINTER < kind < 32:
-            raise UnreadableRecord("newer format", f"record kind {kind}")
-        raise UnreadableRecord("corrupt", "malformed record")
+    kind, version, created, idle, absolute, check = _WHOLE_HEADER.unpack_from(value)
+    if kind != _RECORD and kind != _POINTER:
+        raise _unknown(kind)
     if crc32(value[:_CHECKED], crc32(key.encode("ascii"))) != check:
         raise UnreadableRecord("corrupt", "checksum mismatch")
-    successor, payload = None, value[_HEADER:]
+    successor, payload = None, value[_SIZE:]
     if kind == _POINTER:
         text, _, payload = payload.partition(b" ")
         successor = text.decode("ascii", "replace")
     return Record(
         key,
         version,
-        c << 32 | created,
-        i << 32 | idle,
-        a << 32 | absolute,
+        _number(created, "big"),
+        _number(idle, "big"),
+        _number(absolute, "big"),
         payload,
         successor,
     )
+
+
+def _unknown(kind: int) -> UnreadableRecord:
+    if _POINTER < kind < 32:
+        return UnreadableRecord("newer format", f"record kind {kind}")
+    return UnreadableRecord("corrupt", "malformed record")
 
 
 def lease_of(text: bytes | None) -> Lease:

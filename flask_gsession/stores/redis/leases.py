@@ -8,9 +8,8 @@ from ...errors import LeaseLost
 from ..base import Deleted, Record, Replaced
 from ..lease import ASK_AGAIN, WAITER_LIFE, poll
 from ..parts import Leases
-from .commands import Commands, Script
+from .commands import Commands, Script, packed
 from .layout import lease_of
-from .pool import packed
 from .records import Records
 from .wakeup import WakeUps
 
@@ -26,7 +25,7 @@ def ask_for_lease(
     deadline: float | None = None,
 ) -> bytes:
     """Run the script of the leases; the first key is the lease's."""
-    arguments = [operation, owner, commands.now_text(), b"%d" % WAITER_LIFE]
+    arguments = [operation, owner, b"%d" % commands.now(), b"%d" % WAITER_LIFE]
     deadline = deadline or commands.deadline()
     return commands.run(deadline, _LEASE, keys, [*arguments, commands.names.channels, *more], owner)
 
@@ -43,7 +42,7 @@ class RedisLeases(Leases):
     def save(
         self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
     ) -> None:
-        self._records.save(record, expected_version, lease, shorten)
+        self._records.save(record, expected_version, shorten=shorten, lease=lease)
 
     def replace(
         self,
@@ -55,10 +54,12 @@ class RedisLeases(Leases):
         *,
         shorten: bool = False,
     ) -> Replaced:
-        return self._records.replace(key, record, expected_version, pointer, lease, shorten)
+        return self._records.replace(
+            key, record, expected_version, pointer, shorten=shorten, lease=lease
+        )
 
     def delete(self, key: str, expected_version: int, lease: str) -> Deleted:
-        return self._records.delete_version(key, expected_version, lease)
+        return self._records.delete(key, expected_version, lease=lease)
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         name = owner.encode()

@@ -360,14 +360,6 @@ def ask_all(pool: Any, deadline: float, requests: Sequence[bytes]) -> list[Any]:
     return answers
 
 
-def packed(*parts: bytes) -> bytes:
-    """Pack a command. Not with hiredis: it crashes if a signal arrives while it packs."""
-    pieces: list[int | bytes] = [len(parts)]
-    for part in parts:
-        pieces += (len(part), part)
-    return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(parts)) % tuple(pieces)
-
-
 class Node(NamedTuple):
     """A server that takes writes: the first slot it serves, and the connections to it.
 

@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from ...errors import KeyTaken
-from ..base import MAX_POINTERS, Deleted, Record, Replaced, too_many_pointers
-from .commands import Commands, Script
+from struct import Struct
+
+from ...errors import Gone, KeyTaken
+from ..base import MAX_POINTERS, Deleted, Record, Replaced, Store, too_many_pointers
+from .commands import Commands, Script, packed
 from .confirmation import Confirmation
-from .layout import RECORD, header, pack, unpack, unpack_any, version
-from .pool import packed
+from .layout import pack, unpack, version
 
 SAVE, RENEW = Script("save"), Script("renew")
 REPLACE, DELETE = Script("replace"), Script("delete")
+_CONDITION = Struct(">QQQ?")  # of the script that saves
 
 
-class Records:
-    """Keeps records. ``logout_replicas``: how many must have the end of a session."""
+class Records(Store):
+    """Keeps records. ``logout_replicas``: how many must have the end of a session.
+
+    ``deadline``: when the call has to end, where it isn't the first step of an operation.
+    """
+
+    confirms_logouts = True
 
     def __init__(self, commands: Commands, logout_replicas: int) -> None:
         self.commands = commands
         self.names = commands.names
         self.logout_replicas = logout_replicas
 
-    def create(self, record: Record, deadline: float) -> bool:
-        """As ``Store.create``; whether it was not there yet."""
-        ask, name = self.commands.ask, self.names.record(record.key)
-        life = self.commands.life(record)
-        request = packed(b"SET", name, pack(record), b"NX", b"PX", life)
-        if ask(deadline, name, request) is not None:
+    def create(self, record: Record) -> None:
+        self._create(record, self.commands.deadline())
+
+    def _create(self, record: Record, deadline: float) -> bool:
+        """As ``create``; whether it was not there yet."""
+        commands, name = self.commands, self.names.record(record.key)
+        life = commands.life(record, commands.now())
+        request = packed(b"SET", name, pack(record), b"NX", b"PX", b"%d" % life)
+        if commands.ask(deadline, name, request) is not None:
             return True
         there = self.load_unexpired(record.key, deadline)
         if there is None:  # expired by its own times, though not by the server's yet
-            ask(deadline, name, packed(b"DEL", name))
-            if ask(deadline, name, request) is not None:
+            commands.ask(deadline, name, packed(b"DEL", name))
+            if commands.ask(deadline, name, request) is not None:
                 return True
         if there is None or there.version != record.version:
             raise KeyTaken
         return False
 
-    def load(self, key: str, deadline: float) -> Record | None:
-        """As ``Store.load``."""
-        name = self.names.record(key)
-        # ``packed``, written out: every load comes by here.
+    # Every request comes by ``load``, and most by ``save``: names and requests are written out.
+
+    def load(self, key: str, deadline: float | None = None) -> Record | None:
+        commands = self.commands
+        name = self.names.start + key.encode() + b"}"
         request = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)
-        return self.commands.call(deadline, name, request, unpack_any, key)
+        return commands.call(deadline or commands.deadline(), name, request, unpack, key)
 
     def load_unexpired(self, key: str, deadline: float) -> Record | None:
         """As ``load``, but None for a record that has expired by its own times."""
@@ -50,39 +61,41 @@ class Records:
         expired = record is None or self.commands.now() >= record.idle_expires_at
         return None if expired else record
 
-    def save(self, record: Record, expected_version: int, lease: str | None, shorten: bool) -> None:
-        """As ``Store.save``, under a lease or not."""
+    def save(
+        self,
+        record: Record,
+        expected_version: int,
+        *,
+        shorten: bool = False,
+        lease: str | None = None,
+        deadline: float | None = None,
+    ) -> None:
         commands = self.commands
-        deadline = commands.deadline()
-        keys = [self.names.record(record.key)]
-        holder = []
+        deadline = deadline or commands.deadline()
+        now, value = commands.now(), pack(record)
+        condition = _CONDITION.pack(expected_version, now, commands.life(record, now), shorten)
+        keys = [self.names.start + record.key.encode() + b"}"]
+        arguments = [condition, value]
         if lease is not None:
             keys.append(self.names.lease(record.key))
-            holder.append(lease.encode())
-        mine = version(record.version)
-        later: Record | None = record
-        while later is not None:
-            record = later
-            arguments = [
-                version(expected_version),
-                pack(record),
-                commands.life(record),
-                commands.now_text(),
-                b"" if shorten else b"%d" % record.idle_expires_at,
-                *holder,
-            ]
-            reply = commands.run(deadline, SAVE, keys, arguments, mine)
-            if reply[:1] != b"R":
-                return
+            arguments.append(lease.encode())
+        reply = commands.run(deadline, SAVE, keys, arguments, value[1:9])
+        if reply[:1] == b"R":
             later, shorten = renewed_since(record, reply)
+            self.save(later, expected_version, shorten=shorten, lease=lease, deadline=deadline)
 
-    def renew(self, record: Record, idle_expires_at: int, deadline: float) -> None:
-        """As ``Store.renew``; raises ``Gone`` instead of returning False."""
+    def renew(self, record: Record, idle_expires_at: int, deadline: float | None = None) -> bool:
         later = min(max(idle_expires_at, record.idle_expires_at), record.absolute_expires_at)
-        renewed = record._replace(idle_expires_at=later)
+        renewed = record._replace(idle_expires_at=later, payload=b"", successor=None)
         commands = self.commands
-        arguments = [header(RECORD, renewed), commands.life(renewed), commands.now_text()]
-        commands.run(deadline, RENEW, [self.names.record(record.key)], arguments)
+        now = commands.now()
+        arguments = [pack(renewed), b"%d" % commands.life(renewed, now), b"%d" % now]
+        keys = [self.names.record(record.key)]
+        try:
+            commands.run(deadline or commands.deadline(), RENEW, keys, arguments)
+        except Gone:
+            return False
+        return True
 
     def replace(
         self,
@@ -90,37 +103,47 @@ class Records:
         record: Record,
         expected_version: int,
         pointer: Record | None,
-        lease: str | None,
-        shorten: bool,
+        *,
+        shorten: bool = False,
+        lease: str | None = None,
+        deadline: float | None = None,
     ) -> Replaced:
-        """As ``Store.replace``, under a lease or not."""
         commands = self.commands
-        deadline = commands.deadline()
+        deadline = deadline or commands.deadline()
         confirmation = Confirmation(0 if pointer else self.logout_replicas)
-        names = self.names
+        names, now, value = self.names, commands.now(), pack(record)
         keys = [names.record(key), names.record(record.key), names.lease(key)]
-        later: Record | None = record
-        while later is not None:
-            record = later
-            left = (b"", b"0") if pointer is None else (pack(pointer), commands.life(pointer))
-            arguments = [
-                version(expected_version),
-                pack(record),
-                commands.life(record),
-                commands.now_text(),
-                *left,
-                (lease or "").encode(),
-                names.channels,
-                b"" if shorten else b"%d" % record.idle_expires_at,
-            ]
-            mine = version(record.version)
-            reply = commands.run(deadline, REPLACE, keys, arguments, mine, confirmation)
-            later, shorten = renewed_since(record, reply)
-        return Replaced(confirmation.missing)
+        arguments = [
+            version(expected_version),
+            value,
+            b"%d" % commands.life(record, now),
+            b"%d" % now,
+            b"" if pointer is None else pack(pointer),
+            b"%d" % (0 if pointer is None else commands.life(pointer, now)),
+            (lease or "").encode(),
+            names.channels,
+            b"" if shorten else b"%d" % record.idle_expires_at,
+        ]
+        reply = commands.run(deadline, REPLACE, keys, arguments, value[1:9], confirmation)
+        if reply[:1] != b"R":
+            return Replaced(confirmation.missing)
+        later, shorten = renewed_since(record, reply)
+        return self.replace(
+            key, later, expected_version, pointer, shorten=shorten, lease=lease, deadline=deadline
+        )
 
-    def delete(self, key: str) -> Deleted:
-        """As ``Store.delete`` of any version."""
+    def delete(
+        self, key: str, expected_version: int | None = None, *, lease: str | None = None
+    ) -> Deleted:
         deadline = self.commands.deadline()
+        if expected_version is None:
+            return self._delete_any(key, deadline)
+        confirmation = Confirmation(self.logout_replicas)
+        self.remove(key, deadline, version(expected_version), b"0", lease, confirmation)
+        return Deleted(True, None, confirmation.missing)
+
+    def _delete_any(self, key: str, deadline: float) -> Deleted:
+        """Delete any version, through pointers."""
         confirmation = Confirmation(self.logout_replicas)
         # Successors are deleted before their pointers, so that a repeat still finds them.
         pointers: dict[str, None] = {}
@@ -142,13 +165,6 @@ class Records:
         record = unpack(key, ended) if ended else None
         return Deleted(ended is not None, record, confirmation.missing)
 
-    def delete_version(self, key: str, expected_version: int, lease: str | None) -> Deleted:
-        """As ``Store.delete`` of a version, under a lease or not."""
-        confirmation = Confirmation(self.logout_replicas)
-        wanted = version(expected_version)
-        self.remove(key, self.commands.deadline(), wanted, lease=lease, confirmation=confirmation)
-        return Deleted(True, None, confirmation.missing)
-
     def remove(
         self,
         key: str,
@@ -160,27 +176,25 @@ class Records:
     ) -> bytes:
         """Run the script that deletes the version ``wanted``, or any, and maybe ``pointers``."""
         keys = self._keys_to_remove(key, lease)
-        now, owner = self.commands.now_text(), (lease or "").encode()
+        now, owner = b"%d" % self.commands.now(), (lease or "").encode()
         arguments = [wanted, now, pointers, owner, self.names.channels]
         return self.commands.run(deadline, DELETE, keys, arguments, confirmation=confirmation)
 
     def words_to_remove(self, key: str) -> list[bytes]:
         """The arguments of the script that deletes any version, but no pointer."""
         keys = self._keys_to_remove(key, None)
-        rest = [b"", self.commands.now_text(), b"0", b"", self.names.channels]
+        rest = [b"", b"%d" % self.commands.now(), b"0", b"", self.names.channels]
         return [b"%d" % len(keys), *keys, *rest]
 
     def _keys_to_remove(self, key: str, lease: str | None) -> list[bytes]:
         return [self.names.record(key), self.names.lease(key)]
 
 
-def renewed_since(record: Record, reply: bytes) -> tuple[Record | None, bool]:
-    """The value to store instead if ``reply`` says that another request renewed the session.
+def renewed_since(record: Record, reply: bytes) -> tuple[Record, bool]:
+    """The value to store instead: ``reply`` says that another request renewed the session.
 
     Also whether it may be earlier than the stored expiry, since the absolute expiry limits it.
     """
-    if reply[:1] != b"R":
-        return None, False
     stored = int(reply[1:].partition(b" ")[0])
     end = record.absolute_expires_at
     return record._replace(idle_expires_at=min(stored, end)), stored > end

@@ -19,9 +19,9 @@ from ...errors import StoreUnavailable, UnreadableRecord
 from ..base import KEY_LENGTH, OTHER_ENDS, Record
 from ..interrupts import reraise_interruption
 from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
-from .commands import Script
+from .commands import Script, packed
 from .layout import unpack
-from .pool import Node, ask_all, hint, packed, said
+from .pool import Node, ask_all, hint, said
 from .records import Records
 
 _TIDY = Script("tidy")
@@ -63,7 +63,7 @@ class RedisScans(Scans, Upkeep, Counts):
                 keys.append(match[1].decode())
         values = self._ask(
             found.node,
-            [packed(b"GET", self._start + f"{{{key}}}".encode()) for key in keys],
+            [packed(b"GET", self._records.names.record(key)) for key in keys],
             deadline,
         )
         records, unreadable = [], []

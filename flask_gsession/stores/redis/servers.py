@@ -22,8 +22,9 @@ from redis.retry import Retry
 from ..interrupts import reraise_interruption
 from ..parts import Finding
 from ..urls import without_hosts
+from .commands import packed
 from .driver import HAS_HEALTH_HOOK
-from .pool import ConnectionPool, Slot, bounded, packed, said
+from .pool import ConnectionPool, Slot, bounded, said
 
 # After a manual failover, the old primary accepts writes for seconds, and they are lost. So even
 # while its connections work, the sentinels are asked again after so many seconds.

@@ -11,9 +11,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import SentinelConnectionPool
 
-from ...errors import Gone
 from ...live.listener import Listener
-from ..base import Deleted, Record, Replaced, Store
 from ..support import StoreOptions, closing
 from .blobs import RedisBlobs
 from .bulk import RedisBulk
@@ -33,7 +31,7 @@ from .wakeup import WakeUps
 _PLAIN_POOLS = (redis.ConnectionPool, redis.BlockingConnectionPool)
 
 
-class RedisStore(Store):
+class RedisStore(Records):
     """Keeps records in the Redis at ``url``, or behind an existing client, whose pool is used.
 
     One call takes at most ``options.timeout``. If you pass in a client, its pool is used as it is,
@@ -42,17 +40,17 @@ class RedisStore(Store):
     see :class:`SentinelClientPool`.
     """
 
-    confirms_logouts = True
-
     def __init__(self, url_or_client: str | redis.Redis, options: StoreOptions | None = None):
         options = options or StoreOptions()
         pool = _pool_of(url_or_client, options)
         if isinstance(pool, ConnectionPool):
             closing(self, pool.close)
-        records = Records(Commands(pool, options), options.logout_replicas)
+        super().__init__(Commands(pool, options), options.logout_replicas)
+        # The parts don't hold the store: once nobody else does, its connections are closed.
+        records = Records(self.commands, options.logout_replicas)
         self._begin(url_or_client, options, records, pool.make)
         self.leases = RedisLeases(records, self._wake_ups)
-        self.blobs = RedisBlobs(records.commands)
+        self.blobs = RedisBlobs(self.commands)
         self.journal = self._journal = RedisJournal(records)
         if not options.logout_replicas:  # their confirmation is asked for one by one
             self.bulk = RedisBulk(records)
@@ -66,53 +64,20 @@ class RedisStore(Store):
         changes: type[RedisSource] = RedisSource,
     ) -> None:
         """Set up what Redis and Cluster stores share; ``make`` makes wake-up connections."""
-        self._source, self._options = source, options
-        self._records, self._commands = records, records.commands
+        self._source, self._options, self._records = source, options, records
         # In the older protocol, pushed messages are answers, and come in order with others.
         calls = partial(make, protocol=2)
-        self._wake_ups = WakeUps(calls, records.names.channels, options.timeout)
+        self._wake_ups = WakeUps(calls, self.names.channels, options.timeout)
         closing(self, self._wake_ups.close)
         self.scans = self.upkeep = self.counts = RedisScans(records)
-        self.checks = RedisChecks(self._commands, options.logout_replicas)
-        self.changes = self._listener = Listener(changes(self._commands, make))
+        self.checks = RedisChecks(self.commands, options.logout_replicas)
+        self.changes = self._listener = Listener(changes(self.commands, make))
         closing(self, self._listener.close)
-
-    def create(self, record: Record) -> None:
-        self._records.create(record, self._commands.deadline())
-
-    def load(self, key: str) -> Record | None:
-        return self._records.load(key, self._commands.deadline())
-
-    def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
-        self._records.save(record, expected_version, None, shorten)
-
-    def renew(self, record: Record, idle_expires_at: int) -> bool:
-        try:
-            self._records.renew(record, idle_expires_at, self._commands.deadline())
-        except Gone:
-            return False
-        return True
-
-    def replace(
-        self,
-        key: str,
-        record: Record,
-        expected_version: int,
-        pointer: Record | None,
-        *,
-        shorten: bool = False,
-    ) -> Replaced:
-        return self._records.replace(key, record, expected_version, pointer, None, shorten)
-
-    def delete(self, key: str, expected_version: int | None = None) -> Deleted:
-        if expected_version is None:
-            return self._records.delete(key)
-        return self._records.delete_version(key, expected_version, None)
 
     def close(self) -> None:
         self._listener.close()
         self._wake_ups.close()
-        self._commands.pool.close()
+        self.commands.pool.close()
 
     def strings(self) -> RedisStrings:
         """The strings that another package keeps on this server, by their whole names."""
