@@ -57,7 +57,7 @@ class InstantConnection:
     included, as it runs with warm caches; waiting for a real server cools them for everybody.
     """
 
-    _sock = None  # no socket that a server could have closed
+    _sock = _parser = None  # no socket that a server could have closed
 
     def __init__(self, values: dict[bytes, bytes]) -> None:
         self.deadline = SimpleNamespace(at=None)

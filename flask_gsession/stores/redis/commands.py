@@ -22,7 +22,7 @@ from ...errors import (
 )
 from ..base import Record
 from ..support import StoreOptions, round_trips, time_limit
-from .failures import WRONG_TYPE, Failures
+from .failures import Failures, raise_explained
 from .layout import Names
 from .pool import Node
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 T = TypeVar("T")
 
-_SIZES = [b"\r\n$%d\r\n" % size for size in range(256)]  # before each part of a command
+_SIZES = [b"\r\n$%d\r\n" % size for size in range(256)]  # of short parts of a command
 _STATUSES = (b"K", b"G", b"S", b"T", b"P", b"N", b"L", b"F", b"W", b"D", b"R")
 _ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost, b"F": QueueFull}
 
@@ -70,7 +70,10 @@ class Script:
         return _packed(b"*%d%b" % (2 + len(parts), self._begin), parts)
 
     def lacked(self, error: str) -> str:
-        """The right that the user lacks. Redis only names the line, which may need two rights."""
+        """The right that the user lacks. Redis only names the line, which may need two rights.
+
+        Empty if ``error`` says something else.
+        """
         line = re.search(r"@user_script: ?(\d+)", error)
         if line is None or "can't run this command" not in error:
             return ""
@@ -187,15 +190,8 @@ class Commands:
                 lambda: packed(b"EVAL", script.source, *parts),
                 confirmation,
             )
-        except UnreadableRecord as error:
-            if error.detail == WRONG_TYPE:
-                raise
-            raise StoreUnavailable(f"redis: {error.detail}") from None
-        except StoreUnavailable as error:
-            rights = script.lacked(error.detail)
-            if not rights:
-                raise
-            raise StoreUnavailable(f"{error.detail} (the user lacks {rights})") from error
+        except (UnreadableRecord, StoreUnavailable) as error:
+            raise_explained(error, script.lacked(error.detail))
         if reply in _ERRORS:
             raise _ERRORS[reply]
         return reply

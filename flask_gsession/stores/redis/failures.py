@@ -1,10 +1,10 @@
-"""The failed tries of one command: whether to send it again, and what its answer means then."""
+"""What follows the first failure of a command: whether to repeat it, and how the call ends."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 from redis.exceptions import (
     AskError,
@@ -25,7 +25,7 @@ from .pool import AllInUse, hint, said
 
 T = TypeVar("T")
 
-WRONG_TYPE = "not a string"
+_WRONG_TYPE = "not a string"
 _RETRY_PAUSE = 0.02  # seconds
 # Replies that a repeat may get although its first try was applied: others wrote since then, or
 # rotated the session, or there is nothing left to delete.
@@ -36,9 +36,9 @@ _PASSING = (ReadOnlyError, BusyLoadingError, AskError, TryAgainError, ClusterDow
 
 
 class Failures:
-    """Of a command that is sent at most ``retries`` times more, before ``deadline``.
+    """The failures of one call, which repeats its command at most ``retries`` times.
 
-    ``in_doubt``: whether a try may have been applied although its answer was lost.
+    ``in_doubt``: a try may have been applied, although its answer was lost.
     """
 
     def __init__(self, retries: int, deadline: float) -> None:
@@ -51,9 +51,10 @@ class Failures:
     def next_request(
         self, error: Exception, request: bytes, with_source: Callable[[], bytes] | None
     ) -> bytes:
-        """The command to send after ``error``, once the time for it has come.
+        """Return the command to send after ``error``, once it is time to send it.
 
-        Otherwise raises ``StoreUnavailable``, or what an answer to the command means.
+        Raises ``UnreadableRecord`` if the server answered with one, or ``StoreUnavailable`` if
+        repeating is useless, or the time is over.
         """
         if isinstance(error, NoScriptError) and with_source and not self._has_source:
             self._has_source = True
@@ -65,7 +66,7 @@ class Failures:
             return request
         if isinstance(error, (AuthenticationError, ResponseError)):
             if str(error).startswith("WRONGTYPE"):
-                raise UnreadableRecord("corrupt", WRONG_TYPE) from None
+                raise UnreadableRecord("corrupt", _WRONG_TYPE) from None
             if not isinstance(error, _PASSING):
                 raise _unavailable(request, error) from error
         else:
@@ -87,6 +88,16 @@ class Failures:
         if self.in_doubt and answer in _DELETED:
             return cast(T, b"K")  # the deleted record is unknown
         return answer
+
+
+def raise_explained(error: UnreadableRecord | StoreUnavailable, rights: str) -> NoReturn:
+    """Raise the error of a script, with the rights that the user lacks, if any."""
+    if isinstance(error, StoreUnavailable):
+        if rights:
+            raise StoreUnavailable(f"{error.detail} (the user lacks {rights})") from error
+    elif error.detail != _WRONG_TYPE:  # the server answered twice with something else
+        raise StoreUnavailable(f"redis: {error.detail}") from None
+    raise error
 
 
 def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:

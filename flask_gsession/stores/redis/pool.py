@@ -91,12 +91,12 @@ class _BoundedSocket:
         return getattr(self._socket, name)
 
     def exchange(self, request: bytes) -> bytes:
-        """Send a command; return the first piece of its answer. Needs a deadline."""
-        left = self._deadline.at - monotonic()  # type: ignore[operator]  # whoever asks sets it
+        """Send a command; return the first piece of its answer."""
+        left = self._deadline.at - monotonic()  # type: ignore[operator]  # set by ``take``
         if left <= 0:
             raise TimeoutError(_TOO_LATE)
         socket = self._socket
-        socket.settimeout(left)  # once for both: it sets no more than the time to send
+        socket.settimeout(left)  # once for both: a request hardly ever waits to be sent
         socket.sendall(request)
         piece: bytes = socket.recv(_PIECE)
         if not piece:
@@ -146,7 +146,7 @@ class _Bounded:
         return _BoundedSocket(socket, self.deadline)
 
     def ask(self, request: bytes) -> Any:
-        """As ``Slot.ask``, in any state: connects first, and leaves the answer to the client."""
+        """As ``Slot.ask``, in any state: connects if needed, and lets the client parse."""
         connection: Any = self
         if connection._sock is None:
             connect(connection)
@@ -154,7 +154,7 @@ class _Bounded:
         return self.answer()
 
     def answer(self, begin: bytes = b"") -> Any:
-        """Let the client parse an answer, of which this is the beginning."""
+        """The answer that begins like this, parsed by the client; raises the server's errors."""
         parser = self._parser  # type: ignore[attr-defined]  # of the client's class
         if begin:
             parser._reader.feed(begin)

@@ -71,8 +71,8 @@ class Records(Store):
         deadline: float | None = None,
     ) -> None:
         commands = self.commands
-        deadline = deadline or commands.deadline()
-        now, value = commands.now(), pack(record)
+        value = pack(record)
+        deadline, now = deadline or commands.deadline(), commands.now()
         condition = _CONDITION.pack(expected_version, now, commands.life(record, now), shorten)
         keys = [self.names.start + record.key.encode() + b"}"]
         arguments = [condition, value]
