@@ -24,7 +24,7 @@ app.secret_key = os.environ["SHOP_SECRET_KEY"]
 app.config["SESSION_STORE"] = os.environ["SHOP_SESSION_STORE"]
 app.config["SESSION_COOKIE_SAMESITE"] = "Lax"
 app.config["SESSION_EDGE_SYNC"] = 1
-# What the branch and the head office may both change has a policy.
+# Keys that both the branch and the head office may change have a policy.
 app.config["SESSION_MERGE_POLICIES"] = {"cart": "dict", "bought": "append"}
 ext = Session(app)
 
@@ -50,7 +50,7 @@ def line() -> str:
         return ""
     figures, url = edge.figures(), os.environ["SHOP_LINE"]
     state = "The line is cut." if edge.cut_off else "The line is up."
-    waits = f" {figures.changes} sessions wait to be settled, {figures.ends} logouts."
+    waits = f" {figures.changes} changes and {figures.ends} logouts wait for the head office. "
     return state + waits + "".join(SWITCH.format(url=url, do=do) for do in ("cut", "mend"))
 
 

@@ -25,7 +25,7 @@ def main() -> None:
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None)
         why = os.strerror(number) if number else str(error).rstrip(".")
-        sys.exit(f"Port {port} cannot be used: {why}. Take another one: make demo PORT=5055")
+        sys.exit(f"Can't use port {port}: {why}. Choose another one: make demo PORT=5055")
     try:
         app = create_app(instance_path=asked.instance)
     except SettingError as error:
@@ -37,7 +37,7 @@ def main() -> None:
     except StoreUnavailable as error:
         print(
             f" * It does not answer yet: {error}\n"
-            " * The shop opens all the same. Pages that need the session say 503 until it does",
+            " * The shop opens anyway. Pages that need the session get 503 until it does",
             flush=True,
         )
     except GSessionError:

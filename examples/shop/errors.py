@@ -23,21 +23,21 @@ TITLES = {
 TRY_AGAIN = (409, 503)
 TEXTS = {
     404: "There is nothing at this address.",
-    405: "This address takes no such request. Please go back and try it from the page itself.",
-    429: "There were too many attempts to sign in. Please wait a while before the next one.",
-    413: "That was more than a form of ours can hold.",
+    405: "You can't send that to this address. Please go back and try it from the page itself.",
+    429: "You have tried to sign in too often. Please wait a while before you try again.",
+    413: "That was more than our forms accept.",
 }
 
 
 def register(app: Flask) -> None:
     """Use these pages in `app`."""
 
-    # What these two say of themselves is for developers; the customer gets other words.
+    # The messages of these two errors are for developers; customers get other words.
     @app.errorhandler(SessionConflict)
     def conflict(error: SessionConflict) -> Response:
         return _page(
             error,
-            "Another tab changed your session in the same moment, so this did not go through. "
+            "Another tab changed your session at the same moment, so this did not go through. "
             "Please try it once more.",
         )
 
@@ -45,19 +45,19 @@ def register(app: Flask) -> None:
     def unavailable(error: StoreUnavailable) -> Response:
         return _page(
             error,
-            "We cannot reach your cart at the moment. Please try again in a few seconds.",
+            "We can't reach your cart at the moment. Please try again in a few seconds.",
         )
 
     @app.errorhandler(HTTPException)
     def other(error: HTTPException) -> Response:
-        # What a limit says is the limit, as in "10 per 1 hour".
+        # The description of a 429 is the limit, such as "10 per 1 hour".
         plain = error.description == type(error).description or error.code == 429
         text = TEXTS.get(error.code or 0) if plain else None
         return _page(error, text or error.description or "")
 
     @app.errorhandler(InternalServerError)
     def broken(error: InternalServerError) -> Response:
-        return _page(error, "It is written down and will be looked at.")
+        return _page(error, "We have a note of it, and will look into it.")
 
 
 def _page(error: HTTPException, text: str) -> Response:

@@ -50,7 +50,7 @@ def export(file: Path, force: bool, cookie: str | None) -> None:
     """Write all sessions to FILE, or to standard output if FILE is "-".
 
     FILE holds the data of your users. Only its owner can read it, and it appears once it is
-    complete. A session that changes during the export is in it with its old or its new values.
+    complete. If a session changes during the export, FILE has its old or its new values.
     """
     interface = choose_interface(cookie)
     if file != _PIPE and file.exists() and not (force and file.is_file()):
@@ -116,8 +116,8 @@ def import_(
 ) -> None:
     """Import the sessions in FILE, or from standard input if FILE is "-".
 
-    The whole of FILE is checked before anything is written. Expired sessions are left out. A
-    session that the store already holds stays as it is, so you can repeat an import safely.
+    Checks the whole FILE before it writes anything, and leaves out expired sessions. Sessions
+    that the store already has stay as they are, so you can repeat an import safely.
 
     Trust FILE as much as the store: anyone who can write it can log in as anybody.
     """

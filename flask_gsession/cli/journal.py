@@ -48,11 +48,11 @@ def events(
 ) -> None:
     """Print the journal's events that this consumer has not acknowledged yet.
 
-    Prints one event per line, and acknowledges events once they are written to standard output.
-    So after a crash, some may be printed again. Also adds expired sessions to the journal.
+    Prints one event per line, and acknowledges events once it has written them to standard output.
+    After a crash, it may print some again. Also adds expired sessions to the journal.
 
-    With --follow, waits for the store if it can't be reached, and ends on SIGTERM and Ctrl-C, after
-    it has acknowledged what it printed.
+    With --follow, waits if it can't reach the store, and ends on SIGTERM and Ctrl-C, after it has
+    acknowledged the events that it printed.
 
     Without --consumer, shows the state of the journal and of its consumers.
     """

@@ -44,7 +44,7 @@ _NOTHING_FOUND = (
 @click.option("--from", "label", type=click.Choice([LABEL]), required=True, help="Their library.")
 @click.option("--url", help="Where they are, if not where the settings say.")
 @click.option("--pickle", is_flag=True, help="Also read pickles with dates, decimals and UUIDs.")
-@click.option("--dry-run", is_flag=True, help="Show what would be done, but write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what it would do, but write nothing.")
 @click.option("--check", is_flag=True, help="Check the settings and a sample; write nothing.")
 @click.option("--sample", type=click.IntRange(1), default=1000, help="Sessions to --check.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
@@ -65,7 +65,7 @@ def migrate(
     """Take over old sessions of Flask-Session without waiting for their users.
 
     A browser's old cookie then leads to the new session. The old sessions stay where they are.
-    Sessions that were taken over before are skipped, so you can run this again at any time.
+    Skips sessions that it has taken over before, so you can run it again at any time.
 
     Exits with 1 if a session can't be taken over or loses a value, or if there are no old sessions.
     """

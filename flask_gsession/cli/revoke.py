@@ -67,7 +67,7 @@ def revoke(
     Exits with 1 if there was no session for a handle or a device, or if something else failed.
     After a rotation with grace, the old handle works for as long as the old token.
 
-    --user and --others also refuse the sign-ins of the user that are under way.
+    --user and --others also refuse the user's sign-ins that are under way.
     """
     if bool(handles) + everybody + (user is not None) != 1:
         raise click.UsageError("Give one or more handles, or --user, or --all")

@@ -27,14 +27,14 @@ _GRACE = 2.0  # seconds, for calls that are under way at the end
     "address",
     metavar="HOST:PORT",
     required=True,
-    help="Where to listen, as 0.0.0.0:7443; or unix:/run/gsession.sock.",
+    help="Where to listen: 0.0.0.0:7443, or unix:/run/gsession.sock.",
 )
 @click.option("--cert", metavar="FILE", help="The server's certificate chain, PEM.")
 @click.option("--key", metavar="FILE", help="The key of that certificate, PEM.")
 @click.option("--ca", metavar="FILE", help="The authority of the callers' certificates, PEM.")
 @click.option("--grants", metavar="FILE", help="What each service may do, TOML.")
 @click.option(
-    "--threads", metavar="N", default=32, show_default=True, help="Calls answered at a time."
+    "--threads", metavar="N", default=32, show_default=True, help="Calls to answer at a time."
 )
 @click.option("--user", metavar="KEY", help="The session key with the user's id.")
 @click.option("--ext-authz", is_flag=True, help="Answer Envoy, too.")
@@ -53,9 +53,9 @@ def serve(
 ) -> None:
     """Offer the sessions to other services.
 
-    Over gRPC: the whole store, or single values. Every service needs a grant in the file. Without
-    the file, only a Unix socket is served: anyone who may open it has full power over the sessions.
-    Ends on SIGTERM and Ctrl-C.
+    Serves the whole store, or single values, over gRPC. Every service needs a grant in the grants
+    file. Without that file, you can serve only a Unix socket, and anyone who may open it has full
+    power over the sessions. Ends on SIGTERM and Ctrl-C.
     """
     interface = choose_interface(cookie, serves=True)
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy

@@ -195,9 +195,9 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
 
     HANDLE may be its first eight or more characters if they are unique.
 
-    With --values, also show the type of each value. The value itself is shown only if
-    SESSION_DEBUG_SHOW names the key, and nothing in it looks like a secret. Large values are not
-    loaded.
+    With --values, also show the type of each value. You see the value itself only if
+    SESSION_DEBUG_SHOW names the key and nothing in it looks like a secret. Large values stay
+    hidden.
     """
     interface = choose_interface(cookie)
     repository = interface.repository

@@ -184,7 +184,7 @@ def rebuild(
     """Repair the lists of users' sessions from the sessions in the store.
 
     A list that is damaged or lost gets all sessions of its user. Sessions that Flask-Login signed
-    in before you upgraded are entered. A list that can be read stays as it is, and no session ends.
+    in before you upgraded get into the lists. A readable list stays as it is, and no session ends.
     """
     user = None if user is None else check_user(user)
     interface = choose_interface(cookie)
@@ -211,7 +211,7 @@ def rebuild(
 def forget(user: str, yes: bool, cookie: str | None, as_json: bool) -> None:
     """Delete what the application keeps for a user in session.shared.
 
-    Sessions don't end by that: run "flask gsession revoke --user USER" first.
+    This ends no session: run "flask gsession revoke --user USER" first.
     """
     user = check_user(user)
     interface = choose_interface(cookie)

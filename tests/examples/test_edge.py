@@ -44,7 +44,7 @@ def test_the_branch_goes_on_selling_and_settles(port: int) -> None:
     assert "ada" in eve.ask(office, "GET", "/")[1]  # the head office can't know
 
     bob.ask(switch, "POST", "/mend")
-    until(lambda: "The line is up. 0 sessions wait" in ada.ask(branch, "GET", "/")[1])
+    until(lambda: "The line is up. 0 changes and" in ada.ask(branch, "GET", "/")[1])
     for place in (office, branch):
         assert "Bought: 1 x mug" in ada.ask(place, "GET", "/")[1]
         assert "1 x cup" in ada.ask(place, "GET", "/")[1]

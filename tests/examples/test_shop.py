@@ -988,7 +988,7 @@ def test_an_outage_is_a_503_in_the_shops_style(
     for path in ("/category/desk",):
         page = caller.get(path)
         assert page.status_code == 200, path
-        assert "Carts and accounts cannot be reached" in page.text
+        assert "reach carts and accounts at the moment" in page.text
         assert "data-count" not in page.text
         Page(page.text)
     for path in ("/cart", "/orders", "/session"):
@@ -1042,7 +1042,7 @@ def test_forgetting_asks_first(app: Flask) -> None:
     visitor = Visitor(app)
     assert visitor.get("/session/forget").status_code == 303
     visitor.add("KIT-101")
-    assert "This cannot be undone." in visitor.get("/session/forget").text
+    assert "You can't undo this." in visitor.get("/session/forget").text
     assert visitor.cookie is not None
 
 
@@ -1088,7 +1088,7 @@ def test_the_store_comes_from_the_environment(
 ) -> None:
     monkeypatch.setenv("SHOP_STORE", "memory://")
     app = create_app(instance_path=tmp_path)
-    assert "kept in memory" in Visitor(app).get("/").text
+    assert "sessions in memory" in Visitor(app).get("/").text
     assert not (tmp_path / "gsession.sqlite3").exists()
 
 
@@ -1151,7 +1151,7 @@ def test_the_demo_says_how_to_take_another_port(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = demo("", port or taken.getsockname()[1])
     assert why in said
-    assert said.endswith("Take another one: make demo PORT=5055\n")
+    assert said.endswith("Choose another one: make demo PORT=5055\n")
 
 
 @pytest.mark.parametrize("store", [None, ""])

@@ -363,7 +363,7 @@ def test_small_pages(chromium: Browser, redis_url: str, tmp_path: Path, store_pr
         page.get_by_label("Password").fill("wrong")
         page.get_by_role("button", name="Sign in").click()
         expect(heading).to_have_text("That was too often")
-        expect(page.get_by_text("too many attempts to sign in")).to_be_visible()
+        expect(page.get_by_text("tried to sign in too often")).to_be_visible()
         assert_sound(page, "a limited sign-in")
 
 

@@ -74,7 +74,7 @@ def as_json() -> ResponseReturnValue:
 def rotate() -> ResponseReturnValue:
     """A new token for the same session; the old one is good for a few more seconds."""
     session.rotate()
-    flash("Your session has a new token and a new handle. Everything in it is still there.", "info")
+    flash("Your session has a new token and a new handle, and everything that was in it.", "info")
     return redirect(url_for("visit.show"), 303)
 
 
