@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask import Flask, Request, Response, has_request_context, request
@@ -29,15 +30,16 @@ from .request.session import (
     add_further,
     begin_error_page,
     begin_response,
+    begin_save,
     close_unused,
     existing_lifecycle,
     lifecycle_of,
     repository_of,
 )
 from .request.site_data import CLEARED, write_header
-from .request.state import IN_RESPONSE, IN_VIEW, SAVED, Presented
+from .request.state import IN_RESPONSE, IN_VIEW, SAVED, Outage, Presented
 from .stores.base import Record, Store
-from .streams import can_read_session
+from .streams import CONTEXT, can_read_session
 from .tokens import TokenSigner
 from .watching.debug import begin, report
 
@@ -53,6 +55,10 @@ _NOTHING = Presented()
 
 #: Of the proxy, which takes longer to look it up.
 _current_context = request_ctx._get_current_object  # type: ignore[attr-defined]
+
+#: The session of a context, None before Flask has opened it. The property ``session`` of Flask
+#: 3.1.3 counts as access.
+_session_of = attrgetter("_session" if hasattr(CONTEXT, "session") else "session")
 
 #: The suffix of the cookie or header with the version that the client wrote last.
 _VERSION, _VERSION_HEADER = "-v", "-Version"
@@ -99,6 +105,8 @@ class GSessionInterface(SessionInterface):
         self._token_header = repository.settings.token_header
         self._remembers = repository.settings.remember == "session"
         self._debug = repository.settings.debug
+        #: whether ``is_null_session`` below hears that Flask is about to save a session
+        self._is_asked = type(self).is_null_session is GSessionInterface.is_null_session
         vary = ["Cookie"] if self._token_header is None else ["Cookie", self._token_header]
         self._vary = ", ".join(vary)
         self._signing: _Signing | None = None
@@ -124,14 +132,27 @@ class GSessionInterface(SessionInterface):
             hooks = context._after_request_functions if context.request is request else None
         except RuntimeError:
             hooks = None
-        if app.after_request_funcs and hooks is not None:  # one of them may have the first look
+        if hooks is None or (
+            not app.after_request_funcs  # one of them may have the first look
+            and self._is_asked
+            and app.session_interface is self
+            and _session_of(context) is None
+        ):
+            session = SessionData(self.repository, self._present, app, request, hooks)
+        else:
             session = SessionData(self.repository, self._present, app, request)
             hooks.append(partial(begin_response, session))
-        else:
-            session = SessionData(self.repository, self._present, app, request, hooks)
         if self._debug:
             begin(session, request)
         return session
+
+    def is_null_session(self, obj: object) -> bool:
+        """Whether ``obj`` is no session of ours. Flask asks this right before it saves ``obj``."""
+        if isinstance(obj, SessionData):
+            if obj.accessed:
+                begin_save(obj)
+            return False
+        return super().is_null_session(obj)
 
     def has_opened(self, session: object) -> bool:
         """Whether this interface opened ``session``."""
@@ -180,8 +201,15 @@ class GSessionInterface(SessionInterface):
                 self._write_headers(app, session, life, response)
             else:
                 close_unused(session)
-                if not response.is_sequence:
+                if type(response.response) is not list:
                     self._follow_body(session, response)
+
+    def _follow_body(self, session: SessionData, response: Response) -> None:
+        """The request has not looked at the session, but a streamed body still can."""
+        if response.is_streamed:
+            response.call_on_close(lambda: _report_late_changes(session))
+        if can_read_session(response):
+            self._add_vary(response)
 
     def _save_all(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Save the sessions of all ``Session`` objects of the application."""
@@ -196,19 +224,11 @@ class GSessionInterface(SessionInterface):
                 interface._save(app, each, lifecycle_of(each), response)
             else:
                 close_unused(each)
-                if not response.is_sequence:
-                    interface._follow_body(each, response)
+                interface._follow_body(each, response)
         # After all saves: if one fails, the new response needs the cookies of the others.
         for interface, each in opened:
             if each.accessed:
                 interface._write_headers(app, each, lifecycle_of(each), response)
-
-    def _follow_body(self, session: SessionData, response: Response) -> None:
-        """The request has not looked at the session, but this body still can."""
-        if response.is_streamed:
-            response.call_on_close(lambda: _report_late_changes(session))
-        if can_read_session(response):
-            self._add_vary(response)
 
     def _save(self, app: Flask, session: SessionData, life: Lifecycle, response: Response) -> None:
         by_hand = False
@@ -224,19 +244,24 @@ class GSessionInterface(SessionInterface):
         except Exception as error:
             self._failed(app, life, response, error, by_hand=by_hand)
             return
-        outage = life.outage
-        if outage is not None and outage.loading and (outage.unseen or life.error_page):
-            # The outage isn't reported yet, or its error page also needed the session.
+        if life.outage is not None:
+            self._report_outage(app, life, life.outage, response, by_hand=by_hand)
+        if type(response.response) is not list and response.is_streamed:
+            response.call_on_close(lambda: _report_late_changes(session))
+
+    def _report_outage(
+        self, app: Flask, life: Lifecycle, outage: Outage, response: Response, *, by_hand: bool
+    ) -> None:
+        """Replace a response that hides an outage, or an error page that met it once more."""
+        if outage.loading and (outage.unseen or life.error_page):
             if by_hand:
                 raise outage.error
             replace_response(response, response_to(app, outage.error))
-        elif response.is_streamed:
-            response.call_on_close(lambda: _report_late_changes(session))
 
     def _add_vary(self, response: Response) -> None:
         headers = response.headers
         for name, _ in headers:
-            if name.lower() == "vary":
+            if len(name) == 4 and name.lower() == "vary":
                 # Join the lines first: ``vary`` reads only one, and replaces all of them.
                 headers["Vary"] = ", ".join(headers.getlist("Vary"))
                 response.vary.update(self._vary.split(", "))
@@ -249,60 +274,69 @@ class GSessionInterface(SessionInterface):
         self._add_vary(response)
         if life.cookie != "keep" or self._token_header is not None:
             self._write_token(app, life, response)
-        if life.request is not None:
-            imports = self.repository.imports
-            if imports is not None and (life.drops_old_cookie or life.cookie == "delete"):
-                imports.forget_cookie(life.request, response)
-            if self._remembers:
-                drop_cookie(app, response)
-            of_request = life.request.__dict__
-            if FORGOTTEN in of_request:
-                forget_remembered(app, response)
-            if CLEARED in of_request:
-                write_header(life.request, response)
+        of_request = life.request.__dict__ if life.request is not None else {}
+        if (
+            self._remembers
+            or self.repository.imports is not None
+            or FORGOTTEN in of_request
+            or CLEARED in of_request
+        ):
+            self._drop_cookies(app, life, response)
         near = life.near
         if near is not None and life.seen.record is not near.record:
             self._send_version(app, life, near.record, response)
         if life.trace is not None:
             report(session, response)
 
+    def _drop_cookies(self, app: Flask, life: Lifecycle, response: Response) -> None:
+        """Let the browser forget the cookies of others that this request has ended."""
+        request, imports = life.request, self.repository.imports
+        if request is None:
+            return
+        if imports is not None and (life.drops_old_cookie or life.cookie == "delete"):
+            imports.forget_cookie(request, response)
+        if self._remembers:
+            drop_cookie(app, response)
+        if FORGOTTEN in vars(request):
+            forget_remembered(app, response)
+        if CLEARED in vars(request):
+            write_header(request, response)
+
     def _present(self, app: Flask, request: Request) -> Presented:
-        header = self._token_header
-        if header is not None and header in request.headers:
-            value = request.headers[header].strip(_BLANKS)
-            checked = self._signer_of(app).check(value) if value else None
-            return Presented(checked, by_header=True)
+        if self._token_header is not None and self._token_header in request.headers:
+            return self._present_header(app, request.headers[self._token_header])
         cookies = request.environ.get("HTTP_COOKIE")
         if not cookies:
             return _NOTHING
-        signing = self._signing_of(app)
-        start = signing.start
-        if start not in cookies:
+        given, signing = token_settings(app, self._live.own_key), self._signing
+        if signing is None or signing.given != given:
+            signing = self._new_signing(app, given)
+        before, start, rest = cookies.partition(signing.start)
+        if not start:
             return _NOTHING
+        if start in rest or (before and not before.rstrip(_BLANKS).endswith(";")):
+            return _present_cookies(signing, cookies)
         # A signed token needs no quotes. A quoted value isn't ours.
-        values = []
-        for pair in cookies.split(";"):
-            pair = pair.strip(_BLANKS)
-            if pair.startswith(start):
-                values.append(pair[len(start) :])
-        if len(values) == 1:
-            return Presented(signing.signer.check(values[0]))
-        if not values:
-            return _NOTHING
-        return Presented(signing.signer.check_all(dict.fromkeys(values)))
+        return Presented(signing.signer.check(rest.partition(";")[0].rstrip(_BLANKS)))
 
-    def _signer_of(self, app: Flask) -> TokenSigner:
-        return self._signing_of(app).signer
+    def _present_header(self, app: Flask, value: str) -> Presented:
+        value = value.strip(_BLANKS)
+        checked = self._signing_of(app).signer.check(value) if value else None
+        return Presented(checked, by_header=True)
 
     def _signing_of(self, app: Flask) -> _Signing:
         """How to sign, by the application's settings as they are now."""
         given, signing = token_settings(app, self._live.own_key), self._signing
         if signing is None or signing.given != given:
-            live = self._live
-            name, keys = live.cookie_name(), live.secret_keys()
-            if not keys[0]:
-                keys = secret_keys(app)  # raises an error that says what is wrong
-            signing = self._signing = _Signing(given, name, TokenSigner(keys, name), f"{name}=")
+            signing = self._new_signing(app, given)
+        return signing
+
+    def _new_signing(self, app: Flask, given: object) -> _Signing:
+        live = self._live
+        name, keys = live.cookie_name(), live.secret_keys()
+        if not keys[0]:
+            keys = secret_keys(app)  # raises an error that says what is wrong
+        signing = self._signing = _Signing(given, name, TokenSigner(keys, name), f"{name}=")
         return signing
 
     def _last_seen_version(self, request: Request, by_header: bool) -> int | None:
@@ -355,7 +389,7 @@ class GSessionInterface(SessionInterface):
     def _write_header(self, app: Flask, life: Lifecycle, response: Response) -> None:
         name = str(self.repository.settings.token_header)
         token = life.seen.token if life.cookie == "set" else None
-        response.headers[name] = self._signer_of(app).sign(token) if token else ""
+        response.headers[name] = self._signing_of(app).signer.sign(token) if token else ""
 
     def _write_cookie(self, app: Flask, life: Lifecycle, response: Response) -> None:
         signing = self._signing_of(app)
@@ -388,6 +422,20 @@ class GSessionInterface(SessionInterface):
         replace_response(response, response_to(app, error))
 
 
+def _present_cookies(signing: _Signing, cookies: str) -> Presented:
+    """The token among several cookies, perhaps of our name or with our name inside."""
+    values = []
+    for pair in cookies.split(";"):
+        pair = pair.strip(_BLANKS)
+        if pair.startswith(signing.start):
+            values.append(pair[len(signing.start) :])
+    if len(values) == 1:
+        return Presented(signing.signer.check(values[0]))
+    if not values:
+        return _NOTHING
+    return Presented(signing.signer.check_all(dict.fromkeys(values)))
+
+
 def _is_by_hand(session: SessionData) -> bool:
     """Whether the application saves the session, instead of Flask with its response."""
     life = existing_lifecycle(session)
@@ -401,11 +449,7 @@ def _is_of_request(session: SessionData) -> bool:
 
 def session_of_request() -> object:
     """The object behind ``flask.session``. Looking at it here doesn't count as access."""
-    context = _current_context()
-    try:
-        return context._session
-    except AttributeError:  # before Flask 3.1.3
-        return context.session
+    return _session_of(_current_context())
 
 
 def note_error_page(app: Flask, **_: Any) -> None:

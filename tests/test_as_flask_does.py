@@ -19,7 +19,7 @@ from flask import (
     session,
     stream_template_string,
 )
-from flask.sessions import SessionInterface
+from flask.sessions import NullSession, SessionInterface
 from flask_login import LoginManager, UserMixin, current_user, login_user
 from flask_socketio import SocketIO
 
@@ -131,8 +131,41 @@ def test_the_session_of_a_wrapped_interface_is_the_requests_own(site: Site) -> N
 
     visitor.run(view)
     assert visitor.run(dict) == {"by flask": 1, "by ext": 2}
+    before = visitor.cookie
+    visitor.run(lambda session: session.rotate())  # the response carries the new token
+    assert visitor.cookie != before
     visitor.run(lambda _: site.ext.session.destroy())
     assert visitor.cookie is None
+
+
+def test_an_interface_that_answers_for_null_sessions_itself_still_rotates(site: Site) -> None:
+    class Own(type(site.app.session_interface)):  # type: ignore[misc]
+        def is_null_session(self, obj: object) -> bool:
+            return isinstance(obj, NullSession)
+
+    inner: Any = site.app.session_interface
+    site.app.session_interface = Own(inner.repository, inner.store, owns_store=False)
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    before = visitor.cookie
+    visitor.run(lambda session: session.rotate())
+    assert visitor.cookie != before
+
+
+def test_a_test_clients_transaction_raises_errors_of_the_save(site: Site) -> None:
+    """Flask asks whether this session is null as well, but it belongs to no request."""
+
+    def fail() -> None:
+        raise StoreUnavailable("drill")
+
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(a=1))
+    site.store.before("save", fail)
+    client = site.app.test_client()
+    name = site.cookie_name
+    client.set_cookie(name, visitor.cookie or "")
+    with pytest.raises(StoreUnavailable), client.session_transaction() as session:
+        session["a"] = 2
 
 
 def save(site: Site, session: Any) -> None:
@@ -350,6 +383,17 @@ def test_an_outage_that_only_a_hook_meets_is_a_503(site: Site) -> None:
     site.store.before("load", fail)
     response = visitor.ask(lambda _: after_this_request(look) and None)
     assert response.status_code == 503
+
+    def look_again(response: Response) -> Response:
+        session.shared.get("a")
+        return response
+
+    def look_first(session: Any) -> None:
+        session.bind("ada")
+        site.store.before("load", fail)
+        after_this_request(look_again)
+
+    assert visitor.ask(look_first).status_code == 503
     site.app.after_request_funcs.setdefault(None, []).append(look)
     site.store.before("load", fail)
     response = visitor.get("/untouched")

@@ -280,18 +280,6 @@ class Lifecycle(Struct, eq=False):
             self._vetted = {}
         return self._vetted
 
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether a save has nothing to do, and no earlier one is incomplete."""
-        return (
-            not self.values.base
-            and self.wishes is NO_WISHES
-            and self.attempts is NO_ATTEMPTS
-            and self.entry is None
-            and self.joined is None
-            and self.written_large is None
-        )
-
     def has_wishes(self, *, rotating: bool = True) -> bool:
         """Whether the next save has something to do, even if no value changed."""
         wishes = self.wishes

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from time import perf_counter
 
 from ..errors import StoreUnavailable, UnreadableRecord
 from ..events import SessionDestroyed, logger
 from ..repository.ending import delete_session
 from ..repository.imports import Imports
-from ..repository.repository import Loaded
+from ..repository.repository import Loaded, Repository
 from ..users.revoking import is_member
 from ..values.payload import Body
 from .debugging import trace_if_debugged
@@ -32,11 +32,59 @@ from .tracking import TrackedValues
 
 def load(life: Lifecycle) -> TrackedValues:
     """The values, loaded at the first call. Raises ``StoreUnavailable``."""
-    if not life.opened:
-        with life.mutex:
-            if not life.opened:
-                _load_now(life)
-    return life.values
+    if life.opened:
+        return life.values
+    with life.mutex:
+        if life.opened:  # another thread was faster
+            return life.values
+        outage = life.outage
+        if outage is not None and outage.loading:
+            return _go_on_without(life, outage.error)
+        repository, presented, found = life.repository, life.presented(), NO_BODY
+        checked, key = presented.checked, presented.handle  # no token in local variables
+        if checked is not None:
+            if checked.key:
+                key = checked.key
+            else:
+                repository.refusals.note(checked.reason, None)
+        if key is not None:
+            began = perf_counter()
+            try:
+                if repository.near is None:
+                    loaded = repository.find(key, checked is not None)
+                else:
+                    loaded = _find_near(life, key, presented)
+                if loaded is not None and loaded.body.owner is not None:
+                    loaded = _unless_revoked(repository, loaded, key)
+            except UnreadableRecord as error:
+                life.seen = Seen(for_others=error.for_others)
+                repository.refusals.note(error.reason, key, error.detail)
+            except StoreUnavailable as error:
+                logger.log(error.log_level, "A session could not be loaded: %s", error)
+                return _go_on_without(life, error)
+            else:
+                if loaded is not None:
+                    found = loaded.body
+                    if found.debug_until is not None:
+                        trace_if_debugged(life, "load", began, found.debug_until)
+                    token = None
+                    if checked is not None and loaded.record.key == key:
+                        token = checked.token
+                        if checked.outdated:
+                            life.cookie = "set"
+                    life.seen = Seen(token, loaded.record, found, checked is not None)
+                    if life.ended:
+                        life.ended = False
+        if repository.imports is not None:
+            try:
+                found = _look_at_imports(life, repository.imports, found)
+            except StoreUnavailable as error:
+                logger.log(error.log_level, "An old session could not be taken over: %s", error)
+                life.seen = NOTHING_SEEN
+                return _go_on_without(life, error)
+        life.values = life.new_values(found)
+        life.opened = True
+        return life.values
 
 
 def open_from_store(life: Lifecycle, what: str) -> TrackedValues:
@@ -67,60 +115,13 @@ def open_for_writing(life: Lifecycle, what: str, *details: str) -> TrackedValues
     return values
 
 
-def _load_now(life: Lifecycle) -> None:
-    repository, outage = life.repository, life.outage
-    if outage is not None and outage.loading:
-        _go_on_without(life, outage.error)
-        return
-    presented = life.presented()
-    checked, key = presented.checked, presented.handle  # keep the token out of local variables
-    found = NO_BODY
-    if checked is not None:
-        if checked.token is None:
-            repository.refusals.note(checked.reason, None)
-        else:
-            key = checked.key
-    if key is not None:
-        began = time.perf_counter()
-        try:
-            if repository.near is None:
-                loaded = repository.find(key, checked is not None)
-            else:
-                loaded = _find_near(life, key, presented)
-            owner = None if loaded is None else loaded.body.owner
-            if loaded and owner and not owner.seen and not is_member(repository, loaded):
-                repository.refusals.note("revoked", key)
-                loaded = None
-        except UnreadableRecord as error:
-            life.seen = Seen(for_others=error.for_others)
-            repository.refusals.note(error.reason, key, error.detail)
-        except StoreUnavailable as error:
-            logger.log(error.log_level, "A session could not be loaded: %s", error)
-            _go_on_without(life, error)
-            return
-        else:
-            if loaded is not None:
-                record, found = loaded.record, loaded.body
-                if found.debug_until is not None:
-                    trace_if_debugged(life, "load", began, found.debug_until)
-                token = None
-                if checked is not None and record.key == key:
-                    token = checked.token
-                    if checked.outdated:
-                        life.cookie = "set"
-                life.seen = Seen(token, record, found, checked is not None)
-                if life.ended:
-                    life.ended = False
-    if repository.imports is not None:
-        try:
-            found = _look_at_imports(life, repository.imports, found)
-        except StoreUnavailable as error:
-            logger.log(error.log_level, "An old session could not be taken over: %s", error)
-            life.seen = NOTHING_SEEN
-            _go_on_without(life, error)
-            return
-    life.values = life.new_values(found)
-    life.opened = True
+def _unless_revoked(repository: Repository, loaded: Loaded, key: str) -> Loaded | None:
+    """The session, unless it never got into its user's roster, and so was revoked."""
+    owner = loaded.body.owner
+    if owner is None or owner.seen or is_member(repository, loaded):
+        return loaded
+    repository.refusals.note("revoked", key)
+    return None
 
 
 def _find_near(life: Lifecycle, key: str, presented: Presented) -> Loaded | None:
@@ -167,7 +168,7 @@ def _look_at_imports(life: Lifecycle, imports: Imports, found: Body) -> Body:
     return taken.loaded.body
 
 
-def _go_on_without(life: Lifecycle, error: StoreUnavailable) -> None:
+def _go_on_without(life: Lifecycle, error: StoreUnavailable) -> TrackedValues:
     """Raise the outage, or let the response report it.
 
     A hook or error page must not raise while Flask processes the response.
@@ -178,6 +179,7 @@ def _go_on_without(life: Lifecycle, error: StoreUnavailable) -> None:
     if not unseen:
         raise error
     life.values = life.new_values()
+    return life.values
 
 
 def reload(life: Lifecycle) -> None:

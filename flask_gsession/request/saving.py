@@ -42,10 +42,12 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
                 _keep_token(life)
             elif life.mark is not None:
                 _compare_with_parallel_requests(life, life.mark)
-            if not life.is_unchanged:
+            stored = False
+            unfinished = life.attempts is not NO_ATTEMPTS or life.entry or life.joined
+            if life.values.base or life.wishes is not NO_WISHES or unfinished or life.written_large:
                 with life.mutex:
-                    _store_changes(life, False if by_hand else None)
-            elif life.renews and life.outage is None:
+                    stored = _store_changes(life, rotating=False if by_hand else None)
+            if not stored and life.renews and life.outage is None:
                 _renew_if_due(life)
             if life.values.abandoned is not None:
                 _report_abandoned(life)
@@ -65,16 +67,15 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
         _save_users(life, by_hand=by_hand)
 
 
-def _store_changes(life: Lifecycle, rotating: bool | None) -> None:
+def _store_changes(life: Lifecycle, rotating: bool | None) -> bool:
     try:
         stored = commit(life, rotating=rotating)
     finally:
         if life.written_large is not None:
             life.drop_unreferenced()
-    if not stored and life.renews and life.outage is None:
-        _renew_if_due(life)
     if life.wishes.cleared and life.seen.record is None and not life.ended:
         _end_presented(life)
+    return stored
 
 
 def _report_open_block(life: Lifecycle, block: Block, *, by_hand: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flask_login import LoginManager, UserMixin, login_user
 
+from flask_gsession.request.own_session import rotate_soon
 from tests.harness.apps import Site, Visitor
 
 
@@ -25,7 +26,7 @@ def in_a_lock(session: Any) -> None:
 def in_a_transaction(session: Any) -> None:
     with session.transaction():
         session["user"] = "eve"
-        session._life.rotate_soon(0)  # as Flask-Login's signal does
+        rotate_soon(session._life, 0)  # as Flask-Login's signal does
         session["seen"] = True
 
 

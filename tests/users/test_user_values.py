@@ -24,7 +24,6 @@ from flask_gsession import (
 )
 from flask_gsession.events import Event, SessionCreated, UserValuesForgotten, WriteDropped
 from flask_gsession.repository.user_values import values_key
-from flask_gsession.request.loading import reload
 from flask_gsession.stores.base import is_session_key, new_version
 from flask_gsession.typed import SessionKey
 from tests.harness.apps import Site, SiteMaker, Visitor
@@ -214,9 +213,7 @@ def test_a_visitor_has_no_values(site: Site) -> None:
         ):
             with pytest.raises(NotSignedIn):
                 write()
-        reload(
-            values,
-        )
+        values.reload()
 
     with site.counted() as count:
         visitor.run(view)
