@@ -1,9 +1,9 @@
 """Detects a fork, even one that Python doesn't see.
 
 ``os.fork`` and ``multiprocessing`` run Python's fork hooks. uWSGI and some daemons fork in C, and
-no hook runs: the child would use the sockets, locks and threads of its parent. So all objects with
-state per process register here, with a method that resets them, and call ``process.notice()``
-before each use. That costs a comparison of process ids.
+no hook runs: the child would use the sockets, locks and threads of its parent. So every object with
+state per process registers a method here that resets it, and calls ``process.notice()`` before each
+use, which compares process ids.
 """
 
 from __future__ import annotations

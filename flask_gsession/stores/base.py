@@ -69,7 +69,7 @@ class Record(NamedTuple):
         return self.successor is None and now < self.idle_expires_at
 
     def kept_as_long_as(self, other: Record) -> Record:
-        """This record with the later idle expiry of both, but none past its own absolute one."""
+        """This record with the later idle expiry of both, limited by its own absolute expiry."""
         if other.idle_expires_at <= self.idle_expires_at:  # every save comes by here
             return self
         later = min(other.idle_expires_at, self.absolute_expires_at)
@@ -80,7 +80,7 @@ class Deleted(NamedTuple):
     """The result of ``Store.delete``; true if there was a session.
 
     ``record``: the deleted record, if the store still knows it. ``unconfirmed``: why too few
-    replicas confirmed the logout; empty if they did, or if none are asked.
+    replicas confirmed the logout; empty if they did, or if the store asks no replicas.
     """
 
     found: bool
@@ -127,7 +127,7 @@ class Store:
         raise NotImplementedError
 
     def load(self, key: str) -> Record | None:
-        """The record or pointer as stored; None if there is none.
+        """Return the record or pointer as stored, or None.
 
         May return an expired record instead of None: requests compare the times themselves, and
         ``unexpired`` does it for other callers.

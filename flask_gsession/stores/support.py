@@ -24,7 +24,7 @@ class StoreOptions:
     clock: Clock = time.time
     logout_replicas: int = 0  # that must have a logout before it is done, on Redis
     own_connections: bool = False  # to the server of a Redis client, with our own timeouts
-    database: str = ""  # of MongoDB, where the URL or client names none
+    database: str = ""  # of MongoDB, unless the URL or client names one
     edge_sync: float = 30.0  # seconds between two looks of an edge at its queue; 0: no thread
 
 
@@ -83,8 +83,8 @@ time_limit: ContextVar[float | None] = ContextVar("flask_gsession.time_limit", d
 
 
 class ending_by:  # in place of a generator, which costs more in each call of a server
-    """Let store calls in the block end by this time of ``time.monotonic``, whatever their own time
-    budget: their caller waits no longer. None: their own budget counts.
+    """Store calls in the block end by this time of ``time.monotonic``, even if their own time
+    budget is longer, because their caller won't wait. None: only their own budget counts.
     """
 
     __slots__ = ("_before", "_until")
@@ -128,7 +128,7 @@ _mergeable: ContextVar[Mergeable] = ContextVar("flask_gsession.mergeable", defau
 
 @contextmanager
 def mergeable(write: Mergeable) -> Iterator[None]:
-    """Writes in this block are like this."""
+    """Describe the writes in this block."""
     before = _mergeable.set(write)
     try:
         yield
@@ -137,12 +137,12 @@ def mergeable(write: Mergeable) -> Iterator[None]:
 
 
 def this_write() -> Mergeable:
-    """The write that is under way."""
+    """The description of the current write."""
     return _mergeable.get()
 
 
 class Because(NamedTuple):
-    """Why a session ends, and by whom, for the journal."""
+    """The reason for the end of a session, and the user who ended it, for the journal."""
 
     reason: str
     by: str | None = None
@@ -159,7 +159,7 @@ _because: ContextVar[Because] = ContextVar("flask_gsession.because", default=_LO
 
 @contextmanager
 def because(reason: str | None, by: str | None = None) -> Iterator[None]:
-    """Sessions that end in this block end for this reason, unless an outer block named another."""
+    """Give sessions that end in this block this reason, unless an outer block gave another."""
     before = _because.get()
     if before is not _LOGGED_OUT or reason is None:
         yield
@@ -172,5 +172,5 @@ def because(reason: str | None, by: str | None = None) -> Iterator[None]:
 
 
 def reason_of_end() -> Because:
-    """Why a session that ends now does so."""
+    """The reason for an end of a session at this moment."""
     return _because.get()

@@ -23,6 +23,7 @@ from flask_gsession.errors import LockMisused, StoreUnavailable
 from flask_gsession.events import CleanedUp, Events
 from flask_gsession.operate.cleanup import CleanupWorker
 from flask_gsession.processes import process
+from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.wrappers.breaker import Circuit
 from flask_gsession.testing import a_record
 from flask_gsession.tokens import session_key
@@ -107,6 +108,19 @@ def used_outside_requests(url: str, _: Path) -> Any:
     with site.app.app_context():
         found = site.ext.store().load(record.key) == record
     return {"found": found, "counts": [*counts, post(site.client(cookie), "/count")["count"]]}
+
+
+def a_bare_store(url: str, _: Path) -> Any:
+    """No request notices the fork: whether the child's connection is new, the parent's the same."""
+    store: Any = open_store(url, StoreOptions("forks:"))[0]
+
+    def port() -> int:
+        store.load("A" * 43)
+        (used,) = (slot for slot in store.commands.pool._idle if slot.connection is not None)
+        return int(used.connection._sock.getsockname()[1])
+
+    own = port()
+    return [CChild(port).result() != own, port() == own]
 
 
 def closed_before(url: str, _: Path) -> Any:

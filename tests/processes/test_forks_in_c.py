@@ -73,6 +73,11 @@ def test_a_use_outside_requests_leaves_nothing_open(run: Run) -> None:
     assert run("used_outside_requests") == {"found": True, "counts": [1, 2, 3]}
 
 
+@pytest.mark.parametrize("url", ["redis"], indirect=True)
+def test_a_store_without_requests_shares_no_connection(run: Run) -> None:
+    assert run("a_bare_store") == [True, True]
+
+
 def test_a_store_that_is_closed_before_the_fork(run: Run) -> None:
     assert run("closed_before") == [1, 2, 3, 4, 5, 6]
 

@@ -89,6 +89,20 @@ def test_a_slot_that_was_dropped_comes_back(store: Any) -> None:
     assert pool.take(soon()).connection is not connection
 
 
+def test_nothing_is_sent_past_the_deadline(store: Any) -> None:
+    pool = store.commands.pool
+    slot = pool.take(in_time())
+    with pytest.raises(RedisTimeoutError):
+        pool.take(time.monotonic()).ask(b"PING\r\n")  # while it connects
+    slot.ask(b"PING\r\n")
+    pool.give(slot)
+    assert pool.take(time.monotonic()) is slot
+    with pytest.raises(TimeoutError, match="the time for this command is over"):
+        slot.ask(b"PING\r\n")
+    slot.connection.deadline.at = in_time()
+    assert slot.ask(b"ECHO ok\r\n") == b"ok"
+
+
 def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread is interrupted between any two steps, hundreds of times."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # also inside of a __del__
@@ -226,6 +240,10 @@ class Pieces:
         self.coming: list[bytes] = []
 
     def settimeout(self, seconds: float) -> None: ...
+
+    def shutdown(self, how: int) -> None: ...
+
+    def close(self) -> None: ...
 
     def sendall(self, request: bytes) -> None: ...
 

@@ -39,11 +39,11 @@ def test_a_client_whose_answers_would_be_mixed_up_is_refused(
 
 
 def test_errors_about_a_topology_are_known_in_every_version() -> None:
-    moved = driver.named(driver.ResponseError("MOVED 3999 127.0.0.1:6381"))
+    moved = driver.as_driver_error(driver.ResponseError("MOVED 3999 127.0.0.1:6381"))
     assert (type(moved).__name__, moved.slot_id, moved.port) == ("MovedError", 3999, 6381)
     refusal = driver.ResponseError("WRONGTYPE Operation against a key")
-    assert driver.named(refusal) is refusal
-    assert driver.named(b"MOVED") == b"MOVED"
+    assert driver.as_driver_error(refusal) is refusal
+    assert driver.as_driver_error(b"MOVED") == b"MOVED"
 
 
 class Connection:

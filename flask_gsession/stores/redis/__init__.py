@@ -5,7 +5,7 @@
 the differences between the versions of redis-py, and refuses versions that don't work.
 """
 
-from . import driver  # noqa: F401  # first: others import what an unusable version may lack
+from . import driver  # noqa: F401  # first: refuses versions of redis-py that lack names which the other modules import
 from .cluster import RedisClusterStore
 from .store import RedisStore
 

@@ -1,8 +1,8 @@
 """Changes of sessions in Redis, pushed by the server to a connection that tracks our prefix.
 
-``CLIENT TRACKING`` in broadcast mode reports every write, deletion and expiry of a key, on the very
-connection that asks for it, so that a later answer on it can't overtake them. That needs RESP3,
-which every supported server speaks; the few lines that read it here work with any redis-py.
+``CLIENT TRACKING`` in broadcast mode reports every write, deletion and expiry of a key on the
+connection that asked for it, so a later answer on that connection can't overtake them. It needs
+RESP3, which every supported server speaks; the parser below works with any redis-py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...live.listener import Heard
 from ..base import KEY_LENGTH
 from .commands import Commands, packed
 from .driver import connect
-from .pool import hint, said
+from .pool import described, hint
 
 _PIECE = 65_536  # bytes received at once
 _PING = packed(b"PING")
@@ -46,7 +46,7 @@ class RedisSource:
         self.timeout = commands.timeout
         self.moved: Callable[[], object] = bool
         self.shifted: Callable[[], object] = bool
-        # No lease and no large value begins like this, so fewer changes arrive.
+        # Keys of large values don't begin like this, so fewer changes arrive.
         self._begin = commands.names.start
 
     def servers(self) -> Iterable[Hashable]:
@@ -84,7 +84,7 @@ class ClusterSource(RedisSource):
         try:
             return self._commands.pool.look(time.monotonic() + self.timeout)  # type: ignore[no-any-return]  # addresses
         except (RedisError, OSError) as error:
-            raise StoreUnavailable(f"redis: {said(error)}") from error
+            raise StoreUnavailable(f"redis: {described(error)}") from error
 
     def server_of(self, key: str) -> Hashable:
         return self._commands.pool.known_owner(key_slot(self._commands.names.record(key)))  # type: ignore[no-any-return]  # an address
@@ -98,7 +98,8 @@ class ClusterSource(RedisSource):
     def _name_at(self, server: Hashable) -> bytes:
         """A key in one of the slots of this server.
 
-        A beat that asks for it fails where the server was replaced, or is cut off from the others.
+        A beat that asks for this key fails if the server was replaced or is cut off from the
+        cluster.
         """
         for number in range(_SLOTS):
             name = b"%b%d}" % (self._begin, number)
@@ -108,7 +109,7 @@ class ClusterSource(RedisSource):
 
 
 class RedisChanges:
-    """One connection that hears of changes. ``begin``: the start of the names of records."""
+    """One connection that receives changes. ``begin``: the first bytes of all keys of records."""
 
     def __init__(self, connection: Any, begin: bytes, beat: bytes, timeout: float) -> None:
         self._connection = connection
@@ -206,7 +207,7 @@ class RedisChanges:
 
 def _unheard(error: Exception) -> StoreUnavailable:
     advice = _RIGHTS if "NOPERM" in str(error) else hint(error)
-    return StoreUnavailable(f"redis: CLIENT TRACKING: {said(error)}{advice}")
+    return StoreUnavailable(f"redis: CLIENT TRACKING: {described(error)}{advice}")
 
 
 class _Push(list[Any]):

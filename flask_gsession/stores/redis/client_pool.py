@@ -16,10 +16,10 @@ from redis.retry import Retry
 from .driver import (
     LENDS_CLOSED,
     PUSHED,
+    as_driver_error,
     check_client,
     is_closed_or_unread,
     lend,
-    named,
     read_within,
 )
 from .pool import ConnectionPool, bounded, is_refusal
@@ -47,7 +47,7 @@ class ClientSlot:
                     return answer
                 left = max(self.deadline - monotonic(), 0.001)
         except ResponseError as error:
-            raise named(error) from None
+            raise as_driver_error(error) from None
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
         """Send so many packed commands at once; their answers, errors of the server among them."""
@@ -61,7 +61,7 @@ class ClientSlot:
                 if not isinstance(answer, PUSHED):
                     return answer
         except ResponseError as error:
-            return named(error)
+            return as_driver_error(error)
 
 
 class ClientPool:
@@ -95,11 +95,11 @@ class ClientPool:
         return ClientSlot(connection, deadline)
 
     def give(self, slot: ClientSlot) -> None:
-        """Take back what ``take`` lent."""
+        """Release the connection of a command that was answered."""
         self._pool.release(slot.connection)
 
     def give_failed(self, slot: ClientSlot, error: BaseException) -> None:
-        """As ``ConnectionPool.give_failed``; the client looks after the others."""
+        """Release the connection of a command that failed; close it if it may be out of step."""
         if not is_refusal(error):
             slot.connection.disconnect()
         self.give(slot)

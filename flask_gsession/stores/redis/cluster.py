@@ -1,8 +1,8 @@
 """Sessions in a Redis Cluster: each in the node of its slot, which may move at any time.
 
 A rotation writes two keys in two slots. It first stores the new record, and then the old key
-decides: one of several rotations wins, and no client has a token for the records of the others. If
-the process dies in between, the unused record stays until it expires.
+decides: one of several rotations wins, and no client has a token for the records of those that
+lose. If the process dies in between, the unused record stays until it expires.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .confirmation import Confirmation
 from .foreign import RedisStrings
 from .layout import pack, version
 from .leases import RedisLeases, ask_for_lease
-from .pool import ConnectionPool, Node, Slot, ask_all, said
+from .pool import ConnectionPool, Node, Slot, ask_all, described
 from .records import Records, renewed_since
 from .servers import Address, connections_like, connections_of, servers_of
 from .store import RedisStore
@@ -63,8 +63,8 @@ class Cluster:
         self._pools: dict[Address, ConnectionPool] = {}
         self._owners: Owners = {}
         self._outdated = True
-        self._knowing: Address | None = None  # to be asked first,
-        self._silent: Address | None = None  # and last
+        self._knowing: Address | None = None  # the node to ask first
+        self._silent: Address | None = None  # the node to ask last
         #: called when records may be read from other nodes than before
         self.shifted: Callable[[], object] = bool
 
@@ -121,15 +121,15 @@ class Cluster:
         return self.pool(self.owner(key_slot(name), deadline)).take(deadline)
 
     def give(self, slot: Slot) -> None:
-        """Take back what ``take`` lent."""
+        """Return the slot of a command that was answered."""
         self.pool(_address_of(slot)).give(slot)
 
     def give_failed(self, slot: Slot, error: BaseException) -> None:
-        """As ``ConnectionPool.give_failed``; also notes where the slot of the key is now."""
+        """Return the slot of a command that failed; note if its hash slot is served elsewhere."""
         address = _address_of(slot)
         self.pool(address).give_failed(slot, error)
         if isinstance(error, AskError):
-            error.host = error.host or address[0]  # or it is the node that answers
+            error.host = error.host or address[0]  # empty: the host of the node that answered
             if isinstance(error, MovedError):
                 self.moved(error.slot_id, (error.host, error.port))
             else:
@@ -167,7 +167,7 @@ class Cluster:
                 raise
             except (RedisError, OSError) as error:
                 reraise_interruption(error)
-                last = f"; {said(error)}"
+                last = f"; {described(error)}"
                 continue
             if owners:
                 before, self._owners = self._owners, owners
@@ -206,7 +206,7 @@ class ClusterCommands(Commands):
                 names.setdefault(self._cluster.owner(key_slot(name), deadline), name)
         except (RedisError, OSError) as error:
             reraise_interruption(error)
-            raise StoreUnavailable(f"redis: {said(error)}") from error
+            raise StoreUnavailable(f"redis: {described(error)}") from error
         return {name: f"{host}:{port}" for (host, port), name in names.items()}
 
     def nodes(self, deadline: float) -> list[Node]:
@@ -219,7 +219,7 @@ class ClusterCommands(Commands):
 
 
 class _Importing:
-    """The connections to a node to which a slot is on its way, and this key has arrived."""
+    """The connections to a node that is importing a hash slot, and has imported this key."""
 
     def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
@@ -236,15 +236,15 @@ class _Importing:
         return slot
 
 
-# While a slot moves, a script with a key that is not there and one that is is refused: so leases
-# are taken, and end, in steps of their own.
+# While a hash slot moves, its node refuses scripts that use both a key that has moved and one that
+# hasn't. So leases are taken and ended in separate steps.
 
 
 class ClusterRecords(Records):
-    """Keeps records, of which a rotation concerns two, in two slots."""
+    """Keeps records. A rotation writes two of them, in two slots."""
 
     def load(self, key: str, deadline: float | None = None) -> Record | None:
-        # Without what ``_end_of`` left: nobody stored that.
+        # ``_end_of`` leaves pointers to nowhere, which are no records.
         record = super().load(key, deadline)
         return None if record is not None and record.successor == "" else record
 
@@ -312,8 +312,8 @@ class ClusterRecords(Records):
         return [self.names.record(key), *([] if lease is None else [self.names.lease(key)])]
 
     def end_lease(self, key: str, deadline: float) -> None:
-        """Wake those that wait for it."""
-        # Without its session it has no effect, and it runs out; only waiters would wait on.
+        """Wake the requests that wait for the lease."""
+        # A lease without its session has no effect and runs out, but its waiters would wait for it.
         keys = [self.names.lease(key)]
         with suppress(StoreUnavailable):
             ask_for_lease(self.commands, keys, b"end", b"-", deadline=deadline)
@@ -327,7 +327,7 @@ class ClusterRecords(Records):
 
 
 class ClusterLeases(RedisLeases):
-    """Lends sessions; whether there is one is asked first."""
+    """Lends sessions, after a check that the session exists."""
 
     def _keys_to_acquire(self, key: str, deadline: float) -> list[bytes]:
         try:
@@ -349,8 +349,8 @@ class ClusterBlobs(RedisBlobs):
 class RedisClusterStore(ClusterRecords, RedisStore):
     """Keeps records in a Redis Cluster: at the nodes of ``url``, or where an existing client is.
 
-    One call takes at most ``options.timeout``. Of a client that was passed in the nodes and the
-    options of its connections are used, not the connections.
+    One call takes at most ``options.timeout``. If you pass in a client, the store uses its nodes
+    and the options of its connections, and makes its own connections.
     """
 
     def __init__(self, url_or_client: str | RedisCluster, options: StoreOptions | None = None):

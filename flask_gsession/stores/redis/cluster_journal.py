@@ -1,6 +1,6 @@
 """The part ``journal`` in a Redis Cluster, where session, index and stream are in other slots.
 
-What breaks it, and why the steps come in this order (``tests/simulation/journal_model.py``):
+Why the steps come in this order (``tests/simulation/journal_model.py`` explores the others):
 
 - a session that is written before its place in the index, and then a crash: nobody would look for
   it when it expires. So the index comes first; a place without a session is removed when it is due;

@@ -69,7 +69,7 @@ class Script:
         """
         return _packed(b"*%d%b" % (2 + len(parts), self._begin), parts)
 
-    def lacked(self, error: str) -> str:
+    def missing_right(self, error: str) -> str:
         """The right that the user lacks. Redis only names the line, which may need two rights.
 
         Empty if ``error`` says something else.
@@ -150,7 +150,7 @@ class Commands:
                     pool.give_failed(slot, error)
                     raise
                 pool.give(slot)
-                return answer if failures is None else failures.judged(answer)
+                return answer if failures is None else failures.reply_of_call(answer)
             except (RedisError, OSError, UnreadableRecord) as error:
                 failures = failures or Failures(self.retries, deadline)
                 request = failures.next_request(error, request, with_source)
@@ -191,7 +191,7 @@ class Commands:
                 confirmation,
             )
         except (UnreadableRecord, StoreUnavailable) as error:
-            raise_explained(error, script.lacked(error.detail))
+            raise_explained(error, script.missing_right(error.detail))
         if reply in _ERRORS:
             raise _ERRORS[reply]
         return reply

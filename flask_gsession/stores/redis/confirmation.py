@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 from ..interrupts import reraise_interruption
 from ..support import count_round_trip
 from .commands import packed
-from .pool import said
+from .pool import described
 
 _WRITE_SOMETHING = b"redis.call('SET', KEYS[1], '', 'PX', 1) return redis.call('DEL', KEYS[1])"
 
@@ -45,4 +45,4 @@ class Confirmation:
         except (RedisError, OSError) as error:
             slot.connection.disconnect()
             reraise_interruption(error)
-            self.missing = f"redis: WAIT: {said(error)}"
+            self.missing = f"redis: WAIT: {described(error)}"

@@ -66,7 +66,7 @@ _NAMES_COMMAND = (  # before 5.3
 )
 
 
-def named(answer: Any) -> Any:
+def as_driver_error(answer: Any) -> Any:
     """The reply, with a server error converted to the driver's class for it.
 
     Before 6.0, only connections of the driver's cluster client converted topology errors.
@@ -98,9 +98,10 @@ def connect(connection: Any) -> None:
 
 
 def lend(pool: Any) -> Any:
-    """A connection of a pool of the driver's own, which is to be released.
+    """Get a connection from a pool of the driver's own; release it afterwards.
 
-    Before 6.2 its pools refuse one that a message was pushed into as it connected: try another.
+    Before 6.2, a pool refuses a connection that received a pushed message while it connected: try
+    another one.
     """
     for _ in range(_TRIES):
         try:
@@ -113,7 +114,7 @@ def lend(pool: Any) -> Any:
 
 
 def read_within(connection: Any, seconds: float, **options: Any) -> Any:
-    """An answer, as bytes, whose next piece comes within that time."""
+    """Read a reply as bytes. ``seconds``: the longest wait for each piece of it."""
     if _TAKES_TIMEOUT:
         return connection.read_response(disable_decoding=True, timeout=seconds, **options)
     socket = connection._sock

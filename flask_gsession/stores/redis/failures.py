@@ -1,4 +1,4 @@
-"""What follows the first failure of a command: whether to repeat it, and how the call ends."""
+"""Failures of a command: whether to send it again, and which error or reply the call ends with."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ...errors import StoreUnavailable, UnreadableRecord
 from ..interrupts import reraise_interruption
-from .pool import AllInUse, hint, said
+from .pool import AllInUse, described, hint
 
 T = TypeVar("T")
 
 _WRONG_TYPE = "not a string"
 _RETRY_PAUSE = 0.02  # seconds
-# Replies that a repeat may get although its first try was applied: others wrote since then, or
-# rotated the session, or there is nothing left to delete.
+# A repeat may get these replies although the first try was applied: another request has written or
+# rotated the session since, or there is nothing left to delete.
 _OVERTAKEN = (b"S", b"T", b"L", b"G")
 _DELETED = (b"D", b"N")
 # Temporary errors, while a server starts or the topology changes.
@@ -74,15 +74,18 @@ class Failures:
             if not isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError)):
                 raise _unavailable(request, error) from error
             self.in_doubt = True
-        pause = _RETRY_PAUSE * self._count  # at first none: the connection may have been idle long
+        pause = _RETRY_PAUSE * self._count  # 0 at first: the connection may have been idle too long
         if self._count == self._retries or time.monotonic() + pause >= self._deadline:
             raise _unavailable(request, error) from error
         self._count += 1
         time.sleep(pause)
         return request
 
-    def judged(self, answer: T) -> T:
-        """The answer to the last try, as if there had been no other."""
+    def reply_of_call(self, answer: T) -> T:
+        """Return the reply to the last try as the reply of the call.
+
+        Raises ``StoreUnavailable`` if an earlier try may have been applied and overwritten.
+        """
         if self.in_doubt and answer in _OVERTAKEN:
             raise StoreUnavailable("redis: an answer was lost, then another write came")
         if self.in_doubt and answer in _DELETED:
@@ -103,6 +106,6 @@ def raise_explained(error: UnreadableRecord | StoreUnavailable, rights: str) -> 
 def _unavailable(request: bytes, error: Exception) -> StoreUnavailable:
     name, advice = request.split(b"\r\n", 3)[2].decode(), hint(error)
     return StoreUnavailable(
-        f"redis: {name}: {said(error)}{advice}",
+        f"redis: {name}: {described(error)}{advice}",
         contention=isinstance(error, AllInUse),
     )

@@ -20,7 +20,7 @@ from ..journals import Entries, Journal, JournalFigures
 from .commands import Commands, Script, packed
 from .confirmation import Confirmation
 from .layout import pack, unpack, version
-from .pool import ask_all, hint, said
+from .pool import ask_all, described, hint
 from .records import DELETE, RENEW, REPLACE, SAVE, Records
 
 #: How long an expired session stays in the server at most, in milliseconds, if nobody sweeps.
@@ -30,7 +30,7 @@ _AT_ONCE = 100  # sessions in one pipeline: it holds the server up for a few mil
 
 
 class Journaled(Script):
-    """A script, followed by the one that enters what it did."""
+    """A script, followed by the script that journals its effect."""
 
     def __init__(self, script: Script, header: int = 0) -> None:
         self.header = header  # the place of the value with the session's expiry, from 1
@@ -151,7 +151,7 @@ class RedisJournal(Journal):
         nothing = Record(key, 0, 0, score, 0, b"")
         if value is None:
             if now >= score + HOLD:
-                return nothing  # nobody swept for so long; the owner is not known any more
+                return nothing  # no sweep came in time: the server has removed the record
             self._call(bucket, packed(b"ZREM", bucket, key.encode()))
             return None
         try:
@@ -271,7 +271,7 @@ class RedisJournal(Journal):
             return ask_all(self._commands.pool, self._commands.deadline(), requests)
         except (RedisError, OSError) as error:
             reraise_interruption(error)
-            detail = f"redis: journal: {said(error)}{hint(error)}"
+            detail = f"redis: journal: {described(error)}{hint(error)}"
             raise StoreUnavailable(detail) from error
 
     def _write(self, enters: str, removes: str, entries: Sequence[bytes]) -> _Write:
@@ -284,7 +284,7 @@ class RedisJournal(Journal):
 
 
 class _Write:
-    """Stands for the commands, for a write that enters what it does.
+    """Takes the place of ``Commands`` in a write, and journals its effect in the same script.
 
     ``enters`` and ``removes``: keys for the due index, or "".
     """

@@ -23,9 +23,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from ...processes import process
 from ..interrupts import Condition
 from .driver import (
+    as_driver_error,
     connect,
     is_closed_or_unread,
-    named,
 )
 
 _PIECE = 16_384  # bytes received at once, where an answer is small
@@ -51,7 +51,7 @@ def hint(error: Exception) -> str:
     return ""
 
 
-def said(error: Exception) -> str:
+def described(error: Exception) -> str:
     """An error in words, up to anything that a server may quote in it; the error is cut, too.
 
     The server's message can quote the arguments of the refused command, values included, and they
@@ -133,7 +133,7 @@ class _Bounded:
         self.deadline = _Deadline()
         self._to_connect: float | None = getattr(self, "socket_connect_timeout", None)
         #: called with the address that a new connection leads to
-        self.met: Callable[[Any], object] | None = None
+        self.on_connected: Callable[[Any], object] | None = None
 
     def _connect(self) -> _BoundedSocket:
         at = self.deadline.at
@@ -141,8 +141,8 @@ class _Bounded:
             left = max(0.001, at - monotonic())
             self.socket_connect_timeout = min(self._to_connect, left)
         socket = super()._connect()  # type: ignore[misc]
-        if self.met is not None:
-            self.met(socket.getpeername())
+        if self.on_connected is not None:
+            self.on_connected(socket.getpeername())
         return _BoundedSocket(socket, self.deadline)
 
     def ask(self, request: bytes) -> Any:
@@ -161,7 +161,7 @@ class _Bounded:
         answer = parser.read_response(disable_decoding=True)
         if isinstance(answer, ResponseError):
             within = _IN_SCRIPT.search(str(answer))
-            raise named(parser.parse_error(within[1]) if within else answer)
+            raise as_driver_error(parser.parse_error(within[1]) if within else answer)
         return answer
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
@@ -171,7 +171,7 @@ class _Bounded:
             connect(connection)
         connection._sock.sendall(requests)
         read = connection._parser.read_response
-        return [named(read(disable_decoding=True)) for _ in range(count)]
+        return [as_driver_error(read(disable_decoding=True)) for _ in range(count)]
 
 
 def bounded(connection_class: type) -> type:
@@ -196,7 +196,7 @@ class Slot:
         """Send a packed command and return its answer as bytes; raises the server's errors."""
         connection = self.connection
         socket, parser = connection._sock, connection._parser
-        # Something unread stays in front of the answer, as it does with the client.
+        # An unread reply comes before the new one: the client's parser keeps that order.
         if socket is None or type(parser) is not _HiredisParser or parser._reader.has_data():
             return connection.ask(request)
         piece = socket.exchange(request)
@@ -212,21 +212,21 @@ class Slot:
         return list(self.connection.ask_all(requests, count))
 
 
-# After a failover, a connection leads to a replica, which refuses writes.
+# ``ReadOnlyError``: since a failover, the connection leads to a replica.
 _GONE = (RedisConnectionError, OSError, ReadOnlyError)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the server answered with an error, so that the connection is well."""
+    """Whether the server answered with an error, so that the connection is in order."""
     return isinstance(error, ResponseError) and not isinstance(error, ReadOnlyError)
 
 
 class ConnectionPool:
     """Lends connections that ``make`` makes, at most ``size`` at a time.
 
-    Connections are lent as they came back, and looked at only when they were idle for a while:
-    a caller may find that the server has closed one, and then calls ``invalidate`` and tries again.
-    Nothing is shared with a forked process.
+    The pool checks a connection only if it was idle for a while. A caller that finds a connection
+    closed by the server returns it with ``give_failed`` and tries again. Forked processes share
+    nothing.
 
     An interrupt can make a thread lose its slot between any two steps. The lost slot is then
     collected; a waiting thread notices that and makes another.
@@ -250,9 +250,9 @@ class ConnectionPool:
         self._slots = [ref(slot) for slot in self._idle]
 
     def take(self, deadline: float, name: bytes = b"") -> Slot:
-        """A slot, with a connection that need not be connected yet.
+        """Lend a slot; its connection may not be connected yet.
 
-        ``name``: the key that the command is for. One server has all of them.
+        ``name``: the key of the command, from which a Cluster finds the node.
         """
         if getpid() != process.pid:  # every command comes by here
             process.notice()
@@ -263,9 +263,9 @@ class ConnectionPool:
         connection = slot.connection
         if connection is None:
             connection = slot.connection = self.make()
-            connection.met = self._met
+            connection.on_connected = self._check_peer
         elif deadline - connection.deadline.at > _IDLE and is_closed_or_unread(connection):
-            connection.disconnect()  # else nobody would know whether an unsent command was applied
+            connection.disconnect()  # or a write that is never sent would end in doubt
         connection.deadline.at = deadline
         return slot
 
@@ -291,7 +291,7 @@ class ConnectionPool:
                 self._waiting -= 1
 
     def give(self, slot: Slot) -> None:
-        """Take back what ``take`` lent."""
+        """Return the slot of a command that was answered."""
         if slot.generation is self._generation:
             self._idle.append(slot)
             if self._waiting:
@@ -301,14 +301,15 @@ class ConnectionPool:
             slot.connection.disconnect()
 
     def give_failed(self, slot: Slot, error: BaseException) -> None:
-        """Take back what ``take`` lent for a command that failed.
+        """Return the slot of a command that failed.
 
-        Interrupted, or answered with another command's reply, the connection is out of step: it is
-        closed. If the server went away, so are the others.
+        Closes the connection unless the server refused the command: after an interrupt or a
+        malformed reply, the next command could read the wrong reply. If the server went away,
+        closes the idle connections too.
         """
         if not is_refusal(error):
             slot.connection.disconnect()
-            timed_out = isinstance(error, TimeoutError)  # the others may be well
+            timed_out = isinstance(error, TimeoutError)  # says nothing about the idle ones
             if isinstance(error, _GONE) and not timed_out:
                 self.invalidate()
         self.give(slot)
@@ -333,13 +334,13 @@ class ConnectionPool:
         self._peer = connection._sock.getpeername()
         self.close()
 
-    def _met(self, peer: Any) -> None:
+    def _check_peer(self, peer: Any) -> None:
         if self._peer is not None and peer != self._peer:
             self._peer = None
             self.moved()
 
     def close(self) -> None:
-        """Close idle connections now, and those in use when they come back."""
+        """Close idle connections now, and lent ones when they are returned."""
         process.notice()
         idle = self._idle
         self._start()
@@ -349,7 +350,7 @@ class ConnectionPool:
 
 
 def ask_all(pool: Any, deadline: float, requests: Sequence[bytes]) -> list[Any]:
-    """Send these commands at once; return their answers, with the server's errors among them."""
+    """Send these commands at once; return their replies, with the server's errors as objects."""
     slot = pool.take(deadline)
     try:
         answers: list[Any] = slot.ask_all(b"".join(requests), len(requests))
@@ -363,7 +364,7 @@ def ask_all(pool: Any, deadline: float, requests: Sequence[bytes]) -> list[Any]:
 class Node(NamedTuple):
     """A server that takes writes: the first slot it serves, and the connections to it.
 
-    ``failed`` is to be called when it did not answer.
+    Call ``failed`` when it doesn't answer.
     """
 
     first: int

@@ -18,7 +18,7 @@ _CONDITION = Struct(">QQQ?")  # of the script that saves
 class Records(Store):
     """Keeps records. ``logout_replicas``: how many must have the end of a session.
 
-    ``deadline``: when the call has to end, where it isn't the first step of an operation.
+    ``deadline``: when the call has to end, if it is a later step of another one.
     """
 
     confirms_logouts = True
@@ -32,7 +32,7 @@ class Records(Store):
         self._create(record, self.commands.deadline())
 
     def _create(self, record: Record, deadline: float) -> bool:
-        """As ``create``; whether it was not there yet."""
+        """As ``create``; whether the record was not there yet."""
         commands, name = self.commands, self.names.record(record.key)
         life = commands.life(record, commands.now())
         request = packed(b"SET", name, pack(record), b"NX", b"PX", b"%d" % life)
@@ -47,7 +47,7 @@ class Records(Store):
             raise KeyTaken
         return False
 
-    # Every request comes by ``load``, and most by ``save``: names and requests are written out.
+    # Most requests run ``load`` and ``save``: they make names and requests without further calls.
 
     def load(self, key: str, deadline: float | None = None) -> Record | None:
         commands = self.commands
@@ -161,7 +161,7 @@ class Records(Store):
             raise too_many_pointers()
         for pointer in reversed(pointers):
             self.remove(pointer, deadline, pointers=b"1")
-        # If an answer is lost, nobody knows whether there was a record.
+        # If a reply was lost, it is unknown whether there was a record.
         record = unpack(key, ended) if ended else None
         return Deleted(ended is not None, record, confirmation.missing)
 
@@ -191,9 +191,9 @@ class Records(Store):
 
 
 def renewed_since(record: Record, reply: bytes) -> tuple[Record, bool]:
-    """The value to store instead: ``reply`` says that another request renewed the session.
+    """The record to store instead, after another request renewed the session.
 
-    Also whether it may be earlier than the stored expiry, since the absolute expiry limits it.
+    Also whether its idle expiry may be earlier than the stored one: the absolute expiry limits it.
     """
     stored = int(reply[1:].partition(b" ")[0])
     end = record.absolute_expires_at

@@ -21,7 +21,7 @@ from ..interrupts import reraise_interruption
 from ..parts import COUNT_ALL, LOST_EXPIRY, Counts, Page, Scans, Tidied, Upkeep
 from .commands import Script, packed
 from .layout import unpack
-from .pool import Node, ask_all, hint, said
+from .pool import Node, ask_all, described, hint
 from .records import Records
 
 _TIDY = Script("tidy")
@@ -207,7 +207,7 @@ class RedisScans(Scans, Upkeep, Counts):
                 reraise_interruption(error)
                 if last or not isinstance(error, RedisConnectionError):
                     node.failed()
-                    detail = f"redis: SCAN: {said(error)}"
+                    detail = f"redis: SCAN: {described(error)}"
                     raise StoreUnavailable(detail) from error
         raise AssertionError("not reached")
 
@@ -215,5 +215,5 @@ class RedisScans(Scans, Upkeep, Counts):
 def _answered(answer: Any) -> Any:
     if isinstance(answer, ResponseError):
         advice = hint(answer)
-        raise StoreUnavailable(f"redis: {said(answer)}{advice}") from answer
+        raise StoreUnavailable(f"redis: {described(answer)}{advice}") from answer
     return answer

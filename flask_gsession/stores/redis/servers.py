@@ -24,7 +24,7 @@ from ..parts import Finding
 from ..urls import without_hosts
 from .commands import packed
 from .driver import HAS_HEALTH_HOOK
-from .pool import ConnectionPool, Slot, bounded, said
+from .pool import ConnectionPool, Slot, bounded, described
 
 # After a manual failover, the old primary accepts writes for seconds, and they are lost. So even
 # while its connections work, the sentinels are asked again after so many seconds.
@@ -125,7 +125,7 @@ class Sentinels:
                 answer = ask_once(make, request, share)
             except (RedisError, OSError) as error:
                 reraise_interruption(error)
-                last = f"; {said(error)}"
+                last = f"; {described(error)}"
                 continue
             if isinstance(answer, list) and len(answer) == 2:
                 self._makes = [make, *(each for each in self._makes if each is not make)]

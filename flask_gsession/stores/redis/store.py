@@ -46,7 +46,7 @@ class RedisStore(Records):
         if isinstance(pool, ConnectionPool):
             closing(self, pool.close)
         super().__init__(Commands(pool, options), options.logout_replicas)
-        # The parts don't hold the store: once nobody else does, its connections are closed.
+        # The parts have records of their own, since a store in a reference cycle is closed late.
         records = Records(self.commands, options.logout_replicas)
         self._begin(url_or_client, options, records, pool.make)
         self.leases = RedisLeases(records, self._wake_ups)
@@ -63,7 +63,7 @@ class RedisStore(Records):
         make: Callable[..., Any],
         changes: type[RedisSource] = RedisSource,
     ) -> None:
-        """Set up what Redis and Cluster stores share; ``make`` makes wake-up connections."""
+        """The setup that Redis and Cluster stores share. ``make`` makes wake-up connections."""
         self._source, self._options, self._records = source, options, records
         # In the older protocol, pushed messages are answers, and come in order with others.
         calls = partial(make, protocol=2)
