@@ -5,8 +5,8 @@ and payload exactly as stored: an encrypted payload stays encrypted. The frames 
 values are lines before it. The last line holds the number of records and the SHA-256 of all lines
 before it.
 
-The reader trusts no line: keys and names must be well formed, and a large value must belong to the
-record that follows it. It can't verify the values of a session, so trust only files from people you
+The reader validates each line: keys and names must be well formed, and a large value must belong to
+the record that follows it. It can't verify the values of a session, so import only files that you
 trust.
 """
 
@@ -26,7 +26,7 @@ from ..values.payload import Body
 from ..values.references import reference_in, refers
 
 FORMAT = 1
-BEGINNING = b'{"flask_gsession"'  # of every archive
+BEGINNING = b'{"flask_gsession"'  # how every archive begins
 _FRAME, _FOOTER = b'{"blob"', b'{"records"'
 _MAX_LINE = 32 * 1024 * 1024  # bytes
 
@@ -148,11 +148,11 @@ def _decode_item(line: bytes) -> Record | Frame:
 def check_archive(
     source: BinaryIO, read: Callable[[Record], Body | None], *, large_values: bool
 ) -> int:
-    """Check the form of an archive from the first line to the last; returns the number of records.
+    """Check the form of a whole archive. Returns the number of records.
 
     ``read`` is called with each record and returns its body, or None if it is unreadable: then its
-    large values are left out with it. ``large_values`` says whether there is a place for those.
-    Raises ``ArchiveError``, which names the line.
+    large values are skipped, too. ``large_values``: whether the store can keep large values. Raises
+    ``ArchiveError``, which names the line.
     """
     return _Checker(source, read, large_values).run()
 
@@ -166,7 +166,7 @@ class _Checker:
         self._large_values = large_values
         self._digest = hashlib.sha256()
         self._line = self._records = 0
-        # Of the frames since the last record: the key and version that they name, and the length
+        # About the frames since the last record: the key and version that they name, and the length
         # of each blob.
         self._owner: tuple[str, int] | None = None
         self._lengths: dict[str, int] = {}
@@ -215,7 +215,7 @@ class _Checker:
 
     def _check_frame(self, frame: Frame) -> None:
         if not self._large_values:
-            self._fail("a large value, and this store has no place for large values")
+            self._fail("a large value, which this store can't keep")
         owner = frame.key, frame.version
         self._require_owner(owner)
         if frame.offset != self._lengths.get(frame.blob, 0):
@@ -229,7 +229,7 @@ class _Checker:
         references = [reference_in(raw) for raw in body.values.values() if refers(raw)]
         allowed = {each.name: stored_length(each) for each in references}
         if any(length > allowed.get(name, 0) for name, length in self._lengths.items()):
-            self._fail("a large value that its session does not have, or a longer one")
+            self._fail("a large value that its session doesn't have, or that is longer there")
 
     def _require_owner(self, owner: tuple[str, int] | None) -> None:
         if self._owner not in (None, owner):

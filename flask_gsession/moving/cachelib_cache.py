@@ -24,8 +24,8 @@ _HASHES: tuple[Callable[..., Any], ...] = (hashlib.sha256, hashlib.md5)
 class CacheFiles(ForeignValues):
     """The files of a ``FileSystemCache`` in ``folder``, each named by the hash of its key.
 
-    ``hash_method``: as of the cache; without one, SHA-256 is tried, then the MD5 of cachelib before
-    its version 0.14.
+    ``hash_method``: the cache's. Without it, tries SHA-256, then MD5, which cachelib used before
+    0.14.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CacheFiles(ForeignValues):
 
 
 class CacheStrings(ForeignValues):
-    """The strings of a ``RedisCache``, which has a ``prefix`` of its own."""
+    """The strings of a ``RedisCache``, which has its own ``prefix``."""
 
     def __init__(self, strings: ForeignValues, prefix: str) -> None:
         self._strings = strings

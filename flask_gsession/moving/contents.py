@@ -1,4 +1,4 @@
-"""The contents of an old session, from any serialisation that Flask-Session used."""
+"""Reads the contents of an old session, in any serialisation that Flask-Session has used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_contents(stored: bytes) -> Mapping[Any, Any]:
 
 
 def read_pickled(stored: bytes) -> Mapping[Any, Any]:
-    """The same for a pickle. Raises ``RefusedContents``."""
+    """Like ``read_contents``, for a pickle. Raises ``RefusedContents``."""
     try:
         return _checked(read_pickle(stored))
     except RefusedPickle as error:

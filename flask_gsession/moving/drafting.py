@@ -1,4 +1,4 @@
-"""Drafts a session of ours from the contents of an old one."""
+"""Drafts a new session from the contents of an old one."""
 
 from __future__ import annotations
 

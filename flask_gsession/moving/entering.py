@@ -26,8 +26,8 @@ def owner_of(repository: Repository, body: Body, contents: Contents) -> Owner | 
 def enter(repository: Repository, loaded: Loaded, since: Since, network: bytes) -> bool:
     """Enter a session in its user's roster. Returns False if the session may not be used.
 
-    Send its token only after that. Two round trips; one if it is entered already, none without a
-    user. Sessions beyond ``SESSION_MAX_PER_USER`` end, which costs more.
+    Call this before you send its token. Two round trips; one if it is in the roster already, none
+    without a user. If sessions beyond ``SESSION_MAX_PER_USER`` end, that costs more.
     """
     record, owner = loaded.record, loaded.body.owner
     if owner is None:

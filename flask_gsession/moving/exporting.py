@@ -1,4 +1,4 @@
-"""Writing all sessions of a store to an archive."""
+"""Writes all sessions of a store to an archive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .lasting import is_lasting, may_be_lasting
 class Exporter:
     """Writes all sessions and the values of users to an archive.
 
-    During an import, also the records that keep old cookies dead.
+    During an import, this includes the records that keep old cookies invalid.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -50,7 +50,7 @@ class Exporter:
         return is_session_key(key) or self._repository.imports is not None
 
     def write(self, pages: Iterable[Page], out: BinaryIO) -> Iterator[int]:
-        """Write the archive; yields the number of records in each page written."""
+        """Write the archive. Yields the number of records on each page."""
         repository = self._repository
         now = datetime.fromtimestamp(repository.now() // 1000, UTC)
         name = repository.live.cookie_name()
@@ -75,7 +75,7 @@ class Exporter:
             body = repository.records.read(record.key, record)
             values = body.values.values() if body is not None and body.has_large else ()
             references = [reference_in(raw) for raw in values if refers(raw)]
-        except UnreadableRecord:  # the application that imports it may be able to read it
+        except UnreadableRecord:  # the importing application may be able to read it
             return
         end = record.idle_expires_at + BLOB_GRACE
         for reference in references:

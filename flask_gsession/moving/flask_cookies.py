@@ -18,15 +18,16 @@ from .contents import RefusedContents
 from .source import Contents, Old, encoded
 
 LABEL = "cookie"
-#: A CSRF token as Flask-WTF draws it.
+#: A CSRF token in the form that Flask-WTF generates.
 _RANDOM = re.compile("[0-9a-f]{40}")
 
 
 class FlaskCookieSource:
-    """The sessions that browsers hold themselves, read by Flask's own serializer.
+    """The sessions in browsers' cookies, read by Flask's own serializer.
 
-    ``interface``: the application's, which may have a serializer or salt of its own. A cookie is
-    identified by its signed content, so copies with another spelling of the signature are the same.
+    ``interface``: the application's session interface, which may have its own serializer or salt. A
+    cookie is identified by its signed content, so copies with differently encoded signatures are
+    the same.
     """
 
     label = LABEL
@@ -50,8 +51,8 @@ class FlaskCookieSource:
         return encoded(repository, contents)
 
     def is_of_one_visitor(self, old: Old) -> bool:
-        # A cookie has no id: the same values that were signed in the same second are the same. A
-        # user's cookie and a random CSRF token belong to one visitor.
+        # A cookie has no id, so cookies with equal values from the same second are equal. A
+        # signed-in user's cookie, or one with a random CSRF token, belongs to one visitor.
         stored: Any = old.stored
         contents = self._open(stored.value.decode())
         if not isinstance(contents, dict):
@@ -61,7 +62,8 @@ class FlaskCookieSource:
         return is_random or contents.get(LOGIN) is not None
 
     def since(self, old: Old) -> Since:
-        # The time of the sign-in is unknown, so any revocation ends sessions not yet imported.
+        # The time of the sign-in is unknown, so any revocation ends sessions that aren't imported
+        # yet.
         return Since(epoch=0)
 
     def delete(self, name: str) -> None:

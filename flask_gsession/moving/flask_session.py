@@ -1,9 +1,9 @@
 """Sessions of Flask-Session, versions 0.5 to 0.8.
 
-The cookie holds the session's id, bare or signed: 43 characters of base64url (of
-``SESSION_ID_LENGTH`` bytes, 32 by default), a UUID in 0.5. The record's name is the id behind
-``SESSION_KEY_PREFIX``. Redis, MongoDB and SQLAlchemy hold MessagePack or JSON from 0.7 on and
-pickles before; cachelib, and with it the file system, holds pickles in every version.
+The cookie holds the session's id, plain or signed: 43 characters of base64url
+(``SESSION_ID_LENGTH`` bytes, 32 by default), or a UUID in 0.5. The record's name is
+``SESSION_KEY_PREFIX`` plus the id. Redis, MongoDB and SQLAlchemy hold MessagePack or JSON from 0.7
+on, and pickles before; cachelib, including its files, holds pickles in every version.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ class FlaskSessionSource:
         if self._secret_keys is not None:
             if not cookie.isascii():
                 return None
-            # itsdangerous wants the newest last
+            # itsdangerous expects the newest key last
             keys = [want_bytes(key) for key in reversed(self._secret_keys())]
             try:
                 sid = Signer(keys, salt=_SALT, key_derivation="hmac").unsign(cookie).decode()
             except (BadSignature, UnicodeDecodeError):
                 return None
         elif _SIGNED.fullmatch(cookie):
-            sid = cookie.partition(".")[0]  # the signer was on before
+            sid = cookie.partition(".")[0]  # the signer was turned off since
         return self._prefix + sid if self._is_id(sid) else None
 
     def names(self) -> Iterator[str]:
-        """The names of all old records; one may come twice.
+        """The names of all old records, perhaps with duplicates.
 
         Raises ``StoreUnavailable``, and ``NotImplementedError`` if the store can't list them.
         """
@@ -103,5 +103,5 @@ class FlaskSessionSource:
 
 
 def _length_of(id_length: int) -> int:
-    """The characters of so many bytes in base64url without padding."""
+    """The length of this many bytes as base64url without padding."""
     return -(-id_length * 4 // 3)

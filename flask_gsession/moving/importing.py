@@ -1,4 +1,4 @@
-"""Putting the sessions of an archive into a store."""
+"""Imports the sessions of an archive into a store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REVOKED = "revoked since their sign-in"
 
 
 class Importer:
-    """Puts records and frames into ``store``, which is the repository's own or a stand-in."""
+    """Puts records and frames into ``store``: the repository's store, or a stand-in for it."""
 
     def __init__(
         self,
@@ -39,13 +39,13 @@ class Importer:
         self._store = store
         self._overwrite = overwrite
         self._dry_run = dry_run
-        #: why records can't be read here, with how often each reason occurs
+        #: why records can't be read, and how often for each reason
         self.problems: Counter[str] = Counter()
         self._unreadable: set[str] = set()
         self._user_values = UserValues(repository, "")
 
     def check(self, source: BinaryIO) -> int:
-        """Check a whole archive and return its number of records; collects ``problems``.
+        """Check a whole archive, and collect ``problems``. Returns the number of records.
 
         Raises ``ArchiveError``.
         """
@@ -60,15 +60,15 @@ class Importer:
         return body
 
     def is_first(self, record: Record) -> bool:
-        """Whether to import the record before all sessions, which depend on it."""
+        """Whether to import the record before the sessions, because they depend on it."""
         return not is_session_key(record.key) and not is_user_values(self._repository, record)
 
     def put(self, record: Record) -> str:
         """Import a record, and return the outcome in words.
 
-        A session never ends later than one that is created now. If an imported session has the
-        same key, it stays as it is, unless ``overwrite`` is set. A session that is bound to a user
-        is entered in the user's roster, unless the user's sessions were revoked since its sign-in.
+        A session never ends later than one that is created now. A stored session with the same key
+        stays as it is, unless ``overwrite`` is set. A session that is bound to a user is entered in
+        the user's roster, unless the user's sessions were revoked since its sign-in.
         """
         problem, body = self._read(record)
         if problem:
@@ -89,9 +89,9 @@ class Importer:
             return "of a user whose list of sessions can't be read"
 
     def _put_bound(self, record: Record, body: Body, owner: Owner, now: int) -> str:
-        """Import a session whose token its client still has: store it, then enter it.
+        """Import a session whose token a client still has: store it, then enter it.
 
-        Until it is entered, a request that finds it looks into the roster before it is served.
+        Until it is entered, a request with this session checks the roster first.
         """
         repository = self._repository
         since = Since(None, record.created_at)
@@ -111,7 +111,7 @@ class Importer:
         return done
 
     def _put_lasting(self, record: Record) -> str:
-        """Import a mark or a roster, unless there is one. It keeps its times."""
+        """Import a mark or a roster, with its times, unless there is one."""
         if self._repository.now() >= record.idle_expires_at:
             return "expired"
         try:
@@ -137,7 +137,12 @@ class Importer:
                 if not self._dry_run:
                     store.save(record, there.version)
                 return "overwritten"
-        except (KeyTaken, Gone, Stale, UnreadableRecord):  # another process was first, or no record
+        except (
+            KeyTaken,
+            Gone,
+            Stale,
+            UnreadableRecord,
+        ):  # another process was first, or there is no record
             pass
         return "changed since and kept"
 
@@ -157,16 +162,16 @@ class Importer:
             same = there.version == frame.version
             if not self._overwrite or same or there.successor is not None:
                 return
-            # The stored session may refer to this very value: never shorten its life.
+            # The stored session may refer to this value, so never shorten its life.
             end = max(end, there.absolute_expires_at + BLOB_GRACE)
-        assert repository.large.storage is not None  # check_archive refuses frames without one
-        with suppress(Gone):  # removed by another process: the session reports its value as lost
+        assert repository.large.storage is not None  # otherwise, check_archive fails
+        with suppress(Gone):  # another process removed it; the value is lost
             repository.large.storage.blobs.write_frame(frame.blob, frame.offset, frame.frame, end)
 
     def _read(self, record: Record) -> tuple[str, Body | None]:
         """Why the application can't read a record ("" if it can), and the record's body.
 
-        The body of a pointer is an empty one.
+        A pointer has an empty body.
         """
         of_user = is_user_values(self._repository, record)
         if not is_session_key(record.key) and not of_user:

@@ -1,4 +1,4 @@
-"""The records that outlive sessions and keep old cookies dead: marks, and rosters with an epoch."""
+"""Records that outlive sessions and keep old cookies invalid: marks, and rosters with an epoch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .mark import ENDING, Mark
 
 
 def may_be_lasting(key: str) -> bool:
-    """Whether this can be the key of a session, of a mark or of a roster."""
+    """Whether this can be the key of a session, a mark or a roster."""
     return is_session_key(key) or (is_record_key(key) and key.endswith(ENDING))
 
 
 def is_lasting(repository: Repository, record: Record) -> bool:
-    """Whether this is a mark, or the roster of a user whose sessions were revoked at some time.
+    """Whether this is a mark, or the roster of a user whose sessions have ever been revoked.
 
-    An old cookie that was not imported before a revocation is refused by the roster's epoch.
+    The roster's epoch refuses old cookies that were not imported before the revocation.
     """
     if record.successor is not None or not record.key.endswith(ENDING):
         return False

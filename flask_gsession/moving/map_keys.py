@@ -1,7 +1,7 @@
 """Counts the arrays that are keys of maps in MessagePack, before it is decoded.
 
-msgspec makes tuples of them. All tuples of -1 and -2 have the same hash, so a map of n such keys
-takes n * n comparisons to build.
+msgspec turns them into tuples. All tuples of -1 and -2 have the same hash, so building a map with n
+such keys takes n * n comparisons.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ _SIZES |= {0xD4 + n: 2**n + 1 for n in range(5)}
 
 
 def excess_in(data: bytes) -> str:
-    """The limit that this map exceeds, in words; "" if none. The decoder judges malformed data."""
+    """The limit that this map exceeds, in words; "" if it exceeds none. Malformed data is left to
+    the decoder.
+    """
     if data[:1] not in _MAPS:
         return ""
     at = values = array_keys = 0
     levels: list[tuple[int, bool]] = [
         (1, False)
-    ]  # the values to come, and whether they are a map's
+    ]  # the number of pending values, and whether they belong to a map
     while at < len(data):
         while levels and not levels[-1][0]:
             levels.pop()

@@ -1,8 +1,8 @@
-"""The mark of a take-over: which old session became which of ours. It outlives both.
+"""The mark of a take-over: which old session became which new one. It outlives both.
 
-It is a separate record and not a pointer, since a delete follows pointers and removes them. Its key
-is derived from the old record's name. It holds the new session's key and a nonce. The token is an
-HMAC of the old name and the nonce under the secret key. So every request with the old cookie can
+It is a separate record instead of a pointer, since a delete follows pointers and removes them. Its
+key is derived from the old record's name. It holds the new session's key and a nonce. The token is
+an HMAC of the old name and the nonce under the secret key. So every request with the old cookie can
 get the same token again, but an attacker can't compute it from the stored data.
 """
 
@@ -24,7 +24,7 @@ from ..stores.base import KEY_LENGTH, Record
 from ..tokens import Token, session_key
 from ..values.payload import Origin
 
-#: The last character of a mark's key: no digest ends with it, so no session has such a key.
+#: The last character of a mark's key. Digests never end with it, so no session has such a key.
 ENDING = "_"
 _NONCE_BYTES = 16
 
@@ -32,8 +32,8 @@ _NONCE_BYTES = 16
 class Mark(Struct, array_like=True, frozen=True):
     """``session``: the key that the new session was created under.
 
-    ``ended``: the old cookie is dead, even if that session lives. ``answered``: when a request
-    with the old cookie was last about to set ours; milliseconds. See ``shared_cookies``.
+    ``ended``: the old cookie is invalid, even if that session lives. ``answered``: when a request
+    with the old cookie was last about to set our cookie, in milliseconds. See ``shared_cookies``.
     """
 
     session: str
@@ -61,7 +61,7 @@ class Mark(Struct, array_like=True, frozen=True):
 
 
 def read_mark(repository: Repository, record: Record | None) -> Mark | None:
-    """The mark in a record, if it is there and its time isn't over."""
+    """The mark in a record, unless that is missing or has expired."""
     if record is None or repository.now() >= record.idle_expires_at:
         return None
     return Mark.of(repository.other_records.read(record))
@@ -87,7 +87,7 @@ def token_of(secret_key: str | bytes, label: str, name: str, nonce: bytes) -> To
 def token_for(
     secret_keys: Sequence[str | bytes], label: str, name: str, mark: Mark
 ) -> Token | None:
-    """The token that belongs to a mark; None if the secret key that made it is gone."""
+    """The token that belongs to a mark; None if its secret key is gone."""
     for key in secret_keys:
         token = token_of(key, label, name, mark.nonce)
         if hmac.compare_digest(session_key(token), mark.session):
@@ -98,7 +98,7 @@ def token_for(
 def sealed(
     secret_key: str | bytes, label: str, name: str, nonce: bytes, expires_at: int | None
 ) -> Origin:
-    """The origin of a session. Its old id is a secret, so it isn't stored in plain form."""
+    """The origin of a session, with its old id encrypted, because that is a secret."""
     plain = name.encode()
     pad = _pad(secret_key, nonce, len(plain))
     mixed = bytes(a ^ b for a, b in zip(plain, pad, strict=True))
@@ -106,7 +106,7 @@ def sealed(
 
 
 def unsealed(secret_keys: Sequence[str | bytes], origin: Origin) -> str | None:
-    """The name of the old record; None if the secret key that sealed it is gone."""
+    """The name of the old record; None if the secret key that encrypted it is gone."""
     for key in secret_keys:
         pad = _pad(key, origin.nonce, len(origin.sealed))
         plain = bytes(a ^ b for a, b in zip(origin.sealed, pad, strict=True))

@@ -1,9 +1,9 @@
-"""Takes old sessions of Flask-Session over without a request, one record after the other.
+"""Takes over old sessions of Flask-Session without a request, one record after the other.
 
 It takes the same steps as a request (see ``takeover``), up to the mark. The mark names the session
 and holds the nonce, so the browser's next request with the old cookie finds both and derives the
-token. That request enters the session in the roster of its user, too. Until then, a revocation ends
-it through the roster's epoch, and a session that nobody comes back for counts towards no limit.
+token. That request also enters the session in its user's roster. Until then, a revocation ends it
+through the roster's epoch, and it doesn't count towards the user's limit.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TAKEN_OVER = "taken over"
 class Migration:
     """Takes over the records of ``source``, and counts the outcomes.
 
-    ``pickles``: reads the pickles that name a class; without it, they are refused.
-    ``repository``: of the new sessions; with ``dry_run``, nothing is written to it.
+    ``pickles``: reads the pickles that name a class; without it, they are refused. ``repository``:
+    for the new sessions; with ``dry_run``, nothing is written to it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Migration:
         self._source = _Offline(source, pickles)
         self._dry_run = dry_run
         self.outcomes: Counter[str] = Counter()
-        #: how many sessions lose a key, by its name
+        #: how many sessions lose a key, by the key's name
         self.dropped: Counter[str] = Counter()
         #: sessions that can't be taken over
         self.lost = 0
@@ -56,9 +56,9 @@ class Migration:
         self.latest_end = 0
 
     def take_over(self, name: str) -> None:
-        """Take over one old record, unless that was done before. Raises ``StoreUnavailable``.
+        """Take over one old record, unless it was taken over before. Raises ``StoreUnavailable``.
 
-        At most four round trips; two if it was done before.
+        At most four round trips; two if it was taken over before.
         """
         try:
             outcome, dropped = self._outcome(Token(name))
@@ -92,13 +92,13 @@ class Migration:
         if len(contents.values) <= (PERMANENT in contents.values):
             return "empty", ()
         if repository.large.is_any_too_long(contents.values, contents.values):
-            return TAKEN_OVER, contents.dropped  # drafting would write them
+            return TAKEN_OVER, contents.dropped  # drafting would write large values
         key, origin = keyed(repository, self._source.label, found.name, new_nonce(), old.expires_at)
         return TAKEN_OVER, drafted(repository, key, contents, origin, False)[1]
 
 
 class _Offline:
-    """A source whose sessions end when they would have ended, since nobody uses them now."""
+    """A source whose sessions keep their expiry, since nobody is using them now."""
 
     def __init__(self, source: FlaskSessionSource, pickles: PickleProcess | None) -> None:
         self._source = source

@@ -1,6 +1,6 @@
-"""Sessions of ours in another store, or under other settings: another key prefix, another cookie.
+"""Our own sessions in another store, or under other settings: another key prefix or cookie.
 
-The old cookie holds a token of ours, signed for the old cookie's name. The new session keeps the
+The old cookie holds one of our tokens, signed for the old cookie's name. The new session keeps the
 old one's values, creation and absolute end.
 """
 
@@ -26,7 +26,7 @@ LABEL = "gsession"
 class OwnStoreSource:
     """The sessions in the store of ``old``, a repository with the old settings.
 
-    ``cookie_name``: of the old cookie. ``secret_keys``: those that signed it.
+    ``cookie_name``: the old cookie's name. ``secret_keys``: the keys that may have signed it.
     """
 
     label = LABEL
@@ -85,7 +85,7 @@ class OwnStoreSource:
         return True
 
     def since(self, old: Old) -> Since:
-        # When it was signed in, or last seen in its roster.
+        # The time of the sign-in, or when the roster last saw the session.
         record: Any = old.stored
         body = self._old.records.read(old.name, record)
         seen = 0 if body is None or body.owner is None else body.owner.seen
@@ -95,5 +95,5 @@ class OwnStoreSource:
         self._old.store.delete(name)
 
     def _resolved(self, repository: Repository, key: str, plain: bytes) -> bytes:
-        """A large value, in the place of the reference to it."""
+        """A large value, instead of the reference to it."""
         return repository.codec.encode(key, self._old.codec.decode(plain))

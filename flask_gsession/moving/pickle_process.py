@@ -1,6 +1,6 @@
-"""Lets another process, ``unpickling``, read the pickles that name classes.
+"""Lets a separate process, ``unpickling``, read the pickles that name classes.
 
-Neither side unpickles what the other sends: values come in the encoding of our own codec.
+Neither side unpickles data from the other: values are in our own codec's encoding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .source import Contents, encoded
 
 LENGTH = ">I"
 MAX_ANSWER = 64 * 1024 * 1024  # bytes
-_TIME = 30.0  # seconds for one pickle; the process gives up earlier by itself
+_TIME = 30.0  # seconds for one pickle; the process itself gives up earlier
 
 
 class Answer(msgspec.Struct, array_like=True):
@@ -47,9 +47,9 @@ _decode = msgspec.msgpack.Decoder(Answer).decode
 
 
 class PickleProcess:
-    """The process, started when it is first needed. A context manager; ends the process.
+    """The process, started at first use. A context manager, which ends the process.
 
-    Raises ``SettingError`` where processes can't be limited, as on Windows.
+    Raises ``SettingError`` on systems without resource limits, such as Windows.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class PickleProcess:
             raise RefusedContents("pickle: the process that reads it failed") from None
         except BaseException:
             if self._unanswered:
-                self._stop()  # its answer would be taken for the next one's
+                self._stop()  # otherwise its answer would count as the next one's
             raise
         contents = encoded(repository, values)
         return contents._replace(dropped=(*answer.dropped, *contents.dropped))
@@ -109,7 +109,7 @@ class PickleProcess:
         if process is None:
             return
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its forks too: it leads their process group
+            os.killpg(process.pid, signal.SIGKILL)  # with its forks, which are in its process group
         process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
@@ -123,7 +123,7 @@ def _started() -> subprocess.Popen[bytes]:
         [sys.executable, "-P", "-s", "-m", "flask_gsession.moving.unpickling"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={"PYTHONPATH": path},  # and no secrets
+        env={"PYTHONPATH": path},  # nothing else, to keep secrets out
         start_new_session=True,
     )
 

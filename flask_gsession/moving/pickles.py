@@ -1,9 +1,9 @@
 """Reads pickles of plain data, without unpickling: nothing is imported and nothing is called.
 
-``pickletools.genops`` takes a pickle apart; the few operations that build plain data are done here.
-An operation that names a class, calls something or sets attributes is refused, and with it the
-whole pickle. So a datetime, a Decimal or an object is refused, too. Source: PEP 3154, PEP 574, and
-the comments of ``pickletools``.
+``pickletools.genops`` parses a pickle; this module executes the few operations that build plain
+data. It refuses a pickle with any operation that names a class, calls something or sets attributes,
+and so every datetime, Decimal or object. Source: PEP 3154, PEP 574, and the comments of
+``pickletools``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_BYTES = 32 * 1024 * 1024
-#: Operations, and so values, keys and containers together.
+#: The limit for operations, which also bounds values, keys and containers.
 MAX_OPERATIONS = 200_000
 MAX_MEMO = 100_000
-#: Keys and values with everything inside them, each counted wherever it appears.
+#: The limit for keys and values at every depth, each counted wherever it appears.
 MAX_VALUES = 200_000
 MAX_DEPTH = 200
-#: Tuples and frozensets that differ and have the same hash: -1 and -2 have, and so do all tuples
-#: made of these. A dict of n such keys takes n * n comparisons to build.
+#: The limit for different tuples and frozensets with the same hash. -1 and -2 have the same hash,
+#: and so do all tuples of them. Building a dict with n such keys takes n * n comparisons.
 MAX_COLLISIONS = 32
 
 _MARK: Any = object()
@@ -63,7 +63,7 @@ def read_pickle(data: bytes) -> Any:
 def check_extent(value: Any) -> None:
     """Raises ``RefusedPickle`` if ``value`` is too deep, too large, or holds too many values.
 
-    A value counts wherever it appears, so that shared and circular ones have no way around.
+    A value counts wherever it appears, so shared and circular values can't get around the limits.
     """
     count = size = 0
     level = [value]
@@ -110,10 +110,10 @@ class _Machine:
         self.stack.append(value)
 
     def since_mark(self) -> list[Any]:
-        """The items down to the last mark, which are taken from the stack with it."""
+        """Pop the items above the last mark, and the mark."""
         stack = self.stack
         at = len(stack) - 1
-        while stack[at] is not _MARK:  # an IndexError for none, in the end
+        while stack[at] is not _MARK:  # raises IndexError without a mark
             at -= 1
             if at < 0:
                 raise RefusedPickle("malformed")
@@ -132,7 +132,8 @@ class _Machine:
     def check_hashable(self, item: Any) -> None:
         """Refuse a key or member that is costly to hash or to compare.
 
-        A deep one would overflow the interpreter's stack. Many long integers have the same hash.
+        A deeply nested one would overflow the interpreter's stack, and many long integers have the
+        same hash.
         """
         is_nested = isinstance(item, (tuple, frozenset))
         for each in item if is_nested else (item,):
@@ -160,7 +161,7 @@ class _Machine:
         return items
 
     def top(self, kind: type) -> Any:
-        """The container on the top, which is of this very type."""
+        """The container on top of the stack, which must have exactly this type."""
         value = self.stack[-1]
         if type(value) is not kind:
             raise RefusedPickle("malformed")

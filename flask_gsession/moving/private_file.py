@@ -1,4 +1,4 @@
-"""A file with sessions in it: readable by its owner only, and under its name only when complete."""
+"""Writes a file of sessions that only its owner can read, and that gets its name when complete."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SUFFIX = ".part"
 def private_file(
     file: Path, beginning: bytes, removed: Callable[[Path], object]
 ) -> Iterator[BinaryIO]:
-    """Write to a hidden file beside ``file``, which is renamed at the end of the block.
+    """Write to a hidden file beside ``file``, which gets its name at the end of the block.
 
-    Earlier hidden files of processes that were killed are removed if they start with
-    ``beginning``; ``removed`` is called with each. Raises ``OSError``.
+    Removes hidden files that killed processes left, if they start with ``beginning``, and calls
+    ``removed`` with each. Raises ``OSError``.
     """
     part: Path | None = None
     try:
@@ -41,11 +41,11 @@ def private_file(
 
 
 def remove_leftovers(file: Path, beginning: bytes, removed: Callable[[Path], object]) -> None:
-    """Remove the hidden files of killed processes; a running process holds a lock on its own."""
+    """Remove the hidden files of killed processes. A running process has its file locked."""
     name = re.compile(re.escape(_prefix(file)) + r"\w{8}" + re.escape(_SUFFIX), re.ASCII)
     try:
         siblings = list(file.parent.iterdir())
-    except OSError:  # a folder may allow writing and not listing
+    except OSError:  # a folder may allow writing, but not listing
         return
     for part in siblings:
         if not name.fullmatch(part.name):
@@ -65,9 +65,9 @@ def remove_leftovers(file: Path, beginning: bytes, removed: Callable[[Path], obj
 def _create_part(file: Path) -> tuple[int, Path]:
     while True:
         descriptor, name = tempfile.mkstemp(_SUFFIX, _prefix(file), file.parent)  # 0600
-        with suppress(OSError):  # not every file system has locks
+        with suppress(OSError):  # some file systems have no locks
             file_locks.lock(descriptor)
-        if os.fstat(descriptor).st_nlink:  # else another export removed it as a leftover
+        if os.fstat(descriptor).st_nlink:  # otherwise another export has removed it as a leftover
             return descriptor, Path(name)
         os.close(descriptor)
 

@@ -1,20 +1,20 @@
-"""Cookies of Flask's that several visitors may have, and the sessions made from them.
+"""Flask cookies that several visitors share, and the sessions made from them.
 
-A cookie of Flask's has no id, so visitors for whom Flask signed the same values within a second
-have the same one. The first request with it creates the session that the mark names. Each later one
-gets a copy: a session of its own, with the cookie's values.
+A Flask cookie has no id, so visitors for whom Flask signed the same values within one second have
+the same cookie. The first request with it creates the session that the mark names. Each later
+request gets a copy: its own session with the cookie's values.
 
-A browser that sends several first requests at once keeps the cookie that comes last. So a request
+A browser that sends several first requests at once keeps the cookie that arrives last. So a request
 that is about to set our cookie stores the next version of the mark, with the time:
 
-- a request that changed the session, always, and before its change is stored;
-- a request that only read, if no other one did so since ten seconds before it began. Otherwise it
-  sets no cookie. In ten seconds, the browser has an answer, and sends our cookie.
+- A request that changed the session always does so, before its change is stored. - A request that
+only read does so unless another request did since ten seconds before it began. Otherwise it sets no
+cookie. Within ten seconds, the browser gets a response, and then sends our cookie.
 
-A logout stores in the mark that the old cookie is dead. So no parallel request can set a cookie
-afterwards, unless it was about to be answered. ``tests/simulation/cookie_model.py`` is a model. If
-the clocks of two workers differ, a read waits longer, or doesn't wait for answers that are on their
-way.
+A logout notes in the mark that the old cookie is invalid. So no parallel request can set a cookie
+afterwards, unless its response was already on its way. ``tests/simulation/cookie_model.py`` is a
+model. If the clocks of two workers differ, a read waits longer, or doesn't wait for responses that
+are on their way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .drafting import drafted, keyed
 from .mark import Mark, new_nonce, token_of
 from .source import Old, Source
 
-#: How long an answer can be on its way, in milliseconds.
+#: How long a response can be on its way, in milliseconds.
 _ON_ITS_WAY = 10_000
 
 
@@ -55,8 +55,8 @@ def copy(
 def may_answer(repository: Repository, record: Record, began: int, *, wrote: bool) -> bool:
     """Whether a request may set our cookie.
 
-    ``record``: the mark as the request found it. ``began``: when the request did, in milliseconds.
-    One round trip; two more for each race that a request which wrote has lost.
+    ``record``: the mark that the request found. ``began``: when the request began, in milliseconds.
+    One round trip. A request that wrote takes two more for each lost race.
     """
     try:
         if wrote:
@@ -67,21 +67,21 @@ def may_answer(repository: Repository, record: Record, began: int, *, wrote: boo
     except Stale:
         return False
     except (StoreUnavailable, UnreadableRecord, SessionConflict):
-        # Without our cookie, a change would be lost. After a read, the next request gets the
-        # cookie's values again.
+        # Without our cookie, a change would be lost. After a mere read, the next request gets the
+        # old cookie's values again.
         return wrote
     return True
 
 
 def end(repository: Repository, origin: Origin) -> None:
-    """Store that the old cookie is dead. Raises ``StoreUnavailable``. Two round trips."""
+    """Note that the old cookie is invalid. Raises ``StoreUnavailable``. Two round trips."""
     _store_next(repository, origin.mark, None, ended=True)
 
 
 def _store_next(
     repository: Repository, key: str, known: Record | None, *, ended: bool = False
 ) -> bool:
-    """Store the next version of the mark, unless the old cookie is dead; then False."""
+    """Store the next version of the mark. Returns False if the old cookie is invalid."""
     there = [] if known is None else [known]
     is_dead = False
 
@@ -89,7 +89,7 @@ def _store_next(
         nonlocal is_dead
         record = there.pop() if there else repository.store.load(key)
         if record is None:
-            return None  # the imports are over
+            return None  # the imports have ended
         is_dead = Mark.of(repository.other_records.read(record)).ended
         return None if is_dead else (record, _next(repository, record, ended=ended))
 

@@ -32,10 +32,10 @@ class Old(NamedTuple):
 class Contents(NamedTuple):
     """The contents to store for an old session.
 
-    ``values`` are encoded, ``dropped`` are the keys that can't be kept. ``lifetime`` is the
+    ``values``: encoded. ``dropped``: the keys with values that can't be kept. ``lifetime``: the
     session's own idle timeout in milliseconds. ``began`` and ``ends``: the old session's creation
-    and absolute end, if the new one is to keep them. ``user_id``: the user it is bound to.
-    ``idle_ends``: when the new session ends unless it is used before.
+    and absolute end, if the new session keeps them. ``user_id``: the user it is bound to.
+    ``idle_ends``: when the new session ends if it isn't used.
     """
 
     values: dict[str, bytes]
@@ -58,20 +58,21 @@ class Source(Protocol):
     """
 
     label: str
-    #: if the source's server also keeps the new sessions
+    #: set if the source's server also keeps the new sessions
     together: Together | None
 
     def is_of_one_visitor(self, old: Old) -> bool:
-        """Whether only one visitor has this old cookie; Flask's may be equal for several."""
+        """Whether only one visitor has this old cookie. Several visitors may have equal Flask
+        cookies.
+        """
 
     def name_of(self, cookie: str) -> str | None:
-        """The name of the old record, or None for a cookie that is malformed or badly signed.
-
-        Asks no store.
+        """The name of the old record, or None if the cookie is malformed or has a wrong signature.
+        No round trip.
         """
 
     def load(self, name: str, cookie: str) -> Old | None:
-        """The old record; its name may differ from the given one. At most one round trip.
+        """The old record, perhaps under another name. At most one round trip.
 
         Raises ``StoreUnavailable`` and ``UnreadableRecord``.
         """
@@ -83,11 +84,11 @@ class Source(Protocol):
         """The time of the old session's sign-in, for the roster of its user."""
 
     def delete(self, name: str) -> None:
-        """Remove the old record, if it can be removed. At most one round trip."""
+        """Remove the old record, if that is possible. At most one round trip."""
 
 
 def encoded(repository: Repository, contents: Mapping[Any, Any]) -> Contents:
-    """The keys and values of an old session that can be kept, within the limits of one value."""
+    """The keys and values of an old session that we can store, within the limits for one value."""
     values: dict[str, bytes] = {}
     dropped = []
     settings = repository.settings

@@ -1,4 +1,4 @@
-"""Finds the sources of old sessions from the settings."""
+"""Opens the sources of old sessions that the settings name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_imports(
 ) -> Takeover:
     """The take-over of old sessions into ``store``, which was opened from ``source``.
 
-    ``before``: the session interface that the application had. Asks no server. Raises
+    ``before``: the application's previous session interface. Doesn't connect. Raises
     ``SettingError``.
     """
     opened = _Opened(app, settings, repository, store, source, options, before)
@@ -48,7 +48,7 @@ def open_imports(
     def at_url(url: str) -> Source:
         other = _Opened(app, settings, repository, store, source, options, before)
         other.stores = opened.stores
-        assert settings.flask_session is not None  # it was checked
+        assert settings.flask_session is not None  # the settings were checked
         return other.flask_session_at(settings.flask_session, url)
 
     until = settings.import_until
@@ -102,7 +102,7 @@ class _Opened:
     def source(self, name: object) -> Source:
         """The source that an item of ``SESSION_IMPORT`` names."""
         if name == "flask-session":
-            assert self._settings.flask_session is not None  # it was checked
+            assert self._settings.flask_session is not None  # the settings were checked
             return self._flask_session(self._settings.flask_session)
         if name == "cookie":
             of_app = self._before
@@ -123,7 +123,7 @@ class _Opened:
             if not name.keys() <= _OF_A_DICT or "store" not in name:
                 raise SettingError(
                     f"SESSION_IMPORT has a dict with {sorted(map(str, name))}; allowed: "
-                    '"store", and "key_prefix" if it was another one'
+                    '"store", and "key_prefix" if it differs'
                 )
             prefix, name = name.get("key_prefix", prefix), name["store"]
         try:
@@ -161,7 +161,7 @@ class _Opened:
         )
 
     def flask_session_at(self, old: FlaskSessionSettings, url: str) -> Source:
-        """Flask-Session's source as configured, at another URL. Raises ``SettingError``."""
+        """Flask-Session's configured source, but at another URL. Raises ``SettingError``."""
         client: Any = url
         if old.type == "sqlalchemy":
             client = _engine_at(url)
@@ -176,7 +176,7 @@ class _Opened:
             raise SettingError(re.sub("SESSION_(REDIS|MONGODB)", "--url", str(error))) from None
 
     def _together(self, store: ForeignValues) -> Together | None:
-        """The old values, if they are on the same server as our records."""
+        """The old values, if our records are on the same server."""
         if self._store is not self._shared:
             return None
         return store if hasattr(store, "load_both") else None  # type: ignore[return-value]
@@ -240,7 +240,7 @@ class _Opened:
                 )
         raise SettingError(
             f"SESSION_CACHELIB is a {type(cache).__name__}, whose sessions can't be taken over; "
-            "allowed: a FileSystemCache or a RedisCache. Set SESSION_IMPORT to [] to go without"
+            "allowed: a FileSystemCache or a RedisCache. Set SESSION_IMPORT to [] to import nothing"
         )
 
 

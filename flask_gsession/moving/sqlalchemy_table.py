@@ -17,8 +17,8 @@ from ..stores.foreign import Foreign, ForeignValues
 class SQLAlchemyTable(ForeignValues):
     """Rows with ``session_id``, ``data`` and ``expiry``, which is in UTC.
 
-    ``engine`` returns the engine; it is called at each use, since Flask-SQLAlchemy gives one only
-    inside an application context. Connections are the engine's own, and so is their timeout.
+    ``engine`` returns the engine. It is called at each use, since Flask-SQLAlchemy has an engine
+    only inside an application context. The engine's connections and timeouts apply.
     """
 
     def __init__(
@@ -77,8 +77,6 @@ class SQLAlchemyTable(ForeignValues):
             cause = getattr(error, "orig", None) or error
             hint = ""
             if isinstance(error, (OperationalError, ProgrammingError)):
-                hint = (
-                    ". Is the database reachable, and has it the table of SESSION_SQLALCHEMY_TABLE?"
-                )
+                hint = ". Is the database reachable, with the table SESSION_SQLALCHEMY_TABLE?"
             detail = f"sqlalchemy: {operation}: {type(cause).__name__}{hint}"
             raise StoreUnavailable(detail) from None

@@ -4,16 +4,15 @@
 valid cookie of ours, but with an old one:
 
 1. loads the old record, then the mark (see ``mark``), in this order: a logout deletes the old
-   record only while the mark is there, so finding neither proves that there is no session;
-2. without a mark: creates the session under a fresh key, then the mark. If the mark exists already:
-   deletes its own session, and goes on with the session that the mark names;
-3. with a mark: loads the session that it names. If that ended, the old cookie stays invalid;
-4. if the session names a user: enters it in the user's roster;
-5. answers with the token, which every request with this old cookie can compute.
+record only while the mark is there, so if neither is found, there is no session; 2. without a mark:
+creates the session under a fresh key, then the mark. If the mark exists already: deletes its own
+session, and continues with the session that the mark names; 3. with a mark: loads the session that
+it names. If that ended, the old cookie stays invalid; 4. if the session names a user: enters it in
+the user's roster; 5. responds with the token, which every request with this old cookie can compute.
 
-Several visitors may have the same cookie of Flask's; ``shared_cookies`` says what changes then.
+Several visitors may have the same Flask cookie; ``shared_cookies`` says what changes then.
 
-A logout deletes the old record, then the session. The mark stays until the imports are over.
+A logout deletes the old record, then the session. The mark stays until the imports end.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ _ADVICE = (
 _ISSUED = re.compile(r"(?=.{11})\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,2}")
 _UNKNOWN = (
     "unknown cookie",
-    "It has another signature or form, or is too old. It stays in the browser, so if SECRET_KEY, "
-    "SESSION_USE_SIGNER or SESSION_ID_LENGTH have changed, change them back and nobody is logged "
+    "It has another signature or form, or is too old. It stays in the browser: if SECRET_KEY, "
+    "SESSION_USE_SIGNER or SESSION_ID_LENGTH has changed, change it back, and nobody is logged "
     "out",
 )
 
@@ -102,8 +101,8 @@ class Created(NamedTuple):
 class Takeover:
     """Takes sessions over from the first of ``sources`` that recognises the old cookie.
 
-    ``circuit``: guards the calls of old stores. ``opened``: the stores that were opened for the
-    sources. ``knows_users``: whether Flask-Login knows the user of a session. ``until``: the end of
+    ``circuit``: the circuit breaker for calls to old stores. ``opened``: the stores that were
+    opened for the sources. ``knows_users``: whether Flask-Login is in use. ``until``: the end of
     imports, in milliseconds; None: no end. ``watch``: whether a session ends if its old record
     disappears early. ``at_url``: opens Flask-Session's store at another URL.
     """
@@ -133,8 +132,7 @@ class Takeover:
     # -- for requests
 
     def take_over(self, repository: Repository, request: Request) -> TakenOver:
-        """The session that the request's old cookie leads to. Creates it, unless an earlier request
-        did.
+        """The session for the request's old cookie. Creates it, unless an earlier request did.
 
         Raises ``StoreUnavailable``. At most four round trips, two if the old records are on the
         same Redis server as the new ones; two for an existing session. None without an old cookie,
@@ -171,7 +169,7 @@ class Takeover:
         return shared_cookies.may_answer(repository, mark, began, wrote=wrote)
 
     def end_old(self, repository: Repository, body: Body) -> None:
-        """Remove the old record of this session, which is to end. Raises ``StoreUnavailable``."""
+        """Remove the old record of this session, which is ending. Raises ``StoreUnavailable``."""
         if body.origin is None or self.is_over(repository.now()):
             return
         try:
@@ -180,11 +178,11 @@ class Takeover:
             if body.origin.label == COOKIES:
                 shared_cookies.end(repository, body.origin)
         except StoreUnavailable:
-            if not repository.is_cut_off:  # else it settles this end later, by a call of this
+            if not repository.is_cut_off:  # otherwise this is called when the edge settles the end
                 raise
 
     def end_presented(self, repository: Repository, request: Request, body: Body | None) -> None:
-        """Remove the record that the request's old cookie names, unless ``end_old`` does.
+        """Remove the record that the request's old cookie names, unless ``end_old`` removes it.
 
         Raises ``StoreUnavailable``. One round trip; none without such a cookie.
         """
@@ -198,9 +196,9 @@ class Takeover:
                 self._asked(source.delete, name)
 
     def has_ended(self, repository: Repository, body: Body) -> bool:
-        """Whether an old worker ended this session: its record is gone before its time.
+        """Whether an old worker ended this session: its record disappeared before its expiry.
 
-        Never unless old records are watched. Raises ``StoreUnavailable``. One round trip.
+        Always False unless old records are watched. Raises ``StoreUnavailable``. One round trip.
         """
         origin, now = body.origin, repository.now()
         if not self._watch or origin is None or self.is_over(now):
@@ -229,9 +227,8 @@ class Takeover:
             store.close()
 
     def source(self, label: str, url: str | None = None) -> Source | None:
-        """The source with this label; ``url``: where its store is instead. Raises ``SettingError``.
-
-        None if nothing is imported from there.
+        """The source with this label, at another ``url`` if given; None if nothing is imported from
+        it. Raises ``SettingError``.
         """
         found = next((each for each in self._sources if each.label == label), None)
         if found is None or url is None or self._at_url is None:
@@ -291,9 +288,8 @@ class Takeover:
         return Finding(name, key, old, read_mark(repository, record), record)
 
     def create(self, repository: Repository, source: Source, found: Finding, old: Old) -> Created:
-        """Step 2: the session that was made and its mark, or only the mark of another request.
-
-        Two times None for an old session without values.
+        """Step 2: the created session and its mark, or only another request's mark. Both are None
+        for an old session without values.
         """
         contents = source.contents(repository, old)
         if len(contents.values) <= (PERMANENT in contents.values):
@@ -316,7 +312,9 @@ class Takeover:
                     delete_session(repository, key, body=nowhere, leave_roster=False)
                 there = repository.store.load(found.key)
                 if there is None:
-                    raise StoreUnavailable("a mark of an import came and went") from None
+                    raise StoreUnavailable(
+                        "the mark of an import appeared and disappeared"
+                    ) from None
         if there is not None:
             if source.together is not None:
                 repository.large.discard(names_in(loaded.body.values.values()), 0)
@@ -329,7 +327,7 @@ class Takeover:
         return repository.other_records.draft(key, mark.pack(), end)
 
     def _asked(self, ask: Callable[..., T], *arguments: object) -> T:
-        """Ask a store of old sessions. Its driver's frames would show the old id: drop them."""
+        """Call a store of old sessions. Drops its driver's frames, which would show the old id."""
         try:
             if self._circuit is None:
                 return ask(*arguments)
@@ -339,7 +337,7 @@ class Takeover:
             raise error.with_traceback(None) from None
 
     def _of(self, repository: Repository, origin: Origin) -> list[tuple[Source, str]]:
-        """The sources that may hold an old record, and its name: stores may share a label."""
+        """The sources that may hold an old record, each with its name. Stores may share a label."""
         name = unsealed(repository.live.secret_keys(), origin)
         if name is None:
             return []
@@ -351,7 +349,7 @@ class Takeover:
         return self.until is not None and now >= self.until
 
     def _refuse(self, repository: Repository, source: Source, reason: str, advice: str) -> None:
-        """Count an old session that can't be read here; it stays where it is, and so the cookie."""
+        """Count an old session that can't be read. It stays where it is, and so does the cookie."""
         repository.events.emit(ImportRefused, source.label, reason)
         kind = source.label, reason.partition(":")[0]
         if kind not in self._reported:

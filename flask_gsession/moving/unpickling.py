@@ -1,10 +1,10 @@
-"""Unpickles old sessions in a process of its own, which ``pickle_process`` starts.
+"""Unpickles old sessions in a separate process, which ``pickle_process`` starts.
 
 Only well-known classes of plain values are allowed. Each pickle is loaded in a fork with limits on
 memory and time, which can't open files and ends afterwards, so one pickle can't affect the next.
 
-Reads pickles from standard input and writes an ``Answer`` for each to standard output, each after
-its length in four bytes.
+Reads pickles from standard input and writes an ``Answer`` for each to standard output. Each is
+preceded by its length in four bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REASONS = {
     _OUT_OF_MEMORY: "needs too much memory",
     **{
         -getattr(signal, name): "takes too long"
-        for name in ("SIGXCPU", "SIGALRM", "SIGKILL")  # the last at the hard CPU limit
+        for name in ("SIGXCPU", "SIGALRM", "SIGKILL")  # SIGKILL comes at the hard CPU limit
         if hasattr(signal, name)  # not on Windows
     },
 }
@@ -48,7 +48,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """``codecs.encode`` as pickles of protocol 2 use it for bytes."""
+    """``codecs.encode``, as far as pickles of protocol 2 use it for bytes."""
     if encoding != "latin1":
         raise RefusedPickle("names _codecs.encode")
     return codecs.latin_1_encode(text)[0]
@@ -86,7 +86,7 @@ def answer(pickled: bytes) -> Answer:
         return Answer(str(error))
     except MemoryError:
         raise
-    except Exception:  # whatever the bytes lead to; its text may hold values
+    except Exception:  # anything can happen; the error's text may hold values
         return Answer("malformed")
     codec = Codec(DEEPEST)
     values, dropped = {}, []
@@ -138,7 +138,9 @@ def _answer_and_exit(pickled: bytes, reading: int, writing: int) -> None:
         limits += [(resource.RLIMIT_NOFILE, 0), (resource.RLIMIT_FSIZE, 0)]
         limits += [(resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CORE, 0)]
         for limit, most in limits:
-            with suppress(ValueError, OSError):  # lower already, or unknown to this system
+            with suppress(
+                ValueError, OSError
+            ):  # it is lower already, or the system doesn't know it
                 resource.setrlimit(limit, (most, most))
         rest = _encode(answer(pickled))
         while rest:
@@ -158,7 +160,9 @@ def _read(source: BinaryIO, length: int) -> bytes | None:
 def main() -> None:
     """Answer until standard input ends."""
     source, out = sys.stdin.buffer, sys.stdout.buffer
-    answer(pickle.dumps({"all": [Decimal(1), UUID(int=1), datetime.now()]}))  # imports come first
+    answer(
+        pickle.dumps({"all": [Decimal(1), UUID(int=1), datetime.now()]})
+    )  # to import modules before the limits apply
     length = struct.Struct(LENGTH)
     while (head := _read(source, length.size)) is not None:
         pickled = _read(source, length.unpack(head)[0])

@@ -1,4 +1,4 @@
-"""Sessions over gRPC: the messages, and how records and errors become messages and back.
+"""Sessions over gRPC: the messages, and the conversion of records and errors to messages and back.
 
 ``gsession.proto`` is for clients in any language. ``gsession_pb2`` is generated from it by
 ``make protocol``; a test compares the two.
@@ -6,6 +6,6 @@
 
 import os
 
-# gRPC writes past Python's logging to stderr: an INFO line for each failed handshake and each fork.
-# Its documented variable for that is read when grpc is imported, so this package comes before it.
+# gRPC bypasses Python's logging and writes to stderr: an INFO line for each failed handshake and
+# each fork. It reads its variable for that when grpc is imported, so this must run before.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

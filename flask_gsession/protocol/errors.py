@@ -1,7 +1,7 @@
-"""The errors of a store as statuses of gRPC and back, exactly.
+"""Converts a store's errors to gRPC statuses and back, without loss.
 
-A status alone proves nothing: gRPC itself and proxies use the same codes. So each error also
-travels as an ``Error`` in a trailer, and a status without one is an outage.
+A status alone proves nothing, since gRPC itself and proxies use the same codes. So each error is
+also sent as an ``Error`` in a trailer, and a status without one counts as an outage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import (
 )
 from . import gsession_pb2 as pb
 
-ERROR_KEY = "gsession-error-bin"  # of the trailer with an ``Error``
+ERROR_KEY = "gsession-error-bin"  # the key of the trailer with an ``Error``
 
 _CODES: dict[type[StoreError], grpc.StatusCode] = {
     KeyTaken: grpc.StatusCode.ALREADY_EXISTS,
@@ -50,7 +50,7 @@ _MAKERS: dict[str, Callable[[pb.Error], StoreError]] = {
     "StoreUnavailable": lambda error: StoreUnavailable(
         error.detail,
         error.retry_after or 1,
-        # An open circuit breaker on the far side says nothing about its server.
+        # An open circuit breaker on the other side says nothing about the session server itself.
         contention=error.contention or not error.asked,
     ),
 }
@@ -72,12 +72,12 @@ def status_of(error: StoreError) -> tuple[grpc.StatusCode, str, pb.Error]:
 
 
 def error_in(trailers: Iterable[tuple[str, Any]] | None) -> StoreError | None:
-    """The error that a server's store raised; None where the trailers hold none of ours."""
+    """The error that a server's store raised; None if the trailers hold no such error."""
     for key, value in trailers or ():
         if key == ERROR_KEY:
             try:
                 error = pb.Error.FromString(value)
-            except Exception:  # of the decoder, which has no base of its own
+            except Exception:  # the decoder's errors have no base class of their own
                 return None
             make = _MAKERS.get(error.kind)
             return None if make is None else make(error)

@@ -1,4 +1,4 @@
-"""Records as messages and back."""
+"""Converts records to messages and back."""
 
 from __future__ import annotations
 

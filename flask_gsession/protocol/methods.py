@@ -9,7 +9,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from . import gsession_pb2 as pb
 
-#: A page of a scan, or a session with the most bytes that a setting allows, and some more.
+#: Enough for a page of a scan, or for the largest session that the settings allow.
 LONGEST_MESSAGE = 64 * 1024 * 1024
 
 
@@ -46,7 +46,7 @@ def describe(described: Any) -> dict[str, Method]:
 def is_understood(message: Message) -> bool:
     """Whether a received message has only fields that this version knows.
 
-    Another field may ask for different behaviour, so ignoring it would be wrong.
+    An unknown field may request different behaviour, so ignoring it would be wrong.
     """
     size = message.ByteSize()
     message.DiscardUnknownFields()

@@ -1,4 +1,4 @@
-"""Values of sessions as messages, for services in any language."""
+"""Converts session values to messages and back, for services in any language."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "uuid": uuid.UUID,
     "integer": int,
 }
-_DEEPEST = 60  # containers in each other; protobuf reads about a hundred messages
+_DEEPEST = 60  # nested containers; protobuf reads about a hundred nested messages
 _MOST_DIGITS = 1000
 
 
 class NoMessage(ValueError):
-    """A value without a message, or a message without a value, with the reason."""
+    """A value can't become a message, or a message can't become a value; with the reason."""
 
 
 def to_value(value: Any, depth: int = _DEEPEST) -> pb.Value:

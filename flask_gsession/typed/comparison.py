@@ -107,7 +107,7 @@ def _difference_of_objects(wanted: Any, got: Any, inside: set[int]) -> Path | No
 
 
 def _related(wanted: Any, got: Any) -> bool:
-    """Whether the types may differ: an int from its float, a subclass from its plain base."""
+    """Whether these types count as the same: int and float, or a subclass and its plain base."""
     one, other = type(wanted), type(got)
     if one is other:
         return True

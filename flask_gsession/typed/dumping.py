@@ -25,8 +25,8 @@ class Dumping(NamedTuple):
 
 
 SHOWN = Dumping(computed=True)
-#: The ways to dump a value for the session; the first that loads again is taken. Hooks may have
-#: been written for clients, and drop fields that are None, or mask them.
+#: The ways to dump a value for the session; the first that loads again wins. Hooks may have been
+#: written for clients, so they may drop fields that are None, or mask them.
 STORED = (
     Dumping(computed=False),
     Dumping(computed=False, without_hooks=(POST_DUMP,)),
@@ -53,7 +53,7 @@ def copy_for_dumping(schema: Schema, dumping: Dumping, unknown: str | None = Non
 
 
 def field_for_dumping(field: Field[Any], dumping: Dumping) -> Field[Any]:
-    """The same for a field: a copy if it contains a schema at any depth."""
+    """Like ``copy_for_dumping``, for a field: a copy if it contains a schema at any depth."""
     twin: Any = copy.copy(field)
     if isinstance(field, fields.Nested):
         kind: Any = type(field)
@@ -73,7 +73,7 @@ def field_for_dumping(field: Field[Any], dumping: Dumping) -> Field[Any]:
 
 
 def loads_booleans(field: fields.Boolean) -> bool:
-    """Whether a field loads True and False, which it dumps, and not only its own words."""
+    """Whether a field loads the True and False that it dumps, and not only words of its own."""
     return not field.truthy or (True in field.truthy and False in field.falsy)
 
 
@@ -95,7 +95,7 @@ def without_computed(data: Any, schema: Schema) -> Any:
 
 
 def without_computed_in_field(data: Any, field: Field[Any]) -> Any:
-    """The same for the dump of a field."""
+    """Like ``without_computed``, for the dump of a field."""
     if isinstance(field, fields.Nested):
         return data if isinstance(field, fields.Pluck) else without_computed(data, field.schema)
     if isinstance(field, fields.List) and isinstance(data, list):
@@ -112,7 +112,8 @@ def without_computed_in_field(data: Any, field: Field[Any]) -> Any:
 def _nested_for_dumping(kind: Any, dumping: Dumping) -> Any:
     """A class of ``Nested`` fields that copy their schema on the first dump.
 
-    Not earlier, since a schema may contain itself and name classes that don't exist yet.
+    A copy made earlier would fail: a schema may contain itself, or name classes that don't exist
+    yet.
     """
 
     def schema(self: Any) -> Schema:
@@ -144,5 +145,5 @@ def _without(hooks: Mapping[str, Any], tags: Collection[str]) -> dict[str, Any]:
 
 
 def _first(words: Any) -> Any:
-    """The first in an order that is the same in every process."""
+    """The first word, in an order that is the same in every process."""
     return min(words, key=repr, default=None)

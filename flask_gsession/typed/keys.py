@@ -37,7 +37,7 @@ from .schemas import FieldForm, SchemaForm, form_of
 T = TypeVar("T")
 D = TypeVar("D")
 
-_NO_VALUE: Any = object()  # no value
+_NO_VALUE: Any = object()
 _SHARED = IMMUTABLE - {frozenset}  # never copied; a frozenset may hold a mutable object
 _HANDED_OUT = 32  # values per request that ``set`` recognises as results of ``get``
 
@@ -54,7 +54,9 @@ class _Found(NamedTuple):
 
 
 class _KeyState:
-    """A key in one request. Each attribute is replaced in one step, since threads may share it."""
+    """The state of a key in one request. Threads may share it, so each attribute is replaced in one
+    step.
+    """
 
     __slots__ = ("found", "handed_out")
 
@@ -71,25 +73,23 @@ class _KeyState:
 class SessionKey(Generic[T]):
     """A key of the session whose values are checked when you read and write them.
 
-    ``schema``: a marshmallow ``Schema`` (class or instance), a field, or a dataclass. The values
-    of a schema are dicts, the values of a dataclass are its instances.
-    ``ttl``: seconds, or a ``timedelta``, after which a value expires; None: with the session.
-    ``default``: returned by ``get`` if there is no valid value, instead of the schema's defaults.
-    ``merge``: the policy if two requests change the key at once: a name from
-    ``SESSION_MERGE_POLICIES``, or a function of base, theirs and mine. It gets and returns values
-    as ``get`` returns them. An invalid result raises ``SessionConflict``.
-    ``version``: of the schema, 1 to 65535, stored with each value. Values that were stored without
-    a version have version 1.
-    ``invalid``: the reaction of ``get`` to an invalid stored value: ``"default"``, or ``"raise"``
-    for ``InvalidStoredValue``. Both log a warning without the data, and emit
-    ``StoredValueInvalid``.
-    ``session``: the ``ext.session`` of a second ``Session``; None: ``flask.session``.
-    ``scope``: ``"user"`` for a value of the signed-in user, in ``session.shared``, the same on all
-    devices. Before the sign-in, the session keeps it.
-    ``at_login``: what happens to that value of the session at the sign-in, if the user has a value
-    already: ``"keep"`` (the default) keeps the user's, ``"replace"`` takes the session's,
-    ``"merge"`` joins both, by the policy of ``merge``, or else entry by entry. ``"discard"`` drops
-    the session's value in any case. Each value joins exactly once.
+    ``schema``: a marshmallow ``Schema`` (class or instance), a field, or a dataclass. The values of
+    a schema are dicts, the values of a dataclass are its instances. ``ttl``: seconds, or a
+    ``timedelta``, after which a value expires; None: it lives as long as the session. ``default``:
+    returned by ``get`` if there is no valid value, instead of the schema's defaults. ``merge``: the
+    policy if two requests change the key at once: a name from ``SESSION_MERGE_POLICIES``, or a
+    function that takes base, theirs and mine. It gets and returns values as ``get`` returns them.
+    An invalid result raises ``SessionConflict``. ``version``: the version of the schema, 1 to
+    65535, stored with each value. Values that were stored without a version have version 1.
+    ``invalid``: how ``get`` treats an invalid stored value: ``"default"`` ignores it, ``"raise"``
+    raises ``InvalidStoredValue``. Both log a warning without the data, and emit
+    ``StoredValueInvalid``. ``session``: the ``ext.session`` of a second ``Session``; None:
+    ``flask.session``. ``scope``: ``"user"`` for a value of the signed-in user in
+    ``session.shared``, the same on all devices. Until the sign-in, the session keeps it.
+    ``at_login``: how the sign-in combines the session's value with an existing value of the user:
+    ``"keep"`` (the default) keeps the user's, ``"replace"`` takes the session's, ``"merge"`` merges
+    both, by the policy of ``merge``, or else entry by entry. ``"discard"`` drops the session's
+    value in any case. Each value joins exactly once.
 
     Raises ``SettingError`` for any other argument. Reading costs the same round trips as reading
     ``session[name]``. A value is checked once per request unless it changes.
@@ -168,7 +168,7 @@ class SessionKey(Generic[T]):
         if merge is not None and not callable(merge) and merge not in POLICIES:
             raise SettingError(
                 f"SessionKey({name!r}): merge is {merge!r}; allowed: {', '.join(POLICIES)}, or a "
-                "function of base, theirs and mine"
+                "function that takes base, theirs and mine"
             )
         _check_scope(name, scope, at_login)
         self.name = name
@@ -238,10 +238,11 @@ class SessionKey(Generic[T]):
 
         ``value`` is data for the schema to load, or a result of ``get``. The session stores the
         schema's dump without computed fields. Returns the value as ``get`` will return it. If the
-        schema contains code of your own, ``set`` loads the dump again to make sure of that.
+        schema contains code of your own, ``set`` loads the dump again to verify that.
 
         Raises marshmallow's ``ValidationError``, also if ``get`` would return a different value,
-        and ``UnsupportedType`` for a value that no session can store. Then nothing has changed.
+        and ``UnsupportedType`` for a value that no session can store. In both cases nothing
+        changes.
         """
         session = self._session()
         if self._form.is_plain:
@@ -420,7 +421,7 @@ class SessionKey(Generic[T]):
         return _Found(raw, value, there)
 
     def _loaded(self, session: SessionData, version: int, data: Any) -> Any:
-        """The value of stored data, or ``_NO_VALUE`` if they are invalid."""
+        """The value of stored data, or ``_NO_VALUE`` if the data is invalid."""
         messages: Any = None
         data, reason = self._upgrade(version, data)
         if not reason:
@@ -438,7 +439,7 @@ class SessionKey(Generic[T]):
         return _NO_VALUE
 
     def _upgrade(self, version: int, data: Any) -> tuple[Any, str]:
-        """Stored data in the key's version; or why they can't be."""
+        """Upgrade stored data to the key's version. Returns it, and why that failed or ""."""
         if version > self.version:
             return data, "newer version"
         for older in range(version, self.version):
@@ -454,7 +455,7 @@ class SessionKey(Generic[T]):
     # -- for a merge
 
     def upgraded(self, version: int, data: Any) -> Any:
-        """Stored data in the key's version. Raises ``SessionConflict`` if they can't be."""
+        """Upgrade stored data to the key's version. Raises ``SessionConflict`` if that fails."""
         data, reason = self._upgrade(version, data)
         if reason:
             raise SessionConflict from ValueError(reason)
@@ -463,7 +464,7 @@ class SessionKey(Generic[T]):
     # -- for a sign-in
 
     def checked(self, merge: MergeFunction) -> MergeFunction:
-        """A policy for stored data, with its result checked."""
+        """The same policy for stored data, with its results checked by this key."""
         return merge_of_stored(self._form, merge, self._run, self)
 
     # -- for the schema of a whole session
@@ -473,11 +474,11 @@ class SessionKey(Generic[T]):
         self._run(self._form.read, data)
 
     def mark(self, now: Callable[[], int]) -> Mark:
-        """The expiry and version for a new value of this key."""
+        """The expiry and version to store with a new value of this key."""
         return self._lasting if self._ttl is None else Mark(now() + self._ttl, self.version)
 
     def merge_function(self, of_settings: MergeFunction | None) -> MergeFunction | None:
-        """The merge policy of the key, or else of the settings, with its result checked."""
+        """The merge policy of the key, or else of the settings. The key checks its results."""
         if self._merge is not None or of_settings is None:
             return self._merge
         cached = self._merge_of_settings
@@ -495,7 +496,7 @@ def _check_scope(name: str, scope: str, at_login: str | None) -> None:
         )
     if scope == "user" and name.startswith("_"):
         raise SettingError(
-            f"SessionKey({name!r}): the names of keys of a user don't begin with an underscore"
+            f"SessionKey({name!r}): with scope='user', a name can't begin with an underscore"
         )
     if at_login is not None and at_login not in AT_LOGIN:
         raise SettingError(
@@ -522,7 +523,7 @@ def _fresh(value: Any) -> Any:
 
 
 def _with_text_as_keys(shown: Any) -> Any:
-    """The same data with the keys of dicts as JSON can express them."""
+    """The same data, with text as the keys of dicts, as JSON needs it."""
     if isinstance(shown, dict):
         plain = all(type(key) is str for key in shown)
         return {

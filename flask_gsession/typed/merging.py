@@ -27,7 +27,7 @@ Run = Callable[[Callable[[Any], Any], Any], Any]
 
 
 def merge_of_values(form: Form, merge: MergeFunction, run: Run, key: Versioned) -> MergeFunction:
-    """A policy for stored values from a function of loaded values."""
+    """Turn a function of loaded values into a policy for stored values."""
 
     def merged(base: Any, theirs: Any, mine: Any) -> Any:
         try:
@@ -44,7 +44,7 @@ def merge_of_values(form: Form, merge: MergeFunction, run: Run, key: Versioned) 
 
 
 def merge_of_stored(form: Form, merge: MergeFunction, run: Run, key: Versioned) -> MergeFunction:
-    """A policy for stored values from a function of dumped values."""
+    """Turn a function of dumped values into a policy for stored values."""
     if merge is last or merge is reject:
         return merge
 

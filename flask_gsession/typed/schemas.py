@@ -39,7 +39,7 @@ _INPUT: Any = (Mapping, list, tuple, Iterator, type(None), *IMMUTABLE)
 
 
 class Form:
-    """The base for schemas and fields. All methods raise ``ValidationError``.
+    """The base of ``SchemaForm`` and ``FieldForm``. All methods raise ``ValidationError``.
 
     They also let errors from the application's hooks and validators through.
     """
@@ -55,7 +55,7 @@ class Form:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the schema only has plain values and no code of the application."""
+        """Whether the schema has only plain values, and no code of the application."""
         raise NotImplementedError
 
     @property
@@ -65,11 +65,10 @@ class Form:
 
     @property
     def dumps(self) -> Sequence[Callable[[Any], Any]]:
-        """The ways to dump a value for the session; the first that loads again is taken."""
+        """The ways to dump a value for the session; the first that loads again wins."""
         raise NotImplementedError
 
     def default(self) -> Any:
-        """The default of the schema."""
         raise NotImplementedError
 
     # -- common
@@ -104,12 +103,12 @@ class Form:
         if not self.is_plain and drops_keys(from_stored(made[1]), value):
             try:
                 return self._verified(value)
-            except Exception:  # so it is input, with fields that the schema excludes
+            except Exception:  # so ``value`` is input, with fields that the schema excludes
                 return made
         return made
 
     def accept_input(self, value: Any) -> tuple[Any, Any]:
-        """As ``accept``, for input."""
+        """Like ``accept``, for input."""
         loaded = self.load(value)
         if self.is_plain:
             copied = plain_copy(value, loaded)
@@ -146,7 +145,7 @@ class Form:
     def _verified(self, value: Any, *, was_loaded: bool = False) -> tuple[Any, Any]:
         """The loaded and the stored form, if the stored form loads to an equal value.
 
-        Loading may add defaults. These must survive another round trip.
+        Loading may add defaults, which must survive another round trip.
         """
         for _ in range(2):
             again, stored = self._round_trip(value, was_loaded)
@@ -157,7 +156,7 @@ class Form:
         raise ValidationError(self._messages(path or ()))
 
     def _round_trip(self, value: Any, was_loaded: bool) -> tuple[Any, Any]:
-        """The loaded and the stored form; the loaded one has all of ``value``, and maybe more."""
+        """The loaded and the stored form. The loaded form may contain more than ``value``."""
         failures = []
         for stored in self._all_stored(value):
             try:
@@ -266,7 +265,7 @@ class SchemaForm(Form):
             raise
 
     def accept_changes(self, before: Any, changes: Mapping[str, Any]) -> tuple[Any, Any]:
-        """As ``accept``, for a loaded value with changes to its input form."""
+        """Like ``accept``, for a loaded value with changes to its input form."""
         sent = self._changed(before, changes)
         try:
             return self.accept_input(sent)
@@ -386,11 +385,11 @@ def form_of(name: str, declared: Any) -> SchemaForm | FieldForm:
             except TypeError as error:
                 raise SettingError(
                     f"SessionKey({name!r}): {declared.__name__}() failed ({error}); "
-                    "give an instance of the schema"
+                    "pass an instance of the schema"
                 ) from error
         if issubclass(declared, Field):
             raise SettingError(
-                f"SessionKey({name!r}) got the class {declared.__name__}; give a field, as in "
+                f"SessionKey({name!r}) got the class {declared.__name__}; pass a field, as in "
                 f"fields.{declared.__name__}()"
             )
         if dataclasses.is_dataclass(declared):
@@ -411,7 +410,7 @@ def _serializer(field: Field[Any]) -> Callable[[Any], Any]:
 
 
 def _explained(messages: Any) -> Any:
-    """The messages of a second load, with a hint that they aren't about the input."""
+    """The messages of the second load, with a hint that they aren't about the input."""
     if isinstance(messages, dict):
         return {key: _explained(inner) for key, inner in messages.items()}
     if isinstance(messages, list):

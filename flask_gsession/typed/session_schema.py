@@ -59,7 +59,7 @@ class SessionSchema:
         return dict(self.keys) if self._typed else {}
 
     def is_by(self, key: SessionKey[Any]) -> bool:
-        """Whether ``key`` is the declared one of its name, and so has checked the value itself."""
+        """Whether ``key`` was declared for its name. If so, it has checked the value itself."""
         return self.keys.get(key.name) is key
 
     def __call__(self, name: str, value: Any) -> Mark:

@@ -1,7 +1,7 @@
 """Converts a schema's dump to values that a session can store, and back.
 
-A session can store dicts with text and numbers as keys. A ``Dict`` field may have other keys, such
-as ``Decimal`` or tuples. Such a dict is stored as a list of pairs, under the single key ``_PAIRS``.
+A session can store dicts whose keys are text or numbers. A ``Dict`` field may have other keys, such
+as ``Decimal`` or tuples; such a dict is stored as a list of pairs, under the single key ``_PAIRS``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def from_stored(data: Any) -> Any:
             try:
                 return {from_stored(key): from_stored(item) for key, item in pairs}
             except (TypeError, ValueError):
-                return data  # not from to_stored
+                return data  # to_stored didn't make it
         return {key: from_stored(item) for key, item in data.items()}
     if kind is list:
         return [from_stored(item) for item in data]

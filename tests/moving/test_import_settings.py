@@ -105,7 +105,7 @@ def test_an_import_by_hand_needs_an_end() -> None:
 
 
 def test_an_automatic_import_without_an_end_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match="without an end: set SESSION_IMPORT_UNTIL") as warned:
+    with pytest.warns(UserWarning, match="with no end date: set SESSION_IMPORT_UNTIL") as warned:
         Session(an_app(SESSION_TYPE="filesystem"))
     assert len(warned) == 1
 
@@ -292,7 +292,7 @@ def test_a_proxy_or_extension_without_a_client() -> None:
         raise RuntimeError("no context")
 
     for given, message in (
-        (LocalProxy(nothing), "SESSION_REDIS is a LocalProxy that stands for nothing yet"),
+        (LocalProxy(nothing), "SESSION_REDIS is a LocalProxy that is unbound"),
         (FlaskRedis(None), "SESSION_REDIS is a FlaskRedis that has no client yet"),
     ):
         with pytest.raises(SettingError, match=message):

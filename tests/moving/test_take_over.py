@@ -134,7 +134,7 @@ def test_the_signer_is_switched_in_the_same_deploy(
     assert [event.reason for event in site.happened(ImportRefused)] == (
         [] if accepted else ["unknown cookie"]
     )
-    assert ("change them back" in caplog.text) is not accepted
+    assert ("change it back" in caplog.text) is not accepted
     visitor.run(lambda session: session.destroy())
     assert visitor.get_cookie("session") is None
     assert old.has(sid) is not accepted

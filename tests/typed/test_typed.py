@@ -661,7 +661,7 @@ def test_a_validator_that_raises_something_else(site: Site) -> None:
 DECLARATIONS: dict[str, tuple[Callable[[], object], str]] = {
     "no schema": (lambda: SessionKey("x", dict), "got dict; it takes a marshmallow Schema"),
     "a value": (lambda: SessionKey("x", cast(Any, 5)), "got a int"),
-    "a field class": (lambda: SessionKey("x", fields.Int), r"give a field, as in fields\.Integer"),
+    "a field class": (lambda: SessionKey("x", fields.Int), r"pass a field, as in fields\.Integer"),
     "a name": (lambda: SessionKey(cast(Any, 5), fields.Int()), "needs a name; got 5"),
     "no name": (lambda: SessionKey("", fields.Int()), "needs a name"),
     "half a letter": (lambda: SessionKey("\ud800", fields.Int()), "needs a name"),
@@ -690,7 +690,7 @@ def test_a_schema_that_cannot_be_made() -> None:
         def __init__(self, more: str) -> None:
             super().__init__()
 
-    with pytest.raises(SettingError, match=r"NeedsMore\(\) failed .* give an instance"):
+    with pytest.raises(SettingError, match=r"NeedsMore\(\) failed .* pass an instance"):
         SessionKey("x", NeedsMore)
 
 
