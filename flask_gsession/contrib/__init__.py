@@ -1,1 +1,1 @@
-"""Bridges to other packages, one per file; each needs the extra of its name."""
+"""Integrations with other packages, one per file. Each needs the extra with its name."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SharedSessions:
-    """Reads the sessions of a Flask application that has the same secret key and settings.
+    """Reads the sessions of a Flask application with the same secret key and settings.
 
     ::
 
@@ -39,9 +39,9 @@ class SharedSessions:
         async def home(session: Annotated[SessionPeek | None, Depends(sessions)]):
             ...
 
-    ``secret_key`` and ``fallbacks``: its ``SECRET_KEY`` and ``SECRET_KEY_FALLBACKS``. ``settings``:
-    as the keywords of ``Session``; ``cookie_name`` where it isn't ``session``. Raises
-    ``SettingError``.
+    ``secret_key`` and ``fallbacks``: the application's ``SECRET_KEY`` and ``SECRET_KEY_FALLBACKS``.
+    ``settings``: the keywords of its ``Session``, and ``cookie_name`` if that isn't ``session``.
+    Raises ``SettingError``.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class SharedSessions:
     async def __call__(self, connection: HTTPConnection) -> SessionPeek | None:
         """The session of a request or a WebSocket; None without a session.
 
-        Its token is in the cookie, or in the header ``token_header`` if that is set. It doesn't
-        count as use of the session. Raises the 503 of Starlette, with ``Retry-After``, while the
-        store does not answer. One round trip, in a thread.
+        Its token is in the cookie, or in the header ``token_header`` if that is set. This doesn't
+        count as use of the session. Raises Starlette's 503 with ``Retry-After`` if the store does
+        not answer. One round trip, in a thread.
         """
         headers = connection.headers
         loop = asyncio.get_running_loop()
@@ -71,7 +71,7 @@ class SharedSessions:
             again = {"Retry-After": str(error.retry_after)}
             raise HTTPException(503, "the session store is unavailable", again) from error
 
-    # Types, not text: older versions of FastAPI can't resolve that for an object.
+    # Real types: older versions of FastAPI can't resolve text annotations of a callable object.
     __call__.__annotations__.update(connection=HTTPConnection)
 
     def _read(self, headers: Headers) -> SessionPeek | None:
@@ -86,7 +86,7 @@ class SharedSessions:
 
 
 def signed_in(session: SessionPeek | None, user: str = "_user_id") -> Any:
-    """The user's id in the session; raises Starlette's 401 if nobody is signed in."""
+    """The user's id in the session. Raises Starlette's 401 if nobody is signed in."""
     found = None if session is None else session.get(user)
     if found is None or found == "":
         raise HTTPException(401, "not signed in", {"WWW-Authenticate": "Cookie"})

@@ -1,8 +1,9 @@
-"""Lists and ends the sessions of Flask-Security's users.
+"""Lists and ends the sessions of Flask-Security users.
 
 Flask-Security identifies a user by an ``fs_uniquifier``, and changes it to end all sessions of the
-user: when the password changes or is reset, and when access is reset. Flask-Login's signal binds a
-session to it at the sign-in. This module also ends the old one's sessions in the store.
+user: when the password changes or is reset, and when access is reset. At the sign-in, Flask-Login's
+signal binds a session to it. When it changes, this module ends the sessions of the old one in the
+store.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..extension import NAME, Session
 from ..interface import session_of_request
 from ..request.session import SessionData
 
-#: In ``app.extensions``.
+#: The key in ``app.extensions``.
 _DONE = "gsession_flask_security"
 _MOST_TAGS, _LONGEST_TAG = 10, 100
 #: The signals of a change of a factor, and the reason for the audit log.
@@ -41,9 +42,10 @@ class ActiveSessions:
 
     A change of a user's ``fs_uniquifier`` ends the user's other sessions: a changed password, a
     reset, ``reset_user_access``. ``deactivate_user``, ``toggle_active`` and ``delete_user`` end all
-    of them. If the store fails, these raise ``RevocationUnfinished`` (503), but Flask-Security
-    refuses the old sessions anyway. A sign-in notes in the session's tags how the user
-    authenticated. Costs as much as ``ext.users.revoke_others``. Source: OWASP ASVS 7.4.2, 7.4.3.
+    of them. If the store fails, these methods raise ``RevocationUnfinished`` (503), but
+    Flask-Security refuses the old sessions anyway. A sign-in notes in the session's tags how the
+    user authenticated. Costs as much as ``ext.users.revoke_others``. Source: OWASP ASVS 7.4.2,
+    7.4.3.
     """
 
     def __init__(self, app: Flask | None = None, *, factors: bool = False) -> None:
@@ -70,7 +72,7 @@ class ActiveSessions:
 
 
 def _follow(datastore: Any, method: str) -> None:
-    """End sessions after this method of the datastore."""
+    """End sessions after each call of this method of the datastore."""
     original: Callable[..., Any] = getattr(datastore, method)
 
     @functools.wraps(original)
@@ -89,7 +91,7 @@ def _follow(datastore: Any, method: str) -> None:
 
 
 def _end_sessions(user_id: str, reason: str, *, but_this: bool = False) -> None:
-    # The database changed first, so the old sessions are dead even if this fails.
+    # The database changed first, so the old sessions are refused even if this fails.
     users = _ext().users
     session = _session()
     if but_this and session is not None and session.owner == user_id:

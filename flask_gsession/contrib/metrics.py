@@ -51,7 +51,7 @@ from .metrics_near import NearWatch
 from .metrics_watch import StoreWatch
 
 NAME = "gsession-metrics"
-_PAGE = "gsession_metrics"  # the endpoint of our page, and the key of its registry in extensions
+_PAGE = "gsession_metrics"  # our page's endpoint, and the key of its registry in app.extensions
 
 _TIMED = (
     *("create", "load", "save", "renew", "replace", "delete"),

@@ -13,7 +13,7 @@ _INTERVAL = 1.0  # seconds between two updates
 
 
 class EdgeWatch:
-    """Updates the figures on the changes that wait at the node for its centre."""
+    """Updates the figures about the changes that wait at the node for its centre."""
 
     def __init__(self, figures: Figures, edge: Edge, session: str) -> None:
         self._edge = edge

@@ -45,7 +45,8 @@ from ..stores.parts import LEFTOVERS
 from .metrics_gathering import Gathering, counted, observed
 from .metrics_watch import StoreWatch
 
-SECONDS = "flask_gsession.seconds"  # in the environ: the time that the request spent in the store
+#: The key in the WSGI environment for the time that the request spent in the store.
+SECONDS = "flask_gsession.seconds"
 
 _LIFE: dict[type[Event], str] = {
     SessionImported: "imported",
@@ -265,7 +266,7 @@ class Figures:
     def _add_denials(self) -> None:
         denied = self._counter("access_denied", "Calls of services that were refused", "service")
         denied.labels("unknown")
-        # The names of services are those in the grants file, so they are few.
+        # All names of services come from the grants file, so they are few.
         self.receivers[AccessDenied].append(
             lambda service, what: denied.labels(service or "unknown").inc()
         )

@@ -32,7 +32,7 @@ def counted(counter: Counter) -> Put:
 
 
 def observed(histogram: Histogram) -> Put:
-    """As ``histogram.observe`` for each amount, with one change per bucket."""
+    """Like ``histogram.observe`` for each amount, but with one change per bucket."""
 
     def put(amounts: Sequence[float]) -> None:
         bounds, buckets = histogram._upper_bounds, histogram._buckets
@@ -44,7 +44,7 @@ def observed(histogram: Histogram) -> Put:
 
 
 class Gathering:
-    """The changes of this process that aren't in its files yet, for a tenth of a second.
+    """The changes of this process during the last tenth of a second, which aren't in its files yet.
 
     Threads, forks and a normal exit neither lose nor repeat a change. A killed process loses its
     last tenth of a second.
@@ -64,7 +64,7 @@ class Gathering:
         self._wanted = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._due = 0.0  # when `add` does more than append; 0: the next time
+        self._due = 0.0  # when `add` must do more than append; 0: at the next call
         self._failed = False
 
     def _before_fork(self) -> None:
@@ -108,7 +108,7 @@ class Gathering:
     def _start(self) -> bool:
         """Start the thread unless it runs. Returns whether it runs.
 
-        Before uWSGI forks, it must not run: the fork could come in the middle of a write.
+        Before uWSGI forks, it must not run, since the fork could come in the middle of a write.
         """
         if is_before_fork() or not runs_threads():
             return False

@@ -13,7 +13,7 @@ _INTERVAL = 30.0  # seconds between two updates in a process
 
 
 class JournalWatch:
-    """Updates the counts of events, of expired sessions not swept yet, and of each backlog."""
+    """Updates the counts of events, of unswept expired sessions, and of each consumer's backlog."""
 
     def __init__(self, figures: Figures, journal: Journal, session: str) -> None:
         self._journal = journal

@@ -14,7 +14,8 @@ _INTERVAL = 1.0  # seconds between two updates of the age
 class NearWatch:
     """Adds the reads of ``near`` since the last update to ``figures``.
 
-    The cache counts its own reads: one takes about a microsecond, and so would a metric.
+    The cache counts its own reads, because a read takes about a microsecond, and a metric would
+    take as long.
     """
 
     def __init__(self, figures: Figures, near: NearReads, session: str) -> None:

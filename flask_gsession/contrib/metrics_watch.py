@@ -26,7 +26,7 @@ from ..events import CircuitClosed, CircuitOpened, Event, logger
 from ..processes import is_before_fork, runs_threads, warn_without_threads
 from ..stores import Counts, Record, Store
 
-LIMITS = "gsession-limits"  # SessionLimits in app.extensions; it has a circuit too
+LIMITS = "gsession-limits"  # the key of SessionLimits in app.extensions; it has a circuit, too
 
 _INTERVAL = 1.0  # seconds between two probes of a store that didn't answer
 
@@ -36,9 +36,9 @@ class StoreWatch:
 
     ``store``: probed once a second while it is down or has an open circuit, with a load and a write
     of a key that doesn't exist. ``up``: the gauge for ``peers``, all stores with this cookie name.
-    ``counts``: counts the live sessions ``every`` so many seconds, for the gauge that ``live``
-    returns; None: never. The thread keeps neither the store nor the application alive, and ends
-    with them.
+    ``counts``: counts the live sessions at intervals of ``every`` seconds, for the gauge that
+    ``live`` returns; None: never. The thread keeps neither the store nor the application alive, and
+    ends with them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StoreWatch:
         peers.add(self)
         self._show()
         warn_without_threads(
-            "the metrics don't count live sessions, and show the recovery of a store only at the "
+            "the metrics don't count live sessions, and show a store's recovery only at the "
             "next request"
         )
 
@@ -188,7 +188,7 @@ class StoreWatch:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # the request goes on without it
+        except RuntimeError as error:  # the request continues without it
             logger.warning("Can't start a thread for the metrics of the session store: %s", error)
             return
         self._end = weakref.finalize(self, self._wake.set)
@@ -209,11 +209,11 @@ def _keep_watching(watch: weakref.ref[StoreWatch], wake: threading.Event) -> Non
 def _answers(ask: Callable[[], object]) -> bool:
     try:
         ask()
-    except CutOff:  # an edge answers, if without its centre
+    except CutOff:  # the edge itself answers
         return True
     except StoreUnavailable:
         return False
-    except Exception as error:  # an answer, if a wrong one
+    except Exception as error:  # it answers, even if wrongly
         logger.debug("A probe of the session store failed: %r", error)
     return True
 

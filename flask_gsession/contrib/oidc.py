@@ -1,4 +1,4 @@
-"""Sign users out when their OpenID provider says so: OpenID Connect Back-Channel Logout 1.0."""
+"""Signs users out when their OpenID provider does: OpenID Connect Back-Channel Logout 1.0."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class BackChannelLogout:
     """Ends the sessions that an OpenID provider logs out.
 
     ``issuer`` and ``client_id``: as registered with the provider. ``keys``: the provider's
-    ``jwks_uri``, its JWK set, or a function that returns it. Keys from a URL or a function are kept
-    for an hour, and fetched again for an unknown one. ``algorithms``: of signatures, RS256 by
-    default; only asymmetric ones are allowed. ``ext``: by default the application's first
-    ``Session``.
+    ``jwks_uri``, its JWK set, or a function that returns it. Keys from a URL or a function are
+    cached for an hour, and fetched again for an unknown key. ``algorithms``: the allowed signature
+    algorithms, RS256 by default; only asymmetric ones are possible. ``ext``: by default the
+    application's first ``Session``.
 
     Raises ``SettingError`` for other arguments. Source: OpenID Connect Back-Channel Logout 1.0.
     """
@@ -60,18 +60,19 @@ class BackChannelLogout:
         label: str | None = None,
         tags: Collection[str] = (),
     ) -> None:
-        """Bind the session to the user whom the provider has just signed in.
+        """Bind the session to the user that the provider has just signed in.
 
-        Call it instead of ``session.bind``, or after Flask-Login's ``login_user``. ``claims``: of
-        the verified ID token; ``iss``, ``sub`` and, if there is one, ``sid`` are used. ``user_id``:
-        by default the ``sub``. ``label`` and ``tags`` (up to 9) as in ``session.bind``.
+        Call it instead of ``session.bind``, or after Flask-Login's ``login_user``. ``claims``: the
+        claims of the verified ID token; uses ``iss``, ``sub`` and, if present, ``sid``.
+        ``user_id``: by default the ``sub``. ``label`` and ``tags`` (up to 9) as in
+        ``session.bind``.
 
         Raises ``SignInRefused`` (401) if the provider has logged the user out since, ``ValueError``
-        for claims of another issuer, and the errors of ``session.bind``. Five round trips more than
-        ``session.bind``; seven if the session is that user's already.
+        for claims of another issuer, and the errors of ``session.bind``. Takes five round trips
+        more than ``session.bind``; seven if the session is bound to that user already.
         """
         if claims.get("iss") != self._issuer:
-            raise ValueError("the claims are of another issuer than this BackChannelLogout")
+            raise ValueError("the claims come from another issuer than this BackChannelLogout's")
         sub, sid = claims.get("sub"), claims.get("sid")
         if not isinstance(sub, str) or not sub or not (sid is None or isinstance(sid, str)):
             raise ValueError("the claims need a sub; a sid is text")
@@ -93,7 +94,7 @@ class BackChannelLogout:
         records.note("sub", sub, user, began)
         device_id = stored_device_of(life, user)
         if device_id is not None:
-            # It stays the same device, which another session of the provider owns from now on.
+            # The device stays the same, but belongs to another session of the provider from now on.
 
             def step(roster: Roster) -> tuple[Roster, None]:
                 if roster.epoch != epoch:
@@ -109,11 +110,12 @@ class BackChannelLogout:
     ) -> Blueprint:
         """A blueprint with the page that the provider calls, its ``backchannel_logout_uri``.
 
-        Answers 200 when the sessions have ended, 400 to invalid and repeated tokens, and 503 with
-        ``Retry-After`` if the store or the provider's keys can't be reached: then nothing is noted,
+        Responds 200 when the sessions have ended, 400 to invalid and repeated tokens, and 503 with
+        ``Retry-After`` if the store or the provider's keys are unavailable: then nothing is stored,
         and the same token works later. A token with a ``sid`` ends the sessions that this session
-        of the provider signed in, one with only a ``sub`` all sessions of the user. Eight round
-        trips, and the deletes; none for a forged token. Flask-WTF lets the page through.
+        of the provider signed in; one with only a ``sub`` ends all sessions of the user. Eight
+        round trips, and the deletes; none for a forged token. The page is exempt from Flask-WTF's
+        CSRF check.
         """
         blueprint = Blueprint(name, __name__)
 
@@ -142,7 +144,7 @@ class BackChannelLogout:
 
         @blueprint.record_once
         def let_through(state: BlueprintSetupState) -> None:
-            """The provider has no token of Flask-WTF: its signature takes the place of one."""
+            """Exempt the page from Flask-WTF, since the provider authenticates by its signature."""
             extensions: dict[str, Any] = state.app.extensions
 
             def exempt() -> None:
@@ -151,7 +153,8 @@ class BackChannelLogout:
 
             exempt()
             if "csrf" not in extensions:
-                # It may still come. Then this function runs before its check, as it came first.
+                # CSRFProtect may come later. Then this function runs before its check, since it
+                # came first.
                 state.app.before_request(exempt)
 
         return blueprint
@@ -165,7 +168,7 @@ class BackChannelLogout:
         tags = [tag_of(self._issuer, "sid", token.sid)]
         ids = dict.fromkeys(records.log_out("sid", token.sid))
         if token.sub is not None and not ids:
-            # The ID token had no sid: those sessions carry the tag of the subject.
+            # The ID token had no sid, so its sessions have the tag of the subject.
             tags.append(tag_of(self._issuer, "sub", token.sub))
             ids = dict.fromkeys(records.users("sub", token.sub))
         return sum(users.revoke_all(user, tags=tags, reason=_REASON, by=by) for user in ids)

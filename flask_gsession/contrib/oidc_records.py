@@ -1,4 +1,4 @@
-"""Records of an OpenID provider's sessions: the users who signed in by them.
+"""Records of an OpenID provider's sessions: which users signed in through them.
 
 ::
 
@@ -7,11 +7,11 @@
     token       kind "jti": b"", until the token expires
 
 The record of a sign-in is written before the session is bound, and a logout marks it before it ends
-the sessions. With the roster's epoch, which the sign-in looks at first, every order is safe:
+the sessions. With the roster's epoch, which the sign-in reads first, every order is safe:
 
-- The logout marks first: the sign-in sees the mark, and is refused.
-- It marks later, and changes the roster before the session enters it: the epoch refuses the entry.
-- It changes the roster later still: it finds the session there, and ends it.
+- The logout marks first: the sign-in sees the mark, and is refused. - The logout marks later, and
+changes the roster before the session enters it: the epoch refuses it. - The logout changes the
+roster later still: it finds the session there, and ends it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ..repository.repository import Repository
 from ..stores.base import KEY_LENGTH, Record
 
 _MARGIN = 60_000  # milliseconds that a record outlives the sessions
-#: How long an unknown session of the provider is remembered as logged out, for a sign-in that is
+#: How long an unknown session of the provider is remembered as logged out, in case a sign-in is
 #: under way.
 _UNDER_WAY = 3_600_000  # milliseconds
-_MOST_USERS = 20  # that one subject signed in as
+_MOST_USERS = 20  # that one subject may have signed in as
 
 
 class SignIn(Struct, array_like=True, frozen=True):
-    """The users who signed in by one session, or one subject, of the provider."""
+    """The users that signed in through one session, or one subject, of the provider."""
 
     users: tuple[str, ...] = ()
     ended: int = 0
@@ -58,14 +58,15 @@ class SignIns:
         self._issuer = issuer
 
     def note(self, kind: str, name: str, user_id: str, began: int) -> None:
-        """Note a sign-in that began then (milliseconds). Two round trips; one if it is noted.
+        """Note a sign-in that began at ``began``, in milliseconds. Two round trips; one if it was
+        noted before.
 
         Raises ``SignInRefused`` if the provider has logged it out since.
         """
         end = self._repository.now() + self._longest
 
         def step(there: SignIn) -> SignIn:
-            # A session of the provider never comes back; a subject signs in again.
+            # A session of the provider ends for good, but a subject can sign in again.
             if there.ended and (kind == "sid" or there.ended >= began):
                 raise SignInRefused
             others = [user for user in there.users if user != user_id]
@@ -74,7 +75,7 @@ class SignIns:
         self._change(kind, name, step, end)
 
     def log_out(self, kind: str, name: str) -> tuple[str, ...]:
-        """Mark it as logged out; the users whose sessions are to end. Two round trips."""
+        """Mark it as logged out. Returns the users whose sessions must end. Two round trips."""
         now = self._repository.now()
         found: tuple[str, ...] = ()
 
@@ -87,7 +88,7 @@ class SignIns:
         return found
 
     def users(self, kind: str, name: str) -> tuple[str, ...]:
-        """The users who signed in by it. One round trip."""
+        """The users that signed in through it. One round trip."""
         return self._load(self._key(kind, name))[1].users
 
     def is_used(self, jti: str) -> bool:
@@ -99,7 +100,7 @@ class SignIns:
         key, repository = self._key("jti", jti), self._repository
         try:
             repository.store.create(repository.other_records.draft(key, b"", end))
-        except KeyTaken:  # the same token at the same time, which has done the same
+        except KeyTaken:  # a parallel request with the same token
             return
 
     @property
@@ -136,7 +137,7 @@ class SignIns:
             content = repository.other_records.read(record)
             stored = msgspec.msgpack.decode(content, type=_Stored) if content else None
         except (UnreadableRecord, msgspec.DecodeError) as error:
-            # As after a removed encryption key: it must not keep its users out.
+            # For example, its encryption key was removed. That must not lock users out.
             logger.error("The record %s of an OpenID sign-in can't be read: %s", key, error)
             stored = None
         return record, SignIn() if stored is None else SignIn(stored.users, stored.ended)
@@ -148,10 +149,12 @@ class SignIns:
 
 
 def tag_of(issuer: str, kind: str, name: str) -> str:
-    """The tag of a session that was signed in by this session, or subject, of the provider."""
+    """The tag of sessions that this session, or subject, of the provider signed in."""
     digest = hashlib.sha256(f"{kind}\0{issuer}\0{name}".encode()).digest()
     return f"oidc:{urlsafe_b64encode(digest[:24]).decode()}"
 
 
 def _lost() -> StoreUnavailable:
-    return StoreUnavailable("too many sign-ins by one provider's session at once", contention=True)
+    return StoreUnavailable(
+        "too many simultaneous sign-ins by one session of the provider", contention=True
+    )

@@ -28,7 +28,7 @@ from ..errors import GSessionError, SettingError
 from ..events import logger
 from ..values.codec import is_valid_text
 
-#: The algorithms that may be allowed. Those of shared secrets are not: a public key would be one.
+#: The possible algorithms. None with a shared secret: an attacker could use the public key as one.
 ALGORITHMS = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"),
     *("EdDSA", "Ed25519"),
@@ -42,14 +42,14 @@ _MOST_BYTES = 512 * 1024
 _SKEW = 60  # seconds
 _OLDEST = 3600  # seconds since a token was issued
 _FETCH_TIMEOUT = 5.0
-_FETCH_AGAIN = 10.0  # seconds between two fetches for the sake of an unknown key
+_FETCH_AGAIN = 10.0  # seconds between two fetches because of an unknown key
 _KEYS_AGE = 3600.0  # seconds after which the keys are fetched again
 
 Keys = str | Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
 class TokenRefused(GSessionError):
-    """A logout token is invalid. The text says why, and holds nothing of the token."""
+    """A logout token is invalid. The message says why, without quoting the token."""
 
 
 class KeysUnavailable(GSessionError):
@@ -57,7 +57,7 @@ class KeysUnavailable(GSessionError):
 
 
 class LogoutToken(NamedTuple):
-    """The contents of a valid token. ``expires_at``: seconds; from then on it is refused anyway."""
+    """The contents of a valid token. ``expires_at``: in seconds; later, it is refused anyway."""
 
     jti: str
     sid: str | None
@@ -87,7 +87,7 @@ class ProviderKeys:
             try:
                 self._keys = _imported(source)
             except (JoseError, ValueError, TypeError) as error:
-                raise SettingError(f"keys is no JWK set with public keys: {error}") from None
+                raise SettingError(f"keys is not a JWK set with public keys: {error}") from None
 
     def candidates(self, kid: str | None) -> list[Any]:
         """The keys that may have signed a token. Raises ``KeysUnavailable``."""
@@ -109,7 +109,7 @@ class ProviderKeys:
         assert self._fetch is not None
         try:
             self._keys = _imported(self._fetch())
-        except Exception as error:  # of the network, or of the application's function
+        except Exception as error:  # from the network, or from the application's function
             logger.error("The keys of the OpenID provider can't be fetched: %r", error)
             if must:
                 raise KeysUnavailable(
@@ -128,7 +128,7 @@ class TokenReader:
         wrong = [name for name in algorithms if name not in ALGORITHMS]
         if isinstance(algorithms, str) or wrong or not algorithms:
             raise SettingError(
-                f"algorithms is {algorithms!r}; allowed is a list of these: {', '.join(ALGORITHMS)}"
+                f"algorithms is {algorithms!r}; allowed: a list of {', '.join(ALGORITHMS)}"
             )
         for name, value in (("issuer", issuer), ("client_id", client_id)):
             if not isinstance(value, str) or not value:
@@ -173,7 +173,7 @@ class TokenReader:
         if algorithm not in self._algorithms:
             raise TokenRefused("alg is not allowed")
         if not isinstance(kind, str) or kind.lower() not in _TYPES:
-            raise TokenRefused("typ is of another kind of token")
+            raise TokenRefused("typ is for another kind of token")
         kid = header.get("kid")
         if not (kid is None or isinstance(kid, str)) or "crit" in header:
             raise TokenRefused("the header is not supported")
@@ -233,7 +233,7 @@ def _imported(source: Mapping[str, Any]) -> list[tuple[str | None, Any]]:
         try:
             key = JWKRegistry.import_key(entry)
         except (JoseError, ValueError, TypeError, KeyError):
-            continue  # of a curve that isn't supported
+            continue  # on a curve that isn't supported
         kid = entry.get("kid")
         keys.append((kid if isinstance(kid, str) else None, key))
     if not keys:
@@ -249,15 +249,15 @@ def _fetched(url: str) -> Mapping[str, Any]:
         raise ValueError("the JWK set is too large")
     found = json.loads(content)
     if not isinstance(found, dict):
-        raise ValueError("the JWK set is no JSON object")
+        raise ValueError("the JWK set is not a JSON object")
     return found
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Nobody else names the keys of the provider."""
+    """Refuses redirects, since only the configured URL may provide the keys."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Refuse it: the redirect becomes an ``HTTPError``."""
+        """Return None: the redirect becomes an ``HTTPError``."""
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)

@@ -1,10 +1,10 @@
 """Rate limits on sessions, with the strategies and storages of Flask-Limiter.
 
-A limit per session is no limit: a client that drops its cookie gets a new session. So a request of
-a signed-in user counts in the user's bucket; any other request counts in the bucket of its network,
-and of its session if it has one. All requests of a network together have a wider limit, the
-ceiling. So a session or an account can only make a limit tighter. If a request can't be counted,
-it is refused.
+A limit per session alone doesn't limit anything: a client that drops its cookie gets a new session.
+So a signed-in user's request counts in the user's bucket; any other request counts in the bucket of
+its network, and of its session if it has one. All requests of a network together have a higher
+limit, the ceiling. So a session or an account can only make a limit tighter. A request that can't
+be counted is refused.
 """
 
 from __future__ import annotations
@@ -66,22 +66,20 @@ class session_limit:
     Put it below the decorator of the route.
 
     ``limit``: in the notation of Flask-Limiter, or a function that returns it in the request.
-    ``network``: the ceiling for all requests of a network together; ten times the limit by
-    default. Without it, all visitors of a network that aren't signed in share one ``limit``. With
-    it, each of their sessions has its own ``limit``, and visitors without a session share one.
-    ``key``: a function that returns a name to count by, instead of the user, session or network:
-    for example the account in a login form. None and ``""`` mean no name.
-    ``deduct_when``: a function of the response that returns whether the request stays counted. It
-    counts until then, so that parallel requests can't exceed the limit.
-    ``shared``: a name; all limits with the same name count together. By default, each view and
-    each blueprint counts separately.
-    ``methods``: the HTTP methods to limit, all by default.
-    ``per_method``: whether each method counts separately.
+    ``network``: the ceiling for all requests of a network together; ten times the limit by default.
+    Without it, all visitors of a network that aren't signed in share one ``limit``. With it, each
+    of their sessions has its own ``limit``, and visitors without a session share one. ``key``: a
+    function that returns a name to count by, instead of the user, session or network: for example
+    the account in a login form. None and ``""`` mean no name. ``deduct_when``: a function that
+    takes the response and returns whether the request stays counted. It counts until then, so that
+    parallel requests can't exceed the limit. ``shared``: a name; all limits with the same name
+    count together. By default, each view and each blueprint counts separately. ``methods``: the
+    HTTP methods to limit, all by default. ``per_method``: whether each method counts separately.
     ``cost``: the whole number that a request counts for, or a function that returns it.
     ``exempt_when``: a function that returns whether to skip the request.
 
-    Raises ``SettingError`` for invalid arguments. For results of functions, it does so in the
-    request. Costs one round trip to the storage per bucket, usually two per request.
+    Raises ``SettingError`` for invalid arguments. If a function returns an invalid result, raises
+    it in the request. Costs one round trip to the storage per bucket, usually two per request.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class session_limit:
         if not callable(cost):
             checked_cost(cost)
         if shared is not None and not isinstance(shared, str):
-            raise SettingError(f"shared is {shared!r}; allowed: a name, as text")
+            raise SettingError(f"shared is {shared!r}; allowed: a name as a str")
         self._limit, self._network, self._cost = limit, network, cost
         self._key = checked_function("key", key)
         self._deduct_when = checked_function("deduct_when", deduct_when)
@@ -165,7 +163,7 @@ class session_limit:
         if not cost:
             return
         deduct_when = self._deduct_when
-        if deduct_when is not None and not limits.can_take_back():
+        if deduct_when is not None and not limits.can_undo():
             raise SettingError(
                 "deduct_when needs a storage that can undo a count: in memory, Redis or MongoDB"
             )
@@ -179,7 +177,7 @@ class session_limit:
             @after_this_request
             def settle(response: Response) -> Response:
                 if not deduct_when(response):
-                    limits.take_back(hits)
+                    limits.undo(hits)
                 return response
 
 

@@ -16,8 +16,8 @@ _SITE_V6 = 48  # bits: the largest network of one customer
 def network_of_client(proxies: int) -> str:
     """The network of the current request's client: an IPv4 address, or an IPv6 /64.
 
-    ``proxies``: as for ``SessionLimits``. A request that bypassed some of the proxies counts for
-    its remote address. All requests without an address, such as on a socket, count together.
+    ``proxies``: as in ``SessionLimits``. A request that bypassed some of the proxies counts for its
+    remote address. Requests without an address, such as on a Unix socket, count together.
     """
     address = request.remote_addr or ""
     if proxies:
@@ -54,8 +54,8 @@ def _network(text: str) -> str | None:
 def name_of(value: object, source: str) -> str | None:
     """The name to count by, from the value of the function ``source``; None for no user.
 
-    ``""``, ``0`` and ``False`` mean no user too: they would be one bucket for all clients. Raises
-    ``SettingError`` for a value without a stable text, such as most objects.
+    ``""``, ``0`` and ``False`` mean no user, too: otherwise all clients would share their bucket.
+    Raises ``SettingError`` for a value without a stable text, such as most objects.
     """
     get_id = getattr(value, "get_id", None)  # a user of Flask-Login
     if callable(get_id):

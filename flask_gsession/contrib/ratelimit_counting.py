@@ -22,7 +22,7 @@ from .ratelimit_storages import Backend
 NAME = "gsession-limits"
 
 _COUNTED = "flask_gsession.limits"
-_CEILING = 10  # times the limit, by default
+_CEILING = 10  # the default ceiling, as a multiple of the limit
 
 
 class SessionLimitExceeded(RateLimitExceeded):
@@ -87,8 +87,8 @@ class Limits:
     headers: bool
     scopes: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
-    def can_take_back(self) -> bool:
-        return self.backend.can_take_back()
+    def can_undo(self) -> bool:
+        return self.backend.can_undo()
 
     def count(self, scope: str, rates: Rates, key: str | None, cost: int) -> list[_Hit]:
         """Count this request. Raises ``SessionLimitExceeded`` and ``StoreUnavailable``."""
@@ -109,7 +109,7 @@ class Limits:
             self._spend("", buckets, 1, show=False)
 
     def _clients(self, network: str, rates: Rates) -> Iterator[_Bucket]:
-        """The buckets that have the limit itself."""
+        """The buckets to which the limit itself applies."""
         handle, user = self._session_and_user()
         if user is not None:
             yield _Bucket("user", user, rates.own)
@@ -138,7 +138,7 @@ class Limits:
             for item in sorted(bucket.items):
                 backend = self._hit(item, key, cost)
                 if backend is None:
-                    self.take_back(hits)
+                    self.undo(hits)
                     raise self._exceeded(bucket.kind, item, key)
                 hits.append(_Hit(backend, item, key, cost))
         if show:
@@ -179,11 +179,11 @@ class Limits:
         request.environ[_COUNTED] = {**headers, "Retry-After": str(raised.retry_after)}
         return raised
 
-    def take_back(self, hits: Sequence[_Hit]) -> None:
+    def undo(self, hits: Sequence[_Hit]) -> None:
         """Undo hits. If the storage fails or doesn't support it, they stay counted."""
         for hit in hits:
             try:
-                hit.backend.take_back(hit.item, hit.key, hit.cost)
+                hit.backend.undo(hit.item, hit.key, hit.cost)
             except StoreUnavailable as error:
                 logger.warning("Could not take back the count of a request: %s", error)
                 return
@@ -200,7 +200,7 @@ class Limits:
                 return response  # the request was counted; only the headers are missing
             counted = _headers(counted.item, remaining, math.ceil(wait))
         for name, value in (counted or {}).items():
-            # The application's error handler may have answered with a page of its own.
+            # The application's error handler may have made its own response.
             if name != "Retry-After" or response.status_code >= 300:
                 response.headers.setdefault(name, value)
         return response

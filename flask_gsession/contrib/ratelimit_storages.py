@@ -1,4 +1,4 @@
-"""Storages of the package ``limits``, with time budgets and clear errors."""
+"""Storages from the package ``limits``, with time budgets and clear errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..stores.wrappers.wrapper import innermost
 T = TypeVar("T")
 
 _EXPIRY = "expireAt"  # the field of a count in MongoDB
-_TAKE_BACK = """
+_UNDO = """
 if tonumber(redis.call('get', KEYS[1]) or 0) >= tonumber(ARGV[1]) then
     redis.call('decrby', KEYS[1], ARGV[1])
 end
@@ -70,7 +70,7 @@ class Backend:
 
     def _ready(self) -> None:
         make = self._make
-        if make is not None:  # two threads may each make one, which is better than a lock
+        if make is not None:  # two threads may each make one, which is cheaper than a lock
             try:
                 storage = make()
             except Exception as error:
@@ -83,7 +83,7 @@ class Backend:
         def count() -> bool:
             allowed = self._limiter.hit(item, key, cost=cost)
             if not allowed and self._strategy == "fixed-window":
-                self._take_back(item, key, cost)  # this strategy counts refused hits too
+                self._undo(item, key, cost)  # this strategy also counts refused hits
             return allowed
 
         return self._run(count)
@@ -93,9 +93,9 @@ class Backend:
         reset, remaining = self._run(lambda: self._limiter.get_window_stats(item, key))
         return min(max(0.0, reset - time.time()), item.get_expiry()), remaining
 
-    def take_back(self, item: RateLimitItem, key: str, cost: int) -> None:
+    def undo(self, item: RateLimitItem, key: str, cost: int) -> None:
         """Undo a hit if it is still in its window."""
-        self._run(lambda: self._take_back(item, key, cost))
+        self._run(lambda: self._undo(item, key, cost))
 
     def _run(self, call: Callable[[], T]) -> T:
         """Call the storage within its time budget, which an interrupt can't leak to other calls."""
@@ -110,33 +110,33 @@ class Backend:
         except self._errors as error:
             raise _unavailable(error) from error
 
-    def can_take_back(self) -> bool:
+    def can_undo(self) -> bool:
         """Whether hits in this storage can be undone."""
         if self._make is not None:
             return True  # a Redis Cluster without a connection yet
         return isinstance(self._storage, (MemoryStorage, RedisStorage, MongoDBStorageBase))
 
-    def _take_back(self, item: RateLimitItem, key: str, cost: int) -> None:
+    def _undo(self, item: RateLimitItem, key: str, cost: int) -> None:
         name, storage = item.key_for(key), self._storage
         if isinstance(storage, RedisStorage):
-            self._take_back_on_redis(storage, name, cost)
+            self._undo_on_redis(storage, name, cost)
         elif isinstance(storage, MongoDBStorageBase):
-            self._take_back_on_mongodb(storage, name, cost)
+            self._undo_on_mongodb(storage, name, cost)
         elif isinstance(storage, MemoryStorage):
-            self._take_back_in_memory(storage, name, cost, item.get_expiry())
+            self._undo_in_memory(storage, name, cost, item.get_expiry())
 
     # In a moving window, the latest entries are at the head.
 
-    def _take_back_on_redis(self, storage: Any, name: str, cost: int) -> None:
+    def _undo_on_redis(self, storage: Any, name: str, cost: int) -> None:
         connection = storage.get_connection()
         if self._strategy == "moving-window":
             connection.ltrim(storage.prefixed_key(name), cost, -1)
             return
         if self._strategy == "sliding-window-counter":
             name = storage._current_window_key(name)
-        connection.eval(_TAKE_BACK, 1, storage.prefixed_key(name), cost)
+        connection.eval(_UNDO, 1, storage.prefixed_key(name), cost)
 
-    def _take_back_on_mongodb(self, storage: Any, name: str, cost: int) -> None:
+    def _undo_on_mongodb(self, storage: Any, name: str, cost: int) -> None:
         if self._strategy == "moving-window":
             # $slice refuses a length of 0
             length = {"$max": [1, {"$size": {"$ifNull": ["$entries", []]}}]}
@@ -148,9 +148,7 @@ class Backend:
         field = "count" if fixed else "currentCount"
         collection.update_one({"_id": name, field: {"$gte": cost}}, {"$inc": {field: -cost}})
 
-    def _take_back_in_memory(
-        self, storage: MemoryStorage, name: str, cost: int, expiry: int
-    ) -> None:
+    def _undo_in_memory(self, storage: MemoryStorage, name: str, cost: int, expiry: int) -> None:
         if self._strategy == "moving-window":
             with storage.locks[name]:
                 del storage.events.get(name, [])[:cost]
@@ -189,7 +187,7 @@ def storage_of(store: Store, prefix: str) -> Storage:
     if type(store).__name__ == "SQLiteStore":
         warn(
             "Rate limits count in each process separately, since the sessions are in SQLite: "
-            "several workers let through several times as much. Pass a storage to SessionLimits, "
+            "several workers allow several times as much. Pass a storage to SessionLimits, "
             'or storage="memory://" to silence this warning'
         )
     return MemoryStorage()
@@ -198,7 +196,7 @@ def storage_of(store: Store, prefix: str) -> Storage:
 def storage_at(storage: object, options: StoreOptions) -> Storage | Callable[[], Storage]:
     """The storage object or URL passed to ``SessionLimits``, without connecting to a server.
 
-    ``options``: of the session store, for timeouts that the URL doesn't set.
+    ``options``: the session store's, for timeouts that the URL doesn't set.
     """
     if isinstance(storage, Storage):
         return storage
@@ -238,7 +236,7 @@ def _cluster_at(url: str, timeout: float) -> Callable[[], Storage]:
             f"SessionLimits: a {driver}+cluster URL needs one or more host:port, separated by "
             f"commas, and the package {driver}"
         )
-    piece = timeout / 4  # as for the connections of the session store
+    piece = timeout / 4  # like the connections of the session store
     return lambda: cast(
         Storage, storage_from_string(url, socket_timeout=piece, socket_connect_timeout=piece)
     )
@@ -247,7 +245,7 @@ def _cluster_at(url: str, timeout: float) -> Callable[[], Storage]:
 class _MongoDBCounts(MongoDBStorageBase):
     """Counts with the session store's client, within its time budget. Never closes the client.
 
-    Writes (w=1) and reads use only the primary, whatever the client's options are. A failover may
+    Writes (w=1) and reads use only the primary, whatever options the client has. A failover may
     lose some counts.
     """
 
@@ -258,7 +256,7 @@ class _MongoDBCounts(MongoDBStorageBase):
             window_collection_name="gsession_limits",
         )
         self.budget = lend
-        self._prepared: dict[str, object] = {}  # the client with which each collection was made
+        self._prepared: dict[str, object] = {}  # by collection: the client it was made with
 
     @property
     def counters(self) -> Any:

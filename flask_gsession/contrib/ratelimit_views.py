@@ -16,8 +16,8 @@ from .ratelimit_counting import NAME
 def scope_of_view(limited: Callable[..., Any], name: str) -> str:
     """The scope of a limited view: its name, and its first endpoint.
 
-    So several views made by one factory count separately, and a view with several URLs counts once.
-    The scope of a limited function that isn't a view is its name.
+    So views from one factory count separately, and a view with several URLs counts once. The scope
+    of a limited function that isn't a view is its name.
     """
     endpoint = request.endpoint or ""
     views = current_app.view_functions
@@ -65,8 +65,8 @@ class _IdentitySet:
         return self._weak.get(id(each)) is each or id(each) in self._kept
 
 
-# Views passed to session_limit. If an application registers one of these directly, session_limit is
-# above the decorator of the route, and limits nothing.
+# Views passed to session_limit. If the application registers one of these directly, session_limit
+# is above the route's decorator, and limits nothing.
 undecorated = _IdentitySet()
 
 

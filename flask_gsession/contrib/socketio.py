@@ -1,4 +1,4 @@
-"""Flask-SocketIO: ends the sockets of a session that ended, and sends to all sockets of a user."""
+"""Flask-SocketIO: disconnects a session's sockets when it ends, and sends to all of a user's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SessionSockets:
         def connect():
             return sockets.join()  # refuses a visitor without a session
 
-    When a session ends, its sockets are disconnected. When something changed, they get the event
+    When a session ends, its sockets are disconnected. After a change, they get the event
     ``gsession:changed`` with ``{"keys": [...], "user_keys": [...], "devices": False}``, and for
     each message of ``ext.live.publish`` the event ``gsession:message`` with its ``id``, ``name``
     and ``data``. All sockets of a user are in the room ``user_room(user_id)``.
@@ -48,11 +48,11 @@ class SessionSockets:
         self._ext = ext
 
     def join(self) -> bool:
-        """Bind the socket to the session of its handshake. False: it has no session.
+        """Bind the socket to the session of its handshake. Returns False if there is no session.
 
-        The handshake has the cookie, or the header ``SESSION_TOKEN_HEADER``. For the handler of
-        ``connect``. A socket doesn't count as use of the session. One to four round trips. Raises
-        ``StoreUnavailable``.
+        For the handler of ``connect``. The handshake has the cookie, or the header
+        ``SESSION_TOKEN_HEADER``. A socket doesn't count as use of the session. One to four round
+        trips. Raises ``StoreUnavailable``.
         """
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
         interface = interface_of(self._ext, app)
@@ -62,7 +62,7 @@ class SessionSockets:
             return False
         # Flask-SocketIO adds these.
         socket = _Socket(self._socketio.server, here.sid, here.namespace)
-        watch = self._ext.live.subscribe(loaded.record.key, None, socket.tell, socket.is_gone)
+        watch = self._ext.live.subscribe(loaded.record.key, None, socket.forward, socket.is_gone)
         if watch.state.session is None:  # it ended a moment ago
             watch.close()
             return False
@@ -75,7 +75,7 @@ def user_room(user_id: str | int) -> str:
 
 
 class _Socket:
-    """Passes on to one socket what happens to its session."""
+    """Forwards the events of its session to one socket."""
 
     def __init__(self, server: Any, sid: str, namespace: str) -> None:
         self._server = server
@@ -87,11 +87,11 @@ class _Socket:
     def is_gone(self) -> bool:
         """Whether the socket was disconnected."""
         if self._ended:
-            # Once more: while the handler of "connect" runs, it can't be disconnected.
+            # Disconnect again: while the handler of "connect" runs, that has no effect.
             self._server.disconnect(self._sid, **self._of)
         return self._server.manager.eio_sid_from_sid(self._sid, self._of["namespace"]) is None
 
-    def tell(self, watch: Watch, before: State, after: State) -> None:
+    def forward(self, watch: Watch, before: State, after: State) -> None:
         if self.is_gone():
             watch.close()
             return

@@ -66,18 +66,18 @@ def left(backend: Backend) -> int:
 
 
 def test_what_was_counted_can_be_taken_back(backend: Backend) -> None:
-    assert backend.can_take_back()
+    assert backend.can_undo()
     for cost in (1, 3):
         assert backend.hit(ten(), "ada", 4)
         assert backend.hit(ten(), "ada", cost)
-        backend.take_back(ten(), "ada", cost)
+        backend.undo(ten(), "ada", cost)
         assert left(backend) == 6
-        backend.take_back(ten(), "ada", 4)
+        backend.undo(ten(), "ada", 4)
         assert left(backend) == 10
         wait, _ = backend.look(ten(), "ada")
         assert 0 <= wait <= HOUR
-    backend.take_back(ten(), "ada", 1)  # there is nothing any more: and no more than ten are left
-    backend.take_back(ten(), "nobody", 1)
+    backend.undo(ten(), "ada", 1)  # there is nothing any more: and no more than ten are left
+    backend.undo(ten(), "nobody", 1)
     assert [backend.hit(ten(), "ada", 5) for _ in range(3)] == [True, True, False]
     assert backend.hit(ten(), "nobody", 10)
 
