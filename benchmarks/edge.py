@@ -55,7 +55,7 @@ def settling(url: str, sessions: int, changes: int) -> SettlingCost:
         handles = [_new(there) for _ in range(sessions)]
         for handle in handles:  # a copy of each
             edge.load(handle)
-        edge.link.broke(StoreUnavailable("a benchmark"))
+        edge.link.mark_cut(StoreUnavailable("a benchmark"))
         queued = _seconds(lambda: _change(here, handles, changes))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         results: list[object] = []

@@ -11,12 +11,12 @@
     ├── ValueLost               a large value is gone, or was altered
     ├── SchemaFailed            the code of a schema raised an error other than ValidationError
     ├── TransactionMisused      you can't do this inside a transaction
-    ├── RotationRefused         a rotation or sign-in where no response can carry a new token
-    ├── LockMisused             a lock inside a lock or a transaction, or without a stored session
+    ├── RotationRefused         rotation or sign-in where no response can carry a new token
+    ├── LockMisused             lock inside a lock or a transaction, or without a stored session
     ├── ConfirmationRequired    HTTP 401: the user must confirm who they are first
     ├── SessionLocked           HTTP 503 with Retry-After: another request holds the lock
     ├── SignInRefused           HTTP 401: the user's sessions were revoked during the sign-in
-    ├── NotSignedIn             HTTP 401: there is no user whose values could be changed
+    ├── NotSignedIn             HTTP 401: nobody is signed in, so there are no user values to change
     ├── TooManySessions         HTTP 409: the user has as many sessions as allowed
     ├── SessionConflict         HTTP 409: parallel requests changed the same thing
     │   ├── SessionEnded        HTTP 409: the session ended while this request ran
@@ -78,7 +78,7 @@ class SessionTooLarge(ValueRefused, ValueError):
 class InvalidStoredValue(GSessionError, ValueError):
     """A typed key with ``invalid="raise"`` has an invalid stored value.
 
-    ``key`` is its name. ``reason`` is the one of the event ``StoredValueInvalid``. ``messages`` are
+    ``key`` is its name. ``reason`` is as in the event ``StoredValueInvalid``. ``messages`` are
     marshmallow's, or None. The text of the error shows neither data nor ``messages``.
     """
 
@@ -99,8 +99,8 @@ class SchemaFailed(GSessionError, RuntimeError):
 class ValueLost(GSessionError):
     """A large value is missing, truncated or altered.
 
-    ``reason`` is the one of the event ``LargeValueLost``. A view meets this error only while it
-    reads the file from ``session.open``. Everywhere else, such a value is absent.
+    ``reason`` is as in the event ``LargeValueLost``. A view sees this error only while it reads the
+    file from ``session.open``. Everywhere else, such a value is absent.
     """
 
     def __init__(self, reason: str) -> None:
@@ -111,8 +111,8 @@ class ValueLost(GSessionError):
 class TransactionMisused(GSessionError, RuntimeError):
     """You can't do this inside a transaction, or in the function that ``update_atomic`` calls.
 
-    Both may run again, so they allow no second transaction, rotation, logout or reload, and neither
-    ``update_atomic`` nor ``take``, which write at once. Do it before or after.
+    Either may run again, so neither allows a second transaction, a rotation, a logout or a reload,
+    nor ``update_atomic`` and ``take``, which write at once. Do these before or after.
     """
 
 
@@ -165,7 +165,7 @@ class ConfirmationRequired(GSessionError, Unauthorized):
         return f"Bearer {', '.join(parts)}"
 
     def get_headers(self, *arguments: Any, **keywords: Any) -> list[tuple[str, str]]:
-        """Those of the response, with the challenge."""
+        """The headers of the response, with the challenge."""
         headers = super().get_headers(*arguments, **keywords)
         return [*headers, ("WWW-Authenticate", self.challenge)]
 
@@ -194,7 +194,7 @@ class SignInRefused(GSessionError, Unauthorized):
 
 
 class NotSignedIn(GSessionError, Unauthorized):
-    """A view wrote to ``session.shared``, and the session is bound to no user. HTTP 401.
+    """A view wrote to ``session.shared``, but the session isn't bound to a user (HTTP 401).
 
     Bind the session first. Or use a ``SessionKey`` with ``scope="user"``: it keeps its value in the
     session until the sign-in.
@@ -284,7 +284,7 @@ class StoreUnavailable(StoreError, ServiceUnavailable):
 class CutOff(StoreUnavailable):
     """An edge node that can't reach its centre can't do this alone (HTTP 503).
 
-    ``detail`` says what it is, and what to do. The centre was not asked.
+    ``detail`` says what the node can't do, and what you can do. The centre was not asked.
     """
 
     description = (
@@ -336,9 +336,10 @@ class RosterUnreadable(StoreUnavailable):
 
 
 class UserValuesUnreadable(StoreUnavailable):
-    """The values of a user can't be read, so they can't be changed either. HTTP 503.
+    """The values of a user can't be read, so they can't be changed either (HTTP 503).
 
-    They need another encryption key, or a newer version. Damaged ones count as absent instead.
+    They need another encryption key, or a newer version. Damaged values don't raise this: they
+    count as absent.
     """
 
     description = "Your stored values can't be read. Try again later."
@@ -373,7 +374,7 @@ class Gone(StoreError):
 
 
 class Stale(StoreError):
-    """The stored record has another version than the expected one."""
+    """The version of the stored record isn't the expected one."""
 
 
 class LeaseLost(StoreError):
@@ -381,4 +382,4 @@ class LeaseLost(StoreError):
 
 
 class QueueFull(StoreError):
-    """``acquire``: the lease is held, and too many others wait for it."""
+    """``acquire``: another owner holds the lease, and too many wait for it."""

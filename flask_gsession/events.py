@@ -73,9 +73,8 @@ class SessionRevoked(SessionDestroyed):
 class SessionBound(Event):
     """A session was bound to a user. ``device_id`` stays the same through rotations.
 
-    ``how``: ``"sign-in"``; ``"remember-me"``, by a cookie and without a proof of identity;
-    ``"earlier version"``, of a session that Flask-Login signed in before you upgraded; or
-    ``"import"``.
+    ``how``: ``"sign-in"``; ``"remember-me"``, by a cookie, so without proof of identity; ``"earlier
+    version"``, for a session that Flask-Login signed in before you upgraded; or ``"import"``.
     """
 
     user_id: str
@@ -86,7 +85,9 @@ class SessionBound(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionUnbound(Event):
-    """A session left its user: a sign-out, with or without its end, or a sign-in as another."""
+    """A session was unbound from its user: by a sign-out, which may end it, or a sign-in as another
+    user.
+    """
 
     user_id: str
     device_id: str
@@ -120,7 +121,7 @@ class UserConfirmed(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceLimitReached(Event):
-    """A user has more devices than allowed. ``ended`` of them were ended; 0: refused a sign-in."""
+    """A user has more devices than allowed. ``ended`` devices were ended; 0: the sign-in failed."""
 
     user_id: str
     limit: int
@@ -158,8 +159,8 @@ class SessionRefused(Event):
     ``reason``: ``"malformed"``, ``"bad signature"``, ``"two cookies"`` (both signed by us),
     ``"too many cookies"``, ``"expired"`` (but still in the store), ``"unknown"`` (ended, never
     issued, or expired and removed), ``"revoked"`` (not in its user's roster), ``"corrupt"``,
-    ``"newer format"`` or
-    ``"unknown encryption key"``. ``handle`` is None if this application did not sign the token.
+    ``"newer format"`` or ``"unknown encryption key"``. ``handle`` is None if this application did
+    not sign the token.
     """
 
     reason: str
@@ -170,8 +171,8 @@ class SessionRefused(Event):
 class SessionConflicted(Event):
     """Changes conflicted with a parallel request's, and could not be merged.
 
-    ``reason``: ``"refused"`` by the merge policy of a key, ``"transaction"`` (which ``run`` and the
-    decorator then run again), ``"too many races"``, or ``"unknown outcome"`` of an interrupted
+    ``reason``: ``"refused"`` by the merge policy of a key, ``"transaction"`` (``run`` and the
+    decorator then run it again), ``"too many races"``, or ``"unknown outcome"`` of an interrupted
     write that another request wrote over. Merged changes aren't a conflict:
     ``SessionSaved.conflicts`` counts the lost races before the save.
     """
@@ -184,8 +185,8 @@ class SessionConflicted(Event):
 class SessionImported(Event):
     """An old session was taken over from another library or store.
 
-    ``source``: ``"flask-session"``, ``"cookie"`` (of Flask itself) or ``"gsession"`` (another
-    store of ours). ``dropped``: the keys whose values can't be kept.
+    ``source``: ``"flask-session"``, ``"cookie"`` (Flask's own) or ``"gsession"`` (another store of
+    ours). ``dropped``: the keys with values that a session can't store.
     """
 
     handle: str
@@ -195,9 +196,9 @@ class SessionImported(Event):
 
 @dataclass(frozen=True, slots=True)
 class ImportRefused(Event):
-    """A request can't take over an old session. It stays in its old place.
+    """A request can't take over an old session, which stays where it is.
 
-    ``source``: as in ``SessionImported``. ``reason``: for example, a pickle that contains more than
+    ``source``: as in ``SessionImported``. ``reason``: for example, that a pickle contains more than
     plain data.
     """
 
@@ -349,7 +350,7 @@ class Events:
     """Passes events on to the subscribers of their type, and sends blinker signals."""
 
     def __init__(self) -> None:
-        #: for each type, also the subscribers to a type that it is derived from
+        #: a type's list includes the subscribers to its base types
         self._subscribers: dict[type[Event], list[Callable[[Any], object]]] = {}
         self._app: Callable[[], Flask | None] = lambda: None
 
@@ -368,7 +369,7 @@ class Events:
             self._subscribers.setdefault(kind, []).append(receiver)
 
     def emit(self, event: type[Event], *details: object) -> None:
-        """Make the event and call its subscribers. Costs nothing without subscribers.
+        """Create the event and call its subscribers. Without subscribers, no event is created.
 
         If a subscriber raises, the error is logged and the request goes on.
         """

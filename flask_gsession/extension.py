@@ -105,7 +105,7 @@ class Session:
             edge_sync=settings.edge_sync,
         )
         if settings.store_follows and settings.flask_session is not None:
-            # Its clients have timeouts of their own, and its MongoDB database a setting.
+            # Flask-Session's clients have their own timeouts; a setting names its MongoDB database.
             options = replace(
                 options, own_connections=True, database=settings.flask_session.database
             )
@@ -121,12 +121,12 @@ class Session:
             store = journaling = with_journal(store, settings.journal_events, self._clock)
         events = self._events.of(app)
         breaker, is_edge = None, parts_of(store).edge is not None
-        if settings.breaker_failures and not is_edge:  # it stops asking the centre by itself
+        if settings.breaker_failures and not is_edge:  # an edge node has its own
             breaker = Breaker(
                 settings.breaker_failures, settings.breaker_pause, settings.store_timeout, events
             )
         near = None
-        if settings.near_cache and not is_edge:  # it has one, of fresh_for
+        if settings.near_cache and not is_edge:  # an edge node has its own
             _check_near_cache(store)
             near = Near(settings.near_cache, settings.near_cache_bytes, self._clock)
         calls = compose(store, breaker=breaker, near=near)
@@ -177,9 +177,9 @@ class Session:
     def open(self, handle: str | None, *, renew: bool = True) -> OpenSession:
         """The session with this handle, as a block: ``with ext.open(handle) as session:``.
 
-        For jobs, socket handlers and administration, in an application context, and inside a
-        request for another session. ``async with`` works too. ``handle``: from ``session.handle``,
-        the log or ``flask gsession list``. An earlier handle works for as long as its token does.
+        For jobs, socket handlers and administration, in an application context; inside a request,
+        for other sessions. ``async with`` works too. ``handle``: from ``session.handle``, the log
+        or ``flask gsession list``. An earlier handle works for as long as its token does.
         ``renew``: with False, the block doesn't count as use, and the idle expiry stays.
 
         Raises ``ValueError`` for an impossible handle. For errors of the block, and its cost, see
@@ -217,7 +217,7 @@ class Session:
 
     @cached_property
     def live(self) -> Live:
-        """Live hints: that sessions ended, and that values or devices changed."""
+        """Live hints for browsers: a session ended, or values or devices changed."""
         from .live.live import Live  # most applications don't need it
 
         return Live(self._hints)
@@ -248,7 +248,7 @@ class Session:
     def on(
         self, event: type[E], receiver: Callable[[E], object] | None = None
     ) -> Callable[[Callable[[E], object]], Callable[[E], object]]:
-        """Call ``receiver`` with every such event. Also works as a decorator: ``@ext.on(Event)``.
+        """Call ``receiver`` with every event of a type. Also a decorator: ``@ext.on(Event)``.
 
         The events are in ``flask_gsession.events``. A receiver runs inside the request, so it
         should be quick. If it fails, the error is logged, and the request continues.
@@ -285,7 +285,7 @@ class Session:
             from .live.hints import Hints
 
             made = Hints(interface.repository)
-            # In one step, since several threads may come by at the same time.
+            # In one step, since several threads may do this at the same time.
             interface.hints = vars(interface).setdefault("_made_hints", made)
         return interface.hints
 
@@ -325,9 +325,9 @@ def _check_outbox(edge: Edge, others: Iterable[GSessionInterface]) -> None:
     known = [other.repository.edge for other in others]
     if edge.outbox in [other.outbox for other in known if other is not None]:
         raise SettingError(
-            "Two Sessions of this application have one edge file and one SESSION_KEY_PREFIX, so "
-            "one of them would merge the changes of the other by its own policies: give the second "
-            "one another file or another key_prefix"
+            "Two Sessions of this application share an edge file and a SESSION_KEY_PREFIX, so "
+            "one would merge the changes of the other by its own policies: give the second "
+            "Session another file or another key_prefix"
         )
 
 

@@ -1,6 +1,6 @@
-"""Merges what an edge node did while it was cut off into the sessions at its centre.
+"""Merges an edge node's offline changes into the sessions at its centre.
 
-The node's store holds opaque records. Here they are opened, with the keys of the application.
+The node's store holds opaque records. This module reads them, with the application's keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .repository.permanent import PERMANENT
 from .repository.repository import Repository
 from .stores.base import KEY_LENGTH, Record, Store, unexpired
 from .stores.parts import Reconciler
-from .users.joins import both_joins
+from .users.joins import merge_joins
 from .users.revoking import finish
 from .users.roster import Roster, mark_ending
 from .values.marks import is_marked
@@ -37,12 +37,12 @@ from .values.merge import DECLARED, Change, MergeFunction
 from .values.payload import NEWEST, Body, Owner
 from .values.references import refers
 
-#: A record at the centre by which nodes see that they can read each other's.
+#: A record at the centre that tells nodes whether they can read each other's records.
 GREETING_KEY = "flask-gsession-edge-greeting".ljust(KEY_LENGTH, "-")
-_GREETING = 1  # its version
-# Milliseconds. Short, since keys that are right were perhaps replaced while no node settled.
+_CHECK_VERSION = 1  # its version
+# Milliseconds. Short, since the correct keys may have been replaced while no node settled.
 _LIFE, _REFRESH = 86_400_000, 3_600_000
-#: The errors by which a merge policy refuses; the last one with ``abort``.
+#: The errors with which a merge policy refuses; ``HTTPException`` comes from ``abort``.
 _REFUSED = (SessionConflict, ValueRefused, HTTPException)
 _MARKS = 16  # nodes that a session remembers
 
@@ -56,19 +56,19 @@ class SessionReconciler(Reconciler):
 
     @property
     def _repository(self) -> Repository:
-        """The repository at the centre: the edge's own store still refuses what needs that."""
+        """The repository at the centre. The edge's own store still refuses calls that need it."""
         return self._own.through(self._centre)
 
-    def greet(self, centre: Store) -> str:
-        """Why this node and the centre's other applications can't read each other; or ""."""
+    def incompatibility(self, centre: Store) -> str:
+        """Why this node and the others at the centre can't read each other's records, or ""."""
         repository = self._repository
         try:
             there = unexpired(centre, GREETING_KEY, repository.now())
             if there is not None:
                 version, newest = _read(repository.other_records.read(there))
-                if version != _GREETING or newest > NEWEST:
+                if version != _CHECK_VERSION or newest > NEWEST:
                     return (
-                        "the centre is used by another version of Flask-GSession, whose sessions "
+                        "another version of Flask-GSession uses the centre, whose sessions "
                         "this one may not be able to merge: use the same version on all nodes"
                     )
         except UnreadableRecord as error:
@@ -79,9 +79,9 @@ class SessionReconciler(Reconciler):
             )
         now = repository.now()
         if there is None or now - there.created_at > _REFRESH:
-            content = encode((_GREETING, NEWEST))
+            content = encode((_CHECK_VERSION, NEWEST))
             record = repository.other_records.draft(GREETING_KEY, content, now + _LIFE)
-            with suppress(KeyTaken, Stale, Gone):  # another node was faster
+            with suppress(KeyTaken, Stale, Gone):  # another node was first
                 if there is None:
                     centre.create(record)
                 else:
@@ -113,7 +113,7 @@ class SessionReconciler(Reconciler):
         values = self._merged(theirs.key, there.values, changes, now, policies)
         owner = there.owner
         if owner is not None and was.owner is not None and wanted.owner is None:
-            owner = None  # the user signed out here
+            owner = None  # the user signed out at this node
         marks = {**{name: last for name, last in settled.items() if name != node}, node: number}
         body = Body(
             values,
@@ -124,7 +124,7 @@ class SessionReconciler(Reconciler):
             owner,
             there.origin,
             dict(list(marks.items())[-_MARKS:]),
-            both_joins(there.joins, wanted.joins),
+            merge_joins(there.joins, wanted.joins),
         )
         end = mine.idle_expires_at
         if wanted.lifetime == was.lifetime and PERMANENT not in changes:
@@ -136,7 +136,7 @@ class SessionReconciler(Reconciler):
             self._lost(theirs.key, "the merged session would be too large")
             body.values, body.marked, body.has_large = there.values, there.marked, there.has_large
             merged = repository.records.with_body(theirs, body, end)
-        # Reads that were served here have renewed the session, but not its large values.
+        # Reads at this node have renewed the session, but not its large values.
         repository.large.renew_for(body, end)
         return merged
 
@@ -154,7 +154,7 @@ class SessionReconciler(Reconciler):
             delete_session(repository, key, leave_roster=False)
         except UnreadableRecord:
             pass  # it can't be used anyway
-        except LogoutUnconfirmed as error:  # nobody waits for it here who could repeat it
+        except LogoutUnconfirmed as error:  # no caller waits who could repeat it
             logger.error("Session %s ended at the centre, but %s", key, error)
         if not last.payload:
             return
@@ -169,13 +169,13 @@ class SessionReconciler(Reconciler):
         if imports is not None:
             try:
                 imports.end_old(repository, body)
-            except StoreUnavailable as error:  # not the centre's, perhaps
+            except StoreUnavailable as error:  # perhaps of another store than the centre's
                 raise StoreUnavailable(
                     f"its old session could not be removed: {error.detail}", contention=True
                 ) from error
 
     def dropped(self, base: Record | None, mine: Record, why: str) -> None:
-        """See ``Reconciler``. A user who signed out here is signed out of the session it became."""
+        """See ``Reconciler``. If the user signed out here, ends the session that it became."""
         repository = self._repository
         repository.events.emit(WriteDropped, mine.key, f"edge: {why}")
         if base is None:
@@ -195,7 +195,7 @@ class SessionReconciler(Reconciler):
         now: int | None,
         policies: Mapping[str, MergeFunction],
     ) -> dict[str, bytes]:
-        """The values after the changes, without those that a policy refuses."""
+        """The values after the changes. Leaves out changes that a policy refuses."""
         apply = self._own.merger.apply
         with suppress(*_REFUSED):
             return apply(there, changes, now, policies)
@@ -218,7 +218,7 @@ class SessionReconciler(Reconciler):
             if len(known) > 1:
                 raise StoreUnavailable(
                     f"several keys are named {ascii(name)[:60]}, and this process hasn't used its "
-                    "own yet: its changes wait until one that has used it settles",
+                    "own yet: its changes wait until a process that has used it settles",
                     contention=True,
                 )
             merge = known[0].merge_function(self._own.merger.policies.get(name)) if known else None
@@ -231,7 +231,7 @@ class SessionReconciler(Reconciler):
         self._repository.events.emit(WriteDropped, key, f"edge: {why}")
 
     def _sign_out(self, owner: Owner) -> None:
-        """End the device in its user's roster, and the session that it has there by now."""
+        """End the device in its user's roster, and its current session."""
         repository = self._repository
 
         def step(roster: Roster) -> tuple[Roster, Roster]:
@@ -240,7 +240,9 @@ class SessionReconciler(Reconciler):
             return after, after
 
         after = repository.rosters.change(owner.user_id, step)
-        with suppress(LogoutUnconfirmed):  # ended at the primary; the next touch asks again
+        with suppress(
+            LogoutUnconfirmed
+        ):  # it has ended at the primary; the next access to the roster asks again
             finish(repository, owner.user_id, after.ending, "edge")
 
 

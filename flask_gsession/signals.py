@@ -16,7 +16,7 @@ session_created = _signals.signal("session-created")
 #: A session got a new token: ``SessionRotated``.
 session_rotated = _signals.signal("session-rotated")
 
-#: A session was ended by the application: ``SessionDestroyed``.
+#: The application ended a session: ``SessionDestroyed``.
 session_destroyed = _signals.signal("session-destroyed")
 
 #: Changes conflicted with another request's, and were not stored: ``SessionConflicted``.

@@ -500,7 +500,7 @@ def test_nothing_warns_where_nothing_is_wrong() -> None:
 
 
 def test_a_date_that_is_over_warns() -> None:
-    with pytest.warns(UserWarning, match="SESSION_REMEMBER_UNTIL is over"):
+    with pytest.warns(UserWarning, match="SESSION_REMEMBER_UNTIL has passed"):
         Session(app_with(SESSION_REMEMBER="session", SESSION_REMEMBER_UNTIL="2020-01-01"))
 
 

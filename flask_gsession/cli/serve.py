@@ -18,7 +18,7 @@ from .common import choose_interface, interfaces, print_store, session_option
 if TYPE_CHECKING:
     from ..sharing.server import Server, Service
 
-_GRACE = 2.0  # seconds, for calls that are under way at the end
+_GRACE = 2.0  # seconds, for running calls at the end
 
 
 @click.command()
@@ -51,7 +51,7 @@ def serve(
     ext_authz: bool,
     cookie: str | None,
 ) -> None:
-    """Offer the sessions to other services.
+    """Serve the sessions to other services.
 
     Serves the whole store, or single values, over gRPC. Every service needs a grant in the grants
     file. Without that file, you can serve only a Unix socket, and anyone who may open it has full
@@ -81,7 +81,7 @@ def serve(
 def _services(
     app: Flask, interface: GSessionInterface, user: str | None, ext_authz: bool
 ) -> list[Service]:
-    """Raises ``ImportError`` that names an extra."""
+    """The services to serve. Raises ``ImportError`` with the missing extra."""
     try:
         from ..sharing.store_service import StoreService
         from ..sharing.values_service import ValuesService
@@ -109,8 +109,8 @@ def _server(
     grants_path: str | None,
     threads: int,
 ) -> Server:
-    """A server that listens and doesn't answer yet. Raises ``SettingError``."""
-    from ..sharing.grants import FULL_POWER, Grants, GrantsFile
+    """A server that listens, but doesn't answer yet. Raises ``SettingError``."""
+    from ..sharing.grants import FULL_ACCESS, Grants, GrantsFile
     from ..sharing.server import Server, check_address
     from ..stores.remote.address import CertificateFiles
 
@@ -120,7 +120,7 @@ def _server(
     if grants_path is not None:
         grants = GrantsFile(grants_path)
     elif address.startswith("unix:"):
-        grants = FULL_POWER
+        grants = FULL_ACCESS
     else:
         raise SettingError(
             f"{address} is open to other users and machines: pass --grants FILE, which lists what "

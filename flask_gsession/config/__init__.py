@@ -3,7 +3,7 @@
 from .checks import CHECKS, lock_timeout, lock_wait
 from .imports import COOKIE_SUFFIX
 from .live import (
-    Live,
+    LiveSetting,
     LiveSettings,
     cookie_attributes,
     secret_keys,
@@ -21,7 +21,7 @@ __all__ = [
     "CHECKS",
     "COOKIE_SUFFIX",
     "PLAIN",
-    "Live",
+    "LiveSetting",
     "LiveSettings",
     "Seconds",
     "SettingKeywords",

@@ -79,17 +79,17 @@ def _imports(value: Any) -> tuple[object, ...]:
 
 
 def _time(value: Any) -> float:
-    """A point in time, in seconds since 1970; a date is over when the day is, in UTC."""
+    """A point in time, in seconds since 1970. A date stands for the end of that day, in UTC."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = (date if len(value) <= len("2026-12-31") else datetime).fromisoformat(value)
     if isinstance(value, date) and not isinstance(value, datetime):
-        with suppress(OverflowError):  # the last day of all
+        with suppress(OverflowError):  # date.max has no next day
             value = datetime(value.year, value.month, value.day, tzinfo=UTC) + timedelta(days=1)
     if isinstance(value, datetime):
         value = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     if type(value) not in (int, float) or not 0 < value < END_OF_TIME / 1000:
-        raise ValueError("a date, as date(2027, 3, 31) or '2027-03-31', or a datetime")
+        raise ValueError("a date such as date(2027, 3, 31) or '2027-03-31', or a datetime")
     return float(value)
 
 
@@ -103,13 +103,13 @@ def _policy(value: Any) -> MergeFunction:
     if isinstance(value, str) and value in POLICIES:
         return POLICIES[value]
     if callable(value):
-        return value  # type: ignore[no-any-return]  # a function of base, theirs, mine
+        return value  # type: ignore[no-any-return]  # a function that takes base, theirs and mine
     raise ValueError(f"one of {', '.join(POLICIES)}, or a function of base, theirs and mine")
 
 
 def _policies(value: Any) -> Mapping[str, MergeFunction]:
     if not isinstance(value, Mapping) or not all(type(key) is str for key in value):
-        raise ValueError("a dict of session key to policy")
+        raise ValueError("a dict that maps session keys to policies")
     return MappingProxyType({key: _policy(policy) for key, policy in value.items()})
 
 
@@ -150,14 +150,14 @@ def _encryption_key(value: Any) -> bytes:
         try:
             key = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
         except ValueError:
-            length = "characters, and no base64url text"
+            length = "characters that aren't base64url"
             key = value
     if isinstance(key, bytes) and len(key) == 32:
         return key
     given = f"{len(key)} {length}" if isinstance(key, (str, bytes)) else type(key).__name__
     raise ValueError(
         "a key, or a list of keys, the current one first; a key is 32 bytes, or their "
-        f"base64url text as from secrets.token_urlsafe(32) (not shown; given: {given})"
+        f"base64url text, such as secrets.token_urlsafe(32) (not shown; given: {given})"
     )
 
 
@@ -185,8 +185,9 @@ def _near_cache(value: Any) -> float:
         raise ValueError(f"0, or {error}") from None
 
 
-_PATTERN = set("{}*?[]")
-# Headers of requests and of responses, since the token is in both, and headers that proxies change.
+_GLOB_CHARACTERS = set("{}*?[]")
+# Standard headers of requests and responses (the token is in both), and headers that proxies
+# change.
 _STANDARD_HEADER = re.compile(
     "(accept|access-control|cf|content|cross-origin|if|proxy|sec|x-forwarded)-.+"
     "|accept|age|allow|alt-svc|alt-used|authentication-info|authorization|cache-control|connection"
@@ -198,24 +199,27 @@ _STANDARD_HEADER = re.compile(
     "|x-real-ip|x-request-id|x-requested-with",
     re.IGNORECASE,
 )
-NO_DOMAIN = {*" ,;=/\\", *map(chr, range(32)), "\x7f"}
+NOT_IN_A_DOMAIN = {*" ,;=/\\", *map(chr, range(32)), "\x7f"}
 DAY = 86400.0
 _FOREVER = 10 * 366 * DAY
 _cookie_name = _text(
     lambda v: 0 < len(v) <= 200 and _token_text(v), "a cookie name (RFC 6265 token)"
 )
 _cookie_domain = _text(
-    lambda v: bool(v) and set(v).isdisjoint(NO_DOMAIN), "a name as 'example.com'"
+    lambda v: bool(v) and set(v).isdisjoint(NOT_IN_A_DOMAIN), "a name such as 'example.com'"
 )
-_cookie_path = _text(lambda v: v.startswith("/"), "a path as '/shop'")
-# field of Settings -> (key in app.config, check). A check raises ValueError with what is allowed.
+_cookie_path = _text(lambda v: v.startswith("/"), "a path such as '/shop'")
+# field of Settings -> (key in app.config, check). A check raises ValueError with the allowed
+# values.
 CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "store": ("SESSION_STORE", lambda value: value),
     "cookie_name": ("SESSION_COOKIE_NAME", _cookie_name),
     "key_prefix": (
         "SESSION_KEY_PREFIX",
         _text(
-            lambda v: len(v) <= 200 and v.isascii() and v.isprintable() and not set(v) & _PATTERN,
+            lambda v: (
+                len(v) <= 200 and v.isascii() and v.isprintable() and _GLOB_CHARACTERS.isdisjoint(v)
+            ),
             "at most 200 printable ASCII characters without { } * ? [ ]",
         ),
     ),
@@ -246,7 +250,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "renew_csrf": ("SESSION_RENEW_CSRF", _flag),
     "confirm_view": (
         "SESSION_CONFIRM_VIEW",
-        _optional(_text(lambda v: 0 < len(v) <= 200, "the endpoint of a view, as 'confirm'")),
+        _optional(_text(lambda v: 0 < len(v) <= 200, "the endpoint of a view, such as 'confirm'")),
     ),
     "remember": ("SESSION_REMEMBER", _remember),
     "remember_until": ("SESSION_REMEMBER_UNTIL", _optional(_time)),

@@ -13,17 +13,17 @@ from ..errors import SettingError
 from ..flask_session_settings import READABLE, is_id_length, read_flask_session_settings
 from .checks import CHECKS, check_setting
 from .settings import Settings
-from .unknown import refuse_places
+from .unknown import refuse_ignored_stores
 from .warning import warn
 
-#: Behind the old cookie's name, while old sessions are imported.
+#: Appended to the old cookie's name while old sessions are imported.
 COOKIE_SUFFIX = "_gs"
 
 
 def is_only_for_old_sessions(config: Mapping[str, Any], name: str) -> bool:
-    """Whether Flask-Session takes a setting that both have, but with a value that we refuse.
+    """Whether a setting that Flask-Session also has holds a value that only Flask-Session accepts.
 
-    New sessions then have our default.
+    New sessions use our default instead.
     """
     value = config.get(CHECKS[name][0])
     is_prefix = name == "key_prefix" and type(value) is str
@@ -48,17 +48,17 @@ def with_imports(
     changes: dict[str, Any] = {"flask_session": old}
     if settings.store is None:
         if old is None:
-            refuse_places(app)
+            refuse_ignored_stores(app)
         else:
             changes |= {"store": old.store(), "store_follows": True}
-    by_hand = "imports" in given
+    explicit = "imports" in given
     if old is not None:
         changes.setdefault("permanent", given.get("permanent", old.permanent))
         if "idle_timeout" not in given:
             changes["idle_timeout"] = settings.permanent_lifetime
-        if not by_hand and old.is_readable:
+        if not explicit and old.is_readable:
             changes["imports"] = ("flask-session",)
-        elif not by_hand:
+        elif not explicit:
             warn(
                 f"SESSION_TYPE is {old.type!r}; its sessions can't be taken over, so users have to "
                 "log in again. Remove Flask-Session's settings to stop this warning"
@@ -71,22 +71,22 @@ def with_imports(
         )
     if not settings.imports:
         return settings
-    _check_end(settings, by_hand)
+    _check_end(settings, explicit)
     return replace(settings, **_cookies(app, settings, keywords))
 
 
-def _check_end(settings: Settings, by_hand: bool) -> None:
-    """Refuse or report an import without an end, or after its end."""
+def _check_end(settings: Settings, explicit: bool) -> None:
+    """Refuse an import without an end date, or warn about it; warn after the end."""
     until = settings.import_until
-    if until is None and by_hand:
+    if until is None and explicit:
         raise SettingError(
             "SESSION_IMPORT is set without SESSION_IMPORT_UNTIL; allowed: a date such as "
             "date(2027, 3, 31) or '2027-03-31', when the import ends"
         )
     if until is None:
         warn(
-            "SESSION_TYPE is set, so old sessions of Flask-Session are taken over, without an end: "
-            "set SESSION_IMPORT_UNTIL to a date, or SESSION_IMPORT to [] to take over none"
+            "SESSION_TYPE is set, so old sessions of Flask-Session are taken over, with no end "
+            "date: set SESSION_IMPORT_UNTIL to a date, or SESSION_IMPORT to [] to take over none"
         )
     elif until <= time.time():
         warn(
@@ -98,7 +98,7 @@ def _check_end(settings: Settings, by_hand: bool) -> None:
 
 
 def _cookies(app: Flask, settings: Settings, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Two names: old and new workers must not overwrite each other's cookies."""
+    """The names of the old and the new cookie, which old and new workers must not share."""
     configured = str(app.config["SESSION_COOKIE_NAME"])
     old, new = settings.import_cookie_name or configured, settings.cookie_name
     suffix = ""

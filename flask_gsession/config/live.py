@@ -12,7 +12,7 @@ from flask.sessions import SessionInterface
 from ..errors import SettingError
 from ..events import logger
 from ..values.codec import is_valid_text
-from .checks import NO_DOMAIN, check_setting, type_of
+from .checks import NOT_IN_A_DOMAIN, check_setting, type_of
 from .settings import Settings
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ _PREFIXES = ("__host-", "__secure-", "__http-")  # RFC 6265bis
 
 
 def set_secret_keys(app: Flask, current: str | bytes, older: Iterable[str | bytes]) -> None:
-    """Give ``app`` the secret keys of another application."""
+    """Replace the secret keys of ``app``."""
     app.secret_key = current
     app.config["SECRET_KEY_FALLBACKS"] = list(older)
 
@@ -38,7 +38,7 @@ def has_own_lifetime(app: Flask) -> bool:
 
 
 def check_secret_keys(keys: tuple[object, object]) -> tuple[str | bytes, ...]:
-    """Refuse keys that can't sign. There may be no key yet."""
+    """Return the keys; refuse those that can't sign. The current key may still be missing."""
     current, fallbacks = keys
     if fallbacks is not None and not isinstance(fallbacks, (list, tuple)):
         raise SettingError(f"SECRET_KEY_FALLBACKS is {type_of(fallbacks)}; allowed: a list of keys")
@@ -65,7 +65,7 @@ def check_cookie(cookie: tuple[Any, ...]) -> dict[str, Any]:
                 f"SESSION_COOKIE_{attribute.upper()} is {value!r}; allowed: True or False"
             )
     domain, path = attributes["domain"], attributes["path"]
-    if domain and (type(domain) is not str or not set(domain).isdisjoint(NO_DOMAIN)):
+    if domain and (type(domain) is not str or not set(domain).isdisjoint(NOT_IN_A_DOMAIN)):
         raise SettingError(
             f"SESSION_COOKIE_DOMAIN is {domain!r}; allowed: a name such as 'example.com', or None"
         )
@@ -98,7 +98,7 @@ def is_dropped(attributes: Mapping[str, Any]) -> bool:
     return not attributes["secure"] and (elsewhere or attributes["partitioned"])
 
 
-class Live(Generic[T]):
+class LiveSetting(Generic[T]):
     """One of Flask's own settings, which may change while the application runs.
 
     A new value is checked. A wrong value is logged once as an error, and the last valid value
@@ -135,7 +135,7 @@ def cookie_attributes(app: Flask) -> Iterator[Any]:
 
 
 class LiveSettings:
-    """Flask's own settings that a ``Session`` reads on each request: see ``Live``.
+    """Flask's own settings that a ``Session`` reads on each request: see ``LiveSetting``.
 
     ``given``: the keywords of the ``Session``, which override later changes of the settings.
     ``is_taken``: whether another ``Session`` of the application has a cookie of this name.
@@ -156,10 +156,11 @@ class LiveSettings:
         name, lifetime = settings.cookie_name, settings.permanent_lifetime
         cookie = (name, *cookie_attributes(app))
         keys = keys_at_start(app)
-        self._name = Live(self._check_name, name, name)
-        self._lifetime = Live(partial(check_setting, "permanent_lifetime"), lifetime, lifetime)
-        self._cookie = Live(self._check_cookie, cookie, check_cookie(cookie))
-        self._keys = Live(check_secret_keys, keys, check_secret_keys(keys))
+        self._name = LiveSetting(self._check_name, name, name)
+        check_lifetime = partial(check_setting, "permanent_lifetime")
+        self._lifetime = LiveSetting(check_lifetime, lifetime, lifetime)
+        self._cookie = LiveSetting(self._check_cookie, cookie, check_cookie(cookie))
+        self._keys = LiveSetting(check_secret_keys, keys, check_secret_keys(keys))
         self.own_key = has_own_key(app)
 
     def cookie_name(self) -> str:
@@ -202,7 +203,7 @@ class LiveSettings:
         return app.secret_key if self.own_key else app.config["SECRET_KEY"]
 
     def secret_keys(self) -> tuple[str | bytes, ...]:
-        """As the function ``secret_keys``."""
+        """Like the function ``secret_keys``."""
         return self._keys.of(given_keys(self._app))
 
     def _check_cookie(self, cookie: tuple[Any, ...]) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def token_settings(app: Flask, own_key: bool = True) -> tuple[object, object, ob
     """The settings that a token depends on: both settings of secret keys, and the cookie's name.
 
     ``own_key``: read the attribute ``secret_key``, as Flask does, since a subclass may define it.
-    That takes longer than everything else here.
+    The attribute is slow to read.
     """
     config = app.config
     keys = config.get("SECRET_KEY_FALLBACKS")
@@ -253,12 +254,12 @@ def token_settings(app: Flask, own_key: bool = True) -> tuple[object, object, ob
 
 
 def given_keys(app: Flask) -> tuple[object, object]:
-    """The settings of secret keys, as the application has them now."""
+    """The current values of both settings of secret keys."""
     return token_settings(app)[:2]
 
 
 def keys_at_start(app: Flask) -> tuple[object, object]:
-    """As ``given_keys``. A property may need a request; each request reads it again."""
+    """Like ``given_keys``, but ``(None, None)`` if the application's property needs a request."""
     try:
         return given_keys(app)
     except Exception:
@@ -274,7 +275,7 @@ def secret_keys(app: Flask) -> tuple[str | bytes, ...]:
 
 
 def warn_without_secret_key(app: Flask) -> None:
-    """Warn about a missing key. You may set it until the first request."""
+    """Warn about a missing key, which you can still set until the first request."""
     try:
         missing = not app.secret_key
     except Exception:  # see ``keys_at_start``

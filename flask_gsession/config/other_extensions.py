@@ -16,7 +16,7 @@ from .warning import warn
 
 
 def check_remember(app: Flask, settings: Settings) -> None:
-    """Warn if remember-me cookies outlive sessions, or if none can be converted."""
+    """Warn if remember-me cookies outlive sessions, or can't be converted."""
     if settings.remember == "session":
         if importlib.util.find_spec("flask_login") is None:
             raise SettingError(
@@ -24,7 +24,10 @@ def check_remember(app: Flask, settings: Settings) -> None:
                 "session.permanent = True at the sign-in"
             )
         if settings.remember_until is not None and settings.remember_until <= time.time():
-            warn("SESSION_REMEMBER_UNTIL is over: no remember-me cookie is converted. Remove it")
+            warn(
+                "SESSION_REMEMBER_UNTIL has passed: remember-me cookies aren't converted any more. "
+                "Remove the setting"
+            )
         return
     if settings.remember_until is not None:
         raise SettingError(

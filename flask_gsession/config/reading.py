@@ -24,7 +24,7 @@ from .settings import PLAIN, Settings
 from .unknown import did_you_mean, warn_unknown
 from .warning import warn
 
-_FLASKS_LIFETIME = 31 * 86400.0
+_FLASK_DEFAULT_LIFETIME = 31 * 86400.0
 
 
 def read_settings(app: Flask, overrides: Mapping[str, Any], *, further: bool = False) -> Settings:
@@ -71,7 +71,7 @@ def read_settings(app: Flask, overrides: Mapping[str, Any], *, further: bool = F
 
 
 def _warn_of_lifetimes(settings: Settings, given: Mapping[str, Any]) -> None:
-    for name, default in (("idle_timeout", None), ("permanent_lifetime", _FLASKS_LIFETIME)):
+    for name, default in (("idle_timeout", None), ("permanent_lifetime", _FLASK_DEFAULT_LIFETIME)):
         value = given.get(name, default)
         if value not in (None, default) and value > settings.absolute_timeout:
             warn(

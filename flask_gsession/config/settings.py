@@ -108,9 +108,9 @@ class Settings:
     def marks_end(self, now: int) -> int:
         """When marks of imported sessions expire, in milliseconds.
 
-        An hour after the end of the imports, longer than any request takes, and not before an old
-        cookie is too old: the end may be moved back. Without an end, longer than an old session and
-        its new one can live together.
+        With an end of the imports: an hour after it, which is longer than any request takes, and
+        not before the oldest cookies are too old, since the end may be postponed. Without an end:
+        longer than an old session and its successor can live together.
         """
         longest = max(self.permanent_lifetime, self.absolute_timeout)
         if self.import_until is not None:
@@ -119,7 +119,7 @@ class Settings:
 
     @property
     def remember_end(self) -> int:
-        """Until when we remember converted remember-me cookies, in milliseconds."""
+        """When marks of converted remember-me cookies expire, in milliseconds."""
         return int((self.remember_until or 0) * 1000) + _HOUR
 
     def renew_interval_for(self, idle: float) -> float:

@@ -1,4 +1,4 @@
-"""Settings without effect: misspelt ones, and Flask-Session's."""
+"""Settings without effect: misspelt ones, and Flask-Session settings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FLASKS_OWN = {
     "SESSION_COOKIE_SAMESITE",
     "SESSION_REFRESH_EACH_REQUEST",
 }
-# Settings of Flask-Session that have no effect with an import of its sessions either.
+# Flask-Session settings that have no effect even while its sessions are imported.
 _FLASK_SESSIONS = {
     "SESSION_FILE_MODE": "nothing: only the owner can read the files",
     "SESSION_FILE_THRESHOLD": "nothing: live sessions are never removed",
     "SESSION_CLEANUP_N_REQUESTS": "CleanupWorker",
 }
-# The Flask-Session settings that are needed to read its sessions.
-_OF_AN_IMPORT = {
+# Flask-Session settings that an import needs to read the old sessions.
+_USED_BY_IMPORTS = {
     "SESSION_TYPE": "SESSION_STORE",
     "SESSION_REDIS": "SESSION_STORE",
     "SESSION_MONGODB": "SESSION_STORE",
@@ -48,9 +48,9 @@ _OF_AN_IMPORT = {
     "SESSION_USE_SIGNER": "nothing: tokens are always signed",
     "SESSION_SERIALIZATION_FORMAT": "nothing: values keep their types",
 }
-# The Flask-Session settings for the place of sessions, and advice for SESSION_STORE.
+# Flask-Session settings that say where sessions are stored, and what to set SESSION_STORE to.
 _A_URL = 'the URL of a Redis or MongoDB, or "sqlite:///gsession.sqlite3" for a file on this machine'
-_PLACES = {
+_STORE_SETTINGS = {
     "SESSION_REDIS": "a redis:// URL, or the client that SESSION_REDIS holds",
     "SESSION_MONGODB": "a mongodb:// URL, or the client that SESSION_MONGODB holds",
     "SESSION_MEMCACHED": _A_URL,
@@ -62,22 +62,22 @@ _PLACES = {
 _OTHER_EXTENSIONS = {"SESSION_PROTECTION"}  # Flask-Login
 
 
-def refuse_places(app: Flask) -> None:
+def refuse_ignored_stores(app: Flask) -> None:
     """Refuse to fall back to a file if Flask-Session's settings name a store."""
-    for key, place in _PLACES.items():
+    for key, place in _STORE_SETTINGS.items():
         if app.config.get(key) is not None:
             raise SettingError(
-                f"{key} is a Flask-Session setting without effect unless SESSION_TYPE is set, and "
-                "SESSION_STORE is not set: sessions would be in a file on this machine. Set "
+                f"{key} is a Flask-Session setting that needs SESSION_TYPE, which is not set, and "
+                "SESSION_STORE is not set: sessions would be stored in a file on this machine. Set "
                 f"SESSION_STORE to {place}"
             )
 
 
 def warn_unknown(app: Flask, settings: Settings) -> None:
     known = {key for key, _ in CHECKS.values()} | _FLASKS_OWN | _OTHER_EXTENSIONS
-    foreign = _FLASK_SESSIONS if settings.flask_session else _FLASK_SESSIONS | _OF_AN_IMPORT
+    foreign = _FLASK_SESSIONS if settings.flask_session else _FLASK_SESSIONS | _USED_BY_IMPORTS
     if settings.flask_session:
-        known |= _OF_AN_IMPORT.keys()
+        known |= _USED_BY_IMPORTS.keys()
     for key in app.config:
         if not key.startswith(("SESSION_", "PERMANENT_SESSION_")) or key in known:
             continue
@@ -95,7 +95,7 @@ def did_you_mean(name: str, known: Any, start: str = "", cutoff: float = 0.75) -
     name = name.removeprefix(start)
     ends = [each.removeprefix(start) for each in known if each.startswith(start)]
     close = difflib.get_close_matches(name, ends, n=3, cutoff=cutoff)
-    likeness = [difflib.SequenceMatcher(None, key, name).ratio() for key in close]
-    closest = [key for key, ratio in zip(close, likeness, strict=True) if ratio == likeness[0]]
+    ratios = [difflib.SequenceMatcher(None, key, name).ratio() for key in close]
+    closest = [key for key, ratio in zip(close, ratios, strict=True) if ratio == ratios[0]]
     names = " or ".join(start + key for key in sorted(closest))
     return f"; did you mean {names}?" if names else ""

@@ -9,9 +9,9 @@ from ..events import logger
 
 
 def warn(message: str) -> None:
-    """Warn the developer, and write to the log of a running server, if it has one.
+    """Issue a Python warning, and also log it if logging is set up.
 
-    Without a handler, Python would print the log's message next to the warning.
+    Without a log handler, Python would print the message a second time.
     """
     if logger.hasHandlers():
         logger.warning("%s", message)

@@ -20,8 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _AT_ONCE = 200  # entries per read
 _POLL = 1.0  # seconds
 _SLICE = 0.1  # seconds, within which a stop is noticed
-MOST_SHOWN = 50  # events on a page for people
-_LONGEST_PAUSE = 30.0  # seconds, while the store can't be reached
+MOST_SHOWN = 50  # events on the admin page
+_LONGEST_PAUSE = 30.0  # seconds, while the store is unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,11 @@ class JournalEvent:
     ``number``: its place in the journal, the same if the event is repeated. ``kind``:
     ``"created"``, ``"bound"``, ``"rotated"``, ``"ended"``, ``"expired"``, or ``"gap"`` if
     ``missed`` events were removed before this consumer read them. ``time``: when it happened; for
-    ``"expired"``, when the session timed out. ``handle``: of the session, which changes with each
-    rotation; ``previous`` is the one before. ``owner`` and ``device``: the user of the session, and
-    the id that stays the same through rotations. ``reason`` and ``by``: why the session ended, and
-    who ended it. ``id``: after a crash, an event may be in the journal twice, with the same id.
+    ``"expired"``, when the session timed out. ``handle``: the session's, which changes with each
+    rotation; ``previous``: the handle before. ``owner`` and ``device``: the session's user, and the
+    device id that stays the same through rotations. ``reason`` and ``by``: why the session ended,
+    and who ended it. ``id``: after a crash, the journal may contain an event twice, with the same
+    id.
     """
 
     number: int
@@ -51,9 +52,10 @@ class JournalEvent:
     _acknowledge: Callable[[int], None] = field(default=lambda number: None, repr=False)
 
     def ack(self) -> None:
-        """Acknowledge this event and all before it, so you don't get them again. One round trip.
+        """Acknowledge this event and all before it, so that you don't get them again. One round
+        trip.
 
-        Raises ``StoreUnavailable``; with ``follow`` it is repeated at the next look instead.
+        Raises ``StoreUnavailable``; with ``follow``, the next read repeats it instead.
         """
         self._acknowledge(self.number)
 
@@ -76,7 +78,7 @@ class JournalEvent:
 
 
 def check_consumer(name: object) -> str:
-    """``name``, if a consumer can have it. Otherwise raises ``ValueError``."""
+    """Return ``name``. Raises ``ValueError`` unless it is valid for a consumer."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"the consumer is {name!r}; allowed: a name of 1 to 64 letters, digits and . _ -, "
@@ -88,12 +90,12 @@ def check_consumer(name: object) -> str:
 class Consumer:
     """Iterates over the events that ``name`` hasn't acknowledged, in order.
 
-    Run one process per name: two would both get every event.
+    Run one process per name: two processes would both get every event.
 
-    ``follow``: wait for more events instead of ending, and wait out outages of the store. If a
-    failover lost events that you have read, and gave their numbers to others, you get all events
-    again that you haven't acknowledged.
-    ``sweep``: also sweep now and then, see ``Sweeper``. ``poll``: seconds between two reads.
+    ``follow``: wait for more events instead of ending, and wait during outages of the store. If a
+    failover loses events that you have read, and reuses their numbers, you get all events again
+    that you haven't acknowledged. ``sweep``: also run the ``Sweeper`` now and then. ``poll``:
+    seconds between two reads.
     """
 
     def __init__(
@@ -158,7 +160,7 @@ class Consumer:
             time.sleep(min(left, _SLICE))
 
     def _look(self) -> list[JournalEvent]:
-        """The next events, after a sweep if one is due."""
+        """The next events. Sweeps first if a sweep is due."""
         if self._unsent:
             self._store.journal.acknowledge(self.name, self._unsent)
             self._unsent = 0
@@ -169,11 +171,11 @@ class Consumer:
             at, self._entry = self._begin(), None
             if at is None:
                 return []
-        # With the last one again, to see that it is still there.
+        # Read the last one again, to see whether it is still there.
         entries = self._store.journal.read(max(0, at - 1), _AT_ONCE).entries
         again = entries.pop(0)[1] if entries and entries[0][0] == at else None
         if self._entry is not None and again != self._entry and (again or not entries):
-            logger.warning("The journal lost events; again from the last acknowledged one")
+            logger.warning("The journal lost events; reading again from the last acknowledged one")
             self._at = None
             return self._look()
         self._at, self._entry = entries[-1] if entries else (at, again)
@@ -186,7 +188,7 @@ class Consumer:
         if at is None:
             entries, first = journal.read(0, 1)
             if entries:
-                at = first - 1  # a new consumer gets all events that are kept
+                at = first - 1  # a new consumer gets all events in the journal
                 journal.acknowledge(self.name, at)
         return at
 
@@ -218,9 +220,8 @@ def _events(
     clock: Clock,
     acknowledge: Callable[[int], None],
 ) -> list[JournalEvent]:
-    """The events of entries that were read after this number, with a gap where some are missing.
-
-    Removed while they were read, some may be missing in the middle.
+    """The events of entries that were read after this number, with a gap for missing ones. Entries
+    in the middle may be missing if they were removed during the read.
     """
     events = []
     for number, data in entries:
@@ -256,5 +257,9 @@ def _event(number: int, entry: Entry, acknowledge: Callable[[int], None]) -> Jou
 def _time(at: int) -> datetime:
     try:
         return datetime.fromtimestamp(at / 1000, UTC)
-    except (ValueError, OverflowError, OSError):  # from a damaged record: it blocks no consumer
+    except (
+        ValueError,
+        OverflowError,
+        OSError,
+    ):  # from a damaged record, which must not block consumers
         return datetime.fromtimestamp(0, UTC)

@@ -18,7 +18,7 @@ KINDS = (CREATED, BOUND, ROTATED, ENDED, EXPIRED)
 class Entry(Struct, frozen=True, omit_defaults=True):
     """One entry. ``at``: milliseconds since 1970. ``previous``: the handle before a rotation.
 
-    ``id``: random if not given. A crash may make a store add an entry twice, with the same id.
+    ``id``: random if not given. After a crash, a store may add an entry twice, with the same id.
     """
 
     at: int
@@ -40,7 +40,7 @@ _decode = as_json.Decoder(Entry).decode
 
 
 def unpack(data: bytes) -> Entry:
-    """The entry. A malformed one has the kind ``"unreadable"``, so it blocks no consumer."""
+    """The entry. A malformed one gets the kind ``"unreadable"``, so it doesn't block consumers."""
     try:
         return _decode(data)
     except (DecodeError, RecursionError):

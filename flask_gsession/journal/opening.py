@@ -10,7 +10,7 @@ from .store import NOBODY, JournalingStore, Subject
 
 
 def with_journal(store: Store, most: int, clock: Clock) -> JournalingStore:
-    """``store`` with its journal. Raises ``SettingError`` if it can't keep one."""
+    """``store`` with a journal. Raises ``SettingError`` if it can't keep one."""
     parts = parts_of(store)
     if parts.journal is None:
         raise SettingError(

@@ -26,14 +26,14 @@ from ..stores.support import reason_of_end
 from ..stores.wrappers.wrapper import LeasesWrapper, Wrapper
 from .entries import BOUND, CREATED, ENDED, EXPIRED, ROTATED, Entry
 
-_RACES = 100  # tries of one delete, if saves and rotations get in first
-_PASSED = 256  # pointers that were loaded, remembered for ``_missed``
+_RACES = 100  # attempts at one delete, if saves and rotations keep getting in first
+_PASSED = 256  # loaded pointers that are remembered for ``_missed``
 _SWEPT = 500  # expired sessions per step
-_CURSOR = "journal"  # of a clean-up that has more expired sessions to add
+_CURSOR = "journal"  # the cursor of a clean-up that has more expired sessions to add
 
 
 class Subject(NamedTuple):
-    """The user of a session. ``previous``: the key in the roster that it was rotated from."""
+    """The user of a session. ``previous``: its earlier key, if the roster still has that."""
 
     owner: str | None = None
     device: str | None = None
@@ -46,7 +46,7 @@ NOBODY = Subject()
 class JournalingStore(Wrapper):
     """Writes sessions through the part ``journal`` of ``store``, and other records directly.
 
-    Entries name the user of a session, which only the application can read: see ``use``.
+    Entries name the session's user, which only the application can read: see ``use``.
     """
 
     journal: Journal
@@ -66,7 +66,7 @@ class JournalingStore(Wrapper):
         self.upkeep = _JournalingUpkeep(self, self.upkeep)
 
     def use(self, describe: Callable[[Record], Subject]) -> None:
-        """Get the user of a session from ``describe``, which must not raise."""
+        """Let ``describe`` return the user of a session. It must not raise."""
         self._describe = describe
 
     # The verbs.
@@ -164,7 +164,7 @@ class JournalingStore(Wrapper):
         pointers: dict[str, None] = {}
         at = key
         for _ in range(MAX_POINTERS):
-            there = self.store.load(at)  # an unreadable one is left to the sweep as well
+            there = self.store.load(at)  # an unreadable record is left to the sweep, too
             if there is None:
                 self._remove_pointers(pointers)
                 return Deleted(False)
@@ -198,7 +198,7 @@ class JournalingStore(Wrapper):
     # Entries.
 
     def append_bound(self, key: str, owner: str, device: str) -> None:
-        """Record that the session under ``key`` was bound to this user, without a new key."""
+        """Record that the session under ``key`` was bound to this user without a rotation."""
         entry = self._entry(BOUND, key, Subject(owner, device))
         self.journal.append(_packed([entry]), key)
 
@@ -218,8 +218,8 @@ class JournalingStore(Wrapper):
     def _missed(self, key: str, whose: Subject) -> list[Entry]:
         """The rotation to ``key``, if a pointer led to it and its entry may be missing.
 
-        If a store writes the rotation and its entry in two steps, it may have crashed in between.
-        No client has the new token then, so every request arrives through the pointer.
+        A store that writes the rotation and its entry in two steps may have crashed in between.
+        Then no client has the new token, so every request arrives through the pointer.
         """
         previous = self._passed.pop(key, None)
         if previous is None or not getattr(self.journal, "in_two_steps", False):
@@ -227,7 +227,7 @@ class JournalingStore(Wrapper):
         return [self._rotated(key, whose, previous)]
 
     def _rotated(self, key: str, whose: Subject, previous: str) -> Entry:
-        # The same id each time, since it may be added for fear that it is missing.
+        # The same id each time, since it is also added if it merely may be missing.
         entry = self._entry(ROTATED, key, whose)
         return replace(entry, previous=previous, id=key[:16])
 
@@ -281,7 +281,7 @@ class _JournalingLeases(LeasesWrapper):
 
 
 class _JournalingUpkeep(Upkeep):
-    """First moves expired sessions into the journal, then cleans up the rest."""
+    """First moves expired sessions to the journal, then cleans up the rest."""
 
     def __init__(self, store: JournalingStore, upkeep: Upkeep | None) -> None:
         self._store = store

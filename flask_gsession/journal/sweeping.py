@@ -9,7 +9,7 @@ from ..errors import Gone, KeyTaken, Stale, StoreError, StoreUnavailable
 from ..stores.base import KEY_LENGTH, Clock, Record, milliseconds, new_version
 from .store import JournalingStore
 
-#: The key of the sweeping process's ticket. It can't collide with a session's.
+#: The key of the sweeping process's ticket. It can't collide with a session key.
 SWEEP_KEY = "flask-gsession-journal".ljust(KEY_LENGTH, "-")
 _LEASE = 30_000  # milliseconds after which another process takes over from a dead one
 _YEAR = 366 * 86_400_000  # milliseconds
@@ -18,7 +18,7 @@ _STEPS = 20  # per sweep; then consumers continue
 
 
 class Sweeper:
-    """Sweeps when a sweep is due. Several processes may call it, but only one sweeps at a time."""
+    """Sweeps when a sweep is due. Any number of processes may call it; one at a time sweeps."""
 
     def __init__(self, store: JournalingStore, clock: Clock) -> None:
         self._store = store
@@ -26,7 +26,7 @@ class Sweeper:
         self._next = 0.0
 
     def run_if_due(self) -> int:
-        """Returns how many expired sessions it found; if not 0, more may be waiting."""
+        """Returns how many expired sessions were found. If there were any, more may be waiting."""
         if time.monotonic() < self._next:
             return 0
         found = self.run()
@@ -59,14 +59,14 @@ class Sweeper:
         return swept
 
     def _take_ticket(self) -> Record | None:
-        """Raises ``KeyTaken`` while another process has it; None if the store refuses it."""
+        """Raises ``KeyTaken`` if another process has the ticket. None if the store refuses it."""
         now = milliseconds(self._clock)
         ticket = Record(SWEEP_KEY, new_version(), now, now + _LEASE, now + _YEAR, b"sweep")
         try:
             self._store.create(ticket)
         except StoreUnavailable:
-            # A full Redis refuses what needs memory. The sweep frees some, and two of them at the
-            # same time only do the same work twice. If the store is down, the next step says so.
+            # A full Redis refuses writes that need memory. The sweep frees some, and two sweeps at
+            # once only do the same work twice. If the store is down, the next step raises.
             return None
         return ticket
 

@@ -1,8 +1,8 @@
 """Notices changes of watched sessions and users, by comparing their versions.
 
-The store's listener says which records may have changed. One thread loads those that are watched
-here, and compares versions, so a missed or repeated hint does no harm. It also looks without a
-hint: at each heartbeat, and every few seconds while the listener hears nothing.
+The store's listener reports which records may have changed. One thread loads those that are watched
+in this process, and compares versions, so a missed or repeated hint does no harm. It also checks
+without a hint: at each heartbeat, and every few seconds while the listener is down.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ..processes import is_before_fork, process
 from ..repository.repository import Loaded, Repository
 from ..repository.user_values import values_key
 from ..stores.base import MAX_POINTERS, Record
-from ..stores.parts import Changes, Feed, Hearer, parts_of
+from ..stores.parts import Changes, Feed, Subscriber, parts_of
 from ..users.roster import EMPTY
 from ..users.rosters import roster_key
 from .messages import Message, messages_key, read_messages
 from .servers import is_ending
 from .states import Digests, SessionState, State, UserState, Versions
 
-POLL = 3.0  # seconds between two looks while no changes are heard
-_TICK = 1.0  # seconds between two looks at the clock and the listener
-_SOON = 0.05  # the same while the listener connects
-_CONNECTS = 2.0  # seconds that the listener has to connect
-_LINGERS = 5.0  # seconds that the thread stays without a watch
-_REST = 9.0  # pause between two looks at everything, as a multiple of what the last one took
+POLL = 3.0  # seconds between two checks while no changes arrive
+_TICK = 1.0  # seconds between two checks of the clock and the listener
+_SOON = 0.05  # like _TICK, while the listener connects
+_CONNECTS = 2.0  # seconds for the listener to connect
+_LINGERS = 5.0  # seconds that the thread stays alive without a watch
+_REST = 9.0  # the pause after a check of everything, as a multiple of its duration
 
 NO_RECORDS: Mapping[str, Record | None] = MappingProxyType({})
 Notify = Callable[["Watch", State, State], object]
@@ -42,9 +42,8 @@ Notify = Callable[["Watch", State, State], object]
 class Watch:
     """A session with its user, or a user alone, watched in this process.
 
-    ``notify(watch, before, after)`` runs in the thread of the hints, so it must be quick.
-    ``is_over`` is called once a second; if it returns true, the watch is closed. ``state``: the
-    state that was seen last.
+    ``notify(watch, before, after)`` runs in the hints' thread, so it must be quick. ``is_over`` is
+    called once a second; if it returns true, the watch is closed. ``state``: the last known state.
     """
 
     __slots__ = (
@@ -70,7 +69,7 @@ class Watch:
         #: the records that it depends on
         self.keys: tuple[str, ...] = ()
         self.checked = 0.0  # of time.monotonic
-        #: whether it has stopped
+        #: whether it is closed
         self.closed = False
 
     def close(self) -> None:
@@ -78,14 +77,14 @@ class Watch:
         self._hints.forget(self)
 
 
-class _Ear(Hearer):
-    """Notes which watched records changed. Refers to no store."""
+class _ChangedRecords(Subscriber):
+    """Collects the watched records that changed. Holds no reference to the store."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Begin without watches, as after a fork."""
+        """Start without watches, at first and after a fork."""
         self.lock = threading.RLock()  # a signal handler may write to a session
         self.watches: dict[str, dict[Watch, None]] = {}  # by the key of a record
         self.heard: set[str] = set()
@@ -119,14 +118,14 @@ class Hints:
         self.repository = repository
         self.digests = Digests(repository)
         self.heartbeat = repository.settings.live_heartbeat
-        self._ear = _Ear()
+        self._changed = _ChangedRecords()
         self._is_heard = False
         self._start()
         process.register(self._start)
 
     def _start(self) -> None:
         self._lock = threading.RLock()  # a finalizer may close a watch
-        self._ear.start()
+        self._changed.start()
         self._watches: dict[Watch, None] = {}
         self._thread: threading.Thread | None = None
         self._feeds: dict[str, Feed | None] = {}
@@ -141,7 +140,8 @@ class Hints:
         notify: Notify,
         is_over: Callable[[], bool] = bool,
     ) -> Watch:
-        """Watch a session with its user, or a user, from now on; ``state`` is what there is now.
+        """Watch a session with its user, or a user, from now on. Sets ``state`` to the current
+        state.
 
         One to four round trips. Raises ``StoreUnavailable``, also in uWSGI's first process: its
         workers would not have the watch.
@@ -149,7 +149,7 @@ class Hints:
         process.notice()
         if is_before_fork():
             raise StoreUnavailable(
-                "live hints need a thread, and this process of uWSGI is still to be forked: watch "
+                "live hints need a thread, but uWSGI is going to fork this process: watch "
                 "in a function decorated with uwsgidecorators.postfork, or set lazy-apps = true"
             )
         watch = Watch(self, handle, user_id, notify, is_over)
@@ -166,7 +166,7 @@ class Hints:
     def look_from(self, loaded: Loaded, others: Mapping[str, Record | None] = NO_RECORDS) -> State:
         """The state of a session that was just loaded. Three round trips if it has a user.
 
-        ``others``: further records that were loaded, by key; None: there was none.
+        ``others``: further records that were loaded, by key; None for a missing one.
         """
         process.notice()
         watch = Watch(self, loaded.record.key, None, lambda *_: None)
@@ -189,11 +189,11 @@ class Hints:
         self._end(self.watches())
         with self._lock:
             thread, self._thread = self._thread, None
-            self._ear.woken.set()
+            self._changed.woken.set()
         if thread is not None and thread is not threading.current_thread():
             thread.join(_TICK)
         with self._lock:
-            self._hear(False)
+            self._listen_to_store(False)
 
     def _end(self, watches: list[Watch]) -> None:
         """Close these watches, and notify their owners once more."""
@@ -206,14 +206,14 @@ class Hints:
     def _changes(self) -> Changes | None:
         return parts_of(self.repository.store).changes
 
-    def _hear(self, wanted: bool) -> None:
+    def _listen_to_store(self, wanted: bool) -> None:
         changes = self._changes()
         if changes is None:
             return
         if wanted and not self._is_heard:
-            changes.hear(self._ear)
+            changes.subscribe(self._changed)
         elif self._is_heard and not wanted:
-            changes.leave(self._ear)
+            changes.unsubscribe(self._changed)
         self._is_heard = wanted
         if wanted:
             changes.start()
@@ -222,7 +222,7 @@ class Hints:
         with self._lock:
             if self._thread is not None:
                 return
-            self._hear(True)
+            self._listen_to_store(True)
             self._began = time.monotonic()
             thread = threading.Thread(target=self._run, name="gsession-live", daemon=True)
             try:
@@ -232,10 +232,10 @@ class Hints:
             self._thread = thread
 
     def _run(self) -> None:
-        ear, idle_since = self._ear, None
+        changed, idle_since = self._changed, None
         while True:
-            ear.woken.wait(self._pause())
-            ear.woken.clear()
+            changed.woken.wait(self._pause())
+            changed.woken.clear()
             now = time.monotonic()
             with self._lock:
                 if self._thread is not threading.current_thread():
@@ -246,19 +246,19 @@ class Hints:
                     idle_since = now
                 elif now - idle_since > _LINGERS:
                     self._thread = None
-                    self._hear(False)
+                    self._listen_to_store(False)
                     return
             try:
                 self._round(now)
             except Exception:
-                logger.exception("Live hints failed, and go on")
+                logger.exception("Live hints failed, and will continue")
                 time.sleep(_TICK)
 
     def _pause(self) -> float:
         wait = _TICK
         if time.monotonic() - self._began < _CONNECTS and not all(self._feeds.values() or [None]):
             wait = _SOON
-        if self._ear.missed:
+        if self._changed.missed:
             wait = min(wait, max(0.001, self._rest_until - time.monotonic()))
         return wait
 
@@ -266,11 +266,11 @@ class Hints:
         """Check all records that may have changed."""
         if is_ending():
             self._end(self.watches())
-        heard = self._ear.take()
-        heard |= self._heard_differently()
-        everything = self._ear.missed and now >= self._rest_until
+        heard = self._changed.take()
+        heard |= self._newly_reported()
+        everything = self._changed.missed and now >= self._rest_until
         if everything:
-            self._ear.missed = False
+            self._changed.missed = False
         tick = now >= self._next_tick
         if tick:
             self._next_tick = now + _TICK
@@ -280,7 +280,7 @@ class Hints:
             session = watch.state.session
             due = (
                 everything
-                or now - watch.checked >= (self.heartbeat if self._hears(watch) else POLL)
+                or now - watch.checked >= (self.heartbeat if self._is_reported(watch) else POLL)
                 or (session is not None and milliseconds >= session.ends)
             )
             if tick and watch.is_over():
@@ -291,26 +291,26 @@ class Hints:
                 try:
                     self._look(watch, dirty, loads)
                 except StoreUnavailable:
-                    watch.checked = now - self.heartbeat + _TICK  # soon again
+                    watch.checked = now - self.heartbeat + _TICK  # check it again soon
         if everything:
             self._rest_until = time.monotonic() + _REST * (time.monotonic() - now)
 
-    def _heard_differently(self) -> set[str]:
-        """The records whose changes are heard by another connection now: some may be missing."""
+    def _newly_reported(self) -> set[str]:
+        """The records whose changes now arrive over a new connection: some may have been missed."""
         changes = self._changes()
         if changes is None:
             return set()
-        feeds = {key: changes.feed(key) for key in list(self._ear.watches)}
+        feeds = {key: changes.feed(key) for key in list(self._changed.watches)}
         before, self._feeds = self._feeds, feeds
         return {key for key, feed in feeds.items() if feed is not before.get(key)}
 
-    def _hears(self, watch: Watch) -> bool:
+    def _is_reported(self, watch: Watch) -> bool:
         return all(self._feeds.get(key) is not None for key in watch.keys)
 
     # -- one watch
 
     def _look(self, watch: Watch, dirty: set[str] | None, loads: dict[str, Record | None]) -> None:
-        """Load what may have changed (None: everything), compare, and notify."""
+        """Load the records that may have changed (None: all), compare, and notify."""
         with watch._lock:
             before = watch.state
             after = self._state_of(watch, dirty, loads)
@@ -351,14 +351,16 @@ class Hints:
         key = watch.handle if before is None else before.handle
         assert key is not None
         for _ in range(MAX_POINTERS):
-            self._listen(watch, (key, *watch.keys[1:]))  # first: a change may come during the load
+            self._listen(
+                watch, (key, *watch.keys[1:])
+            )  # before the load, since a change may come during it
             try:
                 record = self._load(key, loads)
                 if record is None or repository.now() >= record.idle_expires_at:
                     return None
                 body = repository.records.read(key, record)
             except UnreadableRecord as error:
-                # Workers of another version, or with other keys, may be able to read it.
+                # Workers with another version or other keys may be able to read it.
                 return before if error.for_others else None
             if body is not None:
                 user_id = None if body.owner is None else body.owner.user_id
@@ -407,8 +409,8 @@ class Hints:
             return
         with self._lock:
             if keys and watch not in self._watches:
-                return  # it has been closed, or only looks
-            by_key = self._ear.watches
+                return  # it is closed, or only takes a look
+            by_key = self._changed.watches
             for key in set(watch.keys) - set(keys):
                 those = by_key.get(key, {})
                 those.pop(watch, None)

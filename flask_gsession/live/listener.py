@@ -1,9 +1,9 @@
-"""Hears which records of a store change, by one connection and one thread for each server.
+"""Listens for changes of a store's records, with one connection and one thread for each server.
 
-If changes and answers arrive in one order (Redis), the listener sends beats. An answered beat can't
-have overtaken an earlier change, so all changes are known up to the time of the last but one
+If changes and answers arrive in one order (Redis), the listener sends beats. The answer to a beat
+can't overtake an earlier change, so all changes are known up to the time of the last but one
 answered beat. The last one doesn't count, since a server may answer two beats in one round of its
-event loop, and report the changes of that round afterwards. This compares no clocks of two
+event loop, and report the changes of that round afterwards. This never compares the clocks of two
 machines. Without such beats nothing is proven, and changes are only hints.
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from ..errors import StoreUnavailable
 from ..events import logger
 from ..processes import is_before_fork, process
-from ..stores.parts import NEVER, Changes, Feed, Hearer
+from ..stores.parts import NEVER, Changes, Feed, Subscriber
 
 #: Seconds. This clock also runs while the machine is suspended, and tests that freeze the
 #: application's time don't affect it.
@@ -29,14 +29,14 @@ now: Callable[[], float] = (
     if hasattr(time, "CLOCK_BOOTTIME")
     else time.monotonic
 )
-LOOK_AGAIN = 1.0  # seconds between two looks for new servers
-_UNANSWERED = 2  # beats at once: with a third, the last but one would prove too much
+LOOK_AGAIN = 1.0  # seconds between two lookups of the servers
+_UNANSWERED = 2  # beats in flight: with a third, the last but one would prove too much
 _PAUSES = (0.05, 0.2, 1.0)  # seconds after the first, second and any further failed connection
 _ENDING = 1.0  # seconds to wait for a thread to end
 
 
 class Heard(NamedTuple):
-    """Keys of changed records, and how many beats were answered.
+    """The keys of changed records, and how many beats were answered.
 
     ``more``: any other record may have changed as well.
     """
@@ -59,19 +59,19 @@ class Connection(Protocol):
         """Request an answer that comes after all changes so far. Raises ``StoreUnavailable``."""
 
     def shut(self) -> None:
-        """Let ``read`` raise soon. Any thread may call this."""
+        """Make ``read`` raise soon. Any thread may call this."""
 
     def close(self) -> None:
         """Release the connection."""
 
 
 class Source(Protocol):
-    """The interface of a store for its listener."""
+    """The interface between a store and its listener."""
 
     #: Why connections can't send beats, which prove freshness; "" if they can.
     unproven: str
     one_feed: bool  # whether there is only one server
-    timeout: float  # seconds until a beat must be answered
+    timeout: float  # seconds within which a beat must be answered
     #: Methods of the listener. The store calls them before it reads from a server that took over,
     #: or after some records moved to other servers.
     moved: Callable[[], object]
@@ -81,22 +81,21 @@ class Source(Protocol):
         """The servers that accept writes now. Raises ``StoreUnavailable``."""
 
     def server_of(self, key: str) -> Hashable:
-        """The server of this record, as far as known. No round trip."""
+        """The server that has this record, as far as we know. No round trip."""
 
     def open(self, server: Hashable) -> Connection:
-        """Connect, and hear changes from then on. Raises ``StoreUnavailable``."""
+        """Connect, and receive changes from then on. Raises ``StoreUnavailable``."""
 
 
 class Listener(Changes):
-    """The part ``changes`` of a store, over its ``source``. Starts at the first use.
-
-    A forked process shares nothing and starts again. Threads end with ``close``.
+    """The part ``changes`` of a store, over its ``source``. Starts at first use. A forked process
+    shares nothing with its parent and starts again. Threads end with ``close``.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         source.moved, source.shifted = self.moved, self.shifted
-        self._hearers: list[Hearer] = []
+        self._subscribers: list[Subscriber] = []
         #: seconds between beats
         self.interval = source.timeout / 4
         self._start()
@@ -122,24 +121,24 @@ class Listener(Changes):
 
     @property
     def trouble(self) -> str:
-        """Why nothing is heard at present, as it was logged; "" if all is well."""
+        """Why no changes arrive at present, as it was logged; "" if they do."""
         return self._said
 
-    def hear(self, hearer: Hearer, interval: float | None = None) -> None:
-        """Report changes to ``hearer`` from now on, with a beat at least every ``interval``.
+    def subscribe(self, subscriber: Subscriber, interval: float | None = None) -> None:
+        """Report changes to ``subscriber`` from now on, with a beat at least every ``interval``.
 
-        ``hearer`` must not refer to the store, which then couldn't be garbage-collected.
+        ``subscriber`` must not refer to the store, which then couldn't be garbage-collected.
         """
         with self._lock:
-            self._hearers = [*self._hearers, hearer]
+            self._subscribers = [*self._subscribers, subscriber]
             if interval is not None:
                 self.interval = min(self.interval, interval)
 
-    def leave(self, hearer: Hearer) -> None:
-        """Stop reporting to ``hearer``. Without any hearer, the connections are closed."""
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Stop reporting to ``subscriber``. Without any subscriber, the connections are closed."""
         with self._lock:
-            self._hearers = [each for each in self._hearers if each is not hearer]
-            is_last = not self._hearers
+            self._subscribers = [each for each in self._subscribers if each is not subscriber]
+            is_last = not self._subscribers
         if is_last:
             self.close()
 
@@ -150,15 +149,16 @@ class Listener(Changes):
         return self._feeds.get(self.source.server_of(key)) if self._feeds else None
 
     def start(self) -> None:
-        """Start to listen, in a thread; not in a process that is still to be forked by uWSGI.
+        """Start to listen, in a thread, but not in a process that uWSGI is going to fork.
 
-        A child of a fork in C waits forever if another thread asked for the interpreter's lock.
+        A child of a fork in C hangs forever if another thread was waiting for the interpreter's
+        lock.
         """
         process.notice()
         if is_before_fork():
             return
         with self._lock:
-            if not self._threads and self._hearers:
+            if not self._threads and self._subscribers:
                 self._add(None)
 
     def close(self) -> None:
@@ -172,9 +172,9 @@ class Listener(Changes):
         self._lost()
 
     def moved(self) -> None:
-        """Other servers accept the writes now: listen there, and rely on nothing until then.
+        """Listen to other servers, which accept the writes now, and trust nothing until then.
 
-        A store calls this, in any thread, before it reads from these servers.
+        A store calls this, in any thread, before it reads from those servers.
         """
         with self._lock:
             self._feeds = {}
@@ -186,16 +186,16 @@ class Listener(Changes):
             thread.reopen()
 
     def shifted(self) -> None:
-        """Some records moved to other servers, which are all still heard.
+        """Distrust the feeds once: some records moved between servers, which all stay connected.
 
-        A store calls this, in any thread, before it reads from these servers.
+        A store calls this, in any thread, before it reads from those servers.
         """
         self._look_at = NEVER
         self._lost()
 
     def _lost(self) -> None:
-        for hearer in self._hearers:
-            hearer.lost()
+        for subscriber in self._subscribers:
+            subscriber.lost()
 
     def _add(self, server: Hashable) -> None:
         thread = _Thread(self, server)
@@ -205,7 +205,7 @@ class Listener(Changes):
         except RuntimeError as error:  # the system can't start a thread
             del self._threads[server]
             self.failed(error)
-        except BaseException:  # a signal's, and nobody can know whether the thread starts
+        except BaseException:  # from a signal: the thread may start or not
             self._threads.pop(server, None)
             raise
 
@@ -216,14 +216,14 @@ class Listener(Changes):
         return self._threads.get(thread.server) is thread
 
     def look(self, thread: _Thread) -> None:
-        """Start a thread for each server, if it is time to look for servers.
+        """Start a thread for each server, if it is time to look the servers up.
 
         The first thread takes the first server. Raises ``StoreUnavailable``.
         """
         with self._lock:
             if now() < self._look_at and thread.server is not None:
                 return
-            self._look_at = now() + LOOK_AGAIN  # the other threads need not look
+            self._look_at = now() + LOOK_AGAIN  # so that the other threads don't
         servers = dict.fromkeys(self.source.servers())
         with self._lock:
             if not self.is_wanted(thread):
@@ -244,47 +244,47 @@ class Listener(Changes):
         return self._moves
 
     def opened(self, thread: _Thread, moves: int) -> Feed:
-        """This thread's server, which was looked up after ``moves``, reports changes now.
+        """Note that this thread's server, which was looked up after ``moves``, reports changes now.
 
         Raises ``StoreUnavailable`` if another server may have taken over since.
         """
         feed = Feed()
         with self._lock:
             if not self.is_wanted(thread) or self._moves != moves:
-                raise StoreUnavailable("another server takes the writes now")
+                raise StoreUnavailable("another server accepts the writes now")
             self._feeds[thread.server] = feed
             self._said = ""
         return feed
 
     def heard(self, keys: list[str], *, more: bool) -> None:
-        """These records changed; with ``more``, any other may have changed as well."""
-        for hearer in self._hearers:
+        """Report that these records changed; with ``more``, any other may have changed as well."""
+        for subscriber in self._subscribers:
             if more:
-                hearer.lost()
+                subscriber.lost()
             elif keys:
-                hearer.changed(keys)
+                subscriber.changed(keys)
 
     def proved(self, thread: _Thread, feed: Feed, exact_as_of: float) -> None:
-        """All changes until ``exact_as_of`` were heard."""
+        """Note that all changes until ``exact_as_of`` have arrived."""
         with self._lock:
-            # After ``moved``, the feed belongs to a server that is no longer read.
+            # After ``moved``, the feed belongs to a server that we no longer read from.
             if self._feeds.get(thread.server) is feed:
                 feed.exact_as_of = exact_as_of
 
     def cut(self, thread: _Thread, feed: Feed) -> None:
-        """This feed reports no more changes."""
+        """Note that this feed reports no more changes."""
         with self._lock:
             if self._feeds.get(thread.server) is feed:
                 del self._feeds[thread.server]
         self._lost()
 
     def failed(self, error: Exception) -> None:
-        """Log, once, why no changes are heard."""
+        """Log, once, why no changes arrive."""
         said = f"{type(error).__name__}: {error}"
         if said != self._said:
             self._said = said
             logger.warning(
-                "Changes of sessions can't be heard, so that every read asks the store, and live "
+                "Changes of sessions don't arrive, so every read asks the store, and live "
                 "updates come late: %s",
                 said,
             )
@@ -301,7 +301,7 @@ class _Thread(threading.Thread):
         self._ended = threading.Event()
 
     def reopen(self) -> None:
-        """Drop the connection, and open another one if still wanted."""
+        """Drop the connection, and open a new one if still wanted."""
         connection = self._connection
         if connection is not None:
             connection.shut()
@@ -329,7 +329,7 @@ class _Thread(threading.Thread):
                 if feed is None and listener.is_wanted(self):
                     listener.failed(error)
             except Exception:
-                logger.exception("A listener failed, and starts again")
+                logger.exception("A listener failed, and will start again")
             finally:
                 connection, self._connection = self._connection, None
                 if feed is not None:
@@ -348,7 +348,7 @@ class _Thread(threading.Thread):
         look_at = now() + LOOK_AGAIN
         while listener.is_wanted(self):
             moment = now()
-            due = moment >= next_beat or feed.exact_as_of == NEVER  # at the start, two at once
+            due = moment >= next_beat or feed.exact_as_of == NEVER  # two at once at the start
             if beats and due and len(sent) < _UNANSWERED:
                 sent.append(moment)
                 next_beat = moment + listener.interval

@@ -1,4 +1,4 @@
-"""``ext.live``: reports at once when sessions end, and when values or devices change."""
+"""``ext.live``: reports immediately when sessions end, and when values or devices change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .hints import Hints, Notify, Watch
 from .messages import add_message, checked_message
 from .states import State, Versions
 
-_MOST = 10_000  # changes that wait for handlers
+_MOST = 10_000  # queued changes
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -26,7 +26,7 @@ class Change(NamedTuple):
     """A change in the session ``handle``; if that is None, a change of the user ``user_id``.
 
     ``keys``: the session's keys that were changed, added or removed; ``user_keys``: the user's.
-    ``ended``: the session is over. ``devices``: the user's list of devices changed. A change of a
+    ``ended``: the session has ended. ``devices``: the user's list of devices changed. A change of a
     session also names its user. A change holds no values: load the ones you need.
     """
 
@@ -53,10 +53,10 @@ class Live:
     def publish(self, user_id: str | int, name: str, data: Any = None) -> None:
         """Send a small message to all open pages of a user, on any machine.
 
-        ``name``: up to 64 characters of ``A-Z a-z 0-9 _ . : -``. ``data``: anything that JSON can
-        express in 1,024 bytes. Pages that are open now get it, and those that reconnect within a
-        minute. Of more than 32 messages in a minute, a page that reconnects gets the last 32.
-        Raises ``ValueError`` and ``StoreUnavailable``. Two round trips.
+        ``name``: up to 64 characters of ``A-Z a-z 0-9 _ . : -``. ``data``: anything that fits into
+        1,024 bytes as JSON. Pages that are open now get it, and so do pages that reconnect within a
+        minute. A page that reconnects gets at most the last 32 messages. Raises ``ValueError`` and
+        ``StoreUnavailable``. Two round trips.
         """
         user_id = checked_user_id(user_id)
         name, content = checked_message(name, data)
@@ -64,7 +64,7 @@ class Live:
         add_message(self.hints().repository, user_id, name, content)
 
     def on_change(self, *keys: str) -> Callable[[F], F]:
-        """Call the function with a ``Change`` when one of these keys changed.
+        """Call the function with a ``Change`` when one of these keys changes.
 
         The keys belong to a session, or to a user's values. Without keys, it is called for every
         change, including ends and devices. ::
@@ -75,8 +75,8 @@ class Live:
 
         The function is called for the sessions and users that this process watches: those with an
         open stream or socket in this process, and those you ``watch``. It runs in an application
-        context. All these functions share one thread and run one after the other. An error is
-        logged. Changes of one session that wait in the meantime arrive as one.
+        context. All functions run one after the other in one thread. An error is logged. Changes of
+        one session that are waiting are merged into one.
         """
         if any(not isinstance(key, str) for key in keys):
             raise TypeError("on_change takes the names of keys: @ext.live.on_change('cart')")
@@ -91,9 +91,9 @@ class Live:
     def watch(self, handle: str | None = None, *, user_id: str | int | None = None) -> Watch:
         """Let this process notice changes of a session or a user, until ``close()`` of the result.
 
-        You need it for functions of ``on_change``; streams and sockets watch by themselves. It
-        doesn't renew the session. Needs an application context. Raises ``SessionEnded`` if there is
-        no such session, ``ValueError`` and ``StoreUnavailable``. One to four round trips.
+        Call it for functions of ``on_change``; streams and sockets do so themselves. It doesn't
+        renew the session. Needs an application context. Raises ``SessionEnded`` if there is no such
+        session, ``ValueError`` and ``StoreUnavailable``. One to four round trips.
         """
         if (handle is None) == (user_id is None):
             raise ValueError("watch takes a handle, or user_id=, but not both")
@@ -114,7 +114,7 @@ class Live:
         notify: Notify,
         is_over: Callable[[], bool] = bool,
     ) -> Watch:
-        """As ``watch``, with the arguments of ``Watch``. Doesn't raise if the session has ended."""
+        """Like ``watch``, with the arguments of ``Watch``. Doesn't raise if there is no session."""
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
 
         def tell(watch: Watch, before: State, after: State) -> None:
@@ -133,12 +133,14 @@ class Live:
             try:
                 with app.app_context():
                     handler(change)
-            except BaseException:  # SystemExit and gevent's Timeout: later changes need the thread
+            except (
+                BaseException
+            ):  # SystemExit or gevent's Timeout, too: later changes need the thread
                 logger.exception("A function of ext.live.on_change failed")
 
 
 def changes_between(watch: Watch, before: State, after: State) -> list[Change]:
-    """The change in the session and the one of its user, if there are any."""
+    """The change in the session and the change of its user, if there are any."""
     found = []
     was, now = before.session, after.session
     if watch.handle is not None and was is not None and was != now:
@@ -163,7 +165,7 @@ def changed_keys(before: Versions, after: Versions) -> frozenset[str]:
 
 
 class _Queue:
-    """Calls ``handle(app, change)`` in a thread of its own, which ends when nothing waits."""
+    """Calls ``handle(app, change)`` in its own thread, which ends when the queue is empty."""
 
     def __init__(self, handle: Callable[[Flask, Change], object]) -> None:
         self._handle = handle
@@ -191,7 +193,7 @@ class _Queue:
             if len(self._waiting) > _MOST:
                 del self._waiting[next(iter(self._waiting))]
                 logger.warning(
-                    "Functions of ext.live.on_change are too slow: a change was dropped, since "
+                    "Functions of ext.live.on_change are too slow: a change was dropped, because "
                     "%d others wait",
                     _MOST,
                 )

@@ -18,7 +18,7 @@ from ..repository.repository import Repository
 from ..stores.base import KEY_LENGTH, Record, unexpired
 from ..values.codec import OF_DATA
 
-#: Limits: bytes of one message as JSON, messages of one user, and how long they are kept.
+#: Limits for each message as JSON, for the messages of one user, and for their age.
 MOST_BYTES, MOST_MESSAGES, LIFE = 1024, 32, 60_000  # bytes, messages, milliseconds
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
@@ -69,13 +69,13 @@ def checked_message(name: object, data: object) -> tuple[str, bytes]:
     if len(text) > MOST_BYTES:
         raise ValueError(
             f"The data of the message {name!r} has {len(text)} bytes as JSON; at most {MOST_BYTES} "
-            "are allowed. Send a hint, and let the page load the rest"
+            "are allowed. Send a hint, and let the page load the data"
         )
     return str(name), text.encode()
 
 
 def read_messages(repository: Repository, record: Record | None) -> tuple[Message, ...]:
-    """The messages in a record that haven't expired. A damaged record has none."""
+    """The unexpired messages in a record. A damaged record has none."""
     if record is None or repository.now() >= record.idle_expires_at:
         return ()
     try:
@@ -88,7 +88,7 @@ def read_messages(repository: Repository, record: Record | None) -> tuple[Messag
 
 
 def add_message(repository: Repository, user_id: str, name: str, data: bytes) -> None:
-    """Append a message to the user's. Two round trips, two more for each lost race.
+    """Append a message to the user's messages. Two round trips, two more for each lost race.
 
     Raises ``StoreUnavailable``.
     """
@@ -122,4 +122,4 @@ def add_message(repository: Repository, user_id: str, name: str, data: bytes) ->
 
 
 def _lost() -> StoreUnavailable:
-    return StoreUnavailable("too many messages for one user at once", contention=True)
+    return StoreUnavailable("too many simultaneous messages for one user", contention=True)

@@ -16,18 +16,18 @@ try:
 except ImportError:
     _uwsgi = None
 
-#: The event of a client that closed its connection. None: this system has no such event.
+#: The poll event for a connection that the client closed. None if the system lacks it.
 _CLOSED: int | None = getattr(select, "POLLRDHUP", None)
-#: The option for the time until unread data ends a TCP connection. None: not on this system.
+#: The socket option that ends a TCP connection if data stays unread. None if the system lacks it.
 _UNREAD: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)
-_UNKNOWN = 4  # threads of an unknown server; waitress has 4 by default
-_MANY = 1000  # requests at once, if each has its own greenlet or thread
+_UNKNOWN = 4  # threads to assume for an unknown server; waitress has 4 by default
+_MANY = 1000  # parallel requests, if each has its own greenlet or thread
 
 
 def threads(environ: Mapping[str, Any]) -> int:
-    """How many requests this process serves at once. 1: it can't stream.
+    """How many requests this process serves at the same time. If 1, it can't stream.
 
-    ``environ``: of a request.
+    ``environ``: a request's WSGI environment.
     """
     if not environ.get("wsgi.multithread"):
         return 1
@@ -42,15 +42,16 @@ def threads(environ: Mapping[str, Any]) -> int:
 
 
 class Connection:
-    """The connection of a request. ``file``: its descriptor; None if the server hides it."""
+    """A request's connection. ``file``: its descriptor; None if the server hides it."""
 
     def __init__(self, file: int | None) -> None:
         self._file = file
 
     def expect_reader(self, seconds: float) -> None:
-        """Let writes fail if the client reads nothing for so long, if the system can do that.
+        """Let writes fail if the client reads nothing for this long, where the system supports
+        that.
 
-        Otherwise a client that has stopped reading or has vanished would keep its thread forever.
+        Otherwise a client that stopped reading, or vanished, would occupy a thread forever.
         """
         if self._file is None or _UNREAD is None:
             return
@@ -58,7 +59,7 @@ class Connection:
             connection.setsockopt(socket.IPPROTO_TCP, _UNREAD, int(seconds * 1000))
 
     def is_gone(self) -> bool:
-        """Whether the client has closed it, or vanished. False if this system can't tell."""
+        """Whether the client has closed it, or vanished. False if the system can't tell."""
         if self._file is None or _CLOSED is None:
             return False
         waits = _poll()
@@ -67,7 +68,8 @@ class Connection:
             if not waits.poll(0):
                 return False
             with socket.socket(fileno=os.dup(self._file)) as connection:
-                # So the next write fails as on a closed connection: servers log a timeout.
+                # So that the next write fails like on a closed connection: servers would log a
+                # timeout.
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except (OSError, ValueError):
             pass
@@ -83,7 +85,7 @@ def connection_of(environ: Mapping[str, Any]) -> Connection:
 
 
 def is_ending() -> bool:
-    """Whether the worker is shutting down, and waits for its requests to end."""
+    """Whether the worker is shutting down, and waiting for its requests to end."""
     worker = _gunicorn_worker()
     return worker is not None and not worker.alive
 

@@ -21,8 +21,8 @@ Versions = Mapping[str, str]
 class SessionState(Struct, frozen=True):
     """A session at one moment.
 
-    ``handle``: its present key. ``ends``: when it ends if it isn't used, in milliseconds.
-    ``user_id``: the user that it is bound to. ``keys``: the version of each value.
+    ``handle``: its current key. ``ends``: when it ends if it isn't used, in milliseconds.
+    ``user_id``: the user it is bound to. ``keys``: the version of each value.
     """
 
     handle: str
@@ -56,7 +56,7 @@ class State(Struct, frozen=True):
 class Digests:
     """Makes versions that are the same in all processes with one ``SECRET_KEY``.
 
-    They are keyed, so nobody can guess a value and compare.
+    They are keyed, so that nobody can guess a value and compare versions.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -77,12 +77,12 @@ class Digests:
         return digest.hexdigest()
 
     def of_body(self, created: int, body: Body, now: int) -> dict[str, str]:
-        """The version of each value. ``created`` stays the same through rotations, so they do."""
+        """The version of each value. ``created`` keeps versions the same through rotations."""
         values = unexpired(body.values, now) if body.marked else body.values
         salt = b"%d" % created
         return {key: self.of(salt, key.encode(), raw) for key, raw in values.items()}
 
     def of_devices(self, user_id: str, roster: Roster) -> str:
-        """The version of the list of devices and their labels, without the times they were seen."""
+        """The version of the list of devices and their labels, ignoring when each was seen."""
         shown: list[Any] = [(each.id, each.label, each.tags) for each in roster.members]
         return self.of(b"devices", user_id.encode(), repr(shown).encode())

@@ -15,7 +15,7 @@ from .messages import Message
 from .states import State
 
 _RETRY = (200, 2000)  # milliseconds until a browser reconnects
-_JITTER = 0.2  # of a stream's lifetime, so that browsers don't all reconnect at once
+_JITTER = 0.2  # share of a stream's lifetime, so that browsers don't all reconnect at once
 #: Sent while nothing changes, to find clients that are gone.
 HEARTBEAT = b":\n\n"
 
@@ -31,7 +31,8 @@ class Full(Exception):
 
 
 class Limits(NamedTuple):
-    """The limits on the streams of this process: ``most`` in all, ``most_of_user`` for ``who``.
+    """The limits on the streams of this process: ``most`` in all, ``most_of_user`` for user
+    ``who``.
 
     ``is_gone``: whether the client of this stream is gone.
     """
@@ -54,7 +55,7 @@ class Slots:
         self._taken: dict[object, Limits] = {}
 
     def take(self, limits: Limits) -> object:
-        """Take a slot; frees the slots of vanished clients if needed. Raises ``Full``."""
+        """Take a slot, freeing slots of vanished clients if needed. Raises ``Full``."""
         process.notice()
         with self._lock:
             try:
@@ -62,14 +63,16 @@ class Slots:
             except Full:
                 for slot, other in list(self._taken.items()):
                     if other.is_gone():
-                        self.free(slot)  # unless it has ended
+                        self.free(slot)  # does nothing if the stream has ended
                 self._check(limits)
             slot = object()
             self._taken[slot] = limits
             return slot
 
     def _check(self, limits: Limits) -> None:
-        taken = list(self._taken.values())  # another thread, or a finalizer, may free a slot
+        taken = list(
+            self._taken.values()
+        )  # a copy, since another thread or a finalizer may free a slot
         if sum(other.who == limits.who for other in taken) >= limits.most_of_user:
             raise Full(of_user=True)
         if len(taken) >= limits.most:
@@ -88,7 +91,7 @@ slots = Slots()
 
 
 class Stream(Iterator[bytes]):
-    """The body of a response: sends ``show(state)`` whenever that changes, and messages.
+    """The body of a response: sends ``show(state)`` whenever it changes, and messages.
 
     It ends with the session, when the token is rotated, after about ``life`` seconds, and when the
     process shuts down. ``after``: the id of the last message that the browser has, or None. Raises
@@ -113,7 +116,7 @@ class Stream(Iterator[bytes]):
         self._until = time.monotonic() + life * random.uniform(1 - _JITTER, 1)
         self._sent = b""
         self._last = after
-        # The watch must not refer to the stream: the stream is closed when it is collected.
+        # The watch must not refer to the stream, which closes itself when it is garbage-collected.
         woken = self._woken = threading.Event()
         try:
             self._watch = watch(lambda *_: woken.set(), limits.is_gone)
@@ -131,7 +134,7 @@ class Stream(Iterator[bytes]):
                 return retry + self._events(self._watch.state)
             wait = min(self._heartbeat, self._until - time.monotonic())
             woken = wait > 0 and self._woken.wait(wait)
-            self._woken.clear()  # before the state is read
+            self._woken.clear()  # before reading the state
             if self._watch.closed or time.monotonic() >= self._until:
                 break
             events = self._events(self._watch.state)
@@ -143,7 +146,7 @@ class Stream(Iterator[bytes]):
     def _events(self, state: State) -> bytes:
         session = state.session
         if session is not None and session.handle != self._handle:
-            self._ended = True  # it was rotated: the browser reconnects with its new token
+            self._ended = True  # after a rotation, the browser reconnects with its new token
             return b""
         self._ended = session is None
         messages = () if state.user is None else state.user.messages
@@ -182,6 +185,6 @@ def newer(messages: tuple[Message, ...], after: int) -> list[Message]:
 
 
 def as_json(message: Message) -> bytes:
-    """A message as pages get it."""
+    """A message in the form that pages get."""
     head = json.dumps({"id": message.id, "name": message.name})[:-1].encode()
     return b'%b, "data": %b}' % (head, message.data)

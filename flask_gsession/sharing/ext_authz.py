@@ -23,14 +23,14 @@ from .grants import Grant
 from .server import Denied, Service
 from .verify import Verifier
 
-# Codes of google.rpc.Code, and statuses of HTTP.
+# Codes of google.rpc.Code, and HTTP statuses.
 _OK, _UNAVAILABLE, _UNAUTHENTICATED = 0, 14, 16
 _OURS = re.compile("x[-_]session[-_]", re.IGNORECASE)
 _REPLACE = base.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
 class ExtAuthzService(Service):
-    """Answers Envoy, which needs the grant ``verify``, and gets the session keys in ``read``."""
+    """Answers Envoy, which needs the grant ``verify``. It gets the session keys in ``read``."""
 
     methods = describe(auth.DESCRIPTOR.services_by_name["Authorization"])
     strict = False  # newer versions of Envoy send more fields
@@ -59,7 +59,7 @@ class ExtAuthzService(Service):
         if identity is None:
             return _denied(_UNAUTHENTICATED, 401, {"www-authenticate": "Cookie"})
         ours = {name.lower(): text for name, text in headers.items()}
-        # Those with underscores, too, which mean the same header to a WSGI application.
+        # Including names with underscores, which a WSGI application takes for the same header.
         spoofed = {name for name in received if _OURS.match(name)} - ours.keys()
         absent = [name for name, text in ours.items() if not text]
         reply = auth.CheckResponse()
@@ -78,6 +78,6 @@ def _option(name: str, text: str) -> Any:
 def _denied(code: int, status: int, headers: dict[str, str]) -> Any:
     reply = auth.CheckResponse()
     reply.status.code = code
-    reply.denied_response.status.code = status  # one of Envoy's names for HTTP's numbers
+    reply.denied_response.status.code = status  # Envoy's enum of HTTP statuses
     reply.denied_response.headers.extend(_option(*header) for header in headers.items())
     return reply

@@ -1,4 +1,4 @@
-"""A page for proxies that ask who a visitor is: nginx, Traefik, Caddy, HAProxy and Envoy."""
+"""A page for proxies that authenticate visitors: nginx, Traefik, Caddy, HAProxy and Envoy."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def verify_blueprint(
     if passports is not None:
         absent["X-Session-Passport"] = ""
 
-    # Flask's own answer to OPTIONS would be 200 for every visitor. Envoy sends the method of the
-    # original request, and appends its path.
+    # Flask's default for OPTIONS would respond 200 to every visitor. Envoy sends the original
+    # request's method, and appends its path.
     @blueprint.route(url, methods=_METHODS, provide_automatic_options=False)
     @blueprint.route(f"{url}/<path:of>", methods=_METHODS, provide_automatic_options=False)
     def verify(of: str = "") -> Response:

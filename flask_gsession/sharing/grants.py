@@ -23,7 +23,7 @@ _DIGEST = re.compile("[0-9a-f]{64}", re.ASCII)
 class Grant:
     """The permissions of one service. ``read`` and ``write`` list session keys.
 
-    ``store`` is full power: every verb on every session.
+    ``store`` gives full access: every verb on every session.
     """
 
     service: str
@@ -47,13 +47,13 @@ class Grants:
     anonymous: Grant | None = None
 
     def __repr__(self) -> str:
-        """Without the digests of tokens."""
+        """Hides the digests of tokens."""
         return "<Grants>"
 
     def of(self, names: list[str], token: str | None) -> Grant | None:
         """The grant of a caller with a certificate for ``names``, or with ``token``.
 
-        The certificate comes first, if a caller has both. None for an unknown caller.
+        If a caller has both, the certificate counts. None for an unknown caller.
         """
         for name in names:
             grant = self.by_certificate.get(name)
@@ -67,7 +67,8 @@ class Grants:
 class GrantsFile(ReplacedFiles[Grants]):
     """The grants in the file at ``path``, which is read again after it was replaced.
 
-    Raises ``SettingError`` if it can't be used now; later, the old grants stay instead.
+    Raises ``SettingError`` if it is unusable now. If it becomes unusable later, the old grants stay
+    in force.
     """
 
     def __init__(self, path: str) -> None:
@@ -76,7 +77,7 @@ class GrantsFile(ReplacedFiles[Grants]):
         super().__init__((path,), self._grants, "Grants")
 
     def of(self, names: list[str], token: str | None) -> Grant | None:
-        """As ``Grants.of``. Costs a look at the file."""
+        """Like ``Grants.of``. Checks the file's status."""
         self.renewed()
         return self.current.of(names, token)
 
@@ -85,18 +86,18 @@ class GrantsFile(ReplacedFiles[Grants]):
         grants = read_grants(self._path)
         if not (first or grants.by_certificate or grants.by_token):
             raise SettingError(
-                f"The grants file {self._path} names no service, as while it is being written; to "
+                f"The grants file {self._path} names no service; is it being written? To "
                 "grant nothing, leave a service without permissions"
             )
         return grants
 
 
 #: For a Unix socket without a grants file: its file mode protects it.
-FULL_POWER = Grants(anonymous=Grant("the socket's user", store=True))
+FULL_ACCESS = Grants(anonymous=Grant("the socket's user", store=True))
 
 
 def digest(token: str) -> bytes:
-    """The digest that is kept of a token. The token is random, so a dict lookup leaks nothing."""
+    """The stored digest of a token. Tokens are random, so the timing of a lookup leaks nothing."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -133,7 +134,9 @@ def _grant(path: str, service: str, table: object) -> tuple[Grant, str | None, b
             path, service, "has neither certificate nor token_sha256, so no caller matches"
         )
     if certificate is not None and not (isinstance(certificate, str) and certificate):
-        raise _wrong(path, service, "has a certificate that isn't a name, as 'billing.internal'")
+        raise _wrong(
+            path, service, "has a certificate that isn't a name such as 'billing.internal'"
+        )
     if token is not None and not (isinstance(token, str) and _DIGEST.fullmatch(token)):
         raise _wrong(
             path, service, "has a token_sha256 that isn't 64 hexadecimal digits in lower case"

@@ -19,12 +19,12 @@ _HEADERS = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 def introspection_blueprint(
     ext: Session, grants: str | Grants, *, url: str = "/session/introspect", user: str | None = None
 ) -> Blueprint:
-    """A blueprint with the page ``url``, which answers as RFC 7662 says.
+    """A blueprint with the page ``url``, which responds as RFC 7662 specifies.
 
     ``grants``: the grants, or the path of their file, which may be replaced. A service needs
-    ``verify = true`` and a token. It sends that as the password of HTTP Basic, with its name as the
-    user, or as a bearer token. The answer holds the session keys in its ``read``. 503 if the store
-    doesn't answer. One round trip.
+    ``verify = true`` and a token. It sends the token with HTTP Basic, as the password of its name,
+    or as a bearer token. The response holds the session keys in its ``read``. Responds 503 if the
+    store doesn't answer. One round trip.
     """
     known = GrantsFile(grants) if isinstance(grants, str) else grants
     by_token = (known.current if isinstance(known, GrantsFile) else known).by_token
@@ -40,13 +40,13 @@ def introspection_blueprint(
         grant = _caller(known)
         if grant is None:
             events.emit(AccessDenied, "", "introspection: unknown service")
-            logger.warning("An introspection by an unknown service was refused")
+            logger.warning("Refused an introspection by an unknown service")
             response = _answer({"error": "invalid_client"}, 401)
             response.headers["WWW-Authenticate"] = 'Basic realm="introspection"'
             return response
         if not grant.verify:
             events.emit(AccessDenied, grant.service, "introspection: the grant `verify`")
-            logger.warning("The service %s was refused an introspection", grant.service)
+            logger.warning("Refused an introspection by the service %s", grant.service)
             return _answer({"error": "access_denied"}, 403)
         token = request.form.get("token")
         if not token or len(request.form.getlist("token")) > 1:
@@ -88,7 +88,7 @@ def _answer(body: dict[str, Any], status: int) -> Response:
 
 
 def _caller(grants: Grants | GrantsFile) -> Grant | None:
-    """The service that calls; what it sends is looked up by its digest."""
+    """The calling service, looked up by the digest of its token."""
     given = request.authorization
     if given is None:
         return None

@@ -1,7 +1,7 @@
-"""Passports: signed statements about a visitor, for services that can't ask the application.
+"""Passports: signed statements about a visitor, for services that can't call the application.
 
-A passport is a JWT (RFC 7519) of at most 60 seconds, signed with ES256. Its keys are published as a
-JWK set (RFC 7517). It can't be revoked: a logout takes effect when it expires.
+A passport is a JWT (RFC 7519) that is valid for at most 60 seconds, signed with ES256. Its keys are
+published as a JWK set (RFC 7517). It can't be revoked: a logout takes effect when it expires.
 """
 
 from __future__ import annotations
@@ -143,12 +143,12 @@ class Passport(NamedTuple):
 
 
 class PassportReader:
-    """Checks passports, in a service that doesn't ask the application.
+    """Checks passports, in a service that doesn't call the application.
 
-    ``keys``: the JWK set, or a function that fetches it. The function is called again for a
-    passport with an unknown key, at most every ten seconds. ``issuer`` and ``audience``: the
-    required claims. ``leeway``: seconds by which clocks may differ. Each reader accepts a passport
-    once; with ``once=False``, until it expires.
+    ``keys``: the JWK set, or a function that fetches it. For a passport with an unknown key, the
+    function is called again, at most every ten seconds. ``issuer`` and ``audience``: the required
+    claims. ``leeway``: how many seconds clocks may differ. Each reader accepts a passport only
+    once; with ``once=False``, repeatedly until it expires.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class PassportReader:
         return jwt.decode(text, self._keys, [_ALGORITHM])
 
     def _fetch(self) -> bool:
-        """Fetch the keys again, unless that was done just now. Whether it fetched them."""
+        """Fetch the keys again, unless they were just fetched. Returns whether it did."""
         source = self._source
         if not callable(source):
             return False
@@ -246,8 +246,8 @@ def _key(path: str) -> ECKey:
         key = ECKey.import_key(Path(path).read_bytes(), {"use": "sig", "alg": _ALGORITHM})
     except (OSError, ValueError, JoseError) as error:
         raise SettingError(
-            f"The passport key {path} can't be read ({type(error).__name__}): it is a PEM file "
-            "with an EC key, as `openssl ecparam -name prime256v1 -genkey` makes it"
+            f"The passport key {path} can't be read ({type(error).__name__}): it must be a PEM "
+            "file with an EC key, such as `openssl ecparam -name prime256v1 -genkey` makes"
         ) from None
     if key.curve_name != _CURVE or not key.is_private:
         raise SettingError(f"The passport key {path} isn't a private key on the curve {_CURVE}")
@@ -256,7 +256,7 @@ def _key(path: str) -> ECKey:
 
 
 def _is_json(value: object) -> bool:
-    """Whether JSON represents the value exactly. Other values are left out."""
+    """Whether JSON represents the value exactly; other values are left out."""
     if isinstance(value, list):
         return all(map(_is_json, value))
     if isinstance(value, dict):

@@ -25,14 +25,14 @@ from .grants import Grant, Grants, GrantsFile
 Status = grpc.StatusCode
 
 _BEARER = "Bearer "
-_QUEUE = 4  # calls that wait, for each thread
-_SHARE = 0.95  # of the caller's time for the store, so that the caller gets the answer in time
+_QUEUE = 4  # waiting calls per thread
+_SHARE = 0.95  # the store's share of the caller's time, so that the reply arrives in time
 _STREAMS = 100  # watchers, each with a thread
 _NAMES = ("x509_subject_alternative_name", "x509_common_name")
 
 
 class Denied(Exception):
-    """A service asked for something that isn't granted."""
+    """A service requested something that isn't granted."""
 
 
 class Refused(Exception):
@@ -49,7 +49,7 @@ class Service:
 
     ``answer`` handles a call. It raises ``Denied``, ``Refused`` or any error of a store.
     ``answer_stream`` handles a streaming call. ``strict``: whether to refuse a request with an
-    unknown field. ``stop`` is called when the server ends.
+    unknown field. ``stop`` is called when the server shuts down.
     """
 
     methods: ClassVar[Mapping[str, Method]]
@@ -102,8 +102,8 @@ class Server:
     def listen(self, address: str, files: CertificateFiles | None) -> int:
         """Bind ``HOST:PORT`` or ``unix:/path``, and return the port. Raises ``SettingError``.
 
-        With a file ``ca``, callers need a certificate from that authority. Files that are replaced
-        count for the connections after it.
+        With a file ``ca``, callers need a certificate from that authority. Replaced files apply to
+        new connections.
         """
         try:
             if address.startswith("unix:"):
@@ -117,7 +117,7 @@ class Server:
 
     @contextmanager
     def _own_socket(self, path: Path) -> Iterator[None]:
-        """Let only this process' user connect to a socket made in the block."""
+        """Let only this process's user connect to a socket that the block creates."""
         with_mode = os.umask(0o177)
         try:
             if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
@@ -135,8 +135,8 @@ class Server:
         self._server.wait_for_termination()
 
     def stop(self, grace: float | None = None) -> threading.Event:
-        """Refuse new calls, and give running ones ``grace`` seconds. The event is set when they are
-        over.
+        """Refuse new calls, and give running ones ``grace`` seconds. The event is set when they
+        have ended.
         """
         for service in self._services:
             service.stop()
@@ -148,7 +148,7 @@ class Server:
             try:
                 grant = self._grant_of(context, _credentials_of(context))
                 if not context.is_active():
-                    # It waited for a thread until its deadline, so the caller has given up.
+                    # It waited for a thread until its deadline: the caller has given up.
                     raise Refused(Status.DEADLINE_EXCEEDED, "too late")
                 left = context.time_remaining()
                 if service.strict and not is_understood(request):
@@ -157,7 +157,7 @@ class Server:
                         "the request has fields that this server doesn't know: update "
                         "Flask-GSession here before its clients",
                     )
-                # Our store's calls end before the caller stops waiting.
+                # Calls to our store end before the caller stops waiting.
                 with ending_by(None if left is None else time.monotonic() + _SHARE * left):
                     try:
                         return service.answer(name, request, grant)
@@ -180,7 +180,7 @@ class Server:
             except Exception as error:
                 self._abort(name, context, error)
 
-        # Streams stay open, so they have threads of their own.
+        # Streams stay open, so they have their own threads.
         answer_stream.experimental_thread_pool = self._watchers  # type: ignore[attr-defined]
         coding = method.request.FromString, method.reply.SerializeToString
         if method.streams:
@@ -210,14 +210,14 @@ class Server:
             shown = ", ".join(names)[:200] if names else "no certificate"
             with_token = "" if token is None else ", an unknown token"
             self._events.emit(AccessDenied, "", "unknown service")
-            logger.warning("A call of an unknown service was refused: %s%s", shown, with_token)
+            logger.warning("Refused a call by an unknown service: %s%s", shown, with_token)
             context.abort(Status.UNAUTHENTICATED, "this caller isn't in the grants file")
         assert grant is not None
         return grant
 
     def _deny(self, context: Any, service: str, what: str) -> NoReturn:
         self._events.emit(AccessDenied, service, what)
-        logger.warning("The service %s was refused %s", service, what)
+        logger.warning("Refused the service %s: %s", service, what)
         context.abort(Status.PERMISSION_DENIED, f"not granted: {what}")
         raise AssertionError("abort raises")
 
@@ -225,7 +225,7 @@ class Server:
 def _credentials_of(context: Any) -> tuple[list[str], str | None]:
     """The names in the caller's certificate, and its token."""
     shown_by = context.auth_context()
-    # The common name counts only without the others (RFC 9525): an authority may not check it.
+    # Use the common name only if there are no other names (RFC 9525): authorities may not check it.
     certified = next((shown_by[name] for name in _NAMES if shown_by.get(name)), ())
     names = [value.decode("utf-8", "replace") for value in certified]
     token = None
@@ -241,7 +241,7 @@ def _credentials(files: CertificateFiles) -> Any:
         return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=ca)
 
     def renewed() -> Any:
-        """For each connection, before its handshake."""
+        """Called for each connection, before its handshake."""
         return configuration() if files.renewed() else None
 
     return grpc.dynamic_ssl_server_credentials(
@@ -258,15 +258,16 @@ def check_address(address: str, certificates: Certificates | None) -> None:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         raise SettingError(
-            f"{address!r} isn't an address: use HOST:PORT, as 0.0.0.0:7443, or unix:/run/g.sock"
+            f"{address!r} isn't an address: use HOST:PORT, such as 0.0.0.0:7443, or "
+            "unix:/run/g.sock"
         )
     if certificates is None and not is_loopback(host.strip("[]")):
         raise SettingError(
-            f"{address} can be reached from other machines: give --cert, --key and --ca, or "
+            f"{address} can be reached from other machines: add --cert, --key and --ca, or "
             "listen on 127.0.0.1"
         )
     if certificates is not None and (certificates.chain is None or certificates.ca is None):
         raise SettingError(
-            "With TLS the server needs --cert and --key, its own certificate, and --ca, the "
-            "authority of its callers' certificates"
+            "With TLS the server needs its own certificate, --cert and --key, and --ca, the "
+            "authority that signs its callers' certificates"
         )

@@ -24,9 +24,9 @@ from .writes import Writes
 _LONGEST_WAIT = 1.0  # seconds, for the release of a lease
 _LARGEST_PAGE = 1000  # records
 _MOST_BYTES = LONGEST_MESSAGE // 2  # of the payloads in a page
-_TO_SETTLE = 5.0  # seconds, for a write that was given up
-_TO_BEGIN = 5.0  # seconds until changes of the far store are heard
-#: An edge that is cut off can't know by what policies another application would merge.
+_TO_SETTLE = 5.0  # seconds, to settle a cancelled write
+_TO_BEGIN = 5.0  # seconds until changes of the store must arrive
+#: A cut-off edge doesn't know the merge policies of another application.
 _OF_OTHERS = Mergeable("a write of another service")
 
 
@@ -43,7 +43,7 @@ class StoreService(Service):
         self._parts = parts_of(store)
         self._waiters = threading.BoundedSemaphore(waiters)
         self._ending = threading.Event()
-        #: tells this server from others behind the same name
+        #: distinguishes this server from others behind the same name
         self._number = secrets.randbits(64)
         self._writes = Writes()
         self._calls: dict[str, Callable[[Any], Any]] = {
@@ -76,7 +76,7 @@ class StoreService(Service):
         if part is None:
             raise Refused(
                 grpc.StatusCode.UNIMPLEMENTED,
-                f"the store here has no {name}: its clients need ?without={name} in their URL",
+                f"the store has no {name}: clients need ?without={name} in their URL",
             )
         return part
 
@@ -87,7 +87,7 @@ class StoreService(Service):
 
     def _settle(self, request: Any) -> Any:
         if not self._writes.settle(request.versions, time_left(_TO_SETTLE)):
-            raise StoreUnavailable("a write that was given up still runs", contention=True)
+            raise StoreUnavailable("a cancelled write is still running", contention=True)
         return _DONE
 
     def _create(self, request: Any) -> Any:
@@ -162,7 +162,7 @@ class StoreService(Service):
     def _wait_for_release(self, request: Any) -> Any:
         leases = self._part("leases")
         if not self._waiters.acquire(blocking=False):
-            return pb.Flag(value=False)  # the caller waits a moment instead
+            return pb.Flag(value=False)  # no thread is free, so the caller polls instead
         try:
             seconds = min(max(request.seconds, 0.0), _LONGEST_WAIT)
             leases.wait_for_release(request.key, request.owner, seconds)

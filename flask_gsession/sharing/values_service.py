@@ -1,4 +1,4 @@
-"""Some values of sessions over gRPC, for services that must not see the others."""
+"""Selected values of sessions over gRPC, for services that must not see the rest."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ _MOST_KEYS = 1000
 class ValuesService(Service):
     """Answers ``Verify``, ``Get``, ``Put`` and ``Revoke`` for the sessions of ``ext`` on ``app``.
 
-    A service may read the keys in its grant's ``read``, and set or remove those in ``write``. The
-    changes merge with parallel requests as any other. ``user``: the session key with the user's id.
+    A service may read the keys in its grant's ``read``, and set or remove those in ``write``. Its
+    changes are merged with parallel requests as usual. ``user``: the session key with the user's
+    id.
     """
 
     methods = methods_of("Values")

@@ -1,4 +1,4 @@
-"""Identifies a visitor by the session cookie, for every way of asking. Read-only."""
+"""Identifies a visitor by the session cookie, for all services in this folder. Read-only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..users.rosters import LOGIN
 
 USER_HEADER = "X-Session-User"
 
-_LONGEST = 1000  # characters of a value in a header; proxies allow some thousands for all of them
+_LONGEST = 1000  # characters of a value in a header; proxies limit all headers to a few thousand
 _PLAIN = "".join(set(string.punctuation) - {"%"})  # unescaped in a header
 
 
@@ -53,9 +53,8 @@ class Verifier:
 
     ``user``: the session key with the user's id. By default, it is the user that the session is
     bound to, or else Flask-Login's key. ``values``: further keys that services may see. ``renew``:
-    whether a check counts as use of the session, so that its idle timeout starts again; otherwise,
-    a check writes nothing. One round trip; with ``renew`` two more, once per
-    ``SESSION_RENEW_INTERVAL``.
+    whether a check counts as use of the session and restarts its idle timeout; otherwise, a check
+    writes nothing. One round trip; with ``renew`` two more, once per ``SESSION_RENEW_INTERVAL``.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Verifier:
         return Identity(str(user), session)
 
     def _count_as_use(self, app: Flask, loaded: Loaded) -> bool:
-        """Renew the session if that is due; whether it still exists. Logs an outage."""
+        """Renew the session if that is due. Returns whether it still exists. Logs an outage."""
         repository = interface_of(self._ext, app).repository
         body = loaded.body
         if repository.expiry.due(loaded.record, body.values, body.lifetime) is not None:
@@ -106,11 +105,11 @@ class Verifier:
         return True
 
     def identify_token(self, app: Flask, token: str) -> Identity | None:
-        """Like ``identify``, by the value of the session cookie."""
+        """Like ``identify``, but with the value of the session cookie."""
         return self.identify(app, cookie_header(interface_of(self._ext, app), app, token))
 
     def shared(self, identity: Identity) -> dict[str, Any]:
-        """The allowed values of the session, without those that are absent."""
+        """The allowed values of the session, as far as they exist."""
         found: dict[str, Any] = {}
         for key in self.values:
             try:
@@ -123,7 +122,7 @@ class Verifier:
     def headers(self, identity: Identity) -> dict[str, str]:
         """``X-Session-User``, and a header for each allowed value.
 
-        All headers are present, and empty without a value, since they must replace headers from the
+        All headers are always present, if necessary empty, so that they replace headers from the
         client. Characters beyond printable ASCII, spaces and ``%`` are percent-encoded.
         """
         shared = self.shared(identity)
@@ -166,8 +165,8 @@ def find_presented(
 def find_of_request(interface: GSessionInterface, app: Flask, request: Request) -> Loaded | None:
     """The session of this request's cookie or token header.
 
-    With a near cache, it may be as old as the bound allows, as for a request. A refused token is
-    counted and logged like one in a request to the application. Raises ``StoreUnavailable``.
+    With a near cache, the session may be as old as its bound allows. A refused token is counted and
+    logged as in a request to the application. Raises ``StoreUnavailable``.
     """
     process.notice()
     repository = interface.repository
@@ -198,12 +197,12 @@ def find_of_request(interface: GSessionInterface, app: Flask, request: Request) 
         repository.refusals.note("revoked", loaded.record.key)
         return None
     if imports is not None and imports.has_ended(repository, loaded.body):
-        return None  # a worker that still uses the old library logged it out
+        return None  # an old worker, still with the old library, logged it out
     return loaded
 
 
 def cookie_header(interface: GSessionInterface, app: Flask, token: str) -> str:
-    """The ``Cookie`` header of a client with this session cookie."""
+    """The ``Cookie`` header of a client with this token in its session cookie."""
     return f"{interface.get_cookie_name(app)}={token}"
 
 
@@ -221,7 +220,7 @@ def header_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def header_text(value: object) -> str:
-    """A value as printable ASCII. Other types than text become JSON."""
+    """A value as printable ASCII. Types other than text become JSON."""
     if value is None:
         return ""
     if isinstance(value, str):

@@ -1,8 +1,8 @@
-"""Passes changes of records on over gRPC, and proves how far they are complete.
+"""Forwards changes of records over gRPC, and proves up to when they are complete.
 
-The far store's listener knows up to when it has heard every change, by this machine's clock. We
-answer a beat of the watcher once that time is past the beat's arrival, after all changes heard by
-then. So for the watcher, its beat proves what the far store's own beats prove here.
+The store's listener knows up to what time, by this machine's clock, it has received every change.
+We answer a watcher's beat once that time is later than the beat's arrival, and after all changes
+received by then. So its beat proves to the watcher the same as the store's beats prove here.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import grpc
 
 from ..live.listener import now
 from ..protocol import gsession_pb2 as pb
-from ..stores.parts import Changes, Feed, Hearer
+from ..stores.parts import Changes, Feed, Subscriber
 from .server import Refused
 
 _PROBE = "probe"  # any key, since all keys have one feed
-_FASTER = 4  # beats to the far store for each beat of the watcher
+_FASTER = 4  # beats to the store for each beat of the watcher
 _SHORTEST, _LONGEST = 0.005, 10.0  # seconds between beats
-_LOOK_AGAIN = 0.25  # seconds, while no beat waits
+_LOOK_AGAIN = 0.25  # seconds between checks while no beat waits
 _MOST_KEYS = 50_000  # waiting for a slow watcher
 _PIECE = 500  # keys in a message
 
@@ -35,15 +35,15 @@ def watch(
     number: int = 0,
 ) -> Iterator[Any]:
     """The replies to a watcher. Raises ``Refused`` at the end. ``is_over``: whether the call has
-    ended. ``number``: the server's, for a watcher that asks for it.
+    ended. ``number``: this server's number, for watchers that request it.
     """
     if changes.unproven or not getattr(changes, "one_feed", False):
-        why = changes.unproven or "the far store has several servers"
+        why = changes.unproven or "the store has several servers"
         raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"changes can't be proven: {why}")
     first = next(requests, None)
     interval = 1.0 if first is None else min(max(first.interval, _SHORTEST), _LONGEST)
     relay = Relay()
-    changes.hear(relay, interval / _FASTER)
+    changes.subscribe(relay, interval / _FASTER)
     try:
         changes.start()
         feed = _begun(changes, timeout, is_over)
@@ -54,7 +54,7 @@ def watch(
         yield pb.WatchReply(started=True, server=number if named else None)
         while not is_over():
             keys, beats = relay.wait(feed, interval / _FASTER)
-            # Proofs of this feed stay valid. Another feed begins after a gap.
+            # Proofs by this feed stay valid. A new feed begins after a gap.
             for start in range(0, len(keys), _PIECE):
                 yield pb.WatchReply(keys=keys[start : start + _PIECE])
             for beat in beats:
@@ -62,23 +62,23 @@ def watch(
             if changes.feed(_PROBE) is not feed:
                 relay.end("changes may have been lost")
     finally:
-        changes.leave(relay)
-    raise Refused(grpc.StatusCode.UNAVAILABLE, "the server is ending")
+        changes.unsubscribe(relay)
+    raise Refused(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
 
 
 def _begun(changes: Changes, timeout: float, is_over: Callable[[], bool]) -> Feed:
-    """The feed that hears changes from now on."""
+    """The feed that reports changes from now on."""
     until = now() + timeout
     while now() < until and not is_over():
         feed = changes.feed(_PROBE)
         if feed is not None:
             return feed
         threading.Event().wait(_SHORTEST)
-    raise Refused(grpc.StatusCode.UNAVAILABLE, "changes of the far store can't be heard")
+    raise Refused(grpc.StatusCode.UNAVAILABLE, "no changes of the store arrive")
 
 
-class Relay(Hearer):
-    """Changes and beats that wait for one watcher."""
+class Relay(Subscriber):
+    """The changes and beats that wait for one watcher."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -97,7 +97,7 @@ class Relay(Hearer):
         self.end("changes may have been lost")
 
     def end(self, why: str) -> None:
-        """Let the next ``wait`` raise ``Refused``."""
+        """Make the next ``wait`` raise ``Refused``."""
         with self._changed:
             self._end(why)
 
@@ -113,12 +113,12 @@ class Relay(Hearer):
                     with self._changed:
                         self._beats.append((request.beat, now()))
                         self._changed.notify()
-        except Exception:  # the call is over; gRPC raises a bare Exception
+        except Exception:  # gRPC raises a bare Exception when the call has ended
             pass
         self.end("the watcher has left")
 
     def wait(self, feed: Feed, pause: float) -> tuple[list[str], list[int]]:
-        """Changed keys, and the beats that may be answered after them.
+        """The changed keys, and the beats that may be answered after them.
 
         If beats wait, returns after ``pause`` seconds at the latest. Raises ``Refused``.
         """
@@ -127,7 +127,7 @@ class Relay(Hearer):
                 self._changed.wait(pause if self._beats else _LOOK_AGAIN)
             if self._ended:
                 raise Refused(grpc.StatusCode.UNAVAILABLE, self._ended)
-            due = self._due(feed)  # before taking the keys, which are complete for these beats
+            due = self._due(feed)  # before taking the keys, which then are complete for these beats
             beats = [self._beats.popleft()[0] for _ in range(due)]
             keys, self._keys = list(self._keys), {}
         return keys, beats

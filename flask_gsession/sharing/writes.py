@@ -1,7 +1,7 @@
-"""The writes that run now, and those that were given up before they began.
+"""Tracks running writes, and writes that were cancelled before they began.
 
-A client that is interrupted, or whose time is over, doesn't know what became of its write, which
-may even be applied after the client has looked. So it has the write settled before it looks.
+A client that is interrupted, or runs out of time, doesn't know the outcome of its write, which may
+even be applied later. So the client has the write settled before it reads.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from contextlib import contextmanager
 
 from ..errors import StoreUnavailable
 
-_MOST = 100_000  # versions that are remembered as given up
+_MOST = 100_000  # cancelled versions to remember
 
 
 class Writes:
-    """Knows each write by its version, which is drawn at random."""
+    """Identifies each write by its random version."""
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
         self._running: Counter[int] = Counter()
-        self._given_up: dict[int, None] = {}  # in the order of their coming
+        self._cancelled: dict[int, None] = {}  # oldest first
 
     @contextmanager
     def of(self, version: int) -> Iterator[None]:
-        """A write runs in the block. Raises ``StoreUnavailable`` if it was given up."""
+        """Run a write in the block. Raises ``StoreUnavailable`` if it was cancelled."""
         with self._turn:
-            if version in self._given_up:
-                raise StoreUnavailable("this write was given up", contention=True)
+            if version in self._cancelled:
+                raise StoreUnavailable("this write was cancelled", contention=True)
             self._running[version] += 1
         try:
             yield
@@ -41,9 +41,9 @@ class Writes:
                     self._turn.notify_all()
 
     def settle(self, versions: Collection[int], seconds: float) -> bool:
-        """Let none of these begin from now on; whether all that ran have ended in time."""
+        """Cancel these writes, and wait for running ones. Returns whether all ended in time."""
         with self._turn:
-            self._given_up.update(dict.fromkeys(versions))
-            while len(self._given_up) > _MOST:
-                del self._given_up[next(iter(self._given_up))]
+            self._cancelled.update(dict.fromkeys(versions))
+            while len(self._cancelled) > _MOST:
+                del self._cancelled[next(iter(self._cancelled))]
             return self._turn.wait_for(lambda: self._running.keys().isdisjoint(versions), seconds)

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import SettingError
 from .base import Deleted, Record, Replaced, Store, is_store
-from .parts import Blobs, Checks, Counts, Leases, Scans, Upkeep, is_place, parts_of
+from .parts import Blobs, Checks, Counts, Leases, Scans, Upkeep, has_blob_methods, parts_of
 from .support import StoreOptions
 from .urls import without_hosts
 
@@ -32,12 +32,12 @@ __all__ = [
 
 T = TypeVar("T")
 
-_REDIS = {  # what may come after the hosts of a URL of each kind, and an example
+_REDIS = {  # the path that a URL of each kind may have, and an example
     "redis": (r"(/[0-9]*)?", "redis://localhost:6379/0, with the number of the database"),
     "unix": (r".+", "unix:///run/redis.sock, with the path of the socket"),
     "sentinel": (
         r"/[^/]+(/[0-9]*)?",
-        "redis+sentinel://host1,host2,host3/service/0, with the name that the sentinels have for "
+        "redis+sentinel://host1,host2,host3/service/0, with the name by which the sentinels know "
         "the service, and the number of the database",
     ),
     "cluster": (r"/?0?", "redis+cluster://host1,host2, without a database: a cluster has only one"),
@@ -60,17 +60,17 @@ _ALLOWED = (
     "a client (redis.Redis, redis.cluster.RedisCluster, pymongo.MongoClient), or a store object"
 )
 
-_PLACES_ALLOWED = (
-    "allowed are a URL of fsspec, as file:///var/lib/shop/large or s3://bucket/folder, or an "
-    "object that keeps blobs"
+_BLOBS_ALLOWED = (
+    "allowed are an fsspec URL such as file:///var/lib/shop/large or s3://bucket/folder, or an "
+    "object with the methods of Blobs"
 )
 
 
 def open_store(source: object, options: StoreOptions, base_path: str = ".") -> tuple[Store, bool]:
-    """The store that ``source`` names, and whether closing it is ours to do.
+    """The store that ``source`` names, and whether we must close it.
 
-    A relative ``sqlite:`` path is taken from ``base_path``.
-    Raises ``SettingError``, never showing more of a URL than its scheme.
+    A relative ``sqlite:`` path is relative to ``base_path``. Raises ``SettingError``, never showing
+    more of a URL than its scheme.
     """
     if isinstance(source, str):
         return _from_url(source, options, base_path), True
@@ -90,7 +90,7 @@ def open_store(source: object, options: StoreOptions, base_path: str = ".") -> t
 
             return MongoDBStore(source, options), True  # type: ignore[arg-type]  # known by its name
         if kind.__module__.partition(".")[0] in ("pymongo", "motor"):
-            # A database has an answer to every name, and would pass for a store.
+            # A pymongo Database has every attribute, so it would pass for a store.
             break
     else:
         if is_store(source):
@@ -111,25 +111,26 @@ def _refuse_imitation(source: object) -> None:
         package = str(getattr(kind, "__module__", "")).partition(".")[0]
         if package in _IMITATIONS:
             raise SettingError(
-                f"SESSION_STORE is a client of {package}, which is not supported: it lacks what "
-                "the guarantees need of a server. In tests use memory://, which keeps all of "
-                "them, or a real server"
+                f"SESSION_STORE is a client of {package}, which is not supported: it can't give "
+                "the guarantees that a real server gives. In tests use memory://, which gives "
+                "all of them, or a real server"
             )
 
 
 def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
-    """The place for large values that ``source`` names; ``entries`` says which of its files live.
+    """The storage for large values that ``source`` names. The store ``entries`` records which of
+    its files are live.
 
     Raises ``SettingError``, never showing more of a URL than its scheme.
     """
     if not isinstance(source, str):
-        if is_place(source):
+        if has_blob_methods(source):
             return source  # type: ignore[return-value]  # it has the methods
-        raise SettingError(f"SESSION_SPILL_STORE is {_kind_of(source)}; {_PLACES_ALLOWED}")
+        raise SettingError(f"SESSION_SPILL_STORE is {_kind_of(source)}; {_BLOBS_ALLOWED}")
     places = parts_of(entries).blobs
     if places is None:
         raise SettingError(
-            "SESSION_SPILL_STORE needs a SESSION_STORE that can keep blobs: it says which files "
+            "SESSION_SPILL_STORE needs a SESSION_STORE that can keep blobs: it records which files "
             "are needed"
         )
     scheme = source.partition(":")[0]
@@ -149,12 +150,12 @@ def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
             f"SESSION_SPILL_STORE is {shown}, whose file system is not installed: {error}"
         ) from None
     except ValueError:
-        raise SettingError(f"SESSION_SPILL_STORE is {shown}; {_PLACES_ALLOWED}") from None
+        raise SettingError(f"SESSION_SPILL_STORE is {shown}; {_BLOBS_ALLOWED}") from None
     if is_relative(source):
         raise SettingError(
             "SESSION_SPILL_STORE is a file URL with a relative path, which would depend on the "
-            "folder that each process is started in: write three slashes and an absolute path, as "
-            "file:///var/lib/shop/large"
+            "folder in which each process starts: write three slashes and an absolute path, such "
+            "as file:///var/lib/shop/large"
         )
     return FileBlobs(source, places, options)
 
@@ -226,7 +227,7 @@ def _redis(url: str, scheme: str, options: StoreOptions) -> Store:
 
 
 def _checked(scheme: str, build: Callable[[], T]) -> T:
-    """Call ``build``; reports a driver's complaint about the URL without showing the URL."""
+    """Call ``build``, and report a driver's error about the URL without showing the URL."""
     try:
         return build()
     except Exception as error:
@@ -235,8 +236,8 @@ def _checked(scheme: str, build: Callable[[], T]) -> T:
         what = (
             f"the option {option[1]}"
             if option
-            else "host, port, database and options, and that characters as @ : / # % in a user or "
-            "password are percent-encoded"
+            else "host, port, database and options, and that @ : / # % and similar characters in "
+            "a user or password are percent-encoded"
         )
         raise SettingError(
             f"SESSION_STORE is a {scheme} URL that the driver refuses "
@@ -260,7 +261,7 @@ def _sqlite_path(url: str, base_path: str) -> str:
         or url in ("sqlite:", "sqlite://")
     ):
         raise SettingError(
-            "SESSION_STORE is an sqlite URL for a database in memory, which no two workers would "
+            "SESSION_STORE is an sqlite URL for a database in memory, which workers can't "
             "share: write memory:// for sessions in the memory of this process, or "
             "sqlite:///sessions.sqlite3 for a file in the instance folder"
         )

@@ -34,10 +34,10 @@ Clock = Callable[[], float]
 MAX_POINTERS = 1000
 KEY_LENGTH = 43  # of a session key
 #: The key of the clean-up ticket: a process holds it while it cleans up, then marks it done. It
-#: cannot collide with a session key: no digest ends with its last character, nor with an
-#: underscore, with which the key of a user's roster ends.
+#: cannot collide with a session key: a digest never ends with ``-``, as this key does, nor with
+#: ``_``, as the key of a user's roster does.
 CLEANUP_KEY = "flask-gsession-clean-up".ljust(KEY_LENGTH, "-")
-#: The last characters of the keys of other records than sessions.
+#: The last characters of the keys of records that aren't sessions.
 OTHER_ENDS = "-_"
 _NO_KEY_CHARACTERS = dict.fromkeys(map(ord, f"{ascii_letters}{digits}-_"))
 
@@ -45,10 +45,10 @@ _NO_KEY_CHARACTERS = dict.fromkeys(map(ord, f"{ascii_letters}{digits}-_"))
 class Record(NamedTuple):
     """The value that a store holds under one session key. Times: milliseconds since 1970, UTC.
 
-    ``version`` is drawn at random for each write, so that a writer recognises its own.
-    ``idle_expires_at`` is never past ``absolute_expires_at``, so it is when the record ends.
-    A record with a ``successor`` is a pointer: the session was rotated to that key. A chain of
-    pointers is at most ``MAX_POINTERS`` long; a longer one can't be followed.
+    ``version`` is random for each write, so that a writer recognises its own. ``idle_expires_at``
+    is never past ``absolute_expires_at``, so the record ends at that time. A record with a
+    ``successor`` is a pointer: the session was rotated to that key. A chain of pointers is at most
+    ``MAX_POINTERS`` long; a longer one can't be followed.
     """
 
     key: str
@@ -69,8 +69,8 @@ class Record(NamedTuple):
         return self.successor is None and now < self.idle_expires_at
 
     def kept_as_long_as(self, other: Record) -> Record:
-        """This record with the later idle expiry of both, limited by its own absolute expiry."""
-        if other.idle_expires_at <= self.idle_expires_at:  # every save comes by here
+        """This record with the later idle expiry of both, at most its own absolute expiry."""
+        if other.idle_expires_at <= self.idle_expires_at:  # the fast path: every save calls this
             return self
         later = min(other.idle_expires_at, self.absolute_expires_at)
         return self if later <= self.idle_expires_at else self._replace(idle_expires_at=later)
@@ -79,8 +79,8 @@ class Record(NamedTuple):
 class Deleted(NamedTuple):
     """The result of ``Store.delete``; true if there was a session.
 
-    ``record``: the deleted record, if the store still knows it. ``unconfirmed``: why too few
-    replicas confirmed the logout; empty if they did, or if the store asks no replicas.
+    ``record``: the deleted record, if the store still had it. ``unconfirmed``: why too few replicas
+    confirmed the logout; empty if enough did, or if none need to.
     """
 
     found: bool
@@ -100,12 +100,13 @@ class Replaced(NamedTuple):
 class Store:
     """The contract: seven verbs, and optional parts.
 
-    Each verb is one atomic step and takes one total time budget. Every one may raise
-    ``StoreUnavailable``, never a driver's own error. All of them are safe to repeat: a write that
-    was applied although its reply was lost is recognised by its version, and no later write, logout
-    or rotation is undone.
+    Each verb is one atomic step within one time budget. It may raise ``StoreUnavailable``, but
+    never a driver's own error. Each is safe to repeat: a write that was applied although its reply
+    was lost is recognised by its version, and a repeat never undoes a later write, logout or
+    rotation.
 
-    A part is an object, ``itself`` if the store has the methods, or None if it can't do that.
+    A part is an object, ``itself`` if the store has the methods, or None if the store lacks the
+    ability.
     """
 
     leases: Leases | None = None
@@ -129,8 +130,8 @@ class Store:
     def load(self, key: str) -> Record | None:
         """Return the record or pointer as stored, or None.
 
-        May return an expired record instead of None: requests compare the times themselves, and
-        ``unexpired`` does it for other callers.
+        May return an expired record instead of None: requests check the times themselves, and other
+        callers use ``unexpired``.
 
         Raises ``UnreadableRecord`` when something else is stored there. One round trip.
         """
@@ -151,8 +152,8 @@ class Store:
     def renew(self, record: Record, idle_expires_at: int) -> bool:
         """Move the idle expiry of ``record``, never past its absolute expiry; never creates.
 
-        The version stays. False if the record is not live any more, or has another version (the
-        write that made it has moved the expiry already).
+        The version stays. Returns False if the record is not live any more, or has another version:
+        then the write of that version has moved the expiry already.
         """
         raise NotImplementedError
 
@@ -165,18 +166,18 @@ class Store:
         *,
         shorten: bool = False,
     ) -> Replaced | None:
-        """Rotate: ``record`` lives under its own new key, ``pointer`` under the old ``key``.
+        """Rotate: store ``record`` under its own new key, and ``pointer`` under the old ``key``.
 
-        Without a pointer the old key becomes free. Of several racing rotations one succeeds. As in
-        ``save``, the record under ``key`` passes on its idle expiry if that is later, unless
-        ``shorten``.
-        Raises ``Gone``, ``Stale`` or ``KeyTaken`` before it changes anything. A store without
-        replicas may return None.
+        Without a pointer the old key becomes free. Of several racing rotations exactly one
+        succeeds. As in ``save``, the record under ``key`` passes on its idle expiry if that is
+        later, unless ``shorten``. Raises ``Gone``, ``Stale`` or ``KeyTaken`` before it changes
+        anything. A store without replicas may return None.
         """
         raise NotImplementedError
 
     def delete(self, key: str, expected_version: int | None = None) -> Deleted | bool:
-        """End the session under ``key``; say whether there was one. Follows unexpired pointers.
+        """End the session under ``key``, following unexpired pointers. Returns whether there was
+        one.
 
         With ``expected_version``, raises ``Stale`` or ``Gone`` unless that version is there.
         A store that returns a bool leaves the large values of the session to their own expiry.
@@ -191,7 +192,7 @@ VERBS = ("create", "load", "save", "renew", "replace", "delete", "close")
 
 
 def is_store(thing: object) -> bool:
-    """Whether ``thing`` has the seven verbs, also by ``__getattr__``; a ``Store`` or not."""
+    """Whether ``thing`` has the seven verbs. It need not be a ``Store``; ``__getattr__`` counts."""
     return not isinstance(thing, type) and all(
         callable(getattr(thing, verb, None)) for verb in VERBS
     )
@@ -211,12 +212,11 @@ def new_version() -> int:
 def too_many_pointers() -> StoreUnavailable:
     """The error of ``delete`` for a chain that is too long; raised before anything is deleted."""
     return StoreUnavailable(
-        f"more than {MAX_POINTERS} rotations within their grace: this token can't be followed"
+        f"more than {MAX_POINTERS} rotations within their grace period: can't follow this token"
     )
 
 
 def milliseconds(clock: Clock) -> int:
-    """The clock's time in milliseconds."""
     return int(clock() * 1000)
 
 

@@ -12,7 +12,7 @@ _SESSIONS = "can read sessions, end them and forge their data"
 
 
 def is_local(host: str) -> bool:
-    """Whether this is a name or an address of this machine alone. Asks no name server."""
+    """Whether ``host`` is a loopback name or address. Asks no name server."""
     if host.lower() in ("", "localhost"):
         return True
     try:
@@ -22,9 +22,10 @@ def is_local(host: str) -> bool:
 
 
 def exposure_of(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]:
-    """The findings on a server that lets strangers in or not, with TLS or without.
+    """Findings about a server's password and TLS. ``is_open``: it accepts clients without a
+    password.
 
-    ``tls`` is None for a socket in the file system, which has rights of its own.
+    ``tls`` is None for a Unix socket, which has file rights instead.
     """
     local = is_local(host)
     if not is_open:
@@ -36,14 +37,14 @@ def exposure_of(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]
             "warning",
             "password",
             "none, on this machine",
-            f"Every program of this machine {_SESSIONS}: let the server ask for a password.",
+            f"Every program on this machine {_SESSIONS}: require a password.",
         )
     else:
         yield Finding(
             "error",
             "password",
             "none",
-            f"Anyone who reaches the server {_SESSIONS}: let it ask for a password.",
+            f"Anyone who can reach the server {_SESSIONS}: require a password.",
         )
     if tls or tls is None or local:
         yield Finding("ok", "TLS", "on" if tls else "off, on this machine")
@@ -58,7 +59,7 @@ def exposure_of(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]
 
 
 def unchecked(option: str) -> Finding:
-    """The finding on TLS that takes any certificate; ``option`` made it so."""
+    """The finding about TLS that accepts any certificate because of ``option``."""
     return Finding(
         "warning",
         "certificate",
@@ -72,8 +73,8 @@ def known_faults(
 ) -> Iterator[Finding]:
     """A finding where the version has that fault.
 
-    ``fixed``: by major and minor number the first patch release without it. Versions between those
-    were never fixed; later ones never had it.
+    ``fixed``: the first patch release without the fault, for each major and minor version. Minor
+    versions in between were never fixed; later ones never had it.
     """
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if numbers is None:

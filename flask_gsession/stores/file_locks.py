@@ -14,7 +14,7 @@ except ImportError:
 
 
 def lock(descriptor: int, *, wait: bool = True) -> None:
-    """Lock the open file for this process alone, until it is closed or unlocked.
+    """Lock the open file for this process, until it is closed or unlocked.
 
     Raises ``BlockingIOError`` if another process has the lock and ``wait`` is false, and another
     ``OSError`` if the file system has no locks.

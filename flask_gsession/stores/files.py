@@ -7,10 +7,10 @@
         3f9a...c1/           a blob
             000000000000     its frames, named by their offset in bytes
 
-Files don't expire. So each blob has an entry in the session store, which does. ``tidy`` removes
+Files don't expire, so each blob has an entry in the session store, which does. ``tidy`` removes
 files whose entry has expired, and leaves files of other prefixes alone.
 
-In a local folder, everything is created for its owner only (0700 and 0600), whatever the rights of
+In a local folder, only the owner can read what is created (0700 and 0600), whatever the rights of
 the folder itself.
 """
 
@@ -38,18 +38,18 @@ from .parts import Blobs, Finding, Tidied, itself
 from .rights import NO_FOLLOW, OTHERS, others_may_replace, secure
 from .support import StoreOptions
 
-FRAME_BYTES = 4 * 1024 * 1024  # a file each, so fewer and larger ones than elsewhere
-_YOUNG = 3_600_000  # milliseconds: what is not older is left alone
+FRAME_BYTES = 4 * 1024 * 1024  # each frame is a file, so frames are larger than in other stores
+_YOUNG = 3_600_000  # milliseconds; younger files may still be in use
 _ENTRY = b"\1"
 _LONGEST_PREFIX = 200  # characters of a file's name
 _NAME = re.compile("[0-9a-f]{32}")
 ORPHANS = "orphaned large values"
-# In a bucket a folder is a part of names. To make one would be to make the bucket, if need be.
+# Buckets have no folders, only names with slashes. Making a folder could make the bucket itself.
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 
 
 def check_url(url: str) -> None:
-    """Raises what fsspec raises for a URL that it cannot serve. Connects to nothing."""
+    """Raises fsspec's error for a URL that it can't open. Doesn't connect."""
     scheme, colon, _ = url.rpartition("::")[2].partition("://")
     if not colon:
         raise ValueError("not a URL")
@@ -57,7 +57,7 @@ def check_url(url: str) -> None:
 
 
 def is_relative(url: str) -> bool:
-    """Whether the URL names a folder of this machine, and not by an absolute path."""
+    """Whether the URL names a folder of this machine by a relative path."""
     scheme, _, path = url.rpartition("::")[2].partition("://")
     return scheme in ("file", "local") and not path.startswith("/")
 
@@ -74,7 +74,6 @@ def _is_local(fs: Any) -> bool:
 
 
 def _make_folder(fs: Any, folder: str) -> None:
-    """Make the folder of a blob, and the prefix's folder around it."""
     if not _is_local(fs):
         fs.makedirs(folder, exist_ok=True)
         return
@@ -97,9 +96,9 @@ def _write(fs: Any, path: str, data: bytes) -> None:
 
 
 class FileBlobs(Blobs):
-    """Keeps blobs in the folder that ``url`` names, and in ``entries`` which of them live.
+    """Stores blobs in the folder that ``url`` names. The store ``entries`` records which are live.
 
-    The file system's own timeouts apply. A missing folder on this machine is made, for its owner
+    The file system's own timeouts apply. Creates a missing folder on this machine, for its owner
     only.
     """
 
@@ -121,14 +120,14 @@ class FileBlobs(Blobs):
     def _begin(self) -> None:
         self._lock = threading.Lock()
         self._fs: Any = None  # made at first use
-        _leave_parents_loop()
+        _reset_event_loop()
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
         _check_name(name)
         if self._bucket and offset and self._entries.read_frame(name, 0, 1) is None:
             raise Gone
         self._entries.write_frame(name, 0, _ENTRY, expires_at)
-        with self._place("write") as fs:
+        with self._filesystem("write") as fs:
             try:
                 if not self._marked:
                     self._mark(fs)
@@ -143,12 +142,14 @@ class FileBlobs(Blobs):
 
     def read_frame(self, name: str, offset: int, size: int) -> bytes | None:
         _check_name(name)
-        with self._place("read") as fs:
+        with self._filesystem("read") as fs:
             try:
                 frame = fs.cat_file(f"{self._folder(name)}/{offset:012}")
             except (FileNotFoundError, NotADirectoryError):
                 if not fs.exists(f"{self._root}/gsession"):
-                    raise StoreUnavailable("files: read: the place itself is not there") from None
+                    raise StoreUnavailable(
+                        "files: read: the folder of large values doesn't exist"
+                    ) from None
                 return None
             return bytes(frame)
 
@@ -166,7 +167,7 @@ class FileBlobs(Blobs):
         self._entries.discard_blobs(names, at)
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
-        """Remove the files that are older than an hour and of no live blob."""
+        """Remove files that are older than an hour and belong to no live blob."""
         if cursor and not _NAME.fullmatch(cursor):
             raise ValueError("malformed cursor of a clean-up of files")
         orphans = seen = 0
@@ -182,14 +183,14 @@ class FileBlobs(Blobs):
         return Tidied({ORPHANS: orphans}, seen, "")
 
     def check(self) -> list[Finding]:
-        """Whether others on this machine can read the files, or put others in their place."""
-        with self._place("look at") as fs:
+        """Check whether other users of this machine can read or replace the files."""
+        with self._filesystem("look at") as fs:
             if not _is_local(fs) or not os.path.isdir(self._root):
                 return []
             root = self._root
             if others_may_replace(root):
                 mode = stat.S_IMODE(os.stat(root).st_mode)
-                advice = f"Others may put other files in it: chmod go-w {root}"
+                advice = f"Other users may replace files in it: chmod go-w {root}"
                 return [Finding("error", "folder of large values", f"{mode:o}", advice)]
             with os.scandir(root) as entries:
                 shared = [
@@ -198,15 +199,17 @@ class FileBlobs(Blobs):
                     if entry.name.startswith(self._begins)
                     and entry.stat(follow_symlinks=False).st_mode & OTHERS
                 ]
-            # A folder that nobody else may pass protects what is in it.
+            # If others can't enter the root, its contents are protected.
             if shared and os.stat(root).st_mode & OTHERS:
-                found = f"{len(shared)} folders are open to others, as {shared[0]}"
-                advice = f"Others may read large values: chmod -R go-rwx {root}/{self._begins}*"
+                found = f"{len(shared)} folders are open to others, such as {shared[0]}"
+                advice = (
+                    f"Other users may read large values: chmod -R go-rwx {root}/{self._begins}*"
+                )
                 return [Finding("error", "folder of large values", found, advice)]
             return [Finding("ok", "folder of large values")]
 
     def _names(self, after: str) -> Iterator[str]:
-        with self._place("list"):  # which may be the first to ask for it
+        with self._filesystem("list"):  # sets the root, if this is the first use
             root = self._root
         for part in self._list(root):
             start = part.removeprefix(self._begins)
@@ -217,7 +220,7 @@ class FileBlobs(Blobs):
                         yield name
 
     def _list(self, folder: str) -> list[str]:
-        with self._place("list") as fs:
+        with self._filesystem("list") as fs:
             try:
                 found = fs.ls(folder, detail=False, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
@@ -226,7 +229,7 @@ class FileBlobs(Blobs):
 
     def _is_old(self, name: str) -> bool:
         folder = self._folder(name)
-        with self._place("look at") as fs:
+        with self._filesystem("look at") as fs:
             for file in self._list(folder):
                 try:
                     changed: datetime = fs.modified(f"{folder}/{file}")
@@ -240,7 +243,7 @@ class FileBlobs(Blobs):
 
     def _remove(self, name: str) -> None:
         folder = self._folder(name)
-        with self._place("remove") as fs, suppress(FileNotFoundError):
+        with self._filesystem("remove") as fs, suppress(FileNotFoundError):
             if not self._bucket:
                 fs.rm(folder, recursive=True)
                 return
@@ -261,8 +264,8 @@ class FileBlobs(Blobs):
         self._marked = True
 
     @contextmanager
-    def _place(self, operation: str) -> Iterator[Any]:
-        """The file system of this process; its errors, translated."""
+    def _filesystem(self, operation: str) -> Iterator[Any]:
+        """The file system of this process. Translates its errors."""
         try:
             process.notice()
             fs = self._fs
@@ -271,11 +274,11 @@ class FileBlobs(Blobs):
                     fs, root = fsspec.core.url_to_fs(self._url)
                     self._root = root.rstrip("/")
                     self._fs = fs
-            fs.invalidate_cache()  # others write there too
+            fs.invalidate_cache()  # other processes write there too
             yield fs
         except (Gone, StoreUnavailable):
             raise
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own errors
             struck = signal_interruption(error)
             if struck is not None:
                 raise struck from None
@@ -284,10 +287,11 @@ class FileBlobs(Blobs):
             raise StoreUnavailable(f"files: {operation}: {what}") from error
 
 
-def _leave_parents_loop() -> None:
-    """Let fsspec restart the thread of its event loop if this process has none.
+def _reset_event_loop() -> None:
+    """Let fsspec restart the thread of its event loop if this process lacks it.
 
-    fsspec does so only after a fork that Python sees. Otherwise, calls would wait forever.
+    fsspec itself does so only after a fork that Python sees. Without this, calls would wait
+    forever.
     """
     asyn = sys.modules.get("fsspec.asyn")
     thread = None if asyn is None else asyn.iothread[0]

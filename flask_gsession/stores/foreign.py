@@ -1,4 +1,4 @@
-"""Reads the records of another package on a server of ours, to take over old sessions."""
+"""Reads the records of another package on our server, to take over old sessions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import Record
 
 
 class Foreign(NamedTuple):
-    """A value of another package, as it is stored. ``expires_at``: milliseconds, None for never."""
+    """A value of another package, as it is stored. ``expires_at``: milliseconds; None: never."""
 
     value: bytes
     expires_at: int | None
@@ -28,11 +28,11 @@ class ForeignValues(Protocol):
         """Remove the value, if it is there. One round trip."""
 
     def names(self, prefix: str) -> Iterator[str]:
-        """The names that begin with ``prefix``, in any order; one may come twice."""
+        """The names that begin with ``prefix``, in any order, perhaps with duplicates."""
 
 
 class Together(Protocol):
-    """For foreign values on the very server that keeps our records: two steps in one round trip."""
+    """For foreign values on the server that also keeps our records: two steps in one round trip."""
 
     def load_both(self, name: str, key: str) -> tuple[Foreign | None, Record | None]:
         """The foreign value, and after that our record under ``key``, as ``Store.load`` does."""

@@ -1,7 +1,7 @@
-"""Exceptions that strike a store call from outside: from a signal handler or another thread.
+"""Exceptions that interrupt a store call from outside: from a signal handler or another thread.
 
-A deadline of the application's own may well be a ``TimeoutError``, which is an ``OSError``, as a
-lost connection is. If we mistook it for one, a retry would swallow it.
+An application's own deadline may well raise a ``TimeoutError``. That is an ``OSError``, like a lost
+connection; if we mistook it for one, a retry would swallow it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 
 
 class Condition(threading.Condition):
-    """One whose lock no exception from outside leaves held.
+    """A condition that always releases its lock, even if an exception strikes from outside.
 
     Python calls a signal's handler only where Python code runs. The class of the standard library
     takes its lock in Python code, so an exception can strike when the lock is taken and the
@@ -28,29 +28,29 @@ class Condition(threading.Condition):
 def interruption(error: BaseException) -> BaseException | None:
     """The exception that came from outside, if ``error`` is one or was raised in place of one.
 
-    Another thread raises a class, so without arguments, as no driver does.
+    Another thread can only raise a class, so the exception has no arguments, unlike a driver's.
     """
     struck = None
-    for one in _chain(error):  # the first one is the last of them
+    for one in _chain(error):  # the oldest one wins
         if _by_signal(one.__traceback__) or (isinstance(one, OSError) and not one.args):
             struck = one
     return struck
 
 
 def reraise_interruption(error: BaseException) -> None:
-    """Raise what ``interruption`` finds; return where ``error`` is the driver's own."""
+    """Raise the exception from outside, if there is one. Return if the error is a driver's."""
     struck = interruption(error)
     if struck is not None:
         raise struck
 
 
 def signal_interruption(error: BaseException) -> BaseException | None:
-    """As ``interruption``, of signal handlers only: for libraries with threads of their own."""
+    """Like ``interruption``, for signal handlers only: for libraries with threads of their own."""
     return next((one for one in _chain(error) if _by_signal(one.__traceback__)), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """``error``, and those in whose place it was raised, within the call that is under way."""
+    """``error`` and the exceptions that it replaced during the current call."""
     outer: set[FrameType] = set()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -62,13 +62,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(one))
         yield one
         one = one.__cause__ or one.__context__
-        # An exception handled further out, as by an error page that reads the session, is over.
+        # Ignore an exception that an outer frame handles, such as an error page reading the
+        # session.
         if one is not None and one.__traceback__ and one.__traceback__.tb_frame in outer:
             return
 
 
 def _by_signal(traceback: TracebackType | None) -> bool:
-    """Whether a signal handler raised it: it is called with the frame that it interrupts."""
+    """Whether a signal handler raised it: Python passes it the frame that it interrupts."""
     while traceback is not None and traceback.tb_next is not None:
         interrupted, traceback = traceback.tb_frame, traceback.tb_next
         frame = traceback.tb_frame

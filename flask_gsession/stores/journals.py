@@ -9,7 +9,8 @@ from .base import Deleted, Record, Replaced
 
 
 class Entries(NamedTuple):
-    """A part of a journal: entries with their numbers, in order. ``first``: the oldest kept one.
+    """A section of a journal: entries with their numbers, in order. ``first``: the oldest number
+    kept.
 
     Numbers have no gaps, so a reader at number 7 has missed entries if ``first`` is beyond 8.
     """
@@ -22,11 +23,11 @@ class Entries(NamedTuple):
 
 
 class JournalFigures(NamedTuple):
-    """The state of a journal: its ``first`` and ``last`` number (both 0: empty).
+    """The state of a journal: its ``first`` and ``last`` number, both 0 if it is empty.
 
-    ``due``: about how many expired sessions wait for their entry, and ``oldest_due`` the time in
-    milliseconds at which the first of them was due; 0 if none waits. ``consumers``: the number
-    that each has acknowledged.
+    ``due``: about how many expired sessions wait for their entry. ``oldest_due``: when the first of
+    them expired, in milliseconds; 0 if none waits. ``consumers``: the number that each one has
+    acknowledged.
     """
 
     first: int
@@ -37,21 +38,23 @@ class JournalFigures(NamedTuple):
 
 
 class Journal(Protocol):
-    """For a store that keeps a journal with its sessions: their ends are never lost.
+    """For a store that keeps a journal with its sessions, so that no end of a session is lost.
 
-    Entries are bytes of the caller's, opaque to the store. The writes below do what the verbs do,
-    for sessions only, and add the entries to the journal in the same step. A store that needs two
-    steps makes sure that a crash between them loses no entry of an end: see ``recover``.
+    Entries are opaque bytes. The writes below do the same as the verbs, for sessions only, and add
+    the entries to the journal in the same step. A store that needs two steps ensures that a crash
+    between them loses no entry of an end: see ``recover``.
 
-    A session that was written here isn't removed when it expires, by the store or its server: it
-    stays until ``expire`` has added its last entry. ``load`` may return it, as it always may.
+    When a session that was written here expires, neither the store nor its server removes it: it
+    stays until ``expire`` has added its last entry. As always, ``load`` may return it.
     """
 
     def begin(self, most: int) -> None:
-        """Called once, before anything else: keep about ``most`` entries, and expired sessions."""
+        """Keep about ``most`` entries, and keep expired sessions. Called once, before anything
+        else.
+        """
 
     def create(self, record: Record, entries: Sequence[bytes]) -> None:
-        """As ``Store.create``, but raises ``KeyTaken`` for an expired record as well."""
+        """Like ``Store.create``, but raises ``KeyTaken`` for an expired record as well."""
 
     def save(
         self,
@@ -61,10 +64,10 @@ class Journal(Protocol):
         *,
         shorten: bool = False,
     ) -> None:
-        """As ``Store.save`` or ``Leases.save``, which add no entry."""
+        """Like ``Store.save`` or ``Leases.save``. Adds no entry."""
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
-        """As ``Store.renew``."""
+        """Like ``Store.renew``."""
 
     def replace(
         self,
@@ -77,39 +80,39 @@ class Journal(Protocol):
         *,
         shorten: bool = False,
     ) -> Replaced | None:
-        """As ``Store.replace`` or ``Leases.replace``."""
+        """Like ``Store.replace`` or ``Leases.replace``."""
 
     def end(
         self, key: str, expected_version: int, entries: Sequence[bytes], lease: str | None = None
     ) -> Deleted | bool:
-        """As ``Store.delete`` of a version, or ``Leases.delete``."""
+        """Like ``Store.delete`` with a version, or ``Leases.delete``."""
 
     def due(self, limit: int) -> list[Record]:
         """Up to ``limit`` sessions that have expired, in about the order of their expiry."""
 
     def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
-        """Add an entry for each of these expired records, and remove it; how many that were.
+        """Add an entry for each of these expired records, and remove the record. Returns how many.
 
-        Leaves out those that were removed or written since they were loaded.
+        Leaves out records that were removed or written since they were loaded.
         """
 
     def recover(self) -> int:
-        """Complete what crashed processes left half done; how many entries that added."""
+        """Complete the writes of crashed processes. Returns how many entries that added."""
 
     def append(self, entries: Sequence[bytes], key: str | None = None) -> None:
-        """Add entries that belong to no write; ``key``: of the session that they are about."""
+        """Add entries that belong to no write. ``key``: the session that they are about."""
 
     def read(self, after: int, limit: int) -> Entries:
-        """Up to ``limit`` entries behind the number ``after``. Changes nothing."""
+        """Up to ``limit`` entries after the number ``after``. Changes nothing."""
 
     def acknowledge(self, consumer: str, number: int) -> None:
-        """This consumer has everything up to ``number``. Never moves back."""
+        """Note that this consumer has everything up to ``number``. Never moves back."""
 
     def acknowledged(self, consumer: str) -> int | None:
         """The number that this consumer acknowledged last; None for a new one."""
 
     def forget(self, consumer: str) -> bool:
-        """Remove a consumer; whether there was one."""
+        """Remove a consumer. Returns whether there was one."""
 
     def figures(self) -> JournalFigures:
         """The state of the journal."""

@@ -10,16 +10,16 @@ from ..errors import QueueFull
 
 WAITER_LIFE = 2000  # milliseconds after which a waiter that does not ask is dropped
 ASK_AGAIN = 700  # milliseconds, at most, between two attempts
-LONGEST_LEASE = 3_600_000  # milliseconds; one that claims to be longer is junk, and free
-_LONGEST_PAUSE = 0.05  # seconds between two looks at a lease
+LONGEST_LEASE = 3_600_000  # milliseconds; a longer one is malformed, and counts as free
+_LONGEST_PAUSE = 0.05  # seconds between two checks of a lease
 
 
 @dataclass(slots=True)
 class Lease:
     """A lease's holder, its end and its queue; for stores that keep them as one value.
 
-    ``length``: its requested length. ``waiters``: when each asked last, in the order of their
-    arrival. Times are milliseconds.
+    ``length``: its requested length. ``waiters``: when each last asked, in order of arrival. Times
+    are milliseconds.
     """
 
     owner: str = ""
@@ -42,7 +42,7 @@ class Lease:
         return cls()
 
     def is_held_by(self, owner: str, now: int) -> bool:
-        """Whether this owner has the lease, and it has not run out."""
+        """Whether this owner has the lease, and it has not expired."""
         return self.owner == owner and now < self.until
 
     def acquire(self, owner: str, now: int, lease_ms: int, max_waiters: int) -> int:
@@ -64,7 +64,7 @@ class Lease:
         return self._is_free(now) and next(iter(self.waiters), owner) == owner
 
     def hold(self, owner: str, now: int, lease_ms: int) -> None:
-        """Let this owner have the lease for so long from now."""
+        """Give this owner the lease for ``lease_ms`` from ``now``."""
         self.owner, self.until, self.length = owner, now + lease_ms, lease_ms
 
     def release(self, owner: str, now: int) -> bool:
@@ -76,7 +76,7 @@ class Lease:
         return held
 
     def _is_free(self, now: int) -> bool:
-        # Such a late end comes from a clock that was far ahead, or has been set back.
+        # So late an end comes from a clock that was far ahead, or has been set back.
         return now >= self.until or self.until - now > 2 * min(self.length, LONGEST_LEASE)
 
     def _drop_silent_waiters(self, owner: str, now: int) -> None:

@@ -2,7 +2,7 @@
 
 Each part is an attribute of the store (``leases``, ``blobs``, ``scans``, ``upkeep``, ``counts``,
 ``checks``, ``changes``, ``bulk``, ``edge``, ``journal``): an object with the methods below, or None
-where the store can't do that.
+if the store lacks that ability.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from .base import Deleted, Record, Replaced, Store
 from .journals import Journal
 
 MORE = "more"  # the cursor of a clean-up that has more to do, but needs no position
-COUNT_ALL = 2000  # sessions up to which they are counted one by one
+COUNT_ALL = 2000  # up to so many sessions, stores count one by one
 
 
 class Leases(Protocol):
-    """For a store that can lend a live session to one ``owner`` at a time, for session locks.
+    """For a store that can give a live session's lease to one ``owner`` at a time, for session
+    locks.
 
-    An owner is a random word, drawn for each acquisition. A lease expires; it never outlives its
+    An owner is a random word, new for each acquisition. A lease expires; it never outlives its
     session, stays with the old key in a rotation, and isn't part of the record: the store's own
     verbs ignore it. Waiting owners form a queue.
     """
@@ -51,29 +52,29 @@ class Leases(Protocol):
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         """Hold the lease for ``lease_ms`` from now, or wait in the queue for it.
 
-        Returns 0 if it is held now, else how many milliseconds to ``wait_for_release`` before
-        asking again. Only the first in the queue gets a free lease. An owner that has not asked for
-        ``WAITER_LIFE`` loses its place. A lease with more than twice its length left comes from a
-        clock that was far ahead or has been set back, and counts as free. Raises ``Gone``
-        unless there is a live record under ``key``, and ``QueueFull`` if ``max_waiters`` others
-        wait already.
+        Returns 0 if the owner holds it now, else how many milliseconds to ``wait_for_release``
+        before the next call. Only the first in the queue gets a free lease. An owner that doesn't
+        call again within ``WAITER_LIFE`` loses its place. A lease with more than twice its length
+        left comes from a clock that was far ahead or has been set back, and counts as free. Raises
+        ``Gone`` unless there is a live record under ``key``, and ``QueueFull`` if ``max_waiters``
+        others wait already.
         """
 
     def extend(self, key: str, owner: str, lease_ms: int) -> bool:
-        """Let the lease run for ``lease_ms`` from now; False if this owner does not hold it."""
+        """Extend the lease to ``lease_ms`` from now. False if this owner does not hold it."""
 
     def release(self, key: str, owner: str) -> bool:
-        """Give the lease back, or leave the queue; whether this owner held it until now."""
+        """Release the lease, or leave the queue. Returns whether this owner held the lease."""
 
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
         """Return when it may be this owner's turn, after ``seconds`` at the latest.
 
-        It may be early for no reason. Holds no connection while it waits.
+        It may return early for no reason. Holds no connection while it waits.
         """
 
 
 class Blobs(Protocol):
-    """A place for large values: blobs under random names, written and read in frames.
+    """Storage for large values: blobs under random names, written and read in frames.
 
     A blob never changes once it is written, and its name is never used again. It ends by its own
     expiry, even while a session still refers to it. Each call takes one total time budget, and
@@ -81,7 +82,8 @@ class Blobs(Protocol):
     """
 
     def write_frame(self, name: str, offset: int, frame: bytes, expires_at: int) -> None:
-        """Add a frame at ``offset``, the end of the last one, and keep the blob until then.
+        """Add a frame at ``offset``, the end of the last one, and keep the blob until
+        ``expires_at``.
 
         Never moves the blob's expiry earlier. ``frame`` is never empty. May raise ``Gone`` for a
         later frame of a blob that doesn't exist. One round trip.
@@ -97,7 +99,7 @@ class Blobs(Protocol):
         """Keep the existing blobs until ``expires_at``, or longer if they already expire later."""
 
     def discard_blobs(self, names: Sequence[str], at: int) -> None:
-        """Expire these blobs at ``at`` unless they expire earlier; at once if ``at`` is past."""
+        """Expire these blobs at ``at``, or at once if that is past. Never moves an expiry later."""
 
 
 class Page(NamedTuple):
@@ -111,7 +113,7 @@ class Page(NamedTuple):
     cursor: str
 
 
-def is_place(thing: object) -> bool:
+def has_blob_methods(thing: object) -> bool:
     """Whether ``thing`` has the methods of ``Blobs``."""
     names = ("write_frame", "read_frame", "renew_blobs", "discard_blobs")
     return not isinstance(thing, type) and all(
@@ -120,19 +122,20 @@ def is_place(thing: object) -> bool:
 
 
 class Scans(Protocol):
-    """For a store that can go through all its records, however many it has."""
+    """For a store that can list all its records, however many it has."""
 
     def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
         """About ``limit`` of the unexpired records and pointers whose key starts with ``begins``.
 
-        With ``cursor`` those after the page that had it. A record that is there from the first page
-        to the last comes at least once, in no order; one created or deleted during the scan may.
-        A page may be empty. Records of other prefixes may be among them: see ``is_session_key``.
+        ``cursor`` comes from the previous page. A record that exists during the whole scan appears
+        at least once, in any order; one that is created or deleted during the scan may appear or
+        not. A page may be empty. Records of other prefixes may be among them: see
+        ``is_session_key``.
         """
 
 
 class Tidied(NamedTuple):
-    """The counts of one clean-up step, by kind of leftover; ``cursor`` is as in ``Page``.
+    """The counts of one clean-up step, by kind of leftover. ``cursor`` is as in ``Page``.
 
     ``seen``: how many items it examined.
     """
@@ -148,13 +151,13 @@ LEFTOVERS = (
     *("orphaned locks", "orphaned large values"),
     *("expired large values", "large values without expiry"),
 )
-#: Lifetime in milliseconds for a large value with no expiry and no known session: browsers keep
-#: no cookie longer.
+#: Lifetime in milliseconds for a large value with no expiry and no known session. Browsers don't
+#: keep cookies for longer.
 LOST_EXPIRY = 400 * 86_400_000
 
 
 class Upkeep(Protocol):
-    """For a store that can accumulate leftovers, such as expired records."""
+    """For a store in which leftovers such as expired records can accumulate."""
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
         """Examine about ``limit`` items and repair or remove leftovers; ``dry_run`` only counts.
@@ -194,7 +197,7 @@ class Finding(NamedTuple):
 
 
 class Checks(Protocol):
-    """For a store that can say how its server is set up."""
+    """For a store that can check how its server is set up."""
 
     def check(self) -> list[Finding]:
         """Findings for an administrator. Raises ``StoreUnavailable``."""
@@ -203,21 +206,20 @@ class Checks(Protocol):
 NEVER = float("-inf")
 
 
-class Hearer(Protocol):
-    """Hears of changes. Both methods are called in any thread; be quick."""
+class Subscriber(Protocol):
+    """Gets the changes. Both methods may be called in any thread, and must be quick."""
 
     def changed(self, keys: Iterable[str]) -> None:
         """The records under these keys were written or deleted, or have expired."""
 
     def lost(self) -> None:
-        """Any record may have changed unheard."""
+        """Any record may have changed without a notification."""
 
 
 class Feed:
-    """The changes at one server, as heard over one connection. After a cut there is another feed.
-
-    ``exact_as_of``: everything that was written there between the begin of the connection and
-    this moment, by the clock ``flask_gsession.live.listener.now``, has been passed on.
+    """The changes at one server, as reported over one connection. A new connection has a new feed.
+    ``exact_as_of``: every change between the start of the connection and this time has been
+    reported, by the clock ``flask_gsession.live.listener.now``.
     """
 
     __slots__ = ("exact_as_of",)
@@ -227,31 +229,31 @@ class Feed:
 
 
 class Changes(Protocol):
-    """For a store that can soon notify a process which records any process has changed."""
+    """For a store that can notify this process when any process changes a record."""
 
     @property
     def unproven(self) -> str:
-        """Why feeds don't say as of when they are exact, and are only hints; "" if they do."""
+        """Why feeds are only hints, without ``exact_as_of``; "" if they have it."""
 
     @property
     def trouble(self) -> str:
-        """Why nothing is heard at present, as it was logged; "" if all is well."""
+        """Why no changes arrive at present, as it was logged; "" if they do."""
 
     @property
     def one_feed(self) -> bool:
-        """Whether one feed speaks for every record: there is only one server."""
+        """Whether one feed covers all records, because there is only one server."""
 
-    def hear(self, hearer: Hearer, interval: float | None = None) -> None:
-        """Let ``hearer`` hear of changes, proven complete at least every ``interval`` seconds.
+    def subscribe(self, subscriber: Subscriber, interval: float | None = None) -> None:
+        """Notify ``subscriber`` of changes, proven complete at least every ``interval`` seconds.
 
-        ``hearer`` must not refer to the store, which could not be collected then.
+        ``subscriber`` must not refer to the store, which could then not be garbage-collected.
         """
 
-    def leave(self, hearer: Hearer) -> None:
-        """Stop that. While nobody hears, there is no connection."""
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Stop notifying ``subscriber``. Without any subscriber, there is no connection."""
 
     def feed(self, key: str) -> Feed | None:
-        """The feed on which changes of this record are heard; None before it exists."""
+        """The feed that reports changes of this record; None before it exists."""
 
     def start(self) -> None:
         """Start to listen in a thread, unless it runs; returns immediately."""
@@ -261,9 +263,9 @@ class Changes(Protocol):
 
 
 class NearFigures(NamedTuple):
-    """How many peeks found a usable record, no record, or an unusable one.
+    """How many peeks found a usable record, no record, or one that isn't provably fresh.
 
-    ``age``: the maximum age in seconds of a record that is used now; None: none may be used.
+    ``age``: how old a record that is used now can be, in seconds; None if none may be used.
     """
 
     hits: int
@@ -273,38 +275,40 @@ class NearFigures(NamedTuple):
 
 
 class NearRecord(Record):
-    """A record that is kept near, with its decoded payload once a reader has left it in ``body``.
+    """A record in the near cache. The first reader stores the decoded payload in ``body``.
 
-    All readers get the same ``body``, so none may change it. Counts twice in a cache's bytes.
+    All readers share ``body``, so none may change it. It counts twice in the cache's bytes.
     """
 
     body: Any = None
 
 
 class NearReads(Protocol):
-    """For a store that keeps records near, in this process, for reads that need not be exact."""
+    """For a store that caches records in this process, for reads that need not be exact."""
 
-    #: seconds that a record may be older than the one in the store
+    #: how many seconds a cached record may lag behind the store
     bound: float
 
     def peek(self, key: str, version: int | None = None) -> NearRecord | None:
-        """The record if it is kept and proven to be fresh enough. Asks nobody.
+        """The cached record, if it is provably fresh enough. No round trip.
 
-        With ``version`` only that one: a client has seen it already.
+        ``version``: return only this version, because the client has seen it already.
         """
 
     def load_near(self, key: str) -> Record | None:
-        """As ``Store.load``; the store may keep the record."""
+        """Like ``Store.load``; the store may cache the record."""
 
     def figures(self) -> NearFigures:
         """The figures of this process."""
 
 
 class Reconciler(Protocol):
-    """For an edge store: operations that only the application can do, as it has the keys."""
+    """For an edge store: operations that need the application, because it has the keys."""
 
-    def greet(self, centre: Store) -> str:
-        """Why this node and the others at the centre can't read each other; "" if they can."""
+    def incompatibility(self, centre: Store) -> str:
+        """Why this node and the others at the centre can't read each other's records; "" if they
+        can.
+        """
 
     def merge(
         self,
@@ -318,32 +322,32 @@ class Reconciler(Protocol):
         """The record to save over ``theirs``: with the changes from ``base`` to ``mine``.
 
         ``typed``: the keys that have a merge policy of their own, besides the settings. The record
-        says that ``node`` has settled everything up to ``number``. None if ``theirs`` says so.
-        Raises ``UnreadableRecord``.
+        notes that ``node`` has settled everything up to ``number``. Returns None if ``theirs``
+        notes that already. Raises ``UnreadableRecord``.
         """
 
     def end(self, key: str, last: Record) -> None:
-        """End the session under ``key`` at the centre, and what belongs to it there.
+        """End the session under ``key`` at the centre, with everything that belongs to it there.
 
-        ``last``: the record as the centre had it, or without a payload if that isn't known. Its
-        user's device ends too, whatever key the session has now.
+        ``last``: the record as the centre had it, without a payload if that is unknown. The user's
+        device ends too, whatever key its session has now.
         """
 
     def settled(self, base: Record, there: Record, mine: Record) -> None:
         """The changes from ``base`` to ``mine`` are stored in ``there``. May be called twice."""
 
     def dropped(self, base: Record | None, mine: Record, why: str) -> None:
-        """The changes from ``base`` to ``mine`` are given up."""
+        """The changes from ``base`` to ``mine`` are lost, because of ``why``."""
 
 
 class EdgeFigures(NamedTuple):
-    """The changes that a node has yet to settle with its centre, and its past.
+    """The changes that a node has yet to settle with its centre, and its history.
 
-    ``ends`` and ``changes``: sessions that wait. ``oldest_at``: when the change that waits longest
-    was last confirmed, in milliseconds since 1970; None if nothing waits. ``lag``: how many seconds
-    ago that was. ``settled_at``: when nothing was left to settle; 0 for never. ``settled`` and
-    ``dropped``: sessions since the node began. ``trouble``: why the last attempt to settle failed;
-    "" if it didn't.
+    ``ends`` and ``changes``: how many sessions wait. ``oldest_at``: when the session with the
+    oldest change was last confirmed, in milliseconds since 1970; None if nothing waits. ``lag``:
+    how many seconds ago that was. ``settled_at``: when the queue was last empty; 0 for never.
+    ``settled`` and ``dropped``: how many sessions since the node was set up. ``trouble``: why the
+    last attempt to settle failed; "" if it didn't.
     """
 
     node: str
@@ -358,9 +362,8 @@ class EdgeFigures(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The sessions that were settled. ``trouble``: why it stopped, or which sessions it left out.
-
-    ``reached``: whether the centre was asked and answered.
+    """How many sessions were settled. ``trouble``: why settling stopped, or which sessions it left
+    out. ``reached``: whether the centre answered.
     """
 
     ends: int = 0
@@ -373,9 +376,9 @@ class Settled(NamedTuple):
 class Edge(Protocol):
     """For a store that keeps working while its centre can't be reached."""
 
-    #: the store at the centre, which is asked directly
+    #: the store at the centre, without the copy
     centre: Store
-    #: how long a copy serves without the centre, in seconds
+    #: how long copies serve without the centre, in seconds
     offline_for: float
     #: where changes wait: the path of a file, and the prefix of the keys there
     outbox: tuple[str, str]
@@ -385,15 +388,15 @@ class Edge(Protocol):
         """Why this process serves from its copy now; "" if it reaches the centre."""
 
     def use(self, reconciler: Reconciler) -> None:
-        """Settle by this reconciler. The store keeps no strong reference to it."""
+        """Settle with this reconciler. The store keeps only a weak reference to it."""
 
     def figures(self) -> EdgeFigures:
-        """The figures of the waiting changes. One look at the local file."""
+        """The figures of the waiting changes. One read of the local file."""
 
     def settle(self) -> Settled | None:
-        """Look whether the centre is back, and settle with it now.
+        """Check whether the centre is back, and settle with it now.
 
-        None if another process of this node does so already.
+        Returns None if another process of this node is doing so already.
         """
 
 

@@ -15,11 +15,11 @@ OTHERS = 0o077 if _HAS_USERS else 0  # the rights of everybody but the owner
 
 
 def secure(path: str | os.PathLike[str]) -> str:
-    """Revoke the rights of other users to a file or folder. Returns "", or why it can't.
+    """Revoke the rights of other users to a file or folder. Returns "", or why that is impossible.
 
     Root may change files of any user, and root's files count as ours. The file itself isn't opened:
-    closing it would drop the locks that SQLite holds on it in this process. Windows only gets the
-    check for links. Raises ``OSError``.
+    closing it would drop the locks that SQLite holds on it in this process. On Windows, only checks
+    for links. Raises ``OSError``.
     """
     there = os.stat(path, follow_symlinks=False)
     if stat.S_ISLNK(there.st_mode):
@@ -62,7 +62,7 @@ def is_foreign_link(path: str | os.PathLike[str]) -> bool:
 
 
 def others_may_replace(folder: str | os.PathLike[str], rights: int = 0o022) -> bool:
-    """Whether others with these rights may put another file in the place of one in ``folder``."""
+    """Whether others could use these rights to replace a file in ``folder``."""
     mode = os.stat(folder).st_mode
     return _HAS_USERS and bool(mode & rights) and not mode & stat.S_ISVTX
 

@@ -7,9 +7,9 @@ from urllib.parse import SplitResult, urlsplit
 
 
 def without_hosts(url: str) -> tuple[SplitResult, str]:
-    """A URL in its parts, and its user and hosts as written, which the driver checks.
+    """A URL's parts, and separately its user and hosts as written, which the driver checks.
 
-    From Python 3.14 on, ``urlsplit`` refuses several hosts of which one is in brackets.
+    From Python 3.14 on, ``urlsplit`` refuses several hosts if one is in brackets.
     """
     scheme, slashes, rest = url.partition("://")
     hosts = re.split("[/?#]", rest, maxsplit=1)[0]

@@ -1,4 +1,4 @@
-"""How a visitor's values join a user's at the sign-in. No function here stores anything.
+"""How a visitor's values are merged into a user's at sign-in. No function here stores anything.
 
 ``tests/simulation/joining.py`` explores the protocol around it.
 """
@@ -21,7 +21,7 @@ from ..values.references import holds, reference_in, refers
 #: What happens to a visitor's value at the sign-in; see ``SessionKey``.
 AT_LOGIN: Final = ("merge", "keep", "replace", "discard")
 _ID_BYTES = 9
-_MOST_JOINS = 1000  # of one user; the oldest closed ones go first
+_MOST_JOINS = 1000  # for each user; beyond that, the oldest closed joins are dropped
 HOUR = 3_600_000  # milliseconds; longer than any request takes
 
 _FAILURES = (SessionConflict, UnreadableRecord, ValueLost, ValueRefused, SessionTooLarge)
@@ -36,10 +36,10 @@ class UserKey(Protocol):
         """The key's merge policy, if it has one."""
 
     def checked(self, merge: MergeFunction) -> MergeFunction:
-        """The same policy, whose results the key checks."""
+        """The same policy, with its results checked by the key."""
 
 
-#: Three encoded sides to the encoded result: the user's, the visitor's when it joined, and now.
+#: Merges encoded values: the user's, the visitor's at the last join, and the visitor's now.
 Combine = Callable[
     [Mapping[str, bytes], Mapping[str, bytes], Mapping[str, bytes]], dict[str, bytes]
 ]
@@ -50,10 +50,10 @@ class NotJoined(Exception):
 
 
 def first_join(old: Record | None, keys: Collection[str]) -> Join:
-    """The join of a session that has none although it has values for a user under ``keys``.
+    """The join of a session that has values for a user under ``keys``, but no join yet.
 
-    The key was declared after they were stored. So the id follows from the stored version: whatever
-    happens next to that version, it is the same.
+    This happens if the key was declared after they were stored. The id is derived from the stored
+    version, so all requests that start from that version get the same id.
     """
     if old is None:
         return Join(secrets.token_bytes(_ID_BYTES), 0, keys=tuple(keys))
@@ -64,7 +64,7 @@ def first_join(old: Record | None, keys: Collection[str]) -> Join:
 def next_join(
     joins: tuple[Join, ...], keys: Collection[str], old: Record | None = None
 ) -> tuple[Join, ...]:
-    """The join of a session with its next version, which has values for a user under ``keys``.
+    """The join for the next version of a session, which has values for a user under ``keys``.
 
     ``old``: the version that it replaces, if any.
     """
@@ -75,7 +75,7 @@ def next_join(
     return (Join(join.id, join.revision + 1, keys=known),)
 
 
-def both_joins(one: tuple[Join, ...], other: tuple[Join, ...]) -> tuple[Join, ...]:
+def merge_joins(one: tuple[Join, ...], other: tuple[Join, ...]) -> tuple[Join, ...]:
     """The join of a session that was changed in two places, later than both."""
     if not one or not other:
         return one or other
@@ -92,9 +92,9 @@ def joined(
     combine: Combine,
     now: int,
 ) -> Body | None:
-    """The user's record after the values ``mine`` of a session have joined it; None: they have.
+    """The user's record with the values ``mine`` of a session; None if they had joined before.
 
-    ``join``: of the session. ``absolute_end``: when that session ends at the latest, in
+    ``join``: the session's. ``absolute_end``: when that session ends at the latest, in
     milliseconds. ``combine``: see ``combined``, which raises ``NotJoined``.
     """
     before = next((each for each in body.joins if each.id == join.id), None)
@@ -108,7 +108,7 @@ def joined(
 
 
 def closed(body: Body, join_id: bytes, now: int) -> Body | None:
-    """The user's record after the sign-in is complete; None if there is nothing to close."""
+    """The user's record after a complete sign-in; None if there is nothing to close."""
     there = next((each for each in body.joins if each.id == join_id), None)
     if there is None or there.revision == CLOSED:
         return None
@@ -129,7 +129,7 @@ def with_joins(body: Body, values: dict[str, bytes], joins: tuple[Join, ...], no
 
 
 def lasting(joins: tuple[Join, ...], now: int) -> tuple[Join, ...]:
-    """The joins that are still needed: their anonymous sessions may live."""
+    """The joins that are still needed, since their anonymous sessions may be alive."""
     left = tuple(each for each in joins if each.ends_at > now)
     if len(left) > _MOST_JOINS:
         finished = [each for each in left if each.revision == CLOSED]
@@ -147,10 +147,10 @@ def combined(
     keys: Mapping[str, UserKey],
     now: int,
 ) -> dict[str, bytes]:
-    """The user's encoded values with what changed from ``base`` to ``mine``.
+    """The user's encoded values with the changes from ``base`` to ``mine``.
 
-    ``keys``: of the application, as far as it has used them.
-    Raises ``NotJoined`` if a policy or a schema refuses.
+    ``keys``: the application's keys, as far as it has used them. Raises ``NotJoined`` if a policy
+    or a schema refuses.
     """
     found = dict(theirs)
     for name in (*mine, *(name for name in base if name not in mine)):
@@ -193,7 +193,7 @@ def _reason(name: str, error: Exception) -> str:
 def _declared(name: str) -> UserKey | None:
     """The key of that name. Raises ``NotJoined`` if there are several.
 
-    Then they belong to several applications, and this one has not used its key yet.
+    In that case they belong to several applications, and this one has not used its key yet.
     """
     known = [key for key in DECLARED.get(name, ()) if key.scope == "user"]
     if len(known) > 1:
@@ -202,7 +202,7 @@ def _declared(name: str) -> UserKey | None:
 
 
 def _same(one: bytes, other: bytes | None) -> bool:
-    """Whether two encoded values are equal; large ones may be in two places."""
+    """Whether two encoded values are equal, even if large ones are stored under two names."""
     if one == other:
         return True
     if other is None or not refers(one) or not refers(other) or split(one)[0] != split(other)[0]:
@@ -212,7 +212,7 @@ def _same(one: bytes, other: bytes | None) -> bool:
 
 
 def login_policy(name: str, key: UserKey | None, merger: Merger) -> MergeFunction:
-    """How the visitor's value and the user's become one."""
+    """The policy that merges the visitor's value with the user's."""
     if key is not None and key.at_login == "replace":
         return last
     of_settings = merger.policies.get(name)
@@ -223,7 +223,7 @@ def login_policy(name: str, key: UserKey | None, merger: Merger) -> MergeFunctio
 
 
 def _emptied(codec: Codec, name: str, was: bytes | None) -> bytes | None:
-    """The value without any entries, for a collection that was removed."""
+    """An empty collection of the same type, to merge the removal of one; None for other values."""
     if was is None:
         return None
     try:
@@ -236,9 +236,9 @@ def _emptied(codec: Codec, name: str, was: bytes | None) -> bytes | None:
 
 
 def entry_by_entry(base: Any, theirs: Any, mine: Any) -> Any:
-    """Dicts, lists and sets at every depth: the user's entries and the visitor's new ones.
+    """Merge dicts, lists and sets at every depth: the user's entries plus the visitor's new ones.
 
-    For other values, the visitor's, if it was changed since it joined.
+    Of other values, the visitor's wins if it changed since the last join.
     """
     kind: Any = type(mine)
     if base is not MISSING and same(base, mine):

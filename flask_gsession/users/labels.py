@@ -1,4 +1,4 @@
-"""A name for the device of a request, as its owner would call it: "Firefox on Windows"."""
+"""Names the device of a request as its owner would: "Firefox on Windows"."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import importlib.util
 from functools import cache
 from typing import Any
 
-_LONGEST_AGENT = 512  # characters: more only slows down the search
+_LONGEST_AGENT = 512  # characters; the rest would only slow down the search
 _LONGEST = 100
 
-# Without ua-parser: the first part that a user agent contains. Browsers name others in theirs.
+# Without ua-parser: the first of these that a user agent contains. Order matters, since browsers
+# also name other browsers.
 _BROWSERS = {
     "Edg": "Edge",
     "OPR/": "Opera",
@@ -30,13 +31,13 @@ _SYSTEMS = {
     "Mac OS": "macOS",
     "Linux": "Linux",
 }
-# ua-parser names each build of a browser; these words and names are of no use to its owner.
+# ua-parser names each build of a browser, in words that mean nothing to the device's owner.
 _WORDS = {"Mobile", "iOS", "WebView", "UI/WKWebView"}
 _NAMES = {"HeadlessChrome": "Chrome", "Mac OS X": "macOS", "Chrome OS": "ChromeOS"}
 
 
 def device_label(user_agent: str) -> str:
-    """The label for a ``User-Agent`` header; "" if it names nothing known.
+    """The label for a ``User-Agent`` header; "" for an unknown client.
 
     With ua-parser (extra ``devices``), it knows thousands of clients; otherwise, the common
     browsers.
@@ -68,7 +69,7 @@ def _parsed(agent: str) -> tuple[str, str]:
 
 
 def _plain(found: Any) -> str:
-    """The family in the words of its owner, and nothing that can't be printed."""
+    """The common name of a family, in printable characters."""
     family = "" if found is None else str(found.family)
     name = _NAMES.get(family, family)
     name = " ".join(word for word in name.split() if word not in _WORDS)

@@ -24,7 +24,7 @@ class OpenUser:
     changes that ``update_atomic`` or a transaction stored at once. Each use loads the values again.
 
     Leaving raises ``SessionEnded`` if the values were deleted before the changes could be stored,
-    ``TransactionMisused`` if a transaction or lock is still open, and any error of a save. One
+    ``TransactionMisused`` if a transaction or lock is still open, and the errors of a save. One
     round trip at the first look, one more for changes or a renewal that is due.
     """
 
@@ -63,7 +63,7 @@ class OpenUser:
                 life.drop_unreferenced()
 
     async def __aenter__(self) -> UserValues:
-        """As ``with``; the event loop does not wait for the store."""
+        """Like ``with``, but without blocking the event loop."""
         return await in_a_thread(self.__enter__)
 
     async def __aexit__(

@@ -57,7 +57,7 @@ def rebuild(repository: Repository, only: str | None, *, foreign: bool = False) 
             if login is not None and wants and found.get(roster_key(login)) != _FOREIGN:
                 entered += _bind(repository, login, loaded)
     for key, state in found.items():
-        if state == _FOREIGN:  # all others are repaired
+        if state == _FOREIGN:  # raises, now that all others are repaired
             repository.rosters.look_at(key)
     return entered
 
@@ -75,7 +75,7 @@ def count_foreign(repository: Repository) -> tuple[int, int]:
 def _state(repository: Repository, key: str, foreign: bool, record: Record | None = None) -> str:
     """The state of the roster under ``key``.
 
-    ``foreign``: a roster that others may read counts as damaged. One round trip,
+    ``foreign``: a roster that other workers may be able to read counts as damaged. One round trip,
     unless the ``record`` can be read.
     """
     if record is not None:
@@ -89,15 +89,15 @@ def _state(repository: Repository, key: str, foreign: bool, record: Record | Non
 
 
 def _restore(repository: Repository, key: str, devices: list[Device]) -> int:
-    """Enter these devices in a roster that is damaged or lost; how many."""
+    """Enter these devices in a roster that is damaged or lost. Returns how many."""
     rosters = repository.rosters
     # The time of the last revocation is lost as well, so no earlier session is entered.
     fresh = rosters.revoke_all(Roster())
 
     def step(roster: Roster) -> tuple[Roster, int]:
         if roster.epoch:
-            return roster, 0  # they were revoked since the store was gone through
-        known = {device.id for device in roster.devices}  # signed in since
+            return roster, 0  # they were revoked since the scan
+        known = {device.id for device in roster.devices}  # signed in since the scan
         lost = [device for device in devices if device.id not in known]
         return replace(fresh, devices=(*lost, *roster.devices)), len(lost)
 
@@ -106,14 +106,14 @@ def _restore(repository: Repository, key: str, devices: list[Device]) -> int:
     except RosterUnreadable:
         if rosters.replace_unreadable(key, replace(fresh, devices=tuple(devices))):
             return len(devices)
-        return rosters.change_at(key, step)  # somebody else repaired it
+        return rosters.change_at(key, step)  # another process repaired it
 
 
 def _records(repository: Repository) -> Iterator[Record]:
     scans = parts_of(repository.store).scans
     if scans is None:
         raise SettingError(
-            f"{type(repository.store).__name__} can't go through its sessions (it has no part "
+            f"{type(repository.store).__name__} can't list its sessions (it has no part "
             "`scans`), so rosters can't be rebuilt from them"
         )
     cursor = ""
@@ -158,7 +158,7 @@ def _device(loaded: Loaded, owner: Owner) -> Device:
 
 
 def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
-    """Bind a session from before this version, as its next save would do."""
+    """Bind a session that an older version stored, as its next save would."""
     record, body, rosters = loaded.record, loaded.body, repository.rosters
     until = repository.expiry.listed_until(body.values, body.lifetime, record)
     now = repository.now() // 1000
@@ -171,12 +171,12 @@ def _bind(repository: Repository, user_id: str, loaded: Loaded) -> bool:
 
     member = rosters.change(user_id, step)
     if member is None:
-        return False  # refused; its next save ends it
+        return False  # refused; the next save of the session ends it
     owner = Owner(user_id, member.id, now, until)
     try:
         repository.store.save(repository.records.with_owner(record, body, owner), record.version)
     except (Stale, Gone):
-        return False  # its request does it
+        return False  # a request saved the session, and so bound it
     if repository.journaling is not None:
         repository.journaling.append_bound(record.key, user_id, member.id)
     repository.events.emit(SessionBound, user_id, member.id, record.key, "earlier version")

@@ -22,7 +22,7 @@ def finish(
 ) -> None:
     """Delete the sessions of these devices, then drop them from the user's roster.
 
-    Raises ``StoreUnavailable`` if it was interrupted; the next touch of the roster finishes it.
+    Raises ``StoreUnavailable`` if it was interrupted; the next access to the roster finishes it.
     Raises ``LogoutUnconfirmed`` last: all sessions have ended, but too few replicas confirmed it,
     so these devices stay in the roster. Two round trips and the deletes.
     """
@@ -53,7 +53,7 @@ def finish(
 def finish_if_possible(
     repository: Repository, user_id: str, ending: Collection[Device], reason: str | None = None
 ) -> None:
-    """Finish what another process left unfinished. An outage leaves it to the next process."""
+    """Finish a revocation that another process began. In an outage, log a warning instead."""
     try:
         finish(repository, user_id, ending, reason)
     except StoreUnavailable as error:
@@ -61,9 +61,10 @@ def finish_if_possible(
 
 
 def is_member(repository: Repository, loaded: Loaded) -> bool:
-    """Whether a session that was stored before it was entered is in its user's roster by now.
+    """Whether a session that is stored before it enters its user's roster has been entered by now.
 
-    Otherwise, it ends. One round trip, one more to end it. Raises ``StoreUnavailable``.
+    If it hasn't, the session is deleted. One round trip, one more to delete it. Raises
+    ``StoreUnavailable``.
     """
     record, owner = loaded.record, loaded.body.owner
     if owner is None:

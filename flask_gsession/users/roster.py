@@ -121,8 +121,8 @@ def is_full(roster: Roster, cap: int, policy: Policy) -> bool:
 
 
 def enter(roster: Roster, device: Device, since: Since, cap: int, policy: Policy) -> Entered:
-    """Enter a session that was bound to the user. Devices over ``cap`` are marked as ending, the
-    oldest first.
+    """Enter a session that was bound to the user. Marks devices over ``cap`` as ending, oldest
+    first.
 
     Entering a session again changes nothing.
     """
@@ -143,7 +143,7 @@ def enter(roster: Roster, device: Device, since: Since, cap: int, policy: Policy
 
 
 def move(roster: Roster, device_id: str, key: str, replaces: Collection[str]) -> Entered:
-    """The session was rotated to ``key``. Refused unless an earlier key of it is a member."""
+    """Note a rotation to ``key``. Refused unless an earlier key of the session is a member."""
     there = roster.by_id(device_id)
     if there is None or there.ending or there.key not in {key, *replaces}:
         return Entered(roster, "revoked")
@@ -178,7 +178,7 @@ def touch(
 
 
 def mark_ending(roster: Roster, device_ids: Collection[str]) -> Roster:
-    """Mark these devices as ending. Their sessions are deleted next, then the devices dropped."""
+    """Mark these devices as ending. Their sessions are deleted next, then they are dropped."""
     devices = (
         replace(device, ending=True) if device.id in device_ids else device
         for device in roster.devices
@@ -207,7 +207,7 @@ def revoke_all(
 
 
 def retag(roster: Roster, device_id: str, start: str, tag: str) -> Roster:
-    """Give a device this tag instead of those with the same start."""
+    """Give a device this tag, in place of its tags that begin with ``start``."""
     there = roster.by_id(device_id)
     if there is None:
         return roster

@@ -31,11 +31,12 @@ A = TypeVar("A")
 #: Flask-Login's key for the user who is signed in.
 LOGIN = "_user_id"
 LONGEST_ID = 256  # characters of a user id
-#: How much longer a roster is kept than its sessions, and lists a session than it lives.
+#: A roster is kept this much longer than its sessions, and lists each this much longer than it
+#: lives.
 MARGIN = 60_000  # milliseconds
 _LIFE = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends a roster earlier
-_ENDING = "_"  # of a key
-_OWN_REVOCATIONS = 1000  # remembered by a process
+_KEY_SUFFIX = "_"
+_MAX_OWN_REVOCATIONS = 1000  # that a process remembers
 
 
 class Found(NamedTuple):
@@ -53,7 +54,7 @@ class Began(NamedTuple):
 
 
 class OwnRevocations:
-    """The order in which this process last revoked all sessions of users."""
+    """Numbers the latest revocations of all sessions of a user by this process, in order."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -62,7 +63,7 @@ class OwnRevocations:
     def add(self, user_id: str, epoch: int) -> None:
         self.count += 1
         self._numbers[user_id, epoch] = self.count
-        while len(self._numbers) > _OWN_REVOCATIONS:
+        while len(self._numbers) > _MAX_OWN_REVOCATIONS:
             self._numbers.popitem(last=False)
 
     def number(self, user_id: str, epoch: int) -> int | None:
@@ -102,15 +103,14 @@ class Rosters:
         except UnreadableRecord as error:
             raise RosterUnreadable(
                 f"the roster {key} of a user can't be read: {error}. ext.users.rebuild repairs "
-                "it; with replace_foreign=True also if no worker has its key, or its version",
+                "it; add replace_foreign=True if no worker has its encryption key or version",
                 for_others=error.for_others,
             ) from None
 
     def change(
         self, user_id: str, step: Callable[[Roster], tuple[Roster, A]], found: Found | None = None
     ) -> A:
-        """Replace the roster by the result of ``step``; return the answer of the step that was
-        stored.
+        """Replace the roster by the result of ``step``; return the answer of the step that won.
 
         ``found``: the roster, if you have read it already. Two round trips, two more for each lost
         race; one if nothing changes, or ``found`` is still current. Raises ``StoreUnavailable``
@@ -177,15 +177,15 @@ class Rosters:
     def revoke_all(
         self, roster: Roster, keep: str | None = None, tags: Collection[str] | None = None
     ) -> Roster:
-        """Apply ``roster.revoke_all``, now, by the clock of this process."""
+        """Apply ``roster.revoke_all`` at the current time of this process's clock."""
         return revoke_all(roster, self._now(), self._clock_id, keep, tags)
 
     def since(self, user_id: str, roster: Roster, began: Began) -> Since:
-        """The start of a sign-in, in the form that ``roster`` can judge."""
+        """When a sign-in began, in a form that can be compared with ``roster``."""
         own = self.own.number(user_id, roster.epoch)
         if own is None:
             return Since(None, int(began.time * 1000), self._clock_id)
-        # This process knows the order of its own actions without a clock.
+        # This process knows the order of its own revocations without a clock.
         return Since(roster.epoch if own <= began.revocations else -1)
 
     def read(self, record: Record) -> Roster:
@@ -213,13 +213,11 @@ class Rosters:
             self._store.save(record, there.version)
 
     def _end(self, roster: Roster, now: int) -> int:
-        """How long a roster is kept: no session from before its epoch may outlive it."""
+        """When a roster expires: no session from before its epoch may outlive it."""
         ends = [device.expires * 1000 for device in roster.devices]
         if roster.epoch:
             ends.append(roster.epoch + int(self._settings.absolute_timeout * 1000))
-            if (
-                self._settings.imports
-            ):  # the epoch refuses sessions that were not imported before it
+            if self._settings.imports:  # the epoch refuses imports of older sessions
                 ends.append(self._settings.marks_end(now))
             if self._settings.remember_until is not None:
                 ends.append(self._settings.remember_end)
@@ -232,13 +230,13 @@ class Rosters:
 def roster_key(user_id: str) -> str:
     """The key of the user's roster. No session key ends with its last character."""
     digest = hashlib.sha256(b"flask-gsession roster " + user_id.encode()).digest()
-    return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + _ENDING
+    return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + _KEY_SUFFIX
 
 
 def is_roster(record: Record) -> bool:
     """Whether this is a user's roster, even if its content can't be read."""
     life = record.absolute_expires_at - record.created_at
-    return record.successor is None and record.key.endswith(_ENDING) and life == _LIFE
+    return record.successor is None and record.key.endswith(_KEY_SUFFIX) and life == _LIFE
 
 
 def checked_user_id(user_id: object) -> str:
@@ -254,8 +252,8 @@ def checked_user_id(user_id: object) -> str:
     if len(user_id) > LONGEST_ID:
         raise ValueError(f"user_id has {len(user_id)} characters; at most {LONGEST_ID} are allowed")
     if "\0" in user_id or not is_valid_text(user_id):
-        raise ValueError(f"user_id {ascii(user_id)[:60]} has NUL or lone surrogates in it")
-    return str.__str__(user_id)  # of a member of an Enum, too
+        raise ValueError(f"user_id {ascii(user_id)[:60]} contains NUL or lone surrogates")
+    return str.__str__(user_id)  # a plain str, even for a str subclass such as an Enum
 
 
 def new_device_id() -> str:
@@ -273,7 +271,7 @@ def network_of(address: str | None) -> bytes:
     return bytes(parsed.packed[: 3 if parsed.version == 4 else 6])
 
 
-@lru_cache(maxsize=1024)  # a user's devices share a few
+@lru_cache(maxsize=1024)  # a user's devices share a few networks
 def network_text(network: bytes) -> str | None:
     """A network as text, such as ``"203.0.113.0/24"``."""
     if len(network) == 3:
@@ -285,13 +283,13 @@ def network_text(network: bytes) -> str | None:
 
 def _lost() -> StoreUnavailable:
     return StoreUnavailable(
-        "too many sign-ins and other changes of one user at once", contention=True
+        "too many simultaneous sign-ins and other changes of one user", contention=True
     )
 
 
 @cache
 def _system_clock() -> int:
-    """The same in all processes that share the clock of this machine."""
+    """An id of this machine's clock: the same in all its processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     except OSError:

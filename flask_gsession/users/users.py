@@ -47,8 +47,8 @@ class UserDevice:
 
     ``id`` stays the same through rotations. ``current``: whether it is this request's session.
     ``network``: the network of the last noted request, such as ``"203.0.113.0/24"``.
-    ``last_seen_at`` is up to ``SESSION_SEEN_INTERVAL`` old. ``expires_at``: its latest end if it
-    isn't used again. ``remembered``: signed in by a remember-me cookie.
+    ``last_seen_at`` is up to ``SESSION_SEEN_INTERVAL`` old. ``expires_at``: when it ends at the
+    latest if it isn't used again. ``remembered``: signed in by a remember-me cookie.
     """
 
     id: str
@@ -66,9 +66,9 @@ class UserDevice:
 class Users:
     """The sessions that are bound to the users of an application, from ``ext.users``.
 
-    For requests, and for jobs and commands in an application context. ``user_id`` is the argument
-    of ``session.bind``; with Flask-Login, the result of the user's ``get_id()``. All methods raise
-    ``ValueError`` for an invalid id, and ``StoreUnavailable`` (503).
+    Use it in requests, and in jobs and commands with an application context. ``user_id`` is the
+    argument of ``session.bind``; with Flask-Login, the result of the user's ``get_id()``. All
+    methods raise ``ValueError`` for an invalid id, and ``StoreUnavailable`` (503).
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Users:
         """A block in which you check the password and bind the session to that user.
 
         If the user's sessions are revoked during the block, the sign-in is refused. Without the
-        block, the start of the request decides that, with 5 seconds for clocks that differ between
-        servers. One round trip.
+        block, revocations since the start of the request count, plus 5 seconds because clocks
+        differ between servers. One round trip.
         """
         user_id = checked_user_id(user_id)
         rosters = self._repository().rosters
@@ -138,7 +138,7 @@ class Users:
         if found:
             self._finish(user_id, after, reason, by)
             if life is not None:
-                _end_here(life, user_id)
+                _end_current_session(life, user_id)
         return found
 
     def revoke_others(
@@ -164,10 +164,10 @@ class Users:
         if user_id is None:
             user_id = current
             if user_id is None:
-                raise ValueError("user_id is None, and no user is signed in to this session")
+                raise ValueError("user_id is None, but no user is signed in to this session")
         if device_id is None:
             if life is None or current != user_id:
-                raise ValueError("device_id is None, and this session is not bound to that user")
+                raise ValueError("device_id is None, but this session is not bound to that user")
             if life.wishes.binding is None:
                 device_id = device_id_of(life)
         else:
@@ -190,7 +190,7 @@ class Users:
         user's next sign-in finishes it. Four round trips, and the deletes.
         """
         if isinstance(tags, str):
-            raise ValueError("tags is a text; it must be a list of texts, or None")
+            raise ValueError("tags is a str; allowed: a list of str, or None")
         return self._revoke_all(checked_user_id(user_id), None, reason, by, tags)
 
     def forget(self, user_id: str | int) -> bool:
@@ -210,15 +210,15 @@ class Users:
         return found
 
     def rebuild(self, user_id: str | int | None = None, *, replace_foreign: bool = False) -> int:
-        """Repair rosters from the sessions in the store; how many sessions were entered.
+        """Repair rosters from the sessions in the store. Returns how many sessions were entered.
 
-        A roster that is damaged or lost gets all live sessions of its user. Sessions that were
-        signed in by Flask-Login before this version, are bound. A roster that can be read stays as
-        it is. ``user_id`` None: of all users. Goes through the whole store.
+        A roster that is damaged or lost gets all live sessions of its user. Sessions that
+        Flask-Login signed in before you upgraded are bound. A readable roster stays as it is.
+        ``user_id`` None: the rosters of all users. Scans the whole store.
 
         A roster that needs another encryption key, or a newer version, raises ``RosterUnreadable``,
         after the others were repaired. With ``replace_foreign`` it counts as damaged: use that once
-        no worker can read it. Its sessions end, unless they can be read.
+        no worker can read it. Its readable sessions stay, all others end.
         """
         only = None if user_id is None else checked_user_id(user_id)
         return rebuild(self._repository(), only, foreign=replace_foreign)
@@ -247,10 +247,10 @@ class Users:
             raise SessionEnded
         rosters.own.add(user_id, after.epoch)
         if life is not None:
-            _go_on(life, user_id, before, after.epoch)
+            _keep_sign_in_valid(life, user_id, before, after.epoch)
         self._finish(user_id, after, reason, by)
         if life is not None and current in {device.id for device in after.ending}:
-            _end_here(life, user_id)
+            _end_current_session(life, user_id)
         return len(after.ending)
 
     def _finish(self, user_id: str, roster: Roster, reason: str | None, by: str | None) -> None:
@@ -264,7 +264,7 @@ class Users:
             finish(self._repository(), user_id, roster.ending, reason, by)
         except StoreUnavailable as error:
             raise RevocationUnfinished(
-                f"{len(roster.ending)} sessions were to end: {error}. Repeat it"
+                f"up to {len(roster.ending)} sessions are still to end: {error}. Repeat the call"
             ) from error
 
     def _by(self, by: str | None) -> str | None:
@@ -283,8 +283,8 @@ class Users:
         return life
 
 
-def _end_here(life: Lifecycle, user_id: str) -> None:
-    """This request's session was revoked. A sign-in of another user goes on without it."""
+def _end_current_session(life: Lifecycle, user_id: str) -> None:
+    """End this request's session, which was revoked, but not a sign-in of another user."""
     binding = life.wishes.binding
     if binding is None or binding.user_id in ("", user_id):
         destroy(life)
@@ -293,7 +293,7 @@ def _end_here(life: Lifecycle, user_id: str) -> None:
             start_own_session(life)
 
 
-def _go_on(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
+def _keep_sign_in_valid(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
     """Keep a pending sign-in of this request valid after its own revocation."""
     note_own_revocation(life, user_id, before, epoch)
     binding = life.wishes.binding

@@ -52,7 +52,7 @@ def test_status_and_sync(edge: EdgeSite) -> None:
     edge.back()
     code, output = run(edge, "edge", "sync")
     assert code == 0
-    assert "Settled 1 ends and 1 changed sessions; 0 were given up" in output
+    assert "Settled 1 ends and 1 changed sessions; 0 were dropped" in output
     assert "settled so far   1\n" in run(edge, "edge", "status")[1]
 
 
@@ -72,7 +72,7 @@ def test_the_doctor_looks_at_both_ends(edge: EdgeSite) -> None:
     edge.cut()
     visitor.run(add)
     edge.clock.advance(7200)
-    edge.edge.link.came_back()  # as another process believes, which tries to settle
+    edge.edge.link.mark_restored()  # as another process believes, which tries to settle
     run(edge, "edge", "sync")
     assert edge.edge.figures().trouble
     checks = found()
@@ -130,7 +130,7 @@ def test_two_sessions_need_an_outbox_each(tmp_path: Path) -> None:
         Session(app, store=url, cookie_name=name, **how).store(app)  # type: ignore[arg-type]
         for name, how in (("one", {}), ("two", {"key_prefix": "two:"}))
     ]
-    with pytest.raises(SettingError, match="one of them would merge the changes of the other"):
+    with pytest.raises(SettingError, match="one would merge the changes of the other"):
         Session(app, store=url, cookie_name="three")
     for store in stores:
         store.close()

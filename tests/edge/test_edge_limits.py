@@ -408,7 +408,7 @@ def test_a_damaged_file_refuses_and_says_so(
     assert at(network.centre, visitor).run(dict) == {"n": 1}
     edge.edge._worker.interval = 0.01
     assert visitor.ask(dict).status_code == 503  # starts the thread
-    until(lambda: "tries again" in caplog.text)
+    until(lambda: "will try again" in caplog.text)
     assert "the node's file: file is not a database" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
 
@@ -473,7 +473,7 @@ def test_a_centre_hears_of_ends_although_nothing_can_be_noted(
         raise NodeUnavailable("the disk is full")
 
     with monkeypatch.context() as patch:
-        for name in ("lease", "told", "release", "sending"):
+        for name in ("lease", "end_delivered", "release", "sending"):
             patch.setattr(edge.edge.waiting, name, full)
         settled = edge.edge.settle()
         assert settled is not None

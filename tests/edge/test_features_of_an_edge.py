@@ -229,7 +229,7 @@ def test_commands_say_what_the_centre_has_not_heard(network: Network, edge: Edge
     code, output = run(edge, "revoke", handle)
     assert code == 0
     assert f"{handle}: ended" in output
-    assert "1 ended sessions work at the centre until it can be reached" in output
+    assert "1 ended sessions still work at the centre until it can be reached" in output
     code, output = run(edge, "doctor", "--json")
     found = {row["check"]: row for row in json.loads(output[output.index("[\n") :])}
     assert "answers" not in found

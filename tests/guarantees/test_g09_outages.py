@@ -924,7 +924,7 @@ def test_a_folder_that_another_process_locks(tmp_path: Path, clock: FakeClock) -
         release = threading.Timer(STUCK, fcntl.flock, [lock, fcntl.LOCK_UN])
         release.start()  # should it wait for that
         try:
-            with pytest.raises(StoreUnavailable, match="locks its folder"):
+            with pytest.raises(StoreUnavailable, match="has locked its folder"):
                 store.create(record)
         finally:
             release.cancel()

@@ -313,7 +313,7 @@ def test_the_debug_dump_says_when_the_near_cache_was_used(
     visitor.run(lambda session: session.update(a=1))
     assert "near cache" not in caplog.text
     warmed(site, visitor)
-    assert "near cache the first look asked nobody" in caplog.text
+    assert "near cache used for the first read" in caplog.text
 
 
 def test_without_background_threads_the_start_says_so(

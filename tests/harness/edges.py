@@ -58,7 +58,7 @@ class EdgeSite(Site):
     def cut(self) -> None:
         """Cut the wire; this process knows at once."""
         self.wire.cut = True
-        self.edge.link.broke(StoreUnavailable("the wire is cut"))
+        self.edge.link.mark_cut(StoreUnavailable("the wire is cut"))
 
     def back(self) -> None:
         """Mend the wire. Nobody has noticed yet."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from flask_gsession.events import Events
-from flask_gsession.sharing.grants import FULL_POWER, Grants, GrantsFile
+from flask_gsession.sharing.grants import FULL_ACCESS, Grants, GrantsFile
 from flask_gsession.sharing.server import Server, Service
 from flask_gsession.sharing.store_service import StoreService
 from flask_gsession.stores import Store
@@ -22,7 +22,7 @@ START = 30.0  # seconds until the command serves, or has ended
 @contextmanager
 def serving(
     *services: Service,
-    grants: Grants | GrantsFile = FULL_POWER,
+    grants: Grants | GrantsFile = FULL_ACCESS,
     events: Events | None = None,
     threads: int = 8,
 ) -> Iterator[str]:
@@ -42,7 +42,7 @@ def store_servers() -> Iterator[Callable[[Store], str]]:
     servers: list[Server] = []
 
     def serve(store: Store) -> str:
-        server = Server([StoreService(store)], FULL_POWER, Events(), 16)
+        server = Server([StoreService(store)], FULL_ACCESS, Events(), 16)
         port = server.listen("127.0.0.1:0", None)
         server.start()
         servers.append(server)

@@ -17,7 +17,7 @@ from flask_gsession.live.listener import Heard as HeardOf
 from flask_gsession.live.listener import Listener, now
 from flask_gsession.stores import Store, StoreOptions, open_store
 from flask_gsession.stores.base import Record
-from flask_gsession.stores.parts import NEVER, Changes, Feed, Hearer
+from flask_gsession.stores.parts import NEVER, Changes, Feed, Subscriber
 from flask_gsession.testing.records import a_record
 from tests.harness.servers import RedisServer
 from tests.harness.topologies import (
@@ -34,7 +34,7 @@ pytest_plugins = ["tests.harness.topologies"]
 BEAT = 0.02  # seconds
 
 
-class Heard(Hearer):
+class Heard(Subscriber):
     def __init__(self) -> None:
         self.keys: list[str] = []
         self.losses = 0
@@ -59,7 +59,7 @@ def listens(store_prefix: str) -> Iterator[Listens]:
         stores.append(store)
         assert store.changes is not None
         heard = Heard()
-        store.changes.hear(heard, BEAT)
+        store.changes.subscribe(heard, BEAT)
         store.changes.start()
         return store, store.changes, heard
 
@@ -233,11 +233,11 @@ def test_the_last_to_leave_ends_the_thread(redis_url: str, listens: Listens) -> 
     before = threading.active_count()
     _, changes, heard = listens(redis_url)
     other = Heard()
-    changes.hear(other)
+    changes.subscribe(other)
     proven(changes)
-    changes.leave(heard)
+    changes.unsubscribe(heard)
     assert threading.active_count() > before
-    changes.leave(other)
+    changes.unsubscribe(other)
     until(lambda: threading.active_count() == before, "the end of the thread")
     assert changes.feed("k") is None
 
@@ -378,7 +378,7 @@ class Silent:
 def test_two_beats_are_unanswered_at_most_and_the_last_one_proves_nothing() -> None:
     source = Silent()
     listener = Listener(source)
-    listener.hear(Heard(), 0.001)
+    listener.subscribe(Heard(), 0.001)
     listener.start()
     until(lambda: source.beats == 2, "two beats")
     time.sleep(0.1)
@@ -399,7 +399,7 @@ def test_after_a_cut_two_answers_are_needed_again() -> None:
     source = Silent()
     listener = Listener(source)
     heard = Heard()
-    listener.hear(heard, 0.001)
+    listener.subscribe(heard, 0.001)
     listener.start()
     until(lambda: source.beats == 2, "two beats")
     source.answers.put(2)

@@ -42,7 +42,7 @@ class Watched:
         self.store: Any = open_store(url, StoreOptions(timeout=timeout))[0]
         self.heard = Heard()
         self.changes = self.store.changes
-        self.changes.hear(self.heard, BEAT)
+        self.changes.subscribe(self.heard, BEAT)
         self.changes.start()
 
 
@@ -237,7 +237,7 @@ def test_a_forked_process_watches_for_itself(redis_url: str, tmp_path: Path) -> 
     with ServeCommand(tmp_path / "serve", settings) as far:
         store: Any = open_store(far.url, StoreOptions(timeout=10))[0]
         heard = Heard()
-        store.changes.hear(heard, BEAT)
+        store.changes.subscribe(heard, BEAT)
         store.changes.start()
         proven(store.changes)
         for _ in range(3):
@@ -431,5 +431,5 @@ def test_another_feed_ends_the_stream(store_prefix: str) -> None:
     changes.one = Feed()
     with pytest.raises(Refused, match="lost"):
         list(replies)
-    assert changes.hearers == []
+    assert changes.subscribers == []
     left.set()

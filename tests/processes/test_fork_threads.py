@@ -244,11 +244,11 @@ def test_processes_that_start_together_make_one_file(tmp_path: Path) -> None:
 def test_a_child_forked_while_the_file_is_made(tmp_path: Path) -> None:
     """The lock of the folder ends with the making, not with the child, which has it open too."""
     with gates(1) as (end,):
-        with sqlite._alone_in(tmp_path, 0.0) as alone:
+        with sqlite._folder_lock(tmp_path, 0.0) as alone:
             assert alone
             child = Child(end.wait)
         try:
-            with sqlite._alone_in(tmp_path, 0.0) as alone:
+            with sqlite._folder_lock(tmp_path, 0.0) as alone:
                 assert alone
         finally:
             end.open()

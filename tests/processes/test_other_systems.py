@@ -69,7 +69,7 @@ runner = app.test_cli_runner()
 exported = runner.invoke(gsession, ["export", folder + "/sessions.export"])
 assert exported.exit_code == 0, exported.output
 checked = runner.invoke(gsession, ["doctor"])
-assert "Others may" not in checked.output, checked.output
+assert "Other users may" not in checked.output, checked.output
 """
 
 

@@ -110,7 +110,7 @@ def test_the_master_of_uwsgi_listens_to_nothing(
             site.ext.live.watch(user_id="alice")
         changes = site.ext.store().changes
         assert changes is not None
-        changes.hear(SimpleNamespace(changed=bool, lost=bool))
+        changes.subscribe(SimpleNamespace(changed=bool, lost=bool))
         changes.start()
         assert not names() - before
         uwsgi(worker=1)

@@ -20,7 +20,7 @@ from flask_gsession import Session
 from flask_gsession.cli import gsession
 from flask_gsession.errors import SettingError, StoreUnavailable
 from flask_gsession.events import AccessDenied, Events
-from flask_gsession.sharing.grants import FULL_POWER, Grant, Grants, GrantsFile, read_grants
+from flask_gsession.sharing.grants import FULL_ACCESS, Grant, Grants, GrantsFile, read_grants
 from flask_gsession.sharing.introspection import introspection_blueprint
 from flask_gsession.sharing.server import Server, check_address
 from flask_gsession.sharing.store_service import StoreService
@@ -143,7 +143,7 @@ def test_a_token_in_the_url(caplog: pytest.LogCaptureFixture) -> None:
         granted.close()
     assert [each.service for each in denied] == ["", "", "", "", "weak", "weak"]
     assert denied[-1].what == "Delete: the grant `store`"
-    assert "The service weak was refused Delete" in caplog.text
+    assert "Refused the service weak: Delete" in caplog.text
     assert TOKEN not in caplog.text
     assert "wrong-word" not in caplog.text
 
@@ -292,7 +292,7 @@ def test_grants_are_replaced_while_serving(
     with serving(StoreService(far), grants=GrantsFile(str(path))) as address:
         store = reach(f"grpc://{TOKEN}@{address}")
         assert load() == "done"
-        store.changes.hear(Hears())
+        store.changes.subscribe(Hears())
         until(lambda: store.changes.feed("x" * 43))
         for wrong in ("[shop]\nstore = 1", "", "[shop"):
             replace(wrong)
@@ -426,8 +426,8 @@ ALL = Certificates(b"ca", b"chain", b"key")
         ("[::]:7443", None, "from other machines"),
         ("127.0.0.1", None, "isn't an address"),
         ("127.0.0.1:https", None, "isn't an address"),
-        ("0.0.0.0:7443", ALL._replace(ca=None), "needs --cert and --key"),
-        ("0.0.0.0:7443", ALL._replace(chain=None), "needs --cert and --key"),
+        ("0.0.0.0:7443", ALL._replace(ca=None), "needs its own certificate, --cert and --key"),
+        ("0.0.0.0:7443", ALL._replace(chain=None), "needs its own certificate, --cert and --key"),
         ("unix:/run/x.sock", ALL, "no certificates"),
     ],
 )
@@ -445,7 +445,7 @@ def test_an_address_of_this_machine(address: str) -> None:
 
 def test_a_unix_socket_is_for_its_user(tmp_path: Path) -> None:
     path = tmp_path / "grpc.sock"
-    server = Server([memory()], FULL_POWER, Events(), 2)
+    server = Server([memory()], FULL_ACCESS, Events(), 2)
     before = os.umask(0)
     try:
         server.listen(f"unix:{path}", None)
@@ -463,7 +463,7 @@ def test_a_unix_socket_is_for_its_user(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_socket_stays(tmp_path: Path) -> None:
     path = tmp_path / "grpc.sock"
     path.write_text("precious")
-    server = Server([memory()], FULL_POWER, Events(), 2)
+    server = Server([memory()], FULL_ACCESS, Events(), 2)
     with pytest.raises(SettingError, match="isn't a socket"):
         server.listen(f"unix:{path}", None)
     assert path.read_text() == "precious"
@@ -472,7 +472,7 @@ def test_a_file_in_the_place_of_the_socket_stays(tmp_path: Path) -> None:
 
 def test_a_port_that_is_taken_is_named() -> None:
     with serving(memory()) as address:
-        server = Server([memory()], FULL_POWER, Events(), 2)
+        server = Server([memory()], FULL_ACCESS, Events(), 2)
         with pytest.raises(SettingError, match=address):
             server.listen(address, None)
         server.stop().wait()

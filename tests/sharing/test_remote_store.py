@@ -55,8 +55,8 @@ def reach(url: str, timeout: float = PATIENCE) -> Any:
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("grpc://sessions.internal:7443", "without TLS to another machine"),
-        ("grpc://10.0.0.7", "without TLS to another machine"),
+        ("grpc://sessions.internal:7443", "leads to another machine without TLS"),
+        ("grpc://10.0.0.7", "leads to another machine without TLS"),
         ("grpcs://", "names no host"),
         ("grpcs:///run/x.sock", "names no host"),
         ("grpc:///", "names no host"),

@@ -82,7 +82,7 @@ def test_no_thread_of_the_application_runs_code_of_grpc(redis_url: str, store_pr
             store.checks.check()
             store.replace(record.key, other, record.version, None)
             store.delete(other.key)
-            store.changes.hear(Hears())
+            store.changes.subscribe(Hears())
             until(lambda: store.changes.feed(record.key))
             store.changes.moved()
             store.close()

@@ -183,7 +183,7 @@ def test_a_folder_for_everybody_is_warned_of_once(
     for _ in range(2):
         store.create(a_record(time.time))
         store.close()
-    assert caplog.text.count("may put another file in the place of") == 1
+    assert caplog.text.count("Every user of this machine can replace") == 1
     folder.chmod(0o1777)
     caplog.clear()
     other = SQLiteStore(folder / "sessions.sqlite3")

@@ -252,9 +252,9 @@ def test_a_full_disk_is_an_outage(
 
 
 WRONG: dict[str, tuple[object, str]] = {
-    "no url": ("/var/lib/shop", "no URL; allowed are a URL of fsspec, as file:///var/lib"),
+    "no url": ("/var/lib/shop", "no URL; allowed are an fsspec URL such as file:///var/lib"),
     "unknown": ("nosuch://secret@host", "a URL with the scheme 'nosuch'; allowed are"),
-    "type": (7, "of type int; allowed are a URL of fsspec"),
+    "type": (7, "of type int; allowed are an fsspec URL"),
     "class": (MemoryStore, "the class MemoryStore, not an object of it; allowed are"),
     "not installed": ("s3://key:secret@bucket", "scheme 's3', whose file system is not installed"),
 }

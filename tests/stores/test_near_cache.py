@@ -14,7 +14,7 @@ from flask_gsession.live import listener
 from flask_gsession.stores import StoreOptions
 from flask_gsession.stores.base import Record, new_version
 from flask_gsession.stores.memory import MemoryStore
-from flask_gsession.stores.parts import Changes, Feed, Hearer
+from flask_gsession.stores.parts import Changes, Feed, Subscriber
 from flask_gsession.stores.wrappers import near_cache
 from flask_gsession.stores.wrappers.near_cache import NearCache
 from flask_gsession.testing import FakeClock, HookedStore
@@ -27,7 +27,7 @@ class Scripted(Changes):
     """Changes that the test makes up, all on one feed."""
 
     def __init__(self) -> None:
-        self.hearers: list[Hearer] = []
+        self.subscribers: list[Subscriber] = []
         self.one: Feed | None = Feed()
         self.prove()
 
@@ -47,12 +47,12 @@ class Scripted(Changes):
         assert self.one is not None
         self.one.exact_as_of = listener.now() + 1000  # as if the test took no time
 
-    def hear(self, hearer: Hearer, interval: float | None = None) -> None:
+    def subscribe(self, subscriber: Subscriber, interval: float | None = None) -> None:
         assert interval == BOUND / 4
-        self.hearers.append(hearer)
+        self.subscribers.append(subscriber)
 
-    def leave(self, hearer: Hearer) -> None:
-        self.hearers.remove(hearer)
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        self.subscribers.remove(subscriber)
 
     def feed(self, key: str) -> Feed | None:
         return self.one
@@ -64,12 +64,12 @@ class Scripted(Changes):
         pass
 
     def report(self, *keys: str) -> None:
-        for hearer in self.hearers:
-            hearer.changed(keys)
+        for subscriber in self.subscribers:
+            subscriber.changed(keys)
 
     def lose(self) -> None:
-        for hearer in self.hearers:
-            hearer.lost()
+        for subscriber in self.subscribers:
+            subscriber.lost()
 
 
 @pytest.fixture
@@ -193,12 +193,12 @@ def test_what_is_not_proven_fresh_is_not_used(
 class Paused(Feed):
     """A feed that hears of a change, and proves again, while a reader is looking at it."""
 
-    def __init__(self, hear: Any) -> None:
-        self._hear = hear
+    def __init__(self, subscribe: Any) -> None:
+        self._subscribe = subscribe
 
     @property
     def exact_as_of(self) -> float:
-        self._hear()
+        self._subscribe()
         return listener.now() + 1000
 
     @exact_as_of.setter
@@ -314,12 +314,12 @@ def test_it_turns_itself_off_where_others_write_too_much(
         for number in range(600):
             changes.report(f"other {number}")
     assert "the near cache is off for 60 s" in caplog.text.lower()
-    assert changes.hearers == []
+    assert changes.subscribers == []
     read(cache, record.key)
     assert cache.peek(record.key) is None
     time[0] += 60
     read(cache, record.key)
-    assert len(changes.hearers) == 1
+    assert len(changes.subscribers) == 1
     assert cache.peek(record.key) == record
 
 
@@ -334,7 +334,7 @@ def test_it_stays_on_where_it_spares_enough_reads(
         changes.report(*(f"other {number}" for number in range(600)))
         for _ in range(100):
             read(cache, record.key)
-    assert len(changes.hearers) == 1
+    assert len(changes.subscribers) == 1
 
 
 def test_a_bound_too_short_for_the_network_is_said_once(

@@ -1,4 +1,4 @@
-"""The URL of an edge: its file, its centre, and how long it may work alone."""
+"""The URL of an edge: its file, its centre, and how long it may work offline."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class EdgeAddress(NamedTuple):
         allowed = ("remote", "offline_for", "outbox", "fresh_for")
         for name in options.keys() - set(allowed):
             raise _wrong(
-                f"has the option {name[:40]!r}; allowed: {', '.join(allowed)}. An option of the "
-                "remote URL belongs into it, percent-encoded"
+                f"has the option {name[:40]!r}; allowed: {', '.join(allowed)}. Options of the "
+                "remote belong in its own URL, percent-encoded"
             )
         remote = options.get("remote", "")
         if ":" not in remote:
             raise _wrong(f"has no remote; {_FORM}")
         if remote.lower().startswith(("edge+", "memory:")):
             raise _wrong(
-                "has a remote that is an edge or the memory of one process: a centre is a store "
-                "that all nodes share"
+                "has a remote that is an edge or the memory of one process: the centre must be a "
+                "store that all nodes share"
             )
         file = f"sqlite:{url.partition(':')[2].partition('?')[0].partition('#')[0]}"
         return cls(

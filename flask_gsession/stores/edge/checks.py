@@ -9,9 +9,9 @@ from ..sqlite.health import SQLiteChecks
 from .copy import Copy
 from .waiting import Waiting
 
-#: No session's key. The centre has nothing under it.
+#: A key that no session has, and under which the centre stores nothing.
 PROBE = "flask-gsession-edge-probe".ljust(43, "-")
-_LATE = 3600  # seconds that a change may wait
+_LATE = 3600  # seconds that a change may wait before we warn
 
 
 class EdgeChecks(Checks):
@@ -27,19 +27,19 @@ class EdgeChecks(Checks):
         figures = self._waiting.figures()
         found.append(_queue(figures))
         centre, reached = self._check_centre()
-        if figures.trouble and reached:  # otherwise, it is the same one
+        if figures.trouble and reached:  # otherwise the trouble is the same
             found.append(
                 Finding(
                     "error",
                     "edge: settling",
                     figures.trouble,
-                    "The waiting changes are kept. Repair this, then run flask gsession edge sync.",
+                    "The waiting changes are kept. Fix this, then run flask gsession edge sync.",
                 )
             )
         return found + centre
 
     def _check_centre(self) -> tuple[list[Finding], bool]:
-        """The findings, and whether it can be reached."""
+        """The findings, and whether the centre can be reached."""
         try:
             self._centre.load(PROBE)
             checks = parts_of(self._centre).checks
@@ -52,7 +52,7 @@ class EdgeChecks(Checks):
                 "error",
                 "centre",
                 f"it can't be reached: {error.detail}",
-                "The edge serves its copies, for offline_for after they were confirmed.",
+                "The edge serves each copy until offline_for after its last confirmation.",
             )
             return [unreached], False
 

@@ -1,9 +1,9 @@
 """Notices that the file of a node was copied, or restored from a backup.
 
 The changes that wait in such a file may have been settled already, and their sessions may have
-ended since. So a node counts how often it begins to settle changes, in its file and at the centre,
-each time with a random mark. If the centre is ahead, or has another mark, another file with the
-same id has settled since.
+ended since. So each time a node begins to settle changes, it increments a counter and sets a random
+mark, in its file and at the centre. If the centre is ahead, or has another mark, another file with
+the same id has settled since.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Turn(NamedTuple):
 
 
 class Claim:
-    """The claim of the file of ``copy`` to be the only one with its id."""
+    """The claim that the file of ``copy`` is the only one with its id."""
 
     def __init__(self, copy: Copy) -> None:
         self._copy = copy
@@ -45,16 +45,18 @@ class Claim:
         self.file = copy.file
 
     def renew(self, centre: Store, node: str) -> str:
-        """Begin to settle changes. Returns why this file must not, or "". Two round trips."""
+        """Begin to settle changes. Returns why this file must not do so, or "". Two round trips."""
         key = key_of(node, self._prefix)
         for _ in range(_ATTEMPTS):
-            own = self._own()  # first, since another process of this node may settle as well
+            own = (
+                self._own()
+            )  # before the centre's, since another process of this node may be settling too
             now = self._copy.now()
             there = unexpired(centre, key, now)
             theirs = _Turn() if there is None else _turn(there)
             if there is not None and theirs != own and theirs.number >= own.number:
                 return _COPIED
-            # One that the centre hasn't heard of is sent again.
+            # A turn that hasn't reached the centre is sent again.
             turn = own
             if own.number <= theirs.number:
                 turn = _Turn(own.number + 1, secrets.token_hex(8))
@@ -70,7 +72,7 @@ class Claim:
             except (KeyTaken, Stale, Gone):
                 continue
             return ""
-        return "other processes begin to settle all the time"
+        return "other processes keep starting to settle"
 
     @on_connection
     def _own(self, db: sqlite3.Connection) -> _Turn:
@@ -81,7 +83,7 @@ class Claim:
 
     @in_transaction(durable=True)  # or a power cut would look like a backup
     def _begin(self, db: sqlite3.Connection, before: _Turn, turn: _Turn) -> bool:
-        """Note the turn before the centre hears of it; False if another process was faster."""
+        """Store the turn before sending it. Returns False if another process was first."""
         done = db.execute(
             "INSERT INTO gsession_edge_turns (prefix, number, mark) VALUES (?, ?, ?) "
             "ON CONFLICT (prefix) DO UPDATE SET number = excluded.number, mark = excluded.mark "
@@ -92,7 +94,7 @@ class Claim:
 
 
 def key_of(node: str, prefix: str) -> str:
-    """No session's key. With the prefix, since a gRPC server has one for all applications."""
+    """A key that no session has. Includes the prefix: clients of a gRPC server share one store."""
     digest = hashlib.sha256(f"edge {node} {prefix}".encode()).digest()
     return urlsafe_b64encode(digest).decode()[: KEY_LENGTH - 1] + "-"
 

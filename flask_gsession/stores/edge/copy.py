@@ -1,4 +1,4 @@
-"""The copies of a node, and what its requests queue: every method is one transaction on its file.
+"""A node's copies and its queue of changes. Every method is one transaction on the node's file.
 
 tests/simulation/edge_model.py shows for each condition here what goes wrong without it.
 """
@@ -16,15 +16,16 @@ from .node_file import NodeFile, NodeUnavailable
 from .node_time import NodeTime
 from .rows import TABLES, Found, Row, Rows, State
 
-DAY = 86_400_000  # milliseconds that a tombstone outlives its session, as clocks differ
+DAY = 86_400_000  # milliseconds that a tombstone outlives its session, because clocks differ
 _UNCOUNTED = 200
-_AHEAD = 5_000  # milliseconds that a confirmation may seem to lie ahead
+_AHEAD = 5_000  # milliseconds that a confirmation may be in the future
 
 
 class Copy:
     """The file of a node. ``offline``: seconds for which a copy serves without the centre.
 
-    ``most``: sessions with changes that may be queued. ``Waiting`` has the rest of them.
+    ``most``: how many sessions may have queued changes. ``Waiting`` has the methods that settle
+    them.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class Copy:
         self.file = NodeFile(path, timeout, TABLES)
         self.rows = Rows(prefix)
         self._clock = clock
-        #: how old copies are, also if the clock is set back
+        #: the age of copies, even if the clock is set back
         self.time = NodeTime(self.file, clock)
         self._offline = int(offline * 1000)
         self.most = most
-        self._room = 0  # sessions that may be queued before they are counted again
+        self._room = 0  # how many more sessions may be queued before we count again
 
     def now(self) -> int:
-        """The time in milliseconds, for expiry. ``time`` has the time for all else."""
+        """The time in milliseconds, for expiry. For everything else use ``time``."""
         return milliseconds(self._clock)
 
     # -- reads
@@ -62,19 +63,19 @@ class Copy:
 
     @on_connection
     def state_of(self, db: sqlite3.Connection, key: str) -> Found | None:
-        """The state of a row, for a call."""
         return self.rows.state_of(db, key)
 
     def served(self, row: Row, why: str) -> Record | None:
-        """The record of a row, for a request that is served here; None for an ended session.
+        """The record of a row, for a request that is served from the copy; None for an ended
+        session.
 
-        ``why``: the reason that the centre isn't asked. Raises ``CutOff`` for a copy that was
-        confirmed too long ago.
+        ``why``: why the centre isn't asked. Raises ``CutOff`` for a copy that was confirmed too
+        long ago.
         """
         if row.state is State.ENDED:
             return None
         if row.state is State.CREATED and row.sent is None:
-            return row.record  # nobody else knows it
+            return row.record  # only this node has it
         age = self.time() - row.confirmed_at
         if -_AHEAD <= age < self._offline:
             return row.record
@@ -88,7 +89,7 @@ class Copy:
     # -- copies of what the centre has
 
     def copied(self, record: Record, confirmed_at: int, *, new: bool = False) -> None:
-        """The centre has had this record since ``confirmed_at``. ``new``: there was no copy."""
+        """Note that the centre had this record at ``confirmed_at``. ``new``: there was no copy."""
 
         def copy(db: sqlite3.Connection) -> None:
             if new:
@@ -99,18 +100,18 @@ class Copy:
 
     @on_connection
     def confirmed(self, db: sqlite3.Connection, record: Record, confirmed_at: int) -> None:
-        """The centre had this version at that time."""
+        """Note that the centre had this version at that time."""
         end = self.copy_ends(record, confirmed_at)
         self.rows.confirm(db, record.key, record.version, confirmed_at, end)
 
     @on_connection
     def absent(self, db: sqlite3.Connection, key: str, confirmed_at: int) -> None:
-        """The centre had no such session at that time."""
+        """Note that the centre had no such session at that time."""
         self.rows.forget(db, key, confirmed_at)
 
     @in_transaction()
     def created(self, db: sqlite3.Connection, record: Record, confirmed_at: int) -> None:
-        """The centre created this session."""
+        """Note that the centre created this session."""
         now = self.now()
         self.rows.remove_old(db, now)
         end = self.copy_ends(record, confirmed_at)
@@ -118,21 +119,21 @@ class Copy:
 
     @in_transaction(durable=True)
     def ended(self, db: sqlite3.Connection, key: str, last: Record | None = None) -> None:
-        """The centre ended this session, and has heard of it from here."""
+        """Note that the centre ended this session at this node's request."""
         now = self.now()
         self.rows.remove_old(db, now)
-        ended = {row.record.key: row.record for row in self._led(db, key)}
+        ended = {row.record.key: row.record for row in self._chain(db, key)}
         if last is None:
             end = now + LOST_EXPIRY
             last = Record(key, new_version(), now, end, end, b"")
         ended.setdefault(last.key, last)
         ended.setdefault(key, last._replace(key=key))
         for record in ended.values():
-            self.bury(db, record)
+            self.add_tombstone(db, record)
 
     @in_transaction(durable=True)
     def withdrawn(self, db: sqlite3.Connection, key: str) -> Row | None:
-        """Serve this copy no longer: the centre is about to rotate the session; the copy."""
+        """Stop serving a copy before the centre rotates the session. Returns the copy."""
         row = self.rows.select(db, key)
         if row is None or row.state is not State.PLAIN:
             return None
@@ -148,12 +149,12 @@ class Copy:
         pointer: Record | None,
         confirmed_at: int,
     ) -> None:
-        """The centre rotated the session under ``key``."""
+        """Note that the centre rotated the session under ``key``."""
         there = self.rows.select(db, key)
         if there is not None and there.queued is not None:
-            pass  # it changed in between; settling merges or reports that
+            pass  # it changed here in between; settling merges the change or reports it
         elif pointer is None:
-            self.bury(db, record._replace(key=key) if there is None else there.record)
+            self.add_tombstone(db, record._replace(key=key) if there is None else there.record)
         else:
             end = self.copy_ends(pointer, confirmed_at)
             self.rows.insert(db, Row(pointer, State.PLAIN, confirmed_at), end)
@@ -227,7 +228,7 @@ class Copy:
         """End the session here and now. Raises ``Stale`` and ``Gone`` as ``Store.delete``."""
         now = self.now()
         self.rows.remove_old(db, now)
-        rows = self._led(db, key)
+        rows = self._chain(db, key)
         last = rows[-1] if rows else None
         live = last is not None and last.state is not State.ENDED and last.record.is_live(now)
         if expected_version is not None:
@@ -236,7 +237,7 @@ class Copy:
             if last.record.version != expected_version:
                 raise Stale
         if last is None:
-            # Perhaps the centre knows it. Its end isn't known, so the longest possible.
+            # The centre may have it. Its end is unknown, so assume the latest possible.
             end = now + LOST_EXPIRY
             last = Row(Record(key, new_version(), now, end, end, b""), State.PLAIN, 0)
             rows = [last]
@@ -244,7 +245,7 @@ class Copy:
             if row.state is State.ENDED:
                 continue
             if row.state is State.CREATED and row.sent is None:
-                self.bury(db, row.record)
+                self.add_tombstone(db, row.record)
                 continue
             queued = self.rows.next_number(db, self.time())
             ended = Row(row.record, State.ENDED, row.confirmed_at, queued, row.base)
@@ -272,7 +273,7 @@ class Copy:
             self._room -= 1
             return
         waiting = self.rows.count(db, self.most)[1]
-        # Other workers take from it too.
+        # Other workers use up the same room.
         self._room = min(_UNCOUNTED, (self.most - waiting) // 16)
         if waiting >= self.most:
             raise NodeUnavailable(
@@ -281,8 +282,8 @@ class Copy:
                 contention=True,
             )
 
-    def _led(self, db: sqlite3.Connection, key: str) -> list[Row]:
-        """The row of this key, and those that its pointers lead to."""
+    def _chain(self, db: sqlite3.Connection, key: str) -> list[Row]:
+        """The row of this key, and the rows that its pointers lead to."""
         rows: list[Row] = []
         now = self.now()
         while len(rows) < MAX_POINTERS:
@@ -295,12 +296,12 @@ class Copy:
             key = row.record.successor
         return rows
 
-    def bury(self, db: sqlite3.Connection, record: Record) -> None:
-        """A tombstone of which the centre need not hear."""
+    def add_tombstone(self, db: sqlite3.Connection, record: Record) -> None:
+        """Store a tombstone that the centre need not get."""
         left = record._replace(payload=b"", successor=None)
         row = Row(left, State.ENDED, self.time())
         self.rows.insert(db, row, record.absolute_expires_at + DAY)
 
     def copy_ends(self, record: Record, confirmed_at: int) -> int:
-        """When nobody needs this copy any more."""
+        """When this copy may be removed."""
         return min(record.idle_expires_at, confirmed_at + self._offline)

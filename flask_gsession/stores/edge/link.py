@@ -18,9 +18,9 @@ _JITTER = 0.3
 
 
 class Link:
-    """Up until a call to the centre fails; then every call is refused until ``came_back``.
+    """Up until a call to the centre fails; then every call is refused until ``mark_restored``.
 
-    ``on_cut`` is called when it breaks.
+    ``on_cut`` is called when the connection breaks.
     """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
@@ -54,11 +54,11 @@ class Link:
             raise
         except StoreUnavailable as error:
             if not error.contention:
-                self.broke(error)
+                self.mark_cut(error)
             raise
 
-    def broke(self, error: StoreUnavailable) -> None:
-        """A call failed: stop asking the centre."""
+    def mark_cut(self, error: StoreUnavailable) -> None:
+        """Stop asking the centre, because a call failed."""
         with self._lock:
             if self.why:
                 return  # many calls may fail at once
@@ -68,9 +68,9 @@ class Link:
         logger.warning("This edge is cut off: %s", error.detail)
         self.on_cut()
 
-    def stays_cut(self, error: StoreUnavailable) -> None:
-        """The centre didn't answer again: wait longer before the next attempt."""
-        self.broke(error)
+    def postpone_retry(self, error: StoreUnavailable) -> None:
+        """Wait longer before the next attempt, because this one failed too."""
+        self.mark_cut(error)
         with self._lock:
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
             self._failed(error)
@@ -81,7 +81,7 @@ class Link:
         self._try_at = self._clock() + wait
 
     def may_try(self) -> bool:
-        """Whether it is time to check if the centre is back; True once for each pause."""
+        """Whether it is time for the next attempt; True once after each pause."""
         with self._lock:
             now = self._clock()
             if not self.why or now < self._try_at:
@@ -90,11 +90,11 @@ class Link:
             return True
 
     def try_soon(self) -> None:
-        """There is a sign that the centre is back."""
+        """Try again soon, because the centre may be back."""
         self._try_at = 0.0
 
-    def came_back(self) -> None:
-        """The centre answers, and has heard of all ends."""
+    def mark_restored(self) -> None:
+        """Use the centre again: it answers, and has all ends."""
         with self._lock:
             was_cut, self.why = bool(self.why), ""
             self._pause = _FIRST_PAUSE

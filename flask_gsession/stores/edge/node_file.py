@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class NodeUnavailable(StoreUnavailable):
-    """The node's own file can't be used, whatever the centre does."""
+    """The node's own file can't be used."""
 
 
 class NodeFile(SQLiteFile):
-    """The node's file. Its errors differ from the centre's."""
+    """The node's file. It has its own error type, to tell its errors from the centre's."""
 
     def within(self, work: Callable[[sqlite3.Connection], T], **how: bool) -> T:
         try:

@@ -1,4 +1,4 @@
-"""The time of a node: how old its copies are, whatever somebody does to the system's clock."""
+"""The time of a node, for the age of its copies, even if the system's clock is changed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..base import Clock, milliseconds
 from ..sqlite.file import SQLiteFile
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SECOND = 1000  # milliseconds that the clock may gain before the other processes must hear of it
+_SECOND = 1000  # milliseconds that the clock may gain before the other processes must know
 _NEVER = -(1 << 62)
 
 
 def since_boot() -> float:
-    """Seconds since the machine started, with those that it slept. The same in all processes."""
+    """Seconds since the machine booted, including sleep. The same in all processes."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _boot_id() -> str:
-    """Names this start of the machine; "" where no clock is the same in all processes."""
+    """An id of this boot of the machine; "" if no clock is the same in all processes."""
     try:
         return _BOOT_ID.read_text().strip() if hasattr(time, "CLOCK_BOOTTIME") else ""
     except OSError:
@@ -31,10 +31,10 @@ def _boot_id() -> str:
 
 
 class NodeTime:
-    """Follows ``clock`` forward. If that is set back, it goes on by ``elapsed``, in seconds.
+    """Follows ``clock`` forward. If ``clock`` is set back, continues with ``elapsed``, in seconds.
 
-    The processes of a node agree on it by the node's file: the largest difference that any of
-    them has seen between the two. After a restart of the machine they begin with ``clock``.
+    The processes of a node share, in the node's file, the largest difference between the two that
+    any of them has seen. After a reboot they start again from ``clock``.
     """
 
     def __init__(self, file: SQLiteFile, clock: Clock, elapsed: Clock | None = None) -> None:
@@ -42,7 +42,7 @@ class NodeTime:
         self._clock = clock
         self._boot = ""
         if elapsed is None:
-            # A test's clock says how much time has passed, too.
+            # A test's clock also measures elapsed time.
             self._boot = _boot_id() if clock is time.time else ""
             elapsed = since_boot if self._boot else time.monotonic if clock is time.time else clock
         self._elapsed = elapsed
@@ -51,7 +51,7 @@ class NodeTime:
         process.register(self._start)
 
     def _start(self) -> None:
-        self._agreed = _NEVER  # the difference that the others know of
+        self._agreed = _NEVER  # the difference that is in the file
 
     def __call__(self) -> int:
         """The time in milliseconds."""
@@ -60,7 +60,7 @@ class NodeTime:
         return self._ahead + elapsed
 
     def agree(self) -> None:
-        """Compare notes with the other processes, if there is news. Not within a transaction."""
+        """Synchronise with the other processes if needed. Don't call it within a transaction."""
         if self._ahead - self._agreed <= _SECOND:
             return
         self()
@@ -70,7 +70,7 @@ class NodeTime:
                 self._ahead = max(self._ahead, self._file.within(self._noted))
 
     def disagrees(self) -> None:
-        """A time of another process lies in the future: agree again."""
+        """Synchronise again, because another process's time is in the future."""
         self._agreed = _NEVER
 
     def _noted(self, db: sqlite3.Connection) -> int:

@@ -17,7 +17,7 @@ _LOCK = "a lock"
 
 
 class EdgeLeases(LeasesWrapper):
-    """Leases are held at the centre, so nothing under one can be done without it."""
+    """Leases live at the centre, so calls that need one fail without it."""
 
     def __init__(self, store: EdgeStore, leases: Leases) -> None:
         super().__init__(leases)
@@ -54,7 +54,7 @@ class EdgeLeases(LeasesWrapper):
 
 
 class EdgeNear(NearReads):
-    """Reads that this process's own listener proved fresh, unless the node knows better."""
+    """Reads that this process's listener has proved fresh, unless the node has newer changes."""
 
     def __init__(self, store: EdgeStore, near: NearReads) -> None:
         self.bound = near.bound
@@ -67,7 +67,7 @@ class EdgeNear(NearReads):
         copy = self._store.copy
         confirmed_at = copy.plain_since(key)
         if confirmed_at is None:
-            return None  # without a copy yet, or changed or ended here
+            return None  # no copy yet, or changed or ended here
         record = self._near.peek(key, version)
         if record is not None:
             proven = copy.time() - self._bound_ms

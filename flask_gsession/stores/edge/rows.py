@@ -63,7 +63,7 @@ TABLES: tuple[str | AddedColumn, ...] = (
     AddedColumn("gsession_edge", "typed", "BLOB"),
     AddedColumn("gsession_edge_node", "boot", "TEXT NOT NULL DEFAULT ''"),
     AddedColumn("gsession_edge_node", "ahead", "INTEGER NOT NULL DEFAULT 0"),
-    # 48 random bits, as a node that starts with an empty file is another one.
+    # A random id of 48 bits, since a node that starts with an empty file is a new node.
     "INSERT OR IGNORE INTO gsession_edge_node "
     "SELECT 1, lower(hex(randomblob(6))), 0, '', 0, 0, 0, 0, '', '', 0 "
     "WHERE NOT EXISTS (SELECT 1 FROM gsession_edge_node)",
@@ -81,20 +81,21 @@ _OWN = "length(key) = ? AND substr(key, 1, ?) = ?"
 class State(IntEnum):
     """The relation of a row to the session at the centre."""
 
-    PLAIN = 0  # a copy of it
-    CHANGED = 1  # changed here since
-    CREATED = 2  # made here
+    PLAIN = 0  # an unchanged copy
+    CHANGED = 1  # changed here after it was copied
+    CREATED = 2  # created here
     ENDED = 3  # ended here: a tombstone
 
 
 class Row(NamedTuple):
     """A node's copy of one session.
 
-    ``record``: as it is served; for a tombstone, the rest of it. ``confirmed_at``: when the
+    ``record``: the record to serve; for a tombstone, what is left of it. ``confirmed_at``: when the
     centre was last known to have it like this, or to have its ``base``, in milliseconds.
-    ``queued``: its place in the queue for the centre; None if there is nothing to settle.
-    ``base``: the record at the centre that was changed here. ``sent`` and ``number``: what is, or
-    was, on its way to the centre. ``typed``: the keys that were changed by their own merge policy.
+    ``queued``: its place in the queue for the centre; None if there is nothing to settle. ``base``:
+    the record at the centre that was changed here. ``sent`` and ``number``: the record that was
+    last sent to the centre, and its number. ``typed``: the changed keys that have their own merge
+    policy.
     """
 
     record: Record
@@ -108,16 +109,16 @@ class Row(NamedTuple):
 
     @property
     def useful_until(self) -> int:
-        """When a change that waits is of no use any more, in milliseconds.
+        """When a waiting change becomes useless, in milliseconds.
 
-        One at the centre is reported then, so it stays.
+        A changed session that the centre has stays, so that its loss is reported.
         """
         is_own = self.state is State.CREATED and self.sent is None
         return self.record.idle_expires_at if is_own else self.record.absolute_expires_at
 
 
 class Found(NamedTuple):
-    """The state of a row, for a call. ``is_queued``: the centre must hear of it first."""
+    """The state of a row. ``is_queued``: the centre must get its changes before a call about it."""
 
     state: int
     confirmed_at: int
@@ -139,7 +140,7 @@ class Rows:
         return None if found is None else _row(key, found)
 
     def plain_since(self, db: sqlite3.Connection, key: str) -> int | None:
-        """When a plain row was confirmed; None without such a row. For the fastest reads."""
+        """When an unchanged row was confirmed; None without such a row. The fast path of reads."""
         for (confirmed_at,) in db.execute(
             "SELECT confirmed_at FROM gsession_edge WHERE key = ? AND state = 0",
             (self.prefix + key,),
@@ -199,7 +200,7 @@ class Rows:
         confirmed_at: int,
         removable_at: int,
     ) -> None:
-        """The centre still has this version."""
+        """Note that the centre still had this version."""
         db.execute(
             "UPDATE gsession_edge SET confirmed_at = max(confirmed_at, ?), removable_at = ? "
             "WHERE key = ? AND version = ? AND state = 0",
@@ -207,7 +208,7 @@ class Rows:
         )
 
     def forget(self, db: sqlite3.Connection, key: str, confirmed_at: int) -> None:
-        """The centre has no such session: remove a plain row that isn't newer than that."""
+        """Remove an unchanged row that isn't newer, because the centre has no such session."""
         db.execute(
             "DELETE FROM gsession_edge WHERE key = ? AND state = 0 AND confirmed_at <= ?",
             (self.prefix + key, confirmed_at),
@@ -217,7 +218,7 @@ class Rows:
         db.execute("DELETE FROM gsession_edge WHERE key = ?", (self.prefix + key,))
 
     def remove_old(self, db: sqlite3.Connection, now: int) -> None:
-        """Remove up to two rows that nobody needs."""
+        """Remove up to two rows that are no longer needed."""
         db.execute(
             "DELETE FROM gsession_edge WHERE key IN (SELECT key FROM gsession_edge "
             "WHERE removable_at <= ? AND (queued IS NULL OR state = 3 OR (state = 2 AND sent IS "
@@ -226,7 +227,7 @@ class Rows:
         )
 
     def next_number(self, db: sqlite3.Connection, now: int) -> int:
-        """A number that this node never used before, not even if its file was restored since."""
+        """A number that this node has never used, even if its file was restored from a backup."""
         db.execute("UPDATE gsession_edge_node SET numbers = max(numbers + 1, ?)", (now,))
         (number,) = db.execute("SELECT numbers FROM gsession_edge_node").fetchone()
         return int(number)

@@ -29,7 +29,7 @@ from .waiting import Waiting
 _LEASE = 10.0  # seconds; a settler extends it with each batch
 _BATCH = 100
 _PASSES = 3
-_ATTEMPTS = 25  # at one session that others write to at the same time
+_ATTEMPTS = 25  # for a session that others keep writing to
 
 
 class _Refused(Exception):
@@ -37,7 +37,7 @@ class _Refused(Exception):
 
 
 class Settler:
-    """Settles what is ``waiting`` with ``centre``, which is asked directly."""
+    """Settles the changes in ``waiting`` with ``centre``, the store without the copy."""
 
     def __init__(
         self,
@@ -55,12 +55,12 @@ class Settler:
     def settle(self, *, only_ends: bool = False) -> Settled | None:
         """Settle what is queued; None if another process of this node does so now.
 
-        If nothing can be noted, as on a full disk, the centre hears of all ends nevertheless, each
-        time again: two at once do no harm.
+        If nothing can be written, such as on a full disk, all ends are still sent to the centre,
+        every time again: repeats do no harm.
         """
         reconciler = self._reconciler()
         if reconciler is None:
-            return Settled(trouble="no application has taken this store yet")
+            return Settled(trouble="no application uses this store yet")
         if not self._waiting.is_queued(ends=only_ends):
             return Settled()
         name, full = secrets.token_hex(8), ""
@@ -71,8 +71,8 @@ class Settler:
             full = error.detail
         run = _Run(self._copy, self._waiting, self._centre, reconciler, name, notes=not full)
         try:
-            run.greet()
-            for _ in range(_PASSES):  # some may be queued while it settles
+            run.check_compatible()
+            for _ in range(_PASSES):  # more may be queued while it settles
                 run.all_of(ends=True)
                 run.trouble = run.trouble or full
                 if not only_ends and not full:
@@ -91,15 +91,15 @@ class Settler:
             raise
         finally:
             empty = not run.trouble and not self._waiting.is_queued()
-            with suppress(NodeUnavailable):  # the lease ends by itself
+            with suppress(NodeUnavailable):  # the lease expires by itself
                 self._waiting.release(name, run.trouble, empty=empty)
             self._warn(run.trouble if run.reached else self._warned)
         return Settled(run.ends, run.changes, run.dropped, run.trouble, run.reached)
 
     def _warn(self, trouble: str) -> None:
-        """Log a trouble once; a lost centre is logged elsewhere."""
+        """Log a problem once; a lost centre is logged elsewhere."""
         if trouble and trouble != self._warned:
-            logger.warning("Not all that waits at this edge was settled: %s", trouble)
+            logger.warning("Some changes that wait at this edge were not settled: %s", trouble)
         self._warned = trouble
 
 
@@ -126,14 +126,14 @@ class _Run:
         self.reached = True
         self._claimed = False
 
-    def greet(self) -> None:
-        """Make sure that the centre and this node can read each other's records."""
-        problem = self._reconciler.greet(self._centre)
+    def check_compatible(self) -> None:
+        """Check that the centre and this node can read each other's records."""
+        problem = self._reconciler.incompatibility(self._centre)
         if problem:
             raise _Refused(problem)
 
     def claim(self) -> None:
-        """Before changes: make sure that no other file of this node has settled them."""
+        """Check, before changes, that no other file of this node has settled them."""
         if not self._claimed and self._waiting.is_queued():
             problem = Claim(self._copy).renew(self._centre, self._node)
             if problem:
@@ -141,19 +141,19 @@ class _Run:
             self._claimed = True
 
     def all_of(self, *, ends: bool) -> None:
-        """Settle what is queued by now, a batch at a time."""
+        """Settle everything that is queued now, a batch at a time."""
         after, upto = 0, self._waiting.last_number()
         while True:
             batch = self._waiting.queue(ends=ends, after=after, upto=upto, limit=_BATCH)
             if not batch:
                 return
             if self._notes and not self._waiting.lease(self._name, _LEASE):
-                raise _Refused("another process of this node settles now")
+                raise _Refused("another process of this node is settling")
             after = batch[-1][1]
             for key, _ in batch:
                 row = self._copy.get(key)
                 if row is None or row.queued is None or (row.state is State.ENDED) is not ends:
-                    continue  # settled by another one, or ended since
+                    continue  # another process settled it, or it ended since
                 try:
                     if ends:
                         self._end(row)
@@ -163,27 +163,28 @@ class _Run:
                     if not error.for_others:
                         self._drop(row, f"its record is {error.reason}")
                         continue
-                    # The rest stays queued until this node gets the key.
+                    # The rest stays queued until this node has the encryption key.
                     self.trouble = f"session {row.record.key} at the centre: {error}"
                 except GSessionError as error:
                     if isinstance(error, StoreUnavailable) and not error.contention:
                         raise
-                    self.trouble = f"session {row.record.key}: {error}"  # the others go on
+                    self.trouble = f"session {row.record.key}: {error}"  # continue with the others
 
     def _end(self, row: Row) -> None:
         self._reconciler.end(row.record.key, row.base or row.record)
         if self._notes:
-            self._waiting.told(row)
+            self._waiting.end_delivered(row)
         self.ends += 1
 
     def _change(self, row: Row) -> None:
         created = row.state is State.CREATED
         pushed = created and row.sent is not None
         if created and not pushed and not row.record.is_live(self._copy.now()):
-            self._waiting.dropped(row, counts=False)  # it expired before anybody else knew it
+            self._waiting.dropped(row, counts=False)  # it expired before the centre had it
             return
         if created and not pushed:
-            # An unanswered change is given up, so check first whether the centre answers.
+            # A change whose reply is missing gets dropped, so first check whether the centre
+            # answers.
             self._centre.load(row.record.key)
         noted = self._waiting.sending(row)
         if noted is None:
@@ -192,7 +193,9 @@ class _Run:
         began = self._copy.time()
         if created and not pushed and self._create(noted):
             if not self._waiting.arrived(noted, noted.sent, [], began):
-                self._centre.delete(noted.record.key)  # it was given up while this one was stopped
+                self._centre.delete(
+                    noted.record.key
+                )  # it was dropped while this process was paused
                 return
             self.changes += 1
             return
@@ -217,7 +220,7 @@ class _Run:
             self._waiting.arrived(noted, there, pointers, began)
             self.changes += 1
             return
-        self.trouble = f"session {noted.record.key} is written to all the time"
+        self.trouble = f"too many other writes to session {noted.record.key}"
 
     def _merge(self, row: Row, there: Record) -> Record | None:
         assert row.base is not None
@@ -226,7 +229,7 @@ class _Run:
         return self._reconciler.merge(row.base, there, row.sent, row.typed, self._node, row.number)
 
     def _create(self, row: Row) -> bool:
-        """Create a session that was made here. False if it arrived before and was changed since."""
+        """Create a session that was created here. False if it is there and has changed since."""
         assert row.sent is not None
         try:
             self._centre.create(row.sent)
@@ -239,7 +242,7 @@ class _Run:
         return True
 
     def _find(self, key: str) -> tuple[list[Record], Record | None]:
-        """The pointers that lead to the session at the centre, and the session."""
+        """The pointers that lead to the session at the centre, and its record."""
         pointers: list[Record] = []
         now = self._copy.now()
         while len(pointers) < MAX_POINTERS:

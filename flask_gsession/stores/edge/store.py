@@ -32,16 +32,16 @@ OUTBOX = 100_000  # sessions
 FRESH_FOR = 2.0  # seconds
 _NEAR_BYTES = 64 * 1024 * 1024
 _WARN_AGAIN = 60.0  # seconds
-_CONFIRMATIONS = 20  # of a copy, within the time for which it serves alone
+_CONFIRMATIONS = 20  # of a copy, within the time that it serves offline
 
 
 class EdgeStore(Wrapper, Edge):
     """A store around ``centre``, with copies and a queue of changes in the SQLite file at ``path``.
 
-    All workers of a node share the file. ``offline_for``: the seconds for which a copy serves alone
-    after the centre last confirmed it. ``outbox``: sessions with changes that may be queued.
-    ``fresh_for``: how many seconds old a read without a round trip may be, if the centre's store
-    can prove that; 0 turns such reads off. ``owns_centre``: whether ``close`` also closes it.
+    All workers of a node share the file. ``offline_for``: how many seconds a copy serves after the
+    centre last confirmed it. ``outbox``: how many sessions may have queued changes. ``fresh_for``:
+    how many seconds old a read without a round trip may be, if the centre's store can prove that; 0
+    turns such reads off. ``owns_centre``: whether ``close`` also closes it.
 
     Raises ``SettingError`` as ``SQLiteStore`` does.
     """
@@ -66,7 +66,7 @@ class EdgeStore(Wrapper, Edge):
         if fresh_for and parts.changes is not None and not parts.changes.unproven:
             asked = NearCache(centre, fresh_for, _NEAR_BYTES, options.clock)
         super().__init__(CallWrapper(asked, self.link.call))
-        self.journal = None  # only the centre keeps one, since a cut-off node can't
+        self.journal = None  # only the centre can keep one
         self.confirms_logouts = getattr(centre, "confirms_logouts", False)
         self.copy = Copy(
             path,
@@ -90,7 +90,7 @@ class EdgeStore(Wrapper, Edge):
             self.bulk = EdgeBulk(self, self.bulk)
         self.checks = EdgeChecks(self.copy, self.waiting, centre)
         self._reconciler: Callable[[], Reconciler | None] = lambda: None
-        # Settling must not fill the near cache of this process, nor wait for the link.
+        # Settling must neither fill the near cache of this process nor wait for the link.
         self._settler = Settler(self.copy, self.waiting, centre, lambda: self._reconciler())
         self._worker = Worker(options.edge_sync)
         self.link.on_cut = self._worker.wake
@@ -233,13 +233,13 @@ class EdgeStore(Wrapper, Edge):
             except StoreUnavailable as error:
                 if error.contention:
                     raise
-                # Even if the answer was lost: an end may be repeated.
+                # Even if the reply was lost: an end can be repeated.
             else:
                 if deleted or row is None:
                     if deleted:
                         self.copy.ended(key, getattr(deleted, "record", None))
                     return deleted
-                # It was rotated at the centre, or only this node knows it.
+                # It was rotated at the centre, or only this node has it.
                 if row.state is not State.ENDED:
                     self.copy.queue_ended(key)
                     self._worker.wake()
@@ -264,14 +264,14 @@ class EdgeStore(Wrapper, Edge):
         self._reconciler = weakref.ref(reconciler)
 
     def figures(self) -> EdgeFigures:
-        """The changes that wait to be settled, and the counts of those that were."""
+        """The changes that wait, and the counts of settled ones."""
         return self.waiting.figures()
 
     def settle(self) -> Settled | None:
         """Check whether the centre is back, and settle with it now."""
         ends = 0
         if self.link.is_cut:
-            back = self._come_back()
+            back = self._reconnect()
             if back is None or not back.reached:
                 return back
             ends = back.ends
@@ -281,30 +281,30 @@ class EdgeStore(Wrapper, Edge):
     def _settle(self, *, only_ends: bool = False) -> Settled | None:
         settled = self._settler.settle(only_ends=only_ends)
         if settled is not None and not settled.reached:
-            self.link.stays_cut(StoreUnavailable(settled.trouble))
+            self.link.postpone_retry(StoreUnavailable(settled.trouble))
         return settled
 
-    def _come_back(self) -> Settled | None:
+    def _reconnect(self) -> Settled | None:
         """Check whether the centre answers, and settle all ends with it."""
         try:
             self.centre.load(PROBE)
         except StoreUnavailable as error:
-            self.link.stays_cut(error)
+            self.link.postpone_retry(error)
             return Settled(trouble=error.detail, reached=False)
         settled: Settled | None = Settled()
         if self.waiting.is_queued(ends=True):
             settled = self._settle(only_ends=True)
         if settled is not None and settled.reached:
-            self.link.came_back()
+            self.link.mark_restored()
         return settled
 
     def _look(self) -> None:
-        """Try the centre again. Runs in the worker thread, while the link is cut."""
+        """Try the centre again, from the worker thread, while the link is cut."""
         changes = self.changes
         if changes is not None and not changes.unproven and changes.feed(PROBE) is not None:
             self.link.try_soon()
         if self.link.may_try():
-            self._come_back()
+            self._reconnect()
             if not self.link.is_cut:
                 self._settle_quietly()
 
@@ -319,11 +319,11 @@ class EdgeStore(Wrapper, Edge):
 
     @property
     def confirm_after(self) -> int:
-        """Milliseconds until a copy that the centre has confirmed is noted as confirmed again."""
+        """Milliseconds between two writes of a copy's confirmation."""
         return self._confirm_after
 
     def check_settled(self, key: str, what: str) -> None:
-        """Raise ``CutOff`` unless ``what`` can be asked of the centre for this session."""
+        """Raise ``CutOff`` unless the centre can do ``what`` for this session now."""
         found = self._begun(self.copy.state_of, key)
         if found is not None and found.is_queued:
             if found.state == State.ENDED:
@@ -343,10 +343,10 @@ class EdgeStore(Wrapper, Edge):
 
     @property
     def _why(self) -> str:
-        return self.link.why or "it is being settled"
+        return self.link.why or "the changes are being settled"
 
     def _typed(self) -> frozenset[str]:
-        """The typed keys of this write. Raises ``CutOff`` if it can't be merged."""
+        """The typed keys of this write. Raises ``CutOff`` if the write can't be merged."""
         write = this_write()
         if write.refused:
             raise CutOff(f"{write.refused} needs the centre: {self._why}")
@@ -369,19 +369,19 @@ class EdgeStore(Wrapper, Edge):
                 lambda: bool(_called(this, EdgeStore._settle_quietly)),
             )
             if self.link.is_cut and self._worker.lacks_thread and self.link.may_try():
-                self._come_back()
+                self._reconnect()
                 if not self.link.is_cut:
                     self._settle_quietly()
         return ask(key)
 
     def _note(self, note: Callable[..., object], *arguments: Any) -> None:
-        """Copy the centre's result. If that fails, the copy is only older than it could be."""
+        """Copy the centre's result. If that fails, the copy is merely out of date."""
         try:
             note(*arguments)
         except StoreUnavailable as error:
             if time.monotonic() >= self._warn_at:
                 self._warn_at = time.monotonic() + _WARN_AGAIN
-                logger.warning("The copy at this edge was not brought up to date: %s", error)
+                logger.warning("The copy at this edge was not updated: %s", error)
 
 
 def _is_cut(store: EdgeStore) -> bool:

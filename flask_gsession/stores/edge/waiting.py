@@ -15,7 +15,7 @@ from .rows import Row, State
 
 
 class Waiting:
-    """The ends and changes in the file of ``copy`` of which the centre hasn't heard."""
+    """The ends and changes in the file of ``copy`` that haven't reached the centre."""
 
     def __init__(self, copy: Copy) -> None:
         self._copy = copy
@@ -23,7 +23,7 @@ class Waiting:
 
     @in_transaction()
     def lease(self, db: sqlite3.Connection, settler: str, length: float) -> bool:
-        """Let this settler alone settle for ``length`` seconds from now, if no other one does."""
+        """Give this settler the lease for ``length`` seconds, unless another one has it."""
         now = self._copy.time()
         until = now + int(length * 1000)
         done = db.execute(
@@ -35,7 +35,7 @@ class Waiting:
 
     @on_connection
     def release(self, db: sqlite3.Connection, settler: str, trouble: str, *, empty: bool) -> None:
-        """Give the lease back; ``trouble`` as in ``EdgeFigures``, ``empty``: nothing is left."""
+        """Release the lease. ``trouble``: as in ``EdgeFigures``. ``empty``: nothing is left."""
         db.execute(
             "UPDATE gsession_edge_node SET settler = '', trouble = ?, "
             "settled_at = CASE WHEN ? THEN ? ELSE settled_at END WHERE settler = ?",
@@ -52,20 +52,21 @@ class Waiting:
     def queue(
         self, db: sqlite3.Connection, *, ends: bool, after: int, upto: int, limit: int
     ) -> list[tuple[str, int]]:
-        """The keys of rows to settle, ends or others, with their places in the queue, in order."""
+        """The keys of rows to settle, either ends or others, with their places in the queue, in
+        order.
+        """
         return self._copy.rows.queue(db, ends=ends, after=after, upto=upto, limit=limit)
 
     @on_connection
     def is_queued(self, db: sqlite3.Connection, *, ends: bool = False) -> bool:
-        """Whether anything is queued; with ``ends``, any end."""
+        """Whether anything is queued; with ``ends``, whether any end is."""
         counts = self._copy.rows.count(db, 1)
         return bool(counts[0] or (counts[1] and not ends))
 
     @in_transaction()
     def sending(self, db: sqlite3.Connection, row: Row) -> Row | None:
-        """Note what is about to be sent, unless something is on its way already.
-
-        None if there is nothing to send any more.
+        """Store the record that is about to be sent, unless one is on its way already. Returns None
+        if there is nothing left to send.
         """
         now = self._copy.rows.select(db, row.record.key)
         if now is None or now.state is not row.state or now.queued is None:
@@ -74,14 +75,14 @@ class Waiting:
             now = now._replace(
                 sent=now.record, number=self._copy.rows.next_number(db, self._copy.time())
             )
-            if now.state is State.CREATED:  # from here on, others may know it
+            if now.state is State.CREATED:  # from here on, the centre may have it
                 now = now._replace(confirmed_at=self._copy.time())
             self._copy.rows.insert(db, now, now.record.absolute_expires_at)
         return now
 
     @in_transaction()
     def unsent(self, db: sqlite3.Connection, row: Row) -> None:
-        """It wasn't sent after all."""
+        """Note that it wasn't sent after all."""
         now = self._copy.rows.select(db, row.record.key)
         if now is not None and now.number == row.number and now.state is row.state:
             back = now._replace(sent=None, number=None)
@@ -96,9 +97,9 @@ class Waiting:
         pointers: list[Record],
         confirmed_at: int,
     ) -> bool:
-        """The centre has the sent changes of this row, in the record ``there``.
-
-        ``pointers`` lead to it. Later changes stay queued. False if the session has ended here.
+        """Note that the centre has the sent changes of this row, in the record ``there``.
+        ``pointers`` lead to it. Later changes stay queued. Returns False if the session has ended
+        here.
         """
         now = self._copy.rows.select(db, row.record.key)
         if now is None or now.number != row.number or now.state is not row.state:
@@ -119,14 +120,14 @@ class Waiting:
 
     @in_transaction()
     def dropped(self, db: sqlite3.Connection, row: Row, *, counts: bool = True) -> Row | None:
-        """Give up the changes of a session that has ended at the centre; returns its row."""
+        """Drop the changes of a session that has ended at the centre. Returns its row."""
         now = self._copy.rows.select(db, row.record.key)
         if now is None or now.state not in (State.CHANGED, State.CREATED):
             return None
         if now.state is not row.state or now.number != row.number:
             return None
         if now.sent is not None and now.state is State.CREATED:
-            # Another settler may have created it since, or still be about to.
+            # Another settler may have created it since, or may still do so.
             queued = self._copy.rows.next_number(db, self._copy.time())
             ended = Row(now.record, State.ENDED, now.confirmed_at, queued)
             self._copy.rows.insert(db, ended, now.record.absolute_expires_at + DAY)
@@ -136,15 +137,15 @@ class Waiting:
         return now
 
     @in_transaction()
-    def told(self, db: sqlite3.Connection, row: Row) -> None:
-        """The centre has heard of this end."""
+    def end_delivered(self, db: sqlite3.Connection, row: Row) -> None:
+        """Note that this end has reached the centre."""
         now = self._copy.rows.select(db, row.record.key)
         if now is not None and now.state is State.ENDED and now.queued == row.queued:
-            self._copy.bury(db, now.record)
+            self._copy.add_tombstone(db, now.record)
 
     @on_connection
     def figures(self, db: sqlite3.Connection) -> EdgeFigures:
-        """The waiting changes, and the counts of those that were settled."""
+        """The changes that wait, and the counts of settled ones."""
         ends, changes = self._copy.rows.count(db, 10 * self._copy.most)
         oldest = self._copy.rows.oldest(db)
         node, *past = db.execute(

@@ -1,4 +1,4 @@
-"""The thread that looks for the centre while it is out of reach, and settles with it."""
+"""The thread that settles with the centre, and tries to reach it while it is cut off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import StoreUnavailable
 from ...events import logger
 from ...processes import is_at_work, process, runs_threads
 
-_LOOK = 0.25  # seconds between two looks while the node is cut off
+_LOOK = 0.25  # seconds between two attempts while the node is cut off
 _JITTER = 0.25
 _LONGEST = 20  # times the interval, after failures
 
@@ -39,7 +39,7 @@ class Worker:
 
     @property
     def lacks_thread(self) -> bool:
-        """Whether calls must do its work: in a job, and in a server that runs no threads."""
+        """Whether calls must do the thread's work: in a job, and in a server without threads."""
         return self._thread is None and bool(self.interval)
 
     def start(
@@ -68,7 +68,7 @@ class Worker:
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread; the next ``start`` starts another one."""
+        """End the thread. The next ``start`` starts a new one."""
         with self._lock:
             thread, self._thread = self._thread, None
         self._wake.set()
@@ -93,10 +93,10 @@ class Worker:
                     failures = 0 if settle() else failures + 1
                     due = time.monotonic() + self._pause(failures)
             except Exception as error:
-                known = isinstance(error, StoreUnavailable)  # as for a damaged file
+                known = isinstance(error, StoreUnavailable)  # such as for a damaged file
                 logger.log(
                     logging.WARNING if known else logging.ERROR,
-                    "An edge could not settle, and tries again: %s",
+                    "An edge could not settle, and will try again: %s",
                     error,
                     exc_info=not known,
                 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MemoryJournal(Journal):
-    """One lock around a write and its entries, so that they come in one order."""
+    """One lock around each write and its entries, so that both have the same order."""
 
     def __init__(self, store: MemoryStore) -> None:
         self._store = store

@@ -11,7 +11,7 @@ from ...processes import process
 from ..base import OTHER_ENDS, Deleted, Record, Store, is_session_key, milliseconds
 from ..interrupts import Condition
 from ..lease import Lease
-from ..parts import Feed, Hearer, Page, Tidied, itself
+from ..parts import Feed, Page, Subscriber, Tidied, itself
 from ..support import StoreOptions
 from .journal import MemoryJournal
 
@@ -37,7 +37,7 @@ class MemoryStore(Store):
         self._records: dict[str, Record] = {}
         self._leases: dict[str, Lease] = {}
         self._blobs: dict[str, _Blob] = {}
-        self._hearers: tuple[Hearer, ...] = ()
+        self._subscribers: tuple[Subscriber, ...] = ()
         #: Whether expired sessions stay until their end is in the journal.
         self.keeps_expired = False
         self.journal = MemoryJournal(self)
@@ -45,7 +45,7 @@ class MemoryStore(Store):
         process.register(self._begin)
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()  # another thread of the parent may have held it
+        self._lock = threading.Lock()  # a thread of the parent may hold the old one
         self._freed = Condition(self._lock)
 
     def create(self, record: Record) -> None:
@@ -56,9 +56,9 @@ class MemoryStore(Store):
                 if there.version != record.version:
                     raise KeyTaken
                 return
-            self._drop_lease(record.key)  # of an expired one
+            self._drop_lease(record.key)  # of an expired record under the key
             self._records[record.key] = record
-        if self._hearers:
+        if self._subscribers:
             self._report(record.key)
 
     def load(self, key: str) -> Record | None:
@@ -77,7 +77,7 @@ class MemoryStore(Store):
             if there is None or there.version != record.version:
                 there = self._expect(there, expected_version, lease)
                 self._records[record.key] = record if shorten else record.kept_as_long_as(there)
-        if self._hearers:
+        if self._subscribers:
             self._report(record.key)
 
     def renew(self, record: Record, idle_expires_at: int) -> bool:
@@ -87,7 +87,7 @@ class MemoryStore(Store):
                 return False
             later = min(max(idle_expires_at, there.idle_expires_at), there.absolute_expires_at)
             self._records[record.key] = there._replace(idle_expires_at=later)
-        if self._hearers:
+        if self._subscribers:
             self._report(record.key)
         return True
 
@@ -114,7 +114,7 @@ class MemoryStore(Store):
                 del self._records[key]
             else:
                 self._records[key] = pointer
-        if self._hearers:
+        if self._subscribers:
             self._report(key, record.key)
 
     def delete(
@@ -125,12 +125,12 @@ class MemoryStore(Store):
                 self._expect(self._unexpired(key), expected_version, lease)
             gone: list[str] = []
             record = self._pop(key, gone)
-        if self._hearers:
+        if self._subscribers:
             self._report(*gone)
         return Deleted(record is not None, record)
 
     def _pop(self, key: str, gone: list[str]) -> Record | None:
-        while True:  # each pointer goes, so there is an end
+        while True:  # ends, since each pointer is removed
             gone.append(key)
             record = self._unexpired(key)
             self._records.pop(key, None)
@@ -148,10 +148,7 @@ class MemoryStore(Store):
             )
 
     def sweep(self, limit: int) -> int:
-        """Remove expired records, oldest first, examining at most ``limit`` of them.
-
-        Likewise blobs.
-        """
+        """Remove expired records and blobs, examining at most ``limit`` of each."""
         now = milliseconds(self._clock)
         removed = 0
         with self._lock:
@@ -164,7 +161,7 @@ class MemoryStore(Store):
             for key in list(_first(self._records, limit)):
                 record = self._records.pop(key)
                 if now < record.idle_expires_at or self._is_kept(record):
-                    self._records[key] = record  # to the end: the next call looks at others
+                    self._records[key] = record  # to the end, so that the next call examines others
                 else:
                     self._drop_lease(key)
                     removed += 1
@@ -189,7 +186,7 @@ class MemoryStore(Store):
             if expired:
                 del self._records[record.key]
                 self._drop_lease(record.key)
-        if expired and self._hearers:
+        if expired and self._subscribers:
             self._report(record.key)
         return expired
 
@@ -280,28 +277,28 @@ class MemoryStore(Store):
             return held
 
     def wait_for_release(self, key: str, owner: str, seconds: float) -> None:
-        def may_go_on() -> bool:
+        def is_turn() -> bool:
             lease = self._leases.get(key)
             return lease is None or lease.is_turn_of(owner, milliseconds(self._clock))
 
         with self._freed:
-            self._freed.wait_for(may_go_on, seconds)
+            self._freed.wait_for(is_turn, seconds)
 
-    def hear(self, hearer: Hearer, interval: float | None = None) -> None:
-        self._hearers = (*self._hearers, hearer)
+    def subscribe(self, subscriber: Subscriber, interval: float | None = None) -> None:
+        self._subscribers = (*self._subscribers, subscriber)
 
-    def leave(self, hearer: Hearer) -> None:
-        self._hearers = tuple(each for each in self._hearers if each is not hearer)
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        self._subscribers = tuple(each for each in self._subscribers if each is not subscriber)
 
     def feed(self, key: str) -> Feed | None:
         return None
 
     def start(self) -> None:
-        """Nothing: changes are reported by the thread that makes them."""
+        """Does nothing: the thread that makes a change reports it."""
 
     def _report(self, *keys: str) -> None:
-        for hearer in self._hearers:
-            hearer.changed(keys)
+        for subscriber in self._subscribers:
+            subscriber.changed(keys)
 
     def close(self) -> None:
         """Nothing to release."""

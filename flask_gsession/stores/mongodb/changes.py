@@ -1,4 +1,4 @@
-"""Changes of sessions in MongoDB: a change stream, or once a second a guess on a single server."""
+"""Changes of sessions in MongoDB: a change stream, or on a single server a poll every second."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ...errors import StoreUnavailable
 from ...live.listener import Heard
 from .driver import Call, Driver
 
-_AWAIT = 0.5  # seconds that the server waits for a change
+_AWAIT = 0.5  # seconds that the server waits for changes
 _POLL = 1.0  # seconds
-_NO_STREAMS = (40573, 136)  # a server without a replica set, or whose history is not readable yet
-_HISTORY_LOST = (280, 286)  # the resume token is too old, or of another server
+_NO_STREAMS = (40573, 136)  # no replica set, or a history that isn't readable yet
+_HISTORY_LOST = (280, 286)  # the resume token is too old, or from another server
 _WRITES = ("insert", "update", "replace", "delete")
 _EMPTYING = ("drop", "rename", "dropDatabase", "invalidate")
 
@@ -78,7 +78,7 @@ class MongoDBSource:
 
 
 class MongoDBChanges:
-    """One change stream. It is read from where the last one ended."""
+    """One change stream, which starts where the last one ended."""
 
     def __init__(self, source: MongoDBSource, stream: Any) -> None:
         self._source = source
@@ -97,7 +97,7 @@ class MongoDBChanges:
         return Heard([] if key is None else [key])
 
     def beat(self) -> None:
-        """Never called: an answer would prove nothing."""
+        """Never called, since an answer would prove nothing."""
 
     def shut(self) -> None:
         self._shut = True
@@ -107,7 +107,7 @@ class MongoDBChanges:
 
 
 class Polls:
-    """On a single server, which has no change streams: any record may change at any time."""
+    """For a single server, which has no change streams: any record may have changed at any time."""
 
     def __init__(self) -> None:
         self._shut = threading.Event()
@@ -118,7 +118,7 @@ class Polls:
         return Heard([], more=True)
 
     def beat(self) -> None:
-        """Never called: an answer would prove nothing."""
+        """Never called, since an answer would prove nothing."""
 
     def shut(self) -> None:
         self._shut.set()

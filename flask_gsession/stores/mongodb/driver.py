@@ -48,8 +48,8 @@ DATABASE = "gsession"
 
 _READ_CONCERNS = ("local", "majority", "linearizable")
 _HINTS = {
-    13: ": the user lacks a right on the collection, or there is no user",
-    18: ": no such user, another password, or another authSource",
+    13: ": the user lacks a right on the collection, or the URL names no user",
+    18: ": wrong user, password or authSource",
 }
 
 P = ParamSpec("P")
@@ -60,8 +60,8 @@ _Client = MongoClient[Document]
 
 
 def check_url(url: str) -> None:
-    """Raises what the driver raises for a URL it cannot read. Asks no server."""
-    if url.startswith("mongodb+srv:"):  # parsing it whole would ask the name server
+    """Raises the driver's error for a malformed URL. Asks no server."""
+    if url.startswith("mongodb+srv:"):  # fully parsing it would ask the name server
         parts = urlsplit(url)
         if not parts.hostname or "," in parts.netloc or parts.port is not None:
             raise InvalidURI("mongodb+srv takes one host and no port")
@@ -72,7 +72,7 @@ def check_url(url: str) -> None:
 
 
 class HasDriver(Protocol):
-    """An object whose methods can be calls: a part of the store, or the records."""
+    """An object whose methods can use ``call``: a part of the store, or the records."""
 
     @property
     def driver(self) -> Driver: ...
@@ -90,9 +90,9 @@ def call(
     """Decorator for one call of a store: passes the collection, and limits the total time.
 
     Each call has its own context and driver session. An interrupt can strike the driver between any
-    two steps. It may leave an old deadline, or a server session that two threads share, and the
-    server would then take one thread's write for a repeat of the other's. No later call uses that
-    state.
+    two steps, and may leave behind an old deadline, or a server session that two threads share: the
+    server would then mistake one thread's write for a repeat of the other's. No later call uses
+    that state.
     """
 
     def decorate(
@@ -106,14 +106,14 @@ def call(
                 except (GSessionError, PyMongoError):
                     session.end_session()
                     raise
-                session.end_session()  # not after an interrupt: it may be in the pool already
+                session.end_session()  # not after an interrupt, when it may be in the pool already
                 return answer
 
         @functools.wraps(method)
         def call(caller: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
             return copy_context().run(within, caller, *args, **kwargs)
 
-        del call.__wrapped__  # it has another signature
+        del call.__wrapped__  # its signature differs
         return call
 
     return decorate
@@ -122,7 +122,7 @@ def call(
 class _Pool(Pool):
     """A pool of connections that releases its lock even after an exception from outside.
 
-    PyMongo takes the lock again to clean up after an exception, so the thread would wait for
+    To clean up after an exception, PyMongo takes the lock again, so the thread would wait for
     itself.
     """
 
@@ -133,7 +133,7 @@ class _Pool(Pool):
 
 
 class Driver:
-    """The collections of ``url_or_client``. For a URL, each process makes its own client."""
+    """The collections of ``url_or_client``. Given a URL, each process makes its own client."""
 
     def __init__(self, url_or_client: str | _Client, options: StoreOptions) -> None:
         self.timeout = options.timeout
@@ -148,7 +148,7 @@ class Driver:
         self.direct = False
         self.pid = 0
         self._indexed: set[str] = set()
-        #: seconds after its expiry at which the server removes a record
+        #: how many seconds after its expiry the server removes a record
         self.expire_after = 0
         self._lock = threading.Lock()
         process.register(self._begin)
@@ -160,7 +160,8 @@ class Driver:
         self._lock = threading.Lock()
         if not isinstance(self._source, str) and hasattr(self._source, "_after_fork"):
             # PyMongo's own hook, which a fork in C doesn't run. Without it the client has no
-            # monitors, and shares the server's sessions: of two writes one is taken for a repeat.
+            # monitors, and both processes share server sessions: a write may then count as a repeat
+            # of another.
             self._source._after_fork()
 
     def connect(self) -> Any:
@@ -188,8 +189,8 @@ class Driver:
                     name,
                     codec_options=CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_MS),
                     read_preference=ReadPreference.PRIMARY,
-                    # A majority acknowledges each save, and with it the data read before; reading
-                    # at "majority" would lag, and lose races that it need not lose.
+                    # A majority acknowledges each save, and so the data read before it. Reading at
+                    # "majority" would lag and lose races needlessly.
                     read_concern=ReadConcern("local"),
                     write_concern=WriteConcern("majority"),
                 )
@@ -209,14 +210,14 @@ class Driver:
     def _keep_client(self, client: _Client) -> None:
         """Close ``client`` with this store, and only in the process that made it."""
         if self._close_client is not None and self._close_client.detach() is not None:
-            # A parent's open client: we neither use, close nor collect it here.
+            # A parent's open client must not be used, closed or garbage-collected here.
             self._inherited.append(self.collection)
         self._close_client = closing(self, partial(_close, client, self.timeout))
 
     def ensure_index(self, collection: SessionCollection, field: str = "idle_expires_at") -> None:
         """Create the TTL index, once; after an outage, the next new session tries again.
 
-        Called after a document was written, so a failure now is about the index alone.
+        Called after a document was written, so a failure now concerns only the index.
         """
         if collection.name in self._indexed:
             return
@@ -224,14 +225,14 @@ class Driver:
         try:
             try:
                 if is_kept:
-                    self._put_off(collection, field)
+                    self._disable_ttl(collection, field)
                 else:
                     collection.create_index(field, expireAfterSeconds=0, name=NAME)
             except OperationFailure as error:
                 if is_kept:
                     raise StoreUnavailable(
-                        f"mongodb: the TTL index can't be put off ({_code(error)}), and would "
-                        "remove sessions before their end is in the journal: give the user the "
+                        f"mongodb: the TTL index can't be delayed ({_code(error)}), and would "
+                        "remove sessions before their end is in the journal: grant the user the "
                         f"right to collMod, or let an administrator change {NAME} to "
                         f"expireAfterSeconds: {self.expire_after}"
                     ) from error
@@ -249,11 +250,11 @@ class Driver:
         self._indexed.add(collection.name)
 
     def is_indexed(self) -> bool:
-        """Whether ``ensure_index`` was done for the records."""
+        """Whether ``ensure_index`` has run for the records."""
         return COLLECTION in self._indexed
 
-    def _put_off(self, collection: SessionCollection, field: str) -> None:
-        """Let the TTL index remove nothing; it still finds what has expired."""
+    def _disable_ttl(self, collection: SessionCollection, field: str) -> None:
+        """Make the TTL index remove nothing; queries for expired documents still use it."""
         collection.create_index("journal_at", sparse=True, name="gsession_outbox")
         try:
             collection.create_index(field, expireAfterSeconds=self.expire_after, name=NAME)
@@ -270,14 +271,14 @@ class Driver:
 
 
 def _close(client: _Client, seconds: float) -> None:
-    # The driver says goodbye, and waits for the answer until it thinks that the server is dead.
+    # The driver sends endSessions, and waits for the reply until it considers the server dead.
     with pymongo.timeout(seconds):
         client.close()
 
 
 def reraise_interruption(error: Exception) -> None:
     struck = interruption(error)
-    # Of what struck the decoder, the driver may have kept only the words.
+    # The driver may keep only the text of an exception that struck its decoder.
     if struck is not None and not isinstance(struck, BSONError):
         raise struck
 
@@ -314,8 +315,10 @@ class Call:
     def __enter__(self) -> Any:
         driver = self._driver
         seconds = time_left(driver.timeout)
-        if not seconds:  # the server might still carry out a write that we no longer wait for
-            raise StoreUnavailable(f"mongodb: {self._operation}: the caller's time is over")
+        if not seconds:  # the server could still apply a write that nobody waits for
+            raise StoreUnavailable(
+                f"mongodb: {self._operation}: the caller's time budget is used up"
+            )
         try:
             if driver.pid != os.getpid():
                 began = time.monotonic()
@@ -331,7 +334,7 @@ class Call:
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
         if self._budget is not None:
             self._budget.__exit__(None, None, None)
-        # OSError: of a socket that was closed. BSONError: of an answer to a write.
+        # OSError: a closed socket. BSONError: a malformed reply to a write.
         if isinstance(error, (PyMongoError, OSError, BSONError)):
             self._fail(error)
 
@@ -344,14 +347,14 @@ class Call:
 
 
 def _reason(error: Exception, collection: SessionCollection) -> str:
-    """The error and its server in one line, without any sent data."""
+    """The error and its server in one line, without any data that was sent."""
     if not isinstance(error, OperationFailure):
         text = str(error).partition(", Timeout: ")[0].partition(", full error: ")[0]
         text = re.sub(r" \(configured timeouts: [^)]*\)", "", text)
     elif isinstance(error, WriteConcernError):
         text = f"not confirmed by a majority: {_code(error)}"
     else:
-        # A server's message can quote the whole command, which would end up in logs.
+        # A server's message can quote the whole command, which must not end up in logs.
         text = _code(error) + _HINTS.get(error.code or 0, "")
         error.args = (text,)
     where = "" if collection is None else _addresses(collection.database.client)
@@ -365,7 +368,7 @@ def check_not_secondary(client: _Client) -> None:
     for server in client.topology_description.server_descriptions().values():
         if server.server_type_name == "RSSecondary":
             raise StoreUnavailable(
-                f"mongodb: load: {_addresses(client)}: a secondary, which may be behind; name the "
+                f"mongodb: load: {_addresses(client)}: a secondary, which may lag behind; name the "
                 "replica set in SESSION_STORE (replicaSet=...) instead of directConnection"
             )
 

@@ -1,4 +1,4 @@
-"""Documents that another package keeps on a MongoDB server of ours."""
+"""Documents that another package keeps on our MongoDB server."""
 
 from __future__ import annotations
 

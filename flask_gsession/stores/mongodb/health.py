@@ -23,7 +23,7 @@ _FIXED_WRITES = {(5, 0): 3}
 _FIXED_LEAK = {(5, 0): 32, (6, 0): 27, (7, 0): 28, (8, 0): 17, (8, 2): 3}
 _SKEW = 1.0  # seconds
 _LAG = 10.0  # seconds
-_SAFE = 3  # members that bear data
+_SAFE = 3  # data-bearing members
 _OF_DATA = ("RSPrimary", "RSSecondary")
 
 
@@ -44,7 +44,7 @@ class MongoDBChecks(Checks):
 def checked(collection: Any, blobs: Any, now: float, after: int = 0) -> list[Finding]:
     """The findings on the server of these collections; ``now`` is our time in seconds since 1970.
 
-    ``after``: the seconds after its expiry at which the TTL index removes a session.
+    ``after``: how many seconds after its expiry the TTL index removes a session.
 
     Raises the driver's errors, except for missing permissions.
     """
@@ -79,26 +79,26 @@ def _known_faults(version: str) -> Iterator[Finding]:
 
 
 def _exposure_of(client: Any) -> Iterator[Finding]:
-    """Whether strangers can connect or listen in."""
-    is_open = not _asks_for_a_password(client)
+    """Check whether strangers can connect or eavesdrop."""
+    is_open = not _requires_password(client)
     host = (client.address or ("",))[0]
     if host.startswith("/"):
         yield from exposure_of(is_open, tls=None, host="")
         return
-    # A client has no public way to say so.
+    # The client has no public API for its TLS settings.
     context = getattr(client.options.pool_options, "_ssl_context", None)
     yield from exposure_of(is_open, tls=context is not None, host=host)
     if context is not None and context.verify_mode == ssl.CERT_NONE:
         yield unchecked("tlsAllowInvalidCertificates or tlsInsecure")
 
 
-def _asks_for_a_password(client: Any) -> bool:
+def _requires_password(client: Any) -> bool:
     status = client.admin.command("connectionStatus")
     if not status["authInfo"]["authenticatedUsers"]:
         return False
     try:
         parsed = client.admin.command("getCmdLineOpts")["parsed"]
-    except OperationFailure:  # rights are enforced, so it does
+    except OperationFailure:  # access control is on
         return True
     security = parsed.get("security", {})
     return security.get("authorization") == "enabled" or bool(
@@ -108,7 +108,7 @@ def _asks_for_a_password(client: Any) -> bool:
 
 def _members(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
     if hello.get("msg") == "isdbgrid":
-        yield Finding("ok", "replicas", "not looked at: this is a mongos")
+        yield Finding("ok", "replicas", "not checked: this is a mongos")
         return
     hosts = [*hello.get("hosts", ()), *hello.get("passives", ())]
     if len(hosts) < 2:
@@ -116,7 +116,7 @@ def _members(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
             "warning",
             "replicas",
             "none: a single server",
-            "When it is lost, so are the sessions: run a replica set of three.",
+            "If it is lost, so are the sessions: run a replica set of three.",
         )
         return
     if len(hosts) < _SAFE:
@@ -124,7 +124,7 @@ def _members(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
             "warning",
             "replicas",
             f"{len(hosts)} members with data, {len(hello.get('arbiters', ()))} without",
-            "When one is down there is no majority to write to: run three with data.",
+            "If one is down, writes get no majority: run three members with data.",
         )
     seen = client.topology_description.server_descriptions().values()
     primary = next((each for each in seen if each.server_type_name == "RSPrimary"), None)
@@ -147,14 +147,15 @@ def _member(member: Any, primary: Any) -> Finding:
     if lag <= _LAG:
         return Finding("ok", "replica", found)
     return Finding(
-        "warning", "replica", found, "A majority may be late or missing: every write waits for one."
+        "warning", "replica", found, "Writes wait for a majority, which may be slow or missing."
     )
 
 
 def _lag(member: Any, primary: Any) -> float:
     """How many seconds a member is behind, as far as the driver knows.
 
-    Each was asked at a different time, so we compare how long before that it had written.
+    Members were polled at different times, so we compare how old each one's last write was at its
+    poll.
     """
     if primary is None or member.last_write_date is None or primary.last_write_date is None:
         return 0.0
@@ -165,7 +166,7 @@ def _lag(member: Any, primary: Any) -> float:
 def _write_concern(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         config = client.admin.command("replSetGetConfig")["config"] if "setName" in hello else {}
-    except OperationFailure:  # it takes a right that sessions need not
+    except OperationFailure:  # needs a right that sessions don't need
         config = {}
     if config.get("writeConcernMajorityJournalDefault", True):
         yield Finding("ok", "write concern", "majority")
@@ -174,7 +175,7 @@ def _write_concern(client: Any, hello: Mapping[str, Any]) -> Iterator[Finding]:
             "warning",
             "write concern",
             "majority, in memory",
-            "A power cut of all can bring ended sessions back: set "
+            "A power cut of all members can bring ended sessions back: set "
             "writeConcernMajorityJournalDefault to true.",
         )
 
@@ -192,14 +193,14 @@ def _index(collection: Any, check: str, field: str, after: int = 0) -> Iterator[
         )
         return
     if not indexes and field != "idle_expires_at":
-        return  # no large value was ever written
+        return  # no large value has been written yet
     advice = expiry_index_advice(indexes, collection.name, field, after)
     if not advice:
         yield Finding("ok", check)
         return
     found = "missing" if advice.startswith("db." + collection.name + ".create") else "not right"
     effect = (
-        "Expired sessions may be removed before the journal has their end."
+        "Expired sessions may be removed before their end is in the journal."
         if after
         else "Expired sessions stay invalid, but are not removed."
     )
@@ -210,7 +211,7 @@ _JOURNAL_RIGHTS = {"": {"collMod"}, JOURNAL: {"find", "insert", "update", "remov
 
 
 def _journal_rights(collection: Any) -> Iterator[Finding]:
-    """Whether this user may do what the journal does, as far as the server says."""
+    """Check whether this user has the rights that the journal needs."""
     status = collection.database.client.admin.command("connectionStatus", showPrivileges=True)
     given = status["authInfo"].get("authenticatedUserPrivileges", ())
     if not status["authInfo"]["authenticatedUsers"]:
@@ -231,7 +232,7 @@ def _journal_rights(collection: Any) -> Iterator[Finding]:
             "error",
             "journal rights",
             f"this user lacks {'; '.join(lacking)}",
-            "Sessions can't be written, or their events stay with them: give it these rights.",
+            "Sessions can't be written, or events don't reach the journal: grant these rights.",
         )
     else:
         yield Finding("ok", "journal rights")
@@ -254,7 +255,7 @@ def _clock(skew: float) -> Iterator[Finding]:
             "error",
             "clock",
             found,
-            "Sessions end early or late: let both follow a time server.",
+            "Sessions end early or late: synchronise both clocks with a time server.",
         )
     else:
         yield Finding("ok", "clock", found)

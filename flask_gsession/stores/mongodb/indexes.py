@@ -12,7 +12,7 @@ from typing import Any
 from pymongo.errors import OperationFailure
 
 NAME = "gsession_expiry"
-NEVER = 2**31 - 1  # seconds after its expiry at which a document is removed, with a journal
+NEVER = 2**31 - 1  # seconds: with a journal, the TTL index must not remove documents
 
 
 def expiry_index_advice(
@@ -20,8 +20,8 @@ def expiry_index_advice(
 ) -> str:
     """The mongosh commands that create the TTL index on ``field``, or "" if it exists.
 
-    ``indexes`` is the result of ``index_information`` for the collection. ``after``: the seconds
-    after its expiry at which a document is to be removed.
+    ``indexes`` is the result of ``index_information`` for the collection. ``after``: how many
+    seconds after its expiry a document is to be removed.
     """
     options = f"{{expireAfterSeconds: {after}, name: '{NAME}'}}"
     create = f"db.{collection}.createIndex({{{field}: 1}}, {options})"
@@ -42,7 +42,7 @@ def expiry_index_advice(
 
 
 def check_expiry_index(collection: Any, field: str) -> str:
-    """The same for a collection. Without the right to list its indexes, assumes none."""
+    """Like ``expiry_index_advice``. Without the right to list indexes, assumes there are none."""
     try:
         indexes = collection.index_information()
     except OperationFailure:

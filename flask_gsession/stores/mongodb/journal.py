@@ -1,11 +1,11 @@
-"""The part ``journal`` of a MongoDB store: an outbox in the session's own document.
+"""The part ``journal`` of a MongoDB store: each session's document has an outbox.
 
-A write adds its entries to the document in the same step. ``recover`` moves them into the journal's
-collection: one process of many, which holds the ticket of the sweep. An ended session stays as a
-marker until its entries were moved. The TTL index is put off, since it knows no entries.
+A write adds its entries to the document in the same step. ``recover`` moves them to the journal's
+collection, in the one process that holds the ticket of the sweep. An ended session stays as a
+marker until its entries have been moved. The TTL index removes nothing, since it ignores entries.
 
-A rotation leaves its entry with the old document. The new one names it, and is moved after it, so
-that the entries of one session come in order.
+A rotation leaves its entry in the old document. The new document names the old one, and its entries
+are moved later, so that the entries of one session stay in order.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .scans import MongoDBScans
 
 JOURNAL = "gsession_journal"
 _AT_ONCE = 200  # documents whose entries are moved in one step
-_STEPS = 50  # at most; then comes the rest of the sweep
-_TRIMMED = 128  # entries are removed about so many at once
+_STEPS = 50  # at most, before the rest of the sweep
+_TRIMMED = 128  # old entries are removed in batches of about this size
 _OTHERS = f"[{OTHER_ENDS}]$"
 _AFTER = "journal_after"
 _FIELDS = [OUTBOX, SINCE, _AFTER, "successor", "idle_expires_at"]  # of a document with entries
@@ -74,7 +74,7 @@ class MongoDBJournal(Journal):
                 return
             if there is None or there.successor != ENDED:
                 raise KeyTaken from None
-            # The session has ended before. Its entries come first.
+            # The key's earlier session has ended. Its entries come first.
             self.recover()
             condition = {**self.layout.is_version(record.key, there.version), SINCE: None}
             collection.delete_one(condition)
@@ -149,7 +149,7 @@ class MongoDBJournal(Journal):
         return Deleted(True)
 
     def _marker(self, entries: Sequence[bytes]) -> list[Document]:
-        """The update that leaves nothing of a session but its entries."""
+        """The update that removes everything from a session but its entries."""
         now = DatetimeMS(self.layout.now())
         fields = {
             "version": Int64(new_version()),
@@ -188,7 +188,7 @@ class MongoDBJournal(Journal):
         }
 
     def _ours(self) -> Document:
-        """Ids of this prefix, and not of one that begins with it."""
+        """The condition for ids of this prefix, and not of longer ones that begin with it."""
         start = self.layout.prefix
         whole = f"^.{{{len(start) + KEY_LENGTH}}}$"
         return {"$gt": start, "$lt": f"{start}\x7f", "$regex": whole}
@@ -232,7 +232,7 @@ class MongoDBJournal(Journal):
 
     @call("journal")
     def _move(self, collection: SessionCollection) -> int:
-        """Move the entries of some documents; how many documents."""
+        """Move the entries of some documents. Returns the number of documents."""
         condition = {SINCE: {"$type": "date"}, "_id": self._ours()}
         waiting = list(collection.find(condition, _FIELDS, sort=[(SINCE, 1)], limit=_AT_ONCE))
         if not waiting:
@@ -245,14 +245,14 @@ class MongoDBJournal(Journal):
         now = self.layout.now()
         for document in documents:
             same = {"_id": document["_id"], OUTBOX: document.get(OUTBOX, [])}
-            # A marker with time left is still asked for, by a repeat of the rotation.
+            # Keep a marker until its time is up: a repeat of the rotation looks for it.
             if document.get("successor") == ENDED and int(document["idle_expires_at"]) <= now:
                 done.append(DeleteOne({**same, "successor": ENDED}))
             else:
                 done.append(UpdateOne(same, {"$unset": {OUTBOX: "", SINCE: "", _AFTER: ""}}))
         result = collection.bulk_write(done, ordered=False)
         if result.matched_count + result.deleted_count < len(documents):
-            # Some got more entries since: only those that were moved go.
+            # Remove only the entries that were moved: new ones may have been added.
             moved = [
                 UpdateOne({"_id": each["_id"]}, {"$pull": {OUTBOX: {"$in": each.get(OUTBOX, [])}}})
                 for each in documents
@@ -263,7 +263,7 @@ class MongoDBJournal(Journal):
     def _in_order(
         self, collection: SessionCollection, waiting: Sequence[Document]
     ) -> list[Document]:
-        """These documents, each behind the one that it was rotated from, if that waits as well."""
+        """Sort documents: each comes after the one it was rotated from, if that waits too."""
         found = {each["_id"]: each for each in waiting}
         for _ in range(MAX_POINTERS):
             before = {each.get(_AFTER) for each in found.values()} - {None, *found}
@@ -289,7 +289,7 @@ class MongoDBJournal(Journal):
     def append(
         self, collection: SessionCollection, entries: Sequence[bytes], key: str | None = None
     ) -> None:
-        if key is not None:  # behind the entries that wait in its document
+        if key is not None:  # to come after the entries that wait in its document
             update = [{"$set": with_outbox(self._outbox(entries))}]
             if collection.update_one({"_id": self.layout.prefix + key}, update).matched_count:
                 return
@@ -327,7 +327,8 @@ class MongoDBJournal(Journal):
             )
         )
 
-    # No prefix has braces, so these are no ids of a prefix that begins with this one.
+    # Prefixes have no braces, so these ids can't belong to a longer prefix that begins with this
+    # one.
 
     def _id(self, number: int) -> str:
         return f"{self.layout.prefix}{{events}}{number:020d}"

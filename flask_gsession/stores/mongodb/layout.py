@@ -1,7 +1,7 @@
-"""How records and leases are written in MongoDB: one document for each session.
+"""How records and leases are stored in MongoDB: one document for each session.
 
 The payload is one binary field. The lease of a session and its queue are the field "lease" of the
-same document. It goes with the document; a save does not touch it, and a rotation leaves it behind.
+same document. It ends with the document; a save keeps it, and a rotation leaves it behind.
 
 ::
 
@@ -24,9 +24,9 @@ from ..lease import Lease
 from .driver import Document, in_a_thread, reraise_interruption
 from .round_trips import SessionCollection
 
-ENDED = ""  # the successor in what a rotation without a pointer leaves
+ENDED = ""  # the successor in a marker that a rotation without a pointer leaves
 OUTBOX, SINCE = "journal", "journal_at"  # entries for the journal, and when the first was added
-_END_SHOWN = 10_000  # milliseconds for which a repeat can see that it was done
+_END_SHOWN = 10_000  # milliseconds for which a repeated rotation can find its marker
 
 
 class Layout:
@@ -48,7 +48,7 @@ class Layout:
         return {"_id": self.prefix + key, "version": Int64(version)}
 
     def held(self, lease: str | None) -> Document:
-        """The condition that this owner holds the lease; none where none is asked for."""
+        """The condition that this owner holds the lease; empty if ``lease`` is None."""
         if lease is None:
             return {}
         return {"lease.owner": lease, "lease.until": {"$gt": self.now()}}
@@ -81,8 +81,8 @@ class Layout:
             document = find()
         except BSONError as error:
             reraise_interruption(error)
-            # The driver reports this for any exception while it decodes, and for a full
-            # stack. If neither is possible, the report is about the document.
+            # The driver raises this for any exception during decoding, and for a stack overflow. In
+            # a new thread neither can happen, so there an error means a damaged document.
             try:
                 document = in_a_thread(find)
             except BSONError as again:
@@ -113,12 +113,12 @@ def lease_of(document: Document) -> Lease:
     try:
         waiters = {waiter["owner"]: waiter["seen"] for waiter in lease.get("waiters", ())}
     except (TypeError, KeyError):
-        return Lease()  # junk, which the next owner replaces
+        return Lease()  # malformed; the next owner replaces it
     return Lease.of(lease.get("owner", ""), lease.get("until", 0), lease.get("length", 0), waiters)
 
 
 def with_outbox(outbox: Document) -> Document:
-    """The fields of an update by a pipeline that adds these entries to those in the document."""
+    """The pipeline fields that append these entries to the document's."""
     if not outbox:
         return {}
     there = {"$ifNull": [f"${OUTBOX}", []]}
@@ -129,6 +129,6 @@ def with_outbox(outbox: Document) -> Document:
 
 
 def replaced_by(document: Document, outbox: Document) -> list[Document]:
-    """The update that replaces a document, all but the entries that wait in it."""
+    """The update that replaces a document, except for the entries that wait in it."""
     fields = {name: {"$literal": value} for name, value in document.items() if name != "_id"}
     return [{"$set": {**fields, **with_outbox(outbox)}}, {"$unset": ["lease"]}]

@@ -59,7 +59,7 @@ class MongoDBLeases(Leases):
         lease = lease_of(found)
         if lease.owner != owner and owner not in lease.waiters:
             raise QueueFull
-        # The server has decided; asked again on the outcome, this says how long to wait.
+        # The server has decided. Applied to the outcome, this computes how long to wait.
         return lease.acquire(owner, now, lease_ms, max_waiters)
 
     @call("extend")
@@ -94,7 +94,8 @@ def _is(kind: list[str], field: str) -> Document:
 
 
 def _cleaned(keep: Document | bool) -> list[Document]:
-    """The stages that repair a missing or malformed lease, and drop the waiters not in ``keep``.
+    """The stages that repair a missing or malformed lease, and drop waiters that aren't in
+    ``keep``.
 
     A malformed lease would make each later stage fail.
     """
@@ -131,7 +132,7 @@ def _acquisition(owner: str, now: int, lease_ms: int, max_waiters: int) -> list[
     others = {"$filter": {"input": waiters, "cond": {"$ne": ["$$this.owner", me]}}}
     first = {"$ifNull": [{"$first": {"$map": {"input": waiters, "in": "$$this.owner"}}}, me]}
     running = {"$gt": ["$lease.until", Int64(now)]}
-    # A later end comes from a clock that was far ahead, or has been set back.
+    # So late an end comes from a clock that was far ahead, or has been set back.
     length = {"$min": ["$lease.length", LONGEST_LEASE]}
     latest = {"$add": [Int64(now), {"$multiply": [2, length]}]}
     free = {"$or": [{"$not": [running]}, {"$gt": ["$lease.until", latest]}]}

@@ -22,7 +22,7 @@ class Records:
     def __init__(self, driver: Driver, layout: Layout) -> None:
         self.driver = driver
         self.layout = layout
-        #: with a journal: the update that ends a document whose entries still wait in it
+        #: with a journal: the update that ends a session whose document still has entries
         self.mark: Callable[[], list[Document]] | None = None
 
     @call("create")
@@ -66,7 +66,7 @@ class Records:
         if not shorten:
             later = {"$max": ["$idle_expires_at", given]}
             document["idle_expires_at"] = {"$min": [later, end]}
-        # As a pipeline, for the comparison: a payload that is bytes needs no quotes there.
+        # A pipeline, since the expiry is compared. A payload of bytes needs no quoting there.
         done = collection.update_one(
             {
                 **self.layout.live(record.key),
@@ -101,9 +101,8 @@ class Records:
         outbox: Document | None = None,
         after: Document | None = None,
     ) -> None:
-        """As ``Store.replace``. ``outbox``: of the journal, for the old document.
-
-        ``after``: fields of the new one, for the journal as well.
+        """Like ``Store.replace``. For the journal, ``outbox`` is added to the old document, and
+        ``after`` are fields of the new one.
         """
         # Two documents, two steps. Between them no client can reach the new record, since its token
         # hasn't left the server. The second step decides atomically which rotation wins. It always
@@ -176,7 +175,7 @@ class Records:
                 self.explain(key, collection, lease)
             return Deleted(True)
         key, document = self._pop(key, collection)
-        if not document:  # no session, or it is only known that there was one
+        if not document:  # no session, or only a marker of one
             return Deleted(document is not None)
         return Deleted(True, self.layout.record(key, document))
 
@@ -192,7 +191,7 @@ class Records:
             except BSONError as error:
                 reraise_interruption(error)
                 ended = {}
-            # A majority must know that there is nothing: only this read waits for one.
+            # Only this read waits for a majority, which must agree that there is no session.
             if ended is None and self._remove(collection, self.layout.live(key)):
                 ended = {}
             there = None if ended is not None else self.layout.read(key, collection)
@@ -202,7 +201,7 @@ class Records:
             if not there.successor or self.layout.now() >= there.idle_expires_at:
                 break
             key = there.successor
-            if type(key) is not str or key in pointers:  # a forged one, or a circle
+            if type(key) is not str or key in pointers:  # a forged pointer, or a circle
                 break
         else:
             raise too_many_pointers()
@@ -211,7 +210,7 @@ class Records:
         return key, ended
 
     def _remove(self, collection: SessionCollection, condition: Document) -> bool:
-        """Delete a document, or leave it to the journal as long as entries wait in it."""
+        """Delete a document, or leave it to the journal while entries wait in it."""
         if self.mark is not None:
             waiting = {**condition, SINCE: {"$type": "date"}}
             if collection.update_one(waiting, self.mark()).matched_count:
@@ -225,7 +224,7 @@ class Records:
         lease: str | None = None,
         mine: int | None = None,
     ) -> None:
-        """Raise the reason why a write did nothing; return if it repeated an applied write."""
+        """Raise the error for a write that did nothing. Return if it repeats an applied write."""
         there = self.layout.read(key, collection)
         if there is None or not there.is_live(self.layout.now()):
             raise Gone

@@ -11,7 +11,7 @@ from ..support import count_round_trip
 
 
 class _NoPayloads(logging.Filter):
-    """Keeps the contents of sessions out of the log that the driver itself writes at DEBUG."""
+    """Keeps the contents of sessions out of the driver's own log at level DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         fields = getattr(record.msg, "_kwargs", None)

@@ -12,22 +12,22 @@ from .driver import Document, Driver, call
 from .layout import Layout
 from .round_trips import SessionCollection
 
-_AT_ONCE = 1000  # documents that a step of a clean-up looks at, at most: it has one call's time
-_BLOBS_NEXT = "large-values:"  # begins the cursors of a clean-up after those that are keys
+_AT_ONCE = 1000  # documents per clean-up step, at most: a step has one call's time
+_BLOBS_NEXT = "large-values:"  # prefix of clean-up cursors that come after the sessions' keys
 _NO_DATES = [
     *("number", "string", "object", "array", "binData", "objectId", "bool", "regex"),
     *("javascript", "timestamp", "minKey", "maxKey"),
 ]
-_SAMPLE = 500  # documents, whatever their number
+_SAMPLE = 500  # documents, independent of the collection's size
 
 
 class MongoDBScans(Scans, Upkeep, Counts):
-    """Goes through records and large values in the order of their names."""
+    """Scans records and large values in the order of their names."""
 
     def __init__(self, driver: Driver, layout: Layout) -> None:
         self.driver = driver
         self.layout = layout
-        #: a further condition for records that may be removed for their age
+        #: a further condition for records that are old enough to remove
         self.removable: Document = {}
 
     @call("scan")
@@ -39,7 +39,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
         ids, end = self._ids(collection, cursor, limit, begins)
         try:
             whole = list(collection.find({"_id": {"$in": ids}}))
-        except BSONError:  # one of them spoils the batch
+        except BSONError:  # one malformed document fails the whole batch
             whole = [{"_id": name} for name in ids]
         for document in whole:
             key = document["_id"][len(self.layout.prefix) :]
@@ -66,7 +66,9 @@ class MongoDBScans(Scans, Upkeep, Counts):
         *,
         dry_run: bool = False,
     ) -> Tidied:
-        """Removes documents that the TTL index leaves: without a date, or all without the index."""
+        """Removes documents that the TTL index leaves: those without a date, or all if it is
+        missing.
+        """
         limit = min(limit, _AT_ONCE)
         if cursor.startswith(_BLOBS_NEXT):
             return self._tidy_blobs(collection, cursor, limit, dry_run)
@@ -89,9 +91,9 @@ class MongoDBScans(Scans, Upkeep, Counts):
     def _tidy_blobs(
         self, collection: SessionCollection, cursor: str, limit: int, dry_run: bool
     ) -> Tidied:
-        """The same for frames of large values; those without a date are not read any more.
+        """Like ``tidy``, for frames of large values. Frames without a date are unreadable anyway.
 
-        The TTL index serves these conditions. Items found are gone at the next step, unless
+        These conditions use the TTL index. Items found are gone at the next step, unless
         ``dry_run``.
         """
         skip = int(cursor.removeprefix(_BLOBS_NEXT) or 0)
@@ -119,7 +121,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
     def _ids(
         self, collection: SessionCollection, cursor: str, limit: int, begins: str = ""
     ) -> tuple[list[str], str]:
-        """The ids behind ``cursor`` whose key starts with ``begins``; the cursor after them."""
+        """The ids after ``cursor`` whose key starts with ``begins``, and the next cursor."""
         start = self.layout.prefix + begins
         names = {"$gt": self.layout.prefix + cursor, "$gte": start, "$lt": f"{start}\U0010ffff"}
         found = collection.find({"_id": names}, ["_id"], sort=[("_id", 1)], limit=limit)
@@ -128,7 +130,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
 
     @call("count")
     def count(self, collection: SessionCollection) -> int:
-        """About how many sessions are live: beyond a few, from the size and a random sample."""
+        """About how many sessions are live. Many sessions are estimated from a random sample."""
         now = DatetimeMS(self.layout.now())
         ours = {
             "_id": {

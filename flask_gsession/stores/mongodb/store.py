@@ -30,8 +30,8 @@ from .scans import MongoDBScans
 class MongoDBStore(Store):
     """Keeps records in the collection ``gsession`` of the URL's database (default ``gsession``).
 
-    ``url_or_client``: a URL, or an existing ``MongoClient``, which is then never closed. A client
-    made from a URL is made at first use, once per worker process.
+    ``url_or_client``: a URL, or an existing ``MongoClient``, which is never closed. For a URL, each
+    worker process makes a client at first use.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class MongoDBStore(Store):
         return MongoDBDocuments(self.driver, self._options, database, collection)
 
     def lend_collection(self, operation: str) -> AbstractContextManager[Any]:
-        """The collection of the sessions, within the time of one call, for other packages.
+        """The collection of the sessions, for other packages, for the time of one call.
 
         The driver's errors in the ``with`` block become ``StoreUnavailable``, which names the
-        ``operation``. An interrupt may leave the time of the block to this context: run it in one
-        of its own (``contextvars.copy_context``).
+        ``operation``. An interrupt may leave the block's deadline in the current context, so run it
+        in a copy (``contextvars.copy_context``).
         """
         return Call(self.driver, operation)

@@ -1,4 +1,4 @@
-"""A store in another process, asked over gRPC: ``flask gsession serve`` is its other end."""
+"""A store in another process, over gRPC. The other end is ``flask gsession serve``."""
 
 from ... import protocol as _before_grpc  # noqa: F401  # it quiets gRPC
 from .address import Address

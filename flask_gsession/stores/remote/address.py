@@ -29,14 +29,14 @@ class Certificates(NamedTuple):
     key: bytes | None
 
     def __repr__(self) -> str:
-        """Without their contents."""
+        """Hides the contents."""
         return "<Certificates>"
 
 
 class CertificateFiles(ReplacedFiles[Certificates]):
-    """The PEM files ``ca``, ``cert`` and ``key``, read again after they were replaced.
+    """The PEM files ``ca``, ``cert`` and ``key``, which are read again after they were replaced.
 
-    Raises ``SettingError`` with the files and their ``source`` if one of them can't be used now.
+    Raises ``SettingError`` with the files and their ``source`` if one of them is unusable.
     """
 
     def __init__(self, options: dict[str, str], source: str) -> None:
@@ -47,7 +47,7 @@ class CertificateFiles(ReplacedFiles[Certificates]):
 
 
 class Address(NamedTuple):
-    """A server's address, as a URL names it.
+    """A server's address, from a URL.
 
     ``target``: for gRPC. ``certificates``: None without TLS. ``name``: the name in the server's
     certificate, if it isn't the host. ``without``: parts that the remote store lacks.
@@ -81,7 +81,7 @@ class Address(NamedTuple):
             raise _wrong(f"has the option {name[:40]!r}; allowed: {', '.join(_OPTIONS)}")
         without = frozenset(filter(None, options.get("without", "").split(",")))
         for part in without - set(PARTS):
-            raise _wrong(f"says without={part[:40]!r}; allowed: {', '.join(PARTS)}")
+            raise _wrong(f"has without={part[:40]!r}; allowed: {', '.join(PARTS)}")
         host = parts.hostname
         if host is None:
             if secure or len(parts.path) < 2 or parts.fragment:
@@ -92,7 +92,7 @@ class Address(NamedTuple):
                 raise _wrong(f"has more than a host and a port; {_FORM}")
             if not secure and not is_loopback(host):
                 raise _wrong(
-                    "goes without TLS to another machine, where everybody in between could read "
+                    "leads to another machine without TLS, where anyone in between could read "
                     "and change sessions: use grpcs://. grpc:// is for loopback and Unix sockets"
                 )
             shown = f"[{host}]" if ":" in host else host
@@ -107,7 +107,7 @@ class Address(NamedTuple):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is this machine, without asking a name server."""
+    """Whether ``host`` is this machine. Asks no name server."""
     if host == "localhost":
         return True
     try:
@@ -117,12 +117,12 @@ def is_loopback(host: str) -> bool:
 
 
 def certificates_of(options: dict[str, str], source: str) -> Certificates:
-    """The contents of the files ``ca``, ``cert`` and ``key``, which are tried here.
+    """The contents of the files ``ca``, ``cert`` and ``key``, checked to be usable.
 
     Raises ``SettingError`` that names the files, and their ``source``.
     """
     if ("cert" in options) != ("key" in options):
-        raise SettingError(f"{source} names one of cert and key; a certificate needs both")
+        raise SettingError(f"{source} names only one of cert and key; a certificate needs both")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         if "ca" in options:
@@ -140,7 +140,7 @@ def certificates_of(options: dict[str, str], source: str) -> Certificates:
         raise SettingError(
             f"{source} names PEM files of which one can't be used ({error.__class__.__name__}: "
             f"{getattr(error, 'reason', None) or getattr(error, 'strerror', None) or error}); "
-            f"look at {named}"
+            f"check {named}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Changes in the far store, in one ordered stream with the answers to our beats."""
+"""Changes in the remote store, in one ordered stream with the answers to our beats."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .channel import Channel
 from .forks import guard
 
 _ONLY = ""  # the name of the only server
-_ENDING = 1.0  # seconds that gRPC's threads have to end
-_LONGEST_PAUSE = 60.0  # seconds without a stream, where loads keep going to other servers
+_ENDING = 1.0  # seconds for gRPC's threads to end
+_LONGEST_PAUSE = 60.0  # seconds without a stream, if loads keep reaching other servers
 
 
 class RemoteSource:
     """The session server, as a listener's only server."""
 
-    unproven = ""  # the server says so, if it can't prove anything; then nothing is kept
+    unproven = ""  # a server that can't prove freshness says so; then nothing is cached
     one_feed = True
 
     def __init__(self, channel: Channel) -> None:
@@ -37,21 +37,21 @@ class RemoteSource:
         self.moved: Callable[[], object] = bool
         self.shifted: Callable[[], object] = bool
         self._stream: RemoteChanges | None = None
-        self._strangers = 0  # servers that answered loads beside the stream's, lately
+        self._strangers = 0  # other servers than the stream's that answered loads lately
         self._met_at = self._open_at = NEVER
 
     @property
     def number(self) -> int | None:
-        """The number of the server whose changes are heard; None if there is none."""
+        """The number of the server whose changes arrive; None if there is none."""
         stream = self._stream
         return None if stream is None else stream.number
 
     def answered_by(self, number: int, heard: int) -> None:
-        """A load was answered by the server with this number, while changes of ``heard`` came.
+        """Note that the server ``number`` answered a load while changes arrived from ``heard``.
 
         Called before the record is used. Another server may read from another primary, for example
-        after a failover that only one of them has noticed. So what it loads isn't proven by this
-        stream, and the listener begins again.
+        after a failover that only one of them has noticed. This stream proves nothing about such a
+        load, so the listener begins again.
         """
         if number == heard or heard != self.number:
             return
@@ -60,7 +60,7 @@ class RemoteSource:
             self._strangers = 0
         self._met_at = moment
         self._strangers += 1
-        if self._strangers > 1:  # the first may have come with another connection
+        if self._strangers > 1:  # the first one may be due to a new connection
             self._open_at = moment + min(_LONGEST_PAUSE, 0.5 * 2**self._strangers)
         self._stream = None
         self.moved()
@@ -75,7 +75,7 @@ class RemoteSource:
         if now() < self._open_at:
             raise StoreUnavailable(
                 f"grpc {self._channel.address.target}: calls and changes reach different servers: "
-                "let each connection lead to one server"
+                "route all connections of a process to one server"
             )
         self._channel.renew_certificates()
         stream = RemoteChanges(self._channel, self.interval(), self._left)
@@ -128,19 +128,18 @@ class RemoteChanges:
     def _next(self, seconds: float) -> Any:
         reply = self._replies.get(timeout=max(0.0, seconds))
         if isinstance(reply, Exception):
-            self._replies.put(reply)  # for the next one as well
+            self._replies.put(reply)  # for the next call, too
             raise reply
         if not is_understood(reply):
             raise self._channel.incomplete("Watch")
         return reply
 
     def beat(self) -> None:
-        """Send a beat."""
         self._number += 1
         self._requests.put(pb.WatchRequest(beat=self._number))
 
     def read(self, seconds: float) -> Heard:
-        """The changes and answers within ``seconds``; returns early if there are any."""
+        """The changes and answers within ``seconds``. Returns early if there are any."""
         keys: list[str] = []
         answers = 0
         try:
@@ -169,7 +168,7 @@ class RemoteChanges:
         self._channel.shielded(self._call.cancel)
 
     def end_before_fork(self) -> None:
-        """Leave gRPC, with all threads. The listener opens another stream after the fork."""
+        """End the stream and its threads. The listener opens a new one after the fork."""
         self._cancel()
         self._requests.put(None)
         until = time.monotonic() + _ENDING
@@ -178,6 +177,6 @@ class RemoteChanges:
 
 
 def _grpc_runs_threads() -> bool:
-    """Whether gRPC has threads of a stream, which it names by their functions."""
+    """Whether gRPC runs threads for streams. It names threads after their functions."""
     names = ("(channel_spin)", "(consume_request_iterator)")
     return any(thread.name.endswith(names) for thread in threading.enumerate())

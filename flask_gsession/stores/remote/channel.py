@@ -1,4 +1,4 @@
-"""A gRPC channel per process, and each call within one time budget, with the store's errors."""
+"""A gRPC channel per process. Each call has one time budget, and raises the store's errors."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .forks import guard
 from .shield import Overdue, Shield, has_gevent
 
 _METHODS = methods_of("Store")
-_RECONNECT = 0.25  # of the budget, for a repeat on another connection
+_RECONNECT = 0.25  # the share of the budget for a repeat on another connection
 _LONGEST_WAIT = 5.0  # seconds that a call may take beyond the budget
-_OVERDUE = 2.0  # seconds beyond the budget until gRPC itself counts as stuck
-_CALM = 0.05  # seconds for gRPC's own threads to finish with a channel that was closed
+_OVERDUE = 2.0  # seconds beyond the budget after which gRPC itself counts as stuck
+_CALM = 0.05  # seconds for gRPC's own threads to finish with a closed channel
 _MOST_UNSETTLED = 10_000  # keys
 _KEEPALIVE = 10  # seconds
-#: Sent when the connection was lost, or the server is ending; all calls may be repeated.
+#: The status if the connection was lost, or the server is shutting down. All calls can be repeated.
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Channel:
-    """Calls the server at ``address``; one call and its repeats take ``timeout`` seconds."""
+    """Calls the server at ``address``. A call and its repeats take at most ``timeout`` seconds."""
 
     def __init__(self, address: Address, timeout: float) -> None:
         self.address = address
@@ -45,7 +45,7 @@ class Channel:
         self._calls: dict[str, Callable[..., Any]] = {}
         #: by session key: the versions of writes that may still be on their way
         self._unsettled: dict[str, set[int]] = {}
-        self._noting = threading.RLock()  # a signal's handler may call the store as well
+        self._noting = threading.RLock()  # a signal handler may call the store, too
         self._channel: Any = None
         self._close: Any = None
         self._inherited: list[object] = []
@@ -65,13 +65,15 @@ class Channel:
                 self._inherited.append(close.detach())
         self._close, self._dropped = None, []
         if self._channel is not None:
-            self._inherited.append(self._channel)  # never collected: that would ask gRPC's threads
+            self._inherited.append(
+                self._channel
+            )  # never garbage-collected: that would need gRPC's threads
             self._channel = None
 
     def call(self, name: str, request: Any, seconds: float = 0.0) -> Any:
         """The reply to ``request``, after at most ``seconds`` more than the time budget.
 
-        Raises what the far store raised, and ``StoreUnavailable``.
+        Raises the remote store's error, or ``StoreUnavailable``.
         """
         process.notice()
         budget = time_left(self.timeout + seconds)
@@ -83,7 +85,7 @@ class Channel:
         except Overdue:
             self._drop()
             raise StoreUnavailable(f"{self._where(name)}: gRPC itself is stuck") from None
-        except BaseException:  # from outside, and the call may go on
+        except BaseException:  # from outside; the call may still be running
             guard.add(self)
             raise
         try:
@@ -95,7 +97,7 @@ class Channel:
         return reply
 
     def _exchange(self, name: str, request: bytes, budget: float) -> Any:
-        """The reply, also over another connection if the first one was lost."""
+        """The reply, over another connection if the first one was lost."""
         deadline = time.monotonic() + budget
         count_round_trip()
         try:
@@ -117,7 +119,7 @@ class Channel:
         """The reply over another connection, if there is one soon."""
         self.renew_certificates()
         count_round_trip()
-        # Older versions of gRPC connect only while a thread waits in a call.
+        # Old versions of gRPC connect only while a thread waits in a call.
         seconds = min(left, max(self.timeout * _RECONNECT, left - self.timeout))
         try:
             return guard.run(lambda: self._send(name, request, seconds, wait_for_ready=True))
@@ -127,13 +129,13 @@ class Channel:
             raise
 
     def renew_certificates(self) -> None:
-        """Before connecting: use another channel if the certificate files were replaced."""
+        """Use a new channel if the certificate files were replaced. Called before connecting."""
         certificates = self.address.certificates
         if certificates is not None and certificates.renewed():
             self._drop()
 
     def _drop(self) -> None:
-        """Use another channel from now on: the exception may have left this one broken."""
+        """Use a new channel from now on, since an exception may have broken this one."""
         close = self._close
         self._close, self._channel, self._calls = None, None, {}
         if close is not None:
@@ -149,7 +151,7 @@ class Channel:
     def write(self, name: str, request: Any, version: int, *keys: str) -> Any:
         """The reply to a write of ``version`` under these keys.
 
-        If its outcome stays unknown, it is settled before the next call about one of the keys.
+        If its outcome is unknown, it is settled before the next call about one of the keys.
         """
         try:
             return self.call(name, request)
@@ -170,7 +172,9 @@ class Channel:
                 self._unsettled.pop(next(iter(self._unsettled)))
 
     def settle(self, *keys: str) -> None:
-        """Let no earlier write under these keys be applied from now on. Usually, there are none."""
+        """Make sure that no earlier write under these keys is applied later. Usually, there are
+        none.
+        """
         if not self._unsettled:
             return
         with self._noting:
@@ -181,11 +185,11 @@ class Channel:
             with self._noting:
                 for key in keys:
                     left = self._unsettled.pop(key, versions) - versions
-                    if left:  # given up by another thread since
+                    if left:  # another thread has settled it
                         self._unsettled[key] = left
 
     def incomplete(self, name: str) -> StoreUnavailable:
-        """The error for a reply that lacks a field which every reply of this call has."""
+        """The error for a reply that lacks a required field."""
         return StoreUnavailable(f"{self._where(name)}: {_OTHER_VERSION}")
 
     def stream(self, name: str, requests: Iterator[Any]) -> Any:
@@ -194,7 +198,7 @@ class Channel:
         return self.shielded(lambda: guard.run(lambda: self._send(name, requests, None)))
 
     def shielded(self, call: Callable[[], Any]) -> Any:
-        """Let gRPC run ``call``, which doesn't wait for the server, safe from signals."""
+        """Run ``call``, which doesn't wait for the server, safe from signals."""
         try:
             return self._shield.run(call, self.timeout + _LONGEST_WAIT)
         except Overdue:
@@ -209,7 +213,7 @@ class Channel:
                 request, timeout=seconds, metadata=self._metadata, wait_for_ready=wait_for_ready
             )
         except grpc.RpcError as error:
-            raise error.with_traceback(None) from None  # release the call before a fork goes on
+            raise error.with_traceback(None) from None  # release the call before a fork continues
 
     def _connect(self, name: str) -> Callable[..., Any]:
         with self._lock:
@@ -230,7 +234,7 @@ class Channel:
                     response_deserializer=method.reply.FromString,
                 )
             else:
-                # Bytes: gRPC would mistake an exception from outside for an encoding error.
+                # Use bytes: gRPC would mistake an exception from outside for an encoding error.
                 send = self._channel.unary_unary(method.path)
             self._calls[name] = send
             return send
@@ -241,12 +245,15 @@ class Channel:
         options: list[tuple[str, object]] = [
             ("grpc.max_receive_message_length", LONGEST_MESSAGE),
             ("grpc.max_send_message_length", LONGEST_MESSAGE),
-            ("grpc.enable_retries", 0),  # they are made here, within the budget
-            ("grpc.enable_http_proxy", 0),  # proxies for web pages don't count here
+            ("grpc.enable_retries", 0),  # we retry here, within the budget
+            ("grpc.enable_http_proxy", 0),  # HTTP proxies are for web pages
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
-            ("grpc.min_reconnect_backoff_ms", max(100, milliseconds)),  # how long connecting takes
+            (
+                "grpc.min_reconnect_backoff_ms",
+                max(100, milliseconds),
+            ),  # also limits how long connecting takes
             ("grpc.keepalive_time_ms", _KEEPALIVE * 1000),
             ("grpc.keepalive_timeout_ms", max(1000, milliseconds)),
         ]
@@ -281,7 +288,7 @@ class Channel:
         return f"grpc {self.address.target}: {name}"
 
     def end_before_fork(self) -> None:
-        """End the calls whose callers were interrupted. Others are repeated on another channel."""
+        """End calls whose callers were interrupted. Others are repeated on a new channel."""
         guard.remove(self)
         self.close()
         time.sleep(_CALM)
@@ -299,8 +306,8 @@ class Channel:
 
 
 _OTHER_VERSION = (
-    "the reply has other fields than this version knows; the server has another version of "
-    "Flask-GSession, or something else answers there"
+    "the reply has fields that this version doesn't know: the server has another version of "
+    "Flask-GSession, or isn't a session server"
 )
 
 
@@ -313,7 +320,7 @@ def _forks_unsupported() -> bool:
 
 
 def _prepare_for_gevent() -> None:
-    """Let gRPC wait by gevent, where that has replaced the sockets; else it would stop them all."""
+    """Let gRPC wait with gevent, if that is in use. Otherwise it would block all greenlets."""
     if has_gevent():
         from grpc.experimental.gevent import init_gevent
 

@@ -1,9 +1,9 @@
 """Keeps forks and gRPC calls apart.
 
-gRPC survives a fork only if no thread is inside a call: a child that is forked in the middle of one
-may crash or hang. So a fork waits for the calls that are under way, and calls wait for a fork. Both
-are short: each call has a deadline. Streams are ended before a fork, and begin again after it.
-Calls whose callers were interrupted are ended, too.
+gRPC survives a fork only if no thread is inside a call: a child that is forked during a call may
+crash or hang. So a fork waits for running calls, and calls wait for a fork. Both waits are short,
+since each call has a deadline. Streams are ended before a fork, and begin again after it. Calls
+whose callers were interrupted are ended, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...processes import at_fork
 
 T = TypeVar("T")
 
-_LONGEST_WAIT = 2.0  # seconds, for calls that are under way in other threads
+_LONGEST_WAIT = 2.0  # seconds, for running calls in other threads
 _PAUSE = 0.001  # seconds
 
 
@@ -37,9 +37,11 @@ class ForkGuard:
         self.forking = False
 
     def run(self, call: Callable[[], T]) -> T:
-        """Make a call, once no fork is under way."""
+        """Make a call as soon as no fork is under way."""
         thread, calls = get_ident(), self.calls
-        calls[thread] = True  # before the check, since a fork checks after it has announced itself
+        calls[thread] = (
+            True  # before the check, since a fork first announces itself, then checks this
+        )
         try:
             while self.forking:
                 calls.pop(thread, None)
@@ -54,7 +56,7 @@ class ForkGuard:
         self.streams[id(stream)] = stream
 
     def remove(self, stream: Stream) -> None:
-        """It has ended."""
+        """Forget a stream that has ended."""
         self.streams.pop(id(stream), None)
 
     def before_fork(self) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a far store."""
+"""The parts of a remote store."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..parts import Finding, Page, Tidied
 from .channel import Channel
 from .requests import delete, done, flag, replace, save
 
-_LOOK_AGAIN = 0.05  # seconds, where the server has no thread to spare for waiting
+_LOOK_AGAIN = 0.05  # seconds, if the server has no free thread that could wait
 
 
 class RemoteLeases:
-    """The session locks of the far store."""
+    """The session locks of the remote store."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -66,7 +66,7 @@ class RemoteLeases:
 
 
 class RemoteBlobs:
-    """The large values in the far store."""
+    """The large values in the remote store."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -93,7 +93,7 @@ class RemoteBlobs:
 
 
 class RemoteScans:
-    """Goes through the far store's records, cleans up there and counts."""
+    """Scans, cleans up and counts the remote store's records."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -120,7 +120,7 @@ class RemoteScans:
 
 
 class RemoteChecks:
-    """The checks of the far store, and of the connection to it."""
+    """The checks of the remote store, and of the connection to it."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -135,9 +135,9 @@ class RemoteChecks:
             findings.append(
                 Finding(
                     "error",
-                    "parts of the far store",
+                    "parts of the remote store",
                     f"it has no {part}",
-                    "Say so in the URL: ?without=" + ",".join(sorted(missing)),
+                    "Add it to the URL: ?without=" + ",".join(sorted(missing)),
                 )
             )
         if "checks" in hello.parts:

@@ -1,4 +1,4 @@
-"""Files that count from the moment they are replaced, while everything runs."""
+"""Files that are read again as soon as they are replaced, without a restart."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class ReplacedFiles(Generic[T]):
-    """The contents of the files at ``paths``, by ``read``, which raises ``SettingError``.
+    """The contents of the files at ``paths``, from ``read()``, which may raise ``SettingError``.
 
-    ``name``: what they are, in the plural, for the log. Raises ``SettingError`` if they can't be
-    used now.
+    ``name``: a plural name of the files, for the log. Raises ``SettingError`` if they are unusable
+    now.
     """
 
     def __init__(self, paths: Iterable[str], read: Callable[[], T], name: str) -> None:
@@ -24,11 +24,11 @@ class ReplacedFiles(Generic[T]):
         self._read = read
         self._name = name
         self._unusable = stamp = self._look()
-        #: in one, since threads may look at the same time
+        #: in one tuple, since threads may check at the same time
         self._last = stamp, read()
 
     def __repr__(self) -> str:
-        """Without their contents."""
+        """Hides the contents."""
         return f"<{type(self).__name__}>"
 
     @property
@@ -36,10 +36,10 @@ class ReplacedFiles(Generic[T]):
         return self._last[1]
 
     def renewed(self) -> bool:
-        """Whether ``current`` is new since the last call. Costs a look at each file.
+        """Whether ``current`` has changed since the last call. Checks each file's status.
 
-        Files that can't be used, such as a half-replaced pair, are logged and don't count: the next
-        call looks again.
+        Unusable files, such as a half-replaced pair, are logged and ignored; the next call checks
+        again.
         """
         stamp = self._look()
         known, before = self._last
@@ -48,9 +48,11 @@ class ReplacedFiles(Generic[T]):
         try:
             current = self._read()
         except SettingError as error:
-            if stamp != self._unusable:  # once, not at each call
+            if stamp != self._unusable:  # log once, not at each call
                 self._unusable = stamp
-                logger.warning("%s were replaced, but the old ones stay: %s", self._name, error)
+                logger.warning(
+                    "%s were replaced, but the old ones stay in use: %s", self._name, error
+                )
             return False
         if stamp != self._look():
             return False  # they are being written right now
@@ -66,5 +68,5 @@ def _stamp_of(path: str) -> tuple[int, ...] | None:
         found = os.stat(path)
     except OSError:
         return None
-    # Unpacking and copying may set the old time of change, beside an inode that was used before.
+    # Unpacking and copying may restore an old modification time, and inodes get reused.
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

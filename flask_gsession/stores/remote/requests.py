@@ -12,13 +12,13 @@ from .channel import Channel
 
 
 def done(channel: Channel, name: str, request: Any) -> None:
-    """Make a call without a result."""
+    """Make a call that returns nothing."""
     if not channel.call(name, request).done:
         raise channel.incomplete(name)
 
 
 def flag(channel: Channel, name: str, request: Any) -> bool:
-    """Make a call whose result is yes or no."""
+    """Make a call that returns a bool."""
     reply = channel.call(name, request)
     if not reply.HasField("value"):
         raise channel.incomplete(name)

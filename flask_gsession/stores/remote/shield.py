@@ -1,9 +1,9 @@
 """Runs gRPC's code where no exception from outside can interrupt it.
 
 A signal handler can raise an exception at almost any step of the main thread, and a thread can
-raise one in any other thread. If an exception interrupts gRPC, gRPC may never release a lock: the
+raise one in any other thread. If that interrupts gRPC, gRPC may never release a lock: the
 channel's, or one that all channels and servers of the process share. Then no thread gets an answer
-any more. So we run gRPC on threads that nobody else knows, and each caller waits on its own lock.
+any more. So gRPC runs on private threads, and each caller waits on its own lock.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from weakref import ref
 
 T = TypeVar("T")
 
-_IN_ORDER = 0.1  # seconds: the thread's next call waits that long for an interrupted one to end
-#: how Python's errors begin if the system can't start a thread, or the interpreter shuts down
+_IN_ORDER = 0.1  # seconds that a thread's next call waits for an interrupted one to end
+#: how the errors begin if the system can't start a thread, or the interpreter shuts down
 _NO_THREAD = ("can't start new thread", "can't create new thread")
 
 
@@ -29,7 +29,7 @@ class Overdue(Exception):
 
 
 class Shield:
-    """Makes calls on other threads. Under gevent, which has no real ones, on the caller's."""
+    """Makes calls on other threads. Under gevent, which has no real threads, on the caller's."""
 
     def __init__(self) -> None:
         self._idle: list[_Worker] = []
@@ -38,8 +38,8 @@ class Shield:
     def run(self, call: Callable[[], T], seconds: float) -> T:
         """Return the result of ``call``. Raises ``Overdue`` after ``seconds``.
 
-        ``call`` must return by itself: it goes on after ``Overdue``, or if an exception interrupts
-        the wait, and nobody gets its result.
+        ``call`` must return by itself: after ``Overdue``, or if an exception interrupts the wait,
+        it continues and its result is discarded.
         """
         if has_gevent():
             return call()
@@ -68,7 +68,7 @@ class Shield:
             try:
                 raise job.error
             finally:
-                del job  # which the error's traceback refers to
+                del job  # the error's traceback refers to it
         result: T = job.result
         return result
 
@@ -107,14 +107,14 @@ class _Interrupted(threading.local):
 
 
 class _Worker:
-    """A thread for ``jobs``, which ends when this object is garbage-collected: no thread leaks."""
+    """A thread for ``jobs``. It ends when this object is garbage-collected, so no thread leaks."""
 
     __slots__ = ("__weakref__", "jobs")
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[Any] = SimpleQueue()
         # No ``__del__``: it would swallow an exception from outside. No ``Thread``: an exception
-        # can interrupt its start.
+        # could interrupt its start.
         start_new_thread(_work, (self.jobs, ref(self, self.jobs.put)))
 
 

@@ -1,4 +1,4 @@
-"""Sessions in the store of a ``flask gsession serve``, asked over gRPC."""
+"""Sessions in the store behind a ``flask gsession serve``, over gRPC."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from .requests import delete, flag, replace, save
 
 
 class RemoteStore(Store):
-    """The store behind the server at ``url``. One round trip a call; nothing is asked at first.
+    """The store behind the server at ``url``. Each call takes one round trip. Doesn't connect at
+    first.
 
-    The server's settings count: its key prefix, its clock, its SESSION_LOGOUT_REPLICAS. It has the
-    parts of the far store, less those that the URL names as missing: ``?without=leases,blobs``.
+    The server's settings apply: its key prefix, its clock, its SESSION_LOGOUT_REPLICAS. It has the
+    parts of the remote store, except those that the URL lists as missing:
+    ``?without=leases,blobs``.
     """
 
     def __init__(self, url: str, options: StoreOptions | None = None) -> None:

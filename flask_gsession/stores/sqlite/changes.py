@@ -1,4 +1,4 @@
-"""Changes of sessions in an SQLite file: we ask it ten times a second whether there were any."""
+"""Changes of sessions in an SQLite file, found by polling ten times a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INTERVAL = 0.1  # seconds
 class SQLiteSource:
     """The file, as a listener's only server."""
 
-    unproven = "SQLite answers within microseconds, so that there is nothing to gain"
+    unproven = "SQLite answers within microseconds, so a cache would gain nothing"
     one_feed = True
 
     def __init__(self, file: SQLiteFile, timeout: float) -> None:
@@ -35,7 +35,7 @@ class SQLiteSource:
 
 
 class SQLiteChanges:
-    """Notices that the file was changed, but not where: any record may have changed."""
+    """Notices that the file changed, but not which records."""
 
     def __init__(self, file: SQLiteFile) -> None:
         self._file = file
@@ -49,7 +49,7 @@ class SQLiteChanges:
         return Heard([], more=self._version != before)
 
     def beat(self) -> None:
-        """Never called: a beat would prove nothing."""
+        """Never called, since a beat would prove nothing."""
 
     def shut(self) -> None:
         self._shut.set()

@@ -39,12 +39,12 @@ from .layout import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, TRIGGERS, AddedColum
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Answers of a method; the connection is well.
+# Errors that are a method's answer: the connection is intact.
 _REFUSALS = (Gone, Stale, KeyTaken, LeaseLost, QueueFull, UnreadableRecord)
 _KEEP_IDLE = 16  # connections
-_LOG_BYTES = 16 * 2**20  # of the write-ahead log that stay on the disk
-_LOOK_AGAIN = 1.0  # seconds after which to see whether the file is still the one at the path
-_WAIT_TO_FORK = 1.0  # seconds, for calls that are under way in other threads
+_LOG_BYTES = 16 * 2**20  # of the write-ahead log that are kept on disk
+_LOOK_AGAIN = 1.0  # seconds between checks that the path still leads to this file
+_WAIT_TO_FORK = 1.0  # seconds, for running calls in other threads
 
 _File = tuple[int, int]  # device and inode
 
@@ -63,12 +63,12 @@ class _Connection(sqlite3.Connection):
     def __init__(self, file: _File | None, name: str, *, timeout: float, **options: Any) -> None:
         self.number = next(_numbers)
         self.timeout = timeout  # seconds, for other writers
-        self.files = {file}  # more than one if it is replaced while it is open
+        self.files = {file}  # more than one if the file is replaced while it is open
         _opened.connections.add(self)
         super().__init__(name, timeout=timeout, **options)
 
     def wait_at_most(self, seconds: float) -> None:
-        """Wait so long for other writers."""
+        """Set how long to wait for other writers."""
         if seconds != self.timeout:
             self.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
             self.timeout = seconds
@@ -87,8 +87,8 @@ class _Opened:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # around what makes or changes files
-        self.forking = threading.RLock()  # held while a fork that Python sees is under way
+        self.lock = threading.Lock()  # held while files are created or changed
+        self.forking = threading.RLock()  # held during a fork that Python sees
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.inherited: set[_File] = set()
         self.files: weakref.WeakSet[SQLiteFile] = weakref.WeakSet()
@@ -101,13 +101,13 @@ class _Opened:
         self.forking = threading.RLock()
         for connection in list(self.connections):
             self.inherited.update(filter(None, connection.files))
-            _keep_for_ever(connection)
+            _leak(connection)
         self.connections.clear()
         for file in list(self.files):
             file._start_pool()
 
     def before_fork(self) -> None:
-        """Close all connections; those that are in use as they come back, if they do so soon."""
+        """Close all connections, busy ones as soon as they are returned, within a short wait."""
         self.forking.acquire()
         over = time.monotonic() + _WAIT_TO_FORK
         while True:
@@ -118,12 +118,11 @@ class _Opened:
             time.sleep(0.001)
 
     def after_fork(self) -> None:
-        """In the parent."""
         self.forking.release()
 
 
-def _keep_for_ever(connection: _Connection) -> None:
-    """Never close the connection: the interpreter would at exit, and could write old data."""
+def _leak(connection: _Connection) -> None:
+    """Leak the connection: closing it, as the interpreter does at exit, could write old data."""
     with suppress(ImportError):
         import ctypes
 
@@ -134,8 +133,8 @@ _opened = _Opened()
 
 
 @contextmanager
-def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
-    """Lock the folder between processes; yields False if it has no locks.
+def _folder_lock(folder: Path, seconds: float) -> Iterator[bool]:
+    """Lock the folder against other processes. Yields False if it doesn't support locks.
 
     Raises ``OSError`` if another process holds the lock for longer than ``seconds``.
     """
@@ -152,9 +151,11 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
                 file_locks.lock(lock, wait=False)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise OSError(errno.ETIMEDOUT, "another process locks its folder") from None
+                    raise OSError(
+                        errno.ETIMEDOUT, "another process has locked its folder"
+                    ) from None
                 time.sleep(0.01)
-            except OSError as error:  # not on every file system, nor on Windows
+            except OSError as error:  # some file systems, and Windows, have no locks
                 reraise_interruption(error)
                 yield False
                 return
@@ -169,7 +170,7 @@ def _alone_in(folder: Path, seconds: float) -> Iterator[bool]:
 
 
 class HasFile(Protocol):
-    """An object whose methods can be calls: a part of the store, or the records."""
+    """An object whose methods run on a connection: a part of the store, or the records."""
 
     @property
     def file(self) -> SQLiteFile: ...
@@ -181,7 +182,7 @@ H = TypeVar("H", bound=HasFile)
 def on_connection(
     method: Callable[Concatenate[H, sqlite3.Connection, P], T],
 ) -> Callable[Concatenate[H, P], T]:
-    """The method, on a connection of the pool."""
+    """Decorator: run the method on a connection of the pool."""
     return _decorated(method)
 
 
@@ -191,7 +192,7 @@ def in_transaction(
     [Callable[Concatenate[H, sqlite3.Connection, P], T]],
     Callable[Concatenate[H, P], T],
 ]:
-    """The method, in a transaction of its own that writes; ``durable``: forced to the disk."""
+    """Decorator: run the method in a write transaction. ``durable``: force it to the disk."""
 
     def decorate(
         method: Callable[Concatenate[H, sqlite3.Connection, P], T],
@@ -208,14 +209,14 @@ def _decorated(
     def call(caller: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return caller.file.within(lambda db: method(caller, db, *args, **kwargs), **how)
 
-    del call.__wrapped__  # it has another signature
+    del call.__wrapped__  # its signature differs
     return call
 
 
 class SQLiteFile:
-    """The file at ``path``; a call waits for other writers at most ``timeout`` seconds.
+    """The file at ``path``. A call waits at most ``timeout`` seconds for other writers.
 
-    ``tables``: statements that create more tables if they don't exist, and their later columns.
+    ``tables``: statements that create further tables if they don't exist, and columns added later.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class SQLiteFile:
     def data_version(self) -> tuple[int, int]:
         """Changes whenever another connection has written to the file.
 
-        It has its own connection, which stays open until ``forget_data_version`` or a fork.
+        Uses its own connection, which stays open until ``forget_data_version`` or a fork.
         """
 
         def look(db: sqlite3.Connection) -> tuple[int, int]:
@@ -256,9 +257,9 @@ class SQLiteFile:
     ) -> T:
         """Run ``work`` on a connection of this process, and translate its errors.
 
-        Not a context manager: if an interrupt leaves one in the middle, a finalizer continues it
-        later, and may be interrupted too. A connection goes back into the pool only after success,
-        and is closed otherwise.
+        This isn't a context manager: an interrupt could leave one in the middle, and its finalizer,
+        which runs later, may be interrupted too. After success a connection goes back into the
+        pool; otherwise it is closed.
         """
         process.notice()
         if time.monotonic() >= self._look_at:
@@ -270,9 +271,9 @@ class SQLiteFile:
             try:
                 db = pool.pop()
             except IndexError:
-                keep = (
-                    watching or is_at_work()
-                )  # else the process may be forked without a hook of Python's
+                # Otherwise C code may fork the process, without calling Python's hooks.
+                keep = watching or is_at_work()
+
                 db = self._open()
             db.wait_at_most(time_left(self._timeout))
             try:
@@ -296,12 +297,12 @@ class SQLiteFile:
                 self._give_back(db, pool if keep else None)
             raise
         except sqlite3.Error as error:
-            # A connection in an unknown state is not used again.
+            # Never reuse a connection in an unknown state.
             if db is not None:
                 db.close()
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_READONLY:
-                _close_all(pool)  # opened for reading only, they would stay so
+                _close_all(pool)  # they were opened read-only, and would stay so
             busy = code == sqlite3.SQLITE_BUSY
             raise StoreUnavailable(f"sqlite: {error}", contention=busy) from error
         except BaseException:
@@ -325,7 +326,7 @@ class SQLiteFile:
         closing(self, partial(_close_all, self._watching))
 
     def _look_for_file(self) -> None:
-        """Leave a file that was deleted or replaced: other processes use the one at the path."""
+        """Stop using a deleted or replaced file: other processes use the one at the path."""
         self._look_at = time.monotonic() + _LOOK_AGAIN
         file = None
         try:
@@ -352,7 +353,7 @@ class SQLiteFile:
         except OSError as error:
             reraise_interruption(error)
             raise StoreUnavailable(f"sqlite: cannot open {self.path}: {error.strerror}") from error
-        self._look_for_file()  # and again afterwards: it may be deleted in between
+        self._look_for_file()  # and check again, since it may be deleted in between
         before = self._file
         if before in _opened.inherited:
             raise StoreUnavailable(
@@ -382,18 +383,18 @@ class SQLiteFile:
     def _make_file(self) -> None:
         """Create the file, after removing the -wal and -shm files of a deleted one.
 
-        SQLite would reuse those, and truncate the memory that connections to the deleted file still
-        share, which would crash their processes.
+        SQLite would reuse them and truncate memory that connections to the deleted file still
+        share, which would crash those processes.
         """
         path = Path(os.path.realpath(self.path))  # SQLite follows links
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone_in(path.parent, time_left(self._timeout)) as alone, _opened.lock:
+        with _folder_lock(path.parent, time_left(self._timeout)) as alone, _opened.lock:
             if path.exists():
                 return
             for left in ("-wal", "-shm") if alone else ():
                 Path(f"{path}{left}").unlink(missing_ok=True)
-            # Only ever on a file that no connection of this process has open: closing any
-            # descriptor of a file drops all locks that the process holds on it.
+            # Only on a file that no connection of this process has open: closing any descriptor of
+            # a file drops all locks that the process holds on it.
             with suppress(FileExistsError):
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
@@ -411,7 +412,7 @@ class SQLiteFile:
         if not self._warned_of_folder and others_may_replace(folder, 0o002):
             self._warned_of_folder = True
             logger.warning(
-                "Everybody on this machine may put another file in the place of %s: chmod o-w %s",
+                "Every user of this machine can replace %s: run chmod o-w %s",
                 path,
                 folder,
             )
@@ -427,9 +428,9 @@ class SQLiteFile:
             else:
                 db.execute(statement)
         db.execute("PRAGMA synchronous=NORMAL")
-        # Otherwise the log of one large removal would keep its disk space forever.
+        # Otherwise the log would keep the disk space of one large removal forever.
         db.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
-        # Malformed text must look like a corrupt record, not like a store that is down.
+        # Malformed text must count as a corrupt record, not as an outage.
         db.text_factory = lambda text: text.decode("utf-8", "replace")
 
     def _create_schema(self, db: sqlite3.Connection) -> None:
@@ -441,15 +442,17 @@ class SQLiteFile:
             (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if application_id != APPLICATION_ID and tables:
                 raise SettingError(
-                    f"SESSION_STORE: {self.path} is an SQLite database of another program; "
-                    "give the sessions a file of their own"
+                    f"SESSION_STORE: {self.path} is the SQLite database of another program; "
+                    "use a separate file for sessions"
                 )
             if schema_version > SCHEMA_VERSION:
                 raise SettingError(
                     f"SESSION_STORE: {self.path} was written by a newer Flask-GSession"
                 )
             if schema_version < SCHEMA_VERSION:
-                db.execute("DROP TABLE IF EXISTS gsession_lease")  # of no lasting value
+                db.execute(
+                    "DROP TABLE IF EXISTS gsession_lease"
+                )  # leases need not survive an upgrade
             for statement in (*SCHEMA.split(";"), *TRIGGERS):
                 db.execute(statement)
             db.execute(f"PRAGMA application_id={APPLICATION_ID}")
@@ -461,7 +464,7 @@ class SQLiteFile:
             raise
 
     def _switch_to_wal(self, db: sqlite3.Connection) -> None:
-        # SQLite does not apply its busy timeout to this switch, and workers start together.
+        # SQLite's busy timeout doesn't cover this switch, and workers start at the same time.
         until = deadline(self._timeout)
         while True:
             try:
@@ -473,6 +476,6 @@ class SQLiteFile:
             time.sleep(0.01)
 
     def close(self) -> None:
-        """Close the connections that are not in use."""
+        """Close idle connections."""
         _close_all(self._pool)
         _close_all(self._watching)

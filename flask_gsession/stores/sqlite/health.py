@@ -28,7 +28,7 @@ class SQLiteChecks(Checks):
             (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.OperationalError:
             raise
-        except sqlite3.DatabaseError as error:  # damaged beyond a list of what is damaged
+        except sqlite3.DatabaseError as error:  # too damaged to list the damage
             sound = str(error)
         folder = self.file.path.parent
         modes = [stat.S_IMODE(path.stat().st_mode) for path in (self.file.path, folder)]
@@ -46,12 +46,15 @@ class SQLiteChecks(Checks):
                 "error",
                 "integrity",
                 str(sound),
-                "Stop the application; restore the file, without -wal and -shm.",
+                "Stop the application, then restore the file without -wal and -shm.",
             ),
             Finding("ok", "journal", journal)
             if journal == "wal"
             else Finding(
-                "warning", "journal", journal, "Readers and writers wait: use a local disk."
+                "warning",
+                "journal",
+                journal,
+                "Readers and writers block each other: use a local disk.",
             ),
             Finding("ok", "file rights", f"{modes[0]:o}")
             if not modes[0] & OTHERS
@@ -59,7 +62,7 @@ class SQLiteChecks(Checks):
                 "error",
                 "file rights",
                 f"{modes[0]:o}",
-                f"Others may read it: chmod 600 {self.file.path}*",
+                f"Other users may read it: chmod 600 {self.file.path}*",
             ),
             Finding("ok", "folder rights", f"{modes[1]:o}")
             if not shared
@@ -67,11 +70,11 @@ class SQLiteChecks(Checks):
                 "error",
                 "folder rights",
                 f"{modes[1]:o}",
-                f"Others may put another file in its place: chmod go-w {folder}",
+                f"Other users may replace it: chmod go-w {folder}",
             ),
             Finding("ok", "disk", f"{free >> 20} MiB free")
             if free >= _LITTLE_SPACE
             else Finding(
-                "error", "disk", f"{free >> 20} MiB free", "Soon nothing can be saved: make room."
+                "error", "disk", f"{free >> 20} MiB free", "Saves will soon fail: free some space."
             ),
         ]

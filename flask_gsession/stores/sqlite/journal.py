@@ -35,11 +35,11 @@ _TABLES = (
 )
 _OTHERS = "substr(key, -1) IN ({})".format(", ".join(f"'{end}'" for end in OTHER_ENDS))
 _REMOVABLE = f"{EXPIRED} AND (successor IS NOT NULL OR {_OTHERS})"
-# Those of a prefix that begins with ours are longer.
+# Keys under a longer prefix that begins with ours have another length.
 _DUE = f"{BETWEEN} AND length(key) = ? AND {EXPIRED} AND successor IS NULL AND NOT {_OTHERS}"
-_AT_ONCE = 100  # sessions in one transaction, for which others wait
-_REST = 0.02  # seconds in which they write; they look that often
-_TRIMMED = 128  # entries are removed about so many at once
+_AT_ONCE = 100  # sessions per transaction, since other writers wait for it
+_REST = 0.02  # seconds between transactions: other writers retry at this interval
+_TRIMMED = 128  # old entries are removed in batches of about this size
 
 
 class SQLiteJournal(Journal):
@@ -110,7 +110,7 @@ class SQLiteJournal(Journal):
 
     @on_connection
     def due(self, db: sqlite3.Connection, limit: int) -> list[Record]:
-        # The unary plus keeps SQLite to the index of the expiry.
+        # The unary plus makes SQLite use the index of the expiry.
         rows = db.execute(
             f"SELECT key, {COLUMNS} FROM gsession WHERE {_DUE.replace('key ', '+key ')} "
             "ORDER BY idle_expires_at LIMIT ?",
@@ -124,7 +124,7 @@ class SQLiteJournal(Journal):
     def _readable(self, key: str, row: tuple[Any, ...]) -> Record:
         try:
             return checked(Record(key, *row[1:]))
-        except UnreadableRecord:  # its end is known all the same
+        except UnreadableRecord:  # only its payload is unreadable, not its end
             return Record(key, row[1], 0, row[3], 0, b"")
 
     def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
@@ -237,11 +237,11 @@ class SQLiteJournal(Journal):
 
     def _within(self, db: sqlite3.Connection) -> Records:
         """The records, within this transaction."""
-        return Records(_Under(db), self.layout, _REMOVABLE)  # type: ignore[arg-type]  # all it asks
+        return Records(_OpenTransaction(db), self.layout, _REMOVABLE)  # type: ignore[arg-type]  # it has all the methods used
 
 
-class _Under:
-    """Stands for the file, for calls that are part of a transaction."""
+class _OpenTransaction:
+    """Stands in for the file: its calls run in an open transaction."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db

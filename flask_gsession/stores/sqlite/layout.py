@@ -72,7 +72,7 @@ class AddedColumn(NamedTuple):
         try:
             db.execute(f"ALTER TABLE {self.table} ADD COLUMN {self.name} {self.definition}")
         except sqlite3.OperationalError:
-            if not self._is_there(db):  # another process may have been faster
+            if not self._is_there(db):  # another process may have added it first
                 raise
 
     def _is_there(self, db: sqlite3.Connection) -> bool:
@@ -101,7 +101,7 @@ class Layout:
         try:
             return Lease.of(row[0], row[1], row[2], json.loads(row[3]))
         except (ValueError, TypeError, RecursionError):
-            return Lease()  # junk
+            return Lease()  # malformed
 
     def put_lease(self, db: sqlite3.Connection, key: str, lease: Lease) -> None:
         name = self.prefix + key
@@ -122,7 +122,7 @@ class Layout:
         return checked(Record(key, *row))
 
     def range_of(self, cursor: str, begins: str) -> tuple[str, str, str]:
-        """For ``BETWEEN``: the names of keys behind ``cursor`` that start with ``begins``."""
+        """The arguments of ``BETWEEN``: keys after ``cursor`` that start with ``begins``."""
         start = self.prefix + begins
         return self.prefix + cursor, start, f"{start}\U0010ffff"
 

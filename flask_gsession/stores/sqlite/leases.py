@@ -44,7 +44,7 @@ class SQLiteLeases(Leases):
     def acquire(
         self, db: sqlite3.Connection, key: str, owner: str, lease_ms: int, max_waiters: int
     ) -> int:
-        now = self.layout.now()  # after the wait for the database
+        now = self.layout.now()  # read after waiting for the database
         record = self.layout.select(db, key)
         if record is None or not record.is_live(now):
             raise Gone

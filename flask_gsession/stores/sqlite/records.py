@@ -14,7 +14,7 @@ EXPIRED = "idle_expires_at <= ?"
 
 
 class Records:
-    """Keeps records. ``removable``: the condition for those that may be removed for their age."""
+    """Keeps records. ``removable``: the condition for records that are old enough to remove."""
 
     def __init__(self, file: SQLiteFile, layout: Layout, removable: str = EXPIRED) -> None:
         self.file = file
@@ -68,7 +68,9 @@ class Records:
                     version,
                     created,
                     idle,
-                    idle if shorten else absolute,  # of the stored one, what counts at most
+                    idle
+                    if shorten
+                    else absolute,  # the latest idle expiry to take over from the stored record
                     absolute,
                     payload,
                     self.layout.prefix + record.key,
@@ -141,7 +143,7 @@ class Records:
         return [Deleted(record is not None, record) for record in ended]
 
     def _pop(self, db: sqlite3.Connection, record: Record | None, now: int) -> Record | None:
-        while True:  # each pointer goes, so there is an end
+        while True:  # ends, since each pointer is removed
             if record is None:
                 return None
             self.layout.remove(db, record.key)

@@ -11,18 +11,18 @@ from .file import SQLiteFile, on_connection
 from .layout import BETWEEN, COLUMNS, LIVE, ORPHANED, Layout, checked
 from .records import EXPIRED
 
-_BLOBS_AT_ONCE = 10  # to remove: each may be of many megabytes
+_BLOBS_AT_ONCE = 10  # removed at once: each may have many megabytes
 
 _OF_SESSION = "substr(key, -1) NOT IN ({})".format(", ".join(f"'{end}'" for end in OTHER_ENDS))
 
 
 class SQLiteScans(Scans, Upkeep, Counts):
-    """Goes through the tables by their indexes."""
+    """Scans the tables by their indexes."""
 
     def __init__(self, file: SQLiteFile, layout: Layout) -> None:
         self.file = file
         self.layout = layout
-        #: the condition for records that may be removed for their age
+        #: the condition for records that are old enough to remove
         self.removable = EXPIRED
 
     @on_connection
@@ -47,7 +47,7 @@ class SQLiteScans(Scans, Upkeep, Counts):
         return Page(records, unreadable, keys[-1] if len(keys) == limit else "")
 
     def tidy(self, cursor: str = "", limit: int = 1000, *, dry_run: bool = False) -> Tidied:
-        """Takes the expired by their index, so that it sees no others; the cursor says nothing."""
+        """Finds only expired rows, by their index, so ``cursor`` has no position."""
         return self.file.within(
             lambda db: self._tidied(db, limit, dry_run=dry_run), transaction=not dry_run
         )
@@ -58,7 +58,7 @@ class SQLiteScans(Scans, Upkeep, Counts):
         more = False
         for kind, table, condition, arguments in (
             ("expired sessions", "gsession", self.removable, (now,)),
-            # Text and blobs are behind every number.
+            # In SQLite's order, text and blobs come after all numbers.
             ("unreadable records", "gsession", "idle_expires_at >= ''", ()),
             ("orphaned locks", "gsession_lease", ORPHANED, ()),
             ("expired large values", "gsession_blob", "expires_at <= ?", (now,)),
@@ -80,24 +80,24 @@ class SQLiteScans(Scans, Upkeep, Counts):
 
     @on_connection
     def count(self, db: sqlite3.Connection) -> int:
-        """The approximate number of live sessions. 60 ms for a million; blocks no call."""
+        """The approximate number of live sessions. Takes 60 ms for a million; blocks no call."""
         now = self.layout.now()
         ours = (self.layout.prefix, self.layout.prefix + "\x7f")
         (live,) = db.execute(
             "SELECT count(*) FROM gsession WHERE idle_expires_at > ?", (now,)
         ).fetchone()
         if live <= COUNT_ALL:
-            # The unary plus keeps SQLite to the index of the expiry.
+            # The unary plus makes SQLite use the index of the expiry.
             (live,) = db.execute(
                 f"SELECT count(*) FROM gsession WHERE {LIVE} "
                 f"AND +key > ? AND +key < ? AND {_OF_SESSION}",
                 (now, *ours),
             ).fetchone()
             return int(live)
-        # Of each index alone, without a look at the rows: those under other prefixes are
-        # taken to live as long as ours.
+        # Read only the indexes, not the rows. Assume that rows under other prefixes live as long as
+        # ours.
         (mine,) = db.execute(
             f"SELECT count(*) FROM gsession WHERE key > ? AND key < ? AND {_OF_SESSION}", ours
         ).fetchone()
-        (everybodys,) = db.execute("SELECT count(*) FROM gsession").fetchone()
-        return int(live * mine / max(1, everybodys))
+        (total,) = db.execute("SELECT count(*) FROM gsession").fetchone()
+        return int(live * mine / max(1, total))

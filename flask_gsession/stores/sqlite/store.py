@@ -1,9 +1,9 @@
 """Sessions in one SQLite file, shared by all workers of one machine: the embedded default.
 
-WAL mode, one short immediate transaction per write. A save survives the end of the process; a
+WAL mode, one short immediate transaction per write. A save survives the end of the process. A
 deletion and a rotation are also forced to the disk (``synchronous=FULL``), so that a power cut
-cannot bring back a session that was logged out. Every create removes up to two expired records,
-so that the file does not grow with the sessions of the past.
+cannot bring back a session that was logged out. Every create removes up to two expired records, so
+that the file does not grow without limit.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .scans import SQLiteScans
 
 
 class SQLiteStore(Store):
-    """Keeps records in the file at ``path``, made with mode 0600; its folder is made if missing.
+    """Keeps records in the file at ``path``, created with mode 0600 and with its folder if missing.
 
-    A file that was there before loses the rights of others, with a warning in the log.
+    An existing file loses the rights of other users, with a warning in the log.
 
-    Safe with threads, gevent and several processes. Connections are closed before a fork by
-    ``os.fork``, and after use outside a request. A process that is forked while one is open, as in
-    C after a request, is refused with ``StoreUnavailable``: SQLite would damage the file.
-    Raises ``SettingError`` if the file is another database, or belongs to another user.
+    Safe with threads, gevent and several processes. Connections are closed before ``os.fork``, and
+    after each use outside a request. In a process that was forked while one was open, such as by C
+    code after a request, calls raise ``StoreUnavailable``, since SQLite would damage the file.
+    Raises ``SettingError`` if the file belongs to another program or user.
     """
 
     def __init__(self, path: str | os.PathLike[str], options: StoreOptions | None = None) -> None:

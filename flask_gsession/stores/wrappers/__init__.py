@@ -1,4 +1,4 @@
-"""Stores around a store: circuit breaker, near cache, timer of the metrics, trace of a session.
+"""Stores around a store: circuit breaker, near cache, timer for metrics, trace of a session.
 
 A wrapper is a store that holds another store, and forwards the calls that it doesn't change: see
 ``Wrapper``.
@@ -46,8 +46,8 @@ def compose(
 ) -> Store:
     """``store`` with the requested wrappers, the first one innermost.
 
-    ``timer`` runs and measures each call. ``trace`` gets a ``Call`` for each. Both also see calls
-    that the breaker refuses. You can add a wrapper to a composed store later.
+    ``timer`` runs and measures each call; ``trace`` gets a ``Call`` for each. Both also see calls
+    that the breaker refuses. You can add further wrappers to the result.
     """
     if breaker is not None:
         store = GuardedStore(store, *breaker)

@@ -1,17 +1,16 @@
-"""A near cache: records in this process's memory, used while they are provably fresh.
+"""A near cache: records in this process's memory, used only while they are provably fresh.
 
 The proof is the listener's: see ``flask_gsession.live.listener``. Three checks make it valid.
 tests/simulation/near_cache_model.py shows for each what goes wrong without it:
 
-- A record is used only while the changes at its server were heard completely up to less than
-  ``bound`` seconds ago: nothing that was written earlier than that is missing.
-- A change may be heard while a load is on its way, which would then bring back an older record. So
-  a load leaves a mark, and every change of its key removes it. Without the mark the record isn't
-  kept.
-- After a cut, no record is used until the new connection has proven that it hears changes.
+- A record is used only if all changes at its server up to some time less than ``bound`` seconds ago
+have arrived, so no earlier write is missing. - A change may arrive during a load, which could then
+return an older record. So a load sets a mark, and every change of the key removes it. Without the
+mark the record isn't cached. - After a lost connection, no record is used until the new one has
+proven that changes arrive.
 
-The records of writes aren't kept: the report of the write itself comes back, and looks like the
-report of another write right after it. A write drops the record that was kept before it.
+Written records aren't cached: the report of the write itself arrives later, and looks like the
+report of a second write. A write drops the cached record.
 """
 
 from __future__ import annotations
@@ -24,32 +23,31 @@ from ...events import logger
 from ...live.listener import now
 from ...processes import process
 from ..base import Clock, Record, Store
-from ..parts import NEVER, Changes, Feed, Hearer, NearFigures, NearReads, NearRecord
+from ..parts import NEVER, Changes, Feed, NearFigures, NearReads, NearRecord, Subscriber
 from .wrapper import CallWrapper
 
-_OVERHEAD = 400  # bytes that a kept record takes, beside its payload and its decoded form
+_OVERHEAD = 400  # bytes for a cached record, in addition to its payload and its decoded form
 _WRITES = ("create", "save", "renew", "replace", "delete")
-_SPAN = 10.0  # seconds over which it is judged whether the cache is worth its cost
-_PAUSE = 60.0  # seconds without it where it is not
-_TOO_MANY = 10  # changes heard for each read that was spared
-_MANY = 500  # changes in a second, up to which hearing them costs little
-_LATE = 200  # records that were kept but not proven fresh, before we log it
+_SPAN = 10.0  # seconds over which we judge whether the cache is worth its cost
+_PAUSE = 60.0  # seconds without the cache if it is not
+_TOO_MANY = 10  # changes for each read that the cache saved
+_MANY = 500  # changes per second that cost little to process
+_LATE = 200  # cached records that weren't provably fresh, before we log it
 
 
 class NearCache(CallWrapper, NearReads):
-    """``store``, with records that were loaded less than a bound ago, or didn't change since.
+    """``store`` with a cache of records that provably were current less than ``bound`` seconds ago.
 
-    Only ``near`` reads from the cache: ``load`` asks the store. ``bound``: the age in seconds that
-    a record may have. ``max_bytes``: of all kept records together. ``clock`` judges whether a
-    record expired.
+    Only ``near`` reads from the cache: ``load`` asks the store. ``bound``: in seconds.
+    ``max_bytes``: for all cached records together. ``clock``: for the expiry of records.
     """
 
     def __init__(self, store: Store, bound: float, max_bytes: int, clock: Clock) -> None:
         super().__init__(store, self._called)
-        assert self.changes is not None  # or the setting was refused
+        assert self.changes is not None  # otherwise, the setting is refused
         self.near = self
         self.bound = bound
-        self._kept = Kept(self.changes, bound, max_bytes)
+        self._kept = KeptRecords(self.changes, bound, max_bytes)
         self._clock = clock
 
     def peek(self, key: str, version: int | None = None) -> NearRecord | None:
@@ -61,13 +59,13 @@ class NearCache(CallWrapper, NearReads):
             return None
         record, feed = entry
         as_of = feed.exact_as_of
-        # Looked up once more: a change that made ``as_of`` newer may have removed it just now.
+        # Look it up again: the change that moved ``as_of`` may have removed it just now.
         if entries.get(key) is not entry or now() - as_of >= self.bound:
             kept.bypasses += 1
             kept.late()
             return None
         if (version is not None and version != record.version) or (
-            self._clock() * 1000 >= record.idle_expires_at  # it may have been renewed elsewhere
+            self._clock() * 1000 >= record.idle_expires_at  # another process may have renewed it
         ):
             kept.bypasses += 1
             return None
@@ -77,7 +75,7 @@ class NearCache(CallWrapper, NearReads):
     def load_near(self, key: str) -> Record | None:
         process.notice()
         kept = self._kept
-        mark = kept.mark(key)  # first: from here on a change, or another server, removes it
+        mark = kept.mark(key)  # before the load, since a change or a new server removes it
         try:
             feed = kept.feed(key)
             record = self.store.load(key)
@@ -101,15 +99,15 @@ class NearCache(CallWrapper, NearReads):
             return method(*arguments)
         try:
             return method(*arguments)
-        finally:  # also where the outcome is unknown
+        finally:  # even if the outcome is unknown
             first = arguments[0]
             if isinstance(first, Record):
                 first = first.key
             self._kept.changed((first,) if isinstance(first, str) else first)
 
 
-class Kept(Hearer):
-    """The records that are kept, with the feed that speaks for each. Refers to no store."""
+class KeptRecords(Subscriber):
+    """The cached records, with the feed that covers each. Holds no reference to the store."""
 
     def __init__(self, changes: Changes, bound: float, max_bytes: int) -> None:
         self._changes = changes
@@ -119,12 +117,12 @@ class Kept(Hearer):
         self._said_late = False
         self._start()
         process.register(self._start)
-        changes.hear(self, bound / 4)
+        changes.subscribe(self, bound / 4)
 
     def _start(self) -> None:
         self._lock = threading.Lock()
         self.entries: dict[str, tuple[NearRecord, Feed]] = {}
-        #: the feed of the record that came last
+        #: the feed of the latest record
         self.last: Feed | None = None
         self._bytes = 0
         self._marks: dict[str, object] = {}
@@ -134,27 +132,27 @@ class Kept(Hearer):
         self._late = 0
 
     def feed(self, key: str) -> Feed | None:
-        """The feed on which changes of this record are heard; None while the cache is off."""
+        """The feed that reports changes of this record; None while the cache is off."""
         if self._off_until != NEVER:
             if now() < self._off_until:
                 return None
             self._off_until = NEVER
             self._judged = (now(), self._heard, self.hits)
-            self._changes.hear(self, self._bound / 4)
+            self._changes.subscribe(self, self._bound / 4)
         return self._changes.feed(key)
 
     def mark(self, key: str) -> object:
-        """A mark that stays until the record under ``key`` may have changed."""
+        """Set a mark that stays until the record under ``key`` may have changed."""
         return self._marks.setdefault(key, object())
 
     def unmark(self, key: str, mark: object) -> None:
-        """The load is over; another load that shares the mark then keeps nothing."""
+        """Remove the mark after a load. Another load that shares it then caches nothing."""
         with self._lock:
             if self._marks.get(key) is mark:
                 del self._marks[key]
 
     def enter(self, record: Record, feed: Feed, mark: object) -> None:
-        """Keep a record, unless its mark is gone."""
+        """Cache a record, unless its mark is gone."""
         size = _size(record)
         with self._lock:
             if self._marks.get(record.key) is not mark or size > self._max_bytes:
@@ -164,7 +162,7 @@ class Kept(Hearer):
             self.last = feed
             self._bytes += size
             while self._bytes > self._max_bytes:
-                self._drop(next(iter(self.entries)))  # the one that came first
+                self._drop(next(iter(self.entries)))  # the oldest one
 
     def changed(self, keys: Iterable[str]) -> None:
         with self._lock:
@@ -186,9 +184,9 @@ class Kept(Hearer):
             self._bytes -= _size(entry[0])
 
     def _judge(self) -> None:
-        """Turn the cache off where hearing all changes costs more than the reads it spares.
+        """Turn the cache off if processing all changes costs more than the saved reads.
 
-        Every process hears the changes of all of them, and is spared its own reads only.
+        Every process gets the changes of all processes, but saves only its own reads.
         """
         since, heard, hits = self._judged
         span = now() - since
@@ -198,12 +196,12 @@ class Kept(Hearer):
         self._judged = (now(), self._heard, self.hits)
         if heard > _MANY * span and heard > _TOO_MANY * hits:
             self._off_until = now() + _PAUSE
-            self._changes.leave(self)
+            self._changes.unsubscribe(self)
             self.lost()
             logger.warning(
-                "The near cache is off for %g s: in %.0f s this process heard of %d changes of "
-                "sessions, and was spared %d reads. With so many writes for its number of "
-                "processes this application is better off without SESSION_NEAR_CACHE.",
+                "The near cache is off for %g s: in %.0f s this process received %d changes of "
+                "sessions, and saved %d reads. With so many writes for its number of "
+                "processes, this application is better off without SESSION_NEAR_CACHE.",
                 _PAUSE,
                 span,
                 heard,
@@ -211,13 +209,13 @@ class Kept(Hearer):
             )
 
     def late(self) -> None:
-        """A record was kept, but not proven fresh: log that if it happens often."""
+        """Count a cached record that wasn't provably fresh, and log a warning if there are many."""
         self._late += 1
         if self._late >= _LATE and not self._said_late and self._late > self.hits:
             self._said_late = True
             logger.warning(
                 "SESSION_NEAR_CACHE = %g is too short for this network or machine: %d records "
-                "could not be used, since the server's answers came too late to prove that they "
+                "could not be used, because the server's answers came too late to prove that they "
                 "were fresh enough. Allow more seconds, or set it to 0.",
                 self._bound,
                 self._late,
@@ -225,5 +223,5 @@ class Kept(Hearer):
 
 
 def _size(record: Record) -> int:
-    """The bytes of a kept record: its payload, and its decoded form once it was read."""
+    """The bytes of a cached record: its payload, and its decoded form after the first read."""
     return 2 * len(record.payload) + _OVERHEAD

@@ -19,7 +19,7 @@ class Call(NamedTuple):
 
 
 def traced(calls: list[Call], operation: str, method: Callable[..., Any], *arguments: Any) -> Any:
-    """Make a call, and add it to ``calls``."""
+    """Make a call, time it, and add it to ``calls``."""
     result = "ok"
     start = perf_counter()
     with count_round_trips() as trips:

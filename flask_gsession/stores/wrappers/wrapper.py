@@ -84,9 +84,9 @@ CallMaker = Callable[..., Any]
 
 
 def innermost(store: Store) -> Store:
-    """The store within all wrappers, which knows its driver. Don't write to it past them.
+    """The store inside all wrappers. Don't write to it directly, past the wrappers.
 
-    An edge counts as a store, since its centre is another server.
+    An edge counts as a store, not as a wrapper, since its centre is another server.
     """
     while isinstance(store, Wrapper):
         edge: object = store.edge
@@ -100,8 +100,8 @@ class CallWrapper(Wrapper):
     """A store around ``store`` that makes each call by ``call(operation, method, *arguments)``.
 
     This includes all calls of a request: the verbs except ``close``, and the parts ``leases``
-    (except the wait for a release), ``blobs``, ``bulk`` (one ``delete`` of all keys) and ``near``
-    (except a peek, which asks nobody).
+    (except ``wait_for_release``), ``blobs``, ``bulk`` (one ``delete`` for all keys) and ``near``
+    (except ``peek``, which makes no call).
     """
 
     def __init__(self, store: Store, call: CallMaker) -> None:
