@@ -96,7 +96,7 @@ def _servers(record: Record) -> Iterator[tuple[int, int]]:
 
 def _serve(reply: bytes) -> None:
     from flask_gsession.events import Events
-    from flask_gsession.sharing.grants import FULL_POWER
+    from flask_gsession.sharing.grants import FULL_ACCESS
     from flask_gsession.sharing.server import Server
     from flask_gsession.sharing.store_service import StoreService
 
@@ -106,7 +106,7 @@ def _serve(reply: bytes) -> None:
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
     bare_port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()
-    ours = Server([StoreService(MemoryStore())], FULL_POWER, Events(), _THREADS)
+    ours = Server([StoreService(MemoryStore())], FULL_ACCESS, Events(), _THREADS)
     port = ours.listen("127.0.0.1:0", None)
     ours.start()
     print(bare_port, port, flush=True)

@@ -32,7 +32,7 @@ from .request.decorators import session_lock, session_transaction
 from .request.session import SessionData
 from .values.merge import MISSING
 
-#: ``flask.session``, with the type that it has here.
+#: ``flask.session``, with its real type.
 session = _cast(SessionData, flask.session)
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Rotates the token when Flask-Login or Flask-Security authenticates a user.
 
 Each step of authentication gives the session a new token, without grace. So an attacker who planted
-or copied the old one gains nothing from the step. Source: OWASP ASVS 5.0, 7.2.4.
+or copied the old token gains nothing from the step. Source: OWASP ASVS 5.0, 7.2.4.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .request.session import SessionData, lifecycle_of
 from .users.rosters import LOGIN
 from .values.marks import split
 
-# Flask-Security sets these keys at each step of authentication, even without a signal: the time of
-# the last verification, and the user who still has to enter a second factor.
+# Flask-Security sets these keys at each step of authentication, even if it sends no signal: the
+# time of the last verification, and the user who still has to enter a second factor.
 _VERIFIED = "fs_paa"
 _STEPS = (_VERIFIED, "tf_user_id")
 # Flask-Login sets these keys at a sign-in.
 _SIGNED_IN = ("_user_id", "_fresh", "_id")
-# An attribute of the request: Flask-Login asked for the removal of its remember-me cookie.
+# A request attribute: Flask-Login wants its remember-me cookie deleted.
 FORGOTTEN = "_gsession_remember_me_ended"
 
 
@@ -54,8 +54,8 @@ def rotate_at_sign_in(app: Flask, *, remembers: bool) -> None:
         signals.user_accessed.connect(_accessed, app)
 
 
-def look_at_user() -> None:
-    """Let Flask-Login, if the application uses it, load the user and protect the session now."""
+def load_user() -> None:
+    """Let Flask-Login, if it is in use, load the user and check the session now."""
     if hasattr(current_app, "login_manager"):
         from flask_login import current_user
 
@@ -63,9 +63,10 @@ def look_at_user() -> None:
 
 
 def freshen(session: SessionData) -> None:
-    """Do the same as Flask-Login's ``confirm_login``, after ``session.confirm``.
+    """Does after ``session.confirm`` what Flask-Login's ``confirm_login`` does.
 
-    Otherwise, its session protection would take an updated browser for another one on each request.
+    Otherwise, its session protection would mistake an updated browser for another one at each
+    request.
     """
     if not has_request_context():
         return
@@ -89,7 +90,7 @@ def rotate_after_a_step(session: SessionData, life: Lifecycle) -> None:
 
 
 def forget_remembered(app: Flask, response: Response) -> None:
-    """Delete the remember-me cookie: this request called ``logout_user``.
+    """Delete the remember-me cookie, because this request called ``logout_user``.
 
     Flask-Login notes this in the session until its ``after_request`` function runs. If the session
     has ended by then, the note is lost, and the cookie would sign the user in again.
@@ -122,7 +123,7 @@ def _loaded_from_cookie(sender: Flask, **_: Any) -> None:
 def _signed_in(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
-        fresh = session.get("_fresh") is True  # not login_user(fresh=False)
+        fresh = session.get("_fresh") is True  # False after login_user(fresh=False)
         wanted = seconds = None
         if is_kept_by_session(lifecycle_of(session)):
             wanted, seconds = wants_to_be_remembered(session)
@@ -133,7 +134,7 @@ def _signed_in(sender: Flask, **_: Any) -> None:
             remember(session, seconds)
         elif wanted is not None:
             forget(session)
-        if fresh:  # also of the user whose session it is already
+        if fresh:  # even if the session is already bound to this user
             life = lifecycle_of(session)
             life.wish(sign_in=True)
             if again:
@@ -146,7 +147,7 @@ def _confirmed(sender: Flask, **_: Any) -> None:
     if session is not None:
         session.accessed = True
         life = lifecycle_of(session)
-        # Only the session identifies the user, and an old token isn't enough for that.
+        # Only the session identifies the user, and an old token doesn't suffice for that.
         rotate_soon(life, 0, confirms=True)
         note_confirmation(session, life, SIGN_IN)
         _renew_csrf_token(sender, session)
@@ -154,7 +155,7 @@ def _confirmed(sender: Flask, **_: Any) -> None:
 
 def _renew_csrf_token(app: Flask, session: SessionData) -> None:
     if lifecycle_of(session).repository.settings.renew_csrf:
-        # Flask-WTF caches the signed form of the token in g.
+        # Flask-WTF caches the token's signed form in g.
         name = csrf_field(app)
         session.pop(name, None)
         g.pop(name, None)
@@ -167,7 +168,7 @@ def _rotate(
     remembered: bool = False,
     fresh: bool = False,
 ) -> bool:
-    """Bind and rotate. Returns whether the same user signed in once more, with a password."""
+    """Bind and rotate. Returns whether the same user signed in again, with a password."""
     again = False
     session.accessed = True
     life = lifecycle_of(session)
@@ -176,7 +177,8 @@ def _rotate(
         try:
             again = bind(life, user_id, remembered=remembered, signed_in=signed_in, fresh=fresh)
         except BaseException:
-            # Refused or failed: otherwise the save would sign the user in without a rotation.
+            # It was refused or failed. Undo it, or the save would sign the user in without a
+            # rotation.
             _undo(session, signed_in)
             raise
     rotate_soon(life, 0, signed_in)
@@ -184,7 +186,7 @@ def _rotate(
 
 
 def _undo(session: SessionData, signed_in: Collection[str]) -> None:
-    """The user who was signed in before the request, or nobody, still is."""
+    """Restore the sign-in from before the request, if there was one."""
     life = lifecycle_of(session)
     stored, codec = life.values.stored, life.repository.codec
     for key in signed_in:
@@ -195,7 +197,7 @@ def _undo(session: SessionData, signed_in: Collection[str]) -> None:
             session[key] = codec.decode(split(raw)[1])
     if life.wishes.binding is not None:
         life.wish(binding=None)
-    g.pop("_login_user", None)  # where Flask-Login keeps the user of the request
+    g.pop("_login_user", None)  # Flask-Login's cache of the current user
 
 
 def _signed_out(sender: Flask, **_: Any) -> None:
@@ -206,7 +208,7 @@ def _signed_out(sender: Flask, **_: Any) -> None:
 
 
 def _protected(sender: Flask, **_: Any) -> None:
-    """Another browser has the session, or it has no ``_id`` yet: Flask-Login reports both."""
+    """Flask-Login reports a session that another browser uses, or that has no ``_id`` yet."""
     session = _session()
     if session is not None:
         if "_id" in session or session.get("_remember") == "clear":

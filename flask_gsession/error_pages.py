@@ -1,4 +1,4 @@
-"""The response to an error that comes up after the view's response was made."""
+"""Responses to errors that are raised after the view has made its response."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _OF_THE_BODY = re.compile(
 def response_to(app: Flask, error: Exception) -> Response:
     """The application's response if a view raises ``error``.
 
-    The hooks for ``Retry-After`` have run already, so an error page of the application gets it
-    here.
+    The hooks that add ``Retry-After`` have run already, so this adds it to an application's error
+    page.
     """
     response = _page_for(app, error)
     wait = getattr(error, "retry_after", None)
@@ -41,7 +41,7 @@ def _page_for(app: Flask, error: Exception) -> Response:
 
 
 def _plain_error(app: Flask, error: Exception, *, handled: bool) -> Response:
-    """The response to an error that has no handler, or whose handler failed too."""
+    """The response to an error without a handler, or with a handler that failed too."""
     if not isinstance(error, HTTPException):
         assert error.__traceback__ is not None  # it was raised
         app.log_exception((type(error), error, error.__traceback__))
@@ -61,13 +61,13 @@ def _bare_error(app: Flask, error: HTTPException) -> Response:
 
 
 def replace_response(response: Response, answer: Response) -> None:
-    """Give ``response``, which Flask already holds, the contents of ``answer``."""
+    """Replace the contents of ``response``, which Flask already holds, by ``answer``'s."""
     close = getattr(response.response, "close", None)
     if close is not None:
         close()
     response.status = answer.status
-    # Keep the view's headers about the exchange (CORS, a request id). Drop headers about the body,
-    # and those that act on the view's result.
+    # Keep the view's headers about the exchange (CORS, a request id). Drop headers about the body
+    # or the view's result.
     for name in {name for name, _ in response.headers}:
         if _OF_THE_BODY.fullmatch(name):
             del response.headers[name]

@@ -12,12 +12,12 @@ from werkzeug.local import LocalProxy
 from .errors import SettingError
 
 _NO_STORE = (
-    "sessions would be in a file on this machine. Set SESSION_STORE to the URL of a Redis or "
-    'MongoDB, or to "sqlite:///gsession.sqlite3" for a file on this machine'
+    "sessions would be stored in a file on this machine. Set SESSION_STORE to the URL of a Redis "
+    'or MongoDB, or to "sqlite:///gsession.sqlite3" for a file on this machine'
 )
 #: Types whose sessions can be taken over.
 READABLE = ("redis", "mongodb", "sqlalchemy", "cachelib", "filesystem")
-#: Settings of Flask-Session that say where sessions are, besides the type.
+#: Flask-Session's settings that say where sessions are, besides the type.
 _CLIENTS = {
     "redis": "SESSION_REDIS",
     "mongodb": "SESSION_MONGODB",
@@ -68,14 +68,14 @@ class FlaskSessionSettings:
             raise SettingError(
                 f"SESSION_TYPE is {self.type!r}, and neither SESSION_STORE nor "
                 f"{_CLIENTS[self.type]} is set. Flask-Session uses "
-                f"{_DEFAULT_URLS[self.type]} then; if that is right, set SESSION_STORE to it, "
-                "otherwise to the URL of your server"
+                f"{_DEFAULT_URLS[self.type]} in this case; if that is correct, set "
+                "SESSION_STORE to it, otherwise to the URL of your server"
             )
         return self.place
 
     @property
     def place(self) -> Any:
-        """The client or the URL of the server that has the old sessions."""
+        """The client or URL of the server that has the old sessions."""
         return self.client if self.client is not None else _DEFAULT_URLS[self.type]
 
 
@@ -114,7 +114,7 @@ def read_flask_session_settings(config: Mapping[str, Any]) -> FlaskSessionSettin
 
 
 def is_id_length(value: Any) -> TypeGuard[int]:
-    """Whether ids of so many bytes are read: Flask-Session itself has no limits."""
+    """Whether we read ids of this many bytes. Flask-Session itself has no limits."""
     return type(value) is int and 8 <= value <= 256
 
 
@@ -125,8 +125,8 @@ def unwrapped(key: str, value: Any) -> Any:
             value = value._get_current_object()
         except RuntimeError:
             raise SettingError(
-                f"{key} is a LocalProxy that stands for nothing yet: call Session(app) in an "
-                "application context in which it does, or give the client itself"
+                f"{key} is a LocalProxy that is unbound: call Session(app) in an "
+                "application context in which it is bound, or pass the client itself"
             ) from None
     for kind in type(value).__mro__:
         if kind.__name__ == "FlaskRedis":

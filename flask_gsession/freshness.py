@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from flask import redirect, request, url_for
 
-from .authentication import look_at_user
+from .authentication import load_user
 from .errors import ConfirmationRequired, SettingError
 from .request.confirming import checked_methods, confirmed_at
 from .request.decorators import current_session
@@ -34,17 +34,17 @@ def require_fresh(
     view: str | None = None,
     session: SessionData | None = None,
 ) -> Callable[[R], R]:
-    """Require that the user confirmed who they are within the last ``minutes``.
+    """Require that the user has confirmed who they are within the last ``minutes``.
 
-    A confirmation is a sign-in, or ``session.confirm(method)``. ``method``: the method that counts,
-    a list of methods, or any (None). For two factors, put one decorator above the other.
+    A confirmation is a sign-in, or ``session.confirm(method)``. ``method``: the accepted method, a
+    list of methods, or None for any. For two factors, put one decorator above the other.
 
-    Other requests get a 401 with a challenge for API clients: ``ConfirmationRequired``, which an
-    error handler can answer differently. A browser that opens a page is redirected to ``view`` (an
+    Other requests get a 401 with a challenge for API clients: ``ConfirmationRequired``, for which
+    you can write an error handler. A browser that opens a page is redirected to ``view`` (an
     endpoint, by default ``SESSION_CONFIRM_VIEW``), with the way back in ``next``: see ``next_url``.
     ``session``: the ``ext.session`` of a second ``Session``.
 
-    Put it below ``@app.route``, or into ``decorators`` of a class-based view. Works on async views
+    Put it below ``@app.route``, or in ``decorators`` of a class-based view. Works on async views
     too. Costs as much as reading the session. Raises ``SettingError`` for wrong arguments. Source:
     OWASP ASVS 7.5.1, 7.5.3; RFC 9470.
     """
@@ -61,7 +61,7 @@ def require_fresh(
         target: Any = session
         if target is None:
             opened = current_session("require_fresh")
-            look_at_user()  # Flask-Login may find that another browser has the session
+            load_user()  # Flask-Login may find that another browser has the session
         else:
             opened = target._get_current_object()
         life = lifecycle_of(opened)
@@ -79,23 +79,23 @@ def require_fresh(
                 refused = answer()
                 return await called(*args, **kwargs) if refused is None else refused
 
-            return run_async  # type: ignore[return-value]  # the same to whoever calls it
+            return run_async  # type: ignore[return-value]  # the wrapped view has the same signature
 
         @functools.wraps(called)
         def run(*args: Any, **kwargs: Any) -> Any:
             refused = answer()
             return called(*args, **kwargs) if refused is None else refused
 
-        return run  # type: ignore[return-value]  # the same to whoever calls it
+        return run  # type: ignore[return-value]  # the wrapped view has the same signature
 
     return decorate
 
 
 def next_url(default: str = "/") -> str:
-    """The URL for the user after a sign-in or a confirmation: the ``next`` of the request.
+    """The URL to continue with after a sign-in or a confirmation: the request's ``next``.
 
-    ``default`` without one, or if it leads away from this site: anybody can put another address
-    into a link to your page.
+    Returns ``default`` if there is none, or if it leads away from this site: anybody can link to
+    your page with any ``next``.
     """
     wanted = request.values.get("next", "")
     return wanted if _is_own(wanted) else default
@@ -122,7 +122,7 @@ def _challenge(life: Lifecycle, seconds: int, methods: Collection[str], view: st
         view is None
         or life.presented().by_header
         or not _opens_a_page()
-        # Else the browser would come here again and again.
+        # Otherwise the browser would be redirected here again and again.
         or request.endpoint == (f"{request.blueprint}{view}" if view.startswith(".") else view)
     ):
         raise ConfirmationRequired(seconds, methods, signed_in=life.handle is not None)
@@ -134,7 +134,7 @@ def _challenge(life: Lifecycle, seconds: int, methods: Collection[str], view: st
 
 
 def _opens_a_page() -> bool:
-    """Whether a browser will show the answer to its user. Scripts get their 401."""
+    """Whether a browser shows the response to its user. Scripts get the 401."""
     mode = request.headers.get("Sec-Fetch-Mode")
     if mode is not None:
         return mode == "navigate"
@@ -146,10 +146,10 @@ def _is_read() -> bool:
 
 
 def _way_back() -> str | None:
-    """The page to come back to; for a form that was sent, the page it was on."""
+    """The page to return to; for a submitted form, the page that it was on."""
     try:
         page = urlsplit(request.url if _is_read() else request.referrer or "")
-    except ValueError:  # not an address
+    except ValueError:  # not a URL
         return None
     if f"{page.scheme}://{page.netloc}/" == request.host_url:
         back = "/" + page._replace(scheme="", netloc="", fragment="").geturl().lstrip("/")
@@ -159,9 +159,9 @@ def _way_back() -> str | None:
 
 
 def _is_own(url: str) -> bool:
-    """Whether a browser takes it for a path on this host.
+    """Whether browsers treat this as a path on this host.
 
-    It drops tabs and line breaks, and takes a backslash for a slash (WHATWG URL, 4.4).
+    They drop tabs and line breaks, and treat a backslash as a slash (WHATWG URL, 4.4).
     """
     return (
         url.startswith("/")

@@ -1,4 +1,4 @@
-"""The checks of a store, for an application that makes them itself."""
+"""The store checks, for applications that run them themselves."""
 
 from .operate.health import check_store
 

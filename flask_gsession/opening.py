@@ -39,8 +39,8 @@ from .watching.tracing import Trace
 T = TypeVar("T")
 
 _NOT_THERE = (
-    "There is no session under this handle: it has ended or expired, or was rotated away, and the "
-    "grace of its old token is over."
+    "There is no session under this handle: it has ended or expired, or it was rotated and the "
+    "grace period of its old token is over."
 )
 
 
@@ -54,7 +54,7 @@ class OpenSession:
 
     Entering raises ``SessionEnded`` if there is no such session. Leaving raises ``SessionEnded`` if
     the session ended before the changes could be stored, ``TransactionMisused`` if a transaction or
-    lock is still open, and any error of a save. In the block, a rotation and a sign-in raise
+    lock is still open, and the errors of a save. In the block, a rotation and a sign-in raise
     ``RotationRefused``. One round trip, one more for changes or a renewal that is due.
     """
 
@@ -105,7 +105,7 @@ class OpenSession:
             report(session, None, error)
 
     async def __aenter__(self) -> SessionData:
-        """As ``with``; the event loop does not wait for the store."""
+        """Like ``with``, but without blocking the event loop."""
         return await in_a_thread(self.__enter__)
 
     async def __aexit__(
@@ -122,7 +122,9 @@ def save(life: Lifecycle) -> None:
     try:
         end_request(life, by_hand=True)
     except StoreUnavailable as error:
-        if not isinstance(error, LogoutUnconfirmed):  # then everything is stored
+        if not isinstance(
+            error, LogoutUnconfirmed
+        ):  # after LogoutUnconfirmed, everything is stored
             life.repository.events.emit(WriteDropped, life.handle, "store unavailable")
         raise
     if life.ended and life.was_modified:
@@ -132,7 +134,7 @@ def save(life: Lifecycle) -> None:
 async def in_a_thread(function: Callable[[], T]) -> T:
     """Call ``function`` in a thread. A cancelled task waits for it to finish.
 
-    Otherwise, a session could be saved although its task gets the opposite result.
+    Otherwise, a session could be saved although its task was cancelled.
     """
     run: Callable[[], T] = partial(contextvars.copy_context().run, function)
     running = asyncio.get_running_loop().run_in_executor(None, run)
@@ -140,9 +142,9 @@ async def in_a_thread(function: Callable[[], T]) -> T:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         while not running.done():
-            with suppress(asyncio.CancelledError):  # once more
+            with suppress(asyncio.CancelledError):  # cancelled again
                 await asyncio.wait([running])
-        running.exception()  # seen
+        running.exception()  # marks it as retrieved
         raise
 
 
@@ -167,7 +169,7 @@ def peek(repository: Repository, handle: str | None) -> SessionPeek | None:
 
 
 def checked_handle(handle: object) -> str:
-    """Raises ``ValueError`` unless ``handle`` can be one. It is not shown: it may be a token."""
+    """Raises ``ValueError`` for an impossible handle, without showing it: it may be a token."""
     if handle is None:
         raise ValueError(
             "handle is None: a session has a handle once it is stored, with the response of the "
@@ -184,8 +186,8 @@ def checked_handle(handle: object) -> str:
 class SessionPeek(Mapping[str, Any]):
     """The contents of a session at one moment, from ``ext.peek(handle)``: a read-only mapping.
 
-    Each look at a value gives a fresh copy. A large value is loaded at each look, which costs round
-    trips, and raises ``ValueLost`` if it is gone.
+    Each read of a value returns a fresh copy. Each read of a large value loads it, which costs
+    round trips, and raises ``ValueLost`` if it is gone.
     """
 
     def __init__(self, repository: Repository, loaded: Loaded) -> None:
@@ -198,7 +200,7 @@ class SessionPeek(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         try:
             return self._repository.codec.decode(split(self._values[key])[1])
-        except UnreadableRecord:  # of a newer version
+        except UnreadableRecord:  # from a newer version
             raise KeyError(key) from None
 
     def __contains__(self, key: object) -> bool:
@@ -211,11 +213,11 @@ class SessionPeek(Mapping[str, Any]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        """Without the values, since error trackers show local variables."""
+        """Hides the values, since error trackers show local variables."""
         return f"<SessionPeek handle={self.handle!r} keys={len(self)}>"
 
     def ttl(self, key: str) -> float | None:
-        """The seconds from the peek until the value of ``key`` expires by itself, or None."""
+        """The seconds from the peek until the value of ``key`` expires, or None."""
         end = split(self._values[key])[0].expires_at
         return (end - self._at) / 1000 if end else None
 
@@ -227,7 +229,7 @@ class SessionPeek(Mapping[str, Any]):
 
     @property
     def handle(self) -> str:
-        """The handle that the session has now. It is another one after a rotation."""
+        """The session's handle at the time of the peek. A rotation changes it."""
         return self._record.key
 
     @property

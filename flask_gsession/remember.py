@@ -1,9 +1,9 @@
 """``SESSION_REMEMBER = "session"``: turns Flask-Login's remember-me into a permanent session.
 
-So there is one cookie, which ends with its session. If Flask-Login asks to remember a user, the
-session becomes permanent, and Flask-Login's cookie is neither sent nor read. An old cookie is
-converted once, since it can be copied and carries neither a time nor a device. A mark in the store
-notes each converted cookie.
+So there is only one cookie, which ends with its session. If Flask-Login wants to remember a user,
+the session becomes permanent, and Flask-Login's cookie is neither sent nor read. An old cookie is
+converted only once, since it can be copied, and has neither a time nor a device. A mark in the
+store notes each converted cookie.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .users.rosters import LOGIN, checked_user_id
 
 # Flask-Login's notes in the session for its ``after_request`` function.
 _WISH, _SECONDS = "_remember", "_remember_seconds"
-# Ours: the session is permanent because the user wanted to be remembered.
+# Our own note: the session is permanent because the user wanted to be remembered.
 _REMEMBERED = "_remembered"
 _FROM_BEFORE = "flask-login remember-me"
 
 
 def is_kept_by_session(life: Lifecycle) -> bool:
-    """Whether the settings say so."""
+    """Whether ``SESSION_REMEMBER`` is ``"session"``."""
     return life.repository.settings.remember == "session"
 
 
 def wants_to_be_remembered(session: SessionData) -> tuple[bool, Any]:
-    """Take over the arguments of ``login_user``: whether to remember the user, and for how long."""
+    """Take the arguments of ``login_user``: whether to remember the user, and for how long."""
     return session.pop(_WISH, None) == "set", session.pop(_SECONDS, None)
 
 
 def warn_of_duration(app: Flask, session: SessionData) -> None:
-    """Say once where Flask-Login's cookie, which stays in use, outlives the sessions."""
+    """Warn once if Flask-Login's cookie, which stays in use, outlives the sessions."""
     repository = lifecycle_of(session).repository
     if session.get(_WISH) == "set" and not repository.warned_of_remember:
         repository.warned_of_remember = True
@@ -51,7 +51,7 @@ def warn_of_duration(app: Flask, session: SessionData) -> None:
 
 
 def remember(session: SessionData, seconds: float | timedelta | None = None) -> None:
-    """Make the session last: for ``seconds`` of no use, or as any permanent one."""
+    """Make the session permanent, with an idle timeout of ``seconds`` if given."""
     session.permanent = True
     session[_REMEMBERED] = True
     if seconds is not None:
@@ -62,7 +62,7 @@ def remember(session: SessionData, seconds: float | timedelta | None = None) -> 
 
 
 def forget(session: SessionData) -> None:
-    """The session lasts as any other again: its user signed out, or in without that wish."""
+    """Undo ``remember``: the user signed out, or signed in without being remembered."""
     if session.pop(_REMEMBERED, None):
         settings = lifecycle_of(session).repository.settings
         session.permanent = settings.permanent
@@ -70,13 +70,12 @@ def forget(session: SessionData) -> None:
 
 
 def before_the_user_is_loaded(session: SessionData) -> bool:
-    """Flask-Login is about to look for the user; whether its cookie is to be deleted.
-
-    A cookie that may not be converted is hidden from it. Two round trips for a cookie that may.
+    """Called before Flask-Login loads the user. Returns whether to delete its cookie. Hides a
+    cookie that must not be converted from Flask-Login. Two round trips for a convertible cookie.
     """
     life = lifecycle_of(session)
     if session.get(_REMEMBERED) and session.get("_fresh") and _was_away(life):
-        # As with a cookie that signs the user in to a new session.
+        # Same as for a cookie that signs the user in to a new session.
         session["_fresh"] = False
         session.pop(CONFIRMED, None)
     app: Any = current_app
@@ -84,10 +83,10 @@ def before_the_user_is_loaded(session: SessionData) -> bool:
     cookie = request.cookies.get(name)
     if cookie is None:
         return False
-    # After the response, and in a socket handler, no response can carry the token of a sign-in.
+    # After the response, and in a socket handler, no response can carry a sign-in's token.
     waits = life.is_late or request.routing_exception is not None
     if waits or session.get(LOGIN) is not None or not _converts(life, cookie):
-        # Not in the session, as Flask-Login does it: that would make one for each visitor.
+        # Flask-Login notes this in the session, which would create one for each visitor.
         others = ((key, value) for key, value in request.cookies.items(multi=True) if key != name)
         vars(request)["cookies"] = ImmutableMultiDict(others)
     return not waits
@@ -101,7 +100,7 @@ def _was_away(life: Lifecycle) -> bool:
 
 
 def _converts(life: Lifecycle, cookie: str) -> bool:
-    """Whether this cookie may sign its user in, this once."""
+    """Whether this cookie may sign its user in now, for the first and only time."""
     from flask_login.utils import decode_cookie  # type: ignore[import-untyped]  # it ships none
 
     repository = life.repository
@@ -113,19 +112,19 @@ def _converts(life: Lifecycle, cookie: str) -> bool:
     except ValueError:  # not signed by the application, or without a user
         return False
     if repository.rosters.look(user_id).roster.epoch:
-        logger.info("A remember-me cookie was refused: its user's sessions were revoked")
+        logger.info("Refused a remember-me cookie: its user's sessions were revoked")
         return False
     key, end = mark_key(_FROM_BEFORE, user_id), repository.settings.remember_end
     try:
         repository.store.create(repository.other_records.draft(key, b"", end))
     except KeyTaken:
-        logger.info("A remember-me cookie was refused: it was converted before")
+        logger.info("Refused a remember-me cookie: it was converted before")
         return False
     return True
 
 
 def drop_cookie(app: Flask, response: Response) -> None:
-    """Flask-Login sends no cookie of its own, even where it is to refresh it at each request."""
+    """Keep Flask-Login from sending its cookie, even if it refreshes that at each request."""
     start = f"{remember_cookie(app)['key']}="
     lines = response.headers.getlist("Set-Cookie")
     kept = [line for line in lines if not line.startswith(start)]

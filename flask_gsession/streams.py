@@ -19,11 +19,9 @@ _MAX_OBJECTS = 1000  # to examine
 
 
 def can_read_session(response: Response) -> bool:
-    """Whether the body refers to its request context, as after ``stream_with_context``.
-
-    Looks inside iterators that wrap others. Without the context, ``flask.session`` raises, so a
-    file or a plain generator can't read it. A body with too many parts to examine counts as one
-    that can.
+    """Whether the body refers to its request context, for example by ``stream_with_context``. Looks
+    inside iterators that wrap others. Without the context, ``flask.session`` raises, so a file or a
+    plain generator can't read it. If there are too many objects to examine, the answer is True.
     """
     if response.is_sequence:
         return False

@@ -19,16 +19,16 @@ from typing import Any
 from msgspec import Struct
 
 TOKEN_BYTES = 32
-#: The number of cookies of one name whose signatures are checked. Browsers keep fewer per site
-#: (Chromium 180), so an attacker can't crowd ours out. Takes about a millisecond per secret key.
+#: How many cookies with one name we check at most. Browsers keep fewer per site (Chromium 180), so
+#: an attacker can't crowd ours out. Takes about a millisecond per secret key.
 MAX_SIGNATURES = 200
-#: The number of sessions that a logout ends if a request has several of our tokens. Each of them
-#: costs a round trip.
+#: How many sessions a logout ends at most if a request has several of our tokens. Each costs a
+#: round trip.
 MAX_REFUSED = 8
 _SIGNATURE_BYTES = 16
 _SIGNATURE_LENGTH = 22  # characters
 _MAX_TOKEN_LENGTH = 200  # characters
-_MOST_KNOWN = 4096  # signatures that are kept, a megabyte
+_MOST_KNOWN = 4096  # cached signatures; about a megabyte
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _SHA256 = hashlib.sha256()
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,200}", re.ASCII)
@@ -58,7 +58,7 @@ def session_key(token: str) -> str:
 
     It is also the session's public handle: it can't be converted back to the token.
     """
-    digest = _SHA256.copy()  # faster than to make one
+    digest = _SHA256.copy()  # faster than creating one
     digest.update(token.encode())
     return b2a_base64(digest.digest()).translate(_URL_SAFE, b"=\n").decode()
 
@@ -71,7 +71,7 @@ def _derive(secret_key: str | bytes, label: bytes) -> bytes:
 class _Mac:
     """HMAC-SHA256 of tokens under one key, with the key's two blocks hashed once (RFC 2104).
 
-    ``hmac`` hashes them for each message, which takes longer than everything else.
+    The module ``hmac`` hashes them for each message, which takes longer than everything else.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -89,14 +89,15 @@ class _Mac:
 class Checked(Struct, frozen=True, gc=False):
     """The result of checking a token: the ``token`` and ``key``, or the ``reason`` for its refusal.
 
-    ``refused``: several tokens that we signed. None of them is used, and a logout ends them all.
+    ``refused``: several tokens that we signed. None of them is used, and a logout ends all their
+    sessions.
     """
 
     token: str | None
     reason: str = ""
     outdated: bool = False  # signed with a fallback key, so the cookie needs a new signature
     refused: tuple[str, ...] = ()
-    key: str = ""  # of the session
+    key: str = ""  # the session's key
 
     @property
     def signed(self) -> tuple[str, ...]:
@@ -113,17 +114,17 @@ class Checked(Struct, frozen=True, gc=False):
 class TokenSigner:
     """Signs tokens with the application's secret keys, the current one first.
 
-    ``purpose`` (the cookie's name) goes into the derived keys. So a token of one cookie is invalid
-    in another, and no other signature of the application passes for ours.
+    ``purpose`` (the cookie's name) goes into the derived keys. So a token from one cookie is
+    invalid in another, and no other signature by the application is valid as ours.
 
-    Keeps signatures that it has found right, so that a visitor's next request is checked with one
-    hash less. It keeps no tokens, and a signature is of no use without its token.
+    Caches valid signatures, which saves one hash for a visitor's next request. It caches no tokens,
+    and a signature is useless without its token.
     """
 
     def __init__(self, secret_keys: Sequence[str | bytes], purpose: str) -> None:
         label = f"flask-gsession token 1 {purpose}".encode()
         self._macs = [_Mac(_derive(key, label)) for key in secret_keys]
-        #: the signatures of the tokens that were checked last, by the keys of their sessions
+        #: the signatures of recently checked tokens, by session key
         self._known: dict[str, str] = {}
 
     def sign(self, token: str) -> str:
@@ -131,7 +132,7 @@ class TokenSigner:
         return f"{token}.{self._macs[0].signature(token)}"
 
     def check(self, presented: str) -> Checked:
-        """The token inside ``presented``, if one of our keys signed it (constant-time compare)."""
+        """The token in ``presented``, if one of our keys signed it. Compares in constant time."""
         token, _, signature = presented.rpartition(".")
         if (
             len(signature) != _SIGNATURE_LENGTH
@@ -159,9 +160,9 @@ class TokenSigner:
     def check_all(self, presented: Iterable[str]) -> Checked:
         """Check the values of all cookies of one name.
 
-        Cookies that we didn't sign are ignored: another application on the host, or a sibling
-        domain, may have set them, and they must not lock the visitor out. Two tokens that we did
-        sign are both refused, since one may have been planted.
+        Ignores cookies that we didn't sign: another application on the host, or a sibling domain,
+        may have set them, and they must not lock the visitor out. Refuses two different tokens that
+        we signed, since one may have been planted.
         """
         ours, refused, signatures = None, Checked(None, "malformed"), 0
         tokens: dict[str, None] = {}  # each once, in order

@@ -1,4 +1,4 @@
-"""``flask gsession``: look after the sessions of an application.
+"""``flask gsession``: manage the sessions of an application.
 
 To add a command, add a file here and a line at the end of this one.
 """
@@ -28,7 +28,7 @@ from .sessions import list_, show
 from .stats import stats
 from .users import users
 
-# This warning concerns server workers; a command is a process of its own.
+# This warning concerns server workers, not a command in its own process.
 _WORKER_WARNING = "Rate limits count in each process separately"
 
 
@@ -52,7 +52,7 @@ class _Group(AppGroup):
                 raise
             if sys.__stdout__ is sys.stdout and sys.__stdout__ is not None:
                 with suppress(OSError):
-                    sys.__stdout__.close()  # or Python flushes it again at exit and prints an error
+                    sys.__stdout__.close()  # otherwise Python flushes it at exit, with an error
             raise click.ClickException(f"{error.strerror or error}") from None
 
 

@@ -119,7 +119,7 @@ def import_(
     Checks the whole FILE before it writes anything, and leaves out expired sessions. Sessions
     that the store already has stay as they are, so you can repeat an import safely.
 
-    Trust FILE as much as the store: anyone who can write it can log in as anybody.
+    Protect FILE like the store: anyone who can change it can log in as any user.
     """
     interface = choose_interface(cookie)
     name = session_name(interface)
@@ -145,7 +145,7 @@ def import_(
         retry, number = Retry(), 0
         with progress("import", lambda: total) as advance:
             for item in read_items(source):
-                # Before all sessions: these are entered in the rosters.
+                # Before the sessions, which get entered in the rosters.
                 if isinstance(item, Record) and importer.is_first(item):
                     others[retry(importer.put, item)] += 1
                     advance(1)
@@ -179,7 +179,7 @@ def import_(
 
 @contextmanager
 def _input(file: Path) -> Iterator[BinaryIO]:
-    """A file that can be read twice; an ``ArchiveError`` in the block ends the command."""
+    """Yield a file that can be read twice. An ``ArchiveError`` in the block ends the command."""
     try:
         if file == _PIPE:
             with tempfile.TemporaryFile() as copy:

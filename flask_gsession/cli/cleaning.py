@@ -120,7 +120,7 @@ def _estimate_items(interface: GSessionInterface, batch: int) -> int | None:
 
 
 def _text(found: Counter[str], dry_run: bool) -> str:
-    """The counts in words; the number of expired sessions is always there."""
+    """The counts in words, always with the number of expired sessions."""
     parts = []
     for kind, number in {"expired sessions": 0, **found}.items():
         if number or kind == "expired sessions":

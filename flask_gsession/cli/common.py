@@ -47,7 +47,7 @@ def interfaces() -> dict[Session, GSessionInterface]:
 def choose_interface(cookie: str | None, *, serves: bool = False) -> GSessionInterface:
     """The only ``Session`` of the application, or the one with this cookie.
 
-    ``serves``: whether the command offers the sessions to others.
+    ``serves``: whether the command serves the sessions to other processes.
     """
     by_name = {each.repository.live.cookie_name(): each for each in interfaces().values()}
     if cookie is None and len(by_name) == 1:
@@ -90,7 +90,7 @@ def store_location(interface: GSessionInterface) -> str:
 
 
 def client_location(client: Any) -> str:
-    """The servers of a client of Redis or MongoDB, as far as it says so without asking them."""
+    """The servers of a Redis or MongoDB client, without connecting to them."""
     if client.__class__.__name__ == "MongoClient":
         addresses = client.topology_description.server_descriptions()
         places = (host if port is None else f"{host}:{port}" for host, port in addresses)
@@ -107,7 +107,7 @@ def client_location(client: Any) -> str:
 
 
 def without_journal(interface: GSessionInterface) -> Store:
-    """The store without its journal, in which throw-away sessions have no place."""
+    """The store without its journal, so that throw-away sessions don't appear there."""
     journaling = interface.repository.journaling
     store: Store = interface.store if journaling is None else journaling.store
     return store
@@ -223,7 +223,7 @@ class Facts(NamedTuple):
     """A session without its values."""
 
     handle: str
-    created_at: int  # milliseconds, as are the others
+    created_at: int  # this and the other times are in milliseconds
     idle_expires_at: int
     absolute_expires_at: int
     bytes: int

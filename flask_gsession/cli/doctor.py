@@ -29,7 +29,7 @@ def doctor(as_json: bool) -> None:
     """Check the store, the cookie and the secret key.
 
     Writes only throw-away keys to the store, never your sessions. Exits with 1 if there is an
-    error; warnings exit with 0.
+    error, and with 0 if there are only warnings.
     """
     all_of_them = interfaces()
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy

@@ -75,7 +75,7 @@ def sync(cookie: str | None) -> None:
         return
     click.echo(
         f"Settled {settled.ends} ends and {settled.changes} changed sessions; "
-        f"{settled.dropped} were given up, since they had ended."
+        f"{settled.dropped} were dropped, because they had ended."
     )
     if settled.trouble:
         click.echo(settled.trouble, err=True)

@@ -96,16 +96,16 @@ def _print(
 
 
 def _flush() -> None:
-    """Pass on what was printed; a file has it then, even after a power cut."""
+    """Flush the output. If it is a file, sync it, so that it survives a power cut."""
     sys.stdout.flush()
-    with suppress(UnsupportedOperation):  # no real file
+    with suppress(UnsupportedOperation):  # not a real file
         file = sys.stdout.fileno()
         if stat.S_ISREG(os.fstat(file).st_mode):
             os.fsync(file)
 
 
 def _stop_by_signal(consumer: Consumer) -> None:
-    """The first signal lets it end well, another one ends it at once."""
+    """Let the first signal stop the consumer cleanly, and the second one end it immediately."""
 
     def stop(*_: object) -> None:
         consumer.stop()

@@ -42,7 +42,7 @@ _NOTHING_FOUND = (
 
 @click.command(short_help="Take over old sessions of Flask-Session.")
 @click.option("--from", "label", type=click.Choice([LABEL]), required=True, help="Their library.")
-@click.option("--url", help="Where they are, if not where the settings say.")
+@click.option("--url", help="Their location, if it differs from the settings.")
 @click.option("--pickle", is_flag=True, help="Also read pickles with dates, decimals and UUIDs.")
 @click.option("--dry-run", is_flag=True, help="Show what it would do, but write nothing.")
 @click.option("--check", is_flag=True, help="Check the settings and a sample; write nothing.")
@@ -118,13 +118,13 @@ def _source(
     source = takeover.source(label, url) if isinstance(takeover, Takeover) else None
     if not isinstance(takeover, Takeover) or not isinstance(source, FlaskSessionSource):
         raise click.ClickException(
-            f"{session_name(interface)}: no old sessions are taken over, so their cookies would "
-            "lead nowhere: set SESSION_TYPE and the other settings of Flask-Session"
+            f"{session_name(interface)}: the import of old sessions is off, so their cookies would "
+            "not work: set SESSION_TYPE and the other settings of Flask-Session"
         )
     if takeover.is_over(interface.repository.now()):
         raise click.ClickException(
-            f"{session_name(interface)}: SESSION_IMPORT_UNTIL is over, so old cookies lead "
-            "nowhere: set a later date"
+            f"{session_name(interface)}: SESSION_IMPORT_UNTIL has passed, so old cookies don't "
+            "work any more: set a later date"
         )
     return takeover, source
 
@@ -157,7 +157,7 @@ def _found(names: Iterator[str]) -> Iterator[str]:
 
 
 def _problems(interface: GSessionInterface, takeover: Takeover, migration: Migration) -> list[str]:
-    """Problems of the settings, besides the counted losses."""
+    """Problems with the settings, in addition to the counted losses."""
     problems = []
     if isinstance(without_journal(interface), MemoryStore):
         problems.append("SESSION_STORE is a memory store: sessions end with each process")

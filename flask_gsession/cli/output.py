@@ -24,7 +24,7 @@ def pluralize(number: int, things: str) -> str:
 
 
 def console() -> Any:
-    """Rich's console, or None if the output is no terminal or can't show all characters."""
+    """Rich's console, or None if the output isn't a terminal or can't show all characters."""
     if not sys.stdout.isatty() or not sys.stdout.encoding.lower().startswith("utf"):
         return None
     try:
@@ -102,10 +102,10 @@ def _room(shown: Any) -> int:
 
 @contextmanager
 def progress(label: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on standard error; yields the function that advances it.
+    """Show a progress bar on standard error. Yields the function that advances it.
 
-    ``total`` is called only if a bar is shown. If it returns None or too little, the bar has no
-    end.
+    ``total`` is called only if a bar is shown. If it returns None or too small a number, the bar
+    has no end.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda number: None

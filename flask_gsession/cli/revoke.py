@@ -65,7 +65,7 @@ def revoke(
     """End sessions. Their tokens stop working at once.
 
     Exits with 1 if there was no session for a handle or a device, or if something else failed.
-    After a rotation with grace, the old handle works for as long as the old token.
+    After a rotation with grace, the old handle works as long as the old token does.
 
     --user and --others also refuse the user's sign-ins that are under way.
     """
@@ -174,8 +174,8 @@ def _revoke_all(interface: GSessionInterface, yes: bool, reason: str | None) -> 
                 found: list[tuple[str, Record | None]] = (
                     [] if again else [(key, None) for key in page.unreadable]
                 )
-                # A session that was rotated during a round may have been missed. It keeps its
-                # creation time.
+                # This round may have missed a session that was rotated meanwhile, but rotation
+                # keeps the creation time.
                 found += [
                     (record.key, record)
                     for record in page.records
@@ -190,7 +190,7 @@ def _revoke_all(interface: GSessionInterface, yes: bool, reason: str | None) -> 
                 break
         else:
             problems["sessions are rotated faster than they can be ended: run it again"] = 1
-    del problems[""], problems[NO_SESSION]  # a pointer to a session that ended before it
+    del problems[""], problems[NO_SESSION]  # a pointer to a session that ended earlier
     click.echo(f"{pluralize(ended, 'sessions')} ended")
     _report_waiting(interface)
     for problem, number in problems.items():
@@ -199,7 +199,7 @@ def _revoke_all(interface: GSessionInterface, yes: bool, reason: str | None) -> 
 
 
 def _report_waiting(interface: GSessionInterface) -> None:
-    """Say so if an edge node has ended sessions of which its centre hasn't heard."""
+    """Report sessions that an edge node has ended, but its centre hasn't."""
     edge = parts_of(interface.store).edge
     if edge is None:
         return
@@ -207,7 +207,7 @@ def _report_waiting(interface: GSessionInterface) -> None:
         waiting = edge.figures().ends
     if waiting:
         click.echo(
-            f"{waiting} ended sessions work at the centre until it can be reached; this node "
+            f"{waiting} ended sessions still work at the centre until it can be reached; this node "
             "settles them then. See flask gsession edge status.",
             err=True,
         )

@@ -143,7 +143,7 @@ def list_(
 def _found(
     interface: GSessionInterface, conditions: tuple[Condition, ...], skipped: Counter[str]
 ) -> Iterator[Facts]:
-    """The sessions that meet all conditions; counts in ``skipped`` those it can't compare."""
+    """The sessions that meet all conditions. Counts in ``skipped`` those that can't be compared."""
     for page in all_pages(require_scans(interface)):
         if page.unreadable:
             skipped[_UNREADABLE] += len(page.unreadable)
@@ -246,7 +246,7 @@ def show(handle: str, values: bool, cookie: str | None, as_json: bool) -> None:
 
 
 def _value(repository: Repository, name: str, raw: bytes) -> dict[str, object]:
-    """The type of a value, or None if it is unknown, and as much of the value as may be shown."""
+    """The type of a value (None if unknown), and as much of the value as may be shown."""
     if refers(raw):
         return {"type": "bytes" if reference_in(raw).kind == BYTES else None, "value": _LARGE}
     try:

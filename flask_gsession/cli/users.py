@@ -40,12 +40,12 @@ _ABSENT = "-"  # in lines for other programs
 
 
 def users_of(interface: GSessionInterface) -> Users:
-    """The users of this ``Session``, as for code outside a request."""
+    """``ext.users`` of this ``Session``, outside a request."""
     return Users(lambda: interface.repository, lambda: None)
 
 
 def check_user(user: str) -> str:
-    """Fails if this can't be the id of a user."""
+    """Return ``user``. Fails if it can't be the id of a user."""
     try:
         return checked_user_id(user)
     except ValueError as error:
@@ -53,13 +53,13 @@ def check_user(user: str) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """Text from an application, without characters that steer a terminal."""
+    """Text from an application, without control characters."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
 @contextmanager
 def report_user_failures(interface: GSessionInterface, user: str | None = None) -> Iterator[None]:
-    """As ``report_failures``, with the command to run next."""
+    """Like ``report_failures``, but also prints the command to run next."""
     name = session_name(interface)
     with report_failures(interface):
         try:
@@ -163,7 +163,7 @@ def device_facts(interface: GSessionInterface, owner: Owner | None) -> dict[str,
 
 @click.group(cls=AppGroup, short_help="Repair lists of sessions, and delete users' values.")
 def users() -> None:
-    """Look after the lists of users' sessions, and users' values."""
+    """Repair the lists of users' sessions, and delete users' values."""
 
 
 @users.command(short_help="Repair the lists from the sessions in the store.")
@@ -171,8 +171,8 @@ def users() -> None:
 @click.option(
     "--replace-foreign",
     is_flag=True,
-    help="Also replace lists that need an encryption key, or a version of Flask-GSession, which no "
-    "worker has any more. Of all users, unless you name one.",
+    help="Also replace lists that need an encryption key, or a version of Flask-GSession, that no "
+    "worker has any more. For all users, unless you name one.",
 )
 @click.option("--yes", is_flag=True, help="Don't ask before replacing the lists of all users.")
 @session_option
@@ -202,14 +202,14 @@ def rebuild(
         click.echo(f"{pluralize(entered, 'sessions')} entered")
 
 
-@users.command(short_help="Delete the values of a user, as when an account is deleted.")
+@users.command(short_help="Delete a user's values, such as when the account is deleted.")
 @click.option("--user", metavar="USER", required=True, help="The user whose values to delete.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @session_option
 @json_option
 @with_appcontext
 def forget(user: str, yes: bool, cookie: str | None, as_json: bool) -> None:
-    """Delete what the application keeps for a user in session.shared.
+    """Delete the values that the application keeps for a user in session.shared.
 
     This ends no session: run "flask gsession revoke --user USER" first.
     """
@@ -236,14 +236,14 @@ def _check_foreign(interface: GSessionInterface, yes: bool) -> None:
     if not interface.repository.settings.encryption_keys:
         raise click.ClickException(
             f"{session_name(interface)}: {foreign} of {number} lists can't be read, and "
-            "SESSION_ENCRYPTION_KEYS is unset here. Run this with the settings of your workers, or "
+            "SESSION_ENCRYPTION_KEYS is not set. Run this with the settings of your workers, or "
             "replace the list of one user with --user"
         )
     if not yes:
         click.confirm(
             f"{foreign} of {number} lists need an encryption key or a version that this command "
-            "doesn't have. Replacing them also takes them from workers that can read them, and "
-            f"ends sessions that can't be read. Replace {'it' if foreign == 1 else 'them'} in "
+            "doesn't have. Workers that can read them then lose them, too, and sessions that "
+            f"can't be read end. Replace {'it' if foreign == 1 else 'them'} in "
             f"{store_location(interface)}?",
             abort=True,
         )

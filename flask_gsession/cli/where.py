@@ -16,7 +16,7 @@ from ..stores import Record
 from ..values.marks import expired, split
 from ..values.references import refers
 
-_NO_JSON = object()  # equals no value, unlike None, which is JSON's null
+_NO_JSON = object()  # not equal to any value; None would equal JSON's null
 
 
 class NotCompared(Exception):
@@ -99,7 +99,7 @@ def _splits(path: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _follow(value: Any, path: list[str]) -> Iterator[object]:
-    """The values that a path may mean inside ``value``."""
+    """The values inside ``value`` that a path may mean."""
     if not path:
         yield value
         return

@@ -32,14 +32,14 @@ _LEASE = 60_000  # milliseconds after which another process takes over from a de
 _FIRST_RETRY = 10.0  # seconds
 _JITTER = 0.2
 _PAUSE = 0.02  # seconds between two steps
-_MAX_JOIN = 10.0  # seconds that the process waits for the current step when it exits
+_MAX_JOIN = 10.0  # seconds that an exiting process waits for the current step
 _YEAR = 366 * 86_400_000  # milliseconds
 
 
 def steps(
     upkeep: Upkeep | None, batch: int = 1000, cursor: str = "", *, dry_run: bool = False
 ) -> Iterator[Tidied]:
-    """Clean up a store; yields the result of each step. A step examines about ``batch`` items.
+    """Clean up a store. Yields the result of each step, which examines about ``batch`` items.
 
     You can stop after any step, and continue later with its ``cursor``. Without an ``upkeep`` part,
     there are no steps.
@@ -53,14 +53,14 @@ def steps(
 
 
 class CleanupWorker:
-    """Cleans up regularly in a thread. Only one of the processes on a store does it at a time.
+    """Cleans up regularly, in a thread. Of all processes on a store, only one does so at a time.
 
-    Starts with the first request in each process, so that it runs in a server's workers and not
-    in the process that forks them, or with ``start()``. Ends with the process.
+    Starts with the first request in each process, so that it runs in a server's workers and not in
+    their parent process, or with ``start()``. Ends with the process.
 
     ``interval``: seconds from the end of one clean-up to the next, in any process; at least 1.
-    ``batch``: the number of items that one step examines. ``ext``: the ``Session``, if the
-    application has several.
+    ``batch``: how many items one step examines. ``ext``: the ``Session``, if the application has
+    several.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class CleanupWorker:
     def run(self, app: Flask) -> float:
         """Clean up now, if it is due and no other process is cleaning up.
 
-        For a scheduler of your own. Returns the number of seconds until it may be due again.
+        Call this from your own scheduler. Returns the number of seconds until it may be due again.
         """
         return self._worker(app).run()
 
@@ -133,7 +133,7 @@ class _Worker:
         if self._pid == getpid() or not (parts_of(self._store).upkeep or self._repository.files):
             return
         if is_before_fork() or not runs_threads():
-            return  # the process would fork or freeze in the middle of a step
+            return  # the process could fork or freeze in the middle of a step
         self._pid = getpid()
         self._stop = threading.Event()
         thread = threading.Thread(
@@ -141,13 +141,13 @@ class _Worker:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # the request goes on without a clean-up
+        except RuntimeError as error:  # the request continues without a clean-up
             logger.warning("Can't start a thread for the clean-up: %s", error)
             return
         self._end = closing(self, partial(_end, self._stop, thread))
 
     def start(self) -> None:
-        """As ``begin``, even after ``end``."""
+        """Like ``begin``, even after ``end``."""
         if self._stop.is_set():
             self._pid = 0
         self.begin()
@@ -161,7 +161,7 @@ class _Worker:
         self._stop.set()
 
     def run(self, stop: threading.Event | None = None) -> float:
-        """As ``CleanupWorker.run``; ``stop`` ends it after a step."""
+        """Like ``CleanupWorker.run``. ``stop`` ends it after the current step."""
         try:
             wait = self._run(stop or threading.Event())
         except Exception as error:
@@ -208,7 +208,7 @@ class _Worker:
             yield from steps(self._repository.files, self._batch)
 
     def _take_ticket(self) -> Record | None:
-        """Take the right to clean up; None if another process has it, or it isn't due yet.
+        """Take the clean-up ticket. None if another process has it, or no clean-up is due yet.
 
         ``create`` succeeds in only one process until the record expires.
         """

@@ -36,10 +36,12 @@ _MAX_SECONDS = 1.0  # for all rounds together
 _SLOW = 50.0  # milliseconds
 _SHORT_LIFE = 30  # milliseconds
 _NO_LARGE_VALUES = (
-    "Values larger than SESSION_SPILL_BYTES get 503 or are lost: check the permissions and the "
+    "Values larger than SESSION_SPILL_BYTES cause 503 or are lost: check the permissions and the "
     "free space there."
 )
-_NO_RIGHT = re.compile("lacks|no ?permission|Unauthorized", re.IGNORECASE)  # of any server
+_NO_RIGHT = re.compile(
+    "lacks|no ?permission|Unauthorized", re.IGNORECASE
+)  # in the error of any server
 _LIFE = 60_000  # milliseconds, in case a broken store doesn't delete our records
 
 
@@ -48,9 +50,9 @@ def check_store(
 ) -> list[Finding]:
     """Try all operations of ``store`` with throw-away keys, and query its server's settings.
 
-    ``clock``: the store's clock, in seconds since 1970. ``blobs``: the place for large values, if
-    it isn't the store. Reports a failing store as findings and never raises for it. Takes about
-    two hundred round trips, a few seconds at most.
+    ``clock``: the store's clock, in seconds since 1970. ``blobs``: where large values are stored,
+    if not in the store. Reports a failing store as findings instead of raising. Takes about two
+    hundred round trips, a few seconds at most.
     """
     parts = parts_of(store)
     try:
@@ -59,19 +61,19 @@ def check_store(
             if parts.blobs is not None:
                 findings.append(_large_values("large values", parts.blobs, clock))
             if blobs is not None:
-                findings.append(_large_values("place of large values", blobs, clock))
+                findings.append(_large_values("storage of large values", blobs, clock))
             findings += _latencies(store, clock)
     except CutOff:
-        findings = []  # the checks of an edge report it
+        findings = []  # an edge's checks report it
     except (StoreError, SettingError) as error:
         detail = getattr(error, "detail", "") or f"{type(error).__name__} {error}"
-        advice = "Check that it is running, and that its URL is right."
+        advice = "Check that it is running, and that its URL is correct."
         if _NO_RIGHT.search(detail):
-            advice = "The store answers: give its user that right, or use another user in the URL."
+            advice = "The store answers: grant its user that right, or use another user in the URL."
         findings = [Finding("error", "answers", detail, advice)]
     for checks in (parts.checks, parts_of(blobs).checks):
         if checks is not None:
-            with suppress(StoreError, SettingError):  # a lasting failure was found above
+            with suppress(StoreError, SettingError):  # a permanent failure is reported above
                 findings += checks.check()
     return findings
 
@@ -116,12 +118,12 @@ def _contract(store: Store, clock: Clock) -> Iterator[Finding]:
                 return
     finally:
         for key in (record.key, past.key) if written else ():
-            with suppress(StoreError):  # it expires within a minute
+            with suppress(StoreError):  # it expires within a minute anyway
                 store.delete(key)
 
 
 def _large_values(check: str, blobs: Blobs, clock: Clock) -> Finding:
-    """Whether a large value can be written, read, renewed and discarded."""
+    """Check that a large value can be written, read, renewed and discarded."""
     now = milliseconds(clock)
     name, other = secrets.token_hex(16), secrets.token_hex(16)
     frames = [secrets.token_bytes(1000), secrets.token_bytes(10)]
@@ -160,7 +162,7 @@ def _large_values(check: str, blobs: Blobs, clock: Clock) -> Finding:
                 return Finding("error", check, f"they can't be {what}{found}", _NO_LARGE_VALUES)
         return Finding("ok", check)
     finally:
-        with suppress(StoreError):  # they expire within a minute
+        with suppress(StoreError):  # they expire within a minute anyway
             blobs.discard_blobs([name, other], now)
 
 
@@ -170,14 +172,14 @@ def _is_gone(blobs: Blobs, name: str, now: int) -> bool:
 
 
 def _blob_expires(blobs: Blobs, name: str, size: int, clock: Clock) -> bool:
-    """Whether a blob expires by itself. Files don't: a clean-up removes them."""
+    """Whether a blob expires by itself. Files don't; a clean-up removes them."""
     if parts_of(blobs).upkeep is not None and not is_store(blobs):
         return True
     now, start = milliseconds(clock), time.monotonic()
     blobs.discard_blobs([name], now + _SHORT_LIFE)
     while blobs.read_frame(name, 0, size) is not None:
         waited = time.monotonic() - start
-        stopped = milliseconds(clock) == now  # a test's clock, so nothing expires
+        stopped = milliseconds(clock) == now  # with a test's clock, nothing expires
         if waited > (_SHORT_LIFE / 1000 if stopped else _MAX_SECONDS):
             return stopped
         time.sleep(_SHORT_LIFE / 2000)

@@ -46,7 +46,7 @@ def check_application(
 
 
 def check_offline_for(edge: Edge, settings: Settings) -> Finding:
-    """Compare the time for which an edge works alone with the idle timeout at its centre."""
+    """Compare how long an edge may work offline with the idle timeout at its centre."""
     found = f"{edge.offline_for:g} s, and SESSION_IDLE_TIMEOUT is {settings.idle_timeout:g} s"
     if edge.offline_for <= settings.idle_timeout / 2:
         return Finding("ok", "edge: offline_for", found)
@@ -54,7 +54,7 @@ def check_offline_for(edge: Edge, settings: Settings) -> Finding:
         "warning",
         "edge: offline_for",
         found,
-        "Sessions in use at the edge can expire at the centre first, and their changes are lost: "
+        "Sessions in use at the edge can expire first at the centre, which loses their changes: "
         "keep it below half of that.",
     )
 
@@ -63,7 +63,7 @@ def _keys(app: Flask) -> Iterator[Finding]:
     current, *older = secret_keys(app)
     if not current:
         yield Finding(
-            "error", "SECRET_KEY", "not set", "Sessions need one: use secrets.token_urlsafe(32)."
+            "error", "SECRET_KEY", "not set", "Sessions need a key: use secrets.token_urlsafe(32)."
         )
         return
     for name, key in (("SECRET_KEY", current), *(("SECRET_KEY_FALLBACKS", old) for old in older)):
@@ -93,7 +93,7 @@ def _mode(app: Flask, settings: Settings) -> Iterator[Finding]:
             "warning",
             "SESSION_DEBUG",
             "on, without debug mode",
-            "It logs more about each request than a log should keep: set it to False.",
+            "It logs more about each request than production logs should: set it to False.",
         )
     if app.testing:
         yield Finding(
@@ -158,7 +158,7 @@ def _cookie(app: Flask, interface: SessionInterface) -> Iterator[Finding]:
             "warning",
             "SESSION_COOKIE_DOMAIN",
             domain,
-            "Every host below it gets the token: remove it if one host is enough.",
+            "Every subdomain gets the token: remove the setting if one host is enough.",
         )
 
 

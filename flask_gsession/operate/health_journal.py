@@ -1,4 +1,4 @@
-"""Checks of the journal: whether somebody sweeps, and whether consumers keep up."""
+"""Checks of the journal: whether a process sweeps, and whether consumers keep up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..repository.repository import Repository
 from ..stores.parts import Finding
 
 _CHECK = "journal"
-_LATE = 600_000  # milliseconds for which an expired session may wait
+_LATE = 600_000  # milliseconds that an expired session may wait
 _SWEEP = (
     "Keep a consumer running (flask gsession events --consumer NAME --follow), use a "
     "CleanupWorker, or run flask gsession cleanup from cron."
@@ -17,13 +17,13 @@ _SWEEP = (
 
 
 def check_journal(repository: Repository) -> list[Finding]:
-    """Findings about the journal; none if it is off. Raises nothing for an outage."""
+    """Findings about the journal; empty if it is off. Doesn't raise in an outage."""
     if repository.journaling is None:
         return []
     try:
         return list(_findings(repository)) or [Finding("ok", _CHECK)]
-    except StoreUnavailable as error:  # or a right is missing for the journal alone
-        return [Finding("error", _CHECK, f"it can't be read: {error}", "No consumer gets events.")]
+    except StoreUnavailable as error:  # or the user lacks a right that only the journal needs
+        return [Finding("error", _CHECK, f"it can't be read: {error}", "Consumers get no events.")]
 
 
 def _findings(repository: Repository) -> Iterator[Finding]:

@@ -15,9 +15,9 @@ from ..users.rebuilding import login_of
 from ..users.rosters import is_roster, roster_key
 from ..values.payload import Owner
 
-_MAX_SECONDS = 5.0  # for going through the store
-_MAX_USERS = 200  # whose rosters are looked at
-_SETTLED = 60_000  # milliseconds after which a session is in its roster, or never will be
+_MAX_SECONDS = 5.0  # for scanning the store
+_MAX_USERS = 200  # whose rosters are checked
+_SETTLED = 60_000  # milliseconds after which a session must be in its roster
 _REBUILD = "flask gsession users rebuild"
 
 
@@ -26,9 +26,9 @@ def check_users(
 ) -> list[Finding]:
     """Look for damaged, lost and incomplete lists of users' sessions.
 
-    Goes through the store for five seconds at most, and changes nothing. ``found``: the findings
-    on the store. ``binds_logins``: the application has Flask-Login. Nothing is reported if no
-    session is bound. Never raises for a failing store: the other checks report that.
+    Scans the store for five seconds at most, and changes nothing. ``found``: the findings about the
+    store. ``binds_logins``: whether the application has Flask-Login. Returns nothing if no session
+    is bound. Doesn't raise if the store fails, since other checks report that.
     """
     scans = parts_of(repository.store).scans
     if scans is None:
@@ -42,8 +42,8 @@ def check_users(
 def _check(
     repository: Repository, scans: Scans, found: list[Finding], binds_logins: bool
 ) -> Iterator[Finding]:
-    owners: dict[str, Owner] = {}  # by session key, the latest of some users
-    unreadable: dict[str, UnreadableRecord] = {}  # by the key of the roster
+    owners: dict[str, Owner] = {}  # by session key: the latest session of some users
+    unreadable: dict[str, UnreadableRecord] = {}  # by roster key
     bound = unbound = looked = 0
     end = time.monotonic() + _MAX_SECONDS
     whole = True
@@ -79,8 +79,8 @@ def _check(
         yield Finding(
             "warning",
             "lists of sessions",
-            f"sessions{of} from before users had lists: {unbound}",
-            "Until they are used again, ext.users.devices() doesn't show them. Enter them: "
+            f"sessions{of} that aren't in a list yet: {unbound}",
+            "Until they are used again, ext.users.devices() doesn't show them. Add them: "
             f"{_REBUILD}",
         )
 
@@ -128,15 +128,15 @@ def _rosters(
         yield Finding(
             "error",
             "rosters",
-            f"{lost} of {number} are missing, as after an eviction",
-            f"Their users are signed out at the next use. Before that, restore them: {_REBUILD}",
+            f"{lost} of {number} are missing, perhaps after an eviction",
+            f"Their users are signed out at the next use. Restore them before: {_REBUILD}",
         )
     if not unreadable and not lost:
-        yield Finding("ok", "rosters", f"{number} looked at")
+        yield Finding("ok", "rosters", f"{number} checked")
 
 
 def _note(repository: Repository, key: str, unreadable: dict[str, UnreadableRecord]) -> None:
-    """Note why a roster can't be read. The store itself may refuse its record."""
+    """Note why a roster can't be read. The store itself may raise the error."""
     try:
         record = repository.store.load(key)
         if record is not None:
@@ -162,6 +162,6 @@ def _eviction(found: list[Finding]) -> Iterator[Finding]:
                 "error",
                 "eviction of rosters",
                 finding.found,
-                "Evicting the roster of a user signs the user out everywhere: set "
+                "Evicting a user's roster signs the user out everywhere: set "
                 "maxmemory-policy to noeviction.",
             )

@@ -1,4 +1,4 @@
-"""The pages of administrators: find a user, see the user's sessions, and end them."""
+"""The administrators' pages: find a user, see the user's sessions, and end them."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def admin_blueprint(
     """A blueprint on which administrators see and end the sessions of any user.
 
     ``allow``: called at each request; must return True or False, may abort or redirect, and may be
-    async. ``find``: turns what an administrator typed, such as an address, into a user id, or None
-    for nobody; by default it is the id. ``by``: the name of the administrator for the audit log;
-    by default the user that the session is bound to. Other arguments as in ``devices_blueprint``;
-    ``minutes=None`` asks for no fresh authentication.
+    async. ``find``: turns an administrator's input, such as an address, into a user id, or None if
+    there is no such user; by default, the input is the id. ``by``: returns the administrator's name
+    for the audit log; by default, the user that the session is bound to. Other arguments as in
+    ``devices_blueprint``; ``minutes=None`` requires no fresh authentication.
 
-    ``/events`` shows the journal, where ``SESSION_JOURNAL`` is on.
+    ``/events`` shows the journal, if ``SESSION_JOURNAL`` is on.
 
-    Each session that ends is in the audit log, with the administrator and the reason. Raises
-    ``SettingError`` without a function ``allow``, and at the first request if nobody's name is
-    known. Source: OWASP ASVS 7.4.5.
+    The audit log gets each session that ends, with the administrator and the reason. Raises
+    ``SettingError`` without a function ``allow``, and at the first request if the administrator's
+    name is unknown. Source: OWASP ASVS 7.4.5.
     """
     if not callable(allow):
         raise SettingError(
@@ -61,7 +61,7 @@ def admin_blueprint(
         if not isinstance(who, (str, int)) or isinstance(who, bool) or not str(who).strip():
             raise SettingError(
                 "admin_blueprint: the audit log needs the name of the administrator, and the "
-                "session is bound to nobody; give by=, a function that returns it"
+                "session isn't bound to a user; pass by=, a function that returns it"
             )
         return str(who)
 
@@ -71,7 +71,7 @@ def admin_blueprint(
             return None
         session = pages.session
         allowed = current_app.ensure_sync(allow)()
-        if not isinstance(allowed, bool):  # a function that was not called, or a coroutine
+        if not isinstance(allowed, bool):  # such as a function that was not called, or a coroutine
             raise SettingError(
                 f"admin_blueprint: allow returned a value of type {type(allowed).__name__}; it "
                 "must return True or False"
@@ -122,7 +122,7 @@ def admin_blueprint(
     def events() -> ResponseReturnValue:
         journaling = repository_of(pages.session).journaling
         if journaling is None:
-            abort(404, "No journal is kept: SESSION_JOURNAL is off.")
+            abort(404, "There is no journal: SESSION_JOURNAL is off.")
         try:
             before = max(0, int(request.args.get("before", "0")))
         except ValueError:

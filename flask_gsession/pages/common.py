@@ -1,4 +1,4 @@
-"""Shared by the pages for people: templates, style, sign-in, fresh authentication, times."""
+"""Shared by the pages: templates, style, sign-in, fresh authentication, times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flask import Blueprint, abort, current_app, redirect, render_template, requ
 from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response
 
-from ..authentication import look_at_user
+from ..authentication import load_user
 from ..config import csrf_field
 from ..errors import SettingError
 from ..extension import NAME, Session
@@ -21,14 +21,14 @@ from .forms import FIELD, form_token
 
 BASE = "gsession/base.html"
 _STEPS = ((60, "minute"), (3600, "hour"), (86_400, "day"))
-_LONGEST_AGO = 7 * 86_400  # seconds; from then on, a date says more
+_LONGEST_AGO = 7 * 86_400  # seconds; for older times, a date is clearer
 
 
 class Pages:
     """One set of pages: its blueprint, and the session and users that it works on.
 
     ``ext``: None for the application's first ``Session``. ``minutes``: how long a confirmation is
-    good for; None asks for none.
+    valid; None requires none.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Pages:
         self._base = base
         self._fresh = None if minutes is None else (minutes, method, confirm_view)
         if minutes is not None:
-            require_fresh(minutes, method)  # checks them now
+            require_fresh(minutes, method)  # checks the arguments now
         self.blueprint = Blueprint(
             name,
             __name__,
@@ -69,7 +69,7 @@ class Pages:
     def session(self) -> SessionData:
         """The session of this request. Flask-Login may end its sign-in first."""
         if self.ext is self._first:
-            look_at_user()
+            load_user()
         session: Any = self.ext.session
         opened = session._get_current_object()
         if not isinstance(opened, SessionData):
@@ -77,14 +77,16 @@ class Pages:
         return opened
 
     def fresh(self) -> ResponseReturnValue | None:
-        """The response to a user who must confirm who they are first. Or raises the challenge."""
+        """The response to users who must first confirm who they are, unless this raises the
+        challenge.
+        """
         if self._fresh is None:
             return None
         minutes, method, view = self._fresh
         session = None if self.ext is self._first else self.ext.session
 
         def passed() -> None:
-            """Nothing instead of a challenge."""
+            """Called if no challenge is needed."""
 
         return require_fresh(minutes, method, view=view, session=session)(passed)()
 
@@ -105,7 +107,7 @@ class Pages:
         return page, status
 
     def _protect(self, response: Response) -> Response:
-        """No copy of a page stays behind, and no other site shows it in a frame."""
+        """Forbid caches to store the page, and other sites to frame it."""
         if request.endpoint != f"{request.blueprint}.static":
             response.cache_control.no_store = True
             response.headers.setdefault("X-Frame-Options", "DENY")
@@ -122,7 +124,7 @@ class Pages:
 
 
 def sign_in(view: str | None, back: str) -> ResponseReturnValue:
-    """Send a visitor who isn't signed in to the sign-in page: yours, or Flask-Login's."""
+    """Redirect a visitor who isn't signed in to the sign-in page: yours, or Flask-Login's."""
     if view is not None:
         if request.method in ("GET", "HEAD"):
             back = request.script_root + request.full_path.rstrip("?")
@@ -135,7 +137,7 @@ def sign_in(view: str | None, back: str) -> ResponseReturnValue:
 
 
 def ago(when: datetime, now: datetime) -> str:
-    """Such as "5 minutes ago"; a date if that is more than a week ago."""
+    """A time such as "5 minutes ago"; a date if it is more than a week ago."""
     seconds = (now - when).total_seconds()
     if seconds < 60:
         return "just now"
@@ -147,5 +149,5 @@ def ago(when: datetime, now: datetime) -> str:
 
 
 def moment(when: datetime) -> str:
-    """Such as "3 May 2026, 14:05 UTC"."""
+    """A time such as "3 May 2026, 14:05 UTC"."""
     return f"{when.day} {when:%b %Y, %H:%M} UTC"

@@ -1,4 +1,4 @@
-"""The page "your devices": where a user is signed in, and the buttons that end it."""
+"""The page "your devices": where a user is signed in, with buttons to sign out there."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def devices_blueprint(
     base: str = BASE,
     name: str = "gsession_devices",
 ) -> Blueprint:
-    """A blueprint on which users see their sessions, and end one or all others.
+    """A blueprint on which users see their sessions, and end one of them or all others.
 
     To end a session, the user must have confirmed who they are: ``minutes``, ``method`` and
-    ``confirm_view`` are those of ``require_fresh``. ``sign_in_view``: the endpoint for visitors who
+    ``confirm_view`` are as in ``require_fresh``. ``sign_in_view``: the endpoint for visitors who
     aren't signed in, with the way back in ``next``; by default Flask-Login's, or a 401. ``base``:
     the template that the pages extend. ``ext``: by default the application's first ``Session``.
     ``name``: of the blueprint; its endpoints are ``devices``, ``end`` and ``end_others``.
 
-    Forms carry a token of their own, and also your ``csrf_token()`` if templates have one, as with
-    Flask-WTF. Responses are never stored or framed. Raises ``SettingError`` for wrong arguments.
-    The list costs one round trip beside the session's; ending as ``ext.users.revoke``. Source:
-    OWASP ASVS 7.4.3, 7.5.2.
+    Forms carry their own token, and also your ``csrf_token()`` if templates have one, such as
+    Flask-WTF's. Responses are never stored or framed. Raises ``SettingError`` for wrong arguments.
+    The list costs one round trip in addition to the session's, and ending a session as many as
+    ``ext.users.revoke``. Source: OWASP ASVS 7.4.3, 7.5.2.
     """
     pages = Pages(name, ext, url_prefix, base, minutes, method, confirm_view)
     blueprint = pages.blueprint
@@ -52,7 +52,7 @@ def devices_blueprint(
             return sign_in(sign_in_view, url_for(".devices"))
         if request.method == "POST":
             check_form(session)
-        # The list shows what the session may see anyway; to end a session takes a fresh user.
+        # The session may see the list anyway. Ending a session needs fresh authentication.
         return None if request.endpoint == f"{request.blueprint}.devices" else pages.fresh()
 
     def listed() -> list[UserDevice]:
@@ -72,7 +72,7 @@ def devices_blueprint(
             abort(409, "This is the device that you are using. To end it, sign out.")
         device = next((device for device in listed() if device.id == device_id), None)
         if request.method == "POST":
-            # Without a listed device, this may finish what an outage interrupted.
+            # If the device isn't listed, this may finish a revocation that an outage interrupted.
             if pages.ext.users.revoke(session.owner or "", device_id, reason=_REASON):
                 label = device and device.label
                 flash(f"{label or 'The device'} is signed out.", "success")

@@ -1,7 +1,7 @@
 """Protects the forms of the pages against forged requests (CSRF), without Flask-WTF.
 
-A form's token is an HMAC under the secret key, over a salt and the session: over its user and
-device if it is bound, which costs no write. Otherwise, over a random value in the session. So it
+A form's token is an HMAC under the secret key, over a salt and the session: over the user and
+device of a bound session, which costs no write, or else over a random value in the session. So it
 stays valid through rotations and ends with the session. Source: OWASP, Cross-Site Request Forgery
 Prevention Cheat Sheet (signed double submit, bound to the session).
 """
@@ -35,9 +35,9 @@ def form_token(session: SessionData) -> str:
 
 
 def check_form(session: SessionData) -> None:
-    """Answer 415 to anything but a form, and 400 to one without the token of this session."""
+    """Respond 415 to anything but a form, and 400 to a form without this session's token."""
     if request.mimetype not in _FORMS:
-        abort(415, "This address takes only the form of its page.")
+        abort(415, "This address accepts only the form on its page.")
     given = request.form.get(FIELD, "")
     salt, _, signature = given[:_LONGEST].partition(".")
     bound = _bound_to(session)
@@ -48,7 +48,7 @@ def check_form(session: SessionData) -> None:
 
 
 def _bound_to(session: SessionData) -> str:
-    """Identifies this session for as long as it lives; "" if nothing does yet."""
+    """An id for this session that never changes; "" if it has none yet."""
     owner = session.owner
     if owner is not None:
         return f"user\0{session.device_id}\0{owner}"

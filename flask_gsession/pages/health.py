@@ -15,10 +15,10 @@ from ..interface import GSessionInterface
 def health_blueprint(url_prefix: str = "/health") -> Blueprint:
     """A blueprint with the pages ``live`` and ``ready`` under ``url_prefix``.
 
-    ``live`` returns 200 while the process can answer. ``ready`` returns 200, or 503 with
+    ``live`` responds 200 as long as the process can respond. ``ready`` responds 200, or 503 with
     ``Retry-After`` while a store of the application doesn't answer. It costs one round trip per
-    store, or none while the store's circuit is open. An edge node is ready while it can serve, so
-    also without its centre: then the status is ``"cut off"``.
+    store, or none while the store's circuit is open. An edge node is ready while it can serve, even
+    without its centre: then the status is ``"cut off"``.
     """
     blueprint = Blueprint("gsession_health", __name__, url_prefix=url_prefix)
 

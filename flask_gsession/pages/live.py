@@ -27,7 +27,7 @@ from ..stores.base import Record
 
 _STATIC = Path(__file__).parent / "static"
 _SCRIPT_AGE = 3600  # seconds that browsers keep the script without a request
-_COME_AGAIN = 30  # seconds after a refusal, for Retry-After
+_RETRY_AFTER = 30  # seconds, after a refusal
 _LONGEST = 20  # digits
 _UNREAD_BEATS = 2  # heartbeats that a browser may leave unread
 
@@ -41,9 +41,9 @@ def live_blueprint(
 ) -> Blueprint:
     """A blueprint with the pages ``stream``, ``state`` and ``live.js`` under ``url_prefix``.
 
-    ``keys``: the keys of the session that pages may hear of; ``user_keys``: the keys of a user's
-    values. Pages get versions, and never values. Without keys they hear of ends, sign-ins, devices
-    and messages. ``ext``: whose sessions; by default, of the application's first ``Session``.
+    ``keys``: the session's keys whose changes pages may see; ``user_keys``: likewise for a user's
+    values. Pages get versions, never values. Without keys they get ends, sign-ins, devices and
+    messages. ``ext``: by default, the application's first ``Session``.
 
     Requests don't count as use of the session. ``state`` costs one round trip, and three more for a
     user. Templates get the function ``live_state()``, for the script's attribute ``data-state``.
@@ -66,14 +66,14 @@ def live_blueprint(
 
     @blueprint.app_template_global("live_state")
     def live_state() -> str:
-        """The state that this page shows, as JSON; "" if only the script's first look can show it.
+        """The state that this page shows, as JSON; "" if the script must request it.
 
-        It is the state that the request began with, without the keys that it changed. Three round
-        trips if the session has a user.
+        It is the state at the start of the request, without the keys that the request changed.
+        Three round trips if the session has a user.
         """
         own, _ = _owner(ext)
         opened: Any = own.session._get_current_object()  # type: ignore[attr-defined]  # a proxy
-        len(opened)  # loads it, as any look does
+        len(opened)  # loads it
         life = lifecycle_of(opened)
         loaded, wishes = life.seen, life.wishes
         if request.method not in ("GET", "HEAD") or life.ended or wishes.cleared or wishes.binding:
@@ -102,13 +102,13 @@ def live_blueprint(
         settings, hints = interface.repository.settings, own.live.hints()
         most = _most_streams(settings)
         if not most:
-            _refuse(501, "This worker can't stream, since it has no thread to spare: poll instead")
+            _refuse(501, "This worker can't stream, because it has no spare thread: poll instead")
         loaded = _presented(interface)
         if loaded is None:
             _refuse(401, "There is no session")
         owner, life = loaded.body.owner, settings.live_stream_life
         if loaded.record.key != _presented_key(interface):
-            life = settings.rotation_grace  # the old token is valid no longer than that
+            life = settings.rotation_grace  # no longer than the old token is valid
         who = loaded.record.key if owner is None else f"user {owner.user_id}"
         connection = connection_of(request.environ)
         connection.expect_reader(_UNREAD_BEATS * settings.live_heartbeat)
@@ -124,10 +124,10 @@ def live_blueprint(
         except Full as full:
             if full.of_user:
                 _refuse(429, "There are too many streams of this user: poll instead")
-            _refuse(503, "This worker has as many streams as it can: poll instead")
+            _refuse(503, "This worker has no room for another stream: poll instead")
         response = Response(body, mimetype="text/event-stream", direct_passthrough=True)
         response.headers["Cache-Control"] = "no-store"
-        response.headers["X-Accel-Buffering"] = "no"  # nginx would keep events back
+        response.headers["X-Accel-Buffering"] = "no"  # nginx would buffer events
         interface._add_vary(response)
         return response
 
@@ -166,16 +166,17 @@ def live_blueprint(
 
 
 def _begin(ext: Session | None) -> tuple[Session, GSessionInterface]:
-    """The sessions of this request, which must come from a page of the same origin, or from a user.
+    """The sessions of this request, which must come from a page of the same origin, or be typed in
+    by the user.
 
-    A hook of the application may have looked at the session: that doesn't count as use either.
+    If a hook of the application has read the session, that doesn't count as use either.
     """
     own, interface = _owner(ext)
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site is None and origin is not None:
         site = "same-origin" if origin == request.host_url.rstrip("/") else "other"
-    if site not in (None, "same-origin", "none"):  # none: an address that the user typed
-        _refuse(403, "Only pages of the same origin may ask")
+    if site not in (None, "same-origin", "none"):  # none: the user typed the address
+        _refuse(403, "Only pages of the same origin may request this")
     opened = session_of_request()
     life = existing_lifecycle(opened) if isinstance(opened, SessionData) else None
     if life is not None:
@@ -203,7 +204,7 @@ def _presented_key(interface: GSessionInterface) -> str | None:
 
 
 def _most_streams(settings: Settings) -> int:
-    """How many streams this process may have; 0: it can't stream."""
+    """How many streams this process may have; 0 if it can't stream."""
     half = threads(request.environ) // 2
     return half if settings.live_streams is None or not half else settings.live_streams
 
@@ -213,24 +214,24 @@ def _refuse(status: int, error: str) -> NoReturn:
     response.status_code = status
     response.headers["Cache-Control"] = "no-store"
     if status in (429, 503):
-        response.headers["Retry-After"] = str(_COME_AGAIN)
+        response.headers["Retry-After"] = str(_RETRY_AFTER)
     abort(response)
 
 
 def _after(text: str | None) -> int | None:
-    """The number of a message in a request."""
+    """The number of a message, from a request."""
     return int(text) if text and text.isdecimal() and len(text) <= _LONGEST else None
 
 
 def _names(keys: Iterable[str]) -> tuple[str, ...]:
     names = tuple(keys)
     if isinstance(keys, str) or any(not isinstance(name, str) for name in names):
-        raise SettingError("keys and user_keys are lists of names, as in keys=['cart']")
+        raise SettingError("keys and user_keys must be lists of names, such as keys=['cart']")
     return names
 
 
 def _forget(versions: dict[str, str | None], names: tuple[str, ...], life: Lifecycle) -> None:
-    """Let pages not compare what the request itself changed: it is stored only after the page."""
+    """Drop the keys that the request itself changed, which are stored only after the page."""
     for name in life.pending():
         if name in names:
             versions[name] = None

@@ -12,9 +12,9 @@ from ..stores.wrappers import CallWrapper
 class HookedStore(CallWrapper):
     """A wrapper that runs your hooks before and after calls of ``store``.
 
-    ``calls`` lists the operations in order. A hook is called once, without arguments. If it
-    raises, the call fails; after the call, the store has made the change already. If a hook after
-    a call returns a ``Deleted`` or ``Replaced``, that replaces the result.
+    ``calls`` lists the operations in order. A hook is called once, without arguments. If it raises,
+    the call fails; a hook after the call runs when the store has made the change. If a hook after a
+    call returns a ``Deleted`` or ``Replaced``, that replaces the result.
     """
 
     def __init__(self, store: Store) -> None:

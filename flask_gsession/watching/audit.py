@@ -1,6 +1,6 @@
 """The audit log: sign-ins, refusals, sign-outs and revocations, with the user and the actor.
 
-Its records have stable fields for log formatters, and no token and no value.
+Its records have stable fields for log formatters. They hold no tokens and no values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger("flask_gsession.audit")
 
 
 def write_audit_log(events: Events) -> None:
-    """Write a record for each of these events that concerns the sign-in of a user."""
+    """Write a record for each event that concerns a user's sign-in."""
     events.subscribe(SessionBound, _bound)
     events.subscribe(SignInRejected, _refused)
     events.subscribe(DeviceLimitReached, _limited)
@@ -83,8 +83,8 @@ def _write(action: str, level: int = logging.INFO, **fields: Any) -> None:
         return
     fields["client"] = request.remote_addr if has_request_context() else None
     for name, value in fields.items():
-        if not isinstance(value, str | int | None):  # such as a translation made late
+        if not isinstance(value, str | int | None):  # such as a lazy translation
             fields[name] = str(value)
-    # As JSON, no text of a user can look like a further field or line.
+    # As JSON, so that text from a user can't look like another field or line.
     shown = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
     logger.log(level, "%s %s", action, shown, extra={"action": action, **fields})

@@ -54,7 +54,7 @@ def _never_raises(function: Callable[..., None]) -> Callable[..., None]:
 def prepare(
     app: Flask, cookie: Callable[[], str], present: Callable[[Flask, Request], Presented]
 ) -> None:
-    """Dump the sessions of this cookie in all requests of ``app``.
+    """Dump the sessions with this cookie in all requests of ``app``.
 
     ``present`` reads the token of a request.
     """
@@ -109,7 +109,7 @@ def traced(request: Request) -> list[SessionData]:
 
 @_never_raises
 def _finish(error: BaseException | None) -> None:
-    """Report the sessions that no save has reported: unused, or failed."""
+    """Report sessions that no save has reported, because they were unused or the request failed."""
     for session in vars(request).pop(_TRACED, ()):
         report(session, None, error)
 
@@ -129,9 +129,9 @@ def log_dump(level: int, text: str, facts: Facts) -> None:
 def facts_of(
     session: SessionData, response: Response | None, error: object = None, *, saved: bool = True
 ) -> Facts:
-    """The facts about a session now. Times are in seconds, sizes in bytes. Holds no secrets.
+    """The facts about a session now, without secrets. Times are in seconds, sizes in bytes.
 
-    ``saved``: whether the request is over. Until then, its changes are pending.
+    ``saved``: whether the request has ended. Until then, its changes are pending.
     """
     life = lifecycle_of(session)
     trace, repository, record = life.trace, life.repository, life.seen.record
@@ -181,7 +181,7 @@ def facts_of(
     facts["round_trips"] = sum(call.trips or 0 for call in trace.calls)
     facts["events"] = [_of_event(event) for event in trace.events]
     if life.near is not None and life.near.hit:
-        facts["near"] = "the first look asked nobody"
+        facts["near"] = "used for the first read"
     if trace.refusal is not None:
         facts["refused"] = trace.refusal._asdict()
     if trace.failure is not None:
@@ -200,7 +200,7 @@ def facts_of(
 
 
 def _name_of_request() -> str:
-    """The method and the rule. The path may hold a secret."""
+    """The method and the URL rule, because the path may hold a secret."""
     if not has_request_context():
         return "outside a request"
     rule = request.url_rule
@@ -208,7 +208,7 @@ def _name_of_request() -> str:
 
 
 def _describe_token(presented: Presented) -> str:
-    """The token that came with a request, as text."""
+    """A description of the request's token."""
     checked = presented.checked
     where = "header" if presented.by_header else "cookie"
     if checked is None:
@@ -248,14 +248,14 @@ def _about(
     *,
     with_value: bool = True,
 ) -> Facts:
-    """A key and its value, as far as a log may show them."""
+    """The facts about a key and its value that a log may show."""
     trace, values = life.trace, life.values
     assert trace is not None
     about: Facts = {"key": shown_name(key), "type": trace.types.get(key), "bytes": size}
     if before is not None:
         about["bytes_before"] = before
     raw = values.stored.get(key)
-    large = refers(raw)  # not loaded for a dump
+    large = refers(raw)  # don't load it for a dump
     if large:
         about["large"] = True
     try:
@@ -278,7 +278,7 @@ def _about(
 
 
 def _not_stored(life: Lifecycle, trace: Trace) -> list[str]:
-    """The keys with changes that are not stored, or not yet."""
+    """The keys with changes that are not stored, or not stored yet."""
     pending = []
     if life.opened:
         try:

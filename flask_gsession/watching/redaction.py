@@ -1,7 +1,7 @@
 """Hides the values of a session in logs and command output.
 
-A value is shown only if its key is declared, and neither a name nor a type in it suggests a secret.
-For all other values, only the type is shown.
+Shows a value only if its key is declared, and neither a name nor a type in it suggests a secret. Of
+other values, shows only the type.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _PLAIN = {int, float, bool, type(None), Decimal, UUID}
 _PLAIN |= {dt.datetime, dt.date, dt.time, dt.timedelta}
 _BRACKETS: dict[type, str] = {list: "[]", tuple: "()", set: "{}", frozenset: "{}"}
 _MAX_NAME, _MAX_TEXT, _MAX_ITEMS, _MAX_DEPTH = 60, 100, 10, 4
-_MAX_BITS = 2000  # of a number shown in decimal: Python refuses to convert very long ones
+_MAX_BITS = 2000  # of a number in decimal; Python refuses to convert very long ones
 
 
 def is_secret(name: str) -> bool:
-    """Whether the name suggests a secret, which is never shown."""
+    """Whether the name suggests a secret."""
     return _SECRET.search(name) is not None
 
 
 def shown_name(key: str) -> str:
-    """A session key for a log: in one line, shortened, without parts that look random.
+    """A session key for a log: on one line, shortened, and without parts that look random.
 
     Some packages put a secret into the key itself, such as Authlib's login state.
     """

@@ -208,8 +208,8 @@ def test_a_revocation_that_is_interrupted_is_to_be_repeated(site: Site, console:
 
     site.store.before("delete", down)
     failed = console.failed("revoke", "--user", "ada", "--yes")
-    assert "not all sessions have ended: 2 sessions were to end" in failed
-    assert "Repeat it" in failed
+    assert "not all sessions have ended: up to 2 sessions are still to end" in failed
+    assert "Repeat the call" in failed
     assert console.done("revoke", "--user", "ada", "--yes") == "2 sessions ended\n"
     assert [owner(visitor) for visitor in visitors] == [None, None]
 

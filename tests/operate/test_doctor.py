@@ -108,7 +108,7 @@ def test_a_store_that_is_well(site: Site) -> None:
 def test_a_place_of_large_values_that_is_well(tmp_path: Path) -> None:
     app = application("memory://", SESSION_SPILL_STORE=f"file://{tmp_path}/large")
     assert wrong(app) == {}
-    assert "ok       place of large values" in examine(app).output
+    assert "ok       storage of large values" in examine(app).output
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"gsession"}
 
@@ -435,11 +435,11 @@ MISTAKES: dict[str, tuple[Callable[[Need], Any], dict[str, str]]] = {
     ),
     "no folder for large values": (
         with_a_file_for_a_folder,
-        {"place of large values": "error"},
+        {"storage of large values": "error"},
     ),
     "a place that keeps no large values": (
         with_an_emptied_place,
-        {"place of large values": "error"},
+        {"storage of large values": "error"},
     ),
     "a MongoDB whose majority forgets": (
         on_a_majority_in_memory,
@@ -602,7 +602,9 @@ def test_an_outage_on_the_way_leaves_nothing_behind(detail: str) -> None:
 
     store.before("save", fail)
     assert check_store(store) == [
-        Finding("error", "answers", detail, "Check that it is running, and that its URL is right.")
+        Finding(
+            "error", "answers", detail, "Check that it is running, and that its URL is correct."
+        )
     ]
     inner: Any = store.store
     assert inner._records == {}
@@ -655,7 +657,7 @@ def test_a_right_that_is_missing_is_no_matter_of_the_url(
         redis_client.acl_deluser(user)
     (answers,) = (row for row in json.loads(rows) if row["check"] == "answers")
     assert answers["severity"] == "error"
-    assert answers["advice"].startswith("The store answers: give its user that right")
+    assert answers["advice"].startswith("The store answers: grant its user that right")
 
 
 # -- the settings that a server reports

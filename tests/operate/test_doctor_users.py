@@ -40,7 +40,7 @@ def test_lists_that_are_well(site: Site) -> None:
     for user in ("ada", "ada", "bob"):
         signed_in(site, user)
     before = site.stored()
-    assert checked(site) == {("ok", "rosters"): "2 looked at"}
+    assert checked(site) == {("ok", "rosters"): "2 checked"}
     assert site.stored() == before
 
 
@@ -51,7 +51,7 @@ def test_a_damaged_list(site: Site) -> None:
     assert checked(site) == {("error", "rosters"): "1 of 2: corrupt"}
     with site.app.app_context():
         site.ext.users.rebuild()
-    assert checked(site) == {("ok", "rosters"): "2 looked at"}
+    assert checked(site) == {("ok", "rosters"): "2 checked"}
 
 
 def test_other_records_are_no_lists(site: Site) -> None:
@@ -60,7 +60,7 @@ def test_other_records_are_no_lists(site: Site) -> None:
     repository = repository_of(site)
     mark = mark_key("cookie", "an old session")
     repository.create(repository.other_records.draft(mark, b"x", repository.expiry.latest_end()))
-    assert checked(site) == {("ok", "rosters"): "1 looked at"}
+    assert checked(site) == {("ok", "rosters"): "1 checked"}
 
 
 def test_a_list_of_a_newer_version(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +86,9 @@ def test_a_list_that_was_evicted(site: Site) -> None:
     for user in ("ada", "bob", "bob"):
         signed_in(site, user)
     site.store.store.delete(roster_key("bob"))
-    assert checked(site) == {("ok", "rosters"): "2 looked at"}, "a sign-in may be under way"
+    assert checked(site) == {("ok", "rosters"): "2 checked"}, "a sign-in may be under way"
     site.clock.advance(61)
-    assert checked(site) == {("error", "rosters"): "1 of 2 are missing, as after an eviction"}
+    assert checked(site) == {("error", "rosters"): "1 of 2 are missing, perhaps after an eviction"}
 
 
 def test_sessions_of_an_earlier_version(site: Site, make_site: SiteMaker) -> None:
@@ -98,11 +98,11 @@ def test_sessions_of_an_earlier_version(site: Site, make_site: SiteMaker) -> Non
     earlier.visitor().run(lambda session: session.update(cart=["mug"]))
     assert checked(site) == {}, "without Flask-Login, it is any key"
     LoginManager(site.app)
-    expected = "sessions from before users had lists: 2"
+    expected = "sessions that aren't in a list yet: 2"
     assert checked(site) == {("warning", "lists of sessions"): expected}
     with site.app.app_context():
         assert site.ext.users.rebuild() == 2
-    assert checked(site) == {("ok", "rosters"): "2 looked at"}
+    assert checked(site) == {("ok", "rosters"): "2 checked"}
 
 
 def test_a_large_store_is_looked_at_in_part(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

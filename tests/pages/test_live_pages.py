@@ -211,8 +211,8 @@ def test_a_change_while_a_watch_begins_is_not_missed(
 def test_what_was_not_heard_is_found_at_the_next_look(
     live: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hints_module._Ear, "changed", lambda *_: None)
-    monkeypatch.setattr(hints_module._Ear, "lost", lambda *_: None)
+    monkeypatch.setattr(hints_module._ChangedRecords, "changed", lambda *_: None)
+    monkeypatch.setattr(hints_module._ChangedRecords, "lost", lambda *_: None)
     monkeypatch.setattr(hints_module, "POLL", 0.1)
     monkeypatch.setattr(hints_module, "_TICK", 0.05)
     with live.app.app_context():

@@ -351,7 +351,7 @@ def test_what_allow_find_and_by_may_return(one: SiteMaker, kind: str) -> None:
             admin.post("/admin/sessions/end", data=form)
     given["allow"] = True
     for given["by"] in (None, "", " ", True, object()):
-        with pytest.raises(SettingError, match="give by="):
+        with pytest.raises(SettingError, match="pass by="):
             admin.get("/admin/sessions")
     given["by"] = "the night shift"
     assert owner(ada) == "ada"

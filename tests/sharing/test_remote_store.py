@@ -549,7 +549,7 @@ def test_writes_are_settled() -> None:
         assert writes.settle([2], 0.01)
     assert writes.settle([1], 0.01)
     for version in (1, 2):
-        with pytest.raises(StoreUnavailable, match="given up"), writes.of(version):
+        with pytest.raises(StoreUnavailable, match="cancelled"), writes.of(version):
             raise AssertionError("it began")
     with writes.of(3):
         pass

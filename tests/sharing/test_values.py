@@ -207,7 +207,7 @@ def test_what_is_not_granted_is_refused_counted_and_logged(
     events = [event for event in site.events if isinstance(event, AccessDenied)]
     assert len(events) == len(denied) + 2
     assert events[0] == AccessDenied("billing", "Get: reading 'secret'")
-    assert len([r for r in caplog.records if "refused" in r.message]) == len(events)
+    assert len([r for r in caplog.records if "Refused" in r.message]) == len(events)
     assert "hidden" not in caplog.text
     assert str(visitor.cookie) not in caplog.text
     assert visitor.run(lambda session: (session["cart"], session["paid"])) == (["mug"], False)

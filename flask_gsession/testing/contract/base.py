@@ -1,4 +1,4 @@
-"""The base of all parts of the contract."""
+"""The base of all parts of the contract suite."""
 
 from __future__ import annotations
 

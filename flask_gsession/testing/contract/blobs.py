@@ -19,7 +19,7 @@ from .base import Contract, clean_up
 class BlobContract(Contract):
     @contextmanager
     def _with_blobs(self) -> Iterator[tuple[Any, FakeClock]]:
-        """The place for large values; None without that part."""
+        """The part ``blobs``; None if the store lacks it."""
         with self._store() as (store, clock):
             yield parts_of(store).blobs, clock
 
@@ -118,7 +118,7 @@ class BlobContract(Contract):
             blobs.renew_blobs([long], end + 10_000)
             clock.advance(10)
             if not clean_up(upkeep, dry_run=False).get("expired large values"):
-                return  # the server removes them by itself
+                return  # the server itself removes them
             clock.advance(-10)
             assert blobs.read_frame(short, 0, 5) is None
             assert blobs.read_frame(short, 5, 5) is None

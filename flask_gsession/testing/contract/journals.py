@@ -17,7 +17,7 @@ _MOST = 1000
 
 
 def entries_of(journal: Journal, after: int = 0) -> list[bytes]:
-    """All entries after this number, whose numbers must follow on each other."""
+    """All entries after this number. Checks that their numbers are consecutive."""
     found: list[bytes] = []
     journal.recover()
     while True:
@@ -32,7 +32,7 @@ def entries_of(journal: Journal, after: int = 0) -> list[bytes]:
 
 
 def sweep(journal: Journal, limit: int = 100) -> list[str]:
-    """Enter all expired sessions; their keys."""
+    """Add all expired sessions to the journal. Returns their keys."""
     keys = []
     while due := journal.due(limit):
         assert journal.expire([(record, record.key.encode()) for record in due]) == len(due)
@@ -43,16 +43,16 @@ def sweep(journal: Journal, limit: int = 100) -> list[str]:
 class JournalContract(Contract):
     @contextmanager
     def _journal(self) -> Iterator[tuple[Store, Journal, FakeClock, int]]:
-        """The store, its journal, the clock, and the last number of before."""
+        """The store, its journal, the clock, and the last number before the test."""
         with self._store() as (store, clock):
             journal = parts_of(store).journal
             if journal is not None:
                 journal.begin(_MOST)
                 yield store, journal, clock, journal.figures().last
             else:
-                yield store, None, clock, 0  # type: ignore[misc]  # the tests look
+                yield store, None, clock, 0  # type: ignore[misc]  # the tests check for None
 
-    def test_each_write_enters_what_it_did(self) -> None:
+    def test_each_write_adds_its_entries(self) -> None:
         with self._journal() as (store, journal, clock, start):
             if journal is None:
                 return
@@ -67,7 +67,7 @@ class JournalContract(Contract):
             journal.replace(saved.key, new, saved.version, pointer, [b"rotated"])
             assert live(store, clock, new) == new
             assert store.load(saved.key) == pointer
-            clock.advance(-5)  # as of another server, whose clock is behind
+            clock.advance(-5)  # like another server whose clock is behind
             assert journal.end(new.key, new.version, [b"ended"])
             assert live(store, clock, new) is None
             assert entries_of(journal, start) == [b"created", b"bound", b"rotated", b"ended"]
@@ -96,7 +96,7 @@ class JournalContract(Contract):
             assert live(store, clock, again) == again
             assert entries_of(journal, start) == [b"created", b"ended", b"imported"]
 
-    def test_a_refused_write_enters_nothing(self) -> None:
+    def test_a_refused_write_adds_no_entry(self) -> None:
         with self._journal() as (_, journal, clock, start):
             if journal is None:
                 return
@@ -116,7 +116,7 @@ class JournalContract(Contract):
                 journal.replace(other.key, a_record(clock), 1, None, [b"no"])
             assert entries_of(journal, start) == [b"created"]
 
-    def test_an_expired_session_stays_until_it_is_entered(self) -> None:
+    def test_an_expired_session_stays_until_its_entry_is_added(self) -> None:
         with self._journal() as (store, journal, clock, start):
             if journal is None:
                 return
@@ -162,7 +162,7 @@ class JournalContract(Contract):
             assert journal.due(10) == []
             assert entries_of(journal, start) == [b"ended"]
 
-    def test_sessions_of_before_are_picked_up(self) -> None:
+    def test_sessions_stored_without_a_journal_are_picked_up(self) -> None:
         with self._journal() as (store, journal, clock, start):
             if journal is None:
                 return
@@ -175,7 +175,7 @@ class JournalContract(Contract):
             assert sorted(sweep(journal)) == sorted([saved.key, renewed.key])
             assert len(entries_of(journal, start)) == 2
 
-    def test_leases_are_heeded(self) -> None:
+    def test_writes_check_their_lease(self) -> None:
         with self._journal() as (store, journal, clock, start):
             leases = parts_of(store).leases
             if journal is None or leases is None:

@@ -24,7 +24,7 @@ from .base import Contract, changed, live, raises
 class LeaseContract(Contract):
     @contextmanager
     def _leasing(self) -> Iterator[tuple[Store, Any, FakeClock, Record]]:
-        """A store, its leases (None without that part) and a stored record."""
+        """A store, its part ``leases`` (None if it lacks it) and a stored record."""
         with self._store() as (store, clock):
             record = a_record(clock)
             store.create(record)
@@ -100,7 +100,7 @@ class LeaseContract(Contract):
                 return
             leases.acquire(record.key, "one", 5000, 10)
             leases.acquire(record.key, "gone", 5000, 10)
-            clock.advance(-4)  # another host's clock; this frees no lease
+            clock.advance(-4)  # another host's clock; this must not free a lease
             assert leases.acquire(record.key, "two", 5000, 10) > 0
             clock.advance(-3600)
             assert leases.extend(record.key, "one", 5000) is True  # no other owner took it

@@ -20,7 +20,7 @@ _Written = tuple[list[str], Record, Callable[[], object]]
 
 
 def _created(store: Store, clock: FakeClock) -> _Written:
-    """A write: the keys it changes, the resulting session, and a function that repeats it."""
+    """Make a write. Returns its keys, the resulting session, and a function that repeats it."""
     record = a_record(clock)
     store.create(record)
     return [record.key], record, lambda: store.create(record)
@@ -167,6 +167,6 @@ class RepeatContract(Contract):
                         repeat()
                     after = _all_unexpired(store, clock, keys)
                     if write is _created and before[0] is None:
-                        # As if the write had come later: no client had its token.
+                        # This equals a write that came later, since no client had its token.
                         after[0] = None
                     assert after == before, (write.__name__, event.__name__)

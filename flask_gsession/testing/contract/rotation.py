@@ -82,7 +82,7 @@ class RotationContract(Contract):
             assert store.load(old.key) == saved
             assert store.load(new.key) is None
 
-    def test_replace_refuses_what_is_gone(self) -> None:
+    def test_replace_refuses_an_ended_session(self) -> None:
         with self._store() as (store, clock):
             old, new = a_record(clock, idle=10), a_record(clock)
             with raises(Gone):

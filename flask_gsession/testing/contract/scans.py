@@ -39,7 +39,7 @@ class ScanContract(Contract):
             for record in (*records, new, pointer):
                 assert found[record.key] == record
 
-    def test_a_scan_leaves_out_the_expired(self) -> None:
+    def test_a_scan_leaves_out_expired_records(self) -> None:
         with self._store() as (store, clock):
             scans = parts_of(store).scans
             if scans is None:
@@ -52,7 +52,7 @@ class ScanContract(Contract):
             assert long.key in found
             assert short.key not in found
 
-    def test_a_scan_by_the_beginning_of_the_key(self) -> None:
+    def test_a_scan_by_key_prefix(self) -> None:
         with self._store() as (store, clock):
             scans = parts_of(store).scans
             if scans is None:

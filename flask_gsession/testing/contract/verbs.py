@@ -17,7 +17,7 @@ from .base import Contract, changed, live, raises
 
 
 class VerbContract(Contract):
-    def test_many_are_deleted_as_one_by_one(self) -> None:
+    def test_bulk_deletes_equal_single_deletes(self) -> None:
         with self._store() as (store, clock):
             bulk = parts_of(store).bulk
             if bulk is None:
@@ -86,7 +86,7 @@ class VerbContract(Contract):
             assert store.load(record.key) == later
 
     def test_create_replaces_an_expired_record_of_the_same_version(self) -> None:
-        """An import does this with a record that has expired here and was used elsewhere."""
+        """An import does this with a record that expired in this store, but was used elsewhere."""
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
             store.create(record)
@@ -103,7 +103,7 @@ class VerbContract(Contract):
             store.create(record)
             assert store.load(record.key) == record
 
-    def test_load_goes_by_the_times_of_the_record(self) -> None:
+    def test_load_uses_the_times_of_the_record(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
             store.create(record)
@@ -171,7 +171,7 @@ class VerbContract(Contract):
                 store.save(changed(record), record.version)
             assert store.load(record.key) is None
 
-    def test_save_never_brings_back_the_deleted(self) -> None:
+    def test_save_never_brings_back_a_deleted_record(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock)
             store.create(record)
@@ -180,7 +180,7 @@ class VerbContract(Contract):
                 store.save(changed(record), record.version)
             assert store.load(record.key) is None
 
-    def test_save_never_brings_back_the_expired(self) -> None:
+    def test_save_never_brings_back_an_expired_record(self) -> None:
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
             store.create(record)
@@ -266,7 +266,7 @@ class VerbContract(Contract):
                 assert live(store, clock, record) is None
 
     def test_renew_compares_with_the_stored_record(self) -> None:
-        """The loaded record doesn't count: another request may have renewed the session since."""
+        """The loaded record may be outdated: another request may have renewed the session."""
         with self._store() as (store, clock):
             record = a_record(clock, idle=10)
             store.create(record)
@@ -293,7 +293,7 @@ class VerbContract(Contract):
             store.renew(record, record.idle_expires_at + 1000)
             store.save(changed(record), record.version)
 
-    def test_delete_says_whether_there_was_one(self) -> None:
+    def test_delete_returns_whether_there_was_a_session(self) -> None:
         with self._store() as (store, clock):
             record, expired = a_record(clock), a_record(clock, idle=10)
             assert not store.delete(record.key)
