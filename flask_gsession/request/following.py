@@ -8,8 +8,9 @@ from ..errors import Gone, KeyTaken, Stale, StoreUnavailable, UnreadableRecord
 from ..repository.repository import Loaded
 from ..stores.base import Record
 from ..values.merge import last
-from .lifecycle import NO_ATTEMPTS, NO_CHANGES, Lifecycle
+from .lifecycle import NO_ATTEMPTS, Lifecycle
 from .state import Attempt, Seen, Wishes, remaining, without_rotation
+from .tracking import NO_CHANGES
 
 
 def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
@@ -41,7 +42,7 @@ def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
     wishes = life.wishes
     own = settle_attempts(life, record, seen.record, repeats=not afresh)
     if own is not None:
-        life.values.mark_saved(own.body.values, own.changes)
+        life.values.rebase(own.body.values, saved=own.changes)
         wishes = remaining(own.wishes, wishes)
         life.entry = own.entry
         if own.token is not None:
@@ -137,7 +138,7 @@ def resolve_attempts(life: Lifecycle) -> None:
         if loaded is None:
             continue  # it may still arrive, as a session whose token nobody gets
         life.attempts = NO_ATTEMPTS
-        life.values.mark_saved(attempt.body.values, attempt.changes)
+        life.values.rebase(attempt.body.values, saved=attempt.changes)
         life.values.rebase(loaded.body.values)
         life.wishes = remaining(attempt.wishes, life.wishes)
         life.entry = attempt.entry

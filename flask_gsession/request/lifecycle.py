@@ -45,7 +45,6 @@ from .tracking import Looks, TrackedValues
 from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: Mapping[int, Attempt] = MappingProxyType({})
-NO_CHANGES: dict[str, Change] = {}
 NO_EPOCHS: Mapping[str, int] = MappingProxyType({})
 # Of UserLifecycle, which is derived from Lifecycle.
 NO_USERS: Mapping[str | None, Any] = MappingProxyType({})
@@ -53,6 +52,8 @@ NO_BODY = Body({})
 #: The session's key for confirmations of who the user is: a dict of the method to the time in
 #: milliseconds.
 CONFIRMED = "_confirmed"
+#: The keys of marks about the session alone. A session with no other keys doesn't exist.
+ABOUT_ITSELF = frozenset({PERMANENT, CONFIRMED})
 ONE_KEY = "session[%a]"  # for log messages
 UNCONFIRMED = "A session ended, but replicas have not confirmed it: %s"
 
@@ -355,5 +356,5 @@ class Lifecycle(Struct, eq=False):
 
 
 def worth_keeping(values: dict[str, bytes]) -> bool:
-    """Whether a session with these values exists. Marks about the session alone don't count."""
-    return len(values) > (PERMANENT in values) + (CONFIRMED in values)
+    """Whether a session with these values exists."""
+    return not values.keys() <= ABOUT_ITSELF

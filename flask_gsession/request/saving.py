@@ -100,13 +100,9 @@ def commit(
     ``rotating``: whether to rotate if that is wished. By default, rotates outside locks only: a
     lock belongs to the session's key, so the rotation waits until you leave the lock.
     """
-    if life.outage is None:
-        if life.attempts is not NO_ATTEMPTS:
-            resolve_attempts(life)
-        if life.entry is not None and not enter_roster(life):
-            return True
-        if life.joined is not None:
-            close_join(life)
+    unfinished = life.attempts is not NO_ATTEMPTS or life.entry or life.joined
+    if unfinished and life.outage is None and not _finish_earlier_write(life):
+        return True
     changes, wishes = life.changes(), life.wishes
     if wishes is NO_WISHES:
         if not changes:
@@ -125,15 +121,24 @@ def commit(
         if changes:
             life.end("save")
         return bool(changes)
-    if transaction is not None and not needs_own_session(life, rotating):
+    exactly = transaction is not None and not needs_own_session(life, rotating)
+    if transaction is not None and exactly:
         seen = life.seen
         if transaction.version != (seen.record and seen.record.version):
             life.conflict("transaction")
             raise LostRace
-    else:
-        transaction = None
-    exactly = transaction is not None
     return Commit(life, exactly=exactly, changes=changes, rotating=rotating).run()
+
+
+def _finish_earlier_write(life: Lifecycle) -> bool:
+    """Settle what an interrupted write left; False if the session's user may not have it."""
+    if life.attempts is not NO_ATTEMPTS:
+        resolve_attempts(life)
+    if life.entry is not None and not enter_roster(life):
+        return False
+    if life.joined is not None:
+        close_join(life)
+    return True
 
 
 def _save_users(life: Lifecycle, *, by_hand: bool) -> None:

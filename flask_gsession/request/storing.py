@@ -19,9 +19,10 @@ from ..values.merge import Change
 from ..values.payload import Body, Owner
 from .ending import end_old_session
 from .joining import close_join, join_user, note_join
-from .lifecycle import CONFIRMED, NO_ATTEMPTS, NO_CHANGES, Lifecycle, worth_keeping
+from .lifecycle import ABOUT_ITSELF, CONFIRMED, NO_ATTEMPTS, Lifecycle, worth_keeping
 from .roster_entries import enter_roster, is_touch_due, prepare_owner, touch
 from .state import NO_WISHES, Attempt, Entry, HidesFields, Seen, Wishes
+from .tracking import NO_CHANGES
 
 
 class Edit(HidesFields, frozen=True, gc=False):
@@ -38,6 +39,8 @@ class Edit(HidesFields, frozen=True, gc=False):
     settle: Callable[[], None] | None = None
 
 
+_NO_KEYS: Collection[str] = ()
+
 #: Event types with their details, to emit when a write is complete; missing confirmations too.
 Written = tuple[list[tuple[Any, ...]], LogoutUnconfirmed | None]
 
@@ -48,88 +51,38 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
     ``lost``: how many races this write has lost so far.
     """
     repository, wishes, changes = life.repository, step.wishes, step.changes
-    old, values = step.seen.record, step.values
-    if old is not None and not worth_keeping(values) and _is_emptied(life, step):
+    old, values, before = step.seen.record, step.values, life.values.stored
+    if old is not None and values.keys() <= ABOUT_ITSELF and _is_emptied(life, step):
         return _end(life, old)
-    before, stored, has_large = life.values.stored, values, life.has_large
-    others = sys.maxsize if old is None else len(old.payload)
-    if has_large or repository.large.is_any_too_long(values, changes, others):
-        body = Body(values, life.lifetime, has_large=True)
-        absolute = old.absolute_expires_at if old else None
-        stored = life.unreferenced.write_large(body, absolute, before)
-        has_large = life.has_large
+    stored, seen_body = values, step.seen.body
+    largest = sys.maxsize if old is None else len(old.payload)
+    has_large = life.written_large is not None or (seen_body is not None and seen_body.has_large)
+    if has_large or repository.large.is_any_too_long(values, changes, largest):
+        stored, has_large = _write_large(life, step)
     body = life.body(stored, has_large=has_large)
-    entry: Entry | None = None
-    joining: Collection[str] = ()
-    plain = wishes.binding is None and wishes.rotation is None and LOGIN not in changes
-    has_user = body.owner is not None or LOGIN in values
-    # Most saves of a bound session have nothing to do for its user.
-    if not plain or (has_user and (body.owner is None or is_touch_due(life))):
+    entry, joining = None, _NO_KEYS
+    if wishes is not NO_WISHES or LOGIN in changes or LOGIN in values or body.owner is not None:
         body, entry, joining = _prepare_user(life, step, body)
-        stored = body.values
     if body.joins or repository.user_keys:
         note_join(life, body, old)
-    toggled = PERMANENT in changes and (is_permanent(stored) != is_permanent(before))
-    restart = toggled or wishes.lifetime is not None
-    token: str | None = None
-    if old is None:
-        token, record = repository.records.draft_new(body)
-    elif wishes.rotation is not None:
-        signs_in = wishes.sign_in or (entry is not None and entry.binding is not None)
-        renew = restart or life.renews
-        token, record = repository.records.draft_rotated(old, body, renew=renew, signs_in=signs_in)
+    toggled = PERMANENT in changes and (is_permanent(body.values) != is_permanent(before))
+    restart, token = toggled or wishes.lifetime is not None, None
+    if old is None or wishes.rotation is not None:
+        token, record = _draft_with_token(life, step, body, entry, restart)
     else:
         record = repository.records.draft_next(old, body, restart, life.renews)
         if body.owner is not None and record.idle_expires_at > body.owner.until * 1000:
             record = _touch(life, body, body.owner, old, record, restart)
-    if stored is not values:
-        changes = _as_stored(changes, values, stored)
+    if body.values is not values:
+        changes = _as_stored(changes, values, body.values)
     if entry is not None:
         entry = replace(entry, key=record.key)
-    pending = step.settle is None
-    attempt = Attempt(record, token, body, changes if pending else NO_CHANGES, wishes, entry)
-    earlier = life.attempts
-    life.attempts = {**earlier, record.version: attempt} if earlier else {record.version: attempt}
-    if entry is not None:
-        life.entry = entry
-    unconfirmed = None
-    try:
-        if old is None:
-            repository.create(record)
-        elif wishes.rotation is not None:
-            unconfirmed = repository.rotate(
-                old, record, body, wishes.rotation, life.lease, shorten=restart
-            )
-        else:
-            repository.save(old, record, body, life.lease, restart)
-    except (GSessionError, HTTPException) as error:
-        # After any other exception, or any that a signal handler raised, the outcome is unknown.
-        if not isinstance(error, StoreUnavailable) and signal_interruption(error) is None:
-            attempts = dict(life.attempts)
-            del attempts[record.version]
-            life.attempts = attempts
-            life.entry = None
-        raise
-    if pending:
-        life.values.mark_saved(stored, changes)
-    else:
-        _take_over(life, step, stored, changes)
-    for key in joining:
-        life.values.drop(key)
-    current = step.seen.token
-    if token is not None:
-        current, life.cookie = token, "set"
-    elif current is not None and old is not None:
-        moved = record.idle_expires_at != old.idle_expires_at
-        if toggled or (moved and is_permanent(stored)):
-            life.cookie = "set"
-    life.seen = Seen(current, record, body, step.seen.presented)
-    if pending and life.wishes is not NO_WISHES:
-        life.wishes = _left(life.wishes, wishes)
-    # This write replaced the version that earlier attempts meant to replace, so they failed.
-    life.attempts = NO_ATTEMPTS
+    noted = changes if step.settle is None else NO_CHANGES
+    attempt = Attempt(record, token, body, noted, wishes, entry)
+    unconfirmed = _send(life, old, attempt, restart)
+    _adopt(life, step, attempt, changes, joining, toggled)
     if has_large:
-        life.unreferenced.release_replaced(before, stored)
+        life.unreferenced.release_replaced(before, body.values)
     if life.entry is not None and not enter_roster(life):
         return [], None
     if life.joined is not None:
@@ -140,6 +93,85 @@ def store(life: Lifecycle, step: Edit, lost: int) -> Written:
     if token is not None:
         happened.insert(0, (SessionRotated, record.key, old.key))
     return happened, unconfirmed
+
+
+def _write_large(life: Lifecycle, step: Edit) -> tuple[dict[str, bytes], bool]:
+    """The values with references to the large ones, and whether there are any."""
+    old, body = step.seen.record, Body(step.values, life.lifetime, has_large=True)
+    absolute = old.absolute_expires_at if old else None
+    stored = life.unreferenced.write_large(body, absolute, life.values.stored)
+    return stored, life.has_large
+
+
+def _draft_with_token(
+    life: Lifecycle, step: Edit, body: Body, entry: Entry | None, restart: bool
+) -> tuple[str, Record]:
+    """The token and record of a new session, or of one that is rotated."""
+    records, old, wishes = life.repository.records, step.seen.record, step.wishes
+    if old is None:
+        return records.draft_new(body)
+    signs_in = wishes.sign_in or (entry is not None and entry.binding is not None)
+    return records.draft_rotated(old, body, renew=restart or life.renews, signs_in=signs_in)
+
+
+def _send(
+    life: Lifecycle, old: Record | None, attempt: Attempt, restart: bool
+) -> LogoutUnconfirmed | None:
+    """Note the write, and send it. Returns an error if replicas may still know the old key."""
+    repository, record, grace = life.repository, attempt.record, attempt.wishes.rotation
+    earlier = life.attempts
+    life.attempts = {**earlier, record.version: attempt} if earlier else {record.version: attempt}
+    if attempt.entry is not None:
+        life.entry = attempt.entry
+    try:
+        if old is None:
+            repository.create(record)
+        elif grace is None:
+            repository.save(old, record, attempt.body, life.lease, restart)
+        else:
+            return repository.rotate(old, record, attempt.body, grace, life.lease, shorten=restart)
+    except (GSessionError, HTTPException) as error:
+        # After any other exception, or any that a signal handler raised, the outcome is unknown.
+        if not isinstance(error, StoreUnavailable) and signal_interruption(error) is None:
+            attempts = dict(life.attempts)
+            del attempts[record.version]
+            life.attempts = attempts
+            life.entry = None
+        raise
+    return None
+
+
+def _adopt(
+    life: Lifecycle,
+    step: Edit,
+    attempt: Attempt,
+    changes: Mapping[str, Change],
+    joining: Collection[str],
+    toggled: bool,
+) -> None:
+    """The write is stored: continue with its state.
+
+    ``joining``: the keys that left the session. ``toggled``: it changed ``permanent``.
+    """
+    old, record, stored = step.seen.record, attempt.record, attempt.body.values
+    if step.settle is None:
+        life.values.rebase(stored, saved=changes)
+    else:
+        _take_over(life, step, stored, changes)
+    for key in joining:
+        life.values.drop(key)
+    current = step.seen.token
+    if attempt.token is not None:
+        current, life.cookie = attempt.token, "set"
+    elif current is not None and old is not None:
+        moved = record.idle_expires_at != old.idle_expires_at
+        if toggled or (moved and is_permanent(stored)):
+            life.cookie = "set"
+    life.seen = Seen(current, record, attempt.body, step.seen.presented)
+    if step.settle is None and life.wishes is not NO_WISHES:
+        life.wishes = _left(life.wishes, step.wishes)
+    # This write replaced the version that earlier attempts meant to replace, so they failed.
+    life.attempts = NO_ATTEMPTS
 
 
 def _is_emptied(life: Lifecycle, step: Edit) -> bool:
@@ -159,9 +191,14 @@ def _prepare_user(
     life: Lifecycle, step: Edit, body: Body
 ) -> tuple[Body, Entry | None, Collection[str]]:
     """The body for this user, the changes to rosters, and the keys that join the user's values."""
-    old = step.seen.record
-    body.owner, entry = prepare_owner(life, step.values, step.changes, step.wishes, old)
-    joining: Collection[str] = ()
+    old, wishes = step.seen.record, step.wishes
+    if wishes.binding is None and wishes.rotation is None and LOGIN not in step.changes:
+        # Most saves of a bound session have nothing to do for its user.
+        is_of_one = body.owner is not None or LOGIN in step.values
+        if not is_of_one or (body.owner is not None and not is_touch_due(life)):
+            return body, None, _NO_KEYS
+    body.owner, entry = prepare_owner(life, step.values, step.changes, wishes, old)
+    joining = _NO_KEYS
     if body.joins or life.behind is not None or life.repository.user_keys:
         joining = join_user(life, body, step.changes, old)
     if joining:

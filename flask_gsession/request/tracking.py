@@ -22,6 +22,7 @@ _NOTHING: Any = MappingProxyType({})
 _NO_KEYS: Collection[str] = ()
 
 _ABSENT: Any = object()
+NO_CHANGES: Mapping[str, Change] = MappingProxyType({})
 
 
 #: The stored values, and the immutable ones among them that looks without the mutex have decoded.
@@ -254,30 +255,35 @@ class TrackedValues(Struct, eq=False):
         """
         if not self.base:
             return {}
-        if len(self.base) > max_keys and len(self.base) > len(self.stored):
-            max_keys = max(max_keys, len(self.stored))
-            new = (key for key, base in self.base.items() if base is None)
-            count = sum(1 for key in new if key in self._live or key in self._given)
-            if count > max_keys:
-                raise SessionTooLarge(
-                    "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
-                )
+        if len(self.base) > max_keys:
+            self._check_count(max_keys)
         found: dict[str, Change] = {}
         # Copies, since encoding may call code of the application that looks at the session.
         bases, live, given = self.base.copy(), self._live.copy(), self._given
-        encode, marks = self._codec.encode, self.now is not None
+        mine: bytes | None
         for key, base in bases.items():
-            try:
-                mine = encode(key, live[key]) if key in live else None
-            except SessionTooLarge:
-                mine = encode_within(self._codec, key, live[key], base)
-            if marks and mine is not None:
-                mine = marked(mine, self._marks.get(key, PLAIN))
-            if mine is None:
+            if key in live:
+                try:
+                    mine = self._codec.encode(key, live[key])
+                except SessionTooLarge:
+                    mine = encode_within(self._codec, key, live[key], base)
+                if self.now is not None:
+                    mine = marked(mine, self._marks.get(key, PLAIN))
+            else:
                 mine = given.get(key)
             if mine != base and not holds(base, mine):
                 found[key] = Change(base, mine)
         return found
+
+    def _check_count(self, max_keys: int) -> None:
+        """Refuse too many new keys before any of them is encoded."""
+        max_keys = max(max_keys, len(self.stored))
+        new = (key for key, base in self.base.items() if base is None)
+        count = sum(1 for key in new if key in self._live or key in self._given)
+        if count > max_keys:
+            raise SessionTooLarge(
+                "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
+            )
 
     def encode(self, key: str, value: Any) -> bytes:
         """The encoded value for ``key``, without a mark. Raises ``ValueRefused``."""
@@ -297,40 +303,37 @@ class TrackedValues(Struct, eq=False):
 
     # -- following the store
 
-    def mark_saved(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
-        """``stored`` is in the store now, including ``changes``. The caller holds the mutex.
-
-        You can safely repeat it. Values in use stay as they are, even if the store merged a change
-        into something else: the next change is then merged again.
-        """
-        if self._looks is not None:
-            self._end_looks()
-        base = self.base
-        for key, change in changes.items():
-            if change.mine is not None:
-                base[key] = change.mine
-            elif key not in self._live:  # unless it was set again
-                base.pop(key, None)
-            else:
-                base[key] = None
-        self.rebase(stored)
-
-    def rebase(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
+    def rebase(
+        self,
+        stored: dict[str, bytes],
+        now: Callable[[], int] | None = None,
+        saved: Mapping[str, Change] = NO_CHANGES,
+    ) -> None:
         """``stored`` is in the store now. The caller holds the mutex.
 
-        Values that this request looked at or changed stay as they are.
+        Values that this request looked at or changed stay as they are. Its changes stay pending,
+        but for the ``saved`` ones. If the store merged one of those into something else, the next
+        change of that key is merged again. You can safely repeat this.
         """
         if self._looks is not None:
             self._end_looks()
         if now is not None:
             self._look_for_marks(now)
+        base, live = self.base, self._live
+        for key, change in saved.items():
+            if change.mine is not None:
+                base[key] = change.mine
+            elif key not in live:  # unless it was set again
+                base.pop(key, None)
+            else:
+                base[key] = None
         if stored is not self.stored:
             for key in self._seen:
-                if key not in self._live and key not in self.base:
+                if key not in live and key not in base:
                     self._look(key)  # before the old state goes
-            for key in self._live:
-                if key not in self.base:
-                    self.base[key] = self.stored.get(key)
+            for key in live:
+                if key not in base:
+                    base[key] = self.stored.get(key)
             self.stored = stored
             if self._order is not None:
                 self._order = None

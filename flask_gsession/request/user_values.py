@@ -77,7 +77,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
         before = record._replace(version=0)  # any version but that of the record
         own = settle_attempts(self, record, before, repeats=not afresh)
         if own is not None:
-            self.values.mark_saved(own.body.values, own.changes)
+            self.values.rebase(own.body.values, saved=own.changes)
             self.wishes = remaining(own.wishes, self.wishes)
         now = self.repository.now if body.marked else None
         if afresh:

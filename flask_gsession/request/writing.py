@@ -32,11 +32,12 @@ from .checks import check_lease
 from .ending import refuse
 from .following import catch_up
 from .joining import hand_over, signs_in
-from .lifecycle import NO_CHANGES, UNCONFIRMED, Lifecycle, worth_keeping
+from .lifecycle import UNCONFIRMED, Lifecycle, worth_keeping
 from .own_session import start_own_session
 from .roster_entries import Revoked, enter_roster, is_revoked
 from .state import NO_WISHES, Seen, without_rotation
 from .storing import Edit, Written, store
+from .tracking import NO_CHANGES
 
 _TOKENS_TAKEN = 3
 
@@ -174,13 +175,8 @@ class Commit(Write, eq=False, kw_only=True):
             return None
         life, changes = self.life, self.changes
         self.changes = None
-        if life.wishes is not NO_WISHES and needs_own_session(life, self.rotating):
-            start_own_session(life)
+        if (life.wishes is not NO_WISHES or life.repository.user_keys) and self._signs_in():
             changes = None
-        if life.repository.user_keys:
-            user_id = signs_in(life)
-            if user_id is not None and hand_over(life, user_id):
-                changes = None
         if changes is None:
             changes = life.changes()
         if life.seen.record is None:
@@ -202,6 +198,15 @@ class Commit(Write, eq=False, kw_only=True):
         if wishes is not NO_WISHES and not self.rotating:
             wishes = without_rotation(wishes, but_binding=life.lease is None)
         return Edit(life.seen, merged, changes, wishes)
+
+    def _signs_in(self) -> bool:
+        """Prepare a sign-in; whether that changed anything."""
+        life, changed = self.life, False
+        if needs_own_session(life, self.rotating):
+            start_own_session(life)
+            changed = True
+        user_id = signs_in(life) if life.repository.user_keys else None
+        return (user_id is not None and hand_over(life, user_id)) or changed
 
 
 def _new(life: Lifecycle, changes: Mapping[str, Change]) -> Edit | None:

@@ -5,13 +5,13 @@ None of this runs for a session that isn't traced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..events import Event, Events
 from ..repository.refusals import Refusals
 from ..repository.repository import Repository
-from ..request.tracking import TrackedValues
+from ..request.tracking import NO_CHANGES, TrackedValues
 from ..stores.wrappers import Call, compose
 from ..values.merge import Change
 from ..values.references import reference_in, refers
@@ -151,10 +151,15 @@ class TracedValues(TrackedValues, eq=False, kw_only=True):
             self._note_read(key)
         return raw
 
-    def mark_saved(self, stored: dict[str, bytes], changes: Mapping[str, Change]) -> None:
-        for key, change in changes.items():
+    def rebase(
+        self,
+        stored: dict[str, bytes],
+        now: Callable[[], int] | None = None,
+        saved: Mapping[str, Change] = NO_CHANGES,
+    ) -> None:
+        for key, change in saved.items():
             self._trace.stored(key, change.base, stored.get(key))
-        super().mark_saved(stored, changes)
+        super().rebase(stored, now, saved)
 
     def _note_read(self, key: str) -> None:
         # A value that the request has just set is not a read from the session.

@@ -114,7 +114,7 @@ def test_a_deleted_value_that_was_looked_at_stays_deleted() -> None:
     del values["n"]
     assert "n" not in values
     assert changed(values) == {"n": (1, MISSING)}
-    values.mark_saved(stored({"rest": 2}), values.changes())
+    values.rebase(stored({"rest": 2}), saved=values.changes())
     with pytest.raises(KeyError):
         values["n"]
     assert list(values) == ["rest"]
@@ -298,7 +298,7 @@ def test_accepted_changes_are_no_changes_any_more() -> None:
     del values["c"]
     changes = values.changes()
     now = stored({"a": [1, 2], "b": 20, "theirs": 5})
-    values.mark_saved(now, changes)
+    values.rebase(now, saved=changes)
     assert values.changes() == {}
     assert values["a"] is cart
     assert {key: values[key] for key in values} == {"a": [1, 2], "b": 20, "theirs": 5}
@@ -312,7 +312,7 @@ def test_what_was_merged_into_something_else_is_merged_again_at_its_next_change(
     values["hits"] += 1
     tags.add("mine")
     changes = values.changes()
-    values.mark_saved(stored({"hits": 12, "tags": {"a", "mine", "theirs"}}), changes)
+    values.rebase(stored({"hits": 12, "tags": {"a", "mine", "theirs"}}), saved=changes)
     assert values["hits"] == 2
     assert values["tags"] is tags
     assert values.changes() == {}
@@ -332,9 +332,9 @@ def test_a_value_has_its_own_mark_instead_of_the_previous_one(way: str) -> None:
         values.set_encoded("key", theirs["key"], lambda: 1000)
     else:
         changes = values.changes()
-        values.mark_saved({"key": changes["key"].mine or b""}, changes)
+        values.rebase({"key": changes["key"].mine or b""}, saved=changes)
         del values["key"]
-        values.mark_saved({}, values.changes())
+        values.rebase({}, saved=values.changes())
         values.rebase(theirs)
     assert values["key"] == "theirs"
     assert values.mark("key") == PLAIN
@@ -414,7 +414,7 @@ def test_any_sequence_of_operations_equals_a_plain_dict(
             nested_change(model[key], copy.deepcopy(value))
         elif step == "save":
             changes = real.changes()
-            real.mark_saved(merger.apply(real.stored, changes), changes)
+            real.rebase(merger.apply(real.stored, changes), saved=changes)
             assert real.changes() == {}
         assert len(real) == len(model)
         assert set(real) == set(model)

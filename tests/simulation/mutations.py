@@ -54,6 +54,7 @@ _apply = Merger.apply
 _catch_up = following.catch_up
 _commit = saving.commit
 _settle_attempts = following.settle_attempts
+_rebase = TrackedValues.rebase
 _draft_rotated = SessionRecords.draft_rotated
 _rewrite = rewriting.rewrite
 
@@ -184,7 +185,11 @@ def _rotate_with_any_token(life: Lifecycle, grace: float) -> None:
         life.wish(rotation=grace)
 
 
-def _follow_and_forget(self: TrackedValues, stored: dict[str, Any], now: Any = None) -> None:
+def _follow_and_forget(
+    self: TrackedValues, stored: dict[str, Any], now: Any = None, saved: Any = None
+) -> None:
+    if saved:
+        _rebase(self, stored, now, saved)
     if now is not None:
         self._look_for_marks(now)
     for key in self._live.keys() - self.base.keys():
@@ -263,7 +268,7 @@ FURTHER = (
     ),
     Mutation("an old token that rotates", writing, "needs_own_session", lambda *life, **how: False),
     Mutation("an old token that is asked to", session, "rotate_soon", _rotate_with_any_token),
-    Mutation("an emptied session kept", storing, "worth_keeping", lambda values: True),
+    Mutation("an emptied session kept", storing, "_is_emptied", lambda *step: False),
     Mutation("looked-at values forgotten", TrackedValues, "rebase", _follow_and_forget),
     Mutation("later wins everywhere", Merger, "_resolve", lambda *args: args[-1]),
     Mutation("never renewed", Expiry, "due", lambda *args: None),
