@@ -31,6 +31,8 @@ from typing import Any
 
 from flask import Flask, abort, current_app, session
 
+from flask_gsession.stores import Store
+from flask_gsession.stores.wrappers.wrapper import innermost
 from tests.faults.control import Control
 
 Answer = dict[str, Any]
@@ -283,15 +285,18 @@ def _state(app: Flask) -> dict[str, int | None]:
     }
 
 
-def slots_in_use(guarded: Any) -> int | None:
-    """The number of connections in use from the store's pool; None if the pool doesn't say."""
-    store = getattr(getattr(guarded, "close", None), "__self__", None)  # without its breaker
-    pool = getattr(store, "_pool", None)
-    slots = getattr(pool, "_slots", None)
-    if pool is not None and slots is not None:  # a lost slot is made again when it is needed
-        return sum(slot() is not None for slot in slots) - len(pool._idle)
-    collection = getattr(store, "_collection_of_client", None)
-    if collection is not None:
-        servers = collection.database.client._topology._servers.values()
+def slots_in_use(store: Store | None) -> int | None:
+    """The number of connections in use from the store's pools; None if they don't say."""
+    inner: Any = None if store is None else innermost(store)
+    if hasattr(inner, "commands"):  # Redis
+        pool = inner.commands.pool
+        pools = [*pool._pools.values()] if hasattr(pool, "_pools") else [pool]
+        if not all(hasattr(pool, "_slots") for pool in pools):
+            return None  # of a client
+        # A lost slot is made again when it is needed.
+        there = sum(slot() is not None for pool in pools for slot in pool._slots)
+        return there - sum(len(pool._idle) for pool in pools)
+    if hasattr(inner, "driver") and inner.driver.collection is not None:  # MongoDB
+        servers = inner.driver.collection.database.client._topology._servers.values()
         return sum(int(server.pool.active_sockets) for server in servers)
     return None

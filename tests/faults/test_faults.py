@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import pytest
+from flask import Flask
+
+from flask_gsession import Session
+from flask_gsession.stores.wrappers.wrapper import innermost
 
 pytest.importorskip("flask_session", reason="the fault harness needs the extra 'bench'")
 
 from tests.faults import __main__ as command
 from tests.faults import cleaning, report
+from tests.faults.app import slots_in_use
 from tests.faults.broken import BREAKS
 from tests.faults.history import Kind, Operation, Outcome, Verdict, check, value_of
 from tests.faults.inject import FAULTS, Fault
@@ -291,6 +297,20 @@ def test_every_run_has_a_name_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
 def test_every_fault_strikes_somewhere() -> None:
     assert {name for fault in FAULTS for name in fault.modes} == set(modes())
     assert all(set(fault.stated) <= set(fault.modes) for fault in FAULTS)
+
+
+def test_connections_in_use_are_counted(redis_url: str, mongodb_url: str) -> None:
+    for url in (redis_url, mongodb_url):
+        app = Flask(__name__)
+        app.secret_key = "k" * 32
+        store: Any = Session(app, store=url).store(app)
+        assert store.load("A" * 43) is None
+        assert slots_in_use(store) == 0, url
+        if url == redis_url:
+            pool = innermost(store).commands.pool  # type: ignore[attr-defined]  # a RedisStore
+            slot = pool.take(time.monotonic() + 10)
+            assert slots_in_use(store) == 1
+            pool.give(slot)
 
 
 # Short runs -------------------------------------------------------------------------------------

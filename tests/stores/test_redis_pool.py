@@ -103,6 +103,25 @@ def test_nothing_is_sent_past_the_deadline(store: Any) -> None:
     assert slot.ask(b"ECHO ok\r\n") == b"ok"
 
 
+class Unreachable:
+    """A connection of the client that notes how long it may try."""
+
+    def __init__(self, socket_connect_timeout: float) -> None:
+        self.socket_connect_timeout = socket_connect_timeout
+
+    def _connect(self) -> None:
+        raise RedisTimeoutError(self.socket_connect_timeout)
+
+
+def test_connecting_ends_with_the_call() -> None:
+    connection: Any = bounded(Unreachable)(socket_connect_timeout=1.0)
+    for left, least, most in ((0.05, 0, 0.05), (60, 1.0, 1.0), (-1, 0, 0.001)):
+        connection.deadline.at = time.monotonic() + left
+        with pytest.raises(RedisTimeoutError) as caught:
+            connection._connect()
+        assert least <= caught.value.args[0] <= most
+
+
 def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread is interrupted between any two steps, hundreds of times."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # also inside of a __del__
