@@ -6,6 +6,7 @@ import secrets
 from contextlib import ExitStack
 from importlib.resources import files
 from itertools import count
+from struct import pack
 from time import time
 from typing import Any
 
@@ -123,16 +124,10 @@ class BareRedis:
     def write(self) -> object:
         record = self._client.get(self._key)
         version = next(self._fresh).to_bytes(8, "big")
-        # One byte of kind and eight of version stand in front: all the script looks at, but time.
-        reply = self._client.evalsha(
-            self._script,
-            1,
-            self._key,
-            record[1:9],
-            record[:1] + version + record[9:],
-            self.LIFE,
-            int(time() * 1000),
-        )
+        # A record begins with one byte of kind and eight of version.
+        condition = record[1:9] + pack(">QQ?", int(time() * 1000), self.LIFE, True)
+        value = record[:1] + version + record[9:]
+        reply = self._client.evalsha(self._script, 1, self._key, condition, value)
         if reply != b"K" + version:
             raise RuntimeError(f"the bare script answered {reply!r}")
         return None
