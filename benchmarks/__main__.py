@@ -134,7 +134,7 @@ def write(results: Results, directory: Path) -> None:
 
 
 def _opener(store: str) -> Callable[[], Backend]:
-    """Returns what opens a fresh place; drivers and servers only of the stores asked for."""
+    """Return a function that opens a fresh store. Starts only the requested drivers and servers."""
     if store == "redis":
         from benchmarks.backends.on_redis import RedisBackend
 

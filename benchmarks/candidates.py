@@ -55,8 +55,8 @@ def with_session(size: int, install: Callable[[Flask], None] | None = None) -> V
 def on_bare_driver(bare: Bare) -> Visitor:
     """The views send the driver's commands themselves and have no session.
 
-    What this adds to a request is the least any session on that driver can add. Its untouched
-    view sends nothing: it is the sessionless app again, and shows what noise looks like.
+    A session on that driver can't add less to a request than this does. Its untouched view sends
+    nothing, so it equals the sessionless app, and shows the noise.
     """
     app = Flask("bench")
 

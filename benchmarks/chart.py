@@ -1,4 +1,4 @@
-"""The chart: what a session adds to a request, small multiples by view and store."""
+"""The chart: the time that a session adds to a request, small multiples by view and store."""
 
 from __future__ import annotations
 

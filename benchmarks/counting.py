@@ -1,4 +1,4 @@
-"""What the metrics add to a store call: timing it, and counting it and what it meant."""
+"""The cost of metrics for a store call: timing it, counting it, and counting its event."""
 
 from __future__ import annotations
 

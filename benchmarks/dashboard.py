@@ -26,7 +26,7 @@ PICTURES = Path(__file__).parent.parent / "docs" / "images"
 CONTRIB = files("flask_gsession.contrib")
 SCRAPES = 1  # seconds between two of them
 STEP = 2  # seconds between two points of the picture
-# What Grafana puts in for the variables, at this rate of scrapes.
+# Grafana's values for the variables, at this scrape interval.
 VARIABLES = {"$job": ".+", "$instance": ".+", "$__rate_interval": "10s"}
 ALERTS = {
     "title": "Alerts that fire (not in the dashboard)",

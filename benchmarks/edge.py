@@ -1,4 +1,4 @@
-"""An edge beside what it is made of: settling beside saving directly, its reads beside SQLite's.
+"""An edge compared with its parts: settling with direct saves, its reads with SQLite's.
 
 python -m benchmarks.edge prints it. Needs a Redis, as the tests start one.
 """

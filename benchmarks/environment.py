@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
 
 
 def _ours() -> str:
-    """The version of the working tree, which is what is measured, and its commit."""
+    """The version and commit of the working tree, which is measured."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     number = setup["metadata"]["version"]

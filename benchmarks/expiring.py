@@ -129,7 +129,7 @@ def _question(url: str) -> Callable[[], object]:
         return lambda: database.command("ping")
     store = open_store(url, StoreOptions(prefix="asked:", timeout=30))[0]
     assert store.journal is not None
-    store.journal.begin(_MOST)  # or it would remove what has expired
+    store.journal.begin(_MOST)  # otherwise it would remove expired records
     return _of_a_session(store)
 
 

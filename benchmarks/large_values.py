@@ -1,4 +1,4 @@
-"""What a large value costs those who read another key of its session: nothing, it is promised."""
+"""The cost of a large value for reads of other keys of its session. The promise: none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a live hint arrives, and what an idle stream costs in memory.
+"""How fast a live hint arrives, and how much memory an idle stream takes.
 
 python -m benchmarks.live prints it.
 """
@@ -75,7 +75,7 @@ def open_stream(port: int, cookie: str) -> socket.socket:
 
 
 def drain(stream: socket.socket) -> None:
-    """Read what is left of earlier events."""
+    """Read the rest of earlier events."""
     stream.setblocking(False)
     with suppress(BlockingIOError):
         while stream.recv(65_536):

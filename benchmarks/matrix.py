@@ -19,7 +19,7 @@ ON_STORE = (THEIRS, OURS, FLOOR)
 class Cell:
     """One candidate serving one view at one payload on one store.
 
-    `us` is microseconds per request, `overhead` what of it the view without a session does not
+    `us` is microseconds per request, `overhead` the part that the view without a session does not
     need. The ratios compare overheads and are taken round by round.
     """
 

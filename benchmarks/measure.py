@@ -79,7 +79,7 @@ def time_batch(call: Call, times: int) -> float:
 
 @contextmanager
 def settled_heap() -> Iterator[None]:
-    """Takes what is alive now out of the collector's sight, so that it is not walked again."""
+    """Freezes the live objects, so that the garbage collector doesn't walk them again."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,4 +1,4 @@
-"""What a read from the near cache adds to a request, beside a read from Redis and a cookie.
+"""The cost of a read from the near cache, compared with a read from Redis and a cookie.
 
 python -m benchmarks.near_cache prints it.
 """

@@ -1,4 +1,4 @@
-"""The extension's own time per request, beyond what the driver takes."""
+"""The extension's own time per request, without the driver's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OwnCpu:
     On memory there is no driver. On Redis the same commands, sent by redis-py, are taken off; for
     that, its connection answers at once, as ours does.
 
-    ``around`` says what was timed: a whole request, or the session alone (opened, used by the view,
+    ``around``: what was timed, a whole request or the session alone (opened, used by the view,
     saved). Both count the same work; between two sessions a request runs a lot of Flask's code,
     after which ours comes back to cold caches.
     """
@@ -151,7 +151,7 @@ def _measure(
 
 
 def _session_alone(visitor: Visitor, view: str, requests: ExitStack) -> Callable[[], object]:
-    """One view of an app, and before and after it what Flask asks of the session."""
+    """One view of an app, with Flask's calls to the session before and after it."""
     app = visitor.app
     context = requests.enter_context(app.request_context(visitor.environ(f"/{view}")))
     function: Callable[[], str] = app.view_functions[view]  # type: ignore[assignment]

@@ -22,8 +22,8 @@ _MOST_KEYS = 12
 def content(size: int) -> dict[str, list[dict[str, object]]]:
     """Returns lists of order lines under a few keys, about `size` bytes when encoded.
 
-    That is what sessions are made of: a cart, what was looked at last, the steps of a form. The
-    lines are pseudo-random from a fixed seed, the same on every run.
+    Real sessions have a cart, recently viewed products, and the steps of a form. The lines are
+    pseudo-random from a fixed seed, the same on every run.
     """
     choice = random.Random(size)
     keys = min(_MOST_KEYS, size // (_LINE_BYTES + _KEY_BYTES))

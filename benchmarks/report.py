@@ -44,7 +44,7 @@ class Results:
     targets: list[Target] = field(default_factory=list)
 
     def as_json(self) -> str:
-        """The data, figures rounded to what they can be trusted for."""
+        """The data, with figures rounded to their precision."""
         return json.dumps(_rounded({"format": FORMAT, **asdict(self)}), indent=1) + "\n"
 
     def sections(self) -> list[Section]:

@@ -1,4 +1,4 @@
-"""What sharing costs: a load over gRPC beside a bare call, and asking who somebody is."""
+"""The cost of sharing: a load over gRPC beside a bare call, and verifying a visitor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PATHS = ("/plain", "/plain/verify", "/read", "/session/verify")
 
 @dataclass(frozen=True)
 class SharingCost:
-    """An operation, and what it is held against, in microseconds."""
+    """An operation and its baseline, in microseconds."""
 
     operation: str
     beside: str
@@ -50,7 +50,7 @@ class SharingCost:
 
 
 def sharing(url: str, effort: Effort) -> list[SharingCost]:
-    """Times each beside what it is held against, in turns; ``url`` is of a Redis."""
+    """Time each operation and its baseline in turns. ``url``: a Redis."""
     return [_load(effort), *_verify(url, effort)]
 
 
@@ -130,7 +130,7 @@ def _verify(url: str, effort: Effort) -> list[SharingCost]:
 
 
 class _Checked:
-    """An application that says who a visitor is, and one visitor."""
+    """An application that verifies visitors, and one visitor."""
 
     def __init__(self, url: str, near_cache: float) -> None:
         self._app = app = Flask("bench")

@@ -180,9 +180,9 @@ def _ratio(
 
 
 def _untouched(cells: Sequence[Cell]) -> Iterable[Target]:
-    """Noise is what the same sessionless app shows against itself, timed in the same rounds.
+    """The noise: the sessionless app compared with itself, timed in the same rounds.
 
-    Nobody looks at the session, so its size is nothing: what each payload showed is averaged, or
+    Nothing reads the session, so the payload doesn't matter: the payloads' results are averaged, or
     the unluckiest of several short measurements would judge.
     """
     ours, noise = (
@@ -208,7 +208,7 @@ def _average(spreads: Iterable[Spread]) -> Spread | None:
 
 
 def _round_trips(ours: Iterable[Cell]) -> Iterable[Target]:
-    """For each view the payload that is furthest from what it should be."""
+    """For each view, the payload that is furthest from its target."""
     expected = {"untouched": 0.0, "read": 1.0, "write": 2.0, "counter": 2.0}
     by_view: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for cell in ours:

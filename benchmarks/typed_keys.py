@@ -1,4 +1,4 @@
-"""What a typed key costs above a plain one, in terms of marshmallow's own time."""
+"""The cost of a typed key above a plain one, relative to marshmallow's own time."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ GET, AGAIN, SET = "get", "get again, unchanged", "set"
 
 @dataclass(frozen=True)
 class TypedCost:
-    """The microseconds that one operation costs more than on a plain key, and ``per`` what.
+    """The extra microseconds of one operation compared with a plain key, for each ``per``.
 
-    ``ratio`` is to what the marshmallow calls named in ``per`` add to the plain key: called by the
-    view itself, in the same place, because alone and warm they are a third faster.
+    ``ratio``: relative to the time that the marshmallow calls in ``per`` add to the plain key:
+    called by the view itself, in the same place, because alone and warm they are a third faster.
     """
 
     operation: str

@@ -1,4 +1,4 @@
-"""What knowing a user's sessions costs, and what the usual list of sessions loses."""
+"""The cost of knowing a user's sessions, and the losses of the usual list of sessions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class UserCost:
-    """A figure, and what it is held against. ``limit``: the aim, if there is one."""
+    """A figure and its baseline. ``limit``: the target, if there is one."""
 
     what: str
     beside: str
@@ -214,7 +214,7 @@ def _memory(site: _Site) -> Iterator[UserCost]:
 
 def _growth(site: _Site, effort: Effort, few: int, many: int) -> Iterator[UserCost]:
     backend, call = site.backend, _cycle(site.app, "/bound/in/42")
-    Visitor(site.app).visit("/bound/in/42")  # who stays, so the roster does
+    Visitor(site.app).visit("/bound/in/42")  # this user stays, so the roster does, too
     record = site.key(roster_key("42"))
     figures: dict[int, list[float]] = {few: [], many: []}
     fill(backend, record, 1, few)

@@ -164,7 +164,7 @@ def mongodb_url(mongo_client: "MongoClient[dict[str, Any]]") -> Iterator[str]:
 def emptied_mongodb_url(
     mongo_client: "MongoClient[dict[str, Any]]", used_databases: deque[str]
 ) -> Iterator[str]:
-    """A MongoDB database of the test's own, empty, but with what a store made in it before.
+    """A MongoDB database for this test alone: empty, except for collections that a store created.
 
     Making and dropping a database takes more time than most tests do.
     """
@@ -201,14 +201,14 @@ def used_databases(mongo_client: "MongoClient[dict[str, Any]]") -> Iterator[dequ
 
 @pytest.fixture(scope="session")
 def redis_client() -> Iterator[Redis]:
-    """A client of the shared Redis server, to look at what a store did."""
+    """A client of the shared Redis server, to inspect the effects of a store."""
     with Redis.from_url(redis_server().url, socket_timeout=10) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def mongo_client() -> "Iterator[MongoClient[dict[str, Any]]]":
-    """A client of the shared MongoDB server, to look at what a store did."""
+    """A client of the shared MongoDB server, to inspect the effects of a store."""
     server = mongo_server()
     with MongoClient(server.url, timeoutMS=10_000) as client:
         if isinstance(server, MongoServer):

@@ -99,7 +99,7 @@ def test_a_template_that_does_not_use_the_session_costs_nothing(site: Site) -> N
     assert "Vary" not in response.headers
 
 
-def test_a_session_in_the_context_stays_what_it_is(site: Site) -> None:
+def test_a_template_variable_named_session_wins(site: Site) -> None:
     page = "{{ session.size }}"
     visitor = site.visitor()
     assert visitor.run(lambda _: render_template_string(page, session={"size": 1})) == "1"
@@ -337,7 +337,7 @@ def test_of_parallel_messages_none_is_lost(site: Site, shown_by: str) -> None:
     assert visitor.run(lambda _: get_flashed_messages()) == expected
 
 
-def test_what_another_request_flashed_survives_being_shown_here(site: Site) -> None:
+def test_a_message_flashed_by_another_request_survives(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: flash("first"))
     tab = visitor.another_tab()
@@ -422,7 +422,7 @@ def test_a_thread_may_be_the_first_to_look_at_the_session(site: Site) -> None:
     assert visitor.run(dict) == {"a": 1, "user": "ada"}
 
 
-# What became of an object ------------------------------------------------------------------------
+# Changed objects ---------------------------------------------------------------------------------
 
 
 def begin_transaction(session: Any) -> None:

@@ -52,7 +52,7 @@ def members(site: Site) -> Site:
 
 @pytest.fixture
 def one(store_prefix: str, clock: FakeClock) -> Iterator[Site]:
-    """The same on the memory store, for what is decided above the stores."""
+    """Like the other fixture, on the memory store, for code that doesn't depend on the store."""
     with SiteMaker("memory://", store_prefix, clock) as make:
         yield with_login(make())
 
@@ -125,7 +125,7 @@ def test_a_confirmation_inside_a_lock_or_a_transaction(members: Site) -> None:
 
 
 def with_an_old_token(site: Site) -> tuple[Visitor, Visitor]:
-    """A visitor who is remembered, and the tab that still has the token of before a rotation."""
+    """A remembered visitor, and a tab with the token from before a rotation."""
     visitor = remembered(site)
     tab = visitor.another_tab()
     remember = visitor.get_cookie("remember_token")
@@ -562,7 +562,7 @@ def test_flask_security_binds_the_session_to_its_user(secure: Site) -> None:
 
 
 @LEGACY_FORMS
-def test_what_is_no_step_of_flask_security_keeps_the_token(secure: Site) -> None:
+def test_other_requests_of_flask_security_keep_the_token(secure: Site) -> None:
     visitor = secure.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))
     send(visitor, "/login", **ADA)

@@ -1,4 +1,4 @@
-"""The benchmark harness, run very shortly: what it reports is checked, never how fast it was."""
+"""The benchmark harness, in very short runs. Checks its reports, never its timings."""
 
 import gc
 import json

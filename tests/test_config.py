@@ -1,4 +1,4 @@
-"""Settings: a wrong one stops the app at `init_app` and says what is allowed; no secret shows."""
+"""Settings: a wrong one stops the app at `init_app`, names the allowed values, hides secrets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def merge_function(base: Any, theirs: Any, mine: Any) -> Any:
     return mine
 
 
-# What each setting takes ---------------------------------------------------------------------
+# Allowed values ------------------------------------------------------------------------------
 
 RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "SESSION_STORE": [(None, None), ("memory://", "memory://")],
@@ -504,7 +504,7 @@ def test_a_short_absolute_timeout_alone_is_no_mistake() -> None:
 
 
 @pytest.mark.parametrize("app", [5, "redis://localhost", Flask, object()])
-def test_what_is_no_application_is_refused(app: Any) -> None:
+def test_an_object_that_is_not_an_application_is_refused(app: Any) -> None:
     with pytest.raises(SettingError, match=f"not a value of type {type(app).__name__}"):
         Session(app)
 
@@ -824,7 +824,7 @@ def test_a_relative_place_of_large_values_is_refused(url: str) -> None:
 
 
 def test_other_objects_of_a_driver_are_no_stores() -> None:
-    """Those of PyMongo have an attribute of every name, as if they had each verb of a store."""
+    """PyMongo's objects have every attribute, so they seem to have the verbs of a store."""
     with MongoClient(connect=False) as client:
         for source in (client["shop"], client["shop"]["sessions"], AsyncRedis()):
             with pytest.raises(SettingError, match=f"of type {type(source).__name__}; allowed"):
@@ -1010,7 +1010,7 @@ def test_every_warning_is_in_the_log_too(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_a_warning_without_a_log_is_printed_once() -> None:
-    """As in a command: Python itself prints what no handler takes."""
+    """As in a command: Python itself prints messages without a handler."""
     code = (
         "from flask import Flask; from flask_gsession import Session; app = Flask('a'); "
         "app.secret_key = 'a'; app.config['REMEMBER_COOKIE_DURATION'] = 10**9; "
@@ -1042,7 +1042,7 @@ def test_type_checkers_know_every_keyword() -> None:
     assert set(SettingKeywords.__annotations__) == set(CHECKS)
 
 
-def test_a_message_tells_that_none_is_allowed() -> None:
+def test_a_message_mentions_that_none_is_allowed() -> None:
     with pytest.raises(SettingError, match=r"0 to 3600 seconds, or None$"):
         Session(an_app(SESSION_LOCK_WARN="x"))
 

@@ -41,7 +41,7 @@ from tests.harness.servers import RedisServer
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-REDIS = "redis://localhost:6379/0"  # what the pages call their server
+REDIS = "redis://localhost:6379/0"  # the name of the server in the pages
 
 Run = Callable[[str], SimpleNamespace]
 
@@ -162,7 +162,7 @@ def before_the_next(
     monkeypatch.setattr(store, operation, once)
 
 
-# -- what the code blocks do
+# -- code blocks
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
@@ -893,7 +893,7 @@ def test_the_folder_store_serves_sessions(run: Run) -> None:
     assert client.post("/").json == {"visits": 2}
 
 
-# -- what the reference names
+# -- the reference
 
 
 SETTING = re.compile(
@@ -1083,7 +1083,7 @@ def test_the_readme_names_commands_that_exist() -> None:
 
 
 def messages() -> list[str]:
-    """The texts in the source, each with * for what is filled in."""
+    """The texts in the source, each with * for its placeholders."""
     found = []
     for path in Path(flask_gsession.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""From `init_app` to the last reference: what an extension keeps, releases, and does not mix up."""
+"""An extension's life from `init_app` to the last reference: it leaks nothing, mixes up nothing."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_an_application_that_was_never_closed(store_url: str, store_prefix: str)
 
 def test_a_failed_request_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error holds its frames; they must not live on in the extension."""
-    monkeypatch.setattr(logger, "disabled", True)  # pytest keeps what is logged, with the error
+    monkeypatch.setattr(logger, "disabled", True)  # pytest keeps log records, with the error
     ext = Session()
     app = make_app(ext, SESSION_STORE=f"sqlite:///{tmp_path}", PROPAGATE_EXCEPTIONS=False)
     assert app.test_client().post("/login/alice").status_code == 503
@@ -407,7 +407,7 @@ def test_workers_of_one_application_share_its_sessions(
     ext.close(second)
 
 
-def test_receivers_hear_of_every_application() -> None:
+def test_receivers_get_the_events_of_every_application() -> None:
     created: list[SessionCreated] = []
     ext = Session(store="memory://")
     ext.on(SessionCreated, created.append)

@@ -40,7 +40,7 @@ class User(flask_login.UserMixin):  # type: ignore[misc]  # it ships no types
 
 
 def with_vaults(site: Site) -> Site:
-    """The site with Flask-Login, a page to confirm on, and pages for those who have."""
+    """The site with Flask-Login, a page to confirm on, and pages that require it."""
     app = site.app
     LoginManager(app).user_loader(User)
 
@@ -83,7 +83,7 @@ def vaults(site: Site) -> Site:
 
 @pytest.fixture
 def one(store_prefix: str, clock: FakeClock) -> Iterator[Site]:
-    """On the memory store, for what is decided above the stores."""
+    """On the memory store, for code that doesn't depend on the store."""
     with SiteMaker("memory://", store_prefix, clock) as make:
         yield with_vaults(make())
 
@@ -102,7 +102,7 @@ def opens(visitor: Visitor, path: str = "/vault") -> bool:
     return answer.text == "open"
 
 
-# What counts --------------------------------------------------------------------------------------
+# Confirmations that count -------------------------------------------------------------------------
 
 
 def test_a_sign_in_is_fresh_for_its_minutes(vaults: Site) -> None:
@@ -152,7 +152,7 @@ def test_each_method_counts_for_itself(vaults: Site) -> None:
     assert not opens(visitor, "/both")  # the password was ten minutes ago
 
 
-def test_what_a_session_says_of_it(vaults: Site) -> None:
+def test_confirmed_at(vaults: Site) -> None:
     visitor = vaults.visitor()
     assert visitor.run(lambda session: session.confirmed_at()) is None
     visitor.run(lambda session: session.update(user="ada"))
@@ -531,8 +531,8 @@ def test_so_it_does_inside_a_block_and_after_lost_races(short: Site, block: str)
     assert lives(visitor)
 
 
-def test_so_it_does_where_a_block_begins_or_fails_beside_it(short: Site) -> None:
-    """A sign-in waits for the end of the lock, and is no part of what another thread rolls back."""
+def test_a_sign_in_during_a_lock_is_not_rolled_back_by_another_thread(short: Site) -> None:
+    """A sign-in waits for the end of the lock, and another thread's rollback doesn't undo it."""
     visitor = short.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))
     keeps_alive(short, visitor, 1.9)

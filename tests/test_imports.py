@@ -87,7 +87,7 @@ CONTRACT = [
 ]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 
-# What an extra brings may be imported in one place only.
+# The packages of an extra may be imported in one place only.
 PLACES = {
     "grpc": "protocol stores.remote sharing",
     "google": "protocol stores.remote",
@@ -133,7 +133,7 @@ INSIDE = [module for module in FILES if module]
 
 
 def imports(module: str) -> Iterator[str]:
-    """Absolute names of what a file imports, at its top or inside a function."""
+    """The absolute names that a file imports, at its top or inside a function."""
     file = FILES[module]
     package = ["flask_gsession", *file.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(file.read_text())):
@@ -222,7 +222,7 @@ def test_state_lives_in_app_extensions(module: str) -> None:
     assert found <= OF_THE_PROCESS.get(module, set())
 
 
-def test_all_is_what_is_exported() -> None:
+def test_all_lists_the_exported_names() -> None:
     borrowed = {
         alias.asname or alias.name
         for node in ast.walk(ast.parse(FILES[""].read_text()))

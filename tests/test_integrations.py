@@ -44,7 +44,7 @@ def whole(session: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def one(store_prefix: str, clock: FakeClock) -> Any:
-    """An application on the memory store, for what is decided above the stores."""
+    """An application on the memory store, for code that doesn't depend on the store."""
     with SiteMaker("memory://", store_prefix, clock) as make:
         yield make()
 
@@ -553,7 +553,7 @@ def test_log_in_by_a_form_with_a_message(forms: Site) -> None:
 
 
 def with_oauth(site: Site, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Put an OAuth 2 login with PKCE on the site; what is sent to the provider's token page."""
+    """Put an OAuth 2 login with PKCE on the site. Returns the requests to its token page."""
     flask_client = pytest.importorskip("authlib.integrations.flask_client")
     requests = pytest.importorskip("requests")
     sent: list[dict[str, Any]] = []

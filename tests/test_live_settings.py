@@ -17,7 +17,7 @@ from tests.harness.apps import Site, SiteMaker, Visitor
 
 @pytest.fixture
 def one(store_prefix: str, clock: FakeClock) -> Any:
-    """An application on the memory store, for what is decided above the stores."""
+    """An application on the memory store, for code that doesn't depend on the store."""
     with SiteMaker("memory://", store_prefix, clock) as make:
         yield make()
 

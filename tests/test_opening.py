@@ -75,7 +75,7 @@ def fails(
         act(session)
 
 
-# What a block does --------------------------------------------------------------------------------
+# Blocks -------------------------------------------------------------------------------------------
 
 
 def test_a_job_reads_and_writes_the_session(site: Site, visitor: Visitor) -> None:
@@ -205,7 +205,7 @@ def test_a_block_that_raises_stores_nothing(
     assert site.inside.blobs() == {}
 
 
-def test_what_was_stored_at_once_stays(site: Site, visitor: Visitor) -> None:
+def test_immediate_writes_stay(site: Site, visitor: Visitor) -> None:
     def work(session: SessionData) -> None:
         session["lost"] = True
         session.update_atomic("count", lambda count: count + 1, default=0)
@@ -351,7 +351,7 @@ def test_one_that_changed_nothing_need_not_know(site: Site, visitor: Visitor) ->
         assert session["user"] == "ada"
 
 
-def test_what_a_job_did_at_once_on_a_session_that_ended(site: Site, visitor: Visitor) -> None:
+def test_immediate_writes_of_a_job_to_an_ended_session(site: Site, visitor: Visitor) -> None:
     with job(visitor) as session:
         ends_by_logout(site, visitor)
         for act in (
@@ -425,7 +425,7 @@ def test_a_damaged_record(site: Site, visitor: Visitor, caplog: pytest.LogCaptur
     "handle",
     [None, "", 7, b"x" * 43, "x" * 42, "x" * 44, "é" * 43, "a" * 42 + ".", "a" * 42 + "\n"],
 )
-def test_what_is_no_handle(site: Site, handle: Any) -> None:
+def test_invalid_handles(site: Site, handle: Any) -> None:
     with site.app.app_context():
         for look in (site.ext.open, site.ext.peek):
             with pytest.raises(ValueError, match="handle") as caught:
@@ -435,7 +435,7 @@ def test_what_is_no_handle(site: Site, handle: Any) -> None:
 
 
 def test_a_token_is_no_handle(site: Site, visitor: Visitor) -> None:
-    """One of 43 characters looks like one; what is raised doesn't show it."""
+    """A token of 43 characters looks like a handle; the error doesn't show it."""
     with site.app.app_context():
         assert site.ext.peek(visitor.token) is None
         with pytest.raises(SessionEnded) as caught:

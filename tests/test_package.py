@@ -56,7 +56,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel, the source distribution and `source`, what both were made of."""
+    """A folder with the wheel, the source distribution, and their `source`."""
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,4 @@
-"""Flask-Login's remember-me as a permanent session, and what becomes of its old cookies."""
+"""Flask-Login's remember-me as a permanent session, and the conversion of its old cookies."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_the_cart_comes_along(site: Site) -> None:
     assert site.visitor(before).run(dict) == {}
 
 
-def test_what_it_costs(site: Site) -> None:
+def test_round_trips(site: Site) -> None:
     visitor = with_old_cookie(site)
     with site.counted() as count:
         visitor.get("/me")
@@ -499,7 +499,7 @@ def test_nothing_warns_where_nothing_is_wrong() -> None:
     Session(app_with(REMEMBER_COOKIE_DURATION=timedelta(days=365), SESSION_REMEMBER="session"))
 
 
-def test_a_date_that_is_over_warns() -> None:
+def test_a_date_in_the_past_warns() -> None:
     with pytest.warns(UserWarning, match="SESSION_REMEMBER_UNTIL has passed"):
         Session(app_with(SESSION_REMEMBER="session", SESSION_REMEMBER_UNTIL="2020-01-01"))
 

@@ -84,7 +84,7 @@ def test_a_merge_is_no_conflict(site: Site) -> None:
     assert site.happened(SessionSaved)[-1].conflicts == 1
 
 
-def test_a_transaction_that_lost_tells_so_once_for_each_loss(site: Site) -> None:
+def test_a_transaction_reports_each_lost_race_once(site: Site) -> None:
     def view(session: Any) -> None:
         session.transaction().run(lambda session: session.update(stock=session["stock"] + 1))
 

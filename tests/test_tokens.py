@@ -65,7 +65,7 @@ def test_the_number_of_bytes_can_be_chosen(nbytes: int) -> None:
         (None, False),
     ],
 )
-def test_what_a_token_factory_may_return(text: object, verdict: bool) -> None:
+def test_valid_tokens(text: object, verdict: bool) -> None:
     assert is_token(text) is verdict
 
 
@@ -76,7 +76,7 @@ def test_the_session_key_is_the_sha_256_of_the_token() -> None:
     assert TOKEN not in session_key(TOKEN)
 
 
-def test_what_a_traceback_or_debugger_prints_shows_no_token() -> None:
+def test_tracebacks_and_debuggers_show_no_token() -> None:
     assert TOKEN not in repr(TOKEN) + repr([TOKEN]) + f"{TOKEN!r}"
     assert TOKEN not in repr(SIGNER.check(SIGNED))
     assert TOKEN not in repr(SIGNER) + repr(vars(SIGNER))
@@ -116,7 +116,7 @@ def test_keys_may_be_text_or_bytes() -> None:
 
 
 @given(st.binary(min_size=16, max_size=64), st.binary(min_size=1), st.text(max_size=20))
-def test_what_was_signed_checks(entropy: bytes, key: bytes, purpose: str) -> None:
+def test_signed_tokens_check(entropy: bytes, key: bytes, purpose: str) -> None:
     token = base64.urlsafe_b64encode(entropy).decode().rstrip("=")
     signer = TokenSigner([key], purpose)
     assert signer.check(signer.sign(token)) == right(token)
@@ -181,7 +181,7 @@ def test_a_signature_that_was_right_is_checked_without_a_hash(
     assert TOKEN not in repr(vars(signer))
 
 
-# What browsers and others send instead -------------------------------------------------------
+# Wrong tokens from browsers and others -------------------------------------------------------
 
 OTHERS = TokenSigner(["another application's key"], "session").sign(TOKEN)
 SIGNATURE = SIGNED.rpartition(".")[2]
@@ -235,7 +235,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("presented", BAD.values(), ids=BAD)
-def test_what_we_did_not_sign_is_refused(presented: str) -> None:
+def test_tokens_we_did_not_sign_are_refused(presented: str) -> None:
     checked = SIGNER.check(presented)
     assert checked.token is None
     assert checked.reason in ("malformed", "bad signature")
@@ -257,7 +257,7 @@ def test_what_we_did_not_sign_is_refused(presented: str) -> None:
     ],
     ids=[str(number) for number in range(9)],
 )
-def test_what_cannot_be_ours_is_malformed(presented: str) -> None:
+def test_malformed_tokens(presented: str) -> None:
     assert SIGNER.check(presented) == Checked(None, "malformed")
 
 

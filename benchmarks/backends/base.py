@@ -14,8 +14,8 @@ from benchmarks.measure import Call
 class Traffic:
     """The cost of one request by the server's own statistics.
 
-    `round_trips` counts what clients sent; `commands` also counts what scripts ran inside the
-    server. Bytes are seen from the server: `received` from us, `sent` to us.
+    `round_trips` counts the clients' commands; `commands` also counts those that scripts ran inside
+    the server. Bytes are seen from the server: `received` from us, `sent` to us.
     """
 
     round_trips: float

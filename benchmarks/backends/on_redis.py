@@ -56,7 +56,7 @@ class RedisBackend:
         for _ in range(times):
             call()
         after = self._statistics()
-        # Asking twice in a row shows what the asking itself costs.
+        # Two queries in a row show the cost of the query itself.
         spent = {
             name: (after[name] - before.get(name, 0) - (before.get(name, 0) - idle.get(name, 0)))
             / times

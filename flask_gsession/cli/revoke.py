@@ -174,8 +174,8 @@ def _revoke_all(interface: GSessionInterface, yes: bool, reason: str | None) -> 
                 found: list[tuple[str, Record | None]] = (
                     [] if again else [(key, None) for key in page.unreadable]
                 )
-                # This round may have missed a session that was rotated meanwhile, but rotation
-                # keeps the creation time.
+                # This round may have missed a session that was rotated during it. A rotation keeps
+                # the creation time.
                 found += [
                     (record.key, record)
                     for record in page.records

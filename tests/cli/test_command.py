@@ -1,4 +1,4 @@
-"""`flask gsession list, show, revoke, stats` on every store, and what they say when they cannot."""
+"""`flask gsession list, show, revoke, stats` on every store, and their error messages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def handles(site: Site, number: int) -> list[str]:
     return made
 
 
-# -- what there is
+# -- list and show
 
 
 @pytest.mark.parametrize(("target", "why"), [("&-", "is closed"), ("/dev/full", "No space left")])
@@ -151,7 +151,7 @@ def test_list_is_sorted(
     assert ("There are more" in result.stderr) == (limit is not None)
 
 
-def test_what_is_sorted_takes_no_more_room_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sorting_keeps_only_shown_sessions_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console("memory://")
     store: Any = console.ext.store(console.app)
     for _ in range(5):
@@ -320,7 +320,7 @@ def test_a_whole_handle_is_found_without_a_scan(
 
 
 def test_a_record_with_times_of_no_calendar_hides_no_other(site: Site, console: Console) -> None:
-    """A bug, a broken clock, or somebody who can write to the store."""
+    """Caused by a bug, a broken clock, or somebody with write access to the store."""
     made, store = handles(site, 3), site.store.store
     (record,) = (found for found in [store.load(made[0])] if found is not None)
     bad = {}
@@ -338,7 +338,7 @@ def test_a_record_with_times_of_no_calendar_hides_no_other(site: Site, console: 
         )
         with suppress(
             StoreError, OverflowError, struct.error
-        ):  # what a store refuses is not stored
+        ):  # the store refuses some of these, which then aren't stored
             store.create(bad[letter * 43])
     for words in (("list",), ("list", "--json")):
         listed = console.done(*words)
@@ -406,7 +406,7 @@ def test_show(site: Site, console: Console) -> None:
     assert json.loads(console.done("show", handle[:8], "--json")) == facts
 
 
-def test_show_tells_how_large_a_large_value_is(site: Site, console: Console) -> None:
+def test_show_prints_the_size_of_a_large_value(site: Site, console: Console) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(large="x" * 100_000))
     handle = visitor.run(lambda session: session.handle)
@@ -465,7 +465,7 @@ def test_show_a_value_that_cannot_be_read(site: Site, monkeypatch: pytest.Monkey
     assert (facts["keys"]["a"]["type"], facts["keys"]["a"]["value"]) == (None, "<unreadable>")
 
 
-def test_show_tells_until_when_a_session_is_logged(site: Site, console: Console) -> None:
+def test_show_prints_until_when_a_session_is_logged(site: Site, console: Console) -> None:
     (handle,) = handles(site, 1)
 
     def until() -> Any:
@@ -543,7 +543,7 @@ def test_revoke(site: Site, console: Console) -> None:
     assert console.events == [handle]
 
 
-def test_revoke_ends_what_it_can(site: Site, console: Console) -> None:
+def test_revoke_ends_known_sessions_despite_an_unknown_handle(site: Site, console: Console) -> None:
     first, last = handles(site, 2)
     unknown = a_record(site.clock).key
     result = console.run("revoke", first, unknown, last)
@@ -714,7 +714,7 @@ def test_a_handle_that_begins_like_an_option(site: Site, beginning: str) -> None
     assert console.done("revoke", beginning) == f"{record.key}: ended\n"
 
 
-# -- what is not well
+# -- errors
 
 
 @pytest.fixture(params=["sqlite", "redis", "mongodb"])
@@ -890,7 +890,7 @@ def test_a_driver_that_is_not_installed(kind: str) -> None:
     assert (run.returncode, run.stdout) == (1, "")
 
 
-def test_what_the_application_says_while_it_is_made(
+def test_messages_while_the_application_is_created(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     def made(**settings: Any) -> Result:
@@ -1000,7 +1000,7 @@ def test_the_bar_of_a_clean_up(
     time.sleep(0.02)
     shown = on_a_terminal(sqlite_url, "cleanup")
     assert "1 expired session removed" in shown
-    assert "100%" in shown  # of what has expired, not of the sessions
+    assert "100%" in shown  # counts expired records, not sessions
     settings = json.dumps({"key_prefix": store_prefix})
     console = Console(redis_url, key_prefix=store_prefix)
     console.ext.store(console.app).create(a_record(time.time, idle=1000))
@@ -1019,7 +1019,7 @@ def test_without_a_progress_bar_nothing_is_counted(
 
 
 def plain(shown: str) -> list[str]:
-    """The lines of what a terminal showed, without its colours."""
+    """The lines that a terminal showed, without colours."""
     return [line.rstrip() for line in re.sub("\x1b\\[[^m]*m", "", shown).splitlines()]
 
 

@@ -126,7 +126,7 @@ def test_all_sessions_of_a_user_are_revoked(
 
 
 def test_a_sign_in_that_is_under_way_is_refused(site: Site, console: Console) -> None:
-    """Also for a user who had no session until now."""
+    """Also for a user without earlier sessions."""
     visitor = site.visitor()
 
     def sign_in(session: Any) -> None:

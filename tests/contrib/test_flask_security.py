@@ -106,7 +106,7 @@ def test_a_reset_password_ends_all_sessions(
 @pytest.mark.parametrize(
     "act", ["set_uniquifier", "reset_user_access", "deactivate_user", "toggle_active", "password"]
 )
-def test_what_ends_an_account_ends_its_sessions(act: str, make_site: SiteMaker) -> None:
+def test_account_changes_that_end_access_end_sessions(act: str, make_site: SiteMaker) -> None:
     """Outside a request too, as by Flask-Security's commands."""
     site = with_sessions(make_site(config=PLAIN))
     desk = signed_in(site)
@@ -177,7 +177,7 @@ def test_freshness_is_shared(make_site: SiteMaker) -> None:
     assert desk.get("/vault").text == "open"
 
 
-def test_what_set_up_needs() -> None:
+def test_setup_needs_session_and_security() -> None:
     app = Flask("bare")
     app.secret_key = "a key"
     Session(app, store="memory://")

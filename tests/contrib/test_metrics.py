@@ -1,4 +1,4 @@
-"""Metrics: what is counted, in how many series, by whom; and what is built on them."""
+"""Metrics: the counts, the number of series, several processes; rules and dashboards."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def counted(site: Site) -> Site:
     return site
 
 
-def test_what_happens_is_counted(counted: Site) -> None:
+def test_session_events_are_counted(counted: Site) -> None:
     visitor = counted.visitor()
     visitor.run(lambda session: session.update(cart=[1]))
     visitor.run(lambda session: session["cart"].append(2))
@@ -92,7 +92,7 @@ def test_what_happens_is_counted(counted: Site) -> None:
     assert figure(figures, "store_up", session="session") == 1
 
 
-def test_what_users_do_is_counted(make_site: SiteMaker) -> None:
+def test_user_events_are_counted(make_site: SiteMaker) -> None:
     site = make_site(max_per_user=2, max_policy="refuse")
     SessionMetrics(site.app, ext=site.ext)
     first, second, third = (site.visitor() for _ in range(3))
@@ -276,7 +276,7 @@ def fail() -> None:
 def keep_failing(
     store: HookedStore, *operations: str, how: Callable[[], object] = fail
 ) -> Callable[[], None]:
-    """Have each call of these operations fail, until what this returns is called."""
+    """Make each call of these operations fail, until the returned function is called."""
     over = threading.Event()
 
     def arm(operation: str) -> None:
@@ -536,7 +536,7 @@ def test_never_counted() -> None:
 # -- whose metrics
 
 
-def test_the_subscribers_still_hear_of_events(counted: Site) -> None:
+def test_subscribers_still_get_events(counted: Site) -> None:
     heard: list[SessionCreated] = []
     counted.ext.on(SessionCreated, heard.append)
     counted.visitor().run(lambda session: session.update(a=1))
@@ -812,8 +812,8 @@ def in_files(folder: Path, name: str, **labels: str) -> float:
     return figure(parsed(generate_latest(registry).decode()), name, **labels)
 
 
-# Four threads call the store and one forks, all at once. Then nobody calls it any more, and all
-# must get into the files all the same. What the children count is put there when they end.
+# Four threads call the store and one forks, all at once. Then nobody calls it any more, but all
+# counts must still reach the files. The children write theirs when they end.
 BUSY = """
 import os, sys, threading, time
 from prometheus_client import CollectorRegistry
@@ -908,7 +908,7 @@ def test_a_worker_that_was_killed_in_an_outage_leaves_no_trace(tmp_path: Path) -
         assert figure(parsed(run.stdout), "store_up", session="session") == up
 
 
-def test_what_is_gathered_adds_up_as_if_observed_one_by_one() -> None:
+def test_batched_amounts_equal_single_observations() -> None:
     registry = CollectorRegistry()
     figures = [Histogram(name, name, buckets=(1, 2.5), registry=registry) for name in ("a", "b")]
     amounts = [0, 0.5, 1, 1.5, 2.5, 2.6, 1e9]
@@ -931,7 +931,7 @@ def test_figures_that_cannot_be_put_away(caplog: pytest.LogCaptureFixture) -> No
     assert caplog.text.count("Metrics for Prometheus are lost: ZeroDivisionError") == 1
 
 
-# -- what is built on them
+# -- rules and dashboards
 
 
 def expressions() -> dict[str, str]:

@@ -151,7 +151,7 @@ def test_sessions_by_an_id_token_without_sid(make_site: SiteMaker, provider: Pro
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
-def test_what_it_costs(make_site: SiteMaker, provider: Provider) -> None:
+def test_round_trips(make_site: SiteMaker, provider: Provider) -> None:
     site = make_site()
     logout = with_provider(site, provider)
 
@@ -220,7 +220,7 @@ def test_the_user_id_is_yours(make_site: SiteMaker, provider: Provider) -> None:
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_flask_oidc(make_site: SiteMaker, provider: Provider) -> None:
-    """One receiver of its signal; its own view of who is signed in ends with the session."""
+    """One receiver of its signal. Its own sign-in state ends with the session."""
     secrets = {"client_id": CLIENT, "client_secret": SECRET, "issuer": provider.address}
     site = make_site(
         config={
@@ -319,7 +319,7 @@ def test_a_second_sign_in_is_refused_and_the_first_goes_on(
 
 
 def forged(site: Site, provider: Provider) -> Iterator[tuple[str, str]]:
-    """Tokens that must not pass, by what is wrong with them."""
+    """Invalid tokens, by their fault."""
     now = site.clock()
     good = provider.claims(now, sid="s1")
 
@@ -549,7 +549,7 @@ def test_flask_wtf_lets_the_provider_through(make_site: SiteMaker, provider: Pro
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
-def test_what_bind_refuses(make_site: SiteMaker, provider: Provider) -> None:
+def test_bind_refuses_wrong_claims(make_site: SiteMaker, provider: Provider) -> None:
     site = make_site()
     logout = with_provider(site, provider)
     good = {"iss": provider.address, "sub": "ada", "sid": "s1"}

@@ -66,7 +66,7 @@ def metrics() -> set[str]:
 
 
 def queries() -> list[str]:
-    """Those of the dashboard, with a span for that Grafana would put in."""
+    """The queries of the dashboard, with the time span that Grafana would insert."""
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     return [
         target["expr"]
@@ -98,7 +98,7 @@ def test_the_demo_in_a_real_prometheus(
             def above_zero(query: str) -> bool:
                 return any(float(series["value"][1]) > 0 for series in prometheus.query(query))
 
-            # What an untroubled shop under load has all of, in figures above zero.
+            # Metrics that are above zero in a healthy shop under load.
             of_trouble = {
                 "gsession_access_denied_total",
                 "gsession_circuits_open",

@@ -1,4 +1,4 @@
-"""Rate limits: what gets through, whatever is done with cookies, and what fails closed."""
+"""Rate limits: allowed and refused requests, whatever clients do with cookies; failing closed."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def from_address(address: str) -> dict[str, Any]:
     return {"environ_base": {"REMOTE_ADDR": address}}
 
 
-# -- what gets through
+# -- allowed requests
 
 
 def on(store_url: str, make_app: Maker, **options: Any) -> Flask:
@@ -178,7 +178,7 @@ def test_no_session_is_worth_a_bucket_of_its_own_unless_it_was_there(
         client.get(end)
         return came_with(cookie.value)
 
-    assert through(app, 1) == 1  # which uses up what all of those without a session share
+    assert through(app, 1) == 1  # which uses up the limit that all visitors without a session share
     expired, ended, rotated = stored(), stored("/logout"), stored("/rotate")
     clock.advance(3 * HOUR)
     for client in (
@@ -294,7 +294,7 @@ def test_accounts_of_a_network_have_a_ceiling(app: Flask) -> None:
     assert served == [2, 2, 1, 0]
     assert through(app, 2) == 0
     assert through(app, 2, **from_address("10.0.0.7")) == 2
-    assert through(app, 2, client, **from_address("10.0.0.7")) == 2  # what was refused is free
+    assert through(app, 2, client, **from_address("10.0.0.7")) == 2  # refused requests don't count
 
 
 def test_the_ceiling_is_ten_times_the_limit_by_default(make_app: Maker) -> None:
@@ -376,7 +376,7 @@ def test_networks(make_app: Maker, first: str, second: str, same: bool) -> None:
     [
         (0, "192.0.2.1", "127.0.0.1"),
         (1, "192.0.2.1", "192.0.2.1"),
-        (1, "203.0.113.9, 192.0.2.1", "192.0.2.1"),  # what the client says of itself
+        (1, "203.0.113.9, 192.0.2.1", "192.0.2.1"),  # the address that the client claims
         (2, "203.0.113.9, 192.0.2.1, 10.0.0.2", "192.0.2.1"),
         (2, "192.0.2.1", "127.0.0.1"),  # not through both
         (1, "nonsense", "127.0.0.1"),
@@ -390,7 +390,7 @@ def test_proxies(make_app: Maker, proxies: int, header: str, network: str) -> No
         assert network_of_client(proxies) == network
 
 
-# -- what can be said of a limit
+# -- arguments of a limit
 
 
 def test_the_answer_shows_the_rest_of_the_limit(app: Flask) -> None:
@@ -634,7 +634,7 @@ def test_whatever_can_be_a_view_can_be_limited(make_app: Maker) -> None:
 
 
 @pytest.mark.parametrize("view", ["index", 5, MethodView, classmethod(say)])
-def test_what_is_no_view_is_refused(view: Any) -> None:
+def test_an_object_that_is_not_a_view_is_refused(view: Any) -> None:
     with pytest.raises(SettingError, match="session_limit takes a function"):
         session_limit("1/hour")(view)
 
@@ -696,7 +696,9 @@ def test_guesses_of_a_network_for_many_accounts(sign_in: Callable[..., int]) -> 
     assert sign_in("ada", "right", "192.0.2.77") == 200
 
 
-def test_what_was_refused_costs_neither_account_nor_network(sign_in: Callable[..., int]) -> None:
+def test_refused_requests_count_for_neither_account_nor_network(
+    sign_in: Callable[..., int],
+) -> None:
     for _ in range(9):
         sign_in("ada", "guess")
     assert [sign_in("bob", "guess") for _ in range(3)] == [401] * 3  # of the network: 3 and 3
@@ -759,7 +761,7 @@ def test_the_headers_know_of_undone_counts(make_app: Maker) -> None:
 
 
 @pytest.mark.parametrize("name", ["key", "deduct_when", "exempt_when"])
-def test_what_is_no_function_stops_the_import(name: str) -> None:
+def test_an_argument_that_is_not_a_function_is_refused(name: str) -> None:
     arguments: Any = {name: "ada"}
     with pytest.raises(SettingError, match=f"{name} is 'ada'; allowed: a function"):
         session_limit("1/hour", **arguments)
@@ -799,7 +801,7 @@ def test_an_answer_of_the_applications_own(make_app: Maker, dead_redis: str) -> 
     assert (answer.text, answer.headers["Retry-After"]) == ("later", "1")
 
 
-# -- what fails closed
+# -- failing closed
 
 
 @pytest.mark.parametrize("limit", ["", "100", "100/fortnight", "0/minute", 7, ["1/hour"]])
@@ -1039,7 +1041,7 @@ def test_a_frozen_server_is_left_alone_after_a_while(
     assert "not asked: rate limits have failed" in caplog.text
 
 
-# -- what nobody may read, and whom we leave alone
+# -- secrets, and other packages
 
 
 @pytest.mark.parametrize("store_url", ["redis", "mongodb"], indirect=True)

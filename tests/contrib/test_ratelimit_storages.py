@@ -65,7 +65,7 @@ def left(backend: Backend) -> int:
     return backend.look(ten(), "ada")[1]
 
 
-def test_what_was_counted_can_be_taken_back(backend: Backend) -> None:
+def test_a_hit_can_be_undone(backend: Backend) -> None:
     assert backend.can_undo()
     for cost in (1, 3):
         assert backend.hit(ten(), "ada", 4)
@@ -82,7 +82,7 @@ def test_what_was_counted_can_be_taken_back(backend: Backend) -> None:
     assert backend.hit(ten(), "nobody", 10)
 
 
-def test_what_is_refused_is_not_counted(backend: Backend) -> None:
+def test_refused_hits_are_not_counted(backend: Backend) -> None:
     assert backend.hit(ten(), "ada", 8)
     for _ in range(3):
         assert not backend.hit(ten(), "ada", 5)
@@ -156,7 +156,7 @@ def counts(app: Flask) -> None:
 
 
 class Silent(MemoryStorage):
-    """Counts, and does not say what it has counted."""
+    """Counts, but doesn't return the counts."""
 
     base_exceptions = OSError
 
@@ -277,7 +277,7 @@ def test_an_index_that_is_there(
     counts(make_app(mongodb_url, strategy=strategy))
     warned = [text for text in caplog.messages if "TTL index of the rate limits" in text]
     assert len(warned) == (not index)
-    if warned:  # what it advises works
+    if warned:  # the advice works
         drop, create = warned[0].partition("run: ")[2].split("; ")
         assert drop == f"db.{used}.dropIndex('by hand')"
         assert create == f"db.{used}.createIndex({{expireAt: 1}}, {{expireAfterSeconds: 0}})"
@@ -400,7 +400,7 @@ def test_a_cluster_that_loses_its_nodes(make_app: Maker, redis_url: str) -> None
     assert statuses(make_app(storage=storage), times=1) == [503]
 
 
-# -- what the metrics show
+# -- metrics
 
 
 def test_the_circuit_of_the_limits_closes_without_a_request(

@@ -67,7 +67,7 @@ def while_cut_off(network: Network, edge: EdgeSite, disk: Disk) -> None:
         accepted[number] += 1
     disk.fill()
     refused = 0
-    while refused < 20:  # what is left in the file and its log is used up first
+    while refused < 20:  # first use up the free space in the file and its log
         for number, visitor in enumerate(visitors):
             status = visitor.ask(lambda session: (add(session), session.update(note=pad(session))))
             assert status.status_code in (200, 503)

@@ -29,7 +29,7 @@ def known(edge: EdgeSite, **values: Any) -> Visitor:
 
 
 def go_through(edge: EdgeSite, centre: Site) -> dict[str, str]:
-    """Change, create and end sessions while the edge is cut off; their cookies, by what they are.
+    """Change, create and end sessions while the edge is cut off. Returns their cookies by kind.
 
     The edge can't be reached before, and is left cut off.
     """

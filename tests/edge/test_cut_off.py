@@ -1,4 +1,4 @@
-"""An edge that is cut off: what it serves, what it refuses, and what comes of it afterwards."""
+"""A cut-off edge: served and refused requests, and the results after it reconnects."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ REFUSED: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_needs_the_centre_is_refused(edge: EdgeSite, what: str) -> None:
+def test_operations_that_need_the_centre_are_refused(edge: EdgeSite, what: str) -> None:
     visitor = known(edge, n=1, token="t")
     edge.cut()
     response = visitor.ask(REFUSED[what])

@@ -309,7 +309,7 @@ def test_a_clock_that_is_set_back_extends_nothing(network: Network) -> None:
                 assert at_work.ask(dict).status_code == 503
 
 
-def test_a_process_that_missed_a_jump_of_the_clock_hears_of_it(network: Network) -> None:
+def test_a_process_that_missed_a_clock_jump_learns_of_it(network: Network) -> None:
     machine = Machine(network)
     with machine.process() as edge, machine.process() as idle:
         there = at(idle, known(idle))
@@ -395,7 +395,7 @@ def test_two_applications_may_share_a_file(network: Network, edge: EdgeSite) -> 
     assert visitor.run(dict) == {"n": 2}
 
 
-def test_a_damaged_file_refuses_and_says_so(
+def test_a_damaged_file_is_refused_and_reported(
     network: Network, edge: EdgeSite, caplog: pytest.LogCaptureFixture
 ) -> None:
     visitor = known(edge)
@@ -459,7 +459,7 @@ def test_a_full_disk_does_not_look_like_a_cut(
     assert edge.settle().changes == 1
 
 
-def test_a_centre_hears_of_ends_although_nothing_can_be_noted(
+def test_the_centre_gets_ends_although_the_file_cannot_be_written(
     network: Network, edge: EdgeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, changed = known(edge), known(edge)

@@ -85,8 +85,8 @@ def test_flashes_of_both_sides_are_shown_once(network: Network, edge: EdgeSite) 
     assert visitor.run(lambda session: get_flashed_messages()) == []
 
 
-#: By the policies that the how-to on counters and carts has: what both sides found, what the node
-#: and the centre made of it, and what it becomes.
+#: For the policies in the how-to on counters and carts: the common base, the changes at the node
+#: and at the centre, and the merged value.
 MERGED: dict[str, tuple[Any, Any, Any, Any]] = {
     "last": (1, 2, 3, 2),
     "counter": (1, 4, -2, 1),
@@ -129,7 +129,7 @@ def test_every_policy_is_kept(network: Network) -> None:
         ]
 
 
-def test_the_journal_at_the_centre_has_what_a_node_does(
+def test_the_journal_at_the_centre_has_the_events_of_a_node(
     make_site: SiteMaker, tmp_path: Path
 ) -> None:
     """If the node reaches it by gRPC."""
@@ -221,7 +221,7 @@ def run(edge: EdgeSite, *arguments: str) -> tuple[int, str]:
     return int(result.exit_code), result.output
 
 
-def test_commands_say_what_the_centre_has_not_heard(network: Network, edge: EdgeSite) -> None:
+def test_commands_report_changes_the_centre_does_not_have(network: Network, edge: EdgeSite) -> None:
     visitor = known(edge)
     handle = visitor.run(lambda session: session.handle)
     edge.cut()

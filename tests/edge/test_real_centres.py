@@ -188,7 +188,7 @@ def test_a_session_expires_at_the_centre_while_it_is_used_at_a_node(
 @pytest.mark.long
 @pytest.mark.parametrize("store_url", ["redis", "mongodb"], indirect=True)
 @pytest.mark.parametrize("how", ["blackhole", "lose_reply"])
-def test_what_was_sent_and_not_answered_arrives_late(lines: Lines, how: str) -> None:
+def test_writes_without_an_answer_arrive_late(lines: Lines, how: str) -> None:
     """A write that was refused, and an end that was obeyed, reach the centre after the cut."""
     edge = lines.edge("a")
     centre = lines.network.centre

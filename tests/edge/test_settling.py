@@ -140,7 +140,7 @@ def test_a_settler_that_was_stopped_creates_nothing_that_ended(
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
-def test_a_creation_that_arrives_as_it_is_given_up_is_ended(network: Network) -> None:
+def test_a_creation_that_arrives_after_it_was_dropped_is_ended(network: Network) -> None:
     """Its settler was stopped, and is killed before it can look again."""
     with network.edge("a") as edge, network.edge("a") as other:
         edge.cut()

@@ -48,7 +48,7 @@ def revoked(site: Site, how: str, visitor: Visitor) -> None:
     indirect=["store_url"],
 )
 def test_a_revocation_at_the_centre_wins(network: Network, edge: EdgeSite, how: str) -> None:
-    """Also over what was changed at the edge, which is reported."""
+    """It also wins over changes at the edge, which are reported as lost."""
     changed, read = (signed_in(network.centre, label=label) for label in ("changed", "read"))
     here = [at(edge, visitor) for visitor in (changed, read)]
     for visitor in here:

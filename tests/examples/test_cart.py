@@ -254,7 +254,7 @@ def test_a_payment_that_took_too_long_is_refunded(
     assert stock.left()["mug"] == 17
 
 
-def test_the_goods_of_a_dead_request_go_back_when_their_time_is_over(
+def test_the_goods_of_a_dead_request_go_back_after_their_time(
     stock: Stock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

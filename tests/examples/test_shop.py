@@ -1,4 +1,4 @@
-"""The demo shop, page by page: what it does, and what it does with bad input."""
+"""The demo shop, page by page, with good and bad input."""
 
 import ast
 import re
@@ -235,7 +235,7 @@ def test_a_visit_from_the_first_look_to_the_last(
     assert "You are signed out." in visitor.get("/").text
 
 
-# What each page looks like
+# Each page
 
 
 class Page(HTMLParser):
@@ -1094,7 +1094,7 @@ def test_the_store_comes_from_the_environment(
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Runs `make demo STORE=... PORT=...`, without make; gives what it says until a line."""
+    """Run `make demo STORE=... PORT=...`, without make. Returns its output up to a line."""
     running = []
 
     def run(store: str, port: int, until: str = "never said") -> str:
@@ -1120,7 +1120,7 @@ def demo(tmp_path: Path) -> Iterator[Callable[..., str]]:
         process.communicate(timeout=30)
 
 
-def test_the_demo_says_in_one_line_what_is_wrong_with_its_store(demo: Callable[..., str]) -> None:
+def test_the_demo_reports_a_wrong_store_in_one_line(demo: Callable[..., str]) -> None:
     said = demo("foo://bar", 0)
     assert said.startswith("SESSION_STORE is a URL with the scheme 'foo'; allowed are ")
     assert "make demo STORE=" in said

@@ -1,1 +1,1 @@
-"""Faults in real servers under a real load, and what became of the sessions: ``make faults``."""
+"""Faults in real servers under a real load, with checks of the sessions: ``make faults``."""

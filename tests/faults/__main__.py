@@ -71,7 +71,7 @@ def _run(
     outcomes: list[Outcome],
     found: dict[str, str],
 ) -> list[str]:
-    """Adds what came of each, and what it ran on; the names of those that could not be run."""
+    """Add each one's outcome and its machine. Returns the names of those that could not run."""
     failed = []
     mode: Mode | None = None
     try:

@@ -226,7 +226,7 @@ def _add_views(
 
 
 def watch(outer: Outer) -> None:
-    """Do what the control says, from a thread of this worker's own. Called by gunicorn."""
+    """Follow the control, in a thread of this worker. Called by gunicorn."""
     folder = Path(os.environ["FAULTS_FOLDER"])
     threading.Thread(target=_watch, args=(outer.app, folder), name="faults", daemon=True).start()
 

@@ -22,7 +22,7 @@ def ignore_versions(repository: Any) -> None:
 
 
 def create_on_save(repository: Any) -> None:
-    """A save creates what is not there."""
+    """A save creates a missing record."""
     store = repository.store
     save = store.save
 
@@ -36,7 +36,7 @@ def create_on_save(repository: Any) -> None:
 
 
 def answer_from_memory(repository: Any) -> None:
-    """Each worker remembers what it loaded, and never hears of a logout elsewhere."""
+    """Each worker caches its loads, and never learns of a logout elsewhere."""
     store = repository.store
     load = store.load
     cache: dict[str, tuple[float, Any]] = {}

@@ -19,7 +19,11 @@ Outcome = Literal["ok", "failed", "unknown"]
 
 _NEVER = float("inf")
 UPDATES: tuple[Kind, ...] = ("login", "put", "count", "move", "lock")
-NUMBERS: dict[str, Kind] = {"n": "count", "b": "move", "l": "lock"}  # and what adds one to each
+NUMBERS: dict[str, Kind] = {
+    "n": "count",
+    "b": "move",
+    "l": "lock",
+}  # and the operations that add one to each
 
 
 @dataclass(slots=True)
@@ -33,8 +37,8 @@ class Operation:
     end: float
     outcome: Outcome
     status: int = 0  # 0: no answer
-    seen: dict[str, Any] | None = None  # what the answer said of the session; None: nothing
-    key: str | None = None  # what a put wrote; its value is `value_of(owner, key)`
+    seen: dict[str, Any] | None = None  # the session in the answer; None if the answer had none
+    key: str | None = None  # the key of a put; its value is `value_of(owner, key)`
     seconds: float | None = None  # as the worker measured it
 
     @property
@@ -55,7 +59,7 @@ def value_of(owner: str, key: str) -> str:
 
 @dataclass
 class Verdict:
-    """The counts, each beside what it is out of."""
+    """The counts, each with its total."""
 
     ok: int = 0
     failed: int = 0
@@ -80,7 +84,7 @@ class Verdict:
     forever: int = 0  # stored keys without expiry
     leaks: list[str] = field(default_factory=list)
     recovery: float | None = None  # seconds until a login worked again; None: never
-    examples: list[str] = field(default_factory=list)  # of what must not be
+    examples: list[str] = field(default_factory=list)  # violations
 
     @property
     def broken(self) -> list[str]:
@@ -182,7 +186,7 @@ def _judge_deaths(history: Sequence[Operation], grace: float, verdict: Verdict) 
 
 
 def _judge_updates(history: Sequence[Operation], verdict: Verdict) -> None:
-    """Every read must show what was acknowledged before it began, and the last one everything."""
+    """Every read must show the writes acknowledged before it, and the last one all of them."""
     reads = [op for op in history if op.seen is not None and "keys" in op.seen and op.alive]
     for name, kind in NUMBERS.items():
         updates = [op for op in history if op.kind == kind]

@@ -1,4 +1,4 @@
-"""The faults: what is done to the servers, the way to them, the workers or their clock."""
+"""Faults in the servers, the network, the workers or their clock."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, and what the applications around it look like.
+    """A fault, and the applications that it needs.
 
-    `stated`: the modes in which what it loses is stated and not failed.
+    `stated`: the modes in which its losses are reported, without failing.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Fault:
     threads: int = 4
     pool: int = 4
     small_disk: bool = False
-    without: tuple[Kind, ...] = ()  # what the clients do not do
+    without: tuple[Kind, ...] = ()  # operations that the clients leave out
 
 
 def nothing(scene: Scene) -> None:
@@ -223,7 +223,7 @@ def fill_disk(scene: Scene) -> None:
 
 @contextmanager
 def _filled(path: Path) -> Iterator[None]:
-    end = time.monotonic() + 0.3  # and what a checkpoint gives back in that time
+    end = time.monotonic() + 0.3  # and the space that a checkpoint frees in that time
     with path.open("wb", buffering=0) as file:
         while time.monotonic() < end:
             try:

@@ -52,10 +52,9 @@ class Visitor:
 class Load:
     """Clients on the port of a server, from `start` to `finish`; `operations` is the history.
 
-    :param clients: how many threads.
-    :param sessions: how many sessions live at a time, so that several clients share each.
-    :param without: what they do not do.
-    :param seed: of what they do. What happens depends on the machine too.
+    :param clients: how many threads. :param sessions: how many sessions live at a time, so that
+    several clients share each. :param without: the operations they leave out. :param seed: for
+    their operations. The outcome depends on the machine, too.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class Mode:
     pooled = True  # whether SESSION_POOL_MAX bounds the connections
 
     def start(self) -> None:
-        """Start what is down, and wait until all is well."""
+        """Start servers that are down, and wait until all are healthy."""
 
     def stop(self) -> None:
         """End the servers and delete their files."""

@@ -60,7 +60,7 @@ def row(outcome: Outcome) -> tuple[str, ...]:
 
 
 def verdict_of(outcome: Outcome) -> str:
-    """In words: what was promised and kept, stated, or broken."""
+    """The promises in words: kept, excepted or broken."""
     if outcome.failures:
         return "BROKEN: " + ", ".join(outcome.failures)
     found = [*outcome.verdict.broken, *outcome.verdict.leaks]

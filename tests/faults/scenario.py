@@ -82,10 +82,9 @@ def run(
 ) -> Outcome:
     """Runs one scenario. The mode is started, and left running and well.
 
-    :param seed: of what the clients do and when the fault strikes.
-    :param seconds: that a fault lasts that has no length of its own.
-    :param warm: seconds under load before it; half of that after it.
-    :param broken: a way of `tests.faults.broken` in which ours is to be broken.
+    :param seed: for the clients' operations and the time of the fault. :param seconds: that a fault
+    lasts that has no length of its own. :param warm: seconds under load before it; half of that
+    after it. :param broken: a way of `tests.faults.broken` in which ours is to be broken.
     """
     mode.start()
     rng = Random(f"{seed} {candidate} {mode.name} {fault.name}")

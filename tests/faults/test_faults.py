@@ -1,4 +1,4 @@
-"""The fault harness: what its checker finds in a history, and short runs on real servers.
+"""The fault harness: its checker on made-up histories, and short runs on real servers.
 
 `make faults` is the whole of it, with more faults, more stores and more time.
 """
@@ -90,7 +90,7 @@ def test_a_good_history_is_good() -> None:
     assert (verdict.acknowledged, verdict.ended, verdict.answers, verdict.over) == (4, 2, 7, 0)
 
 
-def test_what_is_unknown_may_be_there_or_not() -> None:
+def test_writes_of_unknown_outcome_may_be_stored_or_not() -> None:
     for n, keys in ((1, ()), (2, ("k1",))):
         story = Story()
         story.did("count")
@@ -231,7 +231,7 @@ def test_a_request_that_took_too_long() -> None:
     assert story.verdict.over == 0
 
 
-# What the report makes of it --------------------------------------------------------------------
+# The report ------------------------------------------------------------------------------------
 
 
 def a_run(verdict: Verdict, **more: Any) -> Ran:
@@ -294,7 +294,7 @@ def test_every_run_has_a_name_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
     assert command.main(["--only", "no such thing"]) == 2
 
 
-def test_every_fault_strikes_somewhere() -> None:
+def test_every_fault_occurs_somewhere() -> None:
     assert {name for fault in FAULTS for name in fault.modes} == set(modes())
     assert all(set(fault.stated) <= set(fault.modes) for fault in FAULTS)
 

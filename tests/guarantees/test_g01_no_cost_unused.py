@@ -24,7 +24,7 @@ def site(make_site: SiteMaker, tmp_path: Path) -> Site:
 
 
 def visit_without_touching(visitor: Visitor) -> dict[str, TestResponse]:
-    """Requests of every kind that leave the session alone, with what each answered."""
+    """Make requests of every kind that don't use the session. Yields each with its response."""
     return {
         "view": visitor.get("/untouched"),
         "view with the proxy at hand": visitor.ask(lambda session: None),

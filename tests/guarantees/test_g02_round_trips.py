@@ -12,7 +12,7 @@ import pytest
 
 from tests.harness.apps import Site, SiteMaker, Visitor
 
-# What a plain read is to the server, where there is one.
+# The server's command for a plain read, for stores with a server.
 PLAIN_READ = {"redis": Counter(get=1), "mongodb": Counter(query=1)}
 
 

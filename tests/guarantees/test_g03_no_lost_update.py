@@ -55,7 +55,7 @@ def append(key: str, value: object) -> Change:
 
 DELETED = "no such key"
 
-# Mine, which is saved last, theirs, and what comes of it.
+# My change, which is saved last, theirs, and the result.
 RACES: dict[str, tuple[Change, Change, dict[str, Any]]] = {
     "different keys": (set_key("a", 1), set_key("b", 2), {"a": 1, "b": 2}),
     "new keys": (set_key("new", 1), set_key("newer", 2), {"new": 1, "newer": 2}),
@@ -197,7 +197,7 @@ def test_three_requests_at_three_points(site: Site) -> None:
 
 
 def test_a_race_between_reloading_and_saving_again(site: Site) -> None:
-    """The second loser of a race must not put back what it saw when it reloaded."""
+    """The second loser of a race must not restore the values that it reloaded."""
     visitor = visitor_with(site, a=0, n=0)
     other = visitor.another_tab()
     count = lambda session: session.update(n=session["n"] + 1)  # noqa: E731
@@ -393,7 +393,7 @@ def test_a_conflict_goes_through_the_error_handlers_of_the_app(
 
 
 def test_too_many_lost_races_are_a_conflict(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the view and at its end; what the others wrote stands."""
+    """Within the view and at its end. The others' writes stay."""
     monkeypatch.setattr("flask_gsession.repository.races._LONGEST_PAUSE", 0.001)
 
     @site.app.errorhandler(SessionConflict)

@@ -1,4 +1,4 @@
-"""G4: what was logged out, revoked, rotated away or expired is never brought back."""
+"""G4: a session that was logged out, revoked, rotated away or expired never comes back."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ ENDS: dict[str, Callable[[Site, Visitor], object]] = {
 
 
 def at_the_start(site: Site, visitor: Visitor, tab: Visitor, end: Callable[[], object]) -> Any:
-    """Between the load and what the view does."""
+    """Between the load and the view's change."""
     return lambda session: (dict(session), end())
 
 
@@ -86,7 +86,7 @@ def at_the_write(site: Site, visitor: Visitor, tab: Visitor, end: Callable[[], o
 
 
 def before_the_reload(site: Site, visitor: Visitor, tab: Visitor, end: Callable[[], object]) -> Any:
-    """After a lost race, before the request sees what the winner wrote."""
+    """After a lost race, before the request sees the winner's write."""
     site.before_a_write(
         lambda: (tab.run(set_key("other", 2)), site.store.before("load", end)),
     )

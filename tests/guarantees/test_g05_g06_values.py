@@ -1,4 +1,4 @@
-"""G5 and G6: what is put in comes out, the rest is refused in time, nested changes are seen."""
+"""G5 and G6: values come back as they were or are refused; nested changes are noticed."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_every_key_comes_back_as_it_was(site: Site) -> None:
     assert list(visitor.run(dict).items()) == [(key, n) for n, key in enumerate(keys)]
 
 
-# What is kept as its plain type ----------------------------------------------------------------
+# Subclasses become plain types -----------------------------------------------------------------
 
 
 class Text(str):
@@ -200,7 +200,7 @@ def test_a_lazy_text_can_be_flashed(site: Site) -> None:
     assert alike(got, [("info", Markup("<b>saved</b>"))])
 
 
-# What is refused -----------------------------------------------------------------------------
+# Refused values ------------------------------------------------------------------------------
 
 
 def cycle() -> list[Any]:
@@ -216,7 +216,7 @@ def deep(levels: int) -> list[Any]:
     return value
 
 
-# What is assigned to session["key"], the error and the path it names.
+# The value assigned to session["key"], the error and the path it names.
 REFUSED: dict[str, tuple[Any, type[ValueRefused], str]] = {
     "object": (object(), UnsupportedType, "session['key']"),
     "function": (len, UnsupportedType, "session['key']"),
@@ -320,7 +320,7 @@ def test_a_session_that_is_too_large_stops_the_response(site: Site) -> None:
     for what, assign in TOO_LARGE.items():
         error = refused_at_the_end(site, assign)
         assert type(error) is SessionTooLarge, what
-        # By default a single value may take what all of a session may take together.
+        # By default the limit for a single value equals the limit for the whole session.
         limit = "MAX_TOTAL_BYTES" if what == "a large value" else "MAX_BYTES"
         limit = "MAX_KEYS" if " keys" in what else limit
         assert f"SESSION_{limit} allows" in str(error), what
@@ -560,7 +560,7 @@ NO_CHANGES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_what_is_as_it_was_costs_no_write(site: Site) -> None:
+def test_unchanged_values_cost_no_write(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(START, many=set(map(str, range(100)))))
     before = site.stored()

@@ -18,7 +18,7 @@ HEADER = "X-Session"
 
 
 class ApiClient:
-    """Keeps its token as an API client would: what the last response said, sent with the next.
+    """Keeps its token like an API client: it sends the token from the last response with the next.
 
     :param token: the token to begin with; empty for a new client that asks for one.
     """
@@ -51,7 +51,7 @@ def api(make_site: SiteMaker) -> Site:
 
 @pytest.fixture
 def one(store_prefix: str, clock: FakeClock) -> Any:
-    """The same on the memory store, for what is decided above the stores."""
+    """Like the other fixture, on the memory store, for code that doesn't depend on the store."""
     with SiteMaker("memory://", store_prefix, clock) as make:
         yield make(token_header=HEADER)
 
@@ -193,7 +193,9 @@ def test_an_outage_says_nothing_of_the_token(api: Site) -> None:
     assert client.run(whole) == {"user": "alice"}
 
 
-def test_what_another_worker_may_read_is_not_called_ended(api: Site, make_site: SiteMaker) -> None:
+def test_a_session_that_another_worker_can_read_is_not_reported_as_ended(
+    api: Site, make_site: SiteMaker
+) -> None:
     """While encryption is turned on, one worker after the other."""
     sealing = make_site(token_header=HEADER, store=api.store, encryption_keys=[b"k" * 32, "plain"])
     client = ApiClient(sealing)
@@ -522,7 +524,7 @@ def test_spaces_around_a_token_do_not_matter(one: Site) -> None:
 
 
 def test_the_test_clients_session_transaction(one: Site) -> None:
-    """It opens what the header names."""
+    """It opens the session that the header names."""
     client = ApiClient(one)
     client.run(set_user("alice"))
     visitor: Visitor = one.visitor()

@@ -47,7 +47,7 @@ SIGN_INS: dict[str, Callable[[Any], None]] = {
 
 
 def a_session(site: Site) -> tuple[Visitor, Visitor]:
-    """The visitor, and another who holds the token of before a rotation."""
+    """The visitor, and another one with the token from before a rotation."""
     visitor = site.visitor()
     visitor.run(lambda session: session.update(user="ada", cart=["mug"]))
     holder = visitor.another_tab()
@@ -91,7 +91,7 @@ def test_nothing_of_the_old_session_is_taken_along(site: Site) -> None:
     visitor, holder = a_session(site)
 
     def view(session: Any) -> None:
-        session["cart"].append("pen")  # what is stored, and changed inside
+        session["cart"].append("pen")  # a stored value that changes inside
         session["note"] = "mine"
         sign_in(session)
         assert "cart" not in session

@@ -1,4 +1,4 @@
-"""G7: the token is a secret and ours; what we did not sign never reaches the store."""
+"""G7: the token is secret, and tokens that we did not sign never reach the store."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def bad_cookies(good: str, foreign: dict[str, str]) -> dict[str, str]:
     return bad
 
 
-def test_what_we_did_not_sign_never_reaches_the_store(make_site: SiteMaker) -> None:
+def test_tokens_we_did_not_sign_never_reach_the_store(make_site: SiteMaker) -> None:
     site = make_site(token_header="X-Session")
     good = visitor_with(site, a=1).cookie
     assert good is not None
@@ -123,7 +123,7 @@ def test_what_we_did_not_sign_never_reaches_the_store(make_site: SiteMaker) -> N
     assert site.visitor(good).run(dict) == {"a": 1}
 
 
-def test_what_we_did_not_sign_is_not_adopted(site: Site) -> None:
+def test_tokens_we_did_not_sign_are_not_adopted(site: Site) -> None:
     good = visitor_with(site, a=1).cookie
     assert good is not None
     for name, value in bad_cookies(good, {}).items():

@@ -66,7 +66,7 @@ def mark(expires_at: int, version: int, inner: bytes) -> bytes:
     return long_ext(13, expires_at.to_bytes(6, "big") + version.to_bytes(2, "big") + inner)
 
 
-# Values as somebody encodes them who knows the format, and does not keep to it.
+# Values encoded by somebody who knows the format but violates it.
 trees = st.recursive(
     st.none() | st.booleans() | numbers | odd_text | contents
     | st.builds(Ext, st.integers(-128, 127) | st.integers(0, 16), contents)

@@ -1,4 +1,4 @@
-"""G8: with encryption on, nobody who can only write to the store prolongs or revives a session."""
+"""G8: with encryption, write access to the store can't prolong or revive a session."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_expired_session_stays_expired(sealed: Site) -> None:
 
 
 def test_each_kind_of_write_keeps_the_times(sealed: Site) -> None:
-    """A save, a rotation and an order to debug seal again; what they sealed opens."""
+    """A save, a rotation and the debug command encrypt again, and the results can be read."""
     visitor = sealed.visitor()
     visitor.run(lambda session: session.update(user="ada"))
     born = record_of(sealed, session_key(visitor.token))
@@ -101,7 +101,7 @@ def test_the_grace_of_an_old_token_cannot_be_prolonged(sealed: Site) -> None:
         assert sealed.happened(SessionRefused)[-1].reason == "corrupt"
 
 
-def test_what_remains_as_the_documentation_says(sealed: Site) -> None:
+def test_forgeries_that_remain_possible_are_documented(sealed: Site) -> None:
     """An older version of the same record opens; so does one whose idle end alone was moved."""
     visitor = sealed.visitor()
     visitor.run(lambda session: session.update(user="ada", n=1))

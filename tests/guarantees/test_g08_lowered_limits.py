@@ -43,7 +43,7 @@ def before_and_after(make_site: SiteMaker, what: str) -> tuple[dict[str, Any], V
 
 
 @lowered
-def test_what_was_only_read_is_not_checked(make_site: SiteMaker, what: str) -> None:
+def test_read_values_are_not_checked(make_site: SiteMaker, what: str) -> None:
     values, visitor = before_and_after(make_site, what)
 
     def view(session: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def test_what_was_only_read_is_not_checked(make_site: SiteMaker, what: str) -> N
 
 
 @lowered
-def test_what_does_not_grow_is_saved(make_site: SiteMaker, what: str) -> None:
+def test_changes_that_do_not_grow_are_saved(make_site: SiteMaker, what: str) -> None:
     values, visitor = before_and_after(make_site, what)
     steps: list[Callable[[Any], object]] = [
         lambda session: session.update(user="eve"),
@@ -71,7 +71,7 @@ def test_what_does_not_grow_is_saved(make_site: SiteMaker, what: str) -> None:
 
 
 @lowered
-def test_what_makes_the_session_smaller_is_saved(make_site: SiteMaker, what: str) -> None:
+def test_changes_that_shrink_the_session_are_saved(make_site: SiteMaker, what: str) -> None:
     values, visitor = before_and_after(make_site, what)
     for key in [key for key in values if key != "user"][:3]:
         visitor.run(lambda session, key=key: shorten(session[key]) if not isinstance(
@@ -101,7 +101,7 @@ def shorten(value: Any) -> None:
 
 
 @lowered
-def test_what_grows_is_refused_and_changes_nothing(make_site: SiteMaker, what: str) -> None:
+def test_changes_that_grow_are_refused_and_change_nothing(make_site: SiteMaker, what: str) -> None:
     values, visitor = before_and_after(make_site, what)
     key = next(key for key in values if key != "user")
     grown: dict[str, Callable[[Any], object]] = {

@@ -134,7 +134,7 @@ def test_a_new_session_that_could_not_be_stored_is_not_stored_later(site: Site) 
     assert counted.calls == ["create"]
 
 
-def test_what_the_view_dealt_with_is_no_failure_of_the_response(site: Site) -> None:
+def test_an_error_that_the_view_handles_does_not_fail_the_response(site: Site) -> None:
     for request in (count, count_in_transaction):
         visitor = visitor_of(site)
         site.store.before("save", drill)
@@ -142,7 +142,7 @@ def test_what_the_view_dealt_with_is_no_failure_of_the_response(site: Site) -> N
         assert visitor.run(dict) == {"hits": 0}
         site.store.before("save", drill)
         response = visitor.ask(lambda session, r=request: (stubborn(r)(session), write(session)))
-        assert response.status_code == 503  # what else it changed is not stored
+        assert response.status_code == 503  # its other changes are not stored
         assert visitor.run(dict) == {"hits": 0}
 
 
@@ -241,7 +241,7 @@ def test_a_request_waits_for_one_call(fault: str, server: RedisServer | MongoSer
 
                     return behind.ask(view)
 
-            # What the fault before broke must be well again.
+            # Wait until the effects of the previous fault are over.
             until(lambda behind=behind: behind.ask(dict).status_code == 200)  # type: ignore[misc]
             patient.clock.advance(120)
             response = within(BOUND, ask)
@@ -270,7 +270,7 @@ def test_a_locked_database_is_waited_for_once(tmp_path: Path, clock: FakeClock) 
             assert visitor.run(dict) == {"hits": 0}, what
 
 
-# What is applied once --------------------------------------------------------------------------
+# Writes are applied once -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("always", [False, True], ids=["one lost reply", "all replies lost"])

@@ -383,7 +383,7 @@ def test_a_session_transaction_of_the_test_client_raises(make_site: SiteMaker, p
 
 
 def test_a_session_that_is_opened_without_a_request_raises(site: Site) -> None:
-    """As by what serves web sockets beside the application. What can be stored is stored."""
+    """As when another WSGI layer serves web sockets. Changes are stored as far as possible."""
     visitor = visitor_with(site, a=0)
     interface = site.app.session_interface
     environ = EnvironBuilder(headers={"Cookie": f"session={visitor.cookie}"}).get_environ()
@@ -458,7 +458,7 @@ def test_a_frozen_server(server: RedisServer | MongoServer) -> None:
         visitor = served_with(site, a=0)
         with server.paused():
             assert_outage(site, visitor)
-        # What the server was asked to while it was frozen, it may do when it wakes up.
+        # A frozen server may execute the commands that it got when it wakes up.
         assert served(visitor, dict) in ({"a": 0}, {"a": 1}, {})
         until(lambda: (served(visitor, WRITE), served(visitor, dict)) == (None, {"a": 1}))
 
@@ -513,7 +513,7 @@ def test_a_killed_server(server: RedisServer | MongoServer) -> None:
             assert_unavailable(ask_in_time(late.visitor(), WRITE))
         finally:
             server.start()
-        # Redis keeps nothing on disk here; what is on disk is still there.
+        # This Redis keeps nothing on disk; the other stores still have their data.
         assert served(visitor, dict) == ({"a": 0} if isinstance(server, MongoServer) else {})
         served(visitor, WRITE)
         assert served(visitor, dict) == {"a": 1}
@@ -898,7 +898,7 @@ def keep_connections(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_link_to_a_file_that_is_not_there(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is made where the link leads, without what a deleted one left there."""
+    """The file is created at the link's target, without leftovers of a deleted one."""
     keep_connections(monkeypatch)
     monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
     link, path = tmp_path / "sessions.sqlite3", tmp_path / "volume" / "file"
@@ -940,7 +940,7 @@ def test_a_folder_that_another_process_locks(tmp_path: Path, clock: FakeClock) -
 def test_a_file_that_was_deleted(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
 ) -> None:
-    """Whoever held it open leaves it, and shares nothing with what stays beside it."""
+    """Processes that had it open leave it, and don't share the files that stay beside it."""
     keep_connections(monkeypatch)
     monkeypatch.setattr(sqlite, "_LOOK_AGAIN", 0.0)
     path = tmp_path / "sessions.sqlite3"

@@ -126,7 +126,7 @@ def test_the_cookie_may_have_another_name(make_site: SiteMaker, name: str) -> No
 # Caches --------------------------------------------------------------------------------------
 
 
-def test_every_answer_that_depends_on_the_session_says_so(make_site: SiteMaker) -> None:
+def test_every_response_that_depends_on_the_session_sets_vary(make_site: SiteMaker) -> None:
     site = make_site(conflict="reject")
     for request in (
         dict,

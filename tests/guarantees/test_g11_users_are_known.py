@@ -1,6 +1,6 @@
 """G11: a user's sessions are known: listed, limited exactly, and ended for certain.
 
-What is tried on every store: tests/users/. Here is what it costs, and what it must survive.
+tests/users/ tests the behaviour on every store. These tests are about costs and failures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COSTS: dict[str, tuple[Callable[[Any], object], int, int]] = {
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_what_a_bound_session_costs(site: Site, name: str) -> None:
+def test_round_trips_of_a_bound_session(site: Site, name: str) -> None:
     act, usual, more = COSTS[name]
     unbound, bound = plain(site), plain(site)
     bound.run(lambda session: session.bind("ada"))
@@ -51,7 +51,7 @@ def test_what_a_bound_session_costs(site: Site, name: str) -> None:
     assert trips(site, lambda: bound.run(act)) == usual + more
 
 
-def test_what_a_sign_in_costs(site: Site) -> None:
+def test_round_trips_of_a_sign_in(site: Site) -> None:
     anew, anonymous, again = site.visitor(), plain(site), plain(site)
     assert trips(site, lambda: anew.run(lambda session: session.bind("ada"))) == 1 + 2
     assert trips(site, lambda: anonymous.run(lambda session: session.bind("ada"))) == 2 + 2
@@ -63,7 +63,7 @@ def test_what_a_sign_in_costs(site: Site) -> None:
     assert trips(site, lambda: again.run(in_login)) == 2 + 3, "it looks before and after"
 
 
-def test_what_a_touch_costs(site: Site) -> None:
+def test_round_trips_of_a_touch(site: Site) -> None:
     visitor = signed_in(site)
     site.clock.advance(301)
     assert trips(site, lambda: visitor.run(lambda session: session.update(a=1))) == 2 + 2
@@ -72,7 +72,7 @@ def test_what_a_touch_costs(site: Site) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 7])
-def test_what_a_list_and_a_revocation_cost(site: Site, number: int) -> None:
+def test_round_trips_of_a_list_and_a_revocation(site: Site, number: int) -> None:
     visitors = [signed_in(site) for _ in range(number)]
     users, first = site.ext.users, device_id(visitors[0])
     with site.app.app_context():
@@ -93,7 +93,7 @@ def test_a_request_that_does_not_touch_the_session_costs_nothing(site: Site) -> 
 
 
 def test_nothing_is_stored_without_an_expiry(site: Site) -> None:
-    """A roster outlives its sessions, and what a revocation must keep out, by a minute at most."""
+    """A roster outlives its sessions, and those that it must keep out, by a minute at most."""
     visitor = signed_in(site)
     store = site.store.store
     key = roster_key("ada")

@@ -23,7 +23,7 @@ WORKERS = int(os.environ.get("FRESHNESS_WORKERS", "3"))
 
 
 def without_bound(cache: NearCache) -> None:
-    """Serves what is kept however long nothing was proven."""
+    """Serves cached records without any proof."""
     cache.bound = float("inf")
 
 

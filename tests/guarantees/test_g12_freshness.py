@@ -1,4 +1,4 @@
-"""G12: with the near cache on, what a request sees is never older than the bound.
+"""G12: with the near cache on, a request never sees records older than the bound.
 
 How the cache itself decides: tests/stores/test_near_cache.py. The protocol, in every interleaving:
 tests/simulation/near_cache_model.py.
@@ -316,7 +316,7 @@ def test_the_debug_dump_says_when_the_near_cache_was_used(
     assert "near cache used for the first read" in caplog.text
 
 
-def test_without_background_threads_the_start_says_so(
+def test_without_background_threads_the_start_warns(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("flask_gsession.processes.runs_threads", lambda: False)

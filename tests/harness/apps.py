@@ -1,4 +1,4 @@
-"""A Flask application for HTTP tests, whose requests do what the test says.
+"""A Flask application for HTTP tests. Its requests run functions of the test.
 
 ::
 
@@ -8,8 +8,8 @@
     assert visitor.another_tab().run(dict) == {"cart": ["mug"]}
 
 `ask` sends a request whose view calls the function with `flask.session`, and gives the response.
-`run` also expects the status 200, and gives what the function returned. A request within a
-request, or within a hook of `site.store`, writes an interleaving down as it shall happen.
+`run` also expects the status 200, and returns the function's result. A request within a request, or
+within a hook of `site.store`, writes an interleaving down as it shall happen.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Site:
 
     @contextmanager
     def counted(self) -> Iterator[Count]:
-        """Count what the server of the store is asked while the block runs."""
+        """Count the commands that the store's server gets during the block."""
         self.inside.commands()  # the first look opens connections, or turns the profiler on
         calls, trips, commands = len(self.store.calls), *self.inside.commands()
         count = Count()
@@ -404,7 +404,7 @@ class InsideMongoDB(Inside):
         return self._client.get_default_database("gsession")
 
     def stored(self) -> dict[str, bytes]:
-        # Without what a rotation leaves for its repeat, for some seconds: no token leads to it.
+        # Without the marker that a rotation leaves for a repeat: no token leads to it.
         found = self.database["gsession"].find({"successor": {"$ne": ""}})
         return {document["_id"]: bson.encode(document) for document in found}
 
@@ -451,7 +451,7 @@ def look_inside(site: Site) -> Inside:
 
 
 def until(done: Callable[[], object]) -> None:
-    """Wait for what another thread, process or server is about to do."""
+    """Wait until another thread, process or server has done something."""
     end = time.monotonic() + STUCK
     while not done():
         assert time.monotonic() < end, "it did not happen"
@@ -459,9 +459,9 @@ def until(done: Callable[[], object]) -> None:
 
 
 def within(seconds: float, act: Callable[[], T]) -> T:
-    """What ``act()`` gives, in less than so many seconds.
+    """The result of ``act()``, in less than this many seconds.
 
-    It may try again: a busy machine makes something slow once, what is wrong makes it slow always.
+    It may try again: a busy machine is slow sometimes, a fault always.
     """
     took: list[float] = []
     while len(took) < 4:
@@ -486,7 +486,7 @@ def hasty(store: Any, seconds: float) -> Iterator[None]:
 
 
 def at_once(*functions: Callable[[], object]) -> None:
-    """Run the functions in a thread each, all starting together; raises what one of them raised."""
+    """Run each function in a thread, all starting together. Raises the error of one of them."""
     start = threading.Barrier(len(functions))
     errors: list[BaseException] = []
 

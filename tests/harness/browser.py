@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests, and what every page must be like in it."""
+"""A headless Chromium for the tests, and checks for every page."""
 
 from __future__ import annotations
 

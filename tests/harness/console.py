@@ -1,6 +1,6 @@
 """The administrator's command, run in this process or in one that a test starts.
 
-Such a process imports this file and what the command needs, and nothing that pytest needs.
+Such a process imports this file and the command's modules, but nothing of pytest.
 """
 
 from __future__ import annotations

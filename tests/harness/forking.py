@@ -92,7 +92,7 @@ def get(client: FlaskClient, path: str) -> dict[str, Any]:
 
 
 class Child:
-    """A forked process that runs `function` at once; `result` waits for what it returned."""
+    """A forked process that runs `function`. `result` waits for its result."""
 
     fork = staticmethod(os.fork)
 

@@ -1,4 +1,4 @@
-"""Workers with near caches against a writer that knows what it was acknowledged, and when.
+"""Workers with near caches against a writer that knows which writes were acknowledged, and when.
 
 ::
 

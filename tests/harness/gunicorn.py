@@ -43,12 +43,10 @@ class Answer(NamedTuple):
 class Gunicorn:
     """A gunicorn that serves tests/harness/workers_app.py on a loopback port. A context manager.
 
-    :param folder: for its files; made for it alone.
-    :param options: of gunicorn's command line.
-    :param workers: how many.
-    :param environment: what tests/harness/workers_app.py reads; the instance folder is added.
-    :param app: another application than that one.
-    :param configuration: more for gunicorn's configuration file.
+    :param folder: for its files; made for it alone. :param options: of gunicorn's command line.
+    :param workers: how many. :param environment: the variables for tests/harness/workers_app.py;
+    the instance folder is added. :param app: another application than that one. :param
+    configuration: more for gunicorn's configuration file.
     """
 
     def __init__(

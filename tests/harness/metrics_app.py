@@ -15,14 +15,14 @@ from tests.harness.workers_app import create_app as create_workers_app
 
 
 def create_app() -> Flask:
-    """The application of workers_app.py, counted beside what it counts itself."""
+    """The application of workers_app.py with metrics, in addition to its own counts."""
     app = create_workers_app()
     SessionMetrics(app, GunicornInternalPrometheusMetrics(app), count_every=0.2)
     return app
 
 
 def create_shop() -> Flask:
-    """The demo shop, counted, with what it does not do itself: lost races, locks and clean-up."""
+    """The demo shop with metrics, plus lost races, locks and a clean-up, which it lacks."""
     app = create_demo(
         os.environ["WORKERS_STORE"],
         instance_path=os.environ["WORKERS_INSTANCE"],

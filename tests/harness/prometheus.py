@@ -66,7 +66,7 @@ class Prometheus(Server):
         return f"http://127.0.0.1:{self.port}"
 
     def scrape(self, *ports: int) -> None:
-        """Ask what listens at these loopback ports from now on."""
+        """Scrape these loopback ports from now on."""
         targets = [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
         new = self._directory / "targets.new"
         new.write_text(json.dumps(targets))

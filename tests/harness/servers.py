@@ -71,7 +71,7 @@ class Server:
 
     binary: ClassVar[str]
     package: ClassVar[tuple[str, str]]
-    missing: ClassVar[str]  # what `ServerMissing` says
+    missing: ClassVar[str]  # the message of `ServerMissing`
 
     def __init__(self, *options: str) -> None:
         self.options = options
@@ -102,7 +102,7 @@ class Server:
         raise NotImplementedError
 
     def _prepare(self) -> None:
-        """Write what the server reads at its start into `_directory`. Called once, when new."""
+        """Write the server's configuration into `_directory`, once, before the first start."""
 
     def _free_port(self) -> int:
         """A port to listen at."""
@@ -368,7 +368,7 @@ class S3Server(Server):
 
     @contextmanager
     def checking_rights(self) -> Iterator[None]:
-        """Refuse what its user has no right to, for the length of a `with` block."""
+        """Enforce the rights of users during a `with` block."""
         self._allow(b"0")
         try:
             yield

@@ -78,7 +78,7 @@ class Page:
 
     def __init__(self, port: int, cookie: str) -> None:
         self._port, self._cookie = port, cookie
-        #: the last state; the ids of the messages, and what `live_app` published in them
+        #: the last state, the ids of the messages, and their contents from `live_app`
         self.state: dict[str, Any] = {}
         self.ids: list[int] = []
         self.numbers: list[int] = []

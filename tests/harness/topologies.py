@@ -659,7 +659,7 @@ class RedisACL(RedisServer):
 
     @property
     def admin_url(self) -> str:
-        """The URL for the administrator, who may do everything."""
+        """The URL for the administrator, with all rights."""
         return f"redis://admin:{self._password}@{HOST}:{self.port}/0"
 
     @property
@@ -1045,7 +1045,7 @@ class _Fault:
     kind: Literal["none", "delay", "drip", "cut", "blackhole", "refuse"] = "none"
     way: Way = "reply"
     seconds: float = 0.0  # of a delay, or between two drops
-    size: int = 0  # of a drop, or of what passes before a cut
+    size: int = 0  # the bytes of a drop, or the bytes that pass before a cut
     match: bytes = b""
     times: int | None = None  # how many replies are still to be cut; None means all
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -1061,7 +1061,7 @@ class _Link:
         self.tail = b""  # the end of the last piece of a request, for a match across two
 
     def cut(self) -> None:
-        """Close both connections; what was written to the client still gets there."""
+        """Close both connections. Data that was written to the client still arrives."""
         self.client.close()
         if self.server is not None:
             self.server.transport.abort()
@@ -1073,7 +1073,7 @@ class _Link:
 
 
 class TCPProxy:
-    """Stands before a server on loopback, and lets pass what the test wants to pass.
+    """A proxy before a server on loopback, which the test controls.
 
     It starts by passing all on. Each of the methods `forward`, `delay`, `drip`, `cut`,
     `lose_reply`, `blackhole` and `refuse` changes that at once, for open connections too. Used
@@ -1113,7 +1113,7 @@ class TCPProxy:
         return parts._replace(netloc=f"{user}{at}{HOST}:{self.port}", query=query).geturl()
 
     def forward(self) -> None:
-        """Pass all on. What a delay or a black hole held back is delivered now."""
+        """Forward everything, including data that a delay or a black hole held back."""
         self._switch(_Fault())
 
     def delay(self, seconds: float, way: Way = "reply") -> AbstractContextManager[object]:
@@ -1293,7 +1293,7 @@ class TCPProxy:
             reading.cancel()
 
     async def _hold(self, way: Way, arrived: float) -> None:
-        """Wait as long as the fault wants to hold back what arrived then."""
+        """Wait as long as the fault holds back data that arrived at that time."""
         while True:
             fault, left = self._fault, None
             if fault.kind == "delay" and fault.way == way:

@@ -30,7 +30,7 @@ def create_app(**more: Any) -> Flask:
     if store := os.environ.get("WORKERS_STORE"):
         app.config["SESSION_STORE"] = store
     app.config["SESSION_NEAR_CACHE"] = float(os.environ.get("WORKERS_NEAR", 0))
-    # What the tests ask for is right answers, from a machine that may be very slow.
+    # The tests need correct answers, even from a very slow machine.
     app.config["SESSION_STORE_TIMEOUT"] = 20
     app.config.update(SESSION_LOCK_WAIT=60, SESSION_LOCK_TIMEOUT=60, SESSION_LOCK_WARN=None)
     app.config.update(more)

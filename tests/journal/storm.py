@@ -131,7 +131,7 @@ def one_visit(site: Site, ledger: Lines, chance: random.Random) -> Iterator[None
         ledger.write(at=time.time(), trying=step, handle=handle)
         response = visitor.ask(_ACTIONS[step](site, user))
         if response.status_code != 200:
-            return  # what became of it is in the journal alone
+            return  # only the journal has the outcome
         new = _handle_of(visitor)
         ledger.write(at=time.time(), done=step, handle=handle, new=new)
         handle = new

@@ -9,7 +9,7 @@ from typing import Any
 from tests.harness.apps import Site, SiteMaker
 from tests.harness.console import ROOT
 
-# A read, and what each request takes beyond it.
+# A read, and the further calls of each request.
 REQUESTS = {
     "create": lambda session: session.update(cart=[]),
     "read": dict,

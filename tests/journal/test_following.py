@@ -1,4 +1,4 @@
-"""``flask gsession events --follow`` as a process, and what a consumer does after a failover."""
+"""``flask gsession events --follow`` as a process, and a consumer after a failover."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def test_follow_survives_the_store_and_ends_well(ending: signal.Signals, store_p
         assert acknowledged(site) == printed[-1]["number"]
 
 
-def test_what_could_not_be_printed_is_not_acknowledged(sqlite_url: str, store_prefix: str) -> None:
+def test_events_that_could_not_be_printed_are_not_acknowledged(
+    sqlite_url: str, store_prefix: str
+) -> None:
     with Site(sqlite_url, store_prefix, time.time, journal=True) as site:
         site.visitor().run(put)
         first = site.ext.store(site.app).journal.figures().first  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""A Redis that is full: what frees memory still works, with a journal as without."""
+"""A full Redis: operations that free memory still work, with a journal and without."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def servers(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[int]]]:
 
 
 def limit(ports: list[int], size: int) -> None:
-    """Let the servers refuse what needs memory if they hold more than so many bytes."""
+    """Make the servers refuse writes that need memory if they hold more than so many bytes."""
     for port in ports:
         with Redis(port=port) as client:
             client.config_set("maxmemory", size)

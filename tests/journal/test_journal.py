@@ -1,4 +1,4 @@
-"""The journal of an application: what became of its sessions, as consumers read it."""
+"""The journal of an application: the events of its sessions, as consumers read them."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_wrong_uses_of_the_command_are_refused(journaled: Site) -> None:
     assert run_command(journaled, "--consumer", "a b").exit_code == 2
 
 
-def test_the_doctor_says_who_is_late(make_site: SiteMaker, clock: FakeClock) -> None:
+def test_the_doctor_names_late_consumers(make_site: SiteMaker, clock: FakeClock) -> None:
     journaled = make_site(journal=True, journal_events=1000, idle_timeout=60)
 
     def found() -> str:

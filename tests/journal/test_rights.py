@@ -1,4 +1,5 @@
-"""The journal on MongoDB with a user of the least rights, and what the doctor says of missing ones.
+"""The journal on MongoDB with a user of minimal rights, and the doctor's findings about missing
+ones.
 
 docs/how-to/mongodb.md grants these rights.
 """
@@ -22,7 +23,7 @@ from tests.harness.topologies import MongoAuthTLS
 pytest_plugins = ["tests.harness.topologies"]
 
 RIGHTS = ["find", "insert", "update", "remove", "createIndex"]
-# Rights on the journal, further ones on sessions, what is missing, and the status of a write.
+# Rights on the journal, further ones on sessions, the missing right, and the status of a write.
 LACKING: list[tuple[list[str], list[str], str, int]] = [
     ([], ["collMod"], "find, insert, remove, update on gsession_journal", 200),
     (["find", "insert"], ["collMod"], "remove, update on gsession_journal", 200),

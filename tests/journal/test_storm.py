@@ -29,7 +29,7 @@ _QUICK, _LONG = 1.0, 40.0  # seconds
 
 @dataclass
 class Place:
-    """A store, and what kills and restarts a server of it, if it has any."""
+    """A store, and functions that kill and restart its server, if it has one."""
 
     url: str
     strike: Callable[[], None] | None = None

@@ -12,7 +12,7 @@ from tests.harness.apps import Site, SiteMaker, until
 from tests.harness.sharing import serving
 
 
-def test_a_service_hears_of_changes_over_grpc(
+def test_a_service_gets_changes_over_grpc(
     redis_url: str, store_prefix: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hints, "POLL", 600)

@@ -84,7 +84,7 @@ def stored(store: Store) -> Record:
     return record
 
 
-def test_every_kind_of_change_is_heard(redis_url: str, listens: Listens) -> None:
+def test_every_kind_of_change_arrives(redis_url: str, listens: Listens) -> None:
     store, changes, heard = listens(redis_url)
     proven(changes)
     record = stored(store)
@@ -131,7 +131,7 @@ def test_stores_that_prove_nothing_report_changes_too(
     assert feed is None or feed.exact_as_of == NEVER
 
 
-def test_an_expiry_is_heard(redis_url: str, redis_client: Redis, listens: Listens) -> None:
+def test_an_expiry_is_reported(redis_url: str, redis_client: Redis, listens: Listens) -> None:
     store, changes, heard = listens(redis_url)
     record = stored(store)
     proven(changes)
@@ -141,9 +141,7 @@ def test_an_expiry_is_heard(redis_url: str, redis_client: Redis, listens: Listen
     until(lambda: record.key in heard.keys, "an expiry")
 
 
-def test_what_is_heard_is_exact_as_of_less_than_three_beats_ago(
-    redis_url: str, listens: Listens
-) -> None:
+def test_the_proof_is_less_than_three_beats_old(redis_url: str, listens: Listens) -> None:
     _, changes, _ = listens(redis_url)
     feed = proven(changes)
     started, first = now(), feed.exact_as_of
@@ -280,7 +278,9 @@ def test_the_listener_follows_a_failover(redis_sentinels: RedisSentinels, listen
     redis_sentinels.start()
 
 
-def test_each_primary_of_a_cluster_is_heard(redis_cluster: RedisCluster, listens: Listens) -> None:
+def test_changes_at_each_primary_of_a_cluster_arrive(
+    redis_cluster: RedisCluster, listens: Listens
+) -> None:
     store, changes, heard = listens(redis_cluster.url, timeout=5.0)
     stored(store)
     records = [stored(store) for _ in range(30)]
@@ -338,7 +338,7 @@ def test_listening_to_a_file_leaves_it_usable_in_a_forked_process(
 
 
 class Silent:
-    """A source whose server answers only what the test lets it."""
+    """A source whose server answers only if the test lets it."""
 
     unproven, one_feed, timeout = "", True, 30.0
 

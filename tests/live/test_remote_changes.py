@@ -1,4 +1,4 @@
-"""Changes and beats over gRPC, in one order: what is proven, and what ends the proof."""
+"""Changes and beats over gRPC, in one order: proofs, and events that end them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def watches(store_prefix: str) -> Iterator[Watches]:
         yield start
 
 
-def test_every_change_is_heard_whoever_made_it(redis_url: str, watches: Watches) -> None:
+def test_every_change_arrives_whichever_process_made_it(redis_url: str, watches: Watches) -> None:
     watched = watches(redis_url)
     proven(watched.changes)
     for store in (watched.store, watched.far):
@@ -418,7 +418,7 @@ def test_a_slow_watcher_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_feed_ends_the_stream(store_prefix: str) -> None:
-    """Nothing says what changed between the two."""
+    """Nothing reports the changes between the two."""
     changes = Scripted()
     left = threading.Event()
 

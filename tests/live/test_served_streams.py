@@ -118,7 +118,7 @@ KEEPS = ("--appendonly", "yes", "--appendfsync", "always")
 
 @pytest.fixture(params=["redis", "mongodb"])
 def restarted(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server that a test may restart, and which keeps what it has."""
+    """A server that a test can restart without losing data."""
     with RedisServer(*KEEPS) if request.param == "redis" else MongoServer() as server:
         yield server
 
@@ -140,7 +140,7 @@ def test_no_hint_is_lost_by_a_restart_of_the_store(
         pages = [opened.enter_context(Page(server.port, cookie)) for cookie in cookies]
 
         def are_right() -> bool:
-            """Whether each page shows what there is."""
+            """Whether each page shows the current state."""
             states = [server.get("/live/state", cookie).body for cookie in cookies]
             pairs = zip(pages, states, strict=True)
             return all(page.state and state | page.state == state for page, state in pairs)
@@ -165,7 +165,7 @@ def test_no_hint_is_lost_by_a_restart_of_the_store(
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", STREAMING)
-def test_pages_hear_that_a_store_came_back_empty(
+def test_pages_notice_that_a_store_came_back_empty(
     kind: str, tmp_path: Path, store_prefix: str
 ) -> None:
     with (

@@ -53,7 +53,7 @@ def test_a_stream_that_ends_while_its_client_is_looked_for_is_no_error() -> None
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has this option")
-def test_a_client_that_reads_nothing_keeps_no_thread() -> None:
+def test_a_client_that_stops_reading_occupies_no_thread() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
         accepted, _ = server.accept()

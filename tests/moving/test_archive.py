@@ -58,7 +58,7 @@ def console_of(site: Site, **settings: Any) -> Console:
 
 
 def moved(source: Site, target: Site, file: Path) -> str:
-    """Move all sessions; what the import said."""
+    """Move all sessions. Returns the import's output."""
     console_of(source).done("export", str(file), "--force")
     return console_of(target).done("import", str(file))
 
@@ -152,7 +152,7 @@ def test_a_session_that_a_revocation_kept(
     target.store.close()
 
 
-def test_what_else_is_in_the_folder_stays(elsewhere: Site, file: Path) -> None:
+def test_other_files_in_the_folder_stay(elsewhere: Site, file: Path) -> None:
     other = file.with_name(f"{file.name}.part")
     other.write_text("somebody else's")
     console_of(elsewhere).done("export", str(file))
@@ -226,7 +226,7 @@ def test_large_values_move_too(site: Site, elsewhere: Site, file: Path) -> None:
     site.clock.advance(3600)
     guest.run(lambda session: session.update(a=2))
     for options, expected in ((), 2), (("--overwrite",), 1):
-        # None of them shortens the time of what is in use.
+        # None of them shortens the life of a session in use.
         console_of(elsewhere).done("import", str(file), *options)
         site.clock.advance(1000)
         assert guest.run(lambda session: (session["a"], session["photo"])) == (expected, photo)
@@ -247,7 +247,7 @@ def test_a_large_value_that_is_lost_is_said_and_ends_with_1(elsewhere: Site, fil
     assert "1 session exported without a large value that is lost" in result.stderr
 
 
-def test_what_cannot_be_read_is_said_and_ends_with_1(file: Path) -> None:
+def test_unreadable_records_are_reported_with_exit_status_1(file: Path) -> None:
     class Broken(MemoryStore):
         def scan(self, cursor: str = "", limit: int = 200, begins: str = "") -> Page:
             return super().scan(cursor, limit, begins)._replace(unreadable=["x" * 43])
@@ -549,7 +549,7 @@ with console.app.app_context():
 """
 
 
-def test_what_a_killed_export_leaves(sqlite_url: str, file: Path) -> None:
+def test_leftovers_of_a_killed_export(sqlite_url: str, file: Path) -> None:
     console = Console(sqlite_url)
     store: Any = console.ext.store(console.app)
     for _ in range(10):

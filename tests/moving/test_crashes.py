@@ -161,7 +161,7 @@ def test_two_imports_at_once(site: Site, old: OldFiles, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", range(1, 5))
 def test_a_logout_beside_an_import(site: Site, old: OldFiles, steps: int) -> None:
-    """It runs within a first request, before one of its calls, and ends what that made."""
+    """It runs within a first request, before one of its calls, and ends the new session."""
     sid = old.add(_user_id="7")
     first, leaving = visit(site, sid), visit(site, sid)
 

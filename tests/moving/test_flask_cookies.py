@@ -175,7 +175,7 @@ def test_a_read_that_is_answered_before_the_write(site: Site) -> None:
 
 
 def test_an_outage_while_the_requests_are_compared(site: Site) -> None:
-    """A read gives no cookie away, and a write does: what it stored must be found."""
+    """A read sets no cookie, but a write does, because its values must be found again."""
     cookie = signed({"cart": ["mug"]})
     reader, writer = visit(site, cookie), visit(site, cookie)
 
@@ -190,7 +190,7 @@ def test_an_outage_while_the_requests_are_compared(site: Site) -> None:
     assert writer.run(lambda session: session["cart"]) == ["mug", "pen"]
 
 
-def test_what_a_take_over_costs(site: Site) -> None:
+def test_round_trips_of_a_take_over(site: Site) -> None:
     visit(site, signed({"a": 1})).run(dict)  # Redis learns the scripts
     cookie = signed({"cart": ["mug"]})
     for _ in range(2):  # the first visitor with this cookie, and another one

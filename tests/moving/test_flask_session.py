@@ -45,7 +45,7 @@ VALUES = {
 
 
 class Old:
-    """A running application on Flask-Session, and what ours is configured with."""
+    """A running application on Flask-Session, and the settings for ours."""
 
     def __init__(self, app: OldApp, version: str, kind: str, config: dict[str, Any]) -> None:
         self.app, self.version, self.kind, self.config = app, version, kind, config

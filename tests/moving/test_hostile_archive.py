@@ -1,6 +1,6 @@
 """`flask gsession import` of a file by somebody else: nothing is written where it should not be.
 
-The checksums of all these files are right: an attacker who writes the file can compute them.
+The checksums of all these files are correct, since an attacker can compute them.
 """
 
 from __future__ import annotations

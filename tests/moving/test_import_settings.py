@@ -39,7 +39,7 @@ class FlaskRedis:
         return getattr(self._redis_client, name)
 
 
-# What is switched on --------------------------------------------------------------------------
+# Enabled imports -------------------------------------------------------------------------------
 
 
 def test_nothing_is_imported_by_default() -> None:
@@ -59,7 +59,7 @@ def test_a_type_switches_the_import_on() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:SESSION_TYPE is set, so old sessions")
-def test_what_is_set_holds() -> None:
+def test_explicit_settings_win() -> None:
     config = {
         "SESSION_TYPE": "filesystem",
         "SESSION_PERMANENT": False,
@@ -110,13 +110,13 @@ def test_an_automatic_import_without_an_end_is_warned_about() -> None:
     assert len(warned) == 1
 
 
-def test_an_import_that_is_over_is_warned_about() -> None:
+def test_an_import_that_has_ended_warns() -> None:
     app = an_app(SESSION_IMPORT=["cookie"], SESSION_IMPORT_UNTIL="2020-01-01")
     with pytest.warns(UserWarning, match="UNTIL has passed.*SESSION_COOKIE_NAME to 'session_gs'"):
         Session(app)
 
 
-def test_an_import_that_is_over_asks_nothing(tmp_path: Path, clock: Any) -> None:
+def test_after_an_import_ended_the_old_store_is_not_asked(tmp_path: Path, clock: Any) -> None:
     old = OldFiles(tmp_path)
     sids = [old.add(a=1), old.add(b=2)]
     app = an_app(**{**old.config, "SESSION_IMPORT_UNTIL": clock() + 100})
@@ -340,7 +340,7 @@ def test_a_source_that_does_not_exist(source: Any, message: str) -> None:
 
 
 def test_a_further_session_imports_nothing_by_itself(tmp_path: Path) -> None:
-    """Or the two would share what each of them takes over."""
+    """Otherwise both would take over the same sessions."""
     old = OldFiles(tmp_path)
     app = an_app(**old.config)
     first, second = Session(app), Session(app, cookie_name="second")

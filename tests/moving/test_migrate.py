@@ -325,7 +325,7 @@ def test_it_ends_when_it_would_have_ended(site: Site, old: Old) -> None:
     assert visit(site, unused).run(dict) == {}
 
 
-def test_what_is_left_alone(site: Site, old: Old) -> None:
+def test_records_that_are_left_alone(site: Site, old: Old) -> None:
     """Other things under the prefix, empty sessions, damaged ones, values that can't be kept."""
     old._put(old.prefix + "cache", b"no session")
     old.add()

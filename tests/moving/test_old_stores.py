@@ -39,7 +39,7 @@ Put = Callable[[str, Any, datetime | None], None]
 
 
 class Kept:
-    """A reader, and a way to store what it reads: a value until a time, as Flask-Session does."""
+    """A reader, and a function that stores a value until a time, as Flask-Session does."""
 
     def __init__(self, values: ForeignValues, put: Put, prefix: str) -> None:
         self.values, self.put, self.prefix = values, put, prefix
@@ -120,7 +120,7 @@ def in_files(prefix: str, folder: Path) -> Iterator[Kept]:
 SOON = timedelta(hours=1)
 
 
-def test_what_is_there(kept: Kept) -> None:
+def test_a_stored_value(kept: Kept) -> None:
     end = datetime.now(UTC).replace(microsecond=0) + SOON
     name = f"{kept.prefix}one"
     assert kept.values.load(name) is None
@@ -135,13 +135,13 @@ def test_what_is_there(kept: Kept) -> None:
     assert kept.values.load(name) is None
 
 
-def test_what_has_expired(kept: Kept) -> None:
+def test_an_expired_value(kept: Kept) -> None:
     name = f"{kept.prefix}late"
     kept.put(name, b"value", datetime.now(UTC) - timedelta(seconds=2))
     assert kept.values.load(name) is None
 
 
-def test_what_has_no_end(kept: Kept) -> None:
+def test_a_value_without_an_expiry(kept: Kept) -> None:
     """Flask-Session takes a row or document without an expiry for expired."""
     name = f"{kept.prefix}endless"
     kept.put(name, b"value", None)
@@ -153,14 +153,14 @@ def test_what_has_no_end(kept: Kept) -> None:
         assert found is None
 
 
-def test_what_is_something_else(kept: Kept) -> None:
+def test_a_foreign_value_is_unreadable(kept: Kept) -> None:
     name = f"{kept.prefix}other"
     kept.put(name, 7, datetime.now(UTC) + SOON)
     with pytest.raises(UnreadableRecord):
         kept.values.load(name)
 
 
-def test_what_is_listed(kept: Kept) -> None:
+def test_listing_names(kept: Kept) -> None:
     names = {f"{kept.prefix}{number:04}" for number in range(1203)}
     end = datetime.now(UTC) + SOON
     if isinstance(kept.values, CacheFiles):
@@ -285,9 +285,9 @@ def test_the_command_revokes_the_old_record_too(make_site: SiteMaker, tmp_path: 
     assert visitor.run(dict) == {}
 
 
-# What other versions wrote ----------------------------------------------------------------------
+# Records of other versions ----------------------------------------------------------------------
 
-#: As real applications on these versions stored `_user_id`. 0.7 writes what 0.8 does.
+#: As real applications on these versions stored `_user_id`. 0.7 writes the same as 0.8.
 PICKLED = b'\x80\x04\x95"\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\n_permanent\x94\x88\x8c\x08_user_id'
 PICKLED += b"\x94\x8c\x017\x94u."
 RECORDED = {
@@ -308,7 +308,7 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("recorded", RECORDED)
-def test_what_other_versions_wrote(tmp_path: Path, recorded: str) -> None:
+def test_records_of_other_versions(tmp_path: Path, recorded: str) -> None:
     cookie, stored = RECORDED[recorded]
     kind, sid = recorded.partition("-")[2], cookie.partition(".")[0]
     name = f"test_{secrets.token_hex(6)}"

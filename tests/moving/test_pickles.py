@@ -240,7 +240,7 @@ def test_limits_of_messagepack() -> None:
 
 @given(st.dictionaries(st.text(), PLAIN, max_size=5))
 def test_plain_messagepack_is_within_the_limits(value: dict[str, Any]) -> None:
-    with contextlib.suppress(TypeError, OverflowError):  # what MessagePack doesn't have
+    with contextlib.suppress(TypeError, OverflowError):  # types that MessagePack lacks
         assert excess_in(msgspec.msgpack.encode(value)) == ""
 
 

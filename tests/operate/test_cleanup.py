@@ -1,4 +1,4 @@
-"""`flask gsession cleanup`: what nobody reads any more goes, what lives stays."""
+"""`flask gsession cleanup` removes unreadable and expired records, and keeps live ones."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def console_of(site: Site) -> Console:
     return Console(site.store.store, clock=site.clock)
 
 
-# -- what is expired
+# -- expired records
 
 
 def test_the_expired_go_and_the_living_stay(site: Site) -> None:
@@ -97,7 +97,7 @@ def test_the_expired_go_and_the_living_stay(site: Site) -> None:
     assert "session: 0 expired sessions removed" in console.done("cleanup")
 
 
-# -- what is left over
+# -- leftovers
 
 
 @pytest.mark.parametrize("batch", [1, 1000])
@@ -342,7 +342,7 @@ def test_a_failure_says_how_far_it_came() -> None:
 @pytest.mark.parametrize(
     ("failure", "status"), [(KeyboardInterrupt(), 130), (StoreUnavailable("no"), 1)]
 )
-def test_an_interrupted_one_goes_on(failure: BaseException, status: int) -> None:
+def test_an_interrupted_clean_up_continues(failure: BaseException, status: int) -> None:
     store = InParts(failure, at=4)
     console = Console(store)
     complaint = console.failed("cleanup", status=status)
@@ -408,7 +408,7 @@ class Down(Counting):
         return Tidied({"orphaned locks": 3}, 3, "on")
 
 
-def test_one_that_is_down_keeps_no_other_from_it() -> None:
+def test_one_store_that_is_down_does_not_stop_the_others() -> None:
     console = Console(Counting(1))
     Session(console.app, store=Down(0), cookie_name="second")
     Session(console.app, store=Counting(2), cookie_name="third")
@@ -426,7 +426,7 @@ def test_one_that_is_down_keeps_no_other_from_it() -> None:
     assert ["pulled the plug" in row.get("error", "") for row in rows] == [False, True, False]
 
 
-# -- what cannot be
+# -- impossible requests
 
 
 def test_the_store_of_the_documentation(tmp_path: Path) -> None:

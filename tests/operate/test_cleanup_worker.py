@@ -42,7 +42,7 @@ HOUR = 3600.0
 
 
 class Process:
-    """Stands for one of many processes on a store; `runs` are what its worker found each time."""
+    """One of many processes on a store. `runs`: the findings of each run of its worker."""
 
     def __init__(self, store: Store, clock: Callable[[], float], **options: Any) -> None:
         self.console = Console(store, clock=clock)
@@ -222,7 +222,7 @@ def test_a_paused_worker_leaves_the_work_to_the_other(clock: FakeClock) -> None:
     assert one.runs == []  # the ticket of the other stands
 
 
-# -- what goes wrong
+# -- failures
 
 
 def test_it_backs_off(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""`flask gsession doctor`: what is wrong is found, and what is well is left alone."""
+"""`flask gsession doctor` finds faults, and reports no healthy store."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def wrong(app: Flask) -> dict[str, str]:
     }
 
 
-# -- what is well
+# -- healthy stores
 
 
-def test_a_store_that_is_well(site: Site) -> None:
+def test_a_healthy_store(site: Site) -> None:
     site.visitor().run(lambda session: session.update(a=1))  # makes file and index
     before = site.stored()
     found = check_store(site.store.store, site.clock)
@@ -105,7 +105,7 @@ def test_a_store_that_is_well(site: Site) -> None:
     assert site.inside.blobs() == {}
 
 
-def test_a_place_of_large_values_that_is_well(tmp_path: Path) -> None:
+def test_healthy_storage_of_large_values(tmp_path: Path) -> None:
     app = application("memory://", SESSION_SPILL_STORE=f"file://{tmp_path}/large")
     assert wrong(app) == {}
     assert "ok       storage of large values" in examine(app).output
@@ -148,7 +148,7 @@ def test_no_session_at_all() -> None:
     assert "call Session(app) first" in result.output
 
 
-# -- what is wrong, each mistake made on purpose
+# -- mistakes, each made on purpose
 
 Need = Callable[[str], Any]  # the value of a fixture
 
@@ -314,7 +314,7 @@ def on_a_file(need: Need, folder: int = 0o700, file: int = 0o600) -> Iterator[Fl
 
 @contextmanager
 def on_a_file_that_cannot_have_wal(need: Need) -> Iterator[Flask]:
-    """As on a file system without shared memory, where SQLite stays with what it had."""
+    """As on a file system without shared memory, where SQLite keeps its journal mode."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SQLiteFile, "_switch_to_wal", lambda *_: None)
         yield application(need("sqlite_url"))
@@ -481,7 +481,7 @@ def test_a_store_that_is_down(down: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_what_is_wrong_with_a_key_is_said() -> None:
+def test_the_weakness_of_a_key_is_reported() -> None:
     for key, what in {"dev": "3 characters", "abc" * 8: "repeats itself"}.items():
         assert (
             f"error    SECRET_KEY: {what}"
@@ -497,7 +497,7 @@ def test_no_secret_is_shown() -> None:
         assert "canary" not in examine(app, *options).output
 
 
-# -- what is wrong with the store
+# -- faults of the store
 
 
 class Forgetful(MemoryStore):
@@ -699,7 +699,9 @@ SLAVE = "ip=db,port=1,state={},offset=90,lag={}"
         ),
     ],
 )
-def test_what_a_redis_tells(told: dict[str, str], severity: str, check: str, found: str) -> None:
+def test_findings_from_redis_info(
+    told: dict[str, str], severity: str, check: str, found: str
+) -> None:
     about = {**WELL, **told, "connected_slaves": "1", "master_repl_offset": "100"}
     rows = redis_health.checked(about, 0.0, 0)
     assert [row[:3] for row in rows if row.check == check] == [(severity, check, found)]

@@ -1,4 +1,4 @@
-"""`flask gsession doctor` on who can reach the store, known faults, the place and the cookie."""
+"""`flask gsession doctor` on access to the store, known faults, the place and the cookie."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_nothing_is_said_without_bound_sessions(site: Site) -> None:
     assert checked(site) == {}
 
 
-def test_lists_that_are_well(site: Site) -> None:
+def test_intact_lists(site: Site) -> None:
     for user in ("ada", "ada", "bob"):
         signed_in(site, user)
     before = site.stored()

@@ -24,7 +24,7 @@ def application(store: object, **settings: Any) -> Flask:
     return app
 
 
-def test_a_store_that_is_well(site: Site) -> None:
+def test_a_healthy_store(site: Site) -> None:
     site.app.register_blueprint(health_blueprint("/probe"))
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))

@@ -75,7 +75,7 @@ def live(make_live: SiteMaker) -> Site:
 
 @pytest.fixture
 def in_memory(make_live: SiteMaker) -> Site:
-    """The same, for what doesn't depend on the store."""
+    """Like the other fixture, for code that doesn't depend on the store."""
     return make_live()
 
 
@@ -102,7 +102,7 @@ def test_a_stream_follows_a_session_to_its_end(live: Site) -> None:
     assert visitor.get("/live/state").json["who"] is None
 
 
-def test_a_user_hears_of_devices_messages_and_revocations(live: Site) -> None:
+def test_a_user_gets_devices_messages_and_revocations(live: Site) -> None:
     here, there = live.visitor(), live.visitor()
     here.run(lambda session: session.bind("ada"))
     events = Events(here)
@@ -208,7 +208,7 @@ def test_a_change_while_a_watch_begins_is_not_missed(
     watch.close()
 
 
-def test_what_was_not_heard_is_found_at_the_next_look(
+def test_missed_changes_are_found_at_the_next_check(
     live: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hints_module._ChangedRecords, "changed", lambda *_: None)
@@ -334,7 +334,7 @@ def _down() -> None:
 
 
 def test_a_page_says_which_state_it_shows(live: Site) -> None:
-    """So the script's first look finds what changed since, and not what the page changed itself."""
+    """So the script's first request finds later changes, but not the page's own."""
     visitor = live.visitor()
 
     def page(act: Callable[[Any], object] = bool, method: str = "GET") -> Any:

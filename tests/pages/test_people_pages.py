@@ -1,4 +1,4 @@
-"""The pages of users and administrators: what each may see and end, on each store."""
+"""The pages of users and administrators: the sessions each may see and end, on each store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pages(site: Site) -> Site:
 
 @pytest.fixture
 def one(store_prefix: str, clock: Any) -> Any:
-    """The same on the memory store, for what is decided above the stores."""
+    """Like the other fixture, on the memory store, for code that doesn't depend on the store."""
     with SiteMaker("memory://", store_prefix, clock) as make:
         yield make
 
@@ -322,7 +322,7 @@ def test_admin_pages_refuse_to_start_without_allow() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
-def test_what_allow_find_and_by_may_return(one: SiteMaker, kind: str) -> None:
+def test_results_of_allow_find_and_by(one: SiteMaker, kind: str) -> None:
     given: dict[str, Any] = {"allow": True, "by": "the night shift"}
 
     def answer() -> Any:

@@ -1,4 +1,4 @@
-"""Forks, many threads, interrupts: what a server around the application does to a store."""
+"""The effects of a server on a store: forks, many threads, interrupts."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_fork_beside_a_busy_thread(
     store_prefix: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It doesn't matter what the other thread was doing."""
+    """The other thread's activity doesn't matter."""
     monkeypatch.setattr(sqlite, "_WAIT_TO_FORK", PATIENCE)
     site = make_site(request.getfixturevalue(f"{driver}_url"), store_prefix)
     cookie = site.log_in("alice")
@@ -191,7 +191,7 @@ def test_a_fork_beside_a_busy_thread(
 def test_a_fork_while_another_thread_connects(
     mongodb_url: str, store_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads do not cross a fork, and what they locked would stay locked in the child."""
+    """Threads don't survive a fork, and their locks would stay locked in the child."""
     parent = os.getpid()
     connecting, go_on = threading.Event(), threading.Event()
 
@@ -389,11 +389,11 @@ class PoliteInterrupt(Exception):
 class Interrupter:
     """Calls a function, and raises from a signal handler in the middle of it.
 
-    :param kind: what to raise.
-    :param function: called 20 times without an interrupt first, to know how long it takes.
+    :param kind: the exception to raise. :param function: called 20 times without an interrupt
+    first, to know how long it takes.
     """
 
-    # What does not stand interrupts, whatever we do: Python's own locks and finalizers, and the
+    # Code that interrupts can break, whatever we do: Python's own locks and finalizers, and the
     # handshake of redis-py, where hiredis crashes when a handler raises while it packs a number.
     SPARED_MODULES = ("queue", "threading", "weakref", "_weakrefset", "logging", "importlib")
     SPARED_FUNCTIONS = ("__del__", "on_connect_check_health")
@@ -436,7 +436,7 @@ class Interrupter:
         return time.monotonic() - started
 
     def call(self) -> None:
-        """Call the function once; an interrupt, and what it breaks in Flask, ends here."""
+        """Call the function once. Catch an interrupt, and the errors that it causes in Flask."""
         try:
             self._armed = True
             signal.setitimer(signal.ITIMER_REAL, random.uniform(0.05, 1.1) * self._usual)
@@ -605,11 +605,11 @@ def test_an_interrupt_while_connecting_harms_nobody_else(
     site.ext.close(site.app)
 
 
-# What is left behind ----------------------------------------------------------------------------
+# Leftovers --------------------------------------------------------------------------------------
 
 
 def open_files() -> dict[str, str]:
-    """This process's file descriptors and what each one is."""
+    """This process's file descriptors, with their targets."""
     files = {}
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # the descriptor that listed the directory
@@ -666,7 +666,7 @@ def test_an_interrupt_never_leaves_a_thread_without_time(mongodb_url: str) -> No
 @on_linux
 def test_close_leaves_no_descriptor_and_no_thread(shared_url: str, store_prefix: str) -> None:
 
-    sites = []  # kept: what is closed must not wait for the garbage collector
+    sites = []  # kept, since closing must not depend on the garbage collector
 
     def use_and_close() -> set[tuple[str, str]]:
         """The files that were open just before."""

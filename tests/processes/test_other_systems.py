@@ -1,4 +1,4 @@
-"""On a system without what POSIX has, as Windows: simulated in a process of its own."""
+"""Simulates a system without POSIX, such as Windows, in a separate process."""
 
 import subprocess
 import sys

@@ -124,7 +124,7 @@ def test_a_mule_of_uwsgi_is_no_master(uwsgi: Uwsgi) -> None:
     assert not processes.is_before_fork()
 
 
-def test_without_threads_the_start_says_what_needs_them(
+def test_without_threads_the_start_names_the_features_that_need_them(
     mongodb_url: str, store_prefix: str, uwsgi: Uwsgi, caplog: pytest.LogCaptureFixture
 ) -> None:
     uwsgi(threads=0)
@@ -236,7 +236,7 @@ def test_a_call_that_outlasts_the_wait_is_refused_in_the_child(
     assert store.load(record.key) == record
 
 
-def test_what_is_registered_may_outlive_the_registry() -> None:
+def test_registered_callbacks_may_outlive_the_registry() -> None:
     # As at the end of the interpreter, where an error in a callback would be printed.
     class Owner:
         def begin(self) -> None: ...

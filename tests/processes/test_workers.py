@@ -1,6 +1,6 @@
 """Sessions under gunicorn: several processes, of each kind of worker, hammered in parallel.
 
-Nothing here measures time. What the machine is slow at takes longer; what is wrong stays wrong.
+Nothing here measures time: on a slow machine the tests take longer, but find the same faults.
 """
 
 import random
@@ -105,7 +105,7 @@ def must_stop_cleanly(server: Gunicorn) -> None:
 
 
 def forget(store: str, name: str) -> None:
-    """Remove what the workers stored on a server that may be the user's."""
+    """Remove the workers' data from a server that may be the user's."""
     if store == "redis":
         with Redis.from_url(redis_server().url, socket_timeout=10) as client:
             for key in client.scan_iter(f"test-{name}:*", count=1000):
@@ -277,7 +277,7 @@ def test_the_default_store_is_a_file_for_all_workers(default_server: Gunicorn) -
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_a_page_hears_of_changes_in_any_worker(server: Gunicorn) -> None:
+def test_a_page_gets_changes_of_any_worker(server: Gunicorn) -> None:
     cookie = server.log_in("alice")
     first = server.get("/live/state", cookie).body
     with Stream(server.port, cookie) as stream:

@@ -51,7 +51,7 @@ def test_a_record_is_created_then_replaced(site: Site) -> None:
     assert entries(site) == ["a", "b"]
 
 
-def test_what_other_writers_store_first_stays(site: Site) -> None:
+def test_writes_that_come_first_stay(site: Site) -> None:
     repository = repository_of(site)
 
     def other(name: str) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""``session.destroy(clear=...)``: the browser deletes what it kept of the site."""
+"""``session.destroy(clear=...)``: the browser deletes the site's data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_logout_clears_the_named_data(site: Site) -> None:
     assert HEADER not in visitor.ask(lambda session: session.destroy()).headers
 
 
-def test_what_cannot_be_cleared_is_refused_before_anything_ends(site: Site) -> None:
+def test_invalid_directives_are_refused_before_the_session_ends(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))
     for wrong in ("*", ("cache", 'x"'), "Cache", ("cache", 7), ["storage\r\nSet-Cookie: a=b"]):

@@ -47,7 +47,7 @@ number = st.integers(-3, 3)
 word = st.sampled_from(["", "a", "\ud800", "b"])
 small = st.one_of(number, word, st.none(), st.booleans(), st.sampled_from([0.0, -0.0, 2**70]))
 
-#: What the application keeps under each key.
+#: The kind of value that the application keeps under each key.
 KINDS: dict[str, st.SearchStrategy[Any]] = {
     "name": small,
     "cart": st.lists(small, max_size=3),
@@ -190,7 +190,7 @@ class Open:
         self.wants: dict[str, Kept] = {}
         self.stored: dict[str, Kept] = {}  # when it last looked at all
         self.attached = math.inf
-        # What expired since it looked. To remove it, or what it was replaced by, is no change; but
+        # Values that expired since it looked. Removing one, or its replacement, is no change; but
         # it may be taken for one.
         self.expired: set[str] = set()
         self.grace: float | None = None
@@ -310,7 +310,7 @@ class Machine(RuleBasedStateMachine):
         return session is not None and self.lives(session) and session.leads_here(index, self.now)
 
     def may_look(self, request: Open, key: str) -> bool:
-        """Whether it is promised that the request finds what it saw under a key.
+        """Whether the request is guaranteed to find the value that it saw under a key.
 
         A large value may be gone that another request replaced, or ended the session of.
         """
@@ -417,11 +417,11 @@ class Machine(RuleBasedStateMachine):
     def it_does_something_at_once(self, data: st.DataObject, way: str) -> None:
         request = self.pick(data)
         if request.cleared or request.void or request.grace is not None:
-            return  # what was changed before is stored first, which is for other rules
+            return  # earlier changes are stored first, which other rules cover
         if not self.may_look(request, "file"):
             return
         for key in KEYS:
-            request.real.get(key)  # what it did not look at would be as it is stored by then
+            request.real.get(key)  # values that it did not read would be the stored ones
         key = data.draw(self.keys)
         if way == "update" and key in UPDATES:
             function, default = UPDATES[key]
@@ -432,7 +432,7 @@ class Machine(RuleBasedStateMachine):
     def at_once(
         self, request: Open, act: Callable[[], Any], key: str, *, takes: bool = False
     ) -> None:
-        """A key is taken or updated in the store itself, after what is pending where it is, too."""
+        """A key is taken or updated in the store itself, after pending changes of the same key."""
         session, drops = request.session, len(self.dropped)
         pending = request.has_changed(key)
         looks = pending or not takes or key in request.stored
@@ -463,7 +463,7 @@ class Machine(RuleBasedStateMachine):
                 request.index, request.stored = len(session.cookies) - 1, dict(session.data)
                 return
             request.saw = copy.deepcopy(request.wants)
-            if not session.data:  # what was pending has emptied the session, and ended it
+            if not session.data:  # the pending changes have emptied the session, and ended it
                 session.dead = request.destroyed = True
                 request.sees(None)
                 result = done(request.wants, key, takes)
@@ -555,7 +555,7 @@ class Machine(RuleBasedStateMachine):
             self.begin(living[-1], len(living[-1].cookies) - 1) if living else self.begin(None, 0)
 
     def end(self, request: Open) -> None:
-        """Save the request, and hold what came of it against the model."""
+        """Save the request, and compare the outcome with the model."""
         self.requests.remove(request)
         session, writes = request.session, request.writes
         reached = self.reached(session, request.index)
@@ -618,7 +618,8 @@ class Machine(RuleBasedStateMachine):
             return
         assert status == 200
         nothing_in_sum = not request.changed and not rotates
-        # Another request may have taken, and not yet ended, what this one still sees unchanged.
+        # Another request may have taken the value, without having ended, while this one still sees
+        # it.
         if not data and (not nothing_in_sum or request.cleared or request.took_last):
             assert cookie == ""
             session.dead = True
@@ -658,7 +659,7 @@ class Machine(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         for request in list(self.requests):
             if request.attached + IDLE <= self.now + seconds:
-                self.end(request)  # what it attached is not kept longer
+                self.end(request)  # its attached file is not kept longer
         self.another_begins()
         self.clock.advance(seconds)
         for session in self.sessions:
@@ -680,7 +681,7 @@ class Machine(RuleBasedStateMachine):
 
 
 def done(data: dict[str, Kept], key: str, takes: bool) -> Any:
-    """Take or update a key; what was there, or is there now."""
+    """Take or update a key. Returns the old or the new value."""
     there = data.pop(key, Kept(MISSING))
     if takes:
         return there.value

@@ -192,7 +192,7 @@ def test_parent_and_child_count_side_by_side(shared_url: str, store_prefix: str)
         assert visitor.run(dict) == {"n": 48}
 
 
-# How Redis calls who waits --------------------------------------------------------------------
+# How Redis wakes waiters ------------------------------------------------------------------------
 
 
 def listening(store: Any) -> bool:
@@ -224,7 +224,7 @@ def let_rest(store: Any) -> None:
     until(lambda: store._wake_ups._listener is None)
 
 
-def test_one_connection_hears_for_all_waiters(
+def test_one_connection_serves_all_waiters(
     redis_url: str, store_prefix: str, clock: FakeClock, redis_client: Any
 ) -> None:
     name = f"locks-{secrets.token_hex(4)}"

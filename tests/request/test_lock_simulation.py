@@ -3,7 +3,7 @@
 Three clients of one session lock it, count in the way that loses counts without a lock, and are
 struck: an answer is lost, a process dies, time runs past every lease. Beside them somebody writes
 without a lock, and at times there is a rotation or a logout. Leases are not extended here, so that
-many run out. A model of the lease and its holder judges what happens.
+many expire. A model of the lease and its holder checks the outcome.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NoRenewer:
 
 
 class JudgedStore(PausingStore):
-    """A memory store whose calls wait their turn and may fail; it watches who holds the lease."""
+    """A memory store whose calls wait their turn and may fail. It tracks the lease's holder."""
 
     def __init__(self, clock: VirtualClock) -> None:
         super().__init__(clock)
@@ -179,7 +179,7 @@ class Schedule:
         return session
 
     def play(self) -> None:
-        """Run the requests side by side, then see what is stored."""
+        """Run the requests in parallel, then check the stored session."""
         tasks = [Task(f"lock {number}", self.locker(number)) for number in range(3)]
         tasks += [Task("write", self.writer)]
         if self.rng.random() < 0.3:

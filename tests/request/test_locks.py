@@ -143,7 +143,7 @@ def test_changes_made_before_are_stored_first(site: Site) -> None:
     visitor.run(view)
 
 
-def test_what_a_lock_costs(site: Site) -> None:
+def test_round_trips_of_a_lock(site: Site) -> None:
     visitor = a_visitor(site, n=1)
     with site.counted() as counted:
         visitor.run(count_locked)
@@ -181,7 +181,7 @@ def test_a_block_that_raises_stores_nothing(site: Site) -> None:
 
 
 def test_the_end_of_the_request_stores_no_half_of_a_block(site: Site) -> None:
-    """As one that another thread is in the middle of: it stores what it did itself, or nothing."""
+    """Another thread is in the middle of a block: the save stores its own changes, or nothing."""
     visitor = a_visitor(site, a=1)
     begun, saved = threading.Event(), threading.Event()
 
@@ -288,7 +288,7 @@ def test_two_locks_one_after_the_other(site: Site) -> None:
     assert visitor.run(dict) == {"n": 2}
 
 
-# What is misused ------------------------------------------------------------------------------
+# Misuse ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["timeout", "wait"])
@@ -1065,7 +1065,7 @@ def test_a_view_that_raises_gives_the_lock_back(site: Site) -> None:
     assert is_free(site, visitor)
 
 
-def test_without_a_session_the_decorator_says_what_is_missing(site: Site) -> None:
+def test_without_a_session_the_decorator_names_the_missing_setting(site: Site) -> None:
     site.app.secret_key = None
 
     @site.app.get("/locked")
@@ -1288,7 +1288,7 @@ def test_no_warning_where_none_is_wanted(
     assert not caplog.records
 
 
-def test_what_is_reported(site: Site) -> None:
+def test_events_of_locks(site: Site) -> None:
     visitor = a_visitor(site)
     handle = visitor.run(lambda session: session.handle)
     visitor.run(count_locked)

@@ -54,7 +54,7 @@ def strike(kind: type[BaseException]) -> Callable[[], None]:
 def on_its_way(
     site: Site, session: Any, verb: str = "save", kind: type[BaseException] = TooLong
 ) -> Callable[[], None]:
-    """Strike a transaction whose command is still on its way; what makes the command arrive."""
+    """Interrupt a transaction with its command on its way. Returns a function to deliver it."""
     life = lifecycle_of(session)
     before, known = life.seen.record, life.attempts.keys()
     site.store.before(verb, strike(kind))
@@ -126,7 +126,7 @@ def test_a_write_that_was_struck_counts_once(
     assert stored == ONCE
 
 
-def test_a_write_that_was_struck_counts_once_beside_an_error_page(clicks: Site) -> None:
+def test_an_interrupted_write_counts_once_beside_an_error_page(clicks: Site) -> None:
     def view(session: Any) -> None:
         click(session)
         clicks.store.after("save", strike(TooLong))
@@ -149,7 +149,7 @@ def test_a_write_that_never_came_is_made_up_for(clicks: Site) -> None:
     assert visitor.run(dict) == ONCE
 
 
-def test_what_changes_after_the_strike_is_added(clicks: Site) -> None:
+def test_changes_after_an_interrupt_are_added(clicks: Site) -> None:
     def view(session: Any) -> None:
         click(session)
         clicks.store.after("save", strike(TooLong))
@@ -197,7 +197,7 @@ def test_a_conflict_that_the_view_catches_makes_it_no_safer_to_repeat(clicks: Si
 
 
 def test_another_request_on_top_is_no_conflict_after_a_rotation(clicks: Site) -> None:
-    """Nobody else makes the new key, so the rotation is there, below what is on top."""
+    """Nobody else creates the new key, so the rotation happened, below later changes."""
     visitor = a_visitor(clicks)
     tab = visitor.another_tab()
 
@@ -214,7 +214,7 @@ def test_another_request_on_top_is_no_conflict_after_a_rotation(clicks: Site) ->
     assert visitor.run(dict) == {**ONCE, "theirs": 1}
 
 
-def test_a_lifetime_that_is_set_after_the_strike_is_not_forgotten(clicks: Site) -> None:
+def test_a_lifetime_set_after_an_interrupt_is_not_forgotten(clicks: Site) -> None:
     def view(session: Any) -> None:
         session["a"] = 1
         clicks.store.after("create", strike(TooLong))
@@ -245,7 +245,7 @@ def test_another_key_that_was_stored_shows_that_the_struck_write_was_not(clicks:
 
 @pytest.mark.parametrize("key", ["a", "b"])
 def test_a_session_that_was_emptied_takes_an_update(site: Site, key: str) -> None:
-    """It ended by what this very request did, so the update begins another one."""
+    """This request itself ended it, so the update begins another session."""
 
     def view(session: Any) -> None:
         session.clear()
@@ -324,7 +324,7 @@ def test_a_logout_after_a_rotation_that_was_struck(clicks: Site, grace: int) -> 
 
 
 def test_a_receiver_that_writes_undoes_nothing(site: Site) -> None:
-    """Events come when what they are about is in its place."""
+    """Events are emitted after the change that they report."""
     visitor = site.visitor()
     visitor.run(lambda session: session.update(tickets=0))
     counting = [True]
@@ -517,7 +517,7 @@ def test_a_rotation_of_which_only_the_first_step_was_done_revives_nothing(
         assert not site.sessions()
 
 
-def test_a_signal_may_raise_what_the_store_could(clicks: Site) -> None:
+def test_a_signal_may_raise_an_error_of_the_store(clicks: Site) -> None:
     """An exception says nothing of the outcome, whatever its class, if a signal raised it."""
 
     def raise_it(*_: object) -> None:

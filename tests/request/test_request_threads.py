@@ -42,7 +42,7 @@ def memory(clock: FakeClock) -> Iterator[Site]:
 
 
 def side_by_side(*work: Callable[[], None]) -> None:
-    """Run each in a thread of its own, in the context of this request; raise what one raises."""
+    """Run each in its own thread, in the context of this request. Raises an error of any."""
     begin = threading.Barrier(len(work))
     errors: list[BaseException] = []
 
@@ -272,7 +272,7 @@ def test_blocks_of_two_threads_end_in_any_order(memory: Site, fails: bool) -> No
 
 
 def test_the_first_look_may_come_from_a_thread(site: Site) -> None:
-    """Flask doesn't call what a thread notes in its copy of the context, to be done at the end."""
+    """Flask doesn't call functions that a thread registered in its copy of the context."""
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
     before = visitor.cookie
@@ -316,7 +316,7 @@ def test_a_task_that_fails_under_a_lock_takes_nothing_of_the_others(site: Site) 
     assert visitor.run(dict) == {"shared": [0], **expected}
 
 
-def test_what_tasks_write_while_others_wait_for_a_lock_is_stored(site: Site) -> None:
+def test_writes_of_tasks_are_stored_while_others_wait_for_a_lock(site: Site) -> None:
     visitor = a_visitor(site, {"locked": 0})
     tab = visitor.another_tab()
 

@@ -119,7 +119,7 @@ def test_it_works_as_a_dict_does(site: Site) -> None:
             assert visitor.run(dict) == model, what
 
 
-def test_it_is_what_flask_expects(site: Site) -> None:
+def test_it_has_the_type_that_flask_expects(site: Site) -> None:
     def view(session: Any) -> None:
         session = session._get_current_object()
         assert isinstance(session, SessionMixin)
@@ -179,7 +179,7 @@ def test_get_or_set(site: Site) -> None:
     assert visitor.run(dict) == {"there": None, "made": [1], "plain": 5}
 
 
-# What it says of itself ----------------------------------------------------------------------
+# Its repr and properties -----------------------------------------------------------------------
 
 
 def test_a_session_that_is_not_stored_has_no_particulars(site: Site) -> None:
@@ -190,7 +190,7 @@ def test_a_session_that_is_not_stored_has_no_particulars(site: Site) -> None:
     assert site.visitor().run(view) == (True, None, None, None, 0)
 
 
-def test_a_stored_session_tells_its_particulars(site: Site) -> None:
+def test_properties_of_a_stored_session(site: Site) -> None:
     visitor = visitor_with(site, a=1)
     start = datetime.fromtimestamp(int(site.clock() * 1000) / 1000, UTC)
     site.clock.advance(30)
@@ -226,7 +226,7 @@ def test_handle_and_times_follow_the_request(site: Site) -> None:
     assert visitor.run(lambda session: session.new) is False
 
 
-def test_modified_tells_of_changes(site: Site) -> None:
+def test_modified_reports_changes(site: Site) -> None:
     visitor = visitor_with(site, a=1, items=[])
 
     def view(session: Any) -> None:
@@ -533,7 +533,7 @@ def test_a_nested_change_in_a_stream_is_reported(
     assert "session['items']" in record.getMessage()
 
 
-def test_what_a_stream_stores_at_once_is_stored(
+def test_writes_of_a_stream_that_store_at_once_are_stored(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     visitor = visitor_with(site, a=1, b=2)

@@ -68,7 +68,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_reading_while_streaming(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """Also what this request wrote itself."""
+    """Including this request's own writes."""
     visitor = site.visitor()
     a_cart(visitor)
 
@@ -97,7 +97,7 @@ def test_a_session_first_looked_at_while_streaming(site: Site) -> None:
     assert "Set-Cookie" not in response.headers
 
 
-def test_what_was_written_before_the_stream_is_stored_before_it(site: Site) -> None:
+def test_changes_before_a_stream_are_stored_before_it(site: Site) -> None:
     """A second request, sent by the client at the first byte, finds it."""
     visitor = site.visitor()
     a_cart(visitor)
@@ -295,7 +295,7 @@ READERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("make", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_a_body_that_can_read_the_session_says_so_to_caches(
+def test_a_body_that_can_read_the_session_sets_vary(
     make: Callable[[], Any], method: str, clock: Any
 ) -> None:
     with SiteMaker("memory://", "", clock) as make_site:
@@ -316,7 +316,7 @@ def test_a_body_that_can_read_the_session_says_so_to_caches(
         assert "no-store" not in response.headers["Cache-Control"]
 
 
-def test_a_body_that_can_read_the_session_says_so_on_each_store(site: Site) -> None:
+def test_a_body_that_can_read_the_session_sets_vary_on_each_store(site: Site) -> None:
     for visitor in (site.visitor(), site.visitor("x")):
         with site.counted() as count:
             response = visitor.ask(lambda _: Response(stream_with_context(iter("abc"))))
@@ -325,7 +325,7 @@ def test_a_body_that_can_read_the_session_says_so_on_each_store(site: Site) -> N
         response.close()
 
 
-def test_not_modified_says_so_too(memory_site: Site) -> None:
+def test_not_modified_sets_vary_too(memory_site: Site) -> None:
     """RFC 9110, 15.4.5: with the headers that a 200 would have."""
     visitor = memory_site.visitor()
     a_cart(visitor)
@@ -355,7 +355,7 @@ def late_failure() -> Iterator[str]:
     yield str(session.get("user"))  # outside the context: it raises
 
 
-def test_what_cannot_read_the_session_says_nothing(memory_site: Site, tmp_path: Path) -> None:
+def test_bodies_that_cannot_read_the_session_set_no_vary(memory_site: Site, tmp_path: Path) -> None:
     """A request that does not touch the session has no Vary: files, and other streams."""
     file = tmp_path / "file.txt"
     file.write_text("0123456789")

@@ -1,4 +1,4 @@
-"""G3 and G6 in small: what a request changed is noticed, and put onto what others stored."""
+"""G3 and G6 in small: a request's changes are noticed, and merged into stored ones."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_look_is_overtaken_by_another_thread(looked_before: bool) -> None:
     if looked_before:
         assert values["n"] == 1
     pending.append(lambda: values.rebase(after))
-    assert values["other"] == "b"  # what it decoded was replaced
+    assert values["other"] == "b"  # its decoded value was replaced
     seen = 1 if looked_before else 2  # as the request saw it first
     assert values["n"] == seen
     values["n"] = 3
@@ -260,7 +260,7 @@ def test_the_base_of_a_change_is_the_value_first_seen() -> None:
         values["asked for"]
     now = {"seen": [9], "unseen": [9], "assigned": 9, "number": 9, "new": 9}
     values.rebase(stored({**now, "looked for": 9, "asked for": 9}))
-    # What was seen stays as it was seen, what was not is as it is now.
+    # Values that were read stay the same; others are the current ones.
     assert values["seen"] == [1, "mine"]
     assert values["number"] == 1
     assert "looked for" not in values
@@ -306,7 +306,7 @@ def test_accepted_changes_are_no_changes_any_more() -> None:
     assert changed(values) == {"a": ([1, 2], [1, 2, 3])}
 
 
-def test_what_was_merged_into_something_else_is_merged_again_at_its_next_change() -> None:
+def test_a_merged_value_is_merged_again_at_its_next_change() -> None:
     values = tracked(hits=1, tags={"a"})
     tags = values["tags"]
     values["hits"] += 1
@@ -423,7 +423,7 @@ def test_any_sequence_of_operations_equals_a_plain_dict(
     after = merger.apply(real.stored, changes)
     assert same_items(plain(after), model)
     assert same_items({key: real[key] for key in real}, model)
-    # Only what differs is a change.
+    # Only a different value is a change.
     assert set(changes) == {
         key
         for key in before.keys() | model.keys()
@@ -533,7 +533,7 @@ def test_a_function_of_the_application_decides() -> None:
     assert seen == [("", "longer", "long"), (MISSING, "x", "long"), ("x", MISSING, "long")]
 
 
-def test_what_a_function_raises_or_returns_is_judged() -> None:
+def test_results_and_errors_of_merge_functions() -> None:
     def fail(error: Exception) -> MergeFunction:
         def policy(base: Any, theirs: Any, mine: Any) -> Any:
             raise error

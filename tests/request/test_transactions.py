@@ -126,7 +126,7 @@ def test_run_runs_again_on_a_fresh_state(site: Site) -> None:
     assert visitor.run(dict) == {"stock": 0}
 
 
-def test_run_gives_up_in_the_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_stops_after_some_attempts(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(n=0))
     tab = visitor.another_tab()
@@ -266,7 +266,7 @@ def test_a_session_that_ends_during_the_block(site: Site) -> None:
     ],
     ids=["nested", "rotate", "destroy", "reload", "update_atomic", "take", "lock"],
 )
-def test_what_cannot_be_undone_is_refused(act: Any, site: Site) -> None:
+def test_operations_that_cannot_be_undone_are_refused(act: Any, site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1, b=1))
 
@@ -286,7 +286,7 @@ def test_what_cannot_be_undone_is_refused(act: Any, site: Site) -> None:
 
 
 def test_the_end_of_the_request_stores_no_half_of_a_transaction(site: Site) -> None:
-    """As one that another thread is in the middle of: it stores what it did itself, or nothing."""
+    """Another thread is in the middle of a block: the save stores its own changes, or nothing."""
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
     begun, saved = threading.Event(), threading.Event()

@@ -114,7 +114,7 @@ def test_the_shorter_time_counts() -> None:
     assert time_left(5.0) == 5.0
 
 
-def test_a_write_whose_time_is_over_is_refused_or_done(store_url: str, store_prefix: str) -> None:
+def test_a_write_after_its_deadline_is_refused_or_done(store_url: str, store_prefix: str) -> None:
     """A store that reports a failure doesn't carry out the write later."""
     store = open_store(store_url, StoreOptions(store_prefix))[0]
     record = a_record(time.time)

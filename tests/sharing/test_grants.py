@@ -499,7 +499,7 @@ def run(*options: str, store: str = MEMORY) -> Any:
         ((), "--grpc"),
     ],
 )
-def test_the_command_names_what_is_wrong(options: tuple[str, ...], why: str) -> None:
+def test_the_command_names_the_wrong_option(options: tuple[str, ...], why: str) -> None:
     result = run(*options)
     assert result.exit_code != 0
     assert why in result.output

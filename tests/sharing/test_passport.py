@@ -135,14 +135,14 @@ def test_a_proxy_hands_a_passport_on(site: Site, passports: Passports) -> None:
     assert site.visitor().get("/session/verify").headers["X-Session-Passport"] == ""
 
 
-# What is no passport ----------------------------------------------------------------------------
+# Invalid passports ------------------------------------------------------------------------------
 
 
 def encoded(part: dict[str, Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
 
 
-def test_what_is_no_passport(tmp_path: Path, passports: Passports, clock: FakeClock) -> None:
+def test_invalid_passports(tmp_path: Path, passports: Passports, clock: FakeClock) -> None:
     own = ECKey.import_key((tmp_path / "passport.pem").read_bytes())
     own.ensure_kid()
     now = int(clock())
@@ -163,7 +163,7 @@ def test_what_is_no_passport(tmp_path: Path, passports: Passports, clock: FakeCl
     assert reason("a.b.c") == stranger
     public = own.as_pem(private=False)
     confused = encoded({"alg": "HS256", "kid": own.kid}) + "." + encoded(good)
-    mac = hmac.digest(public, confused.encode(), "sha256")  # with what everybody knows
+    mac = hmac.digest(public, confused.encode(), "sha256")  # with public data
     assert reason(f"{confused}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode()}") == stranger
     assert reason(f"{encoded({'alg': 'none'})}.{encoded(good)}.") == stranger
     head, _, signature = signed().split(".")

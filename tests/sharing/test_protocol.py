@@ -124,7 +124,7 @@ def test_every_error_of_a_store_has_a_status_of_its_own() -> None:
         if isinstance(kind, type)
         and issubclass(kind, StoreError)
         and kind is not StoreError
-        # Those of users are raised above the stores.
+        # Errors about users are raised above the stores.
         and kind
         not in (errors.RevocationUnfinished, errors.RosterUnreadable, errors.UserValuesUnreadable)
     }
@@ -165,5 +165,5 @@ def test_a_field_that_is_not_known_is_not_ignored() -> None:
     assert not is_understood(nested)
 
 
-def test_the_code_says_what_kind_of_error_it_is() -> None:
+def test_each_error_has_its_grpc_code() -> None:
     assert status_of(Gone())[0] is grpc.StatusCode.NOT_FOUND

@@ -32,7 +32,7 @@ def documented(name: str) -> str:
 
 
 class Setup(NamedTuple):
-    """A proxy at a port, in front of a service that says what it got."""
+    """A proxy at a port, in front of a service that echoes its request."""
 
     port: int
     site: Site

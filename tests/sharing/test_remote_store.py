@@ -183,7 +183,7 @@ def test_a_slow_far_store_costs_the_budget_and_no_more(far: HookedStore) -> None
         store.close()
 
 
-def test_what_the_caller_has_given_up_is_not_begun(far: HookedStore) -> None:
+def test_an_expired_call_is_not_started(far: HookedStore) -> None:
     """The deadline travels with the call: one that waited until then changes nothing."""
     release, record = threading.Event(), a_record(time.time)
     far.before("load", lambda: release.wait(PATIENCE))
@@ -203,7 +203,7 @@ def test_what_the_caller_has_given_up_is_not_begun(far: HookedStore) -> None:
         impatient.close()
 
 
-def test_a_server_that_is_full_says_so_at_once(
+def test_a_full_server_refuses_immediately(
     far: HookedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_gsession.sharing.server._STREAMS", 1)
@@ -296,7 +296,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("reply", [b"", b"\xf8\x07\x01"], ids=["empty", "unknown field"])
 def test_an_answer_of_another_version_is_an_outage(call: str, reply: bytes) -> None:
-    """Never a silent "not found": a proxy, or a later server, may answer what this can't read."""
+    """Never a silent "not found": a proxy or a newer server may send unreadable answers."""
     with serving(Odd(reply)) as address:
         store = reach(f"grpc://{address}")
         with pytest.raises(StoreUnavailable, match="another version"):
@@ -517,7 +517,7 @@ def test_a_load_shows_the_outcome_of_an_abandoned_write(how: str, far: HookedSto
         store.close()
 
 
-def test_a_write_that_was_given_up_before_it_began_never_does(far: HookedStore) -> None:
+def test_a_write_cancelled_before_it_began_never_runs(far: HookedStore) -> None:
     release = threading.Event()
     with serving(StoreService(far), threads=2) as address:
         store, busy = reach(f"grpc://{address}", BUDGET), reach(f"grpc://{address}")
@@ -555,7 +555,7 @@ def test_writes_are_settled() -> None:
         pass
 
 
-def test_no_write_is_settled_where_none_was_given_up(far: HookedStore) -> None:
+def test_no_write_is_settled_without_a_cancelled_one(far: HookedStore) -> None:
     """Each call still takes one round trip."""
     with store_servers() as serve:
         store = reach(serve(far))

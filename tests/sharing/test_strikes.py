@@ -197,7 +197,7 @@ def test_without_another_thread_a_call_is_made_all_the_same(
     assert shield.Shield().run(lambda: 7, PATIENCE) == 7
 
 
-def test_a_write_that_is_given_up_while_others_settle_is_settled_too(
+def test_a_write_that_is_cancelled_while_others_settle_is_settled_too(
     command: ServeCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By another thread, under the same key."""
@@ -240,7 +240,7 @@ def test_a_channel_in_which_grpc_is_stuck_is_replaced(
 
 
 @pytest.mark.parametrize("kind", [TooLong, TooLongAsItIsUsual])
-def test_a_deadline_by_signal_comes_out(kind: type[Exception], command: ServeCommand) -> None:
+def test_a_deadline_by_signal_is_raised(kind: type[Exception], command: ServeCommand) -> None:
     store = reach(command.url)
     record = a_record(time.time)
     store.create(record)
@@ -420,7 +420,7 @@ def test_timeouts_of_gevent(command: ServeCommand) -> None:
 
 
 @pytest.mark.long
-def test_threads_that_other_threads_strike_are_answered(command: ServeCommand) -> None:
+def test_threads_that_other_threads_interrupt_get_answers(command: ServeCommand) -> None:
     """Also where the exceptions are kept, as error reports do."""
     store, over = reach(command.url), threading.Event()
     record = a_record(time.time)

@@ -167,7 +167,7 @@ def test_nothing_is_made_for_a_cookie_that_leads_nowhere(site: Site) -> None:
     assert site.store.calls[before:] == []
 
 
-def test_what_is_not_granted_is_refused_counted_and_logged(
+def test_calls_without_a_grant_are_refused_counted_and_logged(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     visitor = signed_in(site, cart=["mug"], secret="hidden", paid=False)
@@ -292,7 +292,7 @@ def test_a_value_comes_back_as_it_was(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, "\ud800", {"a": object()}])
-def test_what_has_no_message(value: Any) -> None:
+def test_values_without_a_message(value: Any) -> None:
     with pytest.raises(NoMessage):
         to_value(value)
     with pytest.raises(NoMessage):

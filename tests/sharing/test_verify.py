@@ -49,7 +49,7 @@ def told(response: TestResponse) -> dict[str, str]:
     return {name: text for name, text in response.headers if name.startswith("X-Session-")}
 
 
-def test_a_visitor_who_is_signed_in(site: Site) -> None:
+def test_a_signed_in_visitor(site: Site) -> None:
     visitor = signed_in(verifying(site), role="editor", secret="hidden")
     calls = len(site.store.calls)
     response = ask(visitor)

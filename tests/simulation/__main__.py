@@ -11,7 +11,7 @@ from .world import Simulation
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the arguments ask for; 1 where a guarantee was broken."""
+    """Run the requested schedules. Returns 1 if a guarantee was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("seeds", nargs="*", type=int, help="schedules to run and to show")
     parser.add_argument("--schedules", type=int, metavar="N", help="run N schedules")

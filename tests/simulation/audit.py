@@ -1,7 +1,7 @@
 """A schedule as seen from outside, and the rules that it must keep whatever happened inside.
 
-The model follows every effect on the store; the audit knows only what requests were told. Each
-would catch most of what the other misses.
+The model follows every effect on the store; the audit knows only the answers to requests. Each
+would catch most faults that the other misses.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Visit:
                 done.outcome = OK
 
     def settle(self) -> None:
-        """Say of each operation what the client may believe of it."""
+        """Note for each operation what its client may assume."""
         for done in self.done:
             if done.outcome == "pending":
                 done.outcome = OK if self.acknowledged else UNKNOWN
@@ -84,7 +84,7 @@ class Visit:
 def check(visits: list[Visit], finals: Iterable[tuple[Line, dict[str, Any]]]) -> None:
     """Raise `Violation` where the history breaks a guarantee.
 
-    `finals` are the sessions that are alive in the end, and what was read from them.
+    `finals` are the sessions that are alive in the end, with their values.
     """
     for visit in visits:
         visit.settle()
@@ -135,7 +135,7 @@ def _in_time(visits: list[Visit]) -> None:
         if done.op.kind == "fleeting"
     }
     for visit, done in every if ends else ():
-        # A take is about what was there when it began to store that.
+        # A take concerns the value that was there when its save began.
         seen_at = done.began_at if done.op.kind == "take" else done.ended_at
         if done.op.kind in ("read", "get", "take") and done.result is not None:
             for text in _texts(done.result):

@@ -15,7 +15,7 @@ one key. A request with our cookie looks at nothing else. A request with only th
 
 A logout stores in the mark that the cookie is dead, then deletes the session, then answers.
 
-What must hold
+Invariants
 
 - apart: no session is served to two visitors, and a logout ends no other visitor's;
 - kept: an answer to a read replaces no cookie of a session that was answered, or whose change was

@@ -28,7 +28,7 @@ The protocol, as in ``stores/edge/``
 7. a rotation withdraws the copy first, then asks the centre, then notes the result, unless the row
    has changes by now. Noting it may fail, as on a full disk.
 
-What must hold
+Invariants
 
 - no end is undone: after an acknowledged logout the edge that took it never serves the session,
   and once all edges have settled, nobody does;
@@ -107,7 +107,7 @@ def merged(base: Value | None, theirs: Value, mine: Value) -> Value:
 
 
 class EdgeWorld(World):
-    """The centre, the rows of the edges, the links, and what clients were promised."""
+    """The centre, the rows of the edges, the links, and the promises to clients."""
 
     def __init__(self, broken: Broken = NOTHING, *, stored: bool = True, cut: str = "") -> None:
         super().__init__(limits=())
@@ -128,7 +128,7 @@ class EdgeWorld(World):
         self.given_up = False  # a creation that seemed lost was reported
         self.late = False  # it was created after that, and nobody has noticed yet
         self.rotated: frozenset[str] = frozenset()  # where the token was, without a grace
-        self.numbers = {"a": 0, "b": 0}  # of what was sent, never used twice
+        self.numbers = {"a": 0, "b": 0}  # of sent changes, never used twice
 
     def state(self) -> Hashable:
         promised = (
@@ -275,7 +275,7 @@ def read(world: EdgeWorld, edge: str, times: int = 2) -> Program:
 
 
 def _copied(world: EdgeWorld, edge: str, value: Value) -> None:
-    """Part of a step: what came from the centre is copied."""
+    """Part of a step: copy a record from the centre."""
     row = world.rows[edge]
     if row is None or row.state == PLAIN or "loads over" in world.broken:
         world.rows[edge] = Row(PLAIN, value)

@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
 
 class World:
-    """The store, the time, and ``facts``: what the outside world knows. All of it is hashable."""
+    """The store, the time, and ``facts``, the knowledge of the outside world. All are hashable."""
 
     def __init__(self, **facts: Any) -> None:
         self.store: dict[str, Record] = {}
@@ -73,7 +73,7 @@ class World:
         return self.saw(there is not None)  # type: ignore[no-any-return]
 
     def remove(self, key: str) -> Record | None:
-        """Remove one key, whether a record or a pointer is there; returns what was there."""
+        """Remove one key, with a record or a pointer. Returns its old value."""
         return self.saw(self.store.pop(key, None))  # type: ignore[no-any-return]
 
     def put(self, key: str, value: Any, ends: float, to: str | None = None) -> Record:

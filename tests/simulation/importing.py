@@ -29,7 +29,7 @@ Watching (an option while old workers serve): before step 6, and in each request
 an imported session, it looks at the old record. If that is gone before its time, an old worker
 logged the user out, and the session is ended.
 
-What must hold
+Invariants
 
 - one session: all first requests are served the same session;
 - ended: after an acknowledged logout, revocation or expiry, no request that begins is served by a
@@ -136,7 +136,7 @@ def rotated(
 def roster(
     w: World, change: Callable[[int, Entries], Roster | None], ends: float = OWN_END
 ) -> Roster | None:
-    """Change the roster in one step; returns what it is then."""
+    """Change the roster in one step. Returns the new roster."""
     epoch, entries = w.store["roster"].value if "roster" in w.store else (0, frozenset())
     changed = change(epoch, entries)
     if changed:

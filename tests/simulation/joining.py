@@ -25,7 +25,7 @@ The protocol
   If that is interrupted, the browser signs in again: before 3 with its anonymous session, which has
   kept everything; after 3 with a token that leads nowhere, and the user's record has everything.
 
-What must hold, in every state
+Invariants, in every state
   never twice     no item is counted twice in the user's cart
   nowhere lost    each acknowledged item is in the anonymous session, or in the user's cart
   nothing undone  what another device saved in the user's record stays there

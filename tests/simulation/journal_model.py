@@ -15,7 +15,7 @@ The protocol, as in ``stores/redis/cluster_journal.py``
    Nothing there: the place goes;
 4. the server itself removes a session only long after its end.
 
-What must hold
+Invariants
 
 - none lost: a session that was there has an end in the journal, once the last sweep is over;
 - no end of the living: while a session is served, its end isn't in the journal.

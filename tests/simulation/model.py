@@ -219,7 +219,7 @@ def worth_keeping(values: Mapping[str, Any]) -> bool:
     return any(key != "_permanent" for key in values)
 
 
-# What is known of sessions and requests ----------------------------------------------------------
+# Knowledge of sessions and requests -------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -234,7 +234,7 @@ class Line:
     keys: list[str] = field(default_factory=list)
     used: int = 0  # when the last request that was served without a fault loaded it
     longest_flight: int = 0  # of a write: from when it was made up to when it landed
-    #: It began with what another session was given, or nobody knows of it: not for the audit.
+    #: It began with another session's values, or nobody knows it, so the audit ignores it.
     apart: bool = False
 
 
@@ -259,7 +259,7 @@ class Attempt:
 
 @dataclass(eq=False)
 class Mirror:
-    """One request's knowledge of its session, which decides what it may and must do."""
+    """One request's knowledge of its session, which determines its allowed and required effects."""
 
     name: str
     browser: str
@@ -287,7 +287,7 @@ class Mirror:
     made: set[str] = field(default_factory=set)
     faulted: bool = False
     interrupted: bool = False
-    unsure: bool = False  # cannot know whether what it wrote is part of what is stored
+    unsure: bool = False  # cannot know whether its write is part of the stored session
     is_apart: bool = False  # it signed in with an old token
     crossed: bool = False
     dropped: bool = False  # said that changes were dropped, because the session had ended
@@ -296,7 +296,7 @@ class Mirror:
     #: whether it holds the newest token of its session, and no old one
     has_token: bool = True
     version: int = 0  # of what it knows
-    #: what it sent and got no answer to, by version
+    #: writes without an answer, by version
     attempts: dict[int, Attempt] = field(default_factory=dict)
     #: everything that it sent, by version
     sent: dict[int, Attempt] = field(default_factory=dict)
@@ -306,7 +306,7 @@ class Mirror:
         self.view = View(self.now)
 
     def become(self, state: str) -> None:
-        """Go on without what was known so far."""
+        """Continue without the knowledge so far."""
         self.epoch += self.state != "unopened"
         self.state, self.key, self.line = state, None, None
         self.view = View(self.now)
@@ -316,7 +316,7 @@ class Mirror:
         self.timeouts = set()
 
     def forget_attempts(self) -> None:
-        """It will never know what became of its last writes."""
+        """It will never know the outcome of its last writes."""
         for attempt in self.attempts.values():
             if attempt.line is not None:
                 attempt.line.apart = True
@@ -325,8 +325,8 @@ class Mirror:
     def hold(self, line: Line, version: int) -> None:
         """Go on with this session, whose newest state arrived just now."""
         if line.head != (self.presented if self.state == "unopened" else self.key):
-            # What it holds is an old token now, which never leads to a new one. A sign-in stands,
-            # and begins a session of its own.
+            # It holds an old token now, which never leads to a new one. A sign-in stands, and
+            # begins a session of its own.
             self.has_token = self.cookie_due = False
             if self.rotation != 0:
                 self.rotation = None
@@ -395,7 +395,7 @@ class Mirror:
     def rewrites(
         self, changes: Mapping[str, Any]
     ) -> tuple[str, Callable[[Any], Any] | None, Any] | None:
-        """The update_atomic that writes now, and not what is stored before it."""
+        """The update_atomic that writes now, without the save before it."""
         if self.atomic is None or self.atomic[0] in changes or (self.stores_first and changes):
             return None
         return self.atomic
@@ -413,7 +413,7 @@ class Mirror:
 
 
 class Model:
-    """Keeps its own copy of what is stored, and judges each effect. Times are milliseconds."""
+    """Keeps its own copy of the store, and checks each effect. Times are milliseconds."""
 
     def __init__(
         self,
@@ -475,7 +475,7 @@ class Model:
                 raise Violation(f"{line.name} idled out {early} ms early")
         return None
 
-    # -- what arrives at a request
+    # -- answers to a request
 
     def loaded(self, mirror: Mirror, key: str, record: Record | None) -> None:
         """The store read `record` under `key` for this request."""
@@ -500,7 +500,7 @@ class Model:
             else:
                 mirror.hold(self.line_of[record.key], record.version)
         elif record is None and mirror.state == "none":
-            pass  # what it has sent may still arrive
+            pass  # its sent writes may still arrive
         elif record is None:
             asked = {version for version, sent in mirror.attempts.items() if sent.key == key}
             elsewhere = {
@@ -544,10 +544,10 @@ class Model:
         mirror.attempts = {}
         mirror.hold(line, record.version)
 
-    # -- what a request does
+    # -- effects of a request
 
     def create(self, mirror: Mirror, record: Record, begun: int) -> Callable[[], None]:
-        """A session was stored for the first time. What to do when the answer arrives."""
+        """A session was stored for the first time. Returns the reaction to the answer."""
         attempt = mirror.sent[record.version]
         changes = attempt.changes
         wanted = {key: mine for key, (_, mine) in changes.items() if mine is not MISSING}
@@ -579,7 +579,7 @@ class Model:
         return arrived
 
     def save(self, mirror: Mirror, record: Record, expected: int, begun: int) -> Callable[[], None]:
-        """A session was replaced. What to do when the answer arrives."""
+        """A session was replaced. Returns the reaction to the answer."""
         line, wanted, arrived = self._write(mirror, record.key, record, expected, begun)
         self._put(mirror.sent[record.version], line, record, wanted, begun)
         return arrived
@@ -593,7 +593,7 @@ class Model:
         pointer: Record | None,
         begun: int,
     ) -> Callable[[], None]:
-        """A session got a new token. What to do when the answer arrives."""
+        """A session got a new token. Returns the reaction to the answer."""
         attempt = mirror.sent[record.version]
         grace = attempt.rotation
         if grace is None:
@@ -639,9 +639,9 @@ class Model:
     def delete(
         self, mirror: Mirror, key: str, expected: int | None, done: bool, begun: int
     ) -> Callable[[], None]:
-        """A session was ended. What to do when the answer arrives."""
+        """A session was ended. Returns the reaction to the answer."""
         self._own(mirror, key, "delete")
-        # It signed in with an old token, and emptied what that began: a logout of both.
+        # It signed in with an old token, and emptied the session that this began: a logout of both.
         logs_out = mirror.is_apart and mirror.state == "none" and mirror.cleared
         if logs_out and worth_keeping(mirror.view):
             raise Violation("logged out, and holds something")
@@ -701,7 +701,7 @@ class Model:
     def _write(
         self, mirror: Mirror, key: str, record: Record, expected: int, begun: int
     ) -> tuple[Line, Values, Callable[[], None]]:
-        """Check a write that replaces a state; the line, the values, what to do on the answer."""
+        """Check a write that replaces a state. Returns the line, the values and the reaction."""
         self._own(mirror, key, "write")
         line = self._current(key, expected, "wrote")
         attempt = mirror.sent[record.version]
@@ -819,7 +819,7 @@ class Model:
         begun: int,
         old: Record | None = None,
     ) -> None:
-        """Take over what was stored, if it is what it should be."""
+        """Take over the stored state, if it is correct."""
         values = self._decode(record)
         if values != wanted:
             raise Violation(f"stored {difference(wanted, values)}")

@@ -1,4 +1,4 @@
-"""Model: what the near cache serves is never older than its bound, in every interleaving.
+"""Model: the near cache never serves records older than its bound, in every interleaving.
 
 One record at two servers, ``P`` and ``Q``; a process that keeps it near, with a listener for each
 server it hears; other processes that write it. Time moves by one tick, which is the bound.
@@ -25,7 +25,7 @@ The protocol, as in ``stores/wrappers/near_cache.py`` and ``live/listener.py``
    does so, too, before it uses a record that came from another server than its stream of changes:
    that server may not have noticed a failover yet (``stores/remote/changes.py``).
 
-What must hold
+Invariants
 
 - fresh: when a record is served, no other was acknowledged the bound ago or earlier;
 - own: a process never serves a record older than one it wrote itself.
@@ -78,7 +78,7 @@ class Kept(NamedTuple):
 
 
 class NearWorld(World):
-    """The servers, what is on the way, and the process with its cache."""
+    """The servers, the messages on their way, and the process with its cache."""
 
     def __init__(
         self,

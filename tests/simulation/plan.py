@@ -108,7 +108,7 @@ def permanent(session: Mapping, held: Held, op: Op) -> Any:
     session["_permanent"] = op.argument
 
 
-#: What a view does to a mapping: the session and the model's view of it alike.
+#: The operations of views on a mapping: on the session, and on the model's view of it.
 ON_MAPPINGS = {
     function.__name__: function
     for function in (
@@ -161,7 +161,7 @@ _CHOICES: dict[str, tuple[int, tuple[Any, ...]]] = {
     "think": (2, (None,)),
 }
 
-# What tends to go wrong together. A schedule has one of these themes, or a random choice.
+# Faults that tend to occur together. A schedule has one of these themes, or a random choice.
 _THEMES = (
     ("look", "count_on", "atomic"),
     ("count", "count_on", "look", "atomic", "reload", "assign"),
@@ -189,7 +189,7 @@ _THEMES = (
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """One request: whose, what its view does, and whether it survives errors of the session."""
+    """One request: its browser, its view's operations, and whether the view survives errors."""
 
     name: str
     browser: str

@@ -43,7 +43,7 @@ class Serving:
         request.mirror, request.visit = mirror, visit
         self.session: SessionData = site.open(cookie)
         self.segment = Segment()
-        # What the view keeps in variables: of the real session's values, and of the model's.
+        # The view's variables: values from the real session, and from the model.
         self.held: Held = {}
         self.held_by_model: Held = {}
         self.model.trace(f"{plan.name:4} starts with {self.model.name(key)}")
@@ -82,7 +82,7 @@ class Serving:
         return 200
 
     def _do(self, op: Op) -> int | None:
-        """Do one operation and note what came of it; the status where it failed."""
+        """Do one operation and note its outcome. Returns the status if it failed."""
         mirror, visit = self.mirror, self.visit
         epoch = mirror.epoch
         done = Done(op, self.segment, began_at=self.clock.now)
@@ -158,7 +158,7 @@ class Serving:
             mirror.atomic = None
         if result != expected:
             raise Violation(f"{op} gave {shown(result)}, not {shown(expected)}")
-        # What the view got from the session under this key before is no part of it any more.
+        # Values that the view got under this key before are no longer part of the session.
         self.held.pop(key, None)
         self.held_by_model.pop(key, None)
         return copied(result)
@@ -269,7 +269,7 @@ class Serving:
         mirror.epoch += 1
 
     def _start_afresh(self) -> None:
-        """See what is stored, without anything that was looked at or changed."""
+        """Read the stored session, without earlier reads or changes."""
         mirror = self.mirror
         if mirror.line is not None:
             mirror.view = View(mirror.now)
@@ -277,11 +277,11 @@ class Serving:
             mirror.cleared = False
 
     def _transact(self, op: Op) -> None:
-        """Store what is pending now, and start on what is stored."""
+        """Store pending changes now, and start from the stored session."""
         mirror, opened = self.mirror, self.mirror.state != "unopened"
         with self.session.transaction():
             mirror.part()
-            # What the view got from the session before is no part of it any more.
+            # Values that the view got before are no longer part of the session.
             self.held.clear()
             self.held_by_model.clear()
             if opened:

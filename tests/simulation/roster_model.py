@@ -24,7 +24,7 @@ The protocol
   Import     stores the session as unverified, then *enters* it. A request that finds it so touches
              the roster before it is served.
 
-What must hold
+Invariants
   revoked    once a revocation is acknowledged, no session that it names is served
   listed     a session that is served is in the roster, or the one that it was rotated from is
   cap        never are more sessions of a user served than allowed
@@ -51,7 +51,7 @@ NEVER = 2**31  # seconds, or any time
 OLD, NEW = 1000, 2000  # milliseconds: before and after a revocation, which is at 1500
 REVOKED = 1500
 
-#: By name: what is done instead, and a scenario that shows it.
+#: By name: the broken step, and a scenario that shows it.
 BREAKS = {
     "no epoch": ("the entry ignores the epoch", "sign-in, revoke all"),
     "hand first": ("the token leaves before the entry", "sign-in, revoke all"),
@@ -379,7 +379,7 @@ class Site:
         return w.change(session.user, step)  # type: ignore[no-any-return]
 
     def _finish(self, w: Users, user: str) -> Program:
-        """A touch does what another program left."""
+        """A touch finishes the work that another program left."""
         ending = () if "touch alone" in self.broken else rosters(w, user).ending
         for each in ending:
             yield from delete(w, each.key)
@@ -398,7 +398,7 @@ def know(w: Users, key: str) -> None:
 
 
 def delete(w: Users, key: str) -> Program:
-    """A store's delete: through pointers, what they lead to first. Returns the keys."""
+    """A store's delete. Deletes the sessions behind pointers first. Returns the keys."""
     passed = {key}
     pointers = []
     while True:
@@ -421,7 +421,7 @@ def delete(w: Users, key: str) -> Program:
     return passed
 
 
-# -- what must hold
+# -- invariants
 
 
 def served(w: Users) -> dict[str, Session]:

@@ -1,4 +1,5 @@
-"""Runs requests as greenlets, one at a time, and decides at every pause who goes on and what fails.
+"""Runs requests as greenlets, one at a time, and decides at every pause which one continues or
+fails.
 
 Time only passes when the scheduler moves the clock. A sleep is a pause like any other.
 """
@@ -60,7 +61,7 @@ _WRITE = (
 )
 _SENT = (*_WRITE, Fault.LATE, Fault.STRUCK_LATE, Fault.STRUCK_LATE)
 
-#: What may go wrong, by what the request waits for.
+#: Possible faults, by the call that the request waits for.
 _POSSIBLE = {
     "start": _NONE,
     "sleep": (*_NONE, *_NONE, *_DIES, Fault.STRUCK_BEFORE),
@@ -168,7 +169,7 @@ class Scheduler:
         strikes: bool = False,
         together: bool = False,
     ) -> None:
-        """Run all tasks to their ends. What a task raises comes out, and ends the others."""
+        """Run all tasks to their ends. Raises a task's error, and ends the others."""
         waiting = list(tasks)
         last: Task | None = None
         try:

@@ -37,7 +37,7 @@ SITES: dict[str, dict[str, Any]] = {
 
 
 class Request(Task):
-    """A running request, and what is known of it."""
+    """A running request, and the facts about it."""
 
     mirror: Mirror
     visit: Visit

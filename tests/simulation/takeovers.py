@@ -1,8 +1,8 @@
 """Take-overs by the real code, in simulated schedules: parallel requests, crashes, lost answers.
 
 Each schedule begins with an old record and a browser that has its cookie. A few requests run over
-one memory store and one old store, both with the scheduler in between. What the outside world was
-told is checked: see `Schedule.judge`. The protocol itself is in `importing`.
+one memory store and one old store, both with the scheduler in between. The answers to the outside
+world are checked: see `Schedule.judge`. The protocol itself is in `importing`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class OldStore(Stepped, ForeignValues):
 
 
 class Request(Task):
-    """A running request, and what it does."""
+    """A running request, and its operations."""
 
     does = ""
 
@@ -151,11 +151,11 @@ def current_visit() -> str:
 
 
 class Visit(NamedTuple):
-    """One request: what it does, and which cookies it brings."""
+    """One request: its operations, and its cookies."""
 
     name: str
     does: str  # read, write, logout, sign in, or of an old worker: write back, old logout
-    cookies: str  # jar: those of the browser; old: only the old one
+    cookies: str  # jar: the browser's cookies; old: only the old one
 
 
 class Outcome:
@@ -168,7 +168,7 @@ class Outcome:
 
 
 class Schedule:
-    """One run: its requests, and what is known of them outside."""
+    """One run: its requests, and their observable results."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.seed = world, seed

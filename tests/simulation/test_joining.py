@@ -111,7 +111,7 @@ class Schedule:
             client.token = None
         return True
 
-    # -- what browsers do
+    # -- browsers
 
     def put_in(self, session: SessionData) -> set[str]:
         if session.handle is None and self.items >= len(self.clients) + 1:

@@ -12,7 +12,7 @@ LATE = {"move: mark", "no mark", "move: kept", "feed first"}  # found after many
 
 
 @pytest.mark.parametrize("name", long(scenarios(NOTHING), LARGE))
-def test_what_is_served_is_never_older_than_the_bound(name: str) -> None:
+def test_served_records_are_never_older_than_the_bound(name: str) -> None:
     explored = run(name)
     assert explored.faults == {}
     assert explored.states > 300

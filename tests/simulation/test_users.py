@@ -1,7 +1,7 @@
 """Users and devices in the deterministic simulation: requests interleaved at every store call.
 
 Three clients and an administrator sign in, rotate, write, sign out and revoke, all at once, while
-answers are lost, processes die, and signals interrupt requests anywhere. What must hold is judged
+answers are lost, processes die, and signals interrupt requests anywhere. The invariants are checked
 from the outside, by the tokens and answers that the clients have.
 
 `SIM_SCHEDULES` says how many schedules, `SIM_SEEDS` the first one.
@@ -172,7 +172,7 @@ class Schedule:
         elif life.cookie == "delete":
             client.token = None
 
-    # -- what clients do
+    # -- clients
 
     def sign_in(self, session: SessionData, began: int) -> None:
         session["n"] = began

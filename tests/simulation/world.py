@@ -1,4 +1,4 @@
-"""Schedules: several requests of a browser or two, in parallel, then a look at what there is."""
+"""Schedules: parallel requests of one or two browsers, then a check of the store."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class _Run:
         self.scheduler = Scheduler(clock, self._moments, self.model.trace, site.store.deliver)
 
     def play(self) -> None:
-        """Open the sessions, run the requests in parallel, then look at what there is."""
+        """Open the sessions, run the requests in parallel, then check the store."""
         for opening in self.plan.opening:
             self.scheduler.run([self._task(opening)], self.rng)
         self.scheduler.run(
@@ -178,7 +178,7 @@ class _Run:
         audit.check(self.visits, finals.items())
 
     def _probe(self) -> dict[Line, Values]:
-        """Ask for the session behind every token that ever was; what was read, by session."""
+        """Read the session behind every token that ever existed. Returns the values by session."""
         finals = {}
         for token, browser in list(self.site.tokens.values()):
             probe = RequestPlan(f"{browser}?", browser, (Op("read", "?"),))
@@ -190,7 +190,7 @@ class _Run:
         return finals
 
     def _task(self, plan: RequestPlan, cookie: str | None = None) -> Request:
-        """A request; `cookie` instead of what the browser has when it starts."""
+        """A request. `cookie`: instead of the browser's at its start."""
         return Request(plan.name, lambda: self._serve(plan, cookie))
 
     def _serve(self, plan: RequestPlan, cookie: str | None) -> None:

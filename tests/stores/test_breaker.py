@@ -187,7 +187,7 @@ def test_a_probe_in_contention_proves_nothing(drill: Drill) -> None:
     assert drill.act() is None
 
 
-def test_a_probe_that_never_comes_back_is_given_up(drill: Drill) -> None:
+def test_a_probe_that_never_returns_is_abandoned(drill: Drill) -> None:
     drill.fail(FAILURES)
     drill.clock.advance(LONG)
     drill.will("load", KeyboardInterrupt())  # type: ignore[arg-type]  # not an Exception
@@ -198,7 +198,7 @@ def test_a_probe_that_never_comes_back_is_given_up(drill: Drill) -> None:
     assert drill.act() is None
 
 
-def test_what_began_before_the_recovery_does_not_count(drill: Drill) -> None:
+def test_calls_from_before_the_recovery_do_not_count(drill: Drill) -> None:
     def be_overtaken(depth: int) -> None:
         if depth:
             drill.before("load", lambda: be_overtaken(depth - 1))
@@ -367,7 +367,7 @@ def test_a_frozen_server_costs_a_few_requests_their_time(
         assert site.happened(CircuitClosed)
 
 
-def test_a_pool_that_is_in_use_is_no_reason(redis_url: str) -> None:
+def test_a_busy_pool_does_not_open_the_circuit(redis_url: str) -> None:
     store: Any = open_store(redis_url, StoreOptions(timeout=0.06, pool_max=1))[0]
     slot = store.commands.pool.take(time.monotonic() + 10)
     with pytest.raises(StoreUnavailable, match="were in use") as caught:
@@ -377,7 +377,7 @@ def test_a_pool_that_is_in_use_is_no_reason(redis_url: str) -> None:
     store.close()
 
 
-def test_a_locked_database_is_no_reason(tmp_path: Path, clock: FakeClock) -> None:
+def test_a_locked_database_does_not_open_the_circuit(tmp_path: Path, clock: FakeClock) -> None:
     path = tmp_path / "sessions.sqlite3"
     with SiteMaker(f"sqlite:///{path}", "", clock) as make:
         site = make(timeout=0.06, breaker_failures=1, breaker_pause=30)

@@ -33,9 +33,7 @@ def test_few_sessions_are_counted(store_url: str, store_prefix: str, clock: Fake
 
 
 @pytest.mark.parametrize("store_url", ["memory", "sqlite", "mongodb"], indirect=True)
-def test_what_is_no_session_is_not_counted(
-    store_url: str, store_prefix: str, clock: FakeClock
-) -> None:
+def test_other_records_are_not_counted(store_url: str, store_prefix: str, clock: FakeClock) -> None:
     store = open_at(store_url, store_prefix, clock)
     old, new, short = a_record(clock), a_record(clock), a_record(clock, idle=20)
     for record in (old, short):

@@ -79,10 +79,10 @@ def test_an_open_file_is_closed_to_others(
     store.close()
 
 
-def test_what_is_beside_it_is_closed_too(tmp_path: Path) -> None:
+def test_files_beside_the_database_are_secured_too(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite3"
     SQLiteStore(path).create(a_record(time.time))
-    first = sqlite3.connect(path)  # keeps what is beside the file
+    first = sqlite3.connect(path)  # keeps the files beside the database
     first.execute("SELECT count(*) FROM gsession").fetchone()
     beside = [path.with_name(f"{path.name}-{end}") for end in ("wal", "shm")]
     for file in beside:
@@ -210,7 +210,7 @@ def put(place: FileBlobs, name: str | None = None) -> str:
     return name
 
 
-def test_what_is_made_in_an_open_folder_is_private(place: FileBlobs, tmp_path: Path) -> None:
+def test_files_in_an_open_folder_are_private(place: FileBlobs, tmp_path: Path) -> None:
     name = put(place)
     made = list((tmp_path / "large").rglob("*"))
     assert len(made) == 5

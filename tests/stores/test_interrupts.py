@@ -1,6 +1,6 @@
 """Exceptions from outside that interrupt a store call, such as a view's deadline by a signal.
 
-They reach the caller, whatever their kind, and no later call meets what they left behind.
+They reach the caller, whatever their kind, and don't affect later calls.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("verb", "kind"), CALLS)
-def test_a_strike_at_any_line_harms_no_later_call(
+def test_an_interrupt_at_any_line_harms_no_later_call(
     verb: Callable[..., Any], kind: type[Exception], store: Any
 ) -> None:
     """It comes out; a logout that follows ends the session, whatever is repeated afterwards."""
@@ -171,7 +171,7 @@ def test_a_strike_at_any_line_harms_no_later_call(
                 struck = contextvars.copy_context().run(struck_at, number, files, call)
                 assert not struck, f"swallowed at line {number}"
             except (kind, StoreUnavailable) as error:
-                held = [error]  # as error reports do: with all frames, and what those hold
+                held = [error]  # as error reports do: with all frames and their variables
             for key in keys:
                 store.delete(key)
             with suppress(Gone, Stale, KeyTaken):
@@ -183,7 +183,7 @@ def test_a_strike_at_any_line_harms_no_later_call(
     assert held
 
 
-def test_what_strikes_the_decoder_corrupts_nothing(mongodb_url: str, store_prefix: str) -> None:
+def test_an_interrupt_of_the_decoder_corrupts_nothing(mongodb_url: str, store_prefix: str) -> None:
     """The driver calls it invalid BSON: the record is read again, where nothing strikes."""
     store: Any = open_store(mongodb_url, StoreOptions(store_prefix, timeout=PATIENCE))[0]
     record = a_record(time.time)
@@ -224,7 +224,7 @@ def test_a_full_stack_corrupts_nothing(mongodb_url: str, store_prefix: str) -> N
 
 
 def test_a_storm_of_signals_leaves_sqlite_open(sqlite_url: str) -> None:
-    """Some strike what an earlier one left in the middle, whenever that is collected."""
+    """Some interrupt the finalizer of an earlier interrupted call."""
     store: Any = open_store(sqlite_url, StoreOptions())[0]
     record = a_record(time.time, payload=bytes(2000))
     store.create(record)
@@ -249,7 +249,7 @@ def test_a_storm_of_signals_leaves_sqlite_open(sqlite_url: str) -> None:
                     work()
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
-            work()  # at once, while what was struck may still be there
+            work()  # at once, while the interrupted objects may still exist
     assert raised
     store.close()
 
@@ -283,7 +283,7 @@ def frozen(server: RedisServer) -> Iterator[None]:
 
 @pytest.mark.parametrize("manner", ["url", "client"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_deadline_while_redis_is_slow_comes_out(
+def test_a_deadline_while_redis_is_slow_is_raised(
     kind: type[Exception], manner: str, own_redis: RedisServer
 ) -> None:
     client = Redis.from_url(own_redis.url, socket_timeout=PATIENCE)
@@ -314,7 +314,7 @@ def test_a_deadline_while_redis_is_slow_comes_out(
     client.close()
 
 
-def test_what_another_thread_raises_comes_out(own_redis: RedisServer) -> None:
+def test_an_exception_from_another_thread_is_raised(own_redis: RedisServer) -> None:
     store: Any = open_store(own_redis.url, StoreOptions(timeout=PATIENCE))[0]
     record = a_record(time.time)
     store.create(record)
@@ -335,8 +335,8 @@ def test_what_another_thread_raises_comes_out(own_redis: RedisServer) -> None:
     store.close()
 
 
-def test_what_was_handled_before_is_not_met_again() -> None:
-    """An error page reads the session; what goes wrong then is the connection."""
+def test_an_exception_that_was_handled_before_is_ignored() -> None:
+    """An error page reads the session; the later error is a lost connection."""
     with handler(TimeoutError):
         met: list[tuple[OSError, BaseException | None]] = []
         try:

@@ -122,7 +122,7 @@ def test_they_are_encrypted_too(make_site: SiteMaker, folder: Path) -> None:
         visitor.run(ENDS["a logout"])
 
 
-def test_what_nobody_needs_is_cleaned_up(site: Site, folder: Path, clock: FakeClock) -> None:
+def test_unreferenced_values_are_cleaned_up(site: Site, folder: Path, clock: FakeClock) -> None:
     visitor = with_rows(site)
     visitor.run(put(rows=ROWS[1:]))
     with_rows(site)  # this visitor never comes back
@@ -273,7 +273,7 @@ def test_a_wrong_place_stops_the_application(what: str, monkeypatch: pytest.Monk
     assert "secret" not in str(error.value)
 
 
-def test_without_fsspec_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fsspec_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "flask_gsession.stores.files")
     monkeypatch.setitem(sys.modules, "fsspec", None)
     app = Flask(__name__)

@@ -96,7 +96,7 @@ def site(make_site: SiteMaker, url: str) -> Site:
 
 @pytest.fixture
 def one_site(clock: FakeClock, url: str) -> Iterator[Site]:
-    """A site on one store, for what is the same on all."""
+    """A site on one store, for behaviour that is the same on all."""
     with SiteMaker("memory://", "", clock) as make:
         yield make(spill_store=url)
 
@@ -167,7 +167,7 @@ def test_a_file_is_streamed_in_bounded_memory(clock: FakeClock, url: str, object
         assert objects() == {}
 
 
-def test_what_goes_while_it_is_written_does_not_come_back(
+def test_a_blob_discarded_during_its_write_does_not_come_back(
     one_site: Site, objects: Objects, clock: FakeClock
 ) -> None:
     blobs, name, end = place(one_site), a_blob(), int(clock() * 1000) + 60_000
@@ -235,7 +235,7 @@ def test_a_bucket_that_went_is_an_outage(
     one_site: Site, objects: Objects, admin: Any, bucket: str
 ) -> None:
     visitor = with_rows(one_site)
-    place(one_site).tidy()  # which lists what is there
+    place(one_site).tidy()  # which lists the files
     for name in (*objects(), "large/gsession"):
         admin.delete_object(Bucket=bucket, Key=name)
     admin.delete_bucket(Bucket=bucket)

@@ -241,7 +241,7 @@ def test_errors_say_where_and_why(
             assert reason in error.detail
         assert "canary" not in f"{error.detail} {error.__cause__!r}"
         assert len(error.detail) < 250
-    assert "index" not in caplog.text  # which is not what failed
+    assert "index" not in caplog.text  # which did not fail
 
 
 def test_a_primary_that_gave_way_is_named(replica_set: MongoReplicaSet) -> None:
@@ -260,7 +260,7 @@ def test_a_primary_that_gave_way_is_named(replica_set: MongoReplicaSet) -> None:
             assert f"{HOST}:{old.port}: a secondary" in error.detail
 
 
-def test_a_user_who_may_only_read(mongo_auth_tls: MongoAuthTLS, clock: FakeClock) -> None:
+def test_a_user_with_read_rights_only(mongo_auth_tls: MongoAuthTLS, clock: FakeClock) -> None:
     rights = ["find", "insert"]
     urls = [mongo_auth_tls.url_of_rights(each, "gsession") for each in (rights, rights[:1])]
     with SiteMaker(urls[0], "read:", clock) as make, SiteMaker(urls[1], "read:", clock) as reader:
@@ -409,7 +409,7 @@ def test_a_name_server_that_is_silent_is_an_outage(name_server: NameServer) -> N
         assert store.load("x") is None
 
 
-def test_what_a_name_server_takes_is_taken_from_the_call(
+def test_the_time_of_the_name_server_counts_for_the_call(
     name_server: NameServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[float] = []
@@ -422,7 +422,7 @@ def test_what_a_name_server_takes_is_taken_from_the_call(
     assert left[1] == PATIENCE
 
 
-# What else fails --------------------------------------------------------------------------------
+# Other failures ---------------------------------------------------------------------------------
 
 
 def test_a_pool_that_is_in_use_is_contention(mongodb_url: str) -> None:

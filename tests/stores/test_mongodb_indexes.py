@@ -1,4 +1,4 @@
-"""The TTL index that an administrator made: what counts as right, and advice that works."""
+"""The TTL index that an administrator made: which ones count, and advice that works."""
 
 import json
 import re

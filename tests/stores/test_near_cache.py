@@ -107,7 +107,7 @@ def read(cache: NearCache, key: str, version: int | None = None) -> Record | Non
     return cache.peek(key, version) or cache.load_near(key)
 
 
-def test_what_was_loaded_is_read_without_the_store(
+def test_a_cached_record_is_read_without_the_store(
     cache: NearCache, store: HookedStore, record: Record
 ) -> None:
     assert [read(cache, record.key) for _ in range(3)] == [record] * 3
@@ -137,7 +137,7 @@ def test_a_loss_ends_all(cache: NearCache, changes: Scripted, record: Record) ->
 
 @pytest.mark.parametrize("event", ["report", "report of another", "loss", "own write"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_changes_during_its_load_is_not_kept(
+def test_a_record_that_changes_during_its_load_is_not_cached(
     cache: NearCache,
     store: HookedStore,
     changes: Scripted,
@@ -163,7 +163,7 @@ def test_of_two_loads_at_once_the_first_to_end_is_kept(
     cache: NearCache, store: HookedStore, changes: Scripted, record: Record
 ) -> None:
     store.after("load", lambda: cache.load_near(record.key))  # the first to end
-    store.after("load", lambda: changes.report(record.key))  # after what the outer one loaded
+    store.after("load", lambda: changes.report(record.key))  # after the outer one's load
     cache.load_near(record.key)
     assert cache.peek(record.key) is None
 
@@ -177,7 +177,7 @@ def test_without_a_feed_nothing_is_kept(
 
 
 @pytest.mark.parametrize("age", [BOUND, 10])
-def test_what_is_not_proven_fresh_is_not_used(
+def test_a_record_that_is_not_provably_fresh_is_not_used(
     cache: NearCache, store: HookedStore, changes: Scripted, record: Record, age: float
 ) -> None:
     read(cache, record.key)
@@ -206,7 +206,7 @@ class Paused(Feed):
         raise AssertionError
 
 
-def test_a_change_that_is_heard_within_a_read_counts(
+def test_a_change_that_arrives_during_a_read_counts(
     cache: NearCache, changes: Scripted, record: Record
 ) -> None:
     changes.one = Paused(lambda: changes.report(record.key))

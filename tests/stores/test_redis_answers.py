@@ -1,4 +1,4 @@
-"""Each error of a Redis leads to the right behaviour, and its message says what was wrong."""
+"""Each error of a Redis leads to the right behaviour, with a clear message."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def few(redis_acl: RedisACL, store_prefix: str, monkeypatch: pytest.MonkeyPatch)
 
 
 class Few:
-    """Some sessions with leftovers beside them, and a command that may do what it is allowed."""
+    """Some sessions and leftovers, and a command with limited rights."""
 
     def __init__(self, server: RedisACL, prefix: str) -> None:
         self.server = server
@@ -594,7 +594,7 @@ def test_oom(own_redis: RedisServer, admin: Any, store_prefix: str) -> None:
 
 
 class Refusing:
-    """A server that answers each write with an error that quotes what it was sent."""
+    """A server that answers each write with an error that quotes the command."""
 
     def __init__(self, quote: str) -> None:
         self.quote = quote

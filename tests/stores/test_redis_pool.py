@@ -321,7 +321,7 @@ def test_an_answer_in_any_pieces_is_the_same(parser: type) -> None:
         whole = b"$%d\r\n%b\r\n" % (length, LONG[:length])
         assert ask(whole) == LONG[:length]
         assert ask(whole[:-1], whole[-1:]) == LONG[:length]
-    # An answer too many stays in front of what comes later, as it does with the client.
+    # An extra answer stays in front of later ones, as it does with the client.
     assert ask(b"$3\r\none\r\n$3\r\ntwo\r\n") == b"one"
     assert ask() == b"two"
     assert ask(b"$5\r\nthree\r\n") == b"three"

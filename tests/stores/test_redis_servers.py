@@ -98,7 +98,7 @@ class TestTLS(OnServers):
         self.url, self.prefix = redis_tls.url, store_prefix
 
 
-# What both have in common ----------------------------------------------------------------------
+# Shared by both ---------------------------------------------------------------------------------
 
 
 class Shop:
@@ -115,7 +115,7 @@ class Shop:
         return hasty(self.store, 1.0)
 
     def count(self) -> int:
-        """Count one more; what is counted now."""
+        """Count one more. Returns the new count."""
         number: int = self.visitor.run(lambda s: s.update_atomic("count", lambda n: n + 1, 0))
         return number
 
@@ -140,7 +140,7 @@ class Shop:
             pool.give(slot)
 
     def recovers(self) -> int:
-        """Count until it works again; what is counted then."""
+        """Count until it works again. Returns the new count."""
         with self.hasty():
             until(self._try, "the shop serving again")
         number: int = self.visitor.run(lambda s: s["count"])
@@ -179,7 +179,7 @@ def sentinels(redis_sentinels: RedisSentinels) -> Iterator[RedisSentinels]:
 
 
 def caught_up(sentinels: RedisSentinels) -> None:
-    """Wait until the replicas have what was written."""
+    """Wait until the replicas have all writes."""
     primary = sentinels.primary()
 
     def done() -> bool:
@@ -843,7 +843,7 @@ def test_a_confirmed_logout_is_on_the_replicas_when_it_returns(confirmed: Confir
     assert confirmed.visitor.run(log_out) == [False] * confirmed.count
 
 
-def test_a_logout_that_is_not_confirmed_says_so(
+def test_an_unconfirmed_logout_is_reported(
     confirmed: Confirmed, caplog: pytest.LogCaptureFixture
 ) -> None:
     tab = confirmed.old_token()
@@ -972,7 +972,7 @@ def test_a_revocation_waits_for_the_replicas(confirmed: Confirmed) -> None:
     assert not any(confirmed.has(replica, name) for replica in replicas)
 
 
-def test_what_is_no_logout_waits_for_nobody(confirmed: Confirmed) -> None:
+def test_only_logouts_wait_for_replicas(confirmed: Confirmed) -> None:
     with all_paused(confirmed.replicas):
         confirmed.visitor.run(lambda s: s.rotate(grace=5))
         assert confirmed.shop.count() == 2

@@ -1,4 +1,4 @@
-"""The versions of redis-py that work, and what is said of the others."""
+"""The versions of redis-py that work, and the errors for the others."""
 
 import re
 import socket

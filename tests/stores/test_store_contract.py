@@ -49,7 +49,7 @@ CLIENTS: dict[str, dict[str, Any]] = {
 
 
 class TestRedisClients(StoreContract):
-    """Clients of the application's own, which give text for what they get."""
+    """The application's own clients, which decode answers to text."""
 
     @pytest.fixture(autouse=True, params=CLIENTS.values(), ids=CLIENTS)
     def _where(
@@ -136,7 +136,7 @@ class ReadsNear(Wrapper):
 
 
 class TestNearCache(StoreContract):
-    """Around each store that proves how fresh what it keeps near is."""
+    """Around each store that can prove freshness."""
 
     @pytest.fixture(autouse=True)
     def _where(self, redis_url: str, store_prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""`tests.harness.topologies` is what it says, seen with plain redis-py and pymongo."""
+"""`tests.harness.topologies` works as described, checked with plain redis-py and pymongo."""
 
 import os
 import socket
@@ -84,7 +84,7 @@ def sentinel_client(sentinels: RedisSentinels) -> Iterator[Redis]:
 
 
 def caught_up(client: Redis) -> None:
-    """Wait until both replicas have what was written."""
+    """Wait until both replicas have all writes."""
     until(lambda: client.wait(2, 1000) == 2, "the replicas catching up")
 
 
@@ -474,7 +474,7 @@ def test_the_proxy_cuts_in_the_middle_of_a_reply(proxy: TCPProxy, proxied: Redis
     assert proxied.get("key") == b"x" * 100
 
 
-def test_a_cut_lets_through_what_comes_before(proxy: TCPProxy, proxied: Redis) -> None:
+def test_a_cut_lets_earlier_bytes_through(proxy: TCPProxy, proxied: Redis) -> None:
     with proxy.cut(3 * len("+PONG\r\n")):
         for _ in range(3):
             assert proxied.ping()

@@ -96,7 +96,7 @@ WRONG: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize(("value", "messages"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_refused_and_nothing_changed(
+def test_invalid_values_are_refused_and_change_nothing(
     site: Site, preferences: SessionKey[dict[str, Any]], value: Any, messages: Any
 ) -> None:
     visitor = site.visitor()
@@ -115,7 +115,7 @@ def test_what_is_wrong_is_refused_and_nothing_changed(
     assert has(visitor) == {"preferences": DEFAULTS | {"theme": "dark"}}
 
 
-def test_what_get_gives_is_a_copy(site: Site, preferences: SessionKey[dict[str, Any]]) -> None:
+def test_get_returns_a_copy(site: Site, preferences: SessionKey[dict[str, Any]]) -> None:
     def change(session: Any) -> tuple[Any, Any]:
         preferences.get()["tags"].append("x")
         preferences.set({"tags": ["a"]})
@@ -342,7 +342,7 @@ OLD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("old", OLD.values(), ids=OLD)
-def test_what_is_not_valid_any_more(
+def test_a_stored_value_that_is_no_longer_valid(
     site: Site,
     preferences: SessionKey[dict[str, Any]],
     old: Any,
@@ -375,7 +375,7 @@ def test_what_is_not_valid_any_more(
     visitor.run(refuse)
 
 
-def test_what_an_older_schema_left_out_is_filled_in(
+def test_fields_missing_in_an_older_schema_get_defaults(
     site: Site, preferences: SessionKey[dict[str, Any]]
 ) -> None:
     visitor = site.visitor()
@@ -420,7 +420,7 @@ def test_stored_data_is_upgraded(make_site: SiteMaker) -> None:
     assert renewed.run(lambda _: third.get()["size"]) == 14
 
 
-def test_a_merge_upgrades_what_older_workers_stored(make_site: SiteMaker) -> None:
+def test_a_merge_upgrades_values_of_older_workers(make_site: SiteMaker) -> None:
     old = make_site()
     new = make_site(store=old.store)
     total = SessionKey("total", fields.Int(), version=2, merge="counter", default=0)
@@ -450,7 +450,8 @@ def test_a_merge_upgrades_what_older_workers_stored(make_site: SiteMaker) -> Non
     assert visitor.ask(beside("much")).status_code == 409, "no upgrade, no merge"
     assert has(old_one)["total"] == "much"
 
-    # What joins at a sign-in is of older workers, too: the visitor's, the user's or both.
+    # The values that join at a sign-in may come from older workers: the visitor's, the user's or
+    # both.
     device, other, last = new.visitor(), new.visitor(), new.visitor()
     device.run(lambda session: (session.bind("ada"), session.shared.update(names=["a"])))
     for each, added in ((other, "b"), (last, "c")):
@@ -516,13 +517,13 @@ class MadeByHook(Schema):
 
 
 def patched(of_field: bool, name: str, function: Callable[..., Any]) -> Schema:
-    """A schema that dumps in another way only by what this one instance has."""
+    """A schema with an override of its dump on this instance only."""
     schema = Schema.from_dict({"a": fields.Str()})()
     setattr(schema.fields["a"] if of_field else schema, name, function)
     return schema
 
 
-# What is set, what `set` and `get` give, and what is stored.
+# The value that is set, the results of `set` and `get`, and the stored value.
 FLAT: dict[str, tuple[Schema, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "plain": (
         Schema.from_dict({"b": fields.Str(), "a": fields.Int(), "c": fields.Bool()})(),
@@ -623,7 +624,7 @@ LOSSY: dict[str, tuple[Schema, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", LOSSY)
-def test_what_would_come_back_changed_is_refused(clock: FakeClock, what: str) -> None:
+def test_values_that_would_come_back_changed_are_refused(clock: FakeClock, what: str) -> None:
     schema, value = LOSSY[what]
     key = SessionKey("flat", schema)
 
@@ -814,7 +815,7 @@ def test_the_result_of_a_merge_is_checked(site: Site) -> None:
     assert beside(site, own, 1, 2, 3) == 409
 
 
-def test_what_was_read_before_a_race_is_what_a_merge_starts_from(site: Site) -> None:
+def test_a_merge_starts_from_the_value_read_before_the_race(site: Site) -> None:
     """`get` is a look: a later change of the value by others is a conflict."""
     key = SessionKey("n", fields.Int(), merge="counter")
     visitor = site.visitor()
@@ -959,7 +960,7 @@ def test_a_schema_checks_each_written_value_once(make_site: SiteMaker) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(n=1))
     visitor.run(lambda _: key.set(2))
-    assert calls == [1, 2, 2]  # set() loads once more what is to be stored
+    assert calls == [1, 2, 2]  # set() loads the value to be stored once more
     assert visitor.run(lambda _: key.get()) == 2
 
 
@@ -1013,7 +1014,7 @@ def test_views_get_values_and_refuse(shop: Site) -> None:
     assert visitor.get("/async").text == "system"
     visitor.run(lambda session: session.update(user=5))
     assert visitor.get("/account").text == "welcome"
-    assert visitor.get("/orders").location == "/login"  # defaults are not what it has
+    assert visitor.get("/orders").location == "/login"  # defaults don't count
     visitor.patch("/api/preferences", json={"theme": "dark"})
     assert visitor.get("/orders").text == "none"
     assert visitor.get("/theme/now").text == "now dark 5"

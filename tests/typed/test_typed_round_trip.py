@@ -1,4 +1,4 @@
-"""`get` after `set` gives what `set` returned, for every schema; otherwise `set` refuses."""
+"""`get` returns what `set` returned, for every schema; otherwise `set` refuses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def in_request(**settings_of: Any) -> Iterator[None]:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two values are equal, objects without `==` by what they hold."""
+    """Whether two values are equal; compares objects without `==` by their attributes."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
@@ -66,7 +66,7 @@ def alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-# What works ----------------------------------------------------------------------------------
+# Values that round-trip -----------------------------------------------------------------------
 
 
 class Item(Schema):
@@ -254,7 +254,7 @@ def passes_once() -> Callable[[Any], None]:
 MUG = {"article": "mug"}
 CAMERA = timedelta(days=200_000, seconds=4881, microseconds=871_461)
 
-# The schema, what is sent, and what comes back; ... where that is the same.
+# The schema, the value sent, and the value that comes back; ... if that is the same.
 KEPT: dict[str, tuple[Any, Any, Any]] = {
     "nested": (of(item=fields.Nested(Item)), {"item": MUG}, ...),
     "many": (Item(many=True), [MUG, MUG], ...),
@@ -353,7 +353,7 @@ def test_every_kind_comes_back(site: Site) -> None:
         found = {what: key.get("nothing") for what, key in keys.items()}
         for what, key in keys.items():
             key.set(found[what])
-            key.set(copy.deepcopy(found[what]))  # what isn't known to come from get()
+            key.set(copy.deepcopy(found[what]))  # a value that isn't a known result of get()
         return found
 
     returned = visitor.run(put)
@@ -390,7 +390,7 @@ def test_hooks_of_fields() -> None:
             assert lost.set({"a": 1}) == lost.get()
 
 
-# What is refused -----------------------------------------------------------------------------
+# Refused values ------------------------------------------------------------------------------
 
 
 class Stamps(Schema):
@@ -498,7 +498,7 @@ REFUSED: dict[str, tuple[Any, Any, str | int | None]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 @pytest.mark.parametrize("before", [False, True], ids=["new", "over another"])
-def test_what_cannot_come_back_is_refused(what: str, before: bool) -> None:
+def test_values_that_cannot_come_back_are_refused(what: str, before: bool) -> None:
     schema, value, name = REFUSED[what]
     key = SessionKey("key", schema)
     with in_request():
@@ -527,7 +527,7 @@ def test_a_dataclass_takes_values_of_its_types_only() -> None:
         assert key.set({"size": "M", "colour": "red"}) == Strict(size="M")
 
 
-def test_what_no_session_keeps_is_refused_by_set() -> None:
+def test_set_refuses_values_that_no_session_can_store() -> None:
     key = SessionKey("key", of(a=fields.Raw()))
     with in_request():
         with pytest.raises(ValueRefused, match=r"session\['key'\]\['a'\]"):
@@ -585,7 +585,7 @@ def cents(row: Any) -> float:
 Price = of(price=fields.Function(cents, lambda euros: int(euros * 100)), note=fields.Str())
 
 
-def test_what_get_gave_is_taken_as_that() -> None:
+def test_set_recognises_a_result_of_get() -> None:
     """A value that could also come from a client: the same object counts, even after a change."""
     key = SessionKey("price", Price)
     with in_request():
@@ -763,8 +763,8 @@ def test_nothing_is_converted_on_the_way_out(what: str) -> None:
         assert "key" not in session
 
 
-def test_what_earlier_versions_stored_is_read() -> None:
-    """The form of a schema without computed, unknown or renamed fields is what it was."""
+def test_values_of_earlier_versions_are_read() -> None:
+    """The stored form of a schema without computed, unknown or renamed fields hasn't changed."""
     for schema, stored, value in (
         (of(day=fields.Date(data_key="Day")), {"Day": "2030-01-02"}, {"day": date(2030, 1, 2)}),
         (Measure, {"value": 1.0, "unit": "m", "lasted": 9e7}, Measure(1.0, "m", timedelta(0, 90))),
@@ -794,7 +794,7 @@ def race(site: Site, change: Callable[[Any], object], theirs: Callable[[Any], ob
 
 
 @pytest.mark.parametrize("what", ["data_key", "attribute", "object", "list", "pluck", "dict"])
-def test_a_merge_function_gets_and_returns_what_get_does(site: Site, what: str) -> None:
+def test_a_merge_function_works_on_values_as_returned_by_get(site: Site, what: str) -> None:
     cases: dict[str, tuple[Any, Any, Any]] = {
         "data_key": (Renamed, {"Count": 1}, {"Count": 2}),
         "attribute": (Renamed, {"when": "2030-01-02"}, {"when": "2031-01-02"}),
@@ -839,7 +839,7 @@ POLICIES: dict[str, Any] = {
 }
 
 
-def test_policies_of_the_settings_store_what_the_schema_allows(make_site: SiteMaker) -> None:
+def test_results_of_configured_policies_are_checked_by_the_schema(make_site: SiteMaker) -> None:
     own = SessionKey("own", fields.Int())
     for schema in (
         Limits,
@@ -878,7 +878,7 @@ def test_policies_of_the_settings_store_what_the_schema_allows(make_site: SiteMa
             assert beside(lambda _: own.set(1), lambda _: own.set(2)) == 409
 
 
-def test_policies_of_the_settings_store_what_a_key_allows(make_site: SiteMaker) -> None:
+def test_results_of_configured_policies_are_checked_by_the_key(make_site: SiteMaker) -> None:
     """Also where the key is in no `SESSION_SCHEMA`."""
     site = make_site(merge_policies=POLICIES)
     tries = SessionKey("tries", fields.Int(validate=validate.Range(0, 5)))
@@ -1000,7 +1000,7 @@ Shape = tuple[Callable[..., Any], st.SearchStrategy[Any]]
 
 @st.composite
 def schemas(draw: Any, depth: int = 2) -> tuple[type[Schema], st.SearchStrategy[Any]]:
-    """A schema, and what can be sent to it."""
+    """A schema, and a value for it."""
     base = draw(st.sampled_from(HOOKS))
     declared: dict[str, Any] = {}
     sent: dict[str, st.SearchStrategy[Any]] = {}
@@ -1037,7 +1037,7 @@ def _meta(base: type[Schema]) -> type:
 
 @st.composite
 def shapes(draw: Any, depth: int) -> Shape:
-    """A function that makes a field, and what can be sent to it."""
+    """A function that makes a field, and a value for it."""
     if depth == 0 or draw(st.booleans()):
         return draw(st.sampled_from(LEAVES))  # type: ignore[no-any-return]
     schema, values = draw(schemas(depth - 1))

@@ -1,4 +1,4 @@
-"""``session.bind`` and ``ext.users``, on each store: what is listed, and what ends."""
+"""``session.bind`` and ``ext.users``, on each store: lists of sessions, and ending them."""
 
 from __future__ import annotations
 
@@ -979,7 +979,7 @@ def test_a_device_id_is_text(site: Site, users: Any, wrong: Any) -> None:
     assert owner(visitor) == "ada"
 
 
-# What else meets rosters -------------------------------------------------------------------------
+# Other code that meets rosters --------------------------------------------------------------------
 
 
 def test_counting_knows_a_roster_from_a_session(site: Site) -> None:

@@ -59,7 +59,9 @@ class Case:
         return [self.first, self.second, self.visitor, self.other, self.old, self.tab]
 
     def usable(self) -> set[str]:
-        """The devices that visitors use as ada. A request would touch, and end what is over."""
+        """The devices that visitors use as ada. A request would touch sessions and end revoked
+        ones.
+        """
         return {
             owner.device_id
             for visitor in self.all()
@@ -144,7 +146,7 @@ class Case:
         with self.site.app.app_context():
             self.site.ext.users.revoke_all(self.ada)
 
-    # -- what must hold
+    # -- invariants
 
     def check(self, *, crashed: bool = False, touching: bool = True) -> None:
         if not crashed:
@@ -175,7 +177,7 @@ OPERATIONS: dict[str, Callable[[Case], None]] = {
 
 @contextmanager
 def at_call(site: Site, number: int, when: str, step: Callable[[], object]) -> Iterator[list[str]]:
-    """Run ``step`` once before or after the call with this number; what calls there were."""
+    """Run ``step`` once before or after the call with this number. Returns all calls."""
     calls: list[str] = []
     busy = False
 
@@ -331,7 +333,7 @@ def looked_only(life: Any, binding: Any, key: str, until: int) -> Any:
 
 
 _enter = roster_entries._enter
-#: What is broken, what takes its place, and an operation with what runs beside it.
+#: The broken function, its replacement, and an operation with a parallel one.
 BREAKS: dict[str, tuple[Any, str, Any, str, str]] = {
     "the epoch is ignored": (roster_entries, "enter", entered_any, "sign_in", "revoke_all"),
     "no entry": (storing, "enter_roster", entered_late, "sign_in_anew", "revoke_all"),

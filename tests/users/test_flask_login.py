@@ -69,7 +69,7 @@ def test_a_sign_in_binds_and_a_sign_out_unbinds(members: Site) -> None:
     assert (ids(members, "bob"), ids(members, "eve")) == ([], [device_id(visitor)])
 
 
-def test_revoking_all_ends_what_flask_login_signed_in(members: Site) -> None:
+def test_revoking_all_ends_sign_ins_by_flask_login(members: Site) -> None:
     visitors = [members.visitor() for _ in range(2)]
     for visitor in visitors:
         log_in(visitor)
@@ -318,7 +318,7 @@ def test_without_flask_login_its_key_means_nothing(site: Site) -> None:
 
 
 def test_an_older_worker_refuses_a_bound_session(site: Site, monkeypatch: Any) -> None:
-    """It knows no format 4, and leaves the record for those who do."""
+    """It can't read format 4, and leaves the record to newer workers."""
     visitor = signed_in(site)
     unbind = PayloadFormat._unbind
 

@@ -357,10 +357,10 @@ def test_large_values_join(site: Site) -> None:
     with pytest.raises(Killed):
         visitor.run(lambda session: session.bind("ada"))
     first.run(lambda session: album.set({**album.get(), "1": b"1" * 20_000}))
-    site.clock.advance(120)  # what is no longer needed is gone
+    site.clock.advance(120)  # joins that are no longer needed are removed
     visitor.run(lambda session: album.set({**album.get(), "3": three}))
     visitor.run(lambda session: session.bind("ada"))
-    site.clock.advance(120)  # what is no longer needed is gone
+    site.clock.advance(120)  # joins that are no longer needed are removed
     one = b"1" * 20_000
     assert first.run(lambda session: album.get()) == {"1": one, "2": two, "3": three}
     site.store.before("replace", die)

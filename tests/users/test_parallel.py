@@ -83,7 +83,7 @@ def test_a_thousand_devices(site: Site) -> None:
 
 
 @pytest.mark.parametrize("store_url", ["redis"], indirect=True)
-def test_what_a_bound_session_takes_in_redis(site: Site, redis_client: Redis) -> None:
+def test_the_size_of_a_bound_session_in_redis(site: Site, redis_client: Redis) -> None:
     def used(key: str) -> int:
         return int(redis_client.memory_usage(f"{site.prefix}{{{key}}}") or 0)
 

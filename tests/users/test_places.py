@@ -213,7 +213,7 @@ def test_while_debugging(make_site: SiteMaker, caplog: pytest.LogCaptureFixture)
 
 
 class SevenVerbs:
-    """Somebody else's store: what the contract demands, and nothing more."""
+    """A third-party store that fulfils the contract, and no more."""
 
     def __init__(self, store: Store) -> None:
         for verb in ("create", "load", "save", "renew", "replace", "close"):

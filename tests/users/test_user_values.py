@@ -1,4 +1,4 @@
-"""``session.shared`` and ``ext.open_user``: what belongs to a user, on each store."""
+"""``session.shared`` and ``ext.open_user``: the values of a user, on each store."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def visits(settings: dict[str, Any] | None = None) -> SessionKey[int]:
     return SessionKey("visits", fields.Int(), default=0, merge="counter", scope="user")
 
 
-# What it does ------------------------------------------------------------------------------------
+# Behaviour
+# -----------------------------------------------------------------------------------------
 
 
 def test_all_devices_have_the_values(site: Site, ada: tuple[Visitor, Visitor]) -> None:
@@ -171,7 +172,7 @@ def test_they_are_kept_as_long_as_they_are_used(make_site: SiteMaker) -> None:
     assert shared(phone) == {"theme": "light"}
 
 
-def test_what_it_costs(site: Site, ada: tuple[Visitor, Visitor]) -> None:
+def test_round_trips(site: Site, ada: tuple[Visitor, Visitor]) -> None:
     phone, laptop = ada
     put(phone, theme="dark")
     theme = SessionKey("theme", fields.Str(), scope="user")
@@ -222,7 +223,9 @@ def test_a_visitor_has_no_values(site: Site) -> None:
     assert visitor.cookie is None
 
 
-def test_what_only_a_session_has_is_refused(site: Site, ada: tuple[Visitor, Visitor]) -> None:
+def test_methods_that_only_a_session_has_are_refused(
+    site: Site, ada: tuple[Visitor, Visitor]
+) -> None:
     def view(session: Any) -> None:
         values = session.shared
         for name in ("bind", "unbind", "rotate", "confirm", "destroy", "set_lifetime"):

@@ -1,4 +1,4 @@
-"""G5: what you put in is what you get, or it is refused by name. Never pickle."""
+"""G5: you get back the value that you put in, or it is refused by name. Never pickle."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_sets_have_the_same_bytes_in_every_process() -> None:
     assert len(encoded) == 1
 
 
-# What is kept as its plain type ----------------------------------------------------------------
+# Subclasses become plain types -----------------------------------------------------------------
 
 
 class Text(str):
@@ -496,7 +496,7 @@ class Field:
 @pytest.mark.parametrize(
     ("value", "html"), [(Lazy(), "Saved"), (LazyText("a"), "<b>"), (Field("a"), "<input name=a>")]
 )
-def test_what_has_html_is_kept_as_markup(value: Any, html: str) -> None:
+def test_objects_with_html_are_kept_as_markup(value: Any, html: str) -> None:
     nested = {"a": [("message", value)]}
     assert shape(there_and_back(value)) == shape(Markup(html))
     assert shape(there_and_back(nested)) == shape({"a": [("message", Markup(html))]})
@@ -576,7 +576,7 @@ def names_in_the_documentation() -> dict[str, Any]:
     }
 
 
-def test_the_documentation_says_what_comes_back() -> None:
+def test_the_documented_values_come_back() -> None:
     names = names_in_the_documentation()
     rows = rows_of_the_documentation("| you store | later requests get |")
     assert len(rows) == 17
@@ -585,7 +585,7 @@ def test_the_documentation_says_what_comes_back() -> None:
         assert shape(there_and_back(value)) == shape(plain), stored
 
 
-def test_the_documentation_says_what_is_refused() -> None:
+def test_the_documented_refusals() -> None:
     names = names_in_the_documentation()
     rows = rows_of_the_documentation("| Refused | Store instead |")
     assert len(rows) == 13
@@ -594,7 +594,7 @@ def test_the_documentation_says_what_is_refused() -> None:
             CODEC.encode("key", eval(refused, names))
 
 
-# What is refused -----------------------------------------------------------------------------
+# Refused values ------------------------------------------------------------------------------
 
 
 class Colour(enum.Enum):
@@ -695,7 +695,7 @@ def test_other_types_are_refused_by_name(value: Any) -> None:
         (Address, ""),
     ],
 )
-def test_a_refusal_says_what_to_keep_instead(value: Any, hint: str) -> None:
+def test_a_refusal_suggests_an_alternative(value: Any, hint: str) -> None:
     with pytest.raises(UnsupportedType) as refusal:
         CODEC.encode("key", value)
     assert f"{hint}; allowed: " in str(refusal.value)
@@ -870,7 +870,7 @@ def test_cycles_and_depth_are_refused_quickly(make: Any) -> None:
     assert len(str(refusal.value)) < 300
 
 
-# What decoding does with bytes that are not ours ---------------------------------------------
+# Decoding foreign bytes -----------------------------------------------------------------------
 
 
 def ext(code: int, data: bytes) -> bytes:

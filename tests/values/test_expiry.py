@@ -92,7 +92,7 @@ def test_a_value_expires_by_itself(site: Site, clock: FakeClock) -> None:
     assert visitor.run(lambda session: session.ttl("code")) == pytest.approx(0.001)
 
 
-def test_what_expired_is_absent_to_every_look(site: Site, clock: FakeClock) -> None:
+def test_an_expired_value_is_absent_to_every_method(site: Site, clock: FakeClock) -> None:
     visitor = with_code(site, user="ada")
     clock.advance(60)
     assert visitor.run(looks) == AWAY
@@ -105,7 +105,9 @@ def test_what_expired_is_absent_to_every_look(site: Site, clock: FakeClock) -> N
     visitor.run(look_for_it)
 
 
-def test_what_expired_leaves_the_store_with_the_next_write(site: Site, clock: FakeClock) -> None:
+def test_the_next_write_removes_an_expired_value_from_the_store(
+    site: Site, clock: FakeClock
+) -> None:
     visitor = with_code(site, user="ada")
 
     def is_stored() -> bool:
@@ -374,7 +376,9 @@ def test_a_change_inside_a_value_that_expires_meanwhile_is_void(
 
 
 @pytest.mark.parametrize("policy", ["last", "reject"])
-def test_what_expired_is_no_conflict(make_site: SiteMaker, clock: FakeClock, policy: str) -> None:
+def test_an_expired_value_causes_no_conflict(
+    make_site: SiteMaker, clock: FakeClock, policy: str
+) -> None:
     site = make_site(conflict=policy)
     visitor = with_code(site, n=1)
     other = visitor.another_tab()
@@ -475,7 +479,7 @@ def test_a_take_beside_a_set(site: Site) -> None:
     assert visitor.run(dict) == {"user": "ada", "code": "later"}
 
 
-def test_a_request_takes_what_it_has_just_set_or_deleted(site: Site) -> None:
+def test_a_request_can_take_its_own_unsaved_changes(site: Site) -> None:
     def own(session: Any) -> tuple[Any, ...]:
         session["code"] = "mine"
         taken = session.take("code")
@@ -489,7 +493,7 @@ def test_a_request_takes_what_it_has_just_set_or_deleted(site: Site) -> None:
     assert visitor.run(dict) == {"user": "ada"}
 
 
-def test_what_was_taken_can_be_set_again(site: Site) -> None:
+def test_a_taken_value_can_be_set_again(site: Site) -> None:
     visitor = with_code(site)
 
     def turn(session: Any) -> None:
@@ -524,7 +528,7 @@ def test_nothing_is_taken_in_a_transaction(site: Site) -> None:
     assert visitor.run(dict) == {"code": "4711-secret"}
 
 
-def test_what_may_have_been_taken_is_not_handed_out(site: Site) -> None:
+def test_a_value_that_may_have_been_taken_is_not_returned(site: Site) -> None:
     visitor = with_code(site)
 
     def fail() -> None:

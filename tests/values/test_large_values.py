@@ -140,7 +140,7 @@ def test_it_is_loaded_only_when_it_is_read(site: Site) -> None:
     assert count.calls == ["load", "save"]
 
 
-def test_changes_inside_are_seen_and_what_was_replaced_stays_for_a_while(
+def test_nested_changes_are_noticed_and_the_old_value_stays_for_a_while(
     site: Site, clock: FakeClock
 ) -> None:
     visitor = with_rows(site)
@@ -159,7 +159,7 @@ def test_changes_inside_are_seen_and_what_was_replaced_stays_for_a_while(
     assert visitor.run(get()) == OTHER_ROWS
 
 
-def test_what_is_equal_is_not_written_again(site: Site) -> None:
+def test_equal_values_are_not_written_again(site: Site) -> None:
     visitor = with_rows(site, photo=PHOTO)
 
     def again(session: Any) -> None:
@@ -184,7 +184,7 @@ def test_what_is_equal_is_not_written_again(site: Site) -> None:
     assert visitor.run(lambda session: session.copy())["rows"] == ROWS
 
 
-def test_a_second_save_of_one_request_writes_only_what_changed(site: Site) -> None:
+def test_a_second_save_of_one_request_writes_only_changes(site: Site) -> None:
     visitor = with_rows(site)
 
     def work(session: Any) -> None:
@@ -294,7 +294,7 @@ def test_a_longer_life_of_the_session_is_one_of_its_values(
     assert visitor.run(get("photo")) == PHOTO
 
 
-def test_a_slow_request_keeps_what_it_wrote(site: Site, clock: FakeClock) -> None:
+def test_a_slow_request_keeps_its_written_values(site: Site, clock: FakeClock) -> None:
     def slow(session: Any) -> None:
         session.attach("photo", io.BytesIO(PHOTO))
         clock.advance(1800)
@@ -305,7 +305,7 @@ def test_a_slow_request_keeps_what_it_wrote(site: Site, clock: FakeClock) -> Non
     assert visitor.run(get("photo")) == PHOTO
 
 
-def test_slow_writing_keeps_what_was_written_first(site: Site, clock: FakeClock) -> None:
+def test_slow_writing_keeps_the_first_frames(site: Site, clock: FakeClock) -> None:
     visitor = site.visitor()
     site.store.after("write_frame", lambda: clock.advance(100))
     visitor.run(put(rows=ROWS, photo=PHOTO))
@@ -338,7 +338,7 @@ def test_expired_ones_are_swept(site: Site, clock: FakeClock) -> None:
 # Saves that do not happen ----------------------------------------------------------------------
 
 
-def test_what_a_refused_save_wrote_goes_at_once(make_site: SiteMaker) -> None:
+def test_values_written_by_a_refused_save_are_removed_at_once(make_site: SiteMaker) -> None:
     site = make_site(merge_policies={"strict": "reject"}, max_value_bytes=500_000)
     visitor = with_rows(site, strict=0)
     tab = visitor.another_tab()
@@ -426,7 +426,7 @@ def test_an_outage_at_each_step(site: Site) -> None:
             status = 200 if step == "discard_blobs" else 503
             change = put(rows=[*ROWS, step, hook.__name__])
             assert visitor.ask(change).status_code == status, (step, hook)
-            found = visitor.run(get())  # what is stored can be read, whichever it is
+            found = visitor.run(get())  # whichever value is stored, it can be read
             assert found in (ROWS, *([*ROWS, s, h] for s in STEPS for h in ("before", "after")))
     for step in ("read_frame", "renew_blobs"):
         site.clock.advance(100)
@@ -445,7 +445,7 @@ class Interrupt(BaseException):
 
 
 @pytest.mark.parametrize("kind", [StoreUnavailable, Interrupt])
-def test_a_save_whose_answer_is_lost_keeps_what_it_may_refer_to(
+def test_a_save_without_an_answer_keeps_the_values_it_may_refer_to(
     site: Site, kind: type[BaseException]
 ) -> None:
     def lost() -> None:
@@ -472,7 +472,7 @@ def test_a_save_whose_answer_is_lost_keeps_what_it_may_refer_to(
     assert site.happened(LargeValueLost) == []
 
 
-def test_what_was_in_doubt_goes_once_that_is_known(site: Site) -> None:
+def test_values_in_doubt_are_removed_once_the_outcome_is_known(site: Site) -> None:
     def down() -> None:
         raise StoreUnavailable("drill")
 
@@ -485,7 +485,7 @@ def test_what_was_in_doubt_goes_once_that_is_known(site: Site) -> None:
 
     visitor = with_rows(site)
     visitor.run(update)
-    assert len(site.inside.blobs()) == 2  # what was replaced, for a while, and what is there now
+    assert len(site.inside.blobs()) == 2  # the replaced value, for a while, and the current one
     assert visitor.run(get()) == OTHER_ROWS
 
 
@@ -614,10 +614,10 @@ def test_atomic_updates_and_typed_keys_work_on_the_values(site: Site) -> None:
         session.update_atomic("m", lambda m: m, 1)
         return len(NOTES.get())
 
-    assert visitor.run(meet) == 1000  # what it looked at stays
+    assert visitor.run(meet) == 1000  # the value that it read stays
 
 
-# What is lost ----------------------------------------------------------------------------------
+# Lost values -----------------------------------------------------------------------------------
 
 
 def missing(site: Site, name: str) -> None:
@@ -704,7 +704,7 @@ def test_every_look_at_a_lost_value(site: Site) -> None:
         assert visitor.run(lambda session: isinstance(session.get("rows"), list)) is False
 
 
-def test_what_another_worker_can_read_is_left_alone(make_site: SiteMaker) -> None:
+def test_a_value_that_another_worker_can_read_is_left_alone(make_site: SiteMaker) -> None:
     old, new = [b"o" * 32], [b"n" * 32]
     before = make_site(encryption_keys=old)
     between, after = (
@@ -774,7 +774,7 @@ def test_a_file_of_any_size_goes_in_and_comes_out(site: Site) -> None:
         assert (length, digest) == (size, hashlib.sha256(content).hexdigest())
 
 
-def test_what_comes_out_is_a_file(site: Site) -> None:
+def test_open_returns_a_file(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.attach("photo", io.BytesIO(PHOTO)))
 
@@ -826,7 +826,7 @@ def test_any_bytes_can_be_opened_and_nothing_else(site: Site) -> None:
     assert count.calls.count("write_frame") == 4 + 4
 
 
-def test_what_cannot_be_attached(make_site: SiteMaker) -> None:
+def test_files_that_cannot_be_attached(make_site: SiteMaker) -> None:
     site = make_site(max_value_bytes=FRAME + 10)
     visitor = site.visitor()
     visitor.run(lambda session: session.attach("photo", io.BytesIO(PHOTO[: FRAME + 10])))
@@ -853,7 +853,7 @@ def test_what_cannot_be_attached(make_site: SiteMaker) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
-def test_what_was_written_of_a_broken_upload_goes(site: Site, frames: int) -> None:
+def test_the_frames_of_a_broken_upload_are_removed(site: Site, frames: int) -> None:
     class Broken(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             if self.tell() >= frames * FRAME:
@@ -868,7 +868,7 @@ def test_what_was_written_of_a_broken_upload_goes(site: Site, frames: int) -> No
     assert site.inside.blobs() == {}
 
 
-def test_a_schema_knows_what_is_attached(make_site: SiteMaker) -> None:
+def test_a_schema_checks_attached_files(make_site: SiteMaker) -> None:
     photo = SessionKey("photo", fields.Raw(validate=_is_photo), ttl=60, version=2)
     site = make_site(schema=[photo])
     visitor = site.visitor()
@@ -908,7 +908,7 @@ def test_an_attached_file_can_expire(site: Site, clock: FakeClock) -> None:
     assert visitor.run(lambda session: (list(session), session.get("large"))) == ([], None)
 
 
-def test_a_file_attached_in_the_place_of_what_expires_does_not_expire(
+def test_a_file_that_replaces_an_expiring_value_does_not_expire(
     site: Site, clock: FakeClock
 ) -> None:
     visitor = site.visitor()

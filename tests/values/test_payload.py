@@ -83,7 +83,7 @@ def test_keys_of_every_kind_come_back(form: PayloadFormat) -> None:
     assert content(form.unpack(KEY, form.pack(KEY, a_body(items)))) == (shape(items), None)
 
 
-def test_the_format_is_what_the_documentation_says() -> None:
+def test_the_format_is_as_documented() -> None:
     """Changing it makes all stored sessions unreadable: then raise FORMAT."""
     body = b"\x92\x82\xa1a\xc4\x01\x01\xa1b\xc4\x03\x92\x02\x03\xc0"
     check = KEY[:4].encode() + crc32(KEY.encode() + body).to_bytes(4, "big")
@@ -157,7 +157,7 @@ def test_a_key_that_is_no_text_is_refused() -> None:
     assert refusal.value.path == r"session['bad\ud800']"
 
 
-# What does not open --------------------------------------------------------------------------
+# Unreadable payloads --------------------------------------------------------------------------
 
 
 def assert_refused(form: PayloadFormat, payload: bytes, reason: str = "corrupt") -> None:
@@ -283,7 +283,7 @@ def test_a_pickle_is_never_executed(protocol: int, tmp_path: Path) -> None:
 
 @both
 @pytest.mark.parametrize("version", [NEWEST + 1, 100, 255])
-def test_a_newer_format_says_so(form: PayloadFormat, version: int) -> None:
+def test_a_newer_format_is_reported(form: PayloadFormat, version: int) -> None:
     payload = form.pack(KEY, BODY)
     for newer in (bytes((version,)) + payload[1:], bytes((version, 7)), bytes((version, 0, 0))):
         assert_refused(form, newer, "newer format")
@@ -318,7 +318,7 @@ def test_a_pointer_is_no_record(form: PayloadFormat) -> None:
 # Encryption ----------------------------------------------------------------------------------
 
 
-def test_what_is_sealed_shows_nothing() -> None:
+def test_an_encrypted_payload_shows_nothing() -> None:
     secret = "correct horse battery staple"
     body = a_body({"password hint": secret, "list": [secret] * 5})
     payload = SEALED.pack(KEY, body)
@@ -348,7 +348,7 @@ def test_keys_rotate() -> None:
     assert_refused(a_format(NEW), old, "unknown encryption key")
 
 
-def test_without_keys_what_is_sealed_stays_closed() -> None:
+def test_without_keys_an_encrypted_payload_is_unreadable() -> None:
     assert_refused(PLAIN, SEALED.pack(KEY, BODY), "unknown encryption key")
 
 

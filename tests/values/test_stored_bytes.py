@@ -216,7 +216,7 @@ VAULTS: dict[str, type[Vault]] = {
 }
 
 
-# A victim, and what it may see ---------------------------------------------------------------
+# A victim, and the values it may see ---------------------------------------------------------
 
 
 class Scene:
@@ -360,7 +360,7 @@ FOREIGN = [
 def test_foreign_bytes(scene: Scene) -> None:
     for data in FOREIGN:
         scene.vault.write(scene.key, data)
-        # The first byte is the version: what starts with a large one may be a later format.
+        # The first byte is the version: a payload with a large one may have a later format.
         assert scene.see_and_go_on() in ("corrupt", "newer format")
         scene.vault.write_payload(scene.key, data)
         assert scene.see_and_go_on() in ("corrupt", "newer format")
@@ -646,7 +646,7 @@ def test_pointers_in_a_circle(scene: Scene, length: int) -> None:
     within(1, lambda: scene.tab().run(lambda session: session.destroy()))
 
 
-# What each store can hold instead ------------------------------------------------------------
+# Foreign data in each store ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The debug dump, on every store: what it says, what it hides, and whom it leaves alone."""
+"""The debug dump, on every store: its facts, the values it hides, and its limits."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_an_untouched_session_is_one_line(debugged: Site, log: Log) -> None:
     assert log.text() == "Session after GET (no route): not looked at"
 
 
-def test_server_timing_tells_the_share_of_the_session(debugged: Site, log: Log) -> None:
+def test_server_timing_has_the_share_of_the_session(debugged: Site, log: Log) -> None:
     visitor = debugged.visitor()
     visitor.run(fill)
     header = visitor.ask(lambda session: session.update(user_id=8)).headers["Server-Timing"]
@@ -635,7 +635,9 @@ def test_an_order_and_a_write_at_once_both_stand(make_site: SiteMaker, log: Log)
     assert visitor.run(dict) == {}
 
 
-def test_what_the_command_refuses(make_site: SiteMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handles_that_the_command_refuses(
+    make_site: SiteMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site = make_site()
     visitor = site.visitor()
     visitor.run(fill)
@@ -724,7 +726,7 @@ def forms(canary: str) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["debug", "by order"])
-def test_no_canary_is_heard(make_site: SiteMaker, everything: Everything, how: str) -> None:
+def test_no_canary_is_logged(make_site: SiteMaker, everything: Everything, how: str) -> None:
     """A login, errors, outages, conflicts and a corrupt record, with all logging at DEBUG."""
     numbers = itertools.count()
     site = make_site(
@@ -808,7 +810,7 @@ NOWHERE = {
 
 
 @pytest.mark.parametrize("kind", NOWHERE)
-def test_no_canary_is_heard_where_a_driver_fails(kind: str, everything: Everything) -> None:
+def test_no_canary_is_logged_if_a_driver_fails(kind: str, everything: Everything) -> None:
     app = Flask(__name__)
     app.config.update(SECRET_KEY="a key for tests", SESSION_STORE=NOWHERE[kind])
     ext = Session(app, debug=True, store_timeout=0.1, token_factory=lambda: f"{TOKEN}01234567")

@@ -29,7 +29,7 @@ CANARY = "hidden canary"
         *("sms_code", "2fa-code", "dsn", "database_dsn", "PW", "db_pw"),
     ],
 )
-def test_what_is_named_like_a_secret_is_never_shown(name: str) -> None:
+def test_values_with_the_name_of_a_secret_are_never_shown(name: str) -> None:
     assert is_secret(name)
     assert shown_value(name, CANARY, {name}) == HIDDEN
     assert CANARY not in shown_value("cart", {"deep": [{name: CANARY}]}, {"cart"})
@@ -43,7 +43,7 @@ def test_other_names_are_no_secrets(name: str) -> None:
     assert shown_value(name, "shown", {name}) == "'shown'"
 
 
-def test_what_was_not_declared_is_not_shown() -> None:
+def test_undeclared_values_are_not_shown() -> None:
     assert shown_value("cart", CANARY, ()) == HIDDEN
     assert shown_value("cart", CANARY, {"theme"}) == HIDDEN
 
@@ -51,7 +51,7 @@ def test_what_was_not_declared_is_not_shown() -> None:
 @pytest.mark.parametrize(
     "value", [CANARY.encode(), bytearray(CANARY.encode()), type(CANARY, (), {})]
 )
-def test_bytes_and_what_is_of_no_known_type_are_never_shown(value: Any) -> None:
+def test_bytes_and_unknown_types_are_never_shown(value: Any) -> None:
     for inside in (value, [value], {"photo": value}, (1, (value,))):
         assert CANARY not in shown_value("cart", inside, {"cart"})
         assert HIDDEN in shown_value("cart", inside, {"cart"})
@@ -112,7 +112,7 @@ BEFORE = re.compile(  # the pattern that was simple, and slow
 @given(
     st.text(st.sampled_from("aZ0_- é"), max_size=80) | st.text(st.sampled_from("aB3"), max_size=80)
 )
-def test_what_looks_random_is_cut(name: str) -> None:
+def test_names_that_look_random_are_cut(name: str) -> None:
     expected = ascii(BEFORE.sub(lambda found: found[0][:4] + "...", name))[1:-1]
     shown = shown_name(name)
     assert shown == expected or shown == expected[:60] + "..."

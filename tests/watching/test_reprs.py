@@ -81,7 +81,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
-def test_no_class_shows_what_it_holds(kind: Any) -> None:
+def test_no_repr_shows_contents(kind: Any) -> None:
     filled = {
         name: SECRET if name == "token" else filling(annotation)
         for name, annotation in fields_of(kind).items()
