@@ -119,13 +119,7 @@ class GSessionInterface(SessionInterface):
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
         """A session that loads itself at the first look; None without a ``SECRET_KEY``."""
         if not self._live.secret_key():
-            if not self._misses_key:
-                self._misses_key = True
-                logger.error(
-                    "The application %r has no SECRET_KEY: its sessions are empty and cannot be "
-                    "written to. Set SECRET_KEY.",
-                    app.name,
-                )
+            self._report_missing_key(app)
             return None
         try:
             context = _current_context()
@@ -145,6 +139,15 @@ class GSessionInterface(SessionInterface):
         if self._debug:
             begin(session, request)
         return session
+
+    def _report_missing_key(self, app: Flask) -> None:
+        if not self._misses_key:
+            self._misses_key = True
+            logger.error(
+                "The application %r has no SECRET_KEY: its sessions are empty and cannot be "
+                "written to. Set SECRET_KEY.",
+                app.name,
+            )
 
     def is_null_session(self, obj: object) -> bool:
         """Whether ``obj`` is no session of ours. Flask asks this right before it saves ``obj``."""

@@ -28,7 +28,7 @@ MAX_REFUSED = 8
 _SIGNATURE_BYTES = 16
 _SIGNATURE_LENGTH = 22  # characters
 _MAX_TOKEN_LENGTH = 200  # characters
-_MOST_KNOWN = 4096  # cached signatures; about a megabyte
+_MOST_KNOWN = 4096  # cached signatures; about 1.5 megabytes
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _SHA256 = hashlib.sha256()
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,200}", re.ASCII)
@@ -58,9 +58,17 @@ def session_key(token: str) -> str:
 
     It is also the session's public handle: it can't be converted back to the token.
     """
+    return _as_text(_digest(token))
+
+
+def _digest(token: str) -> bytes:
     digest = _SHA256.copy()  # faster than creating one
     digest.update(token.encode())
-    return b2a_base64(digest.digest()).translate(_URL_SAFE, b"=\n").decode()
+    return digest.digest()
+
+
+def _as_text(digest: bytes) -> str:
+    return b2a_base64(digest).translate(_URL_SAFE, b"=\n").decode()
 
 
 def _derive(secret_key: str | bytes, label: bytes) -> bytes:
@@ -83,7 +91,7 @@ class _Mac:
         inner, outer = self._inner.copy(), self._outer.copy()
         inner.update(token.encode())
         outer.update(inner.digest())
-        return b2a_base64(outer.digest()[:_SIGNATURE_BYTES]).translate(_URL_SAFE, b"=\n").decode()
+        return _as_text(outer.digest()[:_SIGNATURE_BYTES])
 
 
 class Checked(Struct, frozen=True, gc=False):
@@ -124,8 +132,9 @@ class TokenSigner:
     def __init__(self, secret_keys: Sequence[str | bytes], purpose: str) -> None:
         label = f"flask-gsession token 1 {purpose}".encode()
         self._macs = [_Mac(_derive(key, label)) for key in secret_keys]
-        #: the signatures of recently checked tokens, by session key
-        self._known: dict[str, str] = {}
+        #: the signatures of recently checked tokens, with the session keys, by the digests that
+        #: these keys show as text
+        self._known: dict[bytes, tuple[str, str]] = {}
 
     def sign(self, token: str) -> str:
         """The signed form of the token, which is sent to the client."""
@@ -140,22 +149,22 @@ class TokenSigner:
             or not presented.isascii()
         ):
             return Checked(None, "malformed")
-        key = session_key(token)
-        known = self._known.get(key)
-        if known is not None and compare_digest(known, signature):
-            return Checked(token, key=key)
+        digest = _digest(token)
+        known = self._known.get(digest)
+        if known is not None and compare_digest(known[0], signature):
+            return Checked(token, key=known[1])
+        return self._check_by_hash(token, signature, digest)
+
+    def _check_by_hash(self, token: str, signature: str, digest: bytes) -> Checked:
         for mac in self._macs:
             if compare_digest(mac.signature(token), signature):
-                current = mac is self._macs[0]
+                key, current = _as_text(digest), mac is self._macs[0]
                 if current:
-                    self._remember(key, signature)
+                    if len(self._known) >= _MOST_KNOWN:
+                        self._known.clear()
+                    self._known[digest] = signature, key
                 return Checked(token, outdated=not current, key=key)
         return Checked(None, "bad signature")
-
-    def _remember(self, key: str, signature: str) -> None:
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
-        self._known[key] = signature
 
     def check_all(self, presented: Iterable[str]) -> Checked:
         """Check the values of all cookies of one name.

@@ -8,7 +8,7 @@ from ..errors import StoreUnavailable, UnreadableRecord
 from ..events import SessionDestroyed, logger
 from ..repository.ending import delete_session
 from ..repository.imports import Imports
-from ..repository.repository import Loaded, Repository
+from ..repository.repository import Loaded
 from ..users.revoking import is_member
 from ..values.payload import Body
 from .debugging import trace_if_debugged
@@ -37,36 +37,16 @@ def load(life: Lifecycle) -> TrackedValues:
     with life.mutex:
         if life.opened:  # another thread was faster
             return life.values
-        outage = life.outage
-        if outage is not None and outage.loading:
-            return _go_on_without(life, outage.error)
-        repository, presented, found = life.repository, life.presented(), NO_BODY
-        checked, key = presented.checked, presented.handle  # no token in local variables
-        if checked is not None:
-            if checked.key:
-                key = checked.key
-            else:
-                repository.refusals.note(checked.reason, None)
-        if key is not None:
-            began = perf_counter()
-            try:
-                if repository.near is None:
-                    loaded = repository.find(key, checked is not None)
-                else:
-                    loaded = _find_near(life, key, presented)
-                if loaded is not None and loaded.body.owner is not None:
-                    loaded = _unless_revoked(repository, loaded, key)
-            except UnreadableRecord as error:
-                life.seen = Seen(for_others=error.for_others)
-                repository.refusals.note(error.reason, key, error.detail)
-            except StoreUnavailable as error:
-                logger.log(error.log_level, "A session could not be loaded: %s", error)
-                return _go_on_without(life, error)
-            else:
+        if life.outage is not None and life.outage.loading:
+            return _go_on_without(life, life.outage.error)
+        presented, found = life.presented(), NO_BODY
+        checked = presented.checked  # no token in local variables
+        key = presented.handle if checked is None else checked.key
+        try:
+            if key:
+                loaded = _find(life, key, presented)
                 if loaded is not None:
                     found = loaded.body
-                    if found.debug_until is not None:
-                        trace_if_debugged(life, "load", began, found.debug_until)
                     token = None
                     if checked is not None and loaded.record.key == key:
                         token = checked.token
@@ -75,16 +55,39 @@ def load(life: Lifecycle) -> TrackedValues:
                     life.seen = Seen(token, loaded.record, found, checked is not None)
                     if life.ended:
                         life.ended = False
-        if repository.imports is not None:
-            try:
-                found = _look_at_imports(life, repository.imports, found)
-            except StoreUnavailable as error:
-                logger.log(error.log_level, "An old session could not be taken over: %s", error)
-                life.seen = NOTHING_SEEN
-                return _go_on_without(life, error)
+            elif checked is not None:
+                life.repository.refusals.note(checked.reason, None)
+            if life.repository.imports is not None:
+                found = _look_at_imports(life, life.repository.imports, found)
+        except StoreUnavailable as error:
+            logger.log(error.log_level, "A session could not be loaded: %s", error)
+            return _go_on_without(life, error)
         life.values = life.new_values(found)
         life.opened = True
         return life.values
+
+
+def _find(life: Lifecycle, key: str, presented: Presented) -> Loaded | None:
+    """The session under ``key``, unless its record can't be read or it was revoked."""
+    repository, began = life.repository, perf_counter()
+    try:
+        if repository.near is None:
+            loaded = repository.find(key, presented.checked is not None)
+        else:
+            loaded = _find_near(life, key, presented)
+        if loaded is None:
+            return None
+        owner, debug_until = loaded.body.owner, loaded.body.debug_until
+        if owner is not None and not owner.seen and not is_member(repository, loaded):
+            repository.refusals.note("revoked", key)  # it never got into its user's roster
+            return None
+    except UnreadableRecord as error:
+        life.seen = Seen(for_others=error.for_others)
+        repository.refusals.note(error.reason, key, error.detail)
+        return None
+    if debug_until is not None:
+        trace_if_debugged(life, "load", began, debug_until)
+    return loaded
 
 
 def open_from_store(life: Lifecycle, what: str) -> TrackedValues:
@@ -113,15 +116,6 @@ def open_for_writing(life: Lifecycle, what: str, *details: str) -> TrackedValues
     if life.seen.for_others:
         life.check_readable()
     return values
-
-
-def _unless_revoked(repository: Repository, loaded: Loaded, key: str) -> Loaded | None:
-    """The session, unless it never got into its user's roster, and so was revoked."""
-    owner = loaded.body.owner
-    if owner is None or owner.seen or is_member(repository, loaded):
-        return loaded
-    repository.refusals.note("revoked", key)
-    return None
 
 
 def _find_near(life: Lifecycle, key: str, presented: Presented) -> Loaded | None:
@@ -173,6 +167,8 @@ def _go_on_without(life: Lifecycle, error: StoreUnavailable) -> TrackedValues:
 
     A hook or error page must not raise while Flask processes the response.
     """
+    if life.seen.record is not None:  # an old session could not be taken over
+        life.seen = NOTHING_SEEN
     unseen = life.phase != IN_VIEW
     known = life.outage is not None and life.outage.unseen
     life.outage = Outage(error, loading=True, unseen=unseen or known)

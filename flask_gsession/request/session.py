@@ -114,14 +114,18 @@ class SessionData(SessionMixin):
         values = self._open() if life is None or not life.opened else life.values
         try:
             return values[key]
-        except UnreadableRecord as error:
+        except (UnreadableRecord, ValueLost) as error:
+            return self._recover(key, values, error)
+
+    def _recover(self, key: str, values: TrackedValues, error: UnreadableRecord | ValueLost) -> Any:
+        """The value of a key that couldn't be read, if another request has replaced it."""
+        if isinstance(error, UnreadableRecord):
             refuse(self._life, error.reason, error.detail)
             raise KeyError(key) from None
-        except ValueLost as error:
-            raw = values.undecoded(key)
-            if raw is not None:  # otherwise, another thread has found it
-                self._large.lost(key, raw, error)
-            return self[key]
+        raw = values.undecoded(key)
+        if raw is not None:  # otherwise, another thread has found it
+            self._large.lost(key, raw, error)
+        return self[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)

@@ -79,27 +79,28 @@ class TrackedValues(Struct, eq=False):
     # -- the mapping
 
     def __getitem__(self, key: str) -> Any:
+        looks, early = self._looks, None
+        if looks is not None and key not in self.base and self.block is None:
+            stored, looked = looks
+            if key in looked:
+                return looked[key]
+            if key in stored:
+                early = stored[key]
+                value = self._codec.decode(early)
+                if type(value) in IMMUTABLE:
+                    looked[key] = value
+                    if self._looks is looks:
+                        return value
         if self.now is not None and self._has_expired(key):
             raise KeyError(key)
         if self.block is not None:
             self.block.note(key)
-        value = self._live.get(key, _ABSENT)
-        if value is not _ABSENT:
-            return value
-        looks, early = self._looks, None
-        if looks is not None and key in looks[0] and key not in self.base:
-            stored, looked = looks
-            if key in looked:
-                return looked[key]
-            early = stored[key]
-            value = self._codec.decode(early)
-            if type(value) in IMMUTABLE:
-                looked[key] = value
-                if self._looks is looks:
-                    return value
+        there = self._live.get(key, _ABSENT)
+        if there is not _ABSENT:
+            return there
         with self._mutex:
             live, base = self._live, self.base
-            if key in live:  # another thread has set it
+            if key in live:
                 return live[key]
             raw = self._given.get(key) if key in base else self.stored.get(key)
             if raw is None:  # deleted by this request, or absent
