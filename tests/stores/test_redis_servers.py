@@ -641,6 +641,21 @@ def test_a_rotation_whose_answer_is_lost_is_done_once(
     assert (left.successor if left else None) == (new.key if grace else None)
 
 
+def test_an_interruption_says_nothing_about_a_node(
+    cluster: RedisCluster, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_shop(cluster.url).store
+    assert store.load("A" * 43) is None
+
+    def interrupted(slot: Slot, request: bytes) -> Any:
+        raise TimeoutError  # as another thread raises it
+
+    monkeypatch.setattr(Slot, "ask", interrupted)
+    with pytest.raises(TimeoutError):
+        store.load("A" * 43)
+    assert not store.commands.pool._outdated
+
+
 def test_a_lost_rotation_takes_its_record_away(cluster: RedisCluster, open_shop: Opener) -> None:
     store = open_shop(cluster.url).store
     old, winner, loser = (a_record(time.time) for _ in range(3))

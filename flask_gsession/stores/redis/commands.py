@@ -125,14 +125,15 @@ class Commands:
         with_source: Callable[[], bytes] | None = None,
         confirmation: Confirmation | None = None,
     ) -> T:
-        """Send one command; return its reply, parsed by ``parse(about, reply)``.
+        """Send one command, and return ``parse(about, reply)``.
 
-        ``name`` is the key of the command. ``with_source`` makes the same command with the source
-        of the script, for a server that doesn't know it. If ``parse`` refuses the reply, the
-        command is repeated on another connection, since this one may be out of step. That is safe:
-        every command here recognises its own earlier effect.
-        If another writer came in between, a repeat can't distinguish a write that was applied and
-        overwritten from one that was never applied: that raises ``StoreUnavailable`` too.
+        ``name`` is the key of the command. ``with_source`` packs the same command with the source
+        of the script, for a server that doesn't know it.
+
+        Sends the command again if the reply is lost, or if ``parse`` raises ``UnreadableRecord``,
+        since the connection may be out of step. Every command here recognises its own earlier
+        effect. But after another write, it can't know whether its first try was applied and
+        overwritten, or never applied: then it raises ``StoreUnavailable``.
         """
         pool, failures = self.pool, None
         while True:
@@ -142,22 +143,22 @@ class Commands:
                     trips = round_trips.get()
                     if trips is not None:
                         trips.add()
-                    answer = parse(about, slot.ask(request))
+                    reply = parse(about, slot.ask(request))
                     if confirmation is not None:
                         again = failures is not None and failures.in_doubt
-                        confirmation.ask(slot, name, answer, again, deadline)
+                        confirmation.ask(slot, name, reply, again, deadline)
                 except BaseException as error:
                     pool.give_failed(slot, error)
                     raise
                 pool.give(slot)
-                return answer if failures is None else failures.reply_of_call(answer)
+                return reply if failures is None else failures.reply_of_call(reply)
             except (RedisError, OSError, UnreadableRecord) as error:
                 failures = failures or Failures(self.retries, deadline)
                 request = failures.next_request(error, request, with_source)
                 pool = self.pool_after(error)
 
     def ask(self, deadline: float, name: bytes, request: bytes) -> Any:
-        """As ``call``, for a command any reply to which will do."""
+        """As ``call``, but accepts any reply, and returns it as it is."""
         return self.call(deadline, name, request, _unparsed, None)
 
     def pool_after(self, error: Exception) -> Any:
@@ -174,10 +175,10 @@ class Commands:
         confirmation: Confirmation | None = None,
         also: bytes | None = None,
     ) -> bytes:
-        """Run a script; its first answering byte says how it went.
+        """Run a script, and return its reply, whose first byte is its status.
 
-        A success must end with ``echo``, such as the written version, or equal ``also``. That
-        detects a reply to another command. Then replicas are asked for their ``confirmation``.
+        The reply to a success must end with ``echo``, such as the written version, or equal
+        ``also``, or it belongs to another command. Then asks replicas for their ``confirmation``.
         """
         parts = (b"%d" % len(keys), *keys, *arguments)
         try:

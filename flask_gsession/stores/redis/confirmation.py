@@ -1,4 +1,4 @@
-"""Whether replicas have the end of a session."""
+"""The confirmation by replicas that they have the end of a session."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _WRITE_SOMETHING = b"redis.call('SET', KEYS[1], '', 'PX', 1) return redis.call('
 
 
 class Confirmation:
-    """Whether ``replicas`` have the end of a session; ``missing`` says why too few have it."""
+    """Asks whether ``replicas`` have a write; ``missing`` says why too few have it."""
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
         self.missing = ""
 
-    def ask(self, slot: Any, name: bytes, answer: Any, again: bool, deadline: float) -> None:
-        """Wait until the replicas have confirmed the write, with Redis' ``WAIT``.
+    def ask(self, slot: Any, name: bytes, reply: Any, again: bool, deadline: float) -> None:
+        """Wait with Redis' ``WAIT`` until the replicas have confirmed the write.
 
-        It covers all writes of this connection so far. A call that had nothing to do, or that
-        repeats a write of another connection, has written nothing.
+        ``WAIT`` covers the earlier writes of its connection. A call that had nothing to do, or
+        that repeats a write of another connection, has written nothing: so it writes something.
         """
-        status = answer[:1]
+        status = reply[:1]
         if not self.replicas or status not in (b"K", b"N", b"D" if again else b"N"):
             return
         span = b"%d" % max(1, int((deadline - time.monotonic()) * 800))

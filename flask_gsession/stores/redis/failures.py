@@ -81,16 +81,16 @@ class Failures:
         time.sleep(pause)
         return request
 
-    def reply_of_call(self, answer: T) -> T:
+    def reply_of_call(self, reply: T) -> T:
         """Return the reply to the last try as the reply of the call.
 
         Raises ``StoreUnavailable`` if an earlier try may have been applied and overwritten.
         """
-        if self.in_doubt and answer in _OVERTAKEN:
+        if self.in_doubt and reply in _OVERTAKEN:
             raise StoreUnavailable("redis: an answer was lost, then another write came")
-        if self.in_doubt and answer in _DELETED:
+        if self.in_doubt and reply in _DELETED:
             return cast(T, b"K")  # the deleted record is unknown
-        return answer
+        return reply
 
 
 def raise_explained(error: UnreadableRecord | StoreUnavailable, rights: str) -> NoReturn:
