@@ -32,9 +32,10 @@ from .stores.parts import Reconciler
 from .users.joins import merge_joins
 from .users.revoking import finish
 from .users.roster import Roster, mark_ending
+from .values.envelope import NEWEST
 from .values.marks import is_marked
 from .values.merge import DECLARED, Change, MergeFunction
-from .values.payload import NEWEST, Body, Owner
+from .values.payload import Body, Owner
 from .values.references import refers
 
 #: A record at the centre that tells nodes whether they can read each other's records.

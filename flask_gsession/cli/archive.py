@@ -24,7 +24,7 @@ from ..repository.scanning import Retry
 from ..stores import Record
 from ..stores.base import is_session_key
 from ..stores.memory import MemoryStore
-from ..values.payload import NOT_ENCRYPTED
+from ..values.envelope import NOT_ENCRYPTED
 from .common import (
     choose_interface,
     estimate_count,

@@ -12,10 +12,11 @@ from ..errors import Gone, KeyTaken, RosterUnreadable, Stale, UnreadableRecord
 from ..repository.ending import delete_session
 from ..repository.large_values import BLOB_GRACE
 from ..repository.repository import Loaded, Repository
-from ..repository.user_values import UserValues, is_user_values, may_be_user_values
+from ..repository.user_values import UserValuesRecord, is_user_values, may_be_user_values
 from ..stores.base import Record, Store, is_session_key, unexpired
 from ..users.roster import Since, is_revoked_since
-from ..values.payload import NOT_ENCRYPTED, Body, Owner
+from ..values.envelope import NOT_ENCRYPTED
+from ..values.payload import Body, Owner
 from ..values.references import reference_in, refers
 from .archive import Frame, check_archive
 from .entering import enter
@@ -42,7 +43,7 @@ class Importer:
         #: why records can't be read, and how often for each reason
         self.problems: Counter[str] = Counter()
         self._unreadable: set[str] = set()
-        self._user_values = UserValues(repository, "")
+        self._user_values = UserValuesRecord(repository, "")
 
     def check(self, source: BinaryIO) -> int:
         """Check a whole archive, and collect ``problems``. Returns the number of records.

@@ -12,6 +12,7 @@ from ..users.rosters import MARGIN
 from ..values.payload import Body
 from .idle_spans import IdleSpans
 from .newcomers import Newcomers
+from .permanent import PERMANENT
 
 _BLOB_MARGIN = 60_000  # milliseconds that a large value outlives its session
 
@@ -33,6 +34,7 @@ class Expiry:
     ) -> None:
         self._clock = clock
         self._spans = spans
+        self._usual = tuple(spans.usual)  # faster to unpack
         self._lifetime = lifetime
         self._seen_interval = int(seen_interval * 1000)
         self.newcomers = Newcomers(None, 0) if newcomers is None else newcomers
@@ -68,7 +70,10 @@ class Expiry:
         """The next idle expiry, or None if it need not move yet."""
         if self._unseen and record.key in self._unseen:
             return None
-        span, step = self._spans.of(values, lifetime)
+        if lifetime is None and PERMANENT not in values:  # most sessions
+            span, step = self._usual
+        else:
+            span, step = self._spans.of(values, lifetime)
         absolute = record.absolute_expires_at
         end = int(self._clock() * 1000) + span
         if end > absolute:  # ``min`` takes longer

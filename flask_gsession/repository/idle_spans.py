@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from ..config import LiveSettings, Settings
-from .permanent import PERMANENT, is_permanent
+from .permanent import is_permanent
 
 
 class Span(NamedTuple):
@@ -23,6 +23,9 @@ class Span(NamedTuple):
 class IdleSpans(Protocol):
     """The spans of one kind of record."""
 
+    #: of a record without an idle lifetime of its own, and without ``session.permanent``
+    usual: Span
+
     def of(self, values: Mapping[str, bytes], lifetime: int | None) -> Span:
         """The span of a record with these values, and with an idle lifetime of its own, if any."""
 
@@ -33,16 +36,14 @@ class SessionSpans:
     def __init__(self, settings: Settings, live: LiveSettings) -> None:
         self._settings = settings
         self._live = live
-        self._usual = self._span(settings.idle_timeout)
-        self._permanent = (settings.idle_timeout, self._usual)
+        self.usual = self._span(settings.idle_timeout)
+        self._permanent = (settings.idle_timeout, self.usual)
 
     def of(self, values: Mapping[str, bytes], lifetime: int | None) -> Span:
         """See ``IdleSpans``."""
-        if lifetime is None and PERMANENT not in values:  # every save comes by here
-            return self._usual
         if lifetime is not None:
             return self._span(lifetime / 1000)
-        return self._of_permanent() if is_permanent(values) else self._usual
+        return self._of_permanent() if is_permanent(values) else self.usual
 
     def _of_permanent(self) -> Span:
         known, span = self._permanent
@@ -61,8 +62,8 @@ class FixedSpan:
     """One span for every record."""
 
     def __init__(self, span: Span) -> None:
-        self._span = span
+        self.usual = span
 
     def of(self, values: Mapping[str, bytes], lifetime: int | None) -> Span:
         """See ``IdleSpans``."""
-        return self._span
+        return self.usual

@@ -19,7 +19,7 @@ from ..stores.parts import Blobs
 from ..values.codec import Codec
 from ..values.large_values import LargeValueStorage, pieces_of
 from ..values.marks import marked, split
-from ..values.payload import Body, PayloadFormat
+from ..values.payload import Body, BodyFormat
 from ..values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
 from .expiry import blobs_outlive
 
@@ -37,7 +37,7 @@ class LargeValues:
         self,
         storage: LargeValueStorage | None,
         settings: Settings,
-        payloads: PayloadFormat,
+        bodies: BodyFormat,
         codec: Codec,
         now: Callable[[], int],
     ) -> None:
@@ -46,7 +46,7 @@ class LargeValues:
         limit = None if storage is None else settings.spill_bytes
         self._inline = sys.maxsize if limit is None else limit
         self._total = settings.total_limit
-        self._payloads = payloads
+        self._bodies = bodies
         self._codec = codec
         self._now = now
 
@@ -105,7 +105,7 @@ class LargeValues:
                 storage.check(f"session[{ascii(key)[:60]}]", length)
             moved.append(key)
         blank = {key: marked(BLANK, split(values[key])[0]) for key in moved}
-        self._payloads.check(replace(body, values={**values, **blank}), before)
+        self._bodies.encode(replace(body, values={**values, **blank}), lambda: before)  # may refuse
         return {**values, **self._write({key: values[key] for key in moved}, expires_at, written)}
 
     def write_all(

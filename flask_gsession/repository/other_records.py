@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..stores.base import Record, new_version
-from ..values.payload import PayloadFormat
+from ..values.envelope import Envelope
 
 _FOREVER = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends such a record earlier
 
@@ -13,19 +13,19 @@ _FOREVER = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends such a r
 class OtherRecords:
     """Reads and drafts such records. They are encrypted as sessions are."""
 
-    def __init__(self, payloads: PayloadFormat, now: Callable[[], int]) -> None:
-        self._payloads = payloads
+    def __init__(self, envelope: Envelope, now: Callable[[], int]) -> None:
+        self._envelope = envelope
         self._now = now
 
     def read(self, record: Record) -> bytes:
         """The content of such a record. Raises ``UnreadableRecord``."""
         times = record.created_at, record.absolute_expires_at
-        return self._payloads.unpack_other(record.key, record.payload, *times)
+        return self._envelope.open_other(record.key, record.payload, times)
 
     def draft(self, key: str, content: bytes, end: int) -> Record:
         """Draft a record that lasts until ``end``, in milliseconds."""
         now = min(self._now(), end)
-        payload = self._payloads.pack_other(key, content, now, end)
+        payload = self._envelope.seal(key, content, (now, end))
         return Record(key, new_version(), now, end, end, payload)
 
     def draft_renewable(self, key: str, content: bytes, end: int, old: Record | None) -> Record:
@@ -34,5 +34,5 @@ class OtherRecords:
         created, last = now, now + _FOREVER
         if old is not None:
             created, last = old.created_at, old.absolute_expires_at
-        payload = self._payloads.pack_other(key, content, created, last)
+        payload = self._envelope.seal(key, content, (created, last))
         return Record(key, new_version(), created, min(max(now, end), last), last, payload)

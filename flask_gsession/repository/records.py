@@ -5,16 +5,19 @@ Nothing here calls the store.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from msgspec.structs import replace
 
 from ..config import Settings
-from ..errors import SessionTooLarge, SettingError, UnreadableRecord
+from ..errors import SettingError, UnreadableRecord
 from ..stores.base import Record, new_version
 from ..tokens import Token, is_token, new_token, session_key
+from ..values.codec import OF_DATA, check_damage
+from ..values.envelope import Envelope
 from ..values.marks import END_OF_TIME
-from ..values.payload import Body, Owner, PayloadFormat
+from ..values.payload import Body, BodyFormat, Owner, decode_body
 from .expiry import Expiry
 
 
@@ -25,11 +28,22 @@ class SessionRecords:
     """
 
     def __init__(
-        self, payloads: PayloadFormat, expiry: Expiry, new_token: Callable[[], tuple[str, str]]
+        self,
+        bodies: BodyFormat,
+        envelope: Envelope,
+        expiry: Expiry,
+        new_token: Callable[[], tuple[str, str]],
     ) -> None:
-        self._payloads = payloads
+        self._bodies = bodies
+        self._envelope = envelope
         self._expiry = expiry
         self._new_token = new_token
+
+    def with_rules(
+        self, expiry: Expiry, new_token: Callable[[], tuple[str, str]]
+    ) -> SessionRecords:
+        """The same, for records with other times and keys."""
+        return SessionRecords(self._bodies, self._envelope, expiry, new_token)
 
     # -- from a record
 
@@ -42,16 +56,21 @@ class SessionRecords:
         # The idle expiry may lie before the creation, if a clock was set back or is far behind.
         if not (0 <= created <= absolute and 0 <= idle <= absolute < END_OF_TIME):
             raise UnreadableRecord("corrupt", "times out of order")
-        if successor is None:
-            return self._payloads.unpack(key, payload, created, absolute)
-        self._payloads.check_pointer(key, successor, payload, created, absolute, idle)
-        return None
+        if successor is not None:
+            content = self._envelope.open(key, payload, (created, absolute, idle))
+            if content != successor.encode("utf-8", "replace"):
+                raise UnreadableRecord("corrupt", "pointer mismatch")
+            return None
+        content = self._envelope.open(key, payload, (created, absolute))
+        try:
+            return decode_body(content)
+        except OF_DATA as error:
+            check_damage(decode_body, content, error)
 
     def contents(self, record: Record) -> Body | None:
-        """The body of a record that is no pointer, if it can be read."""
-        times = record.created_at, record.absolute_expires_at
+        """The body of a record, if it can be read."""
         try:
-            return self._payloads.unpack(record.key, record.payload, *times)
+            return self.read(record.key, record)
         except UnreadableRecord:
             return None
 
@@ -62,7 +81,8 @@ class SessionRecords:
         token, key = self._new_token()
         now, absolute = self._expiry.now(), self._expiry.latest_end()
         idle_end = self._expiry.first_end(key, body, absolute)
-        payload = self._payloads.pack(key, body, now, absolute)
+        number, content = self._bodies.encode(body)
+        payload = self._envelope.seal(key, content, (now, absolute), number)
         return token, Record(key, new_version(), now, idle_end, absolute, payload)
 
     def draft_imported(self, key: str, body: Body, began: int | None, ends: int | None) -> Record:
@@ -75,7 +95,8 @@ class SessionRecords:
             absolute = min(ends, absolute)
         created = now if began is None else min(began, now, absolute)
         idle_end = self._expiry.idle_end(body, absolute)
-        payload = self._payloads.pack(key, body, created, absolute)
+        number, content = self._bodies.encode(body)
+        payload = self._envelope.seal(key, content, (created, absolute), number)
         return Record(key, new_version(), created, idle_end, absolute, payload)
 
     def draft_next(
@@ -93,7 +114,8 @@ class SessionRecords:
             idle_end = self._expiry.due(old, body.values, body.lifetime) or idle_end
         if body.joins:
             idle_end = self._expiry.kept_for_joins(idle_end, body, absolute)
-        payload = self._pack(key, body, old, created, absolute)
+        number, content = self._bodies.encode(body, partial(self._values_of, old))
+        payload = self._envelope.seal(key, content, (created, absolute), number)
         return Record(key, new_version(), created, idle_end, absolute, payload)
 
     def draft_rotated(
@@ -109,14 +131,16 @@ class SessionRecords:
         if signs_in:
             created, absolute, renew = self._expiry.now(), self._expiry.latest_end(), True
         idle_end = self._expiry.idle_end(body, absolute) if renew else old.idle_expires_at
-        payload = self._pack(key, body, old, created, absolute)
+        number, content = self._bodies.encode(body, partial(self._values_of, old))
+        payload = self._envelope.seal(key, content, (created, absolute), number)
         return token, Record(key, new_version(), created, idle_end, absolute, payload)
 
     def draft_pointer(self, old: Record, record: Record, grace: float) -> Record:
         """Draft the pointer from ``old`` to its successor ``record``, for ``grace`` seconds."""
         created, absolute = old.created_at, old.absolute_expires_at
         end = min(self._expiry.now() + int(grace * 1000), absolute)
-        payload = self._payloads.pack_pointer(old.key, record.key, created, absolute, end)
+        content = record.key.encode("ascii")
+        payload = self._envelope.seal(old.key, content, (created, absolute, end))
         return old._replace(
             version=record.version, idle_expires_at=end, payload=payload, successor=record.key
         )
@@ -124,10 +148,11 @@ class SessionRecords:
     def with_body(self, old: Record, body: Body, idle_end: int | None = None) -> Record:
         """The next version of ``old`` with this body, and with its times or another idle expiry."""
         times = old.created_at, old.absolute_expires_at
+        number, content = self._bodies.encode(body, partial(self._values_of, old))
         return old._replace(
             version=new_version(),
             idle_expires_at=old.idle_expires_at if idle_end is None else idle_end,
-            payload=self._pack(old.key, body, old, *times),
+            payload=self._envelope.seal(old.key, content, times, number),
         )
 
     def with_owner(self, old: Record, body: Body, owner: Owner) -> Record:
@@ -141,20 +166,13 @@ class SessionRecords:
             fixed = of.created_at, of.absolute_expires_at
             return fixed if of.successor is None else (*fixed, of.idle_expires_at)
 
-        payload = self._payloads.bind_again(record.key, record.payload, times(record), times(other))
+        payload = self._envelope.seal_again(record.key, record.payload, times(record), times(other))
         return other._replace(payload=payload)
 
-    def _pack(self, key: str, body: Body, old: Record, created: int, absolute: int) -> bytes:
-        """The payload of ``body``, to replace ``old``. A session over a lowered limit may shrink.
-
-        ``created`` and ``absolute``: creation and absolute end of the new record.
-        """
-        try:
-            return self._payloads.pack(key, body, created, absolute)
-        except SessionTooLarge:
-            times = old.created_at, old.absolute_expires_at
-            before = self._payloads.unpack(old.key, old.payload, *times)
-            return self._payloads.pack(key, body, created, absolute, before=before.values)
+    def _values_of(self, record: Record) -> Mapping[str, bytes]:
+        """The encoded values in a record that is about to be replaced."""
+        body = self.read(record.key, record)
+        return {} if body is None else body.values
 
 
 def new_session_token(settings: Settings) -> tuple[str, str]:

@@ -23,9 +23,10 @@ from ..users.joins import UserKey
 from ..users.rosters import Rosters
 from ..values.codec import Codec
 from ..values.encryption import Cipher
+from ..values.envelope import Envelope
 from ..values.large_values import LargeValueStorage
 from ..values.merge import Merger
-from ..values.payload import Body, PayloadFormat
+from ..values.payload import Body, BodyFormat
 from .expiry import Expiry
 from .idle_spans import SessionSpans
 from .imports import Imports
@@ -74,13 +75,8 @@ class Repository:
         self.clock = clock
         keys = settings.encryption_keys
         cipher = Cipher(keys) if keys else None
-        self._encrypts = bool(keys)
-        self._payloads = PayloadFormat(
-            max_bytes=settings.max_bytes,
-            max_keys=settings.max_keys,
-            cipher=cipher,
-            allow_plain=settings.read_plain,
-        )
+        bodies = BodyFormat(settings.max_bytes, settings.max_keys)
+        envelope = Envelope(cipher, settings.read_plain)
         self.expiry = Expiry(
             clock,
             SessionSpans(settings, live),
@@ -92,10 +88,10 @@ class Repository:
         #: The clock's time in milliseconds.
         self.now = self.expiry.now
         self.records = SessionRecords(
-            self._payloads, self.expiry, partial(new_session_token, settings)
+            bodies, envelope, self.expiry, partial(new_session_token, settings)
         )
-        self.other_records = OtherRecords(self._payloads, self.now)
-        self.rosters = Rosters(settings, self._payloads, clock)
+        self.other_records = OtherRecords(envelope, self.now)
+        self.rosters = Rosters(settings, envelope, clock)
         self.codec = Codec(settings.max_depth)
         self.merger = Merger(self.codec, settings.conflict, settings.merge_policies)
         self._own_blobs = parts_of(store).blobs
@@ -108,7 +104,7 @@ class Repository:
                 cipher=cipher,
                 allow_plain=settings.read_plain,
             )
-        self.large = LargeValues(storage, settings, self._payloads, self.codec, self.now)
+        self.large = LargeValues(storage, settings, bodies, self.codec, self.now)
         #: for a clean-up, if large values are files, since files don't expire
         self.files = None if blobs is None else parts_of(blobs).upkeep
         self.use_events(events)
@@ -167,7 +163,7 @@ class Repository:
         """
         other = copy.copy(self)
         other.expiry = expiry
-        other.records = SessionRecords(self._payloads, expiry, new_token)
+        other.records = self.records.with_rules(expiry, new_token)
         other.near = other.imports = other.before_create = other.check = None
         return other
 
@@ -190,7 +186,9 @@ class Repository:
             body = self.records.read(key, record)
             if body is None:
                 return None
-            if not self._encrypts:  # an encrypted session is never kept in plain form
+            if (
+                not self.settings.encryption_keys
+            ):  # an encrypted session is never kept in plain form
                 record.body = body
         return Loaded(record, body)
 

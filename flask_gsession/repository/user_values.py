@@ -67,7 +67,7 @@ def user_values_expiry(settings: Settings, clock: Clock) -> Expiry:
     return Expiry(clock, FixedSpan(Span(lifetime + step, step)), _LIFE)
 
 
-class UserValues:
+class UserValuesRecord:
     """The record of one user.
 
     ``repository`` is the application's, with other rules for one record: it has one key, lives as

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ..errors import SessionConflict, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
 from ..events import logger
-from ..repository.user_values import UserValues
+from ..repository.user_values import UserValuesRecord
 from ..stores.base import Record
 from ..users.joins import NotJoined, first_join, login_policy, next_join
 from ..values.merge import Change
@@ -86,7 +86,7 @@ def _put(
     life: Lifecycle, join: Join, values: Mapping[str, bytes], ends_at: int, user_id: str
 ) -> bool:
     try:
-        UserValues(life.repository, user_id).join(join, values, ends_at)
+        UserValuesRecord(life.repository, user_id).join(join, values, ends_at)
     except (NotJoined, UnreadableRecord) as error:
         logger.warning(
             "Session %s keeps its values: they can't join the user's values (%s)",
@@ -106,7 +106,7 @@ def close_join(life: Lifecycle) -> None:
         return
     life.joined = None
     try:
-        UserValues(life.repository, user_id).close_join(join.id)
+        UserValuesRecord(life.repository, user_id).close_join(join.id)
     except (StoreUnavailable, SessionConflict, UnreadableRecord) as error:
         logger.warning("A user's values keep a note of a sign-in longer than needed: %s", error)
 

@@ -15,7 +15,7 @@ from ..errors import SessionTooLarge, ValueLost, ValueRefused
 from ..values.codec import IMMUTABLE, Codec
 from ..values.marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
 from ..values.merge import Change, encode_within
-from ..values.references import holds, refers
+from ..values.references import EXT_32, holds, refers
 from .state import Block
 
 _NOTHING: Any = MappingProxyType({})
@@ -272,7 +272,9 @@ class TrackedValues(Struct, eq=False):
                     mine = marked(mine, self._marks.get(key, PLAIN))
             else:
                 mine = given.get(key)
-            if mine != base and not holds(base, mine):
+            if mine == base:
+                continue
+            if base is None or base[0] != EXT_32 or not holds(base, mine):
                 found[key] = Change(base, mine)
         return found
 

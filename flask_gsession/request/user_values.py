@@ -7,7 +7,7 @@ from flask import Flask, Request
 from ..errors import KeyTaken, StoreUnavailable, UnreadableRecord, UserValuesUnreadable
 from ..events import WriteDropped, logger
 from ..repository.repository import Repository
-from ..repository.user_values import UserValues
+from ..repository.user_values import UserValuesRecord
 from ..users.joins import lasting
 from ..values.payload import Body
 from .following import catch_up, settle_attempts
@@ -24,7 +24,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
     ``user_id`` None: nobody is signed in, so there are no values and no record.
     """
 
-    user_values: UserValues
+    user_values: UserValuesRecord
     user_id: str | None
 
     @property
@@ -118,7 +118,7 @@ def user_lifecycle(
     repository: Repository, user_id: str | None, app: Flask, request: Request | None, phase: str
 ) -> UserLifecycle:
     """The values of a user, for a request or a block. No round trip."""
-    values = UserValues(repository, user_id or "")
+    values = UserValuesRecord(repository, user_id or "")
     presented = Presented(handle=values.key)
     life = UserLifecycle(
         repository=values.repository,

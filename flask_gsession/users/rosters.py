@@ -22,7 +22,8 @@ from ..events import logger
 from ..repository.races import tries, write
 from ..stores.base import KEY_LENGTH, Clock, Record, Store, milliseconds, new_version
 from ..values.codec import is_valid_text
-from ..values.payload import Owner, PayloadFormat
+from ..values.envelope import Envelope
+from ..values.payload import Owner
 from .format import pack, unpack
 from .roster import EMPTY, MOST_DEVICES, Roster, Since, drop, revoke_all
 
@@ -73,9 +74,9 @@ class OwnRevocations:
 class Rosters:
     """The rosters of all users of an application."""
 
-    def __init__(self, settings: Settings, payloads: PayloadFormat, clock: Clock) -> None:
+    def __init__(self, settings: Settings, envelope: Envelope, clock: Clock) -> None:
         self._settings = settings
-        self._payloads = payloads
+        self._envelope = envelope
         self._clock = clock
         self.own = OwnRevocations()
         self._store: Store
@@ -191,7 +192,7 @@ class Rosters:
     def read(self, record: Record) -> Roster:
         """The roster in a record. Raises ``UnreadableRecord``."""
         times = record.created_at, record.absolute_expires_at
-        return unpack(self._payloads.unpack_other(record.key, record.payload, *times))
+        return unpack(self._envelope.open_other(record.key, record.payload, times))
 
     def _tries(self) -> Iterator[int]:
         return tries(self._settings.store_timeout, _lost, patient=True)
@@ -203,7 +204,7 @@ class Rosters:
         if there is not None:
             created, absolute = there.created_at, there.absolute_expires_at
         end = min(self._end(roster, now), absolute)
-        payload = self._payloads.pack_other(key, pack(roster), created, absolute)
+        payload = self._envelope.seal(key, pack(roster), (created, absolute))
         record = Record(key, new_version(), created, end, absolute, payload)
         if there is None:
             self._store.create(record)

@@ -17,7 +17,7 @@ from ..errors import (
 )
 from ..events import UserValuesForgotten, logger
 from ..repository.repository import Repository
-from ..repository.user_values import UserValues
+from ..repository.user_values import UserValuesRecord
 from ..request.admission import note_own_revocation, sign_in_since
 from ..request.checks import check_not_in_retried_code
 from ..request.ending import destroy
@@ -201,7 +201,7 @@ class Users:
         delete no values. One round trip.
         """
         user_id = checked_user_id(user_id)
-        found = UserValues(self._repository(), user_id).forget()
+        found = UserValuesRecord(self._repository(), user_id).forget()
         session = self._session()
         if session is not None and session.owner == user_id:
             values_of(lifecycle_of(session), user_id).forget()

@@ -35,6 +35,8 @@ _NESTING = (_TUPLE, _SET, _FROZENSET, _PAIRS)  # their data is an array
 _DATETIME_TYPE, _DATE_TYPE = TIMES
 _NATIVE = frozenset({str, bool, type(None), float, bytes})
 _NATIVE_IN_UTF8 = _NATIVE - {str}
+_TEXT = frozenset({str})
+_LEAST, _MOST = -(2**63), 2**64 - 1  # the integers of MessagePack
 #: The types of dict keys. Equal keys of different types, such as 1 and True, are one key in Python.
 _KEYS = frozenset({str, int, bool, type(None), float})
 #: The upper limit of SESSION_MAX_DEPTH.
@@ -82,7 +84,8 @@ class Codec:
         Raises ``UnsupportedType`` or ``SessionTooLarge`` (too deep), naming the path.
         """
         try:
-            if type(value) in _NATIVE:
+            kind = type(value)
+            if kind in _NATIVE or (kind is int and _LEAST <= value <= _MOST):  # type: ignore[operator]
                 return self._encode(value)
             return self._encode(self._prepare(value, self._max_depth))
         except UnicodeEncodeError:
@@ -109,22 +112,51 @@ class Codec:
     def _prepare(self, value: Any, depth: int) -> Any:
         """An equivalent value in MessagePack's types; ``value`` itself if it has only those."""
         kind = type(value)
+        if kind is list:
+            items: Iterable[tuple[Any, Any]] = enumerate(value)
+        elif kind is dict:
+            if not _TEXT.issuperset(map(type, value)):
+                return self._prepare_pairs(value, depth)
+            items = value.items()
+        else:
+            return self._prepare_other(value, kind, depth)
+        if depth == 0:
+            _too_deep(self._max_depth)
+        prepared, native = value, self._native
+        for place, item in items:
+            inner = type(item)
+            if inner in native or (inner is int and _LEAST <= item <= _MOST):
+                continue
+            try:
+                changed = self._prepare(item, depth - 1)
+            except _Refused as refused:
+                refused.path.append(f"[{_short(place)}]")
+                raise
+            if changed is not item:
+                if prepared is value:
+                    prepared = value.copy()
+                prepared[place] = changed
+        return prepared
+
+    def _prepare_other(self, value: Any, kind: type, depth: int) -> Any:
+        """The same for a value that is neither a list nor a dict."""
         if kind in self._native:
             return value
         if kind is int:
-            if -(2**63) <= value < 2**64:
+            if _LEAST <= value <= _MOST:
                 return value
             return Ext(_BIG_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
-        if kind is list:
-            return self._prepare_list(value, depth)
-        if kind is dict:
-            return self._prepare_dict(value, depth)
         if kind is tuple:
-            return Ext(_TUPLE, self._encode(self._prepare_list(value, depth)))
+            return Ext(_TUPLE, self._encode(self._prepare([*value], depth)))
         if kind is set or kind is frozenset:
+            try:
+                prepared = self._prepare([*value], depth)
+            except _Refused as refused:
+                refused.path[-1:] = ["{...}"] * bool(refused.path)  # a set has no places
+                raise
             # Sorted, because the order of a set differs between processes.
-            items = sorted(self._encode(item) for item in self._prepare_list(value, depth))
-            return Ext(_SET if kind is set else _FROZENSET, self._encode([Raw(i) for i in items]))
+            items = [Raw(item) for item in sorted(map(self._encode, prepared))]
+            return Ext(_SET if kind is set else _FROZENSET, self._encode(items))
         to_ext = _TO_EXT.get(kind)
         if to_ext is not None:
             return to_ext(value)
@@ -137,51 +169,13 @@ class Codec:
             )
         return self._prepare(plain, depth)
 
-    def _prepare_list(self, value: Iterable[Any], depth: int) -> Any:
-        if depth == 0:
-            _too_deep(self._max_depth)
-        prepared, native = value, self._native
-        for index, item in enumerate(value):
-            if type(item) in native:
-                continue
-            try:
-                changed = self._prepare(item, depth - 1)
-            except _Refused as refused:
-                refused.path.append(f"[{index}]" if type(value) in (list, tuple) else "{...}")
-                raise
-            if changed is not item:
-                if prepared is value:
-                    prepared = list(value)
-                prepared[index] = changed  # type: ignore[index]  # it is the list made above
-        return prepared
-
-    def _prepare_dict(self, value: dict[Any, Any], depth: int) -> Any:
-        if depth == 0:
-            _too_deep(self._max_depth)
-        prepared, native = value, self._native
-        for key, item in value.items():
-            if type(key) is not str:
-                return self._prepare_pairs(value, depth)
-            if type(item) in native:
-                continue
-            try:
-                changed = self._prepare(item, depth - 1)
-            except _Refused as refused:
-                refused.path.append(f"[{_short(key)}]")
-                raise
-            if changed is not item:
-                if prepared is value:
-                    prepared = dict(value)
-                prepared[key] = changed
-        return prepared
-
     def _prepare_pairs(self, value: dict[Any, Any], depth: int) -> Any:
         """A dict with a key of another type than str."""
         plain = {_plain_key(key): item for key, item in value.items()}
         if len(plain) != len(value):
             raise _Refused(UnsupportedType, "two keys of a dict have the same plain value")
         if all(type(key) is str for key in plain):
-            return self._prepare_dict(plain, depth)
+            return self._prepare(plain, depth)
         pairs: list[Any] = []
         for key, item in plain.items():
             try:
@@ -230,12 +224,9 @@ class _SurrogateCodec(Codec):
             return Ext(_SURROGATES, value.encode("utf-8", "surrogatepass"))
         if kind is Markup and not is_valid_text(value):
             raise _Refused(UnsupportedType, "a Markup holds lone surrogates: not valid text")
-        return super()._prepare(value, depth)
-
-    def _prepare_dict(self, value: dict[Any, Any], depth: int) -> Any:
-        if any(type(key) is str and not is_valid_text(key) for key in value):
+        if kind is dict and any(type(key) is str and not is_valid_text(key) for key in value):
             raise _Refused(UnsupportedType, "a dict key holds lone surrogates: not valid text")
-        return super()._prepare_dict(value, depth)
+        return super()._prepare(value, depth)
 
 
 #: The errors that malformed data causes. Other causes are possible: see ``check_damage``.

@@ -1,57 +1,34 @@
-"""The payload of a record: all values of one session, as the store keeps them.
+"""The body of a session: its encoded values and what else is stored with them.
 
 ::
 
-    byte 0      format version, 2; 3 if a value is a reference; 4 if the session has an owner
-    byte 1      0 plain, 2 sealed with AES-GCM
-    plain:      first 4 characters of the session key, 4 bytes CRC-32 of the session key, of the
-                byte 3 or 4 in these formats, and of the body; then the body
-    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the body; also authenticated
-                are bytes 0 and 1, the session key, and the times that never change: created_at and
-                absolute_expires_at, for a pointer also the end of its grace
-
-    body:       MessagePack array: a map of the keys to the encoded values, each of them a binary
+    body        MessagePack array: a map of the keys to the encoded values, each of them a binary
                 string; the session's own idle lifetime; whether any value has a mark; the end of
                 debugging for this session; whether any value is a reference; the owner; the origin;
                 what edge nodes have settled; the joins
 
-So one value can be decoded without the others. The checksum or the AES-GCM tag binds the payload
-to its record: the payload of another session, or a truncated one, is refused. The checksum doesn't
-protect against an attacker who can write to the store; encryption does. New fields go at the end of
-the array, so that older payloads stay readable. The body of a pointer is the key of its successor.
-Versions before the first release sealed without the times, with a 1 in byte 1. Such a payload is
-refused, since an attacker with access to the store could extend its life.
+So one value can be decoded without the others. Fields at the end are omitted if they have their
+defaults. New fields go at the end of the array, so that older bodies stay readable. ``envelope``
+binds an encoded body to its record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
-from zlib import crc32
 
 from msgspec import Meta, Struct
 from msgspec.msgpack import Decoder, Encoder
+from msgspec.structs import astuple
 
-from ..errors import SessionTooLarge, UnreadableRecord, UnsupportedType
-from .codec import OF_DATA, check_damage, is_valid_text
-from .encryption import Cipher
+from ..errors import SessionTooLarge, UnsupportedType
+from .codec import is_valid_text
+from .envelope import FORMAT, OWNED, WITH_REFERENCES
 from .marks import END_OF_TIME
 from .references import length_of
 
-FORMAT, _WITH_REFERENCES, _OWNED, NEWEST = 2, 3, 4, 4
-# Payloads without references or owner use the formats that older versions can read.
-_FORMATS = (FORMAT, _WITH_REFERENCES, _OWNED)
-_PLAIN = {number: bytes((number, 0)) for number in _FORMATS}
-_SEALED = {number: bytes((number, 2)) for number in _FORMATS}
-_SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
-_FORMAT_OF_PLAIN = {header: number for number, header in _PLAIN.items()}
-_SEALED_HEADERS = frozenset(_SEALED.values())
-NOT_ENCRYPTED = "not encrypted"
 #: The upper limit for all stores, since MongoDB refuses documents of 16 MiB.
 MOST_BYTES = 15 * 1024 * 1024
-_CHECK_BYTES = 8
-_BODY = 2 + _CHECK_BYTES
 
 
 _Milliseconds = Annotated[int, Meta(ge=0, lt=END_OF_TIME)]
@@ -153,186 +130,73 @@ class Body(Struct, array_like=True, gc=False):
         return [("keys", len(self.values))]
 
 
-class PayloadFormat:
-    """Packs bodies into payloads and back, within the limits on size and number of keys.
+#: Decodes an encoded body; its values stay encoded.
+decode_body = Decoder(Body).decode
+_encode = Encoder().encode
+_DEFAULTS: tuple[object, ...] = (..., None, False, None, False, None, None, None, ())
 
-    ``allow_plain`` accepts payloads that were written before encryption was turned on.
-    """
+#: Returns the values that are stored already, since a limit may have been lowered after that.
+Before = Callable[[], Mapping[str, bytes]]
 
-    def __init__(
-        self, *, max_bytes: int, max_keys: int, cipher: Cipher | None, allow_plain: bool = False
-    ) -> None:
+
+class BodyFormat:
+    """Encodes bodies, within the limits on size and number of keys."""
+
+    def __init__(self, max_bytes: int, max_keys: int) -> None:
         self._max_bytes = max_bytes
         self._max_keys = max_keys
-        self._cipher = cipher
-        self._allow_plain = cipher is None or allow_plain
-        self._encode = Encoder().encode
-        self._decode = Decoder(Body).decode
 
-    def pack(
-        self,
-        session_key: str,
-        body: Body,
-        *times: int,
-        before: Mapping[str, bytes] | None = None,
-    ) -> bytes:
-        """The payload of ``body`` under ``session_key``. Raises as ``check`` does.
+    def encode(self, body: Body, before: Before | None = None) -> tuple[int, bytes]:
+        """The number of the format that the body needs, and the encoded body.
 
-        ``times``: its record's created_at and absolute_expires_at, which never change.
-        """
-        number = FORMAT
-        if body.owner is not None:
-            number = _OWNED
-        elif body.has_large:
-            number = _WITH_REFERENCES
-        return self._bind(session_key, self.check(body, before), times, number)
-
-    def check(self, body: Body, before: Mapping[str, bytes] | None = None) -> bytes:
-        """Encode the body, if it is within the limits or no larger than the values ``before``.
-
-        Those are stored already, and a limit may have been lowered since. Raises
+        The body may exceed a limit if it is no larger than the values ``before``. Raises
         ``SessionTooLarge``, or ``UnsupportedType`` for a key that isn't valid text.
         """
-        values = body.values
-        if len(values) > self._max_keys and (before is None or len(values) > len(before)):
-            raise SessionTooLarge(
-                "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
-            )
+        values, number = body.values, FORMAT
+        if len(values) > self._max_keys:
+            self._check_keys(values, before)
+        is_simple = not (body.marked or body.has_large or body.owner or body.joins)
         try:
-            if body.origin is not None or body.settled is not None or body.joins:
-                encoded = self._encode(body)
-            elif body.owner is not None:
-                known = values, body.lifetime, body.marked, body.debug_until
-                encoded = self._encode((*known, body.has_large, body.owner))
-            elif body.has_large:
-                encoded = self._encode((values, body.lifetime, body.marked, body.debug_until, True))
-            elif body.debug_until is not None:
-                encoded = self._encode((values, body.lifetime, body.marked, body.debug_until))
-            elif body.marked:
-                encoded = self._encode((values, body.lifetime, True))
+            if is_simple and not (body.debug_until or body.origin or body.settled):
+                encoded = _encode((values, body.lifetime))
             else:
-                encoded = self._encode((values, body.lifetime))
+                number, encoded = _encode_all(body)
         except UnicodeEncodeError:
             bad = next(key for key in values if not is_valid_text(key))
             raise UnsupportedType(
                 f"session[{ascii(bad)[:60]}]", "a key that holds lone surrogates is not valid text"
             ) from None
-        if len(encoded) > self._max_bytes and (
-            before is None or len(encoded) > MOST_BYTES or _size(values) > _size(before)
-        ):
+        if len(encoded) > self._max_bytes:
+            self._check_bytes(len(encoded), values, before)
+        return number, encoded
+
+    def _check_keys(self, values: Mapping[str, bytes], before: Before | None) -> None:
+        if before is None or len(values) > len(before()):
+            raise SessionTooLarge(
+                "session", f"{len(values)} keys; SESSION_MAX_KEYS allows {self._max_keys}"
+            )
+
+    def _check_bytes(self, size: int, values: Mapping[str, bytes], before: Before | None) -> None:
+        if before is None or size > MOST_BYTES or _size(values) > _size(before()):
             largest = max(values, key=lambda key: len(key) + len(values[key]))
             raise SessionTooLarge(
                 "session",
-                f"{len(encoded)} bytes; SESSION_MAX_BYTES allows {self._max_bytes}; "
+                f"{size} bytes; SESSION_MAX_BYTES allows {self._max_bytes}; "
                 f"the largest key is {ascii(largest)[:60]}",
             )
-        return encoded
 
-    def unpack(self, session_key: str, payload: bytes, *times: int) -> Body:
-        """The body of ``payload``, with its values still encoded. Raises ``UnreadableRecord``."""
-        body = self._unbind(session_key, payload, times)
-        try:
-            return self._decode(body)
-        except OF_DATA as error:
-            check_damage(self._decode, body, error)
 
-    def bind_again(
-        self, session_key: str, payload: bytes, before: tuple[int, ...], after: tuple[int, ...]
-    ) -> bytes:
-        """The same payload for a record with other times. Raises ``UnreadableRecord``."""
-        body = self._unbind(session_key, payload, before)
-        return self._bind(session_key, body, after, payload[0])
-
-    def pack_pointer(self, session_key: str, successor: str, *times: int) -> bytes:
-        """The payload of a pointer from ``session_key`` to ``successor``.
-
-        ``times``: created_at, absolute_expires_at and, since no pointer is ever renewed,
-        idle_expires_at.
-        """
-        return self._bind(session_key, successor.encode("ascii"), times)
-
-    def pack_other(self, key: str, content: bytes, *times: int) -> bytes:
-        """The payload of a record that is no session's, such as a user's roster."""
-        return self._bind(key, content, times)
-
-    def unpack_other(self, key: str, payload: bytes, *times: int) -> bytes:
-        """The content of such a payload. Raises ``UnreadableRecord``.
-
-        A damaged format number isn't taken for a newer format, which others may need.
-        """
-        try:
-            return self._unbind(key, payload, times)
-        except UnreadableRecord as error:
-            if error.reason == "newer format" and self._fits(key.encode("ascii"), payload, times):
-                raise UnreadableRecord("corrupt", "damaged format number") from None
-            raise
-
-    def check_pointer(self, session_key: str, successor: str, payload: bytes, *times: int) -> None:
-        """Raises ``UnreadableRecord`` unless it is a pointer from this key to ``successor``."""
-        if self._unbind(session_key, payload, times) != successor.encode("utf-8", "replace"):
-            raise UnreadableRecord("corrupt", "pointer mismatch")
-
-    def _bind(
-        self, session_key: str, body: bytes, times: tuple[int, ...], number: int = FORMAT
-    ) -> bytes:
-        own = session_key.encode()
-        if self._cipher is None:
-            return _PLAIN[number] + _check(own, body, number) + body
-        header = _SEALED[number]
-        return header + self._cipher.seal(body, own, header + _as_text(times))
-
-    def _unbind(self, session_key: str, payload: bytes, times: tuple[int, ...]) -> bytes:
-        """The bytes of the body. Raises ``UnreadableRecord`` unless they belong to this session."""
-        header, own = payload[:2], session_key.encode()
-        number = _FORMAT_OF_PLAIN.get(header)
-        if number is not None and self._allow_plain:
-            body = payload[_BODY:]
-            if _check(own, body, number) != payload[2:_BODY]:
-                raise UnreadableRecord("corrupt", "checksum mismatch")
-            return body
-        return self._open(header, own, payload, times)
-
-    def _open(self, header: bytes, own: bytes, payload: bytes, times: tuple[int, ...]) -> bytes:
-        if header in _FORMAT_OF_PLAIN:
-            raise UnreadableRecord("corrupt", f"{NOT_ENCRYPTED}; SESSION_ENCRYPTION_KEYS is set")
-        if header in _SEALED_HEADERS:
-            if self._cipher is None:
-                raise UnreadableRecord("unknown encryption key", "SESSION_ENCRYPTION_KEYS is unset")
-            return self._cipher.open(payload[2:], own, header + _as_text(times))
-        if header in _SEALED_WITHOUT_TIMES:
-            raise UnreadableRecord(
-                "corrupt", "sealed by a version before the first release, without its times"
-            )
-        if len(header) == 2 and header[0] > NEWEST:
-            raise UnreadableRecord("newer format", f"version {header[0]}; this one reads {NEWEST}")
-        if len(header) == 2 and header[0] == 1:
-            raise UnreadableRecord("corrupt", "format 1, of a version before the first release")
-        raise UnreadableRecord("corrupt", "malformed payload")
-
-    def _fits(self, own: bytes, payload: bytes, times: tuple[int, ...]) -> bool:
-        """Whether all of it but the format number, which the checks cover, is of a known format."""
-        if payload[1:2] == b"\0":
-            body = payload[_BODY:]
-            return payload[2:_BODY] in [_check(own, body, number) for number in _FORMATS]
-        if payload[1:2] == b"\2" and self._cipher is not None:
-            for header in _SEALED_HEADERS:
-                with suppress(UnreadableRecord):
-                    self._cipher.open(payload[2:], own, header + _as_text(times))
-                    return True
-        return False
+def _encode_all(body: Body) -> tuple[int, bytes]:
+    """The format and the encoded body, without the defaults at its end."""
+    fields = astuple(body)
+    number = WITH_REFERENCES if body.has_large else FORMAT
+    if body.owner is not None:
+        number = OWNED
+    while len(fields) > 2 and fields[-1] == _DEFAULTS[len(fields) - 1]:
+        fields = fields[:-1]
+    return number, _encode(fields)
 
 
 def _size(values: Mapping[str, bytes]) -> int:
     """The bytes of these keys and values, including large values."""
     return sum(len(key.encode()) + length_of(raw) for key, raw in values.items())
-
-
-def _as_text(times: tuple[int, ...]) -> bytes:
-    return b"".join(b"%d " % time for time in times)
-
-
-def _check(own: bytes, body: bytes, number: int) -> bytes:
-    start = crc32(own)
-    if number != FORMAT:  # formats differ in one bit, so the checksum covers the format
-        start = crc32(bytes((number,)), start)
-    return own[:4] + crc32(body, start).to_bytes(4, "big")

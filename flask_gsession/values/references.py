@@ -24,9 +24,10 @@ from ..errors import UnreadableRecord
 from .codec import REFERENCE
 from .marks import MARK_BYTES, is_marked, split
 
-_EXT_32 = 0xC9
+#: The first byte of a reference, and of some other values.
+EXT_32 = 0xC9
 _DATA = Struct(">BB16s16s32sQI")
-_HEAD = bytes((_EXT_32,)) + _DATA.size.to_bytes(4, "big") + bytes((REFERENCE,))
+_HEAD = bytes((EXT_32,)) + _DATA.size.to_bytes(4, "big") + bytes((REFERENCE,))
 VALUE, BYTES = 1, 2
 _MAX_LENGTH = 2**40  # bytes, far beyond the maximum of SESSION_MAX_VALUE_BYTES
 _BYTES_HEADS = {0xC4: 2, 0xC5: 3, 0xC6: 5}  # first byte and header length of bytes in MessagePack
@@ -84,7 +85,7 @@ def refers(raw: bytes | None) -> bool:
 
     A malformed reference counts as none, and can't be decoded.
     """
-    if raw is None or raw[0] != _EXT_32:
+    if raw is None or raw[0] != EXT_32:
         return False
     start = MARK_BYTES if is_marked(raw) else 0
     return raw.startswith(_HEAD, start) and _is_well_formed(raw[start + len(_HEAD) :])
@@ -118,7 +119,7 @@ def content_of(plain: bytes) -> tuple[int, memoryview]:
 
 def holds(reference: bytes | None, raw: bytes | None) -> bool:
     """Whether ``reference`` refers to the same value as ``raw``, with the same mark."""
-    if reference is None or raw is None or reference[0] != _EXT_32:
+    if reference is None or raw is None or reference[0] != EXT_32:
         return False
     if not refers(reference) or refers(raw):
         return False

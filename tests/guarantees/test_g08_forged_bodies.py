@@ -19,7 +19,7 @@ from flask_gsession.errors import SessionEnded, ValueLost, ValueRefused
 from flask_gsession.stores.base import new_version
 from flask_gsession.testing import FakeClock
 from flask_gsession.tokens import session_key
-from flask_gsession.values.payload import FORMAT
+from flask_gsession.values.envelope import FORMAT
 from tests.harness.apps import Site, Visitor
 from tests.values.test_codec import CODEC
 from tests.values.test_codec import values as good_values
@@ -181,7 +181,8 @@ class Forger:
         store.delete(self.record.key)
         payload = bound(body, self.record.key)
         if len(body) % 3:  # as if a value were a reference, or a user's: another checksum
-            payload = PLAIN._bind(self.record.key, body, (), FORMAT + len(body) % 3)
+            number = FORMAT + len(body) % 3
+            payload = PLAIN.envelope.seal(self.record.key, body, (), number)
         store.create(self.record._replace(version=new_version(), payload=payload))
         return self.site.visitor(self.cookie)
 

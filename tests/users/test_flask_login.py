@@ -16,7 +16,7 @@ from flask_login import (
 
 from flask_gsession.errors import StoreUnavailable, TooManySessions, UnreadableRecord
 from flask_gsession.events import SignInRejected
-from flask_gsession.values.payload import PayloadFormat
+from flask_gsession.values.envelope import Envelope
 from tests.harness.apps import Site, SiteMaker, Visitor
 
 from .test_devices import device_id, ids, owner, signed_in
@@ -320,14 +320,14 @@ def test_without_flask_login_its_key_means_nothing(site: Site) -> None:
 def test_an_older_worker_refuses_a_bound_session(site: Site, monkeypatch: Any) -> None:
     """It can't read format 4, and leaves the record to newer workers."""
     visitor = signed_in(site)
-    unbind = PayloadFormat._unbind
+    opened = Envelope.open
 
     def older(self: Any, key: str, payload: bytes, times: Any) -> Any:
         if payload[0] > 3:
             raise UnreadableRecord("newer format", "version 4; this one reads 3")
-        return unbind(self, key, payload, times)
+        return opened(self, key, payload, times)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PayloadFormat, "_unbind", older)
+        patch.setattr(Envelope, "open", older)
         assert visitor.run(dict) == {}
     assert owner(visitor) == "ada"

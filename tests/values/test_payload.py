@@ -17,11 +17,16 @@ from hypothesis import strategies as st
 from msgspec.msgpack import encode
 
 from flask_gsession.errors import SessionTooLarge, UnreadableRecord, UnsupportedType
+from flask_gsession.repository.expiry import Expiry
+from flask_gsession.repository.idle_spans import FixedSpan, Span
+from flask_gsession.repository.records import SessionRecords
+from flask_gsession.stores.base import Record
 from flask_gsession.tokens import new_token, session_key
 from flask_gsession.values.codec import Codec
 from flask_gsession.values.encryption import Cipher
+from flask_gsession.values.envelope import FORMAT, NEWEST, Envelope
 from flask_gsession.values.marks import END_OF_TIME
-from flask_gsession.values.payload import FORMAT, NEWEST, Body, PayloadFormat
+from flask_gsession.values.payload import Body, BodyFormat, Join, Origin, Owner
 from tests.values.test_codec import shape, values
 
 CODEC = Codec(64)
@@ -30,14 +35,43 @@ TIMES = 1_000, 2_000
 OLD, NEW = secrets.token_bytes(32), secrets.token_bytes(32)
 
 
+class Format:
+    """Packs bodies into the payloads of records, and back."""
+
+    def __init__(self, bodies: BodyFormat, envelope: Envelope) -> None:
+        self.envelope = envelope
+        expiry = Expiry(time.time, FixedSpan(Span(1, 1)), 1)
+        self.records = SessionRecords(bodies, envelope, expiry, lambda: ("", KEY))
+        self.bodies = bodies
+
+    def pack(self, key: str, body: Body, *times: int) -> bytes:
+        """The payload of a body."""
+        number, content = self.bodies.encode(body)
+        return self.envelope.seal(key, content, times or TIMES, number)
+
+    def unpack(self, key: str, payload: bytes, *times: int) -> Body:
+        """The body of a payload."""
+        began, end = times or TIMES
+        body = self.records.read(key, Record(key, 1, began, end, end, payload))
+        assert body is not None
+        return body
+
+    def pack_pointer(self, key: str, successor: str) -> bytes:
+        """The payload of a pointer."""
+        return self.envelope.seal(key, successor.encode(), (*TIMES, TIMES[1]))
+
+    def check_pointer(self, key: str, successor: str, payload: bytes, end: int = TIMES[1]) -> None:
+        """Read a pointer."""
+        record = Record(key, 1, TIMES[0], end, TIMES[1], payload, successor)
+        assert self.records.read(key, record) is None
+
+
 def a_format(
     *keys: bytes, max_bytes: int = 10_000, max_keys: int = 20, allow_plain: bool = False
-) -> PayloadFormat:
+) -> Format:
     """A format; sealed where encryption keys are given."""
     cipher = Cipher(keys) if keys else None
-    return PayloadFormat(
-        max_bytes=max_bytes, max_keys=max_keys, cipher=cipher, allow_plain=allow_plain
-    )
+    return Format(BodyFormat(max_bytes, max_keys), Envelope(cipher, allow_plain))
 
 
 def a_body(items: dict[str, Any], lifetime: int | None = None) -> Body:
@@ -53,7 +87,7 @@ def content(body: Body) -> tuple[Any, int | None]:
 
 def bound(data: bytes, key: str = KEY) -> bytes:
     """A plain payload of the session `key`, around any bytes instead of a body."""
-    return PLAIN._bind(key, data, ())
+    return PLAIN.envelope.seal(key, data, TIMES)
 
 
 PLAIN, SEALED = a_format(), a_format(NEW)
@@ -71,14 +105,14 @@ BODY = a_body({"user": "ada", "cart": ["mug", ("pen", 2)]})
     lifetime=st.none() | st.integers(0, END_OF_TIME - 1),
 )
 def test_a_body_comes_back_as_it_was(
-    form: PayloadFormat, items: dict[str, Any], lifetime: int | None
+    form: Format, items: dict[str, Any], lifetime: int | None
 ) -> None:
     body = a_body(items, lifetime)
     assert content(form.unpack(KEY, form.pack(KEY, body))) == content(body)
 
 
 @both
-def test_keys_of_every_kind_come_back(form: PayloadFormat) -> None:
+def test_keys_of_every_kind_come_back(form: Format) -> None:
     items = {"": 0, "a.b": 1, "$set": 2, "a\0b": 3, "ключ": 4, "_permanent": 5, "k" * 5_000: 6}
     assert content(form.unpack(KEY, form.pack(KEY, a_body(items)))) == (shape(items), None)
 
@@ -126,7 +160,7 @@ def test_the_limit_on_bytes_is_exact_and_of_the_body() -> None:
 
 
 @both
-def test_the_limit_on_keys_is_exact(form: PayloadFormat) -> None:
+def test_the_limit_on_keys_is_exact(form: Format) -> None:
     form.pack(KEY, a_body({str(n): n for n in range(20)}))
     with pytest.raises(SessionTooLarge, match="21 keys; SESSION_MAX_KEYS allows 20"):
         form.pack(KEY, a_body({str(n): n for n in range(21)}))
@@ -160,7 +194,7 @@ def test_a_key_that_is_no_text_is_refused() -> None:
 # Unreadable payloads --------------------------------------------------------------------------
 
 
-def assert_refused(form: PayloadFormat, payload: bytes, reason: str = "corrupt") -> None:
+def assert_refused(form: Format, payload: bytes, reason: str = "corrupt") -> None:
     with pytest.raises(UnreadableRecord) as refusal:
         form.unpack(KEY, payload)
     assert refusal.value.reason == reason
@@ -168,7 +202,7 @@ def assert_refused(form: PayloadFormat, payload: bytes, reason: str = "corrupt")
 
 
 @both
-def test_truncated_at_every_length(form: PayloadFormat) -> None:
+def test_truncated_at_every_length(form: Format) -> None:
     payload = form.pack(KEY, BODY)
     for length in range(len(payload)):
         assert_refused(form, payload[:length])
@@ -176,12 +210,12 @@ def test_truncated_at_every_length(form: PayloadFormat) -> None:
 
 @both
 @pytest.mark.parametrize("more", [b"\0", b"\xc0", b"x" * 100])
-def test_with_something_behind_it(form: PayloadFormat, more: bytes) -> None:
+def test_with_something_behind_it(form: Format, more: bytes) -> None:
     assert_refused(form, form.pack(KEY, BODY) + more)
 
 
 @both
-def test_with_any_one_bit_flipped(form: PayloadFormat) -> None:
+def test_with_any_one_bit_flipped(form: Format) -> None:
     payload = form.pack(KEY, BODY)
     for position in range(len(payload)):
         for bit in range(8):
@@ -193,7 +227,7 @@ def test_with_any_one_bit_flipped(form: PayloadFormat) -> None:
 
 
 @both
-def test_of_another_session(form: PayloadFormat) -> None:
+def test_of_another_session(form: Format) -> None:
     assert_refused(form, form.pack(OTHER_KEY, BODY))
 
 
@@ -216,7 +250,7 @@ def test_of_another_session(form: PayloadFormat) -> None:
         encode("text"),
     ],
 )
-def test_a_foreign_payload(form: PayloadFormat, payload: bytes) -> None:
+def test_a_foreign_payload(form: Format, payload: bytes) -> None:
     with pytest.raises(UnreadableRecord):
         form.unpack(KEY, payload)
 
@@ -283,17 +317,91 @@ def test_a_pickle_is_never_executed(protocol: int, tmp_path: Path) -> None:
 
 @both
 @pytest.mark.parametrize("version", [NEWEST + 1, 100, 255])
-def test_a_newer_format_is_reported(form: PayloadFormat, version: int) -> None:
+def test_a_newer_format_is_reported(form: Format, version: int) -> None:
     payload = form.pack(KEY, BODY)
     for newer in (bytes((version,)) + payload[1:], bytes((version, 7)), bytes((version, 0, 0))):
         assert_refused(form, newer, "newer format")
+
+
+# Records that are stored already --------------------------------------------------------------
+
+FIXED_KEY, SUCCESSOR = "k" * 42 + "1", "s" * 43
+FIXED = {"user": b"\xa3ada", "n": b"\x01"}
+OWNER = Owner("ada", "device", 11, 22, "p" * 43, 33)
+EVERYTHING = Body(
+    FIXED,
+    5000,
+    True,
+    7000,
+    True,
+    OWNER,
+    Origin("flask-session", "m" * 43, b"nonce", b"sealed", 9000),
+    {"edge": 3},
+    (Join(b"id", 4, {"a": b"\x01"}, 8000, ("a",)),),
+)
+BODIES = {
+    "simple": Body(FIXED),
+    "lifetime": Body(FIXED, 5000),
+    "marked": Body(FIXED, marked=True),
+    "debugged": Body(FIXED, debug_until=7000),
+    "large": Body(FIXED, has_large=True),
+    "owned": Body(FIXED, marked=True, has_large=True, owner=OWNER),
+    "everything": EVERYTHING,
+}
+#: Written by an earlier version. Never change these: applications have them in their stores.
+STORED = {
+    "simple": ("02006b6b6b6b470ae2cb9282a475736572c404a3616461a16ec40101c0"),
+    "lifetime": ("02006b6b6b6bad8701f79282a475736572c404a3616461a16ec40101cd1388"),
+    "marked": ("02006b6b6b6bb9f9561b9382a475736572c404a3616461a16ec40101c0c3"),
+    "debugged": ("02006b6b6b6b5c46cdd49482a475736572c404a3616461a16ec40101c0c2cd1b58"),
+    "large": ("03006b6b6b6bd36ff7579582a475736572c404a3616461a16ec40101c0c2c0c3"),
+    "owned": (
+        "04006b6b6b6bf64e44db9682a475736572c404a3616461a16ec40101c0c3c0c396a3616461a66465"
+        "766963650b16d92b7070707070707070707070707070707070707070707070707070707070707070"
+        "707070707070707070707021"
+    ),
+    "everything": (
+        "04006b6b6b6b6ea0cc889982a475736572c404a3616461a16ec40101cd1388c3cd1b58c396a36164"
+        "61a66465766963650b16d92b70707070707070707070707070707070707070707070707070707070"
+        "7070707070707070707070707070702195ad666c61736b2d73657373696f6ed92b6d6d6d6d6d6d6d"
+        "6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6d6dc4056e6f"
+        "6e6365c4067365616c6564cd232881a465646765039195c40269640481a161c40101cd1f4091a161"
+    ),
+}
+SEALED_BODY = (
+    "0402dfb417456e6e6e6e6e6e6e6e6e6e6e6ee8e84d67b455b2c8ad528449edc73b0f5e0392cb664f"
+    "f5c5cfe1d57ced093cda9d536bd43b98562285872e53a51d8a7f16d814a77e58adae7ac62e2de5b3"
+    "6da4615bfb742cb39eaa956579a2090876f842a324f3bc18a6aa323a10180c7d33afdb02"
+)
+POINTER = (
+    "02006b6b6b6b70e2064f737373737373737373737373737373737373737373737373737373737373"
+    "73737373737373737373737373"
+)
+SEALED_POINTER = (
+    "0202dfb417456e6e6e6e6e6e6e6e6e6e6e6e0d199a61b443b37fda82965eff1526b82c71217bd5ff"
+    "1015ddf6c7a9fa1f39c08d4513b191c0552186842dd612f896431091922e1e431e41964958"
+)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_bodies_stay_readable_and_are_written_the_same(name: str) -> None:
+    payload = bytes.fromhex(STORED[name])
+    assert PLAIN.unpack(FIXED_KEY, payload) == BODIES[name]
+    assert PLAIN.pack(FIXED_KEY, BODIES[name]) == payload
+
+
+def test_stored_sealed_records_and_pointers_stay_readable() -> None:
+    sealed = a_format(b"e" * 32)
+    assert sealed.unpack(FIXED_KEY, bytes.fromhex(SEALED_BODY)) == BODIES["owned"]
+    for form, payload in ((PLAIN, POINTER), (sealed, SEALED_POINTER)):
+        form.check_pointer(FIXED_KEY, SUCCESSOR, bytes.fromhex(payload), end=1500)
 
 
 # Pointers ------------------------------------------------------------------------------------
 
 
 @both
-def test_a_pointer_is_bound_to_its_key_and_its_successor(form: PayloadFormat) -> None:
+def test_a_pointer_is_bound_to_its_key_and_its_successor(form: Format) -> None:
     pointer = form.pack_pointer(KEY, OTHER_KEY)
     form.check_pointer(KEY, OTHER_KEY, pointer)
     third = session_key(new_token())
@@ -311,7 +419,7 @@ def test_a_pointer_is_bound_to_its_key_and_its_successor(form: PayloadFormat) ->
 
 
 @both
-def test_a_pointer_is_no_record(form: PayloadFormat) -> None:
+def test_a_pointer_is_no_record(form: Format) -> None:
     assert_refused(form, form.pack_pointer(KEY, OTHER_KEY))
 
 
