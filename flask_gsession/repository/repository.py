@@ -186,9 +186,7 @@ class Repository:
             body = self.records.read(key, record)
             if body is None:
                 return None
-            if (
-                not self.settings.encryption_keys
-            ):  # an encrypted session is never kept in plain form
+            if not self.settings.encryption_keys:  # what is encrypted is never kept decrypted
                 record.body = body
         return Loaded(record, body)
 

@@ -71,7 +71,8 @@ def on_its_way(
                 store.save(attempt.record, before.version)
             else:
                 grace = attempt.wishes.rotation or 0
-                pointer = life.repository.records.draft_pointer(before, attempt.record, grace)
+                records = life.repository.records
+                pointer = records.draft_pointer(before, attempt.record, grace) if grace else None
                 store.replace(before.key, attempt.record, before.version, pointer)
 
     return arrive
