@@ -74,6 +74,12 @@ def python_of(page: str) -> str:
 WITH_CODE = [page for page in PAGES if python_of(page).strip()]
 
 
+def without_code(page: str) -> str:
+    """The text of a page without its blocks of code."""
+    text = re.sub(r"^```{list-table}(.*?)^```$", r"\1", PAGES[page], flags=re.M | re.S)
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
+
+
 def rows(page: str) -> list[list[str]]:
     """The rows of all tables on a page: their cells, each on one line."""
     found: list[list[str]] = []
@@ -182,8 +188,9 @@ def test_no_python_escapes_the_test(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if not page.endswith("table.md")])
 def test_lines_fit_into_100_characters(page: str) -> None:
-    prose = re.sub(r"^ *```(?!{list-table}).*?^ *```$", "", PAGES[page], flags=re.M | re.S)
-    long = [line for line in prose.splitlines() if len(line) > 100 and " " in line.strip()]
+    long = [
+        line for line in without_code(page).splitlines() if len(line) > 100 and " " in line.strip()
+    ]
     assert not long
 
 
@@ -1047,15 +1054,14 @@ def test_the_whole_of_gsession_is_in_its_table(name: str) -> None:
 
 def anchors(page: str) -> set[str]:
     """The anchors that a link to a heading of the page may have after the ``#``."""
-    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#{1,3} (.*)$", text, re.MULTILINE)
+    titles = re.findall(r"^#{1,3} (.*)$", without_code(page), re.MULTILINE)
     words = (re.sub(r"[^\w\- ]", "", title.strip().lower()) for title in titles)
     return {title.replace(" ", "-") for title in words}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
-    text = re.sub(r"^```(?!{list-table}).*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    text = without_code(page)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith(("http", "mailto:")):
             continue
