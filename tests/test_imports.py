@@ -28,6 +28,7 @@ ROWS = [
     ["users.rosters", "users.joins"],
     ["request.state", "request.site_data"],
     ["request.tracking"],
+    ["request.rebasing"],
     ["repository"],
     ["journal"],
     [

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ..events import logger
 from .lifecycle import Lifecycle
+from .rebasing import roll_back_values
 from .state import Block, current_block
 
 
@@ -35,7 +36,7 @@ def roll_back(life: Lifecycle, block: Block) -> None:
     """Discard the changes of a transaction or a lock, and leave it."""
     with life.mutex:
         life.wishes = block.before
-        for key in life.values.roll_back(block):
+        for key in roll_back_values(life.values, block):
             logger.error(
                 "session[%a] was changed inside and outside a block that failed: both changes "
                 "are lost",

@@ -9,6 +9,7 @@ from ..repository.repository import Loaded
 from ..stores.base import Record
 from ..values.merge import last
 from .lifecycle import NO_ATTEMPTS, Lifecycle
+from .rebasing import restart
 from .state import Attempt, Seen, Wishes, remaining, without_rotation
 from .tracking import NO_CHANGES
 
@@ -55,7 +56,7 @@ def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
             wishes = without_rotation(wishes)
     now = life.repository.now if body.marked else None
     if afresh:
-        life.values.restart(body.values, now)
+        restart(life.values, body.values, now)
         wishes = Wishes(rotation=wishes.rotation, binding=wishes.binding, sign_in=wishes.sign_in)
     else:
         life.values.rebase(body.values, now)

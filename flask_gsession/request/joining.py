@@ -19,6 +19,7 @@ from ..values.payload import Body, Join
 from .lifecycle import Lifecycle
 from .loading import load
 from .ownership import stored_device_of, user_id_of
+from .rebasing import discard_change
 from .user_values import values_of
 
 _NOTHING: Collection[str] = ()
@@ -160,7 +161,7 @@ def hand_over(life: Lifecycle, user_id: str) -> bool:
                 values.set_encoded(key, after[key], repository.now)
             else:
                 del values[key]
-        life.values.discard_change(key)
+        discard_change(life.values, key)
     if life.behind is not None:
         life.behind = replace(life.behind, changes={})
     return True

@@ -24,6 +24,7 @@ from .checks import check_store, in_retried_code
 from .ending import refuse
 from .lifecycle import ONE_KEY, Lifecycle
 from .loading import load, open_for_writing
+from .rebasing import mark_absent, replace_lost, undecoded
 from .rewriting import rewrite
 
 _SMALL = 16 * 1024  # bytes; smaller attached files stay in the record
@@ -84,7 +85,7 @@ class LargeValues:
         """A reader of the large bytes under ``key``; None if its value is in memory."""
         life = self._life
         while True:
-            raw = load(life).undecoded(key)
+            raw = undecoded(load(life), key)
             if raw is None or not refers(raw):
                 return None
             try:
@@ -129,17 +130,17 @@ class LargeValues:
             self._lost_once[key] = raw
             newer = raw if values.has_changed(key) else self._stored_now(key)
             if newer is None:  # its key or its session is gone
-                values.mark_absent(key)
+                mark_absent(values, key)
                 raise KeyError(key)
             if newer != raw:
-                values.replace_lost(key, newer, life.repository.now)
+                replace_lost(values, key, newer, life.repository.now)
             return
         handle = life.handle
         logger.warning(
             "Session %s: the large value under %a is lost: %s", handle, key[:60], error.reason
         )
         life.repository.events.emit(LargeValueLost, key, error.reason, handle)
-        values.mark_absent(key)
+        mark_absent(values, key)
         kept = error.reason in _FOR_OTHERS or in_retried_code(life)
         if life.seen.record is not None and not kept:
             try:

@@ -25,6 +25,7 @@ from ..values.merge import Change, MergeFunction
 from ..values.payload import Body, Join
 from ..values.references import refers
 from ..watching.tracing import Trace, TracedValues
+from .rebasing import start_empty
 from .state import (
     IN_RESPONSE,
     IN_VIEW,
@@ -317,7 +318,7 @@ class Lifecycle(Struct, eq=False):
         ):
             self.values = self.new_values()
         else:
-            self.values.clear()
+            start_empty(self.values)
         self.wishes = NO_WISHES
         self.attempts = NO_ATTEMPTS
         self.entry = None

@@ -15,6 +15,7 @@ from .debugging import trace_if_debugged
 from .following import catch_up
 from .late_changes import report_late
 from .lifecycle import NO_BODY, Lifecycle
+from .rebasing import start_empty
 from .state import (
     FROM_STORE,
     IN_VIEW,
@@ -192,7 +193,7 @@ def reload(life: Lifecycle) -> None:
     elif life.opened and life.cookie != "keep":
         life.outage = None
         life.wishes = NO_WISHES
-        life.values.clear()
+        start_empty(life.values)
     else:
         life.outage = None
         life.opened = False

@@ -10,6 +10,7 @@ from ..values.merge import Change
 from .late_changes import report_late
 from .lifecycle import CONFIRMED, NO_ATTEMPTS, Lifecycle
 from .loading import load
+from .rebasing import start_empty
 from .state import SAVED, Behind, Seen, Wishes
 
 
@@ -77,7 +78,7 @@ def start_own_session(life: Lifecycle) -> None:
     binding = life.wishes.binding
     if binding is not None and not binding.user_id:
         binding = None
-    values.clear()
+    start_empty(values)
     life.seen = Seen(presented=True)
     life.wishes = Wishes(cleared=emptied, binding=binding)
     life.entry = None

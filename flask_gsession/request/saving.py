@@ -22,6 +22,7 @@ from .following import resolve_attempts
 from .joining import close_join
 from .lifecycle import NO_ATTEMPTS, NO_USERS, Lifecycle
 from .ownership import user_id_of
+from .rebasing import changed_when_abandoned
 from .roster_entries import enter_roster, is_touch_due, take_back
 from .state import NO_WISHES, SAVED, Block, Seen
 from .user_values import adopt_trouble
@@ -175,7 +176,7 @@ def _end_presented(life: Lifecycle) -> None:
 
 
 def _report_abandoned(life: Lifecycle) -> None:
-    for key in life.values.changed_after_they_were_abandoned():
+    for key in changed_when_abandoned(life.values):
         logger.error(
             "session[%a] was changed through an object that left the session with a transaction, a "
             "lock, a reload or an update: the change is lost. Get the object from the session "

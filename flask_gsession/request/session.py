@@ -45,6 +45,7 @@ from .loading import load, open_for_writing, open_from_store, reload
 from .locking import Lock
 from .own_session import rotate_soon
 from .ownership import bind, device_id_of, signed_in_at, unbind, user_id_of
+from .rebasing import drop, set_stored, undecoded
 from .rewriting import NotStored, rewrite
 from .saving import is_modified
 from .site_data import checked_kinds, clear_with_response
@@ -122,7 +123,7 @@ class SessionData(SessionMixin):
         if isinstance(error, UnreadableRecord):
             refuse(self._life, error.reason, error.detail)
             raise KeyError(key) from None
-        raw = values.undecoded(key)
+        raw = undecoded(values, key)
         if raw is not None:  # otherwise, another thread has found it
             self._large.lost(key, raw, error)
         return self[key]
@@ -705,7 +706,7 @@ class SessionData(SessionMixin):
 
         def settle(raw: bytes | None) -> None:
             assert raw is not None
-            values.set_stored(key, value, raw)
+            set_stored(values, key, value, raw)
 
         recover = self._large.recover(key)
         try:
@@ -754,7 +755,7 @@ class SessionData(SessionMixin):
 
         recover = self._large.recover(key)
         try:
-            rewrite(life, key, replace, "take", settle=lambda _: values.drop(key), recover=recover)
+            rewrite(life, key, replace, "take", settle=lambda _: drop(values, key), recover=recover)
         except NotStored:
             return self._take_unstored(key, default)
         if value is _RAISE:

@@ -20,6 +20,7 @@ from ..values.payload import Body, Owner
 from .ending import end_old_session
 from .joining import close_join, join_user, note_join
 from .lifecycle import ABOUT_ITSELF, CONFIRMED, NO_ATTEMPTS, Lifecycle, worth_keeping
+from .rebasing import drop
 from .roster_entries import enter_roster, is_touch_due, prepare_owner, touch
 from .state import NO_WISHES, Attempt, Entry, HidesFields, Seen, Wishes
 from .tracking import NO_CHANGES
@@ -159,7 +160,7 @@ def _adopt(
     else:
         _take_over(life, step, stored, changes)
     for key in joining:
-        life.values.drop(key)
+        drop(life.values, key)
     current = step.seen.token
     if attempt.token is not None:
         current, life.cookie = attempt.token, "set"

@@ -11,15 +11,15 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from ..errors import SessionTooLarge, ValueLost, ValueRefused
+from ..errors import SessionTooLarge, ValueLost
 from ..values.codec import IMMUTABLE, Codec
 from ..values.marks import PLAIN, Mark, expired, is_marked, marked, split, unexpired
 from ..values.merge import Change, encode_within
 from ..values.references import EXT_32, holds, refers
 from .state import Block
 
-_NOTHING: Any = MappingProxyType({})
-_NO_KEYS: Collection[str] = ()
+NOTHING: Any = MappingProxyType({})
+NO_KEYS: Collection[str] = ()
 
 _ABSENT: Any = object()
 NO_CHANGES: Mapping[str, Change] = MappingProxyType({})
@@ -52,22 +52,26 @@ class TrackedValues(Struct, eq=False):
     #: the encoded values as the store is known to hold them
     stored: dict[str, bytes] = {}
     now: Callable[[], int] | None = None
-    _mutex: Any = field(default_factory=threading.RLock)
-    _looks: Looks | None = None
+    mutex: Any = field(default_factory=threading.RLock)
+    looks: Looks | None = None
     #: the open transaction or lock
     block: Block | None = None
     #: mutable objects that the application got and that left the session since, each with its key
     #: and its encoded form at that time
     abandoned: list[tuple[str, Any, bytes]] | None = None
-    _live: dict[str, Any] = {}
+    #: the decoded values that the application got or set
+    live: dict[str, Any] = {}
     #: each key's encoded value at the first look or change, None if absent; only of keys that may
     #: differ from ``stored``: mutable, assigned, deleted and absent ones
     base: dict[str, bytes | None] = {}
-    # Encoded values of this request that differ from the stored ones; their keys are in ``base``.
-    _given: dict[str, bytes] = _NOTHING
-    _seen: Collection[str] = _NO_KEYS  # keys that were looked at in encoded form only
-    _order: list[str] | None = None  # the keys for ``newest``, until the next change
-    _marks: dict[str, Mark] = {}  # of the values in ``_live``, unless ``now`` is None
+    #: encoded values of this request that differ from the stored ones; their keys are in ``base``
+    given: dict[str, bytes] = NOTHING
+    #: keys that were looked at in encoded form only
+    raw_looks: Collection[str] = NO_KEYS
+    #: the keys for ``newest``, until the next change
+    order: list[str] | None = None
+    #: of the values in ``live``, unless ``now`` is None
+    marks: dict[str, Mark] = {}
 
     def __repr__(self) -> str:
         """Hides the values, since error trackers store local variables."""
@@ -79,7 +83,7 @@ class TrackedValues(Struct, eq=False):
     # -- the mapping
 
     def __getitem__(self, key: str) -> Any:
-        looks, early = self._looks, None
+        looks, early = self.looks, None
         if looks is not None and key not in self.base and self.block is None:
             stored, looked = looks
             if key in looked:
@@ -89,20 +93,20 @@ class TrackedValues(Struct, eq=False):
                 value = self._codec.decode(early)
                 if type(value) in IMMUTABLE:
                     looked[key] = value
-                    if self._looks is looks:
+                    if self.looks is looks:
                         return value
         if self.now is not None and self._has_expired(key):
             raise KeyError(key)
         if self.block is not None:
             self.block.note(key)
-        there = self._live.get(key, _ABSENT)
+        there = self.live.get(key, _ABSENT)
         if there is not _ABSENT:
             return there
-        with self._mutex:
-            live, base = self._live, self.base
+        with self.mutex:
+            live, base = self.live, self.base
             if key in live:
                 return live[key]
-            raw = self._given.get(key) if key in base else self.stored.get(key)
+            raw = self.given.get(key) if key in base else self.stored.get(key)
             if raw is None:  # deleted by this request, or absent
                 base.setdefault(key, None)
                 raise KeyError(key)
@@ -116,56 +120,56 @@ class TrackedValues(Struct, eq=False):
             return value
 
     def __setitem__(self, key: str, value: Any) -> None:
-        with self._mutex:
+        with self.mutex:
             if self.block is not None:
                 self.block.note(key)
-            if self._order is not None:
-                self._order = None
-            self._live[key] = value  # first, since a key that is only in ``base`` was deleted
+            if self.order is not None:
+                self.order = None
+            self.live[key] = value  # first, since a key that is only in ``base`` was deleted
             self.base.setdefault(key, self.stored.get(key))
-            if self._given:
-                self._given.pop(key, None)
+            if self.given:
+                self.given.pop(key, None)
             if self.now is not None:
-                self._marks.pop(key, None)
+                self.marks.pop(key, None)
 
     def set_encoded(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
         """Set an encoded value, mark included."""
-        with self._mutex:
+        with self.mutex:
             if self.block is not None:
                 self.block.note(key)
             if is_marked(raw):
-                self._look_for_marks(now)
+                self.look_for_marks(now)
             self.base.setdefault(key, self.stored.get(key))
-            self._order = None
-            self._hold(key, raw)
-            self._live.pop(key, None)
+            self.order = None
+            self.hold(key, raw)
+            self.live.pop(key, None)
 
     def set(self, key: str, value: Any, mark: Mark, now: Callable[[], int]) -> None:
         """Set a value with a mark."""
-        with self._mutex:
-            self._look_for_marks(now)
+        with self.mutex:
+            self.look_for_marks(now)
             self[key] = value
             if mark != PLAIN:
-                self._marks[key] = mark
+                self.marks[key] = mark
 
     def __delitem__(self, key: str) -> None:
-        with self._mutex:
+        with self.mutex:
             if key not in self:
                 raise KeyError(key)
             self.base.setdefault(key, self.stored.get(key))
-            self._live.pop(key, None)
-            if self._given:
-                self._given.pop(key, None)
+            self.live.pop(key, None)
+            if self.given:
+                self.given.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
         if self.now is not None and self._has_expired(key):
             return False
         if self.block is not None and isinstance(key, str):
             self.block.note(key)
-        if key in self._live or key in self._given:
+        if key in self.live or key in self.given:
             return True
-        with self._mutex:
-            if key in self._live or key in self._given:
+        with self.mutex:
+            if key in self.live or key in self.given:
                 return True
             if key in self.base:
                 return False
@@ -176,10 +180,10 @@ class TrackedValues(Struct, eq=False):
             return False
 
     def __iter__(self) -> Iterator[str]:
-        with self._mutex:
-            live, base = self._live, self.base
-            if self._given:
-                live = live | self._given
+        with self.mutex:
+            live, base = self.live, self.base
+            if self.given:
+                live = live | self.given
             keys = [key for key in self.stored if key in live or key not in base]
             keys += [key for key in live if key not in self.stored]
         for key in keys:
@@ -194,13 +198,13 @@ class TrackedValues(Struct, eq=False):
 
         The search continues where it ended, so that emptying a session takes linear time.
         """
-        with self._mutex:
-            if self._order is None:
-                self._order = list(self)
-            while self._order:
-                if self._order[-1] in self:
-                    return self._order[-1]
-                self._order.pop()
+        with self.mutex:
+            if self.order is None:
+                self.order = list(self)
+            while self.order:
+                if self.order[-1] in self:
+                    return self.order[-1]
+                self.order.pop()
         raise KeyError("popitem(): the session is empty")
 
     def check(self) -> None:
@@ -209,38 +213,38 @@ class TrackedValues(Struct, eq=False):
         Skips large values.
         """
         for key in self:
-            if key not in self._live:
-                raw = self._given.get(key) or self.stored.get(key)
+            if key not in self.live:
+                raw = self.given.get(key) or self.stored.get(key)
                 if raw is not None and not refers(raw):
                     with suppress(ValueLost):  # a forged reference inside another value
                         self._codec.decode(split(raw)[1])
 
     def raw(self, key: str) -> bytes | None:
         """The encoded value, mark included; None if absent. Counts as a look."""
-        with self._mutex:
+        with self.mutex:
             if self.now is not None and self._has_expired(key):
                 return None
-            if key in self._live:
+            if key in self.live:
                 return self._encoded(key)
-            if key in self._given:
-                return self._given[key]
+            if key in self.given:
+                return self.given[key]
             if key in self.base:
                 return None
             raw = self.stored.get(key)
             if raw is None:
                 self.base[key] = None
-            elif key not in self._seen:
-                self._seen = {*self._seen, key}
+            elif key not in self.raw_looks:
+                self.raw_looks = {*self.raw_looks, key}
             return raw
 
     def mark(self, key: str) -> Mark:
         """The mark of a present key."""
         if self.now is None:
             return PLAIN
-        with self._mutex:
-            if key in self._live:
-                return self._marks.get(key, PLAIN)
-            return split(self._given.get(key) or self.stored[key])[0]
+        with self.mutex:
+            if key in self.live:
+                return self.marks.get(key, PLAIN)
+            return split(self.given.get(key) or self.stored[key])[0]
 
     def unexpired(self) -> dict[str, bytes]:
         """``stored`` without expired values."""
@@ -260,7 +264,7 @@ class TrackedValues(Struct, eq=False):
             self._check_count(max_keys)
         found: dict[str, Change] = {}
         # Copies, since encoding may call code of the application that looks at the session.
-        bases, live, given = self.base.copy(), self._live.copy(), self._given
+        bases, live, given = self.base.copy(), self.live.copy(), self.given
         mine: bytes | None
         for key, base in bases.items():
             if key in live:
@@ -269,7 +273,7 @@ class TrackedValues(Struct, eq=False):
                 except SessionTooLarge:
                     mine = encode_within(self._codec, key, live[key], base)
                 if self.now is not None:
-                    mine = marked(mine, self._marks.get(key, PLAIN))
+                    mine = marked(mine, self.marks.get(key, PLAIN))
             else:
                 mine = given.get(key)
             if mine == base:
@@ -282,7 +286,7 @@ class TrackedValues(Struct, eq=False):
         """Refuse too many new keys before any of them is encoded."""
         max_keys = max(max_keys, len(self.stored))
         new = (key for key, base in self.base.items() if base is None)
-        count = sum(1 for key in new if key in self._live or key in self._given)
+        count = sum(1 for key in new if key in self.live or key in self.given)
         if count > max_keys:
             raise SessionTooLarge(
                 "session", f"{count} keys or more; SESSION_MAX_KEYS allows {max_keys}"
@@ -294,15 +298,15 @@ class TrackedValues(Struct, eq=False):
 
     def has_changed(self, key: str) -> bool:
         """Whether this request changed ``key``. Raises as ``changes`` does."""
-        with self._mutex:
+        with self.mutex:
             if key not in self.base:
                 return False
-            mine = self._encoded(key) if key in self._live else self._given.get(key)
+            mine = self._encoded(key) if key in self.live else self.given.get(key)
             return mine != self.base[key] and not holds(self.base[key], mine)
 
     def was_assigned(self, key: str) -> bool:
         """Whether a changed ``key`` was certainly assigned, so its value holds nothing stored."""
-        return self.base.get(key) is None or type(self._live.get(key)) in IMMUTABLE
+        return self.base.get(key) is None or type(self.live.get(key)) in IMMUTABLE
 
     # -- following the store
 
@@ -318,11 +322,11 @@ class TrackedValues(Struct, eq=False):
         but for the ``saved`` ones. If the store merged one of those into something else, the next
         change of that key is merged again. You can safely repeat this.
         """
-        if self._looks is not None:
-            self._end_looks()
+        if self.looks is not None:
+            self.end_looks()
         if now is not None:
-            self._look_for_marks(now)
-        base, live = self.base, self._live
+            self.look_for_marks(now)
+        base, live = self.base, self.live
         for key, change in saved.items():
             if change.mine is not None:
                 base[key] = change.mine
@@ -331,197 +335,57 @@ class TrackedValues(Struct, eq=False):
             else:
                 base[key] = None
         if stored is not self.stored:
-            for key in self._seen:
+            for key in self.raw_looks:
                 if key not in live and key not in base:
                     self._look(key)  # before the old state goes
             for key in live:
                 if key not in base:
                     base[key] = self.stored.get(key)
             self.stored = stored
-            if self._order is not None:
-                self._order = None
-
-    def set_stored(self, key: str, value: Any, raw: bytes) -> None:
-        """The store holds ``value`` under ``key`` now."""
-        with self._mutex:
-            self._abandon(key)
-            self._live[key], self._order = value, None
-            if self._given:
-                self._given.pop(key, None)
-            self.base[key] = raw
-            if self.now is not None:
-                self._marks[key] = split(raw)[0]
-
-    def discard_change(self, key: str) -> None:
-        """Treat ``key`` as this request found it."""
-        with self._mutex:
-            self.base.pop(key, None)
-            self._live.pop(key, None)
-            if self._given:
-                self._given.pop(key, None)
-            self._order = None
-
-    def drop(self, key: str) -> None:
-        """This request removed ``key`` from the store."""
-        with self._mutex:
-            self._abandon(key)
-            self.mark_absent(key)
-
-    def restart(self, stored: dict[str, bytes], now: Callable[[], int] | None = None) -> None:
-        """Start again with ``stored``, and discard all looks and changes."""
-        with self._mutex:
-            for key in self._live:
-                self._abandon(key)
-            self._begin(stored, now)
-
-    def clear(self) -> None:
-        """Start again with no values."""
-        with self._mutex:
-            self._begin({}, None)
-
-    def roll_back(self, block: Block) -> list[str]:
-        """Discard the changes of ``block``; keep the changes of threads and tasks outside it.
-
-        Returns the keys that both sides changed, whose changes are discarded too.
-        """
-        with self._mutex:
-            beside = [key for key in block.outside if key in self.base]
-            kept = [key for key in beside if key not in block.inside]
-            both = [key for key in beside if key in block.inside and self._may_have_changed(key)]
-            live, base, given = self._live, self.base, self._given
-            for key in live:
-                if key not in kept:
-                    self._abandon(key, as_it_is=True)
-            marks = self._marks if self.now is not None else {}
-            self._begin(self.stored, self.now)
-            for key in kept:
-                self.base[key] = base[key]
-                if key in live:
-                    self._live[key] = live[key]
-                if key in given:
-                    self._hold(key, given[key])
-                if key in marks:
-                    self._marks[key] = marks[key]
-            return both
-
-    def changed_after_they_were_abandoned(self) -> list[str]:
-        """The keys of objects that were changed after they had left the session."""
-        changed: dict[str, None] = {}
-        for key, value, raw in self.abandoned or ():
-            if value is self._live.get(key):  # it is back
-                continue
-            try:
-                now = self.encode(key, value)
-                lost = now != raw and now != split(self.raw(key) or raw)[1]
-            except ValueRefused:
-                lost = True
-            if lost:
-                changed[key] = None
-        return list(changed)
-
-    # -- large values
-
-    def undecoded(self, key: str) -> bytes | None:
-        """The encoded value of a key that wasn't decoded yet; None for any other key."""
-        with self._mutex:
-            self._end_looks()
-            if key not in self or key in self._live:
-                return None
-            return self._given.get(key) or self.stored[key]
-
-    def replace_lost(self, key: str, raw: bytes, now: Callable[[], int]) -> None:
-        """Another request replaced the lost value of ``key`` by ``raw``."""
-        with self._mutex:
-            self._end_looks()
-            self.mark_absent(key)
-            del self.base[key]
-            if is_marked(raw):
-                self._look_for_marks(now)
-            self.stored, self._order = {**self.stored, key: raw}, None
-
-    def mark_absent(self, key: str) -> None:
-        """The value of ``key`` is lost: treat it as absent, but not as deleted by this request."""
-        with self._mutex:
-            self.base[key] = None
-            self._live.pop(key, None)
-            if self._given:
-                self._given.pop(key, None)
+            if self.order is not None:
+                self.order = None
 
     # -- helpers; the caller holds the mutex
 
-    def _begin(self, stored: dict[str, bytes], now: Callable[[], int] | None) -> None:
-        self._looks = None
-        self._live, self.base = {}, {}
-        self._given, self._seen = _NOTHING, _NO_KEYS
-        if now is not None:
-            self._marks = {}
-        self.now, self.stored, self._order = now, stored, None
-
-    def _end_looks(self) -> None:
+    def end_looks(self) -> None:
         """Let further looks take the mutex, and keep what earlier ones decoded."""
-        looks, self._looks = self._looks, None
+        looks, self.looks = self.looks, None
         if looks is not None:
             for key, value in looks[1].copy().items():
                 if key not in self.base:
-                    self._live.setdefault(key, value)
-
-    def _abandon(self, key: str, *, as_it_is: bool = False) -> None:
-        """The object under ``key``, if the application has it, leaves the session.
-
-        Later changes are detected against ``base``, or against its present state with
-        ``as_it_is``.
-        """
-        value = self._live.get(key)
-        raw = self.base.get(key)
-        if type(value) in IMMUTABLE or value is None:
-            return
-        if as_it_is:
-            try:
-                raw = self.encode(key, value)
-            except ValueRefused:
-                return
-        if raw is not None:
-            if self.abandoned is None:
-                self.abandoned = []
-            self.abandoned.append((key, value, split(raw)[1]))
-
-    def _may_have_changed(self, key: str) -> bool:
-        try:
-            return self.has_changed(key)
-        except ValueRefused:
-            return True
+                    self.live.setdefault(key, value)
 
     def _look(self, key: str) -> None:
         raw = self.stored[key]
         if refers(raw):
             self.base[key] = raw
-            self._hold(key, raw)
+            self.hold(key, raw)
         else:
             self[key]
 
-    def _hold(self, key: str, raw: bytes) -> None:
-        if self._given is _NOTHING:
-            self._given = {}
-        self._given[key] = raw
+    def hold(self, key: str, raw: bytes) -> None:
+        if self.given is NOTHING:
+            self.given = {}
+        self.given[key] = raw
 
-    def _look_for_marks(self, now: Callable[[], int]) -> None:
-        self._end_looks()
+    def look_for_marks(self, now: Callable[[], int]) -> None:
+        self.end_looks()
         if self.now is None:
-            self._marks = {}
+            self.marks = {}
             self.now = now
 
     def _encoded(self, key: str) -> bytes:
-        raw = self.encode(key, self._live[key])
-        return raw if self.now is None else marked(raw, self._marks.get(key, PLAIN))
+        raw = self.encode(key, self.live[key])
+        return raw if self.now is None else marked(raw, self.marks.get(key, PLAIN))
 
     def _has_expired(self, key: Any) -> bool:
         assert self.now is not None
-        if key in self._live:
-            return 0 < self._marks.get(key, PLAIN).expires_at <= self.now()
-        return expired(self._given.get(key) or self.stored.get(key), self.now())
+        if key in self.live:
+            return 0 < self.marks.get(key, PLAIN).expires_at <= self.now()
+        return expired(self.given.get(key) or self.stored.get(key), self.now())
 
     def _decode_marked(self, key: str, raw: bytes) -> Any:
         mark, plain = split(raw)
         value = self._codec.decode(plain)
-        self._marks[key] = mark  # not the previous value's
+        self.marks[key] = mark  # not the previous value's
         return value

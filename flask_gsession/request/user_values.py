@@ -13,6 +13,7 @@ from ..values.payload import Body
 from .following import catch_up, settle_attempts
 from .lifecycle import Lifecycle
 from .loading import load
+from .rebasing import restart
 from .state import NO_WISHES, Outage, Presented, Seen, remaining
 
 _CREATES = 3  # attempts to store an empty record
@@ -81,7 +82,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
             self.wishes = remaining(own.wishes, self.wishes)
         now = self.repository.now if body.marked else None
         if afresh:
-            self.values.restart(body.values, now)
+            restart(self.values, body.values, now)
             self.wishes = NO_WISHES
         else:
             self.values.rebase(body.values, now)

@@ -22,6 +22,7 @@ from flask_gsession.errors import (
     UnsupportedType,
     ValueRefused,
 )
+from flask_gsession.request.rebasing import set_stored
 from flask_gsession.request.tracking import TrackedValues
 from flask_gsession.values.codec import Codec
 from flask_gsession.values.marks import PLAIN, Mark
@@ -344,7 +345,7 @@ def test_a_value_has_its_own_mark_instead_of_the_previous_one(way: str) -> None:
 def test_a_settled_key_is_stored() -> None:
     values = tracked(hits=1)
     values["hits"] = 7
-    values.set_stored("hits", 8, CODEC.encode("hits", 8))
+    set_stored(values, "hits", 8, CODEC.encode("hits", 8))
     assert values["hits"] == 8
     assert changed(values) == {}
 

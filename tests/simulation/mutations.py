@@ -192,11 +192,11 @@ def _follow_and_forget(
     if saved:
         _rebase(self, stored, now, saved)
     if now is not None:
-        self._look_for_marks(now)
-    for key in self._live.keys() - self.base.keys():
-        del self._live[key]
+        self.look_for_marks(now)
+    for key in self.live.keys() - self.base.keys():
+        del self.live[key]
     self.stored = stored
-    self._looks = None
+    self.looks = None
 
 
 def _idle_end_alone(self: Expiry, body: Body, absolute: int) -> int:
