@@ -1,4 +1,4 @@
-"""Lets tracked values follow what happens to their record, beside a write of all of them."""
+"""Lets tracked values follow their record when one key, or a block, was stored or dropped."""
 
 from __future__ import annotations
 
@@ -140,8 +140,7 @@ def _begin(values: TrackedValues, stored: dict[str, bytes], now: Callable[[], in
 def _abandon(values: TrackedValues, key: str, *, as_it_is: bool = False) -> None:
     """The object under ``key``, if the application has it, leaves the session.
 
-    Later changes are detected against ``base``, or against its present state with
-    ``as_it_is``.
+    Later changes are detected against ``base``, or against its present state with ``as_it_is``.
     """
     value = values.live.get(key)
     raw = values.base.get(key)
