@@ -14,11 +14,11 @@ from flask import session as flask_session
 
 from .config import csrf_field, remember_cookie
 from .remember import (
-    before_the_user_is_loaded,
     forget,
-    is_kept_by_session,
+    is_remember_in_session,
+    prepare_user_load,
     remember,
-    wants_to_be_remembered,
+    take_remember_request,
     warn_of_duration,
 )
 from .request.confirming import SIGN_IN, note_confirmation, report_confirmation
@@ -108,7 +108,7 @@ def _session() -> SessionData | None:
 
 def _accessed(sender: Flask, **_: Any) -> None:
     session = _session()
-    if session is not None and before_the_user_is_loaded(session):
+    if session is not None and prepare_user_load(session):
         vars(request)[FORGOTTEN] = True
 
 
@@ -116,7 +116,7 @@ def _loaded_from_cookie(sender: Flask, **_: Any) -> None:
     session = _session()
     if session is not None:
         _rotate(session, _SIGNED_IN, remembered=True)
-        if is_kept_by_session(lifecycle_of(session)):
+        if is_remember_in_session(lifecycle_of(session)):
             remember(session)
 
 
@@ -125,8 +125,8 @@ def _signed_in(sender: Flask, **_: Any) -> None:
     if session is not None:
         fresh = session.get("_fresh") is True  # False after login_user(fresh=False)
         wanted = seconds = None
-        if is_kept_by_session(lifecycle_of(session)):
-            wanted, seconds = wants_to_be_remembered(session)
+        if is_remember_in_session(lifecycle_of(session)):
+            wanted, seconds = take_remember_request(session)
         else:
             warn_of_duration(sender, session)
         again = _rotate(session, _SIGNED_IN, remembered=bool(wanted), fresh=fresh)

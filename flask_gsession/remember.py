@@ -30,12 +30,12 @@ _REMEMBERED = "_remembered"
 _FROM_BEFORE = "flask-login remember-me"
 
 
-def is_kept_by_session(life: Lifecycle) -> bool:
+def is_remember_in_session(life: Lifecycle) -> bool:
     """Whether ``SESSION_REMEMBER`` is ``"session"``."""
     return life.repository.settings.remember == "session"
 
 
-def wants_to_be_remembered(session: SessionData) -> tuple[bool, Any]:
+def take_remember_request(session: SessionData) -> tuple[bool, Any]:
     """Take the arguments of ``login_user``: whether to remember the user, and for how long."""
     return session.pop(_WISH, None) == "set", session.pop(_SECONDS, None)
 
@@ -69,7 +69,7 @@ def forget(session: SessionData) -> None:
         session.set_lifetime(min(settings.idle_timeout, settings.absolute_timeout))
 
 
-def before_the_user_is_loaded(session: SessionData) -> bool:
+def prepare_user_load(session: SessionData) -> bool:
     """Called before Flask-Login loads the user. Returns whether to delete its cookie. Hides a
     cookie that must not be converted from Flask-Login. Two round trips for a convertible cookie.
     """

@@ -276,7 +276,7 @@ class SessionLimits:
             probe=lambda: probe(parsed("1/minute")[0], "nobody"),
             local=Backend(MemoryStorage(), self._strategy) if self._local else None,
             session=(lambda: ext.session) if self._ext else (lambda: flask_session),
-            user=self._user or (lambda: _flask_logins_user(ext)),
+            user=self._user or (lambda: _flask_login_user(ext)),
             proxies=self._proxies,
             label=f"{settings.key_prefix} {self._strategy}",
             headers=self._headers,
@@ -289,5 +289,5 @@ class SessionLimits:
             repository.before_create = lambda: limits.count_creation(creation)
 
 
-def _flask_logins_user(ext: Session) -> object:
+def _flask_login_user(ext: Session) -> object:
     return ext.session.get("_user_id")

@@ -116,9 +116,11 @@ class JournalingStore(Wrapper):
         *,
         shorten: bool = False,
     ) -> Replaced | None:
-        return self.replace_under(key, record, expected_version, pointer, None, shorten=shorten)
+        return self.replace_with_lease(
+            key, record, expected_version, pointer, None, shorten=shorten
+        )
 
-    def replace_under(
+    def replace_with_lease(
         self,
         key: str,
         record: Record,
@@ -270,7 +272,7 @@ class _JournalingLeases(LeasesWrapper):
         *,
         shorten: bool = False,
     ) -> Replaced | None:
-        return self._store.replace_under(
+        return self._store.replace_with_lease(
             key, record, expected_version, pointer, lease, shorten=shorten
         )
 

@@ -22,7 +22,7 @@ HEARTBEAT = b":\n\n"
 Show = Callable[[State], dict[str, Any]]
 
 
-class Full(Exception):
+class TooManyStreams(Exception):
     """There are too many streams: for this user (``of_user``), or in this process."""
 
     def __init__(self, of_user: bool) -> None:
@@ -55,12 +55,12 @@ class Slots:
         self._taken: dict[object, Limits] = {}
 
     def take(self, limits: Limits) -> object:
-        """Take a slot, freeing slots of vanished clients if needed. Raises ``Full``."""
+        """Take a slot, freeing slots of vanished clients if needed. Raises ``TooManyStreams``."""
         process.notice()
         with self._lock:
             try:
                 self._check(limits)
-            except Full:
+            except TooManyStreams:
                 for slot, other in list(self._taken.items()):
                     if other.is_gone():
                         self.free(slot)  # does nothing if the stream has ended
@@ -74,9 +74,9 @@ class Slots:
             self._taken.values()
         )  # a copy, since another thread or a finalizer may free a slot
         if sum(other.who == limits.who for other in taken) >= limits.most_of_user:
-            raise Full(of_user=True)
+            raise TooManyStreams(of_user=True)
         if len(taken) >= limits.most:
-            raise Full(of_user=False)
+            raise TooManyStreams(of_user=False)
 
     def free(self, slot: object) -> None:
         """Free a slot. You may call this twice."""
@@ -95,7 +95,7 @@ class Stream(Iterator[bytes]):
 
     It ends with the session, when the token is rotated, after about ``life`` seconds, and when the
     process shuts down. ``after``: the id of the last message that the browser has, or None. Raises
-    ``Full`` and ``StoreUnavailable``.
+    ``TooManyStreams`` and ``StoreUnavailable``.
     """
 
     def __init__(

@@ -13,20 +13,20 @@ from ..values.marks import is_marked
 from ..values.payload import Body, Origin
 from ..values.references import Reference
 from .entering import owner_of
-from .mark import sealed, token_of
+from .mark import seal_origin, token_of
 from .source import Contents
 
 
-def keyed(
+def new_key(
     repository: Repository, label: str, name: str, nonce: bytes, expires_at: int | None
 ) -> tuple[str, Origin]:
     """The key of a new session, and its origin."""
     secret = repository.live.secret_keys()[0]
     token = token_of(secret, label, name, nonce)
-    return session_key(token), sealed(secret, label, name, nonce, expires_at)
+    return session_key(token), seal_origin(secret, label, name, nonce, expires_at)
 
 
-def drafted(
+def draft_session(
     repository: Repository, key: str, contents: Contents, origin: Origin, knows_users: bool
 ) -> tuple[Loaded, tuple[str, ...]]:
     """The new session, and the keys that were left out. Writes large values.

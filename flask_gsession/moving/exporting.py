@@ -15,7 +15,7 @@ from ..stores.base import Record, is_session_key
 from ..stores.parts import Page, Scans
 from ..values.references import reference_in, refers
 from .archive import ArchiveWriter, Frame
-from .lasting import is_lasting, may_be_lasting
+from .lasting import may_outlive_sessions, outlives_sessions
 
 
 class Exporter:
@@ -35,7 +35,7 @@ class Exporter:
 
     def pages(self, scans: Scans) -> Iterator[Page]:
         """The records to write."""
-        for page in all_pages(scans, wanted=may_be_lasting):
+        for page in all_pages(scans, wanted=may_outlive_sessions):
             records = [record for record in page.records if self._is_wanted(record)]
             unreadable = [key for key in page.unreadable if self._may_be_wanted(key)]
             yield page._replace(records=records, unreadable=unreadable)
@@ -44,7 +44,7 @@ class Exporter:
         repository = self._repository
         if is_session_key(record.key) or is_user_values(repository, record, for_others=True):
             return True
-        return repository.imports is not None and is_lasting(repository, record)
+        return repository.imports is not None and outlives_sessions(repository, record)
 
     def _may_be_wanted(self, key: str) -> bool:
         return is_session_key(key) or self._repository.imports is not None

@@ -15,7 +15,7 @@ from ..stores.foreign import Foreign, Together
 from ..users.roster import Since
 from ..users.rosters import LOGIN
 from .contents import RefusedContents
-from .source import Contents, Old, encoded
+from .source import Contents, OldRecord, encoded
 
 LABEL = "cookie"
 #: A CSRF token in the form that Flask-WTF generates.
@@ -40,17 +40,17 @@ class FlaskCookieSource:
     def name_of(self, cookie: str) -> str | None:
         return None if self._open(cookie) is None else cookie.rpartition(".")[0]
 
-    def load(self, name: str, cookie: str) -> Old | None:
-        return Old(name, Foreign(cookie.encode(), None), None)
+    def load(self, name: str, cookie: str) -> OldRecord | None:
+        return OldRecord(name, Foreign(cookie.encode(), None), None)
 
-    def contents(self, repository: Repository, old: Old) -> Contents:
+    def contents(self, repository: Repository, old: OldRecord) -> Contents:
         stored: Any = old.stored
         contents = self._open(stored.value.decode())
         if not isinstance(contents, dict):
             raise RefusedContents("no dict")
         return encoded(repository, contents)
 
-    def is_of_one_visitor(self, old: Old) -> bool:
+    def is_of_one_visitor(self, old: OldRecord) -> bool:
         # A cookie has no id, so cookies with equal values from the same second are equal. A
         # signed-in user's cookie, or one with a random CSRF token, belongs to one visitor.
         stored: Any = old.stored
@@ -61,7 +61,7 @@ class FlaskCookieSource:
         is_random = isinstance(token, str) and _RANDOM.fullmatch(token) is not None
         return is_random or contents.get(LOGIN) is not None
 
-    def since(self, old: Old) -> Since:
+    def since(self, old: OldRecord) -> Since:
         # The time of the sign-in is unknown, so any revocation ends sessions that aren't imported
         # yet.
         return Since(epoch=0)

@@ -18,7 +18,7 @@ from ..repository.repository import Repository
 from ..stores.foreign import Foreign, ForeignValues, Together
 from ..users.roster import Since
 from .contents import read_contents, read_pickled
-from .source import Contents, Old, encoded
+from .source import Contents, OldRecord, encoded
 
 LABEL = "flask-session"
 _UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -80,21 +80,21 @@ class FlaskSessionSource:
     def _is_id(self, sid: str) -> bool:
         return bool(self._tokens.fullmatch(sid) or _UUID.fullmatch(sid))
 
-    def load(self, name: str, cookie: str = "") -> Old | None:
+    def load(self, name: str, cookie: str = "") -> OldRecord | None:
         return self.old(name, self.store.load(name))
 
-    def old(self, name: str, found: Foreign | None) -> Old | None:
+    def old(self, name: str, found: Foreign | None) -> OldRecord | None:
         """The old record under ``name``, if any."""
-        return None if found is None else Old(name, found, found.expires_at)
+        return None if found is None else OldRecord(name, found, found.expires_at)
 
-    def contents(self, repository: Repository, old: Old) -> Contents:
+    def contents(self, repository: Repository, old: OldRecord) -> Contents:
         stored: Any = old.stored
         return encoded(repository, self._read(stored.value))
 
-    def is_of_one_visitor(self, old: Old) -> bool:
+    def is_of_one_visitor(self, old: OldRecord) -> bool:
         return True
 
-    def since(self, old: Old) -> Since:
+    def since(self, old: OldRecord) -> Since:
         # The time of the sign-in is unknown, so any revocation ends sessions not yet imported.
         return Since(epoch=0)
 

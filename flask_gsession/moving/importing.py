@@ -20,7 +20,7 @@ from ..values.payload import Body, Owner
 from ..values.references import reference_in, refers
 from .archive import Frame, check_archive
 from .entering import enter
-from .lasting import is_lasting
+from .lasting import outlives_sessions
 
 _REVOKED = "revoked since their sign-in"
 
@@ -176,7 +176,7 @@ class Importer:
         """
         of_user = is_user_values(self._repository, record)
         if not is_session_key(record.key) and not of_user:
-            lasting = is_lasting(self._repository, record)
+            lasting = outlives_sessions(self._repository, record)
             return "" if lasting else "not the key of a session", None
         try:
             body = self._repository.records.read(record.key, record)

@@ -9,12 +9,12 @@ from ..users.format import unpack
 from .mark import ENDING, Mark
 
 
-def may_be_lasting(key: str) -> bool:
+def may_outlive_sessions(key: str) -> bool:
     """Whether this can be the key of a session, a mark or a roster."""
     return is_session_key(key) or (is_record_key(key) and key.endswith(ENDING))
 
 
-def is_lasting(repository: Repository, record: Record) -> bool:
+def outlives_sessions(repository: Repository, record: Record) -> bool:
     """Whether this is a mark, or the roster of a user whose sessions have ever been revoked.
 
     The roster's epoch refuses old cookies that were not imported before the revocation.

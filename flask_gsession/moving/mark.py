@@ -95,7 +95,7 @@ def token_for(
     return None
 
 
-def sealed(
+def seal_origin(
     secret_key: str | bytes, label: str, name: str, nonce: bytes, expires_at: int | None
 ) -> Origin:
     """The origin of a session, with its old id encrypted, because that is a secret."""
@@ -105,7 +105,7 @@ def sealed(
     return Origin(label, mark_key(label, name), nonce, mixed, expires_at)
 
 
-def unsealed(secret_keys: Sequence[str | bytes], origin: Origin) -> str | None:
+def open_origin(secret_keys: Sequence[str | bytes], origin: Origin) -> str | None:
     """The name of the old record; None if the secret key that encrypted it is gone."""
     for key in secret_keys:
         pad = _pad(key, origin.nonce, len(origin.sealed))

@@ -17,11 +17,11 @@ from ..stores.foreign import Foreign, Together
 from ..tokens import Token
 from ..users.roster import Since
 from .contents import RefusedContents
-from .drafting import drafted, keyed
+from .drafting import draft_session, new_key
 from .flask_session import FlaskSessionSource
 from .mark import new_nonce
 from .pickle_process import PickleProcess
-from .source import Contents, Old
+from .source import Contents, OldRecord
 from .takeover import Finding, Takeover
 
 TAKEN_OVER = "taken over"
@@ -80,21 +80,23 @@ class Migration:
             return "expired", ()
         self.latest_end = max(self.latest_end, found.old.expires_at or 0)
         if self._dry_run:
-            return self._would_be(found, found.old)
+            return self._predict(found, found.old)
         created = self._takeover.create(repository, source, found, found.old)
         if created.mark is None:
             return "empty", ()
         return ("already" if created.made is None else TAKEN_OVER), created.dropped
 
-    def _would_be(self, found: Finding, old: Old) -> tuple[str, tuple[str, ...]]:
+    def _predict(self, found: Finding, old: OldRecord) -> tuple[str, tuple[str, ...]]:
         repository = self._repository
         contents = self._source.contents(repository, old)
         if len(contents.values) <= (PERMANENT in contents.values):
             return "empty", ()
         if repository.large.is_any_too_long(contents.values, contents.values):
             return TAKEN_OVER, contents.dropped  # drafting would write large values
-        key, origin = keyed(repository, self._source.label, found.name, new_nonce(), old.expires_at)
-        return TAKEN_OVER, drafted(repository, key, contents, origin, False)[1]
+        key, origin = new_key(
+            repository, self._source.label, found.name, new_nonce(), old.expires_at
+        )
+        return TAKEN_OVER, draft_session(repository, key, contents, origin, False)[1]
 
 
 class _Offline:
@@ -109,25 +111,25 @@ class _Offline:
     def name_of(self, cookie: str) -> str | None:
         return self._source.name_of(cookie)
 
-    def load(self, name: str, cookie: str) -> Old | None:
+    def load(self, name: str, cookie: str) -> OldRecord | None:
         return self._source.load(name, cookie)
 
-    def old(self, name: str, found: Foreign | None) -> Old | None:
+    def old(self, name: str, found: Foreign | None) -> OldRecord | None:
         return self._source.old(name, found)
 
-    def contents(self, repository: Repository, old: Old) -> Contents:
+    def contents(self, repository: Repository, old: OldRecord) -> Contents:
         return self._read(repository, old)._replace(idle_ends=old.expires_at)
 
-    def is_of_one_visitor(self, old: Old) -> bool:
+    def is_of_one_visitor(self, old: OldRecord) -> bool:
         return self._source.is_of_one_visitor(old)
 
-    def since(self, old: Old) -> Since:
+    def since(self, old: OldRecord) -> Since:
         return self._source.since(old)
 
     def delete(self, name: str) -> None:
         self._source.delete(name)
 
-    def _read(self, repository: Repository, old: Old) -> Contents:
+    def _read(self, repository: Repository, old: OldRecord) -> Contents:
         try:
             return self._source.contents(repository, old)
         except RefusedContents as error:

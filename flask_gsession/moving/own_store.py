@@ -18,7 +18,7 @@ from ..users.roster import Since
 from ..values.marks import marked, split
 from ..values.references import refers
 from .contents import RefusedContents
-from .source import Contents, Old
+from .source import Contents, OldRecord
 
 LABEL = "gsession"
 
@@ -46,18 +46,18 @@ class OwnStoreSource:
         token = TokenSigner(self._secret_keys(), self._cookie_name).check(cookie).token
         return None if token is None else session_key(token)
 
-    def load(self, name: str, cookie: str = "") -> Old | None:
+    def load(self, name: str, cookie: str = "") -> OldRecord | None:
         at = name
         for _ in range(MAX_POINTERS):
             record = self._old.store.load(at)
             if record is None or self._old.now() >= record.idle_expires_at:
                 return None
             if self._old.records.read(at, record) is not None:
-                return Old(at, record, record.idle_expires_at, by_pointer=at != name)
+                return OldRecord(at, record, record.idle_expires_at, by_pointer=at != name)
             at = record.successor or ""
         raise UnreadableRecord("corrupt", "too many pointers")
 
-    def contents(self, repository: Repository, old: Old) -> Contents:
+    def contents(self, repository: Repository, old: OldRecord) -> Contents:
         record: Any = old.stored
         body = self._old.records.read(old.name, record)
         if body is None:
@@ -81,10 +81,10 @@ class OwnStoreSource:
             None if body.owner is None else body.owner.user_id,
         )
 
-    def is_of_one_visitor(self, old: Old) -> bool:
+    def is_of_one_visitor(self, old: OldRecord) -> bool:
         return True
 
-    def since(self, old: Old) -> Since:
+    def since(self, old: OldRecord) -> Since:
         # The time of the sign-in, or when the roster last saw the session.
         record: Any = old.stored
         body = self._old.records.read(old.name, record)

@@ -31,21 +31,25 @@ from ..repository.repository import Loaded, Repository
 from ..stores.base import Record
 from ..tokens import Token
 from ..values.payload import Origin
-from .drafting import drafted, keyed
+from .drafting import draft_session, new_key
 from .mark import Mark, new_nonce, token_of
-from .source import Old, Source
+from .source import OldRecord, Source
 
 #: How long a response can be on its way, in milliseconds.
 _ON_ITS_WAY = 10_000
 
 
 def copy(
-    repository: Repository, source: Source, name: str, old: Old, knows_users: Callable[[], bool]
+    repository: Repository,
+    source: Source,
+    name: str,
+    old: OldRecord,
+    knows_users: Callable[[], bool],
 ) -> tuple[Loaded, Token]:
     """Create a copy, and return it with its token. One round trip."""
     contents, nonce = source.contents(repository, old), new_nonce()
-    key, origin = keyed(repository, source.label, name, nonce, None)
-    loaded, dropped = drafted(repository, key, contents, origin, knows_users())
+    key, origin = new_key(repository, source.label, name, nonce, None)
+    loaded, dropped = draft_session(repository, key, contents, origin, knows_users())
     repository.store.create(loaded.record)
     repository.events.emit(SessionImported, key, source.label, dropped)
     secret = repository.live.secret_keys()[0]

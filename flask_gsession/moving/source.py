@@ -13,7 +13,7 @@ from ..users.roster import Since
 from ..values.codec import is_valid_text
 
 
-class Old(NamedTuple):
+class OldRecord(NamedTuple):
     """An old record: its ``name`` in its store, and the stored data.
 
     ``by_pointer``: the cookie holds an earlier token, within the grace of a rotation.
@@ -61,7 +61,7 @@ class Source(Protocol):
     #: set if the source's server also keeps the new sessions
     together: Together | None
 
-    def is_of_one_visitor(self, old: Old) -> bool:
+    def is_of_one_visitor(self, old: OldRecord) -> bool:
         """Whether only one visitor has this old cookie. Several visitors may have equal Flask
         cookies.
         """
@@ -71,16 +71,16 @@ class Source(Protocol):
         No round trip.
         """
 
-    def load(self, name: str, cookie: str) -> Old | None:
+    def load(self, name: str, cookie: str) -> OldRecord | None:
         """The old record, perhaps under another name. At most one round trip.
 
         Raises ``StoreUnavailable`` and ``UnreadableRecord``.
         """
 
-    def contents(self, repository: Repository, old: Old) -> Contents:
+    def contents(self, repository: Repository, old: OldRecord) -> Contents:
         """The record's values, encoded. Raises ``RefusedContents`` and ``StoreUnavailable``."""
 
-    def since(self, old: Old) -> Since:
+    def since(self, old: OldRecord) -> Since:
         """The time of the old session's sign-in, for the roster of its user."""
 
     def delete(self, name: str) -> None:

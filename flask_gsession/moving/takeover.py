@@ -41,11 +41,11 @@ from ..values.payload import Body, Origin
 from ..values.references import names_in
 from . import shared_cookies
 from .contents import RefusedContents
-from .drafting import drafted, keyed
+from .drafting import draft_session, new_key
 from .entering import enter
 from .flask_cookies import LABEL as COOKIES
-from .mark import Mark, mark_key, new_nonce, read_mark, token_for, unsealed
-from .source import Old, Source
+from .mark import Mark, mark_key, new_nonce, open_origin, read_mark, token_for
+from .source import OldRecord, Source
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Finding(NamedTuple):
 
     name: str
     key: str  # of the mark
-    old: Old | None
+    old: OldRecord | None
     mark: Mark | None
     record: Record | None = None  # of the mark
 
@@ -279,7 +279,7 @@ class Takeover:
         if source.together is not None:
             key = mark_key(source.label, name)
             foreign, record = self._asked(source.together.load_both, name, key)
-            old = None if foreign is None else Old(name, foreign, foreign.expires_at)
+            old = None if foreign is None else OldRecord(name, foreign, foreign.expires_at)
         else:
             old = self._asked(source.load, name, cookie)
             name = Token(old.name) if old is not None else name
@@ -287,7 +287,9 @@ class Takeover:
             record = repository.store.load(key)
         return Finding(name, key, old, read_mark(repository, record), record)
 
-    def create(self, repository: Repository, source: Source, found: Finding, old: Old) -> Created:
+    def create(
+        self, repository: Repository, source: Source, found: Finding, old: OldRecord
+    ) -> Created:
         """Step 2: the created session and its mark, or only another request's mark. Both are None
         for an old session without values.
         """
@@ -295,8 +297,8 @@ class Takeover:
         if len(contents.values) <= (PERMANENT in contents.values):
             return Created(None, None)
         nonce = new_nonce()
-        key, origin = keyed(repository, source.label, found.name, nonce, old.expires_at)
-        loaded, dropped = drafted(repository, key, contents, origin, self._knows_users())
+        key, origin = new_key(repository, source.label, found.name, nonce, old.expires_at)
+        loaded, dropped = draft_session(repository, key, contents, origin, self._knows_users())
         mark = Mark(key, nonce)
         record = self._mark_record(repository, found.key, mark)
         there: Record | None = None
@@ -338,7 +340,7 @@ class Takeover:
 
     def _of(self, repository: Repository, origin: Origin) -> list[tuple[Source, str]]:
         """The sources that may hold an old record, each with its name. Stores may share a label."""
-        name = unsealed(repository.live.secret_keys(), origin)
+        name = open_origin(repository.live.secret_keys(), origin)
         if name is None:
             return []
         name = Token(name)

@@ -16,7 +16,7 @@ from ..extension import NAME, Session
 from ..interface import GSessionInterface, session_of_request
 from ..live.servers import connection_of, threads
 from ..live.states import Digests, State, Versions
-from ..live.streams import Full, Limits, Stream, as_json, last_of, newer
+from ..live.streams import Limits, Stream, TooManyStreams, as_json, last_of, newer
 from ..processes import warn_without_threads
 from ..repository.repository import Loaded
 from ..repository.user_values import values_key
@@ -121,7 +121,7 @@ def live_blueprint(
                 life=life,
                 after=_after(request.headers.get("Last-Event-ID") or request.args.get("after")),
             )
-        except Full as full:
+        except TooManyStreams as full:
             if full.of_user:
                 _refuse(429, "There are too many streams of this user: poll instead")
             _refuse(503, "This worker has no room for another stream: poll instead")

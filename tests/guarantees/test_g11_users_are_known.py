@@ -52,8 +52,8 @@ def test_round_trips_of_a_bound_session(site: Site, name: str) -> None:
 
 
 def test_round_trips_of_a_sign_in(site: Site) -> None:
-    anew, anonymous, again = site.visitor(), plain(site), plain(site)
-    assert trips(site, lambda: anew.run(lambda session: session.bind("ada"))) == 1 + 2
+    fresh, anonymous, again = site.visitor(), plain(site), plain(site)
+    assert trips(site, lambda: fresh.run(lambda session: session.bind("ada"))) == 1 + 2
     assert trips(site, lambda: anonymous.run(lambda session: session.bind("ada"))) == 2 + 2
 
     def in_login(session: Any) -> None:

@@ -198,7 +198,7 @@ def consume(site: Site, folder: Path, chance: random.Random) -> None:
 ROLES = {"visitors": visit, "more visitors": visit, "sweeper": sweep, "consumer": consume}
 _NAMED = {  # functions in which a role is killed
     "visitors": ("delete",),
-    "more visitors": ("create", "replace_under", "delete"),
+    "more visitors": ("create", "replace_with_lease", "delete"),
     "sweeper": ("run",),
     "consumer": ("run",),
 }

@@ -11,7 +11,7 @@ import pytest
 
 from flask_gsession.live.live import Change
 from flask_gsession.live.servers import Connection
-from flask_gsession.live.streams import Full, Limits, Slots
+from flask_gsession.live.streams import Limits, Slots, TooManyStreams
 from tests.harness.apps import SiteMaker, until
 
 DEADLINE = 30  # seconds
@@ -35,7 +35,7 @@ def test_a_slot_may_be_freed_while_slots_are_counted() -> None:
     slots.take(Limits("bob", 3, 2))
     slots.take(Limits("ada", 3, 2))
     assert len(slots) == 2
-    with pytest.raises(Full):
+    with pytest.raises(TooManyStreams):
         slots.take(Limits("eve", 2, 2))
 
 

@@ -67,7 +67,7 @@ DICT_OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "or in place": lambda d: d.__ior__({"a": 9, "z": 1}) is d,
     "unpacking": lambda d: ({**d}, [*d.items()]),
     "set": lambda d: d.__setitem__("b", 7),
-    "set anew": lambda d: d.__setitem__("z", 7),
+    "set a new key": lambda d: d.__setitem__("z", 7),
     "delete": lambda d: d.__delitem__("a"),
     "delete what is missing": lambda d: d.__delitem__("x"),
     "delete twice": lambda d: (d.__delitem__("a"), d.__delitem__("a")),

@@ -204,7 +204,7 @@ class Schedule:
         session.clear()
         session["w"] = began
 
-    def sign_in_anew(self, session: SessionData, began: int) -> None:
+    def sign_in_again(self, session: SessionData, began: int) -> None:
         session.clear()
         self.sign_in(session, began)
 
@@ -213,7 +213,7 @@ class Schedule:
 
     def use(self, client: Client) -> Callable[[], None]:
         names = ("sign_in", "sign_in", "rotate", "rotate_at_once", "write", "update", "read")
-        more = ("log_out", "unbind", "change_user", "clear", "sign_in_anew")
+        more = ("log_out", "unbind", "change_user", "clear", "sign_in_again")
         chosen = [self.rng.choice((*names, *names, *more)) for _ in range(self.rng.randint(1, 3))]
 
         def run() -> None:

@@ -314,7 +314,7 @@ def test_wrong_credentials_are_an_outage(
 def test_a_server_that_is_frozen_or_gone_is_an_outage(
     server: S3Server, one_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def anew() -> None:
+    def reopen() -> None:
         forget_clients()
         place(one_site)._begin()
 
@@ -322,12 +322,12 @@ def test_a_server_that_is_frozen_or_gone_is_an_outage(
     timeouts = fsspec.config.conf["s3"]["config_kwargs"]
     with monkeypatch.context() as patch, server.paused():
         patch.setitem(timeouts, "read_timeout", 0.2)
-        anew()
+        reopen()
         assert visitor.ask(get()).status_code == 503
         assert visitor.run(get("user")) == "ada"
-    anew()
+    reopen()
     assert visitor.run(get()) == ROWS
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    anew()
+    reopen()
     assert visitor.ask(get()).status_code == 503
     assert one_site.happened(LargeValueLost) == []

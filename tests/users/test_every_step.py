@@ -82,7 +82,7 @@ class Case:
     def sign_in(self) -> None:
         self.visitor.ask(lambda session: session.bind(self.ada))
 
-    def sign_in_anew(self) -> None:
+    def sign_in_elsewhere(self) -> None:
         visitor = self.site.visitor()
         self.visitor = visitor
         visitor.ask(lambda session: session.bind(self.ada))
@@ -247,12 +247,12 @@ def beside(make: SiteMaker, operation: str, other: str, number: int, policy: str
 
 #: Those that run beside each other on the memory store, unless a long run was asked for.
 BESIDE = [
-    *("sign_in_anew", "rotate_at_once", "log_out_in_a_tab", "revoke_others", "revoke_all"),
+    *("sign_in_elsewhere", "rotate_at_once", "log_out_in_a_tab", "revoke_others", "revoke_all"),
 ]
 #: Those that run on each store.
 ON_STORES = ["sign_in", "rotate", "write"]
 LONG = "SIM_SCHEDULES" in os.environ
-SIGN_INS = {"sign_in", "sign_in_anew", "become", "use_old"}
+SIGN_INS = {"sign_in", "sign_in_elsewhere", "become", "use_old"}
 
 
 def each_beside(make: SiteMaker, operation: str, other: str) -> None:
@@ -323,7 +323,7 @@ def entered_anyway(life: Any, binding: Any, key: str, until: int) -> Any:
     return _enter(life, binding, key, until)._replace(refused="")
 
 
-def looked_only(life: Any, binding: Any, key: str, until: int) -> Any:
+def checked_only(life: Any, binding: Any, key: str, until: int) -> Any:
     """The cap is counted by the look, and the entry takes whoever comes."""
     life.repository.rosters.limit = 1000
     try:
@@ -336,14 +336,14 @@ _enter = roster_entries._enter
 #: The broken function, its replacement, and an operation with a parallel one.
 BREAKS: dict[str, tuple[Any, str, Any, str, str]] = {
     "the epoch is ignored": (roster_entries, "enter", entered_any, "sign_in", "revoke_all"),
-    "no entry": (storing, "enter_roster", entered_late, "sign_in_anew", "revoke_all"),
-    "no move": (roster_entries, "_enter_rotated", moved_any, "rotate_at_once", "sign_in_anew"),
+    "no entry": (storing, "enter_roster", entered_late, "sign_in_elsewhere", "revoke_all"),
+    "no move": (roster_entries, "_enter_rotated", moved_any, "rotate_at_once", "sign_in_elsewhere"),
     "no mark": (roster, "mark_ending", marked_none, "rotate_at_once", "revoke_all"),
     "no delete": (users, "finish", finished_by_dropping, "read", "revoke_all"),
-    "no victims": (roster_entries, "_finish", lambda *_: None, "sign_in", "sign_in_anew"),
+    "no victims": (roster_entries, "_finish", lambda *_: None, "sign_in", "sign_in_elsewhere"),
     "refusals are ignored": (roster_entries, "_enter", entered_anyway, "sign_in", "revoke_all"),
     "nobody leaves": (Rosters, "leave", lambda *_: None, "log_out", "read"),
-    "the cap is looked at": (roster_entries, "_enter", looked_only, "sign_in", "sign_in_anew"),
+    "no cap": (roster_entries, "_enter", checked_only, "sign_in", "sign_in_elsewhere"),
     "an old one enters": (roster, "is_revoked_since", lambda *_: False, "use_old", "revoke_all"),
 }  # fmt: skip
 

@@ -212,7 +212,7 @@ def known_once(body: Any, join: Any, *rest: Any) -> Any:
     return None if known else _joined(body, join, *rest)
 
 
-def always_anew(known: Any, keys: Any, old: Any) -> Any:
+def always_new(known: Any, keys: Any, old: Any) -> Any:
     return joins.next_join((), (*keys, *(known[0].keys if known else ())))
 
 
@@ -233,7 +233,7 @@ BREAKS: dict[str, tuple[Any, str, Any, Callable[..., None], Callable[[Case], Non
     "rotated first": (storing, "join_user", joined_late, each_death, Case.add),
     "nothing is remembered": (user_values, "joined", forgotten, each_death, Case.add),
     "joined only once": (user_values, "joined", known_once, each_step, Case.add),
-    "the id changes": (joining, "next_join", always_anew, each_death, Case.add),
+    "the id changes": (joining, "next_join", always_new, each_death, Case.add),
     "not closed": (storing, "close_join", lambda life: None, each_step, Case.add),
     "any version": (Repository, "update", any_version, each_step, Case.elsewhere),
 }

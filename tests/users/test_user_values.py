@@ -297,7 +297,7 @@ def test_damaged_values_count_as_absent(site: Site, ada: tuple[Visitor, Visitor]
     assert shared(phone) == {}
     assert phone.run(lambda session: session.owner) == "ada"
     put(laptop, b=2)
-    assert shared(phone) == {"b": 2}, "written anew"
+    assert shared(phone) == {"b": 2}, "written again"
 
 
 def test_without_the_key_they_are_neither_shown_nor_replaced(make_site: SiteMaker) -> None:

@@ -399,10 +399,10 @@ def test_a_late_deletion_leaves_a_newer_value(site: Site, clock: FakeClock) -> N
     def delete(session: Any) -> None:
         del session["code"]
         clock.advance(60)
-        other.run(lambda session: session.update(code="anew"))
+        other.run(lambda session: session.update(code="second"))
 
     visitor.run(delete)
-    assert visitor.run(dict) == {"code": "anew"}
+    assert visitor.run(dict) == {"code": "second"}
 
 
 # Handed out once -----------------------------------------------------------------------------

@@ -975,11 +975,11 @@ def test_a_download_breaks_off_where_the_rest_is_lost(site: Site) -> None:
     visitor.run(lambda session: session.attach("photo", io.BytesIO(PHOTO)))
     altered(site, blob_of(site))
 
-    def read_anew(session: Any) -> None:
+    def read_again(session: Any) -> None:
         with pytest.raises((KeyError, ValueLost)):
             session.open("photo").read()
 
-    visitor.run(read_anew)
+    visitor.run(read_again)
 
 
 def memory_of_streaming(visitor: Visitor, size: int) -> int:
