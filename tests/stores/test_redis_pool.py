@@ -198,6 +198,19 @@ def test_a_closed_store_keeps_no_connection_and_goes_on(store: Any) -> None:
     assert store.load(record.key) == record
 
 
+def test_a_store_that_is_not_used_any_more_is_closed_at_once(redis_url: str) -> None:
+    store: Any = open_store(redis_url, StoreOptions())[0]
+    assert store.load("A" * 43) is None
+    (connection,) = (slot.connection for slot in store.commands.pool._idle if slot.connection)
+    gc.collect()
+    gc.disable()
+    try:
+        del store
+        assert connection._sock is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("meanwhile", ["a write", "a rotation", "a write and a restart"])
 def test_a_repeat_that_meets_another_write_is_in_doubt(
     meanwhile: str, store: Any, redis_client: Any, monkeypatch: pytest.MonkeyPatch
@@ -234,6 +247,15 @@ def test_a_repeat_that_meets_another_write_is_in_doubt(
         assert store.load(rotated.key) == rotated
     else:
         assert store.load(record.key) == theirs
+
+
+def test_a_pointer_is_never_renewed(store: Any) -> None:
+    old, new = a_record(time.time), a_record(time.time)
+    store.create(old)
+    store.replace(old.key, new, old.version, a_pointer(old, new))
+    pointer = store.load(old.key)
+    assert not store.renew(pointer, pointer.idle_expires_at + 5000)
+    assert store.load(old.key) == pointer
 
 
 def test_a_connection_that_was_closed_while_idle_puts_no_write_in_doubt(
