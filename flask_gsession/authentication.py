@@ -93,7 +93,7 @@ def forget_remembered(app: Flask, response: Response) -> None:
     """Delete the remember-me cookie, because this request called ``logout_user``.
 
     Flask-Login notes this in the session until its ``after_request`` function runs. If the session
-    has ended by then, the note is lost, and the cookie would sign the user in again.
+    ends before that, the note is lost, and the cookie would sign the user in again.
     """
     cookie = remember_cookie(app)
     start = f"{cookie['key']}="

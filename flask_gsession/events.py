@@ -185,8 +185,8 @@ class SessionConflicted(Event):
 class SessionImported(Event):
     """An old session was taken over from another library or store.
 
-    ``source``: ``"flask-session"``, ``"cookie"`` (Flask's own) or ``"gsession"`` (another store of
-    ours). ``dropped``: the keys with values that a session can't store.
+    ``source``: ``"flask-session"``, ``"cookie"`` (Flask's own) or ``"gsession"`` (another
+    Flask-GSession store). ``dropped``: the keys with values that a session can't store.
     """
 
     handle: str
@@ -371,7 +371,7 @@ class Events:
     def emit(self, event: type[Event], *details: object) -> None:
         """Create the event and call its subscribers. Without subscribers, no event is created.
 
-        If a subscriber raises, the error is logged and the request goes on.
+        If a subscriber raises, the error is logged and the request continues.
         """
         signal = _SIGNALS.get(event)
         if signal is not None and signal.receivers:

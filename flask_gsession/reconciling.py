@@ -38,7 +38,7 @@ from .values.merge import DECLARED, Change, MergeFunction
 from .values.payload import Body, Owner
 from .values.references import refers
 
-#: A record at the centre that tells nodes whether they can read each other's records.
+#: A record at the centre that shows nodes whether they can read each other's records.
 GREETING_KEY = "flask-gsession-edge-greeting".ljust(KEY_LENGTH, "-")
 _CHECK_VERSION = 1  # its version
 # Milliseconds. Short, since the correct keys may have been replaced while no node settled.

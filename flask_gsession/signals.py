@@ -1,7 +1,7 @@
 """Blinker signals for the main events of a session, to use like Flask's own signals.
 
 The sender is the application, and the keyword ``event`` holds the event. If a receiver raises, the
-error is logged, and the request goes on.
+error is logged, and the request continues.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class _Socket:
         for message in newer(messages, self._last):
             self._last = message.id
             self._emit(_MESSAGE, json.loads(as_json(message)))
-        if before.session is None:  # the first look
+        if before.session is None:  # the first state
             return
         if after.session is None:
             self._ended = True

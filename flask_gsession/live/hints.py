@@ -409,7 +409,7 @@ class Hints:
             return
         with self._lock:
             if keys and watch not in self._watches:
-                return  # it is closed, or only takes a look
+                return  # it is closed, or only reads the state
             by_key = self._changed.watches
             for key in set(watch.keys) - set(keys):
                 those = by_key.get(key, {})

@@ -100,7 +100,7 @@ class Migration:
 
 
 class _Offline:
-    """A source whose sessions keep their expiry, since nobody is using them now."""
+    """A source whose sessions keep their expiry, since this isn't a use of them."""
 
     def __init__(self, source: FlaskSessionSource, pickles: PickleProcess | None) -> None:
         self._source = source

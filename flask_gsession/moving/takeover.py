@@ -1,7 +1,7 @@
 """Takes over an old session exactly once, in the first request that needs it.
 
-``tests/simulation/importing.py`` is a model of the protocol and its invariants. A request with no
-valid cookie of ours, but with an old one:
+``tests/simulation/importing.py`` is a model of the protocol and its invariants. A request without a
+valid new cookie, but with an old one:
 
 1. loads the old record, then the mark (see ``mark``), in this order: a logout deletes the old
 record only while the mark is there, so if neither is found, there is no session; 2. without a mark:

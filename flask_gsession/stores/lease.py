@@ -46,7 +46,7 @@ class Lease:
         return self.owner == owner and now < self.until
 
     def acquire(self, owner: str, now: int, lease_ms: int, max_waiters: int) -> int:
-        """As ``Leases.acquire``."""
+        """Like ``Leases.acquire``."""
         self._drop_silent_waiters(owner, now)
         if self.is_held_by(owner, now) or self.is_turn_of(owner, now):
             self.waiters.pop(owner, None)
@@ -68,7 +68,7 @@ class Lease:
         self.owner, self.until, self.length = owner, now + lease_ms, lease_ms
 
     def release(self, owner: str, now: int) -> bool:
-        """As ``Leases.release``."""
+        """Like ``Leases.release``."""
         held = self.is_held_by(owner, now)
         if self.owner == owner:
             self.owner, self.until, self.length = "", 0, 0

@@ -29,7 +29,7 @@ class Leases(Protocol):
     def save(
         self, record: Record, expected_version: int, lease: str, *, shorten: bool = False
     ) -> None:
-        """As ``Store.save``. The same step raises ``LeaseLost`` unless the owner ``lease`` holds
+        """Like ``Store.save``. The same step raises ``LeaseLost`` unless the owner ``lease`` holds
         an unexpired lease of the session. ``Gone`` is checked first, then ``LeaseLost``, then
         ``Stale``.
         """
@@ -44,10 +44,10 @@ class Leases(Protocol):
         *,
         shorten: bool = False,
     ) -> Replaced | None:
-        """As ``Store.replace``, with ``lease`` (of ``key``) as in ``save``. The lease ends."""
+        """Like ``Store.replace``, with ``lease`` (of ``key``) as in ``save``. The lease ends."""
 
     def delete(self, key: str, expected_version: int, lease: str) -> Deleted | bool:
-        """As ``Store.delete`` of a version, with ``lease`` as in ``save``. The lease ends."""
+        """Like ``Store.delete`` with a version, with ``lease`` as in ``save``. The lease ends."""
 
     def acquire(self, key: str, owner: str, lease_ms: int, max_waiters: int) -> int:
         """Hold the lease for ``lease_ms`` from now, or wait in the queue for it.
@@ -181,7 +181,7 @@ class Bulk(Protocol):
     """For a store that can delete several sessions in fewer round trips than one by one."""
 
     def delete_many(self, keys: Sequence[str]) -> list[Deleted]:
-        """As ``Store.delete`` of each key; the results in the same order.
+        """Like ``Store.delete`` for each key. Returns the results in the same order.
 
         Not atomic: after ``StoreUnavailable``, some may have been deleted. A repeat is safe.
         """

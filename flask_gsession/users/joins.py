@@ -18,7 +18,7 @@ from ..values.merge import DECLARED, MISSING, Change, MergeFunction, Merger, las
 from ..values.payload import CLOSED, Body, Join
 from ..values.references import holds, reference_in, refers
 
-#: What happens to a visitor's value at the sign-in; see ``SessionKey``.
+#: The ways to treat a visitor's value at the sign-in; see ``SessionKey``.
 AT_LOGIN: Final = ("merge", "keep", "replace", "discard")
 _ID_BYTES = 9
 _MOST_JOINS = 1000  # for each user; beyond that, the oldest closed joins are dropped

@@ -25,7 +25,7 @@ class OpenUser:
 
     Leaving raises ``SessionEnded`` if the values were deleted before the changes could be stored,
     ``TransactionMisused`` if a transaction or lock is still open, and the errors of a save. One
-    round trip at the first look, one more for changes or a renewal that is due.
+    round trip at the first use, one more for changes or a renewal that is due.
     """
 
     def __init__(self, repository: Repository, app: Flask, user_id: str, renew: bool) -> None:

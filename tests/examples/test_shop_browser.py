@@ -406,7 +406,7 @@ def test_devices(chromium: Browser, sqlite_url: str, tmp_path: Path, store_prefi
         expect(here.get_by_role("heading", level=1)).to_have_text("Sign out Safari on iPhone?")
         here.locator("main").get_by_role("button", name="Sign out").click()
         expect(here.get_by_role("status")).to_have_text("Safari on iPhone is signed out.")
-        expect(here.get_by_text("You are signed in nowhere else.")).to_be_visible()
+        expect(here.get_by_text("You aren't signed in anywhere else.")).to_be_visible()
         there.reload()
         expect(there.get_by_role("heading", level=1)).to_have_text("Sign in")
         expect(there.locator(".count")).to_have_text("0")

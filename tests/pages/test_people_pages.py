@@ -91,7 +91,7 @@ def test_a_user_sees_and_ends_devices(pages: Site) -> None:
     assert [owner(each) for each in (desk, phone, tablet)] == ["ada", None, "ada"]
     assert send(desk, "/devices/end-others").status_code == 303
     assert [owner(each) for each in (desk, tablet, bob)] == ["ada", None, "bob"]
-    assert "You are signed in nowhere else." in desk.get("/devices").text
+    assert "You aren't signed in anywhere else." in desk.get("/devices").text
     ended = pages.happened(DeviceRevoked)
     assert [(each.user_id, each.by, each.reason) for each in ended] == [
         ("ada", "ada", "by the user")

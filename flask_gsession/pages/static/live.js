@@ -1,6 +1,6 @@
 // Live updates of Flask-GSession. Dispatches on document: gsession:ended, gsession:began,
 // gsession:changed {keys, user}, gsession:devices, gsession:message {name, data}.
-// One tab of the browser holds a lock and the stream, and passes news on.
+// One tab holds a lock and the stream, and forwards its news.
 (() => {
   const {src: source, dataset: {state: shown}} = document.currentScript;
   const at = name => new URL(name, source).href;
@@ -15,7 +15,7 @@
   let open = false;  // whether a tab has a stream
   let leads = false;
 
-  // A state that comes twice does no harm. null: unknown.
+  // A repeated state does no harm. null: unknown.
   const differing = (a = {}, b = {}) =>
     Object.keys({...a, ...b}).filter(key => a[key] !== null && a[key] !== b[key]);
   const take = state => {
@@ -49,7 +49,7 @@
     } catch { /* offline */ }
   };
 
-  // Resolves to milliseconds until the next try.
+  // Resolves to milliseconds until the next attempt.
   const stream = () => new Promise(done => {
     const events = new EventSource(at("stream") + "?after=" + last);
     const end = pause => {

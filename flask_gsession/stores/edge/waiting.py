@@ -82,7 +82,7 @@ class Waiting:
 
     @in_transaction()
     def unsent(self, db: sqlite3.Connection, row: Row) -> None:
-        """Note that it wasn't sent after all."""
+        """Note that it wasn't sent."""
         now = self._copy.rows.select(db, row.record.key)
         if now is not None and now.number == row.number and now.state is row.state:
             back = now._replace(sent=None, number=None)
