@@ -313,7 +313,7 @@ def test_signing_in_with_a_second_factor_at_once(one: Site) -> None:
 
 
 @pytest.mark.parametrize("renews", [True, False])
-def test_it_renews_the_csrf_token_where_that_is_set(make_site: SiteMaker, renews: bool) -> None:
+def test_a_confirmation_renews_the_csrf_token_if_set(make_site: SiteMaker, renews: bool) -> None:
     visitor = make_site(renew_csrf=renews).visitor()
     visitor.run(lambda session: session.update(csrf_token="planted", user="ada"))
     visitor.run(lambda session: session.confirm())
@@ -347,7 +347,7 @@ def test_a_request_that_was_running_writes_nothing_into_it(vaults: Site) -> None
     assert visitor.run(lambda session: session["cart"]) == ["mug"]
 
 
-def test_of_two_confirmations_at_once_one_lives(vaults: Site) -> None:
+def test_one_of_two_parallel_confirmations_wins(vaults: Site) -> None:
     """The other's token ended with the first rotation."""
     visitor = signed_in(vaults)
     vaults.clock.advance(3600)
@@ -418,7 +418,7 @@ def test_a_socket_handler_confirms_nothing(one: Site) -> None:
 
 
 @pytest.mark.parametrize("block", ["lock", "transaction"])
-def test_inside_a_block(vaults: Site, block: str) -> None:
+def test_confirming_inside_a_block(vaults: Site, block: str) -> None:
     visitor = signed_in(vaults)
     vaults.clock.advance(3600)
 
@@ -496,7 +496,7 @@ def short(make_site: SiteMaker) -> Site:
     )
 
 
-def test_it_starts_again_at_a_sign_in(short: Site) -> None:
+def test_the_absolute_lifetime_restarts_at_a_sign_in(short: Site) -> None:
     visitor = short.visitor()
     visitor.run(lambda session: session.update(cart=["mug"], photo=b"x" * 100_000))
     keeps_alive(short, visitor, 1.9)
@@ -511,7 +511,9 @@ def test_it_starts_again_at_a_sign_in(short: Site) -> None:
 
 
 @pytest.mark.parametrize("block", ["lock", "transaction"])
-def test_so_it_does_inside_a_block_and_after_lost_races(short: Site, block: str) -> None:
+def test_the_absolute_lifetime_restarts_inside_a_block_and_after_lost_races(
+    short: Site, block: str
+) -> None:
     visitor = short.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))
     keeps_alive(short, visitor, 1.9)
@@ -600,7 +602,9 @@ ONWARD: list[Callable[[Any], object]] = [
 
 
 @pytest.mark.parametrize("act", ONWARD)
-def test_it_starts_again_at_nothing_else(short: Site, act: Callable[[Any], object]) -> None:
+def test_the_absolute_lifetime_restarts_at_nothing_else(
+    short: Site, act: Callable[[Any], object]
+) -> None:
     visitor = signed_in(short)
     keeps_alive(short, visitor, 1.9)
     visitor.run(act)
@@ -719,7 +723,7 @@ def test_scripts_get_their_401(one: Site, headers: dict[str, str], redirected: b
     assert answer.status_code == (302 if redirected else 401)
 
 
-def test_so_do_clients_with_a_token_header(make_site: SiteMaker) -> None:
+def test_clients_with_a_token_header_get_the_challenge(make_site: SiteMaker) -> None:
     site = with_vaults(make_site(token_header="X-Session", confirm_view="confirm"))
     client = site.app.test_client(use_cookies=False)
 

@@ -90,7 +90,7 @@ def test_a_job_reads_and_writes_the_session(site: Site, visitor: Visitor) -> Non
     assert len(site.happened(SessionSaved)) == 1
 
 
-def test_it_costs_a_load_and_a_save(site: Site, visitor: Visitor) -> None:
+def test_a_block_costs_a_load_and_a_save(site: Site, visitor: Visitor) -> None:
     with site.counted() as count, job(visitor) as session:
         assert session["cart"] == ["mug"]
     assert count.calls == ["load"]
@@ -136,7 +136,7 @@ def test_inside_a_request_for_another_session(site: Site, visitor: Visitor) -> N
     assert visitor.run(dict) == {"user": "ada", "cart": ["mug"], "message": "Hello"}
 
 
-def test_of_two_sessions_each_opens_its_own(make_site: SiteMaker) -> None:
+def test_each_of_two_sessions_opens_its_own(make_site: SiteMaker) -> None:
     site = make_site(cookie_name="one")
     second = Session(
         site.app, store=site.store, clock=site.clock, cookie_name="two", idle_timeout=60
@@ -345,7 +345,9 @@ def test_a_session_that_ends_during_a_block_stays_ended(
     assert visitor.run(dict) == {}
 
 
-def test_one_that_changed_nothing_need_not_know(site: Site, visitor: Visitor) -> None:
+def test_a_block_without_changes_ignores_the_end_of_its_session(
+    site: Site, visitor: Visitor
+) -> None:
     with job(visitor) as session:
         ends_by_logout(site, visitor)
         assert session["user"] == "ada"
@@ -489,7 +491,7 @@ def test_a_rotation_is_refused_and_the_session_stays(
     assert visitor.run(dict) == {"user": "ada", "cart": ["mug"]}
 
 
-def test_also_where_the_error_is_caught(site: Site, visitor: Visitor) -> None:
+def test_a_refused_rotation_whose_error_is_caught(site: Site, visitor: Visitor) -> None:
     with job(visitor) as session:
         with pytest.raises(RotationRefused):
             session.rotate(grace=0)
@@ -575,7 +577,7 @@ def test_a_revocation_during_a_block_holds(site: Site, member: Visitor) -> None:
     assert member.run(dict) == {}
 
 
-def test_one_that_a_failover_brought_back_ends_in_a_job(site: Site, member: Visitor) -> None:
+def test_a_session_that_a_failover_brought_back_ends_in_a_job(site: Site, member: Visitor) -> None:
     """At its next touch, as in a view."""
     store: Any = site.store.store
     record = store.load(handle_of(member))
@@ -588,7 +590,7 @@ def test_one_that_a_failover_brought_back_ends_in_a_job(site: Site, member: Visi
         assert site.ext.peek(handle_of(member)) is None
 
 
-def test_one_that_never_got_into_its_users_list_is_nobodys(site: Site, member: Visitor) -> None:
+def test_a_session_that_never_entered_its_roster_is_not_opened(site: Site, member: Visitor) -> None:
     """G11: stored by a sign-in that was interrupted, or taken over from an old library."""
     repository = site.app.extensions["gsession"][site.ext].repository
     key = handle_of(member)
@@ -851,7 +853,7 @@ def test_a_view_that_polls_is_no_use_of_the_session(
     assert left(visitor) >= before
 
 
-def test_it_makes_no_session_end_early(site: Site, visitor: Visitor) -> None:
+def test_a_block_makes_no_session_end_early(site: Site, visitor: Visitor) -> None:
     """Another tab is used while the polling request saves."""
     tab = visitor.another_tab()
 
@@ -921,7 +923,7 @@ def test_a_debug_dump_shows_the_changes_of_a_block(
 # Flask-SocketIO -----------------------------------------------------------------------------------
 
 
-def test_in_a_socket_handler_and_its_background_task(site: Site) -> None:
+def test_opening_in_a_socket_handler_and_its_background_task(site: Site) -> None:
     """They know the session by the handle that it had at the handshake."""
     socketio = SocketIO(site.app, manage_session=False, async_mode="threading")
     seen: list[Any] = []
@@ -1007,7 +1009,7 @@ def test_an_async_lock_inside(site: Site, visitor: Visitor) -> None:
     assert visitor.run(dict)["n"] == 5
 
 
-def test_in_an_async_view(site: Site) -> None:
+def test_opening_in_an_async_view(site: Site) -> None:
     @site.app.get("/admin/<handle>")
     async def admin(handle: str) -> str:
         async with site.ext.open(handle) as session:

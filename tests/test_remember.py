@@ -180,7 +180,7 @@ def test_cookies_of_the_application_are_left_alone(one: Site) -> None:
     assert [line.partition("=")[0] for line in lines] == ["theme", "remember_token_2", "session"]
 
 
-def test_it_is_fresh_until_the_user_was_away(one: Site) -> None:
+def test_a_sign_in_is_fresh_until_the_user_was_away(one: Site) -> None:
     """As with a cookie, which signs the user in to a new session after that."""
     visitor = one.visitor()
     visitor.run(sign_in(remember=True))
@@ -264,7 +264,9 @@ def test_never_for_a_user_whose_sessions_were_revoked(site: Site) -> None:
     assert with_old_cookie(site, "eve").get("/me").text == "eve"
 
 
-def test_also_long_after_the_revocation(make_site: SiteMaker, clock: FakeClock) -> None:
+def test_a_cookie_stays_refused_long_after_the_revocation(
+    make_site: SiteMaker, clock: FakeClock
+) -> None:
     """The roster remembers it for as long as cookies are converted."""
     site = with_login(
         make_site(
@@ -302,7 +304,7 @@ def test_a_revocation_while_it_is_converted(site: Site) -> None:
         assert site.ext.users.devices("ada") == []
 
 
-def test_at_once_in_many_browsers_it_is_converted_once(site: Site) -> None:
+def test_a_cookie_in_parallel_browsers_is_converted_once(site: Site) -> None:
     visitors = [with_old_cookie(site) for _ in range(4)]
     found: list[int] = []
     at_once(*(lambda v=v: found.append(v.get("/me").status_code) for v in visitors))
@@ -346,7 +348,7 @@ def test_a_page_that_asks_for_no_user_leaves_it_alone(one: Site) -> None:
     assert visitor.get("/me").text == "ada"
 
 
-def test_it_waits_for_a_response_that_can_carry_the_token(one: Site) -> None:
+def test_a_conversion_waits_for_a_response_that_can_carry_the_token(one: Site) -> None:
     """A socket handler, a page for a wrong address and a streamed body have none."""
 
     def late() -> flask.Response:
@@ -451,7 +453,7 @@ def test_revoking_warns(make_site: SiteMaker, caplog: pytest.LogCaptureFixture) 
     assert visitor.get("/me").text == "ada"  # which it warned of
 
 
-def test_it_does_not_without_flask_login_or_cookie(
+def test_revoking_does_not_warn_without_flask_login_or_cookie(
     make_site: SiteMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     for user, site in (
@@ -477,7 +479,7 @@ def test_a_cookie_that_outlives_the_sessions_warns_at_the_start(duration: Any) -
         Session(app_with(REMEMBER_COOKIE_DURATION=duration))
 
 
-def test_so_does_the_default_of_flask_login() -> None:
+def test_the_default_duration_of_flask_login_warns() -> None:
     app = app_with()
     LoginManager(app)
     with pytest.warns(UserWarning, match="REMEMBER_COOKIE_DURATION is 365 days"):

@@ -687,7 +687,7 @@ def test_an_expired_session_counts_as_absent(site: Site) -> None:
 @pytest.mark.parametrize(
     "handle", ["short", "a b c d e f", "x" * 44, "../../../etc/passwd", "é" * 9]
 )
-def test_no_handle_at_all(handle: str) -> None:
+def test_invalid_handles_are_refused(handle: str) -> None:
     console = Console("memory://")
     for command in ("show", "revoke"):
         assert "is not a handle" in console.failed(command, handle, status=2)
@@ -927,7 +927,7 @@ def test_memory_says_that_it_sees_only_itself() -> None:
         *(("list", "--limit", "0"), ("cleanup", "--batch", "10001")),
     ],
 )
-def test_wrong_use(words: tuple[str, ...]) -> None:
+def test_wrong_arguments_exit_with_2(words: tuple[str, ...]) -> None:
     assert Console("memory://").run(*words).exit_code == 2
 
 

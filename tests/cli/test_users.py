@@ -302,7 +302,7 @@ def test_a_user_that_can_not_be(command: str, user: str) -> None:
     assert len(failed) < 400
 
 
-def test_no_file_is_made(tmp_path: Path) -> None:
+def test_listing_creates_no_sqlite_file(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite"
     console = Console(f"sqlite:///{path}")
     assert console.done("list", "--user", "ada") == ""

@@ -66,7 +66,7 @@ def test_a_client_may_send_its_token_in_a_header(make_site: SiteMaker) -> None:
     assert service(site).get("/cart", headers=headers).json() is None  # without the setting
 
 
-def test_nobody(site: Site) -> None:
+def test_a_visitor_who_is_not_signed_in(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(cart=["mug"]))
     client = service(site)

@@ -526,7 +526,7 @@ def test_an_interval_that_cannot_be(every: float) -> None:
         SessionMetrics(count_every=every)
 
 
-def test_never_counted() -> None:
+def test_live_sessions_are_not_counted_with_count_every_none() -> None:
     app = application()
     SessionMetrics(app, count_every=None)
     app.test_client().get("/")

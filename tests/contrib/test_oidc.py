@@ -219,7 +219,7 @@ def test_the_user_id_is_yours(make_site: SiteMaker, provider: Provider) -> None:
 
 
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
-def test_flask_oidc(make_site: SiteMaker, provider: Provider) -> None:
+def test_flask_oidc_receives_its_logout_signal(make_site: SiteMaker, provider: Provider) -> None:
     """One receiver of its signal. Its own sign-in state ends with the session."""
     secrets = {"client_id": CLIENT, "client_secret": SECRET, "issuer": provider.address}
     site = make_site(

@@ -66,7 +66,9 @@ def test_a_file_from_a_backup_that_missed_nothing_is_accepted(edge: EdgeSite) ->
         visitor.run(add)
 
 
-def test_of_two_nodes_with_one_file_the_first_one_settles(network: Network, edge: EdgeSite) -> None:
+def test_the_first_of_two_nodes_with_copies_of_a_file_settles(
+    network: Network, edge: EdgeSite
+) -> None:
     """Also if a settler of the other one was stopped before the centre heard of it."""
     visitor, stranger = known(edge), known(edge)
     with file_of(edge) as path:

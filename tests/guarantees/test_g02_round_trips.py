@@ -102,7 +102,7 @@ def test_a_write_that_is_due_for_renewal_needs_no_third(site: Site, visitor: Vis
     assert visitor.run(lambda session: session.expires_at) - before == timedelta(hours=1)
 
 
-def test_create_is_one(site: Site) -> None:
+def test_creating_takes_one_round_trip(site: Site) -> None:
     for write in (
         lambda session: session.update(key=1),
         lambda session: (session.get("key"), session.update({str(n): n for n in range(50)})),
@@ -161,7 +161,7 @@ def test_an_old_token_within_the_grace_costs_one_look_more(site: Site, visitor: 
     assert (count.calls, count.trips) == (["load", "load", "save"], 3)
 
 
-def test_reload_is_one(site: Site, visitor: Visitor) -> None:
+def test_reload_takes_one_round_trip(site: Site, visitor: Visitor) -> None:
     with site.counted() as count:
         visitor.run(lambda session: (dict(session), session.reload(), dict(session)))
     assert (count.calls, count.trips) == (["load", "load"], 2)

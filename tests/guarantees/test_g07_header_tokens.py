@@ -68,7 +68,7 @@ def whole(session: Any) -> dict[str, Any]:
 # From the first request to the last ---------------------------------------------------------------
 
 
-def test_a_whole_life(api: Site) -> None:
+def test_the_life_of_a_header_token(api: Site) -> None:
     client = ApiClient(api)
 
     # An empty header asks for a token, which comes once the session holds something.
@@ -280,7 +280,7 @@ def test_a_token_of_a_fallback_key_is_signed_again(store_prefix: str, clock: Fak
 # Beside cookies -----------------------------------------------------------------------------------
 
 
-def test_off_by_default(make_site: SiteMaker) -> None:
+def test_header_tokens_are_off_by_default(make_site: SiteMaker) -> None:
     """The header means nothing then, in either direction."""
     site = make_site()
     with_cookie = site.visitor()

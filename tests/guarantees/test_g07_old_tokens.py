@@ -55,7 +55,7 @@ def a_session(site: Site) -> tuple[Visitor, Visitor]:
     return visitor, holder
 
 
-def test_it_reads_and_writes_within_the_grace(site: Site) -> None:
+def test_an_old_token_reads_and_writes_within_the_grace(site: Site) -> None:
     visitor, holder = a_session(site)
     assert holder.run(dict) == {"user": "ada", "cart": ["mug"]}
     holder.run(lambda session: session["cart"].append("pen"))

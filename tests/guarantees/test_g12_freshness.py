@@ -294,7 +294,9 @@ def test_a_store_that_proves_nothing_refuses_the_setting(url: str) -> None:
     Session(app, store=url, near_cache=0)
 
 
-def test_it_is_off_by_default(redis_url: str, store_prefix: str, clock: FakeClock) -> None:
+def test_the_near_cache_is_off_by_default(
+    redis_url: str, store_prefix: str, clock: FakeClock
+) -> None:
     with SiteMaker(redis_url, store_prefix, clock) as make:
         site = make()
         visitor = site.visitor()

@@ -44,7 +44,7 @@ def traces(site: Site) -> str:
     return ""
 
 
-def test_it_costs_nothing_while_off(make_site: SiteMaker) -> None:
+def test_a_journal_that_is_off_costs_nothing(make_site: SiteMaker) -> None:
     site = make_site()
     off = counted(site)
     assert "journal" not in traces(site)
@@ -58,7 +58,7 @@ def test_it_costs_nothing_while_off(make_site: SiteMaker) -> None:
         assert "journal" in traces(site)
 
 
-def test_it_is_not_imported_while_off() -> None:
+def test_a_journal_that_is_off_is_not_imported() -> None:
     code = (
         "import sys, flask, flask_gsession\n"
         "app = flask.Flask('x')\n"

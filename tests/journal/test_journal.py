@@ -245,7 +245,7 @@ def test_no_token_and_no_value_is_entered(journaled: Site) -> None:
     assert token not in text
 
 
-def test_it_is_off_by_default(site: Site) -> None:
+def test_the_journal_is_off_by_default(site: Site) -> None:
     assert type(site.ext.store(site.app)).__name__ != "JournalingStore"
     with site.app.app_context(), pytest.raises(SettingError, match="SESSION_JOURNAL is off"):
         site.ext.journal("siem")

@@ -35,7 +35,7 @@ def test_the_reason_comes_along_by_grpc(store_prefix: str, clock: FakeClock) -> 
         ]
 
 
-def test_of_two_imports_at_once_one_is_refused(
+def test_one_of_two_parallel_imports_is_refused(
     store_prefix: str, clock: FakeClock, tmp_path: Path
 ) -> None:
     old = OldFiles(tmp_path / "old")

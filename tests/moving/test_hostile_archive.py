@@ -99,7 +99,7 @@ def test_a_name_of_a_large_value(site: Site, lines: Lines, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("field", ["key", "successor"])
-def test_a_key(site: Site, lines: Lines, tmp_path: Path, field: str) -> None:
+def test_malformed_keys(site: Site, lines: Lines, tmp_path: Path, field: str) -> None:
     for key in BAD_KEYS:
         for line in lines[1:]:
             if line.get(field):
@@ -116,7 +116,7 @@ def test_the_key_of_the_clean_up(site: Site, lines: Lines, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "field", ["version", "created_at", "idle_expires_at", "absolute_expires_at"]
 )
-def test_a_number(site: Site, lines: Lines, tmp_path: Path, field: str) -> None:
+def test_malformed_numbers(site: Site, lines: Lines, tmp_path: Path, field: str) -> None:
     rows = [line for line in lines if "payload" in line and "successor" not in line]
     for number in BAD_NUMBERS:
         crafted = [lines[0], {**rows[0], field: number}]

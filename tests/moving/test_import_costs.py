@@ -43,7 +43,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("watch", [False, True])
-def test_on_every_store(
+def test_round_trips_of_an_import(
     make_site: SiteMaker, old: OldFiles, monkeypatch: pytest.MonkeyPatch, watch: bool
 ) -> None:
     site = make_site(config=old.config, import_watch=watch)
@@ -87,7 +87,7 @@ def test_a_session_of_a_known_user_costs_two_more(
 
 
 @pytest.mark.usefixtures("redis_url")
-def test_two_on_one_redis(store_prefix: str, redis_client: Redis) -> None:
+def test_round_trips_of_an_import_within_one_redis(store_prefix: str, redis_client: Redis) -> None:
     app = Flask(__name__)
     app.config.update(
         SECRET_KEY=KEY,

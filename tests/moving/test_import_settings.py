@@ -143,7 +143,7 @@ def test_after_an_import_ended_the_old_store_is_not_asked(tmp_path: Path, clock:
         ({"SESSION_IMPORT_COOKIE_NAME": "old"}, {"cookie_name": "shop"}, ("shop", "old")),
     ],
 )
-def test_the_names(config: dict[str, Any], keywords: Any, names: tuple[str, str]) -> None:
+def test_cookie_names(config: dict[str, Any], keywords: Any, names: tuple[str, str]) -> None:
     app = an_app(SESSION_IMPORT=["cookie"], SESSION_IMPORT_UNTIL=UNTIL, **config)
     settings = read_settings(app, keywords)
     assert (settings.cookie_name, settings.import_cookie_name) == names

@@ -188,7 +188,7 @@ def test_the_old_cookie_leads_to_the_migrated_session(site: Site, old: Old) -> N
     assert len(site.happened(SessionImported)) == 3
 
 
-def test_run_twice(site: Site, old: Old) -> None:
+def test_a_second_run_changes_nothing(site: Site, old: Old) -> None:
     sid = old.add(a=1)
     migrate(site)
     visit(site, sid).run(lambda session: session.update(a=2))
@@ -196,7 +196,7 @@ def test_run_twice(site: Site, old: Old) -> None:
     assert visit(site, sid).run(lambda session: session["a"]) == 2
 
 
-def test_after_a_request(site: Site, old: Old) -> None:
+def test_a_session_that_a_request_took_over_is_skipped(site: Site, old: Old) -> None:
     visitor = visit(site, old.add(a=1))
     visitor.run(lambda session: session.update(a=2))
     assert migrate(site) == "session_gs: 0 taken over, 1 already\n"
@@ -246,7 +246,7 @@ def test_interrupted_and_resumed(site: Site, old: Old, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("first", ["command", "request"])
-def test_beside_a_request(
+def test_a_parallel_request_takes_over_the_same_session(
     site: Site, old: Old, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
     """Both see no mark. The other one creates the session and the mark in between."""
@@ -315,7 +315,7 @@ def test_a_revocation_before_the_first_request(site: Site, old: Old) -> None:
         assert [device.handle for device in site.ext.users.devices("8")] == [handle]
 
 
-def test_it_ends_when_it_would_have_ended(site: Site, old: Old) -> None:
+def test_a_migrated_session_keeps_its_expiry(site: Site, old: Old) -> None:
     unused, used = old.add(a=1), old.add(a=1)
     migrate(site)
     site.clock.advance(3000)
@@ -491,7 +491,7 @@ def test_without_an_import(make: SiteMaker) -> None:
     assert "set SESSION_TYPE" in result.stderr
 
 
-def test_it_asks_first(site: Site, old: Old) -> None:
+def test_migrate_asks_for_confirmation(site: Site, old: Old) -> None:
     old.add(a=1)
     assert run(site).exit_code == 1
     assert site.happened(SessionImported) == []

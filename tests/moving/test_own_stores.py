@@ -57,7 +57,7 @@ def carried_cookie(site: Site, visitor: Visitor) -> Visitor:
     return carried(site, visitor) if visitor.cookie else site.visitor()
 
 
-def test_it_ends_when_it_would_have_ended(site: Site, old_site: Site, clock: FakeClock) -> None:
+def test_a_moved_session_keeps_its_expiry(site: Site, old_site: Site, clock: FakeClock) -> None:
     before = old_site.visitor()
     before.run(lambda session: session.update(a=1))
     day = 86_400

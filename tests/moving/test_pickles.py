@@ -244,7 +244,7 @@ def test_plain_messagepack_is_within_the_limits(value: dict[str, Any]) -> None:
         assert excess_in(msgspec.msgpack.encode(value)) == ""
 
 
-def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_pickle(bomb(3)) == [[[[1, 1]] * 2] * 2] * 2
     with pytest.raises(RefusedPickle, match="values"):
         read_pickle(bomb(60))

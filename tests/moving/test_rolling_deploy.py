@@ -58,7 +58,7 @@ def names(context: BrowserContext) -> set[str]:
     return {str(cookie.get("name")) for cookie in context.cookies()}
 
 
-def test_nobody_notices(browser: Browser, tmp_path: Path) -> None:
+def test_a_rolling_deploy_keeps_every_browser_signed_in(browser: Browser, tmp_path: Path) -> None:
     """`test_flask_session` has the other versions and stores, without a browser."""
     prefix, url = f"test_{secrets.token_hex(6)}:", redis_server().url
     config = {"SESSION_KEY_PREFIX": prefix, "SESSION_USE_SIGNER": True}

@@ -24,7 +24,7 @@ def site(make_site: SiteMaker, old: OldFiles) -> Site:
     return make_site(config=old.config)
 
 
-def test_it_goes_on_under_another_cookie(site: Site, old: OldFiles) -> None:
+def test_a_session_continues_under_another_cookie(site: Site, old: OldFiles) -> None:
     sid = old.add(_user_id="7", cart=[{"sku": "mug"}], _permanent=True)
     visitor = visit(site, sid)
     assert visitor.run(dict) == {"_user_id": "7", "cart": [{"sku": "mug"}], "_permanent": True}

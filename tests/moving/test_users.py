@@ -88,7 +88,7 @@ def test_the_epoch_is_known_for_as_long_as_marks(site: Site, old: OldFiles) -> N
     assert visit(site, sid).run(dict) == {}
 
 
-def test_a_limit_holds(make_site: SiteMaker, old: OldFiles) -> None:
+def test_imports_respect_the_limit_of_sessions(make_site: SiteMaker, old: OldFiles) -> None:
     site = with_login(make_site(config=old.config, max_per_user=2))
     visitors = [visit(site, old.add(_user_id="7")) for _ in range(4)]
     for visitor in visitors:

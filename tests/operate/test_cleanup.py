@@ -327,7 +327,7 @@ def test_leftovers_on_sqlite(sqlite_url: str, clock: FakeClock) -> None:
 # -- in steps
 
 
-def test_it_goes_in_batches_and_ends() -> None:
+def test_a_clean_up_runs_in_batches_until_it_ends() -> None:
     store = Counting(expired=2500)
     assert "session: 2500 expired sessions removed" in Console(store).done("cleanup")
     assert store.limits == [1000, 1000, 1000]

@@ -94,7 +94,7 @@ def test_one_process_of_many_and_once_an_interval(site: Site) -> None:
     assert one.failures + two.failures == []
 
 
-def test_it_cleans(site: Site) -> None:
+def test_the_worker_removes_expired_sessions(site: Site) -> None:
     for _ in range(5):
         site.visitor().run(lambda session: session.update(a=1))
     site.clock.advance(100 * 86400)
@@ -113,7 +113,7 @@ def test_it_cleans(site: Site) -> None:
     assert len(process.runs) == 1
 
 
-def test_it_logs_its_results(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_worker_logs_its_results(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "flask_gsession")
     store = MemoryStore(StoreOptions(clock=clock))
     process = Process(store, clock)
@@ -146,7 +146,7 @@ def test_the_ticket_is_no_session(site: Site, tmp_path: Path) -> None:
     assert store.load(CLEANUP_KEY) is not None
 
 
-def test_of_processes_that_start_together_one_cleans(site: Site) -> None:
+def test_one_of_several_processes_cleans_up(site: Site) -> None:
     processes = [Process(site.store.store, site.clock) for _ in range(6)]
     start = threading.Barrier(len(processes))
 
@@ -225,7 +225,9 @@ def test_a_paused_worker_leaves_the_work_to_the_other(clock: FakeClock) -> None:
 # -- failures
 
 
-def test_it_backs_off(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_worker_backs_off_after_failures(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
     store = InSteps(clock)
     one, two = Process(store, clock), Process(store, clock)
 
@@ -263,7 +265,7 @@ def test_a_store_that_is_down(clock: FakeClock) -> None:
     assert len(process.failures) == 1
 
 
-def test_it_is_counted(clock: FakeClock) -> None:
+def test_clean_ups_are_counted(clock: FakeClock) -> None:
     store = InSteps(clock)
     process = Process(store, clock)
     registry = CollectorRegistry()
@@ -317,7 +319,7 @@ def test_each_session_has_its_own() -> None:
 # -- the thread
 
 
-def test_it_begins_with_a_request_and_ends_with_stop(clock: FakeClock) -> None:
+def test_the_worker_starts_with_a_request_and_ends_with_stop(clock: FakeClock) -> None:
     process = Process(InSteps(clock), clock)
     assert not a_thread()
     client = process.app.test_client()
@@ -370,7 +372,7 @@ def test_a_stop_in_the_middle(clock: FakeClock) -> None:
     assert len(other.runs) == 1
 
 
-def test_it_does_not_hold_the_application(clock: FakeClock) -> None:
+def test_the_worker_does_not_keep_the_application_alive(clock: FakeClock) -> None:
     process = Process(InSteps(clock), clock)
     runs = process.runs
     process.worker.start(process.app)

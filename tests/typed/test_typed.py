@@ -127,7 +127,7 @@ def test_get_returns_a_copy(site: Site, preferences: SessionKey[dict[str, Any]])
     assert visitor.run(change) == (["a"], ["a"])
 
 
-def test_it_is_checked_once_while_it_is_unchanged(site: Site) -> None:
+def test_an_unchanged_value_is_checked_once(site: Site) -> None:
     calls: list[Any] = []
     key = SessionKey("n", fields.Dict(validate=lambda value: calls.append(value)))
     visitor = site.visitor()

@@ -653,7 +653,7 @@ def test_an_interrupted_revocation_of_one_is_repeated(site: Site, users: Any) ->
     assert owner(visitor) is None
 
 
-def test_the_next_sign_in_finishes_it(site: Site, users: Any) -> None:
+def test_the_next_sign_in_finishes_a_revocation(site: Site, users: Any) -> None:
     visitors = [signed_in(site) for _ in range(2)]
     interrupted(site, lambda: users.revoke_all("ada"))
     signed_in(site)
@@ -662,7 +662,7 @@ def test_the_next_sign_in_finishes_it(site: Site, users: Any) -> None:
 
 
 @pytest.mark.parametrize("whose", ["own", "another"])
-def test_the_next_touch_finishes_it(site: Site, users: Any, whose: str) -> None:
+def test_the_next_touch_finishes_a_revocation(site: Site, users: Any, whose: str) -> None:
     first, second = signed_in(site), signed_in(site)
     interrupted(site, lambda: users.revoke("ada", device_id(first)))
     site.clock.advance(400)

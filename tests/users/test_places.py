@@ -19,7 +19,7 @@ from tests.harness.apps import Site, SiteMaker
 from .test_devices import device_id, ids, owner, signed_in
 
 
-def test_in_a_transaction(site: Site) -> None:
+def test_binding_in_a_transaction(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
     before = visitor.cookie
@@ -54,7 +54,7 @@ def test_a_transaction_that_fails_binds_nobody(site: Site) -> None:
     assert (owner(visitor), ids(site)) == (None, [])
 
 
-def test_in_a_lock(site: Site) -> None:
+def test_binding_in_a_lock(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
     tab = visitor.another_tab()
@@ -113,7 +113,7 @@ def test_with_an_old_token_of_the_same_user(site: Site) -> None:
     assert len(ids(site)) == 2
 
 
-def test_by_a_rotation_that_another_request_overtakes(site: Site) -> None:
+def test_binding_by_a_rotation_that_another_request_overtakes(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
     tab = visitor.another_tab()
@@ -128,7 +128,7 @@ def test_by_a_rotation_that_another_request_overtakes(site: Site) -> None:
     assert ids(site) == [device_id(visitor)]
 
 
-def test_saved_by_hand(site: Site) -> None:
+def test_binding_with_a_save_by_hand(site: Site) -> None:
     """As in a socket handler, whose response nobody sends: the token stays."""
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=1))
@@ -167,7 +167,7 @@ def test_saved_by_hand_with_an_old_token_is_refused(site: Site) -> None:
     assert ids(site) == []
 
 
-def test_in_a_block_of_open(site: Site) -> None:
+def test_binding_in_a_block_of_open(site: Site) -> None:
     visitor = signed_in(site)
     handle, device = visitor.run(lambda session: (session.handle, session.device_id))
     with site.app.app_context():
@@ -181,7 +181,7 @@ def test_in_a_block_of_open(site: Site) -> None:
     assert (owner(visitor), visitor.run(dict), ids(site)) == (None, {"job": 1}, [])
 
 
-def test_in_a_test_client(site: Site) -> None:
+def test_binding_in_a_test_client(site: Site) -> None:
     client = site.app.test_client()
     with client.session_transaction() as session:
         session["a"] = 1
@@ -202,7 +202,7 @@ def test_with_a_token_header(make_site: SiteMaker) -> None:
     assert visitor.run(lambda session: session.owner, headers={"X-Token": token}) is None
 
 
-def test_while_debugging(make_site: SiteMaker, caplog: pytest.LogCaptureFixture) -> None:
+def test_revoking_while_debugging(make_site: SiteMaker, caplog: pytest.LogCaptureFixture) -> None:
     site = make_site(debug=True)
     visitor = signed_in(site)
     visitor.run(lambda session: session.rotate())

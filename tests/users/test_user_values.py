@@ -158,7 +158,7 @@ def test_jobs_open_the_values(site: Site, ada: tuple[Visitor, Visitor]) -> None:
     assert shared(phone) == {}
 
 
-def test_they_are_kept_as_long_as_they_are_used(make_site: SiteMaker) -> None:
+def test_values_are_kept_as_long_as_they_are_used(make_site: SiteMaker) -> None:
     site = make_site(absolute_timeout=9 * YEAR, idle_timeout=9 * YEAR, user_values_lifetime=YEAR)
     phone = signed_in(site)
     put(phone, theme="dark")

@@ -129,7 +129,7 @@ def test_an_atomic_update_of_another_key_drops_it_too(site: Site, clock: FakeClo
     assert not any(b"4711-secret" in raw for raw in site.stored().values())
 
 
-def test_it_expires_while_a_request_runs(site: Site, clock: FakeClock) -> None:
+def test_a_value_expires_while_a_request_runs(site: Site, clock: FakeClock) -> None:
     visitor = with_code(site, user="ada")
 
     def late(session: Any) -> tuple[Any, ...]:
@@ -420,7 +420,7 @@ def test_a_value_is_taken_once(site: Site) -> None:
     assert visitor.run(dict) == {"user": "ada"}
 
 
-def test_it_is_gone_although_the_request_fails(site: Site) -> None:
+def test_a_taken_value_is_gone_although_the_request_fails(site: Site) -> None:
     visitor = with_code(site, user="ada")
 
     def fail(session: Any) -> None:
@@ -432,7 +432,7 @@ def test_it_is_gone_although_the_request_fails(site: Site) -> None:
     assert visitor.run(dict) == {"user": "ada"}
 
 
-def test_of_two_that_take_one_gets_it(site: Site) -> None:
+def test_one_of_two_parallel_takes_gets_the_value(site: Site) -> None:
     visitor = with_code(site, user="ada")
     other = visitor.another_tab()
     got = []
@@ -447,7 +447,7 @@ def test_of_two_that_take_one_gets_it(site: Site) -> None:
     assert got == ["4711-secret", None, None]
 
 
-def test_of_many_that_take_at_once_one_gets_it(site: Site) -> None:
+def test_one_of_many_parallel_takes_gets_the_value(site: Site) -> None:
     visitor = with_code(site, user="ada")
     got: list[Any] = []
     tabs = [visitor.another_tab() for _ in range(6)]

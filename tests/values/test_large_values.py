@@ -82,7 +82,7 @@ def left(inside: Inside, name: str) -> int:
 # A place of its own ----------------------------------------------------------------------------
 
 
-def test_it_is_beside_the_session_and_comes_back_as_it_was(site: Site) -> None:
+def test_a_large_value_is_stored_beside_the_session_and_comes_back(site: Site) -> None:
     values: dict[str, Any] = {
         "list": ROWS,
         "bytes": PHOTO,
@@ -109,7 +109,7 @@ def test_the_limit_is_exact(make_site: SiteMaker) -> None:
     assert visitor.run(lambda s: (len(s["at"]), len(s["beyond"]))) == (997, 998)
 
 
-def test_it_can_be_turned_off(make_site: SiteMaker) -> None:
+def test_spilling_can_be_turned_off(make_site: SiteMaker) -> None:
     site = make_site(spill_bytes=None)
     with_rows(site)
     assert site.inside.blobs() == {}
@@ -117,7 +117,7 @@ def test_it_can_be_turned_off(make_site: SiteMaker) -> None:
     assert b"A-01999" in record
 
 
-def test_it_is_loaded_only_when_it_is_read(site: Site) -> None:
+def test_a_large_value_is_loaded_only_when_it_is_read(site: Site) -> None:
     visitor = with_rows(site, photo=PHOTO)
     for look in (
         get("user"),
@@ -219,7 +219,7 @@ ENDS: dict[str, Callable[[Any], object]] = {
 }
 
 
-def test_it_ends_with_its_session(site: Site) -> None:
+def test_a_large_value_ends_with_its_session(site: Site) -> None:
     for what, end in ENDS.items():
         visitor = with_rows(site)
         visitor.run(end)
@@ -257,7 +257,9 @@ def test_a_key_that_goes_lets_its_value_go(site: Site, clock: FakeClock) -> None
         assert [name for name in names if site.store.blobs.read_frame(name, 0, FRAME)] == []
 
 
-def test_it_is_kept_as_long_as_its_session(make_site: SiteMaker, clock: FakeClock) -> None:
+def test_a_large_value_is_kept_as_long_as_its_session(
+    make_site: SiteMaker, clock: FakeClock
+) -> None:
     site = make_site(idle_timeout=1000, renew_interval=50)
     visitor = with_rows(site)
     for look in (list, put(n=1), lambda session: session.rotate(), list):
@@ -542,7 +544,7 @@ def test_a_reader_whose_session_ended(site: Site) -> None:
     assert len(site.happened(SessionDestroyed)) == 1
 
 
-def test_of_two_writers_the_later_wins_and_nothing_else_stays(site: Site, clock: FakeClock) -> None:
+def test_the_later_of_two_writers_wins_and_nothing_else_stays(site: Site, clock: FakeClock) -> None:
     visitor = with_rows(site)
     tab = visitor.another_tab()
     site.before_a_write(lambda: tab.run(put(rows=[*ROWS, "theirs"], theirs=PHOTO)))

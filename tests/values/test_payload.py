@@ -227,7 +227,7 @@ def test_with_any_one_bit_flipped(form: Format) -> None:
 
 
 @both
-def test_of_another_session(form: Format) -> None:
+def test_a_payload_of_another_session_is_refused(form: Format) -> None:
     assert_refused(form, form.pack(OTHER_KEY, BODY))
 
 

@@ -320,7 +320,7 @@ def scene(make_site: SiteMaker, scene_of: Callable[[Site], Scene]) -> Scene:
     return scene_of(make_site())
 
 
-def test_the_scene(scene: Scene) -> None:
+def test_the_steps_change_nothing_if_the_record_is_intact(scene: Scene) -> None:
     """The steps of the other tests change nothing if the record is intact."""
     assert scene.see() == "the session"
     scene.vault.write(scene.key, scene.whole)

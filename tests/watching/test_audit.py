@@ -87,7 +87,7 @@ def test_sign_in_as_another_user(site: Site, log: Log) -> None:
     assert found == {"signed_in": "ada", "signed_out": "bob"}
 
 
-def test_a_confirmation(site: Site, log: Log) -> None:
+def test_a_confirmation_is_logged(site: Site, log: Log) -> None:
     visitor = signed_in(site)
     known = ids(visitor)
     log.lines.clear()
@@ -173,7 +173,7 @@ def test_a_refused_sign_in(site: Site, log: Log) -> None:
     }  # fmt: skip
 
 
-def test_a_limit(make_site: SiteMaker, log: Log) -> None:
+def test_a_device_limit_is_logged(make_site: SiteMaker, log: Log) -> None:
     site = make_site(max_per_user=1)
     known = ids(signed_in(site))
     log.lines.clear()
@@ -212,7 +212,7 @@ def with_logins(site: Site) -> None:
     LoginManager(site.app).user_loader(Member)
 
 
-def test_flask_login(site: Site, log: Log) -> None:
+def test_sign_ins_by_flask_login_are_logged(site: Site, log: Log) -> None:
     with_logins(site)
     visitor = site.visitor()
     visitor.run(lambda session: login_user(Member("ada"), remember=True))
