@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from flask_gsession.errors import Stale, StoreUnavailable
+from flask_gsession.errors import LeaseLost, Stale, StoreUnavailable
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
 from flask_gsession.stores.redis.pool import Slot, _BoundedSocket, bounded
@@ -247,6 +247,57 @@ def test_a_repeat_that_meets_another_write_is_in_doubt(
         assert store.load(rotated.key) == rotated
     else:
         assert store.load(record.key) == theirs
+
+
+def test_every_write_sets_the_life_of_its_value(store: Any, redis_client: Any) -> None:
+    record = a_record(time.time, idle=1000)
+    later = record._replace(version=new_version(), idle_expires_at=record.idle_expires_at + 60_000)
+    rotated = a_record(time.time, idle=2000)
+    writes = {
+        record: lambda: store.create(record),
+        later: lambda: store.save(later, record.version),
+        later._replace(idle_expires_at=later.idle_expires_at + 60_000): lambda: store.renew(
+            later, later.idle_expires_at + 60_000
+        ),
+        rotated: lambda: store.replace(record.key, rotated, later.version, None),
+    }
+    for there, write in writes.items():
+        write()
+        left = there.idle_expires_at - time.time() * 1000
+        assert left - 30_000 < redis_client.pttl(store.names.record(there.key)) < left + 1000
+
+
+@pytest.mark.parametrize("verb", ["save", "replace"])
+def test_a_write_that_meets_a_renewal_keeps_lease_and_deadline(
+    verb: str, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server refuses it, and before it is sent again, the lease is lost."""
+    record = a_record(time.time)
+    store.create(record)
+    store.leases.acquire(record.key, "me", 60_000, 1)
+    store.renew(record, record.idle_expires_at + 5000)
+    run, deadlines = store.commands.run, []
+
+    def lose_the_lease(deadline: float, *arguments: Any) -> Any:
+        deadlines.append(deadline)
+        reply = run(deadline, *arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(store.commands, "run", run)
+            store.leases.release(record.key, "me")
+        return reply
+
+    monkeypatch.setattr(store.commands, "run", lose_the_lease)
+    new = a_record(time.time)
+    writes: dict[str, Callable[[], object]] = {
+        "save": lambda: store.leases.save(
+            record._replace(version=new.version), record.version, "me"
+        ),
+        "replace": lambda: store.leases.replace(record.key, new, record.version, None, "me"),
+    }
+    with pytest.raises(LeaseLost):
+        writes[verb]()
+    assert len(deadlines) == 2
+    assert deadlines[0] == deadlines[1]
 
 
 def test_a_pointer_is_never_renewed(store: Any) -> None:

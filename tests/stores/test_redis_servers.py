@@ -641,6 +641,15 @@ def test_a_rotation_whose_answer_is_lost_is_done_once(
     assert (left.successor if left else None) == (new.key if grace else None)
 
 
+def test_a_node_is_asked_over_one_connection(cluster: RedisCluster, open_shop: Opener) -> None:
+    store = open_shop(cluster.url).store
+    for _ in range(20):
+        store.load("A" * 43)
+    pool = store.commands.pool
+    idle = pool.pool(pool.owner(key_slot(store.names.record("A" * 43)), 0))._idle
+    assert sum(slot.connection is not None for slot in idle) == 1
+
+
 def test_an_interruption_says_nothing_about_a_node(
     cluster: RedisCluster, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
