@@ -16,7 +16,7 @@ from ..errors import StoreUnavailable, UnreadableRecord
 from ..repository.races import tries, write
 from ..repository.repository import Repository
 from ..stores.base import KEY_LENGTH, Record, unexpired
-from ..values.codec import OF_DATA
+from ..values.damage import OF_DATA
 
 #: Limits for each message as JSON, for the messages of one user, and for their age.
 MOST_BYTES, MOST_MESSAGES, LIFE = 1024, 32, 60_000  # bytes, messages, milliseconds

@@ -27,7 +27,8 @@ import msgspec
 from markupsafe import Markup
 
 from ..errors import ValueRefused
-from ..values.codec import DEEPEST, Codec, is_valid_text
+from ..values.codec import Codec, is_valid_text
+from ..values.damage import DEEPEST
 from .pickle_process import LENGTH, MAX_ANSWER, Answer
 from .pickles import RefusedPickle, check_extent
 

@@ -14,7 +14,7 @@ from ..config import Settings
 from ..errors import SettingError, UnreadableRecord
 from ..stores.base import Record, new_version
 from ..tokens import Token, is_token, new_token, session_key
-from ..values.codec import OF_DATA, check_damage
+from ..values.damage import OF_DATA, check_damage
 from ..values.envelope import Envelope
 from ..values.marks import END_OF_TIME
 from ..values.payload import Body, BodyFormat, Owner, decode_body

@@ -202,27 +202,43 @@ class Repository:
         store's ``load``. Raises ``UnreadableRecord`` and ``StoreUnavailable``. One round trip, one
         more for each rotation within the grace.
         """
-        if load is None:
-            load = self.store.load
-        at = key
-        passed: tuple[str, ...] = ()
+        record = (load or self.store.load)(key)
+        # A store may still return an expired record.
+        if record is None or self.clock() * 1000 >= record.idle_expires_at:
+            if presented:
+                self._note_absence(key, record)
+            return None
+        body = self.records.read(key, record)
+        if body is None:
+            return self._follow(key, record, presented, load or self.store.load)
+        if self._unseen and presented:
+            self._unseen.pop(key, None)
+        return Loaded(record, body)
+
+    def _follow(
+        self, key: str, pointer: Record, presented: bool, load: Callable[[str], Record | None]
+    ) -> Loaded | None:
+        """The session at the end of the pointers that begin under ``key``."""
+        record, passed = pointer, [key]
         while True:
-            record = load(at)
-            # A store may still return an expired record.
-            if record is None or self.clock() * 1000 >= record.idle_expires_at:
-                if presented:
-                    reason, detail = why_absent(record, rotated=at != key)
-                    self.refusals.note(reason, key, detail)
-                return None
-            body = self.records.read(at, record)
-            if body is not None:
-                if self._unseen and presented:
-                    self._unseen.pop(at, None)
-                return Loaded(record, body)
-            passed += (at,)
             at = record.successor or ""
             if at in passed or len(passed) == MAX_POINTERS:
                 raise UnreadableRecord("corrupt", "too many pointers")
+            passed.append(at)
+            found = load(at)
+            if found is None or self.clock() * 1000 >= found.idle_expires_at:
+                if presented:
+                    self._note_absence(key, found, rotated=True)
+                return None
+            body = self.records.read(at, found)
+            if body is not None:
+                return Loaded(found, body)
+            record = found
+
+    def _note_absence(self, key: str, record: Record | None, *, rotated: bool = False) -> None:
+        """Note that the token of this key leads to no session."""
+        reason, detail = why_absent(record, rotated=rotated)
+        self.refusals.note(reason, key, detail)
 
     def create(self, record: Record) -> None:
         """Store a new session. Raises ``KeyTaken``. One round trip."""

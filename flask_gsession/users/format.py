@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from msgspec.msgpack import Decoder, Encoder
 
 from ..errors import UnreadableRecord
-from ..values.codec import OF_DATA, check_damage
+from ..values.damage import OF_DATA, check_damage
 from .roster import Device, Roster
 
 FORMAT = 1

@@ -20,17 +20,18 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from markupsafe import Markup
-from msgspec import DecodeError, Raw
+from msgspec import Raw
 from msgspec.msgpack import Decoder, Encoder, Ext
 
-from ..errors import SessionTooLarge, UnreadableRecord, UnsupportedType, ValueRefused
+from ..errors import SessionTooLarge, UnsupportedType, ValueRefused
+from .damage import DEEPEST, OF_DATA, check_damage
 from .plain import NO_PLAIN_VALUE, TIMES, plain_key, plain_value
 
 _BIG_INT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME = 1, 2, 3, 4, 5, 6, 7
 _TIMEDELTA, _UUID, _DECIMAL, _MARKUP, _SURROGATES = 8, 9, 10, 11, 12
 MARK, REFERENCE = 13, 14  # a header before a value, and a reference to a large value
 _PAIRS = 15  # a dict with keys other than str, as alternating keys and values
-_NESTING = (_TUPLE, _SET, _FROZENSET, _PAIRS)  # their data is an array
+# ``damage`` lists the types whose data is an array.
 
 _DATETIME_TYPE, _DATE_TYPE = TIMES
 _NATIVE = frozenset({str, bool, type(None), float, bytes})
@@ -39,8 +40,6 @@ _TEXT = frozenset({str})
 _LEAST, _MOST = -(2**63), 2**64 - 1  # the integers of MessagePack
 #: The types of dict keys. Equal keys of different types, such as 1 and True, are one key in Python.
 _KEYS = frozenset({str, int, bool, type(None), float})
-#: The upper limit of SESSION_MAX_DEPTH.
-DEEPEST = 200
 
 #: Types whose values can't change after they were read. Tuples can: a tuple may hold a list.
 IMMUTABLE = _NATIVE | {int, frozenset, _DATETIME_TYPE, _DATE_TYPE, dt.time, dt.timedelta}
@@ -227,76 +226,6 @@ class _SurrogateCodec(Codec):
         if kind is dict and any(type(key) is str and not is_valid_text(key) for key in value):
             raise _Refused(UnsupportedType, "a dict key holds lone surrogates: not valid text")
         return super()._prepare(value, depth)
-
-
-#: The errors that malformed data causes. Other causes are possible: see ``check_damage``.
-OF_DATA = (DecodeError, ValueError, TypeError, ArithmeticError, RecursionError)
-
-
-def check_damage(
-    decode: Callable[[Any], Any], raw: bytes | memoryview, error: Exception
-) -> NoReturn:
-    """``decode(raw)`` raised ``error``: raises ``UnreadableRecord`` if ``raw`` is malformed.
-
-    Otherwise re-raises ``error``: the stack was almost full, or a signal handler raised it. To find
-    out, this decodes malformed data a second time, and measures the depth of nested data.
-    """
-    if isinstance(error, RecursionError):
-        if not _is_nested_beyond(raw, 2 * DEEPEST):
-            raise error
-    else:
-        try:
-            decode(raw)
-        except OF_DATA as again:
-            if isinstance(again, RecursionError):
-                raise
-        else:
-            raise error
-    raise UnreadableRecord("corrupt", type(error).__name__) from None
-
-
-def _is_nested_beyond(raw: bytes | memoryview, limit: int) -> bool:
-    """Whether containers are nested deeper than ``limit`` in these encoded values."""
-    data = memoryview(raw)
-    at, left = 0, [1]  # the number of remaining values at each level
-    while at < len(data):
-        while not left[-1]:
-            left.pop()
-            if not left:
-                return False
-        if len(left) - 1 > limit:
-            return True
-        left[-1] -= 1
-        head = data[at]
-        at += 1
-        if head in _SIZES:
-            digits, each, nesting = _SIZES[head]
-            count = each * int.from_bytes(data[at : at + digits], "big")
-            at += digits
-        elif 0x80 <= head < 0xA0:
-            count, nesting = (head & 15) * (1 if head & 0x10 else 2), True
-        else:
-            count = head & 31 if 0xA0 <= head < 0xC0 else _FIXED.get(head, 0)
-            nesting = False
-        if 0xC7 <= head <= 0xC9 or 0xD4 <= head <= 0xD8:
-            code = data[at] if at < len(data) else 0
-            at += 1
-            count, nesting = (1, True) if code in _NESTING else (count, False)
-        if nesting:
-            left.append(count)
-        else:
-            at += count
-    return False
-
-
-# MessagePack's first bytes. _SIZES: followed by a length or a count of so many bytes, which is to
-# be multiplied, and whether it counts values. _FIXED: followed by so many bytes of data.
-_SIZES = {
-    **{first + n: (2**n, 1, False) for first in (0xC4, 0xC7, 0xD9) for n in range(3)},
-    **{first + n: (2 << n, each, True) for first, each in ((0xDC, 1), (0xDE, 2)) for n in (0, 1)},
-}
-_FIXED = {0xCA: 4, 0xCB: 8} | {first + n: 2**n for first in (0xCC, 0xD0) for n in range(4)}
-_FIXED |= {0xD4 + n: 2**n for n in range(5)}
 
 
 def _plain_key(key: Any) -> Any:

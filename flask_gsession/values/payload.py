@@ -162,10 +162,7 @@ class BodyFormat:
             else:
                 number, encoded = _encode_all(body)
         except UnicodeEncodeError:
-            bad = next(key for key in values if not is_valid_text(key))
-            raise UnsupportedType(
-                f"session[{ascii(bad)[:60]}]", "a key that holds lone surrogates is not valid text"
-            ) from None
+            raise _not_text(values) from None
         if len(encoded) > self._max_bytes:
             self._check_bytes(len(encoded), values, before)
         return number, encoded
@@ -195,6 +192,14 @@ def _encode_all(body: Body) -> tuple[int, bytes]:
     while len(fields) > 2 and fields[-1] == _DEFAULTS[len(fields) - 1]:
         fields = fields[:-1]
     return number, _encode(fields)
+
+
+def _not_text(values: Mapping[str, bytes]) -> UnsupportedType:
+    """The error for the first key that can't be encoded."""
+    bad = next(key for key in values if not is_valid_text(key))
+    return UnsupportedType(
+        f"session[{ascii(bad)[:60]}]", "a key that holds lone surrogates is not valid text"
+    )
 
 
 def _size(values: Mapping[str, bytes]) -> int:

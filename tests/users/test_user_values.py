@@ -9,6 +9,7 @@ from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from marshmallow import Schema, fields
@@ -77,6 +78,20 @@ def test_all_devices_have_the_values(site: Site, ada: tuple[Visitor, Visitor]) -
     assert not is_session_key(values_key("ada"))
     assert len(site.sessions()) == 2, "of bob, and the last one of ada"
     assert {key for key in map(type, site.events) if "Created" in key.__name__} == {SessionCreated}
+
+
+def test_what_concerns_sessions_only_leaves_them_alone(site: Site) -> None:
+    repository = site.app.extensions["gsession"][site.ext].repository
+    for_sessions = mock.Mock(side_effect=AssertionError)
+    repository.before_create = repository.check = for_sessions
+    repository.imports = for_sessions
+    with site.app.app_context():
+        with site.ext.open_user("ada") as user:
+            user["theme"] = "dark"
+        with site.ext.open_user("ada") as user:
+            assert dict(user) == {"theme": "dark"}
+        assert site.ext.users.forget("ada")
+    assert for_sessions.mock_calls == []
 
 
 def test_parallel_requests_lose_nothing(site: Site, ada: tuple[Visitor, Visitor]) -> None:

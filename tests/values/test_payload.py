@@ -388,6 +388,12 @@ def test_stored_bodies_stay_readable_and_are_written_the_same(name: str) -> None
     payload = bytes.fromhex(STORED[name])
     assert PLAIN.unpack(FIXED_KEY, payload) == BODIES[name]
     assert PLAIN.pack(FIXED_KEY, BODIES[name]) == payload
+    later = 1_000, 3_000
+    assert PLAIN.envelope.seal_again(FIXED_KEY, payload, TIMES, later) == payload
+    sealed = SEALED.pack(FIXED_KEY, BODIES[name])
+    moved = SEALED.envelope.seal_again(FIXED_KEY, sealed, TIMES, later)
+    assert moved[:2] == sealed[:2], "the same format"
+    assert SEALED.unpack(FIXED_KEY, moved, *later) == BODIES[name]
 
 
 def test_stored_sealed_records_and_pointers_stay_readable() -> None:
