@@ -164,7 +164,7 @@ class Session:
             repository.on_confirm = freshen
         interfaces[self] = interface
         if settings.debug:
-            prepare(app, live.cookie_name, interface._present)
+            prepare(app, live.cookie_name, interface.tokens.present)
 
     @property
     def session(self) -> SessionData:

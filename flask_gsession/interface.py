@@ -1,12 +1,10 @@
-"""Flask's session interface: opens and saves sessions. The only place for cookies."""
+"""Flask's session interface: opens and saves sessions."""
 
 from __future__ import annotations
 
-import math
-from datetime import UTC, datetime
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response, has_request_context, request
 from flask.globals import request_ctx
@@ -14,14 +12,11 @@ from flask.sessions import SessionInterface, SessionMixin
 from werkzeug.local import LocalProxy
 
 from .authentication import FORGOTTEN, forget_remembered, rotate_after_a_step
-from .config import secret_keys, token_settings
 from .error_pages import replace_response, response_to
 from .errors import LogoutUnconfirmed, StoreUnavailable, UnsupportedType
 from .events import WriteDropped, logger
 from .remember import drop_cookie
-from .repository.permanent import is_permanent
 from .repository.repository import Repository
-from .request.ending import leads_nowhere
 from .request.late_changes import late_changes, report_late
 from .request.lifecycle import ONE_KEY, Lifecycle
 from .request.saving import end_request
@@ -37,10 +32,10 @@ from .request.session import (
     repository_of,
 )
 from .request.site_data import CLEARED, write_header
-from .request.state import IN_RESPONSE, IN_VIEW, SAVED, Outage, Presented
-from .stores.base import Record, Store
+from .request.state import IN_RESPONSE, IN_VIEW, SAVED, Outage
+from .stores.base import Store
 from .streams import CONTEXT, can_read_session
-from .tokens import TokenSigner
+from .token_transport import TokenTransport
 from .watching.debug import begin, report
 
 if TYPE_CHECKING:
@@ -51,36 +46,12 @@ if TYPE_CHECKING:
 _FURTHER = "_gsession_further"
 _SAVED = "_gsession_saved"
 
-_NOTHING = Presented()
-
 #: Of the proxy, which takes longer to look it up.
 _current_context = request_ctx._get_current_object  # type: ignore[attr-defined]
 
 #: The session of a context, None before Flask has opened it. The property ``session`` of Flask
 #: 3.1.3 counts as access.
 _session_of = attrgetter("_session" if hasattr(CONTEXT, "session") else "session")
-
-#: The suffix of the cookie or header with the version that the client wrote last.
-_VERSION, _VERSION_HEADER = "-v", "-Version"
-_VERSION_IN_COOKIES = f"{_VERSION}="
-
-#: Blanks around cookies and headers (RFC 6265, 4.2.1; RFC 9110, 5.5). A WSGI server decodes bytes
-#: as Latin-1, and ``str.strip`` would then also remove 0x85 and 0xA0. By such a byte before the
-#: name, a sibling domain could plant a cookie with a ``__Host-`` name.
-_BLANKS = " \t"
-_LONGEST_VERSION = 20  # digits
-
-
-class _Signing(NamedTuple):
-    """The signer of the tokens in a cookie, the name of the cookie, and the ``start`` of the pair.
-
-    ``given``: the settings that it was made for.
-    """
-
-    given: object
-    name: str
-    signer: TokenSigner
-    start: str
 
 
 class GSessionInterface(SessionInterface):
@@ -109,8 +80,8 @@ class GSessionInterface(SessionInterface):
         self._is_asked = type(self).is_null_session is GSessionInterface.is_null_session
         vary = ["Cookie"] if self._token_header is None else ["Cookie", self._token_header]
         self._vary = ", ".join(vary)
-        self._signing: _Signing | None = None
-        repository.last_seen_version = self._last_seen_version
+        self.tokens = TokenTransport(repository, self)
+        repository.last_seen_version = self.tokens.last_seen_version
 
     def get_cookie_name(self, app: Flask) -> str:
         """The cookie's name, which belongs to this ``Session``, not to the application."""
@@ -132,9 +103,9 @@ class GSessionInterface(SessionInterface):
             and app.session_interface is self
             and _session_of(context) is None
         ):
-            session = SessionData(self.repository, self._present, app, request, hooks)
+            session = SessionData(self.repository, self.tokens.present, app, request, hooks)
         else:
-            session = SessionData(self.repository, self._present, app, request)
+            session = SessionData(self.repository, self.tokens.present, app, request)
             hooks.append(partial(begin_response, session))
         if self._debug:
             begin(session, request)
@@ -276,7 +247,7 @@ class GSessionInterface(SessionInterface):
     ) -> None:
         self._add_vary(response)
         if life.cookie != "keep" or self._token_header is not None:
-            self._write_token(app, life, response)
+            self.tokens.write_token(app, life, response)
         of_request = life.request.__dict__ if life.request is not None else {}
         if (
             self._remembers
@@ -287,7 +258,7 @@ class GSessionInterface(SessionInterface):
             self._drop_cookies(app, life, response)
         near = life.near
         if near is not None and life.seen.record is not near.record:
-            self._send_version(app, life, near.record, response)
+            self.tokens.send_version(life, near.record, response)
         if life.trace is not None:
             report(session, response)
 
@@ -305,108 +276,6 @@ class GSessionInterface(SessionInterface):
         if CLEARED in vars(request):
             write_header(request, response)
 
-    def _present(self, app: Flask, request: Request) -> Presented:
-        if self._token_header is not None and self._token_header in request.headers:
-            return self._present_header(app, request.headers[self._token_header])
-        cookies = request.environ.get("HTTP_COOKIE")
-        if not cookies:
-            return _NOTHING
-        given, signing = token_settings(app, self._live.own_key), self._signing
-        if signing is None or signing.given != given:
-            signing = self._new_signing(app, given)
-        before, start, rest = cookies.partition(signing.start)
-        if not start:
-            return _NOTHING
-        if start in rest or (before and not before.rstrip(_BLANKS).endswith(";")):
-            return _present_cookies(signing, cookies)
-        # A signed token needs no quotes. A quoted value isn't ours.
-        return Presented(signing.signer.check(rest.partition(";")[0].rstrip(_BLANKS)))
-
-    def _present_header(self, app: Flask, value: str) -> Presented:
-        value = value.strip(_BLANKS)
-        checked = self._signing_of(app).signer.check(value) if value else None
-        return Presented(checked, by_header=True)
-
-    def _signing_of(self, app: Flask) -> _Signing:
-        """How to sign, by the application's settings as they are now."""
-        given, signing = token_settings(app, self._live.own_key), self._signing
-        if signing is None or signing.given != given:
-            signing = self._new_signing(app, given)
-        return signing
-
-    def _new_signing(self, app: Flask, given: object) -> _Signing:
-        live = self._live
-        name, keys = live.cookie_name(), live.secret_keys()
-        if not keys[0]:
-            keys = secret_keys(app)  # raises an error that says what is wrong
-        signing = self._signing = _Signing(given, name, TokenSigner(keys, name), f"{name}=")
-        return signing
-
-    def _last_seen_version(self, request: Request, by_header: bool) -> int | None:
-        """The version that the client wrote last, from its cookie or header."""
-        if by_header:
-            text = request.headers.get(f"{self._token_header}{_VERSION_HEADER}", "")
-        else:
-            cookies = request.environ.get("HTTP_COOKIE", "")
-            if _VERSION_IN_COOKIES not in cookies:
-                return None
-            start = f"{self._live.cookie_name()}{_VERSION}="
-            text = cookies.partition(start)[2].partition(";")[0].strip(_BLANKS)
-        return int(text) if text.isdecimal() and len(text) <= _LONGEST_VERSION else None
-
-    def _send_version(
-        self, app: Flask, life: Lifecycle, loaded: Record | None, response: Response
-    ) -> None:
-        """Let the client's next request see this write, whichever worker serves it.
-
-        The version lasts for one bound: after that, no near cache has an older record.
-        """
-        near, record = self.repository.near, life.seen.record
-        if near is None or record is None or loaded is None:
-            return
-        if record.key != loaded.key or record.version == loaded.version:
-            return
-        response.cache_control.no_store = True
-        if life.presented().by_header:
-            response.headers[f"{self._token_header}{_VERSION_HEADER}"] = str(record.version)
-            return
-        name = self.get_cookie_name(app)
-        response.set_cookie(
-            name + _VERSION,
-            str(record.version),
-            max_age=math.ceil(near.bound),
-            **self._live.cookie(name, self),
-        )
-
-    def _write_token(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        """Send or delete the token in the cookie or header that the client uses, if necessary."""
-        by_header = life.presented().by_header
-        withheld = life.cookie == "set" and life.entry is not None
-        if (life.cookie != "keep" and not withheld) or (by_header and leads_nowhere(life)):
-            response.cache_control.no_store = True
-            if by_header:
-                self._write_header(app, life, response)
-            else:
-                self._write_cookie(app, life, response)
-
-    def _write_header(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        name = str(self.repository.settings.token_header)
-        token = life.seen.token if life.cookie == "set" else None
-        response.headers[name] = self._signing_of(app).signer.sign(token) if token else ""
-
-    def _write_cookie(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        signing = self._signing_of(app)
-        name = signing.name
-        attributes = self._live.cookie(name, self)
-        token, record = life.seen.token, life.seen.record
-        if life.cookie == "delete" or token is None or record is None:
-            response.delete_cookie(name, **attributes)
-            return
-        expires = None
-        if is_permanent(life.values.stored):
-            expires = datetime.fromtimestamp(record.idle_expires_at / 1000, UTC)
-        response.set_cookie(name, signing.signer.sign(token), expires=expires, **attributes)
-
     def _failed(
         self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
     ) -> None:
@@ -423,20 +292,6 @@ class GSessionInterface(SessionInterface):
         if outage and self.repository.settings.on_store_error == "keep-response":
             return
         replace_response(response, response_to(app, error))
-
-
-def _present_cookies(signing: _Signing, cookies: str) -> Presented:
-    """The token among several cookies, perhaps of our name or with our name inside."""
-    values = []
-    for pair in cookies.split(";"):
-        pair = pair.strip(_BLANKS)
-        if pair.startswith(signing.start):
-            values.append(pair[len(signing.start) :])
-    if len(values) == 1:
-        return Presented(signing.signer.check(values[0]))
-    if not values:
-        return _NOTHING
-    return Presented(signing.signer.check_all(dict.fromkeys(values)))
 
 
 def _is_by_hand(session: SessionData) -> bool:

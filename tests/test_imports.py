@@ -69,6 +69,7 @@ ROWS = [
     ["remember"],
     ["authentication", "opening", "streams"],
     ["freshness", "error_pages"],
+    ["token_transport"],
     ["interface"],
     ["users"],
     ["extension"],

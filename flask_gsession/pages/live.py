@@ -199,7 +199,7 @@ def _presented(interface: GSessionInterface) -> Loaded | None:
 
 def _presented_key(interface: GSessionInterface) -> str | None:
     app = current_app._get_current_object()  # type: ignore[attr-defined]  # a proxy
-    checked = interface._present(app, request).checked
+    checked = interface.tokens.present(app, request).checked
     return None if checked is None or checked.token is None else checked.key
 
 

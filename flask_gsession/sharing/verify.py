@@ -170,7 +170,7 @@ def find_of_request(interface: GSessionInterface, app: Flask, request: Request) 
     """
     process.notice()
     repository = interface.repository
-    presented = interface._present(app, request)
+    presented = interface.tokens.present(app, request)
     checked = presented.checked
     if checked is None:
         return None

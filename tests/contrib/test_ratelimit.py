@@ -163,7 +163,7 @@ def test_no_session_is_worth_a_bucket_of_its_own_unless_it_was_there(
     app = on(store_url, make_app, clock=clock)
     limited(app, "1/hour", network="1000/hour")
     (interface,) = app.extensions["gsession"].values()
-    sign = interface._signing_of(app).signer.sign
+    sign = interface.tokens.signing(app).signer.sign
 
     def came_with(token: str) -> FlaskClient:
         client = app.test_client()
@@ -1017,7 +1017,9 @@ def test_a_session_store_that_is_down_is_no_reason_to_count_otherwise(
     limited(app, "3/hour")
     client = app.test_client()
     (interface,) = app.extensions["gsession"].values()
-    client.set_cookie("session", interface._signing_of(app).signer.sign(secrets.token_urlsafe(32)))
+    client.set_cookie(
+        "session", interface.tokens.signing(app).signer.sign(secrets.token_urlsafe(32))
+    )
     assert client.get("/").status_code == 503
 
 

@@ -172,7 +172,7 @@ class Schedule:
     def open(self, token: str | None) -> SessionData:
         environ = dict(self.environ)
         if token is not None:
-            signed = self.interface._signing_of(self.app).signer.sign(token)
+            signed = self.interface.tokens.signing(self.app).signer.sign(token)
             environ["HTTP_COOKIE"] = f"session={signed}"
         session = self.interface.open_session(self.app, self.app.request_class(environ))
         assert session is not None

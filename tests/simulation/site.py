@@ -301,7 +301,7 @@ class Site:
 
     def sign(self, token: str) -> str:
         """The cookie that holds a token."""
-        return self.interface._signing_of(self.app).signer.sign(token)
+        return self.interface.tokens.signing(self.app).signer.sign(token)
 
     def decode(self, record: Record) -> Values:
         """The values in a record."""

@@ -74,7 +74,7 @@ class Schedule:
         """One request with the token that the browser has now."""
         environ = dict(self.environ)
         if client.token is not None:
-            signed = self.interface._signing_of(self.app).signer.sign(client.token)
+            signed = self.interface.tokens.signing(self.app).signer.sign(client.token)
             environ["HTTP_COOKIE"] = f"session={signed}"
         session = self.interface.open_session(self.app, self.app.request_class(environ))
         assert session is not None

@@ -129,7 +129,7 @@ class Schedule:
         began = self.tick()
         environ = dict(self.environ)
         if client.token is not None:
-            signed = self.interface._signing_of(self.app).signer.sign(client.token)
+            signed = self.interface.tokens.signing(self.app).signer.sign(client.token)
             environ["HTTP_COOKIE"] = f"session={signed}"
         session = self.interface.open_session(self.app, self.app.request_class(environ))
         assert session is not None
