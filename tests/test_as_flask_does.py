@@ -172,7 +172,7 @@ def save(site: Site, session: Any) -> None:
     site.app.session_interface.save_session(site.app, session, site.app.response_class())
 
 
-def test_saving_by_hand_stores_and_goes_on(site: Site) -> None:
+def test_saving_by_hand_stores_and_the_request_continues(site: Site) -> None:
     visitor = site.visitor()
 
     def view(session: Any) -> None:

@@ -498,7 +498,7 @@ def test_a_lifetime_that_cannot_be_reached_is_warned_about(config: dict[str, Any
         Session(an_app(**config))
 
 
-def test_a_short_absolute_timeout_alone_is_no_mistake() -> None:
+def test_a_short_absolute_timeout_alone_is_not_a_mistake() -> None:
     """The defaults beside it are nobody's wish."""
     Session(an_app(SESSION_ABSOLUTE_TIMEOUT=60))
 
@@ -767,13 +767,13 @@ def test_a_password_is_never_shown_when_the_store_fails(
     [7, b"redis://", Path("a"), object(), {"load": 1}, sys],
     ids=lambda source: getattr(source, "__name__", type(source).__name__),
 )
-def test_something_that_is_no_store_is_refused_by_its_type(source: Any) -> None:
+def test_something_that_is_not_a_store_is_refused_by_its_type(source: Any) -> None:
     with pytest.raises(SettingError, match=f"SESSION_STORE is of type {type(source).__qualname__}"):
         Session(an_app(), store=source)
 
 
 @pytest.mark.parametrize("source", [MemoryStore, Redis, MongoClient, type])
-def test_a_class_is_no_store(source: Any) -> None:
+def test_a_class_is_not_a_store(source: Any) -> None:
     said = f"SESSION_STORE is the class {source.__qualname__}, not an object of it; allowed"
     with pytest.raises(SettingError, match=said):
         Session(an_app(), store=source)
@@ -823,7 +823,7 @@ def test_a_relative_place_of_large_values_is_refused(url: str) -> None:
         Session(an_app(), store="memory://", spill_store=url)
 
 
-def test_other_objects_of_a_driver_are_no_stores() -> None:
+def test_other_objects_of_a_driver_are_not_stores() -> None:
     """PyMongo's objects have every attribute, so they seem to have the verbs of a store."""
     with MongoClient(connect=False) as client:
         for source in (client["shop"], client["shop"]["sessions"], AsyncRedis()):
@@ -833,7 +833,7 @@ def test_other_objects_of_a_driver_are_no_stores() -> None:
         Session(an_app(), store=AsyncMongoClient(connect=False))
 
 
-def test_an_object_with_all_verbs_but_one_is_no_store() -> None:
+def test_an_object_with_all_verbs_but_one_is_not_a_store() -> None:
     store = MemoryStore()
 
     class NearlyAStore:
@@ -954,7 +954,7 @@ def test_an_unknown_key_that_looks_like_a_known_one_is_warned_about(key: str, hi
         *("SESSION_ENGINE", "SESSION_SECRET", "SESSION_LIFETIME"),
     ],
 )
-def test_a_setting_of_another_extension_is_no_misspelt_one(key: str) -> None:
+def test_a_setting_of_another_extension_is_not_reported_as_misspelt(key: str) -> None:
     Session(an_app(**{key: "strong"}))
 
 
@@ -1228,7 +1228,7 @@ def test_a_key_may_come_later(key: Any) -> None:
     Session(an_app(SECRET_KEY=key))
 
 
-def test_empty_fallback_keys_are_no_keys() -> None:
+def test_empty_fallback_keys_are_ignored() -> None:
     """As `[os.environ.get("OLD_KEY")]` gives them where there was never an old key."""
     app = an_app(SECRET_KEY_FALLBACKS=[None, "", b""])
     ext = Session(app)

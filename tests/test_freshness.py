@@ -193,7 +193,7 @@ def test_a_sign_in_by_bind_counts(site: Site) -> None:
         assert not opens(visitor)
 
 
-def test_a_confirmation_alone_is_no_session(site: Site) -> None:
+def test_a_confirmation_alone_is_not_a_session(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.confirm())
     assert site.stored() == {}
@@ -457,7 +457,7 @@ def test_a_sign_in_with_an_old_token_is_fresh_in_its_own_session(one: Site, bloc
     assert opens(visitor, "/safe")
 
 
-def test_junk_under_the_key_is_no_confirmation(one: Site) -> None:
+def test_junk_under_the_key_is_not_a_confirmation(one: Site) -> None:
     visitor = signed_in(one)
     one.clock.advance(3600)
     wrong: tuple[Any, ...] = (7, [], {"password": "now"}, {"password": True}, {})

@@ -273,7 +273,7 @@ def test_a_renewal_that_fails_harms_nobody(site: Site, visitor: Visitor) -> None
         assert session["user"] == "ada"
 
 
-def test_an_answer_that_is_lost_is_no_second_write(site: Site, visitor: Visitor) -> None:
+def test_a_lost_answer_causes_no_second_write(site: Site, visitor: Visitor) -> None:
     """The caller repeats a transaction in the block, and its write is recognised."""
 
     def lost() -> None:
@@ -436,7 +436,7 @@ def test_invalid_handles(site: Site, handle: Any) -> None:
     assert site.store.calls == []
 
 
-def test_a_token_is_no_handle(site: Site, visitor: Visitor) -> None:
+def test_a_token_is_not_a_handle(site: Site, visitor: Visitor) -> None:
     """A token of 43 characters looks like a handle; the error doesn't show it."""
     with site.app.app_context():
         assert site.ext.peek(visitor.token) is None
@@ -637,7 +637,7 @@ def test_a_job_knows_of_no_client(site: Site, member: Visitor) -> None:
         assert site.ext.users.devices("ada") == [after]
 
 
-def test_a_user_s_list_is_no_session(site: Site, member: Visitor) -> None:
+def test_a_user_s_list_is_not_a_session(site: Site, member: Visitor) -> None:
     with site.app.app_context():
         for look in (site.ext.open, site.ext.peek):
             with pytest.raises(ValueError, match="handle"):
@@ -841,7 +841,7 @@ POLLS = [polls, polls_and_writes, polls_and_rotates, polls_in_a_transaction]
 
 
 @pytest.mark.parametrize("poll", POLLS)
-def test_a_view_that_polls_is_no_use_of_the_session(
+def test_polling_does_not_count_as_use(
     site: Site, visitor: Visitor, poll: Callable[[Any], None]
 ) -> None:
     before = left(visitor)

@@ -427,7 +427,7 @@ def test_an_outage_converts_nothing(site: Site) -> None:
     assert visitor.get("/me").text == "ada"
 
 
-def test_the_mark_is_no_session(site: Site) -> None:
+def test_the_mark_is_not_a_session(site: Site) -> None:
     visitor = with_old_cookie(site)
     visitor.get("/me")
     visitor.run(lambda session: session.destroy())

@@ -77,7 +77,7 @@ def test_a_change_that_its_policy_refuses_is_a_conflict(make_site: SiteMaker, se
     assert (site.app, conflict) in sent
 
 
-def test_a_merge_is_no_conflict(site: Site) -> None:
+def test_a_merge_is_not_a_conflict(site: Site) -> None:
     ask = parallel(site, lambda session: session.update(other=2))
     assert ask(lambda session: session.update(stock=3)) == 200
     assert site.happened(SessionConflicted) == []

@@ -2,9 +2,9 @@
 
 ::
 
-    key         digest of a kind, the issuer and a name; ends with ``-``, so it is no session's
-    sign-in     kind "sid" or "sub": ["oidc", user ids, when it was logged out (ms, 0: never)]
-    token       kind "jti": b"", until the token expires
+    key         digest of a kind, the issuer and a name; ends with ``-``, unlike a session's sign-in
+    kind "sid" or "sub": ["oidc", user ids, when it was logged out (ms, 0: never)] token       kind
+    "jti": b"", until the token expires
 
 The record of a sign-in is written before the session is bound, and a logout marks it before it ends
 the sessions. With the roster's epoch, which the sign-in reads first, every order is safe:

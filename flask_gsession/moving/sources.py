@@ -135,7 +135,7 @@ class _Opened:
             text = str(error).replace("SESSION_STORE", "An item of SESSION_IMPORT")
             hint = did_you_mean(name.lower(), _LABELS, cutoff=0.6) if isinstance(name, str) else ""
             if hint:
-                text = f"SESSION_IMPORT names {name!r}, which is no source of old sessions{hint}"
+                text = f"SESSION_IMPORT names {name!r}, which isn't a source of old sessions{hint}"
             else:
                 text += '. Or "flask-session", or "cookie" for sessions in Flask\'s own cookies'
             raise SettingError(text) from None

@@ -357,7 +357,7 @@ def test_circuits_close_without_a_request(make_site: SiteMaker) -> None:
         )
 
 
-def test_contention_is_no_outage(faulty: tuple[Flask, HookedStore]) -> None:
+def test_contention_is_not_an_outage(faulty: tuple[Flask, HookedStore]) -> None:
     app, store = faulty
 
     def fail() -> None:

@@ -291,7 +291,7 @@ def test_a_sign_in_under_way_does_not_outlive_the_logout(
     assert site.sessions() == {}
 
 
-def test_a_second_sign_in_is_refused_and_the_first_goes_on(
+def test_a_second_sign_in_is_refused_and_the_first_stays(
     make_site: SiteMaker, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The provider logs the second one out just before the session becomes its."""

@@ -267,7 +267,7 @@ def test_a_user_is_known_by_an_id(make_app: Maker, user: object) -> None:
 @pytest.mark.parametrize(
     "nobody", [None, "", 0, False, Customer(None), LocalProxy(lambda: Customer(None))]
 )
-def test_nobody_is_no_user_of_everybody(make_app: Maker, nobody: object) -> None:
+def test_anonymous_visitors_share_no_user_bucket(make_app: Maker, nobody: object) -> None:
     app = make_app(user=lambda: nobody)
     limited(app, "2/hour")
     for number in range(2):
@@ -1010,9 +1010,7 @@ def test_storage_on_the_server_of_the_sessions_that_is_down(make_app: Maker, kin
     assert through(counting, 2) == 1
 
 
-def test_a_session_store_that_is_down_is_no_reason_to_count_otherwise(
-    make_app: Maker, dead_redis: str
-) -> None:
+def test_requests_get_503_while_the_session_store_is_down(make_app: Maker, dead_redis: str) -> None:
     app = make_app(dead_redis, storage="memory://", on_storage_error="local")
     limited(app, "3/hour")
     client = app.test_client()

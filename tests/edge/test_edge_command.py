@@ -93,7 +93,7 @@ def test_the_metrics_show_waiting_changes(edge: EdgeSite) -> None:
     assert value("gsession_edge_dropped", {"session": "session"}) == 0
 
 
-def test_another_store_is_no_edge() -> None:
+def test_another_store_is_not_an_edge() -> None:
     app = Flask(__name__)
     app.secret_key = "x"
     Session(app, store="memory://")

@@ -162,7 +162,7 @@ def test_a_creation_that_arrives_after_it_was_dropped_is_ended(network: Network)
         assert at(network.centre, visitor).run(dict) == {}
 
 
-def test_writes_go_on_while_it_settles(network: Network) -> None:
+def test_writes_continue_while_the_edge_settles(network: Network) -> None:
     """Two workers of a node, and the centre, all write to the same sessions."""
     with network.edge("a") as edge, network.edge("a") as other:
         visitors = [edge.visitor() for _ in range(3)]

@@ -38,7 +38,7 @@ SERVERS = ["gthread", "gevent", "uwsgi", "uwsgi without threads"]
 
 @pytest.mark.parametrize("server", long(SERVERS, SERVERS[1:]))
 @pytest.mark.parametrize("kind", long(["redis", "mongodb"], ["mongodb"]))
-def test_workers_of_a_node_go_on_and_settle(
+def test_workers_of_a_node_keep_working_and_settle(
     kind: str, server: str, request: pytest.FixtureRequest, store_prefix: str, tmp_path: Path
 ) -> None:
     url = request.getfixturevalue("redis_url" if kind == "redis" else "emptied_mongodb_url")

@@ -22,7 +22,7 @@ def until(done: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def test_the_branch_goes_on_selling_and_settles(port: int) -> None:
+def test_the_branch_keeps_selling_and_settles(port: int) -> None:
     office, branch, switch = port, port + 1, port + 2
     ada, bob, eve = Browser(), Browser(), Browser()
     for browser in (ada, eve):

@@ -188,7 +188,7 @@ def test_a_logout_that_is_unknown_promises_nothing() -> None:
     assert story.verdict.broken == []
 
 
-def test_an_answer_beside_the_logout_is_no_answer_after_it() -> None:
+def test_a_read_in_parallel_with_the_logout_may_be_answered() -> None:
     story = Story()
     beside = story.did("read")
     logout = story.did("logout")

@@ -311,7 +311,7 @@ def test_a_policy_function_gets_base_theirs_and_mine(make_site: SiteMaker) -> No
     assert told == [([0], [0, 2], [0, 1]), (MISSING, 2, 1), (0, MISSING, 1)]
 
 
-def test_the_request_goes_on_with_the_merged_values(make_site: SiteMaker) -> None:
+def test_the_request_continues_with_the_merged_values(make_site: SiteMaker) -> None:
     site = make_site(merge_policies={"hits": "counter"})
     visitor = visitor_with(site, hits=0, atomic=0)
     other = visitor.another_tab()

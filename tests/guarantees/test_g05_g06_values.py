@@ -400,7 +400,7 @@ def test_outside_debug_mode_the_line_does_not_fail(site: Site) -> None:
     assert not site.stored()
 
 
-def test_a_key_that_is_no_text_is_refused_at_once(make_site: SiteMaker) -> None:
+def test_a_key_that_is_not_text_is_refused_at_once(make_site: SiteMaker) -> None:
     for debug in (True, False):
         site = make_site(debug=debug)
 

@@ -228,7 +228,7 @@ def test_the_store_holds_the_digest_only(site: Site) -> None:
     assert visitor.run(lambda session: session.handle) == session_key(visitor.token)
 
 
-def test_the_handle_is_no_token(site: Site) -> None:
+def test_the_handle_is_not_a_token(site: Site) -> None:
     visitor = visitor_with(site, a=1)
     handle = visitor.run(lambda session: session.handle)
     assert visitor.cookie is not None

@@ -222,7 +222,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_known_forgeries_are_no_500(site: Site, number: int) -> None:
+def test_known_forgeries_cause_no_500(site: Site, number: int) -> None:
     """Every step in memory; on the other stores, a quarter of them for each body in turn."""
     steps = list(STEPS) if site.url == "memory://" else list(STEPS)[number % 4 :: 4]
     Forger(site).check(EXAMPLES[number], steps)
@@ -233,11 +233,11 @@ FORGER = memory_forger()
 
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(bodies, st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4))
-def test_forged_bodies_are_no_500(body: bytes, steps: list[str]) -> None:
+def test_forged_bodies_cause_no_500(body: bytes, steps: list[str]) -> None:
     FORGER.check(body, steps)
 
 
-def test_forged_bodies_are_no_500_on_any_store(site: Site) -> None:
+def test_forged_bodies_cause_no_500_on_any_store(site: Site) -> None:
     forger = Forger(site)
 
     @settings(max_examples=12, suppress_health_check=list(HealthCheck))

@@ -1019,7 +1019,7 @@ def test_the_log_of_a_large_removal_does_not_keep_the_disk(
         assert log.stat().st_size <= 2 * 2**20
 
 
-def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite3"
     path.write_bytes(b"this is a text file, and not a short one" * 100)
     with sqlite_site(path) as site:

@@ -112,7 +112,7 @@ def test_nothing_is_stored_without_an_expiry(site: Site) -> None:
     assert owner(signed_in(site)) == "ada"
 
 
-def test_a_roster_is_no_session(site: Site) -> None:
+def test_a_roster_is_not_a_session(site: Site) -> None:
     signed_in(site)
     key = roster_key("ada")
     assert not is_session_key(key)

@@ -145,7 +145,7 @@ def test_a_client_sees_its_own_write_at_any_worker(worker: Worker, header: str |
     assert at(second, dict) == {"step": 2}
 
 
-def test_the_version_goes_only_with_a_write(site: Site, visitor: Visitor) -> None:
+def test_the_version_is_sent_only_after_a_write(site: Site, visitor: Visitor) -> None:
     def cookies(function: Callable[[Any], object]) -> list[str]:
         response = visitor.ask(function)
         assert ("no-store" in response.headers.get("Cache-Control", "")) == (

@@ -121,7 +121,7 @@ def test_a_logout_of_an_expired_session_leaves_its_end_to_the_sweep(
     assert kinds(events_of(site)) == ["created", "bound", "rotated", "expired"]
 
 
-def test_locked_values_of_a_user_are_no_session(journaled: Site, clock: FakeClock) -> None:
+def test_locked_values_of_a_user_are_not_a_session(journaled: Site, clock: FakeClock) -> None:
     def change(session: Any) -> None:
         with session.shared.lock():
             session.shared["cart"] = ["mug"]

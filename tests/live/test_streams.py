@@ -39,7 +39,7 @@ def test_a_slot_may_be_freed_while_slots_are_counted() -> None:
         slots.take(Limits("eve", 2, 2))
 
 
-def test_a_stream_that_ends_while_its_client_is_looked_for_is_no_error() -> None:
+def test_a_stream_that_ends_during_a_client_check_causes_no_error() -> None:
     slots = Slots()
     taken: list[object] = []
 
@@ -75,7 +75,7 @@ def test_a_client_that_stops_reading_occupies_no_thread() -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has this option")
-def test_a_client_that_vanished_is_no_error_for_the_server() -> None:
+def test_a_vanished_client_causes_no_server_error() -> None:
     """gunicorn logs any other exception than these with its traceback."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())

@@ -74,7 +74,7 @@ def test_explicit_settings_win() -> None:
 
 @pytest.mark.filterwarnings("ignore:Unknown setting SESSION_TYPE")
 @pytest.mark.parametrize("value", [None, "null"])
-def test_no_type_is_no_import(value: str | None) -> None:
+def test_without_session_type_there_is_no_import(value: str | None) -> None:
     assert read_settings(an_app(SESSION_TYPE=value), {}).imports == ()
 
 
@@ -325,7 +325,7 @@ def test_another_cache_is_refused(cache: Any) -> None:
     ("source", "message"),
     [
         ("flask_session", "'flask_session', which is no .*; did you mean flask-session"),
-        ("Cookies", "'Cookies', which is no source of old sessions; did you mean cookie"),
+        ("Cookies", "'Cookies', which isn't a source of old sessions; did you mean cookie"),
         ("redis:/x:geheim", "An item of SESSION_IMPORT: a redis URL is written as"),
         ("elsewhere", "An item of SESSION_IMPORT is no URL"),
         ({"url": "redis://geheim"}, "SESSION_IMPORT has a dict with"),

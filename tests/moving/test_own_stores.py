@@ -37,7 +37,7 @@ def carried(site: Site, visitor: Visitor) -> Visitor:
     return other
 
 
-def test_a_session_goes_on_in_another_store(site: Site, old_site: Site) -> None:
+def test_a_session_continues_in_another_store(site: Site, old_site: Site) -> None:
     before = old_site.visitor()
     values = {"cart": ("mug", 2), "_user_id": "7", "big": "x" * 40_000, "file": b"y" * 300_000}
     before.run(lambda session: session.update(values))

@@ -131,7 +131,7 @@ def test_the_worker_logs_its_results(clock: FakeClock, caplog: pytest.LogCapture
     assert re.fullmatch(rf"Clean-up done in \d+\.\d s: expired sessions: {number}", something[1])
 
 
-def test_the_ticket_is_no_session(site: Site, tmp_path: Path) -> None:
+def test_the_ticket_is_not_a_session(site: Site, tmp_path: Path) -> None:
     process = Process(site.store.store, site.clock)
     process.run()
     store, console = site.store.store, process.console

@@ -130,7 +130,7 @@ def test_flask_finds_the_command() -> None:
     assert name == gsession.name
 
 
-def test_warnings_are_no_failure() -> None:
+def test_warnings_do_not_fail_the_doctor() -> None:
     app = application("memory://", SESSION_COOKIE_SAMESITE=None)
     assert wrong(app) == {"SESSION_COOKIE_SAMESITE": "warning"}
     assert examine(app).exit_code == 0
@@ -644,7 +644,7 @@ def test_a_mongodb_whose_user_may_not_ask(
     assert found == dict.fromkeys((*indexes, "replicas"), "warning")
 
 
-def test_a_right_that_is_missing_is_no_matter_of_the_url(
+def test_the_advice_for_a_missing_right_is_not_about_the_url(
     redis_client: Redis, redis_url: str
 ) -> None:
     user = f"doctor-{secrets.token_hex(4)}"

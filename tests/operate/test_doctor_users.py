@@ -54,7 +54,7 @@ def test_a_damaged_list(site: Site) -> None:
     assert checked(site) == {("ok", "rosters"): "2 checked"}
 
 
-def test_other_records_are_no_lists(site: Site) -> None:
+def test_other_records_are_not_lists(site: Site) -> None:
     """The keys of take-over marks look like the keys of rosters."""
     signed_in(site)
     repository = repository_of(site)

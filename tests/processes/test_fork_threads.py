@@ -56,7 +56,7 @@ def shared_url(request: pytest.FixtureRequest) -> str:
 # Forks ------------------------------------------------------------------------------------------
 
 
-def test_parent_and_child_go_on_side_by_side(shared_url: str, store_prefix: str) -> None:
+def test_parent_and_child_work_in_parallel(shared_url: str, store_prefix: str) -> None:
     site = make_site(shared_url, store_prefix)
     cookie = site.log_in("alice")  # a connection is open
     each = 25

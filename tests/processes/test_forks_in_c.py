@@ -55,7 +55,7 @@ def run(url: str, tmp_path: Path, log: list[str]) -> Run:
     return run
 
 
-def test_processes_go_on_side_by_side(run: Run, url: str, log: list[str]) -> None:
+def test_processes_work_in_parallel(run: Run, url: str, log: list[str]) -> None:
     """On SQLite, the child refuses and says why, and damages nothing."""
     refuses = url.startswith("sqlite")
     assert run("used_in_a_request") == {

@@ -119,7 +119,7 @@ def test_the_master_of_uwsgi_listens_to_nothing(
     site.ext.close(site.app)
 
 
-def test_a_mule_of_uwsgi_is_no_master(uwsgi: Uwsgi) -> None:
+def test_a_mule_of_uwsgi_is_not_a_master(uwsgi: Uwsgi) -> None:
     uwsgi(worker=0, mule=1)
     assert not processes.is_before_fork()
 

@@ -104,7 +104,7 @@ def test_within_the_bound_nothing_changes(
     assert caplog.text == ""
 
 
-def test_none_is_no_bound(make_site: SiteMaker) -> None:
+def test_none_turns_the_limit_off(make_site: SiteMaker) -> None:
     site = make_site(newcomers_per_minute=None)
     visitors = [came(site) for _ in range(10)]
     site.clock.advance(7000)

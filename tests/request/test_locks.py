@@ -999,7 +999,7 @@ def test_a_rotation_that_replicas_have_not_confirmed(site: Site) -> None:
     assert not site.happened(LockExpired)
 
 
-def test_a_release_that_fails_is_no_failure(site: Site) -> None:
+def test_a_release_that_fails_is_not_a_failure(site: Site) -> None:
     visitor = a_visitor(site)
     site.store.before("release", lost_answer)
     assert visitor.run(count_locked) == 1

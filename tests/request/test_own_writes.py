@@ -197,7 +197,7 @@ def test_a_conflict_that_the_view_catches_makes_it_no_safer_to_repeat(clicks: Si
     assert visitor.run(dict) == {**ONCE, "theirs": 1}
 
 
-def test_another_request_on_top_is_no_conflict_after_a_rotation(clicks: Site) -> None:
+def test_a_later_request_causes_no_conflict_after_a_rotation(clicks: Site) -> None:
     """Nobody else creates the new key, so the rotation happened, below later changes."""
     visitor = a_visitor(clicks)
     tab = visitor.another_tab()
@@ -259,7 +259,7 @@ def test_a_session_that_was_emptied_takes_an_update(site: Site, key: str) -> Non
     assert visitor.run(dict) == {key: 1}
 
 
-def test_another_request_on_top_is_no_conflict_where_the_later_wins(site: Site) -> None:
+def test_a_later_request_causes_no_conflict_if_the_later_wins(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.update(a=0))
     tab = visitor.another_tab()
@@ -275,7 +275,7 @@ def test_another_request_on_top_is_no_conflict_where_the_later_wins(site: Site) 
     assert visitor.run(dict) == {"a": 1, "theirs": 1}
 
 
-def test_a_session_that_was_created_is_the_one_that_goes_on(clicks: Site) -> None:
+def test_a_session_created_by_an_interrupted_write_stays(clicks: Site) -> None:
     def view(session: Any) -> None:
         session.update(clicks=1)
         clicks.store.after("create", strike(TooLong))
@@ -480,7 +480,7 @@ def test_a_session_that_is_created_late_is_nobody_s(clicks: Site) -> None:
     assert visitor.cookie is None
 
 
-def test_a_session_that_is_created_before_the_next_look_goes_on(clicks: Site) -> None:
+def test_a_session_created_before_the_next_read_stays(clicks: Site) -> None:
     def view(session: Any) -> None:
         session.update(clicks=1)
         arrive = on_its_way(clicks, session, "create")

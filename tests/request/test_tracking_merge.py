@@ -179,7 +179,7 @@ def test_nested_changes_are_noticed() -> None:
         assert list(values.changes()) == ["key"], value
 
 
-def test_a_change_and_its_undoing_is_no_change() -> None:
+def test_an_undone_change_is_not_a_change() -> None:
     values = tracked(cart=["mug"], name="ada")
     values["cart"].append("pen")
     values["cart"].pop()
@@ -291,7 +291,7 @@ def test_keys_that_others_deleted_stay_where_they_were_seen() -> None:
     assert changed(values) == {"held": ([1], [1, 2])}
 
 
-def test_accepted_changes_are_no_changes_any_more() -> None:
+def test_accepted_changes_no_longer_count_as_changes() -> None:
     values = tracked(a=[1], b=2, c=3)
     cart = values["a"]
     cart.append(2)

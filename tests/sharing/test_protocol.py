@@ -80,7 +80,7 @@ def test_a_record_comes_back_as_it_was() -> None:
         assert to_record(pb.Record.FromString(to_message(each).SerializeToString())) == each
 
 
-def test_a_time_that_is_no_time_is_an_unreadable_record() -> None:
+def test_an_impossible_time_makes_a_record_unreadable() -> None:
     record = a_record(time.time)._replace(created_at=2**70)
     with pytest.raises(UnreadableRecord, match="corrupt"):
         to_message(record)
@@ -134,7 +134,7 @@ def test_every_error_of_a_store_has_a_status_of_its_own() -> None:
     assert len(set(codes.values())) == len(codes)
 
 
-def test_a_far_breaker_that_asked_nobody_is_no_failure_of_the_server() -> None:
+def test_an_open_breaker_of_the_remote_store_is_not_a_server_failure() -> None:
     back = sent(StoreUnavailable("not asked", asked=False))
     assert isinstance(back, StoreUnavailable)
     assert back.contention

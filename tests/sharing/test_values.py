@@ -224,7 +224,7 @@ def test_a_service_may_end_a_session(site: Site) -> None:
     assert visitor.run(dict) == {}
 
 
-def test_an_outage_is_no_answer(site: Site) -> None:
+def test_an_outage_is_not_an_answer(site: Site) -> None:
     def fail() -> None:
         raise StoreUnavailable("drill")
 

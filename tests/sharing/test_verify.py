@@ -150,7 +150,7 @@ def test_an_outage_is_503_and_never_401(site: Site) -> None:
     assert ask(visitor).status_code == 200
 
 
-def test_a_check_is_no_use_of_the_session_unless_that_is_wanted(make_site: SiteMaker) -> None:
+def test_a_check_does_not_count_as_use_unless_requested(make_site: SiteMaker) -> None:
     for renew in (False, True):
         site = verifying(make_site(idle_timeout=100, renew_interval=10), renew=renew)
         visitor = signed_in(site)
@@ -160,7 +160,7 @@ def test_a_check_is_no_use_of_the_session_unless_that_is_wanted(make_site: SiteM
         assert status == (200 if renew else 401)
 
 
-def test_a_renewal_that_fails_is_no_outage(make_site: SiteMaker) -> None:
+def test_a_renewal_that_fails_is_not_an_outage(make_site: SiteMaker) -> None:
     site = verifying(make_site(idle_timeout=100, renew_interval=10), renew=True)
     visitor = signed_in(site)
     site.clock.advance(60)

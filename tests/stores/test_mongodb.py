@@ -193,7 +193,7 @@ def test_a_logout_that_no_majority_confirmed_is_not_called_done(
         assert tab.run(dict) == {}
 
 
-def test_a_counter_goes_on_through_a_stepdown(
+def test_a_counter_continues_through_a_stepdown(
     replica_set: MongoReplicaSet, clock: FakeClock
 ) -> None:
     with SiteMaker(replica_set.url, "replicas:", clock) as make:

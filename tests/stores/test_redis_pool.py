@@ -183,7 +183,7 @@ def test_connections_that_the_server_closed_cost_nobody_an_error(
     store.close()
 
 
-def test_a_closed_store_keeps_no_connection_and_goes_on(store: Any) -> None:
+def test_a_closed_store_keeps_no_connection_and_can_be_used_again(store: Any) -> None:
     record = a_record(time.time)
     store.create(record)
     lent = store.commands.pool.take(time.monotonic() + 10)

@@ -257,7 +257,7 @@ def test_a_server_that_is_not_a_primary_is_not_used(
 
 
 @pytest.mark.long
-def test_without_sentinels_the_connections_that_are_there_go_on(
+def test_without_sentinels_existing_connections_keep_working(
     sentinels: RedisSentinels, open_shop: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_servers, "LOOK_AGAIN", 0.0)
@@ -728,7 +728,7 @@ def test_a_cluster_that_cannot_be_reached(open_shop: Opener) -> None:
         shop.store.load("A" * 43)
 
 
-def test_a_server_that_is_no_cluster(own_redis: RedisServer, open_shop: Opener) -> None:
+def test_a_server_that_is_not_a_cluster(own_redis: RedisServer, open_shop: Opener) -> None:
     shop = open_shop(own_redis.url.replace("redis:", "redis+cluster:"))
     with pytest.raises(StoreUnavailable, match="cluster support disabled"):
         shop.store.load("A" * 43)
@@ -1030,7 +1030,9 @@ def test_a_repeat_on_another_connection_waits_for_the_first_try(
 
 
 @pytest.mark.parametrize("several", ["sentinels"], indirect=True)
-def test_unconfirmed_logouts_are_no_outage(confirmed: Confirmed, store_prefix: str) -> None:
+def test_unconfirmed_logouts_do_not_count_as_an_outage(
+    confirmed: Confirmed, store_prefix: str
+) -> None:
     """The circuit breaker stays out of it: the store answers."""
     app = Flask(__name__)
     app.secret_key = "a key for tests"
@@ -1068,7 +1070,9 @@ def test_a_server_without_replicas_confirms_nothing(redis_url: str, open_shop: O
     assert shop.visitor.run(dict) == {}
 
 
-def test_a_wait_that_is_refused_is_no_confirmation(redis_acl: RedisACL, open_shop: Opener) -> None:
+def test_a_wait_that_is_refused_is_not_a_confirmation(
+    redis_acl: RedisACL, open_shop: Opener
+) -> None:
     redis_acl.allow("~* +@all -wait")
     shop = open_shop(redis_acl.url, logout_replicas=1)
     record = a_record(time.time)

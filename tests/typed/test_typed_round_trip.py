@@ -542,7 +542,7 @@ def test_set_refuses_values_that_no_session_can_store() -> None:
             assert name not in session
 
 
-def test_a_computed_field_is_no_key() -> None:
+def test_a_computed_field_is_not_a_key() -> None:
     with pytest.raises(SettingError, match=r"fields\.Method needs a schema"):
         SessionKey("key", fields.Method("compute", "load"))
 
@@ -899,7 +899,7 @@ def test_results_of_configured_policies_are_checked_by_the_key(make_site: SiteMa
     assert visitor.run(lambda _: (tries.get(), free.get())) == (5, [2, 1])
 
 
-def test_a_computed_field_is_no_key_of_a_session(make_site: SiteMaker) -> None:
+def test_a_computed_field_is_not_a_key_of_a_session(make_site: SiteMaker) -> None:
     class Whole(Schema):
         user = fields.Int()
         label = fields.Method("make_label")

@@ -54,7 +54,7 @@ def test_a_sign_in_that_fails_takes_no_place(make_site: SiteMaker, way: str) -> 
     assert owner(signed_in(site)) == "ada", "there is room"
 
 
-def test_an_outage_that_goes_on_leaves_an_entry_that_makes_room(make_site: SiteMaker) -> None:
+def test_a_long_outage_leaves_a_roster_entry_that_makes_room(make_site: SiteMaker) -> None:
     """The session could be deleted, but its roster not be changed."""
     site = make_site(max_per_user=1, max_policy="refuse")
     lose_the_answer(site, True)

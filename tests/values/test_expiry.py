@@ -155,9 +155,7 @@ def test_a_value_that_expires_before_it_is_saved_is_never_stored(
     assert visitor.run(dict) == {"user": "ada"}
 
 
-def test_a_session_whose_values_all_expired_is_empty_and_goes_on(
-    site: Site, clock: FakeClock
-) -> None:
+def test_a_session_whose_values_all_expired_stays_empty(site: Site, clock: FakeClock) -> None:
     visitor = with_code(site)
     clock.advance(60)
     cookie = visitor.cookie

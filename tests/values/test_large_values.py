@@ -926,7 +926,7 @@ def test_a_file_that_replaces_an_expiring_value_does_not_expire(
     assert visitor.run(lambda session: len(session.get("photo", b""))) == len(PHOTO)
 
 
-def test_a_download_goes_on_after_the_session_was_saved(site: Site) -> None:
+def test_a_download_continues_after_the_session_was_saved(site: Site) -> None:
     visitor = site.visitor()
     visitor.run(lambda session: session.attach("photo", io.BytesIO(PHOTO)))
 

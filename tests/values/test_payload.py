@@ -184,7 +184,7 @@ def test_far_too_much_is_refused_quickly(items: Callable[[], dict[str, Any]]) ->
     assert len(str(refusal.value)) < 300
 
 
-def test_a_key_that_is_no_text_is_refused() -> None:
+def test_a_key_that_is_not_text_is_refused() -> None:
     body = Body({"good": b"\x01", "bad\ud800": b"\x01"})
     with pytest.raises(UnsupportedType, match="surrogates") as refusal:
         PLAIN.pack(KEY, body)
@@ -425,7 +425,7 @@ def test_a_pointer_is_bound_to_its_key_and_its_successor(form: Format) -> None:
 
 
 @both
-def test_a_pointer_is_no_record(form: Format) -> None:
+def test_a_pointer_is_not_a_record(form: Format) -> None:
     assert_refused(form, form.pack_pointer(KEY, OTHER_KEY))
 
 

@@ -108,7 +108,7 @@ def test_a_revocation_in_a_request_is_by_its_user(site: Site, log: Log) -> None:
 
 
 @pytest.mark.parametrize("reason", [b"stolen", {"why": {"stolen"}}, Decimal(5)])
-def test_a_reason_that_is_no_text_is_shown_as_such(site: Site, log: Log, reason: Any) -> None:
+def test_a_reason_that_is_not_text_is_shown_as_such(site: Site, log: Log, reason: Any) -> None:
     """Losing the record would be worse."""
     visitor = signed_in(site)
     gone = ids(visitor)

@@ -38,7 +38,7 @@ def test_values_with_the_name_of_a_secret_are_never_shown(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["cart", "theme", "user_id", "author", "shipping", "side", "country_code"]
 )
-def test_other_names_are_no_secrets(name: str) -> None:
+def test_other_names_are_not_secret(name: str) -> None:
     assert not is_secret(name)
     assert shown_value(name, "shown", {name}) == "'shown'"
 
