@@ -324,7 +324,7 @@ def test_another_cache_is_refused(cache: Any) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("flask_session", "'flask_session', which is no .*; did you mean flask-session"),
+        ("flask_session", "'flask_session', which isn't .*; did you mean flask-session"),
         ("Cookies", "'Cookies', which isn't a source of old sessions; did you mean cookie"),
         ("redis:/x:geheim", "An item of SESSION_IMPORT: a redis URL is written as"),
         ("elsewhere", "An item of SESSION_IMPORT is no URL"),
