@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import ValueRefused
 from ..events import logger
 from .lifecycle import Lifecycle
+from .rebasing import changed_when_abandoned
 
 _TOO_LATE = (
     "%s was changed after the session had been saved with the response: the change is lost. Write "
@@ -38,3 +39,14 @@ def late_changes(life: Lifecycle) -> list[str]:
         return list(life.pending())
     except ValueRefused as error:
         return [error.path]
+
+
+def report_abandoned(life: Lifecycle) -> None:
+    """Log changes of objects that had left the session before."""
+    for key in changed_when_abandoned(life.values):
+        logger.error(
+            "session[%a] was changed through an object that left the session with a transaction, a "
+            "lock, a reload or an update: the change is lost. Get the object from the session "
+            "again after that.",
+            key[:60],
+        )

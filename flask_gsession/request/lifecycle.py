@@ -265,15 +265,18 @@ class Lifecycle(Struct, eq=False):
         Raises ``ValueRefused``, also if one breaks the schema.
         """
         changes = self.values.changes(self.repository.settings.max_keys)
-        check = self.repository.check
-        if check is not None:
-            for key, change in changes.items():
-                if change.mine is not None and not refers(change.mine):
-                    _, plain = split(change.mine)
-                    if self.vetted.get(key) != plain:
-                        check(key, self.repository.codec.decode(plain))
-                        self.vetted[key] = plain
+        if self.repository.check is not None:
+            self.check_schema(changes)
         return changes
+
+    def check_schema(self, changes: Mapping[str, Change]) -> None:
+        """Let the session's schema check changed values that it has not checked yet."""
+        for key, change in changes.items():
+            if change.mine is not None and not refers(change.mine):
+                _, plain = split(change.mine)
+                if self.vetted.get(key) != plain:
+                    self.repository.check(key, self.repository.codec.decode(plain))
+                    self.vetted[key] = plain
 
     @property
     def vetted(self) -> dict[str, bytes]:

@@ -20,9 +20,9 @@ from .checks import check_not_in_retried_code
 from .ending import destroy
 from .following import resolve_attempts
 from .joining import close_join
+from .late_changes import report_abandoned
 from .lifecycle import NO_ATTEMPTS, NO_USERS, Lifecycle
 from .ownership import user_id_of
-from .rebasing import changed_when_abandoned
 from .roster_entries import enter_roster, is_touch_due, take_back
 from .state import NO_WISHES, SAVED, Block, Seen
 from .user_values import adopt_trouble
@@ -47,11 +47,17 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
             unfinished = life.attempts is not NO_ATTEMPTS or life.entry or life.joined
             if life.values.base or life.wishes is not NO_WISHES or unfinished or life.written_large:
                 with life.mutex:
-                    stored = _store_changes(life, rotating=False if by_hand else None)
+                    try:
+                        stored = commit(life, rotating=False if by_hand else None)
+                    finally:
+                        if life.written_large is not None:
+                            life.drop_unreferenced()
+                    if life.wishes.cleared and life.seen.record is None and not life.ended:
+                        _end_presented(life)
             if not stored and life.renews and life.outage is None:
                 _renew_if_due(life)
             if life.values.abandoned is not None:
-                _report_abandoned(life)
+                report_abandoned(life)
             if life.entry is not None and not by_hand:
                 take_back(life)  # of a block whose error the view has caught
     except ValueRefused:
@@ -66,17 +72,6 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
             life.phase = SAVED
     if life.of_users is not NO_USERS:
         _save_users(life, by_hand=by_hand)
-
-
-def _store_changes(life: Lifecycle, rotating: bool | None) -> bool:
-    try:
-        stored = commit(life, rotating=rotating)
-    finally:
-        if life.written_large is not None:
-            life.drop_unreferenced()
-    if life.wishes.cleared and life.seen.record is None and not life.ended:
-        _end_presented(life)
-    return stored
 
 
 def _report_open_block(life: Lifecycle, block: Block, *, by_hand: bool) -> None:
@@ -173,16 +168,6 @@ def _end_presented(life: Lifecycle) -> None:
         destroy(life)
     elif checked is not None:
         life.cookie = "delete"
-
-
-def _report_abandoned(life: Lifecycle) -> None:
-    for key in changed_when_abandoned(life.values):
-        logger.error(
-            "session[%a] was changed through an object that left the session with a transaction, a "
-            "lock, a reload or an update: the change is lost. Get the object from the session "
-            "again after that.",
-            key[:60],
-        )
 
 
 def _keep_token(life: Lifecycle) -> None:

@@ -269,7 +269,7 @@ def test_a_kept_session_is_decoded_once_and_shared_by_no_two_requests(
     site: Site, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = site.app.extensions["gsession"][site.ext].repository
-    monkeypatch.setattr(repository, "read", None)  # nothing can be decoded again
+    monkeypatch.setattr(repository.records, "read", None)  # nothing can be decoded again
     seen: list[dict[str, Any]] = []
 
     def change(session: Any) -> None:
