@@ -85,9 +85,7 @@ class SessionBound(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionUnbound(Event):
-    """A session was unbound from its user: by a sign-out, which may end it, or a sign-in as another
-    user.
-    """
+    """A session was unbound from its user, by a sign-out or by another user's sign-in."""
 
     user_id: str
     device_id: str

@@ -62,9 +62,7 @@ class Source(Protocol):
     together: Together | None
 
     def is_of_one_visitor(self, old: OldRecord) -> bool:
-        """Whether only one visitor has this old cookie. Several visitors may have equal Flask
-        cookies.
-        """
+        """Whether only one visitor has this old cookie; equal Flask cookies are possible."""
 
     def name_of(self, cookie: str) -> str | None:
         """The name of the old record, or None if the cookie is malformed or has a wrong signature.

@@ -77,9 +77,7 @@ class Pages:
         return opened
 
     def fresh(self) -> ResponseReturnValue | None:
-        """The response to users who must first confirm who they are, unless this raises the
-        challenge.
-        """
+        """The response to users who must first confirm who they are, or raises the challenge."""
         if self._fresh is None:
             return None
         minutes, method, view = self._fresh

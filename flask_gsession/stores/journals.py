@@ -49,9 +49,7 @@ class Journal(Protocol):
     """
 
     def begin(self, most: int) -> None:
-        """Keep about ``most`` entries, and keep expired sessions. Called once, before anything
-        else.
-        """
+        """Keep about ``most`` entries, and keep expired sessions. Called once, first."""
 
     def create(self, record: Record, entries: Sequence[bytes]) -> None:
         """Like ``Store.create``, but raises ``KeyTaken`` for an expired record as well."""

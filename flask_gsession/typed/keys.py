@@ -54,9 +54,7 @@ class _Found(NamedTuple):
 
 
 class _KeyState:
-    """The state of a key in one request. Threads may share it, so each attribute is replaced in one
-    step.
-    """
+    """The state of a key in one request. Threads share it: replace each attribute in one step."""
 
     __slots__ = ("found", "handed_out")
 

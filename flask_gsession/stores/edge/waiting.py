@@ -52,9 +52,7 @@ class Waiting:
     def queue(
         self, db: sqlite3.Connection, *, ends: bool, after: int, upto: int, limit: int
     ) -> list[tuple[str, int]]:
-        """The keys of rows to settle, either ends or others, with their places in the queue, in
-        order.
-        """
+        """The keys of rows to settle, ends or others, with their places in the queue, in order."""
         return self._copy.rows.queue(db, ends=ends, after=after, upto=upto, limit=limit)
 
     @on_connection

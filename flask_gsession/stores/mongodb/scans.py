@@ -66,9 +66,7 @@ class MongoDBScans(Scans, Upkeep, Counts):
         *,
         dry_run: bool = False,
     ) -> Tidied:
-        """Removes documents that the TTL index leaves: those without a date, or all if it is
-        missing.
-        """
+        """Removes documents that the TTL index leaves: without a date, or all if it is missing."""
         limit = min(limit, _AT_ONCE)
         if cursor.startswith(_BLOBS_NEXT):
             return self._tidy_blobs(collection, cursor, limit, dry_run)

@@ -172,9 +172,7 @@ class Channel:
                 self._unsettled.pop(next(iter(self._unsettled)))
 
     def settle(self, *keys: str) -> None:
-        """Make sure that no earlier write under these keys is applied later. Usually, there are
-        none.
-        """
+        """Make sure that no earlier write under these keys is applied later, if there are any."""
         if not self._unsettled:
             return
         with self._noting:
