@@ -183,8 +183,9 @@ def rebuild(
 ) -> None:
     """Repair the lists of users' sessions from the sessions in the store.
 
-    A list that is damaged or lost gets all sessions of its user. Sessions that Flask-Login signed
-    in before you upgraded get into the lists. A readable list stays as it is, and no session ends.
+    A list that is damaged or lost gets all sessions that are bound to its user. Sessions that
+    Flask-Login signed in before you upgraded are bound, and added to readable lists as well.
+    Nothing else changes in a readable list, and the command ends no session.
     """
     user = None if user is None else check_user(user)
     interface = choose_interface(cookie)

@@ -212,9 +212,14 @@ class Users:
     def rebuild(self, user_id: str | int | None = None, *, replace_foreign: bool = False) -> int:
         """Repair rosters from the sessions in the store. Returns how many sessions were entered.
 
-        A roster that is damaged or lost gets all live sessions of its user. Sessions that
-        Flask-Login signed in before you upgraded are bound. A readable roster stays as it is.
-        ``user_id`` None: the rosters of all users. Scans the whole store.
+        A roster that is damaged or lost gets all live sessions that are bound to its user. Sessions
+        that Flask-Login signed in before you upgraded are bound, and added to readable rosters as
+        well. Nothing else changes in a readable roster. ``user_id`` None: the rosters of all users.
+        Scans the whole store.
+
+        A session from before you upgraded isn't added if its user's roster is full, or was
+        damaged: that roster no longer says which sessions were revoked. Such a session ends at its
+        next save or renewal.
 
         A roster that needs another encryption key, or a newer version, raises ``RosterUnreadable``,
         after the others were repaired. With ``replace_foreign`` it counts as damaged: use that once
