@@ -42,7 +42,7 @@ from .state import (
     Seen,
     Wishes,
 )
-from .tracking import Looks, TrackedValues
+from .tracking import TrackedValues
 from .unreferenced import UnreferencedValues
 
 NO_ATTEMPTS: Mapping[int, Attempt] = MappingProxyType({})
@@ -138,13 +138,11 @@ class Lifecycle(Struct, eq=False):
         return [("handle", self.handle)]
 
     def new_values(self, body: Body = NO_BODY) -> TrackedValues:
+        """Values of any kind, for which each first look takes the mutex."""
         codec, now = self.repository.codec, self.repository.now if body.marked else None
         if self.trace is not None:
             return TracedValues(codec, body.values, now, self.mutex, _trace=self.trace)
-        looks: Looks | None = None
-        if now is None and not body.has_large:  # or two threads would load one large value twice
-            looks = body.values, {}
-        return TrackedValues(codec, body.values, now, self.mutex, looks)
+        return TrackedValues(codec, body.values, now, self.mutex)
 
     @property
     def began(self) -> Began:

@@ -28,7 +28,7 @@ from .state import (
     Seen,
     current_block,
 )
-from .tracking import TrackedValues
+from .tracking import Looks, TrackedValues
 
 
 def load(life: Lifecycle) -> TrackedValues:
@@ -63,7 +63,13 @@ def load(life: Lifecycle) -> TrackedValues:
         except StoreUnavailable as error:
             logger.log(error.log_level, "A session could not be loaded: %s", error)
             return _go_on_without(life, error)
-        life.values = life.new_values(found)
+        if found.marked or found.has_large or life.trace is not None:
+            # With the mutex, or two threads would load one large value twice.
+            life.values = life.new_values(found)
+        else:
+            looks: Looks = found.values, {}
+            codec = life.repository.codec
+            life.values = TrackedValues(codec, found.values, None, life.mutex, looks)
         life.opened = True
         return life.values
 
