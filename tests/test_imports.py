@@ -26,7 +26,7 @@ ROWS = [
     ["config"],
     ["repository.races", "users.format", "users.labels"],
     ["users.rosters", "users.joins"],
-    ["request.state", "request.site_data"],
+    ["request.state", "request.site_data", "request.durations"],
     ["request.tracking"],
     ["request.rebasing"],
     ["repository"],

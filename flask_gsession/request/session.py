@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -37,6 +36,7 @@ from .confirming import (
     note_confirmation,
     report_confirmation,
 )
+from .durations import grace_in_seconds, lifetime_in_milliseconds, ttl_in_milliseconds
 from .ending import destroy, refuse
 from .joining import join_early, signs_in
 from .large import LargeValues
@@ -54,8 +54,6 @@ from .tracking import TrackedValues
 from .transactions import Transaction
 from .user_values import UserLifecycle, values_of
 
-_MAX_GRACE = 3600.0
-_LONGEST_TTL = 10 * 366 * 86400.0
 _RAISE: Any = object()
 
 
@@ -533,15 +531,10 @@ class SessionData(SessionMixin):
         """
         if grace is None:
             grace = self._life.repository.settings.rotation_grace
-        if isinstance(grace, timedelta):
-            grace = grace.total_seconds()
-        if isinstance(grace, bool) or not isinstance(grace, (int, float)):
-            raise ValueError("grace is a number of seconds, or a timedelta: 0 to 3600 seconds")
-        if not 0 <= grace <= _MAX_GRACE:
-            raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
+        seconds = grace_in_seconds(grace)
         self.accessed = True
         check_not_in_retried_code(self._life, "A rotation")
-        rotate_soon(self._life, grace)
+        rotate_soon(self._life, seconds)
 
     def confirm(self, method: str = "password") -> None:
         """Record that the user has just confirmed who they are, and rotate without grace.
@@ -622,18 +615,9 @@ class SessionData(SessionMixin):
         Raises ``ValueError`` for anything but 1 second to ``SESSION_ABSOLUTE_TIMEOUT``.
         """
         life = self._life
-        longest = life.repository.settings.absolute_timeout
-        if isinstance(seconds, timedelta):
-            seconds = seconds.total_seconds()
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            raise ValueError("the lifetime is a number of seconds, or a timedelta")
-        if not 1 <= seconds <= longest:
-            raise ValueError(
-                f"the lifetime is {seconds} seconds; allowed are 1 to {longest:.0f} "
-                "(SESSION_ABSOLUTE_TIMEOUT)"
-            )
+        lifetime = lifetime_in_milliseconds(seconds, life.repository.settings.absolute_timeout)
         self._open_for_writing("The lifetime of the session")
-        life.wish(lifetime=int(seconds * 1000))
+        life.wish(lifetime=lifetime)
 
     def skip_renewal(self) -> None:
         """Don't count this request as use of the session: its idle expiry stays where it is.
@@ -936,18 +920,6 @@ class _Items(ItemsView[str, Any]):
 class _Values(ValuesView[Any]):
     def __iter__(self) -> Iterator[Any]:
         return (value for _, value in _Items(self._mapping))  # type: ignore[attr-defined]
-
-
-def ttl_in_milliseconds(ttl: object) -> int:
-    """Raises ``ValueError`` unless ``ttl`` is a time that a key can have."""
-    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise ValueError("ttl is a number of seconds, or a timedelta")
-    if not 0 < seconds <= _LONGEST_TTL:
-        raise ValueError(
-            f"ttl is {seconds} seconds; allowed are more than 0, and at most {_LONGEST_TTL:.0f}"
-        )
-    return math.ceil(seconds * 1000)
 
 
 def _utc(milliseconds: int) -> datetime:

@@ -26,7 +26,8 @@ from ..errors import (
     UnreadableRecord,
 )
 from ..events import StoredValueInvalid, logger
-from ..request.session import SessionData, ttl_in_milliseconds
+from ..request.durations import ttl_in_milliseconds
+from ..request.session import SessionData
 from ..users.joins import AT_LOGIN
 from ..values.codec import IMMUTABLE, is_valid_text
 from ..values.marks import MAX_VERSION, Mark
