@@ -76,8 +76,10 @@ class GSessionInterface(SessionInterface):
         self._token_header = repository.settings.token_header
         self._remembers = repository.settings.remember == "session"
         self._debug = repository.settings.debug
-        #: whether ``is_null_session`` below hears that Flask is about to save a session
-        self._is_asked = type(self).is_null_session is GSessionInterface.is_null_session
+        # Whether ``is_null_session`` may be the first to hear that the view is over. Debugging
+        # makes the state of a request too early to see which hooks there will be.
+        own = type(self).is_null_session is GSessionInterface.is_null_session
+        self._is_asked = own and not self._debug
         vary = ["Cookie"] if self._token_header is None else ["Cookie", self._token_header]
         self._vary = ", ".join(vary)
         self.tokens = TokenTransport(repository, self)

@@ -369,7 +369,12 @@ def test_a_hook_may_be_the_first_to_sign_in(make_site: SiteMaker) -> None:
     assert visitor.run(dict) == {"a": 1, "user": "ada"}
 
 
-def test_an_outage_that_only_a_hook_meets_is_a_503(site: Site) -> None:
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_outage_that_only_a_hook_meets_is_a_503(
+    make_site: SiteMaker, debug: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(debug=debug)
+
     def fail() -> None:
         raise StoreUnavailable("drill")
 
@@ -383,6 +388,8 @@ def test_an_outage_that_only_a_hook_meets_is_a_503(site: Site) -> None:
     site.store.before("load", fail)
     response = visitor.ask(lambda _: after_this_request(look) and None)
     assert response.status_code == 503
+    if debug:  # else the hook raises, and an error page is made
+        assert "Exception on" not in caplog.text
 
     def look_again(response: Response) -> Response:
         session.shared.get("a")
