@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from operator import attrgetter
+from sys import _getframe
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response, has_request_context, request
@@ -125,7 +126,8 @@ class GSessionInterface(SessionInterface):
     def is_null_session(self, obj: object) -> bool:
         """Whether ``obj`` is no session of ours. Flask asks this right before it saves ``obj``."""
         if isinstance(obj, SessionData):
-            if obj.accessed:
+            # A view that saves by hand may ask as well, and goes on with the session afterwards.
+            if obj.accessed and _getframe(1).f_code.co_name == "process_response":
                 begin_save(obj)
             return False
         return super().is_null_session(obj)

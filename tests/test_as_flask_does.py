@@ -185,6 +185,34 @@ def test_saving_by_hand_stores_and_the_request_continues(site: Site) -> None:
     assert visitor.run(dict) == {"a": 1, "b": 2}
 
 
+def test_only_flask_says_by_its_question_that_the_view_is_over(site: Site) -> None:
+    """As Flask does, a view may ask whether the session is null before it saves it by hand."""
+    visitor = site.visitor()
+    interface = site.app.session_interface
+
+    def view(session: Any) -> None:
+        session["a"] = 1
+        for asked in (session, session._get_current_object()):
+            assert not interface.is_null_session(asked)
+            save(site, asked)
+        session["b"] = 2
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"a": 1, "b": 2}
+
+    def fail() -> None:
+        raise StoreUnavailable("drill")
+
+    def in_an_outage(session: Any) -> None:
+        assert session.accessed
+        assert not interface.is_null_session(session)
+        site.store.before("load", fail)
+        with pytest.raises(StoreUnavailable):
+            session.get("a")
+
+    visitor.run(in_an_outage)
+
+
 @pytest.mark.parametrize("error", [StoreUnavailable, UnsupportedType])
 def test_saving_by_hand_raises_errors_of_the_save(site: Site, error: type[Exception]) -> None:
     def fail() -> None:
