@@ -85,7 +85,10 @@ class Session:
         interfaces: dict[Session, GSessionInterface] = app.extensions.setdefault(NAME, {})
         settings = read_settings(app, self._settings, further=bool(interfaces))
         if self in interfaces:
-            raise SettingError("This Session is already on the application")
+            raise SettingError(
+                "This Session is on the application already: call Session(app) or init_app(app), "
+                "not both"
+            )
 
         def is_taken(cookie: str) -> bool:
             others = (interface for ext, interface in interfaces.items() if ext is not self)
@@ -94,7 +97,7 @@ class Session:
         if is_taken(settings.cookie_name):
             raise SettingError(
                 f"The application has a Session with the cookie {settings.cookie_name!r} "
-                "already; give a second one another cookie_name"
+                "already: pass the second Session another cookie_name"
             )
         options = StoreOptions(
             prefix=settings.key_prefix,
@@ -315,7 +318,8 @@ def _check_near_cache(store: Store) -> None:
     if why:
         raise SettingError(
             f"SESSION_NEAR_CACHE can't be used with this SESSION_STORE, a "
-            f"{type(store).__name__}: {why}. It works with Redis, over gRPC too; remove it"
+            f"{type(store).__name__}: {why}. Remove it, or store sessions in Redis, directly "
+            "or behind a gRPC server"
         )
     warn_without_threads("SESSION_NEAR_CACHE has no effect, and every read asks the store")
 
@@ -325,9 +329,9 @@ def _check_outbox(edge: Edge, others: Iterable[GSessionInterface]) -> None:
     known = [other.repository.edge for other in others]
     if edge.outbox in [other.outbox for other in known if other is not None]:
         raise SettingError(
-            "Two Sessions of this application share an edge file and a SESSION_KEY_PREFIX, so "
-            "one would merge the changes of the other by its own policies: give the second "
-            "Session another file or another key_prefix"
+            "Two Sessions of this application have the same edge file and SESSION_KEY_PREFIX, so "
+            "each would merge the other's changes by its own policies: pass the second Session "
+            "another file or another key_prefix"
         )
 
 

@@ -66,10 +66,9 @@ class FlaskSessionSettings:
             )
         if self.client is None:
             raise SettingError(
-                f"SESSION_TYPE is {self.type!r}, and neither SESSION_STORE nor "
-                f"{_CLIENTS[self.type]} is set. Flask-Session uses "
-                f"{_DEFAULT_URLS[self.type]} in this case; if that is correct, set "
-                "SESSION_STORE to it, otherwise to the URL of your server"
+                f"SESSION_TYPE is {self.type!r}, but neither SESSION_STORE nor "
+                f"{_CLIENTS[self.type]} is set. Set SESSION_STORE to the URL of your server. "
+                f"Flask-Session's default is {_DEFAULT_URLS[self.type]}"
             )
         return self.place
 

@@ -67,7 +67,9 @@ class OpenSession:
 
     def __enter__(self) -> SessionData:
         if self._session is not None:
-            raise TransactionMisused("This block is open already: call ext.open() for each block")
+            raise TransactionMisused(
+                "This block is open already: call ext.open() again for each block"
+            )
         process.notice()
         presented = Presented(handle=self._handle)
         session = SessionData(self._repository, lambda *_: presented, self._app, None)

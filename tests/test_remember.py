@@ -507,7 +507,9 @@ def test_a_date_in_the_past_warns() -> None:
 
 
 def test_a_date_for_nothing_is_refused() -> None:
-    with pytest.raises(SettingError, match="without SESSION_REMEMBER"):
+    with pytest.raises(
+        SettingError, match=r"without SESSION_REMEMBER = .*remove SESSION_REMEMBER_UNTIL"
+    ):
         Session(app_with(SESSION_REMEMBER_UNTIL="2999-01-01"))
 
 

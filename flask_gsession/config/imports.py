@@ -66,8 +66,9 @@ def with_imports(
     settings = replace(settings, **changes)
     if "flask-session" in settings.imports and (old is None or not old.is_readable):
         raise SettingError(
-            'SESSION_IMPORT names "flask-session", but SESSION_TYPE is not set to a type that can '
-            f"be read; allowed: {', '.join(READABLE)}, with Flask-Session's other settings"
+            'SESSION_IMPORT names "flask-session", but SESSION_TYPE doesn\'t name a store whose '
+            f"sessions can be taken over; allowed: {', '.join(READABLE)}. Keep Flask-Session's "
+            "settings, or remove the name from SESSION_IMPORT"
         )
     if not settings.imports:
         return settings
@@ -80,8 +81,8 @@ def _check_end(settings: Settings, explicit: bool) -> None:
     until = settings.import_until
     if until is None and explicit:
         raise SettingError(
-            "SESSION_IMPORT is set without SESSION_IMPORT_UNTIL; allowed: a date such as "
-            "date(2027, 3, 31) or '2027-03-31', when the import ends"
+            "SESSION_IMPORT is set without SESSION_IMPORT_UNTIL: set it to the date when the "
+            "import ends, such as date(2027, 3, 31) or '2027-03-31'"
         )
     if until is None:
         warn(
@@ -107,8 +108,8 @@ def _cookies(app: Flask, settings: Settings, keywords: Mapping[str, Any]) -> dic
         new = configured + suffix
     if old == new:
         raise SettingError(
-            f"SESSION_IMPORT needs two cookies, but the old one and the new one are both called "
-            f"{new!r}: old workers would overwrite the new one. Give another name as cookie_name, "
-            "or set SESSION_IMPORT_COOKIE_NAME to the old one"
+            f"During an import, the old and the new cookie need different names, but both are "
+            f"{new!r}: old workers would overwrite the new cookie. Pass Session() another "
+            "cookie_name, or set SESSION_IMPORT_COOKIE_NAME to the name of the old cookie"
         )
     return {"cookie_name": new, "cookie_suffix": suffix, "import_cookie_name": old}

@@ -20,8 +20,9 @@ def check_remember(app: Flask, settings: Settings) -> None:
     if settings.remember == "session":
         if importlib.util.find_spec("flask_login") is None:
             raise SettingError(
-                "SESSION_REMEMBER is 'session', but Flask-Login is not installed; without it, set "
-                "session.permanent = True at the sign-in"
+                "SESSION_REMEMBER is 'session', but Flask-Login is not installed. Remove the "
+                "setting; to remember a user without Flask-Login, set session.permanent = True in "
+                "the sign-in view"
             )
         if settings.remember_until is not None and settings.remember_until <= time.time():
             warn(
@@ -31,8 +32,8 @@ def check_remember(app: Flask, settings: Settings) -> None:
         return
     if settings.remember_until is not None:
         raise SettingError(
-            "SESSION_REMEMBER_UNTIL is set without SESSION_REMEMBER = 'session': Flask-Login's "
-            "remember-me cookies stay in use, and aren't converted"
+            "SESSION_REMEMBER_UNTIL has no effect without SESSION_REMEMBER = 'session': set that, "
+            "too, or remove SESSION_REMEMBER_UNTIL"
         )
     if app.extensions.get("gsession"):  # Flask-Login uses the session of the first Session
         return

@@ -67,9 +67,9 @@ def refuse_ignored_stores(app: Flask) -> None:
     for key, place in _STORE_SETTINGS.items():
         if app.config.get(key) is not None:
             raise SettingError(
-                f"{key} is a Flask-Session setting that needs SESSION_TYPE, which is not set, and "
-                "SESSION_STORE is not set: sessions would be stored in a file on this machine. Set "
-                f"SESSION_STORE to {place}"
+                f"{key} is a setting of Flask-Session, but neither SESSION_TYPE nor SESSION_STORE "
+                "is set, so sessions would be stored in a file on this machine. Set SESSION_STORE "
+                f"to {place}"
             )
 
 

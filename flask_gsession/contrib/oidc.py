@@ -176,7 +176,7 @@ class BackChannelLogout:
     def _session(self) -> tuple[Session, Repository]:
         interfaces = current_app.extensions.get(NAME, {})
         if not interfaces:
-            raise SettingError("BackChannelLogout is for an application with a Session")
+            raise SettingError("BackChannelLogout needs a Session: call Session(app)")
         ext = next(iter(interfaces)) if self._ext is None else self._ext
         return ext, interfaces[ext].repository
 

@@ -117,7 +117,7 @@ class Pages:
         """The ``Session`` that serves ``flask.session``."""
         interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
         if not interfaces:
-            raise SettingError(f"{self.blueprint.name} is for an application with a Session")
+            raise SettingError(f"{self.blueprint.name} needs a Session: call Session(app)")
         return next(iter(interfaces))
 
 

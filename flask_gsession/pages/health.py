@@ -30,7 +30,7 @@ def health_blueprint(url_prefix: str = "/health") -> Blueprint:
     def ready() -> ResponseReturnValue:
         interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
         if not interfaces:
-            raise SettingError("health_blueprint is for an application with a Session")
+            raise SettingError("health_blueprint needs a Session: call Session(app)")
         status = "ready"
         for interface in interfaces.values():
             try:

@@ -188,7 +188,7 @@ def _owner(ext: Session | None) -> tuple[Session, GSessionInterface]:
     interfaces: dict[Session, GSessionInterface] = current_app.extensions.get(NAME, {})
     own = next(iter(interfaces), None) if ext is None else ext
     if own not in interfaces:
-        raise SettingError("live_blueprint is for an application with a Session")
+        raise SettingError("live_blueprint needs a Session: call Session(app)")
     return own, interfaces[own]
 
 

@@ -86,8 +86,9 @@ class GrantsFile(ReplacedFiles[Grants]):
         grants = read_grants(self._path)
         if not (first or grants.by_certificate or grants.by_token):
             raise SettingError(
-                f"The grants file {self._path} names no service; is it being written? To "
-                "grant nothing, leave a service without permissions"
+                f"The grants file {self._path} names no service, perhaps because it is being "
+                "written: rename a complete file into place. To grant nothing, name a service "
+                "without permissions"
             )
         return grants
 

@@ -253,7 +253,10 @@ def check_address(address: str, certificates: Certificates | None) -> None:
     """Refuse to serve without TLS beyond this machine. Raises ``SettingError``."""
     if address.startswith("unix:"):
         if certificates is not None:
-            raise SettingError("A Unix socket takes no certificates")
+            raise SettingError(
+                "A Unix socket needs no certificates: remove --cert, --key and --ca, or listen on "
+                "HOST:PORT"
+            )
         return
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
@@ -268,6 +271,6 @@ def check_address(address: str, certificates: Certificates | None) -> None:
         )
     if certificates is not None and (certificates.chain is None or certificates.ca is None):
         raise SettingError(
-            "With TLS the server needs its own certificate, --cert and --key, and --ca, the "
-            "authority that signs its callers' certificates"
+            "With TLS, the server needs all three: --cert and --key, its own certificate, and "
+            "--ca, the authority that signs its callers' certificates"
         )

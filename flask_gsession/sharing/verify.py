@@ -212,9 +212,15 @@ def header_names(keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         name = "X-Session-" + re.sub("[^A-Za-z0-9]+", "-", str(key)).strip("-").title()
         if name == "X-Session-" or name in (USER_HEADER, "X-Session-Passport"):
-            raise SettingError(f"The session key {key!r} can't be sent in a header {name}")
+            raise SettingError(
+                f"The session key {key!r} can't be sent: its header would be {name}, which is "
+                "reserved. Use another key"
+            )
         if name in names.values():
-            raise SettingError(f"Two session keys would use the header {name}")
+            raise SettingError(
+                f"The session key {key!r} and another one would both use the header {name}: pass "
+                "only one of them"
+            )
         names[key] = name
     return names
 

@@ -346,11 +346,15 @@ class SessionKey(Generic[T]):
         session = target if issubclass(kind, SessionData) else target._get_current_object()
         if not isinstance(session, SessionData):
             raise SettingError(
-                "A SessionKey needs a Session(app) on the application and a SECRET_KEY"
+                "A SessionKey needs a session of Flask-GSession: call Session(app), and set "
+                "app.secret_key"
             )
         declared = self._declared
         if session._repository.typed_keys.setdefault(self.name, declared) is not declared:
-            raise SettingError(f"Two SessionKeys are named {self.name!r}: declare each once")
+            raise SettingError(
+                f"Two SessionKeys are named {self.name!r}: declare the key in one module, and "
+                "import it elsewhere"
+            )
         if self.scope == "user" and type(session) is SessionData:
             session._repository.user_keys[self.name] = declared
             if session.owner is not None:

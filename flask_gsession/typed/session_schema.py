@@ -41,7 +41,9 @@ class SessionSchema:
 
     def _add(self, key: SessionKey[Any]) -> None:
         if key.name in self.keys:
-            raise SettingError(f"SESSION_SCHEMA has two keys named {key.name!r}")
+            raise SettingError(
+                f"SESSION_SCHEMA has two keys named {key.name!r}: remove or rename one"
+            )
         self.keys[key.name] = key
 
     def policies(self, of_settings: Mapping[str, MergeFunction]) -> dict[str, MergeFunction]:

@@ -38,7 +38,7 @@ class OpenUser:
     def __enter__(self) -> UserValues:
         if self._life is not None:
             raise TransactionMisused(
-                "This block is open already: call ext.open_user() for each block"
+                "This block is open already: call ext.open_user() again for each block"
             )
         process.notice()
         life = user_lifecycle(self._repository, self._user_id, self._app, None, IN_VIEW)

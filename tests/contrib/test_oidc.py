@@ -529,7 +529,7 @@ def test_wrong_settings() -> None:
     bare.testing = True
     logout = BackChannelLogout(**good)  # type: ignore[arg-type]
     bare.register_blueprint(logout.blueprint())
-    with pytest.raises(SettingError, match="for an application with a Session"):
+    with pytest.raises(SettingError, match=r"needs a Session: call Session\(app\)"):
         bare.test_client().post(URL, data={"logout_token": "x"})
 
 

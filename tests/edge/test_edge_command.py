@@ -130,7 +130,7 @@ def test_two_sessions_need_an_outbox_each(tmp_path: Path) -> None:
         Session(app, store=url, cookie_name=name, **how).store(app)  # type: ignore[arg-type]
         for name, how in (("one", {}), ("two", {"key_prefix": "two:"}))
     ]
-    with pytest.raises(SettingError, match="one would merge the changes of the other"):
+    with pytest.raises(SettingError, match="each would merge the other's changes"):
         Session(app, store=url, cookie_name="three")
     for store in stores:
         store.close()

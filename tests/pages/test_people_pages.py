@@ -317,7 +317,7 @@ def test_admin_pages_refuse_to_start_without_allow() -> None:
     app = Flask("bare")
     app.testing = True
     app.register_blueprint(devices_blueprint())
-    with pytest.raises(SettingError, match="for an application with a Session"):
+    with pytest.raises(SettingError, match=r"needs a Session: call Session\(app\)"):
         app.test_client().get("/devices")
 
 

@@ -783,9 +783,9 @@ def test_nothing_keeps_an_application_alive(store_url: str, store_prefix: str) -
 def test_an_application_takes_a_session_once() -> None:
     app = Flask(__name__)
     ext = Session(app, store="memory://")
-    with pytest.raises(SettingError, match="already"):
+    with pytest.raises(SettingError, match="not both"):
         ext.init_app(app)
-    with pytest.raises(SettingError, match="already"):
+    with pytest.raises(SettingError, match="already: pass the second Session another"):
         Session(app, store="memory://")
     with pytest.raises(SettingError, match="already"):
         Session().init_app(app)

@@ -407,7 +407,7 @@ def test_a_key_that_does_not_fit_is_named_at_start(tmp_path: Path) -> None:
         f"ca={broken}",
         f"ca={authority.ca}&cert={broken}&key={other}",
     ):
-        with pytest.raises(SettingError, match="PEM files") as caught:
+        with pytest.raises(SettingError, match="PEM file that") as caught:
             Session(Flask(__name__), store=f"grpcs://host?{query}")
         assert str(tmp_path) in str(caught.value)
 
@@ -426,9 +426,9 @@ ALL = Certificates(b"ca", b"chain", b"key")
         ("[::]:7443", None, "from other machines"),
         ("127.0.0.1", None, "isn't an address"),
         ("127.0.0.1:https", None, "isn't an address"),
-        ("0.0.0.0:7443", ALL._replace(ca=None), "needs its own certificate, --cert and --key"),
-        ("0.0.0.0:7443", ALL._replace(chain=None), "needs its own certificate, --cert and --key"),
-        ("unix:/run/x.sock", ALL, "no certificates"),
+        ("0.0.0.0:7443", ALL._replace(ca=None), "needs all three: --cert and --key"),
+        ("0.0.0.0:7443", ALL._replace(chain=None), "needs all three: --cert and --key"),
+        ("unix:/run/x.sock", ALL, "remove --cert, --key and --ca"),
     ],
 )
 def test_an_address_that_others_could_reach(

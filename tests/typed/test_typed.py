@@ -705,7 +705,9 @@ def test_two_keys_of_one_name(make_site: SiteMaker) -> None:
             other.set("5")
 
     site.visitor().run(use)
-    with pytest.raises(SettingError, match="SESSION_SCHEMA has two keys named 'n'"):
+    with pytest.raises(
+        SettingError, match="SESSION_SCHEMA has two keys named 'n': remove or rename"
+    ):
         make_site(schema=[one, other])
     declared = make_site(schema=[one])
     declared.visitor().run(use)  # before the declared one was ever used
@@ -730,7 +732,7 @@ def test_a_key_without_fields_has_no_update(site: Site) -> None:
 
 def test_a_key_without_a_session() -> None:
     app = Flask(__name__)
-    with app.test_request_context(), pytest.raises(SettingError, match="needs a Session"):
+    with app.test_request_context(), pytest.raises(SettingError, match="call Session"):
         SessionKey("n", fields.Int()).get()
 
 

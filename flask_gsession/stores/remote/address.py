@@ -122,7 +122,7 @@ def certificates_of(options: dict[str, str], source: str) -> Certificates:
     Raises ``SettingError`` that names the files, and their ``source``.
     """
     if ("cert" in options) != ("key" in options):
-        raise SettingError(f"{source} names only one of cert and key; a certificate needs both")
+        raise SettingError(f"{source} has only one of cert and key: name both files, or neither")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         if "ca" in options:
@@ -138,9 +138,9 @@ def certificates_of(options: dict[str, str], source: str) -> Certificates:
     except (OSError, ValueError) as error:  # an SSLError is an OSError
         named = ", ".join(options[name] for name in ("ca", "cert", "key") if name in options)
         raise SettingError(
-            f"{source} names PEM files of which one can't be used ({error.__class__.__name__}: "
-            f"{getattr(error, 'reason', None) or getattr(error, 'strerror', None) or error}); "
-            f"check {named}"
+            f"{source} names a PEM file that can't be used ({error.__class__.__name__}: "
+            f"{getattr(error, 'reason', None) or getattr(error, 'strerror', None) or error}). "
+            f"Check whether these exist, can be read, and belong together: {named}"
         ) from None
 
 

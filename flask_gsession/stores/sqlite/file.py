@@ -401,7 +401,10 @@ class SQLiteFile:
     def _secure_files(self) -> None:
         """Revoke the rights of other users to the file and SQLite's files beside it."""
         if is_foreign_link(self.path):
-            raise SettingError(f"SESSION_STORE: {self.path} is another user's symbolic link")
+            raise SettingError(
+                f"SESSION_STORE: {self.path} is another user's symbolic link, which could lead "
+                "anywhere: use the path of the file itself"
+            )
         path = os.path.realpath(self.path)
         for part in (path, f"{path}-wal", f"{path}-shm"):
             with suppress(FileNotFoundError):
@@ -447,7 +450,8 @@ class SQLiteFile:
                 )
             if schema_version > SCHEMA_VERSION:
                 raise SettingError(
-                    f"SESSION_STORE: {self.path} was written by a newer Flask-GSession"
+                    f"SESSION_STORE: {self.path} was written by a newer Flask-GSession: upgrade "
+                    "this installation, or use another file"
                 )
             if schema_version < SCHEMA_VERSION:
                 db.execute(
