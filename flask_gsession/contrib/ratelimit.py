@@ -65,18 +65,29 @@ class session_limit:
 
     Put it below the decorator of the route.
 
-    ``limit``: in the notation of Flask-Limiter, or a function that returns it in the request.
-    ``network``: the ceiling for all requests of a network together; ten times the limit by default.
-    Without it, all visitors of a network that aren't signed in share one ``limit``. With it, each
-    of their sessions has its own ``limit``, and visitors without a session share one. ``key``: a
-    function that returns a name to count by, instead of the user, session or network: for example
-    the account in a login form. None and ``""`` mean no name. ``deduct_when``: a function that
-    takes the response and returns whether the request stays counted. It counts until then, so that
-    parallel requests can't exceed the limit. ``shared``: a name; all limits with the same name
-    count together. By default, each view and each blueprint counts separately. ``methods``: the
-    HTTP methods to limit, all by default. ``per_method``: whether each method counts separately.
-    ``cost``: the whole number that a request counts for, or a function that returns it.
-    ``exempt_when``: a function that returns whether to skip the request.
+    ``limit``
+        In the notation of Flask-Limiter, or a function that returns it in the request.
+    ``network``
+        The ceiling for all requests of a network together; ten times the limit by default. Without
+        it, all visitors of a network that aren't signed in share one ``limit``. With it, each of
+        their sessions has its own ``limit``, and visitors without a session share one.
+    ``key``
+        A function that returns a name to count by, instead of the user, session or network: for
+        example, the account in a login form. None and ``""`` mean no name.
+    ``deduct_when``
+        A function that takes the response and returns whether the request stays counted. It counts
+        until then, so that parallel requests can't exceed the limit.
+    ``shared``
+        A name; all limits with the same name count together. By default, each view and each
+        blueprint counts separately.
+    ``methods``
+        The HTTP methods to limit, all by default.
+    ``per_method``
+        Whether each method counts separately.
+    ``cost``
+        The whole number that a request counts for, or a function that returns it.
+    ``exempt_when``
+        A function that returns whether to skip the request.
 
     Raises ``SettingError`` for invalid arguments. If a function returns an invalid result, raises
     it in the request. Costs one round trip to the storage per bucket, usually two per request.
@@ -184,19 +195,27 @@ class session_limit:
 class SessionLimits:
     """The storage and options for all ``session_limit``\\ s of an application.
 
-    ``proxies``: the number of proxies in front of the application that add to ``X-Forwarded-For``.
-    The client's address is the one that the outermost proxy added. Use 0 without a proxy, or with
-    Werkzeug's ``ProxyFix``.
-    ``ext``: the ``Session``, if the application has several.
-    ``creation``: how many sessions a network may create; None: any number. All networks of an IPv6
-    /48 together may create ten times as many.
-    ``user``: a function that returns the id of the signed-in user, or a user with Flask-Login's
-    ``get_id()``, or None. By default, Flask-Login's user.
-    ``storage``: a storage of limits, or its URL; by default, the server of the session store.
-    ``strategy``: of Flask-Limiter. ``"moving-window"`` is exact.
-    ``on_storage_error``: ``"fail"`` returns 503 if the storage doesn't answer; ``"local"`` counts
-    in this process until it does.
-    ``headers``: whether responses show how much of the limit is left. Costs one round trip.
+    ``proxies``
+        The number of proxies in front of the application that add to ``X-Forwarded-For``. The
+        client's address is the one that the outermost proxy added. Use 0 without a proxy, or with
+        Werkzeug's ``ProxyFix``.
+    ``ext``
+        The ``Session``, if the application has several.
+    ``creation``
+        How many sessions a network may create; None: any number. All networks of an IPv6 /48
+        together may create ten times as many.
+    ``user``
+        A function that returns the id of the signed-in user, or a user with Flask-Login's
+        ``get_id()``, or None. By default, Flask-Login's user.
+    ``storage``
+        A storage of limits, or its URL; by default, the server of the session store.
+    ``strategy``
+        The name of a strategy of Flask-Limiter. ``"moving-window"`` is exact.
+    ``on_storage_error``
+        ``"fail"`` answers 503 if the storage doesn't answer; ``"local"`` counts in this process
+        until it does.
+    ``headers``
+        Whether responses show how much of the limit is left. Costs one round trip.
     """
 
     def __init__(

@@ -72,23 +72,35 @@ class _KeyState:
 class SessionKey(Generic[T]):
     """A key of the session whose values are checked when you read and write them.
 
-    ``schema``: a marshmallow ``Schema`` (class or instance), a field, or a dataclass. The values of
-    a schema are dicts, the values of a dataclass are its instances. ``ttl``: seconds, or a
-    ``timedelta``, after which a value expires; None: it lives as long as the session. ``default``:
-    returned by ``get`` if there is no valid value, instead of the schema's defaults. ``merge``: the
-    policy if two requests change the key at once: a name from ``SESSION_MERGE_POLICIES``, or a
-    function that takes base, theirs and mine. It gets and returns values as ``get`` returns them.
-    An invalid result raises ``SessionConflict``. ``version``: the version of the schema, 1 to
-    65535, stored with each value. Values that were stored without a version have version 1.
-    ``invalid``: how ``get`` treats an invalid stored value: ``"default"`` ignores it, ``"raise"``
-    raises ``InvalidStoredValue``. Both log a warning without the data, and emit
-    ``StoredValueInvalid``. ``session``: the ``ext.session`` of a second ``Session``; None:
-    ``flask.session``. ``scope``: ``"user"`` for a value of the signed-in user in
-    ``session.shared``, the same on all devices. Until the sign-in, the session keeps it.
-    ``at_login``: how the sign-in combines the session's value with an existing value of the user:
-    ``"keep"`` (the default) keeps the user's, ``"replace"`` takes the session's, ``"merge"`` merges
-    both, by the policy of ``merge``, or else entry by entry. ``"discard"`` drops the session's
-    value in any case. Each value joins exactly once.
+    ``schema``
+        A marshmallow ``Schema`` (class or instance), a field, or a dataclass. The values of a
+        schema are dicts, the values of a dataclass are its instances.
+    ``default``
+        What ``get`` returns if there is no valid value, instead of the schema's defaults.
+    ``ttl``
+        The seconds, or a ``timedelta``, after which a value expires. None: it lives as long as the
+        session.
+    ``merge``
+        The policy if two requests change the key at once: a name from ``SESSION_MERGE_POLICIES``,
+        or a function that takes base, theirs and mine. It gets and returns values as ``get``
+        returns them. An invalid result raises ``SessionConflict``.
+    ``version``
+        The version of the schema, 1 to 65535, stored with each value. Values that were stored
+        without a version have version 1.
+    ``invalid``
+        How ``get`` treats an invalid stored value: ``"default"`` ignores it, ``"raise"`` raises
+        ``InvalidStoredValue``. Both log a warning without the data, and emit
+        ``StoredValueInvalid``.
+    ``session``
+        The ``ext.session`` of a second ``Session``. None: ``flask.session``.
+    ``scope``
+        ``"user"`` for a value of the signed-in user, which is the same on all devices and lives in
+        ``session.shared``. Until the user signs in, the session keeps it.
+    ``at_login``
+        What a sign-in does if the user has a value already: ``"keep"`` (the default) keeps the
+        user's, ``"replace"`` takes the session's, ``"merge"`` merges both, by the policy of
+        ``merge``, or else entry by entry. ``"discard"`` drops the session's value in any case. Each
+        value joins exactly once.
 
     Raises ``SettingError`` for any other argument. Reading costs the same round trips as reading
     ``session[name]``. A value is checked once per request unless it changes.
