@@ -28,14 +28,21 @@ _LONGEST_PAUSE = 30.0  # seconds, while the store is unavailable
 class JournalEvent:
     """One event of a session. Holds no token and no value.
 
-    ``number``: its place in the journal, the same if the event is repeated. ``kind``:
-    ``"created"``, ``"bound"``, ``"rotated"``, ``"ended"``, ``"expired"``, or ``"gap"`` if
-    ``missed`` events were removed before this consumer read them. ``time``: when it happened; for
-    ``"expired"``, when the session timed out. ``handle``: the session's, which changes with each
-    rotation; ``previous``: the handle before. ``owner`` and ``device``: the session's user, and the
-    device id that stays the same through rotations. ``reason`` and ``by``: why the session ended,
-    and who ended it. ``id``: after a crash, the journal may contain an event twice, with the same
-    id.
+    ``number``
+        Its place in the journal, the same if the event is repeated.
+    ``kind``
+        ``"created"``, ``"bound"``, ``"rotated"``, ``"ended"``, ``"expired"``, or ``"gap"`` if
+        ``missed`` events were removed before this consumer read them.
+    ``time``
+        When it happened; for ``"expired"``, when the session timed out.
+    ``handle``, ``previous``
+        The session's handle, which changes with each rotation; the handle before.
+    ``owner``, ``device``
+        The session's user, and the device id that stays the same through rotations.
+    ``reason``, ``by``
+        Why the session ended, and who ended it.
+    ``id``
+        After a crash, the journal may contain an event twice, with the same id.
     """
 
     number: int
