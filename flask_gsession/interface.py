@@ -187,7 +187,7 @@ class GSessionInterface(SessionInterface):
         if response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
         if can_read_session(response):
-            self._add_vary(response)
+            self.add_vary(response)
 
     def _save_all(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """Save the sessions of all ``Session`` objects of the application."""
@@ -236,7 +236,7 @@ class GSessionInterface(SessionInterface):
                 raise outage.error
             replace_response(response, response_to(app, outage.error))
 
-    def _add_vary(self, response: Response) -> None:
+    def add_vary(self, response: Response) -> None:
         headers = response.headers
         for name, _ in headers:
             if len(name) == 4 and name.lower() == "vary":
@@ -249,7 +249,7 @@ class GSessionInterface(SessionInterface):
     def _write_headers(
         self, app: Flask, session: SessionData, life: Lifecycle, response: Response
     ) -> None:
-        self._add_vary(response)
+        self.add_vary(response)
         if life.cookie != "keep" or self._token_header is not None:
             self.tokens.write_token(app, life, response)
         of_request = life.request.__dict__ if life.request is not None else {}

@@ -128,7 +128,7 @@ def live_blueprint(
         response = Response(body, mimetype="text/event-stream", direct_passthrough=True)
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Accel-Buffering"] = "no"  # nginx would buffer events
-        interface._add_vary(response)
+        interface.add_vary(response)
         return response
 
     @blueprint.get("/state")
@@ -153,7 +153,7 @@ def live_blueprint(
             }
         )
         response.headers["Cache-Control"] = "private, no-cache"
-        interface._add_vary(response)
+        interface.add_vary(response)
         response.add_etag()
         response.make_conditional(request)
         return response

@@ -160,26 +160,13 @@ class SessionData(SessionMixin):
         if repository.check is not None:
             life.vetted[key] = values.encode(key, value)
 
-    def _raw(self, key: str) -> bytes | None:
-        """The encoded value of a key, mark included; None if absent."""
-        return self._open().raw(key)
-
     @cached_property
-    def _typed(self) -> dict[object, Any]:
-        """State of typed keys in this session."""
-        return {}
+    def _typed(self) -> TypedAccess:
+        return TypedAccess(self)
 
     @cached_property
     def _large(self) -> LargeValues:
         return LargeValues(self._life)
-
-    @property
-    def _merges(self) -> dict[str, MergeFunction]:
-        """The merge policies of the typed keys that this request set."""
-        life = self._life
-        if life.policies is None:
-            life.policies = {}
-        return life.policies
 
     @property
     def permanent(self) -> bool:
@@ -753,16 +740,6 @@ class SessionData(SessionMixin):
 
     # -- for the rest of the package
 
-    @property
-    def _repository(self) -> Repository:
-        return self._life.repository
-
-    def _decoded(self, key: str, raw: bytes) -> tuple[Mark, Any]:
-        return self._large.decoded(key, raw)
-
-    def _refuse(self, reason: str, detail: str) -> None:
-        refuse(self._life, reason, detail)
-
     def _check_key(self, key: object) -> None:
         if type(key) is not str:
             raise UnsupportedType(
@@ -773,6 +750,49 @@ class SessionData(SessionMixin):
             raise UnsupportedType(
                 f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
             )
+
+
+class TypedAccess:
+    """Gives typed keys the encoded values of a session, with their marks.
+
+    ``states``: the state of each typed key in this session.
+    """
+
+    __slots__ = ("_session", "states")
+
+    def __init__(self, session: SessionData) -> None:
+        self._session = session
+        self.states: dict[object, Any] = {}
+
+    def raw(self, key: str) -> bytes | None:
+        """The encoded value, mark included; None if absent."""
+        return self._session._open().raw(key)
+
+    def decode(self, key: str, raw: bytes) -> tuple[Mark, Any]:
+        """The mark and the value. Raises ``KeyError`` if a large value is lost."""
+        return self._session._large.decoded(key, raw)
+
+    def encode(self, key: str, value: Any) -> bytes:
+        """The encoded value. Raises ``ValueRefused``."""
+        return self._session._open().encode(key, value)
+
+    def put(self, key: str, value: Any, mark: Mark, merge: MergeFunction | None) -> None:
+        """Set a checked value, and how to merge it; None follows the settings."""
+        self._session._put(key, value, mark)
+        if merge is not None:
+            life = self._session._life
+            if life.policies is None:
+                life.policies = {}
+            life.policies[key] = merge
+
+    def refuse(self, error: UnreadableRecord) -> None:
+        """Continue with a new session, since a value can't be read."""
+        refuse(self._session._life, error.reason, error.detail)
+
+
+def typed_access(session: SessionData) -> TypedAccess:
+    """The access of typed keys to this session, the same object throughout a request."""
+    return session._typed
 
 
 def lifecycle_of(session: SessionData) -> Lifecycle:

@@ -27,7 +27,7 @@ from ..errors import (
 )
 from ..events import StoredValueInvalid, logger
 from ..request.durations import ttl_in_milliseconds
-from ..request.session import SessionData
+from ..request.session import SessionData, lifecycle_of, typed_access
 from ..users.joins import AT_LOGIN
 from ..values.codec import IMMUTABLE, is_valid_text
 from ..values.marks import MAX_VERSION, Mark
@@ -229,8 +229,9 @@ class SessionKey(Generic[T]):
         if a validator raises anything but ``ValidationError``.
         """
         session = self._session()
-        raw = session._raw(self.name)
-        state = session._typed.get(self._declared) or self._state_of(session)
+        access = typed_access(session)
+        raw = access.raw(self.name)
+        state = access.states.get(self._declared) or self._state_of(session)
         found = state.found
         if found is None or found.raw != raw:
             found = state.found = self._look(session, raw)
@@ -362,13 +363,14 @@ class SessionKey(Generic[T]):
                 "app.secret_key"
             )
         declared = self._declared
-        if session._repository.typed_keys.setdefault(self.name, declared) is not declared:
+        repository = lifecycle_of(session).repository
+        if repository.typed_keys.setdefault(self.name, declared) is not declared:
             raise SettingError(
                 f"Two SessionKeys are named {self.name!r}: declare the key in one module, and "
                 "import it elsewhere"
             )
         if self.scope == "user" and type(session) is SessionData:
-            session._repository.user_keys[self.name] = declared
+            repository.user_keys[self.name] = declared
             if session.owner is not None:
                 return session.shared
         return session
@@ -380,25 +382,24 @@ class SessionKey(Generic[T]):
         return self.update(changes)
 
     def _state_of(self, session: SessionData) -> _KeyState:
-        state: _KeyState | None = session._typed.get(self._declared)
+        states = typed_access(session).states
+        state: _KeyState | None = states.get(self._declared)
         if state is None:
-            state = session._typed.setdefault(self._declared, _KeyState())
+            state = states.setdefault(self._declared, _KeyState())
         return state
 
     def _put(self, session: SessionData, accepted: tuple[Any, Any]) -> T:
         value, stored = accepted
-        repository = session._repository
+        repository, access = lifecycle_of(session).repository, typed_access(session)
         check = repository.check
         if check is not None and not check.is_by(self._declared):
             check(self.name, stored)
         if type(stored) is not dict or not IMMUTABLE.issuperset(map(type, stored.values())):
-            session._open().encode(self.name, stored)  # raises if it is nested too deep
-        session._put(self.name, stored, self.mark(repository.now))
-        policy = repository.merger.policies.get(self.name)
+            access.encode(self.name, stored)  # raises if it is nested too deep
+        policy, merge = repository.merger.policies.get(self.name), None
         if self._merge is not None or policy is not None:
             merge = self.merge_function(policy)
-            assert merge is not None
-            session._merges[self.name] = merge
+        access.put(self.name, stored, self.mark(repository.now), merge)
         if not self._form.is_plain:
             self._state_of(session).hand_out(value)
         return value  # type: ignore[no-any-return]  # by the schema
@@ -420,11 +421,11 @@ class SessionKey(Generic[T]):
         value, there = _NO_VALUE, False
         if raw is not None:
             try:
-                mark, data = session._decoded(self.name, raw)
+                mark, data = typed_access(session).decode(self.name, raw)
             except KeyError:
                 pass
             except UnreadableRecord as error:
-                session._refuse(error.reason, error.detail)
+                typed_access(session).refuse(error)
             else:
                 value = self._loaded(session, mark.version, data)
                 there = value is not _NO_VALUE
@@ -448,7 +449,7 @@ class SessionKey(Generic[T]):
         logger.warning(
             "Session %s: ignored the stored value of %a: %s", handle, self.name[:60], reason
         )
-        session._repository.events.emit(StoredValueInvalid, self.name, reason, handle)
+        lifecycle_of(session).repository.events.emit(StoredValueInvalid, self.name, reason, handle)
         if self._invalid == "raise":
             raise InvalidStoredValue(self.name, reason, messages)
         return _NO_VALUE
