@@ -170,6 +170,8 @@ class Codec:
 
     def _prepare_pairs(self, value: dict[Any, Any], depth: int) -> Any:
         """A dict with a key of another type than str."""
+        if depth == 0:
+            _too_deep(self._max_depth)
         plain = {_plain_key(key): item for key, item in value.items()}
         if len(plain) != len(value):
             raise _Refused(UnsupportedType, "two keys of a dict have the same plain value")

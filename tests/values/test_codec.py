@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -777,7 +777,12 @@ def test_a_long_or_odd_key_is_shown_short_and_in_ascii() -> None:
 # Depth and cycles ----------------------------------------------------------------------------
 
 
-def nested(levels: int, kind: type, core: Any = None) -> Any:
+def numbered(items: Iterable[Any] = ()) -> dict[int, Any]:
+    """A dict with keys of another type than str."""
+    return dict(enumerate(items, 1))
+
+
+def nested(levels: int, kind: Callable[..., Any], core: Any = None) -> Any:
     """`levels` containers inside each other."""
     value = core
     for level in range(levels):
@@ -788,9 +793,9 @@ def nested(levels: int, kind: type, core: Any = None) -> Any:
     return value
 
 
-@pytest.mark.parametrize("kind", [list, tuple, dict, frozenset])
+@pytest.mark.parametrize("kind", [list, tuple, dict, numbered, frozenset])
 @pytest.mark.parametrize("core", [None, 1, 2**70, "\ud800"], ids=ascii)
-def test_depth_is_exact(kind: type, core: Any) -> None:
+def test_depth_is_exact(kind: Callable[..., Any], core: Any) -> None:
     codec = Codec(max_depth=5)
     value = nested(5, kind, core)
     assert shape(there_and_back(value, codec)) == shape(value)
@@ -798,8 +803,8 @@ def test_depth_is_exact(kind: type, core: Any) -> None:
         codec.encode("key", nested(6, kind, core))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, dict])
-def test_the_deepest_setting_works(kind: type) -> None:
+@pytest.mark.parametrize("kind", [list, tuple, dict, numbered])
+def test_the_deepest_setting_works(kind: Callable[..., Any]) -> None:
     value = nested(200, kind, 1)
     codec = Codec(max_depth=200)
     assert shape(there_and_back(value, codec)) == shape(value)
@@ -816,6 +821,12 @@ def list_in_itself() -> Any:
 def dict_in_itself() -> Any:
     value: dict[str, Any] = {}
     value["self"] = [value]
+    return value
+
+
+def numbers_in_themselves() -> Any:
+    value: dict[int, Any] = {}
+    value.update({1: value, 2: ["\ud800"]})
     return value
 
 
@@ -849,6 +860,7 @@ def twice_in_itself_before_bad_text() -> Any:
     [
         list_in_itself,
         dict_in_itself,
+        numbers_in_themselves,
         tuple_in_itself,
         twice_in_itself,
         twice_in_itself_beside_bad_text,
@@ -856,7 +868,7 @@ def twice_in_itself_before_bad_text() -> Any:
         *(
             pytest.param(lambda n=levels, k=kind: nested(n, k, 1), id=f"{levels} of {kind}")
             for levels in (1_000, 200_000)
-            for kind in (list, tuple, dict)
+            for kind in (list, tuple, dict, numbered)
         ),
     ],
 )
