@@ -194,6 +194,15 @@ def test_lines_fit_into_100_characters(page: str) -> None:
     assert not long
 
 
+def test_rows_of_a_table_have_equally_many_cells() -> None:
+    """Otherwise Sphinx drops the table."""
+    for page, text in PAGES.items():
+        assert not re.search(r"[\x00-\x09\x0b-\x1f]", text), page
+        for table in re.findall(r"{list-table}$(.*?)^ *(?::::|```)$", text, re.M | re.S):
+            rows = re.split(r"^\* -", table, flags=re.M)[1:]
+            assert len({len(re.findall(r"^  -", row, re.M)) for row in rows}) == 1, (page, table)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
 def test_the_first_application(page: str, run: Run) -> None:
     names = run(page)
