@@ -60,7 +60,7 @@ class ActiveSessions:
                 "ActiveSessions(app) needs Session(app) and Security(app, datastore) before it"
             )
         if app.extensions.setdefault(_DONE, self) is not self:
-            raise SettingError("The application has ActiveSessions already")
+            raise SettingError("The application has ActiveSessions already: create it once")
         signals.user_authenticated.connect(_signed_in, app)
         if self._factors:
             for name, reason in _FACTORS.items():

@@ -125,7 +125,9 @@ class SessionMetrics:
             raise SettingError("SessionMetrics needs a Session: call Session(app) first")
         counted: dict[Session, StoreWatch] = app.extensions.setdefault(NAME, {})
         if ext in counted:
-            raise SettingError("The application has SessionMetrics for this Session already")
+            raise SettingError(
+                "The application has SessionMetrics for this Session already: create it once"
+            )
         figures = figures_of(self._registry_for(app))
         interface = interfaces[ext]
         repository = interface.repository

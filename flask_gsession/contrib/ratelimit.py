@@ -256,13 +256,16 @@ class SessionLimits:
         interfaces: dict[Session, GSessionInterface] = app.extensions.get(EXTENSION, {})
         if NAME in app.extensions or not interfaces:
             raise SettingError(
-                "The application has SessionLimits already"
+                "The application has SessionLimits already: create it once"
                 if interfaces
                 else "SessionLimits needs a Session: call Session(app) first"
             )
         ext = self._ext or next(iter(interfaces))
         if ext not in interfaces:
-            raise SettingError("The Session given to SessionLimits is not on the application")
+            raise SettingError(
+                "The Session given to SessionLimits is not on the application: call "
+                "its init_app(app) first"
+            )
         apps.add(app)
         app.view_functions = ViewFunctions(app.view_functions)
         repository = interfaces[ext].repository

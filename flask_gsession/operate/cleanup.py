@@ -87,7 +87,9 @@ class CleanupWorker:
             raise SettingError("CleanupWorker needs a Session: call Session(app) first")
         workers: dict[Session, _Worker] = app.extensions.setdefault(NAME, {})
         if ext in workers:
-            raise SettingError("The application has a CleanupWorker for this Session already")
+            raise SettingError(
+                "The application has a CleanupWorker for this Session already: create it once"
+            )
         interface = interfaces[ext]
         worker = _Worker(interface.repository, interface.store, self._interval, self._batch)
         workers[ext] = worker

@@ -130,8 +130,8 @@ def open_blobs(source: object, entries: Store, options: StoreOptions) -> Blobs:
     places = parts_of(entries).blobs
     if places is None:
         raise SettingError(
-            "SESSION_SPILL_STORE needs a SESSION_STORE that can keep blobs: it records which files "
-            "are needed"
+            "SESSION_SPILL_STORE needs a SESSION_STORE with the part `blobs`, which records the "
+            "files in use: use a built-in store, or add that part to yours"
         )
     scheme = source.partition(":")[0]
     named = "://" in source and _SCHEME.fullmatch(scheme)

@@ -188,5 +188,5 @@ def test_setup_needs_session_and_security() -> None:
 @pytest.mark.parametrize("store_url", ["memory"], indirect=True)
 def test_a_second_setup_is_refused(make_site: SiteMaker) -> None:
     site = with_sessions(make_site(config=PLAIN))
-    with pytest.raises(SettingError, match="has ActiveSessions already"):
+    with pytest.raises(SettingError, match="has ActiveSessions already: create it once"):
         ActiveSessions(site.app)

@@ -919,7 +919,7 @@ def test_settings_that_cannot_be(make_app: Maker) -> None:
         assert str(refused.value)
     with pytest.raises(SettingError, match="already"):
         SessionLimits(make_app(), proxies=0).init_app(make_app())
-    with pytest.raises(SettingError, match="not on the application"):
+    with pytest.raises(SettingError, match="not on the application: call its init_app"):
         make_app(ext=Session())
 
     class Wrapped:

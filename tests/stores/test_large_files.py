@@ -296,7 +296,7 @@ def test_the_store_must_know_which_files_are_needed() -> None:
     class Least:
         create = load = save = renew = replace = delete = close = lambda *_: None
 
-    with pytest.raises(SettingError, match="needs a SESSION_STORE that can keep blobs"):
+    with pytest.raises(SettingError, match="needs a SESSION_STORE with the part `blobs`"):
         Session(Flask(__name__), store=Least(), spill_store="file:///large")
 
 
