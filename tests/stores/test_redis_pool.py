@@ -165,6 +165,30 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert [slot.ask(b"PING\r\n") for slot in slots] == [b"PONG"] * SIZE
 
 
+def test_an_interrupt_while_a_failed_connection_closes_costs_a_clients_pool_no_place(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Redis(
+        connection_pool=redis.BlockingConnectionPool.from_url(
+            redis_url, max_connections=1, timeout=0.1
+        )
+    )
+    store: Any = open_store(client, StoreOptions())[0]
+    assert store.load("A" * 43) is None  # connects
+    with monkeypatch.context() as patch:
+        for method in ("send_packed_command", "disconnect"):
+            patch.setattr(redis.Connection, method, interrupted)
+        with pytest.raises(Interrupt):
+            store.load("A" * 43)
+    assert store.load("A" * 43) is None
+    store.close()
+    client.close()
+
+
+def interrupted(*_: object) -> None:
+    raise Interrupt
+
+
 def test_connections_that_the_server_closed_cost_nobody_an_error(
     own_redis: RedisServer, store_prefix: str
 ) -> None:

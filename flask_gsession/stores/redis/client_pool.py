@@ -100,9 +100,11 @@ class ClientPool:
 
     def give_failed(self, slot: ClientSlot, error: BaseException) -> None:
         """Release the connection of a command that failed; close it if it may be out of step."""
-        if not is_refusal(error):
-            slot.connection.disconnect()
-        self.give(slot)
+        try:
+            if not is_refusal(error):
+                slot.connection.disconnect()
+        finally:  # also after an interrupt, or the client's pool would lose a place
+            self.give(slot)
 
     def invalidate(self) -> None:
         """Does nothing: the client checks a connection before it lends it."""
