@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import attrgetter
-from sys import _getframe
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response, has_request_context, request
@@ -26,7 +24,6 @@ from .request.session import (
     add_further,
     begin_error_page,
     begin_response,
-    begin_save,
     close_unused,
     existing_lifecycle,
     lifecycle_of,
@@ -35,7 +32,7 @@ from .request.session import (
 from .request.site_data import CLEARED, write_header
 from .request.state import IN_RESPONSE, IN_VIEW, SAVED, Outage
 from .stores.base import Store
-from .streams import CONTEXT, can_read_session
+from .streams import can_read_session
 from .token_transport import TokenTransport
 from .watching.debug import begin, report
 
@@ -49,10 +46,6 @@ _SAVED = "_gsession_saved"
 
 #: Of the proxy, which takes longer to look it up.
 _current_context = request_ctx._get_current_object  # type: ignore[attr-defined]
-
-#: The session of a context, None before Flask has opened it. The property ``session`` of Flask
-#: 3.1.3 counts as access.
-_session_of = attrgetter("_session" if hasattr(CONTEXT, "session") else "session")
 
 
 class GSessionInterface(SessionInterface):
@@ -77,10 +70,6 @@ class GSessionInterface(SessionInterface):
         self._token_header = repository.settings.token_header
         self._remembers = repository.settings.remember == "session"
         self._debug = repository.settings.debug
-        # Whether ``is_null_session`` may be the first to hear that the view is over. Debugging
-        # makes the state of a request too early to see which hooks there will be.
-        own = type(self).is_null_session is GSessionInterface.is_null_session
-        self._is_asked = own and not self._debug
         vary = ["Cookie"] if self._token_header is None else ["Cookie", self._token_header]
         self._vary = ", ".join(vary)
         self.tokens = TokenTransport(repository, self)
@@ -100,16 +89,11 @@ class GSessionInterface(SessionInterface):
             hooks = context._after_request_functions if context.request is request else None
         except RuntimeError:
             hooks = None
-        if hooks is None or (
-            not app.after_request_funcs  # one of them may have the first look
-            and self._is_asked
-            and app.session_interface is self
-            and _session_of(context) is None
-        ):
-            session = SessionData(self.repository, self.tokens.present, app, request, hooks)
-        else:
+        if app.after_request_funcs and hooks is not None:  # one of them may have the first look
             session = SessionData(self.repository, self.tokens.present, app, request)
             hooks.append(partial(begin_response, session))
+        else:
+            session = SessionData(self.repository, self.tokens.present, app, request, hooks)
         if self._debug:
             begin(session, request)
         return session
@@ -122,15 +106,6 @@ class GSessionInterface(SessionInterface):
                 "written to. Set SECRET_KEY.",
                 app.name,
             )
-
-    def is_null_session(self, obj: object) -> bool:
-        """Whether ``obj`` is no session of ours. Flask asks this right before it saves ``obj``."""
-        if isinstance(obj, SessionData):
-            # A view that saves by hand may ask as well, and goes on with the session afterwards.
-            if obj.accessed and _getframe(1).f_code.co_name == "process_response":
-                begin_save(obj)
-            return False
-        return super().is_null_session(obj)
 
     def has_opened(self, session: object) -> bool:
         """Whether this interface opened ``session``."""
@@ -311,7 +286,11 @@ def _is_of_request(session: SessionData) -> bool:
 
 def session_of_request() -> object:
     """The object behind ``flask.session``. Looking at it here doesn't count as access."""
-    return _session_of(_current_context())
+    context = _current_context()
+    try:
+        return context._session
+    except AttributeError:  # before Flask 3.1.3
+        return context.session
 
 
 def note_error_page(app: Flask, **_: Any) -> None:

@@ -14,7 +14,7 @@ from flask import Response
 from werkzeug.local import LocalProxy
 
 # Flask 3.2 has one kind of context.
-CONTEXT: Any = vars(flask.ctx).get("RequestContext", flask.ctx.AppContext)
+_CONTEXT: Any = vars(flask.ctx).get("RequestContext", flask.ctx.AppContext)
 _MAX_OBJECTS = 1000  # to examine
 
 
@@ -33,7 +33,7 @@ def can_read_session(response: Response) -> bool:
         # isinstance() and vars() would resolve a LocalProxy, and resolving flask.session counts as
         # an access.
         kind = type(part)
-        if issubclass(kind, CONTEXT):
+        if issubclass(kind, _CONTEXT):
             return True
         if issubclass(kind, LocalProxy):
             continue

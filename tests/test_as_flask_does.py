@@ -185,7 +185,7 @@ def test_saving_by_hand_stores_and_the_request_continues(site: Site) -> None:
     assert visitor.run(dict) == {"a": 1, "b": 2}
 
 
-def test_only_flask_says_by_its_question_that_the_view_is_over(site: Site) -> None:
+def test_a_view_may_ask_whether_its_session_is_null(site: Site) -> None:
     """As Flask does, a view may ask whether the session is null before it saves it by hand."""
     visitor = site.visitor()
     interface = site.app.session_interface

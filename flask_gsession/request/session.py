@@ -40,7 +40,7 @@ from .durations import grace_in_seconds, lifetime_in_milliseconds, ttl_in_millis
 from .ending import destroy, refuse
 from .joining import join_early, signs_in
 from .large import LargeValues
-from .lifecycle import CONFIRMED, NO_USERS, ONE_KEY, Lifecycle
+from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
 from .loading import load, open_for_writing, open_from_store, reload
 from .locking import Lock
 from .own_session import rotate_soon
@@ -92,7 +92,7 @@ class SessionData(SessionMixin):
         life = self._made
         if life is None:
             made = Lifecycle(*self._start, self._phase)
-            if self._hooks:  # one of them may need to know that the view is over
+            if self._hooks is not None:  # before it is in use, since a signal may strike between
                 self._hooks.append(made.begin_response)
             # An atomic step, so that all threads of the request get the same one.
             life = self.__dict__.setdefault("_made", made)
@@ -828,16 +828,6 @@ def begin_response(session: SessionData, response: Any) -> Any:
     if session._made is not None:
         session._made.begin_response(response)
     return response
-
-
-def begin_save(session: SessionData) -> None:
-    """Called when Flask is about to save the session of its request."""
-    if session._hooks is not None:
-        life = session._made
-        if life is None or life.of_users is not NO_USERS:
-            begin_response(session, None)
-        elif life.phase == IN_VIEW:
-            life.phase = IN_RESPONSE
 
 
 def close_unused(session: SessionData) -> None:
