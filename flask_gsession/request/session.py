@@ -161,8 +161,9 @@ class SessionData(SessionMixin):
             life.vetted[key] = values.encode(key, value)
 
     @cached_property
-    def _typed(self) -> TypedAccess:
-        return TypedAccess(self)
+    def _typed(self) -> dict[object, Any]:
+        """State of typed keys in this session."""
+        return {}
 
     @cached_property
     def _large(self) -> LargeValues:
@@ -762,7 +763,7 @@ class TypedAccess:
 
     def __init__(self, session: SessionData) -> None:
         self._session = session
-        self.states: dict[object, Any] = {}
+        self.states = session._typed
 
     def raw(self, key: str) -> bytes | None:
         """The encoded value, mark included; None if absent."""
@@ -791,8 +792,11 @@ class TypedAccess:
 
 
 def typed_access(session: SessionData) -> TypedAccess:
-    """The access of typed keys to this session, the same object throughout a request."""
-    return session._typed
+    """The access of typed keys to this session.
+
+    The session doesn't keep it: a reference cycle would keep both until a garbage collection.
+    """
+    return TypedAccess(session)
 
 
 def lifecycle_of(session: SessionData) -> Lifecycle:

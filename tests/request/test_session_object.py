@@ -18,6 +18,7 @@ import flask
 import pytest
 from flask import Flask, Response
 from flask.sessions import SessionMixin
+from marshmallow import fields
 from pymongo import MongoClient, monitoring
 from redis import Redis
 
@@ -36,6 +37,7 @@ from flask_gsession.stores import (
 )
 from flask_gsession.stores.parts import parts_of
 from flask_gsession.testing import FakeClock
+from flask_gsession.typed import SessionKey
 from tests.harness.apps import PATIENCE, Site, SiteMaker, Visitor, at_once
 
 
@@ -926,3 +928,36 @@ def test_ended_while_the_view_waits(site: Site) -> None:
 
     visitor.run(view)
     assert not site.stored()
+
+
+# Reference cycles ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["values", "a typed key", "a lock", "a transaction"])
+def test_a_session_is_freed_with_its_request(site: Site, use: str) -> None:
+    """A reference cycle would keep its values in memory until the next garbage collection."""
+    key = SessionKey("typed", fields.Int())
+    seen: list[weakref.ref[Any]] = []
+
+    def view(session: Any) -> None:
+        seen.append(weakref.ref(session._get_current_object()))
+        session.setdefault("list", []).append(len(dict(session.items())))
+        if use == "a typed key":
+            key.set(key.get(0) + 1)
+        elif use == "a lock":
+            with session.lock():
+                session["a"] = 1
+        elif use == "a transaction":
+            with session.transaction():
+                session["a"] = 1
+
+    visitor = site.visitor()
+    for _ in range(2):
+        visitor.run(view)  # the first error of a server, for a script it lacks, is such a cycle
+    gc.disable()
+    try:
+        visitor.run(view)
+        visitor.run(lambda _: None)  # the client keeps the context of its last request
+        assert seen[-1]() is None
+    finally:
+        gc.enable()
