@@ -1,9 +1,9 @@
 """Detects a fork, even one that Python doesn't see.
 
-``os.fork`` and ``multiprocessing`` run Python's fork hooks. uWSGI and some daemons fork in C, and
-no hook runs: the child would use the sockets, locks and threads of its parent. So every object with
-state per process registers a method here that resets it, and calls ``process.notice()`` before each
-use, which compares process ids.
+``os.fork`` and ``multiprocessing`` run Python's fork hooks. uWSGI and some daemons fork in C, where
+no hook runs, so the child would use the sockets, locks and threads of its parent. Every object with
+state per process therefore registers a method here that resets it, and calls ``process.notice()``
+before each use, which compares process ids.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Process:
         self._begins: weakref.WeakKeyDictionary[object, Callable[[Any], object]] = (
             weakref.WeakKeyDictionary()
         )
-        #: Whether it serves other processes outside of requests and commands, and won't fork again.
+        #: Whether this is a server without requests or commands of Flask, which won't fork again.
         self.serves = False
         # By process id: the parent's lock may be held forever in the child.
         self._locks: dict[int, threading.RLock] = {}

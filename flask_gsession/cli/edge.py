@@ -46,7 +46,7 @@ def status(cookie: str | None, as_json: bool) -> None:
         "oldest": _time(figures.oldest_at),
         "all settled": _time(figures.settled_at),
         "settled so far": figures.settled,
-        "given up so far": figures.dropped,
+        "given up so far": figures.dropped,  # keeps its name in JSON
         "trouble": figures.trouble or None,
     }
     if as_json:
@@ -54,7 +54,8 @@ def status(cookie: str | None, as_json: bool) -> None:
         click.echo(json.dumps(named, indent=2))
         return
     for name, value in shown.items():
-        click.echo(f"{name:<16} {'-' if value is None else value}")
+        label = name.replace("given up", "dropped")
+        click.echo(f"{label:<16} {'-' if value is None else value}")
 
 
 @edge.command(short_help="Settle with the centre now.")
@@ -75,7 +76,7 @@ def sync(cookie: str | None) -> None:
         return
     click.echo(
         f"Settled {settled.ends} ends and {settled.changes} changed sessions; "
-        f"{settled.dropped} were dropped, because they had ended."
+        f"{settled.dropped} were dropped, because they had ended or couldn't be read."
     )
     if settled.trouble:
         click.echo(settled.trouble, err=True)

@@ -69,7 +69,7 @@ _STATUSES: dict[type[BaseException], str] = {
     StoreUnavailable: "unavailable",
     CutOff: "cut off",
 }
-_MAX_WAIT = 86_400 * 24  # seconds: the limit of threading.Event.wait
+_MAX_INTERVAL = 86_400 * 24  # seconds; on Windows, threads can't wait longer than 49 days
 
 # Bypasses the proxy, whose attributes take half a microsecond each.
 _current_request: Callable[[], Any] = request._get_current_object  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ class SessionMetrics:
     Without it, and without a ``registry`` of prometheus-client, you get a page at ``path``.
     ``ext``: the ``Session``, if the application has several.
     ``count_every``: the interval in seconds for counting live sessions, in a thread that starts
-    with the first request; None: never. Needs a store with a ``counts`` part.
+    with the first request, less than 24 days; None: never. Needs a store with a ``counts`` part.
 
     Applications that share a registry share the metrics.
     """
@@ -97,8 +97,10 @@ class SessionMetrics:
         path: str = "/metrics",
         count_every: float | None = 60.0,
     ) -> None:
-        if count_every is not None and not 0 < count_every < _MAX_WAIT:
-            raise SettingError("count_every must be a number of seconds above 0, or None")
+        if count_every is not None and not 0 < count_every < _MAX_INTERVAL:
+            raise SettingError(
+                "count_every must be a number of seconds above 0 and below 24 days, or None"
+            )
         if registry is not None and (metrics is not None or not _is_registry(registry)):
             raise SettingError(
                 "registry must be a CollectorRegistry of prometheus-client; don't combine it with "

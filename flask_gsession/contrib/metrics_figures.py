@@ -160,7 +160,7 @@ class Figures:
             "session",
         )  # fmt: skip
         self.edge_dropped = self._gauge(
-            "edge_dropped", "Sessions whose changes this edge has given up", "max", "session"
+            "edge_dropped", "Sessions whose changes this edge has dropped", "max", "session"
         )
 
     @cached_property

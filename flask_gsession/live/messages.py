@@ -16,7 +16,7 @@ from ..errors import StoreUnavailable, UnreadableRecord
 from ..repository.races import tries, write
 from ..repository.repository import Repository
 from ..stores.base import KEY_LENGTH, Record, unexpired
-from ..values.damage import OF_DATA
+from ..values.damage import DECODING_ERRORS
 
 #: Limits for each message as JSON, for the messages of one user, and for their age.
 MOST_BYTES, MOST_MESSAGES, LIFE = 1024, 32, 60_000  # bytes, messages, milliseconds
@@ -81,7 +81,7 @@ def read_messages(repository: Repository, record: Record | None) -> tuple[Messag
     try:
         content = repository.other_records.read(record)
         messages = _decode(content).messages
-    except (UnreadableRecord, *OF_DATA):
+    except (UnreadableRecord, *DECODING_ERRORS):
         return ()
     since = repository.now() - LIFE
     return tuple(message for message in messages if message.id > since)

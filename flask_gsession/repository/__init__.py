@@ -1,1 +1,1 @@
-"""Shared by all sessions of an application: find, create, save, rotate, expire, large values."""
+"""An application's sessions in their store: how to find, create, save, rotate and end them."""

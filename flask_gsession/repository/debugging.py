@@ -6,12 +6,12 @@ from .repository import Loaded, Repository, Update
 
 
 def debug_session(repository: Repository, key: str, until: int | None) -> tuple[str, bool] | None:
-    """Log what requests do with the session until this time, in milliseconds; None ends that.
+    """Turn on debugging for one session, or turn it off.
 
-    The session stays as it is otherwise, and requests that are running keep their changes.
-    Returns the session's handle, and whether it was debugged already, or None if there is no
-    session. Raises ``SessionConflict`` after too many lost races. Two round trips, two more for
-    each lost race.
+    ``until``: when debugging ends, in milliseconds since 1970; None turns it off. Nothing else
+    about the session changes, and running requests keep their changes. Returns the session's
+    handle and whether it was being debugged already; None without a session. Raises
+    ``SessionConflict`` after too many lost races. Two round trips, two more for each lost race.
     """
 
     def switch(loaded: Loaded | None) -> Update[tuple[str, bool] | None]:

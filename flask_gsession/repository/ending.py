@@ -14,7 +14,7 @@ from .imports import Imports
 from .large_values import names_of
 from .repository import Repository
 
-_AT_ONCE = 100  # sessions that are deleted in one round trip
+_BATCH = 100  # sessions deleted in one round trip
 
 
 def delete_session(
@@ -29,14 +29,14 @@ def delete_session(
 ) -> bool:
     """End the session under ``key``, following pointers, and release its large values.
 
-    ``on_debug`` is called with the end of debugging, if the session is debugged. ``owner``: the
+    ``on_debug``: called with the end of debugging, if the session is being debugged. ``owner``: the
     user, if you know it, for a store that doesn't return the deleted record. ``leave_roster``:
-    whether to remove the session from its user's roster. ``signs_out``: whether to report that.
-    ``body``: the session's contents, if you know them. Returns whether there was a session.
-    Raises as ``Store.delete`` does.
+    whether to remove the session from its user's roster. ``signs_out``: whether to emit
+    ``SessionUnbound`` when it leaves the roster. ``body``: the session's contents, if you know
+    them. Returns whether there was a session. Raises as ``Store.delete`` does.
 
     One round trip, one more if it had large values, two more if it leaves a roster. While old
-    sessions are imported, the old record goes first, which costs one more, and another one
+    sessions are being imported, this deletes the old record first: one more round trip, or two
     without ``body``.
     """
     if repository.imports is not None:
@@ -46,7 +46,7 @@ def delete_session(
 
 
 def delete_sessions(repository: Repository, keys: Sequence[str]) -> Iterator[Callable[[], bool]]:
-    """End these sessions in their order, without removing them from rosters.
+    """End these sessions in order, without removing them from rosters.
 
     Each yielded function returns or raises as ``delete_session`` does. A store with the part
     ``bulk`` takes one round trip for up to a hundred sessions.
@@ -56,9 +56,9 @@ def delete_sessions(repository: Repository, keys: Sequence[str]) -> Iterator[Cal
         for key in keys:
             yield partial(delete_session, repository, key, leave_roster=False)
         return
-    for start in range(0, len(keys), _AT_ONCE):
-        some = keys[start : start + _AT_ONCE]
-        for key, deleted in zip(some, bulk.delete_many(some), strict=True):
+    for start in range(0, len(keys), _BATCH):
+        batch = keys[start : start + _BATCH]
+        for key, deleted in zip(batch, bulk.delete_many(batch), strict=True):
             yield partial(_finish, repository, key, deleted, leave_roster=False, signs_out=False)
 
 
@@ -91,11 +91,11 @@ def _finish(
 
 
 def _end_old(repository: Repository, imports: Imports, key: str, body: Body | None) -> None:
-    """Remove the old record that the session under ``key`` was made from."""
+    """Remove the old record that the session under ``key`` was imported from."""
     if body is None:
         try:
             loaded = repository.find(key)
-        except (UnreadableRecord, CutOff):  # an edge does so when it settles
+        except (UnreadableRecord, CutOff):  # an edge removes it when it settles
             return
         if loaded is None:
             return
@@ -106,8 +106,8 @@ def _end_old(repository: Repository, imports: Imports, key: str, body: Body | No
 def _release_values(repository: Repository, record: Record) -> Body | None:
     """Release the large values of an ended record. Returns its contents, if readable.
 
-    Replicas may not know yet that it ended. A replica that takes over with this session has not
-    heard of the release either; if the values are stored elsewhere, the session lacks them.
+    A replica may not have the end of the session yet. If it takes over, it still has the session,
+    but lacks the large values if they are stored elsewhere.
     """
     body = repository.records.contents(record)
     if body is not None and (body.has_large or body.joins):

@@ -1,4 +1,4 @@
-"""When a record ends: its idle expiry, which a use moves, and its absolute one.
+"""When a record expires: its idle expiry, which each use moves, and its absolute expiry.
 
 All times are in milliseconds since 1970.
 """
@@ -20,8 +20,8 @@ _BLOB_MARGIN = 60_000  # milliseconds that a large value outlives its session
 class Expiry:
     """The rules for the records of one kind.
 
-    ``lifetime``: the absolute one, in milliseconds. ``newcomers`` limits new sessions.
-    ``seen_interval``: the longest time between two touches of a roster, in seconds.
+    ``lifetime``: the absolute lifetime, in milliseconds. ``newcomers`` limits new sessions.
+    ``seen_interval``: the longest time between two updates of a roster entry, in seconds.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Expiry:
 
     def idle_end(self, body: Body, absolute: int) -> int:
         """The idle expiry of a record that is used now, with this absolute end."""
-        return self.kept_for_joins(
+        return self.extended_for_joins(
             min(self.now() + self._spans.of(body.values, body.lifetime).length, absolute),
             body,
             absolute,
         )
 
-    def kept_for_joins(self, idle_end: int, body: Body, absolute: int) -> int:
-        """A later idle expiry, if a join would be forgotten while its session can come back."""
+    def extended_for_joins(self, idle_end: int, body: Body, absolute: int) -> int:
+        """The idle expiry, extended if a join would be forgotten before its session ends."""
         if not body.joins:  # most records
             return idle_end
         return min(max([idle_end, *(join.ends_at for join in body.joins)]), absolute)
@@ -76,17 +76,17 @@ class Expiry:
             span, step = self._spans.of(values, lifetime)
         absolute = record.absolute_expires_at
         end = int(self._clock() * 1000) + span
-        if end > absolute:  # ``min`` takes longer
+        if end > absolute:  # faster than ``min``
             end = absolute
         gain = end - record.idle_expires_at
         return end if gain >= step or (end == absolute and gain > 0) else None
 
-    def is_too_late(self, idle_end: int, other: int, body: Body) -> bool:
-        """Whether an idle expiry is further ahead than ``other`` by more than a use can move it.
+    def is_too_late(self, idle_end: int, due: int, body: Body) -> bool:
+        """Whether a stored idle expiry is later than the settings now allow.
 
-        ``other`` is as the settings are now, so they were changed.
+        ``due``: the idle expiry by the current settings. A difference of up to one step is normal.
         """
-        return idle_end - other > self._spans.of(body.values, body.lifetime).step
+        return idle_end - due > self._spans.of(body.values, body.lifetime).step
 
     def end_of_blobs(self, body: Body, absolute: int | None = None) -> int:
         """When the large values of a session expire if it is stored about now.
@@ -94,7 +94,7 @@ class Expiry:
         ``absolute``: the session's absolute end; None for a new session.
         """
         end = self.idle_end(body, self.latest_end() if absolute is None else absolute)
-        return blobs_outlive(end)
+        return blob_expiry(end)
 
     def listed_until(
         self,
@@ -104,11 +104,11 @@ class Expiry:
         *,
         signs_in: bool = False,
     ) -> int:
-        """How long a roster may list a session that is entered now, in seconds since 1970.
+        """Until when a roster may list a session that is entered now, in seconds since 1970.
 
-        Renewals within ``SESSION_SEEN_INTERVAL`` don't touch the roster, so the entry lasts that
-        much longer. ``record``: as it is stored; None for a new session. ``signs_in``: its absolute
-        lifetime starts again.
+        Renewals within ``SESSION_SEEN_INTERVAL`` don't update the roster, so the entry lasts that
+        much longer. ``record``: as it is stored; None for a new session. ``signs_in``: whether its
+        absolute lifetime starts again.
         """
         absolute = self.latest_end() if record is None or signs_in else record.absolute_expires_at
         end = self.now() + self._spans.of(values, lifetime).length + self._seen_interval
@@ -117,6 +117,6 @@ class Expiry:
         return (min(end, absolute) + MARGIN) // 1000
 
 
-def blobs_outlive(idle_end: int) -> int:
+def blob_expiry(idle_end: int) -> int:
     """The expiry of the large values of a session with this idle expiry."""
     return idle_end + _BLOB_MARGIN

@@ -1,7 +1,7 @@
-"""How far ahead of a use the idle expiry lies, and how often a use moves it.
+"""How far ahead each use sets the idle expiry, and how often.
 
-A span is one renewal interval longer than the idle timeout. The expiry moves only once per
-interval, and must not come early for a session that was used just before a move was due.
+A span is one renewal interval longer than the idle timeout. Uses move the expiry only once per
+interval, and a session that was used just before the next move must not expire early.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .permanent import is_permanent
 
 
 class Span(NamedTuple):
-    """The distance of the idle expiry, and its smallest step, in milliseconds."""
+    """How far ahead the idle expiry is set, and the least by which it moves, in milliseconds."""
 
     length: int
     step: int
@@ -23,7 +23,7 @@ class Span(NamedTuple):
 class IdleSpans(Protocol):
     """The spans of one kind of record."""
 
-    #: of a record without an idle lifetime of its own, and without ``session.permanent``
+    #: the span of a record without an idle lifetime of its own or ``session.permanent``
     usual: Span
 
     def of(self, values: Mapping[str, bytes], lifetime: int | None) -> Span:
@@ -31,7 +31,7 @@ class IdleSpans(Protocol):
 
 
 class SessionSpans:
-    """The spans of sessions: the settings', a permanent session's, or a session's own."""
+    """The spans of sessions: from the settings, permanent, or with a lifetime of their own."""
 
     def __init__(self, settings: Settings, live: LiveSettings) -> None:
         self._settings = settings

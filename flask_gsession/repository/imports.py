@@ -15,8 +15,8 @@ class TakenOver(NamedTuple):
     """The session that an old cookie led to, if any.
 
     ``token``: for the client; None if the cookie led to the session through a pointer.
-    ``dead_cookie``: the old cookie leads nowhere, and never will again. ``mark``: the record that
-    ``may_answer`` takes, for a cookie that several visitors may have.
+    ``dead_cookie``: the old cookie leads to no session, and never will again. ``mark``: the record
+    to pass to ``may_answer``, if several visitors may share the cookie.
     """
 
     loaded: Loaded | None = None
@@ -30,13 +30,13 @@ class TakenOver(NamedTuple):
 
 
 class Imports(Protocol):
-    """Takes old sessions over: ``moving.takeover.Takeover``."""
+    """Takes over old sessions. ``moving.takeover.Takeover`` implements it."""
 
     def take_over(self, repository: Repository, request: Any) -> TakenOver:
         """The session that the old cookie of the request leads to."""
 
     def may_answer(self, repository: Repository, mark: Record, began: int, *, wrote: bool) -> bool:
-        """Whether the answer may set our cookie, if several visitors may have the old one."""
+        """Whether the response may set our cookie, if several visitors may share the old one."""
 
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of a session that is about to end."""
@@ -45,7 +45,7 @@ class Imports(Protocol):
         """Remove the record of the request's old cookie, unless ``end_old`` does."""
 
     def has_ended(self, repository: Repository, body: Body) -> bool:
-        """Whether an old worker ended the session."""
+        """Whether a worker of the old system ended the session."""
 
     def forget_cookie(self, request: Any, response: Any) -> None:
         """Delete the old cookie, if the request has it."""

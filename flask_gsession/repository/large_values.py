@@ -21,7 +21,7 @@ from ..values.large_values import LargeValueStorage, pieces_of
 from ..values.marks import marked, split
 from ..values.payload import Body, BodyFormat
 from ..values.references import BLANK, BYTES, Reference, content_of, length_of, names_in, refers
-from .expiry import blobs_outlive
+from .expiry import blob_expiry
 
 # A replaced large value stays this long, for requests that loaded the session before.
 BLOB_GRACE = 60_000  # milliseconds
@@ -83,10 +83,11 @@ class LargeValues:
     ) -> dict[str, bytes]:
         """Write the large values of ``body``, and return its values with references to them.
 
-        ``written`` holds what this request wrote before. Each value is written once, and added.
-        ``before`` holds the session's values as they are stored. A value there that exceeds a
-        lowered limit may stay as it is, or give way to a value of at most its length. Raises
-        ``ValueRefused`` before it writes anything, and ``StoreUnavailable``.
+        ``written`` holds the large values that this request has written already; this adds to it,
+        and writes each value once. ``before`` holds the session's values as they are stored. If
+        one of them exceeds a limit that was lowered since, it may stay, or be replaced by a value
+        that is no longer. Raises ``ValueRefused`` before it writes anything, and
+        ``StoreUnavailable``. One round trip for each frame.
         """
         values = body.values
         large = [key for key, raw in values.items() if self._is_too_long(raw)]
@@ -94,7 +95,7 @@ class LargeValues:
         if not large:
             return values
         storage = self.storage
-        assert storage is not None  # or nothing is that large
+        assert storage is not None  # otherwise no value is too long
         moved = []
         for key in large:
             raw, stored = values[key], before.get(key)
@@ -111,7 +112,7 @@ class LargeValues:
     def write_all(
         self, values: Mapping[str, bytes], expires_at: Callable[[], int], written: Written
     ) -> dict[str, bytes]:
-        """Write what is too long among ``values``, within no limit. Returns them as ``write``."""
+        """Write the values that are too long, without checking limits. Returns as ``write``."""
         large = {key: raw for key, raw in values.items() if self._is_too_long(raw)}
         return {**values, **self._write(large, expires_at, written)}
 
@@ -124,7 +125,7 @@ class LargeValues:
         """The references to these values."""
         storage, found = self.storage, {}
         for key, raw in values.items():
-            assert storage is not None  # or nothing is too long
+            assert storage is not None  # otherwise no value is too long
             mark, plain = split(raw)
             kind, content = content_of(plain)
             same = (kind, hashlib.sha256(content).digest())
@@ -137,7 +138,7 @@ class LargeValues:
     # -- limits
 
     def room_for(self, key: str, stored: Mapping[str, bytes]) -> int:
-        """How many bytes a large value under ``key`` may have, with all the other large values."""
+        """How many bytes a large value under ``key`` may have, given the other large values."""
         there = self._lengths(stored)
         own, total = there.pop(key, 0), sum(there.values())
         return max(self._total - total, own)
@@ -145,7 +146,7 @@ class LargeValues:
     def _check_total(self, values: Mapping[str, bytes], before: Mapping[str, bytes]) -> None:
         """Raises ``SessionTooLarge`` if the large values of a session exceed the limit together.
 
-        The values ``before`` may exceed it, if the setting was lowered since.
+        The values ``before`` may exceed it, if the setting was lowered since they were stored.
         """
         lengths = self._lengths(values)
         total, limit = sum(lengths.values()), self._total
@@ -181,7 +182,7 @@ class LargeValues:
             raise ValueLost("altered") from None
 
     def discard(self, names: Iterable[str], grace: int) -> None:
-        """Delete these blobs in ``grace`` milliseconds. One round trip. No error in an outage."""
+        """Delete these blobs in ``grace`` milliseconds. One round trip. Only logs an outage."""
         if self.storage is not None and (all_of := sorted(names)):
             self.storage.discard(all_of, self._now() + grace)
 
@@ -191,21 +192,21 @@ class LargeValues:
             self.storage.renew(sorted(reference.name for reference in references), end)
 
     def renew_for(self, body: Body, idle_end: int) -> bool:
-        """Renew the large values of a session that is stored with this idle expiry next.
+        """Renew the large values of a session before you store it with this idle expiry.
 
-        False at an edge that is cut off: it renews them when it settles. It may reach its centre
-        again before you store the session, so call this once more afterwards.
+        Returns False at an edge that is cut off, which renews them when it settles. The edge may
+        reach its centre again before you store the session, so call this once more afterwards.
         """
         if body.has_large and self.storage is not None:
             names = sorted(names_in(body.values.values()))
             try:
-                self.storage.renew(names, blobs_outlive(idle_end))
+                self.storage.renew(names, blob_expiry(idle_end))
             except CutOff:
                 return False
         return True
 
 
 def names_of(body: Body) -> set[str]:
-    """The names of all large values in a record, also of the joins in a user's."""
+    """The names of all large values of a record, including the ones in its joins."""
     sides = (body.values, *(join.values for join in body.joins))
     return set().union(*(names_in(side.values()) for side in sides))

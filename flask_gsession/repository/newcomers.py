@@ -1,4 +1,4 @@
-"""Limits sessions whose visitors never come back, as in a flood of requests.
+"""Shortens sessions whose visitors never come back, as in a flood of requests.
 
 Each request without a cookie may create a session, which stays for its idle timeout. A process that
 creates many within a minute therefore gives further sessions less time, until a request presents

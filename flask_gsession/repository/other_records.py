@@ -1,4 +1,4 @@
-"""Records that are no session's, such as the mark of a take-over. Nothing here calls the store."""
+"""Records other than sessions, such as the mark of a take-over. Nothing here calls the store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FOREVER = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends such a r
 
 
 class OtherRecords:
-    """Reads and drafts such records. They are encrypted as sessions are."""
+    """Reads and drafts such records, which are encrypted like sessions."""
 
     def __init__(self, envelope: Envelope, now: Callable[[], int]) -> None:
         self._envelope = envelope
@@ -29,7 +29,7 @@ class OtherRecords:
         return Record(key, new_version(), now, end, end, payload)
 
     def draft_renewable(self, key: str, content: bytes, end: int, old: Record | None) -> Record:
-        """The same, for a record that replaces ``old`` and may end later than that one."""
+        """Like ``draft``, for a record that replaces ``old``, if any, and may end later."""
         now = self._now()
         created, last = now, now + _FOREVER
         if old is not None:

@@ -16,9 +16,9 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 ATTEMPTS = 25
-BUDGETS = 5  # times the budget of a store call that a write may go on losing races
+BUDGETS = 5  # how long a write may keep losing races, in time budgets of a store call
 _LONGEST_PAUSE = 0.05  # seconds
-# For records that hundreds of requests may write at the same time.
+# For records that hundreds of requests may write at the same time:
 _PATIENT_ATTEMPTS, _PATIENT_BUDGETS, _PATIENT_PAUSE = 1000, 20, 0.5
 
 

@@ -14,7 +14,7 @@ from ..config import Settings
 from ..errors import SettingError, UnreadableRecord
 from ..stores.base import Record, new_version
 from ..tokens import Token, is_token, new_token, session_key
-from ..values.damage import OF_DATA, check_damage
+from ..values.damage import DECODING_ERRORS, check_damage
 from ..values.envelope import Envelope
 from ..values.marks import END_OF_TIME
 from ..values.payload import Body, BodyFormat, Owner, decode_body
@@ -42,7 +42,7 @@ class SessionRecords:
     def with_rules(
         self, expiry: Expiry, new_token: Callable[[], tuple[str, str]]
     ) -> SessionRecords:
-        """The same, for records with other times and keys."""
+        """A copy for records with other expiry rules and keys."""
         return SessionRecords(self._bodies, self._envelope, expiry, new_token)
 
     # -- from a record
@@ -64,11 +64,11 @@ class SessionRecords:
         content = self._envelope.open(key, payload, (created, absolute))
         try:
             return decode_body(content)
-        except OF_DATA as error:
+        except DECODING_ERRORS as error:
             check_damage(decode_body, content, error)
 
     def contents(self, record: Record) -> Body | None:
-        """The body of a record, if it can be read."""
+        """The body of a record, or None if it can't be read."""
         try:
             return self.read(record.key, record)
         except UnreadableRecord:
@@ -113,7 +113,7 @@ class SessionRecords:
         elif renew:
             idle_end = self._expiry.due(old, body.values, body.lifetime) or idle_end
         if body.joins:
-            idle_end = self._expiry.kept_for_joins(idle_end, body, absolute)
+            idle_end = self._expiry.extended_for_joins(idle_end, body, absolute)
         number, content = self._bodies.encode(body, partial(self._values_of, old))
         payload = self._envelope.seal(key, content, (created, absolute), number)
         return Record(key, new_version(), created, idle_end, absolute, payload)
@@ -146,7 +146,7 @@ class SessionRecords:
         )
 
     def with_body(self, old: Record, body: Body, idle_end: int | None = None) -> Record:
-        """The next version of ``old`` with this body, and with its times or another idle expiry."""
+        """The next version of ``old`` with this body, and with another idle expiry, if given."""
         times = old.created_at, old.absolute_expires_at
         number, content = self._bodies.encode(body, partial(self._values_of, old))
         return old._replace(
@@ -160,7 +160,7 @@ class SessionRecords:
         return self.with_body(old, replace(body, owner=owner))
 
     def with_times(self, record: Record, other: Record) -> Record:
-        """``other``, a copy of ``record`` with other times, with its payload bound to them."""
+        """``other``, a copy of ``record`` with other times, once its payload is bound to them."""
 
         def times(of: Record) -> tuple[int, ...]:
             fixed = of.created_at, of.absolute_expires_at
@@ -185,7 +185,7 @@ def new_session_token(settings: Settings) -> tuple[str, str]:
         token = Token(made)
         if not isinstance(made, str) or not is_token(made):
             raise SettingError(
-                "SESSION_TOKEN_FACTORY must return 22 to 200 characters of A-Z a-z 0-9 - _ "
-                f"(it returned a {type(made).__name__} that is not)"
+                "SESSION_TOKEN_FACTORY must return a str of 22 to 200 characters of "
+                f"A-Z a-z 0-9 - _; it returned a {type(made).__name__} that doesn't match"
             )
     return token, session_key(token)

@@ -1,4 +1,4 @@
-"""Tokens that led to no session: counted, and logged with the reason."""
+"""Counts tokens that led to no session, and logs the reason."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _NO_WARNING = ("unknown", "expired")  # an attacker could flood the log
 
 
 class Refusals(Protocol):
-    """Learns which tokens led to no session."""
+    """Handles tokens that led to no session."""
 
     def note(self, reason: str, key: str | None, detail: str = "") -> None:
-        """Note one. ``key``: of the session, if the token had our signature."""
+        """Handle one. ``key``: the session's, if the token had our signature."""
 
 
 class SessionRefusals:
-    """Counts and logs refused tokens."""
+    """Emits ``SessionRefused`` for each token, and logs a warning for most reasons."""
 
     def __init__(self, events: Events) -> None:
         self._events = events
@@ -46,10 +46,12 @@ def why_absent(record: Record | None, *, rotated: bool) -> Absence:
     """
     if record is None:
         why = "not in the store: logged out, revoked, never issued, or expired and removed"
-        return Absence("unknown", "rotated away, and its successor has ended" if rotated else why)
+        return Absence(
+            "unknown", "the session was rotated, and has ended since" if rotated else why
+        )
     if record.successor is not None:
-        after = f"; it went on as {record.successor}" if record.successor else ""
-        return Absence("unknown", f"rotated away, and the grace is over{after}")
+        after = f"; the session continues as {record.successor}" if record.successor else ""
+        return Absence("unknown", f"rotated, and the grace period is over{after}")
     if record.idle_expires_at == record.absolute_expires_at:
         return Absence("expired", "it reached its absolute timeout")
-    return Absence("expired", "it was not used for as long as its idle timeout")
+    return Absence("expired", "it wasn't used within its idle timeout")

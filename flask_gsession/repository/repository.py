@@ -119,19 +119,19 @@ class Repository:
         self.imports: Imports | None = None
         #: Called with a session whose user has just confirmed who they are.
         self.on_confirm: Callable[[Any], object] | None = None
-        #: whether the log has the duration of Flask-Login's remember-me cookie already
+        #: whether the warning about Flask-Login's remember-me cookie has been logged
         self.warned_of_remember = False
         #: Called with a request, and whether its token came in a header. Returns the version that
         #: this client wrote last, if the request names it.
         self.last_seen_version: Callable[[Any, bool], int | None] = lambda request, by_header: None
-        #: the session's schema: raises for a wrong value, and returns the mark to store with it
+        #: Checks a value by the schema, if any, and returns the mark to store with the value.
         self.check: Any = None
         self.typed_keys: dict[str, Any] = {}
-        #: the typed keys among them whose values belong to the user, not to the session
+        #: the typed keys whose values belong to the user, not to the session
         self.user_keys: dict[str, UserKey] = {}
 
     def use_events(self, events: Events) -> None:
-        """Emit to these events from now on."""
+        """Emit through these events from now on."""
         self.events = events
         self.refusals: Refusals = SessionRefusals(events)
 
@@ -142,7 +142,7 @@ class Repository:
         self.store, self.leases, self._own_blobs = store, parts.leases, parts.blobs
         #: serves the first read of a request; None without a near cache
         self.near = parts.near
-        #: if the store goes on while its centre can't be reached
+        #: None unless the store is an edge, which works while its centre can't be reached
         self.edge = parts.edge
         self.rosters = self.rosters.through(store)
         if storage is not None and storage.blobs is before and parts.blobs is not None:
@@ -159,7 +159,7 @@ class Repository:
     def for_records(self, expiry: Expiry, new_token: Callable[[], tuple[str, str]]) -> Repository:
         """A copy for records of another kind in the same store, which aren't sessions.
 
-        Without what only sessions have: a schema, imports, limits for new ones, the near cache.
+        The copy has no schema, imports, limit on new sessions or near cache.
         """
         other = copy.copy(self)
         other.expiry = expiry
@@ -186,7 +186,7 @@ class Repository:
             body = self.records.read(key, record)
             if body is None:
                 return None
-            if not self.settings.encryption_keys:  # what is encrypted is never kept decrypted
+            if not self.settings.encryption_keys:  # never keep encrypted contents decrypted
                 record.body = body
         return Loaded(record, body)
 
@@ -254,7 +254,7 @@ class Repository:
         lease: str | None = None,
         shorten: bool = False,
     ) -> None:
-        """Replace ``old`` by ``record``. Raises ``Gone`` or ``Stale``.
+        """Replace ``old`` with ``record``. Raises ``Gone`` or ``Stale``.
 
         With ``lease``, raises ``LockLost`` unless the lease is still held. With ``shorten``, the
         idle expiry may move back. One round trip, one more if the session has large values and its
@@ -275,7 +275,7 @@ class Repository:
     def end(self, old: Record, body: Body | None, lease: str | None = None) -> None:
         """Delete exactly this version of the session. Raises as ``save`` does. One round trip.
 
-        Deletes the old record first, while old sessions are imported.
+        While old sessions are being imported, deletes the old record first.
         """
         if self.imports is not None and body is not None:
             self.imports.end_old(self, body)
@@ -299,8 +299,8 @@ class Repository:
     ) -> LogoutUnconfirmed | None:
         """Move the session to its new key. Raises as ``save`` does, and ``KeyTaken``.
 
-        With ``shorten``, the idle expiry may move back. Returns an error if replicas may still know
-        the old key. One round trip, one more if the session has large values.
+        With ``shorten``, the idle expiry may move back. Returns ``LogoutUnconfirmed`` if replicas
+        may still accept the old key. One round trip, one more if the session has large values.
         """
         idle_end = record.idle_expires_at
         shorten = shorten or self.expiry.is_too_late(old.idle_expires_at, idle_end, body)
@@ -338,10 +338,10 @@ class Repository:
 
             entered = repository.update(key, enter)
 
-        If the store holds a version that this call has sent, it was stored, and is not applied
-        twice. After ``StoreUnavailable`` or an interrupt, the outcome is unknown. You can then call
-        again with the same dict as ``tried``. Another writer may have replaced that version by now,
-        so let the edit also recognise its own effect: an entry that is there needs no entering.
+        If the store holds a version that this call has sent, the edit is not applied again. After
+        ``StoreUnavailable`` or an interrupt, the outcome is unknown. You can then call again with
+        the same dict as ``tried``. Another writer may have replaced that version by now, so let the
+        edit also recognise its own effect, for example an entry that it has added.
 
         Raises ``SessionConflict`` after too many lost races, and any error of ``find``, ``edit``
         and the store. Two round trips, two more for each lost race.
@@ -359,7 +359,7 @@ class Repository:
         def send(step: tuple[Record | None, Update[R]], _: int) -> R:
             old, (result, record) = step
             if record is not None:
-                sent[record.version] = result  # noted first: an interrupt may strike
+                sent[record.version] = result  # first, since an interrupt may follow the write
                 if old is None:
                     self.store.create(record)
                 else:
@@ -378,8 +378,8 @@ class Repository:
 
     @contextmanager
     def _under_lease(self, lease: str) -> Iterator[Leases]:
-        """The leases, for a write under one. Translates ``LeaseLost`` to ``LockLost``."""
-        assert self.leases is not None  # it gave the lease
+        """The store's leases, for a write that needs one. Turns ``LeaseLost`` into ``LockLost``."""
+        assert self.leases is not None  # the lease came from there
         try:
             yield self.leases
         except LeaseLost:

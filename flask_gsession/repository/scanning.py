@@ -19,7 +19,7 @@ _PAGE_BYTES = 2 * 2**20  # of payloads, roughly, since a page must arrive within
 
 
 class Retry:
-    """Calls the store again after a short outage, but only after a first call has succeeded."""
+    """Retries store calls after a short outage, once a first call has succeeded."""
 
     def __init__(self) -> None:
         self._pauses: tuple[float, ...] = ()
@@ -40,8 +40,8 @@ def all_pages(
 ) -> Iterator[Page]:
     """Yield all sessions of a store, page by page, without other records. Survives a short outage.
 
-    ``begins``: the beginning of the keys to return. ``wanted``: whether a key is to be returned.
-    Larger sessions make smaller pages.
+    ``begins``: the prefix of the keys to return. ``wanted``: whether to return a key. Larger
+    sessions make smaller pages. One round trip or a few for each page.
     """
     cursor, retry = "", Retry()
     limit, longest = _FIRST_PAGE, _MAX_PAGE_BEGINS if begins else _MAX_PAGE

@@ -31,11 +31,11 @@ from .idle_spans import FixedSpan, Span
 from .large_values import BLOB_GRACE, Written, names_of
 from .repository import Loaded, Repository, Update
 
-#: The ending of the keys of these records. No session key ends with its last character.
+#: The suffix of the keys of these records. No session key ends with its last character.
 ENDING = "v_"
 _LIFE = 100 * 366 * 86_400_000  # milliseconds; the idle expiry ends a record earlier
 _DAY = 86_400_000
-#: Events about sessions, which a user's values are not.
+#: Events about sessions. A user's values aren't a session.
 _OF_SESSIONS = (SessionCreated, SessionDestroyed, SessionRefused, SessionRenewed, SessionSaved)
 
 
@@ -51,7 +51,10 @@ def may_be_user_values(key: str) -> bool:
 
 
 def is_user_values(repository: Repository, record: Record, *, for_others: bool = False) -> bool:
-    """Whether a record holds the values of a user. ``for_others``: or may, to other workers."""
+    """Whether a record holds the values of a user.
+
+    ``for_others``: also True for a record that only other workers may be able to read.
+    """
     if record.successor is not None or not may_be_user_values(record.key):
         return False
     try:
@@ -61,18 +64,18 @@ def is_user_values(repository: Repository, record: Record, *, for_others: bool =
 
 
 def user_values_expiry(settings: Settings, clock: Clock) -> Expiry:
-    """Each use renews such a record for ``SESSION_USER_VALUES_LIFETIME``."""
+    """The rules for such a record: each use renews it for ``SESSION_USER_VALUES_LIFETIME``."""
     lifetime = int(settings.user_values_lifetime * 1000)
     step = max(1, min(_DAY, lifetime // 20))
     return Expiry(clock, FixedSpan(Span(lifetime + step, step)), _LIFE)
 
 
 class UserValuesRecord:
-    """The record of one user.
+    """The record with the values of one user.
 
-    ``repository`` is the application's, with other rules for one record: it has one key, lives as
-    long as ``user_values_expiry`` says, and counts as no session. Everything about values works as
-    in sessions.
+    ``repository`` is a copy of the application's repository for this one record: it has a fixed
+    key and the expiry of ``user_values_expiry``, and emits no events about sessions. Values work
+    as they do in sessions.
     """
 
     def __init__(self, repository: Repository, user_id: str) -> None:
@@ -83,7 +86,7 @@ class UserValuesRecord:
         self.repository.refusals = _RefusedValues()
 
     def capped(self, record: Record) -> Record:
-        """An imported record, kept no longer than a record that is used now."""
+        """An imported record, with times no later than if it were used now."""
         expiry = self.repository.expiry
         now, absolute = expiry.now(), min(record.absolute_expires_at, expiry.latest_end())
         idle = min(record.idle_expires_at, expiry.idle_end(Body({}), absolute))
@@ -94,9 +97,9 @@ class UserValuesRecord:
         return record if capped == record else self.repository.records.with_times(record, capped)
 
     def remove_damaged(self) -> None:
-        """Delete the record if no worker can read it. Raises ``UnreadableRecord`` if others may.
+        """Delete the record if no worker can read it. Two round trips.
 
-        Two round trips.
+        Raises ``UnreadableRecord`` if other workers may be able to read it.
         """
         store = self.repository.store
         try:
@@ -114,16 +117,19 @@ class UserValuesRecord:
             store.delete(self.key, record.version)
 
     def forget(self) -> bool:
-        """Delete the record and its large values. Whether there was one. One round trip."""
+        """Delete the record and its large values. Returns whether there was one.
+
+        One round trip, one more if it had large values.
+        """
         return delete_session(self.repository, self.key, leave_roster=False)
 
     # -- the steps of a sign-in
 
     def join(self, join: Join, values: Mapping[str, bytes], absolute_end: int) -> None:
-        """Join the values of a session, unless they have in this revision or a later one.
+        """Join the values of a session, unless this revision or a later one has joined already.
 
-        Raises ``NotJoined`` if they can't be, ``UnreadableRecord`` and ``StoreUnavailable``. Two
-        round trips, two more for each lost race.
+        Raises ``NotJoined`` if they can't be joined, ``UnreadableRecord`` and ``StoreUnavailable``.
+        Two round trips, two more for each lost race.
         """
         try:
             mine = {key: self._whole(key, raw) for key, raw in values.items()}
@@ -178,7 +184,7 @@ class UserValuesRecord:
         large.discard(replaced, BLOB_GRACE)
 
     def _whole(self, key: str, raw: bytes) -> bytes:
-        """The encoded value, with its bytes in place of a reference: those end with the session."""
+        """The encoded value itself, also for a reference: large values end with their session."""
         if not refers(raw):
             return raw
         codec = self.repository.codec

@@ -20,6 +20,6 @@ def trace_if_debugged(life: Lifecycle, operation: str, began: float, until: int)
     if until <= life.repository.now():
         return
     if life.trace is None:
-        start_trace(life, Trace(by_order=True))
+        start_trace(life, Trace(one_session=True))
         assert life.trace is not None
         life.trace.calls.append(Call(operation, time.perf_counter() - began, None))

@@ -1,4 +1,4 @@
-"""Helpers for store authors: options, closing, and counting round trips for the debug dump."""
+"""Helpers for store authors: options, closing, round trips, deadlines, details of a write."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class StoreOptions:
     timeout: float = 1.0  # seconds for one call, retries included
     pool_max: int = 100  # connections
     clock: Clock = time.time
-    logout_replicas: int = 0  # that must have a logout before it is done, on Redis
+    logout_replicas: int = 0  # that must confirm a logout, on Redis
     own_connections: bool = False  # to the server of a Redis client, with our own timeouts
     database: str = ""  # of MongoDB, unless the URL or client names one
-    edge_sync: float = 30.0  # seconds between two looks of an edge at its queue; 0: no thread
+    edge_sync: float = 30.0  # seconds between two checks of an edge's queue; 0: no thread
 
 
 def closing(owner: object, close: Callable[[], object]) -> weakref.finalize[..., object]:
-    """Call ``close`` once ``owner`` is collected, or the interpreter ends: in this process only.
+    """Call ``close`` once ``owner`` is collected or the interpreter exits, in this process only.
 
-    A forked worker must not close what its parent opened. ``close`` must not hold ``owner``.
+    A forked worker must not close what its parent opened. ``close`` must not refer to ``owner``.
     """
     return weakref.finalize(owner, _close_in, os.getpid(), close)
 
@@ -47,7 +47,7 @@ class RoundTrips:
     count: int | None = None
 
     def add(self) -> None:
-        """One more begins."""
+        """Count one more."""
         self.count = (self.count or 0) + 1
 
 
@@ -72,19 +72,21 @@ def round_trips_are_counted() -> bool:
 
 
 def count_round_trip() -> None:
-    """For stores: a round trip to the server begins."""
+    """For stores: call this before each round trip to the server."""
     trips = round_trips.get()
     if trips is not None:
         trips.add()
 
 
-#: When the caller stops waiting, of ``time.monotonic``: see ``ending_by``.
+#: When the caller stops waiting, in the time of ``time.monotonic``: see ``ending_by``.
 time_limit: ContextVar[float | None] = ContextVar("flask_gsession.time_limit", default=None)
 
 
-class ending_by:  # in place of a generator, which costs more in each call of a server
-    """Store calls in the block end by this time of ``time.monotonic``, even if their own time
-    budget is longer, because their caller won't wait. None: only their own budget counts.
+class ending_by:  # a class, since a generator costs more in each call of a server
+    """Makes store calls in the block end by ``until``, even if their own time budget is longer.
+
+    Their caller won't wait any longer. ``until``: a time of ``time.monotonic``; None: only their
+    own budget counts.
     """
 
     __slots__ = ("_before", "_until")
@@ -114,8 +116,8 @@ def time_left(seconds: float) -> float:
 class Mergeable(NamedTuple):
     """Whether a store may queue a write and merge it later.
 
-    ``refused``: the write, as the user knows it, if it can't be merged; else "". ``typed``: the
-    keys whose merge policy is their own, so the settings don't have it.
+    ``refused``: the name of the write in error messages, if it can't be merged; else "". ``typed``:
+    the keys with a merge policy of their own, which isn't in the settings.
     """
 
     refused: str = ""
@@ -159,7 +161,7 @@ _because: ContextVar[Because] = ContextVar("flask_gsession.because", default=_LO
 
 @contextmanager
 def because(reason: str | None, by: str | None = None) -> Iterator[None]:
-    """Give sessions that end in this block this reason, unless an outer block gave another."""
+    """Journal this reason for sessions that end in the block, unless an outer block gave one."""
     before = _because.get()
     if before is not _LOGGED_OUT or reason is None:
         yield

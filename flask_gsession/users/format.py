@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from msgspec.msgpack import Decoder, Encoder
 
 from ..errors import UnreadableRecord
-from ..values.damage import OF_DATA, check_damage
+from ..values.damage import DECODING_ERRORS, check_damage
 from .roster import Device, Roster
 
 FORMAT = 1
@@ -73,7 +73,7 @@ def unpack(content: bytes) -> Roster:
         if number > FORMAT:
             raise UnreadableRecord("newer format", f"roster {number}; this one reads {FORMAT}")
         packed = _decode(content)
-    except OF_DATA as error:
+    except DECODING_ERRORS as error:
         check_damage(_decode, content, error)
     return Roster(packed.epoch, packed.clock, tuple(map(_unpack, packed.devices)))
 

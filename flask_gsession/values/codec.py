@@ -3,7 +3,7 @@
 The encoding is MessagePack. Types that MessagePack lacks (tuples, sets, big integers, times,
 decimals, ...) use the extension types numbered below; the numbers are part of the stored format.
 Each value of a session is encoded separately, so one can be decoded, or compared with its loaded
-bytes, without touching the others. Never pickle.
+bytes, without touching the others. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from msgspec import Raw
 from msgspec.msgpack import Decoder, Encoder, Ext
 
 from ..errors import SessionTooLarge, UnsupportedType, ValueRefused
-from .damage import DEEPEST, OF_DATA, check_damage
+from .damage import DECODING_ERRORS, DEEPEST, check_damage
 from .plain import NO_PLAIN_VALUE, TIMES, plain_key, plain_value
 
 _BIG_INT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME = 1, 2, 3, 4, 5, 6, 7
@@ -41,7 +41,7 @@ _LEAST, _MOST = -(2**63), 2**64 - 1  # the integers of MessagePack
 #: The types of dict keys. Equal keys of different types, such as 1 and True, are one key in Python.
 _KEYS = frozenset({str, int, bool, type(None), float})
 
-#: Types whose values can't change after they were read. Tuples can: a tuple may hold a list.
+#: Immutable types. A tuple isn't among them, since it may hold a list.
 IMMUTABLE = _NATIVE | {int, frozenset, _DATETIME_TYPE, _DATE_TYPE, dt.time, dt.timedelta}
 IMMUTABLE |= {UUID, Decimal, Markup}
 
@@ -105,7 +105,7 @@ class Codec:
         """The value in ``raw``. Raises ``UnreadableRecord`` if it is malformed."""
         try:
             return self._decode(raw)
-        except OF_DATA as error:
+        except DECODING_ERRORS as error:
             check_damage(self._decode, raw, error)
 
     def _prepare(self, value: Any, depth: int) -> Any:
@@ -151,7 +151,7 @@ class Codec:
             try:
                 prepared = self._prepare([*value], depth)
             except _Refused as refused:
-                refused.path[-1:] = ["{...}"] * bool(refused.path)  # a set has no places
+                refused.path[-1:] = ["{...}"] * bool(refused.path)  # a set has no indexes
                 raise
             # Sorted, because the order of a set differs between processes.
             items = [Raw(item) for item in sorted(map(self._encode, prepared))]
@@ -174,7 +174,7 @@ class Codec:
             _too_deep(self._max_depth)
         plain = {_plain_key(key): item for key, item in value.items()}
         if len(plain) != len(value):
-            raise _Refused(UnsupportedType, "two keys of a dict have the same plain value")
+            raise _Refused(UnsupportedType, "two keys of a dict would become equal when stored")
         if all(type(key) is str for key in plain):
             return self._prepare(plain, depth)
         pairs: list[Any] = []
@@ -224,9 +224,9 @@ class _SurrogateCodec(Codec):
                 return value
             return Ext(_SURROGATES, value.encode("utf-8", "surrogatepass"))
         if kind is Markup and not is_valid_text(value):
-            raise _Refused(UnsupportedType, "a Markup holds lone surrogates: not valid text")
+            raise _Refused(UnsupportedType, "a Markup with lone surrogates isn't valid text")
         if kind is dict and any(type(key) is str and not is_valid_text(key) for key in value):
-            raise _Refused(UnsupportedType, "a dict key holds lone surrogates: not valid text")
+            raise _Refused(UnsupportedType, "a dict key with lone surrogates isn't valid text")
         return super()._prepare(value, depth)
 
 
@@ -292,13 +292,13 @@ def is_valid_text(text: str) -> bool:
 
 
 def _time_text(value: dt.datetime | dt.time) -> bytes:
-    """ISO 8601, followed by the fold and the time zone's name if there are any."""
+    """ISO 8601, followed by the fold and the time zone's name, if there are any."""
     text = value.isoformat()
     zone = value.tzinfo
     name = zone.key if isinstance(zone, ZoneInfo) and zone.key else ""
     if zone is not None and not name:
         offset = value.utcoffset()
-        # Python 3.11 reads an offset below one second as none at all.
+        # Python 3.11 drops an offset of less than one second when it parses the text.
         if offset is None or (offset and abs(offset) < dt.timedelta(seconds=1)):
             raise _Refused(
                 UnsupportedType,
@@ -329,7 +329,7 @@ def _zone(name: str) -> ZoneInfo | None:
         return None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR):
-            raise  # the machine may know the zone, and failed to read it
+            raise  # the machine may know the zone, but failed to read it
         return None
 
 

@@ -1,4 +1,4 @@
-"""Tells malformed data from other causes of an error while it is decoded."""
+"""Finds out whether a decoding error comes from malformed data or has another cause."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ..errors import UnreadableRecord
 DEEPEST = 200
 _NESTING = (2, 3, 4, 15)  # the extension types of ``codec`` whose data is an array
 
-#: The errors that malformed data causes. Other causes are possible: see ``check_damage``.
-OF_DATA = (DecodeError, ValueError, TypeError, ArithmeticError, RecursionError)
+#: The errors that malformed data raises. They may have another cause: see ``check_damage``.
+DECODING_ERRORS = (DecodeError, ValueError, TypeError, ArithmeticError, RecursionError)
 
 
 def check_damage(
     decode: Callable[[Any], Any], raw: bytes | memoryview, error: Exception
 ) -> NoReturn:
-    """``decode(raw)`` raised ``error``: raises ``UnreadableRecord`` if ``raw`` is malformed.
+    """Raise ``UnreadableRecord`` if ``raw`` is malformed, or else ``error``.
 
-    Otherwise re-raises ``error``: the stack was almost full, or a signal handler raised it. To find
-    out, this decodes malformed data a second time, and measures the depth of nested data.
+    ``error`` was raised by ``decode(raw)``. If the data is well-formed, the stack was almost full,
+    or a signal handler raised the error. To find out, this decodes the data again, or measures how
+    deep it is nested.
     """
     if isinstance(error, RecursionError):
         if not _is_nested_beyond(raw, 2 * DEEPEST):
@@ -31,7 +32,7 @@ def check_damage(
     else:
         try:
             decode(raw)
-        except OF_DATA as again:
+        except DECODING_ERRORS as again:
             if isinstance(again, RecursionError):
                 raise
         else:
@@ -73,8 +74,8 @@ def _is_nested_beyond(raw: bytes | memoryview, limit: int) -> bool:
     return False
 
 
-# MessagePack's first bytes. _SIZES: followed by a length or a count of so many bytes, which is to
-# be multiplied, and whether it counts values. _FIXED: followed by so many bytes of data.
+# By the first byte in MessagePack. _SIZES: the size in bytes of the length or count that follows, a
+# factor for it, and whether it counts values. _FIXED: how many bytes of data follow.
 _SIZES = {
     **{first + n: (2**n, 1, False) for first in (0xC4, 0xC7, 0xD9) for n in range(3)},
     **{first + n: (2 << n, each, True) for first, each in ((0xDC, 1), (0xDE, 2)) for n in (0, 1)},

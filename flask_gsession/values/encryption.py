@@ -1,9 +1,9 @@
 """Encryption of payloads at rest: AES-256-GCM from the ``cryptography`` package.
 
 Each session has its own encryption key, derived with HMAC-SHA256 from the application's key and
-the session key. So random nonces stay safe for any number of sessions, and a payload doesn't
-decrypt under another session key. The authenticated header holds the record's times, so altered
-times don't decrypt either. Source: NIST SP 800-38D, section 8.3.
+the session key. So random nonces stay safe for any number of sessions, and a payload can't be
+decrypted under another session key. The authenticated header holds the record's times, so a payload
+with altered times can't be decrypted either. Source: NIST SP 800-38D, section 8.3.
 """
 
 from __future__ import annotations

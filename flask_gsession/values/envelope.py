@@ -4,10 +4,10 @@
 
     byte 0      format version, 2; 3 if a value is a reference; 4 if the session has an owner
     byte 1      0 plain, 2 sealed with AES-GCM
-    plain:      first 4 characters of the record's key, 4 bytes CRC-32 of the key, of the byte 3 or
-                4 in these formats, and of the content; then the content
-    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the content; also
-                authenticated are bytes 0 and 1, the record's key, and the times that never change:
+    plain:      first 4 characters of the record's key; 4 bytes CRC-32 of the key, the format
+                version if it is 3 or 4, and the content; then the content
+    sealed:     4 bytes key id, 12 bytes nonce, ciphertext and tag of the content; the tag also
+                covers bytes 0 and 1, the record's key, and the times that never change:
                 created_at and absolute_expires_at, for a pointer also the end of its grace
 
 The checksum or the AES-GCM tag binds the payload to its record: the payload of another session, or
@@ -33,15 +33,15 @@ _FORMATS = (FORMAT, WITH_REFERENCES, OWNED)
 _PLAIN = {number: bytes((number, 0)) for number in _FORMATS}
 _SEALED = {number: bytes((number, 2)) for number in _FORMATS}
 _SEALED_WITHOUT_TIMES = (b"\2\1", b"\3\1")
-#: What the checksum covers beside the key and the content, by the header of a plain payload. The
-#: formats differ in one bit, so the checksum covers the format.
+#: The bytes that the checksum covers besides the key and the content, by the header of a plain
+#: payload: the format version, since the versions differ in a single bit.
 _COVERED = {header: b"" if n == FORMAT else bytes((n,)) for n, header in _PLAIN.items()}
 _SEALED_HEADERS = frozenset(_SEALED.values())
 NOT_ENCRYPTED = "not encrypted"
 _CONTENT = 10  # the position in a plain payload
 
-#: The record's created_at and absolute_expires_at, for a pointer also its idle_expires_at, since
-#: no pointer is ever renewed.
+#: The record's created_at and absolute_expires_at. For a pointer, which is never renewed, also its
+#: idle_expires_at.
 Times = tuple[int, ...]
 
 
@@ -78,9 +78,9 @@ class Envelope:
         return content
 
     def open_other(self, key: str, payload: bytes, times: Times) -> bytes:
-        """The content of a record that is no session's. Raises as ``open`` does.
+        """The content of a record that isn't a session. Raises as ``open`` does.
 
-        A damaged format number isn't taken for a newer format, which others may need.
+        But a damaged format number counts as corrupt, and not as a newer format.
         """
         try:
             return self.open(key, payload, times)
@@ -94,7 +94,7 @@ class Envelope:
         return self.seal(key, self.open(key, payload, before), after, payload[0])
 
     def _open_sealed(self, header: bytes, key: str, payload: bytes, times: Times) -> bytes:
-        """Decrypt the content, or say why that can't be done."""
+        """Decrypt the content, or raise the reason why that isn't possible."""
         if header in _COVERED:
             raise UnreadableRecord("corrupt", f"{NOT_ENCRYPTED}; SESSION_ENCRYPTION_KEYS is set")
         if header in _SEALED_HEADERS:
@@ -112,7 +112,7 @@ class Envelope:
         raise UnreadableRecord("corrupt", "malformed payload")
 
     def _fits(self, key: str, payload: bytes, times: Times) -> bool:
-        """Whether all of it but the format number, which the checks cover, is of a known format."""
+        """Whether the payload would be valid with a known format number."""
         kinds = {b"\0": (_PLAIN, Envelope(None)), b"\2": (_SEALED, self)}
         headers, envelope = kinds.get(payload[1:2], ({}, self))
         for header in headers.values():

@@ -7,7 +7,7 @@ A stored frame::
 
 Both checks cover the frame, its position, and whether it is the last one. The key for the plain
 check is random for each blob, and is stored only in the session's record. So a truncated, altered,
-exchanged or moved frame is detected before any of it is used.
+swapped or moved frame is detected before any of it is used.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class LargeValueStorage:
     ) -> Reference:
         """Write ``pieces`` of ``frame_bytes`` each into a new blob; the last may be shorter.
 
-        ``allowed``: bytes up to which the value may exceed the setting. ``room``: bytes that the
-        large values of the session may still grow by.
+        ``allowed``: the bytes that the value may have, even if the setting allows fewer. ``room``:
+        the bytes by which the large values of the session may still grow.
 
         Raises ``SessionTooLarge``, ``StoreUnavailable`` and the errors of ``pieces``, after
-        discarding the blob.
+        discarding the blob. One round trip for each frame.
         """
         sealed, size = int(self._cipher is not None), self.frame_bytes
         name, key = secrets.token_bytes(16), secrets.token_bytes(16)
@@ -102,19 +102,22 @@ class LargeValueStorage:
                 )
         except BaseException as error:
             if isinstance(error, Gone):
-                raise StoreUnavailable("a large value vanished during its write") from None
+                raise StoreUnavailable("a large value was removed while it was written") from None
             if begun and not isinstance(error, StoreUnavailable):  # otherwise it expires
                 self.discard([blob.name], 0)
             raise
         return blob._replace(digest=digest.digest(), length=length)
 
     def frame(self, reference: Reference, number: int) -> bytes:
-        """One frame of the content. Raises ``ValueLost`` and ``StoreUnavailable``."""
+        """One frame of the content, in one round trip.
+
+        Raises ``ValueLost`` and ``StoreUnavailable``.
+        """
         last = number == reference.frames - 1
         return self._open(reference, number, last, self._stored(reference, number, last)[1])
 
     def stored(self, reference: Reference) -> Iterator[tuple[int, bytes]]:
-        """The frames as stored, each with its offset. Raises as ``frame``."""
+        """The frames as they are stored, each with its offset. Raises as ``frame`` does."""
         for number in range(reference.frames):
             yield self._stored(reference, number, number == reference.frames - 1)
 

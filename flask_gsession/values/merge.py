@@ -53,7 +53,7 @@ def counter(base: Any, theirs: Any, mine: Any) -> Any:
 
 
 def set_union(base: Any, theirs: Any, mine: Any) -> Any:
-    """Sets: keeps the entries that either request added, without those that this one removed."""
+    """Sets: adds and removes the same entries as this request, and keeps the other changes."""
     before, stored, wanted = _all_of((set, frozenset), frozenset(), base, theirs, mine)
     return type(mine)((stored - (before - wanted)) | (wanted - before))
 
@@ -89,7 +89,7 @@ def flashes(base: Any, theirs: Any, mine: Any) -> Any:
 
 
 def _all_of(kinds: tuple[type, ...], missing: Any, *values: Any) -> tuple[Any, ...]:
-    """The values, with ``missing`` instead of ``MISSING``. TypeError for any other type."""
+    """The values, with ``missing`` for ``MISSING``. Raises ``TypeError`` for other types."""
     for value in values:
         if value is not MISSING and type(value) not in kinds:
             raise TypeError(f"{type(value).__name__} isn't one of {[k.__name__ for k in kinds]}")
@@ -115,8 +115,8 @@ POLICIES: dict[str, MergeFunction] = {
 def encode_within(codec: Codec, key: str, value: object, *known: bytes | None) -> bytes:
     """Encode a value that replaces one of the ``known`` values.
 
-    A value that is nested too deep passes if it isn't longer than all of them, since the limit may
-    have been lowered after they were stored. Raises as ``Codec.encode``.
+    A value that is nested too deep passes if it is no longer than the longest of them, since the
+    limit may have been lowered after they were stored. Raises as ``Codec.encode`` does.
     """
     try:
         return codec.encode(key, value)
@@ -151,10 +151,10 @@ class Versioned(Protocol):
     scope: str
 
     def merge_function(self, of_settings: MergeFunction | None) -> MergeFunction | None:
-        """The key's merge policy, or else the one of the settings with its result checked."""
+        """The key's merge policy, or else the one from the settings with its result checked."""
 
     def upgraded(self, version: int, data: Any) -> Any:
-        """Stored data in the key's version. Raises ``SessionConflict`` if they can't be."""
+        """Stored data, upgraded to the key's version. Raises ``SessionConflict`` if it can't be."""
 
 
 #: The typed keys of this process by name. An application may not have used its key yet.
@@ -239,7 +239,7 @@ class Merger:
             raise ValueRefused(
                 f"session[{ascii(key)[:60]}]",
                 f"its merge policy {getattr(policy, '__name__', policy)} failed with "
-                f"{type(error).__name__}: it can't merge values of these types",
+                f"{type(error).__name__}; make sure that it can merge values of these types",
             ) from error
         if policy is flashes and not result:
             return None
@@ -252,7 +252,7 @@ class Merger:
 
 
 def _upgraded(key: Versioned, values: list[Any], marks: list[Mark]) -> list[Any]:
-    """The three sides in the key's version: another worker may have stored an older one."""
+    """The three sides, upgraded to the key's version, since workers may have stored older ones."""
     found = []
     for number, (value, mark) in enumerate(zip(values, marks, strict=True)):
         if value is not MISSING and mark.version != key.version:

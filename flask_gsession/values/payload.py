@@ -37,10 +37,10 @@ _Milliseconds = Annotated[int, Meta(ge=0, lt=END_OF_TIME)]
 class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
     """The user that a session is bound to, and the session's place in the user's roster.
 
-    ``seen``: when it was last entered in the roster, in seconds; 0 if it must be looked up there
-    before it is used. ``until``: the roster takes it to end no later, in seconds.
-    ``predecessor``: the session that it was rotated from, which may be the one in the roster.
-    ``signed_in``: when the user signed in, in seconds, rounded up; 0 if a cookie did it instead.
+    Times are in seconds. ``seen``: when it was last entered in the roster; 0 if a request must look
+    it up there first. ``until``: when it ends at the latest, according to the roster.
+    ``predecessor``: the session that it was rotated from, which the roster may list in its place.
+    ``signed_in``: when the user signed in, rounded up; 0 after a sign-in by a remember-me cookie.
     """
 
     user_id: str
@@ -55,10 +55,11 @@ class Owner(Struct, array_like=True, frozen=True, omit_defaults=True):
 
 
 class Origin(Struct, array_like=True, frozen=True):
-    """The old session that this one was made from; see ``moving.mark``.
+    """The old session that this one was imported from; see ``moving.mark``.
 
     ``label``: of the source. ``mark``: the key of the mark. ``sealed``: the old record's name,
-    which only the secret key opens. ``expires_at``: the old record's end then, in milliseconds.
+    encrypted with the secret key. ``expires_at``: the old record's expiry at the time of the
+    import, in milliseconds.
     """
 
     label: str
@@ -75,12 +76,12 @@ class Origin(Struct, array_like=True, frozen=True):
 
 
 class Join(Struct, array_like=True, frozen=True, omit_defaults=True):
-    """A visitor's values that are to join, or have joined, the values of a user: see ``joins``.
+    """A visitor's values that will join, or have joined, the values of a user: see ``joins``.
 
-    In a session that has values for a user under these ``keys``: ``id`` stays the same through
-    rotations, ``revision`` grows with each save. In a user's record: the revision that has joined,
-    and its ``values``; no values and ``CLOSED`` once the sign-in is complete. ``ends_at``, in
-    milliseconds: when it can be forgotten.
+    A session has these values under ``keys``. Its ``id`` stays the same through rotations, and
+    ``revision`` grows with each save. A user's record holds the revision that has joined and its
+    ``values``; once the sign-in is complete, the revision is ``CLOSED``, without values.
+    ``ends_at``: when the join can be forgotten, in milliseconds.
     """
 
     id: bytes
@@ -104,12 +105,12 @@ class Body(Struct, array_like=True, gc=False):
     """The contents of a payload: the encoded values by key, and the session's own idle lifetime.
 
     ``lifetime`` is in milliseconds; None means the application's setting. ``marked``: whether any
-    value has a mark (see ``marks``); if not, it takes no byte. ``debug_until``: the end of
-    debugging for this session, in milliseconds since 1970. ``has_large``: whether any value is a
-    reference to a large value (see ``references``). ``owner``: the user that the session is bound
-    to. ``origin``: of a session that was imported from another library or store. ``settled``: by
-    edge node, the number of the last change that it settled here. ``joins``:
-    what is to join a user's values at the sign-in; in a user's record, what has.
+    value has a mark (see ``marks``). ``debug_until``: the end of debugging for this session, in
+    milliseconds since 1970. ``has_large``: whether any value is a reference to a large value (see
+    ``references``). ``owner``: the user that the session is bound to. ``origin``: of a session that
+    was imported from another library or store. ``settled``: the number of the last change that
+    each edge node settled here. ``joins``: the joins of the next sign-in; in a user's record, the
+    joins that have happened.
     """
 
     values: dict[str, Annotated[bytes, Meta(min_length=1)]]
@@ -135,7 +136,7 @@ decode_body = Decoder(Body).decode
 _encode = Encoder().encode
 _DEFAULTS: tuple[object, ...] = (..., None, False, None, False, None, None, None, ())
 
-#: Returns the values that are stored already, since a limit may have been lowered after that.
+#: Returns the stored values, which may exceed a limit that was lowered since.
 Before = Callable[[], Mapping[str, bytes]]
 
 
@@ -149,8 +150,8 @@ class BodyFormat:
     def encode(self, body: Body, before: Before | None = None) -> tuple[int, bytes]:
         """The number of the format that the body needs, and the encoded body.
 
-        The body may exceed a limit if it is no larger than the values ``before``. Raises
-        ``SessionTooLarge``, or ``UnsupportedType`` for a key that isn't valid text.
+        The body may exceed a limit if it is no larger than the values that ``before`` returns.
+        Raises ``SessionTooLarge``, or ``UnsupportedType`` for a key that isn't valid text.
         """
         values, number = body.values, FORMAT
         if len(values) > self._max_keys:
@@ -198,7 +199,7 @@ def _not_text(values: Mapping[str, bytes]) -> UnsupportedType:
     """The error for the first key that can't be encoded."""
     bad = next(key for key in values if not is_valid_text(key))
     return UnsupportedType(
-        f"session[{ascii(bad)[:60]}]", "a key that holds lone surrogates is not valid text"
+        f"session[{ascii(bad)[:60]}]", "a key with lone surrogates isn't valid text"
     )
 
 

@@ -4,8 +4,8 @@ Libraries put subclasses of ``dict``, ``str`` and others into sessions: tokens, 
 named tuples. They are stored as their base type, and an object with ``__html__``, such as a lazily
 translated text, as the ``Markup`` that it renders to. Flask's own session does the same.
 
-The content is read with the methods of the plain type, and compared. An object whose own methods
-return something else, or that doesn't equal the result, has no plain value.
+The methods of the plain type read the content. An object whose own methods return other content, or
+that doesn't equal the result, has no plain value.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _plain_dict(value: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _as(base: Any) -> Callable[[Any], Any]:
-    """A converter to a list or a set; refuses objects whose methods change the content."""
+    """A converter to a container type; refuses objects whose own methods return other items."""
 
     def convert(value: Any) -> Any:
         held, shown = base(base.__iter__(value)), base(iter(value))

@@ -9,8 +9,8 @@ A reference is an extension type of MessagePack, like a mark, and may have a mar
                 16 name of the blob      16 key for the checksums of plain frames
                 32 SHA-256 of the content     8 its length     4 length of a frame
 
-Code that compares, merges or moves a value uses the bytes of the reference. ``holds`` finds equal
-content under another name.
+Code that compares, merges or moves a value uses the bytes of the reference. ``holds`` recognises
+equal content under another name.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _is_well_formed(data: bytes) -> bool:
 def refers(raw: bytes | None) -> bool:
     """Whether an encoded value, with a mark or without, is a reference.
 
-    A malformed reference counts as none, and can't be decoded.
+    A malformed one isn't a reference, and can't be decoded.
     """
     if raw is None or raw[0] != EXT_32:
         return False

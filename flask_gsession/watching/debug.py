@@ -92,7 +92,7 @@ def report(session: SessionData, response: Response | None, error: object = None
     trace.reported = session.accessed
     facts = facts_of(session, response, error)
     text = f"Session after {as_text(facts)}"
-    if trace.by_order:
+    if trace.one_session:
         log_dump(logging.INFO, text, facts)
         return
     if response is not None:

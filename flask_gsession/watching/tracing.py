@@ -40,18 +40,18 @@ class Refusal(NamedTuple):
 class Trace:
     """The store calls, events and keys of one session in one request.
 
-    ``by_order``: debugging is on for this one session (``flask gsession debug``), not for the
-    application.
+    ``one_session``: whether debugging is on for this session (``flask gsession debug``), and not
+    for the application.
     """
 
-    def __init__(self, *, by_order: bool = False) -> None:
-        self.by_order = by_order
+    def __init__(self, *, one_session: bool = False) -> None:
+        self.one_session = one_session
         self.reported = False
         self.calls: list[Call] = []
         self.events: list[Event] = []
         self.refusal: Refusal | None = None
         self.failure: str | None = None
-        # All in the order of use.
+        # Each in the order of use.
         self.read: dict[str, int] = {}  # bytes by key
         self.absent: dict[str, None] = {}
         self.touched: dict[str, None] = {}  # set or removed by the request, stored or not
@@ -60,7 +60,7 @@ class Trace:
         self.types: dict[str, str] = {}
 
     def stored(self, key: str, before: bytes | None, after: bytes | None) -> None:
-        """Note that a change of this key is in the store."""
+        """Note that a change of this key was stored."""
         if after is None:
             self.deleted[key] = None
             self.written.pop(key, None)
@@ -80,7 +80,7 @@ def traced(repository: Repository, trace: Trace) -> Repository:
 
 
 class TracedRefusals:
-    """Records why a token was refused, and passes that on."""
+    """Records why a token was refused, and forwards the refusal."""
 
     def __init__(self, refusals: Refusals, trace: Trace) -> None:
         self._refusals = refusals

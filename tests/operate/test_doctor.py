@@ -683,19 +683,19 @@ SLAVE = "ip=db,port=1,state={},offset=90,lag={}"
             {"slave0": SLAVE.format("online", 1)},
             "ok",
             "replica",
-            "db:1 online, 10 bytes behind, heard of 1 s ago",
+            "db:1 online, 10 bytes behind, last heard from 1 s ago",
         ),
         (
             {"slave0": SLAVE.format("online", 6)},
             "warning",
             "replica",
-            "db:1 online, 10 bytes behind, heard of 6 s ago",
+            "db:1 online, 10 bytes behind, last heard from 6 s ago",
         ),
         (
             {"slave0": SLAVE.format("wait_bgsave", 0)},
             "warning",
             "replica",
-            "db:1 wait_bgsave, 10 bytes behind, heard of 0 s ago",
+            "db:1 wait_bgsave, 10 bytes behind, last heard from 0 s ago",
         ),
     ],
 )

@@ -272,9 +272,9 @@ def circuits(url: str, _: Path) -> Any:
 
     with suppress(StoreUnavailable):
         circuit.call(slow)
-    assert not circuit.is_well
+    assert not circuit.is_healthy
     with circuit._lock:
-        return CChild(lambda: [circuit.call(lambda: "loaded"), circuit.is_well]).result()
+        return CChild(lambda: [circuit.call(lambda: "loaded"), circuit.is_healthy]).result()
 
 
 def cleanup(url: str, _: Path) -> Any:

@@ -567,7 +567,7 @@ def test_the_success_of_another_write_is_not_taken_for_ours(own_redis: RedisServ
         connection = pool.get_connection()
         connection.send_command("ECHO", b"K" + new_version().to_bytes(8, "big"))
         pool.release(connection)
-    with pytest.raises(StoreUnavailable, match="an answer was lost"):
+    with pytest.raises(StoreUnavailable, match="a reply was lost"):
         store.save(mine, new_version())
     assert store.load(record.key) == record
     pool.disconnect()

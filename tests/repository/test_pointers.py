@@ -67,6 +67,6 @@ def test_a_token_whose_successor_has_ended_is_reported_with_the_reason(site: Sit
     assert repository.find(first.key, True, {first.key: first, ended.key: ended}.get) is None
     assert repository.find(first.key, False, {first.key: first}.get) is None
     assert [call.args for call in refusals.note.mock_calls] == [
-        ("unknown", first.key, "rotated away, and its successor has ended"),
-        ("expired", first.key, "it was not used for as long as its idle timeout"),
+        ("unknown", first.key, "the session was rotated, and has ended since"),
+        ("expired", first.key, "it wasn't used within its idle timeout"),
     ]

@@ -320,10 +320,10 @@ def test_a_caller_in_a_hurry_opens_no_circuit_for_the_others() -> None:
     late = StoreUnavailable("no time left")
     with ending_by(time.monotonic()):
         circuit.failed(late, circuit.clock() - 0.2)
-    assert circuit.is_well
+    assert circuit.is_healthy
     with ending_by(time.monotonic()):  # as long as the store's own budget
         circuit.failed(late, circuit.clock() - 0.9)
-    assert not circuit.is_well
+    assert not circuit.is_healthy
 
 
 @pytest.fixture(params=["redis", "mongodb"])

@@ -265,7 +265,7 @@ def test_a_repeat_that_meets_another_write_is_in_doubt(
         return answer
 
     monkeypatch.setattr(Slot, "ask", lose_the_first_answer)
-    with pytest.raises(StoreUnavailable, match="an answer was lost"):
+    with pytest.raises(StoreUnavailable, match="a reply was lost"):
         store.save(mine, record.version)
     if meanwhile == "a rotation":
         assert store.load(rotated.key) == rotated

@@ -229,13 +229,13 @@ def test_why_a_token_is_refused(make_site: SiteMaker, clock: FakeClock, log: Log
     after = session_key(tab.token)
     old = visitor.another_tab()
     clock.advance(11)
-    over = f"rotated away, and the grace is over; it went on as {after}"
+    over = f"rotated, and the grace period is over; the session continues as {after}"
     assert refused(old, log) == ("unknown", over)
 
     visitor, tab = (first := stored()), first.another_tab()
     tab.run(lambda session: session.rotate())
     site.store.store.delete(session_key(tab.token))
-    ended = ("unknown", "rotated away, and its successor has ended")
+    ended = ("unknown", "the session was rotated, and has ended since")
     assert refused(visitor, log) == ended
 
     visitor = stored()
@@ -247,7 +247,7 @@ def test_why_a_token_is_refused(make_site: SiteMaker, clock: FakeClock, log: Log
 
     idle, absolute = stored(), stored(short)
     clock.advance(7261)
-    because = "it was not used for as long as its idle timeout"
+    because = "it wasn't used within its idle timeout"
     assert refused(idle, log) == ("expired", because)
     assert refused(absolute, log) == ("expired", "it reached its absolute timeout")
     assert [call["operation"] for call in log.facts()["calls"]] == ["load"]

@@ -1,11 +1,12 @@
 """Sessions in Redis, Valkey or a Redis Cluster.
 
-``store`` has the verbs, ``cluster`` the differences in a Cluster. ``pool``, ``servers`` and
-``wakeup`` connect, ``scans`` goes through the keys, ``health`` is for the doctor. ``driver`` knows
-the differences between the versions of redis-py, and refuses versions that don't work.
+``store`` puts a store together, ``records`` has its verbs, and ``cluster`` the differences in a
+Cluster. ``pool``, ``servers`` and ``wakeup`` connect, ``scans`` iterates over the keys, and
+``health`` has the doctor's checks. ``driver`` handles the differences between versions of redis-py,
+and refuses versions that don't work.
 """
 
-from . import driver  # noqa: F401  # first: refuses versions of redis-py that lack names which the other modules import
+from . import driver  # noqa: F401  # first: the other modules import names that old versions lack
 from .cluster import RedisClusterStore
 from .store import RedisStore
 

@@ -1,4 +1,4 @@
--- Move the expiry of existing blobs, either only later or only earlier.
+-- Make existing blobs expire later, or earlier. Leaves blobs that do so already.
 -- KEYS: blobs. ARGV: later | earlier, life in ms.
 local life = tonumber(ARGV[2])
 for _, blob in ipairs(KEYS) do

@@ -18,7 +18,7 @@ from .records import DELETE, Records
 
 
 class RedisBulk(Bulk):
-    """Part ``bulk``: whatever isn't answered at once is deleted on its own."""
+    """The part ``bulk``. If a reply is missing or unexpected, its session is deleted again."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -26,7 +26,7 @@ class RedisBulk(Bulk):
     def delete_many(self, keys: Sequence[str]) -> list[Deleted]:
         if not keys:
             return []
-        first = self._records.delete(keys[0])  # the server knows the script then
+        first = self._records.delete(keys[0])  # also loads the script on the server
         answers = self._ask(keys[1:])
         pairs = zip(keys[1:], answers, strict=True)
         return [first, *(self._deleted(key, answer) for key, answer in pairs)]
@@ -34,7 +34,7 @@ class RedisBulk(Bulk):
     def _ask(self, keys: Sequence[str]) -> Sequence[Any]:
         commands = self._records.commands
         requests = [
-            packed(b"EVALSHA", DELETE.sha, *self._records.words_to_remove(key)) for key in keys
+            packed(b"EVALSHA", DELETE.sha, *self._records.deletion_arguments(key)) for key in keys
         ]
         if not requests:
             return []
@@ -51,5 +51,5 @@ class RedisBulk(Bulk):
             try:
                 return Deleted(True, unpack(key, answer[1:]))
             except UnreadableRecord:
-                pass  # the answer to another command
-        return self._records.delete(key)  # through pointers, or once more
+                pass  # the reply to another command
+        return self._records.delete(key)  # follows pointers

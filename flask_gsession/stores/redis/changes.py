@@ -28,13 +28,13 @@ _PING = packed(b"PING")
 _HELLO = packed(b"HELLO", b"3")
 _SLOTS = 16_384
 _RIGHTS = " (the user needs +client|tracking +hello +ping, and in a cluster +exists)"
-_ONLY = ""  # the name of a server that is the only one
+_ONLY = ""  # the name of the only server
 
 
 class RedisSource:
-    """The server of a store: one, or the primary that ``commands.pool`` finds.
+    """The server of a store, or the primary that ``commands.pool`` finds.
 
-    ``make`` makes a connection.
+    ``make`` creates a connection.
     """
 
     unproven = ""
@@ -46,7 +46,7 @@ class RedisSource:
         self.timeout = commands.timeout
         self.moved: Callable[[], object] = bool
         self.shifted: Callable[[], object] = bool
-        # Keys of large values don't begin like this, so fewer changes arrive.
+        # Leaves out the keys of large values, so fewer changes arrive.
         self._begin = commands.names.start
 
     def servers(self) -> Iterable[Hashable]:
@@ -105,7 +105,7 @@ class ClusterSource(RedisSource):
             name = b"%b%d}" % (self._begin, number)
             if self._commands.pool.known_owner(key_slot(name)) == server:
                 return name
-        raise StoreUnavailable("redis: this node of the cluster serves no slot any more")
+        raise StoreUnavailable("redis: this node of the cluster no longer serves any slot")
 
 
 class RedisChanges:
@@ -119,7 +119,7 @@ class RedisChanges:
         self._unread = b""
 
     def begin(self) -> None:
-        """Connect, and let the server push changes."""
+        """Connect, and ask the server to push changes."""
         track = packed(b"CLIENT", b"TRACKING", b"ON", b"BCAST", b"PREFIX", self._prefix)
         deadline = time.monotonic() + self._timeout
         try:
@@ -161,7 +161,7 @@ class RedisChanges:
                     else:
                         self._add(message[1], keys)
         except TimeoutError:
-            pass  # of this wait
+            pass  # nothing came within ``seconds``
         except (RedisError, OSError, AttributeError, ValueError) as error:
             raise _unheard(error) from error
         return Heard(keys, answers, more)
@@ -211,7 +211,7 @@ def _unheard(error: Exception) -> StoreUnavailable:
 
 
 class _Push(list[Any]):
-    """A message that answers no command."""
+    """A message that isn't a reply to a command."""
 
 
 class _Incomplete(Exception):
@@ -219,7 +219,7 @@ class _Incomplete(Exception):
 
 
 def _parsed(data: bytes, at: int) -> tuple[Any, int]:
-    """The value of RESP3 that begins at ``at``, and where the next one begins."""
+    """The RESP3 value that begins at ``at``, and where the next one begins."""
     end = data.find(b"\r\n", at)
     if end < 0:
         raise _Incomplete

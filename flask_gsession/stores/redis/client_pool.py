@@ -1,4 +1,4 @@
-"""The connections of a client that the application made, lent as our own are."""
+"""Lends connections from a Redis client that the application created."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .pool import ConnectionPool, bounded, is_refusal
 
 
 class ClientSlot:
-    """A connection that an existing client's pool lent."""
+    """A connection from an existing client's pool."""
 
     __slots__ = ("connection", "deadline")
 
@@ -35,7 +35,7 @@ class ClientSlot:
         self.deadline = deadline
 
     def ask(self, request: bytes) -> Any:
-        """Send a packed command; its answer, as bytes."""
+        """Send a packed command, and return its reply as bytes. Raises the server's errors."""
         left = self.deadline - monotonic()
         if left <= 0:
             raise RedisTimeoutError("no time left after waiting for a connection")
@@ -50,7 +50,7 @@ class ClientSlot:
             raise as_driver_error(error) from None
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
-        """Send so many packed commands at once; their answers, errors of the server among them."""
+        """Send ``count`` packed commands at once. Returns replies and errors of the server."""
         self.connection.send_packed_command((requests,))
         return [self._answer() for _ in range(count)]
 
@@ -65,7 +65,7 @@ class ClientSlot:
 
 
 class ClientPool:
-    """The pool of an existing client, lent in the same way; its settings bound the connecting."""
+    """Lends connections from an existing client's pool. Its settings limit the time to connect."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._pool = client.connection_pool
@@ -73,12 +73,12 @@ class ClientPool:
         self.make: Callable[[], Any] = partial(
             bounded(self._pool.connection_class), **self._pool.connection_kwargs
         )
-        #: called where a connection leads elsewhere than the one that is followed
+        #: called when a connection leads to another server than the followed one
         self.moved: Callable[[], object] = bool
         self._peer: Any = None
 
     def take(self, deadline: float, name: bytes = b"") -> ClientSlot:
-        """A connection out of the client's pool."""
+        """A connection from the client's pool."""
         try:
             connection = lend(self._pool)
         except (redis.RedisError, OSError):
@@ -138,7 +138,7 @@ class SentinelClientPool(ConnectionPool):
     def __init__(self, client: redis.Redis, size: int) -> None:
         pool = client.connection_pool
         check_client(pool.connection_kwargs)
-        self._client = client  # its pool, to which connections refer weakly, has to live
-        # A command is tried again with the next connection, so that connecting is not.
+        self._client = client  # keeps its pool alive, which connections refer to weakly
+        # Commands are retried on another connection, so connecting isn't retried.
         options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
         super().__init__(partial(bounded(pool.connection_class), **options), size)

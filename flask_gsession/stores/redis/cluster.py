@@ -1,8 +1,8 @@
-"""Sessions in a Redis Cluster: each in the node of its slot, which may move at any time.
+"""Sessions in a Redis Cluster: each at the node that serves its slot, and slots move at any time.
 
-A rotation writes two keys in two slots. It first stores the new record, and then the old key
-decides: one of several rotations wins, and no client has a token for the records of those that
-lose. If the process dies in between, the unused record stays until it expires.
+A rotation writes two keys in two slots: first the new record, then the pointer under the old key.
+The second write decides which of several rotations wins; no client has a token for the records of
+the others. If the process dies in between, the unused record stays until it expires.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from .store import RedisStore
 
 _ASKING, _SLOTS = packed(b"ASKING"), packed(b"CLUSTER", b"SLOTS")
 _ROTATE = Script("rotate")
-_TRIED = 500  # names, to find one for each node
-_END_SHOWN = 10_000  # milliseconds for which an old key shows a repeat that it was rotated away
+_TRIED = 500  # names to try, to find one for each node
+# A repeated rotation recognises its earlier effect under the old key for so many milliseconds.
+_END_SHOWN = 10_000
 
 _SILENT = (RedisConnectionError, RedisTimeoutError, OSError)
 
@@ -63,8 +64,8 @@ class Cluster:
         self._pools: dict[Address, ConnectionPool] = {}
         self._owners: Owners = {}
         self._outdated = True
-        self._knowing: Address | None = None  # the node to ask first
-        self._silent: Address | None = None  # the node to ask last
+        self._ask_first: Address | None = None  # the node that named another for a slot
+        self._ask_last: Address | None = None  # the node that didn't answer
         #: called when records may be read from other nodes than before
         self.shifted: Callable[[], object] = bool
 
@@ -73,16 +74,16 @@ class Cluster:
         return self._make(host=address[0], port=address[1], **options)
 
     def look(self, deadline: float) -> list[Address]:
-        """Ask for the slot table; the nodes that serve slots."""
+        """Ask for the slot table, and return the nodes that serve slots."""
         self._look(deadline)
         return list(dict.fromkeys(self._owners.values()))
 
     def known_owner(self, slot: int) -> Address | None:
-        """The node that serves a slot, as far as that is known without asking."""
+        """The node that serves a slot, or None if the slot table has to be asked for first."""
         return self._owners.get(slot)
 
     def make(self, **options: Any) -> Any:
-        """A connection to any one of the nodes: all of them hear published messages."""
+        """A connection to any node, since published messages reach all of them."""
         host, port = random.choice([*(set(self._owners.values()) or self._seeds)])
         return self._make(host=host, port=port, **options)
 
@@ -95,7 +96,7 @@ class Cluster:
         return pool
 
     def owner(self, slot: int, deadline: float) -> Address:
-        """The node that serves a slot, according to the last answer."""
+        """The node that serves a slot, according to the last slot table."""
         if self._outdated:
             self._look(deadline)
         try:
@@ -138,13 +139,13 @@ class Cluster:
             self.failed(address)
 
     def failed(self, address: Address) -> None:
-        """This node did not answer: a failover may have moved its slots."""
-        self._silent, self._outdated = address, True
+        """Note that a node didn't answer. A failover may have moved its slots."""
+        self._ask_last, self._outdated = address, True
 
     def moved(self, slot: int, to: Address) -> None:
-        """A node named another for this slot, and more slots may have moved there."""
+        """Note that another node serves this slot now. More slots may have moved there."""
         self._owners[slot] = to
-        self._knowing, self._outdated = to, True
+        self._ask_first, self._outdated = to, True
         self.shifted()
 
     def close(self) -> None:
@@ -156,10 +157,10 @@ class Cluster:
         """Ask a node for the slot table."""
         known = list({*self._owners.values(), *self._seeds})
         random.shuffle(known)
-        known.sort(key=lambda address: (address != self._knowing, address == self._silent))
+        known.sort(key=lambda address: (address != self._ask_first, address == self._ask_last))
         last = ""
         for address in known:
-            # A node that is frozen must leave time for the others.
+            # Leaves time for the others if this node is frozen.
             share = time.monotonic() + (deadline - time.monotonic()) / 3
             try:
                 owners = _owners_in(self._ask(address, share), address)
@@ -174,7 +175,7 @@ class Cluster:
                 if owners != before:
                     self.shifted()
                 self._outdated = False
-                self._knowing = self._silent = None
+                self._ask_first = self._ask_last = None
                 for gone in self._pools.keys() - {*owners.values(), *self._seeds}:
                     pool = self._pools.pop(gone, None)
                     if pool is not None:
@@ -190,7 +191,7 @@ class Cluster:
 
 
 class ClusterCommands(Commands):
-    """Sends each command to the node of its key's slot, wherever that moves."""
+    """Sends each command to the node that serves its key's slot, and follows slots that move."""
 
     def __init__(self, cluster: Cluster, options: StoreOptions) -> None:
         # A failover or a moving slot sends a request from node to node before it is served.
@@ -244,7 +245,7 @@ class ClusterRecords(Records):
     """Keeps records. A rotation writes two of them, in two slots."""
 
     def load(self, key: str, deadline: float | None = None) -> Record | None:
-        # ``_end_of`` leaves pointers to nowhere, which are no records.
+        # ``_end_of`` leaves pointers to nowhere, which don't count as records.
         record = super().load(key, deadline)
         return None if record is not None and record.successor == "" else record
 
@@ -281,7 +282,7 @@ class ClusterRecords(Records):
                 ]
                 reply = commands.run(deadline, _ROTATE, keys, arguments, mine, confirmation, b"N")
                 if reply == b"N" and first:
-                    raise Gone  # rotated before, and ended since: not to be brought back
+                    raise Gone  # the rotation was done before, and the session has ended since
                 if reply[:1] != b"R":
                     break
                 record, shorten = renewed_since(record, reply)
@@ -312,14 +313,16 @@ class ClusterRecords(Records):
         return [self.names.record(key), *([] if lease is None else [self.names.lease(key)])]
 
     def end_lease(self, key: str, deadline: float) -> None:
-        """Wake the requests that wait for the lease."""
-        # A lease without its session has no effect and runs out, but its waiters would wait for it.
+        """Delete the lease of an ended session, and wake the requests that wait for it.
+
+        It has no effect without its session, but its waiters would wait until it expires.
+        """
         keys = [self.names.lease(key)]
         with suppress(StoreUnavailable):
             ask_for_lease(self.commands, keys, b"end", b"-", deadline=deadline)
 
     def _end_of(self, key: str, record: Record) -> Record:
-        """An expired pointer under a key that ended, by which a repeat recognises its own work."""
+        """An expired pointer to nowhere, by which a repeat recognises its earlier effect."""
         now = self.commands.now()
         return record._replace(
             key=key, idle_expires_at=now, absolute_expires_at=now, payload=b"", successor=""
@@ -347,7 +350,7 @@ class ClusterBlobs(RedisBlobs):
 
 
 class RedisClusterStore(ClusterRecords, RedisStore):
-    """Keeps records in a Redis Cluster: at the nodes of ``url``, or where an existing client is.
+    """Keeps records in a Redis Cluster, whose nodes come from a URL or an existing client.
 
     One call takes at most ``options.timeout``. If you pass in a client, the store uses its nodes
     and the options of its connections, and makes its own connections.
@@ -377,7 +380,7 @@ def _of_url(url: str, timeout: float) -> tuple[Callable[..., Any], list[Address]
     servers = servers_of(url, 6379)
     kind, settings = connections_of(f"{servers.single}?{urlencode(servers.options)}", timeout)
     if settings.get("db"):
-        raise ValueError("a cluster has one database")
+        raise ValueError("a Redis Cluster has only database 0")
     return partial(kind, **settings), servers.addresses
 
 

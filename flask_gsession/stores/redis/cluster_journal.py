@@ -1,13 +1,14 @@
-"""The part ``journal`` in a Redis Cluster, where session, index and stream are in other slots.
+"""The part ``journal`` in a Redis Cluster, where session, index and stream are in different slots.
 
 Why the steps come in this order (``tests/simulation/journal_model.py`` explores the others):
 
-- a session that is written before its place in the index, and then a crash: nobody would look for
-  it when it expires. So the index comes first; a place without a session is removed when it is due;
-- a session that is deleted before its entry, and then a crash: the end would be lost. So it is
-  replaced by a marker that holds the entry; then comes the entry; then the marker goes. The index
-  leads the sweep to a marker that was left behind;
-- an entry before the marker: the session could be saved in between, and live on.
+- The index is written before the session. Otherwise, a crash in between would leave a session that
+  no sweep looks for when it expires. A place without a session is removed when it is due.
+- An ended session is not deleted, but replaced with a marker that holds its last entry. Then the
+  entry is journaled, and then the marker is deleted. If the session were deleted first, a crash
+  would lose the entry. The index leads the sweep to a marker that was left behind.
+- The marker is written before the entry. Otherwise, the session could be saved in between, and
+  live on although the journal says that it ended.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SOON = 10_000  # milliseconds after which the sweep looks whether a process sto
 
 
 class ClusterJournal(RedisJournal):
-    """In a Cluster, one step after the other."""
+    """The journal in a Cluster: one step after the other."""
 
     #: A rotation and its entry may be separated by a crash.
     in_two_steps = True
@@ -94,7 +95,7 @@ class ClusterJournal(RedisJournal):
         self, key: str, expected_version: int, entries: Sequence[bytes], lease: str | None = None
     ) -> Deleted:
         commands = self._commands
-        # The sweep looks soon, also for a session of before this journal.
+        # Lets the sweep find the marker soon, even if the session is older than the journal.
         self._place(key, commands.now() + _SOON)
         keys = [self._records.names.record(key)]
         if lease is not None:
@@ -105,8 +106,8 @@ class ClusterJournal(RedisJournal):
         self._held.end_lease(key, commands.deadline())
         try:
             self._settle(marker, entries)
-        except StoreUnavailable as error:  # it has ended, and the marker keeps the entries
-            logger.warning("The end of session %s is journaled later: %s", key, error)
+        except StoreUnavailable as error:  # the session has ended; the marker keeps the entries
+            logger.warning("The end of session %s will be journaled later: %s", key, error)
         return Deleted(True, None, confirmation.missing)
 
     def _mark(
@@ -156,7 +157,7 @@ class ClusterJournal(RedisJournal):
         removed = 0
         for record, entry in expired:
             name = self._records.names.record(record.key)
-            if not record.version:  # gone, or unreadable: nothing can be put in its place
+            if not record.version:  # gone or unreadable, so no marker can replace it
                 self.append([entry])
                 self._call(name, packed(b"DEL", name))
                 self._leave(record.key)
@@ -172,7 +173,7 @@ class ClusterJournal(RedisJournal):
                 removed += 1
         return removed
 
-    # The index.
+    # -- the index
 
     def _expect(self, record: Record) -> None:
         """Let the sweep look for this session when it expires, or earlier."""
@@ -194,7 +195,7 @@ class ClusterJournal(RedisJournal):
 
 
 class _Held:
-    """Stands for the commands, for writes that leave a session longer than its own life."""
+    """The commands, which keep a session until a sweep ends it, even after it has expired."""
 
     def __init__(self, commands: Commands) -> None:
         self._commands = commands

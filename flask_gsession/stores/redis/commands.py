@@ -1,4 +1,4 @@
-"""Sends one command to Redis: on a connection of the pool, and again if its answer is lost."""
+"""Sends commands to Redis on connections of a pool, and repeats one whose reply is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ERRORS = {b"G": Gone, b"D": Gone, b"S": Stale, b"T": KeyTaken, b"L": LeaseLost,
 
 
 def packed(*parts: bytes) -> bytes:
-    """Pack a command. Not with hiredis: it crashes if a signal arrives while it packs."""
+    """Pack a command, without hiredis, which crashes if a signal arrives while it packs."""
     return _packed(b"*%d" % len(parts), parts)
 
 
@@ -70,9 +70,9 @@ class Script:
         return _packed(b"*%d%b" % (2 + len(parts), self._begin), parts)
 
     def missing_right(self, error: str) -> str:
-        """The right that the user lacks. Redis only names the line, which may need two rights.
+        """The right that the Redis user lacks, or "" for any other error.
 
-        Empty if ``error`` says something else.
+        Redis names only the line of the script, which may need two rights.
         """
         line = re.search(r"@user_script: ?(\d+)", error)
         if line is None or "can't run this command" not in error:
@@ -82,9 +82,9 @@ class Script:
 
 
 class Commands:
-    """Sends commands over ``pool``, each within the time of one call of the store.
+    """Sends commands over ``pool``, each within the time budget of one store call.
 
-    ``retries``: how often a command is sent again that may not have been served.
+    ``retries``: how often to repeat a command whose reply is lost.
     """
 
     def __init__(self, pool: Any, options: StoreOptions, retries: int = 3) -> None:
@@ -108,11 +108,11 @@ class Commands:
         return max(1, record.idle_expires_at - now)
 
     def servers(self) -> dict[bytes, str]:
-        """The address of each server that holds sessions, by a name that it stores."""
+        """The address of each server that holds sessions, by a key that belongs there."""
         return {b"": ""}
 
     def nodes(self, deadline: float) -> list[Node]:
-        """The servers that have our keys."""
+        """The servers that hold our keys."""
         return [Node(0, self.pool, lambda: None)]
 
     def call(
@@ -132,8 +132,8 @@ class Commands:
 
         Sends the command again if the reply is lost, or if ``parse`` raises ``UnreadableRecord``,
         since the connection may be out of step. Every command here recognises its own earlier
-        effect. But after another write, it can't know whether its first try was applied and
-        overwritten, or never applied: then it raises ``StoreUnavailable``.
+        effect. But if there was another write in between, the first attempt may have been applied
+        and overwritten, or never applied: then this raises ``StoreUnavailable``.
         """
         pool, failures = self.pool, None
         while True:
@@ -158,7 +158,7 @@ class Commands:
                 pool = self.pool_after(error)
 
     def ask(self, deadline: float, name: bytes, request: bytes) -> Any:
-        """As ``call``, but accepts any reply, and returns it as it is."""
+        """Like ``call``, but returns any reply as it is."""
         return self.call(deadline, name, request, _unparsed, None)
 
     def pool_after(self, error: Exception) -> Any:
@@ -177,8 +177,9 @@ class Commands:
     ) -> bytes:
         """Run a script, and return its reply, whose first byte is its status.
 
-        The reply to a success must end with ``echo``, such as the written version, or equal
-        ``also``, or it belongs to another command. Then asks replicas for their ``confirmation``.
+        A successful reply ends with ``echo``, such as the written version, or equals ``also``; any
+        other belongs to another command. After a success, asks replicas for their
+        ``confirmation``.
         """
         parts = (b"%d" % len(keys), *keys, *arguments)
         try:

@@ -1,4 +1,4 @@
-"""The confirmation by replicas that they have the end of a session."""
+"""Asks replicas to confirm that they have received the end of a session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WRITE_SOMETHING = b"redis.call('SET', KEYS[1], '', 'PX', 1) return redis.call('
 
 
 class Confirmation:
-    """Asks whether ``replicas`` have a write; ``missing`` says why too few have it."""
+    """Asks whether enough ``replicas`` have a write. If not, ``missing`` says why."""
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
@@ -25,8 +25,9 @@ class Confirmation:
     def ask(self, slot: Any, name: bytes, reply: Any, again: bool, deadline: float) -> None:
         """Wait with Redis' ``WAIT`` until the replicas have confirmed the write.
 
-        ``WAIT`` covers the earlier writes of its connection. A call that had nothing to do, or
-        that repeats a write of another connection, has written nothing: so it writes something.
+        ``WAIT`` covers the earlier writes of its own connection. A call that had nothing to do, or
+        that repeated a write of another connection, wrote nothing there. So this first writes a
+        short-lived key.
         """
         status = reply[:1]
         if not self.replicas or status not in (b"K", b"N", b"D" if again else b"N"):

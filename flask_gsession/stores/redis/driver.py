@@ -12,7 +12,7 @@ import redis
 from ...errors import SettingError
 
 _OLDEST = (5, 0)
-_BROKEN = {"8.0.0": "it cannot look at connections with a file descriptor of 1024 or more"}
+_BROKEN = {"8.0.0": "it can't poll connections with a file descriptor of 1024 or more"}
 
 
 def check_version(version: str) -> None:
@@ -22,9 +22,8 @@ def check_version(version: str) -> None:
         return
     why = f": {_BROKEN[version]}" if version in _BROKEN else ""
     raise SettingError(
-        f"SESSION_STORE names a Redis, and redis-py {version} is installed, which does not "
-        f"work{why}. Install 5.0 or newer, except {', '.join(_BROKEN)}: "
-        "pip install --upgrade 'flask-gsession[redis]'"
+        f"SESSION_STORE uses Redis, but redis-py {version} doesn't work{why}. Allowed: 5.0 or "
+        f"newer, except {', '.join(_BROKEN)}. Run: pip install --upgrade 'flask-gsession[redis]'"
     )
 
 
@@ -42,8 +41,8 @@ from redis.exceptions import (  # noqa: E402
 from redis.exceptions import ConnectionError as RedisConnectionError  # noqa: E402
 from redis.sentinel import SentinelManagedConnection  # noqa: E402
 
-_TRIES = 10  # to be lent a connection
-_OF_A_TOPOLOGY = {
+_TRIES = 10  # to get a connection
+_TOPOLOGY_ERRORS = {
     "ASK": AskError,
     "CLUSTERDOWN": ClusterDownError,
     "MASTERDOWN": MasterDownError,
@@ -56,7 +55,7 @@ HAS_HEALTH_HOOK = hasattr(AbstractConnection, "on_connect_check_health")  # from
 _CAN_SKIP_CHECK = hasattr(AbstractConnection, "connect_check_health")  # from 6.0 on
 _TAKES_TIMEOUT = "timeout" in inspect.signature(AbstractConnection.read_response).parameters  # 8.0
 _HIREDIS: Any = vars(redis.connection).get("hiredis")  # where it is installed
-#: Messages that the server pushes under RESP3: before 6.2, the parser hands them out as answers.
+#: Messages that the server pushes with RESP3. Before 6.2, the parser returns them as replies.
 PUSHED: Any = getattr(_HIREDIS, "PushNotification", ())  # hiredis 3.2
 #: Whether the driver's own pools hand out closed connections: 8.0.1 with hiredis.
 LENDS_CLOSED = redis.__version__.startswith("8.0.")
@@ -73,24 +72,24 @@ def as_driver_error(answer: Any) -> Any:
     """
     if type(answer) is ResponseError:
         code, _, rest = str(answer).partition(" ")
-        kind = _OF_A_TOPOLOGY.get(code)
+        kind = _TOPOLOGY_ERRORS.get(code)
         if kind is not None:
             return kind(rest)
     return answer
 
 
 def check_client(connection_options: Mapping[str, Any]) -> None:
-    """Raise ``SettingError`` if pushed messages would be taken for answers."""
+    """Raise ``SettingError`` if the client would mistake pushed messages for replies."""
     if _HIREDIS is not None and not PUSHED and str(connection_options.get("protocol")) == "3":
         raise SettingError(
-            f"The Redis client speaks RESP3 (protocol=3), and hiredis {_HIREDIS.__version__} is "
-            "installed, which mixes up answers there. Install hiredis 3.2 or newer, or make the "
-            "client with protocol=2: pip install --upgrade 'flask-gsession[redis]'"
+            "The Redis client uses RESP3 (protocol=3), for which hiredis "
+            f"{_HIREDIS.__version__} mixes up replies. Create the client with protocol=2, or "
+            "install hiredis 3.2 or newer: pip install --upgrade 'flask-gsession[redis]'"
         )
 
 
 def connect(connection: Any) -> None:
-    """Connect, without asking for the server's health."""
+    """Connect without a health check."""
     if _CAN_SKIP_CHECK and not isinstance(connection, SentinelManagedConnection):
         connection.connect_check_health(check_health=False)
     else:
@@ -127,7 +126,7 @@ def read_within(connection: Any, seconds: float, **options: Any) -> Any:
 
 
 def is_closed_or_unread(connection: Any) -> bool:
-    """Whether the server has closed an idle connection, or something unread is in it.
+    """Whether the server has closed an idle connection, or sent something that is still unread.
 
     Versions of the driver differ in the result of ``can_read`` for a closed connection.
     """

@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 _WRONG_TYPE = "not a string"
 _RETRY_PAUSE = 0.02  # seconds
-# A repeat may get these replies although the first try was applied: another request has written or
-# rotated the session since, or there is nothing left to delete.
+# A repeat may get these replies although the first attempt was applied, if another request has
+# written or rotated the session since, or if there is nothing left to delete.
 _OVERTAKEN = (b"S", b"T", b"L", b"G")
 _DELETED = (b"D", b"N")
 # Temporary errors, while a server starts or the topology changes.
@@ -38,7 +38,7 @@ _PASSING = (ReadOnlyError, BusyLoadingError, AskError, TryAgainError, ClusterDow
 class Failures:
     """The failures of one call, which repeats its command at most ``retries`` times.
 
-    ``in_doubt``: a try may have been applied, although its answer was lost.
+    ``in_doubt``: whether an attempt may have been applied, although its reply was lost.
     """
 
     def __init__(self, retries: int, deadline: float) -> None:
@@ -53,8 +53,8 @@ class Failures:
     ) -> bytes:
         """Return the command to send after ``error``, once it is time to send it.
 
-        Raises ``UnreadableRecord`` if the server answered with one, or ``StoreUnavailable`` if
-        repeating is useless, or the time is over.
+        Raises ``UnreadableRecord`` if the stored record is unreadable, and ``StoreUnavailable`` if
+        a repeat is useless or there is no time left for one.
         """
         if isinstance(error, NoScriptError) and with_source and not self._has_source:
             self._has_source = True
@@ -82,12 +82,12 @@ class Failures:
         return request
 
     def reply_of_call(self, reply: T) -> T:
-        """Return the reply to the last try as the reply of the call.
+        """Return the reply of the call, by the reply to its last attempt.
 
-        Raises ``StoreUnavailable`` if an earlier try may have been applied and overwritten.
+        Raises ``StoreUnavailable`` if an earlier attempt may have been applied and overwritten.
         """
         if self.in_doubt and reply in _OVERTAKEN:
-            raise StoreUnavailable("redis: an answer was lost, then another write came")
+            raise StoreUnavailable("redis: a reply was lost, and another write followed")
         if self.in_doubt and reply in _DELETED:
             return cast(T, b"K")  # the deleted record is unknown
         return reply

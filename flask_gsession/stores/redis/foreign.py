@@ -1,4 +1,4 @@
-"""Strings that another package keeps on a Redis server of ours."""
+"""Strings that another package keeps on the Redis server of our store."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .layout import pack, unpack, version
 from .records import Records
 
 _LOAD, _TAKE_OVER = Script("foreign_load"), Script("take_over")
-_NO_EXPIRY, _AT_ONCE = -1, b"500"
+_NO_EXPIRY, _BATCH = -1, b"500"
 
 
 class RedisStrings(ForeignValues):
-    """Strings, under names without the prefix of our records."""
+    """Strings under names without our prefix."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -37,7 +37,7 @@ class RedisStrings(ForeignValues):
         for server in self._commands.servers():
             cursor = b"0"
             while True:
-                request = packed(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _AT_ONCE)
+                request = packed(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _BATCH)
                 cursor, names = ask(deadline(), server, request)
                 yield from (name.decode("utf-8", "replace") for name in names)
                 if cursor == b"0":
@@ -59,7 +59,7 @@ class RedisStrings(ForeignValues):
 
 
 class RedisTogether(RedisStrings, Together):
-    """The same, on a server without slots, where a script may touch our records as well."""
+    """The same on a server without slots, where one script can also use our records."""
 
     def load_both(self, name: str, key: str) -> tuple[Foreign | None, Record | None]:
         foreign, beside = self._load([name.encode(), self._records.names.record(key)])
@@ -84,7 +84,7 @@ class RedisTogether(RedisStrings, Together):
 
 
 def _values_of(name: bytes, reply: Any) -> list[Any]:
-    # The name shows an answer that belongs to another command.
+    # The name tells apart a reply that belongs to another command.
     if type(reply) is not list or len(reply) < 3 or reply[0] != name:
         raise UnreadableRecord("corrupt", "reply to another command")
     return reply[1:]

@@ -23,7 +23,7 @@ _OLDEST = (6, 2)
 _FIXED_REDIS = {(6, 2): 20, (7, 2): 11, (7, 4): 6, (8, 0): 4, (8, 2): 2}
 _FIXED_VALKEY = {(7, 2): 11, (8, 0): 6, (8, 1): 4}
 _SKEW = 1.0  # seconds
-_LAG = 5  # seconds since a replica was last heard of; they speak once a second
+_LAG = 5  # seconds since a replica last reported, which it does once a second
 _FULL = 0.9  # of maxmemory
 
 About = Mapping[str, str]
@@ -77,7 +77,7 @@ class RedisChecks(Checks):
                     "warning",
                     "server",
                     "it refuses INFO, or this user may not call it",
-                    "Its eviction policy, persistence and replicas were not looked at.",
+                    "Its eviction policy, persistence and replicas couldn't be checked.",
                 )
             ]
         now = ask(b"TIME")
@@ -182,7 +182,7 @@ def _persistence(about: About) -> Iterator[Finding]:
             "error",
             "persistence",
             "the append-only file cannot be written",
-            "Redis refuses writes until then: check its log and its disk.",
+            "Redis refuses writes until it can: check its log and its disk.",
         )
     elif about.get("aof_enabled") == "1":
         yield Finding("ok", "persistence", "append-only file")
@@ -191,8 +191,8 @@ def _persistence(about: About) -> Iterator[Finding]:
             "warning",
             "persistence",
             "no append-only file",
-            "A crash logs out everybody who came after the last snapshot, if there is one: "
-            "appendonly yes prevents it.",
+            "A crash logs out everybody who signed in after the last snapshot, if there is one: "
+            "set appendonly yes.",
         )
 
 
@@ -225,7 +225,7 @@ def _replica(about: About, line: str) -> Finding:
     state, lag = fields.get("state", "unknown"), int(fields.get("lag", 0))
     behind = int(about.get("master_repl_offset", 0)) - int(fields.get("offset", 0))
     where = f"{fields.get('ip')}:{fields.get('port')}"
-    found = f"{where} {state}, {behind} bytes behind, heard of {lag} s ago"
+    found = f"{where} {state}, {behind} bytes behind, last heard from {lag} s ago"
     if state == "online" and lag <= _LAG:
         return Finding("ok", "replica", found)
     return Finding(
@@ -239,7 +239,7 @@ def _replica(about: About, line: str) -> Finding:
 def _clock(skew: float | None) -> Iterator[Finding]:
     if skew is None:
         yield Finding(
-            "warning", "clock", "this user may not call TIME", "It may be wrong without notice."
+            "warning", "clock", "this user may not call TIME", "A wrong clock goes unnoticed."
         )
         return
     found = f"the server's is {round(skew, 1) + 0:+.1f} s from this machine's"  # no -0.0
@@ -248,7 +248,7 @@ def _clock(skew: float | None) -> Iterator[Finding]:
             "error",
             "clock",
             found,
-            "Sessions end early or late: let both follow a time server.",
+            "Sessions end early or late: synchronise both clocks with a time server.",
         )
     else:
         yield Finding("ok", "clock", found)

@@ -1,7 +1,7 @@
 """The part ``journal`` of a Redis store: a stream, and an index of when sessions are due.
 
 On one server, one script writes the session, its place in the index and the entries. The server
-itself removes a session only ``HOLD`` after it has expired; by then the sweep has entered its end.
+itself removes a session only ``HOLD`` after it has expired; by then a sweep has journaled its end.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from .layout import pack, unpack, version
 from .pool import ask_all, described, hint
 from .records import DELETE, RENEW, REPLACE, SAVE, Records
 
-#: How long an expired session stays in the server at most, in milliseconds, if nobody sweeps.
+#: How long an expired session stays on the server if no sweep removes it, in milliseconds.
 HOLD = 30 * 86_400_000
 BUCKETS = 16  # of the due index
-_AT_ONCE = 100  # sessions in one pipeline: it holds the server up for a few milliseconds
+_BATCH = 100  # sessions in one pipeline, which blocks the server for a few milliseconds
 
 
 class Journaled(Script):
     """A script, followed by the script that journals its effect."""
 
     def __init__(self, script: Script, header: int = 0) -> None:
-        self.header = header  # the place of the value with the session's expiry, from 1
+        # The position of the value with the session's expiry, counted from 1; 0: none.
+        self.header = header
         end = Script("journal_enter").source
         super().of(b"local function write(KEYS, ARGV)\n%b\nend\n%b" % (script.source, end))
 
@@ -66,7 +67,7 @@ class JournalNames:
 
 
 class RedisJournal(Journal):
-    """On one server."""
+    """The journal on one server: each change is one script."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -124,7 +125,7 @@ class RedisJournal(Journal):
         for number in range(BUCKETS):
             if len(found) >= limit:
                 break
-            found += self._due_in(self._names.bucket(number), min(_AT_ONCE, limit - len(found)))
+            found += self._due_in(self._names.bucket(number), min(_BATCH, limit - len(found)))
         return found
 
     def _due_in(self, bucket: bytes, limit: int) -> list[Record]:
@@ -147,7 +148,7 @@ class RedisJournal(Journal):
         return found
 
     def _examined(self, bucket: bytes, key: str, score: int, value: Any, now: int) -> Record | None:
-        """The session if it has expired; else its place in the index is put right."""
+        """The session, if it has expired. Otherwise, corrects its place in the index."""
         nothing = Record(key, 0, 0, score, 0, b"")
         if value is None:
             if now >= score + HOLD:
@@ -167,21 +168,21 @@ class RedisJournal(Journal):
         return record
 
     def _place(self, key: str, due: int) -> None:
-        """Let the sweep look for this session then, also if the server is full."""
+        """Let the sweep look for this session at ``due``, even if the server is full."""
         arguments = [b"%d" % due, key.encode()]
         self._commands.run(self._commands.deadline(), _PLACE, [self._names.due(key)], arguments)
 
     def _pointer(self, bucket: bytes, record: Record) -> None:
-        """The session was rotated away, and this place in the index is left over."""
+        """Remove the leftover place of a session that was rotated."""
         self._call(bucket, packed(b"ZREM", bucket, record.key.encode()))
 
     def expire(self, expired: Sequence[tuple[Record, bytes]]) -> int:
         removed = 0
-        for start in range(0, len(expired), _AT_ONCE):
-            some = expired[start : start + _AT_ONCE]
-            removed += self._expire(*some[0])  # the server knows the script then
+        for start in range(0, len(expired), _BATCH):
+            batch = expired[start : start + _BATCH]
+            removed += self._expire(*batch[0])  # also loads the script on the server
             names, requests = [], []
-            for record, entry in some[1:]:
+            for record, entry in batch[1:]:
                 keys, arguments = self._to_expire(record)
                 write = self._write("", record.key, [entry])
                 keys, arguments = write.more(_EXPIRE, keys, arguments)
@@ -189,7 +190,7 @@ class RedisJournal(Journal):
                 requests.append(
                     packed(b"EVALSHA", _EXPIRE.sha, b"%d" % len(keys), *keys, *arguments)
                 )
-            for (record, entry), answer in zip(some[1:], self._all(names, requests), strict=True):
+            for (record, entry), answer in zip(batch[1:], self._all(names, requests), strict=True):
                 if answer == b"K":
                     removed += 1
                 elif answer != b"N":
@@ -264,7 +265,7 @@ class RedisJournal(Journal):
         return self._commands.ask(self._commands.deadline(), name, request)
 
     def _all(self, names: Sequence[bytes], requests: Sequence[bytes]) -> Sequence[Any]:
-        """The answers to these requests; an error as an object."""
+        """The replies to these requests, with errors as objects."""
         if not requests:
             return []
         try:
@@ -278,7 +279,7 @@ class RedisJournal(Journal):
         return _Write(self._commands, self._names, self._most, enters, removes, entries)
 
     def _within(self, enters: str, removes: str, entries: Sequence[bytes]) -> Records:
-        """Records whose scripts also keep the index, and add these entries."""
+        """Records whose scripts also update the index and journal these entries."""
         write: Any = self._write(enters, removes, entries)
         return Records(write, self._records.logout_replicas)
 
@@ -348,7 +349,7 @@ class _Write:
 
 
 def held_life(record: Record, now: int) -> int:
-    """For how many milliseconds a session is kept: longer than its own life."""
+    """The milliseconds to keep a session for, so that a sweep finds it after it has expired."""
     hold = HOLD if record.successor is None else 0
     return max(1, record.idle_expires_at - now + hold)
 

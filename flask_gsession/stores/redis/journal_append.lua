@@ -1,5 +1,5 @@
--- Nothing but the entries. KEYS: consumers.
--- A server that is full refuses a script that begins by adding something, but not one that begins by
--- removing. What frees memory must not fail: an end, and the sweep.
+-- Adds only the entries, which follow. KEYS: consumers.
+-- A full server refuses a script that begins with a write that adds something, but not one that
+-- begins with a removal. Ends and sweeps free memory, so they must not fail.
 redis.call('HDEL', KEYS[1], '')
 return 'K'

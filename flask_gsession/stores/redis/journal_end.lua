@@ -18,6 +18,6 @@ if KEYS[2] then
   if owner ~= ARGV[5] or tonumber(ARGV[2]) >= tonumber(till) then return 'L' end
 end
 if head:sub(2, 9) ~= ARGV[1] then return 'S' end
-redis.call('DEL', KEYS[1])  -- so that a full server lets it write: see journal_append
+redis.call('DEL', KEYS[1])  -- so that a full server accepts the write: see journal_append
 redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
 return 'K'

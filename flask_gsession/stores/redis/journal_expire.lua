@@ -1,4 +1,4 @@
--- Remove an expired session, of this version or, if that is 0, of any.
+-- Remove an expired session if it has this version; 0: any version.
 -- KEYS: record, its lease, its due index. ARGV: version (8 bytes), now in ms, key.
 local head = redis.pcall('GETRANGE', KEYS[1], 0, 30)
 if type(head) == 'table' then head = '?' end  -- junk of another type

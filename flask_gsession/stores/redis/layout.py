@@ -7,8 +7,8 @@ The string is a header of 31 bytes, then the payload::
 
 A pointer has its successor's key and a space before the payload.
 
-The key's own time to live is set in the same step as every write. The CRC detects an answer for
-another key, such as a connection gives after an interrupt left it out of step.
+Every write also sets the key's time to live, in the same step. The CRC detects a reply for another
+key, which a connection can return after an interrupt left it out of step.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def ask_for_lease(
     *more: bytes,
     deadline: float | None = None,
 ) -> bytes:
-    """Run the script of the leases; the first key is the lease's."""
+    """Run the lease script. The first of ``keys`` is the lease."""
     arguments = [operation, owner, b"%d" % commands.now(), b"%d" % WAITER_LIFE]
     deadline = deadline or commands.deadline()
     return commands.run(deadline, _LEASE, keys, [*arguments, commands.names.channels, *more], owner)

@@ -47,15 +47,15 @@ def hint(error: Exception) -> str:
     if isinstance(error, AuthenticationError):
         return " (is the user or the password in SESSION_STORE missing or wrong?)"
     if re.search("access (one of the keys|a key)", str(error)):  # as Redis 7 and 8 put it
-        return " (may it use those that begin with SESSION_KEY_PREFIX?)"
+        return " (may the user access keys that begin with SESSION_KEY_PREFIX?)"
     return ""
 
 
 def described(error: Exception) -> str:
-    """An error in words, up to anything that a server may quote in it; the error is cut, too.
+    """The type and the message of an error. Cuts off anything that the server quotes in it.
 
-    The server's message can quote the arguments of the refused command, values included, and they
-    would end up in logs.
+    A server's message can quote the arguments of the refused command, values included, and they
+    would end up in logs. So this also cuts ``error`` itself.
     """
     if isinstance(error, (ResponseError, InvalidResponse)):
         words = _WORDS.match(str(error))
@@ -64,7 +64,7 @@ def described(error: Exception) -> str:
 
 
 class AllInUse(RedisTimeoutError):
-    """No connection came back in time."""
+    """No connection became free in time."""
 
 
 class _Deadline:
@@ -116,7 +116,7 @@ class _BoundedSocket:
         self._socket.sendall(*arguments)
 
     def _set_timeout(self) -> None:
-        """Let the next step take the time that is left, or as long as the client lets it."""
+        """Limit the next step to the time that is left, if there is a deadline."""
         at = self._deadline.at
         if at is not None:
             left = at - monotonic()
@@ -126,7 +126,7 @@ class _BoundedSocket:
 
 
 class _Bounded:
-    """Mixed into the client's connection classes: puts their sockets under a deadline."""
+    """A mixin for the client's connection classes, whose sockets then keep to a deadline."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -146,7 +146,7 @@ class _Bounded:
         return _BoundedSocket(socket, self.deadline)
 
     def ask(self, request: bytes) -> Any:
-        """As ``Slot.ask``, in any state: connects if needed, and lets the client parse."""
+        """Like ``Slot.ask``, in any state: connects if needed, and lets the client parse."""
         connection: Any = self
         if connection._sock is None:
             connect(connection)
@@ -154,7 +154,7 @@ class _Bounded:
         return self.answer()
 
     def answer(self, begin: bytes = b"") -> Any:
-        """The answer that begins like this, parsed by the client; raises the server's errors."""
+        """The reply that starts with ``begin``, parsed by the client. Raises server errors."""
         parser = self._parser  # type: ignore[attr-defined]  # of the client's class
         if begin:
             parser._reader.feed(begin)
@@ -165,7 +165,7 @@ class _Bounded:
         return answer
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
-        """Send so many packed commands at once; their answers, errors of the server among them."""
+        """Send ``count`` packed commands at once. Returns replies and errors of the server."""
         connection: Any = self
         if connection._sock is None:
             connect(connection)
@@ -193,7 +193,7 @@ class Slot:
             self.connection.disconnect()
 
     def ask(self, request: bytes) -> Any:
-        """Send a packed command and return its answer as bytes; raises the server's errors."""
+        """Send a packed command, and return its reply as bytes. Raises the server's errors."""
         connection = self.connection
         socket, parser = connection._sock, connection._parser
         # An unread reply comes before the new one: the client's parser keeps that order.
@@ -208,7 +208,7 @@ class Slot:
         return connection.answer(piece)
 
     def ask_all(self, requests: bytes, count: int) -> list[Any]:
-        """Send so many packed commands at once; their answers, errors of the server among them."""
+        """Send ``count`` packed commands at once. Returns replies and errors of the server."""
         return list(self.connection.ask_all(requests, count))
 
 
@@ -229,20 +229,20 @@ class ConnectionPool:
     nothing.
 
     An interrupt can make a thread lose its slot between any two steps. The lost slot is then
-    collected; a waiting thread notices that and makes another.
+    garbage-collected, and a waiting thread replaces it.
     """
 
     def __init__(self, make: Callable[[], Any], size: int) -> None:
         self.make = make
         self._size = size
-        #: called where a connection leads elsewhere than the one that is followed
+        #: called when a connection leads to another server than the followed one
         self.moved: Callable[[], object] = bool
         self._peer: Any = None
         self._start()
         process.register(self._start)
 
     def _start(self) -> None:
-        """Forget every connection: each is closed when it is collected or comes back."""
+        """Forget every connection. Each is closed when it is garbage-collected or returned."""
         self._generation = object()
         self._returned = Condition()
         self._waiting = 0
@@ -254,7 +254,7 @@ class ConnectionPool:
 
         ``name``: the key of the command, from which a Cluster finds the node.
         """
-        if getpid() != process.pid:  # every command comes by here
+        if getpid() != process.pid:  # every command comes through here
             process.notice()
         try:
             slot = self._idle.pop()
@@ -265,7 +265,7 @@ class ConnectionPool:
             connection = slot.connection = self.make()
             connection.on_connected = self._check_peer
         elif deadline - connection.deadline.at > _IDLE and is_closed_or_unread(connection):
-            connection.disconnect()  # or a write that is never sent would end in doubt
+            connection.disconnect()  # otherwise a write would be in doubt, though never sent
         connection.deadline.at = deadline
         return slot
 
@@ -309,13 +309,13 @@ class ConnectionPool:
         """
         if not is_refusal(error):
             slot.connection.disconnect()
-            timed_out = isinstance(error, TimeoutError)  # says nothing about the idle ones
+            timed_out = isinstance(error, TimeoutError)  # the idle ones may be in order
             if isinstance(error, _GONE) and not timed_out:
                 self.invalidate()
         self.give(slot)
 
     def invalidate(self) -> None:
-        """The server closed a connection that was idle, so likely all of them: close them."""
+        """Close all idle connections: the server closed one of them, so probably all."""
         idle = self._idle
         for _ in range(len(idle)):
             try:
@@ -340,7 +340,7 @@ class ConnectionPool:
             self.moved()
 
     def close(self) -> None:
-        """Close idle connections now, and lent ones when they are returned."""
+        """Close idle connections now, and the others when they are returned."""
         process.notice()
         idle = self._idle
         self._start()

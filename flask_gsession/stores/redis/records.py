@@ -1,4 +1,4 @@
-"""The verbs on records in Redis, each of them one command; a write may name a lease."""
+"""The verbs of a store in Redis, one command each. A write may require a lease."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _CONDITION = Struct(">QQQ?")  # of the script that saves
 
 
 class Records(Store):
-    """Keeps records. ``logout_replicas``: how many must have the end of a session.
+    """Keeps records. ``logout_replicas``: how many replicas must confirm the end of a session.
 
-    ``deadline``: when the call has to end, if it is a later step of another one.
+    The argument ``deadline`` of a method: when it has to end, if it is a step of another call.
     """
 
     confirms_logouts = True
@@ -32,14 +32,14 @@ class Records(Store):
         self._create(record, self.commands.deadline())
 
     def _create(self, record: Record, deadline: float) -> bool:
-        """As ``create``; whether the record was not there yet."""
+        """Like ``create``. Returns whether the record is new."""
         commands, name = self.commands, self.names.record(record.key)
         life = commands.life(record, commands.now())
         request = packed(b"SET", name, pack(record), b"NX", b"PX", b"%d" % life)
         if commands.ask(deadline, name, request) is not None:
             return True
         there = self.load_unexpired(record.key, deadline)
-        if there is None:  # expired by its own times, though not by the server's yet
+        if there is None:  # expired by its own times, but not by the server's clock yet
             commands.ask(deadline, name, packed(b"DEL", name))
             if commands.ask(deadline, name, request) is not None:
                 return True
@@ -47,7 +47,7 @@ class Records(Store):
             raise KeyTaken
         return False
 
-    # Most requests run ``load`` and ``save``: they make names and requests without further calls.
+    # Most requests run ``load`` and ``save``, so these build names and requests inline.
 
     def load(self, key: str, deadline: float | None = None) -> Record | None:
         commands = self.commands
@@ -56,7 +56,7 @@ class Records(Store):
         return commands.call(deadline or commands.deadline(), name, request, unpack, key)
 
     def load_unexpired(self, key: str, deadline: float) -> Record | None:
-        """As ``load``, but None for a record that has expired by its own times."""
+        """Like ``load``, but None for a record that has expired by its own times."""
         record = self.load(key, deadline)
         expired = record is None or self.commands.now() >= record.idle_expires_at
         return None if expired else record
@@ -143,7 +143,7 @@ class Records(Store):
         return Deleted(True, None, confirmation.missing)
 
     def _delete_any(self, key: str, deadline: float) -> Deleted:
-        """Delete any version, through pointers."""
+        """Delete any version, and follow pointers."""
         confirmation = Confirmation(self.logout_replicas)
         # Successors are deleted before their pointers, so that a repeat still finds them.
         pointers: dict[str, None] = {}
@@ -174,14 +174,17 @@ class Records(Store):
         lease: str | None = None,
         confirmation: Confirmation | None = None,
     ) -> bytes:
-        """Run the script that deletes the version ``wanted``, or any, and maybe ``pointers``."""
+        """Run the script that deletes a record. Returns its reply.
+
+        ``wanted``: the version; empty: any. ``pointers``: b"1" to delete a pointer as well.
+        """
         keys = self._keys_to_remove(key, lease)
         now, owner = b"%d" % self.commands.now(), (lease or "").encode()
         arguments = [wanted, now, pointers, owner, self.names.channels]
         return self.commands.run(deadline, DELETE, keys, arguments, confirmation=confirmation)
 
-    def words_to_remove(self, key: str) -> list[bytes]:
-        """The arguments of the script that deletes any version, but no pointer."""
+    def deletion_arguments(self, key: str) -> list[bytes]:
+        """The arguments of the script, to delete any version, but no pointer."""
         keys = self._keys_to_remove(key, None)
         rest = [b"", b"%d" % self.commands.now(), b"0", b"", self.names.channels]
         return [b"%d" % len(keys), *keys, *rest]
@@ -191,9 +194,9 @@ class Records(Store):
 
 
 def renewed_since(record: Record, reply: bytes) -> tuple[Record, bool]:
-    """The record to store instead, after another request renewed the session.
+    """The record to store instead, since another request has renewed the session.
 
-    Also whether its idle expiry may be earlier than the stored one: the absolute expiry limits it.
+    Also returns whether the stored idle expiry must move back to the absolute expiry.
     """
     stored = int(reply[1:].partition(b" ")[0])
     end = record.absolute_expires_at

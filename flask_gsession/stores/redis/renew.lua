@@ -1,4 +1,4 @@
--- Move the idle expiry of a live record of this version, only later.
+-- Extend the idle expiry of a live record of this version. Never moves it back.
 -- KEYS: record. ARGV: header with the later expiry, its life in ms, now in ms.
 local head = redis.call('GETRANGE', KEYS[1], 0, 30)
 if #head < 31 or head:sub(1, 9) ~= ARGV[1]:sub(1, 9) then return 'G' end

@@ -27,7 +27,7 @@ from .records import Records
 _TIDY = Script("tidy")
 _SCANS = 4  # at most, to sample the keys of a server
 _RUN_ID = re.compile(rb"run_id:(\w+)")
-_AT_ONCE = 1000  # keys that one SCAN looks at, at most: it holds everybody up
+_BATCH = 1000  # keys that one SCAN examines at most, since it blocks all other clients
 _CURSOR = re.compile(r"(\d+):(\w*):(\d+)", re.ASCII)
 
 
@@ -46,7 +46,7 @@ class RedisScans(Scans, Upkeep, Counts):
         self._records = records
         self._commands = records.commands
         self._start = records.names.prefix.encode()
-        # Keys of another length than a session key are not ours, and are left alone.
+        # Keys of another length than a session key aren't ours.
         key = rb"\{([\w-]{%d})\}(:lock)?" % KEY_LENGTH
         self._name = re.compile(re.escape(self._start) + key, re.ASCII)
         blob = rb"blob:\{[0-9a-f]{32}\}"
@@ -73,7 +73,7 @@ class RedisScans(Scans, Upkeep, Counts):
             try:
                 if isinstance(value, bytes):
                     record: Record | None = unpack(key, value)
-                else:  # no string, or in a cluster moving to another node
+                else:  # not a string, or its slot is moving to another node
                     record = self._records.load(key, deadline)
             except UnreadableRecord:
                 unreadable.append(key)
@@ -114,7 +114,7 @@ class RedisScans(Scans, Upkeep, Counts):
         nodes = self._commands.nodes(deadline)
 
         def repair(name: bytes, life: int) -> bool:
-            """Whether the key was still as it was found, as far as the user may check that."""
+            """Give a key this life, or 0 to remove it. Returns whether it still had no expiry."""
             return dry_run or self._commands.run(deadline, _TIDY, [name], [b"%d" % life]) == b"K"
 
         node, names, end = self._find(nodes, cursor, limit, b"", deadline)
@@ -183,7 +183,7 @@ class RedisScans(Scans, Upkeep, Counts):
         return _Found(node, list(dict.fromkeys(names)), end)
 
     def _scan(self, at: str, limit: int, begins: bytes) -> bytes:
-        parts = [b"SCAN", at.encode(), b"COUNT", b"%d" % min(limit, _AT_ONCE)]
+        parts = [b"SCAN", at.encode(), b"COUNT", b"%d" % min(limit, _BATCH)]
         start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._start)
         return packed(*parts, b"MATCH", start + begins + b"*")
 
@@ -192,11 +192,11 @@ class RedisScans(Scans, Upkeep, Counts):
     ) -> list[Any]:
         """Send these in one pipeline and return the replies, with refusals as error objects.
 
-        If they are ``needed``, raises ``StoreUnavailable`` if the user lacks the right.
+        With ``needed``, raises ``StoreUnavailable`` if the user lacks a right.
         """
         if not requests:
             return []
-        for last in (False, True):  # at first the connection may have been idle for long
+        for last in (False, True):  # the first connection may have been idle for too long
             try:
                 answers = ask_all(node.pool, deadline, requests)
                 for answer in answers if needed else ():

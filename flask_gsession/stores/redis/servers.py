@@ -1,7 +1,7 @@
 """Several Redis servers behind one URL: their addresses, and which of them is the primary.
 
-redis-py's own classes for this keep to no deadline, and only one thread may use them. Here the
-connections are redis-py's, with our time budget.
+redis-py's own classes for this have no deadline, and only one thread may use them. So only the
+connections come from redis-py here, and they keep to our time budget.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .commands import packed
 from .driver import HAS_HEALTH_HOOK
 from .pool import ConnectionPool, Slot, bounded, described
 
-# After a manual failover, the old primary accepts writes for seconds, and they are lost. So even
-# while its connections work, the sentinels are asked again after so many seconds.
+# After a manual failover, the old primary accepts writes for seconds, and they are lost. So the
+# sentinels are asked again after so many seconds, even while the connections work.
 LOOK_AGAIN = 1.0
-# Other options of a client's connections are useless here, or would read from a replica.
+# Options of a client's connections that are useless here, or would read from a replica.
 _OF_THE_CLIENT = ("redis_connect_func", "himport_registry", "cache", "event_dispatcher")
-_NO_FAILOVER = "They could not replace the primary, should it die: start those that are down."
+_NO_FAILOVER = "They couldn't replace a failed primary: start the ones that are down."
 
 Address = tuple[str, int]
-Make = Callable[[], Any]  # a connection that is not connected yet
+Make = Callable[[], Any]  # returns a connection that isn't connected yet
 
 
 class Servers(NamedTuple):
@@ -43,11 +43,11 @@ class Servers(NamedTuple):
     addresses: list[Address]
     path: str
     options: dict[str, str]  # of the query
-    single: str  # the URL with the first host only, and without path and query
+    single: str  # the URL with only the first host, without path and query
 
 
 def servers_of(url: str, default_port: int) -> Servers:
-    """Take a URL apart that may name several hosts. Raises ``ValueError``."""
+    """Parse a URL that may name several hosts. Raises ``ValueError``."""
     parts, hosts = without_hosts(url)
     user, at, hosts = hosts.rpartition("@")
     addresses = []
@@ -74,7 +74,7 @@ def connections_of(url: str, timeout: float) -> tuple[type, dict[str, Any]]:
         retry=Retry(NoBackoff(), 0),
     )
     kind = bounded(made.connection_class)
-    kind(**made.connection_kwargs)  # Not connected: it only lets wrong options show now.
+    kind(**made.connection_kwargs)  # doesn't connect, but raises for wrong options
     return kind, made.connection_kwargs
 
 
@@ -94,7 +94,7 @@ def connections_like(pool: Any, timeout: float) -> Callable[..., Any]:
 
 
 def ask_once(make: Make, request: bytes, deadline: float) -> Any:
-    """The answer to one command, on a connection of its own."""
+    """The reply to one command, on a connection of its own."""
     slot = Slot(None)
     slot.connection = make()
     slot.connection.deadline.at = deadline
@@ -105,9 +105,9 @@ def ask_once(make: Make, request: bytes, deadline: float) -> Any:
 
 
 class Sentinels:
-    """Finds the primary of a service. Safe with threads; keeps no connection open.
+    """Finds the primary of a service. Thread-safe; keeps no connection open.
 
-    ``makes`` make connections to the sentinels.
+    ``makes``: a function for each sentinel, which creates a connection to it.
     """
 
     def __init__(self, makes: list[Make], service: str) -> None:
@@ -115,11 +115,11 @@ class Sentinels:
         self._service = service
 
     def primary(self, deadline: float) -> Address:
-        """Its address, from the first sentinel that knows one."""
+        """The primary's address, from the first sentinel that knows it."""
         request = packed(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._service.encode())
         last = ""
         for make in self._makes:
-            # A sentinel that is frozen must leave time for the others.
+            # Leaves time for the others if this sentinel is frozen.
             share = time.monotonic() + (deadline - time.monotonic()) / 3
             try:
                 answer = ask_once(make, request, share)
@@ -151,40 +151,45 @@ class Sentinels:
             return [Finding("error", "sentinels", f"{found}: {refusal}", _NO_FAILOVER)]
         if answering < len(makes):
             return [
-                Finding("warning", "sentinels", found, "Start those that are down, or name others.")
+                Finding(
+                    "warning",
+                    "sentinels",
+                    found,
+                    "Start the ones that are down, or name others.",
+                )
             ]
         return [Finding("ok", "sentinels", found)]
 
 
 class _ToPrimary:
-    """Mixed into the connection classes: connects to the current primary, and checks its role."""
+    """A mixin for connection classes: connects to the current primary, and checks its role."""
 
-    def __init__(self, *, found: Callable[[float], Address], **options: Any) -> None:
+    def __init__(self, *, find: Callable[[float], Address], **options: Any) -> None:
         super().__init__(**options)
-        self._found = found
+        self._find = find
 
     def _connect(self) -> Any:
-        self.host, self.port = self._found(self.deadline.at)  # type: ignore[attr-defined]
+        self.host, self.port = self._find(self.deadline.at)  # type: ignore[attr-defined]
         return super()._connect()  # type: ignore[misc]
 
     def on_connect(self) -> None:
         super().on_connect()  # type: ignore[misc]
         if not HAS_HEALTH_HOOK:
-            self._make_sure()
+            self._check_role()
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
         super().on_connect_check_health(check_health)  # type: ignore[misc]
-        self._make_sure()
+        self._check_role()
 
-    def _make_sure(self) -> None:
+    def _check_role(self) -> None:
         self.send_command("ROLE", check_health=False)  # type: ignore[attr-defined]
         role = self.read_response(disable_decoding=True)[0].decode()  # type: ignore[attr-defined]
         if role != "master":
-            raise RedisConnectionError(f"{self.host}:{self.port} should be the primary, and is not")
+            raise RedisConnectionError(f"{self.host}:{self.port} isn't the primary (role {role})")
 
 
 class PrimaryPool(ConnectionPool):
-    """Connections to the primary of a service, wherever a failover takes it."""
+    """Connections to the primary of a service, also after a failover."""
 
     def __init__(self, url: str, timeout: float, size: int) -> None:
         servers = servers_of(url, 26379)
@@ -207,7 +212,7 @@ class PrimaryPool(ConnectionPool):
         self._followed: Address | None = None
         self._look_at = 0.0  # of time.monotonic: when to ask the sentinels again
         to_primary = type(kind.__name__, (_ToPrimary, kind), {})
-        super().__init__(partial(to_primary, found=self._find, **settings), size)
+        super().__init__(partial(to_primary, find=self._find, **settings), size)
 
     def take(self, deadline: float, name: bytes = b"") -> Slot:
         """A slot whose connection leads, or will lead, to the primary."""
@@ -216,7 +221,7 @@ class PrimaryPool(ConnectionPool):
             self._look_at = now + LOOK_AGAIN  # other threads need not ask at the same time
             before = self._pooled
             if before is not None:
-                with suppress(RedisConnectionError):  # without sentinels it goes on as it is
+                with suppress(RedisConnectionError):  # if no sentinel answers, keep the primary
                     found = self._find(now + (deadline - now) / 4)
                     if found != before:
                         self._pooled = found
@@ -232,7 +237,7 @@ class PrimaryPool(ConnectionPool):
                 self.moved()
 
     def follow(self, connection: Any) -> None:
-        """As for one server."""
+        """See ``ConnectionPool.follow``."""
         self._followed = connection.host, connection.port
         super().follow(connection)
 

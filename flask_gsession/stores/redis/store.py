@@ -36,8 +36,8 @@ class RedisStore(Records):
 
     One call takes at most ``options.timeout``. If you pass in a client, its pool is used as it is,
     and never closed: its own settings bound the time to connect, and ``options.timeout`` the wait
-    for each piece of an answer. For a Sentinel client, we make our own connections to its primary:
-    see :class:`SentinelClientPool`.
+    for each piece of a reply. For a Sentinel client, the store makes its own connections to the
+    primary: see :class:`SentinelClientPool`.
     """
 
     def __init__(self, url_or_client: str | redis.Redis, options: StoreOptions | None = None):
@@ -52,7 +52,7 @@ class RedisStore(Records):
         self.leases = RedisLeases(records, self._wake_ups)
         self.blobs = RedisBlobs(self.commands)
         self.journal = self._journal = RedisJournal(records)
-        if not options.logout_replicas:  # their confirmation is asked for one by one
+        if not options.logout_replicas:  # replicas confirm each logout on its own
             self.bulk = RedisBulk(records)
 
     def _begin(
@@ -65,7 +65,7 @@ class RedisStore(Records):
     ) -> None:
         """The setup that Redis and Cluster stores share. ``make`` makes wake-up connections."""
         self._source, self._options, self._records = source, options, records
-        # In the older protocol, pushed messages are answers, and come in order with others.
+        # With RESP2, published messages arrive as replies, in order with the other replies.
         calls = partial(make, protocol=2)
         self._wake_ups = WakeUps(calls, self.names.channels, options.timeout)
         closing(self, self._wake_ups.close)
@@ -81,15 +81,15 @@ class RedisStore(Records):
 
     def strings(self) -> RedisStrings:
         """The strings that another package keeps on this server, by their whole names."""
-        if self._journal.begun:  # whose sessions no other script may create
+        if self._journal.begun:  # a new session must be journaled in the same script
             return RedisStrings(self._records)
         return RedisTogether(self._records)
 
     def lend_pool(self) -> redis.ConnectionPool | None:
         """A connection pool of the driver for other packages; None for a cluster.
 
-        The pool of the client that was passed in; else a new one of the same size as the store's,
-        with a quarter of the time budget of a call as its timeout.
+        It is the pool of the client that was passed in, or else a new one of the same size as the
+        store's, with a quarter of a call's time budget as its timeout.
         """
         piece = self._options.timeout / 4
         if isinstance(self._source, redis.Redis):

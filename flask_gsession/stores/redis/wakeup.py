@@ -18,8 +18,9 @@ from ...processes import process
 from ..lease import WAITER_LIFE
 from .driver import read_within
 
-_LOOK_AROUND = 5.0  # seconds without a call: is the connection alive, does anybody wait?
-_TRY_AGAIN = 10.0  # seconds after a connection that failed
+# Without a wake-up for so many seconds, the thread checks its connection, and whether anyone waits.
+_LOOK_AROUND = 5.0
+_TRY_AGAIN = 10.0  # seconds until the next attempt after a failed connection
 _FORGOTTEN = 3 * WAITER_LIFE / 1000  # seconds after which a silent waiter is dropped
 
 
@@ -56,12 +57,15 @@ class WakeUps:
         return call
 
     def forget(self, owner: bytes) -> None:
-        """This owner stopped waiting."""
+        """Stop keeping wake-ups for this owner."""
         process.notice()
         self._calls.pop(owner, None)
 
     def wait(self, owner: bytes, seconds: float) -> bool:
-        """Wait for a wake-up. May return early if one was missed. False: no connection."""
+        """Wait for a wake-up. May return early if one was missed.
+
+        Returns False if there is no connection.
+        """
         process.notice()
         listener = self._listener
         if listener is not None and listener.ready.is_set():
@@ -145,7 +149,7 @@ class _Listener:
         self.thread = threading.Thread(target=self._run, name="gsession-wakeup", daemon=True)
 
     def stop(self) -> None:
-        """Shut the socket, so that the thread ends. It closes the connection itself."""
+        """Shut the socket, so that the thread closes the connection and ends."""
         socket = self.connection._sock
         if socket is not None:
             with suppress(OSError):

@@ -1,7 +1,7 @@
-"""A circuit breaker: after too many failures, calls fail at once for a moment.
+"""A circuit breaker: after too many failures, calls fail at once for a while.
 
-Each process has one circuit for loads and one for writes, so a store that answers reads but hangs
-at writes still serves reads.
+Each process has one circuit for loads and one for writes, so a store that hangs on writes but
+answers loads still serves loads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GuardedStore(CallWrapper):
 
     def load(self, key: str) -> Record | None:
         circuit = self.loads
-        if not circuit.is_well:
+        if not circuit.is_healthy:
             return circuit.call_or_probe(self.store.load, key)  # type: ignore[no-any-return]
         start = circuit.clock()
         try:
@@ -55,7 +55,7 @@ class GuardedStore(CallWrapper):
 
     def save(self, record: Record, expected_version: int, *, shorten: bool = False) -> None:
         circuit = self.writes
-        if shorten or not circuit.is_well:
+        if shorten or not circuit.is_healthy:
             super().save(record, expected_version, shorten=shorten)
             return
         start = circuit.clock()
@@ -103,7 +103,7 @@ class Circuit:
     def _start(self) -> None:
         # In a forked process too: a parent's thread may have held the lock, or been the probe.
         self._lock = threading.Lock()
-        self.is_well = True  # the only thing that a call looks at, as long as it is
+        self.is_healthy = True  # while this is true, a call checks nothing else
         self._failures = 0
         self._cause = ""
         self._open_since: float | None = None
@@ -112,7 +112,7 @@ class Circuit:
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``method`` within this circuit."""
-        if not self.is_well:
+        if not self.is_healthy:
             return self.call_or_probe(method, *arguments)
         start = self.clock()
         try:
@@ -137,14 +137,17 @@ class Circuit:
         return answer
 
     def _admit(self) -> tuple[float, bool]:
-        """When this call begins, and whether it is the probe. Raises while the circuit is open."""
+        """Returns when this call begins, and whether it is the probe.
+
+        Raises ``StoreUnavailable`` while the circuit is open.
+        """
         with self._lock:
             now = self.clock()
             if self._open_since is None:
                 return now, False
             if now >= self._ask_at:
-                # No other probe until this one is over. The limit is for an interrupt that strikes
-                # its thread right here.
+                # No other probe until this one is over. The time limit is for a probe whose thread
+                # is interrupted right here.
                 self._ask_at = now + self._probe_time
                 return now, True
             wait, since, cause = self._ask_at - now, now - self._open_since, self._cause
@@ -156,7 +159,7 @@ class Circuit:
         )
 
     def failed(self, error: StoreUnavailable, start: float, *, probe: bool = False) -> None:
-        """A call that began at ``start`` failed."""
+        """Count the failure of a call that began at ``start``."""
         process.notice()
         opened = False
         with self._lock:
@@ -166,10 +169,10 @@ class Circuit:
             if error.contention or start < self._answered_at:
                 return
             if time_left(self._timeout) < self._timeout / 2 and now - start < self._timeout / 2:
-                return  # the caller's deadline was too short to know
+                return  # the caller's deadline was too short to tell
             slow = now - start >= self._slow
             if slow:
-                self.is_well = False
+                self.is_healthy = False
                 self._failures += 1
                 self._cause = error.detail
                 opened = self._open_since is None and self._failures >= self._limit
@@ -193,7 +196,7 @@ class Circuit:
             since, self._open_since = self._open_since, None
             self._failures = 0
             self._answered_at = now
-            self.is_well = True
+            self.is_healthy = True
         if since is not None:
             logger.warning("The session store answers %s again", self._operations)
             self._events.emit(CircuitClosed, self._operations, now - since)
