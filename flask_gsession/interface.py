@@ -25,7 +25,6 @@ from .request.session import (
     begin_error_page,
     begin_response,
     close_unused,
-    existing_lifecycle,
     lifecycle_of,
     repository_of,
 )
@@ -149,7 +148,7 @@ class GSessionInterface(SessionInterface):
             self._save_all(app, session, response)
         elif isinstance(session, SessionData):
             if session.accessed:
-                life = lifecycle_of(session)
+                life = session.lifecycle or lifecycle_of(session)
                 self._save(app, session, life, response)
                 self._write_headers(app, session, life, response)
             else:
@@ -275,7 +274,7 @@ class GSessionInterface(SessionInterface):
 
 def _is_by_hand(session: SessionData) -> bool:
     """Whether the application saves the session, instead of Flask with its response."""
-    life = existing_lifecycle(session)
+    life = session.lifecycle
     return life is not None and life.phase == IN_VIEW
 
 
@@ -302,7 +301,7 @@ def note_error_page(app: Flask, **_: Any) -> None:
 
 
 def _report_late_changes(session: SessionData) -> None:
-    life = existing_lifecycle(session)
+    life = session.lifecycle
     if life is not None:
         for key in late_changes(life):
             report_late(life, ONE_KEY, key)

@@ -21,7 +21,7 @@ from ..processes import warn_without_threads
 from ..repository.repository import Loaded
 from ..repository.user_values import values_key
 from ..request.lifecycle import Lifecycle
-from ..request.session import SessionData, existing_lifecycle, lifecycle_of
+from ..request.session import SessionData, lifecycle_of
 from ..sharing.verify import find_of_request
 from ..stores.base import Record
 
@@ -178,7 +178,7 @@ def _begin(ext: Session | None) -> tuple[Session, GSessionInterface]:
     if site not in (None, "same-origin", "none"):  # none: the user typed the address
         _refuse(403, "Only pages of the same origin may request this")
     opened = session_of_request()
-    life = existing_lifecycle(opened) if isinstance(opened, SessionData) else None
+    life = opened.lifecycle if isinstance(opened, SessionData) else None
     if life is not None:
         life.renews = False
     return own, interface

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from os import getpid
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -154,7 +155,8 @@ class Lifecycle(Struct, eq=False):
     def presented(self) -> Presented:
         """The token that the request brought, and how."""
         if self._presented is None:
-            process.notice()
+            if getpid() != process.pid:
+                process.notice()
             self._presented = self.present(self.app, self.request)
         return self._presented
 

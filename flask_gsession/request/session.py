@@ -70,8 +70,8 @@ class SessionData(SessionMixin):
 
     accessed = False  # before Flask 3.1.3 its mixin says True
 
-    #: Made at the first look, since most requests never look at their session.
-    _made: Lifecycle | None = None
+    # For this package. Made at the first look, since most requests never look at their session.
+    lifecycle: Lifecycle | None = None
     _phase: str = IN_VIEW  # how far the request is, until the first look
     _further: tuple[SessionData, ...] = ()
 
@@ -89,18 +89,18 @@ class SessionData(SessionMixin):
 
     @property
     def _life(self) -> Lifecycle:
-        life = self._made
+        life = self.lifecycle
         if life is None:
             made = Lifecycle(*self._start, self._phase)
             if self._hooks is not None:  # before it is in use, since a signal may strike between
                 self._hooks.append(made.begin_response)
             # An atomic step, so that all threads of the request get the same one.
-            life = self.__dict__.setdefault("_made", made)
+            life = self.__dict__.setdefault("lifecycle", made)
         return life
 
     def _open(self) -> TrackedValues:
         self.accessed = True
-        return load(self._made or self._life)
+        return load(self.lifecycle or self._life)
 
     def _open_for_writing(self, what: str, *details: str) -> TrackedValues:
         self.accessed = True
@@ -109,7 +109,7 @@ class SessionData(SessionMixin):
     # -- the mapping
 
     def __getitem__(self, key: str) -> Any:
-        life = self._made
+        life = self.lifecycle
         values = self._open() if life is None or not life.opened else life.values
         try:
             return values[key]
@@ -129,7 +129,7 @@ class SessionData(SessionMixin):
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
         self.accessed = True
-        life = self._made or self._life
+        life = self.lifecycle or self._life
         values, repository = open_for_writing(life, ONE_KEY, key), life.repository
         if repository.check is not None:
             self._put(key, value, repository.check(key, value))
@@ -230,7 +230,7 @@ class SessionData(SessionMixin):
         return reversed(list(self))
 
     def __repr__(self) -> str:
-        life: Lifecycle | None = vars(self).get("_made")  # an interrupt may strike in __init__
+        life: Lifecycle | None = vars(self).get("lifecycle")  # an interrupt may strike in __init__
         if life is None or not life.opened:
             return "<SessionData not loaded>"
         return f"<SessionData handle={life.handle!r} keys={len(life.values)}>"
@@ -385,7 +385,7 @@ class SessionData(SessionMixin):
         """
         if any(session.modified for session in self._further):
             return True
-        life = self._made
+        life = self.lifecycle
         if life is None:
             return False
         return life.was_modified if life.is_late else is_modified(life)
@@ -394,7 +394,7 @@ class SessionData(SessionMixin):
     def modified(self, value: bool) -> None:
         if value:
             self._open_for_writing("session.modified")
-        if value or self._made is not None:
+        if value or self.lifecycle is not None:
             self._life.wish(forced=bool(value))
 
     @property
@@ -800,8 +800,8 @@ def typed_access(session: SessionData) -> TypedAccess:
 
 
 def lifecycle_of(session: SessionData) -> Lifecycle:
-    """The request's lifecycle with this session, for the rest of the package."""
-    return session._made or session._life
+    """The session's ``lifecycle``, which this call makes if necessary."""
+    return session.lifecycle or session._life
 
 
 def repository_of(session: SessionData) -> Repository:
@@ -809,16 +809,11 @@ def repository_of(session: SessionData) -> Repository:
     return session._start[0]
 
 
-def existing_lifecycle(session: SessionData) -> Lifecycle | None:
-    """The lifecycle, or None before the first look at the session."""
-    return session._made
-
-
 def begin_error_page(session: SessionData) -> None:
     """Called when Flask begins to make an error page for an unhandled exception."""
     session._phase = IN_RESPONSE
-    if session._made is not None:
-        session._made.begin_error_page()
+    if session.lifecycle is not None:
+        session.lifecycle.begin_error_page()
 
 
 def add_further(session: SessionData, further: SessionData) -> None:
@@ -829,16 +824,16 @@ def add_further(session: SessionData, further: SessionData) -> None:
 def begin_response(session: SessionData, response: Any) -> Any:
     """Called when Flask begins to process the response, before any hook of the application."""
     session._phase = IN_RESPONSE
-    if session._made is not None:
-        session._made.begin_response(response)
+    if session.lifecycle is not None:
+        session.lifecycle.begin_response(response)
     return response
 
 
 def close_unused(session: SessionData) -> None:
     """The response is sent, and the request never looked at the session."""
     session._phase = SAVED
-    if session._made is not None:
-        session._made.phase = SAVED
+    if session.lifecycle is not None:
+        session.lifecycle.phase = SAVED
 
 
 class UserValues(SessionData):
@@ -857,43 +852,43 @@ class UserValues(SessionData):
         self._start = (life.repository, life.present, life.app, life.request, started)
         self._hooks = None
         self._phase = life.phase
-        self._made: UserLifecycle = life
+        self.lifecycle: UserLifecycle = life
 
     @property
     def user_id(self) -> str | None:
         """The id of the user; None if nobody is signed in."""
-        return self._made.user_id
+        return self.lifecycle.user_id
 
     owner = user_id
 
     def __repr__(self) -> str:
-        life = vars(self).get("_made")
+        life = vars(self).get("lifecycle")
         if life is None or not life.opened:
             return "<UserValues not loaded>"
         return f"<UserValues keys={len(life.values)}>"
 
     def transaction(self) -> Transaction[SessionData]:
-        self._made.store()
+        self.lifecycle.store()
         return super().transaction()
 
     def lock(
         self, timeout: float | timedelta | None = None, wait: float | timedelta | None = None
     ) -> Lock[SessionData]:
         self._check_user()
-        self._made.store()
+        self.lifecycle.store()
         return super().lock(timeout, wait)
 
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         self._check_key(key)
-        self._made.store()
+        self.lifecycle.store()
         return super().update_atomic(key, function, default)
 
     def reload(self) -> None:
-        if self._made.user_id is not None:
+        if self.lifecycle.user_id is not None:
             super().reload()
 
     def _check_user(self) -> None:
-        if self._made.user_id is None:
+        if self.lifecycle.user_id is None:
             raise NotSignedIn
 
     def _open_for_writing(self, what: str, *details: str) -> TrackedValues:
