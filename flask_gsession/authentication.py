@@ -63,9 +63,9 @@ def load_user() -> None:
 
 
 def freshen(session: SessionData) -> None:
-    """Does after ``session.confirm`` what Flask-Login's ``confirm_login`` does.
+    """Update Flask-Login's keys after ``session.confirm``, as its ``confirm_login`` does.
 
-    Otherwise, its session protection would mistake an updated browser for another one at each
+    Otherwise, its session protection would take an updated browser for another browser at each
     request.
     """
     if not has_request_context():
@@ -79,7 +79,7 @@ def freshen(session: SessionData) -> None:
 
 
 def rotate_after_a_step(session: SessionData, life: Lifecycle) -> None:
-    """Rotate if the user has passed a step of Flask-Security. Called before a save."""
+    """Rotate if the user has passed a step of Flask-Security. Call it before a save."""
     if life.opened:
         values = life.values
         passed = [key for key in _STEPS if key in values and values.has_changed(key)]
@@ -177,7 +177,7 @@ def _rotate(
         try:
             again = bind(life, user_id, remembered=remembered, signed_in=signed_in, fresh=fresh)
         except BaseException:
-            # It was refused or failed. Undo it, or the save would sign the user in without a
+            # The sign-in was refused or failed. Undo it, or the save would store it without a
             # rotation.
             _undo(session, signed_in)
             raise
@@ -208,7 +208,7 @@ def _signed_out(sender: Flask, **_: Any) -> None:
 
 
 def _protected(sender: Flask, **_: Any) -> None:
-    """Flask-Login reports a session that another browser uses, or that has no ``_id`` yet."""
+    """Called by Flask-Login for a session that another browser uses, or without an ``_id``."""
     session = _session()
     if session is not None:
         if "_id" in session or session.get("_remember") == "clear":

@@ -1,4 +1,4 @@
-"""Responses to errors that are raised after the view has made its response."""
+"""Responses to errors that are raised after the view has returned its response."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _bare_error(app: Flask, error: HTTPException) -> Response:
 
 
 def replace_response(response: Response, answer: Response) -> None:
-    """Replace the contents of ``response``, which Flask already holds, by ``answer``'s."""
+    """Replace the contents of ``response``, which Flask already holds, with ``answer``'s."""
     close = getattr(response.response, "close", None)
     if close is not None:
         close()

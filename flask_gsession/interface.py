@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _FURTHER = "_gsession_further"
 _SAVED = "_gsession_saved"
 
-#: Of the proxy, which takes longer to look it up.
+# Bypasses the proxy, which takes longer.
 _current_context = request_ctx._get_current_object  # type: ignore[attr-defined]
 
 
@@ -60,7 +60,7 @@ class GSessionInterface(SessionInterface):
         self.repository = repository
         self.store = store
         self.owns_store = owns_store
-        #: what watches sessions and users, from the first use of ``ext.live``
+        #: watches sessions and users, from the first use of ``ext.live``
         self.hints: Hints | None = None
         #: whether the application has further ``Session`` objects
         self.has_further = False
@@ -79,7 +79,10 @@ class GSessionInterface(SessionInterface):
         return self._live.cookie_name()
 
     def open_session(self, app: Flask, request: Request) -> SessionData | None:
-        """A session that loads itself at the first look; None without a ``SECRET_KEY``."""
+        """A session that is loaded at the first look; None without a ``SECRET_KEY``.
+
+        No round trip.
+        """
         if not self._live.secret_key():
             self._report_missing_key(app)
             return None
@@ -101,8 +104,8 @@ class GSessionInterface(SessionInterface):
         if not self._misses_key:
             self._misses_key = True
             logger.error(
-                "The application %r has no SECRET_KEY: its sessions are empty and cannot be "
-                "written to. Set SECRET_KEY.",
+                "The application %r has no SECRET_KEY, so its sessions are empty and can't be "
+                "changed. Set SECRET_KEY.",
                 app.name,
             )
 
@@ -129,7 +132,7 @@ class GSessionInterface(SessionInterface):
     def regenerate(self, session: SessionMixin) -> None:
         """Give the session a new token, for code written for Flask-Session.
 
-        Equals ``session.rotate(grace=0)``: the old token ends at once.
+        Equals ``session.rotate(grace=0)``: the old token stops working at once.
         """
         if isinstance(session, SessionData):
             session.rotate(grace=0)
@@ -157,7 +160,7 @@ class GSessionInterface(SessionInterface):
                     self._follow_body(session, response)
 
     def _follow_body(self, session: SessionData, response: Response) -> None:
-        """The request has not looked at the session, but a streamed body still can."""
+        """Prepare for a streamed body, which can look at the session after a view that didn't."""
         if response.is_streamed:
             response.call_on_close(lambda: _report_late_changes(session))
         if can_read_session(response):
@@ -241,7 +244,7 @@ class GSessionInterface(SessionInterface):
             report(session, response)
 
     def _drop_cookies(self, app: Flask, life: Lifecycle, response: Response) -> None:
-        """Let the browser forget the cookies of others that this request has ended."""
+        """Delete cookies of other libraries or stores that this request has ended."""
         request, imports = life.request, self.repository.imports
         if request is None:
             return
@@ -257,7 +260,7 @@ class GSessionInterface(SessionInterface):
     def _failed(
         self, app: Flask, life: Lifecycle, response: Response, error: Exception, *, by_hand: bool
     ) -> None:
-        """Replace the response with the application's error response: changes were not stored."""
+        """Replace the response with the application's error response, since the save failed."""
         if life.trace is not None:
             life.trace.failure = type(error).__name__
         if isinstance(error, UnsupportedType) and not self.repository.settings.debug:

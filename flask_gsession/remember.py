@@ -1,9 +1,9 @@
 """``SESSION_REMEMBER = "session"``: turns Flask-Login's remember-me into a permanent session.
 
 So there is only one cookie, which ends with its session. If Flask-Login wants to remember a user,
-the session becomes permanent, and Flask-Login's cookie is neither sent nor read. An old cookie is
-converted only once, since it can be copied, and has neither a time nor a device. A mark in the
-store notes each converted cookie.
+the session becomes permanent, and Flask-Login's cookie is neither sent nor read. Each old cookie is
+converted only once, since it can be copied, and names neither a time nor a device. A mark in the
+store records that it was converted.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def forget(session: SessionData) -> None:
 
 
 def prepare_user_load(session: SessionData) -> bool:
-    """Called before Flask-Login loads the user. Returns whether to delete its cookie. Hides a
-    cookie that must not be converted from Flask-Login. Two round trips for a convertible cookie.
+    """Called before Flask-Login loads the user. Returns whether to delete its cookie.
+
+    If the cookie must not be converted, hides it from Flask-Login. Two round trips for a cookie
+    that may be converted.
     """
     life = lifecycle_of(session)
     if session.get(_REMEMBERED) and session.get("_fresh") and _was_away(life):
@@ -83,7 +85,7 @@ def prepare_user_load(session: SessionData) -> bool:
     cookie = request.cookies.get(name)
     if cookie is None:
         return False
-    # After the response, and in a socket handler, no response can carry a sign-in's token.
+    # After the response, or in a socket handler, no response can carry the token of a sign-in.
     waits = life.is_late or request.routing_exception is not None
     if waits or session.get(LOGIN) is not None or not _converts(life, cookie):
         # Flask-Login notes this in the session, which would create one for each visitor.
@@ -124,7 +126,7 @@ def _converts(life: Lifecycle, cookie: str) -> bool:
 
 
 def drop_cookie(app: Flask, response: Response) -> None:
-    """Keep Flask-Login from sending its cookie, even if it refreshes that at each request."""
+    """Remove Flask-Login's cookie from the response, also if it refreshes it at each request."""
     start = f"{remember_cookie(app)['key']}="
     lines = response.headers.getlist("Set-Cookie")
     kept = [line for line in lines if not line.startswith(start)]

@@ -19,9 +19,10 @@ _MAX_OBJECTS = 1000  # to examine
 
 
 def can_read_session(response: Response) -> bool:
-    """Whether the body refers to its request context, for example by ``stream_with_context``. Looks
-    inside iterators that wrap others. Without the context, ``flask.session`` raises, so a file or a
-    plain generator can't read it. If there are too many objects to examine, the answer is True.
+    """Whether the body refers to its request context, for example by ``stream_with_context``.
+
+    Without the context, ``flask.session`` raises, so a file or a plain generator can't read it.
+    Looks inside iterators that wrap others. Returns True if there are too many objects to examine.
     """
     if response.is_sequence:
         return False

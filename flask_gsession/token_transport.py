@@ -25,7 +25,7 @@ _VERSION, _VERSION_HEADER = "-v", "-Version"
 _VERSION_IN_COOKIES = f"{_VERSION}="
 
 #: Blanks around cookies and headers (RFC 6265, 4.2.1; RFC 9110, 5.5). A WSGI server decodes bytes
-#: as Latin-1, and ``str.strip`` would then also remove 0x85 and 0xA0. By such a byte before the
+#: as Latin-1, and ``str.strip`` would then also remove 0x85 and 0xA0. With such a byte before the
 #: name, a sibling domain could plant a cookie with a ``__Host-`` name.
 _BLANKS = " \t"
 _LONGEST_VERSION = 20  # digits
@@ -34,7 +34,7 @@ _LONGEST_VERSION = 20  # digits
 class Signing(Struct, frozen=True):
     """The signer of the tokens in a cookie, the name of the cookie, and the ``start`` of the pair.
 
-    ``given``: the settings that it was made for.
+    ``given``: the settings that it was created for.
     """
 
     given: object
@@ -64,6 +64,7 @@ class TokenTransport:
         self._signing: Signing | None = None
 
     def present(self, app: Flask, request: Request) -> Presented:
+        """Read and check the token of the request. No round trip."""
         if self._token_header is not None and self._token_header in request.headers:
             return self._present_header(app, request.headers[self._token_header])
         cookies = request.environ.get("HTTP_COOKIE")
@@ -86,7 +87,7 @@ class TokenTransport:
         return Presented(checked, by_header=True)
 
     def signing(self, app: Flask) -> Signing:
-        """How to sign, by the application's settings as they are now."""
+        """The signer for the application's current settings."""
         given, signing = token_settings(app, self._live.own_key), self._signing
         if signing is None or signing.given != given:
             signing = self._new_signing(app, given)
@@ -115,7 +116,8 @@ class TokenTransport:
     def send_version(self, life: Lifecycle, loaded: Record | None, response: Response) -> None:
         """Let the client's next request see this write, whichever worker serves it.
 
-        The version lasts for one bound: after that, no near cache has an older record.
+        The version lasts for the near cache's ``bound``; after that, no near cache has an older
+        record.
         """
         near, record = self._repository.near, life.seen.record
         if near is None or record is None or loaded is None:

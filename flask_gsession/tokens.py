@@ -123,7 +123,7 @@ class TokenSigner:
     """Signs tokens with the application's secret keys, the current one first.
 
     ``purpose`` (the cookie's name) goes into the derived keys. So a token from one cookie is
-    invalid in another, and no other signature by the application is valid as ours.
+    invalid in another cookie, and so is anything else that the application signs.
 
     Caches valid signatures, which saves one hash for a visitor's next request. It caches no tokens,
     and a signature is useless without its token.
@@ -132,8 +132,7 @@ class TokenSigner:
     def __init__(self, secret_keys: Sequence[str | bytes], purpose: str) -> None:
         label = f"flask-gsession token 1 {purpose}".encode()
         self._macs = [_Mac(_derive(key, label)) for key in secret_keys]
-        #: the signatures of recently checked tokens, with the session keys, by the digests that
-        #: these keys show as text
+        #: by the digest of a recently checked token: its signature, and its session's key
         self._known: dict[bytes, tuple[str, str]] = {}
 
     def sign(self, token: str) -> str:

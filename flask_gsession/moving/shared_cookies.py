@@ -56,7 +56,7 @@ def copy(
     return loaded, token_of(secret, source.label, name, nonce)
 
 
-def may_answer(repository: Repository, record: Record, began: int, *, wrote: bool) -> bool:
+def may_set_cookie(repository: Repository, record: Record, began: int, *, wrote: bool) -> bool:
     """Whether a request may set our cookie.
 
     ``record``: the mark that the request found. ``began``: when the request began, in milliseconds.

@@ -164,9 +164,11 @@ class Takeover:
             return NOTHING
         return outcome
 
-    def may_answer(self, repository: Repository, mark: Record, began: int, *, wrote: bool) -> bool:
+    def may_set_cookie(
+        self, repository: Repository, mark: Record, began: int, *, wrote: bool
+    ) -> bool:
         """Whether a request may set our cookie: see ``shared_cookies``."""
-        return shared_cookies.may_answer(repository, mark, began, wrote=wrote)
+        return shared_cookies.may_set_cookie(repository, mark, began, wrote=wrote)
 
     def end_old(self, repository: Repository, body: Body) -> None:
         """Remove the old record of this session, which is ending. Raises ``StoreUnavailable``."""

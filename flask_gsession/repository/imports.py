@@ -16,7 +16,7 @@ class TakenOver(NamedTuple):
 
     ``token``: for the client; None if the cookie led to the session through a pointer.
     ``dead_cookie``: the old cookie leads to no session, and never will again. ``mark``: the record
-    to pass to ``may_answer``, if several visitors may share the cookie.
+    to pass to ``may_set_cookie``, if several visitors may share the cookie.
     """
 
     loaded: Loaded | None = None
@@ -35,7 +35,9 @@ class Imports(Protocol):
     def take_over(self, repository: Repository, request: Any) -> TakenOver:
         """The session that the old cookie of the request leads to."""
 
-    def may_answer(self, repository: Repository, mark: Record, began: int, *, wrote: bool) -> bool:
+    def may_set_cookie(
+        self, repository: Repository, mark: Record, began: int, *, wrote: bool
+    ) -> bool:
         """Whether the response may set our cookie, if several visitors may share the old one."""
 
     def end_old(self, repository: Repository, body: Body) -> None:

@@ -25,7 +25,7 @@ _epochs: ContextVar[Mapping[tuple[int, str], int]] = ContextVar(
 
 @contextmanager
 def sign_in_since(rosters: Rosters, user_id: str, epoch: int) -> Iterator[None]:
-    """In this block, a sign-in of the user counts as begun at this epoch."""
+    """Let a sign-in of this user in the block count as begun at this epoch."""
     token = _epochs.set({**_epochs.get(), (id(rosters.own), user_id): epoch})
     try:
         yield
@@ -34,7 +34,7 @@ def sign_in_since(rosters: Rosters, user_id: str, epoch: int) -> Iterator[None]:
 
 
 def note_own_revocation(life: Lifecycle, user_id: str, before: Roster, epoch: int) -> None:
-    """This request revoked the user's sessions. A sign-in later in the request is still valid."""
+    """Note that this request revoked the user's sessions, so that it can still sign the user in."""
     if not is_revoked_since(before, _since(life, user_id, before)):
         life.epochs = {**life.epochs, user_id: epoch}
 
@@ -74,7 +74,7 @@ def refusal(repository: Repository, user_id: str, reason: str) -> SignInRefused 
 
 
 def drop_absent(repository: Repository, user_id: str, roster: Roster) -> None:
-    """Drop entries whose sessions have ended without leaving the roster, as in an outage."""
+    """Drop entries whose sessions ended without leaving the roster, for example in an outage."""
     absent = set()
     for device in roster.members:
         try:

@@ -11,7 +11,7 @@ from .state import Block, current_block
 
 
 def begin_block(life: Lifecycle, kind: Literal["transaction", "lock"]) -> Block:
-    """Let further changes belong to a transaction or a lock. The caller holds the mutex."""
+    """Begin a transaction or a lock, which gets all further changes. The caller holds the mutex."""
     pending = life.values.changes() if life.seen.record is None else None
     block = Block(kind, life.seen, life.wishes, life.block, pending)
     life.block = life.values.block = block
@@ -19,7 +19,7 @@ def begin_block(life: Lifecycle, kind: Literal["transaction", "lock"]) -> Block:
 
 
 def leave_block(life: Lifecycle, block: Block) -> None:
-    """Let further changes no longer belong to this block."""
+    """Leave a block, which gets no further changes."""
     with life.mutex:
         inner = life.block
         if inner is block:

@@ -1,4 +1,4 @@
-"""Checks before a method runs: what isn't possible now, and why."""
+"""Checks whether a method is possible now. Each raises the reason if it isn't."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .lifecycle import Lifecycle
 
 
 def check_store(life: Lifecycle) -> None:
-    """Raises the outage that this request has met, to avoid a second wait."""
+    """Raises the outage that this request has met, instead of waiting for the store again."""
     if life.outage is not None:
         raise life.outage.error
 

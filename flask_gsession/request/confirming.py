@@ -58,7 +58,7 @@ def checked_methods(method: object) -> tuple[str, ...] | None:
     if isinstance(method, str):
         return (checked_method(method),)
     if not isinstance(method, (list, tuple, set, frozenset)) or not method:
-        raise ValueError("method is a name, a list of names, or None for any")
+        raise ValueError("method must be a name, a list of names, or None for any")
     return tuple(map(checked_method, method))
 
 

@@ -10,7 +10,7 @@ _LONGEST_TTL = 10 * 366 * 86400.0
 
 
 def ttl_in_milliseconds(ttl: object) -> int:
-    """Raises ``ValueError`` unless ``ttl`` is a time that a key can have."""
+    """The ``ttl`` of a key. Raises ``ValueError`` unless it is above 0, at most ten years."""
     seconds = _seconds(ttl, "ttl")
     if not 0 < seconds <= _LONGEST_TTL:
         raise ValueError(
@@ -20,18 +20,21 @@ def ttl_in_milliseconds(ttl: object) -> int:
 
 
 def grace_in_seconds(grace: object) -> float:
-    """Raises ``ValueError`` unless ``grace`` is a time for which an old token may still lead."""
+    """The grace of a rotation. Raises ``ValueError`` unless it is 0 to 3600 seconds."""
     if isinstance(grace, timedelta):
         grace = grace.total_seconds()
     if isinstance(grace, bool) or not isinstance(grace, (int, float)):
-        raise ValueError("grace is a number of seconds, or a timedelta: 0 to 3600 seconds")
+        raise ValueError("grace must be a number of seconds or a timedelta: 0 to 3600 seconds")
     if not 0 <= grace <= _MAX_GRACE:
         raise ValueError(f"grace is {grace}; allowed are 0 to {_MAX_GRACE:g} seconds")
     return grace
 
 
 def lifetime_in_milliseconds(lifetime: object, longest: float) -> int:
-    """Raises ``ValueError`` unless it is 1 to ``longest`` seconds, the absolute timeout."""
+    """A session's own idle timeout. Raises ``ValueError`` unless it is 1 to ``longest`` seconds.
+
+    ``longest``: the absolute timeout.
+    """
     seconds = _seconds(lifetime, "the lifetime")
     if not 1 <= seconds <= longest:
         raise ValueError(
@@ -44,5 +47,5 @@ def lifetime_in_milliseconds(lifetime: object, longest: float) -> int:
 def _seconds(duration: object, name: str) -> float:
     seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise ValueError(f"{name} is a number of seconds, or a timedelta")
+        raise ValueError(f"{name} must be a number of seconds or a timedelta")
     return seconds

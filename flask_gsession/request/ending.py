@@ -28,21 +28,21 @@ def destroy(life: Lifecycle) -> None:
         owner = None if life.seen.body is None else life.seen.body.owner
         if life.seen.record is not None:
             keys.insert(0, life.seen.record.key)
-        is_its = life.seen.record is not None and life.seen.presented
+        is_presented = life.seen.record is not None and life.seen.presented
         checked = presented.checked
-        if not is_its and life.imported is not None:
+        if not is_presented and life.imported is not None:
             keys.append(life.imported)
-        if not is_its and checked is not None:
-            # Even if it was refused, and this request created another session since.
+        if not is_presented and checked is not None:
+            # Even if the token was refused, and this request has created another session since.
             keys.extend(map(session_key, checked.signed))
         unconfirmed: LogoutUnconfirmed | None = None
         bodies = {key: life.seen.body for key in keys[:1] if life.seen.record is not None}
         emitted = []
         for key in dict.fromkeys(keys):
-            heed = partial(trace_if_debugged, life, "delete", time.perf_counter())
+            on_debug = partial(trace_if_debugged, life, "delete", time.perf_counter())
             try:
                 ended = delete_session(
-                    life.repository, key, heed, owner=owner, body=bodies.get(key)
+                    life.repository, key, on_debug, owner=owner, body=bodies.get(key)
                 )
             except UnreadableRecord as error:
                 life.repository.refusals.note(error.reason, key, error.detail)
@@ -73,9 +73,9 @@ def destroy(life: Lifecycle) -> None:
 
 
 def end_old_session(life: Lifecycle) -> None:
-    """Remove the record of the old cookie, if the session that ends was made from another one.
+    """Remove the old record of the request's old cookie, if the session came from another one.
 
-    It is there after a rollback, in which the user came back to the old workers.
+    There is one if the user went back to the old workers in between, in a rollback.
     """
     imports, request = life.repository.imports, life.request
     if imports is not None and request is not None:
@@ -83,11 +83,11 @@ def end_old_session(life: Lifecycle) -> None:
 
 
 def refuse(life: Lifecycle, reason: str, detail: str) -> None:
-    """The loaded record turned out unreadable: continue with a new anonymous session."""
+    """Continue with a new anonymous session, since the loaded record can't be read."""
     with life.mutex:
         life.repository.refusals.note(reason, life.handle, detail)
         life.forget()
-        life.cookie = "delete"  # or the next request would meet the same record
+        life.cookie = "delete"  # otherwise, the next request would load the same record
 
 
 def leads_nowhere(life: Lifecycle) -> bool:

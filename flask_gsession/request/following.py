@@ -17,9 +17,9 @@ from .tracking import NO_CHANGES
 def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
     """Load what other requests stored; False if the session has ended.
 
-    Values that this request looked at or changed stay as they are, unless ``afresh``. A write
-    of its own with an unknown outcome is recognised. Raises ``SessionConflict`` if it can't
-    know whether such a write was stored, and repeating it would do harm.
+    Values that this request looked at or changed stay as they are, unless ``afresh``. Finds out
+    whether this request's own writes with unknown outcome were stored. Raises ``SessionConflict``
+    if that is impossible, and repeating such a write would do harm. One round trip.
     """
     seen = life.seen
     if seen.record is None:
@@ -70,8 +70,8 @@ def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
 def _find_rotated(life: Lifecycle, before: Record) -> Loaded | None:
     """The session that one of the attempts moved from ``before`` to another key.
 
-    Where a rotation takes two steps, the first may be all that was done before somebody logged
-    out. So it is repeated, which does nothing now but say whether it was stored.
+    Where a rotation takes two steps, only the first may have been done before somebody logged out.
+    So this repeats the rotation, only to learn whether it was stored.
     """
     for attempt in life.attempts.values():
         grace, record = attempt.wishes.rotation, attempt.record
@@ -83,7 +83,7 @@ def _find_rotated(life: Lifecycle, before: Record) -> Loaded | None:
                 life.repository.rotate(before, record, attempt.body, grace, shorten=True)
             except (Gone, Stale, KeyTaken):
                 continue
-        if loaded is not None:  # another request that wrote to it has reached it
+        if loaded is not None:  # another request has reached and changed the session
             return loaded
     return None
 
@@ -91,10 +91,10 @@ def _find_rotated(life: Lifecycle, before: Record) -> Loaded | None:
 def settle_attempts(
     life: Lifecycle, there: Record, before: Record, *, repeats: bool
 ) -> Attempt | None:
-    """Return the attempt that was stored, as the stored record proves.
+    """Return the attempt that was stored, as the stored record ``there`` proves.
 
-    While the version from ``before`` is there, any attempt may still arrive. ``repeats``:
-    pending changes will be stored again, even if an attempt already stored them.
+    While the version of ``before`` is still stored, any attempt may still arrive. ``repeats``:
+    whether pending changes will be stored again, even if an attempt has stored them.
     """
     if there.version == before.version:
         if not repeats:  # a late attempt stores changes that this request has discarded
@@ -105,12 +105,12 @@ def settle_attempts(
         return None
     own = life.attempts.get(there.version)
     for attempt in life.attempts.values():
-        # Only this attempt makes that key, so it was stored, whatever others did to it since.
+        # Only this attempt creates that key, so it was stored, whatever others have done since.
         if attempt.record.key == there.key != before.key:
             own = attempt
     if own is None and repeats:
-        # Another writer's version: on top of an attempt, or instead of it. The attempts stay
-        # noted, so that repeating them never seems safe.
+        # Another writer's version, stored after an attempt or instead of it. If an attempt can't be
+        # repeated safely, all stay noted, so that no later call takes them for settled.
         policy_of = life.repository.merger.policy_of
         for other in life.attempts.values():
             for key in other.changes:
@@ -137,7 +137,7 @@ def resolve_attempts(life: Lifecycle) -> None:
             life.note_outage(error, "loaded again")
             raise
         if loaded is None:
-            continue  # it may still arrive, as a session whose token nobody gets
+            continue  # it may still arrive, as a session whose token no client gets
         life.attempts = NO_ATTEMPTS
         life.values.rebase(attempt.body.values, saved=attempt.changes)
         life.values.rebase(loaded.body.values)

@@ -49,7 +49,7 @@ def join_user(
     join = None if old is None or stored is None else _stored_join(life, stored)
     if join is None:
         return _NOTHING
-    if not changes.keys().isdisjoint(join.keys):  # join what is stored, not what is about to be
+    if not changes.keys().isdisjoint(join.keys):  # only stored values can join
         return _NOTHING
     return join.keys if _join(life, join, user_id) else _NOTHING
 
@@ -63,7 +63,7 @@ def _stored_join(life: Lifecycle, stored: Body) -> Join | None:
 
 
 def _join(life: Lifecycle, join: Join, user_id: str) -> bool:
-    """Let the session's stored values join the user's; whether they have."""
+    """Let the session's stored values join the user's. Returns whether they did."""
     if life.joined == (user_id, join):
         return True
     record = life.seen.record
@@ -76,7 +76,7 @@ def _join(life: Lifecycle, join: Join, user_id: str) -> bool:
 
 
 def _join_behind(life: Lifecycle, user_id: str) -> None:
-    """The same for the session behind an old token, which stays where it is."""
+    """The same for the session behind an old token, which itself stays as it is."""
     behind = life.behind
     if behind is not None and behind.join is not None:
         _put(life, behind.join, behind.values, behind.ends_at, user_id)
@@ -133,9 +133,10 @@ def join_early(life: Lifecycle, user_id: str) -> None:
 
 
 def hand_over(life: Lifecycle, user_id: str) -> bool:
-    """Before a sign-in is stored: give the user what this request set for them as a visitor.
+    """Before a sign-in is stored: move the changes for the user to the user's values.
 
-    It is stored with the user's values. Returns whether there was anything. One round trip if so.
+    They are the changes that this request made as a visitor, and are stored with the user's values.
+    Returns whether there were any. One round trip if so.
     """
     keys = life.repository.user_keys
     changes = {key: each for key, each in life.changes().items() if key in keys} if keys else {}

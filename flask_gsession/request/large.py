@@ -122,7 +122,7 @@ class LargeValues:
     def lost(self, key: str, raw: bytes, error: ValueLost) -> None:
         """Handle a large value that couldn't be read, at the reference ``raw``.
 
-        Another request may have replaced it a while ago. Returns if another try is worth it.
+        Another request may have replaced it a while ago. Returns if another attempt is worthwhile.
         Otherwise marks the key as absent, and raises ``KeyError``.
         """
         life, values = self._life, self._life.values

@@ -42,7 +42,7 @@ def late_changes(life: Lifecycle) -> list[str]:
 
 
 def report_abandoned(life: Lifecycle) -> None:
-    """Log changes of objects that had left the session before."""
+    """Log changes of objects that no longer belonged to the session."""
     for key in changed_when_abandoned(life.values):
         logger.error(
             "session[%a] was changed through an object that left the session with a transaction, a "

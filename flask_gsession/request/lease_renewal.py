@@ -28,12 +28,12 @@ class Renewable(Protocol):
 
 
 def release_lease(store: Leases, key: str, owner: str) -> bool:
-    """Release a lease; whether it was held until now, as far as we know."""
+    """Release a lease. Returns whether it was held until now, as far as we know."""
     try:
         return store.release(key, owner)
     except StoreUnavailable as error:
         logger.warning("A lock could not be released, and will expire by itself: %s", error)
-        return True  # as far as we know
+        return True
 
 
 class Renewer:

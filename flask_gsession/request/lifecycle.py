@@ -1,4 +1,4 @@
-"""The state of one request's session, and what every module of ``request`` needs of it."""
+"""The state of one request's session, which every module of ``request`` works on."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Lifecycle(Struct, eq=False):
     outage: Outage | None = None
     #: writes with an unknown outcome, by the version they would store
     attempts: Mapping[int, Attempt] = NO_ATTEMPTS
-    #: pending changes to rosters; until they are made, no token may leave
+    #: pending changes to rosters; no token may be sent until they are made
     entry: Entry | None = None
     near: NearLook | None = None
     #: set when the session is loaded
@@ -117,11 +117,11 @@ class Lifecycle(Struct, eq=False):
     signed_in: Collection[str] = ()
     #: the values of users that the request looked at
     of_users: Mapping[str | None, Any] = NO_USERS
-    #: what the session behind an old token has for the user, until it has joined
+    #: the user's values in the session behind an old token, until they have joined
     behind: Behind | None = None
-    #: the user whose values this session's have joined, and the join, until it is closed
+    #: the user whose values this session's values have joined, and the join, until it is closed
     joined: tuple[str, Join] | None = None
-    #: of a take-over by a cookie that several visitors may have
+    #: the mark of a take-over by a cookie that several visitors may share
     mark: Record | None = None
     trace: Trace | None = None
 
@@ -202,7 +202,7 @@ class Lifecycle(Struct, eq=False):
     def check_readable(self) -> None:
         """Raises an error if only other workers can read the record, and it must not be replaced.
 
-        A session starts again instead.
+        Sessions start again instead.
         """
 
     def find_new(self, *, afresh: bool) -> bool:
@@ -329,7 +329,7 @@ class Lifecycle(Struct, eq=False):
         self.seen = Seen(for_others=self.seen.for_others)
 
     def end(self, during: str) -> None:
-        """Another request ended the session: drop this request's changes."""
+        """Drop this request's changes, since another request ended the session."""
         with self.mutex:
             handle = self.handle
             logger.info("Session %s ended while a request ran; its changes were dropped", handle)
@@ -341,7 +341,7 @@ class Lifecycle(Struct, eq=False):
     # -- checks
 
     def note_outage(self, error: StoreUnavailable, what: str) -> None:
-        """Keep the outage, and log it once."""
+        """Remember the outage, and log it once. ``what`` completes "A session could not be"."""
         if self.outage is None or self.outage.error is not error:
             self.outage = Outage(error)
             logger.log(error.log_level, "A session could not be %s: %s", what, error)

@@ -39,7 +39,7 @@ def load(life: Lifecycle) -> TrackedValues:
         if life.opened:  # another thread was faster
             return life.values
         if life.outage is not None and life.outage.loading:
-            return _go_on_without(life, life.outage.error)
+            return _continue_without(life, life.outage.error)
         presented, found = life.presented(), NO_BODY
         checked = presented.checked  # no token in local variables
         key = presented.handle if checked is None else checked.key
@@ -62,9 +62,9 @@ def load(life: Lifecycle) -> TrackedValues:
                 found = _look_at_imports(life, life.repository.imports, found)
         except StoreUnavailable as error:
             logger.log(error.log_level, "A session could not be loaded: %s", error)
-            return _go_on_without(life, error)
+            return _continue_without(life, error)
         if found.marked or found.has_large or life.trace is not None:
-            # With the mutex, or two threads would load one large value twice.
+            # Each look takes the mutex, or two threads would load one large value twice.
             life.values = life.new_values(found)
         else:
             looks: Looks = found.values, {}
@@ -86,7 +86,7 @@ def _find(life: Lifecycle, key: str, presented: Presented) -> Loaded | None:
             return None
         owner, debug_until = loaded.body.owner, loaded.body.debug_until
         if owner is not None and not owner.seen and not is_member(repository, loaded):
-            repository.refusals.note("revoked", key)  # it never got into its user's roster
+            repository.refusals.note("revoked", key)  # it was never entered in its user's roster
             return None
     except UnreadableRecord as error:
         life.seen = Seen(for_others=error.for_others)
@@ -169,8 +169,8 @@ def _look_at_imports(life: Lifecycle, imports: Imports, found: Body) -> Body:
     return taken.loaded.body
 
 
-def _go_on_without(life: Lifecycle, error: StoreUnavailable) -> TrackedValues:
-    """Raise the outage, or let the response report it.
+def _continue_without(life: Lifecycle, error: StoreUnavailable) -> TrackedValues:
+    """Raise the outage, or continue with an empty session and let the response report it.
 
     A hook or error page must not raise while Flask processes the response.
     """

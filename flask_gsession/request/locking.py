@@ -234,10 +234,10 @@ class Lock(Generic[S]):
                     self._block = begin_block(life, "lock")
                     return
             self._release()
-        raise SessionLocked("The session is rotated again and again")
+        raise SessionLocked("The session was rotated too often while this request waited")
 
     def _acquire(self, key: str, until: float) -> bool:
-        """Wait for the lease; False if the session is no longer under ``key``."""
+        """Wait for the lease. Returns False if the session is no longer under ``key``."""
         address = client()
         try:
             return self._wait_for_lease(key, until, address)
@@ -284,7 +284,7 @@ class Lock(Generic[S]):
     # -- leaving
 
     def _commit(self) -> bool:
-        """Store the block's changes; whether there were any."""
+        """Store the block's changes. Returns whether there were any."""
         life = self._life
         if life.lease is None and not life.ended:
             return True  # the block ended the session; later changes belong to a new one
@@ -336,7 +336,7 @@ class Lock(Generic[S]):
             self._warn("was", held)
 
     def _release(self) -> bool:
-        """Release the lease, or leave the queue; whether this request held it until now."""
+        """Release the lease, or leave the queue. Returns whether it was held until now."""
         self._held = False
         renewer.discard(self)
         if self._key is None:

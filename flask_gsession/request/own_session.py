@@ -19,10 +19,10 @@ def rotate_soon(
 ) -> None:
     """Rotate with the next save, at the end of a lock, or with a transaction.
 
-    An old token never yields a new one for the same session: with one, only a sign-in (no
-    ``grace``) has an effect, and it starts a session of its own. ``signed_in``: the keys that a
-    library has just set for a user whose identity doesn't depend on this session. ``confirms``:
-    the user stays the same. Otherwise, a rotation without grace ends earlier confirmations.
+    With an old token, a client never gets a new token for the same session: only a sign-in (no
+    ``grace``) has an effect then, and it starts a session of its own. ``signed_in``: the keys that
+    a library has just set for a user whose identity doesn't depend on this session. ``confirms``:
+    whether the user stays the same. If not, a rotation without grace ends earlier confirmations.
     """
     load(life)
     if life.presented().handle is not None:
@@ -61,8 +61,8 @@ def start_own_session(life: Lifecycle) -> None:
     """Continue with a new session that takes nothing over, for a sign-in.
 
     Either the request came with an old token, or it has just revoked the session of another
-    user. The new session keeps the values that this request assigned, and so the sign-in
-    itself. A value that was assigned unchanged may come from the old session, so it goes,
+    user. The new session keeps the values that this request assigned, so also the sign-in
+    itself. A value that was assigned unchanged may come from the old session, so it is dropped,
     unless a library has just signed in with it. The old session stays as it is.
     """
     values = life.values
@@ -72,7 +72,7 @@ def start_own_session(life: Lifecycle) -> None:
     if life.repository.user_keys or (life.seen.body is not None and life.seen.body.joins):
         _keep_for_user(life, changes)
         kept = {key: raw for key, raw in kept.items() if key not in life.repository.user_keys}
-    # If no other key is left, and these go as well, this was a logout instead of a sign-in.
+    # If no other key is left, and these are removed as well, this is a logout, not a sign-in.
     emptied = kept.keys() >= set(values)
     logger.info("A sign-in started a session of its own beside session %s", life.handle)
     binding = life.wishes.binding
@@ -90,7 +90,7 @@ def start_own_session(life: Lifecycle) -> None:
 
 
 def _keep_for_user(life: Lifecycle, changes: Mapping[str, Change]) -> None:
-    """Note what the old session has for the user who signs in. It stays there as well."""
+    """Note the old session's values for the user who signs in. They stay there as well."""
     keys, body, record = life.repository.user_keys, life.seen.body, life.seen.record
     mine = {key: change for key, change in changes.items() if key in keys}
     join, values, ends_at = None, {}, 0
@@ -98,4 +98,4 @@ def _keep_for_user(life: Lifecycle, changes: Mapping[str, Change]) -> None:
         join, ends_at = body.joins[0], record.absolute_expires_at
         values = {key: raw for key, raw in life.values.stored.items() if key in join.keys}
     life.behind = Behind(join, values, ends_at, mine)
-    life.joined = None  # that session goes on, and may have more for the user later
+    life.joined = None  # the old session continues, and may get more values for the user

@@ -107,7 +107,7 @@ def device_id_of(life: Lifecycle) -> str | None:
 
 
 def stored_device_of(life: Lifecycle, user_id: str) -> str | None:
-    """The id of the device, if the session is stored as this user's, whatever comes next."""
+    """The id of the device, if the session is stored as this user's. Ignores pending changes."""
     owner = owner_of(life)
     return owner.device_id if owner is not None and owner.user_id == user_id else None
 

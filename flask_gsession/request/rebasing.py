@@ -1,4 +1,4 @@
-"""Lets tracked values follow their record when one key, or a block, was stored or dropped."""
+"""Updates tracked values after one key, or a block, was stored or discarded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tracking import NO_KEYS, NOTHING, TrackedValues
 
 
 def set_stored(values: TrackedValues, key: str, value: Any, raw: bytes) -> None:
-    """The store holds ``value`` under ``key`` now."""
+    """Note that the store holds ``value`` under ``key`` now."""
     with values.mutex:
         _abandon(values, key)
         values.live[key], values.order = value, None
@@ -25,7 +25,7 @@ def set_stored(values: TrackedValues, key: str, value: Any, raw: bytes) -> None:
 
 
 def discard_change(values: TrackedValues, key: str) -> None:
-    """Treat ``key`` as this request found it."""
+    """Forget that this request changed ``key``."""
     with values.mutex:
         values.base.pop(key, None)
         values.live.pop(key, None)
@@ -35,7 +35,7 @@ def discard_change(values: TrackedValues, key: str) -> None:
 
 
 def drop(values: TrackedValues, key: str) -> None:
-    """This request removed ``key`` from the store."""
+    """Note that this request removed ``key`` from the store."""
     with values.mutex:
         _abandon(values, key)
         mark_absent(values, key)
@@ -109,7 +109,7 @@ def undecoded(values: TrackedValues, key: str) -> bytes | None:
 
 
 def replace_lost(values: TrackedValues, key: str, raw: bytes, now: Callable[[], int]) -> None:
-    """Another request replaced the lost value of ``key`` by ``raw``."""
+    """Use ``raw``, with which another request replaced the lost value of ``key``."""
     with values.mutex:
         values.end_looks()
         mark_absent(values, key)
@@ -120,7 +120,7 @@ def replace_lost(values: TrackedValues, key: str, raw: bytes, now: Callable[[], 
 
 
 def mark_absent(values: TrackedValues, key: str) -> None:
-    """The value of ``key`` is lost: treat it as absent, but not as deleted by this request."""
+    """Treat ``key``, whose value is lost, as absent, but not as deleted by this request."""
     with values.mutex:
         values.base[key] = None
         values.live.pop(key, None)
@@ -138,9 +138,10 @@ def _begin(values: TrackedValues, stored: dict[str, bytes], now: Callable[[], in
 
 
 def _abandon(values: TrackedValues, key: str, *, as_it_is: bool = False) -> None:
-    """The object under ``key``, if the application has it, leaves the session.
+    """Note that the object under ``key`` no longer belongs to the session.
 
-    Later changes are detected against ``base``, or against its present state with ``as_it_is``.
+    Later changes are detected by comparison with ``base``, or with its present state if
+    ``as_it_is``.
     """
     value = values.live.get(key)
     raw = values.base.get(key)

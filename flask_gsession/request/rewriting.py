@@ -1,4 +1,4 @@
-"""Replaces or removes the value of one key in the store now: ``update_atomic`` and ``take``."""
+"""Replaces or removes the value of one key in the store at once: ``update_atomic``, ``take``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .writing import Write, needs_own_session
 
 
 class NotStored(SessionEnded):
-    """This request itself has ended or emptied the session."""
+    """The session isn't stored, since this request itself has ended or emptied it."""
 
 
 def rewrite(

@@ -42,8 +42,9 @@ def prepare_owner(
 ) -> tuple[Owner | None, Entry | None]:
     """The owner to store with a session, and the changes to rosters that follow.
 
-    Makes a touch that is due now, and enters a session that keeps its key. Raises ``Revoked`` if
-    the session is no longer in its user's roster, and an error for a refused sign-in.
+    Touches the roster now if that is due, and enters a session that keeps its key. Raises
+    ``Revoked`` if the session is no longer in its user's roster, and an error for a refused
+    sign-in.
     """
     owner = owner_of(life) if old is not None else None
     binding = wishes.binding
@@ -55,7 +56,7 @@ def prepare_owner(
             return None, Entry(leaves=leaves)
         now = life.repository.now() // 1000
         until = _listed_until(life, values, old, signs_in=wishes.rotation is not None)
-        # Not if the token stays, as in a socket handler: an attacker may have it as well.
+        # Not fresh if the token stays, as in a socket handler: an attacker may have it as well.
         fresh = binding.fresh and (old is None or wishes.rotation is not None)
         signed_in = now + 1 if fresh else 0
         bound = Owner(binding.user_id, binding.device_id, now, until, signed_in=signed_in)
@@ -93,10 +94,10 @@ def prepare_owner(
 
 
 def enter_roster(life: Lifecycle) -> bool:
-    """Enter a session with a new key in its user's roster, before its token leaves.
+    """Enter a session with a new key in its user's roster, before its token is sent.
 
-    If the roster refuses a rotated session, it ends, and you get False. If the roster refuses a
-    sign-in, the session ends too, and this raises.
+    If the roster refuses a rotated session, this ends the session and returns False. If the roster
+    refuses a sign-in, this ends the session and raises.
     """
     entry, record, owner = life.entry, life.seen.record, owner_of(life)
     if entry is None:
@@ -128,23 +129,23 @@ def enter_roster(life: Lifecycle) -> bool:
 
 
 def _discard(life: Lifecycle, record: Record) -> bool:
-    """Delete a session that was refused. No client has its token. False after an outage."""
+    """Delete a refused session, whose token no client has. Returns False after an outage."""
     life.forget()  # before the delete, which may be interrupted
     life.cookie = "keep" if life.presented().checked is None else "delete"
     try:
         with because("refused"):
             delete_session(life.repository, record.key, leave_roster=False)
     except (StoreUnavailable, UnreadableRecord) as error:
-        logger.warning("Session %s, which nobody can use, was not deleted: %s", record.key, error)
+        logger.warning("Session %s, which no client can use, stays: %s", record.key, error)
         return False
     return True
 
 
 def take_back(life: Lifecycle) -> None:
-    """The roster could not be changed, and so no response carries the token of a stored session.
+    """End a stored session whose token no response carries, since its roster couldn't be changed.
 
-    Without a token that leads to it, it ends, or its entry could take the place of another device.
-    Three round trips. Never raises for an outage.
+    Otherwise, its entry could take the place of another device. Three round trips. Never raises for
+    an outage.
     """
     entry, record, owner = life.entry, life.seen.record, owner_of(life)
     if entry is None or record is None or owner is None or not entry.unreachable:
@@ -273,7 +274,7 @@ def _implied_binding(
     if LOGIN in changed or old is None:
         found = check_roster(life, user_id)
         return Binding(user_id, new_device_id(), Since(found.roster.epoch), found=found)
-    # Only its creation tells how old the sign-in can be.
+    # The sign-in is not older than the session.
     return Binding(user_id, new_device_id(), Since(None, old.created_at))
 
 

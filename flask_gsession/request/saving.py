@@ -90,11 +90,12 @@ def commit(
     transaction: Block | None = None,
     rotating: bool | None = None,
 ) -> bool:
-    """Store the request's changes and wishes; whether there were any. The caller holds the mutex.
+    """Store the request's changes and wishes. Returns whether there were any.
 
-    ``transaction``: store exactly on the version it began with, or raise ``LostRace``.
-    ``rotating``: whether to rotate if that is wished. By default, rotates outside locks only: a
-    lock belongs to the session's key, so the rotation waits until you leave the lock.
+    The caller holds the mutex. ``transaction``: store exactly on the version it began with, or
+    raise ``LostRace``. ``rotating``: whether to rotate if that is wished. By default, rotates
+    outside locks only: a lock belongs to the session's key, so the rotation waits until you leave
+    the lock.
     """
     unfinished = life.attempts is not NO_ATTEMPTS or life.entry or life.joined
     if unfinished and life.outage is None and not _finish_earlier_write(life):
@@ -127,7 +128,7 @@ def commit(
 
 
 def _finish_earlier_write(life: Lifecycle) -> bool:
-    """Settle what an interrupted write left; False if the session's user may not have it."""
+    """Complete an interrupted write. Returns False if the user's roster refuses the session."""
     if life.attempts is not NO_ATTEMPTS:
         resolve_attempts(life)
     if life.entry is not None and not enter_roster(life):
@@ -145,18 +146,18 @@ def _save_users(life: Lifecycle, *, by_hand: bool) -> None:
             adopt_trouble(life, values)
             continue
         if values.opened and values.pending():
-            logger.info("The session of a request ended: its changes to the user's were dropped")
+            logger.info("The session of a request ended: its changes to user values were dropped")
             values.repository.events.emit(WriteDropped, values.handle, "session ended")
         values.phase = SAVED
 
 
 def _compare_with_parallel_requests(life: Lifecycle, mark: Record) -> None:
-    """Set no cookie that could replace the one of another first request."""
+    """Set no cookie if it could replace the cookie of another request that also came first."""
     imports, wrote = life.repository.imports, life.was_modified or is_modified(life)
     if imports is None or life.cookie != "set":
         return
     began = int(life.began.time * 1000)
-    if not imports.may_answer(life.repository, mark, began, wrote=wrote):
+    if not imports.may_set_cookie(life.repository, mark, began, wrote=wrote):
         life.cookie = "keep"
 
 
@@ -220,7 +221,7 @@ def _renew(life: Lifecycle, seen: Seen, record: Record, owner: Owner | None, idl
         if repository.is_cut_off:
             idle_end = max(record.idle_expires_at, min(idle_end, owner.until * 1000))
         elif idle_end > owner.until * 1000:
-            # A setting was raised since it was entered, and its roster must know that first.
+            # A timeout was raised since the roster was last updated, so update it first.
             _save_to_touch(life)
             return
     try:

@@ -61,14 +61,14 @@ class SessionData(SessionMixin):
     """A session: a dict of str to values, loaded at the first look and saved with the response.
 
     The first look costs one round trip to the store, and later looks cost none. If the request
-    changes something, the save costs one more. Changes inside lists, dicts and sets are noticed.
-    Methods that use the store at once say so; all of them may raise ``StoreUnavailable`` (HTTP
-    503).
+    changes something, the save costs one more. The session also notices changes inside lists, dicts
+    and sets. Methods that use the store at once say so; all of them may raise ``StoreUnavailable``
+    (HTTP 503).
 
-    Which values you can keep: :doc:`/how-to/values`.
+    For the types that you can store, see :doc:`/how-to/values`.
     """
 
-    accessed = False  # before Flask 3.1.3 its mixin says True
+    accessed = False  # Flask's mixin has True before 3.1.3
 
     # For this package. Made at the first look, since most requests never look at their session.
     lifecycle: Lifecycle | None = None
@@ -92,7 +92,7 @@ class SessionData(SessionMixin):
         life = self.lifecycle
         if life is None:
             made = Lifecycle(*self._start, self._phase)
-            if self._hooks is not None:  # before it is in use, since a signal may strike between
+            if self._hooks is not None:  # first, since a signal may interrupt in between
                 self._hooks.append(made.begin_response)
             # An atomic step, so that all threads of the request get the same one.
             life = self.__dict__.setdefault("lifecycle", made)
@@ -171,9 +171,9 @@ class SessionData(SessionMixin):
 
     @property
     def permanent(self) -> bool:
-        """Whether the cookie outlives the browser's run, for ``PERMANENT_SESSION_LIFETIME``.
+        """Whether the cookie stays after the browser closes, for ``PERMANENT_SESSION_LIFETIME``.
 
-        False by default; for a new session, ``SESSION_PERMANENT`` is the default.
+        False by default; ``SESSION_PERMANENT`` sets the default of new sessions.
         """
         life = self._life
         default = life.repository.settings.permanent and life.seen.record is None
@@ -230,7 +230,7 @@ class SessionData(SessionMixin):
         return reversed(list(self))
 
     def __repr__(self) -> str:
-        life: Lifecycle | None = vars(self).get("lifecycle")  # an interrupt may strike in __init__
+        life: Lifecycle | None = vars(self).get("lifecycle")  # __init__ may have been interrupted
         if life is None or not life.opened:
             return "<SessionData not loaded>"
         return f"<SessionData handle={life.handle!r} keys={len(life.values)}>"
@@ -253,10 +253,10 @@ class SessionData(SessionMixin):
         """Remove every key.
 
         If you set nothing afterwards, the session ends with the response: it leaves the store, and
-        the response deletes its cookie. A session that is bound to a user is unbound, unless you
-        bind it again. Removing all keys one by one ends the session too, but not a bound one. If a
-        parallel request stores a key before that, the key and the session survive. To log a user
-        out, use ``destroy``.
+        the response deletes its cookie. If the session is bound to a user, this unbinds it, unless
+        you bind it again. Removing all keys one by one ends an unbound session as well. If a
+        parallel request stores a key before the session ends, the key and the session stay. To log
+        a user out, use ``destroy``. Costs no round trip besides the save.
         """
         values = self._open_for_writing("The session")
         life = self._life
@@ -269,7 +269,10 @@ class SessionData(SessionMixin):
                 unbind(life)
 
     def set_many(self, values: Mapping[str, Any]) -> None:
-        """Set several keys, all or none. Raises ``ValueRefused`` before it sets anything."""
+        """Set several keys, all or none. Raises ``ValueRefused`` before it sets anything.
+
+        Costs no round trip besides the save.
+        """
         repository = self._life.repository
         for key, value in values.items():
             self._check_key(key)
@@ -282,11 +285,12 @@ class SessionData(SessionMixin):
         """Set a key whose value expires after ``ttl`` seconds, or with the session.
 
         ``ttl``: more than 0 seconds, at most ten years, or a ``timedelta``. None, the default, sets
-        the key as ``session[key] = value`` does. From its expiry on, the value is absent, and it
-        leaves the store with the next write. If you set the key again without a ``ttl``, the expiry
-        is gone. A change inside the value, or ``update_atomic``, keeps it.
+        the key as ``session[key] = value`` does. From its expiry on, the value is absent, and the
+        next write removes it from the store. If you set the key again without a ``ttl``, it no
+        longer expires. A change inside the value, or ``update_atomic``, keeps the expiry.
 
-        Raises ``ValueError`` for any other ``ttl``. Costs no round trip beside the save.
+        Raises ``ValueError`` for any other ``ttl``, and ``ValueRefused`` for a value that the
+        schema refuses. Costs no round trip besides the save.
         """
         if ttl is None:
             self[key] = value
@@ -296,10 +300,10 @@ class SessionData(SessionMixin):
     def attach(self, key: str, file: Any, ttl: float | timedelta | None = None) -> int:
         """Set a key to the bytes of a binary file, read from its current position.
 
-        The file is written to the store at once, 256 KB at a time, so it need not fit into memory.
-        The session has the value from its next save on, and ``session[key]`` returns all of it as
+        This writes the file to the store at once, 256 KB at a time, so it need not fit into memory.
+        Other requests see the value after the next save. ``session[key]`` returns all of it as
         bytes. A small file stays in the record, as if you had assigned its bytes. If the session
-        has a schema, it checks the first piece of a large file.
+        has a schema, the schema checks only the first piece of a large file.
 
         ``file``: anything with ``read(size)``, such as ``request.files["photo"]``. ``ttl`` as in
         ``set``. Returns the number of bytes. Raises ``SessionTooLarge`` beyond
@@ -324,8 +328,8 @@ class SessionData(SessionMixin):
     def open(self, key: str) -> ValueReader:
         """The bytes under ``key`` as a binary file, read 256 KB at a time: see ``ValueReader``.
 
-        Raises ``KeyError`` if there is no such key, ``TypeError`` if its value isn't bytes. One
-        round trip for each 256 KB, the first at once; none for a value in memory.
+        Raises ``KeyError`` if there is no such key, and ``TypeError`` if its value isn't bytes. One
+        round trip for each 256 KB, the first one now; none for a value in memory.
         """
         if key not in self._open():
             raise KeyError(key)
@@ -340,7 +344,8 @@ class SessionData(SessionMixin):
     def ttl(self, key: str) -> float | None:
         """The seconds until the value of ``key`` expires by itself, or None if it doesn't.
 
-        Every value ends with the session. Raises ``KeyError`` if there is no such key.
+        Every value ends with the session anyway. Raises ``KeyError`` if there is no such key. Costs
+        no round trip.
         """
         values = self._open()
         if key not in values:
@@ -353,7 +358,7 @@ class SessionData(SessionMixin):
         return (end - self._life.repository.now()) / 1000 if end else None
 
     def remove(self, *keys: str) -> int:
-        """Remove these keys, and return how many there were."""
+        """Remove these keys, as far as they exist, and return how many did."""
         values = self._open()
         present = [key for key in dict.fromkeys(keys) if key in values]
         for key in present:
@@ -361,7 +366,10 @@ class SessionData(SessionMixin):
         return len(present)
 
     def get_or_set(self, key: str, default: Any) -> Any:
-        """The value of ``key``. If there is none, sets ``default``, or its result if callable."""
+        """The value of ``key``. If there is none, sets it to ``default`` first.
+
+        ``default``: a value, or a function that returns it.
+        """
         try:
             return self[key]
         except KeyError:
@@ -380,8 +388,9 @@ class SessionData(SessionMixin):
     def modified(self) -> bool:
         """Whether this request changed the session. Setting it to True forces a save.
 
-        Code that saves by hand, as Flask-SocketIO does, asks only ``flask.session``. So its answer
-        includes the sessions of further ``Session`` objects, which are saved with it.
+        Code that saves by hand, as Flask-SocketIO does, checks only ``flask.session``. So for
+        ``flask.session``, this includes the sessions of further ``Session`` objects, which are
+        saved with it.
         """
         if any(session.modified for session in self._further):
             return True
@@ -401,7 +410,7 @@ class SessionData(SessionMixin):
     def handle(self) -> str | None:
         """The public name of the session, or None before it is stored.
 
-        It is the SHA-256 of the token: safe to show and to log, and no use as a token. It changes
+        It is the SHA-256 of the token: safe to show and to log, and useless as a token. It changes
         when the session is rotated.
         """
         self._open()
@@ -417,10 +426,10 @@ class SessionData(SessionMixin):
     ) -> None:
         """Bind the session to the user who has just signed in; see ``ext.users``.
 
-        It gets a new token with the save, and the old one ends at once. With Flask-Login and
-        Flask-Security, a sign-in calls this for you. If the session is bound to this user already,
-        this is a fresh sign-in of the same device: it keeps its id and label. If it is bound to
-        another user, it leaves that user's list.
+        The session gets a new token with the save, and the old one stops working at once. With
+        Flask-Login and Flask-Security, a sign-in calls this for you. If the session is bound to
+        this user already, this is a fresh sign-in of the same device, which keeps its id and label.
+        If it is bound to another user, it leaves that user's list.
 
         ``user_id``: 1 to 256 characters, or an int, which counts as its text. ``label``: a name for
         the device in the user's list, at most 100 characters; by default "Firefox on Windows" and
@@ -429,7 +438,7 @@ class SessionData(SessionMixin):
 
         Raises ``SignInRefused`` (401) if the user's sessions were revoked since the request began,
         or since ``ext.users.login``, and ``TooManySessions`` (409) if ``SESSION_MAX_POLICY`` is
-        "refuse" and the user has as many sessions as allowed. The save may raise both, too. One
+        "refuse" and the user has as many sessions as allowed. The save may raise them as well. One
         round trip, and one more with the save.
         """
         self.accessed = True
@@ -437,7 +446,7 @@ class SessionData(SessionMixin):
             report_confirmation(self._life, SIGN_IN)
 
     def unbind(self) -> None:
-        """Keep the session, without its user. Costs two round trips with the save."""
+        """Keep the session, but no longer bind it to its user. Two round trips with the save."""
         self.accessed = True
         unbind(self._life)
         self.pop(CONFIRMED, None)
@@ -485,9 +494,9 @@ class SessionData(SessionMixin):
     def shared(self) -> UserValues:
         """The values of the signed-in user, the same on all devices: see ``UserValues``.
 
-        Empty if the session is bound to no user; writing then raises ``NotSignedIn``. A sign-in or
-        sign-out in this request counts at once. One round trip at the first look at a value, and
-        one more if the request changes something, after the save of the session.
+        Empty if the session isn't bound to a user; writing then raises ``NotSignedIn``. A sign-in
+        or sign-out in this request takes effect at once. One round trip at the first look at a
+        value, and one more after the save of the session if the request changes something.
         """
         self._open()
         life = self._life
@@ -511,11 +520,11 @@ class SessionData(SessionMixin):
 
         The rotation happens with the response, or at the end of a lock. For ``grace`` seconds
         (default ``SESSION_ROTATION_GRACE``), the old token still leads to the session, to serve
-        parallel requests. With 0 it ends at once: use that at every login.
+        parallel requests. With 0, it stops working at once: use that at every login.
 
-        If the request came with an old token, only ``grace=0`` has an effect: it starts a session
-        of its own, with the keys that this request assigned. Raises ``ValueError`` for a grace
-        outside 0 to 3600. Costs no round trip beside the save. Source: OWASP ASVS 7.2.4.
+        If the request came with an old token, only ``grace=0`` has an effect: it starts a new
+        session with the keys that this request assigned. Raises ``ValueError`` for a grace outside
+        0 to 3600. Costs no round trip besides the save. Source: OWASP ASVS 7.2.4.
         """
         if grace is None:
             grace = self._life.repository.settings.rotation_grace
@@ -533,7 +542,7 @@ class SessionData(SessionMixin):
         absolute timeout stays where it is.
 
         Raises ``ValueError`` for a method that isn't 1 to 40 printable ASCII characters, and
-        ``RotationRefused`` in a socket handler. Costs no round trip beside the save. Source: OWASP
+        ``RotationRefused`` in a socket handler. Costs no round trip besides the save. Source: OWASP
         ASVS 7.2.4, 7.5.1.
         """
         checked_method(method)
@@ -541,8 +550,8 @@ class SessionData(SessionMixin):
         life = self._life
         if life.is_in_socket and has_request_context():  # not a test that prepares a session
             raise RotationRefused(
-                "A socket handler can't confirm who the user is: no response would carry the new "
-                "token, and the old one would get past the confirmation. Do that in a view."
+                "A socket handler can't confirm who the user is: no response would carry a new "
+                "token, so the old one would count as confirmed. Call confirm() in a view."
             )
         open_from_store(life, "a confirmation")
         rotate_soon(life, 0, confirms=True)
@@ -571,8 +580,8 @@ class SessionData(SessionMixin):
         ``"cache"``, ``"storage"``, ``"executionContexts"``, ``"cookies"``, ``"clientHints"``,
         ``"prefetchCache"``, ``"prerenderCache"``, or several. Browsers obey it over HTTPS only.
         ``"cookies"`` also deletes the cookies of all subdomains of the site. Raises ``ValueError``
-        for any other, and where no response follows, as in ``ext.open()``; the session then goes
-        on.
+        for any other kind, and where no response follows, as in ``ext.open()``; then the session
+        doesn't end.
         """
         self.accessed = True
         kinds, life = checked_kinds(clear), self._life
@@ -580,10 +589,13 @@ class SessionData(SessionMixin):
             destroy(life)
             return
         if life.request is None or life.is_in_socket:
-            raise ValueError("clear needs the response of a view, which this code does not have")
+            raise ValueError(
+                "clear is sent with a response, and none follows here: call destroy() without it, "
+                "or in a view"
+            )
         try:
             destroy(life)
-        except LogoutUnconfirmed:  # it has ended
+        except LogoutUnconfirmed:  # the session has ended
             clear_with_response(life.request, kinds)
             raise
         clear_with_response(life.request, kinds)
@@ -599,8 +611,9 @@ class SessionData(SessionMixin):
     def set_lifetime(self, seconds: float | timedelta) -> None:
         """End this session ``seconds`` after its last use, whatever the settings say.
 
-        This holds from the next save on, through rotations, and never past the absolute timeout.
-        Raises ``ValueError`` for anything but 1 second to ``SESSION_ABSOLUTE_TIMEOUT``.
+        ``seconds``: from 1 to ``SESSION_ABSOLUTE_TIMEOUT``, or a ``timedelta``; any other raises
+        ``ValueError``. It takes effect with the next save, stays through rotations, and never
+        extends the absolute timeout. Costs no round trip besides the save.
         """
         life = self._life
         lifetime = lifetime_in_milliseconds(seconds, life.repository.settings.absolute_timeout)
@@ -610,15 +623,16 @@ class SessionData(SessionMixin):
     def skip_renewal(self) -> None:
         """Don't count this request as use of the session: its idle expiry stays where it is.
 
-        For requests that a page sends without its user, such as polling. Changes are saved as
-        always. Call it before anything writes to the store. ``set_lifetime`` and a change of
-        ``permanent`` still set the expiry. Costs no round trip. Source: OWASP ASVS 7.3.1.
+        Call it in requests that a page sends by itself, such as polling, before anything writes to
+        the store. Changes are saved as usual. ``set_lifetime`` and a change of ``permanent`` still
+        set the expiry. Costs no round trip. Source: OWASP ASVS 7.3.1.
         """
         self._life.renews = False
 
     def transaction(self) -> Transaction[SessionData]:
-        """A block that is stored completely, on the state it saw, or not at all: see
-        ``Transaction``.
+        """A block whose changes are stored together, on the state it saw, or not at all.
+
+        Use it in a ``with`` block, or call its ``run``: see ``Transaction``.
         """
         self.accessed = True
         return Transaction(self, self._life)
@@ -643,7 +657,7 @@ class SessionData(SessionMixin):
         return Lock(self, self._life, timeout, wait)
 
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
-        """Replace the value of ``key`` by ``function(value)``, store it now, and return it.
+        """Replace the value of ``key`` with ``function(value)``, store it now, and return it.
 
         ``function`` gets a fresh copy of the stored value, or of ``default`` if there is none. It
         runs again if another request was faster, so it must have no side effects. The key keeps its
@@ -706,7 +720,7 @@ class SessionData(SessionMixin):
         stored first. If there is no value, returns ``default`` or raises ``KeyError``.
 
         Raises ``SessionEnded`` if the session has ended, ``SessionConflict`` after too many lost
-        races, and ``StoreUnavailable`` if it can't tell whether the value was removed. One round
+        races, and ``StoreUnavailable`` if it is unknown whether the value was removed. One round
         trip, two more for each lost race; none if there is no value, or the session isn't stored
         yet.
         """
@@ -749,7 +763,7 @@ class SessionData(SessionMixin):
             )
         if not (key.isascii() or is_valid_text(key)):
             raise UnsupportedType(
-                f"session[{ascii(key)[:60]}]", "a key that holds lone surrogates is not valid text"
+                f"session[{ascii(key)[:60]}]", "a key with lone surrogates isn't valid text"
             )
 
 
@@ -830,7 +844,7 @@ def begin_response(session: SessionData, response: Any) -> Any:
 
 
 def close_unused(session: SessionData) -> None:
-    """The response is sent, and the request never looked at the session."""
+    """Called once the response is sent, if the request never looked at the session."""
     session._phase = SAVED
     if session.lifecycle is not None:
         session.lifecycle.phase = SAVED
@@ -901,13 +915,12 @@ class UserValues(SessionData):
         if str(key).startswith("_"):
             raise UnsupportedType(
                 f"session.shared[{ascii(key)[:60]}]",
-                "keys of a user's values don't begin with an underscore",
+                "keys of a user's values can't begin with an underscore",
             )
 
     def _refuse_session_method(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
-            "These are the values of a user, which have no token, device or timeout: call this on "
-            "the session"
+            "The values of a user have no token, device or timeout: call this method on the session"
         )
 
     bind = unbind = rotate = confirm = confirmed_at = _refuse_session_method

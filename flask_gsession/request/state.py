@@ -104,7 +104,7 @@ class Binding(HidesFields, frozen=True):
 
 
 class Entry(HidesFields, frozen=True):
-    """The changes to rosters that are due when a session is stored, before its token leaves.
+    """The changes to rosters that are due when a session is stored, before its token is sent.
 
     ``binding``: enter the session. ``moves``: the session was rotated, and the roster lists one of
     these keys. ``leaves``: its previous owner and key. ``key``: its key in the store.
@@ -176,7 +176,7 @@ class Behind(HidesFields, frozen=True):
     """The values of the session behind an old token that join the user's at the sign-in.
 
     ``values``: as they are stored, for ``join``, which is None without any. ``ends_at``: when that
-    session ends at the latest. ``changes``: what this request changed of them.
+    session ends at the latest. ``changes``: this request's changes to them.
     """
 
     join: Join | None
@@ -188,9 +188,9 @@ class Behind(HidesFields, frozen=True):
 class Attempt(HidesFields, frozen=True, gc=False):
     """A write that was sent, kept until its outcome is known.
 
-    An interrupted command may still be on its way to the server, so finding the version there that
-    it was to replace proves nothing. ``changes``: the request's own changes in it, which stay
-    pending until then.
+    An interrupted command may still be on its way to the server. So if the server still has the
+    version that it replaces, that proves nothing. ``changes``: the request's own changes in it,
+    which stay pending until the outcome is known.
     """
 
     record: Record

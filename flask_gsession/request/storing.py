@@ -118,7 +118,10 @@ def _draft_with_token(
 def _send(
     life: Lifecycle, old: Record | None, attempt: Attempt, restart: bool
 ) -> LogoutUnconfirmed | None:
-    """Note the write, and send it. Returns an error if replicas may still know the old key."""
+    """Note the write, and send it.
+
+    Returns ``LogoutUnconfirmed`` if replicas may still accept the old key.
+    """
     repository, record, grace = life.repository, attempt.record, attempt.wishes.rotation
     earlier = life.attempts
     life.attempts = {**earlier, record.version: attempt} if earlier else {record.version: attempt}
@@ -150,7 +153,7 @@ def _adopt(
     joining: Collection[str],
     toggled: bool,
 ) -> None:
-    """The write is stored: continue with its state.
+    """Continue with the state that was stored.
 
     ``joining``: the keys that left the session. ``toggled``: it changed ``permanent``.
     """
@@ -222,7 +225,7 @@ def _touch(
 
 
 def _left(wishes: Wishes, done: Wishes) -> Wishes:
-    """The rotation and the binding that are still wished."""
+    """The rotation and the binding that are left for the next save."""
     rotation = None if done.rotation is not None else wishes.rotation
     binding = None if done.binding is not None else wishes.binding
     if rotation is None and binding is None:
@@ -252,7 +255,7 @@ def _take_over(
 
 
 def _end(life: Lifecycle, old: Record) -> Written:
-    """The request emptied the session: end it, in the version it saw."""
+    """End the session that the request emptied, in the version that it saw."""
     unconfirmed: LogoutUnconfirmed | None = None
     end_old_session(life)
     try:

@@ -26,8 +26,8 @@ NO_CHANGES: Mapping[str, Change] = MappingProxyType({})
 
 
 #: The stored values, and the immutable ones among them that looks without the mutex have decoded.
-#: A look adds its value to them, then checks that this object is still the current one. Whoever
-#: replaces the stored values takes this object away first, and then keeps what was decoded. So the
+#: A look adds its value to them, then checks that this object is still the current one. Code that
+#: replaces the stored values first removes this object, and then keeps the decoded values. So the
 #: values that a request has looked at stay as they are.
 Looks = tuple[dict[str, bytes], dict[str, Any]]
 
@@ -316,11 +316,11 @@ class TrackedValues(Struct, eq=False):
         now: Callable[[], int] | None = None,
         saved: Mapping[str, Change] = NO_CHANGES,
     ) -> None:
-        """``stored`` is in the store now. The caller holds the mutex.
+        """Continue on ``stored``, which is in the store now. The caller holds the mutex.
 
         Values that this request looked at or changed stay as they are. Its changes stay pending,
-        but for the ``saved`` ones. If the store merged one of those into something else, the next
-        change of that key is merged again. You can safely repeat this.
+        except for the ``saved`` ones. If a saved change was merged into another value, the next
+        change of its key is merged again. You can safely repeat this.
         """
         if self.looks is not None:
             self.end_looks()
@@ -337,7 +337,7 @@ class TrackedValues(Struct, eq=False):
         if stored is not self.stored:
             for key in self.raw_looks:
                 if key not in live and key not in base:
-                    self._look(key)  # before the old state goes
+                    self._look(key)  # before the old values are gone
             for key in live:
                 if key not in base:
                     base[key] = self.stored.get(key)

@@ -1,4 +1,4 @@
-"""Transactions: blocks that are stored completely, on the state they saw, or not at all."""
+"""Transactions: blocks whose changes are stored together, on the state they saw, or not at all."""
 
 from __future__ import annotations
 

@@ -60,10 +60,10 @@ class UnreferencedValues:
     def release_replaced(
         self, before: Mapping[str, bytes] | None, after: Mapping[str, bytes] | None
     ) -> None:
-        """A record with the values ``after`` replaced the one with ``before``: release unused ones.
+        """Release large values after a record with values ``after`` replaced one with ``before``.
 
-        They stay for a grace, for requests that still read the old record. If the session ended
-        (``after`` is None), they go at once.
+        Values that only the old record used stay for a minute, for requests that still read it. If
+        the session ended (``after`` is None), they expire at once.
         """
         needed = names_in((after or {}).values())
         known = names_in((before or {}).values())
@@ -73,7 +73,7 @@ class UnreferencedValues:
             self.mark_referenced(after or {})
 
     def mark_referenced(self, values: Mapping[str, bytes]) -> None:
-        """A stored record has these values, so its references are in use."""
+        """Note that a stored record refers to these values."""
         known = names_in(values.values())
         self.references = {
             same: ref for same, ref in self.references.items() if ref.name not in known

@@ -103,11 +103,11 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
         return body is not None and bool(lasting(body.joins, self.repository.now()))
 
     def end(self, during: str) -> None:
-        """The record was deleted while the request ran: drop this request's changes."""
+        """Drop this request's changes, since the record was deleted while the request ran."""
         with self.mutex:
             handle = self.handle
             logger.info(
-                "Values %s of a user were deleted while a request ran; its changes were dropped",
+                "User values %s were deleted while a request ran; its changes were dropped",
                 handle,
             )
             self.forget()

@@ -37,7 +37,7 @@ def may_wait(address: str, owner: str, most: int | None) -> bool:
 
 
 def stop_waiting(address: str, owner: str) -> None:
-    """The owner stops waiting."""
+    """Note that the owner stopped waiting."""
     owners = _waiting.get((os.getpid(), address))
     if owners is not None:
         owners.discard(owner)

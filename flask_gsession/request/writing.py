@@ -140,7 +140,7 @@ class Write(Struct, eq=False):
         raise error
 
     def catch_up(self) -> bool:
-        """Load what another request stored; False if the session has ended."""
+        """Load what another request stored. Returns False if the session has ended."""
         life, stale, self.stale = self.life, self.stale, None
         with life.mutex:
             if life.seen is not stale:
@@ -148,7 +148,7 @@ class Write(Struct, eq=False):
             if not catch_up(life):
                 life.end(self.what)
                 return False
-            # An attempt may have arrived that is not in the roster yet.
+            # An attempt may have been stored that is not in the roster yet.
             return life.entry is None or enter_roster(life)
 
 
@@ -200,7 +200,7 @@ class Commit(Write, eq=False, kw_only=True):
         return Edit(life.seen, merged, changes, wishes)
 
     def _signs_in(self) -> bool:
-        """Prepare a sign-in; whether that changed anything."""
+        """Prepare a sign-in. Returns whether that changed anything."""
         life, changed = self.life, False
         if needs_own_session(life, self.rotating):
             start_own_session(life)

@@ -244,7 +244,7 @@ def test_methods_that_only_a_session_has_are_refused(
     def view(session: Any) -> None:
         values = session.shared
         for name in ("bind", "unbind", "rotate", "confirm", "destroy", "set_lifetime"):
-            with pytest.raises(TypeError, match="call this on the session"):
+            with pytest.raises(TypeError, match="call this method on the session"):
                 getattr(values, name)()
         for write in (
             lambda: values.update(_user_id="eve"),
