@@ -189,6 +189,18 @@ def interrupted(*_: object) -> None:
     raise Interrupt
 
 
+@pytest.mark.parametrize("unread", [b"PING\r\n", b"EXISTS a\r\n", b"HGETALL a\r\n"])
+def test_a_load_that_gets_another_commands_reply_is_repeated(store: Any, unread: bytes) -> None:
+    """Of any type: a reply that nobody read comes before the reply of the next command."""
+    record = a_record(time.time)
+    store.create(record)
+    slot = store.commands.pool.take(in_time())
+    assert slot.ask(b"PING\r\n") == b"PONG"
+    slot.connection._sock.sendall(unread)
+    store.commands.pool.give(slot)
+    assert store.load(record.key) == record
+
+
 def test_connections_that_the_server_closed_cost_nobody_an_error(
     own_redis: RedisServer, store_prefix: str
 ) -> None:

@@ -157,7 +157,7 @@ class RedisJournal(Journal):
             return None
         try:
             record: Record = unpack(key, value)
-        except (UnreadableRecord, TypeError):
+        except UnreadableRecord:
             return nothing
         if record.successor is not None:
             self._pointer(bucket, record)

@@ -78,7 +78,7 @@ def unpack(key: str, value: bytes | None) -> Record | None:
     """The record or pointer in this string, or None. Raises ``UnreadableRecord``."""
     if value is None:
         return None
-    if len(value) < _SIZE:
+    if type(value) is not bytes or len(value) < _SIZE:  # or a reply to another command
         raise UnreadableRecord("corrupt", "malformed record")
     kind, version, created, idle, absolute, check = _WHOLE_HEADER.unpack_from(value)
     if kind != _RECORD and kind != _POINTER:
