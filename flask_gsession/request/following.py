@@ -14,16 +14,17 @@ from .state import Attempt, Seen, Wishes, remaining, without_rotation
 from .tracking import NO_CHANGES
 
 
-def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
+def catch_up(life: Lifecycle, *, discard: bool = False) -> bool:
     """Load what other requests stored; False if the session has ended.
 
-    Values that this request looked at or changed stay as they are, unless ``afresh``. Finds out
-    whether this request's own writes with unknown outcome were stored. Raises ``SessionConflict``
-    if that is impossible, and repeating such a write would do harm. One round trip.
+    Values that this request looked at or changed stay as they are; with ``discard``, they are
+    dropped. Finds out whether this request's own writes with unknown outcome were stored. Raises
+    ``SessionConflict`` if that is impossible, and repeating such a write would do harm. One round
+    trip.
     """
     seen = life.seen
     if seen.record is None:
-        return life.find_new(afresh=afresh)
+        return life.find_new(discard=discard)
     key = seen.record.key
     try:
         loaded = life.repository.find(key)
@@ -41,7 +42,7 @@ def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
     record, body = loaded.record, loaded.body
     token = seen.token if record.key == key else None
     wishes = life.wishes
-    own = settle_attempts(life, record, seen.record, repeats=not afresh)
+    own = settle_attempts(life, record, seen.record, repeats=not discard)
     if own is not None:
         life.values.rebase(own.body.values, saved=own.changes)
         wishes = remaining(own.wishes, wishes)
@@ -55,7 +56,7 @@ def catch_up(life: Lifecycle, *, afresh: bool = False) -> bool:
         if wishes.rotation != 0:
             wishes = without_rotation(wishes)
     now = life.repository.now if body.marked else None
-    if afresh:
+    if discard:
         restart(life.values, body.values, now)
         wishes = Wishes(rotation=wishes.rotation, binding=wishes.binding, sign_in=wishes.sign_in)
     else:

@@ -93,7 +93,7 @@ class Renewer:
             try:
                 task()
             except Exception:
-                logger.exception("A lock could not be maintained")
+                logger.exception("The background work for a lock failed")
 
     def _next(self) -> list[Callable[[], object]]:
         """Wait until something is due, and return it."""

@@ -205,7 +205,7 @@ class Lifecycle(Struct, eq=False):
         Sessions start again instead.
         """
 
-    def find_new(self, *, afresh: bool) -> bool:
+    def find_new(self, *, discard: bool) -> bool:
         """Load a record that another request may have created. Sessions get new keys instead."""
         raise AssertionError("another request can't store this session for the first time")
 
@@ -220,7 +220,7 @@ class Lifecycle(Struct, eq=False):
 
     @property
     def is_in_socket(self) -> bool:
-        """Whether no view runs, but a socket handler, whose response nobody may send."""
+        """Whether a socket handler runs instead of a view, so that no response may be sent."""
         request = self.request
         return (
             self.phase == IN_VIEW and request is not None and request.routing_exception is not None

@@ -189,12 +189,12 @@ def reload(life: Lifecycle) -> None:
     """Discard this request's changes, and load again. The caller holds the mutex."""
     if life.seen.record is not None:
         # Discards changes only after loading, which may fail or be interrupted.
-        if not catch_up(life, afresh=True):
+        if not catch_up(life, discard=True):
             life.end("reload")
         life.outage = None
         life.wishes = NO_WISHES
     elif life.is_of_user and life.opened:
-        catch_up(life, afresh=True)
+        catch_up(life, discard=True)
         life.outage = None
     elif life.opened and life.cookie != "keep":
         life.outage = None

@@ -225,7 +225,7 @@ class Lock(Generic[S]):
                 # Changes by other threads and tasks during the wait don't belong to the block,
                 # so store them now.
                 commit(life, rotating=not held)
-                if life.seen.record is None or not catch_up(life, afresh=True):
+                if life.seen.record is None or not catch_up(life, discard=True):
                     if not life.ended:
                         life.end("a lock")
                     raise SessionEnded

@@ -74,7 +74,7 @@ def start_own_session(life: Lifecycle) -> None:
         kept = {key: raw for key, raw in kept.items() if key not in life.repository.user_keys}
     # If no other key is left, and these are removed as well, this is a logout, not a sign-in.
     emptied = kept.keys() >= set(values)
-    logger.info("A sign-in started a session of its own beside session %s", life.handle)
+    logger.info("A sign-in started a new session, and session %s stays as it is", life.handle)
     binding = life.wishes.binding
     if binding is not None and not binding.user_id:
         binding = None

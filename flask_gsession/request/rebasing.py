@@ -63,9 +63,9 @@ def roll_back_values(values: TrackedValues, block: Block) -> list[str]:
     Returns the keys that both sides changed, whose changes are discarded too.
     """
     with values.mutex:
-        beside = [key for key in block.outside if key in values.base]
-        kept = [key for key in beside if key not in block.inside]
-        both = [key for key in beside if key in block.inside and _may_have_changed(values, key)]
+        outside = [key for key in block.outside if key in values.base]
+        kept = [key for key in outside if key not in block.inside]
+        both = [key for key in outside if key in block.inside and _may_have_changed(values, key)]
         live, base, given = values.live, values.base, values.given
         for key in live:
             if key not in kept:

@@ -79,8 +79,8 @@ class _Rewrite(Write, eq=False, kw_only=True):
             with life.mutex:
                 if needs_own_session(life, rotating=True):  # even inside a lock
                     start_own_session(life)
-                beside = life.block is not None and current_block.get() is not life.block
-                if not beside and life.seen.record is not None and life.values.has_changed(key):
+                outside = life.block is not None and current_block.get() is not life.block
+                if not outside and life.seen.record is not None and life.values.has_changed(key):
                     commit(life)
                 seen, values = life.seen, life.values
                 if seen.record is None:

@@ -79,7 +79,7 @@ class Transaction(Generic[S]):
                 )
             if seen_before:
                 commit(life)
-                if life.seen.record is not None and not catch_up(life, afresh=True):
+                if life.seen.record is not None and not catch_up(life, discard=True):
                     life.end("a transaction")
             if life.ended:
                 raise SessionEnded

@@ -60,7 +60,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
                 else:
                     self.seen = Seen(None, record, body)
 
-    def find_new(self, *, afresh: bool) -> bool:
+    def find_new(self, *, discard: bool) -> bool:
         try:
             loaded = self.repository.find(self.user_values.key)
             if loaded is None:
@@ -76,12 +76,12 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
             raise
         record, body = loaded.record, loaded.body
         before = record._replace(version=0)  # any version but that of the record
-        own = settle_attempts(self, record, before, repeats=not afresh)
+        own = settle_attempts(self, record, before, repeats=not discard)
         if own is not None:
             self.values.rebase(own.body.values, saved=own.changes)
             self.wishes = remaining(own.wishes, self.wishes)
         now = self.repository.now if body.marked else None
-        if afresh:
+        if discard:
             restart(self.values, body.values, now)
             self.wishes = NO_WISHES
         else:

@@ -143,7 +143,7 @@ def this_write() -> Mergeable:
     return _mergeable.get()
 
 
-class Because(NamedTuple):
+class EndReason(NamedTuple):
     """The reason for the end of a session, and the user who ended it, for the journal."""
 
     reason: str
@@ -155,8 +155,8 @@ class Because(NamedTuple):
         return self is _LOGGED_OUT
 
 
-_LOGGED_OUT = Because("logged out")
-_because: ContextVar[Because] = ContextVar("flask_gsession.because", default=_LOGGED_OUT)
+_LOGGED_OUT = EndReason("logged out")
+_because: ContextVar[EndReason] = ContextVar("flask_gsession.because", default=_LOGGED_OUT)
 
 
 @contextmanager
@@ -166,13 +166,13 @@ def because(reason: str | None, by: str | None = None) -> Iterator[None]:
     if before is not _LOGGED_OUT or reason is None:
         yield
         return
-    token = _because.set(Because(reason, by))
+    token = _because.set(EndReason(reason, by))
     try:
         yield
     finally:
         _because.reset(token)
 
 
-def reason_of_end() -> Because:
+def reason_of_end() -> EndReason:
     """The reason for an end of a session at this moment."""
     return _because.get()

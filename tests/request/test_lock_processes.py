@@ -245,7 +245,7 @@ def test_one_connection_serves_all_waiters(
         at_once(*[client] * 8)
         store = let_listen(site)
         until(lambda: listeners() == 1)
-        assert not store._wake_ups._calls
+        assert not store._wake_ups._waiters
         store.close()
         until(lambda: listeners() == 0)  # the server sees it a moment later
         let_listen(site)  # and again
@@ -261,14 +261,14 @@ def test_the_next_one_is_called_and_nobody_else(
         store.create(key)
         for owner in ("one", "two", "three"):
             store.leases.acquire(key.key, owner, 60_000, 10)
-        calls = store._wake_ups._calls
+        waiters = store._wake_ups._waiters
         store.leases.release(key.key, "one")
-        until(lambda: calls[b"two"].is_set())
-        assert not calls[b"three"].is_set()
+        until(lambda: waiters[b"two"].is_set())
+        assert not waiters[b"three"].is_set()
         store.leases.release(key.key, "two")
-        until(lambda: calls[b"three"].is_set())
+        until(lambda: waiters[b"three"].is_set())
         store.leases.release(key.key, "three")
-        assert not calls
+        assert not waiters
 
 
 @pytest.mark.parametrize("end", ["delete", "replace"])
@@ -281,13 +281,13 @@ def test_the_end_of_a_session_calls_every_waiter(
         store.create(record)
         for owner in ("one", "two", "three"):
             store.leases.acquire(record.key, owner, 60_000, 10)
-        calls = dict(store._wake_ups._calls)
+        waiters = dict(store._wake_ups._waiters)
         if end == "delete":
             store.delete(record.key)
         else:
             store.replace(record.key, a_record(clock), record.version, None)
         for owner in ("two", "three"):
-            until(calls[owner.encode()].is_set)
+            until(waiters[owner.encode()].is_set)
             store.leases.release(record.key, owner)
 
 
@@ -373,10 +373,10 @@ def test_a_silent_waiter_is_forgotten(
             store.leases.acquire(record.key, owner, 60_000, 10)
         store.leases.wait_for_release(record.key, "two", 0.01)
         time.sleep(0.1)  # looks around
-        assert list(store._wake_ups._calls) == [b"two"]
-        store._wake_ups._calls[b"two"].kept_until -= 60
+        assert list(store._wake_ups._waiters) == [b"two"]
+        store._wake_ups._waiters[b"two"].kept_until -= 60
         until(lambda: store._wake_ups._listener is None)
-        assert not store._wake_ups._calls
+        assert not store._wake_ups._waiters
 
 
 @pytest.mark.parametrize("who", ["holder", "waiter", "nobody"])

@@ -84,7 +84,7 @@ class RedisTogether(RedisStrings, Together):
 
 
 def _values_of(name: bytes, reply: Any) -> list[Any]:
-    # The name tells apart a reply that belongs to another command.
+    # The script returns the name as well, so that a reply to another command is detected.
     if type(reply) is not list or len(reply) < 3 or reply[0] != name:
         raise UnreadableRecord("corrupt", "reply to another command")
     return reply[1:]

@@ -1,9 +1,9 @@
--- Follows a script that writes a session, as the function "write": keeps the due index, and adds
--- entries to the journal, if it succeeded.
--- KEYS: those of the write; due index of the key to enter, of the key to remove, stream.
--- ARGV: those of the write; key to enter in the due index (empty: none), its place in ARGV and KEYS
---       as the number of the value that begins with a header, key to remove (empty: none), first
---       number of an empty journal, most entries, the entries, how many they are.
+-- Follows a script that writes a session, as the function "write". If the write succeeds, updates
+-- the due index, and adds entries to the journal.
+-- KEYS: the write's keys; due index of the key to enter; due index of the key to remove; stream.
+-- ARGV: the write's arguments; key to enter in the due index (empty: none); number of the argument
+--       that begins with the header of its record; key to remove (empty: none); first number of an
+--       empty journal; maximum number of entries; the entries; how many they are.
 local count = tonumber(ARGV[#ARGV])
 local own = #ARGV - count - 6
 local reply = write({unpack(KEYS, 1, #KEYS - 3)}, {unpack(ARGV, 1, own)})

@@ -41,7 +41,7 @@ class WakeUps:
     def _start(self) -> None:
         self.channel = secrets.token_hex(8).encode()
         self._lock = threading.RLock()  # a finalizer may close in any thread, at any time
-        self._calls: dict[bytes, _Call] = {}
+        self._waiters: dict[bytes, _Waiter] = {}
         self._listener: _Listener | None = None
         self._failed_at = float("-inf")
 
@@ -51,15 +51,15 @@ class WakeUps:
         if self._listener is not None:
             self._expect(owner)
 
-    def _expect(self, owner: bytes, seconds: float = 0.0) -> _Call:
-        call = self._calls.setdefault(owner, _Call())
-        call.kept_until = time.monotonic() + seconds + _FORGOTTEN
-        return call
+    def _expect(self, owner: bytes, seconds: float = 0.0) -> _Waiter:
+        waiter = self._waiters.setdefault(owner, _Waiter())
+        waiter.kept_until = time.monotonic() + seconds + _FORGOTTEN
+        return waiter
 
     def forget(self, owner: bytes) -> None:
         """Stop keeping wake-ups for this owner."""
         process.notice()
-        self._calls.pop(owner, None)
+        self._waiters.pop(owner, None)
 
     def wait(self, owner: bytes, seconds: float) -> bool:
         """Wait for a wake-up. May return early if one was missed.
@@ -69,9 +69,9 @@ class WakeUps:
         process.notice()
         listener = self._listener
         if listener is not None and listener.ready.is_set():
-            call = self._expect(owner, seconds)
-            call.wait(seconds)
-            call.clear()
+            waiter = self._expect(owner, seconds)
+            waiter.wait(seconds)
+            waiter.clear()
             return True
         with self._lock:
             self._expect(owner, seconds)
@@ -96,14 +96,14 @@ class WakeUps:
         if listener is not None:
             listener.stop()
 
-    def _call(self, owner: bytes) -> None:
-        call = self._calls.get(owner)
-        if call is not None:
-            call.set()
+    def _wake(self, owner: bytes) -> None:
+        waiter = self._waiters.get(owner)
+        if waiter is not None:
+            waiter.set()
 
-    def _call_all(self) -> None:
-        for call in list(self._calls.values()):
-            call.set()
+    def _wake_all(self) -> None:
+        for waiter in list(self._waiters.values()):
+            waiter.set()
 
     def _gone(self, listener: _Listener, error: Exception | None) -> None:
         with self._lock:
@@ -111,7 +111,7 @@ class WakeUps:
                 self._listener = None
                 if error is not None:
                     self._failed(error)
-        self._call_all()
+        self._wake_all()
 
     def _failed(self, error: Exception) -> None:
         self._failed_at = time.monotonic()
@@ -125,17 +125,17 @@ class WakeUps:
         now = time.monotonic()
         with self._lock:
             # Waiters whose end never reached the store because a circuit was open.
-            for owner, call in list(self._calls.items()):
-                if now >= call.kept_until:
+            for owner, waiter in list(self._waiters.items()):
+                if now >= waiter.kept_until:
                     self.forget(owner)
-            if self._calls and self._listener is listener:
+            if self._waiters and self._listener is listener:
                 return False
             if self._listener is listener:
                 self._listener = None
             return True
 
 
-class _Call(threading.Event):
+class _Waiter(threading.Event):
     kept_until = 0.0  # of time.monotonic
 
 
@@ -185,7 +185,7 @@ class _Listener:
                 asked = True
                 continue
             if message[0] == b"message":
-                wake_ups._call(message[2])
+                wake_ups._wake(message[2])
             elif message[0] == b"subscribe":
                 asked = False
                 self.ready.set()
