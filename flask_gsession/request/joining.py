@@ -1,6 +1,7 @@
 """Lets an anonymous visitor's values join the user's at the sign-in.
 
-Join first, then rotate in the very version that was joined: ``tests/simulation/joining.py``.
+The values join first, and then the rotation replaces exactly the version whose values have joined:
+see ``tests/simulation/joining.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NOTHING: Collection[str] = ()
 
 
 def note_join(life: Lifecycle, body: Body, old: Record | None) -> None:
-    """Before a session is stored: give its values for the user a join, or the next revision."""
+    """Give a session that is about to be stored a join for the user's values, or update it."""
     if life.is_of_user:
         return
     keys = [key for key in life.repository.user_keys if key in body.values]
@@ -36,10 +37,10 @@ def note_join(life: Lifecycle, body: Body, old: Record | None) -> None:
 def join_user(
     life: Lifecycle, body: Body, changes: Mapping[str, Change], old: Record | None
 ) -> Collection[str]:
-    """Before a session with a user is stored: its values for the user join the others.
+    """Let the values for the user join the user's, before a session with a user is stored.
 
-    Returns the keys that leave the session. None leave it if they can't be joined; a later save
-    tries again. Raises ``StoreUnavailable``. Two round trips, none without such values.
+    Returns the keys that leave the session: none if they can't be joined, and a later save tries
+    again. Raises ``StoreUnavailable``. Two round trips, none without such values.
     """
     if body.owner is None:
         return _NOTHING
@@ -99,7 +100,7 @@ def _put(
 
 
 def close_join(life: Lifecycle) -> None:
-    """After a sign-in: note that it is complete. Two round trips if anything joined."""
+    """Note that a sign-in is complete. Two round trips if anything joined."""
     if life.joined is None or life.seen.body is None or life.seen.body.joins:
         return
     user_id, join = life.joined
@@ -133,10 +134,10 @@ def join_early(life: Lifecycle, user_id: str) -> None:
 
 
 def hand_over(life: Lifecycle, user_id: str) -> bool:
-    """Before a sign-in is stored: move the changes for the user to the user's values.
+    """Move changes for the user to the user's values, before a sign-in is stored.
 
-    They are the changes that this request made as a visitor, and are stored with the user's values.
-    Returns whether there were any. One round trip if so.
+    This request made them before the sign-in. They are stored with the user's values. Returns
+    whether there were any. One round trip if so.
     """
     keys = life.repository.user_keys
     changes = {key: each for key, each in life.changes().items() if key in keys} if keys else {}

@@ -49,7 +49,7 @@ class Lock(Generic[S]):
 
     The block starts with the stored state. Its changes are stored at its end, in a step that checks
     that the lock is still held; then the lock is released. If the block raises, nothing is stored.
-    Only requests that lock wait for each other.
+    Only requests that take the lock wait for each other.
 
     The request's earlier changes are stored first. Four round trips, one more if there were any.
     """

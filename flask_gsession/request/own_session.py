@@ -58,7 +58,7 @@ def forget_confirmations(life: Lifecycle) -> None:
 
 
 def start_own_session(life: Lifecycle) -> None:
-    """Continue with a new session that takes nothing over, for a sign-in.
+    """Continue with a new session for a sign-in, which takes nothing from the old session.
 
     Either the request came with an old token, or it has just revoked the session of another
     user. The new session keeps the values that this request assigned, so also the sign-in

@@ -1,6 +1,6 @@
 """Enters sessions in their user's roster, together with the writes that bind or move them.
 
-The protocol, and why its steps come in this order: ``tests/simulation/roster_model.py``.
+``tests/simulation/roster_model.py`` explains the protocol and the order of its steps.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _compare_with_parallel_requests(life: Lifecycle, mark: Record) -> None:
 
 
 def _end_presented(life: Lifecycle) -> None:
-    """The request emptied a session that isn't stored, but may have come with other tokens."""
+    """End the sessions of the request's other tokens, after it emptied one that isn't stored."""
     checked = life.presented().checked
     if life.seen.presented or (checked is not None and checked.refused):
         # It came with an old token, or with several: end the sessions they lead to as well.

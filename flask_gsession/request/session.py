@@ -433,7 +433,7 @@ class SessionData(SessionMixin):
 
         ``user_id``: 1 to 256 characters, or an int, which counts as its text. ``label``: a name for
         the device in the user's list, at most 100 characters; by default "Firefox on Windows" and
-        such, from the user agent. ``tags``: at most 10 texts. Raises
+        such, from the user agent. ``tags``: at most 10 texts of at most 100 characters. Raises
         ``ValueError`` for other arguments.
 
         Raises ``SignInRefused`` (401) if the user's sessions were revoked since the request began,
@@ -853,12 +853,12 @@ def close_unused(session: SessionData) -> None:
 class UserValues(SessionData):
     """The values of a user: a dict like a session, but the same in all sessions of the user.
 
-    From ``session.shared`` and ``ext.open_user``. If one device stores a value, the next request of
-    every other device sees it. Types, merging, expiry, large values, limits, locks and transactions
-    are as in sessions. Keys that begin with an underscore are refused.
+    You get them from ``session.shared`` and ``ext.open_user``. If one device stores a value, the
+    next request of every other device sees it. Types, merging, expiry, large values, limits, locks
+    and transactions work as they do in sessions. Keys can't begin with an underscore.
 
-    The record is in the store for ``SESSION_USER_VALUES_LIFETIME`` after its last use. Signing out
-    and ``ext.users.revoke_all`` leave it there; ``ext.users.forget`` deletes it.
+    The values stay in the store for ``SESSION_USER_VALUES_LIFETIME`` after their last use. Signing
+    out and ``ext.users.revoke_all`` leave them there; ``ext.users.forget`` deletes them.
     """
 
     def __init__(self, life: UserLifecycle) -> None:
@@ -882,19 +882,19 @@ class UserValues(SessionData):
         return f"<UserValues keys={len(life.values)}>"
 
     def transaction(self) -> Transaction[SessionData]:
-        self.lifecycle.store()
+        self.lifecycle.ensure_stored()
         return super().transaction()
 
     def lock(
         self, timeout: float | timedelta | None = None, wait: float | timedelta | None = None
     ) -> Lock[SessionData]:
         self._check_user()
-        self.lifecycle.store()
+        self.lifecycle.ensure_stored()
         return super().lock(timeout, wait)
 
     def update_atomic(self, key: str, function: Callable[[Any], Any], default: Any = None) -> Any:
         self._check_key(key)
-        self.lifecycle.store()
+        self.lifecycle.ensure_stored()
         return super().update_atomic(key, function, default)
 
     def reload(self) -> None:

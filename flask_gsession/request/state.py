@@ -164,7 +164,7 @@ class Outage(Struct, frozen=True):
     """An outage that this request met, so that it doesn't wait for the store a second time.
 
     ``loading``: the session couldn't be loaded; otherwise, a later write may have been applied.
-    ``unseen``: the request went on with an empty session, so the response must report the outage.
+    ``unseen``: the request continued with an empty session, so the response must report the outage.
     """
 
     error: StoreUnavailable

@@ -161,7 +161,7 @@ def _adopt(
     if step.settle is None:
         life.values.rebase(stored, saved=changes)
     else:
-        _take_over(life, step, stored, changes)
+        _adopt_one_key(life, step, stored, changes)
     for key in joining:
         drop(life.values, key)
     current = step.seen.token
@@ -237,10 +237,10 @@ def _without(values: dict[str, bytes], keys: Collection[str]) -> dict[str, bytes
     return {key: raw for key, raw in values.items() if key not in keys}
 
 
-def _take_over(
+def _adopt_one_key(
     life: Lifecycle, step: Edit, stored: dict[str, bytes], changes: Mapping[str, Change]
 ) -> None:
-    """One value was replaced in the store. Changes of other keys stay pending."""
+    """Continue after one value was replaced in the store. Changes of other keys stay pending."""
     values = life.values
     if life.trace is not None:
         for key, change in changes.items():

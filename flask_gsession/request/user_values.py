@@ -40,7 +40,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
                 "newer version. Restore the key, or delete them with ext.users.forget"
             )
 
-    def store(self) -> None:
+    def ensure_stored(self) -> None:
         """Make sure that there is a record, for changes that are stored at once.
 
         One round trip if there is none.
@@ -98,7 +98,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
         return body
 
     def must_stay(self) -> bool:
-        """Whether the record is needed without any values: a sign-in may still run again."""
+        """Whether the record is needed without any values, since a sign-in may be repeated."""
         body = self.seen.body
         return body is not None and bool(lasting(body.joins, self.repository.now()))
 
