@@ -668,7 +668,10 @@ DECLARATIONS: dict[str, tuple[Callable[[], object], str]] = {
     "half a letter": (lambda: SessionKey("\ud800", fields.Int()), "needs a name"),
     "ttl": (lambda: SessionKey("x", fields.Int(), ttl=0), "ttl is 0 seconds"),
     "ttl below": (lambda: SessionKey("x", fields.Int(), ttl=-1), "ttl is -1 seconds"),
-    "ttl of words": (lambda: SessionKey("x", fields.Int(), ttl=cast(Any, "1h")), "ttl is a number"),
+    "ttl of words": (
+        lambda: SessionKey("x", fields.Int(), ttl=cast(Any, "1h")),
+        "ttl must be a number",
+    ),
     "version": (lambda: SessionKey("x", fields.Int(), version=0), "version is 0"),
     "merge": (lambda: SessionKey("x", fields.Int(), merge="add"), "merge is 'add'"),
     "invalid": (lambda: SessionKey("x", fields.Int(), invalid="drop"), "'default' or 'raise'"),
