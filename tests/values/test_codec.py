@@ -866,7 +866,7 @@ def twice_in_itself_before_bad_text() -> Any:
         twice_in_itself_beside_bad_text,
         twice_in_itself_before_bad_text,
         *(
-            pytest.param(lambda n=levels, k=kind: nested(n, k, 1), id=f"{levels} of {kind}")
+            pytest.param(lambda n=levels, k=kind: nested(n, k, 1), id=f"{levels} {kind.__name__}")
             for levels in (1_000, 200_000)
             for kind in (list, tuple, dict, numbered)
         ),
